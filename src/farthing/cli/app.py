@@ -1,0 +1,82 @@
+"""The `farthing` command: a table of contents; every command is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+import typer
+import typer.core
+import typer.main
+
+# name -> (module under farthing.cli, one line of help). The module defines `app: typer.Typer`.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "serve": ("serve", "Serve a model over the OpenAI-compatible HTTP API."),
+    "generate": ("generate", "Complete prompts on the command line."),
+    "inspect": ("inspect", "Show parameters, bytes and FLOPs per token, and routing."),
+    "eval": ("eval", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
+    "compress": ("compress", "Write a smaller, faster checkpoint, checked for accuracy."),
+    "train": ("train", "Train the embedded reference model."),
+    "bench": ("bench", "Measure serving, capacity and the cost of a token."),
+    "plan": ("plan", "Memory and throughput of a deployment before it is loaded."),
+    "fleet": ("fleet", "Run, scale and explain a fleet of replicas."),
+    "replay": ("replay", "Replay a load trace against scaling policies."),
+    "forecast": ("forecast", "Backtest the load forecasters on a series."),
+    "doctor": ("doctor", "Say what this machine can do and what to install."),
+}
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Lists every command without importing it, so that `--help` and start-up stay fast."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return [name for name in COMMANDS if _exists(COMMANDS[name][0])]
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS or not _exists(COMMANDS[cmd_name][0]):
+            return None
+        module = importlib.import_module(f"farthing.cli.{COMMANDS[cmd_name][0]}")
+        command = typer.main.get_command(module.app)
+        command.name = cmd_name
+        return command
+
+    def get_help(self, ctx: typer.Context) -> str:
+        """A table of contents from COMMANDS, so that no command module is imported for it."""
+        width = max(len(name) for name in COMMANDS) + 2
+        lines = [f"  {name:<{width}}{COMMANDS[name][1]}" for name in self.list_commands(ctx)]
+        return "\n".join(
+            [
+                "Usage: farthing COMMAND [OPTIONS]",
+                "",
+                self.help or "",
+                "",
+                *lines,
+                "",
+                "`farthing COMMAND --help` shows the options and examples of one command.",
+            ]
+        )
+
+
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(f"farthing.cli.{module}") is not None
+
+
+app = typer.Typer(
+    cls=LazyGroup, no_args_is_help=True, help="Farthing: mixture-of-experts models at the lowest cost per token."
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Farthing: mixture-of-experts models at the lowest cost per token."""
+
+
+def main() -> None:
+    """Entry point of the `farthing` script."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()
