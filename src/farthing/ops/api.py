@@ -1,0 +1,197 @@
+"""The arithmetic the model is written in: one signature an op, one implementation a device.
+
+`farthing.ops.reference` defines what is correct; every other backend is held against it.
+
+Legend: T tokens of the step, sorted by sequence; B sequences; D hidden size; H heads; n, r, v the
+nope, rotary and value head sizes; c the KV latent; E routed experts; k experts a token; V vocabulary;
+L cache layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from farthing.ops.weights import Weight
+
+Handle = Any  # what a backend packs a weight into; opaque to everyone else
+CacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """How experts are chosen (DeepSeek-V3 section 2.1.2; V2 section 2.1.3)."""
+
+    num_experts: int
+    top_k: int
+    num_groups: int = 1
+    top_k_groups: int = 1
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    group_score: Literal["top2_sum", "max"] = "top2_sum"  # noaux_tc | group_limited_greedy
+    normalize: bool = True
+    scale: float = 1.0
+    # Adaptive experts: the smallest number in [min_experts, top_k] whose normalized weights reach `mass`.
+    mass: float | None = None
+    min_experts: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Head layout of multi-head latent attention (DeepSeek-V2 section 2.1)."""
+
+    num_heads: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    latent_dim: int
+    scale: float  # of the scores, YaRN's factor included
+    interleaved: bool = True  # rotary pairs are (x0, x1), (x2, x3), … and not (x_i, x_{i + r/2})
+
+
+@dataclass(frozen=True, slots=True)
+class MoEWeights:
+    """What `pack_moe` packs. The experts come one at a time, so that they need not all be in memory."""
+
+    gate: Tensor  # [E, D] float32
+    bias: Tensor | None  # [E] float32, e_score_correction_bias
+    experts: Sequence[Callable[[], tuple[Weight, Weight, Weight]]]  # gate [I, D], up [I, D], down [D, I]
+    shared: Callable[[], tuple[Weight, Weight, Weight]] | None
+
+
+@dataclass(slots=True)
+class LatentCache:
+    """The paged cache: (latent, rotated key) of every token, c + r numbers a token a layer.
+
+    A block is the same index in every layer. Slot = block * block_size + offset.
+    """
+
+    data: Tensor  # [L, num_blocks, block_size, c + r], float32 | bfloat16 | float8_e4m3fn | int8
+    scale: Tensor | None  # [L, num_blocks, block_size, 2] float32 (latent, rotary) for fp8 and int8
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return self.data.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.data.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Where the tokens of one step stand. All tensors are contiguous."""
+
+    positions: Tensor  # [T] int32, position of each token in its sequence
+    slots: Tensor  # [T] int64, where its key goes in the cache
+    query_start: Tensor  # [B + 1] int32, tokens of sequence b: query_start[b] … query_start[b + 1]
+    context_lens: Tensor  # [B] int32, tokens of the sequence in the cache after this step
+    block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
+
+
+class Ops(ABC):
+    """A backend. Activations are `dtype` on `device`; a row stride larger than the width is allowed."""
+
+    name: str  # for the log: "reference float32", "cpu/avx512_vnni, 2 threads"
+    device: torch.device
+    dtype: torch.dtype
+
+    # -- packing: `name` identifies the weight in a packed file; the callable is not called when the
+    #    backend already has it there.
+
+    @abstractmethod
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
+        """One projection from matrices [N_i, K] stacked along their rows."""
+
+    @abstractmethod
+    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
+        """A gated MLP: gate [I, D], up [I, D], down [D, I]."""
+
+    @abstractmethod
+    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Handle:
+        """A router, its experts and the shared expert."""
+
+    @abstractmethod
+    def pack_attention(
+        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
+    ) -> Handle:
+        """kv_b_proj [H (n + v), c] with the latent's norm weight [c]; rope [2, max_len, r/2] (cos, sin)."""
+
+    @abstractmethod
+    def new_cache(
+        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
+    ) -> LatentCache:
+        """An empty cache; width = c + r."""
+
+    # -- computing
+
+    @abstractmethod
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        """ids [T] int64, table [V, D] -> [T, D]."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, K] / rms(x) * weight [K]."""
+
+    @abstractmethod
+    def linear(
+        self,
+        x: Tensor,
+        weight: Handle,
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """[T, K] -> [T, N]: residual + rms_norm(x) W^T. The residual may be overwritten."""
+
+    @abstractmethod
+    def mla(
+        self, q: Tensor, kv: Tensor, attention: Handle, cache: LatentCache, layer: int, batch: Batch, eps: float
+    ) -> Tensor:
+        """q [T, H (n + r)], kv [T, c + r] (both before rotation, latent before its norm) -> [T, H v].
+
+        Norms the latent, rotates, writes (latent, k_pe) to `batch.slots` of cache layer `layer`, then
+        attends causally to the first `position + 1` cached tokens of each token's sequence.
+        """
+
+    @abstractmethod
+    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
+        """x + down(silu(gate(n)) * up(n)) with n = rms_norm(x). x may be overwritten."""
+
+    @abstractmethod
+    def moe(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
+        """x + sum of weighted experts(n) + shared(n), n = rms_norm(x). x may be overwritten.
+
+        counts [E] int64, if given, is increased by the tokens each expert saw.
+        """
+
+    @abstractmethod
+    def route(self, n: Tensor, weights: Handle) -> tuple[Tensor, Tensor]:
+        """n [T, D] -> (ids [T, k] int64, weights [T, k] float32); skipped experts have id -1, weight 0."""
+
+    @abstractmethod
+    def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
+        """x [T, D] -> [T, V] float32."""
+
+    @abstractmethod
+    def top_logits(
+        self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The k largest logits: (values [T, k] float32, ids [T, k] int64, logsumexp of all [T] float32).
+
+        Equal values are ordered by the smaller id.
+        """
+
+    @abstractmethod
+    def softmax(self, x: Tensor) -> Tensor:
+        """Softmax over the last dimension of a float32 [T, N]."""
+
+    def save_packed(self, path: str) -> None:
+        """Write what was packed so far to one file for `select(…, packed=path)`; refused where there is none."""
+        raise ValueError(f"backend {self.name!r} has no packed format; use backend 'cpu'")

@@ -1,0 +1,67 @@
+"""Choose the backend once, when an engine is built."""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Literal
+
+import torch
+
+from farthing.ops.api import Ops
+
+log = logging.getLogger(__name__)
+
+# name -> module with `create(dtype, threads, quantization, packed) -> Ops`; imported only when chosen.
+# A package for another device registers its own under the entry-point group "farthing.ops".
+BACKENDS = {
+    "reference": "farthing.ops.reference",
+    "cpu": "farthing.ops.cpu",
+    "gpu": "farthing.ops.gpu",
+}
+Quantization = Literal["int8", "int4"]
+
+
+def select(
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    quantization: Quantization | None = None,
+    packed: str | None = None,
+) -> Ops:
+    """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu' or an entry point) and log the choice.
+
+    dtype: of the activations; None lets the backend choose. quantization: round dense weights to nearest
+    while packing. packed: a file written by `Ops.save_packed`, mapped instead of packing again.
+    Raises ValueError on an unknown name, RuntimeError where the chosen backend cannot run here.
+    """
+    plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
+    known = BACKENDS | plugins
+    if backend == "auto":
+        backend = "gpu" if torch.cuda.is_available() and _exists("gpu") else "cpu" if _native() else "reference"
+        if backend == "reference":
+            log.warning("the native CPU kernels are not built; serving with the slow reference ops")
+    if backend not in known:
+        raise ValueError(f"backend {backend!r} is unknown; expected 'auto' or one of {sorted(known)}")
+    ops: Ops = import_module(known[backend]).create(
+        dtype=dtype, threads=threads, quantization=quantization, packed=packed
+    )
+    log.info("ops: %s", ops.name)
+    return ops
+
+
+def _exists(backend: str) -> bool:
+    try:
+        import_module(BACKENDS[backend])
+    except ImportError:
+        return False
+    return True
+
+
+def _native() -> bool:
+    try:
+        import_module("farthing._native")
+    except ImportError:
+        return False
+    return True

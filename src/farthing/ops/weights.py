@@ -1,0 +1,101 @@
+"""One weight matrix as a checkpoint stores it, and its value.
+
+Legend: N output rows, K input columns, g group size along K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Format = Literal["dense", "int8", "int4", "fp8"]
+FP8_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [N, K] in one of four storage formats. `dequantize()` defines its value.
+
+    | format | data | scale (float32) | zero_point |
+    |---|---|---|---|
+    | dense | float [N, K] | - | - |
+    | int8  | int8 [N, K] | [N, 1] | - |
+    | int4  | uint8 [N, K/2]: u = q + 8, even k in the low nibble | [N, K/g] | int8 [N, K/g] (q units) or None |
+    | fp8   | float8_e4m3fn [N, K] | [ceil(N/128), ceil(K/128)], multiplies | - |
+    """
+
+    format: Format
+    data: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), whatever the packing."""
+        n, k = self.data.shape
+        return (n, k * 2) if self.format == "int4" else (n, k)
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share one scale (int4), else K."""
+        k = self.shape[1]
+        return k // self.scale.shape[1] if self.format == "int4" and self.scale is not None else k
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read to use the matrix once: data, scales and zero points."""
+        parts = (self.data, self.scale, self.zero_point)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    def quantized(self) -> Tensor:
+        """The integers q, int8 [N, K], of an int8 or int4 weight."""
+        if self.format == "int8":
+            return self.data
+        if self.format != "int4":
+            raise ValueError(f"format {self.format!r} has no integers; expected 'int8' or 'int4'")
+        low, high = self.data & 15, self.data >> 4
+        return (torch.stack((low, high), dim=-1).reshape(self.shape).to(torch.int8)) - 8
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The value, [N, K]."""
+        if self.format == "dense":
+            return self.data.to(dtype)
+        assert self.scale is not None
+        if self.format == "int8":
+            return (self.data.float() * self.scale).to(dtype)
+        n, k = self.shape
+        if self.format == "int4":
+            q = self.quantized().float().view(n, -1, self.group_size)
+            if self.zero_point is not None:
+                q = q - self.zero_point.float().unsqueeze(-1)
+            return (q * self.scale.unsqueeze(-1)).view(n, k).to(dtype)
+        rows = torch.arange(n) // FP8_BLOCK
+        columns = torch.arange(k) // FP8_BLOCK
+        return (self.data.float() * self.scale[rows][:, columns]).to(dtype)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Integers in [-8, 7], int8 [N, K] with K even -> uint8 [N, K/2]."""
+    u = (q + 8).to(torch.uint8)
+    return u[:, 0::2] | (u[:, 1::2] << 4)
+
+
+def quantize_int8(w: Tensor) -> Weight:
+    """Symmetric round-to-nearest, one scale a row."""
+    w = w.float()
+    scale = (w.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return Weight("int8", (w / scale).round().clamp(-127, 127).to(torch.int8), scale)
+
+
+def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
+    """Symmetric round-to-nearest to [-8, 7], one scale a group of columns."""
+    n, k = w.shape
+    if k % group_size:
+        raise ValueError(f"group_size {group_size} does not divide K = {k}; use a divisor of K, such as 32")
+    groups = w.float().view(n, -1, group_size)
+    scale = (groups.abs().amax(dim=-1) / 7.5).clamp_min(torch.finfo(torch.float32).tiny)
+    q = (groups / scale.unsqueeze(-1)).round().clamp(-8, 7).to(torch.int8).view(n, k)
+    return Weight("int4", pack_int4(q), scale)
