@@ -64,7 +64,9 @@ def _exists(module: str) -> bool:
 
 
 app = typer.Typer(
-    cls=LazyGroup, no_args_is_help=True, help="Farthing: mixture-of-experts models at the lowest cost per token."
+    cls=LazyGroup,
+    no_args_is_help=True,
+    help="Farthing: mixture-of-experts models at the lowest cost per token.",
 )
 
 

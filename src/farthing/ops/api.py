@@ -152,7 +152,14 @@ class Ops(ABC):
 
     @abstractmethod
     def mla(
-        self, q: Tensor, kv: Tensor, attention: Handle, cache: LatentCache, layer: int, batch: Batch, eps: float
+        self,
+        q: Tensor,
+        kv: Tensor,
+        attention: Handle,
+        cache: LatentCache,
+        layer: int,
+        batch: Batch,
+        eps: float,
     ) -> Tensor:
         """q [T, H (n + r)], kv [T, c + r] (both before rotation, latent before its norm) -> [T, H v].
 
@@ -165,7 +172,9 @@ class Ops(ABC):
         """x + down(silu(gate(n)) * up(n)) with n = rms_norm(x). x may be overwritten."""
 
     @abstractmethod
-    def moe(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
+    def moe(
+        self, x: Tensor, weights: Handle, norm: Tensor, eps: float, counts: Tensor | None = None
+    ) -> Tensor:
         """x + sum of weighted experts(n) + shared(n), n = rms_norm(x). x may be overwritten.
 
         counts [E] int64, if given, is increased by the tokens each expert saw.
@@ -193,5 +202,5 @@ class Ops(ABC):
         """Softmax over the last dimension of a float32 [T, N]."""
 
     def save_packed(self, path: str) -> None:
-        """Write what was packed so far to one file for `select(…, packed=path)`; refused where there is none."""
+        """Write what was packed to one file for `select(…, packed=path)`; ValueError without a format."""
         raise ValueError(f"backend {self.name!r} has no packed format; use backend 'cpu'")

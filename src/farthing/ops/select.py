@@ -39,7 +39,9 @@ def select(
     plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
     known = BACKENDS | plugins
     if backend == "auto":
-        backend = "gpu" if torch.cuda.is_available() and _exists("gpu") else "cpu" if _native() else "reference"
+        backend = (
+            "gpu" if torch.cuda.is_available() and _exists("gpu") else "cpu" if _native() else "reference"
+        )
         if backend == "reference":
             log.warning("the native CPU kernels are not built; serving with the slow reference ops")
     if backend not in known:

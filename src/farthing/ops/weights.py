@@ -23,7 +23,7 @@ class Weight:
     |---|---|---|---|
     | dense | float [N, K] | - | - |
     | int8  | int8 [N, K] | [N, 1] | - |
-    | int4  | uint8 [N, K/2]: u = q + 8, even k in the low nibble | [N, K/g] | int8 [N, K/g] (q units) or None |
+    | int4  | uint8 [N, K/2]: u = q + 8, even k low nibble | [N, K/g] | int8 [N, K/g] (q units) or None |
     | fp8   | float8_e4m3fn [N, K] | [ceil(N/128), ceil(K/128)], multiplies | - |
     """
 

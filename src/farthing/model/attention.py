@@ -1,0 +1,74 @@
+"""Multi-head latent attention (DeepSeek-V2 section 2.1, DeepSeek-V3 section 2.1.1).
+
+Legend: T tokens; D hidden size; H heads; n, r, v the nope, rotary and value head sizes; c the KV latent;
+q the query latent.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from farthing.model.config import ModelConfig
+from farthing.model.rope import score_scale
+from farthing.model.source import WeightSource
+from farthing.ops import AttentionSpec, Batch, LatentCache, Ops
+
+
+def attention_spec(config: ModelConfig) -> AttentionSpec:
+    """The head layout the op needs."""
+    return AttentionSpec(
+        num_heads=config.num_attention_heads,
+        nope_dim=config.qk_nope_head_dim,
+        rope_dim=config.qk_rope_head_dim,
+        value_dim=config.v_head_dim,
+        latent_dim=config.kv_lora_rank,
+        scale=score_scale(config),
+        interleaved=config.rope.interleaved,
+    )
+
+
+class Attention:
+    """One layer's attention with its input norm and residual."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
+    ) -> None:
+        p = f"model.layers.{layer}.self_attn."
+        c, d, heads = config, config.hidden_size, config.num_attention_heads
+        self.ops, self.eps = ops, config.rms_norm_eps
+        self.norm = weights.tensor(f"model.layers.{layer}.input_layernorm.weight", (d,)).float()
+        self.q_width = c.q_lora_rank or heads * c.qk_head_dim
+        first = "q_a_proj" if c.q_lora_rank else "q_proj"
+        # One pass over the hidden state gives the query (or its latent) and the key-value latent.
+        self.qkv_a = ops.pack_linear(
+            p + "qkv_a",
+            lambda: [
+                weights.weight(p + first, (self.q_width, d)),
+                weights.weight(p + "kv_a_proj_with_mqa", (c.cache_width, d)),
+            ],
+        )
+        self.q_b = None
+        if c.q_lora_rank:
+            self.q_norm = weights.tensor(p + "q_a_layernorm.weight", (c.q_lora_rank,)).float()
+            q_shape = (heads * c.qk_head_dim, c.q_lora_rank)
+            self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
+        kv_shape = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+        kv_norm = weights.tensor(p + "kv_a_layernorm.weight", (c.kv_lora_rank,)).float()
+        self.heads = ops.pack_attention(
+            p + "kv_b_proj",
+            attention_spec(c),
+            lambda: (weights.weight(p + "kv_b_proj", kv_shape), kv_norm),
+            rope,
+        )
+        o_shape = (d, heads * c.v_head_dim)
+        self.o = ops.pack_linear(p + "o_proj", lambda: [weights.weight(p + "o_proj", o_shape)])
+
+    def __call__(self, h: Tensor, batch: Batch, cache: LatentCache, cache_layer: int) -> Tensor:
+        """h [T, D] -> h + attention(norm(h)) [T, D]; leaves the tokens' (latent, k_pe) in the cache."""
+        ops = self.ops
+        qkv = ops.linear(h, self.qkv_a, self.norm, self.eps)  # [T, q + c + r]
+        q, kv = qkv[:, : self.q_width], qkv[:, self.q_width :]
+        if self.q_b is not None:
+            q = ops.linear(q, self.q_b, self.q_norm, self.eps)  # [T, H (n + r)]
+        out = ops.mla(q, kv, self.heads, cache, cache_layer, batch, self.eps)  # [T, H v]
+        return ops.linear(out, self.o, residual=h)

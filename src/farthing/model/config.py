@@ -1,0 +1,196 @@
+"""The architecture, read from a Hugging Face config.json (DeepSeek-V2, -V3, -R1, Kimi-K2, Moonlight)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
+
+
+class ConfigError(ValueError):
+    """A config.json this engine cannot serve; names the field, its value and what is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding: plain, or YaRN (Peng et al. 2023) when factor is set."""
+
+    theta: float = 10000.0
+    factor: float | None = None
+    original_max_position: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    interleaved: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Field names follow config.json; see shared facts in docs/architecture.md."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None
+    max_position_embeddings: int
+    rope: RopeConfig
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    # mixture of experts; n_routed_experts None: every layer is dense
+    n_routed_experts: int | None = None
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    n_group: int = 1
+    topk_group: int = 1
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    num_nextn_predict_layers: int = 0
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query head: nope + rotary."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers a token leaves in the cache of one layer: latent + rotary."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether a layer holds experts. MTP layers follow the same rule."""
+        return (
+            self.n_routed_experts is not None
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )
+
+    @classmethod
+    def from_directory(cls, path: Path) -> ModelConfig:
+        """Read `path`/config.json. Raises ConfigError or FileNotFoundError, each saying what to do."""
+        file = path / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; expected a Hugging Face model directory")
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{file} is not valid JSON: {error}") from error
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Check and convert. Unknown fields are ignored, as Hugging Face does."""
+        model_type = raw.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise ConfigError(f"model_type is {model_type!r}; expected one of {MODEL_TYPES}")
+        values: dict[str, Any] = {
+            f.name: raw[f.name] for f in fields(cls) if f.name in raw and raw[f.name] is not None
+        }
+        values.update(
+            model_type=model_type,
+            rope=_rope(raw),
+            q_lora_rank=raw.get("q_lora_rank"),
+            n_routed_experts=raw.get("n_routed_experts", raw.get("num_local_experts")),
+            n_shared_experts=raw.get("n_shared_experts") or 0,
+            num_nextn_predict_layers=raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers")) or 0,
+            eos_token_ids=_ids(raw.get("eos_token_id")),
+        )
+        if model_type == "deepseek_v2":
+            values.setdefault("topk_method", "greedy")
+            values.setdefault("scoring_func", "softmax")
+            # Hugging Face's V2 gate scales and never normalizes, whatever norm_topk_prob says.
+            values["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
+        required = [f.name for f in fields(cls) if f.name not in values and f.name in _REQUIRED]
+        if required:
+            raise ConfigError(f"config.json lacks {', '.join(required)}; a DeepSeek-V3 model has them")
+        config = cls(**values)
+        _check(config)
+        return config
+
+
+_REQUIRED = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "max_position_embeddings",
+}
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    interleaved = bool(raw.get("rope_interleave", True))
+    if kind == "default":
+        return RopeConfig(theta=theta, interleaved=interleaved)
+    if kind != "yarn":
+        raise ConfigError(f"rope_scaling.type is {kind!r}; expected 'yarn' or no rope_scaling")
+    return RopeConfig(
+        theta=theta,
+        factor=float(parameters["factor"]),
+        original_max_position=int(
+            parameters.get("original_max_position_embeddings", raw.get("max_position_embeddings", 4096))
+        ),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        mscale=float(parameters.get("mscale") or 0),
+        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
+        interleaved=interleaved,
+    )
+
+
+def _check(c: ModelConfig) -> None:
+    for name in _REQUIRED:
+        value = getattr(c, name)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; expected a positive integer")
+    if c.qk_rope_head_dim % 2:
+        raise ConfigError(f"qk_rope_head_dim is {c.qk_rope_head_dim}; expected an even number")
+    if c.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
+        raise ConfigError(
+            f"topk_method is {c.topk_method!r}; expected noaux_tc, greedy or group_limited_greedy"
+        )
+    if c.scoring_func not in ("sigmoid", "softmax"):
+        raise ConfigError(f"scoring_func is {c.scoring_func!r}; expected sigmoid or softmax")
+    experts = c.n_routed_experts
+    if experts is None:
+        return
+    if c.topk_method == "greedy":
+        return
+    if c.n_group < 1 or experts % c.n_group:
+        raise ConfigError(f"n_group is {c.n_group}; expected a divisor of n_routed_experts = {experts}")
+    reachable = c.topk_group * (experts // c.n_group)
+    if not 1 <= c.topk_group <= c.n_group or reachable < c.num_experts_per_tok:
+        raise ConfigError(
+            f"topk_group is {c.topk_group}; expected 1…{c.n_group} with at least "
+            f"num_experts_per_tok = {c.num_experts_per_tok} experts in the kept groups"
+        )

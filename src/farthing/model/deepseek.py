@@ -1,0 +1,111 @@
+"""DeepSeek-V3 (and V2, R1, Kimi-K2, Moonlight), read top to bottom.
+
+Legend: T tokens of the step; D hidden size; V vocabulary; L cache layers; E routed experts.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from farthing.model.attention import Attention
+from farthing.model.config import ModelConfig
+from farthing.model.moe import FeedForward, router_spec
+from farthing.model.mtp import MTPLayer
+from farthing.model.rope import rope_table
+from farthing.model.source import WeightSource
+from farthing.ops import Batch, LatentCache, Ops, RouterSpec, Weight
+from farthing.ops.api import CacheDtype
+
+
+class DeepseekModel:
+    """The model over a backend. Weights are read once, in the order of the forward pass."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        routers: list[RouterSpec | None] | None = None,
+    ) -> None:
+        self.config, self.ops = config, ops
+        self.eps = config.rms_norm_eps
+        shape = (config.vocab_size, config.hidden_size)
+        rope = rope_table(config.rope, config.qk_rope_head_dim, config.max_position_embeddings)
+        routers = routers or routers_of(config)
+        self.embedding = weights.tensor("model.embed_tokens.weight", shape)
+        self.layers = [
+            (Attention(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = weights.tensor("model.norm.weight", (config.hidden_size,)).float()
+        if config.tie_word_embeddings:
+            self.head = ops.pack_linear("lm_head", lambda: [Weight("dense", self.embedding)])
+        else:
+            self.head = ops.pack_linear("lm_head", lambda: [weights.weight("lm_head", shape)])
+        self.mtp = [
+            MTPLayer(config, ops, weights, i, rope, routers[i], self.embedding, self.head)
+            for i in range(config.num_hidden_layers, self.cache_layers)
+        ]
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that write to the cache: hidden layers, then MTP layers."""
+        return self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+
+    def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
+        """An empty paged cache for this model, MTP layers included."""
+        return self.ops.new_cache(self.cache_layers, num_blocks, block_size, self.config.cache_width, dtype)
+
+    def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
+        """ids [T] int64 -> hidden [T, D] before the final norm.
+
+        counts [L, E] int64, if given, is increased by the tokens each expert of each layer saw.
+        """
+        h = self.ops.embed(ids, self.embedding)
+        for i, (attention, feed_forward) in enumerate(self.layers):
+            h = attention(h, batch, cache, i)
+            h = feed_forward(h, None if counts is None else counts[i])
+        return h
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, D] of `forward` -> logits [n, V] float32."""
+        return self.ops.logits(hidden, self.head, self.norm, self.eps)
+
+    def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(values [n, k], ids [n, k], logsumexp [n]) of the next token, without writing out all logits."""
+        return self.ops.top_logits(hidden, self.head, self.norm, self.eps, k)
+
+    def draft(
+        self,
+        next_ids: Tensor,
+        hidden: Tensor,
+        batch: Batch,
+        cache: LatentCache,
+        step: int = 0,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """One MTP step: next_ids [T] follow the tokens of `batch`, whose hidden [T, D] is given -> h' [T, D].
+
+        step 0 takes `forward`'s hidden, step s > 0 the h' of step s - 1. Steps beyond the layers there are
+        use the last one again.
+        """
+        mtp = self.mtp[min(step, len(self.mtp) - 1)]
+        norm = self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm
+        h = self.ops.rms_norm(hidden, norm, self.eps)
+        return mtp(next_ids, h, batch, cache, None if counts is None else counts[mtp.layer])
+
+    def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
+        """h' [n, D] of `draft` -> logits [n, V] float32 of the token after next_ids."""
+        mtp = self.mtp[min(step, len(self.mtp) - 1)]
+        return self.ops.logits(hidden, mtp.head, mtp.norm, self.eps)
+
+    def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """As `top_logits`, of a draft."""
+        mtp = self.mtp[min(step, len(self.mtp) - 1)]
+        return self.ops.top_logits(hidden, mtp.head, mtp.norm, self.eps, k)
+
+
+def routers_of(config: ModelConfig) -> list[RouterSpec | None]:
+    """The router of every layer (hidden, then MTP); None where the layer is dense."""
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return [router_spec(config) if config.is_moe(i) else None for i in range(layers)]

@@ -1,0 +1,109 @@
+"""From a checkpoint directory to a model on a backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint import Checkpoint
+from farthing.model.config import ModelConfig
+from farthing.model.deepseek import DeepseekModel
+from farthing.model.source import MemorySource
+from farthing.ops import Ops, RouterSpec
+
+# Written by some trainers, computed here.
+IGNORED = ("*.rotary_emb.inv_freq",)
+
+
+def load(path: str | Path, ops: Ops, routers: list[RouterSpec | None] | None = None) -> DeepseekModel:
+    """Read a Hugging Face directory onto a backend.
+
+    Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected.
+    """
+    checkpoint = Checkpoint.open(Path(path))
+    model = DeepseekModel(ModelConfig.from_json(checkpoint.config), ops, checkpoint, routers)
+    checkpoint.finish(ignore=IGNORED)
+    return model
+
+
+def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every parameter of a checkpoint, in the order of the forward pass."""
+    c, d, v = config, config.hidden_size, config.vocab_size
+    yield "model.embed_tokens.weight", (v, d)
+    for i in range(c.num_hidden_layers + c.num_nextn_predict_layers):
+        p = f"model.layers.{i}."
+        if i >= c.num_hidden_layers:
+            yield p + "enorm.weight", (d,)
+            yield p + "hnorm.weight", (d,)
+            yield p + "eh_proj.weight", (d, 2 * d)
+            yield p + "shared_head.norm.weight", (d,)
+        yield p + "input_layernorm.weight", (d,)
+        yield from _attention_shapes(c, p + "self_attn.")
+        yield p + "post_attention_layernorm.weight", (d,)
+        yield from _feed_forward_shapes(c, p + "mlp.", c.is_moe(i))
+    yield "model.norm.weight", (d,)
+    if not c.tie_word_embeddings:
+        yield "lm_head.weight", (v, d)
+
+
+def _attention_shapes(c: ModelConfig, p: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    heads, d = c.num_attention_heads, c.hidden_size
+    if c.q_lora_rank:
+        yield p + "q_a_proj.weight", (c.q_lora_rank, d)
+        yield p + "q_a_layernorm.weight", (c.q_lora_rank,)
+        yield p + "q_b_proj.weight", (heads * c.qk_head_dim, c.q_lora_rank)
+    else:
+        yield p + "q_proj.weight", (heads * c.qk_head_dim, d)
+    yield p + "kv_a_proj_with_mqa.weight", (c.cache_width, d)
+    yield p + "kv_a_layernorm.weight", (c.kv_lora_rank,)
+    yield p + "kv_b_proj.weight", (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+    yield p + "o_proj.weight", (d, heads * c.v_head_dim)
+
+
+def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    d = c.hidden_size
+
+    def gated(prefix: str, i: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield prefix + "gate_proj.weight", (i, d)
+        yield prefix + "up_proj.weight", (i, d)
+        yield prefix + "down_proj.weight", (d, i)
+
+    if not moe:
+        yield from gated(p, c.intermediate_size)
+        return
+    assert c.n_routed_experts is not None
+    yield p + "gate.weight", (c.n_routed_experts, d)
+    if c.topk_method == "noaux_tc":
+        yield p + "gate.e_score_correction_bias", (c.n_routed_experts,)
+    for e in range(c.n_routed_experts):
+        yield from gated(f"{p}experts.{e}.", c.moe_intermediate_size)
+    if c.n_shared_experts:
+        yield from gated(p + "shared_experts.", c.moe_intermediate_size * c.n_shared_experts)
+
+
+def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Random float32 parameters of plausible scale, for tests and benchmarks."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {}
+    for name, shape in parameter_shapes(config):
+        noise = torch.randn(shape, generator=generator)
+        if "norm" in name:
+            parameters[name] = 1 + 0.1 * noise
+        elif name.endswith("e_score_correction_bias"):
+            parameters[name] = 0.1 * noise
+        elif name == "model.embed_tokens.weight":
+            parameters[name] = noise
+        else:
+            parameters[name] = noise / math.sqrt(shape[-1])
+    return parameters
+
+
+def random_model(
+    config: ModelConfig, ops: Ops, seed: int = 0, routers: list[RouterSpec | None] | None = None
+) -> DeepseekModel:
+    """A model of random weights, nothing on disk."""
+    return DeepseekModel(config, ops, MemorySource(random_parameters(config, seed)), routers)

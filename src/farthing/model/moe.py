@@ -1,0 +1,83 @@
+"""The feed-forward half of a layer: dense, or a mixture of experts (DeepSeek-V3 section 2.1.2).
+
+Legend: T tokens; D hidden size; I intermediate size; E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from farthing.model.config import ModelConfig
+from farthing.model.source import WeightSource
+from farthing.ops import MoEWeights, Ops, RouterSpec, Weight
+
+Gated = tuple[Weight, Weight, Weight]
+
+
+def router_spec(config: ModelConfig) -> RouterSpec:
+    """The routing rule of a config: noaux_tc, group_limited_greedy or greedy."""
+    assert config.n_routed_experts is not None
+    grouped = config.topk_method != "greedy"
+    return RouterSpec(
+        num_experts=config.n_routed_experts,
+        top_k=config.num_experts_per_tok,
+        num_groups=config.n_group if grouped else 1,
+        top_k_groups=config.topk_group if grouped else 1,
+        scoring=config.scoring_func,
+        group_score="top2_sum" if config.topk_method == "noaux_tc" else "max",
+        normalize=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
+
+
+class FeedForward:
+    """One layer's MLP or mixture of experts, with its norm and residual."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        layer: int,
+        router: RouterSpec | None,
+    ) -> None:
+        self.ops, self.eps = ops, config.rms_norm_eps
+        self.norm = weights.tensor(
+            f"model.layers.{layer}.post_attention_layernorm.weight", (config.hidden_size,)
+        ).float()
+        p = f"model.layers.{layer}.mlp"
+        self.is_moe = router is not None
+        if router is None:
+            self.packed = ops.pack_mlp(p, gated(weights, p, config.hidden_size, config.intermediate_size))
+        else:
+            self.packed = ops.pack_moe(p, router, lambda: moe_weights(config, weights, p, router))
+
+    def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
+        """h [T, D] -> h + feed_forward(norm(h)) [T, D]; counts [E] gains the tokens of each expert."""
+        if self.is_moe:
+            return self.ops.moe(h, self.packed, self.norm, self.eps, counts)
+        return self.ops.mlp(h, self.packed, self.norm, self.eps)
+
+
+def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Gated]:
+    """A loader of gate [I, D], up [I, D] and down [D, I]."""
+    return lambda: (
+        weights.weight(f"{prefix}.gate_proj", (i, d)),
+        weights.weight(f"{prefix}.up_proj", (i, d)),
+        weights.weight(f"{prefix}.down_proj", (d, i)),
+    )
+
+
+def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router: RouterSpec) -> MoEWeights:
+    """Router and experts of one layer; the experts are read one at a time."""
+    e, d, i = router.num_experts, config.hidden_size, config.moe_intermediate_size
+    has_bias = config.topk_method == "noaux_tc"
+    shared_size = i * config.n_shared_experts
+    return MoEWeights(
+        gate=weights.tensor(f"{prefix}.gate.weight", (e, d)).float(),
+        bias=weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)).float() if has_bias else None,
+        experts=[gated(weights, f"{prefix}.experts.{j}", d, i) for j in range(e)],
+        shared=gated(weights, f"{prefix}.shared_experts", d, shared_size) if shared_size else None,
+    )

@@ -1,0 +1,70 @@
+"""Multi-token prediction (DeepSeek-V3 section 2.2): one more block that predicts the token after next.
+
+h'_i = Block(eh_proj([enorm(embed(t_{i+1})) ; hnorm(h_i)])) with h_i behind the model's final norm;
+logits of t_{i+2} = head(shared_head.norm(h'_i)). A further step is fed shared_head.norm(h') again.
+
+Legend: T tokens; D hidden size; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farthing.model.attention import Attention
+from farthing.model.config import ModelConfig
+from farthing.model.moe import FeedForward
+from farthing.model.source import WeightSource
+from farthing.ops import Batch, LatentCache, Ops, RouterSpec
+from farthing.ops.api import Handle
+from farthing.ops.weights import Weight
+
+
+class MTPLayer:
+    """Checkpoint layer `layer` >= num_hidden_layers; embedding and head are shared unless they differ."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        layer: int,
+        rope: Tensor,
+        router: RouterSpec | None,
+        embedding: Tensor,
+        head: Handle,
+    ) -> None:
+        p, d = f"model.layers.{layer}.", config.hidden_size
+        self.ops, self.eps, self.layer = ops, config.rms_norm_eps, layer
+        self.enorm = weights.tensor(p + "enorm.weight", (d,)).float()
+        self.hnorm = weights.tensor(p + "hnorm.weight", (d,)).float()
+        self.norm = weights.tensor(p + "shared_head.norm.weight", (d,)).float()
+        self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
+        self.attention = Attention(config, ops, weights, layer, rope)
+        self.feed_forward = FeedForward(config, ops, weights, layer, router)
+        self.embedding, self.head = embedding, head
+        shape = (config.vocab_size, d)
+        # Released checkpoints hold copies of the main embedding and head: share unless they differ.
+        if weights.has(p + "embed_tokens.weight"):
+            own = weights.tensor(p + "embed_tokens.weight", shape)
+            self.embedding = embedding if torch.equal(own, embedding) else own
+        if weights.has(p + "shared_head.head.weight"):
+            own = weights.tensor(p + "shared_head.head.weight", shape)
+            main = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+            if not torch.equal(own, weights.tensor(main, shape)):
+                self.head = ops.pack_linear(p + "shared_head.head", lambda: [Weight("dense", own)])
+
+    def __call__(
+        self,
+        next_ids: Tensor,
+        h: Tensor,
+        batch: Batch,
+        cache: LatentCache,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """next_ids [T] = the token after each position, h [T, D] (normed) -> h' [T, D] before its norm."""
+        ops = self.ops
+        e = ops.rms_norm(ops.embed(next_ids, self.embedding), self.enorm, self.eps)
+        x = ops.linear(torch.cat((e, ops.rms_norm(h, self.hnorm, self.eps)), -1), self.eh_proj)
+        x = self.attention(x, batch, cache, self.layer)
+        return self.feed_forward(x, counts)

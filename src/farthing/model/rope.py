@@ -1,0 +1,62 @@
+"""Rotary position embedding: plain, or stretched by YaRN (Peng et al. 2023, sections 3.2-3.4).
+
+Legend: r rotary head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from farthing.model.config import ModelConfig, RopeConfig
+
+
+def rope_table(rope: RopeConfig, dim: int, length: int) -> Tensor:
+    """(cos, sin) of every position and pair, float32 [2, length, r/2]."""
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies(rope, dim)
+    magnitude = 1.0
+    if rope.factor is not None:
+        magnitude = _cos_sin_factor(rope)
+    return torch.stack((angles.cos(), angles.sin())) * magnitude
+
+
+def frequencies(rope: RopeConfig, dim: int) -> Tensor:
+    """Radians a position for every pair, float32 [r/2]; YaRN ramps from theta_i to theta_i / factor."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    theta = 1.0 / rope.theta**exponent
+    if rope.factor is None:
+        return theta
+
+    def pair_that_turns(rotations: float) -> float:
+        return (
+            dim
+            * math.log(rope.original_max_position / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
+
+    low = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(rope.beta_slow)), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return theta * (1 - ramp) + theta / rope.factor * ramp
+
+
+def score_scale(config: ModelConfig) -> float:
+    """(nope + r)^-1/2, times m(mscale_all_dim)^2 under YaRN (V3: 0.135234)."""
+    scale = float(config.qk_head_dim**-0.5)
+    rope = config.rope
+    if rope.factor is not None and rope.mscale_all_dim:
+        scale *= _mscale(rope.factor, rope.mscale_all_dim) ** 2
+    return scale
+
+
+def _mscale(factor: float, a: float) -> float:
+    return 0.1 * a * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _cos_sin_factor(rope: RopeConfig) -> float:
+    assert rope.factor is not None
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return _mscale(rope.factor, 1.0)

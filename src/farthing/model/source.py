@@ -1,0 +1,48 @@
+"""Where a model's weights come from: a checkpoint on disk, or tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from farthing.ops import Weight
+
+
+class WeightSource(Protocol):
+    """What the model asks of a checkpoint (see `farthing.checkpoint.Checkpoint`)."""
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this full name exists."""
+        ...
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A plain parameter; raises if it is missing or of another shape."""
+        ...
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """The matrix of a linear module, in whatever format it is stored."""
+        ...
+
+
+class MemorySource:
+    """Plain tensors by name, as a state dict holds them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this full name exists."""
+        return name in self._tensors
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A parameter; raises KeyError or ValueError."""
+        value = self._tensors[name]
+        if shape is not None and tuple(value.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
+        return value
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """A dense matrix."""
+        return Weight("dense", self.tensor(f"{module}.weight", shape))

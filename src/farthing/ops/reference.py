@@ -1,0 +1,271 @@
+"""The reference backend: the definition of correct, in plain torch.
+
+Nothing here is clever. Weights are dequantized once; activations are never quantized.
+Legend: see `farthing.ops.api`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, MoEWeights, Ops, RouterSpec
+from farthing.ops.weights import Weight, quantize_int4, quantize_int8
+
+CACHE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+CACHE_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+@dataclass(slots=True)
+class _Attention:
+    spec: AttentionSpec
+    w_uk: Tensor  # [H, n, c]
+    w_uv: Tensor  # [H, v, c]
+    norm: Tensor  # [c]
+    rope: Tensor  # [2, max_len, r/2]
+
+
+@dataclass(slots=True)
+class _MoE:
+    spec: RouterSpec
+    gate: Tensor
+    bias: Tensor | None
+    experts: list[tuple[Tensor, Tensor, Tensor]]
+    shared: tuple[Tensor, Tensor, Tensor] | None
+
+
+class ReferenceOps(Ops):
+    """Every op in torch, on any device torch runs on."""
+
+    def __init__(self, dtype: torch.dtype, quantization: str | None = None) -> None:
+        self.name = f"reference {str(dtype).removeprefix('torch.')}"
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self._quantization = quantization
+
+    def _value(self, weight: Weight) -> Tensor:
+        if self._quantization and weight.format == "dense":
+            k = weight.shape[1]
+            if self._quantization == "int8":
+                weight = quantize_int8(weight.data)
+            elif k % 32 == 0:
+                weight = quantize_int4(weight.data, 64 if k % 64 == 0 else 32)
+        return weight.dequantize(self.dtype)
+
+    # -- packing
+
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Tensor:
+        return torch.cat([self._value(w) for w in weights()])
+
+    def pack_mlp(
+        self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = weights()
+        return self._value(gate), self._value(up), self._value(down)
+
+    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> _MoE:
+        w = weights()
+        experts = [self.pack_mlp(name, e) for e in w.experts]
+        shared = self.pack_mlp(name, w.shared) if w.shared else None
+        return _MoE(spec, w.gate.float(), None if w.bias is None else w.bias.float(), experts, shared)
+
+    def pack_attention(
+        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
+    ) -> _Attention:
+        kv_b, norm = weights()
+        heads = self._value(kv_b).view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
+        w_uk, w_uv = heads.split((spec.nope_dim, spec.value_dim), dim=1)
+        return _Attention(spec, w_uk, w_uv, norm.to(self.dtype), rope)
+
+    def new_cache(
+        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
+    ) -> LatentCache:
+        shape = (layers, num_blocks, block_size)
+        kind = CACHE_DTYPES[dtype]
+        scale = torch.ones(*shape, 2) if kind in CACHE_MAX else None
+        return LatentCache(torch.zeros(*shape, width, dtype=kind), scale)
+
+    # -- computing
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(ids, table).to(self.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        return weight.to(self.dtype) * x32.to(self.dtype)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if norm is not None:
+            x = self.rms_norm(x, norm, eps)
+        y = F.linear(x, weight)
+        return y if residual is None else residual + y
+
+    def mla(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        attention: _Attention,
+        cache: LatentCache,
+        layer: int,
+        batch: Batch,
+        eps: float,
+    ) -> Tensor:
+        s = attention.spec
+        cos, sin = attention.rope[:, batch.positions.long()].unbind(0)  # [T, r/2]
+        q_nope, q_pe = q.view(-1, s.num_heads, s.nope_dim + s.rope_dim).split((s.nope_dim, s.rope_dim), -1)
+        q_pe = rotate(q_pe, cos.unsqueeze(1), sin.unsqueeze(1), s.interleaved)
+        latent, k_pe = kv.split((s.latent_dim, s.rope_dim), -1)
+        latent = self.rms_norm(latent, attention.norm, eps)
+        write_cache(cache, layer, batch.slots, latent, rotate(k_pe, cos, sin, s.interleaved))
+        # Absorbed: the query is taken into the latent space, so that keys are never expanded.
+        q_latent = torch.einsum("thn,hnc->thc", q_nope, attention.w_uk)
+        query = torch.cat((q_latent, q_pe), -1).float()  # [T, H, c + r]
+        out = torch.empty(q.shape[0], s.num_heads, s.latent_dim)
+        for b, (start, stop) in enumerate(zip(batch.query_start[:-1], batch.query_start[1:], strict=True)):
+            keys = read_cache(cache, layer, batch.block_table[b], int(batch.context_lens[b]), s.latent_dim)
+            scores = torch.einsum("thw,sw->ths", query[start:stop], keys) * s.scale
+            visible = torch.arange(keys.shape[0]) <= batch.positions[start:stop, None]  # [t, S]
+            weights = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1)
+            out[start:stop] = weights @ keys[:, : s.latent_dim]
+        return torch.einsum("thc,hvc->thv", out.to(self.dtype), attention.w_uv).flatten(1)
+
+    def mlp(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norm: Tensor, eps: float) -> Tensor:
+        return x + gated_mlp(self.rms_norm(x, norm, eps), weights)
+
+    def moe(self, x: Tensor, weights: _MoE, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
+        n = self.rms_norm(x, norm, eps)
+        ids, gates = self.route(n, weights)
+        out = torch.zeros_like(n, dtype=torch.float32)
+        for e, expert in enumerate(weights.experts):
+            token, slot = torch.where(ids == e)
+            if counts is not None:
+                counts[e] += token.numel()
+            if token.numel():
+                out.index_add_(0, token, gated_mlp(n[token], expert).float() * gates[token, slot, None])
+        if weights.shared is not None:
+            out += gated_mlp(n, weights.shared).float()
+        return x + out.to(self.dtype)
+
+    def route(self, n: Tensor, weights: _MoE) -> tuple[Tensor, Tensor]:
+        return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec)
+
+    def logits(self, x: Tensor, head: Tensor, norm: Tensor, eps: float) -> Tensor:
+        return self.linear(x, head, norm, eps).float()
+
+    def top_logits(
+        self, x: Tensor, head: Tensor, norm: Tensor, eps: float, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.logits(x, head, norm, eps)
+        # A stable sort keeps equal logits in the order of their ids; topk does not promise it.
+        values, ids = (
+            logits.max(-1, keepdim=True) if k == 1 else logits.sort(stable=True, dim=-1, descending=True)
+        )
+        return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return x.softmax(-1)
+
+
+def create(
+    dtype: torch.dtype | None, threads: int | None, quantization: str | None, packed: str | None
+) -> ReferenceOps:
+    """The backend's factory (see `farthing.ops.select`)."""
+    if packed is not None:
+        raise ValueError("the reference backend reads no packed file; use backend 'cpu'")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return ReferenceOps(dtype or torch.float32, quantization)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of x [..., r] by cos, sin [..., r/2], in float32."""
+    x32 = x.float()
+    a, b = (x32[..., 0::2], x32[..., 1::2]) if interleaved else x32.chunk(2, -1)
+    pair = (a * cos - b * sin, b * cos + a * sin)
+    out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return out.to(x.dtype)
+
+
+def gated_mlp(x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """down(silu(gate(x)) * up(x))."""
+    gate, up, down = weights
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E] float32 -> (ids [T, k] int64, weights [T, k] float32), heaviest choice first.
+
+    DeepSeek-V3 section 2.1.2: the bias takes part in the choice and not in the weights; excluded groups are
+    minus infinity, since biased scores can be negative. Skipped experts (spec.mass) have id -1 and weight 0.
+    """
+    scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    if spec.num_groups > 1:
+        groups = choice.view(-1, spec.num_groups, spec.num_experts // spec.num_groups)
+        if spec.group_score == "top2_sum":
+            group_score = groups.topk(2, dim=-1).values.sum(-1)
+        else:
+            group_score = groups.amax(-1)
+        kept = group_score.topk(spec.top_k_groups, dim=-1).indices
+        excluded = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, kept, False)
+        choice = groups.masked_fill(excluded.unsqueeze(-1), float("-inf")).flatten(1)
+    ids = choice.topk(spec.top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if spec.mass is not None:
+        ids, weights = keep_mass(ids, weights, spec.mass, spec.min_experts)
+    if spec.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * spec.scale
+
+
+def keep_mass(ids: Tensor, weights: Tensor, mass: float, min_experts: int) -> tuple[Tensor, Tensor]:
+    """Keep the fewest experts (at least min_experts) whose share of the weights reaches `mass`."""
+    weights, order = weights.sort(stable=True, dim=-1, descending=True)
+    ids = ids.gather(1, order)
+    share = weights / weights.sum(-1, keepdim=True)
+    before = share.cumsum(-1) - share  # share of the experts ranked above this one
+    keep = (before < mass) | (torch.arange(ids.shape[1]) < min_experts)
+    return ids.masked_fill(~keep, -1), weights.masked_fill(~keep, 0.0)
+
+
+def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
+    """Store latent [T, c] and k_pe [T, r], quantized per token and part where the cache is 8-bit."""
+    data = cache.data[layer].flatten(0, 1)
+    if cache.scale is None:
+        data[slots] = torch.cat((latent, k_pe), -1).to(data.dtype)
+        return
+    top = CACHE_MAX[data.dtype]
+    scale = torch.stack([p.float().abs().amax(-1) / top for p in (latent, k_pe)], -1).clamp_min(
+        1e-20
+    )  # [T, 2]
+    parts = [p.float() / scale[:, i : i + 1] for i, p in enumerate((latent, k_pe))]
+    values = torch.cat(parts, -1)
+    data[slots] = (values.round() if data.dtype == torch.int8 else values).clamp(-top, top).to(data.dtype)
+    cache.scale[layer].flatten(0, 1)[slots] = scale
+
+
+def read_cache(cache: LatentCache, layer: int, blocks: Tensor, length: int, latent_dim: int) -> Tensor:
+    """The first `length` cached rows of a sequence, float32 [S, c + r]."""
+    used = blocks[: (length + cache.block_size - 1) // cache.block_size].long()
+    rows = cache.data[layer][used].flatten(0, 1)[:length].float()
+    if cache.scale is not None:
+        scale = cache.scale[layer][used].flatten(0, 1)[:length]
+        rows = torch.cat((rows[:, :latent_dim] * scale[:, :1], rows[:, latent_dim:] * scale[:, 1:]), -1)
+    return rows
