@@ -1,0 +1,85 @@
+"""The engine's configuration: frozen, checked, every error names the field, the value and what is accepted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Backend = Literal["auto", "reference", "cpu", "gpu"]
+KvCacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "int8"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine is built from. None: chosen when the engine is built."""
+
+    model: str = "reference"  # the embedded model, a directory, or a hub id
+    dtype: Dtype = "auto"  # of the activations
+    backend: str = "auto"  # auto, reference, cpu, gpu, or an entry point of farthing.ops
+    threads: int | None = None
+    quantization: Quantization | None = None  # round dense weights to nearest while loading
+    packed: str | None = None  # a file written by `farthing compress --pack`
+    max_model_len: int | None = None  # prompt + output; None: the model's, as far as the cache holds it
+    max_num_seqs: int = 64  # sequences in one step
+    max_num_batched_tokens: int | None = None  # tokens in one step; None: 512 on a CPU, 8192 on a GPU
+    max_queue: int | None = 1024  # waiting requests before QueueFull; None: unbounded
+    block_size: int = 16  # tokens in a cache block
+    num_blocks: int | None = None
+    kv_cache_memory: int | None = None  # bytes; ignored when num_blocks is given
+    kv_cache_dtype: KvCacheDtype = "auto"
+    enable_prefix_caching: bool = True
+    priority_step: float = 10.0  # seconds of waiting that outweigh one level of priority
+    speculate: str | None = None  # "mtp", "mtp:2", "ngram", "ngram:4"
+    seed: int = 0
+    skip_tokenizer_init: bool = False
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of(self, "dtype", get_args(Dtype))
+        _one_of(self, "kv_cache_dtype", get_args(KvCacheDtype))
+        _one_of(self, "quantization", (None, *get_args(Quantization)))
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; expected a positive integer")
+        if not self.priority_step > 0:
+            raise ValueError(f"priority_step is {self.priority_step!r}; expected seconds > 0")
+        if self.tensor_parallel_size != 1:
+            raise ValueError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}; this engine runs on one device, expected 1"
+            )
+        parse_speculate(self.speculate)
+
+
+_POSITIVE = (
+    "threads",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_queue",
+    "block_size",
+    "num_blocks",
+    "kv_cache_memory",
+    "tensor_parallel_size",
+)
+_DEFAULT_DRAFTS = {"mtp": 1, "ngram": 4}
+MAX_DRAFTS = 16
+
+
+def parse_speculate(value: str | None) -> tuple[Literal["mtp", "ngram"], int] | None:
+    """'mtp[:k]' | 'ngram[:k]' -> (method, drafts a step)."""
+    if value is None:
+        return None
+    method, _, count = value.partition(":")
+    drafts = int(count) if count.isdecimal() else _DEFAULT_DRAFTS.get(method, 0) if not count else 0
+    if (method != "mtp" and method != "ngram") or not 1 <= drafts <= MAX_DRAFTS:
+        raise ValueError(f"speculate is {value!r}; expected 'mtp[:k]' or 'ngram[:k]' with k in 1…{MAX_DRAFTS}")
+    return ("mtp" if method == "mtp" else "ngram"), drafts
+
+
+def _one_of(config: EngineConfig, name: str, accepted: tuple[object, ...]) -> None:
+    value = getattr(config, name)
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; expected one of {accepted}")

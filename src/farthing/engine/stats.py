@@ -1,0 +1,111 @@
+"""Counters, gauges and histograms of an engine: plain numbers that a server turns into Prometheus metrics."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+# Seconds. From 1 ms, since a small model on a CPU answers faster than the usual smallest bucket.
+BUCKETS = (
+    (0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75)
+    + (1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramSnapshot:
+    """bounds (seconds, upper, inclusive), cumulative counts with the +Inf bucket last, and the sum."""
+
+    bounds: tuple[float, ...]
+    cumulative: tuple[int, ...]
+    sum: float
+
+    @property
+    def count(self) -> int:
+        """All observations."""
+        return self.cumulative[-1]
+
+
+class Histogram:
+    """Observations in fixed buckets."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one observation (seconds)."""
+        self.counts[bisect_left(BUCKETS, value)] += 1
+        self.sum += value
+
+    def snapshot(self) -> HistogramSnapshot:
+        """A consistent copy."""
+        total, cumulative = 0, []
+        for count in self.counts:
+            total += count
+            cumulative.append(total)
+        return HistogramSnapshot(BUCKETS, tuple(cumulative), self.sum)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All statistics at one moment. Counters since the engine was built; gauges are now."""
+
+    # gauges
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage: float  # 0…1, blocks that live sequences hold
+    # counters
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_cache_queries: int  # prompt tokens looked up
+    prefix_cache_hits: int  # prompt tokens found
+    preemptions: int
+    draft_tokens: int
+    accepted_tokens: int
+    drafts: int  # draft sequences verified (draft_tokens / drafts = mean draft length)
+    steps: int
+    busy_seconds: float  # wall time inside steps
+    integrity_failures: int
+    requests_finished: dict[str, int]  # by finish reason
+    # histograms, seconds
+    time_to_first_token: HistogramSnapshot
+    time_per_output_token: HistogramSnapshot  # mean over a request, first token excluded
+    inter_token_latency: HistogramSnapshot
+    e2e_request_latency: HistogramSnapshot
+    request_queue_time: HistogramSnapshot
+    # [MoE layer in order][expert] tokens; {} where the model is dense. Key: layer index.
+    expert_tokens: dict[int, list[int]]
+    uptime_seconds: float
+
+
+@dataclass(slots=True)
+class Stats:
+    """Written by the engine's thread; `snapshot()` may be called from any."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    drafts: int = 0
+    steps: int = 0
+    busy_seconds: float = 0.0
+    integrity_failures: int = 0
+    finished: dict[str, int] = field(
+        default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0}
+    )
+    ttft: Histogram = field(default_factory=Histogram)
+    tpot: Histogram = field(default_factory=Histogram)
+    itl: Histogram = field(default_factory=Histogram)
+    e2e: Histogram = field(default_factory=Histogram)
+    queue: Histogram = field(default_factory=Histogram)
+    lock: threading.Lock = field(default_factory=threading.Lock)
