@@ -115,7 +115,6 @@ class ModelConfig:
         if model_type == "deepseek_v2":
             values.setdefault("topk_method", "greedy")
             values.setdefault("scoring_func", "softmax")
-            # Hugging Face's V2 gate scales and never normalizes, whatever norm_topk_prob says.
             values["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
         required = [f.name for f in fields(cls) if f.name not in values and f.name in _REQUIRED]
         if required:

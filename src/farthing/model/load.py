@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from farthing.model.deepseek import DeepseekModel
 from farthing.model.source import MemorySource
 from farthing.ops import Ops, RouterSpec
 
+log = logging.getLogger(__name__)
+
 # Written by some trainers, computed here.
 IGNORED = ("*.rotary_emb.inv_freq",)
 
@@ -25,7 +29,14 @@ def load(path: str | Path, ops: Ops, routers: list[RouterSpec | None] | None = N
     Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected.
     """
     checkpoint = Checkpoint.open(Path(path))
-    model = DeepseekModel(ModelConfig.from_json(checkpoint.config), ops, checkpoint, routers)
+    config = ModelConfig.from_json(checkpoint.config)
+    if config.num_nextn_predict_layers and not checkpoint.has(
+        f"model.layers.{config.num_hidden_layers}.enorm.weight"
+    ):
+        # transformers drops the MTP layer when it saves a model and leaves the field in place.
+        log.warning("%s names an MTP layer and holds none: speculation with it is not available", path)
+        config = replace(config, num_nextn_predict_layers=0)
+    model = DeepseekModel(config, ops, checkpoint, routers)
     checkpoint.finish(ignore=IGNORED)
     return model
 

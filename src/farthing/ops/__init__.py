@@ -1,7 +1,18 @@
 """The arithmetic: one signature an op, one implementation a device."""
 
 from farthing.ops.api import AttentionSpec, Batch, LatentCache, MoEWeights, Ops, RouterSpec
+from farthing.ops.batch import make_batch
 from farthing.ops.select import select
 from farthing.ops.weights import Weight
 
-__all__ = ["AttentionSpec", "Batch", "LatentCache", "MoEWeights", "Ops", "RouterSpec", "Weight", "select"]
+__all__ = [
+    "AttentionSpec",
+    "Batch",
+    "LatentCache",
+    "MoEWeights",
+    "Ops",
+    "RouterSpec",
+    "Weight",
+    "make_batch",
+    "select",
+]

@@ -1,0 +1,107 @@
+"""config.json: what is accepted, and how a refusal reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from farthing.model import ConfigError, ModelConfig
+from farthing.model.rope import frequencies, rope_table, score_scale
+
+V3 = dict(
+    model_type="deepseek_v3",
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    num_hidden_layers=61,
+    first_k_dense_replace=3,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    topk_method="noaux_tc",
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=163840,
+    rope_theta=10000,
+    rope_scaling=dict(
+        type="yarn",
+        factor=40,
+        original_max_position_embeddings=4096,
+        beta_fast=32,
+        beta_slow=1,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    bos_token_id=0,
+    eos_token_id=1,
+)
+
+
+def test_v3_facts() -> None:
+    config = ModelConfig.from_json(V3)
+    assert config.cache_width == 576
+    assert [config.is_moe(i) for i in (0, 2, 3, 60, 61)] == [False, False, True, True, True]
+    assert score_scale(config) == pytest.approx(0.135234, abs=1e-6)
+    # YaRN leaves the fast pairs alone and divides the slow ones; the ramp runs from pair 10 to pair 23.
+    plain = 10000.0 ** (-2 * 9 / 64)
+    f = frequencies(config.rope, 64)
+    assert f[9] == pytest.approx(plain, rel=1e-5)
+    assert f[11] < 10000.0 ** (-2 * 11 / 64)
+    assert f[23] == pytest.approx(10000.0 ** (-2 * 23 / 64) / 40, rel=1e-5)
+    # cos and sin are multiplied by m(mscale) / m(mscale_all_dim) = 1.
+    assert rope_table(config.rope, 64, 2)[0, 0].tolist() == [1.0] * 32
+
+
+def test_aliases_of_newer_files() -> None:
+    raw = {
+        k: v
+        for k, v in V3.items()
+        if k not in ("n_routed_experts", "num_nextn_predict_layers", "rope_scaling")
+    }
+    raw |= dict(num_local_experts=256, num_mtp_layers=1, eos_token_id=[1, 2])
+    raw["rope_parameters"] = dict(V3["rope_scaling"], rope_type="yarn", rope_theta=50000.0)  # type: ignore[call-overload]
+    config = ModelConfig.from_json(raw)
+    assert (config.n_routed_experts, config.num_nextn_predict_layers) == (256, 1)
+    assert (config.eos_token_ids, config.rope.theta) == ((1, 2), 50000.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model_type="llama"), r"model_type is 'llama'; expected one of"),
+        (dict(hidden_size=None), r"lacks hidden_size"),
+        (dict(hidden_size=-1), r"hidden_size is -1; expected a positive integer"),
+        (dict(qk_rope_head_dim=63), r"qk_rope_head_dim is 63; expected an even number"),
+        (dict(rope_scaling=dict(type="longrope")), r"rope_scaling.type is 'longrope'; expected 'yarn'"),
+        (dict(n_group=7), r"n_group is 7; expected a divisor of n_routed_experts = 256"),
+        (dict(topk_group=9), r"topk_group is 9; expected 1…8"),
+        (dict(topk_method="best"), r"topk_method is 'best'; expected noaux_tc"),
+        (dict(scoring_func="tanh"), r"scoring_func is 'tanh'; expected sigmoid or softmax"),
+    ],
+)
+def test_refusals_name_field_value_and_choice(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_json(V3 | change)
+
+
+def test_directory_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(V3))
+    assert ModelConfig.from_directory(tmp_path).hidden_size == 7168
