@@ -1,0 +1,88 @@
+"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
+
+
+class ApiError(Exception):
+    """An answer other than success. retry_after is in whole seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    def payload(self) -> dict[str, Any]:
+        """The JSON document."""
+        kind = _TYPES.get(self.status, "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def body(self) -> str:
+        """The document as ASCII JSON: a message may quote characters that UTF-8 cannot carry."""
+        return json.dumps(self.payload())
+
+    def response(self) -> Response:
+        """The HTTP answer."""
+        headers = dict(UNAUTHORIZED_HEADERS) if self.status == 401 else {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        return Response(self.body(), self.status, headers, media_type="application/json")
+
+
+async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer from a middleware."""
+    await error.response()(scope, receive, send)
+
+
+def describe_validation(errors: list[Any]) -> ApiError:
+    """The first of pydantic's complaints, as a 400 that names the field, the value and what is accepted."""
+    first = errors[0]
+    where = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    param = ".".join(where) or None
+    if first["type"] == "missing":
+        return ApiError(400, f"{param or 'the body'} is missing", param=param, code="missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is not a known field", param=param, code="unknown_parameter")
+    value = repr(first.get("input"))
+    value = value if len(value) <= 80 else value[:77] + "..."
+    message = f"{param or 'the body'} is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+async def handle_api_error(_: Request, error: Exception) -> Response:
+    """Exception handler for ApiError."""
+    assert isinstance(error, ApiError)
+    return error.response()

@@ -1,0 +1,148 @@
+"""What one client may use: requests and tokens a minute, and bytes a request."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from farthing.server.errors import ApiError, send_error
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A token bucket: holds at most a minute's worth, fills evenly, and may go into debt."""
+
+    per_minute: int
+    level: float
+    filled_at: float
+
+    def refill(self, now: float) -> None:
+        """Add what has accrued since the last refill. now: seconds of a monotonic clock."""
+        self.level = min(self.per_minute, self.level + (now - self.filled_at) * self.per_minute / 60)
+        self.filled_at = now
+
+    def wait_for(self, amount: float) -> float:
+        """Seconds until `amount` is there."""
+        return max(0.0, (amount - self.level) * 60 / self.per_minute)
+
+
+class Quotas:
+    """Requests and tokens a minute for each client. Only the event loop touches it.
+
+    A request is admitted when the client has a request left and enough tokens for its prompt; the tokens
+    it generates are charged as they come and may leave a debt that later requests wait for.
+    """
+
+    def __init__(
+        self,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._clock = clock
+
+    def admit(self, client: str, prompt_tokens: int) -> None:
+        """Charge a request and its prompt. Raises ApiError (429, with Retry-After) and charges nothing if
+        either quota is spent."""
+        wanted = {"requests": 1, "tokens": prompt_tokens}
+        limit = self._limits["tokens"]
+        if limit is not None and prompt_tokens > limit:
+            raise ApiError(
+                429,
+                f"the prompt has {prompt_tokens} tokens; expected at most this key's quota of {limit} a minute",
+                code="tokens_quota_exceeded",
+            )
+        for resource, amount in wanted.items():
+            bucket = self._bucket(client, resource)
+            if bucket and (wait := bucket.wait_for(amount)) > 0:
+                raise ApiError(
+                    429,
+                    f"{client!r} has used its quota of {bucket.per_minute} {resource} a minute",
+                    code=f"{resource}_quota_exceeded",
+                    retry_after=math.ceil(wait),
+                )
+        for resource, amount in wanted.items():
+            if bucket := self._bucket(client, resource):
+                bucket.level -= amount
+
+    def charge(self, client: str, tokens: int) -> None:
+        """Charge generated tokens."""
+        if bucket := self._bucket(client, "tokens"):
+            bucket.level -= tokens
+
+    def _bucket(self, client: str, resource: str) -> Bucket | None:
+        per_minute = self._limits[resource]
+        if per_minute is None:
+            return None
+        now = self._clock()
+        bucket = self._buckets.setdefault((client, resource), Bucket(per_minute, per_minute, now))
+        bucket.refill(now)
+        return bucket
+
+
+class BodyLimit:
+    """ASGI middleware: refuses a body of more than `max_bytes` (413), before it is read where its length is
+    declared, and one that takes longer than `timeout` seconds to arrive (408)."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.timeout = timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > self.max_bytes:
+            await send_error(self._too_large(), scope, receive, send)
+            return
+        if scope["method"] in ("POST", "PUT", "PATCH"):
+            try:
+                receive = await self._buffered(receive)
+            except ApiError as error:
+                await send_error(error, scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    async def _buffered(self, receive: Receive) -> Receive:
+        """Read the body whole, so that the application never waits for a slow client."""
+        import asyncio
+
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self.timeout):
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        break
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > self.max_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {self.timeout:g} s") from None
+        first: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal first
+            if first is None:
+                return await receive()
+            message, first = first, None
+            return message
+
+        return replay
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413, f"the body is too large; expected at most {self.max_bytes} bytes", code="request_too_large"
+        )
