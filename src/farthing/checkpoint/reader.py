@@ -1,0 +1,239 @@
+"""A Hugging Face model directory as named tensors and weights.
+
+Nothing is read before it is asked for. Every failure names the file, the tensor, what was expected and
+what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint import compressed_tensors as ct
+from farthing.checkpoint.error import CheckpointError
+from farthing.checkpoint.shards import Shards, read_json
+from farthing.ops.weights import FP8_BLOCK, Weight
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Checkpoint:
+    """One checkpoint, opened by `Checkpoint.open`.
+
+    | quantization_config.quant_method | what `weight` returns |
+    |---|---|
+    | (none) | dense, as stored: bf16, f16 or f32 |
+    | fp8 (DeepSeek) | fp8 where `weight_scale_inv` exists, else dense |
+    | compressed-tensors | int8, int4 or fp8 by config group and ignore list |
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
+        self.path = path
+        self.config = config
+        self._shards = shards
+        self._used: set[str] = set()
+        self._groups: ct.Groups | None = None
+        self._fp8 = False
+        quantization = config.get("quantization_config") or config.get("compression_config")
+        if quantization:
+            self._resolve(quantization)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read config.json and the index; map nothing yet. Raises CheckpointError."""
+        path = Path(path)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
+        return cls(path, read_json(path / "config.json"), Shards(path))
+
+    def names(self) -> Iterable[str]:
+        """Every tensor name of the checkpoint."""
+        return self._shards.file_of.keys()
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this full name exists."""
+        return name in self._shards.file_of
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A plain parameter in its stored dtype, as a view of the mapped file: copy it to change it.
+
+        Raises CheckpointError where it is missing or has another shape.
+        """
+        if not self.has(name):
+            raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
+        self._used.add(name)
+        tensor = self._shards.read(name)
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{self._where(name)}: {name}: expected shape {list(shape)}, found {list(tensor.shape)}"
+            )
+        return tensor
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """The matrix of a Linear module ('model.layers.0.mlp.gate_proj'), in its stored format."""
+        scheme = self._groups.scheme(module) if self._groups else None
+        if self._fp8 and self.has(f"{module}.weight_scale_inv"):
+            weight = self._deepseek(module)
+        elif scheme and self.has(f"{module}.weight_scale"):
+            weight = self._compressed(module, scheme)
+        else:
+            weight = self._dense(module, scheme)
+        if shape is not None and weight.shape != tuple(shape):
+            raise CheckpointError(
+                f"{self._where(f'{module}.weight')}: {module}.weight: expected shape {list(shape)}, "
+                f"found {list(weight.shape)}"
+            )
+        return weight
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether the module is stored with scales."""
+        return any(self.has(f"{module}.{s}") for s in ("weight_scale", "weight_scale_inv", "weight_packed"))
+
+    def stored_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum((self.path / f).stat().st_size for f in set(self._shards.file_of.values()))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor, read from the header; does not count as use."""
+        return self._shards.shape(name)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a stored tensor, read from the header; does not count as use."""
+        return self._shards.nbytes(name)
+
+    def release(self) -> None:
+        """Unmap the files, so that what was read stops being resident; they are mapped again on demand."""
+        self._shards.release()
+
+    def finish(self, ignore: Sequence[str] = ()) -> None:
+        """Raise CheckpointError on tensors nobody asked for, except those matching an fnmatch pattern."""
+        unused = [
+            n
+            for n in self.names()
+            if n not in self._used and not any(fnmatchcase(n, pattern) for pattern in ignore)
+        ]
+        if unused:
+            first = unused[0]
+            raise CheckpointError(
+                f"{self._where(first)}: {first} with shape {list(self.shape(first))} was not used"
+                + (f", nor were {len(unused) - 1} more (next: {unused[1]})" if len(unused) > 1 else "")
+                + "; expected a checkpoint of exactly the architecture config.json describes"
+            )
+
+    # -- resolving
+
+    def _resolve(self, quantization: dict[str, Any]) -> None:
+        method = quantization.get("quant_method")
+        if method == "fp8":
+            block = quantization.get("weight_block_size")
+            if list(block or ()) != [FP8_BLOCK, FP8_BLOCK]:
+                raise CheckpointError(
+                    f"{self.path / 'config.json'}: quantization_config.weight_block_size is {block}; "
+                    "expected [128, 128]"
+                )
+            self._fp8 = True
+        elif method == ct.METHOD:
+            try:
+                self._groups = ct.Groups.from_json(quantization)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.path}/{error}") from None
+        else:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: unknown quantization: quant_method is {method!r}; "
+                f"expected 'fp8' (DeepSeek blocks) or {ct.METHOD!r}"
+            )
+
+    def _dense(self, module: str, scheme: ct.Scheme | None) -> Weight:
+        name = f"{module}.weight"
+        if self.is_quantized(module) and not scheme:
+            raise CheckpointError(
+                f"{self._where(name)}: {module} is stored quantized, but config.json's quantization_config "
+                "does not target it; expected a config group that names it"
+            )
+        data = self.tensor(name)
+        if data.dtype not in FLOATS:
+            wanted = (
+                "weight_scale_inv"
+                if self._fp8
+                else "weight_scale"
+                if scheme
+                else "float32, bfloat16 or float16"
+            )
+            raise CheckpointError(f"{self._where(name)}: {name}: found {data.dtype}, expected {wanted}")
+        if data.ndim != 2:
+            raise CheckpointError(
+                f"{self._where(name)}: {name}: expected a matrix, found shape {list(data.shape)}"
+            )
+        return Weight("dense", data)
+
+    def _deepseek(self, module: str) -> Weight:
+        name = f"{module}.weight"
+        data, scale = self.tensor(name), self.tensor(f"{name}_scale_inv")
+        if data.dtype != torch.float8_e4m3fn:
+            raise CheckpointError(f"{self._where(name)}: {name}: expected float8_e4m3fn, found {data.dtype}")
+        n, k = data.shape
+        expected = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+        if tuple(scale.shape) != expected:
+            raise CheckpointError(
+                f"{self._where(f'{name}_scale_inv')}: {name}_scale_inv: expected shape {list(expected)}, "
+                f"found {list(scale.shape)}"
+            )
+        return self._checked(module, Weight("fp8", data, scale.float()))
+
+    def _compressed(self, module: str, scheme: ct.Scheme) -> Weight:
+        packed = scheme.storage == "pack-quantized"
+        suffixes = ["weight_packed", "weight_shape"] if packed else ["weight"]
+        suffixes.append("weight_scale")
+        if not scheme.symmetric:
+            suffixes.append("weight_zero_point")
+        tensors = {s: self.tensor(f"{module}.{s}") for s in suffixes}
+        if self.has(f"{module}.weight_g_idx"):
+            tensors["weight_g_idx"] = self.tensor(f"{module}.weight_g_idx")
+        self._used.update(f"{module}.{s}" for s in ct.OPTIONAL)
+        try:
+            self._check_dtype(scheme, tensors)
+            return self._checked(module, ct.decode(scheme, tensors))
+        except CheckpointError as error:
+            if str(error).startswith(str(self.path)):
+                raise
+            name = f"{module}.{suffixes[0]}"
+            raise CheckpointError(f"{self._where(name)}: {module}.{error}") from None
+
+    def _check_dtype(self, scheme: ct.Scheme, tensors: dict[str, Tensor]) -> None:
+        if scheme.storage == "pack-quantized":
+            suffix, expected = "weight_packed", torch.int32
+        else:
+            suffix, expected = "weight", torch.float8_e4m3fn if scheme.strategy == "block" else torch.int8
+        if tensors[suffix].dtype != expected:
+            raise CheckpointError(
+                f"{suffix}: expected {expected} for {scheme}, found {tensors[suffix].dtype}"
+            )
+
+    def _checked(self, module: str, weight: Weight) -> Weight:
+        assert weight.scale is not None
+        if not bool(weight.scale.isfinite().all()):
+            raise CheckpointError(
+                f"{self._where(f'{module}.weight')}: {module}: expected finite scales, found NaN or infinity"
+            )
+        return weight
+
+    def _where(self, name: str) -> str:
+        """The file that holds a tensor, or where it should have been listed."""
+        files = self._shards.file_of
+        sibling = name.rpartition(".")[0]
+        file = files.get(name) or next((f for n, f in files.items() if n.startswith(f"{sibling}.")), None)
+        return str(self.path / file) if file else str(self.path)
+
+    def _hint(self, name: str) -> str:
+        parent = name.rpartition(".")[0]
+        siblings = sorted(n for n in self.names() if n.startswith(f"{parent}."))[:4]
+        return (
+            f"; found {', '.join(siblings)}"
+            if siblings
+            else f"; expected it beside {len(list(self.names()))} others"
+        )

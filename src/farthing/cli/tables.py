@@ -1,0 +1,40 @@
+"""Rich tables of `farthing inspect`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from farthing.model.inspect import ModelCost, RoutingReport
+
+
+def print_cost(model: str, cost: ModelCost) -> None:
+    """The per-token figures."""
+    table = Table(title=f"{model}: the cost of a token", show_header=False)
+    table.add_row("parameters", f"{cost.total_parameters:,}")
+    table.add_row("  active a token", f"{cost.active_parameters:,}")
+    table.add_row("  of MTP layers", f"{cost.mtp_parameters:,}")
+    table.add_row("  routed, all / active", f"{cost.routed_parameters:,} / {cost.active_routed_parameters:,}")
+    table.add_row("weight bytes, as stored", f"{cost.weight_bytes:,}")
+    table.add_row("  read a token (batch 1)", f"{cost.active_bytes:,}")
+    table.add_row("KV cache bytes a token (bf16)", f"{cost.kv_bytes_per_token:,}")
+    table.add_row("FLOPs a token", f"{cost.flops_per_token:,}")
+    table.add_row("  and per token of context", f"{cost.attention_flops_per_context_token:,}")
+    table.add_row("FLOPs of a dense model this size", f"{cost.dense_flops_per_token:,}")
+    table.add_row("compute saved", f"{cost.compute_saved:.1%}  (published for this architecture: 60-80 %)")
+    Console().print(table)
+
+
+def print_routing(report: RoutingReport) -> None:
+    """What the router did with the prompts, a row a MoE layer."""
+    title = (
+        f"routing of {report.tokens:,} tokens: {report.experts_per_token:.2f} experts a token, "
+        f"{report.compute_saved:.1%} compute saved (measured)"
+    )
+    table = Table("MoE layer", "least", "mean", "most", "busiest / mean", "unused", title=title)
+    for i, (row, imbalance) in enumerate(zip(report.tokens_per_expert, report.imbalance, strict=True)):
+        mean = sum(row) / len(row)
+        table.add_row(
+            str(i), f"{min(row):,}", f"{mean:,.0f}", f"{max(row):,}", f"{imbalance:.2f}", str(row.count(0))
+        )
+    Console().print(table)

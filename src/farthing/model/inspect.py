@@ -1,0 +1,141 @@
+"""What a token costs by the architecture alone: parameters, bytes and FLOPs, and how routing spreads them.
+
+A multiply-add counts as two FLOPs. "Dense model of the same size" has every parameter active for every
+token; DeepSeek publishes 60-80 % less compute than that for its mixture of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from farthing.checkpoint import Checkpoint
+from farthing.model.config import ModelConfig
+from farthing.model.deepseek import DeepseekModel
+from farthing.model.load import parameter_shapes
+from farthing.ops import make_batch
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """Per-token figures of the main model (MTP layers are counted in `mtp_parameters` only)."""
+
+    total_parameters: int
+    active_parameters: int  # read for one token: one embedding row, top_k experts of each layer
+    mtp_parameters: int
+    routed_parameters: int
+    active_routed_parameters: int
+    weight_bytes: int  # all, as stored
+    active_bytes: int  # read for one token at batch 1, as stored
+    kv_bytes_per_token: int  # bf16
+    flops_per_token: int  # without attention over the context
+    attention_flops_per_context_token: int  # absorbed decode, all layers
+    dense_flops_per_token: int  # a dense model of the same parameters
+
+    @property
+    def compute_saved(self) -> float:
+        """1 - FLOPs / FLOPs of the dense model of the same size."""
+        return 1 - self.flops_per_token / self.dense_flops_per_token
+
+
+def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) -> ModelCost:
+    """Figures from config.json; `nbytes(parameter name)` gives stored bytes, else bf16 is assumed."""
+    shapes = dict(parameter_shapes(config))
+    size = nbytes or (lambda name: 2 * prod(shapes[name]))
+    main = [n for n in shapes if not _is_mtp(n, config)]
+    routed = [n for n in main if ".experts." in n]
+    always = [n for n in main if ".experts." not in n and n != EMBEDDING]
+    share = config.num_experts_per_tok / (config.n_routed_experts or 1)
+
+    def count(names: Iterable[str]) -> int:
+        return sum(prod(shapes[n]) for n in names)
+
+    # A tied embedding is read whole, as the head; an untied one gives one row.
+    head_rows = config.vocab_size if config.tie_word_embeddings else 1
+    active_routed = round(count(routed) * share)
+    matrices = [n for n in main if len(shapes[n]) == 2 and (n != EMBEDDING or config.tie_word_embeddings)]
+    dense = count(matrices)
+    heads = config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+    return ModelCost(
+        total_parameters=count(main),
+        active_parameters=count(always) + active_routed + head_rows * config.hidden_size,
+        mtp_parameters=count(shapes) - count(main),
+        routed_parameters=count(routed),
+        active_routed_parameters=active_routed,
+        weight_bytes=sum(map(size, shapes)),
+        active_bytes=sum(map(size, always))
+        + round(sum(map(size, routed)) * share)
+        + size(EMBEDDING) * head_rows // config.vocab_size,
+        kv_bytes_per_token=config.num_hidden_layers * config.cache_width * 2,
+        flops_per_token=2 * (dense - count(routed) + active_routed),
+        attention_flops_per_context_token=2 * heads * config.num_hidden_layers,
+        dense_flops_per_token=2 * dense,
+    )
+
+
+def _is_mtp(name: str, config: ModelConfig) -> bool:
+    return ".layers." in name and int(name.split(".")[2]) >= config.num_hidden_layers
+
+
+def checkpoint_cost(path: Path) -> ModelCost:
+    """Figures of a checkpoint with the bytes it really stores, quantized or not."""
+    checkpoint = Checkpoint.open(path)
+    by_module: dict[str, int] = {}
+    for name in checkpoint.names():
+        module = name.rpartition(".")[0]
+        by_module[module] = by_module.get(module, 0) + checkpoint.nbytes(name)
+    config = ModelConfig.from_json(checkpoint.config)
+    # A gate's weight and bias share a module: its bytes are given to the weight.
+    return model_cost(config, lambda n: 0 if n.endswith("bias") else by_module.get(n.rpartition(".")[0], 0))
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """Measured routing: what a set of prompts made of the router."""
+
+    tokens: int
+    experts_per_token: float  # mean over MoE layers, adaptive experts included
+    tokens_per_expert: list[list[int]]  # [MoE layer][expert]
+    imbalance: list[float]  # busiest expert / mean, a layer
+    unused: int  # (layer, expert) pairs no token chose
+    compute_saved: float  # against a dense model of the same size, with the measured experts per token
+
+
+def routing_report(model: DeepseekModel, prompts: Sequence[Sequence[int]]) -> RoutingReport:
+    """Run token lists through the model and count what the router did."""
+    config = model.config
+    layers = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
+    if not layers:
+        raise ValueError("the model has no MoE layer: there is no routing to report")
+    counts = torch.zeros(model.cache_layers, config.n_routed_experts or 0, dtype=torch.int64)
+    tokens = 0
+    for ids in prompts:
+        window = torch.tensor(ids[: config.max_position_embeddings], dtype=torch.int64)
+        if not len(window):
+            continue
+        blocks = list(range(-(-len(window) // 16)))
+        with torch.inference_mode():
+            model.forward(
+                window, make_batch([len(window)], [0], [blocks], 16), model.new_cache(len(blocks)), counts
+            )
+        tokens += len(window)
+    if not tokens:
+        raise ValueError("the prompts hold no token; expected text")
+    rows = [counts[i].tolist() for i in layers]
+    per_token = sum(map(sum, rows)) / (tokens * len(rows))
+    cost = model_cost(config)
+    skipped = cost.active_routed_parameters * (1 - per_token / config.num_experts_per_tok)
+    return RoutingReport(
+        tokens=tokens,
+        experts_per_token=per_token,
+        tokens_per_expert=rows,
+        imbalance=[max(r) * len(r) / max(sum(r), 1) for r in rows],
+        unused=sum(r.count(0) for r in rows),
+        compute_saved=1 - (cost.flops_per_token - 2 * skipped) / cost.dense_flops_per_token,
+    )
