@@ -1,0 +1,243 @@
+"""A stand-in for an inference server: OpenAI's API, health, and metrics under vLLM's, SGLang's or
+Farthing's names.
+
+In a test: `async with FakeReplica() as replica:`. As a process: `python replica.py --port P
+[--ready-after S] …`. Every figure it reports is what it really did, except for those set by `PUT /_signals`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from aiohttp import web
+
+_NAMES = {
+    "vllm": {
+        "running": "vllm:num_requests_running",
+        "waiting": "vllm:num_requests_waiting",
+        "kv": "vllm:kv_cache_usage_perc",
+        "prompt": "vllm:prompt_tokens_total",
+        "output": "vllm:generation_tokens_total",
+        "queue": "vllm:request_queue_time_seconds",
+        "ttft": "vllm:time_to_first_token_seconds",
+        "tpot": "vllm:inter_token_latency_seconds",
+        "e2e": "vllm:e2e_request_latency_seconds",
+    },
+    "sglang": {
+        "running": "sglang:num_running_reqs",
+        "waiting": "sglang:num_queue_reqs",
+        "kv": "sglang:token_usage",
+        "prompt": "sglang:prompt_tokens_total",
+        "output": "sglang:generation_tokens_total",
+        "ttft": "sglang:time_to_first_token_seconds",
+        "e2e": "sglang:e2e_request_latency_seconds",
+    },
+}
+_NAMES["farthing"] = {key: name.replace("vllm:", "farthing:") for key, name in _NAMES["vllm"].items()}
+
+
+class FakeReplica:
+    """The server. `tokens` are sent `interval_s` apart; `fail_after` cuts the connection after that many
+    tokens.
+    """
+
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        dialect: str = "vllm",
+        tokens: int = 3,
+        interval_s: float = 0.0,
+        ready_after_s: float = 0.0,
+        name: str = "fake",
+    ) -> None:
+        self.port, self.dialect, self.tokens, self.interval_s = port, dialect, tokens, interval_s
+        self.ready_at = time.monotonic() + ready_after_s
+        self.name = name
+        self.fail_after: int | None = None  # tokens
+        self.status = 200  # of completions
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.disconnects = 0
+        self.running = 0
+        self.signals: dict[str, float] = {"waiting": 0.0, "kv": 0.0}
+        self.totals = {"prompt": 0.0, "output": 0.0}
+        self.sums = {key: [0.0, 0.0] for key in ("queue", "ttft", "tpot", "e2e")}  # [sum, count]
+        self._runner: web.AppRunner | None = None
+
+    # ---- life ------------------------------------------------------------------------------------
+    async def __aenter__(self) -> FakeReplica:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        app = web.Application(client_max_size=64 << 20)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_put("/_signals", self._set_signals)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
+        await site.start()
+        assert site._server is not None
+        self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    # ---- handlers --------------------------------------------------------------------------------
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({}, status=200 if time.monotonic() >= self.ready_at else 503)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": self.name, "object": "model"}]})
+
+    async def _set_signals(self, request: web.Request) -> web.Response:
+        """Set gauges ("waiting", "kv") or add to sums and totals ("queue": [seconds, requests],
+        "prompt": tokens).
+        """
+        for key, value in (await request.json()).items():
+            if key in self.sums:
+                self.sums[key][0] += value[0]
+                self.sums[key][1] += value[1]
+            elif key in self.totals:
+                self.totals[key] += value
+            else:
+                self.signals[key] = value
+        return web.Response(status=204)
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.requests.append(body)
+        self.headers.append(dict(request.headers))
+        if self.status != 200:
+            return web.json_response({"error": {"message": "set by the test"}}, status=self.status)
+        self.running += 1
+        start = time.monotonic()
+        try:
+            response = await (
+                self._stream(request, body) if body.get("stream") else self._whole(request, body)
+            )
+            self._account(start, body)
+            return response
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.disconnects += 1
+            raise
+        finally:
+            self.running -= 1
+
+    def _account(self, start: float, body: dict[str, Any]) -> None:
+        self.totals["prompt"] += len(json.dumps(body)) // 4
+        self.totals["output"] += self.tokens
+        took = time.monotonic() - start
+        for key, seconds in (
+            ("queue", 0.0),
+            ("ttft", self.interval_s),
+            ("tpot", self.interval_s),
+            ("e2e", took),
+        ):
+            self.sums[key][0] += seconds
+            self.sums[key][1] += 1
+
+    async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for index in range(self.tokens):
+            await self._pace(request, index)
+            event = {"choices": [{"index": 0, "delta": {"content": f"t{index} "}}], "model": self.name}
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async def _whole(self, request: web.Request, body: dict[str, Any]) -> web.Response:
+        for index in range(self.tokens):
+            await self._pace(request, index)
+        text = "".join(f"t{index} " for index in range(self.tokens))
+        return web.json_response(
+            {"model": self.name, "choices": [{"message": {"role": "assistant", "content": text}}]}
+        )
+
+    async def _pace(self, request: web.Request, index: int) -> None:
+        if self.fail_after is not None and index >= self.fail_after:
+            assert request.transport is not None
+            request.transport.abort()  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+            raise ConnectionResetError
+        if self.interval_s:
+            await asyncio.sleep(self.interval_s)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        names = _NAMES[self.dialect]
+        lines: list[str] = []
+
+        def put(key: str, kind: str, *samples: tuple[str, float]) -> None:
+            if key in names:
+                base = names[key].removesuffix("_total") if kind == "counter" else names[key]
+                lines.append(f"# TYPE {base} {kind}")
+                lines.extend(
+                    f'{names[key]}{suffix}{{model_name="{self.name}"}} {value}' for suffix, value in samples
+                )
+
+        put("running", "gauge", ("", float(self.running)))
+        put("waiting", "gauge", ("", self.signals["waiting"]))
+        put("kv", "gauge", ("", self.signals["kv"]))
+        put("prompt", "counter", ("", self.totals["prompt"]))
+        put("output", "counter", ("", self.totals["output"]))
+        for key, (total, count) in self.sums.items():
+            put(key, "histogram", ("_sum", total), ("_count", count))
+        return web.Response(
+            text="\n".join(lines) + "\n", headers={"content-type": "text/plain; version=0.0.4"}
+        )
+
+
+async def _main(arguments: argparse.Namespace) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    if arguments.die_at_start:
+        print("fake replica: told to die at start", file=sys.stderr)
+        sys.exit(3)
+    replica = FakeReplica(
+        arguments.port,
+        dialect=arguments.dialect,
+        tokens=arguments.tokens,
+        interval_s=arguments.interval,
+        ready_after_s=arguments.ready_after,
+        name=f"pid-{os.getpid()}",
+    )
+    await replica.start()
+    await stop.wait()
+    while replica.running:  # drain
+        await asyncio.sleep(0.02)
+    await replica.stop()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--dialect", default="vllm")
+    parser.add_argument("--tokens", type=int, default=3)
+    parser.add_argument("--interval", type=float, default=0.0)
+    parser.add_argument("--ready-after", type=float, default=0.0)
+    parser.add_argument("--die-at-start", action="store_true")
+    asyncio.run(_main(parser.parse_args()))
