@@ -1,0 +1,307 @@
+"""The compressed-tensors format (0.20): W8A8, W4A16 and FP8 blocks, to and from `Weight`.
+
+Legend: N rows, K columns, g group size. Element i of a packed row sits at bit 4 i of its little-endian
+words, as u = q + 8; zero points are packed the same way along dimension 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint.error import CheckpointError
+from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
+
+METHOD = "compressed-tensors"
+VERSION = "0.20.0"
+# Suffixes a quantized module may hold besides its weight; activation scales are recomputed per token.
+OPTIONAL = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the weights of one config group are stored."""
+
+    storage: str  # int-quantized | pack-quantized | float-quantized
+    bits: int
+    symmetric: bool
+    strategy: str  # tensor | channel | group | block
+    group_size: int | None
+
+    def __str__(self) -> str:
+        return f"{self.storage} {self.bits} bit {self.strategy}"
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Which module has which scheme: `config.json["quantization_config"]`."""
+
+    schemes: tuple[tuple[tuple[str, ...], Scheme], ...]
+    ignore: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Groups:
+        """Check and convert. Raises CheckpointError on anything this reader has no arithmetic for."""
+        default = raw.get("format", "dense")
+        groups = raw.get("config_groups")
+        if not isinstance(groups, dict):
+            raise CheckpointError(
+                "config.json: quantization_config.config_groups is missing; expected an object"
+            )
+        schemes = tuple(
+            (tuple(group.get("targets") or ()), _scheme(name, group, default))
+            for name, group in groups.items()
+        )
+        return cls(schemes, tuple(raw.get("ignore") or ()))
+
+    def scheme(self, module: str) -> Scheme | None:
+        """The scheme of a Linear module; the most specific target wins: name, then regex, then class."""
+        if any(_matches(module, pattern) for pattern in self.ignore):
+            return None
+        for rank in (_is_name, _is_regex, _is_class):
+            for targets, scheme in self.schemes:
+                if any(rank(module, target) for target in targets):
+                    return scheme
+        return None
+
+
+def _is_name(module: str, target: str) -> bool:
+    return target == module
+
+
+def _is_regex(module: str, target: str) -> bool:
+    return target.startswith("re:") and re.match(target[3:], module) is not None
+
+
+def _is_class(module: str, target: str) -> bool:
+    return target == "Linear"
+
+
+def _matches(module: str, pattern: str) -> bool:
+    return any(rank(module, pattern) for rank in (_is_name, _is_regex, _is_class))
+
+
+def _scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
+    weights = group.get("weights")
+    where = f"config.json: quantization_config.config_groups.{name}"
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{where}.weights is {weights!r}; expected an object")
+    storage = group.get("format") or default
+    bits, kind = weights.get("num_bits"), weights.get("type", "int")
+    strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
+    scheme = Scheme(
+        storage, int(bits or 0), bool(weights.get("symmetric", True)), strategy, weights.get("group_size")
+    )
+    supported = {
+        ("int-quantized", 8, "int"): ("tensor", "channel"),
+        ("int-quantized", 4, "int"): ("tensor", "channel", "group"),
+        ("pack-quantized", 4, "int"): ("tensor", "channel", "group"),
+        ("pack-quantized", 8, "int"): ("tensor", "channel"),
+        ("naive-quantized", 8, "int"): ("tensor", "channel"),
+        ("float-quantized", 8, "float"): ("block",),
+        ("naive-quantized", 8, "float"): ("block",),
+    }
+    if strategy not in supported.get((storage, scheme.bits, kind), ()):
+        known = ", ".join(sorted(f"{f} {b} bit {k} {'|'.join(s)}" for (f, b, k), s in supported.items()))
+        raise CheckpointError(
+            f"{where}: unknown quantization {storage} {bits} bit {kind} {strategy}; expected {known}"
+        )
+    if scheme.bits == 8 and not scheme.symmetric:
+        raise CheckpointError(f"{where}: asymmetric 8-bit weights are unknown; expected symmetric")
+    block = list(weights.get("block_structure") or ())
+    if strategy == "block" and block != [FP8_BLOCK, FP8_BLOCK]:
+        raise CheckpointError(f"{where}: block_structure is {block}; expected [128, 128]")
+    return scheme
+
+
+def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weight:
+    """A module's tensors by suffix ('weight', 'weight_packed', 'weight_scale', …) -> Weight.
+
+    Raises CheckpointError, without file and module, which the reader adds.
+    """
+    scale = tensors["weight_scale"].float()
+    if scheme.storage == "pack-quantized":
+        n, k = (int(x) for x in tensors["weight_shape"].tolist())
+        expect("weight_packed", (n, -(-k * scheme.bits // 32)), tensors["weight_packed"])
+        data = tensors["weight_packed"].contiguous().view(torch.uint8)
+    else:
+        n, k = tensors["weight"].shape
+        data = tensors["weight"]
+    if scheme.strategy == "block":
+        expect("weight_scale", (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), scale)
+        return Weight("fp8", data, scale)
+    if scheme.bits == 8:
+        if scheme.storage == "pack-quantized":
+            data = (data[:, :k].to(torch.int16) - 128).to(torch.int8)
+        return Weight("int8", data, _rows(scale, n))
+    nibbles = data[:, : k // 2] if scheme.storage == "pack-quantized" else pack_int4(data)
+    return _int4(scheme, nibbles, _rows(scale, n) if scheme.strategy != "group" else scale, n, k, tensors)
+
+
+def _int4(
+    scheme: Scheme, nibbles: Tensor, scale: Tensor, n: int, k: int, tensors: Mapping[str, Tensor]
+) -> Weight:
+    g = scheme.group_size if scheme.strategy == "group" and scheme.group_size else k
+    if k % g or k % 2:
+        raise CheckpointError(
+            f"K = {k} with group_size {g}; expected an even K that is a multiple of the group size"
+        )
+    expect("weight_scale", (n, k // g), scale)
+    order = tensors.get("weight_g_idx")
+    if order is not None and not torch.equal(order.long(), torch.arange(k) // g):
+        raise CheckpointError(
+            "weight_g_idx permutes the columns; expected actorder 'static' or 'weight', or none"
+        )
+    if scheme.symmetric:
+        return Weight("int4", nibbles.contiguous(), scale)
+    zero = tensors["weight_zero_point"]
+    if zero.dtype == torch.int32:
+        expect("weight_zero_point", (-(-n // 8), k // g), zero)
+        zero = _unpack_rows(zero, n)
+    expect("weight_zero_point", (n, k // g), zero)
+    return Weight("int4", nibbles.contiguous(), scale, zero.to(torch.int8))
+
+
+def expect(suffix: str, shape: tuple[int, ...], tensor: Tensor) -> None:
+    """Raise CheckpointError unless `tensor` has `shape`."""
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{suffix}: expected shape {list(shape)}, found {list(tensor.shape)}")
+
+
+def _rows(scale: Tensor, n: int) -> Tensor:
+    """Tensor or channel scales -> [N, 1]."""
+    if scale.numel() == 1:
+        return scale.reshape(1, 1).expand(n, 1).contiguous()
+    if scale.numel() != n:
+        raise CheckpointError(
+            f"weight_scale: expected {n} rows or one number, found shape {list(scale.shape)}"
+        )
+    return scale.reshape(n, 1)
+
+
+def _unpack_rows(words: Tensor, n: int) -> Tensor:
+    """int32 [ceil(N/8), G] packed along rows -> int8 [N, G]."""
+    nibbles = words.t().contiguous().view(torch.uint8)  # [G, 4 * words]
+    pairs = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)[:, :n]
+    return (pairs.to(torch.int8) - 8).t().contiguous()
+
+
+def _pack_rows(zero: Tensor) -> Tensor:
+    """int8 [N, G] -> int32 [ceil(N/8), G]."""
+    u = torch.nn.functional.pad((zero.t() + 8).to(torch.uint8), (0, -zero.shape[0] % 8))
+    return _words(u[:, 0::2] | (u[:, 1::2] << 4)).t().contiguous()
+
+
+def _words(data: Tensor) -> Tensor:
+    """uint8 [R, 4 W] -> int32 [R, W]. Flat in between: a row stride of 1 cannot be viewed as words."""
+    return data.flatten().view(torch.int32).view(data.shape[0], -1)
+
+
+# -- writing
+
+
+def encode(module: str, weight: Weight) -> dict[str, Tensor]:
+    """The tensors of one module, by full name. Raises ValueError on a scale that is zero or not finite."""
+    if weight.format == "dense":
+        return {f"{module}.weight": weight.data}
+    assert weight.scale is not None
+    if not bool(((weight.scale > 0) & weight.scale.isfinite()).all()):
+        raise ValueError(f"{module}: a scale is zero, negative or not finite; refusing to write it")
+    out = {f"{module}.weight_scale": weight.scale}
+    if weight.format in ("int8", "fp8"):
+        return out | {f"{module}.weight": weight.data}
+    n, k = weight.shape
+    out[f"{module}.weight_packed"] = _words(torch.nn.functional.pad(weight.data, (0, -(k // 2) % 4)))
+    out[f"{module}.weight_shape"] = torch.tensor([n, k], dtype=torch.int64)
+    if weight.zero_point is not None:
+        out[f"{module}.weight_zero_point"] = _pack_rows(weight.zero_point)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """What distinguishes one config group from another when writing."""
+
+    format: str  # int8 | int4 | fp8
+    group_size: int = 0
+    symmetric: bool = True
+    activations: bool = True  # int4: with 8-bit activations (W4A8)
+
+
+def key_of(weight: Weight, activations: bool) -> GroupKey | None:
+    """The config group a weight belongs to; None for a dense one."""
+    if weight.format == "dense":
+        return None
+    if weight.format == "int4":
+        return GroupKey("int4", weight.group_size, weight.zero_point is None, activations)
+    return GroupKey(weight.format)
+
+
+def quantization_config(modules: Mapping[str, GroupKey | None]) -> dict[str, Any] | None:
+    """`quantization_config` for modules (all Linear modules of the model, None = kept dense).
+
+    With one group the targets are the class Linear; with several, each group names its modules.
+    """
+    keys = sorted({k for k in modules.values() if k}, key=str)
+    if not keys:
+        return None
+    groups = {}
+    for i, key in enumerate(keys):
+        targets: Sequence[str] = ["Linear"]
+        if len(keys) > 1:
+            targets = sorted(name for name, k in modules.items() if k == key)
+        groups[f"group_{i}"] = _group(key, targets)
+    formats = {g["format"] for g in groups.values()}
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": sorted(name for name, k in modules.items() if k is None),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def _group(key: GroupKey, targets: Iterable[str]) -> dict[str, Any]:
+    common = {
+        "symmetric": True,
+        "dynamic": False,
+        "group_size": None,
+        "block_structure": None,
+        "actorder": None,
+    }
+    token = common | {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    if key.format == "fp8":
+        storage = "float-quantized"
+        weights = common | {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "block",
+            "block_structure": [128, 128],
+        }
+        inputs: dict[str, Any] | None = token | {"type": "float", "strategy": "group", "group_size": 128}
+    elif key.format == "int8":
+        storage = "int-quantized"
+        weights = common | {"num_bits": 8, "type": "int", "strategy": "channel"}
+        inputs = token
+    else:
+        storage = "pack-quantized"
+        weights = common | {"num_bits": 4, "type": "int", "strategy": "group", "group_size": key.group_size}
+        weights["symmetric"] = key.symmetric
+        inputs = token if key.activations else None
+    return {
+        "format": storage,
+        "targets": list(targets),
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+    }

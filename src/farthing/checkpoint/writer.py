@@ -1,0 +1,132 @@
+"""Write a Hugging Face directory tensor by tensor: sharded safetensors, index, config.
+
+A shard is complete once it has its name, so a killed run resumes behind its last shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from farthing.checkpoint.shards import INDEX, SINGLE
+
+# Files of a model directory that are not weights and travel unchanged.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
+
+
+class CheckpointWriter:
+    """Streams tensors into shards of at most `max_shard_bytes` (one larger tensor gets its own).
+
+    With `resume`, shards already in `path` are kept and their tensors count as written.
+    """
+
+    def __init__(self, path: Path, max_shard_bytes: int = 2**30, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._written: set[str] = set()
+        self.total_bytes = 0
+        self.path.mkdir(parents=True, exist_ok=True)
+        for file in sorted(self.path.glob("part-*.safetensors")):
+            if resume:
+                self._recover(file)
+            else:
+                file.unlink()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue one tensor; writes a shard when enough is queued. Raises ValueError on a repeated name."""
+        if self.has(name):
+            raise ValueError(f"{name} was written before; expected every tensor once")
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
+            self.flush()
+        tensor = tensor.detach().contiguous()
+        if any(tensor.data_ptr() == other.data_ptr() for other in self._pending.values()):
+            tensor = tensor.clone()  # safetensors refuses two names for one memory
+        self._pending[name] = tensor
+        self._pending_bytes += size
+
+    def has(self, name: str) -> bool:
+        """Whether the tensor is written or queued."""
+        return name in self._pending or name in self._written
+
+    def flush(self) -> None:
+        """Write what is queued as a shard; afterwards it survives a kill."""
+        if not self._pending:
+            return
+        target = self._part(len(self._shards) + 1)
+        partial = target.with_suffix(".tmp")
+        save_file(self._pending, str(partial), metadata={"format": "pt"})
+        _sync(partial)
+        partial.replace(target)
+        self._shards.append(list(self._pending))
+        self._written.update(self._pending)
+        self.total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def close(self, config: dict[str, Any], copy_from: Path | None = None) -> None:
+        """Name the shards as Hugging Face does, write index and config.json, copy tokenizer files."""
+        self.flush()
+        for stale in self.path.glob("model*.safetensors*"):
+            stale.unlink()
+        count = len(self._shards)
+        names = (
+            [SINGLE]
+            if count == 1
+            else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        )
+        if count > 1:
+            weight_map = {t: names[i] for i, shard in enumerate(self._shards) for t in shard}
+            index = {
+                "metadata": {"total_size": self.total_bytes},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            (self.path / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        for i, name in enumerate(names):
+            self._part(i + 1).replace(self.path / name)
+        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if copy_from is not None:
+            self._copy(copy_from, COMPANIONS)
+
+    def _copy(self, source: Path, files: Iterable[str]) -> None:
+        for file in files:
+            if (source / file).is_file() and source.resolve() != self.path.resolve():
+                shutil.copyfile(source / file, self.path / file)
+
+    def _part(self, number: int) -> Path:
+        return self.path / f"part-{number:05d}.safetensors"
+
+    def _recover(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as shard:
+            self._shards.append(list(shard.keys()))
+            self._written.update(self._shards[-1])
+            self.total_bytes += sum(_bytes(shard.get_tensor(n)) for n in shard.keys())  # noqa: SIM118
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

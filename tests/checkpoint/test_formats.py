@@ -1,0 +1,209 @@
+"""Every format is read back from files others wrote: compressed-tensors, or by hand for DeepSeek."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from farthing.checkpoint import Checkpoint, CheckpointWriter
+from farthing.checkpoint import compressed_tensors as ct
+from farthing.ops.weights import Weight, pack_int4, quantize_int4, quantize_int8
+
+
+def save(path: Path, tensors: dict[str, Tensor], quantization: dict[str, Any] | None = None) -> Checkpoint:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors")
+    config = {"model_type": "deepseek_v3"} | ({"quantization_config": quantization} if quantization else {})
+    (path / "config.json").write_text(json.dumps(config))
+    return Checkpoint.open(path)
+
+
+def groups(
+    args: dict[str, Any], storage: str, ignore: list[str] | None = None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": storage,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args, **more}},
+        "ignore": ignore or [],
+    }
+
+
+def compress(w: Tensor, args: dict[str, Any], storage: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Quantize with the compressed-tensors package; (tensors by suffix, the value it gives them)."""
+    weights = QuantizationArgs(**args)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    n, k = w.shape
+    if args["strategy"] == "group":
+        blocks = w.view(n, -1, args["group_size"])
+        low, high = blocks.amin(-1), blocks.amax(-1)
+    elif args["strategy"] == "block":
+        padded = torch.nn.functional.pad(w, (0, -k % 128, 0, -n % 128))
+        blocks = padded.view(padded.shape[0] // 128, 128, -1, 128)
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    else:
+        low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    scale, zero = calculate_qparams(low, high, weights)
+    state = {"weight": w, "weight_scale": scale, "weight_zero_point": zero}
+    compressor = BaseCompressor.get_value_from_registry(storage)
+    packed = compressor.compress(state, scheme)
+    value = compressor.decompress(dict(packed), scheme)["weight"]
+    return packed, value.float()
+
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [128, 128]}
+SCHEMES = {
+    "int-quantized": INT8,
+    "pack-symmetric": INT4 | {"group_size": 32},
+    "pack-asymmetric": INT4 | {"symmetric": False, "group_size": 64},
+    "pack-channel": INT4 | {"strategy": "channel"},
+    "pack-8": INT8,
+    "float-quantized": FP8,
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("shape", [(16, 64), (43, 192), (129, 320)])
+def test_reads_what_compressed_tensors_writes(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
+    args = SCHEMES[name]
+    storage = "pack-quantized" if name.startswith("pack") else name
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    packed, value = compress(w, args, storage)
+    tensors = {f"model.layers.0.mlp.gate_proj.{k}": v for k, v in packed.items()}
+    checkpoint = save(tmp_path, tensors, groups(args, storage))
+    weight = checkpoint.weight("model.layers.0.mlp.gate_proj", shape)
+    assert weight.shape == shape
+    torch.testing.assert_close(weight.dequantize(), value, rtol=1e-6, atol=1e-7)
+    checkpoint.finish()
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (576, 200), (1, 1), (130, 257)])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_deepseek_fp8_with_a_ragged_block_and_the_scale_in_another_shard(
+    tmp_path: Path, shape: tuple[int, int], power_of_two: bool
+) -> None:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    n, k = shape
+    scale = torch.empty(-(-n // 128), -(-k // 128))
+    data = torch.empty(shape, dtype=torch.float8_e4m3fn)
+    value = torch.empty(shape)
+    for i in range(scale.shape[0]):
+        for j in range(scale.shape[1]):
+            block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+            s = w[block].abs().max() / 448
+            scale[i, j] = torch.exp2(torch.ceil(torch.log2(s))) if power_of_two else s
+            data[block] = (w[block] / scale[i, j]).to(torch.float8_e4m3fn)
+            value[block] = data[block].float() * scale[i, j]
+    stored = scale.to(torch.float8_e8m0fnu) if power_of_two else scale
+    save_file({"a.weight": data}, tmp_path / "one.safetensors")
+    save_file({"a.weight_scale_inv": stored, "lm_head.weight": w.bfloat16()}, tmp_path / "two.safetensors")
+    weight_map = {"a.weight": "one.safetensors", "a.weight_scale_inv": "two.safetensors"}
+    index = {"weight_map": weight_map | {"lm_head.weight": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    checkpoint = Checkpoint.open(tmp_path)
+    weight = checkpoint.weight("a", shape)
+    assert weight.format == "fp8"
+    assert torch.equal(weight.dequantize(), value)
+    assert checkpoint.weight("lm_head").format == "dense"
+    checkpoint.finish()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_plain_weights_keep_their_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    w = torch.randn(3, 5).to(dtype)
+    checkpoint = save(tmp_path, {"a.weight": w, "a.norm": torch.ones(5)})
+    assert torch.equal(checkpoint.weight("a", (3, 5)).data, w)
+    assert checkpoint.has("a.norm") and not checkpoint.has("a.bias")
+    assert checkpoint.tensor("a.norm", (5,)).dtype == torch.float32
+
+
+def test_several_groups_and_the_ignore_list(tmp_path: Path) -> None:
+    w = torch.randn(16, 64)
+    eight, four = SCHEMES["int-quantized"], SCHEMES["pack-symmetric"]
+    a, _ = compress(w, eight, "int-quantized")
+    b, _ = compress(w, four, "pack-quantized")
+    tensors = {f"model.a.{k}": v for k, v in a.items()} | {f"model.experts.3.up.{k}": v for k, v in b.items()}
+    tensors |= {"lm_head.weight": w, "model.left.weight": w.clone()}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "config_groups": {
+            "group_0": {"targets": ["Linear"], "weights": eight, "format": "int-quantized"},
+            "group_1": {"targets": [r"re:.*experts\.\d+\..*"], "weights": four, "format": "pack-quantized"},
+        },
+        "ignore": ["lm_head", "re:.*left"],
+    }
+    checkpoint = save(tmp_path, tensors, quantization)
+    formats = [
+        checkpoint.weight(m).format for m in ("model.a", "model.experts.3.up", "lm_head", "model.left")
+    ]
+    assert formats == ["int8", "int4", "dense", "dense"]
+    checkpoint.finish()
+
+
+WEIGHTS = {
+    "int8": lambda w: quantize_int8(w),
+    "int4": lambda w: quantize_int4(w, 32),
+    "int4-asymmetric": lambda w: Weight(
+        "int4", quantize_int4(w, 32).data, quantize_int4(w, 32).scale,
+        torch.randint(-8, 8, (w.shape[0], w.shape[1] // 32), dtype=torch.int8),
+    ),
+    "fp8": lambda w: Weight(
+        "fp8", w.to(torch.float8_e4m3fn), torch.rand(-(-w.shape[0] // 128), -(-w.shape[1] // 128)) + 0.1
+    ),
+    "dense": lambda w: Weight("dense", w.bfloat16()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_what_the_writer_writes_compressed_tensors_and_the_reader_understand(
+    tmp_path: Path, name: str
+) -> None:
+    w = torch.randn(37, 160, generator=torch.Generator().manual_seed(3))
+    weight = WEIGHTS[name](w)
+    writer = CheckpointWriter(tmp_path)
+    for tensor, value in ct.encode("model.a", weight).items():
+        writer.add(tensor, value)
+    config = ct.quantization_config({"model.a": ct.key_of(weight, activations=False)})
+    writer.close({"quantization_config": config} if config else {})
+    checkpoint = Checkpoint.open(tmp_path)
+    assert torch.equal(checkpoint.weight("model.a", (37, 160)).dequantize(), weight.dequantize())
+    checkpoint.finish()
+    if config is None:
+        return
+    scheme = QuantizationScheme(**config["config_groups"]["group_0"])
+    stored = {n.rpartition(".")[2]: checkpoint.tensor(n) for n in checkpoint.names()}
+    theirs = BaseCompressor.get_value_from_registry(config["format"]).decompress(stored, scheme)["weight"]
+    torch.testing.assert_close(theirs.float(), weight.dequantize(), rtol=1e-6, atol=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 24), st.integers(0, 2**31))
+def test_packing_agrees_with_the_package(n: int, half: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(-8, 8, (n, 2 * half), generator=generator, dtype=torch.int8)
+    zero = torch.randint(-8, 8, (n, 1), generator=generator, dtype=torch.int8)
+    weight = Weight("int4", pack_int4(q), torch.ones(n, 1), zero)
+    assert torch.equal(weight.quantized(), q)
+    encoded = ct.encode("m", weight)
+    assert torch.equal(encoded["m.weight_packed"], pack_to_int32(q, 4))
+    assert torch.equal(encoded["m.weight_zero_point"], pack_to_int32(zero, 4, packed_dim=0))
+    assert torch.equal(unpack_from_int32(encoded["m.weight_packed"], 4, q.shape), q)
+    scheme = ct.Scheme("pack-quantized", 4, False, "group", 2 * half)
+    back = ct.decode(scheme, {k[2:]: v for k, v in encoded.items()})
+    assert torch.equal(back.data, weight.data) and torch.equal(back.zero_point, zero)
