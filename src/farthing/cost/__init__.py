@@ -1,0 +1,33 @@
+"""The cost of a token: declared prices, energy meters, and accounts that add up. Imports nothing of the rest.
+
+machine = Prices.load().machine("cpu", count=2)
+meter = CostMeter(machine, open_meter(machine))
+cost = meter.record(Usage(prefill_tokens=…, decode_seconds=…), busy_seconds, model="m", api_key="team-a")
+usage_extension(cost)                       # the `x_farthing` part of a response's usage
+samples(meter.report(busy_seconds))         # metrics
+"""
+
+from farthing.cost.energy import EnergyMeter, EstimatedMeter, NvmlMeter, RaplMeter, open_meter
+from farthing.cost.export import Sample, samples, usage_extension
+from farthing.cost.meter import Account, CostMeter, Report, RequestCost, Spend, Usage
+from farthing.cost.prices import Hardware, Machine, Prices
+
+__all__ = [
+    "Account",
+    "CostMeter",
+    "EnergyMeter",
+    "EstimatedMeter",
+    "Hardware",
+    "Machine",
+    "NvmlMeter",
+    "Prices",
+    "RaplMeter",
+    "Report",
+    "RequestCost",
+    "Sample",
+    "Spend",
+    "Usage",
+    "open_meter",
+    "samples",
+    "usage_extension",
+]

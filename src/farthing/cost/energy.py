@@ -1,0 +1,156 @@
+"""Joules: read from NVML (GPU) and RAPL (CPU packages) where they exist, else estimated from declared watts.
+
+A meter answers the joules since it was opened, and says where they come from:
+"nvml+rapl", "nvml+estimated" (the host is estimated), "rapl" or "estimated".
+RAPL and NVML meter a whole package or board: on a shared machine that includes what others draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from farthing.cost.prices import Machine
+
+log = logging.getLogger(__name__)
+POWERCAP = Path("/sys/class/powercap")
+
+
+class EnergyMeter(Protocol):
+    """Cumulative energy since the meter was opened."""
+
+    @property
+    def source(self) -> str:
+        """Where the figures come from."""
+        ...
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """Joules so far; the arguments are the seconds since opening, in all and busy. Never decreases."""
+        ...
+
+
+class EstimatedMeter:
+    """Declared watts times time: `idle_watts` always, the rest while busy."""
+
+    source = "estimated"
+
+    def __init__(self, watts: float, idle_watts: float) -> None:
+        self._watts, self._idle_watts = watts, idle_watts
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """See `EnergyMeter`."""
+        return self._idle_watts * (wall_seconds - busy_seconds) + self._watts * busy_seconds
+
+
+class RaplMeter:
+    """Intel's and AMD's running average power limit counters, through the kernel's powercap files.
+
+    Packages and, where they are apart, their memory. The counters wrap at max_energy_range_uj, so read at
+    least once a minute. Raises OSError where the files are missing or not readable (often root only).
+    """
+
+    source = "rapl"
+
+    def __init__(self, root: Path = POWERCAP) -> None:
+        self._zones = [_RaplZone(path) for path in _rapl_zones(root)]
+        if not self._zones:
+            raise FileNotFoundError(f"no RAPL packages under {root}")
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """See `EnergyMeter`."""
+        return sum(zone.read() for zone in self._zones) / 1e6
+
+
+class _RaplZone:
+    def __init__(self, path: Path) -> None:
+        self._counter = path / "energy_uj"
+        self._range = int((path / "max_energy_range_uj").read_text())
+        self._last = int(self._counter.read_text())
+        self._sum = 0
+
+    def read(self) -> int:
+        """Microjoules since the zone was opened."""
+        now = int(self._counter.read_text())
+        self._sum += now - self._last if now >= self._last else now - self._last + self._range
+        self._last = now
+        return self._sum
+
+
+def _rapl_zones(root: Path) -> list[Path]:
+    """Packages (`intel-rapl:0`) and their memory (`intel-rapl:0:N` named dram), which is not part of them."""
+    zones = []
+    for path in sorted(root.glob("*-rapl:*")):
+        name = (path / "name").read_text().strip()
+        if name.startswith("package") or name == "dram":
+            zones.append(path)
+    return zones
+
+
+class NvmlMeter:
+    """The GPUs' own energy counters (mJ since the driver was loaded; Volta and newer), by nvidia-ml-py.
+
+    Raises ImportError without nvidia-ml-py, RuntimeError where NVML or the counter is missing.
+    """
+
+    source = "nvml"
+
+    def __init__(self, indices: Sequence[int] | None = None) -> None:
+        self._nvml: Any = importlib.import_module("pynvml")
+        try:
+            self._nvml.nvmlInit()
+            every = range(self._nvml.nvmlDeviceGetCount())
+            chosen = every if indices is None else indices
+            self._devices = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in chosen]
+            self._start = self._millijoules()
+        except self._nvml.NVMLError as error:
+            raise RuntimeError(f"NVML: {error}") from error
+
+    def _millijoules(self) -> int:
+        return sum(int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(device)) for device in self._devices)
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """See `EnergyMeter`."""
+        return (self._millijoules() - self._start) / 1e3
+
+
+class SumMeter:
+    """Several meters of parts that do not overlap."""
+
+    def __init__(self, parts: Sequence[EnergyMeter]) -> None:
+        self._parts = list(parts)
+
+    @property
+    def source(self) -> str:
+        """The parts' sources, joined by +."""
+        return "+".join(dict.fromkeys(part.source for part in self._parts))
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """See `EnergyMeter`."""
+        return sum(part.joules(wall_seconds, busy_seconds) for part in self._parts)
+
+
+def open_meter(machine: Machine, gpus: Sequence[int] | None = None, root: Path = POWERCAP) -> EnergyMeter:
+    """The best meter this machine has; what is not metered is estimated, and the source says so. Logged."""
+    meter = _open_gpu(machine, gpus, root) if machine.hardware.kind == "gpu" else _rapl(root)
+    if meter is None:
+        meter = EstimatedMeter(machine.watts, machine.idle_watts)
+    log.info("energy: %s", meter.source)
+    return meter
+
+
+def _open_gpu(machine: Machine, gpus: Sequence[int] | None, root: Path) -> EnergyMeter | None:
+    with contextlib.suppress(ImportError, RuntimeError):
+        board: EnergyMeter = NvmlMeter(gpus)
+        host = _rapl(root) or EstimatedMeter(machine.host_watts, machine.host_watts)
+        return SumMeter([board, host])
+    return None
+
+
+def _rapl(root: Path) -> EnergyMeter | None:
+    with contextlib.suppress(OSError, ValueError):
+        return RaplMeter(root)
+    return None

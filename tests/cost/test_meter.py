@@ -1,0 +1,171 @@
+"""The accounts: totals are conserved whatever comes in which order, and figures are checked by hand."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import farthing.cost
+from farthing.cost import (
+    CostMeter,
+    EstimatedMeter,
+    Hardware,
+    Machine,
+    Report,
+    Usage,
+    samples,
+    usage_extension,
+)
+from farthing.cost.meter import OTHER, Spend
+
+MACHINE = Machine(
+    Hardware(name="box", kind="cpu", usd_per_hour=3.6, watts=10, idle_watts=4), 2, 0.36, "today"
+)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Counter:
+    """A measured meter: the joules are whatever the test says."""
+
+    source = "rapl"
+    total = 0.0
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        return self.total
+
+
+def conserved(report: Report) -> None:
+    spent = report.requests.spend
+    for name in ("seconds", "joules", "usd"):
+        parts = [getattr(s, name) for s in (spent, report.idle, report.pending)]
+        assert all(part >= -1e-9 for part in parts), (name, parts)
+        assert sum(parts) == pytest.approx(getattr(report.total, name), rel=1e-9, abs=1e-9), name
+
+
+EVENT = st.tuples(
+    st.floats(0, 100),  # seconds that pass
+    st.floats(0, 1.5),  # of them busy (the engine's clock may run ahead)
+    st.floats(0, 500),  # joules drawn
+    st.one_of(st.none(), st.tuples(st.floats(0, 60), st.floats(0, 60), st.integers(0, 3))),
+)
+
+
+@given(st.lists(EVENT, max_size=40))
+def test_totals_are_conserved(
+    events: list[tuple[float, float, float, tuple[float, float, int] | None]],
+) -> None:
+    clock, energy, busy = Clock(), Counter(), 0.0
+    meter = CostMeter(MACHINE, energy, clock)
+    for passed, share, joules, request in events:
+        clock.now += passed
+        busy += passed * share
+        energy.total += joules
+        if request is None:
+            meter.observe(busy)
+        else:
+            prefill, decode, key = request
+            cost = meter.record(
+                Usage(prefill_seconds=prefill, decode_seconds=decode, decode_tokens=1), busy, "m", f"k{key}"
+            )
+            assert cost.usd_with_idle >= cost.usd * (1 - 1e-9)
+        conserved(meter.report(busy))
+    report = meter.report(busy)
+    assert report.total.seconds == pytest.approx(clock.now)
+    assert report.total.joules == pytest.approx(energy.total)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 10), st.floats(0, 1)), min_size=1, max_size=20))
+def test_the_estimate_charges_declared_watts(steps: list[tuple[float, float]]) -> None:
+    clock, busy = Clock(), 0.0
+    meter = CostMeter(MACHINE, EstimatedMeter(MACHINE.watts, MACHINE.idle_watts), clock)
+    for passed, share in steps:
+        clock.now += passed
+        busy += passed * share
+        meter.observe(busy)
+    report = meter.report(busy)
+    assert report.idle.joules == pytest.approx(MACHINE.idle_watts * (clock.now - busy), abs=1e-6)
+    assert report.pending.joules == pytest.approx(MACHINE.watts * busy, abs=1e-6)
+
+
+def hour() -> tuple[CostMeter, Clock]:
+    clock = Clock()
+    meter = CostMeter(MACHINE, EstimatedMeter(MACHINE.watts, MACHINE.idle_watts), clock)
+    clock.now = 100.0  # 40 s busy: 10 prefill, 20 decode of one request, 10 of one that still runs
+    return meter, clock
+
+
+def test_one_request_by_hand() -> None:
+    meter, _ = hour()
+    usage = Usage(
+        prefill_tokens=100, cached_tokens=50, decode_tokens=20, prefill_seconds=10, decode_seconds=20
+    )
+    cost = meter.record(usage, 40.0, "m", "alice")
+    # two units: 7.2 USD and 20 W busy; 0.36 USD per kWh = 1e-7 USD per joule
+    seconds = (cost.account.prefill.seconds, cost.account.decode.seconds)
+    assert seconds == pytest.approx((10, 20))
+    assert cost.account.spend.joules == pytest.approx(30 * 20)
+    assert cost.usd == pytest.approx(30 * 0.002 + 600 * 1e-7)
+    assert cost.usd_with_idle == pytest.approx(cost.usd / 0.4)
+    assert cost.account.saved_usd == pytest.approx(50 * cost.account.prefill.usd / 100)
+    report = meter.report(40.0)
+    assert report.pending == Spend(10.0, pytest.approx(200.0), pytest.approx(10 * 0.002 + 200 * 1e-7))
+    assert report.idle.seconds == 60 and report.utilization == pytest.approx(0.4)
+    assert report.usd_per_million_tokens == pytest.approx(report.total.usd / 170 * 1e6)
+    assert report.usd_per_million_output_tokens == pytest.approx(report.total.usd / 20 * 1e6)
+
+
+def test_the_usage_extension_adds_up_and_is_plain_json() -> None:
+    meter, _ = hour()
+    cost = meter.record(Usage(prefill_tokens=3, prefill_seconds=1, decode_seconds=2), 40.0)
+    shown = usage_extension(cost)
+    assert shown["usd"] == pytest.approx(shown["prefill"]["usd"] + shown["decode"]["usd"])
+    assert shown["cpu_seconds"] == pytest.approx(2 * 3.0)
+    assert shown["joules_source"] == "estimated" and shown["hardware"] == "box"
+    assert shown["cached"] == {"tokens": 0, "saved_usd_estimated": 0.0}
+
+
+def test_samples_split_by_key_model_and_phase_and_add_up() -> None:
+    meter, _ = hour()
+    meter.record(Usage(prefill_seconds=4, decode_seconds=6, decode_tokens=5), 40.0, "m", "alice")
+    meter.record(Usage(prefill_seconds=1, decode_seconds=9, cached_tokens=7), 40.0, "m", "bob")
+    report = meter.report(40.0)
+    found = list(samples(report))
+    usd = {(s.labels["api_key"], s.labels["phase"]): s.value for s in found if s.name == "farthing:cost_usd"}
+    assert set(usd) == {(k, p) for k in ("alice", "bob") for p in ("prefill", "decode")} | {("", "idle")}
+    assert sum(usd.values()) + report.pending.usd == pytest.approx(report.total.usd)
+    assert {s.labels["source"] for s in found if s.name == "farthing:cost_joules"} == {"estimated"}
+    names = [s.name for s in found]
+    assert names == sorted(names, key=names.index), "samples of one name must be next to each other"
+    assert all(names.index(n) + names.count(n) - 1 == len(names) - 1 - names[::-1].index(n) for n in names)
+
+
+def test_accounts_are_bounded() -> None:
+    clock = Clock()
+    meter = CostMeter(MACHINE, EstimatedMeter(1, 1), clock, max_accounts=2)
+    for key in ("a", "b", "c", "d"):
+        meter.record(Usage(decode_tokens=1), 0.0, "m", key)
+    accounts = meter.report(0.0).accounts
+    assert {key for _, key in accounts} == {"a", "b", OTHER}
+    assert accounts["m", OTHER].requests == 2
+
+
+def test_bad_usage_is_refused() -> None:
+    with pytest.raises(ValueError, match="decode_seconds is -1"):
+        Usage(decode_seconds=-1)
+    with pytest.raises(ValueError, match="prefill_seconds is nan"):
+        Usage(prefill_seconds=float("nan"))
+
+
+def test_cost_imports_nothing_of_the_rest() -> None:
+    for file in Path(farthing.cost.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("farthing"):
+                assert (node.module or "").startswith("farthing.cost"), (file.name, node.module)
