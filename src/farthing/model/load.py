@@ -14,6 +14,7 @@ from torch import Tensor
 from farthing.checkpoint import Checkpoint
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import DeepseekModel
+from farthing.model.experts import routers_for
 from farthing.model.source import MemorySource
 from farthing.ops import Ops, RouterSpec
 
@@ -23,8 +24,8 @@ log = logging.getLogger(__name__)
 IGNORED = ("*.rotary_emb.inv_freq",)
 
 
-def load(path: str | Path, ops: Ops, routers: list[RouterSpec | None] | None = None) -> DeepseekModel:
-    """Read a Hugging Face directory onto a backend.
+def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
+    """Read a Hugging Face directory onto a backend; `experts` as in `farthing.model.experts`.
 
     Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected.
     """
@@ -36,7 +37,7 @@ def load(path: str | Path, ops: Ops, routers: list[RouterSpec | None] | None = N
         # transformers drops the MTP layer when it saves a model and leaves the field in place.
         log.warning("%s names an MTP layer and holds none: speculation with it is not available", path)
         config = replace(config, num_nextn_predict_layers=0)
-    model = DeepseekModel(config, ops, checkpoint, routers)
+    model = DeepseekModel(config, ops, checkpoint, routers_for(config, checkpoint.config, experts))
     checkpoint.finish(ignore=IGNORED)
     return model
 
