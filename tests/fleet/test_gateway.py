@@ -17,8 +17,7 @@ import pytest
 from farthing.fleet.gateway import Gateway, GatewayConfig
 from farthing.fleet.gateway.replicas import Breaker
 from farthing.fleet.gateway.server import read_replicas, write_replicas
-
-from .doubles.replica import FakeReplica
+from tests.fleet.doubles.replica import FakeReplica
 
 CHAT = "/v1/chat/completions"
 
@@ -94,8 +93,7 @@ def test_http_1_0_client_gets_a_body_that_ends_with_the_connection() -> None:
             payload = json.dumps(body(stream=True)).encode()
             writer.write(
                 b"POST /v1/chat/completions HTTP/1.0\r\ncontent-type: application/json\r\n"
-                b"content-length: %d\r\n\r\n%s"
-                % (len(payload), payload)
+                b"content-length: %d\r\n\r\n%s" % (len(payload), payload)
             )
             answer = await reader.read()
             writer.close()

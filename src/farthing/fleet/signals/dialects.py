@@ -1,0 +1,76 @@
+"""Metric names of the servers a fleet may consist of, and which of them a server speaks.
+
+A name is given without the suffix that its kind adds: counters get `_total`, histograms `_sum` and `_count`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The names of one server. None: the server does not report it."""
+
+    name: str
+    running: str  # gauge, requests
+    waiting: str  # gauge, requests
+    kv_usage: str  # gauge, 0..1
+    prompt_tokens: str  # counter
+    output_tokens: str  # counter
+    ttft: str  # histogram, seconds; its count is the requests that had their first token
+    queue_time: str | None = None  # histogram, seconds
+    tpot: tuple[str, ...] = ()  # histograms, seconds; the first one found counts
+
+    def names(self) -> tuple[str, ...]:
+        """Every family this dialect reads."""
+        optional = (self.queue_time,) if self.queue_time else ()
+        own = (self.running, self.waiting, self.kv_usage, self.prompt_tokens, self.output_tokens)
+        return (*own, self.ttft, *optional, *self.tpot)
+
+
+def _vllm_style(name: str, prefix: str) -> Dialect:
+    return Dialect(
+        name=name,
+        running=f"{prefix}:num_requests_running",
+        waiting=f"{prefix}:num_requests_waiting",
+        kv_usage=f"{prefix}:kv_cache_usage_perc",
+        prompt_tokens=f"{prefix}:prompt_tokens",
+        output_tokens=f"{prefix}:generation_tokens",
+        ttft=f"{prefix}:time_to_first_token_seconds",
+        queue_time=f"{prefix}:request_queue_time_seconds",
+        tpot=(f"{prefix}:inter_token_latency_seconds", f"{prefix}:time_per_output_token_seconds"),
+    )
+
+
+DIALECTS: dict[str, Dialect] = {
+    "farthing": _vllm_style("farthing", "farthing"),
+    "vllm": _vllm_style("vllm", "vllm"),
+    "sglang": Dialect(
+        name="sglang",
+        running="sglang:num_running_reqs",
+        waiting="sglang:num_queue_reqs",
+        kv_usage="sglang:token_usage",
+        prompt_tokens="sglang:prompt_tokens",
+        output_tokens="sglang:generation_tokens",
+        ttft="sglang:time_to_first_token_seconds",
+        queue_time="sglang:queue_time_seconds",
+        tpot=("sglang:inter_token_latency_seconds", "sglang:time_per_output_token_seconds"),
+    ),
+}
+
+
+def dialect(name: str) -> Dialect | None:
+    """The dialect called `name`; None for "auto". Raises ValueError on an unknown one."""
+    if name == "auto":
+        return None
+    if name not in DIALECTS:
+        raise ValueError(f"metrics = {name!r}: expected auto or one of {', '.join(DIALECTS)}")
+    return DIALECTS[name]
+
+
+def detect(names: Iterable[str]) -> Dialect | None:
+    """The dialect whose queue gauge is among these metric names; None where there is none."""
+    known = set(names)
+    return next((d for d in DIALECTS.values() if d.waiting in known or d.running in known), None)

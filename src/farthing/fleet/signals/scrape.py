@@ -1,0 +1,227 @@
+"""Signals from replicas' own /metrics.
+
+Rates and means are differences over a sliding window (`window_s`), taken per replica on the monotonic
+clock, so that neither a restart of a replica (counters begin at zero again) nor a clock that is set can
+make a rate of nonsense.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from farthing.fleet.decisions import Snapshot
+from farthing.fleet.signals.coldstart import ColdStarts
+from farthing.fleet.signals.dialects import Dialect, detect
+
+log = logging.getLogger(__name__)
+
+Targets = Callable[[], Mapping[str, str]]  # {replica: base url}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reading of one replica: gauges now, counters and histogram sums since the replica began."""
+
+    at: float  # monotonic seconds
+    running: float | None
+    waiting: float | None
+    kv_usage: float | None
+    totals: Mapping[str, float]  # "prompt", "output", "<histogram>_sum", "<histogram>_count"
+
+
+@dataclass
+class _History:
+    """A replica's readings within the window, the oldest first."""
+
+    samples: deque[Sample] = field(default_factory=deque)
+
+    def add(self, sample: Sample, window_s: float) -> None:
+        self.samples.append(sample)
+        while len(self.samples) > 2 and self.samples[1].at <= sample.at - window_s:
+            self.samples.popleft()
+
+    def increase(self, key: str) -> tuple[float, float] | None:
+        """(increase, seconds) of a counter over the window, resets taken into account; None: too little."""
+        values = [(s.at, s.totals[key]) for s in self.samples if key in s.totals]
+        if len(values) < 2:
+            return None
+        pairs = itertools.pairwise(values)
+        total = sum(new - old if new >= old else new for (_, old), (_, new) in pairs)
+        return total, values[-1][0] - values[0][0]
+
+    def growth_of_queue(self) -> float:
+        """Requests/s by which the queue grew over the window; 0 where that is unknown."""
+        known = [(s.at, s.waiting) for s in self.samples if s.waiting is not None]
+        if len(known) < 2 or known[-1][0] <= known[0][0]:
+            return 0.0
+        return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
+
+
+def parse(text: str, dialect: Dialect | None, at: float) -> Sample | None:
+    """One replica's /metrics text; None where no dialect is recognized in it.
+
+    Raises ValueError on other text.
+    """
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if not sample.name.endswith(("_bucket", "_created")):
+                values[sample.name] = values.get(sample.name, 0.0) + sample.value
+    known = dialect or detect(values)
+    if known is None:
+        return None
+    totals: dict[str, float] = {}
+    for key, name in (("prompt", known.prompt_tokens), ("output", known.output_tokens)):
+        if f"{name}_total" in values:
+            totals[key] = values[f"{name}_total"]
+    tpot = next((name for name in known.tpot if f"{name}_count" in values), None)
+    for key, histogram in (("queue", known.queue_time), ("ttft", known.ttft), ("tpot", tpot)):
+        if histogram and f"{histogram}_count" in values:
+            totals[f"{key}_sum"] = values[f"{histogram}_sum"]
+            totals[f"{key}_count"] = values[f"{histogram}_count"]
+    running, waiting, kv_usage = (values.get(n) for n in (known.running, known.waiting, known.kv_usage))
+    return Sample(at, running, waiting, kv_usage, totals)
+
+
+class ScrapeSource:
+    """Reads every replica named by `targets()`; also how many requests wait at a gateway, where there is
+    one.
+    """
+
+    def __init__(
+        self,
+        targets: Targets,
+        *,
+        dialect: Dialect | None = None,
+        window_s: float = 15.0,
+        timeout_s: float = 2.0,
+        gateway: str | None = None,
+        cold_starts: ColdStarts | None = None,
+        headers: Mapping[str, str] | None = None,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._targets, self._dialect, self._window, self._gateway = targets, dialect, window_s, gateway
+        self._cold_starts, self._wall, self._monotonic = cold_starts, wall, monotonic
+        self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
+        self._session: aiohttp.ClientSession | None = None
+        self._histories: dict[str, _History] = {}
+        self._silent: set[str] = set()
+
+    async def read(self, current: int) -> Snapshot:
+        """Scrape all replicas at once.
+
+        Stale if one does not answer, or none is there: part of the load is unseen.
+        """
+        targets = dict(self._targets())
+        texts = await asyncio.gather(*(self._get(f"{url}/metrics") for url in targets.values()))
+        now = self._monotonic()
+        fresh = {name: self._take(name, text, now) for name, text in zip(targets, texts, strict=True)}
+        self._histories = {name: history for name, history in self._histories.items() if name in targets}
+        self._report(fresh)
+        samples = [sample for sample in fresh.values() if sample is not None]
+        waiting = await self._waiting_at_gateway()
+        return Snapshot(
+            time=self._wall(),
+            current=current,
+            ready=len(samples),
+            request_rate=self._arrivals(),
+            prompt_token_rate=self._rate("prompt"),
+            output_token_rate=self._rate("output"),
+            backlog=_plus(_sum(s.waiting for s in samples), waiting),
+            queue_time_s=self._mean("queue"),
+            ttft_s=self._mean("ttft"),
+            tpot_s=self._mean("tpot"),
+            running=_sum(s.running for s in samples),
+            kv_usage=_mean(s.kv_usage for s in samples),
+            cold_start_s=self._cold_starts.p90 if self._cold_starts is not None else None,
+            stale=not samples or len(samples) < len(targets),
+        )
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _get(self, url: str) -> str | None:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
+        try:
+            async with self._session.get(url) as answer:
+                return await answer.text() if answer.status == 200 else None
+        except (aiohttp.ClientError, TimeoutError, OSError, UnicodeDecodeError):
+            return None
+
+    def _take(self, name: str, text: str | None, now: float) -> Sample | None:
+        try:
+            sample = parse(text, self._dialect, now) if text is not None else None
+        except ValueError as problem:
+            log.warning("%s: /metrics is not in the Prometheus text format: %s", name, problem)
+            return None
+        if sample is not None:
+            self._histories.setdefault(name, _History()).add(sample, self._window)
+        return sample
+
+    def _report(self, fresh: Mapping[str, Sample | None]) -> None:
+        """Say once when a replica falls silent, and once when it speaks again."""
+        silent = {name for name, sample in fresh.items() if sample is None}
+        for name in sorted(silent - self._silent):
+            log.warning("%s: no usable /metrics", name)
+        for name in sorted(self._silent - silent):
+            if name in fresh:
+                log.info("%s: /metrics is back", name)
+        self._silent = silent
+
+    async def _waiting_at_gateway(self) -> float | None:
+        if self._gateway is None:
+            return None
+        text = await self._get(f"{self._gateway}/metrics")
+        for family in text_string_to_metric_families(text or ""):
+            if family.name == "farthing:gateway_requests_waiting":
+                return float(family.samples[0].value)
+        return None
+
+    def _rate(self, key: str) -> float | None:
+        """Increase a second, summed over replicas; None while no replica has two readings."""
+        increases = [i for h in self._histories.values() if (i := h.increase(key)) and i[1] > 0]
+        return sum(total / seconds for total, seconds in increases) if increases else None
+
+    def _arrivals(self) -> float | None:
+        """Requests/s that arrive: those that had their first token, and those that joined the queue since."""
+        served = self._rate("ttft_count")
+        if served is None:
+            return None
+        queued = (h.growth_of_queue() for h in self._histories.values())
+        return max(0.0, served + sum(queued))
+
+    def _mean(self, key: str) -> float | None:
+        """Mean of a histogram over the window and all replicas; 0 where nothing was observed in it."""
+        sums = [i[0] for h in self._histories.values() if (i := h.increase(f"{key}_sum"))]
+        counts = [i[0] for h in self._histories.values() if (i := h.increase(f"{key}_count"))]
+        if not counts:
+            return None
+        return sum(sums) / sum(counts) if sum(counts) > 0 else 0.0
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _plus(value: float | None, extra: float | None) -> float | None:
+    if value is None:
+        return extra
+    return value + extra if extra is not None else value
