@@ -60,13 +60,18 @@ class Groups:
         return cls(schemes, tuple(raw.get("ignore") or ()))
 
     def scheme(self, module: str) -> Scheme | None:
-        """The scheme of a Linear module; the most specific target wins: name, then regex, then class."""
+        """The scheme of a Linear module, None where it stays dense."""
+        index = self.index(module)
+        return None if index is None else self.schemes[index][1]
+
+    def index(self, module: str) -> int | None:
+        """The config group of a Linear module; a name wins over a regex, a regex over the class."""
         if any(_matches(module, pattern) for pattern in self.ignore):
             return None
         for rank in (_is_name, _is_regex, _is_class):
-            for targets, scheme in self.schemes:
+            for i, (targets, _) in enumerate(self.schemes):
                 if any(rank(module, target) for target in targets):
-                    return scheme
+                    return i
         return None
 
 

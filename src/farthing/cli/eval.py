@@ -1,0 +1,75 @@
+"""`farthing eval`: how good a model is, or how much worse another one is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command(
+    name="eval",
+    epilog="Examples:  farthing eval  |  farthing eval ./model --data text.jsonl --json  |  "
+    "farthing eval ./model --against ./model-int4 --max-drop 1.5%",
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `reference`.")] = "reference",
+    against: Annotated[str | None, typer.Option(help="Compare this model B with MODEL.")] = None,
+    data: Annotated[Path | None, typer.Option(help="JSON lines with 'text' or 'ids'.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(help="With --against: exit 1 beyond this increase, 3 if it cannot tell.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of context at most.")] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after about this many tokens.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, reference, cpu or gpu.")] = "auto",
+    simulate: Annotated[
+        bool, typer.Option(help="Reference arithmetic with the activation rounding the checkpoint asks for.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Perplexity, bits per byte and MTP acceptance on held-out text; with --against, B compared with A."""
+    from farthing.cli.progress import token_progress
+    from farthing.compress import evaluate as ev
+    from farthing.compress.corpus import load_corpus
+    from farthing.compress.gate import held_out_sample, load_for, parse_share
+    from farthing.engine.resolve import resolve_model
+
+    limit = parse_share("max-drop", max_drop) if max_drop is not None else None
+    path = resolve_model(model)
+    first = load_for(path, backend, simulate)
+    window = min(window, first.config.max_position_embeddings)
+    corpus = load_corpus(data or held_out_sample(), path, window, max_tokens, first.config.bos_token_id)
+    if against is None:
+        with token_progress("measuring", corpus.tokens) as advance:
+            quality = ev.evaluate(first, corpus, progress=advance)
+        _print(asdict(quality), as_json)
+        return
+    second = load_for(resolve_model(against), backend, simulate)
+    with token_progress("comparing", corpus.tokens) as advance:
+        result = ev.compare(first, second, corpus, progress=advance)
+    document = result.to_json()
+    verdict = result.verdict(limit) if limit is not None else None
+    if verdict is not None:
+        document |= {"verdict": verdict.answer, "max_drop": limit, "tokens_needed": verdict.tokens_needed}
+    _print(document, as_json)
+    if verdict is not None and verdict.answer != "pass":
+        typer.echo(str(verdict), err=True)
+        raise typer.Exit(1 if verdict.answer == "fail" else 3)
+
+
+def _print(document: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(document))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in document.items():
+        table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
+    Console().print(table)

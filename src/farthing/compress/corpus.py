@@ -1,0 +1,159 @@
+"""Text to measure and to calibrate on, as windows of token ids.
+
+A file holds one JSON object a line: {"text": …} or {"ids": […]}.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Consecutive tokens of one document: each of ids[1:] is predicted from those before it."""
+
+    ids: Tensor  # [n + 1] int64
+    document: int
+
+    @property
+    def tokens(self) -> int:
+        """Predictions it holds."""
+        return len(self.ids) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Windows and the bytes of text they stand for (0 where only ids are known)."""
+
+    windows: list[Window]
+    bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Predictions in all."""
+        return sum(w.tokens for w in self.windows)
+
+
+def load_corpus(
+    data: Path, model: Path, window: int, max_tokens: int | None = None, bos: int | None = None
+) -> Corpus:
+    """Whole documents of `data`, until `max_tokens` is reached. Raises ValueError or FileNotFoundError."""
+    if not data.is_file():
+        raise FileNotFoundError(
+            f"data is {str(data)!r}, no such file; expected JSON lines with 'text' or 'ids'"
+        )
+    return windows_of(_documents(data, model, bos), window, max_tokens)
+
+
+def windows_of(
+    documents: Iterator[tuple[list[int], int]], window: int, max_tokens: int | None = None
+) -> Corpus:
+    """(ids, bytes) of each document -> windows of `window` predictions, every token predicted once."""
+    if window < 1:
+        raise ValueError(f"window is {window}; expected at least 1 token")
+    windows: list[Window] = []
+    tokens = total = 0
+    for number, (ids, size) in enumerate(documents):
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+        row = torch.tensor(ids, dtype=torch.int64)
+        windows += [Window(row[i : i + window + 1], number) for i in range(0, len(ids) - 1, window)]
+        tokens += max(len(ids) - 1, 0)
+        total += size
+    if not windows:
+        raise ValueError("the data holds no token to predict; expected at least one document of two tokens")
+    return Corpus(windows, total)
+
+
+def _documents(data: Path, model: Path, bos: int | None) -> Iterator[tuple[list[int], int]]:
+    tokenizer: Tokenizer | None = None
+    with data.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{data}:{number} is not JSON ({error})") from error
+            if isinstance(row, dict) and isinstance(row.get("ids"), list):
+                yield [int(i) for i in row["ids"]], 0
+            elif isinstance(row, dict) and isinstance(row.get("text"), str):
+                tokenizer = tokenizer or load_tokenizer(model)
+                yield encode(tokenizer, row["text"], bos), len(row["text"].encode())
+            else:
+                raise ValueError(f"{data}:{number} holds neither 'text' nor 'ids'; expected one of them")
+
+
+def load_tokenizer(model: Path) -> Tokenizer:
+    """tokenizer.json of a model directory."""
+    file = model / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; expected a tokenizer, or data given as 'ids'")
+    return Tokenizer.from_file(str(file))
+
+
+def encode(tokenizer: Tokenizer, text: str, bos: int | None) -> list[int]:
+    """Token ids behind one BOS, from which the first token is predicted."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids if bos is None else [bos, *ids]
+
+
+def calibration_corpus(
+    model: Path, held_out: Path | None, tokens: int, window: int, bos: int | None, seed: int = 0
+) -> Corpus:
+    """About `tokens` tokens of the Python standard library, without the files named in `held_out`.
+
+    These sources are on every machine that runs this, and calibration needs text, not labels.
+    """
+    tokenizer = load_tokenizer(model)
+    excluded = set(_paths(held_out)) if held_out and held_out.is_file() else set()
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(
+        f for f in root.rglob("*.py")
+        if "site-packages" not in f.parts and not _excluded(f.relative_to(root), excluded)
+    )  # fmt: skip
+    random.Random(seed).shuffle(files)
+    if not files:
+        raise FileNotFoundError(f"no Python sources under {root}; give a calibration file")
+
+    def documents() -> Iterator[tuple[list[int], int]]:
+        for file in files:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            ids = encode(tokenizer, text, bos)[: window + 1]  # many files, one window each
+            yield ids, len(text.encode())
+
+    return windows_of(documents(), window, tokens)
+
+
+def _paths(held_out: Path) -> Iterator[str]:
+    with held_out.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield str(json.loads(line).get("path", ""))
+
+
+def _excluded(file: Path, excluded: set[str]) -> bool:
+    return any(str(file).endswith(name) or name.endswith(str(file)) for name in excluded if name)
+
+
+def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
+    """Consecutive windows, about `tokens` tokens a batch."""
+    batch: list[Window] = []
+    size = 0
+    for window in windows:
+        if batch and size + window.tokens > tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(window)
+        size += window.tokens
+    if batch:
+        yield batch

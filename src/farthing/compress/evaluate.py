@@ -1,0 +1,225 @@
+"""How good a model is, and how much worse another one is, with an interval.
+
+Everything goes through `farthing.model` on the chosen backend: what is measured is what is served.
+Legend: T tokens of a batch of windows; D hidden size; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from farthing.compress.corpus import Corpus, Window, batches
+from farthing.compress.statistics import Interval, ratio_interval
+from farthing.model import DeepseekModel
+from farthing.ops import Batch, LatentCache, make_batch
+
+BLOCK = 16
+ROWS = 512  # logit rows at a time, so that [T, V] never exists as a whole
+Progress = Callable[[int], None]  # called with the tokens done since the last call
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """One model on one text. mtp_acceptance is None for a model without an MTP layer."""
+
+    perplexity: float
+    bits_per_byte: float | None
+    mtp_acceptance: float | None
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Model B against model A on the same tokens; the interval is paired."""
+
+    perplexity_a: float
+    perplexity_b: float
+    relative_increase: float  # perplexity_b / perplexity_a - 1
+    interval: tuple[float, float]  # of relative_increase
+    confidence: float
+    kl: float  # mean KL(A || B) of the next-token distributions, nats
+    greedy_agreement: float
+    bits_per_byte_a: float | None
+    bits_per_byte_b: float | None
+    tokens: int
+    windows: int
+
+    def verdict(self, max_drop: float) -> Verdict:
+        """Whether the increase is surely at most `max_drop`, surely more, or the sample cannot tell."""
+        low, high = self.interval
+        if high <= max_drop:
+            return Verdict("pass", max_drop, None)
+        if low > max_drop:
+            return Verdict("fail", max_drop, None)
+        margin = abs(max_drop - self.relative_increase)
+        half = (high - low) / 2
+        needed = None if margin == 0 else math.ceil(self.tokens * (half / margin) ** 2)
+        return Verdict("cannot tell", max_drop, needed)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document `farthing eval --against --json` prints."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "interval": list(self.interval)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The answer to "at most this much worse?"."""
+
+    answer: Literal["pass", "fail", "cannot tell"]
+    max_drop: float
+    tokens_needed: int | None  # an estimate of the sample that would decide
+
+    def __str__(self) -> str:
+        text = f"{self.answer}: at most {self.max_drop:.2%} asked"
+        return f"{text}; about {self.tokens_needed:,} tokens would decide" if self.tokens_needed else text
+
+
+def evaluate(
+    model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, progress: Progress | None = None
+) -> Quality:
+    """Perplexity, bits per byte and MTP acceptance.
+
+    Acceptance: at every position of the text the MTP layer drafts the token after next from the true next
+    token; it is accepted where the model itself, given the text so far, would greedily choose the same.
+    """
+    loss, drafts, accepted = 0.0, 0, 0
+    for step in _steps(model, corpus.windows, batch_tokens):
+        greedy = []
+        for rows, logits in _logits(model, step.hidden):
+            loss += float(_nll(logits, step.targets[rows]).sum())
+            greedy.append(logits.argmax(-1))
+        if model.mtp:
+            n, hits = _drafts(model, step, torch.cat(greedy))
+            drafts, accepted = drafts + n, accepted + hits
+        if progress:
+            progress(len(step.targets))
+    return Quality(
+        perplexity=math.exp(loss / corpus.tokens),
+        bits_per_byte=_bits(loss, corpus),
+        mtp_acceptance=accepted / drafts if drafts else None,
+        tokens=corpus.tokens,
+        bytes=corpus.bytes,
+    )
+
+
+def compare(
+    a: DeepseekModel,
+    b: DeepseekModel,
+    corpus: Corpus,
+    batch_tokens: int = 4096,
+    confidence: float = 0.95,
+    progress: Progress | None = None,
+) -> Comparison:
+    """B against A, window by window. Raises ValueError where the vocabularies differ."""
+    if a.config.vocab_size != b.config.vocab_size:
+        raise ValueError(
+            f"vocab_size is {b.config.vocab_size} in B and {a.config.vocab_size} in A; "
+            "expected models of one tokenizer"
+        )
+    loss_a, loss_b, kl, agree = 0.0, 0.0, 0.0, 0
+    differences: list[float] = []
+    for left, right in zip(
+        _steps(a, corpus.windows, batch_tokens), _steps(b, corpus.windows, batch_tokens), strict=True
+    ):
+        difference = []
+        for (rows, p), (_, q) in zip(_logits(a, left.hidden), _logits(b, right.hidden), strict=True):
+            nll_a, nll_b = _nll(p, left.targets[rows]), _nll(q, left.targets[rows])
+            loss_a, loss_b = loss_a + float(nll_a.sum()), loss_b + float(nll_b.sum())
+            difference.append(nll_b - nll_a)
+            log_p = p.log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - q.log_softmax(-1))).sum(dtype=torch.float64))
+            agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        differences += [float(d.sum()) for d in torch.cat(difference).split(left.lengths)]
+        if progress:
+            progress(len(left.targets))
+    interval = ratio_interval(differences, [w.tokens for w in corpus.windows], confidence)
+    return Comparison(
+        perplexity_a=math.exp(loss_a / corpus.tokens),
+        perplexity_b=math.exp(loss_b / corpus.tokens),
+        relative_increase=math.expm1((loss_b - loss_a) / corpus.tokens),
+        interval=_relative(interval),
+        confidence=confidence,
+        kl=kl / corpus.tokens,
+        greedy_agreement=agree / corpus.tokens,
+        bits_per_byte_a=_bits(loss_a, corpus),
+        bits_per_byte_b=_bits(loss_b, corpus),
+        tokens=corpus.tokens,
+        windows=len(corpus.windows),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One batch of windows after the forward pass."""
+
+    hidden: Tensor  # [T, D]
+    targets: Tensor  # [T]
+    lengths: list[int]
+    batch: Batch
+    cache: LatentCache
+
+
+def _steps(model: DeepseekModel, windows: Sequence[Window], batch_tokens: int) -> Iterator[_Step]:
+    cache: LatentCache | None = None
+    for group in batches(windows, batch_tokens):
+        lengths = [w.tokens for w in group]
+        batch, blocks = paged_batch(lengths)
+        if cache is None or cache.num_blocks < blocks:
+            dtype: Literal["float32", "bfloat16"] = (
+                "float32" if model.ops.dtype == torch.float32 else "bfloat16"
+            )
+            cache = model.new_cache(blocks, BLOCK, dtype)
+        ids = torch.cat([w.ids[:-1] for w in group])
+        hidden = model.forward(ids, batch, cache)
+        yield _Step(hidden, torch.cat([w.ids[1:] for w in group]), lengths, batch, cache)
+
+
+def paged_batch(lengths: Sequence[int]) -> tuple[Batch, int]:
+    """A batch of whole sequences in consecutive blocks, and the blocks it takes."""
+    tables, first = [], 0
+    for n in lengths:
+        count = -(-n // BLOCK)
+        tables.append(range(first, first + count))
+        first += count
+    return make_batch(lengths, [0] * len(lengths), tables, BLOCK), first
+
+
+def _logits(model: DeepseekModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(hidden), ROWS):
+        rows = slice(start, start + ROWS)
+        yield rows, model.logits(hidden[rows].contiguous()).float()
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target), float64 [n]."""
+    return (logits.logsumexp(-1) - logits.gather(1, targets.unsqueeze(1)).squeeze(1)).double()
+
+
+def _drafts(model: DeepseekModel, step: _Step, greedy: Tensor) -> tuple[int, int]:
+    """(drafts made, drafts accepted) of the MTP layer: position i drafts what the model chooses at i + 1."""
+    drafted = model.draft(step.targets, step.hidden, step.batch, step.cache)
+    guesses = []
+    for start in range(0, len(drafted), ROWS):
+        guesses.append(model.draft_logits(drafted[start : start + ROWS].contiguous()).argmax(-1))
+    n = hits = 0
+    for guess, choice in zip(torch.cat(guesses).split(step.lengths), greedy.split(step.lengths), strict=True):
+        n += len(guess) - 1
+        hits += int((guess[:-1] == choice[1:]).sum())
+    return n, hits
+
+
+def _bits(loss: float, corpus: Corpus) -> float | None:
+    return loss / math.log(2) / corpus.bytes if corpus.bytes else None
+
+
+def _relative(log_interval: Interval) -> tuple[float, float]:
+    return math.expm1(log_interval.low), math.expm1(log_interval.high)

@@ -1,0 +1,98 @@
+"""Reference arithmetic with the activation rounding a compressed-tensors checkpoint asks for.
+
+A backend with 8-bit kernels rounds activations itself; this shows the same loss on any machine, and is the
+only way here to measure static (calibrated) activation scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint import Checkpoint
+from farthing.checkpoint import compressed_tensors as ct
+from farthing.compress.trace import Matrix, TracedOps
+
+Rounding = Callable[[Tensor], Tensor]
+FP8_MAX = 448.0
+
+
+def round_token(x: Tensor) -> Tensor:
+    """Symmetric int8 with one scale a row, rounded and back."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return (x / scale).round().clamp_(-127, 127).mul_(scale)
+
+
+def round_tensor(x: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric int8 with one given scale; what lies beyond is clipped."""
+    return (x / scale).round().clamp_(-128, 127).mul_(scale)
+
+
+def round_fp8_group(x: Tensor, group: int = 128) -> Tensor:
+    """e4m3 with one scale a row and `group` columns, as DeepSeek-V3 section 3.3 quantizes activations."""
+    k = x.shape[-1]
+    blocks = torch.nn.functional.pad(x, (0, -k % group)).unflatten(-1, (-1, group))
+    scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-4) / FP8_MAX
+    rounded: Tensor = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
+    return rounded.flatten(-2)[..., :k]
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Which rounding the input of each module gets."""
+
+    checkpoint: Checkpoint
+    groups: ct.Groups | None
+    kinds: tuple[str | None, ...]  # of each config group: token | tensor | fp8 | None
+    fp8_everywhere: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Activations:
+        """Read quantization_config."""
+        raw: dict[str, Any] = checkpoint.config.get("quantization_config") or {}
+        if raw.get("quant_method") != ct.METHOD:
+            return cls(checkpoint, None, (), raw.get("quant_method") == "fp8")
+        kinds: list[str | None] = []
+        for group in raw["config_groups"].values():
+            inputs = group.get("input_activations")
+            kinds.append(None if not inputs else "fp8" if inputs["type"] == "float" else inputs["strategy"])
+        return cls(checkpoint, ct.Groups.from_json(raw), tuple(kinds), False)
+
+    def rounding(self, module: str) -> Rounding | None:
+        """The rounding of a quantized module's input, None to keep it."""
+        if self.fp8_everywhere:
+            return round_fp8_group
+        index = self.groups.index(module) if self.groups else None
+        kind = None if index is None else self.kinds[index]
+        if kind == "fp8":
+            return round_fp8_group
+        if kind == "token":
+            return round_token
+        if kind == "tensor":
+            scale = self.checkpoint.tensor(f"{module}.input_scale").float()
+            return lambda x: round_tensor(x, scale)
+        return None
+
+
+class SimulatedOps(TracedOps):
+    """float32 on the CPU; the inputs of quantized matrices are rounded first."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.name = "reference float32, simulated activations"
+        self._activations = Activations.of(Checkpoint.open(path))
+        self._rounding: dict[str, Rounding | None] = {}
+
+    def before(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """Round the input as the checkpoint's scheme for this matrix says."""
+        if matrix.format == "dense":
+            return x
+        if matrix.name not in self._rounding:
+            self._rounding[matrix.name] = self._activations.rounding(matrix.name)
+        rounding = self._rounding[matrix.name]
+        return x if rounding is None else rounding(x)

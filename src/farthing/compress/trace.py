@@ -1,0 +1,140 @@
+"""The reference backend with a window on every matrix's input.
+
+The model is the one that serves (`farthing.model`); only the arithmetic is watched.
+Legend: T tokens; D hidden size; I intermediate size; E experts; N, K rows and columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farthing.ops import AttentionSpec, Batch, LatentCache, MoEWeights, RouterSpec, Weight
+from farthing.ops.reference import ReferenceOps
+
+Gated = tuple[Weight, Weight, Weight]
+STACKED = "qkv_a"  # q_a_proj (or q_proj) and kv_a_proj_with_mqa, which share their input
+
+
+def input_name(module: str) -> str:
+    """The module under whose name a module's input is announced: those that share an input share a name."""
+    parent, _, leaf = module.rpartition(".")
+    if leaf in ("q_a_proj", "q_proj", STACKED):
+        return f"{parent}.kv_a_proj_with_mqa"
+    return f"{parent}.gate_proj" if leaf == "up_proj" else module
+
+
+@dataclass(slots=True)
+class Matrix:
+    """A weight [N, K] with the name its input is announced under."""
+
+    name: str
+    weight: Tensor
+    format: str  # as stored
+
+
+class TracedOps(ReferenceOps):
+    """float32. Subclasses override `before` (may replace the input) and `after_expert`."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+        self.name = "reference float32, traced"
+
+    def before(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """The input [T, K] about to meet `matrix`; what is returned is used instead."""
+        return x
+
+    def after_expert(self, prefix: str, expert: int, gates: Tensor, out: Tensor) -> None:
+        """What one expert added: gates [t] times out [t, D], for the t tokens routed to it."""
+
+    # -- packing
+
+    def _matrix(self, name: str, *weights: Weight) -> Matrix:
+        quantized = next((w.format for w in weights if w.format != "dense"), "dense")
+        return Matrix(input_name(name), torch.cat([w.dequantize() for w in weights]), quantized)
+
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Any:
+        return self._matrix(name, *weights())
+
+    def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Any:
+        gate, up, down = weights()
+        parts = (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
+        return tuple(self._matrix(f"{name}.{part}", w) for part, w in parts)
+
+    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Any:
+        w = weights()
+        packed = super().pack_moe(name, spec, lambda: MoEWeights(w.gate, w.bias, (), None))
+        experts = [self.pack_mlp(f"{name}.experts.{e}", load) for e, load in enumerate(w.experts)]
+        shared = self.pack_mlp(f"{name}.shared_experts", w.shared) if w.shared else None
+        return name, packed, experts, shared
+
+    def pack_attention(
+        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
+    ) -> Any:
+        kv_b, norm = weights()
+        packed = super().pack_attention(name, spec, lambda: (Weight("dense", kv_b.dequantize()), norm), rope)
+        return self._matrix(name, kv_b), packed
+
+    # -- computing
+
+    def _apply(self, matrix: Matrix, x: Tensor) -> Tensor:
+        return F.linear(self.before(matrix, x), matrix.weight)
+
+    def _gated(self, x: Tensor, mlp: tuple[Matrix, Matrix, Matrix]) -> Tensor:
+        gate, up, down = mlp
+        x = self.before(gate, x)
+        return self._apply(down, F.silu(F.linear(x, gate.weight)) * F.linear(x, up.weight))
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        y = self._apply(weight, x if norm is None else self.rms_norm(x, norm, eps))
+        return y if residual is None else residual + y
+
+    def mla(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        attention: Any,
+        cache: LatentCache,
+        layer: int,
+        batch: Batch,
+        eps: float,
+    ) -> Tensor:
+        matrix, packed = attention
+        # kv_b is absorbed into the query, so its input (the normed latent) is watched and never replaced.
+        self.before(matrix, self.rms_norm(kv[:, : packed.spec.latent_dim], packed.norm, eps))
+        return super().mla(q, kv, packed, cache, layer, batch, eps)
+
+    def mlp(self, x: Tensor, weights: Any, norm: Tensor, eps: float) -> Tensor:
+        return x + self._gated(self.rms_norm(x, norm, eps), weights)
+
+    def moe(self, x: Tensor, weights: Any, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
+        name, router, experts, shared = weights
+        n = self.rms_norm(x, norm, eps)
+        ids, gates = self.route(n, router)
+        out = torch.zeros_like(n)
+        for e, expert in enumerate(experts):
+            token, slot = torch.where(ids == e)
+            if counts is not None:
+                counts[e] += token.numel()
+            if token.numel():
+                y = self._gated(n[token], expert)
+                self.after_expert(name, e, gates[token, slot], y)
+                out.index_add_(0, token, y * gates[token, slot, None])
+        if shared is not None:
+            out += self._gated(n, shared)
+        return x + out
+
+    def logits(self, x: Tensor, head: Any, norm: Tensor, eps: float) -> Tensor:
+        return self.linear(x, head, norm, eps)

@@ -1,0 +1,87 @@
+"""A tiny V3 model on disk, with a tokenizer of bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from farthing.checkpoint import CheckpointWriter
+from farthing.model import ModelConfig
+from farthing.model.load import random_parameters
+
+TINY: dict[str, Any] = dict(
+    architectures=["DeepseekV3ForCausalLM"],
+    model_type="deepseek_v3",
+    vocab_size=264,
+    hidden_size=64,
+    intermediate_size=128,
+    moe_intermediate_size=64,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    q_lora_rank=64,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    topk_method="noaux_tc",
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+    hidden_act="silu",
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    bos_token_id=0,
+    eos_token_id=1,
+    torch_dtype="float32",
+)
+
+
+def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random model directory."""
+    raw = TINY | changes
+    writer = CheckpointWriter(path, max_shard_bytes=200_000)
+    parameters = random_parameters(ModelConfig.from_json(raw), seed)
+    for name, tensor in parameters.items():
+        # A sharper head, so that some tokens are likelier than others.
+        writer.add(name, tensor * 3 if name == "lm_head.weight" else tensor)
+    writer.close(raw)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<bos>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six documents of 40 to 140 random characters."""
+    generator = torch.Generator().manual_seed(5)
+    file = tmp_path_factory.mktemp("data") / "text.jsonl"
+    rows = []
+    for i in range(6):
+        codes = torch.randint(32, 127, (40 + 20 * i,), generator=generator)
+        rows.append(json.dumps({"path": f"{i}.py", "text": "".join(map(chr, codes.tolist()))}))
+    file.write_text("\n".join(rows) + "\n")
+    return file

@@ -1,0 +1,155 @@
+"""Measured quality against a plain loop, and intervals against the literature and simulation."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+from typer.testing import CliRunner
+
+from farthing.checkpoint import Checkpoint, CheckpointWriter
+from farthing.cli.eval import app
+from farthing.compress.corpus import load_corpus
+from farthing.compress.evaluate import compare, evaluate
+from farthing.compress.statistics import proportion_interval, ratio_interval, student_t
+from farthing.model import DeepseekModel, load
+from farthing.ops import make_batch, select
+
+
+def plain(model: DeepseekModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of ids[:-1] one token at a time through the cache, and the hidden states."""
+    cache = model.new_cache(64, 4, "float32")
+    rows = []
+    for t in range(len(ids) - 1):
+        batch = make_batch([1], [t], [range(64)], 4)
+        rows.append(model.forward(ids[t : t + 1], batch, cache))
+    hidden = torch.cat(rows)
+    return model.logits(hidden), hidden
+
+
+def test_perplexity_bits_and_acceptance_against_a_plain_loop(model_dir: Path, data: Path) -> None:
+    model = load(model_dir, select("reference"))
+    corpus = load_corpus(data, model_dir, 50, bos=0)
+    quality = evaluate(model, corpus, batch_tokens=130)
+    loss, tokens, hits, drafts = 0.0, 0, 0, 0
+    for line in data.read_text().splitlines():
+        text = json.loads(line)["text"]
+        ids = torch.tensor([0, *(2 + sorted_byte(c) for c in text.encode())])
+        for start in range(0, len(ids) - 1, 50):
+            part = ids[start : start + 51]
+            logits, hidden = plain(model, part)
+            loss -= float(logits.log_softmax(-1)[torch.arange(len(part) - 1), part[1:]].sum())
+            tokens += len(part) - 1
+            n = len(part) - 1
+            cache = model.new_cache(64, 4, "float32")
+            draft = model.draft(part[1:], hidden, make_batch([n], [0], [range(64)], 4), cache)
+            guess = model.draft_logits(draft).argmax(-1)
+            hits += int((guess[:-1] == logits.argmax(-1)[1:]).sum())
+            drafts += n - 1
+    assert quality.tokens == tokens == corpus.tokens
+    assert quality.bytes == sum(len(json.loads(r)["text"].encode()) for r in data.read_text().splitlines())
+    assert quality.perplexity == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+    assert quality.bits_per_byte == pytest.approx(loss / math.log(2) / quality.bytes, rel=1e-4)
+    assert quality.mtp_acceptance == pytest.approx(hits / drafts)
+
+
+def sorted_byte(byte: int) -> int:
+    from tokenizers import pre_tokenizers
+
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    character = chr(byte) if byte in printable else chr(256 + others.index(byte))
+    return sorted(pre_tokenizers.ByteLevel.alphabet()).index(character)
+
+
+def test_a_model_against_itself_and_against_a_worse_one(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    a = load(model_dir, select("reference"))
+    corpus = load_corpus(data, model_dir, 50, bos=0)
+    same = compare(a, a, corpus)
+    assert same.relative_increase == 0 and same.interval == (0, 0) and same.kl == 0
+    assert same.greedy_agreement == 1 and same.verdict(0.0).answer == "pass"
+
+    source, writer = Checkpoint.open(model_dir), CheckpointWriter(tmp_path)
+    for name in source.names():
+        tensor = source.tensor(name)
+        writer.add(name, tensor * 1.3 if name == "lm_head.weight" else tensor)
+    writer.close(source.config)
+    b = load(tmp_path, select("reference"))
+    result = compare(a, b, corpus, batch_tokens=60)
+    quality_a, quality_b = evaluate(a, corpus), evaluate(b, corpus)
+    assert result.perplexity_a == pytest.approx(quality_a.perplexity)
+    assert result.perplexity_b == pytest.approx(quality_b.perplexity)
+    assert result.relative_increase == pytest.approx(quality_b.perplexity / quality_a.perplexity - 1)
+    assert result.greedy_agreement == 1  # a sharper head chooses the same tokens
+    low, high = result.interval
+    assert low < result.relative_increase < high
+    # KL(p || softmax(1.3 log p)) has a closed form
+    kl = 0.0
+    for window in corpus.windows:
+        logits, _ = plain(a, window.ids)
+        p = logits.log_softmax(-1)
+        kl += float((p.exp() * (p - (1.3 * logits).log_softmax(-1))).sum())
+    assert result.kl == pytest.approx(kl / corpus.tokens, rel=1e-3)
+    assert result.verdict(high + 0.01).answer == "pass"
+    assert result.verdict(low - 0.01).answer == "fail"
+    unsure = result.verdict((result.relative_increase + high) / 2)
+    assert unsure.answer == "cannot tell"
+    assert unsure.tokens_needed == pytest.approx(4 * corpus.tokens, rel=0.3)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 5, 10, 40, 1000])
+@pytest.mark.parametrize("p", [0.9, 0.95, 0.975])
+def test_student_t(freedom: int, p: float) -> None:
+    assert student_t(p, freedom) == pytest.approx(stats.t.ppf(p, freedom), rel=0.01)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = torch.Generator().manual_seed(1)
+    covered = 0
+    for _ in range(1000):
+        counts = torch.randint(50, 200, (12,), generator=generator)
+        # every cluster has an effect of its own: tokens inside it are correlated
+        effect = 0.1 + 0.05 * torch.randn(12, generator=generator)
+        noise = torch.randn(12, generator=generator) * counts.sqrt() * 0.2
+        interval = ratio_interval((effect * counts + noise).tolist(), counts.tolist())
+        covered += interval.low <= 0.1 <= interval.high
+    assert 0.92 <= covered / 1000 <= 0.98
+
+
+def test_one_window_cannot_tell() -> None:
+    assert ratio_interval([1.0], [10]).high == math.inf
+
+
+def test_paired_proportions_against_the_exact_variance() -> None:
+    interval = proportion_interval(wins=30, losses=50, total=1000)
+    differences = torch.tensor([1.0] * 30 + [-1.0] * 50 + [0.0] * 920)
+    half = 1.96 * float(differences.std(unbiased=False)) / math.sqrt(1000)
+    assert interval.estimate == -0.02
+    assert interval.high - interval.estimate == pytest.approx(half, rel=1e-3)
+
+
+def test_the_command(model_dir: Path, data: Path) -> None:
+    args = [str(model_dir), "--data", str(data), "--backend", "reference", "--json"]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert set(document) == {"perplexity", "bits_per_byte", "mtp_acceptance", "tokens", "bytes"}
+    result = CliRunner().invoke(app, [*args, "--against", str(model_dir), "--max-drop", "0.3%"])
+    document = json.loads(result.stdout)
+    assert result.exit_code == 0 and document["verdict"] == "pass"
+    wanted = {"perplexity_a", "perplexity_b", "relative_increase", "interval", "kl", "greedy_agreement"}
+    assert wanted <= set(document)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "is not JSON"), ('{"a": 1}', "neither 'text' nor 'ids'"), ("", "no token to predict")],
+)
+def test_bad_data(model_dir: Path, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "d.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_corpus(tmp_path / "d.jsonl", model_dir, 10)
