@@ -254,8 +254,8 @@ def test_prometheus_that_hangs_or_ends_and_target_that_vanishes_make_stale_snaps
             os.kill(process.pid, signal.SIGCONT)
             await eventually(lambda: reader.read(1), lambda s: not s.stale)
             await replica.stop()
-            gone = await eventually(lambda: reader.read(1), lambda s: s.stale)
-            assert gone.backlog is None  # missing, not zero
+            gone = await eventually(lambda: reader.read(1), lambda s: s.stale and s.backlog is None)
+            assert gone.running is None and gone.ready is None  # missing, not zero
         finally:
             os.kill(process.pid, signal.SIGCONT)
             await asyncio.to_thread(manager.__exit__, None, None, None)
