@@ -6,7 +6,7 @@ What a server (or `farthing.LLM`) uses:
     stream = engine.submit(prompt, SamplingParams(max_tokens=32), priority=0, cache_salt="", kind="delta")
         # prompt: str or token ids. Thread-safe, never blocks on the model. Raises ValueError (names the
         # field), QueueFull (429), EngineStopped (503). kind "delta": each output holds what is new;
-        # "final": one output at the end.
+        # "final": one output at the end. Encoding and grammars are computed in the caller's thread.
     for output in stream: ...            # RequestOutput; from any thread
     async for output in stream: ...      # the same from an event loop
         # both raise EngineError if the request failed
@@ -15,14 +15,378 @@ What a server (or `farthing.LLM`) uses:
     await stream.aresult()
 
     engine.chat_prompt(messages, tools=None, add_generation_prompt=True, **template_kwargs) -> str
+        # submit it with add_special_tokens=False: the template writes them itself
     engine.tokenizer                     # farthing.engine.tokenizer.Tokenizer | None (skip_tokenizer_init)
         .encode(text, add_special_tokens=True) -> list[int];  .decode(ids, skip_special_tokens=True) -> str
         .eos_token_ids, .vocab_size
     engine.model_config                  # farthing.model.config.ModelConfig
     engine.config                        # the resolved EngineConfig (max_model_len, num_blocks, … filled in)
-    engine.default_sampling -> dict      # temperature, top_p, … from generation_config.json
+    engine.default_sampling              # temperature, top_p, … from generation_config.json
     engine.stats.snapshot() -> Snapshot  # farthing.engine.stats: counters, gauges, histograms, experts
     engine.health() -> None              # raises EngineError if the loop has died
     engine.drain(timeout) -> bool        # take no more, finish what runs; False: the rest was aborted
     engine.shutdown()                    # end now; running requests end with "abort"
 """
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from farthing.config import EngineConfig, parse_speculate
+from farthing.engine.build import resolve
+from farthing.engine.core import EngineCore
+from farthing.engine.generation import Generation, RequestState
+from farthing.engine.request import (
+    EngineError,
+    EngineStopped,
+    OutputKind,
+    QueueFull,
+    Request,
+    RequestMetrics,
+    SamplingParams,
+)
+from farthing.engine.resolve import resolve_model
+from farthing.engine.runner import Runner
+from farthing.engine.sampler import SamplingState, mix, stream_seed
+from farthing.engine.scheduler import Scheduler
+from farthing.engine.sequence import Sequence as TokenSequence
+from farthing.engine.speculation import Drafter, MtpDrafter, NgramDrafter, Speculator
+from farthing.engine.stats import Stats
+from farthing.engine.stream import RequestStream, deliver
+from farthing.engine.structured import GrammarCompiler, Matcher
+from farthing.engine.tokenizer import Tokenizer, generation_defaults
+from farthing.model import DeepseekModel, ModelConfig, load
+from farthing.ops import select
+
+log = logging.getLogger(__name__)
+
+_CHECK_AFTER = 0.1  # seconds without work
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Engine:
+    """Serves one model. Every public method may be called from any thread."""
+
+    def __init__(
+        self,
+        model: DeepseekModel,
+        config: EngineConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        default_sampling: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, dtype = resolve(config or EngineConfig(), model)
+        c = self.config
+        assert c.max_model_len and c.num_blocks and c.max_num_batched_tokens  # `resolve` has filled them in
+        self.model_config: ModelConfig = model.config
+        self.tokenizer = tokenizer
+        self.default_sampling = dict(default_sampling or {})
+        self.stats = Stats()
+        self._max_len = c.max_model_len
+        eos = tokenizer.eos_token_ids if tokenizer else model.config.eos_token_ids
+        self._eos = frozenset(eos) | frozenset(model.config.eos_token_ids)
+        runner = Runner(model, model.new_cache(c.num_blocks, c.block_size, dtype), c.max_num_seqs, c.max_model_len)
+        self.stats.experts = lambda: _expert_tokens(model, runner)
+        speculator = _speculator(c, runner)
+        scheduler = Scheduler(
+            c.num_blocks,
+            c.block_size,
+            c.max_num_seqs,
+            c.max_num_batched_tokens,
+            c.enable_prefix_caching,
+            speculator.num_lookahead if speculator else 0,
+        )
+        self._core = EngineCore(runner, scheduler, self.stats, tokenizer, speculator, self._finished)
+        self._grammars: GrammarCompiler | None = None
+        self._ids = itertools.count()
+        self._seeds = itertools.count(1)
+        self._lock = threading.Lock()
+        self._inbox: deque[tuple[str, RequestState]] = deque()
+        self._wake = threading.Event()
+        self._changed = threading.Condition(self._lock)
+        self._live = 0
+        self._accepting = True
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="farthing-engine", daemon=True)
+        self._thread.start()
+        reference = weakref.ref(self)
+        atexit.register(lambda: (engine := reference()) and engine.shutdown())
+        log.info(
+            "engine: %d blocks of %d tokens (%s), %d sequences, %d tokens a step, max_model_len %d",
+            *(c.num_blocks, c.block_size, dtype, c.max_num_seqs, c.max_num_batched_tokens, c.max_model_len),
+        )
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Load the model, its tokenizer and its recommended sampling."""
+        path = resolve_model(config.model)
+        ops = select(
+            config.backend,
+            dtype=_DTYPES[config.dtype],
+            threads=config.threads,
+            quantization=config.quantization,
+            packed=config.packed,
+        )
+        tokenizer = None
+        if not config.skip_tokenizer_init:
+            tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
+        return cls(load(path, ops), config, tokenizer, generation_defaults(path))
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        kind: OutputKind = "delta",
+        add_special_tokens: bool = True,
+        prompt_text: str | None = None,
+    ) -> RequestStream:
+        """Check a request and queue it. See the top of this file.
+
+        priority: smaller is more urgent; a level is worth `priority_step` seconds of waiting. prompt_text is
+        reported back where `prompt` is token ids.
+        """
+        self.health()
+        params = params or SamplingParams()
+        ids, text = self._prompt(prompt, add_special_tokens, prompt_text)
+        self._check(ids, params)
+        matcher = self._matcher(params)
+        number = next(self._ids)
+        request = Request(
+            request_id=request_id or f"request-{number}",
+            prompt_token_ids=ids,
+            params=params,
+            prompt=text,
+            priority=priority,
+            cache_salt=cache_salt,
+            kind=kind,
+            arrival_time=time.time(),
+        )
+        stream = RequestStream(request, lambda: self._post("cancel", state))
+        state = RequestState(request, stream, RequestMetrics(arrival_time=request.arrival_time))
+        state.sequences = self._sequences(request, matcher)
+        with self._lock:
+            if not self._accepting:
+                raise EngineStopped("the engine is draining or has stopped; expected another replica")
+            limit = None if self.config.max_queue is None else self.config.max_num_seqs + self.config.max_queue
+            if limit is not None and self._live >= limit:
+                raise QueueFull(
+                    f"{self._live} requests run or wait, max_num_seqs {self.config.max_num_seqs} + "
+                    f"max_queue {self.config.max_queue}; try again later"
+                )
+            self._live += 1
+            self._inbox.append(("add", state))
+        self._wake.set()
+        return stream
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt of a conversation; submit it with add_special_tokens=False."""
+        return self._need_tokenizer("chat").render_chat(messages, tools, add_generation_prompt, **kwargs)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that wait or run."""
+        return self._live
+
+    def health(self) -> None:
+        """Raise EngineError if the loop has died."""
+        if self._error is not None:
+            raise EngineError(f"the engine has failed: {self._error!r}") from self._error
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and wait for those in flight. False: some were left after `timeout` seconds
+        and have been aborted."""
+        with self._changed:
+            self._accepting = False
+            done = self._changed.wait_for(lambda: self._live == 0, timeout)
+        if not done:
+            self._post("cancel all", None)
+            with self._changed:
+                self._changed.wait_for(lambda: self._live == 0, 10.0)
+        return done
+
+    def shutdown(self) -> None:
+        """Abort what runs and end the thread. May be called more than once."""
+        with self._lock:
+            self._accepting = False
+            self._stopping = True
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    # -- checking a request, in the caller's thread
+
+    def _prompt(
+        self, prompt: str | Sequence[int], add_special_tokens: bool, text: str | None
+    ) -> tuple[list[int], str | None]:
+        if isinstance(prompt, str):
+            return self._need_tokenizer("a text prompt").encode(prompt, add_special_tokens), prompt
+        ids = list(prompt)
+        vocab = self.model_config.vocab_size
+        for i, token in enumerate(ids):
+            if not isinstance(token, int) or not 0 <= token < vocab:
+                raise ValueError(f"prompt[{i}] is {token!r}; expected a token id in [0, {vocab})")
+        return ids, text
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        if not ids:
+            raise ValueError("prompt is empty; expected at least one token")
+        if len(ids) >= self._max_len:
+            raise ValueError(
+                f"prompt has {len(ids)} tokens; expected at most {self._max_len - 1}, "
+                f"max_model_len - 1, so that one can follow"
+            )
+        vocab = self.model_config.vocab_size
+        for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token in tokens or ():
+                if not 0 <= token < vocab:
+                    raise ValueError(f"{name} names token {token}; expected an id in [0, {vocab})")
+        if params.stop_strings:
+            self._need_tokenizer("stop")
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.structured_outputs is None:
+            return None
+        tokenizer = self._need_tokenizer("structured_outputs")
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(tokenizer, self.model_config.vocab_size)
+        return self._grammars.compile(params.structured_outputs)
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer; this engine was built with skip_tokenizer_init=True")
+        return self.tokenizer
+
+    def _sequences(self, request: Request, matcher: Matcher | None) -> list[TokenSequence]:
+        params, ids = request.params, request.prompt_token_ids
+        room = self._max_len - len(ids)
+        max_output = room if params.max_tokens is None else min(room, params.max_tokens)
+        # Without a seed a request gets one of its own, the same in every run with the same engine seed.
+        seed = params.seed if params.seed is not None else mix(self.config.seed) + next(self._seeds)
+        eos = frozenset() if params.ignore_eos else self._eos
+        seen = frozenset(ids) if params.repetition_penalty != 1 else frozenset()
+        result = []
+        for i in range(params.n):
+            state = SamplingState(
+                params,
+                stream_seed(seed, i),
+                seen,
+                tuple(sorted(eos | frozenset(params.stop_token_ids or ()))),
+                matcher if matcher is None or i == 0 else matcher.copy(),
+            )
+            result.append(
+                TokenSequence(
+                    id=next(self._ids),
+                    tokens=list(ids),
+                    num_prompt=len(ids),
+                    max_len=len(ids) + max_output,
+                    order=request.arrival_time + request.priority * self.config.priority_step,
+                    salt=request.cache_salt,
+                    read_cache=params.prompt_logprobs is None,
+                    payload=Generation(i, state, max_output, self._eos, self.tokenizer),
+                )
+            )
+        return result
+
+    # -- the loop, in its own thread
+
+    def _post(self, what: str, state: RequestState | None) -> None:
+        self._inbox.append((what, state))
+        self._wake.set()
+
+    def _finished(self, state: RequestState) -> None:
+        with self._changed:
+            self._live -= 1
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._receive()
+                if self._core.scheduler.idle:
+                    self._rest()
+                else:
+                    self._core.step()
+        except BaseException as error:  # the loop must never leave a stream waiting
+            log.exception("the engine has failed")
+            self._error = error
+        finally:
+            self._close()
+
+    def _rest(self) -> None:
+        """Wait for work. The books are checked when none has come for a while, so that nobody waits for it."""
+        if not self._wake.wait(_CHECK_AFTER):
+            self._core.check()
+            self._wake.wait()
+        self._wake.clear()
+
+    def _receive(self) -> None:
+        while self._inbox:
+            what, state = self._inbox.popleft()
+            if what == "add" and state is not None:
+                self._core.add(state)
+            elif what == "cancel" and state is not None:
+                self._core.cancel(state)
+            else:
+                for each in self._core.live():
+                    self._core.cancel(each)
+
+    def _close(self) -> None:
+        """End every request: with "abort", or with the error that ended the loop."""
+        with self._lock:
+            self._accepting = False
+            pending = [state for what, state in self._inbox if what == "add" and state is not None]
+            self._inbox.clear()
+        if self._error is None:
+            for state in pending:
+                self._core.add(state)
+            for state in self._core.live():
+                self._core.cancel(state)
+            return
+        error = EngineError(f"the engine has failed: {self._error!r}")
+        deliver([(state.stream, error) for state in [*self._core.live(), *pending]])
+        with self._changed:
+            self._live = 0
+            self._changed.notify_all()
+
+
+def _speculator(config: EngineConfig, runner: Runner) -> Speculator | None:
+    parsed = parse_speculate(config.speculate)
+    if parsed is None:
+        return None
+    method, count = parsed
+    drafter: Drafter = MtpDrafter(runner, count) if method == "mtp" else NgramDrafter(count)
+    return Speculator(drafter)
+
+
+def _expert_tokens(model: DeepseekModel, runner: Runner) -> dict[int, list[int]]:
+    if runner.counts is None:
+        return {}
+    counts = runner.counts.tolist()
+    return {i: counts[i] for i in range(model.cache_layers) if model.config.is_moe(i)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 # Seconds. From 1 ms, since a small model on a CPU answers faster than the usual smallest bucket.
@@ -77,7 +78,7 @@ class Snapshot:
     inter_token_latency: HistogramSnapshot
     e2e_request_latency: HistogramSnapshot
     request_queue_time: HistogramSnapshot
-    # [MoE layer in order][expert] tokens; {} where the model is dense. Key: layer index.
+    # MoE layer index -> tokens of each expert; {} where the model is dense
     expert_tokens: dict[int, list[int]]
     uptime_seconds: float
 
@@ -100,12 +101,38 @@ class Stats:
     steps: int = 0
     busy_seconds: float = 0.0
     integrity_failures: int = 0
-    finished: dict[str, int] = field(
-        default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0}
-    )
+    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
     ttft: Histogram = field(default_factory=Histogram)
     tpot: Histogram = field(default_factory=Histogram)
     itl: Histogram = field(default_factory=Histogram)
     e2e: Histogram = field(default_factory=Histogram)
     queue: Histogram = field(default_factory=Histogram)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    experts: Callable[[], dict[int, list[int]]] = dict  # reads the device's counts
+    started: float = field(default_factory=time.monotonic)
+
+    def snapshot(self) -> Snapshot:
+        """All numbers now. Each is whole; two of them may be a step apart."""
+        return Snapshot(
+            num_requests_running=self.running,
+            num_requests_waiting=self.waiting,
+            kv_cache_usage=self.kv_cache_usage,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            prefix_cache_queries=self.prefix_cache_queries,
+            prefix_cache_hits=self.prefix_cache_hits,
+            preemptions=self.preemptions,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+            drafts=self.drafts,
+            steps=self.steps,
+            busy_seconds=self.busy_seconds,
+            integrity_failures=self.integrity_failures,
+            requests_finished=dict(self.finished),
+            time_to_first_token=self.ttft.snapshot(),
+            time_per_output_token=self.tpot.snapshot(),
+            inter_token_latency=self.itl.snapshot(),
+            e2e_request_latency=self.e2e.snapshot(),
+            request_queue_time=self.queue.snapshot(),
+            expert_tokens=self.experts(),
+            uptime_seconds=time.monotonic() - self.started,
+        )

@@ -1,0 +1,90 @@
+"""Cache blocks, counted by reference. Plain integers: the memory itself belongs to the runner.
+
+A block whose last reference goes stays filled until it is handed out again, least recently used first;
+that is what the prefix cache lives on. Blocks that hold nothing reusable are handed out before those.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+
+class IntegrityError(AssertionError):
+    """The bookkeeping contradicts itself: a bug of ours, never of a request."""
+
+
+class BlockPool:
+    """`num_blocks` blocks, each free or referenced at least once.
+
+    on_reuse(block) is called before a free block is handed out; is_cached(block) tells whether a block
+    that becomes free is worth keeping.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        on_reuse: Callable[[int], None] = lambda block: None,
+        is_cached: Callable[[int], bool] = lambda block: False,
+    ) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks is {num_blocks}; expected at least 1")
+        self.num_blocks = num_blocks
+        self._on_reuse = on_reuse
+        self._is_cached = is_cached
+        self._refs = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to go first
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody references."""
+        return len(self._free)
+
+    @property
+    def usage(self) -> float:
+        """Referenced share of the pool, 0…1."""
+        return 1.0 - len(self._free) / self.num_blocks
+
+    def refs(self, block: int) -> int:
+        """References to a block."""
+        return self._refs[block]
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each. The caller has looked at `num_free`."""
+        if count > len(self._free):
+            raise IntegrityError(f"{count} blocks asked of {len(self._free)} free ones")
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._on_reuse(block)
+            self._refs[block] = 1
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more reference to each block, free (but still filled) or not."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._free[block]
+            self._refs[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """One reference less. Give a sequence's blocks last to first: the tail is then reused first."""
+        for block in blocks:
+            if self._refs[block] < 1:
+                raise IntegrityError(f"block {block} released more often than referenced")
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._free[block] = None
+                if not self._is_cached(block):
+                    self._free.move_to_end(block, last=False)
+
+    def check(self, owners: Iterable[Iterable[int]]) -> None:
+        """Raise IntegrityError unless the references are exactly those of `owners` (lists of blocks)."""
+        expected = [0] * self.num_blocks
+        for blocks in owners:
+            for block in blocks:
+                expected[block] += 1
+        for block, (have, want) in enumerate(zip(self._refs, expected, strict=True)):
+            if have != want:
+                raise IntegrityError(f"block {block} has {have} references; its owners hold {want}")
+            if (have == 0) != (block in self._free):
+                raise IntegrityError(f"block {block} has {have} references and is free: {block in self._free}")

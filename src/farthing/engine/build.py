@@ -1,0 +1,105 @@
+"""Choose what the configuration leaves open: cache size, lengths, budgets."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from farthing.config import EngineConfig
+from farthing.model import DeepseekModel
+from farthing.ops.api import CacheDtype
+
+log = logging.getLogger(__name__)
+
+_ITEM_BYTES: dict[CacheDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
+_SCALE_BYTES = 8  # two float32 a token a layer beside an 8-bit cache
+_CPU_SHARE, _GPU_SHARE = 0.25, 0.85  # of the memory that is free when the model is loaded
+
+
+def resolve(config: EngineConfig, model: DeepseekModel) -> tuple[EngineConfig, CacheDtype]:
+    """The configuration with every None filled in, and the cache's dtype.
+
+    Raises ValueError where the cache cannot hold max_model_len.
+    """
+    device = model.ops.device
+    dtype = cache_dtype(config, model)
+    limit = model.config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ValueError(
+            f"max_model_len is {config.max_model_len}; expected at most {limit}, "
+            f"the model's max_position_embeddings"
+        )
+    length = config.max_model_len or limit
+    blocks = config.num_blocks or _num_blocks(config, model, dtype, length)
+    held = blocks * config.block_size
+    if held < length and config.max_model_len is not None:
+        raise ValueError(
+            f"max_model_len is {length} and the cache holds {held} tokens; expected a smaller max_model_len, "
+            f"a larger num_blocks or kv_cache_memory, or a smaller kv_cache_dtype"
+        )
+    if held < length:
+        log.warning("the cache holds %d tokens: max_model_len is %d and not the model's %d", held, held, limit)
+    budget = config.max_num_batched_tokens or max(config.max_num_seqs, 512 if device.type == "cpu" else 8192)
+    if budget < config.max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens is {budget}; expected at least max_num_seqs = {config.max_num_seqs}"
+        )
+    resolved = replace(
+        config, max_model_len=min(length, held), num_blocks=blocks, max_num_batched_tokens=budget
+    )
+    return resolved, dtype
+
+
+def cache_dtype(config: EngineConfig, model: DeepseekModel) -> CacheDtype:
+    """'auto' is the type of the activations."""
+    if config.kv_cache_dtype == "auto":
+        return "float32" if model.ops.dtype is torch.float32 else "bfloat16"
+    return config.kv_cache_dtype
+
+
+def block_bytes(config: EngineConfig, model: DeepseekModel, dtype: CacheDtype) -> int:
+    """Bytes of a block over all layers."""
+    scale = _SCALE_BYTES if dtype in ("fp8", "int8") else 0
+    return model.cache_layers * config.block_size * (model.config.cache_width * _ITEM_BYTES[dtype] + scale)
+
+
+def _num_blocks(config: EngineConfig, model: DeepseekModel, dtype: CacheDtype, length: int) -> int:
+    size = block_bytes(config, model, dtype)
+    memory = config.kv_cache_memory
+    if memory is not None:
+        if memory < size:
+            raise ValueError(f"kv_cache_memory is {memory} bytes; expected at least one block, {size} bytes")
+        return memory // size
+    if model.ops.device.type == "cpu":
+        memory = int(available_memory() * _CPU_SHARE)
+    else:
+        memory = int(torch.cuda.mem_get_info(model.ops.device)[0] * _GPU_SHARE)
+    most = config.max_num_seqs * -(-length // config.block_size)
+    return max(1, min(most, memory // size))
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: of the machine, and of its control group if that is less."""
+    free = _meminfo()
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return max(free, 1 << 20)
+
+
+def _meminfo() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30  # not Linux: a cautious guess

@@ -1,0 +1,75 @@
+"""Tokens to text as they come: never half a character, never part of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from tokenizers.decoders import DecodeStream
+
+from farthing.engine.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """Incremental text of one sequence. What `push` and `flush` return adds up to the decoded whole."""
+
+    __slots__ = ("_decoder", "_skip", "_stream", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stream = None if tokenizer.byte_level else DecodeStream(skip_special_tokens=skip_special_tokens)
+
+    def push(self, token: int) -> str:
+        """Characters that are complete with this token."""
+        if self._stream is not None:
+            return self._stream.step(self._tokenizer.backend, token) or ""
+        if token in self._skip:
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character cut short."""
+        return "" if self._stream is not None else self._decoder.decode(b"", final=True)
+
+
+class StopChecker:
+    """Finds stop strings in a stream of text, holding back what may be the beginning of one."""
+
+    __slots__ = ("_held", "_include", "_stops", "found")
+
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._include = include
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str, armed: bool = True) -> str:
+        """Text that may be shown. Not armed: everything may, and nothing stops (min_tokens)."""
+        if not self._stops:
+            return text
+        text = self._held + text
+        self._held = ""
+        if not armed:
+            return text
+        hits = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if hits:
+            at, _, self.found = min(hits)
+            return text[: at + len(self.found)] if self._include else text[:at]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """The held text: it was no stop string after all."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` (and is not all of it)."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0

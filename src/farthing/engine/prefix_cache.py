@@ -1,0 +1,68 @@
+"""Which full blocks hold which tokens, so that a known prefix is not computed again.
+
+A block is known by the hash of its tokens chained with the hash of the block before it, so equal hashes
+mean equal prefixes from the first token on. The chain starts from the request's cache salt: requests
+with different salts never share a block, and cannot probe each other's prompts by timing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from farthing.engine.block_pool import IntegrityError
+
+_HASH_BYTES = 16  # a collision would answer with somebody else's text; at 2^40 blocks its odds are 2^-49
+
+
+class PrefixCache:
+    """hash <-> block. A block is forgotten when the pool hands it out again."""
+
+    def __init__(self, block_size: int, enabled: bool = True) -> None:
+        self.block_size = block_size
+        self.enabled = enabled
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def extend(self, hashes: list[bytes], tokens: Sequence[int], salt: str, count: int) -> None:
+        """Append hashes until there are `count`, one for each full block of `tokens`."""
+        size = self.block_size
+        for i in range(len(hashes), count):
+            parent = hashes[-1] if hashes else blake2b(salt.encode(), digest_size=_HASH_BYTES).digest()
+            data = array("q", tokens[i * size : (i + 1) * size]).tobytes()
+            hashes.append(blake2b(parent + data, digest_size=_HASH_BYTES).digest())
+
+    def match(self, hashes: Sequence[bytes]) -> list[int]:
+        """Blocks of the longest known prefix."""
+        blocks: list[int] = []
+        for digest in hashes:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def register(self, digest: bytes, block: int) -> None:
+        """Remember a block that is computed in full. A second copy of known tokens stays anonymous."""
+        if self.enabled and digest not in self._block_of:
+            self._block_of[digest] = block
+            self._hash_of[block] = digest
+
+    def contains_block(self, block: int) -> bool:
+        """Whether the block can still be found."""
+        return block in self._hash_of
+
+    def forget(self, block: int) -> None:
+        """The block is about to be overwritten."""
+        digest = self._hash_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
+
+    def check(self) -> None:
+        """Raise IntegrityError unless hashes and blocks are one to one."""
+        if {block: digest for digest, block in self._block_of.items()} != self._hash_of:
+            raise IntegrityError("prefix cache: hashes and blocks are not one to one")

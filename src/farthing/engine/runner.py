@@ -1,0 +1,113 @@
+"""From a plan to tensors to hidden states.
+
+Legend: T tokens of the step; B sequences; D hidden size. Index tensors are built with a handful of numpy
+calls whatever the batch: at sixteen small layers Python would otherwise cost as much as the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from farthing.engine.sequence import Scheduled, Sequence
+from farthing.model import DeepseekModel
+from farthing.ops import Batch, LatentCache
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The tensors of one step and where its results stand."""
+
+    ids: Tensor  # [T] int64
+    batch: Batch
+    starts: list[int]  # first row of each sequence, and T at the end
+    sampled: Tensor | None  # [n] int64 rows to sample, None: all T
+
+
+class Runner:
+    """Owns the cache and a table of every running sequence's blocks."""
+
+    def __init__(self, model: DeepseekModel, cache: LatentCache, max_num_seqs: int, max_model_len: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.block_size = cache.block_size
+        self.device = model.ops.device
+        max_blocks = -(-max_model_len // self.block_size)
+        self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        config = model.config
+        shape = (model.cache_layers, config.n_routed_experts or 0)
+        self.counts = torch.zeros(shape, dtype=torch.int64, device=self.device) if config.n_routed_experts else None
+
+    def prepare(self, plan: Seq[Scheduled]) -> Step:
+        """Index tensors of a plan."""
+        counts = [item.num_tokens for item in plan]
+        ids: list[int] = []
+        sampled: list[int] = []
+        starts = [0]
+        for item, count in zip(plan, counts, strict=True):
+            tokens = item.seq.tokens
+            if item.count == 1:
+                ids.append(tokens[item.start])
+            else:
+                ids += tokens[item.start : item.start + item.count]
+            ids += item.drafts
+            end = starts[-1] + count
+            if item.sample:
+                sampled.extend(range(end - 1 - len(item.drafts), end))
+            starts.append(end)
+        firsts = np.array([item.start for item in plan], dtype=np.int32)
+        batch = self._batch([item.seq for item in plan], firsts, counts, starts)
+        rows = None if len(sampled) == len(ids) else self._tensor(np.array(sampled, dtype=np.int64))
+        return Step(self._tensor(np.array(ids, dtype=np.int64)), batch, starts, rows)
+
+    def follow(self, seqs: Seq[Sequence], positions: Seq[int]) -> Batch:
+        """A batch of one token a sequence at the given positions (for drafting)."""
+        count = len(seqs)
+        return self._batch(seqs, np.array(positions, dtype=np.int32), [1] * count, list(range(count + 1)))
+
+    def forward(self, step: Step) -> Tensor:
+        """Hidden states [T, D] before the final norm."""
+        return self.model.forward(step.ids, step.batch, self.cache, self.counts)
+
+    def capacity(self, seq: Sequence) -> int:
+        """Positions that the sequence may write to now."""
+        return min(len(seq.blocks) * self.block_size, seq.max_len)
+
+    def tensor(self, values: Seq[int]) -> Tensor:
+        """int64 on the model's device."""
+        return self._tensor(np.array(values, dtype=np.int64))
+
+    def _batch(self, seqs: Seq[Sequence], firsts: NDArray[np.int32], counts: list[int], starts: list[int]) -> Batch:
+        for seq in seqs:
+            filled, blocks = seq.row_filled, seq.blocks
+            if filled < len(blocks):
+                self._table[seq.row, filled : len(blocks)] = blocks[filled:]
+                seq.row_filled = len(blocks)
+        rows = np.array([seq.row for seq in seqs], dtype=np.int64)
+        query_start = np.array(starts, dtype=np.int32)
+        lens = firsts + np.array(counts, dtype=np.int32)
+        if len(seqs) == starts[-1]:
+            positions, row_of = firsts, rows
+        else:
+            positions = np.repeat(firsts - query_start[:-1], counts) + np.arange(starts[-1], dtype=np.int32)
+            row_of = np.repeat(rows, counts)
+        slots = self._table[row_of, positions // self.block_size].astype(np.int64)
+        slots *= self.block_size
+        slots += positions % self.block_size
+        used = -(-int(lens.max()) // self.block_size)
+        return Batch(
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            query_start=self._tensor(query_start),
+            context_lens=self._tensor(lens),
+            block_table=self._tensor(self._table[:, :used].take(rows, axis=0)),
+        )
+
+    def _tensor(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)

@@ -1,0 +1,253 @@
+"""From hidden states to tokens.
+
+Every random number is a function of (the completion's seed, the index of the output token), so a request
+draws the same tokens whatever shares its batch, after preemption, and with speculation or without: a draft
+is accepted exactly if it is the token this sampler would have drawn in its place (see speculation.py).
+
+Legend: n rows (one for each token to draw); D hidden size; V vocabulary; K candidates kept by a filter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farthing.engine.request import Logprob, SamplingParams
+from farthing.engine.structured import Matcher
+
+_MASK64 = (1 << 64) - 1
+_CANDIDATES = 256  # of a filtered row; a row whose kept set may be larger falls back to all of V
+
+Logprobs = dict[int, Logprob]
+
+
+class Head(Protocol):
+    """The part of the model that turns hidden states into logits."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, D] -> [n, V] float32."""
+
+    def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(values [n, k], ids [n, k], logsumexp [n])."""
+
+
+@dataclass(slots=True, eq=False)
+class SamplingState:
+    """What one completion has drawn so far."""
+
+    params: SamplingParams
+    seed: int
+    prompt: frozenset[int] = frozenset()  # filled only where repetition_penalty needs it
+    end_ids: tuple[int, ...] = ()  # not before min_tokens
+    matcher: Matcher | None = None
+    num_output: int = 0
+    counts: Counter[int] = field(default_factory=Counter)
+    plain: bool = field(init=False)  # greedy on untouched logits
+    penalized: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        self.penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        edited = self.penalized or p.logit_bias or self.matcher is not None
+        self.plain = p.greedy and not edited
+
+    def push(self, token: int) -> None:
+        """The token was taken."""
+        self.num_output += 1
+        if self.penalized:
+            self.counts[token] += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One token to draw: the one after the completion so far and `drafts[:ahead]`."""
+
+    state: SamplingState
+    drafts: tuple[int, ...] = ()
+    ahead: int = 0
+
+    @property
+    def index(self) -> int:
+        """Index of the token in the output."""
+        return self.state.num_output + self.ahead
+
+    @property
+    def plain(self) -> bool:
+        """Whether the largest raw logit decides."""
+        return self.state.plain and self.index >= self.state.params.min_tokens
+
+
+def sample(head: Head, hidden: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[Logprobs] | None]:
+    """Draw one token a row of hidden [n, D]. The second list is None if no row wants logprobs."""
+    wanted = [row.state.params.logprobs for row in rows]
+    top = max((k for k in wanted if k is not None), default=None)
+    if all(row.plain for row in rows):
+        values, ids, total = head.top_logits(hidden, max(1, top or 0))
+        tokens: list[int] = ids[:, 0].tolist()
+        if top is None:
+            return tokens, None
+        return tokens, [
+            _logprobs(i, v, 0 if k is None else k)
+            for i, v, k in zip(ids.tolist(), (values - total[:, None]).tolist(), wanted, strict=True)
+        ]
+    logits = head.logits(hidden)
+    raw = logits.log_softmax(-1) if top is not None else None
+    tokens = draw(edit(logits, rows), rows)
+    return tokens, None if raw is None else report(raw, tokens, [k or 0 for k in wanted])
+
+
+def edit(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Apply logit_bias, penalties, min_tokens and the grammar to logits [n, V], in place."""
+    for i, row in enumerate(rows):
+        state, params = row.state, row.state.params
+        if params.logit_bias:
+            index = torch.tensor(list(params.logit_bias), device=logits.device)
+            logits[i, index] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        if state.penalized:
+            _penalize(logits[i], row)
+        if row.index < params.min_tokens and state.end_ids:
+            logits[i, list(state.end_ids)] = float("-inf")
+        if state.matcher is not None and row.ahead == 0:
+            _constrain(logits[i : i + 1 + len(row.drafts)], state.matcher, row.drafts)
+    return logits
+
+
+def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """One token a row from edited logits [n, V]."""
+    params = [row.state.params for row in rows]
+    greedy = [i for i, p in enumerate(params) if p.greedy]
+    random = [i for i, p in enumerate(params) if not p.greedy]
+    tokens = [0] * len(rows)
+    if greedy:
+        _store(tokens, greedy, logits[greedy].argmax(-1))
+    if not random:
+        return tokens
+    heat = torch.tensor([max(params[i].temperature, 1e-5) for i in random], device=logits.device)
+    scaled = logits[random] / heat[:, None]
+    uniforms = [uniform(rows[i].state.seed, rows[i].index) for i in random]
+    u = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+    filtered = torch.tensor([_filters(params[i]) for i in random])
+    for chosen, pick in ((~filtered, _draw_all), (filtered, _draw_filtered)):
+        at = chosen.nonzero()[:, 0]
+        if len(at):
+            where = [random[j] for j in at.tolist()]
+            on = at.to(logits.device)
+            _store(tokens, where, pick(scaled[on], u[on], [params[i] for i in where]))
+    return tokens
+
+
+def report(raw: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[Logprobs]:
+    """Log-probabilities raw [n, V] -> the given token and the top[i] most likely ones of each row."""
+    index = torch.tensor(tokens, device=raw.device)[:, None]
+    own = raw.gather(1, index)
+    rank = (raw > own).sum(-1).tolist()
+    values, ids = raw.topk(min(max(top), raw.shape[1]), dim=-1)
+    result = []
+    rows = zip(tokens, own[:, 0].tolist(), rank, ids.tolist(), values.tolist(), top, strict=True)
+    for token, logprob, above, i, v, k in rows:
+        entry = {token: Logprob(logprob, above + 1)}
+        entry.update((t, Logprob(x, r)) for r, (t, x) in enumerate(zip(i[:k], v[:k], strict=True), 1) if t != token)
+        result.append(entry)
+    return result
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in (0, 1) that depends on nothing but its arguments (SplitMix64, Steele et al. 2014)."""
+    z = mix(seed + (index + 1) * 0x9E3779B97F4A7C15)
+    return ((z >> 12) + 0.5) * 2.0**-52
+
+
+def mix(z: int) -> int:
+    """SplitMix64's finalizer on 64 bits."""
+    z &= _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """The seed of the `stream`-th completion of a request."""
+    return mix(mix(seed) + stream * 0xD1342543DE82EF95)
+
+
+def _logprobs(ids: Sequence[int], values: Sequence[float], top: int) -> Logprobs:
+    # The token itself is the most likely one.
+    keep = max(1, top)
+    return {t: Logprob(x, r) for r, (t, x) in enumerate(zip(ids[:keep], values[:keep], strict=True), 1)}
+
+
+def _penalize(logits: Tensor, row: Row) -> None:
+    params, counts = row.state.params, row.state.counts
+    if row.ahead:
+        counts = counts + Counter(row.drafts[: row.ahead])
+    if params.repetition_penalty != 1:
+        seen = _index(row.state.prompt | counts.keys(), logits)
+        v = logits[seen]
+        logits[seen] = torch.where(v > 0, v / params.repetition_penalty, v * params.repetition_penalty)
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        often = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        logits[_index(counts, logits)] -= params.frequency_penalty * often + params.presence_penalty
+
+
+def _index(tokens: Iterable[int], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.fromiter(tokens, np.int64)).to(like.device)
+
+
+def _constrain(logits: Tensor, matcher: Matcher, drafts: Sequence[int]) -> None:
+    """Forbid what the grammar forbids in logits [1 + len(drafts), V]."""
+    allowed = torch.from_numpy(matcher.masks(drafts, logits.shape[1])).to(logits.device)
+    logits.masked_fill_(~allowed, float("-inf"))
+
+
+def _store(tokens: list[int], where: Sequence[int], values: Tensor) -> None:
+    for i, token in zip(where, values.tolist(), strict=True):
+        tokens[i] = token
+
+
+def _filters(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
+def _draw_all(scaled: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """By inverting the cumulative distribution over V, in float64: V float32 terms would drift."""
+    return _invert(scaled.softmax(-1), u)
+
+
+def _draw_filtered(scaled: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Among the candidates that min_p, top_k and top_p leave, in this order, as in vLLM."""
+    device, vocab = scaled.device, scaled.shape[1]
+    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=device)
+    top_p = torch.tensor([p.top_p for p in params], device=device)
+    min_p = torch.tensor([p.min_p for p in params], device=device)
+    total = scaled.logsumexp(-1, keepdim=True)
+    limited = [p.top_k for p in params if p.top_k > 0]
+    width = min(vocab, max(_CANDIDATES, max(limited, default=0)))
+    while True:
+        values, ids = scaled.topk(width, dim=-1)
+        probs = (values - total).exp()  # [n, K] descending, of the unfiltered distribution
+        rank = torch.arange(width, device=device)
+        by_min_p = probs >= min_p[:, None] * probs[:, :1]
+        kept = probs * (by_min_p & (rank < top_k[:, None]))
+        # Is everything that a filter keeps among the K largest? Else look at all of V.
+        whole = (top_k <= width) | ~by_min_p[:, -1] | ((min_p == 0) & (probs.sum(-1) >= top_p) & (top_p < 1))
+        if width == vocab or bool(whole.all()):
+            break
+        width = vocab
+    # Without top_k and min_p the mass is all of V, of which `kept` may hold a part only.
+    mass = torch.where((top_k >= vocab) & (min_p == 0), torch.ones_like(top_p), kept.sum(-1))
+    before = kept.cumsum(-1) - kept
+    kept = kept * (before < (top_p * mass)[:, None])
+    return ids.gather(1, _invert(kept, u)[:, None])[:, 0]
+
+
+def _invert(weights: Tensor, u: Tensor) -> Tensor:
+    """Index where the running sum of weights [n, K] passes u [n] of its total; never one of weight 0."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    target = u[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp_max(weights.shape[1] - 1)

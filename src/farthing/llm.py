@@ -1,0 +1,223 @@
+"""Farthing in a script: `LLM("model").generate(["def fibonacci(n):"], SamplingParams(max_tokens=64))`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from farthing.config import Dtype, EngineConfig, KvCacheDtype, Quantization
+from farthing.engine.engine import Engine
+from farthing.engine.request import CompletionOutput, OutputKind, RequestOutput, SamplingParams
+from farthing.engine.stream import RequestStream
+from farthing.engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """One model in this process. Arguments as in `farthing.config.EngineConfig`, names as in vLLM.
+
+    `generate` and `chat` wait for everything, `stream` yields as it comes. Close it (or use `with`) to free
+    the memory before the object goes.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "reference",
+        *,
+        dtype: Dtype = "auto",
+        backend: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        kv_cache_dtype: KvCacheDtype = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_cache_memory: int | None = None,
+        enable_prefix_caching: bool = True,
+        threads: int | None = None,
+        quantization: Quantization | None = None,
+        packed: str | Path | None = None,
+        speculate: str | None = None,
+        seed: int = 0,
+        tensor_parallel_size: int = 1,
+        skip_tokenizer_init: bool = False,
+    ) -> None:
+        config = EngineConfig(
+            model=str(model),
+            dtype=dtype,
+            backend=backend,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_queue=None,
+            kv_cache_dtype=kv_cache_dtype,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_memory=kv_cache_memory,
+            enable_prefix_caching=enable_prefix_caching,
+            threads=threads,
+            quantization=quantization,
+            packed=None if packed is None else str(packed),
+            speculate=speculate,
+            seed=seed,
+            tensor_parallel_size=tensor_parallel_size,
+            skip_tokenizer_init=skip_tokenizer_init,
+        )
+        self.engine = Engine.from_config(config)
+
+    @classmethod
+    def from_engine(cls, engine: Engine) -> LLM:
+        """The same interface over an engine that exists already."""
+        llm = cls.__new__(cls)
+        llm.engine = engine
+        return llm
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts (texts or lists of token ids) in one batch; outputs in the order of the prompts.
+
+        sampling_params: one for all, or one for each. use_tqdm: a progress bar on stderr. Raises ValueError
+        for a request that cannot be served, before anything runs; EngineError if the engine fails.
+        """
+        batch = _as_batch(prompts)
+        params = self._per_prompt(sampling_params, len(batch))
+        urgency = list(priority) if priority is not None else [0] * len(batch)
+        if len(urgency) != len(batch):
+            raise ValueError(f"priority has {len(urgency)} entries; expected {len(batch)}, one for each prompt")
+        return self._run([(p, True, None) for p in batch], params, urgency, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, by the model's chat template."""
+        if messages and isinstance(messages[0], Mapping):
+            conversations = [cast("Sequence[Message]", messages)]
+        else:
+            conversations = list(cast("Sequence[Sequence[Message]]", messages))
+        prompts = [
+            self.engine.chat_prompt(c, tools, add_generation_prompt, **(chat_template_kwargs or {}))
+            for c in conversations
+        ]
+        params = self._per_prompt(sampling_params, len(prompts))
+        return self._run([(p, False, None) for p in prompts], params, [0] * len(prompts), use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Yield what is new as it comes: each output's `text` and `token_ids` continue those before.
+
+        Leaving the loop early cancels the request.
+        """
+        stream = self.engine.submit(prompt, sampling_params or self.get_default_sampling_params())
+        try:
+            yield from stream
+        finally:
+            stream.cancel()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError with skip_tokenizer_init."""
+        if self.engine.tokenizer is None:
+            raise ValueError("this LLM was built with skip_tokenizer_init=True; expected token ids only")
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends."""
+        return SamplingParams(**self.engine.default_sampling)
+
+    def close(self) -> None:
+        """End the engine's thread. May be called more than once."""
+        engine = getattr(self, "engine", None)
+        if engine is not None:
+            engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _per_prompt(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise ValueError(f"sampling_params has {len(params)} entries; expected one, or {count}")
+        return list(params)
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[Prompt, bool, str | None]],
+        params: Sequence[SamplingParams],
+        priority: Sequence[int],
+        progress: bool,
+    ) -> list[RequestOutput]:
+        streams: list[RequestStream] = []
+        kind: OutputKind = "final"
+        try:
+            for (prompt, special, text), p, urgency in zip(prompts, params, priority, strict=True):
+                streams.append(
+                    self.engine.submit(
+                        prompt, p, priority=urgency, kind=kind, add_special_tokens=special, prompt_text=text
+                    )
+                )
+            return _collect(streams, progress)
+        except BaseException:  # Ctrl-C included: nothing keeps running behind the caller's back
+            for stream in streams:
+                stream.cancel()
+            raise
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [cast("Sequence[int]", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def _collect(streams: Sequence[RequestStream], progress: bool) -> list[RequestOutput]:
+    if not progress:
+        return [stream.result() for stream in streams]
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    outputs = []
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Generating", total=len(streams), rate="")
+        tokens = 0
+        for stream in streams:
+            output = stream.result()
+            outputs.append(output)
+            tokens += sum(len(c.token_ids) for c in output.outputs)
+            elapsed = bar.tasks[0].elapsed or 0.0
+            bar.update(task, advance=1, rate=f"{tokens / elapsed:.0f} tokens/s" if elapsed else "")
+    return outputs
+
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams"]
