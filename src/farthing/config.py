@@ -1,4 +1,4 @@
-"""The engine's configuration: frozen, checked, every error names the field, the value and what is accepted."""
+"""The engine's configuration. Every error names the field, the value and what is accepted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class EngineConfig:
             raise ValueError(f"priority_step is {self.priority_step!r}; expected seconds > 0")
         if self.tensor_parallel_size != 1:
             raise ValueError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}; this engine runs on one device, expected 1"
+                f"tensor_parallel_size is {self.tensor_parallel_size}; the engine runs on one device, expected 1"
             )
         parse_speculate(self.speculate)
 
@@ -75,7 +75,9 @@ def parse_speculate(value: str | None) -> tuple[Literal["mtp", "ngram"], int] | 
     method, _, count = value.partition(":")
     drafts = int(count) if count.isdecimal() else _DEFAULT_DRAFTS.get(method, 0) if not count else 0
     if (method != "mtp" and method != "ngram") or not 1 <= drafts <= MAX_DRAFTS:
-        raise ValueError(f"speculate is {value!r}; expected 'mtp[:k]' or 'ngram[:k]' with k in 1…{MAX_DRAFTS}")
+        raise ValueError(
+            f"speculate is {value!r}; expected 'mtp[:k]' or 'ngram[:k]' with k in 1…{MAX_DRAFTS}"
+        )
     return ("mtp" if method == "mtp" else "ngram"), drafts
 
 

@@ -91,7 +91,9 @@ class LLM:
         params = self._per_prompt(sampling_params, len(batch))
         urgency = list(priority) if priority is not None else [0] * len(batch)
         if len(urgency) != len(batch):
-            raise ValueError(f"priority has {len(urgency)} entries; expected {len(batch)}, one for each prompt")
+            raise ValueError(
+                f"priority has {len(urgency)} entries; expected {len(batch)}, one for each prompt"
+            )
         return self._run([(p, True, None) for p in batch], params, urgency, use_tqdm)
 
     def chat(
@@ -116,7 +118,9 @@ class LLM:
         params = self._per_prompt(sampling_params, len(prompts))
         return self._run([(p, False, None) for p in prompts], params, [0] * len(prompts), use_tqdm)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
         """Yield what is new as it comes: each output's `text` and `token_ids` continue those before.
 
         Leaving the loop early cancels the request.

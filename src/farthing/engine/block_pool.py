@@ -87,4 +87,6 @@ class BlockPool:
             if have != want:
                 raise IntegrityError(f"block {block} has {have} references; its owners hold {want}")
             if (have == 0) != (block in self._free):
-                raise IntegrityError(f"block {block} has {have} references and is free: {block in self._free}")
+                raise IntegrityError(
+                    f"block {block} has {have} references and is free: {block in self._free}"
+                )

@@ -41,7 +41,9 @@ def resolve(config: EngineConfig, model: DeepseekModel) -> tuple[EngineConfig, C
             f"a larger num_blocks or kv_cache_memory, or a smaller kv_cache_dtype"
         )
     if held < length:
-        log.warning("the cache holds %d tokens: max_model_len is %d and not the model's %d", held, held, limit)
+        log.warning(
+            "the cache holds %d tokens: max_model_len is %d and not the model's %d", held, held, limit
+        )
     budget = config.max_num_batched_tokens or max(config.max_num_seqs, 512 if device.type == "cpu" else 8192)
     if budget < config.max_num_seqs:
         raise ValueError(

@@ -15,11 +15,13 @@ DEEPSEEK_TEMPLATE = """\
   {%- set ns.system = ns.system + ('\\n\\n' if ns.system else '') + (m['content'] or '') -%}
 {%- endfor -%}
 {%- if tools -%}
-  {%- set ns.system = ns.system + ('\\n\\n' if ns.system else '') + '## Tools\\nYou may call these functions:' -%}
+  {%- set ns.system = ns.system + ('\\n\\n' if ns.system else '') -%}
+  {%- set ns.system = ns.system + '## Tools\\nYou may call these functions:' -%}
   {%- for tool in tools -%}
     {%- set ns.system = ns.system + '\\n' + (tool['function'] | tojson) -%}
   {%- endfor -%}
-  {%- set ns.system = ns.system + '\\nTo call one, answer with\\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function'
+  {%- set ns.system = ns.system + '\\nTo call one, answer with\\n'
+      ~ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function'
       ~ '<｜tool▁sep｜>NAME\\n```json\\nARGUMENTS\\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>' -%}
 {%- endif -%}
 {{- bos_token ~ ns.system -}}
@@ -62,7 +64,9 @@ def compile_template(source: str) -> Callable[..., str]:
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -1,7 +1,7 @@
 """One step of the engine: plan, compute, sample, verify, report. No threads here.
 
-The order of a step is the life of a token: the scheduler picks, the runner computes, the sampler draws, drafts
-are verified by what was drawn, completions take their tokens and perhaps end, and the speculator drafts.
+The order of a step is the life of a token: the scheduler picks, the runner computes, the sampler draws,
+drafts are verified by what was drawn, completions take their tokens and perhaps end, the speculator drafts.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What a server (or `farthing.LLM`) uses:
 
-    engine = Engine.from_config(EngineConfig(model="reference", max_num_seqs=64))   # loads; see farthing.config
+    engine = Engine.from_config(EngineConfig(model="reference", max_num_seqs=64))   # loads the model
     stream = engine.submit(prompt, SamplingParams(max_tokens=32), priority=0, cache_salt="", kind="delta")
         # prompt: str or token ids. Thread-safe, never blocks on the model. Raises ValueError (names the
         # field), QueueFull (429), EngineStopped (503). kind "delta": each output holds what is new;
@@ -38,7 +38,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -70,6 +70,7 @@ from farthing.ops import select
 
 log = logging.getLogger(__name__)
 
+_Order = Literal["add", "cancel", "cancel all"]
 _CHECK_AFTER = 0.1  # seconds without work
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,7 +95,9 @@ class Engine:
         self._max_len = c.max_model_len
         eos = tokenizer.eos_token_ids if tokenizer else model.config.eos_token_ids
         self._eos = frozenset(eos) | frozenset(model.config.eos_token_ids)
-        runner = Runner(model, model.new_cache(c.num_blocks, c.block_size, dtype), c.max_num_seqs, c.max_model_len)
+        runner = Runner(
+            model, model.new_cache(c.num_blocks, c.block_size, dtype), c.max_num_seqs, c.max_model_len
+        )
         self.stats.experts = lambda: _expert_tokens(model, runner)
         speculator = _speculator(c, runner)
         scheduler = Scheduler(
@@ -110,7 +113,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = itertools.count(1)
         self._lock = threading.Lock()
-        self._inbox: deque[tuple[str, RequestState]] = deque()
+        self._inbox: deque[tuple[_Order, RequestState | None]] = deque()
         self._wake = threading.Event()
         self._changed = threading.Condition(self._lock)
         self._live = 0
@@ -120,7 +123,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="farthing-engine", daemon=True)
         self._thread.start()
         reference = weakref.ref(self)
-        atexit.register(lambda: (engine := reference()) and engine.shutdown())
+        atexit.register(_shutdown, reference)
         log.info(
             "engine: %d blocks of %d tokens (%s), %d sequences, %d tokens a step, max_model_len %d",
             *(c.num_blocks, c.block_size, dtype, c.max_num_seqs, c.max_num_batched_tokens, c.max_model_len),
@@ -181,7 +184,9 @@ class Engine:
         with self._lock:
             if not self._accepting:
                 raise EngineStopped("the engine is draining or has stopped; expected another replica")
-            limit = None if self.config.max_queue is None else self.config.max_num_seqs + self.config.max_queue
+            limit = (
+                None if self.config.max_queue is None else self.config.max_num_seqs + self.config.max_queue
+            )
             if limit is not None and self._live >= limit:
                 raise QueueFull(
                     f"{self._live} requests run or wait, max_num_seqs {self.config.max_num_seqs} + "
@@ -316,7 +321,7 @@ class Engine:
 
     # -- the loop, in its own thread
 
-    def _post(self, what: str, state: RequestState | None) -> None:
+    def _post(self, what: _Order, state: RequestState | None) -> None:
         self._inbox.append((what, state))
         self._wake.set()
 
@@ -340,7 +345,7 @@ class Engine:
             self._close()
 
     def _rest(self) -> None:
-        """Wait for work. The books are checked when none has come for a while, so that nobody waits for it."""
+        """Wait for work. The books are checked once none has come for a while: nobody waits for that."""
         if not self._wake.wait(_CHECK_AFTER):
             self._core.check()
             self._wake.wait()
@@ -374,6 +379,12 @@ class Engine:
         with self._changed:
             self._live = 0
             self._changed.notify_all()
+
+
+def _shutdown(reference: weakref.ref[Engine]) -> None:
+    engine = reference()
+    if engine is not None:
+        engine.shutdown()
 
 
 def _speculator(config: EngineConfig, runner: Runner) -> Speculator | None:

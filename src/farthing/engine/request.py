@@ -42,7 +42,9 @@ class StructuredOutputsParams:
         chosen = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
         if len(chosen) != 1:
             names = ", ".join(f.name for f in fields(self))
-            raise ValueError(f"structured_outputs sets {chosen or 'nothing'}; expected exactly one of {names}")
+            raise ValueError(
+                f"structured_outputs sets {chosen or 'nothing'}; expected exactly one of {names}"
+            )
         if self.choice is not None and (isinstance(self.choice, str) or not all(self.choice)):
             raise ValueError(f"choice is {self.choice!r}; expected a list of non-empty strings")
 
@@ -84,14 +86,18 @@ class SamplingParams:
         if self.top_p <= 0:
             raise ValueError(f"top_p is {self.top_p!r}; expected a float in (0, 1]")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens is {self.min_tokens}; expected at most max_tokens = {self.max_tokens}")
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}; expected at most max_tokens = {self.max_tokens}"
+            )
         if self.stop_strings and not self.detokenize:
             raise ValueError("detokenize is False; stop strings need detokenization")
         if not all(self.stop_strings):
             raise ValueError(f"stop is {self.stop!r}; expected non-empty strings")
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias has {token!r}: {bias!r}; expected token id: bias in [-100, 100]")
+                raise ValueError(
+                    f"logit_bias has {token!r}: {bias!r}; expected token id: bias in [-100, 100]"
+                )
 
     @property
     def greedy(self) -> bool:
@@ -126,7 +132,7 @@ _OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural logarithm of a token's probability, its rank from 1, and its text where there is a tokenizer."""
+    """Natural logarithm of a token's probability, its rank from 1, and its text if there is a tokenizer."""
 
     logprob: float
     rank: int

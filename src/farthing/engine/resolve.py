@@ -22,15 +22,17 @@ def resolve_model(model: str | Path) -> Path:
         embedded = Path(__file__).parents[1] / "models" / EMBEDDED
         if not (embedded / "config.json").is_file():
             raise FileNotFoundError(
-                f"the embedded model is not installed ({embedded} has no config.json); give a model directory "
-                f"or a hub id, or train it: farthing train reference"
+                f"the embedded model is not installed ({embedded} has no config.json); expected a model "
+                f"directory or a hub id; or train it: farthing train reference"
             )
         return embedded
     if path.exists():
-        raise FileNotFoundError(f"model is {str(model)!r}, which has no config.json; expected a Hugging Face directory")
+        raise FileNotFoundError(
+            f"model is {str(model)!r}, which has no config.json; expected a Hugging Face directory"
+        )
     if not _HUB_ID.fullmatch(str(model)):
         raise FileNotFoundError(
-            f"model is {str(model)!r}; expected '{EMBEDDED}', an existing directory, or a hub id like 'owner/name'"
+            f"model is {str(model)!r}; expected '{EMBEDDED}', a directory, or a hub id like 'owner/name'"
         )
     return _download(str(model))
 

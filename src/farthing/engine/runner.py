@@ -32,7 +32,9 @@ class Step:
 class Runner:
     """Owns the cache and a table of every running sequence's blocks."""
 
-    def __init__(self, model: DeepseekModel, cache: LatentCache, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, model: DeepseekModel, cache: LatentCache, max_num_seqs: int, max_model_len: int
+    ) -> None:
         self.model = model
         self.cache = cache
         self.block_size = cache.block_size
@@ -41,7 +43,9 @@ class Runner:
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         config = model.config
         shape = (model.cache_layers, config.n_routed_experts or 0)
-        self.counts = torch.zeros(shape, dtype=torch.int64, device=self.device) if config.n_routed_experts else None
+        self.counts = (
+            torch.zeros(shape, dtype=torch.int64, device=self.device) if config.n_routed_experts else None
+        )
 
     def prepare(self, plan: Seq[Scheduled]) -> Step:
         """Index tensors of a plan."""
@@ -82,7 +86,9 @@ class Runner:
         """int64 on the model's device."""
         return self._tensor(np.array(values, dtype=np.int64))
 
-    def _batch(self, seqs: Seq[Sequence], firsts: NDArray[np.int32], counts: list[int], starts: list[int]) -> Batch:
+    def _batch(
+        self, seqs: Seq[Sequence], firsts: NDArray[np.int32], counts: list[int], starts: list[int]
+    ) -> Batch:
         for seq in seqs:
             filled, blocks = seq.row_filled, seq.blocks
             if filled < len(blocks):

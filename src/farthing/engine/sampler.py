@@ -152,7 +152,9 @@ def report(raw: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[Logpr
     rows = zip(tokens, own[:, 0].tolist(), rank, ids.tolist(), values.tolist(), top, strict=True)
     for token, logprob, above, i, v, k in rows:
         entry = {token: Logprob(logprob, above + 1)}
-        entry.update((t, Logprob(x, r)) for r, (t, x) in enumerate(zip(i[:k], v[:k], strict=True), 1) if t != token)
+        entry.update(
+            (t, Logprob(x, r)) for r, (t, x) in enumerate(zip(i[:k], v[:k], strict=True), 1) if t != token
+        )
         result.append(entry)
     return result
 

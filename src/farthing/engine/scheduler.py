@@ -202,7 +202,12 @@ class Scheduler:
         seq.row = -1
 
     def _add(
-        self, plan: list[Scheduled], seq: Sequence, count: int, drafts: tuple[int, ...] = (), first: bool = False
+        self,
+        plan: list[Scheduled],
+        seq: Sequence,
+        count: int,
+        drafts: tuple[int, ...] = (),
+        first: bool = False,
     ) -> int:
         decode = seq.num_pending == 1 and seq.num_output > 0
         sample = count == seq.num_pending

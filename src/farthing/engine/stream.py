@@ -81,7 +81,9 @@ class RequestStream:
         self._done = item.finished
         return item
 
-    def _put(self, item: RequestOutput | EngineError) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
+    def _put(
+        self, item: RequestOutput | EngineError
+    ) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
         self._queue.put(item)
         with self._lock:
             waiter, self._waiter = self._waiter, None
@@ -106,7 +108,7 @@ def merge(outputs: Iterable[RequestOutput]) -> RequestOutput:
     """All outputs of one request as one, completions in order of their index."""
     last: RequestOutput | None = None
     whole: RequestOutput | None = None
-    by_index: dict[int, list[int]] = {}
+    by_index: dict[int, int] = {}
     for last in outputs:
         if whole is None:
             whole = last
@@ -130,7 +132,11 @@ def merge(outputs: Iterable[RequestOutput]) -> RequestOutput:
     if whole is None or last is None:
         raise EngineError("the stream was consumed before")
     whole.outputs.sort(key=lambda c: c.index)
-    whole.finished, whole.metrics, whole.num_cached_tokens = last.finished, last.metrics, last.num_cached_tokens
+    whole.finished, whole.metrics, whole.num_cached_tokens = (
+        last.finished,
+        last.metrics,
+        last.num_cached_tokens,
+    )
     return whole
 
 

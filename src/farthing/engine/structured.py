@@ -69,7 +69,7 @@ class GrammarCompiler:
             from llguidance import LLTokenizer
         except ImportError as error:
             raise ValueError(
-                "structured_outputs needs llguidance, which is not installed: pip install 'farthing[structured]'"
+                "structured_outputs needs llguidance, not installed here: pip install 'farthing[structured]'"
             ) from error
         if not tokenizer.eos_token_ids:
             raise ValueError("structured_outputs needs an end-of-sequence token; the tokenizer names none")

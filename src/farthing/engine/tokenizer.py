@@ -30,7 +30,9 @@ class Tokenizer:
         eos_token = _content(config.get("eos_token"))
         own_eos = None if eos_token is None else backend.token_to_id(eos_token)
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *([] if own_eos is None else [own_eos])]))
-        self.eos_token = eos_token or (backend.id_to_token(self.eos_token_ids[0]) if self.eos_token_ids else None)
+        self.eos_token = eos_token or (
+            backend.id_to_token(self.eos_token_ids[0]) if self.eos_token_ids else None
+        )
         self._add_bos = bool(config.get("add_bos_token", False)) and self.bos_token_id is not None
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
