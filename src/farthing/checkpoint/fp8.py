@@ -1,0 +1,65 @@
+"""DeepSeek's FP8 weights: E4M3 numbers with one float32 factor a block of 128 x 128 (DeepSeek-V3 sec. 3.3.2).
+
+The factor is stored as `weight_scale_inv` and, despite its name, multiplies: W = W8 * scale_inv of its block.
+Shapes: W [N, K]; scale_inv [ceil(N/block), ceil(K/block)]; the last block of a row or column may be ragged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+E4M3_MAX = 448.0
+
+
+def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """W [N, K] floating -> (float8_e4m3fn [N, K], float32 scale_inv [ceil(N/block), ceil(K/block)]).
+
+    `ue8m0` rounds each scale up to a power of two, as DeepSeek-V3.1 stores them. A block of zeros gets scale 1.
+    """
+    _check_matrix("w", w)
+    if not w.is_floating_point():
+        raise ValueError(f"w has dtype {w.dtype}; quantize_blocks takes a floating-point matrix")
+    if not torch.isfinite(w).all():
+        raise ValueError("w holds inf or nan; E4M3 blocks can only store finite weights")
+    tiles = _tiles(w.float(), block)  # [rows, block, cols, block]
+    amax = tiles.abs().amax(dim=(1, 3))
+    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    if ue8m0:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    scaled = (tiles / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
+    return _untile(scaled, w.shape).to(torch.float8_e4m3fn), scale
+
+
+def dequantize_blocks(
+    w8: Tensor, scale_inv: Tensor, block: int = BLOCK, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The inverse: (w8 [N, K] E4M3, scale_inv float32) -> W [N, K] in `dtype` (the product is taken in float32)."""
+    _check_matrix("w8", w8)
+    expected = (-(-w8.shape[0] // block), -(-w8.shape[1] // block))
+    if tuple(scale_inv.shape) != expected:
+        raise ValueError(
+            f"scale_inv has shape {tuple(scale_inv.shape)}; a {tuple(w8.shape)} weight in blocks of {block} "
+            f"needs {expected}"
+        )
+    tiles = _tiles(w8.float(), block) * scale_inv.float()[:, None, :, None]
+    return _untile(tiles, w8.shape).to(dtype)
+
+
+def _check_matrix(name: str, w: Tensor) -> None:
+    if w.ndim != 2 or 0 in w.shape:
+        raise ValueError(f"{name} has shape {tuple(w.shape)}; expected a non-empty matrix [N, K]")
+
+
+def _tiles(w: Tensor, block: int) -> Tensor:
+    """[N, K] -> [rows, block, cols, block], zero-padded to whole blocks."""
+    rows, cols = -(-w.shape[0] // block), -(-w.shape[1] // block)
+    padded = torch.nn.functional.pad(w, (0, cols * block - w.shape[1], 0, rows * block - w.shape[0]))
+    return padded.view(rows, block, cols, block)
+
+
+def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:
+    rows, block, cols, _ = tiles.shape
+    return tiles.reshape(rows * block, cols * block)[: shape[0], : shape[1]].contiguous()

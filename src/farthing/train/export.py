@@ -1,0 +1,187 @@
+"""The training model <-> a Hugging Face DeepSeek-V3 checkpoint directory (bfloat16 or DeepSeek FP8 blocks)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from farthing.checkpoint.fp8 import BLOCK, dequantize_blocks, quantize_blocks
+from farthing.train.data import BOS, EOS, PAD
+from farthing.train.model import DeepSeekLM, ModelConfig, MoE
+
+CHAT_TEMPLATE = (
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{% set ns = namespace(system='') %}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set ns.system = ns.system + ('\\n\\n' if ns.system else '') + m['content'] %}{% endif %}{% endfor %}"
+    "{{ bos_token }}{{ ns.system }}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + (m['content'] or '').split('</think>')[-1] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+
+
+def _names(model: DeepSeekLM) -> Iterator[tuple[str, Tensor]]:
+    """(name in the checkpoint, view of the tensor in the model) for everything that is stored."""
+    yield "model.embed_tokens.weight", model.embed_tokens
+    yield "model.norm.weight", model.norm.weight
+    if model.lm_head is not None:
+        yield "lm_head.weight", model.lm_head.weight
+    for i, layer in enumerate(model.layers):
+        yield from _block_names(f"model.layers.{i}", layer)
+    if model.mtp is not None:
+        prefix = f"model.layers.{model.cfg.num_hidden_layers}"
+        for name in ("enorm", "hnorm", "eh_proj"):
+            yield f"{prefix}.{name}.weight", getattr(model.mtp, name).weight
+        yield f"{prefix}.shared_head.norm.weight", model.mtp.norm.weight
+        yield from _block_names(prefix, model.mtp.block)
+
+
+def _block_names(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, p in block.named_parameters():
+        if not name.startswith(("mlp.gate_up", "mlp.down")) or "proj" in name:
+            yield f"{prefix}.{name}", p
+    moe = block.mlp
+    if isinstance(moe, MoE):
+        yield f"{prefix}.mlp.gate.e_score_correction_bias", moe.gate.e_score_correction_bias
+        for e in range(moe.down.shape[0]):
+            yield f"{prefix}.mlp.experts.{e}.gate_proj.weight", moe.gate_up[e, 0]
+            yield f"{prefix}.mlp.experts.{e}.up_proj.weight", moe.gate_up[e, 1]
+            yield f"{prefix}.mlp.experts.{e}.down_proj.weight", moe.down[e]
+
+
+def to_tensors(model: DeepSeekLM) -> dict[str, Tensor]:
+    """Every stored tensor under its Hugging Face name, float32 copies."""
+    return {name: view.detach().float().clone() for name, view in _names(model)}
+
+
+@torch.no_grad()
+def from_tensors(model: DeepSeekLM, tensors: dict[str, Tensor]) -> None:
+    """Fills the model from Hugging Face names (FP8 blocks are dequantized).
+
+    Raises ValueError that names every tensor missing from `tensors`, left over in it, or of another shape.
+    """
+    views = dict(_names(model))
+    plain = {n: t for n, t in tensors.items() if not n.endswith("_scale_inv")}
+    missing, unused = sorted(views.keys() - plain.keys()), sorted(plain.keys() - views.keys())
+    if missing or unused:
+        raise ValueError(f"checkpoint does not fit the config: missing {missing[:5]}, unused {unused[:5]}")
+    for name, view in views.items():
+        value = plain[name]
+        if value.shape != view.shape:
+            raise ValueError(f"{name}: expected shape {tuple(view.shape)}, found {tuple(value.shape)}")
+        if value.dtype == torch.float8_e4m3fn:
+            value = dequantize_blocks(value, tensors[f"{name}_scale_inv"])
+        view.copy_(value)
+
+
+def is_quantized(name: str) -> bool:
+    """Whether DeepSeek stores this weight as FP8 blocks: every projection, no embedding, norm or router."""
+    return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
+
+
+def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
+    """Storage dtypes: FP8 blocks with `_scale_inv` for projections, float32 for routers, bfloat16 for the rest."""
+    stored: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if is_quantized(name) and fp8:
+            stored[name], stored[f"{name}_scale_inv"] = quantize_blocks(value)
+        elif ".mlp.gate." in name:
+            stored[name] = value.float().contiguous()
+        else:
+            stored[name] = value.to(torch.bfloat16).contiguous()
+    return stored
+
+
+def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
+    """The `config.json` of a DeepSeek-V3 checkpoint."""
+    config: dict[str, Any] = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **dataclasses.asdict(cfg),
+        "num_key_value_heads": cfg.num_attention_heads,
+        "moe_layer_freq": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "rope_scaling": None,
+        "use_cache": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    if fp8:
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+        }
+    return config
+
+
+def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: bool = True) -> int:
+    """Writes a checkpoint directory (each file replaced atomically); returns the bytes of the weights file."""
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / "model.safetensors.tmp"
+    save_file(pack(to_tensors(model), fp8), temporary, metadata={"format": "pt"})
+    os.replace(temporary, out / "model.safetensors")
+    _write_json(out / "config.json", config_json(model.cfg, fp8))
+    _write_json(
+        out / "generation_config.json",
+        {
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "do_sample": True,
+            "temperature": 0.6,
+            "top_p": 0.95,
+        },
+    )
+    _write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model.cfg.max_position_embeddings,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), "utf-8")
+    return (out / "model.safetensors").stat().st_size
+
+
+def load_checkpoint(path: Path) -> DeepSeekLM:
+    """The training model of a checkpoint directory that `save_checkpoint` wrote."""
+    known = {f.name for f in dataclasses.fields(ModelConfig)}
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    model = DeepSeekLM(ModelConfig(**{k: v for k, v in config.items() if k in known}))
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        from_tensors(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return model
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,298 @@
+"""The training loop: any `nn.Module`, any batches, any loss; resumable, interruptible, with hooks.
+
+Time is the process's own CPU time divided by its threads, so a run that is paused (SIGSTOP) or shares its core
+keeps its schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+
+class Hook(Protocol):
+    """A passenger of the loop. Every method may be empty; state is saved with the run."""
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Before the batch is drawn: change the model or its settings for this step."""
+
+    def before_update(self, trainer: Trainer) -> None:
+        """Gradients are ready, the optimizers have not stepped; may set `trainer.skip_update`."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """The parameters are new; `trainer.metrics` holds this step's numbers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
+
+class BaseHook:
+    """A hook that does nothing: derive from it and override what you need."""
+
+    def before_step(self, trainer: Trainer) -> None: ...
+    def before_update(self, trainer: Trainer) -> None: ...
+    def after_step(self, trainer: Trainer) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate over progress in [0, 1]: linear warmup, constant, linear decay to zero."""
+
+    warmup: float = 0.01
+    decay: float = 0.4
+
+    def __call__(self, progress: float) -> float:
+        """Factor on every optimizer's base learning rate."""
+        if progress < self.warmup:
+            return max(progress / self.warmup, 0.02)
+        return min(1.0, max(0.0, (1 - progress) / self.decay)) if self.decay else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long, how often, where. Exactly one of `minutes` (active, per thread) and `tokens` ends the run."""
+
+    out: Path
+    minutes: float | None = None
+    tokens: int | None = None
+    schedule: Schedule = Schedule()
+    clip: float = 1.0
+    save_minutes: float = 3.0
+    eval_minutes: float = 4.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.tokens is None):
+            raise ValueError("give exactly one of minutes and tokens as the length of the run")
+        if (self.minutes or self.tokens or 0) <= 0:
+            raise ValueError(f"minutes={self.minutes}, tokens={self.tokens}: the length must be positive")
+
+
+class Batches(Protocol):
+    """A source of batches whose place can be saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch starts."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there."""
+
+
+class Trainer:
+    """Runs `micro_batches -> loss -> backward -> update` until the budget is spent.
+
+    `micro_batches(trainer)` gives (batch, number of tokens) pairs for one step; `loss(model, batch, trainer)`
+    gives a dict whose "loss" is differentiated; `evaluate(model)` gives numbers for the record. The state file
+    `state.pt` is replaced atomically; a run killed at any moment resumes from the last one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        batches: Batches,
+        micro_batches: Callable[[Trainer], list[tuple[Any, int]]],
+        loss: Callable[[nn.Module, Any, Trainer], dict[str, Tensor]],
+        config: LoopConfig,
+        hooks: Sequence[Hook] = (),
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        on_save: Callable[[Trainer], None] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.model, self.optimizers, self.batches = model, list(optimizers), batches
+        self.micro_batches, self.loss, self.config = micro_batches, loss, config
+        self.hooks, self.evaluate, self.on_save = list(hooks), evaluate, on_save
+        self.console = console or Console(stderr=True)
+        self.base_lrs = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
+        self.step, self.tokens, self.active_seconds = 0, 0, 0.0
+        self.record: list[dict[str, float]] = []
+        self.metrics: dict[str, float] = {}
+        self.skip_update = False
+        self._smooth: dict[str, float] = {}
+        self._clock, self._saved_at, self._evaluated_at = time.process_time(), 0.0, 0.0
+        self._stop: str | None = None
+
+    @property
+    def state_path(self) -> Path:
+        """The run's resumable state."""
+        return self.config.out / "state.pt"
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget that is spent, 0 to 1."""
+        if self.config.tokens is not None:
+            return min(1.0, self.tokens / self.config.tokens)
+        assert self.config.minutes is not None
+        return min(1.0, self.active_seconds / 60 / self.config.minutes)
+
+    def run(self) -> bool:
+        """Trains to the end of the budget; returns False when a signal stopped it early (state is saved)."""
+        self.config.out.mkdir(parents=True, exist_ok=True)
+        self._clock = time.process_time()
+        with self._signals(), self._bar() as update:
+            while self.progress < 1 and self._stop is None:
+                self.train_step()
+                update()
+                if self.active_seconds - self._evaluated_at > 60 * self.config.eval_minutes:
+                    self.record_point()
+                if self.active_seconds - self._saved_at > 60 * self.config.save_minutes:
+                    self.save()
+        if self._stop is None:
+            self.record_point()
+        self.save()
+        if self._stop is not None:
+            self.console.print(f"stopped by {self._stop}; continue with --resume")
+        return self._stop is None
+
+    def train_step(self) -> None:
+        """One optimizer step over the micro batches the recipe gives for this moment."""
+        self.skip_update = False
+        self._each(lambda h: h.before_step(self))
+        factor = self.config.schedule(self.progress)
+        for optimizer, base in zip(self.optimizers, self.base_lrs, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * factor
+            optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+        micro = self.micro_batches(self)
+        self.metrics = {"lr": factor}
+        for batch, n in micro:
+            losses = self.loss(self.model, batch, self)
+            (losses["loss"] / len(micro)).backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.items():
+                self.metrics[name] = self.metrics.get(name, 0.0) + float(value.detach()) / len(micro)
+            self.tokens += n
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        self.metrics["grad_norm"] = norm
+        self._each(lambda h: h.before_update(self))
+        if norm == norm and norm != float("inf") and not self.skip_update:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.step += 1
+        self._tick()
+        self._each(lambda h: h.after_step(self))
+        for name, value in self.metrics.items():
+            self._smooth[name] = (
+                value if name not in self._smooth else 0.95 * self._smooth[name] + 0.05 * value
+            )
+
+    def record_point(self) -> None:
+        """Evaluates (its time is not counted as training) and adds a line to the record."""
+        self.model.eval()
+        with torch.no_grad():
+            extra = self.evaluate(self.model) if self.evaluate else {}
+        rate = self.tokens / max(self.active_seconds, 1e-9)
+        point = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "minutes": self.active_seconds / 60,
+            "tokens_per_second": rate,
+            **self._smooth,
+            **extra,
+        }
+        self.record.append({k: round(float(v), 5) for k, v in point.items()})
+        self.console.print(" ".join(f"{k}={v:.6g}" for k, v in self.record[-1].items()))
+        self._clock, self._evaluated_at = time.process_time(), self.active_seconds
+
+    def save(self) -> None:
+        """Writes the whole state, then renames it into place."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "batches": self.batches.state_dict(),
+            "hooks": [h.state_dict() for h in self.hooks],
+            "rng": torch.get_rng_state(),
+            "counters": (self.step, self.tokens, self.active_seconds),
+            "record": self.record,
+            "smooth": self._smooth,
+        }
+        temporary = self.state_path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.state_path)
+        (self.config.out / "record.json").write_text(json.dumps(self.record, indent=1))
+        if self.on_save:
+            self.on_save(self)
+        self._clock, self._saved_at = time.process_time(), self.active_seconds
+
+    def load(self) -> None:
+        """Takes up the state of an earlier run; the learning rates stay this run's own."""
+        if not self.state_path.is_file():
+            raise FileNotFoundError(
+                f"{self.state_path} does not exist: there is no run to resume in this folder"
+            )
+        state = torch.load(self.state_path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, values in zip(optimizer.param_groups, own, strict=True):
+                group.update(values)
+        self.batches.load_state_dict(state["batches"])
+        for hook, saved in zip(self.hooks, state["hooks"], strict=True):
+            hook.load_state_dict(saved)
+        torch.set_rng_state(state["rng"])
+        self.step, self.tokens, self.active_seconds = state["counters"]
+        self.record, self._smooth = state["record"], state["smooth"]
+        self._saved_at = self._evaluated_at = self.active_seconds
+
+    def _tick(self) -> None:
+        now = time.process_time()
+        self.active_seconds += (now - self._clock) / self.config.threads
+        self._clock = now
+
+    def _each(self, call: Callable[[Hook], None]) -> None:
+        for hook in self.hooks:
+            call(hook)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the loop after the current step; the second one is not caught."""
+
+        def stop(number: int, frame: Any) -> None:
+            self._stop = signal.Signals(number).name
+            signal.signal(number, previous[number])
+
+        previous: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, stop)
+        except ValueError:  # not the main thread: nothing to catch there
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[], None]]:
+        columns = (BarColumn(), TextColumn("{task.percentage:.1f}% {task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task("", total=1.0)
+
+            def update() -> None:
+                rate = self.tokens / max(self.active_seconds, 1e-9)
+                loss = self._smooth.get("main", self._smooth.get("loss", float("nan")))
+                text = f"step {self.step}  loss {loss:.3f}  {rate:,.0f} tokens/s"
+                progress.update(task, completed=self.progress, description=text)
+
+            yield update

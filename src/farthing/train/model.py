@@ -1,0 +1,355 @@
+"""DeepSeek-V3 as it is trained: latent attention, auxiliary-loss-free routing, a multi-token-prediction layer.
+
+The forward reads like the papers (DeepSeek-V2 sec. 2.1 for attention, DeepSeek-V3 sec. 2.1.2 for routing and
+2.2 for multi-token prediction). Master weights are float32; matrix products run in `compute_dtype`.
+
+Shapes: B sequences, T positions, N = B*T tokens, D hidden, H heads, E experts, K experts per token,
+I expert width, V vocabulary, c key-value latent, r rotary part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from farthing.train.functional import fused_cross_entropy, routed_experts
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The fields of a DeepSeek-V3 `config.json` that the training model understands, under the same names."""
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    intermediate_size: int = 640
+    moe_intermediate_size: int = 64
+    num_hidden_layers: int = 5
+    first_k_dense_replace: int = 1
+    num_attention_heads: int = 4
+    q_lora_rank: int = 128
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 32
+    v_head_dim: int = 64
+    n_routed_experts: int = 32
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    num_nextn_predict_layers: int = 1
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}"
+            )
+        eligible = self.topk_group * self.n_routed_experts // self.n_group
+        if not 0 < self.num_experts_per_tok <= eligible:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and the {eligible} experts "
+                f"of topk_group={self.topk_group} groups"
+            )
+        if self.num_nextn_predict_layers not in (0, 1):
+            raise ValueError(f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head: the part without position and the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+class Linear(nn.Module):
+    """y = x W^T without bias; float32 master weight [out, in], product in `compute_dtype`."""
+
+    def __init__(self, d_in: int, d_out: int, std: float | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d_out, d_in) * (0.5 * d_in**-0.5 if std is None else std))
+        self.compute_dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out] in `compute_dtype`."""
+        return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim] float32."""
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps)
+
+
+def rope_table(cfg: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, r/2] of plain RoPE."""
+    inv = cfg.rope_theta ** (
+        -torch.arange(0, cfg.qk_rope_head_dim, 2, dtype=torch.float32) / cfg.qk_rope_head_dim
+    )
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), inv)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on interleaved pairs. x [B, T, heads, r]; cos, sin [T, r/2]."""
+    even, odd = x.unflatten(-1, (-1, 2)).float().unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head latent attention, expanded form (DeepSeek-V2 eq. 9-19): causal over each sequence."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        D, H = cfg.hidden_size, cfg.num_attention_heads
+        self.q_a_proj = Linear(D, cfg.q_lora_rank)
+        self.q_a_layernorm = RMSNorm(cfg.q_lora_rank, cfg.rms_norm_eps)
+        self.q_b_proj = Linear(cfg.q_lora_rank, H * cfg.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(D, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.rms_norm_eps)
+        self.kv_b_proj = Linear(cfg.kv_lora_rank, H * (cfg.qk_nope_head_dim + cfg.v_head_dim))
+        self.o_proj = Linear(H * cfg.v_head_dim, D, std=0.0)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        cfg, H = self.cfg, self.cfg.num_attention_heads
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (H, cfg.qk_head_dim))
+        q_nope, q_pe = q.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
+        latent, k_pe = self.kv_a_proj_with_mqa(x).split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (H, -1))
+        k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
+        k_pe = rotate(k_pe[:, :, None], cos, sin).expand(-1, -1, H, -1)
+        q = torch.cat((q_nope, rotate(q_pe, cos, sin)), -1).transpose(1, 2)  # [B, H, T, nope + r]
+        k = torch.cat((k_nope, k_pe), -1).transpose(1, 2)
+        out = self.attend(q, k, v.transpose(1, 2))
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal softmax attention. The fused CPU kernel wants equal widths, so a narrower v is padded."""
+        pad = q.shape[-1] - v.shape[-1]
+        if pad <= 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)), is_causal=True)[..., : v.shape[-1]]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(dim, width)
+        self.up_proj = Linear(dim, width)
+        self.down_proj = Linear(width, dim, std=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Router(nn.Module):
+    """noaux_tc: sigmoid scores, a balancing bias that only steers the choice, top-k inside the best groups."""
+
+    e_score_correction_bias: Tensor
+    load: Tensor
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.randn(cfg.n_routed_experts, cfg.hidden_size) * cfg.hidden_size**-0.5)
+        self.register_buffer("e_score_correction_bias", torch.zeros(cfg.n_routed_experts))
+        self.register_buffer("load", torch.zeros(cfg.n_routed_experts), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, D] -> weights [N, K] float32 (differentiable) and expert ids [N, K]."""
+        cfg = self.cfg
+        scores = torch.sigmoid(F.linear(x.float(), self.weight.float()))  # [N, E]
+        ids = self.choose(scores.detach())
+        weights = scores.gather(1, ids)
+        if cfg.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.training:
+            self.load += torch.bincount(ids.flatten(), minlength=cfg.n_routed_experts)
+        return weights * cfg.routed_scaling_factor, ids
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Group-limited top-k of the biased scores [N, E] -> ids [N, K]."""
+        cfg = self.cfg
+        choice = scores + self.e_score_correction_bias
+        groups = choice.unflatten(-1, (cfg.n_group, -1))  # [N, G, E/G]
+        group_score = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+        keep = group_score.topk(cfg.topk_group, dim=-1, sorted=False).indices
+        dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, keep, False)
+        choice = groups.masked_fill(dropped[..., None], float("-inf")).flatten(1)
+        return choice.topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+
+    @torch.no_grad()
+    def rebalance(self, speed: float) -> Tensor:
+        """One V3 bias update from the load since the last one; returns that load [E]."""
+        load = self.load.clone()
+        self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+        self.load.zero_()
+        return load
+
+
+class MoE(nn.Module):
+    """Routed experts plus an always-on shared expert. `gate_up` is [E, 2, I, D], `down` [E, D, I]."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        D, I, E = cfg.hidden_size, cfg.moe_intermediate_size, cfg.n_routed_experts  # noqa: E741
+        self.gate = Router(cfg)
+        self.gate_up = nn.Parameter(torch.randn(E, 2, I, D) * (0.5 * D**-0.5))
+        self.down = nn.Parameter(torch.zeros(E, D, I))
+        self.shared_experts = MLP(D, I * cfg.n_shared_experts)
+        self.compute_dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        flat, dtype = x.flatten(0, 1), self.compute_dtype
+        weights, ids = self.gate(flat)
+        gate_up = self.gate_up.flatten(1, 2).to(dtype)  # [E, 2I, D]
+        routed = routed_experts(flat.to(dtype), weights, ids, gate_up, self.down.to(dtype))
+        return routed.view_as(x) + self.shared_experts(x)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward on a float32 residual stream."""
+
+    def __init__(self, cfg: ModelConfig, dense: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size) if dense else MoE(cfg)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """h [B, T, D] float32 -> [B, T, D] float32."""
+        h = h + self.self_attn(self.input_layernorm(h), cos, sin)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class MTP(nn.Module):
+    """Predicts token i+2 from the trunk's output at i and the embedding of token i+1 (DeepSeek-V3 eq. 21-23)."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        D = cfg.hidden_size
+        self.enorm = RMSNorm(D, cfg.rms_norm_eps)
+        self.hnorm = RMSNorm(D, cfg.rms_norm_eps)
+        self.eh_proj = Linear(2 * D, D)
+        self.block = Block(cfg, dense=False)
+        self.norm = RMSNorm(D, cfg.rms_norm_eps)
+
+    def forward(self, h: Tensor, next_embedding: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """h [B, T, D] after the trunk's final norm, next_embedding [B, T, D] -> normed hidden [B, T, D]."""
+        x = self.eh_proj(torch.cat((self.enorm(next_embedding), self.hnorm(h)), -1))
+        return self.norm(self.block(x.float(), cos, sin))
+
+
+class DeepSeekLM(nn.Module):
+    """The whole language model. `forward` gives hidden states; `loss` and `logits` finish them."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Parameter(torch.randn(cfg.vocab_size, cfg.hidden_size) * 0.03)
+        self.layers = nn.ModuleList(
+            Block(cfg, dense=i < cfg.first_k_dense_replace) for i in range(cfg.num_hidden_layers)
+        )
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
+        self.mtp = MTP(cfg) if cfg.num_nextn_predict_layers else None
+        cos, sin = rope_table(cfg, cfg.max_position_embeddings)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.set_compute_dtype(compute_dtype)
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """The dtype of every matrix product; norms, router and residual stream stay float32."""
+        self.compute_dtype = dtype
+        for module in self.modules():
+            if isinstance(module, Linear | MoE):
+                module.compute_dtype = dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the output projection, which is the embedding when they are tied."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [B, T] -> hidden states after the final norm [B, T, D] float32."""
+        T = tokens.shape[1]
+        if T > self.cos.shape[0]:
+            raise ValueError(f"{T} positions exceed max_position_embeddings={self.cos.shape[0]}")
+        cos, sin = self.cos[:T], self.sin[:T]
+        h = F.embedding(tokens, self.embed_tokens)
+        for layer in self.layers:
+            h = layer(h, cos, sin)
+        return self.norm(h)
+
+    def draft(self, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+        """MTP hidden [B, T, D] for the token after `next_tokens` [B, T], from the trunk's `hidden` [B, T, D]."""
+        if self.mtp is None:
+            raise ValueError("num_nextn_predict_layers=0: this model has no MTP layer")
+        T = hidden.shape[1]
+        return self.mtp(hidden, F.embedding(next_tokens, self.embed_tokens), self.cos[:T], self.sin[:T])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] in `compute_dtype`."""
+        return F.linear(hidden.to(self.compute_dtype), self.head_weight.to(self.compute_dtype))
+
+    def loss(self, tokens: Tensor, mtp_weight: float = 0.0, mtp_share: float = 1.0) -> dict[str, Tensor]:
+        """Training losses of tokens [B, T + 1] (T + 2 used by MTP where it has a target).
+
+        The MTP loss is taken on the first `mtp_share` of the sequences, which is an unbiased sample of a shuffled
+        batch and saves time. Returns {"loss": main + mtp_weight * mtp, "main": …, "mtp": …}, nats per token.
+        """
+        head = self.head_weight.to(self.compute_dtype)
+        hidden = self(tokens[:, :-1])
+        main = fused_cross_entropy(hidden.flatten(0, 1), head, tokens[:, 1:].flatten())
+        losses = {"loss": main, "main": main.detach()}
+        if self.mtp is not None and mtp_weight > 0:
+            rows = max(1, round(tokens.shape[0] * mtp_share))
+            guess = self.draft(hidden[:rows, :-1], tokens[:rows, 1:-1])
+            mtp = fused_cross_entropy(guess.flatten(0, 1), head, tokens[:rows, 2:].flatten())
+            losses |= {"loss": main + mtp_weight * mtp, "mtp": mtp.detach()}
+        return losses
+
+    def rebalance(self, speed: float) -> float:
+        """Updates every router's bias; returns the worst load over the mean (1 = perfectly balanced)."""
+        worst = 1.0
+        for module in self.modules():
+            if isinstance(module, Router):
+                load = module.rebalance(speed)
+                worst = max(worst, float(load.max() / load.mean().clamp_min(1)))
+        return worst
+
+    def describe(self) -> dict[str, Any]:
+        """Parameter counts: total, active per token (trunk only, embedding counted once as the head)."""
+        cfg = self.cfg
+        total = sum(p.numel() for p in self.parameters())
+        expert = 3 * cfg.hidden_size * cfg.moe_intermediate_size
+        moe_layers = cfg.num_hidden_layers - cfg.first_k_dense_replace
+        idle = moe_layers * (cfg.n_routed_experts - cfg.num_experts_per_tok) * expert
+        mtp = 0 if self.mtp is None else sum(p.numel() for p in self.mtp.parameters())
+        return {"parameters": total, "mtp_parameters": mtp, "active_parameters": total - idle - mtp}

@@ -1,0 +1,274 @@
+"""The recipe of the embedded reference model: what is trained, on what, for how long."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from farthing.train import data
+from farthing.train.evaluate import evaluate
+from farthing.train.export import save_checkpoint
+from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
+from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.train.optimizers import Muon, split_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Every number of the run. Stages are (from this progress on, value)."""
+
+    model: ModelConfig = ModelConfig()
+    heldout_every: int = 25
+    muon_lr: float = 0.02
+    muon_decay: float = 0.1
+    adam_lr: float = 0.004
+    adam_decay: float = 0.0
+    schedule: Schedule = Schedule(warmup=0.01, decay=0.5)
+    window_stages: tuple[tuple[float, int], ...] = ((0.0, 512), (0.5, 1024), (0.8, 2048))
+    batch_stages: tuple[tuple[float, int], ...] = ((0.0, 8192), (0.5, 16384))
+    micro_tokens: int = 8192
+    mtp_weight_stages: tuple[tuple[float, float], ...] = ((0.0, 0.3),)
+    mtp_share: float = 0.5
+    balance_speed: float = 0.001
+    eval_tokens: int = 30_000
+
+    def at(self, stages: tuple[tuple[float, Any], ...], progress: float) -> Any:
+        """The value of the last stage that has begun."""
+        return [value for start, value in stages if progress >= start][-1]
+
+
+class BalanceHook(BaseHook):
+    """Auxiliary-loss-free load balancing: one bias update a step, slower as the learning rate falls."""
+
+    def __init__(self, speed: float) -> None:
+        self.speed = speed
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Records the worst expert's load over the mean."""
+        assert isinstance(trainer.model, DeepSeekLM)
+        trainer.metrics["max_load"] = trainer.model.rebalance(self.speed * trainer.metrics["lr"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The split text with its tokenizer."""
+
+    tokenizer: Tokenizer
+    train: list[data.Document]
+    heldout: list[data.Document]
+
+
+def prepare_corpus(recipe: Recipe, out: Path, root: Path | None, console: Console) -> Corpus:
+    """Finds and splits the sources and trains the tokenizer (or takes the one in `out`, when resuming)."""
+    train, heldout = data.split(data.find_sources(root), recipe.heldout_every)
+    path = out / "tokenizer.json"
+    if path.is_file():
+        tokenizer = Tokenizer.from_file(str(path))
+    else:
+        console.print(f"training a byte-level BPE of {recipe.model.vocab_size} entries")
+        tokenizer = data.train_tokenizer((d.text for d in train), recipe.model.vocab_size)
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(path), pretty=False)
+    return Corpus(tokenizer, train, heldout)
+
+
+def build_trainer(
+    recipe: Recipe, corpus: Corpus, config: LoopConfig, seed: int, console: Console, device: str = "cpu"
+) -> Trainer:
+    """A trainer ready to `run()` or to `load()` and run."""
+    torch.manual_seed(seed)
+    model = DeepSeekLM(recipe.model, torch.bfloat16).to(device)
+    matrices, rest = split_parameters(model)
+    optimizers = [
+        Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.muon_decay),
+        torch.optim.AdamW(
+            rest, lr=recipe.adam_lr, betas=(0.9, 0.98), eps=1e-10, weight_decay=recipe.adam_decay
+        ),
+    ]
+    batches = data.PackedBatches(data.encode(corpus.tokenizer, corpus.train), seed)
+    heldout = data.encode(corpus.tokenizer, corpus.heldout)
+    texts = [d.text for d in corpus.heldout]
+    console.print(
+        f"{len(corpus.train)} files to train on ({batches.tokens:,} tokens), {len(corpus.heldout)} held out "
+        f"({sum(map(len, heldout)):,} tokens); {model.describe()}"
+    )
+
+    def micro_batches(trainer: Trainer) -> list[tuple[Tensor, int]]:
+        length = recipe.at(recipe.window_stages, trainer.progress)
+        total = recipe.at(recipe.batch_stages, trainer.progress)
+        rows = max(1, recipe.micro_tokens // length)
+        count = max(1, total // (rows * length))
+        return [(batches.next(rows, length).to(device), rows * length) for _ in range(count)]
+
+    def loss(module: nn.Module, tokens: Tensor, trainer: Trainer) -> dict[str, Tensor]:
+        assert isinstance(module, DeepSeekLM)
+        weight = recipe.at(recipe.mtp_weight_stages, trainer.progress)
+        return module.loss(tokens, weight, recipe.mtp_share)
+
+    def score(module: nn.Module) -> dict[str, float]:
+        assert isinstance(module, DeepSeekLM)
+        return evaluate(module, heldout, texts, length=1024, max_tokens=recipe.eval_tokens)
+
+    def on_save(trainer: Trainer) -> None:
+        assert isinstance(trainer.model, DeepSeekLM)
+        save_checkpoint(trainer.model, corpus.tokenizer, trainer.config.out / "checkpoint")
+
+    return Trainer(
+        model,
+        optimizers,
+        batches,
+        micro_batches,
+        loss,
+        config,
+        hooks=[BalanceHook(recipe.balance_speed)],
+        evaluate=score,
+        on_save=on_save,
+        console=console,
+    )
+
+
+def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
+    """Scores every held-out file as stored (FP8), writes training.json, loss.png and the held-out sample."""
+    from farthing.train.export import load_checkpoint
+
+    out = trainer.config.out / "checkpoint"
+    assert isinstance(trainer.model, DeepSeekLM)
+    size = save_checkpoint(trainer.model, corpus.tokenizer, out)
+    stored = load_checkpoint(out)
+    stored.set_compute_dtype(torch.bfloat16)
+    ids = data.encode(corpus.tokenizer, corpus.heldout)
+    result = evaluate(stored.eval(), ids, [d.text for d in corpus.heldout])
+    summary: dict[str, Any] = {
+        "heldout": {k: round(v, 5) for k, v in result.items()},
+        "window": recipe.model.max_position_embeddings,
+        "minutes": round(trainer.active_seconds / 60, 2),
+        "tokens": trainer.tokens,
+        "tokens_per_second": round(trainer.tokens / trainer.active_seconds, 1),
+        "cores": trainer.config.threads,
+        "python": platform.python_version(),
+        "weights_bytes": size,
+        "model": stored.describe(),
+        "recipe": dataclasses.asdict(recipe),
+        "curve": trainer.record,
+    }
+    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    plot(trainer.record, out / "loss.png")
+    write_heldout(corpus.heldout, out / "heldout.jsonl")
+    return summary
+
+
+def write_heldout(documents: list[data.Document], path: Path, limit: int = 250_000) -> None:
+    """Held-out files, spread evenly over the sorted list, one {"path", "text"} a line, until about `limit` bytes."""
+    small = [d for d in documents if len(d.text) <= 40_000]
+    total = sum(len(d.text.encode()) for d in small)
+    step = max(1, round(total / limit))
+    rows, size = [], 0
+    for document in small[::step] + [d for i, d in enumerate(small) if i % step]:
+        n = len(document.text.encode())
+        if size + n <= limit:
+            rows.append(json.dumps({"path": document.path, "text": document.text}, ensure_ascii=False))
+            size += n
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+
+
+def plot(record: list[dict[str, float]], path: Path) -> None:
+    """Training loss and held-out bits per byte over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    tokens = [p["tokens"] / 1e6 for p in record]
+    figure, left = plt.subplots(figsize=(6.4, 3.6), dpi=90)
+    left.plot(tokens, [p["main"] for p in record], color="tab:gray", label="training loss")
+    left.set_xlabel("million tokens")
+    left.set_ylabel("training loss, nats per token")
+    right = left.twinx()
+    right.plot(tokens, [p["bits_per_byte"] for p in record], color="tab:red", label="held-out")
+    right.set_ylabel("held-out bits per byte")
+    figure.legend(loc="upper right", bbox_to_anchor=(0.88, 0.88), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
+    """NAME=VALUE overrides of the recipe's or its model's fields; VALUE is JSON."""
+    own = {f.name for f in dataclasses.fields(Recipe)} - {"model", "schedule"}
+    inner = {f.name for f in dataclasses.fields(ModelConfig)}
+    timing = {f.name for f in dataclasses.fields(Schedule)}
+    for setting in settings:
+        name, _, raw = setting.partition("=")
+        try:
+            value = json.loads(raw)
+        except json.JSONDecodeError:
+            raise ValueError(f"--set {setting!r}: the value must be JSON, for example muon_lr=0.02") from None
+        value = tuple(tuple(v) for v in value) if isinstance(value, list) else value
+        if name in own:
+            recipe = dataclasses.replace(recipe, **{name: value})
+        elif name in inner:
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **{name: value}))
+        elif name in timing:
+            recipe = dataclasses.replace(
+                recipe, schedule=dataclasses.replace(recipe.schedule, **{name: value})
+            )
+        else:
+            raise ValueError(
+                f"--set {setting!r}: unknown field; known: {', '.join(sorted(own | inner | timing))}"
+            )
+    return recipe
+
+
+def tune_allocator() -> None:
+    """Keeps freed memory in the process (glibc): page faults on fresh activations cost more than the arithmetic."""
+    import ctypes
+
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 << 20)):
+            libc.mallopt(option, value)
+    except (OSError, AttributeError):  # another C library: slower, not wrong
+        return
+
+
+def train_reference(
+    out: Path,
+    minutes: float | None,
+    tokens: int | None,
+    resume: bool,
+    root: Path | None,
+    device: str,
+    threads: int,
+    seed: int,
+    settings: list[str],
+) -> dict[str, Any] | None:
+    """The whole command. Returns the summary, or None when it was interrupted (state is saved)."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {device!r}: expected auto, cpu or cuda")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console(stderr=True)
+    tune_allocator()
+    torch.set_num_threads(threads)
+    if (out / "state.pt").exists() and not resume:
+        raise ValueError(f"{out} holds a run already; give --resume to continue it or another --out")
+    recipe = apply_settings(Recipe(), settings)
+    config = LoopConfig(out, minutes, tokens, schedule=recipe.schedule, threads=threads)
+    corpus = prepare_corpus(recipe, out, root, console)
+    trainer = build_trainer(recipe, corpus, config, seed, console, device)
+    if resume:
+        trainer.load()
+    if not trainer.run():
+        return None
+    summary = finish(trainer, corpus, recipe)
+    console.print(f"held-out: {summary['heldout']}; checkpoint in {out / 'checkpoint'}")
+    return summary
