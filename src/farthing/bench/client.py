@@ -1,0 +1,133 @@
+"""One streamed completion over HTTP/1.1, timed token by token.
+
+Written on asyncio streams: a load generator that shares two cores with the server it measures must cost
+little. Works with any OpenAI-compatible server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An OpenAI-compatible server."""
+
+    url: str  # http://127.0.0.1:8000
+    model: str
+    api_key: str | None = None
+    timeout: float = 300.0  # seconds a request may take
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"url is {self.url!r}; expected http://host:port or https://host:port")
+
+
+@dataclass(slots=True)
+class Timing:
+    """What one request saw; times are seconds on the monotonic clock."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    start: float = 0.0
+    first: float | None = None  # first token
+    end: float = 0.0
+    arrivals: list[float] = field(default_factory=list)  # of every streamed chunk with text
+    text: str = ""
+    error: str | None = None
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return (self.first or self.end) - self.start
+
+    @property
+    def tpot(self) -> float:
+        """Mean seconds a token after the first."""
+        return (self.end - (self.first or self.end)) / max(self.output_tokens - 1, 1)
+
+    @property
+    def e2e(self) -> float:
+        """Seconds from sending to the last token."""
+        return self.end - self.start
+
+
+async def complete(target: Target, prompt: str | list[int], max_tokens: int, **options: Any) -> Timing:
+    """Stream one /v1/completions request. A failure is recorded in `error`, never raised."""
+    body = {
+        "model": target.model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **options,
+    }
+    timing = Timing(start=time.perf_counter())
+    try:
+        await asyncio.wait_for(_exchange(target, json.dumps(body).encode(), timing), target.timeout)
+    except TimeoutError:
+        timing.error = f"no answer within {target.timeout:g} s"
+    except (OSError, ValueError, EOFError) as error:
+        timing.error = f"{type(error).__name__}: {error}"
+    timing.end = timing.end or time.perf_counter()
+    # A server that sends no usage sends a chunk a token.
+    timing.output_tokens = timing.output_tokens or len(timing.arrivals)
+    return timing
+
+
+async def _exchange(target: Target, body: bytes, timing: Timing) -> None:
+    parts = urlsplit(target.url)
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    reader, writer = await asyncio.open_connection(
+        parts.hostname, port, ssl=ssl.create_default_context() if secure else None
+    )
+    try:
+        key = f"Authorization: Bearer {target.api_key}\r\n" if target.api_key else ""
+        head = (
+            f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n{key}"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        status = int((await reader.readline()).split()[1])
+        while (await reader.readline()).strip():
+            pass
+        if status != 200:
+            timing.error = f"HTTP {status}: {(await reader.read(2000)).decode(errors='replace')}"
+            return
+        # Chunk sizes stand on lines of their own and never start with "data:", so lines are enough.
+        while line := await reader.readline():
+            if line.startswith(b"data: ") and _event(line[6:].strip(), timing):
+                break
+    finally:
+        writer.close()
+
+
+def _event(data: bytes, timing: Timing) -> bool:
+    """Take one server-sent event; true at the end of the stream."""
+    if data == b"[DONE]":
+        timing.end = time.perf_counter()
+        return True
+    event = json.loads(data)
+    if "error" in event:
+        timing.error = json.dumps(event["error"])
+        return True
+    now = time.perf_counter()
+    if choices := event.get("choices"):
+        timing.first = timing.first or now
+        timing.end = now
+        timing.arrivals.append(now)
+        timing.text += choices[0].get("text") or ""
+    if usage := event.get("usage"):
+        timing.prompt_tokens = usage["prompt_tokens"]
+        timing.output_tokens = usage["completion_tokens"]
+        timing.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return False

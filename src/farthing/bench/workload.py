@@ -1,0 +1,131 @@
+"""What a load generator sends and when: synthetic prompts, or a recorded trace."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request of a workload."""
+
+    at: float  # seconds after the start; 0 in a closed loop
+    prompt: str | list[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of synthetic requests, in tokens."""
+
+    input_tokens: int = 128
+    output_tokens: int = 64
+    shared_prefix: int = 0  # tokens that all prompts begin with
+    vocabulary: int = 8000  # prompt ids are drawn below this
+
+    def __post_init__(self) -> None:
+        for name in ("input_tokens", "output_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.shared_prefix < self.input_tokens:
+            raise ValueError(f"shared_prefix is {self.shared_prefix}; expected less than input_tokens")
+
+
+def closed_loop(shape: Shape, count: int, seed: int = 0) -> list[Request]:
+    """`count` requests to be sent as fast as the concurrency allows."""
+    prompts = _Prompts(shape, seed)
+    return [Request(0.0, prompts.draw(shape.input_tokens), shape.output_tokens) for _ in range(count)]
+
+
+def poisson(shape: Shape, rate: float, count: int, seed: int = 0) -> list[Request]:
+    """`count` requests whose gaps are exponential with mean 1 / rate seconds."""
+    if rate <= 0:
+        raise ValueError(f"rate is {rate}; expected requests per second > 0")
+    rng, prompts, at, out = random.Random(seed), _Prompts(shape, seed), 0.0, []
+    for _ in range(count):
+        at += rng.expovariate(rate)
+        out.append(Request(at, prompts.draw(shape.input_tokens), shape.output_tokens))
+    return out
+
+
+def from_trace(
+    path: Path, shape: Shape, speed: float = 1.0, limit: int | None = None, max_len: int = 4096, seed: int = 0
+) -> list[Request]:
+    """Replay a trace's arrivals and lengths (clipped to max_len in all), `speed` times as fast.
+
+    Formats by column: TIMESTAMP, ContextTokens, GeneratedTokens (CSV); timestamp in ms, input_length,
+    output_length and hash_ids, which become shared prefixes (JSON lines). Plain or gzip.
+    """
+    rows = read_trace(path)[:limit]
+    if not rows:
+        raise ValueError(f"{path} holds no request; expected a CSV or JSON-lines trace")
+    prompts, start = _Prompts(shape, seed), rows[0][0]
+    out = []
+    for at, inputs, outputs, blocks in rows:
+        outputs = max(1, min(outputs, max_len // 2))
+        inputs = max(1, min(inputs, max_len - outputs))
+        out.append(Request((at - start) / speed, prompts.draw(inputs, blocks), outputs))
+    return out
+
+
+TraceRow = tuple[float, int, int, Sequence[int]]
+
+
+def read_trace(path: Path) -> list[TraceRow]:
+    """(seconds, input tokens, output tokens, prefix blocks) of every request. Raises ValueError."""
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
+    if text.lstrip().startswith("{"):
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        try:
+            return [
+                (r["timestamp"] / 1000, r["input_length"], r["output_length"], r.get("hash_ids", ()))
+                for r in rows
+            ]
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: a line lacks {error}; expected timestamp, input_length, output_length"
+            ) from None
+    reader = csv.DictReader(io.StringIO(text))
+    wanted = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
+    if not wanted <= set(reader.fieldnames or ()):
+        raise ValueError(f"{path}: columns are {reader.fieldnames}; expected {sorted(wanted)}")
+    return [
+        (_seconds(r["TIMESTAMP"]), int(r["ContextTokens"]), int(r["GeneratedTokens"]), ()) for r in reader
+    ]
+
+
+def _seconds(stamp: str) -> float:
+    # Seven decimals of a second are one more than fromisoformat reads.
+    whole, _, fraction = stamp.partition(".")
+    return datetime.fromisoformat(whole).timestamp() + float(f"0.{fraction or 0}")
+
+
+class _Prompts:
+    """Random token ids; the same prefix block gives the same ids."""
+
+    BLOCK = 512  # tokens a hash_id stands for in the Mooncake trace
+
+    def __init__(self, shape: Shape, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._seed = seed
+        self._vocabulary = shape.vocabulary
+        self._prefix = self._ids(self._rng, shape.shared_prefix)
+
+    def _ids(self, rng: random.Random, count: int) -> list[int]:
+        # Low ids are special tokens in most vocabularies.
+        return [rng.randrange(min(300, self._vocabulary // 2), self._vocabulary) for _ in range(count)]
+
+    def draw(self, length: int, blocks: Sequence[int] = ()) -> list[int]:
+        ids = list(self._prefix)
+        for block in blocks[: length // self.BLOCK]:
+            ids += self._ids(random.Random(f"{self._seed}:{block}"), self.BLOCK)
+        return (ids + self._ids(self._rng, max(0, length - len(ids))))[:length]

@@ -1,0 +1,175 @@
+"""`farthing bench`: measure a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from farthing.bench.client import Target
+    from farthing.bench.load import LoadResult
+
+app = typer.Typer(no_args_is_help=True, help="Measure serving, capacity and the cost of a token.")
+
+Url = Annotated[str, typer.Option(help="An OpenAI-compatible server.")]
+Model = Annotated[str | None, typer.Option(help="Model name; the server's first by default.")]
+Key = Annotated[str | None, typer.Option(envvar="FARTHING_API_KEY", help="API key.")]
+Inputs = Annotated[int, typer.Option(help="Prompt tokens a request.")]
+Outputs = Annotated[int, typer.Option(help="Generated tokens a request.")]
+Prefix = Annotated[int, typer.Option(help="Prompt tokens all requests share.")]
+Vocabulary = Annotated[int, typer.Option(help="Prompt token ids are drawn below this.")]
+TtftMs = Annotated[float, typer.Option(help="SLO: time to first token, ms.")]
+TpotMs = Annotated[float, typer.Option(help="SLO: time per output token, ms.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@app.command(
+    epilog="Examples:  farthing bench serve --concurrency 16 --requests 200  |  "
+    "farthing bench serve --rate 20 --usd-per-hour 0.20  |  "
+    "farthing bench serve --trace azure.csv.gz --speed 10"
+)
+def serve(
+    url: Url = "http://127.0.0.1:8000",
+    model: Model = None,
+    api_key: Key = None,
+    requests: Annotated[int, typer.Option(help="How many requests (at most, with a trace).")] = 128,
+    concurrency: Annotated[int | None, typer.Option(help="Closed loop: requests in flight.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Open loop: Poisson requests a second.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Open loop: arrivals and lengths of a trace.")] = None,
+    speed: Annotated[float, typer.Option(help="Replay the trace this many times as fast.")] = 1.0,
+    max_len: Annotated[int, typer.Option(help="Clip the trace's requests to this many tokens.")] = 2048,
+    input_tokens: Inputs = 128,
+    output_tokens: Outputs = 64,
+    shared_prefix: Prefix = 0,
+    vocabulary: Vocabulary = 8000,
+    slo_ttft_ms: TtftMs = 2000.0,
+    slo_tpot_ms: TpotMs = 200.0,
+    usd_per_hour: Annotated[
+        float | None, typer.Option(help="Price of the hardware, for $ per token.")
+    ] = None,
+    seed: int = 0,
+    picture: Annotated[Path | None, typer.Option(help="Write latency curves to this PNG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """TTFT, TPOT, throughput, goodput and dollars of a server under load."""
+    from farthing.bench.load import Slo, run_load, summarize
+    from farthing.bench.workload import Shape, closed_loop, from_trace, poisson
+    from farthing.cli.progress import token_progress
+
+    if sum(x is not None for x in (concurrency, rate, trace)) > 1:
+        raise typer.BadParameter("give one of --concurrency, --rate and --trace")
+    shape = Shape(input_tokens, output_tokens, shared_prefix, vocabulary)
+    if trace is not None:
+        workload = from_trace(trace, shape, speed, requests, max_len, seed)
+    elif rate is not None:
+        workload = poisson(shape, rate, requests, seed)
+    else:
+        workload, concurrency = closed_loop(shape, requests, seed), concurrency or 16
+    target = _target(url, model, api_key)
+    with token_progress("requests", len(workload)) as advance:
+        timings = asyncio.run(run_load(target, workload, concurrency, lambda _: advance(1), ignore_eos=True))
+    result = summarize(timings, Slo(slo_ttft_ms / 1000, slo_tpot_ms / 1000), usd_per_hour)
+    if picture is not None:
+        from farthing.bench.picture import draw_latencies
+
+        draw_latencies(timings, picture)
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        _print_load(result)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+@app.command(epilog="Example:  farthing bench capacity --slo-ttft-ms 500 --slo-tpot-ms 50 --json")
+def capacity(
+    url: Url = "http://127.0.0.1:8000",
+    model: Model = None,
+    api_key: Key = None,
+    input_tokens: Inputs = 128,
+    output_tokens: Outputs = 64,
+    shared_prefix: Prefix = 0,
+    vocabulary: Vocabulary = 8000,
+    slo_ttft_ms: TtftMs = 2000.0,
+    slo_tpot_ms: TpotMs = 200.0,
+    goodput: Annotated[float, typer.Option(help="Share of requests that must keep the SLO.")] = 0.99,
+    seconds: Annotated[float, typer.Option(help="Length of a trial.")] = 20.0,
+    as_json: Json = False,
+) -> None:
+    """The highest request rate within the SLO: what `farthing fleet` scales by."""
+    from rich.console import Console
+
+    from farthing.bench.capacity import find_capacity
+    from farthing.bench.load import Slo
+    from farthing.bench.workload import Shape
+
+    target = _target(url, model, api_key)
+    shape = Shape(input_tokens, output_tokens, shared_prefix, vocabulary)
+    slo = Slo(slo_ttft_ms / 1000, slo_tpot_ms / 1000)
+    log = Console(stderr=True)
+    found = find_capacity(
+        target,
+        shape,
+        slo,
+        goodput,
+        seconds,
+        on_trial=lambda t: log.print(
+            f"{t.rate:8.2f} requests/s: {t.goodput:.1%} within the SLO, "
+            f"p99 TTFT {t.ttft_p99_ms:.0f} ms, TPOT {t.tpot_p99_ms:.1f} ms"
+        ),
+    )
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        print(
+            f"capacity: {found.requests_per_second:.2f} requests/s, {found.tokens_per_second:,.0f} tokens/s "
+            f"({found.output_tokens_per_second:,.0f} generated)"
+        )
+
+
+def _target(url: str, model: str | None, api_key: str | None) -> Target:
+    from farthing.bench.client import Target
+
+    target = Target(url, model or "", api_key)
+    return target if model else Target(url, _first_model(target), api_key)
+
+
+def _first_model(target: Target) -> str:
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(f"{target.url.rstrip('/')}/v1/models")
+    if target.api_key:
+        request.add_header("Authorization", f"Bearer {target.api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return str(json.load(response)["data"][0]["id"])
+    except (urllib.error.URLError, OSError, KeyError, IndexError, ValueError) as error:
+        typer.echo(f"{target.url}/v1/models: {error}; expected a running OpenAI-compatible server", err=True)
+        raise typer.Exit(2) from None
+
+
+def _print_load(result: LoadResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "p50", "p90", "p99", title=f"{result.requests} requests in {result.seconds:.1f} s")
+    rows = {"TTFT": result.ttft_ms, "TPOT": result.tpot_ms, "between chunks": result.itl_ms}
+    rows["end to end"] = result.e2e_ms
+    for name, values in rows.items():
+        table.add_row(f"{name}, ms", *(f"{values[p]:,.1f}" if values else "-" for p in ("p50", "p90", "p99")))
+    Console().print(table)
+    print(
+        f"{result.output_tokens_per_second:,.1f} generated tokens/s, "
+        f"{result.total_tokens_per_second:,.1f} in all, "
+        f"{result.requests_per_second:.2f} requests/s; {result.goodput:.1%} within the SLO; "
+        f"{result.cached_tokens:,} of {result.prompt_tokens:,} prompt tokens from the prefix cache"
+    )
+    if result.usd_per_million_tokens is not None:
+        print(f"${result.usd_per_million_tokens:.4f} per million generated tokens")
+    for error in result.errors:
+        print(f"failed: {error}", file=sys.stderr)

@@ -1,0 +1,196 @@
+"""The load generator against a small server with known delays, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from farthing.bench.capacity import find_capacity
+from farthing.bench.client import Target, Timing, complete
+from farthing.bench.load import Slo, run_load, summarize
+from farthing.bench.workload import Shape, closed_loop, from_trace, poisson
+
+SHAPE = Shape(input_tokens=8, output_tokens=3, shared_prefix=4, vocabulary=1000)
+
+
+class FakeServer:
+    """Streams max_tokens chunks; answers 429 while more than `limit` requests are in flight."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self.limit, self.running, self.peak = limit, 0, 0
+        self.prompts: list[list[int]] = []
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        length = 0
+        while (line := (await reader.readline()).strip()) != b"":
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.split(b":")[1])
+        body = json.loads(await reader.readexactly(length))
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        self.prompts.append(body["prompt"])
+        if self.running > self.limit:
+            writer.write(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 4\r\n\r\nfull")
+        else:
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            await asyncio.sleep(0.02)
+            for i in range(body["max_tokens"]):
+                self._chunk(writer, {"choices": [{"text": f"t{i}"}]})
+                await asyncio.sleep(0.001)
+            usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
+            self._chunk(
+                writer, {"choices": [], "usage": usage | {"prompt_tokens_details": {"cached_tokens": 4}}}
+            )
+            data = b"data: [DONE]\n\n"
+            writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+        self.running -= 1
+
+    @staticmethod
+    def _chunk(writer: asyncio.StreamWriter, event: object) -> None:
+        data = f"data: {json.dumps(event)}\n\n".encode()
+        writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+
+@asynccontextmanager
+async def serving(fake: FakeServer) -> AsyncIterator[Target]:
+    server = await asyncio.start_server(fake.handle, "127.0.0.1", 0)
+    try:
+        yield Target(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "m", timeout=10)
+    finally:
+        server.close()
+
+
+def test_closed_loop_keeps_its_concurrency() -> None:
+    async def scenario() -> tuple[FakeServer, list[Timing]]:
+        fake = FakeServer()
+        async with serving(fake) as target:
+            return fake, await run_load(target, closed_loop(SHAPE, 20), concurrency=4)
+
+    fake, timings = asyncio.run(scenario())
+    assert fake.peak == 4
+    result = summarize(timings, Slo(ttft=5, tpot=5), usd_per_hour=3600.0)
+    assert (result.failed, result.output_tokens, result.prompt_tokens, result.cached_tokens) == (
+        0,
+        60,
+        160,
+        80,
+    )
+    assert timings[0].text == "t0t1t2"
+    assert result.ttft_ms["p50"] >= 20
+    assert result.goodput == 1.0
+    assert result.usd_per_million_tokens == pytest.approx(result.seconds / 60 * 1e6)
+    assert len({tuple(p[:4]) for p in fake.prompts}) == 1
+    assert len({tuple(p) for p in fake.prompts}) == 20
+    assert json.dumps(result.to_json())
+
+
+def test_open_loop_waits_for_nobody_and_failures_are_counted() -> None:
+    async def scenario() -> tuple[FakeServer, list[Timing]]:
+        fake = FakeServer(limit=2)
+        async with serving(fake) as target:
+            return fake, await run_load(target, poisson(SHAPE, 5000.0, 12))
+
+    fake, timings = asyncio.run(scenario())
+    result = summarize(timings, Slo(ttft=5, tpot=5))
+    assert fake.peak > 2
+    assert 0 < result.failed < 12
+    assert result.goodput == (12 - result.failed) / 12
+    assert "HTTP 429: full" in result.errors[0]
+
+
+def test_nobody_listening_is_an_error_not_an_exception() -> None:
+    timing = asyncio.run(complete(Target("http://127.0.0.1:9", "m"), [1], 2))
+    assert timing.error is not None
+    assert summarize([timing], Slo()).goodput == 0.0
+
+
+def test_slo_splits_good_from_slow() -> None:
+    fast = Timing(output_tokens=3, start=0, first=0.1, end=0.2)
+    slow = Timing(output_tokens=3, start=0, first=0.1, end=2.1)
+    result = summarize([fast, slow], Slo(ttft=0.2, tpot=0.5))
+    assert result.goodput == 0.5
+    assert result.tpot_ms["p50"] == pytest.approx(525.0)
+
+
+def test_traces(tmp_path: Path) -> None:
+    azure = tmp_path / "a.csv.gz"
+    rows = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,40,5\n2023-11-16 18:15:50.9951690,9000,7000\n"
+    )
+    azure.write_bytes(gzip.compress(rows.encode()))
+    first, second = from_trace(azure, SHAPE, speed=2.0, max_len=100)
+    assert (first.at, len(first.prompt), first.max_tokens) == (0.0, 40, 5)
+    assert second.at == pytest.approx(4.314579 / 2, abs=1e-6)
+    assert len(second.prompt) + second.max_tokens == 100
+    mooncake = tmp_path / "m.jsonl"
+    mooncake.write_text(
+        "".join(
+            json.dumps(dict(timestamp=t, input_length=1100, output_length=2, hash_ids=[7, b])) + "\n"
+            for t, b in ((0, 1), (1500, 2))
+        )
+    )
+    one, two = from_trace(mooncake, Shape(vocabulary=5000), max_len=4096)
+    assert two.at == 1.5
+    assert one.prompt[:512] == two.prompt[:512]
+    assert one.prompt[512:1024] != two.prompt[512:1024]
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"columns are \['a', 'b'\]; expected"):
+        from_trace(tmp_path / "x.csv", SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Shape(input_tokens=0), "input_tokens is 0"),
+        (lambda: Shape(input_tokens=4, shared_prefix=4), "shared_prefix is 4"),
+        (lambda: poisson(SHAPE, 0, 1), "rate is 0"),
+        (lambda: Target("ftp://x", "m"), "url is 'ftp://x'"),
+        (lambda: asyncio.run(run_load(Target("http://x", "m"), [], 0)), "concurrency is 0"),
+    ],
+)
+def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.slow
+def test_capacity_is_found_below_the_ceiling() -> None:
+    async def serve(ready: asyncio.Event, stop: asyncio.Event, box: list[Target]) -> None:
+        async with serving(FakeServer(limit=40)) as target:
+            box.append(target)
+            ready.set()
+            await stop.wait()
+
+    import threading
+
+    box: list[Target] = []
+    loop = asyncio.new_event_loop()
+    ready, stop = asyncio.Event(), asyncio.Event()
+    started = threading.Event()
+
+    async def main() -> None:
+        task = asyncio.create_task(serve(ready, stop, box))
+        await ready.wait()
+        started.set()
+        await task
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
+    thread.start()
+    started.wait(5)
+    try:
+        found = find_capacity(box[0], SHAPE, Slo(ttft=0.5, tpot=0.5), seconds=0.5, precision=0.3)
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+    assert found.requests_per_second > 0
+    assert found.tokens_per_second == pytest.approx(found.requests_per_second * 11)
+    assert all(t.goodput >= 0.99 for t in found.trials if t.rate == found.requests_per_second)
