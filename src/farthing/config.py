@@ -47,9 +47,8 @@ class EngineConfig:
         if not self.priority_step > 0:
             raise ValueError(f"priority_step is {self.priority_step!r}; expected seconds > 0")
         if self.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}; the engine runs on one device, expected 1"
-            )
+            size = self.tensor_parallel_size
+            raise ValueError(f"tensor_parallel_size is {size}; expected 1: the engine runs on one device")
         parse_speculate(self.speculate)
 
 

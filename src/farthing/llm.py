@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from farthing.config import Dtype, EngineConfig, KvCacheDtype, Quantization
 from farthing.engine.engine import Engine
-from farthing.engine.request import CompletionOutput, OutputKind, RequestOutput, SamplingParams
+from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams
 from farthing.engine.stream import RequestStream
 from farthing.engine.tokenizer import Tokenizer
 
@@ -81,6 +81,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
         """Complete prompts (texts or lists of token ids) in one batch; outputs in the order of the prompts.
 
@@ -94,7 +95,7 @@ class LLM:
             raise ValueError(
                 f"priority has {len(urgency)} entries; expected {len(batch)}, one for each prompt"
             )
-        return self._run([(p, True, None) for p in batch], params, urgency, use_tqdm)
+        return self._run(batch, params, urgency, use_tqdm, add_special_tokens)
 
     def chat(
         self,
@@ -116,16 +117,20 @@ class LLM:
             for c in conversations
         ]
         params = self._per_prompt(sampling_params, len(prompts))
-        return self._run([(p, False, None) for p in prompts], params, [0] * len(prompts), use_tqdm)
+        return self._run(prompts, params, [0] * len(prompts), use_tqdm, add_special_tokens=False)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        add_special_tokens: bool = True,
     ) -> Iterator[RequestOutput]:
         """Yield what is new as it comes: each output's `text` and `token_ids` continue those before.
 
         Leaving the loop early cancels the request.
         """
-        stream = self.engine.submit(prompt, sampling_params or self.get_default_sampling_params())
+        params = sampling_params or self.get_default_sampling_params()
+        stream = self.engine.submit(prompt, params, add_special_tokens=add_special_tokens)
         try:
             yield from stream
         finally:
@@ -169,20 +174,19 @@ class LLM:
 
     def _run(
         self,
-        prompts: Sequence[tuple[Prompt, bool, str | None]],
+        prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         priority: Sequence[int],
         progress: bool,
+        add_special_tokens: bool,
     ) -> list[RequestOutput]:
         streams: list[RequestStream] = []
-        kind: OutputKind = "final"
         try:
-            for (prompt, special, text), p, urgency in zip(prompts, params, priority, strict=True):
-                streams.append(
-                    self.engine.submit(
-                        prompt, p, priority=urgency, kind=kind, add_special_tokens=special, prompt_text=text
-                    )
+            for prompt, p, urgency in zip(prompts, params, priority, strict=True):
+                stream = self.engine.submit(
+                    prompt, p, priority=urgency, kind="final", add_special_tokens=add_special_tokens
                 )
+                streams.append(stream)
             return _collect(streams, progress)
         except BaseException:  # Ctrl-C included: nothing keeps running behind the caller's back
             for stream in streams:

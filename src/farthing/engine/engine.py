@@ -31,10 +31,8 @@ What a server (or `farthing.LLM`) uses:
 from __future__ import annotations
 
 import atexit
-import itertools
 import logging
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -43,27 +41,24 @@ from typing import Any, Literal
 import torch
 
 from farthing.config import EngineConfig, parse_speculate
+from farthing.engine.admission import Admission
 from farthing.engine.build import resolve
 from farthing.engine.core import EngineCore
-from farthing.engine.generation import Generation, RequestState
+from farthing.engine.generation import RequestState
 from farthing.engine.request import (
     EngineError,
     EngineStopped,
     OutputKind,
     QueueFull,
-    Request,
     RequestMetrics,
     SamplingParams,
 )
 from farthing.engine.resolve import resolve_model
 from farthing.engine.runner import Runner
-from farthing.engine.sampler import SamplingState, mix, stream_seed
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.sequence import Sequence as TokenSequence
 from farthing.engine.speculation import Drafter, MtpDrafter, NgramDrafter, Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
-from farthing.engine.structured import GrammarCompiler, Matcher
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import select
@@ -92,9 +87,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.default_sampling = dict(default_sampling or {})
         self.stats = Stats()
-        self._max_len = c.max_model_len
-        eos = tokenizer.eos_token_ids if tokenizer else model.config.eos_token_ids
-        self._eos = frozenset(eos) | frozenset(model.config.eos_token_ids)
+        self._admission = Admission(c, model.config, tokenizer)
         runner = Runner(
             model, model.new_cache(c.num_blocks, c.block_size, dtype), c.max_num_seqs, c.max_model_len
         )
@@ -109,9 +102,6 @@ class Engine:
             speculator.num_lookahead if speculator else 0,
         )
         self._core = EngineCore(runner, scheduler, self.stats, tokenizer, speculator, self._finished)
-        self._grammars: GrammarCompiler | None = None
-        self._ids = itertools.count()
-        self._seeds = itertools.count(1)
         self._lock = threading.Lock()
         self._inbox: deque[tuple[_Order, RequestState | None]] = deque()
         self._wake = threading.Event()
@@ -163,24 +153,18 @@ class Engine:
         reported back where `prompt` is token ids.
         """
         self.health()
-        params = params or SamplingParams()
-        ids, text = self._prompt(prompt, add_special_tokens, prompt_text)
-        self._check(ids, params)
-        matcher = self._matcher(params)
-        number = next(self._ids)
-        request = Request(
-            request_id=request_id or f"request-{number}",
-            prompt_token_ids=ids,
-            params=params,
-            prompt=text,
+        request, sequences = self._admission.admit(
+            prompt,
+            params or SamplingParams(),
+            request_id=request_id,
             priority=priority,
             cache_salt=cache_salt,
             kind=kind,
-            arrival_time=time.time(),
+            add_special_tokens=add_special_tokens,
+            prompt_text=prompt_text,
         )
         stream = RequestStream(request, lambda: self._post("cancel", state))
-        state = RequestState(request, stream, RequestMetrics(arrival_time=request.arrival_time))
-        state.sequences = self._sequences(request, matcher)
+        state = RequestState(request, stream, RequestMetrics(arrival_time=request.arrival_time), sequences)
         with self._lock:
             if not self._accepting:
                 raise EngineStopped("the engine is draining or has stopped; expected another replica")
@@ -205,7 +189,9 @@ class Engine:
         **kwargs: Any,
     ) -> str:
         """The prompt of a conversation; submit it with add_special_tokens=False."""
-        return self._need_tokenizer("chat").render_chat(messages, tools, add_generation_prompt, **kwargs)
+        return self._admission.need_tokenizer("chat").render_chat(
+            messages, tools, add_generation_prompt, **kwargs
+        )
 
     @property
     def num_live(self) -> int:
@@ -243,81 +229,6 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
-
-    # -- checking a request, in the caller's thread
-
-    def _prompt(
-        self, prompt: str | Sequence[int], add_special_tokens: bool, text: str | None
-    ) -> tuple[list[int], str | None]:
-        if isinstance(prompt, str):
-            return self._need_tokenizer("a text prompt").encode(prompt, add_special_tokens), prompt
-        ids = list(prompt)
-        vocab = self.model_config.vocab_size
-        for i, token in enumerate(ids):
-            if not isinstance(token, int) or not 0 <= token < vocab:
-                raise ValueError(f"prompt[{i}] is {token!r}; expected a token id in [0, {vocab})")
-        return ids, text
-
-    def _check(self, ids: list[int], params: SamplingParams) -> None:
-        if not ids:
-            raise ValueError("prompt is empty; expected at least one token")
-        if len(ids) >= self._max_len:
-            raise ValueError(
-                f"prompt has {len(ids)} tokens; expected at most {self._max_len - 1}, "
-                f"max_model_len - 1, so that one can follow"
-            )
-        vocab = self.model_config.vocab_size
-        for name, tokens in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for token in tokens or ():
-                if not 0 <= token < vocab:
-                    raise ValueError(f"{name} names token {token}; expected an id in [0, {vocab})")
-        if params.stop_strings:
-            self._need_tokenizer("stop")
-
-    def _matcher(self, params: SamplingParams) -> Matcher | None:
-        if params.structured_outputs is None:
-            return None
-        tokenizer = self._need_tokenizer("structured_outputs")
-        with self._lock:
-            if self._grammars is None:
-                self._grammars = GrammarCompiler(tokenizer, self.model_config.vocab_size)
-        return self._grammars.compile(params.structured_outputs)
-
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError(f"{what} needs a tokenizer; this engine was built with skip_tokenizer_init=True")
-        return self.tokenizer
-
-    def _sequences(self, request: Request, matcher: Matcher | None) -> list[TokenSequence]:
-        params, ids = request.params, request.prompt_token_ids
-        room = self._max_len - len(ids)
-        max_output = room if params.max_tokens is None else min(room, params.max_tokens)
-        # Without a seed a request gets one of its own, the same in every run with the same engine seed.
-        seed = params.seed if params.seed is not None else mix(self.config.seed) + next(self._seeds)
-        eos = frozenset() if params.ignore_eos else self._eos
-        seen = frozenset(ids) if params.repetition_penalty != 1 else frozenset()
-        result = []
-        for i in range(params.n):
-            state = SamplingState(
-                params,
-                stream_seed(seed, i),
-                seen,
-                tuple(sorted(eos | frozenset(params.stop_token_ids or ()))),
-                matcher if matcher is None or i == 0 else matcher.copy(),
-            )
-            result.append(
-                TokenSequence(
-                    id=next(self._ids),
-                    tokens=list(ids),
-                    num_prompt=len(ids),
-                    max_len=len(ids) + max_output,
-                    order=request.arrival_time + request.priority * self.config.priority_step,
-                    salt=request.cache_salt,
-                    read_cache=params.prompt_logprobs is None,
-                    payload=Generation(i, state, max_output, self._eos, self.tokenizer),
-                )
-            )
-        return result
 
     # -- the loop, in its own thread
 

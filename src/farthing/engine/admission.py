@@ -1,0 +1,126 @@
+"""Checks a request and makes its sequences, in the thread of the caller."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence as Seq
+
+from farthing.config import EngineConfig
+from farthing.engine.generation import Generation
+from farthing.engine.request import OutputKind, Request, SamplingParams
+from farthing.engine.sampler import SamplingState, mix, stream_seed
+from farthing.engine.sequence import Sequence
+from farthing.engine.structured import GrammarCompiler, Matcher
+from farthing.engine.tokenizer import Tokenizer
+from farthing.model import ModelConfig
+
+
+class Admission:
+    """What the engine accepts. Every refusal is a ValueError that names the field and the value."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+        assert config.max_model_len is not None
+        self._config = config
+        self._vocab = model.vocab_size
+        self._tokenizer = tokenizer
+        self._max_len = config.max_model_len
+        self._eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
+        self._grammars: GrammarCompiler | None = None
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()  # of requests
+        self._ids = itertools.count()  # of sequences
+
+    def admit(
+        self,
+        prompt: str | Seq[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None,
+        priority: int,
+        cache_salt: str,
+        kind: OutputKind,
+        add_special_tokens: bool,
+        prompt_text: str | None,
+    ) -> tuple[Request, list[Sequence]]:
+        """The request and a sequence for each of its n completions."""
+        if isinstance(prompt, str):
+            ids = self.need_tokenizer("a text prompt").encode(prompt, add_special_tokens)
+            prompt_text = prompt
+        else:
+            ids = list(prompt)
+        self._check(ids, params)
+        matcher = self._matcher(params)
+        number = next(self._numbers)
+        request = Request(
+            request_id=request_id or f"request-{number}",
+            prompt_token_ids=ids,
+            params=params,
+            prompt=prompt_text,
+            priority=priority,
+            cache_salt=cache_salt,
+            kind=kind,
+            arrival_time=time.time(),
+        )
+        # Without a seed a request gets one of its own, the same in every run with the same engine seed.
+        seed = params.seed if params.seed is not None else mix(self._config.seed) + number
+        return request, [self._sequence(request, i, stream_seed(seed, i), matcher) for i in range(params.n)]
+
+    def need_tokenizer(self, what: str) -> Tokenizer:
+        """The tokenizer, or a ValueError saying what wanted it."""
+        if self._tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer; this engine was built with skip_tokenizer_init=True")
+        return self._tokenizer
+
+    def _check(self, ids: list[int], params: SamplingParams) -> None:
+        if not ids:
+            raise ValueError("prompt is empty; expected at least one token")
+        if len(ids) >= self._max_len:
+            raise ValueError(
+                f"prompt has {len(ids)} tokens; expected at most {self._max_len - 1}, "
+                f"max_model_len - 1, so that one can follow"
+            )
+        named = (
+            ("prompt", ids),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        )
+        for name, tokens in named:
+            for token in tokens or ():
+                if not isinstance(token, int) or not 0 <= token < self._vocab:
+                    raise ValueError(f"{name} has {token!r}; expected a token id in [0, {self._vocab})")
+        if params.stop_strings:
+            self.need_tokenizer("stop")
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.structured_outputs is None:
+            return None
+        tokenizer = self.need_tokenizer("structured_outputs")
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = GrammarCompiler(tokenizer, self._vocab)
+        return self._grammars.compile(params.structured_outputs)
+
+    def _sequence(self, request: Request, index: int, seed: int, matcher: Matcher | None) -> Sequence:
+        params, ids = request.params, request.prompt_token_ids
+        room = self._max_len - len(ids)
+        max_output = room if params.max_tokens is None else min(room, params.max_tokens)
+        eos = frozenset() if params.ignore_eos else self._eos
+        state = SamplingState(
+            params=params,
+            seed=seed,
+            prompt=frozenset(ids) if params.repetition_penalty != 1 else frozenset(),
+            end_ids=tuple(sorted(eos | frozenset(params.stop_token_ids or ()))),
+            matcher=matcher if matcher is None or index == 0 else matcher.copy(),
+        )
+        return Sequence(
+            id=next(self._ids),
+            tokens=list(ids),
+            num_prompt=len(ids),
+            max_len=len(ids) + max_output,
+            order=request.arrival_time + request.priority * self._config.priority_step,
+            salt=request.cache_salt,
+            read_cache=params.prompt_logprobs is None,
+            payload=Generation(index, state, max_output, self._eos, self._tokenizer),
+        )
