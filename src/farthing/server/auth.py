@@ -25,9 +25,10 @@ class KeyRing:
         keys: dict[bytes, str] = {}
         for position, entry in enumerate(entries, start=1):
             name, key = _parse(entry, position)
-            digest = _digest(key)
+            digest = _digest(key.encode())
             if keys.setdefault(digest, name) != name:
-                raise ValueError(f"API key {position} is named {name!r} and {keys[digest]!r}; expected one name a key")
+                named = f"{name!r} and {keys[digest]!r}"
+                raise ValueError(f"API key {position} is named {named}; expected one name a key")
         self._keys = tuple(keys.items())
 
     @classmethod
@@ -42,7 +43,7 @@ class KeyRing:
             raise ValueError(f"API key file {str(path)!r} cannot be read: {error}") from error
         ring = cls(line for raw in lines if (line := raw.strip()) and not line.startswith("#"))
         if not ring:
-            raise ValueError(f"API key file {str(path)!r} holds no key; expected `name:key` or a key on each line")
+            raise ValueError(f"API key file {str(path)!r} holds no key; expected `name:key` or a key a line")
         return ring
 
     @classmethod
@@ -57,7 +58,7 @@ class KeyRing:
         Every key is compared whatever matched before, so the time taken tells nothing about the keys.
         """
         scheme, _, key = (authorization or "").partition(" ")
-        offered = _digest(key.strip())
+        offered = _digest(key.strip().encode("latin-1", "replace"))  # the bytes of the header
         found = None
         for digest, name in self._keys:
             if hmac.compare_digest(digest, offered):
@@ -78,8 +79,8 @@ class KeyRing:
         return len(self._keys)
 
 
-def _digest(key: str) -> bytes:
-    return sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return sha256(key).digest()
 
 
 def _parse(entry: str, position: int) -> tuple[str, str]:
@@ -90,4 +91,4 @@ def _parse(entry: str, position: int) -> tuple[str, str]:
         raise ValueError(f"API key {position} is malformed; expected `name:key` or a key")
     if any(character.isspace() for character in key):
         raise ValueError(f"API key {position} holds white space; expected one word")
-    return name or f"key-{_digest(key).hex()[:8]}", key
+    return name or f"key-{_digest(key.encode()).hex()[:8]}", key

@@ -68,18 +68,23 @@ async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send
 def describe_validation(errors: list[Any]) -> ApiError:
     """The first of pydantic's complaints, as a 400 that names the field, the value and what is accepted."""
     first = errors[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    where = [str(part) for part in first["loc"] if part != "body" and _is_field(part)]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     param = ".".join(where) or None
     if first["type"] == "missing":
-        return ApiError(400, f"{param or 'the body'} is missing", param=param, code="missing_required_parameter")
+        return ApiError(400, f"{param or 'the body'} is missing", param=param, code="missing_parameter")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not a known field", param=param, code="unknown_parameter")
     value = repr(first.get("input"))
     value = value if len(value) <= 80 else value[:77] + "..."
     message = f"{param or 'the body'} is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     return ApiError(400, message, param=param, code="invalid_value")
+
+
+def _is_field(part: str | int) -> bool:
+    """Whether a step of pydantic's path is a field or a position, not a member of a union."""
+    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "float", "bool"))
 
 
 async def handle_api_error(_: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class Quotas:
         if limit is not None and prompt_tokens > limit:
             raise ApiError(
                 429,
-                f"the prompt has {prompt_tokens} tokens; expected at most this key's quota of {limit} a minute",
+                f"the prompt has {prompt_tokens} tokens; expected at most the quota of {limit} a minute",
                 code="tokens_quota_exceeded",
             )
         for resource, amount in wanted.items():
@@ -113,8 +114,6 @@ class BodyLimit:
 
     async def _buffered(self, receive: Receive) -> Receive:
         """Read the body whole, so that the application never waits for a slow client."""
-        import asyncio
-
         chunks: list[bytes] = []
         size = 0
         try:

@@ -1,0 +1,189 @@
+"""The HTTP application: routes, and what stands before them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import Body, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import farthing
+from farthing.server.auth import ANONYMOUS
+from farthing.server.chat import chat, render
+from farthing.server.completions import complete
+from farthing.server.errors import ApiError, describe_validation, send_error
+from farthing.server.jobs import ClientGone
+from farthing.server.limits import BodyLimit
+from farthing.server.metrics import CountRequests, Metrics
+from farthing.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ErrorResponse,
+    TokenizeRequest,
+)
+from farthing.server.service import Service
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"})
+CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
+
+log = logging.getLogger("farthing.server")
+
+
+def create_app(service: Service) -> ASGIApp:
+    """The application over a service, whose engine may still be loading."""
+    metrics = Metrics(service)
+    api = FastAPI(
+        title="Farthing",
+        version=farthing.__version__,
+        docs_url=None,
+        redoc_url=None,
+        root_path=service.config.root_path,
+        responses={
+            status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
+        },
+    )
+    _add_state_routes(api, service, metrics)
+    _add_model_routes(api, service)
+    _add_generation_routes(api, service)
+    _add_token_routes(api, service)
+    _add_error_handlers(api)
+    paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
+    app: ASGIApp = BodyLimit(api, service.config.max_body_bytes, service.config.body_timeout)
+    app = Authenticate(app, service)
+    return CountRequests(app, metrics, paths)
+
+
+class Authenticate:
+    """ASGI middleware: names the client by its API key, before its body is read."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.keys = service.config.keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on with scope["client_name"], or answer 401."""
+        if scope["type"] == "http":
+            scope["client_name"] = ANONYMOUS
+            if self.keys and scope["path"] not in OPEN_PATHS:
+                header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+                name = self.keys.check(header)
+                if name is None:
+                    problem = "the API key is not known" if header else "an API key is missing"
+                    error = ApiError(
+                        401, f"{problem}; expected `Authorization: Bearer KEY`", code="invalid_api_key"
+                    )
+                    await send_error(error, scope, receive, send)
+                    return
+                scope["client_name"] = name
+        await self.app(scope, receive, send)
+
+
+def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
+    @api.get("/health", summary="Whether the process is alive")
+    async def health() -> Response:
+        reason = service.broken()
+        if reason is not None:
+            raise ApiError(503, reason, code="engine_failed")
+        return JSONResponse({"status": "ok"})
+
+    @api.get("/ready", summary="Whether requests are taken: the model is loaded, nothing drains")
+    async def ready() -> Response:
+        service.require_engine()
+        return JSONResponse({"status": "ready"})
+
+    @api.get("/metrics", summary="Prometheus metrics")
+    async def scrape() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @api.get("/version", summary="The version of this server")
+    async def version() -> Response:
+        return JSONResponse({"version": farthing.__version__})
+
+
+def _add_model_routes(api: FastAPI, service: Service) -> None:
+    def describe(name: str) -> dict[str, Any]:
+        engine = service.engine
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "farthing",
+            "root": service.names[0],
+            "max_model_len": engine.config.max_model_len if engine else None,
+        }
+
+    @api.get("/v1/models", summary="The models served")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [describe(name) for name in service.names]})
+
+    @api.get("/v1/models/{model:path}", summary="One model")
+    async def model(model: str) -> Response:
+        return JSONResponse(describe(service.check_model(model)))
+
+
+def _add_generation_routes(api: FastAPI, service: Service) -> None:
+    @api.post("/v1/completions", summary="Complete prompts")
+    async def completions(request: Request, body: CompletionRequest = Body()) -> Response:
+        return await complete(service, body, request, request.scope["client_name"])
+
+    @api.post("/v1/chat/completions", summary="Answer a conversation")
+    async def chat_completions(request: Request, body: ChatCompletionRequest = Body()) -> Response:
+        return await chat(service, body, request, request.scope["client_name"])
+
+
+def _add_token_routes(api: FastAPI, service: Service) -> None:
+    @api.post("/tokenize", summary="Text or a conversation to token ids")
+    async def tokenize(body: TokenizeRequest = Body()) -> Response:
+        engine = service.require_engine()
+        service.check_model(body.model)
+        if body.messages is None:
+            ids = await service.encode(body.prompt or "", body.add_special_tokens)
+        else:
+            prompt = render(engine, body.messages, body.tools, body.add_generation_prompt)
+            ids = await service.encode(prompt, add_special_tokens=False)
+        document: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": engine.config.max_model_len,
+            "tokens": ids,
+        }
+        if body.return_token_strs and engine.tokenizer:
+            document["token_strs"] = [engine.tokenizer.token_text(token) for token in ids]
+        return JSONResponse(document)
+
+    @api.post("/detokenize", summary="Token ids to text")
+    async def detokenize(body: DetokenizeRequest = Body()) -> Response:
+        tokenizer = service.require_engine().tokenizer
+        service.check_model(body.model)
+        if tokenizer is None:
+            raise ApiError(400, "the model is served without a tokenizer", param="tokens")
+        return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+def _add_error_handlers(api: FastAPI) -> None:
+    @api.exception_handler(ApiError)
+    async def known(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return describe_validation(list(error.errors())).response()
+
+    @api.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        response = ApiError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @api.exception_handler(ClientGone)
+    async def gone(_: Request, error: ClientGone) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
+
+    @api.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return ApiError(500, "internal error; the server's log has the details").response()

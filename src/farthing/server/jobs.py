@@ -1,0 +1,127 @@
+"""One HTTP request's work in the engine, and what may end it early: its client, its deadline, a shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.types import Receive
+
+from farthing.engine.request import EngineError, RequestOutput
+from farthing.server.auth import ANONYMOUS
+from farthing.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from farthing.engine.stream import RequestStream
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+class Job:
+    """Streams of the engine under one deadline. `close()` frees whatever still runs, exactly once."""
+
+    def __init__(self, timeout: float, on_close: Callable[[Job], None]) -> None:
+        loop = asyncio.get_running_loop()
+        self.client = ANONYMOUS
+        self.streams: list[RequestStream] = []
+        self.generated = 0  # tokens
+        self._interrupted: asyncio.Future[ApiError] = loop.create_future()
+        message = f"the request was not done within {timeout:g} s"
+        self._timer = loop.call_later(timeout, self.interrupt, ApiError(504, message, code="timeout"))
+        self._on_close = on_close
+        self._open = True
+        self._guarded = False
+
+    def interrupt(self, error: ApiError) -> None:
+        """End the work; its client, if it is still being answered, gets `error`."""
+        if not self._interrupted.done():
+            self._interrupted.set_result(error)
+        if not self._guarded:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel what still runs and give the job's place back."""
+        if not self._open:
+            return
+        self._open = False
+        self._timer.cancel()
+        for stream in self.streams:
+            stream.cancel()
+        self._on_close(self)
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """(prompt's position, output) as they come. Raises ApiError where the engine fails or stops."""
+        source = self._only() if len(self.streams) == 1 else self._merged()
+        async for position, output in source:
+            for completion in output.outputs:
+                self.generated += len(completion.token_ids)
+                if completion.finish_reason in ("abort", "error"):
+                    raise ApiError(503, f"the engine ended the request: {completion.finish_reason}")
+            yield position, output
+
+    async def guard(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` until it ends, the client leaves (ClientGone), or the job is interrupted (ApiError).
+
+        The job is closed on return, whichever way.
+        """
+        self._guarded = True
+        working = asyncio.ensure_future(work)
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        try:
+            events: set[asyncio.Future[Any]] = {working, leaving, self._interrupted}
+            await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            if self._interrupted.done():
+                raise self._interrupted.result()
+            raise ClientGone
+        except EngineError as error:
+            raise ApiError(500, str(error), code="engine_error") from error
+        finally:
+            leaving.cancel()
+            if not working.done():
+                working.cancel()
+                await asyncio.wait({working})
+            self.close()
+
+    async def _only(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        async for output in self.streams[0]:
+            yield 0, output
+
+    async def _merged(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Outputs of several streams in the order they come."""
+        queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
+
+        async def feed(position: int, stream: RequestStream) -> None:
+            try:
+                async for output in stream:
+                    queue.put_nowait((position, output))
+                queue.put_nowait(None)
+            except EngineError as error:
+                queue.put_nowait(error)
+
+        tasks = [asyncio.ensure_future(feed(*numbered)) for numbered in enumerate(self.streams)]
+        try:
+            open_streams = len(tasks)
+            while open_streams:
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    open_streams -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has closed its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

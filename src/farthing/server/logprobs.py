@@ -1,0 +1,65 @@
+"""Log probabilities in the two shapes that OpenAI's API has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from farthing.engine.request import Logprob
+from farthing.engine.tokenizer import Tokenizer
+
+_FLOOR = -9999.0  # JSON has no minus infinity
+
+Position = dict[int, Logprob] | None  # None: the first token of a prompt, which nothing predicts
+
+
+def token_text(token: int, logprob: Logprob | None, tokenizer: Tokenizer | None) -> str:
+    """The text of one token, or its id where there is no tokenizer."""
+    if logprob is not None and logprob.decoded_token is not None:
+        return logprob.decoded_token
+    return f"token_id:{token}" if tokenizer is None else tokenizer.token_text(token)
+
+
+def chat_logprobs(
+    tokens: Sequence[int], positions: Sequence[Position], top: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """{"content": [{token, logprob, bytes, top_logprobs}, …]}."""
+
+    def entry(token: int, logprob: Logprob) -> dict[str, Any]:
+        text = token_text(token, logprob, tokenizer)
+        raw = text.encode() if tokenizer is None else tokenizer.token_bytes(token)
+        return {"token": text, "logprob": max(logprob.logprob, _FLOOR), "bytes": list(raw)}
+
+    content = []
+    for token, position in zip(tokens, positions, strict=True):
+        assert position is not None
+        best = sorted(position.items(), key=lambda item: item[1].rank)[:top]
+        content.append(
+            entry(token, position[token]) | {"top_logprobs": [entry(other, lp) for other, lp in best]}
+        )
+    return {"content": content}
+
+
+def completion_logprobs(
+    tokens: Sequence[int],
+    positions: Sequence[Position],
+    top: int,
+    tokenizer: Tokenizer | None,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """{tokens, token_logprobs, top_logprobs, text_offset}; offset: characters that came before."""
+    result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for token, position in zip(tokens, positions, strict=True):
+        own = None if position is None else position[token]
+        text = token_text(token, own, tokenizer)
+        result["tokens"].append(text)
+        result["token_logprobs"].append(None if own is None else max(own.logprob, _FLOOR))
+        result["top_logprobs"].append(None if position is None else _top(position, top, tokenizer))
+        result["text_offset"].append(offset)
+        offset += len(text)
+    return result
+
+
+def _top(position: dict[int, Logprob], top: int, tokenizer: Tokenizer | None) -> dict[str, float]:
+    best = sorted(position.items(), key=lambda item: item[1].rank)[:top]
+    return {token_text(token, lp, tokenizer): max(lp.logprob, _FLOOR) for token, lp in best}

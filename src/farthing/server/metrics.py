@@ -1,0 +1,160 @@
+"""Prometheus metrics under `farthing:`, named as vLLM names its own where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import farthing
+
+if TYPE_CHECKING:
+    from farthing.engine.stats import HistogramSnapshot, Snapshot
+    from farthing.server.service import Service
+
+GAUGES = {  # name -> (field of Snapshot, help)
+    "num_requests_running": ("num_requests_running", "Requests in the running batch."),
+    "num_requests_waiting": ("num_requests_waiting", "Requests waiting to be scheduled."),
+    "kv_cache_usage_perc": ("kv_cache_usage", "Share of the cache's blocks in use, 0 to 1."),
+}
+COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens taken in, those found in the prefix cache included."),
+    "generation_tokens": ("generation_tokens", "Tokens generated."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+    "num_preemptions": ("preemptions", "Requests put back to waiting because the cache was full."),
+    "spec_decode_num_drafts": ("drafts", "Drafts verified."),
+    "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens drafted."),
+    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Drafted tokens accepted."),
+    "engine_steps": ("steps", "Steps of the engine."),
+    "engine_busy_seconds": ("busy_seconds", "Seconds spent inside steps."),
+    "integrity_failures": ("integrity_failures", "Self-checks of the idle engine that failed."),
+}
+HISTOGRAMS = {
+    "time_to_first_token_seconds": ("time_to_first_token", "From arrival to the first token."),
+    "inter_token_latency_seconds": ("inter_token_latency", "Between two tokens of a request."),
+    "request_time_per_output_token_seconds": (
+        "time_per_output_token",
+        "Mean time between a request's tokens, the first left out.",
+    ),
+    "e2e_request_latency_seconds": ("e2e_request_latency", "From arrival to the last token."),
+    "request_queue_time_seconds": ("request_queue_time", "From arrival to the first scheduling."),
+}
+
+
+class Metrics:
+    """A registry of its own for each server, so that several can live in one process."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry = CollectorRegistry()
+        self.http_requests = Counter(
+            "farthing:http_requests",
+            "HTTP requests answered, by path and status.",
+            ["path", "status"],
+            registry=self.registry,
+        )
+        ProcessCollector(registry=self.registry)
+        self.registry.register(ServerCollector(service))
+
+    def render(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)
+
+
+class ServerCollector(Collector):
+    """Reads the engine's statistics when they are scraped; nothing is paid per token."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        """All families; those of the engine only once it is loaded."""
+        service, model = self._service, self._service.names[0]
+        ready = GaugeMetricFamily("farthing:ready", "1 while requests are taken.", labels=["model_name"])
+        ready.add_metric([model], 0.0 if service.unready() else 1.0)
+        yield ready
+        info = GaugeMetricFamily("farthing:build_info", "Always 1.", labels=["version"])
+        info.add_metric([farthing.__version__], 1.0)
+        yield info
+        if service.launch_to_ready is not None:
+            launch = GaugeMetricFamily(
+                "farthing:launch_to_ready_seconds",
+                "From the start of the process to the first moment requests were taken.",
+                labels=["model_name"],
+            )
+            launch.add_metric([model], service.launch_to_ready)
+            yield launch
+        if service.engine is not None:
+            yield from engine_families(service.engine.stats.snapshot(), model)
+
+
+def engine_families(snapshot: Snapshot, model: str) -> Iterator[Metric]:
+    """One engine's statistics as Prometheus families, labelled with the model's name."""
+    for name, (field, text) in GAUGES.items():
+        gauge = GaugeMetricFamily(f"farthing:{name}", text, labels=["model_name"])
+        gauge.add_metric([model], float(getattr(snapshot, field)))
+        yield gauge
+    for name, (field, text) in COUNTERS.items():
+        counter = CounterMetricFamily(f"farthing:{name}", text, labels=["model_name"])
+        counter.add_metric([model], float(getattr(snapshot, field)))
+        yield counter
+    for name, (field, text) in HISTOGRAMS.items():
+        yield _histogram(name, text, getattr(snapshot, field), model)
+    finished = CounterMetricFamily(
+        "farthing:request_success",
+        "Requests that ended, by reason.",
+        labels=["model_name", "finished_reason"],
+    )
+    for reason, count in snapshot.requests_finished.items():
+        finished.add_metric([model, reason], float(count))
+    yield finished
+    yield _expert_tokens(snapshot.expert_tokens, model)
+
+
+def _histogram(name: str, text: str, snapshot: HistogramSnapshot, model: str) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(f"farthing:{name}", text, labels=["model_name"])
+    bounds = [*(repr(bound) for bound in snapshot.bounds), "+Inf"]
+    buckets = list(zip(bounds, snapshot.cumulative, strict=True))
+    family.add_metric([model], buckets=buckets, sum_value=snapshot.sum)
+    return family
+
+
+def _expert_tokens(tokens: Mapping[int, list[int]], model: str) -> CounterMetricFamily:
+    family = CounterMetricFamily(
+        "farthing:expert_tokens",
+        "Tokens routed to each expert of each layer.",
+        labels=["model_name", "layer", "expert"],
+    )
+    for layer, experts in tokens.items():
+        for expert, count in enumerate(experts):
+            family.add_metric([model, str(layer), str(expert)], float(count))
+    return family
+
+
+class CountRequests:
+    """ASGI middleware: counts answers by path and status. Paths that no route has are counted as one."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+        self.app = app
+        self.metrics = metrics
+        self.paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, and watch the status go by."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self.paths else "other"
+
+        async def watch(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.http_requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self.app(scope, receive, watch)

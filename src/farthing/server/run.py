@@ -1,0 +1,154 @@
+"""The process: load the model, listen, drain on SIGTERM, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from farthing.server.app import create_app
+from farthing.server.config import ServerConfig
+from farthing.server.service import Service
+
+if TYPE_CHECKING:
+    from farthing.engine.engine import Engine
+
+log = logging.getLogger("farthing.server")
+
+_CLOSE_SECONDS = 5  # for connections to close once the drain is over
+
+
+def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit status.
+
+    `load` builds the engine in a thread of its own while the socket already answers /health. Raises OSError
+    if the address is taken, before the model is loaded.
+    """
+    listener = listen(config.host, config.port)
+    try:
+        return asyncio.run(_serve(config, model, load, listener))
+    finally:
+        listener.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises OSError that names the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return listener
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, but SIGTERM and SIGINT first drain: until then the server answers, /ready with 503. A second
+    signal ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has arrived (in the main thread, between two of the loop's steps)."""
+        if self.service.draining:
+            self.force_exit = self.should_exit = True
+            return
+        self.service.draining = True
+        log.info("draining for at most %g s; a second signal ends at once", self.service.config.drain_timeout)
+        self._loop.call_soon_threadsafe(self.begin_drain)
+
+    def begin_drain(self) -> None:
+        """Start to drain; the server ends when that is over."""
+        if self._draining is None:
+            self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        if not await self.service.drain():
+            log.warning("drain timeout: the answers still running were ended with an error")
+        self.should_exit = True
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Run to the end."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+
+def make_server(service: Service) -> Server:
+    """A server over a service; `serve(sockets=[…])` runs it."""
+    config = uvicorn.Config(
+        create_app(service),
+        log_config=None,
+        access_log=service.config.access_log,
+        lifespan="on",
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
+        backlog=2048,
+        server_header=False,
+        date_header=False,
+    )
+    return Server(config, service)
+
+
+async def _serve(
+    config: ServerConfig, model: str, load: Callable[[], Engine], listener: socket.socket
+) -> int:
+    service = Service(config, model)
+    loop = asyncio.get_running_loop()
+    failure: list[BaseException] = []
+
+    def load_engine() -> None:
+        try:
+            engine = load()
+        except BaseException as error:
+            failure.append(error)
+            loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+            return
+        service.launch_to_ready = time.time() - process_start()
+        service.engine = engine
+        log.info("ready after %.2f s", service.launch_to_ready)
+
+    loader = threading.Thread(target=load_engine, name="load", daemon=True)
+    loader.start()  # while the application is being built
+    server = make_server(service)
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    try:
+        await server.serve([listener])
+    finally:
+        if service.engine is not None:
+            await asyncio.to_thread(service.engine.shutdown)
+    if failure:
+        raise failure[0]
+    return 0
+
+
+def process_start() -> float:
+    """When this process began, in seconds since 1970: from /proc, or when this module was imported."""
+    with suppress(OSError, ValueError, IndexError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(
+            int(line.split()[1])
+            for line in Path("/proc/stat").read_text().splitlines()
+            if line.startswith("btime")
+        )
+        return boot + ticks / os.sysconf("SC_CLK_TCK")
+    return _IMPORTED
+
+
+_IMPORTED = time.time()
+assert signal.SIGTERM in uvicorn.server.HANDLED_SIGNALS

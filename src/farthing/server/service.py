@@ -1,0 +1,182 @@
+"""The server's state: the engine once it is loaded, the jobs it runs, and whether it still takes new ones."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from farthing.engine.request import EngineError, EngineStopped, QueueFull, SamplingParams
+from farthing.server.config import ServerConfig
+from farthing.server.errors import ApiError
+from farthing.server.jobs import Job
+from farthing.server.limits import Quotas
+from farthing.server.reasoning import CLOSE
+
+if TYPE_CHECKING:
+    from farthing.engine.engine import Engine
+    from farthing.engine.request import OutputKind
+
+_LONG_TEXT = 16_384  # characters; above this, tokenizing leaves the event loop
+
+
+class Service:
+    """Only the event loop touches it, `engine` excepted, which the loading thread sets."""
+
+    def __init__(self, config: ServerConfig, model: str) -> None:
+        self.config = config
+        self.names = config.served_model_name or (model,)
+        self.created = int(time.time())
+        self.quotas = Quotas(config.requests_per_minute, config.tokens_per_minute)
+        self.engine: Engine | None = None
+        self.launch_to_ready: float | None = None  # seconds
+        self.draining = False
+        self.jobs: set[Job] = set()
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    # readiness
+
+    def unready(self) -> str | None:
+        """Why no request can be taken now; None if one can."""
+        if self.engine is None:
+            return "the model is being loaded"
+        if self.draining:
+            return "the server is shutting down"
+        return self.broken()
+
+    def broken(self) -> str | None:
+        """Why the process should be restarted; None if it need not."""
+        try:
+            if self.engine is not None:
+                self.engine.health()
+        except EngineError as error:
+            return f"the engine has failed: {error}"
+        return None
+
+    def require_engine(self) -> Engine:
+        """The engine. Raises ApiError (503) while it cannot take requests."""
+        reason = self.unready()
+        if reason is not None or self.engine is None:
+            raise ApiError(503, reason or "", code="not_ready", retry_after=5)
+        return self.engine
+
+    def check_model(self, name: str | None) -> str:
+        """The served name to answer under. Raises ApiError (404)."""
+        if name is None or name in self.names:
+            return name or self.names[0]
+        accepted = ", ".join(repr(known) for known in self.names)
+        raise ApiError(
+            404, f"model is {name!r}; expected one of {accepted}", param="model", code="model_not_found"
+        )
+
+    def reasons(self) -> bool:
+        """Whether the model's output is parsed for reasoning."""
+        mode = self.config.reasoning_parser
+        if mode != "auto":
+            return mode != "none"
+        tokenizer = self.engine.tokenizer if self.engine else None
+        return CLOSE in ((tokenizer.chat_template if tokenizer else None) or "")
+
+    # work
+
+    @staticmethod
+    def now() -> int:
+        """Seconds since 1970, for `created`."""
+        return int(time.time())
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a prompt. Raises ApiError (400) where the model has no tokenizer."""
+        tokenizer = self.require_engine().tokenizer
+        if tokenizer is None:
+            raise ApiError(400, "the model is served without a tokenizer; expected token ids", param="prompt")
+        if len(text) < _LONG_TEXT:
+            return tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+
+    async def open(
+        self,
+        client: str,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        kind: OutputKind = "delta",
+    ) -> Job:
+        """Hand prompts to the engine. Raises ApiError: 400, 429 (quota, queue) or 503; then nothing runs."""
+        engine = self.require_engine()
+        self._check_lengths(engine, prompts, params)
+        self.quotas.admit(client, sum(len(prompt) for prompt in prompts))
+        job = Job(self.config.request_timeout, on_close=self._closed)
+        job.client = client
+        self.jobs.add(job)
+        self.idle.clear()
+        try:
+            for prompt in prompts:
+                if params.structured_outputs is None:
+                    stream = engine.submit(
+                        prompt, params, priority=priority, cache_salt=cache_salt, kind=kind
+                    )
+                else:  # compiling a grammar may take a while
+                    stream = await asyncio.to_thread(
+                        engine.submit, prompt, params, priority=priority, cache_salt=cache_salt, kind=kind
+                    )
+                job.streams.append(stream)
+        except BaseException as error:
+            job.close()
+            raise self._refusal(error) from error
+        return job
+
+    def _check_lengths(self, engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+        limit = engine.config.max_model_len
+        for prompt in prompts:
+            if not prompt:
+                raise ApiError(400, "the prompt is empty; expected at least one token", param="prompt")
+            wanted = len(prompt) + (params.max_tokens or 1)
+            if limit is not None and wanted > limit:
+                raise ApiError(
+                    400,
+                    f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens or 1}; "
+                    f"expected at most {limit} together",
+                    param="max_tokens" if len(prompt) < limit else "prompt",
+                    code="context_length_exceeded",
+                )
+
+    def _refusal(self, error: BaseException) -> BaseException:
+        """What a refused submission is to the client."""
+        if isinstance(error, QueueFull):
+            return ApiError(429, str(error), code="queue_full", retry_after=self._retry_after())
+        if isinstance(error, EngineStopped):
+            return ApiError(503, str(error), code="not_ready", retry_after=5)
+        if isinstance(error, ValueError):
+            return ApiError(400, str(error), code="invalid_value")
+        return error
+
+    def _retry_after(self) -> int:
+        """Seconds until a place in the queue is likely: the mean wait so far, within a minute."""
+        waited = self.engine.stats.snapshot().request_queue_time if self.engine else None
+        mean = waited.sum / waited.count if waited and waited.count else 0.0
+        return min(60, max(1, math.ceil(mean)))
+
+    def _closed(self, job: Job) -> None:
+        self.quotas.charge(job.client, job.generated)
+        self.jobs.discard(job)
+        if not self.jobs:
+            self.idle.set()
+
+    # the end
+
+    async def drain(self) -> bool:
+        """Take no more requests and let the running ones finish, for at most `drain_timeout` seconds; then
+        end the rest with an error. Returns whether nothing had to be ended."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self.idle.wait(), self.config.drain_timeout)
+            return True
+        except TimeoutError:
+            for job in list(self.jobs):
+                job.interrupt(ApiError(503, "the server shut down before the answer ended", code="shutdown"))
+            return False
