@@ -1,0 +1,68 @@
+"""The interface of an actuator, and the board from which servers that are asked for figures answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from farthing.fleet.decisions import Decision
+
+
+class ActuatorError(Exception):
+    """The actuator could not read or set the number of replicas. The controller holds and tries again."""
+
+
+class Actuator(Protocol):
+    """Sets a number of replicas."""
+
+    async def start(self) -> None: ...
+
+    async def current(self) -> int:
+        """Replicas asked for at present. Raises ActuatorError where that cannot be known."""
+        ...
+
+    async def apply(self, decision: Decision) -> None:
+        """Ask for `decision.target` replicas. Returns once asked, not once ready. Raises ActuatorError."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Board:
+    """The last decision, for servers that are asked: an HPA, KEDA. One that is too old is not given out.
+
+    Whoever asks is then told so by an error, on which an HPA and KEDA hold the number of replicas.
+    """
+
+    def __init__(self, max_age_s: float = 120.0, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.max_age_s, self._monotonic = max_age_s, monotonic
+        self._decision: Decision | None = None
+        self._posted_at = 0.0
+
+    def post(self, decision: Decision) -> None:
+        self._decision, self._posted_at = decision, self._monotonic()
+
+    def latest(self) -> Decision | None:
+        """The last decision; None before the first and when it is older than `max_age_s`."""
+        if self._decision is None or self._monotonic() - self._posted_at > self.max_age_s:
+            return None
+        return self._decision
+
+    def value(self, metric: str) -> float | None:
+        """A figure of the last decision: desired_replicas, queue_backlog or average_response_time
+        (seconds).
+        """
+        decision = self.latest()
+        if decision is None:
+            return None
+        if metric == "desired_replicas":
+            return float(decision.target)
+        snapshot = decision.inputs.get("snapshot", {})
+        stale = decision.decided_by == "stale" or snapshot.get("stale", True)
+        value = None if stale else snapshot.get(METRICS[metric])
+        return float(value) if value is not None else None
+
+
+# What an HPA or KEDA can ask for -> the field of the snapshot behind it.
+METRICS = {"desired_replicas": "", "queue_backlog": "backlog", "average_response_time": "ttft_s"}

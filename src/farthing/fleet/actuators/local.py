@@ -1,0 +1,325 @@
+"""Replicas as processes on this machine: started, watched, replaced, drained.
+
+A replica's life: starting (process runs, does not answer yet) -> ready -> draining (no new requests,
+SIGTERM, those under way end) -> gone. One that dies is replaced at once; one that is not ready in time,
+or a command that keeps dying, is given up with a reason, and tried again only after a pause that
+doubles, so that a broken command does not spin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import aiohttp
+
+from farthing.fleet.actuators.process import last_lines, launch, signal_group
+from farthing.fleet.decisions import Decision
+from farthing.fleet.signals import ColdStarts
+
+log = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "draining", "gone"]
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """How replicas are started.
+
+    `{port}`, `{host}` and `{name}` in the command and environment are filled in.
+    """
+
+    command: tuple[str, ...]
+    directory: Path  # logs of the replicas
+    host: str = "127.0.0.1"
+    health_path: str = "/health"
+    ready_timeout_s: float = 600.0
+    drain_timeout_s: float = 60.0
+    liveness_s: float = 60.0  # a ready replica that is silent for so long is killed and replaced
+    poll_s: float = 0.05  # between health checks of a replica that starts
+    failures: int = 3  # launches that fail in a row before it is given up
+    retry_s: float = 30.0  # first pause after giving up; doubles up to ten times that
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not any("{port}" in part for part in self.command):
+            raise ValueError(
+                f"LocalConfig.command = {' '.join(self.command)!r}: expected {{port}} somewhere in it"
+            )
+        for name in ("ready_timeout_s", "drain_timeout_s", "liveness_s", "poll_s", "retry_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"LocalConfig.{name} = {getattr(self, name)}: expected a number of seconds above 0"
+                )
+        if self.failures < 1:
+            raise ValueError(f"LocalConfig.failures = {self.failures}: expected 1 or more")
+
+
+@dataclass(eq=False)
+class LocalReplica:
+    """One process."""
+
+    name: str
+    port: int
+    url: str
+    process: asyncio.subprocess.Process
+    log: Path
+    launched: float  # monotonic
+    state: State = "starting"
+    reason: str = ""  # why it is gone
+    task: asyncio.Task[None] | None = None
+
+
+class LocalReplicas:
+    """The actuator of local mode.
+
+    `on_change` hears {name: url} of the ready replicas whenever that set changes.
+    """
+
+    def __init__(
+        self,
+        config: LocalConfig,
+        *,
+        on_change: Callable[[dict[str, str]], None] = lambda ready: None,
+        cold_starts: ColdStarts | None = None,
+    ) -> None:
+        self.config = config
+        self.cold_starts = cold_starts if cold_starts is not None else ColdStarts()
+        self.replicas: list[LocalReplica] = []
+        self.given_up = ""  # why nothing is started at present; empty when all is well
+        self._on_change, self._announced = on_change, dict[str, str]()
+        self._wanted = 0
+        self._count = 0
+        self._failures = 0
+        self._pause = config.retry_s
+        self._retry: asyncio.TimerHandle | None = None
+        self._http: aiohttp.ClientSession | None = None
+        self._closing = False
+        self._changed = asyncio.Event()
+        self._reconciling = asyncio.Lock()
+
+    # ---- Actuator ----
+
+    async def start(self) -> None:
+        self.config.directory.mkdir(parents=True, exist_ok=True)
+        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
+
+    async def current(self) -> int:
+        return self._wanted
+
+    async def apply(self, decision: Decision) -> None:
+        await self.scale(decision.target)
+
+    async def scale(self, count: int) -> None:
+        """Ask for `count` replicas: start what is missing, drain what is too much (the youngest, unready
+        ones first).
+        """
+        if count < 0:
+            raise ValueError(f"replicas = {count}: expected 0 or more")
+        if count != self._wanted and self.given_up:
+            self._forgive()
+        self._wanted = count
+        await self._reconcile()
+
+    async def close(self) -> None:
+        """Drain all replicas and wait for their end."""
+        self._closing = True
+        self._wanted = 0
+        if self._retry is not None:
+            self._retry.cancel()
+        for replica in self.replicas:
+            self._drain(replica)
+        tasks = [r.task for r in self.replicas if r.task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._http is not None:
+            await self._http.close()
+
+    # ---- what there is ----
+
+    def ready(self) -> dict[str, str]:
+        """{name: url} of the replicas that take requests."""
+        return {r.name: r.url for r in self.replicas if r.state == "ready"}
+
+    def targets(self) -> dict[str, str]:
+        """{name: url} of the replicas whose metrics count: ready ones."""
+        return self.ready()
+
+    async def wait_ready(self, count: int, timeout_s: float) -> bool:
+        """Whether `count` replicas are ready within `timeout_s`; ends early when starting was given up."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.ready()) < count:
+            if self.given_up or (left := deadline - time.monotonic()) <= 0:
+                return False
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+        return True
+
+    # ---- reconciliation ----
+
+    async def _reconcile(self) -> None:
+        async with self._reconciling:
+            alive = [r for r in self.replicas if r.state in ("starting", "ready")]
+            surplus = sorted(alive, key=lambda r: (r.state == "ready", -r.launched))[
+                : max(0, len(alive) - self._wanted)
+            ]
+            for replica in surplus:
+                self._drain(replica)
+            for _ in range(self._wanted - len(alive)):
+                if self._closing or self.given_up:
+                    break
+                await self._launch()
+        self._announce()
+
+    async def _launch(self) -> None:
+        self._count += 1
+        name, port = f"r{self._count}", _free_port(self.config.host)
+        words = {"port": str(port), "host": self.config.host, "name": name}
+        command = [_fill(part, words) for part in self.config.command]
+        environment = {key: _fill(value, words) for key, value in self.config.environment.items()}
+        log_file = self.config.directory / f"{name}.log"
+        launched = time.monotonic()
+        try:
+            process = await launch(command, log_file, environment)
+        except OSError as problem:
+            self._failed(f"{command[0]} cannot be started: {problem}")
+            return
+        replica = LocalReplica(name, port, f"http://{self.config.host}:{port}", process, log_file, launched)
+        log.info("replica %s: pid %d, port %d", name, process.pid, port)
+        self.replicas.append(replica)
+        replica.task = asyncio.create_task(self._live(replica))
+
+    async def _live(self, replica: LocalReplica) -> None:
+        """See one replica from its launch to its end."""
+        ended = asyncio.create_task(replica.process.wait())
+        try:
+            if await self._becomes_ready(replica, ended):
+                await self._stays_alive(replica, ended)
+        finally:
+            await self._end(replica, ended)
+        self.replicas.remove(replica)
+        self._announce()
+        if not self._closing and not self.given_up:
+            await self._reconcile()
+
+    async def _becomes_ready(self, replica: LocalReplica, ended: asyncio.Task[int]) -> bool:
+        deadline = replica.launched + self.config.ready_timeout_s
+        while replica.state == "starting" and not ended.done():
+            if await self._answers(replica):
+                took = time.monotonic() - replica.launched
+                replica.state = "ready"
+                self.cold_starts.add(took)
+                self._failures, self._pause = 0, self.config.retry_s
+                log.info("replica %s is ready after %.2f s", replica.name, took)
+                self._announce()
+                return True
+            if time.monotonic() > deadline:
+                replica.reason = f"not ready after {self.config.ready_timeout_s:g} s"
+                self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
+                return False
+            await asyncio.wait([ended], timeout=self.config.poll_s)
+        return replica.state == "draining"
+
+    async def _stays_alive(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
+        """Until the process ends, or has not answered for `liveness_s` (it hangs)."""
+        answered = time.monotonic()
+        while not ended.done():
+            await asyncio.wait([ended], timeout=self.config.liveness_s / 10)
+            if replica.state == "draining" or await self._answers(replica):
+                answered = time.monotonic()
+            elif time.monotonic() - answered > self.config.liveness_s and not ended.done():
+                replica.reason = f"no answer for {self.config.liveness_s:g} s"
+                signal_group(replica.process, signal.SIGKILL)
+                await ended
+
+    async def _answers(self, replica: LocalReplica) -> bool:
+        assert self._http is not None
+        try:
+            async with self._http.get(replica.url + self.config.health_path) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    async def _end(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
+        """The process has ended, or is made to: SIGTERM, then after the drain time SIGKILL for its whole
+        group.
+        """
+        was = replica.state
+        if not ended.done():
+            signal_group(replica.process, signal.SIGTERM)
+            await asyncio.wait([ended], timeout=self.config.drain_timeout_s)
+        signal_group(replica.process, signal.SIGKILL)  # also what it may have left behind in its group
+        code = await ended
+        replica.state = "gone"
+        if was == "starting" and not replica.reason:
+            replica.reason = f"ended with {code} before it was ready"
+            self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
+        elif was == "ready":
+            replica.reason = replica.reason or f"died with {code}"
+            log.warning("replica %s %s%s", replica.name, replica.reason, last_lines(replica.log))
+
+    def _drain(self, replica: LocalReplica) -> None:
+        """Take a replica out of the set, and ask it to end what it has and then itself."""
+        if replica.state in ("starting", "ready"):
+            replica.state = "draining"
+            self._announce()
+            asyncio.get_running_loop().call_later(_HANDOVER_S, signal_group, replica.process, signal.SIGTERM)
+            asyncio.get_running_loop().call_later(self.config.drain_timeout_s, self._kill, replica)
+
+    def _kill(self, replica: LocalReplica) -> None:
+        if replica.state == "draining":
+            log.warning("replica %s did not drain in %g s: killed", replica.name, self.config.drain_timeout_s)
+            signal_group(replica.process, signal.SIGKILL)
+
+    # ---- failures ----
+
+    def _failed(self, reason: str) -> None:
+        self._failures += 1
+        log.error("launch failed (%d in a row): %s", self._failures, reason)
+        if self._failures >= self.config.failures and not self._closing:
+            self.given_up = reason
+            log.error(
+                "no more launches for %g s, or until another number of replicas is asked for", self._pause
+            )
+            self._retry = asyncio.get_running_loop().call_later(self._pause, self._try_again)
+            self._pause = min(self._pause * 2, 10 * self.config.retry_s)
+        self._changed.set()
+
+    def _forgive(self) -> None:
+        self.given_up, self._failures = "", 0
+        if self._retry is not None:
+            self._retry.cancel()
+
+    def _try_again(self) -> None:
+        self.given_up, self._failures = "", self.config.failures - 1  # one launch is allowed to fail
+        self._retry_task = asyncio.ensure_future(self._reconcile())
+
+    def _announce(self) -> None:
+        ready = self.ready()
+        if ready != self._announced:
+            self._announced = ready
+            self._on_change(ready)
+        self._changed.set()
+
+
+_HANDOVER_S = 0.2  # the gateway reads its replicas file every 0.05 s; only then is a replica told to end
+
+
+def _fill(text: str, words: dict[str, str]) -> str:
+    for name, value in words.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])

@@ -1,0 +1,94 @@
+"""A direct patch of `/scale`: Deployment, StatefulSet, or LeaderWorkerSet (where one replica is a whole
+group).
+
+For where no HPA is wanted: an HPA's own tolerance of 0.1 ignores 10 -> 11. Needs `get` and `patch` on
+`<resource>/scale`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import kubernetes
+from kubernetes.client import ApiClient
+
+from farthing.fleet.actuators.base import ActuatorError
+from farthing.fleet.actuators.kubernetes import call
+from farthing.fleet.actuators.lease import Elector
+from farthing.fleet.decisions import Decision
+
+log = logging.getLogger(__name__)
+
+KINDS = ("deployment", "statefulset", "leaderworkerset")
+_LWS = ("leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is scaled, for instance `deployment/deepseek` in namespace `prod`."""
+
+    kind: str
+    name: str
+    namespace: str
+
+    @classmethod
+    def parse(cls, text: str, namespace: str) -> Target:
+        """From KIND/NAME. Raises ValueError naming the kinds that are known."""
+        kind, slash, name = text.partition("/")
+        if not slash or kind.lower() not in KINDS or not name:
+            raise ValueError(f"target = {text!r}: expected KIND/NAME with KIND one of {', '.join(KINDS)}")
+        return cls(kind.lower(), name, namespace)
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+class ScalePatch:
+    """The actuator. With an elector, only the leader writes."""
+
+    def __init__(self, client: ApiClient, target: Target, elector: Elector | None = None) -> None:
+        self.target, self.elector = target, elector
+        self._apps = kubernetes.client.AppsV1Api(client)
+        self._custom = kubernetes.client.CustomObjectsApi(client)
+
+    async def start(self) -> None:
+        if self.elector is not None:
+            await self.elector.start()
+
+    async def current(self) -> int:
+        """`spec.replicas` of the scale."""
+        scale = await call(f"{self.target}/scale", *self._bound("get"))
+        replicas = scale["spec"].get("replicas", 0) if isinstance(scale, dict) else scale.spec.replicas or 0
+        return int(replicas)
+
+    async def apply(self, decision: Decision) -> None:
+        """Set `spec.replicas`; a follower and a decision that changes nothing write nothing."""
+        if decision.target == decision.current:
+            return
+        if self.elector is not None and not self.elector.leading:
+            log.info("not leading: %s is left to the leader", self.target)
+            return
+        body = {"spec": {"replicas": decision.target}}
+        await call(f"{self.target}/scale", *self._bound("patch"), body)
+        log.info("%s: %d -> %d replicas", self.target, decision.current, decision.target)
+
+    async def close(self) -> None:
+        if self.elector is not None:
+            await self.elector.close()
+
+    def _bound(self, verb: str) -> tuple[Callable[..., Any], Any, *tuple[Any, ...]]:
+        """The client's function for a verb, with the arguments that name the target."""
+        target = self.target
+        if target.kind == "leaderworkerset":
+            group, version, plural = _LWS
+            function = getattr(self._custom, f"{verb}_namespaced_custom_object_scale")
+            return function, group, version, target.namespace, plural, target.name
+        verb = "read" if verb == "get" else verb
+        kind = {"deployment": "deployment", "statefulset": "stateful_set"}[target.kind]
+        return getattr(self._apps, f"{verb}_namespaced_{kind}_scale"), target.name, target.namespace
+
+
+__all__ = ["KINDS", "ActuatorError", "ScalePatch", "Target"]
