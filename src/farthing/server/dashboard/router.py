@@ -1,0 +1,60 @@
+"""The dashboard in a FastAPI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
+
+from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Asset, Dashboard
+
+
+def router(dashboard: Dashboard, authorize: Callable[..., Any] | None = None) -> APIRouter:
+    """Routes for the page (`/`), its assets and its numbers.
+
+    authorize: a FastAPI dependency that refuses whoever may not use the API; it guards the numbers.
+    """
+    routes = APIRouter(include_in_schema=False)
+
+    @routes.get("/")
+    def page() -> Response:
+        return _response(dashboard.asset("/"))
+
+    @routes.get(DATA_PATH, dependencies=[Depends(authorize)] if authorize else [])
+    def data(since: float = 0.0) -> dict[str, Any]:
+        return dashboard.document(since)
+
+    @routes.get(PREFIX + "{path:path}")
+    def asset(path: str) -> Response:
+        return _response(dashboard.asset(PREFIX + path))
+
+    return routes
+
+
+def mount(
+    app: FastAPI,
+    data: Callable[[], Mapping[str, Any]],
+    authorize: Callable[..., Any] | None = None,
+    interval: float = 1.0,
+) -> Dashboard:
+    """Serve the dashboard from `app`; it samples `data` while the application runs."""
+    dashboard = Dashboard(data, interval)
+    app.include_router(router(dashboard, authorize))
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(running: Any) -> AsyncIterator[Any]:
+        async with inner(running) as state:
+            with dashboard:
+                yield state
+
+    app.router.lifespan_context = lifespan
+    return dashboard
+
+
+def _response(asset: Asset | None) -> Response:
+    if asset is None:
+        raise HTTPException(404, "no such page")
+    return Response(asset.body, media_type=asset.content_type, headers=HEADERS)

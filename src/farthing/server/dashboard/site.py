@@ -1,0 +1,119 @@
+"""The page, its assets and its numbers, whatever server they are served by."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from farthing.server.dashboard.history import History
+
+log = logging.getLogger(__name__)
+
+STATIC = Path(__file__).with_name("static")
+PREFIX = "/dashboard/"
+DATA_PATH = PREFIX + "data"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".LICENSE": "text/plain; charset=utf-8",
+}
+# No script, style or connection from anywhere else.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A file of the page."""
+
+    body: bytes
+    content_type: str
+
+
+@cache
+def assets() -> Mapping[str, Asset]:
+    """Every file by its path on the server: `/`, `/dashboard/app.js`, …"""
+    found = {
+        PREFIX + str(file.relative_to(STATIC)): Asset(file.read_bytes(), _TYPES[file.suffix])
+        for file in sorted(STATIC.rglob("*"))
+        if file.suffix in _TYPES
+    }
+    return {"/": found[PREFIX + "index.html"], **found}
+
+
+class Dashboard:
+    """Samples a source once every `interval` seconds and keeps `keep` points. A context manager."""
+
+    def __init__(self, data: Callable[[], Mapping[str, Any]], interval: float = 1.0, keep: int = 900) -> None:
+        self._data = data
+        self._interval = interval
+        self._history = History(keep, window=max(5.0, 2 * interval))
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to sample, in a thread of its own."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End sampling."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def asset(self, path: str) -> Asset | None:
+        """The file at a path of the server, None where there is none."""
+        return assets().get(path)
+
+    def document(self, since: float = 0.0) -> dict[str, Any]:
+        """What the page draws: the source's facts of now, and the points after `since` (wall clock)."""
+        with self._lock:
+            if self._history.last is None:
+                self._sample()
+            last = self._history.last
+            points = self._history.columns(since)
+        assert last is not None
+        shown = {k: v for k, v in last.data.items() if k != "histograms"}
+        return {**shown, "now": last.time, "interval": self._interval, "points": points}
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                with self._lock:
+                    self._sample()
+            except Exception:
+                log.exception("the dashboard's source failed")
+            self._stop.wait(self._interval)
+
+    def _sample(self) -> None:
+        self._history.add(time.time(), self._data())

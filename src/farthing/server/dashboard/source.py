@@ -1,0 +1,106 @@
+"""What the dashboard of one server shows, from the engine's statistics and the accounts.
+
+A source document is plain JSON:
+
+    kind        "server" | "gateway"
+    title       the model or the fleet
+    facts       {label: text} that do not change: backend, hardware, …
+    counters    cumulative numbers, see `history.RATES` and `history.RATIOS`
+    gauges      numbers of now, drawn as they are
+    histograms  {name: {bounds, cumulative}}, name + _p50 and _p95 are drawn
+    experts     {layer: [tokens of each expert]}
+    cost        {usd_per_hour, joules_source, declared, hardware, accounts: […]}
+
+A gateway adds `replicas`, `decisions` and `forecasts` (see docs/dashboard.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from farthing.cost import Report
+from farthing.engine.stats import HistogramSnapshot, Snapshot
+
+_COUNTERS = (
+    "generation_tokens",
+    "prompt_tokens",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "preemptions",
+    "draft_tokens",
+    "accepted_tokens",
+    "drafts",
+    "busy_seconds",
+)
+_MOST_ACCOUNTS = 20
+
+
+def server_data(
+    title: str,
+    stats: Snapshot,
+    cost: Report | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The document of one engine."""
+    counters: dict[str, float] = {name: getattr(stats, name) for name in _COUNTERS}
+    counters["requests"] = sum(stats.requests_finished.values())
+    counters["errors"] = stats.requests_finished.get("error", 0)
+    counters["tokens"] = stats.prompt_tokens + stats.generation_tokens
+    document: dict[str, Any] = {
+        "kind": "server",
+        "title": title,
+        "facts": dict(facts or {}),
+        "uptime": stats.uptime_seconds,
+        "counters": counters,
+        "gauges": {
+            "running": stats.num_requests_running,
+            "waiting": stats.num_requests_waiting,
+            "kv": stats.kv_cache_usage,
+        },
+        "histograms": {
+            "ttft": _histogram(stats.time_to_first_token),
+            "tpot": _histogram(stats.time_per_output_token),
+        },
+        "experts": {str(layer): list(tokens) for layer, tokens in stats.expert_tokens.items()},
+    }
+    if cost is not None:
+        counters["usd"], counters["joules"] = cost.total.usd, cost.total.joules
+        document["cost"] = _cost(cost)
+        document["gauges"]["usd_per_hour"] = cost.machine.usd_per_hour
+    return document
+
+
+def _histogram(histogram: HistogramSnapshot) -> dict[str, Any]:
+    return {"bounds": list(histogram.bounds), "cumulative": list(histogram.cumulative)}
+
+
+def _cost(report: Report) -> dict[str, Any]:
+    """Dearest accounts first."""
+    accounts = sorted(report.accounts.items(), key=lambda item: -item[1].spend.usd)[:_MOST_ACCOUNTS]
+    return {
+        "hardware": f"{report.machine.count} × {report.machine.hardware.name}",
+        "declared": report.machine.declared,
+        "joules_source": report.joules_source,
+        "usd_per_hour": report.machine.usd_per_hour,
+        "usd": report.total.usd,
+        "joules": report.total.joules,
+        "idle_usd": report.idle.usd,
+        "utilization": report.utilization,
+        "usd_per_million_tokens": report.usd_per_million_tokens,
+        "usd_per_million_output_tokens": report.usd_per_million_output_tokens,
+        "saved_usd": report.requests.saved_usd,
+        "accounts": [
+            {
+                "model": model,
+                "api_key": key,
+                "requests": account.requests,
+                "prompt_tokens": account.prefill_tokens + account.cached_tokens,
+                "output_tokens": account.decode_tokens,
+                "prefill_usd": account.prefill.usd,
+                "decode_usd": account.decode.usd,
+                "joules": account.spend.joules,
+            }
+            for (model, key), account in accounts
+        ],
+    }

@@ -1,0 +1,64 @@
+// Elements and numbers as text.
+
+/** An element: h("p.note", {title: "…"}, "text", child). Text is set as text, never as markup. */
+export function h(tag, properties = {}, ...children) {
+  const [name, ...classes] = tag.split(".");
+  const element = document.createElement(name);
+  if (classes.length) element.className = classes.join(" ");
+  for (const [key, value] of Object.entries(properties)) {
+    if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
+    else if (key === "style") Object.assign(element.style, value);
+    else if (key in element) element[key] = value;
+    else element.setAttribute(key, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+export const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
+
+/** A number with three significant digits and k, M, G. */
+export function short(value) {
+  if (!known(value)) return "–";
+  const size = Math.abs(value);
+  for (const [unit, name] of [[1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
+    if (size >= unit) return plain(value / (name === "k" ? 1e3 : unit)) + name;
+  }
+  return plain(value);
+}
+
+function plain(value) {
+  const size = Math.abs(value);
+  if (size === 0) return "0";
+  if (size >= 100) return Math.round(value).toLocaleString("en");
+  if (size >= 10) return trim(value.toFixed(1));
+  if (size >= 0.01) return trim(value.toFixed(size >= 1 ? 2 : 3));
+  return value.toPrecision(2).replace("e-", "e−");
+}
+
+const trim = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
+
+export function seconds(value) {
+  if (!known(value)) return "–";
+  if (value < 1) return plain(value * 1e3) + " ms";
+  if (value < 120) return plain(value) + " s";
+  if (value < 7200) return Math.round(value / 60) + " min";
+  return value < 172800 ? plain(value / 3600) + " h" : plain(value / 86400) + " d";
+}
+
+export const percent = (value) => (known(value) ? plain(value * 100) + " %" : "–");
+
+export function dollars(value) {
+  if (!known(value)) return "–";
+  if (value === 0) return "$0";
+  if (Math.abs(value) >= 1) return "$" + (Math.abs(value) >= 1000 ? short(value) : value.toFixed(value >= 100 ? 0 : 2));
+  return "$" + value.toPrecision(2).replace("e-", "e−");
+}
+
+export const joules = (value) =>
+  !known(value) ? "–" : value >= 3.6e5 ? short(value / 3.6e6) + " kWh" : value >= 1e4 ? short(value / 1e3) + " kJ" : short(value) + " J";
+
+export const watts = (value) => (known(value) ? short(value) + " W" : "–");
+
+export const clock = (time) =>
+  new Date(time * 1e3).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });

@@ -1,0 +1,140 @@
+// A fleet behind the gateway: load, forecasts with their bands, replicas, decisions with reasons.
+/* global uPlot */
+import { Chart } from "./chart.js";
+import { Playground } from "./chat.js";
+import { clock, dollars, h, known, percent, seconds, short } from "./dom.js";
+import { facts, Tile } from "./server.js";
+
+const HORIZONS = { "30 min": 1800, "3 h": 10800, "24 h": 86400 };
+const FORECASTS = { short: ["minutes ahead", "s2"], mid: ["day plan", "s3"], realtime: ["real time", "s4"] };
+const STATES = { ready: "good", starting: "warn", draining: "warn", unhealthy: "bad" };
+
+export class GatewayView {
+  kind = "gateway";
+
+  constructor() {
+    this.facts = h("div.facts");
+    this.tiles = {
+      load: new Tile("Load"),
+      replicas: new Tile("Replicas ready", "", true),
+      waiting: new Tile("Requests waiting"),
+      latency: new Tile("Time to first byte"),
+      price: new Tile("Cost an hour"),
+    };
+    this.horizon = "30 min";
+    this.buttons = Object.keys(HORIZONS).map((name) =>
+      h("button", { type: "button", onclick: () => this.#choose(name), ariaPressed: String(name === this.horizon) }, name));
+    this.forecast = this.#forecastChart();
+    this.replicas = new Chart([
+      { name: "desired", label: "asked for", color: "s2", step: true, dash: [6, 4] },
+      { name: "ready", label: "ready", color: "s1", step: true, fill: true },
+    ], { title: "Replicas", format: short });
+    this.charts = [
+      this.replicas,
+      new Chart([{ name: "requests_ps", label: "arriving", color: "s1", fill: true }, { name: "errors_ps", label: "failed", color: "s2" }],
+        { title: "Requests per second", format: short }),
+      new Chart([{ name: "ttfb_p50", label: "median", color: "s1" }, { name: "ttfb_p95", label: "95 %", color: "s2" }],
+        { title: "Time to first byte", format: seconds }),
+    ];
+    this.rows = h("tbody");
+    this.log = h("ol.log");
+    this.play = new Playground();
+    this.element = h("div", { style: { display: "contents" } },
+      this.facts,
+      h("div.tiles", {}, ...Object.values(this.tiles).map((tile) => tile.element)),
+      this.forecast.element,
+      h("div.grid", {}, ...this.charts.map((chart) => chart.element)),
+      h("div.grid.wide", {},
+        h("section.card", {}, h("header", {}, h("h2", {}, "Decisions"), h("span.hint", {}, "newest first")), this.log),
+        h("section.card", {}, h("header", {}, h("h2", {}, "Replicas")), h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {},
+          ...["Name", "State", "Under way", "Served", "Failed"].map((name) => h(name === "State" ? "th.text" : "th", {}, name)))), this.rows)))),
+      this.play.element);
+  }
+
+  #forecastChart() {
+    const bands = Object.entries(FORECASTS).flatMap(([name, [label, color]]) => [
+      { name: `${name}_p90`, label: "", color, band: `${name}_p50`, span: true, step: true },
+      { name: `${name}_p50`, label, color, span: true, step: true, dash: name === "realtime" ? [3, 3] : undefined },
+    ]);
+    const load = { name: "load", label: "load", color: "s1", span: true, fill: true };
+    return new Chart([load, ...bands], {
+      title: "Load and forecasts", hint: "median to 90 %", format: short, tall: true, future: true, end: h("span.segments", {}, ...this.buttons),
+    });
+  }
+
+  #choose(name) {
+    this.horizon = name;
+    this.buttons.forEach((b) => (b.ariaPressed = String(b.textContent === name)));
+    if (this.data) this.#forecasts(this.data, this.columns);
+  }
+
+  show(data, points) {
+    this.data = data;
+    this.columns = points.columns;
+    this.facts.replaceChildren(...facts(Object.entries(data.facts ?? {})));
+    this.#tiles(data, points);
+    this.#forecasts(data, points.columns);
+    for (const chart of this.charts) chart.show(points.columns);
+    this.#replicas(data.replicas ?? []);
+    this.#decisions(data.decisions ?? []);
+  }
+
+  #tiles(data, points) {
+    const { gauges } = data;
+    const t = this.tiles;
+    t.load.show(short(gauges.load), data.unit ?? "requests/s");
+    t.replicas.show(short(gauges.ready), known(gauges.desired) ? `${short(gauges.desired)} asked for` : "",
+      gauges.desired ? Math.min(1, gauges.ready / gauges.desired) : 0);
+    t.waiting.show(short(gauges.waiting), known(gauges.running) ? `${short(gauges.running)} under way` : "");
+    t.latency.show(seconds(points.last("ttfb_p50")), `95 % within ${seconds(points.last("ttfb_p95"))}`);
+    t.price.show(dollars(gauges.usd_per_hour), known(gauges.utilization) ? `busy ${percent(gauges.utilization)}` : "");
+  }
+
+  #forecasts(data, columns) {
+    const end = data.now + HORIZONS[this.horizon];
+    const start = Math.max(columns.t[0], data.now - HORIZONS[this.horizon] / 2);
+    const tables = [[columns.t, columns.load ?? columns.t.map(() => null)]];
+    for (const name of Object.keys(FORECASTS)) tables.push(steps(data.forecasts?.[name], end));
+    for (const series of this.forecast.series) {
+      const [name, quantile] = series.name.split("_");
+      const source = data.forecasts?.[name]?.source;
+      if (quantile === "p50" && source && name !== "realtime") series.text.data = `${FORECASTS[name][0]} (${source})`;
+    }
+    const joined = uPlot.join(tables);
+    const names = ["t", "load", ...Object.keys(FORECASTS).flatMap((name) => [`${name}_p90`, `${name}_p50`])];
+    this.forecast.show(Object.fromEntries(names.map((name, i) => [name, joined[i]])), { min: Math.min(start, data.now - 60), max: end, now: data.now });
+  }
+
+  #replicas(replicas) {
+    this.rows.replaceChildren(...replicas.map((r) => h("tr", { title: r.url ?? "" },
+      h("td", {}, r.name), h("td.text", {}, h(`span.badge.${STATES[r.state] ?? "none"}`, {}, r.state)),
+      ...[r.inflight, r.served, r.failed].map((n) => h("td", {}, short(n))))));
+    if (!replicas.length) this.rows.replaceChildren(h("tr", {}, h("td.hint", { colSpan: 5 }, "no replica yet")));
+  }
+
+  #decisions(decisions) {
+    const newest = decisions.at(-1)?.time;
+    if (newest === this.newest && this.log.children.length) return;
+    this.newest = newest;
+    if (!decisions.length) this.log.replaceChildren(h("li.empty", {}, "no decision yet"));
+    else this.log.replaceChildren(...[...decisions].reverse().map(decision));
+  }
+}
+
+/** A forecast's steps as [times, p90, p50]: one point where a step begins, one where the last ends. */
+function steps(forecast, end) {
+  if (!forecast) return [[], [], []];
+  const times = forecast.p50.map((_, i) => forecast.start + i * forecast.step_s).filter((t) => t < end);
+  const cut = (values) => [...values.slice(0, times.length), values[times.length - 1]];
+  if (!times.length) return [[], [], []];
+  return [[...times, Math.min(end, times.at(-1) + forecast.step_s)], cut(forecast.p90), cut(forecast.p50)];
+}
+
+function decision(d) {
+  const sign = { up: "↑", down: "↓", hold: "=" }[d.action] ?? "";
+  const why = d.reason.startsWith(`${d.decided_by}: `) ? d.reason.slice(d.decided_by.length + 2) : d.reason;
+  return h(`li.${d.action}`, {},
+    h("time", {}, clock(d.time)),
+    h("span.move", {}, d.action === "hold" ? `${sign} ${d.current}` : `${sign} ${d.current} → ${d.target}`),
+    h("p", {}, h("b", {}, d.decided_by.replaceAll("_", " ")), ` · ${why}`, ...(d.alarms ?? []).map((a) => h("div.alarm", {}, a))));
+}

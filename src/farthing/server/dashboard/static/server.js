@@ -1,0 +1,130 @@
+// One server: tiles, curves, experts, accounts, playground.
+import { Chart } from "./chart.js";
+import { Playground } from "./chat.js";
+import { dollars, h, joules, known, percent, seconds, short, watts } from "./dom.js";
+import { HeatMap } from "./heatmap.js";
+
+export class Tile {
+  constructor(name, unit = "", bar = false) {
+    this.value = h("span", {}, "–");
+    this.note = h("div.note");
+    this.fill = bar ? h("i") : null;
+    this.element = h("section.card.tile", {}, h("div.name", {}, name),
+      h("div.value", {}, this.value, h("small", {}, unit)),
+      this.note, this.fill ? h("div.bar", {}, this.fill) : null);
+  }
+
+  show(value, note = "", share = null) {
+    this.value.textContent = value;
+    this.note.textContent = note;
+    if (this.fill) this.fill.style.width = `${Math.round((share ?? 0) * 100)}%`;
+  }
+}
+
+export function facts(entries) {
+  return entries.filter(([, value]) => value).map(([name, value]) => h("span", {}, `${name} `, h("b", {}, String(value))));
+}
+
+const rate = (value) => (known(value) ? `${short(value)}/s` : "–");
+
+export class ServerView {
+  kind = "server";
+
+  constructor() {
+    this.facts = h("div.facts");
+    this.tiles = {
+      output: new Tile("Output", "tokens/s"),
+      price: new Tile("Cost of a million tokens"),
+      ttft: new Tile("Time to first token"),
+      tpot: new Tile("Time per output token"),
+      load: new Tile("Requests running"),
+      kv: new Tile("KV cache", "", true),
+    };
+    this.charts = this.#charts();
+    this.heat = new HeatMap();
+    this.heat.element.hidden = true;
+    this.accounts = h("tbody");
+    this.costNote = h("span.hint");
+    this.accountsCard = h("section.card", {}, h("header", {}, h("h2", {}, "Who spent what"), this.costNote),
+      h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {},
+        ...["API key", "Requests", "Prompt", "Output", "Prefill", "Decode", "Total", "Energy"].map((name) => h("th", {}, name)))), this.accounts)));
+    this.play = new Playground();
+    this.element = h("div", { style: { display: "contents" } },
+      this.facts,
+      h("div.tiles", {}, ...Object.values(this.tiles).map((tile) => tile.element)),
+      h("div.grid", {}, ...this.charts.map((chart) => chart.element)),
+      this.heat.element,
+      h("div.grid.wide", {}, this.play.element, this.accountsCard));
+  }
+
+  #charts() {
+    const pair = (name) => [
+      { name: `${name}_p50`, label: "median", color: "s1" },
+      { name: `${name}_p95`, label: "95 %", color: "s2" },
+    ];
+    this.draftNote = h("span");
+    this.speculation = new Chart([{ name: "acceptance", label: "drafts accepted", color: "s1" }],
+      { title: "Speculation", hint: this.draftNote, format: percent, range: [0, 1] });
+    this.power = new Chart([{ name: "watts", label: "", color: "s3", fill: true }], { title: "Power", format: watts });
+    return [
+      new Chart([
+        { name: "generation_tps", label: "output", color: "s1", fill: true },
+        { name: "prompt_tps", label: "prompt", color: "s2" },
+      ], { title: "Tokens per second", format: short }),
+      new Chart(pair("ttft"), { title: "Time to first token", format: seconds }),
+      new Chart(pair("tpot"), { title: "Time per output token", format: seconds }),
+      new Chart([
+        { name: "running", label: "running", color: "s1", fill: true },
+        { name: "waiting", label: "waiting", color: "s2" },
+      ], { title: "Requests", format: short }),
+      new Chart([
+        { name: "kv", label: "KV in use", color: "s1", fill: true },
+        { name: "prefix_hit", label: "prefix hits", color: "s3" },
+      ], { title: "Cache", format: percent, range: [0, 1] }),
+      new Chart([{ name: "usd_per_million", label: "idle time included", color: "s1" }], { title: "Dollars per million tokens", format: dollars }),
+      this.speculation,
+      this.power,
+    ];
+  }
+
+  show(data, points) {
+    const { columns } = points;
+    this.facts.replaceChildren(...facts([...Object.entries(data.facts ?? {}),
+      ["price", data.cost ? `${dollars(data.cost.usd_per_hour)} an hour for ${data.cost.hardware}, declared ${data.cost.declared}` : ""]]));
+    this.#tiles(data, points);
+    this.speculation.element.hidden = !data.counters.draft_tokens;
+    this.power.element.hidden = !data.cost;
+    this.power.series[0].text.data = data.cost?.joules_source ?? "";
+    this.draftNote.textContent = `${short(data.counters.accepted_tokens / data.counters.drafts)} tokens accepted a step`;
+    for (const chart of this.charts) if (!chart.element.hidden) chart.show(columns);
+    this.heat.show(data.now, data.experts ?? {});
+    this.#accounts(data.cost);
+  }
+
+  #tiles(data, points) {
+    const t = this.tiles;
+    const last = (name) => points.last(name);
+    t.output.show(short(last("generation_tps") ?? 0), `prompt ${rate(last("prompt_tps"))}`);
+    const cost = data.cost;
+    t.price.show(dollars(last("usd_per_million") ?? cost?.usd_per_million_tokens),
+      cost ? `${dollars(cost.usd_per_million_tokens)} since the start` : "no prices");
+    t.ttft.show(seconds(last("ttft_p50")), `95 % within ${seconds(last("ttft_p95"))}`);
+    t.tpot.show(seconds(last("tpot_p50")), `95 % within ${seconds(last("tpot_p95"))}`);
+    t.load.show(short(data.gauges.running), `${short(data.gauges.waiting)} waiting`);
+    const c = data.counters;
+    const hits = c.prefix_cache_queries ? c.prefix_cache_hits / c.prefix_cache_queries : null;
+    t.kv.show(percent(data.gauges.kv), `prefix hits ${percent(hits)}`, data.gauges.kv);
+  }
+
+  #accounts(cost) {
+    this.accountsCard.hidden = !cost;
+    if (!cost) return;
+    this.costNote.textContent = `energy ${cost.joules_source}; busy ${percent(cost.utilization)} of the time; saved by cached prompts ${dollars(cost.saved_usd)} (estimated)`;
+    const rows = cost.accounts.map((a) => [a.api_key || "–", short(a.requests), short(a.prompt_tokens), short(a.output_tokens),
+      dollars(a.prefill_usd), dollars(a.decode_usd), dollars(a.prefill_usd + a.decode_usd), joules(a.joules)]);
+    const cells = (row) => row.map((cell) => h("td", {}, cell));
+    this.accounts.replaceChildren(...rows.map((row) => h("tr", {}, ...cells(row))),
+      h("tr.muted", {}, ...cells(["idle time", "", "", "", "", "", dollars(cost.idle_usd), ""])),
+      h("tr", {}, ...cells(["all", "", "", "", "", "", dollars(cost.usd), joules(cost.joules)])));
+  }
+}

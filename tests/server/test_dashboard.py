@@ -1,0 +1,336 @@
+"""The dashboard: curves from counters, the routes and their key, and the page in a real browser."""
+
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import StreamingResponse
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farthing.cost import CostMeter, EstimatedMeter, Hardware, Machine, Usage
+from farthing.engine.stats import BUCKETS, Histogram, HistogramSnapshot, Snapshot
+from farthing.server.dashboard import Dashboard, History, mount, server_data
+from farthing.server.dashboard.history import quantile
+from farthing.server.dashboard.site import assets
+
+KEY = "a-key"
+
+
+class Source:
+    """An engine of the test's own: every look finds more tokens."""
+
+    def __init__(self, experts: int = 16) -> None:
+        self.looks = 0
+        self.experts = experts
+        self.ttft = Histogram()
+        hardware = Hardware(name="box", kind="cpu", usd_per_hour=1, watts=10, idle_watts=5)
+        self.meter = CostMeter(Machine(hardware, 2, declared="2026-01-01"), EstimatedMeter(20, 10))
+
+    def snapshot(self) -> Snapshot:
+        self.looks += 1
+        self.ttft.observe(0.03)
+        empty = HistogramSnapshot(BUCKETS, (0,) * (len(BUCKETS) + 1), 0.0)
+        return Snapshot(
+            num_requests_running=3,
+            num_requests_waiting=1,
+            kv_cache_usage=0.25,
+            prompt_tokens=100 * self.looks,
+            generation_tokens=40 * self.looks,
+            prefix_cache_queries=100 * self.looks,
+            prefix_cache_hits=25 * self.looks,
+            preemptions=0,
+            draft_tokens=20 * self.looks,
+            accepted_tokens=15 * self.looks,
+            drafts=10 * self.looks,
+            steps=self.looks,
+            busy_seconds=0.0,
+            integrity_failures=0,
+            requests_finished={"stop": self.looks, "error": 0},
+            time_to_first_token=self.ttft.snapshot(),
+            time_per_output_token=empty,
+            inter_token_latency=empty,
+            e2e_request_latency=empty,
+            request_queue_time=empty,
+            expert_tokens={layer: [self.looks * (e % 5) for e in range(self.experts)] for layer in (1, 2, 3)},
+            uptime_seconds=5.0,
+        )
+
+    def __call__(self) -> dict[str, Any]:
+        self.meter.record(Usage(decode_tokens=40, decode_seconds=0.1), 0.0, "m", "team")
+        return server_data("a model", self.snapshot(), self.meter.report(0.0), {"backend": "test"})
+
+
+def fleet() -> dict[str, Any]:
+    now = time.time()
+    forecast = {"start": now, "step_s": 60.0, "p50": [5.0, 6.0], "p90": [7.0, 8.0], "source": "lstm"}
+    decision = {"time": now, "current": 2, "target": 3, "action": "up", "decided_by": "short"}
+    return {
+        "kind": "gateway",
+        "title": "a fleet",
+        "counters": {"requests": int(now * 5), "errors": 0},
+        "gauges": {"load": 5.0, "ready": 2, "desired": 3, "waiting": 0},
+        "forecasts": {"short": forecast, "mid": {**forecast, "step_s": 1800.0, "source": "prophet"}},
+        "replicas": [{"name": "r0", "state": "ready", "inflight": 1, "served": 9, "failed": 0}],
+        "decisions": [{**decision, "reason": "short: needs <b>3</b>", "alarms": ["a late signal"]}],
+    }
+
+
+def application(source: Any, key: str | None = None) -> FastAPI:
+    def authorize(request: Request) -> None:
+        if key is not None and request.headers.get("authorization") != f"Bearer {key}":
+            raise HTTPException(401, "an API key is needed")
+
+    app = FastAPI()
+    mount(app, source, authorize, interval=0.1)
+    return app
+
+
+# ---- curves ----
+
+
+def test_rates_ratios_and_quantiles_of_a_window() -> None:
+    history, source = History(window=10.0), Source()
+    history.add(100.0, source())
+    history.add(102.0, source())
+    columns = history.columns()
+    assert columns["t"] == [100.0, 102.0]
+    assert columns["generation_tps"] == [None, 20.0] and columns["prompt_tps"] == [None, 50.0]
+    assert columns["prefix_hit"][1] == 0.25 and columns["acceptance"][1] == 0.75
+    assert columns["accepted_length"][1] == 1.5
+    ttft = columns["ttft_p50"][1]
+    assert ttft is not None and 0.02 < ttft <= 0.04
+    assert columns["tpot_p50"] == [None, None], "nothing happened: a gap, not a zero"
+    assert columns["kv"] == [0.25, 0.25]
+    assert history.columns(since=100.0)["t"] == [102.0]
+
+
+def test_a_restarted_source_leaves_a_gap() -> None:
+    history = History()
+    history.add(1.0, {"counters": {"generation_tokens": 50}})
+    history.add(2.0, {"counters": {"generation_tokens": 3}})
+    history.add(3.0, {"counters": {"generation_tokens": 4}})
+    assert history.columns()["generation_tps"] == [None, None, 1.0]
+
+
+def test_a_clock_set_back_begins_anew() -> None:
+    history = History()
+    for now in (10.0, 11.0, 4.0, 5.0):
+        history.add(now, {"gauges": {"kv": 0.5}})
+    assert history.columns()["t"] == [4.0, 5.0]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 30), st.integers(0, 1000)), min_size=2, max_size=60),
+    st.floats(0.5, 20),
+)
+def test_rates_lie_between_the_steps_they_cover(steps: list[tuple[float, int]], window: float) -> None:
+    history, now, total = History(keep=1000, window=window), 1.0, 0
+    rates = []
+    for seconds, tokens in steps:
+        now, total = now + seconds, total + tokens
+        rates.append(tokens / seconds)
+        history.add(now, {"counters": {"generation_tokens": total}})
+    shown = history.columns()["generation_tps"]
+    assert shown[0] is None
+    assert all(0 <= r <= max(rates) * (1 + 1e-5) for r in shown[1:] if r is not None)
+
+
+@given(st.lists(st.integers(0, 50), min_size=4, max_size=4), st.floats(0.01, 0.99))
+def test_quantiles_are_monotone_and_within_bounds(counts: list[int], q: float) -> None:
+    bounds, cumulative = (1.0, 2.0, 4.0), [sum(counts[: i + 1]) for i in range(4)]
+    values = [quantile(bounds, cumulative, p) for p in (q / 2, q, (1 + q) / 2)]
+    if not sum(counts):
+        assert values == [None] * 3
+    else:
+        assert all(v is not None and 0 <= v <= 4 for v in values)
+        assert all(a <= b for a, b in pairwise(v for v in values if v is not None))
+
+
+# ---- routes ----
+
+
+def test_the_page_and_its_assets_are_served_and_whole() -> None:
+    with TestClient(application(Source(), KEY)) as client:
+        page = client.get("/")
+        assert page.status_code == 200 and "Content-Security-Policy" in page.headers
+        for path in assets():
+            assert client.get(path).content == assets()[path].body
+            assert (f'"{path}"' in page.text) or path.endswith((".js", ".LICENSE", "index.html", "/"))
+        assert client.get("/dashboard/vendor/uPlot.LICENSE").text.startswith("The MIT License")
+        assert client.get("/dashboard/../../etc/passwd").status_code == 404
+        assert client.get("/dashboard/%2e%2e/router.py").status_code == 404
+
+
+def test_the_numbers_need_the_key() -> None:
+    with TestClient(application(Source(), KEY)) as client:
+        assert client.get("/dashboard/data").status_code == 401
+        answer = client.get("/dashboard/data", headers={"Authorization": f"Bearer {KEY}"})
+        assert answer.status_code == 200 and answer.json()["title"] == "a model"
+
+
+def test_the_sampler_collects_without_a_viewer_and_ends_with_the_application() -> None:
+    source = Source()
+    with TestClient(application(source)) as client:
+        deadline = time.monotonic() + 20
+        while source.looks < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        data = client.get("/dashboard/data").json()
+    assert len(data["points"]["t"]) >= 3 and data["points"]["generation_tps"][-1] > 0
+    assert data["cost"]["accounts"][0]["api_key"] == "team" and data["cost"]["joules_source"] == "estimated"
+    assert "histograms" not in data and json.dumps(data)
+    assert not [t for t in threading.enumerate() if t.name == "dashboard"]
+
+
+def test_a_failing_source_does_not_end_the_sampler() -> None:
+    looks = []
+
+    def source() -> dict[str, Any]:
+        looks.append(1)
+        if len(looks) == 1:
+            raise RuntimeError("not yet")
+        return {"kind": "server", "gauges": {"kv": 0.5}}
+
+    with Dashboard(source, interval=0.01) as dashboard:
+        deadline = time.monotonic() + 20
+        while len(looks) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert dashboard.document()["points"]["kv"][-1] == 0.5
+
+
+# ---- the page in a browser ----
+
+browser_only = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="chromium is not installed"
+)
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def look(browser: Any, url: str, width: int, scheme: str) -> None:
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get(url)
+
+
+def wait_for(browser: Any, script: str) -> Any:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if value := browser.execute_script(f"return {script}"):
+            return value
+        time.sleep(0.05)
+    raise AssertionError(
+        f"never true: {script}; the page says {browser.execute_script('return document.body.innerText')}"
+    )
+
+
+def complaints(browser: Any) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser") if "401" not in entry["message"]]
+
+
+PAINTED = """[...document.querySelectorAll("canvas")].filter((canvas) => canvas.width).every((canvas) =>
+  canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean))"""
+
+
+@browser_only
+@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kind", ["server", "gateway"])
+def test_the_page_draws_fits_and_does_not_complain(browser: Any, kind: str, scheme: str, width: int) -> None:
+    with serving(application(Source() if kind == "server" else fleet)) as url:
+        look(browser, url, width, scheme)
+        wait_for(browser, "document.querySelectorAll('.plot canvas').length >= 4")
+        wait_for(browser, PAINTED)
+        assert wait_for(browser, "document.documentElement.dataset.theme") == scheme
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        text = browser.execute_script("return document.body.innerText")
+        assert ("a model" if kind == "server" else "a fleet") in text
+        if kind == "gateway":
+            assert "2 → 3" in text and "needs <b>3</b>" in text and "a late signal" in text
+        else:
+            assert "Who spent what" in text and "team" in text and "3 × the layer's mean" in text
+        browser.get("about:blank")
+    assert complaints(browser) == []
+
+
+@browser_only
+def test_the_key_is_asked_for_and_the_answer_is_streamed(browser: Any) -> None:
+    app = application(Source(), KEY)
+    seen: list[dict[str, Any]] = []
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"data": [{"id": "a-model"}]}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> StreamingResponse:
+        assert request.headers["authorization"] == f"Bearer {KEY}"
+        seen.append(await request.json())
+        events: list[dict[str, Any]] = [
+            {"choices": [{"delta": {"content": piece}}]} for piece in ("two <i>and</i> ", "two is four")
+        ]
+        events.append({"choices": [], "usage": {"completion_tokens": 7, "x_farthing": {"usd": 0.002}}})
+        lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
+        return StreamingResponse(iter(lines), media_type="text/event-stream")
+
+    with serving(app) as url:
+        look(browser, url, 1000, "light")
+        wait_for(browser, "document.querySelector('#login').open")
+        browser.execute_script(
+            "document.querySelector('#login-key').value = arguments[0];"
+            "document.querySelector('#login .primary').click()",
+            KEY,
+        )
+        wait_for(browser, "document.querySelector('#state').classList.contains('live')")
+        assert browser.execute_script("return sessionStorage.getItem('farthing.key')") == KEY
+        browser.execute_script(
+            "document.querySelector('.ask textarea').value = 'two and two?';"
+            "document.querySelector('.ask').requestSubmit()"
+        )
+        wait_for(browser, "document.querySelector('.used')")
+        answer = browser.execute_script("return document.querySelector('.answer').textContent")
+        used = browser.execute_script("return document.querySelector('.used').textContent")
+        browser.get("about:blank")
+    assert answer == "two <i>and</i> two is four"
+    assert "7 tokens" in used and "$0.002" in used
+    assert seen[0]["messages"] == [{"role": "user", "content": "two and two?"}] and seen[0]["stream"]
+    assert complaints(browser) == []
