@@ -60,8 +60,13 @@ class Timing:
         return self.end - self.start
 
 
-async def complete(target: Target, prompt: str | list[int], max_tokens: int, **options: Any) -> Timing:
-    """Stream one /v1/completions request. A failure is recorded in `error`, never raised."""
+async def complete(
+    target: Target, prompt: str | list[int], max_tokens: int, into: Timing | None = None, **options: Any
+) -> Timing:
+    """Stream one /v1/completions request. A failure is recorded in `error`, never raised.
+
+    into: filled while the answer comes, for a caller that wants to show it.
+    """
     body = {
         "model": target.model,
         "prompt": prompt,
@@ -70,7 +75,8 @@ async def complete(target: Target, prompt: str | list[int], max_tokens: int, **o
         "stream_options": {"include_usage": True},
         **options,
     }
-    timing = Timing(start=time.perf_counter())
+    timing = into if into is not None else Timing()
+    timing.start = time.perf_counter()
     try:
         await asyncio.wait_for(_exchange(target, json.dumps(body).encode(), timing), target.timeout)
     except TimeoutError:
