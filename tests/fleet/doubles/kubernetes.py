@@ -27,6 +27,7 @@ class FakeKubernetes:
         self.leases: dict[tuple[str, str], dict[str, Any]] = {}
         self.reviews: list[dict[str, Any]] = []
         self.allow = lambda spec: True
+        self.front_proxy: dict[str, str] = {}  # data of extension-apiserver-authentication
         self.down = False
         self.version = 0
         self.port = 0
@@ -39,6 +40,8 @@ class FakeKubernetes:
         app.router.add_get(lease + "/{name}", self._get_lease)
         app.router.add_put(lease + "/{name}", self._put_lease)
         app.router.add_post("/apis/authorization.k8s.io/v1/subjectaccessreviews", self._review)
+        path = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication"
+        app.router.add_get(path, self._config_map)
         for plural, group in _SCALES.items():
             path = f"/apis/{group}/namespaces/{{ns}}/{{plural:{plural}}}/{{name}}/scale"
             app.router.add_get(path, self._get_scale)
@@ -65,6 +68,11 @@ class FakeKubernetes:
             return _status(500, "InternalError")
         answer: web.StreamResponse = await handler(request)
         return answer
+
+    async def _config_map(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {"kind": "ConfigMap", "apiVersion": "v1", "metadata": {}, "data": self.front_proxy}
+        )
 
     # ---- /scale ----
 

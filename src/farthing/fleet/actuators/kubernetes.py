@@ -72,6 +72,14 @@ def status_of(error: ActuatorError) -> int | None:
     return cause.status if isinstance(cause, ApiException) else None
 
 
+async def authentication_config(client: ApiClient) -> dict[str, str]:
+    """The data of ConfigMap kube-system/extension-apiserver-authentication: who the front proxy is."""
+    core = kubernetes.client.CoreV1Api(client)
+    name = "extension-apiserver-authentication"
+    found: Any = await call(f"ConfigMap {name}", core.read_namespaced_config_map, name, "kube-system")
+    return dict(found.data or {})
+
+
 class Access:
     """SubjectAccessReview with a short memory, as aggregated API servers keep one."""
 

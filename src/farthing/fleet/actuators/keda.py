@@ -1,0 +1,123 @@
+"""The KEDA external scaler: KEDA asks over gRPC for a figure and its target, and scales by their quotient.
+
+`scalerMetadata` of the ScaledObject chooses the figure: `metric` (desired_replicas by default,
+queue_backlog or average_response_time) and, for the last two, `target` (a replica's share of it). With
+desired_replicas the target is 1, so that KEDA's quotient is our number. A figure that is missing or too
+old is an UNAVAILABLE error, on which KEDA holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from farthing.fleet.actuators.base import METRICS, Board
+from farthing.fleet.actuators.keda_proto import MESSAGES, METHODS, PACKAGE, SERVICE
+
+log = logging.getLogger(__name__)
+
+_WATCH_S = 0.5  # between looks at the board for StreamIsActive
+
+
+class KedaScaler:
+    """The server of all four calls."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, address: str, credentials: Any = None) -> int:
+        """Serve on HOST:PORT, with TLS where grpc server credentials are given. Returns the port."""
+        self._server = grpc.aio.server()
+        handlers = {name: self._handler(name) for name in METHODS}
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(f"{PACKAGE}.{SERVICE}", handlers),)
+        )
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
+        await self._server.start()
+        return int(port)
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.stop(grace=1.0)
+
+    def _handler(self, name: str) -> Any:
+        request, response, streamed = METHODS[name]
+        behaviour = {
+            "IsActive": self._is_active,
+            "StreamIsActive": self._stream_is_active,
+            "GetMetricSpec": self._metric_spec,
+            "GetMetrics": self._metrics,
+        }[name]
+        make = grpc.unary_stream_rpc_method_handler if streamed else grpc.unary_unary_rpc_method_handler
+        return make(
+            behaviour,
+            request_deserializer=MESSAGES[request].FromString,
+            response_serializer=MESSAGES[response].SerializeToString,
+        )
+
+    # ---- the calls ----
+
+    async def _is_active(self, request: Any, context: Any) -> Any:
+        """Whether at least one replica is wanted."""
+        return MESSAGES["IsActiveResponse"](result=await self._value("desired_replicas", context) > 0)
+
+    async def _stream_is_active(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """The present answer, and then each change of it. While nothing is known, nothing is said."""
+        said: bool | None = None
+        while not context.cancelled():
+            value = self._board.value("desired_replicas")
+            active = value > 0 if value is not None else said
+            if active is not None and active != said:
+                said = active
+                yield MESSAGES["IsActiveResponse"](result=active)
+            await asyncio.sleep(_WATCH_S)
+
+    async def _metric_spec(self, request: Any, context: Any) -> Any:
+        metric, target = await self._asked(request, context)
+        spec = MESSAGES["MetricSpec"](
+            metricName=metric, targetSize=max(1, round(target)), targetSizeFloat=target
+        )
+        return MESSAGES["GetMetricSpecResponse"](metricSpecs=[spec])
+
+    async def _metrics(self, request: Any, context: Any) -> Any:
+        metric, _ = await self._asked(request.scaledObjectRef, context)
+        value = await self._value(metric, context)
+        answer = MESSAGES["MetricValue"](metricName=metric, metricValue=round(value), metricValueFloat=value)
+        return MESSAGES["GetMetricsResponse"](metricValues=[answer])
+
+    async def _asked(self, reference: Any, context: Any) -> tuple[str, float]:
+        """(metric, target a replica) of a ScaledObject's metadata; INVALID_ARGUMENT names what is wrong."""
+        metadata = dict(reference.scalerMetadata)
+        metric = metadata.get("metric", "desired_replicas")
+        if metric not in METRICS:
+            known = ", ".join(METRICS)
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"metric {metric!r}: expected one of {known}"
+            )
+        if metric == "desired_replicas":
+            return metric, 1.0
+        try:
+            target = float(metadata["target"])
+        except (KeyError, ValueError):
+            target = 0.0
+        if not 0 < target < float("inf"):
+            given = metadata.get("target")
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"target {given!r}: expected a number above 0"
+            )
+        return metric, target
+
+    async def _value(self, metric: str, context: Any) -> float:
+        value = self._board.value(metric)
+        if value is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{metric} is missing or too old to act on")
+        assert value is not None
+        return value

@@ -1,0 +1,108 @@
+"""A stand-in for the kube-aggregator: real certificates, a real TLS client certificate, the X-Remote
+headers.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+
+@dataclass
+class Pair:
+    """A certificate and its key, also as files."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+    certificate_file: Path
+    key_file: Path
+
+    @property
+    def pem(self) -> str:
+        return self.certificate.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def issue(folder: Path, name: str, authority: Pair | None = None, *, server: bool = False) -> Pair:
+    """A certificate for CN `name`: an authority of its own without `authority`, else a leaf signed by it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(authority.certificate.subject if authority else subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=authority is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    signer = authority.key if authority else key
+    builder = builder.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False
+    )
+    if authority is not None:
+        usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+        builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        addresses = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        builder = builder.add_extension(addresses, critical=False)
+    certificate = builder.sign(signer, hashes.SHA256())
+    files = folder / f"{name}.crt", folder / f"{name}.key"
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return Pair(certificate, key, *files)
+
+
+class Aggregator:
+    """Calls an aggregated API server as the kube-aggregator does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.front_proxy_ca = issue(folder, "front-proxy-ca")
+        self.client = issue(folder, "front-proxy-client", self.front_proxy_ca)
+        self.serving_ca = issue(folder, "serving-ca")
+        self.serving = issue(folder, "farthing-fleet", self.serving_ca, server=True)
+
+    def config_map(self) -> dict[str, str]:
+        return {
+            "client-ca-file": self.serving_ca.pem,
+            "requestheader-client-ca-file": self.front_proxy_ca.pem,
+            "requestheader-allowed-names": json.dumps(["front-proxy-client"]),
+            "requestheader-username-headers": json.dumps(["X-Remote-User"]),
+            "requestheader-group-headers": json.dumps(["X-Remote-Group"]),
+            "requestheader-extra-headers-prefix": json.dumps(["X-Remote-Extra-"]),
+        }
+
+    async def get(
+        self, port: int, path: str, *, user: str | None = "hpa", pair: Pair | str | None = "own"
+    ) -> tuple[int, Any]:
+        """(status, body) of a GET; `pair` is the client certificate shown, None for none."""
+        context = ssl.create_default_context(cadata=self.serving_ca.pem)
+        shown = self.client if pair == "own" else pair
+        if isinstance(shown, Pair):
+            context.load_cert_chain(shown.certificate_file, shown.key_file)
+        headers = [("Accept", "application/vnd.kubernetes.protobuf, */*")]
+        if user is not None:
+            headers += [("X-Remote-User", user), ("X-Remote-Group", "system:serviceaccounts")]
+            headers += [("X-Remote-Group", "system:authenticated"), ("X-Remote-Extra-Scopes", "metrics")]
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"https://127.0.0.1:{port}{path}", ssl=context, headers=headers) as answer,
+        ):
+            is_json = answer.content_type == "application/json"
+            return answer.status, await (answer.json() if is_json else answer.text())
