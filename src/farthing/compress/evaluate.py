@@ -84,7 +84,11 @@ class Verdict:
 
 
 def evaluate(
-    model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, progress: Progress | None = None
+    model: DeepseekModel,
+    corpus: Corpus,
+    batch_tokens: int = 4096,
+    progress: Progress | None = None,
+    with_drafts: bool = True,
 ) -> Quality:
     """Perplexity, bits per byte and MTP acceptance.
 
@@ -97,7 +101,7 @@ def evaluate(
         for rows, logits in _logits(model, step.hidden):
             loss += float(_nll(logits, step.targets[rows]).sum())
             greedy.append(logits.argmax(-1))
-        if model.mtp:
+        if model.mtp and with_drafts:
             n, hits = _drafts(model, step, torch.cat(greedy))
             drafts, accepted = drafts + n, accepted + hits
         if progress:

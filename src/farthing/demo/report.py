@@ -105,7 +105,8 @@ def write_html(path: Path, rows: Sequence[Measured], sections: Sequence[tuple[st
         f"<title>Farthing demo</title><style>{STYLE}</style><h1>The cost of a token, lever by lever</h1>",
         "<p>Every number was measured in this run. Energy is estimated from CPU seconds and declared watts; "
         "dollars follow the declared price of a core-hour.</p>",
-        f"<div class=scroll><table><tr>{head}</tr>{body}</table></div><img alt='tokens a second' src='{bars(rows)}'>",
+        f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>",
+        f"<img alt='tokens a second' src='{bars(rows)}'>",
     ]
     for heading, text, picture in sections:
         parts.append(f"<h2>{html.escape(heading)}</h2><pre>{html.escape(text)}</pre>")

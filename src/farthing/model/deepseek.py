@@ -5,6 +5,8 @@ Legend: T tokens of the step; D hidden size; V vocabulary; L cache layers; E rou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from farthing.model.attention import Attention
@@ -51,6 +53,13 @@ class DeepseekModel:
     def cache_layers(self) -> int:
         """Layers that write to the cache: hidden layers, then MTP layers."""
         return self.config.num_hidden_layers + self.config.num_nextn_predict_layers
+
+    def reroute(self, routers: Sequence[RouterSpec | None]) -> None:
+        """Change the routing rule of every layer (hidden, then MTP), as `routers_of` orders them."""
+        blocks = [feed_forward for _, feed_forward in self.layers] + [m.feed_forward for m in self.mtp]
+        for block, spec in zip(blocks, routers, strict=True):
+            if spec is not None:
+                self.ops.reroute(block.packed, spec)
 
     def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
         """An empty paged cache for this model, MTP layers included."""

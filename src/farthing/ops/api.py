@@ -181,6 +181,10 @@ class Ops(ABC):
         """
 
     @abstractmethod
+    def reroute(self, weights: Handle, spec: RouterSpec) -> None:
+        """Change the rule of a packed mixture of experts; the experts stay as they are."""
+
+    @abstractmethod
     def route(self, n: Tensor, weights: Handle) -> tuple[Tensor, Tensor]:
         """n [T, D] -> (ids [T, k] int64, weights [T, k] float32); skipped experts have id -1, weight 0."""
 

@@ -163,6 +163,9 @@ class ReferenceOps(Ops):
             out += gated_mlp(n, weights.shared).float()
         return x + out.to(self.dtype)
 
+    def reroute(self, weights: _MoE, spec: RouterSpec) -> None:
+        weights.spec = spec
+
     def route(self, n: Tensor, weights: _MoE) -> tuple[Tensor, Tensor]:
         return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec)
 

@@ -1,0 +1,63 @@
+"""Calibration of adaptive experts: the knapsack against trying everything, the promise kept on a model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farthing.compress.adaptive import Option, calibrate_adaptive, knapsack, write_adaptive
+from farthing.compress.corpus import Corpus, Window
+from farthing.model import ModelConfig, random_model
+from farthing.model.experts import AdaptiveExperts
+from farthing.ops import select
+from tests.model.test_inspect import TINY
+
+layer = st.lists(
+    st.tuples(st.floats(0, 0.02), st.floats(1, 8)).map(lambda t: Option(0.5, *t)), min_size=1, max_size=3
+).map(lambda row: [*row, Option(1.0, 0.0, 8.0)])
+
+
+@given(options=st.lists(layer, min_size=1, max_size=4), budget=st.floats(0.001, 0.05))
+@settings(max_examples=60)
+def test_knapsack_keeps_the_budget_and_is_near_the_best(options: list[list[Option]], budget: float) -> None:
+    picks = knapsack(options, budget)
+    chosen = [row[i] for row, i in zip(options, picks, strict=True)]
+    assert sum(o.loss for o in chosen) <= budget * (1 + 1e-9)
+    # Losses are rounded up to 1/400 of the budget, so the best of a slightly smaller budget is reached.
+    tight = budget * (1 - len(options) / 400)
+    best = min(
+        sum(o.experts for o in pick)
+        for pick in itertools.product(*options)
+        if sum(o.loss for o in pick) <= tight
+    )
+    assert sum(o.experts for o in chosen) <= best + 1e-9
+
+
+def test_calibrated_rule_keeps_its_promise(tmp_path: Path) -> None:
+    config = ModelConfig.from_json(TINY | dict(num_experts_per_tok=4, topk_group=2))
+    model = random_model(config, select("reference"), seed=2)
+    ids = torch.randint(0, 40, (6, 33), generator=torch.Generator().manual_seed(0))
+    corpus = Corpus([Window(row, i) for i, row in enumerate(ids)], 0)
+    calls: list[int] = []
+    plan = calibrate_adaptive(model, corpus, 0.01, on_trial=lambda done, total: calls.append(total - done))
+    assert calls[-1] == 0
+    assert plan.drop <= 0.01 + 1e-6
+    assert 0 < plan.flops_saved < 1
+    assert len(plan.rule.mass) == 4
+    with pytest.raises(ValueError, match="no MoE layer"):
+        dense = ModelConfig.from_json(TINY | dict(first_k_dense_replace=9))
+        calibrate_adaptive(random_model(dense, select("reference")), corpus, 0.01)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(TINY))
+    (source / "tokenizer.json").write_text("{}")
+    write_adaptive(source, tmp_path / "out", plan, model)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert AdaptiveExperts.from_json(written) == plan.rule
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
