@@ -16,6 +16,7 @@ import farthing
 from farthing.server.auth import ANONYMOUS
 from farthing.server.chat import chat, render
 from farthing.server.completions import complete
+from farthing.server.dashboard import assets, mount, service_data
 from farthing.server.errors import ApiError, describe_validation, send_error
 from farthing.server.jobs import ClientGone
 from farthing.server.limits import BodyLimit
@@ -29,7 +30,7 @@ from farthing.server.protocol import (
 )
 from farthing.server.service import Service
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
 CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
 
 log = logging.getLogger("farthing.server")
@@ -52,6 +53,7 @@ def create_app(service: Service) -> ASGIApp:
     _add_model_routes(api, service)
     _add_generation_routes(api, service)
     _add_token_routes(api, service)
+    mount(api, lambda: service_data(service))
     _add_error_handlers(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
     app: ASGIApp = BodyLimit(api, service.config.max_body_bytes, service.config.body_timeout)

@@ -58,7 +58,7 @@ class KeyRing:
         Every key is compared whatever matched before, so the time taken tells nothing about the keys.
         """
         scheme, _, key = (authorization or "").partition(" ")
-        offered = _digest(key.strip().encode("latin-1", "replace"))  # the bytes of the header
+        offered = _digest(key.strip(" \t").encode("latin-1", "replace"))  # the bytes of the header
         found = None
         for digest, name in self._keys:
             if hmac.compare_digest(digest, offered):

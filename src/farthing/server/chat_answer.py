@@ -94,7 +94,7 @@ class ChatAnswer:
     ) -> None:
         self.body, self.model, self.id, self.created = body, model, identity, created
         self.tokenizer, self.prompt_opens = tokenizer, prompt_opens
-        self.usage = Usage(prompt_tokens)
+        self.usage = Usage(prompt_tokens, with_cost=body.x_farthing)
         self._single_call = body.parallel_tool_calls is False
 
     # whole
@@ -111,7 +111,7 @@ class ChatAnswer:
             "created": self.created,
             "model": self.model,
             "choices": sorted(choices, key=lambda choice: int(choice["index"])),
-            "usage": self.usage.document(),
+            "usage": self.usage.document(job),
         }
 
     def _whole_choice(self, completion: CompletionOutput) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class ChatAnswer:
             if pieces:
                 yield "".join(pieces)
         if with_usage:
-            yield f'{head}],"usage":{json.dumps(self.usage.document())}}}\n\n'
+            yield f'{head}],"usage":{json.dumps(self.usage.document(job))}}}\n\n'
 
     def _chunks(self, choice: Choice, completion: CompletionOutput) -> list[str]:
         """`choices` entries of one engine output; the first one names the role, the last one the reason."""

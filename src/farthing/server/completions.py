@@ -88,7 +88,7 @@ class _Answer:
         self.prompts, self.texts = prompts, texts
         self.tokenizer = service.require_engine().tokenizer
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", service.now()
-        self.usage = Usage(sum(len(prompt) for prompt in prompts))
+        self.usage = Usage(sum(len(prompt) for prompt in prompts), with_cost=body.x_farthing)
         self._offsets: dict[int, int] = {}  # by choice: characters so far
 
     async def whole(self, job: Job) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class _Answer:
             "created": self.created,
             "model": self.model,
             "choices": choices,
-            "usage": self.usage.document(),
+            "usage": self.usage.document(job),
         }
 
     async def stream(self, job: Job) -> AsyncIterator[str]:
@@ -133,7 +133,7 @@ class _Answer:
             if pieces:
                 yield "".join(pieces)
         if with_usage:
-            yield f'{head}],"usage":{json.dumps(self.usage.document())}}}\n\n'
+            yield f'{head}],"usage":{json.dumps(self.usage.document(job))}}}\n\n'
 
     def _delta(self, position: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         """A chunk's choice; a completion's first one carries the echo."""

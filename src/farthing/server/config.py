@@ -30,6 +30,8 @@ class ServerConfig:
     reasoning_parser: ReasoningMode = "auto"  # auto: where the model's chat template knows <think>
     root_path: str = ""
     access_log: bool = False
+    prices: str | None = None  # a prices.toml over the packaged one; None: see farthing.cost.Prices.load
+    hardware: str | None = None  # a row of it; None: by the device's name
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

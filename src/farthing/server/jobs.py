@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
@@ -13,7 +14,11 @@ from farthing.server.auth import ANONYMOUS
 from farthing.server.errors import ApiError
 
 if TYPE_CHECKING:
+    from farthing.cost import RequestCost
+    from farthing.engine.request import RequestMetrics
     from farthing.engine.stream import RequestStream
+
+    Charge = Callable[[str, RequestMetrics], RequestCost]
 
 T = TypeVar("T")
 
@@ -25,11 +30,14 @@ class ClientGone(Exception):
 class Job:
     """Streams of the engine under one deadline. `close()` frees whatever still runs, exactly once."""
 
-    def __init__(self, timeout: float, on_close: Callable[[Job], None]) -> None:
+    def __init__(self, timeout: float, on_close: Callable[[Job], None], charge: Charge | None = None) -> None:
         loop = asyncio.get_running_loop()
         self.client = ANONYMOUS
         self.streams: list[RequestStream] = []
         self.generated = 0  # tokens
+        self.costs: list[RequestCost] = []  # of the streams that have ended
+        self._charge = charge
+        self._settling: set[asyncio.Task[None]] = set()
         self._interrupted: asyncio.Future[ApiError] = loop.create_future()
         message = f"the request was not done within {timeout:g} s"
         self._timer = loop.call_later(timeout, self.interrupt, ApiError(504, message, code="timeout"))
@@ -52,12 +60,27 @@ class Job:
         self._timer.cancel()
         for stream in self.streams:
             stream.cancel()
+            if self._charge is not None and len(self.costs) < len(self.streams):
+                task = asyncio.ensure_future(self._settle(stream))
+                self._settling.add(task)
+                task.add_done_callback(self._settling.discard)
         self._on_close(self)
+
+    async def _settle(self, stream: RequestStream) -> None:
+        """Charge a stream that was cancelled, once the engine has let go of it."""
+        with suppress(EngineError):
+            async for output in stream:
+                self._ended(output)
+
+    def _ended(self, output: RequestOutput) -> None:
+        if output.finished and self._charge is not None:
+            self.costs.append(self._charge(self.client, output.metrics))
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(prompt's position, output) as they come. Raises ApiError where the engine fails or stops."""
         source = self._only() if len(self.streams) == 1 else self._merged()
         async for position, output in source:
+            self._ended(output)
             for completion in output.outputs:
                 self.generated += len(completion.token_ids)
                 if completion.finish_reason in ("abort", "error"):

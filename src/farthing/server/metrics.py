@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector
@@ -11,8 +12,10 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import farthing
+from farthing.cost import samples
 
 if TYPE_CHECKING:
+    from farthing.cost import Report
     from farthing.engine.stats import HistogramSnapshot, Snapshot
     from farthing.server.service import Service
 
@@ -92,6 +95,8 @@ class ServerCollector(Collector):
             yield launch
         if service.engine is not None:
             yield from engine_families(service.engine.stats.snapshot(), model)
+        if service.accounts is not None:
+            yield from cost_families(service.accounts.report())
 
 
 def engine_families(snapshot: Snapshot, model: str) -> Iterator[Metric]:
@@ -115,6 +120,18 @@ def engine_families(snapshot: Snapshot, model: str) -> Iterator[Metric]:
         finished.add_metric([model, reason], float(count))
     yield finished
     yield _expert_tokens(snapshot.expert_tokens, model)
+
+
+def cost_families(report: Report) -> Iterator[Metric]:
+    """Dollars, joules and device seconds by model, API key and phase."""
+    for name, group in groupby(samples(report), key=lambda sample: sample.name):
+        found = list(group)
+        family = (CounterMetricFamily if found[0].kind == "counter" else GaugeMetricFamily)(
+            name, found[0].help, labels=list(found[0].labels)
+        )
+        for sample in found:
+            family.add_metric(list(sample.labels.values()), sample.value)
+        yield family
 
 
 def _histogram(name: str, text: str, snapshot: HistogramSnapshot, model: str) -> HistogramMetricFamily:

@@ -100,6 +100,7 @@ class Sampling(Strict):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    x_farthing: bool = False  # what the request cost, in `usage.x_farthing`
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Sampling:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from farthing.server.accounts import Accounts, machine_of
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
 from farthing.server.service import Service
@@ -114,6 +115,8 @@ async def _serve(
     def load_engine() -> None:
         try:
             engine = load()
+            machine = machine_of(engine.device, config.prices, config.hardware)
+            service.accounts = Accounts(engine, machine, service.names[0])
         except BaseException as error:
             failure.append(error)
             loop.call_soon_threadsafe(setattr, server, "should_exit", True)

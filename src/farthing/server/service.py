@@ -18,12 +18,13 @@ from farthing.server.reasoning import CLOSE
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
     from farthing.engine.request import OutputKind
+    from farthing.server.accounts import Accounts
 
 _LONG_TEXT = 16_384  # characters; above this, tokenizing leaves the event loop
 
 
 class Service:
-    """Only the event loop touches it, `engine` excepted, which the loading thread sets."""
+    """Only the event loop touches it, `engine` and `accounts` excepted, which the loading thread sets."""
 
     def __init__(self, config: ServerConfig, model: str) -> None:
         self.config = config
@@ -31,6 +32,7 @@ class Service:
         self.created = int(time.time())
         self.quotas = Quotas(config.requests_per_minute, config.tokens_per_minute)
         self.engine: Engine | None = None
+        self.accounts: Accounts | None = None  # set before the engine is
         self.launch_to_ready: float | None = None  # seconds
         self.draining = False
         self.jobs: set[Job] = set()
@@ -110,7 +112,8 @@ class Service:
         engine = self.require_engine()
         self._check_lengths(engine, prompts, params)
         self.quotas.admit(client, sum(len(prompt) for prompt in prompts))
-        job = Job(self.config.request_timeout, on_close=self._closed)
+        charge = self.accounts.charge if self.accounts else None
+        job = Job(self.config.request_timeout, on_close=self._closed, charge=charge)
         job.client = client
         self.jobs.add(job)
         self.idle.clear()

@@ -260,14 +260,34 @@ class ArgumentsParser(_Machine):
 
 def calls_schema(functions: Iterable[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:
     """The JSON schema of one or more calls of the given (name, parameters schema) functions."""
-    call = [
+    schemas = dict(functions)
+    calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": parameters},
+            "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{name}"}},
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for name, parameters in functions
+        for name in schemas
     ]
-    items = call[0] if len(call) == 1 else {"anyOf": call}
-    return {"type": "array", "items": items, "minItems": 1} | ({} if parallel else {"maxItems": 1})
+    return {
+        "type": "array",
+        "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
+        "minItems": 1,
+        **({} if parallel else {"maxItems": 1}),
+        "$defs": {name: _rebased(schema, f"#/$defs/{name}") for name, schema in schemas.items()},
+    }
+
+
+def _rebased(schema: Any, root: str) -> Any:
+    """A schema whose references to its own root work at another place."""
+    if isinstance(schema, list):
+        return [_rebased(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: root + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else _rebased(value, root)
+        for key, value in schema.items()
+    }

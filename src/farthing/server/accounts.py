@@ -1,0 +1,82 @@
+"""The accounts of a server: what its machine costs, and who spent it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from farthing.cost import (
+    Account,
+    CostMeter,
+    Machine,
+    Prices,
+    Report,
+    RequestCost,
+    Usage,
+    cpu_name,
+    open_meter,
+    usable_cpus,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from farthing.engine.engine import Engine
+    from farthing.engine.request import RequestMetrics
+
+log = logging.getLogger("farthing.server")
+
+
+class Accounts:
+    """Charges every request of one engine, from the moment it is made."""
+
+    def __init__(self, engine: Engine, machine: Machine, model: str) -> None:
+        self._stats = engine.stats
+        self._model = model
+        self._meter = CostMeter(machine, open_meter(machine))
+
+    @property
+    def machine(self) -> Machine:
+        """What is paid for."""
+        return self._meter.machine
+
+    def charge(self, client: str, metrics: RequestMetrics) -> RequestCost:
+        """Charge a request that ended; `client` is its key's name."""
+        usage = Usage(
+            prefill_tokens=metrics.prefill_tokens,
+            cached_tokens=metrics.cached_tokens,
+            decode_tokens=metrics.decode_tokens,
+            prefill_seconds=metrics.prefill_seconds,
+            decode_seconds=metrics.decode_seconds,
+        )
+        return self._meter.record(usage, self._stats.busy_seconds, self._model, client)
+
+    def report(self) -> Report:
+        """All accounts now."""
+        return self._meter.report(self._stats.busy_seconds)
+
+
+def machine_of(device: torch.device, prices: str | None = None, hardware: str | None = None) -> Machine:
+    """The machine an engine on `device` runs on. ValueError: unknown hardware or bad prices."""
+    declared = Prices.load(prices)
+    if device.type == "cuda":
+        import torch
+
+        machine = declared.machine("gpu", torch.cuda.get_device_name(device), 1, hardware)
+    else:
+        machine = declared.machine("cpu", cpu_name(), usable_cpus(), hardware)
+    log.info(
+        "cost: %d x %s at %.4g USD an hour (declared %s)",
+        *(machine.count, machine.hardware.name, machine.usd_per_hour, machine.declared),
+    )
+    return machine
+
+
+def together(costs: Sequence[RequestCost]) -> RequestCost:
+    """The costs of at least one request as one."""
+    whole = Account()
+    for cost in costs:
+        whole.add(cost.account)
+    return replace(costs[-1], account=whole)

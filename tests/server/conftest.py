@@ -1,0 +1,23 @@
+"""The tiny model behind a real socket, shared by the tests that only ask it things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from openai import OpenAI
+
+from server.harness import Running, running, tiny_engine
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Iterator[Running]:
+    """A server of the tiny model with no limits worth mentioning."""
+    with running(tiny_engine()) as server:
+        yield server
+
+
+@pytest.fixture
+def client(tiny: Running) -> OpenAI:
+    """The real client of that server."""
+    return tiny.client()

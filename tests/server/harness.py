@@ -1,0 +1,242 @@
+"""A running server for the tests: real sockets, the real engine over a tiny model, or a scripted one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from openai import OpenAI
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HfTokenizer
+
+from farthing.config import EngineConfig
+from farthing.engine.engine import Engine
+from farthing.engine.request import (
+    CompletionOutput,
+    FinishReason,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+from farthing.engine.stats import Stats
+from farthing.engine.stream import RequestStream, deliver
+from farthing.engine.tokenizer import Tokenizer
+from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.ops import select
+from farthing.server.config import ServerConfig
+from farthing.server.run import Server, listen, make_server
+from farthing.server.service import Service
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+RAW: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@cache
+def tokenizer(chat_template: str | None = None) -> Tokenizer:
+    """One token a byte, after the special tokens; DeepSeek's tool and reasoning tags are tokens too."""
+    special = [BOS, EOS, "<｜User｜>", "<｜Assistant｜>"]
+    special += [f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = HfTokenizer(models.BPE({t: i for i, t in enumerate([*special, *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    backend.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
+    config = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": True}
+    return Tokenizer(backend, config, chat_template=chat_template)
+
+
+@cache
+def tiny_model() -> DeepseekModel:
+    """Two layers, one of experts, random weights."""
+    torch.set_num_threads(1)
+    return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)
+
+
+def tiny_engine(**config: Any) -> Engine:
+    """The real engine over the tiny model; shut it down."""
+    defaults = {"max_num_seqs": 64, "num_blocks": 1024, "block_size": 4, "max_num_batched_tokens": 256}
+    return Engine(tiny_model(), EngineConfig(**(defaults | config)), tokenizer())
+
+
+class ScriptedEngine:
+    """A double with the engine's interface, which says what a test tells it to.
+
+    script: the text of every answer, as the pieces it streams in; or a function of the prompt's text.
+    step: seconds before each piece. forever: repeat the pieces until cancelled.
+    """
+
+    def __init__(
+        self,
+        script: Sequence[str] | Callable[[str], Sequence[str]] = ("ok",),
+        *,
+        step: float = 0.0,
+        forever: bool = False,
+        finish_reason: FinishReason = "stop",
+        chat_template: str | None = None,
+        max_model_len: int = 100_000,
+    ) -> None:
+        self.script = script
+        self.step, self.forever, self.finish_reason = step, forever, finish_reason
+        self.tokenizer = tokenizer(chat_template)
+        self.config = EngineConfig(max_model_len=max_model_len)
+        self.default_sampling: Mapping[str, Any] = {}
+        self.stats = Stats()
+        self.prompts: list[str] = []
+        self.params: list[SamplingParams] = []
+        self.cancelled: list[str] = []
+        self.running = 0
+        self.error: Exception | None = None  # what submit raises
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> RequestStream:
+        """Start a thread that plays the script."""
+        if self.error is not None:
+            raise self.error
+        text = self.tokenizer.decode(prompt, skip_special_tokens=False)
+        self.prompts.append(text)
+        self.params.append(params)
+        pieces = self.script if isinstance(self.script, list | tuple) else self.script(text)  # type: ignore[operator]
+        stop = threading.Event()
+        request = Request(
+            request_id=f"scripted-{len(self.prompts)}",
+            prompt_token_ids=list(prompt),
+            params=params,
+            kind=options.get("kind", "delta"),
+        )
+
+        def cancel() -> None:
+            if not stop.is_set():
+                stop.set()
+                self.cancelled.append(request.request_id)
+
+        stream = RequestStream(request, cancel)
+        self.running += 1
+        threading.Thread(target=self._play, args=(stream, list(pieces), stop), daemon=True).start()
+        return stream
+
+    def _play(self, stream: RequestStream, pieces: list[str], stop: threading.Event) -> None:
+        whole: list[str] = []
+        while not stop.is_set():
+            for piece in pieces:
+                if self.step and stop.wait(self.step):
+                    break
+                whole.append(piece)
+                if stream.request.kind == "delta":
+                    self._say(stream, piece, None)
+            if not self.forever:
+                break
+        reason: FinishReason = "abort" if stop.is_set() else self.finish_reason
+        self.running -= 1
+        self._say(stream, "" if stream.request.kind == "delta" else "".join(whole), reason)
+        stop.set()
+
+    def _say(self, stream: RequestStream, text: str, reason: FinishReason | None) -> None:
+        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        outputs = [
+            CompletionOutput(i, text, list(ids), finish_reason=reason) for i in range(stream.request.params.n)
+        ]
+        request = stream.request
+        output = RequestOutput(
+            request.request_id, None, request.prompt_token_ids, outputs, reason is not None, RequestMetrics()
+        )
+        deliver([(stream, output)])
+
+    def chat_prompt(self, messages: Any, tools: Any = None, **kwargs: Any) -> str:
+        """By the tokenizer's template."""
+        return self.tokenizer.render_chat(messages, tools, **kwargs)
+
+    def health(self) -> None:
+        """Always well."""
+
+    def shutdown(self) -> None:
+        """Nothing to free."""
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.server: Server = make_server(service)
+        self._listener = listen("127.0.0.1", 0)
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        until(lambda: self.server.started or not self.thread.is_alive())
+
+    def _run(self) -> None:
+        asyncio.run(self.server.serve([self._listener]))
+        self._listener.close()
+
+    def call(self, function: Callable[[], Any]) -> None:
+        """Run a function in the server's event loop."""
+        self.server._loop.call_soon_threadsafe(function)
+
+    def client(self, key: str = "none", **options: Any) -> OpenAI:
+        """The real OpenAI client, without retries."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+    def stop(self) -> None:
+        """End at once."""
+        if self.thread.is_alive():
+            self.call(lambda: setattr(self.server, "should_exit", True))
+            self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+@contextmanager
+def running(engine: Any, **config: Any) -> Iterator[Running]:
+    """Serve an engine (real or scripted, None: still loading) as model 'tiny'; both end with the block."""
+    service = Service(ServerConfig(**config), "tiny")
+    service.engine = engine
+    server = Running(service)
+    try:
+        yield server
+    finally:
+        server.stop()
+        if engine is not None:
+            engine.shutdown()
+
+
+def until(condition: Callable[[], Any], timeout: float = 20.0) -> None:
+    """Wait for a condition. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the condition did not come true")
+        time.sleep(0.005)
+
+
+def events(body: str) -> list[Any]:
+    """The data of server-sent events; [DONE] stays a string."""
+    lines = [line.removeprefix("data: ") for line in body.splitlines() if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]

@@ -1,0 +1,206 @@
+"""Quotas by a clock of the test's own, and then every limit over the wire."""
+
+from __future__ import annotations
+
+import socket
+
+import httpx
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farthing.engine.request import EngineStopped, QueueFull
+from farthing.server.auth import KeyRing
+from farthing.server.errors import ApiError
+from farthing.server.limits import Quotas
+from server.harness import ScriptedEngine, running, tiny_engine, until
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_requests_refill_evenly() -> None:
+    clock = Clock()
+    quotas = Quotas(requests_per_minute=2, clock=clock)
+    quotas.admit("a", 1)
+    quotas.admit("a", 1)
+    with pytest.raises(ApiError, match="quota of 2 requests") as refused:
+        quotas.admit("a", 1)
+    assert (refused.value.status, refused.value.retry_after) == (429, 30)
+    quotas.admit("b", 1)  # another client's quota is its own
+    clock.now = 30
+    quotas.admit("a", 1)
+
+
+def test_generated_tokens_leave_a_debt() -> None:
+    clock = Clock()
+    quotas = Quotas(tokens_per_minute=60, clock=clock)
+    quotas.admit("a", 10)
+    quotas.charge("a", 80)  # 30 in debt
+    with pytest.raises(ApiError) as refused:
+        quotas.admit("a", 10)
+    assert refused.value.retry_after == 40
+    clock.now = 40
+    quotas.admit("a", 10)
+
+
+def test_a_prompt_beyond_the_quota_is_told_so() -> None:
+    with pytest.raises(ApiError, match="61 tokens; expected at most the quota of 60") as refused:
+        Quotas(tokens_per_minute=60).admit("a", 61)
+    assert refused.value.retry_after is None
+
+
+@given(
+    st.integers(1, 50),
+    st.lists(st.tuples(st.floats(0, 30), st.integers(0, 40)), max_size=30),
+)
+def test_no_client_gets_more_than_its_share(per_minute: int, steps: list[tuple[float, int]]) -> None:
+    clock = Clock()
+    quotas = Quotas(requests_per_minute=per_minute, tokens_per_minute=1000, clock=clock)
+    admitted = 0
+    for wait, tokens in steps:
+        clock.now += wait
+        try:
+            quotas.admit("a", tokens)
+            admitted += 1
+        except ApiError as refused:
+            assert refused.retry_after is not None and 1 <= refused.retry_after <= 61
+    assert admitted <= per_minute + clock.now * per_minute / 60 + 1e-6
+
+
+def test_missing_and_wrong_keys() -> None:
+    with running(ScriptedEngine(), keys=KeyRing(["alice:sk-1"])) as server:
+        for headers in ({}, {"Authorization": "Bearer nope"}):
+            answer = httpx.get(f"{server.url}/v1/models", headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert httpx.get(f"{server.url}/metrics").status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            server.client("nope").models.list()
+        assert server.client("sk-1").models.list().data[0].id == "tiny"
+
+
+def test_quotas_are_for_each_key() -> None:
+    keys = KeyRing(["alice:sk-1", "bob:sk-2"])
+    with running(ScriptedEngine(), keys=keys, requests_per_minute=1) as server:
+        alice, bob = server.client("sk-1"), server.client("sk-2")
+        alice.completions.create(model="tiny", prompt="x")
+        with pytest.raises(openai.RateLimitError) as refused:
+            alice.completions.create(model="tiny", prompt="x")
+        assert refused.value.code == "requests_quota_exceeded"
+        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+        bob.completions.create(model="tiny", prompt="x")
+
+
+def test_token_quota_counts_what_was_generated() -> None:
+    with running(ScriptedEngine(["x" * 50]), tokens_per_minute=60) as server:
+        client = server.client()
+        client.completions.create(model="tiny", prompt="y" * 20)
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="tiny", prompt="y" * 20)
+        assert refused.value.code == "tokens_quota_exceeded"
+
+
+def test_bodies_too_large_declared_or_chunked() -> None:
+    with running(ScriptedEngine(), max_body_bytes=1000) as server:
+        url = f"{server.url}/v1/completions"
+        body = b'{"prompt": "' + b"x" * 2000 + b'"}'
+        headers = {"content-type": "application/json"}
+        declared = httpx.post(url, content=body, headers=headers)
+        chunked = httpx.post(url, content=iter([body[:600], body[600:]]), headers=headers)
+        for answer in (declared, chunked):
+            assert answer.status_code == 413
+            assert answer.json()["error"]["code"] == "request_too_large"
+        assert httpx.post(url, content=b'{"prompt": "x"}', headers=headers).status_code == 200
+
+
+def test_a_body_that_never_comes() -> None:
+    with running(ScriptedEngine(), body_timeout=0.2) as server, socket.create_connection(
+        ("127.0.0.1", server.port), timeout=10
+    ) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert b"408" in connection.recv(1000)
+
+
+def test_queue_full_and_stopped_engine() -> None:
+    engine = ScriptedEngine()
+    with running(engine) as server:
+        engine.error = QueueFull("8 requests wait")
+        with pytest.raises(openai.RateLimitError) as full:
+            server.client().completions.create(model="tiny", prompt="x")
+        assert full.value.code == "queue_full"
+        assert int(full.value.response.headers["retry-after"]) >= 1
+        engine.error = EngineStopped("draining")
+        with pytest.raises(openai.InternalServerError) as stopped:
+            server.client().completions.create(model="tiny", prompt="x")
+        assert stopped.value.status_code == 503
+        assert not server.service.jobs
+
+
+def test_the_real_queue_bound() -> None:
+    with running(tiny_engine(max_num_seqs=1, max_queue=1)) as server:
+        client = server.client()
+        options = {"model": "tiny", "max_tokens": 400, "extra_body": {"ignore_eos": True}, "stream": True}
+        streams = [client.completions.create(prompt="x", **options) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(prompt="x", **options)
+        for stream in streams:
+            stream.close()
+        until(lambda: not server.service.jobs and not server.service.engine.num_live)
+        assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_timeout(stream: bool) -> None:
+    engine = ScriptedEngine(["x"], step=0.02, forever=True)
+    with running(engine, request_timeout=0.3) as server:
+        create = server.client().completions.create
+        if stream:
+            with pytest.raises(openai.APIError, match="0.3 s") as failed:
+                for _ in create(model="tiny", prompt="x", stream=True):
+                    pass
+        else:
+            with pytest.raises(openai.APIStatusError, match="0.3 s") as failed:
+                create(model="tiny", prompt="x")
+            assert failed.value.status_code == 504
+        assert failed.value.code == "timeout"
+        until(lambda: engine.cancelled and not engine.running)
+        assert not server.service.jobs
+
+
+def test_a_client_that_stops_reading_is_ended_by_the_deadline() -> None:
+    engine = ScriptedEngine(["x" * 10_000], step=0.0005, forever=True)
+    with running(engine, request_timeout=1.0) as server, socket.create_connection(
+        ("127.0.0.1", server.port)
+    ) as connection:
+        body = b'{"prompt": "x", "stream": true}'
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        until(lambda: engine.running)
+        until(lambda: engine.cancelled and not server.service.jobs)
+
+
+def test_context_length() -> None:
+    with running(ScriptedEngine(max_model_len=20)) as server:
+        for tokens, text in ((30, "x"), (5, "x" * 30)):
+            with pytest.raises(openai.BadRequestError, match="at most 20") as refused:
+                server.client().completions.create(model="tiny", prompt=text, max_tokens=tokens)
+            assert refused.value.code == "context_length_exceeded"
+
+
+def test_time_stands_still_for_nobody() -> None:
+    """A slow stream does not hold up another request."""
+    with running(ScriptedEngine(lambda prompt: ["x"] * (40 if "slow" in prompt else 1), step=0.05)) as server:
+        client = server.client()
+        slow = client.completions.create(model="tiny", prompt="slow", stream=True)
+        next(iter(slow))
+        client.completions.create(model="tiny", prompt="fast")
+        assert server.service.jobs  # the slow one still runs
+        slow.close()
