@@ -7,6 +7,7 @@ usage_extension(cost)                       # the `x_farthing` part of a respons
 samples(meter.report(busy_seconds))         # metrics
 """
 
+from farthing.cost.detect import cpu_name, usable_cpus
 from farthing.cost.energy import EnergyMeter, EstimatedMeter, NvmlMeter, RaplMeter, open_meter
 from farthing.cost.export import Sample, samples, usage_extension
 from farthing.cost.meter import Account, CostMeter, Report, RequestCost, Spend, Usage
@@ -27,7 +28,9 @@ __all__ = [
     "Sample",
     "Spend",
     "Usage",
+    "cpu_name",
     "open_meter",
     "samples",
+    "usable_cpus",
     "usage_extension",
 ]

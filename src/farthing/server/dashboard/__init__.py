@@ -10,7 +10,7 @@ served to all; the numbers are behind the API's own keys.
 
 from farthing.server.dashboard.history import History
 from farthing.server.dashboard.router import mount
-from farthing.server.dashboard.site import Dashboard
-from farthing.server.dashboard.source import server_data
+from farthing.server.dashboard.site import Dashboard, assets
+from farthing.server.dashboard.source import server_data, service_data
 
-__all__ = ["Dashboard", "History", "mount", "server_data"]
+__all__ = ["Dashboard", "History", "assets", "mount", "server_data", "service_data"]

@@ -17,10 +17,14 @@ A gateway adds `replicas`, `decisions` and `forecasts` (see docs/dashboard.md).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from farthing.cost import Report
 from farthing.engine.stats import HistogramSnapshot, Snapshot
+
+if TYPE_CHECKING:
+    from farthing.engine.engine import Engine
+    from farthing.server.service import Service
 
 _COUNTERS = (
     "generation_tokens",
@@ -36,13 +40,40 @@ _COUNTERS = (
 _MOST_ACCOUNTS = 20
 
 
+def service_data(service: Service) -> dict[str, Any]:
+    """The document of a server, whose engine may still be loading."""
+    engine, accounts = service.engine, service.accounts
+    if engine is None:
+        return server_data(service.names[0], facts={"state": "the model is being loaded"})
+    cost = accounts.report() if accounts else None
+    return server_data(service.names[0], engine.stats.snapshot(), cost, _facts(engine))
+
+
+def _facts(engine: Engine) -> dict[str, str]:
+    """What does not change; an empty text is not shown."""
+    config = engine.config
+    assert config.num_blocks is not None  # the engine has filled it in
+    kind = f" of {config.kv_cache_dtype}" if config.kv_cache_dtype != "auto" else ""
+    return {
+        "backend": engine.backend,
+        "weights": f"rounded to {config.quantization}" if config.quantization else "",
+        "KV cache": f"{config.num_blocks * config.block_size:,} tokens{kind}",
+        "context": f"{config.max_model_len:,} tokens",
+        "speculation": config.speculate or "",
+        "experts": config.experts if config.experts != "auto" else "",
+    }
+
+
 def server_data(
     title: str,
-    stats: Snapshot,
+    stats: Snapshot | None = None,
     cost: Report | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The document of one engine."""
+    """The document of one engine; without statistics, of one that is being loaded."""
+    if stats is None:
+        empty: dict[str, Any] = {part: {} for part in ("counters", "gauges", "histograms", "experts")}
+        return {"kind": "server", "title": title, "facts": dict(facts or {}), **empty}
     counters: dict[str, float] = {name: getattr(stats, name) for name in _COUNTERS}
     counters["requests"] = sum(stats.requests_finished.values())
     counters["errors"] = stats.requests_finished.get("error", 0)

@@ -1,0 +1,41 @@
+"""The CPU this process may use: what is paid for when a model is served without a GPU."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def cpu_name(cpuinfo: Path = CPUINFO) -> str:
+    """The maker's name of the CPU; "" where the system does not tell."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def usable_cpus(cgroup: Path = CGROUP) -> int:
+    """vCPUs this process may use: its affinity, bounded by its control group's quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(cgroup)
+    return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """CPUs of time the control group grants (version 2, then 1); None: all."""
+    try:
+        limit, period = (cgroup / "cpu.max").read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        limit = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text()
+        period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text()
+        return int(limit) / int(period) if int(limit) > 0 else None
+    except (OSError, ValueError):
+        return None
