@@ -20,6 +20,7 @@ What a server (or `farthing.LLM`) uses:
         .encode(text, add_special_tokens=True) -> list[int];  .decode(ids, skip_special_tokens=True) -> str
         .eos_token_ids, .vocab_size
     engine.model_config                  # farthing.model.config.ModelConfig
+    engine.device, engine.backend        # torch.device, and the backend's name for logs
     engine.config                        # the resolved EngineConfig (max_model_len, num_blocks, … filled in)
     engine.default_sampling              # temperature, top_p, … from generation_config.json
     engine.stats.snapshot() -> Snapshot  # farthing.engine.stats: counters, gauges, histograms, experts
@@ -84,6 +85,7 @@ class Engine:
         c = self.config
         assert c.max_model_len and c.num_blocks and c.max_num_batched_tokens  # `resolve` has filled them in
         self.model_config: ModelConfig = model.config
+        self.device, self.backend = model.ops.device, model.ops.name
         self.tokenizer = tokenizer
         self.default_sampling = dict(default_sampling or {})
         self.stats = Stats()
