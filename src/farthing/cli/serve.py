@@ -24,7 +24,7 @@ Examples:
   farthing serve --host 0.0.0.0 --api-key-file keys.txt --tokens-per-minute 100000
 """
 
-_ENGINE, _HTTP, _LIMITS = "Engine", "HTTP", "Limits"
+_ENGINE, _HTTP, _LIMITS, _COST = "Engine", "HTTP", "Limits", "Cost"
 
 
 @app.command(epilog=EPILOG)
@@ -61,6 +61,14 @@ def serve(
         ),
     ] = "auto",
     access_log: Annotated[bool, typer.Option(help="Log every request.", rich_help_panel=_HTTP)] = False,
+    prices: Annotated[
+        str | None,
+        typer.Option(help="A prices.toml over the packaged one.", rich_help_panel=_COST),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="Its row for this machine. Default: by device name.", rich_help_panel=_COST),
+    ] = None,
     requests_per_minute: Annotated[
         int | None, typer.Option(min=1, help="For each key.", rich_help_panel=_LIMITS)
     ] = None,
@@ -164,6 +172,8 @@ def serve(
             reasoning_parser=cast("Any", reasoning_parser),
             root_path=root_path,
             access_log=access_log,
+            prices=prices,
+            hardware=hardware,
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
