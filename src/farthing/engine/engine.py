@@ -135,7 +135,7 @@ class Engine:
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
-        return cls(load(path, ops), config, tokenizer, generation_defaults(path))
+        return cls(load(path, ops, config.experts), config, tokenizer, generation_defaults(path))
 
     def submit(
         self,

@@ -189,7 +189,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._free(seq)
-        seq.num_computed = seq.num_cached = seq.num_registered = 0
+        seq.num_computed = seq.num_cached = 0
         seq.drafts = []
         seq.preemptions += 1
         self.num_preemptions += 1

@@ -1,0 +1,114 @@
+"""A tiny random model and a byte-level tokenizer, shared by the engine's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from farthing.config import EngineConfig
+from farthing.engine.engine import Engine
+from farthing.engine.tokenizer import Tokenizer
+from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.ops import make_batch, select
+
+VOCAB = 320
+EOS = 1
+RAW: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "num_nextn_predict_layers": 1,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+}
+
+
+@pytest.fixture(scope="session")
+def model() -> DeepseekModel:
+    """Two layers, one of experts, and an MTP layer."""
+    torch.set_num_threads(1)
+    return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE with a few merges and DeepSeek's special tokens."""
+    backend = HfTokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
+        show_progress=False,
+    )
+    text = ["def function(self): return self.value", "import typing, json", "for item in items: yield item"]
+    backend.train_from_iterator(text * 4, trainer)
+    config = {
+        "bos_token": "<｜begin▁of▁sentence｜>",
+        "eos_token": {"content": "<｜end▁of▁sentence｜>"},
+        "add_bos_token": True,
+    }
+    return Tokenizer(backend, config)
+
+
+@pytest.fixture
+def make_engine(model: DeepseekModel, tokenizer: Tokenizer) -> Iterator[Callable[..., Engine]]:
+    """Engines of the tiny model that end with the test, their books in order."""
+    engines: list[Engine] = []
+
+    def make(with_tokenizer: bool = True, **config: Any) -> Engine:
+        defaults = {"max_num_seqs": 8, "num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 32}
+        engine = Engine(model, EngineConfig(**(defaults | config)), tokenizer if with_tokenizer else None)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.shutdown()
+        engine._core.scheduler.check()
+        engine.health()
+        assert engine.num_live == 0
+        assert engine._core.scheduler.pool.num_free == engine.config.num_blocks
+        assert engine.stats.integrity_failures == 0
+
+
+def next_logits(model: DeepseekModel, tokens: list[int]) -> torch.Tensor:
+    """Logits [V] after `tokens`, from one pass over all of them: nothing of the engine is used."""
+    cache = model.new_cache(num_blocks=32, block_size=16, dtype="float32")
+    count = len(tokens)
+    batch = make_batch([count], [0], [list(range(-(-count // 16)))], 16)
+    hidden = model.forward(torch.tensor(tokens), batch, cache)
+    return model.logits(hidden[-1:])[0]
+
+
+@pytest.fixture
+def greedy(model: DeepseekModel) -> Callable[[list[int], int], list[int]]:
+    """The `count` tokens that follow greedily, recomputed from scratch for each."""
+
+    def run(prompt: list[int], count: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(next_logits(model, tokens).argmax()))
+        return tokens[len(prompt) :]
+
+    return run

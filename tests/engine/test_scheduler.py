@@ -1,0 +1,284 @@
+"""The scheduler against a model of memory: every slot a token attends to holds what it should."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from farthing.engine.block_pool import IntegrityError
+from farthing.engine.scheduler import Scheduler
+from farthing.engine.sequence import Scheduled, Sequence, Status
+
+SALTS = ("", "tenant")
+
+
+def next_token(tokens: list[int]) -> int:
+    """A stand-in for the model: depends on every token before it."""
+    return zlib.crc32(bytes(tokens)) % 3
+
+
+def continuation(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random requests, cancellations, drafts good and bad, in a cache that is too small."""
+
+    block_size, num_blocks, max_num_seqs, budget, lookahead, caching = 2, 9, 3, 5, 0, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(
+            self.num_blocks, self.block_size, self.max_num_seqs, self.budget, self.caching, self.lookahead
+        )
+        self.memory: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot -> salt and tokens up to it
+        self.live: list[Sequence] = []
+        self.expected: dict[int, list[int]] = {}
+        self.count = 0
+        self.clock = 0.0
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        output=st.integers(1, 8),
+        priority=st.sampled_from([-1, 0, 0, 0, 1]),
+        salt=st.sampled_from(SALTS),
+        read_cache=st.sampled_from([True, True, False]),
+    )
+    def add(self, prompt: list[int], output: int, priority: int, salt: str, read_cache: bool) -> None:
+        self.clock += 1
+        seq = Sequence(
+            id=self.count,
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            max_len=len(prompt) + output,
+            order=self.clock + 5 * priority,
+            salt=salt,
+            read_cache=read_cache,
+        )
+        self.count += 1
+        self.expected[seq.id] = continuation(prompt, output)
+        self.scheduler.add(seq)
+        self.live.append(seq)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(self.live))
+        self.scheduler.finish(seq)
+        self.live.remove(seq)
+
+    @rule(guess=st.lists(st.booleans(), max_size=3))
+    def step(self, guess: list[bool]) -> None:
+        plan = self.scheduler.schedule()
+        assert len({item.seq.id for item in plan}) == len(plan)
+        assert sum(item.num_tokens for item in plan) <= self.budget
+        assert len(self.scheduler.running) <= self.max_num_seqs
+        decoding = [s for s in self.scheduler.running if s.num_pending == 1]
+        assert {s.id for s in decoding} <= {item.seq.id for item in plan}, "decoding comes first"
+        for item in plan:
+            self.write(item)
+        for item in plan:
+            self.read(item)
+        for item in plan:
+            self.commit(item, guess)
+
+    def write(self, item: Scheduled) -> None:
+        seq = item.seq
+        tokens = seq.tokens[: item.start + item.count] + list(item.drafts)
+        for position in range(item.start, item.start + item.num_tokens):
+            slot = self.slot(seq, position)
+            self.memory[slot] = (seq.salt, tuple(tokens[: position + 1]))
+        assert len(seq.blocks) * self.block_size >= min(seq.max_len, item.start + item.num_tokens), (
+            "a slot for each token"
+        )
+
+    def read(self, item: Scheduled) -> None:
+        """What the step attends to: also that no other sequence of the step wrote there."""
+        tokens = item.seq.tokens + list(item.drafts)
+        for position in range(item.start + item.num_tokens):
+            salt, prefix = self.memory[self.slot(item.seq, position)]
+            assert prefix == tuple(tokens[: position + 1])
+            assert salt == item.seq.salt, "a cached block crossed salts"
+
+    def slot(self, seq: Sequence, position: int) -> int:
+        return seq.blocks[position // self.block_size] * self.block_size + position % self.block_size
+
+    def commit(self, item: Scheduled, guess: list[bool]) -> None:
+        seq = item.seq
+        if not item.sample:
+            self.scheduler.commit(item, [])
+            return
+        tokens = list(seq.tokens)
+        taken: list[int] = []
+        for ahead in range(1 + len(item.drafts)):
+            token = next_token(tokens)
+            taken.append(token)
+            tokens.append(token)
+            if len(tokens) == seq.max_len or ahead == len(item.drafts) or token != item.drafts[ahead]:
+                break
+        self.scheduler.commit(item, taken)
+        assert seq.num_pending == 1
+        if len(seq.tokens) == seq.max_len:
+            assert seq.tokens == self.expected[seq.id], "preempted or not, the same tokens"
+            self.scheduler.finish(seq)
+            self.live.remove(seq)
+            return
+        tokens = list(seq.tokens)
+        for good in guess:
+            token = next_token(tokens)
+            tokens.append(token if good else (token + 1) % 3)
+        seq.drafts = tokens[len(seq.tokens) :]
+
+    @invariant()
+    def books(self) -> None:
+        self.scheduler.check()
+        assert {s.id for s in self.live} == {s.id for s in self.scheduler.running + self.scheduler.waiting}
+
+    def teardown(self) -> None:
+        """Nobody starves: without new arrivals everything ends, and all blocks are free again."""
+        bound = 10 + sum(2 * s.max_len for s in self.live) * (1 + len(self.live))
+        for _ in range(bound):
+            if not self.live:
+                break
+            self.step([True, False])
+            self.books()
+        assert not self.live
+        assert self.scheduler.idle
+        assert self.scheduler.pool.num_free == self.num_blocks
+        assert self.scheduler.schedule() == []
+
+
+class NoCaching(SchedulerMachine):
+    caching = False
+
+
+class Lookahead(SchedulerMachine):
+    lookahead, block_size, num_blocks, budget = 2, 3, 6, 3
+
+
+COMMON = settings(
+    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = COMMON
+TestNoCaching = NoCaching.TestCase
+TestNoCaching.settings = settings(COMMON, max_examples=80)
+TestLookahead = Lookahead.TestCase
+TestLookahead.settings = settings(COMMON, max_examples=80)
+
+
+def sequence(
+    number: int, prompt: list[int], output: int = 4, order: float | None = None, salt: str = ""
+) -> Sequence:
+    when = float(number) if order is None else order
+    return Sequence(number, list(prompt), len(prompt), len(prompt) + output, when, salt)
+
+
+def run(scheduler: Scheduler, plan: list[Scheduled]) -> None:
+    for item in plan:
+        scheduler.commit(item, [9] if item.sample else [])
+
+
+def test_decode_is_scheduled_before_prefill() -> None:
+    scheduler = Scheduler(32, 4, max_num_seqs=4, max_num_batched_tokens=8)
+    early, late = sequence(0, [1, 2]), sequence(1, list(range(20)))
+    scheduler.add(early)
+    run(scheduler, scheduler.schedule())
+    scheduler.add(late)
+    plan = scheduler.schedule()
+    assert [(i.seq, i.count, i.decode) for i in plan] == [(early, 1, True), (late, 7, False)]
+
+
+def test_long_prompt_is_chunked_and_sampled_once() -> None:
+    scheduler = Scheduler(32, 4, max_num_seqs=1, max_num_batched_tokens=8)
+    scheduler.add(sequence(0, list(range(20))))
+    chunks = []
+    for _ in range(3):
+        plan = scheduler.schedule()
+        chunks += [(i.start, i.count, i.sample) for i in plan]
+        run(scheduler, plan)
+    assert chunks == [(0, 8, False), (8, 8, False), (16, 4, True)]
+
+
+def test_known_prefix_is_not_computed_again_but_the_last_token_is() -> None:
+    scheduler = Scheduler(32, 4, max_num_seqs=4, max_num_batched_tokens=64)
+    prompt = list(range(12))
+    scheduler.add(sequence(0, prompt))
+    run(scheduler, scheduler.schedule())
+    scheduler.add(sequence(1, prompt))
+    hit = next(i for i in scheduler.schedule() if i.seq.id == 1)
+    # Three full blocks are known; the last one has to be computed for its logits.
+    assert (hit.start, hit.count) == (8, 4)
+    assert hit.seq.num_cached == 8
+
+
+def test_second_turn_finds_the_first_answer() -> None:
+    scheduler = Scheduler(32, 4, max_num_seqs=4, max_num_batched_tokens=64)
+    first = sequence(0, list(range(6)), output=6)
+    scheduler.add(first)
+    while first.num_output < 6:
+        run(scheduler, scheduler.schedule())
+    scheduler.finish(first)
+    second = sequence(1, [*first.tokens, 1, 2, 3])
+    scheduler.add(second)
+    scheduler.schedule()
+    assert second.num_cached == 8  # 11 of 12 tokens were computed: two full blocks, one of them output
+
+
+def test_another_salt_finds_nothing() -> None:
+    scheduler = Scheduler(32, 4, max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler.add(sequence(0, list(range(12)), salt="a"))
+    run(scheduler, scheduler.schedule())
+    other = sequence(1, list(range(12)), salt="b")
+    scheduler.add(other)
+    scheduler.schedule()
+    assert other.num_cached == 0
+
+
+def test_the_least_urgent_is_preempted() -> None:
+    scheduler = Scheduler(4, 2, max_num_seqs=2, max_num_batched_tokens=16)
+    urgent, other = sequence(0, [1, 2, 3], order=1.0), sequence(1, [4, 5, 6], order=0.5)
+    for seq in (urgent, other):
+        seq.max_len = 8
+        scheduler._watermark = 0
+        scheduler.add(seq)
+    for _ in range(2):
+        run(scheduler, scheduler.schedule())
+    run(scheduler, scheduler.schedule())
+    assert urgent.status is Status.WAITING and urgent.blocks == [] and urgent.preemptions == 1
+    assert other.status is Status.RUNNING
+    assert scheduler.num_preemptions == 1
+
+
+def test_priority_orders_the_queue_and_waiting_outweighs_it() -> None:
+    scheduler = Scheduler(8, 4, max_num_seqs=1, max_num_batched_tokens=8)
+    for seq in (sequence(0, [1], order=10.0), sequence(1, [1], order=5.0), sequence(2, [1], order=7.0)):
+        scheduler.add(seq)
+    assert [s.id for s in scheduler.waiting] == [1, 2, 0]
+
+
+def test_too_small_a_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 3"):
+        Scheduler(8, 4, max_num_seqs=4, max_num_batched_tokens=3)
+
+
+def test_a_sequence_larger_than_the_cache_is_refused() -> None:
+    scheduler = Scheduler(2, 4, max_num_seqs=1, max_num_batched_tokens=8)
+    with pytest.raises(ValueError, match="at most 8"):
+        scheduler.add(sequence(0, [1] * 8, output=1))
+
+
+def test_a_leak_is_noticed() -> None:
+    scheduler = Scheduler(8, 4, max_num_seqs=1, max_num_batched_tokens=8)
+    scheduler.add(sequence(0, [1]))
+    scheduler.schedule()
+    scheduler.pool.allocate(1)
+    with pytest.raises(IntegrityError, match="its owners hold 0"):
+        scheduler.check()
