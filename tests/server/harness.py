@@ -38,7 +38,7 @@ from farthing.server.service import Service
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 RAW: dict[str, Any] = {
     "model_type": "deepseek_v3",
-    "vocab_size": 320,
+    "vocab_size": 267,
     "hidden_size": 32,
     "intermediate_size": 48,
     "moe_intermediate_size": 16,
@@ -53,7 +53,7 @@ RAW: dict[str, Any] = {
     "n_routed_experts": 4,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "bos_token_id": 0,
     "eos_token_id": 1,
 }

@@ -66,8 +66,12 @@ async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send
 
 
 def describe_validation(errors: list[Any]) -> ApiError:
-    """The first of pydantic's complaints, as a 400 that names the field, the value and what is accepted."""
-    first = errors[0]
+    """The first of pydantic's complaints, as a 400 that names the field, the value and what is accepted.
+
+    Where a field may have several types, the complaint of the one that fitted furthest.
+    """
+    field = errors[0]["loc"][:2]
+    first = max((error for error in errors if error["loc"][:2] == field), key=lambda error: len(error["loc"]))
     where = [str(part) for part in first["loc"] if part != "body" and _is_field(part)]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,15 @@ _FLOOR = -9999.0  # JSON has no minus infinity
 Position = dict[int, Logprob] | None  # None: the first token of a prompt, which nothing predicts
 
 
-def token_text(token: int, logprob: Logprob | None, tokenizer: Tokenizer | None) -> str:
-    """The text of one token, or its id where there is no tokenizer."""
-    if logprob is not None and logprob.decoded_token is not None:
-        return logprob.decoded_token
-    return f"token_id:{token}" if tokenizer is None else tokenizer.token_text(token)
+def token_text(token: int, tokenizer: Tokenizer | None) -> str:
+    """The text of one token; its bytes where it is part of a character, its id without a tokenizer."""
+    if tokenizer is None:
+        return f"token_id:{token}"
+    raw = tokenizer.token_bytes(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def chat_logprobs(
@@ -26,7 +31,7 @@ def chat_logprobs(
     """{"content": [{token, logprob, bytes, top_logprobs}, …]}."""
 
     def entry(token: int, logprob: Logprob) -> dict[str, Any]:
-        text = token_text(token, logprob, tokenizer)
+        text = token_text(token, tokenizer)
         raw = text.encode() if tokenizer is None else tokenizer.token_bytes(token)
         return {"token": text, "logprob": max(logprob.logprob, _FLOOR), "bytes": list(raw)}
 
@@ -48,18 +53,19 @@ def completion_logprobs(
     offset: int = 0,
 ) -> dict[str, Any]:
     """{tokens, token_logprobs, top_logprobs, text_offset}; offset: characters that came before."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, position in zip(tokens, positions, strict=True):
         own = None if position is None else position[token]
-        text = token_text(token, own, tokenizer)
-        result["tokens"].append(text)
+        result["tokens"].append(token_text(token, tokenizer))
         result["token_logprobs"].append(None if own is None else max(own.logprob, _FLOOR))
         result["top_logprobs"].append(None if position is None else _top(position, top, tokenizer))
         result["text_offset"].append(offset)
-        offset += len(text)
+        if tokenizer is not None and token not in tokenizer.special_ids:  # those are not in the text
+            offset += len(decoder.decode(tokenizer.token_bytes(token)))
     return result
 
 
 def _top(position: dict[int, Logprob], top: int, tokenizer: Tokenizer | None) -> dict[str, float]:
     best = sorted(position.items(), key=lambda item: item[1].rank)[:top]
-    return {token_text(token, lp, tokenizer): max(lp.logprob, _FLOOR) for token, lp in best}
+    return {token_text(token, tokenizer): max(lp.logprob, _FLOOR) for token, lp in best}
