@@ -18,8 +18,11 @@ class Actuator(Protocol):
 
     async def start(self) -> None: ...
 
-    async def current(self) -> int:
-        """Replicas asked for at present. Raises ActuatorError where that cannot be known."""
+    async def current(self) -> int | None:
+        """Replicas asked for at present; None where it does not know.
+
+        Raises ActuatorError when it cannot ask.
+        """
         ...
 
     async def apply(self, decision: Decision) -> None:

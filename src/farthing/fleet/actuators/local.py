@@ -213,7 +213,7 @@ class LocalReplicas:
     async def _becomes_ready(self, replica: LocalReplica, ended: asyncio.Task[int]) -> bool:
         deadline = replica.launched + self.config.ready_timeout_s
         while replica.state == "starting" and not ended.done():
-            if await self._answers(replica):
+            if await self._probe(replica) == 200:
                 took = time.monotonic() - replica.launched
                 replica.state = "ready"
                 self.cold_starts.add(took)
@@ -233,20 +233,21 @@ class LocalReplicas:
         answered = time.monotonic()
         while not ended.done():
             await asyncio.wait([ended], timeout=self.config.liveness_s / 10)
-            if replica.state == "draining" or await self._answers(replica):
+            if replica.state == "draining" or await self._probe(replica) is not None:
                 answered = time.monotonic()
             elif time.monotonic() - answered > self.config.liveness_s and not ended.done():
                 replica.reason = f"no answer for {self.config.liveness_s:g} s"
                 signal_group(replica.process, signal.SIGKILL)
                 await ended
 
-    async def _answers(self, replica: LocalReplica) -> bool:
+    async def _probe(self, replica: LocalReplica) -> int | None:
+        """The status of its health check; None when it does not answer."""
         assert self._http is not None
         try:
             async with self._http.get(replica.url + self.config.health_path) as answer:
-                return answer.status == 200
+                return answer.status
         except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
+            return None
 
     async def _end(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
         """The process has ended, or is made to: SIGTERM, then after the drain time SIGKILL for its whole

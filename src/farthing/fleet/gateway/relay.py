@@ -264,7 +264,7 @@ class ClientConnection(asyncio.Protocol):
         """
         again = self.gateway.now() + _AGAIN_S
         with self.gateway.waiting() as admitted:
-            while admitted and (left := deadline - self.gateway.now()) > 0:
+            while admitted and not self.gateway.stopping and (left := deadline - self.gateway.now()) > 0:
                 await self.gateway.changed(min(left, _AGAIN_S))
                 passed_over = tried if self.gateway.now() < again else ()
                 if replica := self.gateway.balancer.choose(request.body, passed_over):

@@ -84,6 +84,7 @@ class Gateway:
         Returns how many were broken off.
         """
         self.stopping = True
+        self._notify()  # who waits for a replica is told so now
         if self._server is not None:
             self._server.close()
         for client in [c for c in self.clients if c.idle]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+LAUNCH_METRIC = "farthing:launch_to_ready_seconds"  # gauge; only Farthing's server has it
+
 
 @dataclass(frozen=True)
 class Dialect:

@@ -17,7 +17,7 @@ import aiohttp
 
 from farthing.fleet.decisions import Snapshot
 from farthing.fleet.signals.coldstart import ColdStarts
-from farthing.fleet.signals.dialects import DIALECTS, Dialect
+from farthing.fleet.signals.dialects import DIALECTS, LAUNCH_METRIC, Dialect
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,10 @@ class PrometheusSource:
     # ---- the snapshot ----
 
     async def read(self, current: int) -> Snapshot:
-        """All signals in one round of parallel questions. Stale if the server or its samples are gone."""
+        """All signals in one round of parallel questions. Stale if the server or its samples are gone.
+
+        `ready` is None while a replica that was seen within `stale_after_s` is not seen any more.
+        """
         try:
             dialect = self._dialect or await self._detect()
             if dialect is None:
@@ -72,8 +75,9 @@ class PrometheusSource:
             log.warning("signals: %s", problem)
             return Snapshot(time=self._wall(), current=current, stale=True)
         value = dict(zip(questions, answers, strict=True))
-        age = value.pop("age")
-        ready = value.pop("ready")
+        age, ready, lately = value.pop("age"), value.pop("ready"), value.pop("lately")
+        if ready != lately:
+            ready = None  # a replica fell silent: part of the load is unseen, no reason to scale down
         measured = self._cold_starts.p90 if self._cold_starts is not None else None
         cold_start = value.pop("cold_start_s")
         return Snapshot(
@@ -102,6 +106,7 @@ class PrometheusSource:
         questions = {
             "age": f"time() - max(timestamp({self._of(d.waiting)}))",
             "ready": f"count({self._of(d.waiting)})",
+            "lately": f"count(count_over_time({self._of(d.waiting)}[{self._stale_after:g}s]))",
             "request_rate": self._arrivals(d),
             "prompt_token_rate": self._rate(f"{d.prompt_tokens}_total"),
             "output_token_rate": self._rate(f"{d.output_tokens}_total"),
@@ -109,7 +114,8 @@ class PrometheusSource:
             "ttft_s": self._mean(d.ttft),
             "running": f"sum({self._of(d.running)})",
             "kv_usage": f"avg({self._of(d.kv_usage)})",
-            "cold_start_s": f"quantile(0.9, {ready_at}{self._pods} - kube_pod_created{self._pods})",
+            "cold_start_s": f"quantile(0.9, {self._of(LAUNCH_METRIC)}) or "
+            f"quantile(0.9, {ready_at}{self._pods} - kube_pod_created{self._pods})",
         }
         if d.queue_time:
             questions["queue_time_s"] = self._mean(d.queue_time)

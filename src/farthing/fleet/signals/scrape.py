@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from farthing.fleet.decisions import Snapshot
 from farthing.fleet.signals.coldstart import ColdStarts
-from farthing.fleet.signals.dialects import Dialect, detect
+from farthing.fleet.signals.dialects import LAUNCH_METRIC, Dialect, detect
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class Sample:
     running: float | None
     waiting: float | None
     kv_usage: float | None
+    launch_s: float | None  # launch to ready, where the server says so
     totals: Mapping[str, float]  # "prompt", "output", "<histogram>_sum", "<histogram>_count"
 
 
@@ -89,7 +90,7 @@ def parse(text: str, dialect: Dialect | None, at: float) -> Sample | None:
             totals[f"{key}_sum"] = values[f"{histogram}_sum"]
             totals[f"{key}_count"] = values[f"{histogram}_count"]
     running, waiting, kv_usage = (values.get(n) for n in (known.running, known.waiting, known.kv_usage))
-    return Sample(at, running, waiting, kv_usage, totals)
+    return Sample(at, running, waiting, kv_usage, values.get(LAUNCH_METRIC), totals)
 
 
 class ScrapeSource:
@@ -120,7 +121,8 @@ class ScrapeSource:
     async def read(self, current: int) -> Snapshot:
         """Scrape all replicas at once.
 
-        Stale if one does not answer, or none is there: part of the load is unseen.
+        Stale if none answers. If some do not, part of the load is unseen: `ready` is None then, on which the
+        policy may scale up but not down.
         """
         targets = dict(self._targets())
         texts = await asyncio.gather(*(self._get(f"{url}/metrics") for url in targets.values()))
@@ -133,7 +135,7 @@ class ScrapeSource:
         return Snapshot(
             time=self._wall(),
             current=current,
-            ready=len(samples),
+            ready=len(samples) if len(samples) == len(targets) else None,
             request_rate=self._arrivals(),
             prompt_token_rate=self._rate("prompt"),
             output_token_rate=self._rate("output"),
@@ -143,8 +145,8 @@ class ScrapeSource:
             tpot_s=self._mean("tpot"),
             running=_sum(s.running for s in samples),
             kv_usage=_mean(s.kv_usage for s in samples),
-            cold_start_s=self._cold_starts.p90 if self._cold_starts is not None else None,
-            stale=not samples or len(samples) < len(targets),
+            cold_start_s=self._cold_start(samples),
+            stale=not samples,
         )
 
     async def close(self) -> None:
@@ -201,6 +203,16 @@ class ScrapeSource:
             return None
         queued = (h.growth_of_queue() for h in self._histories.values())
         return max(0.0, served + sum(queued))
+
+    def _cold_start(self, samples: Iterable[Sample]) -> float | None:
+        """P90 of what was measured from outside, else of what the replicas say of themselves."""
+        if self._cold_starts is not None and self._cold_starts.p90 is not None:
+            return self._cold_starts.p90
+        reported = ColdStarts()
+        for sample in samples:
+            if sample.launch_s is not None:
+                reported.add(sample.launch_s)
+        return reported.p90
 
     def _mean(self, key: str) -> float | None:
         """Mean of a histogram over the window and all replicas; 0 where nothing was observed in it."""

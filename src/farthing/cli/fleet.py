@@ -1,0 +1,227 @@
+"""`farthing fleet`: run, scale and explain a fleet of replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(no_args_is_help=True, help="Run, scale and explain a fleet of replicas.")
+
+_UP_EXAMPLES = """
+Examples:
+
+  farthing fleet up
+
+  farthing fleet up ./DeepSeek-V3 --max-replicas 4 --api-key-file keys.txt
+
+  farthing fleet up --command "vllm serve ./model --port {port}" --health-path /health --metrics-names vllm
+"""
+_RUN_EXAMPLES = """
+Examples:
+
+  farthing fleet run fleet.yaml
+
+  farthing fleet run fleet.yaml --advise
+"""
+_GATEWAY_EXAMPLES = """
+Examples:
+
+  farthing fleet gateway --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002
+
+  farthing fleet gateway --replicas-file replicas.json --port 8000 --api-key-file keys.txt
+"""
+_EXPLAIN_EXAMPLES = """
+Examples:
+
+  farthing fleet explain
+
+  farthing fleet explain --last 3 --changes --json
+"""
+
+
+@app.command(epilog=_UP_EXAMPLES)
+def up(
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "reference",
+    host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the gateway; 0 picks a free one.")] = 8000,
+    min_replicas: Annotated[int, typer.Option(min=0)] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1)] = 2,
+    capacity: Annotated[
+        float, typer.Option(help="Requests/s one replica sustains; `farthing bench capacity` measures it.")
+    ] = 1.0,
+    command: Annotated[
+        str | None,
+        typer.Option(help="Command of a replica instead of `farthing serve MODEL`; {port} is filled in."),
+    ] = None,
+    serve_args: Annotated[str, typer.Option(help="More arguments for `farthing serve`.")] = "",
+    health_path: Annotated[
+        str, typer.Option(help="Path that answers 200 once a replica is ready.")
+    ] = "/ready",
+    metrics_names: Annotated[str, typer.Option(help="auto, farthing, vllm or sglang.")] = "auto",
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys, `name:key` or a key on each line.")] = None,
+    ready_timeout: Annotated[float, typer.Option(help="Seconds a replica may take to be ready.")] = 600.0,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file; its policy, gateway and signals apply.")
+    ] = None,
+    state: Annotated[Path, typer.Option(help="Directory for logs, decisions and state.")] = Path(
+        "runs/fleet"
+    ),
+    metrics: Annotated[str, typer.Option(help="HOST:PORT of the controller's /metrics.")] = "127.0.0.1:9400",
+    advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
+) -> None:
+    """Start a gateway and replicas on this machine, and let them follow the load."""
+    from farthing.fleet.actuators.local import LocalConfig
+    from farthing.fleet.up import UpConfig, serve_command
+    from farthing.fleet.up_defaults import local_fleet
+
+    _log_to_stderr()
+    words = shlex.split(command) if command else serve_command(model, tuple(shlex.split(serve_args)))
+    with _errors_to_user():
+        fleet = local_fleet(
+            config,
+            policy={"min_replicas": min_replicas, "max_replicas": max_replicas, "capacity": capacity},
+            metrics_names=metrics_names,
+            state=state,
+            metrics=metrics,
+            advise=advise,
+        )
+        local = LocalConfig(
+            tuple(words), state / "replicas", health_path=health_path, ready_timeout_s=ready_timeout
+        )
+        asyncio.run(_up(UpConfig(fleet, local, host, port, api_key_file)))
+
+
+async def _up(config: Any) -> None:
+    from farthing.fleet.operate import stop_event
+    from farthing.fleet.outlook import make_outlook
+    from farthing.fleet.up import LocalFleet
+
+    stop = stop_event()
+    async with LocalFleet(config, make_outlook(config.fleet)) as fleet:
+        _say(f"gateway on {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {fleet.metrics_port}")
+        scaling = asyncio.create_task(fleet.run(stop))
+        ready = asyncio.create_task(fleet.wait_ready(config.local.ready_timeout_s, _say))
+        await asyncio.wait([ready, scaling], return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not ready.result():
+            _say(f"no replica became ready: {fleet.replicas.given_up or 'time is up'}")
+            stop.set()
+            await scaling
+            raise typer.Exit(1)
+        if ready.done():
+            _say("ready")
+        ready.cancel()
+        await scaling
+        _say("ending: requests under way are finished first")
+
+
+@app.command(epilog=_RUN_EXAMPLES)
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file; docs/fleet.md lists its fields.")],
+    advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
+) -> None:
+    """Control a deployment in Kubernetes or elsewhere from the signals of a Prometheus server."""
+    from dataclasses import replace
+
+    from farthing.fleet.config import load
+    from farthing.fleet.operate import operate, stop_event
+    from farthing.fleet.outlook import make_outlook
+
+    _log_to_stderr()
+
+    async def main(fleet: Any) -> None:
+        await operate(fleet, stop_event(), make_outlook(fleet))
+
+    with _errors_to_user():
+        loaded = load(config)
+        asyncio.run(main(replace(loaded, advise=advise or loaded.advise)))
+
+
+@app.command(epilog=_GATEWAY_EXAMPLES)
+def gateway(
+    replica: Annotated[list[str] | None, typer.Option(help="URL of a replica. Repeatable.")] = None,
+    replicas_file: Annotated[Path | None, typer.Option(help="JSON file that names them, watched.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
+    fd: Annotated[int | None, typer.Option(help="Take over this open socket instead.", hidden=True)] = None,
+    health_path: Annotated[
+        str, typer.Option(help="Path that answers 200 while a replica is ready.")
+    ] = "/health",
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys, `name:key` or a key on each line.")] = None,
+    drain: Annotated[float, typer.Option(help="Seconds for requests under way after SIGTERM.")] = 60.0,
+) -> None:
+    """One OpenAI-compatible address in front of many replicas."""
+    from farthing.fleet.gateway import GatewayConfig
+    from farthing.fleet.gateway.process import serve
+
+    _log_to_stderr()
+    if bool(replica) == bool(replicas_file):
+        raise typer.BadParameter("give either --replica or --replicas-file")
+    with _errors_to_user():
+        asyncio.run(
+            serve(
+                GatewayConfig(health_path=health_path, drain_s=drain),
+                replicas={f"r{i}": url for i, url in enumerate(replica or [], 1)},
+                replicas_file=replicas_file,
+                address=(host, port),
+                fd=fd,
+                api_key_file=api_key_file,
+            )
+        )
+
+
+@app.command(epilog=_EXPLAIN_EXAMPLES)
+def explain(
+    state: Annotated[Path, typer.Option(help="The controller's state directory.")] = Path("runs/fleet"),
+    last: Annotated[int, typer.Option(min=1, help="How many decisions.")] = 10,
+    changes: Annotated[bool, typer.Option("--changes", help="Only those that changed the number.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Print the last decisions with their reasons."""
+    from farthing.fleet.explain import last_decisions, report
+
+    with _errors_to_user():
+        decisions = last_decisions(state, last, changes=changes)
+    if as_json:
+        typer.echo(json.dumps([json.loads(d.to_json()) for d in decisions], indent=2))
+        return
+    _print(report(decisions))
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console().print(renderable, end="")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
+    )
+
+
+class _errors_to_user:
+    """What the user can put right becomes one line and exit status 2; a defect keeps its traceback."""
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from farthing.fleet.actuators.base import ActuatorError
+
+        if isinstance(error, (ValueError, OSError, ActuatorError)):
+            typer.echo(f"farthing fleet: {error}", err=True)
+            raise typer.Exit(2) from error

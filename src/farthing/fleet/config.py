@@ -1,0 +1,166 @@
+"""The fleet's configuration: frozen dataclasses, read from one YAML file whose sections are named as the
+fields here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from farthing.fleet.gateway.replicas import GatewayConfig
+from farthing.fleet.policy import PolicyConfig
+from farthing.fleet.signals.dialects import dialect
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SignalsConfig:
+    """Where the signals come from: a Prometheus server, or the /metrics of the replicas named."""
+
+    prometheus: str | None = None  # URL of the server
+    selector: str = ""  # {label="value",…} put behind every metric name
+    metrics: str = "auto"  # farthing, vllm, sglang
+    replicas: tuple[str, ...] = ()  # base URLs, where no Prometheus is
+    window_s: float = 30.0  # of rates and means; at least two scrapes of Prometheus
+    timeout_s: float = 3.0
+    token_file: Path | None = None  # bearer token, for a Prometheus that wants one
+
+    def __post_init__(self) -> None:
+        dialect(self.metrics)
+        for name in ("window_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"signals.{name} = {getattr(self, name)}: expected a number of seconds above 0"
+                )
+
+
+@dataclass(frozen=True)
+class KubernetesConfig:
+    """The API server and what is scaled there."""
+
+    api: str = "auto"  # the pod's service account, else the kubeconfig; or a URL
+    context: str | None = None
+    namespace: str | None = None  # default: the pod's own
+    target: str | None = None  # KIND/NAME: deployment, statefulset, leaderworkerset
+    patch: bool = True  # False: only read, where an HPA or KEDA scales
+    lease: str | None = "farthing-fleet"  # None: no election, there is one controller
+    identity: str | None = None  # default: the host name, in a pod its name
+
+
+@dataclass(frozen=True)
+class ExternalMetricsConfig:
+    """The external-metrics API server for an HPA."""
+
+    certificate: Path
+    key: Path
+    host: str = "0.0.0.0"
+    port: int = 6443
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KedaConfig:
+    """The KEDA external scaler."""
+
+    address: str = "0.0.0.0:6000"
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """Everything a controller is told."""
+
+    policy: PolicyConfig
+    signals: SignalsConfig = field(default_factory=SignalsConfig)
+    kubernetes: KubernetesConfig | None = None
+    external_metrics: ExternalMetricsConfig | None = None
+    keda: KedaConfig | None = None
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    state: Path = Path("runs/fleet")  # decision log, policy state, forecasters
+    metrics: str = "127.0.0.1:9400"  # HOST:PORT of the controller's own /metrics; port 0 picks a free one
+    advise: bool = False  # only recommend
+    forecast: dict[str, Any] = field(default_factory=dict)  # of the forecasters; events and holidays
+
+    def __post_init__(self) -> None:
+        split_address(self.metrics)
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"address = {text!r}: expected HOST:PORT")
+    return host, int(port)
+
+
+def load(path: Path) -> FleetConfig:
+    """Read a YAML file. Raises ValueError naming the file, the field, its value and what is accepted."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as problem:
+        raise ValueError(f"{path}: {problem.strerror}") from problem
+    except yaml.YAMLError as problem:
+        raise ValueError(f"{path} is not YAML: {problem}") from problem
+    try:
+        return build(FleetConfig, data)
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from problem
+
+
+def build(cls: type[T], data: Any, where: str = "") -> T:
+    """A dataclass from a mapping, nested ones too. Raises ValueError naming the field that is wrong."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where or 'configuration'} = {data!r}: expected a mapping of fields")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    for name in data:
+        if name not in known:
+            raise ValueError(f"{_join(where, str(name))}: no such field; known are {', '.join(known)}")
+    values = {name: _convert(hints[name], value, _join(where, name)) for name, value in data.items()}
+    try:
+        return cls(**values)
+    except TypeError as problem:  # a field without default is missing
+        raise ValueError(f"{where or 'configuration'}: {str(problem).split(') ')[-1]}") from problem
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type a field declares."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is typing.Literal and value in arguments:
+        return value
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = origin or hint
+    if (
+        isinstance(plain, type)
+        and isinstance(value, plain)
+        and not (plain is int and isinstance(value, bool))
+    ):
+        return value
+    accepted = (
+        " or ".join(map(repr, arguments))
+        if origin is typing.Literal
+        else getattr(plain, "__name__", str(hint))
+    )
+    raise ValueError(f"{where} = {value!r}: expected {'a list' if origin is tuple else accepted}")

@@ -1,0 +1,196 @@
+"""The loop: signals -> forecasts -> policy -> decision log -> actuator, once every `interval_s`.
+
+Nothing that fails ends it. Signals that are missing make the policy hold; an actuator that does not
+answer is an alarm, and the next turn is the retry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from farthing.fleet.actuators.base import Actuator, ActuatorError, Board
+from farthing.fleet.decisions import Decision, DecisionLog, Forecast, Snapshot, read_log
+from farthing.fleet.metrics import FleetMetrics
+from farthing.fleet.policy import Policy, PolicyState
+from farthing.fleet.signals import Source
+
+log = logging.getLogger(__name__)
+
+_SAVE_S = 10.0  # between writes of the policy's state
+
+
+class Outlook(Protocol):
+    """What the controller needs of forecasters and of a capacity model."""
+
+    def observe(self, now: float, snapshot: Snapshot) -> None:
+        """Take in the signals of one turn."""
+        ...
+
+    def short(self, now: float) -> Forecast | None: ...
+
+    def mid(self, now: float) -> Forecast | None: ...
+
+    def capacity(self) -> float | None:
+        """Load units a second one replica sustains, as learnt; None: the configured one."""
+        ...
+
+    def maintain(self, now: float) -> None:
+        """Fit anew what is due. Called in a thread, one at a time; may take long."""
+        ...
+
+
+class Controller:
+    """Decides and acts until it is told to stop. With `advise` it only recommends."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        source: Source,
+        actuator: Actuator,
+        *,
+        log_path: Path,
+        outlook: Outlook | None = None,
+        board: Board | None = None,
+        metrics: FleetMetrics | None = None,
+        advise: bool = False,
+        state_path: Path | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.policy, self.source, self.actuator, self.outlook = policy, source, actuator, outlook
+        self.board = board if board is not None else Board()
+        self.metrics = metrics if metrics is not None else FleetMetrics()
+        self.advise = advise
+        self.log = DecisionLog(log_path)
+        self._state_path, self._saved_at = state_path, 0.0
+        self._wall = wall
+        self._known = _last_target(log_path)  # replicas asked for, as last read or decided
+        self._maintenance: asyncio.Task[None] | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Turn after turn until `stop` is set; a turn that takes long does not shift the next ones."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while not stop.is_set():
+            try:
+                await self.turn()
+            except Exception:  # a defect must not end the control of a fleet: it holds, and shouts
+                log.exception("this turn failed; the number of replicas is held")
+                self.metrics.failures.inc()
+            due = max(due + self.policy.config.interval_s, loop.time())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), due - loop.time())
+        self._save(force=True)
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+
+    async def turn(self) -> Decision | None:
+        """One decision, logged and, unless it is advice only, acted on. None before anything is known."""
+        alarms: list[str] = []
+        current = await self._current(alarms)
+        snapshot = await self.source.read(current if current is not None else 0)
+        if current is None:  # nothing says how many are asked for: what we asked for, or what serves if more
+            current = max(self._known or 0, snapshot.ready or 0)
+            if self._known is None and snapshot.ready is None:
+                log.warning("neither the actuator nor the signals say how many replicas there are")
+                return None
+            snapshot = replace(snapshot, current=current)
+        now = self._wall()
+        decision = self._decide(now, snapshot, current)
+        decision = replace(decision, alarms=(*decision.alarms, *alarms))
+        await self._act(decision, blind=bool(alarms))
+        self._save()
+        return decision
+
+    def _decide(self, now: float, snapshot: Snapshot, current: int) -> Decision:
+        if self.outlook is None:
+            return self.policy.decide(now, snapshot, current=current)
+        self.outlook.observe(now, snapshot)
+        self._maintain(now)
+        return self.policy.decide(
+            now,
+            snapshot,
+            self.outlook.short(now),
+            self.outlook.mid(now),
+            current=current,
+            capacity=self.outlook.capacity(),
+        )
+
+    async def _current(self, alarms: list[str]) -> int | None:
+        try:
+            current = await self.actuator.current()
+        except ActuatorError as problem:
+            log.warning("actuator: %s", problem)
+            alarms.append(f"actuator: {problem}")
+            return self._known
+        self._known = current if current is not None else self._known
+        return current
+
+    async def _act(self, decision: Decision, *, blind: bool) -> None:
+        """Log, show and apply. Blind (the actuator did not answer), nothing is applied: the turn was a
+        guess.
+        """
+        if not self.advise and not blind:
+            try:
+                await self.actuator.apply(decision)
+            except ActuatorError as problem:
+                log.warning("actuator: %s", problem)
+                decision = replace(decision, alarms=(*decision.alarms, f"actuator: {problem}"))
+        self._known = decision.target if not blind else self._known
+        self.log.append(decision)
+        self.board.post(decision)
+        self.metrics.show(decision)
+        if decision.target != decision.current:
+            verb = "would scale" if self.advise else "scale"
+            log.info("%s %d -> %d: %s", verb, decision.current, decision.target, decision.reason)
+
+    def _maintain(self, now: float) -> None:
+        """Let the forecasters fit in a thread, one run at a time."""
+        if self.outlook is None or (self._maintenance is not None and not self._maintenance.done()):
+            return
+        self._maintenance = asyncio.create_task(self._maintained(self.outlook, now))
+
+    async def _maintained(self, outlook: Outlook, now: float) -> None:
+        try:
+            await asyncio.to_thread(outlook.maintain, now)
+        except Exception:  # a forecaster that cannot be fitted must not stop the real-time level
+            log.exception("forecasters: this fit failed, the last one stays in use")
+            self.metrics.failures.inc()
+
+    def _save(self, *, force: bool = False) -> None:
+        if self._state_path is None or not (force or time.monotonic() - self._saved_at > _SAVE_S):
+            return
+        self._saved_at = time.monotonic()
+        scratch = self._state_path.with_name(self._state_path.name + ".new")
+        scratch.write_text(self.policy.state.to_json())
+        scratch.replace(self._state_path)
+
+
+def _last_target(log_path: Path) -> int | None:
+    """What an earlier run asked for last, so that a restart does not take a thinned fleet for the whole
+    one.
+    """
+    try:
+        last = read_log(log_path, 1)
+    except (FileNotFoundError, ValueError):
+        return None
+    return last[-1].target if last else None
+
+
+def load_state(path: Path) -> PolicyState | None:
+    """The policy's state of an earlier run; None where there is none, or it cannot be read (which is
+    logged).
+    """
+    try:
+        return PolicyState.from_json(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as problem:
+        log.warning("policy state %s ignored: %s", path, problem)
+        return None

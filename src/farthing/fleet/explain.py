@@ -1,0 +1,50 @@
+"""`farthing fleet explain`: the last decisions in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from rich.text import Text
+
+from farthing.fleet.decisions import Decision, read_log
+
+_ALL = 1 << 30
+
+
+def last_decisions(state: Path, last: int, *, changes: bool = False) -> list[Decision]:
+    """The last decisions of a state directory, oldest first; with `changes` those that asked for another
+    number.
+
+    Raises FileNotFoundError where no controller has written there.
+    """
+    path = state / "decisions.jsonl"
+    if not changes:
+        return read_log(path, last)
+    return [d for d in read_log(path, _ALL) if d.target != d.current][-last:]
+
+
+def report(decisions: Sequence[Decision]) -> Text:
+    """Three lines or more a decision: when and what, what each level asked for, why, and what was
+    alarming.
+    """
+    text = Text()
+    for decision in decisions:
+        when = datetime.fromtimestamp(decision.time).astimezone().isoformat(sep=" ", timespec="seconds")
+        style = {"up": "bold green", "down": "bold yellow", "hold": "dim"}[decision.action]
+        text.append(f"{when}  {_change(decision)}", style)
+        text.append(f"  decided by {decision.decided_by}\n")
+        levels = decision.levels
+        named = (("short", levels.short), ("mid", levels.mid), ("real time", levels.realtime))
+        asked = ", ".join(f"{name} {value}" for name, value in named if value is not None)
+        text.append(f"  levels: {asked or 'none could say'}\n  {decision.reason}\n")
+        for alarm in decision.alarms:
+            text.append(f"  alarm: {alarm}\n", "red")
+    return text if decisions else Text("no such decision in the log\n")
+
+
+def _change(decision: Decision) -> str:
+    if decision.target == decision.current:
+        return f"hold at {decision.current}"
+    return f"{decision.action} {decision.current} -> {decision.target}"

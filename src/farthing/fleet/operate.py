@@ -1,0 +1,177 @@
+"""Builds a controller and its actuators from a configuration, and runs them until a signal: `farthing
+fleet run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from farthing.fleet.actuators.base import Actuator, Board
+from farthing.fleet.actuators.passive import Passive
+from farthing.fleet.config import FleetConfig, split_address
+from farthing.fleet.controller import Controller, Outlook, load_state
+from farthing.fleet.metrics import FleetMetrics, MetricsServer
+from farthing.fleet.policy import Policy
+from farthing.fleet.signals import PrometheusSource, ScrapeSource, Source
+from farthing.fleet.signals.dialects import dialect
+
+log = logging.getLogger(__name__)
+
+
+def stop_event() -> asyncio.Event:
+    """Set by SIGTERM or Ctrl-C."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def operate(config: FleetConfig, stop: asyncio.Event, outlook: Outlook | None = None) -> None:
+    """Run a controller with all that the configuration asks for.
+
+    Raises ValueError, ActuatorError or OSError.
+    """
+    board = Board(max_age_s=max(120.0, 4 * config.policy.interval_s))
+    config.state.mkdir(parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        source = make_source(config)
+        stack.push_async_callback(source.close)
+        actuator = await _actuator(config, stack)
+        await _servers(config, board, stack)
+        controller = make_controller(config, source, actuator, outlook, board=board)
+        await serve_metrics(config, controller.metrics, stack)
+        await controller.run(stop)
+
+
+def make_source(config: FleetConfig) -> Source:
+    """The source of signals. Raises ValueError where none is named."""
+    signals = config.signals
+    if signals.prometheus:
+        headers = {}
+        if signals.token_file is not None:
+            headers["Authorization"] = f"Bearer {signals.token_file.read_text().strip()}"
+        return PrometheusSource(
+            signals.prometheus,
+            selector=signals.selector,
+            dialect=dialect(signals.metrics),
+            window_s=signals.window_s,
+            stale_after_s=config.policy.stale_after_s,
+            timeout_s=signals.timeout_s,
+            headers=headers,
+        )
+    if not signals.replicas:
+        raise ValueError("signals: expected `prometheus`, a URL, or `replicas`, a list of base URLs")
+    targets = {url: url.rstrip("/") for url in signals.replicas}
+    return ScrapeSource(
+        lambda: targets,
+        dialect=dialect(signals.metrics),
+        window_s=signals.window_s,
+        timeout_s=signals.timeout_s,
+    )
+
+
+def make_controller(
+    config: FleetConfig,
+    source: Source,
+    actuator: Actuator,
+    outlook: Outlook | None = None,
+    *,
+    board: Board | None = None,
+) -> Controller:
+    """The loop, with its log and its remembered state under `config.state`."""
+    state_path = config.state / "policy.json"
+    return Controller(
+        Policy(config.policy, load_state(state_path)),
+        source,
+        actuator,
+        log_path=config.state / "decisions.jsonl",
+        outlook=outlook,
+        board=board,
+        advise=config.advise,
+        state_path=state_path,
+    )
+
+
+async def serve_metrics(config: FleetConfig, metrics: FleetMetrics, stack: AsyncExitStack) -> int:
+    """Start /metrics of the controller; it ends with the stack. Returns the port."""
+    server = MetricsServer(metrics, max_age_s=max(120.0, 4 * config.policy.interval_s))
+    port = await server.start(*split_address(config.metrics))
+    stack.push_async_callback(server.close)
+    log.info("controller: metrics on port %d", port)
+    return port
+
+
+async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
+    """The direct patch of /scale where a target is named, else one that leaves the acting to others."""
+    kubernetes = config.kubernetes
+    if kubernetes is None or kubernetes.target is None:
+        return Passive()
+    from farthing.fleet.actuators.kubernetes import connect, pod_namespace
+    from farthing.fleet.actuators.lease import Elector, LeaseConfig
+    from farthing.fleet.actuators.scale import ScalePatch, Target
+
+    client = connect(kubernetes.api, kubernetes.context)
+    namespace = kubernetes.namespace or pod_namespace()
+    target = Target.parse(kubernetes.target, namespace)
+    if not kubernetes.patch:
+        return Passive(ScalePatch(client, target))
+    elector = None
+    if kubernetes.lease:
+        identity = kubernetes.identity or socket.gethostname()
+        elector = Elector(client, LeaseConfig(kubernetes.lease, namespace, identity))
+    actuator = ScalePatch(client, target, elector)
+    await actuator.start()
+    stack.push_async_callback(actuator.close)
+    return actuator
+
+
+async def _servers(config: FleetConfig, board: Board, stack: AsyncExitStack) -> None:
+    """The servers that an HPA and KEDA ask."""
+    if config.external_metrics is not None:
+        server = await _external_metrics(config, board)
+        stack.push_async_callback(server.close)
+    if config.keda is not None:
+        from farthing.fleet.actuators.keda import KedaScaler
+
+        scaler = KedaScaler(board)
+        port = await scaler.start(config.keda.address)
+        stack.push_async_callback(scaler.close)
+        log.info("KEDA external scaler: port %d", port)
+
+
+async def _external_metrics(config: FleetConfig, board: Board) -> Any:
+    from farthing.fleet.actuators.external_metrics import ExternalMetrics, FrontProxy
+    from farthing.fleet.actuators.kubernetes import Access, authentication_config, connect, pod_namespace
+    from farthing.fleet.config import KubernetesConfig
+
+    kubernetes, asked = config.kubernetes or KubernetesConfig(), config.external_metrics
+    assert asked is not None
+    client = connect(kubernetes.api, kubernetes.context)
+
+    async def front_proxy() -> FrontProxy:
+        return FrontProxy.from_config_map(await authentication_config(client))
+
+    server = ExternalMetrics(
+        board,
+        Access(client),
+        await front_proxy(),
+        certificate=asked.certificate,
+        key=asked.key,
+        labels=asked.labels,
+        namespace=kubernetes.namespace or pod_namespace(),
+        refresh=front_proxy,
+    )
+    port = await server.start(asked.host, asked.port)
+    log.info("external metrics: port %d", port)
+    return server
+
+
+def decision_log(state: Path) -> Path:
+    """Where a controller with this state directory writes its decisions."""
+    return state / "decisions.jsonl"

@@ -1,0 +1,207 @@
+"""A whole fleet on this machine: `farthing fleet up` starts the gateway and the replicas, and lets the
+controller scale.
+
+The listening socket belongs to this process and is handed to the gateway, a process of its own: a
+gateway that dies or is exchanged leaves no moment in which a connection is refused, and the forecasters'
+work never delays a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
+from farthing.fleet.actuators.process import last_lines, launch, signal_group
+from farthing.fleet.config import FleetConfig
+from farthing.fleet.controller import Controller, Outlook
+from farthing.fleet.gateway.server import write_replicas
+from farthing.fleet.operate import make_controller, serve_metrics
+from farthing.fleet.signals import ScrapeSource
+from farthing.fleet.signals.dialects import dialect
+
+log = logging.getLogger(__name__)
+
+_GATEWAY_PAUSE_S = 0.5  # between a gateway's death and the next, so that a broken one does not spin
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """What a local fleet is made of."""
+
+    fleet: FleetConfig
+    local: LocalConfig
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 picks a free one
+    api_key_file: Path | None = None
+    start_with: int | None = None  # replicas; default: the policy's minimum, at least one
+
+
+def serve_command(model: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The command of a replica that serves `model`."""
+    start = (sys.executable, "-m", "farthing.cli.app", "serve", model)
+    return (*start, "--host", "{host}", "--port", "{port}", *extra)
+
+
+class GatewayProcess:
+    """The gateway as a child that is started again when it dies."""
+
+    def __init__(self, sock: socket.socket, arguments: tuple[str, ...], log_file: Path) -> None:
+        self._sock, self._arguments, self._log = sock, arguments, log_file
+        self.process: asyncio.subprocess.Process | None = None
+        self.restarts = 0
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    async def start(self) -> None:
+        self.process = await self._launch()
+        self._task = asyncio.create_task(self._watch())
+
+    async def _launch(self) -> asyncio.subprocess.Process:
+        fd = self._sock.fileno()
+        command = (
+            sys.executable,
+            "-m",
+            "farthing.cli.app",
+            "fleet",
+            "gateway",
+            "--fd",
+            str(fd),
+            *self._arguments,
+        )
+        return await launch(command, self._log, {}, pass_fds=(fd,))
+
+    async def _watch(self) -> None:
+        while not self._closing:
+            process = self.process
+            assert process is not None
+            code = await process.wait()
+            if self._closing or process is not self.process:
+                continue
+            log.error("the gateway ended with %d%s; it is started again", code, last_lines(self._log))
+            await asyncio.sleep(_GATEWAY_PAUSE_S)
+            self.restarts += 1
+            self.process = await self._launch()
+
+    async def exchange(self) -> None:
+        """Start a new gateway, then let the old one end its requests: nothing is refused meanwhile."""
+        old, self.process = self.process, await self._launch()
+        if old is not None:
+            signal_group(old, signal.SIGTERM)
+            await old.wait()
+
+    async def close(self) -> None:
+        """Accept no more, let the requests under way end."""
+        self._closing = True
+        if self.process is not None:
+            signal_group(self.process, signal.SIGTERM)
+            await self.process.wait()
+        if self._task is not None:
+            self._task.cancel()
+
+
+class LocalFleet:
+    """Gateway, replicas and controller together.
+
+    Use as an async context manager; `run` scales until told to stop.
+    """
+
+    def __init__(self, config: UpConfig, outlook: Outlook | None = None) -> None:
+        self.config = config
+        state = config.fleet.state
+        state.mkdir(parents=True, exist_ok=True)
+        self._file = state / "replicas.json"
+        self.replicas = LocalReplicas(config.local, on_change=lambda ready: write_replicas(self._file, ready))
+        self._outlook = outlook
+        self._stack = AsyncExitStack()
+        self.sock: socket.socket | None = None
+        self.port = 0
+        self.metrics_port = 0
+        self.gateway: GatewayProcess | None = None
+        self.controller: Controller | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.config.host}:{self.port}"
+
+    async def __aenter__(self) -> LocalFleet:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        """Socket, replicas, gateway, controller; they end in the opposite order."""
+        config, fleet = self.config, self.config.fleet
+        self.sock = listen(config.host, config.port)
+        self._stack.callback(self.sock.close)
+        self.port = int(self.sock.getsockname()[1])
+        write_replicas(self._file, {})
+        await self.replicas.start()
+        self._stack.push_async_callback(self.replicas.close)
+        count = config.start_with if config.start_with is not None else max(1, fleet.policy.min_replicas)
+        await self.replicas.scale(count)
+        self.gateway = GatewayProcess(self.sock, self._gateway_arguments(), fleet.state / "gateway.log")
+        await self.gateway.start()
+        self._stack.push_async_callback(self.gateway.close)
+        source = ScrapeSource(
+            self.replicas.targets,
+            dialect=dialect(fleet.signals.metrics),
+            window_s=fleet.signals.window_s,
+            timeout_s=fleet.signals.timeout_s,
+            gateway=self.url,
+            cold_starts=self.replicas.cold_starts,
+        )
+        self._stack.push_async_callback(source.close)
+        self.controller = make_controller(fleet, source, self.replicas, self._outlook)
+        self.metrics_port = await serve_metrics(fleet, self.controller.metrics, self._stack)
+
+    def _gateway_arguments(self) -> tuple[str, ...]:
+        arguments = ["--replicas-file", str(self._file), "--health-path", self.config.local.health_path]
+        if self.config.api_key_file is not None:
+            arguments += ["--api-key-file", str(self.config.api_key_file)]
+        return tuple(arguments)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Scale until `stop` is set."""
+        assert self.controller is not None
+        await self.controller.run(stop)
+
+    async def wait_ready(self, timeout_s: float, tell: Callable[[str], None] = lambda text: None) -> bool:
+        """Whether the first replica came up; `tell` hears how long it has taken, once a second."""
+        began = time.monotonic()
+        while time.monotonic() - began < timeout_s:
+            if await self.replicas.wait_ready(1, 1.0):
+                return True
+            if self.replicas.given_up:
+                return False
+            tell(f"waiting for the first replica, {time.monotonic() - began:.0f} s")
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket that children can take over. Raises OSError that names the address."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as problem:
+        sock.close()
+        raise OSError(problem.errno, f"cannot listen on {host}:{port}: {problem.strerror}") from problem
+    sock.setblocking(False)
+    sock.set_inheritable(True)
+    return sock

@@ -1,0 +1,46 @@
+"""The configuration of a local fleet: the embedded defaults, a YAML file over them, the command line
+over both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from farthing.fleet.config import FleetConfig, SignalsConfig, load
+from farthing.fleet.policy import PolicyConfig
+
+# A local replica is ready in seconds, so that everything goes by the second; in a cluster it goes by the
+# quarter minute.
+_LOCAL = {
+    "interval_s": 1.0,
+    "cold_start_s": 5.0,
+    "latency_for_s": 3.0,
+    "stale_after_s": 10.0,
+    "drain_s": 5.0,
+    "cooldown_s": 60.0,
+}
+
+
+def local_fleet(
+    path: Path | None,
+    *,
+    policy: Mapping[str, Any],
+    metrics_names: str,
+    state: Path,
+    metrics: str,
+    advise: bool,
+) -> FleetConfig:
+    """Raises ValueError naming the field that is wrong."""
+    if path is not None:
+        loaded = load(path)
+        return replace(loaded, state=state, metrics=metrics, advise=advise or loaded.advise)
+    return FleetConfig(
+        policy=PolicyConfig(**{**_LOCAL, **policy}),
+        signals=SignalsConfig(metrics=metrics_names, window_s=5.0, timeout_s=2.0),
+        state=state,
+        metrics=metrics,
+        advise=advise,
+    )
