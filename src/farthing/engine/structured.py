@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
 
+# Room for indentation, but a weak model cannot fill its budget with blanks.
+_JSON: Any = {"whitespace_pattern": r"[ \n\t]{1,16}"}
+
 
 class Matcher:
     """The state of one grammar along one completion."""
@@ -97,7 +100,7 @@ def _grammar(params: StructuredOutputsParams) -> tuple[str, str]:
         schema = {"type": "object"} if params.json is None else params.json
         try:
             schema = json.loads(schema) if isinstance(schema, str) else dict(schema)
-            return "json", LLMatcher.grammar_from_json_schema(schema)
+            return "json", LLMatcher.grammar_from_json_schema(schema, defaults=_JSON)
         except (ValueError, TypeError) as error:
             raise ValueError(f"structured_outputs.json is not a JSON schema: {error}") from error
     if params.regex is not None:

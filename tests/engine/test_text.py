@@ -1,0 +1,192 @@
+"""Tokenizer, incremental text, stop strings and chat templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from farthing.engine.chat_template import compile_template
+from farthing.engine.detokenizer import Detokenizer, StopChecker
+from farthing.engine.resolve import resolve_model
+from farthing.engine.tokenizer import Tokenizer, generation_defaults
+
+U, A, E = "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"
+B = "<｜begin▁of▁sentence｜>"
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    for skip in (True, False):
+        detokenizer = Detokenizer(tokenizer, skip)
+        parts = [detokenizer.push(token) for token in tokens]
+        assert "".join(parts) + detokenizer.flush() == tokenizer.decode(tokens, skip)
+
+
+@given(st.text(max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_no_half_character_is_ever_shown(tokenizer: Tokenizer, text: str) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    shown = ""
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        shown += detokenizer.push(token)
+        assert text.startswith(shown)
+    assert shown + detokenizer.flush() == text
+
+
+def test_a_character_cut_short_is_replaced_at_the_end(tokenizer: Tokenizer) -> None:
+    first, *_ = tokenizer.encode("é", add_special_tokens=False)
+    detokenizer = Detokenizer(tokenizer)
+    assert (detokenizer.push(first), detokenizer.flush()) == ("", "\ufffd")
+
+
+def test_other_decoders_stream_too() -> None:
+    vocab = {"<unk>": 0, "▁Hello": 1, "▁wor": 2, "ld": 3}
+    backend = HfTokenizer(models.WordPiece(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    tokenizer = Tokenizer(backend)
+    detokenizer = Detokenizer(tokenizer)
+    assert not tokenizer.byte_level
+    assert "".join(detokenizer.push(t) for t in (1, 2, 3)) == tokenizer.decode([1, 2, 3]) == "Hello world"
+
+
+def test_bos_is_added_once_and_only_when_asked(tokenizer: Tokenizer) -> None:
+    plain = tokenizer.encode("def", add_special_tokens=False)
+    assert tokenizer.encode("def") == [0, *plain]
+    assert tokenizer.encode(B + "def") == [0, *plain]
+    assert tokenizer.eos_token_ids == (1,)
+    assert tokenizer.token_text(0) == B and tokenizer.token_bytes(99999) == b""
+
+
+def reference_stop(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+    hits = [(text.index(s), -len(s), s) for s in stops if s in text]
+    if not hits:
+        return text, None
+    at, _, stop = min(hits)
+    return text[: at + len(stop) * include], stop
+
+
+@given(
+    st.text("ab", max_size=24),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.booleans(),
+    st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_stop_strings_in_pieces(text: str, stops: list[str], include: bool, data: st.DataObject) -> None:
+    checker = StopChecker(stops, include)
+    shown, rest = "", text
+    while rest and checker.found is None:
+        size = data.draw(st.integers(1, len(rest)))
+        shown += checker.push(rest[:size])
+        rest = rest[size:]
+        done = text[: len(text) - len(rest)]
+        assert checker.found is not None or not any(s in done for s in stops)
+    if checker.found is None:
+        assert shown + checker.flush() == text
+        return
+    end = len(text) - len(rest)
+    assert (shown, checker.found) == reference_stop(text[:end], stops, include)
+
+
+def test_an_unarmed_checker_lets_everything_pass() -> None:
+    checker = StopChecker(["ab"])
+    assert checker.push("xab", armed=False) == "xab" and checker.found is None
+    assert checker.push("a") == "" and checker.push("c") == "ac"
+
+
+def test_deepseek_template(tokenizer: Tokenizer) -> None:
+    messages = [
+        {"role": "system", "content": "One."},
+        {"role": "system", "content": [{"type": "text", "text": "Two."}]},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<think>why</think>Hello"},
+        {"role": "user", "content": "More"},
+    ]
+    text = tokenizer.render_chat(messages)
+    assert text == f"{B}One.\n\nTwo.{U}Hi{A}Hello{E}{U}More{A}"
+    assert tokenizer.render_chat(messages[:3], add_generation_prompt=False) == f"{B}One.\n\nTwo.{U}Hi"
+
+
+def test_deepseek_template_with_tools(tokenizer: Tokenizer) -> None:
+    call = {"function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "content": None, "tool_calls": [call, call]},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "3"},
+    ]
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"é": "<"}}}
+    text = tokenizer.render_chat(messages, tools=[tool])
+    one = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"x": 1}\n```<｜tool▁call▁end｜>'
+    assert f"{U}Go{A}<｜tool▁calls▁begin｜>{one}\n{one}<｜tool▁calls▁end｜>{E}" in text
+    assert text.endswith(
+        "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>2<｜tool▁output▁end｜>"
+        "\n<｜tool▁output▁begin｜>3<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+    )
+    assert json.dumps(tool["function"], ensure_ascii=False) in text
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages is empty"),
+        ([{"role": "robot", "content": "x"}], r"messages\[0\].role is 'robot'"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content is int"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "part of type 'image_url'"),
+    ],
+)
+def test_bad_messages(tokenizer: Tokenizer, messages: list[dict[str, object]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokenizer.render_chat(messages)
+
+
+def test_templates_run_in_a_sandbox() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        compile_template("{{ messages.__class__.__mro__[1].__subclasses__() }}")(messages=[])
+    with pytest.raises(ValueError, match="only users"):
+        compile_template("{{ raise_exception('only users') }}")()
+    with pytest.raises(ValueError, match="does not compile"):
+        compile_template("{% if %}")
+    assert (
+        compile_template("{% for i in [1, 2] %}{% break %}{% endfor %}{{ strftime_now('%Y') }}")() >= "2024"
+    )
+
+
+def test_a_directory_brings_template_eos_and_sampling(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": B, "chat_template": "config"}))
+    (tmp_path / "generation_config.json").write_text(
+        '{"eos_token_id": [1, 5], "temperature": 0.6, "top_k": null}'
+    )
+    loaded = Tokenizer.from_directory(tmp_path, eos_token_ids=(1,))
+    assert loaded.eos_token_ids == (1, 5)
+    assert loaded.render_chat([{"role": "user", "content": "x"}]) == "config"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert Tokenizer.from_directory(tmp_path).render_chat([{"role": "user", "content": "x"}]) == "file"
+    assert generation_defaults(tmp_path) == {"temperature": 0.6}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        generation_defaults(tmp_path)
+
+
+def test_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="skip_tokenizer_init"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_resolving_a_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(tmp_path) == tmp_path
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        resolve_model(tmp_path.parent)
+    with pytest.raises(FileNotFoundError, match="expected 'reference', a directory, or a hub id"):
+        resolve_model("no/such/thing")
