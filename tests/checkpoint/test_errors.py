@@ -106,7 +106,7 @@ def test_quantized_tensors_that_no_group_targets(directory: Path, tmp_path: Path
 
 def test_a_missing_scale_and_a_scale_of_the_wrong_shape(tmp_path: Path) -> None:
     encoded = ct.encode("a", quantize_int4(torch.randn(4, 64), 32))
-    config = ct.quantization_config({"a": ct.GroupKey("int4", 32, True, False)})
+    config = ct.quantization_config({"a": ct.GroupKey("int4", 32, True)})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     save_file(encoded | {"a.weight_scale": torch.ones(4, 3)}, tmp_path / "model.safetensors")
     with fails("model.safetensors", "a.weight_scale", r"expected shape \[4, 2\]", r"found \[4, 3\]"):

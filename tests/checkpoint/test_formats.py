@@ -179,7 +179,7 @@ def test_what_the_writer_writes_compressed_tensors_and_the_reader_understand(
     writer = CheckpointWriter(tmp_path)
     for tensor, value in ct.encode("model.a", weight).items():
         writer.add(tensor, value)
-    config = ct.quantization_config({"model.a": ct.key_of(weight, activations=False)})
+    config = ct.quantization_config({"model.a": ct.key_of(weight)})
     writer.close({"quantization_config": config} if config else {})
     checkpoint = Checkpoint.open(tmp_path)
     assert torch.equal(checkpoint.weight("model.a", (37, 160)).dequantize(), weight.dequantize())

@@ -38,11 +38,43 @@ class Scheme:
 
 
 @dataclass(frozen=True, slots=True)
+class Targets:
+    """Module patterns of compressed-tensors: exact names, 're:' regexes, or the class 'Linear'."""
+
+    names: Mapping[str, int]
+    regexes: tuple[tuple[re.Pattern[str], int], ...]
+    linear: int | None
+
+    @classmethod
+    def of(cls, groups: Iterable[Iterable[str]]) -> Targets:
+        """The patterns of each group, by its number."""
+        names: dict[str, int] = {}
+        regexes: list[tuple[re.Pattern[str], int]] = []
+        linear: int | None = None
+        for i, patterns in enumerate(groups):
+            for pattern in patterns:
+                if pattern.startswith("re:"):
+                    regexes.append((re.compile(pattern[3:]), i))
+                elif pattern == "Linear":
+                    linear = i if linear is None else linear
+                else:
+                    names.setdefault(pattern, i)
+        return cls(names, tuple(regexes), linear)
+
+    def match(self, module: str) -> int | None:
+        """The group of a Linear module; a name wins over a regex, a regex over the class."""
+        if module in self.names:
+            return self.names[module]
+        return next((i for regex, i in self.regexes if regex.match(module)), self.linear)
+
+
+@dataclass(frozen=True, slots=True)
 class Groups:
     """Which module has which scheme: `config.json["quantization_config"]`."""
 
-    schemes: tuple[tuple[tuple[str, ...], Scheme], ...]
-    ignore: tuple[str, ...]
+    schemes: tuple[Scheme, ...]
+    targets: Targets
+    ignore: Targets
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Groups:
@@ -53,42 +85,18 @@ class Groups:
             raise CheckpointError(
                 "config.json: quantization_config.config_groups is missing; expected an object"
             )
-        schemes = tuple(
-            (tuple(group.get("targets") or ()), _scheme(name, group, default))
-            for name, group in groups.items()
-        )
-        return cls(schemes, tuple(raw.get("ignore") or ()))
+        schemes = tuple(_scheme(name, group, default) for name, group in groups.items())
+        targets = Targets.of(tuple(group.get("targets") or ()) for group in groups.values())
+        return cls(schemes, targets, Targets.of([tuple(raw.get("ignore") or ())]))
+
+    def index(self, module: str) -> int | None:
+        """The number of a Linear module's config group, None where it is ignored or not targeted."""
+        return None if self.ignore.match(module) is not None else self.targets.match(module)
 
     def scheme(self, module: str) -> Scheme | None:
         """The scheme of a Linear module, None where it stays dense."""
         index = self.index(module)
-        return None if index is None else self.schemes[index][1]
-
-    def index(self, module: str) -> int | None:
-        """The config group of a Linear module; a name wins over a regex, a regex over the class."""
-        if any(_matches(module, pattern) for pattern in self.ignore):
-            return None
-        for rank in (_is_name, _is_regex, _is_class):
-            for i, (targets, _) in enumerate(self.schemes):
-                if any(rank(module, target) for target in targets):
-                    return i
-        return None
-
-
-def _is_name(module: str, target: str) -> bool:
-    return target == module
-
-
-def _is_regex(module: str, target: str) -> bool:
-    return target.startswith("re:") and re.match(target[3:], module) is not None
-
-
-def _is_class(module: str, target: str) -> bool:
-    return target == "Linear"
-
-
-def _matches(module: str, pattern: str) -> bool:
-    return any(rank(module, pattern) for rank in (_is_name, _is_regex, _is_class))
+        return None if index is None else self.schemes[index]
 
 
 def _scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
@@ -235,16 +243,16 @@ class GroupKey:
     format: str  # int8 | int4 | fp8
     group_size: int = 0
     symmetric: bool = True
-    activations: bool = True  # int4: with 8-bit activations (W4A8)
+    activations: str | None = None  # int8 and int4: token (dynamic) | tensor (static) | None (kept)
 
 
-def key_of(weight: Weight, activations: bool) -> GroupKey | None:
+def key_of(weight: Weight, activations: str | None = None) -> GroupKey | None:
     """The config group a weight belongs to; None for a dense one."""
     if weight.format == "dense":
         return None
     if weight.format == "int4":
         return GroupKey("int4", weight.group_size, weight.zero_point is None, activations)
-    return GroupKey(weight.format)
+    return GroupKey(weight.format, activations=activations if weight.format == "int8" else None)
 
 
 def quantization_config(modules: Mapping[str, GroupKey | None]) -> dict[str, Any] | None:
@@ -277,32 +285,19 @@ def quantization_config(modules: Mapping[str, GroupKey | None]) -> dict[str, Any
 
 
 def _group(key: GroupKey, targets: Iterable[str]) -> dict[str, Any]:
-    common = {
-        "symmetric": True,
-        "dynamic": False,
-        "group_size": None,
-        "block_structure": None,
-        "actorder": None,
-    }
-    token = common | {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
     if key.format == "fp8":
         storage = "float-quantized"
-        weights = common | {
-            "num_bits": 8,
-            "type": "float",
-            "strategy": "block",
-            "block_structure": [128, 128],
-        }
-        inputs: dict[str, Any] | None = token | {"type": "float", "strategy": "group", "group_size": 128}
-    elif key.format == "int8":
-        storage = "int-quantized"
-        weights = common | {"num_bits": 8, "type": "int", "strategy": "channel"}
-        inputs = token
+        weights = _args(8, "float", "block", block_structure=[128, 128])
+        inputs: dict[str, Any] | None = _args(8, "float", "group", group_size=128, dynamic=True)
     else:
-        storage = "pack-quantized"
-        weights = common | {"num_bits": 4, "type": "int", "strategy": "group", "group_size": key.group_size}
-        weights["symmetric"] = key.symmetric
-        inputs = token if key.activations else None
+        inputs = (
+            _args(8, "int", key.activations, dynamic=key.activations == "token") if key.activations else None
+        )
+        if key.format == "int8":
+            storage, weights = "int-quantized", _args(8, "int", "channel")
+        else:
+            storage = "pack-quantized"
+            weights = _args(4, "int", "group", group_size=key.group_size, symmetric=key.symmetric)
     return {
         "format": storage,
         "targets": list(targets),
@@ -310,3 +305,14 @@ def _group(key: GroupKey, targets: Iterable[str]) -> dict[str, Any]:
         "input_activations": inputs,
         "output_activations": None,
     }
+
+
+def _args(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    defaults = {
+        "symmetric": True,
+        "dynamic": False,
+        "group_size": None,
+        "block_structure": None,
+        "actorder": None,
+    }
+    return {"num_bits": bits, "type": kind, "strategy": strategy} | defaults | more

@@ -67,6 +67,11 @@ class CheckpointWriter:
         """Whether the tensor is written or queued."""
         return name in self._pending or name in self._written
 
+    @property
+    def shards(self) -> int:
+        """Shards complete on disk."""
+        return len(self._shards)
+
     def flush(self) -> None:
         """Write what is queued as a shard; afterwards it survives a kill."""
         if not self._pending:

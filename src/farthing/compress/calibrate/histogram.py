@@ -1,0 +1,74 @@
+"""Counts of |x|, exact over any number of batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BINS = 2048
+MAX_BINS = 32 * BINS
+BULK = 0.999  # the share of the first batch that sets the bin width
+
+
+class Histogram:
+    """|x| in bins of one constant width, int64, growing with the range.
+
+    The width comes from the bulk of the first batch and not from its maximum, so that one massive outlier
+    cannot make the bins useless. Beyond MAX_BINS values count in the last bin; absmax stays exact.
+    """
+
+    def __init__(self) -> None:
+        self.width = 0.0
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.absmax = 0.0
+        self.zeros = 0  # exact zeros, kept apart: every range represents them without error
+
+    def add(self, x: Tensor) -> None:
+        """Count a tensor of any shape. Raises ValueError on NaN or infinity."""
+        values = x.detach().float().abs().flatten()
+        if not values.numel():
+            return
+        top = float(values.max())
+        if not torch.isfinite(values.max()):
+            raise ValueError("an activation is NaN or infinite; the model cannot be calibrated on this input")
+        nonzero = values[values > 0]
+        self.zeros += values.numel() - nonzero.numel()
+        if not nonzero.numel():
+            return
+        self.absmax = max(self.absmax, top)
+        if not self.width:
+            rank = max(1, int(BULK * nonzero.numel()))
+            # The smallest normal number: a subnormal width would divide to infinity.
+            self.width = max(float(nonzero.kthvalue(rank).values) / BINS, torch.finfo(torch.float32).tiny)
+        index = (nonzero.double() / self.width).long().clamp_(max=MAX_BINS - 1)
+        new = torch.bincount(index, minlength=len(self.counts))
+        if len(new) > len(self.counts):
+            self.counts = torch.nn.functional.pad(self.counts, (0, len(new) - len(self.counts)))
+        self.counts += new
+
+    @property
+    def total(self) -> int:
+        """Values counted, zeros included."""
+        return int(self.counts.sum()) + self.zeros
+
+    def quantile(self, share: float) -> float:
+        """The smallest bin edge below which at least `share` of all values lie; at most absmax."""
+        if not len(self.counts):
+            return 0.0
+        need = share * self.total - self.zeros
+        index = int(torch.searchsorted(self.counts.cumsum(0).double(), max(need, 0.0)))
+        return min((index + 1) * self.width, self.absmax)
+
+    def rebin(self, top: float, bins: int = BINS) -> Tensor:
+        """Counts over [0, top] in `bins` equal bins, float64; what lies beyond `top` is in the last one.
+
+        A bin that straddles an edge is split in proportion.
+        """
+        total = torch.cat((torch.zeros(1, dtype=torch.float64), self.counts.double().cumsum(0)))
+        wanted = torch.linspace(0, top, bins + 1, dtype=torch.float64)
+        position = (wanted / self.width).clamp(max=len(self.counts))
+        low = position.floor().long().clamp(max=len(self.counts) - 1)
+        below = total[low] + (position - low) * (total[low + 1] - total[low])
+        out = below.diff()
+        out[-1] += total[-1] - below[-1]
+        return out

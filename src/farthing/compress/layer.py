@@ -1,0 +1,206 @@
+"""One decoder layer of a DeepSeek checkpoint as named float32 tensors, and how to run it.
+
+Legend: D hidden size; E experts; T calibration tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint import Checkpoint
+from farthing.compress.trace import input_name
+from farthing.model import ModelConfig
+from farthing.model.attention import Attention
+from farthing.model.moe import FeedForward, router_spec
+from farthing.model.mtp import MTPLayer
+from farthing.model.rope import rope_table
+from farthing.model.source import MemorySource
+from farthing.ops import Batch, LatentCache, Ops, Weight
+
+ATTENTION = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(slots=True)
+class Layer:
+    """Parameters of layer `index` by full name; matrices and vectors alike, in float32."""
+
+    config: ModelConfig
+    index: int
+    tensors: dict[str, Tensor]
+    stored: dict[str, torch.dtype] = field(default_factory=dict)  # dtype of plain tensors in the source
+    formats: dict[str, str] = field(default_factory=dict)  # storage of each matrix in the source
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, config: ModelConfig, index: int) -> Layer:
+        """Read and dequantize one layer. Raises CheckpointError."""
+        prefix = f"model.layers.{index}."
+        layer = cls(config, index, {})
+        names = [n for n in checkpoint.names() if n.startswith(prefix)]
+        quantized = {n.rpartition(".")[0] for n in names if checkpoint.is_quantized(n.rpartition(".")[0])}
+        for module in sorted(quantized):
+            weight = checkpoint.weight(module)
+            layer.tensors[f"{module}.weight"] = weight.dequantize()
+            layer.formats[module] = weight.format
+        for name in names:
+            module = name.rpartition(".")[0]
+            if module in quantized:
+                continue
+            tensor = checkpoint.tensor(name)
+            layer.stored[name] = tensor.dtype
+            layer.tensors[name] = tensor.float()
+        return layer
+
+    @property
+    def prefix(self) -> str:
+        """`model.layers.{i}.`"""
+        return f"model.layers.{self.index}."
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether it holds experts."""
+        return self.config.is_moe(self.index)
+
+    @property
+    def is_mtp(self) -> bool:
+        """Whether it is a multi-token-prediction layer."""
+        return self.index >= self.config.num_hidden_layers
+
+    @property
+    def experts(self) -> int:
+        """Routed experts it holds now."""
+        return (self.config.n_routed_experts or 0) if self.is_moe else 0
+
+    def mlps(self) -> list[str]:
+        """Every gated MLP: the dense one, or routed experts and then the shared one."""
+        mlp = f"{self.prefix}mlp"
+        if not self.is_moe:
+            return [mlp]
+        shared = [f"{mlp}.shared_experts"] if self.config.n_shared_experts else []
+        return [f"{mlp}.experts.{e}" for e in range(self.experts)] + shared
+
+    def modules(self) -> list[str]:
+        """Every linear matrix that may be compressed: attention, MLPs, eh_proj; not the router."""
+        attention = [f"{self.prefix}self_attn.{a}" for a in ATTENTION]
+        mlps = [f"{m}.{p}" for m in self.mlps() for p in MLP]
+        candidates = [*attention, *mlps, f"{self.prefix}eh_proj"]
+        return [m for m in candidates if f"{m}.weight" in self.tensors]
+
+    def weight(self, module: str) -> Tensor:
+        """The matrix [N, K]."""
+        return self.tensors[f"{module}.weight"]
+
+    def set(self, module: str, value: Tensor) -> None:
+        """Replace a matrix."""
+        self.tensors[f"{module}.weight"] = value
+
+    def families(self) -> Iterator[list[str]]:
+        """Modules of one shape whose inputs are alike: all experts' gates together, and so on."""
+        seen: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for module in self.modules():
+            kind = module.rpartition(".")[2] if ".experts." in module else module
+            seen.setdefault((kind, tuple(self.weight(module).shape)), []).append(module)
+        yield from seen.values()
+
+    def norm_groups(self) -> list[tuple[str, list[str], list[str]]]:
+        """(norm, matrices it feeds, plain tensors it also feeds): scales can move across the norm."""
+        p, have = self.prefix, set(self.modules())
+        attention = [f"{p}self_attn.{a}" for a in ("q_a_proj", "q_proj", "kv_a_proj_with_mqa")]
+        mlps = [f"{m}.{part}" for m in self.mlps() for part in ("gate_proj", "up_proj")]
+        router = [f"{p}mlp.gate.weight"] if self.is_moe else []
+        groups = [
+            (f"{p}input_layernorm.weight", [m for m in attention if m in have], []),
+            (f"{p}post_attention_layernorm.weight", [m for m in mlps if m in have], router),
+        ]
+        for norm, fed in (("q_a_layernorm", "q_b_proj"), ("kv_a_layernorm", "kv_b_proj")):
+            if f"{p}self_attn.{norm}.weight" in self.tensors and f"{p}self_attn.{fed}" in have:
+                groups.append((f"{p}self_attn.{norm}.weight", [f"{p}self_attn.{fed}"], []))
+        return groups
+
+    def keep_experts(self, ids: list[int]) -> None:
+        """Drop all other routed experts and renumber."""
+        mlp = f"{self.prefix}mlp"
+        old = {n: t for n, t in self.tensors.items() if n.startswith(f"{mlp}.experts.")}
+        formats = dict(self.formats)
+        for name in old:
+            del self.tensors[name]
+            self.formats.pop(name.rpartition(".")[0], None)
+        for new, e in enumerate(ids):
+            for part in MLP:
+                source, target = f"{mlp}.experts.{e}.{part}", f"{mlp}.experts.{new}.{part}"
+                self.tensors[f"{target}.weight"] = old[f"{source}.weight"]
+                if source in formats:
+                    self.formats[target] = formats[source]
+                else:
+                    self.stored[f"{target}.weight"] = self.stored[f"{source}.weight"]
+        index = torch.tensor(ids)
+        for leaf in ("weight", "e_score_correction_bias"):
+            if f"{mlp}.gate.{leaf}" in self.tensors:
+                self.tensors[f"{mlp}.gate.{leaf}"] = self.tensors[f"{mlp}.gate.{leaf}"][index]
+        self.config = replace(self.config, n_routed_experts=len(ids))
+
+
+@dataclass(slots=True)
+class Stream:
+    """The calibration tokens between two layers."""
+
+    hidden: Tensor  # [T, D]
+    next_ids: Tensor  # [T]
+    lengths: list[int]
+
+    def chunks(self, tokens: int) -> Iterator[tuple[slice, list[int]]]:
+        """Whole windows, about `tokens` tokens at a time."""
+        start = size = 0
+        group: list[int] = []
+        for n in self.lengths:
+            if group and size + n > tokens:
+                yield slice(start, start + size), group
+                start, size, group = start + size, 0, []
+            group.append(n)
+            size += n
+        if group:
+            yield slice(start, start + size), group
+
+
+Block = Callable[[Tensor, Tensor, Batch, LatentCache], Tensor]
+
+
+def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Block:
+    """The layer as the serving model builds it, over `ops`: (hidden, next_ids, batch, cache) -> hidden."""
+    c, source = replace(layer.config, num_nextn_predict_layers=0), MemorySource(layer.tensors)
+    rope = rope_table(c.rope, c.qk_rope_head_dim, c.max_position_embeddings)
+    router = router_spec(c) if layer.is_moe else None
+    if layer.is_mtp:
+        hidden_only = {k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)}
+        mtp = MTPLayer(c, ops, MemorySource(hidden_only), layer.index, rope, router, embedding, None)
+        mtp.layer = 0  # the cache below has one layer
+
+        def draft(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
+            return mtp(next_ids, ops.rms_norm(h, final_norm, c.rms_norm_eps), batch, cache)
+
+        return draft
+    attention = Attention(c, ops, source, layer.index, rope)
+    feed_forward = FeedForward(c, ops, source, layer.index, router)
+
+    def block(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
+        return feed_forward(attention(h, batch, cache, 0))
+
+    return block
+
+
+_COPIES = (".embed_tokens.weight", ".shared_head.head.weight")  # of the main ones, in MTP layers
+
+
+def input_of(stats: dict[str, Any], module: str) -> Any:
+    """A module's entry in statistics kept by input name."""
+    return stats.get(input_name(module))
+
+
+def dense(weight: Tensor) -> Weight:
+    """A dense weight."""
+    return Weight("dense", weight)

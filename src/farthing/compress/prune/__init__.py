@@ -1,0 +1,1 @@
+"""Which weights, blocks, neurons or experts to remove."""

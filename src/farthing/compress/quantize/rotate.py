@@ -1,0 +1,45 @@
+"""Hadamard rotation of the spaces where it is exact and free (QuaRot, Ashkboos et al. 2024; SpinQuant).
+
+An RMS norm without weights commutes with a rotation. So a latent may be rotated by its producer (rows) and
+rotated back by its consumer (columns), once the norm's weight has been folded into the consumer; and the
+values of each head may be rotated by kv_b and rotated back by o_proj. Nothing runs at inference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hadamard(n: int) -> Tensor:
+    """An orthogonal n x n matrix of entries of one magnitude (Sylvester) times blocks of identity where n is
+    not a power of two: n = 2^a * m gives H(2^a) repeated m times along the diagonal."""
+    power = n & -n
+    h = torch.ones(1, 1)
+    while h.shape[0] < power:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    whole: Tensor = torch.block_diag(*[h / power**0.5] * (n // power))
+    return whole
+
+
+def random_hadamard(n: int, seed: int) -> Tensor:
+    """`hadamard` with random column signs, so that no structured direction survives it."""
+    signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return hadamard(n) * signs
+
+
+def rotate_latent(
+    producer: Tensor, norm: Tensor, consumer: Tensor, rotation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(producer [c, D], norm [c], consumer [N, c]) with the latent rotated; the norm's weight becomes 1."""
+    return rotation.t() @ producer, torch.ones_like(norm), (consumer * norm) @ rotation
+
+
+def rotate_values(
+    kv_b: Tensor, o: Tensor, heads: int, nope: int, value: int, rotation: Tensor
+) -> tuple[Tensor, Tensor]:
+    """kv_b [H (n + v), c] and o [D, H v] with every head's values rotated by rotation [v, v]."""
+    rows = kv_b.view(heads, nope + value, -1).clone()
+    rows[:, nope:] = torch.einsum("vw,hvc->hwc", rotation, rows[:, nope:])
+    columns = torch.einsum("dhv,vw->dhw", o.view(-1, heads, value), rotation)
+    return rows.reshape(kv_b.shape), columns.reshape(o.shape)

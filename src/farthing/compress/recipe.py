@@ -1,0 +1,188 @@
+"""What to do to a checkpoint: named recipes, and the same fields in a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from farthing.compress.calibrate.observers import Observer
+from farthing.compress.prune.masks import Pattern, Score, check_sparsity
+
+Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
+Algorithm = Literal["rtn", "gptq"]
+Scaling = Literal["none", "awq", "smoothquant"]
+Activations = Literal["none", "token", "tensor", "best"]
+Compensation = Literal["none", "sweep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """Weights to zero inside matrices."""
+
+    pattern: Pattern = "16x16"
+    sparsity: float = 0.3
+    score: Score = "energy"
+    scope: Literal["layer", "global"] = (
+        "layer"  # a budget a matrix, or one threshold a layer's matrices share
+    )
+    compensation: Compensation = "sweep"
+    targets: Literal["experts", "all"] = "experts"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe. Order of work in a layer: experts, neurons, rotation, scaling, mask, rounding.
+
+    scheme: storage of every linear matrix; "keep" = as the source has it; "auto" = planned per layer.
+    activations (int8 and int4): rounded when served, per token, with one calibrated scale ("tensor"), by
+    whichever errs less ("best"), or not at all.
+    """
+
+    name: str
+    scheme: Scheme = "int8"
+    algorithm: Algorithm = "rtn"
+    scaling: Scaling = "none"
+    smooth_alpha: float = 0.5
+    rotate: bool = False
+    group_size: int = 64
+    symmetric: bool = True
+    act_order: bool = True
+    damp: float = 0.01
+    activations: Activations = "none"
+    observer: Literal["auto", "kl", "mse", "percentile", "minmax"] = "auto"
+    prune: Prune | None = None
+    experts: float = 0.0  # share of routed experts to drop
+    neurons: float = 0.0  # share of neurons of every routed expert to drop
+    ignore: tuple[str, ...] = ()  # fnmatch patterns of modules that stay dense
+    max_drop: float = 0.01  # "auto": relative increase of perplexity it may spend
+    budget_bytes: int | None = None  # "auto": size of the matrices, the least loss within it
+    calibration_tokens: int = 8192
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
+        if self.group_size not in (32, 64, 128):
+            raise ValueError(f"group_size is {self.group_size}; expected 32, 64 or 128")
+        for name in ("experts", "neurons"):
+            check_sparsity(getattr(self, name))
+        if self.prune:
+            check_sparsity(self.prune.sparsity)
+        for name in ("calibration_tokens", "window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+
+    @property
+    def static(self) -> bool:
+        """Whether activation ranges are calibrated."""
+        return self.activations in ("tensor", "best")
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether second moments of the inputs are needed."""
+        pruned = self.prune is not None and self.prune.compensation == "sweep"
+        return self.algorithm == "gptq" or self.scaling == "awq" or pruned
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether text is run through the model at all."""
+        energy = self.prune is not None and self.prune.score != "magnitude"
+        structure = self.experts > 0 or self.neurons > 0
+        return (
+            self.needs_gram or self.static or energy or structure
+            or self.scaling != "none" or self.scheme in ("int8", "int4", "auto")
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report and the fingerprint of a resumable run."""
+        return asdict(self)
+
+
+_CHOICES: dict[str, Any] = {
+    "scheme": Scheme,
+    "algorithm": Algorithm,
+    "scaling": Scaling,
+    "activations": Activations,
+    "observer": Literal["auto", "kl", "mse", "percentile", "minmax"],
+}
+OBSERVER_NAMES: tuple[Observer, ...] = ("kl", "mse", "percentile", "minmax")
+
+RECIPES: dict[str, Recipe] = {
+    r.name: r
+    for r in (
+        Recipe("int8-kl", "int8", activations="tensor", observer="kl"),
+        Recipe("int8-auto", "int8", activations="best", observer="auto", calibration_tokens=4096),
+        Recipe("int8", "int8", activations="token", calibration_tokens=4096),
+        Recipe("fp8-block", "fp8"),
+        Recipe("int4-rtn", "int4"),
+        Recipe("int4-gptq", "int4", algorithm="gptq", calibration_tokens=32768),
+        Recipe("int4-awq", "int4", scaling="awq", calibration_tokens=16384),
+        Recipe("w4a8", "int4", algorithm="gptq", activations="token", calibration_tokens=32768),
+        Recipe("smoothquant", "int8", scaling="smoothquant", activations="token"),
+        Recipe(
+            "prune30-magnitude",
+            "keep",
+            prune=Prune("unstructured", 0.3, "magnitude", "global", "none", "all"),
+        ),
+        Recipe("prune-wanda", "keep", prune=Prune("unstructured", 0.3, "wanda", "layer", "none", "all")),
+        Recipe("prune-2of4", "keep", prune=Prune("2:4", 0.5, "wanda", "layer", "sweep", "experts")),
+        Recipe("prune30-block16", "keep", prune=Prune("16x16", 0.3), calibration_tokens=32768),
+        Recipe(
+            "int4-block16-40", "int4", algorithm="gptq", prune=Prune("16x16", 0.4), calibration_tokens=32768
+        ),
+        Recipe("experts-reap", "keep", experts=0.25),
+        Recipe("auto", "auto", algorithm="gptq", calibration_tokens=32768),
+    )
+}
+DEFAULT = "int8-auto"
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by name, or from a YAML file. Raises ValueError saying what would be accepted."""
+    if name in RECIPES:
+        return RECIPES[name]
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"recipe is {name!r}; expected one of {', '.join(RECIPES)}, or a .yaml file")
+    if not path.is_file():
+        raise ValueError(f"recipe is {name!r}, no such file")
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return from_json(raw, path.stem, str(path))
+
+
+def from_json(raw: Any, name: str, where: str) -> Recipe:
+    """Fields of a recipe; `base` names the recipe whose values hold where the file is silent."""
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{where}: expected a mapping of recipe fields, found {type(raw).__name__}")
+    values = dict(raw)
+    base = values.pop("base", None)
+    if base is not None and base not in RECIPES:
+        raise ValueError(f"{where}: base is {base!r}; expected one of {', '.join(RECIPES)}")
+    start = RECIPES[base] if base else Recipe(name)
+    _refuse_unknown(values, Recipe, where)
+    if values.get("prune") is not None:
+        if not isinstance(values["prune"], Mapping):
+            raise ValueError(f"{where}: prune is {values['prune']!r}; expected a mapping")
+        _refuse_unknown(values["prune"], Prune, f"{where}: prune")
+        values["prune"] = Prune(**values["prune"])
+    if "ignore" in values:
+        values["ignore"] = tuple(values["ignore"])
+    try:
+        return replace(start, **({"name": name} | values))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _refuse_unknown(values: Mapping[str, Any], kind: Any, where: str) -> None:
+    known = [f.name for f in fields(kind)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; expected some of {', '.join(known)}")

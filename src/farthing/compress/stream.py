@@ -1,0 +1,308 @@
+"""A checkpoint through a recipe, one layer in memory at a time, resumable after a kill.
+
+Legend: T calibration tokens; D hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from farthing.checkpoint import Checkpoint, CheckpointWriter
+from farthing.checkpoint import compressed_tensors as ct
+from farthing.compress.calibrate.recorder import Recorder, Wanted
+from farthing.compress.corpus import Corpus
+from farthing.compress.evaluate import BLOCK, paged_batch
+from farthing.compress.export.deepseek import encode_deepseek, fp8_config
+from farthing.compress.layer import Layer, Stream, build
+from farthing.compress.prune.experts import choose_experts, plan_experts
+from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
+from farthing.compress.recipe import Recipe
+from farthing.compress.trace import TracedOps
+from farthing.compress.transform import LayerResult, Plan, compress_layer, rotate, scale_inputs
+from farthing.model import ModelConfig
+
+CHUNK = 4096  # calibration tokens in one forward
+Progress = Callable[[str, int, int], None]  # (what, layers done, layers)
+STATE = ".farthing"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to compress, into what, how."""
+
+    source: Path
+    out: Path
+    recipe: Recipe
+    calibration: Corpus | None
+    plan: Plan | None = None  # module -> format; None: the recipe's scheme everywhere
+    export: str = "compressed-tensors"  # or "deepseek-fp8"
+
+    def __post_init__(self) -> None:
+        if self.export not in ("compressed-tensors", "deepseek-fp8"):
+            raise ValueError(f"format is {self.export!r}; expected 'compressed-tensors' or 'deepseek-fp8'")
+        if self.export == "deepseek-fp8" and self.recipe.scheme not in ("fp8", "keep"):
+            raise ValueError(
+                f"format 'deepseek-fp8' holds FP8 blocks only; recipe {self.recipe.name} has others"
+            )
+        if self.recipe.needs_data and self.calibration is None:
+            raise ValueError(f"recipe {self.recipe.name} needs calibration text; give a calibration file")
+
+
+@dataclass(slots=True)
+class Progressed:
+    """What a run knows after some layers: all that a resumed one needs besides the shards."""
+
+    fingerprint: str
+    next_layer: int = -1  # -1: the embedding is not written yet
+    shards: int = 0
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    coverage: list[dict[str, Any]] = field(default_factory=list)
+    keys: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    changes: dict[str, int] = field(default_factory=dict)  # of config.json
+
+
+def run(job: Job, progress: Progress | None = None) -> Progressed:
+    """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with what to do."""
+    checkpoint = Checkpoint.open(job.source)
+    config = ModelConfig.from_json(checkpoint.config)
+    layers = _layers(checkpoint, config)
+    state, hidden = _resume(job)
+    writer = CheckpointWriter(job.out, resume=state.next_layer >= 0)
+    embedding = checkpoint.tensor("model.embed_tokens.weight")
+    final_norm = checkpoint.tensor("model.norm.weight").float()
+    stream = _stream(job, embedding, hidden)
+    if state.next_layer < 0:
+        _write_top(checkpoint, config, writer, state)
+        state.next_layer = 0
+        _save(job, state, writer, stream)
+    for index in range(state.next_layer, layers):
+        if progress:
+            progress(f"layer {index}", index, layers)
+        layer = Layer.read(checkpoint, config, index)
+        result = _one_layer(job, layer, stream, embedding, final_norm, state)
+        _write_layer(job, layer, result, writer, state)
+        checkpoint.release()
+        state.next_layer = index + 1
+        _save(job, state, writer, stream)
+    writer.close(_final_config(job, checkpoint, state), copy_from=job.source)
+    shutil.rmtree(job.out / STATE, ignore_errors=True)
+    if progress:
+        progress("written", layers, layers)
+    return state
+
+
+def _layers(checkpoint: Checkpoint, config: ModelConfig) -> int:
+    """Decoder layers in the files, MTP layers included (transformers drops them)."""
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    while layers > config.num_hidden_layers and not checkpoint.has(f"model.layers.{layers - 1}.enorm.weight"):
+        layers -= 1
+    return layers
+
+
+# -- one layer
+
+
+def _one_layer(
+    job: Job, layer: Layer, stream: Stream | None, embedding: Tensor, final_norm: Tensor, state: Progressed
+) -> LayerResult:
+    recipe = job.recipe
+    plan = job.plan or (lambda module: recipe.scheme)
+    recorder, out = None, None
+
+    def record() -> tuple[Recorder, Tensor]:
+        assert stream is not None
+        wanted = Wanted(recipe.needs_gram, recipe.static)
+        ops = Recorder(wanted)
+        return ops, forward(layer, ops, stream, embedding, final_norm)
+
+    if recipe.rotate:
+        rotate(layer, seed=layer.index)
+    if stream is not None and recipe.needs_data:
+        recorder, out = record()
+        if layer.is_moe and (recipe.experts or recipe.neurons):
+            _prune_structure(layer, recorder, recipe, state)
+            recorder, out = record()
+        if recipe.scaling != "none":
+            scale_inputs(layer, recorder.inputs, recipe)
+            recorder, out = record()
+    result = compress_layer(layer, recorder, recipe, plan)
+    if stream is not None and not layer.is_mtp:
+        # Coarse changes are passed on, so that later layers learn to live with them; int8 and FP8 are too
+        # close to the original to be worth a second pass.
+        coarse = recipe.scheme in ("int4", "auto") or recipe.prune is not None
+        if coarse or out is None:
+            out = forward(layer, TracedOps(), stream, embedding, final_norm)
+        stream.hidden = out
+    return result
+
+
+def forward(layer: Layer, ops: TracedOps, stream: Stream, embedding: Tensor, final_norm: Tensor) -> Tensor:
+    """The layer's output for every calibration token, [T, D]."""
+    block = build(layer, ops, embedding, final_norm)
+    out = torch.empty_like(stream.hidden)
+    for rows, lengths in stream.chunks(CHUNK):
+        batch, blocks = paged_batch(lengths)
+        cache = ops.new_cache(1, blocks, BLOCK, layer.config.cache_width, "float32")
+        out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
+    return out
+
+
+def _prune_structure(layer: Layer, recorder: Recorder, recipe: Recipe, state: Progressed) -> None:
+    """Drop experts and neurons; every layer keeps as many, since config.json has one number for all."""
+    c = layer.config
+    if recipe.experts:
+        grouped = c.topk_method != "greedy"
+        plan = plan_experts(
+            layer.experts,
+            recipe.experts,
+            c.n_group if grouped else 1,
+            c.topk_group if grouped else 1,
+            c.num_experts_per_tok,
+        )
+        seen = recorder.experts[f"{layer.prefix}mlp"]
+        pad = layer.experts - len(seen.tokens)
+        saliency = torch.nn.functional.pad(seen.saliency, (0, pad))
+        tokens = torch.nn.functional.pad(seen.tokens, (0, pad))
+        kept = choose_experts(saliency, tokens, plan)
+        renamed = {new: old for new, old in enumerate(kept)}
+        layer.keep_experts(kept)
+        state.changes["n_routed_experts"] = len(kept)
+        inputs = dict(recorder.inputs)
+        for new, old in renamed.items():
+            for part in ("gate_proj", "down_proj"):
+                old_name, new_name = (f"{layer.prefix}mlp.experts.{e}.{part}" for e in (old, new))
+                if old_name in inputs:
+                    recorder.inputs[new_name] = inputs[old_name]
+    if recipe.neurons:
+        width = kept_neurons(c.moe_intermediate_size, recipe.neurons)
+        for e in range(layer.experts):
+            _prune_neurons(layer, f"{layer.prefix}mlp.experts.{e}", recorder, width)
+        state.changes["moe_intermediate_size"] = width
+
+
+def _prune_neurons(layer: Layer, mlp: str, recorder: Recorder, width: int) -> None:
+    gate, up, down = (layer.weight(f"{mlp}.{p}_proj") for p in ("gate", "up", "down"))
+    stats = recorder.inputs.get(f"{mlp}.down_proj")
+    energy = stats.mean_energy() if stats and stats.tokens else torch.ones(down.shape[1])
+    keep = choose_neurons(neuron_scores(down, energy), width)
+    for part, value in zip(("gate", "up", "down"), slice_mlp(gate, up, down, keep), strict=True):
+        layer.set(f"{mlp}.{part}_proj", value)
+
+
+# -- writing
+
+
+def _write_top(
+    checkpoint: Checkpoint, config: ModelConfig, writer: CheckpointWriter, state: Progressed
+) -> None:
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        writer.add(name, checkpoint.tensor(name))
+    if not config.tie_word_embeddings:
+        head = checkpoint.weight("lm_head")
+        writer.add("lm_head.weight", head.data if head.format == "dense" else head.dequantize(torch.bfloat16))
+    state.keys["lm_head"] = None
+    writer.flush()
+
+
+def _write_layer(
+    job: Job, layer: Layer, result: LayerResult, writer: CheckpointWriter, state: Progressed
+) -> None:
+    for module, done in result.modules.items():
+        encode = encode_deepseek if job.export == "deepseek-fp8" else ct.encode
+        for name, tensor in encode(module, done.weight).items():
+            writer.add(name, tensor)
+        if done.input_scale is not None:
+            writer.add(f"{module}.input_scale", torch.tensor([done.input_scale]))
+        state.keys[module] = asdict(done.key) if done.key else None
+        state.modules.append(done.report)
+    for name, tensor in layer.tensors.items():
+        if name.removesuffix(".weight") in result.modules:
+            continue
+        dtype = layer.stored.get(name, torch.float32)
+        exact = torch.equal(tensor.to(dtype).float(), tensor)
+        writer.add(name, tensor.to(dtype) if exact else tensor.float())
+    if result.coverage is not None:
+        state.coverage.append({"layer": layer.index} | result.coverage)
+    writer.flush()
+
+
+def _final_config(job: Job, checkpoint: Checkpoint, state: Progressed) -> dict[str, Any]:
+    config = {
+        k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")
+    }
+    config |= state.changes
+    if "n_routed_experts" in state.changes and "num_local_experts" in config:
+        config["num_local_experts"] = state.changes["n_routed_experts"]
+    keys = {m: ct.GroupKey(**k) if k else None for m, k in state.keys.items()}
+    if job.export == "deepseek-fp8":
+        return config | {"quantization_config": fp8_config()}
+    quantization = ct.quantization_config(keys)
+    return config | ({"quantization_config": quantization} if quantization else {})
+
+
+# -- resuming
+
+
+def _stream(job: Job, embedding: Tensor, hidden: Tensor | None) -> Stream | None:
+    if job.calibration is None or not job.recipe.needs_data:
+        return None
+    windows = job.calibration.windows
+    ids = torch.cat([w.ids[:-1] for w in windows])
+    start = torch.nn.functional.embedding(ids, embedding).float() if hidden is None else hidden
+    return Stream(start, torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows])
+
+
+def _fingerprint(job: Job) -> str:
+    """Changes when anything that decides the output does."""
+    digest = hashlib.sha256(json.dumps([job.recipe.to_json(), job.export], sort_keys=True).encode())
+    for file in sorted(job.source.glob("*.safetensors")):
+        digest.update(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    for window in job.calibration.windows if job.calibration else ():
+        digest.update(window.ids.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resume(job: Job) -> tuple[Progressed, Tensor | None]:
+    """The state of an earlier run of the same job, or a fresh one. Refuses a directory with other files."""
+    fingerprint = _fingerprint(job)
+    directory = job.out / STATE
+    file = directory / "state.json"
+    if file.is_file():
+        state = Progressed(**json.loads(file.read_text(encoding="utf-8")))
+        if state.fingerprint == fingerprint:
+            for part in sorted(job.out.glob("part-*.safetensors"))[state.shards :]:
+                part.unlink()
+            hidden = directory / f"hidden-{state.next_layer}.safetensors"
+            return state, load_file(hidden)["hidden"] if hidden.is_file() else None
+        shutil.rmtree(directory)
+    elif (job.out / "config.json").exists():
+        raise ValueError(f"{job.out} already holds a model; choose another directory, or remove it first")
+    return Progressed(fingerprint), None
+
+
+def _save(job: Job, state: Progressed, writer: CheckpointWriter, stream: Stream | None) -> None:
+    """The shards first, then the hidden states, then the file that points at both."""
+    directory = job.out / STATE
+    directory.mkdir(exist_ok=True)
+    state.shards = writer.shards
+    old = list(directory.glob("hidden-*.safetensors"))
+    if stream is not None:
+        target = directory / f"hidden-{state.next_layer}.safetensors"
+        save_file({"hidden": stream.hidden.contiguous()}, target.with_suffix(".tmp"))
+        target.with_suffix(".tmp").replace(target)
+    partial = directory / "state.tmp"
+    partial.write_text(json.dumps(asdict(state)), encoding="utf-8")
+    partial.replace(directory / "state.json")
+    for file in old:
+        if file.name != f"hidden-{state.next_layer}.safetensors":
+            file.unlink()

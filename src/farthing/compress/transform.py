@@ -1,0 +1,331 @@
+"""One layer through one recipe: statistics in, compressed weights and a report out.
+
+Legend: B matrices of one shape at once; N rows; K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint.compressed_tensors import GroupKey, key_of
+from farthing.compress.calibrate.activations import choose
+from farthing.compress.calibrate.recorder import InputStats, Recorder, with_fallbacks
+from farthing.compress.layer import Layer
+from farthing.compress.prune.masks import BLOCKS, block_scores, global_budgets, mask, scores
+from farthing.compress.quantize.fp8 import quantize_fp8
+from farthing.compress.quantize.grid import Grid, int4_grid, int8_grid
+from farthing.compress.quantize.rotate import random_hadamard, rotate_latent, rotate_values
+from farthing.compress.quantize.scaling import awq_scale, smooth_scale
+from farthing.compress.quantize.sweep import output_error, sweep
+from farthing.compress.recipe import OBSERVER_NAMES, Recipe
+from farthing.compress.trace import input_name
+from farthing.ops.weights import Weight
+
+SWEEP_BYTES = 2**28  # of float64 grams factored at once
+Plan = Callable[[str], str]  # module -> keep | dense | int8 | int4 | fp8
+Stats = dict[str, InputStats]
+
+
+@dataclass(slots=True)
+class Done:
+    """One compressed module."""
+
+    weight: Weight
+    key: GroupKey | None
+    input_scale: float | None
+    report: dict[str, Any]
+
+
+@dataclass(slots=True)
+class LayerResult:
+    """What `compress_layer` hands to the writer; the layer itself then holds the compressed values."""
+
+    modules: dict[str, Done] = field(default_factory=dict)
+    coverage: dict[str, Any] | None = None
+
+
+def rotate(layer: Layer, seed: int) -> None:
+    """Rotate both latents and the values of every head; the function is unchanged."""
+    a, c = f"{layer.prefix}self_attn.", layer.config
+    have = set(layer.modules())
+    pairs = [("kv_a_layernorm", "kv_a_proj_with_mqa", "kv_b_proj", c.kv_lora_rank)]
+    if c.q_lora_rank:
+        pairs.append(("q_a_layernorm", "q_a_proj", "q_b_proj", c.q_lora_rank))
+    for norm, producer, consumer, width in pairs:
+        if a + producer not in have:
+            continue
+        whole = layer.weight(a + producer)
+        rows, norm_weight, columns = rotate_latent(
+            whole[:width],
+            layer.tensors[f"{a}{norm}.weight"],
+            layer.weight(a + consumer),
+            random_hadamard(width, seed),
+        )
+        layer.set(a + producer, torch.cat((rows, whole[width:])))
+        layer.set(a + consumer, columns)
+        layer.tensors[f"{a}{norm}.weight"] = norm_weight
+    kv_b, o = rotate_values(
+        layer.weight(f"{a}kv_b_proj"),
+        layer.weight(f"{a}o_proj"),
+        c.num_attention_heads,
+        c.qk_nope_head_dim,
+        c.v_head_dim,
+        random_hadamard(c.v_head_dim, seed + 1),
+    )
+    layer.set(f"{a}kv_b_proj", kv_b)
+    layer.set(f"{a}o_proj", o)
+
+
+def scale_inputs(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, float]:
+    """Move input scales across norms and up projections; the layer computes what it did. Norm -> alpha."""
+    chosen: dict[str, float] = {}
+    for mlp in layer.mlps():
+        down = stats.get(f"{mlp}.down_proj")
+        if down is None:
+            continue
+        s, alpha = _factor(layer, [f"{mlp}.down_proj"], [down], down, recipe)
+        layer.set(f"{mlp}.down_proj", layer.weight(f"{mlp}.down_proj") * s)
+        layer.set(f"{mlp}.up_proj", layer.weight(f"{mlp}.up_proj") / s.unsqueeze(1))
+        chosen[f"{mlp}.down_proj"] = alpha
+    for norm, modules, plain in layer.norm_groups():
+        known = [(m, stats[input_name(m)]) for m in modules if input_name(m) in stats]
+        if not known:
+            continue
+        whole = max((st for _, st in known), key=lambda st: st.tokens)
+        s, alpha = _factor(layer, [m for m, _ in known], [st for _, st in known], whole, recipe)
+        for module in modules:
+            layer.set(module, layer.weight(module) * s)
+        for name in plain:
+            layer.tensors[name] = layer.tensors[name] * s
+        layer.tensors[norm] = layer.tensors[norm] / s
+        chosen[norm] = alpha
+    return chosen
+
+
+def _factor(
+    layer: Layer, modules: list[str], stats: list[InputStats], whole: InputStats, recipe: Recipe
+) -> tuple[Tensor, float]:
+    weights = [layer.weight(m) for m in modules]
+    if recipe.scaling == "smoothquant":
+        absmax = torch.stack([st.absmax for st in stats]).amax(0)
+        return smooth_scale(weights, absmax, recipe.smooth_alpha), recipe.smooth_alpha
+
+    def round_to(w: Tensor, energy: Tensor) -> Tensor:
+        value: Tensor = _grid(w[None], energy[None] / max(whole.tokens, 1), recipe.scheme, recipe).round(
+            w[None]
+        )[0]
+        return value
+
+    grams = [st.gram if st.gram is not None else torch.diag(st.energy) for st in stats]
+    return awq_scale(weights, grams, whole.magnitude / max(whole.tokens, 1), round_to)
+
+
+def compress_layer(layer: Layer, recorder: Recorder | None, recipe: Recipe, plan: Plan) -> LayerResult:
+    """Mask and round every matrix. `layer` afterwards holds the values that were written."""
+    result = LayerResult()
+    stats, rare = _stats(layer, recorder)
+    if layer.is_moe and recorder is not None:
+        seen = recorder.experts.get(f"{layer.prefix}mlp")
+        tokens = [0] * layer.experts if seen is None else seen.tokens.tolist()
+        tokens += [0] * (layer.experts - len(tokens))
+        result.coverage = {"tokens_per_expert": tokens, "fallbacks": sorted(rare)}
+    originals = {m: layer.weight(m) for m in layer.modules()}
+    budgets = _budgets(layer, stats, recipe)
+    for family in layer.families():
+        for part in _parts(layer, family):
+            _compress_family(layer, part, stats, recipe, plan, budgets, result)
+    if recipe.activations != "none":
+        _choose_activations(originals, stats, recipe, result)
+    return result
+
+
+def _stats(layer: Layer, recorder: Recorder | None) -> tuple[Stats, set[str]]:
+    """Statistics by input name; rare experts get their peers'."""
+    if recorder is None:
+        return {}, set()
+    stats, rare = dict(recorder.inputs), set()
+    for part in ("gate_proj", "down_proj"):
+        names = [f"{layer.prefix}mlp.experts.{e}.{part}" for e in range(layer.experts)]
+        if names:
+            width = layer.weight(names[0]).shape[1]
+            filled, missing = with_fallbacks(recorder.inputs, names, least=max(8, width // 4))
+            stats.update(filled)
+            rare.update(missing)
+    return stats, rare
+
+
+def _parts(layer: Layer, family: list[str]) -> list[list[str]]:
+    """Split a family so that its grams fit in memory."""
+    k = layer.weight(family[0]).shape[1]
+    size = max(1, SWEEP_BYTES // (8 * k * k))
+    return [family[i : i + size] for i in range(0, len(family), size)]
+
+
+def _compress_family(
+    layer: Layer,
+    family: list[str],
+    stats: Stats,
+    recipe: Recipe,
+    plan: Plan,
+    budgets: dict[str, float],
+    result: LayerResult,
+) -> None:
+    w = torch.stack([layer.weight(m) for m in family])
+    known = [stats.get(input_name(m)) for m in family]
+    energy = torch.stack([s.mean_energy() for s in known if s]) if all(known) else None
+    grams = [s.gram for s in known if s is not None and s.gram is not None]
+    gram = torch.stack(grams) if len(grams) == len(family) else None
+    keep = _masks(w, energy, family, budgets, recipe)
+    formats = {m: _format(layer, m, plan, recipe, w.shape[-1]) for m in family}
+    for kind in sorted(set(formats.values())):
+        index = [i for i, m in enumerate(family) if formats[m] == kind]
+        pick = torch.tensor(index)
+        part = _Part(
+            w[pick],
+            None if energy is None else energy[pick],
+            None if gram is None else gram[pick],
+            None if keep is None else keep[pick],
+        )
+        values, weights = _round(part, kind, recipe, [family[i] for i in index], layer)
+        errors = None if part.gram is None else output_error(part.w, values, part.gram)
+        for j, i in enumerate(index):
+            module = family[i]
+            st = known[i]
+            sample = None if st is None or not len(st.rows) else st.rows
+            error = float(errors[j]) if errors is not None else _sampled_error(part.w[j], values[j], sample)
+            layer.set(module, values[j])
+            result.modules[module] = Done(weights[j], key_of(weights[j]), None, {
+                "module": module,
+                "format": weights[j].format,
+                "bits": 8 * weights[j].nbytes / w[0].numel(),
+                "group_size": weights[j].group_size if weights[j].format == "int4" else None,
+                "sparsity": float((values[j] == 0).float().mean()) if keep is not None else 0.0,
+                "error": error,
+                "statistics": st.fallback if st else None,
+            })  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Matrices of one family that share a format."""
+
+    w: Tensor  # [B, N, K]
+    energy: Tensor | None  # [B, K]
+    gram: Tensor | None  # [B, K, K]
+    keep: Tensor | None  # [B, N, K]
+
+
+def _round(
+    part: _Part, kind: str, recipe: Recipe, names: Sequence[str], layer: Layer
+) -> tuple[Tensor, list[Weight]]:
+    """(values [B, N, K], weights) of one format."""
+    grid = _grid(part.w, part.energy, kind, recipe) if kind in ("int8", "int4") else None
+    value = part.w
+    compensate = part.keep is not None and recipe.prune is not None and recipe.prune.compensation == "sweep"
+    gptq = grid is not None and recipe.algorithm == "gptq"
+    if (compensate or gptq) and part.gram is not None:
+        value = sweep(value, part.gram, grid if gptq else None, part.keep, recipe.act_order, recipe.damp)
+    elif part.keep is not None:
+        value = value * part.keep
+    if grid is not None:
+        value = grid.round(value) if not gptq or part.gram is None else value
+        if part.keep is not None:
+            value = value * part.keep
+        weights = grid.weights(value)
+    elif kind == "fp8":
+        weights = [quantize_fp8(value[b], name) for b, name in enumerate(names)]
+    else:
+        dtypes = [layer.stored.get(f"{name}.weight", torch.bfloat16) for name in names]
+        weights = [Weight("dense", value[b].to(dtype)) for b, dtype in enumerate(dtypes)]
+    return torch.stack([w.dequantize() for w in weights]), weights
+
+
+def _grid(w: Tensor, energy: Tensor | None, kind: str, recipe: Recipe) -> Grid:
+    if kind != "int4":
+        return int8_grid(w, energy)
+    return int4_grid(w, group_for(w.shape[-1], recipe.group_size) or w.shape[-1], energy, recipe.symmetric)
+
+
+def group_for(columns: int, wanted: int) -> int | None:
+    """The largest of 128, 64 and 32 that is at most `wanted` and divides the columns."""
+    return next((g for g in (128, 64, 32) if g <= wanted and columns % g == 0), None)
+
+
+def _format(layer: Layer, module: str, plan: Plan, recipe: Recipe, columns: int) -> str:
+    """What the plan says; where 4-bit groups do not divide the columns, 8 bits; ignored modules are dense."""
+    if any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
+        return "dense"
+    kind = plan(module)
+    if kind == "keep":
+        kind = layer.formats.get(module, "dense")
+    if kind == "int4" and group_for(columns, recipe.group_size) is None:
+        return "int8"
+    return kind
+
+
+def _masks(
+    w: Tensor, energy: Tensor | None, family: list[str], budgets: dict[str, float], recipe: Recipe
+) -> Tensor | None:
+    if recipe.prune is None or family[0] not in budgets:
+        return None
+    p = recipe.prune
+    per_row = p.score == "wanda" and p.pattern == "unstructured"
+    return torch.stack([
+        mask(scores(w[b], None if energy is None else energy[b], p.score), budgets[m], p.pattern, per_row)
+        for b, m in enumerate(family)
+    ])  # fmt: skip
+
+
+def _budgets(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, float]:
+    """Sparsity of each module to prune: the recipe's, or shared out by one threshold over the layer."""
+    p = recipe.prune
+    if p is None:
+        return {}
+    targets = [m for m in layer.modules() if p.targets == "all" or ".mlp." in m]
+    if p.scope == "layer":
+        return dict.fromkeys(targets, p.sparsity)
+    cells = BLOCKS.get(p.pattern, (1, 1))
+    pieces = {}
+    for module in targets:
+        st = stats.get(input_name(module))
+        score = scores(layer.weight(module), st.mean_energy() if st else None, p.score)
+        blocks = block_scores(score, cells)
+        pieces[module] = blocks / blocks.mean().clamp_min(1e-30)
+    return global_budgets(pieces, p.sparsity)
+
+
+def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:
+    """Relative output error on the sampled inputs, or of the weights alone where nothing was sampled."""
+    x = rows if rows is not None else torch.eye(w.shape[1])
+    exact = x @ w.t()
+    return float((x @ value.t() - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
+
+
+def _choose_activations(
+    originals: dict[str, Tensor], stats: Stats, recipe: Recipe, result: LayerResult
+) -> None:
+    """Give every integer module its activation rounding; modules that share an input share the choice."""
+    shared: dict[str, list[str]] = {}
+    for module, done in result.modules.items():
+        if done.weight.format in ("int8", "int4"):
+            shared.setdefault(input_name(module), []).append(module)
+    for name, modules in shared.items():
+        st = stats.get(name)
+        scale: float | None = None
+        if recipe.static and st is not None and st.histogram is not None and len(st.rows):
+            observers = OBSERVER_NAMES if recipe.observer == "auto" else (recipe.observer,)
+            pairs = [(originals[m], result.modules[m].weight.dequantize()) for m in modules]
+            choice = choose(st.histogram, st.rows, pairs, observers, recipe.activations == "best")
+            scale = choice.scale
+            for m in modules:
+                result.modules[m].report |= {"observer": choice.winner, "observer_errors": choice.errors}
+        for m in modules:
+            done = result.modules[m]
+            done.key = key_of(done.weight, "token" if scale is None else "tensor")
+            done.input_scale = scale
