@@ -32,6 +32,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     priority_step: float = 10.0  # seconds of waiting that outweigh one level of priority
     speculate: str | None = None  # "mtp", "mtp:2", "ngram", "ngram:4"
+    experts: str = "auto"  # as config.json says; "all"; "adaptive:p[,min=2,max=8]"
     seed: int = 0
     skip_tokenizer_init: bool = False
     tensor_parallel_size: int = 1
@@ -50,6 +51,7 @@ class EngineConfig:
             size = self.tensor_parallel_size
             raise ValueError(f"tensor_parallel_size is {size}; expected 1: the engine runs on one device")
         parse_speculate(self.speculate)
+        _check_experts(self.experts)
 
 
 _POSITIVE = (
@@ -84,3 +86,8 @@ def _one_of(config: EngineConfig, name: str, accepted: tuple[object, ...]) -> No
     value = getattr(config, name)
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; expected one of {accepted}")
+
+
+def _check_experts(value: str) -> None:
+    if value not in ("auto", "all") and not value.startswith("adaptive:"):
+        raise ValueError(f"experts is {value!r}; expected 'auto', 'all' or 'adaptive:p[,min=2,max=8]'")

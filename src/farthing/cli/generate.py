@@ -43,6 +43,7 @@ def generate(
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, fp8 or int8.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None,
     speculate: Annotated[str | None, typer.Option(help="mtp[:k] or ngram[:k].")] = None,
+    experts: Annotated[str, typer.Option(help="auto, all or adaptive:p[,min=2,max=8].")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -61,6 +62,7 @@ def generate(
             kv_cache_dtype=cast("Any", kv_cache_dtype),
             max_model_len=max_model_len,
             speculate=speculate,
+            experts=experts,
             threads=threads,
         ) as llm:
             given: dict[str, Any] = {

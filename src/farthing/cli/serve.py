@@ -125,6 +125,9 @@ def serve(
     speculate: Annotated[
         str | None, typer.Option(help="mtp[:k] or ngram[:k].", rich_help_panel=_ENGINE)
     ] = None,
+    experts: Annotated[
+        str, typer.Option(help="auto, all or adaptive:p[,min=2,max=8].", rich_help_panel=_ENGINE)
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of requests without a seed.", rich_help_panel=_ENGINE)] = 0,
     skip_tokenizer_init: Annotated[
         bool, typer.Option(help="Token ids in and out.", rich_help_panel=_ENGINE)
@@ -154,6 +157,7 @@ def serve(
             kv_cache_dtype=cast("Any", kv_cache_dtype),
             enable_prefix_caching=enable_prefix_caching,
             speculate=speculate,
+            experts=experts,
             seed=seed,
             skip_tokenizer_init=skip_tokenizer_init,
             tensor_parallel_size=tensor_parallel_size,
