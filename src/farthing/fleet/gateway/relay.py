@@ -99,6 +99,8 @@ class ClientConnection(asyncio.Protocol):
         self._headers: Headers = []
         self._body: list[bytes] = []
         self._size = 0
+        self._reading = False  # a request has begun and is not whole yet
+        self._seen = False  # a request has come at all
         self._pending: list[Request] = []
         self._task: asyncio.Task[None] | None = None
         self._arrived = 0.0
@@ -139,8 +141,14 @@ class ClientConnection(asyncio.Protocol):
 
     # ---- towards the client ----------------------------------------------------------------------
     @property
-    def idle(self) -> bool:
-        return self._task is None and self._size == 0 and not self._pending
+    def busy(self) -> bool:
+        """A request is being read or served."""
+        return self._task is not None or self._reading or bool(self._pending)
+
+    @property
+    def expecting(self) -> bool:
+        """Connected, and its first request has not come yet."""
+        return not self._seen and not self.busy
 
     def write(self, data: bytes) -> None:
         if self.transport is not None:
@@ -174,6 +182,7 @@ class ClientConnection(asyncio.Protocol):
     # ---- httptools callbacks ---------------------------------------------------------------------
     def on_message_begin(self) -> None:
         self._target, self._headers, self._body, self._size = b"", [], [], 0
+        self._reading = self._seen = True
 
     def on_url(self, url: bytes) -> None:
         self._target += url
@@ -203,7 +212,7 @@ class ClientConnection(asyncio.Protocol):
             b"".join(self._body),
             self._parser.should_keep_alive(),
         )
-        self._size = 0
+        self._reading = False
         self._pending.append(request)
         if len(self._pending) > 16:  # pipelined further than any client does
             self._refuse(429, "more than 16 requests are pipelined on one connection")
@@ -231,8 +240,8 @@ class ClientConnection(asyncio.Protocol):
         if answer is not None:
             self.write(answer)
             return
-        with self.gateway.admitted():
-            await self._proxy(request)
+        self.gateway.metrics.received.inc()
+        await self._proxy(request)
 
     async def _proxy(self, request: Request) -> None:
         """Offer the request to replicas until one has answered."""

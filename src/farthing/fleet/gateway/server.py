@@ -24,6 +24,7 @@ from farthing.fleet.gateway.upstream import ReplicaLost
 log = logging.getLogger(__name__)
 
 _FILE_POLL_S = 0.05
+_FIRST_REQUEST_S = 1.0  # for a connection that is accepted just as the gateway stops
 _FIRST_CHECK_S = 0.1  # between health checks of a replica that was never healthy
 
 
@@ -58,7 +59,6 @@ class Gateway:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._waiting = 0
-        self._under_way = 0
 
     # ---- life ------------------------------------------------------------------------------------
     async def start(
@@ -87,12 +87,11 @@ class Gateway:
         self._notify()  # who waits for a replica is told so now
         if self._server is not None:
             self._server.close()
-        for client in [c for c in self.clients if c.idle]:
-            client.close()
-        deadline = self.now() + (self.config.drain_s if drain_s is None else drain_s)
-        while self._under_way and self.now() < deadline:
+        began = self.now()
+        deadline = began + (self.config.drain_s if drain_s is None else drain_s)
+        while self._close_idle(self.now() < began + _FIRST_REQUEST_S) and self.now() < deadline:
             await asyncio.sleep(0.02)
-        left = [client for client in self.clients if not client.idle]
+        left = [client for client in self.clients if client.busy]
         for client in left:
             client.give_up("the gateway stops")
         for task in self._tasks.values():
@@ -102,6 +101,16 @@ class Gateway:
             client.close()
         await asyncio.sleep(0)
         return len(left)
+
+    def _close_idle(self, patient: bool) -> bool:
+        """Close connections without a request; whether some are left to wait for.
+
+        A connection just accepted is `patient`ly given a moment for its first request: it could not know.
+        """
+        for client in list(self.clients):
+            if not client.busy and not (patient and client.expecting):
+                client.close()
+        return any(client.busy or (patient and client.expecting) for client in self.clients)
 
     # ---- replicas --------------------------------------------------------------------------------
     def set_replicas(self, wanted: dict[str, str]) -> None:
@@ -218,16 +227,6 @@ class Gateway:
                 for r in self.balancer.replicas.values()
             ],
         }
-
-    @contextlib.contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count a request while it is under way."""
-        self.metrics.received.inc()
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[bool]:

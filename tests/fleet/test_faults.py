@@ -1,0 +1,292 @@
+"""Faults, each brought about for real: no accepted request is lost without an error, and missing data
+scales nothing down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from farthing.fleet.actuators.kubernetes import connect
+from farthing.fleet.actuators.local import LocalConfig
+from farthing.fleet.actuators.scale import ScalePatch, Target
+from farthing.fleet.config import FleetConfig, SignalsConfig
+from farthing.fleet.controller import Controller
+from farthing.fleet.decisions import Decision, read_log
+from farthing.fleet.policy import Policy, PolicyConfig
+from farthing.fleet.signals import PrometheusSource, ScrapeSource
+from farthing.fleet.up import LocalFleet, UpConfig
+from tests.fleet.doubles import replica as double
+from tests.fleet.doubles.kubernetes import FakeKubernetes
+from tests.fleet.doubles.replica import FakeReplica
+from tests.fleet.doubles.services import prometheus
+
+KEY = ("deployments", "prod", "deepseek")
+TARGET = Target.parse("deployment/deepseek", "prod")
+POLICY = PolicyConfig(
+    capacity=1.0, interval_s=0.1, cold_start_s=1.0, latency_for_s=0.2, stale_after_s=3.0, drain_s=5.0
+)
+
+
+def run(test: Callable[[], Awaitable[None]], seconds: float = 90) -> None:
+    asyncio.run(asyncio.wait_for(test(), seconds))  # type: ignore[arg-type]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.02)
+
+
+def last(loop: Controller) -> Decision:
+    assert loop.metrics.last is not None
+    return loop.metrics.last
+
+
+# ---- Prometheus gone ----
+
+
+def test_prometheus_gone_holds_and_comes_back(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
+            api.replicas[KEY] = 5
+            manager = prometheus(tmp_path, [f"127.0.0.1:{replica.port}"])
+            url, process = await asyncio.to_thread(manager.__enter__)
+            source = PrometheusSource(url, window_s=2.0, timeout_s=0.5, stale_after_s=3.0)
+            actuator = ScalePatch(connect(api.url), TARGET)
+            # The load of 5 replicas: 3.5 requests/s at 0.7 · 1.0; it ends while nobody can see it.
+            loop = Controller(Policy(POLICY), source, actuator, log_path=tmp_path / "d.jsonl")
+            busy = asyncio.create_task(_keep_busy(replica, 3.3))
+            stop = asyncio.Event()
+            try:
+                while ((await source.read(5)).request_rate or 0.0) < 3.0:
+                    await asyncio.sleep(0.1)
+                task = asyncio.create_task(loop.run(stop))
+                await until(lambda: loop.metrics.last is not None and last(loop).decided_by != "stale")
+                os.kill(process.pid, signal.SIGSTOP)
+                busy.cancel()
+                await until(lambda: last(loop).decided_by == "stale")
+                before = api.replicas[KEY]
+                await asyncio.sleep(1.0)
+                assert api.replicas[KEY] == before >= 5
+                assert any("stale" in alarm for alarm in last(loop).alarms)
+                os.kill(process.pid, signal.SIGCONT)
+                await until(lambda: last(loop).decided_by != "stale")
+            finally:
+                os.kill(process.pid, signal.SIGCONT)
+                stop.set()
+                await asyncio.to_thread(manager.__exit__, None, None, None)
+            await task
+            await source.close()
+            assert all(
+                d.target >= d.current
+                for d in read_log(tmp_path / "d.jsonl", 10_000)
+                if d.decided_by == "stale"
+            )
+
+    run(test)
+
+
+async def _keep_busy(replica: FakeReplica, rate: float) -> None:
+    while True:
+        replica.sums["ttft"] = [replica.sums["ttft"][0] + 0.1, replica.sums["ttft"][1] + rate / 10]
+        replica.sums["queue"][1] += rate / 10
+        await asyncio.sleep(0.1)
+
+
+# ---- API server down ----
+
+
+def test_api_server_down_holds_and_acts_once_it_is_back(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
+            api.replicas[KEY] = 2
+            source = ScrapeSource(lambda: {"a": replica.url}, window_s=1.0)
+            loop = Controller(
+                Policy(POLICY), source, ScalePatch(connect(api.url), TARGET), log_path=tmp_path / "d.jsonl"
+            )
+            stop = asyncio.Event()
+            task = asyncio.create_task(loop.run(stop))
+            await until(lambda: loop.metrics.last is not None)
+            api.down = True
+            busy = asyncio.create_task(_keep_busy(replica, 10.0))
+            await until(lambda: any("actuator" in alarm for alarm in last(loop).alarms))
+            await asyncio.sleep(0.5)
+            assert api.patches == []
+            api.down = False
+            await until(lambda: bool(api.patches))
+            assert min(count for _, count in api.patches) > 2
+            busy.cancel()
+            stop.set()
+            await task
+            await source.close()
+
+    run(test)
+
+
+# ---- the clock jumps ----
+
+
+def test_clock_that_jumps_scales_nothing_down(tmp_path: Path) -> None:
+    async def test() -> None:
+        jump = [0.0]
+        clock = asyncio.get_running_loop().time
+        async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
+            api.replicas[KEY] = 5
+
+            def wall() -> float:
+                return 1e9 + clock() + jump[0]
+
+            source = ScrapeSource(lambda: {"a": replica.url}, window_s=1.0, wall=wall)
+            loop = Controller(
+                Policy(POLICY),
+                source,
+                ScalePatch(connect(api.url), TARGET),
+                log_path=tmp_path / "d.jsonl",
+                wall=wall,
+            )
+            stop, busy = asyncio.Event(), asyncio.create_task(_keep_busy(replica, 3.3))
+            for _ in range(12):  # a whole window of the true load first
+                await source.read(5)
+                await asyncio.sleep(0.1)
+            task = asyncio.create_task(loop.run(stop))
+            await until(lambda: loop.metrics.last is not None)
+            for seconds in (3600.0, -7200.0):
+                jump[0] += seconds
+                await until(lambda: any("clock" in alarm for alarm in last(loop).alarms))
+                await until(lambda: not any("clock" in alarm for alarm in last(loop).alarms))
+                await asyncio.sleep(0.3)
+            busy.cancel()
+            stop.set()
+            await task
+            await source.close()
+            assert api.replicas[KEY] >= 5
+            decisions = read_log(tmp_path / "d.jsonl", 10_000)
+            assert sum(any("clock" in alarm for alarm in d.alarms) for d in decisions) == 2
+            assert all(d.target >= d.current for d in decisions)
+
+    run(test)
+
+
+# ---- local mode: a replica is killed, the gateway is exchanged and killed ----
+
+
+def local(tmp_path: Path, *, replicas: int = 2, tokens: int = 5, interval_s: float = 0.02) -> LocalFleet:
+    command = (sys.executable, str(double.__file__), "--port", "{port}", "--tokens", str(tokens))
+    fleet = FleetConfig(
+        policy=PolicyConfig(
+            capacity=1000.0, interval_s=0.2, min_replicas=replicas, max_replicas=replicas, cold_start_s=1.0
+        ),
+        signals=SignalsConfig(window_s=2.0),
+        state=tmp_path / "state",
+        metrics="127.0.0.1:0",
+    )
+    config = LocalConfig((*command, "--interval", str(interval_s)), tmp_path / "logs")
+    return LocalFleet(UpConfig(fleet, config, port=0))
+
+
+async def _ask(session: aiohttp.ClientSession, number: int, results: list[str], *, stream: bool) -> None:
+    """One request; what became of it is put in `results`: whole, error, cut or refused."""
+    body = {"messages": [{"role": "user", "content": f"{number}"}], "stream": stream}
+    try:
+        async with session.post("/v1/chat/completions", json=body) as answer:
+            text = await answer.text()
+            if answer.status != 200 or '"error"' in text:
+                results.append("error")
+            else:
+                results.append("whole" if not stream or "[DONE]" in text else "cut")
+    except aiohttp.ClientConnectorError:
+        results.append("refused")
+    except aiohttp.ClientError:
+        results.append("broken off")  # the client is told by its connection
+
+
+async def _load(url: str, seconds: float, results: list[str], *, stream: bool) -> None:
+    """Requests on a connection of their own, 50 a second."""
+    connector = aiohttp.TCPConnector(force_close=True, limit=0)
+    async with aiohttp.ClientSession(url, connector=connector) as session, asyncio.TaskGroup() as group:
+        for number in range(round(seconds * 50)):
+            group.create_task(_ask(session, number, results, stream=stream))
+            await asyncio.sleep(0.02)
+
+
+def test_killed_replica_loses_no_request_without_an_error_and_is_replaced(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with local(tmp_path, tokens=15) as fleet:
+            stop = asyncio.Event()
+            scaling = asyncio.create_task(fleet.run(stop))
+            assert await fleet.replicas.wait_ready(2, 30)
+            await _healthy(fleet, 2)
+            whole, streams = list[str](), list[str]()
+            load = [
+                asyncio.create_task(_load(fleet.url, 3.0, whole, stream=False)),
+                asyncio.create_task(_load(fleet.url, 3.0, streams, stream=True)),
+            ]
+            await asyncio.sleep(0.8)
+            victim = fleet.replicas.replicas[0]
+            os.kill(victim.process.pid, signal.SIGKILL)
+            await asyncio.gather(*load)
+            assert set(whole) == {"whole"}  # nothing of them had been sent: repeated elsewhere
+            assert set(streams) <= {"whole", "error"}
+            assert 0 < streams.count("error") < 20  # those that were under way there
+            await until(lambda: len(fleet.replicas.ready()) == 2)
+            assert victim.name not in fleet.replicas.ready()
+            decisions = read_log(tmp_path / "state" / "decisions.jsonl", 10_000)
+            assert all(d.target >= 2 for d in decisions)
+            stop.set()
+            await scaling
+
+    run(test)
+
+
+async def _healthy(fleet: LocalFleet, count: int) -> None:
+    async with aiohttp.ClientSession(fleet.url) as session:
+        while True:
+            with suppress(aiohttp.ClientError):
+                async with session.get("/health") as answer:
+                    state: dict[str, Any] = await answer.json()
+                    if state["ready"] == count:
+                        return
+            await asyncio.sleep(0.02)
+
+
+def test_gateway_exchanged_under_load_loses_nothing(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with local(tmp_path, tokens=20) as fleet:
+            assert await fleet.replicas.wait_ready(2, 30)
+            await _healthy(fleet, 2)
+            results = list[str]()
+            load = asyncio.create_task(_load(fleet.url, 3.0, results, stream=True))
+            await asyncio.sleep(0.8)
+            assert fleet.gateway is not None
+            await fleet.gateway.exchange()
+            await load
+            assert results == ["whole"] * 150
+
+    run(test)
+
+
+def test_gateway_killed_refuses_nobody_and_comes_back(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with local(tmp_path, tokens=5) as fleet:
+            assert await fleet.replicas.wait_ready(2, 30)
+            await _healthy(fleet, 2)
+            assert fleet.gateway is not None and fleet.gateway.process is not None
+            results = list[str]()
+            load = asyncio.create_task(_load(fleet.url, 3.0, results, stream=True))
+            await asyncio.sleep(0.8)
+            os.kill(fleet.gateway.process.pid, signal.SIGKILL)
+            await load
+            assert fleet.gateway.restarts == 1
+            assert set(results) <= {"whole", "broken off"}  # never refused, never cut without a sign
+            assert results.count("broken off") < 20
+            assert results.count("whole") > 120
+
+    run(test)
