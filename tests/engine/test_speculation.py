@@ -1,0 +1,266 @@
+"""Drafts: never another token, counted, and switched off where they do not pay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from farthing.config import EngineConfig, parse_speculate
+from farthing.engine.engine import Engine
+from farthing.engine.request import SamplingParams
+from farthing.engine.runner import Step
+from farthing.engine.sequence import Scheduled
+from farthing.engine.speculation import Gate, NgramDrafter, Speculator, _NgramIndex
+from farthing.model import DeepseekModel, ModelConfig, random_model
+
+from .conftest import RAW, next_logits
+
+MakeEngine = Callable[..., Engine]
+
+
+class Oracle:
+    """Drafts what is told: the true continuation, spoiled at some places."""
+
+    num_lookahead = 0
+
+    def __init__(self, tokens: list[int], num_drafts: int, spoil: Callable[[int], bool]) -> None:
+        self.tokens, self.num_drafts, self.spoil = tokens, num_drafts, spoil
+
+    def warm(self, plan: list[Scheduled], step: Step, hidden: object) -> None:
+        return None
+
+    def draft(self, warm: object, plan: list[Scheduled], chosen: list[int]) -> list[list[int]]:
+        result = []
+        for i in chosen:
+            at = len(plan[i].seq.tokens)
+            true = self.tokens[at : at + self.num_drafts]
+            result.append([t + 1 if self.spoil(at + j) else t for j, t in enumerate(true)])
+        return result
+
+
+class Always(Gate):
+    """Never judges."""
+
+    def wants(self, batch: int) -> bool:
+        return True
+
+    def break_even(self, batch: int) -> float:
+        return 1.0
+
+
+def use(engine: Engine, drafter: Any) -> None:
+    engine._core._speculator = Speculator(drafter, Always())
+
+
+PARAMS = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 1.0, "seed": 5},
+    "filtered": {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 6},
+    "penalized": {"temperature": 0, "repetition_penalty": 1.5, "frequency_penalty": 0.7, "min_tokens": 10},
+}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_right_drafts_are_accepted_and_wrong_ones_change_nothing(make_engine: MakeEngine, name: str) -> None:
+    params = SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1, **PARAMS[name])
+    plain = make_engine(enable_prefix_caching=False).submit([5, 6, 7], params).result()
+    tokens = [5, 6, 7, *plain.outputs[0].token_ids]
+    for spoil, least in ((lambda at: False, 21), (lambda at: at % 5 == 0, 12), (lambda at: True, 0)):
+        engine = make_engine(enable_prefix_caching=False)
+        use(engine, Oracle(tokens, 3, spoil))
+        output = engine.submit([5, 6, 7], params).result()
+        assert output.outputs[0].token_ids == plain.outputs[0].token_ids
+        assert output.outputs[0].cumulative_logprob == pytest.approx(
+            plain.outputs[0].cumulative_logprob, abs=1e-3
+        )
+        stats = engine.stats.snapshot()
+        assert stats.accepted_tokens >= least and stats.draft_tokens >= 21
+        assert stats.steps <= 30 - stats.accepted_tokens
+        assert (output.metrics.draft_tokens, output.metrics.accepted_tokens) == (
+            stats.draft_tokens,
+            stats.accepted_tokens,
+        )
+        assert stats.generation_tokens == 30
+
+
+def test_a_stop_in_the_middle_of_drafts_ends_there(make_engine: MakeEngine) -> None:
+    plain = (
+        make_engine()
+        .submit([5, 6, 7], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        .result()
+    )
+    tokens = plain.outputs[0].token_ids
+    stop = tokens[9]
+    end = tokens.index(stop) + 1
+    engine = make_engine()
+    use(engine, Oracle([5, 6, 7, *tokens], 4, lambda at: False))
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=[stop])
+    output = engine.submit([5, 6, 7], params).result()
+    assert output.outputs[0].token_ids == tokens[:end] and output.outputs[0].stop_reason == stop
+
+
+class Likeliest:
+    """Drafts the likelier of two tokens, given the one before."""
+
+    num_drafts, num_lookahead = 1, 0
+
+    def __init__(self, best: dict[int, int]) -> None:
+        self.best = best
+
+    def warm(self, plan: list[Scheduled], step: Step, hidden: object) -> None:
+        return None
+
+    def draft(self, warm: object, plan: list[Scheduled], chosen: list[int]) -> list[list[int]]:
+        return [[self.best.get(plan[i].seq.tokens[-1], 3)] for i in chosen]
+
+
+def test_refused_drafts_leave_the_models_distribution(make_engine: MakeEngine, model: DeepseekModel) -> None:
+    """Leviathan et al. 2023: what stands in a refused draft's place follows p without the draft."""
+    prompt, count, heat = [5, 6, 7], 2000, 1.5
+
+    def two(tokens: list[int]) -> dict[int, float]:
+        values, ids = (next_logits(model, tokens) / heat).topk(2)
+        return dict(zip(ids.tolist(), values.softmax(-1).tolist(), strict=True))
+
+    first = two(prompt)
+    second = {t: two([*prompt, t]) for t in first}
+    expected = {(a, b): p * q for a, p in first.items() for b, q in second[a].items()}
+    engine = make_engine(max_num_seqs=32, num_blocks=256, max_num_batched_tokens=128, max_queue=None)
+    use(engine, Likeliest({a: max(q, key=q.__getitem__) for a, q in second.items()}))
+    streams = [
+        engine.submit(
+            prompt,
+            SamplingParams(temperature=heat, top_k=2, seed=i, max_tokens=3, ignore_eos=True),
+            kind="final",
+        )
+        for i in range(count)
+    ]
+    seen = Counter(tuple(stream.result().outputs[0].token_ids[:2]) for stream in streams)
+    assert set(seen) == set(expected)
+    chi2 = sum((seen[pair] - p * count) ** 2 / (p * count) for pair, p in expected.items())
+    assert chi2 < 3 + 5 * (2 * 3) ** 0.5
+    accepted = sum(p * max(second[a].values()) for a, p in first.items())
+    rate = engine.stats.accepted_tokens / engine.stats.draft_tokens
+    assert engine.stats.draft_tokens == count
+    assert rate == pytest.approx(accepted, abs=5 * (accepted * (1 - accepted) / count) ** 0.5)
+
+
+def test_mtp_drafts_are_those_of_the_layer(make_engine: MakeEngine, model: DeepseekModel) -> None:
+    """The first draft, recomputed from scratch over the whole sequence."""
+    import torch
+
+    from farthing.ops import make_batch
+
+    engine = make_engine(speculate="mtp:2", max_num_batched_tokens=8)
+    engine._core._speculator.gate = Always()  # type: ignore[union-attr]
+    drafts: list[tuple[list[int], list[int]]] = []
+    propose = engine._core._speculator.propose  # type: ignore[union-attr]
+
+    def spy(plan: list[Scheduled], step: Step, hidden: torch.Tensor) -> None:
+        propose(plan, step, hidden)
+        drafts.extend((list(item.seq.tokens), list(item.seq.drafts)) for item in plan if item.seq.drafts)
+
+    engine._core._speculator.propose = spy  # type: ignore[union-attr, method-assign, assignment]
+    engine.submit(list(range(40, 60)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)).result()
+    # Near its end a sequence has no slot left for the second draft.
+    assert sum(len(proposed) == 2 for _, proposed in drafts) >= 5
+    for tokens, proposed in drafts:
+        cache = model.new_cache(8, 16, "float32")
+        count = len(tokens) - 1
+        batch = make_batch([count], [0], [list(range(4))], 16)
+        with torch.inference_mode():
+            hidden = model.forward(torch.tensor(tokens[:-1]), batch, cache)
+            mtp = model.draft(torch.tensor(tokens[1:]), hidden, batch, cache)
+            first = int(model.draft_logits(mtp[-1:])[0].argmax())
+            more = make_batch([1], [count], [list(range(4))], 16)
+            again = model.draft(torch.tensor([first]), mtp[-1:], more, cache, step=1)
+            second = int(model.draft_logits(again, step=1)[0].argmax())
+        assert proposed == [first, second][: len(proposed)]
+
+
+def test_ngram_index_finds_the_latest_longest_match() -> None:
+    index = _NgramIndex((3, 2))
+    tokens = [1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]
+    assert index.lookup(tokens, 2) == [4, 9]  # three tokens match at the beginning, two more recently
+    tokens += [7, 2, 3]
+    assert index.lookup(tokens, 2) == [7, 2]
+    assert _NgramIndex((2,)).lookup([1, 2, 3], 4) == []
+    assert _NgramIndex((2,)).lookup([1], 4) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 40])
+def test_ngram_index_grown_in_pieces_is_the_same(count: int) -> None:
+    import random
+
+    rng = random.Random(count)
+    tokens = [rng.randrange(3) for _ in range(count)]
+    grown = _NgramIndex((4, 3, 2))
+    for end in range(count + 1):
+        assert grown.lookup(tokens[:end], 3) == _NgramIndex((4, 3, 2)).lookup(tokens[:end], 3)
+
+
+def test_ngram_drafter_forgets_the_ended(make_engine: MakeEngine) -> None:
+    engine = make_engine(speculate="ngram:2")
+    drafter = engine._core._speculator.drafter  # type: ignore[union-attr]
+    assert isinstance(drafter, NgramDrafter)
+    for i in range(200):
+        engine.submit([i % 9 + 2] * 6, SamplingParams(max_tokens=2, ignore_eos=True)).result()
+    assert len(drafter._index) <= 80
+
+
+def feed(gate: Gate, batch: int, plain: float, drafted: float, tokens: float, steps: int = 200) -> list[bool]:
+    """Simulate: what the gate wants is done, and costs what it costs."""
+    wishes = []
+    for _ in range(steps):
+        wish = gate.wants(batch)
+        wishes.append(wish)
+        gate.observe(batch, wish, drafted if wish else plain, round(batch * (tokens if wish else 1)))
+    return wishes
+
+
+def test_the_gate_keeps_what_pays_and_drops_what_does_not() -> None:
+    gate = Gate()
+    good = feed(gate, batch=10, plain=1.0, drafted=1.3, tokens=1.7)
+    bad = feed(gate, batch=100, plain=1.0, drafted=1.9, tokens=1.7)
+    assert sum(good) > 180 and gate.pays(10)
+    assert sum(bad) < 20 and not gate.pays(100)
+    assert gate.break_even(100) == pytest.approx(1.9)
+    # It keeps probing, and notices when the world has changed.
+    assert sum(feed(gate, batch=100, plain=1.0, drafted=1.1, tokens=1.7, steps=1500)[1000:]) > 400
+
+
+def test_one_slow_step_does_not_switch_off() -> None:
+    gate = Gate()
+    feed(gate, batch=1, plain=1.0, drafted=1.2, tokens=2.0, steps=50)
+    gate.observe(1, True, 1000.0, 2)
+    assert gate.pays(1)
+
+
+def test_a_request_whose_drafts_fail_goes_without(make_engine: MakeEngine) -> None:
+    class Costly(Always):
+        def break_even(self, batch: int) -> float:
+            return 1.5
+
+    engine = make_engine()
+    drafter = Oracle(list(range(2, 300)), 2, lambda at: True)
+    engine._core._speculator = Speculator(drafter, Costly())
+    engine.submit([2, 3], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)).result()
+    assert 0 < engine.stats.drafts < 20
+
+
+@pytest.mark.parametrize("value", ["mtp:0", "mtp:x", "mtp:", "eagle", "ngram:99", ""])
+def test_bad_speculate(value: str) -> None:
+    if value == "mtp:":
+        assert parse_speculate(value) == ("mtp", 1)
+        return
+    with pytest.raises(ValueError, match="speculate is"):
+        EngineConfig(speculate=value)
+
+
+def test_mtp_without_the_layer_is_refused(model: DeepseekModel) -> None:
+    bare = random_model(ModelConfig.from_json(RAW | {"num_nextn_predict_layers": 0}), model.ops)
+    with pytest.raises(ValueError, match="has no MTP layer; expected 'ngram' or None"):
+        Engine(bare, EngineConfig(speculate="mtp"))

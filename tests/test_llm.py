@@ -1,0 +1,220 @@
+"""The Python API and `farthing generate`, from a directory on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from typer.testing import CliRunner
+
+from farthing import LLM, SamplingParams
+from farthing.cli.generate import app
+from farthing.config import EngineConfig
+
+CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a byte-level tokenizer, as it would come from the hub."""
+    from safetensors.torch import save_file
+
+    from farthing.model import ModelConfig
+    from farthing.model.load import random_parameters
+
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "generation_config.json").write_text('{"temperature": 0.5, "top_p": 0.9}')
+    tokenizer = HfTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(["def f(x): return x"], trainer)
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    save_file(dict(random_parameters(ModelConfig.from_json(CONFIG), 3)), str(path / "model.safetensors"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(directory: Path) -> Iterator[LLM]:
+    with LLM(directory, backend="reference", num_blocks=64) as llm:
+        yield llm
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def test_generate_takes_texts_and_token_ids_in_order(llm: LLM) -> None:
+    outputs = llm.generate(["def f", "x"], GREEDY, use_tqdm=False)
+    assert [o.prompt for o in outputs] == ["def f", "x"]
+    assert all(len(o.outputs[0].token_ids) == 8 and o.finished for o in outputs)
+    tokenizer = llm.get_tokenizer()
+    ids = [tokenizer.encode(text) for text in ("def f", "x")]
+    again = llm.generate(ids, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in outputs]
+    assert outputs[0].outputs[0].text == tokenizer.decode(outputs[0].outputs[0].token_ids)
+    assert llm.generate("x", GREEDY, use_tqdm=False)[0].outputs == outputs[1].outputs
+    assert llm.generate(ids[1], GREEDY, use_tqdm=False)[0].outputs == outputs[1].outputs
+    assert llm.generate([], GREEDY) == []
+
+
+def test_one_set_of_parameters_for_each_prompt(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 5)]
+    outputs = llm.generate(["a", "b"], params, use_tqdm=True, priority=[1, 0])
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [3, 5]
+    with pytest.raises(ValueError, match="sampling_params has 2 entries; expected one, or 3"):
+        llm.generate(["a", "b", "c"], params)
+    with pytest.raises(ValueError, match="priority has 1 entries"):
+        llm.generate(["a", "b"], params, priority=[0])
+
+
+def test_a_bad_prompt_stops_the_batch_and_leaves_nothing_running(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="prompt is empty"):
+        llm.generate([[5], []], SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)
+    assert llm.engine.drain is not None
+    for _ in range(500):
+        if llm.engine.num_live == 0:
+            break
+        llm.generate([[5]], SamplingParams(max_tokens=1), use_tqdm=False)
+    assert llm.engine.num_live == 0
+
+
+def test_stream_yields_what_generate_returns(llm: LLM) -> None:
+    whole = llm.generate("def", GREEDY, use_tqdm=False)[0].outputs[0]
+    parts = list(llm.stream("def", GREEDY))
+    assert [t for p in parts for t in p.outputs[0].token_ids] == whole.token_ids
+    assert "".join(p.outputs[0].text for p in parts) == whole.text
+    for part in llm.stream("def", SamplingParams(max_tokens=100, ignore_eos=True)):
+        assert not part.finished
+        break
+    assert llm.generate("def", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == whole.token_ids
+
+
+def test_chat_uses_the_template(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "Hi"}]
+    (output,) = llm.chat(conversation, GREEDY, use_tqdm=False)
+    assert output.prompt == "<s><｜User｜>Hi<｜Assistant｜>"
+    assert output.prompt_token_ids[0] == 0 and output.prompt_token_ids.count(0) == 1
+    assert len(llm.chat([conversation, conversation], GREEDY, use_tqdm=False)) == 2
+
+
+def test_defaults_come_from_the_checkpoint(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.5, 0.9, 16)
+
+
+def test_without_a_tokenizer(directory: Path) -> None:
+    with LLM(directory, backend="reference", skip_tokenizer_init=True, num_blocks=16) as llm:
+        (output,) = llm.generate([[4, 5]], GREEDY, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 8 and output.outputs[0].text == ""
+        with pytest.raises(ValueError, match="skip_tokenizer_init"):
+            llm.generate("text", GREEDY)
+        with pytest.raises(ValueError, match="skip_tokenizer_init"):
+            llm.get_tokenizer()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
+def test_cache_dtypes(directory: Path, llm: LLM, dtype: str) -> None:
+    exact = llm.generate("def f", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    with LLM(directory, backend="reference", kv_cache_dtype=dtype, num_blocks=16) as other:  # type: ignore[arg-type]
+        tokens = other.generate("def f", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    assert tokens[0] == exact[0] and len(tokens) == 8
+    assert dtype != "float32" or tokens == exact
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2; expected 1"),
+        ({"dtype": "int7"}, "dtype is 'int7'; expected one of"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4'"),
+        ({"quantization": "int2"}, "quantization is 'int2'"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0; expected a positive integer"),
+        ({"block_size": 1.5}, "block_size is 1.5"),
+        ({"speculate": "magic"}, "speculate is 'magic'"),
+        ({"priority_step": 0.0}, "priority_step is 0.0"),
+    ],
+)
+def test_bad_configuration_names_the_field(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_model_len": 129}, "max_model_len is 129; expected at most 128"),
+        ({"max_model_len": 100, "num_blocks": 3}, "the cache holds 48 tokens"),
+        ({"kv_cache_memory": 10}, "expected at least one block"),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens is 8; expected at least max_num_seqs = 64"),
+        ({"backend": "abacus"}, "backend 'abacus' is unknown"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(directory: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(directory, **({"backend": "reference"} | given))
+
+
+def test_a_small_cache_shortens_max_model_len(directory: Path) -> None:
+    with LLM(directory, backend="reference", num_blocks=3) as llm:
+        assert llm.engine.config.max_model_len == 48
+        output = llm.generate([[5] * 40], SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)[0]
+        assert len(output.outputs[0].token_ids) == 8
+
+
+def test_command_prints_one_json_document(directory: Path) -> None:
+    common = [str(directory), "--backend", "reference", "--temperature", "0", "--max-tokens", "5"]
+    result = CliRunner().invoke(app, [*common, "--prompt", "def", "--prompt", "-", "--json"], input="x")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [r["prompt"] for r in document["requests"]] == ["def", "x"]
+    text = CliRunner().invoke(app, [*common, "--prompt", "def"])
+    assert text.stdout == document["requests"][0]["outputs"][0]["text"] + "\n"
+    chat = CliRunner().invoke(app, [*common, "--prompt", "Hi", "--chat", "-n", "2"])
+    assert chat.stdout.count("<｜User｜>Hi") == 2
+
+
+def test_command_explains_errors(directory: Path) -> None:
+    missing = CliRunner().invoke(app, ["/no/such/model", "--prompt", "x"])
+    assert missing.exit_code == 2 and "expected 'reference', a directory" in missing.stderr
+    bad = CliRunner().invoke(app, [str(directory), "--prompt", "x", "--temperature", "-1"])
+    assert bad.exit_code == 2 and "temperature is -1.0" in bad.stderr
+    assert CliRunner().invoke(app, [str(directory)]).exit_code == 2
+
+
+def test_importing_farthing_loads_no_torch() -> None:
+    code = "import sys, farthing; farthing.SamplingParams(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    core = "import sys, farthing.engine.scheduler; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", core], check=False).returncode == 0
