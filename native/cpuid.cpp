@@ -1,0 +1,70 @@
+// Which kernels this processor and this operating system can run.
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace farthing {
+namespace {
+
+#if defined(__x86_64__)
+constexpr int kRequestTilePermission = 0x1023;  // arch_prctl(ARCH_REQ_XCOMP_PERM)
+constexpr int kTileData = 18;
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1, int8 = d >> 25 & 1;
+  // Linux gives tile state only to processes that ask; threads started later inherit the permission.
+  return bf16 && tile && int8 && syscall(SYS_arch_prctl, kRequestTilePermission, kTileData) == 0;
+}
+#endif
+
+struct Choice {
+  const Kernels* kernels;
+  bool (*runs)();
+};
+
+const Choice kChoices[] = {
+#if defined(__x86_64__)
+    {&kernels_amx, has_amx},
+    {&kernels_avx512, has_avx512},
+    {&kernels_avx2, has_avx2},
+#endif
+    {&kernels_portable, [] { return true; }},
+};
+
+}  // namespace
+
+const char* supported_kernels() {
+  static const std::string names = [] {
+    std::string s;
+    for (const Choice& c : kChoices)
+      if (c.runs()) s += (s.empty() ? "" : " ") + std::string(c.kernels->name);
+    return s;
+  }();
+  return names.c_str();
+}
+
+const Kernels& select_kernels(const char* name) {
+  const std::string wanted = name;
+  for (const Choice& c : kChoices)
+    if ((wanted == "auto" || wanted == c.kernels->name) && c.runs()) return *c.kernels;
+  throw std::invalid_argument("instruction set '" + wanted + "' is unknown or not supported by this processor; expected 'auto' or one of: " +
+                              supported_kernels());
+}
+
+}  // namespace farthing

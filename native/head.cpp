@@ -1,0 +1,78 @@
+// The output head: logits, of which only the k largest and the log of the sum of exponentials leave.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "backend.h"
+
+namespace farthing {
+namespace {
+
+constexpr int kChunk = 32;  // panels whose logits are reduced together: fixed, so that sums have one order
+
+struct Best {
+  float value;
+  int64_t id;
+  bool operator>(const Best& o) const { return value > o.value || (value == o.value && id < o.id); }
+};
+
+// Inserts into a list of k, best first.
+inline void insert(Best* list, int k, Best b) {
+  if (!(b > list[k - 1])) return;
+  int i = k - 1;
+  for (; i > 0 && b > list[i - 1]; --i) list[i] = list[i - 1];
+  list[i] = b;
+}
+
+void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t first, int k, Best* best, float* max, float* sum) {
+  kernels.exp_sum(logits, n, max, sum);
+  std::fill_n(best, k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
+  if (k == 1) {
+    const int i = static_cast<int>(std::find(logits, logits + n, *max) - logits);
+    best[0] = {*max, first + std::min(i, n - 1)};
+    return;
+  }
+  for (int i = 0; i < n; ++i) insert(best, k, {logits[i], first + i});
+}
+
+}  // namespace
+
+void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* norm, float eps, int k, float* values,
+                         int64_t* ids, float* logsumexp) {
+  const Matrix& w = packed.m;
+  const int chunks = (w.panels + kChunk - 1) / kChunk, columns = kChunk * kPanel;
+  work_.reset();
+  const Act space = work_.act(w, std::max(tokens, pool.size()), kernels.split_act && tokens >= kernels.split_rows, w.sparse);
+  float* scratch = work_.take<float>(static_cast<size_t>(pool.size()) * act_stride(w.k));
+  float* tiles = work_.take<float>(static_cast<size_t>(pool.size()) * tokens * columns);
+  Best* best = work_.take<Best>(static_cast<size_t>(chunks) * tokens * k);
+  float* max = work_.take<float>(static_cast<size_t>(chunks) * tokens);
+  float* sum = work_.take<float>(static_cast<size_t>(chunks) * tokens);
+  pool.run([&](Team& team) {
+    const Act act = prepare(team, 0, w, space, x, tokens, norm, eps, scratch);
+    float* tile = tiles + static_cast<size_t>(team.id()) * tokens * columns;
+    team.for_units(1, 1, chunks, [&](int, int c) {
+      const int count = std::min(kChunk, w.panels - c * kChunk), n = std::min(columns, w.n - c * columns);
+      kernels.tile(w, c * kChunk, count, act, tokens, tile, columns);
+      for (int t = 0; t < tokens; ++t) {
+        const size_t at = static_cast<size_t>(c) * tokens + t;
+        reduce_chunk(kernels, tile + t * columns, n, static_cast<int64_t>(c) * columns, k, best + at * k, max + at, sum + at);
+      }
+    });
+  });
+  for (int t = 0; t < tokens; ++t) {
+    float top = max[t];
+    for (int c = 1; c < chunks; ++c) top = std::max(top, max[c * tokens + t]);
+    double total = 0.0;
+    std::vector<Best> list(k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
+    for (int c = 0; c < chunks; ++c) {
+      const size_t at = static_cast<size_t>(c) * tokens + t;
+      total += static_cast<double>(sum[at]) * std::exp(static_cast<double>(max[at] - top));
+      for (int i = 0; i < k; ++i) insert(list.data(), k, best[at * k + i]);
+    }
+    for (int i = 0; i < k; ++i) values[t * k + i] = list[i].value, ids[t * k + i] = list[i].id;
+    logsumexp[t] = top + static_cast<float>(std::log(total));
+  }
+}
+
+}  // namespace farthing

@@ -1,0 +1,63 @@
+// The table of inner kernels, one a set of instructions, chosen once at run time.
+#pragma once
+#include "matrix.h"
+
+namespace farthing {
+
+// One block of online softmax attention: R query rows against S keys that lie in one contiguous array.
+struct AttendBlock {
+  const float* q;          // [rows][width], scaled
+  const uint16_t* q_hi;    // [width/2][16][2] bfloat16, tile order (AMX), else null
+  const uint16_t* q_lo;
+  int rows;                // at most 16
+  int width;               // padded to 32
+  int latent;              // padded to 32
+  int keys;                // at most kKeyBlock
+  const float* k32;        // [keys][width] or null
+  const uint16_t* k16;     // [kKeyBlock][k16_stride] bfloat16 or null
+  int k16_stride;
+  const int* visible;      // [rows] keys of this block each row may see
+  float* max;              // [rows] running maximum
+  float* sum;              // [rows] running sum
+  float* out;              // [rows][latent] running, not divided by sum
+};
+constexpr int kKeyBlock = 64;
+
+// How a row of keys lies in attention's arrays: latent, zeros, rotary, zeros.
+struct KeyShape {
+  int latent, rope;    // c, r
+  int latent_padded;   // to 32
+  int width;           // latent_padded + r padded to 32
+};
+
+struct Kernels {
+  const char* name;
+  // out[m * ldo + 16 * i + lane] for `count` panels from `panel`, rows 0 … rows of x.
+  void (*tile)(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
+  void (*rms_norm)(const float* x, const float* weight, float eps, int k, float* out);
+  // x[0, k) of one row into the form `format` reads, from column `at` (a multiple of the group).
+  void (*store_act)(const Matrix& w, const Act& x, int row, int at, const float* values, int k);
+  void (*silu_mul)(const float* gate_up, int rows, int ld, float* out, int ldo);  // 16 gate, 16 up -> 16
+  void (*axpy)(float* y, const float* x, float a, int n);
+  void (*softmax)(const float* x, int n, float* out);
+  void (*exp_sum)(const float* x, int n, float* max, float* sum);
+  void (*attend)(const AttendBlock& b);
+  // One cached row (types as CacheType: float32, bfloat16, e4m3, int8; scale of latent and rotary or null).
+  void (*load_key)(int type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
+  void (*split)(const float* x, int n, uint16_t* hi, uint16_t* lo);  // x = hi + lo in bfloat16, n % 16 == 0
+  bool split_act;     // wants hi and lo for bf16 matrices
+  int split_rows;     // … from this many rows on
+  bool attend_bf16;   // attend reads k16 and q_hi, q_lo
+};
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_amx;
+#endif
+
+const Kernels& select_kernels(const char* name);  // "auto" or a name; throws on an unknown or unsupported one
+const char* supported_kernels();                  // names, best first, separated by spaces
+
+}  // namespace farthing

@@ -1,0 +1,130 @@
+// Norm, quantize, project, add; and the output head.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "backend.h"
+
+namespace farthing {
+
+Workspace::~Workspace() {
+  for (auto& c : chunks_) std::free(c.at);
+}
+
+void* Workspace::raw(size_t bytes) {
+  bytes = round_up(bytes, size_t{64}) + 64;
+  if (used_ == 0) chunk_ = 0;
+  while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size) ++chunk_, used_ = 0;
+  if (chunk_ == chunks_.size()) {
+    const size_t size = std::max(bytes, size_t{8} << 20);
+    void* at = std::aligned_alloc(64, round_up(size, size_t{64}));
+    if (!at) throw std::bad_alloc();
+    chunks_.push_back({static_cast<uint8_t*>(at), size});
+  }
+  uint8_t* at = chunks_[chunk_].at + used_;
+  used_ += bytes;
+  return at;
+}
+
+Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
+  Act a;
+  a.ld = act_stride(w.k);
+  const size_t cells = static_cast<size_t>(rows) * a.ld;
+  if (w.quantized()) {
+    a.groups = w.groups();
+    a.blocks = round_up(w.k, 64) / kBlock;
+    a.q = take<int8_t>(cells);
+    a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
+    a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
+    if (sparse) a.block_comp = take<int32_t>(static_cast<size_t>(rows) * a.blocks);
+    return a;
+  }
+  a.f32 = take<float>(cells);
+  if (split && w.format == Format::bf16) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
+  return a;
+}
+
+Backend::Backend(int threads, const char* isa, const std::string& topology, bool pin)
+    : pool(threads, topology, pin),
+      kernels(select_kernels(isa)),
+      arena(std::make_shared<Arena>(pool.nodes(), pool.real_nodes() && pool.nodes() > 1)) {}
+
+// Rows into the form the kernels of `w` read. One token: every thread its own copy, no barrier.
+// `scratch` holds one row a thread.
+Act Backend::prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm,
+                     float eps, float* scratch) {
+  float* mine = scratch + static_cast<size_t>(team.id()) * act_stride(w.k);
+  const auto one = [&](int t, int to) {
+    const float* from = x.row(t);
+    if (norm) kernels.rms_norm(from, norm, eps, w.k, mine), from = mine;
+    kernels.store_act(w, act, to, 0, from, w.k);
+  };
+  if (tokens == 1) {
+    one(0, team.id());
+    return row(act, team.id());
+  }
+  team.for_units(phase, 1, tokens, [&](int, int t) { one(t, t); });
+  team.barrier();
+  return act;
+}
+
+namespace {
+
+constexpr int kPair = 2;              // panels a kernel call computes
+constexpr int kRowBlock = 256;        // rows of the tile of outputs that stays in cache
+
+// f(first column, columns, first row, rows, tile [rows][32]) for a pair of panels.
+template <class F>
+void for_tiles(const Kernels& kernels, const Matrix& w, int pair, const Act& x, int rows, float* tile, F&& f) {
+  const int panel = pair * kPair, count = std::min(kPair, w.panels - panel);
+  for (int m = 0; m < rows; m += kRowBlock) {
+    const int some = std::min(kRowBlock, rows - m);
+    kernels.tile(w, panel, count, row(x, m), some, tile, 32);
+    f(panel * kPanel, std::min(count * kPanel, w.n - panel * kPanel), m, some);
+  }
+}
+
+}  // namespace
+
+void Backend::rms_norm(Rows x, int tokens, int k, const float* weight, float eps, Rows out) {
+  auto all = [&](Team& team) {
+    team.for_units(0, 1, tokens, [&](int, int t) { kernels.rms_norm(x.row(t), weight, eps, k, out.row(t)); });
+  };
+  if (tokens > 8) return pool.run(all);
+  for (int t = 0; t < tokens; ++t) kernels.rms_norm(x.row(t), weight, eps, k, out.row(t));
+}
+
+void Backend::linear(const Packed& packed, Rows x, int tokens, const float* norm, float eps, Rows residual, Rows out) {
+  const Matrix& w = packed.m;
+  work_.reset();
+  const Act space = work_.act(w, std::max(tokens, pool.size()), kernels.split_act && tokens >= kernels.split_rows, w.sparse);
+  float* scratch = work_.take<float>(static_cast<size_t>(pool.size()) * act_stride(w.k));
+  float* tiles = work_.take<float>(static_cast<size_t>(pool.size()) * kRowBlock * 32);
+  pool.run([&](Team& team) {
+    const Act act = prepare(team, 0, w, space, x, tokens, norm, eps, scratch);
+    float* tile = tiles + static_cast<size_t>(team.id()) * kRowBlock * 32;
+    team.for_units(1, 1, (w.panels + kPair - 1) / kPair, [&](int, int pair) {
+      for_tiles(kernels, w, pair, act, tokens, tile, [&](int n0, int columns, int m0, int rows) {
+        for (int m = 0; m < rows; ++m) {
+          float *to = out.row(m0 + m) + n0, *from = tile + m * 32;
+          if (residual.at) {
+            const float* add = residual.row(m0 + m) + n0;
+            for (int i = 0; i < columns; ++i) to[i] = add[i] + from[i];
+          } else {
+            std::memcpy(to, from, sizeof(float) * columns);
+          }
+        }
+      });
+    });
+  });
+}
+
+void Backend::softmax(Rows x, int rows, int n, Rows out) {
+  pool.run([&](Team& team) {
+    team.for_units(0, 1, rows, [&](int, int r) { kernels.softmax(x.row(r), n, out.row(r)); });
+  });
+}
+
+}  // namespace farthing

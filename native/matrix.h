@@ -1,0 +1,95 @@
+// The packed weight matrix and the activations a kernel reads.
+//
+// Legend: N output rows, K input columns, G columns that share a scale, M activation rows.
+// A matrix is cut into panels of 16 output rows. A panel is one contiguous record, so that a
+// matrix-vector product reads memory as one stream:
+//
+//   f32   [K][16] float
+//   bf16  [K/2][16][2] bfloat16                                   (so a 16 x 32 block is an AMX tile)
+//   fp8   [K/128][16] float scales, then [K][16] e4m3
+//   q8    [16] float row scales, then [K/4][16][4] uint8 = q + 128 (so a 16 x 64 block is an AMX tile)
+//   q4    [16] float row scales, [K/G][16] float16 scales relative to the row's largest, with zero points
+//         [K/G][16] int8, then [K/8][16][4] bytes: low nibble k % 8 < 4, high nibble the rest, each q + 8
+//
+// K is padded with zeros to a multiple of 32 (bf16, fp8) or 64 (q8), N to a multiple of 16, what stands
+// before the data to 64 bytes. The record of a block-sparse q8 or q4 matrix begins with one byte every 64
+// columns, whose bits say which 16 x 16 blocks follow; the others are zero.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace farthing {
+
+constexpr int kPanel = 16;
+constexpr int kBlock = 16;       // columns of a sparsity block
+constexpr int kActGroup = 128;   // columns of activations that share a scale where the weights have no groups
+constexpr int kMaxParts = 8;     // NUMA nodes a matrix can be spread over
+
+enum class Format : uint32_t { f32 = 0, bf16 = 1, fp8 = 2, q8 = 3, q4 = 4 };
+
+inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
+
+struct Matrix {
+  Format format = Format::f32;
+  int n = 0, k = 0;
+  int group = 0;   // of the activations' scales, and of q4's weight scales
+  int kp = 0;      // K padded
+  int panels = 0;
+  bool zero = false;
+  bool sparse = false;
+  size_t stride = 0;                    // bytes of a dense record
+  const uint64_t* offsets = nullptr;    // [panels + 1] of a sparse matrix, from base[0]
+  int parts = 1;                        // NUMA nodes
+  int first[kMaxParts + 1] = {};        // first panel of each part
+  const uint8_t* base[kMaxParts] = {};
+
+  const uint8_t* record(int panel) const {
+    if (sparse) return base[0] + offsets[panel];
+    int i = 0;
+    while (i + 1 < parts && panel >= first[i + 1]) ++i;
+    return base[i] + stride * static_cast<size_t>(panel - first[i]);
+  }
+  size_t panel_bytes(int panel) const { return sparse ? offsets[panel + 1] - offsets[panel] : stride; }
+  int groups() const { return group ? (kp + group - 1) / group : 1; }
+  int mask_bytes() const { return sparse ? round_up((kp + 63) / 64, 64) : 0; }
+  int head_bytes() const {  // of a record: everything before its data
+    const int rows = quantized() ? 64 : 0;
+    const int scales = format == Format::q4 ? groups() * (zero ? 48 : 32) : format == Format::fp8 ? groups() * 64 : 0;
+    return mask_bytes() + round_up(rows + scales, 64);
+  }
+  size_t data_bytes() const {
+    static constexpr int bytes_a_column[] = {64, 32, 16, 16, 8};
+    return static_cast<size_t>(kp) * bytes_a_column[static_cast<int>(format)];
+  }
+  bool quantized() const { return format == Format::q8 || format == Format::q4; }
+};
+
+// Row stride of activations for K columns: whole cache lines, one more so that rows do not share a cache set.
+inline int act_stride(int k) { return round_up(k, 64) + 64; }
+
+// M rows of activations in the forms the kernels of one format read. Rows are padded with zeros.
+struct Act {
+  int ld = 0;               // row stride, elements
+  int groups = 0;           // row stride of scale and comp
+  int blocks = 0;           // row stride of block_comp
+  float* f32 = nullptr;     // f32, bf16, fp8
+  uint16_t* hi = nullptr;   // bf16 on AMX: x = hi + lo to 16 bits of mantissa
+  uint16_t* lo = nullptr;
+  int8_t* q = nullptr;      // q8, q4
+  float* scale = nullptr;
+  int32_t* comp = nullptr;  // -offset * sum of a group: takes the +8 or +128 of the weights back out
+  int32_t* block_comp = nullptr;  // the same of 16 columns, for sparse matrices
+};
+
+inline Act row(const Act& a, int m) {
+  Act r = a;
+  const size_t i = static_cast<size_t>(m), at = i * a.ld;
+  if (a.f32) r.f32 = a.f32 + at;
+  if (a.hi) r.hi = a.hi + at, r.lo = a.lo + at;
+  if (a.q) r.q = a.q + at, r.scale = a.scale + i * a.groups, r.comp = a.comp + i * a.groups;
+  if (a.block_comp) r.block_comp = a.block_comp + i * a.blocks;
+  return r;
+}
+
+}  // namespace farthing

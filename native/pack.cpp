@@ -1,0 +1,338 @@
+#include "pack.h"
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace farthing {
+namespace {
+
+constexpr uint32_t kMagic = 0x4b435046;  // "FPCK"
+constexpr float kTiny = FLT_MIN;         // the smallest scale, as farthing.ops.weights clamps it
+
+struct Header {
+  uint32_t magic, format;
+  int32_t n, k, group;
+  uint32_t zero, sparse, reserved;
+  uint64_t bytes;  // of offsets and records
+  uint64_t unused[3];
+};
+static_assert(sizeof(Header) == 64);
+
+float bf16_value(uint16_t b) {
+  const uint32_t bits = static_cast<uint32_t>(b) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+uint16_t bf16_bits(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  return static_cast<uint16_t>((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
+}
+
+uint16_t half_bits(float f) {  // of a value in [0, 1], to nearest even
+  uint32_t b;
+  if (f < 0x1p-14f) return static_cast<uint16_t>(std::nearbyint(f * 0x1p24f));
+  std::memcpy(&b, &f, 4);
+  b += 0xfffu + (b >> 13 & 1u);
+  return static_cast<uint16_t>((b - 0x38000000u) >> 13);
+}
+
+// One row of the packed matrix before it is laid out.
+struct Line {
+  std::vector<float> values;    // f32, bf16
+  std::vector<int8_t> q;        // q8, q4
+  std::vector<uint8_t> bytes;   // fp8
+  std::vector<float> scales;    // [groups]
+  std::vector<int8_t> zeros;    // [groups]
+};
+
+void clear(Line& l, const Matrix& m) {
+  l.values.assign(m.kp, 0.0f);
+  l.q.assign(m.kp, 0);
+  l.bytes.assign(m.kp, 0);
+  l.scales.assign(m.groups(), 0.0f);
+  l.zeros.assign(m.groups(), 0);
+}
+
+float amax(const float* x, int n) {
+  float a = 0.0f;
+  for (int i = 0; i < n; ++i) a = std::max(a, std::fabs(x[i]));
+  return a;
+}
+
+// Rounds as farthing.ops.weights.quantize_int8 and quantize_int4 do, to the bit.
+void round_dense(Line& l, const Matrix& m) {
+  const bool four = m.format == Format::q4;
+  const int group = four ? m.group : m.k;
+  const float top = four ? 7.0f : 127.0f, bottom = four ? -8.0f : -127.0f;
+  for (int g = 0; g * group < m.k; ++g) {
+    const float* x = l.values.data() + g * group;
+    const float scale = std::max(amax(x, group) / (four ? 7.5f : 127.0f), kTiny);
+    for (int i = 0; i < group; ++i)
+      l.q[g * group + i] = static_cast<int8_t>(std::min(std::max(std::nearbyint(x[i] / scale), bottom), top));
+    l.scales[g] = scale;
+  }
+}
+
+void read_row(Line& l, const Matrix& m, const Source& s, int r) {
+  const size_t at = static_cast<size_t>(r) * s.k;
+  const int groups = s.kind == Source::int4 ? s.k / s.group : 1;
+  switch (s.kind) {
+    case Source::f32: std::memcpy(l.values.data(), static_cast<const float*>(s.data) + at, sizeof(float) * s.k); break;
+    case Source::bf16:
+      for (int k = 0; k < s.k; ++k) l.values[k] = bf16_value(static_cast<const uint16_t*>(s.data)[at + k]);
+      break;
+    case Source::int8:
+      std::memcpy(l.q.data(), static_cast<const int8_t*>(s.data) + at, s.k);
+      l.scales[0] = s.scale[r];
+      return;
+    case Source::int4:
+      for (int k = 0; k < s.k; ++k)
+        l.q[k] = static_cast<int8_t>((static_cast<const uint8_t*>(s.data)[(at + k) / 2] >> (k % 2 * 4) & 15) - 8);
+      for (int g = 0; g < groups; ++g) {
+        l.scales[g] = s.scale[static_cast<size_t>(r) * groups + g];
+        if (s.zero) l.zeros[g] = s.zero[static_cast<size_t>(r) * groups + g];
+      }
+      return;
+    case Source::fp8: {
+      std::memcpy(l.bytes.data(), static_cast<const uint8_t*>(s.data) + at, s.k);
+      const int blocks = (s.k + 127) / 128;
+      for (int g = 0; g < blocks; ++g) l.scales[g] = s.scale[static_cast<size_t>(r / 128) * blocks + g];
+      return;
+    }
+  }
+  if (m.quantized()) round_dense(l, m);
+}
+
+void write_data(uint8_t* p, const Matrix& m, const Line* lines) {
+  for (int lane = 0; lane < kPanel; ++lane) {
+    const Line& l = lines[lane];
+    switch (m.format) {
+      case Format::f32:
+        for (int k = 0; k < m.kp; ++k) reinterpret_cast<float*>(p)[k * 16 + lane] = l.values[k];
+        break;
+      case Format::bf16:
+        for (int k = 0; k < m.kp; ++k) reinterpret_cast<uint16_t*>(p)[(k / 2 * 16 + lane) * 2 + k % 2] = bf16_bits(l.values[k]);
+        break;
+      case Format::fp8:
+        for (int k = 0; k < m.kp; ++k) p[k * 16 + lane] = l.bytes[k];
+        break;
+      case Format::q8:
+        for (int k = 0; k < m.kp; ++k) p[(k / 4 * 16 + lane) * 4 + k % 4] = static_cast<uint8_t>(l.q[k] + 128);
+        break;
+      case Format::q4:
+        for (int k = 0; k < m.kp; k += 8)
+          for (int j = 0; j < 4; ++j)
+            p[k / 8 * 64 + lane * 4 + j] = static_cast<uint8_t>((l.q[k + j] + 8) | (l.q[k + j + 4] + 8) << 4);
+    }
+  }
+}
+
+void write_scales(uint8_t* record, const Matrix& m, const Line* lines) {
+  const int groups = m.groups();
+  float* rows = reinterpret_cast<float*>(record);
+  if (m.format == Format::fp8)
+    for (int i = 0; i < groups * kPanel; ++i) rows[i] = lines[i % kPanel].scales[i / kPanel];
+  if (!m.quantized()) return;
+  uint16_t* relative = reinterpret_cast<uint16_t*>(record + 64);
+  int8_t* zeros = reinterpret_cast<int8_t*>(record + 64 + groups * 32);
+  for (int lane = 0; lane < kPanel; ++lane) {
+    const Line& l = lines[lane];
+    rows[lane] = l.scales[0];
+    if (m.format == Format::q8) continue;
+    for (float s : l.scales) rows[lane] = std::max(rows[lane], s);
+    for (int g = 0; g < groups; ++g) {
+      relative[g * 16 + lane] = rows[lane] > 0.0f ? half_bits(l.scales[g] / rows[lane]) : 0;
+      if (m.zero) zeros[g * 16 + lane] = l.zeros[g];
+    }
+  }
+}
+
+void describe(Matrix& m) {
+  const int multiple = m.format == Format::q8 ? 64 : m.format == Format::f32 || m.format == Format::q4 ? 1 : 32;
+  m.kp = round_up(m.k, multiple);
+  m.panels = (m.n + kPanel - 1) / kPanel;
+  m.stride = m.head_bytes() + m.data_bytes();
+}
+
+bool block_is_zero(const uint8_t* data, const Matrix& m, int block) {
+  const int bytes = m.format == Format::q4 ? 128 : 256;
+  const uint8_t nothing = m.format == Format::q4 ? 0x88 : 0x80;
+  for (int i = 0; i < bytes; ++i)
+    if (data[static_cast<size_t>(block) * bytes + i] != nothing) return false;
+  return true;
+}
+
+// Drops the zero blocks of dense records; returns the sparse ones and fills `offsets`.
+std::vector<uint8_t> compact(const Matrix& dense, const Matrix& sparse, const std::vector<uint8_t>& records,
+                             std::vector<uint64_t>& offsets) {
+  std::vector<uint8_t> out;
+  const size_t bytes = dense.format == Format::q4 ? 128 : 256;
+  for (int p = 0; p < dense.panels; ++p) {
+    const uint8_t* record = records.data() + dense.stride * p;
+    const size_t start = out.size();
+    offsets.push_back(start);
+    out.resize(start + sparse.mask_bytes());
+    out.insert(out.end(), record, record + dense.head_bytes());
+    for (int b = 0; b < dense.kp / kBlock; ++b) {
+      const uint8_t* data = record + dense.head_bytes();
+      if (block_is_zero(data, dense, b)) continue;
+      out[start + b / 4] |= static_cast<uint8_t>(1 << b % 4);
+      out.insert(out.end(), data + b * bytes, data + (b + 1) * bytes);
+    }
+    out.resize(round_up(out.size(), size_t{64}));
+  }
+  offsets.push_back(out.size());
+  return out;
+}
+
+double zero_share(const Matrix& m, const std::vector<uint8_t>& records) {
+  size_t zero = 0;
+  const int blocks = m.kp / kBlock;
+  for (int p = 0; p < m.panels; ++p)
+    for (int b = 0; b < blocks; ++b) zero += block_is_zero(records.data() + m.stride * p + m.head_bytes(), m, b);
+  return static_cast<double>(zero) / (static_cast<double>(m.panels) * blocks);
+}
+
+struct RowRef {
+  const Source* source = nullptr;
+  int row = 0;
+};
+
+std::vector<RowRef> row_order(const std::vector<Source>& sources, bool interleave) {
+  std::vector<RowRef> rows;
+  if (interleave) {
+    const int panels = (sources[0].n + kPanel - 1) / kPanel;
+    rows.resize(static_cast<size_t>(panels) * 2 * kPanel);
+    for (int i = 0; i < 2; ++i)
+      for (int r = 0; r < sources[i].n; ++r) rows[r / kPanel * 2 * kPanel + i * kPanel + r % kPanel] = {&sources[i], r};
+    return rows;
+  }
+  for (const Source& s : sources)
+    for (int r = 0; r < s.n; ++r) rows.push_back({&s, r});
+  return rows;
+}
+
+}  // namespace
+
+std::shared_ptr<Packed> Packed::pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group, bool zero,
+                                     bool interleave, double sparse_from, const std::vector<Source>& sources) {
+  auto packed = std::make_shared<Packed>();
+  Matrix& m = packed->m;
+  const std::vector<RowRef> rows = row_order(sources, interleave);
+  m.format = format;
+  m.n = static_cast<int>(rows.size());
+  m.k = sources[0].k;
+  m.group = format == Format::q4 ? group : format == Format::q8 || format == Format::fp8 ? kActGroup : 0;
+  m.zero = zero;
+  describe(m);
+  std::vector<uint8_t> records(m.stride * m.panels);
+  pool.run([&](Team& team) {
+    std::vector<Line> lines(kPanel);
+    team.for_units(0, 1, m.panels, [&](int, int panel) {
+      for (int lane = 0; lane < kPanel; ++lane) {
+        clear(lines[lane], m);
+        const size_t r = static_cast<size_t>(panel) * kPanel + lane;
+        if (r < rows.size() && rows[r].source) read_row(lines[lane], m, *rows[r].source, rows[r].row);
+      }
+      uint8_t* record = records.data() + m.stride * panel;
+      write_scales(record, m, lines.data());
+      write_data(record + m.head_bytes(), m, lines.data());
+    });
+  });
+  const bool blocks = m.quantized() && !zero && m.kp % 64 == 0 && m.group % kBlock == 0;
+  if (blocks && sparse_from < 1.0 && zero_share(m, records) >= sparse_from) {
+    Matrix sparse = m;
+    sparse.sparse = true;
+    records = compact(m, sparse, records, packed->offsets_);
+    m = sparse;
+    m.offsets = packed->offsets_.data();
+  }
+  packed->place(pool, *arena, records.data());
+  packed->arena_ = std::move(arena);
+  return packed;
+}
+
+void Packed::place(Pool& pool, Arena& arena, const uint8_t* records) {
+  m.parts = m.sparse ? 1 : pool.nodes();
+  if (m.sparse) {
+    m.first[1] = m.panels;
+    uint8_t* to = arena.take(0, offsets_.back() + kActGroup * 64);
+    std::memcpy(to, records, offsets_.back());
+    m.base[0] = to;
+    return;
+  }
+  for (int node = 0; node < m.parts; ++node) {
+    const Share s = pool.share(node, m.panels);
+    const size_t bytes = m.stride * (s.end - s.begin);
+    uint8_t* to = arena.take(node, bytes);
+    std::memcpy(to, records + m.stride * s.begin, bytes);
+    m.first[node] = s.begin;
+    m.first[node + 1] = s.end;
+    m.base[node] = to;
+  }
+}
+
+size_t Packed::weight_bytes() const { return m.sparse ? offsets_.back() : m.stride * m.panels; }
+
+size_t Packed::serialized_bytes() const {
+  return sizeof(Header) + (m.sparse ? round_up(offsets_.size() * 8, size_t{64}) : 0) + weight_bytes();
+}
+
+void Packed::serialize(uint8_t* out) const {
+  Header h{kMagic, static_cast<uint32_t>(m.format), m.n, m.k, m.group, m.zero, m.sparse, 0, serialized_bytes() - sizeof(Header), {}};
+  std::memcpy(out, &h, sizeof h);
+  out += sizeof h;
+  if (m.sparse) {
+    std::memcpy(out, offsets_.data(), offsets_.size() * 8);
+    std::memcpy(out + round_up(offsets_.size() * 8, size_t{64}), m.base[0], offsets_.back());
+    return;
+  }
+  for (int i = 0; i < m.parts; ++i) {
+    const size_t bytes = m.stride * (m.first[i + 1] - m.first[i]);
+    std::memcpy(out, m.base[i], bytes);
+    out += bytes;
+  }
+}
+
+std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes, size_t size) {
+  Header h;
+  if (size < sizeof h) throw std::invalid_argument("packed matrix is cut off: fewer than 64 bytes");
+  std::memcpy(&h, bytes, sizeof h);
+  if (h.magic != kMagic || h.format > 4 || h.n < 1 || h.k < 1 || h.bytes > size - sizeof h)
+    throw std::invalid_argument("packed matrix is damaged or of another version; pack the model again");
+  auto packed = std::make_shared<Packed>();
+  Matrix& m = packed->m;
+  m.format = static_cast<Format>(h.format);
+  m.n = h.n;
+  m.k = h.k;
+  m.group = h.group;
+  m.zero = h.zero;
+  describe(m);
+  m.sparse = h.sparse;
+  const uint8_t* records = bytes + sizeof h;
+  if (m.sparse) {
+    const size_t count = static_cast<size_t>(m.panels) + 1, table = round_up(count * 8, size_t{64});
+    if (table > h.bytes) throw std::invalid_argument("packed matrix is cut off in its panel table");
+    packed->offsets_.resize(count);
+    std::memcpy(packed->offsets_.data(), records, count * 8);
+    m.offsets = packed->offsets_.data();
+    records += table;
+  }
+  if ((m.sparse ? packed->offsets_.back() : m.stride * m.panels) > h.bytes)
+    throw std::invalid_argument("packed matrix is cut off in its panels");
+  packed->arena_ = arena;
+  if (pool.nodes() > 1) {
+    packed->place(pool, *arena, records);
+  } else {
+    m.first[1] = m.panels;
+    m.base[0] = records;
+  }
+  return packed;
+}
+
+}  // namespace farthing

@@ -1,0 +1,58 @@
+// Checkpoint matrices to packed panels, in memory that lies on the NUMA node that will read it.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "matrix.h"
+#include "threads.h"
+
+namespace farthing {
+
+// Memory for packed weights: large pages where the system has them, one list of slabs a node.
+class Arena {
+ public:
+  explicit Arena(int nodes, bool bind) : slabs_(nodes), bind_(bind) {}
+  ~Arena();
+  Arena(const Arena&) = delete;
+  uint8_t* take(int node, size_t bytes);
+  size_t bytes() const { return bytes_; }
+
+ private:
+  struct Slab {
+    uint8_t* at = nullptr;
+    size_t size = 0, used = 0;
+  };
+  std::vector<std::vector<Slab>> slabs_;
+  bool bind_;
+  size_t bytes_ = 0;
+};
+
+// Rows of a checkpoint's matrix [n, k]. `kind` is how they are stored; see farthing.ops.weights.Weight.
+struct Source {
+  enum Kind { f32, bf16, int8, int4, fp8 } kind;
+  const void* data;
+  const float* scale;   // int8 [n, 1], int4 [n, k / group], fp8 [n / 128, k / 128]
+  const int8_t* zero;   // int4 [n, k / group] or null
+  int n, k, group;
+};
+
+class Packed {
+ public:
+  Matrix m;
+  // Packs rows of the sources stacked; with `interleave`, 16 rows of the first and 16 of the second in turn.
+  static std::shared_ptr<Packed> pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group, bool zero,
+                                      bool interleave, double sparse_from, const std::vector<Source>& sources);
+  // A view of serialized bytes; `keep` holds their memory. Copied to the nodes where there are several.
+  static std::shared_ptr<Packed> view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes, size_t size);
+  size_t serialized_bytes() const;
+  void serialize(uint8_t* out) const;
+  size_t weight_bytes() const;
+
+ private:
+  void place(Pool& pool, Arena& arena, const uint8_t* records);
+  std::shared_ptr<Arena> arena_;
+  std::vector<uint64_t> offsets_;
+};
+
+}  // namespace farthing

@@ -1,0 +1,81 @@
+// The choice of experts (DeepSeek-V3 section 2.1.2), one token at a time.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "backend.h"
+
+namespace farthing {
+namespace {
+
+constexpr float kExcluded = -std::numeric_limits<float>::infinity();
+constexpr int kMaxExperts = 1024;
+
+void activate(const Router& r, float* s) {
+  if (r.sigmoid) {
+    for (int e = 0; e < r.experts; ++e) s[e] = 1.0f / (1.0f + std::exp(-s[e]));
+    return;
+  }
+  const float top = *std::max_element(s, s + r.experts);
+  float sum = 0.0f;
+  for (int e = 0; e < r.experts; ++e) sum += s[e] = std::exp(s[e] - top);
+  for (int e = 0; e < r.experts; ++e) s[e] /= sum;
+}
+
+int argmax(const float* x, int n) { return static_cast<int>(std::max_element(x, x + n) - x); }
+
+float group_score(const Router& r, const float* x, int n) {
+  const int best = argmax(x, n);
+  if (!r.top2_sum) return x[best];
+  float second = kExcluded;
+  for (int i = 0; i < n; ++i)
+    if (i != best) second = std::max(second, x[i]);
+  return x[best] + second;
+}
+
+void exclude_groups(const Router& r, float* choice) {
+  const int n = r.experts / r.groups;
+  float score[kMaxExperts];
+  for (int g = 0; g < r.groups; ++g) score[g] = group_score(r, choice + g * n, n);
+  bool kept[kMaxExperts] = {};
+  for (int i = 0; i < r.top_k_groups; ++i) {
+    const int g = argmax(score, r.groups);
+    kept[g] = true;
+    score[g] = kExcluded;
+  }
+  for (int g = 0; g < r.groups; ++g)
+    if (!kept[g]) std::fill_n(choice + g * n, n, kExcluded);
+}
+
+// The fewest experts (at least min_experts) whose share of the weights reaches the mass.
+void keep_mass(const Router& r, int32_t* ids, float* weights) {
+  float sum = 0.0f, before = 0.0f;
+  for (int i = 1; i < r.top_k; ++i)  // insertion sort, stable, heaviest first
+    for (int j = i; j > 0 && weights[j] > weights[j - 1]; --j) std::swap(weights[j], weights[j - 1]), std::swap(ids[j], ids[j - 1]);
+  for (int i = 0; i < r.top_k; ++i) sum += weights[i];
+  for (int i = 0; i < r.top_k; ++i) {
+    const float share = weights[i] / sum;
+    if (before >= r.mass && i >= r.min_experts) ids[i] = -1, weights[i] = 0.0f;
+    before += share;
+  }
+}
+
+}  // namespace
+
+void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights) {
+  float choice[kMaxExperts];
+  activate(r, scores);
+  for (int e = 0; e < r.experts; ++e) choice[e] = scores[e] + (r.bias.empty() ? 0.0f : r.bias[e]);
+  if (r.groups > 1) exclude_groups(r, choice);
+  for (int i = 0; i < r.top_k; ++i) {
+    ids[i] = argmax(choice, r.experts);
+    weights[i] = scores[ids[i]];
+    choice[ids[i]] = kExcluded;
+  }
+  if (r.mass >= 0.0f) keep_mass(r, ids, weights);
+  float sum = 0.0f;
+  for (int i = 0; i < r.top_k; ++i) sum += weights[i];
+  for (int i = 0; i < r.top_k; ++i) weights[i] = (r.normalize ? weights[i] / (sum + 1e-20f) : weights[i]) * r.scale;
+}
+
+}  // namespace farthing

@@ -1,0 +1,149 @@
+// Row-wise arithmetic: norm, activations' quantization, SiLU, softmax. Included by kernels_*.cpp.
+namespace farthing {
+namespace {
+
+template <class F>
+inline void for_lanes(int n, F&& f) {  // f(offset) for whole vectors; the caller handles the rest
+  for (int i = 0; i + 16 <= n; i += 16) f(i);
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int k, float* out) {
+  f32x16 squares = {};
+  for_lanes(k, [&](int i) { squares = fma(loadf(x + i), loadf(x + i), squares); });
+  float sum = reduce_add(squares);
+  const int whole = k / 16 * 16;
+  for (int i = whole; i < k; ++i) sum += x[i] * x[i];
+  const float inverse = 1.0f / __builtin_sqrtf(sum / static_cast<float>(k) + eps);
+  for_lanes(k, [&](int i) { store(out + i, loadf(x + i) * inverse * loadf(weight + i)); });
+  for (int i = whole; i < k; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+void split(const float* x, int k, uint16_t* hi, uint16_t* lo) {  // k a multiple of 16
+  for_lanes(k, [&](int i) {
+    const f32x16 v = loadf(x + i);
+    const u16x16 h = float_to_bf16(v);
+    store(hi + i, h);
+    store(lo + i, float_to_bf16(v - bf16_to_float(reinterpret_cast<const uint16_t*>(&h))));
+  });
+}
+
+// Largest |x| to 127. k is padded to whole vectors with zeros by the caller.
+inline float quantize_group(const float* x, int k, int8_t* q) {
+  f32x16 top = {};
+  for_lanes(k, [&](int i) { top = max(top, abs(loadf(x + i))); });
+  const float amax = reduce_max(top);
+  const float inverse = amax > 1e-30f ? 127.0f / amax : 0.0f;
+  const f32x16 magic = splat(12582912.0f);  // rounds to nearest even in the low bits
+  for_lanes(k, [&](int i) {
+    const f32x16 r = fma(loadf(x + i), splat(inverse), magic);
+    store(q + i, __builtin_convertvector(load<i32x16>(&r) - 0x4b400000, i8x16));
+  });
+  return amax / 127.0f;
+}
+
+inline int sum_bytes(const int8_t* q, int k) {
+  i32x16 s = {};
+  for_lanes(k, [&](int i) { s += __builtin_convertvector(load<i8x16>(q + i), i32x16); });
+  int total = 0;
+  for (int i = 0; i < 16; ++i) total += s[i];
+  return total;
+}
+
+void quantize(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
+  const int offset = w.format == Format::q4 ? -8 : -128;
+  int8_t* q = x.q + static_cast<size_t>(row) * x.ld;
+  for (int done = 0; done < k; done += w.group) {
+    const int n = k - done < w.group ? k - done : w.group, padded = round_up(n, 16);
+    const int g = (at + done) / w.group;
+    float tail[kActGroup * 4];
+    const float* from = values + done;
+    if (padded != n) {
+      for (int i = 0; i < padded; ++i) tail[i] = i < n ? from[i] : 0.0f;
+      from = tail;
+    }
+    x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_group(from, padded, q + at + done);
+    x.comp[static_cast<size_t>(row) * x.groups + g] = offset * sum_bytes(q + at + done, padded);
+    if (!x.block_comp) continue;
+    int32_t* blocks = x.block_comp + static_cast<size_t>(row) * x.blocks + (at + done) / kBlock;
+    for (int b = 0; b < padded; b += kBlock) *blocks++ = offset * sum_bytes(q + at + done + b, kBlock);
+  }
+}
+
+// Zeros behind the last column, up to what the kernels read.
+template <class T>
+inline void pad(T* row, int from, int to) {
+  for (int i = from; i < to; ++i) row[i] = 0;
+}
+
+void store_act(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
+  const bool last = at + k >= w.k;
+  const int to = round_up(w.k, 64);
+  const size_t start = static_cast<size_t>(row) * x.ld;
+  if (w.quantized()) {
+    quantize(w, x, row, at, values, k);
+    if (last) {
+      pad(x.q + start, round_up(w.k, 16), to);
+      if (x.block_comp) pad(x.block_comp + static_cast<size_t>(row) * x.blocks, (w.k + kBlock - 1) / kBlock, x.blocks);
+    }
+    return;
+  }
+  float* out = x.f32 + start;
+  if (out + at != values) memcpy(out + at, values, sizeof(float) * k);
+  if (last) pad(out, w.k, to);
+  if (x.hi) split(out + at, last ? to - at : k, x.hi + start + at, x.lo + start + at);
+}
+
+void silu_mul(const float* gate_up, int rows, int ld, float* out, int ldo) {
+  for (int m = 0; m < rows; ++m, gate_up += ld, out += ldo) {
+    const f32x16 gate = loadf(gate_up), up = loadf(gate_up + 16);
+    store(out, gate / (exp(-gate) + 1.0f) * up);
+  }
+}
+
+void axpy(float* y, const float* x, float a, int n) {
+  for_lanes(n, [&](int i) { store(y + i, fma(loadf(x + i), splat(a), loadf(y + i))); });
+  for (int i = n / 16 * 16; i < n; ++i) y[i] += a * x[i];
+}
+
+inline f32x16 load_tail(const float* x, int n, float fill) {
+  f32x16 v = splat(fill);
+  memcpy(&v, x, sizeof(float) * n);
+  return v;
+}
+
+constexpr float kLowest = -3.0e38f;
+
+void exp_sum(const float* x, int n, float* top, float* sum) {
+  f32x16 best = splat(kLowest);
+  for_lanes(n, [&](int i) { best = max(best, loadf(x + i)); });
+  const int whole = n / 16 * 16;
+  if (whole < n) best = max(best, load_tail(x + whole, n - whole, kLowest));
+  *top = reduce_max(best);
+  f32x16 total = {};
+  for_lanes(n, [&](int i) { total += exp(loadf(x + i) - *top); });
+  if (whole < n) total += exp(load_tail(x + whole, n - whole, kLowest) - *top);
+  *sum = reduce_add(total);
+}
+
+void softmax(const float* x, int n, float* out) {
+  f32x16 best = splat(kLowest), second = best, total = {};
+  const int whole = n / 16 * 16;
+  for (int i = 0; i + 32 <= n; i += 32) best = max(best, loadf(x + i)), second = max(second, loadf(x + i + 16));
+  if (n / 16 % 2) second = max(second, loadf(x + whole - 16));
+  if (whole < n) best = max(best, load_tail(x + whole, n - whole, kLowest));
+  const float top = reduce_max(max(best, second));
+  for_lanes(n, [&](int i) {
+    const f32x16 e = exp(loadf(x + i) - top);
+    total += e;
+    store(out + i, e);
+  });
+  f32x16 tail = {};
+  if (whole < n) total += tail = exp(load_tail(x + whole, n - whole, kLowest) - top);
+  const float inverse = 1.0f / reduce_add(total);
+  for_lanes(n, [&](int i) { store(out + i, loadf(out + i) * inverse); });
+  tail *= inverse;
+  memcpy(out + whole, &tail, sizeof(float) * (n - whole));
+}
+
+}  // namespace
+}  // namespace farthing

@@ -1,0 +1,197 @@
+#include "threads.h"
+
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+namespace farthing {
+namespace {
+
+constexpr int kSpins = 20000;         // about 200 us: longer than the Python between two ops
+constexpr int kBarrierSpins = 4000;   // then give the core to whoever holds the thread we wait for
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+std::vector<int> parse_cpus(const std::string& list) {
+  std::vector<int> cpus;
+  std::stringstream in(list);
+  for (std::string part; std::getline(in, part, ',');) {
+    if (part.empty() || part == "\n") continue;
+    const size_t dash = part.find('-');
+    const int low = std::stoi(part), high = dash == std::string::npos ? low : std::stoi(part.substr(dash + 1));
+    for (int c = low; c <= high; ++c) cpus.push_back(c);
+  }
+  return cpus;
+}
+
+std::vector<std::vector<int>> parse_topology(const std::string& text) {
+  std::vector<std::vector<int>> nodes;
+  std::stringstream in(text);
+  for (std::string part; std::getline(in, part, ';');)
+    if (auto cpus = parse_cpus(part); !cpus.empty()) nodes.push_back(cpus);
+  if (nodes.empty()) throw std::invalid_argument("topology '" + text + "' names no CPU; expected lists such as '0-3;4-7'");
+  return nodes;
+}
+
+bool allowed(int cpu) {
+#if defined(__linux__)
+  static const cpu_set_t set = [] {
+    cpu_set_t s;
+    CPU_ZERO(&s);
+    sched_getaffinity(0, sizeof s, &s);
+    return s;
+  }();
+  return cpu < CPU_SETSIZE && CPU_ISSET(cpu, &set);
+#else
+  return true;
+#endif
+}
+
+std::vector<std::vector<int>> machine_topology() {
+  std::vector<std::vector<int>> nodes;
+  for (int i = 0; i < 8; ++i) {
+    std::ifstream file("/sys/devices/system/node/node" + std::to_string(i) + "/cpulist");
+    std::string text;
+    if (!file || !std::getline(file, text)) break;
+    std::vector<int> cpus;
+    for (int c : parse_cpus(text))
+      if (allowed(c)) cpus.push_back(c);
+    if (!cpus.empty()) nodes.push_back(cpus);
+  }
+  if (nodes.empty()) {
+    nodes.emplace_back();
+    for (unsigned c = 0; c < std::max(1u, std::thread::hardware_concurrency()); ++c) nodes[0].push_back(static_cast<int>(c));
+  }
+  return nodes;
+}
+
+void pin_to([[maybe_unused]] int cpu) {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int threads, const std::string& topology, bool pin) {
+  if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+  real_ = topology.empty();
+  cpus_ = real_ ? machine_topology() : parse_topology(topology);
+  if (static_cast<int>(cpus_.size()) > threads) cpus_.resize(threads);
+  size_ = threads;
+  size_t total = 0;
+  for (auto& c : cpus_) total += c.size();
+  int given = 0;
+  size_t before = 0;
+  for (auto& c : cpus_) {  // threads in proportion to a node's CPUs, at least one each
+    before += c.size();
+    const int left = static_cast<int>(cpus_.size() - node_threads_.size()) - 1;
+    int until = static_cast<int>(before * threads / total);
+    until = std::min(std::max(until, given + 1), threads - left);
+    node_threads_.push_back(until - given);
+    for (; given < until; ++given) node_of_.push_back(static_cast<int>(node_threads_.size()) - 1);
+  }
+  counters_ = std::vector<Counter>(kPhases * cpus_.size());
+  std::vector<int> seen(cpus_.size(), 0);
+  for (int t = 0; t < size_; ++t) {
+    const auto& c = cpus_[node_of_[t]];
+    const int cpu = c[seen[node_of_[t]]++ % c.size()];
+    if (t == 0) {
+      if (pin) pin_to(cpu);
+      continue;
+    }
+    workers_.emplace_back([this, t, cpu, pin] {
+      if (pin) pin_to(cpu);
+      loop(t);
+    });
+  }
+}
+
+Pool::~Pool() {
+  stop_ = true;
+  epoch_.fetch_add(1);
+  epoch_.notify_all();
+  for (auto& w : workers_) w.join();
+}
+
+Share Pool::share(int node, int units) const {
+  int before = 0;
+  for (int i = 0; i < node; ++i) before += node_threads_[i];
+  const int64_t u = units;
+  return {static_cast<int>(u * before / size_), static_cast<int>(u * (before + node_threads_[node]) / size_)};
+}
+
+int Pool::take(int phase, int node, int units, int* end) {
+  std::atomic<int>& next = counters_[phase * nodes() + node].next;
+  int at = next.load(std::memory_order_relaxed);
+  for (;;) {
+    const int left = units - at;
+    if (left <= 0) {
+      *end = units;
+      return units;
+    }
+    const int chunk = std::max(1, left / (2 * node_threads_[node]));
+    if (next.compare_exchange_weak(at, at + chunk, std::memory_order_relaxed)) {
+      *end = at + chunk;
+      return at;
+    }
+  }
+}
+
+void Pool::start(void (*call)(void*, Team&), void* data) {
+  for (auto& c : counters_) c.next.store(0, std::memory_order_relaxed);
+  Team team(*this, 0);
+  if (size_ == 1) return call(data, team);
+  call_ = call;
+  data_ = data;
+  running_.store(size_ - 1, std::memory_order_relaxed);
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+  call(data, team);
+  for (int spin = 0; running_.load(std::memory_order_acquire); ++spin) spin < kBarrierSpins ? relax() : std::this_thread::yield();
+}
+
+void Pool::wait_epoch(uint32_t seen) {
+  for (int spin = 0; spin < kSpins; ++spin) {
+    if (epoch_.load(std::memory_order_acquire) != seen) return;
+    relax();
+  }
+  epoch_.wait(seen, std::memory_order_acquire);
+}
+
+void Pool::loop(int id) {
+  Team team(*this, id);
+  for (uint32_t seen = 0;; ++seen) {
+    wait_epoch(seen);
+    if (stop_) return;
+    call_(data_, team);
+    running_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void Team::barrier() {
+  if (pool_.size_ == 1) return;
+  const uint32_t sense = pool_.sense_.load(std::memory_order_acquire);
+  if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) == pool_.size_ - 1) {
+    pool_.arrived_.store(0, std::memory_order_relaxed);
+    pool_.sense_.store(sense + 1, std::memory_order_release);
+    return;
+  }
+  for (int spin = 0; pool_.sense_.load(std::memory_order_acquire) == sense; ++spin)
+    spin < kBarrierSpins ? relax() : std::this_thread::yield();
+}
+
+}  // namespace farthing

@@ -1,0 +1,103 @@
+// One pool of threads: the caller works as thread 0, the others spin for a while and then sleep.
+//
+// Work is handed out in shrinking chunks, so that a thread that loses its core for a moment holds nobody up.
+// Every unit is computed whole by one thread and nothing is summed across threads, so that the number of
+// threads never changes a result.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace farthing {
+
+struct Share {
+  int begin, end;
+};
+
+class Pool;
+
+class Team {
+ public:
+  Team(Pool& pool, int id) : pool_(pool), id_(id) {}
+  int id() const { return id_; }
+  int size() const;
+  void barrier();
+
+  // f(outer, inner) for every pair, each exactly once over the team. `phase` counts the loops of a region
+  // from 0. A NUMA node keeps to its own share of the inner range, where its part of the weights lies.
+  template <class F>
+  void for_units(int phase, int outer, int inner, F&& f);
+
+ private:
+  Pool& pool_;
+  int id_;
+};
+
+class Pool {
+ public:
+  static constexpr int kPhases = 8;
+
+  // topology: "" reads the machine's; else CPU lists a node, such as "0-3;4-7". pin: bind threads to CPUs.
+  Pool(int threads, const std::string& topology, bool pin);
+  ~Pool();
+  Pool(const Pool&) = delete;
+
+  int size() const { return size_; }
+  int nodes() const { return static_cast<int>(node_threads_.size()); }
+  int node_of(int thread) const { return node_of_[thread]; }
+  bool real_nodes() const { return real_; }
+  Share share(int node, int units) const;  // the node's part of 0 … units
+
+  template <class F>
+  void run(F&& f) {
+    struct Job {
+      static void call(void* data, Team& team) { (*static_cast<std::remove_reference_t<F>*>(data))(team); }
+    };
+    const std::lock_guard<std::mutex> one_region_at_a_time(mutex_);
+    start(&Job::call, &f);
+  }
+
+ private:
+  friend class Team;
+  struct alignas(64) Counter {
+    std::atomic<int> next{0};
+  };
+  void start(void (*call)(void*, Team&), void* data);
+  void loop(int id);
+  void wait_epoch(uint32_t seen);
+  int take(int phase, int node, int units, int* end);
+
+  std::mutex mutex_;
+  int size_ = 1;
+  bool real_ = false;
+  std::vector<std::vector<int>> cpus_;      // of each node
+  std::vector<int> node_threads_;           // threads of each node
+  std::vector<int> node_of_;
+  std::vector<std::thread> workers_;
+  std::vector<Counter> counters_;           // [phase][node]
+  void (*call_)(void*, Team&) = nullptr;
+  void* data_ = nullptr;
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<int> running_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> sense_{0};
+  std::atomic<bool> stop_{false};
+};
+
+inline int Team::size() const { return pool_.size(); }
+
+template <class F>
+void Team::for_units(int phase, int outer, int inner, F&& f) {
+  const int node = pool_.node_of(id_);
+  const Share s = pool_.share(node, inner);
+  const int width = s.end - s.begin;
+  if (width <= 0) return;
+  int end = 0;
+  for (int u = pool_.take(phase, node, outer * width, &end); u < end; u = pool_.take(phase, node, outer * width, &end))
+    for (; u < end; ++u) f(u / width, s.begin + u % width);
+}
+
+}  // namespace farthing

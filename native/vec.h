@@ -1,0 +1,177 @@
+// Sixteen lanes in the compiler's own vectors: zmm, pairs of ymm, or four xmm or NEON registers.
+//
+// Included by the kernel sources only, each compiled for one set of instructions; all in an unnamed
+// namespace, so that no copy compiled for a newer processor can be linked into code for an older one.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+
+template <class V>
+inline V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+inline void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+inline f32x16 loadf(const float* p) { return load<f32x16>(p); }
+inline f32x16 splat(float x) { return f32x16{} + x; }
+inline i32x16 splati(int32_t x) { return i32x16{} + x; }
+inline f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+inline f32x16 bits_to_float(u32x16 v) { return load<f32x16>(&v); }
+inline u32x16 float_to_bits(f32x16 v) { return load<u32x16>(&v); }
+inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+inline f32x16 abs(f32x16 a) { return bits_to_float(float_to_bits(a) & 0x7fffffffu); }
+
+// a * b + c, rounded once wherever the machine can.
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  const float *pa = (const float*)&a, *pb = (const float*)&b, *pc = (const float*)&c;
+  const __m256 low = _mm256_fmadd_ps(load<__m256>(pa), load<__m256>(pb), load<__m256>(pc));
+  const __m256 high = _mm256_fmadd_ps(load<__m256>(pa + 8), load<__m256>(pb + 8), load<__m256>(pc + 8));
+  f32x16 r;
+  memcpy(&r, &low, 32);
+  memcpy((char*)&r + 32, &high, 32);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
+
+inline f32x16 bf16_to_float(const uint16_t* p) { return bits_to_float(__builtin_convertvector(load<u16x16>(p), u32x16) << 16); }
+
+inline u16x16 float_to_bf16(f32x16 v) {  // to nearest even
+  const u32x16 b = float_to_bits(v);
+  return __builtin_convertvector((b + 0x7fffu + ((b >> 16) & 1u)) >> 16, u16x16);
+}
+
+inline f32x16 half_to_float(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(load<__m256i>(p));
+#elif defined(__F16C__)
+  const __m256 low = _mm256_cvtph_ps(load<__m128i>(p)), high = _mm256_cvtph_ps(load<__m128i>(p + 8));
+  f32x16 r;
+  memcpy(&r, &low, 32);
+  memcpy(reinterpret_cast<char*>(&r) + 32, &high, 32);
+  return r;
+#else
+  // Exponent rebased by a multiplication, which also puts subnormals right.
+  const u32x16 h = __builtin_convertvector(load<u16x16>(p), u32x16);
+  const f32x16 magnitude = bits_to_float((h & 0x7fffu) << 13) * 0x1p112f;
+  return bits_to_float(float_to_bits(magnitude) | (h & 0x8000u) << 16);
+#endif
+}
+
+// Sums and maxima in one fixed tree, the same on every machine.
+inline float reduce_add(f32x16 v) {
+  float a[16];
+  memcpy(a, &v, 64);
+  for (int n = 8; n; n >>= 1)
+    for (int i = 0; i < n; ++i) a[i] += a[i + n];
+  return a[0];
+}
+inline float reduce_max(f32x16 v) {
+  float a[16];
+  memcpy(a, &v, 64);
+  for (int n = 8; n; n >>= 1)
+    for (int i = 0; i < n; ++i) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
+  return a[0];
+}
+
+// e^x, relative error 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. x below -87 gives 0.
+inline f32x16 exp(f32x16 x) {
+  const f32x16 floor = splat(-87.0f);
+  const i32x16 dead = x < floor;
+  x = min(max(x, floor), splat(88.0f));
+  const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x16 shifted = fma(x, splat(1.44269504f), magic);
+  const f32x16 n = shifted - magic;
+  f32x16 r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  f32x16 p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  const u32x16 power = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
+  const f32x16 y = p * bits_to_float(power);
+  return bits_to_float(float_to_bits(y) & ~reinterpret_cast<const u32x16&>(dead));
+}
+
+// Dot products of four: acc[i] += sum over j of u[4 i + j] * s[j]; u unsigned, s signed, no saturation.
+#if defined(__AVX512VNNI__)
+typedef __m512i bytes64;
+inline bytes64 load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline bytes64 low_nibbles(bytes64 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline bytes64 high_nibbles(bytes64 v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, u, _mm512_set1_epi32(load<int32_t>(s)));
+}
+inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) { return dot4(acc, u, s); }
+#elif defined(__AVX2__)
+struct bytes64 {
+  __m256i a, b;
+};
+inline bytes64 load_bytes(const uint8_t* p) { return {load<__m256i>(p), load<__m256i>(p + 32)}; }
+inline bytes64 low_nibbles(bytes64 v) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(v.a, m), _mm256_and_si256(v.b, m)};
+}
+inline bytes64 high_nibbles(bytes64 v) {
+  const __m256i m = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), m)};
+}
+inline i32x16 join(__m256i a, __m256i b) {
+  i32x16 r;
+  memcpy(&r, &a, 32);
+  memcpy(reinterpret_cast<char*>(&r) + 32, &b, 32);
+  return r;
+}
+// 15 * 127 * 2 fits 16 bits; 255 * 127 * 2 does not, so there the bytes are widened.
+inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) {
+  const __m256i x = _mm256_set1_epi32(load<int32_t>(s)), one = _mm256_set1_epi16(1);
+  return acc + join(_mm256_madd_epi16(_mm256_maddubs_epi16(u.a, x), one), _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, x), one));
+}
+inline __m256i dot4_wide(__m256i u, __m256i x) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  return _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(x, 8)));
+}
+inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
+  const __m256i x = _mm256_set1_epi32(load<int32_t>(s));
+  return acc + join(dot4_wide(u.a, x), dot4_wide(u.b, x));
+}
+#else
+typedef uint8_t bytes64 __attribute__((vector_size(64)));
+inline bytes64 load_bytes(const uint8_t* p) { return load<bytes64>(p); }
+inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
+inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
+inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
+  const u32x16 w = load<u32x16>(&u);
+  for (int j = 0; j < 4; ++j) acc += (i32x16)((w >> (8 * j)) & 255u) * static_cast<int32_t>(s[j]);
+  return acc;
+}
+inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) { return dot4(acc, u, s); }
+#endif
+
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+}  // namespace

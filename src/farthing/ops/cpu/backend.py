@@ -1,0 +1,314 @@
+"""`CpuOps`: the op signatures over `farthing._native`. Legend: see `farthing.ops.api`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farthing import _native
+from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, MoEWeights, Ops, RouterSpec
+from farthing.ops.cpu.packed_file import PackedFile, write_packed
+from farthing.ops.cpu.packing import pack, pack_dense, plan
+from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX
+from farthing.ops.weights import Weight
+
+CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
+MOST_EXPERTS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A packed projection [n, k]."""
+
+    packed: Any
+    n: int
+    k: int
+
+
+@dataclass(slots=True)
+class Experts:
+    """A packed MoE layer or gated MLP."""
+
+    native: Any
+    spec: RouterSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """W_UK and W_UV packed a head each; the tensors the native side points into are kept here."""
+
+    native: Any
+    spec: AttentionSpec
+    alive: tuple[Tensor, ...]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as float32 rows with unit column stride."""
+    if x.dtype is not torch.float32:
+        x = x.float()
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _vector(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+class CpuOps(Ops):
+    """Every op natively; activations are float32, int8 inside projections whose weights are integers."""
+
+    def __init__(
+        self,
+        threads: int,
+        quantization: str | None = None,
+        packed: str | None = None,
+        isa: str = "auto",
+        topology: str = "",
+    ) -> None:
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self._native = _native.Backend(threads, isa, topology)
+        self.name = f"cpu/{self._native.isa}, {threads} thread{'s' if threads > 1 else ''}"
+        self._file = PackedFile(packed) if packed else None
+        if self._file and quantization not in (None, self._file.quantization):
+            raise ValueError(
+                f"quantization {quantization!r} is not what {packed!r} was packed with "
+                f"({self._file.quantization!r}); leave it out or pack again"
+            )
+        self._quantization = self._file.quantization if self._file else quantization
+        self._blobs: dict[str, Any] = {}
+
+    # -- packing
+
+    def _keep(self, name: str, blob: Any) -> Any:
+        if name in self._blobs:
+            raise ValueError(f"weight name {name!r} was packed twice; expected every name once")
+        self._blobs[name] = blob
+        return blob
+
+    def _stored(self, name: str) -> Any | None:
+        """The packed matrix of that name from the file, if it is there."""
+        if self._file is None or name not in self._file:
+            return None
+        return self._keep(name, self._native.view(*self._file.matrix(name)))
+
+    def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False) -> Any:
+        target = plan(weights, self._quantization)
+        return self._keep(name, pack(self._native, weights, target, interleave))
+
+    def _tensor(self, name: str, value: Callable[[], Tensor]) -> Tensor:
+        if self._file is not None and name in self._file:
+            return self._keep(name, self._file.tensor(name))  # type: ignore[no-any-return]
+        return self._keep(name, value().float().contiguous())  # type: ignore[no-any-return]
+
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Linear:
+        packed = self._stored(name)
+        if packed is None:
+            packed = self._pack(name, weights())
+        return Linear(packed, *packed.shape)
+
+    def _mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> tuple[Any, Any]:
+        gate_up, down = self._stored(f"{name}.gate_up"), self._stored(f"{name}.down")
+        if gate_up is None or down is None:
+            w_gate, w_up, w_down = weights()
+            gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True)
+            down = self._pack(f"{name}.down", [w_down])
+        return gate_up, down
+
+    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Experts:
+        native = _native.Moe(_native.Router(), None, True)
+        native.add(*self._mlp(name, weights))
+        return Experts(native, None)
+
+    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
+        stored = self._file is not None and f"{name}.gate" in self._file
+        w = None if stored else weights()
+        if spec.num_experts > MOST_EXPERTS:
+            raise ValueError(f"num_experts {spec.num_experts} of {name!r} is not served; expected at most {MOST_EXPERTS}")
+        gate = self._stored(f"{name}.gate") if w is None else self._keep(f"{name}.gate", pack_dense(self._native, w.gate, False))
+        router = _router(spec)
+        has_bias = f"{name}.bias" in self._file if w is None and self._file else w is not None and w.bias is not None
+        if has_bias:
+            router.bias = self._tensor(f"{name}.bias", lambda: w.bias).tolist()  # type: ignore[union-attr, arg-type, return-value]
+        shared = f"{name}.shared.down" in self._file if w is None and self._file else w is not None and w.shared is not None
+        native = _native.Moe(router, gate, shared)
+        first = None
+        for e in range(spec.num_experts):
+            gate_up, down = self._mlp(f"{name}.experts.{e}", _missing if w is None else w.experts[e])
+            kinds = [(m.format, m.group) for m in (gate_up, down)]
+            first = first or kinds
+            if kinds != first:
+                raise ValueError(f"expert {e} of {name!r} is packed as {kinds}, the first as {first}; expected one format")
+            native.add(gate_up, down)
+        if shared:
+            native.add(*self._mlp(f"{name}.shared", _missing if w is None else w.shared))  # type: ignore[arg-type]
+        return Experts(native, spec)
+
+    def pack_attention(
+        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
+    ) -> Attention:
+        if self._file is not None and f"{name}.norm" in self._file:
+            norm = self._tensor(f"{name}.norm", _missing)
+            heads = [(self._stored(f"{name}.uk.{h}"), self._stored(f"{name}.uv.{h}")) for h in range(spec.num_heads)]
+        else:
+            kv_b, kv_norm = weights()
+            norm = self._tensor(f"{name}.norm", lambda: kv_norm)
+            heads = self._pack_heads(name, spec, kv_b)
+        rope = rope.float().contiguous()
+        native = _native.Attention(
+            spec.num_heads, spec.nope_dim, spec.rope_dim, spec.value_dim, spec.latent_dim, spec.scale,
+            spec.interleaved, norm.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr(),
+        )  # fmt: skip
+        for uk, uv in heads:
+            native.add(uk, uv)
+        return Attention(native, spec, (norm, rope))
+
+    def _pack_heads(self, name: str, spec: AttentionSpec, kv_b: Weight) -> list[tuple[Any, Any]]:
+        """W_UK transposed [c, n] and W_UV [v, c] of each head: int8 where weights are rounded at all."""
+        quantized = self._quantization is not None or kv_b.format != "dense"
+        dense = kv_b.data if kv_b.format == "dense" else kv_b.dequantize()
+        heads = dense.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
+        w_uk, w_uv = heads.split((spec.nope_dim, spec.value_dim), dim=1)
+        return [
+            (
+                self._keep(f"{name}.uk.{h}", pack_dense(self._native, w_uk[h].t().contiguous(), quantized)),
+                self._keep(f"{name}.uv.{h}", pack_dense(self._native, w_uv[h].contiguous(), quantized)),
+            )
+            for h in range(spec.num_heads)
+        ]
+
+    def save_packed(self, path: str) -> None:
+        write_packed(path, self._quantization, self._blobs.items())
+
+    def new_cache(
+        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
+    ) -> LatentCache:
+        shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
+        scale = torch.ones(*shape, 2) if kind in CACHE_MAX else None
+        return LatentCache(torch.zeros(*shape, width, dtype=kind), scale)
+
+    # -- computing: addresses and strides go down, nothing is copied
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        return table[ids].float()
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = _rows(x), _vector(weight)
+        tokens, k = x.shape
+        out = torch.empty(tokens, k)
+        self._native.rms_norm(x.data_ptr(), x.stride(0), tokens, k, weight.data_ptr(), eps, out.data_ptr(), k)
+        return out
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Linear,
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        x = _rows(x)
+        tokens = x.shape[0]
+        if x.shape[1] != weight.k:
+            raise ValueError(f"x has {x.shape[1]} columns; expected {weight.k}, the weight's")
+        norm = None if norm is None else _vector(norm)
+        residual = None if residual is None else _rows(residual)
+        out = torch.empty(tokens, weight.n)
+        self._native.linear(
+            weight.packed, x.data_ptr(), x.stride(0), tokens, 0 if norm is None else norm.data_ptr(), eps,
+            0 if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
+            out.data_ptr(), weight.n,
+        )  # fmt: skip
+        return out
+
+    def mla(
+        self, q: Tensor, kv: Tensor, attention: Attention, cache: LatentCache, layer: int, batch: Batch, eps: float
+    ) -> Tensor:
+        q, kv, s = _rows(q), _rows(kv), attention.spec
+        tokens, width = q.shape[0], s.num_heads * s.value_dim
+        out = torch.empty(tokens, width)
+        data, scale = cache.data, cache.scale
+        self._native.mla(
+            attention.native, q.data_ptr(), q.stride(0), kv.data_ptr(), kv.stride(0), tokens,
+            CACHE_TYPES[data.dtype], data.data_ptr() + layer * data.stride(0) * data.element_size(),
+            0 if scale is None else scale.data_ptr() + layer * scale.stride(0) * 4, data.shape[2],
+            batch.positions.data_ptr(), batch.slots.data_ptr(), batch.query_start.data_ptr(),
+            batch.context_lens.data_ptr(), batch.block_table.data_ptr(), batch.block_table.shape[0],
+            batch.block_table.shape[1], eps, out.data_ptr(), width,
+        )  # fmt: skip
+        return out
+
+    def _experts(self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: int) -> Tensor:
+        x, norm = _rows(x), _vector(norm)
+        tokens, hidden = x.shape
+        out = torch.empty(tokens, hidden)
+        self._native.moe(
+            weights.native, x.data_ptr(), x.stride(0), tokens, norm.data_ptr(), eps, counts, out.data_ptr(), hidden
+        )
+        return out
+
+    def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float) -> Tensor:
+        return self._experts(x, weights, norm, eps, 0)
+
+    def moe(self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
+        return self._experts(x, weights, norm, eps, 0 if counts is None else counts.data_ptr())
+
+    def reroute(self, weights: Experts, spec: RouterSpec) -> None:
+        router = _router(spec)
+        router.bias = weights.native.router.bias
+        weights.native.router = router
+        weights.spec = spec
+
+    def route(self, n: Tensor, weights: Experts) -> tuple[Tensor, Tensor]:
+        assert weights.spec is not None
+        n = _rows(n)
+        tokens, k = n.shape[0], weights.spec.top_k
+        ids, gates = torch.empty(tokens, k, dtype=torch.int64), torch.empty(tokens, k)
+        self._native.route(weights.native, n.data_ptr(), n.stride(0), tokens, ids.data_ptr(), gates.data_ptr())
+        return ids, gates
+
+    def logits(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> Tensor:
+        return self.linear(x, head, norm, eps)
+
+    def top_logits(
+        self, x: Tensor, head: Linear, norm: Tensor, eps: float, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if k > MOST_FUSED_TOP:
+            logits = self.logits(x, head, norm, eps)
+            values, ids = logits.sort(-1, descending=True, stable=True)
+            return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+        x, norm = _rows(x), _vector(norm)
+        tokens = x.shape[0]
+        values, ids = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int64)
+        logsumexp = torch.empty(tokens)
+        self._native.top_logits(
+            head.packed, x.data_ptr(), x.stride(0), tokens, norm.data_ptr(), eps, k,
+            values.data_ptr(), ids.data_ptr(), logsumexp.data_ptr(),
+        )  # fmt: skip
+        return values, ids, logsumexp
+
+    def softmax(self, x: Tensor) -> Tensor:
+        x = _rows(x)
+        rows, n = x.shape
+        out = torch.empty(rows, n)
+        self._native.softmax(x.data_ptr(), x.stride(0), rows, n, out.data_ptr(), n)
+        return out
+
+
+def _missing() -> Any:
+    raise ValueError("the packed file lacks a part of this layer; pack the model again")
+
+
+def _router(spec: RouterSpec) -> Any:
+    router = _native.Router()
+    router.experts, router.top_k = spec.num_experts, spec.top_k
+    router.groups, router.top_k_groups = spec.num_groups, spec.top_k_groups
+    router.sigmoid, router.top2_sum = spec.scoring == "sigmoid", spec.group_score == "top2_sum"
+    router.normalize, router.scale = spec.normalize, spec.scale
+    router.mass = -1.0 if spec.mass is None else spec.mass
+    router.min_experts = spec.min_experts
+    return router

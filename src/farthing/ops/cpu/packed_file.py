@@ -1,0 +1,88 @@
+"""Packed weights in one file that is mapped, so that a replica is ready as soon as its pages are touched.
+
+Layout: 64 bytes (magic, offset and length of the index), blobs at multiples of 4096, the index as JSON:
+`{"version", "quantization", "entries": {name: {"offset", "bytes"[, "dtype", "shape"]}}}`. An entry with a
+dtype is a plain array; one without is a packed matrix as native/pack.cpp writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAGIC = b"FARTHPK1"
+VERSION = 1
+PAGE = 4096
+HEADER = struct.Struct("<8sQQ40x")
+
+
+class PackedFile:
+    """A packed file, mapped read-only. `quantization` is what the weights were rounded with, or None."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"packed file {str(path)!r} does not exist; write it with --pack")
+        self._map = np.memmap(path, dtype=np.uint8, mode="r")
+        size = self._map.size
+        if size < HEADER.size:
+            raise ValueError(f"packed file {str(path)!r} is cut off: {size} bytes")
+        magic, offset, length = HEADER.unpack(self._map[: HEADER.size].tobytes())
+        if magic != MAGIC:
+            raise ValueError(f"{str(path)!r} is not a packed file (its first bytes are {magic!r}, not {MAGIC!r})")
+        if offset + length != size:
+            raise ValueError(f"packed file {str(path)!r} is cut off: {size} bytes, expected {offset + length}")
+        index = json.loads(self._map[offset:].tobytes())
+        if index["version"] != VERSION:
+            raise ValueError(f"packed file version {index['version']} is not readable; expected {VERSION}")
+        self.quantization: str | None = index["quantization"]
+        self._entries: dict[str, dict[str, Any]] = index["entries"]
+        self._address = self._map.ctypes.data
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """(address, bytes) of a packed matrix."""
+        entry = self._entries[name]
+        return self._address + entry["offset"], entry["bytes"]
+
+    def tensor(self, name: str) -> Tensor:
+        """A plain array, copied out."""
+        entry = self._entries[name]
+        raw = self._map[entry["offset"] : entry["offset"] + entry["bytes"]].copy()
+        return torch.from_numpy(raw).view(getattr(torch, entry["dtype"])).view(entry["shape"])
+
+
+def write_packed(path: str | Path, quantization: str | None, blobs: Iterable[tuple[str, Any]]) -> None:
+    """Write (name, packed matrix or tensor) pairs; the file appears only when it is whole."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    entries: dict[str, dict[str, Any]] = {}
+    with partial.open("wb") as file:
+        file.write(bytes(PAGE))
+        for name, blob in blobs:
+            offset = file.tell()
+            if isinstance(blob, Tensor):
+                data = blob.contiguous().reshape(-1).view(torch.uint8).numpy()
+                entries[name] = {"dtype": str(blob.dtype).removeprefix("torch."), "shape": list(blob.shape)}
+            else:
+                data = np.empty(blob.serialized_bytes, dtype=np.uint8)
+                blob.serialize(data.ctypes.data)
+                entries[name] = {}
+            entries[name] |= {"offset": offset, "bytes": data.nbytes}
+            file.write(data.data)
+            file.write(bytes(-file.tell() % PAGE))
+        offset = file.tell()
+        index = json.dumps({"version": VERSION, "quantization": quantization, "entries": entries}).encode()
+        file.write(index)
+        file.seek(0)
+        file.write(HEADER.pack(MAGIC, offset, len(index)))
+    partial.replace(path)

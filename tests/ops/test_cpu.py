@@ -1,0 +1,285 @@
+"""The native kernels of every instruction set this machine has, against the reference, over odd shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("farthing._native")
+
+from farthing import _native
+from farthing.ops.api import AttentionSpec, Batch, MoEWeights, RouterSpec
+from farthing.ops.cpu import CpuOps
+from farthing.ops.reference import ReferenceOps
+from farthing.ops.weights import Weight
+from tests.ops.parts import BOUNDS, FORMATS, distance, weight
+
+ISAS = _native.instruction_sets().split()
+EPS = 1e-6
+
+
+@pytest.fixture(params=ISAS)
+def ops(request: pytest.FixtureRequest) -> CpuOps:
+    torch.manual_seed(0)
+    return CpuOps(2, isa=request.param)
+
+
+@pytest.fixture
+def ref() -> ReferenceOps:
+    return ReferenceOps(torch.float32)
+
+
+def norm(k: int) -> Tensor:
+    return torch.rand(k) + 0.5
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 17, 40])
+@pytest.mark.parametrize(("n", "k"), [(48, 64), (100, 192), (33, 96), (576, 256)])
+def test_linear(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, n: int, k: int) -> None:
+    w, x, scale, residual = weight(name, n, k), torch.randn(tokens, k), norm(k), torch.randn(tokens, n)
+    handle, expected = ops.pack_linear("w", lambda: [w]), ref.pack_linear("w", lambda: [w])
+    y = ops.linear(x, handle, scale, EPS, residual.clone())
+    assert distance(y, ref.linear(x, expected, scale, EPS, residual)) < BOUNDS[name]
+
+
+@pytest.mark.parametrize("k", [7, 40, 72, 129])
+@pytest.mark.parametrize("name", ["f32", "bf16", "int8"])
+def test_columns_of_any_number(ops: CpuOps, ref: ReferenceOps, name: str, k: int) -> None:
+    w, x = weight(name, 20, k), torch.randn(9, k)
+    y = ops.linear(x, ops.pack_linear("w", lambda: [w]))
+    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: [w]))) < BOUNDS[name]
+
+
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 128, 192])
+def test_int4_groups(ops: CpuOps, ref: ReferenceOps, group: int) -> None:
+    w, x = weight("int4", 40, 2 * group, group), torch.randn(5, 2 * group)
+    y = ops.linear(x, ops.pack_linear("w", lambda: [w]))
+    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: [w]))) < BOUNDS["int4"]
+
+
+def test_stacked_matrices_and_strided_rows(ops: CpuOps, ref: ReferenceOps) -> None:
+    stack = [weight("int8", 24, 64), weight("int8", 40, 64)]
+    x = torch.randn(4, 200)[:, 60:124]
+    y = ops.linear(x, ops.pack_linear("w", lambda: stack))
+    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: stack))) < BOUNDS["int8"]
+
+
+def test_rounding_while_packing_is_the_reference_s(ops: CpuOps) -> None:
+    w, x = Weight("dense", torch.randn(64, 128)), torch.randn(3, 128)
+    for quantization in ("int8", "int4"):
+        rounded = CpuOps(1, quantization, isa=ops._native.isa)
+        expected = ReferenceOps(torch.float32, quantization)
+        y = rounded.linear(x, rounded.pack_linear("w", lambda: [w]))
+        assert distance(y, expected.linear(x, expected.pack_linear("w", lambda: [w]))) < BOUNDS["int4"]
+
+
+def zero_blocks(w: Weight, share: float) -> Weight:
+    """The same weight with a share of its 16 x 16 blocks zero."""
+    n, k = w.shape
+    keep = (torch.rand(n // 16, k // 16) >= share).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    if w.format == "int8":
+        return Weight("int8", w.data * keep, w.scale)
+    keep2 = keep[:, ::2]
+    return Weight("int4", torch.where(keep2, w.data, torch.full_like(w.data, 0x88)), w.scale)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_block_sparse(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, share: float) -> None:
+    w, x = zero_blocks(weight(name, 64, 256, 64), share), torch.randn(tokens, 256)
+    handle = ops.pack_linear("w", lambda: [w])
+    assert handle.packed.sparse
+    assert handle.packed.nbytes < (1.25 - share) * (64 * 256 // (1 if name == "int8" else 2)) + 4 * 256
+    y = ops.linear(x, handle)
+    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: [w]))) < BOUNDS[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 2, 19])
+@pytest.mark.parametrize(("hidden", "width"), [(64, 96), (96, 160)])
+def test_mlp(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, hidden: int, width: int) -> None:
+    parts = weight(name, width, hidden), weight(name, width, hidden), weight(name, hidden, width)
+    x, scale = torch.randn(tokens, hidden), norm(hidden)
+    y = ops.mlp(x.clone(), ops.pack_mlp("m", lambda: parts), scale, EPS)
+    assert distance(y - x, ref.mlp(x, ref.pack_mlp("m", lambda: parts), scale, EPS) - x) < 3 * BOUNDS[name]
+
+
+ROUTERS = {
+    "v3": RouterSpec(8, 3, num_groups=4, top_k_groups=2, scale=2.5),
+    "v2": RouterSpec(8, 2, num_groups=2, top_k_groups=1, scoring="softmax", group_score="max", normalize=False),
+    "plain": RouterSpec(8, 8),
+    "adaptive": RouterSpec(8, 4, mass=0.6, min_experts=1),
+}
+
+
+def experts(spec: RouterSpec, name: str, hidden: int, width: int, shared: int | None) -> MoEWeights:
+    def mlp(inner: int) -> tuple[Weight, Weight, Weight]:
+        return weight(name, inner, hidden), weight(name, inner, hidden), weight(name, hidden, inner)
+
+    parts = [mlp(width) for _ in range(spec.num_experts)]
+    common = None if shared is None else mlp(shared)
+    gate = torch.randn(spec.num_experts, hidden) / hidden**0.5
+    bias = torch.randn(spec.num_experts) * 0.1 if spec.scoring == "sigmoid" else None
+    return MoEWeights(gate, bias, [lambda p=p: p for p in parts], None if common is None else lambda: common)
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("tokens", [1, 2, 16, 70])
+def test_moe(ops: CpuOps, ref: ReferenceOps, router: str, name: str, tokens: int) -> None:
+    spec = ROUTERS[router]
+    w = experts(spec, name, 64, 96, 160 if router != "plain" else None)
+    x, scale = torch.randn(tokens, 64), norm(64)
+    handle, expected = ops.pack_moe("m", spec, lambda: w), ref.pack_moe("m", spec, lambda: w)
+    counts, seen = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    y = ops.moe(x.clone(), handle, scale, EPS, counts)
+    z = ref.moe(x, expected, scale, EPS, seen)
+    assert torch.equal(counts, seen)
+    assert distance(y - x, z - x) < 3 * BOUNDS[name]
+    ids, gates = ops.route(x, handle)
+    wanted, weights = ref.route(x, expected)
+    by_id, order = ids.sort(-1), wanted.sort(-1)
+    assert torch.equal(by_id.values, order.values)
+    torch.testing.assert_close(gates.gather(1, by_id.indices), weights.gather(1, order.indices))
+
+
+def test_an_expert_nobody_chose(ops: CpuOps, ref: ReferenceOps) -> None:
+    spec = RouterSpec(8, 2)
+    w = experts(spec, "int4", 64, 64, None)
+    w.gate[3] = 0
+    w.bias[3] = -10  # type: ignore[index]
+    x, counts = torch.randn(30, 64), torch.zeros(8, dtype=torch.int64)
+    y = ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: w), norm(64) * 0 + 1, EPS, counts)
+    assert counts[3] == 0 and counts.sum() == 60
+    z = ref.moe(x, ref.pack_moe("m", spec, lambda: w), torch.ones(64), EPS)
+    assert distance(y - x, z - x) < 3 * BOUNDS["int4"]
+
+
+def test_reroute(ops: CpuOps, ref: ReferenceOps) -> None:
+    w = experts(ROUTERS["v3"], "int8", 64, 64, None)
+    handle, expected = ops.pack_moe("m", ROUTERS["v3"], lambda: w), ref.pack_moe("m", ROUTERS["v3"], lambda: w)
+    narrow = RouterSpec(8, 1)
+    ops.reroute(handle, narrow)
+    ref.reroute(expected, narrow)
+    x = torch.randn(5, 64)
+    y, z = ops.moe(x.clone(), handle, torch.ones(64), EPS), ref.moe(x, expected, torch.ones(64), EPS)
+    assert distance(y - x, z - x) < 3 * BOUNDS["int8"]
+
+
+def batch_of(lengths: list[tuple[int, int]], block_size: int, max_len: int) -> Batch:
+    """Sequences of (tokens already cached, tokens of this step), blocks given out in a scattered order."""
+    blocks_each = (max_len + block_size - 1) // block_size
+    table = torch.randperm(len(lengths) * blocks_each).view(len(lengths), -1).int()
+    positions, slots, starts = [], [], [0]
+    for b, (cached, new) in enumerate(lengths):
+        for p in range(cached, cached + new):
+            positions.append(p)
+            slots.append(int(table[b, p // block_size]) * block_size + p % block_size)
+        starts.append(starts[-1] + new)
+    context = [cached + new for cached, new in lengths]
+    return Batch(
+        torch.tensor(positions, dtype=torch.int32),
+        torch.tensor(slots, dtype=torch.int64),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(context, dtype=torch.int32),
+        table.contiguous(),
+    )
+
+
+SPECS = {
+    "small": AttentionSpec(4, 16, 8, 16, 32, 0.2),
+    "halves": AttentionSpec(3, 24, 8, 40, 48, 0.2, interleaved=False),
+    "v3": AttentionSpec(4, 128, 64, 128, 512, 192**-0.5),
+    "many_heads": AttentionSpec(20, 16, 16, 16, 32, 0.2),
+}
+MLA_BOUNDS = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
+
+
+def run_mla(ops: Any, spec: AttentionSpec, w: Weight, steps: list[Any], cache_dtype: str, block_size: int) -> Tensor:
+    """The last step's output after the steps before it filled the cache."""
+    rope = steps[0]["rope"]
+    handle = ops.pack_attention("a", spec, lambda: (w, steps[0]["norm"]), rope)
+    cache = ops.new_cache(2, 80, block_size, spec.latent_dim + spec.rope_dim, cache_dtype)
+    for step in steps:
+        out = ops.mla(step["q"], step["kv"], handle, cache, 1, step["batch"], EPS)
+    assert not cache.data[0].float().any()  # layer 0 is not ours
+    return out
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize("cache_dtype", list(MLA_BOUNDS))
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_mla(ops: CpuOps, ref: ReferenceOps, name: str, cache_dtype: str, block_size: int) -> None:
+    spec, max_len = SPECS[name], 400
+    w = Weight("dense", (torch.randn(spec.num_heads * (spec.nope_dim + spec.value_dim), spec.latent_dim) / spec.latent_dim**0.5).bfloat16())
+    angles = torch.rand(max_len, spec.rope_dim // 2) * 6
+    shared = {"rope": torch.stack((angles.cos(), angles.sin())), "norm": norm(spec.latent_dim)}
+    table: Tensor | None = None
+    steps = []
+    for lengths in ([(0, 5), (0, 330), (0, 1)], [(5, 1), (330, 3), (1, 7)], [(6, 1), (333, 1), (8, 1)]):
+        batch = batch_of(lengths, block_size, max_len)
+        if table is None:
+            table = batch.block_table
+        slots = torch.tensor([
+            int(table[b, p // block_size]) * block_size + p % block_size
+            for b, (cached, new) in enumerate(lengths) for p in range(cached, cached + new)
+        ])  # fmt: skip
+        batch = Batch(batch.positions, slots, batch.query_start, batch.context_lens, table)
+        tokens = len(slots)
+        q = torch.randn(tokens, spec.num_heads * (spec.nope_dim + spec.rope_dim))
+        kv = torch.randn(tokens, spec.latent_dim + spec.rope_dim)
+        steps.append({"q": q, "kv": kv, "batch": batch, **shared})
+    for upto in (1, 2, 3):
+        y = run_mla(ops_again(ops), spec, w, steps[:upto], cache_dtype, block_size)
+        z = run_mla(ref, spec, w, steps[:upto], cache_dtype, block_size)
+        assert distance(y, z) < MLA_BOUNDS[cache_dtype]
+
+
+def ops_again(ops: CpuOps) -> CpuOps:
+    """A backend without packed weights, of the same kernels."""
+    return CpuOps(2, isa=ops._native.isa)
+
+
+@pytest.mark.parametrize("k", [1, 5, 100])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_top_logits(ops: CpuOps, ref: ReferenceOps, k: int, tokens: int) -> None:
+    w, x, scale = weight("bf16", 1237, 64), torch.randn(tokens, 64), norm(64)
+    handle, expected = ops.pack_linear("h", lambda: [w]), ref.pack_linear("h", lambda: [w])
+    values, ids, total = ops.top_logits(x, handle, scale, EPS, k)
+    wanted_values, wanted_ids, wanted_total = ref.top_logits(x, expected, scale, EPS, k)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(values, wanted_values, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(total, wanted_total, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ops.logits(x, handle, scale, EPS), ref.logits(x, expected, scale, EPS), atol=1e-4, rtol=1e-4)
+
+
+def test_equal_logits_keep_the_order_of_their_ids(ops: CpuOps) -> None:
+    w = Weight("dense", torch.ones(1100, 32))
+    head = ops.pack_linear("h", lambda: [w])
+    for k in (1, 4):
+        _, ids, _ = ops.top_logits(torch.ones(2, 32), head, torch.ones(32), EPS, k)
+        assert ids.tolist() == [list(range(k))] * 2
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 33, 1000])
+def test_softmax_and_norm(ops: CpuOps, ref: ReferenceOps, n: int) -> None:
+    x = torch.randn(7, n) * 8
+    torch.testing.assert_close(ops.softmax(x), ref.softmax(x), atol=2e-6, rtol=1e-5)
+    scale = norm(n)
+    torch.testing.assert_close(ops.rms_norm(x, scale, EPS), ref.rms_norm(x, scale, EPS), atol=2e-5, rtol=1e-5)
+    table = torch.randn(5, n).bfloat16()
+    ids = torch.tensor([4, 0, 4])
+    assert torch.equal(ops.embed(ids, table), ref.embed(ids, table))
+
+
+def test_wrong_width_is_refused(ops: CpuOps) -> None:
+    w = ops.pack_linear("w", lambda: [weight("int8", 16, 64)])
+    with pytest.raises(ValueError, match="x has 65 columns; expected 64"):
+        ops.linear(torch.randn(1, 65), w)
+    with pytest.raises(ValueError, match="'w' was packed twice"):
+        ops.pack_linear("w", lambda: [weight("int8", 16, 64)])
