@@ -59,7 +59,7 @@ class Replica(asyncio.Protocol):
             self.buffer = rest[int(length) :]
             tokens = int(_field(head, b"x-tokens", 0))
             if tokens:
-                asyncio.ensure_future(self.stream(tokens, _field(head, b"x-interval", 0)))
+                self.task = asyncio.ensure_future(self.stream(tokens, _field(head, b"x-interval", 0)))
             else:
                 self.transport.write(
                     b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n"
@@ -94,7 +94,7 @@ class Relay(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: Any = transport
         if self.other is None:
-            asyncio.ensure_future(self.join())
+            self.task = asyncio.ensure_future(self.join())
 
     async def join(self) -> None:
         loop = asyncio.get_running_loop()
@@ -312,9 +312,7 @@ def show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
             f"{row['first_byte_p99_ms']:8.3f}{row['whole_p50_ms'] - base:12.3f}"
         )
     rate = arguments.streams / arguments.interval if arguments.interval else float("inf")
-    print(
-        f"\n{arguments.streams} streams of {arguments.tokens} tokens, {rate:,.0f} tokens/s offered, median of runs"
-    )
+    print(f"\n{arguments.streams} streams of {arguments.tokens} tokens, {rate:,.0f} tokens/s offered, median")
     print(f"{'':10}{'whole':>7}{'tokens/s':>10}{'first token p50':>17}{'gap p50':>10}{'gap p99':>10}  (ms)")
     for name, row in result["streams"].items():
         print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -40,6 +41,8 @@ async def serve(
     port = await gateway.start(*address, sock=sock)
     if replicas:
         gateway.set_replicas(replicas)
+    gc.collect()
+    gc.freeze()  # what was imported lives for ever: a full collection need not look at it between two tokens
     log.info("gateway on port %d", port)
     await stop.wait()
     broken = await gateway.stop()
