@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farthing.engine.request import SamplingParams
-from farthing.engine.sampler import Row, SamplingState, draw, edit, report, sample, stream_seed, uniform
+from farthing.engine.sampler import (
+    Row,
+    SamplingState,
+    _invert,
+    draw,
+    edit,
+    report,
+    sample,
+    stream_seed,
+    uniform,
+)
 
 V = 50
 
@@ -192,6 +202,21 @@ def test_report_ranks_a_token_outside_the_top() -> None:
     raw = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).log_softmax(-1)
     (entry,) = report(raw, [0], [2])
     assert [(t, e.rank) for t, e in entry.items()] == [(0, 4), (1, 1), (2, 2)]
+
+
+@given(st.integers(1, 700), st.integers(0, 2**32))
+@settings(max_examples=80, deadline=None)
+def test_inverting_by_groups_is_inverting(width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(6, width, generator=generator) * (torch.rand(6, width, generator=generator) < 0.3)
+    weights[:, seed % width] += 0.1
+    u = torch.tensor([0.0, 1e-12, 0.3, 0.7, 1 - 1e-12, 1 - 2.0**-53], dtype=torch.float64)
+    picked = _invert(weights, u)
+    cdf = weights.double().cumsum(-1)
+    for i, token in enumerate(picked.tolist()):
+        assert weights[i, token] > 0
+        share = cdf[i] / cdf[i, -1]
+        assert share[token] >= u[i] - 1e-6 and share[token] - weights[i, token] / cdf[i, -1] <= u[i] + 1e-6
 
 
 def test_wide_filters_look_at_the_whole_vocabulary() -> None:

@@ -164,14 +164,14 @@ class Lookahead(SchedulerMachine):
 
 
 COMMON = settings(
-    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = COMMON
 TestNoCaching = NoCaching.TestCase
-TestNoCaching.settings = settings(COMMON, max_examples=80)
+TestNoCaching.settings = settings(COMMON, max_examples=40)
 TestLookahead = Lookahead.TestCase
-TestLookahead.settings = settings(COMMON, max_examples=80)
+TestLookahead.settings = settings(COMMON, max_examples=40)
 
 
 def sequence(

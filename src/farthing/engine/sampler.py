@@ -22,6 +22,7 @@ from farthing.engine.request import Logprob, SamplingParams
 from farthing.engine.structured import Matcher
 
 _MASK64 = (1 << 64) - 1
+_GROUP = 128  # of weights that are summed together
 _CANDIDATES = 256  # of a filtered row; a row whose kept set may be larger falls back to all of V
 
 Logprobs = dict[int, Logprob]
@@ -129,16 +130,16 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     if not random:
         return tokens
     heat = torch.tensor([max(params[i].temperature, 1e-5) for i in random], device=logits.device)
-    scaled = logits[random] / heat[:, None]
+    scaled = (logits[random] if greedy else logits) / heat[:, None]
     uniforms = [uniform(rows[i].state.seed, rows[i].index) for i in random]
     u = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
-    filtered = torch.tensor([_filters(params[i]) for i in random])
-    for chosen, pick in ((~filtered, _draw_all), (filtered, _draw_filtered)):
-        at = chosen.nonzero()[:, 0]
-        if len(at):
-            where = [random[j] for j in at.tolist()]
-            on = at.to(logits.device)
-            _store(tokens, where, pick(scaled[on], u[on], [params[i] for i in where]))
+    for filtered, pick in ((False, _draw_all), (True, _draw_filtered)):
+        at = [j for j, i in enumerate(random) if _filters(params[i]) == filtered]
+        if at:
+            where = [random[j] for j in at]
+            every = len(at) == len(random)
+            z, v = (scaled, u) if every else (scaled[at], u[at])
+            _store(tokens, where, pick(z, v, [params[i] for i in where]))
     return tokens
 
 
@@ -217,7 +218,7 @@ def _filters(params: SamplingParams) -> bool:
 
 
 def _draw_all(scaled: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """By inverting the cumulative distribution over V, in float64: V float32 terms would drift."""
+    """By inverting the cumulative distribution over all of V."""
     return _invert(scaled.softmax(-1), u)
 
 
@@ -249,7 +250,25 @@ def _draw_filtered(scaled: Tensor, u: Tensor, params: Sequence[SamplingParams]) 
 
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """Index where the running sum of weights [n, K] passes u [n] of its total; never one of weight 0."""
+    """Index where the running sum of weights [n, K] passes u [n] of its total; never one of weight 0.
+
+    Summed in float64, since thousands of float32 terms would drift; by groups first, and then within the
+    group that was hit, since a running sum over all of V costs more than the softmax before it.
+    """
+    if weights.shape[1] <= _GROUP:
+        return _invert_narrow(weights, u[:, None] * weights.sum(-1, keepdim=True, dtype=torch.float64))
+    ragged = -weights.shape[1] % _GROUP
+    groups = (torch.nn.functional.pad(weights, (0, ragged)) if ragged else weights).unflatten(1, (-1, _GROUP))
+    mass = groups.sum(-1).cumsum(-1, dtype=torch.float64)
+    target = u[:, None] * mass[:, -1:]
+    group = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[1] - 1)
+    before = torch.nn.functional.pad(mass, (1, 0)).gather(1, group)
+    rows = torch.arange(len(group), device=group.device)
+    return group[:, 0] * _GROUP + _invert_narrow(groups[rows, group[:, 0]], target - before)
+
+
+def _invert_narrow(weights: Tensor, target: Tensor) -> Tensor:
     cdf = weights.cumsum(-1, dtype=torch.float64)
-    target = u[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp_max(weights.shape[1] - 1)
+    # Rounding may put the target at the very end: then the last weight that is not zero is meant.
+    last = (cdf < cdf[:, -1:]).sum(-1)
+    return torch.minimum(torch.searchsorted(cdf, target, right=True)[:, 0], last)

@@ -1,0 +1,112 @@
+"""What a step of the engine costs besides the model: the model is replaced by one that computes nothing.
+
+    python bench/engine_overhead.py
+
+Prints microseconds per decode step by batch size, the median over steps: greedy (the fast path), sampled,
+and with drafts; the physical limit is zero. The bar is 1 ms at batch 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from farthing.config import EngineConfig
+from farthing.engine.admission import Admission
+from farthing.engine.core import EngineCore
+from farthing.engine.generation import RequestState
+from farthing.engine.request import RequestMetrics, SamplingParams
+from farthing.engine.runner import Runner
+from farthing.engine.scheduler import Scheduler
+from farthing.engine.speculation import Gate, NgramDrafter, Speculator
+from farthing.engine.stats import Stats
+from farthing.engine.stream import RequestStream
+from farthing.model import ModelConfig
+from farthing.ops.api import LatentCache
+
+VOCAB, BLOCKS, BLOCK_SIZE, LENGTH = 8192, 8192, 16, 2048
+
+
+class NoModel:
+    """Answers at once; every token is 7, so that n-gram drafts are always right."""
+
+    cache_layers, mtp = 17, ()
+    ops = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    config = SimpleNamespace(n_routed_experts=None, vocab_size=VOCAB, eos_token_ids=())
+
+    def __init__(self) -> None:
+        self.hidden = torch.zeros(1024, 8)
+        self.answers = torch.zeros(1024, VOCAB)
+        self.answers[:, 7] = 50.0
+        self.ids = torch.full((1024, 1), 7)
+
+    def forward(self, ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        return self.hidden[: len(ids)]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.answers[: len(hidden)]
+
+    def top_logits(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        n = len(hidden)
+        return self.hidden[:n, :1], self.ids[:n], self.hidden[:n, 0]
+
+
+class Always(Gate):
+    """Drafts in every step."""
+
+    def wants(self, batch: int) -> bool:
+        return True
+
+
+def microseconds_per_step(batch: int, params: SamplingParams, drafts: int, steps: int) -> float:
+    """Median over decode steps with `batch` running sequences of 200 tokens and more."""
+    model = cast("Any", NoModel())
+    cache = LatentCache(torch.zeros(1, BLOCKS, BLOCK_SIZE, 1), None)
+    config = EngineConfig(max_model_len=LENGTH, max_num_seqs=64, max_num_batched_tokens=512)
+    scheduler = Scheduler(BLOCKS, BLOCK_SIZE, 64, 512)
+    speculator = Speculator(NgramDrafter(drafts), Always()) if drafts else None
+    core = EngineCore(Runner(model, cache, 64, LENGTH), scheduler, Stats(), None, speculator)
+    admission = Admission(config, cast("ModelConfig", model.config), None)
+    for i in range(batch):
+        options: dict[str, Any] = {"priority": 0, "cache_salt": str(i), "kind": "delta", "request_id": None}
+        request, sequences = admission.admit(
+            [7] * 200, params, add_special_tokens=False, prompt_text=None, **options
+        )
+        stream = RequestStream(request, lambda: None)
+        core.add(RequestState(request, stream, RequestMetrics(), sequences))
+    while any(seq.num_output < 2 for seq in scheduler.running) or scheduler.waiting:
+        core.step()
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        core.step()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=300)
+    steps = parser.parse_args().steps
+    torch.set_num_threads(1)
+    kinds = {
+        "greedy": (SamplingParams(temperature=0, max_tokens=None), 0),
+        "greedy, 4 drafts": (SamplingParams(temperature=0, max_tokens=None), 4),
+        "temperature": (SamplingParams(seed=1, max_tokens=None), 0),
+        "top_p 0.95": (SamplingParams(seed=1, top_p=0.95, max_tokens=None), 0),
+    }
+    print(f"{'microseconds a step':<20}" + "".join(f"{f'batch {b}':>10}" for b in (1, 4, 16, 64)))
+    for name, (params, drafts) in kinds.items():
+        cells = [microseconds_per_step(b, params, drafts, steps) for b in (1, 4, 16, 64)]
+        print(f"{name:<20}" + "".join(f"{c:>10.0f}" for c in cells))
+
+
+if __name__ == "__main__":
+    main()
