@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 
-from server.harness import Running, running, tiny_engine
+from tests.server.harness import Running, running, tiny_engine
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny() -> Iterator[Running]:
     """A server of the tiny model with no limits worth mentioning."""
     with running(tiny_engine()) as server:

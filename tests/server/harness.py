@@ -63,7 +63,9 @@ RAW: dict[str, Any] = {
 def tokenizer(chat_template: str | None = None) -> Tokenizer:
     """One token a byte, after the special tokens; DeepSeek's tool and reasoning tags are tokens too."""
     special = [BOS, EOS, "<｜User｜>", "<｜Assistant｜>"]
-    special += [f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")]
+    special += [
+        f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")
+    ]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = HfTokenizer(models.BPE({t: i for i, t in enumerate([*special, *alphabet])}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -107,7 +109,9 @@ class ScriptedEngine:
         self.script = script
         self.step, self.forever, self.finish_reason = step, forever, finish_reason
         self.tokenizer = tokenizer(chat_template)
-        self.config = EngineConfig(max_model_len=max_model_len)
+        self.config = EngineConfig(max_model_len=max_model_len, num_blocks=64, max_num_batched_tokens=64)
+        self.model_config = ModelConfig.from_json(RAW)
+        self.backend, self.device = "scripted", torch.device("cpu")
         self.default_sampling: Mapping[str, Any] = {}
         self.stats = Stats()
         self.prompts: list[str] = []

@@ -32,7 +32,9 @@ def test_file_with_names_comments_and_bare_keys(tmp_path: Path) -> None:
     assert ring.names() == sorted({"alice", "bob", bare})
 
 
-@pytest.mark.parametrize("wrong", [None, "", "Bearer", "Bearer ", "Bearer sk", "Basic sk-1", "sk-1", "Bearer sk-1 x"])
+@pytest.mark.parametrize(
+    "wrong", [None, "", "Bearer", "Bearer ", "Bearer sk", "Basic sk-1", "sk-1", "Bearer sk-1 x"]
+)
 def test_what_is_not_a_known_key(wrong: str | None) -> None:
     assert KeyRing(["alice:sk-1"]).check(wrong) is None
 
@@ -82,7 +84,13 @@ def test_a_host_others_reach_needs_a_key() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("port", 70000), ("requests_per_minute", 0), ("max_body_bytes", 0), ("request_timeout", 0), ("drain_timeout", -1)],
+    [
+        ("port", 70000),
+        ("requests_per_minute", 0),
+        ("max_body_bytes", 0),
+        ("request_timeout", 0),
+        ("drain_timeout", -1),
+    ],
 )
 def test_bad_settings_are_named(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value}"):

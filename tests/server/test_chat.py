@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from server.harness import Running, ScriptedEngine, events, running
+from tests.server.harness import Running, ScriptedEngine, events, running
 
 USER = [{"role": "user", "content": "Weather in Paris?"}]
 PARAMETERS = {
@@ -22,7 +22,10 @@ PARAMETERS = {
     "$defs": {"n": {"type": "integer", "minimum": 1, "maximum": 9}},
 }
 TOOLS = [
-    {"type": "function", "function": {"name": "weather", "description": "Forecast.", "parameters": PARAMETERS}},
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "Forecast.", "parameters": PARAMETERS},
+    },
     {"type": "function", "function": {"name": "now"}},
 ]
 CALL = (
@@ -62,9 +65,15 @@ class Streamed:
 def test_whole_and_streamed_agree(client: OpenAI) -> None:
     options = {"model": "tiny", "messages": USER, "max_tokens": 20, "temperature": 0.0}
     whole = client.chat.completions.create(**options)
-    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    )
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert chunks[-1].usage and whole.usage and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert (
+        chunks[-1].usage
+        and whole.usage
+        and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    )
     streamed = Streamed(chunks)
     assert streamed.content == whole.choices[0].message.content
     assert streamed.reason == whole.choices[0].finish_reason
@@ -74,7 +83,10 @@ def test_whole_and_streamed_agree(client: OpenAI) -> None:
 def test_the_second_turn_finds_the_first_in_the_cache(client: OpenAI) -> None:
     turns: list[Any] = [{"role": "user", "content": "a long question " * 4}]
     first = client.chat.completions.create(model="tiny", messages=turns, max_tokens=8, logit_bias={"50": 100})
-    turns += [{"role": "assistant", "content": first.choices[0].message.content}, {"role": "user", "content": "?"}]
+    turns += [
+        {"role": "assistant", "content": first.choices[0].message.content},
+        {"role": "user", "content": "?"},
+    ]
     second = client.chat.completions.create(model="tiny", messages=turns, max_tokens=1)
     assert second.usage and second.usage.prompt_tokens_details
     assert second.usage.prompt_tokens_details.cached_tokens >= 64
@@ -82,7 +94,14 @@ def test_the_second_turn_finds_the_first_in_the_cache(client: OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs(client: OpenAI, stream: bool) -> None:
-    options = {"model": "tiny", "messages": USER, "max_tokens": 6, "logprobs": True, "top_logprobs": 3, "seed": 1}
+    options = {
+        "model": "tiny",
+        "messages": USER,
+        "max_tokens": 6,
+        "logprobs": True,
+        "top_logprobs": 3,
+        "seed": 1,
+    }
     if stream:
         choices = [c.choices[0] for c in client.chat.completions.create(**options, stream=True)]
     else:
@@ -105,7 +124,13 @@ def test_response_formats(client: OpenAI) -> None:
     ).choices[0]
     assert text.finish_reason == "stop"
     jsonschema.validate(json.loads(text.message.content), PARAMETERS)
-    plain = create(model="tiny", messages=USER, max_tokens=4, response_format={"type": "text"}, extra_body={"ignore_eos": True})
+    plain = create(
+        model="tiny",
+        messages=USER,
+        max_tokens=4,
+        response_format={"type": "text"},
+        extra_body={"ignore_eos": True},
+    )
     assert plain.choices[0].finish_reason == "length"
     opened = create(model="tiny", messages=USER, max_tokens=4, response_format={"type": "json_object"})
     assert opened.choices[0].message.content.lstrip()[:1] in ("{", "")
@@ -129,7 +154,9 @@ def test_demanded_calls_are_forced_by_their_schema(client: OpenAI, choice: Any, 
     else:
         message = answer.choices[0].message
         assert message.content is None
-        calls = [{"name": c.function.name, "arguments": c.function.arguments} for c in message.tool_calls or []]
+        calls = [
+            {"name": c.function.name, "arguments": c.function.arguments} for c in message.tool_calls or []
+        ]
         reason = answer.choices[0].finish_reason
     (call,) = calls
     assert call["name"] == "weather"
@@ -146,7 +173,10 @@ def test_chosen_calls(size: int) -> None:
         streamed = Streamed(create(model="tiny", messages=USER, tools=TOOLS, stream=True))
         assert whole.message.content == streamed.content == "Let me look."
         assert whole.finish_reason == streamed.reason == "tool_calls"
-        calls = [{"name": c.function.name, "arguments": c.function.arguments} for c in whole.message.tool_calls or []]
+        calls = [
+            {"name": c.function.name, "arguments": c.function.arguments}
+            for c in whole.message.tool_calls or []
+        ]
         assert calls == streamed.calls
         assert calls == [
             {"name": "weather", "arguments": '{"city": "Paris", "days": 2}'},
@@ -174,7 +204,11 @@ def test_no_tools_no_calls() -> None:
 def test_results_of_tools_go_back() -> None:
     engine = ScriptedEngine()
     with running(engine) as server:
-        call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+        call = {
+            "id": "call_1",
+            "type": "function",
+            "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
+        }
         turns: list[Any] = [
             *USER,
             {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -262,7 +296,10 @@ def test_an_engine_that_aborts_is_an_error() -> None:
         {"messages": USER, "chat_template_kwargs": {"messages": []}},
         {"messages": USER, "continue_final_message": True},
         {"messages": USER, "max_tokens": 0},
-        {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "what"}}}},
+        {
+            "messages": USER,
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "what"}}},
+        },
     ],
 )
 def test_bad_requests(tiny: Running, body: dict[str, Any]) -> None:

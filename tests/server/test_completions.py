@@ -7,7 +7,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from server.harness import Running, events, tokenizer
+from tests.server.harness import Running, events, tokenizer
 
 
 def test_models(tiny: Running, client: OpenAI) -> None:
@@ -29,7 +29,11 @@ def test_whole_and_streamed_agree(client: OpenAI) -> None:
     assert chunks[-1].choices == [] and all(chunk.usage is None for chunk in chunks[:-1])
     usage, streamed = whole.usage, chunks[-1].usage
     assert usage and streamed
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (7, 24, 31)  # BOS and 6 bytes
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
+        7,
+        24,
+        31,
+    )  # BOS and 6 bytes
     assert (streamed.prompt_tokens, streamed.completion_tokens) == (7, 24)
     assert streamed.prompt_tokens_details and streamed.prompt_tokens_details.cached_tokens == 4
     assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].object == "text_completion"
@@ -63,7 +67,14 @@ def test_streams_of_many_choices(client: OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_and_logprobs(client: OpenAI, stream: bool) -> None:
-    options = {"model": "tiny", "prompt": "abc", "max_tokens": 5, "echo": True, "logprobs": 2, "temperature": 0.0}
+    options = {
+        "model": "tiny",
+        "prompt": "abc",
+        "max_tokens": 5,
+        "echo": True,
+        "logprobs": 2,
+        "temperature": 0.0,
+    }
     if stream:
         choices = [chunk.choices[0] for chunk in client.completions.create(**options, stream=True)]
     else:
@@ -107,7 +118,9 @@ def test_stop_strings_and_bias(client: OpenAI) -> None:
     ],
 )
 def test_guided_options(client: OpenAI, extra: dict[str, object], accepts: tuple[str, ...] | None) -> None:
-    text = client.completions.create(model="tiny", prompt="a", max_tokens=20, extra_body=extra).choices[0].text
+    text = (
+        client.completions.create(model="tiny", prompt="a", max_tokens=20, extra_body=extra).choices[0].text
+    )
     assert text in accepts if accepts else text.isdigit() and len(text) == 3
 
 
@@ -122,7 +135,9 @@ def test_chunks_are_one_line_of_json_each(tiny: Running) -> None:
 
 
 def test_tokenize_and_back(tiny: Running) -> None:
-    tokens = httpx.post(f"{tiny.url}/tokenize", json={"prompt": "aé<think>", "return_token_strs": True}).json()
+    tokens = httpx.post(
+        f"{tiny.url}/tokenize", json={"prompt": "aé<think>", "return_token_strs": True}
+    ).json()
     assert tokens["count"] == len(tokens["tokens"]) == 5 and tokens["max_model_len"] == 2048
     assert tokens["token_strs"][1] == "a"
     text = httpx.post(f"{tiny.url}/detokenize", json={"tokens": tokens["tokens"]}).json()

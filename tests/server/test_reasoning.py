@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -58,7 +60,7 @@ def test_a_whole_output_accepts_a_closing_tag_that_nothing_opened() -> None:
 @example("<think>x\n", False, [])
 def test_any_chunking_gives_the_same(text: str, opens: bool, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    chunks = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    chunks = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert streamed(chunks, opens) == streamed([text], opens)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jsonschema
@@ -55,17 +56,23 @@ def v31(calls: Calls) -> str:
 
 
 ARGUMENTS = st.dictionaries(
-    st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=12), st.sampled_from(["```", "\n", "<｜", "a<b"]))
+    st.text(max_size=5),
+    st.one_of(st.integers(), st.text(max_size=12), st.sampled_from(["```", "\n", "<｜", "a<b"])),
 ).map(json.dumps)
 CALLS = st.lists(st.tuples(st.sampled_from(["get_weather", "f", "add-2"]), ARGUMENTS), min_size=1, max_size=3)
 
 
 def chunked(text: str, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
-@given(CALLS, st.sampled_from([v3, v31]), st.sampled_from(["", "Let me see."]), st.lists(st.integers(0), max_size=9))
+@given(
+    CALLS,
+    st.sampled_from([v3, v31]),
+    st.sampled_from(["", "Let me see."]),
+    st.lists(st.integers(0), max_size=9),
+)
 def test_deepseek_notation_survives_any_chunking(calls: Calls, write, before: str, cuts: list[int]) -> None:  # type: ignore[no-untyped-def]
     text = before + write(calls)
     assert run(DeepSeekParser(), chunked(text, cuts)) == (before, calls)
@@ -95,7 +102,7 @@ def test_arguments_stream_before_the_call_ends() -> None:
 
 
 def test_a_call_cut_off_keeps_what_it_has() -> None:
-    text = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{\"a\": 1"
+    text = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1'
     assert run(DeepSeekParser(), [text]) == ("", [("f", '{"a": 1')])
 
 
@@ -126,5 +133,10 @@ def test_schema_of_calls(parallel: bool) -> None:
     one = {"name": "f", "parameters": {"x": 1}}
     assert validator.is_valid([one])
     assert validator.is_valid([one, {"name": "g", "parameters": {}}]) is parallel
-    for wrong in ([], [{"name": "h", "parameters": {}}], [{"name": "f", "parameters": {"x": "1"}}], [{"name": "f"}]):
+    for wrong in (
+        [],
+        [{"name": "h", "parameters": {}}],
+        [{"name": "f", "parameters": {"x": "1"}}],
+        [{"name": "f"}],
+    ):
         assert not validator.is_valid(wrong)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import farthing
@@ -32,8 +31,9 @@ from farthing.server.service import Service
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
 CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
-
-log = logging.getLogger("farthing.server")
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "Whole, or streamed"}
+}
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -99,7 +99,7 @@ def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
         service.require_engine()
         return JSONResponse({"status": "ready"})
 
-    @api.get("/metrics", summary="Prometheus metrics")
+    @api.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -130,11 +130,11 @@ def _add_model_routes(api: FastAPI, service: Service) -> None:
 
 
 def _add_generation_routes(api: FastAPI, service: Service) -> None:
-    @api.post("/v1/completions", summary="Complete prompts")
+    @api.post("/v1/completions", summary="Complete prompts", responses=_STREAMED)
     async def completions(request: Request, body: CompletionRequest = Body()) -> Response:
         return await complete(service, body, request, request.scope["client_name"])
 
-    @api.post("/v1/chat/completions", summary="Answer a conversation")
+    @api.post("/v1/chat/completions", summary="Answer a conversation", responses=_STREAMED)
     async def chat_completions(request: Request, body: ChatCompletionRequest = Body()) -> Response:
         return await chat(service, body, request, request.scope["client_name"])
 

@@ -15,7 +15,7 @@ from farthing.server.errors import ApiError
 from farthing.server.events import EventStream
 from farthing.server.protocol import ChatCompletionRequest, Message, Tool
 from farthing.server.reasoning import opens_reasoning
-from farthing.server.sampling import chat_params, check_encodable
+from farthing.server.sampling import chat_params
 from farthing.server.service import Service
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
         body.continue_final_message,
         body.chat_template_kwargs,
     )
-    check_encodable([body.guided_json, body.response_format and body.response_format.model_dump()])
     params = chat_params(body, engine.default_sampling)
     ids = await service.encode(prompt, add_special_tokens=False)
     job = await service.open(
@@ -80,7 +79,6 @@ def render(
         )
     turns = [message.model_dump(exclude_unset=True) for message in messages]
     described = [tool.model_dump(exclude_none=True) for tool in tools or []]
-    check_encodable([turns, described, template_kwargs])
     if engine.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
     try:

@@ -17,7 +17,7 @@ from farthing.server.events import EventStream, chunk_frame, quote
 from farthing.server.jobs import Job
 from farthing.server.logprobs import completion_logprobs
 from farthing.server.protocol import CompletionRequest
-from farthing.server.sampling import check_encodable, completion_params
+from farthing.server.sampling import completion_params
 from farthing.server.service import Service
 from farthing.server.usage import Usage
 
@@ -32,7 +32,6 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
         )
     if body.best_of not in (None, body.n):
         raise ApiError(400, f"best_of is {body.best_of}; expected n = {body.n}", param="best_of")
-    check_encodable([body.guided_json, body.structured_outputs and body.structured_outputs.json_])
     params = completion_params(body, engine.default_sampling)
     prompts, texts = await _prompts(service, body)
     job = await service.open(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from farthing.server.auth import KeyRing
 
@@ -34,6 +34,10 @@ class ServerConfig:
     hardware: str | None = None  # a row of it; None: by the device's name
 
     def __post_init__(self) -> None:
+        if self.reasoning_parser not in get_args(ReasoningMode):
+            raise ValueError(
+                f"reasoning_parser is {self.reasoning_parser!r}; expected one of {get_args(ReasoningMode)}"
+            )
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; expected 0…65535")
         for name in ("requests_per_minute", "tokens_per_minute", "max_body_bytes"):

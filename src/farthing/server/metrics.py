@@ -25,7 +25,7 @@ GAUGES = {  # name -> (field of Snapshot, help)
     "kv_cache_usage_perc": ("kv_cache_usage", "Share of the cache's blocks in use, 0 to 1."),
 }
 COUNTERS = {
-    "prompt_tokens": ("prompt_tokens", "Prompt tokens taken in, those found in the prefix cache included."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed; those found in the prefix cache are not."),
     "generation_tokens": ("generation_tokens", "Tokens generated."),
     "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),

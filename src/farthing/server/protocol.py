@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,6 +13,7 @@ Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -19,6 +21,23 @@ class Strict(BaseModel):
     """No field is silently ignored, no type silently converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Body(Strict):
+    """A whole body. A lone surrogate anywhere in it is refused: no tokenizer can carry one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _encodable(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the body holds a lone surrogate: {error.reason}") from error
+        except RecursionError as error:
+            raise ValueError("the body is nested too deeply") from error
+        return value
 
 
 class Loose(BaseModel):
@@ -61,12 +80,12 @@ class StructuredOutputs(Strict):
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Choices | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
 
-class Sampling(Strict):
+class Sampling(Body):
     """What completions and chats have in common. Extensions carry vLLM's names.
 
     Fields of OpenAI's that have no meaning here (user, metadata, store, …) are accepted and ignored.
@@ -98,7 +117,7 @@ class Sampling(Strict):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
     x_farthing: bool = False  # what the request cost, in `usage.x_farthing`
 
@@ -245,7 +264,7 @@ class ChatCompletionRequest(Sampling):
         return self
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Body):
     """Body of /tokenize: a prompt or a conversation."""
 
     model: str | None = None
@@ -263,7 +282,7 @@ class TokenizeRequest(Strict):
         return self
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(Body):
     """Body of /detokenize."""
 
     model: str | None = None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("farthing.server")
 
+_BACKLOG = 2048  # connections waiting to be accepted
 _CLOSE_SECONDS = 5  # for connections to close once the drain is over
 
 
@@ -44,12 +45,13 @@ def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises OSError that names the address."""
+    """A listening socket. Raises OSError that names the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host.strip("[]"), port))
+        listener.listen(_BACKLOG)  # clients may connect while the application is being built
     except OSError as error:
         listener.close()
         raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -98,7 +100,7 @@ def make_server(service: Service) -> Server:
         access_log=service.config.access_log,
         lifespan="on",
         timeout_graceful_shutdown=_CLOSE_SECONDS,
-        backlog=2048,
+        backlog=_BACKLOG,
         server_header=False,
         date_header=False,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -93,12 +92,3 @@ def _object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
     if not parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return {"type": "object"} | parameters
-
-
-def check_encodable(value: Any) -> None:
-    """Refuse lone surrogates inside free-form JSON, which neither tokenizers nor UTF-8 can carry."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        message = f"the body holds a character that UTF-8 cannot carry: {error.reason}"
-        raise ApiError(400, message, code="invalid_value") from error

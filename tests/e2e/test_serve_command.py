@@ -1,0 +1,144 @@
+"""`farthing serve` as a process: from launch to SIGTERM, on the embedded model."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+import farthing
+
+EMBEDDED = Path(farthing.__file__).parent / "models" / "reference" / "config.json"
+needs_model = pytest.mark.skipif(not EMBEDDED.is_file(), reason="the embedded model is not in this tree")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "farthing.cli.app", "serve", *arguments]
+
+
+@contextmanager
+def launched(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(the process, its URL) once it listens."""
+    process = subprocess.Popen(
+        command("--port", "0", "--threads", "1", "--backend", "reference", *arguments),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"listening on (http://\S+)", line):
+                yield process, found[1]
+                break
+        else:
+            raise AssertionError("the server ended before it listened")
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=30)
+
+
+def wait_ready(url: str) -> None:
+    """Alive at once, ready when the model is loaded."""
+    assert httpx.get(f"{url}/health").status_code == 200
+    deadline = time.monotonic() + 120
+    while httpx.get(f"{url}/ready").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@needs_model
+def test_serve_answer_drain_and_leave() -> None:
+    with launched("--drain-timeout", "20", "--served-model-name", "code", "--api-key", "me:sk-1") as (
+        process,
+        url,
+    ):
+        wait_ready(url)
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        client = OpenAI(base_url=f"{url}/v1", api_key="sk-1", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["code"]
+        options = {"model": "code", "prompt": "import os\nimport ", "temperature": 0.0}
+        first = client.completions.create(**options, max_tokens=8)
+        assert first.choices[0].text
+        again = client.completions.create(**options, max_tokens=8)
+        assert again.choices[0].text == first.choices[0].text
+        metrics = httpx.get(f"{url}/metrics").text
+        launch = re.search(r'farthing:launch_to_ready_seconds\{model_name="code"\} (\S+)', metrics)
+        assert launch and 0 < float(launch[1]) < 120
+
+        stream = client.completions.create(
+            **options, max_tokens=60, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"  # the drain let it finish
+        assert process.wait(30) == 0
+        assert process.stdout is not None and process.stdout.read() == ""
+
+
+@needs_model
+def test_the_drain_is_bounded() -> None:
+    with launched("--drain-timeout", "0.3", "--max-model-len", "2000") as (process, url):
+        wait_ready(url)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(
+            model="reference", prompt="x", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shut down before the answer ended"):
+            list(stream)
+        assert process.wait(30) == 0
+
+
+def fails(*arguments: str) -> str:
+    """The complaint of a command that must fail."""
+    result = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert result.returncode != 0 and result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_model_that_is_not_there() -> None:
+    assert "'no-such-model'; expected 'reference'" in fails("no-such-model", "--port", "0")
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1:{port}" in fails("--port", str(port))
+
+
+def test_open_to_others_only_with_a_key() -> None:
+    assert "--insecure" in fails("--host", "0.0.0.0")
+    assert "kv_cache_dtype is 'int2'" in fails("--kv-cache-dtype", "int2")
+    assert "reasoning_parser is 'x'" in fails("--reasoning-parser", "x")
+
+
+def test_importing_the_server_brings_no_torch_and_no_transformers() -> None:
+    """The HTTP side is up while the model is still being loaded."""
+    code = (
+        "import sys, farthing.server.run; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT
+    )
+    assert result.stdout.strip() == "[]"

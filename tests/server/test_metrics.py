@@ -1,0 +1,79 @@
+"""/metrics parses, carries vLLM's names, and counts what happened."""
+
+from __future__ import annotations
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from farthing.server.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from tests.server.harness import Running, ScriptedEngine, running, tiny_engine
+
+
+def scrape(server: Running) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """{sample name: {labels: value}}; fails on text that is not Prometheus'."""
+    answer = httpx.get(f"{server.url}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(answer.text):
+        for sample in family.samples:
+            samples.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return samples
+
+
+LABEL = (("model_name", "tiny"),)
+
+
+def test_a_request_leaves_its_marks() -> None:
+    with running(tiny_engine()) as server:
+        create = server.client().completions.create
+        create(model="tiny", prompt="the same prompt twice", max_tokens=8, extra_body={"ignore_eos": True})
+        create(model="tiny", prompt="the same prompt twice", max_tokens=8, extra_body={"ignore_eos": True})
+        found = scrape(server)
+        assert all(f"farthing:{name}" in found for name in GAUGES)
+        assert all(f"farthing:{name}_total" in found for name in COUNTERS)
+        assert found["farthing:generation_tokens_total"][LABEL] == 16
+        assert found["farthing:prompt_tokens_total"][LABEL] == 44 - 20  # the rest was in the cache
+        assert found["farthing:prefix_cache_hits_total"][LABEL] == 20
+        assert found["farthing:num_requests_running"][LABEL] == 0
+        assert found["farthing:ready"][LABEL] == 1
+        finished = found["farthing:request_success_total"]
+        assert finished[(("finished_reason", "length"), *LABEL)] == 2
+        for name in HISTOGRAMS:
+            buckets = {dict(labels)["le"]: v for labels, v in found[f"farthing:{name}_bucket"].items()}
+            assert float(min(buckets, key=float)) == 0.001
+            assert list(buckets.values()) == sorted(buckets.values())
+            assert buckets["+Inf"] == found[f"farthing:{name}_count"][LABEL] > 0
+            assert found[f"farthing:{name}_sum"][LABEL] >= 0
+        answered = found["farthing:http_requests_total"]
+        assert answered[(("path", "/v1/completions"), ("status", "200"))] == 2
+
+
+def test_tokens_of_each_expert_add_up() -> None:
+    with running(tiny_engine(enable_prefix_caching=False)) as server:
+        ignore = {"ignore_eos": True}
+        server.client().completions.create(model="tiny", prompt="abcdef", max_tokens=5, extra_body=ignore)
+        experts = scrape(server)["farthing:expert_tokens_total"]
+        assert {dict(labels)["expert"] for labels in experts} == {"0", "1", "2", "3"}
+        assert {dict(labels)["layer"] for labels in experts} == {"1"}
+        assert sum(experts.values()) == 2 * (7 + 5 - 1)  # two experts a token; the last token is not run
+
+
+def test_before_the_model_is_loaded() -> None:
+    with running(None) as server:
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        ready = httpx.get(f"{server.url}/ready")
+        assert ready.status_code == 503 and "being loaded" in ready.json()["error"]["message"]
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "tiny"
+        assert scrape(server)["farthing:ready"][LABEL] == 0
+
+
+def test_unknown_paths_make_one_series() -> None:
+    with running(ScriptedEngine()) as server:
+        for path in ("/a", "/b", "/v1/nothing"):
+            answer = httpx.get(server.url + path)
+            assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+        assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+        answered = scrape(server)["farthing:http_requests_total"]
+        assert answered[(("path", "other"), ("status", "404"))] == 3
