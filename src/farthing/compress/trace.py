@@ -69,7 +69,7 @@ class TracedOps(ReferenceOps):
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Any:
         w = weights()
         packed = super().pack_moe(name, spec, lambda: MoEWeights(w.gate, w.bias, (), None))
-        experts = [self.pack_mlp(f"{name}.experts.{e}", load) for e, load in enumerate(w.experts)]
+        experts = [self.pack_mlp(f"{name}.experts.{e}", load) for e, load in enumerate(w.experts) if load]
         shared = self.pack_mlp(f"{name}.shared_experts", w.shared) if w.shared else None
         return name, packed, experts, shared
 

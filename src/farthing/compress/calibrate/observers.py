@@ -73,7 +73,7 @@ def divergences(counts: Tensor, candidates: Tensor, levels: int = LEVELS) -> Ten
     level_mass, level_bins = mass[edges].diff(), filled[edges].diff()
     total, inside = mass[-1], mass[i]
     last, tail = counts[i - 1], mass[-1] - mass[i]
-    floor = EPS / i
+    floor = EPS / i.double()
     orphan = (last == 0) & (tail > 0)  # the tail's bin is empty in Q
     keep_p = 1 - floor * (i - filled[i] - orphan.double())
     keep_q = 1 - floor * (i - filled[i])

@@ -1,0 +1,141 @@
+"""`compress`: a checkpoint, a recipe, and the accuracy gate behind them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farthing.checkpoint import Checkpoint
+from farthing.compress.corpus import Corpus, calibration_corpus, load_corpus
+from farthing.compress.evaluate import Comparison, Verdict, compare
+from farthing.compress.gate import held_out_sample, load_for
+from farthing.compress.plan import PlanResult, make_plan
+from farthing.compress.recipe import Recipe
+from farthing.compress.report import Report
+from farthing.compress.stream import Job, Progress, run
+from farthing.model import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How `compress` calibrates and what it asks of the result."""
+
+    calibration: Path | None = None  # JSON lines; None: sources of the Python standard library
+    data: Path | None = None  # held-out JSON lines for the gate; None: the embedded sample
+    max_drop: float | None = None
+    backend: str = "reference"  # the gate's arithmetic; "simulate" also rounds activations
+    window: int = 1024
+    max_tokens: int | None = None
+    export: str = "compressed-tensors"
+    gate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What `farthing compress --json` prints, and the verdict behind its exit status."""
+
+    report: Report
+    path: Path
+    verdict: Verdict | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's document."""
+        r, q = self.report, self.report.quality
+        return {
+            "size_before": r.size_before,
+            "size_after": r.size_after,
+            "drop": q.relative_increase if q else None,
+            "drop_interval": list(q.interval) if q else None,
+            "seconds": r.seconds,
+            "peak_memory": r.peak_memory,
+            "report": str(self.path),
+            "kl": q.kl if q else None,
+            "greedy_agreement": q.greedy_agreement if q else None,
+            "verdict": self.verdict.answer if self.verdict else None,
+        }
+
+
+def compress(
+    source: Path,
+    out: Path,
+    recipe: Recipe,
+    options: Options | None = None,
+    progress: Progress | None = None,
+    after: Callable[[Path], list[dict[str, Any]]] | None = None,
+) -> Outcome:
+    """Compress `source` into `out`, measure the result and write the report.
+
+    after: called with `out` once it is complete, for figures of the served result; its rows go into the
+    report. Raises CheckpointError, ConfigError or ValueError, each saying what to do.
+    """
+    options = options or Options()
+    start = time.monotonic()
+    config = ModelConfig.from_directory(source)
+    corpus = _calibration(source, recipe, options, config) if recipe.needs_data else None
+    plan: PlanResult | None = None
+    if recipe.scheme == "auto":
+        assert corpus is not None
+        plan = make_plan(source, recipe, corpus, progress)
+    job = Job(source, out, recipe, corpus, plan.format if plan else None, options.export)
+    state = run(job, progress)
+    seconds = time.monotonic() - start
+    peak = peak_memory()
+    quality = _measure(source, out, options, config, progress) if options.gate else None
+    verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
+    report = Report(
+        recipe=recipe.to_json(),
+        source=str(source),
+        size_before=Checkpoint.open(source).stored_bytes(),
+        size_after=Checkpoint.open(out).stored_bytes(),
+        seconds=seconds,
+        peak_memory=peak,
+        modules=state.modules,
+        coverage=state.coverage,
+        plan=plan.to_json() if plan else None,
+        quality=quality,
+        verdict=verdict,
+        serving=after(out) if after else [],
+    )
+    return Outcome(report, report.write(out), verdict)
+
+
+def _calibration(source: Path, recipe: Recipe, options: Options, config: ModelConfig) -> Corpus:
+    window = min(recipe.window, config.max_position_embeddings)
+    if options.calibration is not None:
+        return load_corpus(
+            options.calibration, source, window, recipe.calibration_tokens, config.bos_token_id
+        )
+    held_out = options.data or held_out_sample()
+    return calibration_corpus(source, held_out, recipe.calibration_tokens, window, config.bos_token_id)
+
+
+def _measure(
+    source: Path, out: Path, options: Options, config: ModelConfig, progress: Progress | None
+) -> Comparison:
+    window = min(options.window, config.max_position_embeddings)
+    data = options.data or held_out_sample()
+    corpus = load_corpus(data, source, window, options.max_tokens, config.bos_token_id)
+    # A model is compared with its source in the source's best arithmetic: dequantized, nothing rounded.
+    simulate = options.backend == "simulate"
+    a = load_for(source, "reference" if simulate else options.backend)
+    b = load_for(out, options.backend, simulate)
+    done = 0
+
+    def advance(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if progress:
+            progress("measuring", done, corpus.tokens)
+
+    return compare(a, b, corpus, progress=advance)
+
+
+def peak_memory() -> int:
+    """Most resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,166 @@
+"""What a compression did: one JSON document, and one page with pictures that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farthing.compress.evaluate import Comparison, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything measured in one run."""
+
+    recipe: dict[str, Any]
+    source: str
+    size_before: int
+    size_after: int
+    seconds: float
+    peak_memory: int
+    modules: list[dict[str, Any]]
+    coverage: list[dict[str, Any]]
+    plan: dict[str, Any] | None
+    quality: Comparison | None
+    verdict: Verdict | None
+    serving: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of report.json."""
+        document = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        document["quality"] = self.quality.to_json() if self.quality else None
+        document["verdict"] = str(self.verdict) if self.verdict else None
+        return document
+
+    def write(self, directory: Path) -> Path:
+        """report.json and report.html; returns the path of the former."""
+        file = directory / "report.json"
+        file.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        (directory / "report.html").write_text(page(self), encoding="utf-8")
+        return file
+
+
+STYLE = (
+    "body{font:15px system-ui;margin:2em auto;max-width:60em;padding:0 1em}"
+    "table{border-collapse:collapse;width:100%}td,th{padding:.2em .7em;text-align:left;"
+    "border-bottom:1px solid #ddd}td:not(:first-child){font-variant-numeric:tabular-nums}"
+    "figure{margin:1.5em 0}figcaption{color:#555}svg text{font:11px system-ui}"
+)
+
+
+def page(report: Report) -> str:
+    """The report as one HTML page."""
+    parts = [
+        f"<h1>{html.escape(str(report.recipe['name']))}</h1><p>of {html.escape(report.source)}</p>",
+        _table(_summary(report)),
+        bars("Size on disk, MB", ["before", "after"], [report.size_before / 1e6, report.size_after / 1e6]),
+        bars(
+            "Relative output error by layer (root of the mean square)", *_per_layer(report.modules, "error")
+        ),
+        bars("Bits a weight by layer", *_per_layer(report.modules, "bits")),
+    ]
+    if any(m["sparsity"] for m in report.modules):
+        parts.append(bars("Zeros by layer", *_per_layer(report.modules, "sparsity")))
+    parts += [coverage_picture(entry) for entry in report.coverage]
+    if report.plan:
+        parts.append(f"<h2>Plan</h2><p>{html.escape(report.plan['explanation'])}</p>")
+        parts.append(_grid(report.plan["choices"]))
+    if report.serving:
+        parts += ["<h2>Served</h2>", _grid(report.serving)]
+    parts += ["<h2>Worst modules</h2>", _grid(_worst(report.modules))]
+    body = "\n".join(parts)
+    return (
+        f"<!doctype html><meta charset=utf-8><title>compression report</title><style>{STYLE}</style>{body}\n"
+    )
+
+
+def _summary(report: Report) -> list[tuple[str, str]]:
+    rows = [
+        ("size before", f"{report.size_before:,} bytes"),
+        ("size after", f"{report.size_after:,} bytes ({report.size_after / report.size_before:.1%})"),
+        ("time", f"{report.seconds:.1f} s"),
+        ("peak memory", f"{report.peak_memory / 2**20:,.0f} MiB"),
+    ]
+    q = report.quality
+    if q is not None:
+        rows += [
+            ("perplexity", f"{q.perplexity_a:.4f} → {q.perplexity_b:.4f}"),
+            (
+                "relative increase",
+                f"{q.relative_increase:+.3%}  [{q.interval[0]:+.3%}, {q.interval[1]:+.3%}]",
+            ),
+            ("KL divergence", f"{q.kl:.6f} nats a token"),
+            ("same greedy token", f"{q.greedy_agreement:.2%}"),
+            ("measured on", f"{q.tokens:,} held-out tokens, {q.windows} windows"),
+        ]
+    if report.verdict is not None:
+        rows.append(("verdict", str(report.verdict)))
+    return rows
+
+
+def _per_layer(modules: Sequence[dict[str, Any]], field: str) -> tuple[list[str], list[float]]:
+    """Mean over the modules of each layer; errors are squared, so their root is shown."""
+    layers: dict[int, list[float]] = {}
+    for module in modules:
+        layers.setdefault(int(module["module"].split(".")[2]), []).append(float(module[field]))
+    means = [sum(v) / len(v) for v in layers.values()]
+    return [str(i) for i in layers], [m**0.5 for m in means] if field == "error" else means
+
+
+def _worst(modules: Sequence[dict[str, Any]], count: int = 20) -> list[dict[str, Any]]:
+    worst = sorted(modules, key=lambda m: -m["error"])[:count]
+    return [
+        {
+            "module": m["module"],
+            "format": m["format"],
+            "bits": round(m["bits"], 2),
+            "relative error": f"{m['error'] ** 0.5:.4f}",
+            "activations": m.get("observer") or "",
+            "statistics": m.get("statistics") or "own",
+        }
+        for m in worst
+    ]
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "<table>" + "".join(f"<tr><th>{html.escape(a)}<td>{html.escape(b)}" for a, b in rows) + "</table>"
+
+
+def _grid(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(str(k))}" for k in rows[0])
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}" for v in row.values()) for row in rows)
+    return f"<table><tr>{head}{lines}</table>"
+
+
+def bars(title: str, labels: Sequence[str], values: Sequence[float], height: int = 160) -> str:
+    """A bar chart as inline SVG."""
+    width, gap = 720, 4
+    top = max([*values, 1e-12])
+    step = width / max(len(values), 1)
+    shapes = []
+    for i, (label, value) in enumerate(zip(labels, values, strict=True)):
+        h = (height - 40) * value / top
+        x, y = i * step + gap / 2, height - 20 - h
+        middle = x + (step - gap) / 2
+        shapes.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{step - gap:.1f}" height="{h:.1f}" fill="#3b6fb5"/>'
+            f'<text x="{middle:.1f}" y="{height - 5}" text-anchor="middle">{html.escape(label)}</text>'
+            f'<text x="{middle:.1f}" y="{y - 4:.1f}" text-anchor="middle">{value:.3g}</text>'
+        )
+    svg = f'<svg viewBox="0 0 {width} {height}" width="100%">{"".join(shapes)}</svg>'
+    return f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>"
+
+
+def coverage_picture(entry: dict[str, Any]) -> str:
+    """Calibration tokens each expert of one layer saw."""
+    tokens = entry["tokens_per_expert"]
+    labels = [str(e) for e in range(len(tokens))]
+    fallbacks = len(entry["fallbacks"])
+    title = f"Layer {entry['layer']}: calibration tokens per expert; {fallbacks} inputs used a fallback"
+    return bars(title, labels, [float(t) for t in tokens], height=110)

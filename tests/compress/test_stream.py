@@ -1,0 +1,271 @@
+"""Whole recipes over a tiny checkpoint: others load what is written, and kills are survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from farthing.checkpoint import Checkpoint
+from farthing.cli.compress import app
+from farthing.compress import stream
+from farthing.compress.api import Options, compress
+from farthing.compress.corpus import Corpus, load_corpus
+from farthing.compress.evaluate import paged_batch
+from farthing.compress.gate import load_for
+from farthing.compress.recipe import RECIPES, Recipe, load_recipe
+from farthing.compress.stream import Job, run
+from farthing.model import load
+from farthing.ops import select
+from tests.compress.conftest import write_model
+
+SMALL = 600  # calibration tokens
+
+
+@pytest.fixture(scope="module")
+def corpus(model_dir: Path, data: Path) -> Corpus:
+    return load_corpus(data, model_dir, 64, SMALL, 0)
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n != "auto"])
+def test_every_recipe_writes_a_model_the_engine_loads(
+    name: str, model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    options = Options(calibration=data, data=data, backend="simulate", window=64)
+    outcome = compress(model_dir, tmp_path / "out", RECIPES[name], options)
+    document = outcome.to_json()
+    assert document["size_after"] > 0 and document["drop_interval"][0] <= document["drop"]
+    report = json.loads(Path(document["report"]).read_text())
+    assert report["modules"] and all(0 <= m["error"] < 1 for m in report["modules"])
+    assert (tmp_path / "out" / "report.html").read_text().count("<svg") >= 3
+    assert not (tmp_path / "out" / stream.STATE).exists()
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    for scale in (n for n in checkpoint.names() if "scale" in n):
+        tensor = checkpoint.tensor(scale).float()
+        assert bool((tensor > 0).all() and tensor.isfinite().all())
+    for layer in ("1", "2", "3"):  # router and norms stay as they were, or exact in float32
+        gate = checkpoint.tensor(f"model.layers.{layer}.mlp.gate.weight")
+        assert gate.dtype == torch.float32
+    assert document["drop"] < 0.5
+
+
+def reference_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    model = load(path, select("reference"))
+    batch, blocks = paged_batch([len(ids)])
+    return model.logits(model.forward(ids, batch, model.new_cache(blocks, 16, "float32")))
+
+
+# transformers 5.24 decompresses experts from pack-quantized and FP8 only, so int8 is shown on a dense model.
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("int4-gptq", {}),
+        ("int4-block16-40", {}),
+        (
+            "fp8-block",
+            {
+                "hidden_size": 128,
+                "moe_intermediate_size": 128,
+                "q_lora_rank": 128,
+                "kv_lora_rank": 128,
+                "v_head_dim": 64,
+            },
+        ),
+        ("experts-reap", {"n_group": 1, "topk_group": 1}),
+        ("int8", {"first_k_dense_replace": 3}),
+        ("int8-kl", {"first_k_dense_replace": 3}),
+    ],
+)
+def test_transformers_loads_it_and_computes_the_same(
+    name: str, changes: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = write_model(tmp_path / "source", num_nextn_predict_layers=0, **changes)
+    recipe, out = RECIPES[name], tmp_path / "out"
+    run(Job(source, out, recipe, load_corpus(data, source, 64, SMALL, 0) if recipe.needs_data else None))
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+    if recipe.activations == "none" and name != "fp8-block":
+        actual, tolerance = reference_logits(out, ids), 1e-4
+    else:  # they round activations too, up to where two roundings of nearly equal numbers part
+        model = load_for(out, "reference", simulate=True)
+        batch, blocks = paged_batch([len(ids)])
+        cache = model.new_cache(blocks, 16, "float32")
+        actual, tolerance = model.logits(model.forward(ids, batch, cache)), 0.03
+    assert float((actual - expected).norm() / expected.norm()) < tolerance
+
+
+def test_deepseek_format_is_read_back_exactly(model_dir: Path, tmp_path: Path) -> None:
+    run(Job(model_dir, tmp_path / "ds", RECIPES["fp8-block"], None, export="deepseek-fp8"))
+    run(Job(model_dir, tmp_path / "ct", RECIPES["fp8-block"], None))
+    ids = torch.arange(2, 40)
+    assert torch.equal(reference_logits(tmp_path / "ds", ids), reference_logits(tmp_path / "ct", ids))
+    config = json.loads((tmp_path / "ds" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "fp8"
+
+
+def test_rotation_and_scaling_change_the_numbers_and_not_the_function(
+    model_dir: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    ids = torch.arange(2, 60)
+    expected = reference_logits(model_dir, ids)
+    for i, scaling in enumerate(("awq", "smoothquant")):
+        recipe = Recipe("exact", "keep", scaling=scaling, rotate=True)  # type: ignore[arg-type]
+        run(Job(model_dir, tmp_path / str(i), recipe, corpus))
+        actual = reference_logits(tmp_path / str(i), ids)
+        assert float((actual - expected).norm() / expected.norm()) < 1e-3
+        before, after = (Checkpoint.open(p) for p in (model_dir, tmp_path / str(i)))
+        name = "model.layers.0.self_attn.kv_b_proj.weight"
+        assert not torch.allclose(before.tensor(name), after.tensor(name), atol=1e-3)
+
+
+def test_dropping_experts_keeps_the_chosen_ones(model_dir: Path, corpus: Corpus, tmp_path: Path) -> None:
+    run(Job(model_dir, tmp_path, Recipe("x", "keep", experts=0.5, neurons=0.5), corpus))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["n_routed_experts"] == 8  # two of each group must stay: nothing can go
+    assert config["moe_intermediate_size"] == 32
+
+
+def test_calibration_sees_what_a_plain_forward_sees(model_dir: Path, corpus: Corpus) -> None:
+    """The recorded gram of the last layer's router input against the serving model's own hidden states."""
+    from farthing.compress.calibrate.recorder import Recorder, Wanted
+
+    recorder = Recorder(Wanted(gram=True, histogram=True))
+    traced = load(model_dir, recorder)
+    windows = corpus.windows[:3]
+    batch, blocks = paged_batch([w.tokens for w in windows])
+    ids = torch.cat([w.ids[:-1] for w in windows])
+    hidden = traced.forward(ids, batch, traced.new_cache(blocks, 16, "float32"))
+    plain = load(model_dir, select("reference"))
+    expected = plain.forward(ids, batch, plain.new_cache(blocks, 16, "float32"))
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    first = plain.ops.rms_norm(plain.ops.embed(ids, plain.embedding), plain.layers[0][0].norm, 1e-6)
+    stats = recorder.inputs["model.layers.0.self_attn.kv_a_proj_with_mqa"]
+    torch.testing.assert_close(stats.gram, first.T @ first, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(stats.energy, first.square().sum(0), rtol=1e-3, atol=1e-3)
+    assert stats.tokens == len(ids) and stats.histogram is not None
+    assert stats.histogram.absmax == pytest.approx(float(first.abs().max()))
+    counts = recorder.experts["model.layers.1.mlp"].tokens
+    assert int(counts.sum()) == 2 * len(ids)
+
+
+def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """SIGKILL after the second layer, from inside; the second run starts there and the bytes are equal."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from farthing.compress.api import Options, compress\n"
+        "from farthing.compress.recipe import RECIPES\n"
+        "def progress(what, done, total):\n"
+        "    if what == 'layer 2' and sys.argv[4] == 'kill': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    print(what, flush=True)\n"
+        "options = Options(calibration=Path(sys.argv[3]), gate=False)\n"
+        "compress(Path(sys.argv[1]), Path(sys.argv[2]), RECIPES['int4-gptq'], options, progress)\n"
+    )
+
+    def go(out: Path, mode: str) -> subprocess.CompletedProcess[str]:
+        args = [sys.executable, "-c", script, str(model_dir), str(out), str(data), mode]
+        return subprocess.run(args, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    killed = go(tmp_path / "a", "kill")
+    assert killed.returncode == -signal.SIGKILL and "layer 1" in killed.stdout
+    assert not (tmp_path / "a" / "config.json").exists()
+    resumed = go(tmp_path / "a", "finish")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "layer 1" not in resumed.stdout and "layer 2" in resumed.stdout
+    straight = go(tmp_path / "b", "finish")
+    assert straight.returncode == 0
+    a, b = Checkpoint.open(tmp_path / "a"), Checkpoint.open(tmp_path / "b")
+    assert set(a.names()) == set(b.names())
+    for name in a.names():
+        assert torch.equal(a.tensor(name).view(torch.uint8), b.tensor(name).view(torch.uint8)), name
+    modules = [json.loads((tmp_path / p / "report.json").read_text())["modules"] for p in "ab"]
+    assert modules[0] == modules[1]
+
+
+def test_another_job_does_not_resume_and_a_finished_model_is_not_overwritten(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    run(Job(model_dir, tmp_path, RECIPES["fp8-block"], None))
+    with pytest.raises(ValueError, match="already holds a model"):
+        run(Job(model_dir, tmp_path, RECIPES["fp8-block"], None))
+
+
+def test_auto_meets_a_byte_budget_and_gets_better_with_more(
+    model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    options = Options(calibration=data, data=data, window=64)
+    drops, sizes = [], []
+    for i, budget in enumerate((200_000, 300_000)):
+        recipe = load_recipe("auto")
+        recipe = Recipe(**{**recipe_fields(recipe), "budget_bytes": budget, "calibration_tokens": SMALL})
+        outcome = compress(model_dir, tmp_path / str(i), recipe, options)
+        assert outcome.report.plan is not None and outcome.report.plan["bytes"] <= budget
+        assert "least predicted loss" in outcome.report.plan["explanation"]
+        drops.append(outcome.report.quality.kl)  # type: ignore[union-attr]
+        sizes.append(outcome.report.size_after)
+    assert sizes[0] < sizes[1] and drops[0] > drops[1]
+
+
+def recipe_fields(recipe: Recipe) -> dict[str, Any]:
+    return {name: getattr(recipe, name) for name in recipe.__dataclass_fields__}
+
+
+def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    files = ["--calibration", str(data), "--data", str(data), "--no-timing", "--json"]
+    args = [str(model_dir), "--recipe", "int8", "-o", str(tmp_path / "a"), *files, "--max-drop", "50%"]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert {"size_before", "size_after", "drop", "drop_interval", "seconds", "peak_memory", "report"} <= set(
+        document
+    )
+    assert document["verdict"] == "pass"
+    yaml = tmp_path / "mine.yaml"
+    yaml.write_text("base: int4-rtn\ngroup_size: 32\nignore: ['*.o_proj']\n")
+    result = CliRunner().invoke(
+        app, [str(model_dir), "--recipe", str(yaml), "-o", str(tmp_path / "b"), *files, "--max-drop", "0%"]
+    )
+    assert result.exit_code in (1, 3), result.output
+    checkpoint = Checkpoint.open(tmp_path / "b")
+    assert checkpoint.weight("model.layers.0.self_attn.o_proj").format == "dense"
+    assert checkpoint.weight("model.layers.0.mlp.up_proj").group_size == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("scheme: int5", "scheme is 'int5'; expected one of"),
+        ("grup_size: 3", "unknown field 'grup_size'"),
+        ("prune: {sparsity: 2}", "sparsity is 2; expected a share"),
+        ("base: nothing", "base is 'nothing'; expected one of"),
+        ("- a", "expected a mapping"),
+    ],
+)
+def test_bad_recipes(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="int8-kl"):
+        load_recipe("int7")
+
+
+def test_v2_without_query_latent_and_without_experts(tmp_path: Path, data: Path) -> None:
+    source = write_model(tmp_path / "m", q_lora_rank=None, n_routed_experts=None, num_nextn_predict_layers=0)
+    corpus = load_corpus(data, source, 64, SMALL, 0)
+    run(Job(source, tmp_path / "out", RECIPES["int4-awq"], corpus))
+    assert load_for(tmp_path / "out", "reference").config.n_routed_experts is None
