@@ -47,7 +47,10 @@ def reference(
 
       farthing train reference --out /tmp/quick --tokens 200000 --set muon_lr=0.03
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
+    os.environ.setdefault(
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192"
+    )  # one entry a matrix shape; no recompiling
     from farthing.train.reference import train_reference
 
     if minutes is None and tokens is None:

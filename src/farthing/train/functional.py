@@ -1,7 +1,8 @@
-"""Two differentiable operations with hand-written gradients, because autograd's own cost several times more:
-the routed experts (tokens sorted by expert, one matrix product an expert) and the head with its cross entropy.
+"""Differentiable operations with hand-written gradients, because autograd's own cost several times more:
+the routed experts (tokens sorted by expert, one matrix product an expert), the head with its cross entropy, and
+causal attention on a CPU (torch's fused kernel is fast forward and slow backward there).
 
-Shapes: N tokens, D hidden, E experts, K experts per token, I expert width, V vocabulary.
+Shapes: B sequences, H heads, T positions, N tokens, D hidden, E experts, K experts per token, I expert width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,55 +14,72 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ROWS = 128  # experts' row counts are padded to multiples of this: a CPU compiles one product kernel a shape
+
+
+def _sort_by_expert(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Token and weight of every padded row, the row of each slot [N, K], and the padded row count of each expert.
+
+    Padding rows repeat token 0 with weight 0, so they add nothing to any sum or gradient.
+    """
+    flat = ids.flatten()
+    counts = torch.bincount(flat, minlength=experts)
+    padded = (counts + ROWS - 1) // ROWS * ROWS
+    order = torch.argsort(flat.to(torch.int16), stable=True)  # slots sorted by expert
+    shift = (padded.cumsum(0) - padded) - (
+        counts.cumsum(0) - counts
+    )  # [E] first padded row - first sorted slot
+    row = torch.empty_like(flat)
+    row[order] = torch.arange(flat.numel(), device=ids.device) + shift.repeat_interleave(counts)
+    sizes: list[int] = padded.tolist()
+    token = flat.new_zeros(sum(sizes))
+    token[row] = torch.arange(flat.numel(), device=ids.device) // ids.shape[1]
+    weight = weights.new_zeros(len(token), 1)
+    weight[row, 0] = weights.flatten()
+    return token, weight, row.view(ids.shape), sizes
+
 
 class _RoutedExperts(torch.autograd.Function):
-    """The routing weight is applied before `down` (it commutes), where rows are I wide instead of D."""
+    """One loop over experts, so that an expert's rows stay in the cache from product to product. R padded rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        E, K = gate_up.shape[0], ids.shape[1]
-        order = torch.argsort(ids.flatten().to(torch.int16), stable=True)  # [N*K] slots sorted by expert
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
-        sizes = torch.bincount(ids.flatten(), minlength=E).tolist()
-        token = order // K
-        xs = x.index_select(0, token)  # [N*K, D]
-        h = torch.empty(xs.shape[0], gate_up.shape[1], dtype=x.dtype, device=x.device)
+        width = down.shape[2]
+        token, w, row, sizes = _sort_by_expert(ids, weights, down.shape[0])
+        w = w.to(x.dtype)
+        gate, up, act = (x.new_empty(len(token), width) for _ in range(3))  # [R, I]
+        out = x.new_empty(len(token), x.shape[1])  # [R, D]
         for e, s in _spans(sizes):
-            torch.mm(xs[s], gate_up[e].T, out=h[s])
-        gate, up = h.chunk(2, -1)
-        w = weights.flatten().index_select(0, order)[:, None].to(x.dtype)
-        act = F.silu(gate) * up * w  # [N*K, I]
-        out = torch.empty_like(xs)
-        for e, s in _spans(sizes):
+            rows = x.index_select(0, token[s])
+            torch.mm(rows, gate_up[e, :width].T, out=gate[s])
+            torch.mm(rows, gate_up[e, width:].T, out=up[s])
+            torch.mul(F.silu(gate[s]), up[s], out=act[s])
+            act[s] *= w[s]  # the routing weight commutes with `down`, and rows are narrower here
             torch.mm(act[s], down[e].T, out=out[s])
-        ctx.save_for_backward(xs, h, act, w, token, inverse, gate_up, down)
-        ctx.sizes, ctx.shape = sizes, ids.shape
-        return _sum_slots(out, inverse, ids.shape)
+        ctx.save_for_backward(x, gate, up, act, w, token, row, gate_up, down)
+        ctx.sizes = sizes
+        return _sum_slots(out, row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        xs, h, act, w, token, inverse, gate_up, down = ctx.saved_tensors
-        dout = dy.to(xs.dtype).index_select(0, token)  # [N*K, D]
-        dact = torch.empty_like(act)
+        x, gate, up, act, w, token, row, gate_up, down = ctx.saved_tensors
+        dy = dy.to(x.dtype)
         d_down, d_gate_up = torch.zeros_like(down), torch.zeros_like(gate_up)
+        d_weights = torch.empty(act.shape[0], device=x.device)
+        d_rows = x.new_empty(act.shape[0], x.shape[1])
         for e, s in _spans(ctx.sizes):
-            torch.mm(dout[s], down[e], out=dact[s])
-            torch.mm(dout[s].T, act[s], out=d_down[e])
-        gate, up = h.chunk(2, -1)
-        silu = F.silu(gate)
-        d_weights = (dact * silu).mul_(up).sum(-1, dtype=torch.float32)
-        dact *= w
-        dh = torch.empty_like(h)
-        dh[:, : gate.shape[1]] = torch.ops.aten.silu_backward(dact * up, gate)
-        torch.mul(dact, silu, out=dh[:, gate.shape[1] :])
-        dxs = dout  # reused: same shape, no longer needed
-        for e, s in _spans(ctx.sizes):
-            torch.mm(dh[s], gate_up[e], out=dxs[s])
-            torch.mm(dh[s].T, xs[s], out=d_gate_up[e])
-        dx = _sum_slots(dxs, inverse, ctx.shape)
-        return dx, d_weights.index_select(0, inverse).view(ctx.shape), None, d_gate_up, d_down
+            rows, d_out = x.index_select(0, token[s]), dy.index_select(0, token[s])
+            d_act = d_out @ down[e]
+            torch.mm(d_out.T, act[s], out=d_down[e])
+            silu = F.silu(gate[s])
+            d_weights[s] = (d_act * silu).mul_(up[s]).sum(-1, dtype=torch.float32)
+            d_act *= w[s]
+            d_gate = torch.ops.aten.silu_backward(d_act * up[s], gate[s])
+            dh = torch.cat((d_gate, d_act.mul_(silu)), -1)  # [rows, 2I]
+            torch.mm(dh, gate_up[e], out=d_rows[s])
+            torch.mm(dh.T, rows, out=d_gate_up[e])
+        return _sum_slots(d_rows, row), d_weights[row], None, d_gate_up, d_down
 
 
 def _spans(sizes: list[int]) -> list[tuple[int, slice]]:
@@ -74,9 +92,9 @@ def _spans(sizes: list[int]) -> list[tuple[int, slice]]:
     return spans
 
 
-def _sum_slots(rows: Tensor, inverse: Tensor, shape: torch.Size) -> Tensor:
-    """Adds the K sorted rows of each token: rows [N*K, D] -> [N, D]. embedding_bag is the fused CPU kernel for it."""
-    return F.embedding_bag(inverse.view(shape), rows, mode="sum")
+def _sum_slots(rows: Tensor, row: Tensor) -> Tensor:
+    """sum_k rows[row[n, k]]: [R, D], [N, K] -> [N, D]. embedding_bag is the fused CPU kernel for it."""
+    return F.embedding_bag(row, rows, mode="sum")
 
 
 def routed_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -95,32 +113,105 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
         N = hidden.shape[0]
         x = hidden.to(head.dtype)
-        d_hidden = torch.empty_like(x)
-        d_head_t = torch.zeros(head.shape[1], head.shape[0], device=head.device)  # [D, V]
+        d_hidden, d_head = torch.empty_like(x), torch.zeros(head.shape, device=head.device)
         total = torch.zeros((), device=hidden.device)
         for start in range(0, N, chunk):
             s = slice(start, start + chunk)
-            probs = torch.softmax(F.linear(x[s], head), -1, dtype=torch.float32)
-            rows = torch.arange(probs.shape[0], device=probs.device)
-            picked = probs[rows, targets[s]]
-            total -= picked.clamp_min(1e-30).log().sum()
-            probs[rows, targets[s]] = picked - 1
-            d_logits = probs.to(head.dtype)
+            probs = torch.softmax(F.linear(x[s], head), -1)  # [chunk, V]
+            picked = probs.gather(1, targets[s, None])
+            total -= picked.float().clamp_min(1e-30).log().sum()
+            d_logits = probs.scatter_(1, targets[s, None], picked - 1)
             torch.mm(d_logits, head, out=d_hidden[s])
-            d_head_t += x[s].T @ d_logits
-        ctx.save_for_backward(d_hidden, d_head_t)
+            d_head += d_logits.T @ x[s]
+        ctx.save_for_backward(d_hidden, d_head)
         ctx.scale, ctx.dtypes = 1.0 / N, (hidden.dtype, head.dtype)
         return total / N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_head_t = ctx.saved_tensors
+        d_hidden, d_head = ctx.saved_tensors
         scale = float(grad) * ctx.scale
-        return d_hidden.to(ctx.dtypes[0]) * scale, (d_head_t.T * scale).to(ctx.dtypes[1]), None, None
+        return d_hidden.to(ctx.dtypes[0]) * scale, (d_head * scale).to(ctx.dtypes[1]), None, None
 
 
 def fused_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
     """Mean cross entropy (nats) of softmax(hidden head^T). hidden [N, D], head [V, D], targets [N] int64."""
     loss: Tensor = _FusedCrossEntropy.apply(hidden, head, targets, chunk)
     return loss
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Blocks of queries against all keys before them: each block's scores fit the cache, none is wasted."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, block: int) -> Tensor:
+        q = q * scale
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        probs = []
+        for b, s, e in _query_blocks(q.shape, block):
+            scores = torch.bmm(q[b, :, s:e], k[b, :, :e].mT)  # [H, e - s, e]
+            scores[:, :, s:] += torch.full((e - s, e - s), float("-inf"), dtype=q.dtype).triu(1)
+            probs.append(torch.softmax(scores, -1))
+            torch.bmm(probs[-1], v[b, :, :e], out=out[b, :, s:e])
+        ctx.save_for_backward(q, k, v, *probs)
+        ctx.scale, ctx.block = scale, block
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *probs = ctx.saved_tensors
+        grad = grad.contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (b, s, e), p in zip(_query_blocks(q.shape, ctx.block), probs, strict=True):
+            g = grad[b, :, s:e]
+            dv[b, :, :e] += torch.bmm(p.mT, g)
+            d_probs = torch.bmm(g, v[b, :, :e].mT)
+            d_scores = torch._softmax_backward_data(d_probs, p, -1, p.dtype)
+            torch.bmm(d_scores, k[b, :, :e], out=dq[b, :, s:e])
+            dk[b, :, :e] += torch.bmm(d_scores.mT, q[b, :, s:e])
+        return dq * ctx.scale, dk, dv, None, None
+
+
+def _query_blocks(shape: torch.Size, block: int) -> list[tuple[int, int, int]]:
+    """(sequence, first query, end of queries) of every block of [B, H, T, d]."""
+    B, _, T, _ = shape
+    return [(b, s, min(s + block, T)) for b in range(B) for s in range(0, T, block)]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 256) -> Tensor:
+    """softmax(scale q k^T + causal mask) v. q, k [B, H, T, d], v [B, H, T, dv] -> [B, H, T, dv]."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out: Tensor = _CausalAttention.apply(q, k, v, scale, block)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        x32 = x.float()
+        square = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_()
+        inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = x32 * inverse
+        ctx.save_for_backward(normed, inverse, weight)
+        ctx.dtype = x.dtype
+        return (normed * weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        normed, inverse, weight = ctx.saved_tensors
+        along = grad * normed
+        d_weight = along.flatten(0, -2).sum(0)
+        projection = (along @ weight).div_(weight.numel())[..., None]
+        dx = torch.addcmul(grad * weight, normed, projection, value=-1).mul_(inverse)
+        return dx.to(ctx.dtype), d_weight, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """x / rms(x) * weight over the last dimension, computed in float32, returned in `dtype`. weight float32."""
+    out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    return out

@@ -77,7 +77,7 @@ class LoopConfig:
     schedule: Schedule = Schedule()
     clip: float = 1.0
     save_minutes: float = 3.0
-    eval_minutes: float = 4.0
+    eval_minutes: float = 6.0
     threads: int = 1
 
     def __post_init__(self) -> None:

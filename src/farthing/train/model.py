@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farthing.train.functional import fused_cross_entropy, routed_experts
+from farthing.train.functional import causal_attention, fused_cross_entropy, rms_norm, routed_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,32 +84,31 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32."""
+    """x / rms(x) * weight over the last dimension, computed in float32, returned in `compute_dtype`."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.compute_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., dim] float32."""
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, self.eps)
+        """[..., dim] -> [..., dim] in `compute_dtype`."""
+        return rms_norm(x, self.weight, self.eps, self.compute_dtype)
 
 
-def rope_table(cfg: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, r/2] of plain RoPE."""
-    inv = cfg.rope_theta ** (
-        -torch.arange(0, cfg.qk_rope_head_dim, 2, dtype=torch.float32) / cfg.qk_rope_head_dim
-    )
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), inv)
-    return angle.cos(), angle.sin()
+def rope_table(cfg: ModelConfig, length: int) -> Tensor:
+    """exp(i angle) [length, r/2] complex64 of plain RoPE."""
+    r = cfg.qk_rope_head_dim
+    frequency = cfg.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float32) / r)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on interleaved pairs. x [B, T, heads, r]; cos, sin [T, r/2]."""
-    even, odd = x.unflatten(-1, (-1, 2)).float().unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """RoPE on interleaved pairs, taken as complex numbers. x [B, T, heads, r]; turn [T, r/2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -127,7 +126,7 @@ class Attention(nn.Module):
         self.kv_b_proj = Linear(cfg.kv_lora_rank, H * (cfg.qk_nope_head_dim + cfg.v_head_dim))
         self.o_proj = Linear(H * cfg.v_head_dim, D, std=0.0)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         cfg, H = self.cfg, self.cfg.num_attention_heads
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (H, cfg.qk_head_dim))
@@ -135,18 +134,11 @@ class Attention(nn.Module):
         latent, k_pe = self.kv_a_proj_with_mqa(x).split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (H, -1))
         k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
-        k_pe = rotate(k_pe[:, :, None], cos, sin).expand(-1, -1, H, -1)
-        q = torch.cat((q_nope, rotate(q_pe, cos, sin)), -1).transpose(1, 2)  # [B, H, T, nope + r]
+        k_pe = rotate(k_pe[:, :, None], turn).expand(-1, -1, H, -1)
+        q = torch.cat((q_nope, rotate(q_pe, turn)), -1).transpose(1, 2)  # [B, H, T, nope + r]
         k = torch.cat((k_nope, k_pe), -1).transpose(1, 2)
-        out = self.attend(q, k, v.transpose(1, 2))
+        out = causal_attention(q, k, v.transpose(1, 2), cfg.qk_head_dim**-0.5)
         return self.o_proj(out.transpose(1, 2).flatten(-2))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal softmax attention. The fused CPU kernel wants equal widths, so a narrower v is padded."""
-        pad = q.shape[-1] - v.shape[-1]
-        if pad <= 0:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)), is_causal=True)[..., : v.shape[-1]]
 
 
 class MLP(nn.Module):
@@ -239,9 +231,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size) if dense else MoE(cfg)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, h: Tensor, turn: Tensor) -> Tensor:
         """h [B, T, D] float32 -> [B, T, D] float32."""
-        h = h + self.self_attn(self.input_layernorm(h), cos, sin)
+        h = h + self.self_attn(self.input_layernorm(h), turn)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -257,17 +249,16 @@ class MTP(nn.Module):
         self.block = Block(cfg, dense=False)
         self.norm = RMSNorm(D, cfg.rms_norm_eps)
 
-    def forward(self, h: Tensor, next_embedding: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, h: Tensor, next_embedding: Tensor, turn: Tensor) -> Tensor:
         """h [B, T, D] after the trunk's final norm, next_embedding [B, T, D] -> normed hidden [B, T, D]."""
         x = self.eh_proj(torch.cat((self.enorm(next_embedding), self.hnorm(h)), -1))
-        return self.norm(self.block(x.float(), cos, sin))
+        return self.norm(self.block(x.float(), turn))
 
 
 class DeepSeekLM(nn.Module):
     """The whole language model. `forward` gives hidden states; `loss` and `logits` finish them."""
 
-    cos: Tensor
-    sin: Tensor
+    turn: Tensor
 
     def __init__(self, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -279,16 +270,14 @@ class DeepSeekLM(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         self.mtp = MTP(cfg) if cfg.num_nextn_predict_layers else None
-        cos, sin = rope_table(cfg, cfg.max_position_embeddings)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("turn", rope_table(cfg, cfg.max_position_embeddings), persistent=False)
         self.set_compute_dtype(compute_dtype)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """The dtype of every matrix product; norms, router and residual stream stay float32."""
         self.compute_dtype = dtype
         for module in self.modules():
-            if isinstance(module, Linear | MoE):
+            if isinstance(module, Linear | MoE | RMSNorm):
                 module.compute_dtype = dtype
 
     @property
@@ -297,43 +286,51 @@ class DeepSeekLM(nn.Module):
         return self.embed_tokens if self.lm_head is None else self.lm_head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T] -> hidden states after the final norm [B, T, D] float32."""
+        """tokens [B, T] -> hidden states after the final norm [B, T, D] in `compute_dtype`."""
         T = tokens.shape[1]
-        if T > self.cos.shape[0]:
-            raise ValueError(f"{T} positions exceed max_position_embeddings={self.cos.shape[0]}")
-        cos, sin = self.cos[:T], self.sin[:T]
+        if T > self.turn.shape[0]:
+            raise ValueError(f"{T} positions exceed max_position_embeddings={self.turn.shape[0]}")
         h = F.embedding(tokens, self.embed_tokens)
         for layer in self.layers:
-            h = layer(h, cos, sin)
+            h = layer(h, self.turn[:T])
         return self.norm(h)
 
     def draft(self, hidden: Tensor, next_tokens: Tensor) -> Tensor:
         """MTP hidden [B, T, D] for the token after `next_tokens` [B, T], from the trunk's `hidden` [B, T, D]."""
+        return self._draft(hidden, F.embedding(next_tokens, self.embed_tokens))
+
+    def _draft(self, hidden: Tensor, next_embedding: Tensor) -> Tensor:
         if self.mtp is None:
             raise ValueError("num_nextn_predict_layers=0: this model has no MTP layer")
-        T = hidden.shape[1]
-        return self.mtp(hidden, F.embedding(next_tokens, self.embed_tokens), self.cos[:T], self.sin[:T])
+        return self.mtp(hidden, next_embedding, self.turn[: hidden.shape[1]])  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in `compute_dtype`."""
         return F.linear(hidden.to(self.compute_dtype), self.head_weight.to(self.compute_dtype))
 
-    def loss(self, tokens: Tensor, mtp_weight: float = 0.0, mtp_share: float = 1.0) -> dict[str, Tensor]:
-        """Training losses of tokens [B, T + 1] (T + 2 used by MTP where it has a target).
+    def loss(
+        self, tokens: Tensor, mtp_weight: float = 0.0, mtp_share: float = 1.0, mtp_greedy: bool = False
+    ) -> dict[str, Tensor]:
+        """Training losses of tokens [B, T + 1], nats per token: {"loss": main + mtp_weight * mtp, "main", "mtp"}.
 
-        The MTP loss is taken on the first `mtp_share` of the sequences, which is an unbiased sample of a shuffled
-        batch and saves time. Returns {"loss": main + mtp_weight * mtp, "main": …, "mtp": …}, nats per token.
+        The MTP loss is taken on the first `mtp_share` of the sequences: a fair sample of a shuffled batch, and
+        cheaper. Its targets are the text (DeepSeek-V3 eq. 24), or, with `mtp_greedy`, the trunk's own most likely
+        tokens, which is what a draft must hit to be accepted; then only the MTP layer learns from it.
         """
         head = self.head_weight.to(self.compute_dtype)
         hidden = self(tokens[:, :-1])
         main = fused_cross_entropy(hidden.flatten(0, 1), head, tokens[:, 1:].flatten())
-        losses = {"loss": main, "main": main.detach()}
-        if self.mtp is not None and mtp_weight > 0:
-            rows = max(1, round(tokens.shape[0] * mtp_share))
-            guess = self.draft(hidden[:rows, :-1], tokens[:rows, 1:-1])
-            mtp = fused_cross_entropy(guess.flatten(0, 1), head, tokens[:rows, 2:].flatten())
-            losses |= {"loss": main + mtp_weight * mtp, "mtp": mtp.detach()}
-        return losses
+        if self.mtp is None or mtp_weight <= 0:
+            return {"loss": main, "main": main.detach()}
+        rows = max(1, round(tokens.shape[0] * mtp_share))
+        hidden, following, targets = hidden[:rows], tokens[:rows, 1:-1], tokens[:rows, 2:]
+        embedding = self.embed_tokens
+        if mtp_greedy:
+            hidden, head, embedding = hidden.detach(), head.detach(), embedding.detach()
+            targets = F.linear(hidden[:, 1:], head).argmax(-1)
+        guess = self._draft(hidden[:, :-1], F.embedding(following, embedding))
+        mtp = fused_cross_entropy(guess.flatten(0, 1), head, targets.flatten())
+        return {"loss": main + mtp_weight * mtp, "main": main.detach(), "mtp": mtp.detach()}
 
     def rebalance(self, speed: float) -> float:
         """Updates every router's bias; returns the worst load over the mean (1 = perfectly balanced)."""

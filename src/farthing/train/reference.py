@@ -33,11 +33,12 @@ class Recipe:
     adam_decay: float = 0.0
     schedule: Schedule = Schedule(warmup=0.01, decay=0.5)
     window_stages: tuple[tuple[float, int], ...] = ((0.0, 512), (0.5, 1024), (0.8, 2048))
-    batch_stages: tuple[tuple[float, int], ...] = ((0.0, 8192), (0.5, 16384))
+    batch_stages: tuple[tuple[float, int], ...] = ((0.0, 8192),)
     micro_tokens: int = 8192
     mtp_weight_stages: tuple[tuple[float, float], ...] = ((0.0, 0.3),)
-    mtp_share: float = 0.5
-    balance_speed: float = 0.001
+    mtp_share_stages: tuple[tuple[float, float], ...] = ((0.0, 0.25), (0.6, 0.5))
+    mtp_greedy_stages: tuple[tuple[float, bool], ...] = ((0.0, False), (0.6, True))
+    balance_speed: float = 0.003
     eval_tokens: int = 30_000
 
     def at(self, stages: tuple[tuple[float, Any], ...], progress: float) -> Any:
@@ -110,12 +111,18 @@ def build_trainer(
 
     def loss(module: nn.Module, tokens: Tensor, trainer: Trainer) -> dict[str, Tensor]:
         assert isinstance(module, DeepSeekLM)
-        weight = recipe.at(recipe.mtp_weight_stages, trainer.progress)
-        return module.loss(tokens, weight, recipe.mtp_share)
+        mtp = (recipe.mtp_weight_stages, recipe.mtp_share_stages, recipe.mtp_greedy_stages)
+        return module.loss(tokens, *(recipe.at(stages, trainer.progress) for stages in mtp))
 
     def score(module: nn.Module) -> dict[str, float]:
         assert isinstance(module, DeepSeekLM)
-        return evaluate(module, heldout, texts, length=1024, max_tokens=recipe.eval_tokens)
+        return evaluate(
+            module,
+            heldout,
+            texts,
+            length=min(1024, recipe.model.max_position_embeddings),
+            max_tokens=recipe.eval_tokens,
+        )
 
     def on_save(trainer: Trainer) -> None:
         assert isinstance(trainer.model, DeepSeekLM)
