@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +185,10 @@ def _prune_structure(layer: Layer, recorder: Recorder, recipe: Recipe, state: Pr
                     recorder.inputs[new_name] = inputs[old_name]
     if recipe.neurons:
         width = kept_neurons(c.moe_intermediate_size, recipe.neurons)
-        for e in range(layer.experts):
-            _prune_neurons(layer, f"{layer.prefix}mlp.experts.{e}", recorder, width)
+        for mlp in layer.mlps():  # the shared expert's width is tied to the routed ones'
+            shared = c.n_shared_experts if mlp.endswith("shared_experts") else 1
+            _prune_neurons(layer, mlp, recorder, width * shared)
+        layer.config = replace(layer.config, moe_intermediate_size=width)
         state.changes["moe_intermediate_size"] = width
 
 

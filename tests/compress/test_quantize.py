@@ -1,0 +1,208 @@
+"""Each quantizer against a plain computation of what its paper says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from farthing.compress.quantize.fp8 import quantize_fp8
+from farthing.compress.quantize.grid import int4_grid, int8_grid
+from farthing.compress.quantize.rotate import hadamard, random_hadamard, rotate_latent, rotate_values
+from farthing.compress.quantize.scaling import awq_scale, smooth_scale
+from farthing.compress.quantize.sweep import output_error, sweep
+from farthing.compress.simulate import round_fp8_group, round_tensor, round_token
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(seed: int, tokens: int, k: int) -> Tensor:
+    """Inputs with a few strong directions, as activations have."""
+    return random(seed, tokens, k) @ (random(seed + 1, k, k) * torch.linspace(2, 0.05, k)) + random(seed + 2, tokens, k)
+
+
+def obq(w: Tensor, h: Tensor, scale: Tensor, order: list[int], low: int, high: int) -> Tensor:
+    """Optimal brain quantization in a fixed order: the inverse Hessian is updated by elimination, no Cholesky."""
+    w, inverse = w.double().clone(), torch.linalg.inv(h.double())
+    for i in order:
+        q = (w[:, i] / scale[:, i]).round().clamp(low, high) * scale[:, i]
+        w -= ((w[:, i] - q) / inverse[i, i]).unsqueeze(1) * inverse[i]
+        w[:, i] = q
+        inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        inverse[i, :] = inverse[:, i] = 0
+        inverse[i, i] = 1  # never read again; keeps it from dividing by zero
+        done = order[: order.index(i) + 1]
+        assert all(float(inverse[j, i]) == 0 for j in order if j not in done)
+    return w
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_is_optimal_brain_quantization_in_its_order(act_order: bool) -> None:
+    w, x = random(0, 2, 12, 96), torch.stack([correlated(1, 300, 96), correlated(4, 300, 96)])
+    gram = x.transpose(1, 2) @ x
+    grid = int4_grid(w, 32)
+    value = sweep(w, gram, grid, act_order=act_order, damp=0.01)
+    scale, _ = grid.expand(96)
+    for b in range(2):
+        h = gram[b] + 0.01 * gram[b].diagonal().mean() * torch.eye(96)
+        order = gram[b].diagonal().argsort(descending=True).tolist() if act_order else list(range(96))
+        expected = obq(w[b], h, scale[b], order, -8, 7)
+        different = (value[b].double() - expected).abs() > 1e-4
+        assert float(different.float().mean()) < 0.01  # ties may round either way
+    nearest = output_error(w, grid.round(w), gram)
+    assert bool((output_error(w, value, gram) < 0.7 * nearest).all())
+
+
+def test_pruning_with_the_sweep_is_least_squares_on_what_is_kept() -> None:
+    """Mask the first columns only: the sweep then has the closed-form solution of the remaining ones."""
+    w, x = random(0, 1, 6, 20), correlated(1, 200, 20)
+    keep = torch.ones(1, 6, 20, dtype=torch.bool)
+    keep[:, :, :5] = False
+    gram = (x.T @ x)[None]
+    value = sweep(w, gram, None, keep, act_order=False, damp=1e-8)[0]
+    target = x @ w[0].T
+    best = torch.linalg.lstsq(x[:, 5:].double(), target.double()).solution.T
+    torch.testing.assert_close(value[:, 5:].double(), best, rtol=1e-3, atol=1e-3)
+    assert not value[:, :5].any()
+
+
+def test_a_gram_without_full_rank_is_damped() -> None:
+    x = random(0, 3, 64)
+    value = sweep(random(1, 1, 8, 64), (x.T @ x)[None], int4_grid(random(1, 1, 8, 64), 32))
+    assert bool(value.isfinite().all())
+    assert bool(sweep(random(1, 1, 8, 64), torch.zeros(1, 64, 64), int8_grid(random(1, 1, 8, 64))).isfinite().all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([32, 64]), st.booleans(), st.floats(-30, 30))
+def test_grids_hold_their_bounds(seed: int, group: int, symmetric: bool, magnitude: float) -> None:
+    w = random(seed, 2, 5, 128) * 10.0**magnitude
+    w[0, 0] = 0
+    grid = int4_grid(w, group, symmetric=symmetric)
+    value = grid.round(w)
+    for weight, v in zip(grid.weights(value), value, strict=True):
+        torch.testing.assert_close(weight.dequantize(), v, rtol=1e-5, atol=1e-30)
+        assert weight.scale is not None and bool((weight.scale > 0).all() and weight.scale.isfinite().all())
+    half = grid.expand(128)[0] / 2
+    inside = (w.abs() < 6 * grid.expand(128)[0]) if symmetric else torch.zeros_like(w, dtype=torch.bool)
+    assert bool(((value - w).abs() <= half * 1.001 + 1e-30)[inside].all())
+
+
+def test_the_shrunk_range_has_the_least_weighted_error() -> None:
+    w, energy = random(0, 1, 4, 64), random(1, 1, 64).square()
+    w[0, 0, 0] = 20
+
+    def error(scale: Tensor) -> Tensor:
+        return ((((w / scale).round().clamp(-127, 127) * scale) - w).square() * energy).sum(-1)
+
+    best = error(int8_grid(w, energy).scale)
+    for factor in (1.0, 0.95, 0.9, 0.85, 0.8):
+        assert bool((best <= error(int8_grid(w).scale * factor) + 1e-6).all())
+
+
+def test_awq_is_the_grid_search_of_its_paper() -> None:
+    x = correlated(0, 200, 64)
+    x[:, 3] *= 30
+    weights, magnitude = [random(5, 16, 64), random(6, 24, 64)], x.abs().mean(0)
+
+    def round_to(w: Tensor, energy: Tensor) -> Tensor:
+        return int4_grid(w[None], 32).round(w[None])[0]
+
+    s, alpha = awq_scale(weights, [x.T @ x] * 2, magnitude, round_to)
+    errors = {}
+    for i in range(11):
+        trial = magnitude ** (i / 10)
+        trial = trial / (trial.max() * trial.min()).sqrt()
+        errors[i / 10] = sum(
+            float(((x / trial) @ round_to(w * trial, magnitude).T - x @ w.T).square().sum()) for w in weights
+        )
+    assert errors[alpha] == pytest.approx(min(errors.values()), rel=1e-3)
+    assert errors[alpha] < errors[0.0]
+    torch.testing.assert_close((x / s) @ (weights[0] * s).T, x @ weights[0].T, rtol=1e-3, atol=1e-2)
+
+
+def test_smoothquant_is_equation_four() -> None:
+    weights, absmax = [random(0, 8, 16), random(1, 4, 16)], random(2, 16).abs() + 0.1
+    s = smooth_scale(weights, absmax, 0.5)
+    column = torch.cat(weights).abs().amax(0)
+    torch.testing.assert_close(s, (absmax / column).sqrt())
+    balanced = (absmax / s) / (column * s)  # at alpha 1/2 both sides end up with the same maximum
+    torch.testing.assert_close(balanced, torch.ones(16))
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 64, 96])
+def test_hadamard_is_orthogonal(n: int) -> None:
+    for h in (hadamard(n), random_hadamard(n, 3)):
+        torch.testing.assert_close(h @ h.T, torch.eye(n))
+        values = h[h != 0].abs()
+        torch.testing.assert_close(values, values[0].expand(len(values)))
+
+
+def test_rotations_keep_the_function_and_flatten_an_outlier() -> None:
+    x, producer, consumer, norm = random(0, 9, 20), random(1, 64, 20), random(2, 30, 64), random(3, 64).abs()
+    producer[5] *= 50
+
+    def run(p: Tensor, g: Tensor, c: Tensor) -> Tensor:
+        latent = x @ p.T
+        return (latent / latent.square().mean(-1, keepdim=True).sqrt() * g) @ c.T
+
+    rotated = rotate_latent(producer, norm, consumer, random_hadamard(64, 0))
+    torch.testing.assert_close(run(*rotated), run(producer, norm, consumer), rtol=1e-3, atol=1e-3)
+    peak = [(t.abs().amax() / t.square().mean().sqrt()) for t in (x @ producer.T, x @ rotated[0].T)]
+    assert float(peak[1]) < 0.5 * float(peak[0])
+    kv_b, o = random(4, 2 * (3 + 4), 10), random(5, 6, 2 * 4)
+    kv_b2, o2 = rotate_values(kv_b, o, heads=2, nope=3, value=4, rotation=random_hadamard(4, 1))
+
+    def values(kv: Tensor, out: Tensor) -> Tensor:
+        v = (kv.view(2, 7, 10)[:, 3:] @ random(6, 10)).flatten()
+        return out @ v
+
+    torch.testing.assert_close(values(kv_b2, o2), values(kv_b, o), rtol=1e-4, atol=1e-4)
+    assert torch.equal(kv_b2.view(2, 7, 10)[:, :3], kv_b.view(2, 7, 10)[:, :3])
+
+
+EXTREMES = st.sampled_from([0.0, 1e-45, -1e-45, 1e-38, 1e-20, 1.0, -1.0, 448.0, 464.0, 1e20, 3.4e38, -3.4e38])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(EXTREMES, min_size=1, max_size=30), st.integers(1, 3), st.integers(0, 2))
+def test_fp8_never_overflows(values: list[float], rows: int, more: int) -> None:
+    w = torch.tensor(values).repeat(rows, 1 + 60 * more)
+    weight = quantize_fp8(w, "w")
+    assert weight.scale is not None and bool((weight.scale > 0).all() and weight.scale.isfinite().all())
+    back = weight.data.float()
+    assert bool(back.isfinite().all()) and float(back.abs().max()) <= 448
+    value = weight.dequantize().double()
+    scale = weight.scale.double()
+    step = scale.repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(128, 1)[:, : w.shape[1]]
+    # e4m3: 3 bits of mantissa, subnormals of 2^-9
+    assert bool(((value - w.double()).abs() <= w.double().abs() / 15 + step * 2.0**-9).all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_fp8_refuses_what_is_not_finite_by_name(bad: float) -> None:
+    w = torch.ones(3, 3)
+    w[1, 1] = bad
+    with pytest.raises(ValueError, match=r"model\.a holds NaN or infinity"):
+        quantize_fp8(w, "model.a")
+
+
+def test_activation_rounding() -> None:
+    x = random(0, 5, 200) * 10
+    token = x.abs().amax(1, keepdim=True) / 127
+    torch.testing.assert_close(round_token(x), (x / token).round() * token)
+    torch.testing.assert_close(
+        round_tensor(x, torch.tensor(0.1)), torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127)
+    )
+    fp8 = round_fp8_group(x)
+    for block in (slice(0, 128), slice(128, 200)):
+        s = x[:, block].abs().amax(1, keepdim=True) / 448
+        expected = (x[:, block] / s).to(torch.float8_e4m3fn).float() * s
+        torch.testing.assert_close(fp8[:, block], expected)
+    assert not round_fp8_group(torch.zeros(2, 130)).any()
