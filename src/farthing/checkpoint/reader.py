@@ -59,6 +59,10 @@ class Checkpoint:
         """Whether a tensor of this full name exists."""
         return name in self._shards.file_of
 
+    def holds(self, module: str) -> bool:
+        """Every expert is here (see `farthing.parallel` for where it is not)."""
+        return True
+
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A plain parameter in its stored dtype, as a view of the mapped file: copy it to change it.
 

@@ -28,17 +28,24 @@ class DeepseekModel:
         ops: Ops,
         weights: WeightSource,
         routers: list[RouterSpec | None] | None = None,
+        first: bool = True,
+        last: bool = True,
     ) -> None:
+        """first, last: whether the embedding, and the norm and head, belong to this pipeline stage."""
         self.config, self.ops = config, ops
         self.eps = config.rms_norm_eps
         shape = (config.vocab_size, config.hidden_size)
         rope = rope_table(config.rope, config.qk_rope_head_dim, config.max_position_embeddings)
         routers = routers or routers_of(config)
-        self.embedding = weights.tensor("model.embed_tokens.weight", shape)
+        if first or (last and (config.tie_word_embeddings or config.num_nextn_predict_layers)):
+            self.embedding = weights.tensor("model.embed_tokens.weight", shape)
         self.layers = [
             (Attention(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
             for i in range(config.num_hidden_layers)
         ]
+        self.mtp: list[MTPLayer] = []
+        if not last:
+            return
         self.norm = weights.tensor("model.norm.weight", (config.hidden_size,)).float()
         if config.tie_word_embeddings:
             self.head = ops.pack_linear("lm_head", lambda: [Weight("dense", self.embedding)])
@@ -70,7 +77,10 @@ class DeepseekModel:
 
         counts [L, E] int64, if given, is increased by the tokens each expert of each layer saw.
         """
-        h = self.ops.embed(ids, self.embedding)
+        return self.run_layers(self.ops.embed(ids, self.embedding), batch, cache, counts)
+
+    def run_layers(self, h: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
+        """The layers alone: h [T, D] -> [T, D]; a pipeline stage starts here."""
         for i, (attention, feed_forward) in enumerate(self.layers):
             h = attention(h, batch, cache, i)
             h = feed_forward(h, None if counts is None else counts[i])

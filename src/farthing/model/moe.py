@@ -75,9 +75,13 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
     e, d, i = router.num_experts, config.hidden_size, config.moe_intermediate_size
     has_bias = config.topk_method == "noaux_tc"
     shared_size = i * config.n_shared_experts
+    shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")
     return MoEWeights(
         gate=weights.tensor(f"{prefix}.gate.weight", (e, d)).float(),
         bias=weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)).float() if has_bias else None,
-        experts=[gated(weights, f"{prefix}.experts.{j}", d, i) for j in range(e)],
-        shared=gated(weights, f"{prefix}.shared_experts", d, shared_size) if shared_size else None,
+        experts=[
+            gated(weights, f"{prefix}.experts.{j}", d, i) if weights.holds(f"{prefix}.experts.{j}") else None
+            for j in range(e)
+        ],
+        shared=gated(weights, f"{prefix}.shared_experts", d, shared_size) if shared_here else None,
     )

@@ -17,6 +17,10 @@ class WeightSource(Protocol):
         """Whether a tensor of this full name exists."""
         ...
 
+    def holds(self, module: str) -> bool:
+        """Whether a routed expert is to be computed here and not on another rank."""
+        ...
+
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A plain parameter; raises if it is missing or of another shape."""
         ...
@@ -35,6 +39,10 @@ class MemorySource:
     def has(self, name: str) -> bool:
         """Whether a tensor of this full name exists."""
         return name in self._tensors
+
+    def holds(self, module: str) -> bool:
+        """Every expert is here."""
+        return True
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A parameter; raises KeyError or ValueError."""

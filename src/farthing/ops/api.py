@@ -59,7 +59,8 @@ class MoEWeights:
 
     gate: Tensor  # [E, D] float32
     bias: Tensor | None  # [E] float32, e_score_correction_bias
-    experts: Sequence[Callable[[], tuple[Weight, Weight, Weight]]]  # gate [I, D], up [I, D], down [D, I]
+    # gate [I, D], up [I, D], down [D, I] of each; None: on another rank, its tokens are left out here
+    experts: Sequence[Callable[[], tuple[Weight, Weight, Weight]] | None]
     shared: Callable[[], tuple[Weight, Weight, Weight]] | None
 
 

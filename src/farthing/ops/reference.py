@@ -39,7 +39,7 @@ class _MoE:
     spec: RouterSpec
     gate: Tensor
     bias: Tensor | None
-    experts: list[tuple[Tensor, Tensor, Tensor]]
+    experts: list[tuple[Tensor, Tensor, Tensor] | None]
     shared: tuple[Tensor, Tensor, Tensor] | None
 
 
@@ -74,7 +74,7 @@ class ReferenceOps(Ops):
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> _MoE:
         w = weights()
-        experts = [self.pack_mlp(name, e) for e in w.experts]
+        experts = [self.pack_mlp(name, e) if e else None for e in w.experts]
         shared = self.pack_mlp(name, w.shared) if w.shared else None
         return _MoE(spec, w.gate.float(), None if w.bias is None else w.bias.float(), experts, shared)
 
@@ -157,7 +157,7 @@ class ReferenceOps(Ops):
             token, slot = torch.where(ids == e)
             if counts is not None:
                 counts[e] += token.numel()
-            if token.numel():
+            if expert is not None and token.numel():
                 out.index_add_(0, token, gated_mlp(n[token], expert).float() * gates[token, slot, None])
         if weights.shared is not None:
             out += gated_mlp(n, weights.shared).float()

@@ -1,0 +1,210 @@
+"""Who holds what: ranks, and the slice of every tensor each of them reads. Plain integers, no torch.
+
+Legend: tp tensor-parallel ranks (heads, shared experts, vocabulary); ep expert-parallel ranks (whole
+experts); pp pipeline stages (layer ranges). A stage has max(tp, ep) ranks; with ep > tp, ep / tp groups of tp
+ranks hold the same slices of everything but the routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+
+from farthing.model.config import ModelConfig
+from farthing.model.load import parameter_shapes
+
+EMBEDDING = "model.embed_tokens.weight"
+# Which dimension tensor parallelism cuts, by the module's last name.
+ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "gate_proj", "up_proj", "lm_head", "embed_tokens")
+COLUMNS = ("o_proj", "down_proj")
+
+
+class PlanError(ValueError):
+    """A layout this model cannot be cut into; names the number and what would fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many ranks, and of what kind."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "ep"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.ep > 1 and self.ep % self.tp:
+            raise PlanError(f"ep is {self.ep}; expected 1 or a multiple of tp = {self.tp}")
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks of one pipeline stage."""
+        return max(self.tp, self.ep)
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.stage_ranks * self.pp
+
+    def place(self, rank: int) -> Place:
+        """Coordinates of a rank; stages are consecutive ranks."""
+        if not 0 <= rank < self.world:
+            raise PlanError(f"rank is {rank}; expected 0…{self.world - 1}")
+        stage, local = divmod(rank, self.stage_ranks)
+        return Place(rank, stage, local, local % self.tp)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank stands."""
+
+    rank: int
+    stage: int
+    local: int  # within the stage; also its expert-parallel index
+    tp: int  # its tensor-parallel index
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a rank reads of one tensor: [start, stop) along `dim`, or all of it (dim None)."""
+
+    dim: int | None
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The cuts of every rank, from the config alone."""
+
+    config: ModelConfig
+    layout: Layout
+    stages: tuple[range, ...]  # layers of each stage
+    shapes: Mapping[str, tuple[int, ...]]  # of every parameter of the checkpoint
+
+    @classmethod
+    def build(
+        cls, config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | None = None
+    ) -> ShardPlan:
+        """Stages balanced by bytes (2 a number unless `nbytes` tells). Raises PlanError."""
+        _check(config, layout)
+        return cls(config, layout, _stages(config, layout.pp, nbytes), dict(parameter_shapes(config)))
+
+    def cut(self, name: str, place: Place) -> Cut | None:
+        """What a rank reads of a parameter; None if it reads nothing of it."""
+        layer = layer_of(name)
+        if layer is not None and not self.holds_layer(layer, place):
+            return None
+        if layer is None and not self._holds_top(name, place):
+            return None
+        shape = self.shapes[name]
+        if ".experts." in name:
+            return self._expert_cut(name, shape, place)
+        return _tp_cut(name, shape, self.layout.tp, place.tp)
+
+    def holds_layer(self, layer: int, place: Place) -> bool:
+        """MTP layers stand on the last stage."""
+        if layer >= self.config.num_hidden_layers:
+            return place.stage == self.layout.pp - 1
+        return layer in self.stages[place.stage]
+
+    def experts(self, place: Place) -> range:
+        """The routed experts of a rank."""
+        count = (self.config.n_routed_experts or 0) // self.layout.ep
+        index = place.local if self.layout.ep > 1 else 0
+        return range(index * count, (index + 1) * count)
+
+    def weight_bytes(self, place: Place, nbytes: Callable[[str], int] | None = None) -> int:
+        """Bytes a rank reads."""
+        total = 0
+        for name, shape in self.shapes.items():
+            cut = self.cut(name, place)
+            if cut is None:
+                continue
+            size = nbytes(name) if nbytes else 2 * prod(shape)
+            total += size if cut.dim is None else size * (cut.stop - cut.start) // shape[cut.dim]
+        return total
+
+    def _holds_top(self, name: str, place: Place) -> bool:
+        first, last = place.stage == 0, place.stage == self.layout.pp - 1
+        if name == EMBEDDING:  # the last stage needs it as a tied head and for MTP drafts
+            needed = self.config.tie_word_embeddings or self.config.num_nextn_predict_layers > 0
+            return first or (last and needed)
+        return last  # the final norm and the head
+
+    def _expert_cut(self, name: str, shape: tuple[int, ...], place: Place) -> Cut | None:
+        if self.layout.ep == 1:
+            return _tp_cut(name, shape, self.layout.tp, place.tp)
+        expert = int(name.split(".experts.")[1].split(".")[0])
+        return Cut(None) if expert in self.experts(place) else None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer a parameter belongs to, None for the top level."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
+def _tp_cut(name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
+    module = name.split(".")[-2]
+    dim = 0 if module in ROWS else 1 if module in COLUMNS else None
+    if dim is None or tp == 1 or len(shape) < 2:
+        return Cut(None)
+    size = shape[dim] // tp
+    return Cut(dim, index * size, (index + 1) * size)
+
+
+def _stages(config: ModelConfig, pp: int, nbytes: Callable[[str], int] | None) -> tuple[range, ...]:
+    """Cut the layers into pp ranges so that the heaviest stage is as light as it can be."""
+    layers = config.num_hidden_layers
+    weight = [0] * layers
+    first = last = 0  # what the first and the last stage hold beside layers
+    tied = config.tie_word_embeddings or config.num_nextn_predict_layers > 0
+    for name, shape in parameter_shapes(config):
+        size = nbytes(name) if nbytes else 2 * prod(shape)
+        layer = layer_of(name)
+        if layer is not None and layer < layers:
+            weight[layer] += size
+        elif name == EMBEDDING:
+            first, last = first + size, last + (size if tied else 0)
+        else:
+            last += size
+
+    @cache
+    def best(start: int, stage: int) -> tuple[int, int]:
+        """(bytes of the heaviest stage from `stage` on, end of this one) with layers start… left."""
+        extra = (first if stage == 0 else 0) + (last if stage == pp - 1 else 0)
+        if stage == pp - 1:
+            return sum(weight[start:]) + extra, layers
+        ends = range(start + 1, layers - (pp - stage - 2))
+        return min((max(sum(weight[start:end]) + extra, best(end, stage + 1)[0]), end) for end in ends)
+
+    stages, start = [], 0
+    for stage in range(pp):
+        end = best(start, stage)[1]
+        stages.append(range(start, end))
+        start = end
+    return tuple(stages)
+
+
+def _check(config: ModelConfig, layout: Layout) -> None:
+    c, tp = config, layout.tp
+    parts = {
+        "num_attention_heads": c.num_attention_heads,
+        "intermediate_size": c.intermediate_size,
+        "vocab_size": c.vocab_size,
+    }
+    if c.n_shared_experts:
+        parts["moe_intermediate_size * n_shared_experts"] = c.moe_intermediate_size * c.n_shared_experts
+    if layout.ep == 1 and c.n_routed_experts:
+        parts["moe_intermediate_size"] = c.moe_intermediate_size
+    for name, size in parts.items():
+        if size % tp:
+            raise PlanError(f"tp is {tp}; expected a divisor of {name} = {size}")
+    if layout.ep > 1 and (not c.n_routed_experts or c.n_routed_experts % layout.ep):
+        raise PlanError(f"ep is {layout.ep}; expected a divisor of n_routed_experts = {c.n_routed_experts}")
+    if layout.pp > c.num_hidden_layers:
+        raise PlanError(f"pp is {layout.pp}; expected at most num_hidden_layers = {c.num_hidden_layers}")

@@ -1,0 +1,125 @@
+"""A rank's view of a checkpoint: the model asks for local layers and shapes, and gets its slices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from farthing.model.config import ModelConfig
+from farthing.model.deepseek import routers_of
+from farthing.model.source import WeightSource
+from farthing.ops import RouterSpec, Weight
+from farthing.ops.weights import FP8_BLOCK
+from farthing.parallel.plan import Cut, Place, ShardPlan
+
+
+class ShardedSource:
+    """Renames local layers to the checkpoint's and cuts what tensor parallelism cuts.
+
+    Safetensors slices of a mapped file: only the bytes of the slice are read.
+    """
+
+    def __init__(self, source: WeightSource, plan: ShardPlan, place: Place) -> None:
+        self._source, self._plan, self._place = source, plan, place
+        self._first = plan.stages[place.stage].start
+        self._local = len(plan.stages[place.stage])
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has the tensor and this rank reads it."""
+        name = self._global(name)
+        return (
+            self._source.has(name)
+            and name in self._plan.shapes
+            and self._plan.cut(name, self._place) is not None
+        )
+
+    def holds(self, module: str) -> bool:
+        """Whether this rank computes an expert; a shared one belongs to one group of tp ranks."""
+        if module.endswith("shared_experts"):
+            return self._place.local < self._plan.layout.tp
+        return self._plan.cut(f"{self._global(module)}.gate_proj.weight", self._place) is not None
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A plain parameter, or the slice of it. The plan's shape is checked, `shape` is the local one."""
+        name, cut = self._cut(name)
+        value = self._source.tensor(name, self._plan.shapes[name])
+        return value if cut.dim is None else value.narrow(cut.dim, cut.start, cut.stop - cut.start)
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """A matrix, or the slice of it, in its stored format where the slice allows."""
+        name, cut = self._cut(f"{module}.weight")
+        rows, columns = self._plan.shapes[name]
+        weight = self._source.weight(name.removesuffix(".weight"), (rows, columns))
+        return weight if cut.dim is None else cut_weight(weight, cut)
+
+    def _cut(self, name: str) -> tuple[str, Cut]:
+        name = self._global(name)
+        cut = self._plan.cut(name, self._place)
+        assert cut is not None, f"rank {self._place.rank} does not hold {name}"
+        return name, cut
+
+    def _global(self, name: str) -> str:
+        if not name.startswith("model.layers."):
+            return name
+        parts = name.split(".")
+        local = int(parts[2])
+        # Layers behind the stage's own are MTP layers.
+        hidden = self._plan.config.num_hidden_layers
+        parts[2] = str(local + self._first if local < self._local else hidden + local - self._local)
+        return ".".join(parts)
+
+
+def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
+    """The config of the model a rank builds: its layers, its heads, its part of dense and shared experts."""
+    c, tp = plan.config, plan.layout.tp
+    last = place.stage == plan.layout.pp - 1
+    return replace(
+        c,
+        num_hidden_layers=len(plan.stages[place.stage]),
+        num_nextn_predict_layers=c.num_nextn_predict_layers if last else 0,
+        num_attention_heads=c.num_attention_heads // tp,
+        intermediate_size=c.intermediate_size // tp,
+        vocab_size=c.vocab_size // tp,
+    )
+
+
+def local_routers(
+    plan: ShardPlan, place: Place, routers: list[RouterSpec | None] | None
+) -> list[RouterSpec | None]:
+    """The routers of a rank's layers, from those of the whole model."""
+    routers = routers or routers_of(plan.config)
+    mtp = routers[plan.config.num_hidden_layers :] if place.stage == plan.layout.pp - 1 else []
+    return [routers[i] for i in plan.stages[place.stage]] + mtp
+
+
+def cut_weight(weight: Weight, cut: Cut) -> Weight:
+    """Rows (dim 0) or columns (dim 1) of a stored matrix; dense where a scale's block would be torn."""
+    assert cut.dim is not None
+    start, size = cut.start, cut.stop - cut.start
+    if weight.format == "dense":
+        return Weight("dense", weight.data.narrow(cut.dim, start, size))
+    assert weight.scale is not None
+    if weight.format == "fp8":
+        unit = FP8_BLOCK
+    elif weight.format == "int4" and cut.dim == 1:
+        unit = weight.group_size
+    else:
+        unit = 1
+    inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the whole slice in one block
+    torn = start % unit and not inside
+    if weight.format == "int4" and cut.dim == 1:
+        torn = torn or bool(size % unit and not inside) or bool(start % 2 or size % 2)
+    if torn:
+        return Weight("dense", weight.dequantize().narrow(cut.dim, start, size))
+    if weight.format == "int8":
+        scale = weight.scale.narrow(0, start, size) if cut.dim == 0 else weight.scale
+        return Weight("int8", weight.data.narrow(cut.dim, start, size), scale)
+    packed = 2 if weight.format == "int4" and cut.dim == 1 else 1
+    data = weight.data.narrow(cut.dim, start // packed, size // packed)
+
+    def part(t: Tensor) -> Tensor:
+        return t.narrow(cut.dim or 0, start // unit, (cut.stop - 1) // unit - start // unit + 1)
+
+    zero = None if weight.zero_point is None else part(weight.zero_point)
+    return Weight(weight.format, data, part(weight.scale), zero)

@@ -1,0 +1,83 @@
+"""Models spread over processes give the tokens of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from farthing.model import DeepseekModel, ModelConfig, load
+from farthing.model.load import random_parameters
+from farthing.ops import make_batch, select
+from farthing.parallel.cluster import ParallelModel, RankFailed, RankOptions
+from farthing.parallel.plan import Layout
+from tests.model.test_inspect import TINY
+
+RAW = TINY | dict(num_experts_per_tok=3, topk_group=2, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(RAW))
+    save_file(random_parameters(ModelConfig.from_json(RAW), seed=7), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def greedy(model: DeepseekModel | ParallelModel, steps: int = 12) -> tuple[list[int], list[int]]:
+    """(tokens, drafts) of a prompt, through the paged cache."""
+    ids = torch.tensor([5, 9, 11, 2, 30])
+    cache = model.new_cache(4, 8, "float32")
+    tokens, drafts, start, step = [], [], 0, ids
+    with torch.inference_mode():
+        for _ in range(steps):
+            batch = make_batch([len(step)], [start], [[0, 1, 2, 3]], 8)
+            hidden = model.forward(step, batch, cache)
+            start += len(step)
+            values, top, total = model.top_logits(hidden[-1:], 1)
+            logits = model.logits(hidden[-1:])
+            assert int(logits.argmax()) == int(top)
+            torch.testing.assert_close(values[:, 0], logits.max(-1).values)
+            torch.testing.assert_close(total, logits.logsumexp(-1))
+            following = torch.cat((step[1:], top[0]))
+            drafted = model.draft(following, hidden, batch, cache)
+            drafts.append(int(model.draft_top_logits(drafted[-1:], 1)[1]))
+            step = top[0]
+            tokens.append(int(step))
+    return tokens, drafts
+
+
+LAYOUTS = [Layout(t, p, e) for t in (1, 2) for p in (1, 2) for e in (1, 2) if t * p * e > 1]
+FAST = Layout(2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=() if x == FAST else pytest.mark.slow, id=repr(x)) for x in LAYOUTS]
+)
+def test_same_tokens_as_one_rank(checkpoint: Path, layout: Layout) -> None:
+    expected = greedy(load(checkpoint, select("reference")))
+    model = ParallelModel(RankOptions(checkpoint, layout, "reference", torch.float32, 1))
+    try:
+        assert greedy(model) == expected
+    finally:
+        model.close()
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_replica_with_a_clear_error(checkpoint: Path) -> None:
+    model = ParallelModel(RankOptions(checkpoint, Layout(2, 2), "reference", torch.float32, 1))
+    try:
+        greedy(model, 2)
+        os.kill(next(iter(model._workers.values()))[0].pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(RankFailed, match=r"rank 0 of 4 ended with exit code -9"):
+            while time.monotonic() - began < 10:
+                greedy(model, 2)
+        assert time.monotonic() - began < 10
+    finally:
+        model.close()
