@@ -21,6 +21,7 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import (
     CompletionOutput,
     FinishReason,
+    Logprob,
     Request,
     RequestMetrics,
     RequestOutput,
@@ -87,6 +88,10 @@ def tiny_engine(**config: Any) -> Engine:
     """The real engine over the tiny model; shut it down."""
     defaults = {"max_num_seqs": 64, "num_blocks": 1024, "block_size": 4, "max_num_batched_tokens": 256}
     return Engine(tiny_model(), EngineConfig(**(defaults | config)), tokenizer())
+
+
+def _certain(token: int) -> dict[int, Logprob]:
+    return {token: Logprob(0.0, 1)}
 
 
 class ScriptedEngine:
@@ -164,13 +169,22 @@ class ScriptedEngine:
 
     def _say(self, stream: RequestStream, text: str, reason: FinishReason | None) -> None:
         ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        request, params = stream.request, stream.request.params
         outputs = [
-            CompletionOutput(i, text, list(ids), finish_reason=reason) for i in range(stream.request.params.n)
+            CompletionOutput(
+                i,
+                text,
+                list(ids),
+                logprobs=None if params.logprobs is None else [_certain(token) for token in ids],
+                finish_reason=reason,
+            )
+            for i in range(params.n)
         ]
-        request = stream.request
         output = RequestOutput(
             request.request_id, None, request.prompt_token_ids, outputs, reason is not None, RequestMetrics()
         )
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = [None, *map(_certain, request.prompt_token_ids[1:])]
         deliver([(stream, output)])
 
     def chat_prompt(self, messages: Any, tools: Any = None, **kwargs: Any) -> str:
