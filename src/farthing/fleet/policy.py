@@ -95,7 +95,7 @@ class PolicyConfig:
         _check("latency_factor", self.latency_factor, "above 1", self.latency_factor > 1)
 
     def stabilized(self, window_s: float = 300.0) -> PolicyConfig:
-        """The variant with a window for the 0.6 rule: down to the largest `required` of the last 5 minutes."""
+        """The variant with a window for the 0.6 rule: down to the largest `required` of 5 minutes."""
         return replace(self, scale_down_below=1.0, stabilization_s=window_s)
 
 
@@ -249,7 +249,9 @@ class Policy:
         stepped = state.step_time is not None and now - state.step_time < lead
         lasting = state.breach_since is not None and now - state.breach_since >= config.latency_for_s
         if lasting and not stepped:
-            state.step_time, state.step_target = now, _ceil(config.latency_factor * max(1, snapshot.current))
+            # those that serve now were too few; replicas that start already count towards the step
+            serving = snapshot.ready if snapshot.ready is not None else snapshot.current
+            state.step_time, state.step_target = now, _ceil(config.latency_factor * max(1, serving))
             stepped = True
         if not stepped:
             return None

@@ -1,0 +1,158 @@
+"""How far the load outgrows a point forecast within a cold start: running quantiles of the past.
+
+A policy with a cold start of L seconds needs a bound on the *peak* of the load within the next L
+seconds, not on one point of it. So the growth of the peak over the forecast is observed,
+
+    g(t) = max load over (t - L, t]  /  point forecast made at t - L,
+
+and its q-quantile over a trailing window widens the forecast made now. This is split-conformal
+prediction with a moving window: coverage follows the data, whatever made the point forecast. Three
+habits of service loads bound it: the load tends back to its recent mean, a steep slope goes on for a
+while, and records are rare (`ceiling`).
+
+Shapes: N = steps of the grid, B = runs side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GrowthConfig:
+    """Settings of the growth bound; times in seconds."""
+
+    quantile: float = 0.9
+    window_s: float = 86400.0  # of growths that are remembered
+    prior: float = 1.25  # growth assumed while nothing has been seen
+    reversion: float = 0.2  # weight of the recent mean in the point forecast
+    reversion_s: float = 3600.0  # window of that mean
+    trend: float = 0.2  # share of the cold start over which a steep slope is assumed to go on
+    trend_s: float = 300.0  # window of the slope
+    trend_above: float = 0.25  # a slope counts as steep when it moves the load by this much in 600 s
+    fast_s: float = 60.0  # windows of the two means the load is read from: the slow one, unless
+    slow_s: float = 180.0  # the fast one departs from it by more than `depart`
+    depart: float = 0.06
+    ceiling: float = 0.8  # the bound stays below this times the highest load remembered; 0 switches it off
+    ceiling_s: float = 172800.0  # how long a highest load is remembered
+    ceiling_after_s: float = 21600.0  # the ceiling counts only when this much has been seen
+    refresh_s: float = 600.0  # the quantile is computed anew this often
+
+    def __post_init__(self) -> None:
+        _accept("quantile", self.quantile, 0.5 <= self.quantile < 1, "[0.5, 1)")
+        for name in ("reversion", "trend"):
+            _accept(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "[0, 1]")
+        for name in (
+            "window_s",
+            "prior",
+            "reversion_s",
+            "trend_s",
+            "fast_s",
+            "slow_s",
+            "ceiling_s",
+            "refresh_s",
+        ):
+            _accept(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+
+
+def _accept(name: str, value: float, good: bool, accepted: str) -> None:
+    if not good:
+        raise ValueError(f"GrowthConfig.{name} = {value}: {accepted} is accepted")
+
+
+def trailing_mean(values: Floats, steps: int) -> Floats:
+    """[N, B] mean of the last `steps` rows, of fewer at the beginning."""
+    total = np.cumsum(np.concatenate([np.zeros((1, values.shape[1])), values]), axis=0)
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(0, last - max(1, steps))
+    return np.asarray((total[last] - total[first]) / (last - first)[:, None], dtype=np.float64)
+
+
+def trailing_max(values: Floats, steps: int) -> Floats:
+    """[N, B] maximum of the last `steps` rows, by doubling: O(N log steps)."""
+    steps = max(1, min(steps, len(values)))
+    out, width = values.copy(), 1
+    while width < steps:
+        shift = min(width, steps - width)
+        out[shift:] = np.maximum(out[shift:], out[:-shift].copy())
+        width += shift
+    return out
+
+
+def trailing_slope(values: Floats, steps: int, step_s: float) -> Floats:
+    """[N, B] least-squares slope a second over the last `steps` rows (the first row stands in for earlier
+    ones).
+    """
+    if steps < 2:
+        return np.zeros_like(values)
+    offset = np.arange(steps) - (steps - 1) / 2
+    weight = offset / ((offset**2).sum() * step_s)
+    padded = np.concatenate([np.repeat(values[:1], steps - 1, axis=0), values])
+    columns = [np.convolve(padded[:, lane], weight[::-1], mode="valid") for lane in range(values.shape[1])]
+    return np.stack(columns, axis=1)
+
+
+def steady_load(raw: Floats, step_s: float, config: GrowthConfig) -> Floats:
+    """[N, B] the load without most of its noise: the slow mean, or the fast one where the two disagree."""
+    fast = trailing_mean(raw, round(config.fast_s / step_s))
+    slow = trailing_mean(raw, round(config.slow_s / step_s))
+    return np.where(np.abs(fast - slow) > config.depart * slow, fast, slow)
+
+
+def point_forecast(raw: Floats, load: Floats, step_s: float, lead_s: float, config: GrowthConfig) -> Floats:
+    """[N, B] the last value, drawn to the recent mean and along a steep slope: a forecast without a model."""
+    mean = trailing_mean(load, round(config.reversion_s / step_s))
+    point = (1 - config.reversion) * load + config.reversion * mean
+    slope = trailing_slope(raw, round(config.trend_s / step_s), step_s)
+    steep = np.abs(slope) * 600 > config.trend_above * load
+    moved = point + np.where(steep, config.trend * slope * lead_s, 0.0)
+    return np.maximum(moved, 0.5 * load)
+
+
+def growth_bound(load: Floats, point: Floats, step_s: float, lead_s: float, config: GrowthConfig) -> Floats:
+    """[N, B] upper bound on the peak of the load within `lead_s`, from what is known at each step.
+
+    `load` [N, B] is observed, `point` [N, B] the forecast made at each step. Nothing of a later step enters.
+    """
+    lead = max(1, round(lead_s / step_s))
+    growth = np.full(load.shape, config.prior)
+    if lead < len(load):
+        peaks = trailing_max(load, lead)
+        growth[lead:] = peaks[lead:] / np.maximum(point[:-lead], 1e-9)
+    bound = point * _running_quantile(growth, step_s, config)
+    if config.ceiling > 0:
+        bound = np.minimum(bound, _ceiling(load, step_s, config))
+    return np.asarray(np.maximum(bound, load), dtype=np.float64)
+
+
+def _running_quantile(growth: Floats, step_s: float, config: GrowthConfig) -> Floats:
+    """[N, B] quantile over the trailing window, refreshed now and then; the prior stands for what is not
+    seen.
+    """
+    stride = max(1, round(60 / step_s))  # growths of neighbouring steps say the same: one a minute will do
+    sparse = growth[::stride]
+    window = max(1, round(config.window_s / (step_s * stride)))
+    filled = np.concatenate([np.full((window - 1, growth.shape[1]), config.prior), sparse])
+    windows = sliding_window_view(filled, window, axis=0)  # [n, B, window]
+    every = max(1, round(config.refresh_s / (step_s * stride)))
+    at = np.arange(0, len(sparse), every)
+    rank = min(window - 1, int(np.ceil(config.quantile * window)) - 1)
+    out = np.empty((len(at), growth.shape[1]))
+    for begin in range(0, len(at), 256):
+        rows = windows[at[begin : begin + 256]]
+        out[begin : begin + 256] = np.partition(rows, rank, axis=-1)[..., rank]
+    return np.repeat(out, every * stride, axis=0)[: len(growth)]
+
+
+def _ceiling(load: Floats, step_s: float, config: GrowthConfig) -> Floats:
+    """[N, B] what the bound may not pass: infinite until enough has been seen."""
+    smooth = trailing_mean(load, max(1, round(300 / step_s)))
+    highest = trailing_max(smooth, round(config.ceiling_s / step_s)) * config.ceiling
+    highest[: min(len(load), round(config.ceiling_after_s / step_s))] = np.inf
+    return highest

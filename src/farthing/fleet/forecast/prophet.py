@@ -1,0 +1,120 @@
+"""The mid-term forecaster: Prophet (library), day-level, with holidays and scheduled events."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farthing.fleet.series import DAY_S, Series
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A scheduled event: `days` after `date` (ISO) included, and every date it happens or happened."""
+
+    name: str
+    dates: tuple[str, ...]  # "2026-11-27", past ones to learn from and coming ones to forecast
+    days_before: int = 0
+    days_after: int = 0
+
+    def __post_init__(self) -> None:
+        for date in self.dates:
+            try:
+                datetime.fromisoformat(date)
+            except ValueError as error:
+                raise ValueError(f"Event {self.name!r}: date {date!r}: YYYY-MM-DD is accepted") from error
+
+
+@dataclass(frozen=True)
+class ProphetConfig:
+    """What Prophet is told; the defaults are tuned for service loads."""
+
+    country: str | None = None  # "US", "DE", …: public holidays of the library `holidays`
+    events: tuple[Event, ...] = ()
+    changepoint_prior_scale: float = 0.05
+    seasonality_prior_scale: float = 10.0
+    multiplicative: bool = True
+    daily_order: int = 12
+    weekly_order: int = 20
+    log: bool = False  # forecast log(1 + value): for multiplicative noise
+    history_s: float = field(default=120 * DAY_S)  # older values are not used
+
+
+class ProphetForecaster:
+    """`fit` on a series, `predict` on a grid after it. Deterministic; works offline."""
+
+    def __init__(self, config: ProphetConfig | None = None) -> None:
+        self.config = config or ProphetConfig()
+        self._model: Any = None
+        self._step_s, self._end = 0.0, 0.0
+
+    def fit(self, series: Series) -> ProphetForecaster:
+        """Raises ValueError below two days of history, ModuleNotFoundError without the library."""
+        if len(series) * series.step_s < 2 * DAY_S:
+            raise ValueError(f"{series.name}: Prophet needs two days of history or more")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.getLogger("prophet").setLevel(logging.ERROR)
+            logging.getLogger("cmdstanpy").setLevel(logging.ERROR)
+            import pandas
+            from prophet import Prophet
+
+            recent = series.tail(max(2, round(self.config.history_s / series.step_s)))
+            weeks = len(recent) * recent.step_s / (7 * DAY_S)
+            model = Prophet(
+                growth="linear" if weeks >= 3 else "flat",
+                changepoint_prior_scale=self.config.changepoint_prior_scale,
+                seasonality_prior_scale=self.config.seasonality_prior_scale,
+                seasonality_mode="multiplicative" if self.config.multiplicative else "additive",
+                holidays=self._holidays(pandas),
+                interval_width=0.8,  # its upper edge is the 0.9 quantile
+                uncertainty_samples=200,
+                yearly_seasonality=False,
+                weekly_seasonality=self.config.weekly_order if weeks >= 2 else False,
+                daily_seasonality=self.config.daily_order,
+            )
+            if self.config.country:
+                model.add_country_holidays(country_name=self.config.country)
+            values = np.log1p(recent.values) if self.config.log else recent.values
+            model.fit(pandas.DataFrame({"ds": _dates(recent.times), "y": values}), seed=0)
+        self._model, self._step_s, self._end = model, series.step_s, series.end
+        return self
+
+    def predict(self, steps: int) -> tuple[Floats, Floats]:
+        """([steps], [steps]) median and 0.9 quantile of the steps after the fitted series."""
+        if self._model is None:
+            raise ValueError("ProphetForecaster.predict: fit it first")
+        import pandas
+
+        times = self._end + self._step_s * np.arange(steps, dtype=np.float64)
+        np.random.seed(0)
+        table = self._model.predict(pandas.DataFrame({"ds": _dates(times)}))
+        p50, p90 = (np.asarray(table[name], dtype=np.float64) for name in ("yhat", "yhat_upper"))
+        if self.config.log:
+            p50, p90 = np.expm1(p50), np.expm1(p90)
+        return np.maximum(p50, 0.0), np.maximum(p90, np.maximum(p50, 0.0))
+
+    def _holidays(self, pandas: Any) -> Any:
+        rows = [
+            {
+                "holiday": event.name,
+                "ds": pandas.Timestamp(date),
+                "lower_window": -event.days_before,
+                "upper_window": event.days_after,
+            }
+            for event in self.config.events
+            for date in event.dates
+        ]
+        return pandas.DataFrame(rows) if rows else None
+
+
+def _dates(times: Floats) -> list[datetime]:
+    return [datetime.fromtimestamp(float(t), UTC).replace(tzinfo=None) for t in times]

@@ -1,0 +1,39 @@
+"""From a trace file to the replay's JSON document and picture, whatever kind of trace it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from farthing.fleet.replay.requests import replay_requests
+from farthing.fleet.replay.run import POLICIES, Progress, ReplayConfig, base_of, replay
+from farthing.fleet.replay.trace import EXAMPLE, RequestTrace, read_trace
+
+__all__ = ["ReplayConfig", "replay_file"]
+
+
+def replay_file(
+    path: Path | None,
+    policies: str,
+    config: ReplayConfig,
+    picture: Path | None = None,
+    progress: Progress = lambda text: None,
+) -> dict[str, Any]:
+    """Replay the trace at `path` (None: the example) against `policies` ("all" or names by comma)."""
+    names = POLICIES if policies.strip() == "all" else tuple(name.strip() for name in policies.split(","))
+    for name in names:
+        base_of(name)
+    trace = read_trace(path if path is not None else EXAMPLE)
+    if isinstance(trace, RequestTrace):
+        if picture is not None:
+            raise ValueError(
+                f"{trace.name}: pictures are drawn of rate traces, this one holds single requests"
+            )
+        return replay_requests(trace, names, config, progress)
+    document, runs, made = replay(trace, names, config, progress)
+    if picture is not None:
+        from farthing.fleet.replay.picture import draw
+
+        progress("picture")
+        draw(made, runs, picture)
+    return document

@@ -1,0 +1,135 @@
+"""Scaling policies over lanes: ours (the same rule as `fleet.policy`, tested against it), and the peers'.
+
+Shapes: T = ticks, B = lanes. `load` is the trailing 60 s rate at each tick, what a metrics server would
+report.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from farthing.fleet.replay.rate import Floats, Ints, View
+
+
+def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:
+    """ceil(load / (u·C)), forgiving the rounding of the division; [T, B] or [B]."""
+    return np.ceil(load / (utilization * capacity) - 1e-9).astype(np.int64)
+
+
+@dataclass
+class FarthingRule:
+    """`fleet.policy.Policy` for many lanes: the maximum of the levels, up at once, down by the rule.
+
+    `planned` [T, B] is the maximum of the forecast levels and the load's own need, known from the load alone;
+    the backlog term and the latency rule follow from the queue.
+    """
+
+    planned: Ints
+    load: Floats  # [T, B]
+    capacity: float
+    lead_s: float
+    tick_s: float
+    scale_down_below: float = 0.6
+    stabilization_s: float = 0.0
+    min_replicas: int = 1
+    max_replicas: int = 1_000_000
+    realtime: bool = True
+    drain_s: float = 60.0
+    latency_threshold_s: float = 0.2
+    latency_for_s: float = 30.0
+    latency_factor: float = 1.5
+
+    def __post_init__(self) -> None:
+        lanes = self.planned.shape[1]
+        self.start: Ints = np.maximum(self.min_replicas, self.planned[0])
+        self._breach = np.full(lanes, np.inf)  # when the present breach began
+        self._step_time = np.full(lanes, -np.inf)
+        self._step_target = np.zeros(lanes, np.int64)
+        self._recent: deque[Ints] = deque(maxlen=int(self.stabilization_s // self.tick_s) + 1)
+        self._calm = True  # no lane has a breach or a step under way
+
+    def decide(self, view: View) -> Ints:
+        required = self.planned[view.tick]
+        if self.realtime and (not self._calm or view.backlog.any()):
+            required = np.maximum(required, self._from_queue(view))
+        wanted = required
+        if self.stabilization_s > 0:
+            self._recent.append(required)
+            wanted = np.maximum.reduce(list(self._recent))
+        if self.scale_down_below < 1:
+            down = np.where(wanted < self.scale_down_below * view.current, wanted, view.current)
+        else:
+            down = np.minimum(wanted, view.current)
+        if view.now < self.stabilization_s:  # no scale-down until a whole window has been seen
+            down = view.current
+        target = np.where(required >= view.current, required, down)
+        return np.asarray(np.clip(target, self.min_replicas, self.max_replicas), dtype=np.int64)
+
+    def _from_queue(self, view: View) -> Ints:
+        load = self.load[view.tick] + view.backlog / max(self.drain_s, self.lead_s)
+        need = np.where(view.backlog > 0, needed(load, 1.0, self.capacity), 0)
+        breached = view.wait > self.latency_threshold_s
+        self._breach = np.where(breached, np.minimum(self._breach, view.now), np.inf)
+        stepped = view.now - self._step_time < self.lead_s
+        lasting = view.now - self._breach >= self.latency_for_s  # False where there is no breach
+        step = lasting & ~stepped
+        self._step_time = np.where(step, view.now, self._step_time)
+        raised = np.ceil(self.latency_factor * np.maximum(1, view.ready) - 1e-9).astype(np.int64)
+        self._step_target = np.where(step, raised, self._step_target)
+        active = stepped | step
+        self._calm = not bool(breached.any() or active.any())
+        return np.asarray(np.maximum(need, np.where(active, self._step_target, 0)), dtype=np.int64)
+
+
+@dataclass
+class HpaRule:
+    """The Kubernetes HPA v2 on an external rate metric (AverageValue): tolerance, sync period, stabilization.
+
+    Defaults are the controller's: tolerance 0.1, scale-up by the larger of 100 % and 4 pods a 15 s,
+    scale-down to the largest recommendation of 300 s. `poll_s` is how old a metric may be (KEDA
+    polls every 30 s). `backlog_s` above 0 adds the backlog, to be worked off in that time, to the
+    metric.
+    """
+
+    load: Floats  # [T, B]
+    utilization: Floats | float
+    capacity: float
+    tick_s: float
+    tolerance: float = 0.1
+    window_s: float = 300.0
+    poll_s: float = 15.0
+    backlog_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.start: Ints = np.maximum(1, needed(self.load[0], self.utilization, self.capacity))
+        self._recent: deque[Ints] = deque(maxlen=int(self.window_s // self.tick_s) + 1)
+        self._metric: Floats = self.load[0]
+
+    def decide(self, view: View) -> Ints:
+        if view.now % self.poll_s < self.tick_s:
+            extra = view.backlog / self.backlog_s if self.backlog_s > 0 else 0.0
+            self._metric = self.load[view.tick] + extra
+        ratio = self._metric / (self.utilization * self.capacity)
+        steady = np.abs(ratio / np.maximum(view.current, 1) - 1) <= self.tolerance
+        wanted = np.where(steady, view.current, np.ceil(ratio - 1e-9)).astype(np.int64)
+        self._recent.append(wanted)
+        highest = np.maximum.reduce(list(self._recent))
+        target = np.where(wanted > view.current, wanted, np.minimum(view.current, highest))
+        limit = np.maximum(2 * view.current, view.current + 4)
+        return np.asarray(np.maximum(1, np.minimum(target, limit)), dtype=np.int64)
+
+
+@dataclass
+class FixedRule:
+    """A given number of replicas at every tick [T, B]: static provisioning, or the oracle's demand."""
+
+    plan: Ints
+
+    def __post_init__(self) -> None:
+        self.start: Ints = self.plan[0]
+
+    def decide(self, view: View) -> Ints:
+        return np.asarray(self.plan[view.tick], dtype=np.int64)

@@ -1,0 +1,192 @@
+"""A fleet at rate level: load flows in, replicas drain it, many runs ("lanes") at once.
+
+Shapes: B = lanes (seeds, or seeds x settings), T = ticks (decisions), S = sub-steps a tick. The queue
+is a fluid: within a sub-step the load and the replicas are constant, so a backlog grows or shrinks on a
+line, and the share of arrivals that wait longer than the SLO follows exactly. A replica is billed from
+its launch and serves after the load time; one that is taken away while it still starts ends at once, a
+ready one is billed for `drain_s` more. A failed replica is replaced by a launch at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the world is like, the same for every policy."""
+
+    capacity: float  # load units a second of one replica
+    load_time_s: float = 600.0  # launch to ready
+    tick_s: float = 15.0  # time between decisions
+    substeps: int = 3  # of a tick
+    drain_s: float = 30.0  # a ready replica that is taken away is billed this much longer
+    wait_slo_s: float = 2.0
+    failures_per_day: float = 0.0  # of one ready replica
+
+    def __post_init__(self) -> None:
+        for name in ("capacity", "tick_s", "wait_slo_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Setting.{name} = {getattr(self, name)}: a number above 0 is needed")
+        for name in ("load_time_s", "drain_s", "failures_per_day"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Setting.{name} = {getattr(self, name)}: 0 or more is needed")
+        if self.substeps < 1:
+            raise ValueError(f"Setting.substeps = {self.substeps}: 1 or more is needed")
+
+    @property
+    def dt(self) -> float:
+        return self.tick_s / self.substeps
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy may see at a tick; arrays are [B]."""
+
+    tick: int
+    now: float
+    current: Ints  # launched and not ended: ready and starting
+    ready: Ints
+    backlog: Floats  # load units that wait
+    wait: Floats  # seconds that a request arriving now waits
+
+
+class Rule(Protocol):
+    """A policy over lanes. `start` is what is ready at time 0."""
+
+    start: Ints
+
+    def decide(self, view: View) -> Ints: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of each lane [B], and the replicas of lane 0 at every tick [T] for a picture."""
+
+    instance_hours: Floats
+    slo: Floats
+    changes: Ints
+    direction_changes: Ints
+    ready: Ints
+    current: Ints
+
+
+class _Pool:
+    """Ready and starting replicas of every lane; starting ones lie in a ring by the tick of readiness."""
+
+    def __init__(self, start: Ints, load_ticks: int) -> None:
+        self.ready = start.astype(np.int64).copy()
+        self.starting = np.zeros_like(self.ready)
+        self.ring = np.zeros((max(1, load_ticks), len(start)), np.int64)
+        self.instant = load_ticks == 0
+
+    def arrive(self, tick: int) -> None:
+        slot = self.ring[tick % len(self.ring)]
+        if slot.any():
+            self.ready += slot
+            self.starting -= slot
+            slot[:] = 0
+
+    def launch(self, tick: int, count: Ints) -> None:
+        if self.instant:
+            self.ready += count
+            return
+        self.ring[tick % len(self.ring)] += count  # this slot comes round after the load time
+        self.starting += count
+
+    def take_away(self, tick: int, count: Ints) -> Ints:
+        """End `count` replicas, the newest starting ones first; returns how many ready ones went, [B]."""
+        early = np.minimum(count, self.starting)
+        for lane in np.flatnonzero(early):
+            left = int(early[lane])
+            for back in range(len(self.ring)):
+                slot = (tick - back) % len(self.ring)
+                gone = min(left, int(self.ring[slot, lane]))
+                self.ring[slot, lane] -= gone
+                left -= gone
+                if left == 0:
+                    break
+        self.starting -= early
+        ripe = count - early
+        self.ready -= ripe
+        return ripe
+
+
+def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Result:
+    """Run `rule` against `load` [T·S, B] (load units a second at every sub-step). Ends with whole ticks."""
+    steps, lanes = load.shape
+    ticks = steps // setting.substeps
+    load_ticks = round(setting.load_time_s / setting.tick_s)
+    pool = _Pool(np.maximum(0, rule.start), load_ticks)
+    backlog, good = np.zeros(lanes), np.zeros(lanes)
+    billed, drained = np.zeros(lanes), np.zeros(lanes)
+    changes, turns, direction = (np.zeros(lanes, np.int64) for _ in range(3))
+    ready0, current0 = np.zeros(ticks, np.int64), np.zeros(ticks, np.int64)
+    by_tick = load[: ticks * setting.substeps].reshape(ticks, setting.substeps, lanes)
+    peaks, sums = by_tick.max(axis=1), by_tick.sum(axis=1) * setting.dt
+    random = np.random.default_rng(seed)
+    risk = setting.failures_per_day * setting.tick_s / 86400
+    zero = np.zeros(lanes)
+    for tick in range(ticks):
+        pool.arrive(tick)
+        if risk > 0:
+            dead = random.binomial(pool.ready, risk)
+            pool.ready -= dead
+            pool.launch(tick, dead)
+        current = pool.ready + pool.starting
+        queued = bool(backlog.any())
+        wait = backlog / np.maximum(pool.ready * setting.capacity, 1e-9) if queued else zero
+        target = rule.decide(View(tick, tick * setting.tick_s, current, pool.ready, backlog, wait))
+        delta = target - current
+        if delta.any():
+            sign = np.sign(delta)
+            changes += sign != 0
+            turns += (sign != 0) & (direction != 0) & (sign != direction)
+            direction = np.where(sign != 0, sign, direction)
+            if (delta < 0).any():
+                drained += pool.take_away(tick, np.maximum(-delta, 0)) * setting.drain_s
+            if (delta > 0).any():
+                pool.launch(tick, np.maximum(delta, 0))
+        rate: Floats = pool.ready.astype(np.float64) * setting.capacity
+        if not queued and bool((peaks[tick] <= rate).all()):
+            good += sums[tick]
+        else:
+            for step in range(setting.substeps):
+                backlog, share = _flow(backlog, by_tick[tick, step], rate, setting)
+                good += share * by_tick[tick, step] * setting.dt
+        billed += (pool.ready + pool.starting) * setting.tick_s
+        ready0[tick], current0[tick] = pool.ready[0], pool.ready[0] + pool.starting[0]
+    total = sums.sum(axis=0)
+    return Result(
+        instance_hours=(billed + drained) / 3600,
+        slo=np.where(total > 0, good / np.maximum(total, 1e-12), 1.0),
+        changes=changes,
+        direction_changes=turns,
+        ready=ready0,
+        current=current0,
+    )
+
+
+def _flow(backlog: Floats, load: Floats, rate: Floats, setting: Setting) -> tuple[Floats, Floats]:
+    """One sub-step of the fluid queue: the new backlog [B] and the share of arrivals within the SLO [B]."""
+    after = np.maximum(0.0, backlog + (load - rate) * setting.dt)
+    safe = np.maximum(rate, 1e-9)
+    first, last = backlog / safe, after / safe
+    low, high = np.minimum(first, last), np.maximum(first, last)
+    share = np.clip((setting.wait_slo_s - low) / np.maximum(high - low, 1e-12), 0.0, 1.0)
+    return after, np.where(high <= setting.wait_slo_s, 1.0, np.where(low >= setting.wait_slo_s, 0.0, share))
+
+
+def trailing_mean(values: Floats, steps: int) -> Floats:
+    """[N, B] mean of the last `steps` rows, of fewer at the beginning."""
+    total = np.cumsum(np.concatenate([np.zeros((1, values.shape[1])), values]), axis=0)
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(0, last - max(1, steps))
+    return np.asarray((total[last] - total[first]) / (last - first)[:, None])

@@ -1,0 +1,249 @@
+"""Replays of a rate trace: the load, what each policy knows of it, and the table of outcomes.
+
+Shapes: T = ticks, S = sub-steps a tick, B = lanes (seeds; while tuning, utilizations x seeds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from farthing.fleet.forecast.growth import (
+    GrowthConfig,
+    growth_bound,
+    point_forecast,
+    steady_load,
+    trailing_mean,
+)
+from farthing.fleet.replay.oracle import demand, oracle_hours
+from farthing.fleet.replay.plan import PlanConfig, day_plan
+from farthing.fleet.replay.policies import FarthingRule, FixedRule, HpaRule, needed
+from farthing.fleet.replay.rate import Floats, Ints, Result, Rule, Setting, simulate
+from farthing.fleet.replay.trace import rate_load
+from farthing.fleet.series import Series
+
+POLICIES = (
+    "farthing",
+    "farthing-stabilized",
+    "farthing-lean",
+    "short",
+    "mid",
+    "realtime",
+    "hpa",
+    "hpa-tuned",
+    "keda",
+    "static",
+    "oracle",
+)
+TUNABLE = ("farthing", "farthing-stabilized", "farthing-lean", "hpa", "keda")
+STABILIZED = {"farthing-stabilized": 300.0, "farthing-lean": 120.0}
+GRID = tuple(round(0.4 + 0.02 * k, 2) for k in range(28))
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What is replayed; `capacity` None: the trace's mean load needs `mean_replicas` replicas."""
+
+    utilization: float = 0.7
+    load_time_s: float = 600.0
+    capacity: float | None = None
+    mean_replicas: float = 20.0
+    seeds: int = 5
+    noise: float = 0.1
+    price_per_hour: float = 1.0
+    slo_target: float = 0.995  # tuned policies reach it on the first half
+    second_half: bool = False  # report the second half only
+    drain_s: float = 30.0
+    wait_slo_s: float = 2.0
+    failures_per_day: float = 0.0
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization = {self.utilization}: a number in (0, 1] is needed")
+        if self.capacity is not None and not self.capacity > 0:
+            raise ValueError(f"capacity = {self.capacity}: a number above 0 is needed")
+        if self.seeds < 1:
+            raise ValueError(f"seeds = {self.seeds}: 1 or more is needed")
+        if not self.noise >= 0:
+            raise ValueError(f"noise = {self.noise}: 0 or more is needed")
+
+
+def base_of(name: str) -> str:
+    """The policy under a possible `-tuned`. Raises ValueError naming the policies there are."""
+    base = name.removesuffix("-tuned")
+    if base not in POLICIES or (base != name and base not in TUNABLE):
+        tuned = ", ".join(f"{policy}-tuned" for policy in TUNABLE)
+        raise ValueError(f"policy {name!r}: known are {', '.join(POLICIES)}, {tuned}")
+    return base
+
+
+class Replay:
+    """One trace made ready: its load, the forecasts made along it, and runs of policies against it."""
+
+    def __init__(self, series: Series, config: ReplayConfig, progress: Progress = lambda text: None) -> None:
+        if len(series) < 4:
+            raise ValueError(f"{series.name}: {len(series)} steps; a replay needs four or more")
+        mean = float(series.values.mean())
+        if mean <= 0:
+            raise ValueError(f"{series.name}: the load is zero everywhere; nothing to replay")
+        self.series, self.config, self.progress = series, config, progress
+        capacity = config.capacity if config.capacity is not None else mean / config.mean_replicas
+        slow = series.step_s > 600  # a slow trace needs no decision every 15 s
+        self.setting = Setting(
+            capacity=capacity,
+            load_time_s=config.load_time_s,
+            tick_s=60.0 if slow else 15.0,
+            substeps=6 if slow else 3,
+            drain_s=config.drain_s,
+            wait_slo_s=config.wait_slo_s,
+            failures_per_day=config.failures_per_day,
+        )
+        load = rate_load(series, self.setting.dt, config.seeds, config.noise)
+        self.ticks = len(load) // self.setting.substeps
+        self.load: Floats = load[: self.ticks * self.setting.substeps]
+        self._know()
+
+    def _know(self) -> None:
+        """What can be known at each tick: the trailing rate, the bound on the next peak, the day plan; [T,
+        B].
+        """
+        setting, config = self.setting, self.config
+        means = self.load.reshape(self.ticks, setting.substeps, -1).mean(axis=1)
+        raw = np.concatenate([means[:1], means[:-1]])  # at a tick the last whole one is known
+        lead = config.load_time_s + setting.tick_s
+        self.rate = trailing_mean(raw, round(60 / setting.tick_s))
+        self.progress("short-term bound")
+        steady = steady_load(raw, setting.tick_s, config.growth)
+        point = point_forecast(raw, steady, setting.tick_s, lead, config.growth)
+        self.bound = growth_bound(steady, point, setting.tick_s, lead, config.growth)
+        self.progress("day plan")
+        plan = day_plan(self.series, self.ticks, setting.tick_s, lead, config.plan)[:, None]
+        self.floor = np.where(np.isnan(plan), self.rate, plan)
+
+    def span(self, half: int | None) -> slice:
+        """Ticks of the first (0) or second (1) half, or all (None)."""
+        middle = self.ticks // 2
+        return {None: slice(0, self.ticks), 0: slice(0, middle), 1: slice(middle, self.ticks)}[half]
+
+    def rule(self, name: str, utilization: Floats, span: slice) -> Rule:
+        """The policy over lanes of `utilization` [B]; B is a multiple of the seeds."""
+        copies = len(utilization) // self.config.seeds
+        capacity, tick_s = self.setting.capacity, self.setting.tick_s
+        rate = np.tile(self.rate[span], (1, copies))
+        if name == "hpa":
+            return HpaRule(rate, utilization, capacity, tick_s)
+        if name == "keda":
+            return HpaRule(rate, utilization, capacity, tick_s, poll_s=30.0, backlog_s=60.0)
+        if name == "static":
+            peak = needed(rate.max(axis=0), utilization, capacity)
+            return FixedRule(np.broadcast_to(peak, rate.shape))
+        if name == "oracle":
+            return FixedRule(self._oracle_demand(span, copies, float(utilization[0])))
+        bound = np.tile(self.bound[span], (1, copies))
+        floor = np.tile(self.floor[span], (1, copies))
+        parts = {"short": (bound,), "mid": (floor,), "realtime": (rate,)}.get(name, (bound, floor, rate))
+        planned = needed(parts[0], utilization, capacity)
+        for part in parts[1:]:
+            planned = np.maximum(planned, needed(part, utilization, capacity))
+        window = STABILIZED.get(name, 0.0)
+        return FarthingRule(
+            planned,
+            rate,
+            capacity,
+            self.config.load_time_s,
+            tick_s,
+            scale_down_below=1.0 if window else 0.6,
+            stabilization_s=window,
+            realtime=name not in ("short", "mid"),
+        )
+
+    def _oracle_demand(self, span: slice, copies: int, utilization: float) -> Ints:
+        per_step = demand(self._part(span), self.setting.dt, self.setting.capacity, utilization)
+        per_tick = per_step.reshape(-1, self.setting.substeps, per_step.shape[1]).max(axis=1)
+        return np.tile(per_tick, (1, copies))
+
+    def _part(self, span: slice) -> Floats:
+        steps = self.setting.substeps
+        return self.load[span.start * steps : span.stop * steps]
+
+    def run(self, name: str, utilizations: list[float], half: int | None = None) -> Result:
+        """Lanes are utilizations x seeds, seeds the faster index."""
+        span = self.span(half)
+        lanes = np.repeat(np.array(utilizations), self.config.seeds)
+        load = np.tile(self._part(span), (1, len(utilizations)))
+        oracle = name == "oracle"
+        setting = replace(self.setting, load_time_s=0.0, drain_s=0.0) if oracle else self.setting
+        return simulate(load, self.rule(name, lanes, span), setting)
+
+    def oracle(self, utilization: float, half: int | None = None) -> Floats:
+        """[seeds] instance-hours of the oracle."""
+        load = self._part(self.span(half))
+        setting = self.setting
+        return oracle_hours(load, setting.dt, setting.capacity, utilization, setting.load_time_s)
+
+    def curve(
+        self, name: str, grid: tuple[float, ...] = GRID, half: int | None = None
+    ) -> list[tuple[float, float, float]]:
+        """(utilization, SLO, instance-hours), means over the seeds, by rising utilization."""
+        result = self.run(name, list(grid), half)
+        slo = result.slo.reshape(len(grid), -1).mean(axis=1)
+        hours = result.instance_hours.reshape(len(grid), -1).mean(axis=1)
+        return [(u, float(s), float(h)) for u, s, h in zip(grid, slo, hours, strict=True)]
+
+    def tune(self, name: str, half: int | None = 0) -> float:
+        """The cheapest utilization of the grid that meets the SLO target; the lowest where none does."""
+        good = [(hours, u) for u, slo, hours in self.curve(name, half=half) if slo >= self.config.slo_target]
+        return min(good)[1] if good else GRID[0]
+
+    def outcome(self, name: str) -> tuple[dict[str, Any], Result]:
+        """The row of one policy (means over the seeds) and the run it comes from."""
+        base = base_of(name)
+        half = 1 if self.config.second_half else None
+        utilization = self.tune(base) if name != base else self.config.utilization
+        result = self.run(base, [utilization], half)
+        hours = self.oracle(utilization, half) if base == "oracle" else result.instance_hours
+        row = {
+            "instance_hours": float(hours.mean()),
+            "slo": float(result.slo.mean()),
+            "changes": float(result.changes.mean()),
+            "direction_changes": float(result.direction_changes.mean()),
+            "cost": float(hours.mean()) * self.config.price_per_hour,
+            "utilization": utilization,
+        }
+        return row, result
+
+
+def replay(
+    series: Series,
+    policies: tuple[str, ...] = POLICIES,
+    config: ReplayConfig | None = None,
+    progress: Progress = lambda text: None,
+) -> tuple[dict[str, Any], dict[str, Result], Replay]:
+    """Replay `series` against `policies`: the JSON document, the runs (for a picture), and the replay
+    itself.
+    """
+    for name in policies:
+        base_of(name)
+    config = config or ReplayConfig()
+    made = Replay(series, config, progress)
+    rows, runs = {}, {}
+    for name in policies:
+        progress(name)
+        rows[name], runs[name] = made.outcome(name)
+    span = made.span(1 if config.second_half else None)
+    hours = (span.stop - span.start) * made.setting.tick_s / 3600
+    document = {
+        "trace": series.name,
+        "hours": hours,
+        "capacity": made.setting.capacity,
+        "load_time_s": config.load_time_s,
+        "seeds": config.seeds,
+        "policies": rows,
+    }
+    return document, runs, made
