@@ -1,0 +1,37 @@
+"""The shape of a finding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["ok", "info", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One finding. ok: as it should be; info: a fact; warn: could do more; fail: serving will not work."""
+
+    group: str
+    name: str
+    status: Status
+    detail: str
+    advice: str = ""  # what to do about it
+    data: dict[str, Any] = field(default_factory=dict)  # the same as numbers, for --json
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All findings, in order."""
+
+    checks: Sequence[Check]
+
+    @property
+    def healthy(self) -> bool:
+        """Nothing failed."""
+        return all(check.status != "fail" for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """{"healthy", "checks": [{group, name, status, detail, advice, data}]}."""
+        return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}

@@ -1,0 +1,43 @@
+"""All checks in the order a reader wants them."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from farthing.doctor import machine, software
+from farthing.doctor.check import Check, Report
+
+
+def examine(measure: bool = True) -> Report:
+    """Look at the machine. measure: also the memory's bandwidth, which takes a moment and every core."""
+    checks = chain(
+        machine.check_processor(),
+        machine.check_memory(measure),
+        machine.check_gpus(),
+        software.check_python(),
+        software.check_native(),
+        software.check_compilers(),
+        software.check_extras(),
+        software.check_energy(),
+        [_backend()],
+    )
+    return Report(list(checks))
+
+
+def _backend() -> Check:
+    """What `--backend auto` resolves to, by building it."""
+    try:
+        from farthing.ops import select
+
+        ops = select()
+    except (ImportError, RuntimeError, OSError) as error:
+        return Check(group="serving", name="backend", status="fail", detail=str(error), advice="see above")
+    slow = ops.name.startswith("reference")
+    return Check(
+        group="serving",
+        name="backend",
+        status="warn" if slow else "ok",
+        detail=f"auto resolves to {ops.name}",
+        advice="build the CPU kernels, or use a GPU: the reference ops are slow" if slow else "",
+        data={"backend": ops.name},
+    )

@@ -1,0 +1,153 @@
+"""Python, the native kernels, compilers, optional extras, and what a command needs of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from farthing.cost import Prices, open_meter
+from farthing.doctor.check import Check
+
+COMPILERS = ("c++", "g++", "clang++", "cmake", "ninja")
+EXTRAS = {
+    "structured": "JSON schemas and grammars",
+    "gpu": "the GPU backend and NVML energy",
+    "fleet": "forecasts, gateway and Kubernetes",
+    "compress": "compressed-tensors and ONNX export",
+    "train": "training curves",
+}
+
+
+def check_python() -> Iterator[Check]:
+    """The interpreter and torch."""
+    good = sys.version_info >= (3, 11)
+    yield Check(
+        group="software",
+        name="python",
+        status="ok" if good else "fail",
+        detail=sys.version.split()[0],
+        advice="" if good else "install Python 3.11 or newer",
+    )
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        found = ""
+    yield Check(
+        group="software",
+        name="torch",
+        status="ok" if found else "fail",
+        detail=found or "not installed",
+        advice="" if found else "pip install 'torch>=2.9'",
+    )
+
+
+def check_native() -> Iterator[Check]:
+    """Whether the C++ kernels are there; without them the slow reference ops serve."""
+    compiler = any(shutil.which(name) for name in COMPILERS[:3])
+    try:
+        module = import_module("farthing._native")
+        problem = ""
+    except ImportError as error:
+        module, problem = None, str(error)
+    hint = "pip install --force-reinstall --no-deps farthing" + (
+        "" if compiler else " (needs a C++ compiler)"
+    )
+    yield Check(
+        group="software",
+        name="cpu kernels",
+        status="ok" if module is not None else "warn",
+        detail=f"built ({Path(str(module.__file__)).name})" if module is not None else f"missing: {problem}",
+        advice="" if module is not None else f"serving works, slowly; {hint}",
+    )
+
+
+def check_compilers() -> Iterator[Check]:
+    """Only needed to build from source."""
+    found = {name: _version_of(name) for name in COMPILERS if shutil.which(name)}
+    compiler = next((name for name in COMPILERS[:3] if name in found), None)
+    yield Check(
+        group="software",
+        name="compilers",
+        status="info",
+        detail=", ".join(f"{name} {text}".strip() for name, text in found.items()) or "none",
+        advice="" if compiler else "only to build from source: install g++ or clang++ (C++20)",
+        data={"found": found},
+    )
+
+
+def check_extras() -> Iterator[Check]:
+    """Every optional extra: complete, or what it lacks."""
+    for extra, needed in extras().items():
+        if extra not in EXTRAS:
+            continue
+        missing = [name for name in needed if not _installed(name)]
+        yield Check(
+            group="extras",
+            name=extra,
+            status="info" if missing else "ok",
+            detail=EXTRAS[extra] + (f"; missing {', '.join(missing)}" if missing else ""),
+            advice=f"pip install 'farthing[{extra}]'" if missing else "",
+            data={"missing": missing},
+        )
+
+
+def check_energy() -> Iterator[Check]:
+    """Where the joules in the accounts come from."""
+    machine = Prices.load().machine("gpu" if _has_gpu() else "cpu")
+    source = open_meter(machine).source
+    estimated = "estimated" in source
+    yield Check(
+        group="cost",
+        name="energy",
+        status="info" if estimated else "ok",
+        detail=source + (f" from the declared watts of {machine.hardware.name}" if estimated else ""),
+        advice="RAPL needs a readable /sys/class/powercap, NVML needs nvidia-ml-py" if estimated else "",
+        data={"source": source},
+    )
+
+
+def extras() -> dict[str, list[str]]:
+    """{extra: package names} as the installed metadata declares them; {} where it is not installed."""
+    try:
+        declared = requires("farthing") or []
+    except PackageNotFoundError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in declared:
+        extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
+        name = re.match(r"[A-Za-z0-9._-]+", line)
+        if extra and name and name.group() != "farthing":
+            found.setdefault(extra.group(1), []).append(name.group())
+    return found
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def _version_of(program: str) -> str:
+    """The first version number a program prints; "" where it prints none."""
+    try:
+        run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"\d+(\.\d+)+", run.stdout)
+    return found.group() if found else ""

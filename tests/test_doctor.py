@@ -1,0 +1,99 @@
+"""`farthing doctor`: what it finds, what it advises, and its exit status."""
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from farthing.cli.doctor import app
+from farthing.doctor import Check, Report, machine, software
+
+run = CliRunner()
+
+
+def by_name(checks: Any) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def test_the_command_prints_one_json_document() -> None:
+    result = run.invoke(app, ["--no-measure", "--json"])
+    document = json.loads(result.stdout)
+    assert result.exit_code == 0 and document["healthy"]
+    names = {check["name"] for check in document["checks"]}
+    assert {"cpu", "instruction sets", "size", "python", "torch", "cpu kernels", "energy", "backend"} <= names
+    assert "read bandwidth" not in names
+    assert all(check["status"] in ("ok", "info", "warn", "fail") for check in document["checks"])
+
+
+def test_the_table_shows_every_finding_and_its_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        Check(group="a", name="good", status="ok", detail="is [there]"),
+        Check(group="b", name="bad", status="fail", detail="is missing", advice="install it"),
+    ]
+    monkeypatch.setattr("farthing.doctor.examine", lambda measure: Report(found))
+    result = run.invoke(app, [])
+    assert result.exit_code == 1, "something failed: serving will not work"
+    for text in ("is [there]", "is missing", "install it"):
+        assert text in result.stdout
+
+
+def test_instruction_sets_are_read_from_the_system(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name : A Fine CPU\nflags : fpu avx2 fma avx512f avx512_vnni\n")
+    found = by_name(machine.check_processor(cpuinfo))
+    assert "A Fine CPU" in found["cpu"].detail
+    assert found["instruction sets"].data["instruction_sets"] == ["avx2", "fma", "avx512f", "avx512_vnni"]
+    assert found["instruction sets"].status == "ok"
+
+
+def test_without_native_kernels_numpy_measures_and_the_advice_says_how(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "farthing._native", None)
+    rate, how = machine.read_bandwidth(1)
+    assert rate > 0 and "numpy" in how
+    found = by_name(software.check_native())["cpu kernels"]
+    assert found.status == "warn" and "--force-reinstall" in found.advice
+
+
+def test_a_missing_torch_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise software.PackageNotFoundError(name)
+
+    monkeypatch.setattr(software, "version", version)
+    found = by_name(software.check_python())
+    assert found["torch"].status == "fail" and "torch" in found["torch"].advice
+    assert not Report(list(found.values())).healthy
+
+
+def test_extras_are_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared = ["torch>=2.9", 'pytest>=8 ; extra == "train"', 'no-such-thing>=1; extra == "fleet"']
+    monkeypatch.setattr(software, "requires", lambda name: declared)
+    assert software.extras() == {"train": ["pytest"], "fleet": ["no-such-thing"]}
+    found = by_name(software.check_extras())
+    assert found["train"].status == "ok"
+    assert found["fleet"].data["missing"] == ["no-such-thing"]
+    assert found["fleet"].advice == "pip install 'farthing[fleet]'"
+
+
+def test_no_compiler_is_said_and_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = by_name(software.check_compilers())["compilers"]
+    assert found.status == "info" and found.detail == "none" and "g++" in found.advice
+
+
+def test_a_machine_without_torch_is_still_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def no_torch(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "torch":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_torch)
+    assert list(machine.check_gpus()) == []
+    assert by_name(software.check_energy())["energy"].data["source"]
