@@ -16,7 +16,7 @@ E4M3_MAX = 448.0
 def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """W [N, K] floating -> (float8_e4m3fn [N, K], float32 scale_inv [ceil(N/block), ceil(K/block)]).
 
-    `ue8m0` rounds each scale up to a power of two, as DeepSeek-V3.1 stores them. A block of zeros gets scale 1.
+    `ue8m0` rounds each scale up to a power of two, as DeepSeek-V3.1 stores them. A zero block gets scale 1.
     """
     _check_matrix("w", w)
     if not w.is_floating_point():
@@ -36,7 +36,7 @@ def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple
 def dequantize_blocks(
     w8: Tensor, scale_inv: Tensor, block: int = BLOCK, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The inverse: (w8 [N, K] E4M3, scale_inv float32) -> W [N, K] in `dtype` (the product is taken in float32)."""
+    """The inverse: (w8 [N, K] E4M3, scale_inv float32) -> W [N, K] in `dtype`, multiplied in float32."""
     _check_matrix("w8", w8)
     expected = (-(-w8.shape[0] // block), -(-w8.shape[1] // block))
     if tuple(scale_inv.shape) != expected:

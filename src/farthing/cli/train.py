@@ -48,9 +48,7 @@ def reference(
       farthing train reference --out /tmp/quick --tokens 200000 --set muon_lr=0.03
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
-    os.environ.setdefault(
-        "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192"
-    )  # one entry a matrix shape; no recompiling
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one a matrix shape
     from farthing.train.reference import train_reference
 
     if minutes is None and tokens is None:

@@ -1,4 +1,4 @@
-"""Training text: the Python standard library's own sources, split into train and held-out, tokenized and packed."""
+"""Training text: the Python standard library's sources, split in train and held-out, tokenized, packed."""
 
 from __future__ import annotations
 
@@ -63,16 +63,17 @@ def find_sources(root: Path | None = None) -> list[Document]:
 
 
 def split(documents: Sequence[Document], every: int = 25) -> tuple[list[Document], list[Document]]:
-    """(train, held-out): a file is held out when its hash is 0 modulo `every` and no other file is nearly equal.
+    """(train, held-out): a file is held out if its hash is 0 modulo `every` and no other is nearly equal.
 
-    Nearly equal means that more than half of its distinct lines of 20 characters or more stand in one other file:
-    such a file would be known from training, so it is trained on instead.
+    Nearly equal means that more than half of its distinct lines of 20 characters or more stand in one other
+    file: such a file would be known from training, so it is trained on instead.
     """
     owners: dict[str, set[int]] = defaultdict(set)
     for i, document in enumerate(documents):
         for line in _long_lines(document.text):
             owners[line].add(i)
-    train, held = [], []
+    train: list[Document] = []
+    held: list[Document] = []
     for i, document in enumerate(documents):
         digest = int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8], "big")
         lucky = digest % every == 0 and not _nearly_equal_to_another(i, document.text, owners)
@@ -128,8 +129,8 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarr
 class PackedBatches:
     """Endless shuffled batches of windows cut from the concatenated documents.
 
-    Every pass shuffles the documents, joins them, cuts windows of the wanted length and shuffles those. All is
-    a function of (seed, pass number, window length), so `state_dict` is three integers.
+    Every pass shuffles the documents, joins them, cuts windows of the wanted length and shuffles those. All
+    of it is a function of (seed, pass number, window length), so `state_dict` is four integers.
     """
 
     def __init__(self, documents: Sequence[np.ndarray[Any, np.dtype[np.uint16]]], seed: int = 0) -> None:
@@ -141,14 +142,14 @@ class PackedBatches:
         self._starts: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, np.int64)
 
     def next(self, sequences: int, length: int) -> Tensor:
-        """[sequences, length + 1] int64; neighbouring windows of a pass share one token (target, then input)."""
+        """[sequences, length + 1] int64; neighbouring windows of a pass share one token."""
         if self.tokens <= length + 1:
             raise ValueError(f"{self.tokens} tokens of text are too few for windows of {length}")
         if length != self.length and self.length:
             self.passes, self.index = self.passes + 1, 0
         if length != self.length or not self._starts.size:
             self._cut(length)
-        rows = []
+        rows: list[np.ndarray[Any, np.dtype[np.uint16]]] = []
         while len(rows) < sequences:
             if self.index == len(self._starts):
                 self.passes, self.index = self.passes + 1, 0

@@ -1,10 +1,9 @@
-"""The training model <-> a Hugging Face DeepSeek-V3 checkpoint directory (bfloat16 or DeepSeek FP8 blocks)."""
+"""The training model <-> a Hugging Face DeepSeek-V3 checkpoint directory, bfloat16 or DeepSeek FP8 blocks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def is_quantized(name: str) -> bool:
 
 
 def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
-    """Storage dtypes: FP8 blocks with `_scale_inv` for projections, float32 for routers, bfloat16 for the rest."""
+    """Storage dtypes: FP8 blocks and `_scale_inv` for projections, float32 for routers, else bfloat16."""
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if is_quantized(name) and fp8:
@@ -138,11 +137,12 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
 
 
 def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: bool = True) -> int:
-    """Writes a checkpoint directory (each file replaced atomically); returns the bytes of the weights file."""
+    """Writes a checkpoint directory, the weights atomically; returns the bytes of the weights file."""
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / "model.safetensors.tmp"
     save_file(pack(to_tensors(model), fp8), temporary, metadata={"format": "pt"})
-    os.replace(temporary, out / "model.safetensors")
+    temporary.chmod(0o644)
+    temporary.replace(out / "model.safetensors")
     _write_json(out / "config.json", config_json(model.cfg, fp8))
     _write_json(
         out / "generation_config.json",

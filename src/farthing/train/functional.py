@@ -1,8 +1,10 @@
-"""Differentiable operations with hand-written gradients, because autograd's own cost several times more:
-the routed experts (tokens sorted by expert, one matrix product an expert), the head with its cross entropy, and
-causal attention on a CPU (torch's fused kernel is fast forward and slow backward there).
+"""Differentiable operations with hand-written gradients, because autograd's own cost several times more.
 
-Shapes: B sequences, H heads, T positions, N tokens, D hidden, E experts, K experts per token, I expert width, V vocabulary.
+The routed experts (tokens sorted by expert, one matrix product an expert), the head with its cross entropy,
+RMSNorm, and causal attention on a CPU, where torch's fused kernel is fast forward and slow backward.
+
+Shapes: B sequences, H heads, T positions, N tokens, D hidden, E experts, K experts per token, I expert width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ ROWS = 128  # experts' row counts are padded to multiples of this: a CPU compile
 
 
 def _sort_by_expert(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Token and weight of every padded row, the row of each slot [N, K], and the padded row count of each expert.
+    """Token and weight of every padded row, the row of each slot [N, K], and each expert's padded row count.
 
     Padding rows repeat token 0 with weight 0, so they add nothing to any sum or gradient.
     """
@@ -40,7 +42,7 @@ def _sort_by_expert(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor,
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """One loop over experts, so that an expert's rows stay in the cache from product to product. R padded rows."""
+    """One loop over experts, so that an expert's rows stay in the cache between products. R padded rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -94,15 +96,16 @@ def _spans(sizes: list[int]) -> list[tuple[int, slice]]:
 
 def _sum_slots(rows: Tensor, row: Tensor) -> Tensor:
     """sum_k rows[row[n, k]]: [R, D], [N, K] -> [N, D]. embedding_bag is the fused CPU kernel for it."""
-    return F.embedding_bag(row, rows, mode="sum")
+    out: Tensor = F.embedding_bag(row, rows, mode="sum")
+    return out
 
 
 def routed_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """sum_k weights[n, k] * down_e(silu(gate_e(x)) * up_e(x)), e = ids[n, k].
 
-    x [N, D]; weights [N, K] float32; ids [N, K] int64; gate_up [E, 2I, D]; down [E, D, I]. Returns [N, D] in x.dtype.
+    x [N, D]; weights [N, K] float32; ids [N, K]; gate_up [E, 2I, D]; down [E, D, I] -> [N, D] in x.dtype.
     """
-    out: Tensor = _RoutedExperts.apply(x, weights, ids, gate_up, down)
+    out: Tensor = _RoutedExperts.apply(x, weights, ids, gate_up, down)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -122,7 +125,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
             total -= picked.float().clamp_min(1e-30).log().sum()
             d_logits = probs.scatter_(1, targets[s, None], picked - 1)
             torch.mm(d_logits, head, out=d_hidden[s])
-            d_head += d_logits.T @ x[s]
+            if ctx.needs_input_grad[1]:
+                d_head += d_logits.T @ x[s]
         ctx.save_for_backward(d_hidden, d_head)
         ctx.scale, ctx.dtypes = 1.0 / N, (hidden.dtype, head.dtype)
         return total / N
@@ -137,7 +141,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 def fused_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
     """Mean cross entropy (nats) of softmax(hidden head^T). hidden [N, D], head [V, D], targets [N] int64."""
-    loss: Tensor = _FusedCrossEntropy.apply(hidden, head, targets, chunk)
+    loss: Tensor = _FusedCrossEntropy.apply(hidden, head, targets, chunk)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -185,7 +189,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int =
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out: Tensor = _CausalAttention.apply(q, k, v, scale, block)
+    out: Tensor = _CausalAttention.apply(q, k, v, scale, block)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -198,7 +202,8 @@ class _RMSNorm(torch.autograd.Function):
         normed = x32 * inverse
         ctx.save_for_backward(normed, inverse, weight)
         ctx.dtype = x.dtype
-        return (normed * weight).to(dtype)
+        out: Tensor = (normed * weight).to(dtype)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -212,6 +217,6 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """x / rms(x) * weight over the last dimension, computed in float32, returned in `dtype`. weight float32."""
-    out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    """x / rms(x) * weight over the last dimension, computed in float32, returned in `dtype`."""
+    out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
     return out

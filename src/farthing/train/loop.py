@@ -1,15 +1,15 @@
 """The training loop: any `nn.Module`, any batches, any loss; resumable, interruptible, with hooks.
 
-Time is the process's own CPU time divided by its threads, so a run that is paused (SIGSTOP) or shares its core
-keeps its schedule.
+Time is the process's own CPU time divided by its threads, so a run that is paused (SIGSTOP) or shares its
+core keeps its schedule.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -101,7 +101,7 @@ class Trainer:
     """Runs `micro_batches -> loss -> backward -> update` until the budget is spent.
 
     `micro_batches(trainer)` gives (batch, number of tokens) pairs for one step; `loss(model, batch, trainer)`
-    gives a dict whose "loss" is differentiated; `evaluate(model)` gives numbers for the record. The state file
+    gives a dict whose "loss" is differentiated; `evaluate(model)` gives numbers for the record. The file
     `state.pt` is replaced atomically; a run killed at any moment resumes from the last one.
     """
 
@@ -177,7 +177,7 @@ class Trainer:
         self.metrics = {"lr": factor}
         for batch, n in micro:
             losses = self.loss(self.model, batch, self)
-            (losses["loss"] / len(micro)).backward()  # type: ignore[no-untyped-call]
+            (losses["loss"] / len(micro)).backward()  # type: ignore[no-untyped-call,unused-ignore]
             for name, value in losses.items():
                 self.metrics[name] = self.metrics.get(name, 0.0) + float(value.detach()) / len(micro)
             self.tokens += n
@@ -190,10 +190,8 @@ class Trainer:
         self.step += 1
         self._tick()
         self._each(lambda h: h.after_step(self))
-        for name, value in self.metrics.items():
-            self._smooth[name] = (
-                value if name not in self._smooth else 0.95 * self._smooth[name] + 0.05 * value
-            )
+        for name, number in self.metrics.items():
+            self._smooth[name] = 0.95 * self._smooth.get(name, number) + 0.05 * number
 
     def record_point(self) -> None:
         """Evaluates (its time is not counted as training) and adds a line to the record."""
@@ -227,7 +225,7 @@ class Trainer:
         }
         temporary = self.state_path.with_suffix(".tmp")
         torch.save(state, temporary)
-        os.replace(temporary, self.state_path)
+        temporary.replace(self.state_path)
         (self.config.out / "record.json").write_text(json.dumps(self.record, indent=1))
         if self.on_save:
             self.on_save(self)
@@ -272,11 +270,8 @@ class Trainer:
             signal.signal(number, previous[number])
 
         previous: dict[int, Any] = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, stop)
-        except ValueError:  # not the main thread: nothing to catch there
-            previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+            previous = {int(n): signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 as it is trained: latent attention, auxiliary-loss-free routing, a multi-token-prediction layer.
+"""DeepSeek-V3 as it is trained: latent attention, auxiliary-loss-free routing, multi-token prediction.
 
 The forward reads like the papers (DeepSeek-V2 sec. 2.1 for attention, DeepSeek-V3 sec. 2.1.2 for routing and
 2.2 for multi-token prediction). Master weights are float32; matrix products run in `compute_dtype`.
@@ -56,8 +56,8 @@ class ModelConfig:
         eligible = self.topk_group * self.n_routed_experts // self.n_group
         if not 0 < self.num_experts_per_tok <= eligible:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and the {eligible} experts "
-                f"of topk_group={self.topk_group} groups"
+                f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and the {eligible} "
+                f"experts of topk_group={self.topk_group} groups"
             )
         if self.num_nextn_predict_layers not in (0, 1):
             raise ValueError(f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1")
@@ -138,7 +138,8 @@ class Attention(nn.Module):
         q = torch.cat((q_nope, rotate(q_pe, turn)), -1).transpose(1, 2)  # [B, H, T, nope + r]
         k = torch.cat((k_nope, k_pe), -1).transpose(1, 2)
         out = causal_attention(q, k, v.transpose(1, 2), cfg.qk_head_dim**-0.5)
-        return self.o_proj(out.transpose(1, 2).flatten(-2))
+        projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(-2))
+        return projected
 
 
 class MLP(nn.Module):
@@ -152,11 +153,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class Router(nn.Module):
-    """noaux_tc: sigmoid scores, a balancing bias that only steers the choice, top-k inside the best groups."""
+    """noaux_tc: sigmoid scores, a bias that only steers the choice, top-k inside the best groups."""
 
     e_score_correction_bias: Tensor
     load: Tensor
@@ -189,7 +191,8 @@ class Router(nn.Module):
         keep = group_score.topk(cfg.topk_group, dim=-1, sorted=False).indices
         dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, keep, False)
         choice = groups.masked_fill(dropped[..., None], float("-inf")).flatten(1)
-        return choice.topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+        ids: Tensor = choice.topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+        return ids
 
     @torch.no_grad()
     def rebalance(self, speed: float) -> Tensor:
@@ -218,7 +221,8 @@ class MoE(nn.Module):
         weights, ids = self.gate(flat)
         gate_up = self.gate_up.flatten(1, 2).to(dtype)  # [E, 2I, D]
         routed = routed_experts(flat.to(dtype), weights, ids, gate_up, self.down.to(dtype))
-        return routed.view_as(x) + self.shared_experts(x)
+        out: Tensor = routed.view_as(x) + self.shared_experts(x)
+        return out
 
 
 class Block(nn.Module):
@@ -234,11 +238,12 @@ class Block(nn.Module):
     def forward(self, h: Tensor, turn: Tensor) -> Tensor:
         """h [B, T, D] float32 -> [B, T, D] float32."""
         h = h + self.self_attn(self.input_layernorm(h), turn)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        out: Tensor = h + self.mlp(self.post_attention_layernorm(h))
+        return out
 
 
 class MTP(nn.Module):
-    """Predicts token i+2 from the trunk's output at i and the embedding of token i+1 (DeepSeek-V3 eq. 21-23)."""
+    """Token i+2 from the trunk's output at i and the embedding of token i+1 (DeepSeek-V3 eq. 21-23)."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -252,7 +257,8 @@ class MTP(nn.Module):
     def forward(self, h: Tensor, next_embedding: Tensor, turn: Tensor) -> Tensor:
         """h [B, T, D] after the trunk's final norm, next_embedding [B, T, D] -> normed hidden [B, T, D]."""
         x = self.eh_proj(torch.cat((self.enorm(next_embedding), self.hnorm(h)), -1))
-        return self.norm(self.block(x.float(), turn))
+        out: Tensor = self.norm(self.block(x.float(), turn))
+        return out
 
 
 class DeepSeekLM(nn.Module):
@@ -288,21 +294,23 @@ class DeepSeekLM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] -> hidden states after the final norm [B, T, D] in `compute_dtype`."""
         T = tokens.shape[1]
-        if T > self.turn.shape[0]:
+        if self.turn.shape[0] < T:
             raise ValueError(f"{T} positions exceed max_position_embeddings={self.turn.shape[0]}")
         h = F.embedding(tokens, self.embed_tokens)
         for layer in self.layers:
             h = layer(h, self.turn[:T])
-        return self.norm(h)
+        out: Tensor = self.norm(h)
+        return out
 
     def draft(self, hidden: Tensor, next_tokens: Tensor) -> Tensor:
-        """MTP hidden [B, T, D] for the token after `next_tokens` [B, T], from the trunk's `hidden` [B, T, D]."""
+        """MTP hidden [B, T, D] for the token after `next_tokens` [B, T], given the trunk's `hidden`."""
         return self._draft(hidden, F.embedding(next_tokens, self.embed_tokens))
 
     def _draft(self, hidden: Tensor, next_embedding: Tensor) -> Tensor:
         if self.mtp is None:
             raise ValueError("num_nextn_predict_layers=0: this model has no MTP layer")
-        return self.mtp(hidden, next_embedding, self.turn[: hidden.shape[1]])  # type: ignore[no-any-return]
+        out: Tensor = self.mtp(hidden, next_embedding, self.turn[: hidden.shape[1]])
+        return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in `compute_dtype`."""
@@ -311,11 +319,11 @@ class DeepSeekLM(nn.Module):
     def loss(
         self, tokens: Tensor, mtp_weight: float = 0.0, mtp_share: float = 1.0, mtp_greedy: bool = False
     ) -> dict[str, Tensor]:
-        """Training losses of tokens [B, T + 1], nats per token: {"loss": main + mtp_weight * mtp, "main", "mtp"}.
+        """Losses of tokens [B, T + 1] in nats per token: {"loss": main + mtp_weight * mtp, "main", "mtp"}.
 
-        The MTP loss is taken on the first `mtp_share` of the sequences: a fair sample of a shuffled batch, and
-        cheaper. Its targets are the text (DeepSeek-V3 eq. 24), or, with `mtp_greedy`, the trunk's own most likely
-        tokens, which is what a draft must hit to be accepted; then only the MTP layer learns from it.
+        The MTP loss is taken on the first `mtp_share` of the sequences: a fair sample of a shuffled batch,
+        and cheaper. Its targets are the text (DeepSeek-V3 eq. 24) or, with `mtp_greedy`, the trunk's own most
+        likely tokens, which is what a draft must hit to be accepted; then only the MTP layer learns from it.
         """
         head = self.head_weight.to(self.compute_dtype)
         hidden = self(tokens[:, :-1])
@@ -324,7 +332,7 @@ class DeepSeekLM(nn.Module):
             return {"loss": main, "main": main.detach()}
         rows = max(1, round(tokens.shape[0] * mtp_share))
         hidden, following, targets = hidden[:rows], tokens[:rows, 1:-1], tokens[:rows, 2:]
-        embedding = self.embed_tokens
+        embedding: Tensor = self.embed_tokens
         if mtp_greedy:
             hidden, head, embedding = hidden.detach(), head.detach(), embedding.detach()
             targets = F.linear(hidden[:, 1:], head).argmax(-1)

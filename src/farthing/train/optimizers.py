@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Quintic Newton-Schulz coefficients that push every singular value in (0, 1] to about 1 (Jordan et al., 2024).
+# Newton-Schulz coefficients that push every singular value in (0, 1] to about 1 (Jordan et al., 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -26,14 +26,15 @@ def orthogonalize(m: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    out: Tensor = x.mT if tall else x
+    return out
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized (Jordan et al., 2024). Takes parameters whose last two dimensions are matrices.
+    """Momentum, orthogonalized (Jordan et al., 2024), for parameters whose last two dimensions are matrices.
 
-    The update of a [rows, cols] matrix has spectral norm about lr * sqrt(max(1, rows / cols)). Weight decay is
-    decoupled. Parameters of equal matrix shape are orthogonalized in one batch.
+    The update of a [rows, cols] matrix has spectral norm about lr * sqrt(max(1, rows / cols)). Weight decay
+    is decoupled. Parameters of equal matrix shape are orthogonalized in one batch.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class Muon(torch.optim.Optimizer):
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(matrices for Muon, the rest for AdamW): embeddings, heads, routers and vectors go to AdamW."""
-    muon, adam = [], []
+    muon: list[nn.Parameter] = []
+    adam: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         plain = p.ndim < 2 or any(part in name for part in ("embed_tokens", "lm_head", ".gate.weight"))
         (adam if plain else muon).append(p)

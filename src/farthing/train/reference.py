@@ -25,13 +25,13 @@ from farthing.train.optimizers import Muon, split_parameters
 class Recipe:
     """Every number of the run. Stages are (from this progress on, value)."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     heldout_every: int = 25
     muon_lr: float = 0.02
     muon_decay: float = 0.1
     adam_lr: float = 0.004
     adam_decay: float = 0.0
-    schedule: Schedule = Schedule(warmup=0.01, decay=0.5)
+    schedule: Schedule = dataclasses.field(default_factory=lambda: Schedule(warmup=0.01, decay=0.5))
     window_stages: tuple[tuple[float, int], ...] = ((0.0, 512), (0.5, 1024), (0.8, 2048))
     batch_stages: tuple[tuple[float, int], ...] = ((0.0, 8192),)
     micro_tokens: int = 8192
@@ -173,7 +173,7 @@ def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
 
 
 def write_heldout(documents: list[data.Document], path: Path, limit: int = 250_000) -> None:
-    """Held-out files, spread evenly over the sorted list, one {"path", "text"} a line, until about `limit` bytes."""
+    """Held-out files, spread over the sorted list, one {"path", "text"} a line, at most `limit` bytes."""
     small = [d for d in documents if len(d.text) <= 40_000]
     total = sum(len(d.text.encode()) for d in small)
     step = max(1, round(total / limit))
@@ -219,14 +219,13 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
         except json.JSONDecodeError:
             raise ValueError(f"--set {setting!r}: the value must be JSON, for example muon_lr=0.02") from None
         value = tuple(tuple(v) for v in value) if isinstance(value, list) else value
+        change: dict[str, Any] = {name: value}
         if name in own:
-            recipe = dataclasses.replace(recipe, **{name: value})
+            recipe = dataclasses.replace(recipe, **change)
         elif name in inner:
-            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **{name: value}))
+            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
         elif name in timing:
-            recipe = dataclasses.replace(
-                recipe, schedule=dataclasses.replace(recipe.schedule, **{name: value})
-            )
+            recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, **change))
         else:
             raise ValueError(
                 f"--set {setting!r}: unknown field; known: {', '.join(sorted(own | inner | timing))}"
@@ -235,7 +234,7 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
 
 
 def tune_allocator() -> None:
-    """Keeps freed memory in the process (glibc): page faults on fresh activations cost more than the arithmetic."""
+    """Keeps freed memory in the process (glibc): page faults on activations cost more than the arithmetic."""
     import ctypes
 
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
