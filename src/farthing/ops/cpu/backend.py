@@ -279,7 +279,7 @@ class CpuOps(Ops):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if k > MOST_FUSED_TOP:
             logits = self.logits(x, head, norm, eps)
-            values, ids = logits.sort(-1, descending=True, stable=True)
+            values, ids = logits.sort(dim=-1, descending=True, stable=True)
             return values[:, :k], ids[:, :k], logits.logsumexp(-1)
         x, norm = _rows(x), _vector(norm)
         tokens = x.shape[0]
