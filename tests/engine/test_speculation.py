@@ -223,10 +223,10 @@ def feed(gate: Gate, batch: int, plain: float, drafted: float, tokens: float, st
 
 def test_the_gate_keeps_what_pays_and_drops_what_does_not() -> None:
     gate = Gate()
-    good = feed(gate, batch=10, plain=1.0, drafted=1.3, tokens=1.7)
-    bad = feed(gate, batch=100, plain=1.0, drafted=1.9, tokens=1.7)
-    assert sum(good) > 180 and gate.pays(10)
-    assert sum(bad) < 20 and not gate.pays(100)
+    good = feed(gate, batch=10, plain=1.0, drafted=1.3, tokens=1.7, steps=1000)
+    bad = feed(gate, batch=100, plain=1.0, drafted=1.9, tokens=1.7, steps=1000)
+    assert sum(good) > 880 and gate.pays(10)
+    assert sum(bad) < 120 and not gate.pays(100)
     assert gate.break_even(100) == pytest.approx(1.9)
     # It keeps probing, and notices when the world has changed.
     assert sum(feed(gate, batch=100, plain=1.0, drafted=1.1, tokens=1.7, steps=1500)[1000:]) > 400

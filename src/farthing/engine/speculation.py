@@ -21,8 +21,8 @@ from farthing.engine.generation import Generation
 from farthing.engine.runner import Runner, Step
 from farthing.engine.sequence import Scheduled, Sequence, Status
 
-_WARMUP = 4  # steps of either kind before the gate judges
-_PROBE_EVERY, _PROBE_LENGTH = 64, 2  # steps after which the other kind is tried again, and for how long
+_WARMUP = 16  # steps of either kind before the gate judges
+_PROBE_EVERY, _PROBE_LENGTH = 128, 8  # steps after which the other kind is tried again, and for how long
 _PAUSE = 64  # tokens that a completion goes without drafts when they do not pay for it
 _DECAY = 0.1
 
@@ -110,7 +110,9 @@ class Speculator:
         """After a step is committed: set `drafts` of the sequences that go on."""
         batch = sum(item.seq.num_pending == 1 for item in plan)
         wanted = self.gate.wants(max(1, batch))
-        if not wanted and not self.gate.pays(max(1, batch)):
+        # The drafter always sees the prompt: without it a later probe finds its drafts worse than they are.
+        decoding = all(item.decode for item in plan)
+        if decoding and not wanted and not self.gate.pays(max(1, batch)):
             return
         warm = self.drafter.warm(plan, step, hidden)
         if not wanted:
