@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from farthing.cost import CostMeter, EstimatedMeter, Hardware, Machine, Usage
 from farthing.engine.stats import BUCKETS, Histogram, HistogramSnapshot, Snapshot
-from farthing.server.dashboard import Dashboard, History, mount, server_data
+from farthing.server.dashboard import Dashboard, History, server_data
 from farthing.server.dashboard.history import quantile
+from farthing.server.dashboard.router import mount
 from farthing.server.dashboard.site import assets
 
 KEY = "a-key"

@@ -158,6 +158,12 @@ def gateway(
     ] = "/health",
     api_key_file: Annotated[Path | None, typer.Option(help="Keys, `name:key` or a key on each line.")] = None,
     drain: Annotated[float, typer.Option(help="Seconds for requests under way after SIGTERM.")] = 60.0,
+    state: Annotated[
+        Path | None, typer.Option(help="The controller's state directory, shown on the dashboard.")
+    ] = None,
+    usd_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price of one replica, for the dashboard.")
+    ] = None,
 ) -> None:
     """One OpenAI-compatible address in front of many replicas."""
     from farthing.fleet.gateway import GatewayConfig
@@ -175,6 +181,8 @@ def gateway(
                 address=(host, port),
                 fd=fd,
                 api_key_file=api_key_file,
+                state=state,
+                usd_per_hour=usd_per_hour,
             )
         )
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Protocol
 
 from farthing.fleet.actuators.base import Actuator, ActuatorError, Board
-from farthing.fleet.decisions import Decision, DecisionLog, Forecast, Snapshot, read_log
+from farthing.fleet.decisions import (
+    FORECASTS,
+    Decision,
+    DecisionLog,
+    Forecast,
+    Snapshot,
+    read_log,
+    write_forecasts,
+)
 from farthing.fleet.metrics import FleetMetrics
 from farthing.fleet.policy import Policy, PolicyState
 from farthing.fleet.signals import Source
@@ -68,6 +76,7 @@ class Controller:
         self.metrics = metrics if metrics is not None else FleetMetrics()
         self.advise = advise
         self.log = DecisionLog(log_path)
+        self._forecasts = log_path.with_name(FORECASTS)
         self._state_path, self._saved_at = state_path, 0.0
         self._wall = wall
         self._known = _last_target(log_path)  # replicas asked for, as last read or decided
@@ -113,11 +122,13 @@ class Controller:
             return self.policy.decide(now, snapshot, current=current)
         self.outlook.observe(now, snapshot)
         self._maintain(now)
+        short, mid = self.outlook.short(now), self.outlook.mid(now)
+        write_forecasts(self._forecasts, self.policy.config.unit, short, mid)
         return self.policy.decide(
             now,
             snapshot,
-            self.outlook.short(now),
-            self.outlook.mid(now),
+            short,
+            mid,
             current=current,
             capacity=self.outlook.capacity(),
         )

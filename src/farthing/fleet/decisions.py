@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 Level = Literal["short", "mid", "realtime"]
 Action = Literal["up", "down", "hold"]
+FORECASTS = "forecasts.json"  # beside the log: the curves of the last turn, for the dashboard
 
 
 @dataclass(frozen=True)
@@ -185,3 +186,11 @@ def _whole(lines: Sequence[str] | deque[str]) -> Iterator[Decision]:
     for line in lines:
         if line.endswith("\n"):
             yield Decision.from_json(line)
+
+
+def write_forecasts(path: Path, unit: str, short: Forecast | None, mid: Forecast | None) -> None:
+    """Leave the forecasts of this turn for the dashboard, in one step."""
+    found = {name: asdict(f) for name, f in (("short", short), ("mid", mid)) if f is not None}
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(json.dumps({"unit": unit, "forecasts": found}))
+    scratch.replace(path)

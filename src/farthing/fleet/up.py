@@ -171,6 +171,7 @@ class LocalFleet:
 
     def _gateway_arguments(self) -> tuple[str, ...]:
         arguments = ["--replicas-file", str(self._file), "--health-path", self.config.local.health_path]
+        arguments += ["--state", str(self.config.fleet.state)]
         if self.config.api_key_file is not None:
             arguments += ["--api-key-file", str(self.config.api_key_file)]
         return tuple(arguments)

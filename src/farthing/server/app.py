@@ -15,7 +15,8 @@ import farthing
 from farthing.server.auth import ANONYMOUS
 from farthing.server.chat import chat, render
 from farthing.server.completions import complete
-from farthing.server.dashboard import assets, mount, service_data
+from farthing.server.dashboard import assets, service_data
+from farthing.server.dashboard.router import mount
 from farthing.server.errors import ApiError, describe_validation, send_error
 from farthing.server.jobs import ClientGone
 from farthing.server.limits import BodyLimit

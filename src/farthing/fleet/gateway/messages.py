@@ -45,6 +45,11 @@ class Request:
     def path(self) -> str:
         return self.target.split(b"?", 1)[0].decode("latin-1")
 
+    @property
+    def query(self) -> str:
+        """What stands behind the question mark."""
+        return self.target.partition(b"?")[2].decode("latin-1")
+
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header (name in lower case), None where it is absent."""
         return next((value for key, value in self.headers if key == name), None)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
 
 from farthing.fleet.gateway.replicas import GatewayConfig
-from farthing.fleet.gateway.server import Gateway
+from farthing.fleet.gateway.server import Gateway, Page
+
+if TYPE_CHECKING:
+    from farthing.server.dashboard.site import Dashboard
 
 log = logging.getLogger(__name__)
+
+_SAMPLE_S, _SAMPLES = 2.0, 1800  # the dashboard's points: an hour
 
 
 async def serve(
@@ -23,9 +32,12 @@ async def serve(
     address: tuple[str, int] = ("127.0.0.1", 8000),
     fd: int | None = None,
     api_key_file: Path | None = None,
+    state: Path | None = None,
+    usd_per_hour: float | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain.
 
+    state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: of one replica.
     Raises ValueError on bad keys or URLs, OSError on a taken port.
     """
     keys = None
@@ -33,7 +45,11 @@ async def serve(
         from farthing.server.auth import KeyRing
 
         keys = KeyRing.from_file(api_key_file)
-    gateway = Gateway(config, keys=keys, replicas_file=replicas_file)
+    from farthing.fleet.overview import fleet_data
+    from farthing.server.dashboard.site import Dashboard
+
+    dashboard = Dashboard(lambda: fleet_data(gateway, state, usd_per_hour), _SAMPLE_S, _SAMPLES)
+    gateway = Gateway(config, keys=keys, replicas_file=replicas_file, pages=pages_of(dashboard))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -43,7 +59,41 @@ async def serve(
         gateway.set_replicas(replicas)
     gc.collect()
     gc.freeze()  # what was imported lives for ever: a full collection need not look at it between two tokens
-    log.info("gateway on port %d", port)
+    log.info("gateway on port %d, dashboard at /", port)
+    sampling = asyncio.create_task(_sample(dashboard))
     await stop.wait()
+    sampling.cancel()
     broken = await gateway.stop()
     log.info("gateway ended; %d requests were broken off", broken)
+
+
+async def _sample(dashboard: Dashboard) -> None:
+    """In the event loop, where nothing changes under the sampler."""
+    while True:
+        try:
+            dashboard.sample()
+        except Exception:  # a page that cannot be drawn must not end a gateway
+            log.exception("the dashboard's source failed")
+        await asyncio.sleep(_SAMPLE_S)
+
+
+def pages_of(dashboard: Dashboard) -> Callable[[str, str], Page | None]:
+    """The dashboard's page and assets, open to all, and its numbers, which the keys guard."""
+    from farthing.server.dashboard.site import DATA_PATH, HEADERS
+
+    def pages(path: str, query: str) -> Page | None:
+        if path == DATA_PATH:
+            body = json.dumps(dashboard.document(_since(query))).encode()
+            return Page(body, "application/json", HEADERS, open=False)
+        asset = dashboard.asset(path)
+        return Page(asset.body, asset.content_type, HEADERS) if asset is not None else None
+
+    return pages
+
+
+def _since(query: str) -> float:
+    """`since=T` of a query; 0 where it is missing or no number."""
+    try:
+        return float(parse_qs(query)["since"][0])
+    except (KeyError, ValueError):
+        return 0.0

@@ -10,7 +10,8 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,21 @@ class Keys(Protocol):
     def check(self, header_value: str | None) -> str | None: ...
 
 
+@dataclass(frozen=True)
+class Page:
+    """An answer of the dashboard. open: shown without a key."""
+
+    body: bytes
+    content_type: str
+    headers: Mapping[str, str]
+    open: bool = True
+
+    def render(self) -> bytes:
+        """The whole answer."""
+        extra = self.headers.items()
+        return messages.response(200, self.body, content_type=self.content_type, extra=extra)
+
+
 class Gateway:
     """Serves one address for the replicas given by `set_replicas` or by a file that is watched."""
 
@@ -45,8 +61,11 @@ class Gateway:
         *,
         keys: Keys | None = None,
         replicas_file: Path | None = None,
+        pages: Callable[[str, str], Page | None] | None = None,
     ) -> None:
+        """pages(path, query): what is shown beside the API; a page may be guarded by the keys."""
         self.config = config or GatewayConfig()
+        self._pages = pages
         self.balancer = Balancer(self.config)
         self.metrics = GatewayMetrics(self.balancer)
         self.clients: set[ClientConnection] = set()
@@ -199,6 +218,9 @@ class Gateway:
             return messages.response(200 if ready else 503, body)
         if path == "/metrics":
             return messages.response(200, self.metrics.render(), content_type="text/plain; version=0.0.4")
+        page = self._page(request)
+        if page is not None and page.open:
+            return page.render()
         if self._keys is not None:
             header = request.header(b"authorization")
             if self._keys.check(header.decode("latin-1") if header else None) is None:
@@ -206,9 +228,17 @@ class Gateway:
                 return messages.error(
                     401, "a valid API key is needed: Authorization: Bearer KEY", extra=challenge
                 )
+        if page is not None:
+            return page.render()
         if path == "/fleet/replicas":
             return messages.response(200, json.dumps(self.state()).encode())
         return None
+
+    def _page(self, request: Request) -> Page | None:
+        """A page of the dashboard, where there is one and this asks for it."""
+        if self._pages is None or request.method != b"GET":
+            return None
+        return self._pages(request.path, request.query)
 
     def state(self) -> dict[str, Any]:
         """The replicas as the gateway sees them."""

@@ -1,6 +1,6 @@
 """The operations dashboard: one page, its assets, and the numbers it draws.
 
-    dashboard = mount(app, data, authorize=…)     # a FastAPI application: `/`, `/dashboard/…`
+    dashboard = router.mount(app, data, …)        # a FastAPI application: `/`, `/dashboard/…`
     Dashboard(data).start()                       # any other server: `asset(path)`, `document(since)`
 
 `data()` returns the numbers of this moment as plain JSON (see `source`); a sampler calls it once a second,
@@ -9,8 +9,7 @@ served to all; the numbers are behind the API's own keys.
 """
 
 from farthing.server.dashboard.history import History
-from farthing.server.dashboard.router import mount
 from farthing.server.dashboard.site import Dashboard, assets
 from farthing.server.dashboard.source import server_data, service_data
 
-__all__ = ["Dashboard", "History", "assets", "mount", "server_data", "service_data"]
+__all__ = ["Dashboard", "History", "assets", "server_data", "service_data"]

@@ -91,6 +91,11 @@ class Dashboard:
     ) -> None:
         self.stop()
 
+    def sample(self) -> None:
+        """Look at the source once; for a server that samples in its own event loop instead of `start`."""
+        with self._lock:
+            self._sample()
+
     def asset(self, path: str) -> Asset | None:
         """The file at a path of the server, None where there is none."""
         return assets().get(path)
@@ -109,8 +114,7 @@ class Dashboard:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                with self._lock:
-                    self._sample()
+                self.sample()
             except Exception:
                 log.exception("the dashboard's source failed")
             self._stop.wait(self._interval)

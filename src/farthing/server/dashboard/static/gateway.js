@@ -2,7 +2,7 @@
 /* global uPlot */
 import { Chart } from "./chart.js";
 import { Playground } from "./chat.js";
-import { clock, dollars, h, known, percent, seconds, short } from "./dom.js";
+import { clock, dollars, h, known, seconds, short } from "./dom.js";
 import { facts, Tile } from "./server.js";
 
 const HORIZONS = { "30 min": 1800, "3 h": 10800, "24 h": 86400 };
@@ -82,18 +82,18 @@ export class GatewayView {
   #tiles(data, points) {
     const { gauges } = data;
     const t = this.tiles;
-    t.load.show(short(gauges.load), data.unit ?? "requests/s");
+    t.load.show(short(gauges.load ?? points.last("requests_ps")), data.unit ?? "requests/s");
     t.replicas.show(short(gauges.ready), known(gauges.desired) ? `${short(gauges.desired)} asked for` : "",
       gauges.desired ? Math.min(1, gauges.ready / gauges.desired) : 0);
     t.waiting.show(short(gauges.waiting), known(gauges.running) ? `${short(gauges.running)} under way` : "");
     t.latency.show(seconds(points.last("ttfb_p50")), `95 % within ${seconds(points.last("ttfb_p95"))}`);
-    t.price.show(dollars(gauges.usd_per_hour), known(gauges.utilization) ? `busy ${percent(gauges.utilization)}` : "");
+    t.price.show(dollars(gauges.usd_per_hour), known(gauges.usd_per_million) ? `${dollars(gauges.usd_per_million)} per million tokens` : "");
   }
 
   #forecasts(data, columns) {
     const end = data.now + HORIZONS[this.horizon];
     const start = Math.max(columns.t[0], data.now - HORIZONS[this.horizon] / 2);
-    const tables = [[columns.t, columns.load ?? columns.t.map(() => null)]];
+    const tables = [[columns.t, columns.load ?? columns.requests_ps ?? columns.t.map(() => null)]];
     for (const name of Object.keys(FORECASTS)) tables.push(steps(data.forecasts?.[name], end));
     for (const series of this.forecast.series) {
       const [name, quantile] = series.name.split("_");
