@@ -1,0 +1,52 @@
+"""`farthing forecast`: backtests of the load forecasters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from farthing.fleet.forecast.backtest import MODELS, Backtest, backtest, make, parse_horizon
+from farthing.fleet.series import read_series
+
+app = typer.Typer(help="Backtest the load forecasters on a series.")
+
+EPILOG = """Examples:
+
+farthing forecast rates.csv --model mix --horizon 10m --json
+
+farthing forecast taxi.csv.gz --model prophet --horizon 24h --country US"""
+
+
+@app.command(epilog=EPILOG)
+def main(
+    series: Annotated[
+        Path, typer.Argument(help="CSV with t_s,total_rate_rps or timestamp,value; plain or gzip.")
+    ],
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "mix",
+    horizon: Annotated[str, typer.Option(help="How far ahead: 10m, 24h, …")] = "10m",
+    begin: Annotated[float, typer.Option(help="Share of the series before the first forecast.")] = 0.5,
+    refit: Annotated[str, typer.Option(help="How often the model is fitted anew.")] = "24h",
+    country: Annotated[str | None, typer.Option(help="Public holidays for Prophet: US, DE, …")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Backtest a forecaster on SERIES with rolling origin."""
+    console = Console(stderr=True)
+    try:
+        plan = Backtest(begin=begin, refit_s=parse_horizon(refit))
+        with console.status("reading") as status:
+            data = read_series(series)
+            report = backtest(
+                data, make(model, country), parse_horizon(horizon), plan, lambda t: status.update(t)
+            )
+    except (ValueError, OSError) as error:
+        console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        print(json.dumps(report))
+        return
+    for name, value in report.items():
+        Console().print(f"{name:>18} {value:.3f}" if isinstance(value, float) else f"{name:>18} {value}")

@@ -1,0 +1,143 @@
+"""Rolling-origin backtests: fit on the past, forecast, compare, move on. Nothing of the future is seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from farthing.fleet.forecast.base import Floats, Forecaster, LastValue, Seasonal
+from farthing.fleet.forecast.conformal import Conformal
+from farthing.fleet.series import DAY_S, Series
+
+MODELS = ("naive", "seasonal", "seasonal-week", "ridge", "ar", "mix", "lstm", "prophet", "day")
+Progress = Callable[[str], None]
+
+
+def make(model: str, country: str | None = None) -> Forecaster:
+    """A forecaster by name. Raises ValueError naming those there are."""
+    if model in ("naive", "last-value"):
+        return LastValue()
+    if model == "seasonal":
+        return Seasonal(DAY_S)
+    if model == "seasonal-week":
+        return Seasonal(7 * DAY_S)
+    if model == "ridge":
+        from farthing.fleet.forecast.ridge import RidgeAR
+
+        return RidgeAR()
+    if model == "ar":
+        from farthing.fleet.forecast.ridge import AbsoluteAR
+
+        return AbsoluteAR()
+    if model == "mix":
+        from farthing.fleet.forecast.lstm import LSTMForecaster
+        from farthing.fleet.forecast.mix import Mix
+
+        return Mix(slow=[LSTMForecaster()])
+    if model == "lstm":
+        from farthing.fleet.forecast.lstm import LSTMForecaster
+
+        return LSTMForecaster()
+    if model in ("prophet", "day"):
+        from farthing.fleet.forecast.day import DayForecaster
+        from farthing.fleet.forecast.prophet import ProphetConfig
+
+        return DayForecaster(ProphetConfig(country=country), blend=model == "day")
+    raise ValueError(f"model {model!r}: known are {', '.join(MODELS)}")
+
+
+def parse_horizon(text: str) -> float:
+    """Seconds of "600s", "10m", "24h", "1d" or plain seconds. Raises ValueError."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S}
+    number, unit = (text[:-1], units[text[-1]]) if text and text[-1] in units else (text, 1.0)
+    try:
+        value = float(number) * unit
+    except ValueError as error:
+        raise ValueError(f"horizon {text!r}: like 600s, 10m, 24h or 1d") from error
+    if not value > 0:
+        raise ValueError(f"horizon {text!r}: more than nothing is needed")
+    return value
+
+
+@dataclass(frozen=True)
+class Backtest:
+    """Where the backtest begins (share of the series), how often it fits anew, and how it calibrates."""
+
+    begin: float = 0.5
+    refit_s: float = DAY_S
+    calibrate_steps: int = 250  # origins before `begin` whose errors start the quantiles
+    quantile: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.begin < 1:
+            raise ValueError(f"Backtest.begin = {self.begin}: a share in (0, 1) is needed")
+
+
+def backtest(
+    series: Series,
+    forecaster: Forecaster,
+    horizon_s: float,
+    plan: Backtest | None = None,
+    progress: Progress = print,
+) -> dict[str, Any]:
+    """Errors of the forecasts for every step of the horizon, origins one horizon apart.
+
+    Returns wape and mape in percent (mape over values above 1 % of the mean), coverage of the 0.9 quantile in
+    percent, skills in percent against the last value and the better of the seasonal naives, and the mean time
+    of a fit in seconds.
+    """
+    plan = plan or Backtest()
+    steps = max(1, round(horizon_s / series.step_s))
+    begin = round(plan.begin * len(series))
+    if begin + steps > len(series) or begin < 2:
+        raise ValueError(
+            f"{series.name}: {len(series)} steps hold no backtest of {steps} steps from {plan.begin:.0%}"
+        )
+    warm = min(plan.calibrate_steps, begin // 4 // steps)
+    origins = range(begin - warm * steps, len(series) - steps + 1, steps)
+    rivals: list[Forecaster] = [LastValue(), Seasonal(DAY_S), Seasonal(7 * DAY_S)]
+    refit = max(1, round(plan.refit_s / series.step_s))
+    conformal = Conformal(plan.quantile)
+    errors: list[Floats] = []
+    covered: list[float] = []
+    truths: list[Floats] = []
+    fit_seconds: list[float] = []
+    fitted = -refit
+    for origin in origins:
+        if origin - fitted >= refit:
+            started = time.perf_counter()
+            for model in (forecaster, *rivals):
+                model.fit(series.head(origin))
+            fit_seconds.append(time.perf_counter() - started)
+            fitted = origin
+            progress(f"origin {origin} of {len(series)}")
+        past, truth = series.values[:origin], series.values[origin : origin + steps]
+        point = forecaster.predict(past, steps)
+        bound = conformal.bound(point)
+        conformal.learn(point, bound, truth)
+        if origin < begin:
+            continue
+        errors.append(np.stack([point - truth, *(rival.predict(past, steps) - truth for rival in rivals)]))
+        covered.append(float((truth <= bound).mean()))
+        truths.append(truth)
+    return _report(np.concatenate(truths), np.abs(np.concatenate(errors, axis=1)), covered, fit_seconds)
+
+
+def _report(truth: Floats, errors: Floats, covered: list[float], fit_seconds: list[float]) -> dict[str, Any]:
+    total = errors.sum(axis=1)
+    large = truth > 0.01 * truth.mean()
+    season = total[2:].min()
+    return {
+        "wape": 100 * float(total[0] / truth.sum()),
+        "mape": 100 * float((errors[0][large] / truth[large]).mean()),
+        "coverage": 100 * float(np.mean(covered)),
+        "skill_vs_last": 100 * float(1 - total[0] / max(total[1], 1e-12)),
+        "skill_vs_seasonal": 100 * float(1 - total[0] / max(season, 1e-12)),
+        "fit_seconds": float(np.mean(fit_seconds)),
+        "origins": len(covered),
+        "steps": len(truth) // max(1, len(covered)),
+    }
