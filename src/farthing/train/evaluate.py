@@ -48,7 +48,7 @@ def evaluate(
     for ids, text in zip(documents, texts, strict=True):
         body = ids[:-1]
         for window, skip in windows(body, length, stride):
-            tokens = torch.from_numpy(window.astype(np.int64))[None]
+            tokens = torch.from_numpy(window.astype(np.int64))[None].to(model.embed_tokens.device)
             loss, hits, drafts = _score(model, tokens, skip)
             nats, agreed, drafted = nats + loss, agreed + hits, drafted + drafts
         count, size = count + len(body) - 1, size + len(text.encode())

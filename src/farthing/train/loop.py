@@ -1,7 +1,7 @@
 """The training loop: any `nn.Module`, any batches, any loss; resumable, interruptible, with hooks.
 
-Time is the process's own CPU time divided by its threads, so a run that is paused (SIGSTOP) or shares its
-core keeps its schedule.
+On a CPU, time is the process's own CPU time divided by its threads, so a run that is paused (SIGSTOP) or
+shares its core keeps its schedule; on a GPU it is wall time.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class LoopConfig:
     save_minutes: float = 3.0
     eval_minutes: float = 6.0
     threads: int = 1
+    wall_clock: bool = False
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.tokens is None):
@@ -128,7 +129,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.skip_update = False
         self._smooth: dict[str, float] = {}
-        self._clock, self._saved_at, self._evaluated_at = time.process_time(), 0.0, 0.0
+        self._clock, self._saved_at, self._evaluated_at = self._now(), 0.0, 0.0
         self._stop: str | None = None
 
     @property
@@ -147,7 +148,7 @@ class Trainer:
     def run(self) -> bool:
         """Trains to the end of the budget; returns False when a signal stopped it early (state is saved)."""
         self.config.out.mkdir(parents=True, exist_ok=True)
-        self._clock = time.process_time()
+        self._clock = self._now()
         with self._signals(), self._bar() as update:
             while self.progress < 1 and self._stop is None:
                 self.train_step()
@@ -209,7 +210,7 @@ class Trainer:
         }
         self.record.append({k: round(float(v), 5) for k, v in point.items()})
         self.console.print(" ".join(f"{k}={v:.6g}" for k, v in self.record[-1].items()))
-        self._clock, self._evaluated_at = time.process_time(), self.active_seconds
+        self._clock, self._evaluated_at = self._now(), self.active_seconds
 
     def save(self) -> None:
         """Writes the whole state, then renames it into place."""
@@ -229,7 +230,7 @@ class Trainer:
         (self.config.out / "record.json").write_text(json.dumps(self.record, indent=1))
         if self.on_save:
             self.on_save(self)
-        self._clock, self._saved_at = time.process_time(), self.active_seconds
+        self._clock, self._saved_at = self._now(), self.active_seconds
 
     def load(self) -> None:
         """Takes up the state of an earlier run; the learning rates stay this run's own."""
@@ -237,7 +238,7 @@ class Trainer:
             raise FileNotFoundError(
                 f"{self.state_path} does not exist: there is no run to resume in this folder"
             )
-        state = torch.load(self.state_path, weights_only=True)
+        state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
@@ -252,9 +253,12 @@ class Trainer:
         self.record, self._smooth = state["record"], state["smooth"]
         self._saved_at = self._evaluated_at = self.active_seconds
 
+    def _now(self) -> float:
+        return time.monotonic() if self.config.wall_clock else time.process_time() / self.config.threads
+
     def _tick(self) -> None:
-        now = time.process_time()
-        self.active_seconds += (now - self._clock) / self.config.threads
+        now = self._now()
+        self.active_seconds += now - self._clock
         self._clock = now
 
     def _each(self, call: Callable[[Hook], None]) -> None:

@@ -268,7 +268,9 @@ def train_reference(
     if (out / "state.pt").exists() and not resume:
         raise ValueError(f"{out} holds a run already; give --resume to continue it or another --out")
     recipe = apply_settings(Recipe(), settings)
-    config = LoopConfig(out, minutes, tokens, schedule=recipe.schedule, threads=threads)
+    config = LoopConfig(
+        out, minutes, tokens, schedule=recipe.schedule, threads=threads, wall_clock=device != "cpu"
+    )
     corpus = prepare_corpus(recipe, out, root, console)
     trainer = build_trainer(recipe, corpus, config, seed, console, device)
     if resume:
