@@ -103,12 +103,12 @@ def up(
 
 async def _up(config: Any) -> None:
     from farthing.fleet.operate import stop_event
-    from farthing.fleet.outlook import make_outlook
-    from farthing.fleet.up import LocalFleet
+    from farthing.fleet.up import LocalFleet, load_outlook
 
     stop = stop_event()
-    async with LocalFleet(config, make_outlook(config.fleet)) as fleet:
+    async with LocalFleet(config) as fleet:
         _say(f"gateway on {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {fleet.metrics_port}")
+        forecasters = asyncio.create_task(load_outlook(fleet))
         scaling = asyncio.create_task(fleet.run(stop))
         ready = asyncio.create_task(fleet.wait_ready(config.local.ready_timeout_s, _say))
         await asyncio.wait([ready, scaling], return_when=asyncio.FIRST_COMPLETED)
@@ -121,6 +121,7 @@ async def _up(config: Any) -> None:
             _say("ready")
         ready.cancel()
         await scaling
+        await asyncio.gather(forecasters)
         _say("ending: requests under way are finished first")
 
 

@@ -8,9 +8,10 @@ import asyncio
 import logging
 import signal
 import socket
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from farthing.fleet.actuators.base import Actuator, Board
 from farthing.fleet.actuators.passive import Passive
@@ -18,10 +19,12 @@ from farthing.fleet.config import FleetConfig, split_address
 from farthing.fleet.controller import Controller, Outlook, load_state
 from farthing.fleet.metrics import FleetMetrics, MetricsServer
 from farthing.fleet.policy import Policy
-from farthing.fleet.signals import PrometheusSource, ScrapeSource, Source
+from farthing.fleet.signals import PrometheusError, PrometheusSource, ScrapeSource, Source
 from farthing.fleet.signals.dialects import dialect
 
 log = logging.getLogger(__name__)
+
+_RECALL_S = 28 * 86400.0  # of the past that forecasters are told
 
 
 def stop_event() -> asyncio.Event:
@@ -46,7 +49,37 @@ async def operate(config: FleetConfig, stop: asyncio.Event, outlook: Outlook | N
         await _servers(config, board, stack)
         controller = make_controller(config, source, actuator, outlook, board=board)
         await serve_metrics(config, controller.metrics, stack)
+        if isinstance(source, PrometheusSource) and isinstance(outlook, Remembering):
+            await recall(config, source, outlook)
         await controller.run(stop)
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """An outlook that can be told the past."""
+
+    @property
+    def remembers_until(self) -> float | None: ...
+
+    def remember(self, points: list[tuple[float, float]]) -> None: ...
+
+
+async def recall(config: FleetConfig, source: PrometheusSource, outlook: Remembering) -> None:
+    """Ask Prometheus for the load that the outlook did not see itself.
+
+    Without an answer it begins with none.
+    """
+    end = time.time()
+    begin = max(end - _RECALL_S, outlook.remembers_until or 0.0)
+    if end - begin < 120.0:
+        return
+    try:
+        points = await source.load_history(config.policy.unit, begin, end, 60.0)
+    except PrometheusError as problem:
+        log.warning("the past load is not known: %s", problem)
+        return
+    outlook.remember(points)
+    log.info("%d minutes of past load read from Prometheus", len(points))
 
 
 def make_source(config: FleetConfig) -> Source:

@@ -1,49 +1,234 @@
-"""What the controller knows beyond the present: forecasts of the load and the capacity of a replica,
-kept up while it runs.
+"""What the controller knows beyond the present, kept up while it runs: forecasts of the load, a
+replica's capacity.
+
+Loads are kept by the minute in `load.csv` of the state directory, so that a restarted controller knows
+the past; a controller with a Prometheus server asks that for what it did not see itself.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
 from farthing.fleet.capacity import OnlineCapacity
-from farthing.fleet.config import FleetConfig
+from farthing.fleet.config import FleetConfig, build
 from farthing.fleet.decisions import Forecast, Snapshot
+from farthing.fleet.forecast.lstm import LSTMConfig
+from farthing.fleet.forecast.prophet import ProphetConfig, ProphetForecaster
+from farthing.fleet.forecast.short import GRID_S, ShortConfig, ShortTerm
+from farthing.fleet.series import DAY_S, Series
+
+log = logging.getLogger(__name__)
+
+PLAN_STEP_S = 300.0
+PLAN_DAYS = 2  # forecast at each fit, so that the plan still reaches a day ahead when the next fit is due
+KEEP_DAYS = 120
+_FRESH_S = 15.0  # a short-term forecast of the same minute is not computed again within this time
+
+
+class DayPlan:
+    """The mid-term level: Prophet, fitted once a day on five-minute means, for every interval of the
+    next 24 hours.
+
+    While its running error is above that of the last value (the load when the plan was made), it is
+    replaced by it.
+    """
+
+    def __init__(self, config: ProphetConfig | None = None, refit_s: float = DAY_S) -> None:
+        self._prophet = ProphetForecaster(config)
+        self._refit_s = refit_s
+        self._loads: deque[float] = deque(maxlen=round(KEEP_DAYS * DAY_S / PLAN_STEP_S))
+        self._start: float | None = None  # of the step that fills now
+        self._open: list[float] = []
+        self._plan: Forecast | None = None
+        self._tried: float | None = None
+        self._at_plan = 0.0  # the load when the plan was made
+        self._errors: deque[tuple[float, float]] = deque(maxlen=round(DAY_S / PLAN_STEP_S))
+
+    def observe(self, now: float, load: float) -> None:
+        """Take in a load; steps nobody saw are filled with what is known around them."""
+        start = now - now % PLAN_STEP_S
+        if self._start is None or start < self._start or start - self._start > KEEP_DAYS * DAY_S:
+            self._start, self._open = start, []
+        while start > self._start:
+            value = float(np.mean(self._open)) if self._open else load
+            self._judge(self._start, value)
+            self._loads.append(value)
+            self._start += PLAN_STEP_S
+            self._open = []
+        self._open.append(load)
+
+    def _judge(self, start: float, truth: float) -> None:
+        planned = self._plan.peak(start, start, 0.5) if self._plan is not None else None
+        if planned is not None:
+            self._errors.append((abs(planned - truth), abs(self._at_plan - truth)))
+
+    @property
+    def skill(self) -> float | None:
+        """1 - error of the plan / error of the last value over a day; None below an hour of errors."""
+        if len(self._errors) < 3600 / PLAN_STEP_S:
+            return None
+        plan, last = (sum(part) for part in zip(*self._errors, strict=True))
+        return 1 - plan / last if last > 0 else 0.0
+
+    def refit(self, now: float) -> bool:
+        """Fit if it is due and two days are known; takes seconds. True if it fitted."""
+        due = self._tried is None or abs(now - self._tried) >= self._refit_s
+        if not due or self._start is None or len(self._loads) * PLAN_STEP_S < 2 * DAY_S:
+            return False
+        self._tried = now
+        values = np.array(list(self._loads))
+        start = self._start - PLAN_STEP_S * len(values)
+        self._prophet.fit(Series(start, PLAN_STEP_S, values, "load"))
+        p50, p90 = self._prophet.predict(round(PLAN_DAYS * DAY_S / PLAN_STEP_S))
+        self._at_plan = float(values[-1])
+        self._plan = Forecast(self._start, PLAN_STEP_S, tuple(p50.tolist()), tuple(p90.tolist()), "prophet")
+        log.info("day plan: fitted on %.1f days", len(values) * PLAN_STEP_S / DAY_S)
+        return True
+
+    def forecast(self, now: float) -> Forecast | None:
+        """The plan from `now` on; None before the first fit, and once the plan has run out."""
+        plan = self._plan
+        if plan is None or not plan.start <= now < plan.end:
+            return None
+        first = int((now - plan.start) // PLAN_STEP_S)
+        last = first + round(DAY_S / PLAN_STEP_S)
+        start, skill = plan.start + first * PLAN_STEP_S, self.skill
+        if skill is not None and skill < 0:
+            load = self._loads[-1]
+            note = f"prophet replaced by last-value: running skill {skill:.2f}"
+            return Forecast(start, PLAN_STEP_S, (load,), (load,), "last-value", skill, note)
+        return Forecast(start, PLAN_STEP_S, plan.p50[first:last], plan.p90[first:last], "prophet", skill)
 
 
 class LiveOutlook:
-    """Feeds the capacity model with every snapshot."""
+    """Feeds forecasters and capacity model with every snapshot, and remembers the load by the minute."""
 
     def __init__(self, config: FleetConfig) -> None:
         policy = config.policy
+        self._unit = policy.unit
         self._capacity = OnlineCapacity(policy.capacity, policy.unit, policy.latency_threshold_s)
+        lead = max(GRID_S, policy.cold_start_s + policy.interval_s)
+        settings = forecast_settings(config.forecast)
+        self._short = ShortTerm(ShortConfig(lead_s=lead, directory=config.state / "lstm", lstm=settings[0]))
+        self._plan = DayPlan(settings[1])
+        self._path = config.state / "load.csv"
         self._last: Snapshot | None = None
+        self._minute: list[float] = []
+        self._open_minute = 0.0
+        self._minute_start: float | None = None
+        self._cached: tuple[float, Forecast | None] = (-float("inf"), None)
+        for time, load in read_loads(self._path):
+            self._learn(time, load)
+
+    # ---- what is taken in ----
+
+    def remember(self, points: list[tuple[float, float]]) -> None:
+        """Take in loads of the past (time, load), oldest first, from where memory ends."""
+        known = self._minute_start or -float("inf")
+        for time, load in points:
+            if time > known and np.isfinite(load) and load >= 0:
+                self._learn(time, load)
+                append_load(self._path, time, load)
+
+    @property
+    def remembers_until(self) -> float | None:
+        """When the last load that is known was measured."""
+        return self._minute_start
+
+    def _learn(self, time: float, load: float) -> None:
+        self._short.observe(time, load)
+        self._plan.observe(time, load)
+        self._minute_start = time
 
     def observe(self, now: float, snapshot: Snapshot) -> None:
         self._capacity.observe(snapshot, self._completed(snapshot))
         self._last = snapshot
+        load = snapshot.load(self._unit)
+        if load is None or snapshot.stale or snapshot.ready is None or not np.isfinite(load) or load < 0:
+            return
+        self._learn(now, load)
+        self._keep(now, load)
+
+    def _keep(self, now: float, load: float) -> None:
+        """Write each whole minute's mean."""
+        minute = now // GRID_S
+        if self._minute and minute != self._open_minute:
+            append_load(self._path, self._open_minute * GRID_S, float(np.mean(self._minute)))
+            self._minute = []
+        self._open_minute = minute
+        self._minute.append(load)
 
     def _completed(self, snapshot: Snapshot) -> float | None:
         """What was finished a second: what arrived, less what the queue grew by."""
-        last, load = self._last, snapshot.load(self._capacity.unit)
+        last, load = self._last, snapshot.load(self._unit)
         if last is None or load is None or last.backlog is None or snapshot.backlog is None:
             return None
         passed = snapshot.time - last.time
-        if passed <= 0 or self._capacity.unit != "requests":
+        if passed <= 0 or self._unit != "requests":
             return None
         return max(0.0, load - (snapshot.backlog - last.backlog) / passed)
 
+    # ---- what is asked ----
+
     def short(self, now: float) -> Forecast | None:
-        return None
+        made, forecast = self._cached
+        if not 0 <= now - made < _FRESH_S:
+            forecast = self._short.forecast(now)
+            self._cached = (now, forecast)
+        return replace(forecast, start=now) if forecast is not None else None
 
     def mid(self, now: float) -> Forecast | None:
-        return None
+        return self._plan.forecast(now)
 
     def capacity(self) -> float | None:
         return self._capacity.estimate
 
     def maintain(self, now: float) -> None:
-        """Nothing is fitted."""
+        """Train the LSTM and fit Prophet where that is due."""
+        self._short.retrain(now)
+        self._plan.refit(now)
+
+
+def forecast_settings(data: dict[str, Any]) -> tuple[LSTMConfig, ProphetConfig]:
+    """The `forecast` section: `lstm` and `prophet` (with `country` and `events`). Raises ValueError."""
+    unknown = set(data) - {"lstm", "prophet"}
+    if unknown:
+        raise ValueError(f"forecast.{sorted(unknown)[0]}: no such field; known are lstm, prophet")
+    return (
+        build(LSTMConfig, data.get("lstm", {}), "forecast.lstm"),
+        build(ProphetConfig, data.get("prophet", {}), "forecast.prophet"),
+    )
+
+
+def append_load(path: Path, time: float, load: float) -> None:
+    """One line of the load file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{time:.0f},{load:.6g}\n")
+
+
+def read_loads(path: Path) -> list[tuple[float, float]]:
+    """[(time, load)] of a load file in the order of time; torn lines are left out.
+
+    Empty where there is none.
+    """
+    points = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            time, _, load = line.partition(",")
+            try:
+                points.append((float(time), float(load)))
+            except ValueError:
+                log.warning("%s: line %r is left out", path, line[:40])
+    return sorted(points)
 
 
 def make_outlook(config: FleetConfig) -> LiveOutlook:
-    """The outlook of a configuration."""
+    """The outlook of a configuration. Raises ValueError where its `forecast` section is wrong."""
+    config.state.mkdir(parents=True, exist_ok=True)
     return LiveOutlook(config)

@@ -193,6 +193,21 @@ class LocalFleet:
         return False
 
 
+async def load_outlook(fleet: LocalFleet) -> None:
+    """Give a running fleet its forecasters. Their imports take seconds, in which the replicas start already.
+
+    Raises ValueError where the `forecast` section of the configuration is wrong.
+    """
+
+    def make() -> Outlook:
+        from farthing.fleet.outlook import make_outlook
+
+        return make_outlook(fleet.config.fleet)
+
+    assert fleet.controller is not None
+    fleet.controller.outlook = await asyncio.to_thread(make)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket that children can take over. Raises OSError that names the address."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

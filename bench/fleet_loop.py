@@ -1,0 +1,160 @@
+"""How fast the fleet reacts: from a latency breach to the scale request, and from a decision to a
+replica that is ready.
+
+The first is measured from the moment a server's metrics begin to show a queue time above 200 ms to the
+moment the Kubernetes API gets the patch of /scale, over real HTTP on both sides, with the settings of
+local mode: a turn a second, the breach must last `--lasting` seconds. The second starts replicas of the
+embedded model by `farthing serve`, as `farthing fleet up` does. Limits: the rule itself waits
+`--lasting` seconds; a Python process that only imports torch takes as long as is printed.
+
+    python bench/fleet_loop.py [--runs 5] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from farthing.fleet.actuators.kubernetes import connect
+from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
+from farthing.fleet.actuators.scale import ScalePatch, Target
+from farthing.fleet.controller import Controller
+from farthing.fleet.policy import Policy, PolicyConfig
+from farthing.fleet.signals import ScrapeSource
+from farthing.fleet.up import serve_command
+
+
+class World:
+    """A server's /metrics whose queue time can be made bad, and the /scale that is patched for it."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.breach_at: float | None = None
+        self.patched_at: float | None = None
+        self.replicas = 4
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        now = time.monotonic()
+        good = 10 * (now - self.began)  # requests, at 10 a second
+        waited = 0.01 * good + (10 * 0.5 * (now - self.breach_at) if self.breach_at else 0.0)
+        names = {
+            "vllm:num_requests_running": 5,
+            "vllm:num_requests_waiting": 0,
+            "vllm:request_queue_time_seconds_sum": waited,
+            "vllm:request_queue_time_seconds_count": good,
+            "vllm:time_to_first_token_seconds_sum": waited,
+            "vllm:time_to_first_token_seconds_count": good,
+        }
+        return web.Response(text="".join(f"{name} {value}\n" for name, value in names.items()))
+
+    async def scale(self, request: web.Request) -> web.Response:
+        if request.method == "PATCH":
+            self.replicas = (await request.json())["spec"]["replicas"]
+            self.patched_at = self.patched_at or time.monotonic()
+        metadata = {"name": "d", "namespace": "n"}
+        spec = {"replicas": self.replicas}
+        return web.json_response(
+            {
+                "kind": "Scale",
+                "apiVersion": "autoscaling/v1",
+                "metadata": metadata,
+                "spec": spec,
+                "status": spec,
+            }
+        )
+
+
+async def breach_to_request(lasting: float, interval: float) -> float:
+    """Seconds from the breach to the patch."""
+    world = World()
+    app = web.Application()
+    app.router.add_get("/metrics", world.metrics)
+    app.router.add_route("*", "/apis/apps/v1/namespaces/n/deployments/d/scale", world.scale)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    policy = PolicyConfig(
+        capacity=4.0, interval_s=interval, latency_for_s=lasting, cold_start_s=5.0, stale_after_s=10.0
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        source = ScrapeSource(lambda: {"a": url}, window_s=5.0)
+        actuator = ScalePatch(connect(url), Target.parse("deployment/d", "n"))
+        controller = Controller(Policy(policy), source, actuator, log_path=Path(folder) / "d.jsonl")
+        stop = asyncio.Event()
+        task = asyncio.create_task(controller.run(stop))
+        await asyncio.sleep(6.0)  # a whole window of good figures
+        assert world.patched_at is None, "scaled before the breach"
+        world.breach_at = time.monotonic()
+        while world.patched_at is None:
+            await asyncio.sleep(0.01)
+        stop.set()
+        await task
+        await source.close()
+    await runner.cleanup()
+    return world.patched_at - world.breach_at
+
+
+async def decision_to_ready() -> float:
+    """Seconds from the request for one replica of the embedded model to the moment it is ready."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = LocalConfig(serve_command("reference"), Path(folder), health_path="/ready", failures=1)
+        replicas = LocalReplicas(config)
+        await replicas.start()
+        began = time.monotonic()
+        await replicas.scale(1)
+        good = await replicas.wait_ready(1, 120.0)
+        taken = time.monotonic() - began
+        reason = replicas.given_up
+        await replicas.close()
+    if not good:
+        raise RuntimeError(f"the replica did not become ready: {reason}")
+    return taken
+
+
+def import_torch() -> float:
+    """Seconds of a process that imports torch and ends: below this no replica in Python can be."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return time.monotonic() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--lasting", type=float, default=3.0, help="seconds a breach must last")
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between decisions")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows: dict[str, list[float]] = {"breach to request": [], "decision to ready": [], "import torch": []}
+    for _ in range(arguments.runs):
+        rows["breach to request"].append(
+            asyncio.run(breach_to_request(arguments.lasting, arguments.interval))
+        )
+        rows["decision to ready"].append(asyncio.run(decision_to_ready()))
+        rows["import torch"].append(import_torch())
+    result: dict[str, Any] = {
+        name: {"median_s": statistics.median(values), "worst_s": max(values)} for name, values in rows.items()
+    }
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{arguments.runs} runs, interleaved; a breach must last {arguments.lasting:g} s (seconds)")
+    for name, row in result.items():
+        print(f"{name:20} median {row['median_s']:6.2f}   worst {row['worst_s']:6.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The outlook in service: the day plan with its skill, what a restart remembers, what Prometheus is
+asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+
+import pytest
+
+from farthing.fleet.config import FleetConfig, build
+from farthing.fleet.decisions import Snapshot
+from farthing.fleet.operate import recall
+from farthing.fleet.outlook import (
+    PLAN_STEP_S,
+    DayPlan,
+    append_load,
+    forecast_settings,
+    make_outlook,
+    read_loads,
+)
+from farthing.fleet.signals import PrometheusSource
+
+DAY = 86400.0
+BEGIN = 20_000 * DAY
+
+
+def wave(time: float) -> float:
+    """A load with a day in it, 5 to 15 requests/s."""
+    return 10.0 + 5.0 * math.sin(2 * math.pi * time / DAY)
+
+
+def config(tmp_path: Path) -> FleetConfig:
+    return build(FleetConfig, {"policy": {"capacity": 1.0}, "state": str(tmp_path / "state")})
+
+
+def filled(days: float) -> tuple[DayPlan, float]:
+    plan, time = DayPlan(), BEGIN
+    while time < BEGIN + days * DAY:
+        plan.observe(time, wave(time))
+        time += PLAN_STEP_S
+    return plan, time
+
+
+def test_day_plan_covers_every_interval_of_the_next_day() -> None:
+    plan, now = filled(1.9)
+    assert plan.refit(now) is False  # two days are needed
+    assert plan.forecast(now) is None
+    plan, now = filled(3.0)
+    assert plan.refit(now) is True
+    assert plan.refit(now + 60.0) is False  # once a day
+    forecast = plan.forecast(now)
+    assert forecast is not None
+    assert (len(forecast.p50), forecast.step_s, forecast.source) == (288, 300.0, "prophet")
+    assert forecast.start <= now < forecast.start + forecast.step_s
+    for index in range(0, 288, 24):
+        truth = wave(forecast.start + index * PLAN_STEP_S)
+        assert forecast.p50[index] == pytest.approx(truth, rel=0.15)
+    assert all(high >= low for low, high in zip(forecast.p50, forecast.p90, strict=True))
+    assert plan.forecast(now + 3 * DAY) is None  # it has run out
+
+
+def test_plan_that_is_worse_than_the_last_value_is_replaced_and_says_so() -> None:
+    plan, now = filled(3.0)
+    plan.refit(now)
+    for step in range(60):
+        plan.observe(now + step * PLAN_STEP_S, wave(now + step * PLAN_STEP_S))
+    assert plan.skill is not None and plan.skill > 0.5
+    now += 60 * PLAN_STEP_S
+    for step in range(280):  # the day stands still where it was when the plan was made
+        plan.observe(now + step * PLAN_STEP_S, wave(BEGIN + 3 * DAY))
+    forecast = plan.forecast(now + 280 * PLAN_STEP_S)
+    assert forecast is not None
+    assert forecast.source == "last-value"
+    assert "prophet replaced by last-value: running skill -" in forecast.note
+
+
+def test_restart_remembers_the_load(tmp_path: Path) -> None:
+    first = make_outlook(config(tmp_path))
+    for second in range(0, 600, 5):
+        snapshot = Snapshot(time=BEGIN + second, current=2, ready=2, request_rate=7.0)
+        first.observe(BEGIN + second, snapshot)
+    forecast = first.short(BEGIN + 600)
+    assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.01)
+    second_run = make_outlook(config(tmp_path))
+    assert second_run.remembers_until == BEGIN + 480  # the last whole minute
+    forecast = second_run.short(BEGIN + 600)
+    assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.01)
+
+
+def test_missing_signals_teach_nothing(tmp_path: Path) -> None:
+    outlook = make_outlook(config(tmp_path))
+    for second in range(0, 600, 5):
+        for gap in ({"stale": True}, {"ready": None}, {"request_rate": None}):
+            signals = {"ready": 2, "request_rate": 0.0, **gap}
+            outlook.observe(BEGIN + second, Snapshot(time=BEGIN + second, current=2, **signals))  # type: ignore[arg-type]
+    assert outlook.short(BEGIN + 600) is None
+    assert outlook.remembers_until is None
+
+
+def test_torn_lines_of_the_load_file_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "load.csv"
+    append_load(path, 60.0, 2.0)
+    append_load(path, 0.0, 1.0)
+    path.write_text(path.read_text() + "12")
+    assert read_loads(path) == [(0.0, 1.0), (60.0, 2.0)]
+    assert read_loads(tmp_path / "none.csv") == []
+
+
+def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    async def history(
+        self: PrometheusSource, unit: str, start: float, end: float, step: float
+    ) -> list[tuple[float, float]]:
+        asked.append((unit, end - start))
+        return [(end - 60.0 * k, 3.0) for k in range(30, 0, -1)]
+
+    monkeypatch.setattr(PrometheusSource, "load_history", history)
+    fleet, source = config(tmp_path), PrometheusSource("http://127.0.0.1:9")
+    asyncio.run(recall(fleet, source, make_outlook(fleet)))
+    assert asked == [("requests", pytest.approx(28 * DAY))]
+    again = make_outlook(fleet)
+    assert again.remembers_until is not None
+    asyncio.run(recall(fleet, source, again))
+    assert len(asked) == 1  # nothing is missing
+    assert len(read_loads(fleet.state / "load.csv")) == 30
+
+
+def test_forecast_section_is_checked(tmp_path: Path) -> None:
+    lstm, prophet = forecast_settings(
+        {
+            "lstm": {"hidden": 8},
+            "prophet": {"country": "DE", "events": [{"name": "sale", "dates": ["2026-11-27"]}]},
+        }
+    )
+    assert lstm.hidden == 8
+    assert prophet.country == "DE" and prophet.events[0].dates == ("2026-11-27",)
+    with pytest.raises(ValueError, match=r"forecast.arima: no such field; known are lstm, prophet"):
+        forecast_settings({"arima": {}})
+    with pytest.raises(ValueError, match=r"forecast.lstm.hiden: no such field"):
+        forecast_settings({"lstm": {"hiden": 8}})
