@@ -65,26 +65,24 @@ def engine_child(model: str, threads: int) -> None:
 
 
 class Stream(asyncio.Protocol):
-    """One request; counts events until [DONE]."""
+    """One request, read until [DONE]."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.fields = fields
-        self.events = 0
-        self.tail = b""
-        self.done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.end = b""
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: Any = transport
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
         payload = json.dumps(self.fields | {"stream": True}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         self.transport.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
 
     def data_received(self, data: bytes) -> None:
-        data = self.tail + data
-        self.events += data.count(b"data: {")
-        self.tail = data[-6:] if b"data: {" not in data[-12:] else b""
-        if b"data: [DONE]" in data and not self.done.done():
-            self.done.set_result(self.events)
+        self.end = self.end[-11:] + data  # the mark may be split
+        if b"data: [DONE]" in self.end and not self.done.done():
+            self.done.set_result(None)
             self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
