@@ -102,7 +102,7 @@ class Trainer:
     """Runs `micro_batches -> loss -> backward -> update` until the budget is spent.
 
     `micro_batches(trainer)` gives (batch, number of tokens) pairs for one step; `loss(model, batch, trainer)`
-    gives a dict whose "loss" is differentiated; `evaluate(model)` gives numbers for the record. The file
+    gives a dict whose "loss" is differentiated; `evaluate(trainer)` gives numbers for the record. The file
     `state.pt` is replaced atomically; a run killed at any moment resumes from the last one.
     """
 
@@ -115,7 +115,7 @@ class Trainer:
         loss: Callable[[nn.Module, Any, Trainer], dict[str, Tensor]],
         config: LoopConfig,
         hooks: Sequence[Hook] = (),
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        evaluate: Callable[[Trainer], dict[str, float]] | None = None,
         on_save: Callable[[Trainer], None] | None = None,
         console: Console | None = None,
     ) -> None:
@@ -198,7 +198,7 @@ class Trainer:
         """Evaluates (its time is not counted as training) and adds a line to the record."""
         self.model.eval()
         with torch.no_grad():
-            extra = self.evaluate(self.model) if self.evaluate else {}
+            extra = self.evaluate(self) if self.evaluate else {}
         rate = self.tokens / max(self.active_seconds, 1e-9)
         point = {
             "step": self.step,

@@ -114,15 +114,11 @@ def build_trainer(
         mtp = (recipe.mtp_weight_stages, recipe.mtp_share_stages, recipe.mtp_greedy_stages)
         return module.loss(tokens, *(recipe.at(stages, trainer.progress) for stages in mtp))
 
-    def score(module: nn.Module) -> dict[str, float]:
-        assert isinstance(module, DeepSeekLM)
-        return evaluate(
-            module,
-            heldout,
-            texts,
-            length=min(1024, recipe.model.max_position_embeddings),
-            max_tokens=recipe.eval_tokens,
-        )
+    def score(trainer: Trainer) -> dict[str, float]:
+        """On windows of the length that is being trained: longer ones would measure extrapolation."""
+        assert isinstance(trainer.model, DeepSeekLM)
+        length = recipe.at(recipe.window_stages, trainer.progress)
+        return evaluate(trainer.model, heldout, texts, length=length, max_tokens=recipe.eval_tokens)
 
     def on_save(trainer: Trainer) -> None:
         assert isinstance(trainer.model, DeepSeekLM)
