@@ -24,9 +24,8 @@ class Prune:
     pattern: Pattern = "16x16"
     sparsity: float = 0.3
     score: Score = "energy"
-    scope: Literal["layer", "global"] = (
-        "layer"  # a budget a matrix, or one threshold a layer's matrices share
-    )
+    # Who shares one threshold: nobody, the experts of a layer, or all matrices of a layer.
+    scope: Literal["matrix", "family", "global"] = "family"
     compensation: Compensation = "sweep"
     targets: Literal["experts", "all"] = "experts"
 
@@ -113,7 +112,7 @@ OBSERVER_NAMES: tuple[Observer, ...] = ("kl", "mse", "percentile", "minmax")
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
-        Recipe("int8-kl", "int8", activations="tensor", observer="kl"),
+        Recipe("int8-kl", "int8", activations="tensor", observer="auto"),
         Recipe("int8-auto", "int8", activations="best", observer="auto", calibration_tokens=4096),
         Recipe("int8", "int8", activations="token", calibration_tokens=4096),
         Recipe("fp8-block", "fp8"),
@@ -127,8 +126,8 @@ RECIPES: dict[str, Recipe] = {
             "keep",
             prune=Prune("unstructured", 0.3, "magnitude", "global", "none", "all"),
         ),
-        Recipe("prune-wanda", "keep", prune=Prune("unstructured", 0.3, "wanda", "layer", "none", "all")),
-        Recipe("prune-2of4", "keep", prune=Prune("2:4", 0.5, "wanda", "layer", "sweep", "experts")),
+        Recipe("prune-wanda", "keep", prune=Prune("unstructured", 0.3, "wanda", "matrix", "none", "all")),
+        Recipe("prune-2of4", "keep", prune=Prune("2:4", 0.5, "wanda", "matrix", "sweep", "experts")),
         Recipe("prune30-block16", "keep", prune=Prune("16x16", 0.3), calibration_tokens=32768),
         Recipe(
             "int4-block16-40", "int4", algorithm="gptq", prune=Prune("16x16", 0.4), calibration_tokens=32768

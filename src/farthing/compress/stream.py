@@ -54,6 +54,8 @@ class Job:
             raise ValueError(
                 f"format 'deepseek-fp8' holds FP8 blocks only; recipe {self.recipe.name} has others"
             )
+        if self.recipe.scheme == "auto" and self.plan is None:
+            raise ValueError(f"recipe {self.recipe.name} needs a plan; see farthing.compress.plan.make_plan")
         if self.recipe.needs_data and self.calibration is None:
             raise ValueError(f"recipe {self.recipe.name} needs calibration text; give a calibration file")
 

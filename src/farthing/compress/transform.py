@@ -136,7 +136,7 @@ def compress_layer(layer: Layer, recorder: Recorder | None, recipe: Recipe, plan
         tokens += [0] * (layer.experts - len(tokens))
         result.coverage = {"tokens_per_expert": tokens, "fallbacks": sorted(rare)}
     originals = {m: layer.weight(m) for m in layer.modules()}
-    budgets = _budgets(layer, stats, recipe)
+    budgets = _budgets(layer, recorder, recipe)
     for family in layer.families():
         for part in _parts(layer, family):
             _compress_family(layer, part, stats, recipe, plan, budgets, result)
@@ -282,22 +282,41 @@ def _masks(
     ])  # fmt: skip
 
 
-def _budgets(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, float]:
-    """Sparsity of each module to prune: the recipe's, or shared out by one threshold over the layer."""
+def _budgets(layer: Layer, recorder: Recorder | None, recipe: Recipe) -> dict[str, float]:
+    """Sparsity of each module to prune: the recipe's, or shared out by one threshold over a family.
+
+    Experts of a layer compete: energy is summed over all tokens, so an expert few tokens reach gives up
+    more. Families (all gates, all downs, one attention matrix) are normalized by their mean and then
+    compete within the layer where the scope is global.
+    """
     p = recipe.prune
     if p is None:
         return {}
-    targets = [m for m in layer.modules() if p.targets == "all" or ".mlp." in m]
-    if p.scope == "layer":
-        return dict.fromkeys(targets, p.sparsity)
-    cells = BLOCKS.get(p.pattern, (1, 1))
-    pieces = {}
-    for module in targets:
-        st = stats.get(input_name(module))
-        score = scores(layer.weight(module), st.mean_energy() if st else None, p.score)
-        blocks = block_scores(score, cells)
-        pieces[module] = blocks / blocks.mean().clamp_min(1e-30)
-    return global_budgets(pieces, p.sparsity)
+    budgets: dict[str, float] = {}
+    pieces: dict[str, Tensor] = {}
+    for family in layer.families():
+        targets = [m for m in family if p.targets == "all" or ".mlp." in m]
+        if not targets:
+            continue
+        if p.scope == "matrix":
+            budgets |= dict.fromkeys(targets, p.sparsity)
+            continue
+        blocks = {m: _total_scores(layer, m, recorder, recipe) for m in targets}
+        mean = torch.cat([b.flatten() for b in blocks.values()]).mean().clamp_min(1e-30)
+        if p.scope == "family":
+            budgets |= global_budgets(blocks, p.sparsity)
+        pieces |= {m: b / mean for m, b in blocks.items()}
+    return global_budgets(pieces, p.sparsity) if p.scope == "global" else budgets
+
+
+def _total_scores(layer: Layer, module: str, recorder: Recorder | None, recipe: Recipe) -> Tensor:
+    """Block scores with the energy of all tokens that reached the module: zero for an expert nobody chose."""
+    assert recipe.prune is not None
+    w = layer.weight(module)
+    st = recorder.inputs.get(input_name(module)) if recorder else None
+    energy = torch.zeros(w.shape[1]) if st is None else st.energy
+    cells = BLOCKS.get(recipe.prune.pattern, (1, 1))
+    return block_scores(scores(w, energy, recipe.prune.score), cells)
 
 
 def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:

