@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from farthing.bench.client import Target
+    from farthing.bench.cost import Comparison
     from farthing.bench.load import LoadResult
 
 app = typer.Typer(no_args_is_help=True, help="Measure serving, capacity and the cost of a token.")
@@ -131,6 +132,47 @@ def capacity(
         )
 
 
+@app.command(
+    epilog="Examples:  farthing bench cost  |  farthing bench cost ./model --concurrency 8 --rounds 5 --json"
+)
+def cost(
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `reference`.")] = "reference",
+    input_tokens: Inputs = 128,
+    output_tokens: Outputs = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved repetitions; medians are shown.")] = 3,
+    experts: Annotated[str, typer.Option(help="adaptive:p[,min=2,max=8], or `all`.")] = "adaptive:0.8",
+    prices: Annotated[str | None, typer.Option(help="A prices.toml over the packaged one.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Its row for this machine.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Latency, memory, energy and dollars of a token on this CPU: the original against lever after lever."""
+    from farthing.bench.cost import Workload, compare, levers, prompts_for
+    from farthing.bench.original import bf16_checkpoint
+    from farthing.cli.progress import token_progress
+    from farthing.cost import Prices, cpu_name, usable_cpus
+    from farthing.engine.resolve import resolve_model
+    from farthing.model import ModelConfig
+
+    try:
+        machine = Prices.load(prices).machine("cpu", cpu_name(), usable_cpus(), hardware)
+        path = resolve_model(model)
+        config = ModelConfig.from_directory(path)
+        prompts = prompts_for(path, config.vocab_size, concurrency, input_tokens)
+        rows = levers(mtp=config.num_nextn_predict_layers > 0, experts=None if experts == "all" else experts)
+        bar = token_progress("rows", len(rows) * rounds)
+        with bf16_checkpoint(path) as dense, bar as advance:
+            workload = Workload(model=str(dense), prompts=prompts, output_tokens=output_tokens)
+            found = compare(workload, rows, machine, rounds, lambda _: advance(1))
+    except (OSError, ValueError, RuntimeError) as error:
+        typer.echo(f"farthing bench cost: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        _print_cost(found)
+
+
 def _target(url: str, model: str | None, api_key: str | None) -> Target:
     from farthing.bench.client import Target
 
@@ -173,3 +215,25 @@ def _print_load(result: LoadResult) -> None:
         print(f"${result.usd_per_million_tokens:.4f} per million generated tokens")
     for error in result.errors:
         print(f"failed: {error}", file=sys.stderr)
+
+
+def _print_cost(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    source = found.rows[0].joules_source
+    columns = ("", "ms / token", "memory, MB", f"J / token ({source})", "$ / M tokens")
+    table = Table(*columns, title=f"the cost of a token, {found.concurrency} at once, {found.rounds} rounds")
+    for row in found.rows:
+        table.add_row(
+            row.name,
+            f"{row.latency_ms_per_token:,.2f}",
+            f"{row.memory_bytes / 1e6:,.0f}",
+            f"{row.joules_per_token:.3g}",
+            f"{row.usd_per_million_tokens:.3g}",
+        )
+    Console().print(table)
+    for name, claim in found.claims.items():
+        met = "met" if claim["met"] else "NOT met"
+        print(f"{name}: {-claim['measured']:+.0%} measured, {-claim['published']:+.0%} published: {met}")
+    print(f"prices: {found.machine.hardware.name}, declared {found.machine.declared}")

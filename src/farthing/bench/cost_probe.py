@@ -1,0 +1,142 @@
+"""One row of `farthing bench cost`, in a process of its own: a request on stdin, a measurement on stdout.
+
+Warmed up once, then measured. Memory is the peak of the resident set while serving, less what was resident
+before the model was loaded. Energy is RAPL's where it can be read, else declared watts times CPU time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from farthing.bench.cost import Probe
+from farthing.cost import RaplMeter, usable_cpus
+
+Generate = Callable[[], list[float]]  # decodes the workload; the time of every token, seconds
+
+
+def main() -> None:
+    """Read a request, print a `Probe`."""
+    request = json.load(sys.stdin)
+    make = original if request["options"] is None else ours
+    generate, base = make(request)
+    generate()
+    print(json.dumps(measure(generate, base, request)))
+
+
+def original(request: dict[str, Any]) -> tuple[Generate, int]:
+    """Hugging Face transformers, eager attention and experts, bfloat16, one static batch."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(usable_cpus())
+    base = resident("VmRSS")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        request["model"], dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    model.eval()
+    ids = torch.tensor(request["prompts"])
+
+    @torch.inference_mode()
+    def generate() -> list[float]:
+        cache, tokens, times = transformers.DynamicCache(config=model.config), ids, []
+        for _ in range(request["output_tokens"]):
+            out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            tokens = out.logits[:, -1].argmax(-1, keepdim=True)
+            times += [time.perf_counter()] * len(ids)
+        return times
+
+    return generate, base
+
+
+def ours(request: dict[str, Any]) -> tuple[Generate, int]:
+    """Farthing's engine with the row's levers."""
+    from farthing.config import EngineConfig
+    from farthing.engine.engine import Engine
+    from farthing.engine.request import SamplingParams
+
+    prompts, length = request["prompts"], request["output_tokens"]
+    base = resident("VmRSS")
+    engine = Engine.from_config(
+        EngineConfig(
+            model=request["model"],
+            max_num_seqs=len(prompts),
+            max_model_len=max(map(len, prompts)) + length,
+            enable_prefix_caching=False,  # the second run must compute what the first has
+            skip_tokenizer_init=True,
+            **request["options"],
+        )
+    )
+    params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
+
+    def generate() -> list[float]:
+        streams = [engine.submit(prompt, params, kind="delta") for prompt in prompts]
+        times = []
+        for stream in streams:
+            for output in stream:
+                seen = time.perf_counter()
+                times += [seen] * sum(len(part.token_ids) for part in output.outputs)
+        return times
+
+    return generate, base
+
+
+def measure(generate: Generate, base: int, request: dict[str, Any]) -> dict[str, Any]:
+    """Run the workload once more and measure it."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    meter = _rapl()
+    cpu, began = _cpu(), time.perf_counter()
+    times = generate()
+    seconds, cpu = time.perf_counter() - began, _cpu() - cpu
+    joules = meter.joules(seconds, seconds) if meter else _estimated(cpu, seconds, request)
+    batch = len(request["prompts"])
+    probe = Probe(
+        latency_ms=_latency(times, batch) * 1e3,
+        seconds=seconds,
+        cpu_seconds=cpu,
+        joules=joules,
+        joules_source="rapl" if meter else "estimated",
+        memory_bytes=max(0, resident("VmHWM") - base),
+        tokens=len(times),
+    )
+    return {name: getattr(probe, name) for name in Probe.__dataclass_fields__}
+
+
+def _latency(times: list[float], batch: int) -> float:
+    """Mean time between two tokens of a request, the first left out (a step may bring several tokens)."""
+    times = sorted(times)
+    return (times[-1] - statistics.median(times[:batch])) / (len(times) / batch - 1)
+
+
+def _estimated(cpu: float, seconds: float, request: dict[str, Any]) -> float:
+    """Declared watts: of a vCPU for its CPU time, idle for the rest."""
+    idle = max(0.0, seconds * request["count"] - cpu)
+    return float(cpu * request["watts"] + idle * request["idle_watts"])
+
+
+def _rapl() -> RaplMeter | None:
+    try:
+        return RaplMeter()
+    except OSError:
+        return None
+
+
+def _cpu() -> float:
+    used = os.times()
+    return used.user + used.system
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (at most)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""`farthing bench cost`: rows, claims and prices by hand, and two real rows of a tiny checkpoint."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from farthing.bench import cost
+from farthing.bench.cost import Lever, Probe, Row, Workload, claims, compare, levers, prompts_for
+from farthing.bench.original import bf16_checkpoint
+from farthing.checkpoint import CheckpointWriter
+from farthing.checkpoint.fp8 import quantize_blocks
+from farthing.cost import Hardware, Machine
+
+MACHINE = Machine(Hardware(name="box", kind="cpu", usd_per_hour=3.6, watts=10, idle_watts=4), 2)
+
+
+def test_every_lever_keeps_those_before_it() -> None:
+    rows = levers(mtp=True, experts="adaptive:0.7")
+    assert rows[0].options is None and rows[1].options == {}
+    assert rows[-1].options == {"quantization": "int4", "experts": "adaptive:0.7", "speculate": "mtp"}
+    assert "speculate" not in (levers(mtp=False)[-1].options or {})
+    assert "experts" not in (levers(mtp=True, experts=None)[-1].options or {})
+
+
+def test_claims_are_shares_saved_and_said_when_not_met() -> None:
+    found = claims(Row("a", 100, 1000, 2.0, "rapl", 5.0), Row("b", 30, 700, 0.84, "rapl", 1.0))
+    assert found["latency"] == {"published": 0.62, "measured": pytest.approx(0.7), "met": True}
+    assert found["memory"]["measured"] == pytest.approx(0.3) and not found["memory"]["met"]
+    assert found["power"]["measured"] == pytest.approx(0.58)
+
+
+def test_rows_are_medians_priced_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def probe(lever: Lever, workload: Workload, machine: Machine) -> Probe:
+        order.append(lever.name)
+        seconds = {"a": [8.0, 100.0, 6.0], "b": [1.0, 1.0, 1.0]}[lever.name][order.count(lever.name) - 1]
+        return Probe(seconds * 10, seconds, seconds, seconds * 20, "estimated", 500, 4)
+
+    monkeypatch.setattr(cost, "_probe", probe)
+    rows = [Lever("a"), Lever("b", {})]
+    found = compare(Workload(model="m", prompts=((1,),)), rows, MACHINE, rounds=3)
+    assert order == ["a", "b"] * 3, "interleaved"
+    first = found.rows[0]
+    assert first.latency_ms_per_token == 80 and first.joules_per_token == 40
+    assert first.usd_per_million_tokens == pytest.approx(8 * 0.002 / 4 * 1e6)
+    document = json.loads(json.dumps(found.to_json()))
+    assert set(document["rows"][0]) == {
+        "name",
+        "latency_ms_per_token",
+        "memory_bytes",
+        "joules_per_token",
+        "joules_source",
+        "usd_per_million_tokens",
+    }
+    assert set(document["claims"]) == {"latency", "memory", "power"}
+
+
+def test_prompts_are_the_same_every_time_and_bad_workloads_are_refused(tmp_path: Path) -> None:
+    first = prompts_for(tmp_path, 100, 3, 5)
+    assert first == prompts_for(tmp_path, 100, 3, 5) and [len(p) for p in first] == [5, 5, 5]
+    with pytest.raises(ValueError, match="prompts"):
+        Workload(model="m", prompts=())
+    with pytest.raises(ValueError, match="output_tokens is 1"):
+        Workload(model="m", prompts=((1,),), output_tokens=1)
+
+
+def test_a_quantized_checkpoint_is_written_out_dense(tmp_path: Path) -> None:
+    weight = torch.randn(130, 140)
+    data, scale = quantize_blocks(weight)
+    writer = CheckpointWriter(tmp_path)
+    writer.add("a.weight", data)
+    writer.add("a.weight_scale_inv", scale)
+    writer.add("norm.weight", torch.ones(3))
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    writer.close({"model_type": "deepseek_v3", "quantization_config": fp8})
+    from safetensors.torch import load_file
+
+    with bf16_checkpoint(tmp_path) as dense:
+        found = load_file(dense / "model.safetensors")
+        assert set(found) == {"a.weight", "norm.weight"}
+        assert found["a.weight"].dtype == torch.bfloat16
+        assert torch.allclose(found["a.weight"].float(), weight, atol=0.3)
+        assert "quantization_config" not in json.loads((dense / "config.json").read_text())
+        with bf16_checkpoint(dense) as same:
+            assert same == dense, "a dense checkpoint is used as it is"
+    assert not dense.exists()
+
+
+def test_a_row_that_fails_is_named(tmp_path: Path) -> None:
+    workload = Workload(model=str(tmp_path / "none"), prompts=((1, 2),), output_tokens=2)
+    with pytest.raises(RuntimeError, match="a lever: exit status 1"):
+        compare(workload, [Lever("a lever", {"backend": "reference"})], MACHINE, rounds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_the_embedded_model_row_by_row() -> None:
+    pytest.importorskip("transformers")
+    from farthing.engine.resolve import resolve_model
+
+    path = resolve_model("reference")
+    with bf16_checkpoint(path) as dense:
+        workload = Workload(model=str(dense), prompts=prompts_for(path, 8192, 1, 16), output_tokens=4)
+        rows = [Lever("original"), Lever("ours", {"backend": "auto"})]
+        found = compare(workload, rows, MACHINE, rounds=1)
+    assert all(row.latency_ms_per_token > 0 and row.joules_per_token > 0 for row in found.rows)
+    assert all(row.memory_bytes > 1 << 20 for row in found.rows)
