@@ -61,7 +61,7 @@ def compress(
         if observer is not None:
             chosen = from_json({"base": recipe, "observer": observer}, chosen.name, "--observer")
         limit = parse_share("max-drop", max_drop) if max_drop is not None else None
-        if limit is not None and chosen.scheme == "auto":
+        if limit is not None and (chosen.scheme == "auto" or chosen.adaptive):
             chosen = replace(chosen, max_drop=limit)
         options = api.Options(
             calibration, data, limit, backend, max_tokens=max_tokens, export=export, gate=gate

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from farthing.checkpoint import Checkpoint
+from farthing.compress.adaptive import AdaptivePlan, calibrate_adaptive, write_adaptive
 from farthing.compress.corpus import Corpus, calibration_corpus, load_corpus
 from farthing.compress.evaluate import Comparison, Verdict, compare
 from farthing.compress.gate import held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import Report
-from farthing.compress.stream import Job, Progress, run
+from farthing.compress.stream import Job, Progress, Progressed, run
 from farthing.model import ModelConfig
 
 
@@ -78,17 +79,22 @@ def compress(
     config = ModelConfig.from_directory(source)
     corpus = _calibration(source, recipe, options, config) if recipe.needs_data else None
     plan: PlanResult | None = None
-    if recipe.scheme == "auto":
+    adaptive: AdaptivePlan | None = None
+    state = Progressed("")
+    if recipe.adaptive:
         assert corpus is not None
-        plan = make_plan(source, recipe, corpus, progress)
-    job = Job(source, out, recipe, corpus, plan.format if plan else None, options.export)
-    state = run(job, progress)
+        adaptive = _adapt(source, out, recipe, corpus, progress)
+    else:
+        if recipe.scheme == "auto":
+            assert corpus is not None
+            plan = make_plan(source, recipe, corpus, progress)
+        state = run(Job(source, out, recipe, corpus, plan.format if plan else None, options.export), progress)
     seconds = time.monotonic() - start
     peak = peak_memory()
     quality = _measure(source, out, options, config, progress) if options.gate else None
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
     report = Report(
-        recipe=recipe.to_json(),
+        recipe=recipe.to_json() | ({"calibrated": adaptive.to_json()} if adaptive else {}),
         source=str(source),
         size_before=Checkpoint.open(source).stored_bytes(),
         size_after=Checkpoint.open(out).stored_bytes(),
@@ -102,6 +108,21 @@ def compress(
         serving=after(out) if after else [],
     )
     return Outcome(report, report.write(out), verdict)
+
+
+def _adapt(
+    source: Path, out: Path, recipe: Recipe, corpus: Corpus, progress: Progress | None
+) -> AdaptivePlan:
+    """Write `source` with a calibrated rule of adaptive experts; the weights stay as they are."""
+    model = load_for(source, "auto")
+
+    def on_trial(done: int, total: int) -> None:
+        if progress:
+            progress("trying layers", done, total)
+
+    plan = calibrate_adaptive(model, corpus, recipe.max_drop, on_trial=on_trial)
+    write_adaptive(source, out, plan, model)
+    return plan
 
 
 def _calibration(source: Path, recipe: Recipe, options: Options, config: ModelConfig) -> Corpus:

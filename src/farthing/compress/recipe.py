@@ -54,6 +54,7 @@ class Recipe:
     prune: Prune | None = None
     experts: float = 0.0  # share of routed experts to drop
     neurons: float = 0.0  # share of neurons of every routed expert to drop
+    adaptive: bool = False  # calibrate how many experts each token needs (`adaptive.py`), within max_drop
     ignore: tuple[str, ...] = ()  # fnmatch patterns of modules that stay dense
     max_drop: float = 0.01  # "auto": relative increase of perplexity it may spend
     budget_bytes: int | None = None  # "auto": size of the matrices, the least loss within it
@@ -89,7 +90,7 @@ class Recipe:
     def needs_data(self) -> bool:
         """Whether text is run through the model at all."""
         energy = self.prune is not None and self.prune.score != "magnitude"
-        structure = self.experts > 0 or self.neurons > 0
+        structure = self.experts > 0 or self.neurons > 0 or self.adaptive
         return (
             self.needs_gram or self.static or energy or structure
             or self.scaling != "none" or self.scheme in ("int8", "int4", "auto")
@@ -133,6 +134,7 @@ RECIPES: dict[str, Recipe] = {
             "int4-block16-40", "int4", algorithm="gptq", prune=Prune("16x16", 0.4), calibration_tokens=32768
         ),
         Recipe("experts-reap", "keep", experts=0.25),
+        Recipe("adaptive-experts", "keep", adaptive=True, max_drop=0.005, calibration_tokens=16384),
         Recipe("auto", "auto", algorithm="gptq", calibration_tokens=32768),
     )
 }
