@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from farthing.compress.calibrate.activations import REFINE
 from farthing.compress.calibrate.histogram import Histogram
 from farthing.compress.calibrate.observers import OBSERVERS, Observer
 from farthing.compress.quantize.grid import int8_grid
@@ -168,7 +169,7 @@ def _observe(model: nn.Module, layers: dict[str, Layer], batches: Iterable[Tenso
 def _choose(
     name: str, layer: Layer, weight_scale: Tensor, seen: _Seen, observers: Sequence[Observer]
 ) -> tuple[LayerChoice, QuantizedLayer]:
-    candidates = {}
+    candidates: dict[str, tuple[float, float, QuantizedLayer]] = {}
     with torch.no_grad():
         x = torch.cat(seen.inputs) if seen.inputs else torch.zeros(0)
         exact = run_layer(layer, x, layer.weight) if len(x) else torch.zeros(1)
@@ -178,6 +179,13 @@ def _choose(
             quantized = QuantizedLayer(layer, scale, weight_scale)
             error = float((quantized(x) - exact).square().sum()) / norm if len(x) else 0.0
             candidates[observer] = (error, scale, quantized)
+        if len(observers) > 1 and len(x):  # look on around the best, as `activations.choose` does
+            start = candidates[min(candidates, key=lambda o: candidates[o][0])][1]
+            trials = []
+            for factor in REFINE:
+                quantized = QuantizedLayer(layer, start * factor, weight_scale)
+                trials.append((float((quantized(x) - exact).square().sum()) / norm, start * factor, quantized))
+            candidates["measured"] = min(trials, key=lambda t: t[0])
     best = min(candidates, key=lambda o: candidates[o][0])
     errors = {str(o): c[0] for o, c in candidates.items()}
     return LayerChoice(name, best, candidates[best][1], errors), candidates[best][2]
