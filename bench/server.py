@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import re
 import statistics
@@ -56,6 +57,7 @@ def engine_child(model: str, threads: int) -> None:
         assert counts == [tokens] * streams
         return time.perf_counter() - started
 
+    gc.freeze()  # as the server does
     print("ready", flush=True)
     for line in sys.stdin:
         print(asyncio.run(run(*map(int, line.split()))), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -134,8 +135,9 @@ async def _serve(
             service.accounts = Accounts(engine, machine, service.names[0])
         except BaseException as error:
             failure.append(error)
-            loop.call_soon_threadsafe(setattr, server, "should_exit", True)
+            loop.call_soon_threadsafe(lambda: setattr(server, "should_exit", True))  # once there is a server
             return
+        gc.freeze()  # the model's objects stay: no collection need look at them again
         service.launch_to_ready = time.time() - process_start()
         service.engine = engine
         log.info("ready after %.2f s", service.launch_to_ready)
