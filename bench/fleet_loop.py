@@ -85,10 +85,10 @@ async def breach_to_request(lasting: float, interval: float) -> float:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     policy = PolicyConfig(
-        capacity=4.0, interval_s=interval, latency_for_s=lasting, cold_start_s=5.0, stale_after_s=10.0
+        capacity=16.0, interval_s=interval, latency_for_s=lasting, cold_start_s=5.0, stale_after_s=10.0
     )
     with tempfile.TemporaryDirectory() as folder:
-        source = ScrapeSource(lambda: {"a": url}, window_s=5.0)
+        source = ScrapeSource(lambda: dict.fromkeys("abcd", url), window_s=5.0, latency_window_s=2.0)
         actuator = ScalePatch(connect(url), Target.parse("deployment/d", "n"))
         controller = Controller(Policy(policy), source, actuator, log_path=Path(folder) / "d.jsonl")
         stop = asyncio.Event()
@@ -134,7 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--lasting", type=float, default=3.0, help="seconds a breach must last")
+    parser.add_argument("--lasting", type=float, default=2.0, help="seconds a breach must last")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between decisions")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

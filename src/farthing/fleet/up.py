@@ -30,6 +30,7 @@ from farthing.fleet.signals.dialects import dialect
 
 log = logging.getLogger(__name__)
 
+_LATENCY_WINDOW_S = 2.0  # a mean over the whole window would see a breach that much later
 _GATEWAY_PAUSE_S = 0.5  # between a gateway's death and the next, so that a broken one does not spin
 
 
@@ -161,6 +162,7 @@ class LocalFleet:
             self.replicas.targets,
             dialect=dialect(fleet.signals.metrics),
             window_s=fleet.signals.window_s,
+            latency_window_s=_LATENCY_WINDOW_S,
             timeout_s=fleet.signals.timeout_s,
             gateway=self.url,
             cold_starts=self.replicas.cold_starts,

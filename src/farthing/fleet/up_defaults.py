@@ -17,7 +17,7 @@ from farthing.fleet.policy import PolicyConfig
 _LOCAL = {
     "interval_s": 1.0,
     "cold_start_s": 5.0,
-    "latency_for_s": 3.0,
+    "latency_for_s": 2.0,
     "stale_after_s": 10.0,
     "drain_s": 5.0,
     "cooldown_s": 60.0,

@@ -50,9 +50,14 @@ class _History:
         while len(self.samples) > 2 and self.samples[1].at <= sample.at - window_s:
             self.samples.popleft()
 
-    def increase(self, key: str) -> tuple[float, float] | None:
-        """(increase, seconds) of a counter over the window, resets taken into account; None: too little."""
+    def increase(self, key: str, window_s: float = float("inf")) -> tuple[float, float] | None:
+        """(increase, seconds) of a counter over the window or its last `window_s`, resets taken into account.
+
+        At least the last two readings count; None where there are fewer.
+        """
         values = [(s.at, s.totals[key]) for s in self.samples if key in s.totals]
+        late = [value for value in values if value[0] >= values[-1][0] - window_s]
+        values = late if len(late) > 1 else values[-2:]
         if len(values) < 2:
             return None
         pairs = itertools.pairwise(values)
@@ -104,6 +109,7 @@ class ScrapeSource:
         *,
         dialect: Dialect | None = None,
         window_s: float = 15.0,
+        latency_window_s: float | None = None,
         timeout_s: float = 2.0,
         gateway: str | None = None,
         cold_starts: ColdStarts | None = None,
@@ -112,6 +118,7 @@ class ScrapeSource:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._targets, self._dialect, self._window, self._gateway = targets, dialect, window_s, gateway
+        self._latency_window = window_s if latency_window_s is None else latency_window_s
         self._cold_starts, self._wall, self._monotonic = cold_starts, wall, monotonic
         self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
@@ -215,9 +222,15 @@ class ScrapeSource:
         return reported.p90
 
     def _mean(self, key: str) -> float | None:
-        """Mean of a histogram over the window and all replicas; 0 where nothing was observed in it."""
-        sums = [i[0] for h in self._histories.values() if (i := h.increase(f"{key}_sum"))]
-        counts = [i[0] for h in self._histories.values() if (i := h.increase(f"{key}_count"))]
+        """Mean of a histogram over the latency window and all replicas; 0 where nothing was observed in
+        it.
+        """
+        sums = [
+            i[0] for h in self._histories.values() if (i := h.increase(f"{key}_sum", self._latency_window))
+        ]
+        counts = [
+            i[0] for h in self._histories.values() if (i := h.increase(f"{key}_count", self._latency_window))
+        ]
         if not counts:
             return None
         return sum(sums) / sum(counts) if sum(counts) > 0 else 0.0
