@@ -1,7 +1,6 @@
 // Panels times many rows on AMX tiles. Included by kernels_amx.cpp.
 //
-// The integers are the same as on VNNI and the float sums run in the same order, so q4 and q8 give the same
-// bits on either. bfloat16 takes the activations as hi + lo, so that nothing but the weights is rounded.
+// q8, and q4 up to 32 rows, give the same bits as on VNNI: the same integers, float sums in the same order. bfloat16 takes the activations as hi + lo, so that nothing but the weights is rounded.
 namespace farthing {
 namespace {
 
@@ -73,17 +72,36 @@ const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out
   return out;
 }
 
-inline void flush_rows(const Matrix& w, const uint8_t* record, const int32_t* sums, const Act& x, int rows, int g, float* out, int ldo) {
+// The scales of one group of one panel.
+struct GroupScales {
+  f32x16 scale;  // q4
+  i32x16 zero;
+};
+
+inline GroupScales group_scales(const Matrix& w, const uint8_t* record, int g) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + w.mask_bytes() + 64);
   const int8_t* zeros = reinterpret_cast<const int8_t*>(scales + w.groups() * 16);
-  const f32x16 scale = w.format == Format::q4 ? half_to_float(scales + g * 16) : splat(1.0f);
-  for (int m = 0; m < rows; ++m, out += ldo) {
-    const int32_t comp = x.comp[m * x.groups + g];
-    i32x16 sum = load<i32x16>(sums + 16 * m) + comp;
-    if (w.zero) sum += __builtin_convertvector(load<i8x16>(zeros + g * 16), i32x16) * (comp / 8);
-    const f32x16 s = w.format == Format::q4 ? scale * x.scale[m * x.groups + g] : splat(x.scale[m * x.groups + g]);
-    store(out, fma(to_float(sum), s, g ? loadf(out) : f32x16{}));
+  return {w.format == Format::q4 ? half_to_float(scales + g * 16) : splat(1.0f),
+          w.zero ? __builtin_convertvector(load<i8x16>(zeros + g * 16), i32x16) : i32x16{}};
+}
+
+// Integer sums of a group into the float sums of up to 16 rows by one panel.
+template <bool Four, bool Zero>
+inline void flush_tile(GroupScales s, const int32_t* sums, const int32_t* comp, const float* scale, int groups, int rows, float* out) {
+#pragma GCC unroll 4
+  for (int m = 0; m < rows; ++m) {
+    i32x16 sum = load<i32x16>(sums + 16 * m) + comp[m * groups];
+    if (Zero) sum += s.zero * (comp[m * groups] / 8);
+    const f32x16 by = Four ? s.scale * scale[m * groups] : splat(scale[m * groups]);
+    store(out + 16 * m, fma(to_float(sum), by, loadf(out + 16 * m)));
   }
+}
+
+inline void flush_tile(const Matrix& w, const uint8_t* record, int g, const int32_t* sums, const Act& x, int rows, float* out) {
+  const GroupScales s = group_scales(w, record, g);
+  if (w.zero) flush_tile<true, true>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
+  else if (w.format == Format::q4) flush_tile<true, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
+  else flush_tile<false, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
 }
 
 template <int Rows, int Panels>
@@ -98,51 +116,65 @@ inline void dot_step(const int8_t* q, int ld, const uint8_t* const* data, int k)
   if (Rows == 2 && Panels == 2) _tile_dpbsud(3, 5, 7);
 }
 
-// 16 or 32 rows by one or two panels.
 template <int Rows, int Panels>
-void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_t* const* data, const Act& x, int rows, float* out, int ldo) {
-  const int step = w.group % 64 ? 32 : 64, rows0 = rows < 16 ? rows : 16, rows1 = rows - rows0;
-  alignas(64) int32_t sums[4][16 * 16];
+inline void store_sums(int32_t (*sums)[16 * 16]) {
+  _tile_stored(0, sums[0], 64);
+  if (Panels == 2) _tile_stored(1, sums[1], 64);
+  if (Rows == 2) _tile_stored(2, sums[2], 64);
+  if (Rows == 2 && Panels == 2) _tile_stored(3, sums[3], 64);
+}
+
+// 16 or 32 rows by one or two panels. A group's sums are scaled while the tiles work on the next group.
+// `ahead`: bytes to bring into the cache meanwhile.
+template <int Rows, int Panels>
+void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_t* const* data, const Act& x, int rows,
+                     const uint8_t* ahead, float* out, int ldo) {
+  const int step = w.group % 64 ? 32 : 64, rows0 = rows < 16 ? rows : 16, rows1 = rows - rows0, groups = w.groups();
+  const int fetch = Panels * static_cast<int>(w.data_bytes()) / w.kp * w.group;  // bytes ahead a group
+  const Act below = row(x, rows > 16 ? 16 : 0);
+  alignas(64) int32_t sums[2][4][16 * 16];
+  alignas(64) float totals[4][16 * 16] = {};
+  const auto flush = [&](int g) {
+    for (int p = 0; p < Panels; ++p) {
+      flush_tile(w, record[p], g, sums[g % 2][p], x, rows0, totals[p]);
+      if (Rows == 2) flush_tile(w, record[p], g, sums[g % 2][2 + p], below, rows1, totals[2 + p]);
+    }
+  };
   configure(rows0, rows1, step);
-  for (int g = 0, k = 0; k < w.kp; ++g) {
+  for (int g = 0, k = 0; g < groups; ++g) {
     _tile_zero(0);
     if (Panels == 2) _tile_zero(1);
     if (Rows == 2) _tile_zero(2);
     if (Rows == 2 && Panels == 2) _tile_zero(3);
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
     for (; k < end; k += step) dot_step<Rows, Panels>(x.q, x.ld, data, k);
-    _tile_stored(0, sums[0], 64);
-    if (Panels == 2) _tile_stored(1, sums[1], 64);
-    if (Rows == 2) _tile_stored(2, sums[2], 64);
-    if (Rows == 2 && Panels == 2) _tile_stored(3, sums[3], 64);
-    for (int p = 0; p < Panels; ++p) {
-      flush_rows(w, record[p], sums[p], x, rows0, g, out + 16 * p, ldo);
-      if (Rows == 2) flush_rows(w, record[p], sums[2 + p], row(x, 16), rows1, g, out + static_cast<size_t>(16) * ldo + 16 * p, ldo);
-    }
+    if (ahead)
+      for (int i = 0; i < fetch; i += 64) prefetch(ahead + static_cast<size_t>(g) * fetch + i);
+    if (g) flush(g - 1);
+    store_sums<Rows, Panels>(sums[g % 2]);
   }
+  flush(groups - 1);
   for (int p = 0; p < Panels; ++p) {
     const f32x16 scale = load<f32x16>(record[p] + w.mask_bytes());
-    for (int m = 0; m < rows; ++m) {
-      float* o = out + static_cast<size_t>(m) * ldo + 16 * p;
-      store(o, loadf(o) * scale);
-    }
+    for (int m = 0; m < rows; ++m)
+      store(out + static_cast<size_t>(m) * ldo + 16 * p, loadf(totals[(m >= 16 ? 2 : 0) + p] + m % 16 * 16) * scale);
   }
 }
 
-// C += (hi + lo) B for 16 or 32 rows by one or two panels.
-template <int Rows, int Panels>
-void bf16_block(const Matrix& w, const uint8_t* const* data, const Act& x, int rows, float* out, int ldo) {
+// C += (hi + lo) B, or hi B alone, for 16 or 32 rows by one or two panels.
+template <int Rows, int Panels, int Halves>
+void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, const uint8_t* ahead, int ahead_step, float* out, int ldo) {
   const int rows0 = rows < 16 ? rows : 16, rows1 = rows - rows0;
   configure(rows0, rows1 ? rows1 : rows0, 64);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int k = 0; k < w.kp; k += 32) {
+  for (int k = 0; k < kp; k += 32, ahead += ahead_step) {
     _tile_loadd(6, data[0] + k * 32, 64);
     if (Panels == 2) _tile_loadd(7, data[1] + k * 32, 64);
-    for (int i = 0; i < 16; i += 4) prefetch(data[0] + k * 32 + 64 * i + kAhead);
-    for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < ahead_step; i += 64) prefetch(ahead + i);
+    for (int half = 0; half < Halves; ++half) {
       const uint16_t* a = half ? x.lo : x.hi;
       _tile_loadd(4, a + k, x.ld * 2);
       _tile_dpbf16ps(0, 4, 6);
@@ -159,12 +191,67 @@ void bf16_block(const Matrix& w, const uint8_t* const* data, const Act& x, int r
   if (Rows == 2 && Panels == 2) _tile_stored(3, out + static_cast<size_t>(16) * ldo + 16, ldo * 4);
 }
 
-constexpr int kTileRows = 6;  // fewer rows are faster on vectors
+// A pair of weights of 16 rows, both in one dword of nibbles, times their scale, to bfloat16 pairs. The scale
+// carries 1 + 2^-9, so that cutting the low half off rounds.
+template <uint32_t Even, uint32_t Odd>
+inline __m512i nibble_pair(__m512i v, __m512 scale, __m512 offset) {
+  constexpr float even = 1.0f / (Even & -Even), odd = 1.0f / (Odd & -Odd);
+  const __m512 a = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Even))), _mm512_mul_ps(scale, _mm512_set1_ps(even)), offset);
+  const __m512 b = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Odd))), _mm512_mul_ps(scale, _mm512_set1_ps(odd)), offset);
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b), _mm512_set1_epi32(0xffff0000), 0xf8);
+}
+
+// A q4 panel to bfloat16 tiles, group scales in, row scales not.
+void expand_q4_to_bf16(const Matrix& w, const uint8_t* record, uint8_t* out) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + 64);
+  const uint8_t* p = record + w.head_bytes();
+  for (int k = 0, g = 0; k < w.kp; ++g) {
+    const __m512 scale = _mm512_mul_ps(half_to_float(scales + g * 16), _mm512_set1_ps(1.0f + 0x1p-9f));
+    const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f));
+    for (const int end = k + w.group; k < end; k += 8, p += 64, out += 256) {
+      const __m512i v = _mm512_loadu_si512(p), high = _mm512_srli_epi32(v, 4);
+      prefetch(p + kAhead);
+      _mm512_store_si512(out, nibble_pair<0xf, 0xf00>(v, scale, offset));
+      _mm512_store_si512(out + 64, nibble_pair<0xf0000, 0xf000000>(v, scale, offset));
+      _mm512_store_si512(out + 128, nibble_pair<0xf, 0xf00>(high, scale, offset));
+      _mm512_store_si512(out + 192, nibble_pair<0xf0000, 0xf000000>(high, scale, offset));
+    }
+  }
+}
+
+// Many rows of a q4 matrix: scaling sums group by group would keep the tiles waiting, so the weights
+// are taken to bfloat16 once and so are the activations, which are not rounded to int8 then.
+template <int Panels>
+void decoded_panels(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo) {
+  const size_t bytes = static_cast<size_t>(w.kp) * 32;
+  uint8_t* space = expanded.take(2 * bytes);
+  const uint8_t* data[2] = {space, space + bytes};
+  for (int p = 0; p < Panels; ++p) expand_q4_to_bf16(w, w.record(panel + p), space + p * bytes);
+  const uint8_t* next = w.record(panel + Panels - 1) + w.stride;
+  const int next_step = Panels * static_cast<int>(w.data_bytes()) / (w.kp / 32);
+  for (int m = 0; m < rows; m += 32) {
+    const int some = rows - m < 32 ? rows - m : 32;
+    float* o = out + static_cast<size_t>(m) * ldo;
+    if (some > 16) bf16_block<2, Panels, 1>(w.kp, data, row(x, m), some, next, m ? 0 : next_step, o, ldo);
+    else bf16_block<1, Panels, 1>(w.kp, data, row(x, m), some, next, m ? 0 : next_step, o, ldo);
+  }
+  for (int p = 0; p < Panels; ++p) {
+    const f32x16 scale = load<f32x16>(w.record(panel + p));
+    for (int m = 0; m < rows; ++m) {
+      float* o = out + static_cast<size_t>(m) * ldo + 16 * p;
+      store(o, loadf(o) * scale);
+    }
+  }
+}
+
+constexpr int kTileRows = 5;            // fewer rows are faster on vectors
+constexpr int kQuantizedTileRows = 13;  // where integers must be scaled group by group
+constexpr int kDecodedRows = 33;        // from here on decoding q4 to bfloat16 pays
 
 bool fits_tiles(const Matrix& w, const Act& x, int rows) {
   if (rows < kTileRows) return false;
   if (w.format == Format::bf16) return x.hi != nullptr;
-  return w.quantized() && w.group % 32 == 0 && (!w.sparse || w.kp % 64 == 0) && w.kp % 32 == 0;
+  return rows >= kQuantizedTileRows && w.quantized() && w.group % 32 == 0 && (!w.sparse || w.kp % 64 == 0) && w.kp % 32 == 0;
 }
 
 template <int Panels>
@@ -183,16 +270,20 @@ void tile_panels(const Matrix& w, int panel, const Act& x, int rows, float* out,
     const int some = rows - m < 32 ? rows - m : 32;
     const Act a = row(x, m);
     float* o = out + static_cast<size_t>(m) * ldo;
-    if (w.quantized()) some > 16 ? quantized_block<2, Panels>(w, record, data, a, some, o, ldo) : quantized_block<1, Panels>(w, record, data, a, some, o, ldo);
-    else some > 16 ? bf16_block<2, Panels>(w, data, a, some, o, ldo) : bf16_block<1, Panels>(w, data, a, some, o, ldo);
+    const uint8_t* ahead = m || w.sparse ? nullptr : record[Panels - 1] + w.stride;
+    if (w.quantized()) some > 16 ? quantized_block<2, Panels>(w, record, data, a, some, ahead, o, ldo) : quantized_block<1, Panels>(w, record, data, a, some, ahead, o, ldo);
+    else some > 16 ? bf16_block<2, Panels, 2>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo) : bf16_block<1, Panels, 2>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo);
   }
 }
 
 void amx_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
   if (!fits_tiles(w, x, rows)) return tile(w, panel, count, x, rows, out, ldo);
-  int i = 0;
-  for (; i + 2 <= count; i += 2) tile_panels<2>(w, panel + i, x, rows, out + 16 * i, ldo);
-  if (i < count) tile_panels<1>(w, panel + i, x, rows, out + 16 * i, ldo);
+  const bool decode = w.format == Format::q4 && x.hi && rows >= kDecodedRows && !w.sparse && !w.zero;
+  for (int i = 0; i < count; i += 2) {
+    float* o = out + 16 * i;
+    if (i + 1 < count) decode ? decoded_panels<2>(w, panel + i, x, rows, o, ldo) : tile_panels<2>(w, panel + i, x, rows, o, ldo);
+    else decode ? decoded_panels<1>(w, panel + i, x, rows, o, ldo) : tile_panels<1>(w, panel + i, x, rows, o, ldo);
+  }
   _tile_release();
 }
 

@@ -38,6 +38,7 @@ Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
     a.q = take<int8_t>(cells);
     a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
     a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
+    if (split && w.format == Format::q4) a.hi = take<uint16_t>(cells);
     if (sparse) a.block_comp = take<int32_t>(static_cast<size_t>(rows) * a.blocks);
     return a;
   }

@@ -74,7 +74,7 @@ struct Act {
   int groups = 0;           // row stride of scale and comp
   int blocks = 0;           // row stride of block_comp
   float* f32 = nullptr;     // f32, bf16, fp8
-  uint16_t* hi = nullptr;   // bf16 on AMX: x = hi + lo to 16 bits of mantissa
+  uint16_t* hi = nullptr;   // bf16 on AMX: x = hi + lo to 16 bits of mantissa; q8 and q4: hi alone
   uint16_t* lo = nullptr;
   int8_t* q = nullptr;      // q8, q4
   float* scale = nullptr;
@@ -86,7 +86,8 @@ inline Act row(const Act& a, int m) {
   Act r = a;
   const size_t i = static_cast<size_t>(m), at = i * a.ld;
   if (a.f32) r.f32 = a.f32 + at;
-  if (a.hi) r.hi = a.hi + at, r.lo = a.lo + at;
+  if (a.hi) r.hi = a.hi + at;
+  if (a.lo) r.lo = a.lo + at;
   if (a.q) r.q = a.q + at, r.scale = a.scale + i * a.groups, r.comp = a.comp + i * a.groups;
   if (a.block_comp) r.block_comp = a.block_comp + i * a.blocks;
   return r;

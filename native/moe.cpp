@@ -56,7 +56,8 @@ struct Kind {
 void copy_row(const Act& from, int i, const Act& to, int j) {
   const Act a = row(from, i), b = row(to, j);
   if (a.f32) std::memcpy(b.f32, a.f32, sizeof(float) * a.ld);
-  if (a.hi) std::memcpy(b.hi, a.hi, 2 * a.ld), std::memcpy(b.lo, a.lo, 2 * a.ld);
+  if (a.hi) std::memcpy(b.hi, a.hi, 2 * a.ld);
+  if (a.lo) std::memcpy(b.lo, a.lo, 2 * a.ld);
   if (!a.q) return;
   std::memcpy(b.q, a.q, a.ld);
   std::memcpy(b.scale, a.scale, sizeof(float) * a.groups);

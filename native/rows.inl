@@ -27,6 +27,14 @@ void split(const float* x, int k, uint16_t* hi, uint16_t* lo) {  // k a multiple
   });
 }
 
+void round_to_bf16(const float* x, int k, uint16_t* out) {
+  for_lanes(k, [&](int i) { store(out + i, float_to_bf16(loadf(x + i))); });
+  for (int i = k / 16 * 16; i < k; ++i) {
+    const u16x16 v = float_to_bf16(splat(x[i]));
+    memcpy(out + i, &v, 2);
+  }
+}
+
 // Largest |x| to 127. k is padded to whole vectors with zeros by the caller.
 inline float quantize_group(const float* x, int k, int8_t* q) {
   f32x16 top = {};
@@ -81,6 +89,8 @@ void store_act(const Matrix& w, const Act& x, int row, int at, const float* valu
   const size_t start = static_cast<size_t>(row) * x.ld;
   if (w.quantized()) {
     quantize(w, x, row, at, values, k);
+    if (x.hi) round_to_bf16(values, k, x.hi + start + at);
+    if (x.hi && last) pad(x.hi + start, w.k, to);
     if (last) {
       pad(x.q + start, round_up(w.k, 16), to);
       if (x.block_comp) pad(x.block_comp + static_cast<size_t>(row) * x.blocks, (w.k + kBlock - 1) / kBlock, x.blocks);
