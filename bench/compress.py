@@ -35,13 +35,15 @@ RECIPES = (
 console = Console(width=150)
 
 
-def recipes(model: str, names: list[str]) -> None:
+def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
     """Each recipe in its own process, so that peak memory is its own."""
     table = Table("recipe", "MB", "drop", "95 % interval", "KL", "same token", "s", "peak MB", "decode tok/s", "of source")
     for name in names:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "out"
             command = [sys.executable, "-m", "farthing.cli.app", "compress", model, "--recipe", name, "-o", str(out)]
+            if max_tokens is not None:
+                command += ["--max-tokens", str(max_tokens)]
             result = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=True, text=True)
             d = json.loads(result.stdout)
             served = {row["model"]: row["decode_tokens_per_second"] for row in json.loads((out / "report.json").read_text())["serving"]}
@@ -199,12 +201,13 @@ def main() -> None:
     parser.add_argument("--model", default="reference")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--max-tokens", type=int, help="measure each recipe on about this many tokens")
     parser.add_argument("--tensors", type=int, default=60)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--calibration", type=int, default=100)
     args = parser.parse_args()
     if args.what == "recipes":
-        recipes(args.model, args.recipes)
+        recipes(args.model, args.recipes, args.max_tokens)
     elif args.what == "calibrators":
         calibrators(args.model, args.tokens, args.tensors)
     elif args.images is None or not args.images.is_dir():

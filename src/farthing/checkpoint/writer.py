@@ -40,6 +40,7 @@ class CheckpointWriter:
         self.max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
+        self._addresses: set[int] = set()  # of what is queued
         self._shards: list[list[str]] = []
         self._written: set[str] = set()
         self.total_bytes = 0
@@ -58,8 +59,9 @@ class CheckpointWriter:
         if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self.flush()
         tensor = tensor.detach().contiguous()
-        if any(tensor.data_ptr() == other.data_ptr() for other in self._pending.values()):
+        if tensor.data_ptr() in self._addresses:
             tensor = tensor.clone()  # safetensors refuses two names for one memory
+        self._addresses.add(tensor.data_ptr())
         self._pending[name] = tensor
         self._pending_bytes += size
 
@@ -85,6 +87,7 @@ class CheckpointWriter:
         self._written.update(self._pending)
         self.total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
+        self._addresses.clear()
 
     def close(self, config: dict[str, Any], copy_from: Path | None = None) -> None:
         """Name the shards as Hugging Face does, write index and config.json, copy tokenizer files."""

@@ -1,0 +1,46 @@
+"""A checkpoint larger than the memory its compression may take."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from farthing.checkpoint import Checkpoint
+from tests.compress.conftest import write_model
+
+LIMIT = 100 * 2**20  # bytes a run may add to what the imports and a tiny model take
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from farthing.compress.api import Options, compress, peak_memory
+from farthing.compress.recipe import RECIPES
+options = Options(calibration=Path(sys.argv[3]), gate=False)
+compress(Path(sys.argv[1]), Path(sys.argv[4]) / "tiny", RECIPES["int8"], options)
+before = peak_memory()
+compress(Path(sys.argv[2]), Path(sys.argv[4]) / "large", RECIPES["int8"], options)
+print(before, peak_memory())
+"""
+
+
+@pytest.mark.slow
+def test_one_layer_in_memory(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    large = write_model(
+        tmp_path / "m", hidden_size=256, moe_intermediate_size=512, num_hidden_layers=14, n_routed_experts=8,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    size = Checkpoint.open(large).stored_bytes()
+    assert size > 1.4 * LIMIT
+    args = [sys.executable, "-c", SCRIPT, str(model_dir), str(large), str(data), str(tmp_path)]
+    result = subprocess.run(args, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    before, after = (int(x) for x in result.stdout.split())
+    assert after - before < LIMIT
+    report = json.loads((tmp_path / "large" / "report.json").read_text())
+    assert len(report["coverage"]) == 13
