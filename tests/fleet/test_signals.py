@@ -240,6 +240,7 @@ def test_prometheus_gives_the_same_signals(tmp_path: Path, name: str) -> None:
     run(real)
 
 
+@pytest.mark.slow  # test_faults stops a Prometheus in the fast set
 def test_prometheus_that_hangs_or_ends_and_target_that_vanishes_make_stale_snapshots(tmp_path: Path) -> None:
     async def test() -> None:
         replica = FakeReplica(name="a")
