@@ -80,7 +80,7 @@ export class Playground {
     this.model ??= (await get("/v1/models")).data[0].id;
     const chat = this.mode === "chat";
     const body = {
-      model: this.model, stream: true, stream_options: { include_usage: true, x_farthing: true },
+      model: this.model, stream: true, stream_options: { include_usage: true }, x_farthing: true,
       max_tokens: Number(this.tokens.value) || 128, temperature: Number(this.temperature.value) || 0,
     };
     if (chat) body.messages = [...this.history, { role: "user", content: text }];
