@@ -25,7 +25,7 @@ class Mix:
         self,
         experts: list[Forecaster] | None = None,
         slow: list[Forecaster] | None = None,
-        rate: float = 2.0,
+        rate: float = 4.0,
         half_life: float = 96.0,
         refit_steps: int = 12,
     ) -> None:

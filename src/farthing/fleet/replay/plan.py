@@ -18,13 +18,15 @@ class PlanConfig:
     history_s: float = 7 * DAY_S  # below this there is no plan: the load itself stands in for it
     max_fits: int = 40  # plans of a long trace are made every few days
     skill_s: float = 7 * DAY_S  # window of the running skill against the last value
+    largest_error: float = 0.2  # a plan that was off by more than this share is no floor worth its price
     prophet: ProphetConfig = field(default_factory=ProphetConfig)
 
 
 def day_plan(series: Series, ticks: int, tick_s: float, lead_s: float, config: PlanConfig) -> Floats:
     """[ticks] the median forecast's peak over the next `lead_s`; NaN where there is no plan to trust.
 
-    A plan whose running skill against the last value known at its making is not above zero is not trusted.
+    A plan whose running skill against the last value known at its making is not above zero, or whose error
+    is larger than the configuration allows, is not trusted.
     """
     planned = _plans(series, config)
     if planned is None:
@@ -56,5 +58,7 @@ def _plans(
         past = slice(max(first, begin - window), begin)
         truth = series.values[past]
         if len(truth):
-            good[begin:end] = np.abs(value[past] - truth).sum() < np.abs(naive[past] - truth).sum()
+            error = np.abs(value[past] - truth).sum()
+            skilled = error < np.abs(naive[past] - truth).sum()
+            good[begin:end] = skilled and error <= config.largest_error * truth.sum()
     return value, good

@@ -1,0 +1,210 @@
+"""The scaling rule: up at once, down by the rule, never down on missing data, safe against clocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farthing.fleet.decisions import Forecast, Snapshot
+from farthing.fleet.policy import Policy, PolicyConfig, PolicyState
+
+CONFIG = PolicyConfig(capacity=1.0)
+
+
+def seen(time: float, current: int, rate: float | None, **more: object) -> Snapshot:
+    fields: dict[str, object] = {"ready": current, "backlog": 0.0, "queue_time_s": 0.0, **more}
+    return Snapshot(time=time, current=current, request_rate=rate, **fields)  # type: ignore[arg-type]
+
+
+def flat(now: float, p50: float, p90: float) -> Forecast:
+    return Forecast(now, 700.0, (p50,), (p90,), "lstm", 0.2)
+
+
+def test_required_is_ceil_of_load_over_utilization_and_capacity() -> None:
+    decision = Policy(CONFIG).decide(0, seen(0, 1, 7.0))
+    assert (decision.target, decision.action, decision.decided_by) == (10, "up", "realtime")
+
+
+def test_an_exact_division_needs_no_replica_more() -> None:
+    assert Policy(CONFIG).decide(0, seen(0, 1, 2.1)).target == 3
+
+
+@pytest.mark.parametrize(
+    ("rate", "target"), [(4.3, 10), (4.2, 10), (4.1, 6 if 6 < 0.6 * 10 else 10), (3.5, 5)]
+)
+def test_down_only_below_six_tenths_of_current(rate: float, target: int) -> None:
+    assert Policy(CONFIG).decide(0, seen(0, 10, rate)).target == target
+
+
+def test_the_largest_level_decides_and_the_reason_names_it() -> None:
+    mid = Forecast(0, 600, (3.0, 14.0), (4.0, 15.0), "prophet")
+    decision = Policy(CONFIG).decide(0, seen(0, 2, 2.0), flat(0, 5, 7), mid)
+    assert decision.levels.short == 10
+    assert decision.levels.mid == 20
+    assert decision.levels.realtime == 3
+    assert (decision.decided_by, decision.target) == ("mid", 20)
+    assert "prophet" in decision.reason
+
+
+def test_mid_looks_one_cold_start_and_one_interval_ahead() -> None:
+    plan = Forecast(0, 100, (1.0, 1.0, 7.0), (1.0, 1.0, 7.0), "prophet")
+    near = Policy(replace(CONFIG, cold_start_s=100)).decide(0, seen(0, 2, 1.0), None, plan)
+    far = Policy(replace(CONFIG, cold_start_s=300)).decide(0, seen(0, 2, 1.0), None, plan)
+    assert (near.levels.mid, far.levels.mid) == (2, 10)
+
+
+def test_the_measured_cold_start_goes_before_the_configured_one() -> None:
+    plan = Forecast(0, 100, (1.0, 1.0, 7.0), (1.0, 1.0, 7.0), "prophet")
+    measured = seen(0, 2, 1.0, cold_start_s=300.0)
+    assert Policy(replace(CONFIG, cold_start_s=10)).decide(0, measured, None, plan).levels.mid == 10
+
+
+def test_latency_breach_scales_by_the_factor_once_a_cold_start() -> None:
+    policy, current, targets = Policy(CONFIG), 10, []
+    for now in range(0, 700, 15):
+        decision = policy.decide(now, seen(now, current, 5.0, queue_time_s=0.5, ready=10))
+        current = decision.target
+        targets.append(current)
+    assert targets[0] == targets[1] == 10
+    assert targets[2] == 15  # 30 s of breach
+    assert set(targets[2:42]) == {15}  # no second step within the cold start
+
+
+def test_a_breach_that_breaks_begins_anew() -> None:
+    policy = Policy(CONFIG)
+    for now, latency in ((0, 0.5), (15, 0.1), (30, 0.5), (45, 0.5)):
+        assert policy.decide(now, seen(now, 10, 6.0, queue_time_s=latency)).target == 10
+    assert policy.decide(60, seen(60, 10, 6.0, queue_time_s=0.5)).target == 15
+
+
+def test_metric_threshold_and_factor_are_configurable() -> None:
+    config = replace(
+        CONFIG, latency_metric="ttft", latency_threshold_s=1.0, latency_for_s=0.0, latency_factor=2.0
+    )
+    assert Policy(config).decide(0, seen(0, 10, 6.0, ttft_s=0.9)).target == 10
+    assert Policy(config).decide(0, seen(0, 10, 6.0, ttft_s=1.1)).target == 20
+
+
+def test_backlog_asks_for_replicas_to_work_it_off() -> None:
+    config = replace(CONFIG, cold_start_s=30.0, drain_s=60.0)
+    assert Policy(config).decide(0, seen(0, 10, 6.0, backlog=600.0)).target == 16
+
+
+def test_stabilized_goes_down_to_the_largest_need_of_five_minutes() -> None:
+    policy, current, history = Policy(CONFIG.stabilized()), 10, []
+    for now in range(0, 1000, 15):
+        rate = 7.0 if now < 400 else 5.6
+        current = policy.decide(now, seen(now, current, rate)).target
+        history.append((now, current))
+    fell = next(now for now, n in history if n < 10)
+    assert history[-1][1] == 8
+    assert 400 - 15 + 300 < fell <= 400 + 300 + 15
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        None,
+        seen(0, 10, None),
+        seen(0, 10, float("nan")),
+        seen(0, 10, 0.1, stale=True),
+        seen(-100, 10, 0.1),
+        seen(500, 10, 0.1),
+    ],
+)
+def test_missing_or_stale_signals_hold_and_alarm(snapshot: Snapshot | None) -> None:
+    decision = Policy(CONFIG).decide(0, snapshot, flat(0, 0.1, 0.1), current=10)
+    assert (decision.target, decision.action) == (10, "hold")
+    assert decision.alarms
+
+
+@pytest.mark.parametrize("gap", [{"queue_time_s": None}, {"backlog": None}, {"ready": None}])
+def test_a_missing_latency_signal_allows_up_but_not_down(gap: dict[str, None]) -> None:
+    down = Policy(CONFIG).decide(0, seen(0, 10, 0.5, **gap))
+    up = Policy(CONFIG).decide(0, seen(0, 10, 14.0, **gap))
+    assert (down.target, up.target) == (10, 20)
+    assert down.alarms and up.alarms
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_clock_jump_never_scales_down(jump: float) -> None:
+    policy = Policy(CONFIG.stabilized())
+    for now in range(0, 600, 15):
+        policy.decide(now, seen(now, 10, 7.0))
+    late = 600 + jump
+    first = policy.decide(late, seen(late, 10, 0.7))
+    assert first.target == 10
+    assert any("clock" in alarm for alarm in first.alarms)
+    soon = [policy.decide(late + t, seen(late + t, 10, 0.7)).target for t in range(15, 300, 15)]
+    assert set(soon) == {10}
+    after = [policy.decide(late + t, seen(late + t, 10, 0.7)).target for t in range(300, 400, 15)]
+    assert after[-1] == 1
+
+
+def test_limits_step_and_cooldown() -> None:
+    limited = replace(CONFIG, min_replicas=2, max_replicas=12, max_step=4)
+    assert Policy(limited).decide(0, seen(0, 5, 70.0)).target == 9
+    assert Policy(limited).decide(0, seen(0, 11, 70.0)).target == 12
+    assert Policy(limited).decide(0, seen(0, 3, 0.0)).target == 3 - 1
+    policy = Policy(replace(CONFIG, cooldown_s=60.0))
+    for now in range(0, 75, 15):
+        policy.decide(now, seen(now, 5, 3.0))
+    assert policy.decide(75, seen(75, 5, 7.0)).target == 10
+    assert policy.decide(120, seen(120, 10, 1.0)).decided_by == "cooldown"
+    assert policy.decide(150, seen(150, 10, 1.0)).target == 2
+
+
+def test_a_failing_forecast_is_named_among_the_alarms() -> None:
+    note = "lstm replaced by last-value: running skill -0.10"
+    short = Forecast(0, 700, (5.0,), (6.0,), "last-value", -0.1, note)
+    assert any(note in alarm for alarm in Policy(CONFIG).decide(0, seen(0, 5, 3.0), short).alarms)
+
+
+def test_state_survives_json() -> None:
+    policy = Policy(CONFIG.stabilized())
+    for now in range(0, 120, 15):
+        policy.decide(now, seen(now, 10, 7.0 - now / 100, queue_time_s=0.3))
+    copy = Policy(policy.config, PolicyState.from_json(policy.state.to_json()))
+    now = 120.0
+    assert copy.decide(now, seen(now, 10, 1.0)) == policy.decide(now, seen(now, 10, 1.0))
+    with pytest.raises(ValueError, match="not a saved policy state"):
+        PolicyState.from_json('{"nonsense": 1}')
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("capacity", 0),
+        ("target_utilization", 1.2),
+        ("latency_metric", "e2e"),
+        ("max_replicas", 0),
+        ("levels", ()),
+    ],
+)
+def test_a_bad_setting_is_named_with_what_is_accepted(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{field}.*expected"):
+        PolicyConfig(**{"capacity": 1.0, field: value})  # type: ignore[arg-type]
+
+
+signals = st.one_of(st.none(), st.floats(0, 100), st.just(float("nan")))
+
+
+@given(
+    st.lists(st.tuples(signals, signals, st.floats(0, 2), st.booleans(), st.floats(-50, 200)), max_size=40)
+)
+def test_never_below_what_is_needed_and_never_down_blind(steps: list[tuple]) -> None:  # type: ignore[type-arg]
+    """Whatever comes: a usable load is always covered, unusable signals never take a replica away."""
+    policy, current, now = Policy(replace(CONFIG, max_replicas=10_000)), 5, 0.0
+    for rate, backlog, latency, stale, elapsed in steps:
+        now += elapsed
+        snapshot = seen(now, current, rate, backlog=backlog, queue_time_s=latency, stale=stale)
+        decision = policy.decide(now, snapshot)
+        usable = rate is not None and rate == rate and not stale
+        if not usable or backlog is None:
+            assert decision.target >= current
+        if usable:
+            assert decision.target >= rate / 0.7 - 1e-6
+        current = decision.target
