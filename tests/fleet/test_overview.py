@@ -4,6 +4,7 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
     assert data["replicas"][0]["state"] == "ready" and data["gauges"]["usd_per_hour"] == 0.72
     assert abs(data["gauges"]["usd_per_million"] - 0.72 / 3600 / 1000 * 1e6) < 1e-12
     assert data["facts"]["capacity"] == "5 requests/s a replica"
+
+
+def test_a_run_of_the_same_hold_is_told_once_and_by_its_last(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "decisions.jsonl")
+    for second in range(5):
+        log.append(replace(decision(2), time=float(second), action="hold"))
+    log.append(replace(decision(3), time=5.0))
+    for second in range(6, 9):
+        log.append(replace(decision(3), time=float(second), action="hold"))
+    shown = fleet_data(Gateway(), tmp_path)["decisions"]
+    assert [d["time"] for d in shown] == [0.0, 5.0, 6.0, 8.0]
 
 
 def test_without_a_controller_the_gateway_shows_its_own_traffic(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from farthing.fleet.gateway.server import Gateway
 
 DECISIONS = "decisions.jsonl"
 _SHOWN = 50  # decisions
-_TAIL = 256 << 10  # bytes of the log that are looked at
+_TAIL = 128 << 10  # bytes of the log that are looked at
 _REALTIME_S = 300.0  # how far the present load is drawn ahead
 
 
@@ -75,7 +75,7 @@ def _samples(gateway: Gateway, name: str) -> list[Sample]:
 def _add_control(document: dict[str, Any], state: Path) -> None:
     """Decisions with their reasons, forecasts, and the load they were made for."""
     decisions = _last_decisions(state / DECISIONS)
-    document["decisions"] = [_shown(decision) for decision in decisions]
+    document["decisions"] = [_shown(decision) for decision in _telling(decisions)[-_SHOWN:]]
     unit, document["forecasts"] = _forecasts(state / FORECASTS)
     document["unit"] = f"{unit}/s"
     if not decisions:
@@ -111,10 +111,25 @@ def _last_decisions(path: Path) -> list[Decision]:
     except OSError:
         return []
     found = []
-    for line in lines[-_SHOWN:]:
+    for line in lines:
         with suppress(ValueError):
             found.append(Decision.from_json(line))
     return found
+
+
+def _telling(decisions: Sequence[Decision]) -> list[Decision]:
+    """Decisions without those that only repeat: of a run that holds for the same reason, the first and, if
+    it still lasts, the last."""
+    told: list[Decision] = []
+    for decision in decisions:
+        same = bool(told) and _kind(told[-1]) == _kind(decision)
+        if decision.action != "hold" or not same:
+            told.append(decision)
+    return told if not decisions or told[-1] is decisions[-1] else [*told, decisions[-1]]
+
+
+def _kind(decision: Decision) -> tuple[object, ...]:
+    return decision.action, decision.target, decision.decided_by, decision.alarms
 
 
 def _forecasts(path: Path) -> tuple[str, dict[str, Any]]:
