@@ -82,14 +82,16 @@ class Stream(asyncio.Protocol):
         self.transport.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
 
     def data_received(self, data: bytes) -> None:
-        self.end = self.end[-11:] + data  # the mark may be split
+        self.end = self.end[-1000:] + data  # the mark may be split
         if b"data: [DONE]" in self.end and not self.done.done():
             self.done.set_result(None)
             self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.done.done():
-            self.done.set_exception(ConnectionError("the server hung up"))
+            self.done.set_exception(
+                ConnectionError(f"the server hung up: {self.end.decode(errors='replace')}")
+            )
 
 
 async def through_http(port: int, streams: int, tokens: int, first: int) -> float:
