@@ -68,7 +68,7 @@ def serve(model: str, options: Sequence[str] = ()) -> Iterator[Served]:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             url = f"http://127.0.0.1:{port}"
-            while not _ready(url):
+            while not ready(url):
                 if process.poll() is not None or time.perf_counter() - start > READY_TIMEOUT:
                     log.seek(0)
                     raise RuntimeError(f"{' '.join(command)} did not become ready:\n{log.read()[-2000:]}")
@@ -83,7 +83,8 @@ def serve(model: str, options: Sequence[str] = ()) -> Iterator[Served]:
                 process.wait()
 
 
-def _ready(url: str) -> bool:
+def ready(url: str) -> bool:
+    """Whether a server takes requests."""
     try:
         with urllib.request.urlopen(f"{url}/ready", timeout=2) as response:
             return bool(response.status == 200)
