@@ -138,7 +138,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("auto", "auto", algorithm="gptq", calibration_tokens=32768),
     )
 }
-DEFAULT = "int8-auto"
+DEFAULT = "int8"
 
 
 def load_recipe(name: str) -> Recipe:

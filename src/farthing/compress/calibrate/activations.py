@@ -47,12 +47,13 @@ def choose(
 
     scales: dict[str, float] = {o: max(OBSERVERS[o](histogram) / 127, TINY) for o in observers}
     errors: dict[str, float] = {o: error(round_tensor(rows, torch.tensor(s))) for o, s in scales.items()}
-    if len(observers) > 1:  # what is asked for is the least error, so look on around the best of them
-        start = scales[min(errors, key=errors.__getitem__)]
+    if dynamic:
+        errors["token"] = error(round_token(rows))
+    best = min(errors, key=errors.__getitem__)
+    if len(observers) > 1 and best in scales:  # what is asked for is the least error, so look on around the best of them
+        start = scales[best]
         trials = {start * f: error(round_tensor(rows, torch.tensor(start * f))) for f in REFINE}
         scales["measured"] = min(trials, key=trials.__getitem__)
         errors["measured"] = trials[scales["measured"]]
-    if dynamic:
-        errors["token"] = error(round_token(rows))
     winner = min(errors, key=errors.__getitem__)
     return Choice(winner, scales.get(winner), errors)

@@ -37,9 +37,10 @@ class Histogram:
             return
         self.absmax = max(self.absmax, top)
         if not self.width:
-            rank = max(1, int(BULK * nonzero.numel()))
+            sample = nonzero[:: max(1, nonzero.numel() // 100_000)]
+            rank = max(1, int(BULK * sample.numel()))
             # The smallest normal number: a subnormal width would divide to infinity.
-            self.width = max(float(nonzero.kthvalue(rank).values) / BINS, torch.finfo(torch.float32).tiny)
+            self.width = max(float(sample.kthvalue(rank).values) / BINS, torch.finfo(torch.float32).tiny)
         index = (nonzero.double() / self.width).long().clamp_(max=MAX_BINS - 1)
         new = torch.bincount(index, minlength=len(self.counts))
         if len(new) > len(self.counts):

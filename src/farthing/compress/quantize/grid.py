@@ -69,7 +69,7 @@ def int8_grid(w: Tensor, energy: Tensor | None = None) -> Grid:
     scale = amax.clamp_min(127 * TINY) / 127
     if energy is None:
         return Grid(scale, None, -127, 127)
-    return Grid(_shrink(w, scale, None, energy, -127, 127, (1.0, 0.95, 0.9, 0.85, 0.8)), None, -127, 127)
+    return Grid(_shrink(w, scale, None, energy, -127, 127, (1.0, 0.93, 0.86, 0.8)), None, -127, 127)
 
 
 def int4_grid(w: Tensor, group: int, energy: Tensor | None = None, symmetric: bool = True) -> Grid:
