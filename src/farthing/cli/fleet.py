@@ -70,6 +70,9 @@ def up(
     metrics_names: Annotated[str, typer.Option(help="auto, farthing, vllm or sglang.")] = "auto",
     api_key_file: Annotated[Path | None, typer.Option(help="Keys, `name:key` or a key on each line.")] = None,
     ready_timeout: Annotated[float, typer.Option(help="Seconds a replica may take to be ready.")] = 600.0,
+    warm: Annotated[
+        bool, typer.Option(help="Keep one process with its imports done; not with --command.")
+    ] = True,
     config: Annotated[
         Path | None, typer.Option(help="YAML file; its policy, gateway and signals apply.")
     ] = None,
@@ -81,7 +84,7 @@ def up(
 ) -> None:
     """Start a gateway and replicas on this machine, and let them follow the load."""
     from farthing.fleet.actuators.local import LocalConfig
-    from farthing.fleet.up import UpConfig, serve_command
+    from farthing.fleet.up import WARM, UpConfig, serve_command
     from farthing.fleet.up_defaults import local_fleet
 
     _log_to_stderr()
@@ -96,7 +99,11 @@ def up(
             advise=advise,
         )
         local = LocalConfig(
-            tuple(words), state / "replicas", health_path=health_path, ready_timeout_s=ready_timeout
+            tuple(words),
+            state / "replicas",
+            health_path=health_path,
+            ready_timeout_s=ready_timeout,
+            **(WARM if warm and not command else {}),
         )
         asyncio.run(_up(UpConfig(fleet, local, host, port, api_key_file)))
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
 from farthing.fleet.actuators.process import last_lines, launch, signal_group
@@ -50,6 +51,10 @@ def serve_command(model: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     """The command of a replica that serves `model`."""
     start = (sys.executable, "-m", "farthing.cli.app", "serve", model)
     return (*start, "--host", "{host}", "--port", "{port}", *extra)
+
+
+# For `serve_command`: a spare process, told the words behind `python -m farthing.cli.app`.
+WARM: dict[str, Any] = {"warm": (sys.executable, "-m", "farthing.fleet.warm"), "warm_skips": 3}
 
 
 class GatewayProcess:

@@ -166,6 +166,36 @@ def test_command_that_dies_is_given_up_with_its_last_words(tmp_path: Path) -> No
     run(test)
 
 
+def test_spare_process_becomes_the_next_replica_and_is_replaced(tmp_path: Path) -> None:
+    waits = (
+        "import json, os, sys; os.execv(sys.executable, [sys.executable, *json.loads(sys.stdin.readline())])"
+    )
+
+    async def test() -> None:
+        config = LocalConfig(FAKE, tmp_path, warm=(sys.executable, "-c", waits), warm_skips=1)
+        replicas = LocalReplicas(config)
+        await replicas.start()
+        await replicas.scale(1)
+        assert await replicas.wait_ready(1, 20)
+        await until(lambda: replicas._spare is not None)
+        assert replicas._spare is not None
+        first = replicas._spare.process.pid
+        await replicas.scale(2)
+        assert await replicas.wait_ready(2, 20)
+        assert first in [r.process.pid for r in replicas.replicas]
+        await until(lambda: replicas._spare is not None and replicas._spare.process.pid != first)
+        os.kill(replicas._spare.process.pid, signal.SIGKILL)
+        await until(lambda: replicas._spare is None or replicas._spare.process.returncode is not None)
+        await replicas.scale(3)  # a spare that died is passed over
+        assert await replicas.wait_ready(3, 20)
+        await until(lambda: replicas._spare is not None)
+        pids = [replicas._spare.process.pid, *(r.process.pid for r in replicas.replicas)]
+        await replicas.close()
+        assert not any(alive(pid) for pid in pids)
+
+    run(test)
+
+
 def test_replicas_die_with_their_parent(tmp_path: Path) -> None:
     script = f"""
 import asyncio, os, sys

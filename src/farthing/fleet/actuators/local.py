@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -48,6 +49,11 @@ class LocalConfig:
     failures: int = 3  # launches that fail in a row before it is given up
     retry_s: float = 30.0  # first pause after giving up; doubles up to ten times that
     environment: dict[str, str] = field(default_factory=dict)
+    # A command that waits on stdin for a JSON line with the arguments after `command[:warm_skips]`: one
+    # such process is
+    # kept, so that the next replica need not begin with its imports. Empty: none is kept.
+    warm: tuple[str, ...] = ()
+    warm_skips: int = 0
 
     def __post_init__(self) -> None:
         if not any("{port}" in part for part in self.command):
@@ -61,6 +67,15 @@ class LocalConfig:
                 )
         if self.failures < 1:
             raise ValueError(f"LocalConfig.failures = {self.failures}: expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A process that waits for what to serve."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    log: Path
 
 
 @dataclass(eq=False)
@@ -103,6 +118,8 @@ class LocalReplicas:
         self._retry: asyncio.TimerHandle | None = None
         self._http: aiohttp.ClientSession | None = None
         self._closing = False
+        self._spare: Spare | None = None
+        self._warming: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._reconciling = asyncio.Lock()
 
@@ -137,6 +154,7 @@ class LocalReplicas:
             self._retry.cancel()
         for replica in self.replicas:
             self._drain(replica)
+        await self._drop_spare()
         tasks = [r.task for r in self.replicas if r.task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._http is not None:
@@ -180,22 +198,70 @@ class LocalReplicas:
         self._announce()
 
     async def _launch(self) -> None:
-        self._count += 1
-        name, port = f"r{self._count}", _free_port(self.config.host)
-        words = {"port": str(port), "host": self.config.host, "name": name}
-        command = [_fill(part, words) for part in self.config.command]
-        environment = {key: _fill(value, words) for key, value in self.config.environment.items()}
-        log_file = self.config.directory / f"{name}.log"
-        launched = time.monotonic()
+        port, launched = _free_port(self.config.host), time.monotonic()
         try:
-            process = await launch(command, log_file, environment)
+            name, log_file, process = await self._begin(port)
         except OSError as problem:
-            self._failed(f"{command[0]} cannot be started: {problem}")
+            self._failed(f"{self.config.command[0]} cannot be started: {problem}")
             return
         replica = LocalReplica(name, port, f"http://{self.config.host}:{port}", process, log_file, launched)
         log.info("replica %s: pid %d, port %d", name, process.pid, port)
         self.replicas.append(replica)
         replica.task = asyncio.create_task(self._live(replica))
+
+    async def _begin(self, port: int) -> tuple[str, Path, asyncio.subprocess.Process]:
+        """The process of a new replica: the spare, told what to serve, else one from the beginning."""
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.process.returncode is None and spare.process.stdin is not None:
+            words = self._filled(self.config.command[self.config.warm_skips :], spare.name, port)
+            with contextlib.suppress(OSError):
+                spare.process.stdin.write(json.dumps(words).encode() + b"\n")
+                await spare.process.stdin.drain()
+                spare.process.stdin.close()
+                return spare.name, spare.log, spare.process
+        name, log_file = self._new_name()
+        environment = dict(
+            zip(
+                self.config.environment,
+                self._filled(tuple(self.config.environment.values()), name, port),
+                strict=True,
+            )
+        )
+        process = await launch(self._filled(self.config.command, name, port), log_file, environment)
+        return name, log_file, process
+
+    def _new_name(self) -> tuple[str, Path]:
+        self._count += 1
+        name = f"r{self._count}"
+        return name, self.config.directory / f"{name}.log"
+
+    def _filled(self, parts: Sequence[str], name: str, port: int) -> list[str]:
+        words = {"port": str(port), "host": self.config.host, "name": name}
+        return [_fill(part, words) for part in parts]
+
+    def _keep_spare(self) -> None:
+        """See to it that a spare waits; called when a replica is ready, so that it takes nothing from
+        its start.
+        """
+        if self.config.warm and not self._closing and self._spare is None and self._warming is None:
+            self._warming = asyncio.create_task(self._warm())
+
+    async def _warm(self) -> None:
+        name, log_file = self._new_name()
+        try:
+            process = await launch(self.config.warm, log_file, {}, stdin=asyncio.subprocess.PIPE)
+            self._spare = Spare(name, process, log_file)
+        except OSError as problem:
+            log.warning("no spare process: %s", problem)
+        self._warming = None
+
+    async def _drop_spare(self) -> None:
+        if self._warming is not None:
+            await self._warming
+        if self._spare is not None:
+            signal_group(self._spare.process, signal.SIGKILL)
+            await self._spare.process.wait()
+            self._spare = None
 
     async def _live(self, replica: LocalReplica) -> None:
         """See one replica from its launch to its end."""
@@ -220,6 +286,7 @@ class LocalReplicas:
                 self._failures, self._pause = 0, self.config.retry_s
                 log.info("replica %s is ready after %.2f s", replica.name, took)
                 self._announce()
+                self._keep_spare()
                 return True
             if time.monotonic() > deadline:
                 replica.reason = f"not ready after {self.config.ready_timeout_s:g} s"

@@ -1,0 +1,31 @@
+"""A replica's process ahead of its time: it has done its imports and waits on stdin for what to serve.
+
+Importing torch takes most of a small model's cold start. `python -m farthing.fleet.warm` does that, then
+reads one line, a JSON list of `farthing`'s arguments, and becomes that command. When stdin ends without
+a line, so does it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+PRELOAD = ("torch", "farthing.engine.engine", "farthing.server.app", "farthing.server.run", "uvicorn")
+
+
+def main() -> None:
+    """Wait for a line, then run it as `farthing ARGUMENTS`."""
+    for module in PRELOAD:
+        importlib.import_module(module)
+    line = sys.stdin.readline()
+    if not line:
+        return
+    from farthing.cli.app import main as farthing
+
+    sys.argv = ["farthing", *json.loads(line)]
+    farthing()
+
+
+if __name__ == "__main__":
+    main()
