@@ -1,4 +1,4 @@
-"""Random DeepSeek-V3-architecture checkpoints in four sizes, for measuring speed: weights do not matter to it.
+"""Random DeepSeek-V3-architecture checkpoints in four sizes, for measuring speed.
 
 S and L have small heads; S576 and L576 have V3's own (latent 512, rotary 64, nope = v = 128), which vLLM and
 ik_llama.cpp need. L: 3.2 G parameters, 0.5 G active a token; S: 283 M and 77 M.
@@ -20,14 +20,16 @@ from torch import Tensor
 
 HEADS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 SMALL: dict[str, Any] = {
-    "hidden_size": 768, "num_hidden_layers": 12, "n_routed_experts": 32, "num_experts_per_tok": 4, "n_group": 4,
-    "topk_group": 2, "moe_intermediate_size": 256, "intermediate_size": 2048, "q_lora_rank": 256,
+    "hidden_size": 768, "num_hidden_layers": 12, "n_routed_experts": 32, "num_experts_per_tok": 4,
+    "n_group": 4, "topk_group": 2, "moe_intermediate_size": 256, "intermediate_size": 2048,
+    "q_lora_rank": 256,
     "kv_lora_rank": 256, "num_attention_heads": 8, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
     "v_head_dim": 64,
 }  # fmt: skip
 LARGE = SMALL | {
-    "hidden_size": 1024, "num_hidden_layers": 16, "n_routed_experts": 64, "num_experts_per_tok": 8, "n_group": 8,
-    "topk_group": 4, "moe_intermediate_size": 1024, "intermediate_size": 4096, "q_lora_rank": 512,
+    "hidden_size": 1024, "num_hidden_layers": 16, "n_routed_experts": 64, "num_experts_per_tok": 8,
+    "n_group": 8, "topk_group": 4, "moe_intermediate_size": 1024, "intermediate_size": 4096,
+    "q_lora_rank": 512,
     "num_attention_heads": 16,
 }  # fmt: skip
 SIZES = {
@@ -90,7 +92,7 @@ def tensors(c: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def active_parameters(c: dict[str, Any], routed: float) -> int:
-    """Matrix elements read in a step in which `routed` experts a layer are used; the embedding is not read."""
+    """Matrix elements read in a step that uses `routed` experts a layer; the embedding is not read."""
     total = 0.0
     for name, shape in tensors(c):
         if name == "model.embed_tokens.weight":

@@ -111,7 +111,9 @@ def test_mlp(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, hidden: int
 
 ROUTERS = {
     "v3": RouterSpec(8, 3, num_groups=4, top_k_groups=2, scale=2.5),
-    "v2": RouterSpec(8, 2, num_groups=2, top_k_groups=1, scoring="softmax", group_score="max", normalize=False),
+    "v2": RouterSpec(
+        8, 2, num_groups=2, top_k_groups=1, scoring="softmax", group_score="max", normalize=False
+    ),
     "plain": RouterSpec(8, 8),
     "adaptive": RouterSpec(8, 4, mass=0.6, min_experts=1),
 }
@@ -162,7 +164,10 @@ def test_an_expert_nobody_chose(ops: CpuOps, ref: ReferenceOps) -> None:
 
 def test_reroute(ops: CpuOps, ref: ReferenceOps) -> None:
     w = experts(ROUTERS["v3"], "int8", 64, 64, None)
-    handle, expected = ops.pack_moe("m", ROUTERS["v3"], lambda: w), ref.pack_moe("m", ROUTERS["v3"], lambda: w)
+    handle, expected = (
+        ops.pack_moe("m", ROUTERS["v3"], lambda: w),
+        ref.pack_moe("m", ROUTERS["v3"], lambda: w),
+    )
     narrow = RouterSpec(8, 1)
     ops.reroute(handle, narrow)
     ref.reroute(expected, narrow)
@@ -200,7 +205,9 @@ SPECS = {
 MLA_BOUNDS = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
 
 
-def run_mla(ops: Any, spec: AttentionSpec, w: Weight, steps: list[Any], cache_dtype: str, block_size: int) -> Tensor:
+def run_mla(
+    ops: Any, spec: AttentionSpec, w: Weight, steps: list[Any], cache_dtype: str, block_size: int
+) -> Tensor:
     """The last step's output after the steps before it filled the cache."""
     rope = steps[0]["rope"]
     handle = ops.pack_attention("a", spec, lambda: (w, steps[0]["norm"]), rope)
@@ -216,7 +223,13 @@ def run_mla(ops: Any, spec: AttentionSpec, w: Weight, steps: list[Any], cache_dt
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_mla(ops: CpuOps, ref: ReferenceOps, name: str, cache_dtype: str, block_size: int) -> None:
     spec, max_len = SPECS[name], 400
-    w = Weight("dense", (torch.randn(spec.num_heads * (spec.nope_dim + spec.value_dim), spec.latent_dim) / spec.latent_dim**0.5).bfloat16())
+    w = Weight(
+        "dense",
+        (
+            torch.randn(spec.num_heads * (spec.nope_dim + spec.value_dim), spec.latent_dim)
+            / spec.latent_dim**0.5
+        ).bfloat16(),
+    )
     angles = torch.rand(max_len, spec.rope_dim // 2) * 6
     shared = {"rope": torch.stack((angles.cos(), angles.sin())), "norm": norm(spec.latent_dim)}
     table: Tensor | None = None
@@ -255,7 +268,9 @@ def test_top_logits(ops: CpuOps, ref: ReferenceOps, k: int, tokens: int) -> None
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(values, wanted_values, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(total, wanted_total, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ops.logits(x, handle, scale, EPS), ref.logits(x, expected, scale, EPS), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ops.logits(x, handle, scale, EPS), ref.logits(x, expected, scale, EPS), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_equal_logits_keep_the_order_of_their_ids(ops: CpuOps) -> None:

@@ -1,0 +1,124 @@
+"""What must not depend on the number of threads, their NUMA nodes or the company a token has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from farthing.ops.api import RouterSpec
+from farthing.ops.cpu import CpuOps, create
+from farthing.ops.weights import Weight, quantize_int4
+from tests.ops.parts import weight
+from tests.ops.test_cpu import SPECS, batch_of, experts
+
+native = pytest.importorskip("farthing._native")
+
+
+def results(ops: CpuOps) -> list[Tensor]:
+    """Every op once, on inputs that do not depend on the backend."""
+    torch.manual_seed(1)
+    x, scale = torch.randn(19, 64), torch.rand(64) + 0.5
+    spec = RouterSpec(8, 3, num_groups=4, top_k_groups=2)
+    moe = ops.pack_moe("moe", spec, lambda: experts(spec, "int4", 64, 96, 64))
+    linear = ops.pack_linear("linear", lambda: [weight("int8", 1100, 64)])
+    layout = SPECS["small"]
+    kv_b = weight("bf16", layout.num_heads * (layout.nope_dim + layout.value_dim), layout.latent_dim)
+    torch.manual_seed(2)  # weights from a packed file have drawn nothing
+    angles = torch.rand(600, layout.rope_dim // 2)
+    rope = torch.stack((angles.cos(), angles.sin()))
+    attention = ops.pack_attention("a", layout, lambda: (kv_b, torch.ones(layout.latent_dim)), rope)
+    cache = ops.new_cache(1, 80, 16, layout.latent_dim + layout.rope_dim, "bfloat16")
+    batch = batch_of([(0, 560), (0, 3)], 16, 600)
+    heads = layout.num_heads * (layout.nope_dim + layout.rope_dim)
+    torch.manual_seed(3)
+    q, kv = torch.randn(563, heads), torch.randn(563, layout.latent_dim + layout.rope_dim)
+    out = [ops.mla(q, kv, attention, cache, 0, batch, 1e-6)]
+    later = batch_of([(560, 1), (3, 1)], 16, 600)
+    later = type(later)(
+        later.positions, later.slots, later.query_start, later.context_lens, batch.block_table
+    )
+    out.append(ops.mla(q[:2], kv[:2], attention, cache, 0, later, 1e-6))
+    for rows in (x, x[:1], x[:3]):
+        out += [ops.linear(rows, linear, scale), ops.moe(rows.clone(), moe, scale, 1e-6)]
+        out += list(ops.top_logits(rows, linear, scale, 1e-6, 5))
+    return out
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets().split())
+def test_threads_do_not_change_a_bit(isa: str) -> None:
+    first = results(CpuOps(1, isa=isa))
+    for threads in (2, 3):
+        for a, b in zip(first, results(CpuOps(threads, isa=isa)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_nodes_do_not_change_a_bit() -> None:
+    first = results(CpuOps(1))
+    for topology in ("0;1", "0-1;2-3;4-5"):
+        for a, b in zip(first, results(CpuOps(3, topology=topology)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_node_keeps_to_its_share_of_the_weights() -> None:
+    """Four threads on two simulated nodes: the panels a node computes are those that lie in its memory."""
+    ops = CpuOps(4, topology="0-1;2-3")
+    packed = ops.pack_linear("w", lambda: [weight("int4", 16 * 64, 64)]).packed
+    assert ops._native.nodes == 2
+    assert packed.parts() == [0, 32, 64]
+    seen = ops._native.units_of_threads(64)
+    assert sorted(unit for _, _, unit, _ in seen) == list(range(64))
+    for thread, node, unit, _ in seen:
+        assert node == thread // 2
+        assert (unit >= 32) == (node == 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    threads=st.integers(1, 5),
+    units=st.integers(1, 300),
+    topology=st.sampled_from(["", "0", "0;1", "0-2;3", "0;1;2"]),
+)
+def test_every_unit_is_done_once(threads: int, units: int, topology: str) -> None:
+    backend = native.Backend(threads, "auto", topology)
+    for _ in range(3):
+        assert sorted(unit for _, _, unit, _ in backend.units_of_threads(units)) == list(range(units))
+
+
+@pytest.mark.parametrize("isa", [s for s in native.instruction_sets().split() if s != "portable"])
+def test_a_row_does_not_depend_on_its_company(isa: str) -> None:
+    """Quantized projections of up to 32 rows: the same bits for a token alone and among others."""
+    torch.manual_seed(2)
+    ops = CpuOps(2, isa=isa)
+    for name in ("int8", "int4"):
+        w = ops.pack_linear(name, lambda name=name: [weight(name, 80, 256, 64)])
+        x = torch.randn(32, 256)
+        together = ops.linear(x, w)
+        for rows in (1, 3, 8, 17):
+            assert torch.equal(ops.linear(x[:rows], w), together[:rows])
+
+
+def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="threads 0"):
+        create(None, 0, None, None)
+    with pytest.raises(ValueError, match="float16"):
+        create(torch.float16, 1, None, None)
+    with pytest.raises(ValueError, match="instruction set 'sse9'"):
+        CpuOps(1, isa="sse9")
+    with pytest.raises(ValueError, match="topology ';'"):
+        CpuOps(1, topology=";")
+    with pytest.raises(ValueError, match=r"K = \[64, 128\]"):
+        CpuOps(1).pack_linear("w", lambda: [weight("int8", 16, 64), weight("int8", 16, 128)])
+
+
+def test_experts_of_two_formats_are_refused() -> None:
+    spec = RouterSpec(2, 1)
+    w = experts(spec, "int8", 64, 64, None)
+    odd = tuple(
+        Weight(q.format, q.data, q.scale) for q in (quantize_int4(torch.randn(64, 64), 32) for _ in range(3))
+    )
+    mixed = type(w)(w.gate, w.bias, [w.experts[0], lambda: odd], None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ValueError, match="expert 1 of 'm'"):
+        CpuOps(1).pack_moe("m", spec, lambda: mixed)
