@@ -18,7 +18,7 @@ class PlanConfig:
     history_s: float = 7 * DAY_S  # below this there is no plan: the load itself stands in for it
     max_fits: int = 40  # plans of a long trace are made every few days
     skill_s: float = 7 * DAY_S  # window of the running skill against the last value
-    largest_error: float = 0.2  # a plan that was off by more than this share is no floor worth its price
+    largest_error: float = 0.1  # a plan that was off by more than this share is no floor worth its price
     prophet: ProphetConfig = field(default_factory=ProphetConfig)
 
 

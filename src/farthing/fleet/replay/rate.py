@@ -166,7 +166,7 @@ def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Resul
     total = sums.sum(axis=0)
     return Result(
         instance_hours=(billed + drained) / 3600,
-        slo=np.where(total > 0, good / np.maximum(total, 1e-12), 1.0),
+        slo=np.where(total > 0, np.minimum(1.0, good / np.maximum(total, 1e-12)), 1.0),
         changes=changes,
         direction_changes=turns,
         ready=ready0,

@@ -1,0 +1,182 @@
+"""Forecasters: they learn what can be learnt, see no future, keep their coverage, and say when they fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from farthing.cli.forecast import app
+from farthing.fleet.forecast.backtest import Backtest, backtest, make, parse_horizon
+from farthing.fleet.forecast.base import LastValue, Seasonal
+from farthing.fleet.forecast.conformal import Conformal
+from farthing.fleet.forecast.growth import GrowthConfig, growth_bound, trailing_max, trailing_mean
+from farthing.fleet.forecast.lstm import LSTMConfig, LSTMForecaster
+from farthing.fleet.forecast.mix import Mix
+from farthing.fleet.forecast.ridge import AbsoluteAR, RidgeAR
+from farthing.fleet.forecast.short import ShortConfig, ShortTerm
+from farthing.fleet.series import Series
+
+
+def daily(days: int = 21, noise: float = 0.02) -> Series:
+    """Hourly, with the shape of a day and of a week."""
+    hours = np.arange(days * 24)
+    base = 100 + 40 * np.sin(2 * np.pi * hours / 24) + 20 * (hours // 24 % 7 < 5)
+    return Series(0.0, 3600.0, base * np.random.default_rng(0).normal(1, noise, len(hours)), "daily")
+
+
+def oscillating(steps: int = 600) -> Series:
+    """Alternates around a level, so that the last value is always wrong."""
+    values = 10 + 3 * (-1.0) ** np.arange(steps) + np.random.default_rng(1).normal(0, 0.3, steps)
+    return Series(0.0, 600.0, values, "oscillating")
+
+
+def test_naive_and_seasonal() -> None:
+    values = np.arange(48.0)
+    assert LastValue().predict(values, 3).tolist() == [47, 47, 47]
+    season = Seasonal()
+    season.fit(Series(0, 3600, values))
+    assert season.predict(values, 3).tolist() == [24, 25, 26]
+
+
+@pytest.mark.parametrize("model", [AbsoluteAR(), RidgeAR(), Mix(experts=[LastValue(), AbsoluteAR()])])
+def test_models_beat_the_last_value_where_they_can(model: AbsoluteAR | RidgeAR | Mix) -> None:
+    report = backtest(oscillating(), model, 600, progress=lambda text: None)
+    assert report["skill_vs_last"] > 70
+
+
+def test_ridge_learns_day_and_week() -> None:
+    report = backtest(daily(56), RidgeAR(weeks=2), 86400, Backtest(begin=0.6), lambda text: None)
+    assert report["skill_vs_seasonal"] > 5
+    assert report["wape"] < 4
+
+
+def test_lstm_learns_saves_and_comes_back(tmp_path: Path) -> None:
+    series = oscillating(400)
+    model = LSTMForecaster(LSTMConfig(window=8, epochs=15, networks=1))
+    model.fit(series)
+    p50, p90 = model.quantiles(series.values, 3)
+    assert abs(p50[0] - 13) < 1.5 and (p90 >= p50).all()  # the last value was 7
+    model.save(tmp_path)
+    path = model.save(tmp_path)
+    assert path.name == "v2"
+    again = LSTMForecaster.load(tmp_path)
+    assert np.array_equal(again.quantiles(series.values, 3)[0], p50)
+    assert again.trained_until == series.end
+    (path / "config.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="train anew"):
+        LSTMForecaster.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no saved forecaster"):
+        LSTMForecaster.load(tmp_path / "none")
+
+
+def test_untrained_lstm_is_the_last_value() -> None:
+    model = LSTMForecaster()
+    model.fit(Series(0, 600, np.arange(10.0)))
+    assert model.predict(np.arange(10.0), 2).tolist() == [9, 9]
+
+
+def test_conformal_keeps_its_coverage_under_drift() -> None:
+    random, conformal, covered = np.random.default_rng(0), Conformal(0.9), []
+    for step in range(3000):
+        truth = np.array([10 * random.normal(1 + step / 10000, 0.05 + step / 30000)])
+        point = np.array([10.0])
+        bound = conformal.bound(point)
+        covered.append(bool(truth <= bound))
+        conformal.learn(point, bound, truth)
+    assert 0.88 <= np.mean(covered[300:]) <= 0.92
+
+
+def test_backtest_report_and_refusals() -> None:
+    report = backtest(daily(), make("naive"), 3600, progress=lambda text: None)
+    assert {"wape", "mape", "coverage", "skill_vs_last", "skill_vs_seasonal", "fit_seconds"} <= set(report)
+    assert report["skill_vs_last"] == pytest.approx(0)
+    with pytest.raises(ValueError, match="no backtest"):
+        backtest(daily(2), make("naive"), 30 * 86400)
+    with pytest.raises(ValueError, match="known are"):
+        make("oracle")
+
+
+def test_horizons() -> None:
+    assert [parse_horizon(t) for t in ("10m", "24h", "1d", "90", "30s")] == [600, 86400, 86400, 90, 30]
+    with pytest.raises(ValueError, match="10m"):
+        parse_horizon("soon")
+
+
+def test_trailing_windows_by_definition() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 2))
+    for steps in (1, 3, 7, 60):
+        tops = [values[max(0, i - steps + 1) : i + 1].max(axis=0) for i in range(50)]
+        means = [values[max(0, i - steps + 1) : i + 1].mean(axis=0) for i in range(50)]
+        assert np.allclose(trailing_max(values, steps), tops)
+        assert np.allclose(trailing_mean(values, steps), means)
+
+
+def test_growth_bound_covers_what_it_says() -> None:
+    load = np.exp(np.cumsum(np.random.default_rng(0).normal(0, 0.02, 5000)))[:, None]
+    config = GrowthConfig(ceiling=0, refresh_s=60.0)
+    bound = growth_bound(load, load, 60.0, 600.0, config)
+    peaks = trailing_max(load, 10)[10:]
+    assert 0.86 <= (peaks[2000:] <= bound[:-10][2000:]).mean() <= 0.94
+    assert (bound >= load).all()
+
+
+def test_short_term_replaces_a_failing_lstm_and_says_so() -> None:
+    class Wrong(LSTMForecaster):
+        def fit(self, series: Series) -> None:
+            pass
+
+        def predict(self, values: np.ndarray, steps: int) -> np.ndarray:  # type: ignore[type-arg, override]
+            return np.full(steps, 1000.0)
+
+    config = ShortConfig(block_s=60.0, lstm=LSTMConfig(window=4, batch=4))
+    short = ShortTerm(config, Wrong(config.lstm))
+    assert short.forecast(0.0) is None
+    for minute in range(60):
+        short.observe(minute * 60.0, 5.0 + minute % 2)
+        short.retrain(minute * 60.0)
+    made = short.forecast(3600.0)
+    assert made is not None
+    assert (
+        made.source == "last-value" and "replaced" in made.note and made.skill is not None and made.skill < 0
+    )
+    assert 5 <= made.p50[0] <= 6 and made.p90[0] >= made.p50[0]
+
+
+def test_short_term_survives_gaps_and_clock_jumps() -> None:
+    short = ShortTerm()
+    for now in (0.0, 30.0, 60.0, 100.0, 4000.0, 50.0, 200.0, 1e9):
+        short.observe(now, 3.0)
+    short.observe(1e9 + 1, None)
+    short.observe(1e9 + 2, float("nan"))
+    made = short.forecast(1e9 + 60)
+    assert made is not None and made.p50[0] == pytest.approx(3.0)
+
+
+def test_cli(tmp_path: Path) -> None:
+    path = tmp_path / "load.csv"
+    series = oscillating(300)
+    rows = "\n".join(f"{t},{v}" for t, v in zip(series.times, series.values, strict=True))
+    path.write_text("t_s,total_rate_rps\n" + rows)
+    result = CliRunner().invoke(app, [str(path), "--model", "ar", "--horizon", "10m", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["skill_vs_last"] > 70
+    assert CliRunner().invoke(app, [str(path), "--model", "guess"]).exit_code == 2
+
+
+@pytest.mark.slow
+def test_prophet_with_holidays_and_events() -> None:
+    pytest.importorskip("prophet")
+    from farthing.fleet.forecast.prophet import Event, ProphetConfig, ProphetForecaster
+
+    config = ProphetConfig(country="US", events=(Event("launch", ("1970-01-10",)),))
+    p50, p90 = ProphetForecaster(config).fit(daily()).predict(24)
+    assert p50.shape == (24,) and (p90 >= p50).all()
+    assert np.abs(p50 - daily(22).values[-24:]).mean() < 20
+    with pytest.raises(ValueError, match="two days"):
+        ProphetForecaster().fit(daily(1))
+    with pytest.raises(ValueError, match="YYYY-MM-DD"):
+        Event("x", ("soon",))
