@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from farthing.bench.cost import Probe
-from farthing.cost import RaplMeter, usable_cpus
+from farthing.cost import RaplMeter
 
 Generate = Callable[[], list[float]]  # decodes the workload; the time of every token, seconds
 
@@ -35,6 +35,7 @@ def original(request: dict[str, Any]) -> tuple[Generate, int]:
     import torch
     import transformers
 
+    torch.set_num_threads(request["threads"])
     base = resident("VmRSS")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         request["model"], dtype=torch.bfloat16, attn_implementation="eager"
@@ -51,19 +52,7 @@ def original(request: dict[str, Any]) -> tuple[Generate, int]:
             times += [time.perf_counter()] * len(ids)
         return times
 
-    torch.set_num_threads(_fastest_threads(generate, torch.set_num_threads))
     return generate, base
-
-
-def _fastest_threads(generate: Generate, use: Callable[[int], None]) -> int:
-    """One thread or all, whichever decodes faster: many small operations may lose more than they win."""
-    seconds = {}
-    for threads in sorted({1, usable_cpus()}):
-        use(threads)
-        began = time.perf_counter()
-        generate()
-        seconds[threads] = time.perf_counter() - began
-    return min(seconds, key=lambda threads: seconds[threads])
 
 
 def ours(request: dict[str, Any]) -> tuple[Generate, int]:
@@ -81,6 +70,7 @@ def ours(request: dict[str, Any]) -> tuple[Generate, int]:
             max_model_len=max(map(len, prompts)) + length,
             enable_prefix_caching=False,  # the second run must compute what the first has
             skip_tokenizer_init=True,
+            threads=request["threads"],
             **request["options"],
         )
     )
