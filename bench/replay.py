@@ -19,6 +19,7 @@ from rich.table import Table
 
 from farthing.fleet.forecast.backtest import Backtest, backtest, make
 from farthing.fleet.replay.picture import draw
+from farthing.fleet.replay.plan import PlanConfig
 from farthing.fleet.replay.run import Replay, ReplayConfig
 from farthing.fleet.replay.trace import EXAMPLE, read_trace
 from farthing.fleet.series import Series, read_series
@@ -149,10 +150,10 @@ def main() -> None:
     only = set(args.only.split(","))
     np.seterr(all="raise", under="ignore")
 
-    def ready(path: Path) -> Replay:
+    def ready(path: Path, plan: bool = True) -> Replay:
         series = read_trace(path)
         assert isinstance(series, Series)
-        return Replay(series, ReplayConfig(seeds=args.seeds), say)
+        return Replay(series, ReplayConfig(seeds=args.seeds, plan=PlanConfig(enabled=plan)), say)
 
     def figure(name: str) -> Path | None:
         return args.figures / name if args.figures else None
@@ -170,8 +171,10 @@ def main() -> None:
         made = ready(args.traces / "servegen_language_m-large_rate.csv")
         equal_slo(made, "m-large 14 days", "not above the tuned HPA; stretch 5 % below")
     if "taxi" in only:
-        made = ready(args.traces / "nab_nyc_taxi.csv.gz")
-        fixed(made, "taxi", "100 % at <= 1.05 x oracle(0.7), <= 6 turns/h", 1, figure("replay-taxi.png"))
+        for plan in (True, False):
+            made = ready(args.traces / "nab_nyc_taxi.csv.gz", plan)
+            title = "taxi" if plan else "taxi without the day plan"
+            fixed(made, title, "100 % at <= 1.05 x oracle(0.7), <= 6 turns/h", 1, None)
     if "forecast" in only:
         forecasts(args.traces)
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from farthing.fleet.replay.document import ReplayConfig, replay_file
+from farthing.fleet.replay.document import PlanConfig, ReplayConfig, replay_file
 
 app = typer.Typer(help="Replay a load trace against scaling policies.")
 
@@ -43,6 +43,7 @@ def main(
     price: Annotated[float, typer.Option(help="Price of one replica for an hour.")] = 1.0,
     failures: Annotated[float, typer.Option(help="Failures of one replica a day.")] = 0.0,
     second_half: Annotated[bool, typer.Option("--second-half", help="Report the second half only.")] = False,
+    plan: Annotated[bool, typer.Option("--plan/--no-plan", help="The day plan as a floor (Prophet).")] = True,
     picture: Annotated[
         Path | None, typer.Option(help="Draw load, forecast and replicas into this file.")
     ] = None,
@@ -60,6 +61,7 @@ def main(
             price_per_hour=price,
             failures_per_day=failures,
             second_half=second_half,
+            plan=PlanConfig(enabled=plan),
         )
         with console.status("reading") as status:
             document = replay_file(trace, policy, config, picture, lambda text: status.update(text))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from farthing.fleet.replay.plan import PlanConfig
 from farthing.fleet.replay.requests import replay_requests
 from farthing.fleet.replay.run import POLICIES, Progress, ReplayConfig, base_of, replay
 from farthing.fleet.replay.trace import EXAMPLE, RequestTrace, read_trace
 
-__all__ = ["ReplayConfig", "replay_file"]
+__all__ = ["PlanConfig", "ReplayConfig", "replay_file"]
 
 
 def replay_file(

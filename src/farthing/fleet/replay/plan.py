@@ -15,6 +15,7 @@ from farthing.fleet.series import DAY_S, Series
 class PlanConfig:
     """When the day plan is made, and when it is not used."""
 
+    enabled: bool = True
     history_s: float = 7 * DAY_S  # below this there is no plan: the load itself stands in for it
     max_fits: int = 40  # plans of a long trace are made every few days
     skill_s: float = 7 * DAY_S  # window of the running skill against the last value
@@ -28,7 +29,7 @@ def day_plan(series: Series, ticks: int, tick_s: float, lead_s: float, config: P
     A plan whose running skill against the last value known at its making is not above zero, or whose error
     is larger than the configuration allows, is not trusted.
     """
-    planned = _plans(series, config)
+    planned = _plans(series, config) if config.enabled else None
     if planned is None:
         return np.full(ticks, np.nan)
     value, good = planned
