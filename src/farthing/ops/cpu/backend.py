@@ -128,13 +128,25 @@ class CpuOps(Ops):
         stored = self._file is not None and f"{name}.gate" in self._file
         w = None if stored else weights()
         if spec.num_experts > MOST_EXPERTS:
-            raise ValueError(f"num_experts {spec.num_experts} of {name!r} is not served; expected at most {MOST_EXPERTS}")
-        gate = self._stored(f"{name}.gate") if w is None else self._keep(f"{name}.gate", pack_dense(self._native, w.gate, False))
+            raise ValueError(
+                f"num_experts {spec.num_experts} of {name!r} is not served; expected at most {MOST_EXPERTS}"
+            )
+        gate = (
+            self._stored(f"{name}.gate")
+            if w is None
+            else self._keep(f"{name}.gate", pack_dense(self._native, w.gate, False))
+        )
         router = _router(spec)
-        has_bias = f"{name}.bias" in self._file if w is None and self._file else w is not None and w.bias is not None
+        has_bias = (
+            f"{name}.bias" in self._file if w is None and self._file else w is not None and w.bias is not None
+        )
         if has_bias:
             router.bias = self._tensor(f"{name}.bias", lambda: w.bias).tolist()  # type: ignore[union-attr, arg-type, return-value]
-        shared = f"{name}.shared.down" in self._file if w is None and self._file else w is not None and w.shared is not None
+        shared = (
+            f"{name}.shared.down" in self._file
+            if w is None and self._file
+            else w is not None and w.shared is not None
+        )
         native = _native.Moe(router, gate, shared)
         first = None
         for e in range(spec.num_experts):
@@ -142,10 +154,13 @@ class CpuOps(Ops):
             kinds = [(m.format, m.group) for m in (gate_up, down)]
             first = first or kinds
             if kinds != first:
-                raise ValueError(f"expert {e} of {name!r} is packed as {kinds}, the first as {first}; expected one format")
+                raise ValueError(
+                    f"expert {e} of {name!r} is packed as {kinds}, the first as {first}; expected one format"
+                )
             native.add(gate_up, down)
         if shared:
-            native.add(*self._mlp(f"{name}.shared", _missing if w is None else w.shared))  # type: ignore[arg-type]
+            load = _missing if w is None or w.shared is None else w.shared
+            native.add(*self._mlp(f"{name}.shared", load))
         return Experts(native, spec)
 
     def pack_attention(
@@ -153,7 +168,10 @@ class CpuOps(Ops):
     ) -> Attention:
         if self._file is not None and f"{name}.norm" in self._file:
             norm = self._tensor(f"{name}.norm", _missing)
-            heads = [(self._stored(f"{name}.uk.{h}"), self._stored(f"{name}.uv.{h}")) for h in range(spec.num_heads)]
+            heads = [
+                (self._stored(f"{name}.uk.{h}"), self._stored(f"{name}.uv.{h}"))
+                for h in range(spec.num_heads)
+            ]
         else:
             kv_b, kv_norm = weights()
             norm = self._tensor(f"{name}.norm", lambda: kv_norm)
@@ -226,7 +244,14 @@ class CpuOps(Ops):
         return out
 
     def mla(
-        self, q: Tensor, kv: Tensor, attention: Attention, cache: LatentCache, layer: int, batch: Batch, eps: float
+        self,
+        q: Tensor,
+        kv: Tensor,
+        attention: Attention,
+        cache: LatentCache,
+        layer: int,
+        batch: Batch,
+        eps: float,
     ) -> Tensor:
         q, kv, s = _rows(q), _rows(kv), attention.spec
         tokens, width = q.shape[0], s.num_heads * s.value_dim
@@ -247,14 +272,24 @@ class CpuOps(Ops):
         tokens, hidden = x.shape
         out = torch.empty(tokens, hidden)
         self._native.moe(
-            weights.native, x.data_ptr(), x.stride(0), tokens, norm.data_ptr(), eps, counts, out.data_ptr(), hidden
+            weights.native,
+            x.data_ptr(),
+            x.stride(0),
+            tokens,
+            norm.data_ptr(),
+            eps,
+            counts,
+            out.data_ptr(),
+            hidden,
         )
         return out
 
     def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float) -> Tensor:
         return self._experts(x, weights, norm, eps, 0)
 
-    def moe(self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
+    def moe(
+        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
+    ) -> Tensor:
         return self._experts(x, weights, norm, eps, 0 if counts is None else counts.data_ptr())
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
@@ -268,7 +303,9 @@ class CpuOps(Ops):
         n = _rows(n)
         tokens, k = n.shape[0], weights.spec.top_k
         ids, gates = torch.empty(tokens, k, dtype=torch.int64), torch.empty(tokens, k)
-        self._native.route(weights.native, n.data_ptr(), n.stride(0), tokens, ids.data_ptr(), gates.data_ptr())
+        self._native.route(
+            weights.native, n.data_ptr(), n.stride(0), tokens, ids.data_ptr(), gates.data_ptr()
+        )
         return ids, gates
 
     def logits(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> Tensor:

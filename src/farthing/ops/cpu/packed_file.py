@@ -36,9 +36,13 @@ class PackedFile:
             raise ValueError(f"packed file {str(path)!r} is cut off: {size} bytes")
         magic, offset, length = HEADER.unpack(self._map[: HEADER.size].tobytes())
         if magic != MAGIC:
-            raise ValueError(f"{str(path)!r} is not a packed file (its first bytes are {magic!r}, not {MAGIC!r})")
+            raise ValueError(
+                f"{str(path)!r} is not a packed file (its first bytes are {magic!r}, not {MAGIC!r})"
+            )
         if offset + length != size:
-            raise ValueError(f"packed file {str(path)!r} is cut off: {size} bytes, expected {offset + length}")
+            raise ValueError(
+                f"packed file {str(path)!r} is cut off: {size} bytes, expected {offset + length}"
+            )
         index = json.loads(self._map[offset:].tobytes())
         if index["version"] != VERSION:
             raise ValueError(f"packed file version {index['version']} is not readable; expected {VERSION}")
