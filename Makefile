@@ -35,10 +35,11 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests bench
 
 sanitize: $(STAMP)
-	bash native/sanitize.sh
+	bash native/sanitize
 
 wheel: $(STAMP)
-	$(BIN)/pip wheel --no-deps -w dist .
+	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist/raw .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --plat auto -w dist dist/raw/farthing-*.whl
 
 $(STAMP): pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
