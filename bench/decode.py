@@ -120,7 +120,9 @@ def llama(bench: Path, model: Path, threads: int) -> Measure:
     batched = bench.with_name("llama-batched-bench")
 
     def output(command: list[Any]) -> str:
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [str(c) for c in command], capture_output=True, text=True, errors="replace", check=True
+        )
         return done.stdout + done.stderr
 
     def measure(phase: str, batch: int) -> float:
@@ -208,7 +210,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--no-peers", action="store_true")
     p.add_argument(
-        "--llama-bench", type=Path, action="append", default=[], help="a llama-bench of either project"
+        "--llama-bench", action="append", default=[], metavar="NAME=PATH", help="a peer's llama-bench"
     )
     p.add_argument("--converter", type=Path, help="the peer's convert_hf_to_gguf.py")
     p.add_argument("--cache", type=Path, default=Path.home() / ".cache/farthing/bench")
