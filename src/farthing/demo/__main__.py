@@ -31,7 +31,9 @@ def main() -> None:
         _title("1. The model")
         print(cli("inspect"))
         _title("2. Compress it")
-        report = json.loads(cli("compress", "reference", "--recipe", "w4a8", "-o", str(compressed), "--json"))
+        report = json.loads(
+            cli("compress", "reference", "--recipe", "int8", "-o", str(compressed), "--no-timing", "--json")
+        )
         print(
             f"{report['size_before'] / 1e6:.1f} MB -> {report['size_after'] / 1e6:.1f} MB, "
             f"perplexity {report['drop']:+.2%}, {report['seconds']:.0f} s"
@@ -59,7 +61,7 @@ def levers(compressed: str) -> list[Lever]:
     return [
         Lever("reference ops", "reference", ("--backend", "reference")),
         Lever("+ native kernels", "reference"),
-        Lever("+ compression (w4a8)", compressed),
+        Lever("+ compression (int8)", compressed),
         Lever("+ speculation (MTP)", compressed, ("--speculate", "mtp")),
         Lever("+ adaptive experts", compressed, ("--speculate", "mtp", "--experts", "adaptive:0.7")),
     ]
