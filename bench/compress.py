@@ -28,25 +28,63 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-RECIPES = (
-    "fp8-block int8 int8-kl int8-auto smoothquant int4-rtn int4-awq int4-gptq w4a8 auto experts-reap "
-    "prune30-magnitude prune-wanda prune-2of4 prune30-block16 int4-block16-40"
-).split()
+RECIPES = [
+    "fp8-block",
+    "int8",
+    "int8-kl",
+    "int8-auto",
+    "smoothquant",
+    "int4-rtn",
+    "int4-awq",
+    "int4-gptq",
+    "w4a8",
+    "auto",
+    "experts-reap",
+    "prune30-magnitude",
+    "prune-wanda",
+    "prune-2of4",
+    "prune30-block16",
+    "int4-block16-40",
+]
 console = Console(width=150)
 
 
 def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
     """Each recipe in its own process, so that peak memory is its own."""
-    table = Table("recipe", "MB", "drop", "95 % interval", "KL", "same token", "s", "peak MB", "decode tok/s", "of source")
+    table = Table(
+        "recipe",
+        "MB",
+        "drop",
+        "95 % interval",
+        "KL",
+        "same token",
+        "s",
+        "peak MB",
+        "decode tok/s",
+        "of source",
+    )
     for name in names:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "out"
-            command = [sys.executable, "-m", "farthing.cli.app", "compress", model, "--recipe", name, "-o", str(out)]
+            command = [
+                sys.executable,
+                "-m",
+                "farthing.cli.app",
+                "compress",
+                model,
+                "--recipe",
+                name,
+                "-o",
+                str(out),
+            ]
             if max_tokens is not None:
                 command += ["--max-tokens", str(max_tokens)]
             result = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=True, text=True)
             d = json.loads(result.stdout)
-            served = {row["model"]: row["decode_tokens_per_second"] for row in json.loads((out / "report.json").read_text())["serving"]}
+            served = {
+                row["model"]: row["decode_tokens_per_second"]
+                for row in json.loads((out / "report.json").read_text())["serving"]
+            }
         low, high = d["drop_interval"]
         table.add_row(
             name,
@@ -68,7 +106,12 @@ def ort_threshold(x: Tensor, bins: int) -> float:
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     collector = HistogramCollector(
-        method="entropy", symmetric=True, num_bins=bins, num_quantized_bins=128, percentile=99.99, scenario="same"
+        method="entropy",
+        symmetric=True,
+        num_bins=bins,
+        num_quantized_bins=128,
+        percentile=99.99,
+        scenario="same",
     )
     with contextlib.redirect_stdout(io.StringIO()):  # it narrates
         collector.collect({"x": [x.numpy().astype(np.float32)]})
@@ -122,9 +165,14 @@ def calibrators(model: str, tokens: int, tensors: int) -> None:
         winners[ours.winner] += 1
         row = {f"ours, {k}": v for k, v in ours.errors.items()} | {"ours, chosen": ours.errors[ours.winner]}
         exact = x @ w.T
-        for name, bins in (("ONNX Runtime entropy, 128 bins (its default)", 128), ("ONNX Runtime entropy, 2048 bins", 2048)):
+        for name, bins in (
+            ("ONNX Runtime entropy, 128 bins (its default)", 128),
+            ("ONNX Runtime entropy, 2048 bins", 2048),
+        ):
             scale = torch.tensor(max(ort_threshold(x, bins), 1e-12) / 127)
-            row[name] = float((round_tensor(x, scale) @ rounded.T - exact).square().sum() / exact.square().sum())
+            row[name] = float(
+                (round_tensor(x, scale) @ rounded.T - exact).square().sum() / exact.square().sum()
+            )
         for name, value in row.items():
             errors.setdefault(name, []).append(value)
             worse[name] += value < row["ours, chosen"] * (1 - 1e-9)
@@ -179,7 +227,9 @@ def vision(folder: Path, calibration: int, every: int) -> None:
 
     folded = fold_batch_norms(model, x[:1])
     float_hits = hits(folded)
-    table = Table("calibration", "top-1 float", "top-1 INT8", "difference", "95 % interval", "layers by observer")
+    table = Table(
+        "calibration", "top-1 float", "top-1 INT8", "difference", "95 % interval", "layers by observer"
+    )
     for observer in ("auto", "kl", "mse", "percentile", "minmax"):
         quantized, choices = quantize_int8(folded, x[used].split(25), observer)  # type: ignore[arg-type]
         int8_hits = hits(quantized)
@@ -200,13 +250,17 @@ def vision(folder: Path, calibration: int, every: int) -> None:
                         agree += int((torch.from_numpy(theirs) == quantized(images_).argmax(1)).sum())
                         total += len(images_)
                 size = file.stat().st_size
-                console.print(f"Q/DQ ONNX: {size / 1e6:.1f} MB, same top-1 as ours on {agree} of {total} images")
+                console.print(
+                    f"Q/DQ ONNX: {size / 1e6:.1f} MB, same top-1 as ours on {agree} of {total} images"
+                )
     console.print(table, f"{len(y_test)} images measured, {int(used.sum())} calibrate")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("recipes", "calibrators", "vision"))
     parser.add_argument("--model", default="reference")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)

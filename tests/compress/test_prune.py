@@ -33,8 +33,16 @@ def test_scores_are_what_the_papers_say() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 70), st.floats(0, 0.95), st.sampled_from(sorted(BLOCKS)), st.integers(0, 99))
-def test_blocks_go_whole_and_as_many_as_asked(n: int, k: int, sparsity: float, pattern: str, seed: int) -> None:
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.floats(0, 0.95),
+    st.sampled_from(sorted(BLOCKS)),
+    st.integers(0, 99),
+)
+def test_blocks_go_whole_and_as_many_as_asked(
+    n: int, k: int, sparsity: float, pattern: str, seed: int
+) -> None:
     score = random(seed, n, k).abs()
     keep = mask(score, sparsity, pattern)  # type: ignore[arg-type]
     r, c = BLOCKS[pattern]
@@ -147,9 +155,7 @@ def test_the_knapsack_is_nearly_the_best_of_all_plans(parts: int, seed: int) -> 
     # sizes are rounded up to 1/2000 of the budget, so a budget smaller by that much is a bound on the best
     tight = limit * (1 - parts / 2000)
     best = min(
-        sum(o.kl for o in plan)
-        for plan in itertools.product(*by_part)
-        if sum(o.bytes for o in plan) <= tight
+        sum(o.kl for o in plan) for plan in itertools.product(*by_part) if sum(o.bytes for o in plan) <= tight
     )
     assert sum(o.kl for o in chosen.values()) <= best + 1e-9
     with pytest.raises(ValueError, match="the smallest plan needs"):

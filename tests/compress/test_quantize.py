@@ -24,7 +24,9 @@ def random(seed: int, *shape: int) -> Tensor:
 
 def correlated(seed: int, tokens: int, k: int) -> Tensor:
     """Inputs with a few strong directions, as activations have."""
-    return random(seed, tokens, k) @ (random(seed + 1, k, k) * torch.linspace(2, 0.05, k)) + random(seed + 2, tokens, k)
+    return random(seed, tokens, k) @ (random(seed + 1, k, k) * torch.linspace(2, 0.05, k)) + random(
+        seed + 2, tokens, k
+    )
 
 
 def obq(w: Tensor, h: Tensor, scale: Tensor, order: list[int], low: int, high: int) -> Tensor:
@@ -76,7 +78,9 @@ def test_a_gram_without_full_rank_is_damped() -> None:
     x = random(0, 3, 64)
     value = sweep(random(1, 1, 8, 64), (x.T @ x)[None], int4_grid(random(1, 1, 8, 64), 32))
     assert bool(value.isfinite().all())
-    assert bool(sweep(random(1, 1, 8, 64), torch.zeros(1, 64, 64), int8_grid(random(1, 1, 8, 64))).isfinite().all())
+    assert bool(
+        sweep(random(1, 1, 8, 64), torch.zeros(1, 64, 64), int8_grid(random(1, 1, 8, 64))).isfinite().all()
+    )
 
 
 @settings(max_examples=40, deadline=None)

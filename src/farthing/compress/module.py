@@ -133,7 +133,9 @@ def quantize_int8(
     names: Sequence[Observer] = OBSERVER_NAMES if observer == "auto" else (observer,)
     choices = []
     for name, layer in layers.items():
-        weight_scale = int8_grid(layer.weight.detach().flatten(1)[None], torch.ones(1, layer.weight[0].numel()))
+        weight_scale = int8_grid(
+            layer.weight.detach().flatten(1)[None], torch.ones(1, layer.weight[0].numel())
+        )
         choice, quantized = _choose(name, layer, weight_scale.scale.flatten(), seen[name], names)
         choices.append(choice)
         replace_module(model, name, quantized)
@@ -184,7 +186,9 @@ def _choose(
             trials = []
             for factor in REFINE:
                 quantized = QuantizedLayer(layer, start * factor, weight_scale)
-                trials.append((float((quantized(x) - exact).square().sum()) / norm, start * factor, quantized))
+                trials.append(
+                    (float((quantized(x) - exact).square().sum()) / norm, start * factor, quantized)
+                )
             candidates["measured"] = min(trials, key=lambda t: t[0])
     best = min(candidates, key=lambda o: candidates[o][0])
     errors = {str(o): c[0] for o, c in candidates.items()}

@@ -50,7 +50,9 @@ def choose(
     if dynamic:
         errors["token"] = error(round_token(rows))
     best = min(errors, key=errors.__getitem__)
-    if len(observers) > 1 and best in scales:  # what is asked for is the least error, so look on around the best of them
+    if (
+        len(observers) > 1 and best in scales
+    ):  # what is asked for is the least error, so look on around the best of them
         start = scales[best]
         trials = {start * f: error(round_tensor(rows, torch.tensor(start * f))) for f in REFINE}
         scales["measured"] = min(trials, key=trials.__getitem__)

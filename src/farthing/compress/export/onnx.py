@@ -61,7 +61,9 @@ def insert_qdq(model: onnx.ModelProto, scales: dict[str, tuple[float, np.ndarray
     left = set(scales)
     nodes = []
     for node in graph.node:
-        layer = next((n.removesuffix(".weight") for n in node.input if n.removesuffix(".weight") in left), None)
+        layer = next(
+            (n.removesuffix(".weight") for n in node.input if n.removesuffix(".weight") in left), None
+        )
         if layer is None or node.op_type not in ("Conv", "Gemm", "MatMul"):
             nodes.append(node)
             continue
@@ -71,7 +73,9 @@ def insert_qdq(model: onnx.ModelProto, scales: dict[str, tuple[float, np.ndarray
         nodes.append(_weight_node(graph, node, layer, weights[f"{layer}.weight"], channels))
         nodes.append(node)
     if left:
-        raise ValueError(f"the exported graph has no layer {sorted(left)[0]!r}; it was not reached by the example")
+        raise ValueError(
+            f"the exported graph has no layer {sorted(left)[0]!r}; it was not reached by the example"
+        )
     del graph.node[:]
     graph.node.extend(nodes)
 
