@@ -30,7 +30,7 @@ def correlated(seed: int, tokens: int, k: int) -> Tensor:
 
 
 def obq(w: Tensor, h: Tensor, scale: Tensor, order: list[int], low: int, high: int) -> Tensor:
-    """Optimal brain quantization in a fixed order: the inverse Hessian is updated by elimination, no Cholesky."""
+    """Optimal brain quantization in a fixed order; the inverse is updated by elimination."""
     w, inverse = w.double().clone(), torch.linalg.inv(h.double())
     for i in order:
         q = (w[:, i] / scale[:, i]).round().clamp(low, high) * scale[:, i]
