@@ -30,7 +30,9 @@ def prompts_of(model: str, count: int, length: int, llm: LLM) -> list[list[int]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="reference")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--quantization")
@@ -69,7 +71,9 @@ def main() -> None:
             speeds[name].append(args.batch * args.tokens / (time.perf_counter() - began))
             answers[name] += [o.outputs[0].token_ids for o in outputs]
     base = statistics.median(speeds["none"])
-    print(f"{'drafts':<10}{'tokens/s':>10}{'speed-up':>10}{'accepted':>10}{'drafted':>9}{'limit':>8}{'same':>7}")
+    print(
+        f"{'drafts':<10}{'tokens/s':>10}{'speed-up':>10}{'accepted':>10}{'drafted':>9}{'limit':>8}{'same':>7}"
+    )
     for name, llm in engines.items():
         s = llm.engine.stats.snapshot()
         speed = statistics.median(speeds[name])

@@ -18,9 +18,7 @@ app = typer.Typer()
 def compress(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or `reference`.")] = "reference",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The directory to write.")] = None,
-    recipe: Annotated[
-        str, typer.Option(help="A recipe by name (see --list), or a .yaml file.")
-    ] = "int8",
+    recipe: Annotated[str, typer.Option(help="A recipe by name (see --list), or a .yaml file.")] = "int8",
     calibration: Annotated[Path | None, typer.Option(help="JSON lines with 'text' or 'ids'.")] = None,
     data: Annotated[Path | None, typer.Option(help="Held-out JSON lines for the accuracy gate.")] = None,
     max_drop: Annotated[

@@ -32,7 +32,18 @@ def main() -> None:
         print(cli("inspect"))
         _title("2. Compress it")
         report = json.loads(
-            cli("compress", "reference", "--recipe", "int8", "-o", str(compressed), "--no-timing", "--json")
+            cli(
+                "compress",
+                "reference",
+                "--recipe",
+                "int8",
+                "-o",
+                str(compressed),
+                "--no-timing",
+                "--max-tokens",
+                "12000",
+                "--json",
+            )
         )
         print(
             f"{report['size_before'] / 1e6:.1f} MB -> {report['size_after'] / 1e6:.1f} MB, "

@@ -59,10 +59,10 @@ def cells(row: Measured) -> list[str]:
 
 
 def print_table(rows: Sequence[Measured]) -> None:
-    """Each lever on top of the one above it."""
-    table = Table(*COLUMNS, title="The cost of a token, lever by lever")
-    for row in rows:
-        table.add_row(*cells(row))
+    """A column a lever, each on top of the one before it, so that it fits a terminal."""
+    table = Table("", *(row.name for row in rows), title="The cost of a token, lever by lever")
+    for name, *values in list(zip(COLUMNS, *map(cells, rows), strict=True))[1:]:
+        table.add_row(name, *values)
     Console().print(table)
 
 
