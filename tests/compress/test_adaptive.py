@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.compress.adaptive import Option, calibrate_adaptive, knapsack, write_adaptive
+from farthing.compress.api import Options, compress
 from farthing.compress.corpus import Corpus, Window
+from farthing.compress.recipe import RECIPES
 from farthing.model import ModelConfig, random_model
 from farthing.model.experts import AdaptiveExperts
 from farthing.ops import select
@@ -61,3 +63,16 @@ def test_calibrated_rule_keeps_its_promise(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert AdaptiveExperts.from_json(written) == plan.rule
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def test_the_recipe_writes_a_rule_and_keeps_the_weights(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    options = Options(calibration=data, data=data, backend="reference", window=64)
+    outcome = compress(model_dir, tmp_path / "out", RECIPES["adaptive-experts"], options)
+    document = outcome.to_json()
+    assert document["size_after"] == document["size_before"]
+    assert document["drop"] < 0.05
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    rule = AdaptiveExperts.from_json(written)
+    assert rule is not None
+    report = json.loads(Path(document["report"]).read_text())
+    assert report["recipe"]["calibrated"]["rule"]["mass"] == list(rule.mass)

@@ -31,10 +31,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 class LazyGroup(typer.core.TyperGroup):
     """Lists every command without importing it, so that `--help` and start-up stay fast."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return [name for name in COMMANDS if _exists(COMMANDS[name][0])]
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS or not _exists(COMMANDS[cmd_name][0]):
             return None
         module = importlib.import_module(f"farthing.cli.{COMMANDS[cmd_name][0]}")
@@ -42,7 +42,7 @@ class LazyGroup(typer.core.TyperGroup):
         command.name = cmd_name
         return command
 
-    def get_help(self, ctx: typer.Context) -> str:
+    def get_help(self, ctx: Any) -> str:
         """A table of contents from COMMANDS, so that no command module is imported for it."""
         width = max(len(name) for name in COMMANDS) + 2
         lines = [f"  {name:<{width}}{COMMANDS[name][1]}" for name in self.list_commands(ctx)]

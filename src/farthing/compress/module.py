@@ -94,7 +94,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
         for hook in hooks:
             hook.remove()
     for conv, norm in pairs:
-        fused = fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(norm))  # type: ignore[type-var]
+        fused = fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(norm))  # type: ignore[type-var, arg-type]
         replace_module(model, conv, fused)
         replace_module(model, norm, nn.Identity())
     return model
