@@ -150,7 +150,13 @@ class CpuOps(Ops):
         native = _native.Moe(router, gate, shared)
         first = None
         for e in range(spec.num_experts):
-            gate_up, down = self._mlp(f"{name}.experts.{e}", _missing if w is None else w.experts[e])
+            expert = _missing if w is None else w.experts[e]
+            if expert is None:
+                raise ValueError(
+                    f"expert {e} of {name!r} is on another rank; backend 'cpu' computes every expert of a layer, "
+                    "use tensor parallelism, or backend 'reference' with expert parallelism"
+                )
+            gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
             kinds = [(m.format, m.group) for m in (gate_up, down)]
             first = first or kinds
             if kinds != first:
