@@ -23,7 +23,7 @@ serve: $(STAMP)
 	$(BIN)/farthing serve
 
 bench: $(STAMP)
-	$(BIN)/python bench/decode.py --report docs/performance.md
+	$(BIN)/python bench/decode.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests bench
