@@ -153,8 +153,8 @@ class CpuOps(Ops):
             expert = _missing if w is None else w.experts[e]
             if expert is None:
                 raise ValueError(
-                    f"expert {e} of {name!r} is on another rank; backend 'cpu' computes every expert of a layer, "
-                    "use tensor parallelism, or backend 'reference' with expert parallelism"
+                    f"expert {e} of {name!r} is on another rank; backend 'cpu' computes every expert "
+                    "of a layer: use tensor parallelism, or backend 'reference' with expert parallelism"
                 )
             gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
             kinds = [(m.format, m.group) for m in (gate_up, down)]
