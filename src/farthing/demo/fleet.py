@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import random
 import signal
 import subprocess
@@ -21,8 +20,9 @@ from farthing.demo.levers import prompts
 from farthing.demo.report import data_uri
 from farthing.demo.server import free_port, ready
 from farthing.fleet.decisions import Decision
+from farthing.fleet.replay.trace import EXAMPLE
+from farthing.fleet.series import read_series
 
-TRACE = Path(__file__).parents[1] / "fleet" / "replay" / "traces" / "servegen_reason_deepseek-r1_rate.csv"
 SPEED = 60  # an hour in a minute
 WINDOWS = 6  # of 600 s
 CAPACITY = 3.0  # requests a second that one replica is declared to sustain
@@ -62,8 +62,7 @@ class FleetRun:
 
 def hour_of_growth() -> list[float]:
     """Six consecutive rates of the trace that rise the most, scaled so that the peak needs PEAK_REPLICAS."""
-    with TRACE.open(encoding="utf-8") as file:
-        rates = [float(row["total_rate_rps"]) for row in csv.DictReader(file)]
+    rates = [float(rate) for rate in read_series(EXAMPLE).values]
     best = max(range(len(rates) - WINDOWS + 1), key=lambda i: rates[i + WINDOWS - 1] - rates[i])
     hour = rates[best : best + WINDOWS]
     return [r / max(hour) * PEAK_REPLICAS * CAPACITY for r in hour]
