@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -151,6 +152,23 @@ def test_cache_dtypes(directory: Path, llm: LLM, dtype: str) -> None:
         tokens = other.generate("def f", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     assert tokens[0] == exact[0] and len(tokens) == 8
     assert dtype != "float32" or tokens == exact
+
+
+def test_a_packed_model_answers_as_before_packing(directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("farthing._native")
+    from farthing.model import load
+    from farthing.ops import select
+
+    target = tmp_path / "packed.bin"
+    load(directory, select("cpu", threads=1, quantization="int8")).ops.save_packed(str(target))
+    with LLM(directory, backend="cpu", threads=1, quantization="int8", num_blocks=64) as llm:
+        expected = llm.generate("def f", GREEDY, use_tqdm=False)
+    with LLM(directory, backend="cpu", threads=1, packed=target, num_blocks=64) as llm:
+        assert llm.generate("def f", GREEDY, use_tqdm=False)[0].outputs == expected[0].outputs
+    shutil.copytree(directory, tmp_path / "other")
+    (tmp_path / "other/config.json").write_text(json.dumps(CONFIG | {"rope_theta": 20000.0}))
+    with pytest.raises(ValueError, match="packed file was made from another checkpoint"):
+        LLM(tmp_path / "other", backend="cpu", threads=1, packed=target, num_blocks=64)
 
 
 @pytest.mark.parametrize(

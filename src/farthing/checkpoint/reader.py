@@ -6,6 +6,8 @@ what was found.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -101,6 +103,14 @@ class Checkpoint:
     def stored_bytes(self) -> int:
         """Size of the weight files."""
         return sum((self.path / f).stat().st_size for f in set(self._shards.file_of.values()))
+
+    def fingerprint(self) -> str:
+        """A digest of config.json, of which file holds what, and of each file's size and last bytes: enough
+        to tell checkpoints apart without reading them."""
+        digest = hashlib.sha256(json.dumps([self.config, self._shards.file_of], sort_keys=True).encode())
+        for name in sorted(set(self._shards.file_of.values())):
+            digest.update(self._shards.tail(name))
+        return digest.hexdigest()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor, read from the header; does not count as use."""

@@ -14,6 +14,7 @@ from farthing.checkpoint.error import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_TAIL = 4096
 DTYPE_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
 DTYPE_BYTES |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)
 DTYPE_BYTES |= dict.fromkeys(("I32", "U32", "F32"), 4) | dict.fromkeys(("I64", "U64", "F64"), 8)
@@ -70,6 +71,16 @@ class Shards:
         """Bytes on disk, from the header alone."""
         part = self._handle(self.file_of[name]).get_slice(name)
         return int(prod(part.get_shape())) * DTYPE_BYTES[part.get_dtype()]
+
+    def tail(self, file: str) -> bytes:
+        """A file's size (8 bytes) and its last 4096 bytes; the size alone where the file is missing."""
+        path = self.path / file
+        if not path.is_file():
+            return bytes(8)
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            stream.seek(max(0, size - _TAIL))
+            return size.to_bytes(8, "little") + stream.read()
 
     def release(self) -> None:
         """Unmap every file (tensors already handed out stay valid), so that resident memory goes down."""

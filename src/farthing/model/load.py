@@ -27,7 +27,8 @@ IGNORED = ("*.rotary_emb.inv_freq",)
 def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     """Read a Hugging Face directory onto a backend; `experts` as in `farthing.model.experts`.
 
-    Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected.
+    Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected;
+    ValueError where the backend maps a packed file of another checkpoint.
     """
     checkpoint = Checkpoint.open(Path(path))
     config = ModelConfig.from_json(checkpoint.config)
@@ -37,8 +38,12 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
         # transformers drops the MTP layer when it saves a model and leaves the field in place.
         log.warning("%s names an MTP layer and holds none: speculation with it is not available", path)
         config = replace(config, num_nextn_predict_layers=0)
+    ops.source = checkpoint.fingerprint()
+    if ops.packed_from not in (None, "", ops.source):
+        raise ValueError(f"the packed file was made from another checkpoint than {path}; pack that one again")
     model = DeepseekModel(config, ops, checkpoint, routers_for(config, checkpoint.config, experts))
-    checkpoint.finish(ignore=IGNORED)
+    if ops.packed_from is None:  # else the packed file has most of what the checkpoint holds
+        checkpoint.finish(ignore=IGNORED)
     return model
 
 

@@ -102,6 +102,8 @@ class Ops(ABC):
     name: str  # for the log: "reference float32", "cpu/avx512_vnni, 2 threads"
     device: torch.device
     dtype: torch.dtype
+    source: str = ""  # fingerprint of the checkpoint that is packed; `farthing.model.load` sets it
+    packed_from: str | None = None  # the fingerprint a mapped packed file names, where one is mapped
 
     # -- packing: `name` identifies the weight in a packed file; the callable is not called when the
     #    backend already has it there.

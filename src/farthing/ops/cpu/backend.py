@@ -80,6 +80,7 @@ class CpuOps(Ops):
                 f"({self._file.quantization!r}); leave it out or pack again"
             )
         self._quantization = self._file.quantization if self._file else quantization
+        self.packed_from = self._file.source if self._file else None
         self._blobs: dict[str, Any] = {}
 
     # -- packing
@@ -206,7 +207,7 @@ class CpuOps(Ops):
         ]
 
     def save_packed(self, path: str) -> None:
-        write_packed(path, self._quantization, self._blobs.items())
+        write_packed(path, self._quantization, self._blobs.items(), self.source)
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype

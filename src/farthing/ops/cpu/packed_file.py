@@ -1,8 +1,9 @@
 """Packed weights in one file that is mapped, so that a replica is ready as soon as its pages are touched.
 
 Layout: 64 bytes (magic, offset and length of the index), blobs at multiples of 4096, the index as JSON:
-`{"version", "quantization", "entries": {name: {"offset", "bytes"[, "dtype", "shape"]}}}`. An entry with a
-dtype is a plain array; one without is a packed matrix as native/pack.cpp writes it.
+`{"version", "quantization", "source", "entries": {name: {"offset", "bytes"[, "dtype", "shape"]}}}`. An entry
+with a dtype is a plain array; one without is a packed matrix as native/pack.cpp writes it. `source` is the
+fingerprint of the checkpoint that was packed.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class PackedFile:
         if index["version"] != VERSION:
             raise ValueError(f"packed file version {index['version']} is not readable; expected {VERSION}")
         self.quantization: str | None = index["quantization"]
+        self.source: str = index.get("source", "")
         self._entries: dict[str, dict[str, Any]] = index["entries"]
         self._address = self._map.ctypes.data
 
@@ -65,7 +67,9 @@ class PackedFile:
         return torch.from_numpy(raw).view(getattr(torch, entry["dtype"])).view(entry["shape"])
 
 
-def write_packed(path: str | Path, quantization: str | None, blobs: Iterable[tuple[str, Any]]) -> None:
+def write_packed(
+    path: str | Path, quantization: str | None, blobs: Iterable[tuple[str, Any]], source: str = ""
+) -> None:
     """Write (name, packed matrix or tensor) pairs; the file appears only when it is whole."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -85,7 +89,8 @@ def write_packed(path: str | Path, quantization: str | None, blobs: Iterable[tup
             file.write(data.data)
             file.write(bytes(-file.tell() % PAGE))
         offset = file.tell()
-        index = json.dumps({"version": VERSION, "quantization": quantization, "entries": entries}).encode()
+        head = {"version": VERSION, "quantization": quantization, "source": source}
+        index = json.dumps(head | {"entries": entries}).encode()
         file.write(index)
         file.seek(0)
         file.write(HEADER.pack(MAGIC, offset, len(index)))
