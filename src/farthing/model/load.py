@@ -31,13 +31,7 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     ValueError where the backend maps a packed file of another checkpoint.
     """
     checkpoint = Checkpoint.open(Path(path))
-    config = ModelConfig.from_json(checkpoint.config)
-    if config.num_nextn_predict_layers and not checkpoint.has(
-        f"model.layers.{config.num_hidden_layers}.enorm.weight"
-    ):
-        # transformers drops the MTP layer when it saves a model and leaves the field in place.
-        log.warning("%s names an MTP layer and holds none: speculation with it is not available", path)
-        config = replace(config, num_nextn_predict_layers=0)
+    config = config_of(checkpoint)
     ops.source = checkpoint.fingerprint()
     if ops.packed_from not in (None, "", ops.source):
         raise ValueError(f"the packed file was made from another checkpoint than {path}; pack that one again")
@@ -45,6 +39,20 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     if ops.packed_from is None:  # else the packed file has most of what the checkpoint holds
         checkpoint.finish(ignore=IGNORED)
     return model
+
+
+def config_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The architecture of a checkpoint, without an MTP layer that it names and does not hold."""
+    config = ModelConfig.from_json(checkpoint.config)
+    if config.num_nextn_predict_layers and not checkpoint.has(
+        f"model.layers.{config.num_hidden_layers}.enorm.weight"
+    ):
+        # transformers drops the MTP layer when it saves a model and leaves the field in place.
+        log.warning(
+            "%s names an MTP layer and holds none: speculation with it is not available", checkpoint.path
+        )
+        config = replace(config, num_nextn_predict_layers=0)
+    return config
 
 
 def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -61,7 +69,7 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         yield p + "input_layernorm.weight", (d,)
         yield from _attention_shapes(c, p + "self_attn.")
         yield p + "post_attention_layernorm.weight", (d,)
-        yield from _feed_forward_shapes(c, p + "mlp.", c.is_moe(i))
+        yield from _feed_forward_shapes(c.at(i), p + "mlp.", c.is_moe(i))
     yield "model.norm.weight", (d,)
     if not c.tie_word_embeddings:
         yield "lm_head.weight", (v, d)
@@ -99,7 +107,7 @@ def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[st
     for e in range(c.n_routed_experts):
         yield from gated(f"{p}experts.{e}.", c.moe_intermediate_size)
     if c.n_shared_experts:
-        yield from gated(p + "shared_experts.", c.moe_intermediate_size * c.n_shared_experts)
+        yield from gated(p + "shared_experts.", c.shared_size)
 
 
 def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Weight:
     data: Tensor
     scale: Tensor | None = None
     zero_point: Tensor | None = None
+    rounded: bool = False  # dense, and the value of a quantized weight: a slice that tears its scale blocks
 
     @property
     def shape(self) -> tuple[int, int]:
