@@ -40,7 +40,7 @@ class Layer:
     def read(cls, checkpoint: Checkpoint, config: ModelConfig, index: int) -> Layer:
         """Read and dequantize one layer. Raises CheckpointError."""
         prefix = f"model.layers.{index}."
-        layer = cls(config, index, {})
+        layer = cls(config.at(index), index, {})
         names = [n for n in checkpoint.names() if n.startswith(prefix)]
         quantized = {n.rpartition(".")[0] for n in names if checkpoint.is_quantized(n.rpartition(".")[0])}
         for module in sorted(quantized):

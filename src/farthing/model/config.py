@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,19 @@ class RopeConfig:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
     interleaved: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSizes:
+    """One layer's own sizes, where pruning made layers differ; None: as the model's field says.
+
+    config.json holds them as "layer_sizes": one object a layer, MTP layers included.
+    """
+
+    intermediate_size: int | None = None
+    n_routed_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    shared_intermediate_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +74,9 @@ class ModelConfig:
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    shared_intermediate_size: int | None = None  # None: n_shared_experts * moe_intermediate_size
     num_nextn_predict_layers: int = 0
+    layer_sizes: tuple[LayerSizes, ...] = ()
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -74,6 +89,23 @@ class ModelConfig:
     def cache_width(self) -> int:
         """Numbers a token leaves in the cache of one layer: latent + rotary."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def shared_size(self) -> int:
+        """Width of the shared expert, 0 without one."""
+        if self.n_shared_experts and self.shared_intermediate_size is not None:
+            return self.shared_intermediate_size
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    def at(self, layer: int) -> ModelConfig:
+        """The config whose sizes are those of one layer."""
+        if not self.layer_sizes:
+            return self
+        own = self.layer_sizes[layer]
+        sizes: dict[str, Any] = {
+            f.name: getattr(own, f.name) for f in fields(own) if getattr(own, f.name) is not None
+        }
+        return replace(self, layer_sizes=(), **sizes)
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer holds experts. MTP layers follow the same rule."""
@@ -110,6 +142,7 @@ class ModelConfig:
             n_routed_experts=raw.get("n_routed_experts", raw.get("num_local_experts")),
             n_shared_experts=raw.get("n_shared_experts") or 0,
             num_nextn_predict_layers=raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers")) or 0,
+            layer_sizes=_layer_sizes(raw.get("layer_sizes")),
             eos_token_ids=_ids(raw.get("eos_token_id")),
         )
         if model_type == "deepseek_v2":
@@ -121,6 +154,13 @@ class ModelConfig:
             raise ConfigError(f"config.json lacks {', '.join(required)}; a DeepSeek-V3 model has them")
         config = cls(**values)
         _check(config)
+        layers = config.num_hidden_layers + config.num_nextn_predict_layers
+        if config.layer_sizes and len(config.layer_sizes) != layers:
+            raise ConfigError(
+                f"layer_sizes has {len(config.layer_sizes)} entries; expected one a layer, {layers}"
+            )
+        for layer in range(len(config.layer_sizes)):
+            _check(config.at(layer))
         return config
 
 
@@ -142,6 +182,19 @@ def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def _layer_sizes(value: Any) -> tuple[LayerSizes, ...]:
+    known = {f.name for f in fields(LayerSizes)}
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(v, dict) and set(v) <= known for v in value):
+        raise ConfigError(f"layer_sizes is {value!r}; expected a list of objects with {sorted(known)}")
+    for i, sizes in enumerate(value):
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ConfigError(f"layer_sizes[{i}].{name} is {size!r}; expected a positive integer")
+    return tuple(LayerSizes(**v) for v in value)
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:

@@ -127,4 +127,4 @@ class DeepseekModel:
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:
     """The router of every layer (hidden, then MTP); None where the layer is dense."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    return [router_spec(config) if config.is_moe(i) else None for i in range(layers)]
+    return [router_spec(config.at(i)) if config.is_moe(i) else None for i in range(layers)]

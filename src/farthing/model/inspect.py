@@ -51,14 +51,16 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     main = [n for n in shapes if not _is_mtp(n, config)]
     routed = [n for n in main if ".experts." in n]
     always = [n for n in main if ".experts." not in n and n != EMBEDDING]
-    share = config.num_experts_per_tok / (config.n_routed_experts or 1)
+
+    def share(name: str) -> float:  # of a layer's routed experts that a token reads
+        return config.num_experts_per_tok / (config.at(int(name.split(".")[2])).n_routed_experts or 1)
 
     def count(names: Iterable[str]) -> int:
         return sum(prod(shapes[n]) for n in names)
 
     # A tied embedding is read whole, as the head; an untied one gives one row.
     head_rows = config.vocab_size if config.tie_word_embeddings else 1
-    active_routed = round(count(routed) * share)
+    active_routed = round(sum(prod(shapes[n]) * share(n) for n in routed))
     matrices = [n for n in main if len(shapes[n]) == 2 and (n != EMBEDDING or config.tie_word_embeddings)]
     dense = count(matrices)
     heads = config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
@@ -70,7 +72,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
         active_routed_parameters=active_routed,
         weight_bytes=sum(map(size, shapes)),
         active_bytes=sum(map(size, always))
-        + round(sum(map(size, routed)) * share)
+        + round(sum(size(n) * share(n) for n in routed))
         + size(EMBEDDING) * head_rows // config.vocab_size,
         kv_bytes_per_token=config.num_hidden_layers * config.cache_width * 2,
         flops_per_token=2 * (dense - count(routed) + active_routed),

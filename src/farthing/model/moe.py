@@ -43,6 +43,7 @@ class FeedForward:
         layer: int,
         router: RouterSpec | None,
     ) -> None:
+        config = config.at(layer)
         self.ops, self.eps = ops, config.rms_norm_eps
         self.norm = weights.tensor(
             f"model.layers.{layer}.post_attention_layernorm.weight", (config.hidden_size,)
@@ -74,7 +75,7 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
     """Router and experts of one layer; the experts are read one at a time."""
     e, d, i = router.num_experts, config.hidden_size, config.moe_intermediate_size
     has_bias = config.topk_method == "noaux_tc"
-    shared_size = i * config.n_shared_experts
+    shared_size = config.shared_size
     shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")
     return MoEWeights(
         gate=weights.tensor(f"{prefix}.gate.weight", (e, d)).float(),
