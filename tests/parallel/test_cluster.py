@@ -73,7 +73,7 @@ def test_a_dead_rank_ends_the_replica_with_a_clear_error(checkpoint: Path) -> No
     model = ParallelModel(RankOptions(checkpoint, Layout(2, 2), "reference", torch.float32, 1))
     try:
         greedy(model, 2)
-        os.kill(next(iter(model._workers.values()))[0].pid, signal.SIGKILL)
+        os.kill(next(iter(model._workers.pids.values())), signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(RankFailed, match=r"rank 0 of 4 ended with exit code -9"):
             while time.monotonic() - began < 10:

@@ -1,59 +1,37 @@
 """A model spread over processes of this host that the engine drives as if it were one.
 
-The driver is the first rank of the last stage: it has the hidden states that the head needs. Each call is
-sent to every worker, which makes the same call on its own slice; the collectives inside keep them in step.
+The driver is the first rank of the last stage, where hidden states end. Each call is sent to every worker,
+which makes the same call on its own slice; the collectives inside keep them in step.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import threading
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from farthing.checkpoint import Checkpoint
 from farthing.model import ModelConfig
-from farthing.ops import Batch, LatentCache, Ops, select
+from farthing.model.load import config_of
+from farthing.ops import Batch, LatentCache
 from farthing.ops.api import CacheDtype
-from farthing.parallel.plan import Layout
-from farthing.parallel.rank import Rank, open_rank
+from farthing.parallel.plan import ShardPlan
+from farthing.parallel.shared import Arena, available
+from farthing.parallel.worker import (
+    RankFailed,
+    RankOptions,
+    Workers,
+    counts_bytes,
+    counts_table,
+    free_port,
+    join,
+    open_own,
+)
 
 log = logging.getLogger(__name__)
-START_TIMEOUT = 300.0  # seconds for every rank to load
-STEP_TIMEOUT = 60.0  # seconds a collective may wait
-
-
-class RankFailed(RuntimeError):
-    """A worker process ended; the model cannot go on without it."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankOptions:
-    """What every rank builds its part from."""
-
-    path: Path
-    layout: Layout
-    backend: str = "auto"
-    dtype: torch.dtype | None = None
-    threads: int | None = None
-    quantization: str | None = None
-    experts: str = "auto"
-
-    def ops(self) -> Ops:
-        """This rank's backend; by default its share of the cores."""
-        threads = self.threads or max(1, (os.cpu_count() or 1) // self.layout.world)
-        return select(self.backend, self.dtype, threads, self.quantization)  # type: ignore[arg-type]
 
 
 class ParallelModel:
@@ -61,31 +39,35 @@ class ParallelModel:
 
     def __init__(self, options: RankOptions) -> None:
         layout = options.layout
-        self._rank_index = layout.world - layout.stage_ranks
-        port = _free_port()
-        context = multiprocessing.get_context("spawn")
-        self._workers: dict[int, tuple[Any, Connection]] = {}
-        for rank in range(layout.world):
-            if rank != self._rank_index:
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(options, rank, port, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                self._workers[rank] = (process, ours)
-        self._failed: str | None = None
-        self._closed = False
-        threading.Thread(target=self._watch, name="farthing-ranks", daemon=True).start()
+        config = config_of(Checkpoint.open(options.path))
+        ShardPlan.build(config, layout)  # refuse before anything is started
+        arena = _arena(options, config)
+        port = free_port() if arena is None else None
         try:
-            _join(layout, self._rank_index, port)
-            self._rank = open_rank(
-                options.path, layout, self._rank_index, options.ops(), options.experts, STEP_TIMEOUT
-            )
+            self._workers = Workers(options, arena, port)
+        except BaseException:
+            if arena is not None:
+                arena.unlink()
+            raise
+        try:
+            if port is not None:
+                self._workers.await_all("started")
+                join(layout, layout.driver, port)
+            self._rank = open_own(options, layout.driver, arena)
+            self._workers.await_all("ready")
         except BaseException:
             self.close()
             raise
+        finally:
+            if arena is not None:
+                arena.unlink()
         self.config: ModelConfig = self._rank.plan.config
         self.ops = self._rank.model.ops
         self.mtp = self._rank.model.mtp
+        self.cache_copies = layout.stage_ranks  # ranks of a stage that hold the cache of its layers
+        self._counts = None if arena is None else counts_table(arena, layout, config)
+        self._options, self._steps = options, 0
+        self._balanced = None if self._counts is None else self._counts.clone()
 
     @property
     def cache_layers(self) -> int:
@@ -97,19 +79,23 @@ class ParallelModel:
         return self._everywhere("new_cache", num_blocks, block_size, dtype)  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
-        """See `DeepseekModel.forward`; counts are of this rank's stage alone."""
-        self._tell("forward", ids, batch)
-        first = self._rank.plan.stages[self._rank.place.stage].start
-        own = None if counts is None else counts[first:]
-        return self._guard(lambda: self._rank.forward(ids, batch, own))  # type: ignore[no-any-return]
+        """See `DeepseekModel.forward`. counts is set to the totals of every stage (shared memory only)."""
+        every = self._options.rebalance_steps
+        self._steps += 1
+        if every and self._steps % every == 0:
+            self.rebalance()
+        hidden: Tensor = self._everywhere("forward", ids, batch)
+        if counts is not None and self._counts is not None:
+            counts.copy_(self._counts)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `DeepseekModel.logits`."""
-        return self._on_model("logits", hidden)  # type: ignore[no-any-return]
+        return self._head("logits", hidden, len(hidden), None)  # type: ignore[no-any-return]
 
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `DeepseekModel.top_logits`."""
-        return self._on_model("top_logits", hidden, k)  # type: ignore[no-any-return]
+        return self._head("top_logits", hidden, len(hidden), k, None)  # type: ignore[no-any-return]
 
     def draft(
         self,
@@ -121,112 +107,67 @@ class ParallelModel:
         counts: Tensor | None = None,
     ) -> Tensor:
         """See `DeepseekModel.draft`."""
-        self._tell("draft", next_ids, hidden, batch, step)
-        return self._guard(  # type: ignore[no-any-return]
-            lambda: _draft(self._rank, next_ids, hidden, batch, step)
-        )
+        return self._head("draft", hidden, next_ids, batch, step)  # type: ignore[no-any-return]
 
     def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         """See `DeepseekModel.draft_logits`."""
-        return self._on_model("draft_logits", hidden, step)  # type: ignore[no-any-return]
+        return self._head("logits", hidden, len(hidden), step)  # type: ignore[no-any-return]
 
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """See `DeepseekModel.draft_top_logits`."""
-        return self._on_model("draft_top_logits", hidden, k, step)  # type: ignore[no-any-return]
+        """As `top_logits`, of a draft."""
+        return self._head("top_logits", hidden, len(hidden), k, step)  # type: ignore[no-any-return]
+
+    def rebalance(self) -> None:
+        """Place the experts by the tokens each has seen since they were last placed, between two steps."""
+        if self._counts is None or self._balanced is None or self._options.layout.ep == 1:
+            return
+        seen = self._counts - self._balanced
+        self._balanced = self._counts.clone()
+        tokens = {i: seen[i].tolist() for i in range(self.cache_layers) if int(seen[i].sum())}
+        self._everywhere("rebalance", tokens, self._options.redundant_experts)
+        log.info("experts placed anew: %d layers, %d copies", len(tokens), self._options.redundant_experts)
 
     def close(self) -> None:
         """End the workers."""
-        self._closed = True
-        for process, connection in self._workers.values():
-            connection.close()
-            process.join(0.2)
-            if process.is_alive():
-                process.terminate()
-            process.join(5)
+        self._workers.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def _everywhere(self, method: str, *arguments: Any) -> Any:
-        self._tell(method, *arguments)
+        self._workers.tell(method, *arguments)
         return self._guard(lambda: getattr(self._rank, method)(*arguments))
 
-    def _on_model(self, method: str, *arguments: Any) -> Any:
-        self._tell(f"model.{method}", *arguments)
-        return self._guard(lambda: getattr(self._rank.model, method)(*arguments))
-
-    def _tell(self, *call: Any) -> None:
-        if self._failed:
-            raise RankFailed(self._failed)
-        try:
-            for _, connection in self._workers.values():
-                connection.send(call)
-        except OSError as error:
-            raise RankFailed(self._failed or f"a rank does not answer: {error}") from error
+    def _head(self, method: str, hidden: Tensor, *arguments: Any) -> Any:
+        """The driver's hidden states travel by broadcast and not with the call."""
+        self._workers.tell(method, *arguments)
+        return self._guard(lambda: getattr(self._rank, method)(*arguments, hidden=hidden))
 
     def _guard(self, compute: Callable[[], Any]) -> Any:
         """Run this rank's part; a collective that breaks is reported as the rank that broke it."""
         try:
             return compute()
         except RuntimeError as error:
-            raise RankFailed(self._failed or f"a rank does not answer: {error}") from error
-
-    def _watch(self) -> None:
-        """A worker that ends takes the replica with it: its peers would wait in vain."""
-        sentinels = {process.sentinel: rank for rank, (process, _) in self._workers.items()}
-        ended = wait(list(sentinels)) if sentinels else []
-        if self._closed or not ended:
-            return
-        rank = sentinels[ended[0]]  # type: ignore[index]
-        process = self._workers[rank][0]
-        process.join(1)
-        code = process.exitcode
-        self._failed = (
-            f"rank {rank} of {len(self._workers) + 1} ended with exit code {code}; restart the replica"
-        )
-        log.error("%s", self._failed)
-        for peer, _ in self._workers.values():
-            peer.terminate()
+            failure = self._workers.failure(wait=2.0)
+            if failure is None:
+                raise
+            raise RankFailed(failure) from error
 
 
-def _draft(rank: Rank, next_ids: Tensor, hidden: Tensor, batch: Batch, step: int) -> Tensor:
-    assert rank.cache is not None
-    return rank.model.draft(next_ids, hidden, batch, rank.cache, step)
+def _arena(options: RankOptions, config: ModelConfig) -> Arena | None:
+    """Shared memory for the groups and the counts of experts; None: gloo."""
+    if options.transport == "gloo":
+        return None
+    if available():
+        try:
+            return Arena.create(options.arena_bytes + counts_bytes(config))
+        except OSError as error:
+            problem = f"{options.arena_bytes / 1e6:.0f} MB of shared memory: {error.strerror}"
+    else:
+        problem = "shared memory needs Linux on x86-64"
+    if options.transport == "shared":
+        raise ValueError(f"transport is 'shared' and cannot be had ({problem}); expected 'auto' or 'gloo'")
+    log.warning("ranks exchange through gloo: %s", problem)
+    return None
 
 
-def _work(options: RankOptions, index: int, port: int, connection: Connection) -> None:
-    """A worker's life: load, then make the driver's calls until it hangs up."""
-    try:
-        torch.set_grad_enabled(False)
-        _join(options.layout, index, port)
-        rank = open_rank(options.path, options.layout, index, options.ops(), options.experts, STEP_TIMEOUT)
-        while True:
-            method, *arguments = connection.recv()
-            if method == "draft":
-                if rank.last:
-                    _draft(rank, *arguments)
-            elif method.startswith("model."):
-                if rank.last:
-                    getattr(rank.model, method.removeprefix("model."))(*arguments)
-            else:
-                getattr(rank, method)(*arguments)
-    except (EOFError, KeyboardInterrupt):
-        return
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def _join(layout: Layout, rank: int, port: int) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        world_size=layout.world,
-        rank=rank,
-        timeout=timedelta(seconds=START_TIMEOUT),
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+__all__ = ["ParallelModel", "RankFailed", "RankOptions"]

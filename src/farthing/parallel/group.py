@@ -25,6 +25,14 @@ class Group(Protocol):
         """Every rank's x (equal shapes), in the order of the group."""
         ...
 
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        """The x of the group's rank `root`; on the others x gives shape and dtype and is overwritten."""
+        ...
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """parts[j] [m_j, …] goes to rank j of the group; the result's j-th part comes from it."""
+        ...
+
 
 class Alone:
     """A group of one."""
@@ -40,12 +48,21 @@ class Alone:
         """[x]."""
         return [x]
 
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        """x."""
+        return x
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The part itself."""
+        return list(parts)
+
 
 class DistGroup:
     """torch.distributed: gloo on CPUs, NCCL on GPUs, over one machine or many."""
 
     def __init__(self, ranks: Sequence[int], timeout: float) -> None:
         self._group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout))
+        self._ranks = list(ranks)
         self.size = len(ranks)
         self.index = ranks.index(dist.get_rank()) if dist.get_rank() in ranks else -1
 
@@ -60,3 +77,26 @@ class DistGroup:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self._group)
         return parts
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        """The root's x."""
+        x = x.contiguous()
+        dist.broadcast(x, self._ranks[root], group=self._group)
+        return x
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Row counts first, then the rows. gloo has no all-to-all of its own: sends and receives in pairs."""
+        counts = torch.stack(self.all_gather(torch.tensor([len(p) for p in parts])))[:, self.index].tolist()
+        out = [parts[0].new_empty(n, *parts[0].shape[1:]) for n in counts]
+        out[self.index] = parts[self.index]
+        pending = []
+        for peer, rank in enumerate(self._ranks):
+            if peer != self.index:
+                if len(parts[peer]):
+                    pending.append(dist.isend(parts[peer].contiguous(), rank, group=self._group))
+                if counts[peer]:
+                    pending.append(dist.irecv(out[peer], rank, group=self._group))
+        for work in pending:
+            if work is not None:
+                work.wait()
+        return out

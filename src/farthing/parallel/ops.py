@@ -1,27 +1,57 @@
 """A backend whose weights are spread over ranks: the same signatures, with the sums between ranks inside.
 
 The model is written once. What tensor parallelism adds is a sum after each row-parallel product (o_proj,
-down_proj) and a gather of the head's logits; what expert parallelism adds is the sum over a stage.
+down_proj); what expert parallelism adds is the sum over a stage; the vocabulary, cut over all stages, adds a
+sum of embeddings and a gather of the head's logits, or of its largest ones alone.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops import AttentionSpec, Batch, LatentCache, MoEWeights, Ops, RouterSpec, Weight
 from farthing.ops.api import CacheDtype, Handle
 from farthing.parallel.group import Group
 
+Shares = Callable[[str], dict[tuple[int, int], tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The groups of one rank."""
+
+    tp: Group  # heads, dense and shared experts
+    experts: Group  # what the sums of a mixture of experts run over
+    vocabulary: Group  # embedding and head
+    rows: tuple[int, ...]  # of the vocabulary: first row of each rank's slice, and the end
+
+    @property
+    def first_row(self) -> int:
+        """Of this rank's slice."""
+        return self.rows[self.vocabulary.index]
+
+
+@dataclass(slots=True)
+class Experts:
+    """A layer's experts on this rank by their share of the rows (see `Placement.shares`)."""
+
+    parts: dict[tuple[int, int], Handle]
+    shared: Handle | None  # apart where no part takes every row
+
 
 class ParallelOps(Ops):
-    """`inner` on this rank's slices; `tp` shares heads and vocabulary, `experts` the routed experts."""
+    """`inner` on this rank's slices. shares: by the name of a mixture of experts, which are here."""
 
-    def __init__(self, inner: Ops, tp: Group, experts: Group) -> None:
-        self._inner, self._tp, self._experts = inner, tp, experts
-        self.name = f"{inner.name}, tp {tp.size}, experts over {experts.size}"
+    def __init__(self, inner: Ops, groups: Groups, shares: Shares) -> None:
+        self._inner, self._groups, self._shares = inner, groups, shares
+        self._tp, self._experts = groups.tp, groups.experts
+        self.name = f"{inner.name}, tp {self._tp.size}, experts over {self._experts.size}"
         self.device, self.dtype = inner.device, inner.dtype
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
@@ -30,8 +60,18 @@ class ParallelOps(Ops):
     def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
         return self._inner.pack_mlp(name, weights)
 
-    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Handle:
-        return self._inner.pack_moe(name, spec, weights)
+    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
+        """Copied experts are packed apart from those that take every row."""
+        shares = self._shares(name)
+        if set(shares) <= {(1, 0)}:
+            return Experts({(1, 0): self._inner.pack_moe(name, spec, weights)}, None)
+        w = weights()
+        parts = {
+            share: self._inner.pack_moe(f"{name}.share{share[0]}.{share[1]}", spec, _only(w, experts))
+            for share, experts in shares.items()
+        }
+        shared = None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared)
+        return Experts(parts, shared)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -43,13 +83,16 @@ class ParallelOps(Ops):
     ) -> LatentCache:
         return self._inner.new_cache(layers, num_blocks, block_size, width, dtype)
 
+    def forget(self, prefix: str) -> None:
+        self._inner.forget(prefix)
+
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        if self._tp.size == 1:
+        if self._groups.vocabulary.size == 1:
             return self._inner.embed(ids, table)
-        local = ids - self._tp.index * table.shape[0]
+        local = ids - self._groups.first_row
         here = (local >= 0) & (local < table.shape[0])
         rows = self._inner.embed(local.where(here, 0), table)
-        return self._tp.all_reduce(rows.masked_fill(~here.unsqueeze(1), 0))
+        return self._groups.vocabulary.all_reduce(rows.masked_fill(~here.unsqueeze(1), 0))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._inner.rms_norm(x, weight, eps)
@@ -86,29 +129,73 @@ class ParallelOps(Ops):
         return x + self._tp.all_reduce(self._inner.mlp(x.clone(), weights, norm, eps) - x)
 
     def moe(
-        self, x: Tensor, weights: Handle, norm: Tensor, eps: float, counts: Tensor | None = None
+        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
     ) -> Tensor:
-        if self._experts.size == 1:
-            return self._inner.moe(x, weights, norm, eps, counts)
-        return x + self._experts.all_reduce(self._inner.moe(x.clone(), weights, norm, eps, counts) - x)
+        whole = weights.parts.get((1, 0))
+        if self._experts.size == 1 and whole is not None:
+            return self._inner.moe(x, whole, norm, eps, counts)
+        total = torch.zeros_like(x)
+        for (m, j), part in weights.parts.items():
+            rows = x[j::m]
+            if len(rows):
+                counted = counts if part is whole else None
+                total[j::m] += self._inner.moe(rows.clone(), part, norm, eps, counted) - rows
+        if weights.shared is not None:
+            total += self._inner.mlp(x.clone(), weights.shared, norm, eps) - x
+        if whole is None and counts is not None:
+            self._count(x, next(iter(weights.parts.values())), norm, eps, counts)
+        return x + self._experts.all_reduce(total)
 
-    def reroute(self, weights: Handle, spec: RouterSpec) -> None:
-        self._inner.reroute(weights, spec)
+    def reroute(self, weights: Experts, spec: RouterSpec) -> None:
+        for part in weights.parts.values():
+            self._inner.reroute(part, spec)
 
-    def route(self, n: Tensor, weights: Handle) -> tuple[Tensor, Tensor]:
-        return self._inner.route(n, weights)
+    def route(self, n: Tensor, weights: Experts) -> tuple[Tensor, Tensor]:
+        return self._inner.route(n, next(iter(weights.parts.values())))
 
     def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
-        return torch.cat(self._tp.all_gather(self._inner.logits(x, head, norm, eps)), -1)
+        """Slices of unequal width travel padded."""
+        group, rows = self._groups.vocabulary, self._groups.rows
+        own = self._inner.logits(x, head, norm, eps)
+        if group.size == 1:
+            return own
+        widths = [stop - start for start, stop in itertools.pairwise(rows)]
+        parts = group.all_gather(F.pad(own, (0, max(widths) - own.shape[1])))
+        return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], -1)
 
     def top_logits(
         self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self._tp.size == 1:
+        """The best of every slice's best: k numbers a rank travel and not a vocabulary."""
+        group, rows = self._groups.vocabulary, self._groups.rows
+        if group.size == 1:
             return self._inner.top_logits(x, head, norm, eps, k)
-        logits = self.logits(x, head, norm, eps)
-        values, ids = logits.sort(stable=True, dim=-1, descending=True)
-        return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+        if k > min(stop - start for start, stop in itertools.pairwise(rows)):
+            logits = self.logits(x, head, norm, eps)
+            values, ids = logits.sort(stable=True, dim=-1, descending=True)
+            return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+        values, ids, total = self._inner.top_logits(x, head, norm, eps, k)
+        # Slices stand in the order of their ids, so a stable sort keeps equal logits in that order.
+        values = torch.cat(group.all_gather(values), -1)
+        ids = torch.cat(group.all_gather(ids + self._groups.first_row), -1)
+        values, order = values.sort(stable=True, dim=-1, descending=True)
+        return (
+            values[:, :k],
+            ids.gather(1, order[:, :k]),
+            torch.stack(group.all_gather(total), -1).logsumexp(-1),
+        )
 
     def softmax(self, x: Tensor) -> Tensor:
         return self._inner.softmax(x)
+
+    def _count(self, x: Tensor, part: Handle, norm: Tensor, eps: float, counts: Tensor) -> None:
+        """Tokens of every expert where no part sees every row."""
+        ids, _ = self._inner.route(self._inner.rms_norm(x, norm, eps), part)
+        counts += torch.bincount(ids[ids >= 0], minlength=len(counts))
+
+
+def _only(w: MoEWeights, experts: Sequence[int]) -> Callable[[], MoEWeights]:
+    kept = set(experts)
+    return lambda: replace(
+        w, experts=[load if e in kept else None for e, load in enumerate(w.experts)], shared=None
+    )

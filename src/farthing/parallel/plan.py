@@ -1,8 +1,10 @@
 """Who holds what: ranks, and the slice of every tensor each of them reads. Plain integers, no torch.
 
-Legend: tp tensor-parallel ranks (heads, shared experts, vocabulary); ep expert-parallel ranks (whole
-experts); pp pipeline stages (layer ranges). A stage has max(tp, ep) ranks; with ep > tp, ep / tp groups of tp
-ranks hold the same slices of everything but the routed experts.
+Legend: tp tensor-parallel ranks (heads, dense and shared experts); ep expert-parallel ranks (whole
+experts); pp pipeline stages (layer ranges). A stage has max(tp, ep) ranks; with ep > tp, ep / tp copies of tp
+ranks hold the same slices of everything but the routed experts. The vocabulary is cut over the tp x pp ranks
+of a copy: embedding and head are as large as many layers, and a stage that held them whole would be the
+largest.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from farthing.model.config import ModelConfig
 from farthing.model.load import parameter_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
+VOCABULARY = (EMBEDDING, "lm_head.weight")
+CUT_BLOCK = 128  # FP8 scale blocks, groups of INT4 scales, and groups of activations on the CPU
 # Which dimension tensor parallelism cuts, by the module's last name.
-ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "gate_proj", "up_proj", "lm_head", "embed_tokens")
+ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "gate_proj", "up_proj")
 COLUMNS = ("o_proj", "down_proj")
 
 
@@ -55,7 +59,23 @@ class Layout:
         if not 0 <= rank < self.world:
             raise PlanError(f"rank is {rank}; expected 0…{self.world - 1}")
         stage, local = divmod(rank, self.stage_ranks)
-        return Place(rank, stage, local, local % self.tp)
+        return Place(rank, stage, local, local % self.tp, local // self.tp)
+
+    @property
+    def copies(self) -> int:
+        """Groups of tp ranks in a stage that hold the same slices beside the routed experts."""
+        return self.stage_ranks // self.tp
+
+    @property
+    def driver(self) -> int:
+        """The rank that schedules and samples: the first of the last stage, where hidden states end."""
+        return self.world - self.stage_ranks
+
+    def vocabulary_ranks(self, copy: int) -> list[int]:
+        """The ranks that share one embedding and head, in the order of their slices."""
+        return [
+            stage * self.stage_ranks + copy * self.tp + i for stage in range(self.pp) for i in range(self.tp)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +86,7 @@ class Place:
     stage: int
     local: int  # within the stage; also its expert-parallel index
     tp: int  # its tensor-parallel index
+    copy: int  # which of the stage's groups of tp ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +113,29 @@ class ShardPlan:
     ) -> ShardPlan:
         """Stages balanced by bytes (2 a number unless `nbytes` tells). Raises PlanError."""
         _check(config, layout)
-        return cls(config, layout, _stages(config, layout.pp, nbytes), dict(parameter_shapes(config)))
+        return cls(config, layout, _stages(config, layout, nbytes), dict(parameter_shapes(config)))
 
     def cut(self, name: str, place: Place) -> Cut | None:
         """What a rank reads of a parameter; None if it reads nothing of it."""
         layer = layer_of(name)
-        if layer is not None and not self.holds_layer(layer, place):
+        if name in VOCABULARY:
+            return self.vocabulary(place)
+        if layer is None or name.endswith("shared_head.norm.weight"):
+            return Cut(None)  # the norms in front of a head, whose slices are everywhere
+        if not self.holds_layer(layer, place):
             return None
-        if layer is None and not self._holds_top(name, place):
-            return None
+        if ".shared_experts." in name and place.copy:
+            return None  # the copies' sums are added up: one of them adds the shared expert
         shape = self.shapes[name]
         if ".experts." in name:
             return self._expert_cut(name, shape, place)
         return _tp_cut(name, shape, self.layout.tp, place.tp)
+
+    def vocabulary(self, place: Place) -> Cut:
+        """The rows of embedding and head that a rank holds."""
+        n, i = self.layout.tp * self.layout.pp, place.stage * self.layout.tp + place.tp
+        v = self.config.vocab_size
+        return Cut(0, v * i // n, v * (i + 1) // n)
 
     def holds_layer(self, layer: int, place: Place) -> bool:
         """MTP layers stand on the last stage."""
@@ -129,13 +160,6 @@ class ShardPlan:
             total += size if cut.dim is None else size * (cut.stop - cut.start) // shape[cut.dim]
         return total
 
-    def _holds_top(self, name: str, place: Place) -> bool:
-        first, last = place.stage == 0, place.stage == self.layout.pp - 1
-        if name == EMBEDDING:  # the last stage needs it as a tied head and for MTP drafts
-            needed = self.config.tie_word_embeddings or self.config.num_nextn_predict_layers > 0
-            return first or (last and needed)
-        return last  # the final norm and the head
-
     def _expert_cut(self, name: str, shape: tuple[int, ...], place: Place) -> Cut | None:
         if self.layout.ep == 1:
             return _tp_cut(name, shape, self.layout.tp, place.tp)
@@ -148,39 +172,51 @@ def layer_of(name: str) -> int | None:
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
+def bounds(size: int, parts: int, index: int) -> tuple[int, int]:
+    """[start, stop) of one of `parts` slices, at whole scale blocks where there are enough of them.
+
+    A slice that tears a block of 128 could not keep its stored format, nor its activations their scales.
+    """
+    unit = CUT_BLOCK if size >= CUT_BLOCK * parts else 1
+    blocks = -(-size // unit)
+    return min(size, unit * (blocks * index // parts)), min(size, unit * (blocks * (index + 1) // parts))
+
+
 def _tp_cut(name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
     module = name.split(".")[-2]
     dim = 0 if module in ROWS else 1 if module in COLUMNS else None
     if dim is None or tp == 1 or len(shape) < 2:
         return Cut(None)
-    size = shape[dim] // tp
-    return Cut(dim, index * size, (index + 1) * size)
+    if ".self_attn." in name:  # heads are not torn
+        size = shape[dim] // tp
+        return Cut(dim, index * size, (index + 1) * size)
+    return Cut(dim, *bounds(shape[dim], tp, index))
 
 
-def _stages(config: ModelConfig, pp: int, nbytes: Callable[[str], int] | None) -> tuple[range, ...]:
-    """Cut the layers into pp ranges so that the heaviest stage is as light as it can be."""
-    layers = config.num_hidden_layers
+def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | None) -> tuple[range, ...]:
+    """Cut the layers into ranges so that the heaviest rank is as light as it can be."""
+    layers, pp = config.num_hidden_layers, layout.pp
     weight = [0] * layers
-    first = last = 0  # what the first and the last stage hold beside layers
-    tied = config.tie_word_embeddings or config.num_nextn_predict_layers > 0
+    last = 0  # MTP layers, which stand on the last stage
     for name, shape in parameter_shapes(config):
         size = nbytes(name) if nbytes else 2 * prod(shape)
+        if ".experts." in name and layout.ep > 1:
+            size //= layout.ep
+        elif layer_of(name) is not None and (cut := _tp_cut(name, shape, layout.tp, 0)).dim is not None:
+            size = size * (cut.stop - cut.start) // shape[cut.dim]
         layer = layer_of(name)
         if layer is not None and layer < layers:
             weight[layer] += size
-        elif name == EMBEDDING:
-            first, last = first + size, last + (size if tied else 0)
-        else:
+        elif layer is not None:
             last += size
 
     @cache
     def best(start: int, stage: int) -> tuple[int, int]:
         """(bytes of the heaviest stage from `stage` on, end of this one) with layers start… left."""
-        extra = (first if stage == 0 else 0) + (last if stage == pp - 1 else 0)
         if stage == pp - 1:
-            return sum(weight[start:]) + extra, layers
+            return sum(weight[start:]) + last, layers
         ends = range(start + 1, layers - (pp - stage - 2))
-        return min((max(sum(weight[start:end]) + extra, best(end, stage + 1)[0]), end) for end in ends)
+        return min((max(sum(weight[start:end]), best(end, stage + 1)[0]), end) for end in ends)
 
     stages, start = [], 0
     for stage in range(pp):
@@ -192,18 +228,20 @@ def _stages(config: ModelConfig, pp: int, nbytes: Callable[[str], int] | None) -
 
 def _check(config: ModelConfig, layout: Layout) -> None:
     c, tp = config, layout.tp
-    parts = {
-        "num_attention_heads": c.num_attention_heads,
-        "intermediate_size": c.intermediate_size,
-        "vocab_size": c.vocab_size,
-    }
-    if c.n_shared_experts:
-        parts["moe_intermediate_size * n_shared_experts"] = c.moe_intermediate_size * c.n_shared_experts
-    if layout.ep == 1 and c.n_routed_experts:
+    if c.layer_sizes and layout.tp * layout.ep * layout.pp > 1:
+        raise PlanError("this checkpoint's layers differ in size (layer_sizes); expected tp = ep = pp = 1")
+    if c.layer_sizes and layout.world > 1:
+        raise PlanError(
+            "layer_sizes is set: layers of different sizes are served by one rank; expected tp, pp, ep = 1"
+        )
+    if c.num_attention_heads % tp:
+        raise PlanError(f"tp is {tp}; expected a divisor of num_attention_heads = {c.num_attention_heads}")
+    parts = {"intermediate_size": c.intermediate_size}
+    if c.n_routed_experts:
         parts["moe_intermediate_size"] = c.moe_intermediate_size
     for name, size in parts.items():
-        if size % tp:
-            raise PlanError(f"tp is {tp}; expected a divisor of {name} = {size}")
+        if size < tp:
+            raise PlanError(f"tp is {tp}; expected at most {name} = {size}")
     if layout.ep > 1 and (not c.n_routed_experts or c.n_routed_experts % layout.ep):
         raise PlanError(f"ep is {layout.ep}; expected a divisor of n_routed_experts = {c.n_routed_experts}")
     if layout.pp > c.num_hidden_layers:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
 from farthing.model import DeepseekModel, ModelConfig
 from farthing.model.deepseek import routers_of
 from farthing.model.experts import routers_for
+from farthing.model.load import config_of
+from farthing.model.moe import FeedForward, moe_weights
 from farthing.model.source import WeightSource
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec
 from farthing.ops.api import CacheDtype
+from farthing.parallel.experts import Placement, in_order, place
 from farthing.parallel.group import Alone, DistGroup, Group
-from farthing.parallel.ops import ParallelOps
+from farthing.parallel.micro import micro_batches
+from farthing.parallel.ops import Groups, ParallelOps
 from farthing.parallel.plan import Layout, Place, ShardPlan
+from farthing.parallel.shared import Arena, SharedGroup, arena_bytes, group_bytes
 from farthing.parallel.source import ShardedSource, local_config, local_routers
 
 
 class Rank:
-    """Built on every rank in the same order, since groups are made together."""
+    """Built on every rank in the same order, since groups are made together; then every rank makes the same
+    calls."""
 
     def __init__(
         self,
@@ -33,64 +40,208 @@ class Rank:
         ops: Ops,
         routers: list[RouterSpec | None] | None = None,
         timeout: float = 60.0,
+        arena: Arena | None = None,
     ) -> None:
+        """arena: shared memory for the groups; None: torch.distributed's transport."""
         self.plan = ShardPlan.build(config, layout)
         self.layout, self.place = layout, layout.place(rank)
-        tp, stage = _groups(layout, self.place, timeout)
-        experts = tp if layout.ep == 1 else stage
-        first, last = self.place.stage == 0, self.place.stage == layout.pp - 1
-        self.first, self.last = first, last
+        self.first, self.last = self.place.stage == 0, self.place.stage == layout.pp - 1
+        self.drives = rank == layout.driver
+        made = _make_groups(layout, rank, timeout, arena)
+        self._stage = made.get(_stage_ranks(layout, self.place), Alone())
+        self._before = made.get((rank - layout.stage_ranks, rank))
+        self._behind = made.get((rank, rank + layout.stage_ranks))
+        self._groups = _groups(self.plan, self.place, made)
+        self.placements: dict[int, Placement] = {}
+        self._source = ShardedSource(source, self.plan, self.place, self.placements)
+        local = local_config(self.plan, self.place)
+        self.routers = local_routers(self.plan, self.place, routers or routers_of(config))
+        # Every rank has its slice of the embedding and of the head, and the norms in front of it.
         self.model = DeepseekModel(
-            local_config(self.plan, self.place),
-            ParallelOps(ops, tp, experts),
-            ShardedSource(source, self.plan, self.place),
-            local_routers(self.plan, self.place, routers or routers_of(config)),
-            first,
-            last,
+            local, ParallelOps(ops, self._groups, self._shares), self._source, self.routers
         )
+        self._draft_norms = [
+            source.tensor(f"model.layers.{i}.shared_head.norm.weight", (config.hidden_size,)).float()
+            for i in range(
+                config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
+            )
+        ]
         self.cache: LatentCache | None = None
+        self.counts: Tensor | None = None  # [layers from this stage on, E], where this rank counts tokens
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: CacheDtype) -> LatentCache:
         """This rank's layers of the cache; block indices are the same on every rank."""
         self.cache = self.model.new_cache(num_blocks, block_size, dtype)
         return self.cache
 
-    def forward(self, ids: Tensor, batch: Batch, counts: Tensor | None = None) -> Tensor:
-        """This stage's layers. Hidden states come from the stage before and go to the one behind."""
+    def forward(self, ids: Tensor, batch: Batch) -> Tensor:
+        """This stage's layers -> hidden [T, D], the model's on the last stage.
+
+        Hidden states come from the stage before and go to the one behind, a micro-batch at a time.
+        """
         assert self.cache is not None
-        if self.first:
-            h = self.model.ops.embed(ids, self.model.embedding)
-        else:
-            h = torch.empty(len(ids), self.model.config.hidden_size, dtype=self.model.ops.dtype)
-            dist.recv(h, self.place.rank - self.layout.stage_ranks)
-        h = self.model.run_layers(h, batch, self.cache, counts)
+        h = self.model.ops.embed(ids, self.model.embedding)
+        parts = []
+        for rows, part in micro_batches(batch, self.layout.pp):
+            x = h[rows]
+            if self._before is not None:
+                x = self._before.broadcast(torch.empty_like(x), 0)
+            x = self.model.run_layers(x, part, self.cache, self.counts)
+            if self._behind is not None:
+                self._behind.broadcast(x, 0)
+            parts.append(x)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def draft(self, next_ids: Tensor, batch: Batch, step: int, hidden: Tensor | None = None) -> Tensor | None:
+        """The last stage's `DeepseekModel.draft`; the other ranks give their rows of the embedding.
+
+        hidden [T, D]: on the driver.
+        """
         if not self.last:
-            dist.send(h.contiguous(), self.place.rank + self.layout.stage_ranks)
-        return h
+            self.model.ops.embed(next_ids, self.model.embedding)
+            return None
+        assert self.cache is not None
+        hidden = self._stage.broadcast(self._rows(len(next_ids), hidden), 0)
+        return self.model.draft(next_ids, hidden, batch, self.cache, step, self.counts)
+
+    def logits(self, rows: int, step: int | None = None, hidden: Tensor | None = None) -> Tensor | None:
+        """[rows, V] float32 of the driver's hidden [rows, D]; of a draft's where step is given."""
+        if self.place.copy:
+            return None
+        model, hidden, norm = self.model, *self._spread(rows, step, hidden)
+        return model.ops.logits(hidden, model.head, norm, model.eps)
+
+    def top_logits(
+        self, rows: int, k: int, step: int | None = None, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As `logits`: the k largest."""
+        if self.place.copy:
+            return None
+        model, hidden, norm = self.model, *self._spread(rows, step, hidden)
+        return model.ops.top_logits(hidden, model.head, norm, model.eps, k)
+
+    def rebalance(self, tokens: Mapping[int, list[int]], redundant: int) -> None:
+        """Place the experts anew by the measured tokens of each layer's, and read those that moved here.
+
+        tokens: by layer of the checkpoint. Every rank computes the same placement.
+        """
+        first = self.plan.stages[self.place.stage].start
+        hidden, local = self.plan.config.num_hidden_layers, len(self.model.layers)
+        blocks = {first + i: (i, block) for i, (_, block) in enumerate(self.model.layers)}
+        blocks |= {hidden + i: (local + i, mtp.feed_forward) for i, mtp in enumerate(self.model.mtp)}
+        for layer, (index, block) in blocks.items():
+            router = self.routers[index]
+            if router is None or layer not in tokens:
+                continue
+            placement = place(tokens[layer], self.layout.ep, redundant)
+            if placement != self._placement(layer):
+                self.placements[layer] = placement
+                self._pack_again(index, block, router)
+
+    def _pack_again(self, index: int, block: FeedForward, router: RouterSpec) -> None:
+        p = f"model.layers.{index}.mlp"
+        block.packed = None  # one layer's experts are in memory twice otherwise
+        self.model.ops.forget(f"{p}.")
+        block.packed = self.model.ops.pack_moe(
+            p, router, lambda: moe_weights(self.model.config, self._source, p, router)
+        )
+
+    def _placement(self, layer: int) -> Placement:
+        return self.placements.get(layer) or in_order(self.plan.config.n_routed_experts or 0, self.layout.ep)
+
+    def _shares(self, name: str) -> dict[tuple[int, int], tuple[int, ...]]:
+        """Of the experts `model.layers.<local>.mlp`."""
+        layer = self._source.layer(int(name.split(".")[2]))
+        if self.layout.ep == 1:
+            return {(1, 0): tuple(range(self.plan.config.n_routed_experts or 0))}
+        return self._placement(layer).shares(self.place.local)
+
+    def _spread(self, rows: int, step: int | None, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The driver's hidden states on every slice of the head, and the norm in front of it."""
+        group = self._groups.vocabulary
+        root = self.layout.vocabulary_ranks(0).index(self.layout.driver)
+        norm = self.model.norm if step is None else self._draft_norms[min(step, len(self._draft_norms) - 1)]
+        return group.broadcast(self._rows(rows, hidden), root), norm
+
+    def _rows(self, rows: int, hidden: Tensor | None) -> Tensor:
+        if hidden is not None:
+            return hidden
+        return torch.empty(rows, self.model.config.hidden_size, dtype=self.model.ops.dtype)
 
 
 def open_rank(
-    path: Path, layout: Layout, rank: int, ops: Ops, experts: str = "auto", timeout: float = 60.0
+    path: Path,
+    layout: Layout,
+    rank: int,
+    ops: Ops,
+    experts: str = "auto",
+    timeout: float = 60.0,
+    arena: Arena | None = None,
 ) -> Rank:
     """A rank of a checkpoint; reads only its own bytes."""
     checkpoint = Checkpoint.open(path)
-    config = ModelConfig.from_json(checkpoint.config)
-    return Rank(
-        config, checkpoint, layout, rank, ops, routers_for(config, checkpoint.config, experts), timeout
-    )
+    config = config_of(checkpoint)
+    routers = routers_for(config, checkpoint.config, experts)
+    return Rank(config, checkpoint, layout, rank, ops, routers, timeout, arena)
 
 
-def _groups(layout: Layout, place: Place, timeout: float) -> tuple[Group, Group]:
-    """(tensor-parallel group, all of the stage). Every rank makes every group, in one order."""
-    tp: Group = Alone()
-    stage: Group = Alone()
+Ranks = tuple[int, ...]
+
+
+def group_ranks(layout: Layout) -> list[Ranks]:
+    """The ranks of every group of a layout, in the order in which they are made; groups of one are left out.
+
+    Groups of equal ranks are one group: its collectives follow one order on all of them.
+    """
+    found: list[Ranks] = []
     for s in range(layout.pp):
         start = s * layout.stage_ranks
-        if layout.stage_ranks > 1:
-            group = DistGroup(range(start, start + layout.stage_ranks), timeout)
-            stage = group if group.index >= 0 else stage
-        for first in range(start, start + layout.stage_ranks, layout.tp):
-            if layout.tp > 1:
-                group = DistGroup(range(first, first + layout.tp), timeout)
-                tp = group if group.index >= 0 else tp
-    return tp, stage
+        found.append(tuple(range(start, start + layout.stage_ranks)))
+        found += [
+            tuple(range(first, first + layout.tp))
+            for first in range(start, start + layout.stage_ranks, layout.tp)
+        ]
+        if s + 1 < layout.pp:
+            found += [(r, r + layout.stage_ranks) for r in range(start, start + layout.stage_ranks)]
+    found += [tuple(layout.vocabulary_ranks(copy)) for copy in range(layout.copies)]
+    return [ranks for ranks in dict.fromkeys(found) if len(ranks) > 1]
+
+
+def shared_bytes(layout: Layout) -> int:
+    """Bytes of shared memory the groups of a layout take."""
+    return arena_bytes([len(ranks) for ranks in group_ranks(layout)])
+
+
+def _make_groups(layout: Layout, rank: int, timeout: float, arena: Arena | None) -> dict[Ranks, Group]:
+    """This rank's groups. torch.distributed has every rank make every group, in one order."""
+    made: dict[Ranks, Group] = {}
+    offset = 0
+    crowded = layout.world > len(os.sched_getaffinity(0))
+    for ranks in group_ranks(layout):
+        if arena is None:
+            group: Group = DistGroup(ranks, timeout)
+        elif rank in ranks:
+            group = SharedGroup(arena, offset, len(ranks), ranks.index(rank), timeout, crowded=crowded)
+        offset += group_bytes(len(ranks))
+        if rank in ranks:
+            made[ranks] = group
+    return made
+
+
+def _stage_ranks(layout: Layout, place: Place) -> Ranks:
+    start = place.stage * layout.stage_ranks
+    return tuple(range(start, start + layout.stage_ranks))
+
+
+def _groups(plan: ShardPlan, place: Place, made: Mapping[Ranks, Group]) -> Groups:
+    layout = plan.layout
+    first = place.rank - place.tp
+    tp = made.get(tuple(range(first, first + layout.tp)), Alone())
+    holders = layout.vocabulary_ranks(place.copy)
+    slices = [plan.vocabulary(layout.place(r)) for r in holders]
+    return Groups(
+        tp=tp,
+        experts=tp if layout.ep == 1 else made.get(_stage_ranks(layout, place), Alone()),
+        vocabulary=made.get(tuple(holders), Alone()),
+        rows=(*(cut.start for cut in slices), plan.config.vocab_size),
+    )

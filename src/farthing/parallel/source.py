@@ -11,7 +11,8 @@ from farthing.model.deepseek import routers_of
 from farthing.model.source import WeightSource
 from farthing.ops import RouterSpec, Weight
 from farthing.ops.weights import FP8_BLOCK
-from farthing.parallel.plan import Cut, Place, ShardPlan
+from farthing.parallel.experts import Placements
+from farthing.parallel.plan import Cut, Place, ShardPlan, bounds, layer_of
 
 
 class ShardedSource:
@@ -20,8 +21,12 @@ class ShardedSource:
     Safetensors slices of a mapped file: only the bytes of the slice are read.
     """
 
-    def __init__(self, source: WeightSource, plan: ShardPlan, place: Place) -> None:
+    def __init__(
+        self, source: WeightSource, plan: ShardPlan, place: Place, placements: Placements | None = None
+    ) -> None:
+        """placements: which experts are here, by layer of the checkpoint; missing ones stand in order."""
         self._source, self._plan, self._place = source, plan, place
+        self._placements = placements if placements is not None else {}
         self._first = plan.stages[place.stage].start
         self._local = len(plan.stages[place.stage])
 
@@ -37,8 +42,12 @@ class ShardedSource:
     def holds(self, module: str) -> bool:
         """Whether this rank computes an expert; a shared one belongs to one group of tp ranks."""
         if module.endswith("shared_experts"):
-            return self._place.local < self._plan.layout.tp
-        return self._plan.cut(f"{self._global(module)}.gate_proj.weight", self._place) is not None
+            return self._place.copy == 0
+        module = self._global(module)
+        placement = self._placements.get(layer_of(module) or 0)
+        if placement is not None:
+            return int(module.rpartition(".")[2]) in placement.ranks[self._place.local]
+        return self._plan.cut(f"{module}.gate_proj.weight", self._place) is not None
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A plain parameter, or the slice of it. The plan's shape is checked, `shape` is the local one."""
@@ -55,18 +64,23 @@ class ShardedSource:
 
     def _cut(self, name: str) -> tuple[str, Cut]:
         name = self._global(name)
+        if ".experts." in name and self._plan.layout.ep > 1:
+            return name, Cut(None)  # an expert is whole, and is only asked for where it is held
         cut = self._plan.cut(name, self._place)
         assert cut is not None, f"rank {self._place.rank} does not hold {name}"
         return name, cut
+
+    def layer(self, local: int) -> int:
+        """The checkpoint's number of a layer of this rank's model; MTP layers stand behind its others."""
+        if local < self._local:
+            return local + self._first
+        return self._plan.config.num_hidden_layers + local - self._local
 
     def _global(self, name: str) -> str:
         if not name.startswith("model.layers."):
             return name
         parts = name.split(".")
-        local = int(parts[2])
-        # Layers behind the stage's own are MTP layers.
-        hidden = self._plan.config.num_hidden_layers
-        parts[2] = str(local + self._first if local < self._local else hidden + local - self._local)
+        parts[2] = str(self.layer(int(parts[2])))
         return ".".join(parts)
 
 
@@ -74,13 +88,15 @@ def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
     """The config of the model a rank builds: its layers, its heads, its part of dense and shared experts."""
     c, tp = plan.config, plan.layout.tp
     last = place.stage == plan.layout.pp - 1
+    start, stop = bounds(c.intermediate_size, tp, place.tp)
+    vocabulary = plan.vocabulary(place)
     return replace(
         c,
         num_hidden_layers=len(plan.stages[place.stage]),
         num_nextn_predict_layers=c.num_nextn_predict_layers if last else 0,
         num_attention_heads=c.num_attention_heads // tp,
-        intermediate_size=c.intermediate_size // tp,
-        vocab_size=c.vocab_size // tp,
+        intermediate_size=stop - start,
+        vocab_size=vocabulary.stop - vocabulary.start,
     )
 
 
@@ -111,7 +127,7 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
     if weight.format == "int4" and cut.dim == 1:
         torn = torn or bool(size % unit and not inside) or bool(start % 2 or size % 2)
     if torn:
-        return Weight("dense", weight.dequantize().narrow(cut.dim, start, size))
+        return Weight("dense", weight.dequantize().narrow(cut.dim, start, size), rounded=True)
     if weight.format == "int8":
         scale = weight.scale.narrow(0, start, size) if cut.dim == 0 else weight.scale
         return Weight("int8", weight.data.narrow(cut.dim, start, size), scale)

@@ -1,0 +1,107 @@
+"""Which rank holds which routed experts: balanced by measured load, with copies of the hot ones.
+
+EPLB (DeepSeek 2025) in its greedy form: the expert with the most tokens a copy gets the next copy, then
+copies go, heaviest first, to the least loaded rank that has room and does not hold that expert. Integers
+only, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The experts of one layer on the ranks of a stage, each rank's ascending."""
+
+    ranks: tuple[tuple[int, ...], ...]
+
+    def shares(self, rank: int) -> dict[tuple[int, int], tuple[int, ...]]:
+        """A rank's experts by their share (m, j): of m copies it takes rows t with t mod m = j."""
+        shares: dict[tuple[int, int], list[int]] = {}
+        for expert in self.ranks[rank]:
+            holders = [r for r, experts in enumerate(self.ranks) if expert in experts]
+            shares.setdefault((len(holders), holders.index(rank)), []).append(expert)
+        return {share: tuple(experts) for share, experts in sorted(shares.items())}
+
+    def loads(self, tokens: Sequence[int]) -> list[float]:
+        """Tokens that each rank computes, if every expert's are spread evenly over its copies."""
+        copies = [sum(e in rank for rank in self.ranks) for e in range(len(tokens))]
+        return [sum(tokens[e] / copies[e] for e in rank) for rank in self.ranks]
+
+
+Placements = dict[int, Placement]  # by layer of the checkpoint; a layer that is missing is placed in order
+
+
+def in_order(experts: int, ranks: int) -> Placement:
+    """Equal runs of experts: what a replica starts with."""
+    each = experts // ranks
+    return Placement(tuple(tuple(range(r * each, (r + 1) * each)) for r in range(ranks)))
+
+
+def place(tokens: Sequence[int], ranks: int, redundant: int = 0) -> Placement:
+    """A placement of len(tokens) experts plus `redundant` copies, as many experts on every rank.
+
+    tokens: measured tokens of each expert. Raises ValueError where the numbers do not divide, or a copy would
+    have nowhere to go.
+    """
+    experts = len(tokens)
+    slots, rest = divmod(experts + redundant, ranks)
+    if rest:
+        raise ValueError(
+            f"{experts} experts and {redundant} redundant copies do not spread over {ranks} ranks; expected "
+            f"a sum that {ranks} divides, such as redundant = {redundant + ranks - rest}"
+        )
+    if redundant < 0 or slots > experts:
+        raise ValueError(
+            f"redundant is {redundant}; expected 0…{experts * (ranks - 1)}, a copy a rank at most"
+        )
+    copies = [1] * experts
+    for _ in range(redundant):
+        hottest = max(
+            (e for e in range(experts) if copies[e] < ranks), key=lambda e: (tokens[e] / copies[e], -e)
+        )
+        copies[hottest] += 1
+    return Placement(_pack([t / c for t, c in zip(tokens, copies, strict=True)], copies, ranks, slots))
+
+
+def _pack(
+    load: Sequence[float], copies: Sequence[int], ranks: int, slots: int
+) -> tuple[tuple[int, ...], ...]:
+    """Longest processing time first. Experts with many copies go first among equals: they need many ranks."""
+    held: list[set[int]] = [set() for _ in range(ranks)]
+    total = [0.0] * ranks
+    # An expert on every rank leaves no choice; the others follow by load.
+    order = sorted(range(len(load)), key=lambda e: (copies[e] < ranks, -load[e], e))
+    for expert in order:
+        open_ranks = sorted((r for r in range(ranks) if len(held[r]) < slots), key=lambda r: (total[r], r))
+        chosen = open_ranks[: copies[expert]]
+        for rank in chosen:
+            held[rank].add(expert)
+            total[rank] += load[expert]
+        for _ in range(copies[expert] - len(chosen)):
+            _make_room(held, total, load, expert, slots)
+    return tuple(tuple(sorted(experts)) for experts in held)
+
+
+def _make_room(
+    held: list[set[int]], total: list[float], load: Sequence[float], expert: int, slots: int
+) -> None:
+    """Only ranks that hold the expert already have room: move one of another rank's experts there."""
+    spare = next(r for r, experts in enumerate(held) if len(experts) < slots)
+    giver, moved = min(
+        (
+            (r, e)
+            for r, experts in enumerate(held)
+            if expert not in experts
+            for e in experts
+            if e not in held[spare]
+        ),
+        key=lambda pair: (total[pair[0]], load[pair[1]], pair),
+    )
+    held[giver].remove(moved)
+    held[spare].add(moved)
+    held[giver].add(expert)
+    total[spare] += load[moved]
+    total[giver] += load[expert] - load[moved]

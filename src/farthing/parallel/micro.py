@@ -1,0 +1,38 @@
+"""A step cut into micro-batches, so that the stages of a pipeline work at the same time."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from farthing.ops import Batch
+
+MICRO_ROWS = 64  # tokens from which a micro-batch is bound by arithmetic: smaller ones read the weights again
+
+
+def micro_batches(batch: Batch, most: int) -> list[tuple[slice, Batch]]:
+    """At most `most` runs of consecutive rows, none under MICRO_ROWS, each a batch of its own.
+
+    A run may end inside a sequence: the next one finds its keys in the cache.
+    """
+    tokens = len(batch.positions)
+    count = max(1, min(most, tokens // MICRO_ROWS))
+    if count == 1:
+        return [(slice(0, tokens), batch)]
+    edges = [tokens * i // count for i in range(count + 1)]
+    return [(slice(a, b), rows_of(batch, a, b)) for a, b in itertools.pairwise(edges)]
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """The rows [start, stop) of a batch, with the sequences they belong to."""
+    starts = batch.query_start.clamp(start, stop)
+    held = (starts[1:] > starts[:-1]).nonzero()[:, 0]
+    ends = starts[1:][held].long()
+    return Batch(
+        positions=batch.positions[start:stop],
+        slots=batch.slots[start:stop],
+        query_start=torch.cat((starts[held[:1]], starts[1:][held])).sub(start).to(torch.int32),
+        context_lens=batch.positions[ends - 1] + 1,
+        block_table=batch.block_table[held].contiguous(),
+    )

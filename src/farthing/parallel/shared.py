@@ -1,0 +1,232 @@
+"""Collectives through memory that the ranks of one host share: one copy in, sums read in place.
+
+A group owns a few pages of one mapped file: a counter a rank, each on a cache line of its own, and two slots
+a rank. In its collective number s a rank writes to its slot s mod 2 and then sets its counter to s; whoever
+needs the data waits for that counter and reads the slot where it lies. Before a slot is written again every
+peer must have posted s - 1: only then has it finished with s - 2, which stood in the same slot.
+
+Counters need stores that other cores see in order, which x86-64 guarantees; elsewhere ranks use gloo.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DIRECTORY = Path("/dev/shm")
+SLOT_BYTES = 1 << 20
+LINE = 64  # bytes of a cache line
+_WORDS = LINE // 8
+_HEADER = 4096
+_SPINS = 400  # looks at a counter before the core is offered to others (about 20 us)
+_YIELDS = 2000
+_NAP = 50e-6  # seconds
+
+
+class PeerLost(RuntimeError):
+    """Another rank has ended, or did not come to a collective in time."""
+
+
+def available() -> bool:
+    """Whether ranks of this host can use shared memory."""
+    return DIRECTORY.is_dir() and platform.machine() in ("x86_64", "AMD64")
+
+
+class Arena:
+    """One mapped file for all groups of a replica. Its first word says that a rank has failed."""
+
+    def __init__(self, path: Path, create: int | None = None) -> None:
+        """create: bytes of a new file, whose pages are taken now: OSError where the host has too few."""
+        self.path = path
+        flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            if create:
+                try:
+                    os.posix_fallocate(descriptor, 0, create)
+                except OSError:
+                    path.unlink()
+                    raise
+            self._map = mmap.mmap(descriptor, 0)
+        finally:
+            os.close(descriptor)
+        self.words = memoryview(self._map).cast("Q")
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._parent = os.getppid()
+
+    @classmethod
+    def create(cls, nbytes: int) -> Arena:
+        """A new file under /dev/shm; `unlink` it once every rank has opened it."""
+        name = tempfile.mktemp(prefix="farthing-", dir=DIRECTORY)
+        return cls(Path(name), max(nbytes, _HEADER))
+
+    def unlink(self) -> None:
+        """Remove the name; the memory goes when the last rank ends, however it ends."""
+        self.path.unlink(missing_ok=True)
+
+    def abort(self) -> None:
+        """Wake every rank that waits: its collective raises PeerLost."""
+        self.words[0] = 1
+
+    def check(self) -> None:
+        """Raise PeerLost if a rank has failed or the parent process is gone."""
+        if self.words[0]:
+            raise PeerLost("another rank has failed")
+        if os.getppid() != self._parent:
+            raise PeerLost("the parent process has ended")
+
+
+def group_bytes(size: int, slot_bytes: int = SLOT_BYTES) -> int:
+    """Bytes of a group of `size` ranks."""
+    return -(-size * LINE // 4096) * 4096 + size * 2 * slot_bytes
+
+
+def arena_bytes(sizes: Sequence[int], slot_bytes: int = SLOT_BYTES) -> int:
+    """Bytes of an arena for groups of these sizes."""
+    return _HEADER + sum(group_bytes(size, slot_bytes) for size in sizes)
+
+
+class SharedGroup:
+    """A group in an arena, from `offset` on. Every rank makes the same calls in the same order."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        offset: int,
+        size: int,
+        index: int,
+        timeout: float = 60.0,
+        slot_bytes: int = SLOT_BYTES,
+        crowded: bool = False,
+    ) -> None:
+        """timeout: seconds of waiting for one collective. crowded: more ranks than cores, do not spin."""
+        self.size, self.index = size, index
+        self._arena, self._words, self._timeout = arena, arena.words, timeout
+        self._first = (_HEADER + offset) // 8
+        self._slots = _HEADER + offset + group_bytes(size, 0)
+        self._slot_bytes, self._spins = slot_bytes, 1 if crowded else _SPINS
+        self._step = 0
+        self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum of every rank's x, in place where x is contiguous; the same bits on every rank."""
+        x = x.contiguous()
+        for part in self._chunks(x):
+            self._write(part)
+            first, *others = [self._read(peer, part) for peer in range(self.size)]
+            if len(others) == 1:
+                torch.add(first, others[0], out=part)
+                continue
+            part.copy_(first)
+            for other in others:
+                part.add_(other)
+        return x
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's x (equal shapes)."""
+        x = x.contiguous()
+        out = [torch.empty_like(x) for _ in range(self.size)]
+        for i, part in enumerate(self._chunks(x)):
+            self._write(part)
+            for peer, whole in enumerate(out):
+                self._chunk(whole, i).copy_(self._read(peer, part))
+        return out
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        """The root's x; on the others x says shape and dtype and is written to."""
+        x = x.contiguous()
+        for part in self._chunks(x):
+            if self.index == root:
+                self._write(part)
+            else:
+                self._begin()
+                part.copy_(self._read(root, part))
+                self._post()
+        return x
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """parts[j] [m_j, …] goes to rank j; the result's j-th comes from rank j."""
+        row = parts[0][:1].numel() if len(parts[0]) else parts[0].new_empty(1, *parts[0].shape[1:]).numel()
+        counts = torch.tensor([len(p) for p in parts])
+        table = torch.stack(self.all_gather(counts)) * row  # [from, to] elements
+        stream = torch.cat([p.reshape(-1) for p in parts])
+        step = self._slot_bytes // stream.element_size()
+        ends = table.cumsum(1)
+        out = [stream.new_empty(int(n)) for n in table[:, self.index]]
+        for low in range(0, max(1, int(ends[:, -1].max())), step):
+            self._write(stream[low : low + step])
+            for peer, received in enumerate(out):
+                stop, start = int(ends[peer, self.index]), int(ends[peer, self.index]) - received.numel()
+                a, b = max(start, low), min(stop, low + step)
+                if a < b:
+                    received[a - start : b - start] = self._read(peer, stream, b - low)[a - low :]
+                else:
+                    self._wait(peer, self._step)
+        return [o.view(-1, *parts[0].shape[1:]) for o in out]
+
+    # -- one collective: begin, write, post, read
+
+    def _chunks(self, x: Tensor) -> Sequence[Tensor]:
+        if x.numel() * x.element_size() <= self._slot_bytes:
+            return (x.view(-1),)
+        parts: Sequence[Tensor] = x.view(-1).split(self._slot_bytes // x.element_size())
+        return parts
+
+    def _chunk(self, x: Tensor, i: int) -> Tensor:
+        return self._chunks(x)[i]
+
+    def _begin(self) -> None:
+        self._step += 1
+        for peer in range(self.size):
+            self._wait(peer, self._step - 1)
+
+    def _write(self, part: Tensor) -> None:
+        self._begin()
+        self._view(self.index, part, part.numel()).copy_(part)
+        self._post()
+
+    def _post(self) -> None:
+        self._words[self._first + self.index * _WORDS] = self._step
+
+    def _read(self, peer: int, like: Tensor, count: int | None = None) -> Tensor:
+        self._wait(peer, self._step)
+        return self._view(peer, like, like.numel() if count is None else count)
+
+    def _view(self, rank: int, like: Tensor, count: int) -> Tensor:
+        key = (rank, self._step & 1, count, like.dtype)
+        view = self._views.get(key)
+        if view is None:
+            start = self._slots + (2 * rank + (self._step & 1)) * self._slot_bytes
+            raw = self._arena.bytes[start : start + count * like.element_size()]
+            view = raw.view(like.dtype)
+            if len(self._views) < 1024:
+                self._views[key] = view
+        return view
+
+    def _wait(self, peer: int, step: int) -> None:
+        words, at = self._words, self._first + peer * _WORDS
+        for _ in range(self._spins):
+            if words[at] >= step:
+                return
+        naps = 0
+        # Naps are counted, not the clock: a replica that was stopped and continued has not timed out.
+        while words[at] < step:
+            naps += 1
+            if naps < _YIELDS:
+                os.sched_yield()
+                continue
+            time.sleep(_NAP)
+            if naps % 256 == 0:
+                self._arena.check()
+                if (naps - _YIELDS) * _NAP * 2 > self._timeout:
+                    raise PeerLost(
+                        f"rank {peer} of a group of {self.size} did not answer in {self._timeout:g} s"
+                    )

@@ -1,0 +1,242 @@
+"""The processes behind a parallel model: started, told what to do, watched, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import traceback
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from farthing.model import ModelConfig
+from farthing.ops import Batch, Ops, select
+from farthing.parallel.plan import Layout
+from farthing.parallel.rank import Rank, open_rank, shared_bytes
+from farthing.parallel.shared import Arena, PeerLost
+
+log = logging.getLogger(__name__)
+START_TIMEOUT = 600.0  # seconds for every rank to load
+STEP_TIMEOUT = 60.0  # seconds a collective may wait
+
+
+class RankFailed(RuntimeError):
+    """A worker process ended; the model cannot go on without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankOptions:
+    """What every rank builds its part from."""
+
+    path: Path
+    layout: Layout
+    backend: str = "auto"
+    dtype: torch.dtype | None = None
+    threads: int | None = None  # of each rank; None: its share of the cores
+    quantization: str | None = None
+    experts: str = "auto"
+    transport: Literal["auto", "shared", "gloo"] = "auto"
+    redundant_experts: int = 0  # copies of hot experts in every layer
+    rebalance_steps: int | None = None  # place the experts anew every so many steps
+
+    def ops(self) -> Ops:
+        """This rank's backend; by default its share of the cores."""
+        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // self.layout.world)
+        return select(self.backend, self.dtype, threads, self.quantization)  # type: ignore[arg-type]
+
+    @property
+    def arena_bytes(self) -> int:
+        """Shared memory of the groups."""
+        return shared_bytes(self.layout)
+
+
+class Workers:
+    """Every rank but the driver, each with a pipe. A worker that ends takes the replica with it."""
+
+    def __init__(self, options: RankOptions, arena: Arena | None, port: int | None) -> None:
+        layout = options.layout
+        self._arena = arena
+        self._ended = threading.Event()
+        self._failure: str | None = None
+        self._closed = False
+        self._processes: dict[int, tuple[Any, Connection]] = {}
+        context = multiprocessing.get_context("spawn")
+        for rank in range(layout.world):
+            if rank == layout.driver:
+                continue
+            ours, theirs = context.Pipe()
+            path = None if arena is None else arena.path
+            process = context.Process(target=_work, args=(options, rank, path, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes[rank] = (process, ours)
+        threading.Thread(target=self._watch, name="farthing-ranks", daemon=True).start()
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids by rank."""
+        return {rank: process.pid for rank, (process, _) in self._processes.items()}
+
+    def await_all(self, word: str) -> None:
+        """Wait until every worker has said `word`. Raises RankFailed with the reason of one that cannot."""
+        for rank, (process, connection) in self._processes.items():
+            if not wait([connection, process.sentinel], START_TIMEOUT):
+                raise RankFailed(f"rank {rank} was not {word} after {START_TIMEOUT:g} s")
+            try:
+                said = connection.recv()
+            except (EOFError, OSError):
+                said = self.failure(wait=2.0) or "its process ended"
+            if said != word:
+                raise RankFailed(f"rank {rank} could not start: {said}")
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Have every worker make a call."""
+        if self._failure:
+            raise RankFailed(self._failure)
+        call = (method, *(_wire(a) for a in arguments))
+        try:
+            for _, connection in self._processes.values():
+                connection.send(call)
+        except OSError as error:
+            raise RankFailed(self.failure(wait=2.0) or f"a rank does not answer: {error}") from error
+
+    def failure(self, wait: float = 0.0) -> str | None:
+        """Why the replica has failed, looked for during `wait` seconds."""
+        self._ended.wait(wait)
+        return self._failure
+
+    def close(self) -> None:
+        """End every worker."""
+        self._closed = True
+        for _, connection in self._processes.values():
+            connection.close()
+        for process, _ in self._processes.values():
+            process.join(0.5)
+        if self._arena is not None:
+            self._arena.abort()  # whoever still waits for a peer
+        for process, _ in self._processes.values():
+            process.join(0.5)
+            if process.is_alive():
+                process.terminate()
+                process.join(5)
+
+    def _watch(self) -> None:
+        """Its peers would wait in vain for a worker that has ended."""
+        sentinels = {process.sentinel: rank for rank, (process, _) in self._processes.items()}
+        ended = wait(list(sentinels)) if sentinels else []
+        if self._closed or not ended:
+            return
+        rank = sentinels[ended[0]]  # type: ignore[index]
+        process = self._processes[rank][0]
+        process.join(1)
+        self._failure = (
+            f"rank {rank} of {len(self._processes) + 1} ended with exit code {process.exitcode}; "
+            "restart the replica"
+        )
+        log.error("%s", self._failure)
+        self._ended.set()
+        if self._arena is not None:
+            self._arena.abort()
+        for peer, _ in self._processes.values():
+            peer.terminate()
+
+
+def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
+    """This process's rank."""
+    rank = open_rank(options.path, options.layout, index, options.ops(), options.experts, STEP_TIMEOUT, arena)
+    if arena is not None and rank.place.local == 0 and rank.plan.config.n_routed_experts:
+        table = counts_table(arena, options.layout, rank.plan.config)
+        rank.counts = table[rank.plan.stages[rank.place.stage].start :]
+    return rank
+
+
+def counts_bytes(config: ModelConfig) -> int:
+    """Of the table of tokens that each expert of each layer has seen."""
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return 8 * layers * (config.n_routed_experts or 0)
+
+
+def counts_table(arena: Arena, layout: Layout, config: ModelConfig) -> Tensor:
+    """[L, E] int64 behind the groups of an arena; each stage's first rank counts for its layers."""
+    start, size = shared_bytes(layout), counts_bytes(config)
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return arena.bytes[start : start + size].view(torch.int64).view(layers, config.n_routed_experts or 0)
+
+
+def join(layout: Layout, rank: int, port: int) -> None:
+    """torch.distributed over this host."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        world_size=layout.world,
+        rank=rank,
+        timeout=timedelta(seconds=START_TIMEOUT),
+    )
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _work(
+    options: RankOptions, index: int, path: Path | None, port: int | None, connection: Connection
+) -> None:
+    """A worker's life: load, then make the driver's calls until it hangs up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which drains first
+    arena = None
+    try:
+        arena = None if path is None else Arena(path)
+        if port is not None:
+            connection.send("started")
+            join(options.layout, index, port)
+        rank = open_own(options, index, arena)
+        connection.send("ready")
+        with torch.inference_mode():
+            while True:
+                method, *arguments = connection.recv()
+                getattr(rank, method)(*(_tensors(a) for a in arguments))
+    except (EOFError, PeerLost):
+        return
+    except BaseException as error:
+        traceback.print_exc()
+        if arena is not None:
+            arena.abort()
+        with contextlib.suppress(OSError):
+            connection.send(f"{type(error).__name__}: {error}")
+        os._exit(1)
+
+
+class _Arrays(tuple[Any, ...]):
+    """A batch on its way."""
+
+
+def _wire(value: Any) -> Any:
+    """Tensors as arrays: torch would send each through a file descriptor of its own."""
+    if isinstance(value, Tensor):
+        return value.numpy()
+    if isinstance(value, Batch):
+        return _Arrays(getattr(value, f.name).numpy() for f in fields(value))
+    return value
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, _Arrays):
+        return Batch(*(torch.from_numpy(v) for v in value))
+    return value
