@@ -9,6 +9,7 @@ Backend = Literal["auto", "reference", "cpu", "gpu"]
 KvCacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
+Transport = Literal["auto", "shared", "gloo"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,12 @@ class EngineConfig:
     experts: str = "auto"  # as config.json says; "all"; "adaptive:p[,min=2,max=8]"
     seed: int = 0
     skip_tokenizer_init: bool = False
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # ranks that share heads, dense and shared experts
+    pipeline_parallel_size: int = 1  # ranges of layers
+    expert_parallel_size: int = 1  # ranks that share the routed experts: 1, or a multiple of the first
+    transport: Transport = "auto"  # between ranks: shared memory where it can be had, else gloo
+    redundant_experts: int = 0  # copies of the busiest experts of every layer
+    rebalance_steps: int | None = None  # place experts by measured tokens every so many steps
 
     def __post_init__(self) -> None:
         _one_of(self, "dtype", get_args(Dtype))
@@ -47,11 +53,24 @@ class EngineConfig:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer")
         if not self.priority_step > 0:
             raise ValueError(f"priority_step is {self.priority_step!r}; expected seconds > 0")
-        if self.tensor_parallel_size != 1:
-            size = self.tensor_parallel_size
-            raise ValueError(f"tensor_parallel_size is {size}; expected 1: the engine runs on one device")
+        _one_of(self, "transport", get_args(Transport))
+        if self.packed is not None and self.num_ranks > 1:
+            raise ValueError(
+                f"packed is {self.packed!r}; expected None with {self.num_ranks} ranks: "
+                "a packed file holds whole matrices"
+            )
+        if self.redundant_experts and (self.expert_parallel_size == 1 or self.rebalance_steps is None):
+            raise ValueError(
+                f"redundant_experts is {self.redundant_experts}; expected 0 without expert_parallel_size > 1 "
+                "and rebalance_steps: copies are placed by measured tokens"
+            )
         parse_speculate(self.speculate)
         _check_experts(self.experts)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold a part of the model."""
+        return max(self.tensor_parallel_size, self.expert_parallel_size) * self.pipeline_parallel_size
 
 
 _POSITIVE = (
@@ -64,6 +83,9 @@ _POSITIVE = (
     "num_blocks",
     "kv_cache_memory",
     "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "expert_parallel_size",
+    "rebalance_steps",
 )
 _DEFAULT_DRAFTS = {"mtp": 1, "ngram": 4}
 MAX_DRAFTS = 16

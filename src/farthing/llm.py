@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from farthing.config import Dtype, EngineConfig, KvCacheDtype, Quantization
+from farthing.config import Dtype, EngineConfig, KvCacheDtype, Quantization, Transport
 from farthing.engine.engine import Engine
 from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams
 from farthing.engine.stream import RequestStream
@@ -44,6 +44,11 @@ class LLM:
         experts: str = "auto",
         seed: int = 0,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        transport: Transport = "auto",
+        redundant_experts: int = 0,
+        rebalance_steps: int | None = None,
         skip_tokenizer_init: bool = False,
     ) -> None:
         config = EngineConfig(
@@ -66,6 +71,11 @@ class LLM:
             experts=experts,
             seed=seed,
             tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            expert_parallel_size=expert_parallel_size,
+            transport=transport,
+            redundant_experts=redundant_experts,
+            rebalance_steps=rebalance_steps,
             skip_tokenizer_init=skip_tokenizer_init,
         )
         self.engine = Engine.from_config(config)

@@ -24,7 +24,7 @@ Examples:
   farthing serve --host 0.0.0.0 --api-key-file keys.txt --tokens-per-minute 100000
 """
 
-_ENGINE, _HTTP, _LIMITS, _COST = "Engine", "HTTP", "Limits", "Cost"
+_ENGINE, _RANKS, _HTTP, _LIMITS, _COST = "Engine", "Ranks", "HTTP", "Limits", "Cost"
 
 
 @app.command(epilog=EPILOG)
@@ -132,7 +132,32 @@ def serve(
     skip_tokenizer_init: Annotated[
         bool, typer.Option(help="Token ids in and out.", rich_help_panel=_ENGINE)
     ] = False,
-    tensor_parallel_size: Annotated[int, typer.Option(rich_help_panel=_ENGINE)] = 1,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size", "--tp", help="Ranks that share the heads.", rich_help_panel=_RANKS
+        ),
+    ] = 1,
+    pipeline_parallel_size: Annotated[
+        int,
+        typer.Option("--pipeline-parallel-size", "--pp", help="Ranges of layers.", rich_help_panel=_RANKS),
+    ] = 1,
+    expert_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--expert-parallel-size", "--ep", help="Ranks that share the experts.", rich_help_panel=_RANKS
+        ),
+    ] = 1,
+    transport: Annotated[
+        str, typer.Option(help="Between ranks: auto, shared (memory) or gloo.", rich_help_panel=_RANKS)
+    ] = "auto",
+    redundant_experts: Annotated[
+        int, typer.Option(min=0, help="Copies of each layer's busiest experts.", rich_help_panel=_RANKS)
+    ] = 0,
+    rebalance_steps: Annotated[
+        int | None,
+        typer.Option(help="Place experts by measured tokens every N steps.", rich_help_panel=_RANKS),
+    ] = None,
 ) -> None:
     """Serve MODEL: /v1/chat/completions, /v1/completions, /v1/models, /metrics, /health, /ready."""
     from farthing.config import EngineConfig
@@ -161,6 +186,11 @@ def serve(
             seed=seed,
             skip_tokenizer_init=skip_tokenizer_init,
             tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            expert_parallel_size=expert_parallel_size,
+            transport=cast("Any", transport),
+            redundant_experts=redundant_experts,
+            rebalance_steps=rebalance_steps,
         )
         server_config = ServerConfig(
             host=host,

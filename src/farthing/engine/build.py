@@ -11,6 +11,7 @@ import torch
 from farthing.config import EngineConfig
 from farthing.model import DeepseekModel
 from farthing.ops.api import CacheDtype
+from farthing.parallel.cluster import ParallelModel
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ _SCALE_BYTES = 8  # two float32 a token a layer beside an 8-bit cache
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85  # of the memory that is free when the model is loaded
 
 
-def resolve(config: EngineConfig, model: DeepseekModel) -> tuple[EngineConfig, CacheDtype]:
+def resolve(config: EngineConfig, model: DeepseekModel | ParallelModel) -> tuple[EngineConfig, CacheDtype]:
     """The configuration with every None filled in, and the cache's dtype.
 
     Raises ValueError where the cache cannot hold max_model_len.
@@ -55,21 +56,24 @@ def resolve(config: EngineConfig, model: DeepseekModel) -> tuple[EngineConfig, C
     return resolved, dtype
 
 
-def cache_dtype(config: EngineConfig, model: DeepseekModel) -> CacheDtype:
+def cache_dtype(config: EngineConfig, model: DeepseekModel | ParallelModel) -> CacheDtype:
     """'auto' is the type of the activations."""
     if config.kv_cache_dtype == "auto":
         return "float32" if model.ops.dtype is torch.float32 else "bfloat16"
     return config.kv_cache_dtype
 
 
-def block_bytes(config: EngineConfig, model: DeepseekModel, dtype: CacheDtype) -> int:
+def block_bytes(config: EngineConfig, model: DeepseekModel | ParallelModel, dtype: CacheDtype) -> int:
     """Bytes of a block over all layers."""
     scale = _SCALE_BYTES if dtype in ("fp8", "int8") else 0
     return model.cache_layers * config.block_size * (model.config.cache_width * _ITEM_BYTES[dtype] + scale)
 
 
-def _num_blocks(config: EngineConfig, model: DeepseekModel, dtype: CacheDtype, length: int) -> int:
-    size = block_bytes(config, model, dtype)
+def _num_blocks(
+    config: EngineConfig, model: DeepseekModel | ParallelModel, dtype: CacheDtype, length: int
+) -> int:
+    # Every rank of a stage holds the cache of its layers.
+    size = block_bytes(config, model, dtype) * max(config.tensor_parallel_size, config.expert_parallel_size)
     memory = config.kv_cache_memory
     if memory is not None:
         if memory < size:

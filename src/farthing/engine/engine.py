@@ -37,6 +37,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -63,6 +64,8 @@ from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import select
+from farthing.parallel.cluster import ParallelModel, RankOptions
+from farthing.parallel.plan import Layout
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class Engine:
 
     def __init__(
         self,
-        model: DeepseekModel,
+        model: DeepseekModel | ParallelModel,
         config: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
         default_sampling: Mapping[str, Any] | None = None,
@@ -89,6 +92,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.default_sampling = dict(default_sampling or {})
         self.stats = Stats()
+        self._ranks = model if isinstance(model, ParallelModel) else None
         self._admission = Admission(c, model.config, tokenizer)
         runner = Runner(
             model, model.new_cache(c.num_blocks, c.block_size, dtype), c.max_num_seqs, c.max_model_len
@@ -125,17 +129,16 @@ class Engine:
     def from_config(cls, config: EngineConfig) -> Engine:
         """Load the model, its tokenizer and its recommended sampling."""
         path = resolve_model(config.model)
-        ops = select(
-            config.backend,
-            dtype=_DTYPES[config.dtype],
-            threads=config.threads,
-            quantization=config.quantization,
-            packed=config.packed,
-        )
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
-        return cls(load(path, ops, config.experts), config, tokenizer, generation_defaults(path))
+        model = _load_parallel(path, config) if config.num_ranks > 1 else _load(path, config)
+        try:
+            return cls(model, config, tokenizer, generation_defaults(path))
+        except BaseException:
+            if isinstance(model, ParallelModel):
+                model.close()
+            raise
 
     def submit(
         self,
@@ -201,7 +204,10 @@ class Engine:
         return self._live
 
     def health(self) -> None:
-        """Raise EngineError if the loop has died."""
+        """Raise EngineError if the loop has died, or a rank has."""
+        failure = self._ranks.failure() if self._ranks is not None else None
+        if failure is not None:
+            raise EngineError(f"the engine has failed: {failure}")
         if self._error is not None:
             raise EngineError(f"the engine has failed: {self._error!r}") from self._error
 
@@ -225,6 +231,8 @@ class Engine:
         self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -294,6 +302,35 @@ class Engine:
             self._changed.notify_all()
 
 
+def _load(path: Path, config: EngineConfig) -> DeepseekModel:
+    ops = select(
+        config.backend,
+        dtype=_DTYPES[config.dtype],
+        threads=config.threads,
+        quantization=config.quantization,
+        packed=config.packed,
+    )
+    return load(path, ops, config.experts)
+
+
+def _load_parallel(path: Path, config: EngineConfig) -> ParallelModel:
+    layout = Layout(config.tensor_parallel_size, config.pipeline_parallel_size, config.expert_parallel_size)
+    return ParallelModel(
+        RankOptions(
+            path,
+            layout,
+            config.backend,
+            _DTYPES[config.dtype],
+            config.threads,
+            config.quantization,
+            config.experts,
+            config.transport,
+            config.redundant_experts,
+            config.rebalance_steps,
+        )
+    )
+
+
 def _shutdown(reference: weakref.ref[Engine]) -> None:
     engine = reference()
     if engine is not None:
@@ -309,7 +346,7 @@ def _speculator(config: EngineConfig, runner: Runner) -> Speculator | None:
     return Speculator(drafter)
 
 
-def _expert_tokens(model: DeepseekModel, runner: Runner) -> dict[int, list[int]]:
+def _expert_tokens(model: DeepseekModel | ParallelModel, runner: Runner) -> dict[int, list[int]]:
     if runner.counts is None:
         return {}
     counts = runner.counts.tolist()

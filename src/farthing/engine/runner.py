@@ -17,6 +17,7 @@ from torch import Tensor
 from farthing.engine.sequence import Scheduled, Sequence
 from farthing.model import DeepseekModel
 from farthing.ops import Batch, LatentCache
+from farthing.parallel.cluster import ParallelModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Runner:
     """Owns the cache and a table of every running sequence's blocks."""
 
     def __init__(
-        self, model: DeepseekModel, cache: LatentCache, max_num_seqs: int, max_model_len: int
+        self, model: DeepseekModel | ParallelModel, cache: LatentCache, max_num_seqs: int, max_model_len: int
     ) -> None:
         self.model = model
         self.cache = cache
