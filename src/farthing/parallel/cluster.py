@@ -64,7 +64,6 @@ class ParallelModel:
         self.config: ModelConfig = self._rank.plan.config
         self.ops = self._rank.model.ops
         self.mtp = self._rank.model.mtp
-        self.cache_copies = layout.stage_ranks  # ranks of a stage that hold the cache of its layers
         self._counts = None if arena is None else counts_table(arena, layout, config)
         self._options, self._steps = options, 0
         self._balanced = None if self._counts is None else self._counts.clone()
@@ -126,6 +125,10 @@ class ParallelModel:
         tokens = {i: seen[i].tolist() for i in range(self.cache_layers) if int(seen[i].sum())}
         self._everywhere("rebalance", tokens, self._options.redundant_experts)
         log.info("experts placed anew: %d layers, %d copies", len(tokens), self._options.redundant_experts)
+
+    def failure(self) -> str | None:
+        """Why the model cannot go on; None if it can."""
+        return self._workers.failure()
 
     def close(self) -> None:
         """End the workers."""
