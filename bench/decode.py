@@ -1,13 +1,16 @@
 """Tokens per second on the CPU: ours, the peers found, and the limit of the machine, in one run.
 
-    python bench/decode.py --model L576 --weights int4 \\
-        --llama-bench ik_llama.cpp=PATH/build/bin/llama-bench --converter PATH/convert_hf_to_gguf.py
+    python bench/decode.py --model L576 --weights int4 [--no-peers] \\
+        --llama-bench ik_llama.cpp=PATH/llama-bench --llama-bench llama.cpp=PATH/llama-bench \\
+        --vllm PYTHON --transformers
 
-Models are random (see random_model.py) and kept in --cache. Ours goes through `farthing.LLM`. Rounds
-alternate between ours and the peers; figures are medians. `batch` is the prompt's length for prefill, else
-the sequences that decode together, each behind a prompt of 128 tokens. The limit is bandwidth over the bytes
-of weights a step must read (decode), or the peak of INT8 arithmetic on vectors over the operations of a
-token (prefill).
+Models are random (see random_model.py) and kept in --cache. Ours goes through `farthing.LLM` from a packed
+file. Rounds alternate between ours and the peers; figures are medians. `batch` is the prompt's length for
+prefill, else the sequences that decode together, each behind a prompt of 128 tokens ("decode") or 4,096
+("long"). The limit is bandwidth over the bytes of weights (and of the cached latents) a step must read, for
+prefill the peak of INT8 arithmetic on vectors (half of it for bf16 weights: an instruction multiplies half as
+many) over the operations of a token.
+`--into FILE` keeps rows from run to run, for bench/page.py.
 """
 
 from __future__ import annotations
@@ -15,12 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +31,15 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import LLM, SamplingParams, _native
+from farthing.model import load
+from farthing.ops import select
+from peers import CACHED, GGUF_TYPES, NEW, PROMPT, Child, LlamaCpp, Measure, by_generating
 from random_model import SIZES, active_parameters, config, make_model
 
 log = Console(stderr=True)
-PROMPT, NEW = 128, 64
-PHASES = [("prefill", 512), ("decode", 1), ("decode", 8), ("decode", 16)]
+POINTS = {"prefill": [512], "decode": [1, 8, 16], "long": [4]}
 BYTES_A_WEIGHT = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}  # group scales of 16 bits
-GGUF_TYPE = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
-Measure = Callable[[str, int], float]
-
-# The peer's converter knows tokenizers by a hash; a random model's tokenizer has no place in its list.
-CONVERT = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("convert", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-sys.modules["convert"] = module
-sys.argv = sys.argv[1:]
-spec.loader.exec_module(module)
-for c in vars(module).values():
-    if isinstance(c, type) and "get_vocab_base_pre" in vars(c):
-        c.get_vocab_base_pre = lambda self, tokenizer: "deepseek-v3"
-module.main()
-"""
+BYTES_A_LATENT = 2
 
 
 def machine(threads: int) -> dict[str, float]:
@@ -68,120 +57,127 @@ def limit(size: str, weights: str, phase: str, batch: int, m: dict[str, float]) 
     c = config(size)
     experts, k = c["n_routed_experts"], c["num_experts_per_tok"]
     if phase == "prefill":
-        return m["int8_gop_s"] * 1e9 / (2 * active_parameters(c, k))
+        peak = m["int8_gop_s"] / (2 if weights == "bf16" else 1)
+        return peak * 1e9 / (2 * active_parameters(c, k))
     touched = experts * (1 - (1 - k / experts) ** batch)  # of random routing, in expectation
-    return batch * m["read_gb_s"] * 1e9 / (active_parameters(c, touched) * BYTES_A_WEIGHT[weights])
+    read = active_parameters(c, touched) * BYTES_A_WEIGHT[weights]
+    if phase == "long":
+        width = c["kv_lora_rank"] + c["qk_rope_head_dim"]
+        read += batch * CACHED * width * BYTES_A_LATENT * c["num_hidden_layers"]
+    return batch * m["read_gb_s"] * 1e9 / read
 
 
-def ours(path: Path, weights: str, threads: int) -> Measure:
+def packed(model: Path, weights: str, threads: int) -> Path:
+    """The model's packed file, written first where it is not there or of another build's layout."""
+    out = model.with_name(f"{model.name}-{weights}.packed")
+    built = Path(str(_native.__file__)).stat().st_mtime
+    if not out.exists() or out.stat().st_mtime < built:
+        log.print(f"packing {out.name}")
+        ops = select("cpu", threads=threads, quantization=None if weights == "bf16" else weights)  # type: ignore[arg-type]
+        load(model, ops).ops.save_packed(str(out))
+    return out
+
+
+def ours(model: Path, weights: str, threads: int, phases: Sequence[str]) -> Measure:
     """Farthing through its Python API."""
+    long = "long" in phases
     llm = LLM(
-        path, backend="cpu", threads=threads, quantization=None if weights == "bf16" else weights,
-        skip_tokenizer_init=True, max_model_len=1024, max_num_seqs=16, max_num_batched_tokens=512,
-        enable_prefix_caching=False, num_blocks=1024,
+        model, backend="cpu", threads=threads, packed=packed(model, weights, threads),
+        skip_tokenizer_init=True, max_model_len=CACHED + 2 * NEW if long else 1024, max_num_seqs=16,
+        max_num_batched_tokens=512, kv_cache_dtype="bfloat16", num_blocks=1280 if long else 512,
     )  # fmt: skip
-    numbers = random.Random(0)
 
     def seconds(batch: int, prompt: int, new: int) -> float:
+        # Prompts to decode behind are always the same and found in the prefix cache; others are always new.
+        numbers = random.Random(prompt if prompt in (PROMPT, CACHED) else None)
         prompts = [[numbers.randrange(3, 32000) for _ in range(prompt)] for _ in range(batch)]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
 
-    seconds(1, 32, 4)
-
-    def measure(phase: str, batch: int) -> float:
-        if phase == "prefill":
-            return batch / seconds(1, batch, 1)
-        before = seconds(batch, PROMPT, 1)
-        return batch * NEW / (seconds(batch, PROMPT, NEW + 1) - before)
-
-    return measure
+    for batch, prompt in [(1, 512), (16, PROMPT)] + ([(POINTS["long"][0], CACHED)] if long else []):
+        seconds(batch, prompt, 4)
+    return by_generating(seconds)
 
 
-def gguf(path: Path, weights: str, converter: Path, quantize: Path) -> Path:
-    """The model in the peer's own format, converted by the peer's own tools."""
-    whole = path.with_suffix(".gguf")
-    if not whole.exists():
-        command = [sys.executable, "-c", CONVERT, converter, path, "--outtype", "bf16", "--outfile", whole]
-        subprocess.run([str(c) for c in command], check=True, stdout=sys.stderr)
-    if weights == "bf16":
-        return whole
-    kind = GGUF_TYPE[weights]
-    out = path.with_name(f"{path.name}-{kind.lower()}.gguf")
-    if not out.exists():
-        subprocess.run([str(c) for c in (quantize, whole, out, kind)], check=True, stdout=sys.stderr)
-    return out
-
-
-def llama(bench: Path, model: Path, threads: int) -> Measure:
-    """llama-bench and its sibling llama-batched-bench, weights repacked at load."""
-    batched = bench.with_name("llama-batched-bench")
-
-    def output(command: list[Any]) -> str:
-        done = subprocess.run(
-            [str(c) for c in command], capture_output=True, text=True, errors="replace", check=True
-        )
-        return done.stdout + done.stderr
-
-    def measure(phase: str, batch: int) -> float:
-        if phase == "prefill" or batch == 1:
-            shape = (
-                ["-p", batch, "-n", 0]
-                if phase == "prefill"
-                else ["-p", 0, "-n", NEW, "-gp", f"{PROMPT},{NEW}"]
-            )
-            text = output([bench, "-m", model, "-t", threads, "-r", 1, "-rtr", 1, "-o", "json", *shape])
-            rows = json.loads(text[text.index("[\n") : text.rindex("]") + 1])
-            return float(rows[-1]["avg_ts"])
-        text = output(
-            [batched, "-m", model, "-t", threads, "-rtr", "-c", 4096, "-b", 2048, "-ub", 512,
-             "-npp", PROMPT, "-ntg", NEW, "-npl", batch]
-        )  # fmt: skip
-        row = [line for line in text.splitlines() if re.match(rf"\|\s*{PROMPT} \|", line)][-1]
-        return float(row.split("|")[8])  # S_TG
-
-    return measure
-
-
-def find_peers(a: argparse.Namespace, path: Path) -> dict[str, Measure]:
-    """The peers given on the command line that run here."""
+def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
+    """The peers given on the command line, by name and format."""
     peers: dict[str, Measure] = {}
-    for given in [] if a.no_peers else a.llama_bench:
-        name, binary = given.split("=")[0] if "=" in given else "llama.cpp", Path(given.split("=")[-1])
-        if a.converter is None:
-            raise SystemExit("--llama-bench needs --converter, the peer's convert_hf_to_gguf.py")
-        model = gguf(path, a.weights, a.converter, binary.with_name("llama-quantize"))
-        peers[f"{name} {GGUF_TYPE[a.weights]}"] = llama(binary, model, a.threads)
+    if a.no_peers:
+        return peers
+    for given in a.llama_bench:
+        name, _, binary = given.rpartition("=")
+        build = LlamaCpp(name or "llama.cpp", Path(binary).resolve().parent)
+        for kind in a.gguf or GGUF_TYPES[a.weights]:
+            peers[f"{build.name} {kind}"] = build.measure(model, kind, a.threads)
+    if a.weights == "bf16":
+        children = {"vllm-cpu bf16": ("vllm", a.vllm)} if a.vllm else {}
+        if a.transformers:
+            children["transformers bf16"] = ("transformers", sys.executable)
+        for name, (script, python) in children.items():
+            path = Path(__file__).with_name(f"peer_{script}.py")
+            peers[name] = Child([python, path, model, str(a.threads)]).measure
     return peers
 
 
 def run(a: argparse.Namespace) -> dict[str, Any]:
     """Every phase, ours and the peers in turn."""
-    path = make_model(a.model, a.cache)
-    peers = find_peers(a, path)
-    systems = {"ours": ours(path, a.weights, a.threads)} | peers
+    points = [
+        (phase, batch) for phase in a.phases for batch in POINTS[phase] if batch in (a.batches or [batch])
+    ]
+    model = make_model(a.model, a.cache)
+    peers = find_peers(a, model)
+    systems = {"ours": ours(model, a.weights, a.threads, a.phases)} | peers
     readings: dict[tuple[str, str, int], list[float]] = {}
     limits = []
     for turn in range(a.rounds):
         limits.append(machine(a.threads))
-        for phase, batch in PHASES:
+        for phase, batch in points:
             for name, measure in systems.items():
                 rate = measure(phase, batch)
-                readings.setdefault((name, phase, batch), []).append(rate)
-                log.print(f"round {turn + 1}: {phase} {batch}: {name} {rate:.1f} tok/s")
+                if rate is not None:
+                    readings.setdefault((name, phase, batch), []).append(rate)
+                    log.print(f"round {turn + 1}: {phase} {batch}: {name} {rate:.1f} tok/s")
     m = {key: statistics.median(reading[key] for reading in limits) for key in limits[0]}
     rows = []
-    for phase, batch in PHASES:
+    for phase, batch in points:
         best = limit(a.model, a.weights, phase, batch, m)
-        mine = statistics.median(readings["ours", phase, batch])
+        medians = {
+            name: statistics.median(readings[name, phase, batch])
+            for name in systems
+            if (name, phase, batch) in readings
+        }
+        mine = medians.pop("ours")
         rows.append({
             "phase": phase, "batch": batch, "weights": a.weights, "ours_tok_s": mine, "limit_tok_s": best,
-            "share_of_limit": mine / best,
-            "peers": {name: statistics.median(readings[name, phase, batch]) for name in peers},
+            "share_of_limit": mine / best, "peers": medians,
         })  # fmt: skip
     return {"machine": m, "model": a.model, "rows": rows}
+
+
+def keep(result: dict[str, Any], file: Path) -> None:
+    """Add a run's rows to a file, in the place of older ones of the same kind."""
+    stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    new = [
+        row | {"model": result["model"], "machine": result["machine"], "date": str(date.today())}
+        for row in result["rows"]
+    ]
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["model"], row["weights"], row["phase"], row["batch"]
+
+    replaced = {key(row) for row in new}
+    stored["rows"] = [row for row in stored["rows"] if key(row) not in replaced] + new
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(stored, indent=1))
+
+
+def keep_section(file: Path, name: str, value: dict[str, Any]) -> None:
+    """Put one more result beside the rows, in the place of an older one."""
+    stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(stored | {name: value | {"date": str(date.today())}}, indent=1))
 
 
 def show(result: dict[str, Any]) -> None:
@@ -208,16 +204,26 @@ def main() -> None:
     p.add_argument("--weights", choices=BYTES_A_WEIGHT, default="int4")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--phases", nargs="+", choices=POINTS, default=["prefill", "decode"])
+    p.add_argument("--batches", nargs="+", type=int, help="only these of the phases' batches")
     p.add_argument("--no-peers", action="store_true")
     p.add_argument(
-        "--llama-bench", action="append", default=[], metavar="NAME=PATH", help="a peer's llama-bench"
+        "--llama-bench", action="append", default=[], metavar="NAME=PATH",
+        help="llama-bench in a build of llama.cpp or ik_llama.cpp, below its sources; may be repeated",
+    )  # fmt: skip
+    p.add_argument(
+        "--gguf", action="append", metavar="TYPE", help="formats of the peer; default Q4_0, Q8_0, BF16"
     )
-    p.add_argument("--converter", type=Path, help="the peer's convert_hf_to_gguf.py")
+    p.add_argument("--vllm", type=Path, metavar="PYTHON", help="an interpreter that has vllm (bf16 rows)")
+    p.add_argument("--transformers", action="store_true", help="transformers, eager (bf16 rows)")
     p.add_argument("--cache", type=Path, default=Path.home() / ".cache/farthing/bench")
+    p.add_argument("--into", type=Path, metavar="FILE", help="keep the rows for bench/page.py")
     p.add_argument("--json", action="store_true")
     a = p.parse_args()
     torch.set_num_threads(1)
     result = run(a)
+    if a.into:
+        keep(result, a.into)
     print(json.dumps(result)) if a.json else show(result)
 
 

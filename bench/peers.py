@@ -1,0 +1,151 @@
+"""The peers of bench/decode.py. Each is a `Measure`: (phase, batch) -> tokens a second, None if it has none.
+
+llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench; vLLM and transformers run in a
+process of their own (bench/peer_vllm.py, bench/peer_transformers.py), which answers "BATCH PROMPT NEW" with
+seconds, is asked by the same procedure as Farthing, and is paused between its turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROMPT, NEW, CACHED = 128, 64, 4096
+GGUF_TYPES = {"bf16": ["BF16"], "int8": ["Q8_0"], "int4": ["Q4_0"]}
+Measure = Callable[[str, int], float | None]
+Seconds = Callable[[int, int, int], float]
+
+
+def by_generating(seconds: Seconds) -> Measure:
+    """Rates of a system that generates: decoding is what 64 further tokens take."""
+
+    def measure(phase: str, batch: int) -> float:
+        if phase == "prefill":
+            return batch / seconds(1, batch, 1)
+        prompt = CACHED if phase == "long" else PROMPT
+        before = seconds(batch, prompt, 1)
+        return batch * NEW / (seconds(batch, prompt, NEW + 1) - before)
+
+    return measure
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A build of llama.cpp or ik_llama.cpp, below its sources."""
+
+    name: str
+    binaries: Path
+
+    @property
+    def sources(self) -> Path:
+        """The directory above the binaries that holds the converter."""
+        for directory in self.binaries.parents:
+            if (directory / "convert_hf_to_gguf.py").is_file():
+                return directory
+        raise SystemExit(
+            f"no convert_hf_to_gguf.py above {self.binaries}; expected a build below its sources"
+        )
+
+    @property
+    def repacks(self) -> bool:
+        """ik_llama.cpp repacks weights at load when told to; llama.cpp does so by itself."""
+        return (self.sources / "examples/llama-bench").is_dir()
+
+    def gguf(self, model: Path, kind: str) -> Path:
+        """The model in the peer's own format, converted by the peer's own tools."""
+        whole = model.with_name(f"{model.name}-{self.name}.gguf")
+        if not whole.exists():
+            convert = Path(__file__).with_name("convert_gguf.py")
+            script = self.sources / "convert_hf_to_gguf.py"
+            _run(sys.executable, convert, script, model, "--outtype", "bf16", "--outfile", whole)
+        if kind == "BF16":
+            return whole
+        out = whole.with_name(f"{model.name}-{self.name}-{kind}.gguf")
+        if not out.exists():
+            _run(self.binaries / "llama-quantize", whole, out, kind, "2")
+        return out
+
+    def measure(self, model: Path, kind: str, threads: int) -> Measure:
+        """Its own benchmarks, weights repacked at load."""
+        path = self.gguf(model, kind)
+        common = ["-m", path, "-t", threads]
+
+        def measure(phase: str, batch: int) -> float:
+            if phase == "prefill" or (phase, batch) == ("decode", 1):
+                behind = ["-n", 0, "-gp", f"{PROMPT},{NEW}"] if self.repacks else ["-n", NEW, "-d", PROMPT]
+                shape = ["-p", batch, "-n", 0] if phase == "prefill" else ["-p", 0, *behind]
+                repack = ["-rtr", 1] if self.repacks else []
+                text = _output(self.binaries / "llama-bench", *common, "-r", 2, *repack, "-o", "json", *shape)
+                rows = json.loads(text[text.index("[\n") : text.rindex("]") + 1])
+                return float(rows[-1]["avg_ts"])
+            prompt = CACHED if phase == "long" else PROMPT
+            context = batch * (prompt + NEW) + 256
+            text = _output(
+                self.binaries / "llama-batched-bench", *common, *(["-rtr"] if self.repacks else []),
+                "-c", context, "-b", 2048, "-ub", 512, "-npp", prompt, "-ntg", NEW, "-npl", batch,
+            )  # fmt: skip
+            row = [line for line in text.splitlines() if re.match(rf"\|\s*{prompt} \|", line)][-1]
+            return float(row.split("|")[8])  # S_TG
+
+        return measure
+
+
+class Child:
+    """A peer in a process of its own, stopped while others are measured."""
+
+    def __init__(self, command: list[str | Path]) -> None:
+        self._process = subprocess.Popen(
+            [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        self._read("ready")
+        self._signal(signal.SIGSTOP)
+
+    def measure(self, phase: str, batch: int) -> float | None:
+        """By generating; a long context has to be computed anew each time and is left out."""
+        return None if phase == "long" else by_generating(self._seconds)(phase, batch)
+
+    def _seconds(self, batch: int, prompt: int, new: int) -> float:
+        assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
+        self._process.stdin.write(f"{batch} {prompt} {new}\n")
+        self._process.stdin.flush()
+        seconds = float(self._read("seconds").split()[1])
+        self._signal(signal.SIGSTOP)
+        return seconds
+
+    def _read(self, word: str) -> str:
+        """The next line that begins with `word`; the peer's own chatter is passed on to stderr."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line
+            sys.stderr.write(line)
+        raise SystemExit(f"{self._process.args!r} ended with status {self._process.wait()}")
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+    def close(self) -> None:
+        """End it."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+
+def _run(*command: object) -> None:
+    subprocess.run([str(c) for c in command], check=True, stdout=sys.stderr)
+
+
+def _output(*command: Any) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+    return done.stdout + done.stderr
