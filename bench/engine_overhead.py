@@ -59,7 +59,7 @@ class NoModel:
 class Always(Gate):
     """Drafts in every step."""
 
-    def wants(self, batch: int) -> bool:
+    def order(self, batch: int) -> bool | None:
         return True
 
 
@@ -69,7 +69,7 @@ def microseconds_per_step(batch: int, params: SamplingParams, drafts: int, steps
     cache = LatentCache(torch.zeros(1, BLOCKS, BLOCK_SIZE, 1), None)
     config = EngineConfig(max_model_len=LENGTH, max_num_seqs=64, max_num_batched_tokens=512)
     scheduler = Scheduler(BLOCKS, BLOCK_SIZE, 64, 512)
-    speculator = Speculator(NgramDrafter(drafts), Always()) if drafts else None
+    speculator = Speculator([NgramDrafter(drafts)], Always) if drafts else None
     core = EngineCore(Runner(model, cache, 64, LENGTH), scheduler, Stats(), None, speculator)
     admission = Admission(config, cast("ModelConfig", model.config), None)
     for i in range(batch):

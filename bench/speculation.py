@@ -2,8 +2,9 @@
 
     python bench/speculation.py [--model reference] [--batch 1] [--methods mtp:1 mtp:2 ngram:4]
 
-All engines are built first and run interleaved, each over the same prompts; medians over rounds. The limit is
-what drafts would bring if they and their verification were free: the mean number of tokens a step.
+All engines are built first and run interleaved, each over the same prompts; medians over rounds, from the
+first token of an answer to its last. The limit is what drafts would bring if they and their verification were
+free: the mean number of tokens a step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import cast
 
@@ -66,9 +66,10 @@ def main() -> None:
     ]
     for r in range(args.rounds):
         for name, llm in engines.items():
-            began = time.perf_counter()
             outputs = llm.generate(prompts[r * args.batch : (r + 1) * args.batch], params, use_tqdm=False)
-            speeds[name].append(args.batch * args.tokens / (time.perf_counter() - began))
+            began = min(o.metrics.first_token_time for o in outputs)
+            ended = max(o.metrics.finished_time for o in outputs)
+            speeds[name].append(args.batch * (args.tokens - 1) / (ended - began))
             answers[name] += [o.outputs[0].token_ids for o in outputs]
     base = statistics.median(speeds["none"])
     print(

@@ -32,7 +32,7 @@ class EngineConfig:
     kv_cache_dtype: KvCacheDtype = "auto"
     enable_prefix_caching: bool = True
     priority_step: float = 10.0  # seconds of waiting that outweigh one level of priority
-    speculate: str | None = None  # "mtp", "mtp:2", "ngram", "ngram:4"
+    speculate: str | None = None  # "mtp", "ngram", "mtp+ngram", or with the most drafts a step: "mtp:2"
     experts: str = "auto"  # as config.json says; "all"; "adaptive:p[,min=2,max=8]"
     seed: int = 0
     skip_tokenizer_init: bool = False
@@ -87,21 +87,23 @@ _POSITIVE = (
     "expert_parallel_size",
     "rebalance_steps",
 )
-_DEFAULT_DRAFTS = {"mtp": 1, "ngram": 4}
+DEFAULT_DRAFTS = 4  # at most; the MTP layer stops earlier where it is unsure
 MAX_DRAFTS = 16
 
 
-def parse_speculate(value: str | None) -> tuple[Literal["mtp", "ngram"], int] | None:
-    """'mtp[:k]' | 'ngram[:k]' -> (method, drafts a step)."""
+def parse_speculate(value: str | None) -> tuple[tuple[str, ...], int] | None:
+    """'mtp[:k]' | 'ngram[:k]' | 'mtp+ngram[:k]' -> (methods, drafts a step)."""
     if value is None:
         return None
-    method, _, count = value.partition(":")
-    drafts = int(count) if count.isdecimal() else _DEFAULT_DRAFTS.get(method, 0) if not count else 0
-    if (method != "mtp" and method != "ngram") or not 1 <= drafts <= MAX_DRAFTS:
+    name, _, count = value.partition(":")
+    methods = tuple(sorted(name.split("+")))
+    known = methods in (("mtp",), ("ngram",), ("mtp", "ngram"))
+    drafts = int(count) if count.isdecimal() else DEFAULT_DRAFTS if not count else 0
+    if not known or not 1 <= drafts <= MAX_DRAFTS:
         raise ValueError(
-            f"speculate is {value!r}; expected 'mtp[:k]' or 'ngram[:k]' with k in 1…{MAX_DRAFTS}"
+            f"speculate is {value!r}; expected 'mtp[:k]', 'ngram[:k]' or 'mtp+ngram[:k]' with k in 1…{MAX_DRAFTS}"
         )
-    return ("mtp" if method == "mtp" else "ngram"), drafts
+    return methods, drafts
 
 
 def _one_of(config: EngineConfig, name: str, accepted: tuple[object, ...]) -> None:

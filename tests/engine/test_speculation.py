@@ -10,10 +10,12 @@ import pytest
 
 from farthing.config import EngineConfig, parse_speculate
 from farthing.engine.engine import Engine
+from farthing.engine.generation import Drafting
 from farthing.engine.request import SamplingParams
 from farthing.engine.runner import Step
-from farthing.engine.sequence import Scheduled
-from farthing.engine.speculation import Gate, NgramDrafter, Speculator, _NgramIndex
+from farthing.engine.sequence import Scheduled, Sequence
+from farthing.engine.speculation import Gate, NgramDrafter, Speculator, worthwhile
+from farthing.engine.speculation_ngram import _NgramIndex
 from farthing.model import DeepseekModel, ModelConfig, random_model
 
 from .conftest import RAW, next_logits
@@ -24,18 +26,18 @@ MakeEngine = Callable[..., Engine]
 class Oracle:
     """Drafts what is told: the true continuation, spoiled at some places."""
 
-    num_lookahead = 0
+    num_lookahead, costly = 0, False
 
     def __init__(self, tokens: list[int], num_drafts: int, spoil: Callable[[int], bool]) -> None:
         self.tokens, self.num_drafts, self.spoil = tokens, num_drafts, spoil
 
-    def warm(self, plan: list[Scheduled], step: Step, hidden: object) -> None:
+    def observe(self, plan: list[Scheduled], step: Step, hidden: object) -> None:
         return None
 
-    def draft(self, warm: object, plan: list[Scheduled], chosen: list[int]) -> list[list[int]]:
+    def draft(self, seqs: list[Sequence], most: list[int], price: float) -> list[list[int]]:
         result = []
-        for i in chosen:
-            at = len(plan[i].seq.tokens)
+        for seq in seqs:
+            at = len(seq.tokens)
             true = self.tokens[at : at + self.num_drafts]
             result.append([t + 1 if self.spoil(at + j) else t for j, t in enumerate(true)])
         return result
@@ -44,15 +46,15 @@ class Oracle:
 class Always(Gate):
     """Never judges."""
 
-    def wants(self, batch: int) -> bool:
+    def order(self, batch: int) -> bool | None:
         return True
 
-    def break_even(self, batch: int) -> float:
-        return 1.0
+    def price(self, batch: int) -> float:
+        return 0.0
 
 
 def use(engine: Engine, drafter: Any) -> None:
-    engine._core._speculator = Speculator(drafter, Always())
+    engine._core._speculator = Speculator([drafter], Always)
 
 
 PARAMS = {
@@ -105,16 +107,16 @@ def test_a_stop_in_the_middle_of_drafts_ends_there(make_engine: MakeEngine) -> N
 class Likeliest:
     """Drafts the likelier of two tokens, given the one before."""
 
-    num_drafts, num_lookahead = 1, 0
+    num_drafts, num_lookahead, costly = 1, 0, False
 
     def __init__(self, best: dict[int, int]) -> None:
         self.best = best
 
-    def warm(self, plan: list[Scheduled], step: Step, hidden: object) -> None:
+    def observe(self, plan: list[Scheduled], step: Step, hidden: object) -> None:
         return None
 
-    def draft(self, warm: object, plan: list[Scheduled], chosen: list[int]) -> list[list[int]]:
-        return [[self.best.get(plan[i].seq.tokens[-1], 3)] for i in chosen]
+    def draft(self, seqs: list[Sequence], most: list[int], price: float) -> list[list[int]]:
+        return [[self.best.get(seq.tokens[-1], 3)] for seq in seqs]
 
 
 def test_refused_drafts_leave_the_models_distribution(make_engine: MakeEngine, model: DeepseekModel) -> None:
@@ -155,15 +157,15 @@ def test_mtp_drafts_are_those_of_the_layer(make_engine: MakeEngine, model: Deeps
     from farthing.ops import make_batch
 
     engine = make_engine(speculate="mtp:2", max_num_batched_tokens=8)
-    engine._core._speculator.gate = Always()  # type: ignore[union-attr]
+    engine._core._speculator.gates = (Always(),)  # type: ignore[union-attr]
     drafts: list[tuple[list[int], list[int]]] = []
-    propose = engine._core._speculator.propose  # type: ignore[union-attr]
+    after = engine._core._speculator.after  # type: ignore[union-attr]
 
-    def spy(plan: list[Scheduled], step: Step, hidden: torch.Tensor) -> None:
-        propose(plan, step, hidden)
+    def spy(plan: list[Scheduled], step: Step, hidden: torch.Tensor, seconds: float) -> None:
+        after(plan, step, hidden, seconds)
         drafts.extend((list(item.seq.tokens), list(item.seq.drafts)) for item in plan if item.seq.drafts)
 
-    engine._core._speculator.propose = spy  # type: ignore[union-attr, method-assign, assignment]
+    engine._core._speculator.after = spy  # type: ignore[union-attr, method-assign, assignment]
     engine.submit(list(range(40, 60)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)).result()
     # Near its end a sequence has no slot left for the second draft.
     assert sum(len(proposed) == 2 for _, proposed in drafts) >= 5
@@ -204,57 +206,79 @@ def test_ngram_index_grown_in_pieces_is_the_same(count: int) -> None:
 
 def test_ngram_drafter_forgets_the_ended(make_engine: MakeEngine) -> None:
     engine = make_engine(speculate="ngram:2")
-    drafter = engine._core._speculator.drafter  # type: ignore[union-attr]
+    drafter = engine._core._speculator.drafters[0]  # type: ignore[union-attr]
     assert isinstance(drafter, NgramDrafter)
     for i in range(200):
         engine.submit([i % 9 + 2] * 6, SamplingParams(max_tokens=2, ignore_eos=True)).result()
     assert len(drafter._index) <= 80
 
 
-def feed(gate: Gate, batch: int, plain: float, drafted: float, tokens: float, steps: int = 200) -> list[bool]:
-    """Simulate: what the gate wants is done, and costs what it costs."""
-    wishes = []
+def feed(gate: Gate, batch: int, plain: float, drafted: float, likes: bool, steps: int = 1000) -> int:
+    """Simulate sequences that like drafts or not: what the gate orders is done. Returns drafted steps."""
+    count = 0
     for _ in range(steps):
-        wish = gate.wants(batch)
-        wishes.append(wish)
-        gate.observe(batch, wish, drafted if wish else plain, round(batch * (tokens if wish else 1)))
-    return wishes
+        order = gate.order(batch)
+        wish = likes if order is None else order
+        count += wish
+        gate.observe(batch, drafted if wish else plain, 2 * batch if wish else None)
+    return count
 
 
-def test_the_gate_keeps_what_pays_and_drops_what_does_not() -> None:
+@pytest.mark.parametrize("likes", [True, False])
+def test_the_gate_measures_both_kinds_by_size_of_batch(likes: bool) -> None:
     gate = Gate()
-    good = feed(gate, batch=10, plain=1.0, drafted=1.3, tokens=1.7, steps=1000)
-    bad = feed(gate, batch=100, plain=1.0, drafted=1.9, tokens=1.7, steps=1000)
-    assert sum(good) > 880 and gate.pays(10)
-    assert sum(bad) < 120 and not gate.pays(100)
-    assert gate.break_even(100) == pytest.approx(1.9)
-    # It keeps probing, and notices when the world has changed.
-    assert sum(feed(gate, batch=100, plain=1.0, drafted=1.1, tokens=1.7, steps=1500)[1000:]) > 400
+    count = feed(gate, 10, plain=1.0, drafted=1.3, likes=likes)
+    assert count > 850 if likes else count < 150
+    feed(gate, 100, plain=1.0, drafted=1.9, likes=likes)
+    assert gate.price(10) == pytest.approx(0.15)
+    assert gate.price(100) == pytest.approx(0.45)
+    # It notices when the world has changed, whatever the sequences like.
+    feed(gate, 100, plain=1.5, drafted=1.8, likes=likes, steps=3000)
+    assert gate.price(100) == pytest.approx(0.1, rel=0.02)
 
 
-def test_one_slow_step_does_not_switch_off() -> None:
+def test_one_slow_step_changes_little() -> None:
     gate = Gate()
-    feed(gate, batch=1, plain=1.0, drafted=1.2, tokens=2.0, steps=50)
-    gate.observe(1, True, 1000.0, 2)
-    assert gate.pays(1)
+    feed(gate, 1, plain=1.0, drafted=1.2, likes=True, steps=50)
+    gate.observe(1, 1000.0, 2)
+    assert gate.price(1) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("hits", "price", "count"), [(0.9, 0.5, 6), (0.8, 0.5, 3), (0.5, 0.5, 1), (1.0, 0.9, 9)]
+)
+def test_as_many_drafts_as_pay(hits: float, price: float, count: int) -> None:
+    assert worthwhile(Drafting(hits), price, 9) == count
+
+
+def test_a_drafter_that_does_not_pay_is_tried_again_after_a_pause() -> None:
+    record = Drafting(0.4)
+    assert [worthwhile(record, 0.5, 4) for _ in range(98)].count(1) == 2
+    record.hits = 0.9
+    while record.pause:
+        worthwhile(record, 0.5, 4)
+    assert worthwhile(record, 0.5, 4) == 4
 
 
 def test_a_request_whose_drafts_fail_goes_without(make_engine: MakeEngine) -> None:
-    class Costly(Always):
-        def break_even(self, batch: int) -> float:
-            return 1.5
+    class Costly(Gate):
+        def order(self, batch: int) -> bool | None:
+            return None
+
+        def price(self, batch: int) -> float:
+            return 0.5
 
     engine = make_engine()
     drafter = Oracle(list(range(2, 300)), 2, lambda at: True)
-    engine._core._speculator = Speculator(drafter, Costly())
+    engine._core._speculator = Speculator([drafter], Costly)
     engine.submit([2, 3], SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)).result()
     assert 0 < engine.stats.drafts < 20
 
 
-@pytest.mark.parametrize("value", ["mtp:0", "mtp:x", "mtp:", "eagle", "ngram:99", ""])
+@pytest.mark.parametrize("value", ["mtp:0", "mtp:x", "mtp:", "eagle", "ngram:99", "mtp+mtp", "mtp+", ""])
 def test_bad_speculate(value: str) -> None:
     if value == "mtp:":
-        assert parse_speculate(value) == ("mtp", 1)
+        assert parse_speculate(value) == (("mtp",), 4)
         return
     with pytest.raises(ValueError, match="speculate is"):
         EngineConfig(speculate=value)

@@ -42,7 +42,7 @@ def generate(
     quantization: Annotated[str | None, typer.Option(help="Round dense weights to int8 or int4.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, fp8 or int8.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and output together.")] = None,
-    speculate: Annotated[str | None, typer.Option(help="mtp[:k] or ngram[:k].")] = None,
+    speculate: Annotated[str | None, typer.Option(help="mtp[:k], ngram[:k] or mtp+ngram[:k].")] = None,
     experts: Annotated[str, typer.Option(help="auto, all or adaptive:p[,min=2,max=8].")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,

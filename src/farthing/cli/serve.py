@@ -123,7 +123,7 @@ def serve(
         bool, typer.Option(help="Keep the cache of prompts for the next ones.", rich_help_panel=_ENGINE)
     ] = True,
     speculate: Annotated[
-        str | None, typer.Option(help="mtp[:k] or ngram[:k].", rich_help_panel=_ENGINE)
+        str | None, typer.Option(help="mtp[:k], ngram[:k] or mtp+ngram[:k].", rich_help_panel=_ENGINE)
     ] = None,
     experts: Annotated[
         str, typer.Option(help="auto, all or adaptive:p[,min=2,max=8].", rich_help_panel=_ENGINE)

@@ -43,6 +43,26 @@ class Corpus:
         return sum(w.tokens for w in self.windows)
 
 
+def halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """Two parts of about equal size without a document in common: one to choose by, one to judge by.
+
+    Raises ValueError for a single document. Bytes are unknown in either part.
+    """
+    documents = {w.document for w in corpus.windows}
+    if len(documents) < 2:
+        raise ValueError(
+            "the data holds one document; expected at least two, to choose by one and judge by another"
+        )
+    parts: tuple[list[Window], list[Window]] = ([], [])
+    tokens = [0, 0]
+    for number in sorted(documents):
+        own = [w for w in corpus.windows if w.document == number]
+        smaller = int(tokens[1] < tokens[0])
+        parts[smaller].extend(own)
+        tokens[smaller] += sum(w.tokens for w in own)
+    return Corpus(parts[0], 0), Corpus(parts[1], 0)
+
+
 def load_corpus(
     data: Path, model: Path, window: int, max_tokens: int | None = None, bos: int | None = None
 ) -> Corpus:

@@ -172,7 +172,20 @@ class _Step:
     cache: LatentCache
 
 
-def _steps(model: DeepseekModel, windows: Sequence[Window], batch_tokens: int) -> Iterator[_Step]:
+def window_losses(
+    model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, counts: Tensor | None = None
+) -> list[float]:
+    """Nats of each window; counts [L, E] int64, if given, gains the tokens each expert of each layer saw."""
+    losses: list[float] = []
+    for step in _steps(model, corpus.windows, batch_tokens, counts):
+        nll = torch.cat([_nll(logits, step.targets[rows]) for rows, logits in _logits(model, step.hidden)])
+        losses += [float(part.sum()) for part in nll.split(step.lengths)]
+    return losses
+
+
+def _steps(
+    model: DeepseekModel, windows: Sequence[Window], batch_tokens: int, counts: Tensor | None = None
+) -> Iterator[_Step]:
     cache: LatentCache | None = None
     for group in batches(windows, batch_tokens):
         lengths = [w.tokens for w in group]
@@ -183,7 +196,7 @@ def _steps(model: DeepseekModel, windows: Sequence[Window], batch_tokens: int) -
             )
             cache = model.new_cache(blocks, BLOCK, dtype)
         ids = torch.cat([w.ids[:-1] for w in group])
-        hidden = model.forward(ids, batch, cache)
+        hidden = model.forward(ids, batch, cache, counts)
         yield _Step(hidden, torch.cat([w.ids[1:] for w in group]), lengths, batch, cache)
 
 

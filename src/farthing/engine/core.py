@@ -51,7 +51,6 @@ class EngineCore:
         self._speculator = speculator
         self._on_finish = on_finish
         self._owner: dict[int, RequestState] = {}  # by sequence id
-        self._draft_seconds = 0.0
 
     def add(self, state: RequestState) -> None:
         """Queue the first completion; the others follow when its prompt is in the prefix cache."""
@@ -112,11 +111,8 @@ class EngineCore:
             tokens, logprobs = sample(self.runner.model, picked, rows)
         self._prompt_logprobs(plan, step, hidden)
         moved, failed = self._commit(plan, tokens, logprobs)
-        verified = time.perf_counter()
         if self._speculator is not None:
-            self._observe(self._speculator, plan, verified - began)
-            self._speculator.propose(plan, step, hidden)
-            self._draft_seconds = time.perf_counter() - verified
+            self._speculator.after(plan, step, hidden, time.perf_counter() - began)
         self._account(plan, time.perf_counter() - began)
         self._report(plan, moved)
         for state, error in failed:
@@ -164,7 +160,6 @@ class EngineCore:
         moved: list[Sequence] = []
         failed: list[tuple[RequestState, EngineError]] = []
         row = 0
-        batch = sum(item.decode for item in plan)
         for item in plan:
             if not item.sample:
                 self.scheduler.commit(item, [])
@@ -184,11 +179,11 @@ class EngineCore:
             self.scheduler.commit(item, taken)
             self.stats.generation_tokens += len(taken)
             if item.drafts:
-                self._count_drafts(item, len(taken) - 1, batch)
+                self._count_drafts(item, len(taken) - 1)
             moved.append(item.seq)
         return moved, failed
 
-    def _count_drafts(self, item: Scheduled, accepted: int, batch: int) -> None:
+    def _count_drafts(self, item: Scheduled, accepted: int) -> None:
         metrics = self._owner[item.seq.id].metrics
         metrics.draft_tokens += len(item.drafts)
         metrics.accepted_tokens += accepted
@@ -196,16 +191,7 @@ class EngineCore:
         self.stats.draft_tokens += len(item.drafts)
         self.stats.accepted_tokens += accepted
         if self._speculator is not None:
-            self._speculator.verified(item, accepted, batch)
-
-    def _observe(self, speculator: Speculator, plan: list[Scheduled], seconds: float) -> None:
-        """Tell the gate what a step that only decoded has cost, with the drafting before it."""
-        if all(item.decode for item in plan):
-            drafted = any(item.drafts for item in plan)
-            produced = sum(len(item.seq.tokens) - item.start - 1 for item in plan)
-            speculator.gate.observe(
-                len(plan), drafted, seconds + (self._draft_seconds if drafted else 0.0), produced
-            )
+            self._speculator.verified(item, accepted)
 
     def _prompt_logprobs(self, plan: list[Scheduled], step: Step, hidden: Tensor) -> None:
         for item, row in zip(plan, step.starts, strict=False):

@@ -58,7 +58,7 @@ from farthing.engine.request import (
 from farthing.engine.resolve import resolve_model
 from farthing.engine.runner import Runner
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.speculation import Drafter, MtpDrafter, NgramDrafter, Speculator
+from farthing.engine.speculation import MtpDrafter, NgramDrafter, Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
@@ -341,9 +341,10 @@ def _speculator(config: EngineConfig, runner: Runner) -> Speculator | None:
     parsed = parse_speculate(config.speculate)
     if parsed is None:
         return None
-    method, count = parsed
-    drafter: Drafter = MtpDrafter(runner, count) if method == "mtp" else NgramDrafter(count)
-    return Speculator(drafter)
+    methods, count = parsed
+    # The text is asked first: its drafts are free.
+    order = [NgramDrafter(count)] if "ngram" in methods else []
+    return Speculator([*order, MtpDrafter(runner, count)] if "mtp" in methods else order)
 
 
 def _expert_tokens(model: DeepseekModel | ParallelModel, runner: Runner) -> dict[int, list[int]]:

@@ -20,6 +20,14 @@ from farthing.engine.stream import RequestStream
 from farthing.engine.tokenizer import Tokenizer
 
 
+@dataclass(slots=True)
+class Drafting:
+    """What speculation has learnt of one drafter on one completion."""
+
+    hits: float = 0.8  # share of the drafts tried that were right, moving average
+    pause: int = 0  # steps to go without
+
+
 class Generation:
     """One completion."""
 
@@ -38,9 +46,8 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.last_token_time = 0.0
-        # Learnt while speculating.
-        self.accepted_mean = 1.0
-        self.draft_pause = 0
+        self.drafting = (Drafting(), Drafting())  # by drafter
+        self.drafted_by = 0
         self._params = params
         self._eos = frozenset() if params.ignore_eos else eos_ids
         self._stop_ids = frozenset(params.stop_token_ids or ())

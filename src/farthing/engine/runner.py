@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from farthing.engine.sequence import Scheduled, Sequence
 from farthing.model import DeepseekModel
 from farthing.ops import Batch, LatentCache
 from farthing.parallel.cluster import ParallelModel
+
+_FEW = 16  # tokens up to which plain Python builds indices faster than numpy
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +73,10 @@ class Runner:
         rows = None if len(sampled) == len(ids) else self._tensor(np.array(sampled, dtype=np.int64))
         return Step(self._tensor(np.array(ids, dtype=np.int64)), batch, starts, rows)
 
-    def follow(self, seqs: Seq[Sequence], positions: Seq[int]) -> Batch:
-        """A batch of one token a sequence at the given positions (for drafting)."""
-        count = len(seqs)
-        return self._batch(seqs, np.array(positions, dtype=np.int32), [1] * count, list(range(count + 1)))
+    def span(self, seqs: Seq[Sequence], firsts: Seq[int], counts: Seq[int] | None = None) -> Batch:
+        """A batch of counts[i] (None: one) tokens of seqs[i] from position firsts[i] on (for drafting)."""
+        counts = counts or [1] * len(seqs)
+        return self._batch(seqs, np.array(firsts, dtype=np.int32), counts, [0, *accumulate(counts)])
 
     def forward(self, step: Step) -> Tensor:
         """Hidden states [T, D] before the final norm."""
@@ -88,7 +91,7 @@ class Runner:
         return self._tensor(np.array(values, dtype=np.int64))
 
     def _batch(
-        self, seqs: Seq[Sequence], firsts: NDArray[np.int32], counts: list[int], starts: list[int]
+        self, seqs: Seq[Sequence], firsts: NDArray[np.int32], counts: Seq[int], starts: list[int]
     ) -> Batch:
         for seq in seqs:
             filled, blocks = seq.row_filled, seq.blocks
@@ -98,14 +101,7 @@ class Runner:
         rows = np.array([seq.row for seq in seqs], dtype=np.int64)
         query_start = np.array(starts, dtype=np.int32)
         lens = firsts + np.array(counts, dtype=np.int32)
-        if len(seqs) == starts[-1]:
-            positions, row_of = firsts, rows
-        else:
-            positions = np.repeat(firsts - query_start[:-1], counts) + np.arange(starts[-1], dtype=np.int32)
-            row_of = np.repeat(rows, counts)
-        slots = self._table[row_of, positions // self.block_size].astype(np.int64)
-        slots *= self.block_size
-        slots += positions % self.block_size
+        positions, slots = self._places(seqs, rows, firsts, counts, query_start)
         used = -(-int(lens.max()) // self.block_size)
         return Batch(
             positions=self._tensor(positions),
@@ -114,6 +110,28 @@ class Runner:
             context_lens=self._tensor(lens),
             block_table=self._tensor(self._table[:, :used].take(rows, axis=0)),
         )
+
+    def _places(
+        self,
+        seqs: Seq[Sequence],
+        rows: NDArray[np.int64],
+        firsts: NDArray[np.int32],
+        counts: Seq[int],
+        query_start: NDArray[np.int32],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Position and cache slot of every token."""
+        size, total = self.block_size, int(query_start[-1])
+        if total <= _FEW:
+            place = [
+                (p, seq.blocks[p // size] * size + p % size)
+                for seq, first, count in zip(seqs, firsts.tolist(), counts, strict=True)
+                for p in range(first, first + count)
+            ]
+            where = [slot for _, slot in place]
+            return np.array([p for p, _ in place], dtype=np.int32), np.array(where, dtype=np.int64)
+        positions = np.repeat(firsts - query_start[:-1], counts) + np.arange(total, dtype=np.int32)
+        blocks = self._table[np.repeat(rows, counts), positions // size].astype(np.int64)
+        return positions, blocks * size + positions % size
 
     def _tensor(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)

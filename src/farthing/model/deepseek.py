@@ -47,12 +47,15 @@ class DeepseekModel:
         if not last:
             return
         self.norm = weights.tensor("model.norm.weight", (config.hidden_size,)).float()
-        if config.tie_word_embeddings:
-            self.head = ops.pack_linear("lm_head", lambda: [Weight("dense", self.embedding)])
-        else:
-            self.head = ops.pack_linear("lm_head", lambda: [weights.weight("lm_head", shape)])
+
+        def head() -> Weight:
+            if config.tie_word_embeddings:
+                return Weight("dense", self.embedding)
+            return weights.weight("lm_head", shape)
+
+        self.head = ops.pack_linear("lm_head", lambda: [head()])
         self.mtp = [
-            MTPLayer(config, ops, weights, i, rope, routers[i], self.embedding, self.head)
+            MTPLayer(config, ops, weights, i, rope, routers[i], self.embedding, self.head, head)
             for i in range(config.num_hidden_layers, self.cache_layers)
         ]
 

@@ -3,10 +3,15 @@
 h'_i = Block(eh_proj([enorm(embed(t_{i+1})) ; hnorm(h_i)])) with h_i behind the model's final norm;
 logits of t_{i+2} = head(shared_head.norm(h'_i)). A further step is fed shared_head.norm(h') again.
 
+Its output is only a draft, which the model checks: its weights may be rounded further than the model's.
+
 Legend: T tokens; D hidden size; V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +38,10 @@ class MTPLayer:
         router: RouterSpec | None,
         embedding: Tensor,
         head: Handle,
+        head_weight: Callable[[], Weight],
     ) -> None:
+        """head, head_weight: the model's, packed and not."""
+        ops, exact = ops.coarse(), ops
         p, d = f"model.layers.{layer}.", config.hidden_size
         self.ops, self.eps, self.layer = ops, config.rms_norm_eps, layer
         self.enorm = weights.tensor(p + "enorm.weight", (d,)).float()
@@ -42,7 +50,7 @@ class MTPLayer:
         self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
         self.attention = Attention(config, ops, weights, layer, rope)
         self.feed_forward = FeedForward(config, ops, weights, layer, router)
-        self.embedding, self.head = embedding, head
+        self.embedding, own_head = embedding, False
         shape = (config.vocab_size, d)
         # Released checkpoints hold copies of the main embedding and head: share unless they differ.
         if weights.has(p + "embed_tokens.weight"):
@@ -51,8 +59,11 @@ class MTPLayer:
         if weights.has(p + "shared_head.head.weight"):
             own = weights.tensor(p + "shared_head.head.weight", shape)
             main = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-            if not torch.equal(own, weights.tensor(main, shape)):
-                self.head = ops.pack_linear(p + "shared_head.head", lambda: [Weight("dense", own)])
+            if own_head := not torch.equal(own, weights.tensor(main, shape)):
+                head_weight = partial(Weight, "dense", own)
+        if own_head or ops is not exact:
+            head = ops.pack_linear(p + "shared_head.head", lambda: [head_weight()])
+        self.head = head
 
     def __call__(
         self,

@@ -105,6 +105,11 @@ class Ops(ABC):
     source: str = ""  # fingerprint of the checkpoint that is packed; `farthing.model.load` sets it
     packed_from: str | None = None  # the fingerprint a mapped packed file names, where one is mapped
 
+    def coarse(self) -> Ops:
+        """This backend for weights whose results are checked by others, such as drafts: rounded further where
+        that makes them faster to read."""
+        return self
+
     # -- packing: `name` identifies the weight in a packed file; the callable is not called when the
     #    backend already has it there.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,13 @@ class CpuOps(Ops):
         self._blobs: dict[str, Any] = {}
 
     # -- packing
+
+    def coarse(self) -> Ops:
+        if self._quantization is not None:
+            return self
+        other = copy(self)
+        other._quantization = "int8"
+        return other
 
     def _keep(self, name: str, blob: Any) -> Any:
         if name in self._blobs:

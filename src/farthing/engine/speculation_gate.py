@@ -1,0 +1,69 @@
+"""What drafts cost, measured online."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+_WARMUP = 16  # steps of either kind before their costs are believed
+_RUN = 8  # steps that are made of one kind to measure it
+_PERIOD = 128  # steps in which both kinds are to be seen
+_DECAY = 0.1
+_PRICE = 0.3  # until it is known
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Measurements at one size of batch: [plain, drafted]."""
+
+    steps: list[int] = field(default_factory=lambda: [0, 0])
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of a step, moving average
+    drafts: float = 0.0  # of a sequence in a drafted step, moving average
+    fresh: list[int] = field(default_factory=lambda: [0, 0])  # steps of this period
+    missed: bool | None = None  # the kind the last period saw too little of
+    tick: int = 0
+
+
+class Gate:
+    """Compares the seconds of steps with and without drafts, by size of batch (powers of two)."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, _Bucket] = {}
+
+    def observe(self, batch: int, seconds: float, drafts: int | None = None) -> None:
+        """A step that only decoded `batch` sequences took `seconds`. drafts: None for a plain step."""
+        b, kind = self._bucket(batch), drafts is not None
+        b.steps[kind] += 1
+        b.fresh[kind] += 1
+        if b.steps[kind] == 1:
+            return  # the first step of a kind pays for warming up
+        first = b.steps[kind] == 2
+        # One slow step (another process, a page fault, the layer catching up) is no reason to change course.
+        rise = seconds - b.seconds[kind] if first else min(seconds - b.seconds[kind], b.seconds[kind] / 2)
+        b.seconds[kind] += rise if first else _DECAY * rise
+        if drafts is not None:
+            b.drafts += (1 if first else _DECAY) * (drafts / batch - b.drafts)
+
+    def order(self, batch: int) -> bool | None:
+        """Whether the next step must be drafted (True) or must not be (False), to measure its cost.
+
+        None: as each sequence likes.
+        """
+        b = self._bucket(batch)
+        b.tick += 1
+        if min(b.steps) < _WARMUP:
+            return b.tick // _RUN % 2 == 0
+        if b.tick % _PERIOD == 0:
+            least = min((False, True), key=b.fresh.__getitem__)
+            b.missed = least if b.fresh[least] < _RUN else None
+            b.fresh = [0, 0]
+        return b.missed if b.tick % _PERIOD < _RUN else None
+
+    def price(self, batch: int) -> float:
+        """What one more draft costs, in plain steps: it pays if it is accepted more often than that."""
+        b = self._bucket(batch)
+        if min(b.steps) < _WARMUP or b.drafts == 0.0:
+            return _PRICE
+        return max(0.01, (b.seconds[1] / b.seconds[0] - 1) / b.drafts)
+
+    def _bucket(self, batch: int) -> _Bucket:
+        return self._buckets.setdefault(batch.bit_length(), _Bucket())

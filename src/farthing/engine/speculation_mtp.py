@@ -1,0 +1,114 @@
+"""Drafts from the model's multi-token prediction layer (DeepSeek-V3 section 2.2).
+
+The layer has a part of the cache to itself, which must be filled for every token before it can draft. That is
+put off until a draft is wanted: several tokens cost the layer little more than one, and steps without drafts
+cost it nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from farthing.engine.runner import Runner, Step
+from farthing.engine.sequence import Scheduled, Sequence, Status
+
+_MOST_BEHIND = 128  # tokens whose hidden states are held
+
+
+@dataclass(slots=True)
+class _Behind:
+    """Tokens of one sequence that the model has computed and the layer has not."""
+
+    start: int  # position of the first
+    count: int = 0
+    hidden: list[Tensor] = field(default_factory=list)  # [count, D] in pieces
+    last: Tensor | None = None  # [1, D] the layer's output for the token before them
+
+
+class MtpDrafter:
+    """One draft from the layer's output, the others by feeding it its own."""
+
+    costly = True
+
+    def __init__(self, runner: Runner, num_drafts: int) -> None:
+        if not runner.model.mtp:
+            raise ValueError("speculate is 'mtp' and the model has no MTP layer; expected 'ngram' or None")
+        self.num_drafts = num_drafts
+        self.num_lookahead = num_drafts - 1
+        self._runner = runner
+        self._behind: dict[int, _Behind] = {}
+
+    def observe(self, plan: Seq[Scheduled], step: Step, hidden: Tensor) -> None:
+        """Remember what the layer will need of a step: hidden [T, D] of the tokens that stay."""
+        full: list[Sequence] = []
+        for item, row in zip(plan, step.starts, strict=False):
+            seq, rows = item.seq, item.seq.num_computed - item.start
+            if seq.status is not Status.RUNNING or seq.payload.finish_reason is not None:
+                self._behind.pop(seq.id, None)
+                continue
+            b = self._behind.get(seq.id)
+            if b is None or b.start + b.count != item.start:
+                b = self._behind[seq.id] = _Behind(item.start)
+            b.hidden.append(hidden[row : row + rows])
+            b.count += rows
+            if b.count >= _MOST_BEHIND or not item.sample:
+                full.append(seq)
+        if full:
+            self._catch_up(full)
+        if len(self._behind) > 4 * len(plan) + 64:  # cancelled ones
+            live = {item.seq.id for item in plan}
+            self._behind = {k: v for k, v in self._behind.items() if k in live}
+
+    def draft(self, seqs: Seq[Sequence], most: Seq[int], price: float) -> list[list[int]]:
+        """The likeliest tokens one by one, fewer where they are unlikely or the cache has no room."""
+        model, runner = self._runner.model, self._runner
+        self._catch_up([seq for seq in seqs if self._behind[seq.id].count])
+        drafts: list[list[int]] = [[] for _ in seqs]
+        alive = list(range(len(seqs)))
+        chance = [1.0] * len(seqs)
+        rows = [self._behind[seq.id].last for seq in seqs]
+        hidden = torch.cat([row for row in rows if row is not None]) if len(rows) > 1 else rows[0]
+        assert hidden is not None
+        for s in range(self.num_drafts):
+            values, ids, total = model.draft_top_logits(hidden, 1, step=s)
+            likely = (values[:, 0] - total).exp().tolist()
+            keep: list[int] = []
+            for j, (i, token, p) in enumerate(zip(alive, ids[:, 0].tolist(), likely, strict=True)):
+                chance[i] *= p
+                if chance[i] < price:
+                    continue
+                drafts[i].append(token)
+                if s + 1 < most[i] and runner.capacity(seqs[i]) > len(seqs[i].tokens) - 1 + s:
+                    keep.append(j)
+            if s + 1 == self.num_drafts or not keep:
+                break
+            if len(keep) < len(alive):
+                index = runner.tensor(keep)
+                hidden, ids = hidden[index], ids[index]
+                alive = [alive[j] for j in keep]
+            batch = runner.span([seqs[i] for i in alive], [len(seqs[i].tokens) - 1 + s for i in alive])
+            hidden = model.draft(ids[:, 0], hidden, batch, runner.cache, step=s + 1)
+        return drafts
+
+    def _catch_up(self, seqs: Seq[Sequence]) -> None:
+        """Run the layer over the tokens it is behind, each with the token that follows it."""
+        if not seqs:
+            return
+        model, runner = self._runner.model, self._runner
+        behind = [self._behind[seq.id] for seq in seqs]
+        following: list[int] = []
+        for seq, b in zip(seqs, behind, strict=True):
+            following += seq.tokens[b.start + 1 : b.start + 1 + b.count]
+        pieces = [piece for b in behind for piece in b.hidden]
+        hidden = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        batch = runner.span(seqs, [b.start for b in behind], [b.count for b in behind])
+        out = model.draft(runner.tensor(following), hidden, batch, runner.cache, step=0)
+        end = 0
+        for b in behind:
+            end += b.count
+            b.last = out[end - 1 : end]
+            b.start, b.count, b.hidden = b.start + b.count, 0, []
