@@ -213,6 +213,9 @@ class Ops(ABC):
     def softmax(self, x: Tensor) -> Tensor:
         """Softmax over the last dimension of a float32 [T, N]."""
 
+    def forget(self, prefix: str) -> None:  # noqa: B027  (most backends keep no weights by name)
+        """Weights packed under names that begin with `prefix` may be packed again."""
+
     def save_packed(self, path: str) -> None:
         """Write what was packed to one file for `select(…, packed=path)`; ValueError without a format."""
         raise ValueError(f"backend {self.name!r} has no packed format; use backend 'cpu'")

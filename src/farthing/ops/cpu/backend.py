@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,10 @@ class CpuOps(Ops):
         self._blobs[name] = blob
         return blob
 
+    def forget(self, prefix: str) -> None:
+        for name in [n for n in self._blobs if n.startswith(prefix)]:
+            del self._blobs[name]
+
     def _stored(self, name: str) -> Any | None:
         """The packed matrix of that name from the file, if it is there."""
         if self._file is None or name not in self._file:
@@ -157,15 +161,14 @@ class CpuOps(Ops):
             else w is not None and w.shared is not None
         )
         native = _native.Moe(router, gate, shared)
-        first = None
+        first = absent = None
         for e in range(spec.num_experts):
             expert = _missing if w is None else w.experts[e]
-            if expert is None:
-                raise ValueError(
-                    f"expert {e} of {name!r} is on another rank; backend 'cpu' computes every expert "
-                    "of a layer: use tensor parallelism, or backend 'reference' with expert parallelism"
-                )
-            gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
+            if expert is None:  # on another rank
+                absent = absent or self._zeros(name, w)
+                gate_up, down = absent
+            else:
+                gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
             kinds = [(m.format, m.group) for m in (gate_up, down)]
             first = first or kinds
             if kinds != first:
@@ -177,6 +180,18 @@ class CpuOps(Ops):
             load = _missing if w is None or w.shared is None else w.shared
             native.add(*self._mlp(f"{name}.shared", load))
         return Experts(native, spec)
+
+    def _zeros(self, name: str, w: MoEWeights | None) -> tuple[Any, Any]:
+        """Stands in for the experts of other ranks: zeros, in int8 and int4 block-sparse and so not read."""
+        held = next((load for load in w.experts if load is not None), None) if w else None
+        if held is None:
+            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one a rank")
+        gate, up, down = held()
+        pair, one = plan([gate, up], self._quantization), plan([down], self._quantization)
+        return (
+            pack(self._native, [_zero(gate), _zero(up)], pair, True),
+            pack(self._native, [_zero(down)], one),
+        )
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -202,7 +217,7 @@ class CpuOps(Ops):
 
     def _pack_heads(self, name: str, spec: AttentionSpec, kv_b: Weight) -> list[tuple[Any, Any]]:
         """W_UK transposed [c, n] and W_UV [v, c] of each head: int8 where weights are rounded at all."""
-        quantized = self._quantization is not None or kv_b.format != "dense"
+        quantized = self._quantization is not None or kv_b.format != "dense" or kv_b.rounded
         dense = kv_b.data if kv_b.format == "dense" else kv_b.dequantize()
         heads = dense.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
         w_uk, w_uv = heads.split((spec.nope_dim, spec.value_dim), dim=1)
@@ -349,6 +364,13 @@ class CpuOps(Ops):
         out = torch.empty(rows, n)
         self._native.softmax(x.data_ptr(), x.stride(0), rows, n, out.data_ptr(), n)
         return out
+
+
+def _zero(weight: Weight) -> Weight:
+    """A weight of the same format whose value is zero."""
+    data = torch.full_like(weight.data, 0x88) if weight.format == "int4" else torch.zeros_like(weight.data)
+    zero_point = None if weight.zero_point is None else torch.zeros_like(weight.zero_point)
+    return replace(weight, data=data, zero_point=zero_point)
 
 
 def _missing() -> Any:
