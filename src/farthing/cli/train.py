@@ -1,14 +1,16 @@
-"""`farthing train`: trains the embedded reference model on this interpreter's own standard library."""
+"""`farthing train`: trains the embedded model, quantizes one with training, prunes one while training."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Train the embedded reference model.")
+app = typer.Typer(no_args_is_help=True, help="Train the embedded model; quantize or prune one with training.")
 
 
 @app.callback()
@@ -32,6 +34,7 @@ def reference(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
+    precision: Annotated[str, typer.Option(help="Of every projection's products: bf16 or fp8.")] = "bf16",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe, NAME=VALUE (may repeat).")
     ] = None,
@@ -46,6 +49,8 @@ def reference(
       farthing train reference --resume --minutes 120
 
       farthing train reference --out /tmp/quick --tokens 200000 --set muon_lr=0.03
+
+      farthing train reference --precision fp8 --set fp8_scaling='"delayed"'
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one a matrix shape
@@ -54,11 +59,150 @@ def reference(
     if minutes is None and tokens is None:
         minutes = 90.0
     try:
-        summary = train_reference(out, minutes, tokens, resume, data, device, threads, seed, settings or [])
+        summary = train_reference(
+            out, minutes, tokens, resume, data, device, threads, seed, settings or [], precision
+        )
     except (ValueError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     if summary is not None and as_json:
-        import json
-
         typer.echo(json.dumps(summary))
+
+
+Model = Annotated[str, typer.Argument(help="A checkpoint directory, or `reference`.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Length of the run.")]
+Window = Annotated[int, typer.Option(min=1, help="Tokens of context.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a step.")]
+EvalTokens = Annotated[int, typer.Option(min=1, help="Held-out tokens of an evaluation.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of .py files instead of the standard library.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Seed = Annotated[int, typer.Option(help="Seed of the order.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+
+
+@app.command()
+def qat(
+    model: Model = "reference",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/qat"),
+    stages: Annotated[
+        str, typer.Option(help="START:BITS of each stage: W8A8, W4A8 or W4A4 from that share of the run on.")
+    ] = "0:W8A8,0.03:W4A8,0.2:W4A4",
+    inputs: Annotated[
+        str, typer.Option(help="Input ranges: group (dynamic, learned clip) or tensor (LSQ+, not exported).")
+    ] = "group",
+    tokens: Tokens = 400_000,
+    window: Window = 512,
+    batch_tokens: BatchTokens = 2048,
+    eval_tokens: EvalTokens = 12_000,
+    resume: Resume = False,
+    data: Data = None,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Quantization-aware training from a trained checkpoint, with the float model as the teacher.
+
+    Examples:
+
+      farthing train qat -o runs/qat && farthing serve runs/qat/checkpoint
+
+      farthing train qat ./model --stages 0:W4A8 --tokens 2000000 --device cuda --batch-tokens 65536
+    """
+    from farthing.train.qat import QatConfig, parse_stages, train_qat
+
+    def run() -> dict[str, Any] | None:
+        settings = _settings(
+            model, out, tokens, window, batch_tokens, eval_tokens, data, device, threads, seed
+        )
+        if inputs not in ("group", "tensor"):
+            raise ValueError(f"--inputs {inputs!r}: expected group or tensor")
+        kind: Any = inputs
+        return train_qat(settings, QatConfig(stages=parse_stages(stages), inputs=kind), resume)
+
+    _finish(run, as_json)
+
+
+@app.command()
+def prune(
+    model: Model = "reference",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/prune"),
+    target: Annotated[float, typer.Option(help="Share of the MLP parameters that goes.")] = 0.28,
+    tau: Annotated[float, typer.Option(help="A neuron is active above tau times the token's mean.")] = 0.3,
+    bound: Annotated[float, typer.Option(help="Rise of perplexity from which nothing goes.")] = 0.03,
+    tokens: Tokens = 400_000,
+    window: Window = 512,
+    batch_tokens: BatchTokens = 2048,
+    eval_tokens: EvalTokens = 12_000,
+    resume: Resume = False,
+    data: Data = None,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Removes neurons and experts that contribute least, step by step while training.
+
+    Examples:
+
+      farthing train prune -o runs/prune && farthing eval --against runs/prune/checkpoint
+
+      farthing train prune ./model --target 0.4 --tokens 5000000 --device cuda --batch-tokens 65536
+    """
+    from farthing.train.pruning import PruneConfig
+    from farthing.train.pruning_run import train_prune
+
+    def run() -> dict[str, Any] | None:
+        settings = _settings(
+            model, out, tokens, window, batch_tokens, eval_tokens, data, device, threads, seed
+        )
+        return train_prune(settings, PruneConfig(target=target, tau=tau, bound=bound), resume)
+
+    _finish(run, as_json)
+
+
+def _settings(
+    model: str, out: Path, tokens: int, window: int, batch_tokens: int, eval_tokens: int,
+    data: Path | None, device: str, threads: int, seed: int,
+) -> Any:  # fmt: skip
+    """Checked settings; sets the process up as `reference` does."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    import torch
+
+    from farthing.engine.resolve import resolve_model
+    from farthing.train.finetune import Settings
+    from farthing.train.reference import tune_allocator
+
+    tune_allocator()
+    torch.set_num_threads(threads)
+    return Settings(
+        resolve_model(model),
+        out,
+        tokens,
+        window,
+        batch_tokens,
+        seed,
+        threads,
+        device,
+        data,
+        eval_tokens=eval_tokens,
+    )
+
+
+def _finish(run: Callable[[], dict[str, Any] | None], as_json: bool) -> None:
+    try:
+        summary = run()
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if summary is None:
+        return
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    for name, value in summary.items():
+        if name not in ("curve", "events", "layer_sizes"):
+            typer.echo(f"{name:>18}  {value}")

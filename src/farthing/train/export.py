@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from farthing.checkpoint.fp8 import BLOCK, dequantize_blocks, quantize_blocks
+from farthing.model.config import LayerSizes
 from farthing.train.data import BOS, EOS, PAD
 from farthing.train.model import DeepSeekLM, ModelConfig, MoE
 
@@ -31,6 +32,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )
+
+
+OPTIONAL = ("shared_intermediate_size", "layer_sizes")  # of config.json, beside DeepSeek's own fields
 
 
 def _names(model: DeepSeekLM) -> Iterator[tuple[str, Tensor]]:
@@ -51,7 +55,7 @@ def _names(model: DeepSeekLM) -> Iterator[tuple[str, Tensor]]:
 
 def _block_names(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, p in block.named_parameters():
-        if not name.startswith(("mlp.gate_up", "mlp.down")) or "proj" in name:
+        if name not in ("mlp.gate_up", "mlp.down"):
             yield f"{prefix}.{name}", p
     moe = block.mlp
     if isinstance(moe, MoE):
@@ -110,7 +114,7 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
-        **dataclasses.asdict(cfg),
+        **{k: v for k, v in dataclasses.asdict(cfg).items() if k not in OPTIONAL},
         "num_key_value_heads": cfg.num_attention_heads,
         "moe_layer_freq": 1,
         "topk_method": "noaux_tc",
@@ -126,6 +130,12 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
         "pad_token_id": 2,
         "torch_dtype": "bfloat16",
     }
+    if cfg.shared_intermediate_size is not None:
+        config["shared_intermediate_size"] = cfg.shared_intermediate_size
+    if cfg.layer_sizes:
+        config["layer_sizes"] = [
+            {k: v for k, v in dataclasses.asdict(sizes).items() if v is not None} for sizes in cfg.layer_sizes
+        ]
     if fp8:
         config["quantization_config"] = {
             "quant_method": "fp8",
@@ -177,7 +187,8 @@ def load_checkpoint(path: Path) -> DeepSeekLM:
     """The training model of a checkpoint directory that `save_checkpoint` wrote."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     config = json.loads((path / "config.json").read_text("utf-8"))
-    model = DeepSeekLM(ModelConfig(**{k: v for k, v in config.items() if k in known}))
+    sizes = tuple(LayerSizes(**own) for own in config.pop("layer_sizes", ()))
+    model = DeepSeekLM(ModelConfig(**{k: v for k, v in config.items() if k in known}, layer_sizes=sizes))
     with safe_open(path / "model.safetensors", framework="pt") as file:
         from_tensors(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return model

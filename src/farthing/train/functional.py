@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 ROWS = 128  # experts' row counts are padded to multiples of this: a CPU compiles one product kernel a shape
 
 
-def _sort_by_expert(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def sort_by_expert(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """Token and weight of every padded row, the row of each slot [N, K], and each expert's padded row count.
 
     Padding rows repeat token 0 with weight 0, so they add nothing to any sum or gradient.
@@ -47,11 +47,11 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         width = down.shape[2]
-        token, w, row, sizes = _sort_by_expert(ids, weights, down.shape[0])
+        token, w, row, sizes = sort_by_expert(ids, weights, down.shape[0])
         w = w.to(x.dtype)
         gate, up, act = (x.new_empty(len(token), width) for _ in range(3))  # [R, I]
         out = x.new_empty(len(token), x.shape[1])  # [R, D]
-        for e, s in _spans(sizes):
+        for e, s in spans(sizes):
             rows = x.index_select(0, token[s])
             torch.mm(rows, gate_up[e, :width].T, out=gate[s])
             torch.mm(rows, gate_up[e, width:].T, out=up[s])
@@ -60,7 +60,7 @@ class _RoutedExperts(torch.autograd.Function):
             torch.mm(act[s], down[e].T, out=out[s])
         ctx.save_for_backward(x, gate, up, act, w, token, row, gate_up, down)
         ctx.sizes = sizes
-        return _sum_slots(out, row)
+        return sum_slots(out, row)
 
     @staticmethod
     @once_differentiable
@@ -70,7 +70,7 @@ class _RoutedExperts(torch.autograd.Function):
         d_down, d_gate_up = torch.zeros_like(down), torch.zeros_like(gate_up)
         d_weights = torch.empty(act.shape[0], device=x.device)
         d_rows = x.new_empty(act.shape[0], x.shape[1])
-        for e, s in _spans(ctx.sizes):
+        for e, s in spans(ctx.sizes):
             rows, d_out = x.index_select(0, token[s]), dy.index_select(0, token[s])
             d_act = d_out @ down[e]
             torch.mm(d_out.T, act[s], out=d_down[e])
@@ -81,20 +81,20 @@ class _RoutedExperts(torch.autograd.Function):
             dh = torch.cat((d_gate, d_act.mul_(silu)), -1)  # [rows, 2I]
             torch.mm(dh, gate_up[e], out=d_rows[s])
             torch.mm(dh.T, rows, out=d_gate_up[e])
-        return _sum_slots(d_rows, row), d_weights[row], None, d_gate_up, d_down
+        return sum_slots(d_rows, row), d_weights[row], None, d_gate_up, d_down
 
 
-def _spans(sizes: list[int]) -> list[tuple[int, slice]]:
+def spans(sizes: list[int]) -> list[tuple[int, slice]]:
     """(expert, rows of the sorted slots) for every expert that has any."""
-    spans, start = [], 0
+    found, start = [], 0
     for e, n in enumerate(sizes):
         if n:
-            spans.append((e, slice(start, start + n)))
+            found.append((e, slice(start, start + n)))
         start += n
-    return spans
+    return found
 
 
-def _sum_slots(rows: Tensor, row: Tensor) -> Tensor:
+def sum_slots(rows: Tensor, row: Tensor) -> Tensor:
     """sum_k rows[row[n, k]]: [R, D], [N, K] -> [N, D]. embedding_bag is the fused CPU kernel for it."""
     out: Tensor = F.embedding_bag(row, rows, mode="sum")
     return out

@@ -10,13 +10,16 @@ I expert width, V vocabulary, c key-value latent, r rotary part.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from farthing.model.config import LayerSizes
 from farthing.train.functional import causal_attention, fused_cross_entropy, rms_norm, routed_experts
+from farthing.train.grouped import Product, Routing, combine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = True
+    shared_intermediate_size: int | None = None  # None: n_shared_experts * moe_intermediate_size
+    layer_sizes: tuple[LayerSizes, ...] = ()  # of every layer, MTP included, where pruning made them differ
 
     def __post_init__(self) -> None:
         if self.n_routed_experts % self.n_group:
@@ -65,22 +70,44 @@ class ModelConfig:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
 
     @property
+    def shared_size(self) -> int:
+        """Width of the shared expert."""
+        if self.shared_intermediate_size is not None:
+            return self.shared_intermediate_size
+        return self.n_shared_experts * self.moe_intermediate_size
+
+    def at(self, layer: int) -> ModelConfig:
+        """The config whose sizes are those of one layer."""
+        if not self.layer_sizes:
+            return self
+        own = {k: v for k, v in dataclasses.asdict(self.layer_sizes[layer]).items() if v is not None}
+        return dataclasses.replace(self, layer_sizes=(), **own)
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of a query or key head: the part without position and the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 class Linear(nn.Module):
-    """y = x W^T without bias; float32 master weight [out, in], product in `compute_dtype`."""
+    """y = x W^T without bias; float32 master weight [out, in], product in `compute_dtype`.
+
+    `product`, when set, multiplies instead (FP8, fake quantization).
+    """
 
     def __init__(self, d_in: int, d_out: int, std: float | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(d_out, d_in) * (0.5 * d_in**-0.5 if std is None else std))
         self.compute_dtype = torch.float32
+        self.product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in `compute_dtype`."""
-        return F.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
+        x = x.to(self.compute_dtype)
+        if self.product is None:
+            return F.linear(x, self.weight.to(self.compute_dtype))
+        rows = x.flatten(0, -2)
+        return self.product(rows, self.weight[None], [len(rows)]).view(*x.shape[:-1], -1)
 
 
 class RMSNorm(nn.Module):
@@ -150,10 +177,14 @@ class MLP(nn.Module):
         self.gate_proj = Linear(dim, width)
         self.up_proj = Linear(dim, width)
         self.down_proj = Linear(width, dim, std=0.0)
+        self.tap: Callable[[Tensor], None] | None = None  # is shown the neurons, [..., I]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        if self.tap is not None:
+            self.tap(hidden)
+        out: Tensor = self.down_proj(hidden)
         return out
 
 
@@ -204,7 +235,11 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus an always-on shared expert. `gate_up` is [E, 2, I, D], `down` [E, D, I]."""
+    """Routed experts plus an always-on shared expert. `gate_up` is [E, 2, I, D], `down` [E, D, I].
+
+    `products` (of gate and up, of down), when set, multiply instead of the fused op, and `tap` is shown what
+    flows between them.
+    """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -212,17 +247,33 @@ class MoE(nn.Module):
         self.gate = Router(cfg)
         self.gate_up = nn.Parameter(torch.randn(E, 2, I, D) * (0.5 * D**-0.5))
         self.down = nn.Parameter(torch.zeros(E, D, I))
-        self.shared_experts = MLP(D, I * cfg.n_shared_experts)
+        self.shared_experts = MLP(D, cfg.shared_size)
         self.compute_dtype = torch.float32
+        self.products: tuple[Product, Product] | None = None
+        self.tap: Callable[[Tensor, Routing, Tensor], None] | None = None  # neurons, routing, weights
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         flat, dtype = x.flatten(0, 1), self.compute_dtype
         weights, ids = self.gate(flat)
-        gate_up = self.gate_up.flatten(1, 2).to(dtype)  # [E, 2I, D]
-        routed = routed_experts(flat.to(dtype), weights, ids, gate_up, self.down.to(dtype))
+        gate_up = self.gate_up.flatten(1, 2)  # [E, 2I, D]
+        if self.products is None:
+            routed = routed_experts(flat.to(dtype), weights, ids, gate_up.to(dtype), self.down.to(dtype))
+        else:
+            routed = self._open(flat.to(dtype), weights, ids, gate_up)
         out: Tensor = routed.view_as(x) + self.shared_experts(x)
         return out
+
+    def _open(self, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor) -> Tensor:
+        """The routed experts step by step, R padded rows: x [N, D] -> [N, D]."""
+        assert self.products is not None
+        first, second = self.products
+        routing = Routing.of(ids, len(self.down))
+        gate, up = first(x, gate_up, routing.sizes, routing).chunk(2, -1)  # [R, I]
+        hidden = F.silu(gate) * up
+        if self.tap is not None:
+            self.tap(hidden, routing, weights)
+        return combine(second(hidden, self.down, routing.sizes), weights, routing)
 
 
 class Block(nn.Module):
@@ -271,11 +322,11 @@ class DeepSeekLM(nn.Module):
         self.cfg = cfg
         self.embed_tokens = nn.Parameter(torch.randn(cfg.vocab_size, cfg.hidden_size) * 0.03)
         self.layers = nn.ModuleList(
-            Block(cfg, dense=i < cfg.first_k_dense_replace) for i in range(cfg.num_hidden_layers)
+            Block(cfg.at(i), dense=i < cfg.first_k_dense_replace) for i in range(cfg.num_hidden_layers)
         )
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
-        self.mtp = MTP(cfg) if cfg.num_nextn_predict_layers else None
+        self.mtp = MTP(cfg.at(cfg.num_hidden_layers)) if cfg.num_nextn_predict_layers else None
         self.register_buffer("turn", rope_table(cfg, cfg.max_position_embeddings), persistent=False)
         self.set_compute_dtype(compute_dtype)
 
@@ -285,6 +336,12 @@ class DeepSeekLM(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | MoE | RMSNorm):
                 module.compute_dtype = dtype
+
+    def projections(self) -> Iterator[tuple[str, Linear | MoE]]:
+        """(name, module) of everything that multiplies by a projection: no embedding, head or router."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | MoE) and name != "lm_head":
+                yield name, module
 
     @property
     def head_weight(self) -> Tensor:
@@ -351,10 +408,11 @@ class DeepSeekLM(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Parameter counts: total, active per token (trunk only, embedding counted once as the head)."""
-        cfg = self.cfg
         total = sum(p.numel() for p in self.parameters())
-        expert = 3 * cfg.hidden_size * cfg.moe_intermediate_size
-        moe_layers = cfg.num_hidden_layers - cfg.first_k_dense_replace
-        idle = moe_layers * (cfg.n_routed_experts - cfg.num_experts_per_tok) * expert
+        idle = 0
+        for layer in self.layers:
+            if isinstance(layer.mlp, MoE):
+                experts, _, width, dim = layer.mlp.gate_up.shape
+                idle += (experts - self.cfg.num_experts_per_tok) * 3 * width * dim
         mtp = 0 if self.mtp is None else sum(p.numel() for p in self.mtp.parameters())
         return {"parameters": total, "mtp_parameters": mtp, "active_parameters": total - idle - mtp}

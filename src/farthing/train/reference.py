@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from farthing.train import data
 from farthing.train.evaluate import evaluate
 from farthing.train.export import save_checkpoint
+from farthing.train.fp8 import Fp8Config, Fp8Hook, use_fp8
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM, ModelConfig
 from farthing.train.optimizers import Muon, split_parameters
@@ -39,7 +40,14 @@ class Recipe:
     mtp_share_stages: tuple[tuple[float, float], ...] = ((0.0, 0.25), (0.6, 0.5))
     mtp_greedy_stages: tuple[tuple[float, bool], ...] = ((0.0, False), (0.6, True))
     balance_speed: float = 0.003
+    precision: str = "bf16"  # or "fp8"
+    fp8_scaling: Literal["current", "delayed"] = "current"
+    fp8_gradients: Literal["e4m3", "e5m2"] = "e4m3"
     eval_tokens: int = 30_000
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("bf16", "fp8"):
+            raise ValueError(f"precision is {self.precision!r}; expected 'bf16' or 'fp8'")
 
     def at(self, stages: tuple[tuple[float, Any], ...], progress: float) -> Any:
         """The value of the last stage that has begun."""
@@ -87,6 +95,9 @@ def build_trainer(
     """A trainer ready to `run()` or to `load()` and run."""
     torch.manual_seed(seed)
     model = DeepSeekLM(recipe.model, torch.bfloat16).to(device)
+    hooks: list[BaseHook] = [BalanceHook(recipe.balance_speed)]
+    if recipe.precision == "fp8":
+        hooks.append(Fp8Hook(use_fp8(model, Fp8Config(recipe.fp8_scaling, recipe.fp8_gradients))))
     matrices, rest = split_parameters(model)
     optimizers = [
         Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.muon_decay),
@@ -131,7 +142,7 @@ def build_trainer(
         micro_batches,
         loss,
         config,
-        hooks=[BalanceHook(recipe.balance_speed)],
+        hooks=hooks,
         evaluate=score,
         on_save=on_save,
         console=console,
@@ -252,6 +263,7 @@ def train_reference(
     threads: int,
     seed: int,
     settings: list[str],
+    precision: str = "bf16",
 ) -> dict[str, Any] | None:
     """The whole command. Returns the summary, or None when it was interrupted (state is saved)."""
     if device not in ("auto", "cpu", "cuda"):
@@ -263,7 +275,7 @@ def train_reference(
     torch.set_num_threads(threads)
     if (out / "state.pt").exists() and not resume:
         raise ValueError(f"{out} holds a run already; give --resume to continue it or another --out")
-    recipe = apply_settings(Recipe(), settings)
+    recipe = apply_settings(Recipe(precision=precision), settings)
     config = LoopConfig(
         out, minutes, tokens, schedule=recipe.schedule, threads=threads, wall_clock=device != "cpu"
     )

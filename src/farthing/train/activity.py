@@ -1,0 +1,134 @@
+"""How much each neuron and each routed expert contributes over the tokens that reach it.
+
+The contribution of neuron j to a token is c_j = |h_j| * ||W_down[:, j]||, what it adds to the output's
+length. It is active on that token when c_j > tau times the token's mean contribution over the neurons of
+that MLP. What a neuron is worth is the energy (w c_j)^2 it adds over all tokens, w the routing weight (1 for
+a dense MLP or a shared expert); what an expert is worth is the sum over its neurons.
+
+Shapes: E experts (1 for a dense MLP or shared expert), I neurons, R rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farthing.train.grouped import Routing, plain_product
+from farthing.train.model import MLP, DeepSeekLM, MoE
+
+
+@dataclasses.dataclass
+class Activity:
+    """Sums over tokens of one MLP or of one layer's routed experts."""
+
+    tau: float
+    tokens: Tensor  # [E]
+    active: Tensor  # [E, I] tokens on which a neuron was active
+    energy: Tensor  # [E, I] sum of (routing weight * c_j) squared
+
+    @classmethod
+    def empty(cls, experts: int, width: int, tau: float) -> Activity:
+        """Nothing seen yet."""
+        zeros = torch.zeros(experts, width)
+        return cls(tau, torch.zeros(experts), zeros, zeros.clone())
+
+    def add(self, contribution: Tensor, expert: Tensor, weight: Tensor) -> None:
+        """contribution c [R, I] float32 of rows of `expert` [R], whose routing weights are [R]."""
+        mean = contribution.mean(-1, keepdim=True)
+        for total, value in (
+            (self.tokens, torch.ones_like(weight)),
+            (self.active, (contribution > self.tau * mean).float()),
+            (self.energy, (weight[:, None] * contribution).square_()),
+        ):
+            total.index_add_(0, expert, value)
+
+    def keep_neurons(self, keep: Tensor) -> None:
+        """Forgets all but the neurons keep [E, I']."""
+        self.active, self.energy = self.active.gather(1, keep), self.energy.gather(1, keep)
+
+    def keep_experts(self, keep: Tensor) -> None:
+        """Forgets all but the experts keep [E']."""
+        self.tokens, self.active, self.energy = self.tokens[keep], self.active[keep], self.energy[keep]
+
+    @property
+    def active_share(self) -> Tensor:
+        """[E, I] share of its tokens on which a neuron is active; 0 where no token came."""
+        return self.active / self.tokens.clamp_min(1)[:, None]
+
+    def busy(self, share: float = 0.5) -> float:
+        """Share of neurons that are active on at least `share` of the tokens routed to them."""
+        return float((self.active_share >= share).float().mean())
+
+
+def mlps(model: DeepSeekLM) -> Iterator[tuple[str, MLP | MoE]]:
+    """(name, module) of everything that has neurons; a MoE stands for its routed experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, MLP | MoE):
+            yield name, module
+
+
+@contextmanager
+def watch(model: DeepSeekLM, tau: float) -> Iterator[dict[str, Activity]]:
+    """While it lasts, every forward adds to the returned activities."""
+    found: dict[str, Activity] = {}
+    closed = []
+    for name, module in mlps(model):
+        assert module.tap is None, "activities are already being watched"
+        if isinstance(module, MoE):
+            found[name] = Activity.empty(len(module.down), module.down.shape[2], tau)
+            if module.products is None:
+                module.products = (plain_product, plain_product)
+                closed.append(module)
+        else:
+            found[name] = Activity.empty(1, module.down_proj.weight.shape[1], tau)
+        module.tap = _tap(module, found[name])
+    try:
+        yield found
+    finally:
+        for _, module in mlps(model):
+            module.tap = None
+        for module in closed:
+            module.products = None
+
+
+def _tap(module: MLP | MoE, activity: Activity) -> Any:
+    @torch.no_grad()
+    def routed(hidden: Tensor, routing: Routing, weights: Tensor) -> None:
+        assert isinstance(module, MoE)
+        w = hidden.new_zeros(len(routing.token), dtype=torch.float32)
+        w[routing.row.flatten()] = weights.detach().float().flatten()
+        expert = routing.expert[routing.real]
+        lengths = module.down.detach().norm(dim=1)[expert]  # [R, I]
+        activity.add(hidden.detach()[routing.real].abs().float() * lengths, expert, w[routing.real])
+
+    @torch.no_grad()
+    def plain(hidden: Tensor) -> None:
+        assert isinstance(module, MLP)
+        rows = hidden.detach().flatten(0, -2).abs().float() * module.down_proj.weight.detach().norm(dim=0)
+        activity.add(rows, torch.zeros(len(rows), dtype=torch.int64), torch.ones(len(rows)))
+
+    return routed if isinstance(module, MoE) else plain
+
+
+@torch.no_grad()
+def measure(model: DeepSeekLM, tokens: Tensor, tau: float) -> dict[str, Activity]:
+    """Activities over tokens [B, T + 1], the MTP layer's included."""
+    training = model.training
+    model.eval()
+    with watch(model, tau) as found:
+        hidden = model(tokens[:, :-1])
+        if model.mtp is not None:
+            model.draft(hidden[:, :-1], tokens[:, 1:-1])
+    model.train(training)
+    return found
+
+
+def busy_share(activities: dict[str, Activity], share: float = 0.5) -> float:
+    """Over all neurons of the model: the share that is active on at least `share` of its tokens."""
+    counts = [(a.active_share >= share).float().sum() for a in activities.values()]
+    return float(sum(counts) / sum(a.active.numel() for a in activities.values()))

@@ -1,0 +1,123 @@
+"""What every run that starts from a trained checkpoint shares: its text, its batches, its evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from farthing.train import data
+from farthing.train.loop import Trainer
+from farthing.train.model import DeepSeekLM
+
+Ids = np.ndarray[Any, np.dtype[np.uint16]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Length and shape of a fine-tuning run."""
+
+    model: Path
+    out: Path
+    tokens: int = 500_000
+    window: int = 512
+    batch_tokens: int = 4096
+    seed: int = 0
+    threads: int = 1
+    device: str = "cpu"
+    root: Path | None = None  # folder of .py files; None: the standard library
+    heldout_every: int = 25
+    eval_tokens: int = 12_000
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "window", "batch_tokens", "threads", "eval_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.batch_tokens < self.window:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}; expected at least window = {self.window}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The checkpoint's tokenizer, batches of the training files and the held-out files, as ids."""
+
+    tokenizer: Tokenizer
+    batches: data.PackedBatches
+    heldout: list[Ids]
+
+    @classmethod
+    def load(cls, settings: Settings) -> Text:
+        """The same files, split as in training, in the checkpoint's own tokens."""
+        file = settings.model / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with its tokenizer")
+        tokenizer = Tokenizer.from_file(str(file))
+        cache = settings.out / "text.npz"
+        if not cache.is_file():
+            train, heldout = data.split(data.find_sources(settings.root), settings.heldout_every)
+            settings.out.mkdir(parents=True, exist_ok=True)
+            _store(cache, data.encode(tokenizer, train), data.encode(tokenizer, heldout))
+        parts = np.load(cache)
+        train_ids, heldout_ids = (
+            np.split(parts[name], parts[f"{name}_ends"]) for name in ("train", "heldout")
+        )
+        return cls(tokenizer, data.PackedBatches(train_ids, settings.seed), heldout_ids)
+
+    def micro_batches(self, settings: Settings) -> list[tuple[Tensor, int]]:
+        """One step's batch and its tokens, for the trainer."""
+        rows = settings.batch_tokens // settings.window
+        tokens = self.batches.next(rows, settings.window).to(settings.device)
+        return [(tokens, rows * settings.window)]
+
+
+def _store(path: Path, train: list[Ids], heldout: list[Ids]) -> None:
+    """The ids, so that a resumed run need not split and tokenize again."""
+    arrays: dict[str, Any] = {}
+    for name, rows in (("train", train), ("heldout", heldout)):
+        arrays[name] = np.concatenate(rows)
+        arrays[f"{name}_ends"] = np.cumsum([len(r) for r in rows])[:-1]
+    np.savez(path, **arrays)
+
+
+@torch.no_grad()
+def perplexity(model: DeepSeekLM, documents: Sequence[Ids], window: int, max_tokens: int) -> float:
+    """Over consecutive windows of whole documents, until `max_tokens` are scored."""
+    nats, count = 0.0, 0
+    training = model.training
+    model.eval()
+    for ids in documents:
+        body = ids[:-1].astype(np.int64)
+        for start in range(0, len(body) - 1, window):
+            tokens = torch.from_numpy(body[start : start + window + 1])[None].to(model.embed_tokens.device)
+            logits = model.logits(model(tokens[:, :-1]))[0].float()
+            nats += float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+            count += tokens.shape[1] - 1
+        if count >= max_tokens:
+            break
+    model.train(training)
+    return math.exp(nats / count)
+
+
+def adam(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW as fine-tuning uses it: no weight decay."""
+    return torch.optim.AdamW(list(groups), betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+
+
+def freeze_top(model: DeepSeekLM) -> None:
+    """Embedding, head and routers keep the values the teacher has."""
+    for name, p in model.named_parameters():
+        if "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight"):
+            p.requires_grad_(False)
+
+
+def curve(trainer: Trainer, key: str) -> list[tuple[float, float]]:
+    """(tokens, value) of one recorded number."""
+    return [(p["tokens"], p[key]) for p in trainer.record if key in p]

@@ -1,0 +1,224 @@
+"""Fake quantization with learned ranges: LSQ (Esser et al. 2020) and LSQ+ with an offset (Bhalgat et al.
+2020).
+
+A quantizer rounds to the integers a kernel will hold and multiplies back; gradients pass straight through
+where nothing is clipped, and reach the range itself. Ranges are learned as logarithms, so a step is relative.
+
+Shapes: R rows, J columns, G groups of g = J / G columns, B matrices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from farthing.train.grouped import Routing, plain_product
+
+TINY = 1e-12
+Kind = Literal["tensor", "group"]
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int) -> Tensor:
+        v = (x if offset is None else x - offset) / scale
+        q = v.round().clamp_(low, high)
+        ctx.save_for_backward(v, q, scale)
+        ctx.low, ctx.high = low, high
+        ctx.offset_shape = None if offset is None else offset.shape
+        out = q * scale
+        return out if offset is None else out.add_(offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, q, scale = ctx.saved_tensors
+        inside = (v >= ctx.low) & (v <= ctx.high)
+        dx = grad * inside
+        # d/ds of s * clamp(round(x / s)): q - v where x moves with s, the edge q where it is clipped. LSQ's
+        # factor keeps the range's gradient as large as a weight's, which matters for the clipping of norms.
+        factor = (v.numel() / scale.numel() * ctx.high) ** -0.5
+        ds = _sum_to(grad * torch.where(inside, q - v, q), scale.shape) * factor
+        d_offset = None
+        if ctx.offset_shape is not None:
+            d_offset = _sum_to(grad - dx, ctx.offset_shape) * factor
+        return dx, ds, d_offset, None, None
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Sums x over the dimensions that `shape` broadcasts along, in float32."""
+    dims = [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1]
+    return x.sum(dims, keepdim=True, dtype=torch.float32) if dims else x.float()
+
+
+def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int, offset: Tensor | None = None) -> Tensor:
+    """clamp(round((x - offset) / scale), low, high) * scale + offset, differentiable in all three.
+
+    scale and offset have x's number of dimensions and broadcast to it. Their gradients carry LSQ's factor
+    1 / sqrt(numbers under one scale * high).
+    """
+    out: Tensor = _FakeQuantize.apply(x, scale, offset, low, high)  # type: ignore[no-untyped-call]
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Bits of weights and activations of one stage of quantization-aware training; 16 = not rounded."""
+
+    weights: int
+    activations: int
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "activations"):
+            if getattr(self, name) not in (4, 8, 16):
+                raise ValueError(f"{name} is {getattr(self, name)} bits; expected 4, 8 or 16")
+
+    def __str__(self) -> str:
+        return f"W{self.weights}A{self.activations}"
+
+
+def top(bits: int) -> int:
+    """The largest integer of a symmetric range."""
+    return (1 << (bits - 1)) - 1
+
+
+class WeightQuantizer(nn.Module):
+    """One learned scale for `group` columns of every row of w [B, R, J], to 4 or 8 bits."""
+
+    def __init__(self, shape: torch.Size, group: int) -> None:
+        super().__init__()
+        b, rows, columns = shape
+        self.group = group if columns % group == 0 else columns
+        self.bits = 16
+        self.log_scale = nn.Parameter(torch.zeros(b, rows, columns // self.group, 1))
+
+    @property
+    def low(self) -> int:
+        """The smallest integer: int4 has -8, int8 stays symmetric, as the kernels' formats do."""
+        return -8 if self.bits == 4 else -127
+
+    @torch.no_grad()
+    def start(self, w: Tensor, bits: int) -> None:
+        """Sets the bits and the scales of least squared rounding error, out of a few shrinks of the range."""
+        self.bits = bits
+        if bits == 16:
+            return
+        groups = w.unflatten(-1, (-1, self.group))
+        full = (groups.abs().amax(-1, keepdim=True) / (7.5 if bits == 4 else 127)).clamp_min(TINY)
+        best, least = full.clone(), torch.full_like(full, torch.inf)
+        for factor in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7) if bits == 4 else (1.0,):
+            s = full * factor
+            error = (
+                ((groups / s).round().clamp(self.low, top(bits)) * s - groups).square().sum(-1, keepdim=True)
+            )
+            best, least = torch.where(error < least, s, best), torch.minimum(error, least)
+        self.log_scale.copy_(best.log())
+
+    def forward(self, w: Tensor) -> Tensor:
+        """w [B, R, J] -> the same, on the grid."""
+        if self.bits == 16:
+            return w
+        groups = w.unflatten(-1, (-1, self.group))
+        return fake_quantize(groups, self.log_scale.exp(), self.low, top(self.bits)).flatten(-2)
+
+    @torch.no_grad()
+    def integers(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(q int8 [B, R, J], scale float32 [B, R, J / group]) of what `forward` gives."""
+        s = self.log_scale.exp()
+        q = (w.unflatten(-1, (-1, self.group)) / s).round().clamp(self.low, top(self.bits))
+        return q.flatten(-2).to(torch.int8), s.squeeze(-1)
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds x [R, J] to `bits`, in one of two ways.
+
+    "group": every row and `group` columns have the scale clip * amax / top, as a kernel with dynamic ranges
+    computes it; the learned number is the clip. "tensor": LSQ+, one learned scale and, if `offset`, one
+    learned offset for all of x, for inputs that a SiLU or ReLU in front has made one-sided.
+    """
+
+    def __init__(self, kind: Kind = "group", group: int = 64, offset: bool = False) -> None:
+        super().__init__()
+        self.kind, self.group, self.bits = kind, group, 16
+        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.offset = nn.Parameter(torch.zeros(())) if offset and kind == "tensor" else None
+        self.started = False
+
+    def start(self, bits: int) -> None:
+        """Sets the bits; ranges begin at the first input seen."""
+        self.bits, self.started = bits, False
+
+    @torch.no_grad()
+    def _begin(self, x: Tensor) -> None:
+        self.started = True
+        if self.kind == "group":
+            self.log_scale.fill_(0.0)
+            return
+        x = x.float()
+        shift = x.mean() if self.offset is not None else x.new_zeros(())
+        spread = (x - shift).std().clamp_min(TINY)
+        # LSQ+ starts at the range of least squared error over multiples of the standard deviation.
+        trials = [spread * m / top(self.bits) for m in (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0)]
+        sample = (x - shift).flatten()[:: max(1, x.numel() // 65536)]
+        low, high = self.integers_range
+        errors = [((sample / s).round().clamp(low, high) * s - sample).square().mean() for s in trials]
+        self.log_scale.copy_(trials[int(torch.stack(errors).argmin())].log())
+        if self.offset is not None:
+            self.offset.copy_(shift)
+
+    @property
+    def integers_range(self) -> tuple[int, int]:
+        """The smallest and largest integer."""
+        return (
+            (-top(self.bits), top(self.bits))
+            if self.kind == "group"
+            else (-top(self.bits) - 1, top(self.bits))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [R, J] -> the same, on the grid."""
+        if self.bits == 16:
+            return x
+        if not self.started:
+            self._begin(x)
+        low, high = self.integers_range
+        if self.kind == "tensor":
+            scale = self.log_scale.exp().view(1, 1)
+            offset = None if self.offset is None else self.offset.view(1, 1)
+            return fake_quantize(x, scale, low, high, offset).to(x.dtype)
+        group = self.group if x.shape[-1] % self.group == 0 else x.shape[-1]
+        groups = x.unflatten(-1, (-1, group))
+        amax = groups.detach().abs().amax(-1, keepdim=True).float().clamp_min(TINY)
+        clip = self.log_scale.exp()
+        share = amax.numel() ** -0.5  # every group adds to the gradient of one number
+        clip = clip * share + (clip - clip * share).detach()
+        return fake_quantize(groups, clip * (amax / high), low, high).flatten(-2).to(x.dtype)
+
+
+class QuantizedProduct(nn.Module):
+    """A `grouped.Product` that rounds input and weights first: one projection, or all experts of a layer."""
+
+    def __init__(self, weight: Tensor, group: int = 64, kind: Kind = "group", offset: bool = False) -> None:
+        super().__init__()
+        self.weight_quantizer = WeightQuantizer(weight.shape, group)
+        self.input_quantizer = ActivationQuantizer(kind, group, offset)
+
+    def start(self, weight: Tensor, precision: Precision) -> None:
+        """Begins a stage: its bits, with ranges that fit the weights as they are."""
+        if self.weight_quantizer.bits != precision.weights:
+            self.weight_quantizer.start(weight, precision.weights)
+        if self.input_quantizer.bits != precision.activations:
+            self.input_quantizer.start(precision.activations)
+
+    def resume(self, precision: Precision) -> None:
+        """Takes up a stage whose ranges are already there."""
+        self.weight_quantizer.bits = precision.weights
+        self.input_quantizer.bits, self.input_quantizer.started = precision.activations, True
+
+    def forward(self, x: Tensor, w: Tensor, sizes: list[int], routing: Routing | None = None) -> Tensor:
+        """As `farthing.train.grouped.Product`."""
+        return plain_product(self.input_quantizer(x), self.weight_quantizer(w), sizes, routing)

@@ -1,0 +1,42 @@
+"""Pictures of runs: what changed over the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Points = Sequence[tuple[float, float]]
+
+
+def draw(
+    path: Path,
+    left: Mapping[str, Points],
+    ylabel: str,
+    right: Mapping[str, Points] | None = None,
+    right_label: str = "",
+    levels: Mapping[str, float] | None = None,
+) -> None:
+    """Lines over million tokens; `right` has an axis of its own, `levels` are horizontal."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), dpi=90)
+    colors = iter(["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown"])
+    for label, points in left.items():
+        axis.plot([x / 1e6 for x, _ in points], [y for _, y in points], color=next(colors), label=label)
+    for label, value in (levels or {}).items():
+        axis.axhline(value, linestyle="--", linewidth=1, color=next(colors), label=f"{label} ({value:.4g})")
+    axis.set_xlabel("million tokens")
+    axis.set_ylabel(ylabel)
+    if right:
+        other = axis.twinx()
+        for label, points in right.items():
+            xs, ys = [x / 1e6 for x, _ in points], [y for _, y in points]
+            other.plot(xs, ys, color="tab:red", drawstyle="steps-post", label=label)
+        other.set_ylabel(right_label)
+    figure.legend(loc="upper right", bbox_to_anchor=(0.88, 0.9), frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

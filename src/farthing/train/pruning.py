@@ -1,0 +1,263 @@
+"""Progressive pruning: neurons and whole experts leave one by one while the model trains.
+
+The share of MLP parameters that is gone follows a cubic schedule. At every event contributions are measured
+(`activity.py`) on fresh text, and what is worth least per parameter goes, in any layer: sixteen neurons of
+every expert of a layer, sixteen neurons of a shared expert or dense MLP, or one expert of every group of a
+layer. Parameters and optimizer state are really cut, so that training gets faster too. While the model
+predicts the text worse than its teacher by more than a bound, nothing goes and the schedule waits.
+
+Shapes: E experts, I neurons, D hidden, G router groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from farthing.compress.prune.schedule import cubic_sparsity
+from farthing.model.config import LayerSizes
+from farthing.train.activity import Activity, busy_share, measure, mlps
+from farthing.train.finetune import Settings, Text
+from farthing.train.loop import BaseHook, Trainer
+from farthing.train.model import MLP, DeepSeekLM, Linear, MoE
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """What goes, when, and what stops it."""
+
+    target: float = 0.28  # share of the MLP parameters
+    begin: float = 0.02  # progress at which the schedule begins …
+    end: float = 0.6  # … and is through; then the model recovers
+    every: int = 6  # steps between events
+    multiple: int = 16  # neurons go in such numbers, which kernels like
+    tau: float = 0.3
+    bound: float = 0.03  # relative rise of perplexity over the teacher's from which nothing goes
+    # Tokens of a dropped expert go to the next best one, so less is lost than the expert was worth.
+    expert_share: float = 0.3
+    calibration_windows: int = 16
+    lr: float = 3e-4
+    hard: float = 0.5  # share of the loss that is the text itself, the rest is the teacher
+    mtp_weight: float = 0.3
+    mtp_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("target", "begin", "end", "hard"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
+        if self.end <= self.begin:
+            raise ValueError(f"end is {self.end}; expected more than begin = {self.begin}")
+        for name in ("every", "multiple", "calibration_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One removal: which neurons [E, I'] or experts [E'] of a module stay, ascending."""
+
+    name: str
+    kind: Literal["neurons", "experts"]
+    keep: Tensor
+    cost: float  # share of the layer's MLP energy that goes
+    parameters: int
+
+
+def mlp_parameters(model: DeepSeekLM) -> int:
+    """Parameters of all gate, up and down projections; no router."""
+    total = 0
+    for _, module in mlps(model):
+        if isinstance(module, MoE):
+            total += module.gate_up.numel() + module.down.numel()
+        else:
+            total += sum(p.weight.numel() for p in (module.gate_proj, module.up_proj, module.down_proj))
+    return total
+
+
+def candidates(model: DeepSeekLM, activities: dict[str, Activity], config: PruneConfig) -> Iterator[Cut]:
+    """Every removal that is possible now."""
+    layer_energy = _layer_energy(activities)
+    for name, module in mlps(model):
+        activity = activities[name]
+        whole = layer_energy[_layer(name)]
+        per_neuron = 3 * _hidden(module)
+        experts, width = activity.energy.shape
+        if width > config.multiple:
+            ordered = activity.energy.sort(dim=1)
+            keep = ordered.indices[:, config.multiple :].sort(dim=1).values
+            cost = float(ordered.values[:, : config.multiple].sum()) / whole
+            yield Cut(name, "neurons", keep, cost, experts * config.multiple * per_neuron)
+        if isinstance(module, MoE) and (kept := _experts_to_keep(module, activity)) is not None:
+            gone = torch.ones(experts, dtype=torch.bool)
+            gone[kept] = False
+            cost = float(activity.energy[gone].sum()) / whole * config.expert_share
+            yield Cut(name, "experts", kept, cost, int(gone.sum()) * width * per_neuron)
+
+
+def _experts_to_keep(module: MoE, activity: Activity) -> Tensor | None:
+    """All but the least worth of each group, if routing still works then."""
+    cfg = module.gate.cfg
+    left = cfg.n_routed_experts // cfg.n_group - 1
+    if left < min(2, cfg.n_routed_experts) or left * cfg.topk_group < cfg.num_experts_per_tok:
+        return None
+    worth = activity.energy.sum(1).view(cfg.n_group, -1)
+    best = worth.topk(left, dim=1).indices + torch.arange(cfg.n_group)[:, None] * worth.shape[1]
+    return best.flatten().sort().values
+
+
+def _layer(name: str) -> str:
+    return name.removesuffix(".shared_experts")
+
+
+def _layer_energy(activities: dict[str, Activity]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, activity in activities.items():
+        found[_layer(name)] = found.get(_layer(name), 0.0) + float(activity.energy.sum())
+    return found
+
+
+def _hidden(module: MLP | MoE) -> int:
+    return module.down.shape[1] if isinstance(module, MoE) else module.down_proj.weight.shape[0]
+
+
+def apply_cut(model: DeepSeekLM, cut: Cut, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Cuts the parameters, what the optimizers know of them, and the model's config."""
+    module = model.get_submodule(cut.name)
+    keep = cut.keep
+    if isinstance(module, MLP):
+        rows = keep[0]
+        for part in (module.gate_proj, module.up_proj):
+            _cut(part.weight, lambda t: t[rows], optimizers)
+        _cut(module.down_proj.weight, lambda t: t[:, rows], optimizers)
+    elif isinstance(module, MoE) and cut.kind == "neurons":
+        e = torch.arange(len(keep))[:, None]
+        _cut(module.gate_up, lambda t: t.transpose(1, 2)[e, keep].transpose(1, 2), optimizers)
+        _cut(module.down, lambda t: t.transpose(1, 2)[e, keep].transpose(1, 2), optimizers)
+    elif isinstance(module, MoE):
+        for p in (module.gate_up, module.down, module.gate.weight):
+            _cut(p, lambda t: t[keep], optimizers)
+        gate = module.gate
+        gate.e_score_correction_bias = gate.e_score_correction_bias[keep].clone()
+        gate.load = gate.load[keep].clone()
+        gate.cfg = dataclasses.replace(gate.cfg, n_routed_experts=len(keep))
+    model.cfg = dataclasses.replace(model.cfg, layer_sizes=sizes_of(model))
+
+
+def _cut(p: Tensor, f: Callable[[Tensor], Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
+    old = p.shape
+    for optimizer in optimizers:
+        state = optimizer.state.get(p, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == old:
+                state[key] = f(value).contiguous()
+    p.grad = None
+    p.data = f(p.data).contiguous()
+
+
+def sizes_of(model: DeepSeekLM) -> tuple[LayerSizes, ...]:
+    """The sizes of every layer as they are now, the MTP layer last."""
+    blocks = [*model.layers, *([model.mtp.block] if model.mtp is not None else [])]
+    found = []
+    for block in blocks:
+        mlp = block.mlp
+        if isinstance(mlp, MoE):
+            experts, _, width, _ = mlp.gate_up.shape
+            shared = mlp.shared_experts.gate_proj
+            assert isinstance(shared, Linear)
+            found.append(
+                LayerSizes(
+                    n_routed_experts=experts,
+                    moe_intermediate_size=width,
+                    shared_intermediate_size=shared.weight.shape[0],
+                )
+            )
+        else:
+            assert isinstance(mlp, MLP)
+            found.append(LayerSizes(intermediate_size=mlp.gate_proj.weight.shape[0]))
+    return tuple(found)
+
+
+class PruneHook(BaseHook):
+    """Follows the schedule, measures, cuts, and waits when the loss has risen."""
+
+    def __init__(self, config: PruneConfig, text: Text, settings: Settings, start: int, console: Console):
+        self.config, self.text, self.settings, self.console = config, text, settings, console
+        self.start = start  # MLP parameters at the beginning
+        self.rise = 0.0  # smoothed, nats a token
+        self.waited = 0.0  # progress by which the schedule is late
+        self.last = 0.0  # progress at the last event
+        self.events: list[dict[str, Any]] = []
+
+    def before_step(self, trainer: Trainer) -> None:
+        """Cuts when an event is due."""
+        if trainer.step % self.config.every or trainer.progress < self.config.begin:
+            return
+        model = model_of(trainer.model)
+        since, self.last = trainer.progress - self.last, trainer.progress
+        if torch.tensor(self.rise).expm1() > self.config.bound:
+            self.waited += since
+            self._note(trainer, {"event": "wait", "removed": self.removed(model)})
+            return
+        wanted = self._wanted(trainer.progress - self.waited)
+        if self.removed(model) >= wanted:
+            return
+        batch = self.text.batches.next(self.config.calibration_windows, self.settings.window)
+        activities = measure(model, batch, self.config.tau)
+        busy = busy_share(activities)
+        while (removed := self.removed(model)) < wanted:
+            choices = candidates(model, activities, self.config)
+            cut = min(choices, key=lambda c: c.cost / c.parameters, default=None)
+            if cut is None:
+                break
+            apply_cut(model, cut, trainer.optimizers)
+            seen = activities[cut.name]
+            (seen.keep_neurons if cut.kind == "neurons" else seen.keep_experts)(cut.keep)
+            what = {
+                "event": cut.kind,
+                "name": cut.name,
+                "kept": cut.keep.shape[-1],
+                "cost": round(cut.cost, 5),
+            }
+            self._note(trainer, what | {"removed": round(removed, 4), "busy": round(busy, 4)})
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Watches the loss."""
+        self.rise = 0.9 * self.rise + 0.1 * trainer.metrics["rise"]
+        trainer.metrics["removed"] = self.removed(model_of(trainer.model))
+
+    def removed(self, model: DeepSeekLM) -> float:
+        """Share of the MLP parameters that is gone."""
+        return 1 - mlp_parameters(model) / self.start
+
+    def _wanted(self, progress: float) -> float:
+        scale = 1_000_000  # the schedule counts whole steps
+        begin, end = int(self.config.begin * scale), int(self.config.end * scale)
+        return cubic_sparsity(int(progress * scale), begin, end, self.config.target)
+
+    def _note(self, trainer: Trainer, what: dict[str, Any]) -> None:
+        row = {"step": trainer.step, "tokens": trainer.tokens, "rise": round(self.rise, 5), **what}
+        self.events.append(row)
+        self.console.print(" ".join(f"{k}={v}" for k, v in row.items()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's place; sizes are needed before the model can be filled."""
+        return {
+            "rise": self.rise, "waited": self.waited, "last": self.last, "events": self.events,
+            "start": self.start,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on there."""
+        for name in ("rise", "waited", "last", "events", "start"):
+            setattr(self, name, state[name])
+
+
+def model_of(module: nn.Module) -> DeepSeekLM:
+    """The trainer's model, which is a DeepSeekLM here."""
+    assert isinstance(module, DeepSeekLM)
+    return module

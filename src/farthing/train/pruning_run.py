@@ -1,0 +1,136 @@
+"""`farthing train prune`: a trained checkpoint in, a smaller one out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from farthing.model.config import LayerSizes
+from farthing.train.activity import busy_share, measure
+from farthing.train.distill import distillation
+from farthing.train.export import load_checkpoint, save_checkpoint
+from farthing.train.finetune import Settings, Text, adam, curve, freeze_top, perplexity
+from farthing.train.loop import LoopConfig, Schedule, Trainer
+from farthing.train.model import DeepSeekLM
+from farthing.train.picture import draw
+from farthing.train.pruning import PruneConfig, PruneHook, mlp_parameters, model_of
+
+
+def build(
+    settings: Settings, config: PruneConfig, console: Console, resume: bool = False
+) -> tuple[Trainer, Text, DeepSeekLM]:
+    """A trainer ready to run (or, with `resume`, to load), its text, and the unpruned teacher."""
+    torch.manual_seed(settings.seed)
+    text = Text.load(settings)
+    teacher = load_checkpoint(settings.model).to(settings.device).eval()
+    student = copy.deepcopy(teacher)
+    start = mlp_parameters(student)
+    if resume:
+        student = _with_sizes_of(settings, student)
+    for model in (teacher, student):
+        model.set_compute_dtype(torch.bfloat16)
+    freeze_top(student)
+    optimizer = adam([{"params": [p for p in student.parameters() if p.requires_grad], "lr": config.lr}])
+    loop = LoopConfig(
+        settings.out, None, settings.tokens, Schedule(warmup=0.02, decay=0.5), threads=settings.threads,
+        eval_minutes=1.0, save_minutes=2.0,
+    )  # fmt: skip
+
+    def loss(module: nn.Module, tokens: Tensor, trainer: Trainer) -> dict[str, Tensor]:
+        return distillation(
+            model_of(module), teacher, tokens, config.hard, config.mtp_weight, config.mtp_share
+        )
+
+    def score(trainer: Trainer) -> dict[str, float]:
+        value = perplexity(model_of(trainer.model), text.heldout, settings.window, settings.eval_tokens)
+        return {"perplexity": value}
+
+    trainer = Trainer(
+        student, [optimizer], text.batches, lambda t: text.micro_batches(settings), loss, loop,
+        [PruneHook(config, text, settings, start, console)], evaluate=score, console=console,
+    )  # fmt: skip
+    return trainer, text, teacher
+
+
+def _with_sizes_of(settings: Settings, model: DeepSeekLM) -> DeepSeekLM:
+    """A model of the sizes that an interrupted run had reached."""
+    file = settings.out / "state.pt"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: there is no run to resume in this folder")
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
+    sizes = []
+    for i in range(model.cfg.num_hidden_layers + model.cfg.num_nextn_predict_layers):
+        prefix = f"layers.{i}.mlp." if i < model.cfg.num_hidden_layers else "mtp.block.mlp."
+        if f"{prefix}gate_up" in state:
+            experts, _, width, _ = state[f"{prefix}gate_up"].shape
+            shared = len(state[f"{prefix}shared_experts.gate_proj.weight"])
+            sizes.append(LayerSizes(None, experts, width, shared))
+        else:
+            sizes.append(LayerSizes(len(state[f"{prefix}gate_proj.weight"])))
+    return DeepSeekLM(dataclasses.replace(model.cfg, layer_sizes=tuple(sizes))).to(settings.device)
+
+
+def train_prune(
+    settings: Settings, config: PruneConfig, resume: bool = False, console: Console | None = None
+) -> dict[str, Any] | None:
+    """The whole run: writes OUT/checkpoint, OUT/prune.json and OUT/prune.png.
+
+    Returns the summary, or None when it was interrupted (state is saved).
+    """
+    console = console or Console(stderr=True)
+    trainer, text, teacher = build(settings, config, console, resume)
+    if resume:
+        trainer.load()
+    if not trainer.run():
+        return None
+    model, hook = model_of(trainer.model), trainer.hooks[0]
+    assert isinstance(hook, PruneHook)
+    removed = hook.removed(model)
+    if removed < config.target:
+        console.print(f"only {removed:.1%} of {config.target:.1%} went: the loss did not allow more")
+    out = settings.out / "checkpoint"
+    summary: dict[str, Any] = {
+        "removed": removed,
+        "target": config.target,
+        "activity": _activity(model, text, settings, config),
+        "perplexity": {
+            "before": perplexity(teacher, text.heldout, settings.window, settings.eval_tokens),
+            "after": perplexity(model, text.heldout, settings.window, settings.eval_tokens),
+        },
+        "weights_bytes": save_checkpoint(model, text.tokenizer, out),
+        "layer_sizes": [dataclasses.asdict(s) for s in model.cfg.layer_sizes],
+        "minutes": trainer.active_seconds / 60,
+        "tokens": trainer.tokens,
+        "events": hook.events,
+        "curve": trainer.record,
+    }
+    (settings.out / "prune.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    steps = [(0.0, 0.0), *((e["tokens"], e["removed"]) for e in hook.events), (trainer.tokens, removed)]
+    draw(
+        settings.out / "prune.png", {"held-out": curve(trainer, "perplexity")}, "perplexity",
+        {"removed": steps}, "share of MLP parameters gone", {"unpruned": summary["perplexity"]["before"]},
+    )  # fmt: skip
+    return summary
+
+
+def _activity(
+    model: DeepSeekLM, text: Text, settings: Settings, config: PruneConfig
+) -> dict[str, float | int | str]:
+    """How busy the kept neurons are on held-out text, with the parameters of the definition."""
+    ids = [d for d in text.heldout if len(d) > settings.window][: config.calibration_windows]
+    rows = [torch.from_numpy(d[: settings.window + 1].astype("int64")) for d in ids]
+    tokens = torch.stack(rows).to(settings.device)
+    activities = measure(model, tokens, config.tau)
+    return {
+        "definition": "|h_j| ||W_down[:, j]|| > tau * the token's mean over the MLP's neurons",
+        "tau": config.tau,
+        "on_at_least": 0.5,
+        "tokens": tokens.shape[0] * settings.window,
+        "busy_neurons": busy_share(activities),
+    }

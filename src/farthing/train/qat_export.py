@@ -1,0 +1,102 @@
+"""From a quantization-aware training run to a compressed-tensors checkpoint that the engine serves.
+
+Weights are written as the integers the training rounded to. Below 8 bits the inputs' rounding is written too
+(`input_activations` of 4 bits in the weights' groups, and each module's `input_clip`), and the CPU kernels
+follow it: 4-bit integers in int8 registers. Other servers that read the checkpoint round as they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint import CheckpointWriter
+from farthing.checkpoint import compressed_tensors as ct
+from farthing.ops.weights import Weight, pack_int4
+from farthing.train.export import config_json, pack, to_tensors
+from farthing.train.lsq import QuantizedProduct
+from farthing.train.qat import QatModel
+
+# Projections that read the same tensor are one matrix when served: their inputs are rounded once.
+SIBLINGS = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
+
+
+@torch.no_grad()
+def tie_inputs(student: QatModel) -> None:
+    """Gives projections that read the same tensor the same clip, the geometric mean of what each learned."""
+    for name in student.weights():
+        parent, _, last = name.rpartition(".")
+        for first, second in SIBLINGS:
+            if last != first:
+                continue
+            pair = [student.product_of(f"{parent}.{part}").input_quantizer for part in (first, second)]
+            mean = torch.stack([q.log_scale for q in pair]).mean()
+            for quantizer in pair:
+                quantizer.log_scale.copy_(mean)
+
+
+def save_quantized(student: QatModel, source: Path, out: Path) -> int:
+    """Writes the student as it stands, in 4-bit weights; returns the bytes of the weight files.
+
+    Raises ValueError where a product is not at 4-bit weights with group ranges, which is what kernels have.
+    """
+    tie_inputs(student)
+    tensors = pack(to_tensors(student.net), fp8=False)
+    keys: dict[str, ct.GroupKey | None] = {"lm_head": None}
+    writer = CheckpointWriter(out)
+    done: set[str] = set()
+    for name, weight in student.weights().items():
+        product = student.product_of(name)
+        for module, matrix, clip in _matrices(student, name, weight, product):
+            activations = "group4" if clip is not None else "token"
+            keys[module] = ct.GroupKey("int4", matrix.group_size, True, activations)
+            for key, tensor in ct.encode(module, matrix).items():
+                writer.add(key, tensor)
+            if clip is not None:
+                writer.add(f"{module}.input_clip", torch.tensor(clip))
+            done.add(f"{module}.weight")
+    for key, tensor in tensors.items():
+        if key not in done:
+            writer.add(key, tensor)
+    config = config_json(student.net.cfg, fp8=False)
+    writer.close(config | {"quantization_config": ct.quantization_config(keys)}, copy_from=source)
+    return sum(file.stat().st_size for file in out.glob("*.safetensors"))
+
+
+def _matrices(
+    student: QatModel, name: str, weight: Tensor, product: QuantizedProduct
+) -> list[tuple[str, Weight, float | None]]:
+    """(module in the checkpoint, its matrix, clip of its input or None) for one product."""
+    inputs = product.input_quantizer
+    if product.weight_quantizer.bits != 4 or inputs.kind != "group" or inputs.bits == 16:
+        raise ValueError(
+            f"{name} is at {product.weight_quantizer.bits}-bit weights and {inputs.bits}-bit inputs by "
+            f"{inputs.kind}; expected 4-bit weights and 4- or 8-bit inputs by group"
+        )
+    clip = float(inputs.log_scale.exp()) if inputs.bits == 4 else None
+    q, scale = product.weight_quantizer.integers(weight)
+    matrices = [Weight("int4", pack_int4(q[b]), scale[b].float().contiguous()) for b in range(len(q))]
+    module = module_name(name, student.net.cfg.num_hidden_layers)
+    if name.endswith(".gate_up"):
+        mlp, half = module.removesuffix(".gate_up"), q.shape[1] // 2
+        found = []
+        for b, matrix in enumerate(matrices):
+            assert matrix.scale is not None
+            for part, rows in (("gate_proj", slice(0, half)), ("up_proj", slice(half, None))):
+                own = dataclasses.replace(matrix, data=matrix.data[rows], scale=matrix.scale[rows])
+                found.append((f"{mlp}.experts.{b}.{part}", own, clip))
+        return found
+    if name.endswith("mlp.down"):
+        mlp = module.removesuffix(".down")
+        return [(f"{mlp}.experts.{b}.down_proj", m, clip) for b, m in enumerate(matrices)]
+    return [(module, matrices[0], clip)]
+
+
+def module_name(name: str, hidden_layers: int) -> str:
+    """The training model's name of a projection -> the checkpoint's module."""
+    if name.startswith("mtp."):
+        return f"model.layers.{hidden_layers}." + name.removeprefix("mtp.").removeprefix("block.")
+    return f"model.{name}"
