@@ -38,6 +38,8 @@ struct Matrix {
   int panels = 0;
   bool zero = false;
   bool sparse = false;
+  float act_top = 127.0f;  // largest integer of the activations, 7 for 4 bits (held in int8) …
+  float act_clip = 1.0f;   // … and the share of a group's largest magnitude that it stands for
   size_t stride = 0;                    // bytes of a dense record
   const uint64_t* offsets = nullptr;    // [panels + 1] of a sparse matrix, from base[0]
   int parts = 1;                        // NUMA nodes

@@ -35,18 +35,26 @@ void round_to_bf16(const float* x, int k, uint16_t* out) {
   }
 }
 
-// Largest |x| to 127. k is padded to whole vectors with zeros by the caller.
-inline float quantize_group(const float* x, int k, int8_t* q) {
+// clip * largest |x| to `top`, what lies beyond is clamped. k is padded to whole vectors with zeros by the caller.
+inline float quantize_group(const float* x, int k, int8_t* q, float top_level, float clip) {
   f32x16 top = {};
   for_lanes(k, [&](int i) { top = max(top, abs(loadf(x + i))); });
-  const float amax = reduce_max(top);
-  const float inverse = amax > 1e-30f ? 127.0f / amax : 0.0f;
+  const float amax = reduce_max(top) * clip;
+  const float inverse = amax > 1e-30f ? top_level / amax : 0.0f;
   const f32x16 magic = splat(12582912.0f);  // rounds to nearest even in the low bits
+  if (clip < 1.0f) {
+    for_lanes(k, [&](int i) {
+      const f32x16 v = min(max(loadf(x + i) * inverse, splat(-top_level)), splat(top_level));
+      const f32x16 r = v + magic;
+      store(q + i, __builtin_convertvector(load<i32x16>(&r) - 0x4b400000, i8x16));
+    });
+    return amax / top_level;
+  }
   for_lanes(k, [&](int i) {
     const f32x16 r = fma(loadf(x + i), splat(inverse), magic);
     store(q + i, __builtin_convertvector(load<i32x16>(&r) - 0x4b400000, i8x16));
   });
-  return amax / 127.0f;
+  return amax / top_level;
 }
 
 inline int sum_bytes(const int8_t* q, int k) {
@@ -69,7 +77,7 @@ void quantize(const Matrix& w, const Act& x, int row, int at, const float* value
       for (int i = 0; i < padded; ++i) tail[i] = i < n ? from[i] : 0.0f;
       from = tail;
     }
-    x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_group(from, padded, q + at + done);
+    x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_group(from, padded, q + at + done, w.act_top, w.act_clip);
     x.comp[static_cast<size_t>(row) * x.groups + g] = offset * sum_bytes(q + at + done, padded);
     if (!x.block_comp) continue;
     int32_t* blocks = x.block_comp + static_cast<size_t>(row) * x.blocks + (at + done) / kBlock;

@@ -20,7 +20,7 @@ from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"
 # Suffixes a quantized module may hold besides its weight; activation scales are recomputed per token.
-OPTIONAL = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+OPTIONAL = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_clip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Scheme:
     symmetric: bool
     strategy: str  # tensor | channel | group | block
     group_size: int | None
+    input_bits: int = 8  # fewer: a quantization-aware training asked for it
 
     def __str__(self) -> str:
         return f"{self.storage} {self.bits} bit {self.strategy}"
@@ -107,9 +108,16 @@ def _scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
     storage = group.get("format") or default
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
+    inputs = group.get("input_activations") or {}
+    coarse = inputs.get("type", "int") == "int" and inputs.get("num_bits", 8) < 8
+    if coarse and (inputs.get("strategy"), inputs.get("group_size")) != ("group", weights.get("group_size")):
+        raise CheckpointError(
+            f"{where}.input_activations is {inputs!r}; below 8 bits expected the weights' own groups"
+        )
     scheme = Scheme(
-        storage, int(bits or 0), bool(weights.get("symmetric", True)), strategy, weights.get("group_size")
-    )
+        storage, int(bits or 0), bool(weights.get("symmetric", True)), strategy, weights.get("group_size"),
+        int(inputs["num_bits"]) if coarse else 8,
+    )  # fmt: skip
     supported = {
         ("int-quantized", 8, "int"): ("tensor", "channel"),
         ("int-quantized", 4, "int"): ("tensor", "channel", "group"),
@@ -243,7 +251,8 @@ class GroupKey:
     format: str  # int8 | int4 | fp8
     group_size: int = 0
     symmetric: bool = True
-    activations: str | None = None  # int8 and int4: token (dynamic) | tensor (static) | None (kept)
+    # token (dynamic) | tensor (static) | None (kept); int4 also group4: 4 bits, the weights' groups
+    activations: str | None = None
 
 
 def key_of(weight: Weight, activations: str | None = None) -> GroupKey | None:
@@ -290,9 +299,11 @@ def _group(key: GroupKey, targets: Iterable[str]) -> dict[str, Any]:
         weights = _args(8, "float", "block", block_structure=[128, 128])
         inputs: dict[str, Any] | None = _args(8, "float", "group", group_size=128, dynamic=True)
     else:
-        inputs = (
-            _args(8, "int", key.activations, dynamic=key.activations == "token") if key.activations else None
-        )
+        inputs = None
+        if key.activations == "group4":
+            inputs = _args(4, "int", "group", group_size=key.group_size, dynamic=True)
+        elif key.activations:
+            inputs = _args(8, "int", key.activations, dynamic=key.activations == "token")
         if key.format == "int8":
             storage, weights = "int-quantized", _args(8, "int", "channel")
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.error import CheckpointError
 from farthing.checkpoint.shards import Shards, read_json
-from farthing.ops.weights import FP8_BLOCK, Weight
+from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -211,12 +212,17 @@ class Checkpoint:
         self._used.update(f"{module}.{s}" for s in ct.OPTIONAL)
         try:
             self._check_dtype(scheme, tensors)
-            return self._checked(module, ct.decode(scheme, tensors))
+            weight = self._checked(module, ct.decode(scheme, tensors))
+            return weight if scheme.input_bits == 8 else replace(weight, inputs=self._inputs(module, scheme))
         except CheckpointError as error:
             if str(error).startswith(str(self.path)):
                 raise
             name = f"{module}.{suffixes[0]}"
             raise CheckpointError(f"{self._where(name)}: {module}.{error}") from None
+
+    def _inputs(self, module: str, scheme: ct.Scheme) -> InputRounding:
+        name = f"{module}.input_clip"
+        return InputRounding(scheme.input_bits, float(self.tensor(name)) if self.has(name) else 1.0)
 
     def _check_dtype(self, scheme: ct.Scheme, tensors: dict[str, Tensor]) -> None:
         if scheme.storage == "pack-quantized":

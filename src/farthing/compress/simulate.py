@@ -73,6 +73,10 @@ class Activations:
             return round_fp8_group
         if kind == "token":
             return round_token
+        if kind == "group":
+            weight = self.checkpoint.weight(module)
+            inputs, group = weight.inputs, weight.group_size
+            return None if inputs is None else lambda x: inputs(x, group)
         if kind == "tensor":
             scale = self.checkpoint.tensor(f"{module}.input_scale").float()
             return lambda x: round_tensor(x, scale)

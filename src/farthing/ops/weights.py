@@ -16,6 +16,29 @@ FP8_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
+class InputRounding:
+    """How inputs are rounded for a matrix that was trained for it, coarser than a kernel's own 8 bits.
+
+    Every row and group of columns: integers in [-top, top] with the scale clip * amax / top.
+    """
+
+    bits: int
+    clip: float = 1.0
+
+    @property
+    def top(self) -> int:
+        """The largest integer."""
+        return (1 << (self.bits - 1)) - 1
+
+    def __call__(self, x: Tensor, group: int) -> Tensor:
+        """x [..., K] as the kernel sees it."""
+        groups = x.unflatten(-1, (-1, group))
+        scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) * (self.clip / self.top)
+        rounded: Tensor = (groups / scale).round().clamp(-self.top, self.top) * scale
+        return rounded.flatten(-2)
+
+
+@dataclass(frozen=True, slots=True)
 class Weight:
     """A matrix [N, K] in one of four storage formats. `dequantize()` defines its value.
 
@@ -32,6 +55,7 @@ class Weight:
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     rounded: bool = False  # dense, and the value of a quantized weight: a slice that tears its scale blocks
+    inputs: InputRounding | None = None  # int4 only: as coarse as training asked for
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from farthing import _native
 from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, MoEWeights, Ops, RouterSpec
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
-from farthing.ops.cpu.packing import pack, pack_dense, plan
+from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
 from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX
-from farthing.ops.weights import Weight
+from farthing.ops.weights import InputRounding, Weight
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
 MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
@@ -83,6 +83,7 @@ class CpuOps(Ops):
         self._quantization = self._file.quantization if self._file else quantization
         self.packed_from = self._file.source if self._file else None
         self._blobs: dict[str, Any] = {}
+        self._inputs: dict[str, InputRounding] = {}  # of matrices whose inputs are coarser than 8 bits
 
     # -- packing
 
@@ -107,11 +108,19 @@ class CpuOps(Ops):
         """The packed matrix of that name from the file, if it is there."""
         if self._file is None or name not in self._file:
             return None
-        return self._keep(name, self._native.view(*self._file.matrix(name)))
+        packed = self._native.view(*self._file.matrix(name))
+        return self._keep(name, self._round_inputs(name, packed, self._file.inputs(name)))
 
     def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False) -> Any:
         target = plan(weights, self._quantization)
-        return self._keep(name, pack(self._native, weights, target, interleave))
+        packed = pack(self._native, weights, target, interleave)
+        return self._keep(name, self._round_inputs(name, packed, inputs_of(weights)))
+
+    def _round_inputs(self, name: str, packed: Any, inputs: InputRounding | None) -> Any:
+        if inputs is not None:
+            self._inputs[name] = inputs
+            packed.round_inputs(inputs.top, inputs.clip)
+        return packed
 
     def _tensor(self, name: str, value: Callable[[], Tensor]) -> Tensor:
         if self._file is not None and name in self._file:
@@ -230,7 +239,7 @@ class CpuOps(Ops):
         ]
 
     def save_packed(self, path: str) -> None:
-        write_packed(path, self._quantization, self._blobs.items(), self.source)
+        write_packed(path, self._quantization, self._blobs.items(), self.source, self._inputs)
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from farthing.ops.weights import InputRounding
 
 MAGIC = b"FARTHPK1"
 VERSION = 1
@@ -66,11 +68,21 @@ class PackedFile:
         raw = self._map[entry["offset"] : entry["offset"] + entry["bytes"]].copy()
         return torch.from_numpy(raw).view(getattr(torch, entry["dtype"])).view(entry["shape"])
 
+    def inputs(self, name: str) -> InputRounding | None:
+        """How the inputs of a packed matrix are rounded, where coarser than to 8 bits."""
+        stored = self._entries[name].get("inputs")
+        return None if stored is None else InputRounding(*stored)
+
 
 def write_packed(
-    path: str | Path, quantization: str | None, blobs: Iterable[tuple[str, Any]], source: str = ""
+    path: str | Path,
+    quantization: str | None,
+    blobs: Iterable[tuple[str, Any]],
+    source: str = "",
+    inputs: Mapping[str, InputRounding] | None = None,
 ) -> None:
     """Write (name, packed matrix or tensor) pairs; the file appears only when it is whole."""
+    inputs = inputs or {}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     entries: dict[str, dict[str, Any]] = {}
@@ -84,7 +96,8 @@ def write_packed(
             else:
                 data = np.empty(blob.serialized_bytes, dtype=np.uint8)
                 blob.serialize(data.ctypes.data)
-                entries[name] = {}
+                coarse = inputs.get(name)
+                entries[name] = {"inputs": [coarse.bits, coarse.clip]} if coarse else {}
             entries[name] |= {"offset": offset, "bytes": data.nbytes}
             file.write(data.data)
             file.write(bytes(-file.tell() % PAGE))

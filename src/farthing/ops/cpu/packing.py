@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farthing.ops.weights import Weight
+from farthing.ops.weights import InputRounding, Weight
 
 # Share of zero 16 x 16 blocks from which the block-sparse form is faster than the dense one.
 SPARSE_FROM = 0.2
@@ -80,6 +80,14 @@ def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
     """One format for matrices that are packed as one; float32 where theirs differ."""
     plans = {_plan_one(w, quantization) for w in weights}
     return plans.pop() if len(plans) == 1 else Plan(PackedFormat.F32)
+
+
+def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
+    """How the common input of stacked matrices is rounded; None: to 8 bits, as all are."""
+    found = [w.inputs for w in weights]
+    if None in found or len({i.bits for i in found if i}) != 1:
+        return None
+    return InputRounding(found[0].bits, sum(i.clip for i in found if i) / len(found))  # type: ignore[union-attr]
 
 
 def _source(w: Weight, target: Plan) -> tuple[tuple[int, int, int, int, int, int, int], list[Tensor]]:
