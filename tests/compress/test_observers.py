@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.compress.calibrate.activations import choose
+from farthing.compress.calibrate.activations import choose, refine
 from farthing.compress.calibrate.histogram import BINS, Histogram
 from farthing.compress.calibrate.observers import (
     EPS,
@@ -159,3 +159,34 @@ def test_the_winner_has_the_least_measured_error() -> None:
     assert static.errors[static.winner] <= min(choice.errors[n] for n in names)
     forced = choose(of(rows), rows, [(w, w)], ("kl",), dynamic=False)
     assert forced.winner == "kl" and forced.scale is not None
+
+
+def test_the_search_finds_the_valley_and_a_deep_ripple() -> None:
+    def error(scale: float) -> float:
+        return (scale - 1.37) ** 2 + 0.002 * math.sin(400 * scale) + 1
+
+    scale, least = refine(1.0, error)
+    dense = min(error(0.5 + i / 10_000) for i in range(15_000))
+    assert least == error(scale) and least - dense < 0.003
+    assert refine(1.37, lambda s: abs(s - 1.37))[1] == 0
+
+
+@pytest.mark.parametrize("tail", [0.0, 8.0, 60.0])
+def test_never_worse_than_a_common_entropy_calibrator(tail: float) -> None:
+    calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(256, 32, generator=generator)
+    rows = torch.nn.functional.silu(rows) * torch.randn(256, 32, generator=generator)
+    rows[0, 0] += tail
+    w = torch.randn(16, 32, generator=generator)
+    exact = rows @ w.T
+    ours = choose(of(rows), rows, [(w, w)], ("kl", "mse", "percentile", "minmax"), dynamic=False)
+    for bins in (128, 2048):
+        collector = calibrate.HistogramCollector(
+            method="entropy", symmetric=True, num_bins=bins, num_quantized_bins=128, percentile=99.99,
+            scenario="same",
+        )  # fmt: skip
+        collector.collect({"x": [rows.numpy()]})
+        scale = max(abs(float(v)) for v in collector.compute_entropy()["x"][:2]) / 127
+        theirs = ((rows / scale).round().clamp(-128, 127) * scale - rows) @ w.T
+        assert ours.errors[ours.winner] <= float(theirs.square().sum() / exact.square().sum()) * (1 + 1e-6)

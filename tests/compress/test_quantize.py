@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -110,24 +111,44 @@ def test_the_shrunk_range_has_the_least_weighted_error() -> None:
         assert bool((best <= error(int8_grid(w).scale * factor) + 1e-6).all())
 
 
+def test_a_clip_may_count_how_columns_vary_together() -> None:
+    w, x = random(0, 1, 4, 64), correlated(3, 200, 64)
+    w[0, 0, 0] = 9
+
+    def error(scale: Tensor) -> Tensor:
+        full = scale.repeat_interleave(32, -1)
+        delta = ((w / full).round().clamp(-8, 7) * full - w)[0].view(4, 2, 32)
+        return torch.stack(
+            [(x[:, 32 * g : 32 * g + 32] @ delta[:, g].T).square().sum(0) for g in range(2)], 1
+        )
+
+    best = error(int4_grid(w, 32, gram=(x.T @ x)[None]).scale)
+    start = int4_grid(w, 32).scale * 0 + w.view(1, 4, 2, 32).abs().amax(-1) / 7.5
+    for factor in (7.5 / 7, 1.0, 0.92, 0.8, 0.7, 0.6):
+        assert bool((best <= error(start * factor) * (1 + 1e-4)).all())
+
+
 def test_awq_is_the_grid_search_of_its_paper() -> None:
     x = correlated(0, 200, 64)
     x[:, 3] *= 30
     weights, magnitude = [random(5, 16, 64), random(6, 24, 64)], x.abs().mean(0)
 
-    def round_to(w: Tensor, energy: Tensor) -> Tensor:
+    def round_to(w: Tensor, gram: Tensor) -> Tensor:
         return int4_grid(w[None], 32).round(w[None])[0]
 
-    s, alpha = awq_scale(weights, [x.T @ x] * 2, magnitude, round_to)
+    best = awq_scale(weights, [x.T @ x] * 2, magnitude, round_to)
+    size = torch.cat([w.abs() / w.abs().max(dim=1, keepdim=True).values for w in weights]).mean(0)
     errors = {}
-    for i in range(11):
-        trial = magnitude ** (i / 10)
+    for i, duo in itertools.product(range(11), (False, True)):
+        trial = magnitude ** (i / 10) / ((size ** (1 - i / 10) + 1e-4) if duo else 1)
         trial = trial / (trial.max() * trial.min()).sqrt()
-        errors[i / 10] = sum(
-            float(((x / trial) @ round_to(w * trial, magnitude).T - x @ w.T).square().sum()) for w in weights
+        errors[i / 10, duo] = sum(
+            float(((x / trial) @ round_to(w * trial, x.T @ x).T - x @ w.T).square().sum()) for w in weights
         )
-    assert errors[alpha] == pytest.approx(min(errors.values()), rel=1e-3)
-    assert errors[alpha] < errors[0.0]
+    assert errors[best.alpha, best.duo] == pytest.approx(min(errors.values()), rel=1e-3)
+    assert errors[best.alpha, best.duo] < errors[0.0, False]
+    assert best.error == pytest.approx(min(errors.values()) / errors[0.0, False], rel=1e-2)
+    s = best.factor
     torch.testing.assert_close((x / s) @ (weights[0] * s).T, x @ weights[0].T, rtol=1e-3, atol=1e-2)
 
 

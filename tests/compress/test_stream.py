@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from farthing.compress.api import Options, compress
 from farthing.compress.corpus import Corpus, load_corpus
 from farthing.compress.evaluate import paged_batch
 from farthing.compress.gate import load_for
-from farthing.compress.recipe import RECIPES, Recipe, load_recipe
+from farthing.compress.recipe import RECIPES, Prune, Recipe, load_recipe
 from farthing.compress.stream import Job, run
 from farthing.model import load
 from farthing.ops import select
@@ -40,7 +41,10 @@ def test_every_recipe_writes_a_model_the_engine_loads(
     name: str, model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
     options = Options(calibration=data, data=data, backend="simulate", window=64)
-    outcome = compress(model_dir, tmp_path / "out", RECIPES[name], options)
+    recipe = RECIPES[name]
+    if recipe.prune is not None and recipe.prune.heal_steps:
+        recipe = replace(recipe, prune=replace(recipe.prune, heal_steps=8))
+    outcome = compress(model_dir, tmp_path / "out", recipe, options)
     document = outcome.to_json()
     assert document["size_after"] > 0 and document["drop_interval"][0] <= document["drop"]
     report = json.loads(Path(document["report"]).read_text())
@@ -157,6 +161,38 @@ def test_dropping_experts_keeps_the_most_salient_of_each_group(data: Path, tmp_p
     assert torch.equal(before.tensor(router)[kept], after.tensor(router))
 
 
+@pytest.mark.parametrize("name", ["prune30-block16", "int4-block16-40"])
+def test_whole_blocks_are_zero_in_what_is_written(
+    name: str, model_dir: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    prune = RECIPES[name].prune
+    assert prune is not None
+    run(Job(model_dir, tmp_path, replace(RECIPES[name], prune=replace(prune, heal_steps=2)), corpus))
+    checkpoint = Checkpoint.open(tmp_path)
+    for part in ("gate", "up", "down"):
+        blocks = [
+            checkpoint.weight(f"model.layers.1.mlp.experts.{e}.{part}_proj").dequantize() for e in range(8)
+        ]
+        zero = torch.stack(blocks).view(8, 4, 16, 4, 16).eq(0).all(4).all(2)
+        # a block of one token's worth of energy may round to zero as well, so at least as many
+        assert float(zero.double().mean()) == pytest.approx(prune.sparsity, abs=0.02)
+    assert checkpoint.weight("model.layers.1.self_attn.o_proj").dequantize().ne(0).double().mean() > 0.8
+
+
+def test_healing_brings_a_pruned_layer_closer_and_zeros_stay(
+    model_dir: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    prune = Prune("16x16", 0.5, heal_steps=60)
+    state = run(Job(model_dir, tmp_path / "healed", Recipe("x", "keep", prune=prune), corpus))
+    assert [h["layer"] for h in state.healed] == [0, 1, 2]
+    assert all(h["after"] < h["before"] for h in state.healed)
+    run(Job(model_dir, tmp_path / "not", Recipe("x", "keep", prune=replace(prune, heal_steps=0)), corpus))
+    healed, plain = (Checkpoint.open(tmp_path / p) for p in ("healed", "not"))
+    name = "model.layers.0.mlp.up_proj.weight"  # the first layer's mask cannot depend on healing
+    a, b = healed.tensor(name), plain.tensor(name)
+    assert torch.equal(a == 0, b == 0) and not torch.equal(a, b)
+
+
 def test_calibration_sees_what_a_plain_forward_sees(model_dir: Path, corpus: Corpus) -> None:
     """The recorded gram of the last layer's router input against the serving model's own hidden states."""
     from farthing.compress.calibrate.recorder import Recorder, Wanted
@@ -186,12 +222,15 @@ def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, 
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from farthing.compress.api import Options, compress\n"
+        "from dataclasses import replace\n"
         "from farthing.compress.recipe import RECIPES\n"
+        "recipe = RECIPES['int4-block16-40']\n"
+        "recipe = replace(recipe, prune=replace(recipe.prune, heal_steps=3))\n"
         "def progress(what, done, total):\n"
         "    if what == 'layer 2' and sys.argv[4] == 'kill': os.kill(os.getpid(), signal.SIGKILL)\n"
         "    print(what, flush=True)\n"
         "options = Options(calibration=Path(sys.argv[3]), gate=False)\n"
-        "compress(Path(sys.argv[1]), Path(sys.argv[2]), RECIPES['int4-gptq'], options, progress)\n"
+        "compress(Path(sys.argv[1]), Path(sys.argv[2]), recipe, options, progress)\n"
     )
 
     def go(out: Path, mode: str) -> subprocess.CompletedProcess[str]:
@@ -210,8 +249,9 @@ def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, 
     assert set(a.names()) == set(b.names())
     for name in a.names():
         assert torch.equal(a.tensor(name).view(torch.uint8), b.tensor(name).view(torch.uint8)), name
-    modules = [json.loads((tmp_path / p / "report.json").read_text())["modules"] for p in "ab"]
-    assert modules[0] == modules[1]
+    reports = [json.loads((tmp_path / p / "report.json").read_text()) for p in "ab"]
+    assert reports[0]["modules"] == reports[1]["modules"] and len(reports[0]["healed"]) == 3
+    assert reports[0]["healed"] == reports[1]["healed"]
 
 
 def test_another_job_does_not_resume_and_a_finished_model_is_not_overwritten(

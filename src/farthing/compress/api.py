@@ -12,7 +12,7 @@ from typing import Any
 
 from farthing.checkpoint import Checkpoint
 from farthing.compress.adaptive import AdaptivePlan, calibrate_adaptive, write_adaptive
-from farthing.compress.corpus import Corpus, calibration_corpus, load_corpus
+from farthing.compress.corpus import Corpus, calibration_corpus, halves, load_corpus
 from farthing.compress.evaluate import Comparison, Verdict, compare
 from farthing.compress.gate import held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
@@ -77,7 +77,13 @@ def compress(
     options = options or Options()
     start = time.monotonic()
     config = ModelConfig.from_directory(source)
-    corpus = _calibration(source, recipe, options, config) if recipe.needs_data else None
+    corpus: Corpus | None = None
+    judged: Corpus | None = None
+    if recipe.adaptive and options.calibration is None:
+        # The rule is chosen by its loss, which text the model was trained on would flatter.
+        corpus, judged = halves(_held_out(source, options, config))
+    elif recipe.needs_data:
+        corpus = _calibration(source, recipe, options, config)
     plan: PlanResult | None = None
     adaptive: AdaptivePlan | None = None
     state = Progressed("")
@@ -91,7 +97,10 @@ def compress(
         state = run(Job(source, out, recipe, corpus, plan.format if plan else None, options.export), progress)
     seconds = time.monotonic() - start
     peak = peak_memory()
-    quality = _measure(source, out, options, config, progress) if options.gate else None
+    quality = None
+    if options.gate:
+        judged = judged or _held_out(source, options, config)
+        quality = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
     report = Report(
         recipe=recipe.to_json() | ({"calibrated": adaptive.to_json()} if adaptive else {}),
@@ -102,6 +111,7 @@ def compress(
         peak_memory=peak,
         modules=state.modules,
         coverage=state.coverage,
+        healed=state.healed,
         plan=plan.to_json() if plan else None,
         quality=quality,
         verdict=verdict,
@@ -135,12 +145,15 @@ def _calibration(source: Path, recipe: Recipe, options: Options, config: ModelCo
     return calibration_corpus(source, held_out, recipe.calibration_tokens, window, config.bos_token_id)
 
 
-def _measure(
-    source: Path, out: Path, options: Options, config: ModelConfig, progress: Progress | None
-) -> Comparison:
+def _held_out(source: Path, options: Options, config: ModelConfig) -> Corpus:
     window = min(options.window, config.max_position_embeddings)
     data = options.data or held_out_sample()
-    corpus = load_corpus(data, source, window, options.max_tokens, config.bos_token_id)
+    return load_corpus(data, source, window, options.max_tokens, config.bos_token_id)
+
+
+def _measure(
+    source: Path, out: Path, options: Options, corpus: Corpus, progress: Progress | None
+) -> Comparison:
     # A model is compared with its source in the source's best arithmetic: dequantized, nothing rounded.
     simulate = options.backend == "simulate"
     a = load_for(source, "reference" if simulate else options.backend)

@@ -152,6 +152,7 @@ class Stream:
     hidden: Tensor  # [T, D]
     next_ids: Tensor  # [T]
     lengths: list[int]
+    unpruned: Tensor | None = None  # [T, D] in the source model, where layers are healed
 
     def chunks(self, tokens: int) -> Iterator[tuple[slice, list[int]]]:
         """Whole windows, about `tokens` tokens at a time."""
@@ -177,7 +178,9 @@ def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Bloc
     router = router_spec(c) if layer.is_moe else None
     if layer.is_mtp:
         hidden_only = {k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)}
-        mtp = MTPLayer(c, ops, MemorySource(hidden_only), layer.index, rope, router, embedding, None)
+        mtp = MTPLayer(
+            c, ops, MemorySource(hidden_only), layer.index, rope, router, embedding, None, _no_head
+        )
         mtp.layer = 0  # the cache below has one layer
 
         def draft(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
@@ -191,6 +194,10 @@ def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Bloc
         return feed_forward(attention(h, batch, cache, 0))
 
     return block
+
+
+def _no_head() -> Weight:
+    raise AssertionError("a layer alone has no head")
 
 
 _COPIES = (".embed_tokens.weight", ".shared_head.head.weight")  # of the main ones, in MTP layers

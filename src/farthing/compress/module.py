@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from farthing.compress.calibrate.activations import REFINE
+from farthing.compress.calibrate.activations import refine
 from farthing.compress.calibrate.histogram import Histogram
 from farthing.compress.calibrate.observers import OBSERVERS, Observer
 from farthing.compress.quantize.grid import int8_grid
@@ -183,13 +183,13 @@ def _choose(
             candidates[observer] = (error, scale, quantized)
         if len(observers) > 1 and len(x):  # look on around the best, as `activations.choose` does
             start = candidates[min(candidates, key=lambda o: candidates[o][0])][1]
-            trials = []
-            for factor in REFINE:
-                quantized = QuantizedLayer(layer, start * factor, weight_scale)
-                trials.append(
-                    (float((quantized(x) - exact).square().sum()) / norm, start * factor, quantized)
-                )
-            candidates["measured"] = min(trials, key=lambda t: t[0])
+
+            def relative(scale: float) -> float:
+                quantized = QuantizedLayer(layer, scale, weight_scale)
+                return float((quantized(x) - exact).square().sum()) / norm
+
+            scale, error = refine(start, relative)
+            candidates["measured"] = (error, scale, QuantizedLayer(layer, scale, weight_scale))
     best = min(candidates, key=lambda o: candidates[o][0])
     errors = {str(o): c[0] for o, c in candidates.items()}
     return LayerChoice(name, best, candidates[best][1], errors), candidates[best][2]

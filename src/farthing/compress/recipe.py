@@ -14,7 +14,16 @@ Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
 Algorithm = Literal["rtn", "gptq"]
 Scaling = Literal["none", "awq", "smoothquant"]
 Activations = Literal["none", "token", "tensor", "best"]
-Compensation = Literal["none", "sweep"]
+Compensation = Literal["none", "sweep", "exact"]
+Scope = Literal["matrix", "family", "global"]
+Targets = Literal["experts", "all"]
+_PRUNE_CHOICES: dict[str, Any] = {
+    "pattern": Pattern,
+    "score": Score,
+    "scope": Scope,
+    "compensation": Compensation,
+    "targets": Targets,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +32,22 @@ class Prune:
 
     pattern: Pattern = "16x16"
     sparsity: float = 0.3
-    score: Score = "energy"
+    score: Score = "obs"
     # Who shares one threshold: nobody, the experts of a layer, or all matrices of a layer.
-    scope: Literal["matrix", "family", "global"] = "family"
-    compensation: Compensation = "sweep"
-    targets: Literal["experts", "all"] = "experts"
+    scope: Scope = "family"
+    # How the weights that stay make up for what was cut: not at all; column by column (SparseGPT); by the
+    # least-squares solution, which is exact and takes a factorization for every strip of rows.
+    compensation: Compensation = "exact"
+    targets: Targets = "experts"  # every feed-forward, or attention as well
+    heal_steps: int = 0  # of gradient descent a layer on the calibration text (`prune/heal.py`)
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        if self.heal_steps < 0:
+            raise ValueError(f"heal_steps is {self.heal_steps}; expected 0 or more")
+        for name, kind in _PRUNE_CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"prune.{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +89,6 @@ class Recipe:
             raise ValueError(f"group_size is {self.group_size}; expected 32, 64 or 128")
         for name in ("experts", "neurons"):
             check_sparsity(getattr(self, name))
-        if self.prune:
-            check_sparsity(self.prune.sparsity)
         for name in ("calibration_tokens", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
@@ -83,13 +101,19 @@ class Recipe:
     @property
     def needs_gram(self) -> bool:
         """Whether second moments of the inputs are needed."""
-        pruned = self.prune is not None and self.prune.compensation == "sweep"
+        p = self.prune
+        pruned = p is not None and (p.compensation != "none" or p.score == "obs")
         return self.algorithm == "gptq" or self.scaling == "awq" or pruned
+
+    @property
+    def heals(self) -> bool:
+        """Whether pruned layers are trained towards the unpruned model's hidden states."""
+        return self.prune is not None and self.prune.heal_steps > 0
 
     @property
     def needs_data(self) -> bool:
         """Whether text is run through the model at all."""
-        energy = self.prune is not None and self.prune.score != "magnitude"
+        energy = self.heals or (self.prune is not None and self.prune.score != "magnitude")
         structure = self.experts > 0 or self.neurons > 0 or self.adaptive
         return (
             self.needs_gram or self.static or energy or structure
@@ -128,10 +152,21 @@ RECIPES: dict[str, Recipe] = {
             prune=Prune("unstructured", 0.3, "magnitude", "global", "none", "all"),
         ),
         Recipe("prune-wanda", "keep", prune=Prune("unstructured", 0.3, "wanda", "matrix", "none", "all")),
-        Recipe("prune-2of4", "keep", prune=Prune("2:4", 0.5, "wanda", "matrix", "sweep", "experts")),
-        Recipe("prune30-block16", "keep", prune=Prune("16x16", 0.3), calibration_tokens=32768),
         Recipe(
-            "int4-block16-40", "int4", algorithm="gptq", prune=Prune("16x16", 0.4), calibration_tokens=32768
+            "prune-2of4",
+            "keep",
+            prune=Prune("2:4", 0.5, scope="matrix", heal_steps=120),
+            calibration_tokens=32768,
+        ),
+        Recipe(
+            "prune30-block16", "keep", prune=Prune("16x16", 0.3, heal_steps=120), calibration_tokens=32768
+        ),
+        Recipe(
+            "int4-block16-40",
+            "int4",
+            algorithm="gptq",
+            prune=Prune("16x16", 0.4, heal_steps=120),
+            calibration_tokens=32768,
         ),
         Recipe("experts-reap", "keep", experts=0.25),
         Recipe("adaptive-experts", "keep", adaptive=True, max_drop=0.005, calibration_tokens=16384),

@@ -24,6 +24,7 @@ class Report:
     peak_memory: int
     modules: list[dict[str, Any]]
     coverage: list[dict[str, Any]]
+    healed: list[dict[str, Any]]
     plan: dict[str, Any] | None
     quality: Comparison | None
     verdict: Verdict | None
@@ -65,6 +66,11 @@ def page(report: Report) -> str:
     ]
     if any(m["sparsity"] for m in report.modules):
         parts.append(bars("Zeros by layer", *_per_layer(report.modules, "sparsity")))
+    if report.healed:
+        labels = [str(h["layer"]) for h in report.healed]
+        for when in ("before", "after"):
+            title = f"Error of the pruned feed-forward by layer, {when} healing"
+            parts.append(bars(title, labels, [h[when] for h in report.healed]))
     parts += [coverage_picture(entry) for entry in report.coverage]
     if report.plan:
         parts.append(f"<h2>Plan</h2><p>{html.escape(report.plan['explanation'])}</p>")

@@ -25,10 +25,12 @@ from farthing.compress.evaluate import BLOCK, paged_batch
 from farthing.compress.export.deepseek import encode_deepseek, fp8_config
 from farthing.compress.layer import Layer, Stream, build
 from farthing.compress.prune.experts import choose_experts, plan_experts
+from farthing.compress.prune.heal import heal
 from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
+from farthing.compress.pruning import prune_layer
 from farthing.compress.recipe import Recipe
 from farthing.compress.trace import TracedOps
-from farthing.compress.transform import LayerResult, Plan, compress_layer, rotate, scale_inputs
+from farthing.compress.transform import LayerResult, Plan, compress_layer, layer_stats, rotate, scale_inputs
 from farthing.model import ModelConfig
 
 CHUNK = 4096  # calibration tokens in one forward
@@ -69,6 +71,7 @@ class Progressed:
     shards: int = 0
     modules: list[dict[str, Any]] = field(default_factory=list)
     coverage: list[dict[str, Any]] = field(default_factory=list)
+    healed: list[dict[str, Any]] = field(default_factory=list)  # errors of each layer, before and after
     keys: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     changes: dict[str, int] = field(default_factory=dict)  # of config.json
 
@@ -127,6 +130,9 @@ def _one_layer(
         ops = Recorder(wanted)
         return ops, forward(layer, ops, stream, embedding, final_norm)
 
+    if stream is not None and stream.unpruned is not None and not layer.is_mtp:
+        teacher = replace(stream, hidden=stream.unpruned)
+        stream.unpruned = forward(layer, TracedOps(), teacher, embedding, final_norm)
     if recipe.rotate:
         rotate(layer, seed=layer.index)
     if stream is not None and recipe.needs_data:
@@ -137,7 +143,16 @@ def _one_layer(
         if recipe.scaling != "none":
             scale_inputs(layer, recorder.inputs, recipe)
             recorder, out = record()
-    result = compress_layer(layer, recorder, recipe, plan)
+    originals, masks = {m: layer.weight(m) for m in layer.modules()}, {}
+    if recipe.prune is not None:
+        masks = prune_layer(layer, layer_stats(layer, recorder)[0], recipe)
+        if stream is not None and stream.unpruned is not None and not layer.is_mtp:
+            x = _feed_forward_input(layer, stream, embedding, final_norm)
+            healed = heal(layer, masks, x, stream.unpruned, recipe.prune.heal_steps)
+            state.healed.append({"layer": layer.index} | asdict(healed))
+        if recorder is not None and recipe.scheme not in ("keep", "fp8"):
+            recorder, out = record()
+    result = compress_layer(layer, recorder, recipe, plan, masks, originals)
     if stream is not None and not layer.is_mtp:
         # Coarse changes are passed on, so that later layers learn to live with them; int8 and FP8 are too
         # close to the original to be worth a second pass.
@@ -157,6 +172,23 @@ def forward(layer: Layer, ops: TracedOps, stream: Stream, embedding: Tensor, fin
         cache = ops.new_cache(1, blocks, BLOCK, layer.config.cache_width, "float32")
         out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
     return out
+
+
+def _feed_forward_input(layer: Layer, stream: Stream, embedding: Tensor, final_norm: Tensor) -> Tensor:
+    """What attention leaves in the residual stream, [T, D]."""
+    seen: list[Tensor] = []
+
+    class Window(TracedOps):
+        def moe(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+            seen.append(x)
+            return x
+
+        def mlp(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+            seen.append(x)
+            return x
+
+    forward(layer, Window(), stream, embedding, final_norm)
+    return torch.cat(seen)
 
 
 def _prune_structure(layer: Layer, recorder: Recorder, recipe: Recipe, state: Progressed) -> None:
@@ -257,13 +289,15 @@ def _final_config(job: Job, checkpoint: Checkpoint, state: Progressed) -> dict[s
 # -- resuming
 
 
-def _stream(job: Job, embedding: Tensor, hidden: Tensor | None) -> Stream | None:
+def _stream(job: Job, embedding: Tensor, hidden: dict[str, Tensor] | None) -> Stream | None:
     if job.calibration is None or not job.recipe.needs_data:
         return None
     windows = job.calibration.windows
     ids = torch.cat([w.ids[:-1] for w in windows])
-    start = torch.nn.functional.embedding(ids, embedding).float() if hidden is None else hidden
-    return Stream(start, torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows])
+    start = torch.nn.functional.embedding(ids, embedding).float()
+    hidden = hidden or {"hidden": start} | ({"unpruned": start} if job.recipe.heals else {})
+    next_ids, lengths = torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows]
+    return Stream(hidden["hidden"], next_ids, lengths, hidden.get("unpruned"))
 
 
 def _fingerprint(job: Job) -> str:
@@ -276,7 +310,7 @@ def _fingerprint(job: Job) -> str:
     return digest.hexdigest()
 
 
-def _resume(job: Job) -> tuple[Progressed, Tensor | None]:
+def _resume(job: Job) -> tuple[Progressed, dict[str, Tensor] | None]:
     """The state of an earlier run of the same job, or a fresh one. Refuses a directory with other files."""
     fingerprint = _fingerprint(job)
     directory = job.out / STATE
@@ -287,7 +321,7 @@ def _resume(job: Job) -> tuple[Progressed, Tensor | None]:
             for part in sorted(job.out.glob("part-*.safetensors"))[state.shards :]:
                 part.unlink()
             hidden = directory / f"hidden-{state.next_layer}.safetensors"
-            return state, load_file(hidden)["hidden"] if hidden.is_file() else None
+            return state, load_file(hidden) if hidden.is_file() else None
         shutil.rmtree(directory)
     elif (job.out / "config.json").exists():
         raise ValueError(f"{job.out} already holds a model; choose another directory, or remove it first")
@@ -302,7 +336,10 @@ def _save(job: Job, state: Progressed, writer: CheckpointWriter, stream: Stream 
     old = list(directory.glob("hidden-*.safetensors"))
     if stream is not None:
         target = directory / f"hidden-{state.next_layer}.safetensors"
-        save_file({"hidden": stream.hidden.contiguous()}, target.with_suffix(".tmp"))
+        hidden = {"hidden": stream.hidden} | (
+            {} if stream.unpruned is None else {"unpruned": stream.unpruned.clone()}
+        )
+        save_file({k: t.contiguous() for k, t in hidden.items()}, target.with_suffix(".tmp"))
         target.with_suffix(".tmp").replace(target)
     partial = directory / "state.tmp"
     partial.write_text(json.dumps(asdict(state)), encoding="utf-8")

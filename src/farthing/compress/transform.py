@@ -5,7 +5,7 @@ Legend: B matrices of one shape at once; N rows; K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +17,7 @@ from farthing.checkpoint.compressed_tensors import GroupKey, key_of
 from farthing.compress.calibrate.activations import choose
 from farthing.compress.calibrate.recorder import InputStats, Recorder, with_fallbacks
 from farthing.compress.layer import Layer
-from farthing.compress.prune.masks import BLOCKS, block_scores, global_budgets, mask, scores
+from farthing.compress.pruning import Stats, grams_of, parts_of
 from farthing.compress.quantize.fp8 import quantize_fp8
 from farthing.compress.quantize.grid import Grid, int4_grid, int8_grid
 from farthing.compress.quantize.rotate import random_hadamard, rotate_latent, rotate_values
@@ -27,9 +27,7 @@ from farthing.compress.recipe import OBSERVER_NAMES, Recipe
 from farthing.compress.trace import input_name
 from farthing.ops.weights import Weight
 
-SWEEP_BYTES = 2**28  # of float64 grams factored at once
 Plan = Callable[[str], str]  # module -> keep | dense | int8 | int4 | fp8
-Stats = dict[str, InputStats]
 
 
 @dataclass(slots=True)
@@ -116,36 +114,46 @@ def _factor(
         absmax = torch.stack([st.absmax for st in stats]).amax(0)
         return smooth_scale(weights, absmax, recipe.smooth_alpha), recipe.smooth_alpha
 
-    def round_to(w: Tensor, energy: Tensor) -> Tensor:
-        value: Tensor = _grid(w[None], energy[None] / max(whole.tokens, 1), recipe.scheme, recipe).round(
-            w[None]
-        )[0]
+    def round_to(w: Tensor, gram: Tensor) -> Tensor:
+        energy = gram.diagonal()[None] / max(whole.tokens, 1)
+        value: Tensor = _grid(w[None], energy, recipe.scheme, recipe, gram[None]).round(w[None])[0]
         return value
 
     grams = [st.gram if st.gram is not None else torch.diag(st.energy) for st in stats]
-    return awq_scale(weights, grams, whole.magnitude / max(whole.tokens, 1), round_to)
+    best = awq_scale(weights, grams, whole.magnitude / max(whole.tokens, 1), round_to)
+    return best.factor, best.alpha
 
 
-def compress_layer(layer: Layer, recorder: Recorder | None, recipe: Recipe, plan: Plan) -> LayerResult:
-    """Mask and round every matrix. `layer` afterwards holds the values that were written."""
+def compress_layer(
+    layer: Layer,
+    recorder: Recorder | None,
+    recipe: Recipe,
+    plan: Plan,
+    masks: Mapping[str, Tensor] | None = None,
+    originals: Mapping[str, Tensor] | None = None,
+) -> LayerResult:
+    """Round every matrix. `layer` afterwards holds the values that were written.
+
+    masks: of pruned modules, whose zeros stay. originals: what errors are measured against; None: `layer`.
+    """
     result = LayerResult()
-    stats, rare = _stats(layer, recorder)
+    stats, rare = layer_stats(layer, recorder)
+    masks = masks or {}
+    originals = originals or {m: layer.weight(m) for m in layer.modules()}
     if layer.is_moe and recorder is not None:
         seen = recorder.experts.get(f"{layer.prefix}mlp")
         tokens = [0] * layer.experts if seen is None else seen.tokens.tolist()
         tokens += [0] * (layer.experts - len(tokens))
         result.coverage = {"tokens_per_expert": tokens, "fallbacks": sorted(rare)}
-    originals = {m: layer.weight(m) for m in layer.modules()}
-    budgets = _budgets(layer, recorder, recipe)
     for family in layer.families():
-        for part in _parts(layer, family):
-            _compress_family(layer, part, stats, recipe, plan, budgets, result)
+        for part in parts_of(layer, family):
+            _compress_family(layer, part, stats, recipe, plan, originals, masks, result)
     if recipe.activations != "none":
         _choose_activations(originals, stats, recipe, result)
     return result
 
 
-def _stats(layer: Layer, recorder: Recorder | None) -> tuple[Stats, set[str]]:
+def layer_stats(layer: Layer, recorder: Recorder | None) -> tuple[Stats, set[str]]:
     """Statistics by input name; rare experts get their peers'."""
     if recorder is None:
         return {}, set()
@@ -160,28 +168,21 @@ def _stats(layer: Layer, recorder: Recorder | None) -> tuple[Stats, set[str]]:
     return stats, rare
 
 
-def _parts(layer: Layer, family: list[str]) -> list[list[str]]:
-    """Split a family so that its grams fit in memory."""
-    k = layer.weight(family[0]).shape[1]
-    size = max(1, SWEEP_BYTES // (8 * k * k))
-    return [family[i : i + size] for i in range(0, len(family), size)]
-
-
 def _compress_family(
     layer: Layer,
     family: list[str],
     stats: Stats,
     recipe: Recipe,
     plan: Plan,
-    budgets: dict[str, float],
+    originals: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
     result: LayerResult,
 ) -> None:
     w = torch.stack([layer.weight(m) for m in family])
     known = [stats.get(input_name(m)) for m in family]
     energy = torch.stack([s.mean_energy() for s in known if s]) if all(known) else None
-    grams = [s.gram for s in known if s is not None and s.gram is not None]
-    gram = torch.stack(grams) if len(grams) == len(family) else None
-    keep = _masks(w, energy, family, budgets, recipe)
+    gram = grams_of(stats, family)
+    keep = torch.stack([masks[m] for m in family]) if family[0] in masks else None
     formats = {m: _format(layer, m, plan, recipe, w.shape[-1]) for m in family}
     for kind in sorted(set(formats.values())):
         index = [i for i, m in enumerate(family) if formats[m] == kind]
@@ -193,12 +194,13 @@ def _compress_family(
             None if keep is None else keep[pick],
         )
         values, weights = _round(part, kind, recipe, [family[i] for i in index], layer)
-        errors = None if part.gram is None else output_error(part.w, values, part.gram)
+        before = torch.stack([originals[family[i]] for i in index])
+        errors = None if part.gram is None else output_error(before, values, part.gram)
         for j, i in enumerate(index):
             module = family[i]
             st = known[i]
             sample = None if st is None or not len(st.rows) else st.rows
-            error = float(errors[j]) if errors is not None else _sampled_error(part.w[j], values[j], sample)
+            error = float(errors[j]) if errors is not None else _sampled_error(before[j], values[j], sample)
             layer.set(module, values[j])
             result.modules[module] = Done(weights[j], key_of(weights[j]), None, {
                 "module": module,
@@ -225,19 +227,15 @@ def _round(
     part: _Part, kind: str, recipe: Recipe, names: Sequence[str], layer: Layer
 ) -> tuple[Tensor, list[Weight]]:
     """(values [B, N, K], weights) of one format."""
-    grid = _grid(part.w, part.energy, kind, recipe) if kind in ("int8", "int4") else None
     value = part.w
-    compensate = part.keep is not None and recipe.prune is not None and recipe.prune.compensation == "sweep"
-    gptq = grid is not None and recipe.algorithm == "gptq"
-    if (compensate or gptq) and part.gram is not None:
-        value = sweep(value, part.gram, grid if gptq else None, part.keep, recipe.act_order, recipe.damp)
-    elif part.keep is not None:
-        value = value * part.keep
-    if grid is not None:
-        value = grid.round(value) if not gptq or part.gram is None else value
-        if part.keep is not None:
-            value = value * part.keep
-        weights = grid.weights(value)
+    if kind in ("int8", "int4"):
+        clip = part.gram if recipe.scaling == "awq" else None
+        grid = _grid(part.w, part.energy, kind, recipe, clip)
+        if recipe.algorithm == "gptq" and part.gram is not None:
+            value = sweep(value, part.gram, grid, part.keep, recipe.act_order, recipe.damp)
+        else:
+            value = grid.round(value)
+        weights = grid.weights(value if part.keep is None else value * part.keep)
     elif kind == "fp8":
         weights = [quantize_fp8(value[b], name) for b, name in enumerate(names)]
     else:
@@ -246,10 +244,11 @@ def _round(
     return torch.stack([w.dequantize() for w in weights]), weights
 
 
-def _grid(w: Tensor, energy: Tensor | None, kind: str, recipe: Recipe) -> Grid:
+def _grid(w: Tensor, energy: Tensor | None, kind: str, recipe: Recipe, gram: Tensor | None = None) -> Grid:
     if kind != "int4":
         return int8_grid(w, energy)
-    return int4_grid(w, group_for(w.shape[-1], recipe.group_size) or w.shape[-1], energy, recipe.symmetric)
+    group = group_for(w.shape[-1], recipe.group_size) or w.shape[-1]
+    return int4_grid(w, group, energy, recipe.symmetric, gram)
 
 
 def group_for(columns: int, wanted: int) -> int | None:
@@ -269,56 +268,6 @@ def _format(layer: Layer, module: str, plan: Plan, recipe: Recipe, columns: int)
     return kind
 
 
-def _masks(
-    w: Tensor, energy: Tensor | None, family: list[str], budgets: dict[str, float], recipe: Recipe
-) -> Tensor | None:
-    if recipe.prune is None or family[0] not in budgets:
-        return None
-    p = recipe.prune
-    per_row = p.score == "wanda" and p.pattern == "unstructured"
-    return torch.stack([
-        mask(scores(w[b], None if energy is None else energy[b], p.score), budgets[m], p.pattern, per_row)
-        for b, m in enumerate(family)
-    ])  # fmt: skip
-
-
-def _budgets(layer: Layer, recorder: Recorder | None, recipe: Recipe) -> dict[str, float]:
-    """Sparsity of each module to prune: the recipe's, or shared out by one threshold over a family.
-
-    Experts of a layer compete: energy is summed over all tokens, so an expert few tokens reach gives up
-    more. Families (all gates, all downs, one attention matrix) are normalized by their mean and then
-    compete within the layer where the scope is global.
-    """
-    p = recipe.prune
-    if p is None:
-        return {}
-    budgets: dict[str, float] = {}
-    pieces: dict[str, Tensor] = {}
-    for family in layer.families():
-        targets = [m for m in family if p.targets == "all" or ".mlp." in m]
-        if not targets:
-            continue
-        if p.scope == "matrix":
-            budgets |= dict.fromkeys(targets, p.sparsity)
-            continue
-        blocks = {m: _total_scores(layer, m, recorder, recipe) for m in targets}
-        mean = torch.cat([b.flatten() for b in blocks.values()]).mean().clamp_min(1e-30)
-        if p.scope == "family":
-            budgets |= global_budgets(blocks, p.sparsity)
-        pieces |= {m: b / mean for m, b in blocks.items()}
-    return global_budgets(pieces, p.sparsity) if p.scope == "global" else budgets
-
-
-def _total_scores(layer: Layer, module: str, recorder: Recorder | None, recipe: Recipe) -> Tensor:
-    """Block scores with the energy of all tokens that reached the module: zero for an expert nobody chose."""
-    assert recipe.prune is not None
-    w = layer.weight(module)
-    st = recorder.inputs.get(input_name(module)) if recorder else None
-    energy = torch.zeros(w.shape[1]) if st is None else st.energy
-    cells = BLOCKS.get(recipe.prune.pattern, (1, 1))
-    return block_scores(scores(w, energy, recipe.prune.score), cells)
-
-
 def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:
     """Relative output error on the sampled inputs, or of the weights alone where nothing was sampled."""
     x = rows if rows is not None else torch.eye(w.shape[1])
@@ -327,7 +276,7 @@ def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:
 
 
 def _choose_activations(
-    originals: dict[str, Tensor], stats: Stats, recipe: Recipe, result: LayerResult
+    originals: Mapping[str, Tensor], stats: Stats, recipe: Recipe, result: LayerResult
 ) -> None:
     """Give every integer module its activation rounding; modules that share an input share the choice."""
     shared: dict[str, list[str]] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Pattern = Literal["unstructured", "2:4", "16x16", "16x4", "4x1"]
-Score = Literal["magnitude", "wanda", "energy"]
+Score = Literal["magnitude", "wanda", "energy", "obs"]  # "obs": see `obs.py`
 BLOCKS: dict[str, tuple[int, int]] = {
     "16x16": (16, 16),
     "16x4": (16, 4),

@@ -72,9 +72,16 @@ def int8_grid(w: Tensor, energy: Tensor | None = None) -> Grid:
     return Grid(_shrink(w, scale, None, energy, -127, 127, (1.0, 0.93, 0.86, 0.8)), None, -127, 127)
 
 
-def int4_grid(w: Tensor, group: int, energy: Tensor | None = None, symmetric: bool = True) -> Grid:
+def int4_grid(
+    w: Tensor,
+    group: int,
+    energy: Tensor | None = None,
+    symmetric: bool = True,
+    gram: Tensor | None = None,
+) -> Grid:
     """One scale (and zero point) for `group` columns of w [B, N, K]; ranges shrink as in `int8_grid`.
 
+    With `gram` [B, K, K] the error counts how columns of a group vary together (AWQ's search for a clip).
     Symmetric ranges use all of [-8, 7]: the largest magnitude maps to -8 or to 7.5, whichever errs less.
     """
     b, n, k = w.shape
@@ -88,9 +95,9 @@ def int4_grid(w: Tensor, group: int, energy: Tensor | None = None, symmetric: bo
         high = blocks.amax(-1).clamp_min(0)
         scale = ((high - low) / 15).clamp_min(TINY)
         zero = (-8 - low / scale).round().clamp(-8, 7)
-        return Grid(_shrink(w, scale, zero, energy, -8, 7, _SHRINKS), zero, -8, 7)
+        return Grid(_shrink(w, scale, zero, energy, -8, 7, _SHRINKS, gram), zero, -8, 7)
     scale = (blocks.abs().amax(-1) / 7.5).clamp_min(TINY)
-    return Grid(_shrink(w, scale, None, energy, -8, 7, (7.5 / 7, *_SHRINKS)), None, -8, 7)
+    return Grid(_shrink(w, scale, None, energy, -8, 7, (7.5 / 7, *_SHRINKS), gram), None, -8, 7)
 
 
 _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -104,16 +111,29 @@ def _shrink(
     low: int,
     high: int,
     factors: tuple[float, ...],
+    gram: Tensor | None = None,
 ) -> Tensor:
     """The multiple of `scale` [B, N, G] with the least energy-weighted rounding error, group by group."""
     b, n, k = w.shape
     groups = scale.shape[-1]
     weight = energy.view(b, 1, k)
+    own = None if gram is None else _diagonal_blocks(gram, groups)
     best = scale
     least = torch.full_like(scale, torch.inf)
     for factor in factors:
         trial = Grid(scale * factor, zero, low, high)
-        error = ((trial.round(w) - w).square_() * weight).view(b, n, groups, -1).sum(-1)
+        delta = (trial.round(w) - w).view(b, n, groups, -1)
+        if own is None:
+            error = (delta.square_() * weight.view(b, 1, groups, -1)).sum(-1)
+        else:
+            error = (torch.einsum("bngi,bgij->bngj", delta, own) * delta).sum(-1)
         better = error < least
         best, least = torch.where(better, trial.scale, best), torch.where(better, error, least)
     return best
+
+
+def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
+    """[B, K, K] -> [B, G, g, g]: how the columns of each group vary together."""
+    b, k, _ = gram.shape
+    g = k // groups
+    return gram.view(b, groups, g, groups, g).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()

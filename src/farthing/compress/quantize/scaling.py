@@ -8,32 +8,48 @@ picks it so that activations are easier to round. Legend: N rows; K columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 ALPHAS = tuple(i / 10 for i in range(11))
-Round = Callable[[Tensor, Tensor], Tensor]  # (w [N, K], energy [K]) -> its rounded value
+Round = Callable[[Tensor, Tensor], Tensor]  # (w [N, K], gram [K, K]) -> its rounded value
+
+
+@dataclass(frozen=True, slots=True)
+class AwqScale:
+    """Factor on the weights' columns, and which candidate it is."""
+
+    factor: Tensor  # [K]
+    alpha: float
+    duo: bool  # divided by the weights' own size too
+    error: float  # over that of factor 1
 
 
 def awq_scale(
     weights: Sequence[Tensor], grams: Sequence[Tensor], magnitude: Tensor, round_to: Round
-) -> tuple[Tensor, float]:
-    """s [K] = magnitude^alpha, with the alpha of least output error over the matrices that share the input.
+) -> AwqScale:
+    """The factor of least output error over the matrices that share the input.
 
-    weights [N_i, K] with their grams [K, K]; magnitude [K] = mean |x|. alpha = 0 leaves everything alone and
-    is among the candidates, so the error never grows. Returns (s, alpha).
+    weights [N_i, K] with their grams [K, K] = sum of x x^T; magnitude [K] = mean |x|. Candidates:
+    magnitude^alpha, and magnitude^alpha / size^(1 - alpha) with size the mean |w| of a column over its row's
+    largest. alpha = 0 leaves everything alone and is among them, so the error never grows.
     """
-    best, least = (torch.ones_like(magnitude), 0.0), float("inf")
-    for alpha in ALPHAS:
-        s = _normalized(magnitude.clamp_min(1e-8).pow(alpha))
+    x = magnitude.clamp_min(1e-8)
+    size = torch.cat([w.abs() / w.abs().amax(1, keepdim=True).clamp_min(1e-20) for w in weights]).mean(0)
+    trials = {(a, False): x.pow(a) for a in ALPHAS}
+    trials |= {(a, True): x.pow(a) / (size.pow(1 - a) + 1e-4) for a in ALPHAS[:-1]}
+    errors: dict[tuple[float, bool], float] = {}
+    for key, trial in trials.items():
+        s = trials[key] = normalized(trial)
         error = 0.0
         for w, gram in zip(weights, grams, strict=True):
-            delta = round_to(w * s, gram.diagonal() / s.square()) / s - w
+            delta = round_to(w * s, gram / s.unsqueeze(1) / s) / s - w
             error += float(((delta @ gram) * delta).sum())
-        if error < least:
-            best, least = (s, alpha), error
-    return best
+        errors[key] = error
+    best = min(errors, key=errors.__getitem__)
+    return AwqScale(trials[best], *best, errors[best] / max(errors[0.0, False], 1e-30))
 
 
 def smooth_scale(weights: Sequence[Tensor], absmax: Tensor, alpha: float) -> Tensor:
@@ -43,6 +59,6 @@ def smooth_scale(weights: Sequence[Tensor], absmax: Tensor, alpha: float) -> Ten
     return s.clamp(1e-4, 1e4)
 
 
-def _normalized(s: Tensor) -> Tensor:
+def normalized(s: Tensor) -> Tensor:
     """Geometric middle at 1, so that neither side leaves its range; at most 10^4 either way."""
     return (s / (s.max() * s.min()).sqrt()).clamp(1e-4, 1e4)
