@@ -78,6 +78,7 @@ struct Cache {  // one layer of the latent cache
   uint8_t* data;     // [blocks * block_size][c + r]
   float* scale;      // [blocks * block_size][2] or null
   int block_size;
+  int64_t layer_bytes = 0, layer_scales = 0;  // from a layer's data and scales to the next one's
 };
 
 struct Batch {
@@ -89,6 +90,20 @@ struct Batch {
   int sequences, max_blocks;
 };
 
+struct Layer {  // one layer's weights; attention and feed belong to whoever made the layer
+  const float *norm, *q_norm, *feed_norm;
+  std::shared_ptr<Packed> qkv_a, q_b, o;  // q_b null: the query comes whole from qkv_a
+  const Attention* attention;
+  const Moe* feed;
+  int q_width;  // columns of qkv_a's output that are the query, or its latent
+};
+
+struct Layers {
+  std::vector<Layer> layers;
+  std::vector<float> qkv, q, heads, hidden;  // what an op leaves for the next
+  static Rows rows(std::vector<float>& memory, int tokens, int width);
+};
+
 class Backend {
  public:
   Backend(int threads, const char* isa, const std::string& topology, bool pin);
@@ -98,6 +113,9 @@ class Backend {
   void moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out);
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
   void mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache, const Batch& batch, float eps, Rows out);
+  // h [T, D] through every layer; counts [layer][E] or null; out is not x.
+  void layers(Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps, int64_t* counts,
+              int64_t counts_stride, Rows out);
   void top_logits(const Packed& head, Rows x, int tokens, const float* norm, float eps, int k, float* values,
                   int64_t* ids, float* logsumexp);
   void softmax(Rows x, int rows, int n, Rows out);

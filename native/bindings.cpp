@@ -97,6 +97,16 @@ NB_MODULE(_native, module) {
         a.w_uv.push_back(std::move(uv));
       });
 
+  nb::class_<Layers>(module, "Layers")
+      .def(nb::init<>())
+      .def("add",
+           [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkv_a, int q_width, uint64_t q_norm, std::shared_ptr<Packed> q_b,
+              const Attention& attention, std::shared_ptr<Packed> o, uint64_t feed_norm, const Moe& feed) {
+             self.layers.push_back({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a), std::move(q_b),
+                                    std::move(o), &attention, &feed, q_width});
+           },
+           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a, "feed_norm"_a, "feed"_a);
+
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Backend>(module, "Backend")
       .def("__init__",
@@ -138,6 +148,16 @@ NB_MODULE(_native, module) {
              const Batch batch{at<int32_t>(positions), at<int64_t>(slots), at<int32_t>(query_start), at<int32_t>(context_lens),
                                at<int32_t>(block_table), sequences, max_blocks};
              b.mla(w, {at<float>(q), ldq}, {at<float>(kv), ldkv}, tokens, cache, batch, eps, {at<float>(out), ldo});
+           }, free)
+      .def("layers",
+           [](Backend& b, Layers& model, uint64_t x, int64_t ldx, int tokens, int type, uint64_t data, int64_t layer_bytes,
+              uint64_t scale, int64_t layer_scales, int block_size, uint64_t positions, uint64_t slots, uint64_t query_start,
+              uint64_t context_lens, uint64_t block_table, int sequences, int max_blocks, float eps, uint64_t counts,
+              int64_t counts_stride, uint64_t out, int64_t ldo) {
+             const Cache cache{static_cast<CacheType>(type), at<uint8_t>(data), at<float>(scale), block_size, layer_bytes, layer_scales};
+             const Batch batch{at<int32_t>(positions), at<int64_t>(slots), at<int32_t>(query_start), at<int32_t>(context_lens),
+                               at<int32_t>(block_table), sequences, max_blocks};
+             b.layers(model, {at<float>(x), ldx}, tokens, cache, batch, eps, at<int64_t>(counts), counts_stride, {at<float>(out), ldo});
            }, free)
       .def("top_logits",
            [](Backend& b, const Packed& head, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps, int k,

@@ -57,10 +57,8 @@ def resolve(config: EngineConfig, model: DeepseekModel | ParallelModel) -> tuple
 
 
 def cache_dtype(config: EngineConfig, model: DeepseekModel | ParallelModel) -> CacheDtype:
-    """'auto' is the type of the activations."""
-    if config.kv_cache_dtype == "auto":
-        return "float32" if model.ops.dtype is torch.float32 else "bfloat16"
-    return config.kv_cache_dtype
+    """'auto' is the backend's choice."""
+    return model.ops.cache_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
 
 
 def block_bytes(config: EngineConfig, model: DeepseekModel | ParallelModel, dtype: CacheDtype) -> int:

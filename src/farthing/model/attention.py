@@ -47,7 +47,7 @@ class Attention:
                 weights.weight(p + "kv_a_proj_with_mqa", (c.cache_width, d)),
             ],
         )
-        self.q_b = None
+        self.q_norm, self.q_b = None, None
         if c.q_lora_rank:
             self.q_norm = weights.tensor(p + "q_a_layernorm.weight", (c.q_lora_rank,)).float()
             q_shape = (heads * c.qk_head_dim, c.q_lora_rank)

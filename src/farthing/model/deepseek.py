@@ -16,7 +16,7 @@ from farthing.model.mtp import MTPLayer
 from farthing.model.rope import rope_table
 from farthing.model.source import WeightSource
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec, Weight
-from farthing.ops.api import CacheDtype
+from farthing.ops.api import CacheDtype, LayerHandles
 
 
 class DeepseekModel:
@@ -43,6 +43,7 @@ class DeepseekModel:
             (Attention(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
             for i in range(config.num_hidden_layers)
         ]
+        self.stack = ops.stack([_handles(*layer) for layer in self.layers])
         self.mtp: list[MTPLayer] = []
         if not last:
             return
@@ -83,7 +84,12 @@ class DeepseekModel:
         return self.run_layers(self.ops.embed(ids, self.embedding), batch, cache, counts)
 
     def run_layers(self, h: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
-        """The layers alone: h [T, D] -> [T, D]; a pipeline stage starts here."""
+        """The layers alone: h [T, D] -> [T, D]; a pipeline stage starts here.
+
+        A backend that can takes them all in one call, which computes what the loop says.
+        """
+        if self.stack is not None:
+            return self.ops.run_stack(h, self.stack, batch, cache, self.eps, counts)
         for i, (attention, feed_forward) in enumerate(self.layers):
             h = attention(h, batch, cache, i)
             h = feed_forward(h, None if counts is None else counts[i])
@@ -125,6 +131,11 @@ class DeepseekModel:
         """As `top_logits`, of a draft."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
         return self.ops.top_logits(hidden, mtp.head, mtp.norm, self.eps, k)
+
+
+def _handles(attention: Attention, feed: FeedForward) -> LayerHandles:
+    a = attention
+    return LayerHandles(a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed)
 
 
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:

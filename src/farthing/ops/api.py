@@ -96,6 +96,21 @@ class Batch:
     block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
 
 
+@dataclass(frozen=True, slots=True)
+class LayerHandles:
+    """What one layer packed, for `Ops.stack`: h + attention(norm(h)), then h + feed(feed_norm(h))."""
+
+    norm: Tensor  # [D]
+    qkv_a: Handle  # [q + c + r, D]
+    q_width: int  # columns of qkv_a's output that are the query, or its latent
+    q_norm: Tensor | None  # [q]; None with q_b
+    q_b: Handle | None  # None: qkv_a gives the query itself
+    heads: Handle
+    o: Handle
+    feed_norm: Tensor  # [D]
+    feed: Handle
+
+
 class Ops(ABC):
     """A backend. Activations are `dtype` on `device`; a row stride larger than the width is allowed."""
 
@@ -109,6 +124,11 @@ class Ops(ABC):
         """This backend for weights whose results are checked by others, such as drafts: rounded further where
         that makes them faster to read."""
         return self
+
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """What an engine keeps latents in when it is not told: the type of the activations."""
+        return "float32" if self.dtype is torch.float32 else "bfloat16"
 
     # -- packing: `name` identifies the weight in a packed file; the callable is not called when the
     #    backend already has it there.
@@ -195,6 +215,16 @@ class Ops(ABC):
     @abstractmethod
     def route(self, n: Tensor, weights: Handle) -> tuple[Tensor, Tensor]:
         """n [T, D] -> (ids [T, k] int64, weights [T, k] float32); skipped experts have id -1, weight 0."""
+
+    def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
+        """Layers that `run_stack` computes in one call; None where the backend knows no such call."""
+        return None
+
+    def run_stack(
+        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
+    ) -> Tensor:
+        """h [T, D] through every layer of a stack, cache layers from 0 on; counts [L, E] as in `moe`."""
+        raise NotImplementedError(f"backend {self.name!r} has no stack")
 
     @abstractmethod
     def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:

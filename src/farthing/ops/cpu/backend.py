@@ -7,11 +7,21 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, MoEWeights, Ops, RouterSpec
+from farthing.ops.api import (
+    AttentionSpec,
+    Batch,
+    CacheDtype,
+    LatentCache,
+    LayerHandles,
+    MoEWeights,
+    Ops,
+    RouterSpec,
+)
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
 from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX
@@ -48,6 +58,14 @@ class Attention:
     alive: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Layers for one native call; `alive` holds what the native side points into."""
+
+    native: Any
+    alive: tuple[Any, ...]
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as float32 rows with unit column stride."""
     if x.dtype is not torch.float32:
@@ -61,6 +79,8 @@ def _vector(x: Tensor) -> Tensor:
 
 class CpuOps(Ops):
     """Every op natively; activations are float32, int8 inside projections whose weights are integers."""
+
+    cache_dtype: CacheDtype = "float32"
 
     def __init__(
         self,
@@ -246,7 +266,9 @@ class CpuOps(Ops):
     ) -> LatentCache:
         shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
         scale = torch.ones(*shape, 2) if kind in CACHE_MAX else None
-        return LatentCache(torch.zeros(*shape, width, dtype=kind), scale)
+        # numpy's zeros are pages that come when they are first written; torch would write them all now.
+        raw = np.zeros((*shape, width * kind.itemsize), np.uint8)
+        return LatentCache(torch.from_numpy(raw).view(kind), scale)
 
     # -- computing: addresses and strides go down, nothing is copied
 
@@ -321,6 +343,39 @@ class CpuOps(Ops):
             out.data_ptr(),
             hidden,
         )
+        return out
+
+    def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
+        if not hasattr(_native, "Layers"):  # a module built before
+            return None
+        native, alive = _native.Layers(), []
+        for layer in layers:
+            norms = [None if w is None else _vector(w) for w in (layer.norm, layer.q_norm, layer.feed_norm)]
+            norm, q_norm, feed_norm = (0 if w is None else w.data_ptr() for w in norms)
+            q_b = None if layer.q_b is None else layer.q_b.packed
+            native.add(
+                norm, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
+                feed_norm, layer.feed.native,
+            )  # fmt: skip
+            alive += [*norms, layer.heads, layer.feed]
+        return Stack(native, tuple(alive))
+
+    def run_stack(
+        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
+    ) -> Tensor:
+        h = _rows(h)
+        tokens, hidden = h.shape
+        out = torch.empty(tokens, hidden)
+        data, scale = cache.data, cache.scale
+        self._native.layers(
+            stack.native, h.data_ptr(), h.stride(0), tokens, CACHE_TYPES[data.dtype], data.data_ptr(),
+            data.stride(0) * data.element_size(), 0 if scale is None else scale.data_ptr(),
+            0 if scale is None else scale.stride(0), data.shape[2], batch.positions.data_ptr(),
+            batch.slots.data_ptr(), batch.query_start.data_ptr(), batch.context_lens.data_ptr(),
+            batch.block_table.data_ptr(), batch.block_table.shape[0], batch.block_table.shape[1], eps,
+            0 if counts is None else counts.data_ptr(), 0 if counts is None else counts.stride(0),
+            out.data_ptr(), hidden,
+        )  # fmt: skip
         return out
 
     def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float) -> Tensor:

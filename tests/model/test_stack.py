@@ -1,0 +1,66 @@
+"""All layers in one native call: bit for bit what the loop over the layers computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("farthing._native")
+
+from farthing.model import DeepseekModel, ModelConfig
+from farthing.model.load import random_model
+from farthing.ops import make_batch
+from farthing.ops.api import CacheDtype
+from farthing.ops.cpu import CpuOps
+
+CONFIG: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 3,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 128,
+}
+
+
+def forward(model: DeepseekModel, cache_dtype: CacheDtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Hidden states of a prompt's two parts and of a token after them; tokens seen by each expert."""
+    cache = model.new_cache(8, 16, cache_dtype)
+    counts = torch.zeros(3, 8, dtype=torch.int64)
+    out, done = [], 0
+    for new in (37, 5, 1):
+        ids = torch.arange(done, done + new) * 7 % 300
+        batch = make_batch([new], [done], [range(8)], 16)
+        out.append(model.forward(ids, batch, cache, counts))
+        done += new
+    return [*out, model.forward(ids, batch, cache)], counts
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("q_lora_rank", [40, None])
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_stack_is_the_loop(
+    cache_dtype: CacheDtype, q_lora_rank: int | None, quantization: str | None
+) -> None:
+    config = ModelConfig.from_json(CONFIG | {"q_lora_rank": q_lora_rank})
+    model = random_model(config, CpuOps(2, quantization))
+    assert model.stack is not None
+    stacked, counts = forward(model, cache_dtype)
+    model.stack = None
+    looped, expected = forward(model, cache_dtype)
+    assert torch.equal(counts, expected) and int(counts.sum()) == 2 * 3 * 43
+    for a, b in zip(stacked, looped, strict=True):
+        assert torch.equal(a, b)
