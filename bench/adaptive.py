@@ -16,7 +16,7 @@ from time import perf_counter
 import torch
 
 from farthing import LLM, SamplingParams
-from farthing.compress.corpus import load_corpus
+from farthing.compress.corpus import halves, load_corpus
 from farthing.compress.evaluate import evaluate
 from farthing.engine.resolve import resolve_model
 from farthing.model import ModelConfig, load
@@ -26,13 +26,13 @@ from farthing.ops import select
 RULES = ("all", "adaptive:0.9", "adaptive:0.8", "adaptive:0.7", "adaptive:0.6", "adaptive:0.5")
 
 
-def quality(path: Path, rule: str, tokens: int) -> tuple[float, float]:
-    """(perplexity, experts a token a layer) on held-out text."""
+def quality(path: Path, rule: str, tokens: int | None) -> tuple[float, float]:
+    """(perplexity, experts a token a layer) on the held-out half that calibration has not seen."""
     model = load(path, select("auto"), rule)
     bos = model.config.bos_token_id
-    corpus = load_corpus(resolve_model("reference") / "heldout.jsonl", path, 1024, tokens, bos)
+    _, corpus = halves(load_corpus(resolve_model("reference") / "heldout.jsonl", path, 1024, tokens, bos))
     perplexity = evaluate(model, corpus, with_drafts=False).perplexity
-    report = routing_report(model, [w.ids[:-1].tolist() for w in corpus.windows[:8]])
+    report = routing_report(model, [w.ids[:-1].tolist() for w in corpus.windows])
     return perplexity, report.experts_per_token
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--calibrated", type=Path, help="written by `farthing compress --recipe adaptive-experts`"
     )
-    parser.add_argument("--tokens", type=int, default=60000)
+    parser.add_argument("--tokens", type=int, help="of held-out text to take, all by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--picture", type=Path)
