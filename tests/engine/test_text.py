@@ -190,3 +190,6 @@ def test_resolving_a_model(tmp_path: Path) -> None:
         resolve_model(tmp_path.parent)
     with pytest.raises(FileNotFoundError, match="expected 'reference', a directory, or a hub id"):
         resolve_model("no/such/thing")
+    for missing in ("./missing", "../missing"):
+        with pytest.raises(FileNotFoundError, match="expected 'reference', a directory"):
+            resolve_model(missing)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 EMBEDDED = "reference"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # "./x" and "../x" are paths
 _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 
 
