@@ -29,7 +29,8 @@ from farthing.fleet.actuators.kubernetes import connect
 from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
 from farthing.fleet.actuators.scale import ScalePatch, Target
 from farthing.fleet.controller import Controller
-from farthing.fleet.policy import Policy, PolicyConfig
+from farthing.fleet.policy import Policy
+from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.signals import ScrapeSource
 from farthing.fleet.up import WARM, serve_command
 

@@ -116,15 +116,15 @@ def forecasts(traces: Path) -> None:
         (large, "naive", 600, 1, ""),
         (large, "lstm", 600, 1, ""),
         (large, "mix", 600, 1, "vs last >= 5 %, coverage 88-92 %"),
-        (taxi, "ridge", 1800, 1, "WAPE <= 2.9"),
         (taxi, "mix", 1800, 1, "WAPE <= 2.9"),
-        (taxi, "seasonal-week", 86400, 1, ""),
-        (taxi, "prophet", 86400, 7, "WAPE <= 6.75"),
-        (taxi, "day", 86400, 7, "WAPE <= 6.75, vs seasonal >= 10 %"),
+        (taxi, "ridge", 1800, 1, ""),
+        (taxi, "profile", 86400, 3, ""),
+        (taxi, "prophet", 86400, 3, "WAPE <= 6.75"),
+        (taxi, "day", 86400, 3, "WAPE <= 6.75, vs seasonal >= 10 %"),
     )
     for path, model, horizon, refit_days, bar in cases:
-        say(f"forecast {path.name} {model}")
-        country = "US" if model in ("prophet", "day") else None
+        say(f"forecast {path.name} {model} {horizon} s")
+        country = "US" if path is taxi else None
         plan = Backtest(refit_s=refit_days * 86400.0)
         row = backtest(read_series(path), make(model, country), horizon, plan, lambda text: None)
         figures = (
@@ -134,6 +134,7 @@ def forecasts(traces: Path) -> None:
             row["skill_vs_seasonal"],
             row["fit_seconds"],
         )
+        say("  " + ", ".join(f"{x:.2f}" for x in figures))
         table.add_row(path.name.split(".")[0], model, f"{horizon} s", *(f"{x:.2f}" for x in figures), bar)
     console.print(table)
 

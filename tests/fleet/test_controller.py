@@ -19,7 +19,8 @@ from farthing.fleet.controller import Controller, load_state
 from farthing.fleet.decisions import Decision, Forecast, Snapshot, read_log
 from farthing.fleet.metrics import FleetMetrics, MetricsServer
 from farthing.fleet.operate import operate
-from farthing.fleet.policy import Policy, PolicyConfig
+from farthing.fleet.policy import Policy
+from farthing.fleet.policy_config import PolicyConfig
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import free_port

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.fleet.decisions import Decision, DecisionLog, Forecast, Levels, Snapshot, read_log
-from farthing.fleet.policy import Policy, PolicyConfig
+from farthing.fleet.policy import Policy
+from farthing.fleet.policy_config import PolicyConfig
 
 
 def decided(now: float = 0.0) -> Decision:

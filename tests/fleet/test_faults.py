@@ -21,7 +21,8 @@ from farthing.fleet.actuators.scale import ScalePatch, Target
 from farthing.fleet.config import FleetConfig, SignalsConfig
 from farthing.fleet.controller import Controller
 from farthing.fleet.decisions import Decision, read_log
-from farthing.fleet.policy import Policy, PolicyConfig
+from farthing.fleet.policy import Policy
+from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.signals import PrometheusSource, ScrapeSource
 from farthing.fleet.up import LocalFleet, UpConfig
 from tests.fleet.doubles import replica as double

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.fleet.decisions import Forecast, Snapshot
-from farthing.fleet.policy import Policy, PolicyConfig, PolicyState
+from farthing.fleet.policy import Policy, PolicyState
+from farthing.fleet.policy_config import PolicyConfig
 
 CONFIG = PolicyConfig(capacity=1.0)
 
@@ -71,6 +72,19 @@ def test_latency_breach_scales_by_the_factor_once_a_cold_start() -> None:
     assert targets[0] == targets[1] == 10
     assert targets[2] == 15  # 30 s of breach
     assert set(targets[2:42]) == {15}  # no second step within the cold start
+
+
+@pytest.mark.parametrize(("of", "steps"), [("current", [15, 23]), ("ready", [18, 18])])
+def test_breaches_within_one_cold_start_do_not_compound(of: str, steps: list[int]) -> None:
+    """Ten asked for, twelve serving (two still drain); the breach comes and goes for two cold starts."""
+    policy, current, targets = Policy(replace(CONFIG, latency_of=of)), 10, []
+    for now in range(0, 1200, 15):
+        latency = 0.1 if now % 120 == 0 else 0.5
+        current = policy.decide(now, seen(now, current, 5.0, queue_time_s=latency, ready=12)).target
+        targets.append(current)
+    first = targets.index(steps[0])
+    assert set(targets[first : first + 600 // 15]) == {steps[0]}
+    assert max(targets) == steps[1]  # the next step came after the cold start
 
 
 def test_a_breach_that_breaks_begins_anew() -> None:

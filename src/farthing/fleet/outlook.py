@@ -8,7 +8,9 @@ the past; a controller with a Prometheus server asks that for what it did not se
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,30 +20,41 @@ import numpy as np
 from farthing.fleet.capacity import OnlineCapacity
 from farthing.fleet.config import FleetConfig, build
 from farthing.fleet.decisions import Forecast, Snapshot
+from farthing.fleet.forecast.day import DayForecaster
+from farthing.fleet.forecast.floor import FloorShare
 from farthing.fleet.forecast.lstm import LSTMConfig
-from farthing.fleet.forecast.prophet import ProphetConfig, ProphetForecaster
+from farthing.fleet.forecast.prophet import ProphetConfig
 from farthing.fleet.forecast.short import GRID_S, ShortConfig, ShortTerm
-from farthing.fleet.series import DAY_S, Series
+from farthing.fleet.series import DAY_S, Array, Series
 
 log = logging.getLogger(__name__)
 
 PLAN_STEP_S = 300.0
+FIT_STEP_S = 1800.0  # the plan is fitted on means of this length
+SOURCE = "prophet"
 PLAN_DAYS = 2  # forecast at each fit, so that the plan still reaches a day ahead when the next fit is due
 KEEP_DAYS = 120
 _FRESH_S = 15.0  # a short-term forecast of the same minute is not computed again within this time
 
 
 class DayPlan:
-    """The mid-term level: Prophet, fitted once a day on five-minute means, for every interval of the
-    next 24 hours.
+    """The mid-term level: `DayForecaster`, fitted once a day, for every five minutes of the next 24 hours.
 
     While its running error is above that of the last value (the load when the plan was made), it is
-    replaced by it.
+    replaced by it. The floor is the share of the plan that was worth its price (`forecast.floor`), judged
+    against `bound`, the short-term bound at a time.
     """
 
-    def __init__(self, config: ProphetConfig | None = None, refit_s: float = DAY_S) -> None:
-        self._prophet = ProphetForecaster(config)
+    def __init__(
+        self,
+        config: ProphetConfig | None = None,
+        refit_s: float = DAY_S,
+        lead_s: float = 600.0,
+        bound: Callable[[float], float | None] = lambda now: None,
+    ) -> None:
+        self._forecaster = DayForecaster(config)
         self._refit_s = refit_s
+        self._bound = bound
         self._loads: deque[float] = deque(maxlen=round(KEEP_DAYS * DAY_S / PLAN_STEP_S))
         self._start: float | None = None  # of the step that fills now
         self._open: list[float] = []
@@ -49,24 +62,39 @@ class DayPlan:
         self._tried: float | None = None
         self._at_plan = 0.0  # the load when the plan was made
         self._errors: deque[tuple[float, float]] = deque(maxlen=round(DAY_S / PLAN_STEP_S))
+        self._lead = max(1, math.ceil(lead_s / PLAN_STEP_S))  # steps
+        self._pending: deque[tuple[float, float, float]] = deque()  # due, planned and bounded peak
+        self.floor = FloorShare(round(7 * DAY_S / PLAN_STEP_S))
 
     def observe(self, now: float, load: float) -> None:
         """Take in a load; steps nobody saw are filled with what is known around them."""
         start = now - now % PLAN_STEP_S
         if self._start is None or start < self._start or start - self._start > KEEP_DAYS * DAY_S:
             self._start, self._open = start, []
+            self._pending.clear()
         while start > self._start:
             value = float(np.mean(self._open)) if self._open else load
-            self._judge(self._start, value)
             self._loads.append(value)
             self._start += PLAN_STEP_S
+            self._judge(self._start, value)
             self._open = []
         self._open.append(load)
 
-    def _judge(self, start: float, truth: float) -> None:
-        planned = self._plan.peak(start, start, 0.5) if self._plan is not None else None
+    def _judge(self, end: float, truth: float) -> None:
+        """A step ended with `truth`: how good was the plan, and would it have been worth its price?"""
+        plan = self._plan
+        if plan is None:
+            return
+        planned = plan.peak(end - PLAN_STEP_S, end - PLAN_STEP_S, 0.5)
         if planned is not None:
             self._errors.append((abs(planned - truth), abs(self._at_plan - truth)))
+        while self._pending and self._pending[0][0] <= end:
+            _, planned_peak, bound_then = self._pending.popleft()
+            self.floor.learn(planned_peak, bound_then, max(list(self._loads)[-self._lead :]))
+        ahead = self._lead * PLAN_STEP_S
+        bound, peak = self._bound(end), plan.peak(end, end + ahead, 0.5)
+        if bound is not None and peak is not None:
+            self._pending.append((end + ahead, peak, bound))
 
     @property
     def skill(self) -> float | None:
@@ -83,27 +111,41 @@ class DayPlan:
             return False
         self._tried = now
         values = np.array(list(self._loads))
-        start = self._start - PLAN_STEP_S * len(values)
-        self._prophet.fit(Series(start, PLAN_STEP_S, values, "load"))
-        p50, p90 = self._prophet.predict(round(PLAN_DAYS * DAY_S / PLAN_STEP_S))
+        known = Series(self._start - PLAN_STEP_S * len(values), PLAN_STEP_S, values, "load")
+        coarse = known.coarse(round(FIT_STEP_S / PLAN_STEP_S))
+        self._forecaster.fit(coarse)
+        paths = self._forecaster.quantiles(coarse.values, round(PLAN_DAYS * DAY_S / FIT_STEP_S))
+        p50, p90 = (_refined(path) for path in paths)
         self._at_plan = float(values[-1])
-        self._plan = Forecast(self._start, PLAN_STEP_S, tuple(p50.tolist()), tuple(p90.tolist()), "prophet")
-        log.info("day plan: fitted on %.1f days", len(values) * PLAN_STEP_S / DAY_S)
+        self._plan = Forecast(self._start, PLAN_STEP_S, p50, p90, SOURCE)
+        share = self.floor.settle()
+        log.info(
+            "day plan: fitted on %.1f days, floor %.0f %%", len(values) * PLAN_STEP_S / DAY_S, 100 * share
+        )
         return True
 
     def forecast(self, now: float) -> Forecast | None:
-        """The plan from `now` on; None before the first fit, and once the plan has run out."""
+        """The floor from `now` on; None before the first fit, and once the plan has run out."""
         plan = self._plan
         if plan is None or not plan.start <= now < plan.end:
             return None
         first = int((now - plan.start) // PLAN_STEP_S)
         last = first + round(DAY_S / PLAN_STEP_S)
-        start, skill = plan.start + first * PLAN_STEP_S, self.skill
+        start, skill, share = plan.start + first * PLAN_STEP_S, self.skill, self.floor.share
         if skill is not None and skill < 0:
             load = self._loads[-1]
             note = f"prophet replaced by last-value: running skill {skill:.2f}"
             return Forecast(start, PLAN_STEP_S, (load,), (load,), "last-value", skill, note)
-        return Forecast(start, PLAN_STEP_S, plan.p50[first:last], plan.p90[first:last], "prophet", skill)
+        p50, p90 = (tuple(share * load for load in path[first:last]) for path in (plan.p50, plan.p90))
+        source = SOURCE if share == 1 else f"{share:.0%} of {SOURCE}"
+        return Forecast(start, PLAN_STEP_S, p50, p90, source, skill)
+
+
+def _refined(path: Array) -> tuple[float, ...]:
+    """A path on the grid of the fit, on the grid of the plan: the line between the middles of its steps."""
+    factor = round(FIT_STEP_S / PLAN_STEP_S)
+    middles = np.arange(len(path)) * factor + (factor - 1) / 2
+    return tuple(np.interp(np.arange(len(path) * factor), middles, path).tolist())
 
 
 class LiveOutlook:
@@ -116,7 +158,7 @@ class LiveOutlook:
         lead = max(GRID_S, policy.cold_start_s + policy.interval_s)
         settings = forecast_settings(config.forecast)
         self._short = ShortTerm(ShortConfig(lead_s=lead, directory=config.state / "lstm", lstm=settings[0]))
-        self._plan = DayPlan(settings[1])
+        self._plan = DayPlan(settings[1], lead_s=lead, bound=self._short_bound)
         self._path = config.state / "load.csv"
         self._last: Snapshot | None = None
         self._minute: list[float] = []
@@ -182,6 +224,10 @@ class LiveOutlook:
             forecast = self._short.forecast(now)
             self._cached = (now, forecast)
         return replace(forecast, start=now) if forecast is not None else None
+
+    def _short_bound(self, now: float) -> float | None:
+        forecast = self.short(now)
+        return forecast.p90[0] if forecast is not None else None
 
     def mid(self, now: float) -> Forecast | None:
         return self._plan.forecast(now)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from farthing.fleet.config import FleetConfig, SignalsConfig, load
-from farthing.fleet.policy import PolicyConfig
+from farthing.fleet.policy_config import PolicyConfig
 
 # A local replica is ready in seconds, so that everything goes by the second; in a cluster it goes by the
 # quarter minute.

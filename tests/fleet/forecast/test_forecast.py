@@ -170,7 +170,8 @@ def test_cli(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_prophet_with_holidays_and_events() -> None:
     pytest.importorskip("prophet")
-    from farthing.fleet.forecast.prophet import Event, ProphetConfig, ProphetForecaster
+    from farthing.fleet.forecast.calendar import Event
+    from farthing.fleet.forecast.prophet import ProphetConfig, ProphetForecaster
 
     config = ProphetConfig(country="US", events=(Event("launch", ("1970-01-10",)),))
     p50, p90 = ProphetForecaster(config).fit(daily()).predict(24)

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from farthing.cli.replay import app
 from farthing.fleet.decisions import Snapshot
-from farthing.fleet.policy import Policy, PolicyConfig
+from farthing.fleet.policy import Policy
+from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.replay.oracle import cost_hours
 from farthing.fleet.replay.policies import FarthingRule, FixedRule, HpaRule, needed
 from farthing.fleet.replay.rate import Setting, View, simulate

@@ -13,7 +13,7 @@ from farthing.fleet.forecast.base import Floats, Forecaster, LastValue, Seasonal
 from farthing.fleet.forecast.conformal import Conformal
 from farthing.fleet.series import DAY_S, Series
 
-MODELS = ("naive", "seasonal", "seasonal-week", "ridge", "ar", "mix", "lstm", "prophet", "day")
+MODELS = ("naive", "seasonal", "seasonal-week", "ridge", "ar", "profile", "mix", "lstm", "prophet", "day")
 Progress = Callable[[str], None]
 
 
@@ -35,13 +35,17 @@ def make(model: str, country: str | None = None) -> Forecaster:
         return AbsoluteAR()
     if model == "mix":
         from farthing.fleet.forecast.lstm import LSTMForecaster
-        from farthing.fleet.forecast.mix import Mix
+        from farthing.fleet.forecast.mix import Mix, profiles
 
-        return Mix(slow=[LSTMForecaster()])
+        return Mix(slow=[LSTMForecaster(), *profiles(country)])
     if model == "lstm":
         from farthing.fleet.forecast.lstm import LSTMForecaster
 
         return LSTMForecaster()
+    if model == "profile":
+        from farthing.fleet.forecast.profile import ProfileAR, ProfileConfig
+
+        return ProfileAR(ProfileConfig(country=country))
     if model in ("prophet", "day"):
         from farthing.fleet.forecast.day import DayForecaster
         from farthing.fleet.forecast.prophet import ProphetConfig

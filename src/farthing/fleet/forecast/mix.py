@@ -6,9 +6,12 @@ stretch of time, because a member's weight falls by the exponential of its error
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from farthing.fleet.forecast.base import Floats, Forecaster, LastValue
+from farthing.fleet.forecast.profile import ProfileAR, ProfileConfig
 from farthing.fleet.forecast.ridge import AbsoluteAR, RidgeAR
 from farthing.fleet.series import Series
 
@@ -79,3 +82,9 @@ def default_experts() -> list[Forecaster]:
         for window in (144, 288, 576, 1500)
     ]
     return [LastValue(), *jagged, RidgeAR(), RidgeAR(weeks=4, days=1, around=4), RidgeAR(weeks=8, around=2)]
+
+
+def profiles(country: str | None = None) -> list[Forecaster]:
+    """Weekly profiles of two memories, with regressions made for the next step; too slow to fit often."""
+    made = ProfileConfig(recent=8, around=2, penalty=1.0, country=country)
+    return [ProfileAR(replace(made, periods=periods)) for periods in (4, 6)]

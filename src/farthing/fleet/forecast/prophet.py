@@ -4,48 +4,36 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from farthing.fleet.forecast.calendar import Event
 from farthing.fleet.series import DAY_S, Series
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Event:
-    """A scheduled event: `days` after `date` (ISO) included, and every date it happens or happened."""
-
-    name: str
-    dates: tuple[str, ...]  # "2026-11-27", past ones to learn from and coming ones to forecast
-    days_before: int = 0
-    days_after: int = 0
-
-    def __post_init__(self) -> None:
-        for date in self.dates:
-            try:
-                datetime.fromisoformat(date)
-            except ValueError as error:
-                raise ValueError(f"Event {self.name!r}: date {date!r}: YYYY-MM-DD is accepted") from error
-
-
-@dataclass(frozen=True)
 class ProphetConfig:
-    """What Prophet is told; the defaults are tuned for service loads."""
+    """What Prophet is told; the defaults come from docs/forecasting.md.
+
+    A load's trend over weeks tells little of tomorrow: without one (`growth` flat) the error is half.
+    """
 
     country: str | None = None  # "US", "DE", …: public holidays of the library `holidays`
     events: tuple[Event, ...] = ()
-    changepoint_prior_scale: float = 0.05
+    growth: Literal["flat", "linear"] = "flat"
+    changepoint_prior_scale: float = 0.05  # of a linear trend
     seasonality_prior_scale: float = 10.0
     multiplicative: bool = True
-    daily_order: int = 12
-    weekly_order: int = 20
+    daily_order: int = 20
+    weekly_order: int = 60
     log: bool = False  # forecast log(1 + value): for multiplicative noise
-    history_s: float = field(default=120 * DAY_S)  # older values are not used
+    history_s: float = 42 * DAY_S  # older values are not used
 
 
 class ProphetForecaster:
@@ -70,7 +58,7 @@ class ProphetForecaster:
             recent = series.tail(max(2, round(self.config.history_s / series.step_s)))
             weeks = len(recent) * recent.step_s / (7 * DAY_S)
             model = Prophet(
-                growth="linear" if weeks >= 3 else "flat",
+                growth=self.config.growth if weeks >= 3 else "flat",
                 changepoint_prior_scale=self.config.changepoint_prior_scale,
                 seasonality_prior_scale=self.config.seasonality_prior_scale,
                 seasonality_mode="multiplicative" if self.config.multiplicative else "additive",

@@ -1,4 +1,4 @@
-"""The mid-term level in a replay: a day plan made anew on a schedule, from the past only."""
+"""The mid-term level in a replay: a day plan made every day, from the past only."""
 
 from __future__ import annotations
 
@@ -6,60 +6,77 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from farthing.fleet.forecast.day import DayForecaster
+from farthing.fleet.forecast.floor import best_share, floor_losses
 from farthing.fleet.forecast.growth import Floats, trailing_max
-from farthing.fleet.forecast.prophet import ProphetConfig, ProphetForecaster
+from farthing.fleet.forecast.prophet import ProphetConfig
 from farthing.fleet.series import DAY_S, Series
+
+JUDGED_S = 300.0  # peaks this far apart are judged
+MOST_DAYS = 7  # between two fits
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """When the day plan is made, and when it is not used."""
+    """When the day plan is made, and over how long it is judged."""
 
     enabled: bool = True
     history_s: float = 7 * DAY_S  # below this there is no plan: the load itself stands in for it
-    max_fits: int = 40  # plans of a long trace are made every few days
-    skill_s: float = 7 * DAY_S  # window of the running skill against the last value
-    largest_error: float = 0.1  # a plan that was off by more than this share is no floor worth its price
+    max_fits: int = 40  # the forecaster is fitted every few days of a long trace
+    judged_s: float = 7 * DAY_S  # window of the running skill and of the floor's share
     prophet: ProphetConfig = field(default_factory=ProphetConfig)
 
 
-def day_plan(series: Series, ticks: int, tick_s: float, lead_s: float, config: PlanConfig) -> Floats:
-    """[ticks] the median forecast's peak over the next `lead_s`; NaN where there is no plan to trust.
+def day_plan(
+    series: Series, load: Floats, bound: Floats, tick_s: float, lead_s: float, config: PlanConfig
+) -> Floats:
+    """[T] the floor at each tick: a share of the plan's peak over the next `lead_s`; NaN without a plan.
 
-    A plan whose running skill against the last value known at its making is not above zero, or whose error
-    is larger than the configuration allows, is not trusted.
+    `load` and `bound` [T] are the load and the short-term bound at each tick. As in service, a plan whose
+    running skill against the last value known at its making is below zero is not used.
     """
-    planned = _plans(series, config) if config.enabled else None
-    if planned is None:
-        return np.full(ticks, np.nan)
-    value, good = planned
+    if not config.enabled:
+        return np.full(len(load), np.nan)
+    value, good = _plans(series, config)
     ahead = max(1, int(np.ceil(lead_s / series.step_s)) + 1)
     peak = trailing_max(value[::-1, None], ahead)[::-1, 0]  # over the steps ahead
-    at = np.minimum(np.floor(np.arange(ticks) * tick_s / series.step_s).astype(np.int64), len(series) - 1)
-    return np.where(good[at], peak[at], np.nan)
+    at = np.minimum(np.floor(np.arange(len(load)) * tick_s / series.step_s).astype(np.int64), len(series) - 1)
+    planned = np.where(good, peak, np.nan)[at]
+    floor: Floats = planned * _shares(planned, load, bound, tick_s, lead_s, config)
+    return floor
 
 
-def _plans(
-    series: Series, config: PlanConfig
-) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.bool_]]] | None:
-    """([steps] planned values, [steps] whether the plan is trusted); None without enough history."""
-    first = round(config.history_s / series.step_s)
-    if len(series) - first < series.per_day:
-        return None
-    days = max(1, -(-round((len(series) - first) / series.per_day) // config.max_fits))
-    every = days * series.per_day
-    value = series.values.copy()
-    naive = series.values.copy()
+def _shares(
+    planned: Floats, load: Floats, bound: Floats, tick_s: float, lead_s: float, config: PlanConfig
+) -> Floats:
+    """[T] the floor's share of the plan, chosen anew every day on what the days before have shown."""
+    lead, every = max(1, round(lead_s / tick_s)), max(1, round(JUDGED_S / tick_s))
+    day, window = round(DAY_S / tick_s), round(config.judged_s / tick_s)
+    peaks = trailing_max(load[:, None], lead)[:, 0]
+    out = np.ones(len(load))
+    for begin in range(0, len(load), day):
+        judged = np.arange(max(0, begin - window), max(0, begin - lead), every)
+        judged = judged[~np.isnan(planned[judged])]
+        losses = floor_losses(planned[judged], bound[judged], peaks[judged + lead])
+        out[begin : begin + day] = best_share(losses)
+    return out
+
+
+def _plans(series: Series, config: PlanConfig) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+    """([steps] planned values, [steps] whether there is a plan with skill)."""
+    first, day = round(config.history_s / series.step_s), series.per_day
+    value, naive = series.values.copy(), series.values.copy()
     good = np.zeros(len(series), dtype=np.bool_)
-    window = round(config.skill_s / series.step_s)
-    for begin in range(first, len(series), every):
-        end = min(len(series), begin + every)
-        value[begin:end] = ProphetForecaster(config.prophet).fit(series.head(begin)).predict(end - begin)[0]
+    window = round(config.judged_s / series.step_s)
+    every = min(MOST_DAYS, max(1, -(-round((len(series) - first) / day) // config.max_fits)))
+    forecaster = DayForecaster(config.prophet)
+    for count, begin in enumerate(range(first, len(series) - 1, day)):
+        end = min(len(series), begin + day)
+        if count % every == 0:
+            forecaster.fit(series.head(begin))
+        value[begin:end] = forecaster.predict(series.values[:begin], end - begin)
         naive[begin:end] = series.values[begin - 1]
         past = slice(max(first, begin - window), begin)
         truth = series.values[past]
-        if len(truth):
-            error = np.abs(value[past] - truth).sum()
-            skilled = error < np.abs(naive[past] - truth).sum()
-            good[begin:end] = skilled and error <= config.largest_error * truth.sum()
+        good[begin:end] = np.abs(value[past] - truth).sum() <= np.abs(naive[past] - truth).sum()
     return value, good

@@ -123,7 +123,9 @@ class Replay:
         point = point_forecast(raw, steady, setting.tick_s, lead, config.growth)
         self.bound = growth_bound(steady, point, setting.tick_s, lead, config.growth)
         self.progress("day plan")
-        plan = day_plan(self.series, self.ticks, setting.tick_s, lead, config.plan)[:, None]
+        plan = day_plan(
+            self.series, self.rate.mean(axis=1), self.bound.mean(axis=1), setting.tick_s, lead, config.plan
+        )[:, None]
         self.floor = np.where(np.isnan(plan), self.rate, plan)
 
     def span(self, half: int | None) -> slice:

@@ -1,0 +1,199 @@
+"""The weekly profile: what a load does at this hour of the week, and how today departs from it.
+
+The profile is the median of the same time over the last weeks, so that one odd day (a holiday, an outage)
+does not come back a week later. What is left, in logarithms, is forecast by one ridge regression for each
+step ahead: on its last values, its means over hours and days, and the same time of earlier days and weeks. A
+holiday borrows the profile of a Sunday, a bridge day that of a Saturday; how much of it is learnt in the same
+regression. Below four weeks of history the profile is that of a day.
+
+Shapes: n = steps of the history and the days after it, R = rows of a regression, F = features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farthing.fleet.forecast.base import Floats
+from farthing.fleet.forecast.calendar import SATURDAY, SUNDAY, Calendar, Event, calendar
+from farthing.fleet.series import DAY_S, Series
+
+HOUR_S = 3600.0
+MEANS_S = (3 * HOUR_S, 6 * HOUR_S, 12 * HOUR_S, DAY_S, 3 * DAY_S, 7 * DAY_S)
+LAGS_D = (1, 2, 3, 7, 14)  # days before the target
+LARGEST = 1.0  # departures beyond this (a factor of e) teach as if they were this large
+MAX_ROWS = 6000  # of one regression; longer histories are thinned
+EVENING_S = 18 * HOUR_S  # when the eve of a holiday begins
+AHEAD_DAYS = 9  # how far beyond the fitted series it may be asked
+
+Steps = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Memory of the profile and strength of the regression."""
+
+    periods: int = 5  # weeks (or days) whose median is the profile
+    recent: int = 2  # last departures that are features of their own
+    around: int = 0  # steps on either side of a seasonal lag that are features of their own
+    penalty: float = 300.0
+    holiday_penalty: float = 10.0  # weaker: there are few holidays to learn from
+    country: str | None = None  # of the public holidays
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known at one time, all by steps from the beginning of the series and into the days ahead."""
+
+    period: int  # steps
+    near: int  # steps of an hour, at least 1
+    day: int  # steps
+    profile: Floats  # [n] logarithms
+    departure: Floats  # [known so far]
+    special: Floats  # [n, S] features of holidays and events
+    config: ProfileConfig
+
+    @property
+    def first(self) -> int:
+        """The first step whose features are all known, or nearly."""
+        return 2 * self.period
+
+    def features(self, origins: Steps, ahead: int) -> Floats:
+        """[R, F] for forecasts `ahead` steps on, made when the steps before `origins` [R] were known."""
+        past, near = self.departure, self.near
+        total = np.concatenate([[0.0], np.cumsum(past)])
+        target = origins + ahead - 1
+
+        def mean(begin: Steps, end: Steps) -> Floats:
+            begin = np.maximum(begin, 0)
+            return np.asarray((total[end] - total[begin]) / np.maximum(end - begin, 1), dtype=np.float64)
+
+        columns = [past[origins - 1 - k] for k in range(self.config.recent)]
+        columns += [mean(origins - max(1, round(m / DAY_S * self.day)), origins) for m in MEANS_S]
+        for days in LAGS_D:
+            lag = days * self.day
+            if lag > self.first:
+                break
+            shifts = range(-self.config.around, self.config.around + 1)
+            columns += [past[np.maximum(target - lag + k, 0)] for k in shifts if lag - k >= ahead]
+            if lag - near > ahead:
+                columns.append(mean(target - lag - near, target - lag + near + 1))
+        return np.column_stack([*columns, self.special[target]])
+
+    def with_values(self, logs: Floats) -> _Known:
+        """The same when `logs` [m] are known."""
+        new = logs[len(self.departure) :] - self.profile[len(self.departure) : len(logs)]
+        return replace(self, departure=np.concatenate([self.departure, _bounded(new)]))
+
+
+class ProfileAR:
+    """See the module. It may be asked for steps up to nine days after the fitted series."""
+
+    def __init__(self, config: ProfileConfig | None = None) -> None:
+        self.config = config or ProfileConfig()
+        self.name = f"profile{self.config.periods}"
+        self._known: _Known | None = None
+        self._logs: Floats = np.zeros(0)
+        self._weights: dict[int, Floats] = {}
+
+    def fit(self, series: Series) -> None:
+        self._logs, self._weights = np.log1p(series.values), {}
+        self._known = _know(series, self.config) if len(series) >= 3 * series.per_day else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the fitted series was long enough to learn from."""
+        return self._known is not None
+
+    def predict(self, values: Floats, steps: int) -> Floats:
+        """[steps]; the last value repeated where less than three days are known."""
+        if self._known is None:  # not ready
+            return np.full(steps, values[-1])
+        if len(values) + steps > len(self._known.profile):
+            raise ValueError(
+                f"ProfileAR: {steps} steps after {len(values)}; fitted at {len(self._logs)}, it reaches "
+                f"{AHEAD_DAYS} days further"
+            )
+        known = self._known.with_values(np.log1p(values))
+        origin, out = np.array([len(values)]), np.empty(steps)
+        for ahead in range(1, steps + 1):
+            if ahead not in self._weights:
+                self._weights[ahead] = self._fitted(ahead)
+            moved = known.features(origin, ahead)[0] @ self._weights[ahead]
+            out[ahead - 1] = known.profile[len(values) + ahead - 1] + moved
+        return np.asarray(np.expm1(np.clip(out, 0.0, 50.0)), dtype=np.float64)
+
+    def _fitted(self, ahead: int) -> Floats:
+        """[F] weights of a forecast `ahead` steps on; large loads count more, as they do in the WAPE."""
+        known, config = self._known, self.config
+        assert known is not None
+        origins = np.arange(known.first, len(self._logs) - ahead + 1)
+        origins = origins[:: -max(1, -(-len(origins) // MAX_ROWS))][::-1]
+        rows, target = known.features(origins, ahead), origins + ahead - 1
+        truth, load = known.departure[target], np.expm1(self._logs[target])
+        weight = (load / max(load.mean(), 1e-9))[:, None]
+        plain = rows.shape[1] - known.special.shape[1]
+        spread = np.ones(rows.shape[1])
+        spread[:plain] = rows[:, :plain].std(axis=0) + 1e-9
+        penalty = np.full(rows.shape[1], config.holiday_penalty)
+        penalty[:plain] = config.penalty
+        scaled = rows / spread
+        gram = (scaled * weight).T @ scaled + np.diag(penalty)
+        return np.asarray(np.linalg.solve(gram, (scaled * weight).T @ truth) / spread, dtype=np.float64)
+
+
+def _know(series: Series, config: ProfileConfig) -> _Known:
+    day, n = series.per_day, len(series) + AHEAD_DAYS * series.per_day
+    weekly = len(series) >= 28 * day
+    period = 7 * day if weekly else day
+    days = calendar(series.start, series.step_s, n, config.country, config.events)
+    logs = np.log1p(series.values)
+    masked = np.where(days.special[: len(logs)], np.nan, logs) if weekly else logs
+    back = [period * k for k in range(1, config.periods + 1)]
+    profile = _median(masked, np.full(n, 0), back)
+    profile = np.where(np.isnan(profile), _median(logs, np.full(n, 0), back), profile)
+    profile[: len(logs)] = np.where(np.isnan(profile[: len(logs)]), logs, profile[: len(logs)])
+    special = _special(masked, profile, back, days) if weekly else np.zeros((n, 0))
+    departure = _bounded(logs - profile[: len(logs)])
+    return _Known(period, max(1, round(HOUR_S / series.step_s)), day, profile, departure, special, config)
+
+
+def _median(logs: Floats, shift: Steps, back: list[int]) -> Floats:
+    """[n] median of the values `shift` [n] + `back` steps earlier; those unknown (NaN) are left out."""
+    at = np.arange(len(shift)) - shift
+    rows = np.full((len(back), len(shift)), np.nan)
+    for row, steps in zip(rows, back, strict=True):
+        source = at - steps
+        good = (source >= 0) & (source < len(logs))
+        row[good] = logs[source[good]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all unknown: NaN
+        return np.asarray(np.nanmedian(rows, axis=0), dtype=np.float64)
+
+
+def _special(masked: Floats, profile: Floats, back: list[int], days: Calendar) -> Floats:
+    """[n, S]: how a Sunday's (Saturday's) profile differs where it may be borrowed, and marks of the days."""
+    day = back[0] // 7
+
+    def borrowed(weekday: int, where: NDArray[np.bool_]) -> Floats:
+        shift = ((days.weekday - weekday) % 7) * day  # to that weekday before
+        other = _median(masked, shift, [0, *back[:-1]])
+        return np.where(where & (shift > 0) & ~np.isnan(other), other - profile, 0.0)
+
+    evening = days.eve & (days.second >= EVENING_S)
+    marks = [days.holiday, days.bridge, evening, *days.events]
+    columns = [
+        borrowed(SUNDAY, days.holiday),
+        borrowed(SATURDAY, days.bridge),
+        borrowed(SATURDAY, days.eve),
+        *(mark.astype(np.float64) for mark in marks),
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _bounded(departure: Floats) -> Floats:
+    return np.clip(departure, -LARGEST, LARGEST)
