@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
+from types import MappingProxyType
 
 from farthing.model.config import ModelConfig
 from farthing.model.load import parameter_shapes
@@ -113,7 +114,7 @@ class ShardPlan:
     ) -> ShardPlan:
         """Stages balanced by bytes (2 a number unless `nbytes` tells). Raises PlanError."""
         _check(config, layout)
-        return cls(config, layout, _stages(config, layout, nbytes), dict(parameter_shapes(config)))
+        return cls(config, layout, _stages(config, layout, nbytes), _shapes(config))
 
     def cut(self, name: str, place: Place) -> Cut | None:
         """What a rank reads of a parameter; None if it reads nothing of it."""
@@ -167,6 +168,22 @@ class ShardPlan:
         return Cut(None) if expert in self.experts(place) else None
 
 
+@lru_cache(maxsize=4)
+def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    return MappingProxyType(dict(parameter_shapes(config)))
+
+
+@lru_cache(maxsize=4)
+def representatives(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...], int], ...]:
+    """(name, shape, how many like it): the first routed expert of a layer stands for all of them."""
+    experts = config.n_routed_experts or 1
+    return tuple(
+        (name, shape, experts if ".experts." in name else 1)
+        for name, shape in _shapes(config).items()
+        if ".experts." not in name or ".experts.0." in name
+    )
+
+
 def layer_of(name: str) -> int | None:
     """The layer a parameter belongs to, None for the top level."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
@@ -198,13 +215,13 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
     layers, pp = config.num_hidden_layers, layout.pp
     weight = [0] * layers
     last = 0  # MTP layers, which stand on the last stage
-    for name, shape in parameter_shapes(config):
-        size = nbytes(name) if nbytes else 2 * prod(shape)
+    for name, shape, count in representatives(config):
+        size = count * (nbytes(name) if nbytes else 2 * prod(shape))
+        layer = layer_of(name)
         if ".experts." in name and layout.ep > 1:
             size //= layout.ep
-        elif layer_of(name) is not None and (cut := _tp_cut(name, shape, layout.tp, 0)).dim is not None:
+        elif layer is not None and (cut := _tp_cut(name, shape, layout.tp, 0)).dim is not None:
             size = size * (cut.stop - cut.start) // shape[cut.dim]
-        layer = layer_of(name)
         if layer is not None and layer < layers:
             weight[layer] += size
         elif layer is not None:

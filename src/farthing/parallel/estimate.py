@@ -1,0 +1,297 @@
+"""An ESTIMATE of a large deployment's throughput and price: a roofline over declared or measured ceilings.
+
+Prefill and decode stand on groups of GPUs of their own: attention data-parallel, experts over the whole
+group, communication behind computation (two micro-batches), load perfectly balanced. Nothing of it is
+measured: what a real deployment loses to imbalance, to scheduling and to traffic that comes and goes is not
+in it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from farthing.model.config import ModelConfig
+
+FP8, BF16 = 1, 2  # bytes
+USABLE_MEMORY = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """One GPU's; GB are 1e9 bytes."""
+
+    name: str
+    memory: float  # GB
+    bandwidth: float  # GB/s
+    fp8: float  # TFLOP/s
+    bf16: float
+    nvlink: float  # GB/s a direction
+    network: float
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What of a ceiling kernels reach."""
+
+    dense: float
+    grouped: float
+    attention: float
+    bandwidth: float
+    network: float
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What users send."""
+
+    prompt: int  # tokens of a prompt
+    output: int
+    cache_hit: float = 0.0  # share of prompt tokens found in the cache
+    step_limit: float = 0.05  # seconds a decode step may take: 1 / (tokens/s of one user)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Estimated: one GPU of a group of `gpus`."""
+
+    gpus: int
+    tokens_per_gpu: int  # of a step
+    layer_compute: float  # seconds of one MoE layer
+    layer_communication: float
+    tokens_per_second: float  # of a GPU
+    bound: str
+
+    def node(self, gpus: int = 8) -> float:
+        """Tokens a second of a node."""
+        return self.tokens_per_second * gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Of a deployment; dollars a million tokens at a price an hour of one GPU."""
+
+    prefill: Phase  # computed prompt tokens
+    prefill_with_hits: float  # prompt tokens a second of a GPU, those found in the cache included
+    decode: Phase
+    usd_input: float
+    usd_output: float
+    usd_request_output: float  # a whole request's cost, shared over its output tokens
+    assumptions: tuple[str, ...]
+
+
+def load_devices(path: Path | None = None) -> tuple[dict[str, Ceilings], Shares]:
+    """The declared ceilings, a user's measured ones over them. Raises ValueError naming the field."""
+    raw = tomllib.loads(Path(__file__).with_name("devices.toml").read_text())
+    devices = {name: Ceilings(name, **row) for name, row in raw["device"].items()}
+    shares = dict(raw["share"])
+    if path is not None:
+        own = tomllib.loads(path.read_text())
+        for name, row in own.get("device", {}).items():
+            base = (
+                {f.name: getattr(devices[name], f.name) for f in fields(Ceilings)} if name in devices else {}
+            )
+            devices[name] = _device(name, base | row)
+        shares |= own.get("share", {})
+    if set(shares) != {f.name for f in fields(Shares)} or not all(0 < s <= 1 for s in shares.values()):
+        raise ValueError(f"share is {shares}; expected {[f.name for f in fields(Shares)]}, each in (0, 1]")
+    return devices, Shares(**shares)
+
+
+def estimate(
+    config: ModelConfig,
+    device: Ceilings,
+    shares: Shares,
+    workload: Workload,
+    price: float,
+    prefill_gpus: int = 32,
+    decode_gpus: int = 144,
+    redundant: int = 32,
+) -> Estimate:
+    """price: dollars an hour of one GPU. redundant: copies of experts in either group."""
+    prefill = _prefill(_Costs(config, device, shares, prefill_gpus, redundant), workload)
+    decode = _decode(_Costs(config, device, shares, decode_gpus, redundant), workload)
+    with_hits = prefill.tokens_per_second / (1 - workload.cache_hit)
+    usd_input = price / 3600 / with_hits * 1e6
+    usd_output = price / 3600 / decode.tokens_per_second * 1e6
+    return Estimate(
+        prefill,
+        with_hits,
+        decode,
+        usd_input,
+        usd_output,
+        usd_output + usd_input * workload.prompt / workload.output,
+        _assumptions(device, shares, workload, prefill, decode, redundant),
+    )
+
+
+class _Costs:
+    """Seconds of the parts of one layer on one GPU."""
+
+    def __init__(
+        self, config: ModelConfig, device: Ceilings, shares: Shares, gpus: int, redundant: int
+    ) -> None:
+        if not config.n_routed_experts:
+            raise ValueError("the model has no routed experts; expected a mixture of experts to estimate")
+        self.config, self.device, self.gpus = config, device, gpus
+        self.experts = max(1, -(-(config.n_routed_experts + redundant) // gpus))
+        self.bytes_per_second = device.bandwidth * 1e9 * shares.bandwidth
+        self.dense = device.fp8 * 1e12 * shares.dense
+        self.grouped = device.fp8 * 1e12 * shares.grouped
+        self.attention_flops = device.bf16 * 1e12 * shares.attention
+        # One network card a GPU carries what leaves a node; within one, NVLink.
+        self.exchange = (device.network if gpus > 8 else device.nvlink) * 1e9 * shares.network
+
+    @property
+    def projection(self) -> int:
+        """Weights of a layer's attention."""
+        c, h = self.config, self.config.num_attention_heads
+        q = c.q_lora_rank or 0
+        query = c.hidden_size * q + q * h * c.qk_head_dim if q else c.hidden_size * h * c.qk_head_dim
+        kv = c.hidden_size * c.cache_width + c.kv_lora_rank * h * (c.qk_nope_head_dim + c.v_head_dim)
+        return query + kv + h * c.v_head_dim * c.hidden_size
+
+    @property
+    def expert(self) -> int:
+        """Weights of one expert."""
+        return 3 * self.config.hidden_size * self.config.moe_intermediate_size
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of one GPU, FP8: attention and shared experts whole, its experts, embedding and head in bf16."""
+        c = self.config
+        moe_layers = c.num_hidden_layers - c.first_k_dense_replace
+        dense = 3 * c.hidden_size * c.intermediate_size * c.first_k_dense_replace
+        experts = moe_layers * self.expert * (self.experts + c.n_shared_experts)
+        return (
+            c.num_hidden_layers * self.projection + dense + experts + 2 * BF16 * c.vocab_size * c.hidden_size
+        )
+
+    def gemm(self, weights: float, tokens: float, flops: float) -> float:
+        """A product: the slower of reading its weights once and its arithmetic."""
+        return max(weights * FP8 / self.bytes_per_second, 2 * weights * tokens / flops)
+
+    def feed_forward(self, tokens: float) -> float:
+        """Shared expert, and this GPU's even share of the group's routed tokens."""
+        c = self.config
+        rows = tokens * c.num_experts_per_tok / self.experts  # of each expert here
+        shared = self.gemm(self.expert * c.n_shared_experts, tokens, self.dense)
+        return shared + self.experts * self.gemm(self.expert, rows, self.grouped)
+
+    def exchanged(self, tokens: float, copies: float) -> float:
+        """Dispatch in FP8 and combine in bf16 of each token's `copies`."""
+        return tokens * copies * self.config.hidden_size * (FP8 + BF16) / self.exchange
+
+    def decode_attention(self, tokens: float, context: float) -> float:
+        """Absorbed, from a bf16 cache: the slower of reading it and the arithmetic of all heads on it."""
+        c = self.config
+        read = tokens * context * c.cache_width * BF16 / self.bytes_per_second
+        flops = 2 * tokens * context * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        return max(read, flops / self.attention_flops)
+
+    def prefill_attention(self, tokens: float, past: float, new: float) -> float:
+        """Expanded heads, causal: each of `new` tokens of a prompt sees `past` and half of the new ones."""
+        c = self.config
+        pairs = tokens * (past + new / 2)
+        return 2 * pairs * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) / self.attention_flops
+
+
+def _prefill(costs: _Costs, workload: Workload) -> Phase:
+    """Long steps: 16,384 tokens a GPU, so that weights are read once for many tokens."""
+    c, tokens = costs.config, 16384
+    past = workload.prompt * workload.cache_hit
+    compute = (
+        costs.gemm(costs.projection, tokens, costs.dense)
+        + costs.prefill_attention(tokens, past, workload.prompt - past)
+        + costs.feed_forward(tokens)
+    )
+    nodes = max(1, costs.gpus // 8)
+    # Group-limited routing: a token goes to topk_group nodes at most, once to each.
+    copies = (
+        min(c.topk_group if c.n_group > 1 else c.num_experts_per_tok, nodes)
+        if nodes > 1
+        else (min(c.num_experts_per_tok, costs.gpus) * (costs.gpus - 1) / costs.gpus)
+    )
+    remote = copies * (nodes - 1) / nodes if nodes > 1 else copies
+    return _phase(costs, tokens, compute, costs.exchanged(tokens, remote))
+
+
+def _decode(costs: _Costs, workload: Workload) -> Phase:
+    """As many sequences a GPU as memory and the step limit allow."""
+    c = costs.config
+    context = workload.prompt + workload.output / 2
+    free = costs.device.memory * 1e9 * USABLE_MEMORY - costs.weight_bytes
+    most = int(free // (context * c.cache_width * BF16 * c.num_hidden_layers))
+    if most < 1:
+        raise ValueError(
+            f"{costs.gpus} GPUs {costs.device.name} hold {costs.weight_bytes / 1e9:.0f} GB of weights each "
+            f"and no sequence of {context:.0f} tokens beside them; expected more GPUs or more memory"
+        )
+
+    def phase(tokens: int) -> Phase:
+        compute = (
+            costs.gemm(costs.projection, tokens, costs.dense)
+            + costs.decode_attention(tokens, context)
+            + costs.feed_forward(tokens)
+        )
+        remote = c.num_experts_per_tok * (costs.gpus - 1) / costs.gpus
+        return _phase(costs, tokens, compute, costs.exchanged(tokens, remote))
+
+    low, high = 1, most
+    while low < high:  # the largest batch within the limit
+        middle = (low + high + 1) // 2
+        p = phase(middle)
+        low, high = (
+            (middle, high) if middle / p.tokens_per_second <= workload.step_limit else (low, middle - 1)
+        )
+    return phase(low)
+
+
+def _phase(costs: _Costs, tokens: int, compute: float, communication: float) -> Phase:
+    """Communication hides behind the other micro-batch's computation, or the other way round."""
+    c = costs.config
+    dense_layer = (
+        compute
+        - costs.feed_forward(tokens)
+        + costs.gemm(3 * c.hidden_size * c.intermediate_size, tokens, costs.dense)
+    )
+    moe_layers = c.num_hidden_layers - c.first_k_dense_replace
+    head = 2 * c.vocab_size * c.hidden_size * BF16 / costs.bytes_per_second
+    step = moe_layers * max(compute, communication) + c.first_k_dense_replace * dense_layer + head
+    bound = "communication" if communication > compute else "computation and memory"
+    return Phase(costs.gpus, tokens, compute, communication, tokens / step, bound)
+
+
+def _assumptions(
+    device: Ceilings, shares: Shares, w: Workload, prefill: Phase, decode: Phase, redundant: int
+) -> tuple[str, ...]:
+    kind = "measured" if device.measured else "declared"
+    return (
+        f"{kind} ceilings of {device.name}: {device.memory:g} GB, {device.bandwidth:g} GB/s, "
+        f"FP8 {device.fp8:g} and bf16 {device.bf16:g} TFLOP/s, NVLink {device.nvlink:g} and network "
+        f"{device.network:g} GB/s",
+        f"kernels reach {shares.dense:.0%} (dense) and {shares.grouped:.0%} (grouped) of FP8, "
+        f"{shares.attention:.0%} of bf16 in attention, {shares.bandwidth:.0%} of memory bandwidth, "
+        f"{shares.network:.0%} of the network",
+        f"prompts of {w.prompt:,} tokens, {w.cache_hit:.1%} of them found in the cache; "
+        f"{w.output:,} tokens of output",
+        f"a decode step takes at most {w.step_limit * 1000:.0f} ms, {1 / w.step_limit:.0f} tokens/s a user",
+        f"prefill on groups of {prefill.gpus} GPUs, {prefill.tokens_per_gpu:,} tokens a GPU and step; decode "
+        f"on groups of {decode.gpus}, {decode.tokens_per_gpu:,} sequences a GPU; {redundant} redundant "
+        "experts in each",
+        "attention data-parallel; weights FP8, cache, attention and combine bf16, dispatch FP8",
+        "no speculation",
+        "communication and computation overlap fully; experts and GPUs evenly loaded; every GPU always busy",
+    )
+
+
+def _device(name: str, row: Mapping[str, Any]) -> Ceilings:
+    known = {f.name for f in fields(Ceilings)}
+    missing = known - set(row) - {"name", "measured"}
+    if missing or set(row) - known:
+        raise ValueError(f"device.{name} has {sorted(row)}; expected {sorted(known - {'name', 'measured'})}")
+    return Ceilings(**{**row, "name": name, "measured": True})

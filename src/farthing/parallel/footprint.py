@@ -1,0 +1,149 @@
+"""How many bytes a backend holds for a weight, from its shape and stored format alone.
+
+Legend: N output rows, K input columns. The CPU backend's records are those of native/matrix.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from farthing.checkpoint import Checkpoint
+
+BACKENDS = ("reference", "cpu", "gpu")
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+Kind = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a checkpoint stores a parameter; group: columns a scale (int4)."""
+
+    kind: Kind
+    group: int = 128
+    zero: bool = False  # with zero points
+
+    @property
+    def is_float(self) -> bool:
+        """Not quantized."""
+        return self.kind in FLOAT_BYTES
+
+
+StoredOf = Callable[[str], Stored]
+
+
+def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
+    """What config.json promises: quantized linear modules, everything else in torch_dtype."""
+    dtype = raw.get("torch_dtype") or raw.get("dtype")
+    plain = Stored("float32" if dtype == "float32" else "bfloat16")
+    quantization = raw.get("quantization_config") or {}
+    linear = plain
+    if quantization.get("quant_method") == "fp8":
+        linear = Stored("fp8")
+    elif groups := quantization.get("config_groups"):
+        weights = next(iter(groups.values()))["weights"]
+        kind: Kind = (
+            "int4" if weights["num_bits"] == 4 else "fp8" if weights.get("type") == "float" else "int8"
+        )
+        linear = Stored(kind, int(weights.get("group_size") or 128), not weights.get("symmetric", True))
+
+    def of(name: str) -> Stored:
+        return linear if "_proj." in name and not name.endswith("eh_proj.weight") else plain
+
+    return of
+
+
+def stored_by_checkpoint(path: Path) -> StoredOf:
+    """What the files hold, from their headers."""
+    checkpoint = Checkpoint.open(path)
+    floats: dict[int, Kind] = {4: "float32", 2: "bfloat16"}
+
+    def of(name: str) -> Stored:
+        module = name.removesuffix(".weight")
+        if checkpoint.has(f"{module}.weight_packed"):
+            columns = checkpoint.shape(f"{module}.weight_packed")[1] * 8
+            group = columns // checkpoint.shape(f"{module}.weight_scale")[1]
+            return Stored("int4", group, checkpoint.has(f"{module}.weight_zero_point"))
+        if not checkpoint.has(name):
+            return Stored("bfloat16")
+        width = checkpoint.nbytes(name) // prod(checkpoint.shape(name))
+        if width > 1:
+            return Stored(floats[width])
+        if checkpoint.has(f"{name}_scale_inv"):
+            return Stored("fp8")
+        block = len(checkpoint.shape(f"{module}.weight_scale")) == 2 and (
+            checkpoint.shape(f"{module}.weight_scale")[1] > 1
+        )
+        return Stored("fp8" if block else "int8")
+
+    return of
+
+
+def matrix_bytes(n: int, k: int, stored: Stored) -> int:
+    """As stored: data, scales and zero points."""
+    if stored.is_float:
+        return FLOAT_BYTES[stored.kind] * n * k
+    if stored.kind == "fp8":
+        return n * k + 4 * (-(-n // 128)) * (-(-k // 128))
+    if stored.kind == "int8":
+        return n * k + 4 * n
+    return n * k // 2 + n * (k // stored.group) * (5 if stored.zero else 4)
+
+
+def packed_bytes(n: int, k: int, stored: Stored) -> int:
+    """Of the CPU backend's packed matrix: panels of 16 rows, each one record."""
+    panels, kind = -(-n // 16), stored.kind
+    if kind == "float32" or kind == "float16":
+        return panels * 64 * k
+    if kind == "bfloat16":
+        return panels * 32 * _up(k, 32)
+    if kind == "fp8":
+        return panels * (16 * _up(k, 32) + 64 * (-(-_up(k, 32) // 128)))
+    if kind == "int8":
+        return panels * (16 * _up(k, 64) + 64)
+    groups = -(-k // stored.group)
+    return panels * (8 * _up(k, 64) + _up(64 + groups * (48 if stored.zero else 32), 64))
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What a backend makes of stored weights."""
+
+    backend: str  # one of BACKENDS
+    item: int = 4  # bytes of an activation, and of the reference backend's weights
+    quantization: str | None = None  # round-to-nearest while loading
+
+    def matrix(self, n: int, k: int, stored: Stored) -> int:
+        """A projection [N, K]."""
+        if self.backend == "reference":
+            return self.item * n * k
+        if self.backend == "gpu":
+            return matrix_bytes(n, k, stored)
+        return packed_bytes(n, k, self._rounded(stored, k))
+
+    def heads(self, n: int, nope: int, value: int, latent: int, stored: Stored) -> int:
+        """kv_b_proj of n heads, which the CPU backend packs head by head, int8 where weights are rounded."""
+        if self.backend != "cpu":
+            return self.matrix(n * (nope + value), latent, stored)
+        as_held = Stored("int8") if self.quantization or not stored.is_float else stored
+        return n * (packed_bytes(latent, nope, as_held) + packed_bytes(value, latent, as_held))
+
+    def gate(self, n: int, k: int, stored: Stored) -> int:
+        """The router's matrix, which is never rounded."""
+        return packed_bytes(n, k, stored) if self.backend == "cpu" else 4 * n * k
+
+    def _rounded(self, stored: Stored, k: int) -> Stored:
+        """What `farthing.ops.cpu.packing` makes of dense and FP8 weights."""
+        if self.quantization is None or not (stored.is_float or stored.kind == "fp8"):
+            return stored
+        if self.quantization == "int8":
+            return Stored("int8")
+        group = 64 if k % 64 == 0 else 32 if k % 32 == 0 else 0
+        return Stored("int4", group) if group else stored
+
+
+def _up(x: int, to: int) -> int:
+    return -(-x // to) * to

@@ -1,0 +1,138 @@
+"""Planned bytes against what a rank really holds, and what `farthing plan` says and refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+from typer.testing import CliRunner
+
+from farthing.checkpoint import Checkpoint
+from farthing.cli.plan import app, parse_bytes
+from farthing.engine.resolve import resolve_model
+from farthing.model.load import config_of
+from farthing.ops import select
+from farthing.parallel import rank as rank_module
+from farthing.parallel.footprint import Holder, stored_by_checkpoint, stored_by_config
+from farthing.parallel.group import Alone
+from farthing.parallel.memory import Model, RankMemory, Serving, memory
+from farthing.parallel.plan import Layout, ShardPlan
+from farthing.parallel.rank import Rank
+from tests.model.test_config import V3
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+from random_model import config as bench_config
+
+REFERENCE = resolve_model("reference")
+SERVING = Serving(1024, 2048)
+
+
+def planned(layout: Layout, holder: Holder) -> list[RankMemory]:
+    config = config_of(Checkpoint.open(REFERENCE))
+    plan = ShardPlan.build(config, layout)
+    return memory(Model.of(plan, stored_by_checkpoint(REFERENCE)), plan, holder, SERVING)
+
+
+def held(rank: Rank) -> tuple[int, int]:
+    """(weights, cache) bytes that a rank's objects hold, each once."""
+    weights: dict[int, int] = {}
+    seen: set[int] = set()
+    stack: list[object] = [rank.model, rank._draft_norms]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, str | int | float | type):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            weights[item.data_ptr()] = max(
+                weights.get(item.data_ptr(), 0), item.numel() * item.element_size()
+            )
+        elif type(item).__name__ == "Packed":
+            weights[id(item)] = item.nbytes  # type: ignore[attr-defined]
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, list | tuple):
+            stack += item
+        elif type(item).__module__.startswith("farthing."):
+            slots = [s for c in type(item).__mro__ for s in getattr(c, "__slots__", ())]
+            stack += [getattr(item, s) for s in slots if hasattr(item, s)]
+            stack += list(getattr(item, "__dict__", {}).values())
+    cache = rank.new_cache(SERVING.cache_tokens // 16, 16, "bfloat16").data
+    rope = 4 * rank.model.config.max_position_embeddings * rank.model.config.qk_rope_head_dim
+    return sum(weights.values()) - rope, cache.numel() * cache.element_size()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("layout", [Layout(2, 2), Layout(1, 1, 2)], ids=repr)
+def test_a_rank_holds_what_was_planned(backend: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend == "cpu":
+        pytest.importorskip("farthing._native")
+    checkpoint = Checkpoint.open(REFERENCE)
+    # A rank by itself: its collectives are not called while it loads.
+    monkeypatch.setattr(rank_module, "DistGroup", lambda ranks, timeout: Alone())
+    for planned_rank in planned(layout, Holder(backend)):
+        rank = Rank(config_of(checkpoint), checkpoint, layout, planned_rank.rank, select(backend, None, 1))
+        weights, cache = held(rank)
+        assert planned_rank.weights == pytest.approx(weights, rel=0.05)
+        assert planned_rank.cache == cache
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "gpu"])
+def test_two_by_two_ranks_hold_at_most_30_percent_of_one(backend: str) -> None:
+    holder = Holder(backend)
+    one = planned(Layout(), holder)[0].weights
+    assert max(r.weights for r in planned(Layout(2, 2), holder)) <= 0.3 * one
+
+    raw = bench_config("L")
+    stored = stored_by_config(raw)
+
+    def weights(layout: Layout) -> list[int]:
+        from farthing.model import ModelConfig
+
+        plan = ShardPlan.build(ModelConfig.from_json(raw), layout)
+        return [r.weights for r in memory(Model.of(plan, stored), plan, holder, SERVING)]
+
+    assert max(weights(Layout(2, 2))) <= 0.3 * weights(Layout())[0]
+
+
+def test_a_bare_config_is_refused_with_a_layout_that_fits(tmp_path: Path) -> None:
+    file = tmp_path / "deepseek-v3.json"
+    fp8 = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
+    file.write_text(json.dumps(V3 | dict(quantization_config=fp8, torch_dtype="bfloat16")))
+    run = CliRunner().invoke(app, [str(file), "--tp", "8", "--gpu", "h100", "--kv-tokens", "32768"])
+    assert run.exit_code == 1
+    assert "--tp 8 --pp 1 --ep 16 (16 ranks) would fit" in run.output
+    run = CliRunner().invoke(
+        app, [str(file), "--tp", "8", "--ep", "16", "--gpu", "h100", "--kv-tokens", "32768", "--json"]
+    )
+    assert run.exit_code == 0
+    document = json.loads(run.stdout)
+    assert document["fits"] and len(document["ranks"]) == 16
+    assert document["more_cache_tokens"] > 100_000
+    total = sum(r["weights"] for r in document["ranks"])
+    assert 671e9 < total < 1.15 * 671e9  # a byte a parameter, and what every rank repeats
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "80 elephants"], "memory is '80 elephants'; expected a number and one of"),
+        (["--gpu", "abacus"], "gpu is 'abacus'; expected one of h100"),
+        (["--tp", "3"], "tp is 3; expected a divisor of num_attention_heads = 4"),
+        (["--price", "2"], "price is given without a GPU; expected --gpu NAME"),
+        (["--kv-cache-dtype", "int3"], "kv-cache-dtype is 'int3'; expected float32"),
+    ],
+)
+def test_refusals(arguments: list[str], message: str) -> None:
+    run = CliRunner().invoke(app, ["reference", *arguments])
+    assert run.exit_code == 1
+    assert message in run.output
+
+
+def test_bytes() -> None:
+    assert parse_bytes("80GB") == 80_000_000_000
+    assert parse_bytes("64 GiB") == 64 * 2**30
+    assert parse_bytes("1.5e9") == 1_500_000_000
