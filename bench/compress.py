@@ -46,7 +46,7 @@ RECIPES = [
     "prune30-block16",
     "int4-block16-40",
 ]
-console = Console(width=150)
+console = Console(width=170)
 
 
 def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
@@ -60,6 +60,7 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
         "same token",
         "s",
         "peak MB",
+        "served MB",
         "decode tok/s",
         "of source",
     )
@@ -81,10 +82,9 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
                 command += ["--max-tokens", str(max_tokens)]
             result = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, check=True, text=True)
             d = json.loads(result.stdout)
-            served = {
-                row["model"]: row["decode_tokens_per_second"]
-                for row in json.loads((out / "report.json").read_text())["serving"]
-            }
+            rows = json.loads((out / "report.json").read_text())["serving"]
+            served = {row["model"]: row["decode_tokens_per_second"] for row in rows}
+            memory = {row["model"]: row["memory"] / 1e6 for row in rows}
         low, high = d["drop_interval"]
         table.add_row(
             name,
@@ -95,6 +95,7 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
             f"{d['greedy_agreement']:.2%}",
             f"{d['seconds']:.1f}",
             f"{d['peak_memory'] / 1e6:,.0f}",
+            f"{memory['source']:.1f} → {memory['compressed']:.1f}",
             f"{served['compressed']:.0f}",
             f"{served['compressed'] / served['source']:.2f}",
         )

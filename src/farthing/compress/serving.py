@@ -1,8 +1,10 @@
-"""How fast a compressed model decodes here, beside its source."""
+"""How fast a compressed model decodes here and what memory it takes, beside its source."""
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +21,20 @@ PROMPT = 64
 
 
 def serving_figures(source: Path) -> Callable[[Path], list[dict[str, Any]]]:
-    """A function of OUT for `api.compress(after=…)`: model, size and decode speed of both models."""
+    """A function of OUT for `api.compress(after=…)`: size, memory and decode speed of both models."""
 
     def rows(out: Path) -> list[dict[str, Any]]:
         backend = select("auto").name
         models = {"source": load(source, select("auto")), "compressed": load(out, select("auto"))}
         seconds = decode_seconds(models)
-        size = {name: _size(path) for name, path in (("source", source), ("compressed", out))}
+        paths = {"source": source, "compressed": out}
+        size = {name: _size(path) for name, path in paths.items()}
+        resident = {name: resident_bytes(path) for name, path in paths.items()}
         return [
             {
                 "model": name,
                 "bytes": size[name],
+                "memory": resident[name],
                 "decode_tokens_per_second": round(1 / seconds[name], 2),
                 "backend": backend,
             }
@@ -37,6 +42,36 @@ def serving_figures(source: Path) -> Callable[[Path], list[dict[str, Any]]]:
         ]
 
     return rows
+
+
+def resident_bytes(path: Path) -> int | None:
+    """Memory a process of its own takes for the loaded model, beyond what the program takes without one.
+
+    None where the system does not tell (no /proc).
+    """
+    if not Path("/proc/self/status").is_file():
+        return None
+    result = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(path)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return int(result.stdout)
+
+
+_MEASURE = """
+import sys
+from pathlib import Path
+from farthing.model import load
+from farthing.ops import select
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+ops = select("auto")
+before = anonymous()
+model = load(Path(sys.argv[1]), ops)
+print(anonymous() - before)
+"""
 
 
 def decode_seconds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, float]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORK_BYTES = 2**28  # of inverses held at once
+WORK_BYTES = 2**26  # of inverses worked on at once
 DAMP = 0.01  # of the mean diagonal
 
 
