@@ -22,8 +22,20 @@ test-gpu: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/farthing serve
 
+# No peers by default. PEERS="--llama-bench ik_llama.cpp=PATH/llama-bench", BF16_PEERS="--vllm PYTHON --transformers".
+MODELS     ?= S576 L576
+PEERS      ?=
+BF16_PEERS ?=
+RESULTS    ?= build/bench.json
 bench: $(STAMP)
-	$(BIN)/python bench/decode.py
+	set -e; for model in $(MODELS); do \
+	  run="$(BIN)/python bench/decode.py --model $$model --into $(RESULTS) $(PEERS)"; \
+	  for weights in int4 int8; do $$run --weights $$weights; done; \
+	  $$run --weights bf16 $(BF16_PEERS); \
+	  $$run --weights int4 --phases long --rounds 1; \
+	done
+	$(BIN)/python bench/startup.py --model $(lastword $(MODELS)) --into $(RESULTS) $(PEERS)
+	$(BIN)/python bench/page.py $(RESULTS) docs/performance.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests bench

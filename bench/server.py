@@ -4,7 +4,7 @@ Both run the same model on the same number of threads, each in a process of its 
 client. The engine alone, its outputs taken from an event loop and thrown away, is the limit. Every stream
 carries one server-sent event a token.
 
-    python bench/server.py [MODEL] [--streams 1 16 64] [--tokens 128] [--rounds 5] [--threads 1] [--json]
+    python bench/server.py [MODEL] [--packed FILE] [--streams 1 16 64] [--tokens 128] [--rounds 5] [--json]
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def body(number: int, tokens: int) -> dict[str, Any]:
 # ---- the engine alone: a child that takes "STREAMS TOKENS FIRST" a line and answers seconds ----
 
 
-def engine_child(model: str, threads: int) -> None:
+def engine_child(model: str, threads: int, packed: str | None) -> None:
     """Runs in a process of its own."""
     from farthing.config import EngineConfig
     from farthing.engine.engine import Engine
     from farthing.engine.request import SamplingParams
 
-    engine = Engine.from_config(EngineConfig(model=model, threads=threads))
+    engine = Engine.from_config(EngineConfig(model=model, threads=threads, packed=packed, max_model_len=2048))
 
     async def one(number: int, tokens: int) -> int:
         fields = body(number, tokens)
@@ -106,23 +106,17 @@ async def through_http(port: int, streams: int, tokens: int, first: int) -> floa
     return time.perf_counter() - started
 
 
-def start(model: str, threads: int) -> tuple[subprocess.Popen[str], subprocess.Popen[str], int]:
+def start(
+    model: str, threads: int, packed: str | None
+) -> tuple[subprocess.Popen[str], subprocess.Popen[str], int]:
     """(the engine's process, the server's process, its port), both ready."""
-    child = [sys.executable, __file__, model, "--threads", str(threads), "--child"]
+    options = ["--threads", str(threads), *(["--packed", packed] if packed else [])]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    child = [sys.executable, __file__, model, *options, "--child"]
     engine = subprocess.Popen(child, stderr=subprocess.DEVNULL, **pipes)
     assert engine.stdout is not None and engine.stdout.readline() == "ready\n"
-    command = [
-        sys.executable,
-        "-m",
-        "farthing.cli.app",
-        "serve",
-        model,
-        "--port",
-        "0",
-        "--threads",
-        str(threads),
-    ]
+    command = [sys.executable, "-m", "farthing.cli.app", "serve", model, "--port", "0", *options]
+    command += ["--max-model-len", "2048"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     port = 0
@@ -139,6 +133,12 @@ def cpu_seconds(process: subprocess.Popen[str]) -> float:
     with open(f"/proc/{process.pid}/stat") as file:  # noqa: PTH123
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / 100
+
+
+def peak_memory(process: subprocess.Popen[str]) -> int:
+    """Bytes resident at most, mapped files included (Linux)."""
+    with open(f"/proc/{process.pid}/status") as file:  # noqa: PTH123
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def measure(
@@ -185,6 +185,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default="reference")
+    parser.add_argument("--packed", metavar="FILE", help="the model's packed file")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
@@ -193,11 +194,12 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        engine_child(options.model, options.threads)
+        engine_child(options.model, options.threads, options.packed)
         return
-    engine, server, port = start(options.model, options.threads)
+    engine, server, port = start(options.model, options.threads, options.packed)
     try:
         rows = [measure(engine, server, port, n, options.tokens, options.rounds) for n in options.streams]
+        print(f"server: at most {peak_memory(server) / 1e6:.0f} MB resident", file=sys.stderr)
     finally:
         for process in (engine, server):
             process.terminate()
