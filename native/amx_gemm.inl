@@ -4,6 +4,8 @@
 namespace farthing {
 namespace {
 
+constexpr int kAhead = 4096;  // bytes of prefetch: what one core needs in flight
+
 // The compiler does not know that tile loads read memory: what was stored before must be there.
 inline void stored() { asm volatile("" ::: "memory"); }
 
@@ -82,7 +84,7 @@ inline GroupScales group_scales(const Matrix& w, const uint8_t* record, int g) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + w.mask_bytes() + 64);
   const int8_t* zeros = reinterpret_cast<const int8_t*>(scales + w.groups() * 16);
   return {w.format == Format::q4 ? half_to_float(scales + g * 16) : splat(1.0f),
-          w.zero ? __builtin_convertvector(load<i8x16>(zeros + g * 16), i32x16) : i32x16{}};
+          w.zero ? widen(zeros + g * 16) : i32x16{}};
 }
 
 // Integer sums of a group into the float sums of up to 16 rows by one panel.

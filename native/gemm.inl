@@ -5,155 +5,232 @@
 namespace farthing {
 namespace {
 
-constexpr int kAhead = 4096;  // bytes of prefetch: what one core needs in flight
+// What the sums of the registers hold: 32 of 16 lanes, 16 of 8, or 16 of 4.
+#if defined(__AVX512F__)
+constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2;
+#elif defined(__AVX2__)
+constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1;
+#else
+constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1;
+#endif
+
+// One or two rows read as fast as a bare copy where the next lines are asked for a little ahead and the
+// processor's own prefetcher follows; asked for far ahead they would hold the few buffers of the first cache.
+// The arithmetic of more rows hides memory only if their next panels come to the second cache meanwhile.
+constexpr int kNear = 256;   // bytes
+constexpr int kStream = 2;   // rows up to which a panel is read as a stream
+
+// What a pass over panels brings to the second cache: of groups [from, to), the bytes `distance` ahead.
+struct Ahead {
+  size_t distance;
+  int from, to;
+};
 
 template <int M>
-void panel_f32(const Matrix& w, const uint8_t* p, const Act& x, float* out, int ldo) {
-  f32x16 acc[M] = {};
-  for (int k = 0; k < w.k; ++k, p += 64) {
-    const f32x16 v = load<f32x16>(p);
-    prefetch(p + kAhead);
-    for (int m = 0; m < M; ++m) acc[m] = fma(v, splat(x.f32[m * x.ld + k]), acc[m]);
-  }
-  for (int m = 0; m < M; ++m) store(out + m * ldo, acc[m]);
+inline void fetch_near(const uint8_t* p) {
+  if constexpr (M <= kStream) prefetch(p + kNear);
 }
 
-template <int M>
-void panel_bf16(const Matrix& w, const uint8_t* p, const Act& x, float* out, int ldo) {
-  f32x16 even[M] = {}, odd[M] = {};
-  for (int k = 0; k < w.k; k += 2, p += 64) {
-    const u32x16 v = load<u32x16>(p);
-    prefetch(p + kAhead);
-    const f32x16 a = bits_to_float(v << 16), b = bits_to_float(v & 0xffff0000u);
-    for (int m = 0; m < M; ++m) {
-      even[m] = fma(a, splat(x.f32[m * x.ld + k]), even[m]);
-      odd[m] = fma(b, splat(x.f32[m * x.ld + k + 1]), odd[m]);
-    }
-  }
-  for (int m = 0; m < M; ++m) store(out + m * ldo, even[m] + odd[m]);
+template <int M, int P>
+inline void fetch_ahead(const uint8_t* const (&data)[P], Ahead a, int g, int bytes) {
+  if (M <= kStream || g < a.from || g >= a.to) return;
+  for (int i = 0; i < P; ++i)
+    for (int at = 0; at < bytes; at += 64) prefetch_far(data[i] + a.distance + at);
 }
 
 // e4m3 moved into a float16 is the value times 2^-8, subnormals included; the scale carries the 2^8.
 inline f32x16 fp8_to_float(const uint8_t* p) {
-  const u16x16 b = __builtin_convertvector(load<u8x16>(p), u16x16);
+  const u16x16 b = widen16(p);
   const u16x16 half = (b & 0x80) << 8 | (b & 0x7f) << 7;
   return half_to_float(reinterpret_cast<const uint16_t*>(&half));
 }
 
-template <int M>
-void panel_fp8(const Matrix& w, const uint8_t* p, const Act& x, float* out, int ldo) {
-  const uint8_t* scales = p;
-  p += w.head_bytes();
-  f32x16 total[M] = {};
-  for (int k0 = 0; k0 < w.kp; k0 += kActGroup, scales += 64) {
-    f32x16 acc[M] = {};
+// Two columns of 16 rows of a panel in float32.
+template <Format F>
+inline void load_pair(const uint8_t* p, f32x16& a, f32x16& b) {
+  if constexpr (F == Format::bf16) {
+    const u32x16 v = load<u32x16>(p);
+    a = bits_to_float(v << 16);
+    b = bits_to_float(v & 0xffff0000u);
+  } else if constexpr (F == Format::fp8) {
+    a = fp8_to_float(p);
+    b = fp8_to_float(p + 16);
+  } else {
+    a = load<f32x16>(p);
+    b = load<f32x16>(p + 64);
+  }
+}
+
+// Sums of M rows by P panels. Loops over them are unrolled early, so that they stay in registers.
+#define EACH _Pragma("GCC unroll 16") for
+
+// M rows by P panels of float weights; even and odd columns are summed apart, in every format and shape.
+template <int M, int P, Format F>
+void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
+  constexpr int bytes = F == Format::f32 ? 128 : F == Format::bf16 ? 64 : 32;  // of two columns
+  const uint8_t *record[P], *data[P];
+  for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
+  f32x16 total[P * M] = {};
+  f32x16 even[P * M] = {}, odd[P * M] = {};
+  for (int g = 0, k0 = 0; k0 < w.kp; ++g, k0 += kActGroup) {
     const int end = k0 + kActGroup < w.kp ? k0 + kActGroup : w.kp;
-    for (int k = k0; k < end; ++k, p += 16) {
-      const f32x16 v = fp8_to_float(p);
-      if (k % 4 == 0) prefetch(p + kAhead);
-      for (int m = 0; m < M; ++m) acc[m] = fma(v, splat(x.f32[m * x.ld + k]), acc[m]);
+    fetch_ahead<M>(data, ahead, g, bytes * kActGroup / 2);
+    for (int k = k0; k < end; k += 2) {
+      f32x16 a[P], b[P];
+      EACH(int i = 0; i < P; ++i) {
+        load_pair<F>(data[i], a[i], b[i]);
+        if (F != Format::fp8 || k % 4 == 0) fetch_near<M>(data[i]);
+        if (F == Format::f32) fetch_near<M>(data[i] + 64);
+        data[i] += bytes;
+      }
+      EACH(int m = 0; m < M; ++m) {
+        const f32x16 s = splat(x.f32[m * x.ld + k]), t = splat(x.f32[m * x.ld + k + 1]);
+        EACH(int i = 0; i < P; ++i) even[i * M + m] = fma(a[i], s, even[i * M + m]), odd[i * M + m] = fma(b[i], t, odd[i * M + m]);
+      }
     }
-    const f32x16 scale = load<f32x16>(scales) * 256.0f;
-    for (int m = 0; m < M; ++m) total[m] = fma(acc[m], scale, total[m]);
+    if (F != Format::fp8) continue;
+    EACH(int i = 0; i < P; ++i) {
+      const f32x16 scale = load<f32x16>(record[i] + g * 64) * 256.0f;
+      EACH(int m = 0; m < M; ++m) {
+        total[i * M + m] = fma(even[i * M + m] + odd[i * M + m], scale, total[i * M + m]);
+        even[i * M + m] = odd[i * M + m] = f32x16{};
+      }
+    }
   }
-  for (int m = 0; m < M; ++m) store(out + m * ldo, total[m]);
+  EACH(int i = 0; i < P; ++i)
+    EACH(int m = 0; m < M; ++m) store(out + m * ldo + 16 * i, F == Format::fp8 ? total[i * M + m] : even[i * M + m] + odd[i * M + m]);
 }
 
-// `columns` (a multiple of 8) of a quantized panel; two chains of sums where registers allow.
-template <int M, Format F>
-inline const uint8_t* dot_columns(const uint8_t* p, const int8_t* x, int ld, int columns, i32x16* acc, i32x16* more) {
+// `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow.
+template <int M, int P, Format F>
+[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const int8_t* x, int ld, int columns, i32x16 (&acc)[P * M],
+                                               i32x16 (&more)[P * M]) {
+  constexpr int bytes = F == Format::q4 ? 64 : 128;  // of 8 columns
   for (int k = 0; k < columns; k += 8) {
-    bytes64 a = load_bytes(p), b;
-    prefetch(p + kAhead);
-    if constexpr (F == Format::q4) {
-      b = high_nibbles(a);
-      a = low_nibbles(a);
-      p += 64;
-    } else {
-      b = load_bytes(p + 64);
-      prefetch(p + kAhead + 64);
-      p += 128;
+    bytes64 a[P], b[P];
+    EACH(int i = 0; i < P; ++i) {
+      const uint8_t* p = data[i];
+      data[i] += bytes;
+      a[i] = load_bytes(p);
+      fetch_near<M>(p);
+      if constexpr (F == Format::q4) {
+        b[i] = high_nibbles(a[i]);
+        a[i] = low_nibbles(a[i]);
+      } else {
+        b[i] = load_bytes(p + 64);
+        fetch_near<M>(p + 64);
+      }
     }
-    for (int m = 0; m < M; ++m) {
-      const int8_t* s = x + static_cast<size_t>(m) * ld + k;
-      i32x16& second = M <= 4 ? more[m] : acc[m];
-      acc[m] = F == Format::q4 ? dot4_nibble(acc[m], a, s) : dot4(acc[m], a, s);
-      second = F == Format::q4 ? dot4_nibble(second, b, s + 4) : dot4(second, b, s + 4);
+    EACH(int m = 0; m < M; ++m) {
+      const auto s = splat4(x + static_cast<size_t>(m) * ld + k);
+      EACH(int i = 0; i < P; ++i) acc[i * M + m] = F == Format::q4 ? dot4_nibble(acc[i * M + m], a[i], s) : dot4(acc[i * M + m], a[i], s);
+    }
+    EACH(int m = 0; m < M; ++m) {
+      const auto s = splat4(x + static_cast<size_t>(m) * ld + k + 4);
+      EACH(int i = 0; i < P; ++i) {
+        i32x16& second = M * P <= 4 ? more[i * M + m] : acc[i * M + m];
+        second = F == Format::q4 ? dot4_nibble(second, b[i], s) : dot4(second, b[i], s);
+      }
     }
   }
-  return p;
 }
 
-// The blocks of one group that are not zero; each takes its own offset back out.
-template <int M, Format F>
-inline const uint8_t* dot_blocks(const uint8_t* p, const uint8_t* mask, const Act& x, int k, int end, i32x16* acc, i32x16* more) {
-  for (; k < end; k += kBlock) {
-    if (!(mask[k / 64] >> (k % 64 / kBlock) & 1)) continue;
-    p = dot_columns<M, F>(p, x.q + k, x.ld, kBlock, acc, more);
-    for (int m = 0; m < M; ++m) acc[m] += x.block_comp[m * x.blocks + k / kBlock];
+// Integer sums of group g of one panel into the float sums of M rows.
+template <int M, Format F, bool Zero>
+[[gnu::always_inline]] inline void add_group(const Matrix& w, const uint8_t* scales, const Act& x, int g, const i32x16* acc, const i32x16* more,
+                                             f32x16* total) {
+  const f32x16 scale = F == Format::q4 ? half_to_float(reinterpret_cast<const uint16_t*>(scales) + g * 16) : splat(1.0f);
+  EACH(int m = 0; m < M; ++m) {
+    i32x16 sum = acc[m] + more[m];
+    if constexpr (Zero) sum += widen(reinterpret_cast<const int8_t*>(scales + w.groups() * 32) + g * 16) * (x.comp[m * x.groups + g] / 8);
+    const f32x16 s = F == Format::q4 ? scale * x.scale[m * x.groups + g] : splat(x.scale[m * x.groups + g]);
+    total[m] = fma(to_float(sum), s, total[m]);
   }
-  return p;
 }
 
-template <int M, Format F>
-void panel_quantized(const Matrix& w, const uint8_t* p, const Act& x, float* out, int ldo) {
-  const uint8_t *mask = p, *rows = p + w.mask_bytes(), *scales = rows + 64;
-  const int8_t* zeros = reinterpret_cast<const int8_t*>(scales + w.groups() * 32);
-  p += w.head_bytes();
-  f32x16 total[M] = {};
+// M rows by P panels that follow each other from `panel`.
+template <int M, int P, Format F, bool Zero>
+void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
+  constexpr int bytes_a_column = F == Format::q4 ? 8 : 16;
+  const uint8_t *record[P], *data[P];
+  for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
+  f32x16 total[P * M] = {};
   for (int g = 0, k = 0; k < w.kp; ++g, k += w.group) {
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
-    i32x16 acc[M], more[M] = {};
-    for (int m = 0; m < M; ++m) acc[m] = splati(w.sparse ? 0 : x.comp[m * x.groups + g]);
-    if (w.sparse) p = dot_blocks<M, F>(p, mask, x, k, end, acc, more);
-    else p = dot_columns<M, F>(p, x.q + k, x.ld, end - k, acc, more);
-    const f32x16 scale = F == Format::q4 ? half_to_float(reinterpret_cast<const uint16_t*>(scales) + g * 16) : splat(1.0f);
-    for (int m = 0; m < M; ++m) {
-      i32x16 sum = acc[m] + more[m];
-      if (w.zero) sum += __builtin_convertvector(load<i8x16>(zeros + g * 16), i32x16) * (x.comp[m * x.groups + g] / 8);
-      const f32x16 s = F == Format::q4 ? scale * x.scale[m * x.groups + g] : splat(x.scale[m * x.groups + g]);
-      total[m] = fma(to_float(sum), s, total[m]);
+    i32x16 acc[P * M], more[P * M] = {};
+    fetch_ahead<M>(data, ahead, g, bytes_a_column * w.group);
+    if (M == kRowsAtOnce)  // the next rows, to the first cache
+      for (int at = k; at < end; at += 64)
+        EACH(int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
+    EACH(int m = 0; m < M; ++m)
+      EACH(int i = 0; i < P; ++i) acc[i * M + m] = splati(x.comp[m * x.groups + g]);
+    dot_columns<M, P, F>(data, x.q + k, x.ld, end - k, acc, more);
+    EACH(int i = 0; i < P; ++i) add_group<M, F, Zero>(w, record[i] + 64, x, g, acc + i * M, more + i * M, total + i * M);
+  }
+  for (int i = 0; i < P; ++i) {
+    const f32x16 row = load<f32x16>(record[i]);
+    EACH(int m = 0; m < M; ++m) store(out + m * ldo + 16 * i, total[i * M + m] * row);
+  }
+}
+
+// M rows by a panel whose blocks of zeros are left out; each block takes its own offset back out.
+template <int M, Format F>
+void panel_sparse(const Matrix& w, int panel, const Act& x, Ahead, float* out, int ldo) {
+  const uint8_t *mask = w.record(panel), *rows = mask + w.mask_bytes(), *data[1] = {mask + w.head_bytes()};
+  f32x16 total[M] = {};
+  for (int g = 0, k = 0; k < w.kp; ++g) {
+    const int end = k + w.group < w.kp ? k + w.group : w.kp;
+    i32x16 acc[M] = {}, more[M] = {};
+    for (; k < end; k += kBlock) {
+      if (!(mask[k / 64] >> (k % 64 / kBlock) & 1)) continue;
+      dot_columns<M, 1, F>(data, x.q + k, x.ld, kBlock, acc, more);
+      EACH(int m = 0; m < M; ++m) acc[m] += x.block_comp[m * x.blocks + k / kBlock];
     }
+    add_group<M, F, false>(w, rows + 64, x, g, acc, more, total);
   }
   const f32x16 row = load<f32x16>(rows);
-  for (int m = 0; m < M; ++m) store(out + m * ldo, total[m] * row);
+  EACH(int m = 0; m < M; ++m) store(out + m * ldo, total[m] * row);
 }
 
-typedef void (*PanelKernel)(const Matrix&, const uint8_t*, const Act&, float*, int);
+typedef void (*PanelKernel)(const Matrix&, int, const Act&, Ahead, float*, int);
 
-template <int M>
-PanelKernel panel_kernel(Format f) {
-  switch (f) {
-    case Format::f32: return panel_f32<M>;
-    case Format::bf16: return panel_bf16<M>;
-    case Format::fp8: return panel_fp8<M>;
-    case Format::q8: return panel_quantized<M, Format::q8>;
-    default: return panel_quantized<M, Format::q4>;
+template <int M, int P>
+PanelKernel panel_of(const Matrix& w) {
+  switch (w.format) {
+    case Format::f32: return panels_float<M, P, Format::f32>;
+    case Format::bf16: return panels_float<M, P, Format::bf16>;
+    case Format::fp8: return panels_float<M, P, Format::fp8>;
+    case Format::q8: return w.sparse ? panel_sparse<M, Format::q8> : panels_quantized<M, P, Format::q8, false>;
+    default:
+      if (w.sparse) return panel_sparse<M, Format::q4>;
+      return w.zero ? panels_quantized<M, P, Format::q4, true> : panels_quantized<M, P, Format::q4, false>;
   }
 }
 
-PanelKernel panel_kernel(Format f, int rows) {
-  switch (rows) {
-    case 1: return panel_kernel<1>(f);
-    case 2: return panel_kernel<2>(f);
-    case 3: return panel_kernel<3>(f);
-    case 4: return panel_kernel<4>(f);
-    case 5: return panel_kernel<5>(f);
-    case 6: return panel_kernel<6>(f);
-    case 7: return panel_kernel<7>(f);
-    default: return panel_kernel<8>(f);
-  }
+template <int P, int M = kRowsAtOnce>
+PanelKernel panel_kernel(const Matrix& w, int rows) {
+  if constexpr (M > 1)
+    if (rows < M) return panel_kernel<P, M - 1>(w, rows);
+  return panel_of<M, P>(w);
 }
 
 void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
-  for (int i = 0; i < count; ++i) {
-    const uint8_t* p = w.record(panel + i);
-    for (int m = 0; m < rows; m += 8) {
-      const int some = rows - m < 8 ? rows - m : 8;
-      panel_kernel(w.format, some)(w, p, row(x, m), out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
+  const int blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int groups = w.quantized() ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
+  for (int i = 0; i < count;) {
+    const int together = rows > kStream && i + kPanelsAtOnce <= count && !w.sparse ? kPanelsAtOnce : 1;
+    for (int b = 0, m = 0; b < blocks; ++b) {
+      const int some = (rows - m + blocks - b - 1) / (blocks - b);
+      const PanelKernel kernel = together == 1 ? panel_kernel<1>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
+      const Ahead ahead{w.stride * together, groups * b / blocks, groups * (b + 1) / blocks};
+      kernel(w, panel + i, row(x, m), ahead, out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
+      m += some;
     }
+    i += together;
   }
 }
+
+#undef EACH
 
 }  // namespace
 }  // namespace farthing

@@ -29,7 +29,7 @@ inline void expand_part(int type, const uint8_t* row, int at, int n, int padded,
     case 2: return expand(n, padded, out, [&](int i) { return fp8_to_float(lanes(i)) * (scale * 256.0f); });
     default:
       return expand(n, padded, out, [&](int i) {
-        return to_float(__builtin_convertvector(load<i8x16>(lanes(i)), i32x16)) * scale;
+        return to_float(widen(reinterpret_cast<const int8_t*>(lanes(i)))) * scale;
       });
   }
 }

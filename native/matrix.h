@@ -11,7 +11,7 @@
 //   q4    [16] float row scales, [K/G][16] float16 scales relative to the row's largest, with zero points
 //         [K/G][16] int8, then [K/8][16][4] bytes: low nibble k % 8 < 4, high nibble the rest, each q + 8
 //
-// K is padded with zeros to a multiple of 32 (bf16, fp8) or 64 (q8), N to a multiple of 16, what stands
+// K is padded with zeros to a multiple of 2 (f32), 32 (bf16, fp8) or 64 (q8), N to a multiple of 16, what stands
 // before the data to 64 bytes. The record of a block-sparse q8 or q4 matrix begins with one byte every 64
 // columns, whose bits say which 16 x 16 blocks follow; the others are zero.
 #pragma once

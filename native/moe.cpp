@@ -123,7 +123,7 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
   int unit = 64, steps = 0;
   for (const Kind& kind : kinds)
     if (kind.x.ld) unit = std::max(unit, unit_columns(*kind.down)), steps = std::max(steps, (kind.down->k + unit_columns(*kind.down) - 1) / unit_columns(*kind.down));
-  const int out_columns = T <= 4 ? 128 : T <= 32 ? 64 : 32;
+  const int out_columns = T <= 64 ? 128 : 32;
   const size_t tile_size = static_cast<size_t>(std::max(kRowBlock * kPairColumns, std::max(most, T) * out_columns));
   float* tiles = work_.take<float>(threads * tile_size);
   float* hiddens = work_.take<float>(static_cast<size_t>(threads) * kRowBlock * unit);

@@ -153,7 +153,7 @@ void write_scales(uint8_t* record, const Matrix& m, const Line* lines) {
 }
 
 void describe(Matrix& m) {
-  const int multiple = m.format == Format::q8 ? 64 : m.format == Format::f32 || m.format == Format::q4 ? 1 : 32;
+  const int multiple = m.format == Format::q8 ? 64 : m.format == Format::f32 ? 2 : m.format == Format::q4 ? 1 : 32;
   m.kp = round_up(m.k, multiple);
   m.panels = (m.n + kPanel - 1) / kPanel;
   m.stride = m.head_bytes() + m.data_bytes();

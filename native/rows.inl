@@ -46,20 +46,20 @@ inline float quantize_group(const float* x, int k, int8_t* q, float top_level, f
     for_lanes(k, [&](int i) {
       const f32x16 v = min(max(loadf(x + i) * inverse, splat(-top_level)), splat(top_level));
       const f32x16 r = v + magic;
-      store(q + i, __builtin_convertvector(load<i32x16>(&r) - 0x4b400000, i8x16));
+      store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
     });
     return amax / top_level;
   }
   for_lanes(k, [&](int i) {
     const f32x16 r = fma(loadf(x + i), splat(inverse), magic);
-    store(q + i, __builtin_convertvector(load<i32x16>(&r) - 0x4b400000, i8x16));
+    store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
   });
   return amax / top_level;
 }
 
 inline int sum_bytes(const int8_t* q, int k) {
   i32x16 s = {};
-  for_lanes(k, [&](int i) { s += __builtin_convertvector(load<i8x16>(q + i), i32x16); });
+  for_lanes(k, [&](int i) { s += widen(q + i); });
   int total = 0;
   for (int i = 0; i < 16; ++i) total += s[i];
   return total;

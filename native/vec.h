@@ -79,6 +79,36 @@ inline f32x16 half_to_float(const uint16_t* p) {
 #endif
 }
 
+// Sixteen bytes to wider lanes. Compilers take some conversions of vectors apart lane by lane: not here.
+inline i32x16 widen(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_cvtepi8_epi32(load<__m128i>(p));
+#elif defined(__AVX2__)
+  const __m256i a = _mm256_cvtepi8_epi32(load<__m128i>(p)), b = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)));
+  i32x16 r;
+  memcpy(&r, &a, 32);
+  memcpy(reinterpret_cast<char*>(&r) + 32, &b, 32);
+  return r;
+#else
+  return __builtin_convertvector(load<i8x16>(p), i32x16);
+#endif
+}
+inline u16x16 widen16(const uint8_t* p) {
+#if defined(__AVX2__)
+  return (u16x16)_mm256_cvtepu8_epi16(load<__m128i>(p));
+#else
+  return __builtin_convertvector(load<u8x16>(p), u16x16);
+#endif
+}
+// The low bytes of sixteen integers.
+inline i8x16 narrow(i32x16 v) {
+#if defined(__AVX512F__)
+  return (i8x16)_mm512_cvtepi32_epi8((__m512i)v);
+#else
+  return __builtin_convertvector(v, i8x16);
+#endif
+}
+
 // Sums and maxima in one fixed tree, the same on every machine.
 inline float reduce_add(f32x16 v) {
   float a[16];
@@ -118,15 +148,15 @@ inline f32x16 exp(f32x16 x) {
 }
 
 // Dot products of four: acc[i] += sum over j of u[4 i + j] * s[j]; u unsigned, s signed, no saturation.
+// splat4: the four of s in every lane.
 #if defined(__AVX512VNNI__)
 typedef __m512i bytes64;
 inline bytes64 load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline bytes64 low_nibbles(bytes64 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline bytes64 high_nibbles(bytes64 v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
-inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
-  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, u, _mm512_set1_epi32(load<int32_t>(s)));
-}
-inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) { return dot4(acc, u, s); }
+inline __m512i splat4(const int8_t* s) { return _mm512_set1_epi32(load<int32_t>(s)); }
+inline i32x16 dot4(i32x16 acc, bytes64 u, __m512i s) { return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, u, s); }
+inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m512i s) { return dot4(acc, u, s); }
 #elif defined(__AVX2__)
 struct bytes64 {
   __m256i a, b;
@@ -147,16 +177,16 @@ inline i32x16 join(__m256i a, __m256i b) {
   return r;
 }
 // 15 * 127 * 2 fits 16 bits; 255 * 127 * 2 does not, so there the bytes are widened.
-inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) {
-  const __m256i x = _mm256_set1_epi32(load<int32_t>(s)), one = _mm256_set1_epi16(1);
+inline __m256i splat4(const int8_t* s) { return _mm256_set1_epi32(load<int32_t>(s)); }
+inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m256i x) {
+  const __m256i one = _mm256_set1_epi16(1);
   return acc + join(_mm256_madd_epi16(_mm256_maddubs_epi16(u.a, x), one), _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, x), one));
 }
 inline __m256i dot4_wide(__m256i u, __m256i x) {
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
   return _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(x, 8)));
 }
-inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
-  const __m256i x = _mm256_set1_epi32(load<int32_t>(s));
+inline i32x16 dot4(i32x16 acc, bytes64 u, __m256i x) {
   return acc + join(dot4_wide(u.a, x), dot4_wide(u.b, x));
 }
 #else
@@ -164,6 +194,7 @@ typedef uint8_t bytes64 __attribute__((vector_size(64)));
 inline bytes64 load_bytes(const uint8_t* p) { return load<bytes64>(p); }
 inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
 inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
+inline const int8_t* splat4(const int8_t* s) { return s; }
 inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
   const u32x16 w = load<u32x16>(&u);
   for (int j = 0; j < 4; ++j) acc += (i32x16)((w >> (8 * j)) & 255u) * static_cast<int32_t>(s[j]);
@@ -173,5 +204,6 @@ inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) { return dot4(
 #endif
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // to the second cache
 
 }  // namespace

@@ -1,0 +1,301 @@
+"""Every kernel of the CPU backend against the limit of the machine: which ones leave how much.
+
+    python bench/kernels.py --model L576 [--only linear|moe|mla|head] [--formats int4 int8 bf16 fp8]
+
+Shapes are those of one model of random_model.py. Weights are copied until they no longer fit the caches, so
+that one row reads from memory as decoding does. A row's limit is the longer of its bytes at the bandwidth
+and its operations at the peak the machine shows in the same run (FP8 and bfloat16: half the INT8 peak).
+Medians of --passes; timings need a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from farthing import _native
+from farthing.ops import AttentionSpec, RouterSpec
+from farthing.ops.batch import make_batch
+from farthing.ops.cpu import CpuOps, create
+from farthing.ops.cpu.backend import Attention, Experts, Linear, _router
+from farthing.ops.weights import Weight, quantize_int4, quantize_int8
+from random_model import SIZES, config
+
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
+CONTEXTS = (128, 512, 4096)
+UNCACHED = 160 << 20  # bytes of weights that no cache holds
+BLOCK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kernel, one size."""
+
+    kernel: str
+    rows: int
+    microseconds: float
+    gb_s: float
+    gop_s: float
+    share: float  # of the limit
+
+
+class Bench:
+    """A backend, the machine's limits and what was measured."""
+
+    def __init__(self, threads: int, isa: str, passes: int, sizes: list[int]) -> None:
+        torch.set_num_threads(1)
+        self.ops = CpuOps(threads, isa=isa) if isa != "auto" else create(None, threads, None, None)
+        self.native = self.ops._native
+        self.passes, self.sizes = passes, sizes
+        self.read = _native.read_bandwidth(threads, 1 << 30)
+        self.int8 = _native.peak_ops("vnni_int8", threads)
+        self.rows: list[Row] = []
+
+    def time(
+        self, kernel: str, rows: int, calls: list[Callable[[], Any]], size: float, work: float, peak: float
+    ) -> None:
+        """The median over passes of one call of `calls`, which take turns."""
+        for call in calls[:2]:
+            call()
+        seconds, rounds = [], max(1, 20_000_000 // int(1 + len(calls) * (size + work / 30)))
+        for _ in range(self.passes):
+            start = time.perf_counter()
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+            seconds.append((time.perf_counter() - start) / (rounds * len(calls)))
+        took = statistics.median(seconds)
+        least = max(size / self.read, work / peak) / 1e9
+        self.rows.append(Row(kernel, rows, took * 1e6, size / took / 1e9, work / took / 1e9, least / took))
+
+    def copies(self, packed: Any, count: int) -> list[Any]:
+        """Views of as many copies of a packed matrix in large pages."""
+        size = -(-packed.serialized_bytes // 64) * 64
+        memory = mmap.mmap(-1, size * count)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)
+        packed.serialize(buffer.data_ptr())
+        for i in range(1, count):
+            buffer[i * size :][:size] = buffer[:size]
+        self.alive = [*getattr(self, "alive", []), buffer]
+        return [self.native.view(buffer.data_ptr() + i * size, size) for i in range(count)]
+
+    def peak(self, name: str) -> float:
+        """GOP/s the format's arithmetic allows."""
+        return self.int8 / (1 if name in ("int8", "int4") else 2)
+
+
+def weight(name: str, n: int, k: int) -> Weight:
+    """A random matrix in one storage format."""
+    w = torch.randn(n, k) / k**0.5
+    if name == "int8":
+        return quantize_int8(w)
+    if name == "int4":
+        return quantize_int4(w, 64)
+    if name == "fp8":
+        return Weight(
+            "fp8", (w * 16).to(torch.float8_e4m3fn), torch.full((-(-n // 128), -(-k // 128)), 1 / 16)
+        )
+    return Weight("dense", w.bfloat16())
+
+
+def linear(b: Bench, name: str, n: int, k: int) -> None:
+    """A projection [n, k]."""
+    packed = b.ops.pack_linear(f"{name}.{n}.{k}", lambda: [weight(name, n, k)]).packed
+    size = packed.nbytes
+    views = [Linear(v, n, k) for v in b.copies(packed, max(2, UNCACHED // size))]
+    for rows in b.sizes:
+        x = torch.randn(rows, k)
+        some = views if rows < 64 else views[:4]
+        calls = [lambda v=v: b.ops.linear(x, v) for v in some]
+        b.time(f"linear {name} {n} x {k}", rows, calls, size, 2.0 * n * k * rows, b.peak(name))
+
+
+def moe(b: Bench, name: str, size: str) -> None:
+    """A layer's mixture of experts, of which random routing touches a share."""
+    c = config(size)
+    d, i, e, k = (
+        c[x] for x in ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
+    )
+    spec = RouterSpec(e, k, c["n_group"], c["topk_group"], scale=2.5)
+    gate_up, down = b.ops._mlp(
+        f"{name}.moe", lambda: (weight(name, i, d), weight(name, i, d), weight(name, d, i))
+    )
+    gate = b.ops.pack_linear(f"{name}.gate", lambda: [Weight("dense", torch.randn(e, d) / d**0.5)]).packed
+    expert = gate_up.nbytes + down.nbytes
+    layers = []
+    for _ in range(max(1, UNCACHED // (expert * e))):
+        native = _native.Moe(_router(spec), gate, True)
+        for pair in zip(b.copies(gate_up, e + 1), b.copies(down, e + 1), strict=True):
+            native.add(*pair)
+        layers.append(Experts(native, spec))
+    norm = torch.ones(d)
+    for rows in b.sizes:
+        xs = [torch.randn(rows, d) for _ in range(16 if rows < 64 else 2)]
+        counts = torch.zeros(e, dtype=torch.int64)
+        touched = []
+        for x in xs:
+            counts.zero_()
+            b.ops.moe(x, layers[0], norm, 1e-6, counts)
+            touched.append(int((counts > 0).sum()) + 1)
+        read = statistics.mean(touched) * expert + gate.nbytes
+        calls = [lambda x=x, m=m: b.ops.moe(x, m, norm, 1e-6) for m in layers for x in xs]
+        work = 2.0 * rows * d * (3 * i * (k + 1) + e)
+        b.time(f"moe {name} {e} x {i} top {k}", rows, calls, read, work, b.peak(name))
+
+
+def mla(b: Bench, size: str, weights: str) -> None:
+    """Attention with `weights` as W_UK and W_UV: decode by context and batch, and a prompt."""
+    c = config(size)
+    h, n, r, v, latent = (
+        c[x] for x in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    )  # fmt: skip
+    spec = AttentionSpec(h, n, r, v, latent, (n + r) ** -0.5)
+    b.ops._quantization = None if weights == "bf16" else weights
+    handle = b.ops.pack_attention(
+        f"attention.{weights}", spec, lambda: (Weight("dense", (torch.randn(h * (n + v), latent) / 16).bfloat16()), torch.ones(latent)),
+        torch.rand(2, 8192, r // 2),
+    )  # fmt: skip
+    b.ops._quantization = None
+    projections = h * (n + v) * latent * (2 if weights == "bf16" else 1)
+    for context in CONTEXTS:
+        for batch in (1, 4, 16):
+            attend(
+                b,
+                spec,
+                handle,
+                f"mla {weights}, decode at {context}",
+                [1] * batch,
+                [context - 1] * batch,
+                projections,
+            )
+    for tokens in (128, 512):
+        attend(b, spec, handle, f"mla {weights}, prompt", [tokens], [0], projections)
+
+
+def attend(
+    b: Bench,
+    s: AttentionSpec,
+    handle: Attention,
+    name: str,
+    new: list[int],
+    cached: list[int],
+    projections: int,
+) -> None:
+    """One step of attention; its layers' caches take turns."""
+    width = s.latent_dim + s.rope_dim
+    each = -(-(new[0] + cached[0]) // BLOCK)
+    bytes_cached = sum(new + cached) * width * 2
+    layers = max(1, min(16, UNCACHED // 4 // bytes_cached))
+    cache = b.ops.new_cache(layers, each * len(new), BLOCK, width, "bfloat16")
+    cache.data.normal_()
+    batch = make_batch(new, cached, [list(range(i * each, (i + 1) * each)) for i in range(len(new))], BLOCK)
+    tokens = sum(new)
+    q = torch.randn(tokens, s.num_heads * (s.nope_dim + s.rope_dim))
+    kv = torch.randn(tokens, width)
+    pairs = sum(a * p + a * (a + 1) / 2 for a, p in zip(new, cached, strict=True))
+    work = (
+        2.0
+        * s.num_heads
+        * (tokens * (s.nope_dim + s.value_dim) * s.latent_dim + pairs * (width + s.latent_dim))
+    )
+    calls = [lambda i=i: b.ops.mla(q, kv, handle, cache, i, batch, 1e-6) for i in range(layers)]
+    b.time(name, tokens, calls, projections + bytes_cached, work, b.int8 / 2)
+
+
+def head(b: Bench, name: str, size: str) -> None:
+    """The output head with the best token."""
+    c = config(size)
+    n, k = c["vocab_size"], c["hidden_size"]
+    packed = b.ops.pack_linear(f"{name}.head", lambda: [weight(name, n, k)]).packed
+    views = [Linear(v, n, k) for v in b.copies(packed, max(2, UNCACHED // packed.nbytes))]
+    norm = torch.ones(k)
+    for rows in (1, 8, 16):
+        x = torch.randn(rows, k)
+        calls = [lambda v=v: b.ops.top_logits(x, v, norm, 1e-6, 1) for v in views]
+        b.time(f"head {name} {n} x {k}", rows, calls, packed.nbytes, 2.0 * n * k * rows, b.peak(name))
+
+
+def shapes(size: str) -> Iterator[tuple[int, int]]:
+    """[n, k] of the projections of a layer: queries and latent, queries, output."""
+    c = config(size)
+    d, rank, h = c["hidden_size"], c["q_lora_rank"], c["num_attention_heads"]
+    yield rank + c["kv_lora_rank"] + c["qk_rope_head_dim"], d
+    yield h * (c["qk_nope_head_dim"] + c["qk_rope_head_dim"]), rank
+    yield d, h * c["v_head_dim"]
+
+
+def run(b: Bench, a: argparse.Namespace) -> None:
+    """What was asked for."""
+    for name in a.formats:
+        if a.only in (None, "linear"):
+            for n, k in shapes(a.model):
+                linear(b, name, n, k)
+        if a.only in (None, "moe"):
+            moe(b, name, a.model)
+        if a.only in (None, "head"):
+            head(b, name, a.model)
+        b.alive = []
+    if a.only in (None, "mla"):
+        for name in a.formats:
+            if name != "fp8":
+                mla(b, a.model, name)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=SIZES, default="L576")
+    p.add_argument("--only", choices=["linear", "moe", "mla", "head"])
+    p.add_argument(
+        "--formats",
+        nargs="+",
+        choices=["int4", "int8", "bf16", "fp8"],
+        default=["int4", "int8", "bf16", "fp8"],
+    )
+    p.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--isa", default="auto", help="instruction set: auto, avx512_vnni, avx2, portable, …")
+    p.add_argument("--passes", type=int, default=5)
+    p.add_argument("--json", action="store_true")
+    a = p.parse_args()
+    torch.manual_seed(0)
+    b = Bench(a.threads, a.isa, a.passes, a.rows)
+    run(b, a)
+    machine = {"read_gb_s": b.read, "int8_gop_s": b.int8}
+    if a.json:
+        print(json.dumps({"machine": machine, "rows": [asdict(r) for r in b.rows]}))
+        return
+    table = Table(
+        "kernel",
+        "rows",
+        "us",
+        "GB/s",
+        "GOP/s",
+        "of the limit",
+        title=f"{a.model}, {b.ops.name}: {b.read:.1f} GB/s, INT8 {b.int8:.0f} GOP/s",
+    )
+    for r in b.rows:
+        table.add_row(
+            r.kernel,
+            str(r.rows),
+            f"{r.microseconds:.1f}",
+            f"{r.gb_s:.1f}",
+            f"{r.gop_s:.0f}",
+            f"{r.share:.0%}",
+        )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
