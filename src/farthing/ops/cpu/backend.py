@@ -24,10 +24,10 @@ from farthing.ops.api import (
 )
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
+from farthing.ops.cpu.stack import CACHE_TYPES, Stack, pack_stack, run_layers
 from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX
 from farthing.ops.weights import InputRounding, Weight
 
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
 MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
 MOST_EXPERTS = 1024
 
@@ -56,14 +56,6 @@ class Attention:
     native: Any
     spec: AttentionSpec
     alive: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """Layers for one native call; `alive` holds what the native side points into."""
-
-    native: Any
-    alive: tuple[Any, ...]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -346,37 +338,12 @@ class CpuOps(Ops):
         return out
 
     def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
-        if not hasattr(_native, "Layers"):  # a module built before
-            return None
-        native, alive = _native.Layers(), []
-        for layer in layers:
-            norms = [None if w is None else _vector(w) for w in (layer.norm, layer.q_norm, layer.feed_norm)]
-            norm, q_norm, feed_norm = (0 if w is None else w.data_ptr() for w in norms)
-            q_b = None if layer.q_b is None else layer.q_b.packed
-            native.add(
-                norm, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
-                feed_norm, layer.feed.native,
-            )  # fmt: skip
-            alive += [*norms, layer.heads, layer.feed]
-        return Stack(native, tuple(alive))
+        return pack_stack(layers) if hasattr(_native, "Layers") else None  # a module built before
 
     def run_stack(
         self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
     ) -> Tensor:
-        h = _rows(h)
-        tokens, hidden = h.shape
-        out = torch.empty(tokens, hidden)
-        data, scale = cache.data, cache.scale
-        self._native.layers(
-            stack.native, h.data_ptr(), h.stride(0), tokens, CACHE_TYPES[data.dtype], data.data_ptr(),
-            data.stride(0) * data.element_size(), 0 if scale is None else scale.data_ptr(),
-            0 if scale is None else scale.stride(0), data.shape[2], batch.positions.data_ptr(),
-            batch.slots.data_ptr(), batch.query_start.data_ptr(), batch.context_lens.data_ptr(),
-            batch.block_table.data_ptr(), batch.block_table.shape[0], batch.block_table.shape[1], eps,
-            0 if counts is None else counts.data_ptr(), 0 if counts is None else counts.stride(0),
-            out.data_ptr(), hidden,
-        )  # fmt: skip
-        return out
+        return run_layers(self._native, _rows(h), stack, batch, cache, eps, counts)
 
     def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float) -> Tensor:
         return self._experts(x, weights, norm, eps, 0)
