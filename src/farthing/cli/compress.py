@@ -35,7 +35,9 @@ def compress(
     pack: Annotated[bool, typer.Option(help="Also write the CPU kernels' own layout, packed.bin.")] = False,
     gate: Annotated[bool, typer.Option(help="Measure the result on held-out text.")] = True,
     timing: Annotated[bool, typer.Option(help="Serve the result and time it into the report.")] = True,
-    max_tokens: Annotated[int | None, typer.Option(help="Measure on about this many tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens to measure on, about 16,384.")
+    ] = None,
     show: Annotated[bool, typer.Option("--list", help="List the recipes and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

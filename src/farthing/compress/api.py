@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from farthing.compress.report import Report
 from farthing.compress.stream import Job, Progress, Progressed, run
 from farthing.model import ModelConfig
 
+GATE_TOKENS = 16384  # held-out tokens the gate reads; where they do not decide, it says how many would
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -31,7 +33,7 @@ class Options:
     max_drop: float | None = None
     backend: str = "reference"  # the gate's arithmetic; "simulate" also rounds activations
     window: int = 1024
-    max_tokens: int | None = None
+    max_tokens: int | None = None  # of held-out text; None: GATE_TOKENS for the gate
     export: str = "compressed-tensors"
     gate: bool = True
 
@@ -99,7 +101,8 @@ def compress(
     peak = peak_memory()
     quality = None
     if options.gate:
-        judged = judged or _held_out(source, options, config)
+        sampled = replace(options, max_tokens=options.max_tokens or GATE_TOKENS)
+        judged = judged or _held_out(source, sampled, config)
         quality = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
     report = Report(

@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from farthing.bench.client import Target, Timing, complete
 from farthing.bench.load import LoadResult, Slo, run_load, summarize
@@ -15,7 +14,6 @@ from farthing.bench.workload import Request
 from farthing.cost import Machine
 from farthing.demo.server import Served, serve
 
-HELDOUT = Path(__file__).parents[1] / "models" / "reference" / "heldout.jsonl"
 ANSWER = 96  # tokens a request generates
 PROMPT_CHARACTERS = 400
 
@@ -50,8 +48,10 @@ class Measured:
 
 def prompts(count: int, seed: int = 0) -> list[str]:
     """Beginnings of held-out Python, cut at a line's end."""
+    from farthing.compress.gate import held_out_sample
+
     rng = random.Random(seed)
-    texts = [json.loads(line)["text"] for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in held_out_sample().read_text(encoding="utf-8").splitlines()]
     out: list[str] = []
     while len(out) < count:
         text = rng.choice(texts)
