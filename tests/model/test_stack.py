@@ -64,3 +64,20 @@ def test_stack_is_the_loop(
     assert torch.equal(counts, expected) and int(counts.sum()) == 2 * 3 * 43
     for a, b in zip(stacked, looped, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_the_mtp_layers_stack_is_its_loop(cache_dtype: CacheDtype) -> None:
+    config = ModelConfig.from_json(CONFIG | {"num_nextn_predict_layers": 1})
+    model = random_model(config, CpuOps(2))
+    ids = torch.arange(20) * 7 % 300
+    batch, found = make_batch([19], [0], [range(8)], 16), []
+    assert model.mtp[0].stack is not None
+    for _ in range(2):
+        cache, counts = model.new_cache(8, 16, cache_dtype), torch.zeros(4, 8, dtype=torch.int64)
+        hidden = model.forward(ids[:-1], batch, cache)
+        found.append((model.draft(ids[1:], hidden, batch, cache, counts=counts), counts, cache.data.clone()))
+        model.mtp[0].stack = None
+    for stacked, looped in zip(*found, strict=True):
+        assert torch.equal(stacked, looped)
+    assert int(found[0][1][3].sum()) == 3 * 19 and int(found[0][1][:3].sum()) == 0

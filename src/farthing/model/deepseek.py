@@ -15,8 +15,9 @@ from farthing.model.moe import FeedForward, router_spec
 from farthing.model.mtp import MTPLayer
 from farthing.model.rope import rope_table
 from farthing.model.source import WeightSource
+from farthing.model.stack import handles
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec, Weight
-from farthing.ops.api import CacheDtype, LayerHandles
+from farthing.ops.api import CacheDtype
 
 
 class DeepseekModel:
@@ -43,7 +44,7 @@ class DeepseekModel:
             (Attention(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
             for i in range(config.num_hidden_layers)
         ]
-        self.stack = ops.stack([_handles(*layer) for layer in self.layers])
+        self.stack = ops.stack([handles(*layer) for layer in self.layers])
         self.mtp: list[MTPLayer] = []
         if not last:
             return
@@ -131,11 +132,6 @@ class DeepseekModel:
         """As `top_logits`, of a draft."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
         return self.ops.top_logits(hidden, mtp.head, mtp.norm, self.eps, k)
-
-
-def _handles(attention: Attention, feed: FeedForward) -> LayerHandles:
-    a = attention
-    return LayerHandles(a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed)
 
 
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:

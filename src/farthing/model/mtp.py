@@ -20,6 +20,7 @@ from farthing.model.attention import Attention
 from farthing.model.config import ModelConfig
 from farthing.model.moe import FeedForward
 from farthing.model.source import WeightSource
+from farthing.model.stack import handles
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec
 from farthing.ops.api import Handle
 from farthing.ops.weights import Weight
@@ -50,6 +51,7 @@ class MTPLayer:
         self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
         self.attention = Attention(config, ops, weights, layer, rope)
         self.feed_forward = FeedForward(config, ops, weights, layer, router)
+        self.stack = ops.stack([handles(self.attention, self.feed_forward)])
         self.embedding, own_head = embedding, False
         shape = (config.vocab_size, d)
         # Released checkpoints hold copies of the main embedding and head: share unless they differ.
@@ -77,5 +79,9 @@ class MTPLayer:
         ops = self.ops
         e = ops.rms_norm(ops.embed(next_ids, self.embedding), self.enorm, self.eps)
         x = ops.linear(torch.cat((e, ops.rms_norm(h, self.hnorm, self.eps)), -1), self.eh_proj)
+        if self.stack is not None:
+            scale = None if cache.scale is None else cache.scale[self.layer :]
+            own, seen = LatentCache(cache.data[self.layer :], scale), None if counts is None else counts[None]
+            return ops.run_stack(x, self.stack, batch, own, self.eps, seen)
         x = self.attention(x, batch, cache, self.layer)
         return self.feed_forward(x, counts)
