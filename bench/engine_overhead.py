@@ -3,12 +3,14 @@
     python bench/engine_overhead.py
 
 Prints microseconds per decode step by batch size, the median over steps: greedy (the fast path), sampled,
-and with drafts; the physical limit is zero. The bar is 1 ms at batch 16.
+and with drafts; the physical limit is zero. "16 layers of calls" is a model of 16 layers on the CPU backend
+whose native side returns at once: everything but arithmetic. The bar is 1 ms at batch 16.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream
 from farthing.model import ModelConfig
 from farthing.ops.api import LatentCache
+from random_model import config
 
 VOCAB, BLOCKS, BLOCK_SIZE, LENGTH = 8192, 8192, 16, 2048
 
@@ -63,15 +66,45 @@ class Always(Gate):
         return True
 
 
-def microseconds_per_step(batch: int, params: SamplingParams, drafts: int, steps: int) -> float:
+class NoArithmetic:
+    """The native side of the CPU backend, all of whose ops return at once; the likeliest token is 0."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
+
+    def top_logits(self, *arguments: Any) -> None:
+        tokens, k, ids = arguments[3], arguments[6], arguments[8]
+        ctypes.memset(ids, 0, tokens * k * 8)
+
+
+def calls_only() -> Any:
+    """A model of 16 layers that makes every call of a real one and computes nothing."""
+    from farthing.model.load import random_model
+    from farthing.ops.cpu import CpuOps
+
+    shape = {
+        "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 16, "n_routed_experts": 8, "n_group": 2,
+        "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64,
+        "q_lora_rank": 32, "num_attention_heads": 2, "kv_lora_rank": 32, "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 2,
+    }  # fmt: skip
+    ops = CpuOps(1)
+    model = random_model(ModelConfig.from_json(config("L576") | shape), ops)
+    ops._native = NoArithmetic()
+    return model
+
+
+def microseconds_per_step(
+    batch: int, params: SamplingParams, drafts: int, steps: int, model: Any = None
+) -> float:
     """Median over decode steps with `batch` running sequences of 200 tokens and more."""
-    model = cast("Any", NoModel())
-    cache = LatentCache(torch.zeros(1, BLOCKS, BLOCK_SIZE, 1), None)
-    config = EngineConfig(max_model_len=LENGTH, max_num_seqs=64, max_num_batched_tokens=512)
+    model = cast("Any", model or NoModel())
+    cache = LatentCache(torch.zeros(model.cache_layers, BLOCKS, BLOCK_SIZE, 1), None)
+    settings = EngineConfig(max_model_len=LENGTH, max_num_seqs=64, max_num_batched_tokens=512)
     scheduler = Scheduler(BLOCKS, BLOCK_SIZE, 64, 512)
     speculator = Speculator([NgramDrafter(drafts)], Always) if drafts else None
     core = EngineCore(Runner(model, cache, 64, LENGTH), scheduler, Stats(), None, speculator)
-    admission = Admission(config, cast("ModelConfig", model.config), None)
+    admission = Admission(settings, cast("ModelConfig", model.config), None)
     for i in range(batch):
         options: dict[str, Any] = {"priority": 0, "cache_salt": str(i), "kind": "delta", "request_id": None}
         request, sequences = admission.admit(
@@ -103,8 +136,10 @@ def main() -> None:
         "top_p 0.95": (SamplingParams(seed=1, top_p=0.95, max_tokens=None), 0),
     }
     print(f"{'microseconds a step':<20}" + "".join(f"{f'batch {b}':>10}" for b in (1, 4, 16, 64)))
+    kinds["16 layers of calls"] = kinds["greedy"]
     for name, (params, drafts) in kinds.items():
-        cells = [microseconds_per_step(b, params, drafts, steps) for b in (1, 4, 16, 64)]
+        model = calls_only() if name == "16 layers of calls" else None
+        cells = [microseconds_per_step(b, params, drafts, steps, model) for b in (1, 4, 16, 64)]
         print(f"{name:<20}" + "".join(f"{c:>10.0f}" for c in cells))
 
 

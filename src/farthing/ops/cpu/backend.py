@@ -337,8 +337,8 @@ class CpuOps(Ops):
         )
         return out
 
-    def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
-        return pack_stack(layers) if hasattr(_native, "Layers") else None  # a module built before
+    def stack(self, layers: Sequence[LayerHandles]) -> Stack:
+        return pack_stack(layers)
 
     def run_stack(
         self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
