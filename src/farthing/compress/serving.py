@@ -76,7 +76,7 @@ print(anonymous() - before)
 
 def decode_seconds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, float]:
     """Median seconds of a decode step of one sequence; the models take turns, so noise hits all alike."""
-    states = {name: _prefill(model) for name, model in models.items()}
+    states = {name: _prefill(model, steps) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for step in range(steps):
         for name, model in models.items():
@@ -88,9 +88,9 @@ def decode_seconds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _prefill(model: DeepseekModel) -> Any:
-    prompt = min(PROMPT, model.config.max_position_embeddings - STEPS - 1)
-    blocks = -(-(PROMPT + STEPS + 1) // BLOCK)
+def _prefill(model: DeepseekModel, steps: int) -> Any:
+    prompt = min(PROMPT, model.config.max_position_embeddings - steps - 1)
+    blocks = -(-(PROMPT + steps + 1) // BLOCK)
     cache = model.new_cache(blocks, BLOCK, "float32" if model.ops.dtype == torch.float32 else "bfloat16")
     batch, _ = paged_batch([prompt])
     model.forward(torch.arange(prompt) % model.config.vocab_size, batch, cache)
