@@ -42,6 +42,7 @@ class EngineConfig:
     transport: Transport = "auto"  # between ranks: shared memory where it can be had, else gloo
     redundant_experts: int = 0  # copies of the busiest experts of every layer
     rebalance_steps: int | None = None  # place experts by measured tokens every so many steps
+    disaggregate: bool = False  # compute prompts in a process of its own, of as many threads
 
     def __post_init__(self) -> None:
         _one_of(self, "dtype", get_args(Dtype))
@@ -58,6 +59,10 @@ class EngineConfig:
             raise ValueError(
                 f"packed is {self.packed!r}; expected None with {self.num_ranks} ranks: "
                 "a packed file holds whole matrices"
+            )
+        if self.disaggregate and self.num_ranks > 1:
+            raise ValueError(
+                f"disaggregate is True with {self.num_ranks} ranks; expected False: each side is one rank"
             )
         if self.redundant_experts and (self.expert_parallel_size == 1 or self.rebalance_steps is None):
             raise ValueError(

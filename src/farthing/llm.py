@@ -49,6 +49,7 @@ class LLM:
         transport: Transport = "auto",
         redundant_experts: int = 0,
         rebalance_steps: int | None = None,
+        disaggregate: bool = False,
         skip_tokenizer_init: bool = False,
     ) -> None:
         config = EngineConfig(
@@ -76,6 +77,7 @@ class LLM:
             transport=transport,
             redundant_experts=redundant_experts,
             rebalance_steps=rebalance_steps,
+            disaggregate=disaggregate,
             skip_tokenizer_init=skip_tokenizer_init,
         )
         self.engine = Engine.from_config(config)

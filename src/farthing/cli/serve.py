@@ -158,6 +158,10 @@ def serve(
         int | None,
         typer.Option(help="Place experts by measured tokens every N steps.", rich_help_panel=_RANKS),
     ] = None,
+    disaggregate: Annotated[
+        bool,
+        typer.Option("--disaggregate", help="Compute prompts in another process.", rich_help_panel=_RANKS),
+    ] = False,
 ) -> None:
     """Serve MODEL: /v1/chat/completions, /v1/completions, /v1/models, /metrics, /health, /ready."""
     from farthing.config import EngineConfig
@@ -191,6 +195,7 @@ def serve(
             transport=cast("Any", transport),
             redundant_experts=redundant_experts,
             rebalance_steps=rebalance_steps,
+            disaggregate=disaggregate,
         )
         server_config = ServerConfig(
             host=host,

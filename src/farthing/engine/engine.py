@@ -36,9 +36,10 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -63,13 +64,14 @@ from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.model import DeepseekModel, ModelConfig, load
-from farthing.ops import select
+from farthing.ops import LatentCache, select
 from farthing.parallel.cluster import ParallelModel, RankOptions
 from farthing.parallel.plan import Layout
 
 log = logging.getLogger(__name__)
 
-_Order = Literal["add", "cancel", "cancel all"]
+T = TypeVar("T")
+Order = Literal["add", "cancel", "cancel all"]
 _CHECK_AFTER = 0.1  # seconds without work
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,7 +111,8 @@ class Engine:
         )
         self._core = EngineCore(runner, scheduler, self.stats, tokenizer, speculator, self._finished)
         self._lock = threading.Lock()
-        self._inbox: deque[tuple[_Order, RequestState | None]] = deque()
+        self._inbox: deque[tuple[Order, RequestState | None]] = deque()
+        self._calls: deque[tuple[Callable[[EngineCore], Any], Future[Any]]] = deque()
         self._wake = threading.Event()
         self._changed = threading.Condition(self._lock)
         self._live = 0
@@ -128,6 +131,10 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Load the model, its tokenizer and its recommended sampling."""
+        if config.disaggregate and cls is Engine:
+            from farthing.engine.disaggregate import DisaggregatedEngine
+
+            return DisaggregatedEngine.from_config(config)
         path = resolve_model(config.model)
         tokenizer = None
         if not config.skip_tokenizer_init:
@@ -182,8 +189,7 @@ class Engine:
                     f"max_queue {self.config.max_queue}; try again later"
                 )
             self._live += 1
-            self._inbox.append(("add", state))
-        self._wake.set()
+        self._enqueue(state)
         return stream
 
     def chat_prompt(
@@ -240,9 +246,31 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
 
+    def between_steps(self, call: Callable[[EngineCore], T]) -> Future[T]:
+        """Have `call` run in the engine's thread between two steps."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._error is not None or self._stopping:
+                raise EngineError("the engine has stopped")
+            self._calls.append((call, future))
+        self._wake.set()
+        return future
+
+    def share_cache(self) -> LatentCache:
+        """The cache, moved to memory that other processes can map. Before the first request."""
+        cache = self._core.runner.cache
+        cache.data.share_memory_()
+        if cache.scale is not None:
+            cache.scale.share_memory_()
+        return cache
+
     # -- the loop, in its own thread
 
-    def _post(self, what: _Order, state: RequestState | None) -> None:
+    def _enqueue(self, state: RequestState) -> None:
+        self._inbox.append(("add", state))
+        self._wake.set()
+
+    def _post(self, what: Order, state: RequestState | None) -> None:
         self._inbox.append((what, state))
         self._wake.set()
 
@@ -273,6 +301,12 @@ class Engine:
         self._wake.clear()
 
     def _receive(self) -> None:
+        while self._calls:
+            call, future = self._calls.popleft()
+            try:
+                future.set_result(call(self._core))
+            except Exception as error:  # the caller's, not the engine's
+                future.set_exception(error)
         while self._inbox:
             what, state = self._inbox.popleft()
             if what == "add" and state is not None:
@@ -289,6 +323,9 @@ class Engine:
             self._accepting = False
             pending = [state for what, state in self._inbox if what == "add" and state is not None]
             self._inbox.clear()
+            for _, future in self._calls:
+                future.set_exception(EngineError("the engine has stopped"))
+            self._calls.clear()
         if self._error is None:
             for state in pending:
                 self._core.add(state)

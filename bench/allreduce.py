@@ -1,0 +1,107 @@
+"""All-reduce and all-to-all between two ranks of this host: shared memory against gloo; a copy is the limit.
+
+    python bench/allreduce.py [--elements 7168] [--rounds 5]
+
+Rounds of both transports are interleaved; figures are medians over all calls of all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from rich.console import Console
+from rich.table import Table
+
+from farthing.parallel.group import DistGroup, Group
+from farthing.parallel.shared import Arena, SharedGroup, arena_bytes
+from farthing.parallel.worker import free_port
+
+CALLS, WARM = 400, 50
+
+
+def timed(call: Callable[[], object]) -> list[float]:
+    """Microseconds of each call."""
+    for _ in range(WARM):
+        call()
+    times = []
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - began) * 1e6)
+    return times
+
+
+def work(rank: int, path: Path, port: int, elements: int, rounds: int, out: Connection) -> None:
+    """One rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    groups: dict[str, Group] = {
+        "gloo": DistGroup([0, 1], 60.0),
+        "shared": SharedGroup(Arena(path), 0, 2, rank),
+    }
+    x, target = torch.ones(elements), torch.empty(elements)
+    half = [torch.ones(4, elements // 8), torch.ones(4, elements // 8)]  # as many bytes in all
+    times: dict[str, list[float]] = {"copy": []}
+    for _ in range(rounds):
+        times["copy"] += timed(lambda: target.copy_(x))
+        for name, group in groups.items():
+            check = group.all_reduce(torch.full((elements,), rank + 1.0))
+            assert bool((check == 3).all())
+            times.setdefault(f"{name} all-reduce", []).extend(timed(lambda g=group: g.all_reduce(x.fill_(1))))
+            times.setdefault(f"{name} all-to-all", []).extend(timed(lambda g=group: g.all_to_all(half)))
+    if rank == 0:
+        out.send({name: statistics.median(values) for name, values in times.items()})
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--elements", type=int, default=7168, help="float32 numbers (V3's hidden size)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    a = parser.parse_args()
+    arena, port = Arena.create(arena_bytes([2])), free_port()
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=work, args=(r, arena.path, port, a.elements, a.rounds, theirs))
+        for r in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        result: dict[str, float] = ours.recv()
+    finally:
+        for process in ranks:
+            process.join()
+        arena.unlink()
+    size = 4 * a.elements
+    # Shared memory: x into the slot. gloo moves through a socket: into the kernel and out of it, each way.
+    copied = {"shared all-reduce": size, "gloo all-reduce": 2 * size}
+    ratio = result["gloo all-reduce"] / result["shared all-reduce"]
+    if a.json:
+        print(json.dumps({"us": result, "ratio": ratio, "bytes_copied": copied, "cores": os.cpu_count()}))
+        return
+    table = Table(
+        "two ranks, float32", "us", "bytes copied a rank", title=f"{a.elements:,} numbers, {size:,} bytes"
+    )
+    for name, us in result.items():
+        table.add_row(name, f"{us:.1f}", f"{copied[name]:,}" if name in copied else "")
+    Console().print(table)
+    Console().print(f"all-reduce: {ratio:.1f}x faster than gloo (bar: 5x)")
+
+
+if __name__ == "__main__":
+    main()

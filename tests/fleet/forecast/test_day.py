@@ -1,0 +1,175 @@
+"""Weekly profile, calendar, day-ahead blend and floor: odd days do not come back, no future is seen."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farthing.fleet.forecast.backtest import Backtest, backtest, make
+from farthing.fleet.forecast.calendar import Event, calendar
+from farthing.fleet.forecast.day import DayForecaster
+from farthing.fleet.forecast.floor import SHARES, FloorShare, best_share, floor_losses
+from farthing.fleet.forecast.mix import Mix, profiles
+from farthing.fleet.forecast.profile import ProfileAR, ProfileConfig
+from farthing.fleet.forecast.ridge import RidgeAR
+from farthing.fleet.series import DAY_S, Series
+
+MONDAY = 4 * DAY_S  # 1970-01-05
+
+
+def weekly(days: int, noise: float = 0.03, seed: int = 0) -> Series:
+    """Hourly from a Monday, working days unlike weekends."""
+    hours = np.arange(days * 24)
+    weekend = hours // 24 % 7 >= 5
+    shape = 100 + np.where(weekend, 15, 45) * np.sin(2 * np.pi * (hours - np.where(weekend, 9, 6)) / 24)
+    return Series(MONDAY, 3600.0, shape * np.random.default_rng(seed).normal(1, noise, len(hours)), "weekly")
+
+
+def wape(point: np.ndarray, truth: np.ndarray) -> float:  # type: ignore[type-arg]
+    return float(100 * np.abs(point - truth).sum() / truth.sum())
+
+
+def test_an_odd_day_does_not_come_back_a_week_later() -> None:
+    series, clean = weekly(57), weekly(57)
+    odd = slice(49 * 24, 50 * 24)
+    series.values[odd] *= 0.3
+    errors = {}
+    for name, model in (("profile", ProfileAR()), ("ridge", RidgeAR(weeks=2))):
+        model.fit(series.head(56 * 24))
+        errors[name] = wape(model.predict(series.values[: 56 * 24], 24), clean.values[56 * 24 :])
+    assert errors["profile"] < 6
+    assert errors["ridge"] > 2 * errors["profile"]
+
+
+def test_departures_of_today_are_carried_on() -> None:
+    series = weekly(57, noise=0.01)
+    random = np.random.default_rng(1)
+    level = np.exp(np.repeat(np.cumsum(random.normal(0, 0.08, 57)), 24))  # a level of its own every day
+    drifting = Series(series.start, series.step_s, series.values * level, "drifting")
+    report = backtest(drifting, ProfileAR(), 3600, Backtest(begin=0.8), lambda text: None)
+    assert report["wape"] < 2.5
+    assert report["skill_vs_seasonal"] > 60
+
+
+@pytest.mark.parametrize("days", [0.5, 2, 3, 10, 40])
+def test_any_length_of_history_gives_a_forecast(days: float) -> None:
+    series = weekly(45).head(round(24 * days))
+    model = ProfileAR(ProfileConfig(country="US"))
+    model.fit(series)
+    path = model.predict(series.values, 24)
+    assert path.shape == (24,) and np.isfinite(path).all() and (path >= 0).all()
+    assert model.ready == (days >= 3)
+    if not model.ready:
+        assert (path == series.values[-1]).all()
+
+
+def test_a_forecast_sees_nothing_of_the_future() -> None:
+    series = weekly(45)
+    origin = 40 * 24 + 5
+    changed = series.values.copy()
+    changed[origin:] = 1e6
+    model = ProfileAR(ProfileConfig(recent=8, around=2, country="US"))
+    model.fit(series.head(40 * 24))
+    before = model.predict(series.values[:origin], 24)
+    assert np.array_equal(before, model.predict(changed[:origin], 24))
+    model.fit(Series(series.start, series.step_s, changed).head(40 * 24))
+    assert np.array_equal(before, model.predict(changed[:origin], 24))
+
+
+def test_reach_is_refused_with_the_reason() -> None:
+    series = weekly(30)
+    model = ProfileAR()
+    with pytest.raises(ValueError, match="9 days further"):
+        model.fit(series)
+        model.predict(series.values, 10 * 24)
+
+
+def test_holidays_borrow_a_sunday() -> None:
+    """Four public holidays on working days look like Sundays; the fifth is forecast as one."""
+    begin = (datetime(2014, 5, 5) - datetime(1970, 1, 1)).total_seconds()  # a Monday
+    series = Series(begin, 3600.0, weekly(210, noise=0.01).values, "holidays")
+    values = series.values.copy()
+    marks = calendar(begin, 3600.0, len(series), "US").holiday
+    first = sorted({int(step) // 24 for step in np.flatnonzero(marks)})
+    assert len(first) >= 5  # Memorial, Independence, Labor, Columbus, Veterans, Thanksgiving day
+    for day in first:
+        sunday = day - (day % 7 + 1)
+        values[day * 24 : day * 24 + 24] = series.values[sunday * 24 : sunday * 24 + 24]
+    last = first[-1] * 24
+    told, untold = (ProfileAR(ProfileConfig(country=country)) for country in ("US", None))
+    errors = []
+    for model in (told, untold):
+        model.fit(Series(begin, 3600.0, values[:last]))
+        errors.append(wape(model.predict(values[:last], 24), values[last : last + 24]))
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_calendar_marks_holidays_bridges_eves_and_events() -> None:
+    begin = (datetime(2014, 11, 24) - datetime(1970, 1, 1)).total_seconds()  # the Monday before Thanksgiving
+    made = calendar(begin, DAY_S, 7, "US", (Event("sale", ("2014-11-28",), days_after=1),))
+    assert made.weekday.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert np.flatnonzero(made.holiday).tolist() == [3]
+    assert np.flatnonzero(made.eve).tolist() == [2]
+    assert np.flatnonzero(made.bridge).tolist() == [4]
+    assert np.flatnonzero(made.events[0]).tolist() == [4, 5]
+    assert np.flatnonzero(made.special).tolist() == [2, 3, 4, 5]
+    assert not calendar(begin, DAY_S, 7, None).special.any()
+    with pytest.raises(ValueError, match="ISO code"):
+        calendar(begin, DAY_S, 7, "Atlantis")
+
+
+def test_mix_takes_the_profiles_in() -> None:
+    series = weekly(50)
+    plain = backtest(series, Mix(experts=[RidgeAR()]), 3600, Backtest(begin=0.8), lambda text: None)
+    mixed = Mix(experts=[RidgeAR()], slow=profiles())
+    assert backtest(series, mixed, 3600, Backtest(begin=0.8), lambda text: None)["wape"] < plain["wape"]
+    assert [part.name for part in make("mix", "US").slow] == ["lstm", "profile4", "profile6"]  # type: ignore[attr-defined]
+
+
+def test_day_forecaster_blends_and_learns_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Prophet that is far off loses its share to the profile."""
+    series, model = weekly(50), DayForecaster()
+
+    def fit(series: Series) -> None:
+        model.prophet._end = series.end
+
+    monkeypatch.setattr(model.prophet, "fit", fit)
+    monkeypatch.setattr(
+        model.prophet, "predict", lambda steps: (np.full(steps, 300.0), np.full(steps, 330.0))
+    )
+    errors = []
+    for day in range(42, 50):
+        model.fit(series.head(day * 24))
+        p50, p90 = model.quantiles(series.values[: day * 24], 24)
+        assert p90 == pytest.approx(1.1 * p50)
+        errors.append(wape(p50, series.values[day * 24 : day * 24 + 24]))
+    assert errors[0] > 20  # its first share
+    assert errors[-1] < 6
+
+
+loads = st.floats(0.1, 1e4)
+
+
+@given(st.lists(st.tuples(loads, loads, loads), max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_the_floor_is_never_dearer_than_the_whole_plan(rows: list[tuple[float, float, float]]) -> None:
+    planned, bound, truth = np.array(rows).reshape(-1, 3).T
+    losses = floor_losses(planned, bound, truth)
+    share = best_share(losses)
+    assert share in SHARES
+    total = losses.sum(axis=0)
+    assert total[share == SHARES][0] <= total[-1] * (1 + 1e-9) + 1e-6
+    learnt = FloorShare(window=50)
+    for row in rows:
+        learnt.learn(*row)
+    assert learnt.settle() == share
+
+
+def test_the_floor_is_lowered_where_it_only_costs_and_kept_where_it_saves() -> None:
+    many = np.ones(50)
+    assert best_share(floor_losses(12 * many, 8 * many, 8 * many)) == 0.5  # the bound alone is enough
+    assert best_share(floor_losses(12 * many, 8 * many, 12 * many)) == 1.0  # the load outgrew the bound

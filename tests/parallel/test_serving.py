@@ -1,0 +1,150 @@
+"""The engine over ranks: the tokens of one rank, expert counts, and a rank that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from farthing.config import EngineConfig
+from farthing.engine.engine import Engine
+from farthing.engine.request import EngineError, SamplingParams
+from farthing.llm import LLM
+from farthing.model import ModelConfig
+from farthing.model.load import random_parameters
+from tests.model.test_inspect import TINY
+
+PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def"]
+COMBINATIONS = [(t, p, e) for t in (1, 2) for p in (1, 2) for e in (1, 2) if t * p * e > 1]
+EVERYTHING: dict[str, Any] = dict(max_model_len=128, num_blocks=32, threads=1)
+
+
+def tokens(**options: Any) -> list[list[int]]:
+    with LLM("reference", **EVERYTHING, **options) as llm:
+        outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=24, temperature=0), use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, list[list[int]]]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [pytest.param(c, marks=() if c == (2, 1, 1) else pytest.mark.slow, id="tp{}pp{}ep{}".format(*c))
+     for c in COMBINATIONS],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.slow)])
+def test_the_embedded_model_gives_the_tokens_of_one_rank(
+    combination: tuple[int, int, int], backend: str, one_rank: dict[str, list[list[int]]]
+) -> None:
+    if backend == "cpu":
+        pytest.importorskip("farthing._native")
+    tp, pp, ep = combination
+    if backend not in one_rank:
+        one_rank[backend] = tokens(backend=backend)
+    spread = tokens(
+        backend=backend,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        expert_parallel_size=ep,
+        speculate="mtp" if pp == 2 else None,
+    )
+    assert spread == one_rank[backend]
+
+
+@pytest.mark.slow
+def test_experts_are_placed_anew_while_serving(one_rank: dict[str, list[list[int]]]) -> None:
+    if "reference" not in one_rank:
+        one_rank["reference"] = tokens(backend="reference")
+    options: dict[str, Any] = dict(expert_parallel_size=2, redundant_experts=4, rebalance_steps=10)
+    assert tokens(backend="reference", **options) == one_rank["reference"]
+
+
+def tiny(path: Path) -> Path:
+    raw = TINY | dict(num_experts_per_tok=3, topk_group=2)
+    (path / "config.json").write_text(json.dumps(raw))
+    save_file(random_parameters(ModelConfig.from_json(raw), seed=7), path / "model.safetensors")
+    return path
+
+
+def test_a_dead_rank_fails_the_replica_at_once(tmp_path: Path) -> None:
+    config = EngineConfig(
+        model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,
+        tensor_parallel_size=2,
+    )  # fmt: skip
+    with Engine.from_config(config) as engine:
+        stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+        assert len(stream.result().outputs[0].token_ids) == 4
+        counted = engine.stats.snapshot().expert_tokens
+        assert all(sum(layer) == 3 * 6 for layer in list(counted.values())[:2])  # 3 experts, 3 + 3 tokens
+        assert engine._ranks is not None
+        os.kill(engine._ranks._workers.pids[1], signal.SIGKILL)
+        began = time.monotonic()
+        while time.monotonic() - began < 10:  # an idle engine learns of it too
+            try:
+                engine.health()
+            except EngineError as error:
+                assert "rank 1 of 2 ended with exit code -9" in str(error)
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("nobody noticed")
+        with pytest.raises(EngineError, match="rank 1 of 2 ended"):
+            engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
+
+
+def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
+    config = EngineConfig(
+        model=str(tiny(tmp_path)), skip_tokenizer_init=True, backend="none such", tensor_parallel_size=2
+    )
+    with pytest.raises((RuntimeError, ValueError), match="backend 'none such' is unknown"):
+        Engine.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(tensor_parallel_size=0), "tensor_parallel_size is 0; expected a positive integer"),
+        (dict(transport="carrier pigeon"), "transport is 'carrier pigeon'; expected one of"),
+        (dict(packed="a.pack", tensor_parallel_size=2), "packed is 'a.pack'; expected None with 2 ranks"),
+        (dict(redundant_experts=4), "redundant_experts is 4; expected 0 without"),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**options)
+
+
+def test_prompts_computed_in_another_process_give_the_same_tokens(tmp_path: Path) -> None:
+    fixed: dict[str, Any] = dict(
+        model=tiny(tmp_path), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=128,
+        block_size=4, max_num_seqs=4,
+    )  # fmt: skip
+    prompts = [[(7 * i + j) % 40 for j in range(5 + 6 * i)] for i in range(6)]
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    with LLM(**fixed) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+    with LLM(**fixed, disaggregate=True) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in outputs] == expected
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert output.num_cached_tokens == (len(prompt) - 1) // 4 * 4  # all that is whole came from there
+        stream = llm.engine.submit(prompts[5], params)
+        stream.cancel()
+        assert stream.result().outputs[0].finish_reason in ("abort", "length")
+        # Without the other process the prompts are computed here.
+        process = llm.engine._prefill._process  # type: ignore[attr-defined]
+        process.kill()
+        process.join(10)
+        fresh = [[(3 * j) % 40 for j in range(30)]]
+        after = llm.generate(fresh, params, use_tqdm=False)[0].outputs[0].token_ids
+    with LLM(**fixed) as llm:
+        assert llm.generate(fresh, params, use_tqdm=False)[0].outputs[0].token_ids == after
