@@ -2,15 +2,18 @@
 
 import asyncio
 import json
+import math
 import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from farthing.fleet.decisions import Decision, DecisionLog, Forecast, Levels, write_forecasts
+from farthing.fleet.config import FleetConfig, build
+from farthing.fleet.decisions import Decision, DecisionLog, Forecast, Levels, Snapshot, write_forecasts
 from farthing.fleet.gateway import Gateway
 from farthing.fleet.gateway.process import pages_of
+from farthing.fleet.outlook import make_outlook
 from farthing.fleet.overview import fleet_data
 from farthing.server.auth import KeyRing
 from farthing.server.dashboard import Dashboard
@@ -57,6 +60,19 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
     assert data["replicas"][0]["state"] == "ready" and data["gauges"]["usd_per_hour"] == 0.72
     assert abs(data["gauges"]["usd_per_million"] - 0.72 / 3600 / 1000 * 1e6) < 1e-12
     assert data["facts"]["capacity"] == "5 requests/s a replica"
+
+
+def test_bands_of_the_real_forecasters_reach_the_page(tmp_path: Path) -> None:
+    """A quarter of an hour of load, forecast as in service and written as the controller writes it."""
+    config = build(FleetConfig, {"policy": {"capacity": 5.0}, "state": str(tmp_path)})
+    outlook = make_outlook(config)
+    for second in range(0, 900, 5):
+        load = 10.0 + 3.0 * math.sin(second / 60)
+        outlook.observe(1e9 + second, Snapshot(1e9 + second, current=2, ready=2, request_rate=load))
+    write_forecasts(tmp_path / "forecasts.json", "requests", outlook.short(1e9 + 900), outlook.mid(1e9 + 900))
+    band = fleet_data(Gateway(), tmp_path)["forecasts"]["short"]
+    assert band["source"] == "last-value" and band["step_s"] > 0
+    assert 7 <= band["p50"][0] < band["p90"][0] <= 20
 
 
 def test_a_run_of_the_same_hold_is_told_once_and_by_its_last(tmp_path: Path) -> None:

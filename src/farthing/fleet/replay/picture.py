@@ -21,13 +21,15 @@ def draw(made: Replay, runs: dict[str, Result], path: Path) -> None:
 
     span = made.span(1 if made.config.second_half else None)
     hours = np.arange(span.start, span.stop) * made.setting.tick_s / 3600
-    thin = max(1, len(hours) // 4000)
+    thin = max(1, len(hours) // 2000)
     figure, (above, below) = plt.subplots(2, 1, figsize=(12, 7), sharex=True, layout="constrained")
-    above.plot(hours[::thin], made.rate[span, 0][::thin], lw=0.8, color="black", label="load (60 s)")
-    above.plot(
-        hours[::thin], made.bound[span, 0][::thin], lw=0.8, color="tab:red", label="short: q90 of the peak"
-    )
-    above.plot(hours[::thin], made.floor[span, 0][::thin], lw=0.8, color="tab:blue", label="mid: day plan")
+    lines = [("short: q90 of the peak", made.bound[span, 0], "tab:red")]
+    plan = np.where(made.floor[span, 0] == made.rate[span, 0], np.nan, made.floor[span, 0])
+    if not np.isnan(plan).all():  # without a plan the load itself stands in for it
+        lines.append(("mid: floor of the day plan", plan, "tab:blue"))
+    lines.append(("load (60 s)", made.rate[span, 0], "black"))
+    for label, values, colour in lines:
+        above.plot(hours[::thin], values[::thin], lw=0.8, color=colour, label=label)
     above.set_ylabel("load units/s")
     above.set_title(
         f"{made.series.name}: u = {made.config.utilization:g}, load time {made.config.load_time_s:g} s"
@@ -40,5 +42,5 @@ def draw(made: Replay, runs: dict[str, Result], path: Path) -> None:
         axis.legend(loc="upper left", fontsize=8, ncols=3)
         axis.set_ylim(bottom=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
