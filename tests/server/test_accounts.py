@@ -9,6 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from farthing.engine.generation import Generation
 from farthing.server.accounts import Accounts, machine_of
 from farthing.server.auth import KeyRing
 from tests.server.harness import Running, events, running, tiny_engine, until
@@ -113,3 +114,24 @@ def test_unknown_hardware_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="hardware is 'abacus'"):
         machine_of(torch.device("cpu"), None, "abacus")
+
+
+def test_a_request_that_fails_is_charged_and_nothing_stays_pending(priced: Running) -> None:
+    core, real = priced.service.engine._core, Generation.push
+    pushed = 0
+
+    def push(self: Generation, token: int, logprobs: Any) -> bool:
+        nonlocal pushed
+        pushed += 1
+        if pushed == 3:
+            raise ValueError("refused")
+        return real(self, token, logprobs)
+
+    before = costs(priced, "device_seconds").get(("alice", "decode"), 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Generation, "push", push)
+        assert post(priced).status_code == 500
+    assert costs(priced, "device_seconds")[("alice", "decode")] > before
+    assert core.scheduler.idle
+    accounts = priced.service.accounts
+    assert accounts is not None and accounts.report().pending.seconds == pytest.approx(0.0, abs=1e-6)

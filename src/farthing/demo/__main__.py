@@ -73,8 +73,8 @@ def levers(compressed: str) -> list[Lever]:
         Lever("reference ops", "reference", ("--backend", "reference")),
         Lever("+ native kernels", "reference"),
         Lever("+ compression (int8)", compressed),
-        Lever("+ speculation (MTP)", compressed, ("--speculate", "mtp")),
-        Lever("+ adaptive experts", compressed, ("--speculate", "mtp", "--experts", "adaptive:0.7")),
+        Lever("+ speculation (text and MTP)", compressed, ("--speculate", "mtp+ngram")),
+        Lever("+ adaptive experts", compressed, ("--speculate", "mtp+ngram", "--experts", "adaptive:0.7")),
     ]
 
 

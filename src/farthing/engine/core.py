@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ class EngineCore:
             if seq.payload.finish_reason is None:
                 seq.payload.abort("error")
                 self._retire(state, seq)
+        error.metrics = replace(state.metrics)
         deliver([(state.stream, error)])
 
     def live(self) -> list[RequestState]:

@@ -19,6 +19,8 @@ MAX_LOGPROBS = 128
 class EngineError(RuntimeError):
     """A request, or the whole engine, failed while running."""
 
+    metrics: RequestMetrics | None = None  # what the request had used, where it alone failed
+
 
 class QueueFull(EngineError):
     """The waiting queue is at its bound; try again later (HTTP 429)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
@@ -68,24 +67,35 @@ class Job:
 
     async def _settle(self, stream: RequestStream) -> None:
         """Charge a stream that was cancelled, once the engine has let go of it."""
-        with suppress(EngineError):
+        try:
             async for output in stream:
                 self._ended(output)
+        except EngineError as error:
+            self._failed(error)
 
     def _ended(self, output: RequestOutput) -> None:
         if output.finished and self._charge is not None:
             self.costs.append(self._charge(self.client, output.metrics))
 
+    def _failed(self, error: EngineError) -> None:
+        """A request that failed has cost what it used until then."""
+        if error.metrics is not None and self._charge is not None:
+            self.costs.append(self._charge(self.client, error.metrics))
+
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """(prompt's position, output) as they come. Raises ApiError where the engine fails or stops."""
         source = self._only() if len(self.streams) == 1 else self._merged()
-        async for position, output in source:
-            self._ended(output)
-            for completion in output.outputs:
-                self.generated += len(completion.token_ids)
-                if completion.finish_reason in ("abort", "error"):
-                    raise ApiError(503, f"the engine ended the request: {completion.finish_reason}")
-            yield position, output
+        try:
+            async for position, output in source:
+                self._ended(output)
+                for completion in output.outputs:
+                    self.generated += len(completion.token_ids)
+                    if completion.finish_reason in ("abort", "error"):
+                        raise ApiError(503, f"the engine ended the request: {completion.finish_reason}")
+                yield position, output
+        except EngineError as error:
+            self._failed(error)
+            raise
 
     async def guard(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` until it ends, the client leaves (ClientGone), or the job is interrupted (ApiError).
