@@ -20,8 +20,8 @@ MACHINE = Machine(Hardware(name="box", kind="cpu", usd_per_hour=3.6, watts=10, i
 def test_every_lever_keeps_those_before_it() -> None:
     rows = levers(mtp=True, experts="adaptive:0.7")
     assert rows[0].options is None and rows[1].options == {}
-    assert rows[-1].options == {"quantization": "int4", "experts": "adaptive:0.7", "speculate": "mtp"}
-    assert "speculate" not in (levers(mtp=False)[-1].options or {})
+    assert rows[-1].options == {"quantization": "int4", "experts": "adaptive:0.7", "speculate": "mtp+ngram"}
+    assert (levers(mtp=False)[-1].options or {})["speculate"] == "ngram"
     assert "experts" not in (levers(mtp=True, experts=None)[-1].options or {})
 
 
@@ -59,6 +59,29 @@ def test_rows_are_medians_priced_by_the_machine(monkeypatch: pytest.MonkeyPatch)
         "usd_per_million_tokens",
     }
     assert set(document["claims"]) == {"latency", "memory", "power"}
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def probe(lever: Lever, workload: Workload, machine: Machine, threads: int) -> Probe:
+        if len(calls) == 3 * len({1, cost.usable_cpus()}):
+            raise RuntimeError("cut off")
+        calls.append(lever.name)
+        return Probe(10.0, 1.0, 1.0, len(calls), "estimated", 500, 4)
+
+    monkeypatch.setattr(cost, "_probe", probe)
+    rows, record = [Lever("a"), Lever("b", {})], tmp_path / "record.json"
+    workload = Workload(model="m", prompts=((1,),))
+    with pytest.raises(RuntimeError, match="cut off"):
+        compare(workload, rows, MACHINE, 2, record=record)
+    kept = len(calls)
+    calls.clear()
+    found = compare(workload, rows, MACHINE, 2, record=record)
+    assert len(calls) == kept // 3, "only what was missing"
+    assert [row.name for row in found.rows] == ["a", "b"]
+    with pytest.raises(ValueError, match="of other rows or another workload"):
+        compare(workload, rows[:1], MACHINE, 2, record=record)
 
 
 def test_prompts_are_the_same_every_time_and_bad_workloads_are_refused(tmp_path: Path) -> None:

@@ -108,10 +108,8 @@ def levers(
     if experts is not None:
         options = options | {"experts": experts}
         rows.append(Lever(f"+ experts {experts}", options))
-    if mtp:
-        options = options | {"speculate": "mtp"}
-        rows.append(Lever("+ MTP speculation: all together", options))
-    return rows
+    options = options | {"speculate": "mtp+ngram" if mtp else "ngram"}
+    return [*rows, Lever("+ speculation: all together", options)]
 
 
 def prompts_for(model: Path, vocabulary: int, count: int, length: int) -> tuple[tuple[int, ...], ...]:
@@ -135,16 +133,49 @@ def compare(
     machine: Machine,
     rounds: int = 3,
     on_probe: Callable[[str], None] = lambda name: None,
+    record: Path | None = None,
 ) -> Comparison:
-    """Measure every row `rounds` times, interleaved. Raises RuntimeError naming the row that failed."""
-    found: dict[str, list[Probe]] = {lever.name: [] for lever in rows}
-    for _ in range(rounds):
+    """Measure every row `rounds` times, interleaved. Raises RuntimeError naming the row that failed.
+
+    record: a file that keeps every measurement, so that a run that was cut off goes on where it was. Raises
+    ValueError if it is of other rows or another workload.
+    """
+    book = _Record(record, workload, rows)
+    for turn in range(rounds):
         for lever in rows:
-            tries = [_probe(lever, workload, machine, n) for n in sorted({1, usable_cpus()})]
-            found[lever.name].append(min(tries, key=lambda probe: probe.latency_ms))
+            if len(book.probes[lever.name]) <= turn:
+                tries = [_probe(lever, workload, machine, n) for n in sorted({1, usable_cpus()})]
+                book.add(lever.name, min(tries, key=lambda probe: probe.latency_ms))
             on_probe(lever.name)
-    table = [_row(name, probes, machine) for name, probes in found.items()]
+    table = [_row(name, probes, machine) for name, probes in book.probes.items()]
     return Comparison(table, machine, rounds, len(workload.prompts), claims(table[0], table[-1]))
+
+
+class _Record:
+    """The measurements so far, in memory and (if there is a path) in a JSON file."""
+
+    def __init__(self, path: Path | None, workload: Workload, rows: Sequence[Lever]) -> None:
+        self._path = path
+        self._asked = {
+            "prompts": [len(ids) for ids in workload.prompts],
+            "output_tokens": workload.output_tokens,
+            "rows": [asdict(lever) for lever in rows],
+        }
+        self.probes: dict[str, list[Probe]] = {lever.name: [] for lever in rows}
+        if path is None or not path.exists():
+            return
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["asked"] != self._asked:
+            raise ValueError(
+                f"record is {str(path)!r}, of other rows or another workload; expected a new file"
+            )
+        self.probes |= {name: [Probe(**p) for p in probes] for name, probes in kept["probes"].items()}
+
+    def add(self, name: str, probe: Probe) -> None:
+        self.probes[name].append(probe)
+        if self._path is not None:
+            probes = {name: [asdict(p) for p in found] for name, found in self.probes.items()}
+            self._path.write_text(json.dumps({"asked": self._asked, "probes": probes}), encoding="utf-8")
 
 
 def claims(original: Row, final: Row) -> dict[str, dict[str, Any]]:

@@ -144,6 +144,9 @@ def cost(
     experts: Annotated[str, typer.Option(help="adaptive:p[,min=2,max=8], or `all`.")] = "adaptive:0.8",
     prices: Annotated[str | None, typer.Option(help="A prices.toml over the packaged one.")] = None,
     hardware: Annotated[str | None, typer.Option(help="Its row for this machine.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Keep measurements in this file; a run that was cut off goes on.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Latency, memory, energy and dollars of a token on this CPU: the original against lever after lever."""
@@ -163,7 +166,7 @@ def cost(
         bar = token_progress("rows", len(rows) * rounds)
         with bf16_checkpoint(path) as dense, bar as advance:
             workload = Workload(model=str(dense), prompts=prompts, output_tokens=output_tokens)
-            found = compare(workload, rows, machine, rounds, lambda _: advance(1))
+            found = compare(workload, rows, machine, rounds, lambda _: advance(1), record)
     except (OSError, ValueError, RuntimeError) as error:
         typer.echo(f"farthing bench cost: {error}", err=True)
         raise typer.Exit(2) from error
