@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
-from farthing.train.model import ModelConfig
+from farthing.train import data
+from farthing.train.export import save_checkpoint
+from farthing.train.finetune import Settings
+from farthing.train.model import DeepSeekLM, ModelConfig
 
 TINY = ModelConfig(
     vocab_size=320,
@@ -55,3 +60,28 @@ def sources(tmp_path: Path) -> Path:
     (root / "copy_exact.py").write_text(original)
     (root / "copy_near.py").write_text(original + "# one more line at the end of the file\n")
     return root
+
+
+@pytest.fixture
+def wide(tiny: ModelConfig) -> ModelConfig:
+    """Tiny, with columns that groups of 32 divide."""
+    return dataclasses.replace(tiny, kv_lora_rank=32, v_head_dim=32)
+
+
+@pytest.fixture
+def checkpoint(wide: ModelConfig, tmp_path: Path, sources: Path) -> Path:
+    """A random model with its tokenizer."""
+    torch.manual_seed(0)
+    model = DeepSeekLM(wide)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.5 if "embed" in name else p.shape[-1] ** -0.5)
+    tokenizer = data.train_tokenizer((d.text for d in data.find_sources(sources)), wide.vocab_size)
+    save_checkpoint(model, tokenizer, tmp_path / "model", fp8=False)
+    return tmp_path / "model"
+
+
+def settings_of(checkpoint: Path, out: Path, sources: Path) -> Settings:
+    return Settings(
+        checkpoint, out, tokens=640, window=32, batch_tokens=64, root=sources, heldout_every=4, eval_tokens=64
+    )

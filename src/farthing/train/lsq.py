@@ -141,9 +141,12 @@ class ActivationQuantizer(nn.Module):
     learned offset for all of x, for inputs that a SiLU or ReLU in front has made one-sided.
     """
 
-    def __init__(self, kind: Kind = "group", group: int = 64, offset: bool = False) -> None:
+    def __init__(
+        self, kind: Kind = "group", group: int = 64, offset: bool = False, unsigned: bool = False
+    ) -> None:
         super().__init__()
         self.kind, self.group, self.bits = kind, group, 16
+        self.unsigned = unsigned  # group ranges of inputs that are never negative: all integers above zero
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.offset = nn.Parameter(torch.zeros(())) if offset and kind == "tensor" else None
         self.started = False
@@ -173,11 +176,9 @@ class ActivationQuantizer(nn.Module):
     @property
     def integers_range(self) -> tuple[int, int]:
         """The smallest and largest integer."""
-        return (
-            (-top(self.bits), top(self.bits))
-            if self.kind == "group"
-            else (-top(self.bits) - 1, top(self.bits))
-        )
+        if self.kind == "tensor":
+            return -top(self.bits) - 1, top(self.bits)
+        return (0, 2 * top(self.bits) + 1) if self.unsigned else (-top(self.bits), top(self.bits))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [R, J] -> the same, on the grid."""

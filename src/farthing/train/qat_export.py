@@ -76,7 +76,7 @@ def _matrices(
             f"{name} is at {product.weight_quantizer.bits}-bit weights and {inputs.bits}-bit inputs by "
             f"{inputs.kind}; expected 4-bit weights and 4- or 8-bit inputs by group"
         )
-    clip = float(inputs.log_scale.exp()) if inputs.bits == 4 else None
+    clip = float(inputs.log_scale.detach().exp()) if inputs.bits == 4 else None
     q, scale = product.weight_quantizer.integers(weight)
     matrices = [Weight("int4", pack_int4(q[b]), scale[b].float().contiguous()) for b in range(len(q))]
     module = module_name(name, student.net.cfg.num_hidden_layers)

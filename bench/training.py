@@ -1,0 +1,166 @@
+"""Training-side compression, measured: FP8 against bfloat16, weight traffic, and what the results do when
+served.
+
+  python bench/training.py roofline                          # bytes a weight read costs, by projection
+  python bench/training.py precision --tokens 800000 --out runs/precision     # two runs, one seed; resumes
+  python bench/training.py serve reference runs/qat/checkpoint runs/prune/checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from farthing.compress.evaluate import BLOCK, paged_batch
+from farthing.compress.serving import decode_seconds
+from farthing.engine.resolve import resolve_model
+from farthing.model import DeepseekModel, load
+from farthing.ops import select
+from farthing.ops.api import CacheDtype
+from farthing.train.export import load_checkpoint
+from farthing.train.fp8 import Fp8Config, use_fp8
+from farthing.train.picture import draw
+from farthing.train.reference import train_reference
+
+PREFILL = 512
+ROUNDS = 5
+
+
+def roofline(model: Path, tokens: int, gbytes: float, gflops: float) -> list[dict[str, Any]]:
+    """Bytes of weights one forward pass reads, as bfloat16 and as FP8 stores them, by kind of projection.
+
+    The FP8 bytes are those of the tensors the products were really given. Arithmetic intensity is FLOPs a
+    byte of weights at `tokens` tokens; below `gflops / gbytes` weights are the limit.
+    """
+    net = load_checkpoint(model).eval()
+    net.set_compute_dtype(torch.bfloat16)
+    projections = use_fp8(net, Fp8Config())
+    numbers = {}
+    for name, module in net.projections():
+        for part in ("weight", "gate_up", "down"):
+            value = getattr(module, part, None)
+            if isinstance(value, torch.Tensor):
+                numbers[name if part == "weight" else f"{name}.{part}"] = value.numel()
+    ids = torch.arange(tokens)[None] % net.cfg.vocab_size
+    with torch.no_grad():
+        hidden = net(ids)
+        if net.mtp is not None:
+            net.draft(hidden[:, :-1], ids[:, 1:])
+    rows: dict[str, dict[str, float]] = {}
+    for name, projection in projections.items():
+        kind = name.rpartition(".")[2] if "shared" not in name else f"shared {name.rpartition('.')[2]}"
+        row = rows.setdefault(kind, {"weights": 0, "bf16": 0, "fp8": 0})
+        row["weights"] += numbers[name]
+        row["bf16"] += 2 * numbers[name]
+        row["fp8"] += projection.weight_bytes
+    total = {key: sum(row[key] for row in rows.values()) for key in ("weights", "bf16", "fp8")}
+    table = [{"projection": kind, **row} for kind, row in [*rows.items(), ("all", total)]]
+    for row in table:
+        row["ratio"] = row["fp8"] / row["bf16"]
+        row["bf16_us"], row["fp8_us"] = (row[k] / gbytes / 1e3 for k in ("bf16", "fp8"))
+    balance = gflops / gbytes
+    for key, size in (("bf16", 2.0), ("fp8", total["fp8"] / total["weights"])):
+        print(f"{key}: weights are the limit below {balance * size / 2:.1f} tokens a weight read")
+    return table
+
+
+def precision(out: Path, tokens: int, seed: int) -> dict[str, Any]:
+    """Trains both ways, or takes finished runs in `out`; compares the last records."""
+    finals: dict[str, Any] = {}
+    curves = {}
+    for name in ("bf16", "fp8"):
+        run = out / name
+        record = run / "record.json"
+        done = (record.is_file() and json.loads(record.read_text())) or []
+        if not done or done[-1]["tokens"] < tokens:
+            resume = (run / "state.pt").is_file()
+            if train_reference(run, None, tokens, resume, None, "cpu", 1, seed, [], name) is None:
+                raise SystemExit("interrupted; the same command continues")
+            done = json.loads(record.read_text())
+        finals[name] = {k: done[-1][k] for k in ("tokens", "main", "eval_loss", "bits_per_byte", "minutes")}
+        finals[name]["skipped"] = done[-1].get("fp8_skipped", 0.0)
+        curves[name] = [(p["tokens"], p["eval_loss"]) for p in done]
+    rise = finals["fp8"]["eval_loss"] / finals["bf16"]["eval_loss"] - 1
+    draw(out / "fp8.png", curves, "held-out loss, nats a token")
+    return {**finals, "relative_loss": rise, "within_1_percent": abs(rise) <= 0.01}
+
+
+def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
+    """Decode of one sequence and prefill of 512 tokens; the models take turns, medians."""
+    loaded = {}
+    for name in models:
+        ops = select("auto") if threads is None else select("auto", threads=threads)
+        loaded[name] = load(resolve_model(name), ops)
+    decode = decode_seconds(loaded)
+    times: dict[str, list[float]] = {name: [] for name in loaded}
+    for _ in range(ROUNDS):
+        for name, model in loaded.items():
+            times[name].append(_prefill(model))
+    backend = next(iter(loaded.values())).ops.name
+    return [
+        {
+            "model": name,
+            "bytes": sum(f.stat().st_size for f in resolve_model(name).glob("*.safetensors")),
+            "decode_tokens_per_second": round(1 / decode[name], 1),
+            "prefill_tokens_per_second": round(PREFILL / statistics.median(times[name]), 1),
+            "backend": backend,
+        }
+        for name in loaded
+    ]
+
+
+def _prefill(model: DeepseekModel) -> float:
+    batch, blocks = paged_batch([PREFILL])
+    kind: CacheDtype = "float32" if model.ops.dtype == torch.float32 else "bfloat16"
+    cache = model.new_cache(blocks, BLOCK, kind)
+    ids = torch.arange(PREFILL) % model.config.vocab_size
+    start = time.perf_counter()
+    model.forward(ids, batch, cache)
+    return time.perf_counter() - start
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One table of rows with the same keys."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{v:,.4g}" if isinstance(v, float) else f"{v}" for v in row.values()))
+    Console().print(table)
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("roofline")
+    one.add_argument("--model", default="reference")
+    one.add_argument("--tokens", type=int, default=512)
+    one.add_argument("--gbytes", type=float, default=33.0, help="memory bandwidth, GB/s (farthing doctor)")
+    one.add_argument("--gflops", type=float, default=455.0, help="bfloat16 GFLOP/s")
+    one = commands.add_parser("precision")
+    one.add_argument("--out", type=Path, default=Path("runs/precision"))
+    one.add_argument("--tokens", type=int, default=800_000)
+    one.add_argument("--seed", type=int, default=0)
+    one = commands.add_parser("serve")
+    one.add_argument("models", nargs="+")
+    one.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    if args.command == "roofline":
+        show(roofline(resolve_model(args.model), args.tokens, args.gbytes, args.gflops))
+    elif args.command == "precision":
+        print(json.dumps(precision(args.out, args.tokens, args.seed), indent=1))
+    else:
+        show(serve(args.models, args.threads))
+
+
+if __name__ == "__main__":
+    main()

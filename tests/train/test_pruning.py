@@ -1,0 +1,200 @@
+"""Activity, removals, schedule, back-off, resuming, and the engine's reading of the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from farthing.model import load
+from farthing.ops import make_batch, select
+from farthing.train.activity import Activity, measure, mlps
+from farthing.train.export import load_checkpoint, save_checkpoint
+from farthing.train.model import DeepSeekLM, ModelConfig, MoE
+from farthing.train.pruning import (
+    Cut,
+    PruneConfig,
+    PruneHook,
+    apply_cut,
+    candidates,
+    mlp_parameters,
+    sizes_of,
+)
+from farthing.train.pruning_run import build, train_prune
+from tests.train.conftest import settings_of
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def model(tiny: ModelConfig) -> DeepSeekLM:
+    """Random weights of plausible size."""
+    torch.manual_seed(0)
+    made = DeepSeekLM(tiny)
+    for p in made.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    return made.eval()
+
+
+def test_activity_is_the_definition_written_out() -> None:
+    activity = Activity.empty(2, 3, tau=0.5)
+    c = torch.tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0], [0.0, 0.0, 9.0]])
+    activity.add(c, torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0, 1.0]))
+    assert activity.tokens.tolist() == [2, 1]
+    assert activity.active.tolist() == [[1, 2, 2], [0, 0, 1]]  # means are 3, 3 and 3: above 1.5
+    assert activity.energy.tolist() == [[4 + 9, 16 + 9, 144 + 9], [0, 0, 81]]
+    assert activity.busy() == pytest.approx(4 / 6)
+
+
+def test_measured_contributions_are_those_of_the_model(model: DeepSeekLM) -> None:
+    tokens = torch.randint(0, model.cfg.vocab_size, (2, 17))
+    found = measure(model, tokens, 0.3)
+    assert {name for name, _ in mlps(model)} == found.keys()
+    assert int(found["layers.0.mlp"].tokens) == 32
+    assert int(found["layers.1.mlp"].tokens.sum()) == 32 * model.cfg.num_experts_per_tok
+    seen: list[torch.Tensor] = []
+    model.layers[0].mlp.tap = lambda h: seen.append(h.flatten(0, 1))
+    with torch.no_grad():
+        model(tokens[:, :-1])
+    model.layers[0].mlp.tap = None
+    energy = (seen[0].square() * model.layers[0].mlp.down_proj.weight.square().sum(0)).sum(0)
+    torch.testing.assert_close(found["layers.0.mlp"].energy[0], energy.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_dropping_neurons_without_weights_changes_nothing(model: DeepSeekLM) -> None:
+    tokens = torch.randint(0, model.cfg.vocab_size, (1, 20))
+    keep = torch.arange(32)[torch.arange(32) % 2 == 0].expand(8, -1)
+    moe = model.layers[1].mlp
+    with torch.no_grad():
+        moe.down[:, :, 1::2] = 0
+    before = model(tokens)
+    apply_cut(model, Cut("layers.1.mlp", "neurons", keep, 0.0, 0), [])
+    torch.testing.assert_close(model(tokens), before)
+    assert model.cfg.layer_sizes[1].moe_intermediate_size == 16
+
+
+def test_dropping_experts_keeps_the_others_apart(model: DeepSeekLM) -> None:
+    """Experts that the bias forbids are never chosen, so their removal changes nothing."""
+    tokens = torch.randint(0, model.cfg.vocab_size, (1, 20))
+    gone = torch.tensor([1, 3, 4, 7])  # one of each of four groups
+    moe = model.layers[2].mlp
+    # Two experts a group: the group's score is their sum, so the forbidden one must not sink its group.
+    model.layers[2].mlp.gate.cfg = dataclasses.replace(moe.gate.cfg, topk_group=4)
+    moe.gate.e_score_correction_bias[gone] = -100.0
+    before = model(tokens)
+    keep = torch.tensor([0, 2, 5, 6])
+    apply_cut(model, Cut("layers.2.mlp", "experts", keep, 0.0, 0), [])
+    torch.testing.assert_close(model(tokens), before)
+
+
+def test_optimizer_state_is_cut_with_its_parameter(model: DeepSeekLM) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters()], lr=1e-3)
+    model.train().loss(torch.randint(0, model.cfg.vocab_size, (2, 17)), 0.3)["loss"].backward()
+    optimizer.step()
+    moe = model.layers[1].mlp
+    state = optimizer.state[moe.down]["exp_avg"].clone()
+    keep = torch.stack([torch.randperm(32)[:16].sort().values for _ in range(8)])
+    apply_cut(model, Cut("layers.1.mlp", "neurons", keep, 0.0, 0), [optimizer])
+    for e in range(8):
+        assert torch.equal(optimizer.state[moe.down]["exp_avg"][e], state[e][:, keep[e]])
+    optimizer.step()  # shapes agree
+
+
+def test_candidates_keep_routing_possible(model: DeepSeekLM) -> None:
+    activities = measure(model, torch.randint(0, model.cfg.vocab_size, (2, 33)), 0.3)
+    cuts = list(candidates(model, activities, PruneConfig(multiple=8)))
+    assert all(c.kind == "neurons" for c in cuts)  # two experts a group, and a group needs two
+    assert all(0 <= c.cost <= 1 and c.parameters > 0 for c in cuts)
+    before = mlp_parameters(model)
+    apply_cut(model, cuts[0], [])
+    assert before - mlp_parameters(model) == cuts[0].parameters
+
+
+def test_a_run_prunes_and_the_engine_serves_the_result(
+    checkpoint: Path,
+    tmp_path: Path,
+    sources: Path,
+) -> None:
+    settings = settings_of(checkpoint, tmp_path / "run", sources)
+    config = PruneConfig(target=0.3, every=1, multiple=8, bound=10.0, calibration_windows=2)
+    summary = train_prune(settings, config, console=QUIET)
+    assert summary is not None and summary["removed"] >= 0.3
+    shares = [e["removed"] for e in summary["events"]]
+    assert shares == sorted(shares) and len(shares) > 3
+    assert {"definition", "tau", "on_at_least", "busy_neurons"} <= summary["activity"].keys()
+    out = tmp_path / "run" / "checkpoint"
+    small = json.loads((out / "config.json").read_text())
+    assert len(small["layer_sizes"]) == 4
+    assert (out / "model.safetensors").stat().st_size < (checkpoint / "model.safetensors").stat().st_size
+    trained = load_checkpoint(out)
+    ids = torch.randint(3, 300, (1, 24))
+    with torch.no_grad():
+        expected = trained.eval().logits(trained(ids))[0]
+    model = load(out, select("reference"))
+    hidden = model.forward(ids[0], make_batch([24], [0], [range(2)], 16), model.new_cache(2, 16, "float32"))
+    torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_goes_while_the_loss_is_above_its_bound(
+    checkpoint: Path,
+    tmp_path: Path,
+    sources: Path,
+) -> None:
+    settings = settings_of(checkpoint, tmp_path / "run", sources)
+    trainer, _, _ = build(settings, PruneConfig(every=1, multiple=8), QUIET)
+    hook = trainer.hooks[0]
+    assert isinstance(hook, PruneHook)
+    hook.rise = 1.0
+    trainer.tokens = settings.tokens // 2
+    hook.before_step(trainer)
+    assert hook.events[-1]["event"] == "wait" and hook.waited > 0
+    assert mlp_parameters(trainer.model) == hook.start  # type: ignore[arg-type]
+    hook.rise = 0.0
+    trainer.tokens = settings.tokens * 3 // 4
+    hook.before_step(trainer)
+    late = hook.removed(trainer.model)  # type: ignore[arg-type]
+    assert 0 < late < 0.28  # the schedule waited too
+
+
+def test_an_interrupted_run_goes_on_with_its_sizes(
+    checkpoint: Path,
+    tmp_path: Path,
+    sources: Path,
+) -> None:
+    config = PruneConfig(target=0.3, every=1, multiple=8, bound=10.0, calibration_windows=2)
+
+    def run(out: Path, pause: int | None) -> dict[str, torch.Tensor]:
+        settings = settings_of(checkpoint, out, sources)
+        trainer, _, _ = build(settings, config, QUIET)
+        while trainer.progress < 1:
+            if trainer.step == pause:
+                trainer.save()
+                trainer, _, _ = build(settings, config, QUIET, resume=True)
+                trainer.load()
+                pause = None
+            trainer.train_step()
+        return trainer.model.state_dict()
+
+    whole, parted = run(tmp_path / "a", None), run(tmp_path / "b", 4)
+    assert whole.keys() == parted.keys()
+    assert all(torch.equal(whole[name], parted[name]) for name in whole if not name.endswith("load"))
+
+
+def test_sizes_survive_the_checkpoint(model: DeepSeekLM, tmp_path: Path, sources: Path) -> None:
+    from farthing.train import data
+
+    keep = torch.arange(24).expand(8, -1)
+    apply_cut(model, Cut("mtp.block.mlp", "neurons", keep, 0.0, 0), [])
+    apply_cut(model, Cut("layers.0.mlp", "neurons", torch.arange(40)[None], 0.0, 0), [])
+    apply_cut(model, Cut("layers.1.mlp.shared_experts", "neurons", torch.arange(16)[None], 0.0, 0), [])
+    tokenizer = data.train_tokenizer((d.text for d in data.find_sources(sources)), model.cfg.vocab_size)
+    save_checkpoint(model, tokenizer, tmp_path / "out", fp8=False)
+    again = load_checkpoint(tmp_path / "out")
+    assert again.cfg.layer_sizes == sizes_of(model) == model.cfg.layer_sizes
+    moe = again.layers[1].mlp
+    assert isinstance(moe, MoE) and moe.shared_experts.down_proj.weight.shape[1] == 16

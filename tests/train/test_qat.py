@@ -1,0 +1,170 @@
+"""Quantization-aware training end to end on a tiny model, and its export through the engine's own reading."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from farthing.checkpoint import Checkpoint
+from farthing.compress.simulate import SimulatedOps
+from farthing.model import load
+from farthing.ops import make_batch
+from farthing.train.distill import distillation, fused_distillation
+from farthing.train.export import load_checkpoint
+from farthing.train.finetune import perplexity
+from farthing.train.lsq import Precision
+from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.train.qat import QatConfig, QatModel, build, parse_stages, train_qat
+from farthing.train.qat_export import module_name, save_quantized
+from tests.train.conftest import settings_of
+
+STAGES = ((0.0, Precision(8, 8)), (0.3, Precision(4, 8)), (0.5, Precision(4, 4)))
+QUIET = Console(quiet=True)
+
+
+def test_the_distillation_is_the_kl_divergence_with_its_gradient() -> None:
+    torch.manual_seed(0)
+    head, teacher = torch.randn(50, 8), torch.randn(9, 8)
+    targets = torch.randint(0, 50, (9,))
+    for hard in (0.0, 0.4):
+        hidden = torch.randn(9, 8, requires_grad=True)
+        loss, rise = fused_distillation(hidden, head, teacher, targets, hard, chunk=4)
+        p, q = (teacher @ head.T).softmax(-1), (hidden @ head.T).log_softmax(-1)
+        kl = (p * ((teacher @ head.T).log_softmax(-1) - q)).sum(-1).mean()
+        cross = torch.nn.functional.nll_loss(q, targets)
+        expected = (1 - hard) * kl + hard * cross
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, hidden)[0],
+            torch.autograd.grad(expected, hidden)[0],
+            rtol=1e-4,
+            atol=1e-6,
+        )
+        base = torch.nn.functional.nll_loss((teacher @ head.T).log_softmax(-1), targets)
+        torch.testing.assert_close(rise, (cross - base).detach())
+
+
+def test_training_recovers_what_rounding_lost(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
+    """The student's distance from its teacher, before and after (the model is random: text says nothing)."""
+    config = QatConfig(stages=STAGES, group=32, block_steps=4, block_windows=8)
+    settings = dataclasses.replace(settings_of(checkpoint, tmp_path / "run", sources), tokens=64 * 40)
+    trainer, text, teacher = build(settings, config, QUIET)
+    student = trainer.model
+    assert isinstance(student, QatModel)
+    probe = text.batches.next(4, 32)
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float(distillation(student.net, teacher, probe)["main"])
+
+    student.start(Precision(4, 4))
+    untrained = distance()
+    student.start(Precision(16, 16))
+    assert distance() < 0.25 * untrained  # the order of sums differs, and routing of a random model is sharp
+    assert trainer.run()
+    assert distance() < 0.9 * untrained
+
+
+def test_the_command_writes_checkpoint_summary_and_picture(
+    checkpoint: Path, tmp_path: Path, sources: Path
+) -> None:
+    config = QatConfig(stages=((0.0, Precision(4, 4)),), group=32, block_steps=0)
+    summary = train_qat(settings_of(checkpoint, tmp_path / "run", sources), config, console=QUIET)
+    assert summary is not None and summary["precision"] == "W4A4"
+    assert json.loads((tmp_path / "run" / "qat.json").read_text())["recovered"] == summary["recovered"]
+    assert (tmp_path / "run" / "qat.png").stat().st_size > 1000
+    assert (tmp_path / "run" / "checkpoint" / "config.json").is_file()
+
+
+def test_an_interrupted_run_goes_on_with_the_same_ranges(
+    checkpoint: Path, tmp_path: Path, sources: Path
+) -> None:
+    config = QatConfig(stages=STAGES, group=32, block_steps=2, block_windows=4)
+
+    def ranges(out: Path, pause: int | None) -> dict[str, torch.Tensor]:
+        trainer, _, _ = build(settings_of(checkpoint, out, sources), config, QUIET)
+        while trainer.progress < 1:
+            if trainer.step == pause:
+                trainer.save()
+                trainer, _, _ = build(settings_of(checkpoint, out, sources), config, QUIET)
+                trainer.load()
+                pause = None
+            trainer.train_step()
+        return trainer.model.state_dict()
+
+    whole, parted = ranges(tmp_path / "a", None), ranges(tmp_path / "b", 7)
+    assert all(torch.equal(whole[name], parted[name]) for name in whole)
+
+
+def test_the_export_holds_the_integers_the_training_rounded_to(
+    checkpoint: Path, tmp_path: Path, sources: Path
+) -> None:
+    net = load_checkpoint(checkpoint)
+    student = QatModel(net, QatConfig(group=32))
+    student.start(Precision(4, 4))
+    net.eval()
+    ids = torch.randint(3, 300, (1, 24))
+    with torch.no_grad():
+        net(ids)  # ranges begin
+        for quantizer in student.products.modules():
+            if hasattr(quantizer, "log_scale") and quantizer.log_scale.ndim == 0:
+                quantizer.log_scale.fill_(-0.1)
+    out = tmp_path / "exported"
+    save_quantized(student, checkpoint, out)
+    for name in student.weights():
+        if name.endswith("kv_b_proj"):  # 8 bits in training, the exact cache below
+            student.product_of(name).input_quantizer.bits = 16
+    with torch.no_grad():
+        expected = net.logits(net(ids))[0]
+    stored = Checkpoint.open(out)
+    weight = stored.weight("model.layers.1.mlp.experts.3.down_proj")
+    assert weight.inputs is not None and weight.inputs.bits == 4
+    assert weight.inputs.clip == pytest.approx(0.9048, abs=1e-3)
+    torch.testing.assert_close(
+        weight.dequantize(),
+        student.product_of("layers.1.mlp.down").weight_quantizer(net.layers[1].mlp.down)[3].detach(),
+    )
+    model = load(out, SimulatedOps(out))
+    cache = model.new_cache(2, 16, "float32")
+    hidden = model.forward(ids[0], make_batch([24], [0], [range(2)], 16), cache)
+    found = model.logits(hidden)
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def test_only_what_kernels_have_is_exported(checkpoint: Path, tmp_path: Path) -> None:
+    student = QatModel(load_checkpoint(checkpoint), QatConfig(group=32))
+    student.start(Precision(8, 8))
+    with pytest.raises(ValueError, match="expected 4-bit weights"):
+        save_quantized(student, checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("layers.2.mlp.down", "model.layers.2.mlp.down"),
+        ("mtp.eh_proj", "model.layers.5.eh_proj"),
+        ("mtp.block.self_attn.o_proj", "model.layers.5.self_attn.o_proj"),
+    ],
+)
+def test_names_of_the_checkpoint(name: str, module: str) -> None:
+    assert module_name(name, 5) == module
+
+
+def test_stages_are_read_and_refused() -> None:
+    assert parse_stages("0:W8A8, 0.5:W4A4") == ((0.0, Precision(8, 8)), (0.5, Precision(4, 4)))
+    with pytest.raises(ValueError, match="expected START:W<bits>A<bits>"):
+        parse_stages("W4A4")
+    with pytest.raises(ValueError, match="first to begin at 0"):
+        QatConfig(stages=parse_stages("0.5:W4A4"))
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny: ModelConfig) -> None:
+    model = DeepSeekLM(dataclasses.replace(tiny, num_nextn_predict_layers=0))
+    torch.nn.init.zeros_(model.embed_tokens)
+    ids = torch.randint(0, tiny.vocab_size, (50,)).numpy().astype("uint16")
+    assert perplexity(model, [ids], 16, 1000) == pytest.approx(tiny.vocab_size, rel=1e-4)
