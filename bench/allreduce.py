@@ -65,9 +65,7 @@ def work(rank: int, path: Path, port: int, elements: int, rounds: int, out: Conn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Collectives between two ranks of this host.")
     parser.add_argument("--elements", type=int, default=7168, help="float32 numbers (V3's hidden size)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")

@@ -39,6 +39,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1  # ranks that share heads, dense and shared experts
     pipeline_parallel_size: int = 1  # ranges of layers
     expert_parallel_size: int = 1  # ranks that share the routed experts: 1, or a multiple of the first
+    dp_attention: bool = False  # ep / tp groups of ranks attend to sequences of their own
     transport: Transport = "auto"  # between ranks: shared memory where it can be had, else gloo
     redundant_experts: int = 0  # copies of the busiest experts of every layer
     rebalance_steps: int | None = None  # place experts by measured tokens every so many steps
@@ -59,6 +60,11 @@ class EngineConfig:
             raise ValueError(
                 f"packed is {self.packed!r}; expected None with {self.num_ranks} ranks: "
                 "a packed file holds whole matrices"
+            )
+        if self.dp_attention and (self.enable_prefix_caching or self.rebalance_steps is not None):
+            raise ValueError(
+                "dp_attention is True; expected enable_prefix_caching False and rebalance_steps None with it: "
+                "cached blocks are where their sequence was computed, experts where they were loaded"
             )
         if self.disaggregate and self.num_ranks > 1:
             raise ValueError(

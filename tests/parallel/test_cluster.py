@@ -81,3 +81,34 @@ def test_a_dead_rank_ends_the_replica_with_a_clear_error(checkpoint: Path) -> No
         assert time.monotonic() - began < 10
     finally:
         model.close()
+
+
+DISPATCHED = [Layout(1, 1, 2, True), Layout(1, 2, 2, True), Layout(2, 1, 4, True)]
+
+
+def several(model: DeepseekModel | ParallelModel) -> list[torch.Tensor]:
+    """Hidden states and drafts: prompts of sequences on both copies, a decode step, one sequence alone."""
+    cache, out = model.new_cache(8, 8, "float32"), []
+    steps = [([5, 3, 9], [0, 0, 0], [[0, 4], [1], [2, 6]]), ([1, 1, 1], [5, 3, 9], [[0, 4], [1], [2, 6]])]
+    steps.append(([2], [10], [[2, 6]]))
+    with torch.inference_mode():
+        for new, cached, tables in steps:
+            batch = make_batch(new, cached, tables, 8)
+            ids = (torch.arange(sum(new)) * 7 + len(new)) % 40
+            hidden = model.forward(ids, batch, cache)
+            out += [hidden, model.draft((ids + 1) % 40, hidden, batch, cache)]
+    return out
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, marks=() if x.world == 2 else pytest.mark.slow, id=repr(x)) for x in DISPATCHED],
+)
+def test_sequences_of_their_own_and_tokens_sent_to_experts(checkpoint: Path, layout: Layout) -> None:
+    expected = several(load(checkpoint, select("reference")))
+    model = ParallelModel(RankOptions(checkpoint, layout, "reference", torch.float32, 1))
+    try:
+        for mine, theirs in zip(several(model), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    finally:
+        model.close()

@@ -68,6 +68,14 @@ def test_experts_are_placed_anew_while_serving(one_rank: dict[str, list[list[int
     assert tokens(backend="reference", **options) == one_rank["reference"]
 
 
+@pytest.mark.slow
+def test_attention_data_parallel_gives_the_same_tokens(one_rank: dict[str, list[list[int]]]) -> None:
+    if "reference" not in one_rank:
+        one_rank["reference"] = tokens(backend="reference")
+    options: dict[str, Any] = dict(expert_parallel_size=2, dp_attention=True, enable_prefix_caching=False)
+    assert tokens(backend="reference", **options) == one_rank["reference"]
+
+
 def tiny(path: Path) -> Path:
     raw = TINY | dict(num_experts_per_tok=3, topk_group=2)
     (path / "config.json").write_text(json.dumps(raw))
@@ -115,6 +123,8 @@ def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
         (dict(tensor_parallel_size=0), "tensor_parallel_size is 0; expected a positive integer"),
         (dict(transport="carrier pigeon"), "transport is 'carrier pigeon'; expected one of"),
         (dict(packed="a.pack", tensor_parallel_size=2), "packed is 'a.pack'; expected None with 2 ranks"),
+        (dict(dp_attention=True), "dp_attention is True; expected enable_prefix_caching False"),
+        (dict(disaggregate=True, tensor_parallel_size=2), "disaggregate is True with 2 ranks"),
         (dict(redundant_experts=4), "redundant_experts is 4; expected 0 without"),
     ],
 )

@@ -148,6 +148,12 @@ def serve(
             "--expert-parallel-size", "--ep", help="Ranks that share the experts.", rich_help_panel=_RANKS
         ),
     ] = 1,
+    dp_attention: Annotated[
+        bool,
+        typer.Option(
+            "--dp-attention", help="ep / tp groups attend to their own sequences.", rich_help_panel=_RANKS
+        ),
+    ] = False,
     transport: Annotated[
         str, typer.Option(help="Between ranks: auto, shared (memory) or gloo.", rich_help_panel=_RANKS)
     ] = "auto",
@@ -192,6 +198,7 @@ def serve(
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
             expert_parallel_size=expert_parallel_size,
+            dp_attention=dp_attention,
             transport=cast("Any", transport),
             redundant_experts=redundant_experts,
             rebalance_steps=rebalance_steps,

@@ -351,7 +351,12 @@ def _load(path: Path, config: EngineConfig) -> DeepseekModel:
 
 
 def _load_parallel(path: Path, config: EngineConfig) -> ParallelModel:
-    layout = Layout(config.tensor_parallel_size, config.pipeline_parallel_size, config.expert_parallel_size)
+    layout = Layout(
+        config.tensor_parallel_size,
+        config.pipeline_parallel_size,
+        config.expert_parallel_size,
+        config.dp_attention,
+    )
     return ParallelModel(
         RankOptions(
             path,

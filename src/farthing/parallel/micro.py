@@ -24,6 +24,28 @@ def micro_batches(batch: Batch, most: int) -> list[tuple[slice, Batch]]:
     return [(slice(a, b), rows_of(batch, a, b)) for a, b in itertools.pairwise(edges)]
 
 
+def own_sequences(batch: Batch, copies: int, copy: int) -> tuple[torch.Tensor, Batch]:
+    """(rows, batch) of the sequences that one of `copies` groups of ranks takes.
+
+    A sequence belongs to the group its first block names, which stays the same as long as it runs. A group
+    that has none takes the first row, whose result nobody uses: it has to take part in every layer.
+    """
+    starts = batch.query_start.tolist()
+    lengths = batch.query_start[1:] - batch.query_start[:-1]
+    held = (batch.block_table[:, 0] % copies == copy).nonzero()[:, 0]
+    if not len(held):
+        return torch.zeros(0, dtype=torch.int64), rows_of(batch, 0, 1)
+    rows = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in held.tolist()])
+    first = torch.zeros(1, dtype=torch.int32)
+    return rows, Batch(
+        positions=batch.positions[rows].contiguous(),
+        slots=batch.slots[rows].contiguous(),
+        query_start=torch.cat((first, lengths[held].cumsum(0).to(torch.int32))),
+        context_lens=batch.context_lens[held].contiguous(),
+        block_table=batch.block_table[held].contiguous(),
+    )
+
+
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """The rows [start, stop) of a batch, with the sequences they belong to."""
     starts = batch.query_start.clamp(start, stop)

@@ -30,6 +30,7 @@ class Groups:
     experts: Group  # what the sums of a mixture of experts run over
     vocabulary: Group  # embedding and head
     rows: tuple[int, ...]  # of the vocabulary: first row of each rank's slice, and the end
+    dispatch: bool = False  # the ranks of `experts` have tokens of their own: they travel to their experts
 
     @property
     def first_row(self) -> int:
@@ -43,6 +44,7 @@ class Experts:
 
     parts: dict[tuple[int, int], Handle]
     shared: Handle | None  # apart where no part takes every row
+    total: int = 0  # experts of the layer
 
 
 class ParallelOps(Ops):
@@ -63,7 +65,7 @@ class ParallelOps(Ops):
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
         """Copied experts are packed apart from those that take every row."""
         shares = self._shares(name)
-        if set(shares) <= {(1, 0)}:
+        if set(shares) <= {(1, 0)} and not self._groups.dispatch:
             return Experts({(1, 0): self._inner.pack_moe(name, spec, weights)}, None)
         w = weights()
         parts = {
@@ -71,7 +73,7 @@ class ParallelOps(Ops):
             for share, experts in shares.items()
         }
         shared = None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared)
-        return Experts(parts, shared)
+        return Experts(parts, shared, spec.num_experts)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -132,6 +134,8 @@ class ParallelOps(Ops):
         self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
     ) -> Tensor:
         whole = weights.parts.get((1, 0))
+        if self._groups.dispatch:
+            return self._moe_dispatched(x, weights, norm, eps, counts)
         if self._experts.size == 1 and whole is not None:
             return self._inner.moe(x, whole, norm, eps, counts)
         total = torch.zeros_like(x)
@@ -145,6 +149,35 @@ class ParallelOps(Ops):
         if whole is None and counts is not None:
             self._count(x, next(iter(weights.parts.values())), norm, eps, counts)
         return x + self._experts.all_reduce(total)
+
+    def _moe_dispatched(
+        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None
+    ) -> Tensor:
+        """Dispatch and combine: a token goes once to each rank that holds an expert of its choice.
+
+        The tp ranks of a copy have the same tokens: each sends its share of them.
+        """
+        part = weights.parts[(1, 0)]
+        total = torch.zeros_like(x)
+        mine = slice(self._tp.index, None, self._tp.size)
+        rows = x[mine].contiguous()
+        ids, _ = self._inner.route(self._inner.rms_norm(rows, norm, eps), part)
+        if counts is not None:
+            counts += torch.bincount(ids[ids >= 0], minlength=len(counts))
+        owner = torch.where(ids >= 0, ids // (weights.total // self._experts.size), -1)
+        sent = [(owner == r).any(1).nonzero()[:, 0] for r in range(self._experts.size)]
+        received = self._experts.all_to_all([rows[chosen] for chosen in sent])
+        sizes = [len(r) for r in received]
+        here = torch.cat(received)
+        if len(here):
+            here = self._inner.moe(here.clone(), part, norm, eps) - here
+        summed = torch.zeros_like(rows)
+        for chosen, partial in zip(sent, self._experts.all_to_all(here.split(sizes)), strict=True):
+            summed.index_add_(0, chosen, partial)
+        total[mine] = summed
+        if weights.shared is not None:
+            total += self._inner.mlp(x.clone(), weights.shared, norm, eps) - x
+        return x + (self._tp.all_reduce(total) if self._tp.size > 1 else total)
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         for part in weights.parts.values():

@@ -37,6 +37,7 @@ class Layout:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    dp_attention: bool = False  # each copy of the tp ranks takes sequences of its own
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "ep"):
@@ -44,6 +45,8 @@ class Layout:
                 raise PlanError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.ep > 1 and self.ep % self.tp:
             raise PlanError(f"ep is {self.ep}; expected 1 or a multiple of tp = {self.tp}")
+        if self.dp_attention and self.ep <= self.tp:
+            raise PlanError(f"dp_attention is True with ep = {self.ep}; expected ep > tp = {self.tp}")
 
     @property
     def stage_ranks(self) -> int:
@@ -125,7 +128,7 @@ class ShardPlan:
             return Cut(None)  # the norms in front of a head, whose slices are everywhere
         if not self.holds_layer(layer, place):
             return None
-        if ".shared_experts." in name and place.copy:
+        if ".shared_experts." in name and place.copy and not self.layout.dp_attention:
             return None  # the copies' sums are added up: one of them adds the shared expert
         shape = self.shapes[name]
         if ".experts." in name:

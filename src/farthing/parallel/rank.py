@@ -20,7 +20,7 @@ from farthing.ops import Batch, LatentCache, Ops, RouterSpec
 from farthing.ops.api import CacheDtype
 from farthing.parallel.experts import Placement, in_order, place
 from farthing.parallel.group import Alone, DistGroup, Group
-from farthing.parallel.micro import micro_batches
+from farthing.parallel.micro import micro_batches, own_sequences
 from farthing.parallel.ops import Groups, ParallelOps
 from farthing.parallel.plan import Layout, Place, ShardPlan
 from farthing.parallel.shared import Arena, SharedGroup, arena_bytes, group_bytes
@@ -80,9 +80,15 @@ class Rank:
         Hidden states come from the stage before and go to the one behind, a micro-batch at a time.
         """
         assert self.cache is not None
+        whole = batch
+        if self.layout.dp_attention:
+            own, batch = own_sequences(whole, self.layout.copies, self.place.copy)
+            ids = ids[own] if len(own) else ids[:1]
         h = self.model.ops.embed(ids, self.model.embedding)
         parts = []
-        for rows, part in micro_batches(batch, self.layout.pp):
+        # Copies with tokens of their own meet in every mixture of experts: they all take one batch a step.
+        most = 1 if self.layout.dp_attention else self.layout.pp
+        for rows, part in micro_batches(batch, most):
             x = h[rows]
             if self._before is not None:
                 x = self._before.broadcast(torch.empty_like(x), 0)
@@ -90,18 +96,37 @@ class Rank:
             if self._behind is not None:
                 self._behind.broadcast(x, 0)
             parts.append(x)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        x = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._gathered(x, whole) if self.layout.dp_attention and self.last else x
+
+    def _gathered(self, own: Tensor, batch: Batch) -> Tensor:
+        """Every copy's rows in the order of the batch, on every rank of the stage."""
+        out = own.new_empty(len(batch.positions), own.shape[1])
+        for copy in range(self.layout.copies):
+            rows, _ = own_sequences(batch, self.layout.copies, copy)
+            if len(rows):
+                part = own if copy == self.place.copy else own.new_empty(len(rows), own.shape[1])
+                out[rows] = self._stage.broadcast(part, copy * self.layout.tp)
+        return out
 
     def draft(self, next_ids: Tensor, batch: Batch, step: int, hidden: Tensor | None = None) -> Tensor | None:
         """The last stage's `DeepseekModel.draft`; the other ranks give their rows of the embedding.
 
         hidden [T, D]: on the driver.
         """
+        whole = batch
+        if self.layout.dp_attention:
+            rows, batch = own_sequences(whole, self.layout.copies, self.place.copy)
+            rows = rows if len(rows) else torch.zeros(1, dtype=torch.int64)
         if not self.last:
-            self.model.ops.embed(next_ids, self.model.embedding)
+            own = next_ids[rows] if self.layout.dp_attention else next_ids
+            self.model.ops.embed(own, self.model.embedding)
             return None
         assert self.cache is not None
         hidden = self._stage.broadcast(self._rows(len(next_ids), hidden), 0)
+        if self.layout.dp_attention:
+            drafted = self.model.draft(next_ids[rows], hidden[rows], batch, self.cache, step, self.counts)
+            return self._gathered(drafted, whole)
         return self.model.draft(next_ids, hidden, batch, self.cache, step, self.counts)
 
     def logits(self, rows: int, step: int | None = None, hidden: Tensor | None = None) -> Tensor | None:
@@ -243,5 +268,6 @@ def _groups(plan: ShardPlan, place: Place, made: Mapping[Ranks, Group]) -> Group
         tp=tp,
         experts=tp if layout.ep == 1 else made.get(_stage_ranks(layout, place), Alone()),
         vocabulary=made.get(tuple(holders), Alone()),
+        dispatch=layout.dp_attention,
         rows=(*(cut.start for cut in slices), plan.config.vocab_size),
     )

@@ -42,7 +42,7 @@ class ShardedSource:
     def holds(self, module: str) -> bool:
         """Whether this rank computes an expert; a shared one belongs to one group of tp ranks."""
         if module.endswith("shared_experts"):
-            return self._place.copy == 0
+            return self._place.copy == 0 or self._plan.layout.dp_attention
         module = self._global(module)
         placement = self._placements.get(layer_of(module) or 0)
         if placement is not None:
