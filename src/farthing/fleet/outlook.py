@@ -50,6 +50,7 @@ class DayPlan:
         config: ProphetConfig | None = None,
         refit_s: float = DAY_S,
         lead_s: float = 600.0,
+        utilization: float = 0.7,
         bound: Callable[[float], float | None] = lambda now: None,
     ) -> None:
         self._forecaster = DayForecaster(config)
@@ -64,7 +65,7 @@ class DayPlan:
         self._errors: deque[tuple[float, float]] = deque(maxlen=round(DAY_S / PLAN_STEP_S))
         self._lead = max(1, math.ceil(lead_s / PLAN_STEP_S))  # steps
         self._pending: deque[tuple[float, float, float]] = deque()  # due, planned and bounded peak
-        self.floor = FloorShare(round(7 * DAY_S / PLAN_STEP_S))
+        self.floor = FloorShare(round(7 * DAY_S / PLAN_STEP_S), utilization)
 
     def observe(self, now: float, load: float) -> None:
         """Take in a load; steps nobody saw are filled with what is known around them."""
@@ -158,7 +159,9 @@ class LiveOutlook:
         lead = max(GRID_S, policy.cold_start_s + policy.interval_s)
         settings = forecast_settings(config.forecast)
         self._short = ShortTerm(ShortConfig(lead_s=lead, directory=config.state / "lstm", lstm=settings[0]))
-        self._plan = DayPlan(settings[1], lead_s=lead, bound=self._short_bound)
+        self._plan = DayPlan(
+            settings[1], lead_s=lead, utilization=policy.target_utilization, bound=self._short_bound
+        )
         self._path = config.state / "load.csv"
         self._last: Snapshot | None = None
         self._minute: list[float] = []

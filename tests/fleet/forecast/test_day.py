@@ -158,7 +158,7 @@ loads = st.floats(0.1, 1e4)
 @settings(max_examples=50, deadline=None)
 def test_the_floor_is_never_dearer_than_the_whole_plan(rows: list[tuple[float, float, float]]) -> None:
     planned, bound, truth = np.array(rows).reshape(-1, 3).T
-    losses = floor_losses(planned, bound, truth)
+    losses = floor_losses(planned, bound, truth, 0.7)
     share = best_share(losses)
     assert share in SHARES
     total = losses.sum(axis=0)
@@ -171,5 +171,9 @@ def test_the_floor_is_never_dearer_than_the_whole_plan(rows: list[tuple[float, f
 
 def test_the_floor_is_lowered_where_it_only_costs_and_kept_where_it_saves() -> None:
     many = np.ones(50)
-    assert best_share(floor_losses(12 * many, 8 * many, 8 * many)) == 0.5  # the bound alone is enough
-    assert best_share(floor_losses(12 * many, 8 * many, 12 * many)) == 1.0  # the load outgrew the bound
+    assert best_share(floor_losses(12 * many, 8 * many, 8 * many, 0.7)) == 0.5  # the bound alone is enough
+    assert best_share(floor_losses(12 * many, 8 * many, 11 * many, 0.7)) == 0.5  # its replicas carry 11.4
+    assert best_share(floor_losses(20 * many, 8 * many, 20 * many, 0.7)) == 0.7  # 0.7 of it carries all
+    assert (
+        best_share(floor_losses(20 * many, 8 * many, 40 * many, 0.7)) == 1.0
+    )  # even the whole is too little

@@ -1,9 +1,10 @@
 """How much of a day plan is worth having as a floor, by what it would have cost and saved lately.
 
-The short-term bound answers for the next cold start already. A floor above it costs replicas on every day
-on which the plan is too high, and saves only where the load outgrows the bound. So the floor is that share
-of the plan that would have lost least over the last days: a unit of load too much counts once, one too
-little ten times.
+The short-term bound answers for the next cold start already. A floor above it is paid for every day, and
+saves only where the load outgrows what the replicas of the bound can carry, which is more than the bound:
+they are asked for at a target utilization. So the floor is that share of the plan that would have lost
+least over the last days: a unit of load offered above the bound counts once, one that could not be
+carried ten times.
 
 Shapes: S = shares tried, n = judgements.
 """
@@ -17,15 +18,15 @@ import numpy as np
 from farthing.fleet.forecast.base import Floats
 
 SHARES = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])  # [S]; never less than half of the plan
-SHORTAGE = 10.0  # a unit of load without a replica, against a unit of replicas without load
+SHORTAGE = 10.0  # a unit of load that nobody carries, against a unit that is offered for nothing
 FIRST_SHARE = 1.0  # before anything was judged the plan is believed
 
 
-def floor_losses(planned: Floats, bound: Floats, truth: Floats) -> Floats:
+def floor_losses(planned: Floats, bound: Floats, truth: Floats, utilization: float) -> Floats:
     """[n, S] loss of each share for planned, short-term bound and true peaks of the load, all [n]."""
     offered = np.maximum(bound[:, None], planned[:, None] * SHARES)
-    missed = truth[:, None] - offered
-    return np.asarray(np.where(missed > 0, SHORTAGE * missed, -missed), dtype=np.float64)
+    missed = np.maximum(0.0, truth[:, None] - offered / utilization)
+    return np.asarray(offered - bound[:, None] + SHORTAGE * missed, dtype=np.float64)
 
 
 def best_share(losses: Floats) -> float:
@@ -38,13 +39,15 @@ def best_share(losses: Floats) -> float:
 class FloorShare:
     """The share, learnt as it goes."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, utilization: float = 0.7) -> None:
+        self.utilization = utilization
         self._losses: deque[Floats] = deque(maxlen=window)
         self.share = FIRST_SHARE
 
     def learn(self, planned: float, bound: float, truth: float) -> None:
         """Take in one peak that was planned and bounded, and what came."""
-        self._losses.append(floor_losses(*(np.array([x]) for x in (planned, bound, truth)))[0])
+        losses = floor_losses(np.array([planned]), np.array([bound]), np.array([truth]), self.utilization)
+        self._losses.append(losses[0])
 
     def settle(self) -> float:
         """Choose anew; once a day is often enough, so that the floor does not flutter."""

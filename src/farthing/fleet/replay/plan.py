@@ -24,6 +24,7 @@ class PlanConfig:
     history_s: float = 7 * DAY_S  # below this there is no plan: the load itself stands in for it
     max_fits: int = 40  # the forecaster is fitted every few days of a long trace
     judged_s: float = 7 * DAY_S  # window of the running skill and of the floor's share
+    utilization: float = 0.7  # at which replicas are asked for
     prophet: ProphetConfig = field(default_factory=ProphetConfig)
 
 
@@ -57,7 +58,7 @@ def _shares(
     for begin in range(0, len(load), day):
         judged = np.arange(max(0, begin - window), max(0, begin - lead), every)
         judged = judged[~np.isnan(planned[judged])]
-        losses = floor_losses(planned[judged], bound[judged], peaks[judged + lead])
+        losses = floor_losses(planned[judged], bound[judged], peaks[judged + lead], config.utilization)
         out[begin : begin + day] = best_share(losses)
     return out
 

@@ -123,8 +123,9 @@ class Replay:
         point = point_forecast(raw, steady, setting.tick_s, lead, config.growth)
         self.bound = growth_bound(steady, point, setting.tick_s, lead, config.growth)
         self.progress("day plan")
+        told = replace(config.plan, utilization=config.utilization)
         plan = day_plan(
-            self.series, self.rate.mean(axis=1), self.bound.mean(axis=1), setting.tick_s, lead, config.plan
+            self.series, self.rate.mean(axis=1), self.bound.mean(axis=1), setting.tick_s, lead, told
         )[:, None]
         self.floor = np.where(np.isnan(plan), self.rate, plan)
 
