@@ -62,7 +62,8 @@ def line(r: Row) -> str:
         ratio = f"**{ratio}**" if wanted and times < wanted else ratio
     of_limit = f"{r['share_of_limit']:.0%}"
     of_limit = f"**{of_limit}**" if share and r["share_of_limit"] < share else of_limit
-    target = ", ".join([f"{wanted}x"] * bool(wanted) + [f"{share:.0%}"] * bool(share)) or "–"
+    targets = [f"{wanted}x" if wanted else "", f"{share:.0%}" if share else ""]
+    target = ", ".join(filter(None, targets)) or "–"
     return f"| {label(r)} | {r['ours_tok_s']:,.1f} | {best} | {ratio} | {of_limit} | {target} |"
 
 

@@ -41,12 +41,15 @@ def test_only_the_marked_part_changes(tmp_path: Path) -> None:
     page, results = tmp_path / "performance.md", tmp_path / "results.json"
     p = module("page")
     page.write_text(f"# By hand\n\n{p.BEGIN}\nstale\n{p.END}\n\nAlso by hand\n")
-    results.write_text(json.dumps(stored([row(180, 1, {"a": 90.0, "b": 100.0}), row(110, 8, {"a": 100.0})])))
+    results.write_text(
+        json.dumps(stored([row(180, 1, {"a": 90.0, "b": 100.0}), row(110, 8, {"a": 100.0}), row(50, 4, {})]))
+    )
     for _ in range(2):
         p.write(results, page)
         text = page.read_text()
         assert text.startswith("# By hand\n") and text.endswith("Also by hand\n") and "stale" not in text
         assert "| 180.0 | 100.0 (b) | 1.80x | 90% | 1.2x, 85% |" in text
+        assert "| 50.0 | – | – | 25% | – |" in text
         assert "| 110.0 | 100.0 (a) | **1.10x** | **55%** | 1.35x, 75% |" in text
     assert 0 < (tmp_path / "figures/performance.png").stat().st_size < 100_000
 
