@@ -94,9 +94,9 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
         if progress:
             progress(f"layer {index}", index, layers)
         layer = Layer.read(checkpoint, config, index)
+        checkpoint.release()
         result = _one_layer(job, layer, stream, embedding, final_norm, state)
         _write_layer(job, layer, result, writer, state)
-        checkpoint.release()
         state.next_layer = index + 1
         _save(job, state, writer, stream)
     writer.close(_final_config(job, checkpoint, state), copy_from=job.source)
@@ -143,8 +143,10 @@ def _one_layer(
         if recipe.scaling != "none":
             scale_inputs(layer, recorder.inputs, recipe)
             recorder, out = record()
-    originals, masks = {m: layer.weight(m) for m in layer.modules()}, {}
+    originals: dict[str, Tensor] | None = None
+    masks: dict[str, Tensor] = {}
     if recipe.prune is not None:
+        originals = {m: layer.weight(m) for m in layer.modules()}
         masks = prune_layer(layer, layer_stats(layer, recorder)[0], recipe)
         if stream is not None and stream.unpruned is not None and not layer.is_mtp:
             x = _feed_forward_input(layer, stream, embedding, final_norm)

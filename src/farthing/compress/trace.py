@@ -56,7 +56,8 @@ class TracedOps(ReferenceOps):
 
     def _matrix(self, name: str, *weights: Weight) -> Matrix:
         quantized = next((w.format for w in weights if w.format != "dense"), "dense")
-        return Matrix(input_name(name), torch.cat([w.dequantize() for w in weights]), quantized)
+        values = [w.dequantize() for w in weights]
+        return Matrix(input_name(name), values[0] if len(values) == 1 else torch.cat(values), quantized)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Any:
         return self._matrix(name, *weights())

@@ -135,11 +135,13 @@ def compress_layer(
     """Round every matrix. `layer` afterwards holds the values that were written.
 
     masks: of pruned modules, whose zeros stay. originals: what errors are measured against; None: `layer`.
+    Without originals and calibrated ranges every matrix is let go of as soon as it is rounded.
     """
     result = LayerResult()
     stats, rare = layer_stats(layer, recorder)
     masks = masks or {}
-    originals = originals or {m: layer.weight(m) for m in layer.modules()}
+    if originals is None and recipe.static:
+        originals = {m: layer.weight(m) for m in layer.modules()}
     if layer.is_moe and recorder is not None:
         seen = recorder.experts.get(f"{layer.prefix}mlp")
         tokens = [0] * layer.experts if seen is None else seen.tokens.tolist()
@@ -149,7 +151,7 @@ def compress_layer(
         for part in parts_of(layer, family):
             _compress_family(layer, part, stats, recipe, plan, originals, masks, result)
     if recipe.activations != "none":
-        _choose_activations(originals, stats, recipe, result)
+        _choose_activations(originals or {}, stats, recipe, result)
     return result
 
 
@@ -174,7 +176,7 @@ def _compress_family(
     stats: Stats,
     recipe: Recipe,
     plan: Plan,
-    originals: Mapping[str, Tensor],
+    originals: Mapping[str, Tensor] | None,
     masks: Mapping[str, Tensor],
     result: LayerResult,
 ) -> None:
@@ -186,7 +188,7 @@ def _compress_family(
     formats = {m: _format(layer, m, plan, recipe, w.shape[-1]) for m in family}
     for kind in sorted(set(formats.values())):
         index = [i for i, m in enumerate(family) if formats[m] == kind]
-        pick = torch.tensor(index)
+        pick = slice(None) if len(index) == len(family) else torch.tensor(index)
         part = _Part(
             w[pick],
             None if energy is None else energy[pick],
@@ -194,7 +196,7 @@ def _compress_family(
             None if keep is None else keep[pick],
         )
         values, weights = _round(part, kind, recipe, [family[i] for i in index], layer)
-        before = torch.stack([originals[family[i]] for i in index])
+        before = part.w if originals is None else torch.stack([originals[family[i]] for i in index])
         errors = None if part.gram is None else output_error(before, values, part.gram)
         for j, i in enumerate(index):
             module = family[i]

@@ -26,9 +26,7 @@ class Grid:
 
     def expand(self, columns: int) -> tuple[Tensor, Tensor | None]:
         """scale and zero point of every column, [B, N, K]."""
-        repeat = columns // self.scale.shape[-1]
-        zero = None if self.zero is None else self.zero.repeat_interleave(repeat, -1)
-        return self.scale.repeat_interleave(repeat, -1), zero
+        return _spread(self.scale, columns), None if self.zero is None else _spread(self.zero, columns)
 
     def round(self, w: Tensor) -> Tensor:
         """The nearest values of the grid, [B, N, K]."""
@@ -50,6 +48,12 @@ class Grid:
             for z in (self.zero if self.zero is not None else q)
         ]
         return [Weight("int4", pack_int4(q[b]), self.scale[b].contiguous(), zeros[b]) for b in range(len(q))]
+
+
+def _spread(x: Tensor, columns: int) -> Tensor:
+    """[B, N, G] -> [B, N, K]; a view where one group is a whole row."""
+    groups = x.shape[-1]
+    return x.expand(-1, -1, columns) if groups == 1 else x.repeat_interleave(columns // groups, -1)
 
 
 def snap(w: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
