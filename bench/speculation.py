@@ -18,6 +18,7 @@ from typing import cast
 from farthing import LLM, SamplingParams
 from farthing.config import Quantization
 from farthing.engine.resolve import resolve_model
+from farthing.engine.speculation import Gate
 
 
 def prompts_of(model: str, count: int, length: int, llm: LLM) -> list[list[int]]:
@@ -27,6 +28,23 @@ def prompts_of(model: str, count: int, length: int, llm: LLM) -> list[list[int]]
     ids = [llm.get_tokenizer().encode(text) for text in texts]
     long = [tokens[:length] for tokens in ids if len(tokens) >= length]
     return [long[i % len(long)] for i in range(count)]
+
+
+class Free(Gate):
+    """Every draft costs nothing."""
+
+    def order(self, batch: int) -> bool | None:
+        return True
+
+    def price(self, batch: int) -> float:
+        return 0.0
+
+
+def force(llm: LLM) -> None:
+    """Draft in every step."""
+    speculator = llm.engine._core._speculator
+    if speculator is not None:
+        speculator.gates = tuple(Free() for _ in speculator.gates)
 
 
 def main() -> None:
@@ -43,6 +61,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--methods", nargs="*", default=["mtp:1", "mtp:2", "mtp:3", "ngram:4"])
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="draft in every step, whether it pays or not: what is accepted then",
+    )
     args = parser.parse_args()
     engines = {
         method or "none": LLM(
@@ -56,6 +79,9 @@ def main() -> None:
         )
         for method in (None, *args.methods)
     }
+    if args.force:
+        for llm in engines.values():
+            force(llm)
     print(f"model {args.model}, {engines['none'].engine.backend}, batch {args.batch}")
     prompts = prompts_of(args.model, args.batch * args.rounds, args.prompt, engines["none"])
     speeds: dict[str, list[float]] = {name: [] for name in engines}
