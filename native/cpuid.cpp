@@ -24,6 +24,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 bool has_amx() {
   unsigned a, b, c, d;
   if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -41,6 +43,7 @@ struct Choice {
 const Choice kChoices[] = {
 #if defined(__x86_64__)
     {&kernels_amx, has_amx},
+    {&kernels_avx512_bf16, has_avx512_bf16},
     {&kernels_avx512, has_avx512},
     {&kernels_avx2, has_avx2},
 #endif

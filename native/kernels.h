@@ -7,7 +7,7 @@ namespace farthing {
 // One block of online softmax attention: R query rows against S keys that lie in one contiguous array.
 struct AttendBlock {
   const float* q;          // [rows][width], scaled
-  const uint16_t* q_hi;    // [width/2][16][2] bfloat16, tile order (AMX), else null
+  const uint16_t* q_hi;    // bfloat16: [width/2][16][2] and its rest in tile order (AMX), or [rows][width]
   const uint16_t* q_lo;
   int rows;                // at most 16
   int width;               // padded to 32
@@ -16,6 +16,7 @@ struct AttendBlock {
   const float* k32;        // [keys][width] or null
   const uint16_t* k16;     // [kKeyBlock][k16_stride] bfloat16 or null
   int k16_stride;
+  const uint16_t* const* rows16;  // or each key where it lies, the last repeated up to a multiple of 4
   const int* visible;      // [rows] keys of this block each row may see
   float* max;              // [rows] running maximum
   float* sum;              // [rows] running sum
@@ -47,13 +48,14 @@ struct Kernels {
   void (*split)(const float* x, int n, uint16_t* hi, uint16_t* lo);  // x = hi + lo in bfloat16, n % 16 == 0
   bool split_act;     // wants hi and lo for bf16 matrices
   int split_rows;     // … from this many rows on
-  bool attend_bf16;   // attend reads k16 and q_hi, q_lo
+  enum class Keys { f32, tiles, rows } keys;  // what attend reads of a rounded cache: k32; k16 and q_hi, q_lo; rows16 and q_hi
 };
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;
 #endif
 

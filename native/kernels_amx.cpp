@@ -25,6 +25,6 @@ extern const Kernels kernels_amx = {
     .split = split,
     .split_act = true,
     .split_rows = kTileRows,
-    .attend_bf16 = true,
+    .keys = Kernels::Keys::tiles,
 };
 }  // namespace farthing

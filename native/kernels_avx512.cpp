@@ -22,6 +22,6 @@ extern const Kernels kernels_avx512 = {
     .split = split,
     .split_act = false,
     .split_rows = 0,
-    .attend_bf16 = false,
+    .keys = Kernels::Keys::f32,
 };
 }  // namespace farthing

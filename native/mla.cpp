@@ -89,15 +89,17 @@ std::vector<Unit> plan_units(const Batch& batch, int heads, int* slots) {
   return units;
 }
 
-// The cached keys of a unit, block by block, through the kernel.
+// The cached keys of a unit, block by block, in the form the kernel reads.
 struct Reader {
   const Kernels& kernels;
   const Cache& cache;
   const Batch& batch;
   KeyShape shape;
+  Kernels::Keys form;
   float* k32;
-  uint16_t* k16;   // bfloat16 keys, or null for float32 arithmetic
+  uint16_t* k16;
   uint16_t* rest;  // what the split of float keys leaves, not used further
+  const uint16_t* rows[kKeyBlock] = {};
 
   const uint8_t* row(int sequence, int key, int64_t* slot) const {
     const int32_t block = batch.block_table[static_cast<int64_t>(sequence) * batch.max_blocks + key / cache.block_size];
@@ -106,37 +108,51 @@ struct Reader {
     return cache.data + *slot * (shape.latent + shape.rope) * bytes[static_cast<int>(cache.type)];
   }
 
-  bool direct(int keys) const {  // rows can be read where they lie
-    return k16 && cache.type == CacheType::bf16 && shape.latent_padded == shape.latent &&
-           shape.width == shape.latent + shape.rope && cache.block_size % kKeyBlock == 0 && keys == kKeyBlock;
+  // Rows lie in the cache as the kernel reads them.
+  bool exact() const {
+    return cache.type == CacheType::bf16 && shape.latent_padded == shape.latent && shape.width == shape.latent + shape.rope;
   }
 
-  void fetch(int sequence, int at, int keys, AttendBlock& b) const {
+  void expand(int sequence, int key, float* to) const {
     int64_t slot;
-    b.k32 = nullptr;
-    b.k16 = nullptr;
-    if (direct(keys)) {
-      b.k16 = reinterpret_cast<const uint16_t*>(row(sequence, at, &slot));
-      b.k16_stride = shape.width;
-      return;
-    }
-    for (int i = 0; i < keys; ++i) {
-      const uint8_t* from = row(sequence, at + i, &slot);
-      const float* scale = cache.scale ? cache.scale + slot * 2 : nullptr;
-      float* to = k32 + (k16 ? 0 : static_cast<size_t>(i) * shape.width);
-      if (k16 && cache.type == CacheType::bf16 && shape.width == shape.latent + shape.rope && shape.latent == shape.latent_padded) {
-        std::memcpy(k16 + static_cast<size_t>(i) * shape.width, from, sizeof(uint16_t) * shape.width);
-        continue;
-      }
-      kernels.load_key(static_cast<int>(cache.type), from, scale, shape, to);
-      if (k16) kernels.split(to, shape.width, k16 + static_cast<size_t>(i) * shape.width, rest);
-    }
-    if (k16) {
-      std::memset(k16 + static_cast<size_t>(keys) * shape.width, 0, sizeof(uint16_t) * shape.width * (kKeyBlock - keys));
-      b.k16 = k16;
-      b.k16_stride = shape.width;
-    } else {
-      b.k32 = k32;
+    const uint8_t* from = row(sequence, key, &slot);
+    kernels.load_key(static_cast<int>(cache.type), from, cache.scale ? cache.scale + slot * 2 : nullptr, shape, to);
+  }
+
+  // One key in bfloat16: where it lies, or in `to`.
+  const uint16_t* half(int sequence, int key, uint16_t* to) const {
+    int64_t slot;
+    if (exact()) return reinterpret_cast<const uint16_t*>(row(sequence, key, &slot));
+    expand(sequence, key, k32);
+    kernels.split(k32, shape.width, to, rest);
+    return to;
+  }
+
+  void fetch(int sequence, int at, int keys, AttendBlock& b) {
+    const size_t width = shape.width;
+    switch (form) {
+      case Kernels::Keys::f32:
+        for (int i = 0; i < keys; ++i) expand(sequence, at + i, k32 + i * width);
+        b.k32 = k32;
+        return;
+      case Kernels::Keys::rows:
+        for (int i = 0; i < keys; ++i) rows[i] = half(sequence, at + i, k16 + i * width);
+        for (int i = keys; i % 4; ++i) rows[i] = rows[keys - 1];
+        b.rows16 = rows;
+        return;
+      case Kernels::Keys::tiles:
+        b.k16 = k16;
+        b.k16_stride = shape.width;
+        if (exact() && cache.block_size % kKeyBlock == 0 && keys == kKeyBlock) {
+          b.k16 = half(sequence, at, k16);
+          return;
+        }
+        for (int i = 0; i < keys; ++i) {
+          uint16_t* to = k16 + i * width;
+          const uint16_t* from = half(sequence, at + i, to);
+          if (from != to) std::memcpy(to, from, sizeof(uint16_t) * width);
+        }
+        std::memset(k16 + keys * width, 0, sizeof(uint16_t) * width * (kKeyBlock - keys));
     }
   }
 };
@@ -167,7 +183,8 @@ void Backend::mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& 
   const int lp = round_up(c, 32), W = lp + round_up(r, 32);
   const KeyShape shape{c, r, lp, W};
   const Matrix &uk = w.w_uk[0]->m, &uv = w.w_uv[0]->m;
-  const bool split = kernels.split_act && T >= kernels.split_rows, bf16 = kernels.attend_bf16 && cache.type != CacheType::f32;
+  const bool split = kernels.split_act && T >= kernels.split_rows;
+  const Kernels::Keys form = cache.type == CacheType::f32 ? Kernels::Keys::f32 : kernels.keys;
   int slots = 0;
   const std::vector<Unit> units = plan_units(batch, H, &slots);
   work_.reset();
@@ -220,9 +237,8 @@ void Backend::mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& 
       kernels.tile(w.w_uk[h]->m, n0 / kPanel, panels, row(nope, h * T), T, query + static_cast<size_t>(h) * W + n0, H * W);
     });
     team.barrier();
-    const Reader reader{kernels, cache, batch, shape, keys32 + static_cast<size_t>(me) * kKeyBlock * W,
-                        bf16 ? keys16 + static_cast<size_t>(me) * kKeyBlock * W : nullptr,
-                        tiles + (static_cast<size_t>(me) * (2 * kRows + 4) + 2 * kRows + 2) * W};
+    Reader reader{kernels, cache, batch, shape, form, keys32 + static_cast<size_t>(me) * kKeyBlock * W, keys16 + static_cast<size_t>(me) * kKeyBlock * W,
+                  tiles + (static_cast<size_t>(me) * (2 * kRows + 4) + 2 * kRows + 2) * W};
     team.for_units(2, 1, static_cast<int>(units.size()), [&](int, int i) {
       const Unit& u = units[i];
       AttendBlock b{};
@@ -237,7 +253,8 @@ void Backend::mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& 
       std::fill_n(b.sum, b.rows, 0.0f);
       std::fill_n(b.out, static_cast<size_t>(b.rows) * lp, 0.0f);
       uint16_t* mine = tiles + static_cast<size_t>(me) * (2 * kRows + 4) * W;
-      if (bf16) tile_query(kernels, b.q, b.rows, W, mine, mine + kRows * W, mine + 2 * kRows * W, mine + (2 * kRows + 1) * W);
+      if (form == Kernels::Keys::tiles) tile_query(kernels, b.q, b.rows, W, mine, mine + kRows * W, mine + 2 * kRows * W, mine + (2 * kRows + 1) * W);
+      if (form == Kernels::Keys::rows) kernels.split(b.q, b.rows * W, mine, mine + kRows * W);
       b.q_hi = mine;
       b.q_lo = mine + kRows * W;
       int visible[kRows];

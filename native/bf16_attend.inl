@@ -1,0 +1,95 @@
+// Online softmax attention over latent keys in bfloat16 (vdpbf16ps), read where the cache has them. Keys are
+// exact; queries and weights are rounded to bfloat16, sums are float32. Included by kernels_avx512_bf16.cpp.
+namespace farthing {
+namespace {
+
+inline __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+
+// The sums of 16 vectors, in their order.
+inline __m512 sum_each(const __m512* a) {
+  __m512 four[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 *v = a + 4 * i;
+    const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512d p = _mm512_castps_pd(x), q = _mm512_castps_pd(y);
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  }
+  const auto halves = [](__m512 x, __m512 y) { return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)); };
+  return halves(halves(four[0], four[1]), halves(four[2], four[3]));
+}
+
+// Scores of 4 query rows against 4 keys; rows and keys that are not there repeat the first.
+inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys, int width, float* scores) {
+  __m512 acc[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
+  const uint16_t* row[4];
+  for (int r = 0; r < 4; ++r) row[r] = q + static_cast<size_t>(r < rows ? r : 0) * width;
+  for (int k = 0; k < width; k += 32) {
+    __m512i key[4];
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) key[s] = _mm512_loadu_si512(keys[s] + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const __m512i v = _mm512_loadu_si512(row[r] + k);
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) acc[4 * r + s] = dot_pairs(acc[4 * r + s], v, key[s]);
+    }
+  }
+  alignas(64) float sums[16];
+  _mm512_store_ps(sums, sum_each(acc));
+  for (int r = 0; r < rows; ++r) memcpy(scores + r * kKeyBlock, sums + 4 * r, 16);
+}
+
+// out[R][32] += weights[R][keys] * keys[keys][32], two keys at a time.
+template <int R>
+inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int at, int pairs, float* out, int latent) {
+  alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  __m512 a[R], b[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) a[r] = loadf(out + r * latent), b[r] = loadf(out + r * latent + 16);
+  for (int p = 0; p < pairs; ++p) {
+    const __m512i even = _mm512_loadu_si512(keys[2 * p] + at), odd = _mm512_loadu_si512(keys[2 * p + 1] + at);
+    const __m512i x = _mm512_permutex2var_epi16(even, first, odd), y = _mm512_permutex2var_epi16(even, second, odd);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512i w = _mm512_set1_epi32(load<int32_t>(weights + r * kKeyBlock + 2 * p));
+      a[r] = dot_pairs(a[r], w, x);
+      b[r] = dot_pairs(b[r], w, y);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) store(out + r * latent, f32x16(a[r])), store(out + r * latent + 16, f32x16(b[r]));
+}
+
+template <int R = 8>
+inline void mix_rows(int rows, const uint16_t* weights, const uint16_t* const* keys, int pairs, float* out, int latent) {
+  if constexpr (R > 1)
+    if (rows < R) return mix_rows<R - 1>(rows, weights, keys, pairs, out, latent);
+  for (int at = 0; at < latent; at += 32) mix_pairs<R>(weights, keys, at, pairs, out + at, latent);
+}
+
+inline void rows_to_bf16(const float* x, int n, uint16_t* out) {  // n % 32 == 0
+  for (int i = 0; i < n; i += 32) _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(loadf(x + i + 16), loadf(x + i)));
+}
+
+void bf16_attend(const AttendBlock& b) {
+  if (!b.rows16) return attend(b);
+  alignas(64) float scores[16 * kKeyBlock];
+  alignas(64) uint16_t weights[16 * kKeyBlock];
+  const int keys = round_up(b.keys, 4);
+  for (int r = 0; r < b.rows; r += 4)
+    for (int s = 0; s < keys; s += 4)
+      score_block(b.q_hi + static_cast<size_t>(r) * b.width, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, scores + r * kKeyBlock + s);
+  online_softmax(b, scores);
+  rows_to_bf16(scores, b.rows * kKeyBlock, weights);
+  for (int r = 0; r < b.rows; r += 8)
+    mix_rows(b.rows - r < 8 ? b.rows - r : 8, weights + r * kKeyBlock, b.rows16, keys / 2, b.out + static_cast<size_t>(r) * b.latent, b.latent);
+}
+
+}  // namespace
+}  // namespace farthing
