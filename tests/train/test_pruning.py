@@ -10,7 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from farthing.engine.resolve import resolve_model
 from farthing.model import load
+from farthing.model.config import ConfigError
+from farthing.model.config import ModelConfig as EngineConfig
+from farthing.model.inspect import model_cost
 from farthing.ops import make_batch, select
 from farthing.train.activity import Activity, measure, mlps
 from farthing.train.export import load_checkpoint, save_checkpoint
@@ -198,3 +202,29 @@ def test_sizes_survive_the_checkpoint(model: DeepSeekLM, tmp_path: Path, sources
     assert again.cfg.layer_sizes == sizes_of(model) == model.cfg.layer_sizes
     moe = again.layers[1].mlp
     assert isinstance(moe, MoE) and moe.shared_experts.down_proj.weight.shape[1] == 16
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([{}], "layer_sizes has 1 entries; expected one a layer, 6"),
+        ([{"width": 3}] * 6, "expected a list of objects"),
+        ([{"intermediate_size": 0}] * 6, r"layer_sizes\[0\].intermediate_size is 0"),
+        ([{"n_routed_experts": 20}] * 6, "n_group is 8; expected a divisor of n_routed_experts = 20"),
+    ],
+)
+def test_wrong_layer_sizes_are_named(value: list[dict[str, int]], message: str) -> None:
+    raw = json.loads((resolve_model("reference") / "config.json").read_text())
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_json(raw | {"layer_sizes": value})
+
+
+def test_inspect_counts_the_parameters_of_unequal_layers() -> None:
+    raw = json.loads((resolve_model("reference") / "config.json").read_text())
+    whole = model_cost(EngineConfig.from_json(raw))
+    own = [{"intermediate_size": 600}, {"n_routed_experts": 24}, {"moe_intermediate_size": 48}, {}, {}, {}]
+    small = model_cost(EngineConfig.from_json(raw | {"layer_sizes": own}))
+    experts = 8 * 3 * 64 * 256 + 8 * 256 + 8  # with their rows of the router
+    width = (32 + 1) * 3 * 16 * 256
+    assert whole.total_parameters - small.total_parameters == 40 * 3 * 256 + experts + width
+    assert whole.active_routed_parameters - small.active_routed_parameters == 8 * 3 * 16 * 256

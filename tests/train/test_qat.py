@@ -13,7 +13,8 @@ from rich.console import Console
 from farthing.checkpoint import Checkpoint
 from farthing.compress.simulate import SimulatedOps
 from farthing.model import load
-from farthing.ops import make_batch
+from farthing.ops import make_batch, select
+from farthing.ops.weights import InputRounding, quantize_int4
 from farthing.train.distill import distillation, fused_distillation
 from farthing.train.export import load_checkpoint
 from farthing.train.finetune import perplexity
@@ -168,3 +169,37 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny: ModelConfig) -> N
     torch.nn.init.zeros_(model.embed_tokens)
     ids = torch.randint(0, tiny.vocab_size, (50,)).numpy().astype("uint16")
     assert perplexity(model, [ids], 16, 1000) == pytest.approx(tiny.vocab_size, rel=1e-4)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.8])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_cpu_kernels_round_inputs_as_training_did(clip: float, tokens: int) -> None:
+    native = pytest.importorskip("farthing._native")
+    if not hasattr(native.Packed, "round_inputs"):
+        pytest.skip("the installed kernels are older than 4-bit inputs")
+    torch.manual_seed(0)
+    inputs = InputRounding(4, clip)
+    weight = dataclasses.replace(quantize_int4(torch.randn(48, 128)), inputs=inputs)
+    ops = select("cpu", threads=1)
+    handle = ops.pack_linear("w", lambda: [weight])
+    x = torch.randn(tokens, 128)
+    exact = inputs(x, 64) @ weight.dequantize().T
+    found = ops.linear(x, handle)
+    assert float((found - exact).norm() / exact.norm()) < 2e-3  # group scales are float16
+    eight = ops.linear(x, ops.pack_linear("w8", lambda: [dataclasses.replace(weight, inputs=None)]))
+    assert float((eight - exact).norm() / exact.norm()) > 0.02
+
+
+def test_a_packed_file_keeps_the_rounding_of_inputs(tmp_path: Path) -> None:
+    native = pytest.importorskip("farthing._native")
+    if not hasattr(native.Packed, "round_inputs"):
+        pytest.skip("the installed kernels are older than 4-bit inputs")
+    torch.manual_seed(0)
+    weight = dataclasses.replace(quantize_int4(torch.randn(32, 64)), inputs=InputRounding(4, 0.9))
+    ops = select("cpu", threads=1)
+    handle = ops.pack_linear("w", lambda: [weight])
+    ops.save_packed(str(tmp_path / "packed.bin"))
+    again = select("cpu", threads=1, packed=str(tmp_path / "packed.bin"))
+    x = torch.randn(3, 64)
+    stored = again.pack_linear("w", lambda: [])
+    assert torch.equal(again.linear(x, stored), ops.linear(x, handle))

@@ -36,7 +36,7 @@ def draw(
             xs, ys = [x / 1e6 for x, _ in points], [y for _, y in points]
             other.plot(xs, ys, color="tab:red", drawstyle="steps-post", label=label)
         other.set_ylabel(right_label)
-    figure.legend(loc="upper right", bbox_to_anchor=(0.88, 0.9), frameon=False, fontsize=8)
+    figure.legend(loc="center right", bbox_to_anchor=(0.88, 0.5), frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

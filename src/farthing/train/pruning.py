@@ -209,7 +209,7 @@ class PruneHook(BaseHook):
         batch = self.text.batches.next(self.config.calibration_windows, self.settings.window)
         activities = measure(model, batch, self.config.tau)
         busy = busy_share(activities)
-        while (removed := self.removed(model)) < wanted:
+        while self.removed(model) < wanted:
             choices = candidates(model, activities, self.config)
             cut = min(choices, key=lambda c: c.cost / c.parameters, default=None)
             if cut is None:
@@ -223,7 +223,7 @@ class PruneHook(BaseHook):
                 "kept": cut.keep.shape[-1],
                 "cost": round(cut.cost, 5),
             }
-            self._note(trainer, what | {"removed": round(removed, 4), "busy": round(busy, 4)})
+            self._note(trainer, what | {"removed": round(self.removed(model), 4), "busy": round(busy, 4)})
 
     def after_step(self, trainer: Trainer) -> None:
         """Watches the loss."""
