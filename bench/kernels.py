@@ -117,7 +117,7 @@ def linear(b: Bench, name: str, n: int, k: int) -> None:
     for rows in b.sizes:
         x = torch.randn(rows, k)
         some = views if rows < 64 else views[:4]
-        calls = [lambda v=v: b.ops.linear(x, v) for v in some]
+        calls = [lambda v=v, x=x: b.ops.linear(x, v) for v in some]
         b.time(f"linear {name} {n} x {k}", rows, calls, size, 2.0 * n * k * rows, b.peak(name))
 
 
@@ -158,14 +158,16 @@ def mla(b: Bench, size: str, weights: str) -> None:
     """Attention with `weights` as W_UK and W_UV: decode by context and batch, and a prompt."""
     c = config(size)
     h, n, r, v, latent = (
-        c[x] for x in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+        c[x]
+        for x in (
+            "num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank",
+        )
     )  # fmt: skip
     spec = AttentionSpec(h, n, r, v, latent, (n + r) ** -0.5)
     b.ops._quantization = None if weights == "bf16" else weights
-    handle = b.ops.pack_attention(
-        f"attention.{weights}", spec, lambda: (Weight("dense", (torch.randn(h * (n + v), latent) / 16).bfloat16()), torch.ones(latent)),
-        torch.rand(2, 8192, r // 2),
-    )  # fmt: skip
+    kv_b = Weight("dense", (torch.randn(h * (n + v), latent) / 16).bfloat16())
+    loader = lambda: (kv_b, torch.ones(latent))  # noqa: E731
+    handle = b.ops.pack_attention(f"attention.{weights}", spec, loader, torch.rand(2, 8192, r // 2))
     b.ops._quantization = None
     projections = h * (n + v) * latent * (2 if weights == "bf16" else 1)
     for context in CONTEXTS:
@@ -222,7 +224,7 @@ def head(b: Bench, name: str, size: str) -> None:
     norm = torch.ones(k)
     for rows in (1, 8, 16):
         x = torch.randn(rows, k)
-        calls = [lambda v=v: b.ops.top_logits(x, v, norm, 1e-6, 1) for v in views]
+        calls = [lambda v=v, x=x: b.ops.top_logits(x, v, norm, 1e-6, 1) for v in views]
         b.time(f"head {name} {n} x {k}", rows, calls, packed.nbytes, 2.0 * n * k * rows, b.peak(name))
 
 

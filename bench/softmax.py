@@ -1,6 +1,10 @@
 """The softmax kernel against torch's, one thread each, in turn: processor time, medians.
 
-python bench/softmax.py
+    python bench/softmax.py
+
+`plain` is the softmax written out: maximum, difference, exponential, sum, quotient, each its own pass over
+memory. `sdpa` is torch's fused attention whose scores have the shape, for a head of 64: it computes two
+products besides, so its figure is context and no ratio is taken.
 """
 
 from __future__ import annotations
@@ -12,9 +16,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from farthing.ops.cpu import create
 
+HEAD = 64
 SHAPES = [(16, 512), (64, 4096), (16, 32000), (256, 1000)]
 
 
@@ -26,6 +32,18 @@ def seconds(f: Callable[[], object], calls: int) -> float:
     return (time.thread_time() - start) / calls
 
 
+def plain(x: Tensor) -> Tensor:
+    """Softmax as five ops."""
+    e = torch.exp(x - x.amax(-1, keepdim=True))
+    return e / e.sum(-1, keepdim=True)
+
+
+def attention(rows: int, n: int) -> Callable[[], Tensor]:
+    """torch's fused attention of `rows` queries over `n` keys, one head of 64."""
+    q, k, v = torch.randn(1, 1, rows, HEAD), torch.randn(1, 1, n, HEAD), torch.randn(1, 1, n, HEAD)
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
 def main() -> None:
     """Measure and print."""
     p = argparse.ArgumentParser(description=__doc__)
@@ -35,19 +53,29 @@ def main() -> None:
     rows = []
     for shape in SHAPES:
         x = torch.randn(shape) * 4
-        systems = {"ours": lambda x=x: ops.softmax(x), "torch": lambda x=x: x.softmax(-1)}
+        systems: dict[str, Callable[[], Tensor]] = {
+            "ours": lambda x=x: ops.softmax(x),
+            "torch": lambda x=x: x.softmax(-1),
+            "plain": lambda x=x: plain(x),
+            "sdpa": attention(*shape),
+        }
         calls = max(5, 4_000_000 // x.numel())
         readings: dict[str, list[float]] = {name: [] for name in systems}
         for _ in range(9):
             for name, f in systems.items():
                 readings[name].append(seconds(f, calls))
-        ours, theirs = (statistics.median(readings[n]) for n in ("ours", "torch"))
-        rows.append({"shape": shape, "ours_us": ours * 1e6, "torch_us": theirs * 1e6, "ratio": theirs / ours})
+        took = {name: statistics.median(r) for name, r in readings.items()}
+        ratios = {f"{name}_over_ours": took[name] / took["ours"] for name in ("torch", "plain")}
+        rows.append({"shape": shape, **{f"{name}_us": t * 1e6 for name, t in took.items()}, **ratios})
     if a.json:
         print(json.dumps(rows))
         return
     for r in rows:
-        print(f"{r['shape']}: ours {r['ours_us']:.1f} us, torch {r['torch_us']:.1f} us, {r['ratio']:.2f}x")
+        print(
+            f"{r['shape']}: ours {r['ours_us']:.1f} us, "
+            f"torch {r['torch_us']:.1f} ({r['torch_over_ours']:.2f}x), plain {r['plain_us']:.1f} ({r['plain_over_ours']:.2f}x), "
+            f"sdpa {r['sdpa_us']:.1f}"
+        )
 
 
 if __name__ == "__main__":
