@@ -63,7 +63,7 @@ class EngineConfig:
             )
         if self.dp_attention and (self.enable_prefix_caching or self.rebalance_steps is not None):
             raise ValueError(
-                "dp_attention is True; expected enable_prefix_caching False and rebalance_steps None with it: "
+                "dp_attention is True; expected enable_prefix_caching False and rebalance_steps None: "
                 "cached blocks are where their sequence was computed, experts where they were loaded"
             )
         if self.disaggregate and self.num_ranks > 1:
@@ -112,7 +112,8 @@ def parse_speculate(value: str | None) -> tuple[tuple[str, ...], int] | None:
     drafts = int(count) if count.isdecimal() else DEFAULT_DRAFTS if not count else 0
     if not known or not 1 <= drafts <= MAX_DRAFTS:
         raise ValueError(
-            f"speculate is {value!r}; expected 'mtp[:k]', 'ngram[:k]' or 'mtp+ngram[:k]' with k in 1…{MAX_DRAFTS}"
+            f"speculate is {value!r}; expected 'mtp[:k]', 'ngram[:k]' or 'mtp+ngram[:k]' "
+            f"with k in 1…{MAX_DRAFTS}"
         )
     return methods, drafts
 
