@@ -73,7 +73,8 @@ def main() -> None:
     for r in rows:
         print(
             f"{r['shape']}: ours {r['ours_us']:.1f} us, "
-            f"torch {r['torch_us']:.1f} ({r['torch_over_ours']:.2f}x), plain {r['plain_us']:.1f} ({r['plain_over_ours']:.2f}x), "
+            f"torch {r['torch_us']:.1f} ({r['torch_over_ours']:.2f}x), "
+            f"plain {r['plain_us']:.1f} ({r['plain_over_ours']:.2f}x), "
             f"sdpa {r['sdpa_us']:.1f}"
         )
 
