@@ -19,7 +19,7 @@ from farthing.compress.recipe import Prune, Recipe
 from farthing.compress.trace import input_name
 
 MOST = 0.9  # no strip of blocks loses more
-GRAM_BYTES = 2**28  # of float64 grams held at once
+GRAM_BYTES = 2**26  # of float64 grams held at once
 Stats = dict[str, InputStats]
 
 

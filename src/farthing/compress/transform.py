@@ -203,7 +203,7 @@ def _compress_family(
             st = known[i]
             sample = None if st is None or not len(st.rows) else st.rows
             error = float(errors[j]) if errors is not None else _sampled_error(before[j], values[j], sample)
-            layer.set(module, values[j])
+            layer.set(module, values[j].clone())  # takes the memory its original leaves
             result.modules[module] = Done(weights[j], key_of(weights[j]), None, {
                 "module": module,
                 "format": weights[j].format,

@@ -13,7 +13,7 @@ from farthing.compress.calibrate.observers import OBSERVERS, Observer
 from farthing.compress.simulate import round_tensor, round_token
 
 TINY = 1e-12
-SPANS = ((0.5, 2.0, 17), (0.93, 1.075, 13), (0.99, 1.01, 9))  # from, to, points: multiples, ever finer
+SPANS = ((0.5, 2.0, 25), (0.95, 1.053, 21), (0.99, 1.01, 21))  # from, to, points: multiples, ever finer
 
 
 @dataclass(frozen=True, slots=True)
