@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ class LlamaCpp:
 
     def gguf(self, model: Path, kind: str) -> Path:
         """The model in the peer's own format, converted by the peer's own tools."""
-        whole = model.with_name(f"{model.name}-{self.name}.gguf")
+        whole = model.resolve().with_name(f"{model.name}-{self.name}.gguf")
         if not whole.exists():
             convert = Path(__file__).with_name("convert_gguf.py")
             script = self.sources / "convert_hf_to_gguf.py"
@@ -150,7 +151,10 @@ def _run(*command: object) -> None:
 
 
 def _output(*command: Any) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, errors="replace")
+    with tempfile.TemporaryDirectory() as where:  # some leave a log where they run
+        done = subprocess.run(
+            [str(c) for c in command], capture_output=True, text=True, errors="replace", cwd=where
+        )
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
     return done.stdout + done.stderr
