@@ -97,6 +97,7 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
         checkpoint.release()
         result = _one_layer(job, layer, stream, embedding, final_norm, state)
         _write_layer(job, layer, result, writer, state)
+        del layer, result  # before the next one is read
         state.next_layer = index + 1
         _save(job, state, writer, stream)
     writer.close(_final_config(job, checkpoint, state), copy_from=job.source)
