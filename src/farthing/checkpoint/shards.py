@@ -15,6 +15,8 @@ from farthing.checkpoint.error import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _TAIL = 4096
+_SMALL = 64 << 10  # bytes up to which a tensor is copied: a view would keep its file mapped
+_RESIDENT = 64 << 20  # bytes handed out before the files are unmapped and mapped anew
 DTYPE_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
 DTYPE_BYTES |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)
 DTYPE_BYTES |= dict.fromkeys(("I32", "U32", "F32"), 4) | dict.fromkeys(("I64", "U64", "F64"), 8)
@@ -40,6 +42,7 @@ class Shards:
         self.path = path
         self._open: dict[str, Any] = {}
         self._names: dict[str, set[str]] = {}
+        self._handed_out = 0
         self.file_of: dict[str, str]
         if (path / INDEX).is_file():
             weight_map = read_json(path / INDEX).get("weight_map")
@@ -55,13 +58,20 @@ class Shards:
             )
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, a view of the mapped file."""
+        """The tensor as stored, a view of the mapped file (a copy where it is small).
+
+        Pages once read count as resident memory while their mapping lives. Mapping anew now and then lets
+        go of those whose tensors the caller has packed already; views still held keep theirs.
+        """
         file = self.file_of[name]
+        if self._handed_out > _RESIDENT:
+            self.release()
         handle = self._handle(file)
         if name not in self._names[file]:
             raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
         tensor: Tensor = handle.get_tensor(name)
-        return tensor
+        self._handed_out += tensor.nbytes
+        return tensor.clone() if tensor.nbytes <= _SMALL else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the header alone."""
@@ -85,6 +95,7 @@ class Shards:
     def release(self) -> None:
         """Unmap every file (tensors already handed out stay valid), so that resident memory goes down."""
         self._open.clear()
+        self._handed_out = 0
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:

@@ -38,6 +38,7 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     model = DeepseekModel(config, ops, checkpoint, routers_for(config, checkpoint.config, experts))
     if ops.packed_from is None:  # else the packed file has most of what the checkpoint holds
         checkpoint.finish(ignore=IGNORED)
+    checkpoint.release()
     return model
 
 
