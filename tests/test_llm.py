@@ -174,7 +174,7 @@ def test_a_packed_model_answers_as_before_packing(directory: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2; expected 1"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; expected a positive integer"),
         ({"dtype": "int7"}, "dtype is 'int7'; expected one of"),
         ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4'"),
         ({"quantization": "int2"}, "quantization is 'int2'"),

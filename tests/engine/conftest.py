@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
+from farthing.engine.speculation import Gate
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model import DeepseekModel, ModelConfig, random_model
 from farthing.ops import make_batch, select
@@ -40,6 +41,16 @@ RAW: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": EOS,
 }
+
+
+class Always(Gate):
+    """Never judges."""
+
+    def order(self, batch: int) -> bool | None:
+        return True
+
+    def price(self, batch: int) -> float:
+        return 0.0
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from farthing.engine.speculation import Gate, NgramDrafter, Speculator, worthwhi
 from farthing.engine.speculation_ngram import _NgramIndex
 from farthing.model import DeepseekModel, ModelConfig, random_model
 
-from .conftest import RAW, next_logits
+from .conftest import RAW, Always, next_logits
 
 MakeEngine = Callable[..., Engine]
 
@@ -41,16 +41,6 @@ class Oracle:
             true = self.tokens[at : at + self.num_drafts]
             result.append([t + 1 if self.spoil(at + j) else t for j, t in enumerate(true)])
         return result
-
-
-class Always(Gate):
-    """Never judges."""
-
-    def order(self, batch: int) -> bool | None:
-        return True
-
-    def price(self, batch: int) -> float:
-        return 0.0
 
 
 def use(engine: Engine, drafter: Any) -> None:
