@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from farthing.bench.load import LoadResult, Slo, run_load, summarize
 from farthing.bench.workload import Request
 from farthing.demo.levers import prompts
 from farthing.demo.report import data_uri
-from farthing.demo.server import free_port, ready
+from farthing.demo.server import free_port, running
 from farthing.fleet.decisions import Decision
 from farthing.fleet.replay.trace import EXAMPLE
 from farthing.fleet.series import read_series
@@ -73,29 +71,14 @@ def run_fleet(model: str, say: Callable[[str], None]) -> FleetRun:
     rates = hour_of_growth()
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="farthing-fleet-") as state:
-        command = [sys.executable, "-m", "farthing.cli.app", "fleet", "up", model, "--port", str(port)]
-        command += ["--max-replicas", "3", "--capacity", str(CAPACITY), "--state", state]
-        command += ["--metrics", "127.0.0.1:0", "--serve-args", "--threads 1"]
-        with (Path(state) / "fleet.log").open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 60
-            while not ready(url):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    text = (Path(state) / "fleet.log").read_text()
-                    raise RuntimeError(f"`{' '.join(command)}` did not become ready:\n{text[-2000:]}")
-                time.sleep(0.1)
+        arguments = ["fleet", "up", model, "--port", str(port), "--max-replicas", "3"]
+        arguments += ["--capacity", str(CAPACITY), "--state", state]
+        arguments += ["--metrics", "127.0.0.1:0", "--serve-args", "--threads 1"]
+        url = f"http://127.0.0.1:{port}"
+        with running(arguments, url, 60, signal.SIGINT, 30):
             say(f"fleet is up; {WINDOWS * 600 // SPEED} s of load begin")
             began = time.time()
             timings = asyncio.run(_load(Target(url, "reference"), rates))
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
         lines = [line for f in Path(state).glob("**/decisions.jsonl") for line in f.read_text().splitlines()]
     decisions = [d for d in map(Decision.from_json, lines) if d.time >= began]
     return FleetRun(

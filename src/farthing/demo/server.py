@@ -62,22 +62,37 @@ def serve(model: str, options: Sequence[str] = ()) -> Iterator[Served]:
     Raises RuntimeError with the server's own last lines if it does not become ready.
     """
     port = free_port()
-    command = [sys.executable, "-m", "farthing.cli.app", "serve", model, "--port", str(port), *options]
+    url = f"http://127.0.0.1:{port}"
+    arguments = ["serve", model, "--port", str(port), *options]
+    start = time.perf_counter()
+    with running(arguments, url, READY_TIMEOUT, signal.SIGTERM, 15) as process:
+        yield Served(url, process.pid, time.perf_counter() - start)
+
+
+@contextmanager
+def running(
+    arguments: list[str], url: str, ready_timeout: float, stop: signal.Signals, stop_timeout: float
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`farthing ARGUMENTS` in a process that has become ready at `url`; it gets the signal `stop` in the end,
+    and is killed when it has not ended after stop_timeout seconds.
+
+    Raises RuntimeError with its own last lines if it does not become ready in ready_timeout seconds.
+    """
+    command = [sys.executable, "-m", "farthing.cli.app", *arguments]
     with tempfile.TemporaryFile("w+") as log:
-        start = time.perf_counter()
+        deadline = time.perf_counter() + ready_timeout
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            url = f"http://127.0.0.1:{port}"
             while not ready(url):
-                if process.poll() is not None or time.perf_counter() - start > READY_TIMEOUT:
+                if process.poll() is not None or time.perf_counter() > deadline:
                     log.seek(0)
-                    raise RuntimeError(f"{' '.join(command)} did not become ready:\n{log.read()[-2000:]}")
+                    raise RuntimeError(f"`{' '.join(command)}` did not become ready:\n{log.read()[-2000:]}")
                 time.sleep(0.02)
-            yield Served(url, process.pid, time.perf_counter() - start)
+            yield process
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(stop)
             try:
-                process.wait(15)
+                process.wait(stop_timeout)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
