@@ -1,27 +1,6 @@
 // The kernels compiled for avx512; which flags that means stands in CMakeLists.txt.
-#include "kernels.h"
-#include "vec.h"
-
-#include "rows.inl"
-#include "gemm.inl"
-#include "attend.inl"
-#include "keys.inl"
+#include "table.inl"
 
 namespace farthing {
-extern const Kernels kernels_avx512 = {
-    .name = "avx512_vnni",
-    .tile = tile,
-    .rms_norm = rms_norm,
-    .store_act = store_act,
-    .silu_mul = silu_mul,
-    .axpy = axpy,
-    .softmax = softmax,
-    .exp_sum = exp_sum,
-    .attend = attend,
-    .load_key = load_key,
-    .split = split,
-    .split_act = false,
-    .split_rows = 0,
-    .keys = Kernels::Keys::f32,
-};
+extern constinit const Kernels kernels_avx512 = table("avx512_vnni");
 }  // namespace farthing

@@ -1,0 +1,31 @@
+// The kernels every instruction set is compiled with, as a table; one with better ones puts them in their place.
+#include "kernels.h"
+#include "vec.h"
+
+#include "rows.inl"
+#include "gemm.inl"
+#include "attend.inl"
+#include "keys.inl"
+
+namespace farthing {
+namespace {
+constexpr Kernels table(const char* name) {
+  return {
+      .name = name,
+      .tile = tile,
+      .rms_norm = rms_norm,
+      .store_act = store_act,
+      .silu_mul = silu_mul,
+      .axpy = axpy,
+      .softmax = softmax,
+      .exp_sum = exp_sum,
+      .attend = attend,
+      .load_key = load_key,
+      .split = split,
+      .split_act = false,
+      .split_rows = 0,
+      .keys = Kernels::Keys::f32,
+  };
+}
+}  // namespace
+}  // namespace farthing
