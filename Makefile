@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-NATIVE := $(wildcard native/*.cpp native/*.h native/*/*.cpp native/*/*.h) CMakeLists.txt
+NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl) CMakeLists.txt
 
 .PHONY: demo test test-all test-gpu serve bench lint format sanitize wheel clean
 
