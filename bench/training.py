@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing.compress.evaluate import BLOCK, paged_batch
-from farthing.compress.serving import decode_seconds
 from farthing.engine.resolve import resolve_model
 from farthing.model import DeepseekModel, load
-from farthing.ops import select
+from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
 from farthing.train.export import load_checkpoint
 from farthing.train.fp8 import Fp8Config, use_fp8
@@ -31,7 +31,8 @@ from farthing.train.picture import draw
 from farthing.train.reference import train_reference
 
 PREFILL = 512
-ROUNDS = 5
+PROMPT = 64
+WARMUP, ROUNDS = 10, 200
 
 
 def roofline(model: Path, tokens: int, gbytes: float, gflops: float) -> list[dict[str, Any]]:
@@ -62,7 +63,9 @@ def roofline(model: Path, tokens: int, gbytes: float, gflops: float) -> list[dic
         row["bf16"] += 2 * numbers[name]
         row["fp8"] += projection.weight_bytes
     total = {key: sum(row[key] for row in rows.values()) for key in ("weights", "bf16", "fp8")}
-    table = [{"projection": kind, **row} for kind, row in [*rows.items(), ("all", total)]]
+    table: list[dict[str, Any]] = [
+        {"projection": kind, **row} for kind, row in [*rows.items(), ("all", total)]
+    ]
     for row in table:
         row["ratio"] = row["fp8"] / row["bf16"]
         row["bf16_us"], row["fp8_us"] = (row[k] / gbytes / 1e3 for k in ("bf16", "fp8"))
@@ -94,37 +97,79 @@ def precision(out: Path, tokens: int, seed: int) -> dict[str, Any]:
 
 
 def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
-    """Decode of one sequence and prefill of 512 tokens; the models take turns, medians."""
+    """Prefill of 512 tokens and decode of 1 and 16 sequences; the models take turns, medians.
+
+    `x` columns are the median over rounds of the first model's time over this one's in the same round, with
+    the quartiles: what is faster, with the machine's noise taken out.
+    """
     loaded = {}
     for name in models:
         ops = select("auto") if threads is None else select("auto", threads=threads)
         loaded[name] = load(resolve_model(name), ops)
-    decode = decode_seconds(loaded)
+    kinds = {"prefill": (PREFILL, _prefill), "decode 1": (1, _decode(1)), "decode 16": (16, _decode(16))}
+    times = {kind: _rounds(loaded, run) for kind, (_, run) in kinds.items()}
+    rows = []
+    for name in loaded:
+        row: dict[str, Any] = {"model": name, "bytes": _bytes(name)}
+        for kind, (tokens, _) in kinds.items():
+            own, first = times[kind][name], times[kind][models[0]]
+            row[f"{kind} tok/s"] = tokens / statistics.median(own)
+            low, middle, high = statistics.quantiles([a / b for a, b in zip(first, own, strict=True)])
+            row[f"{kind} x"] = f"{middle:.3f} ({low:.3f}-{high:.3f})"
+        rows.append(row | {"backend": loaded[name].ops.name})
+    return rows
+
+
+def _bytes(name: str) -> int:
+    return sum(f.stat().st_size for f in resolve_model(name).glob("*.safetensors"))
+
+
+def _rounds(
+    loaded: dict[str, DeepseekModel], run: Callable[[DeepseekModel, Any], tuple[float, Any]]
+) -> dict[str, list[float]]:
+    """Seconds of every round by model; who begins moves on, so nobody always follows the same one."""
+    state: dict[str, Any] = dict.fromkeys(loaded)
     times: dict[str, list[float]] = {name: [] for name in loaded}
-    for _ in range(ROUNDS):
-        for name, model in loaded.items():
-            times[name].append(_prefill(model))
-    backend = next(iter(loaded.values())).ops.name
-    return [
-        {
-            "model": name,
-            "bytes": sum(f.stat().st_size for f in resolve_model(name).glob("*.safetensors")),
-            "decode_tokens_per_second": round(1 / decode[name], 1),
-            "prefill_tokens_per_second": round(PREFILL / statistics.median(times[name]), 1),
-            "backend": backend,
-        }
-        for name in loaded
-    ]
+    names = list(loaded)
+    for i in range(WARMUP + ROUNDS):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            seconds, state[name] = run(loaded[name], state[name])
+            if i >= WARMUP:
+                times[name].append(seconds)
+    return times
 
 
-def _prefill(model: DeepseekModel) -> float:
-    batch, blocks = paged_batch([PREFILL])
+def _cache(model: DeepseekModel, blocks: int) -> Any:
     kind: CacheDtype = "float32" if model.ops.dtype == torch.float32 else "bfloat16"
-    cache = model.new_cache(blocks, BLOCK, kind)
+    return model.new_cache(blocks, BLOCK, kind)
+
+
+def _prefill(model: DeepseekModel, cache: Any) -> tuple[float, Any]:
+    batch, blocks = paged_batch([PREFILL])
+    cache = cache or _cache(model, blocks)
     ids = torch.arange(PREFILL) % model.config.vocab_size
     start = time.perf_counter()
     model.forward(ids, batch, cache)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, cache
+
+
+def _decode(sequences: int) -> Callable[[DeepseekModel, Any], tuple[float, Any]]:
+    """A step of so many sequences behind prompts of 64 different tokens."""
+    each = -(-(PROMPT + 1) // BLOCK)
+    tables = [range(i * each, (i + 1) * each) for i in range(sequences)]
+
+    def run(model: DeepseekModel, cache: Any) -> tuple[float, Any]:
+        ids = torch.arange(sequences * PROMPT) * 37 % model.config.vocab_size
+        if cache is None:
+            cache = _cache(model, sequences * each)
+            prompts = make_batch([PROMPT] * sequences, [0] * sequences, tables, BLOCK)
+            model.forward(ids, prompts, cache)
+        batch = make_batch([1] * sequences, [PROMPT] * sequences, tables, BLOCK)
+        start = time.perf_counter()
+        model.logits(model.forward(ids[:sequences] + 1, batch, cache))
+        return time.perf_counter() - start, cache
+
+    return run
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -71,14 +71,18 @@ def wide(tiny: ModelConfig) -> ModelConfig:
 @pytest.fixture
 def checkpoint(wide: ModelConfig, tmp_path: Path, sources: Path) -> Path:
     """A random model with its tokenizer."""
+    return random_checkpoint(wide, tmp_path / "model", sources)
+
+
+def random_checkpoint(cfg: ModelConfig, out: Path, sources: Path) -> Path:
     torch.manual_seed(0)
-    model = DeepSeekLM(wide)
+    model = DeepSeekLM(cfg)
     for name, p in model.named_parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.5 if "embed" in name else p.shape[-1] ** -0.5)
-    tokenizer = data.train_tokenizer((d.text for d in data.find_sources(sources)), wide.vocab_size)
-    save_checkpoint(model, tokenizer, tmp_path / "model", fp8=False)
-    return tmp_path / "model"
+    tokenizer = data.train_tokenizer((d.text for d in data.find_sources(sources)), cfg.vocab_size)
+    save_checkpoint(model, tokenizer, out, fp8=False)
+    return out
 
 
 def settings_of(checkpoint: Path, out: Path, sources: Path) -> Settings:

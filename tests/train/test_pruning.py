@@ -18,6 +18,7 @@ from farthing.model.inspect import model_cost
 from farthing.ops import make_batch, select
 from farthing.train.activity import Activity, measure, mlps
 from farthing.train.export import load_checkpoint, save_checkpoint
+from farthing.train.finetune import Settings, Text
 from farthing.train.model import DeepSeekLM, ModelConfig, MoE
 from farthing.train.pruning import (
     Cut,
@@ -29,7 +30,7 @@ from farthing.train.pruning import (
     sizes_of,
 )
 from farthing.train.pruning_run import build, train_prune
-from tests.train.conftest import settings_of
+from tests.train.conftest import random_checkpoint, settings_of
 
 QUIET = Console(quiet=True)
 
@@ -135,10 +136,13 @@ def test_a_run_prunes_and_the_engine_serves_the_result(
     small = json.loads((out / "config.json").read_text())
     assert len(small["layer_sizes"]) == 4
     assert (out / "model.safetensors").stat().st_size < (checkpoint / "model.safetensors").stat().st_size
-    trained = load_checkpoint(out)
+    _engine_agrees(out, load_checkpoint(out).eval())
+
+
+def _engine_agrees(out: Path, trained: DeepSeekLM) -> None:
     ids = torch.randint(3, 300, (1, 24))
     with torch.no_grad():
-        expected = trained.eval().logits(trained(ids))[0]
+        expected = trained.logits(trained(ids))[0]
     model = load(out, select("reference"))
     hidden = model.forward(ids[0], make_batch([24], [0], [range(2)], 16), model.new_cache(2, 16, "float32"))
     torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-3, atol=1e-3)
@@ -163,6 +167,56 @@ def test_nothing_goes_while_the_loss_is_above_its_bound(
     hook.before_step(trainer)
     late = hook.removed(trainer.model)  # type: ignore[arg-type]
     assert 0 < late < 0.28  # the schedule waited too
+
+
+def test_a_run_that_hurts_backs_off(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
+    """A model that knows its text, nothing to heal it (no learning rate): the bound alone stops the cuts."""
+    settings = dataclasses.replace(settings_of(checkpoint, tmp_path / "a", sources), tokens=64 * 20)
+    _learn(checkpoint, settings)
+    config = PruneConfig(target=0.6, end=0.5, every=1, multiple=8, calibration_windows=2, lr=0.0)
+
+    def run(bound: float, out: str) -> dict[str, object]:
+        own = dataclasses.replace(settings, out=tmp_path / out)
+        summary = train_prune(own, dataclasses.replace(config, bound=bound), console=QUIET)
+        assert summary is not None
+        return summary
+
+    free, bounded = run(10.0, "free"), run(0.02, "bounded")
+    assert free["removed"] >= 0.6 and all(e["event"] != "wait" for e in free["events"])  # type: ignore
+    kinds = [e["event"] for e in bounded["events"]]  # type: ignore[attr-defined]
+    assert kinds[0] != "wait" and kinds[-1] == "wait"
+    assert 0 < bounded["removed"] < 0.6  # type: ignore[operator]
+    rises = {e["event"] == "wait": e["rise"] for e in bounded["events"]}  # type: ignore[attr-defined]
+    assert rises[True] > 0.0198 >= rises[False]  # log(1.02)
+
+
+def _learn(checkpoint: Path, settings: Settings) -> None:
+    """Teaches the checkpoint its text, so that cuts cost something."""
+    model, text = load_checkpoint(checkpoint), Text.load(settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(text.batches.next(8, 32))["loss"].backward()
+        optimizer.step()
+    save_checkpoint(model, text.tokenizer, checkpoint, fp8=False)
+
+
+def test_whole_experts_go_and_the_engine_routes_among_the_rest(
+    wide: ModelConfig, tmp_path: Path, sources: Path
+) -> None:
+    cfg = dataclasses.replace(wide, n_group=2, topk_group=2)  # four experts a group: two may go
+    model = random_checkpoint(cfg, tmp_path / "model", sources)
+    config = PruneConfig(target=0.3, every=1, multiple=96, bound=10.0, calibration_windows=2)  # no neurons
+    summary = train_prune(settings_of(model, tmp_path / "run", sources), config, console=QUIET)
+    assert summary is not None and summary["removed"] >= 0.3
+    assert {e["event"] for e in summary["events"]} == {"experts"}
+    out = tmp_path / "run" / "checkpoint"
+    trained = load_checkpoint(out).eval()
+    left = [len(m.down) for _, m in mlps(trained) if isinstance(m, MoE)]
+    assert min(left) < 8 and all(n in (4, 6, 8) for n in left)
+    for (_, m), n in zip([x for x in mlps(trained) if isinstance(x[1], MoE)], left, strict=True):
+        assert m.gate.weight.shape[0] == len(m.gate.e_score_correction_bias) == n  # type: ignore[union-attr]
+    _engine_agrees(out, trained)
 
 
 def test_an_interrupted_run_goes_on_with_its_sizes(

@@ -88,13 +88,19 @@ def qat(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/qat"),
     stages: Annotated[
         str, typer.Option(help="START:BITS of each stage: W8A8, W4A8 or W4A4 from that share of the run on.")
-    ] = "0:W8A8,0.03:W4A8,0.2:W4A4",
+    ] = "0:W8A8,0.01:W4A8,0.08:W4A4",
     inputs: Annotated[
         str, typer.Option(help="Input ranges: group (dynamic, learned clip) or tensor (LSQ+, not exported).")
     ] = "group",
-    tokens: Tokens = 400_000,
-    window: Window = 512,
-    batch_tokens: BatchTokens = 2048,
+    smoothing: Annotated[
+        float, typer.Option(help="0 to 1: how far channels of an input are made alike before it is rounded.")
+    ] = 0.5,
+    hard: Annotated[
+        float, typer.Option(help="Share of the loss that is the text; the rest is the float model's answer.")
+    ] = 0.0,
+    tokens: Tokens = 1_500_000,
+    window: Window = 1024,
+    batch_tokens: BatchTokens = 4096,
     eval_tokens: EvalTokens = 12_000,
     resume: Resume = False,
     data: Data = None,
@@ -120,7 +126,8 @@ def qat(
         if inputs not in ("group", "tensor"):
             raise ValueError(f"--inputs {inputs!r}: expected group or tensor")
         kind: Any = inputs
-        return train_qat(settings, QatConfig(stages=parse_stages(stages), inputs=kind), resume)
+        config = QatConfig(parse_stages(stages), inputs=kind, smoothing=smoothing, hard=hard)
+        return train_qat(settings, config, resume)
 
     _finish(run, as_json)
 

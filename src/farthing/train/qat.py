@@ -1,8 +1,9 @@
 """Quantization-aware training of a trained checkpoint: W8A8, then W4A8, then W4A4.
 
-Every projection gets learned weight scales and rounded inputs (`lsq.py`). Each change of bits begins block by
-block: a layer learns to give the float layer's outputs from the quantized layers' inputs (as BRECQ, Li et al.
-2021). Then everything learns end to end from the float model's next-token distributions.
+Inputs are smoothed first (`smoothing.py`), which changes no output. Every projection gets learned weight
+scales and rounded inputs (`lsq.py`). Each change of bits begins block by block: a layer learns to give the
+float layer's outputs from the quantized layers' inputs (as BRECQ, Li et al. 2021). Then everything learns end
+to end from the float model's next-token distributions.
 
 Shapes: B windows, T positions, D hidden.
 """
@@ -26,8 +27,11 @@ from farthing.train.finetune import Settings, Text, adam, curve, freeze_top, per
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing.train.lsq import Kind, Precision, QuantizedProduct
 from farthing.train.model import DeepSeekLM, MoE
+from farthing.train.smoothing import smooth
 
 log = logging.getLogger(__name__)
+
+SMOOTHING_WINDOWS = 16  # of text that inputs are measured on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +45,13 @@ class QatConfig:
     )
     group: int = 64  # columns that share a weight scale, and an input range where ranges are per group
     inputs: Kind = "group"
-    weight_lr: float = 3e-4
+    smoothing: float = 0.5  # of inputs, before anything is rounded: 0 is off
+    weight_lr: float = 4e-4
+    norm_lr: float = 1e-3
     scale_lr: float = 3e-3
-    block_steps: int = 16  # of each layer at each change of bits
+    block_steps: int = 8  # of each layer at each change of bits
     block_windows: int = 16
+    block_tokens: int = 2048  # of a step
     hard: float = 0.0  # share of the loss that is the text itself, the rest is the teacher
     mtp_weight: float = 0.3
     mtp_share: float = 0.25
@@ -52,8 +59,9 @@ class QatConfig:
     def __post_init__(self) -> None:
         if not self.stages or self.stages[0][0] != 0.0:
             raise ValueError(f"stages is {self.stages}; expected the first to begin at 0.0")
-        if not 0 <= self.hard <= 1:
-            raise ValueError(f"hard is {self.hard}; expected a share in [0, 1]")
+        for name in ("hard", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
 
     def stage(self, progress: float) -> int:
         """Index of the last stage that has begun."""
@@ -135,6 +143,7 @@ def learn_blocks(student: QatModel, teacher: DeepSeekLM, tokens: Tensor, precisi
     """
     config, net = student.config, student.net
     turn = net.turn[: tokens.shape[1]]
+    per_step = max(1, config.block_tokens // tokens.shape[1])
     errors: list[float] = []
     with torch.no_grad():
         theirs = nn.functional.embedding(tokens, teacher.embed_tokens)
@@ -152,7 +161,7 @@ def learn_blocks(student: QatModel, teacher: DeepSeekLM, tokens: Tensor, precisi
         )
         power = theirs.square().mean()
         for step in range(config.block_steps):
-            rows = torch.arange(step * 4, step * 4 + 4) % len(tokens)
+            rows = torch.arange(step * per_step, (step + 1) * per_step) % len(tokens)
             for group, lr in zip(optimizer.param_groups, (config.weight_lr, config.scale_lr), strict=True):
                 group["lr"] = lr * (1 - step / config.block_steps)
             optimizer.zero_grad()
@@ -213,22 +222,25 @@ def build(settings: Settings, config: QatConfig, console: Console) -> tuple[Trai
     """A trainer ready to run or load, its text, and the float teacher."""
     torch.manual_seed(settings.seed)
     text = Text.load(settings)
-    teacher = load_checkpoint(settings.model).to(settings.device).eval()
+    teacher = load_checkpoint(settings.model).eval()
     teacher.set_compute_dtype(torch.bfloat16)
-    student = QatModel(copy.deepcopy(teacher), config)
+    net = copy.deepcopy(teacher)
+    smooth(net, text.batches.next(SMOOTHING_WINDOWS, settings.window), config.smoothing)
+    student = QatModel(net, config)
     student.to(settings.device)
+    teacher.to(settings.device)
     freeze_top(student.net)
-    quantizers = list(student.products.parameters())
     weights = [p for p in student.net.parameters() if p.requires_grad]
     optimizer = adam(
         [
-            {"params": weights, "lr": config.weight_lr},
-            {"params": quantizers, "lr": config.scale_lr},
+            {"params": [p for p in weights if p.ndim > 1], "lr": config.weight_lr},
+            {"params": [p for p in weights if p.ndim < 2], "lr": config.norm_lr},
+            {"params": list(student.products.parameters()), "lr": config.scale_lr},
         ]
     )
     loop = LoopConfig(
         settings.out, None, settings.tokens, Schedule(warmup=0.02, decay=0.7), threads=settings.threads,
-        eval_minutes=2.0, save_minutes=2.0,
+        eval_minutes=1.5, save_minutes=1.5,
     )  # fmt: skip
 
     def loss(module: nn.Module, tokens: Tensor, trainer: Trainer) -> dict[str, Tensor]:
@@ -242,10 +254,17 @@ def build(settings: Settings, config: QatConfig, console: Console) -> tuple[Trai
 
     hooks = [StageHook(teacher, text, settings, console)]
     trainer = Trainer(
-        student, [optimizer], text.batches, lambda t: text.micro_batches(settings), loss, loop, hooks,
-        evaluate=score, console=console,
+        student, [optimizer], text.batches, lambda t: text.micro_batches(settings), loss,
+        loop, hooks, evaluate=score, console=console,
     )  # fmt: skip
     return trainer, text, teacher
+
+
+def _untrained(net: DeepSeekLM, config: QatConfig, precision: Precision) -> DeepSeekLM:
+    """The net with rounded products and ranges of least squared error."""
+    rounded = QatModel(net, config)
+    rounded.start(precision)
+    return rounded.net
 
 
 def train_qat(
@@ -266,12 +285,14 @@ def train_qat(
     def score(net: DeepSeekLM) -> float:
         return perplexity(net, text.heldout, settings.window, settings.eval_tokens)
 
-    float_perplexity = score(teacher)
     precision = config.stages[-1][1]
-    student.start(precision)
-    ptq_perplexity = score(student.net)
-    student.start(Precision(16, 16))
-    console.print(f"float {float_perplexity:.3f}; {precision} without training {ptq_perplexity:.3f}")
+    float_perplexity = score(teacher)
+    ptq_perplexity = score(_untrained(copy.deepcopy(teacher), config, precision))
+    smoothed_perplexity = score(_untrained(copy.deepcopy(student.net), config, precision))
+    console.print(
+        f"float {float_perplexity:.3f}; {precision} without training {ptq_perplexity:.3f}, "
+        f"smoothed {smoothed_perplexity:.3f}"
+    )
     if resume:
         trainer.load()
     if not trainer.run():
@@ -281,7 +302,12 @@ def train_qat(
     lost = ptq_perplexity - float_perplexity
     summary: dict[str, Any] = {
         "precision": str(precision),
-        "perplexity": {"float": float_perplexity, "untrained": ptq_perplexity, "trained": final},
+        "perplexity": {
+            "float": float_perplexity,
+            "untrained": ptq_perplexity,
+            "smoothed": smoothed_perplexity,
+            "trained": final,
+        },
         "relative_increase": final / float_perplexity - 1,
         "recovered": (ptq_perplexity - final) / lost if lost > 0 else None,
         "eval_tokens": settings.eval_tokens,
@@ -292,7 +318,11 @@ def train_qat(
         "curve": trainer.record,
     }
     (settings.out / "qat.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    levels = {"float": float_perplexity, f"{precision} untrained": ptq_perplexity}
+    levels = {
+        "float": float_perplexity,
+        f"{precision} untrained": ptq_perplexity,
+        "smoothed": smoothed_perplexity,
+    }
     draw(
         settings.out / "qat.png",
         {"trained": curve(trainer, "perplexity")},
