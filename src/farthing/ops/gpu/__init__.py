@@ -1,0 +1,38 @@
+"""The GPU backend: Triton kernels behind the ops' signatures. See docs/gpu.md."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError("backend 'gpu' needs Triton; install it with: pip install 'farthing[gpu]'") from error
+
+from farthing.ops.gpu.backend import GpuOps
+from farthing.ops.gpu.numeric import INTERPRETED
+
+__all__ = ["GpuOps", "create"]
+
+
+def create(
+    dtype: torch.dtype | None, threads: int | None, quantization: str | None, packed: str | None
+) -> GpuOps:
+    """The backend's factory (see `farthing.ops.select`).
+
+    dtype: of activations, bfloat16 unless float32 is asked for. Raises RuntimeError where there is no NVIDIA
+    GPU and TRITON_INTERPRET=1 is not set, ValueError on a bad argument.
+    """
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype {dtype} is not served by backend 'gpu'; expected float32 or bfloat16")
+    if quantization not in (None, "int8", "int4"):
+        raise ValueError(f"quantization {quantization!r} is unknown; expected 'int8', 'int4' or None")
+    if packed is not None:
+        raise ValueError("the gpu backend reads no packed file; use backend 'cpu'")
+    if not INTERPRETED and not torch.cuda.is_available():
+        raise RuntimeError(
+            "backend 'gpu' needs an NVIDIA GPU and a CUDA build of torch, and torch.cuda.is_available() is "
+            "False; TRITON_INTERPRET=1 runs its kernels on the CPU, slowly, for tests"
+        )
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    return GpuOps(dtype or torch.bfloat16, device, quantization)

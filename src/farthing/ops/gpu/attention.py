@@ -1,0 +1,135 @@
+"""Latent attention of one step: which tokens decode, which are expanded, and the products around the kernels.
+
+Legend: see `farthing.ops.api`. Two ways give the same numbers. Absorbed (`decode`): the query is taken into
+the latent space and meets the cache as it is, 2 c + r multiplications a key and head. Expanded (`prefill`):
+latents are taken out to heads once, c (n + v) a key and head, and then cost n + r + v. So a sequence is
+expanded where its new tokens are more than c (n + v) / (2 c - n - v): 171 in V3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farthing.ops.api import AttentionSpec, Batch, LatentCache
+from farthing.ops.gpu.decode import decode
+from farthing.ops.gpu.latent import gather, rotate_queries, write_latent
+from farthing.ops.gpu.prefill import prefill
+
+MOST_EXPANDED = 1 << 29  # numbers of expanded keys and values held at once, unless one sequence has more
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """kv_b_proj by head: rows [W_UK (n); W_UV (v)]."""
+
+    spec: AttentionSpec
+    kv_b: Tensor  # [H, n + v, c]
+    norm: Tensor  # [c] float32
+    rope: Tensor  # [2, max_len, r / 2] float32
+
+    @property
+    def expand_from(self) -> float:
+        """New tokens of a sequence from which expanding its keys costs less."""
+        s = self.spec
+        wide = s.nope_dim + s.value_dim
+        saved = 2 * s.latent_dim - wide
+        return s.latent_dim * wide / saved if saved > 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One sequence of a step, on the host."""
+
+    sequence: int
+    begin: int
+    end: int
+    keys: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a step's tokens go: expanded sequences, and the tokens (with their sequences) that decode."""
+
+    expanded: list[Span]
+    tokens: Tensor | None  # [m] int64; None: all of them
+    sequences: Tensor | None  # [m] int32
+
+
+def plan(batch: Batch, expand_from: float) -> Plan:
+    """Reads the batch back to the host unless every sequence has one token."""
+    count, device = batch.context_lens.shape[0], batch.positions.device
+    if batch.positions.shape[0] == count:
+        return Plan([], None, torch.arange(count, dtype=torch.int32, device=device))
+    starts, keys = batch.query_start.tolist(), batch.context_lens.tolist()
+    spans = [Span(b, starts[b], starts[b + 1], keys[b]) for b in range(count)]
+    expanded = [s for s in spans if s.end - s.begin > expand_from]
+    few = [s for s in spans if s.end - s.begin <= expand_from]
+    if not few:
+        return Plan(expanded, None, None)
+    tokens = torch.tensor([t for s in few for t in range(s.begin, s.end)], device=device)
+    sequences = [s.sequence for s in few for _ in range(s.begin, s.end)]
+    return Plan(
+        expanded, None if not expanded else tokens, torch.tensor(sequences, dtype=torch.int32, device=device)
+    )
+
+
+def attend(
+    q: Tensor, kv: Tensor, heads: Heads, cache: LatentCache, layer: int, batch: Batch, eps: float, plan: Plan
+) -> Tensor:
+    """`Ops.mla`: q [T, H (n + r)], kv [T, c + r] -> [T, H v]."""
+    s = heads.spec
+    q_pe = rotate_queries(q, batch.positions, heads.rope, s.num_heads, s.nope_dim, s.rope_dim, s.interleaved)
+    write_latent(kv, heads.norm, eps, batch.positions, heads.rope, s.interleaved, cache, layer, batch.slots)
+    if plan.sequences is not None and not plan.expanded:
+        return _absorbed(q, q_pe, heads, cache, layer, batch, plan.sequences, batch.positions)
+    out = torch.empty(q.shape[0], s.num_heads * s.value_dim, dtype=q.dtype, device=q.device)
+    if plan.sequences is not None and plan.tokens is not None:
+        some = plan.tokens
+        out[some] = _absorbed(
+            q[some], q_pe[some], heads, cache, layer, batch, plan.sequences, batch.positions[some]
+        )
+    for group in _groups(plan.expanded, s.num_heads * (s.nope_dim + s.value_dim)):
+        _expand(q, q_pe, heads, cache, layer, batch, group, out)
+    return out
+
+
+def _absorbed(
+    q: Tensor, q_pe: Tensor, heads: Heads, cache: LatentCache, layer: int, batch: Batch, sequences: Tensor,
+    positions: Tensor,
+) -> Tensor:  # fmt: skip
+    s = heads.spec
+    w_uk, w_uv = heads.kv_b.split((s.nope_dim, s.value_dim), 1)
+    nope = q.unflatten(1, (s.num_heads, -1))[..., : s.nope_dim]
+    latent = torch.bmm(nope.transpose(0, 1), w_uk).transpose(0, 1).contiguous()  # [m, H, c]
+    mixed = decode(latent, q_pe, cache, layer, batch.block_table, sequences, positions, s.scale)
+    return torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
+def _expand(
+    q: Tensor, q_pe: Tensor, heads: Heads, cache: LatentCache, layer: int, batch: Batch, group: list[Span],
+    out: Tensor,
+) -> None:  # fmt: skip
+    s = heads.spec
+    lengths = [span.keys for span in group]
+    table = batch.block_table[[span.sequence for span in group]]
+    latent, key, first = gather(cache, layer, table, lengths, s.latent_dim, q.dtype)
+    expanded = latent @ heads.kv_b.flatten(0, 1).t()  # [S, H (n + v)]
+    prefill(
+        q, q_pe, expanded, key, out, [(span.begin, span.end) for span in group], first, lengths, s.scale,
+        (s.num_heads, s.nope_dim, s.rope_dim, s.value_dim),
+    )  # fmt: skip
+
+
+def _groups(spans: list[Span], width: int) -> list[list[Span]]:
+    groups: list[list[Span]] = []
+    held = 0
+    for span in spans:
+        if not groups or held + span.keys * width > MOST_EXPANDED:
+            groups.append([])
+            held = 0
+        groups[-1].append(span)
+        held += span.keys * width
+    return groups

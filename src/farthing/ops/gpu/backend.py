@@ -1,0 +1,251 @@
+"""`GpuOps`: the op signatures over Triton kernels. Legend: see `farthing.ops.api`.
+
+Two products are left to torch (cuBLAS): the router's float32 logits, and the small products by head around
+absorbed attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farthing.ops.api import (
+    AttentionSpec,
+    Batch,
+    CacheDtype,
+    LatentCache,
+    MoEWeights,
+    Ops,
+    RouterSpec,
+)
+from farthing.ops.gpu import gemm, normalize
+from farthing.ops.gpu.attention import Heads, Plan, attend, plan
+from farthing.ops.gpu.grouped import combine, experts_mlp
+from farthing.ops.gpu.matrix import Matrix, pack, pair, rounded, stack_experts, stack_rows
+from farthing.ops.gpu.numeric import INTERPRETED
+from farthing.ops.gpu.route import route, sort_by_expert
+from farthing.ops.gpu.softmax import softmax
+from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX
+from farthing.ops.weights import Weight
+
+Gated = tuple[Weight, Weight, Weight]
+_FP8_CAPABILITY = (8, 9)  # Ada and Hopper multiply FP8
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """A gated MLP, or a stack of them."""
+
+    gate_up: Matrix
+    down: Matrix
+
+
+@dataclass(slots=True)
+class Experts:
+    """A router and its experts."""
+
+    spec: RouterSpec
+    gate: Tensor  # [E, D] float32
+    bias: Tensor | None
+    routed: Mlp
+    held: Tensor | None  # [E] int32, the place of an expert in the stack or -1; None: all are here
+    shared: Mlp | None
+
+
+class GpuOps(Ops):
+    """Every op on one CUDA device; activations are bfloat16 or float32, FP8 where the weights are."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, quantization: str | None = None) -> None:
+        self.device, self.dtype = device, dtype
+        what = "interpreted on the CPU" if INTERPRETED else torch.cuda.get_device_name(device)
+        self.name = f"gpu/triton {str(dtype).removeprefix('torch.')}, {what}"
+        self._quantization = quantization
+        self._fp8 = INTERPRETED or torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._planned: tuple[Batch, Plan] | None = None
+
+    # -- packing
+
+    def _matrix(self, weight: Weight) -> Matrix:
+        return pack(rounded(weight, self._quantization), self.dtype, self.device, self._fp8)
+
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Matrix]:
+        return stack_rows([self._matrix(w) for w in weights()])
+
+    def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Mlp:
+        gate, up, down = weights()
+        return Mlp(pair(self._matrix(gate), self._matrix(up)), self._matrix(down))
+
+    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
+        w = weights()
+        here = [e for e, load in enumerate(w.experts) if load is not None]
+        if not here:
+            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one a rank")
+        held = None
+        if len(here) < len(w.experts):
+            held = torch.full((len(w.experts),), -1, dtype=torch.int32)
+            held[here] = torch.arange(len(here), dtype=torch.int32)
+            held = held.to(self.device)
+        return Experts(
+            spec,
+            w.gate.float().to(self.device),
+            None if w.bias is None else w.bias.float().to(self.device),
+            self._stack(name, w, here),
+            held,
+            None if w.shared is None else self.pack_mlp(f"{name}.shared", w.shared),
+        )
+
+    def _stack(self, name: str, w: MoEWeights, here: list[int]) -> Mlp:
+        downs: list[Matrix] = []
+
+        def pairs() -> Iterator[Matrix]:
+            for e in here:
+                load = w.experts[e]
+                assert load is not None
+                expert = self.pack_mlp(f"{name}.experts.{e}", load)
+                downs.append(expert.down)
+                yield expert.gate_up
+
+        gate_up = stack_experts(pairs(), len(here))
+        return Mlp(gate_up, stack_experts(downs, len(here)))
+
+    def pack_attention(
+        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
+    ) -> Heads:
+        kv_b, norm = weights()
+        value = rounded(kv_b, self._quantization).dequantize(self.dtype).to(self.device)
+        heads = value.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
+        return Heads(spec, heads.contiguous(), self._vector(norm), self._here(rope))
+
+    def new_cache(
+        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
+    ) -> LatentCache:
+        shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
+        scale = torch.ones(*shape, 2, device=self.device) if kind in CACHE_MAX else None
+        return LatentCache(torch.zeros(*shape, width, dtype=kind, device=self.device), scale)
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A parameter the model keeps, such as a norm or the embedding: its copy on the device, made once."""
+        if tensor.device.type == self.device.type:
+            return tensor
+        kept = self._copies.get(id(tensor))
+        if kept is None:
+            kept = self._copies[id(tensor)] = (tensor, tensor.to(self.device))
+        return kept[1]
+
+    def _vector(self, weight: Tensor) -> Tensor:
+        """A norm's weight, float32 and contiguous."""
+        return self._here(weight).float().contiguous()
+
+    # -- computing
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(ids, self._here(table)).to(self.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return normalize.rms_norm(_rows(x), self._vector(weight), eps)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: list[Matrix],
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return self._linear(x, weight, norm, eps, residual, self.dtype)
+
+    def _linear(
+        self, x: Tensor, weight: list[Matrix], norm: Tensor | None, eps: float, residual: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        if x.shape[1] != weight[0].k:
+            raise ValueError(f"x has {x.shape[1]} columns; expected {weight[0].k}, the weight's")
+        vector = None if norm is None else self._vector(norm)
+        return gemm.linear(_rows(x), weight, vector, eps, residual, dtype)
+
+    def mla(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        attention: Heads,
+        cache: LatentCache,
+        layer: int,
+        batch: Batch,
+        eps: float,
+    ) -> Tensor:
+        # A step's plan is the same in every layer; it is made, and read back from the device, once.
+        if self._planned is None or self._planned[0] is not batch:
+            self._planned = (batch, plan(batch, attention.expand_from))
+        return attend(_rows(q), _rows(kv), attention, cache, layer, batch, eps, self._planned[1])
+
+    def mlp(self, x: Tensor, weights: Mlp, norm: Tensor, eps: float) -> Tensor:
+        n = self.rms_norm(x, norm, eps)
+        none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
+        return combine(n, none, None, self._gated(n, weights), _rows(x))
+
+    def _gated(self, n: Tensor, weights: Mlp) -> Tensor:
+        """One MLP for all tokens: a grouped product of one group."""
+        tokens = n.shape[0]
+        order = torch.arange(tokens, dtype=torch.int32, device=n.device)
+        starts = torch.arange(0, 2 * max(1, tokens), max(1, tokens), dtype=torch.int32, device=n.device)
+        return self._grouped(n, weights, order, starts, 1, None)
+
+    def _grouped(
+        self, n: Tensor, weights: Mlp, order: Tensor, starts: Tensor, slots: int, gates: Tensor | None
+    ) -> Tensor:
+        x, scale = normalize.quantize(n) if weights.gate_up.format == "fp8" else (n, None)
+        return experts_mlp(x, scale, weights.gate_up, weights.down, order, starts, slots, gates, self.dtype)
+
+    def moe(
+        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
+    ) -> Tensor:
+        return self._moe(x, weights, norm, eps, counts, None)
+
+    def _moe(
+        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None,
+        live: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        n = self.rms_norm(x, norm, eps)
+        ids, gates = self._route(n, weights, live)
+        if counts is not None:
+            chosen = ids.flatten()
+            counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
+        order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.held)
+        y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
+        shared = None if weights.shared is None else self._gated(n, weights.shared)
+        return combine(y, ids, weights.held, shared, _rows(x))
+
+    def reroute(self, weights: Experts, spec: RouterSpec) -> None:
+        weights.spec = spec
+
+    def route(self, n: Tensor, weights: Experts) -> tuple[Tensor, Tensor]:
+        return self._route(n, weights, None)
+
+    def _route(self, n: Tensor, weights: Experts, live: Tensor | None) -> tuple[Tensor, Tensor]:
+        return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec, live)
+
+    def logits(self, x: Tensor, head: list[Matrix], norm: Tensor, eps: float) -> Tensor:
+        return self._linear(x, head, norm, eps, None, torch.float32)
+
+    def top_logits(
+        self, x: Tensor, head: list[Matrix], norm: Tensor, eps: float, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.logits(x, head, norm, eps)
+        # A stable sort keeps equal logits in the order of their ids; max gives the first of them.
+        values, ids = (
+            logits.max(-1, keepdim=True) if k == 1 else logits.sort(stable=True, dim=-1, descending=True)
+        )
+        return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return softmax(_rows(x.float()))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows with unit column stride."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

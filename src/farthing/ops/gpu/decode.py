@@ -1,0 +1,134 @@
+"""Latent attention of single tokens over the paged cache: split over keys, online softmax, then combined.
+
+Legend: n queries (tokens); H heads, BH of them a program; c latent, r rotary; BK keys a turn; S splits.
+
+Every head reads the same keys: a key is the latent and the rotary key beside it (512 + 64 in V3), its value
+the latent again. So a tile is BH heads of one token against BK keys, and each key is loaded once for both
+products (FlashMLA does the same). With 8 bits the scale of a key multiplies its score and its weight, never
+its numbers. A split covers an equal share of its own sequence's keys, so that long and short ones end
+together (flash-decoding); a split without keys leaves minus infinity as its sum.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farthing.ops.api import LatentCache
+from farthing.ops.gpu.launch import Config, config, programs
+from farthing.ops.gpu.numeric import dot, narrow
+
+_LEAST_KEYS = 256  # a split is not worth its combination below this many
+_MOST_SPLITS = 64
+
+
+@triton.jit
+def _decode(
+    q, q_pe, data, k_scale, table, sequences, positions, part, lse, scale, stride_t, size, H, c, r,
+    SPLITS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, EIGHT_BITS: tl.constexpr,
+    BH: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    query, block, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    length = tl.load(positions + query) + 1
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BK) * BK
+    begin = split * share
+    end = tl.minimum(begin + share, length)
+    sequence = tl.load(sequences + query).to(tl.int64)
+    h = block * BH + tl.arange(0, BH)
+    j, i, s = tl.arange(0, C), tl.arange(0, R), tl.arange(0, BK)
+    row = query * H + h
+    ql = tl.load(
+        q + row[:, None] * c + j[None, :], mask=(h[:, None] < H) & (j[None, :] < c), other=0.0
+    )  # [BH, C]
+    qp = tl.load(q_pe + row[:, None] * r + i[None, :], mask=(h[:, None] < H) & (i[None, :] < r), other=0.0)
+    top = tl.full((BH,), float("-inf"), tl.float32)
+    total = tl.zeros((BH,), tl.float32)
+    acc = tl.zeros((BH, C), tl.float32)
+    for start in range(begin, end, BK):
+        at = start + s
+        ok = at < end
+        where = tl.load(table + sequence * stride_t + at // size, mask=ok, other=0).to(tl.int64)
+        slot = where * size + at % size
+        key = data + slot[:, None] * (c + r)
+        latent = tl.load(key + j[None, :], mask=ok[:, None] & (j[None, :] < c), other=0.0).to(ql.dtype)
+        pe = tl.load(key + c + i[None, :], mask=ok[:, None] & (i[None, :] < r), other=0.0).to(ql.dtype)
+        score = dot(ql, tl.trans(latent), tl.zeros((BH, BK), tl.float32))
+        if EIGHT_BITS:
+            s_latent = tl.load(k_scale + slot * 2, mask=ok, other=0.0)
+            s_pe = tl.load(k_scale + slot * 2 + 1, mask=ok, other=0.0)
+            score = score * s_latent[None, :]
+            score += dot(qp, tl.trans(pe), tl.zeros((BH, BK), tl.float32)) * s_pe[None, :]
+        else:
+            score = dot(qp, tl.trans(pe), score)
+        score = tl.where(ok[None, :], score * scale, float("-inf"))
+        new = tl.maximum(top, tl.max(score, 1))
+        shrink = tl.exp(top - new)
+        p = tl.exp(score - new[:, None])  # [BH, BK]
+        total = total * shrink + tl.sum(p, 1)
+        if EIGHT_BITS:
+            p = p * s_latent[None, :]
+        acc = dot(narrow(p, ql.dtype), latent, acc * shrink[:, None])
+        top = new
+    at = row * SPLITS + split
+    found = total > 0.0
+    result = acc / tl.where(found, total, 1.0)[:, None]
+    mask = (h[:, None] < H) & (j[None, :] < c)
+    tl.store(part + at[:, None] * c + j[None, :], narrow(result, part.dtype.element_ty), mask=mask)
+    if SPLITS > 1:
+        sum_log = tl.where(found, top + tl.log(tl.where(found, total, 1.0)), float("-inf"))
+        tl.store(lse + at, sum_log, mask=h < H)
+
+
+@triton.jit
+def _combine(part, lse, out, c, S: tl.constexpr, SP: tl.constexpr, C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    s, j = tl.arange(0, SP), tl.arange(0, C)
+    sums = tl.load(lse + row * S + s, mask=s < S, other=float("-inf"))
+    weight = tl.exp(sums - tl.max(sums, 0))
+    weight = weight / tl.sum(weight, 0)
+    rows = part + (row * S + s[:, None]) * c + j[None, :]
+    # A split without keys has written zeros.
+    parts = tl.load(rows, mask=(s[:, None] < S) & (j[None, :] < c), other=0.0)
+    result = tl.sum(parts * weight[:, None], 0)
+    tl.store(out + row * c + j, narrow(result, out.dtype.element_ty), mask=j < c)
+
+
+def splits_for(queries: int, head_blocks: int, most_keys: int, processors: int) -> int:
+    """A power of two that fills the device about twice without making splits shorter than they are worth."""
+    wanted = triton.cdiv(2 * processors, max(1, queries * head_blocks))
+    useful = max(1, most_keys // _LEAST_KEYS)
+    most = min(triton.next_power_of_2(useful + 1) // 2 or 1, _MOST_SPLITS)
+    return int(min(triton.next_power_of_2(wanted), most))
+
+
+def decode(
+    q: Tensor, q_pe: Tensor, cache: LatentCache, layer: int, table: Tensor, sequences: Tensor,
+    positions: Tensor, scale: float, splits: int | None = None, choice: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Queries q [n, H, c] in the latent space, q_pe [n, H, r] rotated -> mixed latents [n, H, c].
+
+    Query i attends to the first positions[i] + 1 tokens of sequence sequences[i] of table [B, max_blocks].
+    """
+    n, heads, c = q.shape
+    r = q_pe.shape[2]
+    data = cache.data[layer]
+    k = choice or config("decode", heads, q.device)
+    blocks = triton.cdiv(heads, k.bm)
+    count = splits or splits_for(n, blocks, table.shape[1] * cache.block_size, programs(q.device))
+    out = torch.empty_like(q)
+    part = out if count == 1 else torch.empty(n, heads, count, c, dtype=torch.float32, device=q.device)
+    lse = torch.empty(n, heads, count, dtype=torch.float32, device=q.device) if count > 1 else part
+    padded = max(16, triton.next_power_of_2(c))
+    _decode[(n, blocks, count)](
+        q, q_pe, data, data if cache.scale is None else cache.scale[layer], table, sequences, positions,
+        part, lse, scale, table.stride(0), cache.block_size, heads, c, r, SPLITS=count, C=padded,
+        R=max(16, triton.next_power_of_2(r)), EIGHT_BITS=cache.scale is not None, BH=k.bm, BK=k.bk,
+        **k.resources,
+    )  # fmt: skip
+    if count > 1:
+        _combine[(n * heads,)](
+            part, lse, out, c, S=count, SP=triton.next_power_of_2(count), C=padded, num_warps=4
+        )
+    return out

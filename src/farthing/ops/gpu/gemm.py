@@ -1,0 +1,94 @@
+"""The dense product y = residual + x W^T, W in any storage format.
+
+Legend: T tokens; N output rows; K input columns; BM x BN a tile.
+
+Programs are ordered in groups of rows of tiles, so that those running at the same time share weights and
+inputs in L2. FP8 inputs are quantized (normed, where a norm comes first) in one pass of their own before.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farthing.ops.gpu.launch import Config, config
+from farthing.ops.gpu.matrix import FORMATS, Matrix
+from farthing.ops.gpu.normalize import quantize, rms_norm
+from farthing.ops.gpu.numeric import narrow
+from farthing.ops.gpu.tile import product
+
+_TOGETHER = 8  # rows of tiles that programs walk through side by side
+
+
+@triton.jit
+def _gemm(
+    x, x_scale, w, w_scale, w_zero, residual, out, T, N, K, stride_x, stride_r, stride_o,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, TOGETHER: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    down, across = tl.cdiv(T, BM), tl.cdiv(N, BN)
+    first = pid // (TOGETHER * across) * TOGETHER
+    height = tl.minimum(down - first, TOGETHER)
+    m = (first + pid % (TOGETHER * across) % height) * BM + tl.arange(0, BM)
+    n = pid % (TOGETHER * across) // height * BN + tl.arange(0, BN)
+    live = m < T
+    rows = m.to(tl.int64) * stride_x  # FP8: stride_x is 1, rows are counted
+    acc = product(
+        x, rows, live, x_scale, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO, False, BM, BN, BK
+    )
+    mask = live[:, None] & (n[None, :] < N)
+    if HAS_RESIDUAL:
+        at = m.to(tl.int64)[:, None] * stride_r + n[None, :]
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    at = m.to(tl.int64)[:, None] * stride_o + n[None, :]
+    tl.store(out + at, narrow(acc, out.dtype.element_ty), mask=mask)
+
+
+def gemm(
+    x: Tensor, weight: Matrix, out: Tensor, x_scale: Tensor | None = None, residual: Tensor | None = None,
+    choice: Config | None = None,
+) -> None:  # fmt: skip
+    """out [T, N] = residual + x [T, K] W^T; x is FP8 with x_scale where W is, and then contiguous."""
+    tokens = x.shape[0]
+    fp8 = weight.format == "fp8"
+    c = choice or config(f"gemm_{weight.format}", tokens, x.device)
+    grid = (triton.cdiv(tokens, c.bm) * triton.cdiv(weight.n, c.bn),)
+    _gemm[grid](
+        x, x_scale, weight.data, weight.scale, weight.zero, residual, out, tokens, weight.n, weight.k,
+        1 if fp8 else x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        FORMAT=FORMATS[weight.format], GROUP=weight.group or 1, HALF=weight.half or 1,
+        HAS_ZERO=weight.zero is not None, HAS_RESIDUAL=residual is not None, TOGETHER=_TOGETHER,
+        BM=c.bm, BN=c.bn, BK=c.bk, **c.resources,
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor, parts: list[Matrix], norm: Tensor | None, eps: float, residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """x [T, K] -> [T, sum of N] in `dtype`: residual + rms_norm(x) W^T, W in parts along its rows."""
+    tokens = x.shape[0]
+    out = torch.empty(tokens, sum(m.n for m in parts), dtype=dtype, device=x.device)
+    if not tokens:
+        return out
+    plain = scaled = None
+    if any(m.format != "fp8" for m in parts):
+        plain = x if norm is None else rms_norm(x, norm, eps)
+    if any(m.format == "fp8" for m in parts):
+        scaled = quantize(x, norm, eps)
+    start = 0
+    for m in parts:
+        columns = slice(start, start + m.n)
+        part = None if residual is None else residual[:, columns]
+        if m.format == "fp8":
+            assert scaled is not None
+            gemm(scaled[0], m, out[:, columns], scaled[1], part)
+        else:
+            assert plain is not None
+            gemm(plain, m, out[:, columns], None, part)
+        start += m.n
+    return out

@@ -1,0 +1,111 @@
+"""How kernels are launched: configurations from files, the number of programs that run at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from farthing.ops.gpu.numeric import INTERPRETED
+
+FOLDER = Path(__file__).parent / "configs"
+_INTERPRETED_PROGRAMS = 3  # few and odd, so that persistent loops take more than one turn in tests
+_TILE = {"bm", "bn", "bk"}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Tile sizes and resources of one launch. What a kernel has no use for keeps its default."""
+
+    bm: int = 64
+    bn: int = 64
+    bk: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            power = isinstance(value, int) and value > 0 and value & (value - 1) == 0
+            if field.name == "num_stages":
+                power = isinstance(value, int) and 1 <= value <= 8
+            if not power or (field.name in _TILE and value < 16):
+                raise ValueError(
+                    f"{field.name} is {value!r}; expected "
+                    f"{'1 to 8' if field.name == 'num_stages' else 'a power of two'}"
+                    f"{', at least 16' if field.name in _TILE else ''}"
+                )
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """The launch's own keywords."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def file_name(device: str) -> str:
+    """'NVIDIA H100 80GB HBM3' -> 'nvidia-h100-80gb-hbm3.json'."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+def read_configs(path: Path) -> dict[str, list[tuple[int, Config]]]:
+    """kernel -> (most rows, configuration), ascending.
+
+    The file: {kernel: [{"rows": 16, "bm": 16, …}, …]}; the last entry of a kernel serves every larger size.
+    Raises ValueError naming file, kernel and field.
+    """
+    known = {f.name for f in fields(Config)}
+    table: dict[str, list[tuple[int, Config]]] = {}
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
+    for kernel, entries in raw.items():
+        rows = []
+        for entry in entries:
+            unknown = entry.keys() - known - {"rows"}
+            if unknown or "rows" not in entry:
+                raise ValueError(
+                    f"{path.name}: {kernel} has {sorted(entry)}; expected 'rows' and some of {sorted(known)}"
+                )
+            try:
+                rows.append((int(entry["rows"]), Config(**{k: v for k, v in entry.items() if k != "rows"})))
+            except ValueError as error:
+                raise ValueError(f"{path.name}: {kernel}: {error}") from error
+        if not rows or [r for r, _ in rows] != sorted({r for r, _ in rows}):
+            raise ValueError(
+                f"{path.name}: {kernel} has rows {[r for r, _ in rows]}; expected some, ascending"
+            )
+        table[kernel] = rows
+    return table
+
+
+@cache
+def _table(device: str) -> dict[str, list[tuple[int, Config]]]:
+    table = read_configs(FOLDER / "default.json")
+    own = FOLDER / file_name(device)
+    return table | read_configs(own) if own.exists() else table
+
+
+@cache
+def _properties(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.name, properties.multi_processor_count
+
+
+def config(kernel: str, rows: int, device: torch.device) -> Config:
+    """The configuration of `kernel` for so many rows on this device."""
+    name = "default" if device.type != "cuda" else _properties(device.index or 0)[0]
+    entries = _table(name)[kernel]
+    return next((c for most, c in entries if rows <= most), entries[-1][1])
+
+
+def programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one a multiprocessor."""
+    if device.type == "cuda":
+        return _properties(device.index or 0)[1]
+    return _INTERPRETED_PROGRAMS if INTERPRETED else 132  # compiled without a device: an H100's

@@ -1,0 +1,187 @@
+"""Weights on the device: one layout for each storage format, one matrix or a stack of E of one shape.
+
+Legend: E matrices of a stack (experts), N rows, K columns, g group size of int4.
+
+| format | data | scale float32 | zero |
+|---|---|---|---|
+| dense | activations' dtype [E, N, K] | - | - |
+| int8 | int8 [E, N, K] | [E, N] | - |
+| int4 | uint8 [E, N, P h], P = ceil(K / 2h) | [E, N, 2 ceil(K / 2g)] | int8 as scale, or None |
+| fp8 | float8_e4m3fn [E, N, K] | [E, row blocks, ceil(K / 128)] | - |
+
+int4 holds, in each run of h bytes, h columns in the low and the h columns after them in the high nibbles:
+both halves are then plain tiles with neighbouring columns, and no lane is shuffled. h divides g, so that a
+half has one scale a row.
+
+A gated pair (gate and up) is one matrix of 2 I rows, gate_i at 2 i and up_i at 2 i + 1: a tile holds both
+operands of silu(gate) * up. Its FP8 row blocks are gate's, then up's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from farthing.ops.weights import FP8_BLOCK, Weight, quantize_int4, quantize_int8
+
+FORMATS = {"dense": 0, "int8": 1, "int4": 2, "fp8": 3}  # as in tile.py
+_MOST_HALF = 64
+_LEAST_HALF = 16  # the shortest inner size of a product on tensor cores
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A packed stack; see the table above."""
+
+    format: str
+    data: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    n: int
+    k: int
+    group: int = 0  # int4
+    paired: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.zero) if t is not None)
+
+    @property
+    def half(self) -> int:
+        """Columns in each half of an int4 run."""
+        return half_of(self.group) if self.format == "int4" else 0
+
+
+def half_of(group: int) -> int:
+    """The largest power of two that divides the group, at most 64; ValueError below 16."""
+    half = min(group & -group, _MOST_HALF)
+    if half < _LEAST_HALF:
+        raise ValueError(f"int4 group size is {group}; expected a multiple of {_LEAST_HALF}")
+    return half
+
+
+def rounded(weight: Weight, quantization: str | None) -> Weight:
+    """A dense weight rounded while packing, as the reference rounds it."""
+    if quantization is None or weight.format != "dense":
+        return weight
+    k = weight.shape[1]
+    if quantization == "int8":
+        return quantize_int8(weight.data)
+    return quantize_int4(weight.data, 64 if k % 64 == 0 else 32) if k % 32 == 0 else weight
+
+
+def pack(weight: Weight, dtype: torch.dtype, device: torch.device, fp8: bool = True) -> Matrix:
+    """One matrix, E = 1. fp8: whether the device multiplies FP8; else its value is kept in `dtype`."""
+    n, k = weight.shape
+    if weight.format == "dense" or (weight.format == "fp8" and not fp8):
+        value = weight.data.to(dtype) if weight.format == "dense" else weight.dequantize(dtype)
+        return Matrix("dense", value.to(device).contiguous()[None], None, None, n, k)
+    assert weight.scale is not None
+    scale = weight.scale.float().to(device)[None]
+    if weight.format == "int8":
+        return Matrix(
+            "int8", weight.data.to(device).contiguous()[None], scale[..., 0].contiguous(), None, n, k
+        )
+    if weight.format == "fp8":
+        return Matrix("fp8", weight.data.to(device).contiguous()[None], scale.contiguous(), None, n, k)
+    return _pack_int4(weight, device)
+
+
+def _pack_int4(weight: Weight, device: torch.device) -> Matrix:
+    n, k = weight.shape
+    group, scale, zero = weight.group_size, weight.scale, weight.zero_point
+    assert scale is not None
+    half = half_of(group)
+    codes = (weight.quantized().to(device) + 8).to(torch.uint8)
+    codes = F.pad(codes, (0, -k % (2 * half)), value=8).view(n, -1, 2, half)
+    data = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1).contiguous()
+    # Padded columns may reach into a group that is not there: its scale is zero.
+    spare = scale.shape[1] % 2
+    scale = F.pad(scale.float().to(device), (0, spare)).contiguous()
+    if zero is not None:
+        zero = F.pad(zero.to(device), (0, spare)).contiguous()[None]
+    return Matrix("int4", data[None], scale[None], zero, n, k, group)
+
+
+def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
+    """Matrices of one input merged along N as far as their formats allow, in order."""
+    merged: list[Matrix] = [parts[0]]
+    for m in parts[1:]:
+        last = merged[-1]
+        alike = (last.format, last.k, last.group) == (m.format, m.k, m.group)
+        if not alike or (last.format == "fp8" and last.n % FP8_BLOCK):
+            merged.append(m)
+            continue
+        zero = _zeros(last, m)
+        merged[-1] = Matrix(
+            m.format, torch.cat((last.data, m.data), 1), _cat(last.scale, m.scale), zero, last.n + m.n, m.k,
+            m.group,
+        )  # fmt: skip
+    return merged
+
+
+def pair(gate: Matrix, up: Matrix) -> Matrix:
+    """gate [I, D] and up [I, D] -> one matrix [2 I, D] of alternating rows."""
+    if (gate.format, gate.n, gate.k, gate.group) != (up.format, up.n, up.k, up.group):
+        raise ValueError(
+            f"gate is {gate.format} {gate.n} x {gate.k} and up {up.format} {up.n} x {up.k}; "
+            f"expected one format"
+        )
+
+    def alternate(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else torch.stack((a, b), 2).flatten(1, 2).contiguous()
+
+    data = alternate(gate.data.view(torch.uint8), up.data.view(torch.uint8))
+    assert data is not None
+    scale = _cat(gate.scale, up.scale) if gate.format == "fp8" else alternate(gate.scale, up.scale)
+    zero = None
+    if gate.zero is not None or up.zero is not None:
+        zero = alternate(_zero(gate), _zero(up))
+    return Matrix(
+        gate.format, data.view(gate.data.dtype), scale, zero, 2 * gate.n, gate.k, gate.group, paired=True
+    )
+
+
+def stack_experts(parts: Iterable[Matrix], count: int) -> Matrix:
+    """`count` experts of one shape and format -> one stack, filled while they come."""
+    stack: Matrix | None = None
+    for i, m in enumerate(parts):
+        if stack is None:
+            data, scale, zero = (
+                None if t is None else t.new_empty((count, *t.shape[1:])) for t in (m.data, m.scale, m.zero)
+            )
+            assert data is not None
+            stack = replace(m, data=data, scale=scale, zero=zero)
+        if _kind(m) != _kind(stack):
+            raise ValueError(
+                f"expert {i} is {m.format} {m.n} x {m.k}, the first {stack.format} {stack.n} x {stack.k}; "
+                f"expected one format and shape"
+            )
+        for whole, part in ((stack.data, m.data), (stack.scale, m.scale), (stack.zero, m.zero)):
+            if whole is not None and part is not None:
+                whole[i] = part[0]
+    if stack is None:
+        raise ValueError("there are no experts to stack; expected at least one")
+    return stack
+
+
+def _kind(m: Matrix) -> tuple[object, ...]:
+    return m.format, m.n, m.k, m.group, m.zero is None
+
+
+def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else torch.cat((a, b), 1)
+
+
+def _zero(m: Matrix) -> Tensor:
+    assert m.scale is not None
+    return torch.zeros(m.scale.shape, dtype=torch.int8, device=m.scale.device) if m.zero is None else m.zero
+
+
+def _zeros(a: Matrix, b: Matrix) -> Tensor | None:
+    return None if a.zero is None and b.zero is None else torch.cat((_zero(a), _zero(b)), 1)

@@ -1,0 +1,99 @@
+"""The product of one tile, for every storage format: what the dense and the grouped GEMM share.
+
+Legend: BM x BN the tile; K columns of the input; BK of them a turn. x rows are given one by one, so that a
+grouped product gathers its tokens while it loads them.
+
+Accumulation is float32. FP8 follows DeepGEMM: the tensor cores sum 128 columns, then the partial sum is
+scaled and added in a register of its own, since their own accumulator keeps about 14 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from farthing.ops.gpu.numeric import dot
+
+DENSE = tl.constexpr(0)
+INT8 = tl.constexpr(1)
+INT4 = tl.constexpr(2)
+FP8 = tl.constexpr(3)
+_BLOCK = tl.constexpr(128)  # rows and columns of an FP8 scale
+
+
+@triton.jit
+def product(
+    x, rows, live, x_scale, w, w_scale, w_zero, n, N, K,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
+    PAIRED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """x rows [BM] (element offsets, int64; x_scale of FP8: by row number) times w rows n [BN], transposed.
+
+    live [BM]: rows that exist. For FP8 `rows` counts rows of K columns each.
+    """
+    acc = tl.zeros((BM, BN), tl.float32)
+    if FORMAT == INT4:
+        acc = _int4(acc, x, rows, live, w, w_scale, w_zero, n, N, K, GROUP, HALF, HAS_ZERO)
+    elif FORMAT == FP8:
+        acc = _fp8(acc, x, rows, live, x_scale, w, w_scale, n, N, K, PAIRED, BN)
+    else:
+        wide = w + n.to(tl.int64)[None, :] * K
+        for start in range(0, K, BK):
+            k = start + tl.arange(0, BK)
+            a = tl.load(x + rows[:, None] + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
+            b = tl.load(wide + k[:, None], mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
+            acc = dot(a, b.to(a.dtype), acc)
+        if FORMAT == INT8:
+            acc = acc * tl.load(w_scale + n, mask=n < N, other=0.0)[None, :]
+    return acc
+
+
+@triton.jit
+def _int4(
+    acc, x, rows, live, w, w_scale, w_zero, n, N, K,
+    GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
+):  # fmt: skip
+    runs = (K + 2 * HALF - 1) // (2 * HALF)
+    groups = (K + 2 * GROUP - 1) // (2 * GROUP) * 2
+    j = tl.arange(0, HALF)
+    wide = w + n.to(tl.int64)[None, :] * (runs * HALF)
+    ok = n < N
+    for run in range(0, runs):
+        codes = tl.load(wide + run * HALF + j[:, None], mask=ok[None, :], other=0x88)
+        for high in tl.static_range(2):
+            start = run * 2 * HALF + high * HALF
+            k = start + j
+            a = tl.load(x + rows[:, None] + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
+            code = (codes >> 4) if high else (codes & 15)
+            q = code.to(tl.int8) - 8
+            where = n * groups + start // GROUP
+            if HAS_ZERO:
+                q = q - tl.load(w_zero + where, mask=ok, other=0)[None, :]
+            scale = tl.load(w_scale + where, mask=ok, other=0.0)
+            part = dot(a, q.to(a.dtype), tl.zeros_like(acc))
+            acc += part * scale[None, :]
+    return acc
+
+
+@triton.jit
+def _fp8(acc, x, rows, live, x_scale, w, w_scale, n, N, K, PAIRED: tl.constexpr, BN: tl.constexpr):
+    blocks = (K + _BLOCK - 1) // _BLOCK
+    j = tl.arange(0, _BLOCK)
+    wide = w + n.to(tl.int64)[None, :] * K
+    if PAIRED:
+        block_rows = (N // 2 + _BLOCK - 1) // _BLOCK
+        scale_rows = (n % 2) * block_rows + n // 2 // _BLOCK
+    for block in range(0, blocks):
+        k = block * _BLOCK + j
+        a = tl.load(x + rows[:, None] * K + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
+        b = tl.load(wide + k[:, None], mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
+        a_scale = tl.load(x_scale + rows * blocks + block, mask=live, other=0.0)
+        part = dot(a, b, tl.zeros_like(acc))
+        if PAIRED:
+            b_scale = tl.load(w_scale + scale_rows * blocks + block, mask=n < N, other=0.0)
+            acc += part * a_scale[:, None] * b_scale[None, :]
+        else:
+            # A tile of at most 128 rows lies in one block of scales.
+            b_scale = tl.load(w_scale + tl.min(n, 0) // _BLOCK * blocks + block)
+            acc += part * (a_scale * b_scale)[:, None]
+    return acc

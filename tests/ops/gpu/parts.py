@@ -1,0 +1,25 @@
+"""Where the kernels' tests run and what they may differ by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farthing.ops.gpu.numeric import INTERPRETED
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+EPS = 1e-6
+# The measure is about half the squared relative error. Weights of integers are multiplied as they are; FP8
+# inputs keep 4 bits, which is 3 % of a number and about 2.7 % of a sum of them.
+BOUNDS = {"f32": 1e-10, "bf16": 1e-9, "fp8": 1e-3, "int8": 1e-9, "int4": 1e-9, "int4_zero": 1e-9}
+FORMATS = list(BOUNDS)
+
+
+def norm(k: int) -> Tensor:
+    """A norm's weight."""
+    return torch.rand(k) + 0.5
+
+
+def on_device(x: Tensor) -> Tensor:
+    """Where kernels read it."""
+    return x.to(DEVICE)

@@ -1,0 +1,96 @@
+"""Latent attention, decoding and expanded, over every cache against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from farthing.ops import make_batch
+from farthing.ops.api import AttentionSpec, Batch
+from farthing.ops.gpu import GpuOps
+from farthing.ops.gpu.decode import decode, splits_for
+from farthing.ops.reference import ReferenceOps
+from farthing.ops.weights import Weight
+from tests.ops.gpu.parts import DEVICE, EPS, norm
+from tests.ops.parts import distance
+
+SPECS = {
+    "small": AttentionSpec(4, 16, 8, 16, 32, 0.2),
+    "halves": AttentionSpec(3, 24, 8, 40, 48, 0.2, interleaved=False),
+    "many_heads": AttentionSpec(20, 16, 16, 16, 32, 0.2),
+}
+CACHES = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
+# (tokens cached, tokens of this step) of each sequence: prompts, a chunk with single tokens, decoding.
+STEPS = [[(0, 5), (0, 40), (0, 1)], [(5, 1), (40, 35), (1, 3)], [(6, 1), (75, 1), (4, 1)]]
+
+
+def moved(batch: Batch) -> Batch:
+    return Batch(*(getattr(batch, f).to(DEVICE) for f in Batch.__slots__))
+
+
+def outputs(
+    ops: Any, spec: AttentionSpec, w: Weight, parts: dict[str, Any], cache_dtype: str
+) -> list[Tensor]:
+    handle = ops.pack_attention("a", spec, lambda: (w, parts["norm"]), parts["rope"])
+    cache = ops.new_cache(2, 24, 16, spec.latent_dim + spec.rope_dim, cache_dtype)
+    device = ops.device
+    results = []
+    for step, (q, kv) in zip(STEPS, parts["inputs"], strict=True):
+        tables = [[3, 9], [0, 21, 7, 1, 2, 20, 11], [5]]
+        batch = make_batch([new for _, new in step], [cached for cached, _ in step], tables, 16)
+        batch = moved(batch) if device.type == "cuda" else batch
+        results.append(ops.mla(q.to(device), kv.to(device), handle, cache, 1, batch, EPS).cpu())
+    assert not cache.data[0].float().any()  # layer 0 is not ours
+    return results
+
+
+@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize("cache_dtype", list(CACHES))
+def test_mla(name: str, cache_dtype: str) -> None:
+    spec = SPECS[name]
+    rows = spec.num_heads * (spec.nope_dim + spec.value_dim)
+    w = Weight("dense", torch.randn(rows, spec.latent_dim) / spec.latent_dim**0.5)
+    angles = torch.rand(128, spec.rope_dim // 2) * 6
+    parts = {
+        "rope": torch.stack((angles.cos(), angles.sin())),
+        "norm": norm(spec.latent_dim),
+        "inputs": [
+            (
+                torch.randn(tokens, spec.num_heads * (spec.nope_dim + spec.rope_dim)),
+                torch.randn(tokens, 8 + spec.latent_dim + spec.rope_dim)[:, 8:],
+            )
+            for tokens in (sum(new for _, new in step) for step in STEPS)
+        ],
+    }
+    ours = outputs(GpuOps(torch.float32, DEVICE), spec, w, parts, cache_dtype)
+    expected = outputs(ReferenceOps(torch.float32), spec, w, parts, cache_dtype)
+    for y, z in zip(ours, expected, strict=True):
+        assert distance(y, z) < CACHES[cache_dtype]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_splits_agree_also_where_some_have_no_keys(splits: int) -> None:
+    ops = GpuOps(torch.float32, DEVICE)
+    cache = ops.new_cache(1, 40, 16, 40, "float32")
+    cache.data.normal_()
+    q, pe = torch.randn(2, 3, 32, device=DEVICE), torch.randn(2, 3, 8, device=DEVICE)
+    table = torch.randperm(40, device=DEVICE).view(2, 20).int()
+    where = torch.tensor([0, 299], dtype=torch.int32, device=DEVICE)
+    order = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    y = decode(q, pe, cache, 0, table, order, where, 0.3, splits).cpu()
+    for i, length in enumerate((1, 300)):
+        keys = cache.data[0][table[i].long()].flatten(0, 1)[:length].cpu()
+        scores = (torch.cat((q, pe), -1)[i].cpu() @ keys.t()) * 0.3
+        assert distance(y[i], scores.softmax(-1) @ keys[:, :32]) < 1e-10
+
+
+def test_splits_fill_the_device() -> None:
+    assert splits_for(queries=128, head_blocks=2, most_keys=65536, processors=132) == 2
+    assert splits_for(queries=1, head_blocks=2, most_keys=65536, processors=132) == 64
+    assert splits_for(queries=1, head_blocks=2, most_keys=1024, processors=132) == 4
+    assert splits_for(queries=1, head_blocks=1, most_keys=100, processors=132) == 1

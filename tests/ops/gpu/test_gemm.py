@@ -1,0 +1,101 @@
+"""Dense products of every format against the reference, and FP8 against its own rounded inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from farthing.ops.gpu.gemm import gemm, linear
+from farthing.ops.gpu.launch import Config
+from farthing.ops.gpu.matrix import pack, pair, stack_rows
+from farthing.ops.gpu.normalize import quantize
+from farthing.ops.reference import ReferenceOps
+from farthing.ops.weights import Weight
+from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, FORMATS, norm, on_device
+from tests.ops.parts import distance, weight
+
+REF = ReferenceOps(torch.float32)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 48, 64), (3, 33, 96), (17, 100, 192), (40, 150, 288)])
+def test_linear(name: str, tokens: int, n: int, k: int) -> None:
+    w, x, scale, residual = weight(name, n, k), torch.randn(tokens, k), norm(k), torch.randn(tokens, n)
+    parts = [pack(w, torch.float32, DEVICE)]
+    y = linear(x.to(DEVICE), parts, scale.to(DEVICE), EPS, residual.to(DEVICE), torch.float32)
+    expected = REF.linear(x, REF.pack_linear("w", lambda: [w]), scale, EPS, residual)
+    assert distance(y.cpu(), expected) < BOUNDS[name]
+
+
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 128])
+def test_int4_groups(group: int) -> None:
+    w, x = weight("int4_zero", 40, 3 * group, group), torch.randn(5, 3 * group)
+    y = linear(x.to(DEVICE), [pack(w, torch.float32, DEVICE)], None, EPS, None, torch.float32)
+    assert distance(y.cpu(), x @ w.dequantize().t()) < BOUNDS["int4"]
+
+
+def test_int4_groups_that_no_tile_can_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match="int4 group size is 8; expected a multiple of 16"):
+        pack(weight("int4", 16, 32, 8), torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("rows", [(24, 40), (128, 40), (130, 7)])
+@pytest.mark.parametrize("name", ["f32", "int8", "int4", "fp8"])
+def test_stacked_matrices_and_strided_rows(name: str, rows: tuple[int, int]) -> None:
+    stack = [weight(name, n, 64) for n in rows]
+    x = torch.randn(4, 200).to(DEVICE)[:, 60:124]
+    parts = stack_rows([pack(w, torch.float32, DEVICE) for w in stack])
+    assert len(parts) == (2 if name == "fp8" and rows[0] != 128 else 1)
+    y = linear(x, parts, None, EPS, None, torch.float32)
+    value = torch.cat([w.dequantize() for w in stack])
+    assert distance(y.cpu(), x.cpu() @ value.t()) < BOUNDS[name]
+
+
+def dequantized(q: Tensor, scale: Tensor) -> Tensor:
+    """FP8 [T, K] with a scale a row and 128 columns."""
+    return q.float() * scale.repeat_interleave(128, 1)[:, : q.shape[1]]
+
+
+@pytest.mark.parametrize("k", [128, 96, 300])
+@pytest.mark.parametrize("bn", [32, 128])
+def test_fp8_product_is_exact_on_rounded_inputs(k: int, bn: int) -> None:
+    w, x = weight("fp8", 200, k), torch.randn(7, k) * torch.logspace(-3, 3, 7)[:, None]
+    q, scale = quantize(x.to(DEVICE))
+    out = torch.empty(7, 200, device=DEVICE)
+    gemm(q, pack(w, torch.float32, DEVICE), out, scale, choice=Config(bm=16, bn=bn, bk=128))
+    assert distance(out.cpu(), dequantized(q, scale).cpu() @ w.dequantize().t()) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["f32", "int8", "int4_zero"])
+def test_a_pair_alternates(name: str) -> None:
+    gate, up = weight(name, 24, 64), weight(name, 24, 64)
+    x = torch.randn(3, 64)
+    both = pair(pack(gate, torch.float32, DEVICE), pack(up, torch.float32, DEVICE))
+    y = linear(x.to(DEVICE), [both], None, EPS, None, torch.float32).cpu()
+    assert distance(y[:, 0::2], x @ gate.dequantize().t()) < BOUNDS[name]
+    assert distance(y[:, 1::2], x @ up.dequantize().t()) < BOUNDS[name]
+
+
+def test_bfloat16(dtype: torch.dtype = torch.bfloat16) -> None:
+    w, x = weight("bf16", 70, 96), torch.randn(20, 96).to(dtype)
+    y = linear(x.to(DEVICE), [pack(w, dtype, DEVICE)], None, EPS, None, dtype)
+    assert y.dtype is dtype
+    torch.testing.assert_close(y.cpu(), (x.float() @ w.dequantize().t()).to(dtype), atol=2e-2, rtol=1e-2)
+
+
+def test_a_device_without_fp8_keeps_the_value() -> None:
+    w = weight("fp8", 40, 200)
+    m = pack(w, torch.float32, DEVICE, fp8=False)
+    assert m.format == "dense"
+    assert torch.equal(on_device(w.dequantize()), m.data[0])
+
+
+def test_weights_of_two_formats_make_no_pair() -> None:
+    with pytest.raises(ValueError, match="gate is dense 16 x 32 and up int8 16 x 32; expected one format"):
+        pair(
+            pack(Weight("dense", torch.ones(16, 32)), torch.float32, DEVICE),
+            pack(weight("int8", 16, 32), torch.float32, DEVICE),
+        )
