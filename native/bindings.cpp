@@ -41,6 +41,8 @@ std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int uni
 
 }  // namespace
 
+void bind_conv(nb::module_& module);
+
 NB_MODULE(_native, module) {
   module.def("instruction_sets", [] { return std::string(supported_kernels()); });
   module.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
@@ -168,4 +170,5 @@ NB_MODULE(_native, module) {
            [](Backend& b, uint64_t x, int64_t ldx, int rows, int n, uint64_t out, int64_t ldo) {
              b.softmax({at<float>(x), ldx}, rows, n, {at<float>(out), ldo});
            }, free);
+  bind_conv(module);
 }

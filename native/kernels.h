@@ -31,6 +31,10 @@ struct KeyShape {
   int width;           // latent_padded + r padded to 32
 };
 
+struct ConvLayer;
+struct ConvPair;
+struct Strip;
+
 struct Kernels {
   const char* name;
   // out[m * ldo + 16 * i + lane] for `count` panels from `panel`, rows 0 … rows of x.
@@ -46,6 +50,8 @@ struct Kernels {
   // One cached row (types as CacheType: float32, bfloat16, e4m3, int8; scale of latent and rotary or null).
   void (*load_key)(int type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
   void (*split)(const float* x, int n, uint16_t* hi, uint16_t* lo);  // x = hi + lo in bfloat16, n % 16 == 0
+  void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips, int count);  // see conv_layer.h
+  void (*image_row)(const float* x, int64_t plane, int width, float scale, uint8_t* out);
   bool split_act;     // wants hi and lo for bf16 matrices
   int split_rows;     // … from this many rows on
   enum class Keys { f32, tiles, rows } keys;  // what attend reads of a rounded cache: k32; k16 and q_hi, q_lo; rows16 and q_hi

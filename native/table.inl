@@ -6,6 +6,7 @@
 #include "gemm.inl"
 #include "attend.inl"
 #include "keys.inl"
+#include "conv.inl"
 
 namespace farthing {
 namespace {
@@ -22,6 +23,8 @@ constexpr Kernels table(const char* name) {
       .attend = attend,
       .load_key = load_key,
       .split = split,
+      .conv = conv,
+      .image_row = image_row,
       .split_act = false,
       .split_rows = 0,
       .keys = Kernels::Keys::f32,

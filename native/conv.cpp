@@ -1,0 +1,251 @@
+// Packing and running a program of convolutions; the arithmetic is in conv.inl.
+#include "conv.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace farthing {
+namespace {
+
+constexpr int kSlack = 4096;            // bytes a last strip may read past a plane's end
+constexpr int64_t kFewWeights = 96 << 10;  // bytes
+constexpr int kPixelsPerPass = 16 << 10;    // bytes of input
+
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
+
+bytes16 load16(const uint8_t* p) {
+  bytes16 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+}  // namespace
+
+int ConvNet::plane(int groups, int height, int width, int border, int cell, int fill) {
+  if (groups < 1 || height < 1 || width < 1 || border < 0 || (cell != 4 && cell != kCell))
+    throw std::invalid_argument("plane of " + std::to_string(groups) + " x " + std::to_string(height) + " x " + std::to_string(width) +
+                                ", border " + std::to_string(border) + ", cells of " + std::to_string(cell) +
+                                " bytes; expected positive sizes and cells of 4 or 16");
+  Plane p{nullptr, groups, height, width, border, cell};
+  const size_t bytes = p.size() * groups + kSlack;
+  p.memory = backend_.arena->take(0, bytes);
+  std::memset(p.memory, fill, bytes);
+  planes_.push_back(std::move(p));
+  return static_cast<int>(planes_.size()) - 1;
+}
+
+void ConvNet::image(int out, float scale) {
+  steps_.push_back([this, out, scale](Team& team) {
+    Plane& to = planes_[out];
+    const int64_t plane = static_cast<int64_t>(to.height) * to.width;
+    team.for_units(0, 1, to.height, [&](int, int y) {
+      backend_.kernels.image_row(image_ + static_cast<int64_t>(y) * to.width, plane, to.width, scale, to.first() + to.at(y, 0));
+    });
+  });
+}
+
+// Non-zero blocks of pairs of groups. A block is a tap's 16 channels, or four taps of a row of 4 channels each.
+void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int outputs, int channels, const int8_t* weight) {
+  const int groups = (outputs + kCell - 1) / kCell;
+  const int taps = in.cell == 4 ? 4 : 1;  // of a block
+  const int columns = (kernel + taps - 1) / taps, depth = (channels + in.cell - 1) / in.cell;
+  const auto block = [&](int g, int c, int ky, int column, int8_t* to) {  // [4][16 outputs][4 inputs]
+    bool any = false;
+    for (int j = 0; j < 4; ++j)
+      for (int o = 0; o < kCell; ++o)
+        for (int i = 0; i < 4; ++i) {
+          const int kx = taps == 4 ? 4 * column + j : column, channel = taps == 4 ? i : c * kCell + 4 * j + i, row = g * kCell + o;
+          const bool inside = row < outputs && channel < channels && kx < kernel;
+          const int8_t v = inside ? weight[((static_cast<size_t>(row) * kernel + ky) * kernel + kx) * channels + channel] : int8_t{0};
+          to[(j * kCell + o) * 4 + i] = v;
+          any |= v != 0;
+        }
+    return any;
+  };
+  struct Span {
+    size_t offsets, blocks;
+  };
+  std::vector<Span> spans;
+  std::vector<int8_t> all;
+  for (int g = 0; g < groups; g += 2) {
+    ConvPair pair{{g, g + 1 < groups ? g + 1 : -1}, 0, {0, 0}, nullptr, nullptr};
+    std::vector<int32_t> offsets[3];
+    std::vector<int8_t> blocks[3];
+    for (int c = 0; c < depth; ++c)
+      for (int ky = 0; ky < kernel; ++ky)
+        for (int column = 0; column < columns; ++column) {
+          int8_t data[2 * kBlockBytes] = {};
+          const bool first = block(g, c, ky, column, data), second = g + 1 < groups && block(g + 1, c, ky, column, data + kBlockBytes);
+          if (!first && !second) continue;
+          const int which = first && second ? 0 : first ? 1 : 2;
+          const int64_t at = c * in.size() + static_cast<int64_t>(ky - padding) * in.row() + (taps * column - padding) * in.cell;
+          offsets[which].push_back(static_cast<int32_t>(at));
+          const int8_t* from = which == 2 ? data + kBlockBytes : data;
+          blocks[which].insert(blocks[which].end(), from, from + (which ? 1 : 2) * kBlockBytes);
+        }
+    pair.both = static_cast<int>(offsets[0].size());
+    pair.only[0] = static_cast<int>(offsets[1].size());
+    pair.only[1] = static_cast<int>(offsets[2].size());
+    spans.push_back({w.offsets.size(), all.size()});
+    for (int i = 0; i < 3; ++i) {
+      w.offsets.insert(w.offsets.end(), offsets[i].begin(), offsets[i].end());
+      all.insert(all.end(), blocks[i].begin(), blocks[i].end());
+    }
+    w.pairs.push_back(pair);
+  }
+  w.bytes = static_cast<int64_t>(all.size());
+  w.blocks = reinterpret_cast<int8_t*>(backend_.arena->take(0, all.size() + 64));
+  std::memcpy(w.blocks, all.data(), all.size());
+  for (size_t i = 0; i < spans.size(); ++i) w.pairs[i].offsets = w.offsets.data() + spans[i].offsets, w.pairs[i].weights = w.blocks + spans[i].blocks;
+}
+
+void ConvNet::lay_strips(Weights& w, const Plane& in, const Plane& shape, int stride, const Plane* wide, const Plane* narrow,
+                         const Plane* residual) {
+  for (int y = 0; y < shape.height; ++y)
+    for (int x = 0; x < shape.width; x += kStripPixels) {
+      const auto at = [&](const Plane* p) { return p ? p->at(y, x) : 0; };
+      w.strips.push_back({in.at(y * stride, x * stride), at(wide), at(narrow), at(residual), y * shape.width + x,
+                          std::min(kStripPixels, shape.width - x)});
+    }
+}
+
+void ConvNet::conv(int in, int kernel, int stride, int padding, int outputs, int channels, const int8_t* weight, const float* mult,
+                   const float* bias, bool small_inputs, int residual, float residual_scale, int wide, int narrow, int shift, int top,
+                   bool to_floats) {
+  const Plane& from = planes_.at(in);
+  if ((stride != 1 && stride != 2) || padding > from.border || kernel < 1)
+    throw std::invalid_argument("convolution of kernel " + std::to_string(kernel) + ", stride " + std::to_string(stride) + ", padding " +
+                                std::to_string(padding) + " on a border of " + std::to_string(from.border) +
+                                "; expected stride 1 or 2 and a border as wide as the padding");
+  if (channels > from.groups * from.cell) throw std::invalid_argument("more channels than the plane holds");
+  const int groups = (outputs + kCell - 1) / kCell;
+  Plane shape{nullptr, groups, (from.height + 2 * padding - kernel) / stride + 1, (from.width + 2 * padding - kernel) / stride + 1, 0, kCell};
+  for (int id : {residual, wide, narrow}) {
+    if (id < 0) continue;
+    const Plane& p = planes_.at(id);
+    if (p.groups != groups || p.height != shape.height || p.width != shape.width || p.cell != kCell)
+      throw std::invalid_argument("plane " + std::to_string(id) + " has another shape than the convolution's output");
+  }
+  auto w = std::make_unique<Weights>();
+  pack(*w, from, kernel, padding, outputs, channels, weight);
+  const auto at = [&](int id) { return id < 0 ? nullptr : &planes_[id]; };
+  lay_strips(*w, from, shape, stride, at(wide), at(narrow), at(residual));
+  w->mult.assign(mult, mult + outputs);
+  w->bias.assign(bias, bias + outputs);
+  w->mult.resize(groups * kCell);
+  w->bias.resize(groups * kCell);
+  ConvLayer& l = w->layer;
+  l.in = planes_[in].first();
+  l.step = stride * from.cell;
+  l.small_inputs = small_inputs;
+  l.mult = w->mult.data();
+  l.bias = w->bias.data();
+  l.residual_scale = residual_scale;
+  l.shift = shift;
+  l.top = top;
+  l.floats_row = groups * kCell;
+  if (residual >= 0) l.residual = planes_[residual].first(), l.residual_plane = planes_[residual].size();
+  if (wide >= 0) l.wide = planes_[wide].first(), l.wide_plane = planes_[wide].size();
+  if (narrow >= 0) l.narrow = planes_[narrow].first(), l.narrow_plane = planes_[narrow].size();
+  const int strips = static_cast<int>(w->strips.size());
+  // Few weights: pixels stay in the first cache and the weights pass over them. Many: the other way round.
+  const int strip_bytes = from.groups * from.cell * kStripPixels * stride * stride;
+  w->strips_a_chunk = std::max(w->bytes <= kFewWeights ? kPixelsPerPass / strip_bytes : (strips + 1) / 2, 8);
+  products_ += w->bytes * shape.height * shape.width;
+  layers_.push_back(std::move(w));
+  steps_.push_back([this, w = layers_.back().get(), to_floats, strips](Team& team) {
+    ConvLayer layer = w->layer;
+    if (to_floats) layer.floats = out_;
+    const int chunk = w->strips_a_chunk;
+    team.for_units(0, (strips + chunk - 1) / chunk, static_cast<int>(w->pairs.size()), [&](int c, int pair) {
+      const int first = c * chunk;
+      backend_.kernels.conv(layer, w->pairs[pair], w->strips.data() + first, std::min(chunk, strips - first));
+    });
+  });
+}
+
+void ConvNet::max_pool(int in, int out) {
+  const Plane &from = planes_.at(in), &to = planes_.at(out);
+  if (from.cell != kCell || to.cell != kCell || from.groups != to.groups || from.border < 1 || to.height != (from.height - 1) / 2 + 1 ||
+      to.width != (from.width - 1) / 2 + 1)
+    throw std::invalid_argument("max_pool: expected planes of equal groups, a border of 1, and half the size");
+  steps_.push_back([this, in, out](Team& team) {
+    const Plane& from = planes_[in];
+    Plane& to = planes_[out];
+    team.for_units(0, 1, to.groups * to.height, [&](int, int unit) {
+      const int g = unit / to.height, y = unit % to.height;
+      const uint8_t* source = from.first() + g * from.size() + from.at(2 * y - 1, -1);
+      uint8_t* target = to.first() + g * to.size() + to.at(y, 0);
+      const auto column = [&](int x) {
+        bytes16 most = load16(source + x * kCell);
+        for (int r = 1; r < 3; ++r) {
+          const bytes16 v = load16(source + static_cast<int64_t>(r) * from.row() + x * kCell);
+          most = most > v ? most : v;
+        }
+        return most;
+      };
+      bytes16 last = column(0);
+      for (int x = 0; x < to.width; ++x) {
+        const bytes16 a = column(2 * x + 1), b = column(2 * x + 2);
+        bytes16 most = last > a ? last : a;
+        most = most > b ? most : b;
+        std::memcpy(target + x * kCell, &most, kCell);
+        last = b;
+      }
+    });
+  });
+}
+
+void ConvNet::mean(int in, int out, float mult) {
+  const Plane &from = planes_.at(in), &to = planes_.at(out);
+  if (from.cell != kCell || to.cell != kCell || from.groups != to.groups || to.height != 1 || to.width != 1)
+    throw std::invalid_argument("mean: expected planes of equal groups, the second of one pixel");
+  steps_.push_back([this, in, out, mult](Team& team) {
+    const Plane& from = planes_[in];
+    Plane& to = planes_[out];
+    team.for_units(0, 1, to.groups, [&](int, int g) {
+      int32_t sums[kCell] = {};
+      for (int y = 0; y < from.height; ++y) {
+        const uint8_t* row = from.first() + g * from.size() + from.at(y, 0);
+        for (int x = 0; x < from.width; ++x)
+          for (int c = 0; c < kCell; ++c) sums[c] += row[x * kCell + c];
+      }
+      uint8_t* target = to.first() + g * to.size() + to.at(0, 0);
+      for (int c = 0; c < kCell; ++c) {
+        const float v = std::min(static_cast<float>(sums[c]) * mult, 255.0f) + 12582912.0f;  // to the nearest even integer
+        uint32_t bits;
+        std::memcpy(&bits, &v, sizeof bits);
+        target[c] = static_cast<uint8_t>(bits);
+      }
+    });
+  });
+}
+
+void ConvNet::run(const float* image, float* out) {
+  image_ = image;
+  out_ = out;
+  for (auto& step : steps_) backend_.pool.run(step);
+}
+
+std::vector<double> ConvNet::profile(const float* image, float* out, int repeats) {
+  image_ = image;
+  out_ = out;
+  std::vector<std::vector<double>> seconds(steps_.size());
+  for (int r = 0; r < repeats; ++r)
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      const auto start = std::chrono::steady_clock::now();
+      backend_.pool.run(steps_[i]);
+      seconds[i].push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+  std::vector<double> medians;
+  for (auto& s : seconds) {
+    std::nth_element(s.begin(), s.begin() + repeats / 2, s.end());
+    medians.push_back(s[repeats / 2]);
+  }
+  return medians;
+}
+
+}  // namespace farthing

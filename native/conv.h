@@ -1,0 +1,67 @@
+// Quantized convolutions without im2col, and a small program of them: a folded CNN at batch 1.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "backend.h"
+#include "conv_layer.h"
+
+namespace farthing {
+
+class ConvNet {
+ public:
+  explicit ConvNet(Backend& backend) : backend_(backend) {}
+  ConvNet(const ConvNet&) = delete;
+
+  // A plane of `groups` cells of `cell` bytes a pixel, border and all filled; its number.
+  int plane(int groups, int height, int width, int border, int cell, int fill);
+  // The image's step: float32 [3][H][W] to bytes round(x * scale) + 128.
+  void image(int out, float scale);
+  // weight int8 [outputs][kernel][kernel][channels]. mult, bias [outputs] give v = sum * mult + bias, to which
+  // residual * residual_scale is added. -1: no such plane. to_floats: v goes to the net's result.
+  void conv(int in, int kernel, int stride, int padding, int outputs, int channels, const int8_t* weight, const float* mult,
+            const float* bias, bool small_inputs, int residual, float residual_scale, int wide, int narrow, int shift, int top,
+            bool to_floats);
+  void max_pool(int in, int out);            // 3 x 3, stride 2, border 1 that is never the largest
+  void mean(int in, int out, float mult);    // over all pixels: round(sum * mult) to 8 bits
+  void run(const float* image, float* out);  // out: what the convolution `to_floats` gives
+  int64_t multiplications() const { return products_; }  // that are computed, of 8-bit integers
+  std::vector<double> profile(const float* image, float* out, int repeats);  // median seconds of each step
+
+  const uint8_t* bytes(int plane) const { return planes_[plane].first(); }
+
+ private:
+  struct Plane {
+    uint8_t* memory;
+    int groups, height, width, border, cell;
+    int row() const { return (width + 2 * border) * cell; }
+    int64_t size() const { return static_cast<int64_t>(height + 2 * border) * row(); }
+    int at(int y, int x) const { return (y + border) * row() + (x + border) * cell; }
+    uint8_t* first() { return memory; }
+    const uint8_t* first() const { return memory; }
+  };
+  struct Weights {  // of one layer, what ConvPair points into
+    std::vector<int32_t> offsets;
+    int8_t* blocks;
+    int64_t bytes;  // of blocks
+    std::vector<ConvPair> pairs;
+    std::vector<Strip> strips;
+    std::vector<float> mult, bias;
+    ConvLayer layer;
+    int strips_a_chunk;
+  };
+  void pack(Weights& w, const Plane& in, int kernel, int padding, int outputs, int channels, const int8_t* weight);
+  void lay_strips(Weights& w, const Plane& in, const Plane& shape, int stride, const Plane* wide, const Plane* narrow, const Plane* residual);
+
+  Backend& backend_;
+  std::vector<Plane> planes_;
+  std::vector<std::unique_ptr<Weights>> layers_;
+  std::vector<std::function<void(Team&)>> steps_;
+  const float* image_ = nullptr;
+  float* out_ = nullptr;
+  int64_t products_ = 0;
+};
+
+}  // namespace farthing
