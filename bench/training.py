@@ -2,8 +2,9 @@
 served.
 
   python bench/training.py roofline                          # bytes a weight read costs, by projection
-  python bench/training.py precision --tokens 800000 --out runs/precision     # two runs, one seed; resumes
+  python bench/training.py precision --tokens 800000 --out runs/precision     # one seed; resumes
   python bench/training.py serve reference runs/qat/checkpoint runs/prune/checkpoint
+  python bench/training.py tradeoff float=reference W4A4=runs/qat/checkpoint pruned=runs/prune/checkpoint
 """
 
 from __future__ import annotations
@@ -20,16 +21,23 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from farthing.compress.evaluate import BLOCK, paged_batch
+from farthing.compress.corpus import load_corpus
+from farthing.compress.evaluate import BLOCK, compare, paged_batch
+from farthing.compress.gate import held_out_sample, load_for
 from farthing.engine.resolve import resolve_model
 from farthing.model import DeepseekModel, load
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
 from farthing.train.export import load_checkpoint
 from farthing.train.fp8 import Fp8Config, use_fp8
-from farthing.train.picture import draw
+from farthing.train.picture import draw, draw_tradeoff
 from farthing.train.reference import train_reference
 
+ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and settings
+    "bf16": ("bf16", []),
+    "fp8": ("fp8", []),
+    "fp8-delayed": ("fp8", ['fp8_scaling="delayed"']),
+}
 PREFILL = 512
 PROMPT = 64
 WARMUP, ROUNDS = 10, 200
@@ -75,25 +83,26 @@ def roofline(model: Path, tokens: int, gbytes: float, gflops: float) -> list[dic
     return table
 
 
-def precision(out: Path, tokens: int, seed: int) -> dict[str, Any]:
-    """Trains both ways, or takes finished runs in `out`; compares the last records."""
+def precision(out: Path, tokens: int, seed: int, device: str) -> dict[str, Any]:
+    """Trains in every arithmetic, or takes finished runs in `out`; compares the last records."""
     finals: dict[str, Any] = {}
     curves = {}
-    for name in ("bf16", "fp8"):
+    for name, (kind, settings) in ARITHMETIC.items():
         run = out / name
         record = run / "record.json"
         done = (record.is_file() and json.loads(record.read_text())) or []
         if not done or done[-1]["tokens"] < tokens:
             resume = (run / "state.pt").is_file()
-            if train_reference(run, None, tokens, resume, None, "cpu", 1, seed, [], name) is None:
+            if train_reference(run, None, tokens, resume, None, device, 1, seed, settings, kind, 2.0) is None:
                 raise SystemExit("interrupted; the same command continues")
             done = json.loads(record.read_text())
         finals[name] = {k: done[-1][k] for k in ("tokens", "main", "eval_loss", "bits_per_byte", "minutes")}
         finals[name]["skipped"] = done[-1].get("fp8_skipped", 0.0)
+        rise = finals[name]["eval_loss"] / finals["bf16"]["eval_loss"] - 1
+        finals[name] |= {"relative_loss": rise, "within_1_percent": abs(rise) <= 0.01}
         curves[name] = [(p["tokens"], p["eval_loss"]) for p in done]
-    rise = finals["fp8"]["eval_loss"] / finals["bf16"]["eval_loss"] - 1
     draw(out / "fp8.png", curves, "held-out loss, nats a token")
-    return {**finals, "relative_loss": rise, "within_1_percent": abs(rise) <= 0.01}
+    return finals
 
 
 def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
@@ -117,6 +126,35 @@ def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
             low, middle, high = statistics.quantiles([a / b for a, b in zip(first, own, strict=True)])
             row[f"{kind} x"] = f"{middle:.3f} ({low:.3f}-{high:.3f})"
         rows.append(row | {"backend": loaded[name].ops.name})
+    return rows
+
+
+def tradeoff(models: dict[str, str], threads: int | None, max_tokens: int, out: Path) -> list[dict[str, Any]]:
+    """Perplexity lost against the first model (paired interval) beside the time of a token, with a picture.
+
+    Quality is `farthing eval FIRST --against MODEL --backend cpu`.
+    """
+    paths = {label: resolve_model(name) for label, name in models.items()}
+    first, *others = paths
+    source = load_for(paths[first], "cpu", False)
+    corpus = load_corpus(held_out_sample(), paths[first], 1024, max_tokens, source.config.bos_token_id)
+    lost = {first: (0.0, 0.0, 0.0)}
+    for label in others:
+        found = compare(source, load_for(paths[label], "cpu", False), corpus)
+        lost[label] = (found.relative_increase, *found.interval)
+    rows = serve(list(models.values()), threads)
+    for row, label in zip(rows, models, strict=True):
+        middle, low, high = lost[label]
+        row |= {"model": label, "perplexity": f"{middle:+.1%}", "interval": f"{low:+.1%} {high:+.1%}"}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tradeoff.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    latency = {
+        "decode of one sequence, ms a token": [1e3 / row["decode 1 tok/s"] for row in rows],
+        "prefill, us a token": [1e6 / row["prefill tok/s"] for row in rows],
+    }
+    draw_tradeoff(
+        out / "tradeoff.png", {k: dict(zip(models, v, strict=True)) for k, v in latency.items()}, lost
+    )
     return rows
 
 
@@ -195,16 +233,25 @@ def main() -> None:
     one.add_argument("--out", type=Path, default=Path("runs/precision"))
     one.add_argument("--tokens", type=int, default=800_000)
     one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--device", default="cpu", help="cpu (FP8 is emulated) or cuda")
     one = commands.add_parser("serve")
     one.add_argument("models", nargs="+")
     one.add_argument("--threads", type=int)
+    one = commands.add_parser("tradeoff")
+    one.add_argument("models", nargs="+", metavar="LABEL=MODEL", help="the first is what others lose against")
+    one.add_argument("--threads", type=int)
+    one.add_argument("--max-tokens", type=int, default=12_000)
+    one.add_argument("--out", type=Path, default=Path("runs/tradeoff"))
     args = parser.parse_args()
     if args.command == "roofline":
         show(roofline(resolve_model(args.model), args.tokens, args.gbytes, args.gflops))
     elif args.command == "precision":
-        print(json.dumps(precision(args.out, args.tokens, args.seed), indent=1))
-    else:
+        print(json.dumps(precision(args.out, args.tokens, args.seed, args.device), indent=1))
+    elif args.command == "serve":
         show(serve(args.models, args.threads))
+    else:
+        pairs = dict(pair.split("=", 1) for pair in args.models)
+        show(tradeoff(pairs, args.threads, args.max_tokens, args.out))
 
 
 if __name__ == "__main__":

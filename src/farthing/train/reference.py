@@ -264,6 +264,7 @@ def train_reference(
     seed: int,
     settings: list[str],
     precision: str = "bf16",
+    eval_minutes: float = 6.0,
 ) -> dict[str, Any] | None:
     """The whole command. Returns the summary, or None when it was interrupted (state is saved)."""
     if device not in ("auto", "cpu", "cuda"):
@@ -277,8 +278,9 @@ def train_reference(
         raise ValueError(f"{out} holds a run already; give --resume to continue it or another --out")
     recipe = apply_settings(Recipe(precision=precision), settings)
     config = LoopConfig(
-        out, minutes, tokens, schedule=recipe.schedule, threads=threads, wall_clock=device != "cpu"
-    )
+        out, minutes, tokens, schedule=recipe.schedule, eval_minutes=eval_minutes, threads=threads,
+        wall_clock=device != "cpu",
+    )  # fmt: skip
     corpus = prepare_corpus(recipe, out, root, console)
     trainer = build_trainer(recipe, corpus, config, seed, console, device)
     if resume:
