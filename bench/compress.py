@@ -1,4 +1,4 @@
-"""Every recipe on the embedded model, our calibrators beside ONNX Runtime's, and INT8 on a real CNN.
+"""Every recipe on the embedded model, our calibrators beside other people's, and INT8 on a real CNN.
 
     python bench/compress.py recipes [--model DIR]        size, loss, seconds, memory, decode speed
     python bench/compress.py served --results DIR...      size, memory and speed of finished results, in turn
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,20 +105,29 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
 
 def served(model: str, results: list[Path]) -> None:
     """Size, memory and decode speed of finished results beside their source, all taking turns."""
-    from farthing.compress.serving import decode_seconds, resident_bytes
+    from farthing.compress.serving import resident_bytes, speeds
     from farthing.engine.resolve import resolve_model
     from farthing.model import load
     from farthing.ops import select
 
     paths = {"source": resolve_model(model)} | {path.name: path for path in results}
-    seconds = decode_seconds({name: load(path, select("auto")) for name, path in paths.items()}, steps=48)
-    table = Table("model", "files MB", "resident MB", "decode tok/s", "of source")
+    speed = speeds({name: load(path, select("auto")) for name, path in paths.items()}, steps=48)
+    source = speed["source"]
+    table = Table(
+        "model", "files MB", "resident MB", "prefill tok/s", "of source", "decode tok/s", "of source"
+    )
     for name, path in paths.items():
-        size = sum(f.stat().st_size for f in path.glob("*.safetensors")) / 1e6
-        memory = (resident_bytes(path) or 0) / 1e6
-        ratio = seconds["source"] / seconds[name]
-        table.add_row(name, f"{size:.2f}", f"{memory:.1f}", f"{1 / seconds[name]:.0f}", f"{ratio:.2f}")
-    console.print(table, f"{select('auto').name}; one sequence, median of 48 steps")
+        own = speed[name]
+        table.add_row(
+            name,
+            f"{sum(f.stat().st_size for f in path.glob('*.safetensors')) / 1e6:.2f}",
+            f"{(resident_bytes(path) or 0) / 1e6:.1f}",
+            f"{own.prefill:.0f}",
+            f"{own.prefill / source.prefill:.2f}",
+            f"{own.decode:.0f}",
+            f"{own.decode / source.decode:.2f}",
+        )
+    console.print(table, f"{select('auto').name}; one sequence; medians, the models taking turns")
 
 
 def ort_threshold(x: Tensor, bins: int) -> float:
@@ -136,6 +146,28 @@ def ort_threshold(x: Tensor, bins: int) -> float:
         collector.collect({"x": [x.numpy().astype(np.float32)]})
         low, high = collector.compute_entropy()["x"][:2]
     return max(abs(float(low)), abs(float(high)))
+
+
+def modelopt_threshold(x: Tensor) -> float:
+    """The range ModelOpt's entropy calibrator gives a tensor, its defaults kept."""
+    from modelopt.torch.quantization.calib import HistogramCalibrator
+
+    calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
+    calibrator.collect(x)
+    return float(calibrator.compute_amax("entropy"))
+
+
+def peers() -> dict[str, Callable[[Tensor], float]]:
+    """Other people's calibrators, those that are installed."""
+    found: dict[str, Callable[[Tensor], float]] = {
+        "ONNX Runtime entropy, 128 bins (its default)": lambda x: ort_threshold(x, 128),
+        "ONNX Runtime entropy, 2048 bins": lambda x: ort_threshold(x, 2048),
+    }
+    if importlib.util.find_spec("modelopt") is None:
+        console.print("ModelOpt is not installed; its row is left out: pip install nvidia-modelopt")
+    else:
+        found["ModelOpt entropy, 2048 bins (its default)"] = modelopt_threshold
+    return found
 
 
 class Keeper:
@@ -176,6 +208,7 @@ def calibrators(model: str, tokens: int, tensors: int) -> None:
     worse: Counter[str] = Counter()
     least: dict[str, float] = {}  # share of our error, at the best
     winners: Counter[str] = Counter()
+    others = peers()
     kept = [(x, w) for x, w in Keeper(resolve_model(model), tokens).kept.values() if len(x) >= 32]
     for x, w in kept[:: max(1, len(kept) // tensors)]:  # theirs takes a second a tensor
         histogram = Histogram()
@@ -185,11 +218,8 @@ def calibrators(model: str, tokens: int, tensors: int) -> None:
         winners[ours.winner] += 1
         row = {f"ours, {k}": v for k, v in ours.errors.items()} | {"ours, chosen": ours.errors[ours.winner]}
         exact = x @ w.T
-        for name, bins in (
-            ("ONNX Runtime entropy, 128 bins (its default)", 128),
-            ("ONNX Runtime entropy, 2048 bins", 2048),
-        ):
-            scale = torch.tensor(max(ort_threshold(x, bins), 1e-12) / 127)
+        for name, threshold in others.items():
+            scale = torch.tensor(max(threshold(x), 1e-12) / 127)
             row[name] = float(
                 (round_tensor(x, scale) @ rounded.T - exact).square().sum() / exact.square().sum()
             )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,13 @@ from typer.testing import CliRunner
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
 from farthing.cli.eval import app
+from farthing.compress import gate
 from farthing.compress.corpus import load_corpus
 from farthing.compress.evaluate import compare, evaluate
 from farthing.compress.statistics import proportion_interval, ratio_interval, student_t
 from farthing.model import DeepseekModel, load
 from farthing.ops import make_batch, select
+from tests.compress.conftest import write_model
 
 
 def plain(model: DeepseekModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,3 +157,24 @@ def test_bad_data(model_dir: Path, tmp_path: Path, text: str, words: str) -> Non
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(ValueError, match=words):
         load_corpus(tmp_path / "d.jsonl", model_dir, 10)
+
+
+def test_the_gate_compares_exactly_and_never_holds_both_models(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_model(tmp_path / "other", seed=1)
+    corpus = load_corpus(data, model_dir, 64, None, 0)
+    expected = compare(load(model_dir, select("reference")), load(other, select("reference")), corpus)
+    loaded: list[weakref.ref[DeepseekModel]] = []
+
+    def watched(*args: Any) -> DeepseekModel:
+        assert all(model() is None for model in loaded)
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(gate, "load", watched)
+    done: list[int] = []
+    result = gate.compare_in_turn(model_dir, other, corpus, ("reference", "reference"), done.append)
+    assert result == expected and len(loaded) == 2
+    assert sum(done) == 2 * corpus.tokens

@@ -77,6 +77,15 @@ def test_int8_is_what_integers_compute_and_the_onnx_file_agrees(model: Small, tm
     assert kinds.count("QuantizeLinear") == 3 and kinds.count("DequantizeLinear") == 6
 
 
+def test_rounding_leaves_the_mean_of_every_channel(model: Small) -> None:
+    x = torch.randn(4, 3, 10, 10)
+    quantized, _ = quantize_int8(model, [x])
+    assert float((quantized.a(x) - model.a(x)).mean((0, 2, 3)).abs().max()) < 1e-6
+    before = QuantizedLayer(model.a, float(quantized.a.input_scale), quantized.a.weight_scale)  # type: ignore[arg-type]
+    assert float((before(x) - model.a(x)).mean((0, 2, 3)).abs().max()) > 1e-6
+    assert model.a.bias is None  # the original is untouched
+
+
 def test_one_observer_can_be_forced_and_layers_skipped(model: Small) -> None:
     x = torch.randn(4, 3, 8, 8)
     quantized, choices = quantize_int8(model, [x], observer="kl", skip=("head",))

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.compress.plan import Option, knapsack
+from farthing.compress.plan import knapsack
 from farthing.compress.prune.experts import choose_experts, plan_experts
 from farthing.compress.prune.masks import BLOCKS, block_scores, global_budgets, mask, scores
 from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
 from farthing.compress.prune.schedule import cubic_sparsity
+from farthing.compress.sensitivity import Option
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:

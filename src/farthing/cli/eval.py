@@ -36,22 +36,23 @@ def evaluate(
     from farthing.cli.progress import token_progress
     from farthing.compress import evaluate as ev
     from farthing.compress.corpus import load_corpus
-    from farthing.compress.gate import held_out_sample, load_for, parse_share
+    from farthing.compress.gate import compare_in_turn, held_out_sample, load_for, parse_share
     from farthing.engine.resolve import resolve_model
+    from farthing.model import ModelConfig
 
     limit = parse_share("max-drop", max_drop) if max_drop is not None else None
     path = resolve_model(model)
-    first = load_for(path, backend, simulate)
-    window = min(window, first.config.max_position_embeddings)
-    corpus = load_corpus(data or held_out_sample(), path, window, max_tokens, first.config.bos_token_id)
+    config = ModelConfig.from_directory(path)
+    window = min(window, config.max_position_embeddings)
+    corpus = load_corpus(data or held_out_sample(), path, window, max_tokens, config.bos_token_id)
+    arithmetic = "simulate" if simulate else backend
     if against is None:
         with token_progress("measuring", corpus.tokens) as advance:
-            quality = ev.evaluate(first, corpus, progress=advance)
+            quality = ev.evaluate(load_for(path, arithmetic), corpus, progress=advance)
         _print(asdict(quality), as_json)
         return
-    second = load_for(resolve_model(against), backend, simulate)
-    with token_progress("comparing", corpus.tokens) as advance:
-        result = ev.compare(first, second, corpus, progress=advance)
+    with token_progress("comparing", 2 * corpus.tokens) as advance:
+        result = compare_in_turn(path, resolve_model(against), corpus, (arithmetic, arithmetic), advance)
     document = result.to_json()
     verdict = result.verdict(limit) if limit is not None else None
     if verdict is not None:

@@ -13,8 +13,8 @@ from typing import Any
 from farthing.checkpoint import Checkpoint
 from farthing.compress.adaptive import AdaptivePlan, calibrate_adaptive, write_adaptive
 from farthing.compress.corpus import Corpus, calibration_corpus, halves, load_corpus
-from farthing.compress.evaluate import Comparison, Verdict, compare
-from farthing.compress.gate import held_out_sample, load_for
+from farthing.compress.evaluate import Comparison, Verdict
+from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import Report
@@ -96,6 +96,7 @@ def compress(
         if recipe.scheme == "auto":
             assert corpus is not None
             plan = make_plan(source, recipe, corpus, progress)
+            recipe = plan.recipe(recipe)
         state = run(Job(source, out, recipe, corpus, plan.format if plan else None, options.export), progress)
     seconds = time.monotonic() - start
     peak = peak_memory()
@@ -158,18 +159,16 @@ def _measure(
     source: Path, out: Path, options: Options, corpus: Corpus, progress: Progress | None
 ) -> Comparison:
     # A model is compared with its source in the source's best arithmetic: dequantized, nothing rounded.
-    simulate = options.backend == "simulate"
-    a = load_for(source, "reference" if simulate else options.backend)
-    b = load_for(out, options.backend, simulate)
+    of_source = "reference" if options.backend == "simulate" else options.backend
     done = 0
 
     def advance(tokens: int) -> None:
         nonlocal done
         done += tokens
         if progress:
-            progress("measuring", done, corpus.tokens)
+            progress("measuring", done, 2 * corpus.tokens)
 
-    return compare(a, b, corpus, progress=advance)
+    return compare_in_turn(source, out, corpus, (of_source, options.backend), advance)
 
 
 def peak_memory() -> int:

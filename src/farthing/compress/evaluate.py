@@ -115,36 +115,65 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a model said about a text: from its hidden states norm and head give every logit again."""
+
+    hidden: list[Tensor]  # [T, D] of each batch, behind the last layer
+    tail: DeepseekModel  # at least norm and head
+
+
+def remember(
+    model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, progress: Progress | None = None
+) -> list[Tensor]:
+    """The `hidden` of a Reference: D numbers a token where log-probabilities would be V."""
+    hidden = []
+    for step in _steps(model, corpus.windows, batch_tokens):
+        hidden.append(step.hidden.clone())
+        if progress:
+            progress(len(step.targets))
+    return hidden
+
+
 def compare(
     a: DeepseekModel,
     b: DeepseekModel,
     corpus: Corpus,
     batch_tokens: int = 4096,
     confidence: float = 0.95,
-    progress: Progress | None = None,
 ) -> Comparison:
     """B against A, window by window. Raises ValueError where the vocabularies differ."""
-    if a.config.vocab_size != b.config.vocab_size:
+    return compare_with(Reference(remember(a, corpus, batch_tokens), a), b, corpus, batch_tokens, confidence)
+
+
+def compare_with(
+    a: Reference,
+    b: DeepseekModel,
+    corpus: Corpus,
+    batch_tokens: int = 4096,
+    confidence: float = 0.95,
+    progress: Progress | None = None,
+) -> Comparison:
+    """`compare`, where A need not be in memory any more; `batch_tokens` as it was remembered with."""
+    if a.tail.config.vocab_size != b.config.vocab_size:
         raise ValueError(
-            f"vocab_size is {b.config.vocab_size} in B and {a.config.vocab_size} in A; "
+            f"vocab_size is {b.config.vocab_size} in B and {a.tail.config.vocab_size} in A; "
             "expected models of one tokenizer"
         )
     loss_a, loss_b, kl, agree = 0.0, 0.0, 0.0, 0
     differences: list[float] = []
-    for left, right in zip(
-        _steps(a, corpus.windows, batch_tokens), _steps(b, corpus.windows, batch_tokens), strict=True
-    ):
+    for left, right in zip(a.hidden, _steps(b, corpus.windows, batch_tokens), strict=True):
         difference = []
-        for (rows, p), (_, q) in zip(_logits(a, left.hidden), _logits(b, right.hidden), strict=True):
-            nll_a, nll_b = _nll(p, left.targets[rows]), _nll(q, left.targets[rows])
+        for (rows, p), (_, q) in zip(_logits(a.tail, left), _logits(b, right.hidden), strict=True):
+            nll_a, nll_b = _nll(p, right.targets[rows]), _nll(q, right.targets[rows])
             loss_a, loss_b = loss_a + float(nll_a.sum()), loss_b + float(nll_b.sum())
             difference.append(nll_b - nll_a)
             log_p = p.log_softmax(-1)
             kl += float((log_p.exp() * (log_p - q.log_softmax(-1))).sum(dtype=torch.float64))
             agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-        differences += [float(d.sum()) for d in torch.cat(difference).split(left.lengths)]
+        differences += [float(d.sum()) for d in torch.cat(difference).split(right.lengths)]
         if progress:
-            progress(len(left.targets))
+            progress(len(right.targets))
     interval = ratio_interval(differences, [w.tokens for w in corpus.windows], confidence)
     return Comparison(
         perplexity_a=math.exp(loss_a / corpus.tokens),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from farthing.checkpoint import Checkpoint
+from farthing.compress.corpus import Corpus
+from farthing.compress.evaluate import Comparison, Reference, compare_with, remember
 from farthing.compress.simulate import SimulatedOps
-from farthing.model import DeepseekModel, load
-from farthing.ops import select
+from farthing.model import DeepseekModel, ModelConfig, load
+from farthing.ops import Ops, select
 
 
 def held_out_sample() -> Path:
@@ -28,4 +33,38 @@ def parse_share(name: str, text: str) -> float:
 
 def load_for(path: Path, backend: str = "auto", simulate: bool = False) -> DeepseekModel:
     """A model to measure: on a serving backend, or in float32 with simulated activation rounding."""
-    return load(path, SimulatedOps(path) if simulate else select(backend))
+    return load(path, _ops(path, "simulate" if simulate else backend))
+
+
+def compare_in_turn(
+    a: Path,
+    b: Path,
+    corpus: Corpus,
+    backends: tuple[str, str] = ("auto", "auto"),
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """B against A, never both in memory: of A stay the hidden states of the text, its norm and its head.
+
+    backends: of A and of B, "simulate" among them. progress: called with tokens, twice the corpus in all.
+    """
+    first = load_for(a, backends[0])
+    hidden = remember(first, corpus, progress=progress)
+    del first
+    reference = Reference(hidden, _tail(a, backends[0]))
+    return compare_with(reference, load_for(b, backends[1]), corpus, progress=progress)
+
+
+def _tail(path: Path, backend: str) -> DeepseekModel:
+    """A model without layers: norm and head."""
+    checkpoint = Checkpoint.open(path)
+    config = replace(
+        ModelConfig.from_json(checkpoint.config),
+        num_hidden_layers=0,
+        num_nextn_predict_layers=0,
+        layer_sizes=(),
+    )
+    return DeepseekModel(config, _ops(path, backend), checkpoint, first=False)
+
+
+def _ops(path: Path, backend: str) -> Ops:
+    return SimulatedOps(path) if backend == "simulate" else select(backend)

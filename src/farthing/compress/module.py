@@ -151,8 +151,20 @@ def quantize_observed(
         scale = int8_grid(weight[None], torch.ones(1, weight.shape[1])).scale.flatten()
         choice = _choose(name, layer, scale, entry, names)
         choices.append(choice)
-        replace_module(model, name, QuantizedLayer(layer, choice.scale, scale))
+        quantized = QuantizedLayer(layer, choice.scale, scale)
+        if isinstance(layer, nn.Conv2d) and entry.inputs:
+            correct_bias(quantized, torch.stack(entry.inputs))
+        replace_module(model, name, quantized)
     return model, choices
+
+
+def correct_bias(quantized: QuantizedLayer, x: Tensor) -> None:
+    """Give back to every channel of a convolution what rounding shifts its mean output by on x [B, C, H, W]
+    (Nagel et al. 2019, section 4.2). A Linear layer has one output an input: too few to tell a mean by."""
+    layer: Any = quantized.layer
+    with torch.no_grad():
+        shift = (run_layer(layer, x, layer.weight) - quantized(x)).mean((0, 2, 3))
+        layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift)
 
 
 def observe(model: nn.Module, batches: Iterable[Tensor], skip: Sequence[str] = ()) -> dict[str, Seen]:

@@ -1,198 +1,73 @@
-"""The automatic plan: how few bits each part of the model can stand.
+"""The automatic plan: how few bits, and how many zero blocks, each part of the model can stand.
 
-The damage of giving one part one format is measured: the KL divergence of the model's next-token
-distributions on calibration text with only that part changed. For small changes these add up (Taylor), and
-for a model that fits its data the mean KL is what log-perplexity rises by. So the best plan for a budget
-is a knapsack: per part one option (bytes, KL), least KL within the bytes or fewest bytes within the KL.
-
-Legend: T sample tokens; V vocabulary.
+The damage of giving one part one format is measured (`sensitivity.py`). For small changes damages add up
+(Taylor), and for a model that fits its data the mean KL is what log-perplexity rises by. So the best plan for
+a budget is a knapsack: per part one option (bytes, KL), least KL within the bytes or fewest bytes within the
+KL.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from farthing.checkpoint import Checkpoint
 from farthing.compress.corpus import Corpus
-from farthing.compress.evaluate import paged_batch
-from farthing.compress.layer import Layer
-from farthing.compress.quantize.fp8 import quantize_fp8
-from farthing.compress.quantize.grid import int4_grid, int8_grid
-from farthing.compress.recipe import Recipe
+from farthing.compress.recipe import Prune, Recipe
+from farthing.compress.sensitivity import Option, measure, part_of
 from farthing.compress.stream import Progress
-from farthing.compress.transform import group_for
-from farthing.model import DeepseekModel, ModelConfig
-from farthing.model.source import MemorySource
-from farthing.ops import select
-from farthing.ops.weights import Weight
+from farthing.model import ModelConfig
 
-OPTIONS = ("int4", "int8", "keep")
-SAMPLE = 2048  # tokens a sensitivity is measured on
 CELLS = 2000  # resolution of the knapsack's budget
-GPTQ_GAIN = 0.5  # KL that GPTQ leaves of round-to-nearest's; an assumption, checked by the gate afterwards
+HEAL_STEPS = 120  # of a layer whose feed-forward gets zero blocks
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
-    """One format for one part."""
-
-    part: str
-    format: str
-    bytes: int
-    kl: float
-
-
-@dataclass(slots=True)
 class PlanResult:
-    """The format of every module, and why."""
+    """One option a part, and why."""
 
-    formats: dict[str, str]  # part -> format
-    parts: dict[str, str]  # module -> part
+    chosen: dict[str, Option]  # by part
     options: list[Option]
     explanation: str
-    predicted_kl: float
-    bytes: int
-    choices: list[dict[str, Any]] = field(default_factory=list)
+    layers: int  # those behind are MTP layers
 
     def format(self, module: str) -> str:
-        """The plan in the form `stream.Job` wants."""
-        return self.formats[self.parts[module]]
+        """The plan in the form `stream.Job` wants.
+
+        MTP layers only draft: a wrong draft costs time and never accuracy, so they get 8 bits unmeasured.
+        """
+        if int(module.split(".")[2]) >= self.layers:
+            return "int8"
+        return self.chosen[part_of(module)].format
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """`recipe` with the zero blocks the plan asks for."""
+        shares = tuple((f"{o.part}.*", o.sparsity) for o in self.chosen.values() if o.sparsity)
+        if not shares:
+            return recipe
+        # A dense MLP's pattern must not reach into experts, which no layer has beside one.
+        return replace(recipe, prune=Prune("16x16", 0.0, shares=shares, heal_steps=HEAL_STEPS))
 
     def to_json(self) -> dict[str, Any]:
         """For the report."""
         return {
             "explanation": self.explanation,
-            "predicted_kl": self.predicted_kl,
-            "bytes": self.bytes,
-            "choices": self.choices,
+            "predicted_kl": sum(o.kl for o in self.chosen.values()),
+            "bytes": sum(o.bytes for o in self.chosen.values()),
+            "choices": _choices(self.options, self.chosen),
         }
 
 
 def make_plan(source: Path, recipe: Recipe, corpus: Corpus, progress: Progress | None = None) -> PlanResult:
     """Measure every part and solve the knapsack for the recipe's budget. Holds the model in memory."""
     checkpoint = Checkpoint.open(source)
-    config = ModelConfig.from_json(checkpoint.config)
-    layers = [Layer.read(checkpoint, config, i) for i in range(config.num_hidden_layers)]
-    tensors = {n: checkpoint.tensor(n).float() for n in ("model.embed_tokens.weight", "model.norm.weight")}
-    if not config.tie_word_embeddings:
-        tensors["lm_head.weight"] = checkpoint.weight("lm_head").dequantize()
-    for layer in layers:
-        tensors |= layer.tensors
-    parts = {module: part_of(module) for layer in layers for module in layer.modules()}
-    sample = _sample(corpus)
-    meter = _Meter(config, tensors, sample)
-    names = list(dict.fromkeys(parts.values()))
-    options = []
-    for i, part in enumerate(names):
-        if progress:
-            progress(f"sensitivity of {part}", i, len(names))
-        modules = [m for m, p in parts.items() if p == part]
-        options += _options(part, modules, meter, layers, recipe)
-    chosen, why = solve(options, names, recipe)
-    _add_mtp(checkpoint, config, parts, chosen)
-    result = PlanResult(
-        formats={o.part: o.format for o in chosen.values()} | {"mtp": "int8"},
-        parts=parts,
-        options=options,
-        explanation=why,
-        predicted_kl=sum(o.kl for o in chosen.values()),
-        bytes=sum(o.bytes for o in chosen.values()),
-    )
-    result.choices = _choices(options, chosen)
-    return result
-
-
-def part_of(module: str) -> str:
-    """The unit of choice: a layer's attention, its routed experts, its shared expert or its dense MLP."""
-    pieces = module.split(".")
-    layer = ".".join(pieces[:3])
-    if "self_attn" in pieces:
-        return f"{layer}.self_attn"
-    return f"{layer}.mlp.{pieces[4]}" if pieces[4] in ("experts", "shared_experts") else f"{layer}.mlp"
-
-
-def _add_mtp(checkpoint: Checkpoint, config: ModelConfig, parts: dict[str, str], chosen: Any) -> None:
-    """MTP layers only draft: a wrong draft costs time and never accuracy, so they get 8 bits unmeasured."""
-    for i in range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers):
-        for name in checkpoint.names():
-            if name.startswith(f"model.layers.{i}."):
-                parts[name.rpartition(".")[0]] = "mtp"
-
-
-def _sample(corpus: Corpus) -> list[Tensor]:
-    rows, tokens = [], 0
-    for window in corpus.windows:
-        if tokens >= SAMPLE:
-            break
-        rows.append(window.ids[:-1])
-        tokens += window.tokens
-    return rows
-
-
-class _Meter:
-    """KL of the model with some tensors replaced against the model as it is, on one sample."""
-
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], rows: Sequence[Tensor]) -> None:
-        import dataclasses
-
-        self.config = dataclasses.replace(config, num_nextn_predict_layers=0)
-        self.tensors = tensors
-        self.ids = torch.cat(list(rows))
-        self.batch, self.blocks = paged_batch([len(r) for r in rows])
-        self.base = self._log_probs({})  # [T, V]
-
-    def kl(self, changed: Mapping[str, Tensor]) -> float:
-        """Mean KL(base || changed) in nats a token."""
-        other = self._log_probs(changed)
-        total = sum(
-            float((p.exp() * (p - q)).sum(dtype=torch.float64))
-            for p, q in zip(self.base.split(512), other.split(512), strict=True)
-        )
-        return max(total / len(self.ids), 0.0)
-
-    def _log_probs(self, changed: Mapping[str, Tensor]) -> Tensor:
-        model = DeepseekModel(self.config, select("reference"), MemorySource({**self.tensors, **changed}))
-        cache = model.new_cache(self.blocks, 16, "float32")
-        return model.logits(model.forward(self.ids, self.batch, cache)).log_softmax(-1)
-
-
-def _options(
-    part: str, modules: Sequence[str], meter: _Meter, layers: Sequence[Layer], recipe: Recipe
-) -> list[Option]:
-    by_index = {layer.index: layer for layer in layers}
-    layer = by_index[int(modules[0].split(".")[2])]
-    options = []
-    for kind in OPTIONS:
-        weights = {m: _quick(layer, m, kind, recipe) for m in modules}
-        size = sum(w.nbytes for w in weights.values())
-        if kind == "keep":
-            options.append(Option(part, kind, size, 0.0))
-            continue
-        kl = meter.kl({f"{m}.weight": w.dequantize() for m, w in weights.items()})
-        options.append(Option(part, kind, size, kl * (GPTQ_GAIN if kind == "int4" else 1.0)))
-    return options
-
-
-def _quick(layer: Layer, module: str, kind: str, recipe: Recipe) -> Weight:
-    """Round to nearest: the damage of a format, without the time its best method takes."""
-    w = layer.weight(module)
-    group = group_for(w.shape[1], recipe.group_size)
-    if kind == "int4" and group is not None:
-        grid = int4_grid(w[None], group)
-        return grid.weights(grid.round(w[None]))[0]
-    if kind in ("int4", "int8"):
-        grid = int8_grid(w[None])
-        return grid.weights(grid.round(w[None]))[0]
-    if layer.formats.get(module) == "fp8":
-        return quantize_fp8(w, module)
-    return Weight("dense", w.to(layer.stored.get(f"{module}.weight", torch.bfloat16)))
+    options = measure(checkpoint, recipe, corpus, progress)
+    chosen, why = solve(options, list(dict.fromkeys(o.part for o in options)), recipe)
+    layers = ModelConfig.from_json(checkpoint.config).num_hidden_layers
+    return PlanResult(chosen, options, f"{why}. {about_sparsity(options, chosen, recipe)}", layers)
 
 
 def solve(options: Sequence[Option], parts: Sequence[str], recipe: Recipe) -> tuple[dict[str, Option], str]:
@@ -209,6 +84,35 @@ def solve(options: Sequence[Option], parts: Sequence[str], recipe: Recipe) -> tu
         )
     kl, size = sum(o.kl for o in chosen.values()), sum(o.bytes for o in chosen.values())
     return chosen, f"{why}: predicted {kl:.5f} nats a token, {size:,} bytes"
+
+
+def about_sparsity(options: Sequence[Option], chosen: Mapping[str, Option], recipe: Recipe) -> str:
+    """What was measured of zero blocks, and what became of it."""
+    tried = {o.part for o in options if o.sparsity}
+    if not recipe.sparsities:
+        return "The recipe asks for no zero blocks"
+    if not tried:
+        return "Zero blocks were not measured: 16x16 does not tile the feed-forwards, or they are too wide"
+    levels = ", ".join(f"{s:.0%}" for s in recipe.sparsities)
+    measured = f"Zero 16x16 blocks ({levels}) were measured in {len(tried)} feed-forwards"
+    taken = [o for o in chosen.values() if o.sparsity]
+    if taken:
+        return f"{measured} and chosen in {len(taken)}"
+    price = min(_price(o, options) for o in options if o.sparsity)
+    rate = max((_price(o, options) for o in chosen.values() if o.format != "keep"), default=0.0)
+    return (
+        f"{measured} and chosen in none: the cheapest costs {price:.2e} nats a megabyte saved, "
+        f"the dearest format chosen {rate:.2e}"
+    )
+
+
+def _price(option: Option, options: Sequence[Option]) -> float:
+    """Nats a megabyte saved, against the next larger option without zeros of the same part."""
+    plain = [o for o in options if o.part == option.part and not o.sparsity and o.bytes > option.bytes]
+    if not plain:
+        return 0.0 if not option.sparsity else math.inf
+    nearest = min(plain, key=lambda o: o.bytes)
+    return max(option.kl - nearest.kl, 0.0) / (nearest.bytes - option.bytes) * 1e6
 
 
 def knapsack(
@@ -245,9 +149,10 @@ def knapsack(
 
 
 def _choices(options: Sequence[Option], chosen: Mapping[str, Option]) -> list[dict[str, Any]]:
+    columns = list(dict.fromkeys(o.name for o in options))
     rows = []
     for part, option in chosen.items():
-        row: dict[str, Any] = {"part": part, "chosen": option.format, "bytes": option.bytes}
-        row |= {f"KL {o.format}": f"{o.kl:.6f}" for o in options if o.part == part}
-        rows.append(row)
+        row: dict[str, Any] = {"part": part, "chosen": option.name, "bytes": option.bytes}
+        own = {o.name: f"{o.kl:.6f}" for o in options if o.part == part}
+        rows.append(row | {f"KL {name}": own.get(name, "") for name in columns})
     return rows

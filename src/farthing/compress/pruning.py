@@ -69,7 +69,7 @@ def grams_of(stats: Stats, family: list[str]) -> Tensor | None:
 
 def _targets(layer: Layer, p: Prune) -> Iterator[list[str]]:
     for family in layer.families():
-        targets = [m for m in family if p.targets == "all" or ".mlp." in m]
+        targets = [m for m in family if (p.targets == "all" or ".mlp." in m) and p.share(m) > 0]
         if targets:
             yield targets
 
@@ -99,8 +99,8 @@ def _traced(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
     if p.scope == "global":
         groups = [[e for group in groups for e in group]]
     for group in groups:
-        blocks = sum(t.order.shape[0] * t.order.shape[1] * (k // cells[1]) for _, t, k in group)
-        dropped = cheapest([t for _, t, _ in group], round(p.sparsity * blocks))
+        wanted = sum(p.share(m) * t.order.shape[1] * (k // cells[1]) for part, t, k in group for m in part)
+        dropped = cheapest([t for _, t, _ in group], round(wanted))
         for (part, trace, k), drop in zip(group, dropped, strict=True):
             masks |= dict(zip(part, trace.keep(drop, cells, k), strict=True))
     return masks
@@ -145,7 +145,7 @@ def _budgets(layer: Layer, stats: Stats, p: Prune) -> dict[str, float]:
     pieces: dict[str, Tensor] = {}
     for targets in _targets(layer, p):
         if p.scope == "matrix":
-            budgets |= dict.fromkeys(targets, p.sparsity)
+            budgets |= {m: p.share(m) for m in targets}
             continue
         cells = BLOCKS.get(p.pattern, (1, 1))
         blocks = {
@@ -154,6 +154,6 @@ def _budgets(layer: Layer, stats: Stats, p: Prune) -> dict[str, float]:
         }
         average = torch.cat([b.flatten() for b in blocks.values()]).mean().clamp_min(1e-30)
         if p.scope == "family":
-            budgets |= global_budgets(blocks, p.sparsity)
+            budgets |= global_budgets(blocks, p.share(targets[0]))
         pieces |= {m: b / average for m, b in blocks.items()}
     return global_budgets(pieces, p.sparsity) if p.scope == "global" else budgets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,9 +41,15 @@ class Prune:
     compensation: Compensation = "exact"
     targets: Targets = "experts"  # every feed-forward, or attention as well
     heal_steps: int = 0  # of gradient descent a layer on the calibration text (`prune/heal.py`)
+    shares: tuple[tuple[str, float], ...] = ()  # (fnmatch pattern of modules, sparsity) instead, first match
+
+    def share(self, module: str) -> float:
+        """The sparsity asked of one matrix."""
+        return next((s for pattern, s in self.shares if fnmatchcase(module, pattern)), self.sparsity)
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
+        for sparsity in (self.sparsity, *(s for _, s in self.shares)):
+            check_sparsity(sparsity)
         if self.heal_steps < 0:
             raise ValueError(f"heal_steps is {self.heal_steps}; expected 0 or more")
         for name, kind in _PRUNE_CHOICES.items():
@@ -78,6 +85,8 @@ class Recipe:
     ignore: tuple[str, ...] = ()  # fnmatch patterns of modules that stay dense
     max_drop: float = 0.01  # "auto": relative increase of perplexity it may spend
     budget_bytes: int | None = None  # "auto": size of the matrices, the least loss within it
+    # "auto": shares of zero 16x16 blocks to try in every feed-forward
+    sparsities: tuple[float, ...] = (0.25, 0.5)
     calibration_tokens: int = 8192
     window: int = 512
 
@@ -87,8 +96,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size is {self.group_size}; expected 32, 64 or 128")
-        for name in ("experts", "neurons"):
-            check_sparsity(getattr(self, name))
+        for sparsity in (self.experts, self.neurons, *self.sparsities):
+            check_sparsity(sparsity)
         for name in ("calibration_tokens", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
@@ -208,13 +217,21 @@ def from_json(raw: Any, name: str, where: str) -> Recipe:
         if not isinstance(values["prune"], Mapping):
             raise ValueError(f"{where}: prune is {values['prune']!r}; expected a mapping")
         _refuse_unknown(values["prune"], Prune, f"{where}: prune")
-        values["prune"] = Prune(**values["prune"])
-    if "ignore" in values:
-        values["ignore"] = tuple(values["ignore"])
+        values["prune"] = _prune(values["prune"], where)
+    for name in ("ignore", "sparsities"):
+        if name in values:
+            values[name] = tuple(values[name])
     try:
         return replace(start, **({"name": name} | values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _prune(raw: Mapping[str, Any], where: str) -> Prune:
+    shares = raw.get("shares", {})
+    if not isinstance(shares, Mapping):
+        raise ValueError(f"{where}: prune.shares is {shares!r}; expected a mapping of pattern to sparsity")
+    return Prune(**(dict(raw) | {"shares": tuple((str(k), float(v)) for k, v in shares.items())}))
 
 
 def _refuse_unknown(values: Mapping[str, Any], kind: Any, where: str) -> None:

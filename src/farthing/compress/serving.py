@@ -1,4 +1,4 @@
-"""How fast a compressed model decodes here and what memory it takes, beside its source."""
+"""How fast a compressed model is here and what memory it takes, beside its source."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,19 @@ import torch
 
 from farthing.compress.evaluate import BLOCK, paged_batch
 from farthing.model import DeepseekModel, load
-from farthing.ops import make_batch, select
+from farthing.ops import LatentCache, make_batch, select
 
 STEPS = 24
-PROMPT = 64
+PROMPT = 256
+PREFILLS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens a second of one sequence."""
+
+    prefill: float
+    decode: float
 
 
 def serving_figures(source: Path) -> Callable[[Path], list[dict[str, Any]]]:
@@ -26,7 +36,7 @@ def serving_figures(source: Path) -> Callable[[Path], list[dict[str, Any]]]:
     def rows(out: Path) -> list[dict[str, Any]]:
         backend = select("auto").name
         models = {"source": load(source, select("auto")), "compressed": load(out, select("auto"))}
-        seconds = decode_seconds(models)
+        speed = speeds(models)
         paths = {"source": source, "compressed": out}
         size = {name: _size(path) for name, path in paths.items()}
         resident = {name: resident_bytes(path) for name, path in paths.items()}
@@ -35,7 +45,8 @@ def serving_figures(source: Path) -> Callable[[Path], list[dict[str, Any]]]:
                 "model": name,
                 "bytes": size[name],
                 "memory": resident[name],
-                "decode_tokens_per_second": round(1 / seconds[name], 2),
+                "prefill_tokens_per_second": round(speed[name].prefill, 2),
+                "decode_tokens_per_second": round(speed[name].decode, 2),
                 "backend": backend,
             }
             for name in models
@@ -74,27 +85,39 @@ print(anonymous() - before)
 """
 
 
-def decode_seconds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, float]:
-    """Median seconds of a decode step of one sequence; the models take turns, so noise hits all alike."""
-    states = {name: _prefill(model, steps) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
+def speeds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, Speed]:
+    """Of one sequence, through the engine's own kernels; the models take turns, so noise hits all alike."""
+    caches = {name: _cache(model, steps) for name, model in models.items()}
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(PREFILLS):
+        for name, model in models.items():
+            prompt = _prompt(model, steps)
+            batch, _ = paged_batch([prompt])
+            ids = torch.arange(prompt) % model.config.vocab_size
+            start = time.perf_counter()
+            model.forward(ids, batch, caches[name])
+            prefill[name].append((time.perf_counter() - start) / prompt)
     for step in range(steps):
         for name, model in models.items():
-            cache = states[name]
-            batch = make_batch([1], [PROMPT + step], [range(cache.num_blocks)], BLOCK)
+            cache = caches[name]
+            batch = make_batch([1], [_prompt(model, steps) + step], [range(cache.num_blocks)], BLOCK)
             start = time.perf_counter()
             model.logits(model.forward(torch.tensor([step % model.config.vocab_size]), batch, cache))
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            decode[name].append(time.perf_counter() - start)
+    return {
+        name: Speed(1 / statistics.median(prefill[name]), 1 / statistics.median(decode[name]))
+        for name in models
+    }
 
 
-def _prefill(model: DeepseekModel, steps: int) -> Any:
-    prompt = min(PROMPT, model.config.max_position_embeddings - steps - 1)
-    blocks = -(-(PROMPT + steps + 1) // BLOCK)
-    cache = model.new_cache(blocks, BLOCK, "float32" if model.ops.dtype == torch.float32 else "bfloat16")
-    batch, _ = paged_batch([prompt])
-    model.forward(torch.arange(prompt) % model.config.vocab_size, batch, cache)
-    return cache
+def _prompt(model: DeepseekModel, steps: int) -> int:
+    return min(PROMPT, model.config.max_position_embeddings - steps - 1)
+
+
+def _cache(model: DeepseekModel, steps: int) -> LatentCache:
+    blocks = -(-(_prompt(model, steps) + steps + 1) // BLOCK)
+    return model.new_cache(blocks, BLOCK, "float32" if model.ops.dtype == torch.float32 else "bfloat16")
 
 
 def _size(path: Path) -> int:

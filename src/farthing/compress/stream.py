@@ -149,8 +149,8 @@ def _one_layer(
     if recipe.prune is not None:
         originals = {m: layer.weight(m) for m in layer.modules()}
         masks = prune_layer(layer, layer_stats(layer, recorder)[0], recipe)
-        if stream is not None and stream.unpruned is not None and not layer.is_mtp:
-            x = _feed_forward_input(layer, stream, embedding, final_norm)
+        if masks and stream is not None and stream.unpruned is not None and not layer.is_mtp:
+            x = feed_forward_input(layer, stream, embedding, final_norm)
             healed = heal(layer, masks, x, stream.unpruned, recipe.prune.heal_steps)
             state.healed.append({"layer": layer.index} | asdict(healed))
         if recorder is not None and recipe.scheme not in ("keep", "fp8"):
@@ -177,7 +177,7 @@ def forward(layer: Layer, ops: TracedOps, stream: Stream, embedding: Tensor, fin
     return out
 
 
-def _feed_forward_input(layer: Layer, stream: Stream, embedding: Tensor, final_norm: Tensor) -> Tensor:
+def feed_forward_input(layer: Layer, stream: Stream, embedding: Tensor, final_norm: Tensor) -> Tensor:
     """What attention leaves in the residual stream, [T, D]."""
     seen: list[Tensor] = []
 
