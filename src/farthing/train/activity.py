@@ -38,7 +38,11 @@ class Activity:
         return cls(tau, torch.zeros(experts), zeros, zeros.clone())
 
     def add(self, contribution: Tensor, expert: Tensor, weight: Tensor) -> None:
-        """contribution c [R, I] float32 of rows of `expert` [R], whose routing weights are [R]."""
+        """contribution c [R, I] float32 of rows of `expert` [R], whose routing weights are [R].
+
+        Sums stay where they began, whatever device the model is on.
+        """
+        contribution, expert, weight = (x.to(self.tokens.device) for x in (contribution, expert, weight))
         mean = contribution.mean(-1, keepdim=True)
         for total, value in (
             (self.tokens, torch.ones_like(weight)),
@@ -118,6 +122,7 @@ def _tap(module: MLP | MoE, activity: Activity) -> Any:
 @torch.no_grad()
 def measure(model: DeepSeekLM, tokens: Tensor, tau: float) -> dict[str, Activity]:
     """Activities over tokens [B, T + 1], the MTP layer's included."""
+    tokens = tokens.to(model.embed_tokens.device)
     training = model.training
     model.eval()
     with watch(model, tau) as found:
