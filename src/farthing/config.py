@@ -43,6 +43,8 @@ class EngineConfig:
     transport: Transport = "auto"  # between ranks: shared memory where it can be had, else gloo
     redundant_experts: int = 0  # copies of the busiest experts of every layer
     rebalance_steps: int | None = None  # place experts by measured tokens every so many steps
+    nodes: int = 1  # of a Ray cluster that the ranks are spread over; 1: this host, without Ray
+    ray_address: str | None = None  # of the cluster; None: the one this host belongs to
     disaggregate: bool = False  # compute prompts in a process of its own, of as many threads
 
     def __post_init__(self) -> None:
@@ -75,8 +77,23 @@ class EngineConfig:
                 f"redundant_experts is {self.redundant_experts}; expected 0 without expert_parallel_size > 1 "
                 "and rebalance_steps: copies are placed by measured tokens"
             )
+        self._check_nodes()
         parse_speculate(self.speculate)
         _check_experts(self.experts)
+
+    def _check_nodes(self) -> None:
+        if self.nodes > self.num_ranks:
+            raise ValueError(
+                f"nodes is {self.nodes} with {self.num_ranks} ranks; expected at most one node a rank: "
+                "tensor_parallel_size, pipeline_parallel_size or expert_parallel_size is what spreads a model"
+            )
+        if self.nodes == 1 and self.ray_address is not None:
+            raise ValueError(f"ray_address is {self.ray_address!r} with nodes 1; expected nodes > 1")
+        if self.nodes > 1 and self.rebalance_steps is not None:
+            raise ValueError(
+                f"rebalance_steps is {self.rebalance_steps} over {self.nodes} nodes; expected None: "
+                "tokens of experts are counted in memory that all ranks share"
+            )
 
     @property
     def num_ranks(self) -> int:
@@ -97,6 +114,7 @@ _POSITIVE = (
     "pipeline_parallel_size",
     "expert_parallel_size",
     "rebalance_steps",
+    "nodes",
 )
 DEFAULT_DRAFTS = 4  # at most; the MTP layer stops earlier where it is unsure
 MAX_DRAFTS = 16

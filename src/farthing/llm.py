@@ -50,6 +50,8 @@ class LLM:
         transport: Transport = "auto",
         redundant_experts: int = 0,
         rebalance_steps: int | None = None,
+        nodes: int = 1,
+        ray_address: str | None = None,
         disaggregate: bool = False,
         skip_tokenizer_init: bool = False,
     ) -> None:
@@ -79,6 +81,8 @@ class LLM:
             transport=transport,
             redundant_experts=redundant_experts,
             rebalance_steps=rebalance_steps,
+            nodes=nodes,
+            ray_address=ray_address,
             disaggregate=disaggregate,
             skip_tokenizer_init=skip_tokenizer_init,
         )

@@ -164,6 +164,13 @@ def serve(
         int | None,
         typer.Option(help="Place experts by measured tokens every N steps.", rich_help_panel=_RANKS),
     ] = None,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Of a Ray cluster, to spread ranks over.", rich_help_panel=_RANKS)
+    ] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="Of the cluster. Default: this host's.", rich_help_panel=_RANKS),
+    ] = None,
     disaggregate: Annotated[
         bool,
         typer.Option("--disaggregate", help="Compute prompts in another process.", rich_help_panel=_RANKS),
@@ -202,6 +209,8 @@ def serve(
             transport=cast("Any", transport),
             redundant_experts=redundant_experts,
             rebalance_steps=rebalance_steps,
+            nodes=nodes,
+            ray_address=ray_address,
             disaggregate=disaggregate,
         )
         server_config = ServerConfig(

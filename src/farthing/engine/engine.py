@@ -50,6 +50,7 @@ from farthing.engine.core import EngineCore
 from farthing.engine.generation import RequestState
 from farthing.engine.request import (
     EngineError,
+    EngineFailed,
     EngineStopped,
     OutputKind,
     QueueFull,
@@ -213,9 +214,9 @@ class Engine:
         """Raise EngineError if the loop has died, or a rank has."""
         failure = self._ranks.failure() if self._ranks is not None else None
         if failure is not None:
-            raise EngineError(f"the engine has failed: {failure}")
+            raise EngineFailed(f"the engine has failed: {failure}")
         if self._error is not None:
-            raise EngineError(f"the engine has failed: {self._error!r}") from self._error
+            raise EngineFailed(f"the engine has failed: {self._error!r}") from self._error
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests and wait for those in flight. False: some were left after `timeout` seconds
@@ -332,7 +333,7 @@ class Engine:
             for state in self._core.live():
                 self._core.cancel(state)
             return
-        error = EngineError(f"the engine has failed: {self._error!r}")
+        error = EngineFailed(f"the engine has failed: {self._error!r}")
         deliver([(state.stream, error) for state in [*self._core.live(), *pending]])
         with self._changed:
             self._live = 0
@@ -369,6 +370,8 @@ def _load_parallel(path: Path, config: EngineConfig) -> ParallelModel:
             config.transport,
             config.redundant_experts,
             config.rebalance_steps,
+            config.nodes,
+            config.ray_address,
         )
     )
 

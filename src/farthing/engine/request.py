@@ -26,6 +26,10 @@ class QueueFull(EngineError):
     """The waiting queue is at its bound; try again later (HTTP 429)."""
 
 
+class EngineFailed(EngineError):
+    """The engine has failed, and every request with it; another replica may answer (HTTP 503)."""
+
+
 class EngineStopped(EngineError):
     """The engine drains or has stopped and takes no requests (HTTP 503)."""
 

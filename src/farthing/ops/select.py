@@ -39,9 +39,7 @@ def select(
     plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
     known = BACKENDS | plugins
     if backend == "auto":
-        backend = (
-            "gpu" if torch.cuda.is_available() and _exists("gpu") else "cpu" if _native() else "reference"
-        )
+        backend = resolve(backend)
         if backend == "reference":
             log.warning("the native CPU kernels are not built; serving with the slow reference ops")
     if backend not in known:
@@ -51,6 +49,13 @@ def select(
     )
     log.info("ops: %s", ops.name)
     return ops
+
+
+def resolve(backend: str) -> str:
+    """What 'auto' stands for on this machine; any other name stands for itself."""
+    if backend != "auto":
+        return backend
+    return "gpu" if torch.cuda.is_available() and _exists("gpu") else "cpu" if _native() else "reference"
 
 
 def _exists(backend: str) -> bool:

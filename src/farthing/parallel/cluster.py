@@ -1,4 +1,4 @@
-"""A model spread over processes of this host that the engine drives as if it were one.
+"""A model spread over processes, of this host or of a Ray cluster, that the engine drives as if it were one.
 
 The driver is the first rank of the last stage, where hidden states end. Each call is sent to every worker,
 which makes the same call on its own slice; the collectives inside keep them in step.
@@ -7,6 +7,7 @@ which makes the same call on its own slice; the collectives inside keep them in 
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from farthing.model.load import config_of
 from farthing.ops import Batch, LatentCache
 from farthing.ops.api import CacheDtype
 from farthing.parallel.plan import ShardPlan
+from farthing.parallel.ray_workers import RayWorkers
+from farthing.parallel.rendezvous import join, listen, node_arena
 from farthing.parallel.shared import Arena, available
 from farthing.parallel.worker import (
     RankFailed,
@@ -26,8 +29,6 @@ from farthing.parallel.worker import (
     Workers,
     counts_bytes,
     counts_table,
-    free_port,
-    join,
     open_own,
 )
 
@@ -42,17 +43,13 @@ class ParallelModel:
         config = config_of(Checkpoint.open(options.path))
         ShardPlan.build(config, layout)  # refuse before anything is started
         arena = _arena(options, config)
-        port = free_port() if arena is None else None
         try:
-            self._workers = Workers(options, arena, port)
+            self._workers, arena = _start(options, arena)
         except BaseException:
             if arena is not None:
                 arena.unlink()
             raise
         try:
-            if port is not None:
-                self._workers.await_all("started")
-                join(layout, layout.driver, port)
             self._rank = open_own(options, layout.driver, arena)
             self._workers.await_all("ready")
         except BaseException:
@@ -64,7 +61,8 @@ class ParallelModel:
         self.config: ModelConfig = self._rank.plan.config
         self.ops = self._rank.model.ops
         self.mtp = self._rank.model.mtp
-        self._counts = None if arena is None else counts_table(arena, layout, config)
+        counted = arena is not None and options.nodes == 1
+        self._counts = counts_table(arena, layout, config) if arena is not None and counted else None
         self._options, self._steps = options, 0
         self._balanced = None if self._counts is None else self._counts.clone()
 
@@ -133,8 +131,7 @@ class ParallelModel:
     def close(self) -> None:
         """End the workers."""
         self._workers.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave()
 
     def _everywhere(self, method: str, *arguments: Any) -> Any:
         self._workers.tell(method, *arguments)
@@ -150,15 +147,54 @@ class ParallelModel:
         try:
             return compute()
         except RuntimeError as error:
-            failure = self._workers.failure(wait=2.0)
+            failure = self._workers.failure(wait=self._workers.notice)
             if failure is None:
                 raise
             raise RankFailed(failure) from error
 
 
+def _start(options: RankOptions, arena: Arena | None) -> tuple[Workers | RayWorkers, Arena | None]:
+    """Every other rank's process, joined with this one where torch.distributed is needed, and the arena."""
+    layout = options.layout
+    if arena is not None:
+        return Workers(options, arena, None), arena
+    several = options.nodes > 1
+    ray = RayWorkers(options) if several else None
+    store = listen(ray.address if ray else Workers.address, layout)
+    workers = ray or Workers(options, None, store.port)
+    try:
+        workers.await_all("started")
+        name = None
+        if ray is not None:
+            name = None if options.transport == "gloo" or options.device == "cuda" else _arena_name()
+            ray.open(store.port, name)
+        join(layout, layout.driver, store, options.device, workers.address if several else "")
+        if ray is not None and name is not None:
+            arena = ray.arena = node_arena(layout, layout.driver, options.nodes, name)
+    except BaseException:
+        workers.close()
+        _leave()
+        raise
+    return workers, arena
+
+
+def _arena_name() -> str:
+    return f"farthing-{uuid.uuid4().hex[:12]}"
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _arena(options: RankOptions, config: ModelConfig) -> Arena | None:
-    """Shared memory for the groups and the counts of experts; None: gloo."""
-    if options.transport == "gloo":
+    """Shared memory for the groups of one host and the counts of experts; None: torch.distributed."""
+    if options.transport == "shared" and (options.nodes > 1 or options.device == "cuda"):
+        raise ValueError(
+            "transport is 'shared' over several nodes or GPUs; expected 'auto' (shared memory within a node "
+            "of CPU ranks, gloo or NCCL between others) or 'gloo'"
+        )
+    if options.transport == "gloo" or options.nodes > 1 or options.device == "cuda":
         return None
     if available():
         try:

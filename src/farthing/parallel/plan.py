@@ -75,6 +75,10 @@ class Layout:
         """The rank that schedules and samples: the first of the last stage, where hidden states end."""
         return self.world - self.stage_ranks
 
+    def node(self, rank: int, nodes: int) -> int:
+        """Which of `nodes` hosts a rank is on: consecutive ranks together, so stages before they are cut."""
+        return rank * nodes // self.world
+
     def vocabulary_ranks(self, copy: int) -> list[int]:
         """The ranks that share one embedding and head, in the order of their slices."""
         return [

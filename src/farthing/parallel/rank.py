@@ -41,13 +41,14 @@ class Rank:
         routers: list[RouterSpec | None] | None = None,
         timeout: float = 60.0,
         arena: Arena | None = None,
+        nodes: int = 1,
     ) -> None:
-        """arena: shared memory for the groups; None: torch.distributed's transport."""
+        """arena: shared memory for the groups within a node; None: torch.distributed's transport for all."""
         self.plan = ShardPlan.build(config, layout)
         self.layout, self.place = layout, layout.place(rank)
         self.first, self.last = self.place.stage == 0, self.place.stage == layout.pp - 1
         self.drives = rank == layout.driver
-        made = _make_groups(layout, rank, timeout, arena)
+        made = _make_groups(layout, rank, timeout, arena, nodes)
         self._stage = made.get(_stage_ranks(layout, self.place), Alone())
         self._before = made.get((rank - layout.stage_ranks, rank))
         self._behind = made.get((rank, rank + layout.stage_ranks))
@@ -202,12 +203,13 @@ def open_rank(
     experts: str = "auto",
     timeout: float = 60.0,
     arena: Arena | None = None,
+    nodes: int = 1,
 ) -> Rank:
     """A rank of a checkpoint; reads only its own bytes."""
     checkpoint = Checkpoint.open(path)
     config = config_of(checkpoint)
     routers = routers_for(config, checkpoint.config, experts)
-    return Rank(config, checkpoint, layout, rank, ops, routers, timeout, arena)
+    return Rank(config, checkpoint, layout, rank, ops, routers, timeout, arena, nodes)
 
 
 Ranks = tuple[int, ...]
@@ -232,22 +234,33 @@ def group_ranks(layout: Layout) -> list[Ranks]:
     return [ranks for ranks in dict.fromkeys(found) if len(ranks) > 1]
 
 
-def shared_bytes(layout: Layout) -> int:
-    """Bytes of shared memory the groups of a layout take."""
-    return arena_bytes([len(ranks) for ranks in group_ranks(layout)])
+def shared_bytes(layout: Layout, nodes: int = 1, node: int = 0) -> int:
+    """Bytes of shared memory that the groups within one node take."""
+    return arena_bytes(
+        [len(ranks) for ranks in group_ranks(layout) if _homes(layout, ranks, nodes) == {node}]
+    )
 
 
-def _make_groups(layout: Layout, rank: int, timeout: float, arena: Arena | None) -> dict[Ranks, Group]:
+def _homes(layout: Layout, ranks: Ranks, nodes: int) -> set[int]:
+    return {layout.node(r, nodes) for r in ranks}
+
+
+def _make_groups(
+    layout: Layout, rank: int, timeout: float, arena: Arena | None, nodes: int
+) -> dict[Ranks, Group]:
     """This rank's groups. torch.distributed has every rank make every group, in one order."""
     made: dict[Ranks, Group] = {}
-    offset = 0
-    crowded = layout.world > len(os.sched_getaffinity(0))
+    offset, mine = 0, layout.node(rank, nodes)
+    neighbours = sum(layout.node(r, nodes) == mine for r in range(layout.world))
+    crowded = neighbours > len(os.sched_getaffinity(0))
     for ranks in group_ranks(layout):
-        if arena is None:
+        homes = _homes(layout, ranks, nodes)
+        if arena is None or len(homes) > 1:
             group: Group = DistGroup(ranks, timeout)
-        elif rank in ranks:
-            group = SharedGroup(arena, offset, len(ranks), ranks.index(rank), timeout, crowded=crowded)
-        offset += group_bytes(len(ranks))
+        elif homes == {mine}:
+            if rank in ranks:
+                group = SharedGroup(arena, offset, len(ranks), ranks.index(rank), timeout, crowded=crowded)
+            offset += group_bytes(len(ranks))
         if rank in ranks:
             made[ranks] = group
     return made

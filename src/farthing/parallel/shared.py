@@ -60,7 +60,8 @@ class Arena:
             os.close(descriptor)
         self.words = memoryview(self._map).cast("Q")
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._parent = os.getppid()
+        # The driver may be left by the shell that started it; a rank that its driver has left is lost.
+        self._parent = None if create else os.getppid()
 
     @classmethod
     def create(cls, nbytes: int) -> Arena:
@@ -80,7 +81,7 @@ class Arena:
         """Raise PeerLost if a rank has failed or the parent process is gone."""
         if self.words[0]:
             raise PeerLost("another rank has failed")
-        if os.getppid() != self._parent:
+        if self._parent is not None and os.getppid() != self._parent:
             raise PeerLost("the parent process has ended")
 
 

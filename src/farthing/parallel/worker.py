@@ -6,25 +6,24 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import threading
 import traceback
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from farthing.model import ModelConfig
 from farthing.ops import Batch, Ops, select
+from farthing.ops.select import resolve
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank, open_rank, shared_bytes
+from farthing.parallel.rendezvous import connect, join
 from farthing.parallel.shared import Arena, PeerLost
 
 log = logging.getLogger(__name__)
@@ -50,11 +49,22 @@ class RankOptions:
     transport: Literal["auto", "shared", "gloo"] = "auto"
     redundant_experts: int = 0  # copies of hot experts in every layer
     rebalance_steps: int | None = None  # place the experts anew every so many steps
+    nodes: int = 1  # of a Ray cluster; 1: processes of this host
+    ray_address: str | None = None  # of the cluster; None: the one this host belongs to
 
-    def ops(self) -> Ops:
-        """This rank's backend; by default its share of the cores."""
-        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // self.layout.world)
+    def ops(self, rank: int) -> Ops:
+        """A rank's backend; by default its share of the cores, and a GPU of its own where there are GPUs."""
+        node = self.layout.node(rank, self.nodes)
+        neighbours = [r for r in range(self.layout.world) if self.layout.node(r, self.nodes) == node]
+        if self.device == "cuda" and self.nodes == 1:  # else Ray has chosen
+            torch.cuda.set_device(neighbours.index(rank) % torch.cuda.device_count())
+        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // len(neighbours))
         return select(self.backend, self.dtype, threads, self.quantization)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> str:
+        """'cuda' or 'cpu': what the ranks compute on, known before a backend is built."""
+        return "cuda" if resolve(self.backend) == "gpu" and torch.cuda.is_available() else "cpu"
 
     @property
     def arena_bytes(self) -> int:
@@ -64,6 +74,9 @@ class RankOptions:
 
 class Workers:
     """Every rank but the driver, each with a pipe. A worker that ends takes the replica with it."""
+
+    notice = 2.0  # seconds after which a worker that has ended is known
+    address = "127.0.0.1"
 
     def __init__(self, options: RankOptions, arena: Arena | None, port: int | None) -> None:
         layout = options.layout
@@ -97,7 +110,7 @@ class Workers:
             try:
                 said = connection.recv()
             except (EOFError, OSError):
-                said = self.failure(wait=2.0) or "its process ended"
+                said = self.failure(wait=self.notice) or "its process ended"
             if said != word:
                 raise RankFailed(f"rank {rank} could not start: {said}")
 
@@ -105,12 +118,12 @@ class Workers:
         """Have every worker make a call."""
         if self._failure:
             raise RankFailed(self._failure)
-        call = (method, *(_wire(a) for a in arguments))
+        call = (method, *(to_wire(a) for a in arguments))
         try:
             for _, connection in self._processes.values():
                 connection.send(call)
         except OSError as error:
-            raise RankFailed(self.failure(wait=2.0) or f"a rank does not answer: {error}") from error
+            raise RankFailed(self.failure(wait=self.notice) or f"a rank does not answer: {error}") from error
 
     def failure(self, wait: float = 0.0) -> str | None:
         """Why the replica has failed, looked for during `wait` seconds."""
@@ -155,8 +168,22 @@ class Workers:
 
 def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
     """This process's rank."""
-    rank = open_rank(options.path, options.layout, index, options.ops(), options.experts, STEP_TIMEOUT, arena)
-    if arena is not None and rank.place.local == 0 and rank.plan.config.n_routed_experts:
+    rank = open_rank(
+        options.path,
+        options.layout,
+        index,
+        options.ops(index),
+        options.experts,
+        STEP_TIMEOUT,
+        arena,
+        options.nodes,
+    )
+    if (
+        arena is not None
+        and options.nodes == 1
+        and rank.place.local == 0
+        and rank.plan.config.n_routed_experts
+    ):
         table = counts_table(arena, options.layout, rank.plan.config)
         rank.counts = table[rank.plan.stages[rank.place.stage].start :]
     return rank
@@ -175,24 +202,6 @@ def counts_table(arena: Arena, layout: Layout, config: ModelConfig) -> Tensor:
     return arena.bytes[start : start + size].view(torch.int64).view(layers, config.n_routed_experts or 0)
 
 
-def join(layout: Layout, rank: int, port: int) -> None:
-    """torch.distributed over this host."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        world_size=layout.world,
-        rank=rank,
-        timeout=timedelta(seconds=START_TIMEOUT),
-    )
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def _work(
     options: RankOptions, index: int, path: Path | None, port: int | None, connection: Connection
 ) -> None:
@@ -203,13 +212,13 @@ def _work(
         arena = None if path is None else Arena(path)
         if port is not None:
             connection.send("started")
-            join(options.layout, index, port)
+            join(options.layout, index, connect("127.0.0.1", port, options.layout), options.device)
         rank = open_own(options, index, arena)
         connection.send("ready")
         with torch.inference_mode():
             while True:
                 method, *arguments = connection.recv()
-                getattr(rank, method)(*(_tensors(a) for a in arguments))
+                getattr(rank, method)(*(from_wire(a) for a in arguments))
     except (EOFError, PeerLost):
         return
     except BaseException as error:
@@ -225,7 +234,7 @@ class _Arrays(tuple[Any, ...]):
     """A batch on its way."""
 
 
-def _wire(value: Any) -> Any:
+def to_wire(value: Any) -> Any:
     """Tensors as arrays: torch would send each through a file descriptor of its own."""
     if isinstance(value, Tensor):
         return value.numpy()
@@ -234,7 +243,8 @@ def _wire(value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Any:
+def from_wire(value: Any) -> Any:
+    """What `to_wire` was given."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     if isinstance(value, _Arrays):

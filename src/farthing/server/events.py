@@ -10,7 +10,7 @@ from json.encoder import encode_basestring_ascii as quote
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from farthing.server.errors import ApiError
+from farthing.server.errors import ApiError, send_error
 from farthing.server.jobs import ClientGone, Job
 
 __all__ = ["EventStream", "chunk_frame", "quote"]
@@ -26,8 +26,9 @@ def chunk_frame(identity: str, kind: str, created: int, model: str, usage: bool)
 
 
 class EventStream(Response):
-    """Sends text chunks as they come. An error after the first byte becomes an event of its own, followed by
-    [DONE]; a client that leaves, or a deadline that passes, cancels the job."""
+    """Sends text chunks as they come. An error before the first one is answered with its status, so that a
+    gateway can ask another replica; a later one becomes an event of its own, followed by [DONE]. A client
+    that leaves, or a deadline that passes, cancels the job."""
 
     media_type = "text/event-stream"
 
@@ -36,6 +37,7 @@ class EventStream(Response):
         self.background = None
         self.job = job
         self.chunks = chunks
+        self._begun = False
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,13 +47,23 @@ class EventStream(Response):
         except ClientGone:
             return
         except ApiError as error:
+            if not self._begun:
+                await send_error(error, scope, receive, send)
+                return
             event = f"data: {error.body()}\n\n".encode() + DONE
             with suppress(TimeoutError):  # a client that reads nothing is not waited for
                 async with asyncio.timeout(_LAST_WORD):
                     await send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for chunk in self.chunks:
+            if not self._begun:
+                await self._begin(send)
             await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+        if not self._begun:
+            await self._begin(send)
         await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+    async def _begin(self, send: Send) -> None:
+        self._begun = True
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
-from farthing.engine.request import EngineError, RequestOutput
+from farthing.engine.request import EngineError, EngineFailed, RequestOutput
 from farthing.server.auth import ANONYMOUS
 from farthing.server.errors import ApiError
 
@@ -113,6 +113,8 @@ class Job:
             if self._interrupted.done():
                 raise self._interrupted.result()
             raise ClientGone
+        except EngineFailed as error:  # another replica may answer: a gateway asks it
+            raise ApiError(503, str(error), code="engine_failed") from error
         except EngineError as error:
             raise ApiError(500, str(error), code="engine_error") from error
         finally:

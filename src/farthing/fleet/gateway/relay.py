@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import httptools
@@ -29,7 +31,12 @@ class Exchange:
     """One try of a request on one replica; a Sink that writes to the client."""
 
     def __init__(
-        self, client: ClientConnection, request: Request, replica: Replica, upstream: Upstream, last: bool
+        self,
+        client: ClientConnection,
+        request: Request,
+        replica: Replica,
+        upstream: Upstream,
+        last: Callable[[], bool],
     ):
         self.client, self.request, self.replica, self.upstream = client, request, replica, upstream
         self.last_try = last
@@ -42,7 +49,7 @@ class Exchange:
 
     def head(self, head: ResponseHead) -> None:
         self.status = head.status
-        if head.status == _BUSY and not self.last_try:
+        if head.status == _BUSY and not self.last_try():
             self.busy = True  # its body is read and dropped, so that the connection can be used again
             return
         self._event_stream = head.is_event_stream
@@ -254,7 +261,8 @@ class ClientConnection(asyncio.Protocol):
             if replica is None:
                 break
             tried.append(replica)
-            last = len(tried) == config.tries or not balancer.candidates(tried)
+            # Asked when the answer comes: another replica may be ready by then.
+            last = partial(self._last, tried)
             balancer.learn(request.body, replica)
             try:
                 if await self._try(request, replica, last):
@@ -266,6 +274,9 @@ class ClientConnection(asyncio.Protocol):
         self.gateway.metrics.count("none", _BUSY)
         message = f"no replica could take the request ({reason}; {len(tried)} tried)"
         self.write(messages.error(_BUSY, message, extra=[("retry-after", "1")]))
+
+    def _last(self, tried: list[Replica]) -> bool:
+        return len(tried) == self.gateway.config.tries or not self.gateway.balancer.candidates(tried)
 
     async def _wait(self, request: Request, tried: list[Replica], deadline: float) -> Replica | None:
         """Wait for a replica: one not tried at once, one tried before after a moment (it may have been
@@ -280,7 +291,7 @@ class ClientConnection(asyncio.Protocol):
                     return replica
         return None
 
-    async def _try(self, request: Request, replica: Replica, last: bool) -> bool:
+    async def _try(self, request: Request, replica: Replica, last: Callable[[], bool]) -> bool:
         """One try. True: the client has its answer, or the error it can have; False: try another replica."""
         replica.breaker.sent()
         replica.inflight += 1
@@ -309,7 +320,7 @@ class ClientConnection(asyncio.Protocol):
             self.gateway.metrics.count(replica.name, exchange.status)
         return not exchange.busy
 
-    async def _exchange(self, request: Request, replica: Replica, last: bool) -> Exchange:
+    async def _exchange(self, request: Request, replica: Replica, last: Callable[[], bool]) -> Exchange:
         """Send the request and see the answer through. Raises ReplicaLost."""
         data = request.render(replica.host, self._peer)
         upstream = await replica.pool.acquire()

@@ -1,0 +1,155 @@
+"""Ranks on the nodes of a Ray cluster (two nodes of this host): the tokens of one rank, and one that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farthing.config import EngineConfig
+from farthing.model import load
+from farthing.ops import select
+from farthing.parallel import ray_workers
+from farthing.parallel.cluster import ParallelModel, RankFailed, RankOptions
+from farthing.parallel.plan import Layout
+from farthing.parallel.ray_workers import RayWorkers
+from farthing.parallel.rendezvous import interface_of
+from tests.parallel.test_cluster import checkpoint, greedy
+
+__all__ = ["checkpoint"]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    before = dict(os.environ)
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [before.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+    }
+    node: dict[str, Any] = dict(num_cpus=2, object_store_memory=80_000_000, include_dashboard=False)
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(num_cpus=2, object_store_memory=80_000_000)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def options(checkpoint: Path, cluster: Any, layout: Layout) -> RankOptions:
+    return RankOptions(
+        checkpoint, layout, "reference", torch.float32, 1, nodes=2, ray_address=cluster.address
+    )
+
+
+def gone(pids: list[int], seconds: float) -> bool:
+    """Whether all processes end in time."""
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_two_nodes_give_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
+    cluster: Any, checkpoint: Path
+) -> None:
+    import ray
+
+    expected = greedy(load(checkpoint, select("reference")))
+    model = ParallelModel(options(checkpoint, cluster, Layout(2, 2)))
+    workers = model._workers
+    assert isinstance(workers, RayWorkers)
+    group, pids = workers._group, list(workers.pids.values())
+    try:
+        assert greedy(model) == expected
+        # A stage a node: its ranks share memory, the stages meet through gloo.
+        own = ray.get_runtime_context().get_node_id()
+        assert workers.nodes[0] == workers.nodes[1] != own == workers.nodes[3]
+        assert type(model._rank._stage).__name__ == "SharedGroup"
+        assert type(model._rank._before).__name__ == "DistGroup"
+        assert not list(Path("/dev/shm").glob("farthing-*"))  # the names are gone, whoever dies now
+        os.kill(workers.pids[0], signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(RankFailed, match=r"rank 0 of 4 ended: .*; restart the replica"):
+            while time.monotonic() - began < 10:
+                greedy(model, 2)
+        assert time.monotonic() - began < 10
+        assert "rank 0 of 4 ended" in str(model.failure())  # what /health says
+    finally:
+        model.close()
+    assert gone(pids, 10)
+    ray.init(address=cluster.address, logging_level="ERROR")
+    deadline = time.monotonic() + 10
+    while ray.util.placement_group_table(group)["state"] != "REMOVED" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.util.placement_group_table(group)["state"] == "REMOVED"
+    ray.shutdown()
+
+
+def test_ranks_that_cannot_start_say_why(
+    cluster: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "PLACE_TIMEOUT", 1.0)
+    with pytest.raises(RankFailed, match=r"no room for 2 nodes of {'CPU': 3} in 1 s; .* have \[{'CPU': 2.0}"):
+        ParallelModel(options(checkpoint, cluster, Layout(2, 3, 2)))
+
+
+def test_a_cluster_that_is_not_there(checkpoint: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(ValueError, match=r"ray_address is '127.0.0.1:1' and no Ray cluster was found there"):
+        ray_workers.RayWorkers(
+            RankOptions(checkpoint, Layout(2), "reference", nodes=2, ray_address="127.0.0.1:1")
+        )
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        ValueError, match=r"nodes is more than 1, which needs Ray: pip install 'farthing\[ray\]'"
+    ):
+        ray_workers.import_ray()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(nodes=2), "nodes is 2 with 1 ranks; expected at most one node a rank"),
+        (dict(nodes=0), "nodes is 0; expected a positive integer"),
+        (dict(ray_address="a:1"), "ray_address is 'a:1' with nodes 1; expected nodes > 1"),
+        (
+            dict(nodes=2, expert_parallel_size=2, rebalance_steps=5),
+            "rebalance_steps is 5 over 2 nodes; expected None",
+        ),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**options)
+
+
+def test_the_interface_of_an_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.77") is None
+
+
+def test_stages_are_together_on_a_node() -> None:
+    layout = Layout(2, 4)
+    assert [layout.node(r, 2) for r in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [layout.node(r, 8) for r in range(8)] == list(range(8))
+    assert [layout.node(r, 3) for r in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
