@@ -18,12 +18,14 @@ from farthing.ops.api import (
     Batch,
     CacheDtype,
     LatentCache,
+    LayerHandles,
     MoEWeights,
     Ops,
     RouterSpec,
 )
 from farthing.ops.gpu import gemm, normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, plan
+from farthing.ops.gpu.graphs import DecodeGraphs, is_decode
 from farthing.ops.gpu.grouped import combine, experts_mlp
 from farthing.ops.gpu.matrix import Matrix, pack, pair, rounded, stack_experts, stack_rows
 from farthing.ops.gpu.numeric import INTERPRETED
@@ -56,6 +58,13 @@ class Experts:
     shared: Mlp | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """Layers that are computed in one call; decode steps as one graph."""
+
+    layers: tuple[LayerHandles, ...]
+
+
 class GpuOps(Ops):
     """Every op on one CUDA device; activations are bfloat16 or float32, FP8 where the weights are."""
 
@@ -67,6 +76,7 @@ class GpuOps(Ops):
         self._fp8 = INTERPRETED or torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._planned: tuple[Batch, Plan] | None = None
+        self._graphs = DecodeGraphs()
 
     # -- packing
 
@@ -222,12 +232,47 @@ class GpuOps(Ops):
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         weights.spec = spec
+        self._graphs = DecodeGraphs()  # the old rule is captured in the old ones
 
     def route(self, n: Tensor, weights: Experts) -> tuple[Tensor, Tensor]:
         return self._route(n, weights, None)
 
     def _route(self, n: Tensor, weights: Experts, live: Tensor | None) -> tuple[Tensor, Tensor]:
         return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec, live)
+
+    def stack(self, layers: Sequence[LayerHandles]) -> Stack:
+        return Stack(tuple(layers))
+
+    def run_stack(
+        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
+    ) -> Tensor:
+        def run(hidden: Tensor, batch: Batch, live: Tensor | None) -> Tensor:
+            first = stack.layers[0].heads
+            step = plan(batch, first.expand_from)
+            for i, layer in enumerate(stack.layers):
+                seen = None if counts is None else counts[i]
+                hidden = self._layer(hidden, layer, batch, step, cache, i, eps, seen, live)
+            return hidden
+
+        if not is_decode(batch) or not stack.layers:
+            return run(h, batch, None) if stack.layers else h
+        where = cache.data.data_ptr(), cache.data.shape, cache.data.dtype
+        key = stack, where, None if counts is None else counts.data_ptr(), eps
+        return self._graphs.run(key, run, h, batch)
+
+    def _layer(
+        self, h: Tensor, layer: LayerHandles, batch: Batch, step: Plan, cache: LatentCache, index: int,
+        eps: float, counts: Tensor | None, live: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        qkv = self.linear(h, layer.qkv_a, layer.norm, eps)
+        q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
+        if layer.q_b is not None:
+            q = self.linear(q, layer.q_b, layer.q_norm, eps)
+        mixed = attend(q, kv, layer.heads, cache, index, batch, eps, step)
+        h = self.linear(mixed, layer.o, residual=h)
+        if isinstance(layer.feed, Experts):
+            return self._moe(h, layer.feed, layer.feed_norm, eps, counts, live)
+        return self.mlp(h, layer.feed, layer.feed_norm, eps)
 
     def logits(self, x: Tensor, head: list[Matrix], norm: Tensor, eps: float) -> Tensor:
         return self._linear(x, head, norm, eps, None, torch.float32)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farthing.ops.api import LatentCache
-from farthing.ops.gpu.launch import Config, config, programs
+from farthing.ops.gpu.launch import Config, config, processors
 from farthing.ops.gpu.numeric import dot, narrow
 
 _LEAST_KEYS = 256  # a split is not worth its combination below this many
@@ -114,9 +114,9 @@ def decode(
     n, heads, c = q.shape
     r = q_pe.shape[2]
     data = cache.data[layer]
-    k = choice or config("decode", heads, q.device)
+    k = choice or config("decode" if cache.scale is None else "decode_8bit", heads, q.device)
     blocks = triton.cdiv(heads, k.bm)
-    count = splits or splits_for(n, blocks, table.shape[1] * cache.block_size, programs(q.device))
+    count = splits or splits_for(n, blocks, table.shape[1] * cache.block_size, processors(q.device))
     out = torch.empty_like(q)
     part = out if count == 1 else torch.empty(n, heads, count, c, dtype=torch.float32, device=q.device)
     lse = torch.empty(n, heads, count, dtype=torch.float32, device=q.device) if count > 1 else part

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.gpu.launch import Config, config, programs
+from farthing.ops.gpu.launch import Config, config, processors
 from farthing.ops.gpu.matrix import FORMATS, Matrix
 from farthing.ops.gpu.numeric import FP8_MAX, LEAST_AMAX, narrow, silu
 from farthing.ops.gpu.tile import FP8, product
@@ -140,16 +140,16 @@ def experts_mlp(
     rows = tokens * slots
     h = torch.empty(rows, inner, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device)
     h_scale = torch.empty(rows, triton.cdiv(inner, 128), device=device) if fp8 else None
-    ep = triton.next_power_of_2(count)
+    ep, at_once = triton.next_power_of_2(count), processors(device) * c.per_processor
     most = min(count, rows) + rows // bm  # rows of tiles there can be
-    _gate_up[(min(programs(device), most * triton.cdiv(gate_up.n, bn)),)](
+    _gate_up[(min(at_once, most * triton.cdiv(gate_up.n, bn)),)](
         x, x_scale, *_tensors(gate_up), order, starts, h, h_scale, gate_up.n,
         gate_up.k, count, 1 if fp8 else x.stride(0), gate_up.data[0].numel(), _size(gate_up), SLOTS=slots,
         **_constants(gate_up), EP=ep, BM=bm, BN=bn, BK=c.bk, num_warps=warps, num_stages=c.num_stages,
     )  # fmt: skip
     y = torch.empty(rows, down.n, dtype=dtype, device=device)
     most = min(count, rows) + rows // c.bm
-    _down[(min(programs(device), most * triton.cdiv(down.n, c.bn)),)](
+    _down[(min(at_once, most * triton.cdiv(down.n, c.bn)),)](
         h, h_scale, *_tensors(down), order, starts, gates, y, down.n, down.k, count,
         down.data[0].numel(), _size(down), **_constants(down), HAS_GATES=gates is not None, EP=ep, BM=c.bm,
         BN=c.bn, BK=c.bk, **c.resources,

@@ -27,6 +27,7 @@ class Config:
     bk: int = 64
     num_warps: int = 4
     num_stages: int = 3
+    per_processor: int = 1  # programs of a persistent kernel on one multiprocessor
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -104,8 +105,8 @@ def config(kernel: str, rows: int, device: torch.device) -> Config:
     return next((c for most, c in entries if rows <= most), entries[-1][1])
 
 
-def programs(device: torch.device) -> int:
-    """Programs of a persistent kernel: one a multiprocessor."""
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device."""
     if device.type == "cuda":
         return _properties(device.index or 0)[1]
     return _INTERPRETED_PROGRAMS if INTERPRETED else 132  # compiled without a device: an H100's

@@ -1,0 +1,138 @@
+"""CUDA graphs of decode steps: all launches of a step's layers as one.
+
+A step of B sequences with one token each runs in the graph of the next larger bucket. Its inputs are copied
+into the graph's own tensors; rows beyond B repeat the first one, so that what they write to the cache is what
+is written there anyway, and choose no expert. A graph is captured when its bucket is first met.
+
+Without CUDA nothing is captured: the same buckets and copies, and then the layers are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farthing.ops.api import Batch
+
+# (hidden [T, D], batch, live [1] int32: how many of its rows are real) -> hidden [T, D]
+Layers = Callable[[Tensor, Batch, Tensor], Tensor]
+MOST_ROWS = 512
+_WARM_UP = 2  # runs before the capture: kernels are compiled, cuBLAS makes its handles
+
+
+def bucket(rows: int) -> int | None:
+    """The rows of the graph that serves so many: 1, 2, 4, 8, by 8 to 64, by 32 to 512; None above."""
+    if rows > MOST_ROWS:
+        return None
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step
+
+
+def width_bucket(blocks: int) -> int:
+    """Columns of the graph's block table: a power of two."""
+    return 1 << max(0, blocks - 1).bit_length()
+
+
+def is_decode(batch: Batch) -> bool:
+    """Whether every sequence has one token."""
+    return batch.positions.shape[0] == batch.context_lens.shape[0]
+
+
+@dataclass(slots=True)
+class _Inputs:
+    """Tensors a graph reads; a step is copied into them."""
+
+    hidden: Tensor
+    batch: Batch
+    live: Tensor
+
+    @classmethod
+    def of(cls, rows: int, width: int, hidden: Tensor) -> _Inputs:
+        device = hidden.device
+        i32 = {"dtype": torch.int32, "device": device}
+        batch = Batch(
+            positions=torch.zeros(rows, **i32),
+            slots=torch.zeros(rows, dtype=torch.int64, device=device),
+            query_start=torch.arange(rows + 1, **i32),
+            context_lens=torch.ones(rows, **i32),
+            block_table=torch.zeros(rows, width, **i32),
+        )
+        return cls(hidden.new_zeros(rows, hidden.shape[1]), batch, torch.zeros(1, **i32))
+
+    def fill(self, hidden: Tensor, batch: Batch) -> None:
+        rows, width = batch.block_table.shape
+        own = self.batch
+        pairs = (
+            (self.hidden, hidden),
+            (own.positions, batch.positions),
+            (own.slots, batch.slots),
+            (own.context_lens, batch.context_lens),
+            (own.block_table[:, :width], batch.block_table),
+        )
+        for to, source in pairs:
+            to[:rows].copy_(source)
+            if rows < len(to):
+                to[rows:].copy_(source[:1].expand_as(to[rows:]))
+        self.live.fill_(rows)
+
+
+@dataclass(slots=True)
+class _Captured:
+    inputs: _Inputs
+    graph: torch.cuda.CUDAGraph | None
+    output: Tensor | None
+
+
+class DecodeGraphs:
+    """One graph a bucket, width of the block table, and set of layers."""
+
+    def __init__(self) -> None:
+        self._captured: dict[tuple[int, int, Hashable], _Captured] = {}
+
+    def run(self, key: Hashable, layers: Layers, hidden: Tensor, batch: Batch) -> Tensor:
+        """`layers` on a decode step. key names what else they read: the cache, the counts, the layers."""
+        rows, width = batch.block_table.shape
+        size = bucket(rows)
+        if size is None:
+            return layers(hidden, batch, torch.full((1,), rows, dtype=torch.int32, device=hidden.device))
+        at = size, width_bucket(width), key
+        found = self._captured.get(at)
+        if found is None:
+            found = self._captured[at] = _Captured(_Inputs.of(size, at[1], hidden), None, None)
+            found.inputs.fill(hidden, batch)
+            if hidden.is_cuda:
+                _capture(found, layers)
+        else:
+            found.inputs.fill(hidden, batch)
+        if found.graph is None:
+            out = layers(found.inputs.hidden, found.inputs.batch, found.inputs.live)
+        else:
+            found.graph.replay()
+            assert found.output is not None
+            out = found.output
+        return out[:rows].clone()
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+
+def _capture(captured: _Captured, layers: Layers) -> None:
+    """Warm runs read and write what the step itself will: the step's own rows of the cache, twice."""
+    inputs = captured.inputs
+    live = inputs.live.clone()
+    inputs.live.zero_()  # no token chooses an expert, so that none is counted before the step itself
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            layers(inputs.hidden, inputs.batch, inputs.live)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured.graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured.graph):
+        captured.output = layers(inputs.hidden, inputs.batch, inputs.live)
+    inputs.live.copy_(live)

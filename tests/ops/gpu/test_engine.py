@@ -1,0 +1,67 @@
+"""The whole engine on the GPU backend gives the reference's greedy tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from farthing.config import EngineConfig
+from farthing.engine.engine import Engine
+from farthing.engine.request import SamplingParams
+from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.ops import make_batch, select
+from tests.engine.conftest import RAW
+from tests.ops.gpu.parts import DEVICE
+from tests.ops.gpu.test_attention import moved
+from tests.ops.parts import distance
+
+PROMPTS = [[3, 5, 7, 11, 13], [2] * 20, [101]]
+
+
+def tiny(backend: str, **changed: Any) -> DeepseekModel:
+    config = ModelConfig.from_json(RAW | changed)
+    return random_model(config, select(backend, torch.float32), seed=7)
+
+
+def greedy(model: DeepseekModel, tokens: int = 5, **config: Any) -> list[list[int]]:
+    engine = Engine(model, EngineConfig(max_num_seqs=4, num_blocks=16, block_size=16, **config))
+    try:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        streams = [engine.submit(p, params, kind="final") for p in PROMPTS]
+        return [list(s.result().outputs[0].token_ids) for s in streams]
+    finally:
+        engine.shutdown()
+
+
+def test_greedy_tokens_are_the_reference_s() -> None:
+    expected = greedy(tiny("reference"))
+    model = tiny("gpu")
+    assert greedy(model) == expected
+    assert len(model.ops._graphs) > 0  # type: ignore[attr-defined]
+
+
+def test_the_mtp_layer_drafts_on_it_too() -> None:
+    assert greedy(tiny("gpu"), speculate="mtp:1", tokens=3) == greedy(tiny("reference"), tokens=3)
+
+
+def test_counts_and_hidden_states_of_a_padded_step() -> None:
+    shapes = {"n_routed_experts": 6, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3}
+    results = []
+    for backend in ("reference", "gpu"):
+        model = tiny(backend, **shapes)
+        cache = model.new_cache(8, 16, "float32")
+        device = model.ops.device
+        counts = torch.zeros(3, 6, dtype=torch.int64, device=device)
+        h = []
+        for new, cached in (([3, 9, 1], [0, 0, 0]), ([1, 1, 1], [3, 9, 1])):
+            batch = make_batch(new, cached, [[4], [2, 1], [0]], 16)
+            batch = moved(batch) if DEVICE.type == "cuda" and backend == "gpu" else batch
+            ids = torch.arange(sum(new), device=device)
+            h.append(model.forward(ids, batch, cache, counts).cpu())
+        results.append((counts.cpu(), torch.cat(h)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert distance(results[0][1], results[1][1]) < 1e-9
