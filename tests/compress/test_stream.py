@@ -278,6 +278,43 @@ def test_auto_meets_a_byte_budget_and_gets_better_with_more(
     assert sizes[0] < sizes[1] and drops[0] > drops[1]
 
 
+UNEQUAL = [
+    {"intermediate_size": 96},
+    {"moe_intermediate_size": 48},
+    {"moe_intermediate_size": 32, "shared_intermediate_size": 64},
+    {},
+]
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-kl", "fp8-block", "int4-gptq", "auto", "prune30-block16"])
+def test_layers_of_different_sizes(name: str, data: Path, tmp_path: Path) -> None:
+    """As `farthing train prune` leaves them."""
+    source = write_model(tmp_path / "source", layer_sizes=UNEQUAL)
+    recipe = RECIPES[name]
+    if recipe.prune is not None:
+        recipe = replace(recipe, prune=replace(recipe.prune, heal_steps=4))
+    outcome = compress(source, tmp_path / "out", recipe, Options(data, data, window=64))
+    assert outcome.report.quality is not None and outcome.report.quality.relative_increase < 0.1
+    assert {m["module"] for m in outcome.report.modules} >= {
+        "model.layers.0.mlp.down_proj", "model.layers.3.eh_proj"
+    }  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_sizes"] == UNEQUAL
+    shape = Checkpoint.open(tmp_path / "out").weight("model.layers.2.mlp.experts.5.down_proj").shape
+    assert shape == (64, 32)
+
+
+def test_layers_of_different_sizes_lose_no_experts(data: Path, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", layer_sizes=UNEQUAL)
+    with pytest.raises(ValueError, match=r"experts is 0\.25, but the layers of this model already differ"):
+        compress(source, tmp_path / "out", RECIPES["experts-reap"], Options(data, data, window=64))
+    odd = write_model(tmp_path / "odd", layer_sizes=[{"intermediate_size": 40}, {}, {}, {}])
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.gate_proj is 40x64, which blocks of 16x16 do not tile"
+    ):
+        compress(odd, tmp_path / "out", RECIPES["prune30-block16"], Options(data, data, window=64))
+
+
 def with_empty_blocks(source: Path, out: Path) -> Path:
     """A copy in which half of the 16x16 blocks of every feed-forward are next to nothing, a checkerboard."""
     from farthing.checkpoint import CheckpointWriter

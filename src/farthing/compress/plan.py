@@ -22,6 +22,7 @@ from farthing.compress.stream import Progress
 from farthing.model import ModelConfig
 
 CELLS = 2000  # resolution of the knapsack's budget
+SPENT = 0.6  # of max_drop: what is left is for the gate's interval, which has to fit as well
 HEAL_STEPS = 120  # of a layer whose feed-forward gets zero blocks
 
 
@@ -77,10 +78,11 @@ def solve(options: Sequence[Option], parts: Sequence[str], recipe: Recipe) -> tu
         chosen = knapsack(options, parts, cost="bytes", value="kl", limit=limit)
         why = f"least predicted loss within {recipe.budget_bytes:,} bytes of matrices"
     else:
-        limit = math.log1p(recipe.max_drop)
+        limit = SPENT * math.log1p(recipe.max_drop)
         chosen = knapsack(options, parts, cost="kl", value="bytes", limit=limit)
         why = (
-            f"fewest bytes with a predicted loss of at most {recipe.max_drop:.2%} ({limit:.5f} nats a token)"
+            f"fewest bytes with a predicted loss of at most {SPENT:.0%} of {recipe.max_drop:.2%} "
+            f"({limit:.5f} nats a token)"
         )
     kl, size = sum(o.kl for o in chosen.values()), sum(o.bytes for o in chosen.values())
     return chosen, f"{why}: predicted {kl:.5f} nats a token, {size:,} bytes"

@@ -91,6 +91,11 @@ def _traced(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
             w, gram = torch.stack([layer.weight(m) for m in part]), grams_of(stats, part)
             if gram is None:
                 raise ValueError(f"{part[0]} has no input statistics; score 'obs' needs calibration text")
+            if any(size % cell for size, cell in zip(w.shape[1:], cells, strict=True)):
+                raise ValueError(
+                    f"{part[0]} is {w.shape[1]}x{w.shape[2]}, which blocks of {p.pattern} do not tile; give "
+                    "it the sparsity 0 in prune.shares, or choose another pattern"
+                )
             trace = block_trace(w, gram, cells, MOST)
             if p.scope == "global":
                 trace = Trace(trace.order, trace.cost / ((w @ gram) * w).sum().clamp_min(1e-30) * len(part))

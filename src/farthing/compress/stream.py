@@ -80,6 +80,7 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
     """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with what to do."""
     checkpoint = Checkpoint.open(job.source)
     config = ModelConfig.from_json(checkpoint.config)
+    _check_structure(job.recipe, config)
     layers = _layers(checkpoint, config)
     state, hidden = _resume(job)
     writer = CheckpointWriter(job.out, resume=state.next_layer >= 0)
@@ -105,6 +106,16 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
     if progress:
         progress("written", layers, layers)
     return state
+
+
+def _check_structure(recipe: Recipe, config: ModelConfig) -> None:
+    for name in ("experts", "neurons"):
+        share = getattr(recipe, name)
+        if share and config.layer_sizes:
+            raise ValueError(
+                f"{name} is {share}, but the layers of this model already differ in size (layer_sizes in "
+                "config.json); expected 0, or a model whose layers are alike"
+            )
 
 
 def _layers(checkpoint: Checkpoint, config: ModelConfig) -> int:

@@ -20,10 +20,16 @@ from farthing.compress.module import QuantizedLayer, replace_module
 OPSET = 17
 
 
-def export_qdq(model: nn.Module, example: Tensor, path: Path) -> Path:
+OPTIMUM_IMAGES = ("pixel_values", "logits")  # input and output of Optimum's ORTModelForImageClassification
+
+
+def export_qdq(
+    model: nn.Module, example: Tensor, path: Path, names: tuple[str, str] = ("input", "output")
+) -> Path:
     """Write `model`, in which `module.quantize_int8` has put QuantizedLayers, for inputs like `example`.
 
-    The first dimension is free. Raises ValueError where the exported graph lacks a layer's weight.
+    The first dimension is free; names: of input and output. Raises ValueError where the exported graph lacks
+    a layer's weight.
     """
     import copy
 
@@ -39,9 +45,9 @@ def export_qdq(model: nn.Module, example: Tensor, path: Path) -> Path:
         plain,
         (example,),
         str(path),
-        input_names=["input"],
-        output_names=["output"],
-        dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
+        input_names=names[:1],
+        output_names=names[1:],
+        dynamic_axes={name: {0: "batch"} for name in names},
         opset_version=OPSET,
         dynamo=False,
         do_constant_folding=False,
