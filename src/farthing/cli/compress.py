@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from farthing.compress.recipe import Recipe
 
 app = typer.Typer()
 
@@ -45,33 +49,26 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compress MODEL layer by layer; a killed run resumes. Writes report.json and report.html beside it."""
-    from dataclasses import replace
-
     from farthing.cli.progress import step_progress
     from farthing.compress import api
     from farthing.compress.gate import parse_share
-    from farthing.compress.recipe import RECIPES, from_json, load_recipe
     from farthing.compress.serving import pack_for_cpu, serving_figures
     from farthing.engine.resolve import resolve_model
 
     if show:
-        _print_recipes({name: r.to_json() for name, r in RECIPES.items()}, as_json)
+        _print_recipes(as_json)
         return
     if out is None:
         raise typer.BadParameter("expected a directory to write", param_hint="--out")
     try:
-        chosen = load_recipe(recipe)
-        if observer is not None:
-            chosen = from_json({"base": recipe, "observer": observer}, chosen.name, "--observer")
         limit = parse_share("max-drop", max_drop) if max_drop is not None else None
-        if limit is not None and (chosen.scheme == "auto" or chosen.adaptive):
-            chosen = replace(chosen, max_drop=limit)
+        chosen = _recipe(recipe, observer, limit)
         options = api.Options(
             calibration, data, limit, backend, max_tokens=max_tokens, export=export, gate=gate
         )
         source = resolve_model(model)
         with step_progress("compressing") as progress:
-            # Serving holds both models in memory as the gate does: who forgoes one cannot afford the other.
+            # Serving holds both models in memory: who forgoes the gate may not afford that.
             served = serving_figures(source) if (gate if timing is None else timing) else None
             outcome = api.compress(source, out, chosen, options, progress, served)
             if pack:
@@ -79,18 +76,36 @@ def compress(
     except (ValueError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    document = outcome.to_json()
-    if as_json:
-        print(json.dumps(document))
-    else:
-        for name, value in document.items():
-            typer.echo(f"{name:>18}  {value}")
+    _print(outcome.to_json(), as_json)
     if outcome.verdict is not None and outcome.verdict.answer != "pass":
         typer.echo(str(outcome.verdict), err=True)
         raise typer.Exit(1 if outcome.verdict.answer == "fail" else 3)
 
 
-def _print_recipes(recipes: dict[str, dict[str, object]], as_json: bool) -> None:
+def _recipe(name: str, observer: str | None, limit: float | None) -> Recipe:
+    """The recipe with what the command line changes in it."""
+    from farthing.compress.recipe import from_json, load_recipe
+
+    chosen = load_recipe(name)
+    if observer is not None:
+        chosen = replace(chosen, observer=from_json({"observer": observer}, name, "--observer").observer)
+    if limit is not None and (chosen.scheme == "auto" or chosen.adaptive):
+        chosen = replace(chosen, max_drop=limit)
+    return chosen
+
+
+def _print(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(document))
+        return
+    for name, value in document.items():
+        typer.echo(f"{name:>18}  {value}")
+
+
+def _print_recipes(as_json: bool) -> None:
+    from farthing.compress.recipe import RECIPES
+
+    recipes = {name: r.to_json() for name, r in RECIPES.items()}
     if as_json:
         print(json.dumps(recipes))
         return

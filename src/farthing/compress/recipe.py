@@ -86,7 +86,7 @@ class Recipe:
     max_drop: float = 0.01  # "auto": relative increase of perplexity it may spend
     budget_bytes: int | None = None  # "auto": size of the matrices, the least loss within it
     # "auto": shares of zero 16x16 blocks to try in every feed-forward
-    sparsities: tuple[float, ...] = (0.25, 0.5)
+    sparsities: tuple[float, ...] = ()
     calibration_tokens: int = 8192
     window: int = 512
 
@@ -179,7 +179,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe("experts-reap", "keep", experts=0.25),
         Recipe("adaptive-experts", "keep", adaptive=True, max_drop=0.005, calibration_tokens=16384),
-        Recipe("auto", "auto", algorithm="gptq", calibration_tokens=32768),
+        Recipe("auto", "auto", algorithm="gptq", sparsities=(0.25, 0.5), calibration_tokens=32768),
     )
 }
 DEFAULT = "int8"
