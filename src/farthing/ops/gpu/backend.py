@@ -25,12 +25,14 @@ from farthing.ops.api import (
 )
 from farthing.ops.gpu import gemm, normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, plan
+from farthing.ops.gpu.gemm import Part
 from farthing.ops.gpu.graphs import DecodeGraphs, is_decode
 from farthing.ops.gpu.grouped import combine, experts_mlp
 from farthing.ops.gpu.matrix import Matrix, pack, pair, rounded, stack_experts, stack_rows
 from farthing.ops.gpu.numeric import INTERPRETED
 from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.softmax import softmax
+from farthing.ops.gpu.sparse import find
 from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX
 from farthing.ops.weights import Weight
 
@@ -83,8 +85,17 @@ class GpuOps(Ops):
     def _matrix(self, weight: Weight) -> Matrix:
         return pack(rounded(weight, self._quantization), self.dtype, self.device, self._fp8)
 
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Matrix]:
-        return stack_rows([self._matrix(w) for w in weights()])
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Part]:
+        parts: list[Part] = []
+        run: list[Matrix] = []  # neighbours that may become one matrix
+        for w in (rounded(w, self._quantization) for w in weights()):
+            sparse = find(w, self.dtype, self.device)
+            if sparse is None:
+                run.append(self._matrix(w))
+                continue
+            parts += [*stack_rows(run), sparse] if run else [sparse]
+            run = []
+        return parts + list(stack_rows(run)) if run else parts
 
     def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Mlp:
         gate, up, down = weights()
@@ -162,7 +173,7 @@ class GpuOps(Ops):
     def linear(
         self,
         x: Tensor,
-        weight: list[Matrix],
+        weight: list[Part],
         norm: Tensor | None = None,
         eps: float = 1e-6,
         residual: Tensor | None = None,
@@ -170,7 +181,7 @@ class GpuOps(Ops):
         return self._linear(x, weight, norm, eps, residual, self.dtype)
 
     def _linear(
-        self, x: Tensor, weight: list[Matrix], norm: Tensor | None, eps: float, residual: Tensor | None,
+        self, x: Tensor, weight: list[Part], norm: Tensor | None, eps: float, residual: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         if x.shape[1] != weight[0].k:
@@ -274,11 +285,11 @@ class GpuOps(Ops):
             return self._moe(h, layer.feed, layer.feed_norm, eps, counts, live)
         return self.mlp(h, layer.feed, layer.feed_norm, eps)
 
-    def logits(self, x: Tensor, head: list[Matrix], norm: Tensor, eps: float) -> Tensor:
+    def logits(self, x: Tensor, head: list[Part], norm: Tensor, eps: float) -> Tensor:
         return self._linear(x, head, norm, eps, None, torch.float32)
 
     def top_logits(
-        self, x: Tensor, head: list[Matrix], norm: Tensor, eps: float, k: int
+        self, x: Tensor, head: list[Part], norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = self.logits(x, head, norm, eps)
         # A stable sort keeps equal logits in the order of their ids; max gives the first of them.

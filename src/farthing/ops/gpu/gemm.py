@@ -17,8 +17,10 @@ from farthing.ops.gpu.launch import Config, config
 from farthing.ops.gpu.matrix import FORMATS, Matrix
 from farthing.ops.gpu.normalize import quantize, rms_norm
 from farthing.ops.gpu.numeric import narrow
+from farthing.ops.gpu.sparse import Blocks, TwoOfFour, multiply
 from farthing.ops.gpu.tile import product
 
+Part = Matrix | TwoOfFour | Blocks
 _TOGETHER = 8  # rows of tiles that programs walk through side by side
 
 
@@ -67,7 +69,7 @@ def gemm(
 
 
 def linear(
-    x: Tensor, parts: list[Matrix], norm: Tensor | None, eps: float, residual: Tensor | None,
+    x: Tensor, parts: list[Part], norm: Tensor | None, eps: float, residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """x [T, K] -> [T, sum of N] in `dtype`: residual + rms_norm(x) W^T, W in parts along its rows."""
@@ -76,15 +78,18 @@ def linear(
     if not tokens:
         return out
     plain = scaled = None
-    if any(m.format != "fp8" for m in parts):
+    if not all(_is_fp8(m) for m in parts):
         plain = x if norm is None else rms_norm(x, norm, eps)
-    if any(m.format == "fp8" for m in parts):
+    if any(_is_fp8(m) for m in parts):
         scaled = quantize(x, norm, eps)
     start = 0
     for m in parts:
         columns = slice(start, start + m.n)
         part = None if residual is None else residual[:, columns]
-        if m.format == "fp8":
+        if not isinstance(m, Matrix):
+            assert plain is not None
+            multiply(plain, m, out[:, columns], part)
+        elif m.format == "fp8":
             assert scaled is not None
             gemm(scaled[0], m, out[:, columns], scaled[1], part)
         else:
@@ -92,3 +97,7 @@ def linear(
             gemm(plain, m, out[:, columns], None, part)
         start += m.n
     return out
+
+
+def _is_fp8(part: Part) -> bool:
+    return isinstance(part, Matrix) and part.format == "fp8"

@@ -1,0 +1,143 @@
+"""Drawing tokens: the engine's sampler in two kernels, the same token for the same random number.
+
+Legend: n rows; V vocabulary; K candidates of a row, sorted. One program a row.
+
+A number u in (0, 1), a function of the completion's seed and the token's index alone, is looked up in the
+cumulative distribution: over the vocabulary, or over the sorted candidates that min_p, top_k and top_p leave,
+in this order. Sums are float64, as the engine's are: thousands of float32 terms would drift. Nothing is
+written out: the distribution is read three times from L2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 2048
+
+
+@triton.jit
+def _find(e, start, running, target, found, last, BLOCK: tl.constexpr):
+    """Whether the running sum passes the target within weights e [BLOCK], and where: state of the search."""
+    n = tl.arange(0, BLOCK)
+    total = tl.sum(e.to(tl.float64), 0)
+    if (found < 0) & (running + total > target):
+        below = (running + tl.cumsum(e.to(tl.float64), 0)) <= target
+        found = start + tl.sum(below.to(tl.int32), 0)
+    # Rounding may put the target at the very end: then the last weight that is not zero is meant.
+    last = tl.maximum(last, tl.max(tl.where(e > 0.0, start + n, -1), 0))
+    return running + total, found, last
+
+
+@triton.jit
+def _draw(logits, uniform, tokens, stride, V, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    x = logits + row * stride
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, V, BLOCK):
+        top = tl.maximum(top, tl.load(x + start + n, mask=start + n < V, other=float("-inf")))
+    peak = tl.max(top, 0)
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, V, BLOCK):
+        v = tl.load(x + start + n, mask=start + n < V, other=float("-inf"))
+        sums += tl.exp(v - peak).to(tl.float64)
+    target = tl.load(uniform + row) * tl.sum(sums, 0)
+    running = tl.sum(sums, 0) * 0.0
+    found, last = -1, -1
+    for start in range(0, V, BLOCK):
+        v = tl.load(x + start + n, mask=start + n < V, other=float("-inf"))
+        running, found, last = _find(tl.exp(v - peak), start, running, target, found, last, BLOCK)
+    tl.store(tokens + row, tl.where(found < 0, last, tl.minimum(found, last)).to(tl.int64))
+
+
+@triton.jit
+def _kept(values, ids, start, K, total, best, top_k, min_p, BLOCK: tl.constexpr):
+    """(weights of the candidates that min_p and top_k leave, which min_p leaves)."""
+    rank = start + tl.arange(0, BLOCK)
+    value = tl.load(values + rank, mask=rank < K, other=float("-inf"))
+    p = tl.exp(value - total)
+    by_min_p = (p >= min_p * best) & (rank < K)
+    return tl.where(by_min_p & (rank < top_k), p, 0.0), p
+
+
+@triton.jit
+def _draw_filtered(
+    values, ids, totals, uniform, top_ks, top_ps, min_ps, tokens, whole, K, V, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    total, top_p = tl.load(totals + row), tl.load(top_ps + row)
+    min_p, top_k = tl.load(min_ps + row), tl.load(top_ks + row)
+    value = values + row * K
+    best = tl.exp(tl.load(value) - total)
+    mass = tl.zeros((BLOCK,), tl.float64)
+    all_of_it = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, K, BLOCK):
+        kept, p = _kept(value, ids, start, K, total, best, top_k, min_p, BLOCK)
+        mass += kept.to(tl.float64)
+        all_of_it += p.to(tl.float64)
+    # Without top_k and min_p the mass is all of V, of which the candidates may hold a part only.
+    open_end = (top_k >= V) & (min_p == 0.0)
+    limit = top_p * tl.where(open_end, 1.0, tl.sum(mass, 0))
+    # Is everything that a filter keeps among the candidates?
+    lowest = tl.exp(tl.load(value + K - 1) - total)
+    enough = (min_p == 0.0) & (tl.sum(all_of_it, 0) >= top_p) & (top_p < 1.0)
+    tl.store(whole + row, ((top_k <= K) | (lowest < min_p * best) | enough | (K >= V)).to(tl.int8))
+    before = tl.sum(mass, 0) * 0.0
+    chosen = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, K, BLOCK):
+        kept, p = _kept(value, ids, start, K, total, best, top_k, min_p, BLOCK)
+        wide = kept.to(tl.float64)
+        chosen += tl.where(before + tl.cumsum(wide, 0) - wide < limit, wide, 0.0)
+        before += tl.sum(wide, 0)
+    target = tl.load(uniform + row) * tl.sum(chosen, 0)
+    before = tl.sum(mass, 0) * 0.0
+    running = tl.sum(mass, 0) * 0.0
+    found, last = -1, -1
+    for start in range(0, K, BLOCK):
+        kept, p = _kept(value, ids, start, K, total, best, top_k, min_p, BLOCK)
+        wide = kept.to(tl.float64)
+        kept = tl.where(before + tl.cumsum(wide, 0) - wide < limit, kept, 0.0)
+        before += tl.sum(wide, 0)
+        running, found, last = _find(kept, start, running, target, found, last, BLOCK)
+    pick = tl.where(found < 0, last, tl.minimum(found, last))
+    tl.store(tokens + row, tl.load(ids + row * K + pick))
+
+
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """logits [n, V] float32, already divided by the temperature; uniform [n] float64 -> tokens [n] int64."""
+    rows, vocabulary = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows:
+        _draw[(rows,)](
+            logits, uniform, tokens, logits.stride(0), vocabulary, BLOCK=_block(vocabulary), num_warps=8
+        )
+    return tokens
+
+
+def draw_filtered(
+    logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, candidates: int = 256
+) -> Tensor:
+    """As `draw`, among what the filters leave: top_k [n] int64 (V: none), top_p and min_p [n] float32.
+
+    Rows are cut to the `candidates` largest, and to all of V where a filter may keep more.
+    """
+    rows, vocabulary = logits.shape
+    total = logits.logsumexp(-1)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    whole = torch.empty(rows, dtype=torch.int8, device=logits.device)
+    for width in (min(vocabulary, candidates), vocabulary):
+        values, ids = logits.topk(width, dim=-1)
+        _draw_filtered[(rows,)](
+            values, ids, total, uniform, top_k, top_p, min_p, tokens, whole, width, vocabulary,
+            BLOCK=_block(width), num_warps=8,
+        )  # fmt: skip
+        if width == vocabulary or bool(whole.all()):
+            break
+    return tokens
+
+
+def _block(width: int) -> int:
+    return min(_BLOCK, max(16, int(triton.next_power_of_2(width))))

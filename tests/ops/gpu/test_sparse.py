@@ -1,0 +1,68 @@
+"""2:4 and 16 x 16 block-sparse products against the dense ones they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from farthing.ops.gpu import GpuOps
+from farthing.ops.gpu.sparse import Blocks, TwoOfFour, find, multiply, pack_blocks
+from farthing.ops.reference import ReferenceOps
+from farthing.ops.weights import Weight, quantize_int8
+from tests.ops.gpu.parts import DEVICE, EPS, norm
+from tests.ops.parts import distance
+
+
+def cut(n: int, k: int, two_of_four: bool, int8: bool) -> Weight:
+    """A random matrix with the zeros asked for."""
+    w = torch.randn(n, k)
+    if two_of_four:
+        groups = w.view(n, k // 4, 4)
+        groups.scatter_(-1, groups.abs().topk(2, dim=-1, largest=False).indices, 0.0)
+        groups[0, 0] = 0  # a group of zeros, and one with a single number
+        groups[1, 0, 1:] = 0
+    else:
+        kept = torch.rand(n // 16, k // 16) < 0.3
+        kept[0] = False  # a panel of nothing
+        w *= kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    return quantize_int8(w) if int8 else Weight("dense", w)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("two_of_four", [True, False])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 48, 64), (5, 32, 208), (33, 64, 96)])
+def test_products(two_of_four: bool, int8: bool, tokens: int, n: int, k: int) -> None:
+    w, x, residual = cut(n, k, two_of_four, int8), torch.randn(tokens, k), torch.randn(tokens, n)
+    sparse = find(w, torch.float32, DEVICE)
+    assert isinstance(sparse, TwoOfFour if two_of_four else Blocks)
+    out = torch.empty(tokens, n, device=DEVICE)
+    multiply(x.to(DEVICE), sparse, out, residual.to(DEVICE))
+    assert distance(out.cpu(), residual + x @ w.dequantize().t()) < 1e-10
+
+
+def test_bytes_are_saved() -> None:
+    two = find(cut(64, 256, True, False), torch.bfloat16, DEVICE)
+    assert isinstance(two, TwoOfFour)
+    assert two.values.nbytes + two.places.nbytes == 64 * 256 * 2 * 5 // 8
+    one = torch.zeros(32, 256)
+    one[20, 100] = 1
+    blocks = find(Weight("dense", one), torch.bfloat16, DEVICE)
+    assert isinstance(blocks, Blocks) and blocks.starts.tolist() == [0, 0, 4]
+
+
+def test_what_has_no_pattern_stays_dense() -> None:
+    assert find(Weight("dense", torch.randn(32, 64)), torch.float32, DEVICE) is None
+    assert pack_blocks(torch.zeros(16, 16), torch.zeros(1, 1, dtype=torch.bool), None).starts.tolist() == [
+        0,
+        0,
+    ]
+
+
+def test_projections_find_it_by_themselves() -> None:
+    ops, ref = GpuOps(torch.float32, DEVICE), ReferenceOps(torch.float32)
+    stack = [cut(32, 64, True, False), Weight("dense", torch.randn(20, 64)), cut(48, 64, False, False)]
+    x, scale = torch.randn(3, 64), norm(64)
+    y = ops.linear(x.to(DEVICE), ops.pack_linear("w", lambda: stack), scale, EPS)
+    assert distance(y.cpu(), ref.linear(x, ref.pack_linear("w", lambda: stack), scale, EPS)) < 1e-10
