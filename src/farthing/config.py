@@ -10,6 +10,7 @@ KvCacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "int4"]
 Transport = Literal["auto", "shared", "gloo"]
+ExpertsOn = Literal["cpu"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,8 @@ class EngineConfig:
     rebalance_steps: int | None = None  # place experts by measured tokens every so many steps
     nodes: int = 1  # of a Ray cluster that the ranks are spread over; 1: this host, without Ray
     ray_address: str | None = None  # of the cluster; None: the one this host belongs to
+    experts_on: ExpertsOn | None = None  # "cpu": routed experts there, the rest on the backend's device
+    hot_experts: int = 0  # of every layer, copied to the device by measured use; with experts_on
     disaggregate: bool = False  # compute prompts in a process of its own, of as many threads
 
     def __post_init__(self) -> None:
@@ -78,8 +81,22 @@ class EngineConfig:
                 "and rebalance_steps: copies are placed by measured tokens"
             )
         self._check_nodes()
+        self._check_experts_on()
         parse_speculate(self.speculate)
         _check_experts(self.experts)
+
+    def _check_experts_on(self) -> None:
+        _one_of(self, "experts_on", (None, *get_args(ExpertsOn)))
+        if self.experts_on is not None and self.num_ranks > 1:
+            raise ValueError(
+                f"experts_on is {self.experts_on!r} with {self.num_ranks} ranks; expected None: ranks share "
+                "the experts among themselves"
+            )
+        if self.hot_experts < 0 or (self.hot_experts and self.experts_on is None):
+            raise ValueError(
+                f"hot_experts is {self.hot_experts}; expected 0 or more with experts_on, 0 without: "
+                "they are copies of experts that are elsewhere"
+            )
 
     def _check_nodes(self) -> None:
         if self.nodes > self.num_ranks:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from farthing.config import Dtype, EngineConfig, KvCacheDtype, Quantization, Transport
+from farthing.config import Dtype, EngineConfig, ExpertsOn, KvCacheDtype, Quantization, Transport
 from farthing.engine.engine import Engine
 from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams
 from farthing.engine.stream import RequestStream
@@ -52,6 +52,8 @@ class LLM:
         rebalance_steps: int | None = None,
         nodes: int = 1,
         ray_address: str | None = None,
+        experts_on: ExpertsOn | None = None,
+        hot_experts: int = 0,
         disaggregate: bool = False,
         skip_tokenizer_init: bool = False,
     ) -> None:
@@ -83,6 +85,8 @@ class LLM:
             rebalance_steps=rebalance_steps,
             nodes=nodes,
             ray_address=ray_address,
+            experts_on=experts_on,
+            hot_experts=hot_experts,
             disaggregate=disaggregate,
             skip_tokenizer_init=skip_tokenizer_init,
         )

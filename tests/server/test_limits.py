@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -149,11 +150,14 @@ def test_the_real_queue_bound() -> None:
     with running(tiny_engine(max_num_seqs=1, max_queue=1)) as server:
         client = server.client()
         options = {"model": "tiny", "max_tokens": 400, "extra_body": {"ignore_eos": True}, "stream": True}
-        streams = [client.completions.create(prompt="x", **options) for _ in range(2)]
-        with pytest.raises(openai.RateLimitError):
-            client.completions.create(prompt="x", **options)
-        for stream in streams:
-            stream.close()
+        running_one = client.completions.create(prompt="x", **options)
+        with ThreadPoolExecutor(1) as pool:  # a stream that waits answers when it has a token
+            waiting = pool.submit(client.completions.create, prompt="x", **options)
+            until(lambda: server.service.engine.num_live == 2)
+            with pytest.raises(openai.RateLimitError):
+                client.completions.create(prompt="x", **options)
+            running_one.close()
+            waiting.result().close()
         until(lambda: not server.service.jobs and not server.service.engine.num_live)
         assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
 

@@ -171,6 +171,14 @@ def serve(
         str | None,
         typer.Option(help="Of the cluster. Default: this host's.", rich_help_panel=_RANKS),
     ] = None,
+    experts_on: Annotated[
+        str | None,
+        typer.Option(help="cpu: routed experts there, the rest on the GPU.", rich_help_panel=_RANKS),
+    ] = None,
+    hot_experts: Annotated[
+        int,
+        typer.Option(min=0, help="Of each layer, copied to the GPU by use.", rich_help_panel=_RANKS),
+    ] = 0,
     disaggregate: Annotated[
         bool,
         typer.Option("--disaggregate", help="Compute prompts in another process.", rich_help_panel=_RANKS),
@@ -211,6 +219,8 @@ def serve(
             rebalance_steps=rebalance_steps,
             nodes=nodes,
             ray_address=ray_address,
+            experts_on=cast("Any", experts_on),
+            hot_experts=hot_experts,
             disaggregate=disaggregate,
         )
         server_config = ServerConfig(

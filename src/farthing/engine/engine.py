@@ -65,7 +65,7 @@ from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.model import DeepseekModel, ModelConfig, load
-from farthing.ops import LatentCache, select
+from farthing.ops import LatentCache, Ops, select
 from farthing.parallel.cluster import ParallelModel, RankOptions
 from farthing.parallel.plan import Layout
 
@@ -341,14 +341,18 @@ class Engine:
 
 
 def _load(path: Path, config: EngineConfig) -> DeepseekModel:
-    ops = select(
-        config.backend,
-        dtype=_DTYPES[config.dtype],
-        threads=config.threads,
-        quantization=config.quantization,
-        packed=config.packed,
-    )
-    return load(path, ops, config.experts)
+    return load(path, _ops(config), config.experts)
+
+
+def _ops(config: EngineConfig) -> Ops:
+    dtype, threads = _DTYPES[config.dtype], config.threads
+    if config.experts_on is None:
+        return select(config.backend, dtype, threads, config.quantization, config.packed)
+    from farthing.ops.hybrid import HybridOps
+
+    # What rounds or maps weights means the experts, which are most of them.
+    host = select(config.experts_on, None, threads, config.quantization, config.packed)
+    return HybridOps(select(config.backend, dtype, threads), host, config.hot_experts)
 
 
 def _load_parallel(path: Path, config: EngineConfig) -> ParallelModel:

@@ -244,7 +244,7 @@ def keep_mass(ids: Tensor, weights: Tensor, mass: float, min_experts: int) -> tu
     ids = ids.gather(1, order)
     share = weights / weights.sum(-1, keepdim=True)
     before = share.cumsum(-1) - share  # share of the experts ranked above this one
-    keep = (before < mass) | (torch.arange(ids.shape[1]) < min_experts)
+    keep = (before < mass) | (torch.arange(ids.shape[1], device=ids.device) < min_experts)
     return ids.masked_fill(~keep, -1), weights.masked_fill(~keep, 0.0)
 
 

@@ -1,0 +1,353 @@
+"""Experts on the host, everything else on the device (`--experts-on cpu`).
+
+One GPU rarely holds a mixture of experts, whose routed experts are most of the weights and least of the use:
+a token passes a few of them. Here the device computes attention, dense layers, routers and shared experts;
+the host's kernels compute routed experts where their packed weights lie (a mapped file, if there is one), and
+the experts used most have copies on the device.
+
+A layer's step: the device norms and routes; hidden states, choices and weights go to the host, which computes
+its experts in a thread while the device computes the shared expert and the hot ones; the host's sum comes
+back. Only hidden states cross the bus, never weights, but for an expert that becomes hot: it is read and
+packed in a thread of its own while steps go on without it.
+
+Legend: T tokens; D hidden size; E experts; k experts a token.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from farthing.ops.api import (
+    AttentionSpec,
+    Batch,
+    CacheDtype,
+    Handle,
+    LatentCache,
+    MoEWeights,
+    Ops,
+    RouterSpec,
+)
+from farthing.ops.hot import HotExperts
+from farthing.ops.reference import route
+from farthing.ops.weights import Weight
+
+DECIDE_EVERY = 16  # steps of a layer between two looks at its hot experts
+Gated = tuple[Weight, Weight, Weight]
+Pair = tuple[Handle, Handle]  # an expert on the device: gate and up stacked, down
+Rows = dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]  # by expert: tokens, and their slot among k
+
+
+@dataclass(slots=True)
+class Hot:
+    """A layer's experts on the device."""
+
+    books: HotExperts
+    handles: dict[int, Pair] = field(default_factory=dict)
+    leaving: int | None = None  # out of the books; its weights may still be in use
+    coming: int | None = None
+    loaded: Future[Pair] | None = None
+    steps: int = 0
+
+    def serving(self) -> dict[int, Pair]:
+        """What the device computes in the step that begins."""
+        return {expert: pair for expert, pair in self.handles.items() if expert != self.leaving}
+
+
+@dataclass(slots=True)
+class HybridMoE:
+    """A layer's mixture of experts on both sides."""
+
+    name: str
+    spec: RouterSpec
+    gate: Tensor  # [E, D] float32, on the device
+    bias: Tensor | None  # [E]
+    loads: Sequence[Callable[[], Gated] | None]
+    experts: list[Handle | None]  # on the host; None: on another rank
+    shared: Handle | None  # on the device
+    hot: Hot
+
+
+class HybridOps(Ops):
+    """`device` for everything but routed experts, which `host` computes. Both keep their own formats."""
+
+    def __init__(self, device: Ops, host: Ops, hot_experts: int = 0) -> None:
+        """hot_experts: copies on the device in every layer, at most."""
+        if host.device.type != "cpu":
+            raise ValueError(f"experts are on {host.device}; expected a backend of the CPU")
+        self._inner, self._host, self._capacity = device, host, hot_experts
+        self.name = f"{device.name}; experts on {host.name}" + (f", {hot_experts} hot" if hot_experts else "")
+        self.device, self.dtype = device.device, device.dtype
+        self.packed_from = host.packed_from
+        self._crossing = Crossing(self.device)
+        self._computing = ThreadPoolExecutor(1, "farthing-experts")
+        self._loading = ThreadPoolExecutor(1, "farthing-hot")
+
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        return self._inner.cache_dtype
+
+    def coarse(self) -> Ops:
+        device, host = self._inner.coarse(), self._host.coarse()
+        if device is self._inner and host is self._host:
+            return self
+        other = copy(self)
+        other._inner, other._host = device, host
+        return other
+
+    # -- the mixture of experts
+
+    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> HybridMoE:
+        w = weights()
+        return HybridMoE(
+            name,
+            spec,
+            w.gate.float().to(self.device),
+            None if w.bias is None else w.bias.float().to(self.device),
+            w.experts,
+            [load and self._host.pack_mlp(f"{name}.experts.{e}", load) for e, load in enumerate(w.experts)],
+            None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
+            Hot(HotExperts(min(self._capacity, spec.num_experts))),
+        )
+
+    def moe(
+        self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float, counts: Tensor | None = None
+    ) -> Tensor:
+        n = self._inner.rms_norm(x, norm, eps)
+        ids, gates = self.route(n, weights)
+        if counts is not None:
+            chosen = ids.flatten()
+            counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
+        here, hot = self._crossing.down(x, ids, gates), weights.hot.serving()
+        computed = self._computing.submit(self._on_host, here, weights, norm, eps, hot)
+        # The residual and the shared expert, while the host is at work. x may be overwritten.
+        out = x if weights.shared is None else self._inner.mlp(x, weights.shared, norm, eps)
+        if self._capacity:
+            rows = rows_of(here.ids())
+            self._follow(weights, rows)
+            out = out + self._on_device(n, gates, rows, hot).to(out.dtype)
+        return out + self._crossing.up(computed.result()).to(out.dtype)
+
+    def _on_host(
+        self, here: Copies, weights: HybridMoE, norm: Tensor, eps: float, hot: Mapping[int, Any]
+    ) -> Tensor:
+        """The sum of the experts that are not hot [T, D] float32."""
+        with torch.inference_mode():
+            rows, x, gates = rows_of(here.ids()), here.x.float(), here.gates
+            out, norm = torch.zeros_like(x), norm.cpu()
+            for expert, (tokens, slots) in rows.items():
+                handle = weights.experts[expert]
+                if handle is None or expert in hot:
+                    continue
+                at = torch.from_numpy(tokens)
+                own = x[at]
+                y = self._host.mlp(own.clone(), handle, norm, eps).float() - own
+                out.index_add_(0, at, y * gates[at, torch.from_numpy(slots), None])
+        return out
+
+    def _on_device(self, n: Tensor, gates: Tensor, rows: Rows, hot: Mapping[int, Pair]) -> Tensor:
+        """The sum of the hot experts [T, D] float32."""
+        out = torch.zeros_like(n, dtype=torch.float32)
+        for expert, (gate_up, down) in hot.items():
+            if expert not in rows:
+                continue
+            tokens, slots = (self._crossing.index(i) for i in rows[expert])
+            gate, up = self._inner.linear(n[tokens], gate_up).chunk(2, -1)
+            y = self._inner.linear(F.silu(gate) * up, down)
+            out.index_add_(0, tokens, y.float() * gates[tokens, slots, None])
+        return out
+
+    def reroute(self, weights: HybridMoE, spec: RouterSpec) -> None:
+        weights.spec = spec
+
+    def route(self, n: Tensor, weights: HybridMoE) -> tuple[Tensor, Tensor]:
+        """In plain torch on the device: both sides follow one choice."""
+        return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec)
+
+    # -- hot experts
+
+    def _follow(self, weights: HybridMoE, rows: Rows) -> None:
+        """Count a step, take in an expert that has arrived, send for another.
+
+        The copies to the host are done, and so is all that the device computed before them: weights that left
+        in an earlier step are not in use any more.
+        """
+        hot = weights.hot
+        hot.books.record({expert: len(tokens) for expert, (tokens, _) in rows.items()})
+        hot.steps += 1
+        if hot.coming is None:
+            if hot.steps % DECIDE_EVERY == 0 and (swap := hot.books.decide()):
+                hot.leaving, hot.coming = swap
+        elif hot.loaded is None:
+            if hot.leaving is not None:
+                del hot.handles[hot.leaving]
+                self._inner.forget(f"{weights.name}.hot.{hot.leaving}.")
+                hot.leaving = None
+            hot.loaded = self._loading.submit(self._load, weights, hot.coming)
+        elif hot.loaded.done():
+            hot.handles[hot.coming] = hot.loaded.result()
+            hot.books.arrived(hot.coming)
+            hot.coming = hot.loaded = None
+
+    def _load(self, weights: HybridMoE, expert: int) -> Pair:
+        load, name = weights.loads[expert], f"{weights.name}.hot.{expert}"
+        assert load is not None
+        with torch.inference_mode(), self._crossing.beside():
+            gate, up, down = load()
+            return (
+                self._inner.pack_linear(f"{name}.gate_up", lambda: [gate, up]),
+                self._inner.pack_linear(f"{name}.down", lambda: [down]),
+            )
+
+    def settle(self) -> None:
+        """Wait for experts on their way to the device; the next step of their layer takes them in."""
+        self._loading.submit(int).result()
+
+    # -- everything else is the device's
+
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
+        return self._inner.pack_linear(name, weights)
+
+    def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Handle:
+        return self._inner.pack_mlp(name, weights)
+
+    def pack_attention(
+        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
+    ) -> Handle:
+        return self._inner.pack_attention(name, spec, weights, rope)
+
+    def new_cache(
+        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
+    ) -> LatentCache:
+        return self._inner.new_cache(layers, num_blocks, block_size, width, dtype)
+
+    def forget(self, prefix: str) -> None:
+        self._inner.forget(prefix)
+        self._host.forget(prefix)
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        return self._inner.embed(ids, table)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._inner.rms_norm(x, weight, eps)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Handle,
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return self._inner.linear(x, weight, norm, eps, residual)
+
+    def mla(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        attention: Handle,
+        cache: LatentCache,
+        layer: int,
+        batch: Batch,
+        eps: float,
+    ) -> Tensor:
+        return self._inner.mla(q, kv, attention, cache, layer, batch, eps)
+
+    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
+        return self._inner.mlp(x, weights, norm, eps)
+
+    def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
+        return self._inner.logits(x, head, norm, eps)
+
+    def top_logits(
+        self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._inner.top_logits(x, head, norm, eps, k)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return self._inner.softmax(x)
+
+
+def rows_of(ids: NDArray[np.int64]) -> Rows:
+    """ids [T, k], -1 for none -> by expert, in order of their ids: its tokens, and their slot among k."""
+    flat = ids.ravel()
+    order = np.argsort(flat, kind="stable")
+    order = order[flat[order] >= 0]
+    experts, starts = np.unique(flat[order], return_index=True)
+    edges = [*starts.tolist(), len(order)]
+    parts = [order[a:b] for a, b in itertools.pairwise(edges)]
+    return {int(e): (p // ids.shape[1], p % ids.shape[1]) for e, p in zip(experts, parts, strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """A step's tensors on the host, there once `arrived` has been waited for."""
+
+    x: Tensor  # [T, D]
+    chosen: Tensor  # [T, k] int64
+    gates: Tensor  # [T, k] float32
+    arrived: Any = None  # a CUDA event
+
+    def ids(self) -> NDArray[np.int64]:
+        """chosen, after the wait."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.chosen.numpy()
+
+
+class Crossing:
+    """Between host and device: pinned memory and asynchronous copies on CUDA, nothing to do on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._pinned: dict[str, Tensor] = {}
+        self._side: Any = None
+
+    def down(self, x: Tensor, ids: Tensor, gates: Tensor) -> Copies:
+        """To the host. Queued before what the device computes next, and so done before it."""
+        if not self._cuda:
+            return Copies(x.clone(), ids, gates)  # x may be overwritten while the host reads it
+        named = {"x": x, "ids": ids, "gates": gates}
+        there = {k: self._room(k, t).copy_(t, non_blocking=True) for k, t in named.items()}
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Copies(there["x"], there["ids"], there["gates"], arrived)
+
+    def up(self, x: Tensor) -> Tensor:
+        """To the device. What was copied up before has been waited for by the `down` since."""
+        if not self._cuda:
+            return x
+        return self._room("up", x).copy_(x).to(self._device, non_blocking=True)
+
+    def index(self, rows: NDArray[np.int64]) -> Tensor:
+        """Row numbers on the device."""
+        return torch.from_numpy(rows).to(self._device, non_blocking=True)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Copies of weights on a stream of their own; they are there when the block ends."""
+        if not self._cuda:
+            yield
+            return
+        self._side = self._side or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._side):
+            yield
+        self._side.synchronize()
+
+    def _room(self, name: str, like: Tensor) -> Tensor:
+        """Pinned memory of a tensor's shape; it is kept and grows."""
+        held = self._pinned.get(name)
+        if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
+            held = self._pinned[name] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=True)
+        return held[: like.numel()].view(like.shape)
