@@ -54,15 +54,18 @@ class _Inputs:
     @classmethod
     def of(cls, rows: int, width: int, hidden: Tensor) -> _Inputs:
         device = hidden.device
-        i32 = {"dtype": torch.int32, "device": device}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int32, device=device)
+
         batch = Batch(
-            positions=torch.zeros(rows, **i32),
-            slots=torch.zeros(rows, dtype=torch.int64, device=device),
-            query_start=torch.arange(rows + 1, **i32),
-            context_lens=torch.ones(rows, **i32),
-            block_table=torch.zeros(rows, width, **i32),
+            positions=zeros(rows),
+            slots=zeros(rows).long(),
+            query_start=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            context_lens=zeros(rows) + 1,
+            block_table=zeros(rows, width),
         )
-        return cls(hidden.new_zeros(rows, hidden.shape[1]), batch, torch.zeros(1, **i32))
+        return cls(hidden.new_zeros(rows, hidden.shape[1]), batch, zeros(1))
 
     def fill(self, hidden: Tensor, batch: Batch) -> None:
         rows, width = batch.block_table.shape

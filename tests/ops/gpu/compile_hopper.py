@@ -1,0 +1,169 @@
+"""Compile every kernel for an H100 without one: to machine code, by Triton's own assembler; run nothing.
+
+    python tests/ops/gpu/compile_hopper.py [--all]     # TRITON_INTERPRET unset; one JSON object a kernel
+
+The backend's own launches are used, at DeepSeek-V3's shapes: each is compiled for sm_90 instead of launched.
+--all: every row count of the configuration files, else the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from farthing.ops.api import LatentCache, RouterSpec
+from farthing.ops.gpu import decode, grouped, latent, normalize, prefill, route, sample, softmax, sparse
+from farthing.ops.gpu.gemm import gemm
+from farthing.ops.gpu.matrix import Matrix
+
+BF16, FP8, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.int32
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async")
+HIDDEN, INNER, EXPERTS = 7168, 2048, 4
+
+
+class Hopper:
+    """Stands in for the driver where there is no device."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def matrix(name: str, n: int, k: int, count: int = 1, paired: bool = False) -> Matrix:
+    """A stack of the format's layout, its contents unset."""
+    if name == "dense":
+        return Matrix(name, torch.empty(count, n, k, dtype=BF16), None, None, n, k, 0, paired)
+    if name == "int8":
+        data = torch.empty(count, n, k, dtype=torch.int8)
+        return Matrix(name, data, torch.empty(count, n), None, n, k, 0, paired)
+    if name == "int4":
+        data = torch.empty(count, n, k // 2, dtype=torch.uint8)
+        return Matrix(name, data, torch.empty(count, n, k // 128), None, n, k, 128, paired)
+    data = torch.empty(count, n, k, dtype=FP8)
+    return Matrix(name, data, torch.empty(count, n // 128, k // 128), None, n, k, 0, paired)
+
+
+def ints(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=I32)
+
+
+def products(sizes: list[int]) -> None:
+    """Dense, grouped and sparse products."""
+    for name in ("dense", "int8", "int4", "fp8"):
+        w = matrix(name, INNER, HIDDEN)
+        pair = matrix(name, 2 * INNER, HIDDEN, EXPERTS, True)
+        down = matrix(name, HIDDEN, INNER, EXPERTS)
+        for tokens in sizes:
+            x = torch.empty(tokens, HIDDEN, dtype=FP8 if name == "fp8" else BF16)
+            scale = torch.empty(tokens, HIDDEN // 128) if name == "fp8" else None
+            gemm(x, w, torch.empty(tokens, INNER, dtype=BF16), scale)
+            grouped.experts_mlp(
+                x, scale, pair, down, ints(tokens * EXPERTS), ints(EXPERTS + 1), EXPERTS,
+                torch.empty(tokens * EXPERTS), BF16,
+            )  # fmt: skip
+    for tokens in sizes:
+        x, out = torch.empty(tokens, HIDDEN, dtype=BF16), torch.empty(tokens, INNER, dtype=BF16)
+        values, places = (
+            torch.empty(2, INNER, HIDDEN // 4, dtype=BF16),
+            torch.empty(INNER, HIDDEN // 4).byte(),
+        )
+        sparse.multiply(x, sparse.TwoOfFour(values, places, None, INNER, HIDDEN), out)
+        blocks = torch.empty(64, 16, 16, dtype=BF16)
+        sparse.multiply(x, sparse.Blocks(blocks, ints(64), ints(INNER // 16 + 1), None, INNER, HIDDEN), out)
+
+
+def attention(heads: list[int]) -> None:
+    """Decode over both kinds of cache, prefill, and what surrounds them."""
+    rope = torch.empty(2, 4096, 32)
+    for kind in (BF16, FP8):
+        scale = None if kind is BF16 else torch.empty(1, 64, 64, 2)
+        cache = LatentCache(torch.empty(1, 64, 64, 576, dtype=kind), scale)
+        kv, slots = torch.empty(4, 576, dtype=BF16), torch.zeros(4, dtype=torch.int64)
+        latent.write_latent(kv, torch.empty(512), 1e-6, ints(4), rope, True, cache, 0, slots)
+        latent.gather(cache, 0, ints(4, 16), [5, 6], 512, BF16)
+        for h in heads:
+            latent.rotate_queries(torch.empty(4, h * 192, dtype=BF16), ints(4), rope, h, 128, 64, True)
+            q, pe = torch.empty(4, h, 512, dtype=BF16), torch.empty(4, h, 64, dtype=BF16)
+            decode.decode(q, pe, cache, 0, ints(4, 16), ints(4), ints(4), 0.1, splits=8)
+    t, h = 512, 16
+    prefill.prefill(
+        torch.empty(t, h * 192, dtype=BF16), torch.empty(t, h, 64, dtype=BF16),
+        torch.empty(t, h * 256, dtype=BF16), torch.empty(t, 64, dtype=BF16),
+        torch.empty(t, h * 128, dtype=BF16), [(0, t)], ints(1), [t], 0.1, (h, 128, 64, 128),
+    )  # fmt: skip
+
+
+def rows() -> None:
+    """Everything that works on rows of tokens."""
+    x = torch.empty(4, HIDDEN, dtype=BF16)
+    normalize.rms_norm(x, torch.empty(HIDDEN), 1e-6)
+    normalize.quantize(x, torch.empty(HIDDEN), 1e-6)
+    spec = RouterSpec(256, 8, 8, 4, scale=2.5)
+    ids, _ = route.route(torch.empty(4, 256), torch.empty(256), spec)
+    route.sort_by_expert(ids, 256)
+    grouped.combine(torch.empty(32, HIDDEN, dtype=BF16), ids, None, x, x)
+    softmax.softmax(torch.empty(4, 4096))
+    logits = torch.empty(4, 129280)
+    softmax.softmax(logits)
+    uniform = torch.empty(4, dtype=torch.float64)
+    sample.draw(logits, uniform)
+    sample.draw_filtered(logits, uniform, torch.ones(4).long(), torch.ones(4), torch.ones(4))
+
+
+def resources(kernel: Any) -> dict[str, Any]:
+    """Registers, bytes spilled to the stack, shared memory and the instructions that matter."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "instructions": [name for name in INSTRUCTIONS if name in ptx],
+    }
+
+
+def compiled(every: bool) -> Iterator[tuple[str, Any]]:
+    """(name, kernel) of every launch of the backend."""
+    seen: dict[str, tuple[str, Any]] = {}
+    run = jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        seen[kernel.hash] = (self.__name__, kernel)
+        return kernel
+
+    driver.set_active(Hopper())
+    jit.JITFunction.run = compile_only
+    products([8, 64, 512] if every else [8, 512])
+    attention([16, 32, 128] if every else [16])
+    rows()
+    yield from seen.values()
+
+
+if __name__ == "__main__":
+    for name, kernel in compiled("--all" in sys.argv):
+        print(json.dumps({"kernel": name.removeprefix("_"), **resources(kernel)}))

@@ -1,0 +1,88 @@
+"""Configurations from files: the right one is found, and a wrong file is refused in clear words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from farthing.ops.gpu import create, launch
+from farthing.ops.gpu.launch import Config, config, file_name, read_configs
+from farthing.ops.gpu.matrix import FORMATS
+
+
+def written(tmp_path: Path, table: object) -> Path:
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(table))
+    return path
+
+
+def test_every_file_that_ships_can_be_read_and_serves_every_kernel() -> None:
+    default = read_configs(launch.FOLDER / "default.json")
+    kernels = {f"{kind}_{name}" for kind in ("gemm", "grouped") for name in FORMATS}
+    assert set(default) == kernels | {"decode", "decode_8bit", "prefill", "two_of_four", "blocks"}
+    for path in launch.FOLDER.glob("*.json"):
+        assert set(read_configs(path)) <= set(default)
+    for table in (default["gemm_fp8"], default["grouped_fp8"]):
+        assert all(c.bn <= 128 for _, c in table)  # a tile of weights lies in one row of scales
+
+
+def test_the_smallest_that_holds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"k": [(16, Config(bm=16)), (64, Config(bm=32))]}
+    monkeypatch.setattr(launch, "_table", lambda device: table)
+    cpu = torch.device("cpu")
+    assert [config("k", rows, cpu).bm for rows in (1, 16, 17, 64, 65, 9999)] == [16, 16, 32, 32, 32, 32]
+
+
+def test_a_card_s_file_replaces_the_default_kernel_by_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"rows": 16, "bm": 16}
+    for name, table in (
+        ("default.json", {"a": [entry], "b": [entry]}),
+        ("nvidia-h100-80gb-hbm3.json", {"b": [entry | {"bm": 128}]}),
+    ):
+        (tmp_path / name).write_text(json.dumps(table))
+    monkeypatch.setattr(launch, "FOLDER", tmp_path)
+    launch._table.cache_clear()
+    try:
+        table = launch._table("NVIDIA H100 80GB HBM3")
+        assert (table["a"][0][1].bm, table["b"][0][1].bm) == (16, 128)
+        assert launch._table("another card")["b"][0][1].bm == 16
+    finally:
+        launch._table.cache_clear()
+    assert file_name("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090.json"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"k": [{"rows": 16, "tile": 4}]}, r"k has \['rows', 'tile'\]; expected 'rows' and some of"),
+        ({"k": [{"bm": 16}]}, r"k has \['bm'\]; expected 'rows'"),
+        ({"k": [{"rows": 16, "bm": 48}]}, "k: bm is 48; expected a power of two, at least 16"),
+        ({"k": [{"rows": 16, "bn": 8}]}, "bn is 8"),
+        ({"k": [{"rows": 16, "num_stages": 9}]}, "num_stages is 9; expected 1 to 8"),
+        ({"k": [{"rows": 64}, {"rows": 16}]}, r"k has rows \[64, 16\]; expected some, ascending"),
+        ({"k": []}, r"k has rows \[\]"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, table: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_configs(written(tmp_path, table))
+    broken = tmp_path / "card.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match=r"card\.json is not JSON"):
+        read_configs(broken)
+
+
+def test_the_factory_refuses_what_it_does_not_serve() -> None:
+    with pytest.raises(ValueError, match=r"dtype torch\.float16 is not served by backend 'gpu'"):
+        create(torch.float16, None, None, None)
+    with pytest.raises(ValueError, match="quantization 'int2' is unknown"):
+        create(None, None, "int2", None)
+    with pytest.raises(ValueError, match="reads no packed file"):
+        create(None, None, None, "x.farthing")
