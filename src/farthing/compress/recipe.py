@@ -146,7 +146,14 @@ OBSERVER_NAMES: tuple[Observer, ...] = ("kl", "mse", "percentile", "minmax")
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
-        Recipe("int8-kl", "int8", activations="tensor", observer="auto"),
+        Recipe(
+            "int8-kl",
+            "int8",
+            scaling="smoothquant",
+            rotate=True,
+            activations="tensor",
+            calibration_tokens=16384,
+        ),
         Recipe("int8-auto", "int8", activations="best", observer="auto", calibration_tokens=4096),
         Recipe("int8", "int8", activations="token", calibration_tokens=4096),
         Recipe("fp8-block", "fp8"),
