@@ -16,9 +16,10 @@ from farthing.engine.resolve import resolve_model
 from farthing.model.load import config_of
 from farthing.ops import select
 from farthing.parallel import rank as rank_module
+from farthing.parallel.buffers import Serving
 from farthing.parallel.footprint import Holder, stored_by_checkpoint, stored_by_config
 from farthing.parallel.group import Alone
-from farthing.parallel.memory import Model, RankMemory, Serving, memory
+from farthing.parallel.memory import Model, RankMemory, memory
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
 from tests.model.test_config import V3
@@ -136,3 +137,27 @@ def test_bytes() -> None:
     assert parse_bytes("80GB") == 80_000_000_000
     assert parse_bytes("64 GiB") == 64 * 2**30
     assert parse_bytes("1.5e9") == 1_500_000_000
+
+
+def test_experts_on_the_host(tmp_path: Path) -> None:
+    """What is left for the GPU, and that a rank of the plain plan holds the rest."""
+    fp8 = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
+    file = tmp_path / "deepseek-v3.json"
+    file.write_text(json.dumps(V3 | dict(quantization_config=fp8, torch_dtype="bfloat16")))
+
+    def plan(*options: str) -> dict[str, int]:
+        run = CliRunner().invoke(app, [str(file), "--backend", "gpu", "--json", *options])
+        assert run.exit_code == 0, run.output
+        rank: dict[str, int] = json.loads(run.stdout)["ranks"][0]
+        return rank
+
+    whole, device = plan(), plan("--experts-on", "cpu", "--gpu", "h100", "--kv-tokens", "65536")
+    hot = plan("--experts-on", "cpu", "--hot-experts", "16")
+    rounded = plan("--experts-on", "cpu", "--quantization", "int4")
+    assert device["experts"] == 0 and hot["experts"] == 16
+    assert device["weights"] < 21e9 < 600e9 < device["host"]
+    assert hot["weights"] - device["weights"] == pytest.approx((whole["weights"] - device["weights"]) / 16)
+    assert rounded["weights"] == device["weights"] and rounded["host"] < 0.55 * device["host"]
+    for options in (["--experts-on", "moon"], ["--experts-on", "cpu", "--tp", "2"], ["--hot-experts", "2"]):
+        run = CliRunner().invoke(app, [str(file), *options])
+        assert run.exit_code == 1 and "; expected " in run.output

@@ -67,6 +67,13 @@ def plan(
         int | None, typer.Option(min=1, help="Default: 512, gpu 8192.", rich_help_panel=_MEMORY)
     ] = None,
     redundant_experts: Annotated[int, typer.Option(min=0, rich_help_panel=_MEMORY)] = 0,
+    experts_on: Annotated[
+        str | None,
+        typer.Option(help="cpu: routed experts on the host, the rest on the GPU.", rich_help_panel=_MEMORY),
+    ] = None,
+    hot_experts: Annotated[
+        int, typer.Option(min=0, help="Of each layer, on the GPU all the same.", rich_help_panel=_MEMORY)
+    ] = 0,
     price: Annotated[
         float | None,
         typer.Option(min=0, help="Dollars an hour of a GPU: estimate.", rich_help_panel=_LOAD),
@@ -87,8 +94,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Memory of every rank and, with a price, an estimate of throughput and dollars a million tokens."""
+    from farthing.parallel.buffers import Serving
     from farthing.parallel.estimate import Workload, estimate, load_devices
-    from farthing.parallel.memory import Model, Serving
+    from farthing.parallel.memory import Model
     from farthing.parallel.memory import memory as ranks_of
     from farthing.parallel.plan import Layout, ShardPlan
 
@@ -102,9 +110,13 @@ def plan(
         batched = max_num_batched_tokens or (8192 if holder.backend == "gpu" else 512)
         if kv_cache_dtype not in ("float32", "bfloat16", "fp8", "int8"):
             raise ValueError(f"kv-cache-dtype is {kv_cache_dtype!r}; expected float32, bfloat16, fp8 or int8")
+        if experts_on not in (None, "cpu") or (experts_on and max(tp, ep) * pp > 1):
+            raise ValueError(f"experts-on is {experts_on!r}; expected cpu, with tp, pp and ep 1")
+        if hot_experts and experts_on is None:
+            raise ValueError(f"hot-experts is {hot_experts}; expected 0 without --experts-on cpu")
         serving = Serving(
             kv_tokens or length, length, max_num_seqs, batched, kv_cache_dtype,
-            redundant_experts=redundant_experts,
+            redundant_experts=redundant_experts, experts_on_host=experts_on == "cpu", hot_experts=hot_experts,
         )  # fmt: skip
         if price is not None:
             if device is None:
@@ -233,6 +245,8 @@ def _print_ranks(model: str, ranks: list[RankMemory], dp: int, limit: int | None
         numbers = (_size(n) for n in (r.weights, r.cache, r.buffers, r.total))
         table.add_row(str(r.rank), f"{r.layers[0]}–{r.layers[1] - 1}", str(r.experts), *numbers)
     Console().print(table)
+    if host := sum(r.host for r in ranks):
+        Console().print(f"routed experts on the host: {_size(host)} of its memory")
     if limit is not None:
         Console().print(
             f"limit {_size(limit)} a rank" + (f"; room for {room:,} more cache tokens" if room else "")

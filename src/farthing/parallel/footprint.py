@@ -122,7 +122,7 @@ class Holder:
             return self.item * n * k
         if self.backend == "gpu":
             return matrix_bytes(n, k, stored)
-        return packed_bytes(n, k, self._rounded(stored, k))
+        return packed_bytes(n, k, self.rounded(stored, k))
 
     def heads(self, n: int, nope: int, value: int, latent: int, stored: Stored) -> int:
         """kv_b_proj of n heads, which the CPU backend packs head by head, int8 where weights are rounded."""
@@ -135,7 +135,7 @@ class Holder:
         """The router's matrix, which is never rounded."""
         return packed_bytes(n, k, stored) if self.backend == "cpu" else 4 * n * k
 
-    def _rounded(self, stored: Stored, k: int) -> Stored:
+    def rounded(self, stored: Stored, k: int) -> Stored:
         """What `farthing.ops.cpu.packing` makes of dense and FP8 weights."""
         if self.quantization is None or not (stored.is_float or stored.kind == "fp8"):
             return stored

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,7 @@ class DistGroup:
     """torch.distributed: gloo on CPUs, NCCL on GPUs, over one machine or many."""
 
     def __init__(self, ranks: Sequence[int], timeout: float) -> None:
-        self._group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout))
+        self.process_group: Any = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout))
         self._ranks = list(ranks)
         self.size = len(ranks)
         self.index = ranks.index(dist.get_rank()) if dist.get_rank() in ranks else -1
@@ -69,19 +69,19 @@ class DistGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum of every rank's x, in place where x is contiguous."""
         x = x.contiguous()
-        dist.all_reduce(x, group=self._group)
+        dist.all_reduce(x, group=self.process_group)
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's x."""
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self._group)
+        dist.all_gather(parts, x.contiguous(), group=self.process_group)
         return parts
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
         """The root's x."""
         x = x.contiguous()
-        dist.broadcast(x, self._ranks[root], group=self._group)
+        dist.broadcast(x, self._ranks[root], group=self.process_group)
         return x
 
     def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -93,9 +93,9 @@ class DistGroup:
         for peer, rank in enumerate(self._ranks):
             if peer != self.index:
                 if len(parts[peer]):
-                    pending.append(dist.isend(parts[peer].contiguous(), rank, group=self._group))
+                    pending.append(dist.isend(parts[peer].contiguous(), rank, group=self.process_group))
                 if counts[peer]:
-                    pending.append(dist.irecv(out[peer], rank, group=self._group))
+                    pending.append(dist.irecv(out[peer], rank, group=self.process_group))
         for work in pending:
             if work is not None:
                 work.wait()

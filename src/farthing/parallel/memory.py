@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from farthing.model.config import ModelConfig
+from farthing.parallel.buffers import Serving, buffers
 from farthing.parallel.footprint import Holder, Stored, StoredOf
 from farthing.parallel.plan import (
     EMBEDDING,
@@ -18,23 +19,9 @@ from farthing.parallel.plan import (
     layer_of,
     representatives,
 )
-from farthing.parallel.shared import SLOT_BYTES
 
 CACHE_ITEM = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
 CACHE_SCALES = {"fp8": 8, "int8": 8}  # bytes a token a layer beside an 8-bit cache
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What a replica is asked to hold at once."""
-
-    cache_tokens: int
-    max_model_len: int
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    cache_dtype: str = "bfloat16"
-    block_size: int = 16
-    redundant_experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +35,11 @@ class RankMemory:
     weights: int
     cache: int
     buffers: int
+    host: int = 0  # of the host beside, where experts are there
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All that is on the rank's device."""
         return self.weights + self.cache + self.buffers
 
 
@@ -68,6 +56,11 @@ class Model:
         """From any plan of the model."""
         kept = representatives(plan.config)
         return cls(plan.config, stored_of, tuple((n, s, stored_of(n)) for n, s, _ in kept))
+
+    @property
+    def projections(self) -> Stored:
+        """How the layers' matrices are stored."""
+        return next(stored for name, _, stored in self.parameters if name.endswith("o_proj.weight"))
 
 
 def memory(model: Model, plan: ShardPlan, holder: Holder, serving: Serving) -> list[RankMemory]:
@@ -112,6 +105,11 @@ def _rank(model: Model, plan: ShardPlan, place: Place, holder: Holder, serving: 
     config, layout = plan.config, plan.layout
     stage = plan.stages[place.stage]
     held = (config.n_routed_experts or 0) // layout.ep + serving.redundant_experts // layout.ep
+    host = 0
+    if serving.experts_on_host:
+        rounding = Holder("cpu", 4, holder.quantization)
+        host = _all_experts(model, plan, place, rounding, held)
+        holder, held = replace(holder, quantization=None), min(serving.hot_experts, held)
     blocks = -(-serving.cache_tokens // serving.block_size)
     per_token = cache_bytes_per_token(plan, place, serving.cache_dtype)
     return RankMemory(
@@ -121,15 +119,24 @@ def _rank(model: Model, plan: ShardPlan, place: Place, holder: Holder, serving: 
         experts=held,
         weights=_weights(model, plan, place, holder, held),
         cache=blocks * serving.block_size * per_token,
-        buffers=_buffers(plan, place, holder, serving),
+        buffers=buffers(plan, place, holder, serving, model.projections),
+        host=host,
+    )
+
+
+def _all_experts(model: Model, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
+    """Of every layer on this rank."""
+    return sum(
+        _experts(name, shape, stored, plan, place, holder, experts)
+        for name, shape, stored in model.parameters
+        if ".experts." in name
     )
 
 
 def _weights(model: Model, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
-    total = 0
+    total = _all_experts(model, plan, place, holder, experts)
     for name, shape, stored in model.parameters:
         if ".experts." in name:
-            total += _experts(name, shape, stored, plan, place, holder, experts)
             continue
         cut = plan.cut(name, place)
         if cut is None:
@@ -179,29 +186,6 @@ def _held(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, ho
         heads = local[0] // (c.qk_nope_head_dim + c.v_head_dim)
         return holder.heads(heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank, stored)
     return holder.matrix(local[0], local[1], stored)
-
-
-def _buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving) -> int:
-    """Rotary table, block tables, slots of shared memory, and the activations of a full step."""
-    c, layout = plan.config, plan.layout
-    rope = 4 * c.max_position_embeddings * c.qk_rope_head_dim
-    table = 4 * serving.max_num_seqs * -(-serving.max_model_len // serving.block_size)
-    slots = 2 * SLOT_BYTES * _groups(layout) if layout.world > 1 and holder.backend != "gpu" else 0
-    return rope + table * (place.rank == layout.driver) + slots + activations(plan, holder, serving)
-
-
-def activations(plan: ShardPlan, holder: Holder, serving: Serving) -> int:
-    """Of a full step, an estimate: hidden states twice, and the widest of a layer's tensors."""
-    c, tp = plan.config, plan.layout.tp
-    heads = c.num_attention_heads // tp
-    attention = heads * (2 * c.qk_head_dim + c.v_head_dim + 2 * c.cache_width)
-    mlp = 3 * c.intermediate_size // tp
-    routed = c.num_experts_per_tok * (c.hidden_size + 3 * c.moe_intermediate_size)
-    return holder.item * serving.max_num_batched_tokens * (2 * c.hidden_size + max(attention, mlp, routed))
-
-
-def _groups(layout: Layout) -> int:
-    return (layout.stage_ranks > 1) + (1 < layout.tp < layout.stage_ranks) + 2 * (layout.pp > 1)
 
 
 def _cache_layers(plan: ShardPlan, place: Place) -> int:

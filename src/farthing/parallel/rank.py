@@ -25,6 +25,7 @@ from farthing.parallel.ops import Groups, ParallelOps
 from farthing.parallel.plan import Layout, Place, ShardPlan
 from farthing.parallel.shared import Arena, SharedGroup, arena_bytes, group_bytes
 from farthing.parallel.source import ShardedSource, local_config, local_routers
+from farthing.parallel.symmetric import fastest
 
 
 class Rank:
@@ -48,7 +49,7 @@ class Rank:
         self.layout, self.place = layout, layout.place(rank)
         self.first, self.last = self.place.stage == 0, self.place.stage == layout.pp - 1
         self.drives = rank == layout.driver
-        made = _make_groups(layout, rank, timeout, arena, nodes)
+        made = _make_groups(layout, rank, timeout, arena, nodes, ops.device)
         self._stage = made.get(_stage_ranks(layout, self.place), Alone())
         self._before = made.get((rank - layout.stage_ranks, rank))
         self._behind = made.get((rank, rank + layout.stage_ranks))
@@ -192,7 +193,8 @@ class Rank:
     def _rows(self, rows: int, hidden: Tensor | None) -> Tensor:
         if hidden is not None:
             return hidden
-        return torch.empty(rows, self.model.config.hidden_size, dtype=self.model.ops.dtype)
+        ops = self.model.ops
+        return torch.empty(rows, self.model.config.hidden_size, dtype=ops.dtype, device=ops.device)
 
 
 def open_rank(
@@ -246,7 +248,7 @@ def _homes(layout: Layout, ranks: Ranks, nodes: int) -> set[int]:
 
 
 def _make_groups(
-    layout: Layout, rank: int, timeout: float, arena: Arena | None, nodes: int
+    layout: Layout, rank: int, timeout: float, arena: Arena | None, nodes: int, device: torch.device
 ) -> dict[Ranks, Group]:
     """This rank's groups. torch.distributed has every rank make every group, in one order."""
     made: dict[Ranks, Group] = {}
@@ -256,7 +258,9 @@ def _make_groups(
     for ranks in group_ranks(layout):
         homes = _homes(layout, ranks, nodes)
         if arena is None or len(homes) > 1:
-            group: Group = DistGroup(ranks, timeout)
+            distributed = DistGroup(ranks, timeout)
+            direct = device.type == "cuda" and homes == {mine} and rank in ranks
+            group: Group = fastest(distributed, device) if direct else distributed
         elif homes == {mine}:
             if rank in ranks:
                 group = SharedGroup(arena, offset, len(ranks), ranks.index(rank), timeout, crowded=crowded)

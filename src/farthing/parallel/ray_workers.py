@@ -78,7 +78,8 @@ class RankActor:
         """One of the driver's calls. What goes wrong is told with the next beat."""
         try:
             with torch.inference_mode():
-                getattr(self._rank, method)(*(from_wire(a) for a in arguments))
+                device = self._rank.model.ops.device
+                getattr(self._rank, method)(*(from_wire(a, device) for a in arguments))
         except BaseException as error:
             traceback.print_exc()
             self._problem = self._problem or f"{type(error).__name__}: {error}"

@@ -218,7 +218,7 @@ def _work(
         with torch.inference_mode():
             while True:
                 method, *arguments = connection.recv()
-                getattr(rank, method)(*(from_wire(a) for a in arguments))
+                getattr(rank, method)(*(from_wire(a, rank.model.ops.device) for a in arguments))
     except (EOFError, PeerLost):
         return
     except BaseException as error:
@@ -237,16 +237,16 @@ class _Arrays(tuple[Any, ...]):
 def to_wire(value: Any) -> Any:
     """Tensors as arrays: torch would send each through a file descriptor of its own."""
     if isinstance(value, Tensor):
-        return value.numpy()
+        return value.cpu().numpy()
     if isinstance(value, Batch):
-        return _Arrays(getattr(value, f.name).numpy() for f in fields(value))
+        return _Arrays(getattr(value, f.name).cpu().numpy() for f in fields(value))
     return value
 
 
-def from_wire(value: Any) -> Any:
-    """What `to_wire` was given."""
+def from_wire(value: Any, device: torch.device) -> Any:
+    """What `to_wire` was given, on a rank's device."""
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        return torch.from_numpy(value).to(device)
     if isinstance(value, _Arrays):
-        return Batch(*(torch.from_numpy(v) for v in value))
+        return Batch(*(torch.from_numpy(v).to(device) for v in value))
     return value

@@ -1,0 +1,117 @@
+"""All-reduce in one shot over NVLink: every rank reads its peers' numbers where they lie and sums them.
+
+The ranks of one host register a buffer with each other (torch's symmetric memory). An all-reduce copies its
+numbers to a slot of the own buffer, meets the others in a barrier on the device, and one Triton kernel adds
+up the slots of all ranks in their order, so that every rank gets the same bits. Two slots alternate: who
+passes the barrier of call s knows that its peers have finished reading call s - 1, which leaves the slot of
+s + 1 free.
+
+This is for the small sums of decoding, which are bound by latency. Larger ones, other collectives, and ranks
+that cannot map each other's memory use NCCL.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farthing.parallel.group import DistGroup, Group
+
+log = logging.getLogger(__name__)
+SLOT_BYTES = 256 << 10  # above this NCCL's ring moves fewer bytes
+MOST_RANKS = 8  # each reads every other's numbers
+_BLOCK = 1024
+
+
+def fastest(group: DistGroup, device: torch.device) -> Group:
+    """The group with all-reduce in one shot, where every rank of it can; else the group itself, NCCL.
+
+    All ranks of the group call it. What keeps a rank from it is logged.
+    """
+    problem = unsuitable(group.size, device)
+    if not _agree(group, problem is None):
+        log.info("all-reduce through NCCL: %s", problem or "another rank cannot map its peers' memory")
+        return group
+    made: Group | None = None
+    try:
+        made = SymmetricGroup(group, device)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+    if not _agree(group, made is not None) or made is None:
+        log.warning("all-reduce through NCCL: %s", problem or "another rank cannot map its peers' memory")
+        return group
+    return made
+
+
+def unsuitable(size: int, device: torch.device) -> str | None:
+    """Why ranks on this host cannot read each other's memory; None if they can."""
+    if device.type != "cuda":
+        return f"ranks compute on {device.type}"
+    if size > MOST_RANKS:
+        return f"{size} ranks, more than {MOST_RANKS}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    own, count = torch.cuda.current_device(), torch.cuda.device_count()
+    far = [i for i in range(count) if i != own and not torch.cuda.can_device_access_peer(own, i)]
+    return f"GPU {own} cannot read the memory of GPU {far[0]}" if far else None
+
+
+def _agree(group: DistGroup, able: bool) -> bool:
+    """Whether every rank is able."""
+    return all(bool(t) for t in group.all_gather(torch.tensor([int(able)])))
+
+
+class SymmetricGroup:
+    """`group` with an all-reduce of its own."""
+
+    def __init__(self, group: DistGroup, device: torch.device) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        self._group, self.size, self.index = group, group.size, group.index
+        self._buffer = symmetric.empty(2 * SLOT_BYTES, dtype=torch.uint8, device=device)
+        self._peers: Any = symmetric.rendezvous(self._buffer, group.process_group)
+        self._pointers = torch.tensor(list(self._peers.buffer_ptrs), dtype=torch.int64, device=device)
+        self._calls = 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum of every rank's x, in place where x is contiguous; the same bits on every rank."""
+        size = x.numel() * x.element_size()
+        if not x.is_cuda or size > SLOT_BYTES:
+            return self._group.all_reduce(x)
+        x = x.contiguous()
+        start = (self._calls & 1) * SLOT_BYTES
+        self._calls += 1
+        self._buffer[start : start + size].view(x.dtype).copy_(x.view(-1))
+        self._peers.barrier()
+        add_up(self._pointers, start, x)
+        if torch.cuda.is_current_stream_capturing():
+            self._peers.barrier()  # a graph that is replayed may begin with the slot it ended with
+        return x
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """NCCL's."""
+        return self._group.all_gather(x)
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        """NCCL's."""
+        return self._group.broadcast(x, root)
+
+    def all_to_all(self, parts: Any) -> list[Tensor]:
+        """NCCL's."""
+        return self._group.all_to_all(parts)
+
+
+def add_up(pointers: Tensor, start: int, out: Tensor) -> None:
+    """out [...] = the sum over ranks of the numbers of its type and shape, `start` bytes behind each pointer.
+
+    pointers [ranks] int64, on the device. Adds in float32, in the order of the ranks.
+    """
+    from farthing.parallel.symmetric_kernel import one_shot
+
+    n = out.numel()
+    first = start // out.element_size()
+    one_shot[(-(-n // _BLOCK),)](pointers, out, n, first, RANKS=len(pointers), BLOCK=_BLOCK)

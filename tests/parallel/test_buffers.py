@@ -1,0 +1,93 @@
+"""Planned buffers against what a process really takes: the memory a step adds, by the kernel's books."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farthing.checkpoint import Checkpoint
+from farthing.engine.resolve import resolve_model
+from farthing.model import ModelConfig
+from farthing.model.load import config_of
+from farthing.parallel.buffers import Serving, step
+from farthing.parallel.footprint import Holder, Stored, stored_by_checkpoint
+from farthing.parallel.memory import Model, memory
+from farthing.parallel.plan import Layout, ShardPlan
+from tests.model.test_config import V3
+
+ROOT = Path(__file__).parents[2]
+TOKENS = 1024
+RAW = V3 | dict(
+    vocab_size=512, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=2,
+    first_k_dense_replace=1, num_attention_heads=8, q_lora_rank=384, kv_lora_rank=256, qk_nope_head_dim=64,
+    qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=8, num_experts_per_tok=4, n_group=2, topk_group=2,
+    max_position_embeddings=2048, num_nextn_predict_layers=0,
+)  # fmt: skip
+
+
+BACKENDS = [
+    ("reference", None),
+    ("cpu", "int8"),
+    pytest.param("cpu", None, marks=pytest.mark.slow),
+    pytest.param("cpu", "int4", marks=pytest.mark.slow),
+]
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux keeps these books")
+
+
+def measured(raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int) -> int:
+    if backend == "cpu":
+        pytest.importorskip("farthing._native")
+    asked = dict(
+        raw=raw,
+        layout=[layout.tp, layout.pp, layout.ep],
+        backend=backend,
+        quantization=quantization,
+        tokens=tokens,
+    )
+    command = [sys.executable, "-m", "tests.parallel.measured", json.dumps(asked)]
+    # Every tensor in pages of its own, gone with it: malloc's leftovers would hide what is asked for.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout.split()[-1])
+
+
+@linux
+@pytest.mark.parametrize("layout", [Layout(), Layout(2)], ids=repr)
+@pytest.mark.parametrize(("backend", "quantization"), BACKENDS)
+def test_a_step_takes_what_was_planned(backend: str, quantization: str | None, layout: Layout) -> None:
+    """The buffers alone, of a model that has little else."""
+    plan = ShardPlan.build(ModelConfig.from_json(RAW), layout)
+    serving = Serving(TOKENS, TOKENS, 1, TOKENS, threads=1)
+    planned = step(plan, layout.place(0), Holder(backend, 4, quantization), serving, Stored("float32"))
+    taken = measured(RAW, layout, backend, quantization, TOKENS)
+    print(backend, quantization, layout, planned / 1e6, taken / 1e6, planned / taken)
+    assert planned == pytest.approx(taken, rel=0.13)
+
+
+@linux
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(x, marks=() if x == Layout() else pytest.mark.slow, id=repr(x))
+        for x in (Layout(), Layout(2), Layout(1, 1, 2))
+    ],
+)
+@pytest.mark.parametrize(("backend", "quantization"), BACKENDS[:3])
+def test_a_rank_takes_what_was_planned(backend: str, quantization: str | None, layout: Layout) -> None:
+    """All that a rank of the embedded model takes, within 5 %; `test_memory` holds weights and cache."""
+    checkpoint = Checkpoint.open(resolve_model("reference"))
+    plan = ShardPlan.build(config_of(checkpoint), layout)
+    holder, serving = Holder(backend, 4, quantization), Serving(TOKENS, 512, 1, 512, threads=1)
+    model = Model.of(plan, stored_by_checkpoint(checkpoint.path))
+    planned = memory(model, plan, holder, serving)[0]
+    buffers = step(plan, layout.place(0), holder, serving, model.projections)
+    taken = measured(checkpoint.config, layout, backend, quantization, 512)
+    print(backend, quantization, layout, buffers / 1e6, taken / 1e6, planned.total / 1e6)
+    assert planned.total == pytest.approx(planned.total - buffers + taken, rel=0.05)
