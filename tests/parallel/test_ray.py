@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from farthing.config import EngineConfig
+from farthing.engine.request import EngineFailed, SamplingParams
+from farthing.llm import LLM
 from farthing.model import load
 from farthing.ops import select
 from farthing.parallel import ray_workers
@@ -108,6 +111,33 @@ def test_ranks_that_cannot_start_say_why(
     monkeypatch.setattr(ray_workers, "PLACE_TIMEOUT", 1.0)
     with pytest.raises(RankFailed, match=r"no room for 2 nodes of {'CPU': 3} in 1 s; .* have \[{'CPU': 2.0}"):
         ParallelModel(options(checkpoint, cluster, Layout(2, 3, 2)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.metadata, "version", lambda name: "9.9")  # of this process alone
+        with pytest.raises(RankFailed, match=r"rank \d could not start: ValueError: .*expected 9.9, the driver's"):
+            ParallelModel(options(checkpoint, cluster, Layout(2, 2)))
+
+
+def test_the_engine_serves_over_nodes(cluster: Any, checkpoint: Path) -> None:
+    fixed: dict[str, Any] = dict(backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16)
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    with LLM(checkpoint, **fixed) as llm:
+        expected = llm.generate([[1, 2, 3]], params, use_tqdm=False)[0].outputs[0].token_ids
+    over: dict[str, Any] = dict(tensor_parallel_size=2, nodes=2, ray_address=cluster.address)
+    with LLM(checkpoint, **fixed, **over) as llm:
+        assert llm.generate([[1, 2, 3]], params, use_tqdm=False)[0].outputs[0].token_ids == expected
+        assert llm.engine._ranks is not None
+        os.kill(llm.engine._ranks._workers.pids[1], signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:  # an idle engine learns of it too
+            try:
+                llm.engine.health()
+            except EngineFailed as error:
+                assert "rank 1 of 2 ended" in str(error)
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("nobody noticed")
 
 
 def test_a_cluster_that_is_not_there(checkpoint: Path) -> None:

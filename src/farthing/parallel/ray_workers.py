@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import re
 import socket
 import threading
 import traceback
@@ -289,12 +290,13 @@ def _connect(ray: Any, address: str | None) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The last line that says something: Ray's messages begin with a traceback."""
+    """What went wrong in one line, without the traceback of another process that Ray's messages carry."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
         return f"{type(cause).__name__}: {cause}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Failed|Lost): ", line)]
+    return raised[-1] if raised else lines[0] if lines else type(error).__name__
 
 
 def _ordinal(gpu: str) -> int:
