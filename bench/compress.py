@@ -232,7 +232,7 @@ def calibrators(model: str, tokens: int, tensors: int) -> None:
     )
     for name, values in errors.items():
         t = torch.tensor(values).sqrt()
-        table.add_row(name, f"{t.median():.4%}", f"{t.max():.4%}", str(worse[name]), f"{1 - least[name]:.2%}")
+        table.add_row(name, f"{t.median():.4%}", f"{t.max():.4%}", str(worse[name]), f"{1 - least[name]:.4%}")
     console.print(table, f"{len(values)} tensors; chosen: {dict(winners)}")
 
 

@@ -13,7 +13,8 @@ from farthing.compress.calibrate.observers import OBSERVERS, Observer
 from farthing.compress.simulate import round_tensor, round_token
 
 TINY = 1e-12
-SPANS = ((0.5, 2.0, 25), (0.95, 1.053, 21), (0.99, 1.01, 21))  # from, to, points: multiples, ever finer
+# From, to, points: multiples, ever finer.
+SPANS = ((0.5, 2.0, 25), (0.95, 1.053, 21), (0.99, 1.01, 21), (0.9985, 1.0015, 31))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ def choose(
 def refine(start: float, error: Callable[[float], float]) -> tuple[float, float]:
     """The multiple of `start` with the least error, and that error.
 
-    The error over the scale is smooth but for ripples of a few per mille: a grid, twice made finer around its
-    best point, finds the valley and one of its deepest ripples.
+    The error over the scale is smooth but for ripples of a few per mille: a grid, made finer three
+    times around its best point, finds the valley and one of its deepest ripples.
     """
     known = {start: error(start)}
     for low, high, points in SPANS:
