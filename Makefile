@@ -16,8 +16,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
 
+# The kernels' tests again, on the device instead of Triton's interpreter; and what needs a GPU.
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu needs an NVIDIA GPU and a CUDA build of torch: torch.cuda.is_available() is False')"
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/ops/gpu -m "not slow"
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m "gpu and not slow" --ignore=tests/ops/gpu || test $$? -eq 5
 
 serve: $(STAMP)
 	$(BIN)/farthing serve

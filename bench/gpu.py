@@ -1,0 +1,264 @@
+"""Every kernel of the GPU backend: time, share of the card's measured ceilings, torch's own path, targets.
+
+    python bench/gpu.py [--only mla] [--rounds 30] [--into build/gpu.json] [--markdown]
+    python bench/gpu.py --tune     # write src/farthing/ops/gpu/configs/<card>.json by measured time
+
+Ceilings are measured first: a copy of 1 GiB, and products of 8192 x 8192 in bfloat16 and FP8. Ours and
+torch's are timed in turns, each after 256 MiB were written so that no input is in L2; medians. Without a GPU
+every row is printed as "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the table: which function of gpu_work makes it, and what is wanted."""
+
+    kernel: str
+    size: str
+    make: str
+    arguments: tuple[Any, ...]
+    share: float | None = None  # wanted, of the ceiling
+    of_dense: float | None = None  # wanted, of the rate of the dense FP8 product
+    times_peer: float | None = None  # wanted, as fast as torch
+
+
+DENSE = Row("FP8 GEMM", "4096 x 7168 x 16384", "dense_fp8", (4096, 7168, 16384), share=0.55, times_peer=1.0)
+ROWS = [
+    Row("MLA decode, bf16 cache", "16 x 8k, 16 heads", "mla_decode", (16, 8192, 16, "bfloat16"), share=0.8),
+    Row("MLA decode, bf16 cache", "16 x 8k, 128 heads", "mla_decode", (16, 8192, 128, "bfloat16"), share=0.8),
+    Row("MLA decode, fp8 cache", "16 x 8k, 16 heads", "mla_decode", (16, 8192, 16, "fp8")),
+    Row("MLA prefill", "4 x 4k, 16 heads", "mla_prefill", (4, 4096, 16)),
+    DENSE,
+    Row("FP8 GEMM, few rows", "64 x 7168 x 16384", "dense_fp8", (64, 7168, 16384)),
+    Row("grouped FP8", "8 x 512 rows", "experts", ("fp8", 4096, 8, 1, 7168, 2048), of_dense=0.7),
+    Row("grouped FP8, decode", "64 tokens, 8 of 64", "experts", ("fp8", 64, 64, 8, 7168, 2048)),
+    Row("grouped INT8, decode", "64 tokens, 8 of 64", "experts", ("int8", 64, 64, 8, 7168, 2048)),
+    Row("grouped INT4, decode", "64 tokens, 8 of 64", "experts", ("int4", 64, 64, 8, 7168, 2048)),
+    Row("INT4 GEMM", "1 x 7168 x 16384", "quantized_decode", (1, 7168, 16384)),
+    Row("softmax", "8192 x 8192", "softmax", (8192, 8192), times_peer=3.75),
+    Row("softmax, vocabulary", "64 x 129280", "softmax_fused", (64, 129280)),
+    Row("RMSNorm + quantize", "4096 x 7168", "norm_quantize", (4096, 7168)),
+    Row("routing + sort", "4096 tokens, 256 experts", "routing", (4096,)),
+    Row("rotary", "4096 tokens, 128 heads", "rotary", (4096, 128)),
+    Row("2:4 GEMM", "16 x 7168 x 7168", "sparse_product", ("2:4", 16, 7168, 7168)),
+    Row("block-sparse, 90 % zero", "16 x 7168 x 7168", "sparse_product", ("16x16", 16, 7168, 7168)),
+    Row("sampling", "64 x 129280", "sampling", (64, 129280)),
+    Row("decode step, V2-Lite shape", "16 x 1k", "decode_step", (16, 1024), share=0.6),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was measured of a row."""
+
+    kernel: str
+    size: str
+    microseconds: float
+    rate: str
+    share: float
+    peer: str
+    peer_microseconds: float | None
+    target: str
+    met: bool | None
+
+
+def missing() -> str | None:
+    """Why nothing can be measured here, if so."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return (
+            "no CUDA device: torch.cuda.is_available() is False"
+            if built
+            else "no CUDA device: this torch was built without CUDA"
+        )
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set: kernels would be interpreted on the CPU"
+    return None
+
+
+def wanted(row: Row) -> str:
+    """The target in words."""
+    parts = []
+    if row.of_dense is not None:
+        parts.append(f"{row.of_dense:.0%} of the dense one")
+    if row.share is not None:
+        parts.append(f"{row.share:.0%} of the ceiling")
+    if row.times_peer is not None:
+        parts.append(f"{row.times_peer:g}x torch")
+    return ", ".join(parts) or "–"
+
+
+class Clock:
+    """Times on the device, with a cold L2."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def medians(self, *runs: Callable[[], object]) -> list[float]:
+        """Microseconds of each, timed in turns."""
+        for run in runs:
+            for _ in range(3):
+                run()
+        times: list[list[float]] = [[] for _ in runs]
+        for _ in range(self._rounds):
+            for run, kept in zip(runs, times, strict=True):
+                self._flush.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run()
+                end.record()
+                torch.cuda.synchronize()
+                kept.append(start.elapsed_time(end) * 1e3)
+        return [statistics.median(t) for t in times]
+
+
+def ceilings(clock: Clock) -> dict[str, float]:
+    """What this card reaches: bytes a second of a copy, operations a second in bfloat16 and FP8."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    n = 8192
+    a = torch.randn(n, n, device="cuda").bfloat16()
+    out = {"copy": 2e6 * source.numel() / clock.medians(lambda: target.copy_(source))[0]}
+    out["bf16"] = 2e6 * n**3 / clock.medians(lambda: a @ a)[0]
+    if torch.cuda.get_device_capability() >= (8, 9):
+        eight, one = a.to(torch.float8_e4m3fn), torch.ones((), device="cuda")
+        run = partial(torch._scaled_mm, eight, eight.t(), one, one, out_dtype=torch.bfloat16)
+        out["fp8"] = 2e6 * n**3 / clock.medians(run)[0]
+    return out
+
+
+def measure(row: Row, clock: Clock, limits: dict[str, float], dense: float | None) -> Result:
+    """Time one row and torch's path; dense: the share the dense FP8 product reached."""
+    import gpu_work
+
+    work: gpu_work.Work = getattr(gpu_work, row.make)(*row.arguments)
+    runs = [work.run] if work.peer is None else [work.run, work.peer]
+    times = clock.medians(*runs)
+    seconds = times[0] / 1e6
+    amount = work.bytes if work.ceiling == "copy" else work.flops
+    share = amount / seconds / limits[work.ceiling]
+    unit, scale = ("GB/s", 1e9) if work.ceiling == "copy" else ("TFLOP/s", 1e12)
+    peer = times[1] if len(times) > 1 else None
+    met: bool | None = None
+    if row.share is not None or row.times_peer is not None:
+        met = share >= (row.share or 0.0)
+        met = met and (row.times_peer is None or (peer or 0.0) >= row.times_peer * times[0])
+    if row.of_dense is not None and dense is not None:
+        met = share >= row.of_dense * dense
+    torch.cuda.empty_cache()
+    return Result(
+        row.kernel, row.size, times[0], f"{amount / seconds / scale:,.0f} {unit}", share, work.peer_name,
+        peer, wanted(row), met,
+    )  # fmt: skip
+
+
+def cells(row: Row, result: Result | None) -> list[str]:
+    """The row as printed."""
+    if result is None:
+        return [
+            row.kernel,
+            row.size,
+            NOT_MEASURED,
+            NOT_MEASURED,
+            NOT_MEASURED,
+            NOT_MEASURED,
+            wanted(row),
+            "–",
+        ]
+    peer = "–"
+    if result.peer_microseconds is not None:
+        ratio = result.peer_microseconds / result.microseconds
+        peer = f"{result.peer_microseconds:,.0f} us ({ratio:.2f}x, {result.peer})"
+    verdict = {None: "–", True: "met", False: "missed"}[result.met]
+    return [
+        row.kernel, row.size, f"{result.microseconds:,.1f} us", result.rate, f"{result.share:.0%}", peer,
+        wanted(row), verdict,
+    ]  # fmt: skip
+
+
+HEADINGS = ["kernel", "size", "time", "rate", "of the ceiling", "torch", "target", ""]
+
+
+def markdown(rows: list[list[str]]) -> Iterator[str]:
+    """The table for a page."""
+    yield "| " + " | ".join(HEADINGS) + " |"
+    yield "|" + "---|" * len(HEADINGS)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose kernel contains this")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--into", type=Path, help="write the results as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print a table for a page")
+    parser.add_argument(
+        "--tune", action="store_true", help="choose configurations and write this card's file"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    rows = [r for r in ROWS if options.only.lower() in r.kernel.lower()]
+    if not rows:
+        parser.error(f"--only {options.only!r} names no kernel; expected part of {[r.kernel for r in ROWS]}")
+    reason, results, limits, card = missing(), {}, {}, ""
+    if reason is None:
+        sys.path.insert(0, str(Path(__file__).parent))
+        card = torch.cuda.get_device_name()
+        clock = Clock(options.rounds)
+        if options.tune:
+            from gpu_tune import tune
+
+            return tune(clock.medians, console)
+        limits, dense = ceilings(clock), None
+        for row in track(rows, "measuring", console=console, transient=True):
+            try:
+                results[row] = measure(row, clock, limits, dense)
+                dense = results[row].share if row == DENSE else dense
+            except (RuntimeError, KeyError, NotImplementedError) as error:
+                console.print(f"[red]{row.kernel}, {row.size}: {error}[/]")
+    table = [cells(row, results.get(row)) for row in rows]
+    if options.markdown:
+        for line in markdown(table):
+            print(line)
+    else:
+        shown = Table(*HEADINGS)
+        for line in table:
+            shown.add_row(*line)
+        console.print(shown)
+    if reason is not None:
+        console.print(f"Nothing was measured: {reason}.", highlight=False)
+    else:
+        shares = ", ".join(f"{k} {v / (1e9 if k == 'copy' else 1e12):,.0f}" for k, v in limits.items())
+        console.print(f"{card}; ceilings (GB/s, TFLOP/s): {shares}", highlight=False)
+    if options.into is not None:
+        document = {"card": card or None, "reason": reason, "ceilings": limits}
+        kept = [asdict(r) for r in results.values()]
+        options.into.write_text(json.dumps(document | {"rows": kept}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
