@@ -70,6 +70,11 @@ def test_one_layer_whatever_is_hot(tokens: int, mass: float | None) -> None:
     x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens))
     counts = torch.zeros(2, 8, dtype=torch.int64)
     expected = one(x.clone(), counts[0])
+    fused = HybridOps(select("reference"), native())
+    (_, three) = random_model(config, fused, 5).layers[2]
+    fused.reroute(three.packed, two.packed.spec)
+    torch.testing.assert_close(three(x.clone(), counts[1]), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(counts[0], counts[1])
     for held in ([], [0, 1, 2], list(range(8))):
         two.packed.hot.handles = {e: ops._load(two.packed, e) for e in held}
         torch.testing.assert_close(two(x.clone(), counts[1].zero_()), expected, rtol=1e-5, atol=1e-5)
@@ -81,10 +86,10 @@ def test_the_host_computes_beside_the_shared_expert() -> None:
     begun, shared = threading.Event(), threading.Event()
 
     class Host(ReferenceOps):
-        def mlp(self, *arguments: Any) -> torch.Tensor:
+        def moe(self, *arguments: Any) -> torch.Tensor:
             begun.set()
             assert shared.wait(30)
-            return super().mlp(*arguments)
+            return super().moe(*arguments)
 
     class Device(ReferenceOps):
         def mlp(self, x: torch.Tensor, weights: Any, norm: torch.Tensor, eps: float) -> torch.Tensor:

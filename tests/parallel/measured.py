@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from farthing.model import ModelConfig
+from farthing.model import DeepseekModel, ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
@@ -38,16 +38,23 @@ def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str
     config = ModelConfig.from_json(raw)
     source = MemorySource(random_parameters(config))
     ops = select(backend, torch.float32, 1, quantization)  # type: ignore[arg-type]
-    rank = Rank(config, source, layout, 0, ops)
-    cache = rank.new_cache(tokens // 16 + 1, 16, "bfloat16")
+    # One rank has no groups: the engine drives the model itself.
+    alone = layout.world == 1
+    model: Any = DeepseekModel(config, ops, source) if alone else Rank(config, source, layout, 0, ops)
+    blocks = list(range(tokens // 16 + 1))
+    cache = model.new_cache(len(blocks), 16, "bfloat16")
     cache.data.zero_()  # its pages are no buffers
-    driven = None if layout.world == 1 else torch.zeros(1, config.hidden_size)
 
     def run(count: int) -> None:
-        batch = make_batch([count], [0], [list(range(tokens // 16 + 1))], 16)
+        ids, batch = (
+            torch.arange(count) % (config.vocab_size // layout.world),
+            make_batch([count], [0], [blocks], 16),
+        )
         with torch.inference_mode():
-            hidden = rank.forward(torch.arange(count) % (config.vocab_size // layout.world), batch)
-            rank.top_logits(1, 1, hidden=hidden[-1:] if driven is None else driven)
+            if alone:
+                model.top_logits(model.forward(ids, batch, cache)[-1:], 1)
+            else:
+                model.top_logits(1, 1, hidden=model.forward(ids, batch)[-1:])
 
     run(4)  # libraries and threads are loaded
     Path("/proc/self/clear_refs").write_text("5")  # the maximum begins anew

@@ -114,7 +114,9 @@ def test_ranks_that_cannot_start_say_why(
 
     with monkeypatch.context() as patched:
         patched.setattr(importlib.metadata, "version", lambda name: "9.9")  # of this process alone
-        with pytest.raises(RankFailed, match=r"rank \d could not start: ValueError: .*expected 9.9, the driver's"):
+        with pytest.raises(
+            RankFailed, match=r"rank \d could not start: ValueError: .*expected 9.9, the driver's"
+        ):
             ParallelModel(options(checkpoint, cluster, Layout(2, 2)))
 
 

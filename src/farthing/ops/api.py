@@ -119,6 +119,7 @@ class Ops(ABC):
     dtype: torch.dtype
     source: str = ""  # fingerprint of the checkpoint that is packed; `farthing.model.load` sets it
     packed_from: str | None = None  # the fingerprint a mapped packed file names, where one is mapped
+    routed_only: bool = False  # `pack_moe` leaves out shared experts, a packed file's too
 
     def coarse(self) -> Ops:
         """This backend for weights whose results are checked by others, such as drafts: rounded further where

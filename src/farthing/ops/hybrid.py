@@ -5,10 +5,11 @@ a token passes a few of them. Here the device computes attention, dense layers, 
 the host's kernels compute routed experts where their packed weights lie (a mapped file, if there is one), and
 the experts used most have copies on the device.
 
-A layer's step: the device norms and routes; hidden states, choices and weights go to the host, which computes
-its experts in a thread while the device computes the shared expert and the hot ones; the host's sum comes
-back. Only hidden states cross the bus, never weights, but for an expert that becomes hot: it is read and
-packed in a thread of its own while steps go on without it.
+A layer's step without hot experts: hidden states go to the host, which norms, routes and computes in one call
+of its kernels while the device computes the shared expert; the sum comes back. With hot ones the device
+routes, and choices and weights go along: the host computes the experts that are not hot one by one, the
+device the hot ones. Only hidden states cross the bus, never weights, but for an expert that becomes hot: it
+is read and packed in a thread of its own while steps go on without it.
 
 Legend: T tokens; D hidden size; E experts; k experts a token.
 """
@@ -16,11 +17,11 @@ Legend: T tokens; D hidden size; E experts; k experts a token.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
+from farthing.ops.crossing import Copies, Crossing
 from farthing.ops.hot import HotExperts
 from farthing.ops.reference import route
 from farthing.ops.weights import Weight
@@ -74,9 +76,11 @@ class HybridMoE:
     gate: Tensor  # [E, D] float32, on the device
     bias: Tensor | None  # [E]
     loads: Sequence[Callable[[], Gated] | None]
-    experts: list[Handle | None]  # on the host; None: on another rank
+    whole: Handle | None  # all experts as the host packs them; None: where some may be hot,
+    experts: list[Handle | None]  # each of them alone; None: on another rank
     shared: Handle | None  # on the device
     hot: Hot
+    norm: Tensor | None = None  # the layer's, on the host
 
 
 class HybridOps(Ops):
@@ -90,6 +94,7 @@ class HybridOps(Ops):
         self.name = f"{device.name}; experts on {host.name}" + (f", {hot_experts} hot" if hot_experts else "")
         self.device, self.dtype = device.device, device.dtype
         self.packed_from = host.packed_from
+        host.routed_only = True
         self._crossing = Crossing(self.device)
         self._computing = ThreadPoolExecutor(1, "farthing-experts")
         self._loading = ThreadPoolExecutor(1, "farthing-hot")
@@ -110,13 +115,21 @@ class HybridOps(Ops):
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> HybridMoE:
         w = weights()
+        whole, alone = None, []
+        if self._capacity:
+            alone = [
+                load and self._host.pack_mlp(f"{name}.experts.{e}", load) for e, load in enumerate(w.experts)
+            ]
+        else:
+            whole = self._host.pack_moe(name, spec, lambda: replace(w, shared=None))
         return HybridMoE(
             name,
             spec,
             w.gate.float().to(self.device),
             None if w.bias is None else w.bias.float().to(self.device),
             w.experts,
-            [load and self._host.pack_mlp(f"{name}.experts.{e}", load) for e, load in enumerate(w.experts)],
+            whole,
+            alone,
             None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
             Hot(HotExperts(min(self._capacity, spec.num_experts))),
         )
@@ -124,36 +137,63 @@ class HybridOps(Ops):
     def moe(
         self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float, counts: Tensor | None = None
     ) -> Tensor:
+        host_norm = weights.norm = norm.cpu() if weights.norm is None else weights.norm
+        if weights.whole is not None:
+            seen = None if counts is None else torch.zeros(len(counts), dtype=torch.int64)
+            computed = self._begin(self._all, self._crossing.down(x=x), weights.whole, host_norm, eps, seen)
+            out = self._shared(x, weights, norm, eps)
+            routed = self._crossing.up(computed())
+            if counts is not None and seen is not None:
+                counts += seen.to(self.device)
+            return out + routed.to(out.dtype)
         n = self._inner.rms_norm(x, norm, eps)
         ids, gates = self.route(n, weights)
         if counts is not None:
             chosen = ids.flatten()
             counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
-        here, hot = self._crossing.down(x, ids, gates), weights.hot.serving()
-        computed = self._computing.submit(self._on_host, here, weights, norm, eps, hot)
-        # The residual and the shared expert, while the host is at work. x may be overwritten.
-        out = x if weights.shared is None else self._inner.mlp(x, weights.shared, norm, eps)
-        if self._capacity:
-            rows = rows_of(here.ids())
-            self._follow(weights, rows)
-            out = out + self._on_device(n, gates, rows, hot).to(out.dtype)
-        return out + self._crossing.up(computed.result()).to(out.dtype)
+        here, hot = self._crossing.down(x=x, ids=ids, gates=gates), weights.hot.serving()
+        computed = self._begin(self._one_by_one, here, weights, host_norm, eps, hot)
+        out = self._shared(x, weights, norm, eps)
+        rows = rows_of(here["ids"].numpy())
+        self._follow(weights, rows)
+        out = out + self._on_device(n, gates, rows, hot).to(out.dtype)
+        return out + self._crossing.up(computed()).to(out.dtype)
 
-    def _on_host(
+    def _shared(self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float) -> Tensor:
+        """x and the shared expert. x may be overwritten."""
+        return x if weights.shared is None else self._inner.mlp(x, weights.shared, norm, eps)
+
+    def _begin(self, compute: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
+        """The host's part. Its result is asked for when the device has been given its own.
+
+        CUDA works by itself once it has been told what to do, so this thread is free then. A CPU as the
+        device does not: the host's part gets a thread.
+        """
+        if self.device.type == "cuda":
+            return partial(compute, *arguments)
+        return self._computing.submit(compute, *arguments).result
+
+    @torch.inference_mode()
+    def _all(self, here: Copies, whole: Handle, norm: Tensor, eps: float, seen: Tensor | None) -> Tensor:
+        """The sum of all routed experts [T, D] float32; seen [E] gains their tokens."""
+        x = here["x"].float()
+        return self._host.moe(x.clone(), whole, norm, eps, seen).float() - x
+
+    @torch.inference_mode()
+    def _one_by_one(
         self, here: Copies, weights: HybridMoE, norm: Tensor, eps: float, hot: Mapping[int, Any]
     ) -> Tensor:
         """The sum of the experts that are not hot [T, D] float32."""
-        with torch.inference_mode():
-            rows, x, gates = rows_of(here.ids()), here.x.float(), here.gates
-            out, norm = torch.zeros_like(x), norm.cpu()
-            for expert, (tokens, slots) in rows.items():
-                handle = weights.experts[expert]
-                if handle is None or expert in hot:
-                    continue
-                at = torch.from_numpy(tokens)
-                own = x[at]
-                y = self._host.mlp(own.clone(), handle, norm, eps).float() - own
-                out.index_add_(0, at, y * gates[at, torch.from_numpy(slots), None])
+        rows, x, gates = rows_of(here["ids"].numpy()), here["x"].float(), here["gates"]
+        out = torch.zeros_like(x)
+        for expert, (tokens, slots) in rows.items():
+            handle = weights.experts[expert]
+            if handle is None or expert in hot:
+                continue
+            at = torch.from_numpy(tokens)
+            own = x[at]
+            y = self._host.mlp(own.clone(), handle, norm, eps).float() - own
+            out.index_add_(0, at, y * gates[at, torch.from_numpy(slots), None])
         return out
 
     def _on_device(self, n: Tensor, gates: Tensor, rows: Rows, hot: Mapping[int, Pair]) -> Tensor:
@@ -170,6 +210,8 @@ class HybridOps(Ops):
 
     def reroute(self, weights: HybridMoE, spec: RouterSpec) -> None:
         weights.spec = spec
+        if weights.whole is not None:
+            self._host.reroute(weights.whole, spec)
 
     def route(self, n: Tensor, weights: HybridMoE) -> tuple[Tensor, Tensor]:
         """In plain torch on the device: both sides follow one choice."""
@@ -288,66 +330,3 @@ def rows_of(ids: NDArray[np.int64]) -> Rows:
     edges = [*starts.tolist(), len(order)]
     parts = [order[a:b] for a, b in itertools.pairwise(edges)]
     return {int(e): (p // ids.shape[1], p % ids.shape[1]) for e, p in zip(experts, parts, strict=True)}
-
-
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """A step's tensors on the host, there once `arrived` has been waited for."""
-
-    x: Tensor  # [T, D]
-    chosen: Tensor  # [T, k] int64
-    gates: Tensor  # [T, k] float32
-    arrived: Any = None  # a CUDA event
-
-    def ids(self) -> NDArray[np.int64]:
-        """chosen, after the wait."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.chosen.numpy()
-
-
-class Crossing:
-    """Between host and device: pinned memory and asynchronous copies on CUDA, nothing to do on a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._cuda = device, device.type == "cuda"
-        self._pinned: dict[str, Tensor] = {}
-        self._side: Any = None
-
-    def down(self, x: Tensor, ids: Tensor, gates: Tensor) -> Copies:
-        """To the host. Queued before what the device computes next, and so done before it."""
-        if not self._cuda:
-            return Copies(x.clone(), ids, gates)  # x may be overwritten while the host reads it
-        named = {"x": x, "ids": ids, "gates": gates}
-        there = {k: self._room(k, t).copy_(t, non_blocking=True) for k, t in named.items()}
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return Copies(there["x"], there["ids"], there["gates"], arrived)
-
-    def up(self, x: Tensor) -> Tensor:
-        """To the device. What was copied up before has been waited for by the `down` since."""
-        if not self._cuda:
-            return x
-        return self._room("up", x).copy_(x).to(self._device, non_blocking=True)
-
-    def index(self, rows: NDArray[np.int64]) -> Tensor:
-        """Row numbers on the device."""
-        return torch.from_numpy(rows).to(self._device, non_blocking=True)
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Copies of weights on a stream of their own; they are there when the block ends."""
-        if not self._cuda:
-            yield
-            return
-        self._side = self._side or torch.cuda.Stream(self._device)
-        with torch.cuda.stream(self._side):
-            yield
-        self._side.synchronize()
-
-    def _room(self, name: str, like: Tensor) -> Tensor:
-        """Pinned memory of a tensor's shape; it is kept and grows."""
-        held = self._pinned.get(name)
-        if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
-            held = self._pinned[name] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=True)
-        return held[: like.numel()].view(like.shape)

@@ -181,6 +181,7 @@ class CpuOps(Ops):
             if w is None and self._file
             else w is not None and w.shared is not None
         )
+        shared = shared and not self.routed_only
         native = _native.Moe(router, gate, shared)
         first = absent = None
         for e in range(spec.num_experts):
