@@ -1,42 +1,36 @@
 """ResNet-50, 4-bit and 40 % block-sparse, against the float net and other runtimes.
 
-python -m bench.resnet50 train --data CIFAR-10-images --out runs/resnet50   # float, then quantized
-python -m bench.resnet50 compare --out runs/resnet50 --size 224 --threads 1
+python -m bench.resnet50 train --data CIFAR-10-images --out runs/resnet50   # float, then the student
+python -m bench.resnet50 compare --threads 1 --site OPENVINO_VENV/lib/python3.11/site-packages
+python -m bench.resnet50 profile                                             # each layer of ours
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import torch
-from bench.resnet50.compare import contestants, race
+from bench.resnet50.compare import OURS, contestants, limit, race
+from bench.resnet50.engine import Engine
 from bench.resnet50.model import ResNet50
-from bench.resnet50.train import Settings, quantized, train
+from bench.resnet50.quantize import QuantResNet50
+from bench.resnet50.train import Settings, random_student, train_float, train_student
 from rich.console import Console
 
+from farthing import _native
 from farthing.compress.statistics import ratio_interval
-from farthing.train.lsq import ActivationQuantizer
 
 
 def run_training(settings: Settings, console: Console) -> None:
-    """Both runs; a finished one is not repeated."""
-    first = dataclasses.replace(settings, out=settings.out / "float")
-    second = dataclasses.replace(settings, out=settings.out / "w4a4", epochs=settings.epochs / 2)
-    if not (first.out / "net.pt").is_file() and train(first, None, _begun(first), console) is None:
-        raise SystemExit("interrupted; the same command continues")
-    state = torch.load(first.out / "net.pt", weights_only=True)
-    teacher = ResNet50(len(state["fc.bias"]))
-    teacher.load_state_dict(state)
-    if not (second.out / "net.pt").is_file() and train(second, teacher, _begun(second), console) is None:
+    """Both runs; a finished one is not repeated, an interrupted one goes on."""
+    net = train_float(settings, console)
+    student = train_student(settings, net, console) if net is not None else None
+    if student is None:
         raise SystemExit("interrupted; the same command continues")
     print(json.dumps(accuracy(settings.out), indent=1))
-
-
-def _begun(settings: Settings) -> bool:
-    return (settings.out / "state.pt").is_file()
 
 
 def accuracy(out: Path) -> dict[str, float | list[float]]:
@@ -53,28 +47,45 @@ def accuracy(out: Path) -> dict[str, float | list[float]]:
     }
 
 
-def run_compare(out: Path, size: int, threads: int, rounds: int) -> None:
-    """The table; the nets of `out`, or random ones (latency does not depend on the weights' values)."""
-    torch.manual_seed(0)
-    net = ResNet50().eval()
-    file = out / "float" / "net.pt"
-    if file.is_file():
-        state = torch.load(file, weights_only=True)
-        net = ResNet50(len(state["fc.bias"])).eval()
-        net.load_state_dict(state)
-    student = quantized(net, size)
-    file = out / "w4a4" / "net.pt"
-    if not file.is_file():
-        raise SystemExit(f"{file} does not exist; run `train` first")
-    student.load_state_dict(torch.load(file, weights_only=True))
-    for module in student.modules():
-        if isinstance(module, ActivationQuantizer):
-            module.started = True
-    runs, missing = contestants(net, student.eval(), size, threads, out)
-    for name, ms in sorted(race(runs, size, rounds).items(), key=lambda item: item[1]):
-        print(f"{name:>28}  {ms:8.2f} ms")
+def nets(out: Path, size: int, classes: int) -> tuple[ResNet50, QuantResNet50]:
+    """The trained nets of `out`, or random ones, whose latency is the same."""
+    files = [out / part / "net.pt" for part in ("float", "w4a4")]
+    if not all(f.is_file() for f in files):
+        print(f"no trained nets in {out}: random weights, 40 % of the blocks zero")
+        return random_student(size, classes, 0.4)
+    states = [torch.load(f, weights_only=True) for f in files]
+    net = ResNet50(len(states[0]["fc.bias"])).eval()
+    net.load_state_dict(states[0])
+    student = QuantResNet50(net, size).eval()
+    student.load_state_dict(states[1])
+    return net, student
+
+
+def run_compare(out: Path, size: int, classes: int, threads: int, rounds: int) -> None:
+    """The table."""
+    net, student = nets(out, size, classes)
+    runs, missing = contestants(net, student, size, threads, out)
+    times = race(runs, size, rounds)
+    print(f"{size} x {size}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds, medians")
+    for name, ms in sorted(times.items(), key=lambda item: item[1]):
+        print(f"{name:>28}  {ms:8.2f} ms  {ms / times[OURS]:6.2f} x")
+    least = limit(Engine(student, size, threads), threads)
+    print(f"{'INT8 peak on our products':>28}  {least:8.2f} ms  {least / times[OURS]:6.2f} x")
     for name in missing:
         print(f"{name:>28}  not installed")
+
+
+def run_profile(out: Path, size: int, classes: int, threads: int) -> None:
+    """Milliseconds and GOP/s of every step of ours."""
+    engine = Engine(nets(out, size, classes)[1], size, threads)
+    seconds = engine.program.profile(torch.randn(3, size, size))
+    peak = _native.peak_ops("vnni_int8", threads)
+    done = engine.program.products()
+    for name, time, count in zip(engine.names, seconds, done, strict=True):
+        rate = 2 * count / time / 1e9
+        share = 100 * rate / max(peak, 1e-9)
+        print(f"{name:>16}  {time * 1e6:7.0f} us  {rate:6.0f} GOP/s  {share:4.0f} % of peak")
+    print(f"{'all':>16}  {sum(seconds) * 1e6:7.0f} us")
 
 
 def main() -> None:
@@ -83,24 +94,33 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("train")
-    one.add_argument("--data", type=Path, required=True)
-    for field, kind in (("size", int), ("epochs", float), ("batch", int), ("lr", float), ("seed", int)):
-        one.add_argument(f"--{field}", type=kind, default=getattr(Settings, field))
-    one.add_argument("--limit", type=int, help="pictures a class")
-    one.add_argument("--sparsity", type=float, default=Settings.sparsity)
-    one.add_argument("--device", default="cpu")
-    two = commands.add_parser("compare")
-    two.add_argument("--size", type=int, default=224)
-    two.add_argument("--rounds", type=int, default=20)
-    for command in (one, two):
+    train = commands.add_parser("train")
+    train.add_argument("--data", type=Path, required=True)
+    floats = ("small_epochs", "epochs", "student_epochs", "lr", "student_lr", "sparsity", "teach")
+    for field in (*floats, "size", "stored", "small", "batch", "seed"):
+        default = getattr(Settings, field)
+        train.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
+    train.add_argument("--limit", type=int, help="pictures a class")
+    train.add_argument("--device", default="cpu")
+    race_, profile = commands.add_parser("compare"), commands.add_parser("profile")
+    race_.add_argument("--rounds", type=int, default=20)
+    race_.add_argument("--site", type=Path, help="more packages (OpenVINO and NNCF): their site-packages")
+    for command in (race_, profile):
+        command.add_argument("--size", type=int, default=224)
+        command.add_argument("--classes", type=int, default=1000, help="of random nets")
+    for command in (train, race_, profile):
         command.add_argument("--out", type=Path, default=Path("runs/resnet50"))
         command.add_argument("--threads", type=int, default=1)
     args = vars(parser.parse_args())
-    if args.pop("command") == "train":
+    chosen = args.pop("command")
+    if chosen == "train":
         run_training(Settings(**args), Console(stderr=True))
+    elif chosen == "profile":
+        run_profile(**args)
     else:
-        run_compare(args["out"], args["size"], args["threads"], args["rounds"])
+        if site := args.pop("site"):
+            sys.path.append(str(site))
+        run_compare(**args)
 
 
 if __name__ == "__main__":

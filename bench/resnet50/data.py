@@ -1,6 +1,6 @@
-"""Labelled pictures: DIR/train/CLASS/*.jpg|png and DIR/test/CLASS/*, as uint8 tensors at one size.
+"""Labelled pictures: DIR/train/CLASS/*.jpg|png and DIR/test/CLASS/*, decoded once to one uint8 array.
 
-The public JPEG copy of CIFAR-10 has this layout. Decoded pictures are cached beside the run.
+The public JPEG copy of CIFAR-10 has this layout. Batches are cropped, flipped and resized as they are drawn.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -26,56 +27,67 @@ class Pictures:
     classes: tuple[str, ...]
 
 
-def load(root: Path, part: str, size: int, cache: Path, limit: int | None = None) -> Pictures:
-    """The pictures of DIR/part, resized; `limit` a class. Raises FileNotFoundError where there are none."""
+def load(root: Path, part: str, stored: int, cache: Path, limit: int | None = None) -> Pictures:
+    """The pictures of DIR/part at stored x stored; `limit` a class.
+
+    Raises FileNotFoundError where there are none.
+    """
     folder = root / part
     classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir())) if folder.is_dir() else ()
     if not classes:
         raise FileNotFoundError(f"{folder} holds no class folders; expected {part}/CLASS/*.jpg under --data")
-    file = cache / f"{part}-{size}-{limit or 'all'}.npz"
+    file = cache / f"{part}-{stored}-{limit or 'all'}.npz"
     if not file.is_file():
         images, labels = [], []
         for label, name in enumerate(classes):
             found = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)[:limit]
             for path in found:
                 with Image.open(path) as picture:
-                    square = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-                images.append(np.asarray(square).transpose(2, 0, 1))
+                    rgb = picture.convert("RGB")
+                    if rgb.size != (stored, stored):
+                        rgb = rgb.resize((stored, stored), Image.Resampling.BILINEAR)
+                images.append(np.asarray(rgb).transpose(2, 0, 1))
                 labels.append(label)
         cache.mkdir(parents=True, exist_ok=True)
         np.savez(file, images=np.stack(images), labels=np.array(labels))
-    stored = np.load(file)
-    return Pictures(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]), classes)
+    content = np.load(file)
+    return Pictures(torch.from_numpy(content["images"]), torch.from_numpy(content["labels"]), classes)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] -> float32, zero mean and unit variance a channel."""
+def normalize(images: Tensor, size: int) -> Tensor:
+    """uint8 [B, 3, S, S] -> float32 [B, 3, size, size], normalized a channel, channels last."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    x = (images.float() / 255 - mean) / std
+    if x.shape[-1] != size:
+        x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Batches:
-    """Endless shuffled batches, flipped and shifted; its place is two integers."""
+    """Endless shuffled batches, each picture flipped and shifted its own way; its place is two integers."""
 
-    def __init__(self, pictures: Pictures, size: int, seed: int, shift: int = 6) -> None:
-        self.pictures, self.size, self.seed, self.shift = pictures, size, seed, shift
+    def __init__(self, pictures: Pictures, batch: int, seed: int, share: float = 0.125) -> None:
+        self.pictures, self.batch, self.seed = pictures, batch, seed
+        self.shift = round(share * pictures.images.shape[-1])
         self.passes, self.index = 0, 0
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """(normalized images [B, 3, S, S], labels [B])."""
-        count = len(self.pictures.labels)
-        if self.index + self.size > count:
+        """(uint8 images [B, 3, S, S], labels [B])."""
+        count, side = len(self.pictures.labels), self.pictures.images.shape[-1]
+        if self.index + self.batch > count:
             self.passes, self.index = self.passes + 1, 0
-        rng = np.random.default_rng([self.seed, self.passes])
-        chosen = torch.from_numpy(rng.permutation(count)[self.index : self.index + self.size])
+        order = np.random.default_rng([self.seed, self.passes]).permutation(count)
+        chosen = torch.from_numpy(order[self.index : self.index + self.batch])
         moves = np.random.default_rng([self.seed, self.passes, self.index])
-        self.index += self.size
-        images = self.pictures.images[chosen]
-        dx, dy = moves.integers(-self.shift, self.shift + 1, 2)
-        images = torch.roll(images, (int(dy), int(dx)), (2, 3))
+        self.index += self.batch
+        padded = F.pad(self.pictures.images[chosen].float(), (self.shift,) * 4, mode="reflect").to(
+            torch.uint8
+        )
+        windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # [B, 3, 2 shift + 1, 2 shift + 1, S, S]
+        dy, dx = torch.from_numpy(moves.integers(0, 2 * self.shift + 1, (2, len(chosen))))
+        images = windows[torch.arange(len(chosen)), :, dy, dx]
         flip = torch.from_numpy(moves.random(len(images)) < 0.5)
-        images = torch.where(flip[:, None, None, None], images.flip(3), images)
-        return normalize(images), self.pictures.labels[chosen]
+        return torch.where(flip[:, None, None, None], images.flip(3), images), self.pictures.labels[chosen]
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch starts."""

@@ -1,8 +1,6 @@
-"""Training ResNet-50 on class folders, then 4-bit weights and activations with 16 x 16 block sparsity.
+"""The runs: a float ResNet-50 on class folders, small pictures first, then its quantized, sparse student.
 
-Batch norms are folded before quantization. Weights: 4 bits, a learned scale for 64 columns. Inputs of every
-convolution but the first are never negative (a ReLU made them): 4 bits without sign, a scale a pixel and 64
-channels with a learned clip, as the CPU kernels compute it. First convolution and classifier keep 8 bits.
+On a CPU the products run in bfloat16 (autocast), channels last; parameters, norms and losses are float32.
 """
 
 from __future__ import annotations
@@ -15,163 +13,211 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from bench.resnet50 import data
+from bench.resnet50.engine import Engine
 from bench.resnet50.model import ResNet50
+from bench.resnet50.quantize import QuantResNet50, Range
 from rich.console import Console
 from torch import Tensor, nn
 
-from farthing.compress.module import fold_batch_norms, replace_module
-from farthing.compress.prune.masks import mask, scores
 from farthing.compress.prune.schedule import cubic_sparsity
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
-from farthing.train.lsq import ActivationQuantizer, WeightQuantizer
 
-GROUP = 64
+CURVE = 5  # the curve is measured on every fifth test picture, the result on all
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """One run of either kind."""
+    """Both runs."""
 
     data: Path
     out: Path
-    size: int = 64
-    epochs: float = 12.0
+    size: int = 64  # pixels of a side, at the end and in the test
+    stored: int = 32  # of the decoded pictures
+    small: int = 32  # of a side in the first `small_epochs`
+    small_epochs: float = 6.0
+    epochs: float = 1.0  # at `size`, after them
+    student_epochs: float = 0.8
     batch: int = 128
-    lr: float = 0.05
+    lr: float = 0.1
+    student_lr: float = 2e-4
     seed: int = 0
     threads: int = 2
     device: str = "cpu"
     limit: int | None = None  # pictures a class
     sparsity: float = 0.4
-    teach: float = 0.7  # share of the quantized net's loss that is the float net's answer
+    teach: float = 0.8  # share of the student's loss that is the float net's answer
 
 
-class QuantConv2d(nn.Module):
-    """A convolution whose matrix [O, kh kw C] and inputs lie on the grids the kernels use."""
+class Run:
+    """What both runs share: pictures, arithmetic, the loop."""
 
-    def __init__(self, conv: nn.Conv2d, first: bool) -> None:
-        super().__init__()
-        assert conv.bias is not None
-        self.stride, self.padding = conv.stride, conv.padding
-        self.kernel = (conv.kernel_size[0], conv.kernel_size[1])
-        # [O, kh, kw, C]: the channels of a pixel stand together, as in the kernels' rows
-        self.weight = nn.Parameter(conv.weight.detach().permute(0, 2, 3, 1).contiguous())
-        self.bias = nn.Parameter(conv.bias.detach().clone())
-        columns = self.weight[0].numel()
-        self.weights = WeightQuantizer(
-            torch.Size((1, len(self.weight), columns)), columns if first else GROUP
-        )
-        self.inputs = ActivationQuantizer("group", GROUP, unsigned=not first)
-        self.first = first
-        self.weights.start(self.matrix()[None], 8 if first else 4)
-        self.inputs.start(8 if first else 4)
-        self.register_buffer("keep", torch.ones(len(self.weight), columns, dtype=torch.bool))
+    def __init__(self, settings: Settings, part: str) -> None:
+        self.settings, self.out = settings, settings.out / part
+        torch.manual_seed(settings.seed)
+        torch.set_num_threads(settings.threads)
+        cache = settings.out / "pictures"
+        self.train = data.load(settings.data, "train", settings.stored, cache, settings.limit)
+        self.test = data.load(settings.data, "test", settings.stored, cache, settings.limit)
+        self.batches = data.Batches(self.train, settings.batch, settings.seed)
 
-    def matrix(self) -> Tensor:
-        """[O, kh kw C], unmasked."""
-        return self.weight.detach().flatten(1)
+    def arithmetic(self) -> torch.autocast:
+        """bfloat16 products."""
+        return torch.autocast(torch.device(self.settings.device).type, torch.bfloat16)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, O, H', W']."""
-        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-        b, c, h, w = x.shape
-        x = self.inputs(rows).view(b, h, w, c).permute(0, 3, 1, 2)
-        keep: Any = self.keep
-        matrix = self.weights((self.weight.flatten(1) * keep)[None])[0]
-        weight = matrix.view(-1, *self.kernel, c).permute(0, 3, 1, 2)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+    def size(self, trainer: Trainer) -> int:
+        """Pixels of a side at this moment of the float run."""
+        s = self.settings
+        return s.small if trainer.tokens < s.small_epochs * len(self.train.labels) else s.size
+
+    def loop(self, net: nn.Module, optimizer: Any, loss: Any, epochs: float, size: Any, **more: Any) -> bool:
+        """Trains, resuming what is there; False when interrupted."""
+        s = self.settings
+        some = data.Pictures(self.test.images[::CURVE], self.test.labels[::CURVE], self.test.classes)
+
+        def evaluate(trainer: Trainer) -> dict[str, float]:
+            with self.arithmetic():
+                right = top1(trainer.model, some, size(trainer), s.device)
+            return {"top1": float(right.float().mean()), "size": size(trainer)}
+
+        config = LoopConfig(
+            self.out, None, max(1, math.ceil(epochs * len(self.train.labels))),
+            schedule=Schedule(warmup=0.2, decay=0.8), clip=5.0, threads=s.threads,
+            save_minutes=2.0, eval_minutes=4.0, wall_clock=s.device != "cpu",
+        )  # fmt: skip
+        trainer = Trainer(
+            net, [optimizer], self.batches, lambda t: [(self.batches.next(), s.batch)], loss, config,
+            evaluate=evaluate, **more,
+        )  # fmt: skip
+        if trainer.state_path.is_file():
+            trainer.load()
+        return trainer.run()
 
 
-def quantized(net: nn.Module, size: int) -> nn.Module:
-    """A copy with folded norms and quantized convolutions."""
-    net = fold_batch_norms(net, torch.zeros(1, 3, size, size))
-    convs = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
-    for i, (name, conv) in enumerate(convs):
-        replace_module(net, name, QuantConv2d(conv, first=i == 0))
-    return net
+def train_float(settings: Settings, console: Console) -> ResNet50 | None:
+    """The float net, trained or read; None when interrupted. Test pictures are judged in float32."""
+    run = Run(settings, "float")
+    net = ResNet50(len(run.train.classes)).to(settings.device, memory_format=torch.channels_last)
+    done = run.out / "net.pt"
+    if done.is_file():
+        net.load_state_dict(torch.load(done, weights_only=True))
+        return net.eval()
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": 5e-4},
+        {"params": [p for p in net.parameters() if p.ndim <= 1]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor], trainer: Trainer) -> dict[str, Tensor]:
+        images, labels = (t.to(settings.device) for t in batch)
+        with run.arithmetic():
+            answer = module(data.normalize(images, run.size(trainer)))
+        return {"loss": F.cross_entropy(answer.float(), labels, label_smoothing=0.1)}
+
+    if not run.loop(net, optimizer, loss, settings.small_epochs + settings.epochs, run.size, console=console):
+        return None
+    torch.save(net.state_dict(), done)
+    torch.save(top1(net, run.test, settings.size, settings.device), run.out / "right.pt")
+    return net.eval()
 
 
 class SparsityHook(BaseHook):
-    """Drops 16 x 16 blocks of every convolution but the first on a cubic schedule, by their energy."""
+    """Drops 16 x 16 blocks on a cubic schedule over the first half; until then they may come back."""
 
-    def __init__(self, final: float, every: int = 20) -> None:
-        self.final, self.every = final, every
+    def __init__(self, final: float, every: int = 10) -> None:
+        self.final, self.every, self.done = final, every, False
 
     def before_step(self, trainer: Trainer) -> None:
-        """New masks; blocks may come back while the schedule runs."""
-        if trainer.step % self.every:
-            return
-        share = cubic_sparsity(int(1e6 * trainer.progress), 0, 600_000, self.final)
-        for module in trainer.model.modules():
-            if isinstance(module, QuantConv2d) and not module.first:
-                module.keep = mask(scores(module.matrix(), None, "magnitude").square(), share, "16x16")
-        trainer.metrics["sparsity"] = share
+        """New masks."""
+        assert isinstance(trainer.model, QuantResNet50)
+        share = cubic_sparsity(int(1e6 * trainer.progress), 0, 500_000, self.final)
+        last = share == self.final
+        if not self.done and (last or trainer.step % self.every == 0):
+            trainer.model.prune(share)
+            self.done = last
+
+    def after_step(self, trainer: Trainer) -> None:
+        """The record's line."""
+        assert isinstance(trainer.model, QuantResNet50)
+        trainer.metrics["sparsity"] = trainer.model.pruned()[1].sparsity
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the masks are final."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes that back."""
+        self.done = state["done"]
+
+
+def train_student(settings: Settings, teacher: ResNet50, console: Console) -> QuantResNet50 | None:
+    """The student, trained or read; None when interrupted. Test pictures are judged by the CPU kernels."""
+    run = Run(settings, "w4a4")
+    net = QuantResNet50(teacher.cpu(), settings.size)
+    done = run.out / "net.pt"
+    if done.is_file():
+        net.load_state_dict(torch.load(done, weights_only=True))
+        return net.eval()
+    teacher = teacher.to(settings.device, memory_format=torch.channels_last).eval()
+    net.to(settings.device)
+    scales = [p for n, p in net.named_parameters() if n.endswith("log_scale")]
+    others = [p for n, p in net.named_parameters() if not n.endswith("log_scale")]
+    optimizer = torch.optim.Adam(
+        [{"params": others, "lr": settings.student_lr}, {"params": scales, "lr": 5 * settings.student_lr}]
+    )
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor], trainer: Trainer) -> dict[str, Tensor]:
+        images, labels = data.normalize(batch[0].to(settings.device), settings.size), batch[1]
+        with run.arithmetic():
+            answer = module(images).float()
+            with torch.no_grad():
+                wanted = teacher(images).float().log_softmax(-1)
+        hard = F.cross_entropy(answer, labels.to(settings.device))
+        soft = F.kl_div(answer.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        return {"loss": (1 - settings.teach) * hard + settings.teach * soft}
+
+    hooks = [SparsityHook(settings.sparsity)]
+    size = settings.size
+    if not run.loop(
+        net, optimizer, loss, settings.student_epochs, lambda t: size, hooks=hooks, console=console
+    ):
+        return None
+    net.cpu().eval()
+    torch.save(judge(Engine(net, size, settings.threads), run.test, size), run.out / "right.pt")
+    torch.save(net.state_dict(), done)
+    return net
 
 
 @torch.no_grad()
-def top1(net: nn.Module, pictures: data.Pictures, device: str, batch: int = 100) -> Tensor:
+def top1(net: nn.Module, pictures: data.Pictures, size: int, device: str, batch: int = 100) -> Tensor:
     """Which pictures are right, bool [N]."""
     net.eval()
     right = []
     for start in range(0, len(pictures.labels), batch):
         part = slice(start, start + batch)
-        images = data.normalize(pictures.images[part].to(device))
-        right.append(net(images).argmax(1).cpu() == pictures.labels[part])
+        images = data.normalize(pictures.images[part].to(device), size)
+        right.append(net(images).float().argmax(1).cpu() == pictures.labels[part])
     return torch.cat(right)
 
 
-def train(settings: Settings, teacher: nn.Module | None, resume: bool, console: Console) -> nn.Module | None:
-    """The float net, or with a teacher its quantized, sparse student. None when interrupted."""
-    torch.manual_seed(settings.seed)
-    torch.set_num_threads(settings.threads)
-    cache = settings.out.parent / "pictures"
-    pictures = data.load(settings.data, "train", settings.size, cache, settings.limit)
-    test = data.load(settings.data, "test", settings.size, cache, settings.limit)
-    batches = data.Batches(pictures, settings.batch, settings.seed)
-    net: nn.Module = ResNet50(len(pictures.classes))
-    if teacher is not None:
-        net = quantized(teacher, settings.size)
-        teacher = teacher.to(settings.device).eval()
-    net.to(settings.device)
-    decay = [p for p in net.parameters() if p.ndim > 1]
-    rest = [p for p in net.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": decay, "weight_decay": 5e-4 if teacher is None else 0.0},
-        {"params": rest},
-    ]
-    optimizer = torch.optim.SGD(
-        groups,
-        lr=settings.lr if teacher is None else settings.lr / 20,
-        momentum=0.9,
-        nesterov=True,
-    )
+def judge(engine: Engine, pictures: data.Pictures, size: int) -> Tensor:
+    """The same by the CPU kernels."""
+    right = []
+    for image, label in zip(pictures.images, pictures.labels, strict=True):
+        right.append(engine(data.normalize(image[None], size)[0]).argmax() == label)
+    return torch.stack(right)
 
-    def loss(module: nn.Module, batch: tuple[Tensor, Tensor], trainer: Trainer) -> dict[str, Tensor]:
-        images, labels = (t.to(settings.device) for t in batch)
-        answer = module(images)
-        value = F.cross_entropy(answer, labels, label_smoothing=0.0 if teacher is not None else 0.05)
-        if teacher is not None:
-            with torch.no_grad():
-                wanted = teacher(images).log_softmax(-1)
-            distance = F.kl_div(answer.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
-            value = (1 - settings.teach) * value + settings.teach * distance
-        return {"loss": value}
 
-    config = LoopConfig(
-        settings.out, None, max(1, math.ceil(settings.epochs * len(pictures.labels))),
-        schedule=Schedule(warmup=0.05, decay=0.9), clip=5.0, threads=settings.threads,
-        wall_clock=settings.device != "cpu",
-    )  # fmt: skip
-    trainer = Trainer(
-        net, [optimizer], batches, lambda t: [(batches.next(), settings.batch)], loss, config,
-        [SparsityHook(settings.sparsity)] if teacher is not None else [],
-        evaluate=lambda t: {"top1": float(top1(t.model, test, settings.device).float().mean())},
-        console=console,
-    )  # fmt: skip
-    if resume:
-        trainer.load()
-    if not trainer.run():
-        return None
-    torch.save(net.state_dict(), settings.out / "net.pt")
-    torch.save(top1(net, test, settings.device), settings.out / "right.pt")
-    return net.eval()
+@torch.no_grad()
+def random_student(size: int, classes: int, sparsity: float) -> tuple[ResNet50, QuantResNet50]:
+    """Random nets of the right shapes and sparsity: latency does not depend on the weights' values."""
+    torch.manual_seed(0)
+    net = ResNet50(classes)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+    net.eval()
+    student = QuantResNet50(net, size)
+    student.prune(sparsity)
+    student(torch.randn(1, 3, size, size))  # begins the ranges
+    assert all(bool(m.started) for m in student.modules() if isinstance(m, Range))
+    return net, student.eval()

@@ -1,0 +1,74 @@
+"""The student of a small ResNet-50 and the engine that runs it agree; a training run leaves both."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("farthing._native")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.resnet50.__main__ import accuracy
+from bench.resnet50.engine import Engine
+from bench.resnet50.train import Settings, random_student, train_float, train_student
+from rich.console import Console
+
+from farthing import _native
+
+
+def test_engine_computes_the_student() -> None:
+    _, student = random_student(64, 10, 0.4)
+    image = torch.randn(3, 64, 64).clamp(-2, 2)
+    with torch.no_grad():
+        expected = student(image[None])[0]
+        # Float sums of another order round some integers otherwise, and fifty layers carry that on.
+        other = student(image[None].to(memory_format=torch.channels_last))[0]
+    answers = [Engine(student, 64, 2, isa)(image) for isa in _native.instruction_sets().split()]
+    assert all(torch.equal(a, answers[0]) for a in answers)
+    noise = float((other - expected).norm() / expected.norm())
+    assert float((answers[0] - expected).norm() / expected.norm()) < max(0.1, 3 * noise)
+
+
+def test_zero_blocks_are_zero() -> None:
+    _, student = random_student(32, 10, 0.4)
+    kept = blocks = 0
+    for conv in student.pruned():
+        q, _ = conv.integers()
+        o, c, k, _ = q.shape
+        energy = q.abs().view(o // 16, 16, c // 16, 16, k, k).sum((1, 3), dtype=torch.int32)
+        kept, blocks = kept + int((energy > 0).sum()), blocks + energy.numel()
+    assert abs(1 - kept / blocks - 0.4) < 0.001
+
+
+@pytest.mark.slow
+def test_training_makes_a_float_net_and_a_student(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 16), ("test", 4)):
+        for label, name in enumerate(("dark", "bright")):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.rand(32, 32, 3, generator=generator) * 100 + 150 * label
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    settings = Settings(
+        tmp_path / "data", tmp_path / "out", size=64, small_epochs=4, epochs=2, student_epochs=2, batch=16
+    )  # fmt: skip
+    console = Console(quiet=True)
+    net = train_float(settings, console)
+    assert net is not None
+    student = train_student(settings, net, console)
+    assert student is not None and abs(student.pruned()[1].sparsity - 0.4) < 0.02
+    result = accuracy(settings.out)
+    assert result["pictures"] == 8
+    assert json.loads((settings.out / "w4a4" / "record.json").read_text())[-1]["sparsity"] > 0.3
+    again = train_student(settings, net, console)
+    assert again is not None
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), student.state_dict().values(), strict=True)
+    )
