@@ -13,6 +13,7 @@ namespace {
 constexpr int kSlack = 4096;            // bytes a last strip may read past a plane's end
 constexpr int64_t kFewWeights = 96 << 10;  // bytes
 constexpr int kPixelsPerPass = 16 << 10;    // bytes of input
+constexpr int kTilesPerChunk = 4;           // at least
 
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 
@@ -20,6 +21,14 @@ bytes16 load16(const uint8_t* p) {
   bytes16 v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+// Each thread its own part of the units, always the same: what a layer wrote is in the cache of who reads it next.
+template <class F>
+void share(const Team& team, int units, F&& f) {
+  const int64_t n = units;
+  const int end = static_cast<int>(n * (team.id() + 1) / team.size());
+  for (int unit = static_cast<int>(n * team.id() / team.size()); unit < end; ++unit) f(unit);
 }
 
 }  // namespace
@@ -37,11 +46,16 @@ int ConvNet::plane(int groups, int height, int width, int border, int cell, int 
   return static_cast<int>(planes_.size()) - 1;
 }
 
+void ConvNet::step(int64_t products, std::function<void(Team&)> work) {
+  products_.push_back(products);
+  steps_.push_back(std::move(work));
+}
+
 void ConvNet::image(int out, float scale) {
-  steps_.push_back([this, out, scale](Team& team) {
+  step(0, [this, out, scale](Team& team) {
     Plane& to = planes_[out];
     const int64_t plane = static_cast<int64_t>(to.height) * to.width;
-    team.for_units(0, 1, to.height, [&](int, int y) {
+    share(team, to.height, [&](int y) {
       backend_.kernels.image_row(image_ + static_cast<int64_t>(y) * to.width, plane, to.width, scale, to.first() + to.at(y, 0));
     });
   });
@@ -153,16 +167,19 @@ void ConvNet::conv(int in, int kernel, int stride, int padding, int outputs, int
   const int strips = static_cast<int>(w->strips.size());
   // Few weights: pixels stay in the first cache and the weights pass over them. Many: the other way round.
   const int strip_bytes = from.groups * from.cell * kStripPixels * stride * stride;
-  w->strips_a_chunk = std::max(w->bytes <= kFewWeights ? kPixelsPerPass / strip_bytes : (strips + 1) / 2, 8);
-  products_ += w->bytes * shape.height * shape.width;
+  const int tiles = (strips + 1) / 2, threads = backend_.pool.size();
+  const int chunks = w->bytes <= kFewWeights ? tiles * 2 * strip_bytes / kPixelsPerPass : 1;
+  w->chunks = std::max(1, std::min(round_up(std::max(chunks, 1), threads), tiles / kTilesPerChunk));
+  const int64_t products = w->bytes * shape.height * shape.width;
   layers_.push_back(std::move(w));
-  steps_.push_back([this, w = layers_.back().get(), to_floats, strips](Team& team) {
+  step(products, [this, w = layers_.back().get(), to_floats, strips](Team& team) {
     ConvLayer layer = w->layer;
     if (to_floats) layer.floats = out_;
-    const int chunk = w->strips_a_chunk;
-    team.for_units(0, (strips + chunk - 1) / chunk, static_cast<int>(w->pairs.size()), [&](int c, int pair) {
-      const int first = c * chunk;
-      backend_.kernels.conv(layer, w->pairs[pair], w->strips.data() + first, std::min(chunk, strips - first));
+    const int pairs = static_cast<int>(w->pairs.size());
+    const auto first = [&](int chunk) { return std::min(strips, (strips + 1) / 2 * chunk / w->chunks * 2); };
+    share(team, w->chunks * pairs, [&](int unit) {
+      const int chunk = unit / pairs;
+      backend_.kernels.conv(layer, w->pairs[unit % pairs], w->strips.data() + first(chunk), first(chunk + 1) - first(chunk));
     });
   });
 }
@@ -172,11 +189,11 @@ void ConvNet::max_pool(int in, int out) {
   if (from.cell != kCell || to.cell != kCell || from.groups != to.groups || from.border < 1 || to.height != (from.height - 1) / 2 + 1 ||
       to.width != (from.width - 1) / 2 + 1)
     throw std::invalid_argument("max_pool: expected planes of equal groups, a border of 1, and half the size");
-  steps_.push_back([this, in, out](Team& team) {
+  step(0, [this, in, out](Team& team) {
     const Plane& from = planes_[in];
     Plane& to = planes_[out];
-    team.for_units(0, 1, to.groups * to.height, [&](int, int unit) {
-      const int g = unit / to.height, y = unit % to.height;
+    share(team, to.groups * to.height, [&](int unit) {
+      const int g = unit % to.groups, y = unit / to.groups;
       const uint8_t* source = from.first() + g * from.size() + from.at(2 * y - 1, -1);
       uint8_t* target = to.first() + g * to.size() + to.at(y, 0);
       const auto column = [&](int x) {
@@ -203,10 +220,10 @@ void ConvNet::mean(int in, int out, float mult) {
   const Plane &from = planes_.at(in), &to = planes_.at(out);
   if (from.cell != kCell || to.cell != kCell || from.groups != to.groups || to.height != 1 || to.width != 1)
     throw std::invalid_argument("mean: expected planes of equal groups, the second of one pixel");
-  steps_.push_back([this, in, out, mult](Team& team) {
+  step(0, [this, in, out, mult](Team& team) {
     const Plane& from = planes_[in];
     Plane& to = planes_[out];
-    team.for_units(0, 1, to.groups, [&](int, int g) {
+    share(team, to.groups, [&](int g) {
       int32_t sums[kCell] = {};
       for (int y = 0; y < from.height; ++y) {
         const uint8_t* row = from.first() + g * from.size() + from.at(y, 0);

@@ -27,7 +27,7 @@ class ConvNet {
   void max_pool(int in, int out);            // 3 x 3, stride 2, border 1 that is never the largest
   void mean(int in, int out, float mult);    // over all pixels: round(sum * mult) to 8 bits
   void run(const float* image, float* out);  // out: what the convolution `to_floats` gives
-  int64_t multiplications() const { return products_; }  // that are computed, of 8-bit integers
+  std::vector<int64_t> products() const { return products_; }  // of 8-bit integers, that each step computes
   std::vector<double> profile(const float* image, float* out, int repeats);  // median seconds of each step
 
   const uint8_t* bytes(int plane) const { return planes_[plane].first(); }
@@ -50,8 +50,9 @@ class ConvNet {
     std::vector<Strip> strips;
     std::vector<float> mult, bias;
     ConvLayer layer;
-    int strips_a_chunk;
+    int chunks;  // of the strips
   };
+  void step(int64_t products, std::function<void(Team&)> work);
   void pack(Weights& w, const Plane& in, int kernel, int padding, int outputs, int channels, const int8_t* weight);
   void lay_strips(Weights& w, const Plane& in, const Plane& shape, int stride, const Plane* wide, const Plane* narrow, const Plane* residual);
 
@@ -61,7 +62,7 @@ class ConvNet {
   std::vector<std::function<void(Team&)>> steps_;
   const float* image_ = nullptr;
   float* out_ = nullptr;
-  int64_t products_ = 0;
+  std::vector<int64_t> products_;
 };
 
 }  // namespace farthing

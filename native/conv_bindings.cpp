@@ -26,7 +26,7 @@ void bind_conv(nb::module_& module) {
            "residual"_a, "residual_scale"_a, "wide"_a, "narrow"_a, "shift"_a, "top"_a, "to_floats"_a)
       .def("max_pool", &ConvNet::max_pool, "input"_a, "out"_a)
       .def("mean", &ConvNet::mean, "input"_a, "out"_a, "mult"_a)
-      .def_prop_ro("multiplications", &ConvNet::multiplications)
+      .def("products", &ConvNet::products)
       .def("run", [](ConvNet& net, uint64_t image, uint64_t out) { net.run(reinterpret_cast<const float*>(image), reinterpret_cast<float*>(out)); }, free)
       .def("profile",
            [](ConvNet& net, uint64_t image, uint64_t out, int repeats) {

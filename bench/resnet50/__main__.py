@@ -3,6 +3,7 @@
 python -m bench.resnet50 train --data CIFAR-10-images --out runs/resnet50   # float, then the student
 python -m bench.resnet50 compare --threads 1 --site OPENVINO_VENV/lib/python3.11/site-packages
 python -m bench.resnet50 profile                                             # each layer of ours
+python -m bench.resnet50 draw                                                # pictures of what was run
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from bench.resnet50.compare import OURS, contestants, limit, race
 from bench.resnet50.engine import Engine
 from bench.resnet50.model import ResNet50
+from bench.resnet50.plots import draw
 from bench.resnet50.quantize import QuantResNet50
 from bench.resnet50.train import Settings, random_student, train_float, train_student
 from rich.console import Console
@@ -66,6 +68,7 @@ def run_compare(out: Path, size: int, classes: int, threads: int, rounds: int) -
     net, student = nets(out, size, classes)
     runs, missing = contestants(net, student, size, threads, out)
     times = race(runs, size, rounds)
+    (out / f"race-{threads}.json").write_text(json.dumps(times, indent=1))
     print(f"{size} x {size}, {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds, medians")
     for name, ms in sorted(times.items(), key=lambda item: item[1]):
         print(f"{name:>28}  {ms:8.2f} ms  {ms / times[OURS]:6.2f} x")
@@ -88,6 +91,14 @@ def run_profile(out: Path, size: int, classes: int, threads: int) -> None:
     print(f"{'all':>16}  {sum(seconds) * 1e6:7.0f} us")
 
 
+def run_draw(out: Path, into: Path) -> None:
+    """The pictures."""
+    trained = all((out / part / "right.pt").is_file() for part in ("float", "w4a4"))
+    top1 = {part: float(accuracy(out)[f"top1_{part}"]) for part in ("float", "w4a4")} if trained else None  # type: ignore[arg-type]
+    for file in draw(out, into, top1):
+        print(file)
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(
@@ -102,21 +113,25 @@ def main() -> None:
         train.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
     train.add_argument("--limit", type=int, help="pictures a class")
     train.add_argument("--device", default="cpu")
-    race_, profile = commands.add_parser("compare"), commands.add_parser("profile")
+    race_, profile, pictures = (commands.add_parser(name) for name in ("compare", "profile", "draw"))
+    pictures.add_argument("--into", type=Path, default=Path("docs/figures"))
     race_.add_argument("--rounds", type=int, default=20)
     race_.add_argument("--site", type=Path, help="more packages (OpenVINO and NNCF): their site-packages")
     for command in (race_, profile):
         command.add_argument("--size", type=int, default=224)
         command.add_argument("--classes", type=int, default=1000, help="of random nets")
     for command in (train, race_, profile):
-        command.add_argument("--out", type=Path, default=Path("runs/resnet50"))
         command.add_argument("--threads", type=int, default=1)
+    for command in (train, race_, profile, pictures):
+        command.add_argument("--out", type=Path, default=Path("runs/resnet50"))
     args = vars(parser.parse_args())
     chosen = args.pop("command")
     if chosen == "train":
         run_training(Settings(**args), Console(stderr=True))
     elif chosen == "profile":
         run_profile(**args)
+    elif chosen == "draw":
+        run_draw(**args)
     else:
         if site := args.pop("site"):
             sys.path.append(str(site))

@@ -1,9 +1,9 @@
 """The student: ResNet-50 on the integer grids of `farthing.ops.cpu.conv`, trained through the rounding (LSQ).
 
 Every convolution reads 4-bit inputs (0 … 15, one learned scale a tensor) and has 4-bit weights (one learned
-scale an output channel). Two are exceptions, with 8-bit inputs and weights: the first, which reads the picture,
-and the classifier. Sums along the shortcuts are kept in 8 bits, eight steps to one of the 4-bit copy that the
-next convolution reads.
+scale an output channel). Two are exceptions, with 8-bit inputs and weights: the first, which reads the
+picture, and the classifier. Sums along the shortcuts are kept in 8 bits, eight steps to one of the 4-bit copy
+that the next convolution reads.
 
 Shapes: B pictures, C channels, O outputs, k kernel.
 """

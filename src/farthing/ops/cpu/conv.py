@@ -69,7 +69,11 @@ class ConvProgram:
     @property
     def multiplications(self) -> int:
         """Products of two 8-bit integers that a picture takes, blocks of zeros not counted."""
-        return int(self._net.multiplications)
+        return sum(self.products())
+
+    def products(self) -> list[int]:
+        """The same of each step, in the order they were added."""
+        return list(self._net.products())
 
     def plane(self, channels: int, height: int, width: int, border: int = 0) -> Plane:
         """Memory for a tensor; two that are never alive together may share it."""
