@@ -26,7 +26,7 @@ SPECS = {
 }
 CACHES = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
 # (tokens cached, tokens of this step) of each sequence: prompts, a chunk with single tokens, decoding.
-STEPS = [[(0, 5), (0, 40), (0, 1)], [(5, 1), (40, 35), (1, 3)], [(6, 1), (75, 1), (4, 1)]]
+STEPS = [[(0, 5), (0, 36), (0, 1)], [(5, 1), (36, 30), (1, 3)], [(6, 1), (66, 1), (4, 1)]]
 
 
 def moved(batch: Batch) -> Batch:
@@ -44,14 +44,24 @@ def outputs(
         tables = [[3, 9], [0, 21, 7, 1, 2, 20, 11], [5]]
         batch = make_batch([new for _, new in step], [cached for cached, _ in step], tables, 16)
         batch = moved(batch) if device.type == "cuda" else batch
-        results.append(ops.mla(q.to(device), kv.to(device), handle, cache, 1, batch, EPS).cpu())
+        q, kv = q.to(device, ops.dtype), kv.to(device, ops.dtype)
+        results.append(ops.mla(q, kv, handle, cache, 1, batch, EPS).cpu())
     assert not cache.data[0].float().any()  # layer 0 is not ours
     return results
 
 
-@pytest.mark.parametrize("name", list(SPECS))
-@pytest.mark.parametrize("cache_dtype", list(CACHES))
-def test_mla(name: str, cache_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "cache_dtype", "dtype"),
+    [
+        ("small", "float32", torch.float32),
+        ("small", "fp8", torch.float32),
+        ("small", "int8", torch.bfloat16),
+        ("halves", "bfloat16", torch.float32),
+        ("halves", "int8", torch.float32),
+        ("many_heads", "float32", torch.float32),
+    ],
+)
+def test_mla(name: str, cache_dtype: str, dtype: torch.dtype) -> None:
     spec = SPECS[name]
     rows = spec.num_heads * (spec.nope_dim + spec.value_dim)
     w = Weight("dense", torch.randn(rows, spec.latent_dim) / spec.latent_dim**0.5)
@@ -67,10 +77,10 @@ def test_mla(name: str, cache_dtype: str) -> None:
             for tokens in (sum(new for _, new in step) for step in STEPS)
         ],
     }
-    ours = outputs(GpuOps(torch.float32, DEVICE), spec, w, parts, cache_dtype)
+    ours = outputs(GpuOps(dtype, DEVICE), spec, w, parts, cache_dtype)
     expected = outputs(ReferenceOps(torch.float32), spec, w, parts, cache_dtype)
     for y, z in zip(ours, expected, strict=True):
-        assert distance(y, z) < CACHES[cache_dtype]
+        assert distance(y, z) < (CACHES[cache_dtype] if dtype is torch.float32 else 1e-3)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 8])

@@ -18,10 +18,11 @@ from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, FORMATS, norm, on_device
 from tests.ops.parts import distance, weight
 
 REF = ReferenceOps(torch.float32)
+ROUNDED = 1e-5  # results in bfloat16: half the square of 2^-9
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 48, 64), (3, 33, 96), (17, 100, 192), (40, 150, 288)])
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 48, 64), (17, 33, 192), (40, 150, 288)])
 def test_linear(name: str, tokens: int, n: int, k: int) -> None:
     w, x, scale, residual = weight(name, n, k), torch.randn(tokens, k), norm(k), torch.randn(tokens, n)
     parts = [pack(w, torch.float32, DEVICE)]
@@ -79,11 +80,13 @@ def test_a_pair_alternates(name: str) -> None:
     assert distance(y[:, 1::2], x @ up.dequantize().t()) < BOUNDS[name]
 
 
-def test_bfloat16(dtype: torch.dtype = torch.bfloat16) -> None:
-    w, x = weight("bf16", 70, 96), torch.randn(20, 96).to(dtype)
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4_zero"])
+def test_bfloat16(name: str) -> None:
+    dtype = torch.bfloat16
+    w, x = weight(name, 70, 96), torch.randn(20, 96).to(dtype)
     y = linear(x.to(DEVICE), [pack(w, dtype, DEVICE)], None, EPS, None, dtype)
     assert y.dtype is dtype
-    torch.testing.assert_close(y.cpu(), (x.float() @ w.dequantize().t()).to(dtype), atol=2e-2, rtol=1e-2)
+    assert distance(y.cpu(), x.float() @ w.dequantize().t()) < ROUNDED
 
 
 def test_a_device_without_fp8_keeps_the_value() -> None:

@@ -42,6 +42,16 @@ def test_products(two_of_four: bool, int8: bool, tokens: int, n: int, k: int) ->
     assert distance(out.cpu(), residual + x @ w.dequantize().t()) < 1e-10
 
 
+@pytest.mark.parametrize("two_of_four", [True, False])
+def test_int8_of_bfloat16_activations(two_of_four: bool) -> None:
+    w, x = cut(32, 64, two_of_four, True), torch.randn(5, 64).bfloat16()
+    sparse = find(w, torch.bfloat16, DEVICE)
+    assert sparse is not None
+    out = torch.empty(5, 32, device=DEVICE)
+    multiply(x.to(DEVICE), sparse, out)
+    assert distance(out.cpu(), x.float() @ w.dequantize().t()) < 1e-9
+
+
 def test_bytes_are_saved() -> None:
     two = find(cut(64, 256, True, False), torch.bfloat16, DEVICE)
     assert isinstance(two, TwoOfFour)

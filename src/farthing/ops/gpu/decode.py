@@ -18,7 +18,7 @@ from torch import Tensor
 
 from farthing.ops.api import LatentCache
 from farthing.ops.gpu.launch import Config, config, processors
-from farthing.ops.gpu.numeric import dot, narrow
+from farthing.ops.gpu.numeric import dot, narrow, widen
 
 _LEAST_KEYS = 256  # a split is not worth its combination below this many
 _MOST_SPLITS = 64
@@ -52,8 +52,9 @@ def _decode(
         where = tl.load(table + sequence * stride_t + at // size, mask=ok, other=0).to(tl.int64)
         slot = where * size + at % size
         key = data + slot[:, None] * (c + r)
-        latent = tl.load(key + j[None, :], mask=ok[:, None] & (j[None, :] < c), other=0.0).to(ql.dtype)
-        pe = tl.load(key + c + i[None, :], mask=ok[:, None] & (i[None, :] < r), other=0.0).to(ql.dtype)
+        latent = tl.load(key + j[None, :], mask=ok[:, None] & (j[None, :] < c), other=0.0)
+        pe = tl.load(key + c + i[None, :], mask=ok[:, None] & (i[None, :] < r), other=0.0)
+        latent, pe = widen(latent, ql.dtype), widen(pe, ql.dtype)
         score = dot(ql, tl.trans(latent), tl.zeros((BH, BK), tl.float32))
         if EIGHT_BITS:
             s_latent = tl.load(k_scale + slot * 2, mask=ok, other=0.0)

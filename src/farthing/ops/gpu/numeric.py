@@ -1,8 +1,9 @@
 """What the hardware does by itself and Triton's interpreter does not: the only place that tells them apart.
 
-The interpreter (TRITON_INTERPRET=1, NumPy on a CPU) multiplies bfloat16 as integers and truncates where the
-hardware rounds. So there, products are taken in float32, which holds every product of two bfloat16 or FP8
-numbers exactly, and rounding is done by arithmetic on bits. On a GPU each helper is one instruction.
+The interpreter (TRITON_INTERPRET=1, NumPy on a CPU) multiplies bfloat16 as integers, takes an integer's bits
+for a bfloat16 number, and truncates where the hardware rounds. So there, products are taken in float32, which
+holds every product of two bfloat16 or FP8 numbers exactly, and rounding is arithmetic on bits. On a GPU each
+helper is one instruction.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ def narrow(x, dtype: tl.constexpr):
     else:
         result = x.to(dtype)
     return result
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """x (8-bit integers, FP8, or a float no wider than it) as `dtype`, exactly."""
+    return narrow(x.to(tl.float32), dtype) if _INTERPRET else x.to(dtype)
 
 
 @triton.jit

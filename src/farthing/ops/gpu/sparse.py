@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farthing.ops.gpu.launch import Config, config
-from farthing.ops.gpu.numeric import dot, narrow
+from farthing.ops.gpu.numeric import dot, narrow, widen
 from farthing.ops.weights import Weight
 
 SIDE = 16
@@ -75,9 +75,9 @@ def _two_of_four(
         for lane in tl.static_range(4):
             at = rows * stride_x + lane * groups + g[None, :]
             a = tl.load(x + at, mask=(m[:, None] < T) & (g[None, :] < groups), other=0.0)
-            w = tl.where((place & 3) == lane, first.to(a.dtype), tl.zeros_like(first).to(a.dtype))
-            w = tl.where((place >> 2) == lane, second.to(a.dtype), w)
-            acc = dot(a, w, acc)
+            w = tl.where((place & 3) == lane, first, tl.zeros_like(first))
+            w = tl.where((place >> 2) == lane, second, w)
+            acc = dot(a, widen(w, a.dtype), acc)
     if HAS_SCALE:
         acc = acc * tl.load(scale + n, mask=n < N, other=0.0)[None, :]
     mask = (m[:, None] < T) & (n[None, :] < N)
@@ -102,7 +102,7 @@ def _blocks(
         k = tl.load(columns + own) * SIDE + i % SIDE
         a = tl.load(x + rows * stride_x + k[None, :], mask=(m[:, None] < T) & (k[None, :] < K), other=0.0)
         at = own.to(tl.int64)[:, None] * (SIDE * SIDE) + n[None, :] * SIDE + (i % SIDE)[:, None]
-        acc = dot(a, tl.load(blocks + at).to(a.dtype), acc)
+        acc = dot(a, widen(tl.load(blocks + at), a.dtype), acc)
     n += panel * SIDE
     if HAS_SCALE:
         acc = acc * tl.load(scale + n, mask=n < N, other=0.0)[None, :]

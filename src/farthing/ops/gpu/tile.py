@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farthing.ops.gpu.numeric import dot
+from farthing.ops.gpu.numeric import dot, widen
 
 DENSE = tl.constexpr(0)
 INT8 = tl.constexpr(1)
@@ -42,7 +42,7 @@ def product(
             k = start + tl.arange(0, BK)
             a = tl.load(x + rows[:, None] + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
             b = tl.load(wide + k[:, None], mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
-            acc = dot(a, b.to(a.dtype), acc)
+            acc = dot(a, widen(b, a.dtype), acc)
         if FORMAT == INT8:
             acc = acc * tl.load(w_scale + n, mask=n < N, other=0.0)[None, :]
     return acc
@@ -70,7 +70,7 @@ def _int4(
             if HAS_ZERO:
                 q = q - tl.load(w_zero + where, mask=ok, other=0)[None, :]
             scale = tl.load(w_scale + where, mask=ok, other=0.0)
-            part = dot(a, q.to(a.dtype), tl.zeros_like(acc))
+            part = dot(a, widen(q, a.dtype), tl.zeros_like(acc))
             acc += part * scale[None, :]
     return acc
 
