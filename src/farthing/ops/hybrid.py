@@ -76,8 +76,8 @@ class HybridMoE:
     gate: Tensor  # [E, D] float32, on the device
     bias: Tensor | None  # [E]
     loads: Sequence[Callable[[], Gated] | None]
-    whole: Handle | None  # all experts as the host packs them; None: where some may be hot,
-    experts: list[Handle | None]  # each of them alone; None: on another rank
+    whole: Handle | None  # all experts as the host packs them; None where some may be hot
+    experts: list[Handle | None]  # then each of them alone; None: on another rank
     shared: Handle | None  # on the device
     hot: Hot
     norm: Tensor | None = None  # the layer's, on the host
@@ -145,7 +145,7 @@ class HybridOps(Ops):
             routed = self._crossing.up(computed())
             if counts is not None and seen is not None:
                 counts += seen.to(self.device)
-            return out + routed.to(out.dtype)
+            return (out + routed).to(self.dtype)  # summed in float32, rounded once
         n = self._inner.rms_norm(x, norm, eps)
         ids, gates = self.route(n, weights)
         if counts is not None:
@@ -156,8 +156,8 @@ class HybridOps(Ops):
         out = self._shared(x, weights, norm, eps)
         rows = rows_of(here["ids"].numpy())
         self._follow(weights, rows)
-        out = out + self._on_device(n, gates, rows, hot).to(out.dtype)
-        return out + self._crossing.up(computed()).to(out.dtype)
+        out = out + self._on_device(n, gates, rows, hot)
+        return (out + self._crossing.up(computed())).to(self.dtype)
 
     def _shared(self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float) -> Tensor:
         """x and the shared expert. x may be overwritten."""
