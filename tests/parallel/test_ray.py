@@ -185,3 +185,10 @@ def test_stages_are_together_on_a_node() -> None:
     assert [layout.node(r, 2) for r in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [layout.node(r, 8) for r in range(8)] == list(range(8))
     assert [layout.node(r, 3) for r in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_the_number_of_a_gpu_that_ray_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ray_workers._ordinal("3") == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert ray_workers._ordinal("3") == 1
