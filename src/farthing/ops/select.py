@@ -55,15 +55,15 @@ def resolve(backend: str) -> str:
     """What 'auto' stands for on this machine; any other name stands for itself."""
     if backend != "auto":
         return backend
-    return "gpu" if torch.cuda.is_available() and _exists("gpu") else "cpu" if _native() else "reference"
+    return "gpu" if torch.cuda.is_available() and _gpu() else "cpu" if _native() else "reference"
 
 
-def _exists(backend: str) -> bool:
+def _gpu() -> bool:
+    """Whether Triton is there and compiles; interpreted kernels are for tests, never chosen by themselves."""
     try:
-        import_module(BACKENDS[backend])
+        return not import_module(f"{BACKENDS['gpu']}.numeric").INTERPRETED
     except ImportError:
         return False
-    return True
 
 
 def _native() -> bool:
