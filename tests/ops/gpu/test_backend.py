@@ -1,0 +1,121 @@
+"""`GpuOps` op by op against the reference: experts here and elsewhere, shared ones, heads, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from farthing.ops.api import MoEWeights, RouterSpec
+from farthing.ops.gpu import GpuOps
+from farthing.ops.reference import ReferenceOps
+from farthing.ops.weights import Weight
+from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, norm
+from tests.ops.parts import distance, weight
+
+V3 = RouterSpec(8, 3, num_groups=4, top_k_groups=2, scale=2.5)
+
+
+@pytest.fixture
+def ops() -> GpuOps:
+    return GpuOps(torch.float32, DEVICE)
+
+
+@pytest.fixture
+def ref() -> ReferenceOps:
+    return ReferenceOps(torch.float32)
+
+
+def experts(spec: RouterSpec, name: str, shared: int | None, here: range | None = None) -> MoEWeights:
+    """Experts of 64 x 32; those outside `here` are on another rank."""
+
+    def mlp(inner: int) -> tuple[Weight, Weight, Weight]:
+        return weight(name, inner, 64), weight(name, inner, 64), weight(name, 64, inner)
+
+    parts = [mlp(32) for _ in range(spec.num_experts)]
+    common = None if shared is None else mlp(shared)
+    return MoEWeights(
+        torch.randn(spec.num_experts, 64) / 8,
+        torch.randn(spec.num_experts) * 0.1,
+        [(lambda p=p: p) if here is None or e in here else None for e, p in enumerate(parts)],
+        None if common is None else lambda: common,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shared", "here"),
+    [("fp8", 96, None), ("int4", None, range(2, 5)), ("bf16", 32, range(5)), ("int8", 64, None)],
+)
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_moe(
+    ops: GpuOps, ref: ReferenceOps, name: str, shared: int | None, here: range | None, tokens: int
+) -> None:
+    w = experts(V3, name, shared, here)
+    x, scale = torch.randn(tokens, 64), norm(64)
+    handle, expected = ops.pack_moe("m", V3, lambda: w), ref.pack_moe("m", V3, lambda: w)
+    counts, seen = torch.zeros(8, dtype=torch.int64, device=DEVICE), torch.zeros(8, dtype=torch.int64)
+    y = ops.moe(x.to(DEVICE), handle, scale, EPS, counts).cpu()
+    z = ref.moe(x, expected, scale, EPS, seen)
+    assert torch.equal(counts.cpu(), seen)
+    assert distance(y - x, z - x) < 3 * BOUNDS[name] or not (z - x).any()
+    ids, gates = ops.route(x.to(DEVICE), handle)
+    wanted, weights = ref.route(x, expected)
+    assert torch.equal(ids.cpu(), wanted)
+    torch.testing.assert_close(gates.cpu(), weights)
+
+
+def test_reroute(ops: GpuOps, ref: ReferenceOps) -> None:
+    w = experts(V3, "f32", None)
+    handle, expected = ops.pack_moe("m", V3, lambda: w), ref.pack_moe("m", V3, lambda: w)
+    graphs = ops._graphs
+    narrow = RouterSpec(8, 1)
+    ops.reroute(handle, narrow)
+    ref.reroute(expected, narrow)
+    assert ops._graphs is not graphs  # what was captured with the old rule is gone
+    x = torch.randn(5, 64)
+    y, z = ops.moe(x.to(DEVICE), handle, torch.ones(64), EPS), ref.moe(x, expected, torch.ones(64), EPS)
+    assert distance(y.cpu() - x, z - x) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["f32", "fp8", "int4"])
+def test_mlp(ops: GpuOps, ref: ReferenceOps, name: str) -> None:
+    parts = weight(name, 96, 64), weight(name, 96, 64), weight(name, 64, 96)
+    x, scale = torch.randn(3, 64), norm(64)
+    y = ops.mlp(x.to(DEVICE), ops.pack_mlp("m", lambda: parts), scale, EPS).cpu()
+    assert distance(y - x, ref.mlp(x, ref.pack_mlp("m", lambda: parts), scale, EPS) - x) < 3 * BOUNDS[name]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_rounding_while_packing_is_the_reference_s(quantization: str) -> None:
+    w, x = Weight("dense", torch.randn(48, 96)), torch.randn(3, 96)
+    ours, ref = GpuOps(torch.float32, DEVICE, quantization), ReferenceOps(torch.float32, quantization)
+    y = ours.linear(x.to(DEVICE), ours.pack_linear("w", lambda: [w])).cpu()
+    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: [w]))) < 1e-9
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_top_logits(ops: GpuOps, ref: ReferenceOps, k: int) -> None:
+    w, x, scale = weight("bf16", 137, 64), torch.randn(3, 64), norm(64)
+    handle, expected = ops.pack_linear("h", lambda: [w]), ref.pack_linear("h", lambda: [w])
+    ours = ops.top_logits(x.to(DEVICE), handle, scale, EPS, k)
+    theirs = ref.top_logits(x, expected, scale, EPS, k)
+    assert torch.equal(ours[1].cpu(), theirs[1])
+    for y, z in zip(ours[::2], theirs[::2], strict=True):
+        torch.testing.assert_close(y.cpu(), z, atol=1e-4, rtol=1e-4)
+    same = ops.pack_linear("h", lambda: [Weight("dense", torch.ones(40, 32))])
+    _, ids, _ = ops.top_logits(torch.ones(2, 32, device=DEVICE), same, torch.ones(32), EPS, k)
+    assert ids.tolist() == [list(range(k))] * 2  # equal logits in the order of their ids
+
+
+def test_what_is_refused(ops: GpuOps) -> None:
+    w = ops.pack_linear("w", lambda: [weight("int8", 16, 64)])
+    with pytest.raises(ValueError, match="x has 65 columns; expected 64"):
+        ops.linear(torch.randn(1, 65, device=DEVICE), w)
+    with pytest.raises(ValueError, match="no expert of 'm' is on this rank"):
+        ops.pack_moe("m", V3, lambda: experts(V3, "f32", None, range(0)))
+    mixed = experts(V3, "f32", None)
+    odd = experts(V3, "int8", None).experts[3]
+    parts = [odd if e == 3 else load for e, load in enumerate(mixed.experts)]
+    with pytest.raises(ValueError, match="expert 3 is int8 64 x 64, the first dense 64 x 64"):
+        ops.pack_moe("m", V3, lambda: MoEWeights(mixed.gate, mixed.bias, parts, None))
