@@ -30,7 +30,6 @@ class ConvNet {
   std::vector<int64_t> products() const { return products_; }  // of 8-bit integers, that each step computes
   std::vector<double> profile(const float* image, float* out, int repeats);  // median seconds of each step
 
-  const uint8_t* bytes(int plane) const { return planes_[plane].first(); }
 
  private:
   struct Plane {
