@@ -14,10 +14,11 @@ constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1;
 constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1;
 #endif
 
-// One or two rows read as fast as a bare copy where the next lines are asked for a little ahead and the
-// processor's own prefetcher follows; asked for far ahead they would hold the few buffers of the first cache.
+// One or two rows read as fast as a bare copy where the next lines are asked for ahead, to the second cache: to the
+// first, requests would hold the few buffers that its misses need. Only 4-bit weights, whose bytes take five
+// instructions each, need them there too, a little ahead: otherwise too few loads fit the window of the processor.
 // The arithmetic of more rows hides memory only if their next panels come to the second cache meanwhile.
-constexpr int kNear = 256;   // bytes
+constexpr int kNear = 256, kFar = 1024, kFarNibbles = 2048;  // bytes
 constexpr int kStream = 2;   // rows up to which a panel is read as a stream
 
 // What a pass over panels brings to the second cache: of groups [from, to), the bytes `distance` ahead.
@@ -26,9 +27,11 @@ struct Ahead {
   int from, to;
 };
 
-template <int M>
-inline void fetch_near(const uint8_t* p) {
-  if constexpr (M <= kStream) prefetch(p + kNear);
+template <int M, Format F>
+inline void fetch_stream(const uint8_t* p) {
+  if constexpr (M > kStream) return;
+  if constexpr (F == Format::q4) prefetch(p + kNear);
+  prefetch_far(p + (F == Format::q4 ? kFarNibbles : kFar));
 }
 
 template <int M, int P>
@@ -79,8 +82,8 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
       f32x16 a[P], b[P];
       EACH(int i = 0; i < P; ++i) {
         load_pair<F>(data[i], a[i], b[i]);
-        if (F != Format::fp8 || k % 4 == 0) fetch_near<M>(data[i]);
-        if (F == Format::f32) fetch_near<M>(data[i] + 64);
+        if (F != Format::fp8 || k % 4 == 0) fetch_stream<M, F>(data[i]);
+        if (F == Format::f32) fetch_stream<M, F>(data[i] + 64);
         data[i] += bytes;
       }
       EACH(int m = 0; m < M; ++m) {
@@ -112,13 +115,13 @@ template <int M, int P, Format F>
       const uint8_t* p = data[i];
       data[i] += bytes;
       a[i] = load_bytes(p);
-      fetch_near<M>(p);
+      fetch_stream<M, F>(p);
       if constexpr (F == Format::q4) {
         b[i] = high_nibbles(a[i]);
         a[i] = low_nibbles(a[i]);
       } else {
         b[i] = load_bytes(p + 64);
-        fetch_near<M>(p + 64);
+        fetch_stream<M, F>(p + 64);
       }
     }
     EACH(int m = 0; m < M; ++m) {

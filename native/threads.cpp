@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <chrono>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -11,15 +12,34 @@
 namespace farthing {
 namespace {
 
-constexpr int kSpins = 20000;         // about 200 us: longer than the Python between two ops
-constexpr int kBarrierSpins = 4000;   // then give the core to whoever holds the thread we wait for
+using Clock = std::chrono::steady_clock;
+constexpr auto kImpatient = std::chrono::microseconds(100);  // then give the core to whoever holds the thread we wait for
+constexpr auto kAwake = std::chrono::milliseconds(2);        // longer than the Python between two steps, whose caches are cold
 
+// About 60 ns. A hypervisor that counts PAUSE instructions takes a core that executes them in a row for one that
+// spins in vain and stops it, for 30 us and more; it does not count those that are further apart.
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+  for (unsigned long i = 0, x = 3; i < 60; ++i) asm volatile("imul %0, %0" : "+r"(x));
 #elif defined(__aarch64__)
-  asm volatile("yield");
+  for (int i = 0; i < 8; ++i) asm volatile("yield");
 #endif
+}
+
+// Waits until done(), at most for `most` (zero: for ever). Whether it is done.
+template <class F>
+inline bool spin(F&& done, Clock::duration most) {
+  const Clock::time_point start = Clock::now();
+  for (;;) {
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+      relax();
+    }
+    const Clock::duration waited = Clock::now() - start;
+    if (most.count() && waited > most) return false;
+    if (waited > kImpatient) std::this_thread::yield();
+  }
 }
 
 std::vector<int> parse_cpus(const std::string& list) {
@@ -161,15 +181,11 @@ void Pool::start(void (*call)(void*, Team&), void* data) {
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
   call(data, team);
-  for (int spin = 0; running_.load(std::memory_order_acquire); ++spin) spin < kBarrierSpins ? relax() : std::this_thread::yield();
+  spin([&] { return running_.load(std::memory_order_acquire) == 0; }, {});
 }
 
 void Pool::wait_epoch(uint32_t seen) {
-  for (int spin = 0; spin < kSpins; ++spin) {
-    if (epoch_.load(std::memory_order_acquire) != seen) return;
-    relax();
-  }
-  epoch_.wait(seen, std::memory_order_acquire);
+  if (!spin([&] { return epoch_.load(std::memory_order_acquire) != seen; }, kAwake)) epoch_.wait(seen, std::memory_order_acquire);
 }
 
 void Pool::loop(int id) {
@@ -190,8 +206,7 @@ void Team::barrier() {
     pool_.sense_.store(sense + 1, std::memory_order_release);
     return;
   }
-  for (int spin = 0; pool_.sense_.load(std::memory_order_acquire) == sense; ++spin)
-    spin < kBarrierSpins ? relax() : std::this_thread::yield();
+  spin([&] { return pool_.sense_.load(std::memory_order_acquire) != sense; }, {});
 }
 
 }  // namespace farthing

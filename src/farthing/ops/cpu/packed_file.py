@@ -4,18 +4,27 @@ Layout: 64 bytes (magic, offset and length of the index), blobs at multiples of 
 `{"version", "quantization", "source", "entries": {name: {"offset", "bytes"[, "dtype", "shape"]}}}`. An entry
 with a dtype is a plain array; one without is a packed matrix as native/pack.cpp writes it. `source` is the
 fingerprint of the checkpoint that was packed.
+
+The mapping asks for large pages, which file systems with large folios (ext4 since Linux 6.16, xfs, btrfs)
+give to what is read from the disk through it: a process then maps a gigabyte in milliseconds, and a step
+reads it faster, since neither translation nor prefetching stops at every 4 KB. What was cached by writing
+stays in small pages, so the writer drops its own.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import struct
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from farthing.ops.weights import InputRounding
@@ -33,10 +42,10 @@ class PackedFile:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"packed file {str(path)!r} does not exist; write it with --pack")
-        self._map = np.memmap(path, dtype=np.uint8, mode="r")
-        size = self._map.size
+        size = path.stat().st_size
         if size < HEADER.size:
             raise ValueError(f"packed file {str(path)!r} is cut off: {size} bytes")
+        self._map = _mapped(path)
         magic, offset, length = HEADER.unpack(self._map[: HEADER.size].tobytes())
         if magic != MAGIC:
             raise ValueError(
@@ -74,6 +83,22 @@ class PackedFile:
         return None if stored is None else InputRounding(*stored)
 
 
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with suppress(AttributeError, OSError):  # systems without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
+
+
+def _uncache(file: BinaryIO) -> None:
+    """Bring what was written to the disk and forget its pages."""
+    file.flush()
+    os.fsync(file.fileno())
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def write_packed(
     path: str | Path,
     quantization: str | None,
@@ -107,4 +132,5 @@ def write_packed(
         file.write(index)
         file.seek(0)
         file.write(HEADER.pack(MAGIC, offset, len(index)))
+        _uncache(file)
     partial.replace(path)
