@@ -130,6 +130,9 @@ class Backend {
   Workspace work_;
 };
 
+// Rows `ids` of a table [rows][ld] of bfloat16 (half) or float32, to float32 [tokens][hidden]. Throws on an id that is none.
+void embed(const uint8_t* table, bool half, int64_t ld, int64_t rows, const int64_t* ids, int tokens, int hidden, float* out);
+
 // One token: scores [E] (before the activation) to k chosen experts and weights; skipped ones have id -1.
 void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights);
 

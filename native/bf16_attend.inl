@@ -20,7 +20,9 @@ inline __m512 sum_each(const __m512* a) {
   return halves(halves(four[0], four[1]), halves(four[2], four[3]));
 }
 
-// Scores of 4 query rows against 4 keys; rows and keys that are not there repeat the first.
+// Scores of 4 query rows against 4 keys; rows and keys that are not there repeat the first. The first rows also
+// ask for the keys that come kKeysAhead later: a cache that does not fit the processor's is read as a stream.
+template <bool First>
 inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys, int width, float* scores) {
   __m512 acc[16];
 #pragma GCC unroll 16
@@ -30,7 +32,10 @@ inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys
   for (int k = 0; k < width; k += 32) {
     __m512i key[4];
 #pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) key[s] = _mm512_loadu_si512(keys[s] + k);
+    for (int s = 0; s < 4; ++s) {
+      key[s] = _mm512_loadu_si512(keys[s] + k);
+      if (First) prefetch(keys[s + kKeysAhead] + k);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const __m512i v = _mm512_loadu_si512(row[r] + k);
@@ -82,9 +87,10 @@ void bf16_attend(const AttendBlock& b) {
   alignas(64) float scores[16 * kKeyBlock];
   alignas(64) uint16_t weights[16 * kKeyBlock];
   const int keys = round_up(b.keys, 4);
-  for (int r = 0; r < b.rows; r += 4)
+  for (int s = 0; s < keys; s += 4) score_block<true>(b.q_hi, b.rows < 4 ? b.rows : 4, b.rows16 + s, b.width, scores + s);
+  for (int r = 4; r < b.rows; r += 4)
     for (int s = 0; s < keys; s += 4)
-      score_block(b.q_hi + static_cast<size_t>(r) * b.width, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, scores + r * kKeyBlock + s);
+      score_block<false>(b.q_hi + static_cast<size_t>(r) * b.width, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, scores + r * kKeyBlock + s);
   online_softmax(b, scores);
   rows_to_bf16(scores, b.rows * kKeyBlock, weights);
   for (int r = 0; r < b.rows; r += 8)

@@ -166,6 +166,18 @@ NB_MODULE(_native, module) {
               uint64_t values, uint64_t ids, uint64_t logsumexp) {
              b.top_logits(head, {at<float>(x), ldx}, tokens, at<float>(norm), eps, k, at<float>(values), at<int64_t>(ids), at<float>(logsumexp));
            }, free)
+      .def("greedy",
+           [](Backend& b, const Packed& head, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps) {
+             std::vector<float> values(tokens), logsumexp(tokens);
+             std::vector<int64_t> ids(tokens);
+             const nb::gil_scoped_release released;
+             b.top_logits(head, {at<float>(x), ldx}, tokens, at<float>(norm), eps, 1, values.data(), ids.data(), logsumexp.data());
+             return ids;
+           })
+      .def("embed",
+           [](const Backend&, uint64_t table, bool half, int64_t ld, int64_t rows, uint64_t ids, int tokens, int hidden, uint64_t out) {
+             embed(at<uint8_t>(table), half, ld, rows, at<int64_t>(ids), tokens, hidden, at<float>(out));
+           })
       .def("softmax",
            [](Backend& b, uint64_t x, int64_t ldx, int rows, int n, uint64_t out, int64_t ldo) {
              b.softmax({at<float>(x), ldx}, rows, n, {at<float>(out), ldo});

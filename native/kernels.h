@@ -16,13 +16,14 @@ struct AttendBlock {
   const float* k32;        // [keys][width] or null
   const uint16_t* k16;     // [kKeyBlock][k16_stride] bfloat16 or null
   int k16_stride;
-  const uint16_t* const* rows16;  // or each key where it lies, the last repeated up to a multiple of 4
+  const uint16_t* const* rows16;  // or each key where it lies, the last repeated, then kKeysAhead keys to ask for ahead
   const int* visible;      // [rows] keys of this block each row may see
   float* max;              // [rows] running maximum
   float* sum;              // [rows] running sum
   float* out;              // [rows][latent] running, not divided by sum
 };
 constexpr int kKeyBlock = 64;
+constexpr int kKeysAhead = 8;
 
 // How a row of keys lies in attention's arrays: latent, zeros, rotary, zeros.
 struct KeyShape {

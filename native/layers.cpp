@@ -1,4 +1,8 @@
 // Every layer of a model in one call: between the ops nothing but memory that is already there.
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
 #include "backend.h"
 
 namespace farthing {
@@ -30,6 +34,24 @@ void Backend::layers(Layers& model, Rows x, int tokens, const Cache& cache, cons
     at.data += cache.layer_bytes;
     if (at.scale) at.scale += cache.layer_scales;
     if (counts) counts += counts_stride;
+  }
+}
+
+void embed(const uint8_t* table, bool half, int64_t ld, int64_t rows, const int64_t* ids, int tokens, int hidden, float* out) {
+  for (int t = 0; t < tokens; ++t, out += hidden) {
+    if (ids[t] < 0 || ids[t] >= rows)
+      throw std::out_of_range("token id " + std::to_string(ids[t]) + " is not in the vocabulary of " + std::to_string(rows));
+    const uint8_t* row = table + ids[t] * ld * (half ? 2 : 4);
+    if (!half) {
+      std::memcpy(out, row, sizeof(float) * hidden);
+      continue;
+    }
+    for (int i = 0; i < hidden; ++i) {
+      uint16_t value;
+      std::memcpy(&value, row + 2 * i, 2);
+      const uint32_t bits = static_cast<uint32_t>(value) << 16;
+      std::memcpy(out + i, &bits, 4);
+    }
   }
 }
 

@@ -12,7 +12,8 @@ namespace farthing {
 namespace {
 
 constexpr int kRows = 16;          // (token, head) rows of a unit
-constexpr int kSplit = 256;        // keys of a unit where a sequence has few queries
+constexpr int kSplit = 256;        // keys of a unit, at most, where a sequence has few queries
+constexpr int kHalve = 64;         // … which takes two units from here on: a sequence alone then has work for two threads
 constexpr int kFewQueries = 8;
 constexpr int kColumns = 64;       // outputs of a unit of projection
 constexpr float kNothing = -3.0e38f;
@@ -80,8 +81,12 @@ std::vector<Unit> plan_units(const Batch& batch, int heads, int* slots) {
       for (int h = 0; h < heads; h += kRows) {
         const int tokens = std::min(together, last - t);
         const int keys = batch.positions[t + tokens - 1] + 1;
-        const int split = last - first <= kFewQueries ? kSplit : keys;
-        const int parts = (keys + split - 1) / split;
+        int parts = 1, split = keys;
+        if (last - first <= kFewQueries) {
+          parts = keys < kHalve ? 1 : std::max(2, (keys + kSplit - 1) / kSplit);
+          split = round_up((keys + parts - 1) / parts, kRows);
+          parts = (keys + split - 1) / split;
+        }
         for (int p = 0; p < parts; ++p)
           units.push_back({b, t, tokens, h, std::min(kRows, heads - h), p * split, std::min(keys, (p + 1) * split), p, parts, (*slots)++});
       }
@@ -99,7 +104,7 @@ struct Reader {
   float* k32;
   uint16_t* k16;
   uint16_t* rest;  // what the split of float keys leaves, not used further
-  const uint16_t* rows[kKeyBlock] = {};
+  const uint16_t* rows[kKeyBlock + kKeysAhead] = {};
 
   const uint8_t* row(int sequence, int key, int64_t* slot) const {
     const int32_t block = batch.block_table[static_cast<int64_t>(sequence) * batch.max_blocks + key / cache.block_size];
@@ -128,7 +133,8 @@ struct Reader {
     return to;
   }
 
-  void fetch(int sequence, int at, int keys, AttendBlock& b) {
+  // Keys [at, at + keys) of those up to `end`.
+  void fetch(int sequence, int at, int keys, int end, AttendBlock& b) {
     const size_t width = shape.width;
     switch (form) {
       case Kernels::Keys::f32:
@@ -137,7 +143,9 @@ struct Reader {
         return;
       case Kernels::Keys::rows:
         for (int i = 0; i < keys; ++i) rows[i] = half(sequence, at + i, k16 + i * width);
-        for (int i = keys; i % 4; ++i) rows[i] = rows[keys - 1];
+        for (int i = keys; i < kKeyBlock + kKeysAhead; ++i) rows[i] = rows[keys - 1];
+        if (exact())
+          for (int i = keys; i < keys + kKeysAhead && at + i < end; ++i) rows[i] = half(sequence, at + i, nullptr);
         b.rows16 = rows;
         return;
       case Kernels::Keys::tiles:
@@ -262,7 +270,7 @@ void Backend::mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& 
       for (int at = u.begin; at < u.end; at += kKeyBlock) {
         b.keys = std::min(kKeyBlock, u.end - at);
         for (int j = 0; j < b.rows; ++j) visible[j] = batch.positions[u.token + j / u.heads] + 1 - at;
-        reader.fetch(u.sequence, at, b.keys, b);
+        reader.fetch(u.sequence, at, b.keys, u.end, b);
         kernels.attend(b);
       }
     });

@@ -10,6 +10,7 @@ namespace {
 constexpr int kRowBlock = 256;  // rows whose intermediate tile stays in cache
 constexpr int kPairColumns = 2 * kPanel;
 constexpr int kRouteRows = 64;
+constexpr int kFetchStart = 2048;  // bytes, what the kernels ask for ahead
 
 // One expert and its rows. Rows of the routed experts follow each other; the shared expert's are the tokens.
 struct Job {
@@ -63,6 +64,12 @@ void copy_row(const Act& from, int i, const Act& to, int j) {
   std::memcpy(b.scale, a.scale, sizeof(float) * a.groups);
   std::memcpy(b.comp, a.comp, sizeof(int32_t) * a.groups);
   if (a.block_comp) std::memcpy(b.block_comp, a.block_comp, sizeof(int32_t) * a.blocks);
+}
+
+// The beginning of a panel that will be read next but does not follow the one being read.
+void fetch_start(const Matrix& w, int panel) {
+  const uint8_t* p = w.record(panel);
+  for (int at = 0; at < kFetchStart; at += 64) __builtin_prefetch(p + at, 0, 2);
 }
 
 int unit_columns(const Matrix& down) { return std::max(down.quantized() ? down.group : 64, 64); }
@@ -178,6 +185,7 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
       const Kind& kind = kinds[job.expert == routed];
       const int at = step * unit_columns(e.down->m);
       if (at >= e.down->m.k) return;
+      if (step + 1 == steps && j + 1 < jobs) fetch_start(w.experts[plan.jobs[j + 1].expert].gate_up->m, 0);
       gate_up(kernels, e.gate_up->m, e.down->m, T == 1 ? row(kind.x, me) : row(kind.rows, job.first), row(kind.mid, job.first),
               job.rows, at, tiles + me * tile_size, hiddens + static_cast<size_t>(me) * kRowBlock * unit);
     });
@@ -186,8 +194,10 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
       const int n0 = u * out_columns, columns = std::min(out_columns, D - n0), padded = round_up(columns, kPanel);
       float *y = sums + static_cast<size_t>(me) * T * out_columns, *tile = tiles + me * tile_size;
       std::fill_n(y, static_cast<size_t>(T) * out_columns, 0.0f);
-      for (const Job& job : plan.jobs) {
+      for (int j = 0; j < jobs; ++j) {
+        const Job& job = plan.jobs[j];
         const bool shared = job.expert == routed;
+        if (j + 1 < jobs) fetch_start(w.experts[plan.jobs[j + 1].expert].down->m, n0 / kPanel);
         kernels.tile(w.experts[job.expert].down->m, n0 / kPanel, padded / kPanel, row(kinds[shared].mid, job.first), job.rows, tile, out_columns);
         for (int m = 0; m < job.rows; ++m)
           kernels.axpy(y + static_cast<size_t>(shared ? m : plan.token[job.first + m]) * out_columns, tile + static_cast<size_t>(m) * out_columns,

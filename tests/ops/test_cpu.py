@@ -279,6 +279,19 @@ def test_equal_logits_keep_the_order_of_their_ids(ops: CpuOps) -> None:
     for k in (1, 4):
         _, ids, _ = ops.top_logits(torch.ones(2, 32), head, torch.ones(32), EPS, k)
         assert ids.tolist() == [list(range(k))] * 2
+    assert ops.greedy(torch.ones(2, 32), head, torch.ones(32), EPS) == [0, 0]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_greedy_and_embedding(ops: CpuOps, ref: ReferenceOps, tokens: int) -> None:
+    w, x, scale = weight("bf16", 1237, 64), torch.randn(tokens, 64), norm(64)
+    handle = ops.pack_linear("h", lambda: [w])
+    assert ops.greedy(x, handle, scale, EPS) == ops.top_logits(x, handle, scale, EPS, 1)[1][:, 0].tolist()
+    ids = torch.randint(0, 100, (tokens, 2))[:, 0]  # not contiguous
+    for table in (torch.randn(100, 33).bfloat16(), torch.randn(100, 48)[:, :33], torch.randn(100, 33).half()):
+        torch.testing.assert_close(ops.embed(ids, table), ref.embed(ids, table), atol=0, rtol=0)
+    with pytest.raises(IndexError, match=r"token id 100 is not in the vocabulary of 100|out of bounds|range"):
+        ops.embed(torch.full((tokens,), 100), torch.randn(100, 33))
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 33, 1000])

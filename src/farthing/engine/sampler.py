@@ -37,6 +37,9 @@ class Head(Protocol):
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(values [n, k], ids [n, k], logsumexp [n])."""
 
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """The likeliest token of each row."""
+
 
 @dataclass(slots=True, eq=False)
 class SamplingState:
@@ -89,11 +92,10 @@ def sample(head: Head, hidden: Tensor, rows: Sequence[Row]) -> tuple[list[int], 
     wanted = [row.state.params.logprobs for row in rows]
     top = max((k for k in wanted if k is not None), default=None)
     if all(row.plain for row in rows):
-        values, ids, total = head.top_logits(hidden, max(1, top or 0))
-        tokens: list[int] = ids[:, 0].tolist()
         if top is None:
-            return tokens, None
-        return tokens, [
+            return head.greedy(hidden), None
+        values, ids, total = head.top_logits(hidden, max(1, top))
+        return ids[:, 0].tolist(), [
             _logprobs(i, v, 0 if k is None else k)
             for i, v, k in zip(ids.tolist(), (values - total[:, None]).tolist(), wanted, strict=True)
         ]

@@ -104,6 +104,10 @@ class DeepseekModel:
         """(values [n, k], ids [n, k], logsumexp [n]) of the next token, without writing out all logits."""
         return self.ops.top_logits(hidden, self.head, self.norm, self.eps, k)
 
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """The likeliest next token of each row of hidden [n, D]."""
+        return self.ops.greedy(hidden, self.head, self.norm, self.eps)
+
     def draft(
         self,
         next_ids: Tensor,

@@ -240,6 +240,10 @@ class Ops(ABC):
         Equal values are ordered by the smaller id.
         """
 
+    def greedy(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> list[int]:
+        """The likeliest token of each row of x [T, D]; the lowest id of equal ones."""
+        return self.top_logits(x, head, norm, eps, 1)[1][:, 0].tolist()  # type: ignore[no-any-return]
+
     @abstractmethod
     def softmax(self, x: Tensor) -> Tensor:
         """Softmax over the last dimension of a float32 [T, N]."""

@@ -110,6 +110,10 @@ class ParallelModel:
         """See `DeepseekModel.draft_logits`."""
         return self._head("logits", hidden, len(hidden), step)  # type: ignore[no-any-return]
 
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """See `DeepseekModel.greedy`."""
+        return self.top_logits(hidden, 1)[1][:, 0].tolist()  # type: ignore[no-any-return]
+
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """As `top_logits`, of a draft."""
         return self._head("top_logits", hidden, len(hidden), k, step)  # type: ignore[no-any-return]

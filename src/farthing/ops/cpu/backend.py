@@ -30,6 +30,7 @@ from farthing.ops.weights import InputRounding, Weight
 
 MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
 MOST_EXPERTS = 1024
+FEW = 16  # tokens up to which one call looks them up faster than two of torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +267,14 @@ class CpuOps(Ops):
     # -- computing: addresses and strides go down, nothing is copied
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        return table[ids].float()
+        if ids.shape[0] > FEW or table.dtype not in (torch.bfloat16, torch.float32):
+            return table[ids].float()
+        ids, out = ids.contiguous(), torch.empty(ids.shape[0], table.shape[1])
+        self._native.embed(
+            table.data_ptr(), table.dtype is torch.bfloat16, table.stride(0), table.shape[0], ids.data_ptr(),
+            ids.shape[0], table.shape[1], out.data_ptr(),
+        )  # fmt: skip
+        return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = _rows(x), _vector(weight)
@@ -389,6 +397,13 @@ class CpuOps(Ops):
             values.data_ptr(), ids.data_ptr(), logsumexp.data_ptr(),
         )  # fmt: skip
         return values, ids, logsumexp
+
+    def greedy(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> list[int]:
+        x, norm = _rows(x), _vector(norm)
+        best: list[int] = self._native.greedy(
+            head.packed, x.data_ptr(), x.stride(0), x.shape[0], norm.data_ptr(), eps
+        )
+        return best
 
     def softmax(self, x: Tensor) -> Tensor:
         x = _rows(x)
