@@ -351,6 +351,10 @@ def test_auto_takes_zero_blocks_where_they_cost_nothing_and_only_there(
     cut = [m for m in half.modules if ".mlp." in m["module"] and ".layers.3." not in m["module"]]
     assert cut and sum(m["sparsity"] for m in cut) / len(cut) > 0.35
     assert not any(m["sparsity"] for m in half.modules if m not in cut)  # attention and the MTP layer
+    formats = {m["module"]: m["format"] for m in half.modules}
+    assert formats["model.layers.3.eh_proj"] == "int8"  # no other layer has one
+    for module in ("self_attn.o_proj", "mlp.experts.0.up_proj"):  # drafts follow the last layer
+        assert formats[f"model.layers.3.{module}"] == formats[f"model.layers.2.{module}"]
     checkpoint = Checkpoint.open(tmp_path / "1")
     up = checkpoint.weight("model.layers.0.mlp.up_proj").dequantize()
     assert not up[:16, 16:32].any() and bool(up[:16, :16].any())

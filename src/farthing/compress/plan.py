@@ -38,11 +38,14 @@ class PlanResult:
     def format(self, module: str) -> str:
         """The plan in the form `stream.Job` wants.
 
-        MTP layers only draft: a wrong draft costs time and never accuracy, so they get 8 bits unmeasured.
+        MTP layers only draft: a wrong draft costs time and never accuracy. So they are not measured and
+        follow the last layer; what that has no counterpart of gets 8 bits.
         """
-        if int(module.split(".")[2]) >= self.layers:
-            return "int8"
-        return self.chosen[part_of(module)].format
+        pieces = module.split(".")
+        index = min(int(pieces[2]), self.layers - 1)
+        twin = ".".join((*pieces[:2], str(index), *pieces[3:]))
+        option = self.chosen.get(part_of(twin)) if len(pieces) > 4 else None
+        return option.format if option else "int8"
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """`recipe` with the zero blocks the plan asks for."""
