@@ -12,21 +12,23 @@ pytest.importorskip("triton")
 
 from farthing.ops import make_batch
 from farthing.ops.api import AttentionSpec, Batch
-from farthing.ops.gpu import GpuOps
+from farthing.ops.gpu import GpuOps, prefill
+from farthing.ops.gpu import decode as decode_module
 from farthing.ops.gpu.decode import decode, splits_for
+from farthing.ops.gpu.launch import Config
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import DEVICE, EPS, norm
 from tests.ops.parts import distance
 
 SPECS = {
-    "small": AttentionSpec(4, 16, 8, 16, 32, 0.2),
-    "halves": AttentionSpec(3, 24, 8, 40, 48, 0.2, interleaved=False),
+    "small": AttentionSpec(4, 8, 8, 8, 32, 0.2),
+    "halves": AttentionSpec(3, 12, 8, 20, 48, 0.2, interleaved=False),
     "many_heads": AttentionSpec(20, 16, 16, 16, 32, 0.2),
 }
 CACHES = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
 # (tokens cached, tokens of this step) of each sequence: prompts, a chunk with single tokens, decoding.
-STEPS = [[(0, 5), (0, 36), (0, 1)], [(5, 1), (36, 30), (1, 3)], [(6, 1), (66, 1), (4, 1)]]
+STEPS = [[(0, 5), (0, 37), (0, 1)], [(5, 1), (37, 26), (1, 3)], [(6, 1), (63, 1), (4, 1)]]
 
 
 def moved(batch: Batch) -> Batch:
@@ -61,7 +63,10 @@ def outputs(
         ("many_heads", "float32", torch.float32),
     ],
 )
-def test_mla(name: str, cache_dtype: str, dtype: torch.dtype) -> None:
+def test_mla(name: str, cache_dtype: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small tiles, so that a prompt has several and some lie on the diagonal.
+    for module in (prefill, decode_module):
+        monkeypatch.setattr(module, "config", lambda *_: Config(bm=16, bk=16))
     spec = SPECS[name]
     rows = spec.num_heads * (spec.nope_dim + spec.value_dim)
     w = Weight("dense", torch.randn(rows, spec.latent_dim) / spec.latent_dim**0.5)

@@ -115,7 +115,10 @@ def decode(
     n, heads, c = q.shape
     r = q_pe.shape[2]
     data = cache.data[layer]
-    k = choice or config("decode" if cache.scale is None else "decode_8bit", heads, q.device)
+    kernel = "decode" if cache.scale is None else "decode_8bit"
+    if q.dtype is torch.float32:  # twice the bytes a tile
+        kernel = "decode_float32"
+    k = choice or config(kernel, heads, q.device)
     blocks = triton.cdiv(heads, k.bm)
     count = splits or splits_for(n, blocks, table.shape[1] * cache.block_size, processors(q.device))
     out = torch.empty_like(q)

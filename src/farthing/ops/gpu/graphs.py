@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ class DecodeGraphs:
 
     def __init__(self) -> None:
         self._captured: dict[tuple[int, int, Hashable], _Captured] = {}
+        self._pool: Any = None  # memory all graphs share: one runs at a time
 
     def run(self, key: Hashable, layers: Layers, hidden: Tensor, batch: Batch) -> Tensor:
         """`layers` on a decode step. key names what else they read: the cache, the counts, the layers."""
@@ -109,7 +111,8 @@ class DecodeGraphs:
             found = self._captured[at] = _Captured(_Inputs.of(size, at[1], hidden), None, None)
             found.inputs.fill(hidden, batch)
             if hidden.is_cuda:
-                _capture(found, layers)
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                _capture(found, layers, self._pool)
         else:
             found.inputs.fill(hidden, batch)
         if found.graph is None:
@@ -124,7 +127,7 @@ class DecodeGraphs:
         return len(self._captured)
 
 
-def _capture(captured: _Captured, layers: Layers) -> None:
+def _capture(captured: _Captured, layers: Layers, pool: Any) -> None:
     """Warm runs read and write what the step itself will: the step's own rows of the cache, twice."""
     inputs = captured.inputs
     live = inputs.live.clone()
@@ -136,6 +139,6 @@ def _capture(captured: _Captured, layers: Layers) -> None:
             layers(inputs.hidden, inputs.batch, inputs.live)
     torch.cuda.current_stream().wait_stream(stream)
     captured.graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured.graph):
+    with torch.cuda.graph(captured.graph, pool=pool):
         captured.output = layers(inputs.hidden, inputs.batch, inputs.live)
     inputs.live.copy_(live)

@@ -99,10 +99,11 @@ def prefill(
     the tokens spans[b] = (begin, end) and stand at its last positions. sizes = (H, n, r, v).
     """
     heads, n, r, v = sizes
-    c = choice or config("prefill", max(end - begin for begin, end in spans), q.device)
+    kernel = "prefill_float32" if q.dtype is torch.float32 else "prefill"
+    longest = max(end - begin for begin, end in spans)
+    c = choice or config(kernel, longest, q.device)
     starts = torch.tensor([*spans], dtype=torch.int32, device=q.device)
     lengths = torch.tensor(key_lengths, dtype=torch.int32, device=q.device)
-    longest = max(end - begin for begin, end in spans)
     _prefill[(triton.cdiv(longest, c.bm), heads, len(spans))](
         q, q_pe, kv, k_pe, out, starts, key_first, lengths, scale, q.stride(0), out.stride(0), heads, n, r, v,
         N=_padded(n), R=_padded(r), V=_padded(v), BM=c.bm, BK=c.bk, **c.resources,
