@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -260,9 +260,11 @@ class CpuOps(Ops):
     ) -> LatentCache:
         shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
         scale = torch.ones(*shape, 2) if kind in CACHE_MAX else None
-        # numpy's zeros are pages that come when they are first written; torch would write them all now.
-        raw = np.zeros((*shape, width * kind.itemsize), np.uint8)
-        return LatentCache(torch.from_numpy(raw).view(kind), scale)
+        # Pages that come when they are first written, and small ones: torch would write them all now, and numpy
+        # ask for large ones, of which each layer's last would be mostly empty.
+        size = layers * num_blocks * block_size * width * kind.itemsize
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return LatentCache(torch.frombuffer(memory, dtype=kind).view(*shape, width), scale)
 
     # -- computing: addresses and strides go down, nothing is copied
 
