@@ -17,12 +17,11 @@ struct Rows {  // float32 rows of a tensor
   float* row(int64_t i) const { return at + i * stride; }
 };
 
-// Memory an op cuts its scratch from; one op runs at a time. It grows by chunks within an op, and is then replaced by
-// one that would have sufficed.
+// Grow-only memory an op cuts its scratch from; one op runs at a time.
 class Workspace {
  public:
   ~Workspace();
-  void reset();  // what was cut before is free again
+  void reset() { used_ = 0; }
   template <class T>
   T* take(size_t count) {
     return static_cast<T*>(raw(count * sizeof(T)));
@@ -35,10 +34,8 @@ class Workspace {
     uint8_t* at;
     size_t size;
   };
-  void add(size_t size);
   std::vector<Chunk> chunks_;
-  size_t used_ = 0;                 // of the last chunk
-  size_t wanted_ = 0, most_ = 0;    // bytes of this op, and of any
+  size_t used_ = 0, chunk_ = 0;
 };
 
 struct Router {  // see farthing.ops.api.RouterSpec

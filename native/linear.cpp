@@ -13,27 +13,17 @@ Workspace::~Workspace() {
   for (auto& c : chunks_) std::free(c.at);
 }
 
-void Workspace::add(size_t size) {
-  void* at = std::aligned_alloc(64, round_up(size, size_t{64}));
-  if (!at) throw std::bad_alloc();
-  chunks_.push_back({static_cast<uint8_t*>(at), size});
-  used_ = 0;
-}
-
-void Workspace::reset() {
-  most_ = std::max(most_, wanted_);
-  used_ = wanted_ = 0;
-  if (chunks_.size() < 2) return;
-  for (auto& c : chunks_) std::free(c.at);
-  chunks_.clear();
-  add(most_);
-}
-
 void* Workspace::raw(size_t bytes) {
   bytes = round_up(bytes, size_t{64}) + 64;
-  if (chunks_.empty() || used_ + bytes > chunks_.back().size) add(std::max(bytes, size_t{1} << 20));
-  wanted_ += bytes;
-  uint8_t* at = chunks_.back().at + used_;
+  if (used_ == 0) chunk_ = 0;
+  while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size) ++chunk_, used_ = 0;
+  if (chunk_ == chunks_.size()) {
+    const size_t size = std::max(bytes, size_t{8} << 20);
+    void* at = std::aligned_alloc(64, round_up(size, size_t{64}));
+    if (!at) throw std::bad_alloc();
+    chunks_.push_back({static_cast<uint8_t*>(at), size});
+  }
+  uint8_t* at = chunks_[chunk_].at + used_;
   used_ += bytes;
   return at;
 }
