@@ -260,8 +260,8 @@ class CpuOps(Ops):
     ) -> LatentCache:
         shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
         scale = torch.ones(*shape, 2) if kind in CACHE_MAX else None
-        # Pages that come when they are first written, and small ones: torch would write them all now, and numpy
-        # ask for large ones, of which each layer's last would be mostly empty.
+        # Pages that come when they are first written, and small ones: torch would write them all now, numpy
+        # would ask for large ones, of which each layer's last would be mostly empty.
         size = layers * num_blocks * block_size * width * kind.itemsize
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return LatentCache(torch.frombuffer(memory, dtype=kind).view(*shape, width), scale)
