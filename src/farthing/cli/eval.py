@@ -18,9 +18,14 @@ app = typer.Typer()
     "farthing eval ./model --against ./model-int4 --max-drop 1.5%",
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `reference`.")] = "reference",
+    model: Annotated[
+        str, typer.Argument(help="A directory, a hub id, `reference`, or an .onnx network for images.")
+    ] = "reference",
     against: Annotated[str | None, typer.Option(help="Compare this model B with MODEL.")] = None,
-    data: Annotated[Path | None, typer.Option(help="JSON lines with 'text' or 'ids'.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with 'text' or 'ids'; for .onnx an .npz of 'images' and 'labels'."),
+    ] = None,
     max_drop: Annotated[
         str | None, typer.Option(help="With --against: exit 1 beyond this increase, 3 if it cannot tell.")
     ] = None,
@@ -32,7 +37,10 @@ def evaluate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Perplexity, bits per byte and MTP acceptance on held-out text; with --against, B compared with A."""
+    """Perplexity, bits per byte and MTP acceptance on held-out text; with --against, B compared with A.
+
+    Of two .onnx networks for images: top-1 of both, and the paired interval of the difference.
+    """
     from farthing.cli.progress import token_progress
     from farthing.compress import evaluate as ev
     from farthing.compress.corpus import load_corpus
@@ -41,6 +49,9 @@ def evaluate(
     from farthing.model import ModelConfig
 
     limit = parse_share("max-drop", max_drop) if max_drop is not None else None
+    if model.endswith(".onnx"):
+        _vision(Path(model), against, data, limit, as_json)
+        return
     path = resolve_model(model)
     config = ModelConfig.from_directory(path)
     window = min(window, config.max_position_embeddings)
@@ -61,6 +72,26 @@ def evaluate(
     if verdict is not None and verdict.answer != "pass":
         typer.echo(str(verdict), err=True)
         raise typer.Exit(1 if verdict.answer == "fail" else 3)
+
+
+def _vision(a: Path, against: str | None, data: Path | None, limit: float | None, as_json: bool) -> None:
+    from farthing.compress.vision import top1_of_files
+
+    if against is None or not against.endswith(".onnx"):
+        raise typer.BadParameter(f"--against is {against!r}; expected the other .onnx file")
+    if data is None or data.suffix != ".npz":
+        given = None if data is None else str(data)
+        raise typer.BadParameter(f"--data is {given!r}; expected an .npz of 'images' and 'labels'")
+    try:
+        top = top1_of_files(a, Path(against), data)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    verdict = None if limit is None else top.verdict(limit)
+    difference = {"difference": top.b - top.a, "interval": [top.difference.low, top.difference.high]}
+    document = {"top1_a": top.a, "top1_b": top.b, **difference, "images": top.images}
+    _print(document if verdict is None else document | {"verdict": verdict, "max_drop": limit}, as_json)
+    if verdict in ("fail", "cannot tell"):
+        raise typer.Exit(1 if verdict == "fail" else 3)
 
 
 def _print(document: dict[str, object], as_json: bool) -> None:

@@ -244,8 +244,10 @@ class TopOne:
         return "fail" if -self.difference.high > max_drop else "cannot tell"
 
 
-def compare_top1(a: nn.Module, b: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> TopOne:
-    """batches of (images [B, C, H, W], labels [B])."""
+def compare_top1(
+    a: Callable[[Tensor], Tensor], b: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> TopOne:
+    """a, b: images [B, C, H, W] -> logits [B, classes]; batches of (images, labels [B])."""
     right_a = right_b = wins = losses = images = 0
     with torch.no_grad():
         for x, labels in batches:

@@ -1,0 +1,59 @@
+"""Top-1 of exported networks: ONNX files judged by ONNX Runtime on labelled images.
+
+Legend: N images of C channels, H x W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farthing.compress.module import TopOne, compare_top1
+
+_BATCH = 32
+
+
+def top1_of_files(a: Path, b: Path, data: Path) -> TopOne:
+    """Two .onnx files on an .npz of `images` [N, C, H, W] (as the network takes them) and `labels` [N].
+
+    Raises ValueError that names the file and what it lacks.
+    """
+    images, labels = _labelled(data)
+    batches = ((images[i : i + _BATCH], labels[i : i + _BATCH]) for i in range(0, len(images), _BATCH))
+    return compare_top1(_session(a), _session(b), batches)
+
+
+def _labelled(data: Path) -> tuple[Tensor, Tensor]:
+    with np.load(data) as arrays:
+        missing = {"images", "labels"} - set(arrays)
+        if missing:
+            raise ValueError(f"{str(data)!r} has no {sorted(missing)}; expected arrays 'images' and 'labels'")
+        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    if images.ndim != 4 or labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{str(data)!r} has images {list(images.shape)} and labels {list(labels.shape)}; "
+            "expected [N, C, H, W] and [N]"
+        )
+    return images.float(), labels.long()
+
+
+def _session(file: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    taken = session.get_inputs()[0]
+    one = taken.shape[0] == 1  # a file exported for one image at a time
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cat(
+            [torch.from_numpy(session.run(None, {taken.name: part.numpy()})[0]) for part in parts(x)]
+        )
+
+    def parts(x: Tensor) -> Iterator[Tensor]:
+        yield from x.split(1 if one else len(x))
+
+    return run
