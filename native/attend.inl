@@ -22,9 +22,9 @@ inline void dots(const float* q, const float* k, int width, float* scores, int l
 inline void online_softmax(const AttendBlock& b, float* scores) {
   for (int r = 0; r < b.rows; ++r) {
     float* s = scores + r * kKeyBlock;
-    const int seen = b.visible[r] < b.keys ? b.visible[r] : b.keys;
+    const int seen = b.visible[r] < 0 ? 0 : b.visible[r] < b.keys ? b.visible[r] : b.keys;
     for (int i = seen; i < kKeyBlock; ++i) s[i] = kLowest;
-    if (seen <= 0) {
+    if (seen == 0) {
       for (int i = 0; i < kKeyBlock; ++i) s[i] = 0.0f;
       continue;
     }
