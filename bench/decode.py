@@ -119,7 +119,7 @@ def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
             children["transformers bf16"] = ("transformers", sys.executable)
         for name, (script, python) in children.items():
             path = Path(__file__).with_name(f"peer_{script}.py")
-            peers[name] = Child([python, path, model, str(a.threads)]).measure
+            peers[name] = Child([python, "-P", path, model, str(a.threads)]).measure
     return peers
 
 
