@@ -5,7 +5,7 @@ Legend: N images of C channels, H x W.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ def top1_of_files(a: Path, b: Path, data: Path) -> TopOne:
     Raises ValueError that names the file and what it lacks.
     """
     images, labels = _labelled(data)
-    batches = ((images[i : i + _BATCH], labels[i : i + _BATCH]) for i in range(0, len(images), _BATCH))
+    batches = zip(images.split(_BATCH), labels.split(_BATCH), strict=True)
     return compare_top1(_session(a), _session(b), batches)
 
 
@@ -46,14 +46,10 @@ def _session(file: Path) -> Callable[[Tensor], Tensor]:
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     taken = session.get_inputs()[0]
-    one = taken.shape[0] == 1  # a file exported for one image at a time
+    together = 1 if taken.shape[0] == 1 else _BATCH  # 1: a file exported for one image at a time
 
     def run(x: Tensor) -> Tensor:
-        return torch.cat(
-            [torch.from_numpy(session.run(None, {taken.name: part.numpy()})[0]) for part in parts(x)]
-        )
-
-    def parts(x: Tensor) -> Iterator[Tensor]:
-        yield from x.split(1 if one else len(x))
+        parts = [session.run(None, {taken.name: part.numpy()})[0] for part in x.split(together)]
+        return torch.from_numpy(np.concatenate(parts))
 
     return run

@@ -31,15 +31,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farthing.ops.api import (
-    AttentionSpec,
-    Batch,
     CacheDtype,
     Handle,
-    LatentCache,
     MoEWeights,
     Ops,
     RouterSpec,
 )
+from farthing.ops.around import OpsAround
 from farthing.ops.crossing import Copies, Crossing
 from farthing.ops.hot import HotExperts
 from farthing.ops.reference import route
@@ -83,16 +81,16 @@ class HybridMoE:
     norm: Tensor | None = None  # the layer's, on the host
 
 
-class HybridOps(Ops):
+class HybridOps(OpsAround):
     """`device` for everything but routed experts, which `host` computes. Both keep their own formats."""
 
     def __init__(self, device: Ops, host: Ops, hot_experts: int = 0) -> None:
         """hot_experts: copies on the device in every layer, at most."""
         if host.device.type != "cpu":
             raise ValueError(f"experts are on {host.device}; expected a backend of the CPU")
-        self._inner, self._host, self._capacity = device, host, hot_experts
-        self.name = f"{device.name}; experts on {host.name}" + (f", {hot_experts} hot" if hot_experts else "")
-        self.device, self.dtype = device.device, device.dtype
+        hot = f", {hot_experts} hot" if hot_experts else ""
+        super().__init__(device, f"{device.name}; experts on {host.name}{hot}")
+        self._host, self._capacity = host, hot_experts
         self.packed_from = host.packed_from
         host.routed_only = True
         self._crossing = Crossing(self.device)
@@ -256,69 +254,9 @@ class HybridOps(Ops):
         """Wait for experts on their way to the device; the next step of their layer takes them in."""
         self._loading.submit(int).result()
 
-    # -- everything else is the device's
-
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
-        return self._inner.pack_linear(name, weights)
-
-    def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Handle:
-        return self._inner.pack_mlp(name, weights)
-
-    def pack_attention(
-        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
-    ) -> Handle:
-        return self._inner.pack_attention(name, spec, weights, rope)
-
-    def new_cache(
-        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
-    ) -> LatentCache:
-        return self._inner.new_cache(layers, num_blocks, block_size, width, dtype)
-
     def forget(self, prefix: str) -> None:
-        self._inner.forget(prefix)
+        super().forget(prefix)
         self._host.forget(prefix)
-
-    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        return self._inner.embed(ids, table)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._inner.rms_norm(x, weight, eps)
-
-    def linear(
-        self,
-        x: Tensor,
-        weight: Handle,
-        norm: Tensor | None = None,
-        eps: float = 1e-6,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        return self._inner.linear(x, weight, norm, eps, residual)
-
-    def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: Handle,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-    ) -> Tensor:
-        return self._inner.mla(q, kv, attention, cache, layer, batch, eps)
-
-    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
-        return self._inner.mlp(x, weights, norm, eps)
-
-    def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
-        return self._inner.logits(x, head, norm, eps)
-
-    def top_logits(
-        self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._inner.top_logits(x, head, norm, eps, k)
-
-    def softmax(self, x: Tensor) -> Tensor:
-        return self._inner.softmax(x)
 
 
 def rows_of(ids: NDArray[np.int64]) -> Rows:

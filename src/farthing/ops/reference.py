@@ -175,12 +175,7 @@ class ReferenceOps(Ops):
     def top_logits(
         self, x: Tensor, head: Tensor, norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.logits(x, head, norm, eps)
-        # A stable sort keeps equal logits in the order of their ids; topk does not promise it.
-        values, ids = (
-            logits.max(-1, keepdim=True) if k == 1 else logits.sort(stable=True, dim=-1, descending=True)
-        )
-        return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+        return largest(self.logits(x, head, norm, eps), k)
 
     def softmax(self, x: Tensor) -> Tensor:
         return x.softmax(-1)
@@ -195,6 +190,15 @@ def create(
     if threads is not None:
         torch.set_num_threads(threads)
     return ReferenceOps(dtype or torch.float32, quantization)
+
+
+def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [T, V] -> (values [T, k], ids [T, k], logsumexp [T]); the lowest id of equal ones first."""
+    # A stable sort keeps equal logits in the order of their ids; topk does not promise it.
+    values, ids = (
+        logits.max(-1, keepdim=True) if k == 1 else logits.sort(stable=True, dim=-1, descending=True)
+    )
+    return values[:, :k], ids[:, :k], logits.logsumexp(-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

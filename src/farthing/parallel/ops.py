@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops import AttentionSpec, Batch, LatentCache, MoEWeights, Ops, RouterSpec, Weight
-from farthing.ops.api import CacheDtype, Handle
+from farthing.ops import MoEWeights, Ops, RouterSpec
+from farthing.ops.api import Handle
+from farthing.ops.around import OpsAround
+from farthing.ops.reference import largest
 from farthing.parallel.group import Group
 
 Shares = Callable[[str], dict[tuple[int, int], tuple[int, ...]]]
@@ -47,20 +49,14 @@ class Experts:
     total: int = 0  # experts of the layer
 
 
-class ParallelOps(Ops):
+class ParallelOps(OpsAround):
     """`inner` on this rank's slices. shares: by the name of a mixture of experts, which are here."""
 
     def __init__(self, inner: Ops, groups: Groups, shares: Shares) -> None:
-        self._inner, self._groups, self._shares = inner, groups, shares
+        name = f"{inner.name}, tp {groups.tp.size}, experts over {groups.experts.size}"
+        super().__init__(inner, name)
+        self._groups, self._shares = groups, shares
         self._tp, self._experts = groups.tp, groups.experts
-        self.name = f"{inner.name}, tp {self._tp.size}, experts over {self._experts.size}"
-        self.device, self.dtype = inner.device, inner.dtype
-
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
-        return self._inner.pack_linear(name, weights)
-
-    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
-        return self._inner.pack_mlp(name, weights)
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
         """Copied experts are packed apart from those that take every row."""
@@ -75,19 +71,6 @@ class ParallelOps(Ops):
         shared = None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared)
         return Experts(parts, shared, spec.num_experts)
 
-    def pack_attention(
-        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
-    ) -> Handle:
-        return self._inner.pack_attention(name, spec, weights, rope)
-
-    def new_cache(
-        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
-    ) -> LatentCache:
-        return self._inner.new_cache(layers, num_blocks, block_size, width, dtype)
-
-    def forget(self, prefix: str) -> None:
-        self._inner.forget(prefix)
-
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         if self._groups.vocabulary.size == 1:
             return self._inner.embed(ids, table)
@@ -95,9 +78,6 @@ class ParallelOps(Ops):
         here = (local >= 0) & (local < table.shape[0])
         rows = self._inner.embed(local.where(here, 0), table)
         return self._groups.vocabulary.all_reduce(rows.masked_fill(~here.unsqueeze(1), 0))
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._inner.rms_norm(x, weight, eps)
 
     def linear(
         self,
@@ -112,18 +92,6 @@ class ParallelOps(Ops):
             return self._inner.linear(x, weight, norm, eps)
         own = residual if self._tp.index == 0 else None
         return self._tp.all_reduce(self._inner.linear(x, weight, norm, eps, own))
-
-    def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: Handle,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-    ) -> Tensor:
-        return self._inner.mla(q, kv, attention, cache, layer, batch, eps)
 
     def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
         if self._tp.size == 1:
@@ -204,9 +172,7 @@ class ParallelOps(Ops):
         if group.size == 1:
             return self._inner.top_logits(x, head, norm, eps, k)
         if k > min(stop - start for start, stop in itertools.pairwise(rows)):
-            logits = self.logits(x, head, norm, eps)
-            values, ids = logits.sort(stable=True, dim=-1, descending=True)
-            return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+            return largest(self.logits(x, head, norm, eps), k)
         values, ids, total = self._inner.top_logits(x, head, norm, eps, k)
         # Slices stand in the order of their ids, so a stable sort keeps equal logits in that order.
         values = torch.cat(group.all_gather(values), -1)
@@ -217,9 +183,6 @@ class ParallelOps(Ops):
             ids.gather(1, order[:, :k]),
             torch.stack(group.all_gather(total), -1).logsumexp(-1),
         )
-
-    def softmax(self, x: Tensor) -> Tensor:
-        return self._inner.softmax(x)
 
     def _count(self, x: Tensor, part: Handle, norm: Tensor, eps: float, counts: Tensor) -> None:
         """Tokens of every expert where no part sees every row."""

@@ -25,7 +25,7 @@ from farthing.ops.api import (
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
 from farthing.ops.cpu.stack import CACHE_TYPES, Stack, pack_stack, run_layers
-from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX
+from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX, largest
 from farthing.ops.weights import InputRounding, Weight
 
 MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
@@ -387,9 +387,7 @@ class CpuOps(Ops):
         self, x: Tensor, head: Linear, norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         if k > MOST_FUSED_TOP:
-            logits = self.logits(x, head, norm, eps)
-            values, ids = logits.sort(dim=-1, descending=True, stable=True)
-            return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+            return largest(self.logits(x, head, norm, eps), k)
         x, norm = _rows(x), _vector(norm)
         tokens = x.shape[0]
         values, ids = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int64)

@@ -33,7 +33,7 @@ from farthing.ops.gpu.numeric import INTERPRETED
 from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.softmax import softmax
 from farthing.ops.gpu.sparse import find
-from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX
+from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX, largest
 from farthing.ops.weights import Weight
 
 Gated = tuple[Weight, Weight, Weight]
@@ -291,12 +291,7 @@ class GpuOps(Ops):
     def top_logits(
         self, x: Tensor, head: list[Part], norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.logits(x, head, norm, eps)
-        # A stable sort keeps equal logits in the order of their ids; max gives the first of them.
-        values, ids = (
-            logits.max(-1, keepdim=True) if k == 1 else logits.sort(stable=True, dim=-1, descending=True)
-        )
-        return values[:, :k], ids[:, :k], logits.logsumexp(-1)
+        return largest(self.logits(x, head, norm, eps), k)
 
     def softmax(self, x: Tensor) -> Tensor:
         return softmax(_rows(x.float()))

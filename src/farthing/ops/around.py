@@ -1,0 +1,83 @@
+"""A backend around another: what it does not change is the inner one's.
+
+`stack` and `greedy` are left to their defaults, so that no shortcut of the inner backend passes by what a
+wrapper changed; `moe`, its packing and its routing are for every wrapper to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from farthing.ops.api import AttentionSpec, Batch, CacheDtype, Handle, LatentCache, Ops
+from farthing.ops.weights import Weight
+
+
+class OpsAround(Ops):
+    """Forwards to `inner`."""
+
+    def __init__(self, inner: Ops, name: str) -> None:
+        self._inner, self.name = inner, name
+        self.device, self.dtype = inner.device, inner.dtype
+
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
+        return self._inner.pack_linear(name, weights)
+
+    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
+        return self._inner.pack_mlp(name, weights)
+
+    def pack_attention(
+        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
+    ) -> Handle:
+        return self._inner.pack_attention(name, spec, weights, rope)
+
+    def new_cache(
+        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
+    ) -> LatentCache:
+        return self._inner.new_cache(layers, num_blocks, block_size, width, dtype)
+
+    def forget(self, prefix: str) -> None:
+        self._inner.forget(prefix)
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        return self._inner.embed(ids, table)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._inner.rms_norm(x, weight, eps)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Handle,
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return self._inner.linear(x, weight, norm, eps, residual)
+
+    def mla(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        attention: Handle,
+        cache: LatentCache,
+        layer: int,
+        batch: Batch,
+        eps: float,
+    ) -> Tensor:
+        return self._inner.mla(q, kv, attention, cache, layer, batch, eps)
+
+    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
+        return self._inner.mlp(x, weights, norm, eps)
+
+    def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
+        return self._inner.logits(x, head, norm, eps)
+
+    def top_logits(
+        self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._inner.top_logits(x, head, norm, eps, k)
+
+    def softmax(self, x: Tensor) -> Tensor:
+        return self._inner.softmax(x)
