@@ -23,8 +23,9 @@ from tests.model.test_config import V3
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 1024
+# Two layers of experts: attention behind the first holds its outputs when every op's scratch was written to.
 RAW = V3 | dict(
-    vocab_size=512, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=2,
+    vocab_size=512, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=3,
     first_k_dense_replace=1, num_attention_heads=8, q_lora_rank=384, kv_lora_rank=256, qk_nope_head_dim=64,
     qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=8, num_experts_per_tok=4, n_group=2, topk_group=2,
     max_position_embeddings=2048, num_nextn_predict_layers=0,

@@ -114,8 +114,8 @@ def _native(s: _Sizes, holder: Holder, tokens: int, threads: int) -> int:
     outputs = s.first + (s.query if c.q_lora_rank else 0) + s.heads * c.v_head_dim
     if s.ranks == 1:  # all layers in one call
         held = _FLOAT * t * (outputs + 3 * c.hidden_size)
-    else:  # op by op: attention's outputs, or the sums of a mixture of experts
-        held = _FLOAT * t * max(c.hidden_size + outputs, 4 * c.hidden_size)
+    else:  # the embedding, and op by op: attention's outputs and sum, or the sums of a mixture of experts
+        held = _FLOAT * t * (c.hidden_size + max(2 * c.hidden_size + outputs, 4 * c.hidden_size))
     space = _Workspace()
     for k in (c.hidden_size, c.q_lora_rank, s.heads * c.v_head_dim):
         if k:
