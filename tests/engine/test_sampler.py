@@ -16,7 +16,6 @@ from farthing.engine.request import SamplingParams
 from farthing.engine.sampler import (
     Row,
     SamplingState,
-    _invert,
     draw,
     edit,
     report,
@@ -24,6 +23,7 @@ from farthing.engine.sampler import (
     stream_seed,
     uniform,
 )
+from farthing.ops.draw import invert
 
 V = 50
 
@@ -215,7 +215,7 @@ def test_inverting_by_groups_is_inverting(width: int, seed: int) -> None:
     weights = torch.rand(6, width, generator=generator) * (torch.rand(6, width, generator=generator) < 0.3)
     weights[:, seed % width] += 0.1
     u = torch.tensor([0.0, 1e-12, 0.3, 0.7, 1 - 1e-12, 1 - 2.0**-53], dtype=torch.float64)
-    picked = _invert(weights, u)
+    picked = invert(weights, u)
     cdf = weights.double().cumsum(-1)
     for i, token in enumerate(picked.tolist()):
         assert weights[i, token] > 0

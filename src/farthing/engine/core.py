@@ -18,13 +18,14 @@ from farthing.engine.block_pool import IntegrityError
 from farthing.engine.generation import Generation, RequestState, decoded
 from farthing.engine.request import EngineError, FinishReason, RequestOutput
 from farthing.engine.runner import Runner, Step
-from farthing.engine.sampler import Logprobs, Row, report, sample
+from farthing.engine.sampler import Logprobs, Pick, Row, report, sample
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled, Sequence
 from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer
+from farthing.ops.draw import draw
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +45,16 @@ class EngineCore:
         tokenizer: Tokenizer | None = None,
         speculator: Speculator | None = None,
         on_finish: Callable[[RequestState], None] = lambda state: None,
+        pick: Pick = draw,
     ) -> None:
+        """pick: the backend's `draw`."""
         self.runner = runner
         self.scheduler = scheduler
         self.stats = stats
         self._tokenizer = tokenizer
         self._speculator = speculator
         self._on_finish = on_finish
+        self._pick = pick
         self._owner: dict[int, RequestState] = {}  # by sequence id
 
     def add(self, state: RequestState) -> None:
@@ -110,7 +114,7 @@ class EngineCore:
         logprobs: list[Logprobs] | None = None
         if rows:
             picked = hidden if step.sampled is None else hidden[step.sampled]
-            tokens, logprobs = sample(self.runner.model, picked, rows)
+            tokens, logprobs = sample(self.runner.model, picked, rows, self._pick)
         self._prompt_logprobs(plan, step, hidden)
         moved, failed = self._commit(plan, tokens, logprobs)
         if self._speculator is not None:

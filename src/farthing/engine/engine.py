@@ -110,7 +110,9 @@ class Engine:
             c.enable_prefix_caching,
             speculator.num_lookahead if speculator else 0,
         )
-        self._core = EngineCore(runner, scheduler, self.stats, tokenizer, speculator, self._finished)
+        self._core = EngineCore(
+            runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.draw
+        )
         self._lock = threading.Lock()
         self._inbox: deque[tuple[Order, RequestState | None]] = deque()
         self._calls: deque[tuple[Callable[[EngineCore], Any], Future[Any]]] = deque()

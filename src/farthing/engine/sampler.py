@@ -4,13 +4,15 @@ Every random number is a function of (the completion's seed, the index of the ou
 draws the same tokens whatever shares its batch, after preemption, and with speculation or without: a draft
 is accepted exactly if it is the token this sampler would have drawn in its place (see speculation.py).
 
-Legend: n rows (one for each token to draw); D hidden size; V vocabulary; K candidates kept by a filter.
+The draw itself is an op of the backend (`Ops.draw`).
+
+Legend: n rows (one for each token to draw); D hidden size; V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,12 +22,13 @@ from torch import Tensor
 
 from farthing.engine.request import Logprob, SamplingParams
 from farthing.engine.structured import Matcher
+from farthing.ops.draw import Filters
+from farthing.ops.draw import draw as draw_in_torch
 
 _MASK64 = (1 << 64) - 1
-_GROUP = 128  # of weights that are summed together
-_CANDIDATES = 256  # of a filtered row; a row whose kept set may be larger falls back to all of V
 
 Logprobs = dict[int, Logprob]
+Pick = Callable[[Tensor, Tensor, Filters | None], Tensor]  # `Ops.draw`
 
 
 class Head(Protocol):
@@ -87,7 +90,9 @@ class Row:
         return self.state.plain and self.index >= self.state.params.min_tokens
 
 
-def sample(head: Head, hidden: Tensor, rows: Sequence[Row]) -> tuple[list[int], list[Logprobs] | None]:
+def sample(
+    head: Head, hidden: Tensor, rows: Sequence[Row], pick: Pick = draw_in_torch
+) -> tuple[list[int], list[Logprobs] | None]:
     """Draw one token a row of hidden [n, D]. The second list is None if no row wants logprobs."""
     wanted = [row.state.params.logprobs for row in rows]
     top = max((k for k in wanted if k is not None), default=None)
@@ -101,7 +106,7 @@ def sample(head: Head, hidden: Tensor, rows: Sequence[Row]) -> tuple[list[int], 
         ]
     logits = head.logits(hidden)
     raw = logits.log_softmax(-1) if top is not None else None
-    tokens = draw(edit(logits, rows), rows)
+    tokens = draw(edit(logits, rows), rows, pick)
     return tokens, None if raw is None else report(raw, tokens, [k or 0 for k in wanted])
 
 
@@ -121,7 +126,7 @@ def edit(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+def draw(logits: Tensor, rows: Sequence[Row], pick: Pick = draw_in_torch) -> list[int]:
     """One token a row from edited logits [n, V]."""
     params = [row.state.params for row in rows]
     greedy = [i for i, p in enumerate(params) if p.greedy]
@@ -135,13 +140,13 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     scaled = (logits[random] if greedy else logits) / heat[:, None]
     uniforms = [uniform(rows[i].state.seed, rows[i].index) for i in random]
     u = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
-    for filtered, pick in ((False, _draw_all), (True, _draw_filtered)):
-        at = [j for j, i in enumerate(random) if _filters(params[i]) == filtered]
+    for filtered in (False, True):
+        at = [j for j, i in enumerate(random) if _is_filtered(params[i]) == filtered]
         if at:
             where = [random[j] for j in at]
             every = len(at) == len(random)
             z, v = (scaled, u) if every else (scaled[at], u[at])
-            _store(tokens, where, pick(z, v, [params[i] for i in where]))
+            _store(tokens, where, pick(z, v, _filters([params[i] for i in where], z) if filtered else None))
     return tokens
 
 
@@ -215,62 +220,16 @@ def _store(tokens: list[int], where: Sequence[int], values: Tensor) -> None:
         tokens[i] = token
 
 
-def _filters(params: SamplingParams) -> bool:
+def _is_filtered(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _draw_all(scaled: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """By inverting the cumulative distribution over all of V."""
-    return _invert(scaled.softmax(-1), u)
-
-
-def _draw_filtered(scaled: Tensor, u: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Among the candidates that min_p, top_k and top_p leave, in this order, as in vLLM."""
-    device, vocab = scaled.device, scaled.shape[1]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], device=device)
-    min_p = torch.tensor([p.min_p for p in params], device=device)
-    total = scaled.logsumexp(-1, keepdim=True)
-    limited = [p.top_k for p in params if p.top_k > 0]
-    width = min(vocab, max(_CANDIDATES, max(limited, default=0)))
-    while True:
-        values, ids = scaled.topk(width, dim=-1)
-        probs = (values - total).exp()  # [n, K] descending, of the unfiltered distribution
-        rank = torch.arange(width, device=device)
-        by_min_p = probs >= min_p[:, None] * probs[:, :1]
-        kept = probs * (by_min_p & (rank < top_k[:, None]))
-        # Is everything that a filter keeps among the K largest? Else look at all of V.
-        whole = (top_k <= width) | ~by_min_p[:, -1] | ((min_p == 0) & (probs.sum(-1) >= top_p) & (top_p < 1))
-        if width == vocab or bool(whole.all()):
-            break
-        width = vocab
-    # Without top_k and min_p the mass is all of V, of which `kept` may hold a part only.
-    mass = torch.where((top_k >= vocab) & (min_p == 0), torch.ones_like(top_p), kept.sum(-1))
-    before = kept.cumsum(-1) - kept
-    kept = kept * (before < (top_p * mass)[:, None])
-    return ids.gather(1, _invert(kept, u)[:, None])[:, 0]
-
-
-def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """Index where the running sum of weights [n, K] passes u [n] of its total; never one of weight 0.
-
-    Summed in float64, since thousands of float32 terms would drift; by groups first, and then within the
-    group that was hit, since a running sum over all of V costs more than the softmax before it.
-    """
-    if weights.shape[1] <= _GROUP:
-        return _invert_narrow(weights, u[:, None] * weights.sum(-1, keepdim=True, dtype=torch.float64))
-    ragged = -weights.shape[1] % _GROUP
-    groups = (torch.nn.functional.pad(weights, (0, ragged)) if ragged else weights).unflatten(1, (-1, _GROUP))
-    mass = groups.sum(-1).cumsum(-1, dtype=torch.float64)
-    target = u[:, None] * mass[:, -1:]
-    group = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[1] - 1)
-    before = torch.nn.functional.pad(mass, (1, 0)).gather(1, group)
-    rows = torch.arange(len(group), device=group.device)
-    return group[:, 0] * _GROUP + _invert_narrow(groups[rows, group[:, 0]], target - before)
-
-
-def _invert_narrow(weights: Tensor, target: Tensor) -> Tensor:
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    # Rounding may put the target at the very end: then the last weight that is not zero is meant.
-    last = (cdf < cdf[:, -1:]).sum(-1)
-    return torch.minimum(torch.searchsorted(cdf, target, right=True)[:, 0], last)
+def _filters(params: Sequence[SamplingParams], like: Tensor) -> Filters:
+    """Of rows like [n, V], on its device."""
+    device, vocabulary = like.device, like.shape[1]
+    return Filters(
+        torch.tensor([p.top_k if p.top_k > 0 else vocabulary for p in params], device=device),
+        torch.tensor([p.top_p for p in params], device=device),
+        torch.tensor([p.min_p for p in params], device=device),
+        max(p.top_k for p in params),
+    )

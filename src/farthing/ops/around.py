@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from farthing.ops.api import AttentionSpec, Batch, CacheDtype, Handle, LatentCache, Ops
+from farthing.ops.draw import Filters
 from farthing.ops.weights import Weight
 
 
@@ -81,3 +82,6 @@ class OpsAround(Ops):
 
     def softmax(self, x: Tensor) -> Tensor:
         return self._inner.softmax(x)
+
+    def draw(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
+        return self._inner.draw(logits, uniform, filters)

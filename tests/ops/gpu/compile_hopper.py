@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from farthing.ops.api import LatentCache, RouterSpec
+from farthing.ops.draw import Filters
 from farthing.ops.gpu import decode, grouped, latent, normalize, prefill, route, sample, softmax, sparse
 from farthing.ops.gpu.gemm import gemm
 from farthing.ops.gpu.matrix import Matrix
@@ -125,7 +126,7 @@ def rows() -> None:
     softmax.softmax(logits)
     uniform = torch.empty(4, dtype=torch.float64)
     sample.draw(logits, uniform)
-    sample.draw_filtered(logits, uniform, torch.ones(4).long(), torch.ones(4), torch.ones(4))
+    sample.draw_filtered(logits, uniform, Filters(torch.ones(4).long(), torch.ones(4), torch.ones(4)))
 
 
 def resources(kernel: Any) -> dict[str, Any]:

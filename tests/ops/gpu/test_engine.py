@@ -14,6 +14,7 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams
 from farthing.model import DeepseekModel, ModelConfig, random_model
 from farthing.ops import make_batch, select
+from farthing.ops.gpu import GpuOps
 from tests.engine.conftest import RAW
 from tests.ops.gpu.parts import DEVICE
 from tests.ops.gpu.test_attention import moved
@@ -27,14 +28,17 @@ def tiny(backend: str, **changed: Any) -> DeepseekModel:
     return random_model(config, select(backend, torch.float32), seed=7)
 
 
-def greedy(model: DeepseekModel, tokens: int = 4, **config: Any) -> list[list[int]]:
+def tokens(model: DeepseekModel, params: list[SamplingParams], **config: Any) -> list[list[int]]:
     engine = Engine(model, EngineConfig(max_num_seqs=4, num_blocks=16, block_size=16, **config))
     try:
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        streams = [engine.submit(p, params, kind="final") for p in PROMPTS]
+        streams = [engine.submit(p, s, kind="final") for p, s in zip(PROMPTS, params, strict=True)]
         return [list(s.result().outputs[0].token_ids) for s in streams]
     finally:
         engine.shutdown()
+
+
+def greedy(model: DeepseekModel, count: int = 4, **config: Any) -> list[list[int]]:
+    return tokens(model, 3 * [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)], **config)
 
 
 def test_greedy_tokens_are_the_reference_s() -> None:
@@ -44,9 +48,31 @@ def test_greedy_tokens_are_the_reference_s() -> None:
     assert len(model.ops._graphs) > 0  # type: ignore[attr-defined]
 
 
+def test_the_same_seeds_draw_the_reference_s_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine samples with the backend's kernels; in torch alone they would not be called."""
+    kinds: list[bool] = []
+    kernels = GpuOps.draw
+
+    def spy(self: GpuOps, logits: torch.Tensor, uniform: torch.Tensor, filters: Any = None) -> torch.Tensor:
+        kinds.append(filters is None)
+        return kernels(self, logits, uniform, filters)
+
+    monkeypatch.setattr(GpuOps, "draw", spy)
+    fixed: dict[str, Any] = dict(max_tokens=4, ignore_eos=True)
+    params = [
+        SamplingParams(seed=1, **fixed),
+        SamplingParams(seed=2, temperature=0.7, top_p=0.9, top_k=20, **fixed),
+        SamplingParams(seed=3, temperature=1.3, min_p=0.01, **fixed),
+    ]
+    expected = tokens(tiny("reference"), params)
+    assert not kinds and len({tuple(t) for t in expected}) == 3
+    assert tokens(tiny("gpu"), params) == expected
+    assert set(kinds) == {True, False}
+
+
 @pytest.mark.slow
 def test_the_mtp_layer_drafts_on_it_too() -> None:
-    assert greedy(tiny("gpu"), speculate="mtp:1", tokens=3) == greedy(tiny("reference"), tokens=3)
+    assert greedy(tiny("gpu"), speculate="mtp:1", count=3) == greedy(tiny("reference"), count=3)
 
 
 def test_counts_and_hidden_states_of_a_padded_step() -> None:

@@ -1,4 +1,4 @@
-"""The kernels draw the engine's tokens; frequencies follow the distribution."""
+"""The kernels draw the reference's tokens, and the engine's; frequencies follow the distribution."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from typing import Any
+
 from farthing.engine.request import SamplingParams
-from farthing.engine.sampler import _draw_all, _draw_filtered, uniform
+from farthing.engine.sampler import Row, SamplingState, _filters, uniform
+from farthing.engine.sampler import draw as engine_draw
+from farthing.ops import draw as reference
+from farthing.ops import select
+from farthing.ops.gpu import sample as kernels
 from farthing.ops.gpu.sample import draw, draw_filtered
 from tests.ops.gpu.parts import DEVICE
 
@@ -22,7 +28,7 @@ def uniforms(rows: int) -> Tensor:
 def test_over_the_vocabulary(vocabulary: int) -> None:
     logits, u = torch.randn(7, vocabulary) * 3, uniforms(7)
     logits[0, 1:] = float("-inf")
-    assert torch.equal(draw(logits.to(DEVICE), u.to(DEVICE)).cpu(), _draw_all(logits, u, []))
+    assert torch.equal(draw(logits.to(DEVICE), u.to(DEVICE)).cpu(), reference.draw(logits, u))
 
 
 def test_the_ends_of_the_distribution() -> None:
@@ -46,11 +52,40 @@ PARAMS = [
 @pytest.mark.parametrize("heat", [0.3, 3.0])
 def test_filtered(vocabulary: int, heat: float) -> None:
     logits, u = torch.randn(len(PARAMS), vocabulary) / heat, uniforms(len(PARAMS))
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else vocabulary for p in PARAMS])
-    top_p = torch.tensor([p.top_p for p in PARAMS])
-    min_p = torch.tensor([p.min_p for p in PARAMS])
-    tokens = draw_filtered(*(t.to(DEVICE) for t in (logits, u, top_k, top_p, min_p)), candidates=64)
-    assert torch.equal(tokens.cpu(), _draw_filtered(logits, u, PARAMS))
+    tokens = draw_filtered(logits.to(DEVICE), u.to(DEVICE), _filters(PARAMS, logits.to(DEVICE)))
+    assert torch.equal(tokens.cpu(), reference.draw(logits, u, _filters(PARAMS, logits)))
+
+
+def test_wide_filters_look_at_the_whole_vocabulary() -> None:
+    """More than the first candidates survive: the narrow search must notice, for a row among others too."""
+    wide = 2 * reference.CANDIDATES
+    params, u = [SamplingParams(top_k=2), SamplingParams(top_p=0.99)], torch.tensor([0.9, 0.9]).double()
+    logits = torch.randn(2, wide) / 100
+    tokens = draw_filtered(logits.to(DEVICE), u.to(DEVICE), _filters(params, logits.to(DEVICE))).cpu()
+    assert torch.equal(tokens, reference.draw(logits, u, _filters(params, logits)))
+    assert (logits[1] > logits[1, tokens[1]]).sum() > reference.CANDIDATES
+
+
+def test_the_engine_draws_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one step: greedy, free, filtered, at several temperatures. One launch for each kind of row."""
+    calls: list[str] = []
+    for name in ("draw", "draw_filtered"):
+
+        def spy(*arguments: Any, kernel: Any = getattr(kernels, name), name: str = name) -> Tensor:
+            calls.append(name)
+            return kernel(*arguments)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(f"farthing.ops.gpu.backend.{name}", spy)
+    settings: list[dict[str, Any]] = [dict(temperature=0), dict(), dict(temperature=0.4), dict(temperature=2)]
+    settings += [dict(top_k=3), dict(top_p=0.6, temperature=1.5), dict(min_p=0.1), dict(temperature=0)]
+    rows = [Row(SamplingState(SamplingParams(**s), seed)) for seed, s in enumerate(3 * settings)]
+    logits = torch.randn(len(rows), 300) * 2
+    expected = engine_draw(logits, rows)
+    ops = select("gpu", torch.float32)
+    assert engine_draw(logits.to(DEVICE), rows, ops.draw) == expected
+    assert calls == ["draw", "draw_filtered"]
+    alone = [engine_draw(logits[i : i + 1].to(DEVICE), rows[i : i + 1], ops.draw) for i in range(5)]
+    assert [t for tokens in alone for t in tokens] == expected[:5]  # whoever shares the step
 
 
 def test_frequencies() -> None:

@@ -23,6 +23,7 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
+from farthing.ops.draw import Filters
 from farthing.ops.gpu import gemm, normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, plan
 from farthing.ops.gpu.gemm import Part
@@ -31,6 +32,7 @@ from farthing.ops.gpu.grouped import combine, experts_mlp
 from farthing.ops.gpu.matrix import Matrix, pack, pair, rounded, stack_experts, stack_rows
 from farthing.ops.gpu.numeric import INTERPRETED
 from farthing.ops.gpu.route import route, sort_by_expert
+from farthing.ops.gpu.sample import draw, draw_filtered
 from farthing.ops.gpu.softmax import softmax
 from farthing.ops.gpu.sparse import find
 from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX, largest
@@ -295,6 +297,11 @@ class GpuOps(Ops):
 
     def softmax(self, x: Tensor) -> Tensor:
         return softmax(_rows(x.float()))
+
+    def draw(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
+        if filters is None:
+            return draw(_rows(logits), uniform)
+        return draw_filtered(_rows(logits), uniform, filters)
 
 
 def _rows(x: Tensor) -> Tensor:

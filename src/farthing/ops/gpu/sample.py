@@ -1,4 +1,4 @@
-"""Drawing tokens: the engine's sampler in two kernels, the same token for the same random number.
+"""Drawing tokens: `Ops.draw` in two kernels, the reference's token for the same random number.
 
 Legend: n rows; V vocabulary; K candidates of a row, sorted. One program a row.
 
@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from farthing.ops.draw import Filters
 
 _BLOCK = 2048
 
@@ -117,22 +119,22 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return tokens
 
 
-def draw_filtered(
-    logits: Tensor, uniform: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, candidates: int = 256
-) -> Tensor:
-    """As `draw`, among what the filters leave: top_k [n] int64 (V: none), top_p and min_p [n] float32.
+def draw_filtered(logits: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
+    """As `draw`, among what the filters leave.
 
-    Rows are cut to the `candidates` largest, and to all of V where a filter may keep more.
+    Rows are cut to their largest logits, and to all of V where a filter may keep more.
     """
     rows, vocabulary = logits.shape
-    total = logits.logsumexp(-1)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if not rows:
+        return tokens
+    total = logits.logsumexp(-1)
     whole = torch.empty(rows, dtype=torch.int8, device=logits.device)
-    for width in (min(vocabulary, candidates), vocabulary):
+    for width in (filters.candidates(vocabulary), vocabulary):
         values, ids = logits.topk(width, dim=-1)
         _draw_filtered[(rows,)](
-            values, ids, total, uniform, top_k, top_p, min_p, tokens, whole, width, vocabulary,
-            BLOCK=_block(width), num_warps=8,
+            values, ids, total, uniform, filters.top_k, filters.top_p, filters.min_p, tokens, whole, width,
+            vocabulary, BLOCK=_block(width), num_warps=8,
         )  # fmt: skip
         if width == vocabulary or bool(whole.all()):
             break
