@@ -102,6 +102,17 @@ def test_the_host_computes_beside_the_shared_expert() -> None:
     greedy(model, 1)
 
 
+def test_the_device_draws() -> None:
+    """What wraps a backend leaves it its sampler."""
+
+    class Device(ReferenceOps):
+        def draw(self, logits: torch.Tensor, uniform: torch.Tensor, filters: Any = None) -> torch.Tensor:
+            return torch.full((len(logits),), 7)
+
+    ops = HybridOps(Device(torch.float32), ReferenceOps(torch.float32))
+    assert ops.draw(torch.zeros(2, 9), torch.zeros(2).double()).tolist() == [7, 7]
+
+
 def test_a_bfloat16_device_keeps_what_the_host_adds() -> None:
     config = ModelConfig.from_json(RAW)
     exact = random_model(config, select("reference"), 3).layers[1][1]
@@ -162,8 +173,13 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 def test_rows_of_a_step(tokens: int, k: int, data: st.DataObject) -> None:
     ids = torch.tensor(data.draw(st.lists(st.integers(-1, 5), min_size=tokens * k, max_size=tokens * k)))
     ids = ids.view(tokens, k)
-    found = {(e, t, s) for e, (ts, ss) in rows_of(ids.numpy()).items() for t, s in zip(ts, ss, strict=True)}
-    assert found == {(int(ids[t, s]), t, s) for t in range(tokens) for s in range(k) if ids[t, s] >= 0}
+    rows = rows_of(ids.numpy())
+    found = [
+        (e, t, s)
+        for e, at in rows.parts.items()
+        for t, s in zip(rows.tokens[at], rows.slots[at], strict=True)
+    ]
+    assert found == sorted((int(ids[t, s]), t, s) for t in range(tokens) for s in range(k) if ids[t, s] >= 0)
 
 
 Steps = st.lists(st.dictionaries(st.integers(0, 9), st.integers(1, 8), max_size=4), max_size=60)

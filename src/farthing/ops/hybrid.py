@@ -7,11 +7,12 @@ the experts used most have copies on the device.
 
 A layer's step without hot experts: hidden states go to the host, which norms, routes and computes in one call
 of its kernels while the device computes the shared expert; the sum comes back. With hot ones the device
-routes, and choices and weights go along: the host computes the experts that are not hot one by one, the
-device the hot ones. Only hidden states cross the bus, never weights, but for an expert that becomes hot: it
-is read and packed in a thread of its own while steps go on without it.
+routes, and choices and weights go along: the host computes the experts that are not hot, whose rows are
+gathered once, in the order of the experts, and summed once; the device computes the hot ones. Only hidden
+states cross the bus, never weights, but for an expert that becomes hot: it is read and packed in a thread of
+its own while steps go on without it.
 
-Legend: T tokens; D hidden size; E experts; k experts a token.
+Legend: T tokens; D hidden size; E experts; k experts a token; R chosen (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,28 @@ from farthing.ops.weights import Weight
 DECIDE_EVERY = 16  # steps of a layer between two looks at its hot experts
 Gated = tuple[Weight, Weight, Weight]
 Pair = tuple[Handle, Handle]  # an expert on the device: gate and up stacked, down
-Rows = dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]  # by expert: tokens, and their slot among k
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Chosen pairs of a step in the order of their experts, then tokens."""
+
+    tokens: NDArray[np.int64]  # [R]
+    slots: NDArray[np.int64]  # [R], which of a token's k choices
+    parts: dict[int, slice]  # by expert, ascending
+
+
+class Choices:
+    """What a step's tokens chose, on its way to the host."""
+
+    def __init__(self, here: Copies) -> None:
+        """here: x, ids and gates."""
+        self.here = here
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Sorted once, by whichever side asks first."""
+        return rows_of(self.here["ids"].numpy())
 
 
 @dataclass(slots=True)
@@ -149,12 +171,11 @@ class HybridOps(OpsAround):
         if counts is not None:
             chosen = ids.flatten()
             counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
-        here, hot = self._crossing.down(x=x, ids=ids, gates=gates), weights.hot.serving()
-        computed = self._begin(self._one_by_one, here, weights, host_norm, eps, hot)
+        choices, hot = Choices(self._crossing.down(x=x, ids=ids, gates=gates)), weights.hot.serving()
+        computed = self._begin(self._cold, choices, weights, host_norm, eps, hot)
         out = self._shared(x, weights, norm, eps)
-        rows = rows_of(here["ids"].numpy())
-        self._follow(weights, rows)
-        out = out + self._on_device(n, gates, rows, hot)
+        self._follow(weights, choices.rows)
+        out = out + self._on_device(n, gates, choices.rows, hot)
         return (out + self._crossing.up(computed())).to(self.dtype)
 
     def _shared(self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float) -> Tensor:
@@ -178,32 +199,34 @@ class HybridOps(OpsAround):
         return self._host.moe(x.clone(), whole, norm, eps, seen).float() - x
 
     @torch.inference_mode()
-    def _one_by_one(
-        self, here: Copies, weights: HybridMoE, norm: Tensor, eps: float, hot: Mapping[int, Any]
+    def _cold(
+        self, choices: Choices, weights: HybridMoE, norm: Tensor, eps: float, hot: Mapping[int, Any]
     ) -> Tensor:
         """The sum of the experts that are not hot [T, D] float32."""
-        rows, x, gates = rows_of(here["ids"].numpy()), here["x"].float(), here["gates"]
-        out = torch.zeros_like(x)
-        for expert, (tokens, slots) in rows.items():
+        rows, x = choices.rows, choices.here["x"].float()
+        tokens, slots = torch.from_numpy(rows.tokens), torch.from_numpy(rows.slots)
+        own = x[tokens]  # [R, D]
+        y = own.clone()  # rows of hot experts, and of those on another rank, stay and so add nothing
+        for expert, part in rows.parts.items():
             handle = weights.experts[expert]
-            if handle is None or expert in hot:
-                continue
-            at = torch.from_numpy(tokens)
-            own = x[at]
-            y = self._host.mlp(own.clone(), handle, norm, eps).float() - own
-            out.index_add_(0, at, y * gates[at, torch.from_numpy(slots), None])
-        return out
+            if handle is not None and expert not in hot:
+                y[part] = self._host.mlp(y[part], handle, norm, eps)
+        weighted = (y - own) * choices.here["gates"][tokens, slots, None]
+        return torch.zeros_like(x).index_add_(0, tokens, weighted)
 
     def _on_device(self, n: Tensor, gates: Tensor, rows: Rows, hot: Mapping[int, Pair]) -> Tensor:
         """The sum of the hot experts [T, D] float32."""
         out = torch.zeros_like(n, dtype=torch.float32)
-        for expert, (gate_up, down) in hot.items():
-            if expert not in rows:
-                continue
-            tokens, slots = (self._crossing.index(i) for i in rows[expert])
-            gate, up = self._inner.linear(n[tokens], gate_up).chunk(2, -1)
+        chosen = [(hot[expert], part) for expert, part in rows.parts.items() if expert in hot]
+        if not chosen:
+            return out
+        tokens, slots = self._crossing.index(rows.tokens), self._crossing.index(rows.slots)
+        weight = gates[tokens, slots, None]
+        for (gate_up, down), part in chosen:
+            # One expert at a time: a sum over all rows at once would have no fixed order on a GPU.
+            gate, up = self._inner.linear(n[tokens[part]], gate_up).chunk(2, -1)
             y = self._inner.linear(F.silu(gate) * up, down)
-            out.index_add_(0, tokens, y.float() * gates[tokens, slots, None])
+            out.index_add_(0, tokens[part], y.float() * weight[part])
         return out
 
     def reroute(self, weights: HybridMoE, spec: RouterSpec) -> None:
@@ -224,7 +247,7 @@ class HybridOps(OpsAround):
         in an earlier step are not in use any more.
         """
         hot = weights.hot
-        hot.books.record({expert: len(tokens) for expert, (tokens, _) in rows.items()})
+        hot.books.record({expert: part.stop - part.start for expert, part in rows.parts.items()})
         hot.steps += 1
         if hot.coming is None:
             if hot.steps % DECIDE_EVERY == 0 and (swap := hot.books.decide()):
@@ -260,11 +283,12 @@ class HybridOps(OpsAround):
 
 
 def rows_of(ids: NDArray[np.int64]) -> Rows:
-    """ids [T, k], -1 for none -> by expert, in order of their ids: its tokens, and their slot among k."""
+    """ids [T, k], -1 for none."""
     flat = ids.ravel()
     order = np.argsort(flat, kind="stable")
-    order = order[flat[order] >= 0]
-    experts, starts = np.unique(flat[order], return_index=True)
-    edges = [*starts.tolist(), len(order)]
-    parts = [order[a:b] for a, b in itertools.pairwise(edges)]
-    return {int(e): (p // ids.shape[1], p % ids.shape[1]) for e, p in zip(experts, parts, strict=True)}
+    order = order[np.searchsorted(flat[order], 0) :]
+    experts = flat[order]
+    starts = np.flatnonzero(np.diff(experts, prepend=-1)).tolist()
+    tokens, slots = np.divmod(order, ids.shape[1])
+    edges = itertools.pairwise([*starts, len(order)])
+    return Rows(tokens, slots, {e: slice(*at) for e, at in zip(experts[starts].tolist(), edges, strict=True)})
