@@ -22,7 +22,8 @@ Medians = Callable[..., list[float]]
 def candidates(rows: int, columns: tuple[int, ...], warps: tuple[int, ...] = (4, 8)) -> Iterator[Config]:
     """Tiles not much taller than the rows, a few widths, depths and numbers of warps."""
     heights = [bm for bm in (16, 64, 128) if bm <= max(16, rows)]
-    for bm, bn, num_warps, num_stages in product(heights, columns, warps, (3, 4)):
+    # Few rows wait for weights: more of them on their way.
+    for bm, bn, num_warps, num_stages in product(heights, columns, warps, (4, 8) if rows <= 16 else (3, 4)):
         for per in (1, 4) if bm == 16 else (1,):
             yield Config(bm=bm, bn=bn, num_warps=num_warps, num_stages=num_stages, per_processor=per)
 
@@ -30,8 +31,9 @@ def candidates(rows: int, columns: tuple[int, ...], warps: tuple[int, ...] = (4,
 def attention_candidates(heads: int) -> Iterator[Config]:
     """Heads and keys of a decode tile."""
     for bm, bk, warps, stages in product((16, 32, 64), (16, 32, 64), (4, 8), (3, 5)):
-        if bm <= max(16, heads):
-            yield Config(bm=bm, bk=bk, num_warps=warps, num_stages=stages)
+        for per in (1, 2) if bm == 16 else (1,):
+            if bm <= max(16, heads):
+                yield Config(bm=bm, bk=bk, num_warps=warps, num_stages=stages, per_processor=per)
 
 
 def jobs() -> Iterator[tuple[str, int, Callable[[Config], Any], list[Config]]]:

@@ -103,7 +103,7 @@ def attention(heads: list[int]) -> None:
         for h in heads:
             latent.rotate_queries(torch.empty(4, h * 192, dtype=BF16), ints(4), rope, h, 128, 64, True)
             q, pe = torch.empty(4, h, 512, dtype=BF16), torch.empty(4, h, 64, dtype=BF16)
-            decode.decode(q, pe, cache, 0, ints(4, 16), ints(4), ints(4), 0.1, splits=8)
+            decode.decode(q, pe, cache, 0, ints(4, 16), ints(4), ints(4), 0.1, splits=64)
     t, h = 512, 16
     prefill.prefill(
         torch.empty(t, h * 192, dtype=BF16), torch.empty(t, h, 64, dtype=BF16),

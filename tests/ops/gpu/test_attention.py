@@ -88,7 +88,7 @@ def test_mla(name: str, cache_dtype: str, dtype: torch.dtype, monkeypatch: pytes
         assert distance(y, z) < (CACHES[cache_dtype] if dtype is torch.float32 else 1e-3)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
 def test_splits_agree_also_where_some_have_no_keys(splits: int) -> None:
     ops = GpuOps(torch.float32, DEVICE)
     cache = ops.new_cache(1, 40, 16, 40, "float32")
@@ -104,8 +104,16 @@ def test_splits_agree_also_where_some_have_no_keys(splits: int) -> None:
         assert distance(y[i], scores.softmax(-1) @ keys[:, :32]) < 1e-10
 
 
-def test_splits_fill_the_device() -> None:
-    assert splits_for(queries=128, head_blocks=2, most_keys=65536, processors=132) == 2
-    assert splits_for(queries=1, head_blocks=2, most_keys=65536, processors=132) == 64
-    assert splits_for(queries=1, head_blocks=2, most_keys=1024, processors=132) == 4
-    assert splits_for(queries=1, head_blocks=1, most_keys=100, processors=132) == 1
+@pytest.mark.parametrize(
+    ("queries", "heads", "keys", "splits"),
+    [
+        (128, 128, 65536, 1),  # enough programs as they are
+        (16, 128, 8192, 4),  # 32 programs: four splits are one wave of 128, and a result costs 300 keys
+        (1, 128, 65536, 64),
+        (20, 16, 8192, 13),  # 260 programs where 264 run at once
+        (1, 128, 100, 1),  # not worth the combination
+    ],
+)
+def test_splits_fill_the_device_and_are_worth_it(queries: int, heads: int, keys: int, splits: int) -> None:
+    tile = Config(bm=64, bk=32) if heads == 128 else Config(bm=16, bk=32, per_processor=2)
+    assert splits_for(queries, heads, keys, tile, 132) == splits

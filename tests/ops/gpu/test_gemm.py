@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.gpu.gemm import gemm, linear
+from farthing.ops.gpu.gemm import gemm, linear, narrowed
 from farthing.ops.gpu.launch import Config
 from farthing.ops.gpu.matrix import pack, pair, stack_rows
 from farthing.ops.gpu.normalize import quantize
@@ -53,6 +55,17 @@ def test_stacked_matrices_and_strided_rows(name: str, rows: tuple[int, int]) -> 
     y = linear(x, parts, None, EPS, None, torch.float32)
     value = torch.cat([w.dequantize() for w in stack])
     assert distance(y.cpu(), x.cpu() @ value.t()) < BOUNDS[name]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "bn"),
+    [(8, 7168, 32), (8, 2112, 16), (8, 512, 16), (512, 2112, 128), (512, 1024, 64)],
+)
+def test_tiles_are_as_narrow_as_it_takes_to_use_most_multiprocessors(
+    rows: int, columns: int, bn: int
+) -> None:
+    tile = Config(bm=16, bn=32) if rows == 8 else Config(bm=64, bn=128)
+    assert narrowed(tile, rows, columns, 132) == replace(tile, bn=bn)
 
 
 def dequantized(q: Tensor, scale: Tensor) -> Tensor:

@@ -5,11 +5,14 @@ Legend: n queries (tokens); H heads, BH of them a program; c latent, r rotary; B
 Every head reads the same keys: a key is the latent and the rotary key beside it (512 + 64 in V3), its value
 the latent again. So a tile is BH heads of one token against BK keys, and each key is loaded once for both
 products (FlashMLA does the same). With 8 bits the scale of a key multiplies its score and its weight, never
-its numbers. A split covers an equal share of its own sequence's keys, so that long and short ones end
+its numbers. Sizes of the model and of a cache block are constants, so that addresses are shifts and carry no
+masks. A split covers an equal share of its own sequence's keys, so that long and short ones end
 together (flash-decoding); a split without keys leaves minus infinity as its sum.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,19 +23,21 @@ from farthing.ops.api import LatentCache
 from farthing.ops.gpu.launch import Config, config, processors
 from farthing.ops.gpu.numeric import dot, narrow, widen
 
-_LEAST_KEYS = 256  # a split is not worth its combination below this many
 _MOST_SPLITS = 64
+_COMBINED = 128  # columns that a program combines: of 64 splits, 64 registers a thread
+_START = 64  # keys that could be read while a program starts and ends; an estimate
+_RESULT = 4  # bytes of a head's result, written and read again, over those of a key (8 c / 2 (c + r))
 
 
 @triton.jit
 def _decode(
-    q, q_pe, data, k_scale, table, sequences, positions, part, lse, scale, stride_t, size, H, c, r,
-    SPLITS: tl.constexpr, C: tl.constexpr, R: tl.constexpr, EIGHT_BITS: tl.constexpr,
-    BH: tl.constexpr, BK: tl.constexpr,
+    q, q_pe, data, k_scale, table, sequences, positions, part, lse, scale, stride_t, splits,
+    size: tl.constexpr, H: tl.constexpr, c: tl.constexpr, r: tl.constexpr, SPLIT: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, EIGHT_BITS: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     query, block, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(positions + query) + 1
-    share = tl.cdiv(tl.cdiv(length, SPLITS), BK) * BK
+    share = tl.cdiv(tl.cdiv(length, splits), BK) * BK
     begin = split * share
     end = tl.minimum(begin + share, length)
     sequence = tl.load(sequences + query).to(tl.int64)
@@ -72,20 +77,20 @@ def _decode(
             p = p * s_latent[None, :]
         acc = dot(narrow(p, ql.dtype), latent, acc * shrink[:, None])
         top = new
-    at = row * SPLITS + split
+    at = row * splits + split
     found = total > 0.0
     result = acc / tl.where(found, total, 1.0)[:, None]
     mask = (h[:, None] < H) & (j[None, :] < c)
     tl.store(part + at[:, None] * c + j[None, :], narrow(result, part.dtype.element_ty), mask=mask)
-    if SPLITS > 1:
+    if SPLIT:
         sum_log = tl.where(found, top + tl.log(tl.where(found, total, 1.0)), float("-inf"))
         tl.store(lse + at, sum_log, mask=h < H)
 
 
 @triton.jit
-def _combine(part, lse, out, c, S: tl.constexpr, SP: tl.constexpr, C: tl.constexpr):
+def _combine(part, lse, out, S, c: tl.constexpr, SP: tl.constexpr, BC: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    s, j = tl.arange(0, SP), tl.arange(0, C)
+    s, j = tl.arange(0, SP), tl.program_id(1) * BC + tl.arange(0, BC)
     sums = tl.load(lse + row * S + s, mask=s < S, other=float("-inf"))
     weight = tl.exp(sums - tl.max(sums, 0))
     weight = weight / tl.sum(weight, 0)
@@ -96,12 +101,22 @@ def _combine(part, lse, out, c, S: tl.constexpr, SP: tl.constexpr, C: tl.constex
     tl.store(out + row * c + j, narrow(result, out.dtype.element_ty), mask=j < c)
 
 
-def splits_for(queries: int, head_blocks: int, most_keys: int, processors: int) -> int:
-    """A power of two that fills the device about twice without making splits shorter than they are worth."""
-    wanted = triton.cdiv(2 * processors, max(1, queries * head_blocks))
-    useful = max(1, most_keys // _LEAST_KEYS)
-    most = min(triton.next_power_of_2(useful + 1) // 2 or 1, _MOST_SPLITS)
-    return int(min(triton.next_power_of_2(wanted), most))
+@lru_cache(4096)
+def splits_for(queries: int, heads: int, keys: int, c: Config, processors: int) -> int:
+    """Into how many parts a sequence's keys are split, so that the last program ends soonest.
+
+    In units of a key's bytes: a program takes its share of the keys, its queries, and its result, which is
+    written and read again in float32. `c.per_processor` programs run on a multiprocessor at once.
+    """
+    programs = max(1, queries * triton.cdiv(heads, c.bm))
+    at_once = processors * c.per_processor
+    alone = _START + c.bm * (1 + _RESULT)
+
+    def time(splits: int) -> tuple[int, int]:
+        share = triton.cdiv(triton.cdiv(keys, splits), c.bk) * c.bk
+        return triton.cdiv(programs * splits, at_once) * (share + (alone if splits > 1 else _START)), splits
+
+    return min(range(1, min(_MOST_SPLITS, triton.cdiv(keys, c.bk)) + 1), key=time)
 
 
 def decode(
@@ -119,20 +134,20 @@ def decode(
     if q.dtype is torch.float32:  # twice the bytes a tile
         kernel = "decode_float32"
     k = choice or config(kernel, heads, q.device)
-    blocks = triton.cdiv(heads, k.bm)
-    count = splits or splits_for(n, blocks, table.shape[1] * cache.block_size, processors(q.device))
+    count = splits or splits_for(n, heads, table.shape[1] * cache.block_size, k, processors(q.device))
     out = torch.empty_like(q)
     part = out if count == 1 else torch.empty(n, heads, count, c, dtype=torch.float32, device=q.device)
     lse = torch.empty(n, heads, count, dtype=torch.float32, device=q.device) if count > 1 else part
     padded = max(16, triton.next_power_of_2(c))
-    _decode[(n, blocks, count)](
+    _decode[(n, triton.cdiv(heads, k.bm), count)](
         q, q_pe, data, data if cache.scale is None else cache.scale[layer], table, sequences, positions,
-        part, lse, scale, table.stride(0), cache.block_size, heads, c, r, SPLITS=count, C=padded,
-        R=max(16, triton.next_power_of_2(r)), EIGHT_BITS=cache.scale is not None, BH=k.bm, BK=k.bk,
+        part, lse, scale, table.stride(0), count, size=cache.block_size, H=heads, c=c, r=r, SPLIT=count > 1,
+        C=padded, R=max(16, triton.next_power_of_2(r)), EIGHT_BITS=cache.scale is not None, BH=k.bm, BK=k.bk,
         **k.resources,
     )  # fmt: skip
     if count > 1:
-        _combine[(n * heads,)](
-            part, lse, out, c, S=count, SP=triton.next_power_of_2(count), C=padded, num_warps=4
+        columns = min(padded, _COMBINED)
+        _combine[(n * heads, triton.cdiv(c, columns))](
+            part, lse, out, count, c=c, SP=triton.next_power_of_2(count), BC=columns, num_warps=4
         )
     return out

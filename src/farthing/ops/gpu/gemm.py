@@ -8,19 +8,21 @@ inputs in L2. FP8 inputs are quantized (normed, where a norm comes first) in one
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.gpu.launch import Config, config
+from farthing.ops.gpu.launch import Config, config, processors
 from farthing.ops.gpu.matrix import FORMATS, Matrix
 from farthing.ops.gpu.normalize import quantize, rms_norm
-from farthing.ops.gpu.numeric import narrow
 from farthing.ops.gpu.sparse import Blocks, TwoOfFour, multiply
-from farthing.ops.gpu.tile import product
+from farthing.ops.gpu.tile import finish, product
 
 Part = Matrix | TwoOfFour | Blocks
+_LEAST_COLUMNS = 16
 _TOGETHER = 8  # rows of tiles that programs walk through side by side
 
 
@@ -42,12 +44,15 @@ def _gemm(
     acc = product(
         x, rows, live, x_scale, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO, False, BM, BN, BK
     )
-    mask = live[:, None] & (n[None, :] < N)
-    if HAS_RESIDUAL:
-        at = m.to(tl.int64)[:, None] * stride_r + n[None, :]
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    at = m.to(tl.int64)[:, None] * stride_o + n[None, :]
-    tl.store(out + at, narrow(acc, out.dtype.element_ty), mask=mask)
+    finish(acc, m, n, T, N, None, residual, out, stride_r, stride_o, False, HAS_RESIDUAL)
+
+
+def narrowed(c: Config, rows: int, columns: int, processors: int) -> Config:
+    """Tiles as narrow as it takes to use most multiprocessors: few rows wait for bytes on their way."""
+    bn = c.bn
+    while bn > _LEAST_COLUMNS and 2 * triton.cdiv(rows, c.bm) * triton.cdiv(columns, bn) <= processors:
+        bn //= 2
+    return replace(c, bn=bn)
 
 
 def gemm(
@@ -57,7 +62,9 @@ def gemm(
     """out [T, N] = residual + x [T, K] W^T; x is FP8 with x_scale where W is, and then contiguous."""
     tokens = x.shape[0]
     fp8 = weight.format == "fp8"
-    c = choice or config(f"gemm_{weight.format}", tokens, x.device)
+    c = choice or narrowed(
+        config(f"gemm_{weight.format}", tokens, x.device), tokens, weight.n, processors(x.device)
+    )
     grid = (triton.cdiv(tokens, c.bm) * triton.cdiv(weight.n, c.bn),)
     _gemm[grid](
         x, x_scale, weight.data, weight.scale, weight.zero, residual, out, tokens, weight.n, weight.k,

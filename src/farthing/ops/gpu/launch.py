@@ -27,7 +27,7 @@ class Config:
     bk: int = 64
     num_warps: int = 4
     num_stages: int = 3
-    per_processor: int = 1  # programs of a persistent kernel on one multiprocessor
+    per_processor: int = 1  # programs on one multiprocessor at once: of persistent kernels, and of decode
 
     def __post_init__(self) -> None:
         for field in fields(self):

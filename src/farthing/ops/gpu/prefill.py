@@ -20,8 +20,9 @@ from farthing.ops.gpu.numeric import dot, narrow
 
 @triton.jit
 def _turn(
-    q, qp, position, acc, total, top, start, kv, k_pe, first, length, head, H, n, r, v, scale,
-    MASK: tl.constexpr, N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    q, qp, position, acc, total, top, start, kv, k_pe, first, length, head, scale,
+    H: tl.constexpr, n: tl.constexpr, r: tl.constexpr, v: tl.constexpr, MASK: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys from `start`; kv rows are H (n + v) wide."""
     at = start + tl.arange(0, BK)
@@ -45,8 +46,9 @@ def _turn(
 
 @triton.jit
 def _prefill(
-    q, q_pe, kv, k_pe, out, query_start, key_first, key_length, scale, stride_q, stride_o, H, n, r, v,
-    N: tl.constexpr, R: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    q, q_pe, kv, k_pe, out, query_start, key_first, key_length, scale, stride_q, stride_o,
+    H: tl.constexpr, n: tl.constexpr, r: tl.constexpr, v: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     # Late tiles have the most keys: they go first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -76,13 +78,13 @@ def _prefill(
         newest = tl.minimum(oldest + BM, length)
         for start in range(0, plain, BK):
             acc, total, top = _turn(
-                a, b, position, acc, total, top, start, kv, k_pe, first, length, head, H, n, r, v, scale,
-                False, N, R, V, BK,
+                a, b, position, acc, total, top, start, kv, k_pe, first, length, head, scale,
+                H, n, r, v, False, N, R, V, BK,
             )  # fmt: skip
         for start in range(plain, newest, BK):
             acc, total, top = _turn(
-                a, b, position, acc, total, top, start, kv, k_pe, first, length, head, H, n, r, v, scale,
-                True, N, R, V, BK,
+                a, b, position, acc, total, top, start, kv, k_pe, first, length, head, scale,
+                H, n, r, v, True, N, R, V, BK,
             )  # fmt: skip
         result = narrow(acc / total[:, None], out.dtype.element_ty)
         tl.store(out + wide * stride_o + head * v + w[None, :], result, mask=live[:, None] & (w[None, :] < v))
@@ -105,8 +107,8 @@ def prefill(
     starts = torch.tensor([*spans], dtype=torch.int32, device=q.device)
     lengths = torch.tensor(key_lengths, dtype=torch.int32, device=q.device)
     _prefill[(triton.cdiv(longest, c.bm), heads, len(spans))](
-        q, q_pe, kv, k_pe, out, starts, key_first, lengths, scale, q.stride(0), out.stride(0), heads, n, r, v,
-        N=_padded(n), R=_padded(r), V=_padded(v), BM=c.bm, BK=c.bk, **c.resources,
+        q, q_pe, kv, k_pe, out, starts, key_first, lengths, scale, q.stride(0), out.stride(0), H=heads,
+        n=n, r=r, v=v, N=_padded(n), R=_padded(r), V=_padded(v), BM=c.bm, BK=c.bk, **c.resources,
     )  # fmt: skip
 
 

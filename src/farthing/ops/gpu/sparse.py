@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from farthing.ops.gpu.launch import Config, config
-from farthing.ops.gpu.numeric import dot, narrow, widen
+from farthing.ops.gpu.numeric import dot, widen
+from farthing.ops.gpu.tile import finish
 from farthing.ops.weights import Weight
 
 SIDE = 16
@@ -78,12 +79,7 @@ def _two_of_four(
             w = tl.where((place & 3) == lane, first, tl.zeros_like(first))
             w = tl.where((place >> 2) == lane, second, w)
             acc = dot(a, widen(w, a.dtype), acc)
-    if HAS_SCALE:
-        acc = acc * tl.load(scale + n, mask=n < N, other=0.0)[None, :]
-    mask = (m[:, None] < T) & (n[None, :] < N)
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + rows * stride_r + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + rows * stride_o + n[None, :], narrow(acc, out.dtype.element_ty), mask=mask)
+    finish(acc, m, n, T, N, scale, residual, out, stride_r, stride_o, HAS_SCALE, HAS_RESIDUAL)
 
 
 @triton.jit
@@ -103,13 +99,7 @@ def _blocks(
         a = tl.load(x + rows * stride_x + k[None, :], mask=(m[:, None] < T) & (k[None, :] < K), other=0.0)
         at = own.to(tl.int64)[:, None] * (SIDE * SIDE) + n[None, :] * SIDE + (i % SIDE)[:, None]
         acc = dot(a, widen(tl.load(blocks + at), a.dtype), acc)
-    n += panel * SIDE
-    if HAS_SCALE:
-        acc = acc * tl.load(scale + n, mask=n < N, other=0.0)[None, :]
-    mask = (m[:, None] < T) & (n[None, :] < N)
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + rows * stride_r + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + rows * stride_o + n[None, :], narrow(acc, out.dtype.element_ty), mask=mask)
+    finish(acc, m, panel * SIDE + n, T, N, scale, residual, out, stride_r, stride_o, HAS_SCALE, HAS_RESIDUAL)
 
 
 def multiply(

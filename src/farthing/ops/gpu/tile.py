@@ -1,4 +1,4 @@
-"""The product of one tile, for every storage format: what the dense and the grouped GEMM share.
+"""The product of one tile, for every storage format, and its end: what dense, grouped and sparse GEMMs share.
 
 Legend: BM x BN the tile; K columns of the input; BK of them a turn. x rows are given one by one, so that a
 grouped product gathers its tokens while it loads them.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from farthing.ops.gpu.numeric import dot, widen
+from farthing.ops.gpu.numeric import dot, narrow, widen
 
 DENSE = tl.constexpr(0)
 INT8 = tl.constexpr(1)
@@ -97,3 +97,18 @@ def _fp8(acc, x, rows, live, x_scale, w, w_scale, n, N, K, PAIRED: tl.constexpr,
             b_scale = tl.load(w_scale + tl.min(n, 0) // _BLOCK * blocks + block)
             acc += part * (a_scale * b_scale)[:, None]
     return acc
+
+
+@triton.jit
+def finish(
+    acc, m, n, T, N, scale, residual, out, stride_r, stride_o,
+    HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """out [T, N] at rows m, columns n = residual + scale [N] * acc."""
+    if HAS_SCALE:
+        acc = acc * tl.load(scale + n, mask=n < N, other=0.0)[None, :]
+    mask = (m[:, None] < T) & (n[None, :] < N)
+    rows = m.to(tl.int64)[:, None]
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + rows * stride_r + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + rows * stride_o + n[None, :], narrow(acc, out.dtype.element_ty), mask=mask)
