@@ -149,6 +149,16 @@ def test_the_command(model_dir: Path, data: Path) -> None:
     assert wanted <= set(document)
 
 
+def test_the_command_says_what_is_wrong(data: Path) -> None:
+    for arguments, words in (
+        (["/nowhere"], "model is '/nowhere'; expected 'reference', a directory"),
+        (["--max-drop", "much"], "max-drop is 'much'; expected a share"),
+        (["--data", "/nowhere"], "data is '/nowhere', no such file"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and words in result.output.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{", "is not JSON"), ('{"a": 1}', "neither 'text' nor 'ids'"), ("", "no token to predict")],

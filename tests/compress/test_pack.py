@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from farthing.cli.compress import app
 from farthing.compress.evaluate import paged_batch
+from farthing.compress.size import SPARSE_FROM, zero_block_bytes
 from farthing.model import load
 from farthing.ops import select
 
@@ -57,8 +58,9 @@ def test_block_sparse_weights_survive_packing_and_are_served(
 
 
 def test_packed_bytes_fall_with_the_blocks() -> None:
+    from farthing.ops.cpu import packing
     from farthing.ops.cpu.packing import PackedFormat, Plan, pack
-    from farthing.ops.weights import quantize_int4
+    from farthing.ops.weights import Weight, quantize_int4
 
     native = select("cpu")._native  # type: ignore[attr-defined]
     w = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
@@ -67,6 +69,11 @@ def test_packed_bytes_fall_with_the_blocks() -> None:
     dense_bytes, sparse_bytes = (
         pack(native, [quantize_int4(x)], Plan(PackedFormat.Q4, 64)).serialized_bytes for x in (w, sparse)
     )
-    share = float((keep == 0).float().mean())
-    data = 256 * 512 / 2
-    assert dense_bytes - sparse_bytes > 0.7 * share * data
+    counted = zero_block_bytes(quantize_int4(sparse), sparse != 0)
+    assert dense_bytes - sparse_bytes == pytest.approx(counted, rel=0.1)
+    assert SPARSE_FROM == packing.SPARSE_FROM
+    few = keep.clone().fill_(1.0)
+    few[:2] = 0  # an eighth of the blocks: the kernels keep them
+    mask = few.repeat_interleave(16, 0).repeat_interleave(16, 1) != 0
+    assert zero_block_bytes(quantize_int4(w * mask), mask) == 0
+    assert zero_block_bytes(Weight("dense", sparse), sparse != 0) == 0

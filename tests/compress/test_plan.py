@@ -5,28 +5,76 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
+from farthing.compress import sensitivity
 from farthing.compress.api import Options, compress
 from farthing.compress.recipe import RECIPES
+from farthing.compress.size import Measure, reads_of, sizes_of
+from farthing.model import ModelConfig
+from farthing.model.inspect import checkpoint_cost
 
 SMALL = 600  # calibration tokens
 
 
-def test_auto_meets_a_byte_budget_and_gets_better_with_more(
-    model_dir: Path, data: Path, tmp_path: Path
+def stored(path: Path) -> int:
+    """Bytes of all tensors; files have headers besides."""
+    checkpoint = Checkpoint.open(path)
+    return sum(checkpoint.nbytes(n) for n in checkpoint.names())
+
+
+@pytest.mark.parametrize("measure", ["memory", "token"])
+def test_auto_meets_a_budget_and_gets_better_with_more(
+    measure: Measure, model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
+    source = Checkpoint.open(model_dir)
+    before = sizes_of(source, reads_of(ModelConfig.from_json(source.config)))
+    auto = replace(RECIPES["auto"], measure=measure, calibration_tokens=SMALL, sparsities=())
     options = Options(calibration=data, data=data, window=64)
     drops, sizes = [], []
-    for i, budget in enumerate((200_000, 300_000)):
-        recipe = replace(RECIPES["auto"], budget_bytes=budget, calibration_tokens=SMALL)
-        outcome = compress(model_dir, tmp_path / str(i), recipe, options)
-        assert outcome.report.plan is not None and outcome.report.plan["bytes"] <= budget
-        assert "least predicted loss" in outcome.report.plan["explanation"]
+    for share in (0.25, 0.35):
+        budget, out = round(share * before.of(measure)), tmp_path / str(share)
+        outcome = compress(model_dir, out, replace(auto, budget_bytes=budget), options)
+        plan, after = outcome.report.plan, outcome.report.sizes["after"]
+        assert plan is not None and "least predicted loss" in plan["explanation"]
+        # What was planned is what was written, to the byte but for the rounding of a part's twin.
+        assert plan["predicted"]["file"] == pytest.approx(stored(out), abs=10) == after["file"]
+        assert plan["predicted"]["token"] == pytest.approx(after["token"], rel=0.01)
+        assert after[measure] <= budget
+        assert after["token"] == pytest.approx(checkpoint_cost(out).active_bytes, rel=0.02)
+        assert outcome.to_json()["bytes_per_token_after"] == after["token"]
+        assert "read for a decoded token" in (out / "report.html").read_text()
         drops.append(outcome.report.quality.kl)  # type: ignore[union-attr]
-        sizes.append(outcome.report.size_after)
+        sizes.append(after[measure])
     assert sizes[0] < sizes[1] and drops[0] > drops[1]
+
+
+def test_a_budget_that_cannot_be_met_is_refused_and_measuring_is_kept(
+    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(calibration=data, data=data, window=64, gate=False)
+    recipe = replace(RECIPES["auto"], calibration_tokens=SMALL, measure="token", sparsities=())
+    with pytest.raises(ValueError, match=r"budget_bytes is 1,000 \(weights read .*expected at least 1\d\d,"):
+        compress(model_dir, tmp_path / "out", replace(recipe, budget_bytes=1000), options)
+    monkeypatch.setattr(sensitivity, "compress_layer", None)  # nothing is measured a second time
+    with pytest.raises(ValueError, match=r"and max_drop is 0\.00%; expected a budget of [\d,]+ or more"):
+        compress(model_dir, tmp_path / "out", replace(recipe, budget_bytes=200_000, max_drop=1e-9), options)
+    monkeypatch.undo()
+    compress(model_dir, tmp_path / "out", replace(recipe, budget_bytes=200_000), options)
+    assert not (tmp_path / "out" / ".farthing").exists()
+    with pytest.raises(ValueError, match="already holds a model"):  # before anything is measured
+        compress(model_dir, tmp_path / "out", recipe, options)
+
+
+def test_files_are_planned_without_zero_blocks(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPES["auto"], calibration_tokens=SMALL, measure="file")
+    report = compress(model_dir, tmp_path / "out", recipe, Options(data, data, window=64)).report
+    assert report.plan is not None and "files keep zeros" in report.plan["explanation"]
+    assert not any(m["sparsity"] for m in report.modules)
+    groups = {m["group_size"] for m in report.modules if m["format"] == "int4"}
+    assert groups <= {32, 64} and "KL int4-32" in report.plan["choices"][0]  # 128 divides no matrix here
 
 
 def with_empty_blocks(source: Path, out: Path) -> Path:
@@ -55,11 +103,11 @@ def test_auto_takes_zero_blocks_where_they_cost_nothing_and_only_there(
         assert report.plan is not None and report.quality is not None
         assert "25%, 50%" in report.plan["explanation"] and "5 feed-forwards" in report.plan["explanation"]
         assert report.quality.relative_increase < 0.01
-        assert all("KL int4, 50% of blocks zero" in row for row in report.plan["choices"])
+        assert all("KL int4-64, 50% of blocks zero" in row for row in report.plan["choices"])
     assert "chosen in none: the cheapest costs" in full.plan["explanation"]  # type: ignore[index]
     assert not any(m["sparsity"] for m in full.modules)
     assert "chosen in 5" in half.plan["explanation"]  # type: ignore[index]
-    assert half.plan["bytes"] < full.plan["bytes"]  # type: ignore[index]
+    assert half.plan["predicted"]["memory"] < full.plan["predicted"]["memory"]  # type: ignore[index]
     cut = [m for m in half.modules if ".mlp." in m["module"] and ".layers.3." not in m["module"]]
     assert cut and sum(m["sparsity"] for m in cut) / len(cut) > 0.35
     assert not any(m["sparsity"] for m in half.modules if m not in cut)  # attention and the MTP layer
@@ -67,6 +115,10 @@ def test_auto_takes_zero_blocks_where_they_cost_nothing_and_only_there(
     assert formats["model.layers.3.eh_proj"] == "int8"  # no other layer has one
     for module in ("self_attn.o_proj", "mlp.experts.0.up_proj"):  # drafts follow the last layer
         assert formats[f"model.layers.3.{module}"] == formats[f"model.layers.2.{module}"]
+    for name, report in (("0", full), ("1", half)):
+        sizes, left_out = report.sizes["after"], sum(m["zero_block_bytes"] for m in report.modules)
+        assert sizes["file"] == stored(tmp_path / name) == sizes["memory"] + left_out
+    assert half.sizes["after"]["token"] < 0.95 * checkpoint_cost(tmp_path / "1").active_bytes
     checkpoint = Checkpoint.open(tmp_path / "1")
     up = checkpoint.weight("model.layers.0.mlp.up_proj").dequantize()
     assert not up[:16, 16:32].any() and bool(up[:16, :16].any())

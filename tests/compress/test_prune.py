@@ -15,6 +15,7 @@ from farthing.compress.prune.masks import BLOCKS, block_scores, global_budgets, 
 from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
 from farthing.compress.prune.schedule import cubic_sparsity
 from farthing.compress.sensitivity import Option
+from farthing.compress.size import Sizes
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
@@ -147,17 +148,24 @@ def test_the_knapsack_is_nearly_the_best_of_all_plans(parts: int, seed: int) -> 
     for name in names:
         size = int(torch.randint(1000, 5000, (1,), generator=generator))
         loss = float(torch.rand(1, generator=generator)) + 0.01
-        options += [Option(name, "int4", size // 2, loss), Option(name, "int8", size, loss / 20)]
-        options.append(Option(name, "keep", 2 * size, 0.0))
+        for kind, n, kl in (("int4", size // 2, loss), ("int8", size, loss / 20), ("keep", 2 * size, 0.0)):
+            options.append(Option(name, kind, Sizes(n, n, n), kl))
     by_part = [[o for o in options if o.part == n] for n in names]
-    limit = 1.1 * sum(o[1].bytes for o in by_part)
-    chosen = knapsack(options, names, cost="bytes", value="kl", limit=limit)
-    assert sum(o.bytes for o in chosen.values()) <= limit
+    limit = 1.1 * sum(o[1].sizes.memory for o in by_part)
+
+    def size_of(option: Option) -> float:
+        return option.sizes.memory
+
+    chosen = knapsack(options, names, size_of, lambda o: o.kl, limit)
+    assert sum(map(size_of, chosen.values())) <= limit
     # sizes are rounded up to 1/2000 of the budget, so a budget smaller by that much is a bound on the best
     tight = limit * (1 - parts / 2000)
     best = min(
-        sum(o.kl for o in plan) for plan in itertools.product(*by_part) if sum(o.bytes for o in plan) <= tight
+        sum(o.kl for o in plan) for plan in itertools.product(*by_part) if sum(map(size_of, plan)) <= tight
     )
     assert sum(o.kl for o in chosen.values()) <= best + 1e-9
-    with pytest.raises(ValueError, match="the smallest plan needs"):
-        knapsack(options, names, cost="bytes", value="kl", limit=10)
+    smallest = sum(o[0].sizes.memory for o in by_part)  # fits exactly, whatever the cells round
+    tightest = knapsack(options, names, size_of, lambda o: o.kl, smallest)
+    assert {o.format for o in tightest.values()} == {"int4"}
+    with pytest.raises(ValueError, match="the limit is 10; the cheapest plan takes"):
+        knapsack(options, names, size_of, lambda o: o.kl, 10)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint import Checkpoint, CheckpointWriter
 from farthing.cli.compress import app
 from farthing.compress import stream
 from farthing.compress.api import Options, compress
@@ -309,6 +309,14 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
         document
     )
     assert document["verdict"] == "pass"
+    assert document["bytes_per_token_after"] < document["bytes_per_token_before"]
+    budget = [str(model_dir), "--recipe", "auto", "--budget", "1kB", "--measure", "token", "--no-gate"]
+    (tmp_path / "auto.yaml").write_text(f"base: auto\ncalibration_tokens: {SMALL}\nsparsities: []\n")
+    budget[2] = str(tmp_path / "auto.yaml")
+    result = CliRunner().invoke(app, [*budget, "-o", str(tmp_path / "c"), "--calibration", str(data)])
+    assert result.exit_code == 2 and "budget_bytes is 1,000 (weights read for one decoded" in result.output
+    result = CliRunner().invoke(app, [*args[:2], "int8", "--budget", "1kB", "-o", str(tmp_path / "d")])
+    assert result.exit_code == 2 and "scheme is 'int8'; expected scheme 'auto'" in result.output
     yaml = tmp_path / "mine.yaml"
     yaml.write_text("base: int4-rtn\ngroup_size: 32\nignore: ['*.o_proj']\n")
     result = CliRunner().invoke(
@@ -325,7 +333,20 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
     [
         ("scheme: int5", "scheme is 'int5'; expected one of"),
         ("grup_size: 3", "unknown field 'grup_size'"),
-        ("prune: {sparsity: 2}", "sparsity is 2; expected a share"),
+        ("prune: {sparsity: 2}", r"prune\.sparsity is 2; expected a share"),
+        ("prune: {shares: {'*': 2}}", r"prune\.shares\['\*'\] is 2\.0; expected a share"),
+        ("prune: {shares: {'*': many}}", "prune.shares is {'\\*': 'many'}; expected a mapping"),
+        ("prune: {heal_steps: few}", "prune.heal_steps is 'few'; expected a whole number"),
+        ("experts: 1.5", "experts is 1.5; expected a share"),
+        ("ignore: '*.o_proj'", r"ignore is '\*\.o_proj'; expected a list of names"),
+        ("sparsities: [a]", r"sparsities is \['a'\]; expected a list of numbers"),
+        ("calibration_tokens: many", "calibration_tokens is 'many'; expected a whole number"),
+        ("act_order: 1", "act_order is 1; expected true or false"),
+        ("max_drop: 1%", "max_drop is '1%'; expected a number"),
+        ("base: auto\nmax_drop: -1", "max_drop is -1; expected a share"),
+        ("base: auto\nbudget_bytes: 5 bits", "budget_bytes is '5 bits'; expected bytes such as"),
+        ("base: auto\nmeasure: disk", "measure is 'disk'; expected one of"),
+        ("budget_bytes: 5MB", "budget_bytes is 5000000, but scheme is 'int8'; expected scheme 'auto'"),
         ("base: nothing", "base is 'nothing'; expected one of"),
         ("- a", "expected a mapping"),
     ],
@@ -334,6 +355,64 @@ def test_bad_recipes(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=words):
         load_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [(1500, 1500), ("1500", 1500), ("1.5kB", 1500), ("2 MiB", 2**21), ("1e3B", 1000)]
+)
+def test_a_budget_in_units(text: str | int, size: int, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"base: auto\nbudget_bytes: {text}\nmeasure: token\n")
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert (recipe.budget_bytes, recipe.measure, recipe.allowed_drop) == (size, "token", None)
+    assert replace(recipe, budget_bytes=None).allowed_drop == 0.01
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-rtn", "fp8-block", "prune30-magnitude", "int4-gptq"])
+@pytest.mark.parametrize("tensor", ["model.layers.3.mlp.experts.7.down_proj.weight", "model.norm.weight"])
+def test_what_is_not_finite_is_refused_by_name(
+    name: str, tensor: str, model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    checkpoint, writer = Checkpoint.open(model_dir), CheckpointWriter(tmp_path / "source")
+    for other in checkpoint.names():
+        value = checkpoint.tensor(other).clone()
+        if other == tensor:
+            value.view(-1)[3] = torch.inf
+        writer.add(other, value)
+    writer.close(checkpoint.config, copy_from=model_dir)
+    options = Options(data, data, window=64, gate=False)
+    with pytest.raises(ValueError, match=f"{tensor} holds NaN or infinity"):
+        compress(tmp_path / "source", tmp_path / "out", RECIPES[name], options)
+
+
+def test_what_is_sure_to_fail_fails_before_the_work(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    for recipe, options, words in (
+        (
+            "auto",
+            Options(data, data, export="deepseek-fp8"),
+            "scheme of recipe auto is 'auto'; expected 'fp8'",
+        ),
+        ("auto", Options(data, data, export="gguf"), "format is 'gguf'; expected 'compressed-tensors' or"),
+        ("int8", Options(data, data, backend="tpu"), "backend 'tpu' is unknown"),
+        ("int8", Options(data, tmp_path / "none"), "data is .*none', no such file"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            compress(model_dir, tmp_path / "out", RECIPES[recipe], options)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_run_killed_while_it_named_its_shards_starts_over(model_dir: Path, tmp_path: Path) -> None:
+    job = Job(model_dir, tmp_path / "out", RECIPES["fp8-block"], None)
+    run(replace(job, out=tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream.CheckpointWriter, "close", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(job)
+    (tmp_path / "out" / "part-00001.safetensors").rename(
+        tmp_path / "out" / "model-00001-of-00005.safetensors"
+    )
+    run(job)
+    a, b = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "whole")
+    assert set(a.names()) == set(b.names()) and a.stored_bytes() == b.stored_bytes()
 
 
 def test_unknown_recipe_lists_the_known() -> None:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from farthing.compress.recipe import Recipe
+    from farthing.compress.api import Options, Outcome
+    from farthing.compress.recipe import Prune, Recipe
 
 app = typer.Typer()
 
 
 @app.command(
     epilog="Examples:  farthing compress -o small  |  farthing compress ./model --recipe int4-gptq -o out "
-    "--max-drop 1.5%  |  farthing compress ./model --recipe mine.yaml -o out --calibration text.jsonl --json"
+    "--max-drop 1.5%  |  farthing compress ./model --recipe auto -o out --budget 2.5MB --measure token"
 )
 def compress(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or `reference`.")] = "reference",
@@ -28,6 +29,13 @@ def compress(
     max_drop: Annotated[
         str | None,
         typer.Option(help="Exit 1 if perplexity rises by more (0.3%), 3 if the sample cannot tell."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="With an automatic plan: bytes the result may take, such as 9MB.")
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="What --budget counts: memory (the default), file, or token (read a token)."),
     ] = None,
     observer: Annotated[str | None, typer.Option(help="Force kl, mse, percentile or minmax.")] = None,
     backend: Annotated[
@@ -49,11 +57,8 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compress MODEL layer by layer; a killed run resumes. Writes report.json and report.html beside it."""
-    from farthing.cli.progress import step_progress
-    from farthing.compress import api
+    from farthing.compress.api import Options
     from farthing.compress.gate import parse_share
-    from farthing.compress.serving import pack_for_cpu, serving_figures
-    from farthing.engine.resolve import resolve_model
 
     if show:
         _print_recipes(as_json)
@@ -62,17 +67,9 @@ def compress(
         raise typer.BadParameter("expected a directory to write", param_hint="--out")
     try:
         limit = parse_share("max-drop", max_drop) if max_drop is not None else None
-        chosen = _recipe(recipe, observer, limit)
-        options = api.Options(
-            calibration, data, limit, backend, max_tokens=max_tokens, export=export, gate=gate
-        )
-        source = resolve_model(model)
-        with step_progress("compressing") as progress:
-            # Serving holds both models in memory: who forgoes the gate may not afford that.
-            served = serving_figures(source) if (gate if timing is None else timing) else None
-            outcome = api.compress(source, out, chosen, options, progress, served)
-            if pack:
-                pack_for_cpu(out)
+        chosen = _recipe(recipe, limit, {"observer": observer, "budget_bytes": budget, "measure": measure})
+        options = Options(calibration, data, limit, backend, max_tokens=max_tokens, export=export, gate=gate)
+        outcome = _run(model, out, chosen, options, gate if timing is None else timing, pack)
     except (ValueError, FileNotFoundError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
@@ -82,13 +79,31 @@ def compress(
         raise typer.Exit(1 if outcome.verdict.answer == "fail" else 3)
 
 
-def _recipe(name: str, observer: str | None, limit: float | None) -> Recipe:
+def _run(model: str, out: Path, recipe: Recipe, options: Options, timing: bool, pack: bool) -> Outcome:
+    """Compress, and serve both models where they are timed: that holds both in memory."""
+    from farthing.cli.progress import step_progress
+    from farthing.compress import api
+    from farthing.compress.serving import pack_for_cpu, serving_figures
+    from farthing.engine.resolve import resolve_model
+
+    source = resolve_model(model)
+    with step_progress("compressing") as progress:
+        served = serving_figures(source) if timing else None
+        outcome = api.compress(source, out, recipe, options, progress, served)
+        if pack:
+            pack_for_cpu(out)
+    return outcome
+
+
+def _recipe(name: str, limit: float | None, given: dict[str, str | None]) -> Recipe:
     """The recipe with what the command line changes in it."""
     from farthing.compress.recipe import from_json, load_recipe
 
     chosen = load_recipe(name)
-    if observer is not None:
-        chosen = replace(chosen, observer=from_json({"observer": observer}, name, "--observer").observer)
+    fields = {k: v for k, v in given.items() if v is not None}
+    if fields:
+        read = from_json({"scheme": chosen.scheme} | fields, name, "the command line")
+        chosen = replace(chosen, **{k: getattr(read, k) for k in fields})
     if limit is not None and (chosen.scheme == "auto" or chosen.adaptive):
         chosen = replace(chosen, max_drop=limit)
     return chosen
@@ -103,12 +118,24 @@ def _print(document: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_recipes(as_json: bool) -> None:
-    from farthing.compress.recipe import RECIPES
+    from farthing.compress.recipe import RECIPES, Recipe
 
-    recipes = {name: r.to_json() for name, r in RECIPES.items()}
     if as_json:
-        print(json.dumps(recipes))
+        print(json.dumps({name: r.to_json() for name, r in RECIPES.items()}))
         return
-    for name, fields in recipes.items():
-        text = ", ".join(f"{k} {v}" for k, v in fields.items() if v and k not in ("name", "damp", "window"))
-        typer.echo(f"{name:>18}  {text}")
+    for name, recipe in RECIPES.items():
+        typer.echo(f"{name:>18}  {_fields(recipe, Recipe(''))}")
+
+
+def _fields(given: Recipe | Prune, defaults: Recipe | Prune) -> str:
+    """The fields that differ from their defaults; `scheme` is always told."""
+    from farthing.compress.recipe import Prune
+
+    said = []
+    for name in given.__dataclass_fields__:
+        value = getattr(given, name)
+        if isinstance(value, Prune):
+            said.append(f"prune ({_fields(value, Prune())})")
+        elif name in ("scheme", "pattern") or (name != "name" and value != getattr(defaults, name)):
+            said.append(f"{name} {value}")
+    return ", ".join(said)

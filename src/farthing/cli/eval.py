@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from farthing.compress.evaluate import Verdict
 
 app = typer.Typer()
 
@@ -41,37 +44,54 @@ def evaluate(
 
     Of two .onnx networks for images: top-1 of both, and the paired interval of the difference.
     """
-    from farthing.cli.progress import token_progress
-    from farthing.compress import evaluate as ev
-    from farthing.compress.corpus import load_corpus
-    from farthing.compress.gate import compare_in_turn, held_out_sample, load_for, parse_share
-    from farthing.engine.resolve import resolve_model
-    from farthing.model import ModelConfig
+    from farthing.compress.gate import parse_share
 
-    limit = parse_share("max-drop", max_drop) if max_drop is not None else None
-    if model.endswith(".onnx"):
-        _vision(Path(model), against, data, limit, as_json)
-        return
-    path = resolve_model(model)
-    config = ModelConfig.from_directory(path)
-    window = min(window, config.max_position_embeddings)
-    corpus = load_corpus(data or held_out_sample(), path, window, max_tokens, config.bos_token_id)
-    arithmetic = "simulate" if simulate else backend
-    if against is None:
-        with token_progress("measuring", corpus.tokens) as advance:
-            quality = ev.evaluate(load_for(path, arithmetic), corpus, progress=advance)
-        _print(asdict(quality), as_json)
-        return
-    with token_progress("comparing", 2 * corpus.tokens) as advance:
-        result = compare_in_turn(path, resolve_model(against), corpus, (arithmetic, arithmetic), advance)
-    document = result.to_json()
-    verdict = result.verdict(limit) if limit is not None else None
-    if verdict is not None:
-        document |= {"verdict": verdict.answer, "max_drop": limit, "tokens_needed": verdict.tokens_needed}
+    try:
+        limit = parse_share("max-drop", max_drop) if max_drop is not None else None
+        if model.endswith(".onnx"):
+            _vision(Path(model), against, data, limit, as_json)
+            return
+        arithmetic = "simulate" if simulate else backend
+        document, verdict = _measure(model, against, data, limit, (window, max_tokens), arithmetic)
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
     _print(document, as_json)
     if verdict is not None and verdict.answer != "pass":
         typer.echo(str(verdict), err=True)
         raise typer.Exit(1 if verdict.answer == "fail" else 3)
+
+
+def _measure(
+    model: str,
+    against: str | None,
+    data: Path | None,
+    limit: float | None,
+    cut: tuple[int, int | None],
+    arithmetic: str,
+) -> tuple[dict[str, object], Verdict | None]:
+    """The document to print, and the verdict where a limit was given; cut: window and tokens at most."""
+    from farthing.cli.progress import token_progress
+    from farthing.compress import evaluate as ev
+    from farthing.compress.corpus import load_corpus
+    from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
+    from farthing.engine.resolve import resolve_model
+    from farthing.model import ModelConfig
+
+    path = resolve_model(model)
+    config = ModelConfig.from_directory(path)
+    window = min(cut[0], config.max_position_embeddings)
+    corpus = load_corpus(data or held_out_sample(), path, window, cut[1], config.bos_token_id)
+    if against is None:
+        with token_progress("measuring", corpus.tokens) as advance:
+            return asdict(ev.evaluate(load_for(path, arithmetic), corpus, progress=advance)), None
+    with token_progress("comparing", 2 * corpus.tokens) as advance:
+        result = compare_in_turn(path, resolve_model(against), corpus, (arithmetic, arithmetic), advance)
+    verdict = result.verdict(limit) if limit is not None else None
+    document: dict[str, object] = result.to_json()
+    if verdict is not None:
+        document |= {"verdict": verdict.answer, "max_drop": limit, "tokens_needed": verdict.tokens_needed}
+    return document, verdict
 
 
 def _vision(a: Path, against: str | None, data: Path | None, limit: float | None, as_json: bool) -> None:

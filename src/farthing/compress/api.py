@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import Report
-from farthing.compress.stream import Job, Progress, Progressed, run
+from farthing.compress.size import Sizes, reads_of, sizes_of
+from farthing.compress.stream import Job, Progress, Progressed, check_export, refuse_finished, run
 from farthing.model import ModelConfig
+from farthing.ops import select
 
 GATE_TOKENS = 16384  # held-out tokens the gate reads; where they do not decide, it says how many would
 
@@ -52,6 +54,8 @@ class Outcome:
         return {
             "size_before": r.size_before,
             "size_after": r.size_after,
+            "bytes_per_token_before": r.sizes["before"]["token"],
+            "bytes_per_token_after": r.sizes["after"]["token"],
             "drop": q.relative_increase if q else None,
             "drop_interval": list(q.interval) if q else None,
             "seconds": r.seconds,
@@ -79,49 +83,94 @@ def compress(
     options = options or Options()
     start = time.monotonic()
     config = ModelConfig.from_directory(source)
-    corpus: Corpus | None = None
-    judged: Corpus | None = None
-    if recipe.adaptive and options.calibration is None:
-        # The rule is chosen by its loss, which text the model was trained on would flatter.
-        corpus, judged = halves(_held_out(source, options, config))
-    elif recipe.needs_data:
-        corpus = _calibration(source, recipe, options, config)
-    plan: PlanResult | None = None
-    adaptive: AdaptivePlan | None = None
-    state = Progressed("")
-    if recipe.adaptive:
-        assert corpus is not None
-        adaptive = _adapt(source, out, recipe, corpus, progress)
-    else:
-        if recipe.scheme == "auto":
-            assert corpus is not None
-            plan = make_plan(source, recipe, corpus, progress)
-            recipe = plan.recipe(recipe)
-        state = run(Job(source, out, recipe, corpus, plan.format if plan else None, options.export), progress)
+    judged = _ready(source, out, recipe, options, config)
+    made = _make(source, out, recipe, options, config, progress)
     seconds = time.monotonic() - start
     peak = peak_memory()
     quality = None
     if options.gate:
-        sampled = replace(options, max_tokens=options.max_tokens or GATE_TOKENS)
-        judged = judged or _held_out(source, sampled, config)
+        judged = made.judged or judged
+        assert judged is not None
         quality = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
+    before, after_ = Checkpoint.open(source), Checkpoint.open(out)
     report = Report(
-        recipe=recipe.to_json() | ({"calibrated": adaptive.to_json()} if adaptive else {}),
+        recipe=made.recipe.to_json() | ({"calibrated": made.adaptive.to_json()} if made.adaptive else {}),
         source=str(source),
-        size_before=Checkpoint.open(source).stored_bytes(),
-        size_after=Checkpoint.open(out).stored_bytes(),
+        size_before=before.stored_bytes(),
+        size_after=after_.stored_bytes(),
+        sizes={"before": asdict(sizes_of(before, reads_of(config))), "after": asdict(_result(after_, made))},
         seconds=seconds,
         peak_memory=peak,
-        modules=state.modules,
-        coverage=state.coverage,
-        healed=state.healed,
-        plan=plan.to_json() if plan else None,
+        modules=made.state.modules,
+        coverage=made.state.coverage,
+        healed=made.state.healed,
+        plan=made.plan.to_json() if made.plan else None,
         quality=quality,
         verdict=verdict,
         serving=after(out) if after else [],
     )
     return Outcome(report, report.write(out), verdict)
+
+
+def _ready(source: Path, out: Path, recipe: Recipe, options: Options, config: ModelConfig) -> Corpus | None:
+    """The gate's text. Raises here, and not after minutes of work, where the end is sure to fail."""
+    refuse_finished(out)
+    check_export(recipe, options.export)
+    if not options.gate:
+        return None
+    if options.backend != "simulate":
+        select(options.backend)
+    sampled = replace(options, max_tokens=options.max_tokens or GATE_TOKENS)
+    return _held_out(source, sampled, config)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A written result and how it came about."""
+
+    recipe: Recipe
+    state: Progressed
+    plan: PlanResult | None = None
+    adaptive: AdaptivePlan | None = None
+    judged: Corpus | None = None  # the text the gate must use, where some of it was used before
+    tokens: int = 0  # of calibration
+
+
+def _make(
+    source: Path, out: Path, recipe: Recipe, options: Options, config: ModelConfig, progress: Progress | None
+) -> _Made:
+    """Write the result."""
+    if recipe.adaptive:
+        if options.calibration is None:
+            # The rule is chosen by its loss, which text the model was trained on would flatter.
+            chosen, judged = halves(_held_out(source, options, config))
+        else:
+            chosen, judged = _calibration(source, recipe, options, config), None
+        adaptive = _adapt(source, out, recipe, chosen, progress)
+        return _Made(recipe, Progressed(""), adaptive=adaptive, judged=judged)
+    corpus = _calibration(source, recipe, options, config) if recipe.needs_data else None
+    plan: PlanResult | None = None
+    if recipe.scheme == "auto":
+        assert corpus is not None
+        plan = make_plan(source, out, recipe, corpus, progress)
+        recipe = plan.recipe(recipe)
+    state = run(Job(source, out, recipe, corpus, plan.format if plan else None, options.export), progress)
+    return _Made(recipe, state, plan, tokens=corpus.tokens if corpus else 0)
+
+
+def _result(checkpoint: Checkpoint, made: _Made) -> Sizes:
+    """What the result takes: experts read as often as calibration or the adaptive rule found."""
+    config = ModelConfig.from_json(checkpoint.config)
+    routed = {
+        int(row["layer"]): [n / made.tokens for n in row["tokens_per_expert"]] for row in made.state.coverage
+    }
+    if made.adaptive:
+        for layer in filter(config.is_moe, range(config.num_hidden_layers)):
+            experts = config.at(layer).n_routed_experts or 1
+            routed[layer] = [made.adaptive.experts_after / experts] * experts
+    saved = {m["module"]: m["zero_block_bytes"] for m in made.state.modules if m["zero_block_bytes"]}
+    return sizes_of(checkpoint, reads_of(config, routed), saved)
 
 
 def _adapt(
@@ -134,7 +183,7 @@ def _adapt(
         if progress:
             progress("trying layers", done, total)
 
-    plan = calibrate_adaptive(model, corpus, recipe.max_drop, on_trial=on_trial)
+    plan = calibrate_adaptive(model, corpus, recipe.allowed_drop or 0.0, on_trial=on_trial)
     write_adaptive(source, out, plan, model)
     return plan
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
-from farthing.compress.trace import input_name
 from farthing.model import ModelConfig
 from farthing.model.attention import Attention
 from farthing.model.moe import FeedForward, router_spec
@@ -38,7 +36,7 @@ class Layer:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, config: ModelConfig, index: int) -> Layer:
-        """Read and dequantize one layer. Raises CheckpointError."""
+        """Read and dequantize one layer. Raises CheckpointError, or ValueError on NaN and infinity."""
         prefix = f"model.layers.{index}."
         layer = cls(config.at(index), index, {})
         names = [n for n in checkpoint.names() if n.startswith(prefix)]
@@ -54,6 +52,8 @@ class Layer:
             tensor = checkpoint.tensor(name)
             layer.stored[name] = tensor.dtype
             layer.tensors[name] = tensor.float()
+        for name, tensor in layer.tensors.items():
+            check_finite(name, tensor)
         return layer
 
     @property
@@ -145,6 +145,13 @@ class Layer:
         self.config = replace(self.config, n_routed_experts=len(ids))
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError with the tensor's name where it holds NaN or infinity."""
+    # A finite sum has finite terms, and takes no memory; the sum of finite terms may still overflow.
+    if not bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.float().isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinity; expected finite numbers, refusing to compress it")
+
+
 @dataclass(slots=True)
 class Stream:
     """The calibration tokens between two layers."""
@@ -201,13 +208,3 @@ def _no_head() -> Weight:
 
 
 _COPIES = (".embed_tokens.weight", ".shared_head.head.weight")  # of the main ones, in MTP layers
-
-
-def input_of(stats: dict[str, Any], module: str) -> Any:
-    """A module's entry in statistics kept by input name."""
-    return stats.get(input_name(module))
-
-
-def dense(weight: Tensor) -> Weight:
-    """A dense weight."""
-    return Weight("dense", weight)

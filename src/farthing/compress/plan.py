@@ -3,22 +3,26 @@
 The damage of giving one part one format is measured (`sensitivity.py`). For small changes damages add up
 (Taylor), and for a model that fits its data the mean KL is what log-perplexity rises by. So the best plan for
 a budget is a knapsack: per part one option (bytes, KL), least KL within the bytes or fewest bytes within the
-KL.
+KL. Bytes are those of the whole model by one measure: in memory, in files, or read for a token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 from farthing.checkpoint import Checkpoint
 from farthing.compress.corpus import Corpus
+from farthing.compress.layer import ATTENTION, MLP
 from farthing.compress.recipe import Prune, Recipe
-from farthing.compress.sensitivity import Option, measure, part_of
-from farthing.compress.stream import Progress
+from farthing.compress.sensitivity import Notes, Option, measure, part_of
+from farthing.compress.size import Measure, Sizes, reads_of, sizes_of
+from farthing.compress.stream import STATE, Progress, fingerprint
 from farthing.model import ModelConfig
 
 CELLS = 2000  # resolution of the knapsack's budget
@@ -34,17 +38,12 @@ class PlanResult:
     options: list[Option]
     explanation: str
     layers: int  # those behind are MTP layers
+    rest: Sizes  # of what no option touches: embedding, head, norms, routers
+    measure: Measure
 
     def format(self, module: str) -> str:
-        """The plan in the form `stream.Job` wants.
-
-        MTP layers only draft: a wrong draft costs time and never accuracy. So they are not measured and
-        follow the last layer; what that has no counterpart of gets 8 bits.
-        """
-        pieces = module.split(".")
-        index = min(int(pieces[2]), self.layers - 1)
-        twin = ".".join((*pieces[:2], str(index), *pieces[3:]))
-        option = self.chosen.get(part_of(twin)) if len(pieces) > 4 else None
+        """The plan in the form `stream.Job` wants; what has no option gets 8 bits."""
+        option = self.chosen.get(part_of(twin_of(module, self.layers)))
         return option.format if option else "int8"
 
     def recipe(self, recipe: Recipe) -> Recipe:
@@ -59,41 +58,149 @@ class PlanResult:
         """For the report."""
         return {
             "explanation": self.explanation,
+            "measure": self.measure,
             "predicted_kl": sum(o.kl for o in self.chosen.values()),
-            "bytes": sum(o.bytes for o in self.chosen.values()),
+            "predicted": asdict(_total(self.chosen, self.rest)),
+            "unplanned": asdict(self.rest),
             "choices": _choices(self.options, self.chosen),
         }
 
 
-def make_plan(source: Path, recipe: Recipe, corpus: Corpus, progress: Progress | None = None) -> PlanResult:
-    """Measure every part and solve the knapsack for the recipe's budget. Holds the model in memory."""
+def make_plan(
+    source: Path, out: Path, recipe: Recipe, corpus: Corpus, progress: Progress | None = None
+) -> PlanResult:
+    """Measure every part and solve the knapsack for the recipe's budget. Holds the model in memory.
+
+    What was measured is kept beside OUT's shards until OUT is complete: a killed run goes on from there, and
+    so does one with another budget.
+    """
+    if recipe.measure == "file":
+        recipe = replace(recipe, sparsities=())  # files keep zeros
     checkpoint = Checkpoint.open(source)
-    options = measure(checkpoint, recipe, corpus, progress)
-    chosen, why = solve(options, list(dict.fromkeys(o.part for o in options)), recipe)
-    layers = ModelConfig.from_json(checkpoint.config).num_hidden_layers
-    return PlanResult(chosen, options, f"{why}. {about_sparsity(options, chosen, recipe)}", layers)
+    asked = replace(recipe, max_drop=None, budget_bytes=None, measure="memory")
+    notes = Notes(out / STATE / "sensitivity.json", fingerprint(source, asked, "", corpus))
+    options = measure(checkpoint, recipe, corpus, progress, notes)
+    config = ModelConfig.from_json(checkpoint.config)
+    options, rest = whole_model(checkpoint, config, options)
+    chosen, why = solve(options, list(dict.fromkeys(o.part for o in options)), recipe, rest)
+    why = f"{why}. {about_sparsity(options, chosen, recipe)}"
+    return PlanResult(chosen, options, why, config.num_hidden_layers, rest, recipe.measure)
 
 
-def solve(options: Sequence[Option], parts: Sequence[str], recipe: Recipe) -> tuple[dict[str, Option], str]:
-    """One option a part: the least KL within budget_bytes, or the fewest bytes within max_drop."""
-    if recipe.budget_bytes is not None:
-        limit = float(recipe.budget_bytes)
-        chosen = knapsack(options, parts, cost="bytes", value="kl", limit=limit)
-        why = f"least predicted loss within {recipe.budget_bytes:,} bytes of matrices"
-    else:
-        limit = SPENT * math.log1p(recipe.max_drop)
-        chosen = knapsack(options, parts, cost="kl", value="bytes", limit=limit)
+def twin_of(module: str, layers: int) -> str:
+    """The module of the last measured layer that an MTP layer's module follows; others are their own.
+
+    MTP layers only draft: a wrong draft costs time and never accuracy. So they are not measured.
+    """
+    pieces = module.split(".")
+    return ".".join((*pieces[:2], str(min(int(pieces[2]), layers - 1)), *pieces[3:]))
+
+
+def whole_model(
+    checkpoint: Checkpoint, config: ModelConfig, options: Sequence[Option]
+) -> tuple[list[Option], Sizes]:
+    """Options whose sizes count the MTP layers that follow them, and the sizes of what none touches."""
+    layers = config.num_hidden_layers
+    parts = {o.part for o in options}
+    own: dict[str, int] = {}  # parameters of each part
+    following: dict[str, int] = {}  # those of MTP layers that follow it
+    alone = 0  # bytes of matrices in MTP layers that follow none, at 8 bits
+    matrices = [m for m in _modules(checkpoint) if _planned(m)]
+    for module in matrices:
+        n, k = checkpoint.weight(module).shape
+        part = part_of(twin_of(module, layers))
+        if int(module.split(".")[2]) < layers:
+            own[part] = own.get(part, 0) + n * k
+        elif part in parts:
+            following[part] = following.get(part, 0) + n * k
+        else:
+            alone += n * k + 4 * n
+    rest = sizes_of(checkpoint, reads_of(config), counts=lambda m: not _planned(m))
+    if not config.tie_word_embeddings and checkpoint.is_quantized("lm_head"):  # is written in bfloat16
+        n, k = checkpoint.weight("lm_head").shape
+        more = 2 * n * k - checkpoint.weight("lm_head").nbytes
+        rest += Sizes(more, more, more)
+
+    def counted(option: Option) -> Option:
+        # A layer that is not pruned itself has no zero blocks either.
+        twins = round(option.sizes.file * following.get(option.part, 0) / own[option.part])
+        return replace(option, sizes=option.sizes + Sizes(twins, twins, 0))
+
+    return [counted(o) for o in options], rest + Sizes(alone, alone, 0)
+
+
+def _modules(checkpoint: Checkpoint) -> list[str]:
+    return list(dict.fromkeys(n.rpartition(".")[0] for n in checkpoint.names()))
+
+
+def _planned(module: str) -> bool:
+    return module.startswith("model.layers.") and module.rpartition(".")[2] in (*ATTENTION, *MLP, "eh_proj")
+
+
+def solve(
+    options: Sequence[Option], parts: Sequence[str], recipe: Recipe, rest: Sizes
+) -> tuple[dict[str, Option], str]:
+    """One option a part: the least KL within budget_bytes, or the fewest bytes within max_drop.
+
+    Raises ValueError where nothing fits the budget, or only plans that surely exceed max_drop.
+    """
+    measure, drop = recipe.measure, recipe.allowed_drop
+
+    def size(option: Option) -> int:
+        return option.sizes.of(measure)
+
+    def kl(option: Option) -> float:
+        return option.kl
+
+    if recipe.budget_bytes is None:
+        assert drop is not None
+        limit = SPENT * math.log1p(drop)
+        chosen = knapsack(options, parts, kl, size, limit)
         why = (
-            f"fewest bytes with a predicted loss of at most {SPENT:.0%} of {recipe.max_drop:.2%} "
+            f"fewest bytes ({_NAMES[measure]}) with a predicted loss of at most {SPENT:.0%} of {drop:.2%} "
             f"({limit:.5f} nats a token)"
         )
-    kl, size = sum(o.kl for o in chosen.values()), sum(o.bytes for o in chosen.values())
-    return chosen, f"{why}: predicted {kl:.5f} nats a token, {size:,} bytes"
+        return chosen, f"{why}: {_figures(chosen, rest)}"
+    smallest = _total({p: min((o for o in options if o.part == p), key=size) for p in parts}, rest)
+    if smallest.of(measure) > recipe.budget_bytes:
+        raise ValueError(
+            f"budget_bytes is {recipe.budget_bytes:,} ({_NAMES[measure]}); expected at least "
+            f"{smallest.of(measure):,}, the smallest plan ({rest.of(measure):,} of it are embedding, head, "
+            "norms and routers)"
+        )
+    chosen = knapsack(options, parts, size, kl, recipe.budget_bytes - rest.of(measure))
+    predicted = sum(o.kl for o in chosen.values())
+    if drop is not None and predicted > math.log1p(drop):
+        enough = _total(knapsack(options, parts, kl, size, math.log1p(drop)), rest).of(measure)
+        raise ValueError(
+            f"budget_bytes is {recipe.budget_bytes:,} ({_NAMES[measure]}), for which perplexity is predicted "
+            f"to rise by {math.expm1(predicted):.2%}, and max_drop is {drop:.2%}; expected a budget of "
+            f"{enough:,} or more, or a larger max_drop"
+        )
+    why = f"least predicted loss within {recipe.budget_bytes:,} bytes ({_NAMES[measure]})"
+    return chosen, f"{why}: {_figures(chosen, rest)}"
+
+
+_NAMES: dict[Measure, str] = {
+    "memory": "the whole model as the kernels hold it",
+    "file": "all weight files",
+    "token": "weights read for one decoded token",
+}
+
+
+def _total(chosen: Mapping[str, Option], rest: Sizes) -> Sizes:
+    return reduce(add, (o.sizes for o in chosen.values()), rest)
+
+
+def _figures(chosen: Mapping[str, Option], rest: Sizes) -> str:
+    return f"predicted {sum(o.kl for o in chosen.values()):.5f} nats a token; {_total(chosen, rest)}"
 
 
 def about_sparsity(options: Sequence[Option], chosen: Mapping[str, Option], recipe: Recipe) -> str:
     """What was measured of zero blocks, and what became of it."""
     tried = {o.part for o in options if o.sparsity}
+    if recipe.measure == "file":
+        return "Zero blocks were not measured: files keep zeros"
     if not recipe.sparsities:
         return "The recipe asks for no zero blocks"
     if not tried:
@@ -103,61 +210,71 @@ def about_sparsity(options: Sequence[Option], chosen: Mapping[str, Option], reci
     taken = [o for o in chosen.values() if o.sparsity]
     if taken:
         return f"{measured} and chosen in {len(taken)}"
-    price = min(_price(o, options) for o in options if o.sparsity)
-    rate = max((_price(o, options) for o in chosen.values() if o.format != "keep"), default=0.0)
+    price = min(_price(o, options, recipe.measure) for o in options if o.sparsity)
+    rounded = [o for o in chosen.values() if o.format != "keep"]
+    rate = max((_price(o, options, recipe.measure) for o in rounded), default=0.0)
     return (
         f"{measured} and chosen in none: the cheapest costs {price:.2e} nats a megabyte saved, "
         f"the dearest format chosen {rate:.2e}"
     )
 
 
-def _price(option: Option, options: Sequence[Option]) -> float:
+def _price(option: Option, options: Sequence[Option], measure: Measure) -> float:
     """Nats a megabyte saved, against the next larger option without zeros of the same part."""
-    plain = [o for o in options if o.part == option.part and not o.sparsity and o.bytes > option.bytes]
+    size = option.sizes.of(measure)
+    plain = [o for o in options if o.part == option.part and not o.sparsity and o.sizes.of(measure) > size]
     if not plain:
         return 0.0 if not option.sparsity else math.inf
-    nearest = min(plain, key=lambda o: o.bytes)
-    return max(option.kl - nearest.kl, 0.0) / (nearest.bytes - option.bytes) * 1e6
+    nearest = min(plain, key=lambda o: o.sizes.of(measure))
+    return max(option.kl - nearest.kl, 0.0) / (nearest.sizes.of(measure) - size) * 1e6
 
 
 def knapsack(
-    options: Sequence[Option], parts: Sequence[str], cost: str, value: str, limit: float
+    options: Sequence[Option],
+    parts: Sequence[str],
+    cost: Callable[[Option], float],
+    value: Callable[[Option], float],
+    limit: float,
 ) -> dict[str, Option]:
     """The multiple-choice knapsack by dynamic programming over CELLS cells of `cost`, minimizing `value`.
 
-    Costs are rounded up, so the limit holds. Raises ValueError where even the cheapest options exceed it.
+    Costs are rounded up, so the limit holds; where that alone makes every plan too dear, the cheapest is
+    taken if it fits. Raises ValueError where even that exceeds the limit.
     """
 
     def cells(option: Option) -> int:
-        return math.ceil(getattr(option, cost) / limit * CELLS - 1e-9) if limit > 0 else CELLS + 1
+        return math.ceil(cost(option) / limit * CELLS - 1e-9) if limit > 0 else CELLS + 1
 
     table: list[tuple[float, tuple[Option, ...]] | None] = [None] * (CELLS + 1)
     table[0] = (0.0, ())
     for part in parts:
         following: list[tuple[float, tuple[Option, ...]] | None] = [None] * (CELLS + 1)
         for option in (o for o in options if o.part == part):
-            step = 0 if getattr(option, cost) == 0 else cells(option)
+            step = 0 if cost(option) == 0 else cells(option)
             for used in range(CELLS + 1 - step):
                 entry = table[used]
                 if entry is None:
                     continue
-                total = entry[0] + getattr(option, value)
+                total = entry[0] + value(option)
                 present = following[used + step]
                 if present is None or total < present[0]:
                     following[used + step] = (total, (*entry[1], option))
         table = following
     best = min((e for e in table if e is not None), key=lambda e: e[0], default=None)
-    if best is None:
-        least = sum(min(getattr(o, cost) for o in options if o.part == p) for p in parts)
-        raise ValueError(f"the budget is {limit:g} {cost}; the smallest plan needs {least:g}")
-    return {o.part: o for o in best[1]}
+    if best is not None:
+        return {o.part: o for o in best[1]}
+    cheapest = {p: min((o for o in options if o.part == p), key=cost) for p in parts}
+    least = sum(map(cost, cheapest.values()))
+    if least > limit:
+        raise ValueError(f"the limit is {limit:g}; the cheapest plan takes {least:g}")
+    return cheapest
 
 
 def _choices(options: Sequence[Option], chosen: Mapping[str, Option]) -> list[dict[str, Any]]:
     columns = list(dict.fromkeys(o.name for o in options))
     rows = []
     for part, option in chosen.items():
-        row: dict[str, Any] = {"part": part, "chosen": option.name, "bytes": option.bytes}
+        row: dict[str, Any] = {"part": part, "chosen": option.name} | asdict(option.sizes)
         own = {o.name: f"{o.kl:.6f}" for o in options if o.part == part}
         rows.append(row | {f"KL {name}": own.get(name, "") for name in columns})
     return rows

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from farthing.compress.calibrate.observers import Observer
 from farthing.compress.prune.masks import Pattern, Score, check_sparsity
+from farthing.compress.size import Measure, parse_bytes
 
 Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
 Algorithm = Literal["rtn", "gptq"]
@@ -18,6 +19,7 @@ Activations = Literal["none", "token", "tensor", "best"]
 Compensation = Literal["none", "sweep", "exact"]
 Scope = Literal["matrix", "family", "global"]
 Targets = Literal["experts", "all"]
+DEFAULT_DROP = 0.01
 _PRUNE_CHOICES: dict[str, Any] = {
     "pattern": Pattern,
     "score": Score,
@@ -48,10 +50,11 @@ class Prune:
         return next((s for pattern, s in self.shares if fnmatchcase(module, pattern)), self.sparsity)
 
     def __post_init__(self) -> None:
-        for sparsity in (self.sparsity, *(s for _, s in self.shares)):
-            check_sparsity(sparsity)
+        check_sparsity(self.sparsity, "prune.sparsity")
+        for pattern, share in self.shares:
+            check_sparsity(share, f"prune.shares[{pattern!r}]")
         if self.heal_steps < 0:
-            raise ValueError(f"heal_steps is {self.heal_steps}; expected 0 or more")
+            raise ValueError(f"prune.heal_steps is {self.heal_steps}; expected 0 or more")
         for name, kind in _PRUNE_CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"prune.{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
@@ -83,8 +86,12 @@ class Recipe:
     neurons: float = 0.0  # share of neurons of every routed expert to drop
     adaptive: bool = False  # calibrate how many experts each token needs (`adaptive.py`), within max_drop
     ignore: tuple[str, ...] = ()  # fnmatch patterns of modules that stay dense
-    max_drop: float = 0.01  # "auto": relative increase of perplexity it may spend
-    budget_bytes: int | None = None  # "auto": size of the matrices, the least loss within it
+    # "auto" and "adaptive": relative increase of perplexity they may spend; see `allowed_drop`
+    max_drop: float | None = None
+    budget_bytes: int | None = (
+        None  # "auto": what the result may take, by `measure`; the least loss within it
+    )
+    measure: Measure = "memory"  # "auto": bytes as the kernels hold them, in files, or read for one token
     # "auto": shares of zero 16x16 blocks to try in every feed-forward
     sparsities: tuple[float, ...] = ()
     calibration_tokens: int = 8192
@@ -96,11 +103,28 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size is {self.group_size}; expected 32, 64 or 128")
-        for sparsity in (self.experts, self.neurons, *self.sparsities):
-            check_sparsity(sparsity)
+        for name in ("experts", "neurons"):
+            check_sparsity(getattr(self, name), name)
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity, "sparsities")
+        if self.max_drop is not None and not 0 <= self.max_drop < 10:
+            raise ValueError(f"max_drop is {self.max_drop}; expected a share such as 0.01")
+        for name in ("budget_bytes", "measure"):
+            if self.scheme != "auto" and getattr(self, name) not in (None, "memory"):
+                given = getattr(self, name)
+                raise ValueError(
+                    f"{name} is {given!r}, but scheme is {self.scheme!r}; expected scheme 'auto'"
+                )
         for name in ("calibration_tokens", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+
+    @property
+    def allowed_drop(self) -> float | None:
+        """max_drop, or a default where no budget is given either; None: only the budget limits."""
+        if self.max_drop is None and self.budget_bytes is None:
+            return DEFAULT_DROP
+        return self.max_drop
 
     @property
     def static(self) -> bool:
@@ -140,6 +164,7 @@ _CHOICES: dict[str, Any] = {
     "scaling": Scaling,
     "activations": Activations,
     "observer": Literal["auto", "kl", "mse", "percentile", "minmax"],
+    "measure": Measure,
 }
 OBSERVER_NAMES: tuple[Observer, ...] = ("kl", "mse", "percentile", "minmax")
 
@@ -189,7 +214,6 @@ RECIPES: dict[str, Recipe] = {
         Recipe("auto", "auto", algorithm="gptq", sparsities=(0.25, 0.5), calibration_tokens=32768),
     )
 }
-DEFAULT = "int8"
 
 
 def load_recipe(name: str) -> Recipe:
@@ -216,7 +240,7 @@ def from_json(raw: Any, name: str, where: str) -> Recipe:
         raise ValueError(f"{where}: expected a mapping of recipe fields, found {type(raw).__name__}")
     values = dict(raw)
     base = values.pop("base", None)
-    if base is not None and base not in RECIPES:
+    if base is not None and not (isinstance(base, str) and base in RECIPES):
         raise ValueError(f"{where}: base is {base!r}; expected one of {', '.join(RECIPES)}")
     start = RECIPES[base] if base else Recipe(name)
     _refuse_unknown(values, Recipe, where)
@@ -224,21 +248,46 @@ def from_json(raw: Any, name: str, where: str) -> Recipe:
         if not isinstance(values["prune"], Mapping):
             raise ValueError(f"{where}: prune is {values['prune']!r}; expected a mapping")
         _refuse_unknown(values["prune"], Prune, f"{where}: prune")
+        _check_types(values["prune"], Prune(), f"{where}: prune.")
         values["prune"] = _prune(values["prune"], where)
-    for name in ("ignore", "sparsities"):
-        if name in values:
-            values[name] = tuple(values[name])
+    for field in ("ignore", "sparsities"):
+        if field in values:
+            kind, what = (str, "names") if field == "ignore" else (int | float, "numbers")
+            given = values[field]
+            if not isinstance(given, list | tuple) or not all(isinstance(v, kind) for v in given):
+                raise ValueError(f"{where}: {field} is {given!r}; expected a list of {what}")
+            values[field] = tuple(given)
+    _check_types(values, Recipe(name), f"{where}: ")
     try:
+        if values.get("budget_bytes") is not None:
+            values["budget_bytes"] = parse_bytes("budget_bytes", values["budget_bytes"])
         return replace(start, **({"name": name} | values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
+def _check_types(values: Mapping[str, Any], defaults: Recipe | Prune, where: str) -> None:
+    """Refuse what is no number or no truth value where the default is one."""
+    for name, value in values.items():
+        default = getattr(defaults, name)
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ValueError(f"{where}{name} is {value!r}; expected true or false")
+        elif isinstance(default, int | float) or (name == "max_drop" and value is not None):
+            kinds = int if isinstance(default, int) else int | float
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                what = "a whole number" if isinstance(default, int) else "a number"
+                raise ValueError(f"{where}{name} is {value!r}; expected {what}")
+
+
 def _prune(raw: Mapping[str, Any], where: str) -> Prune:
     shares = raw.get("shares", {})
-    if not isinstance(shares, Mapping):
+    if not isinstance(shares, Mapping) or not all(isinstance(v, int | float) for v in shares.values()):
         raise ValueError(f"{where}: prune.shares is {shares!r}; expected a mapping of pattern to sparsity")
-    return Prune(**(dict(raw) | {"shares": tuple((str(k), float(v)) for k, v in shares.items())}))
+    try:
+        return Prune(**(dict(raw) | {"shares": tuple((str(k), float(v)) for k, v in shares.items())}))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _refuse_unknown(values: Mapping[str, Any], kind: Any, where: str) -> None:

@@ -20,6 +20,7 @@ class Report:
     source: str
     size_before: int
     size_after: int
+    sizes: dict[str, dict[str, int]]  # before and after: see `size.Sizes`
     seconds: float
     peak_memory: int
     modules: list[dict[str, Any]]
@@ -58,7 +59,7 @@ def page(report: Report) -> str:
     parts = [
         f"<h1>{html.escape(str(report.recipe['name']))}</h1><p>of {html.escape(report.source)}</p>",
         _table(_summary(report)),
-        bars("Size on disk, MB", ["before", "after"], [report.size_before / 1e6, report.size_after / 1e6]),
+        bars("Size, MB", *_size_bars(report)),
         bars(
             "Relative output error by layer (root of the mean square)", *_per_layer(report.modules, "error")
         ),
@@ -88,6 +89,7 @@ def _summary(report: Report) -> list[tuple[str, str]]:
     rows = [
         ("size before", f"{report.size_before:,} bytes"),
         ("size after", f"{report.size_after:,} bytes ({report.size_after / report.size_before:.1%})"),
+        *(_both(name, report.sizes, key) for name, key in _MEASURES),
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", f"{report.peak_memory / 2**20:,.0f} MiB"),
     ]
@@ -106,6 +108,26 @@ def _summary(report: Report) -> list[tuple[str, str]]:
     if report.verdict is not None:
         rows.append(("verdict", str(report.verdict)))
     return rows
+
+
+_MEASURES = (
+    ("weights as the kernels hold them", "memory"),
+    ("weights read for a decoded token", "token"),
+)
+
+
+def _size_bars(report: Report) -> tuple[list[str], list[float]]:
+    """Pairs of bars: files, memory, bytes a token."""
+    labels, values = ["files before", "after"], [report.size_before / 1e6, report.size_after / 1e6]
+    for label, key in (("in kernels before", "memory"), ("a token before", "token")):
+        labels += [label, "after"]
+        values += [report.sizes[when][key] / 1e6 for when in ("before", "after")]
+    return labels, values
+
+
+def _both(name: str, sizes: dict[str, dict[str, int]], key: str) -> tuple[str, str]:
+    before, after = (sizes[when][key] for when in ("before", "after"))
+    return name, f"{before:,} → {after:,} bytes ({after / before:.1%})"
 
 
 def _per_layer(modules: Sequence[dict[str, Any]], field: str) -> tuple[list[str], list[float]]:

@@ -10,30 +10,33 @@ Legend: T sample tokens; D hidden size; V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
+from farthing.checkpoint import compressed_tensors as ct
 from farthing.compress.calibrate.recorder import Recorder, Wanted
 from farthing.compress.corpus import Corpus, Window
 from farthing.compress.layer import Layer, Stream
 from farthing.compress.prune.heal import heal
 from farthing.compress.pruning import prune_layer
 from farthing.compress.recipe import Prune, Recipe
+from farthing.compress.size import BLOCK, Reads, Sizes, measured_shares, reads_of, zero_block_bytes
 from farthing.compress.stream import Progress, feed_forward_input, forward
 from farthing.compress.trace import TracedOps
 from farthing.compress.transform import Done, compress_layer, layer_stats
 from farthing.model import ModelConfig
-from farthing.ops.weights import Weight
 
-FORMATS = ("int4", "int8")  # beside "keep"
+FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # beside "keep"; INT4 by its group size
 SAMPLE = 2048  # tokens a sensitivity is measured on
+SPARSE_FORMATS = ("int4-64", "int8")  # of feed-forwards with zero blocks
 HEAL_STEPS = 30  # a quarter of what the written model gets: an upper bound of the damage
-BLOCK = 16
-SPARSE_FROM = 0.2  # share of zero blocks from which the kernels leave them out
 MOST_WORK = 2e12  # operations of brain surgery a layer; about ten seconds
 
 
@@ -43,7 +46,7 @@ class Option:
 
     part: str
     format: str
-    bytes: int  # of the matrices, as the kernels hold them
+    sizes: Sizes  # of its matrices
     kl: float  # nats a token
     sparsity: float = 0.0  # share of 16x16 blocks that are zero
 
@@ -54,8 +57,10 @@ class Option:
 
 
 def part_of(module: str) -> str:
-    """The part a module belongs to."""
+    """The part a module belongs to; an MTP layer's eh_proj is its own."""
     pieces = module.split(".")
+    if len(pieces) < 5:
+        return module
     layer = ".".join(pieces[:3])
     if "self_attn" in pieces:
         return f"{layer}.self_attn"
@@ -119,9 +124,13 @@ class Meter:
 
 
 def measure(
-    checkpoint: Checkpoint, recipe: Recipe, corpus: Corpus, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    corpus: Corpus,
+    progress: Progress | None = None,
+    notes: Notes | None = None,
 ) -> list[Option]:
-    """Every option of every part. Holds the model in memory."""
+    """Every option of every part. Holds the model in memory. notes: kept between runs, layer by layer."""
     model = Model(checkpoint)
     fit_windows, judge_windows = split(corpus)
     meter, fit = Meter(model, judge_windows), model.stream(fit_windows)
@@ -129,15 +138,45 @@ def measure(
     for index, layer in enumerate(model.layers):
         if progress:
             progress(f"sensitivity of layer {index}", index, len(model.layers))
-        recorder = Recorder(Wanted(gram=True))
+        known = notes.read(index) if notes else None
+        recorder = None if known else Recorder(Wanted(gram=True))
         after = model.through(layer, fit, recorder)
-        options += _kept(layer, recipe)
-        for sparsity, variant, masks in _variants(model, layer, recorder, recipe, fit, after):
-            for kind in FORMATS:
-                options += _options(meter, variant, recorder, recipe, kind, masks, sparsity)
+        if recorder is not None:
+            known = _layer_options(model, meter, layer, recorder, recipe, fit, after)
+            if notes:
+                notes.add(index, known)
+        options += known or []
         fit.hidden = after
         meter.advance(index)
     return options
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """The options of the layers measured so far, in a file, so that a killed run need not measure again."""
+
+    file: Path
+    fingerprint: str
+
+    def read(self, layer: int) -> list[Option] | None:
+        """What an earlier run of the same job found for `layer`, None where it did not get there."""
+        found = self._all().get(str(layer))
+        return None if found is None else [Option(**o | {"sizes": Sizes(**o["sizes"])}) for o in found]
+
+    def add(self, layer: int, options: list[Option]) -> None:
+        """Keep a layer's options."""
+        layers = self._all() | {str(layer): [asdict(o) for o in options]}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(".tmp")
+        partial.write_text(json.dumps({"fingerprint": self.fingerprint, "layers": layers}), encoding="utf-8")
+        partial.replace(self.file)
+
+    def _all(self) -> dict[str, Any]:
+        if not self.file.is_file():
+            return {}
+        content = json.loads(self.file.read_text(encoding="utf-8"))
+        layers: dict[str, Any] = content["layers"] if content["fingerprint"] == self.fingerprint else {}
+        return layers
 
 
 def split(corpus: Corpus) -> tuple[list[Window], list[Window]]:
@@ -150,20 +189,26 @@ def split(corpus: Corpus) -> tuple[list[Window], list[Window]]:
     return corpus.windows[:cut] or corpus.windows, corpus.windows[cut:]
 
 
-def _variants(
-    model: Model, layer: Layer, recorder: Recorder, recipe: Recipe, fit: Stream, after: Tensor
-) -> Iterator[tuple[float, Layer, dict[str, Tensor]]]:
-    """(share of zero blocks, the layer with them, masks), from none on."""
-    yield 0.0, layer, {}
-    if not prunable(layer):
-        return
+def _layer_options(
+    model: Model, meter: Meter, layer: Layer, recorder: Recorder, recipe: Recipe, fit: Stream, after: Tensor
+) -> list[Option]:
+    seen = recorder.experts.get(f"{layer.prefix}mlp")
+    routed = {layer.index: measured_shares(seen.tokens.tolist(), len(fit.hidden))} if seen else {}
+    trial = _Trial(meter, recorder, recipe, reads_of(model.config, routed))
+    options = list(trial.kept(layer))
+    for kind in FORMATS:
+        options += trial.rounded(layer, kind, {}, 0.0, options)
+    if not (recipe.sparsities and prunable(layer)):
+        return options
     x = feed_forward_input(layer, fit, model.embedding, model.final_norm)
     for sparsity in recipe.sparsities:
         variant = replace(layer, tensors=dict(layer.tensors))
         cut = replace(recipe, prune=Prune("16x16", sparsity))
         masks = prune_layer(variant, layer_stats(variant, recorder)[0], cut)
         heal(variant, masks, x, after, HEAL_STEPS)
-        yield sparsity, variant, masks
+        for kind in SPARSE_FORMATS:
+            options += trial.rounded(variant, kind, masks, sparsity, options)
+    return options
 
 
 def prunable(layer: Layer) -> bool:
@@ -173,31 +218,50 @@ def prunable(layer: Layer) -> bool:
     return all(n % BLOCK == 0 and k % BLOCK == 0 for n, k in shapes) and work <= MOST_WORK
 
 
-def _options(
-    meter: Meter,
-    variant: Layer,
-    recorder: Recorder,
-    recipe: Recipe,
-    kind: str,
-    masks: dict[str, Tensor],
-    sparsity: float,
-) -> Iterator[Option]:
-    rounded = replace(variant, tensors=dict(variant.tensors))
-    done = compress_layer(rounded, recorder, recipe, lambda module: kind, masks).modules
-    for part, modules in parts(list(done)).items():
-        if sparsity and not all(m in masks for m in modules):
-            continue
-        size = sum(served_bytes(done[m].weight, masks.get(m)) for m in modules)
-        kl = meter.kl(variant.index, {f"{m}.weight": done[m].weight.dequantize() for m in modules})
-        yield Option(part, kind, size, kl, sparsity)
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Makes the options of one layer and measures them."""
 
+    meter: Meter
+    recorder: Recorder
+    recipe: Recipe
+    reads: Reads
 
-def _kept(layer: Layer, recipe: Recipe) -> Iterator[Option]:
-    """As the source has it."""
-    copy = replace(layer, tensors=dict(layer.tensors))
-    done: dict[str, Done] = compress_layer(copy, None, recipe, lambda module: "keep").modules
-    for part, modules in parts(list(done)).items():
-        yield Option(part, "keep", sum(done[m].weight.nbytes for m in modules), 0.0)
+    def kept(self, layer: Layer) -> Iterator[Option]:
+        """As the source has it."""
+        copy = replace(layer, tensors=dict(layer.tensors))
+        done = compress_layer(copy, None, self.recipe, lambda module: "keep").modules
+        for part, modules in parts(list(done)).items():
+            yield Option(part, "keep", self._sizes(done, modules, {}), 0.0)
+
+    def rounded(
+        self, layer: Layer, kind: str, masks: dict[str, Tensor], sparsity: float, known: Sequence[Option]
+    ) -> list[Option]:
+        """Every part in one format, but for those that come out as in an option already known."""
+        copy = replace(layer, tensors=dict(layer.tensors))
+        done = compress_layer(copy, self.recorder, self.recipe, lambda module: kind, masks).modules
+        options = []
+        for part, modules in parts(list(done)).items():
+            if sparsity and not all(m in masks for m in modules):
+                continue
+            sizes = self._sizes(done, modules, masks)
+            # Where a group size divides no matrix of the part, a smaller one has taken its place.
+            twins = (o for o in known if (o.part, o.sparsity, o.sizes) == (part, sparsity, sizes))
+            if kind.startswith("int4") and any(o.format.startswith("int4") for o in twins):
+                continue
+            kl = self.meter.kl(layer.index, {f"{m}.weight": done[m].weight.dequantize() for m in modules})
+            options.append(Option(part, kind, sizes, kl, sparsity))
+        return options
+
+    def _sizes(self, done: Mapping[str, Done], modules: list[str], masks: Mapping[str, Tensor]) -> Sizes:
+        file = memory = 0
+        token = 0.0
+        for m in modules:
+            file += sum(t.nbytes for t in ct.encode(m, done[m].weight).values())
+            held = done[m].weight.nbytes - zero_block_bytes(done[m].weight, masks.get(m))
+            memory += held
+            token += held * self.reads(m)
+        return Sizes(file, memory, round(token))
 
 
 def parts(modules: list[str]) -> dict[str, list[str]]:
@@ -206,14 +270,3 @@ def parts(modules: list[str]) -> dict[str, list[str]]:
     for module in modules:
         found.setdefault(part_of(module), []).append(module)
     return found
-
-
-def served_bytes(weight: Weight, mask: Tensor | None) -> int:
-    """What the kernels hold: zero blocks are left out where they are enough, at one bit a block."""
-    if mask is None:
-        return weight.nbytes
-    blocks = mask[::BLOCK, ::BLOCK]
-    share = 1 - float(blocks.float().mean())
-    if share < SPARSE_FROM:
-        return weight.nbytes
-    return weight.nbytes - round(weight.data.nbytes * share) + blocks.numel() // 8

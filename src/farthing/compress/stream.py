@@ -23,7 +23,7 @@ from farthing.compress.calibrate.recorder import Recorder, Wanted
 from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import BLOCK, paged_batch
 from farthing.compress.export.deepseek import encode_deepseek, fp8_config
-from farthing.compress.layer import Layer, Stream, build
+from farthing.compress.layer import Layer, Stream, build, check_finite
 from farthing.compress.prune.experts import choose_experts, plan_experts
 from farthing.compress.prune.heal import heal
 from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
@@ -50,16 +50,22 @@ class Job:
     export: str = "compressed-tensors"  # or "deepseek-fp8"
 
     def __post_init__(self) -> None:
-        if self.export not in ("compressed-tensors", "deepseek-fp8"):
-            raise ValueError(f"format is {self.export!r}; expected 'compressed-tensors' or 'deepseek-fp8'")
-        if self.export == "deepseek-fp8" and self.recipe.scheme not in ("fp8", "keep"):
-            raise ValueError(
-                f"format 'deepseek-fp8' holds FP8 blocks only; recipe {self.recipe.name} has others"
-            )
+        check_export(self.recipe, self.export)
         if self.recipe.scheme == "auto" and self.plan is None:
             raise ValueError(f"recipe {self.recipe.name} needs a plan; see farthing.compress.plan.make_plan")
         if self.recipe.needs_data and self.calibration is None:
             raise ValueError(f"recipe {self.recipe.name} needs calibration text; give a calibration file")
+
+
+def check_export(recipe: Recipe, export: str) -> None:
+    """Raise ValueError where the format is unknown or cannot hold what the recipe makes."""
+    if export not in ("compressed-tensors", "deepseek-fp8"):
+        raise ValueError(f"format is {export!r}; expected 'compressed-tensors' or 'deepseek-fp8'")
+    if export == "deepseek-fp8" and recipe.scheme not in ("fp8", "keep"):
+        raise ValueError(
+            f"format is 'deepseek-fp8', which holds FP8 blocks only, and scheme of recipe {recipe.name} is "
+            f"{recipe.scheme!r}; expected 'fp8' or 'keep', or format 'compressed-tensors'"
+        )
 
 
 @dataclass(slots=True)
@@ -256,10 +262,13 @@ def _write_top(
     checkpoint: Checkpoint, config: ModelConfig, writer: CheckpointWriter, state: Progressed
 ) -> None:
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        check_finite(name, checkpoint.tensor(name))
         writer.add(name, checkpoint.tensor(name))
     if not config.tie_word_embeddings:
         head = checkpoint.weight("lm_head")
-        writer.add("lm_head.weight", head.data if head.format == "dense" else head.dequantize(torch.bfloat16))
+        value = head.data if head.format == "dense" else head.dequantize(torch.bfloat16)
+        check_finite("lm_head.weight", value)
+        writer.add("lm_head.weight", value)
     state.keys["lm_head"] = None
     writer.flush()
 
@@ -314,32 +323,39 @@ def _stream(job: Job, embedding: Tensor, hidden: dict[str, Tensor] | None) -> St
     return Stream(hidden["hidden"], next_ids, lengths, hidden.get("unpruned"))
 
 
-def _fingerprint(job: Job) -> str:
+def fingerprint(source: Path, recipe: Recipe, export: str, calibration: Corpus | None) -> str:
     """Changes when anything that decides the output does."""
-    digest = hashlib.sha256(json.dumps([job.recipe.to_json(), job.export], sort_keys=True).encode())
-    for file in sorted(job.source.glob("*.safetensors")):
+    digest = hashlib.sha256(json.dumps([recipe.to_json(), export], sort_keys=True).encode())
+    for file in sorted(source.glob("*.safetensors")):
         digest.update(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    for window in job.calibration.windows if job.calibration else ():
+    for window in calibration.windows if calibration else ():
         digest.update(window.ids.numpy().tobytes())
     return digest.hexdigest()
 
 
+def refuse_finished(out: Path) -> None:
+    """Raise ValueError where `out` holds a model that is not an unfinished run's."""
+    if (out / "config.json").exists() and not (out / STATE / "state.json").exists():
+        raise ValueError(f"{out} already holds a model; choose another directory, or remove it first")
+
+
 def _resume(job: Job) -> tuple[Progressed, dict[str, Tensor] | None]:
     """The state of an earlier run of the same job, or a fresh one. Refuses a directory with other files."""
-    fingerprint = _fingerprint(job)
+    refuse_finished(job.out)
+    digest = fingerprint(job.source, job.recipe, job.export, job.calibration)
     directory = job.out / STATE
     file = directory / "state.json"
     if file.is_file():
         state = Progressed(**json.loads(file.read_text(encoding="utf-8")))
-        if state.fingerprint == fingerprint:
-            for part in sorted(job.out.glob("part-*.safetensors"))[state.shards :]:
+        parts = sorted(job.out.glob("part-*.safetensors"))
+        # Fewer parts than shards: a run was killed while it gave them their final names.
+        if state.fingerprint == digest and len(parts) >= state.shards:
+            for part in parts[state.shards :]:
                 part.unlink()
             hidden = directory / f"hidden-{state.next_layer}.safetensors"
             return state, load_file(hidden) if hidden.is_file() else None
         shutil.rmtree(directory)
-    elif (job.out / "config.json").exists():
-        raise ValueError(f"{job.out} already holds a model; choose another directory, or remove it first")
-    return Progressed(fingerprint), None
+    return Progressed(digest), None
 
 
 def _save(job: Job, state: Progressed, writer: CheckpointWriter, stream: Stream | None) -> None:

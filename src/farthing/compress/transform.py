@@ -24,10 +24,11 @@ from farthing.compress.quantize.rotate import random_hadamard, rotate_latent, ro
 from farthing.compress.quantize.scaling import awq_scale, smooth_scale
 from farthing.compress.quantize.sweep import output_error, sweep
 from farthing.compress.recipe import OBSERVER_NAMES, Recipe
+from farthing.compress.size import zero_block_bytes
 from farthing.compress.trace import input_name
 from farthing.ops.weights import Weight
 
-Plan = Callable[[str], str]  # module -> keep | dense | int8 | int4 | fp8
+Plan = Callable[[str], str]  # module -> keep | dense | int8 | int4 | int4-32 | int4-64 | int4-128 | fp8
 
 
 @dataclass(slots=True)
@@ -208,6 +209,7 @@ def _compress_family(
                 "module": module,
                 "format": weights[j].format,
                 "bits": 8 * weights[j].nbytes / w[0].numel(),
+                "zero_block_bytes": zero_block_bytes(weights[j], None if keep is None else values[j] != 0),
                 "group_size": weights[j].group_size if weights[j].format == "int4" else None,
                 "sparsity": float((values[j] == 0).float().mean()) if keep is not None else 0.0,
                 "error": error,
@@ -230,7 +232,7 @@ def _round(
 ) -> tuple[Tensor, list[Weight]]:
     """(values [B, N, K], weights) of one format."""
     value = part.w
-    if kind in ("int8", "int4"):
+    if kind == "int8" or kind.startswith("int4"):
         clip = part.gram if recipe.scaling == "awq" else None
         grid = _grid(part.w, part.energy, kind, recipe, clip)
         if recipe.algorithm == "gptq" and part.gram is not None:
@@ -247,10 +249,16 @@ def _round(
 
 
 def _grid(w: Tensor, energy: Tensor | None, kind: str, recipe: Recipe, gram: Tensor | None = None) -> Grid:
-    if kind != "int4":
+    if not kind.startswith("int4"):
         return int8_grid(w, energy)
-    group = group_for(w.shape[-1], recipe.group_size) or w.shape[-1]
+    group = group_for(w.shape[-1], wanted_group(kind, recipe)) or w.shape[-1]
     return int4_grid(w, group, energy, recipe.symmetric, gram)
+
+
+def wanted_group(kind: str, recipe: Recipe) -> int:
+    """The group size a plan asks for (`int4-32`), or the recipe's (`int4`)."""
+    _, _, size = kind.partition("-")
+    return int(size) if size else recipe.group_size
 
 
 def group_for(columns: int, wanted: int) -> int | None:
@@ -265,7 +273,7 @@ def _format(layer: Layer, module: str, plan: Plan, recipe: Recipe, columns: int)
     kind = plan(module)
     if kind == "keep":
         kind = layer.formats.get(module, "dense")
-    if kind == "int4" and group_for(columns, recipe.group_size) is None:
+    if kind.startswith("int4") and group_for(columns, wanted_group(kind, recipe)) is None:
         return "int8"
     return kind
 

@@ -87,10 +87,10 @@ def global_budgets(all_scores: Mapping[str, Tensor], sparsity: float, most: floa
     return {name: min(float((s <= threshold).double().mean()), most) for name, s in all_scores.items()}
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Raise ValueError unless 0 <= sparsity < 1."""
+def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
+    """Raise ValueError, naming the field, unless 0 <= sparsity < 1."""
     if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}; expected a share in [0, 1)")
+        raise ValueError(f"{name} is {sparsity}; expected a share in [0, 1)")
 
 
 def _best(values: Tensor, sparsity: float) -> Tensor:

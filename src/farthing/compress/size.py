@@ -1,0 +1,129 @@
+"""What weights take: in files, as the kernels hold them, and read for one decoded token.
+
+Model files keep zero blocks, the kernels leave them out of integer matrices. A token reads every matrix
+outside the routed experts, of an expert the share of tokens routed to it, and one row of the embedding (all
+of it where it is the head as well). One sequence, without drafts; the cache is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from farthing.checkpoint import Checkpoint
+from farthing.model import ModelConfig
+from farthing.ops.weights import Weight
+
+Measure = Literal["memory", "file", "token"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+BLOCK = 16
+SPARSE_FROM = 0.2  # share of zero blocks from which the kernels leave them out
+_UNITS = {
+    "": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes by measure."""
+
+    file: int
+    memory: int
+    token: int
+
+    def __add__(self, other: Sizes) -> Sizes:
+        return Sizes(self.file + other.file, self.memory + other.memory, self.token + other.token)
+
+    def of(self, measure: Measure) -> int:
+        """The bytes one budget counts."""
+        bytes_: int = getattr(self, measure)
+        return bytes_
+
+    def __str__(self) -> str:
+        return (
+            f"{self.file:,} bytes in files, {self.memory:,} as the kernels hold them, "
+            f"{self.token:,} read for a token"
+        )
+
+
+Reads = Callable[[str], float]  # module -> how often one decoded token reads it
+
+
+def reads_of(config: ModelConfig, routed: Mapping[int, Sequence[float]] | None = None) -> Reads:
+    """`routed`: layer -> share of tokens that reach each expert; top_k / E where a layer is missing."""
+    known = routed or {}
+
+    def reads(module: str) -> float:
+        pieces = module.split(".")
+        if pieces[-1] == "embed_tokens" and len(pieces) == 2:
+            return 1.0 if config.tie_word_embeddings else 1 / config.vocab_size
+        if len(pieces) < 3 or pieces[1] != "layers":
+            return 1.0
+        layer = int(pieces[2])
+        if layer >= config.num_hidden_layers:  # MTP
+            return 0.0
+        if "experts" not in pieces:
+            return 1.0
+        if layer in known:
+            return known[layer][int(pieces[5])]
+        return config.num_experts_per_tok / (config.at(layer).n_routed_experts or 1)
+
+    return reads
+
+
+def measured_shares(tokens: Sequence[int], total: int) -> list[float]:
+    """Tokens of each expert -> share of `total` tokens that reach it."""
+    return [n / max(total, 1) for n in tokens]
+
+
+def sizes_of(
+    checkpoint: Checkpoint,
+    reads: Reads,
+    saved: Mapping[str, int] | None = None,
+    counts: Callable[[str], bool] = lambda module: True,
+) -> Sizes:
+    """Of every tensor whose module `counts`; saved: bytes of zero blocks left out, by module."""
+    left_out = saved or {}
+    file, token = 0, 0.0
+    for name in checkpoint.names():
+        module = name.rpartition(".")[0]
+        if counts(module):
+            file += checkpoint.nbytes(name)
+            token += checkpoint.nbytes(name) * reads(module)
+    token -= sum(n * reads(module) for module, n in left_out.items())
+    return Sizes(file, file - sum(left_out.values()), round(token))
+
+
+def zero_block_bytes(weight: Weight, keep: Tensor | None) -> int:
+    """Bytes of `weight` that the kernels leave out: blocks without a weight in `keep` [N, K].
+
+    Only of integer matrices, and only where such blocks are enough; one bit a block says which are there.
+    """
+    if keep is None or weight.format not in ("int8", "int4"):
+        return 0
+    n, k = keep.shape
+    if n % BLOCK or k % BLOCK:
+        return 0
+    blocks = keep.view(n // BLOCK, BLOCK, k // BLOCK, BLOCK).any(3).any(1)
+    share = 1 - float(blocks.double().mean())
+    if share < SPARSE_FROM:
+        return 0
+    return round(weight.data.nbytes * share) - blocks.numel() // 8
+
+
+def parse_bytes(name: str, value: Any) -> int:
+    """1500000, '1.5MB' or '1.5 GiB' -> bytes. Raises ValueError naming the field."""
+    number, unit = str(value).strip(), ""
+    while number and number[-1].isalpha():
+        number, unit = number[:-1], number[-1] + unit
+    try:
+        size = float(number) * _UNITS[unit]
+        if 1 <= size < float("inf"):
+            return round(size)
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(f"{name} is {value!r}; expected bytes such as 1500000, 1.5MB or 1.5GiB")
