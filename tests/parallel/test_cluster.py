@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,38 @@ def test_same_tokens_as_one_rank(checkpoint: Path, layout: Layout) -> None:
     model = ParallelModel(RankOptions(checkpoint, layout, "reference", torch.float32, 1))
     try:
         assert greedy(model) == expected
+    finally:
+        model.close()
+
+
+def check_rebalanced(model: ParallelModel) -> None:
+    """Experts were placed by tokens that no memory is shared for: three of every token, in every layer."""
+    assert not model._counts_shared
+    moe = [i for i in range(model.cache_layers) if model.config.is_moe(i)]
+    assert set(model._rank.placements) <= set(moe)
+    model._count()
+    seen = model._counts.sum(1)
+    assert all(int(seen[i]) % 3 == 0 and int(seen[i]) > 0 for i in moe)
+    layers = [i for i in moe if i < model.config.num_hidden_layers]
+    assert len({int(seen[i]) for i in layers}) == 1  # as many in each stage's
+    placed = model._rank.placements[layers[-1]]
+    assert len(placed.ranks) == 2 and sum(map(len, placed.ranks)) == 8 + 2
+
+
+def test_experts_are_placed_anew_where_ranks_share_no_memory(checkpoint: Path) -> None:
+    expected = greedy(load(checkpoint, select("reference")))
+    common: dict[str, Any] = dict(transport="gloo", redundant_experts=2, rebalance_steps=5)
+    model = ParallelModel(RankOptions(checkpoint, Layout(1, 2, 2), "reference", torch.float32, 1, **common))
+    try:
+        assert greedy(model) == expected
+        check_rebalanced(model)
+        counts = torch.zeros(model.cache_layers, 8, dtype=torch.int64)
+        batch = make_batch([1], [0], [[0]], 8)
+        cache = model.new_cache(4, 8, "float32")
+        with torch.inference_mode():
+            for _ in range(5):  # one of them places the experts, and counts first
+                model.forward(torch.tensor([1]), batch, cache, counts)
+        assert counts.sum() > 0  # what /metrics shows
     finally:
         model.close()
 

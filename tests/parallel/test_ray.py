@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from farthing.parallel.cluster import ParallelModel, RankFailed, RankOptions
 from farthing.parallel.plan import Layout
 from farthing.parallel.ray_workers import RayWorkers
 from farthing.parallel.rendezvous import interface_of
-from tests.parallel.test_cluster import checkpoint, greedy
+from tests.parallel.test_cluster import check_rebalanced, checkpoint, greedy
 
 __all__ = ["checkpoint"]
 ROOT = Path(__file__).parents[2]
@@ -103,6 +104,17 @@ def test_two_nodes_give_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
         time.sleep(0.1)
     assert ray.util.placement_group_table(group)["state"] == "REMOVED"
     ray.shutdown()
+
+
+def test_experts_are_placed_anew_over_nodes(cluster: Any, checkpoint: Path) -> None:
+    expected = greedy(load(checkpoint, select("reference")))
+    spread = replace(options(checkpoint, cluster, Layout(ep=2)), redundant_experts=2, rebalance_steps=5)
+    model = ParallelModel(spread)
+    try:
+        assert greedy(model) == expected
+        check_rebalanced(model)
+    finally:
+        model.close()
 
 
 def test_ranks_that_cannot_start_say_why(

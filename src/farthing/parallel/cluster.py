@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from farthing.model.load import config_of
 from farthing.ops import Batch, LatentCache
 from farthing.ops.api import CacheDtype
 from farthing.parallel.plan import ShardPlan
+from farthing.parallel.rank import counted_layers
 from farthing.parallel.ray_workers import RayWorkers
 from farthing.parallel.rendezvous import join, listen, node_arena
 from farthing.parallel.shared import Arena, available
@@ -33,6 +35,7 @@ from farthing.parallel.worker import (
 )
 
 log = logging.getLogger(__name__)
+COUNT_EVERY = 32  # steps between two sums of the experts' tokens over ranks that share no memory
 
 
 class ParallelModel:
@@ -61,10 +64,16 @@ class ParallelModel:
         self.config: ModelConfig = self._rank.plan.config
         self.ops = self._rank.model.ops
         self.mtp = self._rank.model.mtp
-        counted = arena is not None and options.nodes == 1
-        self._counts = counts_table(arena, layout, config) if arena is not None and counted else None
+        # [L, E]: every stage's in shared memory, or brought together from time to time.
+        self._counts_shared = arena is not None and options.nodes == 1
+        if arena is not None and self._counts_shared:
+            self._counts = counts_table(arena, layout, config)
+        else:
+            self._counts = torch.zeros(
+                counted_layers(config), config.n_routed_experts or 0, dtype=torch.int64
+            )
         self._options, self._steps = options, 0
-        self._balanced = None if self._counts is None else self._counts.clone()
+        self._balanced = self._counts.clone()
 
     @property
     def cache_layers(self) -> int:
@@ -76,13 +85,16 @@ class ParallelModel:
         return self._everywhere("new_cache", num_blocks, block_size, dtype)  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
-        """See `DeepseekModel.forward`. counts is set to the totals of every stage (shared memory only)."""
+        """See `DeepseekModel.forward`. counts is set to every stage's totals: up to COUNT_EVERY steps old
+        where ranks share no memory."""
         every = self._options.rebalance_steps
         self._steps += 1
         if every and self._steps % every == 0:
             self.rebalance()
+        elif self._steps % COUNT_EVERY == 0:
+            self._count()
         hidden: Tensor = self._everywhere("forward", ids, batch)
-        if counts is not None and self._counts is not None:
+        if counts is not None:
             counts.copy_(self._counts)
         return hidden
 
@@ -120,13 +132,19 @@ class ParallelModel:
 
     def rebalance(self) -> None:
         """Place the experts by the tokens each has seen since they were last placed, between two steps."""
-        if self._counts is None or self._balanced is None or self._options.layout.ep == 1:
+        if self._options.layout.ep == 1:
             return
+        self._count()
         seen = self._counts - self._balanced
         self._balanced = self._counts.clone()
         tokens = {i: seen[i].tolist() for i in range(self.cache_layers) if int(seen[i].sum())}
         self._everywhere("rebalance", tokens, self._options.redundant_experts)
         log.info("experts placed anew: %d layers, %d copies", len(tokens), self._options.redundant_experts)
+
+    def _count(self) -> None:
+        """Bring together the tokens that experts have seen, where the ranks share no memory for them."""
+        if not self._counts_shared and self.config.n_routed_experts:
+            self._counts = self._everywhere("count")
 
     def failure(self) -> str | None:
         """Why the model cannot go on; None if it can."""

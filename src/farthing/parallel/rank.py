@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
@@ -147,6 +148,15 @@ class Rank:
         model, hidden, norm = self.model, *self._spread(rows, step, hidden)
         return model.ops.top_logits(hidden, model.head, norm, model.eps, k)
 
+    def count(self) -> Tensor:
+        """[L, E] tokens that every expert has seen, from every stage: where they do not share memory."""
+        config = self.plan.config
+        table = torch.zeros(counted_layers(config), config.n_routed_experts or 0, dtype=torch.int64)
+        if self.counts is not None:
+            table[self.plan.stages[self.place.stage].start :] = self.counts
+        dist.all_reduce(table)
+        return table
+
     def rebalance(self, tokens: Mapping[int, list[int]], redundant: int) -> None:
         """Place the experts anew by the measured tokens of each layer's, and read those that moved here.
 
@@ -212,6 +222,11 @@ def open_rank(
     config = config_of(checkpoint)
     routers = routers_for(config, checkpoint.config, experts)
     return Rank(config, checkpoint, layout, rank, ops, routers, timeout, arena, nodes)
+
+
+def counted_layers(config: ModelConfig) -> int:
+    """Layers whose experts' tokens are counted."""
+    return config.num_hidden_layers + config.num_nextn_predict_layers
 
 
 Ranks = tuple[int, ...]

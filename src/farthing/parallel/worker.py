@@ -22,7 +22,7 @@ from farthing.model import ModelConfig
 from farthing.ops import Batch, Ops, select
 from farthing.ops.select import resolve
 from farthing.parallel.plan import Layout
-from farthing.parallel.rank import Rank, open_rank, shared_bytes
+from farthing.parallel.rank import Rank, counted_layers, open_rank, shared_bytes
 from farthing.parallel.rendezvous import connect, join
 from farthing.parallel.shared import Arena, PeerLost
 
@@ -178,28 +178,27 @@ def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
         arena,
         options.nodes,
     )
-    if (
-        arena is not None
-        and options.nodes == 1
-        and rank.place.local == 0
-        and rank.plan.config.n_routed_experts
-    ):
-        table = counts_table(arena, options.layout, rank.plan.config)
-        rank.counts = table[rank.plan.stages[rank.place.stage].start :]
+    config = rank.plan.config
+    if rank.place.local == 0 and config.n_routed_experts:
+        start = rank.plan.stages[rank.place.stage].start
+        if arena is not None and options.nodes == 1:
+            rank.counts = counts_table(arena, options.layout, config)[start:]
+        else:  # `Rank.count` brings them together
+            shape = counted_layers(config) - start, config.n_routed_experts
+            rank.counts = torch.zeros(*shape, dtype=torch.int64, device=rank.model.ops.device)
     return rank
 
 
 def counts_bytes(config: ModelConfig) -> int:
     """Of the table of tokens that each expert of each layer has seen."""
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    return 8 * layers * (config.n_routed_experts or 0)
+    return 8 * counted_layers(config) * (config.n_routed_experts or 0)
 
 
 def counts_table(arena: Arena, layout: Layout, config: ModelConfig) -> Tensor:
     """[L, E] int64 behind the groups of an arena; each stage's first rank counts for its layers."""
     start, size = shared_bytes(layout), counts_bytes(config)
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    return arena.bytes[start : start + size].view(torch.int64).view(layers, config.n_routed_experts or 0)
+    table = arena.bytes[start : start + size].view(torch.int64)
+    return table.view(counted_layers(config), config.n_routed_experts or 0)
 
 
 def _work(
