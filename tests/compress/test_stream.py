@@ -179,6 +179,35 @@ def test_whole_blocks_are_zero_in_what_is_written(
     assert checkpoint.weight("model.layers.1.self_attn.o_proj").dequantize().ne(0).double().mean() > 0.8
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "16x16"])
+def test_one_threshold_over_all_layers(pattern: Any, model_dir: Path, tmp_path: Path) -> None:
+    """Against sorting every weight (or block) of the model."""
+    prune = Prune(pattern, 0.3, "magnitude", "global", "none", "all")
+    source, writer = Checkpoint.open(model_dir), CheckpointWriter(tmp_path / "source")
+    step = 1 if pattern == "unstructured" else 0.05  # sums over a block differ less
+    for i, name in enumerate(source.names()):  # matrices of different magnitude
+        writer.add(name, source.tensor(name) * (1 + step * (i % 5) if "_proj" in name else 1))
+    writer.close(source.config, copy_from=model_dir)
+    run(Job(tmp_path / "source", tmp_path / "out", Recipe("x", "keep", prune=prune), None))
+    before, after = Checkpoint.open(tmp_path / "source"), Checkpoint.open(tmp_path / "out")
+    names = [n for n in before.names() if n.endswith("_proj.weight") or "kv_a_proj_with_mqa" in n]
+    scores, kept = [], []
+    for name in names:
+        score, keep = before.tensor(name).abs(), after.tensor(name) != 0
+        if pattern == "16x16":
+            score, keep = (t.float().unfold(0, 16, 16).unfold(1, 16, 16).sum((2, 3)) for t in (score, keep))
+        scores.append(score.flatten())
+        kept.append(keep.flatten() != 0)
+    threshold = torch.cat(scores).sort().values[round(0.3 * sum(map(len, scores)))]
+    agree = (torch.cat(scores) >= threshold) == torch.cat(kept)
+    assert float(agree.float().mean()) > 0.99  # the histogram's bins are 1/512 wide
+    assert float((~torch.cat(kept)).float().mean()) == pytest.approx(
+        0.3, abs=0.01
+    )  # no matrix loses more than 90 %
+    shares = [float((~k).float().mean()) for k in kept]
+    assert max(shares) > 2 * min(shares)
+
+
 def test_healing_brings_a_pruned_layer_closer_and_zeros_stay(
     model_dir: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -337,6 +366,7 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
         ("prune: {shares: {'*': 2}}", r"prune\.shares\['\*'\] is 2\.0; expected a share"),
         ("prune: {shares: {'*': many}}", "prune.shares is {'\\*': 'many'}; expected a mapping"),
         ("prune: {heal_steps: few}", "prune.heal_steps is 'few'; expected a whole number"),
+        ("prune: {scope: global}", "prune.score is 'obs' and prune.scope 'global'; expected one of"),
         ("experts: 1.5", "experts is 1.5; expected a share"),
         ("ignore: '*.o_proj'", r"ignore is '\*\.o_proj'; expected a list of names"),
         ("sparsities: [a]", r"sparsities is \['a'\]; expected a list of numbers"),

@@ -67,7 +67,8 @@ def grams_of(stats: Stats, family: list[str]) -> Tensor | None:
     return torch.stack(known) if len(known) == len(family) else None
 
 
-def _targets(layer: Layer, p: Prune) -> Iterator[list[str]]:
+def targets_of(layer: Layer, p: Prune) -> Iterator[list[str]]:
+    """What is to be pruned, family by family."""
     for family in layer.families():
         targets = [m for m in family if (p.targets == "all" or ".mlp." in m) and p.share(m) > 0]
         if targets:
@@ -85,7 +86,7 @@ def _traced(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
     cells = BLOCKS[p.pattern]
     masks: dict[str, Tensor] = {}
     groups: list[list[tuple[list[str], Trace, int]]] = []
-    for family in _targets(layer, p):
+    for family in targets_of(layer, p):
         entries = []
         for part in parts_of(layer, family):
             w, gram = torch.stack([layer.weight(m) for m in part]), grams_of(stats, part)
@@ -97,11 +98,11 @@ def _traced(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
                     "it the sparsity 0 in prune.shares, or choose another pattern"
                 )
             trace = block_trace(w, gram, cells, MOST)
-            if p.scope == "global":
+            if p.scope == "layer":
                 trace = Trace(trace.order, trace.cost / ((w @ gram) * w).sum().clamp_min(1e-30) * len(part))
             entries.append((part, trace, w.shape[2]))
         groups += [[e] for e in _single(entries)] if p.scope == "matrix" else [entries]
-    if p.scope == "global":
+    if p.scope == "layer":
         groups = [[e for group in groups for e in group]]
     for group in groups:
         wanted = sum(p.share(m) * t.order.shape[1] * (k // cells[1]) for part, t, k in group for m in part)
@@ -144,11 +145,11 @@ def _budgets(layer: Layer, stats: Stats, p: Prune) -> dict[str, float]:
 
     Experts of a layer compete: energy is summed over all tokens, so an expert few tokens reach gives up
     more. Families (all gates, all downs, one attention matrix) are normalized by their mean and then
-    compete within the layer where the scope is global.
+    compete within the layer where the scope is the layer.
     """
     budgets: dict[str, float] = {}
     pieces: dict[str, Tensor] = {}
-    for targets in _targets(layer, p):
+    for targets in targets_of(layer, p):
         if p.scope == "matrix":
             budgets |= {m: p.share(m) for m in targets}
             continue
@@ -161,4 +162,4 @@ def _budgets(layer: Layer, stats: Stats, p: Prune) -> dict[str, float]:
         if p.scope == "family":
             budgets |= global_budgets(blocks, p.share(targets[0]))
         pieces |= {m: b / average for m, b in blocks.items()}
-    return global_budgets(pieces, p.sparsity) if p.scope == "global" else budgets
+    return global_budgets(pieces, p.sparsity) if p.scope == "layer" else budgets

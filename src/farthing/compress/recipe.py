@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from farthing.compress.calibrate.observers import Observer
-from farthing.compress.prune.masks import Pattern, Score, check_sparsity
+from farthing.compress.prune.masks import BLOCKS, Pattern, Score, check_sparsity
 from farthing.compress.size import Measure, parse_bytes
 
 Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
@@ -17,7 +17,7 @@ Algorithm = Literal["rtn", "gptq"]
 Scaling = Literal["none", "awq", "smoothquant"]
 Activations = Literal["none", "token", "tensor", "best"]
 Compensation = Literal["none", "sweep", "exact"]
-Scope = Literal["matrix", "family", "global"]
+Scope = Literal["matrix", "family", "layer", "global"]
 Targets = Literal["experts", "all"]
 DEFAULT_DROP = 0.01
 _PRUNE_CHOICES: dict[str, Any] = {
@@ -36,7 +36,7 @@ class Prune:
     pattern: Pattern = "16x16"
     sparsity: float = 0.3
     score: Score = "obs"
-    # Who shares one threshold: nobody, the experts of a layer, or all matrices of a layer.
+    # Who shares one threshold: nobody, the experts of a layer, all matrices of a layer, or of the model.
     scope: Scope = "family"
     # How the weights that stay make up for what was cut: not at all; column by column (SparseGPT); by the
     # least-squares solution, which is exact and takes a factorization for every strip of rows.
@@ -58,6 +58,14 @@ class Prune:
         for name, kind in _PRUNE_CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"prune.{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
+        if self.scope == "global":
+            for name, accepted in (("score", ("magnitude",)), ("pattern", tuple(BLOCKS))):
+                if getattr(self, name) not in accepted:
+                    given = getattr(self, name)
+                    raise ValueError(
+                        f"prune.{name} is {given!r} and prune.scope 'global'; expected one of {accepted}: "
+                        "one threshold for all layers has to be known before the first is written"
+                    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +198,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "prune30-magnitude",
             "keep",
-            prune=Prune("unstructured", 0.3, "magnitude", "global", "none", "all"),
+            prune=Prune("unstructured", 0.3, "magnitude", "layer", "none", "all"),
         ),
         Recipe("prune-wanda", "keep", prune=Prune("unstructured", 0.3, "wanda", "matrix", "none", "all")),
         Recipe(

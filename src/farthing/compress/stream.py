@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import BLOCK, paged_batch
 from farthing.compress.export.deepseek import encode_deepseek, fp8_config
 from farthing.compress.layer import Layer, Stream, build, check_finite
+from farthing.compress.prune.budgets import spread
 from farthing.compress.prune.experts import choose_experts, plan_experts
 from farthing.compress.prune.heal import heal
 from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
@@ -89,6 +90,10 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
     _check_structure(job.recipe, config)
     layers = _layers(checkpoint, config)
     state, hidden = _resume(job)
+    prune = job.recipe.prune
+    if prune is not None and prune.scope == "global":
+        prune = spread(_each(checkpoint, config, layers), prune)
+        job = replace(job, recipe=replace(job.recipe, prune=prune))
     writer = CheckpointWriter(job.out, resume=state.next_layer >= 0)
     embedding = checkpoint.tensor("model.embed_tokens.weight")
     final_norm = checkpoint.tensor("model.norm.weight").float()
@@ -130,6 +135,13 @@ def _layers(checkpoint: Checkpoint, config: ModelConfig) -> int:
     while layers > config.num_hidden_layers and not checkpoint.has(f"model.layers.{layers - 1}.enorm.weight"):
         layers -= 1
     return layers
+
+
+def _each(checkpoint: Checkpoint, config: ModelConfig, layers: int) -> Iterator[Layer]:
+    """Every layer, one in memory."""
+    for index in range(layers):
+        yield Layer.read(checkpoint, config, index)
+        checkpoint.release()
 
 
 # -- one layer
