@@ -47,7 +47,7 @@ RECIPES = [
     "prune30-block16",
     "int4-block16-40",
 ]
-console = Console(width=170)
+console = Console(width=190)
 
 
 def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
@@ -55,6 +55,7 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
     table = Table(
         "recipe",
         "MB",
+        "MB read a token",
         "drop",
         "95 % interval",
         "KL",
@@ -90,6 +91,7 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
         table.add_row(
             name,
             f"{d['size_before'] / 1e6:.2f} → {d['size_after'] / 1e6:.2f}",
+            f"{d['bytes_per_token_before'] / 1e6:.2f} → {d['bytes_per_token_after'] / 1e6:.2f}",
             f"{d['drop']:+.3%}",
             f"[{low:+.3%}, {high:+.3%}]",
             f"{d['kl']:.5f}",

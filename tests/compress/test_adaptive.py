@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farthing.checkpoint import Checkpoint
 from farthing.compress import api
 from farthing.compress.adaptive import Option, calibrate_adaptive, knapsack, write_adaptive
 from farthing.compress.api import Options, compress
@@ -110,3 +111,10 @@ def test_the_recipe_writes_a_rule_and_keeps_the_weights(model_dir: Path, data: P
     assert rule is not None
     report = json.loads(Path(document["report"]).read_text())
     assert report["recipe"]["calibrated"]["rule"]["mass"] == list(rule.mass)
+    checkpoint = Checkpoint.open(model_dir)
+    routed = sum(checkpoint.nbytes(n) for n in checkpoint.names() if ".experts." in n and "layers.3" not in n)
+    before, after = (report["sizes"][when]["token"] for when in ("before", "after"))
+    share = report["recipe"]["calibrated"][
+        "flops_saved"
+    ]  # 2 of 8 experts a token, of which so many are saved
+    assert before - after == pytest.approx(share * routed * 2 / 8, abs=2)

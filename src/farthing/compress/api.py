@@ -18,7 +18,7 @@ from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import Report
-from farthing.compress.size import Sizes, reads_of, sizes_of
+from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
 from farthing.compress.stream import Job, Progress, Progressed, check_export, refuse_finished, run
 from farthing.model import ModelConfig
 from farthing.ops import select
@@ -93,13 +93,13 @@ def compress(
         assert judged is not None
         quality = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
-    before, after_ = Checkpoint.open(source), Checkpoint.open(out)
+    before, result = Checkpoint.open(source), Checkpoint.open(out)
     report = Report(
         recipe=made.recipe.to_json() | ({"calibrated": made.adaptive.to_json()} if made.adaptive else {}),
         source=str(source),
         size_before=before.stored_bytes(),
-        size_after=after_.stored_bytes(),
-        sizes={"before": asdict(sizes_of(before, reads_of(config))), "after": asdict(_result(after_, made))},
+        size_after=result.stored_bytes(),
+        sizes={"before": asdict(sizes_of(before, reads_of(config))), "after": asdict(_result(result, made))},
         seconds=seconds,
         peak_memory=peak,
         modules=made.state.modules,
@@ -163,7 +163,8 @@ def _result(checkpoint: Checkpoint, made: _Made) -> Sizes:
     """What the result takes: experts read as often as calibration or the adaptive rule found."""
     config = ModelConfig.from_json(checkpoint.config)
     routed = {
-        int(row["layer"]): [n / made.tokens for n in row["tokens_per_expert"]] for row in made.state.coverage
+        int(row["layer"]): measured_shares(row["tokens_per_expert"], made.tokens)
+        for row in made.state.coverage
     }
     if made.adaptive:
         for layer in filter(config.is_moe, range(config.num_hidden_layers)):
