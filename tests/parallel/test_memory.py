@@ -158,6 +158,11 @@ def test_experts_on_the_host(tmp_path: Path) -> None:
     assert device["weights"] < 21e9 < 600e9 < device["host"]
     assert hot["weights"] - device["weights"] == pytest.approx((whole["weights"] - device["weights"]) / 16)
     assert rounded["weights"] == device["weights"] and rounded["host"] < 0.55 * device["host"]
+    run = CliRunner().invoke(
+        app,
+        [str(file), "--gpu", "h100", "--experts-on", "cpu", "--hot-experts", "64", "--kv-tokens", "65536"],
+    )
+    assert run.exit_code == 1 and "no layout" in run.output  # and not more ranks, which it does not serve
     for options in (["--experts-on", "moon"], ["--experts-on", "cpu", "--tp", "2"], ["--hot-experts", "2"]):
         run = CliRunner().invoke(app, [str(file), *options])
         assert run.exit_code == 1 and "; expected " in run.output

@@ -80,8 +80,10 @@ def fitting_layouts(
 ) -> Iterator[Layout]:
     """Layouts of at most `most` ranks whose largest rank fits `limit` bytes, fewest ranks first.
 
-    Tensor and expert parallelism before pipelines: they shorten a token's way, stages do not.
+    Tensor and expert parallelism before pipelines: they shorten a token's way, stages do not. With experts on
+    the host there is one rank or none.
     """
+    most = 1 if serving.experts_on_host else most
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= most]
     layouts = [
         Layout(tp, pp, ep)
