@@ -11,7 +11,10 @@ from farthing.engine.prefix_cache import PrefixCache
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["allocate", "share", "release"]), st.integers(0, 10)), max_size=60)
+    st.lists(
+        st.tuples(st.sampled_from(["allocate", "share", "release", "exchange"]), st.integers(0, 10)),
+        max_size=60,
+    )
 )
 @settings(max_examples=150, deadline=None)
 def test_references_are_exact(actions: list[tuple[str, int]]) -> None:
@@ -26,6 +29,10 @@ def test_references_are_exact(actions: list[tuple[str, int]]) -> None:
             owners.append(list(blocks))
         elif action == "release" and owners:
             pool.release(reversed(owners.pop(number % len(owners))))
+        elif action == "exchange":  # free or not: whoever holds it holds the other one now
+            out, into = pool.blocks[number % 6], max(pool.blocks) + 1
+            pool.exchange(out, into)
+            owners = [[into if b == out else b for b in blocks] for blocks in owners]
         pool.check(owners)
         assert pool.num_free == 6 - len({b for blocks in owners for b in blocks})
     for blocks in owners:
@@ -41,6 +48,15 @@ def test_cached_blocks_are_reused_last_and_oldest_first() -> None:
     assert set(pool.allocate(2)) == {2, 3}
     assert pool.allocate(2) == [0, 1]
     assert reused == [0, 1, 2, 3, *reused[4:6], 0, 1]
+
+
+def test_an_exchanged_block_is_forgotten_and_its_place_taken_first() -> None:
+    cached, forgotten = {10, 11, 12}, []
+    pool = BlockPool(3, forgotten.append, cached.__contains__, blocks=range(10, 13))
+    pool.exchange(11, 5)
+    assert forgotten == [11] and pool.allocate(1) == [5]
+    with pytest.raises(IntegrityError, match=r"its owners hold others: \[11\]"):
+        pool.check([[5], [11]])
 
 
 def test_misuse_is_an_integrity_error() -> None:

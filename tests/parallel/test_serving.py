@@ -133,9 +133,12 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
         EngineConfig(**options)
 
 
-def test_prompts_computed_in_another_process_give_the_same_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_prompts_computed_in_another_process_give_the_same_tokens(tmp_path: Path, backend: str) -> None:
+    if backend == "cpu":
+        pytest.importorskip("farthing._native")
     fixed: dict[str, Any] = dict(
-        model=tiny(tmp_path), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=128,
+        model=tiny(tmp_path), backend=backend, skip_tokenizer_init=True, threads=1, num_blocks=128,
         block_size=4, max_num_seqs=4,
     )  # fmt: skip
     prompts = [[(7 * i + j) % 40 for j in range(5 + 6 * i)] for i in range(6)]
@@ -147,6 +150,8 @@ def test_prompts_computed_in_another_process_give_the_same_tokens(tmp_path: Path
         assert [o.outputs[0].token_ids for o in outputs] == expected
         for prompt, output in zip(prompts, outputs, strict=True):
             assert output.num_cached_tokens == (len(prompt) - 1) // 4 * 4  # all that is whole came from there
+        # Blocks themselves have changed hands.
+        assert any(b >= 128 for b in llm.engine._core.scheduler.pool.blocks)
         stream = llm.engine.submit(prompts[5], params)
         stream.cancel()
         assert stream.result().outputs[0].finish_reason in ("abort", "length")

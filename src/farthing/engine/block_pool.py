@@ -6,8 +6,8 @@ that is what the prefix cache lives on. Blocks that hold nothing reusable are ha
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 
 class IntegrityError(AssertionError):
@@ -18,7 +18,7 @@ class BlockPool:
     """`num_blocks` blocks, each free or referenced at least once.
 
     on_reuse(block) is called before a free block is handed out; is_cached(block) tells whether a block
-    that becomes free is worth keeping.
+    that becomes free is worth keeping. blocks: which ones of the memory are this pool's; None: the first.
     """
 
     def __init__(
@@ -26,14 +26,20 @@ class BlockPool:
         num_blocks: int,
         on_reuse: Callable[[int], None] = lambda block: None,
         is_cached: Callable[[int], bool] = lambda block: False,
+        blocks: Sequence[int] | None = None,
     ) -> None:
         if num_blocks < 1:
             raise ValueError(f"num_blocks is {num_blocks}; expected at least 1")
         self.num_blocks = num_blocks
         self._on_reuse = on_reuse
         self._is_cached = is_cached
-        self._refs = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to go first
+        self._refs = dict.fromkeys(range(num_blocks) if blocks is None else blocks, 0)
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(self._refs)  # next to go first
+
+    @property
+    def blocks(self) -> list[int]:
+        """The pool's blocks."""
+        return list(self._refs)
 
     @property
     def num_free(self) -> int:
@@ -77,13 +83,25 @@ class BlockPool:
                 if not self._is_cached(block):
                     self._free.move_to_end(block, last=False)
 
+    def exchange(self, out: int, into: int) -> None:
+        """Give a block to the pool of another process for one of its own, which takes over its references."""
+        self._refs[into] = self._refs.pop(out)
+        if out in self._free:
+            del self._free[out]
+            self._on_reuse(out)
+            self._free[into] = None
+            self._free.move_to_end(into, last=False)
+
     def check(self, owners: Iterable[Iterable[int]]) -> None:
         """Raise IntegrityError unless the references are exactly those of `owners` (lists of blocks)."""
-        expected = [0] * self.num_blocks
-        for blocks in owners:
-            for block in blocks:
-                expected[block] += 1
-        for block, (have, want) in enumerate(zip(self._refs, expected, strict=True)):
+        expected = Counter(block for blocks in owners for block in blocks)
+        if len(self._refs) != self.num_blocks or not expected.keys() <= self._refs.keys():
+            raise IntegrityError(
+                f"the pool has {len(self._refs)} blocks of {self.num_blocks}; its owners hold others: "
+                f"{sorted(expected.keys() - self._refs.keys())}"
+            )
+        for block, have in self._refs.items():
+            want = expected[block]
             if have != want:
                 raise IntegrityError(f"block {block} has {have} references; its owners hold {want}")
             if (have == 0) != (block in self._free):

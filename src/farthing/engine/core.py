@@ -143,6 +143,7 @@ class EngineCore:
                 old.max_tokens,
                 old.prefix.enabled,
                 old.num_lookahead,
+                old.pool.blocks,
             )
 
     def _admitted(self, plan: list[Scheduled]) -> None:

@@ -1,9 +1,11 @@
 """Prefill in a process of its own: prompts are computed there, tokens are drawn here.
 
 Long prompts then no longer stand in the way of running answers. A request first goes to the prefill process,
-whose engine computes its prompt; the blocks of its cache, which lies in memory that both processes map, are
-copied once into blocks of this engine's cache and entered in its prefix cache. Then the request is admitted
-here as any other: it finds its prompt there but for the last block, and the tokens are those of one engine.
+whose engine computes its prompt. Both engines' caches are one memory that both processes map, and each has
+blocks of its own in it: a finished prompt's blocks become this engine's, entered in its prefix cache, and the
+prefill process gets as many free ones for them. Nothing is copied, but for a block that another prompt over
+there still reads. Then the request is admitted here as any other: it finds its prompt but for the last block,
+and the tokens are those of one engine.
 
 If the prefill process ends, prompts are computed here.
 """
@@ -13,13 +15,13 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
-import torch
 import torch.multiprocessing as multiprocessing
 
 from farthing.config import EngineConfig
@@ -27,12 +29,15 @@ from farthing.engine.core import EngineCore
 from farthing.engine.engine import Engine, Order
 from farthing.engine.generation import RequestState
 from farthing.engine.request import EngineError, SamplingParams
+from farthing.model import DeepseekModel
 from farthing.ops import LatentCache
+from farthing.ops.api import CacheDtype
+from farthing.parallel.cluster import ParallelModel
 
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT = 600.0  # seconds
-_COPY_TIMEOUT = 30.0
+_READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,18 @@ class _Prompt:
     tokens: list[int]
     salt: str
     order: int  # as the request's priority
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A prompt's blocks in the prefill process, and which of them nobody else reads there."""
+
+    number: int
+    blocks: list[int]
+    free: list[bool]
+
+
+Exchanged = list[tuple[int, int]]  # (the prefill process's block, ours for it)
 
 
 @dataclass(slots=True)
@@ -64,7 +81,19 @@ class DisaggregatedEngine(Engine):
             raise ValueError(
                 "enable_prefix_caching is False; expected True with disaggregate: blocks arrive by prefix"
             )
-        self._prefill = _PrefillProcess(self.config, self._arrived, self._lost)
+        self._prefill = _PrefillProcess(self.config, self._core.runner.cache, self._arrived, self._lost)
+
+    def _new_cache(
+        self, model: DeepseekModel | ParallelModel, dtype: CacheDtype
+    ) -> tuple[LatentCache, Sequence[int]]:
+        """Twice the blocks, in memory that the prefill process can map; the first half is this engine's."""
+        count = self.config.num_blocks
+        assert count
+        cache = model.new_cache(2 * count, self.config.block_size, dtype)
+        cache.data.share_memory_()
+        if cache.scale is not None:
+            cache.scale.share_memory_()
+        return cache, range(count)
 
     def shutdown(self) -> None:
         """See `Engine.shutdown`; ends the prefill process too."""
@@ -103,13 +132,14 @@ class DisaggregatedEngine(Engine):
         if pending.cancelled:
             super()._post("cancel", pending.state)
 
-    def _arrived(self, prompt: _Prompt, cache: LatentCache, blocks: list[int]) -> None:
-        """Copy a prompt's blocks between two steps, then admit its request."""
+    def _arrived(self, prompt: _Prompt, computed: _Computed) -> Exchanged:
+        """Take a prompt's blocks over between two steps, then admit its request."""
         try:
-            self.between_steps(lambda core: _adopt(core, prompt, cache, blocks)).result(_COPY_TIMEOUT)
+            exchanged = self.between_steps(lambda core: adopt(core, prompt, computed)).result()
         except EngineError:
-            return  # this engine has ended, and its requests with it
+            return []  # this engine has ended, and its requests with it
         self._admit(prompt.number)
+        return exchanged
 
     def _lost(self) -> None:
         """Without the prefill process, prompts are computed here."""
@@ -125,13 +155,14 @@ class _PrefillProcess:
     def __init__(
         self,
         config: EngineConfig,
-        arrived: Callable[[_Prompt, LatentCache, list[int]], None],
+        cache: LatentCache,
+        arrived: Callable[[_Prompt, _Computed], Exchanged],
         lost: Callable[[], None],
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve_prompts, args=(replace(config, disaggregate=False), theirs), daemon=False
+            target=_serve_prompts, args=(replace(config, disaggregate=False), cache, theirs), daemon=False
         )
         self._process.start()
         theirs.close()
@@ -139,7 +170,7 @@ class _PrefillProcess:
         self._prompts: dict[int, _Prompt] = {}
         self._lock = threading.Lock()
         try:
-            self._cache = self._await_cache()
+            self._await_ready()
         except BaseException:
             self.close()
             raise
@@ -166,7 +197,7 @@ class _PrefillProcess:
             self._process.terminate()
             self._process.join(5)
 
-    def _await_cache(self) -> LatentCache:
+    def _await_ready(self) -> None:
         if not self._connection.poll(_START_TIMEOUT):
             raise EngineError(f"the prefill process was not ready after {_START_TIMEOUT:g} s")
         try:
@@ -174,63 +205,86 @@ class _PrefillProcess:
         except EOFError:
             self._process.join(1)
             said = f"it ended with exit code {self._process.exitcode}"
-        if not isinstance(said, LatentCache):
+        if said != _READY:
             raise EngineError(f"the prefill process could not start: {said}")
-        return said
 
     def _listen(self) -> None:
         try:
             while True:
-                number, blocks = self._connection.recv()
-                self._arrived(self._prompts.pop(number), self._cache, blocks)
+                computed = self._connection.recv()
+                exchanged = self._arrived(self._prompts.pop(computed.number), computed)
                 with self._lock:
-                    self._connection.send(number)  # the blocks are copied
-        except (EOFError, OSError):
+                    self._connection.send(exchanged)
+        except Exception as error:
             if not self._closed:
                 log.error("the prefill process has ended; prompts are computed with the answers now")
+                if not isinstance(error, EOFError | OSError):  # whose blocks are whose is not known any more
+                    log.exception("taking over a prompt failed")
+                    self._process.kill()
                 self._lost()
 
 
-def _adopt(core: EngineCore, prompt: _Prompt, source: LatentCache, blocks: list[int]) -> None:
-    """Copy computed blocks into free ones of this engine, known by their tokens from now on."""
+def adopt(core: EngineCore, prompt: _Prompt, computed: _Computed) -> Exchanged:
+    """Make computed blocks this engine's, known by their tokens from now on, for free ones of its own."""
     prefix, pool, cache = core.scheduler.prefix, core.scheduler.pool, core.runner.cache
     hashes: list[bytes] = []
-    prefix.extend(hashes, prompt.tokens, prompt.salt, len(blocks))
+    prefix.extend(hashes, prompt.tokens, prompt.salt, len(computed.blocks))
     known = prefix.match(hashes)
     pool.share(known)  # taking free blocks must not take these
-    count = min(len(blocks) - len(known), pool.num_free)
-    own = pool.allocate(count)
+    count = min(len(hashes) - len(known), pool.num_free)
     wanted = slice(len(known), len(known) + count)
-    if count:
-        here, there = torch.tensor(own), torch.tensor(blocks[wanted])
-        cache.data[:, here] = source.data[:, there]
-        if cache.scale is not None and source.scale is not None:
-            cache.scale[:, here] = source.scale[:, there]
-    for digest, block in zip(hashes[wanted], own, strict=True):
+    exchanged, taken = [], []
+    theirs = zip(hashes[wanted], computed.blocks[wanted], computed.free[wanted], strict=True)
+    for own, (digest, block, free) in zip(pool.allocate(count), theirs, strict=True):
+        if free:
+            pool.exchange(own, block)
+            exchanged.append((block, own))
+        else:
+            cache.data[:, own] = cache.data[:, block]
+            if cache.scale is not None:
+                cache.scale[:, own] = cache.scale[:, block]
+            block = own
         prefix.register(digest, block)
-    pool.release(reversed(known + own))
+        taken.append(block)
+    pool.release(reversed(known + taken))
+    return exchanged
 
 
-def _serve_prompts(config: EngineConfig, connection: Connection) -> None:
+def hand_over(core: EngineCore, prompt: _Prompt, size: int) -> _Computed:
+    """What is known of a prompt's blocks; whoever adopts them answers before the next step."""
+    hashes: list[bytes] = []
+    prefix, pool = core.scheduler.prefix, core.scheduler.pool
+    prefix.extend(hashes, prompt.tokens, prompt.salt, (len(prompt.tokens) - 1) // size)
+    blocks = prefix.match(hashes)
+    return _Computed(prompt.number, blocks, [pool.refs(block) == 0 for block in blocks])
+
+
+def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connection) -> None:
     """The prefill process: one token of every prompt, whose blocks then are in the prefix cache."""
+
+    class Beside(Engine):
+        def _new_cache(
+            self, model: DeepseekModel | ParallelModel, dtype: CacheDtype
+        ) -> tuple[LatentCache, Sequence[int]]:
+            return cache, range(cache.num_blocks // 2, cache.num_blocks)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        engine = Engine.from_config(replace(config, skip_tokenizer_init=True, speculate=config.speculate))
-        connection.send(engine.share_cache())
+        engine = Beside.from_config(replace(config, skip_tokenizer_init=True, speculate=config.speculate))
+        connection.send(_READY)
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
         return
-    acknowledged = threading.Semaphore(0)
-    lock = threading.Lock()
+    answers: SimpleQueue[Exchanged] = SimpleQueue()
+    ended = threading.Event()
 
-    def hand_over(core: EngineCore, prompt: _Prompt) -> None:
-        """Between two steps, which wait for the copy: until then no block may be written again."""
-        count = (len(prompt.tokens) - 1) // config.block_size
-        hashes: list[bytes] = []
-        core.scheduler.prefix.extend(hashes, prompt.tokens, prompt.salt, count)
-        with lock:
-            connection.send((prompt.number, core.scheduler.prefix.match(hashes)))
-        acknowledged.acquire(timeout=_COPY_TIMEOUT)
+    def give(core: EngineCore, prompt: _Prompt) -> None:
+        """Between two steps, which wait for the answer: until then no block may be written again."""
+        if ended.is_set():
+            return
+        connection.send(hand_over(core, prompt, config.block_size))
+        for block, ours in answers.get():
+            core.scheduler.pool.exchange(block, ours)
 
     def compute(prompt: _Prompt) -> None:
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
@@ -238,7 +292,7 @@ def _serve_prompts(config: EngineConfig, connection: Connection) -> None:
             prompt.tokens, params, priority=prompt.order, cache_salt=prompt.salt, kind="final"
         )
         stream.result()
-        engine.between_steps(lambda core: hand_over(core, prompt)).result()
+        engine.between_steps(lambda core: give(core, prompt)).result()
 
     with engine, ThreadPoolExecutor(config.max_num_seqs) as pool:
         try:
@@ -247,6 +301,8 @@ def _serve_prompts(config: EngineConfig, connection: Connection) -> None:
                 if isinstance(message, _Prompt):
                     pool.submit(compute, message)
                 else:
-                    acknowledged.release()
+                    answers.put(message)
         except (EOFError, OSError):
+            ended.set()
+            answers.put([])  # to whoever waits for one
             engine.shutdown()  # what is still computed has nobody to go to

@@ -66,6 +66,7 @@ from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import LatentCache, Ops, select
+from farthing.ops.api import CacheDtype
 from farthing.parallel.cluster import ParallelModel, RankOptions
 from farthing.parallel.plan import Layout
 
@@ -97,9 +98,8 @@ class Engine:
         self.stats = Stats()
         self._ranks = model if isinstance(model, ParallelModel) else None
         self._admission = Admission(c, model.config, tokenizer)
-        runner = Runner(
-            model, model.new_cache(c.num_blocks, c.block_size, dtype), c.max_num_seqs, c.max_model_len
-        )
+        cache, blocks = self._new_cache(model, dtype)
+        runner = Runner(model, cache, c.max_num_seqs, c.max_model_len)
         self.stats.experts = lambda: _expert_tokens(model, runner)
         speculator = _speculator(c, runner)
         scheduler = Scheduler(
@@ -109,6 +109,7 @@ class Engine:
             c.max_num_batched_tokens,
             c.enable_prefix_caching,
             speculator.num_lookahead if speculator else 0,
+            blocks,
         )
         self._core = EngineCore(
             runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.draw
@@ -259,13 +260,13 @@ class Engine:
         self._wake.set()
         return future
 
-    def share_cache(self) -> LatentCache:
-        """The cache, moved to memory that other processes can map. Before the first request."""
-        cache = self._core.runner.cache
-        cache.data.share_memory_()
-        if cache.scale is not None:
-            cache.scale.share_memory_()
-        return cache
+    def _new_cache(
+        self, model: DeepseekModel | ParallelModel, dtype: CacheDtype
+    ) -> tuple[LatentCache, Sequence[int]]:
+        """The cache and this engine's blocks of it."""
+        count = self.config.num_blocks
+        assert count
+        return model.new_cache(count, self.config.block_size, dtype), range(count)
 
     # -- the loop, in its own thread
 

@@ -13,6 +13,7 @@ is never preempted, so there is always progress.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence as Seq
 from operator import attrgetter
 
 from farthing.engine.block_pool import BlockPool, IntegrityError
@@ -33,7 +34,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
         num_lookahead: int = 0,
+        blocks: Seq[int] | None = None,
     ) -> None:
+        """blocks: which `num_blocks` of the cache; None: the first."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens is {max_num_batched_tokens}; expected at least "
@@ -44,7 +47,7 @@ class Scheduler:
         self.max_tokens = max_num_batched_tokens
         self.num_lookahead = num_lookahead  # cache slots wanted behind the drafts (for drafting itself)
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
-        self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block)
+        self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
         self.waiting: list[Sequence] = []  # both by urgency
         self.running: list[Sequence] = []
         self.num_preemptions = 0

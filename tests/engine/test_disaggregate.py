@@ -1,0 +1,101 @@
+"""Blocks of a prompt change hands between two engines over one memory: none that is free is copied."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from farthing.engine.disaggregate import _Prompt, adopt, hand_over
+from farthing.engine.scheduler import Scheduler
+from farthing.ops import LatentCache
+
+SIZE, COUNT = 2, 8
+PROMPT = _Prompt(1, [3, 1, 4, 1, 5, 9, 2], "", 0)  # three whole blocks
+
+
+def pair() -> tuple[Any, Any]:
+    """(serving, computing): cores that share a cache, each with half of its blocks."""
+    cache = LatentCache(torch.zeros(1, 2 * COUNT, SIZE, 4), torch.zeros(1, 2 * COUNT, SIZE, 2))
+    return tuple(
+        SimpleNamespace(
+            scheduler=Scheduler(COUNT, SIZE, 1, 4, blocks=range(first, first + COUNT)),
+            runner=SimpleNamespace(cache=cache),
+        )
+        for first in (0, COUNT)
+    )  # type: ignore[return-value]
+
+
+def computed(core: Any) -> list[int]:
+    """The prompt's blocks, filled with their own numbers, known and free."""
+    scheduler, hashes = core.scheduler, []  # type: ignore[var-annotated]
+    blocks: list[int] = scheduler.pool.allocate(3)
+    scheduler.prefix.extend(hashes, PROMPT.tokens, "", 3)
+    for digest, block in zip(hashes, blocks, strict=True):
+        core.runner.cache.data[:, block] = block
+        core.runner.cache.scale[:, block] = block
+        scheduler.prefix.register(digest, block)
+    scheduler.pool.release(reversed(blocks))
+    return blocks
+
+
+def found(core: Any) -> list[int]:
+    """Blocks in which a core finds the prompt."""
+    hashes: list[bytes] = []
+    core.scheduler.prefix.extend(hashes, PROMPT.tokens, "", 3)
+    blocks: list[int] = core.scheduler.prefix.match(hashes)
+    return blocks
+
+
+def settle(core: Any, exchanged: list[tuple[int, int]]) -> None:
+    for block, ours in exchanged:
+        core.scheduler.pool.exchange(block, ours)
+
+
+def check(*cores: Any) -> None:
+    """Every block belongs to one pool, and the books are true."""
+    assert sorted(b for core in cores for b in core.scheduler.pool.blocks) == list(range(2 * COUNT))
+    for core in cores:
+        core.scheduler.pool.check([])
+        core.scheduler.prefix.check()
+
+
+def test_blocks_change_hands_and_are_not_copied() -> None:
+    here, there = pair()
+    blocks = computed(there)
+    before = here.runner.cache.data.clone()
+    settle(there, adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)))
+    assert found(here) == blocks and found(there) == []
+    assert torch.equal(here.runner.cache.data, before)
+    check(here, there)
+    # The same prompt again: it is known here, so the blocks stay where they were computed.
+    again = computed(there)
+    assert adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)) == []
+    assert found(here) == blocks and found(there) == again
+    check(here, there)
+
+
+def test_a_block_that_is_read_over_there_is_copied() -> None:
+    here, there = pair()
+    blocks = computed(there)
+    there.scheduler.pool.share(blocks[:1])
+    exchanged = adopt(here, PROMPT, hand_over(there, PROMPT, SIZE))
+    settle(there, exchanged)
+    assert [block for block, _ in exchanged] == blocks[1:]
+    assert found(there) == blocks[:1]
+    assert found(here)[1:] == blocks[1:] and found(here)[0] < COUNT
+    for part in (here.runner.cache.data, here.runner.cache.scale):
+        assert (part[:, found(here)[0]] == blocks[0]).all()
+    there.scheduler.pool.release(blocks[:1])
+    check(here, there)
+
+
+def test_what_has_no_room_stays_over_there() -> None:
+    here, there = pair()
+    blocks = computed(there)
+    busy = here.scheduler.pool.allocate(COUNT - 1)
+    settle(there, adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)))
+    assert found(here) == blocks[:1]
+    here.scheduler.pool.release(busy)
+    check(here, there)
