@@ -20,10 +20,12 @@ inline __m512 sum_each(const __m512* a) {
   return halves(halves(four[0], four[1]), halves(four[2], four[3]));
 }
 
-// Scores of 4 query rows against 4 keys; rows and keys that are not there repeat the first. The first rows also
-// ask for the keys that come kKeysAhead later: a cache that does not fit the processor's is read as a stream.
-template <bool First>
-inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys, int width, float* scores) {
+// Keys of the next block are asked for to the first cache while this one is computed, at an even rate: a cache
+// that does not fit the processor's is read as a stream. Of every four keys, scores ask for two, the mix for the others.
+
+// Scores of 4 query rows against 4 keys; rows and keys that are not there repeat the first. Asks for N keys `next`.
+template <int N>
+inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys, int width, float* scores, const uint16_t* const* next) {
   __m512 acc[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
@@ -32,10 +34,8 @@ inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys
   for (int k = 0; k < width; k += 32) {
     __m512i key[4];
 #pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
-      key[s] = _mm512_loadu_si512(keys[s] + k);
-      if (First) prefetch(keys[s + kKeysAhead] + k);
-    }
+    for (int s = 0; s < 4; ++s) key[s] = _mm512_loadu_si512(keys[s] + k);
+    for (int n = 0; n < N; ++n) prefetch(next[n] + k);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const __m512i v = _mm512_loadu_si512(row[r] + k);
@@ -49,7 +49,7 @@ inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys
 }
 
 // out[R][32] += weights[R][keys] * keys[keys][32], two keys at a time.
-template <int R>
+template <int R, bool First>
 inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int at, int pairs, float* out, int latent) {
   alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -58,6 +58,7 @@ inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int 
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = loadf(out + r * latent), b[r] = loadf(out + r * latent + 16);
   for (int p = 0; p < pairs; ++p) {
+    if (First) prefetch(keys[kKeyBlock + 4 * (p / 2) + 2 + p % 2] + at);
     const __m512i even = _mm512_loadu_si512(keys[2 * p] + at), odd = _mm512_loadu_si512(keys[2 * p + 1] + at);
     const __m512i x = _mm512_permutex2var_epi16(even, first, odd), y = _mm512_permutex2var_epi16(even, second, odd);
 #pragma GCC unroll 8
@@ -71,11 +72,11 @@ inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int 
   for (int r = 0; r < R; ++r) store(out + r * latent, f32x16(a[r])), store(out + r * latent + 16, f32x16(b[r]));
 }
 
-template <int R = 8>
+template <bool First, int R = 8>
 inline void mix_rows(int rows, const uint16_t* weights, const uint16_t* const* keys, int pairs, float* out, int latent) {
   if constexpr (R > 1)
-    if (rows < R) return mix_rows<R - 1>(rows, weights, keys, pairs, out, latent);
-  for (int at = 0; at < latent; at += 32) mix_pairs<R>(weights, keys, at, pairs, out + at, latent);
+    if (rows < R) return mix_rows<First, R - 1>(rows, weights, keys, pairs, out, latent);
+  for (int at = 0; at < latent; at += 32) mix_pairs<R, First>(weights, keys, at, pairs, out + at, latent);
 }
 
 inline void rows_to_bf16(const float* x, int n, uint16_t* out) {  // n % 32 == 0
@@ -87,14 +88,19 @@ void bf16_attend(const AttendBlock& b) {
   alignas(64) float scores[16 * kKeyBlock];
   alignas(64) uint16_t weights[16 * kKeyBlock];
   const int keys = round_up(b.keys, 4);
-  for (int s = 0; s < keys; s += 4) score_block<true>(b.q_hi, b.rows < 4 ? b.rows : 4, b.rows16 + s, b.width, scores + s);
-  for (int r = 4; r < b.rows; r += 4)
-    for (int s = 0; s < keys; s += 4)
-      score_block<false>(b.q_hi + static_cast<size_t>(r) * b.width, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, scores + r * kKeyBlock + s);
+  const uint16_t* const* next = b.rows16 + kKeyBlock;
+  for (int s = 0; s < keys; s += 4)
+    for (int r = 0; r < b.rows; r += 4) {
+      const uint16_t* q = b.q_hi + static_cast<size_t>(r) * b.width;
+      float* to = scores + r * kKeyBlock + s;
+      if (b.rows <= 4) score_block<2>(q, b.rows, b.rows16 + s, b.width, to, next + s);
+      else if (r < 8) score_block<1>(q, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, to, next + s + r / 4);
+      else score_block<0>(q, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, to, next);
+    }
   online_softmax(b, scores);
   rows_to_bf16(scores, b.rows * kKeyBlock, weights);
-  for (int r = 0; r < b.rows; r += 8)
-    mix_rows(b.rows - r < 8 ? b.rows - r : 8, weights + r * kKeyBlock, b.rows16, keys / 2, b.out + static_cast<size_t>(r) * b.latent, b.latent);
+  mix_rows<true>(b.rows < 8 ? b.rows : 8, weights, b.rows16, keys / 2, b.out, b.latent);
+  if (b.rows > 8) mix_rows<false>(b.rows - 8, weights + 8 * kKeyBlock, b.rows16, keys / 2, b.out + static_cast<size_t>(8) * b.latent, b.latent);
 }
 
 }  // namespace

@@ -16,14 +16,13 @@ struct AttendBlock {
   const float* k32;        // [keys][width] or null
   const uint16_t* k16;     // [kKeyBlock][k16_stride] bfloat16 or null
   int k16_stride;
-  const uint16_t* const* rows16;  // or each key where it lies, the last repeated, then kKeysAhead keys to ask for ahead
+  const uint16_t* const* rows16;  // [2 * kKeyBlock] or each key where it lies, the last repeated, then those of the next block
   const int* visible;      // [rows] keys of this block each row may see
   float* max;              // [rows] running maximum
   float* sum;              // [rows] running sum
   float* out;              // [rows][latent] running, not divided by sum
 };
 constexpr int kKeyBlock = 64;
-constexpr int kKeysAhead = 8;
 
 // How a row of keys lies in attention's arrays: latent, zeros, rotary, zeros.
 struct KeyShape {
@@ -51,6 +50,7 @@ struct Kernels {
   // One cached row (types as CacheType: float32, bfloat16, e4m3, int8; scale of latent and rotary or null).
   void (*load_key)(int type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
   void (*split)(const float* x, int n, uint16_t* hi, uint16_t* lo);  // x = hi + lo in bfloat16, n % 16 == 0
+  void (*round_bf16)(const float* x, int n, uint16_t* out);
   void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips, int count);  // see conv_layer.h
   void (*image_row)(const float* x, int64_t plane, int width, float scale, uint8_t* out);
   bool split_act;     // wants hi and lo for bf16 matrices

@@ -36,12 +36,6 @@ void rotate(const float* x, int r, const float* cos, const float* sin, bool inte
   }
 }
 
-uint16_t to_bf16(float f) {
-  uint32_t b;
-  std::memcpy(&b, &f, 4);
-  return static_cast<uint16_t>((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
-}
-
 uint8_t to_e4m3(float f) {  // to nearest even; |f| <= 448
   const uint8_t sign = std::signbit(f) ? 0x80 : 0;
   const float a = std::min(std::fabs(f), 448.0f);
@@ -52,14 +46,11 @@ uint8_t to_e4m3(float f) {  // to nearest even; |f| <= 448
   return static_cast<uint8_t>(sign | ((b >> 20) - (120u << 3)));
 }
 
-void write_part(const Cache& cache, int64_t slot, int width, int at, const float* x, int n, int part) {
+void write_part(const Kernels& kernels, const Cache& cache, int64_t slot, int width, int at, const float* x, int n, int part) {
   uint8_t* row = cache.data;
   const size_t first = static_cast<size_t>(slot) * width + at;
   if (cache.type == CacheType::f32) return static_cast<void>(std::memcpy(reinterpret_cast<float*>(row) + first, x, sizeof(float) * n));
-  if (cache.type == CacheType::bf16) {
-    for (int i = 0; i < n; ++i) reinterpret_cast<uint16_t*>(row)[first + i] = to_bf16(x[i]);
-    return;
-  }
+  if (cache.type == CacheType::bf16) return kernels.round_bf16(x, n, reinterpret_cast<uint16_t*>(row) + first);
   const bool fp8 = cache.type == CacheType::fp8;
   const float top = fp8 ? 448.0f : 127.0f;
   float amax = 0.0f;
@@ -104,7 +95,9 @@ struct Reader {
   float* k32;
   uint16_t* k16;
   uint16_t* rest;  // what the split of float keys leaves, not used further
-  const uint16_t* rows[kKeyBlock + kKeysAhead] = {};
+  const uint16_t* rows[2 * kKeyBlock] = {};  // keys of a block, and of the one after it
+  const Unit* next = nullptr;                // whose keys [next_at, …) those are
+  int next_at = 0;
 
   const uint8_t* row(int sequence, int key, int64_t* slot) const {
     const int32_t block = batch.block_table[static_cast<int64_t>(sequence) * batch.max_blocks + key / cache.block_size];
@@ -133,8 +126,18 @@ struct Reader {
     return to;
   }
 
-  // Keys [at, at + keys) of those up to `end`.
-  void fetch(int sequence, int at, int keys, int end, AttendBlock& b) {
+  // Where the keys of the block after this one lie, for the kernel to ask for them ahead.
+  void look_ahead(const Unit& u, int at) {
+    if (form != Kernels::Keys::rows || !exact()) return;
+    next = &u, next_at = at;
+    const int keys = std::min(kKeyBlock, u.end - at);
+    for (int i = 0; i < keys; ++i) rows[kKeyBlock + i] = half(u.sequence, at + i, nullptr);
+    std::fill(rows + kKeyBlock + keys, rows + 2 * kKeyBlock, rows[kKeyBlock + keys - 1]);
+  }
+
+  // Keys [at, at + b.keys) of a unit; those that were looked ahead to are where they were found.
+  void fetch(const Unit& u, int at, AttendBlock& b) {
+    const int keys = b.keys, sequence = u.sequence;
     const size_t width = shape.width;
     switch (form) {
       case Kernels::Keys::f32:
@@ -142,10 +145,10 @@ struct Reader {
         b.k32 = k32;
         return;
       case Kernels::Keys::rows:
-        for (int i = 0; i < keys; ++i) rows[i] = half(sequence, at + i, k16 + i * width);
-        for (int i = keys; i < kKeyBlock + kKeysAhead; ++i) rows[i] = rows[keys - 1];
-        if (exact())
-          for (int i = keys; i < keys + kKeysAhead && at + i < end; ++i) rows[i] = half(sequence, at + i, nullptr);
+        if (next == &u && next_at == at) std::copy_n(rows + kKeyBlock, keys, rows);
+        else for (int i = 0; i < keys; ++i) rows[i] = half(sequence, at + i, k16 + i * width);
+        std::fill(rows + keys, rows + 2 * kKeyBlock, rows[keys - 1]);
+        next = nullptr;
         b.rows16 = rows;
         return;
       case Kernels::Keys::tiles:
@@ -227,15 +230,15 @@ void Backend::mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& 
         float k_pe[1024];
         kernels.rms_norm(kv.row(t), w.norm, eps, c, scratch);
         rotate(kv.row(t) + c, r, cos, sin, w.interleaved, 1.0f, k_pe);
-        write_part(cache, batch.slots[t], c + r, 0, scratch, c, 0);
-        write_part(cache, batch.slots[t], c + r, c, k_pe, r, 1);
+        write_part(kernels, cache, batch.slots[t], c + r, 0, scratch, c, 0);
+        write_part(kernels, cache, batch.slots[t], c + r, c, k_pe, r, 1);
         return;
       }
       const float* head = q.row(t) + static_cast<int64_t>(h) * (w.nope + r);
       float* to = query + (static_cast<size_t>(t) * H + h) * W;
       for (int i = 0; i < w.nope; ++i) scratch[i] = head[i] * w.scale;
       kernels.store_act(uk, nope, h * T + t, 0, scratch, w.nope);
-      std::fill(to, to + W, 0.0f);
+      std::fill(to + c, to + W, 0.0f);
       rotate(head + w.nope, r, cos, sin, w.interleaved, w.scale, to + lp);
     });
     team.barrier();
@@ -262,15 +265,17 @@ void Backend::mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& 
       std::fill_n(b.out, static_cast<size_t>(b.rows) * lp, 0.0f);
       uint16_t* mine = tiles + static_cast<size_t>(me) * (2 * kRows + 4) * W;
       if (form == Kernels::Keys::tiles) tile_query(kernels, b.q, b.rows, W, mine, mine + kRows * W, mine + 2 * kRows * W, mine + (2 * kRows + 1) * W);
-      if (form == Kernels::Keys::rows) kernels.split(b.q, b.rows * W, mine, mine + kRows * W);
+      if (form == Kernels::Keys::rows) kernels.round_bf16(b.q, b.rows * W, mine);
       b.q_hi = mine;
-      b.q_lo = mine + kRows * W;
+      b.q_lo = mine + kRows * W;  // tiles alone
       int visible[kRows];
       b.visible = visible;
       for (int at = u.begin; at < u.end; at += kKeyBlock) {
         b.keys = std::min(kKeyBlock, u.end - at);
         for (int j = 0; j < b.rows; ++j) visible[j] = batch.positions[u.token + j / u.heads] + 1 - at;
-        reader.fetch(u.sequence, at, b.keys, u.end, b);
+        reader.fetch(u, at, b);
+        if (at + kKeyBlock < u.end) reader.look_ahead(u, at + kKeyBlock);
+        else if (i + 1 < static_cast<int>(units.size())) reader.look_ahead(units[i + 1], units[i + 1].begin);
         kernels.attend(b);
       }
     });

@@ -11,6 +11,8 @@ constexpr int kRowBlock = 256;  // rows whose intermediate tile stays in cache
 constexpr int kPairColumns = 2 * kPanel;
 constexpr int kRouteRows = 64;
 constexpr int kFetchStart = 2048;  // bytes, what the kernels ask for ahead
+constexpr int kApart = 16;         // tokens up to which down projections are read expert by expert, then summed
+constexpr int kApartColumns = 64;
 
 // One expert and its rows. Rows of the routed experts follow each other; the shared expert's are the tokens.
 struct Job {
@@ -135,6 +137,8 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
   float* tiles = work_.take<float>(threads * tile_size);
   float* hiddens = work_.take<float>(static_cast<size_t>(threads) * kRowBlock * unit);
   float* sums = work_.take<float>(static_cast<size_t>(threads) * T * out_columns);
+  const int apart_ld = act_stride(D);
+  float* apart = T <= kApart ? work_.take<float>(static_cast<size_t>(most + T) * apart_ld) : nullptr;
   std::vector<Plan> plans(T == 1 ? threads : 1);
 
   pool.run([&](Team& team) {
@@ -190,17 +194,36 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
               job.rows, at, tiles + me * tile_size, hiddens + static_cast<size_t>(me) * kRowBlock * unit);
     });
     team.barrier();
-    team.for_units(5, 1, (D + out_columns - 1) / out_columns, [&](int, int u) {
+    if (T <= kApart) {
+      // Each expert's weights are one stream; what it gives waits for the sum, whose order is the same as below.
+      team.for_units(5, jobs, (D + kApartColumns - 1) / kApartColumns, [&](int j, int u) {
+        const Job& job = plan.jobs[j];
+        const bool shared = job.expert == routed;
+        const Matrix& down = w.experts[job.expert].down->m;
+        const int n0 = u * kApartColumns, columns = std::min(kApartColumns, D - n0);
+        if (n0 + columns == D && j + 1 < jobs) fetch_start(w.experts[plan.jobs[j + 1].expert].down->m, 0);
+        kernels.tile(down, n0 / kPanel, (columns + kPanel - 1) / kPanel, row(kinds[shared].mid, job.first), job.rows,
+                     apart + static_cast<size_t>(job.first + (shared ? most : 0)) * apart_ld + n0, apart_ld);
+      });
+      team.barrier();
+    }
+    team.for_units(6, 1, (D + out_columns - 1) / out_columns, [&](int, int u) {
       const int n0 = u * out_columns, columns = std::min(out_columns, D - n0), padded = round_up(columns, kPanel);
       float *y = sums + static_cast<size_t>(me) * T * out_columns, *tile = tiles + me * tile_size;
       std::fill_n(y, static_cast<size_t>(T) * out_columns, 0.0f);
       for (int j = 0; j < jobs; ++j) {
         const Job& job = plan.jobs[j];
         const bool shared = job.expert == routed;
-        if (j + 1 < jobs) fetch_start(w.experts[plan.jobs[j + 1].expert].down->m, n0 / kPanel);
-        kernels.tile(w.experts[job.expert].down->m, n0 / kPanel, padded / kPanel, row(kinds[shared].mid, job.first), job.rows, tile, out_columns);
+        const float* from = tile;
+        int ld = out_columns;
+        if (T <= kApart) {
+          from = apart + static_cast<size_t>(job.first + (shared ? most : 0)) * apart_ld + n0, ld = apart_ld;
+        } else {
+          if (j + 1 < jobs) fetch_start(w.experts[plan.jobs[j + 1].expert].down->m, n0 / kPanel);
+          kernels.tile(w.experts[job.expert].down->m, n0 / kPanel, padded / kPanel, row(kinds[shared].mid, job.first), job.rows, tile, out_columns);
+        }
         for (int m = 0; m < job.rows; ++m)
-          kernels.axpy(y + static_cast<size_t>(shared ? m : plan.token[job.first + m]) * out_columns, tile + static_cast<size_t>(m) * out_columns,
+          kernels.axpy(y + static_cast<size_t>(shared ? m : plan.token[job.first + m]) * out_columns, from + static_cast<size_t>(m) * ld,
                        shared ? 1.0f : plan.weight[job.first + m], padded);
       }
       for (int t = 0; t < T; ++t) {

@@ -23,6 +23,7 @@ constexpr Kernels table(const char* name) {
       .attend = attend,
       .load_key = load_key,
       .split = split,
+      .round_bf16 = round_to_bf16,
       .conv = conv,
       .image_row = image_row,
       .split_act = false,

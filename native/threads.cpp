@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <sstream>
@@ -121,10 +122,11 @@ Pool::Pool(int threads, const std::string& topology, bool pin) {
     const int left = static_cast<int>(cpus_.size() - node_threads_.size()) - 1;
     int until = static_cast<int>(before * threads / total);
     until = std::min(std::max(until, given + 1), threads - left);
+    first_thread_.push_back(given);
     node_threads_.push_back(until - given);
     for (; given < until; ++given) node_of_.push_back(static_cast<int>(node_threads_.size()) - 1);
   }
-  counters_ = std::vector<Counter>(kPhases * cpus_.size());
+  counters_ = std::vector<Counter>(static_cast<size_t>(kPhases) * size_);
   std::vector<int> seen(cpus_.size(), 0);
   for (int t = 0; t < size_; ++t) {
     const auto& c = cpus_[node_of_[t]];
@@ -148,31 +150,34 @@ Pool::~Pool() {
 }
 
 Share Pool::share(int node, int units) const {
-  int before = 0;
-  for (int i = 0; i < node; ++i) before += node_threads_[i];
-  const int64_t u = units;
+  const int64_t u = units, before = first_thread_[node];
   return {static_cast<int>(u * before / size_), static_cast<int>(u * (before + node_threads_[node]) / size_)};
 }
 
-int Pool::take(int phase, int node, int units, int* end) {
-  std::atomic<int>& next = counters_[phase * nodes() + node].next;
-  int at = next.load(std::memory_order_relaxed);
-  for (;;) {
-    const int left = units - at;
-    if (left <= 0) {
-      *end = units;
-      return units;
-    }
-    const int chunk = std::max(1, left / (2 * node_threads_[node]));
-    if (next.compare_exchange_weak(at, at + chunk, std::memory_order_relaxed)) {
-      *end = at + chunk;
-      return at;
+bool Pool::take(int phase, int id, int units, Taken& t) {
+  const int node = node_of_[id], first = first_thread_[node], threads = node_threads_[node];
+  for (; t.other < threads; ++t.other) {
+    const int part = (id - first + t.other) % threads;
+    const int64_t u = units;
+    const int begin = static_cast<int>(u * part / threads), end = static_cast<int>(u * (part + 1) / threads);
+    std::atomic<uint64_t>& taken = counters_[static_cast<size_t>(phase) * size_ + first + part].taken;
+    uint64_t seen = taken.load(std::memory_order_relaxed);
+    for (;;) {
+      const int front = static_cast<int>(seen & 0xffffffffu), back = static_cast<int>(seen >> 32);
+      const int left = end - begin - front - back;
+      if (left <= 0) break;
+      const uint64_t chunk = std::max(1, left / 4);
+      if (!taken.compare_exchange_weak(seen, seen + (t.other ? chunk << 32 : chunk), std::memory_order_relaxed)) continue;
+      t.begin = t.other ? end - back - static_cast<int>(chunk) : begin + front;
+      t.end = t.begin + static_cast<int>(chunk);
+      return true;
     }
   }
+  return false;
 }
 
 void Pool::start(void (*call)(void*, Team&), void* data) {
-  for (auto& c : counters_) c.next.store(0, std::memory_order_relaxed);
+  for (auto& c : counters_) c.taken.store(0, std::memory_order_relaxed);
   Team team(*this, 0);
   if (size_ == 1) return call(data, team);
   call_ = call;

@@ -1,6 +1,7 @@
 // One pool of threads: the caller works as thread 0, the others spin for a while and then sleep.
 //
-// Work is handed out in shrinking chunks, so that a thread that loses its core for a moment holds nobody up.
+// Each thread has a contiguous part of the units and takes it from the front, so that what it reads is one stream;
+// one that is done takes from the back of another's part, so that a thread that loses its core holds nobody up.
 // Every unit is computed whole by one thread and nothing is summed across threads, so that the number of
 // threads never changes a result.
 #pragma once
@@ -63,12 +64,16 @@ class Pool {
  private:
   friend class Team;
   struct alignas(64) Counter {
-    std::atomic<int> next{0};
+    std::atomic<uint64_t> taken{0};  // units of a thread's part: low half from the front, high half from the back
+  };
+  struct Taken {
+    int begin = 0, end = 0;
+    int other = 0;  // parts, from the thread's own on, that are used up
   };
   void start(void (*call)(void*, Team&), void* data);
   void loop(int id);
   void wait_epoch(uint32_t seen);
-  int take(int phase, int node, int units, int* end);
+  bool take(int phase, int id, int units, Taken& t);
 
   std::mutex mutex_;
   int size_ = 1;
@@ -77,7 +82,8 @@ class Pool {
   std::vector<int> node_threads_;           // threads of each node
   std::vector<int> node_of_;
   std::vector<std::thread> workers_;
-  std::vector<Counter> counters_;           // [phase][node]
+  std::vector<int> first_thread_;           // of each node
+  std::vector<Counter> counters_;           // [phase][thread]
   void (*call_)(void*, Team&) = nullptr;
   void* data_ = nullptr;
   alignas(64) std::atomic<uint32_t> epoch_{0};
@@ -95,9 +101,9 @@ void Team::for_units(int phase, int outer, int inner, F&& f) {
   const Share s = pool_.share(node, inner);
   const int width = s.end - s.begin;
   if (width <= 0) return;
-  int end = 0;
-  for (int u = pool_.take(phase, node, outer * width, &end); u < end; u = pool_.take(phase, node, outer * width, &end))
-    for (; u < end; ++u) f(u / width, s.begin + u % width);
+  Pool::Taken t;
+  while (pool_.take(phase, id_, outer * width, t))
+    for (int u = t.begin; u < t.end; ++u) f(u / width, s.begin + u % width);
 }
 
 }  // namespace farthing
