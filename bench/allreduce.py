@@ -22,9 +22,9 @@ import torch.multiprocessing as multiprocessing
 from rich.console import Console
 from rich.table import Table
 
+from farthing.demo.server import free_port
 from farthing.parallel.group import DistGroup, Group
 from farthing.parallel.shared import Arena, SharedGroup, arena_bytes
-from farthing.parallel.worker import free_port
 
 CALLS, WARM = 400, 50
 

@@ -27,17 +27,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from farthing.demo.server import free_port
+
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"tok"}}]}\n\n'
 HOST = "127.0.0.1"
 
 
 # ---- the processes under test ----
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((HOST, 0))
-        return int(sock.getsockname()[1])
 
 
 class Replica(asyncio.Protocol):

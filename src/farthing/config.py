@@ -106,11 +106,6 @@ class EngineConfig:
             )
         if self.nodes == 1 and self.ray_address is not None:
             raise ValueError(f"ray_address is {self.ray_address!r} with nodes 1; expected nodes > 1")
-        if self.nodes > 1 and self.rebalance_steps is not None:
-            raise ValueError(
-                f"rebalance_steps is {self.rebalance_steps} over {self.nodes} nodes; expected None: "
-                "tokens of experts are counted in memory that all ranks share"
-            )
 
     @property
     def num_ranks(self) -> int:

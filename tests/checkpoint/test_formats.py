@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,17 @@ WEIGHTS = {
     ),
     "dense": lambda w: Weight("dense", w.bfloat16()),
 }  # fmt: skip
+
+
+def test_shards_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        writer = CheckpointWriter(tmp_path)
+        writer.add("w", torch.zeros(2))
+        writer.close({})
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

@@ -176,10 +176,6 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         (dict(nodes=2), "nodes is 2 with 1 ranks; expected at most one node a rank"),
         (dict(nodes=0), "nodes is 0; expected a positive integer"),
         (dict(ray_address="a:1"), "ray_address is 'a:1' with nodes 1; expected nodes > 1"),
-        (
-            dict(nodes=2, expert_parallel_size=2, rebalance_steps=5),
-            "rebalance_steps is 5 over 2 nodes; expected None",
-        ),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:

@@ -81,6 +81,7 @@ class CheckpointWriter:
         target = self._part(len(self._shards) + 1)
         partial = target.with_suffix(".tmp")
         save_file(self._pending, str(partial), metadata={"format": "pt"})
+        partial.chmod(_file_mode())  # safetensors makes it readable by its owner alone
         _sync(partial)
         partial.replace(target)
         self._shards.append(list(self._pending))
@@ -130,6 +131,13 @@ class CheckpointWriter:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _file_mode() -> int:
+    """What the umask leaves of read and write for all."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _sync(file: Path) -> None:

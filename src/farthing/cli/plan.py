@@ -203,6 +203,8 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from error
         return ModelConfig.from_json(raw), stored_by_config(raw), raw
+    if file.suffix == ".json":
+        raise ValueError(f"model is {model!r}, which is no file; expected the path of a model's config.json")
     checkpoint = Checkpoint.open(resolve_model(model))
     return config_of(checkpoint), stored_by_checkpoint(checkpoint.path), checkpoint.config
 
