@@ -5,14 +5,16 @@
 namespace farthing {
 namespace {
 
-// What the sums of the registers hold: 32 of 16 lanes, 16 of 8, or 16 of 4.
+// What the sums of the registers hold: 32 of 16 lanes, 16 of 8, or 16 of 4. Integer sums of many rows are faster when
+// the float sums of their groups fit beside them; fewer rows are rather read with fewer passes over the weights.
 #if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2;
+constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kRowsOfMany = 4;
 #elif defined(__AVX2__)
-constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1;
+constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kRowsOfMany = 4;
 #else
-constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1;
+constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kRowsOfMany = 2;
 #endif
+constexpr int kMany = 24;  // rows
 
 // One or two rows read as fast as a bare copy where the next lines are asked for ahead, to the second cache: to the
 // first, requests would hold the few buffers that its misses need. Only 4-bit weights, whose bytes take five
@@ -162,7 +164,7 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
     i32x16 acc[P * M], more[P * M] = {};
     fetch_ahead<M>(data, ahead, g, bytes_a_column * w.group);
-    if (M == kRowsAtOnce)  // the next rows, to the first cache
+    if (M == kRowsOfMany)  // the next rows, to the first cache
       for (int at = k; at < end; at += 64)
         EACH(int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
     EACH(int m = 0; m < M; ++m)
@@ -218,7 +220,8 @@ PanelKernel panel_kernel(const Matrix& w, int rows) {
 }
 
 void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
-  const int blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const int at_once = w.quantized() && rows >= kMany ? kRowsOfMany : kRowsAtOnce;
+  const int blocks = (rows + at_once - 1) / at_once;
   const int groups = w.quantized() ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
   for (int i = 0; i < count;) {
     const int together = rows > kStream && i + kPanelsAtOnce <= count && !w.sparse ? kPanelsAtOnce : 1;
