@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import typer
 import typer.core
 import typer.main
+
+from farthing import import_whole
 
 # name -> (module under farthing.cli, one line of help). The module defines `app: typer.Typer`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -37,7 +38,7 @@ class LazyGroup(typer.core.TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS or not _exists(COMMANDS[cmd_name][0]):
             return None
-        module = importlib.import_module(f"farthing.cli.{COMMANDS[cmd_name][0]}")
+        module = import_whole(f"farthing.cli.{COMMANDS[cmd_name][0]}")
         command = typer.main.get_command(module.app)
         command.name = cmd_name
         return command
