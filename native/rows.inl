@@ -59,10 +59,12 @@ inline float quantize_group(const float* x, int k, int8_t* q, float top_level, f
 
 inline int sum_bytes(const int8_t* q, int k) {
   i32x16 s = {};
-  for_lanes(k, [&](int i) { s += widen(q + i); });
-  int total = 0;
-  for (int i = 0; i < 16; ++i) total += s[i];
-  return total;
+  int i = 0;
+#if defined(__AVX512VNNI__)
+  for (; i + 64 <= k; i += 64) s = dot4(s, _mm512_set1_epi8(1), _mm512_loadu_si512(q + i));
+#endif
+  for (; i + 16 <= k; i += 16) s += widen(q + i);
+  return reduce_add(s);
 }
 
 void quantize(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {

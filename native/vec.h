@@ -110,20 +110,24 @@ inline i8x16 narrow(i32x16 v) {
 }
 
 // Sums and maxima in one fixed tree, the same on every machine.
-inline float reduce_add(f32x16 v) {
-  float a[16];
+// Halves are added until one lane is left, in every set of instructions alike.
+#if defined(__AVX512F__)
+inline float reduce_add(f32x16 v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float reduce_max(f32x16 v) { return _mm512_reduce_max_ps((__m512)v); }
+inline int reduce_add(i32x16 v) { return _mm512_reduce_add_epi32((__m512i)v); }
+#else
+template <class T, class V, class F>
+inline T reduce(const V& v, F&& f) {
+  T a[16];
   memcpy(a, &v, 64);
   for (int n = 8; n; n >>= 1)
-    for (int i = 0; i < n; ++i) a[i] += a[i + n];
+    for (int i = 0; i < n; ++i) a[i] = f(a[i], a[i + n]);
   return a[0];
 }
-inline float reduce_max(f32x16 v) {
-  float a[16];
-  memcpy(a, &v, 64);
-  for (int n = 8; n; n >>= 1)
-    for (int i = 0; i < n; ++i) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
-  return a[0];
-}
+inline float reduce_add(f32x16 v) { return reduce<float>(v, [](float a, float b) { return a + b; }); }
+inline float reduce_max(f32x16 v) { return reduce<float>(v, [](float a, float b) { return a > b ? a : b; }); }
+inline int reduce_add(i32x16 v) { return reduce<int>(v, [](int a, int b) { return a + b; }); }
+#endif
 
 // e^x, relative error 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. x below -87 gives 0.
 inline f32x16 exp(f32x16 x) {
