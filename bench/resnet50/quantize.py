@@ -59,7 +59,9 @@ class Range(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x on the grid; below an unsigned range it is a ReLU."""
         self.begin(x)
-        return fake_quantize(x, self.scale(), self.low, self.high)
+        # Sixteen steps are as exact in bfloat16, which the next product reads; sums need more.
+        dtype = x.dtype if self.high <= 15 else torch.float32
+        return fake_quantize(x, self.scale(), self.low, self.high, dtype=dtype)
 
 
 class QuantConv(nn.Module):
@@ -134,7 +136,8 @@ class QuantBottleneck(nn.Module):
         step = self.out.scale()
         wide = fake_quantize(v, step / (1 << SHIFT), 0, 255)
         # Halves go up, as a shift of integers does; what is added is less than a step of 8 bits.
-        return fake_quantize(wide + step.detach() / (4 << SHIFT), step, 0, 15), wide
+        x = fake_quantize(wide + step.detach() / (4 << SHIFT), step, 0, 15, dtype=x.dtype)
+        return x, wide
 
 
 class QuantResNet50(nn.Module):

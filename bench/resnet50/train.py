@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from farthing.compress.prune.schedule import cubic_sparsity
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
+from farthing.train.lsq import compile_rounding
 
 CURVE = 5  # the curve is measured on every fifth test picture, the result on all
 
@@ -152,6 +153,7 @@ class SparsityHook(BaseHook):
 def train_student(settings: Settings, teacher: ResNet50, console: Console) -> QuantResNet50 | None:
     """The student, trained or read; None when interrupted. Test pictures are judged by the CPU kernels."""
     run = Run(settings, "w4a4")
+    compile_rounding()
     net = QuantResNet50(teacher.cpu(), settings.size)
     done = run.out / "net.pt"
     if done.is_file():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farthing.train import lsq
 from farthing.train.lsq import (
     ActivationQuantizer,
     Precision,
@@ -43,6 +44,31 @@ def test_gradients_of_input_scale_and_offset() -> None:
     expected = ((1 - 0.52) + (-2 + 1.8) + 3 - 4) * factor
     assert float(scale.grad) == pytest.approx(expected, abs=1e-6)
     assert float(offset.grad) == pytest.approx(2 * factor)  # only clipped numbers move with the offset
+
+
+@pytest.mark.slow  # it compiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_rounding_gives_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        kept = []
+        for shape, scales in (((3, 5, 7), (1, 1, 1)), ((6, 4, 3, 3), (6, 1, 1, 1)), ((33, 64), (1, 1))):
+            x = torch.randn(shape).to(dtype).requires_grad_()
+            scale = (torch.rand(scales) + 0.2).requires_grad_()
+            offset = torch.full(scales, 0.1, requires_grad=True) if shape[0] != 6 else None
+            y = fake_quantize(x, scale, -4, 3, offset, dtype)
+            (y * torch.randn(shape).to(dtype)).sum().backward()
+            kept += [
+                t for t in (y, x.grad, scale.grad, None if offset is None else offset.grad) if t is not None
+            ]
+        return kept
+
+    plain = run()
+    monkeypatch.setattr(lsq, "_rounding", lsq._rounding)
+    lsq.compile_rounding()
+    for a, b in zip(plain, run(), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b)
 
 
 def test_weights_start_at_the_shrink_of_least_error() -> None:

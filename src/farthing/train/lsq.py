@@ -22,31 +22,58 @@ TINY = 1e-12
 Kind = Literal["tensor", "group"]
 
 
+def _round(
+    x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    v = (x if offset is None else x - offset) / scale
+    out = v.round().clamp_(low, high) * scale
+    return (out if offset is None else out.add_(offset)).to(dtype)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of x, scale and offset, without LSQ's factor."""
+    v = (x if offset is None else x - offset) / scale
+    inside = (v >= low) & (v <= high)
+    dx = grad * inside
+    # d/ds of s * clamp(round(x / s)): q - v where x moves with s, the edge q where it is clipped.
+    q = v.round().clamp_(low, high)
+    d_scale = _sum_to(grad * torch.where(inside, q - v, q), scale.shape)
+    return dx.to(x.dtype), d_scale, None if offset is None else _sum_to(grad - dx, offset.shape)
+
+
+_rounding: tuple[Any, Any] = (_round, _gradients)
+
+
+def compile_rounding() -> None:
+    """Makes each rounding one pass over memory, and one backward; pays where activations are large.
+
+    TorchInductor does it in half a minute; on a CPU it needs a C++ compiler.
+    """
+    global _rounding
+    torch._dynamo.config.recompile_limit = 64  # dimensions of one and layouts are compiled apart
+    _rounding = tuple(torch.compile(f, dynamic=True) for f in (_round, _gradients))  # type: ignore[assignment]
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int) -> Tensor:
-        v = (x if offset is None else x - offset) / scale
-        q = v.round().clamp_(low, high)
-        ctx.save_for_backward(v, q, scale)
-        ctx.low, ctx.high = low, high
-        ctx.offset_shape = None if offset is None else offset.shape
-        out = q * scale
-        return out if offset is None else out.add_(offset)
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, offset)
+        ctx.ends = low, high
+        out: Tensor = _rounding[0](x, scale, offset, low, high, dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        v, q, scale = ctx.saved_tensors
-        inside = (v >= ctx.low) & (v <= ctx.high)
-        dx = grad * inside
-        # d/ds of s * clamp(round(x / s)): q - v where x moves with s, the edge q where it is clipped. LSQ's
-        # factor keeps the range's gradient as large as a weight's, which matters for the clipping of norms.
-        factor = (v.numel() / scale.numel() * ctx.high) ** -0.5
-        ds = _sum_to(grad * torch.where(inside, q - v, q), scale.shape) * factor
-        d_offset = None
-        if ctx.offset_shape is not None:
-            d_offset = _sum_to(grad - dx, ctx.offset_shape) * factor
-        return dx, ds, d_offset, None, None
+        x, scale, offset = ctx.saved_tensors
+        dx, d_scale, d_offset = _rounding[1](grad, x, scale, offset, *ctx.ends)
+        # LSQ's factor keeps a range's gradient as large as a weight's, which matters for norms' clipping.
+        factor = (x.numel() / scale.numel() * ctx.ends[1]) ** -0.5
+        return dx, d_scale * factor, None if d_offset is None else d_offset * factor, None, None, None
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
@@ -55,13 +82,20 @@ def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
     return x.sum(dims, keepdim=True, dtype=torch.float32) if dims else x.float()
 
 
-def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int, offset: Tensor | None = None) -> Tensor:
-    """clamp(round((x - offset) / scale), low, high) * scale + offset, differentiable in all three.
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    low: int,
+    high: int,
+    offset: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """clamp(round((x - offset) / scale), low, high) * scale + offset as `dtype`, differentiable in all three.
 
-    scale and offset have x's number of dimensions and broadcast to it. Their gradients carry LSQ's factor
-    1 / sqrt(numbers under one scale * high).
+    scale and offset are float32, have x's number of dimensions and broadcast to it. Their gradients carry
+    LSQ's factor 1 / sqrt(numbers under one scale * high).
     """
-    out: Tensor = _FakeQuantize.apply(x, scale, offset, low, high)  # type: ignore[no-untyped-call]
+    out: Tensor = _FakeQuantize.apply(x, scale, offset, low, high, dtype)  # type: ignore[no-untyped-call]
     return out
 
 
