@@ -110,7 +110,8 @@ class Backend {
 
   void rms_norm(Rows x, int tokens, int k, const float* weight, float eps, Rows out);
   void linear(const Packed& w, Rows x, int tokens, const float* norm, float eps, Rows residual, Rows out);
-  void moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out);
+  void moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out,
+           const int64_t* chosen = nullptr, const float* chosen_weights = nullptr);
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
   void mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache, const Batch& batch, float eps, Rows out);
   // h [T, D] through every layer; counts [layer][E] or null; out is not x.

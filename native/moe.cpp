@@ -103,7 +103,8 @@ void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weigh
   }
 }
 
-void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out) {
+void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out,
+                  const int64_t* chosen, const float* chosen_weights) {
   const int T = tokens, D = w.hidden, k = w.gate ? w.router.top_k : 0, threads = pool.size();
   const int copies = T == 1 ? threads : T, most = T * k;
   const int E = w.gate ? w.router.experts : 0, score_ld = round_up(E, kPanel);
@@ -157,7 +158,13 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
       team.for_units(0, 1, T, [&](int, int t) { normalize(t, t); });
       team.barrier();
     }
-    if (k) {
+    if (chosen) {  // by the caller; a negative id is no choice
+      if (T == 1 || me == 0) {  // who builds a plan
+        const size_t at = T == 1 ? static_cast<size_t>(me) * k : 0;
+        for (int i = 0; i < most; ++i) ids[at + i] = static_cast<int32_t>(chosen[i]);
+        std::copy_n(chosen_weights, most, weights + at);
+      }
+    } else if (k) {
       const int blocks = (T + kRouteRows - 1) / kRouteRows;
       team.for_units(1, blocks, w.gate->m.panels, [&](int b, int panel) {
         const int t0 = b * kRouteRows;

@@ -162,6 +162,22 @@ def test_an_expert_nobody_chose(ops: CpuOps, ref: ReferenceOps) -> None:
     assert distance(y - x, z - x) < 3 * BOUNDS["int4"]
 
 
+@pytest.mark.parametrize("name", ["bf16", "int4"])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_moe_of_given_choices(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int) -> None:
+    spec = RouterSpec(8, 3)
+    w = experts(spec, name, 64, 96, None)
+    handle, expected = ops.pack_moe("m", spec, lambda: w), ref.pack_moe("m", spec, lambda: w)
+    x, scale, gates = torch.randn(tokens, 64), norm(64), torch.rand(tokens, 3)
+    ids = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)])
+    ids[torch.rand(ids.shape) < 0.4] = -1
+    y = ops.moe_chosen(x.clone(), handle, scale, EPS, ids, gates)
+    assert distance(y - x, ref.moe_chosen(x, expected, scale, EPS, ids, gates) - x) < 3 * BOUNDS[name]
+    assert torch.equal(ops.moe_chosen(x.clone(), handle, scale, EPS, ids * 0 - 1, gates), x)
+    with pytest.raises(ValueError, match=r"expected \[\d+, 3\]"):
+        ops.moe_chosen(x, handle, scale, EPS, ids[:, :2], gates)
+
+
 def test_reroute(ops: CpuOps, ref: ReferenceOps) -> None:
     w = experts(ROUTERS["v3"], "int8", 64, 64, None)
     handle, expected = (

@@ -262,3 +262,16 @@ class Ops(ABC):
     def save_packed(self, path: str) -> None:
         """Write what was packed to one file for `select(…, packed=path)`; ValueError without a format."""
         raise ValueError(f"backend {self.name!r} has no packed format; use backend 'cpu'")
+
+
+class HostOps(Ops):
+    """A backend of the CPU that can compute experts for another device (`farthing.ops.hybrid`)."""
+
+    def coarse(self) -> HostOps:
+        return self
+
+    @abstractmethod
+    def moe_chosen(
+        self, x: Tensor, weights: Handle, norm: Tensor, eps: float, ids: Tensor, gates: Tensor
+    ) -> Tensor:
+        """`moe` with the choice made elsewhere: ids [T, k] int64, -1 for none, and gates [T, k] float32."""

@@ -7,10 +7,9 @@ the experts used most have copies on the device.
 
 A layer's step without hot experts: hidden states go to the host, which norms, routes and computes in one call
 of its kernels while the device computes the shared expert; the sum comes back. With hot ones the device
-routes, and choices and weights go along: the host computes the experts that are not hot, whose rows are
-gathered once, in the order of the experts, and summed once; the device computes the hot ones. Only hidden
-states cross the bus, never weights, but for an expert that becomes hot: it is read and packed in a thread of
-its own while steps go on without it.
+routes, and choices and weights go along: the host computes the experts that are not hot, in one call too, and
+the device the hot ones. Only hidden states cross the bus, never weights, but for an expert that becomes hot:
+it is read and packed in a thread of its own while steps go on without it.
 
 Legend: T tokens; D hidden size; E experts; k experts a token; R chosen (token, expert) pairs.
 """
@@ -34,6 +33,7 @@ from torch import Tensor
 from farthing.ops.api import (
     CacheDtype,
     Handle,
+    HostOps,
     MoEWeights,
     Ops,
     RouterSpec,
@@ -96,8 +96,7 @@ class HybridMoE:
     gate: Tensor  # [E, D] float32, on the device
     bias: Tensor | None  # [E]
     loads: Sequence[Callable[[], Gated] | None]
-    whole: Handle | None  # all experts as the host packs them; None where some may be hot
-    experts: list[Handle | None]  # then each of them alone; None: on another rank
+    routed: Handle  # as the host packs them
     shared: Handle | None  # on the device
     hot: Hot
     norm: Tensor | None = None  # the layer's, on the host
@@ -108,11 +107,12 @@ class HybridOps(OpsAround):
 
     def __init__(self, device: Ops, host: Ops, hot_experts: int = 0) -> None:
         """hot_experts: copies on the device in every layer, at most."""
-        if host.device.type != "cpu":
-            raise ValueError(f"experts are on {host.device}; expected a backend of the CPU")
+        if not isinstance(host, HostOps):
+            raise ValueError(f"experts are on {host.name!r}; expected a backend of the CPU")
         hot = f", {hot_experts} hot" if hot_experts else ""
         super().__init__(device, f"{device.name}; experts on {host.name}{hot}")
-        self._host, self._capacity = host, hot_experts
+        self._host: HostOps = host
+        self._capacity = hot_experts
         self.packed_from = host.packed_from
         host.routed_only = True
         self._crossing = Crossing(self.device)
@@ -135,21 +135,13 @@ class HybridOps(OpsAround):
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> HybridMoE:
         w = weights()
-        whole, alone = None, []
-        if self._capacity:
-            alone = [
-                load and self._host.pack_mlp(f"{name}.experts.{e}", load) for e, load in enumerate(w.experts)
-            ]
-        else:
-            whole = self._host.pack_moe(name, spec, lambda: replace(w, shared=None))
         return HybridMoE(
             name,
             spec,
             w.gate.float().to(self.device),
             None if w.bias is None else w.bias.float().to(self.device),
             w.experts,
-            whole,
-            alone,
+            self._host.pack_moe(name, spec, lambda: replace(w, shared=None)),
             None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
             Hot(HotExperts(min(self._capacity, spec.num_experts))),
         )
@@ -158,9 +150,9 @@ class HybridOps(OpsAround):
         self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float, counts: Tensor | None = None
     ) -> Tensor:
         host_norm = weights.norm = norm.cpu() if weights.norm is None else weights.norm
-        if weights.whole is not None:
+        if not self._capacity:
             seen = None if counts is None else torch.zeros(len(counts), dtype=torch.int64)
-            computed = self._begin(self._all, self._crossing.down(x=x), weights.whole, host_norm, eps, seen)
+            computed = self._begin(self._all, self._crossing.down(x=x), weights.routed, host_norm, eps, seen)
             out = self._shared(x, weights, norm, eps)
             routed = self._crossing.up(computed())
             if counts is not None and seen is not None:
@@ -193,26 +185,20 @@ class HybridOps(OpsAround):
         return self._computing.submit(compute, *arguments).result
 
     @torch.inference_mode()
-    def _all(self, here: Copies, whole: Handle, norm: Tensor, eps: float, seen: Tensor | None) -> Tensor:
+    def _all(self, here: Copies, routed: Handle, norm: Tensor, eps: float, seen: Tensor | None) -> Tensor:
         """The sum of all routed experts [T, D] float32; seen [E] gains their tokens."""
         x = here["x"].float()
-        return self._host.moe(x.clone(), whole, norm, eps, seen).float() - x
+        return self._host.moe(x.clone(), routed, norm, eps, seen).float() - x
 
     @torch.inference_mode()
     def _cold(
         self, choices: Choices, weights: HybridMoE, norm: Tensor, eps: float, hot: Mapping[int, Any]
     ) -> Tensor:
         """The sum of the experts that are not hot [T, D] float32."""
-        rows, x = choices.rows, choices.here["x"].float()
-        tokens, slots = torch.from_numpy(rows.tokens), torch.from_numpy(rows.slots)
-        own = x[tokens]  # [R, D]
-        y = own.clone()  # rows of hot experts, and of those on another rank, stay and so add nothing
-        for expert, part in rows.parts.items():
-            handle = weights.experts[expert]
-            if handle is not None and expert not in hot:
-                y[part] = self._host.mlp(y[part], handle, norm, eps)
-        weighted = (y - own) * choices.here["gates"][tokens, slots, None]
-        return torch.zeros_like(x).index_add_(0, tokens, weighted)
+        x, ids = choices.here["x"].float(), choices.here["ids"]
+        cold = ids.masked_fill(torch.isin(ids, torch.tensor(list(hot), dtype=ids.dtype)), -1)
+        gates = choices.here["gates"]
+        return self._host.moe_chosen(x.clone(), weights.routed, norm, eps, cold, gates).float() - x
 
     def _on_device(self, n: Tensor, gates: Tensor, rows: Rows, hot: Mapping[int, Pair]) -> Tensor:
         """The sum of the hot experts [T, D] float32."""
@@ -231,8 +217,7 @@ class HybridOps(OpsAround):
 
     def reroute(self, weights: HybridMoE, spec: RouterSpec) -> None:
         weights.spec = spec
-        if weights.whole is not None:
-            self._host.reroute(weights.whole, spec)
+        self._host.reroute(weights.routed, spec)
 
     def route(self, n: Tensor, weights: HybridMoE) -> tuple[Tensor, Tensor]:
         """In plain torch on the device: both sides follow one choice."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, MoEWeights, Ops, RouterSpec
+from farthing.ops.api import AttentionSpec, Batch, CacheDtype, HostOps, LatentCache, MoEWeights, RouterSpec
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 
 CACHE_DTYPES = {
@@ -43,7 +43,7 @@ class _MoE:
     shared: tuple[Tensor, Tensor, Tensor] | None
 
 
-class ReferenceOps(Ops):
+class ReferenceOps(HostOps):
     """Every op in torch, on any device torch runs on."""
 
     def __init__(self, dtype: torch.dtype, quantization: str | None = None) -> None:
@@ -151,7 +151,16 @@ class ReferenceOps(Ops):
 
     def moe(self, x: Tensor, weights: _MoE, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
         n = self.rms_norm(x, norm, eps)
-        ids, gates = self.route(n, weights)
+        return self._experts(x, n, weights, *self.route(n, weights), counts)
+
+    def moe_chosen(
+        self, x: Tensor, weights: _MoE, norm: Tensor, eps: float, ids: Tensor, gates: Tensor
+    ) -> Tensor:
+        return self._experts(x, self.rms_norm(x, norm, eps), weights, ids, gates, None)
+
+    def _experts(
+        self, x: Tensor, n: Tensor, weights: _MoE, ids: Tensor, gates: Tensor, counts: Tensor | None
+    ) -> Tensor:
         out = torch.zeros_like(n, dtype=torch.float32)
         for e, expert in enumerate(weights.experts):
             token, slot = torch.where(ids == e)

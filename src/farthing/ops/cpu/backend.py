@@ -16,10 +16,10 @@ from farthing.ops.api import (
     AttentionSpec,
     Batch,
     CacheDtype,
+    HostOps,
     LatentCache,
     LayerHandles,
     MoEWeights,
-    Ops,
     RouterSpec,
 )
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
@@ -70,7 +70,7 @@ def _vector(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
-class CpuOps(Ops):
+class CpuOps(HostOps):
     """Every op natively; activations are float32, int8 inside projections whose weights are integers."""
 
     cache_dtype: CacheDtype = "float32"
@@ -100,7 +100,7 @@ class CpuOps(Ops):
 
     # -- packing
 
-    def coarse(self) -> Ops:
+    def coarse(self) -> HostOps:
         if self._quantization is not None:
             return self
         other = copy(self)
@@ -363,6 +363,23 @@ class CpuOps(Ops):
         self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
     ) -> Tensor:
         return self._experts(x, weights, norm, eps, 0 if counts is None else counts.data_ptr())
+
+    def moe_chosen(
+        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, ids: Tensor, gates: Tensor
+    ) -> Tensor:
+        assert weights.spec is not None
+        if ids.shape != (x.shape[0], weights.spec.top_k) or gates.shape != ids.shape:
+            raise ValueError(
+                f"ids {list(ids.shape)} and gates {list(gates.shape)} do not fit; "
+                f"expected [{x.shape[0]}, {weights.spec.top_k}], rows and experts a token"
+            )
+        x, norm, ids, gates = _rows(x), _vector(norm), ids.long().contiguous(), gates.float().contiguous()
+        out = torch.empty(x.shape)
+        self._native.moe_chosen(
+            weights.native, x.data_ptr(), x.stride(0), x.shape[0], norm.data_ptr(), eps,
+            ids.data_ptr(), gates.data_ptr(), out.data_ptr(), out.shape[1],
+        )  # fmt: skip
+        return out
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         router = _router(spec)
