@@ -40,7 +40,7 @@ class Settings:
     student_epochs: float = 0.8
     batch: int = 128
     lr: float = 0.1
-    student_lr: float = 2e-4
+    student_lr: float = 8e-4
     seed: int = 0
     threads: int = 2
     device: str = "cpu"
