@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -158,11 +160,19 @@ def test_experts_on_the_host(tmp_path: Path) -> None:
     assert device["weights"] < 21e9 < 600e9 < device["host"]
     assert hot["weights"] - device["weights"] == pytest.approx((whole["weights"] - device["weights"]) / 16)
     assert rounded["weights"] == device["weights"] and rounded["host"] < 0.55 * device["host"]
-    run = CliRunner().invoke(
-        app,
-        [str(file), "--gpu", "h100", "--experts-on", "cpu", "--hot-experts", "64", "--kv-tokens", "65536"],
-    )
-    assert run.exit_code == 1 and "no layout" in run.output  # and not more ranks, which it does not serve
+
+    def hot_experts(count: int) -> Result:
+        options = f"--gpu h100 --experts-on cpu --kv-tokens 65536 --hot-experts {count}".split()
+        return CliRunner().invoke(app, [str(file), *options])
+
+    refused = hot_experts(64)
+    advice = re.search(r"--hot-experts (\d+) would fit", refused.output)
+    assert refused.exit_code == 1 and advice  # and not more ranks, which it does not serve
+    fits = int(advice[1])
+    assert [hot_experts(n).exit_code for n in (fits, fits + 1)] == [0, 1]
+    few = [str(file), "--memory", "9GB", "--experts-on", "cpu", "--hot-experts", "2"]
+    none = CliRunner().invoke(app, few)
+    assert none.exit_code == 1 and "no layout" in none.output
     for options in (["--experts-on", "moon"], ["--experts-on", "cpu", "--tp", "2"], ["--hot-experts", "2"]):
         run = CliRunner().invoke(app, [str(file), *options])
         assert run.exit_code == 1 and "; expected " in run.output

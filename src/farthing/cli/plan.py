@@ -221,9 +221,14 @@ def _more_tokens(shard_plan: Any, ranks: list[RankMemory], cache_dtype: str, lim
 
 
 def _advice(parts: Any, holder: Any, serving: Any, limit: int) -> str:
-    from farthing.parallel.memory import fitting_layouts
+    from farthing.parallel.memory import fitting_layouts, most_hot_experts
 
     found = next(fitting_layouts(parts, holder, serving, limit), None)
+    if found is None and (hot := most_hot_experts(parts, holder, serving, limit)) is not None:
+        return (
+            f"{serving.hot_experts} hot experts a layer take more than {limit / 1e9:.1f} GB; "
+            f"--hot-experts {hot} would fit"
+        )
     if found is None:
         return (
             f"no layout of up to 64 ranks fits {limit / 1e9:.1f} GB a rank; "

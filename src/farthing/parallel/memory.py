@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -101,6 +102,20 @@ def fitting_layouts(
         ranks = [layout.place(stage * layout.stage_ranks) for stage in range(layout.pp)]
         if max(_rank(model, plan, place, holder, serving).total for place in ranks) <= limit:
             yield layout
+
+
+def most_hot_experts(model: Model, holder: Holder, serving: Serving, limit: int) -> int | None:
+    """The most experts a layer, fewer than `serving` asks for, whose copies on the device fit `limit` bytes
+    beside the rest; None where not even none does.
+    """
+    plan = ShardPlan.build(model.config, Layout())
+    asked = serving.hot_experts if serving.experts_on_host else 0
+
+    def too_much(hot: int) -> bool:
+        return memory(model, plan, holder, replace(serving, hot_experts=hot))[0].total > limit
+
+    fitting = bisect_left(range(asked), True, key=too_much)
+    return fitting - 1 if fitting else None
 
 
 def _rank(model: Model, plan: ShardPlan, place: Place, holder: Holder, serving: Serving) -> RankMemory:
