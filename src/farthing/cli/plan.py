@@ -27,7 +27,6 @@ Examples:
   farthing plan deepseek-v3.json --gpu h100 --price 2.0
 """
 _MEMORY, _LOAD = "Memory", "Throughput (with --price)"
-_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @app.command(epilog=EPILOG)
@@ -94,6 +93,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Memory of every rank and, with a price, an estimate of throughput and dollars a million tokens."""
+    from farthing.compress.size import parse_bytes
     from farthing.parallel.buffers import Serving
     from farthing.parallel.estimate import Workload, estimate, load_devices
     from farthing.parallel.memory import Model
@@ -103,7 +103,9 @@ def plan(
     try:
         devices, shares = load_devices(ceilings)
         device = _device(gpu, devices)
-        limit = parse_bytes(memory) if memory else int(device.memory * 1e9 * 0.9) if device else None
+        limit = (
+            parse_bytes("memory", memory) if memory else int(device.memory * 1e9 * 0.9) if device else None
+        )
         config, stored_of, raw = _read(model)
         holder = _holder(backend or ("gpu" if gpu else "cpu"), dtype, quantization)
         length = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
@@ -153,16 +155,6 @@ def plan(
     if not fits:
         typer.echo(f"error: {advice}", err=True)
         raise typer.Exit(1)
-
-
-def parse_bytes(text: str) -> int:
-    """'80GB', '64 GiB', '1e9' -> bytes. Raises ValueError."""
-    number = text.strip().rstrip("BbGgKkMmIi").strip()
-    unit = text.strip()[len(number) :].strip().upper() or "B"
-    try:
-        return int(float(number) * _UNITS[unit])
-    except (KeyError, ValueError):
-        raise ValueError(f"memory is {text!r}; expected a number and one of {', '.join(_UNITS)}") from None
 
 
 def _device(gpu: str | None, devices: dict[str, Ceilings]) -> Ceilings | None:

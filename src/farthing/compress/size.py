@@ -22,8 +22,8 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 BLOCK = 16
 SPARSE_FROM = 0.2  # share of zero blocks from which the kernels leave them out
 _UNITS = {
-    "": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 
 
@@ -116,12 +116,12 @@ def zero_block_bytes(weight: Weight, keep: Tensor | None) -> int:
 
 
 def parse_bytes(name: str, value: Any) -> int:
-    """1500000, '1.5MB' or '1.5 GiB' -> bytes. Raises ValueError naming the field."""
+    """1500000, '1.5MB' or '1.5 gib' -> bytes. Raises ValueError naming the field."""
     number, unit = str(value).strip(), ""
     while number and number[-1].isalpha():
         number, unit = number[:-1], number[-1] + unit
     try:
-        size = float(number) * _UNITS[unit]
+        size = float(number) * _UNITS[unit.upper()]
         if 1 <= size < float("inf"):
             return round(size)
     except (KeyError, ValueError):
