@@ -143,7 +143,7 @@ def test_traces(tmp_path: Path) -> None:
     assert one.prompt[:512] == two.prompt[:512]
     assert one.prompt[512:1024] != two.prompt[512:1024]
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"columns are \['a', 'b'\]; expected"):
+    with pytest.raises(ValueError, match=r"first line 'a,b'; known are CSV with TIMESTAMP"):
         from_trace(tmp_path / "x.csv", SHAPE)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+
+from farthing.fleet.replay.trace import read_requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,52 +58,18 @@ def from_trace(
 ) -> list[Request]:
     """Replay a trace's arrivals and lengths (clipped to max_len in all), `speed` times as fast.
 
-    Formats by column: TIMESTAMP, ContextTokens, GeneratedTokens (CSV); timestamp in ms, input_length,
-    output_length and hash_ids, which become shared prefixes (JSON lines). Plain or gzip.
+    Formats as `farthing.fleet.replay.trace.read_requests` knows them; hash_ids become shared prefixes.
     """
-    rows = read_trace(path)[:limit]
+    rows = read_requests(path)[:limit]
     if not rows:
         raise ValueError(f"{path} holds no request; expected a CSV or JSON-lines trace")
-    prompts, start = _Prompts(shape, seed), rows[0][0]
+    prompts, start = _Prompts(shape, seed), rows[0].at_s
     out = []
     for at, inputs, outputs, blocks in rows:
         outputs = max(1, min(outputs, max_len // 2))
         inputs = max(1, min(inputs, max_len - outputs))
         out.append(Request((at - start) / speed, prompts.draw(inputs, blocks), outputs))
     return out
-
-
-TraceRow = tuple[float, int, int, Sequence[int]]
-
-
-def read_trace(path: Path) -> list[TraceRow]:
-    """(seconds, input tokens, output tokens, prefix blocks) of every request. Raises ValueError."""
-    raw = path.read_bytes()
-    text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
-    if text.lstrip().startswith("{"):
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        try:
-            return [
-                (r["timestamp"] / 1000, r["input_length"], r["output_length"], r.get("hash_ids", ()))
-                for r in rows
-            ]
-        except KeyError as error:
-            raise ValueError(
-                f"{path}: a line lacks {error}; expected timestamp, input_length, output_length"
-            ) from None
-    reader = csv.DictReader(io.StringIO(text))
-    wanted = {"TIMESTAMP", "ContextTokens", "GeneratedTokens"}
-    if not wanted <= set(reader.fieldnames or ()):
-        raise ValueError(f"{path}: columns are {reader.fieldnames}; expected {sorted(wanted)}")
-    return [
-        (_seconds(r["TIMESTAMP"]), int(r["ContextTokens"]), int(r["GeneratedTokens"]), ()) for r in reader
-    ]
-
-
-def _seconds(stamp: str) -> float:
-    # Seven decimals of a second are one more than fromisoformat reads.
-    whole, _, fraction = stamp.partition(".")
-    return datetime.fromisoformat(whole).timestamp() + float(f"0.{fraction or 0}")
 
 
 class _Prompts:

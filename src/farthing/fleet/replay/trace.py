@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,49 +32,71 @@ class RequestTrace:
         return len(self.arrival_s)
 
 
+class Arrival(NamedTuple):
+    """One request of a trace."""
+
+    at_s: float  # seconds, by the trace's own clock
+    prompt_tokens: int
+    output_tokens: int
+    blocks: tuple[int, ...] = ()  # what its prompt begins with; equal numbers are equal text
+
+
 def read_trace(path: str | Path) -> Series | RequestTrace:
     """A rate series (load units a second) or single requests.
 
     Raises FileNotFoundError, or ValueError naming what was found and the four formats that are known.
     """
     path = Path(path)
-    with open_text(path) as file:
-        first = file.readline().strip()
-    if first.startswith("{"):
-        return _json_lines(path)
-    columns = [name.strip() for name in first.split(",")]
-    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(columns):
-        return _azure(path)
-    if {"t_s", "total_rate_rps"} <= set(columns):
+    columns = _columns(path)
+    if {"t_s", "total_rate_rps"} <= columns:
         return read_series(path)
-    if {"timestamp", "value"} <= set(columns):
+    if {"timestamp", "value"} <= columns:
         counts = read_series(path)
         return Series(counts.start, counts.step_s, counts.values / counts.step_s, counts.name)
-    raise ValueError(
-        f"{path}: first line {first[:60]!r}; known are CSV with TIMESTAMP,ContextTokens,GeneratedTokens or "
-        "t_s,total_rate_rps or timestamp,value, and JSON lines with timestamp,input_length,output_length"
-    )
-
-
-def _requests(path: Path, rows: Iterable[tuple[float, int, int]]) -> RequestTrace:
-    data = np.array(sorted(rows), dtype=np.float64)
-    if len(data) < 2:
-        raise ValueError(f"{path}: {len(data)} requests; a replay needs two or more")
-    prompts = np.maximum(1, data[:, 1]).astype(np.int64)
-    outputs = np.maximum(1, data[:, 2]).astype(np.int64)
+    rows = read_requests(path, "; CSV with t_s,total_rate_rps or timestamp,value")
+    if len(rows) < 2:
+        raise ValueError(f"{path}: {len(rows)} requests; a replay needs two or more")
+    data = np.array([row[:3] for row in rows], dtype=np.float64)
+    prompts, outputs = np.maximum(1, data[:, 1:]).astype(np.int64).T
     return RequestTrace(path.name.split(".")[0], data[:, 0] - data[0, 0], prompts, outputs)
 
 
-def _azure(path: Path) -> RequestTrace:
+def read_requests(path: str | Path, others: str = "") -> list[Arrival]:
+    """Single requests in the order of their arrival, from a plain or gzip file.
+
+    Raises FileNotFoundError, or ValueError naming what was found and what is known, `others` besides.
+    """
+    path = Path(path)
+    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= _columns(path):
+        rows = _azure(path)
+    elif _first_line(path).startswith("{"):
+        rows = _json_lines(path)
+    else:
+        raise ValueError(
+            f"{path}: first line {_first_line(path)[:60]!r}; known are CSV with TIMESTAMP,ContextTokens,"
+            f"GeneratedTokens; JSON lines with timestamp,input_length,output_length{others}"
+        )
+    return sorted(rows, key=lambda row: row.at_s)
+
+
+def _first_line(path: Path) -> str:
     with open_text(path) as file:
-        rows = [
-            (seconds(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+        return file.readline().strip()
+
+
+def _columns(path: Path) -> set[str]:
+    return {name.strip() for name in _first_line(path).split(",")}
+
+
+def _azure(path: Path) -> list[Arrival]:
+    with open_text(path) as file:
+        return [
+            Arrival(seconds(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
             for row in csv.DictReader(file)
         ]
-    return _requests(path, rows)
 
 
-def _json_lines(path: Path) -> RequestTrace:
+def _json_lines(path: Path) -> list[Arrival]:
     rows = []
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -82,14 +104,13 @@ def _json_lines(path: Path) -> RequestTrace:
                 continue
             try:
                 row = json.loads(line)
-                rows.append(
-                    (float(row["timestamp"]) / 1000, int(row["input_length"]), int(row["output_length"]))
-                )
+                at_s, blocks = float(row["timestamp"]) / 1000, tuple(row.get("hash_ids", ()))
+                rows.append(Arrival(at_s, int(row["input_length"]), int(row["output_length"]), blocks))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path}, line {number}: {error!r}; needed: timestamp (ms), input_length, output_length"
                 ) from error
-    return _requests(path, rows)
+    return rows
 
 
 def rate_load(series: Series, dt: float, seeds: int, noise: float = 0.1, noise_s: float = 10.0) -> Floats:
