@@ -116,6 +116,20 @@ def test_delayed_scaling_notices_an_overflow_and_lowers_the_scale() -> None:
     assert torch.equal(operand.rows(x).scale, calm)  # forgotten after `history` steps
 
 
+@pytest.mark.parametrize(("margin", "growth", "overflows"), [(0, 8, True), (3, 8, False), (3, 20, True)])
+def test_delayed_scaling_has_room_to_grow(margin: int, growth: int, overflows: bool) -> None:
+    operand = Operand(Fp8Config("delayed", margin=margin), torch.float8_e4m3fn)
+    x = torch.randn(4, 8).clamp(-1, 1) / 8
+    x[0, 0] = 1
+    operand.rows(x)
+    operand.end_step()
+    error = operand.rows(x).dequantize() / x - 1
+    assert float(error.abs().max()) < 2**-4  # as fine as without room
+    operand.end_step()
+    operand.rows(x * growth)
+    assert operand.end_step() == overflows
+
+
 class Outliers(BaseHook):
     """Makes some weights 10,000 times as large for one step."""
 
@@ -170,7 +184,9 @@ def test_the_state_of_a_hook_survives(tiny: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("scaling", "soon"), ("gradients", "e3m4"), ("history", 0), ("backoff", 0.5)]
+    ("field", "value"),
+    [("scaling", "soon"), ("gradients", "e3m4"), ("history", 0), ("margin", 9), ("backoff", 0.5)],
+    [("scaling", "soon"), ("gradients", "e3m4"), ("history", 0), ("margin", 9), ("backoff", 0.5)],
 )
 def test_a_wrong_setting_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):

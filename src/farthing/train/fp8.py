@@ -36,14 +36,16 @@ class Fp8Config:
     """How ranges are found.
 
     scaling "current": from the numbers at hand, nothing can overflow. "delayed": from the largest amax of
-    the last `history` steps, known before the numbers are (one pass less over memory on a GPU); a number
-    beyond it is an overflow: it saturates, the step is skipped and the operand's scale is lowered by
-    `backoff` for `history` steps.
+    the last `history` steps, known before the numbers are (one pass less over memory on a GPU), with room to
+    grow by 2^`margin`, which floats pay for with their smallest numbers only. A number beyond that is an
+    overflow: it saturates, the step is skipped and the operand's scale is lowered by `backoff` for `history`
+    steps.
     """
 
     scaling: Literal["current", "delayed"] = "current"
     gradients: Literal["e4m3", "e5m2"] = "e4m3"
     history: int = 16
+    margin: int = 3
     backoff: float = 2.0
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class Fp8Config:
             raise ValueError(
                 f"fp8 history is {self.history}, backoff {self.backoff}; expected both to be at least 1"
             )
+        if not 0 <= self.margin <= 8:
+            raise ValueError(f"fp8 margin is {self.margin}; expected 0 to 8 powers of two")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +193,7 @@ class Operand:
         if not self.history or self.history[-1].shape != amax.shape:
             return amax  # the first step
         past = torch.stack(self.history).amax(0)
-        # Rounding the scale up to a power of two is the room that amax may grow within.
-        factor = self.config.backoff if self.lowered else 1.0
+        factor = 2.0**self.config.margin * (self.config.backoff if self.lowered else 1.0)
         room = power_of_two(past / LARGEST[self.dtype]) * LARGEST[self.dtype]
         return torch.where(past > 0, room * factor, torch.ones_like(room))
 
