@@ -7,6 +7,7 @@ seconds, is asked by the same procedure as Farthing, and is paused between its t
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -112,6 +113,7 @@ class Child:
             [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,
         )  # fmt: skip
+        atexit.register(self._end)  # a stopped process would outlive this one
         self._read("ready")
         self._signal(signal.SIGSTOP)
 
@@ -140,9 +142,8 @@ class Child:
     def _signal(self, number: int) -> None:
         os.killpg(self._process.pid, number)
 
-    def close(self) -> None:
-        """End it."""
-        self._signal(signal.SIGKILL)
+    def _end(self) -> None:
+        self._process.kill()
         self._process.wait()
 
 
