@@ -50,7 +50,7 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests bench
 
 sanitize: $(STAMP)
-	bash native/sanitize
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/sanitize
 
 wheel: $(STAMP)
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist/raw .

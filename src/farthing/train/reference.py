@@ -43,6 +43,7 @@ class Recipe:
     precision: str = "bf16"  # or "fp8"
     fp8_scaling: Literal["current", "delayed"] = "current"
     fp8_gradients: Literal["e4m3", "e5m2"] = "e4m3"
+    fp8_margin: int = 3  # powers of two above the largest amax seen, delayed scaling
     eval_tokens: int = 30_000
 
     def __post_init__(self) -> None:
@@ -97,7 +98,8 @@ def build_trainer(
     model = DeepSeekLM(recipe.model, torch.bfloat16).to(device)
     hooks: list[BaseHook] = [BalanceHook(recipe.balance_speed)]
     if recipe.precision == "fp8":
-        hooks.append(Fp8Hook(use_fp8(model, Fp8Config(recipe.fp8_scaling, recipe.fp8_gradients))))
+        fp8 = Fp8Config(recipe.fp8_scaling, recipe.fp8_gradients, margin=recipe.fp8_margin)
+        hooks.append(Fp8Hook(use_fp8(model, fp8)))
     matrices, rest = split_parameters(model)
     optimizers = [
         Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.muon_decay),
