@@ -186,7 +186,6 @@ def test_the_state_of_a_hook_survives(tiny: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("scaling", "soon"), ("gradients", "e3m4"), ("history", 0), ("margin", 9), ("backoff", 0.5)],
-    [("scaling", "soon"), ("gradients", "e3m4"), ("history", 0), ("margin", 9), ("backoff", 0.5)],
 )
 def test_a_wrong_setting_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
