@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def launch(command: list[Any], starts: str) -> tuple[float, int]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        cwd=tempfile.gettempdir(),  # some leave a log where they run
     )
     assert process.stdout is not None
     seconds = 0.0
@@ -97,7 +99,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--llama-bench", action="append", default=[], metavar="NAME=PATH")
-    p.add_argument("--cache", type=Path, default=Path.home() / ".cache/farthing/bench")
+    p.add_argument("--cache", type=lambda d: Path(d).resolve(), default=Path.home() / ".cache/farthing/bench")
     p.add_argument("--into", type=Path, metavar="FILE", help="keep the figures for bench/page.py")
     a = p.parse_args()
     model = make_model(a.model, a.cache)
