@@ -8,6 +8,7 @@ seconds, is asked by the same procedure as Farthing, and is paused between its t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import re
@@ -143,7 +144,8 @@ class Child:
         os.killpg(self._process.pid, number)
 
     def _end(self) -> None:
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            self._signal(signal.SIGKILL)
         self._process.wait()
 
 

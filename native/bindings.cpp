@@ -135,14 +135,9 @@ NB_MODULE(_native, module) {
            }, free)
       .def("moe",
            [](Backend& b, const Moe& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps, uint64_t counts,
-              uint64_t out, int64_t ldo) {
-             b.moe(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, at<int64_t>(counts), {at<float>(out), ldo});
-           }, free)
-      .def("moe_chosen",
-           [](Backend& b, const Moe& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps, uint64_t ids,
-              uint64_t weights, uint64_t out, int64_t ldo) {
-             b.moe(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, nullptr, {at<float>(out), ldo}, at<int64_t>(ids),
-                   at<float>(weights));
+              uint64_t out, int64_t ldo, uint64_t ids, uint64_t weights) {
+             b.moe(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, at<int64_t>(counts), {at<float>(out), ldo},
+                   at<int64_t>(ids), at<float>(weights));
            }, free)
       .def("route",
            [](Backend& b, const Moe& w, uint64_t n, int64_t ldn, int tokens, uint64_t ids, uint64_t weights) {

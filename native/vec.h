@@ -109,8 +109,7 @@ inline i8x16 narrow(i32x16 v) {
 #endif
 }
 
-// Sums and maxima in one fixed tree, the same on every machine.
-// Halves are added until one lane is left, in every set of instructions alike.
+// Sums and maxima in one fixed tree, the same on every machine: halves are added until one lane is left.
 #if defined(__AVX512F__)
 inline float reduce_add(f32x16 v) { return _mm512_reduce_add_ps((__m512)v); }
 inline float reduce_max(f32x16 v) { return _mm512_reduce_max_ps((__m512)v); }

@@ -153,12 +153,12 @@ class SparsityHook(BaseHook):
 def train_student(settings: Settings, teacher: ResNet50, console: Console) -> QuantResNet50 | None:
     """The student, trained or read; None when interrupted. Test pictures are judged by the CPU kernels."""
     run = Run(settings, "w4a4")
-    compile_rounding()
     net = QuantResNet50(teacher.cpu(), settings.size)
     done = run.out / "net.pt"
     if done.is_file():
         net.load_state_dict(torch.load(done, weights_only=True))
         return net.eval()
+    compile_rounding()
     teacher = teacher.to(settings.device, memory_format=torch.channels_last).eval()
     net.to(settings.device)
     scales = [p for n, p in net.named_parameters() if n.endswith("log_scale")]

@@ -235,6 +235,7 @@ def test_prometheus_gives_the_same_signals(tmp_path: Path, name: str) -> None:
                 assert now.backlog == 3.0
                 assert now.kv_usage == 0.25
                 assert now.ttft_s == pytest.approx(0.2, rel=0.05)
+                assert now.prompt_token_rate is not None and now.prompt_token_rate > 0
                 assert now.queue_time_s == (None if name == "sglang" else pytest.approx(0.05, rel=0.05))
                 assert not now.stale
                 assert any(value > 0 for _, value in points)

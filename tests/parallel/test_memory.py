@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from farthing.checkpoint import Checkpoint
 from farthing.cli.plan import app
+from farthing.compress.size import parse_bytes
 from farthing.engine.resolve import resolve_model
 from farthing.model.load import config_of
 from farthing.ops import select
@@ -133,6 +134,12 @@ def test_refusals(arguments: list[str], message: str) -> None:
     run = CliRunner().invoke(app, ["reference", *arguments])
     assert run.exit_code == 1
     assert message in run.output
+
+
+def test_bytes() -> None:
+    assert parse_bytes("memory", "80GB") == 80_000_000_000
+    assert parse_bytes("memory", "64 GiB") == 64 * 2**30
+    assert parse_bytes("memory", "1.5e9") == 1_500_000_000
 
 
 def test_experts_on_the_host(tmp_path: Path) -> None:

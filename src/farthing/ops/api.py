@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ class Ops(ABC):
     packed_from: str | None = None  # the fingerprint a mapped packed file names, where one is mapped
     routed_only: bool = False  # `pack_moe` leaves out shared experts, a packed file's too
 
-    def coarse(self) -> Ops:
+    def coarse(self) -> Self:
         """This backend for weights whose results are checked by others, such as drafts: rounded further where
         that makes them faster to read."""
         return self
@@ -266,9 +266,6 @@ class Ops(ABC):
 
 class HostOps(Ops):
     """A backend of the CPU that can compute experts for another device (`farthing.ops.hybrid`)."""
-
-    def coarse(self) -> HostOps:
-        return self
 
     @abstractmethod
     def moe_chosen(

@@ -17,12 +17,12 @@ Legend: T tokens; D hidden size; E experts; k experts a token; R chosen (token, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -56,19 +56,6 @@ class Rows:
     tokens: NDArray[np.int64]  # [R]
     slots: NDArray[np.int64]  # [R], which of a token's k choices
     parts: dict[int, slice]  # by expert, ascending
-
-
-class Choices:
-    """What a step's tokens chose, on its way to the host."""
-
-    def __init__(self, here: Copies) -> None:
-        """here: x, ids and gates."""
-        self.here = here
-
-    @cached_property
-    def rows(self) -> Rows:
-        """Sorted once, by whichever side asks first."""
-        return rows_of(self.here["ids"].numpy())
 
 
 @dataclass(slots=True)
@@ -123,7 +110,7 @@ class HybridOps(OpsAround):
     def cache_dtype(self) -> CacheDtype:
         return self._inner.cache_dtype
 
-    def coarse(self) -> Ops:
+    def coarse(self) -> Self:
         device, host = self._inner.coarse(), self._host.coarse()
         if device is self._inner and host is self._host:
             return self
@@ -163,11 +150,12 @@ class HybridOps(OpsAround):
         if counts is not None:
             chosen = ids.flatten()
             counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
-        choices, hot = Choices(self._crossing.down(x=x, ids=ids, gates=gates)), weights.hot.serving()
-        computed = self._begin(self._cold, choices, weights, host_norm, eps, hot)
+        here, hot = self._crossing.down(x=x, ids=ids, gates=gates), weights.hot.serving()
+        computed = self._begin(self._cold, here, weights.routed, host_norm, eps, hot)
         out = self._shared(x, weights, norm, eps)
-        self._follow(weights, choices.rows)
-        out = out + self._on_device(n, gates, choices.rows, hot)
+        rows = rows_of(here["ids"].numpy())
+        self._follow(weights, rows)
+        out = out + self._on_device(n, gates, rows, hot)
         return (out + self._crossing.up(computed())).to(self.dtype)
 
     def _shared(self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float) -> Tensor:
@@ -191,14 +179,11 @@ class HybridOps(OpsAround):
         return self._host.moe(x.clone(), routed, norm, eps, seen).float() - x
 
     @torch.inference_mode()
-    def _cold(
-        self, choices: Choices, weights: HybridMoE, norm: Tensor, eps: float, hot: Mapping[int, Any]
-    ) -> Tensor:
+    def _cold(self, here: Copies, routed: Handle, norm: Tensor, eps: float, hot: Collection[int]) -> Tensor:
         """The sum of the experts that are not hot [T, D] float32."""
-        x, ids = choices.here["x"].float(), choices.here["ids"]
+        x, ids = here["x"].float(), here["ids"]
         cold = ids.masked_fill(torch.isin(ids, torch.tensor(list(hot), dtype=ids.dtype)), -1)
-        gates = choices.here["gates"]
-        return self._host.moe_chosen(x.clone(), weights.routed, norm, eps, cold, gates).float() - x
+        return self._host.moe_chosen(x.clone(), routed, norm, eps, cold, here["gates"]).float() - x
 
     def _on_device(self, n: Tensor, gates: Tensor, rows: Rows, hot: Mapping[int, Pair]) -> Tensor:
         """The sum of the hot experts [T, D] float32."""

@@ -47,7 +47,7 @@ def read_trace(path: str | Path) -> Series | RequestTrace:
     Raises FileNotFoundError, or ValueError naming what was found and the four formats that are known.
     """
     path = Path(path)
-    columns = _columns(path)
+    columns = _columns(_first_line(path))
     if {"t_s", "total_rate_rps"} <= columns:
         return read_series(path)
     if {"timestamp", "value"} <= columns:
@@ -67,13 +67,14 @@ def read_requests(path: str | Path, others: str = "") -> list[Arrival]:
     Raises FileNotFoundError, or ValueError naming what was found and what is known, `others` besides.
     """
     path = Path(path)
-    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= _columns(path):
+    first = _first_line(path)
+    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= _columns(first):
         rows = _azure(path)
-    elif _first_line(path).startswith("{"):
+    elif first.startswith("{"):
         rows = _json_lines(path)
     else:
         raise ValueError(
-            f"{path}: first line {_first_line(path)[:60]!r}; known are CSV with TIMESTAMP,ContextTokens,"
+            f"{path}: first line {first[:60]!r}; known are CSV with TIMESTAMP,ContextTokens,"
             f"GeneratedTokens; JSON lines with timestamp,input_length,output_length{others}"
         )
     return sorted(rows, key=lambda row: row.at_s)
@@ -84,8 +85,8 @@ def _first_line(path: Path) -> str:
         return file.readline().strip()
 
 
-def _columns(path: Path) -> set[str]:
-    return {name.strip() for name in _first_line(path).split(",")}
+def _columns(line: str) -> set[str]:
+    return {name.strip() for name in line.split(",")}
 
 
 def _azure(path: Path) -> list[Arrival]:

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class CpuOps(HostOps):
 
     # -- packing
 
-    def coarse(self) -> HostOps:
+    def coarse(self) -> Self:
         if self._quantization is not None:
             return self
         other = copy(self)
@@ -331,21 +331,24 @@ class CpuOps(HostOps):
         )  # fmt: skip
         return out
 
-    def _experts(self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: int) -> Tensor:
+    def _experts(
+        self,
+        x: Tensor,
+        weights: Experts,
+        norm: Tensor,
+        eps: float,
+        counts: int = 0,
+        ids: int = 0,
+        gates: int = 0,
+    ) -> Tensor:
+        """counts, ids and gates are addresses, 0 for none."""
         x, norm = _rows(x), _vector(norm)
         tokens, hidden = x.shape
         out = torch.empty(tokens, hidden)
         self._native.moe(
-            weights.native,
-            x.data_ptr(),
-            x.stride(0),
-            tokens,
-            norm.data_ptr(),
-            eps,
-            counts,
-            out.data_ptr(),
-            hidden,
-        )
+            weights.native, x.data_ptr(), x.stride(0), tokens, norm.data_ptr(), eps, counts, out.data_ptr(),
+            hidden, ids, gates,
+        )  # fmt: skip
         return out
 
     def stack(self, layers: Sequence[LayerHandles]) -> Stack:
@@ -357,7 +360,7 @@ class CpuOps(HostOps):
         return run_layers(self._native, _rows(h), stack, batch, cache, eps, counts)
 
     def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float) -> Tensor:
-        return self._experts(x, weights, norm, eps, 0)
+        return self._experts(x, weights, norm, eps)
 
     def moe(
         self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
@@ -373,13 +376,8 @@ class CpuOps(HostOps):
                 f"ids {list(ids.shape)} and gates {list(gates.shape)} do not fit; "
                 f"expected [{x.shape[0]}, {weights.spec.top_k}], rows and experts a token"
             )
-        x, norm, ids, gates = _rows(x), _vector(norm), ids.long().contiguous(), gates.float().contiguous()
-        out = torch.empty(x.shape)
-        self._native.moe_chosen(
-            weights.native, x.data_ptr(), x.stride(0), x.shape[0], norm.data_ptr(), eps,
-            ids.data_ptr(), gates.data_ptr(), out.data_ptr(), out.shape[1],
-        )  # fmt: skip
-        return out
+        ids, gates = ids.long().contiguous(), gates.float().contiguous()
+        return self._experts(x, weights, norm, eps, ids=ids.data_ptr(), gates=gates.data_ptr())
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         router = _router(spec)
