@@ -47,7 +47,7 @@ struct Router {  // see farthing.ops.api.RouterSpec
   std::vector<float> bias;
 };
 
-struct Mlp {
+struct Mlp {                        // both null: an expert of another rank
   std::shared_ptr<Packed> gate_up;  // interleaved panels, [2 I, D]
   std::shared_ptr<Packed> down;     // [D, I]
 };

@@ -84,9 +84,9 @@ NB_MODULE(_native, module) {
            "router"_a, "gate"_a.none(), "has_shared"_a)
       .def_rw("router", &Moe::router)
       .def("add", [](Moe& m, std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
-        m.hidden = down->m.n;
+        if (down) m.hidden = down->m.n;
         m.experts.push_back({std::move(gate_up), std::move(down)});
-      });
+      }, "gate_up"_a.none(), "down"_a.none());
 
   nb::class_<Attention>(module, "Attention")
       .def("__init__",

@@ -25,12 +25,13 @@ struct Plan {
   std::vector<float> weight;   // of a routed row
   std::vector<int> start;
 
-  // Rows by ascending expert, then token: the order of every sum, whatever the batch.
+  // Rows by ascending expert, then token: the order of every sum, whatever the batch. Absent experts have none.
   void build(const Moe& w, const int32_t* ids, const float* weights, int tokens) {
     const int k = w.router.top_k, routed = static_cast<int>(w.experts.size()) - w.has_shared;
+    const auto here = [&](int i) { return ids[i] >= 0 && w.experts[ids[i]].down; };
     start.assign(routed + 1, 0);
     for (int i = 0; i < tokens * k; ++i)
-      if (ids[i] >= 0) ++start[ids[i] + 1];
+      if (here(i)) ++start[ids[i] + 1];
     jobs.clear();
     for (int e = 0; e < routed; ++e) {
       if (start[e + 1]) jobs.push_back({e, start[e], start[e + 1]});
@@ -39,7 +40,7 @@ struct Plan {
     token.resize(start[routed]);
     weight.resize(start[routed]);
     for (int i = 0; i < tokens * k; ++i)
-      if (ids[i] >= 0) {
+      if (here(i)) {
         const int at = start[ids[i]]++;
         token[at] = i / k;
         weight[at] = weights[i];
@@ -111,7 +112,7 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
   const auto split = [&](const Matrix&, int rows) { return kernels.split_act && rows >= kernels.split_rows; };
   work_.reset();
   bool sparse = false;
-  for (const Mlp& e : w.experts) sparse |= e.gate_up->m.sparse || e.down->m.sparse;
+  for (const Mlp& e : w.experts) sparse |= e.down && (e.gate_up->m.sparse || e.down->m.sparse);
   const int ld = act_stride(D);
   float* normed = work_.take<float>(static_cast<size_t>(copies) * ld);
   float* scores = work_.take<float>(static_cast<size_t>(copies) * score_ld);
@@ -120,7 +121,7 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
   Kind kinds[2];
   for (int i = 0; i < 2; ++i) {
     if (i == 0 ? k == 0 : !w.has_shared) continue;
-    const Mlp& e = i == 0 ? w.experts.front() : w.experts.back();
+    const Mlp& e = i == 0 ? *std::find_if(w.experts.begin(), w.experts.end(), [](const Mlp& m) { return !!m.down; }) : w.experts.back();
     kinds[i].in = &e.gate_up->m;
     kinds[i].down = &e.down->m;
     kinds[i].x = work_.act(*kinds[i].in, copies, split(*kinds[i].in, T), sparse);
@@ -240,9 +241,9 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
       }
     });
   });
-  if (counts)
-    for (const Job& job : plans[0].jobs)
-      if (job.expert < static_cast<int>(w.experts.size()) - w.has_shared) counts[job.expert] += job.rows;
+  if (counts)  // absent experts are counted too
+    for (int i = 0; i < most; ++i)
+      if (ids[i] >= 0) ++counts[ids[i]];
 }
 
 }  // namespace farthing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -160,6 +161,34 @@ def test_an_expert_nobody_chose(ops: CpuOps, ref: ReferenceOps) -> None:
     assert counts[3] == 0 and counts.sum() == 60
     z = ref.moe(x, ref.pack_moe("m", spec, lambda: w), torch.ones(64), EPS)
     assert distance(y - x, z - x) < 3 * BOUNDS["int4"]
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("here", [{1, 4, 5}, {7}])
+def test_experts_of_another_rank_give_nothing(
+    ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, here: set[int]
+) -> None:
+    """And the sum over ranks is the whole."""
+    spec = RouterSpec(8, 3)
+    w = experts(spec, name, 64, 96, None)
+    x, scale = torch.randn(tokens, 64), norm(64)
+    whole = ref.moe(x, ref.pack_moe("m", spec, lambda: w), scale, EPS)
+    total, counts = torch.zeros_like(x), torch.zeros(2, 8, dtype=torch.int64)
+    for i, kept in enumerate((here, set(range(8)) - here)):
+        part = replace(w, experts=[load if e in kept else None for e, load in enumerate(w.experts)])
+        if i:
+            part = replace(part, shared=None)
+        handle = ops.pack_moe(f"m{i}", spec, lambda part=part: part)  # type: ignore[misc]
+        total += ops.moe(x.clone(), handle, scale, EPS, counts[i]) - x
+    assert distance(total, whole - x) < 3 * BOUNDS[name]
+    assert torch.equal(*counts) and counts.sum() == 2 * 3 * tokens  # wherever an expert is
+
+
+def test_a_rank_without_experts_is_refused(ops: CpuOps) -> None:
+    w = replace(experts(RouterSpec(8, 3), "bf16", 64, 96, None), experts=[None] * 8)
+    with pytest.raises(ValueError, match="no expert of 'm' is on this rank"):
+        ops.pack_moe("m", RouterSpec(8, 3), lambda: w)
 
 
 @pytest.mark.parametrize("name", ["bf16", "int4"])

@@ -49,6 +49,7 @@ class _Sizes:
     shared: int
     stored: Stored  # of the projections
     ranks: int
+    expert_ranks: int  # that share the rows of routed experts: evenly, it is taken
 
     @property
     def query(self) -> int:
@@ -84,6 +85,7 @@ def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored
         c.shared_size // layout.tp,
         stored,
         layout.world,
+        layout.ep,
     )
     tokens = serving.max_num_batched_tokens
     if holder.backend == "reference":
@@ -173,7 +175,7 @@ def _attention(s: _Sizes, holder: Holder, t: int, threads: int) -> list[int]:
 
 def _experts(s: _Sizes, holder: Holder, t: int, threads: int, chosen: int, other: int) -> list[int]:
     """Of moe: `chosen` experts a token, and `other` columns of a shared expert, or of a dense MLP alone."""
-    c, rows = s.config, t * chosen
+    c, rows = s.config, -(-t * chosen // s.expert_ranks)
     takes = [_FLOAT * t * _stride(c.hidden_size)]
     if chosen:
         takes += [_FLOAT * t * _up(c.n_routed_experts or 0, 16), 2 * _FLOAT * rows]

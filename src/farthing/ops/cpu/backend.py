@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -184,14 +184,13 @@ class CpuOps(HostOps):
         )
         shared = shared and not self.routed_only
         native = _native.Moe(router, gate, shared)
-        first = absent = None
+        first = None
         for e in range(spec.num_experts):
             expert = _missing if w is None else w.experts[e]
             if expert is None:  # on another rank
-                absent = absent or self._zeros(name, w)
-                gate_up, down = absent
-            else:
-                gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
+                native.add(None, None)
+                continue
+            gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
             kinds = [(m.format, m.group) for m in (gate_up, down)]
             first = first or kinds
             if kinds != first:
@@ -199,22 +198,12 @@ class CpuOps(HostOps):
                     f"expert {e} of {name!r} is packed as {kinds}, the first as {first}; expected one format"
                 )
             native.add(gate_up, down)
+        if first is None:
+            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one a rank")
         if shared:
             load = _missing if w is None or w.shared is None else w.shared
             native.add(*self._mlp(f"{name}.shared", load))
         return Experts(native, spec)
-
-    def _zeros(self, name: str, w: MoEWeights | None) -> tuple[Any, Any]:
-        """Stands in for the experts of other ranks: zeros, in int8 and int4 block-sparse and so not read."""
-        held = next((load for load in w.experts if load is not None), None) if w else None
-        if held is None:
-            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one a rank")
-        gate, up, down = held()
-        pair, one = plan([gate, up], self._quantization), plan([down], self._quantization)
-        return (
-            pack(self._native, [_zero(gate), _zero(up)], pair, True),
-            pack(self._native, [_zero(down)], one),
-        )
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -426,13 +415,6 @@ class CpuOps(HostOps):
         out = torch.empty(rows, n)
         self._native.softmax(x.data_ptr(), x.stride(0), rows, n, out.data_ptr(), n)
         return out
-
-
-def _zero(weight: Weight) -> Weight:
-    """A weight of the same format whose value is zero."""
-    data = torch.full_like(weight.data, 0x88) if weight.format == "int4" else torch.zeros_like(weight.data)
-    zero_point = None if weight.zero_point is None else torch.zeros_like(weight.zero_point)
-    return replace(weight, data=data, zero_point=zero_point)
 
 
 def _missing() -> Any:
