@@ -59,11 +59,14 @@ def resolve(backend: str) -> str:
 
 
 def _gpu() -> bool:
-    """Whether Triton is there and compiles; interpreted kernels are for tests, never chosen by themselves."""
+    """Whether Triton is there and compiles for this GPU; interpreted kernels are for tests, never chosen by
+    themselves."""
     try:
-        return not import_module(f"{BACKENDS['gpu']}.numeric").INTERPRETED
+        numeric = import_module(f"{BACKENDS['gpu']}.numeric")
     except ImportError:
         return False
+    compiles = torch.cuda.get_device_capability() >= numeric.LEAST_CAPABILITY
+    return compiles and not numeric.INTERPRETED
 
 
 def _native() -> bool:

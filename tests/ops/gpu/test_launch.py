@@ -24,6 +24,7 @@ def written(tmp_path: Path, table: object) -> Path:
 def test_every_file_that_ships_can_be_read_and_serves_every_kernel() -> None:
     default = read_configs(launch.FOLDER / "default.json")
     kernels = {f"{kind}_{name}" for kind in ("gemm", "grouped") for name in FORMATS}
+    kernels |= {f"{kind}_float32" for kind in ("gemm", "grouped")}
     kernels |= {"decode", "decode_8bit", "decode_float32", "prefill", "prefill_float32"}
     assert set(default) == kernels | {"two_of_four", "blocks"}
     for path in launch.FOLDER.glob("*.json"):
@@ -34,7 +35,7 @@ def test_every_file_that_ships_can_be_read_and_serves_every_kernel() -> None:
 
 def test_the_smallest_that_holds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"k": [(16, Config(bm=16)), (64, Config(bm=32))]}
-    monkeypatch.setattr(launch, "_table", lambda device: table)
+    monkeypatch.setattr(launch, "table", lambda card: table)
     cpu = torch.device("cpu")
     assert [config("k", rows, cpu).bm for rows in (1, 16, 17, 64, 65, 9999)] == [16, 16, 32, 32, 32, 32]
 
@@ -44,18 +45,28 @@ def test_a_card_s_file_replaces_the_default_kernel_by_kernel(
 ) -> None:
     entry = {"rows": 16, "bm": 16}
     for name, table in (
-        ("default.json", {"a": [entry], "b": [entry]}),
+        ("default.json", {"a": [entry], "b": [entry], "c": [entry], "d": [entry]}),
+        ("shared-163k.json", {"b": [entry | {"bm": 32}], "c": [entry | {"bm": 32}]}),
+        ("shared-99k.json", {"c": [entry | {"bm": 64}], "d": [entry | {"bm": 64}]}),
         ("nvidia-h100-80gb-hbm3.json", {"b": [entry | {"bm": 128}]}),
+        ("nvidia-l40s.json", {"d": [entry | {"bm": 128}]}),
     ):
         (tmp_path / name).write_text(json.dumps(table))
     monkeypatch.setattr(launch, "FOLDER", tmp_path)
-    launch._table.cache_clear()
+    launch.table.cache_clear()
+
+    def tiles(name: str, shared: int) -> list[int]:
+        table = launch.table(launch.Card(name, 100, shared << 10))
+        return [table[kernel][0][1].bm for kernel in "abcd"]
+
     try:
-        table = launch._table("NVIDIA H100 80GB HBM3")
-        assert (table["a"][0][1].bm, table["b"][0][1].bm) == (16, 128)
-        assert launch._table("another card")["b"][0][1].bm == 16
+        assert tiles("NVIDIA H100 80GB HBM3", 227) == [16, 128, 16, 16]
+        assert tiles("another card", 227) == [16, 16, 16, 16]
+        assert tiles("NVIDIA A100-SXM4-80GB", 163) == [16, 32, 32, 16]
+        assert tiles("NVIDIA L4", 99) == [16, 32, 64, 64]
+        assert tiles("NVIDIA L40S", 99) == [16, 32, 64, 128]
     finally:
-        launch._table.cache_clear()
+        launch.table.cache_clear()
     assert file_name("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090.json"
 
 

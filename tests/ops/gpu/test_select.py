@@ -7,15 +7,21 @@ import torch
 
 pytest.importorskip("triton")
 
+from farthing.ops import gpu
 from farthing.ops import select as selection
 from farthing.ops.gpu import numeric
 from farthing.ops.select import resolve
 
 
 def test_auto_is_the_gpu_only_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = (8, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(numeric, "INTERPRETED", False)
     assert resolve("auto") == "gpu"
+    capability = (7, 5)
+    assert resolve("auto") != "gpu"
+    capability = (9, 0)
     monkeypatch.setattr(numeric, "INTERPRETED", True)
     assert resolve("auto") != "gpu"
     assert resolve("gpu") == "gpu"
@@ -26,3 +32,20 @@ def test_by_name_it_is_interpreted_where_asked() -> None:
         ops = selection("gpu", torch.float32)
         assert ops.name == "gpu/triton float32, interpreted on the CPU"
         assert ops.cache_dtype == "float32"
+
+
+def test_a_card_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match=r"Tesla T4 has compute capability 7\.5; .* needs 8\.0"):
+        gpu.create(None, None, None, None)
+
+
+def test_a_card_without_fp8_has_no_fp8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = selection("gpu")
+    monkeypatch.setattr(ops, "_fp8", False)
+    with pytest.raises(ValueError, match=r"the cache's dtype is 'fp8', .*expected 'bfloat16' or 'int8'"):
+        ops.new_cache(1, 4, 16, 576, "fp8")
+    assert ops.new_cache(1, 4, 16, 576, "int8").scale is not None

@@ -10,7 +10,7 @@ except ImportError as error:
     raise ImportError("backend 'gpu' needs Triton; install it with: pip install 'farthing[gpu]'") from error
 
 from farthing.ops.gpu.backend import GpuOps
-from farthing.ops.gpu.numeric import INTERPRETED
+from farthing.ops.gpu.numeric import INTERPRETED, LEAST_CAPABILITY
 
 __all__ = ["GpuOps", "create"]
 
@@ -35,4 +35,9 @@ def create(
             "False; TRITON_INTERPRET=1 runs its kernels on the CPU, slowly, for tests"
         )
     device = torch.device("cpu" if INTERPRETED else "cuda")
+    if not INTERPRETED and (has := torch.cuda.get_device_capability(device)) < LEAST_CAPABILITY:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {has[0]}.{has[1]}; "
+            f"backend 'gpu' needs 8.0 (Ampere) or later"
+        )
     return GpuOps(dtype or torch.bfloat16, device, quantization)

@@ -148,6 +148,11 @@ class GpuOps(Ops):
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
         shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
+        if dtype == "fp8" and not self._fp8:
+            raise ValueError(
+                f"the cache's dtype is 'fp8', which {self.name} does not have (Ada and Hopper do); "
+                f"expected 'bfloat16' or 'int8'"
+            )
         scale = torch.ones(*shape, 2, device=self.device) if kind in CACHE_MAX else None
         return LatentCache(torch.zeros(*shape, width, dtype=kind, device=self.device), scale)
 

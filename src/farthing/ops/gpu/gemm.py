@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.gpu.launch import Config, config, processors
+from farthing.ops.gpu.launch import Config, processors, product_config
 from farthing.ops.gpu.matrix import FORMATS, Matrix
 from farthing.ops.gpu.normalize import quantize, rms_norm
 from farthing.ops.gpu.sparse import Blocks, TwoOfFour, multiply
@@ -63,8 +63,9 @@ def gemm(
     tokens = x.shape[0]
     fp8 = weight.format == "fp8"
     c = choice or narrowed(
-        config(f"gemm_{weight.format}", tokens, x.device), tokens, weight.n, processors(x.device)
-    )
+        product_config("gemm", weight.format, x.dtype, tokens, x.device), tokens, weight.n,
+        processors(x.device),
+    )  # fmt: skip
     grid = (triton.cdiv(tokens, c.bm) * triton.cdiv(weight.n, c.bn),)
     _gemm[grid](
         x, x_scale, weight.data, weight.scale, weight.zero, residual, out, tokens, weight.n, weight.k,

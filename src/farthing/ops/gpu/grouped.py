@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.gpu.launch import Config, config, processors
+from farthing.ops.gpu.launch import Config, processors, product_config
 from farthing.ops.gpu.matrix import FORMATS, Matrix
 from farthing.ops.gpu.numeric import FP8_MAX, LEAST_AMAX, narrow, silu
 from farthing.ops.gpu.tile import FP8, product
@@ -134,7 +134,7 @@ def experts_mlp(
     count, inner = gate_up.data.shape[0], gate_up.n // 2
     fp8 = gate_up.format == "fp8"
     per_expert = max(1, tokens * slots // count)
-    c = choice or config(f"grouped_{gate_up.format}", per_expert, device)
+    c = choice or product_config("grouped", gate_up.format, x.dtype, per_expert, device)
     wide = min(c.bm, 64), PAIRED_FP8_COLUMNS, 8
     bm, bn, warps = wide if fp8 else (c.bm, c.bn, c.num_warps)
     rows = tokens * slots

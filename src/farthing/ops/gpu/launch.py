@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime import driver
 
 from farthing.ops.gpu.numeric import INTERPRETED
 
 FOLDER = Path(__file__).parent / "configs"
 _INTERPRETED_PROGRAMS = 3  # few and odd, so that persistent loops take more than one turn in tests
+_SMALLER = re.compile(r"shared-(\d+)k\.json")  # for cards whose programs may share at most so many KiB
 _TILE = {"bm", "bn", "bk"}
 
 
@@ -85,28 +87,53 @@ def read_configs(path: Path) -> dict[str, list[tuple[int, Config]]]:
     return table
 
 
-@cache
-def _table(device: str) -> dict[str, list[tuple[int, Config]]]:
-    table = read_configs(FOLDER / "default.json")
-    own = FOLDER / file_name(device)
-    return table | read_configs(own) if own.exists() else table
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a launch depends on."""
+
+    name: str
+    processors: int
+    shared: int  # bytes of memory that one program may share
+
+
+_NONE = Card("", _INTERPRETED_PROGRAMS if INTERPRETED else 132, 227 << 10)  # compiled without one: an H100's
 
 
 @cache
-def _properties(index: int) -> tuple[str, int]:
+def table(card: Card) -> dict[str, list[tuple[int, Config]]]:
+    """default.json, under what the card's shared memory asks for, under what was measured on such a card."""
+    found = read_configs(FOLDER / "default.json")
+    smaller = {int(m[1]): m[0] for path in FOLDER.iterdir() if (m := _SMALLER.fullmatch(path.name))}
+    for most in sorted(smaller, reverse=True):
+        if card.shared <= most << 10:
+            found |= read_configs(FOLDER / smaller[most])
+    own = FOLDER / file_name(card.name)
+    return found | read_configs(own) if own.exists() else found
+
+
+@cache
+def _card(index: int) -> Card:
     properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count
+    shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Card(properties.name, properties.multi_processor_count, shared)
+
+
+def card(device: torch.device) -> Card:
+    """The device's card; without one, what kernels are interpreted or compiled for."""
+    return _card(device.index or 0) if device.type == "cuda" else _NONE
 
 
 def config(kernel: str, rows: int, device: torch.device) -> Config:
     """The configuration of `kernel` for so many rows on this device."""
-    name = "default" if device.type != "cuda" else _properties(device.index or 0)[0]
-    entries = _table(name)[kernel]
+    entries = table(card(device))[kernel]
     return next((c for most, c in entries if rows <= most), entries[-1][1])
+
+
+def product_config(kind: str, weight: str, inputs: torch.dtype, rows: int, device: torch.device) -> Config:
+    """Of a product `kind` with weights of a format. float32 inputs meet no tensor core: tiles are small."""
+    return config(f"{kind}_{'float32' if inputs is torch.float32 else weight}", rows, device)
 
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of the device."""
-    if device.type == "cuda":
-        return _properties(device.index or 0)[1]
-    return _INTERPRETED_PROGRAMS if INTERPRETED else 132  # compiled without a device: an H100's
+    return card(device).processors

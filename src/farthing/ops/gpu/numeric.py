@@ -8,12 +8,18 @@ helper is one instruction.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 from triton import knobs
 
+# From 3.10 on Triton fuses products and sums only where it is told to; scaled sums are made of both.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 INTERPRETED: bool = knobs.runtime.interpret
 _INTERPRET = tl.constexpr(INTERPRETED)
+LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 on tensor cores, asynchronous copies
 FP8_MAX = tl.constexpr(448.0)
 LEAST_AMAX = tl.constexpr(1e-4)  # of a group of activations (DeepSeek-V3's own quantizer)
 

@@ -1,17 +1,18 @@
-"""Compile every kernel for an H100 without one: to machine code, by Triton's own assembler; run nothing.
+"""Compile every kernel for a card that is not here: to machine code, by Triton's own assembler; run nothing.
 
-    python tests/ops/gpu/compile_hopper.py [--all]     # TRITON_INTERPRET unset; one JSON object a kernel
+    python tests/ops/gpu/compile_kernels.py [--capability 89] [--all]     # one JSON object a kernel
 
-The backend's own launches are used, at DeepSeek-V3's shapes: each is compiled for sm_90 instead of launched.
+The backend's own launches are used, at DeepSeek-V3's shapes: each is compiled instead of launched.
+--capability: 80 (A100), 86 (A10, RTX 30), 89 (L40, RTX 40), 90 (H100), 100 (B200), 120 (RTX 50).
 --all: every row count of the configuration files, else the smallest and the largest.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,21 +26,37 @@ from triton.runtime import driver, jit
 
 from farthing.ops.api import LatentCache, RouterSpec
 from farthing.ops.draw import Filters
-from farthing.ops.gpu import decode, grouped, latent, normalize, prefill, route, sample, softmax, sparse
+from farthing.ops.gpu import (
+    decode,
+    grouped,
+    latent,
+    launch,
+    normalize,
+    prefill,
+    route,
+    sample,
+    softmax,
+    sparse,
+)
 from farthing.ops.gpu.gemm import gemm
 from farthing.ops.gpu.matrix import Matrix
 
-BF16, FP8, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.int32
+BF16, FP8, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program (CUDA programming guide)
+FP8_FROM = 89
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "cp.async")
+INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "cp.async")
 HIDDEN, INNER, EXPERTS = 7168, 2048, 4
 
 
-class Hopper:
+class Driver:
     """Stands in for the driver where there is no device."""
 
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self._target
 
     def get_current_device(self) -> int:
         return 0
@@ -48,10 +65,12 @@ class Hopper:
         return 0
 
 
-def matrix(name: str, n: int, k: int, count: int = 1, paired: bool = False) -> Matrix:
+def matrix(
+    name: str, n: int, k: int, count: int = 1, paired: bool = False, dtype: torch.dtype = BF16
+) -> Matrix:
     """A stack of the format's layout, its contents unset."""
     if name == "dense":
-        return Matrix(name, torch.empty(count, n, k, dtype=BF16), None, None, n, k, 0, paired)
+        return Matrix(name, torch.empty(count, n, k, dtype=dtype), None, None, n, k, 0, paired)
     if name == "int8":
         data = torch.empty(count, n, k, dtype=torch.int8)
         return Matrix(name, data, torch.empty(count, n), None, n, k, 0, paired)
@@ -66,19 +85,20 @@ def ints(*shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=I32)
 
 
-def products(sizes: list[int]) -> None:
+def products(sizes: list[int], fp8: bool) -> None:
     """Dense, grouped and sparse products."""
-    for name in ("dense", "int8", "int4", "fp8"):
-        w = matrix(name, INNER, HIDDEN)
-        pair = matrix(name, 2 * INNER, HIDDEN, EXPERTS, True)
-        down = matrix(name, HIDDEN, INNER, EXPERTS)
+    kinds = [("dense", BF16), ("dense", F32), ("int8", BF16), ("int8", F32), ("int4", BF16), ("int4", F32)]
+    for name, dtype in [*kinds, ("fp8", BF16)] if fp8 else kinds:
+        w = matrix(name, INNER, HIDDEN, dtype=dtype)
+        pair = matrix(name, 2 * INNER, HIDDEN, EXPERTS, True, dtype)
+        down = matrix(name, HIDDEN, INNER, EXPERTS, dtype=dtype)
         for tokens in sizes:
-            x = torch.empty(tokens, HIDDEN, dtype=FP8 if name == "fp8" else BF16)
+            x = torch.empty(tokens, HIDDEN, dtype=FP8 if name == "fp8" else dtype)
             scale = torch.empty(tokens, HIDDEN // 128) if name == "fp8" else None
-            gemm(x, w, torch.empty(tokens, INNER, dtype=BF16), scale)
+            gemm(x, w, torch.empty(tokens, INNER, dtype=dtype), scale)
             grouped.experts_mlp(
                 x, scale, pair, down, ints(tokens * EXPERTS), ints(EXPERTS + 1), EXPERTS,
-                torch.empty(tokens * EXPERTS), BF16,
+                torch.empty(tokens * EXPERTS), dtype,
             )  # fmt: skip
     for tokens in sizes:
         x, out = torch.empty(tokens, HIDDEN, dtype=BF16), torch.empty(tokens, INNER, dtype=BF16)
@@ -91,32 +111,36 @@ def products(sizes: list[int]) -> None:
         sparse.multiply(x, sparse.Blocks(blocks, ints(64), ints(INNER // 16 + 1), None, INNER, HIDDEN), out)
 
 
-def attention(heads: list[int]) -> None:
-    """Decode over both kinds of cache, prefill, and what surrounds them."""
+def attention(heads: list[int], spans: list[int], fp8: bool) -> None:
+    """Decode over every kind of cache, prefill, and what surrounds them."""
     rope = torch.empty(2, 4096, 32)
-    for kind in (BF16, FP8):
-        scale = None if kind is BF16 else torch.empty(1, 64, 64, 2)
+    kinds = [(BF16, BF16), (F32, F32), (torch.int8, BF16)]
+    for kind, dtype in [*kinds, (FP8, BF16)] if fp8 else kinds:
+        scale = None if kind.itemsize > 1 else torch.empty(1, 64, 64, 2)
         cache = LatentCache(torch.empty(1, 64, 64, 576, dtype=kind), scale)
-        kv, slots = torch.empty(4, 576, dtype=BF16), torch.zeros(4, dtype=torch.int64)
+        kv, slots = torch.empty(4, 576, dtype=dtype), torch.zeros(4, dtype=torch.int64)
         latent.write_latent(kv, torch.empty(512), 1e-6, ints(4), rope, True, cache, 0, slots)
-        latent.gather(cache, 0, ints(4, 16), [5, 6], 512, BF16)
+        latent.gather(cache, 0, ints(4, 16), [5, 6], 512, dtype)
         for h in heads:
-            latent.rotate_queries(torch.empty(4, h * 192, dtype=BF16), ints(4), rope, h, 128, 64, True)
-            q, pe = torch.empty(4, h, 512, dtype=BF16), torch.empty(4, h, 64, dtype=BF16)
+            latent.rotate_queries(torch.empty(4, h * 192, dtype=dtype), ints(4), rope, h, 128, 64, True)
+            q, pe = torch.empty(4, h, 512, dtype=dtype), torch.empty(4, h, 64, dtype=dtype)
             decode.decode(q, pe, cache, 0, ints(4, 16), ints(4), ints(4), 0.1, splits=64)
-    t, h = 512, 16
-    prefill.prefill(
-        torch.empty(t, h * 192, dtype=BF16), torch.empty(t, h, 64, dtype=BF16),
-        torch.empty(t, h * 256, dtype=BF16), torch.empty(t, 64, dtype=BF16),
-        torch.empty(t, h * 128, dtype=BF16), [(0, t)], ints(1), [t], 0.1, (h, 128, 64, 128),
-    )  # fmt: skip
+    h = 16
+    for t in spans:
+        for dtype in (BF16, F32):
+            prefill.prefill(
+                torch.empty(t, h * 192, dtype=dtype), torch.empty(t, h, 64, dtype=dtype),
+                torch.empty(t, h * 256, dtype=dtype), torch.empty(t, 64, dtype=dtype),
+                torch.empty(t, h * 128, dtype=dtype), [(0, t)], ints(1), [t], 0.1, (h, 128, 64, 128),
+            )  # fmt: skip
 
 
-def rows() -> None:
+def rows(fp8: bool) -> None:
     """Everything that works on rows of tokens."""
     x = torch.empty(4, HIDDEN, dtype=BF16)
     normalize.rms_norm(x, torch.empty(HIDDEN), 1e-6)
-    normalize.quantize(x, torch.empty(HIDDEN), 1e-6)
+    if fp8:
+        normalize.quantize(x, torch.empty(HIDDEN), 1e-6)
     spec = RouterSpec(256, 8, 8, 4, scale=2.5)
     ids, _ = route.route(torch.empty(4, 256), torch.empty(256), spec)
     route.sort_by_expert(ids, 256)
@@ -147,7 +171,7 @@ def resources(kernel: Any) -> dict[str, Any]:
     }
 
 
-def compiled(every: bool) -> Iterator[tuple[str, Any]]:
+def compiled(capability: int, every: bool) -> Iterator[tuple[str, Any]]:
     """(name, kernel) of every launch of the backend."""
     seen: dict[str, tuple[str, Any]] = {}
     run = jit.JITFunction.run
@@ -157,14 +181,25 @@ def compiled(every: bool) -> Iterator[tuple[str, Any]]:
         seen[kernel.hash] = (self.__name__, kernel)
         return kernel
 
-    driver.set_active(Hopper())
+    driver.set_active(Driver(capability))
     jit.JITFunction.run = compile_only
-    products([8, 64, 512] if every else [8, 512])
-    attention([16, 32, 128] if every else [16])
-    rows()
+    launch._NONE = launch.Card(f"capability {capability}", 132, SHARED[capability] << 10)
+    fp8 = capability >= FP8_FROM
+    products([8, 64, 512] if every else [8, 512], fp8)
+    attention([16, 32, 128] if every else [16], [64, 512] if every else [512], fp8)
+    rows(fp8)
     yield from seen.values()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--capability", type=int, choices=SHARED, default=90)
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    for name, kernel in compiled(options.capability, options.all):
+        limit = SHARED[options.capability] << 10
+        print(json.dumps({"kernel": name.removeprefix("_"), **resources(kernel), "limit": limit}), flush=True)
+
+
 if __name__ == "__main__":
-    for name, kernel in compiled("--all" in sys.argv):
-        print(json.dumps({"kernel": name.removeprefix("_"), **resources(kernel)}))
+    main()
