@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl) CMakeLists.txt
 
-.PHONY: demo test test-all test-gpu serve bench lint format sanitize wheel clean
+.PHONY: demo test test-all test-gpu serve bench bench-gpu lint format sanitize wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m farthing.demo
@@ -39,6 +39,10 @@ bench: $(STAMP)
 	done
 	$(BIN)/python bench/startup.py --model $(lastword $(MODELS)) --into $(RESULTS) $(PEERS)
 	$(BIN)/python bench/page.py $(RESULTS) docs/performance.md
+
+# Each kernel beside torch's own path, as a share of what this card reaches, into docs/performance.md.
+bench-gpu: $(STAMP)
+	$(BIN)/python bench/gpu.py --page docs/performance.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests bench

@@ -1,7 +1,7 @@
 """Every kernel of the GPU backend: time, share of the card's measured ceilings, torch's own path, targets.
 
-    python bench/gpu.py [--only mla] [--rounds 30] [--into build/gpu.json] [--markdown]
-    python bench/gpu.py --tune     # write src/farthing/ops/gpu/configs/<card>.json by measured time
+    python bench/gpu.py [--only mla] [--rounds 30] [--into build/gpu.json] [--page docs/performance.md]
+    python bench/gpu.py --tune [--only decode]   # writes src/farthing/ops/gpu/configs/<card>.json
 
 Ceilings are measured first: a copy of 1 GiB, and products of 8192 x 8192 in bfloat16 and FP8. Ours and
 torch's are timed in turns, each after 256 MiB were written so that no input is in L2; medians. Without a GPU
@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,9 @@ ROWS = [
     Row("grouped FP8, decode", "64 tokens, 8 of 64", "experts", ("fp8", 64, 64, 8, 7168, 2048)),
     Row("grouped INT8, decode", "64 tokens, 8 of 64", "experts", ("int8", 64, 64, 8, 7168, 2048)),
     Row("grouped INT4, decode", "64 tokens, 8 of 64", "experts", ("int4", 64, 64, 8, 7168, 2048)),
-    Row("INT4 GEMM", "1 x 7168 x 16384", "quantized_decode", (1, 7168, 16384)),
+    Row("grouped bf16, decode", "64 tokens, 8 of 64", "experts", ("dense", 64, 64, 8, 2048, 1408)),
+    Row("INT4 GEMM", "1 x 7168 x 16384", "linear", ("int4", 1, 7168, 16384)),
+    Row("bf16 GEMM, few rows", "16 x 7168 x 16384", "linear", ("dense", 16, 7168, 16384)),
     Row("softmax", "8192 x 8192", "softmax", (8192, 8192), times_peer=3.75),
     Row("softmax, vocabulary", "64 x 129280", "softmax_fused", (64, 129280)),
     Row("RMSNorm + quantize", "4096 x 7168", "norm_quantize", (4096, 7168)),
@@ -153,7 +155,18 @@ def measure(row: Row, clock: Clock, limits: dict[str, float], dense: float | Non
     import gpu_work
 
     work: gpu_work.Work = getattr(gpu_work, row.make)(*row.arguments)
-    runs = [work.run] if work.peer is None else [work.run, work.peer]
+    runs, name = [work.run], work.peer_name
+    if work.peer is not None:
+        try:
+            work.peer()
+            runs.append(work.peer)
+        except (
+            RuntimeError,
+            NotImplementedError,
+            ValueError,
+        ) as error:  # not on this card; no memory
+            name = f"{name}: {str(error).splitlines()[0][:60]}"
+            torch.cuda.empty_cache()
     times = clock.medians(*runs)
     seconds = times[0] / 1e6
     amount = work.bytes if work.ceiling == "copy" else work.flops
@@ -161,14 +174,15 @@ def measure(row: Row, clock: Clock, limits: dict[str, float], dense: float | Non
     unit, scale = ("GB/s", 1e9) if work.ceiling == "copy" else ("TFLOP/s", 1e12)
     peer = times[1] if len(times) > 1 else None
     met: bool | None = None
-    if row.share is not None or row.times_peer is not None:
-        met = share >= (row.share or 0.0)
-        met = met and (row.times_peer is None or (peer or 0.0) >= row.times_peer * times[0])
+    if row.share is not None:
+        met = share >= row.share
+    if row.times_peer is not None:
+        met = None if peer is None else met is not False and peer >= row.times_peer * times[0]
     if row.of_dense is not None and dense is not None:
         met = share >= row.of_dense * dense
     torch.cuda.empty_cache()
     return Result(
-        row.kernel, row.size, times[0], f"{amount / seconds / scale:,.0f} {unit}", share, work.peer_name,
+        row.kernel, row.size, times[0], f"{amount / seconds / scale:,.0f} {unit}", share, name,
         peer, wanted(row), met,
     )  # fmt: skip
 
@@ -186,7 +200,7 @@ def cells(row: Row, result: Result | None) -> list[str]:
             wanted(row),
             "–",
         ]
-    peer = "–"
+    peer = result.peer or "–"
     if result.peer_microseconds is not None:
         ratio = result.peer_microseconds / result.microseconds
         peer = f"{result.peer_microseconds:,.0f} us ({ratio:.2f}x, {result.peer})"
@@ -200,12 +214,47 @@ def cells(row: Row, result: Result | None) -> list[str]:
 HEADINGS = ["kernel", "size", "time", "rate", "of the ceiling", "torch", "target", ""]
 
 
-def markdown(rows: list[list[str]]) -> Iterator[str]:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A run: of which card, or why of none."""
+
+    card: str | None
+    reason: str | None
+    ceilings: dict[str, float]
+    rows: dict[Row, Result]
+
+    @property
+    def about(self) -> str:
+        """The card and its ceilings in a sentence."""
+        if self.reason is not None:
+            return f"Nothing was measured: {self.reason}."
+        limits = ((k, v / (1e9 if k == "copy" else 1e12)) for k, v in self.ceilings.items())
+        return f"{self.card}; ceilings (GB/s, TFLOP/s): {', '.join(f'{k} {v:,.0f}' for k, v in limits)}."
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        rows = [asdict(r) for r in self.rows.values()]
+        return {"card": self.card, "reason": self.reason, "ceilings": self.ceilings, "rows": rows}
+
+
+def run(rows: list[Row], clock: Clock, console: Console) -> Measured:
+    """Measure rows; one that fails is told and left out."""
+    limits, dense = ceilings(clock), None
+    results = {}
+    for row in track(rows, "measuring", console=console, transient=True):
+        try:
+            results[row] = measure(row, clock, limits, dense)
+            dense = results[row].share if row == DENSE else dense
+        except (RuntimeError, KeyError, NotImplementedError) as error:
+            console.print(f"[red]{row.kernel}, {row.size}: {error}[/]")
+    return Measured(torch.cuda.get_device_name(), None, limits, results)
+
+
+def markdown(rows: list[list[str]]) -> str:
     """The table for a page."""
-    yield "| " + " | ".join(HEADINGS) + " |"
-    yield "|" + "---|" * len(HEADINGS)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
+    lines = [HEADINGS, *rows]
+    lines.insert(1, ["---"] * len(HEADINGS))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -214,49 +263,36 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="rows whose kernel contains this")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--into", type=Path, help="write the results as JSON")
-    parser.add_argument("--markdown", action="store_true", help="print a table for a page")
+    parser.add_argument("--page", type=Path, help="write the table between its markers `measured: gpu`")
     parser.add_argument(
         "--tune", action="store_true", help="choose configurations and write this card's file"
     )
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
     rows = [r for r in ROWS if options.only.lower() in r.kernel.lower()]
-    if not rows:
+    if not rows and not options.tune:
         parser.error(f"--only {options.only!r} names no kernel; expected part of {[r.kernel for r in ROWS]}")
-    reason, results, limits, card = missing(), {}, {}, ""
-    if reason is None:
-        sys.path.insert(0, str(Path(__file__).parent))
-        card = torch.cuda.get_device_name()
-        clock = Clock(options.rounds)
-        if options.tune:
-            from gpu_tune import tune
-
-            return tune(clock.medians, console)
-        limits, dense = ceilings(clock), None
-        for row in track(rows, "measuring", console=console, transient=True):
-            try:
-                results[row] = measure(row, clock, limits, dense)
-                dense = results[row].share if row == DENSE else dense
-            except (RuntimeError, KeyError, NotImplementedError) as error:
-                console.print(f"[red]{row.kernel}, {row.size}: {error}[/]")
-    table = [cells(row, results.get(row)) for row in rows]
-    if options.markdown:
-        for line in markdown(table):
-            print(line)
-    else:
-        shown = Table(*HEADINGS)
-        for line in table:
-            shown.add_row(*line)
-        console.print(shown)
+    reason = missing()
     if reason is not None:
-        console.print(f"Nothing was measured: {reason}.", highlight=False)
+        measured = Measured(None, reason, {}, {})
+    elif options.tune:
+        from gpu_tune import tune
+
+        return tune(Clock(options.rounds).medians, console, options.only)
     else:
-        shares = ", ".join(f"{k} {v / (1e9 if k == 'copy' else 1e12):,.0f}" for k, v in limits.items())
-        console.print(f"{card}; ceilings (GB/s, TFLOP/s): {shares}", highlight=False)
+        measured = run(rows, Clock(options.rounds), console)
+    table = [cells(row, measured.rows.get(row)) for row in rows]
+    shown = Table(*HEADINGS)
+    for line in table:
+        shown.add_row(*line)
+    console.print(shown)
+    console.print(measured.about, highlight=False)
+    if options.page is not None:
+        from page import fill
+
+        fill(options.page, "gpu", measured.about, markdown(table))
     if options.into is not None:
-        document = {"card": card or None, "reason": reason, "ceilings": limits}
-        kept = [asdict(r) for r in results.values()]
-        options.into.write_text(json.dumps(document | {"rows": kept}, indent=1) + "\n")
+        options.into.write_text(json.dumps(measured.document(), indent=1) + "\n")
     return 0
 
 

@@ -1,11 +1,19 @@
-"""Choose each kernel's configuration by measured time; keep them in a file of this card (`gpu.py --tune`)."""
+"""Choose each kernel's configuration by measured time; keep them in a file of this card (`gpu.py --tune`).
+
+Every candidate is compiled first, several at a time; then all are timed, and the best of them again in turns.
+The file is written after every kernel, over what it held, so that an interrupted run keeps what it found.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,76 +23,127 @@ from rich.progress import track
 import gpu_work
 from farthing.ops.gpu.launch import FOLDER, Config, file_name
 
-ROWS = (16, 64, 512)
+ROWS = {16: 16, 64: 64, 512: 4096}  # up to so many -> tokens of the work that decides
+FINALISTS = 3
 Medians = Callable[..., list[float]]
+_UNFIT = (RuntimeError, ValueError)  # more shared memory or registers than there are; no such tile
 
 
-def candidates(rows: int, columns: tuple[int, ...], warps: tuple[int, ...] = (4, 8)) -> Iterator[Config]:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A kernel's configuration up to `rows`, chosen by the time of a work of about that size."""
+
+    kernel: str
+    rows: int
+    make: Callable[[], gpu_work.Work]
+    candidates: list[Config]
+
+
+def product_candidates(rows: int, name: str, persistent: bool) -> list[Config]:
     """Tiles not much taller than the rows, a few widths, depths and numbers of warps."""
-    heights = [bm for bm in (16, 64, 128) if bm <= max(16, rows)]
-    # Few rows wait for weights: more of them on their way.
-    for bm, bn, num_warps, num_stages in product(heights, columns, warps, (4, 8) if rows <= 16 else (3, 4)):
-        for per in (1, 4) if bm == 16 else (1,):
-            yield Config(bm=bm, bn=bn, num_warps=num_warps, num_stages=num_stages, per_processor=per)
+    heights = [bm for bm in (16, 64, 128) if rows // 8 <= bm <= max(16, rows)]
+    widths = (64, 128) if persistent or rows > 64 else (32, 64, 128)
+    turns = (64, 128) if name == "dense" and rows <= 64 else (64,)  # FP8 and INT4 say it themselves
+    depths = (4, 8) if rows <= 16 else (3, 4)  # few rows wait for weights: more of them on their way
+    return [
+        Config(bm, bn, bk, num_warps, num_stages, per)
+        for bm, bn, bk, num_warps, num_stages in product(heights, widths, turns, (4, 8), depths)
+        for per in ((1, 4) if persistent and bm == 16 else (1,))
+    ]
 
 
-def attention_candidates(heads: int) -> Iterator[Config]:
+def decode_candidates(heads: int) -> list[Config]:
     """Heads and keys of a decode tile."""
-    for bm, bk, warps, stages in product((16, 32, 64), (16, 32, 64), (4, 8), (3, 5)):
-        for per in (1, 2) if bm == 16 else (1,):
-            if bm <= max(16, heads):
-                yield Config(bm=bm, bk=bk, num_warps=warps, num_stages=stages, per_processor=per)
+    return [
+        Config(bm=bm, bk=bk, num_warps=warps, num_stages=stages, per_processor=per)
+        for bm, bk, warps, stages in product((16, 32, 64), (16, 32, 64), (4, 8), (3, 5))
+        if bm <= max(16, heads)
+        for per in ((1, 2) if bm == 16 else (1,))
+    ]
 
 
-def jobs() -> Iterator[tuple[str, int, Callable[[Config], Any], list[Config]]]:
-    """(kernel, rows, the work of a configuration, candidates)."""
-    for rows in ROWS:
-        yield (
-            "gemm_fp8", rows, lambda c, rows=rows: gpu_work.dense_fp8(rows, 7168, 7168, c),
-            list(candidates(rows, (32, 64, 128))),
-        )  # fmt: skip
-        for name in ("fp8", "int4"):
-            yield (
-                f"grouped_{name}", rows,
-                lambda c, name=name, rows=rows: gpu_work.experts(name, rows * 4, 16, 4, 7168, 2048, c),
-                list(candidates(rows, (64, 128))),
-            )  # fmt: skip
-    for heads in (16, 128):
-        for kernel, kind in (("decode", "bfloat16"), ("decode_8bit", "fp8")):
-            yield (
-                kernel, heads, lambda c, h=heads, kind=kind: gpu_work.mla_decode(16, 8192, h, kind, c),
-                list(attention_candidates(heads)),
-            )  # fmt: skip
-    tall = [
+def jobs() -> dict[str, list[Job]]:
+    """Everything that is tuned, by kernel."""
+    found: dict[str, list[Job]] = {}
+    for name in ("fp8", "dense", "int4"):
+        for rows, tokens in ROWS.items():
+            make = (
+                partial(gpu_work.dense_fp8, tokens, 7168, 7168)
+                if name == "fp8"
+                else partial(gpu_work.linear, name, tokens, 7168, 7168)
+            )
+            tiles = product_candidates(rows, name, persistent=False)
+            found.setdefault(f"gemm_{name}", []).append(Job(f"gemm_{name}", rows, make, tiles))
+            make = partial(gpu_work.experts, name, rows * 4, 16, 4, 7168, 2048)
+            tiles = product_candidates(rows, name, persistent=True)
+            found.setdefault(f"grouped_{name}", []).append(Job(f"grouped_{name}", rows, make, tiles))
+    for kernel, kind in (("decode", "bfloat16"), ("decode_8bit", "fp8")):
+        found[kernel] = [
+            Job(kernel, heads, partial(gpu_work.mla_decode, 16, 8192, heads, kind), decode_candidates(heads))
+            for heads in (16, 128)
+        ]
+    tiles = [
         Config(bm=bm, bk=bk, num_warps=w, num_stages=2) for bm, bk, w in product((64, 128), (32, 64), (4, 8))
     ]
-    yield "prefill", 128, lambda c: gpu_work.mla_prefill(2, 4096, 16, c), tall
+    found["prefill"] = [Job("prefill", 128, partial(gpu_work.mla_prefill, 2, 4096, 16), tiles)]
+    return found
 
 
-def tune(medians: Medians, console: Console) -> int:
-    """Measure every candidate; write the best of each kernel and size."""
-    table: dict[str, list[dict[str, int]]] = {}
-    for kernel, rows, make, choices in jobs():
-        best: tuple[float, Config] | None = None
-        failed = 0
-        for choice in track(choices, f"{kernel}, {rows} rows", console=console, transient=True):
-            try:
-                time = medians(make(choice).run)[0]
-            except (RuntimeError, ValueError):  # more shared memory or registers than there are
-                failed += 1
-                continue
-            if best is None or time < best[0]:
-                best = time, choice
-        torch.cuda.empty_cache()
-        if best is None:
-            console.print(f"{kernel}, {rows} rows: none of {failed} configurations ran; the default stays")
-            continue
-        console.print(f"{kernel}, {rows} rows: {best[0]:,.1f} us, {best[1]}")
-        table.setdefault(kernel, []).append({"rows": rows, **asdict(best[1])})
-    path = FOLDER / file_name(torch.cuda.get_device_name())
-    lines = [
+def compiled(
+    run: Callable[[Config], object], candidates: list[Config], console: Console, text: str
+) -> list[Config]:
+    """Those that run here. Most of a compiler's time is spent outside of Python's lock."""
+
+    def fits(choice: Config) -> bool:
+        try:
+            run(choice)
+        except _UNFIT:
+            return False
+        return True
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = track(pool.map(fits, candidates), text, len(candidates), console=console)
+        return [choice for choice, ok in zip(candidates, found, strict=True) if ok]
+
+
+def best(job: Job, medians: Medians, console: Console) -> tuple[float, Config] | None:
+    """(microseconds, configuration), None where no candidate runs."""
+    run = job.make().run
+    text = f"{job.kernel}, {job.rows} rows"
+    fit = compiled(run, job.candidates, console, text)
+    if not fit:
+        return None
+    times = {c: medians(partial(run, c))[0] for c in fit}
+    finalists = sorted(fit, key=times.__getitem__)[:FINALISTS]
+    again = medians(*(partial(run, c) for c in finalists))
+    return min(zip(again, finalists, strict=True), key=lambda pair: pair[0])
+
+
+def write(path: Path, kernel: str, entries: list[dict[str, int]]) -> None:
+    """The kernel's entries into the file, in the place of those it had."""
+    table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    table[kernel] = entries
+    lines = (
         f'  "{k}": [\n' + ",\n".join(f"    {json.dumps(e)}" for e in v) + "\n  ]" for k, v in table.items()
-    ]
+    )
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def tune(medians: Medians, console: Console, only: str = "") -> int:
+    """Measure the candidates of every kernel whose name contains `only`; keep the best. -> the exit code."""
+    path = FOLDER / file_name(torch.cuda.get_device_name())
+    for kernel, sizes in jobs().items():
+        if only not in kernel:
+            continue
+        entries = []
+        for job in sizes:
+            found = best(job, medians, console)
+            torch.cuda.empty_cache()
+            text = "no candidate runs here" if found is None else f"{found[0]:,.1f} us, {found[1]}"
+            console.print(f"{kernel}, {job.rows} rows: {text}")
+            if found is not None:
+                entries.append({"rows": job.rows, **asdict(found[1])})
+        if len(entries) == len(sizes):  # the last entry serves larger sizes too: all, or the default
+            write(path, kernel, entries)
     console.print(f"written: {path}")
     return 0

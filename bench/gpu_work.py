@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,6 @@ from farthing.ops import RouterSpec, Weight, make_batch
 from farthing.ops.api import Batch
 from farthing.ops.gpu import GpuOps, decode, gemm, grouped, latent, normalize, prefill, route, sample, sparse
 from farthing.ops.gpu import softmax as fused_softmax
-from farthing.ops.gpu.launch import Config
 from farthing.ops.gpu.matrix import Matrix, pack
 from farthing.ops.reference import route as reference_route
 from farthing.ops.weights import quantize_int4, quantize_int8
@@ -33,9 +31,12 @@ Ceiling = Literal["copy", "bf16", "fp8"]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One thing to time. bytes: what must be moved at least; flops: what must be computed."""
+    """One thing to time. bytes: what must be moved at least; flops: what must be computed.
 
-    run: Callable[[], object]
+    run takes a configuration where its kernel has one to choose (`gpu_tune`), else nothing.
+    """
+
+    run: Callable[..., object]
     ceiling: Ceiling
     bytes: float = 0.0
     flops: float = 0.0
@@ -63,7 +64,7 @@ def fp8_matrix(n: int, k: int, count: int = 1, paired: bool = False) -> Matrix:
 # -- products
 
 
-def dense_fp8(m: int, n: int, k: int, choice: Config | None = None) -> Work:
+def dense_fp8(m: int, n: int, k: int) -> Work:
     """Block-scaled FP8; torch's path is its own 1 x 128 by 128 x 128 scaling."""
     w = fp8_matrix(n, k)
     x, scale = normalize.quantize(_normal(m, k))
@@ -76,33 +77,37 @@ def dense_fp8(m: int, n: int, k: int, choice: Config | None = None) -> Work:
         return torch._scaled_mm(x, w.data[0].t(), a_scale, b_scale, out_dtype=BF16)  # type: ignore[no-any-return]
 
     return Work(
-        lambda: gemm.gemm(x, w, out, scale, choice=choice), "fp8", m * k + n * k + 2 * m * n, 2.0 * m * n * k,
-        peer, "torch._scaled_mm, block scales",
+        lambda choice=None: gemm.gemm(x, w, out, scale, choice=choice), "fp8", m * k + n * k + 2 * m * n,
+        2.0 * m * n * k, peer, "torch._scaled_mm, block scales",
     )  # fmt: skip
 
 
-def quantized_decode(tokens: int, n: int, k: int) -> Work:
-    """A 4-bit projection of few tokens, bound by the weights' bytes."""
-    w = pack(quantize_int4(torch.randn(n, k), 128), BF16, CUDA)
-    x, dense = _normal(tokens, k), _normal(n, k)
+def packed(name: str, n: int, k: int) -> Matrix:
+    """Random weights of a format but FP8."""
+    w = torch.randn(n, k)
+    if name == "dense":
+        return pack(Weight("dense", w), BF16, CUDA)
+    return pack(quantize_int8(w) if name == "int8" else quantize_int4(w, 128), BF16, CUDA)
+
+
+def linear(name: str, tokens: int, n: int, k: int) -> Work:
+    """A projection of bfloat16 inputs; of few tokens it is bound by the weights' bytes."""
+    w, x, dense = packed(name, n, k), _normal(tokens, k), _normal(n, k)
     out = torch.empty(tokens, n, dtype=BF16, device=CUDA)
     return Work(
-        lambda: gemm.gemm(x, w, out), "copy", w.nbytes, 2.0 * tokens * n * k,
-        lambda: F.linear(x, dense), "torch bf16 linear",
+        lambda choice=None: gemm.gemm(x, w, out, choice=choice), "bf16" if tokens >= 512 else "copy",
+        w.nbytes, 2.0 * tokens * n * k, lambda: F.linear(x, dense), "torch bf16 linear",
     )  # fmt: skip
 
 
-def experts(
-    name: str, tokens: int, total: int, top_k: int, d: int, inner: int, choice: Config | None = None
-) -> Work:
+def experts(name: str, tokens: int, total: int, top_k: int, d: int, inner: int) -> Work:
     """Gate, up, down of every slot, experts chosen evenly; torch loops over the experts in bfloat16."""
     if name == "fp8":
         gate_up, down = fp8_matrix(2 * inner, d, total, paired=True), fp8_matrix(d, inner, total)
         x, scale = normalize.quantize(_normal(tokens, d))
     else:
-        rounding = quantize_int8 if name == "int8" else partial(quantize_int4, group_size=128)
         gate_up, down = (
-            _repeated(pack(rounding(torch.randn(n, k)), BF16, CUDA), total, paired)
+            _repeated(packed(name, n, k), total, paired)
             for n, k, paired in ((2 * inner, d, True), (d, inner, False))
         )
         x, scale = _normal(tokens, d), None
@@ -122,16 +127,17 @@ def experts(
     flops = 6.0 * tokens * top_k * d * inner
     size = (gate_up.nbytes + down.nbytes) * used / total
     return Work(
-        lambda: grouped.experts_mlp(x, scale, gate_up, down, order, starts, top_k, gates, BF16, choice),
-        "fp8" if name == "fp8" and tokens >= 512 else "copy", size, flops, peer,
+        lambda choice=None: grouped.experts_mlp(
+            x, scale, gate_up, down, order, starts, top_k, gates, BF16, choice
+        ),
+        ("fp8" if name == "fp8" else "bf16") if tokens * top_k >= 512 * total else "copy", size, flops, peer,
         "torch bf16, a loop over experts",
     )  # fmt: skip
 
 
 def _repeated(m: Matrix, count: int, paired: bool) -> Matrix:
     """The same expert so many times, each with memory of its own."""
-    assert m.scale is not None
-    scale = m.scale.expand(count, *m.scale.shape[1:]).contiguous()
+    scale = None if m.scale is None else m.scale.expand(count, *m.scale.shape[1:]).contiguous()
     data = m.data.expand(count, -1, -1).contiguous()
     return Matrix(m.format, data, scale, None, m.n, m.k, m.group, paired)
 
@@ -161,7 +167,7 @@ def sparse_product(kind: str, tokens: int, n: int, k: int) -> Work:
 # -- attention
 
 
-def mla_decode(batch: int, context: int, heads: int, cache_dtype: Any, choice: Config | None = None) -> Work:
+def mla_decode(batch: int, context: int, heads: int, cache_dtype: Any) -> Work:
     """One token of each sequence over its paged cache; torch attends to latents that are laid out for it."""
     ops, size = GpuOps(BF16, CUDA), 64
     blocks = context // size
@@ -179,12 +185,12 @@ def mla_decode(batch: int, context: int, heads: int, cache_dtype: Any, choice: C
         return F.scaled_dot_product_attention(query, keys, keys[..., :512], scale=0.07)
 
     return Work(
-        lambda: decode.decode(q, pe, cache, 0, table, order, at, 0.07, choice=choice), "copy", moved,
-        2.0 * batch * context * heads * (576 + 512), peer, "torch SDPA on latents",
+        lambda choice=None: decode.decode(q, pe, cache, 0, table, order, at, 0.07, choice=choice), "copy",
+        moved, 2.0 * batch * context * heads * (576 + 512), peer, "torch SDPA on latents",
     )  # fmt: skip
 
 
-def mla_prefill(batch: int, length: int, heads: int, choice: Config | None = None) -> Work:
+def mla_prefill(batch: int, length: int, heads: int) -> Work:
     """Causal attention of whole prompts; torch is given keys with the rotary part repeated for every head."""
     t = batch * length
     q, pe = _normal(t, heads * 192), _normal(t, heads, 64)
@@ -194,7 +200,7 @@ def mla_prefill(batch: int, length: int, heads: int, choice: Config | None = Non
     first = _ints([s for s, _ in spans])
     wide = [_normal(batch, heads, length, d) for d in (192, 192, 128)]
     return Work(
-        lambda: prefill.prefill(
+        lambda choice=None: prefill.prefill(
             q, pe, kv, key, out, spans, first, [length] * batch, 0.07, (heads, 128, 64, 128), choice
         ),
         "bf16", 0.0, 1.0 * batch * length * length * heads * (192 + 128),

@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- measured: decode -->", "<!-- end -->"
 BITS = {"int4": "4-bit", "int8": "8-bit", "bf16": "bf16"}
 PHASES = {
     "prefill": "prefill {}",
@@ -136,22 +135,24 @@ def draw(rows: list[Row], file: Path) -> None:
     plt.close(figure)
 
 
+def fill(page: Path, name: str, *parts: str) -> None:
+    """Put paragraphs between `<!-- measured: name -->` and `<!-- end -->`. SystemExit without markers."""
+    begin, end = f"<!-- measured: {name} -->", "<!-- end -->"
+    text = page.read_text()
+    if text.count(begin) != 1 or end not in text.partition(begin)[2]:
+        raise SystemExit(f"{page}: expected {begin!r} once and {end!r} after it")
+    before, _, rest = text.partition(begin)
+    page.write_text(before + "\n\n".join((begin, *parts, end)) + rest.partition(end)[2])
+
+
 def write(results: Path, page: Path) -> None:
-    """Fill the page's measured part. SystemExit where the page has no markers."""
+    """Fill the page's part about decoding, and draw its figure."""
     stored = json.loads(results.read_text())
     rows = ordered(stored["rows"])
-    text = page.read_text()
-    if text.count(BEGIN) != 1 or END not in text.partition(BEGIN)[2]:
-        raise SystemExit(f"{page}: expected {BEGIN!r} once and {END!r} after it")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
     picture = page.parent / "figures/performance.png"
+    parts = table(rows).strip(), (all_peers(rows) + start(stored.get("start"))).strip()
+    fill(page, "decode", parts[0], f"![Shares of the limit](figures/{picture.name})", parts[1])
     draw(rows, picture)
-    body = "\n\n".join((
-        BEGIN, table(rows).strip(), f"![Shares of the limit](figures/{picture.name})",
-        (all_peers(rows) + start(stored.get("start"))).strip(), END,
-    ))  # fmt: skip
-    page.write_text(before + body + after)
 
 
 def main() -> None:

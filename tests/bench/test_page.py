@@ -40,7 +40,7 @@ def stored(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def test_only_the_marked_part_changes(tmp_path: Path) -> None:
     page, results = tmp_path / "performance.md", tmp_path / "results.json"
     p = module("page")
-    page.write_text(f"# By hand\n\n{p.BEGIN}\nstale\n{p.END}\n\nAlso by hand\n")
+    page.write_text("# By hand\n\n<!-- measured: decode -->\nstale\n<!-- end -->\n\nAlso by hand\n")
     results.write_text(
         json.dumps(stored([row(180, 1, {"a": 90.0, "b": 100.0}), row(110, 8, {"a": 100.0}), row(50, 4, {})]))
     )

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("triton")
 
+from farthing.ops.gpu.launch import FOLDER, Config, read_configs
 from farthing.ops.gpu.numeric import INTERPRETED
 
 BENCH = Path(__file__).parents[3] / "bench"
@@ -37,8 +41,13 @@ SMALL = {
     "mla_decode": [(2, 64, 2, "bfloat16"), (1, 128, 3, "fp8")],
     "mla_prefill": [(2, 20, 2)],
     "dense_fp8": [(5, 128, 256)],
-    "experts": [("fp8", 3, 4, 2, 128, 128), ("int8", 3, 4, 2, 128, 64), ("int4", 3, 4, 2, 128, 128)],
-    "quantized_decode": [(1, 64, 128)],
+    "experts": [
+        ("fp8", 3, 4, 2, 128, 128),
+        ("int8", 3, 4, 2, 128, 64),
+        ("int4", 3, 4, 2, 128, 128),
+        ("dense", 3, 4, 2, 64, 32),
+    ],
+    "linear": [("int4", 1, 64, 128), ("dense", 2, 64, 128)],
     "softmax": [(3, 40)],
     "softmax_fused": [(2, 70)],
     "norm_quantize": [(3, 256)],
@@ -84,15 +93,19 @@ def test_every_row_of_the_table_is_known(bench: ModuleType) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: rows would be measured")
 def test_every_row_is_not_measured(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    into = tmp_path / "gpu.json"
-    assert bench.main(["--markdown", "--into", str(into)]) == 0
-    out = capsys.readouterr().out
-    lines = [line for line in out.splitlines() if line.startswith("| ")][1:]
+    monkeypatch.syspath_prepend(str(BENCH))
+    into, page = tmp_path / "gpu.json", tmp_path / "page.md"
+    page.write_text("# A page\n\n<!-- measured: gpu -->\nold\n<!-- end -->\n\nrest\n")
+    assert bench.main(["--page", str(page), "--into", str(into)]) == 0
+    assert "Nothing was measured: no CUDA device" in capsys.readouterr().out
+    text = page.read_text()
+    assert text.startswith("# A page\n") and text.endswith("<!-- end -->\n\nrest\n") and "old" not in text
+    assert "Nothing was measured: no CUDA device" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(lines) == len(bench.ROWS)
     assert all(line.count(bench.NOT_MEASURED) == 4 for line in lines)
-    assert "Nothing was measured: no CUDA device" in out
     document = json.loads(into.read_text())
     assert document["rows"] == [] and "CUDA" in document["reason"]
 
@@ -118,3 +131,57 @@ def test_a_kernel_nobody_knows(bench: ModuleType, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         bench.main(["--only", "convolution"])
     assert "names no kernel" in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_run_here_costs_only_its_own_figure(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA out of memory\nTried to allocate 40 GiB")
+
+    work = SimpleNamespace(
+        make=lambda: SimpleNamespace(
+            run=lambda: None, peer=fails, peer_name="torch", ceiling="copy", bytes=9e8, flops=0.0
+        )
+    )
+    monkeypatch.setitem(sys.modules, "gpu_work", work)
+    clock = SimpleNamespace(medians=lambda *runs: [1000.0] * len(runs))
+    row = bench.Row("FP8 GEMM", "", "make", (), share=0.55, times_peer=1.0)
+    result = bench.measure(row, clock, {"copy": 1e12}, None)
+    assert (result.share, result.met) == (0.9, None)  # as fast as a peer that did not run: nobody knows
+    assert bench.cells(row, result)[5:] == ["torch: CUDA out of memory", "55% of the ceiling, 1x torch", "–"]
+    alone = bench.Row("FP8 GEMM", "", "make", (), share=0.55)
+    assert bench.measure(alone, clock, {"copy": 1e12}, None).met is True
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the bench itself is what runs on a GPU")
+def test_tuning_keeps_the_fastest_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates as they are, works of a few numbers, and a clock that likes wide tiles of 4 warps."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    tune = script("gpu_tune")
+    monkeypatch.setattr(tune, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test 1")
+    ran: list[Config] = []
+
+    def run(choice: Config) -> None:
+        ran.append(choice)
+        if choice.bn == 128:
+            raise RuntimeError("out of resource: shared memory")
+
+    def medians(*runs: Any) -> list[float]:
+        return [100.0 - r.args[0].bn + r.args[0].num_warps for r in runs]
+
+    jobs = tune.jobs()
+    assert set(jobs) <= set(read_configs(FOLDER / "default.json"))
+    assert all(job.candidates == list(dict.fromkeys(job.candidates)) for js in jobs.values() for job in js)
+    job = replace(jobs["gemm_fp8"][0], make=lambda: SimpleNamespace(run=run))
+    never = replace(job, candidates=[Config(bn=128)])
+    monkeypatch.setattr(tune, "jobs", lambda: {"gemm_fp8": [job], "decode": [job, never], "prefill": [job]})
+    assert tune.tune(medians, Console(quiet=True), "e") == 0
+    table = read_configs(tmp_path / "test-1.json")
+    assert set(table) == {"gemm_fp8", "prefill"}  # not half of a kernel
+    [(rows, chosen)] = table["prefill"]
+    assert (rows, chosen.bn, chosen.num_warps) == (16, 64, 4)
+    assert set(ran) == {*job.candidates, *never.candidates}
+    tune.tune(medians, Console(quiet=True), "prefill")
+    assert set(read_configs(tmp_path / "test-1.json")) == {"gemm_fp8", "prefill"}  # what was there stays
