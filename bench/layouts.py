@@ -108,10 +108,9 @@ def run(a: argparse.Namespace) -> Table:
         limits.append(machine(a.threads))
         for point in POINTS:
             for text, way in ways.items():
-                rates[point, text].append(way.measure(*point) or 0.0)
-                log.print(
-                    f"round {turn + 1}: {point[0]} {point[1]}: {text or 'one rank'} {rates[point, text][-1]:.1f} tok/s"
-                )
+                rate = way.measure(*point) or 0.0
+                rates[point, text].append(rate)
+                log.print(f"round {turn + 1}: {point[0]} {point[1]}: {text or 'one rank'} {rate:.1f} tok/s")
     here = {key: statistics.median(m[key] for m in limits) for key in limits[0]}
     on_cpu = a.backend == "cpu" or not torch.cuda.is_available()
     title = f"{a.model}, {a.weights}, tok/s (x the first; of the limit)"
