@@ -7,15 +7,10 @@
 
 #include "kernels.h"
 #include "pack.h"
+#include "shared_sum.h"
 #include "threads.h"
 
 namespace farthing {
-
-struct Rows {  // float32 rows of a tensor
-  float* at;
-  int64_t stride;
-  float* row(int64_t i) const { return at + i * stride; }
-};
 
 // Grow-only memory an op cuts its scratch from; one op runs at a time.
 class Workspace {
@@ -96,6 +91,7 @@ struct Layer {  // one layer's weights; attention and feed belong to whoever mad
   const Attention* attention;
   const Moe* feed;
   int q_width;  // columns of qkv_a's output that are the query, or its latent
+  std::shared_ptr<SharedSum> o_sum, feed_sum;  // over the ranks that share attention, and the feed; null: this one alone
 };
 
 struct Layers {
@@ -111,7 +107,7 @@ class Backend {
   void rms_norm(Rows x, int tokens, int k, const float* weight, float eps, Rows out);
   void linear(const Packed& w, Rows x, int tokens, const float* norm, float eps, Rows residual, Rows out);
   void moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out,
-           const int64_t* chosen = nullptr, const float* chosen_weights = nullptr);
+           const int64_t* chosen = nullptr, const float* chosen_weights = nullptr, bool residual = true);
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
   void mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache, const Batch& batch, float eps, Rows out);
   // h [T, D] through every layer; counts [layer][E] or null; out is not x.

@@ -99,15 +99,30 @@ NB_MODULE(_native, module) {
         a.w_uv.push_back(std::move(uv));
       });
 
+  nb::exception<PeerLost>(module, "PeerLost", PyExc_RuntimeError);
+  nb::class_<SharedSum>(module, "SharedSum")
+      .def("__init__",
+           [](SharedSum* self, uint64_t counters, uint64_t slots, int64_t slot_bytes, uint64_t step, uint64_t failed, int size,
+              int index, int parent, bool crowded, double timeout) {
+             new (self) SharedSum{at<SharedSum::Word>(counters), at<uint8_t>(slots), slot_bytes, at<uint64_t>(step),
+                                  at<SharedSum::Word>(failed), size, index, parent, crowded, timeout};
+           })
+      .def("add",
+           [](const SharedSum& self, uint64_t x, int64_t ldx, int rows, int columns) {
+             self.add({at<float>(x), ldx}, rows, columns);
+           }, nb::call_guard<nb::gil_scoped_release>());
+
   nb::class_<Layers>(module, "Layers")
       .def(nb::init<>())
       .def("add",
            [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkv_a, int q_width, uint64_t q_norm, std::shared_ptr<Packed> q_b,
-              const Attention& attention, std::shared_ptr<Packed> o, uint64_t feed_norm, const Moe& feed) {
+              const Attention& attention, std::shared_ptr<Packed> o, uint64_t feed_norm, const Moe& feed,
+              std::shared_ptr<SharedSum> o_sum, std::shared_ptr<SharedSum> feed_sum) {
              self.layers.push_back({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a), std::move(q_b),
-                                    std::move(o), &attention, &feed, q_width});
+                                    std::move(o), &attention, &feed, q_width, std::move(o_sum), std::move(feed_sum)});
            },
-           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a, "feed_norm"_a, "feed"_a);
+           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a, "feed_norm"_a, "feed"_a,
+           "o_sum"_a.none(), "feed_sum"_a.none());
 
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Backend>(module, "Backend")

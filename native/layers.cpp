@@ -28,8 +28,11 @@ void Backend::layers(Layers& model, Rows x, int tokens, const Cache& cache, cons
     const Rows heads = Layers::rows(model.heads, tokens, l.o->m.k);
     mla(*l.attention, q, {qkv.at + l.q_width, qkv.stride}, tokens, at, batch, eps, heads);
     const Rows h = Layers::rows(model.hidden, tokens, l.o->m.n);
-    linear(*l.o, heads, tokens, nullptr, eps, x, h);
-    moe(*l.feed, h, tokens, l.feed_norm, eps, counts, out);
+    // Over ranks, the first one brings what is not shared among them into the sum.
+    linear(*l.o, heads, tokens, nullptr, eps, !l.o_sum || l.o_sum->index == 0 ? x : none, h);
+    if (l.o_sum) l.o_sum->add(h, tokens, l.o->m.n);
+    moe(*l.feed, h, tokens, l.feed_norm, eps, counts, out, nullptr, nullptr, !l.feed_sum || l.feed_sum->index == 0);
+    if (l.feed_sum) l.feed_sum->add(out, tokens, l.o->m.n);
     x = out;
     at.data += cache.layer_bytes;
     if (at.scale) at.scale += cache.layer_scales;

@@ -105,7 +105,7 @@ void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weigh
 }
 
 void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out,
-                  const int64_t* chosen, const float* chosen_weights) {
+                  const int64_t* chosen, const float* chosen_weights, bool residual) {
   const int T = tokens, D = w.hidden, k = w.gate ? w.router.top_k : 0, threads = pool.size();
   const int copies = T == 1 ? threads : T, most = T * k;
   const int E = w.gate ? w.router.experts : 0, score_ld = round_up(E, kPanel);
@@ -237,7 +237,8 @@ void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps
       for (int t = 0; t < T; ++t) {
         const float* from = x.row(t) + n0;
         float* to = out.row(t) + n0;
-        for (int i = 0; i < columns; ++i) to[i] = from[i] + y[static_cast<size_t>(t) * out_columns + i];
+        const float* sum = y + static_cast<size_t>(t) * out_columns;
+        for (int i = 0; i < columns; ++i) to[i] = residual ? from[i] + sum[i] : sum[i];
       }
     });
   });

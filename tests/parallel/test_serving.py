@@ -60,12 +60,27 @@ def test_the_embedded_model_gives_the_tokens_of_one_rank(
     assert spread == one_rank[backend]
 
 
+@pytest.mark.parametrize("transport", ["shared", pytest.param("gloo", marks=pytest.mark.slow)])
+def test_layers_in_one_call_and_op_by_op(transport: str, one_rank: dict[str, list[list[int]]]) -> None:
+    """The CPU kernels meet other ranks inside a step's one call where these share memory."""
+    pytest.importorskip("farthing._native")
+    if "cpu" not in one_rank:
+        one_rank["cpu"] = tokens(backend="cpu")
+    options: dict[str, Any] = dict(tensor_parallel_size=2, expert_parallel_size=2, transport=transport)
+    assert tokens(backend="cpu", **options) == one_rank["cpu"]
+
+
 @pytest.mark.slow
-def test_experts_are_placed_anew_while_serving(one_rank: dict[str, list[list[int]]]) -> None:
-    if "reference" not in one_rank:
-        one_rank["reference"] = tokens(backend="reference")
-    options: dict[str, Any] = dict(expert_parallel_size=2, redundant_experts=4, rebalance_steps=10)
-    assert tokens(backend="reference", **options) == one_rank["reference"]
+@pytest.mark.parametrize(("backend", "redundant"), [("reference", 4), ("cpu", 4), ("cpu", 0)])
+def test_experts_are_placed_anew_while_serving(
+    backend: str, redundant: int, one_rank: dict[str, list[list[int]]]
+) -> None:
+    if backend == "cpu":
+        pytest.importorskip("farthing._native")
+    if backend not in one_rank:
+        one_rank[backend] = tokens(backend=backend)
+    options: dict[str, Any] = dict(redundant_experts=redundant, rebalance_steps=10)
+    assert tokens(backend=backend, expert_parallel_size=2, **options) == one_rank[backend]
 
 
 @pytest.mark.slow
@@ -83,9 +98,12 @@ def tiny(path: Path) -> Path:
     return path
 
 
-def test_a_dead_rank_fails_the_replica_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_dead_rank_fails_the_replica_at_once(backend: str, tmp_path: Path) -> None:
+    if backend == "cpu":
+        pytest.importorskip("farthing._native")
     config = EngineConfig(
-        model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,
+        model=str(tiny(tmp_path)), backend=backend, skip_tokenizer_init=True, threads=1, num_blocks=16,
         tensor_parallel_size=2,
     )  # fmt: skip
     with Engine.from_config(config) as engine:

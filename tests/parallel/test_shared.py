@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.parallel.shared import Arena, PeerLost, SharedGroup, arena_bytes, available
+from farthing.ops.api import PeerLost
+from farthing.parallel.shared import Arena, SharedGroup, arena_bytes, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs /dev/shm on x86-64")
 SLOT = 4096
@@ -25,10 +27,10 @@ def arena() -> Iterator[Arena]:
     yield arena
 
 
-def run(arena: Arena, size: int, work: Callable[[SharedGroup], Any]) -> list[Any]:
+def run(arena: Arena, size: int, work: Callable[[SharedGroup], Any], crowded: bool = True) -> list[Any]:
     """Every rank a thread of its own."""
     arena.bytes.zero_()
-    groups = [SharedGroup(arena, 0, size, i, 30.0, SLOT, crowded=True) for i in range(size)]
+    groups = [SharedGroup(arena, 0, size, i, 30.0, SLOT, crowded=crowded) for i in range(size)]
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(work, groups))
 
@@ -53,6 +55,48 @@ def test_sums_are_the_same_bits_everywhere(
             expected = expected + parts(i, rank, (elements,), dtype)
         for result in results:
             assert torch.equal(result[i], expected)
+
+
+def native(group: SharedGroup) -> Any:
+    module = pytest.importorskip("farthing._native")
+    return module.SharedSum(*astuple(group.shared_sum()))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 301), (9, 300), (1, 1024)])
+@pytest.mark.parametrize("crowded", [True, False])
+def test_native_sums_follow_the_same_protocol(
+    arena: Arena, size: int, rows: int, columns: int, crowded: bool
+) -> None:
+    """In turn with Python's collectives, over rows with a gap between them, in more pieces than one."""
+
+    def work(g: SharedGroup) -> list[torch.Tensor]:
+        out = []
+        for i in range(6):
+            x = torch.full((rows, columns + 5), 7.0)
+            x[:, :columns] = parts(i, g.index, (rows, columns))
+            native(g).add(x.data_ptr(), columns + 5, rows, columns)
+            assert (x[:, columns:] == 7).all()
+            out += [x[:, :columns], g.all_reduce(parts(i, g.index, (rows, columns)))]
+        return out
+
+    for result in run(arena, size, work, crowded):
+        for i in range(6):
+            assert torch.equal(result[2 * i], result[2 * i + 1])
+
+
+def test_a_native_sum_that_waits_in_vain(arena: Arena) -> None:
+    arena.bytes.zero_()
+    group, lost = SharedGroup(arena, 0, 2, 0, 30.0, SLOT), pytest.importorskip("farthing._native").PeerLost
+    threading.Timer(0.2, arena.abort).start()
+    x = torch.ones(1, 3)
+    with pytest.raises(lost, match="another rank has failed"):
+        native(group).add(x.data_ptr(), 3, 1, 3)
+    arena.bytes.zero_()
+    with pytest.raises(lost, match=r"rank 1 of a group of 2 did not answer in 0\.2 s"):
+        native(SharedGroup(arena, 0, 2, 0, 0.2, SLOT)).add(x.data_ptr(), 3, 1, 3)
+    with pytest.raises(ValueError, match="slots that hold a row"):
+        native(group).add(x.data_ptr(), 2000, 1, 2000)
 
 
 def test_gather_and_broadcast_in_turn(arena: Arena) -> None:

@@ -17,7 +17,7 @@ from farthing.model.rope import rope_table
 from farthing.model.source import WeightSource
 from farthing.model.stack import handles
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec, Weight
-from farthing.ops.api import CacheDtype
+from farthing.ops.api import CacheDtype, Handle
 
 
 class DeepseekModel:
@@ -44,7 +44,7 @@ class DeepseekModel:
             (Attention(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
             for i in range(config.num_hidden_layers)
         ]
-        self.stack = ops.stack([handles(*layer) for layer in self.layers])
+        self.stack: Handle | None = ops.stack([handles(*layer) for layer in self.layers])
         self.mtp: list[MTPLayer] = []
         if not last:
             return
@@ -60,6 +60,18 @@ class DeepseekModel:
             MTPLayer(config, ops, weights, i, rope, routers[i], self.embedding, self.head, head)
             for i in range(config.num_hidden_layers, self.cache_layers)
         ]
+
+    def unstack(self) -> None:
+        """Let go of what runs layers in one call; they are run op by op until `restack`."""
+        self.stack = None
+        for mtp in self.mtp:
+            mtp.stack = None
+
+    def restack(self) -> None:
+        """Take the layers as they are packed now."""
+        self.stack = self.ops.stack([handles(*layer) for layer in self.layers])
+        for mtp in self.mtp:
+            mtp.stack = mtp.ops.stack([handles(mtp.attention, mtp.feed_forward)])
 
     @property
     def cache_layers(self) -> int:

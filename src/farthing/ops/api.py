@@ -97,6 +97,26 @@ class Batch:
     block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
 
 
+class PeerLost(RuntimeError):
+    """Another rank has ended, or did not come to a collective in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSum:
+    """Where ranks of one host meet to add, as addresses for native code (`farthing.parallel.shared`)."""
+
+    counters: int  # of rank 0; the others' a cache line apart
+    slots: int  # two a rank
+    slot_bytes: int
+    step: int  # of this rank: collectives begun
+    failed: int  # a word that is not zero once a rank has ended
+    size: int
+    index: int
+    parent: int  # the process whose end is this one's too, 0 for none
+    crowded: bool  # more ranks than cores
+    timeout: float  # seconds
+
+
 @dataclass(frozen=True, slots=True)
 class LayerHandles:
     """What one layer packed, for `Ops.stack`: h + attention(norm(h)), then h + feed(feed_norm(h))."""
@@ -110,6 +130,8 @@ class LayerHandles:
     o: Handle
     feed_norm: Tensor  # [D]
     feed: Handle
+    attention_sum: SharedSum | None = None  # over the ranks that share the heads; None: all are here
+    feed_sum: SharedSum | None = None
 
 
 class Ops(ABC):
@@ -120,6 +142,7 @@ class Ops(ABC):
     dtype: torch.dtype
     source: str = ""  # fingerprint of the checkpoint that is packed; `farthing.model.load` sets it
     packed_from: str | None = None  # the fingerprint a mapped packed file names, where one is mapped
+    sums_in_stack: bool = False  # whether `stack` takes layers that are summed over ranks
     routed_only: bool = False  # `pack_moe` leaves out shared experts, a packed file's too
 
     def coarse(self) -> Self:
@@ -219,13 +242,19 @@ class Ops(ABC):
         """n [T, D] -> (ids [T, k] int64, weights [T, k] float32); skipped experts have id -1, weight 0."""
 
     def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
-        """Layers that `run_stack` computes in one call; None where the backend knows no such call."""
+        """Layers that `run_stack` computes in one call; None where the backend knows no such call.
+
+        Over ranks (`sums_in_stack`) a sum runs over what attention, or the feed, adds to h on each of them.
+        """
         return None
 
     def run_stack(
         self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
     ) -> Tensor:
-        """h [T, D] through every layer of a stack, cache layers from 0 on; counts [L, E] as in `moe`."""
+        """h [T, D] through every layer of a stack, cache layers from 0 on; counts [L, E] as in `moe`.
+
+        Raises PeerLost where a rank of a sum has gone.
+        """
         raise NotImplementedError(f"backend {self.name!r} has no stack")
 
     @abstractmethod

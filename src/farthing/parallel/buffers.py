@@ -48,7 +48,6 @@ class _Sizes:
     expert: int
     shared: int
     stored: Stored  # of the projections
-    ranks: int
     expert_ranks: int  # that share the rows of routed experts: evenly, it is taken
 
     @property
@@ -84,7 +83,6 @@ def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored
         c.moe_intermediate_size // cut if any(c.is_moe(i) for i in layers) else 0,
         c.shared_size // layout.tp,
         stored,
-        layout.world,
         layout.ep,
     )
     tokens = serving.max_num_batched_tokens
@@ -114,10 +112,7 @@ def _native(s: _Sizes, holder: Holder, tokens: int, threads: int) -> int:
     """What ops leave for each other, and the pages of the workspace that any op writes to."""
     c, t = s.config, tokens
     outputs = s.first + (s.query if c.q_lora_rank else 0) + s.heads * c.v_head_dim
-    if s.ranks == 1:  # all layers in one call
-        held = _FLOAT * t * (outputs + 3 * c.hidden_size)
-    else:  # the embedding, and op by op: attention's outputs and sum, or the sums of a mixture of experts
-        held = _FLOAT * t * (c.hidden_size + max(2 * c.hidden_size + outputs, 4 * c.hidden_size))
+    held = _FLOAT * t * (outputs + 3 * c.hidden_size)  # all layers in one call
     space = _Workspace()
     for k in (c.hidden_size, c.q_lora_rank, s.heads * c.v_head_dim):
         if k:

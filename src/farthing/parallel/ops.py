@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops import MoEWeights, Ops, RouterSpec
-from farthing.ops.api import Handle
+from farthing.ops.api import Batch, Handle, LatentCache, LayerHandles
 from farthing.ops.around import OpsAround
 from farthing.ops.reference import largest
 from farthing.parallel.group import Group
+from farthing.parallel.shared import SharedGroup
 
 Shares = Callable[[str], dict[tuple[int, int], tuple[int, ...]]]
 
@@ -70,6 +71,29 @@ class ParallelOps(OpsAround):
         }
         shared = None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared)
         return Experts(parts, shared, spec.num_experts)
+
+    def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
+        """Where this rank is alone or the backend can meet the others, and a layer's experts are one part."""
+        groups = (self._tp, self._experts)
+        alone = all(g.size == 1 for g in groups)
+        meets = self._inner.sums_in_stack and all(g.size == 1 or isinstance(g, SharedGroup) for g in groups)
+        if self._groups.dispatch or not (alone or meets):
+            return None
+        attention, experts = (g.shared_sum() if isinstance(g, SharedGroup) else None for g in groups)
+        local: list[LayerHandles] = []
+        for layer in layers:
+            feed, over = layer.feed, attention
+            if isinstance(feed, Experts):
+                if set(feed.parts) != {(1, 0)} or feed.shared is not None:
+                    return None
+                feed, over = feed.parts[1, 0], experts
+            local.append(replace(layer, feed=feed, attention_sum=attention, feed_sum=over))
+        return self._inner.stack(local)
+
+    def run_stack(
+        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
+    ) -> Tensor:
+        return self._inner.run_stack(h, stack, batch, cache, eps, counts)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         if self._groups.vocabulary.size == 1:

@@ -173,7 +173,10 @@ class Rank:
             placement = place(tokens[layer], self.layout.ep, redundant)
             if placement != self._placement(layer):
                 self.placements[layer] = placement
+                self.model.unstack()  # it holds the experts that go
                 self._pack_again(index, block, router)
+        if self.model.stack is None:
+            self.model.restack()
 
     def _pack_again(self, index: int, block: FeedForward, router: RouterSpec) -> None:
         p = f"model.layers.{index}.mlp"

@@ -10,6 +10,7 @@ Counters need stores that other cores see in order, which x86-64 guarantees; els
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import platform
@@ -21,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from farthing.ops.api import PeerLost, SharedSum
+
 DIRECTORY = Path("/dev/shm")
 SLOT_BYTES = 1 << 20
 LINE = 64  # bytes of a cache line
@@ -29,10 +32,6 @@ _HEADER = 4096
 _SPINS = 400  # looks at a counter before the core is offered to others (about 20 us)
 _YIELDS = 2000
 _NAP = 50e-6  # seconds
-
-
-class PeerLost(RuntimeError):
-    """Another rank has ended, or did not come to a collective in time."""
 
 
 def available() -> bool:
@@ -61,7 +60,7 @@ class Arena:
         self.words = memoryview(self._map).cast("Q")
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         # The driver may be left by the shell that started it; a rank that its driver has left is lost.
-        self._parent = None if create else os.getppid()
+        self.parent = None if create else os.getppid()
 
     @classmethod
     def create(cls, nbytes: int) -> Arena:
@@ -81,7 +80,7 @@ class Arena:
         """Raise PeerLost if a rank has failed or the parent process is gone."""
         if self.words[0]:
             raise PeerLost("another rank has failed")
-        if self._parent is not None and os.getppid() != self._parent:
+        if self.parent is not None and os.getppid() != self.parent:
             raise PeerLost("the parent process has ended")
 
 
@@ -114,8 +113,21 @@ class SharedGroup:
         self._first = (_HEADER + offset) // 8
         self._slots = _HEADER + offset + group_bytes(size, 0)
         self._slot_bytes, self._spins = slot_bytes, 1 if crowded else _SPINS
-        self._step = 0
+        self._count = ctypes.c_uint64(0)  # collectives begun: native code counts on (`shared_sum`)
+        self._crowded = crowded
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+
+    @property
+    def _step(self) -> int:
+        return self._count.value
+
+    def shared_sum(self) -> SharedSum:
+        """The same group for native code, whose sums and these collectives may follow each other."""
+        memory = self._arena.bytes.data_ptr()
+        return SharedSum(
+            memory + self._first * 8, memory + self._slots, self._slot_bytes, ctypes.addressof(self._count),
+            memory, self.size, self.index, self._arena.parent or 0, self._crowded, self._timeout,
+        )  # fmt: skip
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum of every rank's x, in place where x is contiguous; the same bits on every rank."""
@@ -185,7 +197,7 @@ class SharedGroup:
         return self._chunks(x)[i]
 
     def _begin(self) -> None:
-        self._step += 1
+        self._count.value += 1
         for peer in range(self.size):
             self._wait(peer, self._step - 1)
 

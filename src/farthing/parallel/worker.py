@@ -20,11 +20,12 @@ from torch import Tensor
 
 from farthing.model import ModelConfig
 from farthing.ops import Batch, Ops, select
+from farthing.ops.api import PeerLost
 from farthing.ops.select import resolve
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank, counted_layers, open_rank, shared_bytes
 from farthing.parallel.rendezvous import connect, join
-from farthing.parallel.shared import Arena, PeerLost
+from farthing.parallel.shared import Arena
 
 log = logging.getLogger(__name__)
 START_TIMEOUT = 600.0  # seconds for every rank to load

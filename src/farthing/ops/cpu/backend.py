@@ -74,6 +74,7 @@ class CpuOps(HostOps):
     """Every op natively; activations are float32, int8 inside projections whose weights are integers."""
 
     cache_dtype: CacheDtype = "float32"
+    sums_in_stack = True
 
     def __init__(
         self,

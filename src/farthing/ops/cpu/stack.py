@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from farthing import _native
-from farthing.ops.api import Batch, LatentCache, LayerHandles
+from farthing.ops.api import Batch, LatentCache, LayerHandles, PeerLost
 
 CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
 
@@ -33,9 +33,10 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
         ]
         norm, q_norm, feed_norm = (0 if w is None else w.data_ptr() for w in norms)
         q_b = None if layer.q_b is None else layer.q_b.packed
+        sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         native.add(
             norm, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
-            feed_norm, layer.feed.native,
+            feed_norm, layer.feed.native, *sums,
         )  # fmt: skip
         alive += [*norms, layer.heads, layer.feed]
     return Stack(native, tuple(alive))
@@ -54,13 +55,16 @@ def run_layers(
     tokens, hidden = h.shape
     out = torch.empty(tokens, hidden)
     data, scale = cache.data, cache.scale
-    native.layers(
-        stack.native, h.data_ptr(), h.stride(0), tokens, CACHE_TYPES[data.dtype], data.data_ptr(),
-        data.stride(0) * data.element_size(), 0 if scale is None else scale.data_ptr(),
-        0 if scale is None else scale.stride(0), data.shape[2], batch.positions.data_ptr(),
-        batch.slots.data_ptr(), batch.query_start.data_ptr(), batch.context_lens.data_ptr(),
-        batch.block_table.data_ptr(), batch.block_table.shape[0], batch.block_table.shape[1], eps,
-        0 if counts is None else counts.data_ptr(), 0 if counts is None else counts.stride(0),
-        out.data_ptr(), hidden,
-    )  # fmt: skip
+    try:
+        native.layers(
+            stack.native, h.data_ptr(), h.stride(0), tokens, CACHE_TYPES[data.dtype], data.data_ptr(),
+            data.stride(0) * data.element_size(), 0 if scale is None else scale.data_ptr(),
+            0 if scale is None else scale.stride(0), data.shape[2], batch.positions.data_ptr(),
+            batch.slots.data_ptr(), batch.query_start.data_ptr(), batch.context_lens.data_ptr(),
+            batch.block_table.data_ptr(), batch.block_table.shape[0], batch.block_table.shape[1], eps,
+            0 if counts is None else counts.data_ptr(), 0 if counts is None else counts.stride(0),
+            out.data_ptr(), hidden,
+        )  # fmt: skip
+    except _native.PeerLost as error:
+        raise PeerLost(*error.args) from error
     return out

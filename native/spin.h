@@ -1,0 +1,37 @@
+// Waiting for another thread or process that is about to be done.
+#pragma once
+#include <chrono>
+#include <thread>
+
+namespace farthing {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kImpatient = std::chrono::microseconds(100);  // then give the core to whoever holds the one we wait for
+
+// About 60 ns. A hypervisor that counts PAUSE instructions takes a core that executes them in a row for one that
+// spins in vain and stops it, for 30 us and more; it does not count those that are further apart.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+  for (unsigned long i = 0, x = 3; i < 60; ++i) asm volatile("imul %0, %0" : "+r"(x));
+#elif defined(__aarch64__)
+  for (int i = 0; i < 8; ++i) asm volatile("yield");
+#endif
+}
+
+// Waits until done(), at most for `most` (zero: for ever). Whether it is done.
+template <class F>
+inline bool spin(F&& done, Clock::duration most) {
+  const Clock::time_point start = Clock::now();
+  for (;;) {
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+      relax();
+    }
+    const Clock::duration waited = Clock::now() - start;
+    if (most.count() && waited > most) return false;
+    if (waited > kImpatient) std::this_thread::yield();
+  }
+}
+
+}  // namespace farthing
