@@ -43,6 +43,8 @@ def product_candidates(rows: int, name: str, persistent: bool) -> list[Config]:
     """Tiles not much taller than the rows, a few widths, depths and numbers of warps."""
     heights = [bm for bm in (16, 64, 128) if rows // 8 <= bm <= max(16, rows)]
     widths = (64, 128) if persistent or rows > 64 else (32, 64, 128)
+    if name == "fp8" and rows > 64 and not persistent:
+        widths = (128, 256)  # 256: two tiles of weights a program
     turns = (64, 128) if name == "dense" and rows <= 64 else (64,)  # FP8 and INT4 say it themselves
     depths = (4, 8) if rows <= 16 else (3, 4)  # few rows wait for weights: more of them on their way
     return [

@@ -52,13 +52,13 @@ def _normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(*shape, device=CUDA, dtype=torch.float32).to(dtype)
 
 
-def fp8_matrix(n: int, k: int, count: int = 1, paired: bool = False) -> Matrix:
+def fp8_matrix(n: int, k: int, count: int = 1) -> Matrix:
     """Random FP8 weights with random scales."""
     data = torch.empty(count, n, k, dtype=FP8, device=CUDA)
     for part in data:
         part.copy_(_normal(n, k))
     scale = torch.rand(count, math.ceil(n / 128), math.ceil(k / 128), device=CUDA) / k**0.5
-    return Matrix("fp8", data, scale, None, n, k, paired=paired)
+    return Matrix("fp8", data, scale, None, n, k)
 
 
 # -- products
@@ -103,13 +103,10 @@ def linear(name: str, tokens: int, n: int, k: int) -> Work:
 def experts(name: str, tokens: int, total: int, top_k: int, d: int, inner: int) -> Work:
     """Gate, up, down of every slot, experts chosen evenly; torch loops over the experts in bfloat16."""
     if name == "fp8":
-        gate_up, down = fp8_matrix(2 * inner, d, total, paired=True), fp8_matrix(d, inner, total)
+        gate_up, down = fp8_matrix(2 * inner, d, total), fp8_matrix(d, inner, total)
         x, scale = normalize.quantize(_normal(tokens, d))
     else:
-        gate_up, down = (
-            _repeated(packed(name, n, k), total, paired)
-            for n, k, paired in ((2 * inner, d, True), (d, inner, False))
-        )
+        gate_up, down = (_repeated(packed(name, n, k), total) for n, k in ((2 * inner, d), (d, inner)))
         x, scale = _normal(tokens, d), None
     ids = torch.stack([torch.randperm(total, device=CUDA)[:top_k] for _ in range(tokens)])
     gates = torch.rand(tokens, top_k, device=CUDA)
@@ -135,11 +132,11 @@ def experts(name: str, tokens: int, total: int, top_k: int, d: int, inner: int) 
     )  # fmt: skip
 
 
-def _repeated(m: Matrix, count: int, paired: bool) -> Matrix:
+def _repeated(m: Matrix, count: int) -> Matrix:
     """The same expert so many times, each with memory of its own."""
     scale = None if m.scale is None else m.scale.expand(count, *m.scale.shape[1:]).contiguous()
     data = m.data.expand(count, -1, -1).contiguous()
-    return Matrix(m.format, data, scale, None, m.n, m.k, m.group, paired)
+    return Matrix(m.format, data, scale, None, m.n, m.k, m.group)
 
 
 def sparse_product(kind: str, tokens: int, n: int, k: int) -> Work:

@@ -65,20 +65,18 @@ class Driver:
         return 0
 
 
-def matrix(
-    name: str, n: int, k: int, count: int = 1, paired: bool = False, dtype: torch.dtype = BF16
-) -> Matrix:
+def matrix(name: str, n: int, k: int, count: int = 1, dtype: torch.dtype = BF16) -> Matrix:
     """A stack of the format's layout, its contents unset."""
     if name == "dense":
-        return Matrix(name, torch.empty(count, n, k, dtype=dtype), None, None, n, k, 0, paired)
+        return Matrix(name, torch.empty(count, n, k, dtype=dtype), None, None, n, k, 0)
     if name == "int8":
         data = torch.empty(count, n, k, dtype=torch.int8)
-        return Matrix(name, data, torch.empty(count, n), None, n, k, 0, paired)
+        return Matrix(name, data, torch.empty(count, n), None, n, k, 0)
     if name == "int4":
         data = torch.empty(count, n, k // 2, dtype=torch.uint8)
-        return Matrix(name, data, torch.empty(count, n, k // 128), None, n, k, 128, paired)
+        return Matrix(name, data, torch.empty(count, n, k // 128), None, n, k, 128)
     data = torch.empty(count, n, k, dtype=FP8)
-    return Matrix(name, data, torch.empty(count, n // 128, k // 128), None, n, k, 0, paired)
+    return Matrix(name, data, torch.empty(count, n // 128, k // 128), None, n, k, 0)
 
 
 def ints(*shape: int) -> Tensor:
@@ -90,7 +88,7 @@ def products(sizes: list[int], fp8: bool) -> None:
     kinds = [("dense", BF16), ("dense", F32), ("int8", BF16), ("int8", F32), ("int4", BF16), ("int4", F32)]
     for name, dtype in [*kinds, ("fp8", BF16)] if fp8 else kinds:
         w = matrix(name, INNER, HIDDEN, dtype=dtype)
-        pair = matrix(name, 2 * INNER, HIDDEN, EXPERTS, True, dtype)
+        pair = matrix(name, 2 * INNER, HIDDEN, EXPERTS, dtype)
         down = matrix(name, HIDDEN, INNER, EXPERTS, dtype=dtype)
         for tokens in sizes:
             x = torch.empty(tokens, HIDDEN, dtype=FP8 if name == "fp8" else dtype)
@@ -183,7 +181,7 @@ def compiled(capability: int, every: bool) -> Iterator[tuple[str, Any]]:
 
     driver.set_active(Driver(capability))
     jit.JITFunction.run = compile_only
-    launch._NONE = launch.Card(f"capability {capability}", 132, SHARED[capability] << 10)
+    launch._NONE = launch.Card(f"capability {capability}", 132, SHARED[capability] << 10, capability // 10)
     fp8 = capability >= FP8_FROM
     products([8, 64, 512] if every else [8, 512], fp8)
     attention([16, 32, 128] if every else [16], [64, 512] if every else [512], fp8)

@@ -74,11 +74,11 @@ def dequantized(q: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [128, 96, 300])
-@pytest.mark.parametrize("bn", [32, 128])
-def test_fp8_product_is_exact_on_rounded_inputs(k: int, bn: int) -> None:
-    w, x = weight("fp8", 200, k), torch.randn(7, k) * torch.logspace(-3, 3, 7)[:, None]
+@pytest.mark.parametrize(("bn", "n"), [(32, 200), (128, 200), (256, 100), (256, 200), (256, 384), (256, 520)])
+def test_fp8_product_is_exact_on_rounded_inputs(k: int, bn: int, n: int) -> None:
+    w, x = weight("fp8", n, k), torch.randn(7, k) * torch.logspace(-3, 3, 7)[:, None]
     q, scale = quantize(x.to(DEVICE))
-    out = torch.empty(7, 200, device=DEVICE)
+    out = torch.empty(7, n, device=DEVICE)
     gemm(q, pack(w, torch.float32, DEVICE), out, scale, choice=Config(bm=16, bn=bn, bk=128))
     assert distance(out.cpu(), dequantized(q, scale).cpu() @ w.dequantize().t()) < 1e-9
 
@@ -91,6 +91,15 @@ def test_a_pair_alternates(name: str) -> None:
     y = linear(x.to(DEVICE), [both], None, EPS, None, torch.float32).cpu()
     assert distance(y[:, 0::2], x @ gate.dequantize().t()) < BOUNDS[name]
     assert distance(y[:, 1::2], x @ up.dequantize().t()) < BOUNDS[name]
+
+
+def test_an_fp8_pair_is_one_after_the_other() -> None:
+    gate, up = weight("fp8", 128, 64), weight("fp8", 128, 64)
+    x = torch.randn(3, 64)
+    both = pair(pack(gate, torch.float32, DEVICE), pack(up, torch.float32, DEVICE))
+    y = linear(x.to(DEVICE), [both], None, EPS, None, torch.float32).cpu()
+    value = torch.cat((gate.dequantize(), up.dequantize()))
+    assert distance(y, x @ value.t()) < BOUNDS["fp8"]
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4_zero"])

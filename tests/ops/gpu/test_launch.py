@@ -29,8 +29,8 @@ def test_every_file_that_ships_can_be_read_and_serves_every_kernel() -> None:
     assert set(default) == kernels | {"two_of_four", "blocks"}
     for path in launch.FOLDER.glob("*.json"):
         assert set(read_configs(path)) <= set(default)
-    for table in (default["gemm_fp8"], default["grouped_fp8"]):
-        assert all(c.bn <= 128 for _, c in table)  # a tile of weights lies in one row of scales
+        assert all(c.bn <= 256 for _, c in read_configs(path).get("gemm_fp8", []))  # two tiles, two scales
+        assert all(c.bn <= 128 for _, c in read_configs(path).get("grouped_fp8", []))  # one
 
 
 def test_the_smallest_that_holds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +48,7 @@ def test_a_card_s_file_replaces_the_default_kernel_by_kernel(
         ("default.json", {"a": [entry], "b": [entry], "c": [entry], "d": [entry]}),
         ("shared-163k.json", {"b": [entry | {"bm": 32}], "c": [entry | {"bm": 32}]}),
         ("shared-99k.json", {"c": [entry | {"bm": 64}], "d": [entry | {"bm": 64}]}),
+        ("generation-10.json", {"a": [entry | {"bm": 64}]}),
         ("nvidia-h100-80gb-hbm3.json", {"b": [entry | {"bm": 128}]}),
         ("nvidia-l40s.json", {"d": [entry | {"bm": 128}]}),
     ):
@@ -55,13 +56,14 @@ def test_a_card_s_file_replaces_the_default_kernel_by_kernel(
     monkeypatch.setattr(launch, "FOLDER", tmp_path)
     launch.table.cache_clear()
 
-    def tiles(name: str, shared: int) -> list[int]:
-        table = launch.table(launch.Card(name, 100, shared << 10))
+    def tiles(name: str, shared: int, generation: int = 9) -> list[int]:
+        table = launch.table(launch.Card(name, 100, shared << 10, generation))
         return [table[kernel][0][1].bm for kernel in "abcd"]
 
     try:
         assert tiles("NVIDIA H100 80GB HBM3", 227) == [16, 128, 16, 16]
         assert tiles("another card", 227) == [16, 16, 16, 16]
+        assert tiles("NVIDIA B200", 227, 10) == [64, 16, 16, 16]
         assert tiles("NVIDIA A100-SXM4-80GB", 163) == [16, 32, 32, 16]
         assert tiles("NVIDIA L4", 99) == [16, 32, 64, 64]
         assert tiles("NVIDIA L40S", 99) == [16, 32, 64, 128]

@@ -117,6 +117,16 @@ def test_grouped(name: str, tokens: int, hidden: int, inner: int) -> None:
     assert distance(y - x, z - x) < 3 * BOUNDS[name]
 
 
+@pytest.mark.parametrize("bm", [16, 64])
+def test_fp8_experts_of_more_than_a_tile(bm: int) -> None:
+    """Gate's last tile of weights ends where up's first begins; each has scales of its own."""
+    experts = [(weight("fp8", 200, 192), weight("fp8", 200, 192), weight("fp8", 192, 200)) for _ in range(2)]
+    x, gates = torch.randn(9, 192), torch.rand(9, 1)
+    ids = torch.randint(0, 2, (9, 1))
+    y, z = run(x, ids, gates, experts, Config(bm=bm, bn=64)), expected_of(x, ids, gates, experts)
+    assert distance(y - x, z - x) < 3 * BOUNDS["fp8"]
+
+
 def test_default_tiles_give_the_same() -> None:
     experts = [(weight("f32", 96, 64), weight("f32", 96, 64), weight("f32", 64, 96)) for _ in range(3)]
     x, gates = torch.randn(70, 64), torch.rand(70, 1)

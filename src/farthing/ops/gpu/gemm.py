@@ -19,7 +19,8 @@ from farthing.ops.gpu.launch import Config, processors, product_config
 from farthing.ops.gpu.matrix import FORMATS, Matrix
 from farthing.ops.gpu.normalize import quantize, rms_norm
 from farthing.ops.gpu.sparse import Blocks, TwoOfFour, multiply
-from farthing.ops.gpu.tile import finish, product
+from farthing.ops.gpu.tile import finish, fp8_twice, product
+from farthing.ops.weights import FP8_BLOCK
 
 Part = Matrix | TwoOfFour | Blocks
 _LEAST_COLUMNS = 16
@@ -31,19 +32,23 @@ def _gemm(
     x, x_scale, w, w_scale, w_zero, residual, out, T, N, K, stride_x, stride_r, stride_o,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, TOGETHER: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TWICE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    down, across = tl.cdiv(T, BM), tl.cdiv(N, BN)
+    down, across = tl.cdiv(T, BM), tl.cdiv(N, 2 * BN if TWICE else BN)
     first = pid // (TOGETHER * across) * TOGETHER
     height = tl.minimum(down - first, TOGETHER)
     m = (first + pid % (TOGETHER * across) % height) * BM + tl.arange(0, BM)
-    n = pid % (TOGETHER * across) // height * BN + tl.arange(0, BN)
+    n = pid % (TOGETHER * across) // height * (2 * BN if TWICE else BN) + tl.arange(0, BN)
     live = m < T
     rows = m.to(tl.int64) * stride_x  # FP8: stride_x is 1, rows are counted
-    acc = product(
-        x, rows, live, x_scale, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO, False, BM, BN, BK
-    )
+    if TWICE:
+        acc, more = fp8_twice(x, rows, live, x_scale, w, w_scale, n, BN, N, N - BN, K, BM, BN)
+        finish(more, m, n + BN, T, N, None, residual, out, stride_r, stride_o, False, HAS_RESIDUAL)
+    else:
+        acc = product(
+            x, rows, live, x_scale, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO, BM, BN, BK
+        )
     finish(acc, m, n, T, N, None, residual, out, stride_r, stride_o, False, HAS_RESIDUAL)
 
 
@@ -67,12 +72,13 @@ def gemm(
         processors(x.device),
     )  # fmt: skip
     grid = (triton.cdiv(tokens, c.bm) * triton.cdiv(weight.n, c.bn),)
+    twice = fp8 and c.bn > FP8_BLOCK
     _gemm[grid](
         x, x_scale, weight.data, weight.scale, weight.zero, residual, out, tokens, weight.n, weight.k,
         1 if fp8 else x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
         FORMAT=FORMATS[weight.format], GROUP=weight.group or 1, HALF=weight.half or 1,
         HAS_ZERO=weight.zero is not None, HAS_RESIDUAL=residual is not None, TOGETHER=_TOGETHER,
-        BM=c.bm, BN=c.bn, BK=c.bk, **c.resources,
+        BM=c.bm, BN=c.bn // 2 if twice else c.bn, BK=c.bk, TWICE=twice, **c.resources,
     )  # fmt: skip
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from farthing.ops.gpu.launch import Config, processors, product_config
 from farthing.ops.gpu.matrix import FORMATS, Matrix
 from farthing.ops.gpu.numeric import FP8_MAX, LEAST_AMAX, narrow, silu
-from farthing.ops.gpu.tile import FP8, product
+from farthing.ops.gpu.tile import FP8, fp8_twice, product
+from farthing.ops.weights import FP8_BLOCK
 
-PAIRED_FP8_COLUMNS = 256  # 128 outputs: one group of the next product's FP8 input
+_FP8_ROWS = 128  # of a tile of gate and up together, which hold two sums in registers
 
 
 @triton.jit
@@ -51,20 +52,37 @@ def _gate_up(
     HAS_ZERO: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tiles, upto = _tiles(starts, E, EP, BM)
-    across = tl.cdiv(N, BN)
     I = N // 2  # noqa: E741
+    OUT: tl.constexpr = BN if FORMAT == FP8 else BN // 2  # columns of a tile's result
+    across = tl.cdiv(I, OUT)
     for tile in range(tl.program_id(0), tl.sum(tiles, 0) * across, tl.num_programs(0)):
         expert, row, live = _place(starts, tiles, upto, tile // across, E, EP, BM)
         token = tl.load(order + row, mask=live, other=0).to(tl.int64) // SLOTS
-        n = tile % across * BN + tl.arange(0, BN)
         e = expert.to(tl.int64)
-        acc = product(
-            x, token * stride_x, live, x_scale, w + e * w_size, w_scale + e * s_size, w_zero + e * s_size,
-            n, N, K, FORMAT, GROUP, HALF, HAS_ZERO, True, BM, BN, BK,
-        )  # fmt: skip
-        gate, up = tl.split(tl.reshape(acc, (BM, BN // 2, 2)))
+        i = tile % across * OUT + tl.arange(0, OUT)
+        if FORMAT == FP8:
+            gate, up = fp8_twice(
+                x,
+                token * stride_x,
+                live,
+                x_scale,
+                w + e * w_size,
+                w_scale + e * s_size,
+                i,
+                I,
+                I,
+                I,
+                K,
+                BM,
+                OUT,
+            )
+        else:
+            acc = product(
+                x, token * stride_x, live, x_scale, w + e * w_size, w_scale + e * s_size, w_zero + e * s_size,
+                tile % across * BN + tl.arange(0, BN), N, K, FORMAT, GROUP, HALF, HAS_ZERO, BM, BN, BK,
+            )  # fmt: skip
+            gate, up = tl.split(tl.reshape(acc, (BM, OUT, 2)))
         value = silu(gate) * up
-        i = tile % across * (BN // 2) + tl.arange(0, BN // 2)
         mask = live[:, None] & (i[None, :] < I)
         at = row.to(tl.int64)[:, None] * I + i[None, :]
         if FORMAT == FP8:
@@ -92,7 +110,7 @@ def _down(
             rows = rows * K
         acc = product(
             h, rows, live, h_scale, w + e * w_size, w_scale + e * s_size, w_zero + e * s_size, n, N, K,
-            FORMAT, GROUP, HALF, HAS_ZERO, False, BM, BN, BK,
+            FORMAT, GROUP, HALF, HAS_ZERO, BM, BN, BK,
         )  # fmt: skip
         slot = tl.load(order + row, mask=live, other=0).to(tl.int64)
         if HAS_GATES:
@@ -135,14 +153,16 @@ def experts_mlp(
     fp8 = gate_up.format == "fp8"
     per_expert = max(1, tokens * slots // count)
     c = choice or product_config("grouped", gate_up.format, x.dtype, per_expert, device)
-    wide = min(c.bm, 64), PAIRED_FP8_COLUMNS, 8
-    bm, bn, warps = wide if fp8 else (c.bm, c.bn, c.num_warps)
+    # A tile of FP8 results is one group of the next product's input.
+    bm, bn, columns, warps = (
+        (min(c.bm, _FP8_ROWS), FP8_BLOCK, FP8_BLOCK, 8) if fp8 else (c.bm, c.bn, c.bn // 2, c.num_warps)
+    )
     rows = tokens * slots
     h = torch.empty(rows, inner, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device)
     h_scale = torch.empty(rows, triton.cdiv(inner, 128), device=device) if fp8 else None
     ep, at_once = triton.next_power_of_2(count), processors(device) * c.per_processor
     most = min(count, rows) + rows // bm  # rows of tiles there can be
-    _gate_up[(min(at_once, most * triton.cdiv(gate_up.n, bn)),)](
+    _gate_up[(min(at_once, most * triton.cdiv(inner, columns)),)](
         x, x_scale, *_tensors(gate_up), order, starts, h, h_scale, gate_up.n,
         gate_up.k, count, 1 if fp8 else x.stride(0), gate_up.data[0].numel(), _size(gate_up), SLOTS=slots,
         **_constants(gate_up), EP=ep, BM=bm, BN=bn, BK=c.bk, num_warps=warps, num_stages=c.num_stages,

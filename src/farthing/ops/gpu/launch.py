@@ -94,28 +94,33 @@ class Card:
     name: str
     processors: int
     shared: int  # bytes of memory that one program may share
+    generation: int  # the first number of its compute capability
 
 
-_NONE = Card("", _INTERPRETED_PROGRAMS if INTERPRETED else 132, 227 << 10)  # compiled without one: an H100's
+_NONE = Card(
+    "", _INTERPRETED_PROGRAMS if INTERPRETED else 132, 227 << 10, 9
+)  # compiled without one: an H100's
 
 
 @cache
 def table(card: Card) -> dict[str, list[tuple[int, Config]]]:
-    """default.json, under what the card's shared memory asks for, under what was measured on such a card."""
+    """default.json, under what shared memory and generation ask for, under what was measured on the card."""
     found = read_configs(FOLDER / "default.json")
     smaller = {int(m[1]): m[0] for path in FOLDER.iterdir() if (m := _SMALLER.fullmatch(path.name))}
     for most in sorted(smaller, reverse=True):
         if card.shared <= most << 10:
             found |= read_configs(FOLDER / smaller[most])
-    own = FOLDER / file_name(card.name)
-    return found | read_configs(own) if own.exists() else found
+    for name in (f"generation-{card.generation}.json", file_name(card.name)):
+        if (FOLDER / name).exists():
+            found |= read_configs(FOLDER / name)
+    return found
 
 
 @cache
 def _card(index: int) -> Card:
     properties = torch.cuda.get_device_properties(index)
     shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return Card(properties.name, properties.multi_processor_count, shared)
+    return Card(properties.name, properties.multi_processor_count, shared, properties.major)
 
 
 def card(device: torch.device) -> Card:

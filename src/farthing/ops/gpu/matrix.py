@@ -14,7 +14,8 @@ both halves are then plain tiles with neighbouring columns, and no lane is shuff
 half has one scale a row.
 
 A gated pair (gate and up) is one matrix of 2 I rows, gate_i at 2 i and up_i at 2 i + 1: a tile holds both
-operands of silu(gate) * up. Its FP8 row blocks are gate's, then up's.
+operands of silu(gate) * up. In FP8 gate's rows come first, then up's, as their blocks of scales do: a program
+takes a tile of each.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class Matrix:
     n: int
     k: int
     group: int = 0  # int4
-    paired: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +126,7 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
 
 
 def pair(gate: Matrix, up: Matrix) -> Matrix:
-    """gate [I, D] and up [I, D] -> one matrix [2 I, D] of alternating rows."""
+    """gate [I, D] and up [I, D] -> one matrix [2 I, D]: alternating rows, in FP8 one after the other."""
     if (gate.format, gate.n, gate.k, gate.group) != (up.format, up.n, up.k, up.group):
         raise ValueError(
             f"gate is {gate.format} {gate.n} x {gate.k} and up {up.format} {up.n} x {up.k}; "
@@ -136,15 +136,11 @@ def pair(gate: Matrix, up: Matrix) -> Matrix:
     def alternate(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         return None if a is None or b is None else torch.stack((a, b), 2).flatten(1, 2).contiguous()
 
-    data = alternate(gate.data.view(torch.uint8), up.data.view(torch.uint8))
+    join = _cat if gate.format == "fp8" else alternate
+    data, scale = join(gate.data.view(torch.uint8), up.data.view(torch.uint8)), join(gate.scale, up.scale)
     assert data is not None
-    scale = _cat(gate.scale, up.scale) if gate.format == "fp8" else alternate(gate.scale, up.scale)
-    zero = None
-    if gate.zero is not None or up.zero is not None:
-        zero = alternate(_zero(gate), _zero(up))
-    return Matrix(
-        gate.format, data.view(gate.data.dtype), scale, zero, 2 * gate.n, gate.k, gate.group, paired=True
-    )
+    zero = alternate(_zero(gate), _zero(up)) if gate.zero is not None or up.zero is not None else None
+    return Matrix(gate.format, data.view(gate.data.dtype), scale, zero, 2 * gate.n, gate.k, gate.group)
 
 
 def stack_experts(parts: Iterable[Matrix], count: int) -> Matrix:
