@@ -95,7 +95,8 @@ def _blocks(
     acc = tl.zeros((BM, SIDE), tl.float32)
     for block in range(tl.load(starts + panel), tl.load(starts + panel + 1), TURN):
         own = block + i // SIDE
-        k = tl.load(columns + own) * SIDE + i % SIDE
+        # Runs of 16 neighbours, which nobody could tell from loaded numbers.
+        k = tl.max_contiguous(tl.multiple_of(tl.load(columns + own) * SIDE + i % SIDE, SIDE), SIDE)
         a = tl.load(x + rows * stride_x + k[None, :], mask=(m[:, None] < T) & (k[None, :] < K), other=0.0)
         at = own.to(tl.int64)[:, None] * (SIDE * SIDE) + n[None, :] * SIDE + (i % SIDE)[:, None]
         acc = dot(a, widen(tl.load(blocks + at), a.dtype), acc)
