@@ -35,7 +35,7 @@ from rich.table import Table
 from farthing import LLM, SamplingParams, _native
 from farthing.model import load
 from farthing.ops import select
-from peers import CACHED, GGUF_TYPES, NEW, PROMPT, Child, LlamaCpp, Measure, by_generating
+from peers import CACHED, GGUF_TYPES, NEW, PROMPT, Child, LlamaCpp, Measure, Seconds, by_generating
 from random_model import SIZES, active_parameters, config, make_model
 
 log = Console(stderr=True)
@@ -80,14 +80,8 @@ def packed(model: Path, weights: str, threads: int) -> Path:
     return out
 
 
-def ours(model: Path, weights: str, threads: int, phases: Sequence[str]) -> Measure:
-    """Farthing through its Python API."""
-    long = "long" in phases
-    llm = LLM(
-        model, backend="cpu", threads=threads, packed=packed(model, weights, threads),
-        skip_tokenizer_init=True, max_model_len=CACHED + 2 * NEW if long else 1024, max_num_seqs=16,
-        max_num_batched_tokens=512, kv_cache_dtype="bfloat16", num_blocks=1280 if long else 512,
-    )  # fmt: skip
+def generating(llm: LLM) -> Seconds:
+    """Times `LLM.generate`: (batch, tokens of a prompt, new tokens) -> seconds."""
 
     def seconds(batch: int, prompt: int, new: int) -> float:
         # Prompts to decode behind are always the same and found in the prefix cache; others are always new.
@@ -98,6 +92,19 @@ def ours(model: Path, weights: str, threads: int, phases: Sequence[str]) -> Meas
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
 
+    return seconds
+
+
+def ours(model: Path, weights: str, threads: int, phases: Sequence[str]) -> Measure:
+    """Farthing through its Python API."""
+    long = "long" in phases
+    llm = LLM(
+        model, backend="cpu", threads=threads, packed=packed(model, weights, threads),
+        skip_tokenizer_init=True, max_model_len=CACHED + 2 * NEW if long else 1024, max_num_seqs=16,
+        max_num_batched_tokens=512, kv_cache_dtype="bfloat16", num_blocks=1280 if long else 512,
+    )  # fmt: skip
+
+    seconds = generating(llm)
     for batch, prompt in [(1, 512), (16, PROMPT)] + ([(POINTS["long"][0], CACHED)] if long else []):
         seconds(batch, prompt, 4)
     return by_generating(seconds)

@@ -12,11 +12,9 @@ machine's, measured before every round (see bench/decode.py), and not known wher
 from __future__ import annotations
 
 import argparse
-import random
 import shlex
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from decode import BYTES_A_WEIGHT, limit, machine
-from farthing import LLM, SamplingParams
+from decode import BYTES_A_WEIGHT, generating, limit, machine
+from farthing import LLM
 from farthing.parallel.plan import Layout
 from peers import PROMPT, Child
 from random_model import SIZES, make_model
@@ -80,14 +78,7 @@ def child(model: str, weights: str, backend: str, threads: int, text: str) -> No
         hot_experts=way.hot_experts,
     )  # fmt: skip
 
-    def seconds(batch: int, prompt: int, new: int) -> float:
-        numbers = random.Random(prompt if prompt == PROMPT else None)  # to decode behind: found in the cache
-        prompts = [[numbers.randrange(3, 32000) for _ in range(prompt)] for _ in range(batch)]
-        params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
-        start = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - start
-
+    seconds = generating(llm)
     seconds(8, PROMPT, 40)  # and hot experts are chosen
     print("ready", flush=True)
     for line in sys.stdin:

@@ -28,13 +28,13 @@ constexpr int kMaxParts = 8;     // NUMA nodes a matrix can be spread over
 enum class Format : uint32_t { f32 = 0, bf16 = 1, fp8 = 2, q8 = 3, q4 = 4 };
 
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
 struct Rows {  // float32 rows of a tensor
   float* at;
   int64_t stride;
   float* row(int64_t i) const { return at + i * stride; }
 };
-inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
 struct Matrix {
   Format format = Format::f32;
