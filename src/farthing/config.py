@@ -22,7 +22,9 @@ class EngineConfig:
     backend: str = "auto"  # auto, reference, cpu, gpu, or an entry point of farthing.ops
     threads: int | None = None
     quantization: Quantization | None = None  # round dense weights to nearest while loading
-    packed: str | None = None  # a file written by `farthing compress --pack`
+    packed: str | None = (
+        None  # a file written by `farthing compress --pack`; of ranks, one each, by themselves
+    )
     max_model_len: int | None = None  # prompt + output; None: the model's, as far as the cache holds it
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int | None = None  # tokens in one step; None: 512 on a CPU, 8192 on a GPU
@@ -61,10 +63,10 @@ class EngineConfig:
         if not self.priority_step > 0:
             raise ValueError(f"priority_step is {self.priority_step!r}; expected seconds > 0")
         _one_of(self, "transport", get_args(Transport))
-        if self.packed is not None and self.num_ranks > 1:
+        if self.packed is not None and self.rebalance_steps is not None:
             raise ValueError(
-                f"packed is {self.packed!r}; expected None with {self.num_ranks} ranks: "
-                "a packed file holds whole matrices"
+                f"packed is {self.packed!r}; expected None with rebalance_steps: a rank's file holds the "
+                "experts it started with"
             )
         if self.dp_attention and (self.enable_prefix_caching or self.rebalance_steps is not None):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -91,6 +92,34 @@ def test_attention_data_parallel_gives_the_same_tokens(one_rank: dict[str, list[
     assert tokens(backend="reference", **options) == one_rank["reference"]
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [dict(expert_parallel_size=2),
+     pytest.param(dict(tensor_parallel_size=2, expert_parallel_size=2), marks=pytest.mark.slow),
+     pytest.param(dict(tensor_parallel_size=2, pipeline_parallel_size=2), marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_every_rank_maps_a_packed_file_of_its_own(tmp_path: Path, layout: dict[str, Any]) -> None:
+    pytest.importorskip("farthing._native")
+    asked: dict[str, Any] = dict(
+        backend="cpu", quantization="int8", packed=tmp_path / "model.bin", speculate="mtp", **layout
+    )
+    first = tokens(**asked)  # which writes them
+    files = sorted(tmp_path.iterdir())
+    ranks = math.prod(layout.values()) if "pipeline_parallel_size" in layout else 2
+    assert [f.name.rpartition(".")[2] for f in files] == [str(rank) for rank in range(ranks)]
+    written = [f.stat().st_mtime_ns for f in files]
+    assert tokens(**asked) == first
+    assert [f.stat().st_mtime_ns for f in files] == written  # mapped and not written again
+    other = tiny_directory(tmp_path)
+    with pytest.raises((RuntimeError, ValueError), match="made from another checkpoint than"):
+        LLM(other, skip_tokenizer_init=True, threads=1, **asked)
+
+
+def tiny_directory(path: Path) -> Path:
+    (path / "other").mkdir()
+    return tiny(path / "other")
+
+
 def tiny(path: Path) -> Path:
     raw = TINY | dict(num_experts_per_tok=3, topk_group=2)
     (path / "config.json").write_text(json.dumps(raw))
@@ -140,7 +169,7 @@ def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
     [
         (dict(tensor_parallel_size=0), "tensor_parallel_size is 0; expected a positive integer"),
         (dict(transport="carrier pigeon"), "transport is 'carrier pigeon'; expected one of"),
-        (dict(packed="a.pack", tensor_parallel_size=2), "packed is 'a.pack'; expected None with 2 ranks"),
+        (dict(packed="a", rebalance_steps=5), "packed is 'a'; expected None with rebalance_steps"),
         (dict(dp_attention=True), "dp_attention is True; expected enable_prefix_caching False"),
         (dict(disaggregate=True, tensor_parallel_size=2), "disaggregate is True with 2 ranks"),
         (dict(redundant_experts=4), "redundant_experts is 4; expected 0 without"),

@@ -100,7 +100,10 @@ def serve(
     ] = None,
     packed: Annotated[
         str | None,
-        typer.Option(help="A file written by `farthing compress --pack`.", rich_help_panel=_ENGINE),
+        typer.Option(
+            help="A file written by `farthing compress --pack`; of ranks, one each, which they write themselves.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of prompt and output together.", rich_help_panel=_ENGINE)

@@ -379,6 +379,7 @@ def _load_parallel(path: Path, config: EngineConfig) -> ParallelModel:
             config.rebalance_steps,
             config.nodes,
             config.ray_address,
+            None if config.packed is None else Path(config.packed),
         )
     )
 

@@ -32,14 +32,19 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     """
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)
-    ops.source = checkpoint.fingerprint()
-    if ops.packed_from not in (None, "", ops.source):
-        raise ValueError(f"the packed file was made from another checkpoint than {path}; pack that one again")
+    claim(ops, checkpoint.fingerprint(), path)
     model = DeepseekModel(config, ops, checkpoint, routers_for(config, checkpoint.config, experts))
     if ops.packed_from is None:  # else the packed file has most of what the checkpoint holds
         checkpoint.finish(ignore=IGNORED)
     checkpoint.release()
     return model
+
+
+def claim(ops: Ops, source: str, path: str | Path) -> None:
+    """Tell a backend what it packs. ValueError where it maps a packed file of something else."""
+    ops.source = source
+    if ops.packed_from not in (None, "", source):
+        raise ValueError(f"the packed file was made from another checkpoint than {path}; pack that one again")
 
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:

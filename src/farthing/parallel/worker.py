@@ -52,6 +52,15 @@ class RankOptions:
     rebalance_steps: int | None = None  # place the experts anew every so many steps
     nodes: int = 1  # of a Ray cluster; 1: processes of this host
     ray_address: str | None = None  # of the cluster; None: the one this host belongs to
+    packed: Path | None = None  # where packed files are (`packed_file`); a rank that has none writes its own
+
+    def packed_file(self, rank: int) -> Path | None:
+        """A rank's packed file: the path given, the layout and the rank."""
+        if self.packed is None:
+            return None
+        o = self.layout
+        kind = f"tp{o.tp}-pp{o.pp}-ep{o.ep}{'-dp' if o.dp_attention else ''}"
+        return self.packed.with_name(f"{self.packed.name}.{kind}.{rank}")
 
     def ops(self, rank: int) -> Ops:
         """A rank's backend; by default its share of the cores, and a GPU of its own where there are GPUs."""
@@ -60,7 +69,9 @@ class RankOptions:
         if self.device == "cuda" and self.nodes == 1:  # else Ray has chosen
             torch.cuda.set_device(neighbours.index(rank) % torch.cuda.device_count())
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // len(neighbours))
-        return select(self.backend, self.dtype, threads, self.quantization)  # type: ignore[arg-type]
+        file = self.packed_file(rank)
+        packed = str(file) if file and file.exists() else None
+        return select(self.backend, self.dtype, threads, self.quantization, packed)  # type: ignore[arg-type]
 
     @property
     def device(self) -> str:
@@ -168,17 +179,21 @@ class Workers:
 
 
 def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
-    """This process's rank."""
+    """This process's rank. Its packed file is written where it is asked for and not there."""
+    ops, file = options.ops(index), options.packed_file(index)
     rank = open_rank(
         options.path,
         options.layout,
         index,
-        options.ops(index),
+        ops,
         options.experts,
         STEP_TIMEOUT,
         arena,
         options.nodes,
     )
+    if file is not None and ops.packed_from is None:
+        log.info("rank %d writes %s", index, file)
+        ops.save_packed(str(file))
     config = rank.plan.config
     if rank.place.local == 0 and config.n_routed_experts:
         start = rank.plan.stages[rank.place.stage].start

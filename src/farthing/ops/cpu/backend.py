@@ -186,8 +186,10 @@ class CpuOps(HostOps):
         shared = shared and not self.routed_only
         native = _native.Moe(router, gate, shared)
         first = None
-        for e in range(spec.num_experts):
-            expert = _missing if w is None else w.experts[e]
+        loads = self._stored_experts(name, spec.num_experts) if w is None else w.experts
+        if None in loads:
+            self._keep(f"{name}.held", torch.tensor([e for e, load in enumerate(loads) if load is not None]))
+        for e, expert in enumerate(loads):
             if expert is None:  # on another rank
                 native.add(None, None)
                 continue
@@ -205,6 +207,14 @@ class CpuOps(HostOps):
             load = _missing if w is None or w.shared is None else w.shared
             native.add(*self._mlp(f"{name}.shared", load))
         return Experts(native, spec)
+
+    def _stored_experts(self, name: str, count: int) -> list[Callable[[], Any] | None]:
+        """Of a packed file: all of them, or those that a rank held."""
+        assert self._file is not None
+        if f"{name}.held" not in self._file:
+            return [_missing] * count
+        held = set(self._file.tensor(f"{name}.held").tolist())
+        return [_missing if e in held else None for e in range(count)]
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
