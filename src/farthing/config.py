@@ -22,9 +22,7 @@ class EngineConfig:
     backend: str = "auto"  # auto, reference, cpu, gpu, or an entry point of farthing.ops
     threads: int | None = None
     quantization: Quantization | None = None  # round dense weights to nearest while loading
-    packed: str | None = (
-        None  # a file written by `farthing compress --pack`; of ranks, one each, by themselves
-    )
+    packed: str | None = None  # a file written by `farthing compress --pack`; ranks write one each
     max_model_len: int | None = None  # prompt + output; None: the model's, as far as the cache holds it
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int | None = None  # tokens in one step; None: 512 on a CPU, 8192 on a GPU

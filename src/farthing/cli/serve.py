@@ -101,7 +101,7 @@ def serve(
     packed: Annotated[
         str | None,
         typer.Option(
-            help="A file written by `farthing compress --pack`; of ranks, one each, which they write themselves.",
+            help="A file written by `farthing compress --pack`; ranks write one each.",
             rich_help_panel=_ENGINE,
         ),
     ] = None,
