@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("farthing._native")
 
 from farthing.ops.api import RouterSpec
 from farthing.ops.cpu import CpuOps
+from farthing.ops.cpu.packed_file import write_packed
 from farthing.ops.weights import Weight
 from tests.ops.parts import weight
 from tests.ops.test_cpu import SPECS, experts, zero_blocks
@@ -29,6 +31,30 @@ def test_a_backend_from_a_file_computes_the_same(tmp_path: Path) -> None:
         mapped = CpuOps(2, packed=str(tmp_path / "model.packed"), topology=topology)
         for a, b in zip(expected, results(mapped), strict=True):
             assert torch.equal(a, b)
+
+
+def test_what_could_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "model.packed").write_bytes(b"an older one")
+    with pytest.raises(AttributeError):
+        write_packed(tmp_path / "model.packed", None, [("a", torch.ones(3)), ("b", object())])
+    assert [f.name for f in tmp_path.iterdir()] == ["model.packed"]
+    assert (tmp_path / "model.packed").read_bytes() == b"an older one"
+
+
+def test_experts_that_a_rank_did_not_hold(tmp_path: Path) -> None:
+    """They are absent again; of a whole model's file they would be missing."""
+    spec = RouterSpec(8, 3)
+    w = experts(spec, "int8", 64, 96, None)
+    part = replace(w, experts=[load if e in (1, 4, 7) else None for e, load in enumerate(w.experts)])
+    x, norm, packed = torch.randn(5, 64), torch.ones(64), CpuOps(2)
+    expected = packed.moe(x.clone(), packed.pack_moe("m", spec, lambda: part), norm, 1e-6)
+    packed.save_packed(str(tmp_path / "rank.packed"))
+    mapped = CpuOps(2, packed=str(tmp_path / "rank.packed"))
+    assert torch.equal(mapped.moe(x.clone(), mapped.pack_moe("m", spec, never), norm, 1e-6), expected)
+    del packed._blobs["m.held"]
+    packed.save_packed(str(tmp_path / "lacking.packed"))
+    with pytest.raises(ValueError, match="the packed file lacks a part of this layer"):
+        CpuOps(2, packed=str(tmp_path / "lacking.packed")).pack_moe("m", spec, never)
 
 
 def test_the_checkpoint_is_not_read(tmp_path: Path) -> None:

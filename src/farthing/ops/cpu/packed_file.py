@@ -107,30 +107,45 @@ def write_packed(
     inputs: Mapping[str, InputRounding] | None = None,
 ) -> None:
     """Write (name, packed matrix or tensor) pairs; the file appears only when it is whole."""
-    inputs = inputs or {}
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # replicas may write the same one at once
+    try:
+        with partial.open("wb") as file:
+            _write(
+                file,
+                blobs,
+                {"version": VERSION, "quantization": quantization, "source": source},
+                inputs or {},
+            )
+            _uncache(file)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(
+    file: BinaryIO,
+    blobs: Iterable[tuple[str, Any]],
+    head: dict[str, Any],
+    inputs: Mapping[str, InputRounding],
+) -> None:
     entries: dict[str, dict[str, Any]] = {}
-    with partial.open("wb") as file:
-        file.write(bytes(PAGE))
-        for name, blob in blobs:
-            offset = file.tell()
-            if isinstance(blob, Tensor):
-                data = blob.contiguous().reshape(-1).view(torch.uint8).numpy()
-                entries[name] = {"dtype": str(blob.dtype).removeprefix("torch."), "shape": list(blob.shape)}
-            else:
-                data = np.empty(blob.serialized_bytes, dtype=np.uint8)
-                blob.serialize(data.ctypes.data)
-                coarse = inputs.get(name)
-                entries[name] = {"inputs": [coarse.bits, coarse.clip]} if coarse else {}
-            entries[name] |= {"offset": offset, "bytes": data.nbytes}
-            file.write(data.data)
-            file.write(bytes(-file.tell() % PAGE))
+    file.write(bytes(PAGE))
+    for name, blob in blobs:
         offset = file.tell()
-        head = {"version": VERSION, "quantization": quantization, "source": source}
-        index = json.dumps(head | {"entries": entries}).encode()
-        file.write(index)
-        file.seek(0)
-        file.write(HEADER.pack(MAGIC, offset, len(index)))
-        _uncache(file)
-    partial.replace(path)
+        if isinstance(blob, Tensor):
+            data = blob.contiguous().reshape(-1).view(torch.uint8).numpy()
+            entries[name] = {"dtype": str(blob.dtype).removeprefix("torch."), "shape": list(blob.shape)}
+        else:
+            data = np.empty(blob.serialized_bytes, dtype=np.uint8)
+            blob.serialize(data.ctypes.data)
+            coarse = inputs.get(name)
+            entries[name] = {"inputs": [coarse.bits, coarse.clip]} if coarse else {}
+        entries[name] |= {"offset": offset, "bytes": data.nbytes}
+        file.write(data.data)
+        file.write(bytes(-file.tell() % PAGE))
+    offset = file.tell()
+    index = json.dumps(head | {"entries": entries}).encode()
+    file.write(index)
+    file.seek(0)
+    file.write(HEADER.pack(MAGIC, offset, len(index)))
