@@ -107,6 +107,19 @@ def test_the_drain_is_bounded() -> None:
         assert process.wait(30) == 0
 
 
+@needs_model
+def test_ctrl_c_ends_without_a_complaint() -> None:
+    pytest.importorskip("farthing._native")
+    with launched("--backend", "cpu") as (process, url):
+        wait_ready(url)
+        body = {"model": "reference", "prompt": "a", "max_tokens": 4}
+        assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and not out
+    assert all(" INFO " in line for line in errors.splitlines()), errors
+
+
 def fails(*arguments: str) -> str:
     """The complaint of a command that must fail."""
     result = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=120)

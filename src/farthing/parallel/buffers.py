@@ -20,6 +20,7 @@ from farthing.parallel.shared import SLOT_BYTES
 _FLOAT = 4
 _TILE_ROWS, _TILE_COLUMNS, _PAIR = 256, 32, 32  # kRowBlock, columns of a sum, kPairColumns
 _KEYS, _UNIT = 64, 16  # kKeyBlock, kRows
+_UNEVEN = 1.125  # rows of routed experts on a rank, over its even share; an estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class _Sizes:
     expert: int
     shared: int
     stored: Stored  # of the projections
-    expert_ranks: int  # that share the rows of routed experts: evenly, it is taken
+    expert_ranks: int  # that share the rows of routed experts
 
     @property
     def query(self) -> int:
@@ -170,7 +171,9 @@ def _attention(s: _Sizes, holder: Holder, t: int, threads: int) -> list[int]:
 
 def _experts(s: _Sizes, holder: Holder, t: int, threads: int, chosen: int, other: int) -> list[int]:
     """Of moe: `chosen` experts a token, and `other` columns of a shared expert, or of a dense MLP alone."""
-    c, rows = s.config, -(-t * chosen // s.expert_ranks)
+    c, rows = s.config, t * chosen
+    if s.expert_ranks > 1:
+        rows = int(rows * _UNEVEN / s.expert_ranks)
     takes = [_FLOAT * t * _stride(c.hidden_size)]
     if chosen:
         takes += [_FLOAT * t * _up(c.n_routed_experts or 0, 16), 2 * _FLOAT * rows]

@@ -152,6 +152,7 @@ async def _serve(
     finally:
         if service.engine is not None:
             await asyncio.to_thread(service.engine.shutdown)
+        gc.unfreeze()  # and may be collected at the end: native weights that outlive Python are reported
     if failure:
         raise failure[0]
     return 0
