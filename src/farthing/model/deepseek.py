@@ -23,6 +23,8 @@ from farthing.ops.api import CacheDtype, Handle
 class DeepseekModel:
     """The model over a backend. Weights are read once, in the order of the forward pass."""
 
+    stack: Handle | None  # the layers in one call, where the backend has one
+
     def __init__(
         self,
         config: ModelConfig,
@@ -44,8 +46,8 @@ class DeepseekModel:
             (Attention(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
             for i in range(config.num_hidden_layers)
         ]
-        self.stack: Handle | None = ops.stack([handles(*layer) for layer in self.layers])
         self.mtp: list[MTPLayer] = []
+        self.restack()
         if not last:
             return
         self.norm = weights.tensor("model.norm.weight", (config.hidden_size,)).float()
@@ -71,7 +73,7 @@ class DeepseekModel:
         """Take the layers as they are packed now."""
         self.stack = self.ops.stack([handles(*layer) for layer in self.layers])
         for mtp in self.mtp:
-            mtp.stack = mtp.ops.stack([handles(mtp.attention, mtp.feed_forward)])
+            mtp.restack()
 
     @property
     def cache_layers(self) -> int:

@@ -29,6 +29,8 @@ from farthing.ops.weights import Weight
 class MTPLayer:
     """Checkpoint layer `layer` >= num_hidden_layers; embedding and head are shared unless they differ."""
 
+    stack: Handle | None  # the layer in one call, where the backend has one
+
     def __init__(
         self,
         config: ModelConfig,
@@ -51,7 +53,7 @@ class MTPLayer:
         self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
         self.attention = Attention(config, ops, weights, layer, rope)
         self.feed_forward = FeedForward(config, ops, weights, layer, router)
-        self.stack = ops.stack([handles(self.attention, self.feed_forward)])
+        self.restack()
         self.embedding, own_head = embedding, False
         shape = (config.vocab_size, d)
         # Released checkpoints hold copies of the main embedding and head: share unless they differ.
@@ -66,6 +68,10 @@ class MTPLayer:
         if own_head or ops is not exact:
             head = ops.pack_linear(p + "shared_head.head", lambda: [head_weight()])
         self.head = head
+
+    def restack(self) -> None:
+        """Take the layer as it is packed now, for a backend that runs it in one call."""
+        self.stack = self.ops.stack([handles(self.attention, self.feed_forward)])
 
     def __call__(
         self,

@@ -62,20 +62,9 @@ def _gate_up(
         i = tile % across * OUT + tl.arange(0, OUT)
         if FORMAT == FP8:
             gate, up = fp8_twice(
-                x,
-                token * stride_x,
-                live,
-                x_scale,
-                w + e * w_size,
-                w_scale + e * s_size,
-                i,
-                I,
-                I,
-                I,
-                K,
-                BM,
-                OUT,
-            )
+                x, token * stride_x, live, x_scale, w + e * w_size, w_scale + e * s_size,
+                i, I, I, I, K, BM, OUT,
+            )  # fmt: skip
         else:
             acc = product(
                 x, token * stride_x, live, x_scale, w + e * w_size, w_scale + e * s_size, w_zero + e * s_size,

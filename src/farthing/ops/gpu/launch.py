@@ -97,9 +97,8 @@ class Card:
     generation: int  # the first number of its compute capability
 
 
-_NONE = Card(
-    "", _INTERPRETED_PROGRAMS if INTERPRETED else 132, 227 << 10, 9
-)  # compiled without one: an H100's
+# What kernels are interpreted for, or compiled for where there is no card: an H100's.
+_NONE = Card("", _INTERPRETED_PROGRAMS if INTERPRETED else 132, 227 << 10, 9)
 
 
 @cache
