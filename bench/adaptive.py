@@ -1,6 +1,6 @@
 """Experts a token against perplexity and tokens a second: what adaptive experts buy on the embedded model.
 
-usage: python bench/adaptive.py [--calibrated DIR] [--picture docs/adaptive-experts.png] [--json]
+usage: python bench/adaptive.py [--calibrated DIR] [--picture docs/figures/adaptive-experts.png] [--json]
 Every rule is served by the same engine on the same prompts, rules interleaved, medians of the rounds.
 """
 

@@ -2,7 +2,7 @@
 
     python bench/replay.py --traces DIR [--figures docs/figures] [--only r1,m-large,taxi,forecast] [--seeds 5]
 
-DIR holds the traces named in docs/replay.md; without it the shipped DeepSeek-R1 trace alone is replayed. The
+DIR holds the traces named in docs/lab/replay.md; without it the shipped DeepSeek-R1 trace alone is replayed. The
 figures of a run are facts of these traces, not of the machine; only the fit times depend on it.
 """
 

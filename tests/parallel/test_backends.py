@@ -1,4 +1,4 @@
-"""The example of docs/backends.md: a backend in a package of its own, found by its entry point."""
+"""The example of docs/design/backends.md: a backend in a package of its own, found by its entry point."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ async def _up(config: Any) -> None:
 
 @app.command(epilog=_RUN_EXAMPLES)
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file; docs/fleet.md lists its fields.")],
+    config: Annotated[Path, typer.Argument(help="YAML file; docs/guide/scale.md lists its fields.")],
     advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
 ) -> None:
     """Control a deployment in Kubernetes or elsewhere from the signals of a Prometheus server."""

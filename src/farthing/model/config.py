@@ -44,7 +44,7 @@ class LayerSizes:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Field names follow config.json; see shared facts in docs/architecture.md."""
+    """Field names follow config.json; see shared facts in docs/design/architecture.md."""
 
     model_type: str
     vocab_size: int

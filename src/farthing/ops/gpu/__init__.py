@@ -1,4 +1,4 @@
-"""The GPU backend: Triton kernels behind the ops' signatures. See docs/gpu.md."""
+"""The GPU backend: Triton kernels behind the ops' signatures. See docs/design/gpu-backend.md."""
 
 from __future__ import annotations
 
