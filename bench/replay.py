@@ -2,8 +2,8 @@
 
     python bench/replay.py --traces DIR [--figures docs/figures] [--only r1,m-large,taxi,forecast] [--seeds 5]
 
-DIR holds the traces named in docs/lab/replay.md; without it the shipped DeepSeek-R1 trace alone is replayed. The
-figures of a run are facts of these traces, not of the machine; only the fit times depend on it.
+DIR holds the traces named in docs/lab/replay.md; without it only the shipped DeepSeek-R1 trace is replayed.
+The figures depend on the traces alone; only fit times depend on the machine.
 """
 
 from __future__ import annotations
