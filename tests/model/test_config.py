@@ -81,7 +81,8 @@ def test_aliases_of_newer_files() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(model_type="llama"), r"model_type is 'llama'; expected one of"),
+        (dict(model_type="llama"), r"model_type is 'llama'; expected one of .*deepseek_v3"),
+        (dict(model_type="deepseek_v33"), r"expected one of .*; the closest is 'deepseek_v3'"),
         (dict(hidden_size=None), r"lacks hidden_size"),
         (dict(hidden_size=-1), r"hidden_size is -1; expected a positive integer"),
         (dict(qk_rope_head_dim=63), r"qk_rope_head_dim is 63; expected an even number"),

@@ -1,4 +1,4 @@
-"""The architecture, read from a Hugging Face config.json (DeepSeek-V2, -V3, -R1, Kimi-K2, Moonlight)."""
+"""The architecture, read from a config.json of any type in `farthing.model.types`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
+from farthing.model.error import ConfigError
+from farthing.model.types import type_of
 
-
-class ConfigError(ValueError):
-    """A config.json this engine cannot serve; names the field, its value and what is accepted."""
+__all__ = ["ConfigError", "LayerSizes", "ModelConfig", "RopeConfig"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +128,16 @@ class ModelConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Check and convert. Unknown fields are ignored, as Hugging Face does."""
-        model_type = raw.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise ConfigError(f"model_type is {model_type!r}; expected one of {MODEL_TYPES}")
+        kind = type_of(raw)
+        try:
+            raw = kind.fields(raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"config.json of type {kind.name!r}: {error}") from error
         values: dict[str, Any] = {
             f.name: raw[f.name] for f in fields(cls) if f.name in raw and raw[f.name] is not None
         }
         values.update(
-            model_type=model_type,
+            model_type=kind.name,
             rope=_rope(raw),
             q_lora_rank=raw.get("q_lora_rank"),
             n_routed_experts=raw.get("n_routed_experts", raw.get("num_local_experts")),
@@ -145,13 +146,11 @@ class ModelConfig:
             layer_sizes=_layer_sizes(raw.get("layer_sizes")),
             eos_token_ids=_ids(raw.get("eos_token_id")),
         )
-        if model_type == "deepseek_v2":
-            values.setdefault("topk_method", "greedy")
-            values.setdefault("scoring_func", "softmax")
-            values["norm_topk_prob"] = bool(raw.get("norm_topk_prob", False))
         required = [f.name for f in fields(cls) if f.name not in values and f.name in _REQUIRED]
         if required:
-            raise ConfigError(f"config.json lacks {', '.join(required)}; a DeepSeek-V3 model has them")
+            raise ConfigError(
+                f"config.json lacks {', '.join(required)}; expected for model_type {kind.name!r}"
+            )
         config = cls(**values)
         _check(config)
         layers = config.num_hidden_layers + config.num_nextn_predict_layers

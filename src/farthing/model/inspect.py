@@ -17,6 +17,7 @@ from farthing.checkpoint import Checkpoint
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import DeepseekModel
 from farthing.model.load import parameter_shapes
+from farthing.model.types import type_named
 from farthing.ops import make_batch
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -93,8 +94,11 @@ def checkpoint_cost(path: Path) -> ModelCost:
         module = name.rpartition(".")[0]
         by_module[module] = by_module.get(module, 0) + checkpoint.nbytes(name)
     config = ModelConfig.from_json(checkpoint.config)
+    stored = type_named(config.model_type).names.stored
     # A gate's weight and bias share a module: its bytes are given to the weight.
-    return model_cost(config, lambda n: 0 if n.endswith("bias") else by_module.get(n.rpartition(".")[0], 0))
+    return model_cost(
+        config, lambda n: 0 if n.endswith("bias") else by_module.get(stored(n).rpartition(".")[0], 0)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from farthing.checkpoint import Checkpoint
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import DeepseekModel
 from farthing.model.experts import routers_for
-from farthing.model.source import MemorySource
+from farthing.model.source import MemorySource, RenamedSource, WeightSource
+from farthing.model.types import type_named
 from farthing.ops import Ops, RouterSpec
 
 log = logging.getLogger(__name__)
@@ -33,11 +35,21 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)
     claim(ops, checkpoint.fingerprint(), path)
-    model = DeepseekModel(config, ops, checkpoint, routers_for(config, checkpoint.config, experts))
+    routers = routers_for(config, checkpoint.config, experts)
+    model = DeepseekModel(config, ops, source_of(checkpoint, config), routers)
     if ops.packed_from is None:  # else the packed file has most of what the checkpoint holds
-        checkpoint.finish(ignore=IGNORED)
+        checkpoint.finish(ignore=IGNORED + type_named(config.model_type).names.skipped)
     checkpoint.release()
     return model
+
+
+def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
+    """The checkpoint's tensors under V3's names; one log line where some of its parts are not served."""
+    names = type_named(config.model_type).names
+    skipped = sum(any(fnmatchcase(n, pattern) for pattern in names.skipped) for n in checkpoint.names())
+    if skipped:
+        log.info("%s: %d tensors skipped: %s", checkpoint.path, skipped, names.skipped_because)
+    return RenamedSource(checkpoint, names)
 
 
 def claim(ops: Ops, source: str, path: str | Path) -> None:
@@ -50,9 +62,9 @@ def claim(ops: Ops, source: str, path: str | Path) -> None:
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """The architecture of a checkpoint, without an MTP layer that it names and does not hold."""
     config = ModelConfig.from_json(checkpoint.config)
-    if config.num_nextn_predict_layers and not checkpoint.has(
-        f"model.layers.{config.num_hidden_layers}.enorm.weight"
-    ):
+    names = type_named(config.model_type).names
+    mtp = names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
+    if config.num_nextn_predict_layers and not checkpoint.has(mtp):
         # transformers drops the MTP layer when it saves a model and leaves the field in place.
         log.warning(
             "%s names an MTP layer and holds none: speculation with it is not available", checkpoint.path

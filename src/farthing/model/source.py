@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from farthing.model.types import Names
 from farthing.ops import Weight
 
 
@@ -54,3 +55,26 @@ class MemorySource:
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """A dense matrix."""
         return Weight("dense", self.tensor(f"{module}.weight", shape))
+
+
+class RenamedSource:
+    """A source whose tensors have a model type's own names, asked by V3's."""
+
+    def __init__(self, source: WeightSource, names: Names) -> None:
+        self._source, self._stored = source, names.stored
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this full name exists."""
+        return self._source.has(self._stored(name))
+
+    def holds(self, module: str) -> bool:
+        """Whether a routed expert is to be computed here and not on another rank."""
+        return self._source.holds(self._stored(module))
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A plain parameter, checked as the source checks it."""
+        return self._source.tensor(self._stored(name), shape)
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """The matrix of a linear module, in whatever format it is stored."""
+        return self._source.weight(self._stored(module), shape)

@@ -14,7 +14,7 @@ from farthing.checkpoint import Checkpoint
 from farthing.model import DeepseekModel, ModelConfig
 from farthing.model.deepseek import routers_of
 from farthing.model.experts import routers_for
-from farthing.model.load import claim, config_of
+from farthing.model.load import claim, config_of, source_of
 from farthing.model.moe import FeedForward, moe_weights
 from farthing.model.source import WeightSource
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec
@@ -225,7 +225,7 @@ def open_rank(
     config = config_of(checkpoint)
     routers = routers_for(config, checkpoint.config, experts)
     claim(ops, f"{checkpoint.fingerprint()}, {layout}, rank {rank}", path)
-    return Rank(config, checkpoint, layout, rank, ops, routers, timeout, arena, nodes)
+    return Rank(config, source_of(checkpoint, config), layout, rank, ops, routers, timeout, arena, nodes)
 
 
 def counted_layers(config: ModelConfig) -> int:

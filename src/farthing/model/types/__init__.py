@@ -1,0 +1,31 @@
+"""The model types this engine serves, one file each (docs/design/adding-a-model.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from farthing.model.error import ConfigError
+from farthing.model.types import deepseek_v2, deepseek_v3, kimi_k2
+from farthing.model.types.base import ModelType, Names
+
+__all__ = ["TYPES", "ModelType", "Names", "type_named", "type_of"]
+
+TYPES: Mapping[str, ModelType] = {
+    module.TYPE.name: module.TYPE for module in (deepseek_v3, deepseek_v2, kimi_k2)
+}
+
+
+def type_of(raw: Mapping[str, Any]) -> ModelType:
+    """The type a config.json names. Raises ConfigError with the known types and the closest one."""
+    return type_named(raw.get("model_type"))
+
+
+def type_named(name: object) -> ModelType:
+    """The type of that name; raises ConfigError as `type_of` does."""
+    if isinstance(name, str) and name in TYPES:
+        return TYPES[name]
+    close = get_close_matches(str(name), TYPES, n=1, cutoff=0.5)
+    hint = f"; the closest is {close[0]!r}" if close else ""
+    raise ConfigError(f"model_type is {name!r}; expected one of {', '.join(sorted(TYPES))}{hint}")

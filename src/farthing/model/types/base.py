@@ -1,0 +1,57 @@
+"""What a model type says about itself: how its files differ from DeepSeek-V3's.
+
+Config fields and tensor names inside Farthing are DeepSeek-V3's. A type translates into them once, when a
+checkpoint is opened; no code after that asks which type it serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Tensor names of a checkpoint; modules ('model.layers.0.mlp.gate_proj') translate as their tensors do."""
+
+    stored: Callable[[str], str] = lambda name: name  # from V3's name to the checkpoint's
+    skipped: tuple[str, ...] = ()  # fnmatch patterns of stored tensors that are not computed here
+    skipped_because: str = ""  # logged once where any of them is there
+
+    @classmethod
+    def under(cls, prefix: str, skipped: tuple[str, ...] = (), because: str = "") -> Names:
+        """V3's names below a prefix, as models with a vision tower store them."""
+        return cls(lambda name: prefix + name, skipped, because)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelType:
+    """One value of config.json's model_type."""
+
+    name: str
+    models: str  # released models of this type, for messages and documentation
+    fields: Callable[[Fields], Fields] = lambda raw: raw  # to V3's fields
+    names: Names = Names()
+
+
+def dense_prefix(raw: Fields) -> dict[str, int]:
+    """first_k_dense_replace and moe_layer_freq from `mlp_layer_types`, the list newer files hold instead.
+
+    Raises ValueError where no such pair describes the list.
+    """
+    kinds = raw.get("mlp_layer_types")
+    if not kinds or "first_k_dense_replace" in raw:
+        return {}
+    moe = [kind == "sparse" for kind in kinds]
+    layers = len(moe)
+    for freq in range(1, layers + 1):
+        for first in range(layers + 1):
+            if moe == [i >= first and i % freq == 0 for i in range(layers)]:
+                return {"first_k_dense_replace": first, "moe_layer_freq": freq}
+    raise ValueError(
+        f"mlp_layer_types is {list(kinds)!r}; expected dense layers followed by sparse ones, "
+        "or a sparse layer every n"
+    )
