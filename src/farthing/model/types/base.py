@@ -15,7 +15,7 @@ Fields = Mapping[str, Any]  # a config.json, or the part of it that describes th
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Tensor names of a checkpoint; modules ('model.layers.0.mlp.gate_proj') translate as their tensors do."""
+    """Tensor names of a checkpoint; module names translate as their tensors' do."""
 
     stored: Callable[[str], str] = lambda name: name  # from V3's name to the checkpoint's
     skipped: tuple[str, ...] = ()  # fnmatch patterns of stored tensors that are not computed here
