@@ -7,13 +7,11 @@ import json
 import logging
 import shlex
 import sys
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(no_args_is_help=True, help="Run, scale and explain a fleet of replicas.")
 
@@ -39,6 +37,8 @@ Examples:
   farthing fleet gateway --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002
 
   farthing fleet gateway --replicas-file replicas.json --port 8000 --api-key-file keys.txt
+
+  farthing fleet gateway --replicas-dns farthing-replicas.farthing.svc:8000 --health-path /ready
 """
 _EXPLAIN_EXAMPLES = """
 Examples:
@@ -158,6 +158,9 @@ def run(
 def gateway(
     replica: Annotated[list[str] | None, typer.Option(help="URL of a replica. Repeatable.")] = None,
     replicas_file: Annotated[Path | None, typer.Option(help="JSON file that names them, watched.")] = None,
+    replicas_dns: Annotated[
+        str | None, typer.Option(help="HOST:PORT whose every address is a replica (a headless Service).")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
     fd: Annotated[int | None, typer.Option(help="Take over this open socket instead.", hidden=True)] = None,
@@ -174,25 +177,39 @@ def gateway(
     ] = None,
 ) -> None:
     """One OpenAI-compatible address in front of many replicas."""
+    from farthing.fleet.config import split_address
+    from farthing.fleet.discovery import follow
     from farthing.fleet.gateway import GatewayConfig
     from farthing.fleet.gateway.process import serve
 
     _log_to_stderr()
-    if bool(replica) == bool(replicas_file):
-        raise typer.BadParameter("give either --replica or --replicas-file")
-    with _errors_to_user():
-        asyncio.run(
-            serve(
-                GatewayConfig(health_path=health_path, drain_s=drain),
-                replicas={f"r{i}": url for i, url in enumerate(replica or [], 1)},
-                replicas_file=replicas_file,
-                address=(host, port),
-                fd=fd,
-                api_key_file=api_key_file,
-                state=state,
-                usd_per_hour=usd_per_hour,
-            )
+    if sum(map(bool, (replica, replicas_file, replicas_dns))) != 1:
+        raise typer.BadParameter("give one of --replica, --replicas-file and --replicas-dns")
+
+    async def main(file: Path | None) -> None:
+        serving = serve(
+            GatewayConfig(health_path=health_path, drain_s=drain),
+            replicas={f"r{i}": url for i, url in enumerate(replica or [], 1)},
+            replicas_file=file,
+            address=(host, port),
+            fd=fd,
+            api_key_file=api_key_file,
+            state=state,
+            usd_per_hour=usd_per_hour,
         )
+        if replicas_dns is None or file is None:
+            return await serving
+        following = asyncio.create_task(follow(split_address(replicas_dns), file))
+        try:
+            await serving
+        finally:
+            following.cancel()
+
+    with _errors_to_user(), tempfile.TemporaryDirectory(prefix="farthing-gateway-") as scratch:
+        if replicas_dns is not None:
+            split_address(replicas_dns)
+            replicas_file = Path(scratch) / "replicas.json"
+        asyncio.run(main(replicas_file))
 
 
 @app.command(epilog=_EXPLAIN_EXAMPLES)
