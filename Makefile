@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl) CMakeLists.txt
 
-.PHONY: demo test test-all test-gpu serve bench bench-gpu lint format sanitize wheel clean
+.PHONY: demo test test-all test-gpu serve bench bench-gpu lint format docs sanitize wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m farthing.demo
@@ -53,6 +53,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix src tests bench
 	$(BIN)/ruff format src tests bench
 
+# The documentation site, into build/site; fails on a dead link.
+docs: $(STAMP)
+	$(BIN)/zensical build --strict
+
 sanitize: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/sanitize
 
@@ -64,7 +68,7 @@ $(STAMP): pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=24" "scikit-build-core>=0.11" "nanobind>=2.4" ninja
 	$(BIN)/pip install --quiet "torch>=2.9"
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
 	touch $@
 
 clean:

@@ -1,0 +1,36 @@
+"""Every `farthing` command that a page shows parses: the command, its options and their values exist."""
+
+from __future__ import annotations
+
+import click
+import pytest
+import typer
+
+from farthing.cli.app import app
+from tests.docs.pages import Command, commands, pages
+
+COMMANDS = [command for page in pages() for command in commands(page)]
+
+
+def test_pages_show_commands() -> None:
+    assert len({c.page for c in COMMANDS}) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_documented_command_parses(command: Command) -> None:
+    parse(typer.main.get_command(app), command.words)
+
+
+def parse(tool: click.Command, words: tuple[str, ...]) -> None:
+    """Descend through groups and let click check every option and value. Nothing is run."""
+    parent: click.Context | None = None
+    args = list(words)
+    while isinstance(tool, click.Group) and args and not args[0].startswith("-"):
+        parent = click.Context(tool, parent=parent, info_name=tool.name)
+        name, child, args = tool.resolve_command(parent, args)
+        assert child is not None, f"no such command: {name}"
+        tool = child
+    if "--help" in args or "--version" in args:
+        return
+    with tool.make_context(tool.name, args, parent=parent):
+        pass
