@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl) CMakeLists.txt
+NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists.txt
 
 .PHONY: demo test test-all test-gpu serve bench bench-gpu lint format docs sanitize wheel clean
 

@@ -1,4 +1,5 @@
-// Online softmax attention on AMX tiles: 64 bfloat16 keys against up to 16 query rows. Included by kernels_amx.cpp.
+// Online softmax attention on AMX tiles: 64 bfloat16 keys against up to 16 query rows. Included by
+// kernels_amx.cpp.
 //
 // Scores are computed transposed, [key][row]: then the keys are the tile's rows as they lie in the cache.
 // Queries and weights enter as hi + lo, so that only the cache itself is rounded to bfloat16.
@@ -78,7 +79,8 @@ void weight_tiles(const AttendBlock& b, float* scores, uint16_t* hi, uint16_t* l
   const i32x16 seen = load<i32x16>(visible);
   f32x16 best = loadf(top);
   for (int s = 0; s < kKeyBlock; ++s) {
-    const f32x16 v = _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask((__m512i)seen, _mm512_set1_epi32(s)), splat(kLowest), loadf(scores + 16 * s));
+    const f32x16 v = _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask((__m512i)seen, _mm512_set1_epi32(s)),
+                                          splat(kLowest), loadf(scores + 16 * s));
     store(scores + 16 * s, v);
     best = max(best, v);
   }
@@ -113,7 +115,8 @@ void weight_tiles(const AttendBlock& b, float* scores, uint16_t* hi, uint16_t* l
 }
 
 // Two rows of 32 columns to pairs: [16 columns][2] twice.
-alignas(64) const uint16_t kFirst[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+alignas(64) const uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 
 void mix_tiles(const AttendBlock& b, const uint16_t* hi, const uint16_t* lo) {
   TileConfig c;

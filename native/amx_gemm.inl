@@ -1,6 +1,7 @@
 // Panels times many rows on AMX tiles. Included by kernels_amx.cpp.
 //
-// q8, and q4 up to 32 rows, give the same bits as on VNNI: the same integers, float sums in the same order. bfloat16 takes the activations as hi + lo, so that nothing but the weights is rounded.
+// q8, and q4 up to 32 rows, give the same bits as on VNNI: the same integers, float sums in the same order.
+// bfloat16 takes the activations as hi + lo, so that nothing but the weights is rounded.
 namespace farthing {
 namespace {
 
@@ -89,7 +90,8 @@ inline GroupScales group_scales(const Matrix& w, const uint8_t* record, int g) {
 
 // Integer sums of a group into the float sums of up to 16 rows by one panel.
 template <bool Four, bool Zero>
-inline void flush_tile(GroupScales s, const int32_t* sums, const int32_t* comp, const float* scale, int groups, int rows, float* out) {
+inline void flush_tile(GroupScales s, const int32_t* sums, const int32_t* comp, const float* scale,
+                       int groups, int rows, float* out) {
 #pragma GCC unroll 4
   for (int m = 0; m < rows; ++m) {
     i32x16 sum = load<i32x16>(sums + 16 * m) + comp[m * groups];
@@ -99,10 +101,12 @@ inline void flush_tile(GroupScales s, const int32_t* sums, const int32_t* comp, 
   }
 }
 
-inline void flush_tile(const Matrix& w, const uint8_t* record, int g, const int32_t* sums, const Act& x, int rows, float* out) {
+inline void flush_tile(const Matrix& w, const uint8_t* record, int g, const int32_t* sums, const Act& x,
+                       int rows, float* out) {
   const GroupScales s = group_scales(w, record, g);
   if (w.zero) flush_tile<true, true>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
-  else if (w.format == Format::q4) flush_tile<true, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
+  else if (w.format == Format::q4)
+    flush_tile<true, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
   else flush_tile<false, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
 }
 
@@ -129,9 +133,10 @@ inline void store_sums(int32_t (*sums)[16 * 16]) {
 // 16 or 32 rows by one or two panels. A group's sums are scaled while the tiles work on the next group.
 // `ahead`: bytes to bring into the cache meanwhile.
 template <int Rows, int Panels>
-void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_t* const* data, const Act& x, int rows,
-                     const uint8_t* ahead, float* out, int ldo) {
-  const int step = w.group % 64 ? 32 : 64, rows0 = rows < 16 ? rows : 16, rows1 = rows - rows0, groups = w.groups();
+void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_t* const* data, const Act& x,
+                     int rows, const uint8_t* ahead, float* out, int ldo) {
+  const int step = w.group % 64 ? 32 : 64, rows0 = rows < 16 ? rows : 16, rows1 = rows - rows0,
+            groups = w.groups();
   const int fetch = Panels * static_cast<int>(w.data_bytes()) / w.kp * w.group;  // bytes ahead a group
   const Act below = row(x, rows > 16 ? 16 : 0);
   alignas(64) int32_t sums[2][4][16 * 16];
@@ -159,13 +164,15 @@ void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_
   for (int p = 0; p < Panels; ++p) {
     const f32x16 scale = load<f32x16>(record[p] + w.mask_bytes());
     for (int m = 0; m < rows; ++m)
-      store(out + static_cast<size_t>(m) * ldo + 16 * p, loadf(totals[(m >= 16 ? 2 : 0) + p] + m % 16 * 16) * scale);
+      store(out + static_cast<size_t>(m) * ldo + 16 * p,
+            loadf(totals[(m >= 16 ? 2 : 0) + p] + m % 16 * 16) * scale);
   }
 }
 
 // C += (hi + lo) B, or hi B alone, for 16 or 32 rows by one or two panels.
 template <int Rows, int Panels, int Halves>
-void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, const uint8_t* ahead, int ahead_step, float* out, int ldo) {
+void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, const uint8_t* ahead,
+                int ahead_step, float* out, int ldo) {
   const int rows0 = rows < 16 ? rows : 16, rows1 = rows - rows0;
   configure(rows0, rows1 ? rows1 : rows0, 64);
   _tile_zero(0);
@@ -198,9 +205,12 @@ void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, cons
 template <uint32_t Even, uint32_t Odd>
 inline __m512i nibble_pair(__m512i v, __m512 scale, __m512 offset) {
   constexpr float even = 1.0f / (Even & -Even), odd = 1.0f / (Odd & -Odd);
-  const __m512 a = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Even))), _mm512_mul_ps(scale, _mm512_set1_ps(even)), offset);
-  const __m512 b = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Odd))), _mm512_mul_ps(scale, _mm512_set1_ps(odd)), offset);
-  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b), _mm512_set1_epi32(0xffff0000), 0xf8);
+  const __m512 a = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Even))),
+                                   _mm512_mul_ps(scale, _mm512_set1_ps(even)), offset);
+  const __m512 b = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Odd))),
+                                   _mm512_mul_ps(scale, _mm512_set1_ps(odd)), offset);
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b),
+                                   _mm512_set1_epi32(0xffff0000), 0xf8);
 }
 
 // A q4 panel to bfloat16 tiles, group scales in, row scales not.
@@ -253,7 +263,8 @@ constexpr int kDecodedRows = 33;        // from here on decoding q4 to bfloat16 
 bool fits_tiles(const Matrix& w, const Act& x, int rows) {
   if (rows < kTileRows) return false;
   if (w.format == Format::bf16) return x.hi != nullptr;
-  return rows >= kQuantizedTileRows && w.quantized() && w.group % 32 == 0 && (!w.sparse || w.kp % 64 == 0) && w.kp % 32 == 0;
+  return rows >= kQuantizedTileRows && w.quantized() && w.group % 32 == 0 && (!w.sparse || w.kp % 64 == 0) &&
+         w.kp % 32 == 0;
 }
 
 template <int Panels>
@@ -273,8 +284,12 @@ void tile_panels(const Matrix& w, int panel, const Act& x, int rows, float* out,
     const Act a = row(x, m);
     float* o = out + static_cast<size_t>(m) * ldo;
     const uint8_t* ahead = m || w.sparse ? nullptr : record[Panels - 1] + w.stride;
-    if (w.quantized()) some > 16 ? quantized_block<2, Panels>(w, record, data, a, some, ahead, o, ldo) : quantized_block<1, Panels>(w, record, data, a, some, ahead, o, ldo);
-    else some > 16 ? bf16_block<2, Panels, 2>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo) : bf16_block<1, Panels, 2>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo);
+    if (w.quantized())
+      some > 16 ? quantized_block<2, Panels>(w, record, data, a, some, ahead, o, ldo)
+                : quantized_block<1, Panels>(w, record, data, a, some, ahead, o, ldo);
+    else
+      some > 16 ? bf16_block<2, Panels, 2>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo)
+                : bf16_block<1, Panels, 2>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo);
   }
 }
 
@@ -283,8 +298,12 @@ void amx_tile(const Matrix& w, int panel, int count, const Act& x, int rows, flo
   const bool decode = w.format == Format::q4 && x.hi && rows >= kDecodedRows && !w.sparse && !w.zero;
   for (int i = 0; i < count; i += 2) {
     float* o = out + 16 * i;
-    if (i + 1 < count) decode ? decoded_panels<2>(w, panel + i, x, rows, o, ldo) : tile_panels<2>(w, panel + i, x, rows, o, ldo);
-    else decode ? decoded_panels<1>(w, panel + i, x, rows, o, ldo) : tile_panels<1>(w, panel + i, x, rows, o, ldo);
+    if (i + 1 < count)
+      decode ? decoded_panels<2>(w, panel + i, x, rows, o, ldo)
+             : tile_panels<2>(w, panel + i, x, rows, o, ldo);
+    else
+      decode ? decoded_panels<1>(w, panel + i, x, rows, o, ldo)
+             : tile_panels<1>(w, panel + i, x, rows, o, ldo);
   }
   _tile_release();
 }

@@ -49,9 +49,9 @@ struct Mlp {                        // both null: an expert of another rank
 
 struct Moe {
   Router router;
-  std::shared_ptr<Packed> gate;     // null: no router, the shared MLP alone
+  std::shared_ptr<Packed> gate;  // null: no router, the shared MLP alone
   std::vector<Mlp> experts;
-  bool has_shared = false;          // then the last of `experts`
+  bool has_shared = false;  // then the last of `experts`
   int hidden = 0;
 };
 
@@ -70,8 +70,8 @@ enum class CacheType : int { f32 = 0, bf16 = 1, fp8 = 2, int8 = 3 };
 
 struct Cache {  // one layer of the latent cache
   CacheType type;
-  uint8_t* data;     // [blocks * block_size][c + r]
-  float* scale;      // [blocks * block_size][2] or null
+  uint8_t* data;  // [blocks * block_size][c + r]
+  float* scale;   // [blocks * block_size][2] or null
   int block_size;
   int64_t layer_bytes = 0, layer_scales = 0;  // from a layer's data and scales to the next one's
 };
@@ -91,7 +91,8 @@ struct Layer {  // one layer's weights; attention and feed belong to whoever mad
   const Attention* attention;
   const Moe* feed;
   int q_width;  // columns of qkv_a's output that are the query, or its latent
-  std::shared_ptr<SharedSum> o_sum, feed_sum;  // over the ranks that share attention, and the feed; null: this one alone
+  std::shared_ptr<SharedSum> o_sum,
+      feed_sum;  // over the ranks that share attention, and the feed; null: this one alone
 };
 
 struct Layers {
@@ -109,10 +110,11 @@ class Backend {
   void moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out,
            const int64_t* chosen = nullptr, const float* chosen_weights = nullptr, bool residual = true);
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
-  void mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache, const Batch& batch, float eps, Rows out);
+  void mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache, const Batch& batch, float eps,
+           Rows out);
   // h [T, D] through every layer; counts [layer][E] or null; out is not x.
-  void layers(Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps, int64_t* counts,
-              int64_t counts_stride, Rows out);
+  void layers(Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps,
+              int64_t* counts, int64_t counts_stride, Rows out);
   void top_logits(const Packed& head, Rows x, int tokens, const float* norm, float eps, int k, float* values,
                   int64_t* ids, float* logsumexp);
   void softmax(Rows x, int rows, int n, Rows out);
@@ -122,13 +124,15 @@ class Backend {
   std::shared_ptr<Arena> arena;
 
  private:
-  Act prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm, float eps,
-              float* scratch);
+  Act prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm,
+              float eps, float* scratch);
   Workspace work_;
 };
 
-// Rows `ids` of a table [rows][ld] of bfloat16 (half) or float32, to float32 [tokens][hidden]. Throws on an id that is none.
-void embed(const uint8_t* table, bool half, int64_t ld, int64_t rows, const int64_t* ids, int tokens, int hidden, float* out);
+// Rows `ids` of a table [rows][ld] of bfloat16 (half) or float32, to float32 [tokens][hidden]. Throws on an
+// id that is none.
+void embed(const uint8_t* table, bool half, int64_t ld, int64_t rows, const int64_t* ids, int tokens,
+           int hidden, float* out);
 
 // One token: scores [E] (before the activation) to k chosen experts and weights; skipped ones have id -1.
 void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights);

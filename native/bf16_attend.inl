@@ -3,29 +3,37 @@
 namespace farthing {
 namespace {
 
-inline __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+inline __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+}
 
 // The sums of 16 vectors, in their order.
 inline __m512 sum_each(const __m512* a) {
   __m512 four[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512 *v = a + 4 * i;
+    const __m512* v = a + 4 * i;
     const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
     const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
     const __m512d p = _mm512_castps_pd(x), q = _mm512_castps_pd(y);
-    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    four[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
   }
-  const auto halves = [](__m512 x, __m512 y) { return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)); };
+  const auto halves = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
   return halves(halves(four[0], four[1]), halves(four[2], four[3]));
 }
 
-// Keys of the next block are asked for to the first cache while this one is computed, at an even rate: a cache
-// that does not fit the processor's is read as a stream. Of every four keys, scores ask for two, the mix for the others.
+// Keys of the next block are asked for to the first cache while this one is computed, at an even rate: a
+// cache that does not fit the processor's is read as a stream. Of every four keys, scores ask for two, the
+// mix for the others.
 
-// Scores of 4 query rows against 4 keys; rows and keys that are not there repeat the first. Asks for N keys `next`.
+// Scores of 4 query rows against 4 keys; rows and keys that are not there repeat the first. Asks for N keys
+// `next`.
 template <int N>
-inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys, int width, float* scores, const uint16_t* const* next) {
+inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys, int width, float* scores,
+                        const uint16_t* const* next) {
   __m512 acc[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
@@ -50,9 +58,11 @@ inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys
 
 // out[R][32] += weights[R][keys] * keys[keys][32], two keys at a time.
 template <int R, bool First>
-inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int at, int pairs, float* out, int latent) {
-  alignas(64) static constexpr uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
-                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int at, int pairs, float* out,
+                      int latent) {
+  alignas(64) static constexpr uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                   37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                   11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   __m512 a[R], b[R];
 #pragma GCC unroll 8
@@ -60,7 +70,8 @@ inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int 
   for (int p = 0; p < pairs; ++p) {
     if (First) prefetch(keys[kKeyBlock + 4 * (p / 2) + 2 + p % 2] + at);
     const __m512i even = _mm512_loadu_si512(keys[2 * p] + at), odd = _mm512_loadu_si512(keys[2 * p + 1] + at);
-    const __m512i x = _mm512_permutex2var_epi16(even, first, odd), y = _mm512_permutex2var_epi16(even, second, odd);
+    const __m512i x = _mm512_permutex2var_epi16(even, first, odd),
+                  y = _mm512_permutex2var_epi16(even, second, odd);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m512i w = _mm512_set1_epi32(load<int32_t>(weights + r * kKeyBlock + 2 * p));
@@ -69,18 +80,21 @@ inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int 
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) store(out + r * latent, f32x16(a[r])), store(out + r * latent + 16, f32x16(b[r]));
+  for (int r = 0; r < R; ++r)
+    store(out + r * latent, f32x16(a[r])), store(out + r * latent + 16, f32x16(b[r]));
 }
 
 template <bool First, int R = 8>
-inline void mix_rows(int rows, const uint16_t* weights, const uint16_t* const* keys, int pairs, float* out, int latent) {
+inline void mix_rows(int rows, const uint16_t* weights, const uint16_t* const* keys, int pairs, float* out,
+                     int latent) {
   if constexpr (R > 1)
     if (rows < R) return mix_rows<First, R - 1>(rows, weights, keys, pairs, out, latent);
   for (int at = 0; at < latent; at += 32) mix_pairs<R, First>(weights, keys, at, pairs, out + at, latent);
 }
 
 inline void rows_to_bf16(const float* x, int n, uint16_t* out) {  // n % 32 == 0
-  for (int i = 0; i < n; i += 32) _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(loadf(x + i + 16), loadf(x + i)));
+  for (int i = 0; i < n; i += 32)
+    _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(loadf(x + i + 16), loadf(x + i)));
 }
 
 void bf16_attend(const AttendBlock& b) {
@@ -94,13 +108,16 @@ void bf16_attend(const AttendBlock& b) {
       const uint16_t* q = b.q_hi + static_cast<size_t>(r) * b.width;
       float* to = scores + r * kKeyBlock + s;
       if (b.rows <= 4) score_block<2>(q, b.rows, b.rows16 + s, b.width, to, next + s);
-      else if (r < 8) score_block<1>(q, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, to, next + s + r / 4);
+      else if (r < 8)
+        score_block<1>(q, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, to, next + s + r / 4);
       else score_block<0>(q, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, to, next);
     }
   online_softmax(b, scores);
   rows_to_bf16(scores, b.rows * kKeyBlock, weights);
   mix_rows<true>(b.rows < 8 ? b.rows : 8, weights, b.rows16, keys / 2, b.out, b.latent);
-  if (b.rows > 8) mix_rows<false>(b.rows - 8, weights + 8 * kKeyBlock, b.rows16, keys / 2, b.out + static_cast<size_t>(8) * b.latent, b.latent);
+  if (b.rows > 8)
+    mix_rows<false>(b.rows - 8, weights + 8 * kKeyBlock, b.rows16, keys / 2,
+                    b.out + static_cast<size_t>(8) * b.latent, b.latent);
 }
 
 }  // namespace

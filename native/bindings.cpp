@@ -1,4 +1,5 @@
-// The Python module farthing._native: addresses and sizes in, nothing copied, the GIL released while computing.
+// The Python module farthing._native: addresses and sizes in, nothing copied, the GIL released while
+// computing.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -19,20 +20,24 @@ T* at(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using SourceTuple = std::tuple<int, uint64_t, uint64_t, uint64_t, int, int, int>;  // kind, data, scale, zero, n, k, group
+using SourceTuple =
+    std::tuple<int, uint64_t, uint64_t, uint64_t, int, int, int>;  // kind, data, scale, zero, n, k, group
 
-std::shared_ptr<Packed> pack(Backend& b, int format, int group, bool zero, bool interleave, double sparse_from,
-                             const std::vector<SourceTuple>& tuples) {
+std::shared_ptr<Packed> pack(Backend& b, int format, int group, bool zero, bool interleave,
+                             double sparse_from, const std::vector<SourceTuple>& tuples) {
   std::vector<Source> sources;
   for (const auto& [kind, data, scale, zeros, n, k, g] : tuples)
-    sources.push_back({static_cast<Source::Kind>(kind), at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g});
+    sources.push_back(
+        {static_cast<Source::Kind>(kind), at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g});
   const nb::gil_scoped_release release;
-  return Packed::pack(b.pool, b.arena, static_cast<Format>(format), group, zero, interleave, sparse_from, sources);
+  return Packed::pack(b.pool, b.arena, static_cast<Format>(format), group, zero, interleave, sparse_from,
+                      sources);
 }
 
 std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int units) {
   std::vector<std::vector<int>> seen(b.pool.size());
-  b.pool.run([&](Team& team) { team.for_units(0, 1, units, [&](int, int u) { seen[team.id()].push_back(u); }); });
+  b.pool.run(
+      [&](Team& team) { team.for_units(0, 1, units, [&](int, int u) { seen[team.id()].push_back(u); }); });
   std::vector<std::tuple<int, int, int, int>> out;  // thread, node, unit, units of the thread
   for (int t = 0; t < b.pool.size(); ++t)
     for (int u : seen[t]) out.emplace_back(t, b.pool.node_of(t), u, static_cast<int>(seen[t].size()));
@@ -45,9 +50,11 @@ void bind_conv(nb::module_& module);
 
 NB_MODULE(_native, module) {
   module.def("instruction_sets", [] { return std::string(supported_kernels()); });
-  module.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a, nb::call_guard<nb::gil_scoped_release>());
-  module.def("peak_ops", [](const std::string& what, int threads) { return peak_ops(what.c_str(), threads); }, "what"_a,
-             "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  module.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a,
+             nb::call_guard<nb::gil_scoped_release>());
+  module.def(
+      "peak_ops", [](const std::string& what, int threads) { return peak_ops(what.c_str(), threads); },
+      "what"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Packed>(module, "Packed")
       .def_prop_ro("format", [](const Packed& p) { return static_cast<int>(p.m.format); })
@@ -77,22 +84,27 @@ NB_MODULE(_native, module) {
       .def_rw("bias", &Router::bias);
 
   nb::class_<Moe>(module, "Moe")
-      .def("__init__",
-           [](Moe* self, const Router& router, std::shared_ptr<Packed> gate, bool has_shared) {
-             new (self) Moe{router, std::move(gate), {}, has_shared};
-           },
-           "router"_a, "gate"_a.none(), "has_shared"_a)
+      .def(
+          "__init__",
+          [](Moe* self, const Router& router, std::shared_ptr<Packed> gate, bool has_shared) {
+            new (self) Moe{router, std::move(gate), {}, has_shared};
+          },
+          "router"_a, "gate"_a.none(), "has_shared"_a)
       .def_rw("router", &Moe::router)
-      .def("add", [](Moe& m, std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
-        if (down) m.hidden = down->m.n;
-        m.experts.push_back({std::move(gate_up), std::move(down)});
-      }, "gate_up"_a.none(), "down"_a.none());
+      .def(
+          "add",
+          [](Moe& m, std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
+            if (down) m.hidden = down->m.n;
+            m.experts.push_back({std::move(gate_up), std::move(down)});
+          },
+          "gate_up"_a.none(), "down"_a.none());
 
   nb::class_<Attention>(module, "Attention")
       .def("__init__",
-           [](Attention* self, int heads, int nope, int rope, int value, int latent, float scale, bool interleaved,
-              uint64_t norm, uint64_t cos, uint64_t sin) {
-             new (self) Attention{heads, nope, rope, value, latent, scale, interleaved, {}, {}, at<float>(norm), at<float>(cos), at<float>(sin)};
+           [](Attention* self, int heads, int nope, int rope, int value, int latent, float scale,
+              bool interleaved, uint64_t norm, uint64_t cos, uint64_t sin) {
+             new (self) Attention{heads,       nope, rope, value,           latent,         scale,
+                                  interleaved, {},   {},   at<float>(norm), at<float>(cos), at<float>(sin)};
            })
       .def("add", [](Attention& a, std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv) {
         a.w_uk.push_back(std::move(uk));
@@ -102,101 +114,154 @@ NB_MODULE(_native, module) {
   nb::exception<PeerLost>(module, "PeerLost", PyExc_RuntimeError);
   nb::class_<SharedSum>(module, "SharedSum")
       .def("__init__",
-           [](SharedSum* self, uint64_t counters, uint64_t slots, int64_t slot_bytes, uint64_t step, uint64_t failed, int size,
-              int index, int parent, bool crowded, double timeout) {
-             new (self) SharedSum{at<SharedSum::Word>(counters), at<uint8_t>(slots), slot_bytes, at<uint64_t>(step),
-                                  at<SharedSum::Word>(failed), size, index, parent, crowded, timeout};
+           [](SharedSum* self, uint64_t counters, uint64_t slots, int64_t slot_bytes, uint64_t step,
+              uint64_t failed, int size, int index, int parent, bool crowded, double timeout) {
+             new (self) SharedSum{at<SharedSum::Word>(counters),
+                                  at<uint8_t>(slots),
+                                  slot_bytes,
+                                  at<uint64_t>(step),
+                                  at<SharedSum::Word>(failed),
+                                  size,
+                                  index,
+                                  parent,
+                                  crowded,
+                                  timeout};
            })
-      .def("add",
-           [](const SharedSum& self, uint64_t x, int64_t ldx, int rows, int columns) {
-             self.add({at<float>(x), ldx}, rows, columns);
-           }, nb::call_guard<nb::gil_scoped_release>());
+      .def(
+          "add",
+          [](const SharedSum& self, uint64_t x, int64_t ldx, int rows, int columns) {
+            self.add({at<float>(x), ldx}, rows, columns);
+          },
+          nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Layers>(module, "Layers")
       .def(nb::init<>())
-      .def("add",
-           [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkv_a, int q_width, uint64_t q_norm, std::shared_ptr<Packed> q_b,
-              const Attention& attention, std::shared_ptr<Packed> o, uint64_t feed_norm, const Moe& feed,
-              std::shared_ptr<SharedSum> o_sum, std::shared_ptr<SharedSum> feed_sum) {
-             self.layers.push_back({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a), std::move(q_b),
-                                    std::move(o), &attention, &feed, q_width, std::move(o_sum), std::move(feed_sum)});
-           },
-           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a, "feed_norm"_a, "feed"_a,
-           "o_sum"_a.none(), "feed_sum"_a.none());
+      .def(
+          "add",
+          [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkv_a, int q_width, uint64_t q_norm,
+             std::shared_ptr<Packed> q_b, const Attention& attention, std::shared_ptr<Packed> o,
+             uint64_t feed_norm, const Moe& feed, std::shared_ptr<SharedSum> o_sum,
+             std::shared_ptr<SharedSum> feed_sum) {
+            self.layers.push_back({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a),
+                                   std::move(q_b), std::move(o), &attention, &feed, q_width, std::move(o_sum),
+                                   std::move(feed_sum)});
+          },
+          "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a, "feed_norm"_a,
+          "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none());
 
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Backend>(module, "Backend")
-      .def("__init__",
-           [](Backend* self, int threads, const std::string& isa, const std::string& topology, bool pin) {
-             new (self) Backend(threads, isa.c_str(), topology, pin);
-           },
-           "threads"_a, "isa"_a = "auto", "topology"_a = "", "pin"_a = false)
+      .def(
+          "__init__",
+          [](Backend* self, int threads, const std::string& isa, const std::string& topology, bool pin) {
+            new (self) Backend(threads, isa.c_str(), topology, pin);
+          },
+          "threads"_a, "isa"_a = "auto", "topology"_a = "", "pin"_a = false)
       .def_prop_ro("isa", [](const Backend& b) { return std::string(b.kernels.name); })
       .def_prop_ro("threads", [](const Backend& b) { return b.pool.size(); })
       .def_prop_ro("nodes", [](const Backend& b) { return b.pool.nodes(); })
       .def_prop_ro("packed_bytes", [](const Backend& b) { return b.arena->bytes(); })
       .def("pack", &pack)
-      .def("view",
-           [](Backend& b, uint64_t address, uint64_t size) { return Packed::view(b.pool, b.arena, at<uint8_t>(address), size); })
+      .def("view", [](Backend& b, uint64_t address,
+                      uint64_t size) { return Packed::view(b.pool, b.arena, at<uint8_t>(address), size); })
       .def("units_of_threads", &units_of_threads)
-      .def("rms_norm",
-           [](Backend& b, uint64_t x, int64_t ldx, int tokens, int k, uint64_t weight, float eps, uint64_t out, int64_t ldo) {
-             b.rms_norm({at<float>(x), ldx}, tokens, k, at<float>(weight), eps, {at<float>(out), ldo});
-           }, free)
-      .def("linear",
-           [](Backend& b, const Packed& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps, uint64_t residual,
-              int64_t ldr, uint64_t out, int64_t ldo) {
-             b.linear(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, {at<float>(residual), ldr}, {at<float>(out), ldo});
-           }, free)
-      .def("moe",
-           [](Backend& b, const Moe& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps, uint64_t counts,
-              uint64_t out, int64_t ldo, uint64_t ids, uint64_t weights) {
-             b.moe(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, at<int64_t>(counts), {at<float>(out), ldo},
-                   at<int64_t>(ids), at<float>(weights));
-           }, free)
-      .def("route",
-           [](Backend& b, const Moe& w, uint64_t n, int64_t ldn, int tokens, uint64_t ids, uint64_t weights) {
-             b.route(w, {at<float>(n), ldn}, tokens, at<int64_t>(ids), at<float>(weights));
-           }, free)
-      .def("mla",
-           [](Backend& b, const Attention& w, uint64_t q, int64_t ldq, uint64_t kv, int64_t ldkv, int tokens, int type,
-              uint64_t data, uint64_t scale, int block_size, uint64_t positions, uint64_t slots, uint64_t query_start,
-              uint64_t context_lens, uint64_t block_table, int sequences, int max_blocks, float eps, uint64_t out, int64_t ldo) {
-             const Cache cache{static_cast<CacheType>(type), at<uint8_t>(data), at<float>(scale), block_size};
-             const Batch batch{at<int32_t>(positions), at<int64_t>(slots), at<int32_t>(query_start), at<int32_t>(context_lens),
-                               at<int32_t>(block_table), sequences, max_blocks};
-             b.mla(w, {at<float>(q), ldq}, {at<float>(kv), ldkv}, tokens, cache, batch, eps, {at<float>(out), ldo});
-           }, free)
-      .def("layers",
-           [](Backend& b, Layers& model, uint64_t x, int64_t ldx, int tokens, int type, uint64_t data, int64_t layer_bytes,
-              uint64_t scale, int64_t layer_scales, int block_size, uint64_t positions, uint64_t slots, uint64_t query_start,
-              uint64_t context_lens, uint64_t block_table, int sequences, int max_blocks, float eps, uint64_t counts,
-              int64_t counts_stride, uint64_t out, int64_t ldo) {
-             const Cache cache{static_cast<CacheType>(type), at<uint8_t>(data), at<float>(scale), block_size, layer_bytes, layer_scales};
-             const Batch batch{at<int32_t>(positions), at<int64_t>(slots), at<int32_t>(query_start), at<int32_t>(context_lens),
-                               at<int32_t>(block_table), sequences, max_blocks};
-             b.layers(model, {at<float>(x), ldx}, tokens, cache, batch, eps, at<int64_t>(counts), counts_stride, {at<float>(out), ldo});
-           }, free)
-      .def("top_logits",
-           [](Backend& b, const Packed& head, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps, int k,
-              uint64_t values, uint64_t ids, uint64_t logsumexp) {
-             b.top_logits(head, {at<float>(x), ldx}, tokens, at<float>(norm), eps, k, at<float>(values), at<int64_t>(ids), at<float>(logsumexp));
-           }, free)
+      .def(
+          "rms_norm",
+          [](Backend& b, uint64_t x, int64_t ldx, int tokens, int k, uint64_t weight, float eps, uint64_t out,
+             int64_t ldo) {
+            b.rms_norm({at<float>(x), ldx}, tokens, k, at<float>(weight), eps, {at<float>(out), ldo});
+          },
+          free)
+      .def(
+          "linear",
+          [](Backend& b, const Packed& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps,
+             uint64_t residual, int64_t ldr, uint64_t out, int64_t ldo) {
+            b.linear(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, {at<float>(residual), ldr},
+                     {at<float>(out), ldo});
+          },
+          free)
+      .def(
+          "moe",
+          [](Backend& b, const Moe& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps,
+             uint64_t counts, uint64_t out, int64_t ldo, uint64_t ids, uint64_t weights) {
+            b.moe(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, at<int64_t>(counts),
+                  {at<float>(out), ldo}, at<int64_t>(ids), at<float>(weights));
+          },
+          free)
+      .def(
+          "route",
+          [](Backend& b, const Moe& w, uint64_t n, int64_t ldn, int tokens, uint64_t ids, uint64_t weights) {
+            b.route(w, {at<float>(n), ldn}, tokens, at<int64_t>(ids), at<float>(weights));
+          },
+          free)
+      .def(
+          "mla",
+          [](Backend& b, const Attention& w, uint64_t q, int64_t ldq, uint64_t kv, int64_t ldkv, int tokens,
+             int type, uint64_t data, uint64_t scale, int block_size, uint64_t positions, uint64_t slots,
+             uint64_t query_start, uint64_t context_lens, uint64_t block_table, int sequences, int max_blocks,
+             float eps, uint64_t out, int64_t ldo) {
+            const Cache cache{static_cast<CacheType>(type), at<uint8_t>(data), at<float>(scale), block_size};
+            const Batch batch{at<int32_t>(positions),
+                              at<int64_t>(slots),
+                              at<int32_t>(query_start),
+                              at<int32_t>(context_lens),
+                              at<int32_t>(block_table),
+                              sequences,
+                              max_blocks};
+            b.mla(w, {at<float>(q), ldq}, {at<float>(kv), ldkv}, tokens, cache, batch, eps,
+                  {at<float>(out), ldo});
+          },
+          free)
+      .def(
+          "layers",
+          [](Backend& b, Layers& model, uint64_t x, int64_t ldx, int tokens, int type, uint64_t data,
+             int64_t layer_bytes, uint64_t scale, int64_t layer_scales, int block_size, uint64_t positions,
+             uint64_t slots, uint64_t query_start, uint64_t context_lens, uint64_t block_table, int sequences,
+             int max_blocks, float eps, uint64_t counts, int64_t counts_stride, uint64_t out, int64_t ldo) {
+            const Cache cache{static_cast<CacheType>(type),
+                              at<uint8_t>(data),
+                              at<float>(scale),
+                              block_size,
+                              layer_bytes,
+                              layer_scales};
+            const Batch batch{at<int32_t>(positions),
+                              at<int64_t>(slots),
+                              at<int32_t>(query_start),
+                              at<int32_t>(context_lens),
+                              at<int32_t>(block_table),
+                              sequences,
+                              max_blocks};
+            b.layers(model, {at<float>(x), ldx}, tokens, cache, batch, eps, at<int64_t>(counts),
+                     counts_stride, {at<float>(out), ldo});
+          },
+          free)
+      .def(
+          "top_logits",
+          [](Backend& b, const Packed& head, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps,
+             int k, uint64_t values, uint64_t ids, uint64_t logsumexp) {
+            b.top_logits(head, {at<float>(x), ldx}, tokens, at<float>(norm), eps, k, at<float>(values),
+                         at<int64_t>(ids), at<float>(logsumexp));
+          },
+          free)
       .def("greedy",
            [](Backend& b, const Packed& head, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps) {
              std::vector<float> values(tokens), logsumexp(tokens);
              std::vector<int64_t> ids(tokens);
              const nb::gil_scoped_release released;
-             b.top_logits(head, {at<float>(x), ldx}, tokens, at<float>(norm), eps, 1, values.data(), ids.data(), logsumexp.data());
+             b.top_logits(head, {at<float>(x), ldx}, tokens, at<float>(norm), eps, 1, values.data(),
+                          ids.data(), logsumexp.data());
              return ids;
            })
       .def("embed",
-           [](const Backend&, uint64_t table, bool half, int64_t ld, int64_t rows, uint64_t ids, int tokens, int hidden, uint64_t out) {
+           [](const Backend&, uint64_t table, bool half, int64_t ld, int64_t rows, uint64_t ids, int tokens,
+              int hidden, uint64_t out) {
              embed(at<uint8_t>(table), half, ld, rows, at<int64_t>(ids), tokens, hidden, at<float>(out));
            })
-      .def("softmax",
-           [](Backend& b, uint64_t x, int64_t ldx, int rows, int n, uint64_t out, int64_t ldo) {
-             b.softmax({at<float>(x), ldx}, rows, n, {at<float>(out), ldo});
-           }, free);
+      .def(
+          "softmax",
+          [](Backend& b, uint64_t x, int64_t ldx, int rows, int n, uint64_t out, int64_t ldo) {
+            b.softmax({at<float>(x), ldx}, rows, n, {at<float>(out), ldo});
+          },
+          free);
   bind_conv(module);
 }

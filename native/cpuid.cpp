@@ -16,7 +16,9 @@ namespace {
 constexpr int kRequestTilePermission = 0x1023;  // arch_prctl(ARCH_REQ_XCOMP_PERM)
 constexpr int kTileData = 18;
 
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -66,8 +68,9 @@ const Kernels& select_kernels(const char* name) {
   const std::string wanted = name;
   for (const Choice& c : kChoices)
     if ((wanted == "auto" || wanted == c.kernels->name) && c.runs()) return *c.kernels;
-  throw std::invalid_argument("instruction set '" + wanted + "' is unknown or not supported by this processor; expected 'auto' or one of: " +
-                              supported_kernels());
+  throw std::invalid_argument(
+      "instruction set '" + wanted +
+      "' is unknown or not supported by this processor; expected 'auto' or one of: " + supported_kernels());
 }
 
 }  // namespace farthing

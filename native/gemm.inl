@@ -5,8 +5,9 @@
 namespace farthing {
 namespace {
 
-// What the sums of the registers hold: 32 of 16 lanes, 16 of 8, or 16 of 4. Integer sums of many rows are faster when
-// the float sums of their groups fit beside them; fewer rows are rather read with fewer passes over the weights.
+// What the sums of the registers hold: 32 of 16 lanes, 16 of 8, or 16 of 4. Integer sums of many rows are
+// faster when the float sums of their groups fit beside them; fewer rows are rather read with fewer passes
+// over the weights.
 #if defined(__AVX512F__)
 constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kRowsOfMany = 4;
 #elif defined(__AVX2__)
@@ -16,12 +17,13 @@ constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kRowsOfMany = 2;
 #endif
 constexpr int kMany = 24;  // rows
 
-// One or two rows read as fast as a bare copy where the next lines are asked for ahead, to the second cache: to the
-// first, requests would hold the few buffers that its misses need. Only 4-bit weights, whose bytes take five
-// instructions each, need them there too, a little ahead: otherwise too few loads fit the window of the processor.
-// The arithmetic of more rows hides memory only if their next panels come to the second cache meanwhile.
+// One or two rows read as fast as a bare copy where the next lines are asked for ahead, to the second cache:
+// to the first, requests would hold the few buffers that its misses need. Only 4-bit weights, whose bytes
+// take five instructions each, need them there too, a little ahead: otherwise too few loads fit the window of
+// the processor. The arithmetic of more rows hides memory only if their next panels come to the second cache
+// meanwhile.
 constexpr int kNear = 256, kFar = 1024, kFarNibbles = 2048;  // bytes
-constexpr int kStream = 2;   // rows up to which a panel is read as a stream
+constexpr int kStream = 2;                                   // rows up to which a panel is read as a stream
 
 // What a pass over panels brings to the second cache: of groups [from, to), the bytes `distance` ahead.
 struct Ahead {
@@ -82,38 +84,40 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
     fetch_ahead<M>(data, ahead, g, bytes * kActGroup / 2);
     for (int k = k0; k < end; k += 2) {
       f32x16 a[P], b[P];
-      EACH(int i = 0; i < P; ++i) {
+      EACH (int i = 0; i < P; ++i) {
         load_pair<F>(data[i], a[i], b[i]);
         if (F != Format::fp8 || k % 4 == 0) fetch_stream<M, F>(data[i]);
         if (F == Format::f32) fetch_stream<M, F>(data[i] + 64);
         data[i] += bytes;
       }
-      EACH(int m = 0; m < M; ++m) {
+      EACH (int m = 0; m < M; ++m) {
         const f32x16 s = splat(x.f32[m * x.ld + k]), t = splat(x.f32[m * x.ld + k + 1]);
-        EACH(int i = 0; i < P; ++i) even[i * M + m] = fma(a[i], s, even[i * M + m]), odd[i * M + m] = fma(b[i], t, odd[i * M + m]);
+        EACH (int i = 0; i < P; ++i)
+          even[i * M + m] = fma(a[i], s, even[i * M + m]), odd[i * M + m] = fma(b[i], t, odd[i * M + m]);
       }
     }
     if (F != Format::fp8) continue;
-    EACH(int i = 0; i < P; ++i) {
+    EACH (int i = 0; i < P; ++i) {
       const f32x16 scale = load<f32x16>(record[i] + g * 64) * 256.0f;
-      EACH(int m = 0; m < M; ++m) {
+      EACH (int m = 0; m < M; ++m) {
         total[i * M + m] = fma(even[i * M + m] + odd[i * M + m], scale, total[i * M + m]);
         even[i * M + m] = odd[i * M + m] = f32x16{};
       }
     }
   }
-  EACH(int i = 0; i < P; ++i)
-    EACH(int m = 0; m < M; ++m) store(out + m * ldo + 16 * i, F == Format::fp8 ? total[i * M + m] : even[i * M + m] + odd[i * M + m]);
+  EACH (int i = 0; i < P; ++i)
+    EACH (int m = 0; m < M; ++m)
+      store(out + m * ldo + 16 * i, F == Format::fp8 ? total[i * M + m] : even[i * M + m] + odd[i * M + m]);
 }
 
 // `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow.
 template <int M, int P, Format F>
-[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const int8_t* x, int ld, int columns, i32x16 (&acc)[P * M],
-                                               i32x16 (&more)[P * M]) {
+[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const int8_t* x, int ld,
+                                               int columns, i32x16 (&acc)[P * M], i32x16 (&more)[P * M]) {
   constexpr int bytes = F == Format::q4 ? 64 : 128;  // of 8 columns
   for (int k = 0; k < columns; k += 8) {
     bytes64 a[P], b[P];
-    EACH(int i = 0; i < P; ++i) {
+    EACH (int i = 0; i < P; ++i) {
       const uint8_t* p = data[i];
       data[i] += bytes;
       a[i] = load_bytes(p);
@@ -126,13 +130,15 @@ template <int M, int P, Format F>
         fetch_stream<M, F>(p + 64);
       }
     }
-    EACH(int m = 0; m < M; ++m) {
+    EACH (int m = 0; m < M; ++m) {
       const auto s = splat4(x + static_cast<size_t>(m) * ld + k);
-      EACH(int i = 0; i < P; ++i) acc[i * M + m] = F == Format::q4 ? dot4_nibble(acc[i * M + m], a[i], s) : dot4(acc[i * M + m], a[i], s);
+      EACH (int i = 0; i < P; ++i)
+        acc[i * M + m] =
+            F == Format::q4 ? dot4_nibble(acc[i * M + m], a[i], s) : dot4(acc[i * M + m], a[i], s);
     }
-    EACH(int m = 0; m < M; ++m) {
+    EACH (int m = 0; m < M; ++m) {
       const auto s = splat4(x + static_cast<size_t>(m) * ld + k + 4);
-      EACH(int i = 0; i < P; ++i) {
+      EACH (int i = 0; i < P; ++i) {
         i32x16& second = M * P <= 4 ? more[i * M + m] : acc[i * M + m];
         second = F == Format::q4 ? dot4_nibble(second, b[i], s) : dot4(second, b[i], s);
       }
@@ -142,12 +148,15 @@ template <int M, int P, Format F>
 
 // Integer sums of group g of one panel into the float sums of M rows.
 template <int M, Format F, bool Zero>
-[[gnu::always_inline]] inline void add_group(const Matrix& w, const uint8_t* scales, const Act& x, int g, const i32x16* acc, const i32x16* more,
-                                             f32x16* total) {
-  const f32x16 scale = F == Format::q4 ? half_to_float(reinterpret_cast<const uint16_t*>(scales) + g * 16) : splat(1.0f);
-  EACH(int m = 0; m < M; ++m) {
+[[gnu::always_inline]] inline void add_group(const Matrix& w, const uint8_t* scales, const Act& x, int g,
+                                             const i32x16* acc, const i32x16* more, f32x16* total) {
+  const f32x16 scale =
+      F == Format::q4 ? half_to_float(reinterpret_cast<const uint16_t*>(scales) + g * 16) : splat(1.0f);
+  EACH (int m = 0; m < M; ++m) {
     i32x16 sum = acc[m] + more[m];
-    if constexpr (Zero) sum += widen(reinterpret_cast<const int8_t*>(scales + w.groups() * 32) + g * 16) * (x.comp[m * x.groups + g] / 8);
+    if constexpr (Zero)
+      sum += widen(reinterpret_cast<const int8_t*>(scales + w.groups() * 32) + g * 16) *
+             (x.comp[m * x.groups + g] / 8);
     const f32x16 s = F == Format::q4 ? scale * x.scale[m * x.groups + g] : splat(x.scale[m * x.groups + g]);
     total[m] = fma(to_float(sum), s, total[m]);
   }
@@ -166,15 +175,16 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
     fetch_ahead<M>(data, ahead, g, bytes_a_column * w.group);
     if (M == kRowsOfMany)  // the next rows, to the first cache
       for (int at = k; at < end; at += 64)
-        EACH(int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
-    EACH(int m = 0; m < M; ++m)
-      EACH(int i = 0; i < P; ++i) acc[i * M + m] = splati(x.comp[m * x.groups + g]);
+        EACH (int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
+    EACH (int m = 0; m < M; ++m)
+      EACH (int i = 0; i < P; ++i) acc[i * M + m] = splati(x.comp[m * x.groups + g]);
     dot_columns<M, P, F>(data, x.q + k, x.ld, end - k, acc, more);
-    EACH(int i = 0; i < P; ++i) add_group<M, F, Zero>(w, record[i] + 64, x, g, acc + i * M, more + i * M, total + i * M);
+    EACH (int i = 0; i < P; ++i)
+      add_group<M, F, Zero>(w, record[i] + 64, x, g, acc + i * M, more + i * M, total + i * M);
   }
   for (int i = 0; i < P; ++i) {
     const f32x16 row = load<f32x16>(record[i]);
-    EACH(int m = 0; m < M; ++m) store(out + m * ldo + 16 * i, total[i * M + m] * row);
+    EACH (int m = 0; m < M; ++m) store(out + m * ldo + 16 * i, total[i * M + m] * row);
   }
 }
 
@@ -189,12 +199,12 @@ void panel_sparse(const Matrix& w, int panel, const Act& x, Ahead, float* out, i
     for (; k < end; k += kBlock) {
       if (!(mask[k / 64] >> (k % 64 / kBlock) & 1)) continue;
       dot_columns<M, 1, F>(data, x.q + k, x.ld, kBlock, acc, more);
-      EACH(int m = 0; m < M; ++m) acc[m] += x.block_comp[m * x.blocks + k / kBlock];
+      EACH (int m = 0; m < M; ++m) acc[m] += x.block_comp[m * x.blocks + k / kBlock];
     }
     add_group<M, F, false>(w, rows + 64, x, g, acc, more, total);
   }
   const f32x16 row = load<f32x16>(rows);
-  EACH(int m = 0; m < M; ++m) store(out + m * ldo, total[m] * row);
+  EACH (int m = 0; m < M; ++m) store(out + m * ldo, total[m] * row);
 }
 
 typedef void (*PanelKernel)(const Matrix&, int, const Act&, Ahead, float*, int);
@@ -205,7 +215,8 @@ PanelKernel panel_of(const Matrix& w) {
     case Format::f32: return panels_float<M, P, Format::f32>;
     case Format::bf16: return panels_float<M, P, Format::bf16>;
     case Format::fp8: return panels_float<M, P, Format::fp8>;
-    case Format::q8: return w.sparse ? panel_sparse<M, Format::q8> : panels_quantized<M, P, Format::q8, false>;
+    case Format::q8:
+      return w.sparse ? panel_sparse<M, Format::q8> : panels_quantized<M, P, Format::q8, false>;
     default:
       if (w.sparse) return panel_sparse<M, Format::q4>;
       return w.zero ? panels_quantized<M, P, Format::q4, true> : panels_quantized<M, P, Format::q4, false>;
@@ -227,7 +238,8 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
     const int together = rows > kStream && i + kPanelsAtOnce <= count && !w.sparse ? kPanelsAtOnce : 1;
     for (int b = 0, m = 0; b < blocks; ++b) {
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
-      const PanelKernel kernel = together == 1 ? panel_kernel<1>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
+      const PanelKernel kernel =
+          together == 1 ? panel_kernel<1>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
       const Ahead ahead{w.stride * together, groups * b / blocks, groups * (b + 1) / blocks};
       kernel(w, panel + i, row(x, m), ahead, out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
       m += some;

@@ -24,7 +24,8 @@ inline void insert(Best* list, int k, Best b) {
   list[i] = b;
 }
 
-void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t first, int k, Best* best, float* max, float* sum) {
+void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t first, int k, Best* best,
+                  float* max, float* sum) {
   kernels.exp_sum(logits, n, max, sum);
   std::fill_n(best, k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
   if (k == 1) {
@@ -37,12 +38,13 @@ void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t fi
 
 }  // namespace
 
-void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* norm, float eps, int k, float* values,
-                         int64_t* ids, float* logsumexp) {
+void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* norm, float eps, int k,
+                         float* values, int64_t* ids, float* logsumexp) {
   const Matrix& w = packed.m;
   const int chunks = (w.panels + kChunk - 1) / kChunk, columns = kChunk * kPanel;
   work_.reset();
-  const Act space = work_.act(w, std::max(tokens, pool.size()), kernels.split_act && tokens >= kernels.split_rows, w.sparse);
+  const Act space = work_.act(w, std::max(tokens, pool.size()),
+                              kernels.split_act && tokens >= kernels.split_rows, w.sparse);
   float* scratch = work_.take<float>(static_cast<size_t>(pool.size()) * act_stride(w.k));
   float* tiles = work_.take<float>(static_cast<size_t>(pool.size()) * tokens * columns);
   Best* best = work_.take<Best>(static_cast<size_t>(chunks) * tokens * k);
@@ -56,7 +58,8 @@ void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* 
       kernels.tile(w, c * kChunk, count, act, tokens, tile, columns);
       for (int t = 0; t < tokens; ++t) {
         const size_t at = static_cast<size_t>(c) * tokens + t;
-        reduce_chunk(kernels, tile + t * columns, n, static_cast<int64_t>(c) * columns, k, best + at * k, max + at, sum + at);
+        reduce_chunk(kernels, tile + t * columns, n, static_cast<int64_t>(c) * columns, k, best + at * k,
+                     max + at, sum + at);
       }
     });
   });
@@ -64,7 +67,8 @@ void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* 
     float top = max[t];
     for (int c = 1; c < chunks; ++c) top = std::max(top, max[c * tokens + t]);
     double total = 0.0;
-    std::vector<Best> list(k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
+    std::vector<Best> list(
+        k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
     for (int c = 0; c < chunks; ++c) {
       const size_t at = static_cast<size_t>(c) * tokens + t;
       total += static_cast<double>(sum[at]) * std::exp(static_cast<double>(max[at] - top));

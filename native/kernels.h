@@ -6,29 +6,30 @@ namespace farthing {
 
 // One block of online softmax attention: R query rows against S keys that lie in one contiguous array.
 struct AttendBlock {
-  const float* q;          // [rows][width], scaled
-  const uint16_t* q_hi;    // bfloat16: [width/2][16][2] and its rest in tile order (AMX), or [rows][width]
+  const float* q;        // [rows][width], scaled
+  const uint16_t* q_hi;  // bfloat16: [width/2][16][2] and its rest in tile order (AMX), or [rows][width]
   const uint16_t* q_lo;
-  int rows;                // at most 16
-  int width;               // padded to 32
-  int latent;              // padded to 32
-  int keys;                // at most kKeyBlock
-  const float* k32;        // [keys][width] or null
-  const uint16_t* k16;     // [kKeyBlock][k16_stride] bfloat16 or null
+  int rows;             // at most 16
+  int width;            // padded to 32
+  int latent;           // padded to 32
+  int keys;             // at most kKeyBlock
+  const float* k32;     // [keys][width] or null
+  const uint16_t* k16;  // [kKeyBlock][k16_stride] bfloat16 or null
   int k16_stride;
-  const uint16_t* const* rows16;  // [2 * kKeyBlock] or each key where it lies, the last repeated, then those of the next block
-  const int* visible;      // [rows] keys of this block each row may see
-  float* max;              // [rows] running maximum
-  float* sum;              // [rows] running sum
-  float* out;              // [rows][latent] running, not divided by sum
+  const uint16_t* const*
+      rows16;  // [2 * kKeyBlock] or each key where it lies, the last repeated, then those of the next block
+  const int* visible;  // [rows] keys of this block each row may see
+  float* max;          // [rows] running maximum
+  float* sum;          // [rows] running sum
+  float* out;          // [rows][latent] running, not divided by sum
 };
 constexpr int kKeyBlock = 64;
 
 // How a row of keys lies in attention's arrays: latent, zeros, rotary, zeros.
 struct KeyShape {
-  int latent, rope;    // c, r
-  int latent_padded;   // to 32
-  int width;           // latent_padded + r padded to 32
+  int latent, rope;   // c, r
+  int latent_padded;  // to 32
+  int width;          // latent_padded + r padded to 32
 };
 
 struct ConvLayer;
@@ -51,11 +52,16 @@ struct Kernels {
   void (*load_key)(int type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
   void (*split)(const float* x, int n, uint16_t* hi, uint16_t* lo);  // x = hi + lo in bfloat16, n % 16 == 0
   void (*round_bf16)(const float* x, int n, uint16_t* out);
-  void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips, int count);  // see conv_layer.h
+  void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips,
+               int count);  // see vision/layer.h
   void (*image_row)(const float* x, int64_t plane, int width, float scale, uint8_t* out);
-  bool split_act;     // wants hi and lo for bf16 matrices
-  int split_rows;     // … from this many rows on
-  enum class Keys { f32, tiles, rows } keys;  // what attend reads of a rounded cache: k32; k16 and q_hi, q_lo; rows16 and q_hi
+  bool split_act;  // wants hi and lo for bf16 matrices
+  int split_rows;  // … from this many rows on
+  enum class Keys {
+    f32,
+    tiles,
+    rows
+  } keys;  // what attend reads of a rounded cache: k32; k16 and q_hi, q_lo; rows16 and q_hi
 };
 
 extern const Kernels kernels_portable;

@@ -2,6 +2,7 @@
 #include "table.inl"
 
 #include "amx_gemm.inl"
+
 #include "amx_attend.inl"
 
 namespace farthing {

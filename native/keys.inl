@@ -25,7 +25,9 @@ inline void expand_part(int type, const uint8_t* row, int at, int n, int padded,
   };
   switch (type) {
     case 0: return expand(n, padded, out, [&](int i) { return load<f32x16>(lanes(i)); });
-    case 1: return expand(n, padded, out, [&](int i) { return bf16_to_float(reinterpret_cast<const uint16_t*>(lanes(i))); });
+    case 1:
+      return expand(n, padded, out,
+                    [&](int i) { return bf16_to_float(reinterpret_cast<const uint16_t*>(lanes(i))); });
     case 2: return expand(n, padded, out, [&](int i) { return fp8_to_float(lanes(i)) * (scale * 256.0f); });
     default:
       return expand(n, padded, out, [&](int i) {
@@ -36,7 +38,8 @@ inline void expand_part(int type, const uint8_t* row, int at, int n, int padded,
 
 void load_key(int type, const uint8_t* row, const float* scale, const KeyShape& s, float* out) {
   expand_part(type, row, 0, s.latent, s.latent_padded, scale ? scale[0] : 1.0f, out);
-  expand_part(type, row, s.latent, s.rope, s.width - s.latent_padded, scale ? scale[1] : 1.0f, out + s.latent_padded);
+  expand_part(type, row, s.latent, s.rope, s.width - s.latent_padded, scale ? scale[1] : 1.0f,
+              out + s.latent_padded);
 }
 
 }  // namespace

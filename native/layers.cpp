@@ -9,12 +9,13 @@ namespace farthing {
 
 Rows Layers::rows(std::vector<float>& memory, int tokens, int width) {
   const auto stride = static_cast<int64_t>(round_up(static_cast<size_t>(width), size_t{16}));
-  if (memory.size() < static_cast<size_t>(tokens) * stride) memory.resize(static_cast<size_t>(tokens) * stride);
+  if (memory.size() < static_cast<size_t>(tokens) * stride)
+    memory.resize(static_cast<size_t>(tokens) * stride);
   return {memory.data(), stride};
 }
 
-void Backend::layers(Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps, int64_t* counts,
-                     int64_t counts_stride, Rows out) {
+void Backend::layers(Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps,
+                     int64_t* counts, int64_t counts_stride, Rows out) {
   const Rows none{nullptr, 0};
   Cache at = cache;
   for (const Layer& l : model.layers) {
@@ -31,7 +32,8 @@ void Backend::layers(Layers& model, Rows x, int tokens, const Cache& cache, cons
     // Over ranks, the first one brings what is not shared among them into the sum.
     linear(*l.o, heads, tokens, nullptr, eps, !l.o_sum || l.o_sum->index == 0 ? x : none, h);
     if (l.o_sum) l.o_sum->add(h, tokens, l.o->m.n);
-    moe(*l.feed, h, tokens, l.feed_norm, eps, counts, out, nullptr, nullptr, !l.feed_sum || l.feed_sum->index == 0);
+    moe(*l.feed, h, tokens, l.feed_norm, eps, counts, out, nullptr, nullptr,
+        !l.feed_sum || l.feed_sum->index == 0);
     if (l.feed_sum) l.feed_sum->add(out, tokens, l.o->m.n);
     x = out;
     at.data += cache.layer_bytes;
@@ -40,10 +42,12 @@ void Backend::layers(Layers& model, Rows x, int tokens, const Cache& cache, cons
   }
 }
 
-void embed(const uint8_t* table, bool half, int64_t ld, int64_t rows, const int64_t* ids, int tokens, int hidden, float* out) {
+void embed(const uint8_t* table, bool half, int64_t ld, int64_t rows, const int64_t* ids, int tokens,
+           int hidden, float* out) {
   for (int t = 0; t < tokens; ++t, out += hidden) {
     if (ids[t] < 0 || ids[t] >= rows)
-      throw std::out_of_range("token id " + std::to_string(ids[t]) + " is not in the vocabulary of " + std::to_string(rows));
+      throw std::out_of_range("token id " + std::to_string(ids[t]) + " is not in the vocabulary of " +
+                              std::to_string(rows));
     const uint8_t* row = table + ids[t] * ld * (half ? 2 : 4);
     if (!half) {
       std::memcpy(out, row, sizeof(float) * hidden);

@@ -54,8 +54,8 @@ Backend::Backend(int threads, const char* isa, const std::string& topology, bool
 
 // Rows into the form the kernels of `w` read. One token: every thread its own copy, no barrier.
 // `scratch` holds one row a thread.
-Act Backend::prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm,
-                     float eps, float* scratch) {
+Act Backend::prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens,
+                     const float* norm, float eps, float* scratch) {
   float* mine = scratch + static_cast<size_t>(team.id()) * act_stride(w.k);
   const auto one = [&](int t, int to) {
     const float* from = x.row(t);
@@ -73,12 +73,13 @@ Act Backend::prepare(Team& team, int phase, const Matrix& w, const Act& act, Row
 
 namespace {
 
-constexpr int kPair = 2;              // panels a kernel call computes
-constexpr int kRowBlock = 256;        // rows of the tile of outputs that stays in cache
+constexpr int kPair = 2;        // panels a kernel call computes
+constexpr int kRowBlock = 256;  // rows of the tile of outputs that stays in cache
 
 // f(first column, columns, first row, rows, tile [rows][32]) for a pair of panels.
 template <class F>
-void for_tiles(const Kernels& kernels, const Matrix& w, int pair, const Act& x, int rows, float* tile, F&& f) {
+void for_tiles(const Kernels& kernels, const Matrix& w, int pair, const Act& x, int rows, float* tile,
+               F&& f) {
   const int panel = pair * kPair, count = std::min(kPair, w.panels - panel);
   for (int m = 0; m < rows; m += kRowBlock) {
     const int some = std::min(kRowBlock, rows - m);
@@ -97,10 +98,12 @@ void Backend::rms_norm(Rows x, int tokens, int k, const float* weight, float eps
   for (int t = 0; t < tokens; ++t) kernels.rms_norm(x.row(t), weight, eps, k, out.row(t));
 }
 
-void Backend::linear(const Packed& packed, Rows x, int tokens, const float* norm, float eps, Rows residual, Rows out) {
+void Backend::linear(const Packed& packed, Rows x, int tokens, const float* norm, float eps, Rows residual,
+                     Rows out) {
   const Matrix& w = packed.m;
   work_.reset();
-  const Act space = work_.act(w, std::max(tokens, pool.size()), kernels.split_act && tokens >= kernels.split_rows, w.sparse);
+  const Act space = work_.act(w, std::max(tokens, pool.size()),
+                              kernels.split_act && tokens >= kernels.split_rows, w.sparse);
   float* scratch = work_.take<float>(static_cast<size_t>(pool.size()) * act_stride(w.k));
   float* tiles = work_.take<float>(static_cast<size_t>(pool.size()) * kRowBlock * 32);
   pool.run([&](Team& team) {

@@ -8,12 +8,13 @@
 //   bf16  [K/2][16][2] bfloat16                                   (so a 16 x 32 block is an AMX tile)
 //   fp8   [K/128][16] float scales, then [K][16] e4m3
 //   q8    [16] float row scales, then [K/4][16][4] uint8 = q + 128 (so a 16 x 64 block is an AMX tile)
-//   q4    [16] float row scales, [K/G][16] float16 scales relative to the row's largest, with zero points
-//         [K/G][16] int8, then [K/8][16][4] bytes: low nibble k % 8 < 4, high nibble the rest, each q + 8
+//   q4    [16] float row scales; [K/G][16] float16 scales relative to the row's largest magnitude, which may
+//         be negative; with zero points [K/G][16] int8; then [K/8][16][4] bytes: low nibble k % 8 < 4, high
+//         nibble the rest, each q + 8
 //
-// K is padded with zeros to a multiple of 2 (f32), 32 (bf16, fp8) or 64 (q8), N to a multiple of 16, what stands
-// before the data to 64 bytes. The record of a block-sparse q8 or q4 matrix begins with one byte every 64
-// columns, whose bits say which 16 x 16 blocks follow; the others are zero.
+// K is padded with zeros to a multiple of 2 (f32), 32 (bf16, fp8) or 64 (q8), N to a multiple of 16, what
+// stands before the data to 64 bytes. The record of a block-sparse q8 or q4 matrix begins with one byte every
+// 64 columns, whose bits say which 16 x 16 blocks follow; the others are zero.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,9 +22,9 @@
 namespace farthing {
 
 constexpr int kPanel = 16;
-constexpr int kBlock = 16;       // columns of a sparsity block
-constexpr int kActGroup = 128;   // columns of activations that share a scale where the weights have no groups
-constexpr int kMaxParts = 8;     // NUMA nodes a matrix can be spread over
+constexpr int kBlock = 16;      // columns of a sparsity block
+constexpr int kActGroup = 128;  // columns of activations that share a scale where the weights have no groups
+constexpr int kMaxParts = 8;    // NUMA nodes a matrix can be spread over
 
 enum class Format : uint32_t { f32 = 0, bf16 = 1, fp8 = 2, q8 = 3, q4 = 4 };
 
@@ -39,17 +40,17 @@ struct Rows {  // float32 rows of a tensor
 struct Matrix {
   Format format = Format::f32;
   int n = 0, k = 0;
-  int group = 0;   // of the activations' scales, and of q4's weight scales
-  int kp = 0;      // K padded
+  int group = 0;  // of the activations' scales, and of q4's weight scales
+  int kp = 0;     // K padded
   int panels = 0;
   bool zero = false;
   bool sparse = false;
-  float act_top = 127.0f;  // largest integer of the activations, 7 for 4 bits (held in int8) …
-  float act_clip = 1.0f;   // … and the share of a group's largest magnitude that it stands for
-  size_t stride = 0;                    // bytes of a dense record
-  const uint64_t* offsets = nullptr;    // [panels + 1] of a sparse matrix, from base[0]
-  int parts = 1;                        // NUMA nodes
-  int first[kMaxParts + 1] = {};        // first panel of each part
+  float act_top = 127.0f;             // largest integer of the activations, 7 for 4 bits (held in int8) …
+  float act_clip = 1.0f;              // … and the share of a group's largest magnitude that it stands for
+  size_t stride = 0;                  // bytes of a dense record
+  const uint64_t* offsets = nullptr;  // [panels + 1] of a sparse matrix, from base[0]
+  int parts = 1;                      // NUMA nodes
+  int first[kMaxParts + 1] = {};      // first panel of each part
   const uint8_t* base[kMaxParts] = {};
 
   const uint8_t* record(int panel) const {
@@ -63,7 +64,9 @@ struct Matrix {
   int mask_bytes() const { return sparse ? round_up((kp + 63) / 64, 64) : 0; }
   int head_bytes() const {  // of a record: everything before its data
     const int rows = quantized() ? 64 : 0;
-    const int scales = format == Format::q4 ? groups() * (zero ? 48 : 32) : format == Format::fp8 ? groups() * 64 : 0;
+    const int scales = format == Format::q4    ? groups() * (zero ? 48 : 32)
+                       : format == Format::fp8 ? groups() * 64
+                                               : 0;
     return mask_bytes() + round_up(rows + scales, 64);
   }
   size_t data_bytes() const {
@@ -78,15 +81,15 @@ inline int act_stride(int k) { return round_up(k, 64) + 64; }
 
 // M rows of activations in the forms the kernels of one format read. Rows are padded with zeros.
 struct Act {
-  int ld = 0;               // row stride, elements
-  int groups = 0;           // row stride of scale and comp
-  int blocks = 0;           // row stride of block_comp
-  float* f32 = nullptr;     // f32, bf16, fp8
-  uint16_t* hi = nullptr;   // bf16 on AMX: x = hi + lo to 16 bits of mantissa; q8 and q4: hi alone
+  int ld = 0;              // row stride, elements
+  int groups = 0;          // row stride of scale and comp
+  int blocks = 0;          // row stride of block_comp
+  float* f32 = nullptr;    // f32, bf16, fp8
+  uint16_t* hi = nullptr;  // bf16 on AMX: x = hi + lo to 16 bits of mantissa; q8 and q4: hi alone
   uint16_t* lo = nullptr;
-  int8_t* q = nullptr;      // q8, q4
+  int8_t* q = nullptr;  // q8, q4
   float* scale = nullptr;
-  int32_t* comp = nullptr;  // -offset * sum of a group: takes the +8 or +128 of the weights back out
+  int32_t* comp = nullptr;        // -offset * sum of a group: takes the +8 or +128 of the weights back out
   int32_t* block_comp = nullptr;  // the same of 16 columns, for sparse matrices
 };
 

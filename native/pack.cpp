@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 namespace farthing {
 namespace {
@@ -33,21 +34,24 @@ uint16_t bf16_bits(float f) {
   return static_cast<uint16_t>((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
 }
 
-uint16_t half_bits(float f) {  // of a value in [0, 1], to nearest even
+// A value in [-1, 1] as float16, rounded to nearest even.
+uint16_t half_bits(float f) {
+  const float a = std::fabs(f);
+  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+  if (a < 0x1p-14f) return static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(a * 0x1p24f)));
   uint32_t b;
-  if (f < 0x1p-14f) return static_cast<uint16_t>(std::nearbyint(f * 0x1p24f));
-  std::memcpy(&b, &f, 4);
+  std::memcpy(&b, &a, 4);
   b += 0xfffu + (b >> 13 & 1u);
-  return static_cast<uint16_t>((b - 0x38000000u) >> 13);
+  return static_cast<uint16_t>(sign | ((b - 0x38000000u) >> 13));
 }
 
 // One row of the packed matrix before it is laid out.
 struct Line {
-  std::vector<float> values;    // f32, bf16
-  std::vector<int8_t> q;        // q8, q4
-  std::vector<uint8_t> bytes;   // fp8
-  std::vector<float> scales;    // [groups]
-  std::vector<int8_t> zeros;    // [groups]
+  std::vector<float> values;   // f32, bf16
+  std::vector<int8_t> q;       // q8, q4
+  std::vector<uint8_t> bytes;  // fp8
+  std::vector<float> scales;   // [groups]
+  std::vector<int8_t> zeros;   // [groups]
 };
 
 void clear(Line& l, const Matrix& m) {
@@ -82,7 +86,9 @@ void read_row(Line& l, const Matrix& m, const Source& s, int r) {
   const size_t at = static_cast<size_t>(r) * s.k;
   const int groups = s.kind == Source::int4 ? s.k / s.group : 1;
   switch (s.kind) {
-    case Source::f32: std::memcpy(l.values.data(), static_cast<const float*>(s.data) + at, sizeof(float) * s.k); break;
+    case Source::f32:
+      std::memcpy(l.values.data(), static_cast<const float*>(s.data) + at, sizeof(float) * s.k);
+      break;
     case Source::bf16:
       for (int k = 0; k < s.k; ++k) l.values[k] = bf16_value(static_cast<const uint16_t*>(s.data)[at + k]);
       break;
@@ -92,7 +98,8 @@ void read_row(Line& l, const Matrix& m, const Source& s, int r) {
       return;
     case Source::int4:
       for (int k = 0; k < s.k; ++k)
-        l.q[k] = static_cast<int8_t>((static_cast<const uint8_t*>(s.data)[(at + k) / 2] >> (k % 2 * 4) & 15) - 8);
+        l.q[k] =
+            static_cast<int8_t>((static_cast<const uint8_t*>(s.data)[(at + k) / 2] >> (k % 2 * 4) & 15) - 8);
       for (int g = 0; g < groups; ++g) {
         l.scales[g] = s.scale[static_cast<size_t>(r) * groups + g];
         if (s.zero) l.zeros[g] = s.zero[static_cast<size_t>(r) * groups + g];
@@ -116,13 +123,15 @@ void write_data(uint8_t* p, const Matrix& m, const Line* lines) {
         for (int k = 0; k < m.kp; ++k) reinterpret_cast<float*>(p)[k * 16 + lane] = l.values[k];
         break;
       case Format::bf16:
-        for (int k = 0; k < m.kp; ++k) reinterpret_cast<uint16_t*>(p)[(k / 2 * 16 + lane) * 2 + k % 2] = bf16_bits(l.values[k]);
+        for (int k = 0; k < m.kp; ++k)
+          reinterpret_cast<uint16_t*>(p)[(k / 2 * 16 + lane) * 2 + k % 2] = bf16_bits(l.values[k]);
         break;
       case Format::fp8:
         for (int k = 0; k < m.kp; ++k) p[k * 16 + lane] = l.bytes[k];
         break;
       case Format::q8:
-        for (int k = 0; k < m.kp; ++k) p[(k / 4 * 16 + lane) * 4 + k % 4] = static_cast<uint8_t>(l.q[k] + 128);
+        for (int k = 0; k < m.kp; ++k)
+          p[(k / 4 * 16 + lane) * 4 + k % 4] = static_cast<uint8_t>(l.q[k] + 128);
         break;
       case Format::q4:
         for (int k = 0; k < m.kp; k += 8)
@@ -142,9 +151,12 @@ void write_scales(uint8_t* record, const Matrix& m, const Line* lines) {
   int8_t* zeros = reinterpret_cast<int8_t*>(record + 64 + groups * 32);
   for (int lane = 0; lane < kPanel; ++lane) {
     const Line& l = lines[lane];
-    rows[lane] = l.scales[0];
-    if (m.format == Format::q8) continue;
-    for (float s : l.scales) rows[lane] = std::max(rows[lane], s);
+    if (m.format == Format::q8) {
+      rows[lane] = l.scales[0];
+      continue;
+    }
+    // Group scales may be negative (AutoRound's symmetric format): the row scale is the largest magnitude.
+    rows[lane] = amax(l.scales.data(), groups);
     for (int g = 0; g < groups; ++g) {
       relative[g * 16 + lane] = rows[lane] > 0.0f ? half_bits(l.scales[g] / rows[lane]) : 0;
       if (m.zero) zeros[g * 16 + lane] = l.zeros[g];
@@ -153,7 +165,10 @@ void write_scales(uint8_t* record, const Matrix& m, const Line* lines) {
 }
 
 void describe(Matrix& m) {
-  const int multiple = m.format == Format::q8 ? 64 : m.format == Format::f32 ? 2 : m.format == Format::q4 ? 1 : 32;
+  const int multiple = m.format == Format::q8    ? 64
+                       : m.format == Format::f32 ? 2
+                       : m.format == Format::q4  ? 1
+                                                 : 32;
   m.kp = round_up(m.k, multiple);
   m.panels = (m.n + kPanel - 1) / kPanel;
   m.stride = m.head_bytes() + m.data_bytes();
@@ -194,8 +209,30 @@ double zero_share(const Matrix& m, const std::vector<uint8_t>& records) {
   size_t zero = 0;
   const int blocks = m.kp / kBlock;
   for (int p = 0; p < m.panels; ++p)
-    for (int b = 0; b < blocks; ++b) zero += block_is_zero(records.data() + m.stride * p + m.head_bytes(), m, b);
+    for (int b = 0; b < blocks; ++b)
+      zero += block_is_zero(records.data() + m.stride * p + m.head_bytes(), m, b);
   return static_cast<double>(zero) / (static_cast<double>(m.panels) * blocks);
+}
+
+// Scales that a source brings along; those computed while packing are finite if the values are.
+size_t scale_count(const Source& s) {
+  const size_t n = s.n, k = s.k;
+  switch (s.kind) {
+    case Source::int8: return n;
+    case Source::int4: return n * (k / s.group);
+    case Source::fp8: return (n + 127) / 128 * ((k + 127) / 128);
+    default: return 0;
+  }
+}
+
+void require_finite_scales(const std::vector<Source>& sources) {
+  for (const Source& s : sources) {
+    const size_t count = scale_count(s);
+    for (size_t i = 0; i < count; ++i)
+      if (!std::isfinite(s.scale[i]))
+        throw std::invalid_argument("scale " + std::to_string(i) + " of " + std::to_string(count) + " is " +
+                                    std::to_string(s.scale[i]) + "; expected finite scales");
+  }
 }
 
 struct RowRef {
@@ -209,7 +246,8 @@ std::vector<RowRef> row_order(const std::vector<Source>& sources, bool interleav
     const int panels = (sources[0].n + kPanel - 1) / kPanel;
     rows.resize(static_cast<size_t>(panels) * 2 * kPanel);
     for (int i = 0; i < 2; ++i)
-      for (int r = 0; r < sources[i].n; ++r) rows[r / kPanel * 2 * kPanel + i * kPanel + r % kPanel] = {&sources[i], r};
+      for (int r = 0; r < sources[i].n; ++r)
+        rows[r / kPanel * 2 * kPanel + i * kPanel + r % kPanel] = {&sources[i], r};
     return rows;
   }
   for (const Source& s : sources)
@@ -219,8 +257,10 @@ std::vector<RowRef> row_order(const std::vector<Source>& sources, bool interleav
 
 }  // namespace
 
-std::shared_ptr<Packed> Packed::pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group, bool zero,
-                                     bool interleave, double sparse_from, const std::vector<Source>& sources) {
+std::shared_ptr<Packed> Packed::pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group,
+                                     bool zero, bool interleave, double sparse_from,
+                                     const std::vector<Source>& sources) {
+  require_finite_scales(sources);
   auto packed = std::make_shared<Packed>();
   Matrix& m = packed->m;
   const std::vector<RowRef> rows = row_order(sources, interleave);
@@ -284,7 +324,8 @@ size_t Packed::serialized_bytes() const {
 }
 
 void Packed::serialize(uint8_t* out) const {
-  Header h{kMagic, static_cast<uint32_t>(m.format), m.n, m.k, m.group, m.zero, m.sparse, 0, serialized_bytes() - sizeof(Header), {}};
+  Header h{kMagic, static_cast<uint32_t>(m.format),     m.n, m.k, m.group, m.zero, m.sparse,
+           0,      serialized_bytes() - sizeof(Header), {}};
   std::memcpy(out, &h, sizeof h);
   out += sizeof h;
   if (m.sparse) {
@@ -299,7 +340,8 @@ void Packed::serialize(uint8_t* out) const {
   }
 }
 
-std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes, size_t size) {
+std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,
+                                     size_t size) {
   Header h;
   if (size < sizeof h) throw std::invalid_argument("packed matrix is cut off: fewer than 64 bytes");
   std::memcpy(&h, bytes, sizeof h);

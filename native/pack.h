@@ -32,8 +32,8 @@ class Arena {
 struct Source {
   enum Kind { f32, bf16, int8, int4, fp8 } kind;
   const void* data;
-  const float* scale;   // int8 [n, 1], int4 [n, k / group], fp8 [n / 128, k / 128]
-  const int8_t* zero;   // int4 [n, k / group] or null
+  const float* scale;  // int8 [n, 1], int4 [n, k / group], fp8 [n / 128, k / 128]
+  const int8_t* zero;  // int4 [n, k / group] or null
   int n, k, group;
 };
 
@@ -41,10 +41,12 @@ class Packed {
  public:
   Matrix m;
   // Packs rows of the sources stacked; with `interleave`, 16 rows of the first and 16 of the second in turn.
-  static std::shared_ptr<Packed> pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group, bool zero,
-                                      bool interleave, double sparse_from, const std::vector<Source>& sources);
+  static std::shared_ptr<Packed> pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group,
+                                      bool zero, bool interleave, double sparse_from,
+                                      const std::vector<Source>& sources);
   // A view of serialized bytes; `keep` holds their memory. Copied to the nodes where there are several.
-  static std::shared_ptr<Packed> view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes, size_t size);
+  static std::shared_ptr<Packed> view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,
+                                      size_t size);
   size_t serialized_bytes() const;
   void serialize(uint8_t* out) const;
   size_t weight_bytes() const;

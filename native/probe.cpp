@@ -22,7 +22,10 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-bool has(const char* isa) { return (" " + std::string(supported_kernels()) + " ").find(" " + std::string(isa) + " ") != std::string::npos; }
+bool has(const char* isa) {
+  return (" " + std::string(supported_kernels()) + " ").find(" " + std::string(isa) + " ") !=
+         std::string::npos;
+}
 
 float read_sum(const float* x, long n) {
 #if defined(__x86_64__)
@@ -64,7 +67,8 @@ double read_bandwidth(int threads, size_t bytes) {
   timed(threads, [&](int t) { std::fill_n(x + t * share, share, 1.0f); });
   std::vector<double> rates;
   for (int pass = 0; pass < kPasses; ++pass)
-    rates.push_back(static_cast<double>(n) * sizeof(float) / timed(threads, [&](int t) { sums[t] = read_sum(x + t * share, share); }) / 1e9);
+    rates.push_back(static_cast<double>(n) * sizeof(float) /
+                    timed(threads, [&](int t) { sums[t] = read_sum(x + t * share, share); }) / 1e9);
   munmap(at, n * sizeof(float));
   return sums[0] > 0.0f ? median(rates) : 0.0;
 }

@@ -51,7 +51,8 @@ void exclude_groups(const Router& r, float* choice) {
 void keep_mass(const Router& r, int32_t* ids, float* weights) {
   float sum = 0.0f, before = 0.0f;
   for (int i = 1; i < r.top_k; ++i)  // insertion sort, stable, heaviest first
-    for (int j = i; j > 0 && weights[j] > weights[j - 1]; --j) std::swap(weights[j], weights[j - 1]), std::swap(ids[j], ids[j - 1]);
+    for (int j = i; j > 0 && weights[j] > weights[j - 1]; --j)
+      std::swap(weights[j], weights[j - 1]), std::swap(ids[j], ids[j - 1]);
   for (int i = 0; i < r.top_k; ++i) sum += weights[i];
   for (int i = 0; i < r.top_k; ++i) {
     const float share = weights[i] / sum;
@@ -75,7 +76,8 @@ void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights
   if (r.mass >= 0.0f) keep_mass(r, ids, weights);
   float sum = 0.0f;
   for (int i = 0; i < r.top_k; ++i) sum += weights[i];
-  for (int i = 0; i < r.top_k; ++i) weights[i] = (r.normalize ? weights[i] / (sum + 1e-20f) : weights[i]) * r.scale;
+  for (int i = 0; i < r.top_k; ++i)
+    weights[i] = (r.normalize ? weights[i] / (sum + 1e-20f) : weights[i]) * r.scale;
 }
 
 }  // namespace farthing

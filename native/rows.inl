@@ -35,7 +35,8 @@ void round_to_bf16(const float* x, int k, uint16_t* out) {
   }
 }
 
-// clip * largest |x| to `top`, what lies beyond is clamped. k is padded to whole vectors with zeros by the caller.
+// clip * largest |x| to `top`, what lies beyond is clamped. k is padded to whole vectors with zeros by the
+// caller.
 inline float quantize_group(const float* x, int k, int8_t* q, float top_level, float clip) {
   f32x16 top = {};
   for_lanes(k, [&](int i) { top = max(top, abs(loadf(x + i))); });
@@ -79,7 +80,8 @@ void quantize(const Matrix& w, const Act& x, int row, int at, const float* value
       for (int i = 0; i < padded; ++i) tail[i] = i < n ? from[i] : 0.0f;
       from = tail;
     }
-    x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_group(from, padded, q + at + done, w.act_top, w.act_clip);
+    x.scale[static_cast<size_t>(row) * x.groups + g] =
+        quantize_group(from, padded, q + at + done, w.act_top, w.act_clip);
     x.comp[static_cast<size_t>(row) * x.groups + g] = offset * sum_bytes(q + at + done, padded);
     if (!x.block_comp) continue;
     int32_t* blocks = x.block_comp + static_cast<size_t>(row) * x.blocks + (at + done) / kBlock;
@@ -103,7 +105,8 @@ void store_act(const Matrix& w, const Act& x, int row, int at, const float* valu
     if (x.hi && last) pad(x.hi + start, w.k, to);
     if (last) {
       pad(x.q + start, round_up(w.k, 16), to);
-      if (x.block_comp) pad(x.block_comp + static_cast<size_t>(row) * x.blocks, (w.k + kBlock - 1) / kBlock, x.blocks);
+      if (x.block_comp)
+        pad(x.block_comp + static_cast<size_t>(row) * x.blocks, (w.k + kBlock - 1) / kBlock, x.blocks);
     }
     return;
   }
@@ -148,7 +151,8 @@ void exp_sum(const float* x, int n, float* top, float* sum) {
 void softmax(const float* x, int n, float* out) {
   f32x16 best = splat(kLowest), second = best, total = {};
   const int whole = n / 16 * 16;
-  for (int i = 0; i + 32 <= n; i += 32) best = max(best, loadf(x + i)), second = max(second, loadf(x + i + 16));
+  for (int i = 0; i + 32 <= n; i += 32)
+    best = max(best, loadf(x + i)), second = max(second, loadf(x + i + 16));
   if (n / 16 % 2) second = max(second, loadf(x + whole - 16));
   if (whole < n) best = max(best, load_tail(x + whole, n - whole, kLowest));
   const float top = reduce_max(max(best, second));

@@ -19,7 +19,9 @@ constexpr auto kNap = std::chrono::microseconds(50);
 
 }  // namespace
 
-float* SharedSum::slot(int rank) const { return reinterpret_cast<float*>(slots + (2 * rank + (*step & 1)) * slot_bytes); }
+float* SharedSum::slot(int rank) const {
+  return reinterpret_cast<float*>(slots + (2 * rank + (*step & 1)) * slot_bytes);
+}
 
 void SharedSum::check(int rank, int naps) const {
   if (failed->load(std::memory_order_relaxed)) throw PeerLost("another rank has failed");
@@ -48,7 +50,8 @@ void SharedSum::add_some(Rows x, int rows, int columns) const {
   const uint64_t now = ++*step;
   for (int rank = 0; rank < size; ++rank) wait(rank, now - 1);  // who has read what stood in this slot
   float* own = slot(index);
-  for (int r = 0; r < rows; ++r) std::memcpy(own + static_cast<int64_t>(r) * columns, x.row(r), sizeof(float) * columns);
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(own + static_cast<int64_t>(r) * columns, x.row(r), sizeof(float) * columns);
   counters[index * kLineWords].store(now, std::memory_order_release);
   for (int rank = 0; rank < size; ++rank) wait(rank, now);
   for (int r = 0; r < rows; ++r) {

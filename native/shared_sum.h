@@ -13,14 +13,16 @@ struct PeerLost : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// One rank's view of a group. The protocol is that of farthing/parallel/shared.py, whose collectives may come between.
+// One rank's view of a group. The protocol is that of farthing/parallel/shared.py, whose collectives may come
+// between.
 struct SharedSum {
   using Word = std::atomic<uint64_t>;
-  Word* counters;      // of rank 0, the others' a cache line apart: the last collective whose numbers are in the slot
-  uint8_t* slots;      // two a rank, used in turn
+  Word* counters;  // of rank 0, the others' a cache line apart: the last collective whose numbers are in the
+                   // slot
+  uint8_t* slots;  // two a rank, used in turn
   int64_t slot_bytes;
-  uint64_t* step;      // collectives that this rank has begun
-  const Word* failed;  // not zero: a rank has ended
+  uint64_t* step;           // collectives that this rank has begun
+  const Word* failed;       // not zero: a rank has ended
   int size, index, parent;  // parent: the process whose end is ours too, 0 for none
   bool crowded;             // more ranks than cores: waiting must not hold one
   double timeout;           // seconds

@@ -1,12 +1,14 @@
-// The kernels every instruction set is compiled with, as a table; one with better ones puts them in their place.
+// The kernels every instruction set is compiled with, as a table; one with better ones puts them in their
+// place.
 #include "kernels.h"
 #include "vec.h"
-
+// clang-format off: each uses what the ones above it define
 #include "rows.inl"
 #include "gemm.inl"
 #include "attend.inl"
 #include "keys.inl"
-#include "conv.inl"
+#include "vision/conv.inl"
+// clang-format on
 
 namespace farthing {
 namespace {

@@ -14,7 +14,8 @@
 namespace farthing {
 namespace {
 
-constexpr auto kAwake = std::chrono::milliseconds(2);  // longer than the Python between two steps, whose caches are cold
+constexpr auto kAwake =
+    std::chrono::milliseconds(2);  // longer than the Python between two steps, whose caches are cold
 
 std::vector<int> parse_cpus(const std::string& list) {
   std::vector<int> cpus;
@@ -22,7 +23,8 @@ std::vector<int> parse_cpus(const std::string& list) {
   for (std::string part; std::getline(in, part, ',');) {
     if (part.empty() || part == "\n") continue;
     const size_t dash = part.find('-');
-    const int low = std::stoi(part), high = dash == std::string::npos ? low : std::stoi(part.substr(dash + 1));
+    const int low = std::stoi(part),
+              high = dash == std::string::npos ? low : std::stoi(part.substr(dash + 1));
     for (int c = low; c <= high; ++c) cpus.push_back(c);
   }
   return cpus;
@@ -33,7 +35,8 @@ std::vector<std::vector<int>> parse_topology(const std::string& text) {
   std::stringstream in(text);
   for (std::string part; std::getline(in, part, ';');)
     if (auto cpus = parse_cpus(part); !cpus.empty()) nodes.push_back(cpus);
-  if (nodes.empty()) throw std::invalid_argument("topology '" + text + "' names no CPU; expected lists such as '0-3;4-7'");
+  if (nodes.empty())
+    throw std::invalid_argument("topology '" + text + "' names no CPU; expected lists such as '0-3;4-7'");
   return nodes;
 }
 
@@ -64,7 +67,8 @@ std::vector<std::vector<int>> machine_topology() {
   }
   if (nodes.empty()) {
     nodes.emplace_back();
-    for (unsigned c = 0; c < std::max(1u, std::thread::hardware_concurrency()); ++c) nodes[0].push_back(static_cast<int>(c));
+    for (unsigned c = 0; c < std::max(1u, std::thread::hardware_concurrency()); ++c)
+      nodes[0].push_back(static_cast<int>(c));
   }
   return nodes;
 }
@@ -140,7 +144,9 @@ bool Pool::take(int phase, int id, int units, Taken& t) {
       const int left = end - begin - front - back;
       if (left <= 0) break;
       const uint64_t chunk = std::max(1, left / 4);
-      if (!taken.compare_exchange_weak(seen, seen + (t.other ? chunk << 32 : chunk), std::memory_order_relaxed)) continue;
+      if (!taken.compare_exchange_weak(seen, seen + (t.other ? chunk << 32 : chunk),
+                                       std::memory_order_relaxed))
+        continue;
       t.begin = t.other ? end - back - static_cast<int>(chunk) : begin + front;
       t.end = t.begin + static_cast<int>(chunk);
       return true;
@@ -163,7 +169,8 @@ void Pool::start(void (*call)(void*, Team&), void* data) {
 }
 
 void Pool::wait_epoch(uint32_t seen) {
-  if (!spin([&] { return epoch_.load(std::memory_order_acquire) != seen; }, kAwake)) epoch_.wait(seen, std::memory_order_acquire);
+  if (!spin([&] { return epoch_.load(std::memory_order_acquire) != seen; }, kAwake))
+    epoch_.wait(seen, std::memory_order_acquire);
 }
 
 void Pool::loop(int id) {

@@ -1,9 +1,9 @@
 // One pool of threads: the caller works as thread 0, the others spin for a while and then sleep.
 //
-// Each thread has a contiguous part of the units and takes it from the front, so that what it reads is one stream;
-// one that is done takes from the back of another's part, so that a thread that loses its core holds nobody up.
-// Every unit is computed whole by one thread and nothing is summed across threads, so that the number of
-// threads never changes a result.
+// Each thread has a contiguous part of the units and takes it from the front, so that what it reads is one
+// stream; one that is done takes from the back of another's part, so that a thread that loses its core holds
+// nobody up. Every unit is computed whole by one thread and nothing is summed across threads, so that the
+// number of threads never changes a result.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -64,7 +64,8 @@ class Pool {
  private:
   friend class Team;
   struct alignas(64) Counter {
-    std::atomic<uint64_t> taken{0};  // units of a thread's part: low half from the front, high half from the back
+    std::atomic<uint64_t> taken{
+        0};  // units of a thread's part: low half from the front, high half from the back
   };
   struct Taken {
     int begin = 0, end = 0;
@@ -78,12 +79,12 @@ class Pool {
   std::mutex mutex_;
   int size_ = 1;
   bool real_ = false;
-  std::vector<std::vector<int>> cpus_;      // of each node
-  std::vector<int> node_threads_;           // threads of each node
+  std::vector<std::vector<int>> cpus_;  // of each node
+  std::vector<int> node_threads_;       // threads of each node
   std::vector<int> node_of_;
   std::vector<std::thread> workers_;
-  std::vector<int> first_thread_;           // of each node
-  std::vector<Counter> counters_;           // [phase][thread]
+  std::vector<int> first_thread_;  // of each node
+  std::vector<Counter> counters_;  // [phase][thread]
   void (*call_)(void*, Team&) = nullptr;
   void* data_ = nullptr;
   alignas(64) std::atomic<uint32_t> epoch_{0};

@@ -55,7 +55,9 @@ inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #endif
 }
 
-inline f32x16 bf16_to_float(const uint16_t* p) { return bits_to_float(__builtin_convertvector(load<u16x16>(p), u32x16) << 16); }
+inline f32x16 bf16_to_float(const uint16_t* p) {
+  return bits_to_float(__builtin_convertvector(load<u16x16>(p), u32x16) << 16);
+}
 
 inline u16x16 float_to_bf16(f32x16 v) {  // to nearest even
   const u32x16 b = float_to_bits(v);
@@ -84,7 +86,8 @@ inline i32x16 widen(const int8_t* p) {
 #if defined(__AVX512F__)
   return (i32x16)_mm512_cvtepi8_epi32(load<__m128i>(p));
 #elif defined(__AVX2__)
-  const __m256i a = _mm256_cvtepi8_epi32(load<__m128i>(p)), b = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)));
+  const __m256i a = _mm256_cvtepi8_epi32(load<__m128i>(p)),
+                b = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)));
   i32x16 r;
   memcpy(&r, &a, 32);
   memcpy(reinterpret_cast<char*>(&r) + 32, &b, 32);
@@ -123,9 +126,15 @@ inline T reduce(const V& v, F&& f) {
     for (int i = 0; i < n; ++i) a[i] = f(a[i], a[i + n]);
   return a[0];
 }
-inline float reduce_add(f32x16 v) { return reduce<float>(v, [](float a, float b) { return a + b; }); }
-inline float reduce_max(f32x16 v) { return reduce<float>(v, [](float a, float b) { return a > b ? a : b; }); }
-inline int reduce_add(i32x16 v) { return reduce<int>(v, [](int a, int b) { return a + b; }); }
+inline float reduce_add(f32x16 v) {
+  return reduce<float>(v, [](float a, float b) { return a + b; });
+}
+inline float reduce_max(f32x16 v) {
+  return reduce<float>(v, [](float a, float b) { return a > b ? a : b; });
+}
+inline int reduce_add(i32x16 v) {
+  return reduce<int>(v, [](int a, int b) { return a + b; });
+}
 #endif
 
 // e^x, relative error 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. x below -87 gives 0.
@@ -156,9 +165,13 @@ inline f32x16 exp(f32x16 x) {
 typedef __m512i bytes64;
 inline bytes64 load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline bytes64 low_nibbles(bytes64 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-inline bytes64 high_nibbles(bytes64 v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
+inline bytes64 high_nibbles(bytes64 v) {
+  return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+}
 inline __m512i splat4(const int8_t* s) { return _mm512_set1_epi32(load<int32_t>(s)); }
-inline i32x16 dot4(i32x16 acc, bytes64 u, __m512i s) { return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, u, s); }
+inline i32x16 dot4(i32x16 acc, bytes64 u, __m512i s) {
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, u, s);
+}
 inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m512i s) { return dot4(acc, u, s); }
 #elif defined(__AVX2__)
 struct bytes64 {
@@ -183,10 +196,12 @@ inline i32x16 join(__m256i a, __m256i b) {
 inline __m256i splat4(const int8_t* s) { return _mm256_set1_epi32(load<int32_t>(s)); }
 inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m256i x) {
   const __m256i one = _mm256_set1_epi16(1);
-  return acc + join(_mm256_madd_epi16(_mm256_maddubs_epi16(u.a, x), one), _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, x), one));
+  return acc + join(_mm256_madd_epi16(_mm256_maddubs_epi16(u.a, x), one),
+                    _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, x), one));
 }
 inline __m256i dot4_wide(__m256i u, __m256i x) {
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
   return _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(x, 8)));
 }
 inline i32x16 dot4(i32x16 acc, bytes64 u, __m256i x) {

@@ -1,4 +1,4 @@
-"""The student on the product's own CPU kernels, picture by picture: see `farthing.ops.cpu.conv`."""
+"""The student on the product's own CPU kernels, picture by picture: see `farthing.ops.cpu.vision`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from bench.resnet50.quantize import IMAGE_SCALE, SHIFT, QuantBottleneck, QuantConv, QuantResNet50, Range
 from torch import Tensor
 
-from farthing.ops.cpu.conv import IMAGE_ZERO, ConvProgram, Output, Plane
+from farthing.ops.cpu.vision import IMAGE_ZERO, ConvProgram, Output, Plane
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-// Strips of pixels times pairs of output groups. Included by the kernel sources; see conv_layer.h for the layouts.
-#include "conv_layer.h"
+// Strips of pixels times pairs of output groups. Included by the kernel sources; see conv_layer.h for the
+// layouts.
+#include "layer.h"
 
 namespace farthing {
 namespace {
@@ -75,19 +76,24 @@ struct Target {
   uint8_t *wide, *narrow;
 };
 
-// wide: round(v) to 8 bits. narrow: (wide + half) >> shift, at most top. 16 bytes a pixel, one behind the other.
+// wide: round(v) to 8 bits. narrow: (wide + half) >> shift, at most top. 16 bytes a pixel, one behind the
+// other.
 template <int Q>
-[[gnu::always_inline]] inline void store_pixels(const ConvLayer& l, Target to, const f32x16 (&v)[Q], int count) {
+[[gnu::always_inline]] inline void store_pixels(const ConvLayer& l, Target to, const f32x16 (&v)[Q],
+                                                int count) {
   const int half = (1 << l.shift) >> 1;
 #if defined(__AVX512F__)
-  const __m512i most = _mm512_set1_epi8(static_cast<char>(l.top)), add = _mm512_set1_epi8(static_cast<char>(half));
+  const __m512i most = _mm512_set1_epi8(static_cast<char>(l.top)),
+                add = _mm512_set1_epi8(static_cast<char>(half));
   const __m512i kept = _mm512_set1_epi8(static_cast<char>(255 >> l.shift));
   const __m128i shift = _mm_cvtsi32_si128(l.shift);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   EACH_(int p = 0; p < Q; p += 4) {
     __m512i q[4];
-    EACH_(int i = 0; i < 4; ++i) q[i] = p + i < Q ? _mm512_cvtps_epi32(v[p + i < Q ? p + i : 0]) : _mm512_setzero_si512();
-    const __m512i packed = _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+    EACH_(int i = 0; i < 4; ++i)
+    q[i] = p + i < Q ? _mm512_cvtps_epi32(v[p + i < Q ? p + i : 0]) : _mm512_setzero_si512();
+    const __m512i packed =
+        _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
     const __m512i bytes = _mm512_permutexvar_epi32(order, packed);
     const int n = count - p < 0 ? 0 : count - p > 4 ? 4 : count - p;
     const __mmask16 lanes = static_cast<__mmask16>((1u << (4 * n)) - 1);
@@ -110,7 +116,8 @@ template <int Q>
 
 // Q pixels of one strip and one group, from the pixel `first`.
 template <int Q>
-[[gnu::always_inline]] inline void finish(const ConvLayer& l, int group, const Strip& s, int first, const i32x16* acc) {
+[[gnu::always_inline]] inline void finish(const ConvLayer& l, int group, const Strip& s, int first,
+                                          const i32x16* acc) {
   const int count = s.count - first;
   if (count <= 0) return;
   const f32x16 mult = loadf(l.mult + group * 16), bias = loadf(l.bias + group * 16);
@@ -122,28 +129,33 @@ template <int Q>
     EACH_(int p = 0; p < Q; ++p) v[p] = fma_exact(bytes_to_float(from + 16 * p), scale, v[p]);
   }
   if (l.floats)
-    for (int p = 0; p < Q && p < count; ++p) store(l.floats + (s.pixel + first + p) * l.floats_row + group * 16, v[p]);
+    for (int p = 0; p < Q && p < count; ++p)
+      store(l.floats + (s.pixel + first + p) * l.floats_row + group * 16, v[p]);
   if (!l.wide && !l.narrow) return;
-  store_pixels(l, {l.wide ? l.wide + group * l.wide_plane + s.wide + 16 * first : nullptr,
-                   l.narrow ? l.narrow + group * l.narrow_plane + s.narrow + 16 * first : nullptr}, v, count);
+  store_pixels(l,
+               {l.wide ? l.wide + group * l.wide_plane + s.wide + 16 * first : nullptr,
+                l.narrow ? l.narrow + group * l.narrow_plane + s.narrow + 16 * first : nullptr},
+               v, count);
 }
 
 // `count` blocks of G groups into the sums of S strips of Q pixels, acc [G][S][Q].
 template <int Step, bool Small, int G, int S, int Q>
-[[gnu::always_inline]] inline void add_blocks(const int32_t* offsets, int count, const int8_t* w, int stride, const uint8_t* const (&in)[S],
-                                              i32x16* acc) {
+[[gnu::always_inline]] inline void add_blocks(const int32_t* offsets, int count, const int8_t* w, int stride,
+                                              const uint8_t* const (&in)[S], i32x16* acc) {
   for (int i = 0; i < count; ++i, w += stride) {
     const uint8_t* at[S];
     EACH_(int s = 0; s < S; ++s) at[s] = in[s] + offsets[i];
     EACH_(int j = 0; j < 4; ++j) {
-      // Windows overlap: a compiler that keeps what it read for the next pixel has no registers left for sums.
+      // Windows overlap: a compiler that keeps what it read for the next pixel has no registers left for
+      // sums.
       EACH_(int s = 0; s < S; ++s) asm("" : "+r"(at[s]));
       decltype(weights64(w)) v[G];
       EACH_(int g = 0; g < G; ++g) v[g] = weights64(w + g * kBlockBytes + 64 * j);
       EACH_(int s = 0; s < S; ++s) {
         EACH_(int p = 0; p < Q; ++p) {
           const auto x = pixel4(at[s] + p * Step + 4 * j);
-          EACH_(int g = 0; g < G; ++g) acc[(g * S + s) * Q + p] = dot_pixel<Small>(acc[(g * S + s) * Q + p], x, v[g]);
+          EACH_(int g = 0; g < G; ++g)
+          acc[(g * S + s) * Q + p] = dot_pixel<Small>(acc[(g * S + s) * Q + p], x, v[g]);
         }
       }
     }
@@ -164,14 +176,16 @@ inline void pair_strips(const ConvLayer& l, const ConvPair& pair, const Strip* s
     add_blocks<Step, Small, 1, S, Q>(only, pair.only[0], rest, kBlockBytes, in, acc);
     add_blocks<Step, Small, 1, S, Q>(only + pair.only[0], pair.only[1], last, kBlockBytes, in, acc + S * Q);
     EACH_(int g = 0; g < 2; ++g)
-      EACH_(int s = 0; s < S; ++s)
-        if (pair.group[g] >= 0) finish<Q>(l, pair.group[g], strip[s], first, acc + (g * S + s) * Q);
+    EACH_(int s = 0; s < S; ++s)
+    if (pair.group[g] >= 0) finish<Q>(l, pair.group[g], strip[s], first, acc + (g * S + s) * Q);
     return;
   }
   for (int g = 0; g < 2 && pair.group[g] >= 0; ++g) {
     i32x16 acc[S * Q] = {};
-    add_blocks<Step, Small, 1, S, Q>(pair.offsets, pair.both, pair.weights + g * kBlockBytes, 2 * kBlockBytes, in, acc);
-    add_blocks<Step, Small, 1, S, Q>(only + (g ? pair.only[0] : 0), pair.only[g], g ? last : rest, kBlockBytes, in, acc);
+    add_blocks<Step, Small, 1, S, Q>(pair.offsets, pair.both, pair.weights + g * kBlockBytes, 2 * kBlockBytes,
+                                     in, acc);
+    add_blocks<Step, Small, 1, S, Q>(only + (g ? pair.only[0] : 0), pair.only[g], g ? last : rest,
+                                     kBlockBytes, in, acc);
     for (int s = 0; s < S; ++s) finish<Q>(l, pair.group[g], strip[s], first, acc + s * Q);
   }
 }
@@ -207,7 +221,8 @@ void conv(const ConvLayer& l, const ConvPair& pair, const Strip* strips, int cou
 void image_row(const float* x, int64_t plane, int width, float scale, uint8_t* out) {
   const auto cells = [&](const float* from, int64_t apart) {
     i32x16 v = {};
-    for (int c = 0; c < 3; ++c) v |= round_clamped(fma_exact(loadf(from + c * apart), splat(scale), splat(128.0f)), 255.0f) << (8 * c);
+    for (int c = 0; c < 3; ++c)
+      v |= round_clamped(fma_exact(loadf(from + c * apart), splat(scale), splat(128.0f)), 255.0f) << (8 * c);
     return v;
   };
   int i = 0;

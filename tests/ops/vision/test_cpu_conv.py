@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops.cpu.conv import IMAGE_ZERO, ConvProgram, Output, Plane
+from farthing.ops.cpu.vision import IMAGE_ZERO, ConvProgram, Output, Plane
 
 ISAS = _native.instruction_sets().split()
 

@@ -10,10 +10,10 @@
 namespace farthing {
 namespace {
 
-constexpr int kSlack = 4096;            // bytes a last strip may read past a plane's end
+constexpr int kSlack = 4096;               // bytes a last strip may read past a plane's end
 constexpr int64_t kFewWeights = 96 << 10;  // bytes
-constexpr int kPixelsPerPass = 16 << 10;    // bytes of input
-constexpr int kTilesPerChunk = 4;           // at least
+constexpr int kPixelsPerPass = 16 << 10;   // bytes of input
+constexpr int kTilesPerChunk = 4;          // at least
 
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 
@@ -23,7 +23,8 @@ bytes16 load16(const uint8_t* p) {
   return v;
 }
 
-// Each thread its own part of the units, always the same: what a layer wrote is in the cache of who reads it next.
+// Each thread its own part of the units, always the same: what a layer wrote is in the cache of who reads it
+// next.
 template <class F>
 void share(const Team& team, int units, F&& f) {
   const int64_t n = units;
@@ -35,8 +36,9 @@ void share(const Team& team, int units, F&& f) {
 
 int ConvNet::plane(int groups, int height, int width, int border, int cell, int fill) {
   if (groups < 1 || height < 1 || width < 1 || border < 0 || (cell != 4 && cell != kCell))
-    throw std::invalid_argument("plane of " + std::to_string(groups) + " x " + std::to_string(height) + " x " + std::to_string(width) +
-                                ", border " + std::to_string(border) + ", cells of " + std::to_string(cell) +
+    throw std::invalid_argument("plane of " + std::to_string(groups) + " x " + std::to_string(height) +
+                                " x " + std::to_string(width) + ", border " + std::to_string(border) +
+                                ", cells of " + std::to_string(cell) +
                                 " bytes; expected positive sizes and cells of 4 or 16");
   Plane p{nullptr, groups, height, width, border, cell};
   const size_t bytes = p.size() * groups + kSlack;
@@ -56,13 +58,16 @@ void ConvNet::image(int out, float scale) {
     Plane& to = planes_[out];
     const int64_t plane = static_cast<int64_t>(to.height) * to.width;
     share(team, to.height, [&](int y) {
-      backend_.kernels.image_row(image_ + static_cast<int64_t>(y) * to.width, plane, to.width, scale, to.first() + to.at(y, 0));
+      backend_.kernels.image_row(image_ + static_cast<int64_t>(y) * to.width, plane, to.width, scale,
+                                 to.first() + to.at(y, 0));
     });
   });
 }
 
-// Non-zero blocks of pairs of groups. A block is a tap's 16 channels, or four taps of a row of 4 channels each.
-void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int outputs, int channels, const int8_t* weight) {
+// Non-zero blocks of pairs of groups. A block is a tap's 16 channels, or four taps of a row of 4 channels
+// each.
+void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int outputs, int channels,
+                   const int8_t* weight) {
   const int groups = (outputs + kCell - 1) / kCell;
   const int taps = in.cell == 4 ? 4 : 1;  // of a block
   const int columns = (kernel + taps - 1) / taps, depth = (channels + in.cell - 1) / in.cell;
@@ -71,9 +76,12 @@ void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int out
     for (int j = 0; j < 4; ++j)
       for (int o = 0; o < kCell; ++o)
         for (int i = 0; i < 4; ++i) {
-          const int kx = taps == 4 ? 4 * column + j : column, channel = taps == 4 ? i : c * kCell + 4 * j + i, row = g * kCell + o;
+          const int kx = taps == 4 ? 4 * column + j : column, channel = taps == 4 ? i : c * kCell + 4 * j + i,
+                    row = g * kCell + o;
           const bool inside = row < outputs && channel < channels && kx < kernel;
-          const int8_t v = inside ? weight[((static_cast<size_t>(row) * kernel + ky) * kernel + kx) * channels + channel] : int8_t{0};
+          const int8_t v =
+              inside ? weight[((static_cast<size_t>(row) * kernel + ky) * kernel + kx) * channels + channel]
+                     : int8_t{0};
           to[(j * kCell + o) * 4 + i] = v;
           any |= v != 0;
         }
@@ -92,10 +100,12 @@ void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int out
       for (int ky = 0; ky < kernel; ++ky)
         for (int column = 0; column < columns; ++column) {
           int8_t data[2 * kBlockBytes] = {};
-          const bool first = block(g, c, ky, column, data), second = g + 1 < groups && block(g + 1, c, ky, column, data + kBlockBytes);
+          const bool first = block(g, c, ky, column, data),
+                     second = g + 1 < groups && block(g + 1, c, ky, column, data + kBlockBytes);
           if (!first && !second) continue;
           const int which = first && second ? 0 : first ? 1 : 2;
-          const int64_t at = c * in.size() + static_cast<int64_t>(ky - padding) * in.row() + (taps * column - padding) * in.cell;
+          const int64_t at = c * in.size() + static_cast<int64_t>(ky - padding) * in.row() +
+                             (taps * column - padding) * in.cell;
           offsets[which].push_back(static_cast<int32_t>(at));
           const int8_t* from = which == 2 ? data + kBlockBytes : data;
           blocks[which].insert(blocks[which].end(), from, from + (which ? 1 : 2) * kBlockBytes);
@@ -113,35 +123,44 @@ void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int out
   w.bytes = static_cast<int64_t>(all.size());
   w.blocks = reinterpret_cast<int8_t*>(backend_.arena->take(0, all.size() + 64));
   std::memcpy(w.blocks, all.data(), all.size());
-  for (size_t i = 0; i < spans.size(); ++i) w.pairs[i].offsets = w.offsets.data() + spans[i].offsets, w.pairs[i].weights = w.blocks + spans[i].blocks;
+  for (size_t i = 0; i < spans.size(); ++i)
+    w.pairs[i].offsets = w.offsets.data() + spans[i].offsets, w.pairs[i].weights = w.blocks + spans[i].blocks;
 }
 
-void ConvNet::lay_strips(Weights& w, const Plane& in, const Plane& shape, int stride, const Plane* wide, const Plane* narrow,
-                         const Plane* residual) {
+void ConvNet::lay_strips(Weights& w, const Plane& in, const Plane& shape, int stride, const Plane* wide,
+                         const Plane* narrow, const Plane* residual) {
   for (int y = 0; y < shape.height; ++y)
     for (int x = 0; x < shape.width; x += kStripPixels) {
       const auto at = [&](const Plane* p) { return p ? p->at(y, x) : 0; };
-      w.strips.push_back({in.at(y * stride, x * stride), at(wide), at(narrow), at(residual), y * shape.width + x,
-                          std::min(kStripPixels, shape.width - x)});
+      w.strips.push_back({in.at(y * stride, x * stride), at(wide), at(narrow), at(residual),
+                          y * shape.width + x, std::min(kStripPixels, shape.width - x)});
     }
 }
 
-void ConvNet::conv(int in, int kernel, int stride, int padding, int outputs, int channels, const int8_t* weight, const float* mult,
-                   const float* bias, bool small_inputs, int residual, float residual_scale, int wide, int narrow, int shift, int top,
+void ConvNet::conv(int in, int kernel, int stride, int padding, int outputs, int channels,
+                   const int8_t* weight, const float* mult, const float* bias, bool small_inputs,
+                   int residual, float residual_scale, int wide, int narrow, int shift, int top,
                    bool to_floats) {
   const Plane& from = planes_.at(in);
   if ((stride != 1 && stride != 2) || padding > from.border || kernel < 1)
-    throw std::invalid_argument("convolution of kernel " + std::to_string(kernel) + ", stride " + std::to_string(stride) + ", padding " +
-                                std::to_string(padding) + " on a border of " + std::to_string(from.border) +
+    throw std::invalid_argument("convolution of kernel " + std::to_string(kernel) + ", stride " +
+                                std::to_string(stride) + ", padding " + std::to_string(padding) +
+                                " on a border of " + std::to_string(from.border) +
                                 "; expected stride 1 or 2 and a border as wide as the padding");
   if (channels > from.groups * from.cell) throw std::invalid_argument("more channels than the plane holds");
   const int groups = (outputs + kCell - 1) / kCell;
-  Plane shape{nullptr, groups, (from.height + 2 * padding - kernel) / stride + 1, (from.width + 2 * padding - kernel) / stride + 1, 0, kCell};
+  Plane shape{nullptr,
+              groups,
+              (from.height + 2 * padding - kernel) / stride + 1,
+              (from.width + 2 * padding - kernel) / stride + 1,
+              0,
+              kCell};
   for (int id : {residual, wide, narrow}) {
     if (id < 0) continue;
     const Plane& p = planes_.at(id);
     if (p.groups != groups || p.height != shape.height || p.width != shape.width || p.cell != kCell)
-      throw std::invalid_argument("plane " + std::to_string(id) + " has another shape than the convolution's output");
+      throw std::invalid_argument("plane " + std::to_string(id) +
+                                  " has another shape than the convolution's output");
   }
   auto w = std::make_unique<Weights>();
   pack(*w, from, kernel, padding, outputs, channels, weight);
@@ -179,16 +198,18 @@ void ConvNet::conv(int in, int kernel, int stride, int padding, int outputs, int
     const auto first = [&](int chunk) { return std::min(strips, (strips + 1) / 2 * chunk / w->chunks * 2); };
     share(team, w->chunks * pairs, [&](int unit) {
       const int chunk = unit / pairs;
-      backend_.kernels.conv(layer, w->pairs[unit % pairs], w->strips.data() + first(chunk), first(chunk + 1) - first(chunk));
+      backend_.kernels.conv(layer, w->pairs[unit % pairs], w->strips.data() + first(chunk),
+                            first(chunk + 1) - first(chunk));
     });
   });
 }
 
 void ConvNet::max_pool(int in, int out) {
   const Plane &from = planes_.at(in), &to = planes_.at(out);
-  if (from.cell != kCell || to.cell != kCell || from.groups != to.groups || from.border < 1 || to.height != (from.height - 1) / 2 + 1 ||
-      to.width != (from.width - 1) / 2 + 1)
-    throw std::invalid_argument("max_pool: expected planes of equal groups, a border of 1, and half the size");
+  if (from.cell != kCell || to.cell != kCell || from.groups != to.groups || from.border < 1 ||
+      to.height != (from.height - 1) / 2 + 1 || to.width != (from.width - 1) / 2 + 1)
+    throw std::invalid_argument(
+        "max_pool: expected planes of equal groups, a border of 1, and half the size");
   step(0, [this, in, out](Team& team) {
     const Plane& from = planes_[in];
     Plane& to = planes_[out];
@@ -232,7 +253,8 @@ void ConvNet::mean(int in, int out, float mult) {
       }
       uint8_t* target = to.first() + g * to.size() + to.at(0, 0);
       for (int c = 0; c < kCell; ++c) {
-        const float v = std::min(static_cast<float>(sums[c]) * mult, 255.0f) + 12582912.0f;  // to the nearest even integer
+        const float v = std::min(static_cast<float>(sums[c]) * mult, 255.0f) +
+                        12582912.0f;  // to the nearest even integer
         uint32_t bits;
         std::memcpy(&bits, &v, sizeof bits);
         target[c] = static_cast<uint8_t>(bits);
