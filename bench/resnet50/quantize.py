@@ -1,4 +1,4 @@
-"""The student: ResNet-50 on the integer grids of `farthing.ops.cpu.vision`, trained through the rounding (LSQ).
+"""The student: ResNet-50 on the integer grids of `farthing.ops.cpu.vision`, trained with LSQ.
 
 Every convolution reads 4-bit inputs (0 … 15, one learned scale a tensor) and has 4-bit weights (one learned
 scale an output channel). Two are exceptions, with 8-bit inputs and weights: the first, which reads the
