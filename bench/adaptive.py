@@ -18,7 +18,7 @@ import torch
 from farthing import LLM, SamplingParams
 from farthing.compress.corpus import halves, load_corpus
 from farthing.compress.evaluate import evaluate
-from farthing.engine.resolve import resolve_model
+from farthing.hub import resolve_model
 from farthing.model import ModelConfig, load
 from farthing.model.inspect import routing_report
 from farthing.ops import select
@@ -30,7 +30,7 @@ def quality(path: Path, rule: str, tokens: int | None) -> tuple[float, float]:
     """(perplexity, experts a token a layer) on the held-out half that calibration has not seen."""
     model = load(path, select("auto"), rule)
     bos = model.config.bos_token_id
-    _, corpus = halves(load_corpus(resolve_model("reference") / "heldout.jsonl", path, 1024, tokens, bos))
+    _, corpus = halves(load_corpus(resolve_model("mite") / "heldout.jsonl", path, 1024, tokens, bos))
     perplexity = evaluate(model, corpus, with_drafts=False).perplexity
     report = routing_report(model, [w.ids[:-1].tolist() for w in corpus.windows])
     return perplexity, report.experts_per_token
@@ -54,7 +54,7 @@ def speeds(paths: dict[str, tuple[Path, str]], rounds: int, batch: int) -> dict[
 def main() -> None:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="reference")
+    parser.add_argument("--model", default="mite")
     parser.add_argument(
         "--calibrated", type=Path, help="written by `farthing compress --recipe adaptive-experts`"
     )

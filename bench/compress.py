@@ -108,7 +108,7 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
 def served(model: str, results: list[Path]) -> None:
     """Size, memory and decode speed of finished results beside their source, all taking turns."""
     from farthing.compress.serving import resident_bytes, speeds
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
     from farthing.model import load
     from farthing.ops import select
 
@@ -204,7 +204,7 @@ def calibrators(model: str, tokens: int, tensors: int) -> None:
     from farthing.compress.quantize.grid import int8_grid
     from farthing.compress.recipe import OBSERVER_NAMES
     from farthing.compress.simulate import round_tensor
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
 
     errors: dict[str, list[float]] = {}
     worse: Counter[str] = Counter()
@@ -331,7 +331,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("recipes", "served", "calibrators", "vision"))
-    parser.add_argument("--model", default="reference")
+    parser.add_argument("--model", default="mite")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--results", nargs="*", type=Path, default=[], help="directories `compress` wrote")
     parser.add_argument("--tokens", type=int, default=4096)

@@ -111,9 +111,7 @@ async def decision_to_ready() -> tuple[float, float]:
     more.
     """
     with tempfile.TemporaryDirectory() as folder:
-        config = LocalConfig(
-            serve_command("reference"), Path(folder), health_path="/ready", failures=1, **WARM
-        )
+        config = LocalConfig(serve_command("mite"), Path(folder), health_path="/ready", failures=1, **WARM)
         replicas = LocalReplicas(config)
         await replicas.start()
         taken = []

@@ -184,7 +184,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", default="reference")
+    parser.add_argument("model", nargs="?", default="mite")
     parser.add_argument("--packed", metavar="FILE", help="the model's packed file")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=128)

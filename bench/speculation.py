@@ -1,6 +1,6 @@
 """Tokens per second with and without drafts, on the model's held-out Python.
 
-    python bench/speculation.py [--model reference] [--batch 1] [--methods mtp:1 mtp:2 ngram:4]
+    python bench/speculation.py [--model mite] [--batch 1] [--methods mtp:1 mtp:2 ngram:4]
 
 All engines are built first and run interleaved, each over the same prompts; medians over rounds, from the
 first token of an answer to its last. The limit is what drafts would bring if they and their verification were
@@ -17,8 +17,8 @@ from typing import cast
 
 from farthing import LLM, SamplingParams
 from farthing.config import Quantization
-from farthing.engine.resolve import resolve_model
 from farthing.engine.speculation import Gate
+from farthing.hub import resolve_model
 
 
 def prompts_of(model: str, count: int, length: int, llm: LLM) -> list[list[int]]:
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="reference")
+    parser.add_argument("--model", default="mite")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--quantization")
     parser.add_argument("--batch", type=int, default=1)

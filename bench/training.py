@@ -3,8 +3,8 @@ served.
 
   python bench/training.py roofline                          # bytes a weight read costs, by projection
   python bench/training.py precision --tokens 800000 --out runs/precision     # one seed; resumes
-  python bench/training.py serve reference runs/qat/checkpoint runs/prune/checkpoint
-  python bench/training.py tradeoff float=reference W4A4=runs/qat/checkpoint pruned=runs/prune/checkpoint
+  python bench/training.py serve mite runs/qat/checkpoint runs/prune/checkpoint
+  python bench/training.py tradeoff float=mite W4A4=runs/qat/checkpoint pruned=runs/prune/checkpoint
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from rich.table import Table
 from farthing.compress.corpus import load_corpus
 from farthing.compress.evaluate import BLOCK, compare, paged_batch
 from farthing.compress.gate import held_out_sample, load_for
-from farthing.engine.resolve import resolve_model
+from farthing.hub import resolve_model
 from farthing.model import DeepseekModel, load
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
 from farthing.train.export import load_checkpoint
 from farthing.train.fp8 import Fp8Config, use_fp8
+from farthing.train.mite import train_mite
 from farthing.train.picture import draw, draw_tradeoff
-from farthing.train.reference import train_reference
 
 ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and settings
     "bf16": ("bf16", []),
@@ -93,7 +93,7 @@ def precision(out: Path, tokens: int, seed: int, device: str) -> dict[str, Any]:
         done = (record.is_file() and json.loads(record.read_text())) or []
         if not done or done[-1]["tokens"] < tokens:
             resume = (run / "state.pt").is_file()
-            if train_reference(run, None, tokens, resume, None, device, 1, seed, settings, kind, 2.0) is None:
+            if train_mite(run, None, tokens, resume, None, device, 1, seed, settings, kind, 2.0) is None:
                 raise SystemExit("interrupted; the same command continues")
             done = json.loads(record.read_text())
         finals[name] = {k: done[-1][k] for k in ("tokens", "main", "eval_loss", "bits_per_byte", "minutes")}
@@ -225,7 +225,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("roofline")
-    one.add_argument("--model", default="reference")
+    one.add_argument("--model", default="mite")
     one.add_argument("--tokens", type=int, default=512)
     one.add_argument("--gbytes", type=float, default=33.0, help="memory bandwidth, GB/s (farthing doctor)")
     one.add_argument("--gflops", type=float, default=455.0, help="bfloat16 GFLOP/s")

@@ -119,7 +119,7 @@ def test_the_wheel_holds_what_serving_needs_and_no_sources(wheel: Path) -> None:
         "farthing/cost/prices.toml",
         "farthing/server/dashboard/static/index.html",
         "farthing/server/dashboard/static/vendor/uPlot.LICENSE",
-        "farthing/models/reference/model.safetensors",
+        "farthing/assets/mite/model.safetensors",
         "farthing/py.typed",
     ):
         assert needed in names

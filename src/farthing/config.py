@@ -17,7 +17,7 @@ ExpertsOn = Literal["cpu"]
 class EngineConfig:
     """Everything an engine is built from. None: chosen when the engine is built."""
 
-    model: str = "reference"  # the embedded model, a directory, or a hub id
+    model: str = "mite"  # the embedded model, a directory, or a hub id
     dtype: Dtype = "auto"  # of the activations
     backend: str = "auto"  # auto, reference, cpu, gpu, or an entry point of farthing.ops
     threads: int | None = None

@@ -25,7 +25,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path = "reference",
+        model: str | Path = "mite",
         *,
         dtype: Dtype = "auto",
         backend: str = "auto",

@@ -125,9 +125,9 @@ def test_a_row_that_fails_is_named(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_the_embedded_model_row_by_row() -> None:
     pytest.importorskip("transformers")
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
 
-    path = resolve_model("reference")
+    path = resolve_model("mite")
     with bf16_checkpoint(path) as dense:
         workload = Workload(model=str(dense), prompts=prompts_for(path, 8192, 1, 16), output_tokens=4)
         rows = [Lever("original"), Lever("ours", {"backend": "auto"})]

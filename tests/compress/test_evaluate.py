@@ -151,7 +151,7 @@ def test_the_command(model_dir: Path, data: Path) -> None:
 
 def test_the_command_says_what_is_wrong(data: Path) -> None:
     for arguments, words in (
-        (["/nowhere"], "model is '/nowhere'; expected 'reference', a directory"),
+        (["/nowhere"], "model: got '/nowhere'; expected 'mite', a directory"),
         (["--max-drop", "much"], "max-drop is 'much'; expected a share"),
         (["--data", "/nowhere"], "data is '/nowhere', no such file"),
     ):

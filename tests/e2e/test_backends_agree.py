@@ -16,7 +16,7 @@ def generate(backend: str) -> list[tuple[list[int], list[list[tuple[int, float]]
     """(tokens, at each position the two likeliest tokens and their log-probabilities) of each prompt."""
     greedy = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True, logprobs=2)
     with LLM(
-        "reference", backend=backend, dtype="bfloat16", threads=1, max_num_seqs=4, num_blocks=64,
+        "mite", backend=backend, dtype="bfloat16", threads=1, max_num_seqs=4, num_blocks=64,
         max_model_len=256,
     ) as llm:  # fmt: skip
         outputs = llm.generate(PROMPTS, greedy, use_tqdm=False)

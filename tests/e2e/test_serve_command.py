@@ -20,7 +20,7 @@ from openai import OpenAI
 
 import farthing
 
-EMBEDDED = Path(farthing.__file__).parent / "models" / "reference" / "config.json"
+EMBEDDED = Path(farthing.__file__).parent / "assets" / "mite" / "config.json"
 needs_model = pytest.mark.skipif(not EMBEDDED.is_file(), reason="the embedded model is not in this tree")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
 
@@ -98,7 +98,7 @@ def test_the_drain_is_bounded() -> None:
         wait_ready(url)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         stream = client.completions.create(
-            model="reference", prompt="x", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
+            model="mite", prompt="x", max_tokens=1900, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(stream))
         process.send_signal(signal.SIGTERM)
@@ -112,7 +112,7 @@ def test_ctrl_c_ends_without_a_complaint() -> None:
     pytest.importorskip("farthing._native")
     with launched("--backend", "cpu") as (process, url):
         wait_ready(url)
-        body = {"model": "reference", "prompt": "a", "max_tokens": 4}
+        body = {"model": "mite", "prompt": "a", "max_tokens": 4}
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
@@ -129,7 +129,7 @@ def fails(*arguments: str) -> str:
 
 
 def test_a_model_that_is_not_there() -> None:
-    assert "'no-such-model'; expected 'reference'" in fails("no-such-model", "--port", "0")
+    assert "'no-such-model'; expected 'mite'" in fails("no-such-model", "--port", "0")
 
 
 def test_a_port_that_is_taken() -> None:

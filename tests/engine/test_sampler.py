@@ -23,7 +23,7 @@ from farthing.engine.sampler import (
     stream_seed,
     uniform,
 )
-from farthing.ops.draw import invert
+from farthing.ops.sampling import invert
 
 V = 50
 

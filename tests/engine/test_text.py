@@ -13,8 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from farthing.engine.chat_template import compile_template
 from farthing.engine.detokenizer import Detokenizer, StopChecker
-from farthing.engine.resolve import resolve_model
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
+from farthing.hub import resolve_model
 
 U, A, E = "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"
 B = "<｜begin▁of▁sentence｜>"
@@ -188,8 +188,13 @@ def test_resolving_a_model(tmp_path: Path) -> None:
     assert resolve_model(tmp_path) == tmp_path
     with pytest.raises(FileNotFoundError, match="has no config"):
         resolve_model(tmp_path.parent)
-    with pytest.raises(FileNotFoundError, match="expected 'reference', a directory, or a hub id"):
+    with pytest.raises(FileNotFoundError, match="expected 'mite', a directory, or a hub id"):
         resolve_model("no/such/thing")
     for missing in ("./missing", "../missing"):
-        with pytest.raises(FileNotFoundError, match="expected 'reference', a directory"):
+        with pytest.raises(FileNotFoundError, match="expected 'mite', a directory"):
             resolve_model(missing)
+
+
+def test_former_name_of_the_embedded_model_names_the_new_one() -> None:
+    with pytest.raises(FileNotFoundError, match="former name of the embedded model; expected 'mite'"):
+        resolve_model("reference")

@@ -20,7 +20,7 @@ from farthing.llm import LLM
 from farthing.model import ModelConfig, load, random_model
 from farthing.model.load import random_parameters
 from farthing.ops import Ops, select
-from farthing.ops.hot import MARGIN, HotExperts
+from farthing.ops.expert_cache import MARGIN, ExpertCache
 from farthing.ops.hybrid import DECIDE_EVERY, HybridMoE, HybridOps, rows_of
 from farthing.ops.reference import ReferenceOps
 from tests.model.test_inspect import TINY
@@ -52,7 +52,7 @@ def test_random_models_give_the_tokens_of_the_plain_engine(hot: int, seed: int) 
     assert greedy(model, 27) == expected
     for layer in layers(model):
         assert len(layer.hot.handles) <= hot
-        assert set(layer.hot.handles) - {layer.hot.leaving} == layer.hot.books.held
+        assert set(layer.hot.handles) - {layer.hot.evicted} == layer.hot.cache.resident
     assert bool(hot) == any(layer.hot.handles for layer in layers(model))
 
 
@@ -102,15 +102,15 @@ def test_the_host_computes_beside_the_shared_expert() -> None:
     greedy(model, 1)
 
 
-def test_the_device_draws() -> None:
+def test_the_device_samples() -> None:
     """What wraps a backend leaves it its sampler."""
 
     class Device(ReferenceOps):
-        def draw(self, logits: torch.Tensor, uniform: torch.Tensor, filters: Any = None) -> torch.Tensor:
+        def sample(self, logits: torch.Tensor, uniform: torch.Tensor, filters: Any = None) -> torch.Tensor:
             return torch.full((len(logits),), 7)
 
     ops = HybridOps(Device(torch.float32), ReferenceOps(torch.float32))
-    assert ops.draw(torch.zeros(2, 9), torch.zeros(2).double()).tolist() == [7, 7]
+    assert ops.sample(torch.zeros(2, 9), torch.zeros(2).double()).tolist() == [7, 7]
 
 
 def test_a_bfloat16_device_keeps_what_the_host_adds() -> None:
@@ -132,7 +132,7 @@ def test_the_embedded_model_gives_the_tokens_of_the_plain_engine() -> None:
     params = SamplingParams(max_tokens=24, temperature=0)
 
     def tokens(**options: Any) -> list[list[int]]:
-        with LLM("reference", **fixed, **options) as llm:
+        with LLM("mite", **fixed, **options) as llm:
             return [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, params, use_tqdm=False)]
 
     expected = tokens()
@@ -187,37 +187,37 @@ Steps = st.lists(st.dictionaries(st.integers(0, 9), st.integers(1, 8), max_size=
 
 @given(st.integers(0, 5), st.floats(1, 500), Steps, st.data())
 def test_the_books_of_hot_experts(capacity: int, half_life: float, steps: Any, data: st.DataObject) -> None:
-    books, used = HotExperts(capacity, half_life), {e: 0.0 for e in range(10)}
+    cache, used = ExpertCache(capacity, half_life), {e: 0.0 for e in range(10)}
     for tokens in steps:
-        books.record(tokens)
+        cache.record(tokens)
         used = {e: u * 0.5 ** (1 / half_life) + tokens.get(e, 0) for e, u in used.items()}
-        assert all(abs(books.use(e) - u) < 1e-6 * (1 + u) for e, u in used.items())
-        held = set(books.held)
-        swap = books.decide()
-        assert len(books.held) + len(books.coming) <= capacity
+        assert all(abs(cache.use(e) - u) < 1e-6 * (1 + u) for e, u in used.items())
+        held = set(cache.resident)
+        swap = cache.decide()
+        assert len(cache.resident) + len(cache.loading) <= capacity
         if swap:
             leaving, best = swap
-            assert best not in held and best in books.coming and used[best] > 0
-            assert all(used[best] >= used[e] * (1 - 1e-9) for e in used if e not in held | books.coming)
+            assert best not in held and best in cache.loading and used[best] > 0
+            assert all(used[best] >= used[e] * (1 - 1e-9) for e in used if e not in held | cache.loading)
             if leaving is not None:
-                assert leaving in held and leaving not in books.held
+                assert leaving in held and leaving not in cache.resident
                 assert used[leaving] <= min(used[e] for e in held) * (1 + 1e-9)
                 assert used[best] > MARGIN * used[leaving] * (1 - 1e-9)
-        if books.coming and data.draw(st.booleans()):
-            books.arrived(min(books.coming))
+        if cache.loading and data.draw(st.booleans()):
+            cache.loaded(min(cache.loading))
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 50), min_size=10, max_size=10, unique=True))
 def test_steady_traffic_ends_with_the_busiest_and_without_moves(capacity: int, rates: list[int]) -> None:
-    books = HotExperts(capacity)
+    cache = ExpertCache(capacity)
     for _ in range(40):
-        books.record(dict(enumerate(rates)))
-        if swap := books.decide():
-            books.arrived(swap[1])
-    assert books.decide() is None
-    worst = min(rates[e] for e in books.held)
-    assert len(books.held) == capacity
-    assert all(rates[e] <= MARGIN * worst * (1 + 1e-9) for e in range(10) if e not in books.held)
+        cache.record(dict(enumerate(rates)))
+        if swap := cache.decide():
+            cache.loaded(swap[1])
+    assert cache.decide() is None
+    worst = min(rates[e] for e in cache.resident)
+    assert len(cache.resident) == capacity
+    assert all(rates[e] <= MARGIN * worst * (1 + 1e-9) for e in range(10) if e not in cache.resident)
 
 
 def test_experts_follow_the_traffic_while_serving() -> None:
@@ -225,7 +225,7 @@ def test_experts_follow_the_traffic_while_serving() -> None:
     config = ModelConfig.from_json(RAW)
     plain, ops = select("reference"), HybridOps(select("reference"), native(), 1)
     (_, one), (_, two) = (random_model(config, o, 5).layers[1] for o in (plain, ops))
-    two.packed.hot.books = HotExperts(1, half_life=8)
+    two.packed.hot.cache = ExpertCache(1, half_life=8)
     generator, seen = torch.Generator().manual_seed(0), set()
     for _ in range(4):
         x = torch.randn(1, config.hidden_size, generator=generator)  # one token again and again

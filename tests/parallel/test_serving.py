@@ -27,7 +27,7 @@ EVERYTHING: dict[str, Any] = dict(max_model_len=128, num_blocks=32, threads=1)
 
 
 def tokens(**options: Any) -> list[list[int]]:
-    with LLM("reference", **EVERYTHING, **options) as llm:
+    with LLM("mite", **EVERYTHING, **options) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=24, temperature=0), use_tqdm=False)
         return [list(o.outputs[0].token_ids) for o in outputs]
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from farthing.train.data import PackedBatches
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
+from farthing.train.mite import BalanceHook
 from farthing.train.model import DeepSeekLM, ModelConfig
 from farthing.train.optimizers import Muon, split_parameters
-from farthing.train.reference import BalanceHook
 
 
 def build(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from farthing.engine.resolve import resolve_model
+from farthing.hub import resolve_model
 from farthing.model import load
 from farthing.model.config import ConfigError
 from farthing.model.config import ModelConfig as EngineConfig
@@ -268,13 +268,13 @@ def test_sizes_survive_the_checkpoint(model: DeepSeekLM, tmp_path: Path, sources
     ],
 )
 def test_wrong_layer_sizes_are_named(value: list[dict[str, int]], message: str) -> None:
-    raw = json.loads((resolve_model("reference") / "config.json").read_text())
+    raw = json.loads((resolve_model("mite") / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         EngineConfig.from_json(raw | {"layer_sizes": value})
 
 
 def test_inspect_counts_the_parameters_of_unequal_layers() -> None:
-    raw = json.loads((resolve_model("reference") / "config.json").read_text())
+    raw = json.loads((resolve_model("mite") / "config.json").read_text())
     whole = model_cost(EngineConfig.from_json(raw))
     own = [{"intermediate_size": 600}, {"n_routed_experts": 24}, {"moe_intermediate_size": 48}, {}, {}, {}]
     small = model_cost(EngineConfig.from_json(raw | {"layer_sizes": own}))

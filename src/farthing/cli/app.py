@@ -19,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show parameters, bytes and FLOPs per token, and routing."),
     "eval": ("eval", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
     "compress": ("compress", "Write a smaller, faster checkpoint, checked for accuracy."),
-    "train": ("train", "Train the embedded reference model."),
+    "train": ("train", "Train the embedded model."),
     "bench": ("bench", "Measure serving, capacity and the cost of a token."),
     "plan": ("plan", "Memory and throughput of a deployment before it is loaded."),
     "fleet": ("fleet", "Run, scale and explain a fleet of replicas."),

@@ -136,7 +136,7 @@ def capacity(
     epilog="Examples:  farthing bench cost  |  farthing bench cost ./model --concurrency 8 --rounds 5 --json"
 )
 def cost(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `reference`.")] = "reference",
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
     input_tokens: Inputs = 128,
     output_tokens: Outputs = 64,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
@@ -154,7 +154,7 @@ def cost(
     from farthing.bench.original import bf16_checkpoint
     from farthing.cli.progress import token_progress
     from farthing.cost import Prices, cpu_name, usable_cpus
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
     from farthing.model import ModelConfig
 
     try:

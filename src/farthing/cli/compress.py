@@ -21,7 +21,7 @@ app = typer.Typer()
     "--max-drop 1.5%  |  farthing compress ./model --recipe auto -o out --budget 2.5MB --measure token"
 )
 def compress(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `reference`.")] = "reference",
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The directory to write.")] = None,
     recipe: Annotated[str, typer.Option(help="A recipe by name (see --list), or a .yaml file.")] = "int8",
     calibration: Annotated[Path | None, typer.Option(help="JSON lines with 'text' or 'ids'.")] = None,
@@ -84,7 +84,7 @@ def _run(model: str, out: Path, recipe: Recipe, options: Options, timing: bool, 
     from farthing.cli.progress import step_progress
     from farthing.compress import api
     from farthing.compress.serving import pack_for_cpu, serving_figures
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
 
     source = resolve_model(model)
     with step_progress("compressing") as progress:

@@ -22,8 +22,8 @@ app = typer.Typer()
 )
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A directory, a hub id, `reference`, or an .onnx network for images.")
-    ] = "reference",
+        str, typer.Argument(help="A directory, a hub id, `mite`, or an .onnx network for images.")
+    ] = "mite",
     against: Annotated[str | None, typer.Option(help="Compare this model B with MODEL.")] = None,
     data: Annotated[
         Path | None,
@@ -75,7 +75,7 @@ def _measure(
     from farthing.compress import evaluate as ev
     from farthing.compress.corpus import load_corpus
     from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
     from farthing.model import ModelConfig
 
     path = resolve_model(model)

@@ -51,7 +51,7 @@ Examples:
 
 @app.command(epilog=_UP_EXAMPLES)
 def up(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "reference",
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "mite",
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the gateway; 0 picks a free one.")] = 8000,
     min_replicas: Annotated[int, typer.Option(min=0)] = 1,

@@ -24,7 +24,7 @@ Examples:
 
 @app.command(epilog=EPILOG)
 def generate(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "reference",
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "mite",
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Text to complete; '-' reads stdin. Repeatable.")
     ] = None,

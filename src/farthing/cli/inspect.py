@@ -17,7 +17,7 @@ app = typer.Typer()
     "farthing inspect --prompts code.txt"
 )
 def inspect(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `reference`.")] = "reference",
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
     prompts: Annotated[
         Path | None, typer.Option(help="Measure routing on this text, a prompt a line.")
     ] = None,
@@ -25,7 +25,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Parameters, bytes and FLOPs a token, against a dense model of the same size; measured routing."""
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
     from farthing.model.inspect import checkpoint_cost
 
     path = resolve_model(model)

@@ -11,9 +11,9 @@ import typer
 
 if TYPE_CHECKING:
     from farthing.model import ModelConfig
-    from farthing.parallel.estimate import Ceilings, Estimate, Shares
-    from farthing.parallel.footprint import StoredOf
-    from farthing.parallel.memory import RankMemory
+    from farthing.planner.estimate import Ceilings, Estimate, Shares
+    from farthing.planner.footprint import StoredOf
+    from farthing.planner.memory import RankMemory
 
 app = typer.Typer()
 
@@ -32,8 +32,8 @@ _MEMORY, _LOAD = "Memory", "Throughput (with --price)"
 @app.command(epilog=EPILOG)
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A directory, a hub id, `reference`, or a bare config.json.")
-    ] = "reference",
+        str, typer.Argument(help="A directory, a hub id, `mite`, or a bare config.json.")
+    ] = "mite",
     tp: Annotated[int, typer.Option(help="Ranks that share heads, dense and shared experts.")] = 1,
     pp: Annotated[int, typer.Option(help="Ranges of layers.")] = 1,
     ep: Annotated[int, typer.Option(help="Ranks that share the routed experts.")] = 1,
@@ -94,11 +94,11 @@ def plan(
 ) -> None:
     """Memory of every rank and, with a price, an estimate of throughput and dollars a million tokens."""
     from farthing.compress.size import parse_bytes
-    from farthing.parallel.buffers import Serving
-    from farthing.parallel.estimate import Workload, estimate, load_devices
-    from farthing.parallel.memory import Model
-    from farthing.parallel.memory import memory as ranks_of
     from farthing.parallel.plan import Layout, ShardPlan
+    from farthing.planner.buffers import Serving
+    from farthing.planner.estimate import Workload, estimate, load_devices
+    from farthing.planner.memory import Model
+    from farthing.planner.memory import memory as ranks_of
 
     try:
         devices, shares = load_devices(ceilings)
@@ -166,7 +166,7 @@ def _device(gpu: str | None, devices: dict[str, Ceilings]) -> Ceilings | None:
 
 
 def _holder(backend: str, dtype: str, quantization: str | None) -> Any:
-    from farthing.parallel.footprint import BACKENDS, FLOAT_BYTES, Holder
+    from farthing.planner.footprint import BACKENDS, FLOAT_BYTES, Holder
 
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
@@ -181,10 +181,10 @@ def _holder(backend: str, dtype: str, quantization: str | None) -> Any:
 def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     """From a checkpoint's headers, or from a bare config.json."""
     from farthing.checkpoint import Checkpoint
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
     from farthing.model import ModelConfig
     from farthing.model.load import config_of
-    from farthing.parallel.footprint import stored_by_checkpoint, stored_by_config
+    from farthing.planner.footprint import stored_by_checkpoint, stored_by_config
 
     file = Path(model).expanduser()
     if file.is_dir() and (file / "config.json").is_file() and not list(file.glob("*.safetensors*")):
@@ -203,7 +203,7 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
 
 def _more_tokens(shard_plan: Any, ranks: list[RankMemory], cache_dtype: str, limit: int) -> int:
     """Cache tokens that the fullest rank still has room for."""
-    from farthing.parallel.memory import cache_bytes_per_token
+    from farthing.planner.memory import cache_bytes_per_token
 
     places = [shard_plan.layout.place(r.rank) for r in ranks]
     return min(
@@ -213,7 +213,7 @@ def _more_tokens(shard_plan: Any, ranks: list[RankMemory], cache_dtype: str, lim
 
 
 def _advice(parts: Any, holder: Any, serving: Any, limit: int) -> str:
-    from farthing.parallel.memory import fitting_layouts, most_hot_experts
+    from farthing.planner.memory import fitting_layouts, most_hot_experts
 
     found = next(fitting_layouts(parts, holder, serving, limit), None)
     if found is None and (hot := most_hot_experts(parts, holder, serving, limit)) is not None:

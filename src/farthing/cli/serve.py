@@ -29,7 +29,7 @@ _ENGINE, _RANKS, _HTTP, _LIMITS, _COST = "Engine", "Ranks", "HTTP", "Limits", "C
 
 @app.command(epilog=EPILOG)
 def serve(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "reference",
+    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "mite",
     host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_HTTP)] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.", rich_help_panel=_HTTP)] = 8000,
     api_key: Annotated[

@@ -19,9 +19,9 @@ def _root() -> None:
 
 
 @app.command()
-def reference(
+def mite(
     out: Annotated[Path, typer.Option(help="Folder of the run: state, record, checkpoint.")] = Path(
-        "runs/reference"
+        "runs/mite"
     ),
     minutes: Annotated[
         float | None, typer.Option(help="Active minutes of each thread; the schedule fits them.")
@@ -44,22 +44,22 @@ def reference(
 
     Examples:
 
-      farthing train reference --minutes 80 --threads 2
+      farthing train mite --minutes 80 --threads 2
 
-      farthing train reference --resume --minutes 120
+      farthing train mite --resume --minutes 120
 
-      farthing train reference --out /tmp/quick --tokens 200000 --set muon_lr=0.03
+      farthing train mite --out /tmp/quick --tokens 200000 --set muon_lr=0.03
 
-      farthing train reference --precision fp8 --set fp8_scaling='"delayed"'
+      farthing train mite --precision fp8 --set fp8_scaling='"delayed"'
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one a matrix shape
-    from farthing.train.reference import train_reference
+    from farthing.train.mite import train_mite
 
     if minutes is None and tokens is None:
         minutes = 90.0
     try:
-        summary = train_reference(
+        summary = train_mite(
             out, minutes, tokens, resume, data, device, threads, seed, settings or [], precision
         )
     except (ValueError, FileNotFoundError) as error:
@@ -69,7 +69,7 @@ def reference(
         typer.echo(json.dumps(summary))
 
 
-Model = Annotated[str, typer.Argument(help="A checkpoint directory, or `reference`.")]
+Model = Annotated[str, typer.Argument(help="A checkpoint directory, or `mite`.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Length of the run.")]
 Window = Annotated[int, typer.Option(min=1, help="Tokens of context.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a step.")]
@@ -84,7 +84,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on
 
 @app.command()
 def qat(
-    model: Model = "reference",
+    model: Model = "mite",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/qat"),
     stages: Annotated[
         str, typer.Option(help="START:BITS of each stage: W8A8, W4A8 or W4A4 from that share of the run on.")
@@ -134,7 +134,7 @@ def qat(
 
 @app.command()
 def prune(
-    model: Model = "reference",
+    model: Model = "mite",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/prune"),
     target: Annotated[float, typer.Option(help="Share of the MLP parameters that goes.")] = 0.28,
     tau: Annotated[float, typer.Option(help="A neuron is active above tau times the token's mean.")] = 0.3,
@@ -174,14 +174,14 @@ def _settings(
     model: str, out: Path, tokens: int, window: int, batch_tokens: int, eval_tokens: int,
     data: Path | None, device: str, threads: int, seed: int,
 ) -> Any:  # fmt: skip
-    """Checked settings; sets the process up as `reference` does."""
+    """Checked settings; sets the process up as `mite` does."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     import torch
 
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
     from farthing.train.finetune import Settings
-    from farthing.train.reference import tune_allocator
+    from farthing.train.mite import tune_allocator
 
     tune_allocator()
     torch.set_num_threads(threads)

@@ -116,7 +116,7 @@ def evaluate(
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
+class Baseline:
     """What a model said about a text: from its hidden states norm and head give every logit again."""
 
     hidden: list[Tensor]  # [T, D] of each batch, behind the last layer
@@ -126,7 +126,7 @@ class Reference:
 def remember(
     model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, progress: Progress | None = None
 ) -> list[Tensor]:
-    """The `hidden` of a Reference: D numbers a token where log-probabilities would be V."""
+    """The `hidden` of a Baseline: D numbers a token where log-probabilities would be V."""
     hidden = []
     for step in _steps(model, corpus.windows, batch_tokens):
         hidden.append(step.hidden.clone())
@@ -143,11 +143,11 @@ def compare(
     confidence: float = 0.95,
 ) -> Comparison:
     """B against A, window by window. Raises ValueError where the vocabularies differ."""
-    return compare_with(Reference(remember(a, corpus, batch_tokens), a), b, corpus, batch_tokens, confidence)
+    return compare_with(Baseline(remember(a, corpus, batch_tokens), a), b, corpus, batch_tokens, confidence)
 
 
 def compare_with(
-    a: Reference,
+    a: Baseline,
     b: DeepseekModel,
     corpus: Corpus,
     batch_tokens: int = 4096,

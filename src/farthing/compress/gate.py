@@ -8,7 +8,7 @@ from pathlib import Path
 
 from farthing.checkpoint import Checkpoint
 from farthing.compress.corpus import Corpus
-from farthing.compress.evaluate import Comparison, Reference, compare_with, remember
+from farthing.compress.evaluate import Baseline, Comparison, compare_with, remember
 from farthing.compress.simulate import SimulatedOps
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import Ops, select
@@ -16,7 +16,7 @@ from farthing.ops import Ops, select
 
 def held_out_sample() -> Path:
     """The embedded model's held-out text."""
-    return Path(__file__).parents[1] / "models" / "reference" / "heldout.jsonl"
+    return Path(__file__).parents[1] / "assets" / "mite" / "heldout.jsonl"
 
 
 def parse_share(name: str, text: str) -> float:
@@ -50,8 +50,8 @@ def compare_in_turn(
     first = load_for(a, backends[0])
     hidden = remember(first, corpus, progress=progress)
     del first
-    reference = Reference(hidden, _tail(a, backends[0]))
-    return compare_with(reference, load_for(b, backends[1]), corpus, progress=progress)
+    baseline = Baseline(hidden, _tail(a, backends[0]))
+    return compare_with(baseline, load_for(b, backends[1]), corpus, progress=progress)
 
 
 def _tail(path: Path, backend: str) -> DeepseekModel:

@@ -34,7 +34,7 @@ def main() -> None:
         report = json.loads(
             cli(
                 "compress",
-                "reference",
+                "mite",
                 "--recipe",
                 "int8",
                 "-o",
@@ -52,11 +52,11 @@ def main() -> None:
         _title("3. Serve it: one answer, streamed")
         prompt = prompts(1, seed=5)[0]
         print(prompt, end="")
-        stream_one(Lever("", "reference"), prompt, lambda text: print(text, end="", flush=True))
+        stream_one(Lever("", "mite"), prompt, lambda text: print(text, end="", flush=True))
         _title("4. Lever by lever")
         rows = [measure(lever, machine, log.print) for lever in levers(str(compressed))]
         _title("5. A fleet that follows the load: an hour of a DeepSeek-R1 service in a minute")
-        fleet = run_fleet("reference", log.print)
+        fleet = run_fleet("mite", log.print)
         print(fleet.text)
     print_table(rows)
     sections: list[tuple[str, str, str | None]] = [
@@ -70,8 +70,8 @@ def main() -> None:
 def levers(compressed: str) -> list[Lever]:
     """Each adds one to the one before."""
     return [
-        Lever("reference ops", "reference", ("--backend", "reference")),
-        Lever("+ native kernels", "reference"),
+        Lever("reference ops", "mite", ("--backend", "reference")),
+        Lever("+ native kernels", "mite"),
         Lever("+ compression (int8)", compressed),
         Lever("+ speculation (text and MTP)", compressed, ("--speculate", "mtp+ngram")),
         Lever("+ adaptive experts", compressed, ("--speculate", "mtp+ngram", "--experts", "adaptive:0.7")),

@@ -78,7 +78,7 @@ def run_fleet(model: str, say: Callable[[str], None]) -> FleetRun:
         with running(arguments, url, 60, signal.SIGINT, 30):
             say(f"fleet is up; {WINDOWS * 600 // SPEED} s of load begin")
             began = time.time()
-            timings = asyncio.run(_load(Target(url, "reference"), rates))
+            timings = asyncio.run(_load(Target(url, "mite"), rates))
         lines = [line for f in Path(state).glob("**/decisions.jsonl") for line in f.read_text().splitlines()]
     decisions = [d for d in map(Decision.from_json, lines) if d.time >= began]
     return FleetRun(

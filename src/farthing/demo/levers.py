@@ -129,6 +129,6 @@ def _accepted(served: Served) -> float | None:
 
 
 def _weight_bytes(lever: Lever) -> int:
-    from farthing.engine.resolve import resolve_model
+    from farthing.hub import resolve_model
 
     return sum(f.stat().st_size for f in resolve_model(lever.model).glob("*.safetensors"))

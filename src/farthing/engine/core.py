@@ -25,7 +25,7 @@ from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer
-from farthing.ops.draw import draw
+from farthing.ops import sampling
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ class EngineCore:
         tokenizer: Tokenizer | None = None,
         speculator: Speculator | None = None,
         on_finish: Callable[[RequestState], None] = lambda state: None,
-        pick: Pick = draw,
+        pick: Pick = sampling.sample,
     ) -> None:
-        """pick: the backend's `draw`."""
+        """pick: the backend's `sample`."""
         self.runner = runner
         self.scheduler = scheduler
         self.stats = stats

@@ -2,7 +2,7 @@
 
 What a server (or `farthing.LLM`) uses:
 
-    engine = Engine.from_config(EngineConfig(model="reference", max_num_seqs=64))   # loads the model
+    engine = Engine.from_config(EngineConfig(model="mite", max_num_seqs=64))   # loads the model
     stream = engine.submit(prompt, SamplingParams(max_tokens=32), priority=0, cache_salt="", kind="delta")
         # prompt: str or token ids. Thread-safe, never blocks on the model. Raises ValueError (names the
         # field), QueueFull (429), EngineStopped (503). kind "delta": each output holds what is new;
@@ -45,7 +45,6 @@ import torch
 
 from farthing.config import EngineConfig, parse_speculate
 from farthing.engine.admission import Admission
-from farthing.engine.build import resolve
 from farthing.engine.core import EngineCore
 from farthing.engine.generation import RequestState
 from farthing.engine.request import (
@@ -57,13 +56,14 @@ from farthing.engine.request import (
     RequestMetrics,
     SamplingParams,
 )
-from farthing.engine.resolve import resolve_model
 from farthing.engine.runner import Runner
 from farthing.engine.scheduler import Scheduler
+from farthing.engine.sizing import resolve
 from farthing.engine.speculation import MtpDrafter, NgramDrafter, Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
+from farthing.hub import resolve_model
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import LatentCache, Ops, select
 from farthing.ops.api import CacheDtype
@@ -112,7 +112,7 @@ class Engine:
             blocks,
         )
         self._core = EngineCore(
-            runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.draw
+            runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.sample
         )
         self._lock = threading.Lock()
         self._inbox: deque[tuple[Order, RequestState | None]] = deque()

@@ -4,7 +4,7 @@ Every random number is a function of (the completion's seed, the index of the ou
 draws the same tokens whatever shares its batch, after preemption, and with speculation or without: a draft
 is accepted exactly if it is the token this sampler would have drawn in its place (see speculation.py).
 
-The draw itself is an op of the backend (`Ops.draw`).
+The draw itself is an op of the backend (`Ops.sample`).
 
 Legend: n rows (one for each token to draw); D hidden size; V vocabulary.
 """
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from farthing.engine.request import Logprob, SamplingParams
 from farthing.engine.structured import Matcher
-from farthing.ops.draw import Filters
-from farthing.ops.draw import draw as draw_in_torch
+from farthing.ops.sampling import Filters
+from farthing.ops.sampling import sample as sample_in_torch
 
 _MASK64 = (1 << 64) - 1
 
 Logprobs = dict[int, Logprob]
-Pick = Callable[[Tensor, Tensor, Filters | None], Tensor]  # `Ops.draw`
+Pick = Callable[[Tensor, Tensor, Filters | None], Tensor]  # `Ops.sample`
 
 
 class Head(Protocol):
@@ -91,7 +91,7 @@ class Row:
 
 
 def sample(
-    head: Head, hidden: Tensor, rows: Sequence[Row], pick: Pick = draw_in_torch
+    head: Head, hidden: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch
 ) -> tuple[list[int], list[Logprobs] | None]:
     """Draw one token a row of hidden [n, D]. The second list is None if no row wants logprobs."""
     wanted = [row.state.params.logprobs for row in rows]
@@ -126,7 +126,7 @@ def edit(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, rows: Sequence[Row], pick: Pick = draw_in_torch) -> list[int]:
+def draw(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch) -> list[int]:
     """One token a row from edited logits [n, V]."""
     params = [row.state.params for row in rows]
     greedy = [i for i, p in enumerate(params) if p.greedy]

@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from farthing.ops.draw import Filters, draw
+from farthing.ops.sampling import Filters, sample
 from farthing.ops.weights import Weight
 
 Handle = Any  # what a backend packs a weight into; opaque to everyone else
@@ -278,12 +278,12 @@ class Ops(ABC):
     def softmax(self, x: Tensor) -> Tensor:
         """Softmax over the last dimension of a float32 [T, N]."""
 
-    def draw(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
+    def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         """A token a row: logits [n, V] float32, divided by the temperature; uniform [n] float64 in (0, 1) ->
         [n] int64, where the running sum of the probabilities passes uniform: over the vocabulary in the order
         of its ids, or over the tokens that the filters leave, likeliest first. A row's token does not depend
         on the other rows."""
-        return draw(logits, uniform, filters)
+        return sample(logits, uniform, filters)
 
     def forget(self, prefix: str) -> None:  # noqa: B027  (most backends keep no weights by name)
         """Weights packed under names that begin with `prefix` may be packed again."""

@@ -1,17 +1,17 @@
 """Experts on the host, everything else on the device (`--experts-on cpu`).
 
-One GPU rarely holds a mixture of experts, whose routed experts are most of the weights and least of the use:
-a token passes a few of them. Here the device computes attention, dense layers, routers and shared experts;
-the host's kernels compute routed experts where their packed weights lie (a mapped file, if there is one), and
-the experts used most have copies on the device.
+Routed experts hold most of the weights but each token uses only a few, so a single GPU rarely fits them all.
+The device computes attention, dense layers, routers and shared experts. The host's kernels compute routed
+experts directly from their packed weights (a mapped file where available). The most used ("hot") experts also
+have copies on the device.
 
-A layer's step without hot experts: hidden states go to the host, which norms, routes and computes in one call
-of its kernels while the device computes the shared expert; the sum comes back. With hot ones the device
-routes, and choices and weights go along: the host computes the experts that are not hot, in one call too, and
-the device the hot ones. Only hidden states cross the bus, never weights, but for an expert that becomes hot:
-it is read and packed in a thread of its own while steps go on without it.
+Without hot experts, hidden states go to the host, which normalizes, routes and computes in one kernel call
+while the device computes the shared expert; the sum comes back. With hot experts the device routes and sends
+expert ids and gate weights along: the host computes the cold experts in one call and the device the hot ones.
+Only hidden states cross the bus. The exception is an expert that becomes hot: a background thread reads and
+packs it while steps continue without it.
 
-Legend: T tokens; D hidden size; E experts; k experts a token; R chosen (token, expert) pairs.
+Legend: T tokens; D hidden size; E experts; k experts per token; R chosen (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.around import OpsAround
-from farthing.ops.crossing import Copies, Crossing
-from farthing.ops.hot import HotExperts
+from farthing.ops.expert_cache import ExpertCache
 from farthing.ops.reference import route
+from farthing.ops.transfer import HostCopies, HostTransfer
 from farthing.ops.weights import Weight
+from farthing.ops.wrapper import OpsWrapper
 
-DECIDE_EVERY = 16  # steps of a layer between two looks at its hot experts
+DECIDE_EVERY = 16  # steps between two reviews of a layer's hot experts
 Gated = tuple[Weight, Weight, Weight]
 Pair = tuple[Handle, Handle]  # an expert on the device: gate and up stacked, down
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Chosen pairs of a step in the order of their experts, then tokens."""
+    """A step's chosen pairs, ordered by expert, then token."""
 
     tokens: NDArray[np.int64]  # [R]
-    slots: NDArray[np.int64]  # [R], which of a token's k choices
+    slots: NDArray[np.int64]  # [R], index among a token's k choices
     parts: dict[int, slice]  # by expert, ascending
 
 
@@ -62,47 +62,47 @@ class Rows:
 class Hot:
     """A layer's experts on the device."""
 
-    books: HotExperts
+    cache: ExpertCache
     handles: dict[int, Pair] = field(default_factory=dict)
-    leaving: int | None = None  # out of the books; its weights may still be in use
-    coming: int | None = None
-    loaded: Future[Pair] | None = None
+    evicted: int | None = None  # no longer resident; its weights may still be in use
+    loading: int | None = None
+    load: Future[Pair] | None = None
     steps: int = 0
 
     def serving(self) -> dict[int, Pair]:
-        """What the device computes in the step that begins."""
-        return {expert: pair for expert, pair in self.handles.items() if expert != self.leaving}
+        """The experts the device computes in the next step."""
+        return {expert: pair for expert, pair in self.handles.items() if expert != self.evicted}
 
 
 @dataclass(slots=True)
 class HybridMoE:
-    """A layer's mixture of experts on both sides."""
+    """One layer's mixture of experts on host and device."""
 
     name: str
     spec: RouterSpec
     gate: Tensor  # [E, D] float32, on the device
     bias: Tensor | None  # [E]
     loads: Sequence[Callable[[], Gated] | None]
-    routed: Handle  # as the host packs them
+    routed: Handle  # packed by the host
     shared: Handle | None  # on the device
     hot: Hot
     norm: Tensor | None = None  # the layer's, on the host
 
 
-class HybridOps(OpsAround):
-    """`device` for everything but routed experts, which `host` computes. Both keep their own formats."""
+class HybridOps(OpsWrapper):
+    """Routed experts on `host`, everything else on `device`. Each keeps its own weight format."""
 
     def __init__(self, device: Ops, host: Ops, hot_experts: int = 0) -> None:
-        """hot_experts: copies on the device in every layer, at most."""
+        """hot_experts: maximum number of device copies per layer."""
         if not isinstance(host, HostOps):
-            raise ValueError(f"experts are on {host.name!r}; expected a backend of the CPU")
+            raise ValueError(f"experts on {host.name!r} are not supported; expected a CPU backend")
         hot = f", {hot_experts} hot" if hot_experts else ""
         super().__init__(device, f"{device.name}; experts on {host.name}{hot}")
         self._host: HostOps = host
         self._capacity = hot_experts
         self.packed_from = host.packed_from
         host.routed_only = True
-        self._crossing = Crossing(self.device)
+        self._transfer = HostTransfer(self.device)
         self._computing = ThreadPoolExecutor(1, "farthing-experts")
         self._loading = ThreadPoolExecutor(1, "farthing-hot")
 
@@ -130,7 +130,7 @@ class HybridOps(OpsAround):
             w.experts,
             self._host.pack_moe(name, spec, lambda: replace(w, shared=None)),
             None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
-            Hot(HotExperts(min(self._capacity, spec.num_experts))),
+            Hot(ExpertCache(min(self._capacity, spec.num_experts))),
         )
 
     def moe(
@@ -139,9 +139,11 @@ class HybridOps(OpsAround):
         host_norm = weights.norm = norm.cpu() if weights.norm is None else weights.norm
         if not self._capacity:
             seen = None if counts is None else torch.zeros(len(counts), dtype=torch.int64)
-            computed = self._begin(self._all, self._crossing.down(x=x), weights.routed, host_norm, eps, seen)
+            computed = self._begin(
+                self._all, self._transfer.to_host(x=x), weights.routed, host_norm, eps, seen
+            )
             out = self._shared(x, weights, norm, eps)
-            routed = self._crossing.up(computed())
+            routed = self._transfer.to_device(computed())
             if counts is not None and seen is not None:
                 counts += seen.to(self.device)
             return (out + routed).to(self.dtype)  # summed in float32, rounded once
@@ -150,36 +152,38 @@ class HybridOps(OpsAround):
         if counts is not None:
             chosen = ids.flatten()
             counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
-        here, hot = self._crossing.down(x=x, ids=ids, gates=gates), weights.hot.serving()
+        here, hot = self._transfer.to_host(x=x, ids=ids, gates=gates), weights.hot.serving()
         computed = self._begin(self._cold, here, weights.routed, host_norm, eps, hot)
         out = self._shared(x, weights, norm, eps)
         rows = rows_of(here["ids"].numpy())
         self._follow(weights, rows)
         out = out + self._on_device(n, gates, rows, hot)
-        return (out + self._crossing.up(computed())).to(self.dtype)
+        return (out + self._transfer.to_device(computed())).to(self.dtype)
 
     def _shared(self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float) -> Tensor:
         """x and the shared expert. x may be overwritten."""
         return x if weights.shared is None else self._inner.mlp(x, weights.shared, norm, eps)
 
     def _begin(self, compute: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
-        """The host's part. Its result is asked for when the device has been given its own.
+        """Start the host's part; call the returned function for its result after queueing the device's part.
 
-        CUDA works by itself once it has been told what to do, so this thread is free then. A CPU as the
-        device does not: the host's part gets a thread.
+        CUDA kernels run asynchronously, so this thread computes the host's part once they are queued. If the
+        device is itself a CPU, the host's part runs in a thread.
         """
         if self.device.type == "cuda":
             return partial(compute, *arguments)
         return self._computing.submit(compute, *arguments).result
 
     @torch.inference_mode()
-    def _all(self, here: Copies, routed: Handle, norm: Tensor, eps: float, seen: Tensor | None) -> Tensor:
-        """The sum of all routed experts [T, D] float32; seen [E] gains their tokens."""
+    def _all(self, here: HostCopies, routed: Handle, norm: Tensor, eps: float, seen: Tensor | None) -> Tensor:
+        """The sum of all routed experts [T, D] float32; their token counts are added to seen [E]."""
         x = here["x"].float()
         return self._host.moe(x.clone(), routed, norm, eps, seen).float() - x
 
     @torch.inference_mode()
-    def _cold(self, here: Copies, routed: Handle, norm: Tensor, eps: float, hot: Collection[int]) -> Tensor:
+    def _cold(
+        self, here: HostCopies, routed: Handle, norm: Tensor, eps: float, hot: Collection[int]
+    ) -> Tensor:
         """The sum of the experts that are not hot [T, D] float32."""
         x, ids = here["x"].float(), here["ids"]
         cold = ids.masked_fill(torch.isin(ids, torch.tensor(list(hot), dtype=ids.dtype)), -1)
@@ -191,7 +195,7 @@ class HybridOps(OpsAround):
         chosen = [(hot[expert], part) for expert, part in rows.parts.items() if expert in hot]
         if not chosen:
             return out
-        tokens, slots = self._crossing.index(rows.tokens), self._crossing.index(rows.slots)
+        tokens, slots = self._transfer.indices(rows.tokens), self._transfer.indices(rows.slots)
         weight = gates[tokens, slots, None]
         for (gate_up, down), part in chosen:
             # One expert at a time: a sum over all rows at once would have no fixed order on a GPU.
@@ -205,38 +209,38 @@ class HybridOps(OpsAround):
         self._host.reroute(weights.routed, spec)
 
     def route(self, n: Tensor, weights: HybridMoE) -> tuple[Tensor, Tensor]:
-        """In plain torch on the device: both sides follow one choice."""
+        """Route in plain torch on the device, so that both sides use the same choice."""
         return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec)
 
     # -- hot experts
 
     def _follow(self, weights: HybridMoE, rows: Rows) -> None:
-        """Count a step, take in an expert that has arrived, send for another.
+        """Count a step, adopt an expert that has finished loading, start loading another.
 
-        The copies to the host are done, and so is all that the device computed before them: weights that left
-        in an earlier step are not in use any more.
+        The copies to the host have completed, and with them everything the device computed earlier: weights
+        evicted in a previous step are no longer in use.
         """
         hot = weights.hot
-        hot.books.record({expert: part.stop - part.start for expert, part in rows.parts.items()})
+        hot.cache.record({expert: part.stop - part.start for expert, part in rows.parts.items()})
         hot.steps += 1
-        if hot.coming is None:
-            if hot.steps % DECIDE_EVERY == 0 and (swap := hot.books.decide()):
-                hot.leaving, hot.coming = swap
-        elif hot.loaded is None:
-            if hot.leaving is not None:
-                del hot.handles[hot.leaving]
-                self._inner.forget(f"{weights.name}.hot.{hot.leaving}.")
-                hot.leaving = None
-            hot.loaded = self._loading.submit(self._load, weights, hot.coming)
-        elif hot.loaded.done():
-            hot.handles[hot.coming] = hot.loaded.result()
-            hot.books.arrived(hot.coming)
-            hot.coming = hot.loaded = None
+        if hot.loading is None:
+            if hot.steps % DECIDE_EVERY == 0 and (swap := hot.cache.decide()):
+                hot.evicted, hot.loading = swap
+        elif hot.load is None:
+            if hot.evicted is not None:
+                del hot.handles[hot.evicted]
+                self._inner.forget(f"{weights.name}.hot.{hot.evicted}.")
+                hot.evicted = None
+            hot.load = self._loading.submit(self._load, weights, hot.loading)
+        elif hot.load.done():
+            hot.handles[hot.loading] = hot.load.result()
+            hot.cache.loaded(hot.loading)
+            hot.loading = hot.load = None
 
     def _load(self, weights: HybridMoE, expert: int) -> Pair:
         load, name = weights.loads[expert], f"{weights.name}.hot.{expert}"
         assert load is not None
-        with torch.inference_mode(), self._crossing.beside():
+        with torch.inference_mode(), self._transfer.side_stream():
             gate, up, down = load()
             return (
                 self._inner.pack_linear(f"{name}.gate_up", lambda: [gate, up]),
@@ -244,7 +248,7 @@ class HybridOps(OpsAround):
             )
 
     def settle(self) -> None:
-        """Wait for experts on their way to the device; the next step of their layer takes them in."""
+        """Wait for experts that are loading; the next step of their layer uses them."""
         self._loading.submit(int).result()
 
     def forget(self, prefix: str) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from farthing.ops import MoEWeights, Ops, RouterSpec
 from farthing.ops.api import Batch, Handle, LatentCache, LayerHandles
-from farthing.ops.around import OpsAround
 from farthing.ops.reference import largest
+from farthing.ops.wrapper import OpsWrapper
 from farthing.parallel.group import Group
 from farthing.parallel.shared import SharedGroup
 
@@ -50,7 +50,7 @@ class Experts:
     total: int = 0  # experts of the layer
 
 
-class ParallelOps(OpsAround):
+class ParallelOps(OpsWrapper):
     """`inner` on this rank's slices. shares: by the name of a mixture of experts, which are here."""
 
     def __init__(self, inner: Ops, groups: Groups, shares: Shares) -> None:

@@ -25,7 +25,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from farthing.ops.api import LatentCache, RouterSpec
-from farthing.ops.draw import Filters
 from farthing.ops.gpu import (
     decode,
     grouped,
@@ -40,6 +39,7 @@ from farthing.ops.gpu import (
 )
 from farthing.ops.gpu.gemm import gemm
 from farthing.ops.gpu.matrix import Matrix
+from farthing.ops.sampling import Filters
 
 BF16, FP8, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program (CUDA programming guide)

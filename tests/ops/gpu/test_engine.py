@@ -51,13 +51,13 @@ def test_greedy_tokens_are_the_reference_s() -> None:
 def test_the_same_seeds_draw_the_reference_s_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine samples with the backend's kernels; in torch alone they would not be called."""
     kinds: list[bool] = []
-    kernels = GpuOps.draw
+    kernels = GpuOps.sample
 
     def spy(self: GpuOps, logits: torch.Tensor, uniform: torch.Tensor, filters: Any = None) -> torch.Tensor:
         kinds.append(filters is None)
         return kernels(self, logits, uniform, filters)
 
-    monkeypatch.setattr(GpuOps, "draw", spy)
+    monkeypatch.setattr(GpuOps, "sample", spy)
     fixed: dict[str, Any] = dict(max_tokens=4, ignore_eos=True)
     params = [
         SamplingParams(seed=1, **fixed),

@@ -13,7 +13,7 @@ from typing import Any
 from farthing.engine.request import SamplingParams
 from farthing.engine.sampler import Row, SamplingState, _filters, uniform
 from farthing.engine.sampler import draw as engine_draw
-from farthing.ops import draw as reference
+from farthing.ops import sampling as reference
 from farthing.ops import select
 from farthing.ops.gpu import sample as kernels
 from farthing.ops.gpu.sample import draw, draw_filtered
@@ -28,7 +28,7 @@ def uniforms(rows: int) -> Tensor:
 def test_over_the_vocabulary(vocabulary: int) -> None:
     logits, u = torch.randn(7, vocabulary) * 3, uniforms(7)
     logits[0, 1:] = float("-inf")
-    assert torch.equal(draw(logits.to(DEVICE), u.to(DEVICE)).cpu(), reference.draw(logits, u))
+    assert torch.equal(draw(logits.to(DEVICE), u.to(DEVICE)).cpu(), reference.sample(logits, u))
 
 
 def test_the_ends_of_the_distribution() -> None:
@@ -53,7 +53,7 @@ PARAMS = [
 def test_filtered(vocabulary: int, heat: float) -> None:
     logits, u = torch.randn(len(PARAMS), vocabulary) / heat, uniforms(len(PARAMS))
     tokens = draw_filtered(logits.to(DEVICE), u.to(DEVICE), _filters(PARAMS, logits.to(DEVICE)))
-    assert torch.equal(tokens.cpu(), reference.draw(logits, u, _filters(PARAMS, logits)))
+    assert torch.equal(tokens.cpu(), reference.sample(logits, u, _filters(PARAMS, logits)))
 
 
 def test_wide_filters_look_at_the_whole_vocabulary() -> None:
@@ -62,7 +62,7 @@ def test_wide_filters_look_at_the_whole_vocabulary() -> None:
     params, u = [SamplingParams(top_k=2), SamplingParams(top_p=0.99)], torch.tensor([0.9, 0.9]).double()
     logits = torch.randn(2, wide) / 100
     tokens = draw_filtered(logits.to(DEVICE), u.to(DEVICE), _filters(params, logits.to(DEVICE))).cpu()
-    assert torch.equal(tokens, reference.draw(logits, u, _filters(params, logits)))
+    assert torch.equal(tokens, reference.sample(logits, u, _filters(params, logits)))
     assert (logits[1] > logits[1, tokens[1]]).sum() > reference.CANDIDATES
 
 
@@ -82,9 +82,9 @@ def test_the_engine_draws_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     logits = torch.randn(len(rows), 300) * 2
     expected = engine_draw(logits, rows)
     ops = select("gpu", torch.float32)
-    assert engine_draw(logits.to(DEVICE), rows, ops.draw) == expected
+    assert engine_draw(logits.to(DEVICE), rows, ops.sample) == expected
     assert calls == ["draw", "draw_filtered"]
-    alone = [engine_draw(logits[i : i + 1].to(DEVICE), rows[i : i + 1], ops.draw) for i in range(5)]
+    alone = [engine_draw(logits[i : i + 1].to(DEVICE), rows[i : i + 1], ops.sample) for i in range(5)]
     assert [t for tokens in alone for t in tokens] == expected[:5]  # whoever shares the step
 
 

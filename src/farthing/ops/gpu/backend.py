@@ -23,7 +23,6 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.draw import Filters
 from farthing.ops.gpu import gemm, normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, plan
 from farthing.ops.gpu.gemm import Part
@@ -36,6 +35,7 @@ from farthing.ops.gpu.sample import draw, draw_filtered
 from farthing.ops.gpu.softmax import softmax
 from farthing.ops.gpu.sparse import find
 from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX, largest
+from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
 
 Gated = tuple[Weight, Weight, Weight]
@@ -303,7 +303,7 @@ class GpuOps(Ops):
     def softmax(self, x: Tensor) -> Tensor:
         return softmax(_rows(x.float()))
 
-    def draw(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
+    def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         if filters is None:
             return draw(_rows(logits), uniform)
         return draw_filtered(_rows(logits), uniform, filters)

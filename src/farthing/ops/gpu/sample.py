@@ -1,4 +1,4 @@
-"""Drawing tokens: `Ops.draw` in two kernels, the reference's token for the same random number.
+"""Drawing tokens: `Ops.sample` in two kernels, the reference's token for the same random number.
 
 Legend: n rows; V vocabulary; K candidates of a row, sorted. One program a row.
 
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.draw import Filters
+from farthing.ops.sampling import Filters
 
 _BLOCK = 2048
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from farthing.model.config import ModelConfig
-from farthing.parallel.buffers import Serving, buffers
-from farthing.parallel.footprint import Holder, Stored, StoredOf
 from farthing.parallel.plan import (
     EMBEDDING,
     Cut,
@@ -20,6 +18,8 @@ from farthing.parallel.plan import (
     layer_of,
     representatives,
 )
+from farthing.planner.buffers import Serving, buffers
+from farthing.planner.footprint import Holder, Stored, StoredOf
 
 CACHE_ITEM = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
 CACHE_SCALES = {"fp8": 8, "int8": 8}  # bytes a token a layer beside an 8-bit cache

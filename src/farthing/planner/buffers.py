@@ -13,9 +13,9 @@ import os
 from dataclasses import dataclass
 
 from farthing.model.config import ModelConfig
-from farthing.parallel.footprint import Holder, Stored
 from farthing.parallel.plan import Layout, Place, ShardPlan, bounds
 from farthing.parallel.shared import SLOT_BYTES
+from farthing.planner.footprint import Holder, Stored
 
 _FLOAT = 4
 _TILE_ROWS, _TILE_COLUMNS, _PAIR = 256, 32, 32  # kRowBlock, columns of a sum, kPairColumns

@@ -1,7 +1,7 @@
-"""A backend around another: what it does not change is the inner one's.
+"""A backend that wraps another and forwards every op it does not override.
 
-`stack` and `greedy` are left to their defaults, so that no shortcut of the inner backend passes by what a
-wrapper changed; `moe`, its packing and its routing are for every wrapper to say.
+`stack` and `greedy` keep their defaults: the inner backend's fused versions would bypass overridden ops.
+`moe`, its packing and its routing are left to each wrapper.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from farthing.ops.api import AttentionSpec, Batch, CacheDtype, Handle, LatentCache, Ops
-from farthing.ops.draw import Filters
+from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
 
 
-class OpsAround(Ops):
+class OpsWrapper(Ops):
     """Forwards to `inner`."""
 
     def __init__(self, inner: Ops, name: str) -> None:
@@ -83,5 +83,5 @@ class OpsAround(Ops):
     def softmax(self, x: Tensor) -> Tensor:
         return self._inner.softmax(x)
 
-    def draw(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
-        return self._inner.draw(logits, uniform, filters)
+    def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
+        return self._inner.sample(logits, uniform, filters)

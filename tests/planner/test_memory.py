@@ -15,29 +15,29 @@ from typer.testing import CliRunner
 from farthing.checkpoint import Checkpoint
 from farthing.cli.plan import app
 from farthing.compress.size import parse_bytes
-from farthing.engine.resolve import resolve_model
+from farthing.hub import resolve_model
 from farthing.model.load import config_of
 from farthing.ops import select
 from farthing.parallel import rank as rank_module
-from farthing.parallel.buffers import Serving
-from farthing.parallel.footprint import Holder, stored_by_checkpoint, stored_by_config
 from farthing.parallel.group import Alone
-from farthing.parallel.memory import Model, RankMemory, memory
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
+from farthing.planner.buffers import Serving
+from farthing.planner.footprint import Holder, stored_by_checkpoint, stored_by_config
+from farthing.planner.memory import Model, RankMemory, memory
 from tests.model.test_config import V3
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from random_model import config as bench_config
 
-REFERENCE = resolve_model("reference")
+MITE = resolve_model("mite")
 SERVING = Serving(1024, 2048)
 
 
 def planned(layout: Layout, holder: Holder) -> list[RankMemory]:
-    config = config_of(Checkpoint.open(REFERENCE))
+    config = config_of(Checkpoint.open(MITE))
     plan = ShardPlan.build(config, layout)
-    return memory(Model.of(plan, stored_by_checkpoint(REFERENCE)), plan, holder, SERVING)
+    return memory(Model.of(plan, stored_by_checkpoint(MITE)), plan, holder, SERVING)
 
 
 def held(rank: Rank) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def held(rank: Rank) -> tuple[int, int]:
 def test_a_rank_holds_what_was_planned(backend: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "cpu":
         pytest.importorskip("farthing._native")
-    checkpoint = Checkpoint.open(REFERENCE)
+    checkpoint = Checkpoint.open(MITE)
     # A rank by itself: its collectives are not called while it loads.
     monkeypatch.setattr(rank_module, "DistGroup", lambda ranks, timeout: Alone())
     for planned_rank in planned(layout, Holder(backend)):
@@ -131,7 +131,7 @@ def test_a_bare_config_is_refused_with_a_layout_that_fits(tmp_path: Path) -> Non
     ],
 )
 def test_refusals(arguments: list[str], message: str) -> None:
-    run = CliRunner().invoke(app, ["reference", *arguments])
+    run = CliRunner().invoke(app, ["mite", *arguments])
     assert run.exit_code == 1
     assert message in run.output
 

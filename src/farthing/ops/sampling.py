@@ -1,6 +1,6 @@
-"""Drawing tokens: where a random number falls in a distribution. The definition of `Ops.draw`, in torch.
+"""Sampling by inverse transform, in torch: the definition of `Ops.sample`.
 
-Legend: n rows; V vocabulary; K candidates of a row.
+Legend: n rows; V vocabulary; K candidates per row.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Filters:
         return min(vocabulary, max(CANDIDATES, self.most))
 
 
-def draw(logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
-    """See `Ops.draw`."""
+def sample(logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
+    """See `Ops.sample`."""
     if filters is None:
         return invert(logits.softmax(-1), uniform)
     vocabulary = logits.shape[1]

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from farthing.cli.train import app
 from farthing.train.evaluate import evaluate, windows
 from farthing.train.export import is_quantized, load_checkpoint, save_checkpoint
+from farthing.train.mite import Recipe, apply_settings
 from farthing.train.model import DeepSeekLM, ModelConfig
-from farthing.train.reference import Recipe, apply_settings
 from tests.train.test_model import randomized
 
 TINY_RUN = [
@@ -31,7 +31,7 @@ TINY_RUN = [
 
 def test_command_trains_resumes_and_ships(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    base = ["reference", "--out", str(out), "--data", str(sources), "--device", "cpu", "--json", *TINY_RUN]
+    base = ["mite", "--out", str(out), "--data", str(sources), "--device", "cpu", "--json", *TINY_RUN]
     result = CliRunner().invoke(app, [*base, "--tokens", "2048"])
     assert result.exit_code == 0, result.output
     refused = CliRunner().invoke(app, [*base, "--tokens", "2048"])

@@ -1,4 +1,4 @@
-"""The recipe of the embedded reference model: what is trained, on what, for how long."""
+"""The recipe of the embedded model: what is trained, on what, for how long."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def tune_allocator() -> None:
         return
 
 
-def train_reference(
+def train_mite(
     out: Path,
     minutes: float | None,
     tokens: int | None,

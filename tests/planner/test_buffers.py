@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from farthing.checkpoint import Checkpoint
-from farthing.engine.resolve import resolve_model
+from farthing.hub import resolve_model
 from farthing.model import ModelConfig
 from farthing.model.load import config_of
-from farthing.parallel.buffers import Serving, step
-from farthing.parallel.footprint import Holder, Stored, stored_by_checkpoint
-from farthing.parallel.memory import Model, memory
 from farthing.parallel.plan import Layout, ShardPlan
+from farthing.planner.buffers import Serving, step
+from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint
+from farthing.planner.memory import Model, memory
 from tests.model.test_config import V3
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_a_step_takes_what_was_planned(backend: str, quantization: str | None, l
 @pytest.mark.parametrize(("backend", "quantization"), BACKENDS[:3])
 def test_a_rank_takes_what_was_planned(backend: str, quantization: str | None, layout: Layout) -> None:
     """All that a rank of the embedded model takes, within 5 %; `test_memory` holds weights and cache."""
-    checkpoint = Checkpoint.open(resolve_model("reference"))
+    checkpoint = Checkpoint.open(resolve_model("mite"))
     plan = ShardPlan.build(config_of(checkpoint), layout)
     holder, serving = Holder(backend, 4, quantization), Serving(TOKENS, 512, 1, 512, threads=1)
     model = Model.of(plan, stored_by_checkpoint(checkpoint.path))

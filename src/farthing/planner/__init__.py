@@ -1,0 +1,1 @@
+"""Memory, buffers and throughput of a deployment, computed before anything is loaded (`farthing plan`)."""
