@@ -290,6 +290,7 @@ def test_an_engine_that_aborts_is_an_error() -> None:
         {"messages": USER, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
         {"messages": USER, "tools": [TOOLS[0], TOOLS[0]]},
         {"messages": USER, "tools": [{"type": "function", "function": {"name": "bad name"}}]},
+        {"messages": USER, "tools": [{"type": "function", "function": {"name": "x" * 257}}]},
         {"messages": USER, "top_logprobs": 2},
         {"messages": USER, "response_format": {"type": "json_schema"}},
         {"messages": USER, "response_format": {"type": "yaml"}},
@@ -313,3 +314,32 @@ def test_raw_stream_ends_with_done(tiny: Running) -> None:
     documents = events(httpx.post(f"{tiny.url}/v1/chat/completions", json=body).text)
     assert documents[-1] == "[DONE]" and documents[-2]["usage"]["completion_tokens"] == 3
     assert all(document["object"] == "chat.completion.chunk" for document in documents[:-1])
+
+
+def test_an_empty_list_of_calls_keeps_the_text() -> None:
+    template = (
+        "{% for m in messages %}{% if 'tool_calls' in m %}calls{% else %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    engine = ScriptedEngine(chat_template=template)
+    with running(engine) as server:
+        for calls in ([], None):
+            turns = [*USER, {"role": "assistant", "content": "kept", "tool_calls": calls}, *USER]
+            answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": turns})
+            assert answer.status_code == 200, answer.text
+            assert "kept" in engine.prompts[-1] and "calls" not in engine.prompts[-1]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_logprobs": 0},
+        {"prompt_cache_retention": "24h", "prediction": {"type": "content", "content": "x"}},
+        {"tools": [{"type": "function", "function": {"name": "mcp:files:" + "read" * 20}}]},
+        {"messages": [*USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]},
+    ],
+)
+def test_fields_that_clients_send_are_taken(tiny: Running, fields: dict[str, Any]) -> None:
+    body = {"messages": USER, "max_tokens": 1} | fields
+    answer = httpx.post(f"{tiny.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text

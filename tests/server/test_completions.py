@@ -7,7 +7,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.server.harness import Running, events, tokenizer
+from tests.server.harness import Running, events, running, tiny_engine, tokenizer
 
 
 def test_models(tiny: Running, client: OpenAI) -> None:
@@ -165,7 +165,6 @@ def test_tokenize_and_back(tiny: Running) -> None:
         ({"prompt": "a", "logprobs": 99}, "logprobs"),
         ({"prompt": "a", "suffix": "z"}, "suffix"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
-        ({"prompt": "a", "max_token": 3}, "max_token"),
         ({"prompt": "a", "stop": [""]}, "stop.0"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, None),
         ({"prompt": "a", "logit_bias": {"99999": 1}}, None),
@@ -191,3 +190,39 @@ def test_unknown_model(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as refused:
         client.completions.create(model="gpt-4", prompt="a")
     assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+def test_streams_of_many_choices_with_echo_and_logprobs(client: OpenAI) -> None:
+    options = {"model": "tiny", "prompt": ["abc", "de"], "n": 3, "max_tokens": 4, "echo": True, "logprobs": 1}
+    texts = dict.fromkeys(range(6), "")
+    tokens: dict[int, list[str]] = {index: [] for index in range(6)}
+    for chunk in client.completions.create(**options, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        if choice.logprobs:
+            tokens[choice.index] += choice.logprobs.tokens or []
+    assert all(texts[index].startswith("abc" if index < 3 else "de") for index in range(6))
+    assert [len(tokens[index]) for index in range(6)] == [8, 8, 8, 7, 7, 7]
+
+
+def test_unknown_fields_are_counted_or_refused(
+    tiny: Running, client: OpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"prompt": "a", "max_tokens": 1, "stream": True, "max_token": 3, "stream_options": {"shape": 1}}
+    for _ in range(2):
+        assert httpx.post(f"{tiny.url}/v1/completions", json=body).status_code == 200
+    metrics = httpx.get(f"{tiny.url}/metrics").text
+    for name in ("max_token", "stream_options.shape"):
+        assert f'farthing:unknown_request_fields_total{{field="{name}"}} 2.0' in metrics
+        assert sum(repr(name) in record.getMessage() for record in caplog.records) == 1
+    with running(tiny_engine(), strict_fields=True) as strict:
+        refused = httpx.post(f"{strict.url}/v1/completions", json=body)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "unknown_parameter", "max_token")
+
+
+def test_hostile_field_names_do_not_grow_the_metric(tiny: Running) -> None:
+    for start in (0, 100):
+        body = {"prompt": "a", "max_tokens": 1} | {f"x{i}": 1 for i in range(start, start + 100)}
+        assert httpx.post(f"{tiny.url}/v1/completions", json=body).status_code == 200
+    assert len(tiny.service.unknown_fields.counts) <= 65

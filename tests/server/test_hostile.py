@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.server.harness import Running
+from tests.server.harness import Running, running, tiny_engine
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
 USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Running]:
+    """A server that refuses unknown fields, so that each body below is wrong on every path."""
+    with running(tiny_engine(), strict_fields=True) as server:
+        yield server
 
 
 def check(answer: httpx.Response) -> None:

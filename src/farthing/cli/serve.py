@@ -60,6 +60,9 @@ def serve(
             rich_help_panel=_HTTP,
         ),
     ] = "auto",
+    strict_fields: Annotated[
+        bool, typer.Option(help="Refuse unknown request fields.", rich_help_panel=_HTTP)
+    ] = False,
     access_log: Annotated[bool, typer.Option(help="Log every request.", rich_help_panel=_HTTP)] = False,
     prices: Annotated[
         str | None,
@@ -238,6 +241,7 @@ def serve(
             request_timeout=request_timeout,
             drain_timeout=drain_timeout,
             reasoning_parser=cast("Any", reasoning_parser),
+            strict_fields=strict_fields,
             root_path=root_path,
             access_log=access_log,
             prices=prices,

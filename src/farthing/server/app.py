@@ -133,16 +133,19 @@ def _add_model_routes(api: FastAPI, service: Service) -> None:
 def _add_generation_routes(api: FastAPI, service: Service) -> None:
     @api.post("/v1/completions", summary="Complete prompts", responses=_STREAMED)
     async def completions(request: Request, body: CompletionRequest = Body()) -> Response:
+        service.unknown_fields.check(body)
         return await complete(service, body, request, request.scope["client_name"])
 
     @api.post("/v1/chat/completions", summary="Answer a conversation", responses=_STREAMED)
     async def chat_completions(request: Request, body: ChatCompletionRequest = Body()) -> Response:
+        service.unknown_fields.check(body)
         return await chat(service, body, request, request.scope["client_name"])
 
 
 def _add_token_routes(api: FastAPI, service: Service) -> None:
     @api.post("/tokenize", summary="Text or a conversation to token ids")
     async def tokenize(body: TokenizeRequest = Body()) -> Response:
+        service.unknown_fields.check(body)
         engine = service.require_engine()
         service.check_model(body.model)
         if body.messages is None:
@@ -161,6 +164,7 @@ def _add_token_routes(api: FastAPI, service: Service) -> None:
 
     @api.post("/detokenize", summary="Token ids to text")
     async def detokenize(body: DetokenizeRequest = Body()) -> Response:
+        service.unknown_fields.check(body)
         tokenizer = service.require_engine().tokenizer
         service.check_model(body.model)
         if tokenizer is None:

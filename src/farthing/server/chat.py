@@ -77,7 +77,7 @@ def render(
             f"chat_template_kwargs sets {sorted(taken)}; expected other names",
             param="chat_template_kwargs",
         )
-    turns = [message.model_dump(exclude_unset=True) for message in messages]
+    turns = [_turn(message) for message in messages]
     described = [tool.model_dump(exclude_none=True) for tool in tools or []]
     if engine.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
@@ -91,6 +91,17 @@ def render(
     except (ValueError, RecursionError) as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
     return _cut_after_last(prompt, messages[-1]) if continue_final_message else prompt
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as templates expect it. Without calls it has no `tool_calls`: templates that only ask whether
+    the key is there would drop the text."""
+    turn = message.model_dump(exclude_unset=True)
+    if isinstance(message.content, list):
+        turn["content"] = "".join(part.text for part in message.content)
+    if not message.tool_calls:
+        turn.pop("tool_calls", None)
+    return turn
 
 
 def _cut_after_last(prompt: str, last: Message) -> str:

@@ -89,6 +89,7 @@ class _Answer:
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", service.now()
         self.usage = Usage(sum(len(prompt) for prompt in prompts), with_cost=body.x_farthing)
         self._offsets: dict[int, int] = {}  # by choice: characters so far
+        self._echoes: dict[int, _Echo] = {}  # by prompt; every choice of a prompt begins with the same
 
     async def whole(self, job: Job) -> dict[str, Any]:
         """The complete document."""
@@ -165,7 +166,10 @@ class _Answer:
     def _echo(self, position: int, output: RequestOutput) -> _Echo | None:
         if not self.body.echo:
             return None
-        text = self.texts[position]
-        if text is None:
-            text = self.tokenizer.decode(self.prompts[position]) if self.tokenizer else ""
-        return _Echo(text, self.prompts[position], list(output.prompt_logprobs or []))
+        if position not in self._echoes:  # only a request's first output has the prompt's log probabilities
+            text = self.texts[position]
+            if text is None:
+                text = self.tokenizer.decode(self.prompts[position]) if self.tokenizer else ""
+            echo = _Echo(text, self.prompts[position], list(output.prompt_logprobs or []))
+            self._echoes[position] = echo
+        return self._echoes[position]

@@ -28,6 +28,7 @@ class ServerConfig:
     request_timeout: float = 600.0  # seconds from the body's arrival to the last token
     drain_timeout: float = 30.0  # seconds that running requests get after SIGTERM
     reasoning_parser: ReasoningMode = "auto"  # auto: where the model's chat template knows <think>
+    strict_fields: bool = False  # refuse unknown request fields instead of ignoring them
     root_path: str = ""
     access_log: bool = False
     prices: str | None = None  # a prices.toml over the packaged one; None: see farthing.cost.Prices.load

@@ -85,6 +85,12 @@ class ServerCollector(Collector):
         info = GaugeMetricFamily("farthing:build_info", "Always 1.", labels=["version"])
         info.add_metric([farthing.__version__], 1.0)
         yield info
+        ignored = CounterMetricFamily(
+            "farthing:unknown_request_fields", "Request fields ignored as unknown, by name.", labels=["field"]
+        )
+        for name, count in list(service.unknown_fields.counts.items()):
+            ignored.add_metric([name], float(count))
+        yield ignored
         if service.launch_to_ready is not None:
             launch = GaugeMetricFamily(
                 "farthing:launch_to_ready_seconds",

@@ -18,9 +18,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class Strict(BaseModel):
-    """No field is silently ignored, no type silently converted."""
+    """No type is silently converted. Unknown fields are kept in `model_extra` for `fields.UnknownFields`,
+    which warns about them or, with --strict-fields, refuses them."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True)
 
 
 class Body(Strict):
@@ -50,6 +51,7 @@ class StreamOptions(Strict):
     """Options of a stream; `include_obfuscation` is accepted and has no effect."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # every chunk carries the usage so far
     include_obfuscation: bool | None = None
 
 
@@ -147,10 +149,22 @@ class CompletionRequest(Sampling):
 
 
 class TextPart(Strict):
-    """The one kind of content part a text model reads."""
+    """Text of a message."""
 
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Strict):
+    """An assistant's refusal in an earlier turn: text like any other."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """The refusal's text."""
+        return self.refusal
 
 
 class FunctionCall(Strict):
@@ -173,7 +187,7 @@ class Message(Loose):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | RefusalPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -189,7 +203,7 @@ class Message(Loose):
 class Function(Strict):
     """A function the model may call; parameters is a JSON schema."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -235,6 +249,8 @@ class ChatCompletionRequest(Sampling):
     verbosity: str | None = None
     modalities: list[Literal["text"]] | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None
     safety_identifier: str | None = None
     # extensions
     add_generation_prompt: bool = True
@@ -253,7 +269,7 @@ class ChatCompletionRequest(Sampling):
             raise ValueError(
                 f"tool_choice names {self.tool_choice.function.name!r}, which tools does not define"
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
         if self.continue_final_message and (
             self.add_generation_prompt or self.messages[-1].role != "assistant"

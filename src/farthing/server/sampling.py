@@ -59,8 +59,11 @@ def _build(values: dict[str, Any]) -> SamplingParams:
 def _structured(body: Sampling, response_format: Any) -> StructuredOutputsParams | None:
     chosen: dict[str, Any] = {}
     if body.structured_outputs is not None:
-        fields = body.structured_outputs.model_dump(by_alias=True)
-        chosen |= {name: value for name, value in fields.items() if value is not None}
+        given = body.structured_outputs
+        values = {
+            field.alias or name: getattr(given, name) for name, field in type(given).model_fields.items()
+        }
+        chosen |= {name: value for name, value in values.items() if value is not None}
     for name in ("json", "regex", "choice", "grammar"):
         if (value := getattr(body, f"guided_{name}")) is not None:
             chosen[name] = value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from farthing.engine.request import EngineError, EngineStopped, QueueFull, SamplingParams
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
+from farthing.server.fields import UnknownFields
 from farthing.server.jobs import Job
 from farthing.server.limits import Quotas
 from farthing.server.reasoning import CLOSE
@@ -30,6 +31,7 @@ class Service:
         self.config = config
         self.names = config.served_model_name or (model,)
         self.created = int(time.time())
+        self.unknown_fields = UnknownFields(config.strict_fields)
         self.quotas = Quotas(config.requests_per_minute, config.tokens_per_minute)
         self.engine: Engine | None = None
         self.accounts: Accounts | None = None  # set before the engine is

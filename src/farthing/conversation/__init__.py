@@ -1,0 +1,26 @@
+"""Conversations between a client and a model, whatever the API and whatever the model's chat format.
+
+    types       Conversation, Turn, Tool, ToolCall: what every API's request becomes
+    deltas      Reasoning, Text, CallStart, CallArguments: what every model's output becomes
+    formats     one small file per chat format: renders a conversation, parses the output
+    render      the prompt of a conversation, checked so that nothing vanishes
+    select      the format of a model
+
+Nothing here knows HTTP or the engine.
+"""
+
+from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reasoning, Text
+from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
+
+__all__ = [
+    "CallArguments",
+    "CallStart",
+    "Conversation",
+    "Delta",
+    "Reasoning",
+    "Text",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
+    "Turn",
+]

@@ -1,0 +1,1 @@
+"""Incremental parsers: a model's output in pieces, deltas out. Every one is linear in its input."""

@@ -1,0 +1,193 @@
+"""Calls between special tokens, with JSON arguments: DeepSeek V3, R1 and V3.1, Kimi K2.
+
+    section begin, then for each call: call begin, head, separator, arguments, call end; section end
+
+The head is the function's name (V3.1), the word `function` before a line with the name (V3, R1), or
+`functions.NAME:INDEX` (Kimi). V3 and R1 fence the arguments as a code block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from farthing.conversation.deltas import Delta
+from farthing.conversation.parse.base import MAX_HEAD, Machine
+from farthing.conversation.scan import JsonObject, Trailing, literals
+
+_FENCE = re.compile(r"`{1,3}[a-z]{0,12}")
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The special tokens of one format."""
+
+    calls_begin: str
+    calls_end: str
+    call_begin: str
+    call_end: str
+    separator: str
+
+    @property
+    def all(self) -> frozenset[str]:
+        """Every one of them."""
+        return frozenset((self.calls_begin, self.calls_end, self.call_begin, self.call_end, self.separator))
+
+
+DEEPSEEK = Marks(
+    calls_begin="<｜tool▁calls▁begin｜>",
+    calls_end="<｜tool▁calls▁end｜>",
+    call_begin="<｜tool▁call▁begin｜>",
+    call_end="<｜tool▁call▁end｜>",
+    separator="<｜tool▁sep｜>",
+)
+KIMI = Marks(
+    calls_begin="<|tool_calls_section_begin|>",
+    calls_end="<|tool_calls_section_end|>",
+    call_begin="<|tool_call_begin|>",
+    call_end="<|tool_call_end|>",
+    separator="<|tool_call_argument_begin|>",
+)
+
+
+class DelimitedCalls(Machine):
+    """See the module. `native_ids`: the head is the call's id, as in Kimi's format."""
+
+    def __init__(self, marks: Marks, native_ids: bool = False) -> None:
+        super().__init__()
+        self.openers = frozenset((marks.calls_begin, marks.call_begin))
+        self._marks, self._native_ids = marks, native_ids
+        self._literals = literals(marks.all)
+        self._state = self._outside
+        self._trailing = Trailing()
+        self._pieces: list[str] = []  # arguments that are no JSON object, until the call ends
+        self._object: JsonObject | None = None
+        self._sent = False  # any of this call's arguments
+        self._fenced = False  # this call's arguments are in a code block
+
+    def finish(self) -> list[Delta]:
+        """What was held back; a call cut off by the token limit keeps the arguments it has."""
+        rest, self._buffer = self._buffer, ""
+        if self._state == self._outside:
+            self._text(self._trailing.take() + rest)
+        elif self._state == self._raw:
+            self._arguments("".join((*self._pieces, rest)).strip())
+        elif self._state == self._json:
+            self._arguments(rest)
+        return self._taken()
+
+    # States. Each ends at one of the marks; what a mark means depends only on where it stands.
+
+    def _outside(self) -> bool:
+        return self._until_mark(lambda text: self._text(self._trailing.push(text)))
+
+    def _between(self) -> bool:
+        """After a mark of the section: white space is dropped, other text is the answer's."""
+        self._buffer = self._buffer.lstrip()
+        if self._buffer and not self._starts_mark():
+            self._state = self._outside
+        return self._until_mark(lambda _: None) if self._state == self._between else True
+
+    def _head(self) -> bool:
+        found = self._literals.find(self._buffer)
+        if found is None and self._literals.ready(self._buffer) <= MAX_HEAD:
+            return False
+        if found is None or found[0] > MAX_HEAD:
+            self._state = self._outside  # no head is so long: the rest is text
+            return True
+        head = self._take(found[0]).strip()
+        if not self._buffer.startswith(self._marks.separator):
+            self._state = self._outside  # the model left its own format
+            return True
+        self._take(len(self._marks.separator))
+        if head == "function":
+            self._state = self._name
+        else:
+            self._named(head)
+        return True
+
+    def _name(self) -> bool:
+        """V3 and R1: the name is the line after the separator."""
+        self._buffer = self._buffer.lstrip()
+        found, line = self._literals.find(self._buffer), self._buffer.find("\n")
+        ends = [at for at in (line, found[0] if found else -1) if at >= 0]
+        if not ends and self._literals.ready(self._buffer) <= MAX_HEAD:
+            return False
+        size = min(*ends, MAX_HEAD) if ends else MAX_HEAD
+        self._named(self._take(size).strip())
+        return True
+
+    def _before(self) -> bool:
+        """Before the arguments: white space and an opening fence."""
+        self._buffer = self._buffer.lstrip()
+        fence = None if self._fenced else _FENCE.match(self._buffer)
+        if fence is not None:
+            if fence.end() == len(self._buffer):
+                return False
+            self._take(fence.end())
+            self._fenced = True
+        elif self._buffer:
+            self._object = JsonObject() if self._buffer.startswith("{") else None
+            self._state = self._json if self._object else self._raw
+        return True
+
+    def _json(self) -> bool:
+        """An object, passed on as it is written; what stands between its end and the call's is a fence."""
+        return self._until_mark(self._push_json)
+
+    def _raw(self) -> bool:
+        return self._until_mark(self._pieces.append)
+
+    # What the states share.
+
+    def _named(self, head: str) -> None:
+        name, identity = head, None
+        if self._native_ids:
+            identity = head or None
+            stem, colon, number = head.rpartition(":")
+            name = (stem if colon and number.isdigit() else head).removeprefix("functions.")
+        self._begin(name, identity)
+        self._pieces, self._object, self._sent, self._fenced = [], None, False, False
+        self._state = self._before
+
+    def _push_json(self, text: str) -> None:
+        if self._object is None:
+            return
+        end = self._object.push(text)
+        self._arguments(text if end < 0 else text[:end])
+        self._sent = True
+        if end >= 0:
+            self._object = None
+
+    def _end_arguments(self) -> None:
+        if not self._sent:
+            text = "".join(self._pieces).strip().removesuffix("```").rstrip()
+            self._arguments(text or "{}")
+            self._sent = True
+
+    def _starts_mark(self) -> bool:
+        found = self._literals.find(self._buffer)
+        return found[0] == 0 if found else self._literals.ready(self._buffer) == 0
+
+    def _until_mark(self, take: Callable[[str], object]) -> bool:
+        """Give the text before the next mark to `take`, then act on the mark."""
+        found = self._literals.find(self._buffer)
+        if found is None:
+            ready = self._literals.ready(self._buffer)
+            if ready:
+                take(self._take(ready))
+            return False
+        start, end = found
+        if start:
+            take(self._take(start))
+        self._mark(self._take(end - start))
+        return True
+
+    def _mark(self, mark: str) -> None:
+        inside = self._state in (self._before, self._json, self._raw)
+        if inside:
+            self._end_arguments()
+        else:
+            self._trailing.take()  # white space before a call
+        self._state = self._head if mark == self._marks.call_begin else self._between

@@ -1,0 +1,134 @@
+"""DSML, the calls of DeepSeek V3.2 and V4.
+
+    <｜DSML｜tool_calls>
+    <｜DSML｜invoke name="NAME">
+    <｜DSML｜parameter name="KEY" string="true|false">VALUE</｜DSML｜parameter>
+    </｜DSML｜invoke>
+    </｜DSML｜tool_calls>
+
+V3.2 names the section `function_calls`. No DSML tag ever reaches the text: a tag that makes no sense where it
+stands is dropped. The section's own tags are optional, as models leave them out or misspell them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from farthing.conversation.deltas import Delta
+from farthing.conversation.parse.base import MAX_HEAD
+from farthing.conversation.parse.parameters import ParameterCalls
+from farthing.conversation.scan import literals
+from farthing.conversation.types import Tool
+
+MARK = "｜DSML｜"
+_OPEN, _CLOSE = f"<{MARK}", f"</{MARK}"
+_DOUBLED = ("<｜｜DSML｜｜", "</｜｜DSML｜｜")  # a misspelling seen in practice
+_TAGS = literals(frozenset((_OPEN, _CLOSE, *_DOUBLED)))
+_BODY = re.compile(r'[^<>"\n]*(?:"[^"\n]*"[^<>"\n]*)*>')  # a tag after its mark
+_ATTRIBUTE = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
+_NAME = re.compile(r"\s*(\w+)")
+
+
+class DsmlCalls(ParameterCalls):
+    """See the module."""
+
+    openers = frozenset((_OPEN, *_DOUBLED[:1]))
+
+    def __init__(self, tools: tuple[Tool, ...]) -> None:
+        super().__init__(tools)
+        self._state = self._outside
+        self._within = self._outside  # the state to return to after a tag without effect
+        self._closing = False
+        self._blank = False  # drop white space until text comes: a section has just ended
+
+    def finish(self) -> list[Delta]:
+        """What was held back. The beginning of a tag is dropped."""
+        rest, self._buffer = self._buffer, ""
+        if self._state == self._outside:
+            self._outer(rest)
+            self._text(self._trailing.take())
+        elif self._state == self._in_value and self._value is None:
+            self._push_value(rest)
+        return self._finish_call()
+
+    # States.
+
+    def _outside(self) -> bool:
+        return self._until_tag(self._outer)
+
+    def _in_call(self) -> bool:
+        return self._until_tag(self._stray.append)
+
+    def _in_value(self) -> bool:
+        return self._until_tag(self._push_value)
+
+    def _in_tag(self) -> bool:
+        body = _BODY.match(self._buffer)
+        if body is None or body.end() > MAX_HEAD:
+            if body is None and len(self._buffer) <= MAX_HEAD and not self._broken():
+                return False
+            self._malformed()
+            return True
+        self._tag(self._take(body.end())[:-1])
+        return True
+
+    # What the states share.
+
+    def _until_tag(self, take: Callable[[str], object]) -> bool:
+        found = _TAGS.find(self._buffer)
+        size = found[0] if found else _TAGS.ready(self._buffer)
+        if size:
+            take(self._take(size))
+        if found is None:
+            return False
+        self._closing = self._take(found[1] - found[0]).startswith("</")
+        self._within, self._state = self._state, self._in_tag
+        return True
+
+    def _outer(self, text: str) -> None:
+        if self._blank:
+            text = text.lstrip()
+        if text:
+            self._blank = False
+            self._text(self._trailing.push(text))
+
+    def _broken(self) -> bool:
+        """Whether the tag can no longer end: a line or another tag begins before it does."""
+        return "\n" in self._buffer or "<" in re.sub(r'"[^"]*("|$)', "", self._buffer)
+
+    def _malformed(self) -> None:
+        """Drop a tag that never ends, up to the end of its line; what it was part of continues."""
+        line = re.match(rf"[^<\n]{{0,{MAX_HEAD}}}", self._buffer)
+        assert line is not None
+        self._take(line.end())
+        self._state = self._within
+
+    def _tag(self, body: str) -> None:
+        match = _NAME.match(body)
+        kind = match[1] if match else ""
+        attributes = dict(_ATTRIBUTE.findall(body))
+        in_value = self._within == self._in_value
+        if in_value and not (kind == "parameter" or self._is_structure(kind)):
+            mark = _CLOSE if self._closing else _OPEN
+            self._push_value(f"{mark}{body}>")  # a value may speak of other tags
+            self._state = self._in_value
+            return
+        if in_value:
+            self._end_value()
+        if kind == "parameter" and not self._closing and self._open and attributes.get("name"):
+            self._start_value(attributes["name"], attributes.get("string") == "true")
+            self._state = self._in_value
+        elif not self._is_structure(kind):
+            self._state = self._in_call if self._open else self._outside
+        elif kind == "invoke" and not self._closing and attributes.get("name"):
+            self._start_call(attributes["name"])
+            self._state = self._in_call
+        else:
+            self._end_call()
+            self._trailing.take()
+            self._blank, self._state = True, self._outside
+
+    @staticmethod
+    def _is_structure(kind: str) -> bool:
+        return kind == "invoke" or kind.startswith(("tool", "function"))

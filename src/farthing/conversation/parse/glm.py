@@ -1,0 +1,125 @@
+"""The calls of GLM-4.5 and its successors.
+
+    <tool_call>NAME
+    <arg_key>KEY</arg_key>
+    <arg_value>VALUE</arg_value>
+    </tool_call>
+
+The format does not say which values are strings: the tool's schema does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from farthing.conversation.deltas import Delta
+from farthing.conversation.parse.base import MAX_HEAD
+from farthing.conversation.parse.parameters import ParameterCalls
+from farthing.conversation.scan import literals
+from farthing.conversation.types import Tool
+
+CALL, CALL_END = "<tool_call>", "</tool_call>"
+KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+_TAGS = literals(frozenset((CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END)))
+
+
+class GlmCalls(ParameterCalls):
+    """See the module."""
+
+    openers = frozenset((CALL,))
+
+    def __init__(self, tools: tuple[Tool, ...]) -> None:
+        super().__init__(tools)
+        self._state = self._outside
+        self._name: list[str] = []  # of a call or of a parameter
+        self._named = False  # the call's name is complete
+        self._blank = False
+
+    def finish(self) -> list[Delta]:
+        """What was held back. A name that was never complete is dropped."""
+        rest, self._buffer = self._buffer, ""
+        if self._state == self._outside:
+            self._outer(rest)
+            self._text(self._trailing.take())
+        elif self._state == self._in_value and self._value is None:
+            self._push_value(rest)
+        return self._finish_call()
+
+    # States.
+
+    def _outside(self) -> bool:
+        return self._until_tag(self._outer)
+
+    def _in_call(self) -> bool:
+        """The call's name, then parameters."""
+        return self._until_tag(self._head)
+
+    def _in_key(self) -> bool:
+        return self._until_tag(self._name.append)
+
+    def _in_value(self) -> bool:
+        return self._until_tag(self._push_value)
+
+    # What the states share.
+
+    def _until_tag(self, take: Callable[[str], object]) -> bool:
+        found = _TAGS.find(self._buffer)
+        size = found[0] if found else _TAGS.ready(self._buffer)
+        if size:
+            take(self._take(size))
+        if found is None:
+            return False
+        self._tag(self._take(found[1] - found[0]))
+        return True
+
+    def _outer(self, text: str) -> None:
+        if self._blank:
+            text = text.lstrip()
+        if text:
+            self._blank = False
+            self._text(self._trailing.push(text))
+
+    def _head(self, text: str) -> None:
+        if self._named:
+            self._stray.append(text)
+            return
+        line, newline, rest = (text if self._name else text.lstrip()).partition("\n")
+        if line:
+            self._name.append(line)
+        if sum(map(len, self._name)) > MAX_HEAD:  # no name is so long: it is text after all
+            self._state = self._outside
+            self._outer("".join(self._name) + newline + rest)
+        elif newline:
+            self._complete_name()
+            self._stray.append(rest)
+
+    def _complete_name(self) -> None:
+        self._named = True
+        if name := "".join(self._name).strip():
+            self._start_call(name)
+
+    def _tag(self, tag: str) -> None:
+        if self._state == self._in_value:
+            if tag in (CALL, KEY_END, VALUE):  # no part of the structure here: the value speaks of it
+                self._push_value(tag)
+                return
+            self._end_value()
+        if self._state == self._in_call and not self._named:
+            self._complete_name()
+        match tag:
+            case "<tool_call>":
+                self._end_call()
+                self._name, self._named, self._state = [], False, self._in_call
+            case "<arg_key>" if self._open:
+                self._name, self._state = [], self._in_key
+            case "<arg_value>" if self._open and self._state in (self._in_key, self._in_call):
+                self._start_value("".join(self._name).strip(), None)
+                self._state = self._in_value
+            case "</tool_call>":
+                self._end_call()
+                self._trailing.take()
+                self._blank, self._state = True, self._outside
+            case _ if self._open and tag != KEY_END:
+                self._state = self._in_call
+            case _:
+                pass

@@ -1,0 +1,186 @@
+"""A model's whole output: control tokens dropped, reasoning split from the answer, calls from its text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from farthing.conversation.deltas import Delta, Reasoning
+from farthing.conversation.parse.base import CallParser
+from farthing.conversation.scan import Trailing, literals
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """What a format puts around the reasoning."""
+
+    open: str = "<think>"
+    close: str = "</think>"
+
+
+THINK = Tags()
+
+
+class OutputParser:
+    """Text in pieces, deltas out; the same deltas, put together, wherever the pieces are cut.
+
+    tags: None if the output is not parsed for reasoning. opened: the prompt has already opened it. hidden:
+    control tokens that are no part of any markup and are dropped wherever they stand.
+    """
+
+    def __init__(
+        self,
+        calls: CallParser,
+        tags: Tags | None = None,
+        opened: bool = False,
+        hidden: frozenset[str] = frozenset(),
+    ) -> None:
+        self._calls = calls
+        self._hidden = Hidden(hidden) if hidden else None
+        self._reasoning = None if tags is None else ReasoningSplitter(tags, opened, calls.openers)
+
+    @property
+    def calls(self) -> int:
+        """How many calls have begun."""
+        return self._calls.calls
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether the text that comes next belongs to the reasoning, as far as is known."""
+        return self._reasoning is not None and self._reasoning.reasoning
+
+    def push(self, text: str) -> list[Delta]:
+        """What is known after one more piece."""
+        if self._hidden is not None:
+            text = self._hidden.push(text)
+        if self._reasoning is None:
+            return self._calls.push(text)
+        return self._split(self._reasoning.push(text))
+
+    def finish(self) -> list[Delta]:
+        """What the parsers still hold when the output ends."""
+        rest = self._hidden.finish() if self._hidden else ""
+        if self._reasoning is None:
+            return self._calls.push(rest) + self._calls.finish()
+        parts = self._reasoning.push(rest) + self._reasoning.finish()
+        return self._split(parts) + self._calls.finish()
+
+    def _split(self, parts: list[Part]) -> list[Delta]:
+        deltas: list[Delta] = []
+        for kind, text in parts:
+            if kind == "reasoning":
+                deltas.append(Reasoning(text))
+            else:
+                deltas += self._calls.push(text)
+        return deltas
+
+
+class Hidden:
+    """Drops fixed strings from a text."""
+
+    def __init__(self, strings: frozenset[str]) -> None:
+        self._literals = literals(strings)
+        self._buffer = ""
+
+    def push(self, text: str) -> str:
+        """The text that is known to hold none of the strings."""
+        self._buffer += text
+        ready: list[str] = []
+        while found := self._literals.find(self._buffer):
+            ready.append(self._buffer[: found[0]])
+            self._buffer = self._buffer[found[1] :]
+        size = self._literals.ready(self._buffer)
+        ready.append(self._buffer[:size])
+        self._buffer = self._buffer[size:]
+        return "".join(ready)
+
+    def finish(self) -> str:
+        """The rest, in which a string that begins another one is complete after all."""
+        rest, self._buffer = self._literals.remove(self._buffer), ""
+        return rest
+
+
+Kind = Literal["reasoning", "content"]
+Part = tuple[Kind, str]
+
+
+class ReasoningSplitter:
+    """(kind, text) parts; white space around the tags is dropped.
+
+    A model writes its reasoning in three ways: both tags, the closing tag alone because the prompt ends with
+    the opening one, or no tag at all. One that repeats the tag of the prompt is understood as well, and a
+    call begun inside the reasoning (one of `openers`) ends it.
+    """
+
+    def __init__(self, tags: Tags, opened: bool, openers: frozenset[str] = frozenset()) -> None:
+        self._tags, self._opened, self._openers = tags, opened, openers
+        self._ends = literals(openers | {tags.close})
+        self._buffer = ""
+        self._state: Literal["start", "reasoning", "closed", "content"] = "start"
+        self._trailing = Trailing()
+        self._begun = False  # whether any reasoning was sent
+        self._blank: list[str] = []  # white space at the very start, which belongs to a content without tags
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether the text that comes next belongs to the reasoning, as far as is known."""
+        return self._state == "reasoning" or (self._state == "start" and self._opened)
+
+    def push(self, text: str) -> list[Part]:
+        """What is known after one more piece."""
+        self._buffer += text
+        parts: list[Part] = []
+        if self._state == "start":
+            self._start()
+        if self._state == "reasoning":
+            self._reason(parts)
+        if self._state == "closed":
+            self._buffer = self._buffer.lstrip()
+            if self._buffer:
+                self._state = "content"
+        if self._state == "content" and self._buffer:
+            parts.append(("content", self._buffer))
+            self._buffer = ""
+        return parts
+
+    def finish(self) -> list[Part]:
+        """What is left when the output ends: text that could have become a tag."""
+        rest, self._buffer = self._buffer, ""
+        if self._state == "start" and not self._opened:
+            rest = "".join(self._blank) + rest
+        elif self.reasoning:
+            rest = self._pass(rest)
+            return [("reasoning", rest)] if rest else []
+        return [("content", rest)] if rest else []
+
+    def _start(self) -> None:
+        text = self._buffer.lstrip()
+        if len(text) < len(self._buffer):
+            self._blank.append(self._buffer[: len(self._buffer) - len(text)])
+            self._buffer = text
+        if text.startswith(self._tags.open):
+            self._buffer, self._state = text[len(self._tags.open) :], "reasoning"
+        elif not self._tags.open.startswith(text):
+            self._state = "reasoning" if self._opened else "content"
+            if not self._opened:
+                self._buffer = "".join(self._blank) + text
+
+    def _reason(self, parts: list[Part]) -> None:
+        found = self._ends.find(self._buffer)
+        size = found[0] if found else self._ends.ready(self._buffer)
+        text, self._buffer = self._pass(self._buffer[:size]), self._buffer[size:]
+        if text:
+            parts.append(("reasoning", text))
+        if found is None:
+            return
+        if self._buffer.startswith(self._tags.close):
+            self._buffer, self._state = self._buffer[len(self._tags.close) :], "closed"
+        else:
+            self._state = "content"
+
+    def _pass(self, text: str) -> str:
+        if not self._begun:
+            text = text.lstrip()
+        text = self._trailing.push(text)
+        self._begun = self._begun or bool(text)
+        return text

@@ -1,0 +1,98 @@
+"""Calls written parameter by parameter, put together as one JSON object while they stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from farthing.conversation.deltas import Delta
+from farthing.conversation.parse.base import Machine
+from farthing.conversation.scan import Trailing
+from farthing.conversation.types import Tool
+from farthing.conversation.values import Kinds, is_text, kinds_of, quoted, to_json
+
+# Models trained on other formats wrap all arguments in one parameter of such a name.
+_WRAPPERS = ("arguments", "input")
+
+
+class ParameterCalls(Machine):
+    """Keeps the state of one call's object; a format's parser says when a call or a value begins and ends."""
+
+    def __init__(self, tools: tuple[Tool, ...]) -> None:
+        super().__init__()
+        self._schemas = {tool.name: tool.parameters for tool in tools}
+        self._schema: Mapping[str, Any] | None = None
+        self._trailing = Trailing()
+        self._open = False  # a call has begun and not ended
+        self._count = 0  # parameters of this call
+        self._stray: list[str] = []  # text of a call outside its parameters
+        self._value: list[str] | None = None  # of the current parameter, unless it is passed on as it arrives
+        self._key = ""
+        self._declared: bool | None = None
+        self._kinds: Kinds = None
+
+    def _start_call(self, name: str) -> None:
+        self._end_call()
+        self._trailing.take()  # white space before a call
+        self._begin(name)
+        self._schema, self._open, self._count, self._stray = self._schemas.get(name), True, 0, []
+
+    def _end_call(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        if self._count:
+            self._arguments("}")
+        else:
+            self._arguments(_object("".join(self._stray)) or "{}")
+
+    def _start_value(self, key: str, declared: bool | None) -> None:
+        """declared: the format says that the value is a string (True), JSON (False), or nothing (None)."""
+        self._key, self._declared, self._kinds = key, declared, kinds_of(self._schema, key)
+        self._value = [] if not is_text(declared, self._kinds) else None
+        if self._value is None:
+            self._arguments(f'{self._separator()}{quoted(key)}: "')
+
+    def _push_value(self, text: str) -> None:
+        if self._value is None:
+            self._arguments(quoted(text)[1:-1])
+        else:
+            self._value.append(text)
+
+    def _end_value(self) -> None:
+        if self._value is None:
+            self._arguments('"')
+            return
+        text = "".join(self._value)
+        if members := self._unwrapped(text):
+            self._arguments(self._separator() + members)
+        else:
+            value = to_json(text, self._declared, self._kinds)
+            self._arguments(f"{self._separator()}{quoted(self._key)}: {value}")
+
+    def _separator(self) -> str:
+        self._count += 1
+        return "{" if self._count == 1 else ", "
+
+    def _unwrapped(self, text: str) -> str:
+        """The members of an object that wraps all arguments; empty if the parameter is none."""
+        known = (self._schema or {}).get("properties")
+        if self._count or self._key not in _WRAPPERS or not isinstance(known, Mapping) or self._key in known:
+            return ""
+        inner = _object(text)
+        return inner[1:-1].strip() if inner and set(json.loads(inner)) <= set(known) else ""
+
+    def _finish_call(self) -> list[Delta]:
+        """A call cut off keeps what it has, and stays open: it is not to be taken for a whole one."""
+        self._open = False
+        return self._taken()
+
+
+def _object(text: str) -> str | None:
+    """A text that is a JSON object, else None."""
+    text = text.strip()
+    try:
+        return text if text.startswith("{") and isinstance(json.loads(text), dict) else None
+    except (ValueError, RecursionError):
+        return None

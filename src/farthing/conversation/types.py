@@ -1,0 +1,82 @@
+"""A conversation as every API's request becomes one: frozen, and free of any API's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function the model may call. parameters is a JSON schema; None: the function takes no arguments."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    strict: bool | None = None  # arguments must obey the schema
+
+    def document(self) -> dict[str, Any]:
+        """The function as chat templates print it."""
+        document: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            document["description"] = self.description
+        if self.parameters is not None:
+            document["parameters"] = dict(self.parameters)
+        if self.strict is not None:
+            document["strict"] = self.strict
+        return document
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of an earlier turn. arguments is the JSON text as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. `call_id` names the call that a turn of role "tool" answers."""
+
+    role: Role
+    text: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str | None = None
+    name: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further fields, for the model's own template
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """What the client demands of the model: a call, no call, or a call of one of `names`."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    names: tuple[str, ...] = ()  # only these may be called; empty: all
+    single: bool = False  # exactly one function was named, so the call needs no list around it
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What the model continues."""
+
+    turns: tuple[Turn, ...]
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = ToolChoice()
+    parallel_calls: bool = True
+    thinking: bool | None = None  # None: as the format does by default
+    effort: str | None = None  # of reasoning; None: as the format does by default
+    generate: bool = True  # end the prompt where the assistant's turn begins
+    resume: bool = False  # leave the last assistant turn open, so that the model continues it
+    template_options: Mapping[str, Any] = field(default_factory=dict)  # for the model's own template
+
+    @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools the prompt describes: all, or none where none may be called. A choice of some leaves the
+        others in the prompt, which stays the same for the prefix cache."""
+        return () if self.choice.mode == "none" else self.tools
