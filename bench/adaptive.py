@@ -29,8 +29,7 @@ RULES = ("all", "adaptive:0.9", "adaptive:0.8", "adaptive:0.7", "adaptive:0.6", 
 def quality(path: Path, rule: str, tokens: int | None) -> tuple[float, float]:
     """(perplexity, experts a token a layer) on the held-out half that calibration has not seen."""
     model = load(path, select("auto"), rule)
-    bos = model.config.bos_token_id
-    _, corpus = halves(load_corpus(resolve_model("mite") / "heldout.jsonl", path, 1024, tokens, bos))
+    _, corpus = halves(load_corpus(resolve_model("mite") / "heldout.jsonl", path, model.config, 1024, tokens))
     perplexity = evaluate(model, corpus, with_drafts=False).perplexity
     report = routing_report(model, [w.ids[:-1].tolist() for w in corpus.windows])
     return perplexity, report.experts_per_token

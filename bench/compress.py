@@ -190,7 +190,7 @@ class Keeper:
                 return x
 
         model = load(path, Ops())
-        corpus = calibration_corpus(path, held_out_sample(), tokens, 512, model.config.bos_token_id)
+        corpus = calibration_corpus(path, model.config, held_out_sample(), tokens, 512)
         batch, blocks = paged_batch([w.tokens for w in corpus.windows])
         ids = torch.cat([w.ids[:-1] for w in corpus.windows])
         model.forward(ids, batch, model.new_cache(blocks, 16, "float32"))

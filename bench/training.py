@@ -137,7 +137,7 @@ def tradeoff(models: dict[str, str], threads: int | None, max_tokens: int, out: 
     paths = {label: resolve_model(name) for label, name in models.items()}
     first, *others = paths
     source = load_for(paths[first], "cpu", False)
-    corpus = load_corpus(held_out_sample(), paths[first], 1024, max_tokens, source.config.bos_token_id)
+    corpus = load_corpus(held_out_sample(), paths[first], source.config, 1024, max_tokens)
     lost = {first: (0.0, 0.0, 0.0)}
     for label in others:
         found = compare(source, load_for(paths[label], "cpu", False), corpus)

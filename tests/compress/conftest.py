@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from farthing.checkpoint import CheckpointWriter
+from farthing.compress.corpus import Corpus, load_corpus
 from farthing.model import ModelConfig
 from farthing.model.load import random_parameters
 
@@ -67,6 +68,11 @@ def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(path / "tokenizer.json"))
     return path
+
+
+def corpus_of(data: Path, model: Path, window: int, max_tokens: int | None = None) -> Corpus:
+    """Windows of `data` for a model directory."""
+    return load_corpus(data, model, ModelConfig.from_directory(model), window, max_tokens)
 
 
 @pytest.fixture(scope="session")

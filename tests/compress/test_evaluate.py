@@ -16,12 +16,11 @@ from typer.testing import CliRunner
 from farthing.checkpoint import Checkpoint, CheckpointWriter
 from farthing.cli.eval import app
 from farthing.compress import gate
-from farthing.compress.corpus import load_corpus
 from farthing.compress.evaluate import compare, evaluate
 from farthing.compress.statistics import proportion_interval, ratio_interval, student_t
 from farthing.model import DeepseekModel, load
 from farthing.ops import make_batch, select
-from tests.compress.conftest import write_model
+from tests.compress.conftest import corpus_of, write_model
 
 
 def plain(model: DeepseekModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +36,7 @@ def plain(model: DeepseekModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def test_perplexity_bits_and_acceptance_against_a_plain_loop(model_dir: Path, data: Path) -> None:
     model = load(model_dir, select("reference"))
-    corpus = load_corpus(data, model_dir, 50, bos=0)
+    corpus = corpus_of(data, model_dir, 50)
     quality = evaluate(model, corpus, batch_tokens=130)
     loss, tokens, hits, drafts = 0.0, 0, 0, 0
     for line in data.read_text().splitlines():
@@ -72,7 +71,7 @@ def sorted_byte(byte: int) -> int:
 
 def test_a_model_against_itself_and_against_a_worse_one(model_dir: Path, data: Path, tmp_path: Path) -> None:
     a = load(model_dir, select("reference"))
-    corpus = load_corpus(data, model_dir, 50, bos=0)
+    corpus = corpus_of(data, model_dir, 50)
     same = compare(a, a, corpus)
     assert same.relative_increase == 0 and same.interval == (0, 0) and same.kl == 0
     assert same.greedy_agreement == 1 and same.verdict(0.0).answer == "pass"
@@ -161,19 +160,30 @@ def test_the_command_says_what_is_wrong(data: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "is not JSON"), ('{"a": 1}', "neither 'text' nor 'ids'"), ("", "no token to predict")],
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"a": 1}', "neither 'text' nor 'ids'"),
+        ("", "no token to predict"),
+        ('{"ids": [1, 264]}', "d.jsonl:1: token id 264; expected a whole number from 0 to 263"),
+        ('{"ids": [1, -1]}', "token id -1; expected"),
+        ('{"ids": [1, 2.5]}', "token id 2.5; expected"),
+        ('{"ids": [1, true]}', "token id True; expected"),
+        ('{"ids": [1, "a"]}', "token id a; expected"),
+        ('{"ids": [1, null]}', "token id None; expected"),
+    ],
 )
 def test_bad_data(model_dir: Path, tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(ValueError, match=words):
-        load_corpus(tmp_path / "d.jsonl", model_dir, 10)
+        corpus_of(tmp_path / "d.jsonl", model_dir, 10)
 
 
 def test_the_gate_compares_exactly_and_never_holds_both_models(
     model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write_model(tmp_path / "other", seed=1)
-    corpus = load_corpus(data, model_dir, 64, None, 0)
+    corpus = corpus_of(data, model_dir, 64)
     expected = compare(load(model_dir, select("reference")), load(other, select("reference")), corpus)
     loaded: list[weakref.ref[DeepseekModel]] = []
 

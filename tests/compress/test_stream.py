@@ -19,21 +19,21 @@ from farthing.checkpoint import Checkpoint, CheckpointWriter
 from farthing.cli.compress import app
 from farthing.compress import stream
 from farthing.compress.api import Options, compress
-from farthing.compress.corpus import Corpus, load_corpus
+from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import paged_batch
 from farthing.compress.gate import load_for
 from farthing.compress.recipe import RECIPES, Prune, Recipe, load_recipe
 from farthing.compress.stream import Job, run
 from farthing.model import load
 from farthing.ops import select
-from tests.compress.conftest import write_model
+from tests.compress.conftest import corpus_of, write_model
 
 SMALL = 600  # calibration tokens
 
 
 @pytest.fixture(scope="module")
 def corpus(model_dir: Path, data: Path) -> Corpus:
-    return load_corpus(data, model_dir, 64, SMALL, 0)
+    return corpus_of(data, model_dir, 64, SMALL)
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.scheme != "auto" and not r.adaptive])
@@ -89,7 +89,7 @@ def test_transformers_loads_it_and_computes_the_same(
 
     source = write_model(tmp_path / "source", num_nextn_predict_layers=0, **changes)
     recipe, out = RECIPES[name], tmp_path / "out"
-    run(Job(source, out, recipe, load_corpus(data, source, 64, SMALL, 0) if recipe.needs_data else None))
+    run(Job(source, out, recipe, corpus_of(data, source, 64, SMALL) if recipe.needs_data else None))
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
 
     def distance(actual: torch.Tensor) -> float:
@@ -136,7 +136,7 @@ def test_rotation_and_scaling_change_the_numbers_and_not_the_function(
 
 def test_dropping_experts_keeps_the_most_salient_of_each_group(data: Path, tmp_path: Path) -> None:
     source = write_model(tmp_path / "m", n_group=2, topk_group=1, num_nextn_predict_layers=0)
-    corpus = load_corpus(data, source, 64, SMALL, 0)
+    corpus = corpus_of(data, source, 64, SMALL)
     run(Job(source, tmp_path / "out", Recipe("x", "keep", experts=0.5, neurons=0.5), corpus))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["n_routed_experts"], config["moe_intermediate_size"]) == (4, 32)
@@ -452,6 +452,6 @@ def test_unknown_recipe_lists_the_known() -> None:
 
 def test_v2_without_query_latent_and_without_experts(tmp_path: Path, data: Path) -> None:
     source = write_model(tmp_path / "m", q_lora_rank=None, n_routed_experts=None, num_nextn_predict_layers=0)
-    corpus = load_corpus(data, source, 64, SMALL, 0)
+    corpus = corpus_of(data, source, 64, SMALL)
     run(Job(source, tmp_path / "out", RECIPES["int4-awq"], corpus))
     assert load_for(tmp_path / "out", "reference").config.n_routed_experts is None

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from farthing.cli.exits import Exit
+from farthing.cli.train import app
 from farthing.hub import resolve_model
 from farthing.model import load
 from farthing.model.config import ConfigError
@@ -282,3 +285,27 @@ def test_inspect_counts_the_parameters_of_unequal_layers() -> None:
     width = (32 + 1) * 3 * 16 * 256
     assert whole.total_parameters - small.total_parameters == 40 * 3 * 256 + experts + width
     assert whole.active_routed_parameters - small.active_routed_parameters == 8 * 3 * 16 * 256
+
+
+def test_the_command_fails_where_the_result_ends_outside_its_bound(
+    checkpoint: Path, tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(model: DeepSeekLM, *args: object) -> float:
+        return 10.34 if model.cfg.layer_sizes else 10.0
+
+    monkeypatch.setattr("farthing.train.pruning_run.perplexity", measured)
+    for i in range(200):  # one file in 25 is held out, by its hash
+        lines = [f"x_{i}_{j} = {i * j} ** {j} + {i}  # number {j} of file {i}" for j in range(20)]
+        (sources / f"more_{i:03}.py").write_text("\n".join(lines))
+    arguments = [
+        "prune", str(checkpoint), "-o", str(tmp_path / "run"), "--data", str(sources), "--target", "0.5",
+        "--tokens", "1280", "--window", "32", "--batch-tokens", "64", "--eval-tokens", "64", "--json",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [*arguments, "--bound", "0.03"])
+    summary = json.loads(result.stdout)
+    assert not summary["within_bound"] and summary["relative_increase"] == pytest.approx(0.034)
+    assert result.exit_code == Exit.WORSE
+    assert "perplexity rose by 3.40%; the bound is 3.00% (--bound)" in result.stderr
+    assert (tmp_path / "run" / "checkpoint" / "config.json").is_file()
+    arguments[3] = str(tmp_path / "wide")
+    assert CliRunner().invoke(app, [*arguments, "--bound", "0.035"]).exit_code == Exit.DONE

@@ -4,39 +4,61 @@ from __future__ import annotations
 
 import json
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from farthing.checkpoint.error import CheckpointError
+from farthing.checkpoint.header import DTYPE_BITS, diagnose
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _TAIL = 4096
 _SMALL = 64 << 10  # bytes up to which a tensor is copied: a view would keep its file mapped
-_RESIDENT = 64 << 20  # bytes handed out before the files are unmapped and mapped anew
-DTYPE_BYTES = dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
-DTYPE_BYTES |= dict.fromkeys(("I16", "U16", "F16", "BF16"), 2)
-DTYPE_BYTES |= dict.fromkeys(("I32", "U32", "F32"), 4) | dict.fromkeys(("I64", "U64", "F64"), 8)
+_RESIDENT = 64 << 20  # bytes handed out before the files are mapped again
+_MAX_JSON = 1 << 30  # bytes of a JSON file; the index of DeepSeek-V3 takes 8 MB
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where the file is missing, not JSON, or not an object."""
     if not file.is_file():
         raise CheckpointError(f"{file}: the file is missing; expected a Hugging Face model directory")
+    if file.stat().st_size > _MAX_JSON:
+        raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes; expected at most {_MAX_JSON:,}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise CheckpointError(f"{file}: nested too deeply; expected the JSON of a model directory") from None
+    except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
+def _read_index(file: Path) -> dict[str, str]:
+    """Tensor name -> file name. Only plain names of safetensors files: an index must not reach elsewhere."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{file}: expected a non-empty object 'weight_map'")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_plain(name):
+            raise CheckpointError(
+                f"{file}: weight_map places {tensor[:200]!r} in {str(name)[:200]!r}; "
+                "expected the name of a .safetensors file in the same directory"
+            )
+    return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    plain = PurePosixPath(name).name == name and not {"/", "\\", "\0", ":"} & set(name)
+    return plain and name.endswith(".safetensors")
+
+
 class Shards:
-    """Tensor name -> tensor over the files of one directory. A file is mapped when first asked for."""
+    """Tensor name -> tensor over the files of one directory. A file is mapped when it is first read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,10 +67,7 @@ class Shards:
         self._handed_out = 0
         self.file_of: dict[str, str]
         if (path / INDEX).is_file():
-            weight_map = read_json(path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{path / INDEX}: expected a non-empty object 'weight_map'")
-            self.file_of = {str(k): str(v) for k, v in weight_map.items()}
+            self.file_of = _read_index(path / INDEX)
         elif (path / SINGLE).is_file():
             self._handle(SINGLE)
             self.file_of = dict.fromkeys(self._names[SINGLE], SINGLE)
@@ -60,8 +79,8 @@ class Shards:
     def read(self, name: str) -> Tensor:
         """The tensor as stored, a view of the mapped file (a copy where it is small).
 
-        Pages once read count as resident memory while their mapping lives. Mapping anew now and then lets
-        go of those whose tensors the caller has packed already; views still held keep theirs.
+        Pages that were read count as resident memory while their mapping lives. Mapping a file again now
+        and then releases the pages of tensors the caller has already packed; views still held keep theirs.
         """
         file = self.file_of[name]
         if self._handed_out > _RESIDENT:
@@ -69,7 +88,10 @@ class Shards:
         handle = self._handle(file)
         if name not in self._names[file]:
             raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
-        tensor: Tensor = handle.get_tensor(name)
+        try:
+            tensor: Tensor = handle.get_tensor(name)
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a dtype that torch lacks
+            raise CheckpointError(f"{self.path / file}: {name}: {error}") from error
         self._handed_out += tensor.nbytes
         return tensor.clone() if tensor.nbytes <= _SMALL else tensor
 
@@ -80,7 +102,7 @@ class Shards:
     def nbytes(self, name: str) -> int:
         """Bytes on disk, from the header alone."""
         part = self._handle(self.file_of[name]).get_slice(name)
-        return int(prod(part.get_shape())) * DTYPE_BYTES[part.get_dtype()]
+        return -(-int(prod(part.get_shape())) * DTYPE_BITS[part.get_dtype()] // 8)
 
     def tail(self, file: str) -> bytes:
         """A file's size (8 bytes) and its last 4096 bytes; the size alone where the file is missing."""
@@ -105,26 +127,6 @@ class Shards:
             try:
                 self._open[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path}: {_diagnose(path) or error}") from error
+                raise CheckpointError(f"{path}: {diagnose(path) or error}") from error
             self._names[file] = set(self._open[file].keys())
         return self._open[file]
-
-
-def _diagnose(path: Path) -> str | None:
-    """What is wrong with a file safetensors refused: its size against what its header promises."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or 8 + length > size:
-            return f"truncated or not safetensors; expected a header of {length} bytes, found {size} in all"
-        try:
-            header = json.loads(stream.read(length))
-            ends = {n: t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "the header is not valid JSON; expected a safetensors file"
-    expected = 8 + length + max(ends.values(), default=0)
-    if size == expected:
-        return None
-    first = min((n for n, end in ends.items() if 8 + length + end > size), key=ends.__getitem__, default=None)
-    where = f"; {first} is the first tensor cut" if first else ""
-    return f"truncated shard: expected {expected} bytes, found {size}{where}"

@@ -1,22 +1,20 @@
 """Write a Hugging Face directory tensor by tensor: sharded safetensors, index, config.
 
-A shard is complete once it has its name, so a killed run resumes behind its last shard.
+A shard is complete once it has its name, so a killed run resumes after its last shard.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from farthing.checkpoint.shards import INDEX, SINGLE
+from farthing.files import replace_json, replace_tensors
 
 # Files of a model directory that are not weights and travel unchanged.
 COMPANIONS = (
@@ -27,6 +25,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "tokenizer.model",
 )
+_NEXT_CONFIG = "config.json.next"  # becomes config.json once every shard has its name
 
 
 class CheckpointWriter:
@@ -75,15 +74,10 @@ class CheckpointWriter:
         return len(self._shards)
 
     def flush(self) -> None:
-        """Write what is queued as a shard; afterwards it survives a kill."""
+        """Write what is queued as a shard; afterwards it survives a kill. Raises OSError on a full disk."""
         if not self._pending:
             return
-        target = self._part(len(self._shards) + 1)
-        partial = target.with_suffix(".tmp")
-        save_file(self._pending, str(partial), metadata={"format": "pt"})
-        partial.chmod(_file_mode())  # safetensors makes it readable by its owner alone
-        _sync(partial)
-        partial.replace(target)
+        replace_tensors(self._part(len(self._shards) + 1), self._pending)
         self._shards.append(list(self._pending))
         self._written.update(self._pending)
         self.total_bytes += self._pending_bytes
@@ -91,8 +85,14 @@ class CheckpointWriter:
         self._addresses.clear()
 
     def close(self, config: dict[str, Any], copy_from: Path | None = None) -> None:
-        """Name the shards as Hugging Face does, write index and config.json, copy tokenizer files."""
+        """Name the shards as Hugging Face does, write index and config.json, copy tokenizer files.
+
+        What needs space on the disk is written before the shards are renamed: a run that fails here can
+        still resume.
+        """
         self.flush()
+        if copy_from is not None:
+            self._copy(copy_from, COMPANIONS)
         for stale in self.path.glob("model*.safetensors*"):
             stale.unlink()
         count = len(self._shards)
@@ -107,12 +107,11 @@ class CheckpointWriter:
                 "metadata": {"total_size": self.total_bytes},
                 "weight_map": dict(sorted(weight_map.items())),
             }
-            (self.path / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+            replace_json(self.path / INDEX, index)
+        replace_json(self.path / _NEXT_CONFIG, config, indent=2)
         for i, name in enumerate(names):
             self._part(i + 1).replace(self.path / name)
-        (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if copy_from is not None:
-            self._copy(copy_from, COMPANIONS)
+        (self.path / _NEXT_CONFIG).replace(self.path / "config.json")
 
     def _copy(self, source: Path, files: Iterable[str]) -> None:
         for file in files:
@@ -131,18 +130,3 @@ class CheckpointWriter:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _file_mode() -> int:
-    """What the umask leaves of read and write for all."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farthing.cli.exits import errors_as_one_line, exit_on_verdict
+
 if TYPE_CHECKING:
     from farthing.compress.api import Options, Outcome
     from farthing.compress.recipe import Prune, Recipe
@@ -28,7 +30,7 @@ def compress(
     data: Annotated[Path | None, typer.Option(help="Held-out JSON lines for the accuracy gate.")] = None,
     max_drop: Annotated[
         str | None,
-        typer.Option(help="Exit 1 if perplexity rises by more (0.3%), 3 if the sample cannot tell."),
+        typer.Option(help="Bound of the perplexity increase (0.3%): exit 4 beyond it, 3 if undecided."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="With an automatic plan: bytes the result may take, such as 9MB.")
@@ -56,7 +58,11 @@ def compress(
     show: Annotated[bool, typer.Option("--list", help="List the recipes and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Compress MODEL layer by layer; a killed run resumes. Writes report.json and report.html beside it."""
+    """Compress MODEL layer by layer; a killed run resumes. Writes report.json and report.html to OUT.
+
+    Exit codes: 0 done; 1 unexpected error; 2 wrong input; 3 too little text to decide --max-drop;
+    4 worse than --max-drop; 5 read or write failed (the same command resumes).
+    """
     from farthing.compress.api import Options
     from farthing.compress.gate import parse_share
 
@@ -65,18 +71,14 @@ def compress(
         return
     if out is None:
         raise typer.BadParameter("expected a directory to write", param_hint="--out")
-    try:
+    with errors_as_one_line(resumes=True):
         limit = parse_share("max-drop", max_drop) if max_drop is not None else None
         chosen = _recipe(recipe, limit, {"observer": observer, "budget_bytes": budget, "measure": measure})
         options = Options(calibration, data, limit, backend, max_tokens=max_tokens, export=export, gate=gate)
         outcome = _run(model, out, chosen, options, gate if timing is None else timing, pack)
-    except (ValueError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     _print(outcome.to_json(), as_json)
-    if outcome.verdict is not None and outcome.verdict.answer != "pass":
-        typer.echo(str(outcome.verdict), err=True)
-        raise typer.Exit(1 if outcome.verdict.answer == "fail" else 3)
+    if outcome.verdict is not None:
+        exit_on_verdict(outcome.verdict.answer, str(outcome.verdict))
 
 
 def _run(model: str, out: Path, recipe: Recipe, options: Options, timing: bool, pack: bool) -> Outcome:
@@ -110,8 +112,10 @@ def _recipe(name: str, limit: float | None, given: dict[str, str | None]) -> Rec
 
 
 def _print(document: dict[str, Any], as_json: bool) -> None:
+    from farthing.files import to_json
+
     if as_json:
-        print(json.dumps(document))
+        print(to_json(document))
         return
     for name, value in document.items():
         typer.echo(f"{name:>18}  {value}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from farthing.cli.exits import errors_as_one_line, exit_on_verdict
 
 if TYPE_CHECKING:
     from farthing.compress.evaluate import Verdict
@@ -30,7 +31,7 @@ def evaluate(
         typer.Option(help="JSON lines with 'text' or 'ids'; for .onnx an .npz of 'images' and 'labels'."),
     ] = None,
     max_drop: Annotated[
-        str | None, typer.Option(help="With --against: exit 1 beyond this increase, 3 if it cannot tell.")
+        str | None, typer.Option(help="With --against: exit 4 beyond this increase, 3 if undecided.")
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens of context at most.")] = 1024,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after about this many tokens.")] = None,
@@ -43,23 +44,21 @@ def evaluate(
     """Perplexity, bits per byte and MTP acceptance on held-out text; with --against, B compared with A.
 
     Of two .onnx networks for images: top-1 of both, and the paired interval of the difference.
+    Exit codes: 0 done; 1 unexpected error; 2 wrong input; 3 too little text to decide --max-drop;
+    4 worse than --max-drop; 5 read failed.
     """
     from farthing.compress.gate import parse_share
 
-    try:
+    with errors_as_one_line():
         limit = parse_share("max-drop", max_drop) if max_drop is not None else None
         if model.endswith(".onnx"):
             _vision(Path(model), against, data, limit, as_json)
             return
         arithmetic = "simulate" if simulate else backend
         document, verdict = _measure(model, against, data, limit, (window, max_tokens), arithmetic)
-    except (ValueError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     _print(document, as_json)
-    if verdict is not None and verdict.answer != "pass":
-        typer.echo(str(verdict), err=True)
-        raise typer.Exit(1 if verdict.answer == "fail" else 3)
+    if verdict is not None:
+        exit_on_verdict(verdict.answer, str(verdict))
 
 
 def _measure(
@@ -80,8 +79,7 @@ def _measure(
 
     path = resolve_model(model)
     config = ModelConfig.from_directory(path)
-    window = min(cut[0], config.max_position_embeddings)
-    corpus = load_corpus(data or held_out_sample(), path, window, cut[1], config.bos_token_id)
+    corpus = load_corpus(data or held_out_sample(), path, config, cut[0], cut[1])
     if against is None:
         with token_progress("measuring", corpus.tokens) as advance:
             return asdict(ev.evaluate(load_for(path, arithmetic), corpus, progress=advance)), None
@@ -110,13 +108,15 @@ def _vision(a: Path, against: str | None, data: Path | None, limit: float | None
     difference = {"difference": top.b - top.a, "interval": [top.difference.low, top.difference.high]}
     document = {"top1_a": top.a, "top1_b": top.b, **difference, "images": top.images}
     _print(document if verdict is None else document | {"verdict": verdict, "max_drop": limit}, as_json)
-    if verdict in ("fail", "cannot tell"):
-        raise typer.Exit(1 if verdict == "fail" else 3)
+    if verdict is not None:
+        exit_on_verdict(verdict)
 
 
 def _print(document: dict[str, object], as_json: bool) -> None:
+    from farthing.files import to_json
+
     if as_json:
-        print(json.dumps(document))
+        print(to_json(document))
         return
     from rich.console import Console
     from rich.table import Table

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from farthing.cli.exits import errors_as_one_line, exit_on_verdict
 
 app = typer.Typer(no_args_is_help=True, help="Train the embedded model; quantize or prune one with training.")
 
@@ -54,19 +55,17 @@ def mite(
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one a matrix shape
+    from farthing.files import to_json
     from farthing.train.mite import train_mite
 
     if minutes is None and tokens is None:
         minutes = 90.0
-    try:
+    with errors_as_one_line(resumes=True):
         summary = train_mite(
             out, minutes, tokens, resume, data, device, threads, seed, settings or [], precision
         )
-    except (ValueError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     if summary is not None and as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(to_json(summary))
 
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or `mite`.")]
@@ -152,6 +151,8 @@ def prune(
 ) -> None:
     """Removes neurons and experts that contribute least, step by step while training.
 
+    Exits with 4 where perplexity on held-out text ends above --bound; the checkpoint is written all the same.
+
     Examples:
 
       farthing train prune -o runs/prune && farthing eval --against runs/prune/checkpoint
@@ -167,7 +168,10 @@ def prune(
         )
         return train_prune(settings, PruneConfig(target=target, tau=tau, bound=bound), resume)
 
-    _finish(run, as_json)
+    summary = _finish(run, as_json)
+    if summary is not None and not summary["within_bound"]:
+        rise = summary["relative_increase"]
+        exit_on_verdict("fail", f"perplexity rose by {rise:.2%}; the bound is {bound:.2%} (--bound)")
 
 
 def _settings(
@@ -199,17 +203,18 @@ def _settings(
     )
 
 
-def _finish(run: Callable[[], dict[str, Any] | None], as_json: bool) -> None:
-    try:
+def _finish(run: Callable[[], dict[str, Any] | None], as_json: bool) -> dict[str, Any] | None:
+    """Run, print the summary and return it; None where the run was interrupted."""
+    from farthing.files import to_json
+
+    with errors_as_one_line(resumes=True):
         summary = run()
-    except (ValueError, FileNotFoundError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     if summary is None:
-        return
+        return None
     if as_json:
-        typer.echo(json.dumps(summary))
-        return
+        typer.echo(to_json(summary))
+        return summary
     for name, value in summary.items():
         if name not in ("curve", "events", "layer_sizes"):
             typer.echo(f"{name:>18}  {value}")
+    return summary

@@ -21,6 +21,7 @@ import torch
 from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import window_losses
 from farthing.compress.statistics import ratio_interval
+from farthing.files import replace_json
 from farthing.model import DeepseekModel
 from farthing.model.deepseek import routers_of
 from farthing.model.experts import AdaptiveExperts
@@ -122,8 +123,7 @@ def write_adaptive(source: Path, out: Path, plan: AdaptivePlan, model: DeepseekM
         if file.is_file() and file.name != "config.json":
             _link(file, out / file.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    text = json.dumps(config | plan.rule.to_json(model.config), indent=2)
-    (out / "config.json").write_text(text, encoding="utf-8")
+    replace_json(out / "config.json", config | plan.rule.to_json(model.config), indent=2)
 
 
 def knapsack(options: Sequence[Sequence[Option]], budget: float) -> list[int]:

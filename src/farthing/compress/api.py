@@ -110,7 +110,11 @@ def compress(
         verdict=verdict,
         serving=after(out) if after else [],
     )
-    return Outcome(report, report.write(out), verdict)
+    try:
+        return Outcome(report, report.write(out), verdict)
+    except OSError as error:
+        said = f"{error.strerror} (the model in {out} is complete; only its report is missing)"
+        raise OSError(error.errno, said, error.filename) from error
 
 
 def _ready(source: Path, out: Path, recipe: Recipe, options: Options, config: ModelConfig) -> Corpus | None:
@@ -190,19 +194,14 @@ def _adapt(
 
 
 def _calibration(source: Path, recipe: Recipe, options: Options, config: ModelConfig) -> Corpus:
-    window = min(recipe.window, config.max_position_embeddings)
     if options.calibration is not None:
-        return load_corpus(
-            options.calibration, source, window, recipe.calibration_tokens, config.bos_token_id
-        )
+        return load_corpus(options.calibration, source, config, recipe.window, recipe.calibration_tokens)
     held_out = options.data or held_out_sample()
-    return calibration_corpus(source, held_out, recipe.calibration_tokens, window, config.bos_token_id)
+    return calibration_corpus(source, config, held_out, recipe.calibration_tokens, recipe.window)
 
 
 def _held_out(source: Path, options: Options, config: ModelConfig) -> Corpus:
-    window = min(options.window, config.max_position_embeddings)
-    data = options.data or held_out_sample()
-    return load_corpus(data, source, window, options.max_tokens, config.bos_token_id)
+    return load_corpus(options.data or held_out_sample(), source, config, options.window, options.max_tokens)
 
 
 def _measure(

@@ -16,6 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from farthing.model import ModelConfig
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
@@ -64,14 +66,19 @@ def halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
 
 
 def load_corpus(
-    data: Path, model: Path, window: int, max_tokens: int | None = None, bos: int | None = None
+    data: Path, model: Path, config: ModelConfig, window: int, max_tokens: int | None = None
 ) -> Corpus:
-    """Whole documents of `data`, until `max_tokens` is reached. Raises ValueError or FileNotFoundError."""
+    """Whole documents of `data`, until `max_tokens` is reached; at most the model's context per window.
+
+    `model` is the directory with the tokenizer, `config` says which ids exist. Raises ValueError or
+    FileNotFoundError.
+    """
     if not data.is_file():
         raise FileNotFoundError(
             f"data is {str(data)!r}, no such file; expected JSON lines with 'text' or 'ids'"
         )
-    return windows_of(_documents(data, model, bos), window, max_tokens)
+    window = min(window, config.max_position_embeddings)
+    return windows_of(_documents(data, model, config), window, max_tokens)
 
 
 def windows_of(
@@ -94,7 +101,7 @@ def windows_of(
     return Corpus(windows, total)
 
 
-def _documents(data: Path, model: Path, bos: int | None) -> Iterator[tuple[list[int], int]]:
+def _documents(data: Path, model: Path, config: ModelConfig) -> Iterator[tuple[list[int], int]]:
     tokenizer: Tokenizer | None = None
     with data.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -102,15 +109,31 @@ def _documents(data: Path, model: Path, bos: int | None) -> Iterator[tuple[list[
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{data}:{number} is not JSON ({error})") from error
+            ids: list[int]
             if isinstance(row, dict) and isinstance(row.get("ids"), list):
-                yield [int(i) for i in row["ids"]], 0
+                ids, size = row["ids"], 0
             elif isinstance(row, dict) and isinstance(row.get("text"), str):
                 tokenizer = tokenizer or load_tokenizer(model)
-                yield encode(tokenizer, row["text"], bos), len(row["text"].encode())
+                ids, size = encode(tokenizer, row["text"], config.bos_token_id), _utf8_size(row["text"])
             else:
                 raise ValueError(f"{data}:{number} holds neither 'text' nor 'ids'; expected one of them")
+            _check_ids(ids, config.vocab_size, f"{data}:{number}")
+            yield ids, size
+
+
+def _check_ids(ids: list[int], vocab_size: int, where: str) -> None:
+    """Raise ValueError naming the first id that the model has no embedding for."""
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise ValueError(
+                f"{where}: token id {str(i)[:40]}; expected a whole number from 0 to {vocab_size - 1}"
+            )
+
+
+def _utf8_size(text: str) -> int:
+    return len(text.encode(errors="replace"))  # JSON may hold lone surrogates
 
 
 def load_tokenizer(model: Path) -> Tokenizer:
@@ -122,19 +145,20 @@ def load_tokenizer(model: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str, bos: int | None) -> list[int]:
-    """Token ids behind one BOS, from which the first token is predicted."""
+    """Token ids after one BOS, from which the first token is predicted."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids if bos is None else [bos, *ids]
 
 
 def calibration_corpus(
-    model: Path, held_out: Path | None, tokens: int, window: int, bos: int | None, seed: int = 0
+    model: Path, config: ModelConfig, held_out: Path | None, tokens: int, window: int, seed: int = 0
 ) -> Corpus:
     """About `tokens` tokens of the Python standard library, without the files named in `held_out`.
 
     These sources are on every machine that runs this, and calibration needs text, not labels.
     """
     tokenizer = load_tokenizer(model)
+    window = min(window, config.max_position_embeddings)
     excluded = set(_paths(held_out)) if held_out and held_out.is_file() else set()
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
@@ -148,7 +172,8 @@ def calibration_corpus(
     def documents() -> Iterator[tuple[list[int], int]]:
         for file in files:
             text = file.read_text(encoding="utf-8", errors="replace")
-            ids = encode(tokenizer, text, bos)[: window + 1]  # many files, one window each
+            ids = encode(tokenizer, text, config.bos_token_id)[: window + 1]  # many files, one window each
+            _check_ids(ids, config.vocab_size, f"{model / 'tokenizer.json'}")
             yield ids, len(text.encode())
 
     return windows_of(documents(), window, tokens)

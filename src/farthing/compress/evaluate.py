@@ -21,6 +21,7 @@ from farthing.ops import Batch, LatentCache, make_batch
 
 BLOCK = 16
 ROWS = 512  # logit rows at a time, so that [T, V] never exists as a whole
+BROKEN = "the model's logits are NaN or infinite on this text: its weights are broken or overflow"
 Progress = Callable[[int], None]  # called with the tokens done since the last call
 
 
@@ -60,7 +61,8 @@ class Comparison:
             return Verdict("fail", max_drop, None)
         margin = abs(max_drop - self.relative_increase)
         half = (high - low) / 2
-        needed = None if margin == 0 else math.ceil(self.tokens * (half / margin) ** 2)
+        decidable = margin > 0 and math.isfinite(half)
+        needed = math.ceil(self.tokens * (half / margin) ** 2) if decidable else None
         return Verdict("cannot tell", max_drop, needed)
 
     def to_json(self) -> dict[str, Any]:
@@ -106,8 +108,10 @@ def evaluate(
             drafts, accepted = drafts + n, accepted + hits
         if progress:
             progress(len(step.targets))
+    if not math.isfinite(loss):
+        raise ValueError(BROKEN)
     return Quality(
-        perplexity=math.exp(loss / corpus.tokens),
+        perplexity=_exp(loss / corpus.tokens),
         bits_per_byte=_bits(loss, corpus),
         mtp_acceptance=accepted / drafts if drafts else None,
         tokens=corpus.tokens,
@@ -174,11 +178,13 @@ def compare_with(
         differences += [float(d.sum()) for d in torch.cat(difference).split(right.lengths)]
         if progress:
             progress(len(right.targets))
+    if not math.isfinite(loss_a):
+        raise ValueError(f"A: {BROKEN}")
     interval = ratio_interval(differences, [w.tokens for w in corpus.windows], confidence)
     return Comparison(
-        perplexity_a=math.exp(loss_a / corpus.tokens),
-        perplexity_b=math.exp(loss_b / corpus.tokens),
-        relative_increase=math.expm1((loss_b - loss_a) / corpus.tokens),
+        perplexity_a=_exp(loss_a / corpus.tokens),
+        perplexity_b=_exp(loss_b / corpus.tokens),
+        relative_increase=_growth((loss_b - loss_a) / corpus.tokens),
         interval=_relative(interval),
         confidence=confidence,
         kl=kl / corpus.tokens,
@@ -246,8 +252,9 @@ def _logits(model: DeepseekModel, hidden: Tensor) -> Iterator[tuple[slice, Tenso
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target), float64 [n]."""
-    return (logits.logsumexp(-1) - logits.gather(1, targets.unsqueeze(1)).squeeze(1)).double()
+    """-log p(target), float64 [n]; infinite where logits are NaN or infinite."""
+    nats = (logits.logsumexp(-1) - logits.gather(1, targets.unsqueeze(1)).squeeze(1)).double()
+    return nats.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=math.inf)
 
 
 def _drafts(model: DeepseekModel, step: _Step, greedy: Tensor) -> tuple[int, int]:
@@ -268,4 +275,12 @@ def _bits(loss: float, corpus: Corpus) -> float | None:
 
 
 def _relative(log_interval: Interval) -> tuple[float, float]:
-    return math.expm1(log_interval.low), math.expm1(log_interval.high)
+    return _growth(log_interval.low), _growth(log_interval.high)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _growth(x: float) -> float:
+    return math.expm1(x) if x < 700 else math.inf

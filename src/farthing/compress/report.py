@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from farthing.compress.evaluate import Comparison, Verdict
+from farthing.files import replace_json, replace_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Report:
     def write(self, directory: Path) -> Path:
         """report.json and report.html; returns the path of the former."""
         file = directory / "report.json"
-        file.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        (directory / "report.html").write_text(page(self), encoding="utf-8")
+        replace_json(file, self.to_json())
+        replace_text(directory / "report.html", page(self))
         return file
 
 

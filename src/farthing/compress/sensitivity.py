@@ -31,6 +31,7 @@ from farthing.compress.size import BLOCK, Reads, Sizes, measured_shares, reads_o
 from farthing.compress.stream import Progress, feed_forward_input, forward
 from farthing.compress.trace import TracedOps
 from farthing.compress.transform import Done, compress_layer, layer_stats
+from farthing.files import replace_json
 from farthing.model import ModelConfig
 
 FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # beside "keep"; INT4 by its group size
@@ -167,9 +168,7 @@ class Notes:
         """Keep a layer's options."""
         layers = self._all() | {str(layer): [asdict(o) for o in options]}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".tmp")
-        partial.write_text(json.dumps({"fingerprint": self.fingerprint, "layers": layers}), encoding="utf-8")
-        partial.replace(self.file)
+        replace_json(self.file, {"fingerprint": self.fingerprint, "layers": layers}, indent=None)
 
     def _all(self) -> dict[str, Any]:
         if not self.file.is_file():

@@ -21,11 +21,14 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[int], confidence: flo
     """sum(sums) / sum(counts), where each pair is one cluster (a window of correlated tokens).
 
     The ratio estimator's linearized variance (Cochran 1977, section 6.4) with Student's t over the clusters.
-    One cluster has no spread to measure: the interval is then infinite.
+    One cluster has no spread to measure: the interval is then infinite. A sum that is not finite makes
+    estimate and bounds infinite: a model that predicts NaN is surely worse.
     """
     if not sums or len(sums) != len(counts):
         raise ValueError(f"{len(sums)} sums with {len(counts)} counts; expected the same positive number")
     total, clusters = sum(counts), len(sums)
+    if not all(map(math.isfinite, sums)):
+        return Interval(math.inf, math.inf, math.inf)
     estimate = math.fsum(sums) / total
     if clusters < 2:
         return Interval(estimate, -math.inf, math.inf)

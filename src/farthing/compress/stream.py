@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
@@ -32,6 +32,7 @@ from farthing.compress.pruning import prune_layer
 from farthing.compress.recipe import Recipe
 from farthing.compress.trace import TracedOps
 from farthing.compress.transform import LayerResult, Plan, compress_layer, layer_stats, rotate, scale_inputs
+from farthing.files import replace_json, replace_tensors
 from farthing.model import ModelConfig
 
 CHUNK = 4096  # calibration tokens in one forward
@@ -381,11 +382,8 @@ def _save(job: Job, state: Progressed, writer: CheckpointWriter, stream: Stream 
         hidden = {"hidden": stream.hidden} | (
             {} if stream.unpruned is None else {"unpruned": stream.unpruned.clone()}
         )
-        save_file({k: t.contiguous() for k, t in hidden.items()}, target.with_suffix(".tmp"))
-        target.with_suffix(".tmp").replace(target)
-    partial = directory / "state.tmp"
-    partial.write_text(json.dumps(asdict(state)), encoding="utf-8")
-    partial.replace(directory / "state.json")
+        replace_tensors(target, {k: t.contiguous() for k, t in hidden.items()})
+    replace_json(directory / "state.json", asdict(state), indent=None)
     for file in old:
         if file.name != f"hidden-{state.next_layer}.safetensors":
             file.unlink()

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from farthing.checkpoint.fp8 import BLOCK, dequantize_blocks, quantize_blocks
+from farthing.files import replace_json, replace_tensors, replace_text
 from farthing.model.config import LayerSizes
 from farthing.train.data import BOS, EOS, PAD
 from farthing.train.model import DeepSeekLM, ModelConfig, MoE
@@ -149,12 +149,9 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
 def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: bool = True) -> int:
     """Writes a checkpoint directory, the weights atomically; returns the bytes of the weights file."""
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / "model.safetensors.tmp"
-    save_file(pack(to_tensors(model), fp8), temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)
-    temporary.replace(out / "model.safetensors")
-    _write_json(out / "config.json", config_json(model.cfg, fp8))
-    _write_json(
+    replace_tensors(out / "model.safetensors", pack(to_tensors(model), fp8))
+    replace_json(out / "config.json", config_json(model.cfg, fp8), indent=2)
+    replace_json(
         out / "generation_config.json",
         {
             "bos_token_id": 0,
@@ -164,8 +161,9 @@ def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: boo
             "temperature": 0.6,
             "top_p": 0.95,
         },
+        indent=2,
     )
-    _write_json(
+    replace_json(
         out / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -178,8 +176,9 @@ def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: boo
             "model_max_length": model.cfg.max_position_embeddings,
             "chat_template": CHAT_TEMPLATE,
         },
+        indent=2,
     )
-    (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), "utf-8")
+    replace_text(out / "tokenizer.json", tokenizer.to_str(pretty=False))
     return (out / "model.safetensors").stat().st_size
 
 
@@ -192,7 +191,3 @@ def load_checkpoint(path: Path) -> DeepSeekLM:
     with safe_open(path / "model.safetensors", framework="pt") as file:
         from_tensors(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return model
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

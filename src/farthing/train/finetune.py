@@ -62,7 +62,13 @@ class Text:
         tokenizer = Tokenizer.from_file(str(file))
         cache = settings.out / "text.npz"
         if not cache.is_file():
-            train, heldout = data.split(data.find_sources(settings.root), settings.heldout_every)
+            documents = data.find_sources(settings.root)
+            train, heldout = data.split(documents, settings.heldout_every)
+            if not train or not heldout:
+                raise ValueError(
+                    f"{len(documents)} files of text leave {len(train)} to train on and {len(heldout)} to "
+                    f"measure on (one in {settings.heldout_every} is held out); expected more files"
+                )
             settings.out.mkdir(parents=True, exist_ok=True)
             _store(cache, data.encode(tokenizer, train), data.encode(tokenizer, heldout))
         parts = np.load(cache)

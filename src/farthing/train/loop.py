@@ -7,7 +7,6 @@ shares its core keeps its schedule; on a GPU it is wall time.
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import threading
 import time
@@ -20,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
+
+from farthing.files import replace, replace_json
 
 
 class Hook(Protocol):
@@ -224,10 +225,8 @@ class Trainer:
             "record": self.record,
             "smooth": self._smooth,
         }
-        temporary = self.state_path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.state_path)
-        (self.config.out / "record.json").write_text(json.dumps(self.record, indent=1))
+        replace(self.state_path, lambda file: _save(state, file))
+        replace_json(self.config.out / "record.json", self.record)
         if self.on_save:
             self.on_save(self)
         self._clock, self._saved_at = self._now(), self.active_seconds
@@ -295,3 +294,8 @@ class Trainer:
                 progress.update(task, completed=self.progress, description=text)
 
             yield update
+
+
+def _save(state: dict[str, Any], file: Path) -> None:
+    with file.open("wb") as stream:  # its errors name the cause, those of torch's own writer do not
+        torch.save(state, stream)

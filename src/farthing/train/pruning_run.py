@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from farthing.files import replace_json
 from farthing.model.config import LayerSizes
 from farthing.train.activity import busy_share, measure
 from farthing.train.distill import distillation
@@ -93,16 +93,18 @@ def train_prune(
     assert isinstance(hook, PruneHook)
     removed = hook.removed(model)
     if removed < config.target:
-        console.print(f"only {removed:.1%} of {config.target:.1%} went: the loss did not allow more")
+        console.print(f"removed {removed:.1%} of the target {config.target:.1%}: the loss allowed no more")
+    before = perplexity(teacher, text.heldout, settings.window, settings.eval_tokens)
+    after = perplexity(model, text.heldout, settings.window, settings.eval_tokens)
     out = settings.out / "checkpoint"
     summary: dict[str, Any] = {
         "removed": removed,
         "target": config.target,
         "activity": _activity(model, text, settings, config),
-        "perplexity": {
-            "before": perplexity(teacher, text.heldout, settings.window, settings.eval_tokens),
-            "after": perplexity(model, text.heldout, settings.window, settings.eval_tokens),
-        },
+        "perplexity": {"before": before, "after": after},
+        "relative_increase": after / before - 1,
+        "bound": config.bound,
+        "within_bound": after / before - 1 <= config.bound,
         "weights_bytes": save_checkpoint(model, text.tokenizer, out),
         "layer_sizes": [dataclasses.asdict(s) for s in model.cfg.layer_sizes],
         "minutes": trainer.active_seconds / 60,
@@ -110,7 +112,7 @@ def train_prune(
         "events": hook.events,
         "curve": trainer.record,
     }
-    (settings.out / "prune.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    replace_json(settings.out / "prune.json", summary)
     steps = [(0.0, 0.0), *((e["tokens"], e["removed"]) for e in hook.events), (trainer.tokens, removed)]
     draw(
         settings.out / "prune.png", {"held-out": curve(trainer, "perplexity")}, "perplexity",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
 import re
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from farthing.files import replace_json
 from farthing.train.distill import distillation
 from farthing.train.export import load_checkpoint
 from farthing.train.finetune import Settings, Text, adam, curve, freeze_top, perplexity
@@ -317,7 +317,7 @@ def train_qat(
         "tokens": trainer.tokens,
         "curve": trainer.record,
     }
-    (settings.out / "qat.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    replace_json(settings.out / "qat.json", summary)
     levels = {
         "float": float_perplexity,
         f"{precision} untrained": ptq_perplexity,
