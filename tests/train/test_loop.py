@@ -85,8 +85,8 @@ def test_a_kill_while_saving_keeps_the_last_state(
     trainer.train_step()
     trainer.save()
 
-    def killed(state: Any, path: Path) -> None:
-        path.write_bytes(b"half a file")
+    def killed(state: Any, stream: Any) -> None:
+        stream.write(b"half a file")
         raise KeyboardInterrupt
 
     trainer.train_step()
