@@ -5,13 +5,10 @@
         --vllm PYTHON --transformers
 
 Models are random (see random_model.py) and kept in --cache. Ours goes through `farthing.LLM` from a packed
-file. Rounds alternate between ours and the peers; figures are medians. The limits are measured before and
-after every reading of ours, since a shared machine's bandwidth changes from second to second; a share is the
-median over rounds of a reading against its own limit. `batch` is the prompt's length for prefill, else the
-sequences that decode together, each behind a prompt of 128 tokens ("decode") or 4,096 ("long"). The limit
-is bandwidth over the bytes of weights (and of the cached latents) a step must read, for prefill the peak of
-INT8 arithmetic on vectors (half of it for bf16 weights: an instruction multiplies half as many) over the
-operations of a token.
+file. Rounds alternate between ours and the peers; figures are medians, printed with their spread. The
+machine's ceilings are measured before and after every reading of ours, since a shared machine's bandwidth
+changes from second to second; a share is the median over rounds of a reading divided by its own limit
+(limits.py says how that is counted; a share above 100 % is an error).
 `--into FILE` keeps rows from run to run, for bench/page.py.
 """
 
@@ -23,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,38 +32,22 @@ from rich.table import Table
 from farthing import LLM, SamplingParams, _native
 from farthing.model import load
 from farthing.ops import select
-from peers import CACHED, GGUF_TYPES, NEW, PROMPT, Child, LlamaCpp, Measure, Seconds, by_generating
-from random_model import SIZES, active_parameters, config, make_model
+from limits import BYTES_PER_WEIGHT, Point, bytes_read, limit
+from peers import GGUF_TYPES, NEW, PROMPT, Child, LlamaCpp, Measure, Seconds, by_generating
+from random_model import SIZES, config, make_model
 
 log = Console(stderr=True)
-POINTS = {"prefill": [512], "decode": [1, 8, 16], "long": [4]}
-BYTES_A_WEIGHT = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}  # group scales of 16 bits
-BYTES_A_LATENT = 2
+PREFILL, BATCHES = (512,), (1, 8, 16)
 
 
 def machine(threads: int) -> dict[str, float]:
-    """The limits: GB/s of reading, GOP/s of INT8 on vectors and on tiles."""
+    """The ceilings: GB/s of reading, GOP/s of INT8 on vectors and on AMX tiles."""
     return {
         "threads": threads,
         "read_gb_s": _native.read_bandwidth(threads, 1 << 28),
         "int8_gop_s": _native.peak_ops("vnni_int8", threads),
         "amx_int8_gop_s": _native.peak_ops("amx_int8", threads),
     }
-
-
-def limit(size: str, weights: str, phase: str, batch: int, m: dict[str, float]) -> float:
-    """Tokens per second the machine allows at most."""
-    c = config(size)
-    experts, k = c["n_routed_experts"], c["num_experts_per_tok"]
-    if phase == "prefill":
-        peak = m["int8_gop_s"] / (2 if weights == "bf16" else 1)
-        return peak * 1e9 / (2 * active_parameters(c, k))
-    touched = experts * (1 - (1 - k / experts) ** batch)  # of random routing, in expectation
-    read = active_parameters(c, touched) * BYTES_A_WEIGHT[weights]
-    if phase == "long":
-        width = c["kv_lora_rank"] + c["qk_rope_head_dim"]
-        read += batch * CACHED * width * BYTES_A_LATENT * c["num_hidden_layers"]
-    return batch * m["read_gb_s"] * 1e9 / read
 
 
 def packed(model: Path, weights: str, threads: int) -> Path:
@@ -80,12 +61,12 @@ def packed(model: Path, weights: str, threads: int) -> Path:
     return out
 
 
-def generating(llm: LLM) -> Seconds:
+def generating(llm: LLM, behind: Collection[int]) -> Seconds:
     """Times `LLM.generate`: (batch, tokens of a prompt, new tokens) -> seconds."""
 
     def seconds(batch: int, prompt: int, new: int) -> float:
-        # Prompts to decode behind are always the same and found in the prefix cache; others are always new.
-        numbers = random.Random(prompt if prompt in (PROMPT, CACHED) else None)
+        # Prompts to decode behind are always the same, so the prefix cache has them; others are always new.
+        numbers = random.Random(prompt if prompt in behind else None)
         prompts = [[numbers.randrange(3, 32000) for _ in range(prompt)] for _ in range(batch)]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
@@ -95,18 +76,20 @@ def generating(llm: LLM) -> Seconds:
     return seconds
 
 
-def ours(model: Path, weights: str, threads: int, phases: Sequence[str]) -> Measure:
+def ours(model: Path, weights: str, threads: int, points: Sequence[Point]) -> Measure:
     """Farthing through its Python API."""
-    long = "long" in phases
+    longest = max(p.context for p in points) + 2 * NEW
+    decoding = [p for p in points if p.kind == "decode"]
+    blocks = max([longest, *(p.batch * (p.context + 2 * NEW) for p in decoding)]) // 16 + 64
     llm = LLM(
         model, backend="cpu", threads=threads, packed=packed(model, weights, threads),
-        skip_tokenizer_init=True, max_model_len=CACHED + 2 * NEW if long else 1024, max_num_seqs=16,
-        max_num_batched_tokens=512, kv_cache_dtype="bfloat16", num_blocks=1280 if long else 512,
+        skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=max(p.batch for p in points),
+        max_num_batched_tokens=512, kv_cache_dtype="bfloat16", num_blocks=blocks,
     )  # fmt: skip
-
-    seconds = generating(llm)
-    for batch, prompt in [(1, 512), (16, PROMPT)] + ([(POINTS["long"][0], CACHED)] if long else []):
-        seconds(batch, prompt, 4)
+    seconds = generating(llm, {p.context for p in decoding})
+    seconds(1, 512, 4)
+    for point in decoding:
+        seconds(point.batch, point.context, 4)
     return by_generating(seconds)
 
 
@@ -130,45 +113,60 @@ def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
     return peers
 
 
-def run(a: argparse.Namespace) -> dict[str, Any]:
-    """Every phase, ours and the peers in turn."""
-    points = [
-        (phase, batch) for phase in a.phases for batch in POINTS[phase] if batch in (a.batches or [batch])
+def chosen(a: argparse.Namespace) -> list[Point]:
+    """The points that the command line names."""
+    return [Point("prefill", 1, length) for length in a.prefill] + [
+        Point("decode", batch, context) for context in a.behind for batch in a.batches
     ]
+
+
+def run(a: argparse.Namespace) -> dict[str, Any]:
+    """Every point, ours and the peers in turn."""
+    points = chosen(a)
     model = make_model(a.model, a.cache)
-    peers = find_peers(a, model)
-    systems = {"ours": ours(model, a.weights, a.threads, a.phases)} | peers
-    readings: dict[tuple[str, str, int], list[float]] = {}
-    shares: dict[tuple[str, int], list[float]] = {}
-    limits = [machine(a.threads)]
+    systems = {"ours": ours(model, a.weights, a.threads, points)} | find_peers(a, model)
+    readings: dict[tuple[str, Point], list[float]] = {}
+    shares: dict[Point, list[float]] = {}
+    ceilings = [machine(a.threads)]
     for turn in range(a.rounds):
-        for phase, batch in points:
+        for point in points:
             for name, measure in systems.items():
                 before = machine(a.threads) if name == "ours" else {}
-                rate = measure(phase, batch)
+                rate = measure(point)
                 if rate is None:
                     continue
-                readings.setdefault((name, phase, batch), []).append(rate)
-                log.print(f"round {turn + 1}: {phase} {batch}: {name} {rate:.1f} tok/s")
+                readings.setdefault((name, point), []).append(rate)
+                log.print(f"round {turn + 1}: {point}: {name} {rate:.1f} tok/s")
                 if name == "ours":
-                    limits += [before, machine(a.threads)]
-                    around = statistics.mean(limit(a.model, a.weights, phase, batch, m) for m in limits[-2:])
-                    shares.setdefault((phase, batch), []).append(rate / around)
-    m = {key: statistics.median(reading[key] for reading in limits) for key in limits[0]}
-    rows = []
-    for phase, batch in points:
-        best = limit(a.model, a.weights, phase, batch, m)
-        medians = {
-            name: statistics.median(readings[name, phase, batch])
-            for name in systems
-            if (name, phase, batch) in readings
-        }
-        mine = medians.pop("ours")
-        rows.append({
-            "phase": phase, "batch": batch, "weights": a.weights, "ours_tok_s": mine, "limit_tok_s": best,
-            "share_of_limit": statistics.median(shares[phase, batch]), "peers": medians,
-        })  # fmt: skip
-    return {"machine": m, "model": a.model, "rows": rows}
+                    ceilings += [before, machine(a.threads)]
+                    around = statistics.mean(limit(a.model, a.weights, point, m) for m in ceilings[-2:])
+                    shares.setdefault(point, []).append(rate / around)
+    median = {key: statistics.median(reading[key] for reading in ceilings) for key in ceilings[0]}
+    rows = [row(a, point, readings, shares[point], median) for point in points]
+    return {"machine": median, "model": a.model, "rows": rows}
+
+
+def row(
+    a: argparse.Namespace,
+    point: Point,
+    readings: dict[tuple[str, Point], list[float]],
+    shares: list[float],
+    m: dict[str, float],
+) -> dict[str, Any]:
+    """One point: medians, spreads (least and most), bytes of a step and the share of the limit."""
+    found = {name: values for (name, where), values in readings.items() if where == point}
+    mine = found.pop("ours")
+    share = statistics.median(shares)
+    if share > 1:
+        log.print(f"error: {point} reached {share:.0%} of its limit; the count or a ceiling is wrong")
+    return {
+        "phase": point.kind, "batch": point.batch, "context": point.context, "weights": a.weights,
+        "rounds": len(mine), "ours_tok_s": statistics.median(mine), "ours_spread": [min(mine), max(mine)],
+        "step_bytes": bytes_read(config(a.model), a.weights, point),
+        "limit_tok_s": limit(a.model, a.weights, point, m), "share_of_limit": share,
+        "peers": {name: statistics.median(values) for name, values in found.items()},
+        "peers_spread": {name: [min(values), max(values)] for name, values in found.items()},
+    }  # fmt: skip
 
 
 def keep(result: dict[str, Any], file: Path) -> None:
@@ -180,7 +178,7 @@ def keep(result: dict[str, Any], file: Path) -> None:
     ]
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["model"], row["weights"], row["phase"], row["batch"]
+        return row["model"], row["weights"], row["phase"], row["batch"], row["context"]
 
     replaced = {key(row) for row in new}
     stored["rows"] = [row for row in stored["rows"] if key(row) not in replaced] + new
@@ -200,14 +198,17 @@ def show(result: dict[str, Any]) -> None:
     m = result["machine"]
     limits = f"{m['read_gb_s']:.1f} GB/s, INT8 {m['int8_gop_s']:.0f} GOP/s, AMX {m['amx_int8_gop_s']:.0f}"
     title = f"{result['model']}: {limits}"
-    table = Table("phase", "batch", "weights", "ours tok/s", "limit", "share", "peers", title=title)
+    table = Table(
+        "phase", "batch", "context", "weights", "ours tok/s", "limit", "share", "peers", title=title
+    )
     for r in result["rows"]:
         others = ", ".join(
             f"{name} {rate:.1f} ({r['ours_tok_s'] / rate:.2f}x)" for name, rate in r["peers"].items()
         )
         table.add_row(
-            r["phase"], str(r["batch"]), r["weights"], f"{r['ours_tok_s']:.1f}", f"{r['limit_tok_s']:.1f}",
-            f"{r['share_of_limit']:.0%}", others,
+            r["phase"], str(r["batch"]), str(r["context"]), r["weights"],
+            f"{r['ours_tok_s']:.1f} ({r['ours_spread'][0]:.1f}–{r['ours_spread'][1]:.1f})",
+            f"{r['limit_tok_s']:.1f}", f"{r['share_of_limit']:.0%}", others,
         )  # fmt: skip
     Console().print(table)
 
@@ -216,11 +217,14 @@ def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=SIZES, default="L576")
-    p.add_argument("--weights", choices=BYTES_A_WEIGHT, default="int4")
+    p.add_argument("--weights", choices=BYTES_PER_WEIGHT, default="int4")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--phases", nargs="+", choices=POINTS, default=["prefill", "decode"])
-    p.add_argument("--batches", nargs="+", type=int, help="only these of the phases' batches")
+    p.add_argument("--prefill", nargs="*", type=int, default=PREFILL, metavar="TOKENS", help="prompt lengths")
+    p.add_argument("--batches", nargs="*", type=int, default=BATCHES, help="sequences that decode together")
+    p.add_argument(
+        "--behind", nargs="+", type=int, default=[PROMPT], metavar="TOKENS", help="cached tokens per sequence"
+    )
     p.add_argument("--no-peers", action="store_true")
     p.add_argument(
         "--llama-bench", action="append", default=[], metavar="NAME=PATH",

@@ -22,9 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from decode import BYTES_A_WEIGHT, generating, limit, machine
+from decode import generating, machine
 from farthing import LLM
 from farthing.parallel.plan import Layout
+from limits import BYTES_PER_WEIGHT, Point, limit
 from peers import PROMPT, Child
 from random_model import SIZES, make_model
 
@@ -38,7 +39,7 @@ WAYS = [
     "--experts-on cpu",
     "--experts-on cpu --hot-experts 4",
 ]
-POINTS = [("prefill", 512), ("decode", 1), ("decode", 8)]
+POINTS = [Point("prefill", 1, 512), Point("decode", 1, PROMPT), Point("decode", 8, PROMPT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,8 @@ def child(model: str, weights: str, backend: str, threads: int, text: str) -> No
         hot_experts=way.hot_experts,
     )  # fmt: skip
 
-    seconds = generating(llm)
-    seconds(8, PROMPT, 40)  # and hot experts are chosen
+    seconds = generating(llm, {PROMPT})
+    seconds(8, PROMPT, 40)  # also lets the engine choose its hot experts
     print("ready", flush=True)
     for line in sys.stdin:
         print("seconds", seconds(*map(int, line.split())), flush=True)
@@ -99,18 +100,18 @@ def run(a: argparse.Namespace) -> Table:
         limits.append(machine(a.threads))
         for point in POINTS:
             for text, way in ways.items():
-                rate = way.measure(*point) or 0.0
+                rate = way.measure(point) or 0.0
                 rates[point, text].append(rate)
-                log.print(f"round {turn + 1}: {point[0]} {point[1]}: {text or 'one rank'} {rate:.1f} tok/s")
+                log.print(f"round {turn + 1}: {point}: {text or 'one rank'} {rate:.1f} tok/s")
     here = {key: statistics.median(m[key] for m in limits) for key in limits[0]}
     on_cpu = a.backend == "cpu" or not torch.cuda.is_available()
     title = f"{a.model}, {a.weights}, tok/s (x the first; of the limit)"
-    table = Table("", *(f"{phase} {batch}" for phase, batch in POINTS), title=title)
+    table = Table("", *(f"{p.kind} {p.tokens}" for p in POINTS), title=title)
     for text in ways:
         cells = []
         for point in POINTS:
             rate, first = (statistics.median(rates[point, t]) for t in (text, a.ways[0]))
-            share = f"; {rate / limit(a.model, a.weights, *point, here):.0%}" if on_cpu else ""
+            share = f"; {rate / limit(a.model, a.weights, point, here):.0%}" if on_cpu else ""
             cells.append(f"{rate:,.1f} ({rate / first:.2f}x{share})")
         table.add_row(text or "one rank", *cells)
     return table
@@ -124,7 +125,7 @@ def main() -> None:
         return
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=SIZES, default="S576")
-    p.add_argument("--weights", choices=BYTES_A_WEIGHT, default="int4")
+    p.add_argument("--weights", choices=BYTES_PER_WEIGHT, default="int4")
     p.add_argument("--backend", default="auto")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=5)

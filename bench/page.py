@@ -2,7 +2,7 @@
 
     python bench/page.py RESULTS.json docs/performance.md
 
-Replaces what stands between `<!-- measured: decode -->` and `<!-- end -->`, nothing else, and draws
+Replaces the text between `<!-- measured: decode -->` and `<!-- end -->`, nothing else, and draws
 `figures/performance.png` beside the page.
 """
 
@@ -14,56 +14,83 @@ from pathlib import Path
 from typing import Any
 
 BITS = {"int4": "4-bit", "int8": "8-bit", "bf16": "bf16"}
-PHASES = {
-    "prefill": "prefill {}",
-    "decode": "decode, batch {}",
-    "long": "decode, batch {}, 4,096 cached tokens each",
+PHASES = ["prefill", "decode"]
+MODELS = ["V3S", "V2L", "L576", "S576"]  # in the order of the table: real shapes first
+DEFAULT_CONTEXT = 128
+# Targets: (times the best peer, share of the limit) by (model, weights, phase, batch, context).
+Target = tuple[float, float | None]
+TARGETS: dict[tuple[str, str, str, int, int], Target] = {
+    ("V3S", "int4", "decode", 1, 128): (1.2, 0.85),
+    ("V3S", "int4", "decode", 8, 128): (1.5, 0.75),
+    ("V3S", "int4", "decode", 16, 128): (2.2, 0.75),
+    ("V2L", "int4", "decode", 1, 128): (1.2, 0.85),
+    ("V2L", "int4", "decode", 8, 128): (1.5, 0.75),
+    ("V2L", "int4", "decode", 16, 128): (2.2, 0.75),
+    ("L576", "int4", "decode", 1, 128): (1.2, 0.85),
+    ("L576", "int4", "decode", 8, 128): (1.35, 0.75),
+    ("L576", "int4", "decode", 16, 128): (2.2, 0.75),
+    ("L576", "int4", "decode", 4, 4096): (1.5, None),
+    ("L576", "int8", "decode", 1, 128): (1.3, 0.85),
+    ("L576", "bf16", "decode", 1, 128): (1.1, 0.85),
+    ("S576", "int4", "decode", 1, 128): (1.2, None),
+    ("S576", "int4", "decode", 8, 128): (1.5, None),
+    ("S576", "int4", "decode", 16, 128): (3.0, None),
 }
-# What is wanted: times the best peer, share of the limit. (model, weights, phase, batch)
-TARGETS: dict[tuple[str, str, str, int], tuple[float, float | None]] = {
-    ("L576", "int4", "prefill", 512): (1.4, 0.55),
-    ("L576", "int4", "decode", 1): (1.2, 0.85),
-    ("L576", "int4", "decode", 8): (1.35, 0.75),
-    ("L576", "int4", "decode", 16): (2.2, 0.75),
-    ("L576", "int4", "long", 4): (1.5, None),
-    ("L576", "int8", "decode", 1): (1.3, 0.85),
-    ("L576", "bf16", "decode", 1): (1.1, 0.85),
-    ("S576", "int4", "prefill", 512): (1.3, None),
-    ("S576", "int4", "decode", 1): (1.2, None),
-    ("S576", "int4", "decode", 8): (1.5, None),
-    ("S576", "int4", "decode", 16): (3.0, None),
+PREFILL_TARGETS: dict[str, Target] = {
+    "V3S": (1.4, 0.7),
+    "V2L": (1.5, 0.7),
+    "L576": (1.6, 0.7),
+    "S576": (1.3, None),
 }
 Row = dict[str, Any]
 
 
 def ordered(rows: list[Row]) -> list[Row]:
-    """Large model first, few bits first, in the order of a request's life."""
-    weights, phases = list(BITS), list(PHASES)
-    return sorted(
-        rows,
-        key=lambda r: (r["model"], weights.index(r["weights"]), phases.index(r["phase"]), r["batch"]),
-    )
+    """Real shapes first, then fewer bits first, then prefill before decode."""
+    weights = list(BITS)
+
+    def place(r: Row) -> tuple[Any, ...]:
+        model = MODELS.index(r["model"]) if r["model"] in MODELS else len(MODELS)
+        phase = PHASES.index(r["phase"])
+        return model, r["model"], weights.index(r["weights"]), phase, r["context"], r["batch"]
+
+    return sorted(rows, key=place)
 
 
 def label(r: Row) -> str:
     """What a row measures."""
-    return f"{r['model']}, {BITS[r['weights']]}: {PHASES[r['phase']].format(r['batch'])}"
+    if r["phase"] == "prefill":
+        return f"{r['model']}, {BITS[r['weights']]}: prefill {r['context']:,}"
+    behind = "" if r["context"] == DEFAULT_CONTEXT else f", {r['context']:,} cached tokens each"
+    return f"{r['model']}, {BITS[r['weights']]}: decode, batch {r['batch']}{behind}"
+
+
+def target(r: Row) -> tuple[float | None, float | None]:
+    """(times the best peer, share of the limit) a row should reach; None where nothing is set."""
+    if r["phase"] == "prefill" and r["weights"] == "int4":
+        return PREFILL_TARGETS.get(r["model"], (None, None))
+    key = (r["model"], r["weights"], r["phase"], r["batch"], r["context"])
+    return TARGETS.get(key, (None, None))
 
 
 def line(r: Row) -> str:
     """A row of the table; a ratio or a share below its target is bold."""
-    wanted, share = TARGETS.get((r["model"], r["weights"], r["phase"], r["batch"]), (None, None))
+    wanted, share = target(r)
     best, ratio = "–", "–"
     if r["peers"]:
         name = max(r["peers"], key=lambda peer: r["peers"][peer])
         times = r["ours_tok_s"] / r["peers"][name]
-        best, ratio = f"{r['peers'][name]:,.1f} ({name})", f"{times:.2f}x"
+        low, high = r["peers_spread"][name]
+        best, ratio = f"{r['peers'][name]:,.1f} ({low:,.1f}–{high:,.1f}; {name})", f"{times:.2f}x"
         ratio = f"**{ratio}**" if wanted and times < wanted else ratio
     of_limit = f"{r['share_of_limit']:.0%}"
     of_limit = f"**{of_limit}**" if share and r["share_of_limit"] < share else of_limit
     targets = [f"{wanted}x" if wanted else "", f"{share:.0%}" if share else ""]
-    target = ", ".join(filter(None, targets)) or "–"
-    return f"| {label(r)} | {r['ours_tok_s']:,.1f} | {best} | {ratio} | {of_limit} | {target} |"
+    aims = ", ".join(filter(None, targets)) or "–"
+    low, high = r["ours_spread"]
+    ours = f"{r['ours_tok_s']:,.1f} ({low:,.1f}–{high:,.1f})"
+    step = f"{r['step_bytes'] / 1e9:.3f}"
+    return f"| {label(r)} | {r['rounds']} | {ours} | {best} | {ratio} | {step} | {of_limit} | {aims} |"
 
 
 def table(rows: list[Row]) -> str:
@@ -74,8 +101,9 @@ def table(rows: list[Row]) -> str:
     head = (
         f"Measured {' and '.join(dates)}, {m['threads']:.0f} threads; memory reads {reads[0]:.1f} to "
         f"{reads[-1]:.1f} GB/s in the same runs, INT8 {m['int8_gop_s']:,.0f} GOP/s on vectors{tiles}. "
-        "Bold: below its target.\n\n"
-        "| | ours, tok/s | best peer | ratio | share of the limit | target |\n|---|---|---|---|---|---|\n"
+        "Medians (least–most). Bold: below target.\n\n"
+        "| | rounds | ours, tok/s | best peer | ratio | GB read per step | share of the limit | target |\n"
+        "|---|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(map(line, rows)) + "\n"
 
@@ -108,7 +136,7 @@ def start(section: dict[str, Any] | None) -> str:
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Bars as shares of each row's limit, which is the line at 100 %."""
+    """Bars as shares of each row's limit (the line at 100 %), the shares of the table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,9 +146,10 @@ def draw(rows: list[Row], file: Path) -> None:
     for i, r in enumerate(rows):
         best = max(r["peers"].values(), default=0.0)
         for at, rate, color in ((i - 0.19, r["ours_tok_s"], "#1f6f54"), (i + 0.19, best, "#b9b4a8")):
-            axes.barh(at, 100 * rate / r["limit_tok_s"], 0.36, color=color)
+            share = 100 * r["share_of_limit"] * rate / r["ours_tok_s"]
+            axes.barh(at, share, 0.36, color=color)
             if rate:
-                axes.text(100 * rate / r["limit_tok_s"] + 1, at, f"{rate:,.0f}", va="center", fontsize=7)
+                axes.text(share + 1, at, f"{rate:,.0f}", va="center", fontsize=7)
     axes.barh([0], [0], color="#1f6f54", label="Farthing, tok/s")
     axes.barh([0], [0], color="#b9b4a8", label="best peer, tok/s")
     axes.axvline(100, color="#a03020", label="limit of the machine")
@@ -146,9 +175,15 @@ def fill(page: Path, name: str, *parts: str) -> None:
 
 
 def write(results: Path, page: Path) -> None:
-    """Fill the page's part about decoding, and draw its figure."""
+    """Fill the page's part about decoding, and draw its figure. SystemExit on a share above 100 %."""
     stored = json.loads(results.read_text())
     rows = ordered(stored["rows"])
+    for r in rows:
+        if r["share_of_limit"] > 1:
+            raise SystemExit(
+                f"{label(r)}: share_of_limit is {r['share_of_limit']:.2f}; expected at most 1: the limit is "
+                "counted wrongly, or a ceiling was measured too low"
+            )
     picture = page.parent / "figures/performance.png"
     parts = table(rows).strip(), (all_peers(rows) + start(stored.get("start"))).strip()
     fill(page, "decode", parts[0], f"![Shares of the limit](figures/{picture.name})", parts[1])

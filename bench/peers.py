@@ -1,8 +1,11 @@
-"""The peers of bench/decode.py. Each is a `Measure`: (phase, batch) -> tokens a second, None if it has none.
+"""The peers of bench/decode.py. Each is a `Measure`: a point of the table -> tokens/s, None if it has none.
 
-llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench; vLLM and transformers run in a
-process of their own (bench/peer_vllm.py, bench/peer_transformers.py), which answers "BATCH PROMPT NEW" with
-seconds, is asked by the same procedure as Farthing, and is paused between its turns.
+llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench; vLLM and transformers run in
+their own processes (bench/peer_vllm.py, bench/peer_transformers.py), which answer "BATCH PROMPT NEW" with
+seconds, are measured by the same procedure as Farthing, and are paused between their turns.
+
+llama-batched-bench gives every sequence the same tokens at equal positions, so all of them choose the same
+experts: its batch rows read fewer weights than ours, whose sequences differ. The table says so.
 """
 
 from __future__ import annotations
@@ -21,26 +24,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROMPT, NEW, CACHED = 128, 64, 4096
+from limits import Point
+
+PROMPT, NEW = 128, 64
 GGUF_TYPES = {"bf16": ["BF16"], "int8": ["Q8_0"], "int4": ["Q4_0"]}
-Measure = Callable[[str, int], float | None]
+Measure = Callable[[Point], float | None]
 Seconds = Callable[[int, int, int], float]
 
 
 def by_generating(seconds: Seconds) -> Measure:
     """Rates of a system that generates: decoding is what 64 further tokens take.
 
-    A prompt that every expert sees comes first, untimed: another system may have pushed the weights out of
-    memory in its turn.
+    An untimed prompt that reaches every expert comes first: in its turn, another system may have evicted the
+    weights from memory.
     """
 
-    def measure(phase: str, batch: int) -> float:
+    def measure(point: Point) -> float:
         seconds(1, 512, 1)
-        if phase == "prefill":
-            return batch / seconds(1, batch, 1)
-        prompt = CACHED if phase == "long" else PROMPT
-        before = min(seconds(batch, prompt, 1) for _ in range(2))
-        return batch * NEW / (seconds(batch, prompt, NEW + 1) - before)
+        if point.kind == "prefill":
+            return point.context / seconds(1, point.context, 1)
+        before = min(seconds(point.batch, point.context, 1) for _ in range(2))
+        return point.batch * NEW / (seconds(point.batch, point.context, NEW + 1) - before)
 
     return measure
 
@@ -86,15 +90,15 @@ class LlamaCpp:
         path = self.gguf(model, kind)
         common = ["-m", path, "-t", threads]
 
-        def measure(phase: str, batch: int) -> float:
-            if phase == "prefill" or (phase, batch) == ("decode", 1):
-                behind = ["-n", 0, "-gp", f"{PROMPT},{NEW}"] if self.repacks else ["-n", NEW, "-d", PROMPT]
-                shape = ["-p", batch, "-n", 0] if phase == "prefill" else ["-p", 0, *behind]
+        def measure(point: Point) -> float:
+            batch, prompt = point.batch, point.context
+            if point.kind == "prefill" or batch == 1:
+                after = ["-n", 0, "-gp", f"{prompt},{NEW}"] if self.repacks else ["-n", NEW, "-d", prompt]
+                shape = ["-p", prompt, "-n", 0] if point.kind == "prefill" else ["-p", 0, *after]
                 repack = ["-rtr", 1] if self.repacks else []
                 text = _output(self.binaries / "llama-bench", *common, "-r", 2, *repack, "-o", "json", *shape)
                 rows = json.loads(text[text.index("[\n") : text.rindex("]") + 1])
                 return float(rows[-1]["avg_ts"])
-            prompt = CACHED if phase == "long" else PROMPT
             context = batch * (prompt + NEW) + 256
             text = _output(
                 self.binaries / "llama-batched-bench", *common, *(["-rtr"] if self.repacks else []),
@@ -107,7 +111,7 @@ class LlamaCpp:
 
 
 class Child:
-    """A peer in a process of its own, stopped while others are measured."""
+    """A peer in its own process, stopped while others are measured."""
 
     def __init__(self, command: list[str | Path]) -> None:
         self._process = subprocess.Popen(
@@ -118,9 +122,10 @@ class Child:
         self._read("ready")
         self._signal(signal.SIGSTOP)
 
-    def measure(self, phase: str, batch: int) -> float | None:
-        """By generating; a long context has to be computed anew each time and is left out."""
-        return None if phase == "long" else by_generating(self._seconds)(phase, batch)
+    def measure(self, point: Point) -> float | None:
+        """By generating; long cached contexts, which it would recompute every time, are left out."""
+        cached = point.kind == "decode" and point.context > PROMPT
+        return None if cached else by_generating(self._seconds)(point)
 
     def _seconds(self, batch: int, prompt: int, new: int) -> float:
         assert self._process.stdin is not None

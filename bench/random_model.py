@@ -1,7 +1,9 @@
-"""Random DeepSeek-V3-architecture checkpoints in four sizes, for measuring speed.
+"""Random checkpoints of DeepSeek's architecture, for measuring speed.
 
-S and L have small heads; S576 and L576 have V3's own (latent 512, rotary 64, nope = v = 128), which vLLM and
-ik_llama.cpp need. L: 3.2 G parameters, 0.5 G active a token; S: 283 M and 77 M.
+V3S: V3's own shape, one dense and one expert layer (13.9 B parameters). V2L: DeepSeek-V2-Lite's whole
+configuration (15.7 B). S576 and L576 have V3's head sizes (latent 512, rotary 64, nope = v = 128), which vLLM
+and ik_llama.cpp need; L has 3.2 B parameters, 0.5 B active per token, S 283 M and 77 M. S and L alone have
+small heads.
 """
 
 from __future__ import annotations
@@ -37,7 +39,20 @@ SIZES = {
     "L": LARGE,
     "S576": SMALL | HEADS | {"num_attention_heads": 4},
     "L576": LARGE | HEADS | {"num_attention_heads": 8},
-}
+    "V3S": HEADS | {
+        "hidden_size": 7168, "num_hidden_layers": 2, "n_routed_experts": 256, "num_experts_per_tok": 8,
+        "n_group": 8, "topk_group": 4, "moe_intermediate_size": 2048, "intermediate_size": 18432,
+        "q_lora_rank": 1536, "num_attention_heads": 128, "vocab_size": 129280,
+    },
+    "V2L": HEADS | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+        "hidden_size": 2048, "num_hidden_layers": 27, "n_routed_experts": 64, "num_experts_per_tok": 6,
+        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 1408, "intermediate_size": 10944,
+        "n_shared_experts": 2, "q_lora_rank": None, "num_attention_heads": 16, "vocab_size": 102400,
+        "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    },
+}  # fmt: skip
 SHARD_BYTES = 1 << 31
 
 
@@ -48,7 +63,7 @@ def config(size: str) -> dict[str, Any]:
         "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_layer_freq": 1, "scoring_func": "sigmoid",
         "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "hidden_act": "silu",
         "rms_norm_eps": 1e-6, "attention_bias": False, "attention_dropout": 0.0,
-        "max_position_embeddings": 4608, "rope_theta": 10000.0, "rope_scaling": None,
+        "max_position_embeddings": 40960, "rope_theta": 10000.0, "rope_scaling": None,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
         "pad_token_id": 2, "initializer_range": 0.02, "use_cache": True, "num_nextn_predict_layers": 0,
         "ep_size": 1, "pretraining_tp": 1, "aux_loss_alpha": 0.001, "seq_aux": True,
@@ -71,9 +86,12 @@ def tensors(c: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(c["num_hidden_layers"]):
         p = f"model.layers.{layer}"
         yield f"{p}.input_layernorm.weight", (d,)
-        yield f"{p}.self_attn.q_a_proj.weight", (rank, d)
-        yield f"{p}.self_attn.q_a_layernorm.weight", (rank,)
-        yield f"{p}.self_attn.q_b_proj.weight", (heads * (nope + rope), rank)
+        if rank is None:
+            yield f"{p}.self_attn.q_proj.weight", (heads * (nope + rope), d)
+        else:
+            yield f"{p}.self_attn.q_a_proj.weight", (rank, d)
+            yield f"{p}.self_attn.q_a_layernorm.weight", (rank,)
+            yield f"{p}.self_attn.q_b_proj.weight", (heads * (nope + rope), rank)
         yield f"{p}.self_attn.kv_a_proj_with_mqa.weight", (latent + rope, d)
         yield f"{p}.self_attn.kv_a_layernorm.weight", (latent,)
         yield f"{p}.self_attn.kv_b_proj.weight", (heads * (nope + value), latent)
@@ -83,16 +101,22 @@ def tensors(c: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from mlp(f"{p}.mlp", c["intermediate_size"])
             continue
         yield f"{p}.mlp.gate.weight", (c["n_routed_experts"], d)
-        yield f"{p}.mlp.gate.e_score_correction_bias", (c["n_routed_experts"],)
+        if c["topk_method"] == "noaux_tc":
+            yield f"{p}.mlp.gate.e_score_correction_bias", (c["n_routed_experts"],)
         for e in range(c["n_routed_experts"]):
             yield from mlp(f"{p}.mlp.experts.{e}", c["moe_intermediate_size"])
-        yield from mlp(f"{p}.mlp.shared_experts", c["moe_intermediate_size"])
+        yield from mlp(f"{p}.mlp.shared_experts", c["n_shared_experts"] * c["moe_intermediate_size"])
     yield "model.norm.weight", (d,)
     yield "lm_head.weight", (c["vocab_size"], d)
 
 
+def head_parameters(c: dict[str, Any]) -> int:
+    """Elements of the output head."""
+    return int(c["vocab_size"] * c["hidden_size"])
+
+
 def active_parameters(c: dict[str, Any], routed: float) -> int:
-    """Matrix elements read in a step that uses `routed` experts a layer; the embedding is not read."""
+    """Elements read in a step that uses `routed` experts per layer, the head included, the embedding not."""
     total = 0.0
     for name, shape in tensors(c):
         if name == "model.embed_tokens.weight":
@@ -133,7 +157,7 @@ def _tokenizer(out: Path, vocab: int) -> None:
     t.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0], "eos_token": special[1],
-        "pad_token": special[2], "model_max_length": 4608,
+        "pad_token": special[2], "model_max_length": 40960,
     }  # fmt: skip
     (out / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False))
 

@@ -28,8 +28,10 @@ MACHINE = {"threads": 2, "read_gb_s": 33.0, "int8_gop_s": 900.0, "amx_int8_gop_s
 
 def row(ours: float, batch: int, peers: dict[str, float]) -> dict[str, Any]:
     return {
-        "phase": "decode", "batch": batch, "weights": "int4", "ours_tok_s": ours, "limit_tok_s": 200.0,
-        "share_of_limit": ours / 200, "peers": peers,
+        "phase": "decode", "batch": batch, "context": 128, "weights": "int4", "rounds": 3,
+        "ours_tok_s": ours, "ours_spread": [ours - 1, ours + 1], "limit_tok_s": 200.0,
+        "step_bytes": 3e8, "share_of_limit": ours / 200, "peers": peers,
+        "peers_spread": {name: [rate - 1, rate + 1] for name, rate in peers.items()},
     }  # fmt: skip
 
 
@@ -48,9 +50,12 @@ def test_only_the_marked_part_changes(tmp_path: Path) -> None:
         p.write(results, page)
         text = page.read_text()
         assert text.startswith("# By hand\n") and text.endswith("Also by hand\n") and "stale" not in text
-        assert "| 180.0 | 100.0 (b) | 1.80x | 90% | 1.2x, 85% |" in text
-        assert "| 50.0 | – | – | 25% | – |" in text
-        assert "| 110.0 | 100.0 (a) | **1.10x** | **55%** | 1.35x, 75% |" in text
+        assert "| 180.0 (179.0–181.0) | 100.0 (99.0–101.0; b) | 1.80x | 0.300 | 90% | 1.2x, 85% |" in text
+        assert "| 50.0 (49.0–51.0) | – | – | 0.300 | 25% | – |" in text
+        assert (
+            "| 110.0 (109.0–111.0) | 100.0 (99.0–101.0; a) | **1.10x** | 0.300 | **55%** | 1.35x, 75% |"
+            in text
+        )
     assert 0 < (tmp_path / "figures/performance.png").stat().st_size < 100_000
 
 
@@ -76,11 +81,10 @@ def test_rows_are_kept_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert kept["start"]["rows"] == []
 
 
-def test_the_limit_of_a_long_context_counts_its_latents(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("farthing._native")
-    monkeypatch.syspath_prepend(str(BENCH))
-    limit = module("decode").limit
-    alone = 33e9 / limit("L576", "int4", "decode", 4, MACHINE)
-    assert 33e9 / limit("L576", "int4", "long", 4, MACHINE) == pytest.approx(alone + 4096 * 576 * 2 * 16)
-    int4, bf16 = (limit("S", w, "decode", 1, MACHINE) for w in ("int4", "bf16"))
-    assert int4 / bf16 == pytest.approx(2 / (0.5 + 2 / 64))
+def test_a_share_above_the_limit_is_refused(tmp_path: Path) -> None:
+    page, results = tmp_path / "performance.md", tmp_path / "results.json"
+    page.write_text("<!-- measured: decode -->\nold\n<!-- end -->\n")
+    results.write_text(json.dumps(stored([row(208, 1, {})])))
+    with pytest.raises(SystemExit, match=r"batch 1: share_of_limit is 1\.04"):
+        module("page").write(results, page)
+    assert "old" in page.read_text()

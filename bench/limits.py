@@ -1,0 +1,74 @@
+"""What the machine allows: operations and bytes of a step, counted from the model's shape.
+
+T = tokens of a prompt, B = sequences that decode together, C = tokens each of them has cached.
+
+    prefill   2 (T·N + head) + 2 H (n + r + v) T (T + 1) / 2 operations, at the INT8 peak of vectors
+              (half of it for bfloat16 weights), or one read of every weight touched, whichever takes longer
+    decode    the weights that B tokens touch under random routing, and B·C cached latents, at the
+              bandwidth of memory, or their operations at the INT8 peak, whichever takes longer
+
+N = matrix elements a token multiplies with, without the output head: only a prompt's last token needs that.
+Attention of a prompt is counted with expanded keys and values (n + r + v multiplications per head, query and
+key), the cheaper of the two ways. An engine that beats this count is measured wrongly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from random_model import active_parameters, config, head_parameters
+
+BYTES_PER_WEIGHT = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}  # 4-bit groups of 64 share a 16-bit scale
+BYTES_PER_LATENT = 2
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One row of the table: a prompt of `context` tokens, or `batch` sequences behind `context` each."""
+
+    kind: Literal["prefill", "decode"]
+    batch: int
+    context: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed in one step."""
+        return self.context if self.kind == "prefill" else self.batch
+
+
+def experts_touched(c: dict[str, Any], tokens: int) -> float:
+    """Experts of a layer that at least one of `tokens` chooses, in expectation under random routing."""
+    experts, k = c["n_routed_experts"], c["num_experts_per_tok"]
+    return float(experts * (1 - (1 - k / experts) ** tokens))
+
+
+def operations(c: dict[str, Any], point: Point) -> float:
+    """Multiplications and additions of one step."""
+    per_key = c["num_attention_heads"] * c["num_hidden_layers"]
+    width = c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"]
+    body = active_parameters(c, c["num_experts_per_tok"]) - head_parameters(c)
+    if point.kind == "prefill":
+        pairs = point.context * (point.context + 1) / 2
+        return 2 * (point.context * body + head_parameters(c)) + 2 * per_key * width * pairs
+    absorbed = 2 * c["kv_lora_rank"] + c["qk_rope_head_dim"]  # a decoded token expands no keys
+    attention = point.batch * (point.context + 1) * per_key * absorbed
+    return 2 * (point.batch * (body + head_parameters(c)) + attention)
+
+
+def bytes_read(c: dict[str, Any], weights: str, point: Point) -> float:
+    """Bytes of weights and cached latents that one step must read."""
+    touched = active_parameters(c, experts_touched(c, point.tokens)) * BYTES_PER_WEIGHT[weights]
+    if point.kind == "prefill":
+        return touched
+    latent = (c["kv_lora_rank"] + c["qk_rope_head_dim"]) * BYTES_PER_LATENT * c["num_hidden_layers"]
+    return touched + point.batch * point.context * latent
+
+
+def limit(size: str, weights: str, point: Point, machine: dict[str, float]) -> float:
+    """Tokens per second the machine allows at most."""
+    c = config(size)
+    peak = max(machine["int8_gop_s"], machine["amx_int8_gop_s"]) * 1e9 / (2 if weights == "bf16" else 1)
+    computing = operations(c, point) / peak
+    reading = bytes_read(c, weights, point) / (machine["read_gb_s"] * 1e9)
+    return point.tokens / max(computing, reading)

@@ -1,0 +1,61 @@
+"""bench/limits.py against counts by hand."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+
+from tests.bench.test_page import BENCH, MACHINE
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return import_module("limits")
+
+
+def test_v3s_counted_by_hand(limits: ModuleType) -> None:
+    """DeepSeek-V3's matrices, one dense and one expert layer."""
+    attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
+    norms = 2 * 7168 + 1536 + 512
+    dense, expert, router = 3 * 7168 * 18432, 3 * 7168 * 2048, 256 * 7168 + 256
+    body = 2 * (attention + norms) + dense + 9 * expert + router + 7168
+    head = 129280 * 7168
+    c = limits.config("V3S")
+    assert limits.active_parameters(c, 8) == body + head
+    prompt = limits.Point("prefill", 1, 512)
+    pairs = 512 * 513 // 2
+    assert limits.operations(c, prompt) == 2 * (512 * body + head) + 2 * 2 * 128 * 320 * pairs
+    step = limits.Point("decode", 1, 128)
+    assert limits.bytes_read(c, "int4", step) == pytest.approx(
+        (body + head) * (0.5 + 2 / 64) + 128 * 576 * 2 * 2, rel=1e-6
+    )
+
+
+def test_the_head_counts_once_in_a_prompt(limits: ModuleType) -> None:
+    c = limits.config("V3S")
+    short, long = (limits.operations(c, limits.Point("prefill", 1, n)) for n in (1, 2))
+    body = limits.active_parameters(c, 8) - limits.head_parameters(c)
+    assert long - short == 2 * body + 2 * 2 * 128 * 320 * 2
+
+
+def test_a_long_context_adds_its_latents(limits: ModuleType) -> None:
+    c = limits.config("L576")
+    empty, behind = (limits.bytes_read(c, "int4", limits.Point("decode", 4, n)) for n in (0, 4096))
+    assert behind - empty == pytest.approx(4 * 4096 * 576 * 2 * 16)
+
+
+def test_decode_is_bound_by_bytes(limits: ModuleType) -> None:
+    point = limits.Point("decode", 1, 0)
+    int4, bf16 = (limits.limit("S", w, point, MACHINE) for w in ("int4", "bf16"))
+    assert int4 / bf16 == pytest.approx(2 / (0.5 + 2 / 64))
+
+
+@pytest.mark.parametrize(("size", "total"), [("V2L", 15.7e9), ("V3S", 13.9e9), ("L576", 3.2e9)])
+def test_sizes(limits: ModuleType, size: str, total: float) -> None:
+    model = import_module("random_model")
+    count = sum(math.prod(shape) for _, shape in model.tensors(limits.config(size)))
+    assert count == pytest.approx(total, rel=0.02)
