@@ -130,7 +130,7 @@ def test_a_request_that_fails_is_charged_and_nothing_stays_pending(priced: Runni
     before = costs(priced, "device_seconds").get(("alice", "decode"), 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Generation, "push", push)
-        assert post(priced).status_code == 500
+        assert post(priced).status_code == 400
     assert costs(priced, "device_seconds")[("alice", "decode")] > before
     assert core.scheduler.idle
     accounts = priced.service.accounts

@@ -11,8 +11,9 @@ from farthing.config import EngineConfig
 from farthing.engine.generation import Generation
 from farthing.engine.request import OutputKind, Request, SamplingParams
 from farthing.engine.sampler import SamplingState, mix, stream_seed
+from farthing.engine.sandbox import Sandbox
 from farthing.engine.sequence import Sequence
-from farthing.engine.structured import GrammarCompiler, Matcher
+from farthing.engine.structured import TOO_SLOW, GrammarCompiler, Matcher
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model import ModelConfig
 
@@ -20,13 +21,21 @@ from farthing.model import ModelConfig
 class Admission:
     """What the engine accepts. Every refusal is a ValueError that names the field and the value."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        tokenizer: Tokenizer | None,
+        sandbox: Sandbox | None = None,
+    ) -> None:
+        """sandbox: examines grammars; without it structured outputs are refused."""
         assert config.max_model_len is not None
         self._config = config
         self._vocab = model.vocab_size
         self._tokenizer = tokenizer
         self._max_len = config.max_model_len
         self._eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
+        self._sandbox = sandbox
         self._grammars: GrammarCompiler | None = None
         self._lock = threading.Lock()
         self._numbers = itertools.count()  # of requests
@@ -97,10 +106,13 @@ class Admission:
         if params.structured_outputs is None:
             return None
         tokenizer = self.need_tokenizer("structured_outputs")
+        assert self._sandbox is not None
+        sandbox, constraint = self._sandbox, params.structured_outputs
         with self._lock:
             if self._grammars is None:
                 self._grammars = GrammarCompiler(tokenizer, self._vocab)
-        return self._grammars.compile(params.structured_outputs)
+        grammar = sandbox.grammar(constraint).result()
+        return self._grammars.build(grammar, lambda: sandbox.condemn(constraint, TOO_SLOW))
 
     def _sequence(self, request: Request, index: int, seed: int, matcher: Matcher | None) -> Sequence:
         params, ids = request.params, request.prompt_token_ids

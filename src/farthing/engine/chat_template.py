@@ -82,13 +82,15 @@ def compile_template(source: str) -> Callable[..., str]:
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     try:
         template = environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError, OverflowError) as error:
         raise ValueError(f"chat_template does not compile: {error}") from error
 
     def render(**values: Any) -> str:
         try:
-            return template.render(**values)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+            return template.render(values)
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"messages do not fit the chat template: {error}") from error
 
     return render

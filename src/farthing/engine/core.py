@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farthing.engine.block_pool import IntegrityError
 from farthing.engine.generation import Generation, RequestState, decoded
-from farthing.engine.request import EngineError, FinishReason, RequestOutput
+from farthing.engine.request import EngineError, FinishReason, RequestAtFault, RequestOutput
 from farthing.engine.runner import Runner, Step
 from farthing.engine.sampler import Logprobs, Pick, Row, report, sample
 from farthing.engine.scheduler import Scheduler
@@ -181,7 +181,7 @@ class EngineCore:
                     if ended or ahead == len(item.drafts) or token != item.drafts[ahead]:
                         break
             except ValueError as error:
-                failed.append((self._owner[item.seq.id], EngineError(str(error))))
+                failed.append((self._owner[item.seq.id], RequestAtFault(str(error))))
             row += 1 + len(item.drafts)
             self.scheduler.commit(item, taken)
             self.stats.generation_tokens += len(taken)

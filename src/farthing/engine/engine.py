@@ -19,6 +19,7 @@ What a server (or `farthing.LLM`) uses:
     engine.tokenizer                     # farthing.engine.tokenizer.Tokenizer | None (skip_tokenizer_init)
         .encode(text, add_special_tokens=True) -> list[int];  .decode(ids, skip_special_tokens=True) -> str
         .eos_token_ids, .vocab_size
+    engine.sandbox                       # farthing.engine.sandbox.Sandbox: untrusted work, in child processes
     engine.model_config                  # farthing.model.config.ModelConfig
     engine.device, engine.backend        # torch.device, and the backend's name for logs
     engine.config                        # the resolved EngineConfig (max_model_len, num_blocks, … filled in)
@@ -57,6 +58,7 @@ from farthing.engine.request import (
     SamplingParams,
 )
 from farthing.engine.runner import Runner
+from farthing.engine.sandbox import Sandbox
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sizing import resolve
 from farthing.engine.speculation import MtpDrafter, NgramDrafter, Speculator
@@ -97,7 +99,8 @@ class Engine:
         self.default_sampling = dict(default_sampling or {})
         self.stats = Stats()
         self._ranks = model if isinstance(model, ParallelModel) else None
-        self._admission = Admission(c, model.config, tokenizer)
+        self.sandbox = None if tokenizer is None else Sandbox(tokenizer, model.config.vocab_size)
+        self._admission = Admission(c, model.config, tokenizer, self.sandbox)
         cache, blocks = self._new_cache(model, dtype)
         runner = Runner(model, cache, c.max_num_seqs, c.max_model_len)
         self.stats.experts = lambda: _expert_tokens(model, runner)
@@ -198,6 +201,7 @@ class Engine:
 
     def chat_prompt(
         self,
+        /,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -241,6 +245,8 @@ class Engine:
         self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if self.sandbox is not None:
+            self.sandbox.close()
         if self._ranks is not None:
             self._ranks.close()
 

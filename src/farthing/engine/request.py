@@ -14,12 +14,17 @@ OutputKind = Literal["delta", "final"]
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in vLLM
 MAX_LOGPROBS = 128
+SMALLEST_TOP_P = 1e-30  # float32 rounds smaller ones to 0
 
 
 class EngineError(RuntimeError):
     """A request, or the whole engine, failed while running."""
 
     metrics: RequestMetrics | None = None  # what the request had used, where it alone failed
+
+
+class RequestAtFault(EngineError):
+    """A running request cannot continue because of what it asked for (HTTP 400)."""
 
 
 class QueueFull(EngineError):
@@ -89,8 +94,8 @@ class SamplingParams:
             accepted = (int,) if kind is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, accepted) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected {kind.__name__} in [{low}, {high}]")
-        if self.top_p <= 0:
-            raise ValueError(f"top_p is {self.top_p!r}; expected a float in (0, 1]")
+        if self.top_p < SMALLEST_TOP_P:
+            raise ValueError(f"top_p is {self.top_p!r}; expected a float in [{SMALLEST_TOP_P}, 1]")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}; expected at most max_tokens = {self.max_tokens}"

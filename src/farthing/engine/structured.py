@@ -3,19 +3,36 @@
 llguidance and not xgrammar: it computes a mask from the grammar's state directly (tens of microseconds,
 no compilation of a whole automaton at the start of a request), covers more of JSON Schema, and can roll
 back, which verifying drafts needs. It is an optional extra: `pip install 'farthing[structured]'`.
+
+A grammar is untrusted: compiling it may take minutes or overflow the native stack. `examine` runs in a
+child process (see `sandbox`); the engine only builds grammars that `examine` has returned.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer as _Tokenizer
 
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
+
+MAX_DEPTH = 64  # of a schema's nesting, and of brackets in a regex or a grammar
+MAX_CHARACTERS = 262_144  # of a constraint
+MAX_VALUES = 32_768  # in a schema
+MAX_CHOICES = 16_384
+MAX_MASK_SECONDS = 0.1  # for one token's mask; `examine` refuses slower grammars
+TOO_SLOW = "structured_outputs is too complex: one of its tokens takes too long to compute"
+_TRIED_TOKENS = 64  # that `examine` draws
+# A row of a schema with n optional properties has 4n items; each step is still bounded by step_max_items.
+_LIMITS: Any = {"max_items_in_row": 50_000, "step_max_items": 100_000, "max_lexer_states": 50_000}
 
 # Room for indentation, but a weak model cannot fill its budget with blanks.
 _JSON: Any = {"whitespace_pattern": r"[ \n\t]{1,16}"}
@@ -24,9 +41,12 @@ _JSON: Any = {"whitespace_pattern": r"[ \n\t]{1,16}"}
 class Matcher:
     """The state of one grammar along one completion."""
 
-    def __init__(self, matcher: Any, words: int) -> None:
+    def __init__(self, matcher: Any, words: int, on_slow: Callable[[], None] = lambda: None) -> None:
+        """on_slow: called once where a mask takes so long that the grammar must not be used again."""
         self._matcher = matcher
         self._words = words
+        self._on_slow = on_slow
+        self._slow = False
 
     @property
     def stopped(self) -> bool:
@@ -34,9 +54,12 @@ class Matcher:
         return bool(self._matcher.is_stopped())
 
     def consume(self, token: int) -> None:
-        """Advance. Raises ValueError if the grammar does not allow the token."""
+        """Advance. Raises ValueError if the grammar does not allow the token, or is too slow to go on."""
+        if self._slow:
+            raise ValueError(TOO_SLOW)
         if not self._matcher.consume_token(token):
-            raise ValueError(f"structured output: token {token} refused: {self._matcher.get_error()}")
+            why = _brief(self._matcher.get_error())
+            raise ValueError(f"structured_outputs: token {token} is refused: {why}")
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` the grammar allows from here."""
@@ -46,6 +69,7 @@ class Matcher:
         """[1 + len(drafts), vocab]: what may follow the completion and each further draft."""
         bits = np.full((1 + len(drafts), self._words), -1, dtype=np.int32)
         consumed = 0
+        began = time.thread_time()
         for i in range(1 + len(drafts)):
             if self._matcher.is_stopped():
                 break  # the drafts end the text here; what is drawn behind is not used
@@ -54,6 +78,9 @@ class Matcher:
                 consumed += 1
         if consumed:
             self._matcher.rollback(consumed)
+        if time.thread_time() - began > MAX_MASK_SECONDS * (1 + len(drafts)) and not self._slow:
+            self._slow = True
+            self._on_slow()
         allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
         if allowed.shape[1] < vocab:
             allowed = np.pad(allowed, ((0, 0), (0, vocab - allowed.shape[1])))
@@ -61,15 +88,16 @@ class Matcher:
 
     def copy(self) -> Matcher:
         """An independent matcher in the same state."""
-        return Matcher(self._matcher.deep_copy(), self._words)
+        return Matcher(self._matcher.deep_copy(), self._words, self._on_slow)
 
 
 class GrammarCompiler:
-    """Compiles constraints for one tokenizer. Thread-safe; built at the first use."""
+    """Compiles constraints for one tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """Raises ValueError where llguidance is not installed or the tokenizer names no end."""
         try:
-            from llguidance import LLTokenizer
+            from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
         except ImportError as error:
             raise ValueError(
                 "structured_outputs needs llguidance, not installed here: pip install 'farthing[structured]'"
@@ -77,37 +105,169 @@ class GrammarCompiler:
         if not tokenizer.eos_token_ids:
             raise ValueError("structured_outputs needs an end-of-sequence token; the tokenizer names none")
         size = max(vocab_size, tokenizer.vocab_size)
-        self._words = (size + 31) // 32
         eos = list(tokenizer.eos_token_ids)
-        self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=eos)
+        wrapper = TokenizerWrapper(_LiteralTokenizer(tokenizer, size, eos))
+        self.vocab_size = size
+        self._words = (size + 31) // 32
+        self._limits = LLParserLimits(verbose_errors=False, **_LIMITS)
+        self._tokenizer = LLTokenizer(wrapper, n_vocab=size, eos_token=eos)
 
     def compile(self, params: StructuredOutputsParams) -> Matcher:
-        """Raises ValueError naming the field whose constraint is not understood."""
+        """Translate and build. Raises ValueError naming the field whose constraint is not accepted."""
+        return self.build(translate(params), field=_field(params))
+
+    def build(
+        self, grammar: str, on_slow: Callable[[], None] = lambda: None, field: str = "grammar"
+    ) -> Matcher:
+        """A matcher for a grammar that `examine` returned. Raises ValueError. Releases the GIL."""
         from llguidance import LLMatcher
 
-        field, grammar = _grammar(params)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
-            raise ValueError(f"structured_outputs.{field} is not accepted: {matcher.get_error()}")
-        return Matcher(matcher, self._words)
+            raise ValueError(f"structured_outputs.{field} is not accepted: {_brief(matcher.get_error())}")
+        return Matcher(matcher, self._words, on_slow)
 
 
-def _grammar(params: StructuredOutputsParams) -> tuple[str, str]:
+class _LiteralTokenizer:
+    """What llguidance asks of a tokenizer: every token's bytes, and how a literal text is split.
+
+    A grammar's literal is text also where it spells a special token, so it is split without added tokens.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, size: int, eos: Sequence[int]) -> None:
+        from llguidance import LLTokenizer
+
+        whole = tokenizer.backend.to_str()
+        known = LLTokenizer(whole, n_vocab=size, eos_token=list(eos))
+        self.eos_token_id = eos[0]
+        self.tokens = [known.decode_bytes([token]) for token in range(size)]
+        self.special_token_ids = [token for token in range(size) if known.is_special_token(token)]
+        plain = json.loads(whole) | {"added_tokens": [], "post_processor": None}
+        self._plain = _Tokenizer.from_str(json.dumps(plain))
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode()
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def examine(compiler: GrammarCompiler, params: StructuredOutputsParams) -> str:
+    """Check, translate and compile a constraint, and draw some tokens from it; the grammar's text.
+
+    Raises ValueError where it is not accepted or a mask takes longer than MAX_MASK_SECONDS. May also take
+    for ever, or end the process: call it in a child.
+    """
+    grammar = translate(params)
+    matcher = compiler.build(grammar, field=_field(params))
+    rng = random.Random(0)
+    for _ in range(_TRIED_TOKENS):
+        if matcher.stopped:
+            break
+        (allowed,) = matcher.masks([], compiler.vocab_size)
+        candidates = np.flatnonzero(allowed)
+        if not len(candidates):
+            raise ValueError("structured_outputs allows no token")
+        matcher.consume(int(candidates[rng.randrange(len(candidates))]))
+    return grammar
+
+
+def _field(params: StructuredOutputsParams) -> str:
+    return next(field.name for field in fields(params) if getattr(params, field.name) not in (None, False))
+
+
+def check_size(params: StructuredOutputsParams) -> None:
+    """Raises ValueError for a constraint that is too large or too deep to be looked at, in linear time."""
+    if isinstance(params.json, str):
+        _check_text("json", params.json)
+    elif params.json is not None:
+        _check_schema(params.json)
+    for field in ("regex", "grammar"):
+        if (text := getattr(params, field)) is not None:
+            _check_text(field, text)
+    options = params.choice or ()
+    if len(options) > MAX_CHOICES or sum(map(len, options)) > MAX_CHARACTERS:
+        raise ValueError(
+            f"structured_outputs.choice has {len(options)} options of {sum(map(len, options))} characters; "
+            f"expected at most {MAX_CHOICES} of {MAX_CHARACTERS} together"
+        )
+
+
+def translate(params: StructuredOutputsParams) -> str:
+    """A constraint as llguidance's grammar. Raises ValueError naming the field that is not accepted."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
     if params.json is not None or params.json_object:
-        schema = {"type": "object"} if params.json is None else params.json
+        schema = _schema(params)
         try:
-            schema = json.loads(schema) if isinstance(schema, str) else dict(schema)
-            return "json", LLMatcher.grammar_from_json_schema(schema, defaults=_JSON)
+            return str(LLMatcher.grammar_from_json_schema(schema, defaults=_JSON))
         except (ValueError, TypeError) as error:
             raise ValueError(f"structured_outputs.json is not a JSON schema: {error}") from error
     if params.regex is not None:
-        return "regex", LLMatcher.grammar_from_regex(params.regex)
+        return str(LLMatcher.grammar_from_regex(params.regex))
     if params.choice is not None:
+        # One terminal: the lexer walks a trie of the options instead of the parser a list of rules.
         options = " | ".join(json.dumps(option, ensure_ascii=False) for option in params.choice)
-        return "choice", LLMatcher.grammar_from_lark(f"start: {options}")
+        return str(LLMatcher.grammar_from_lark(f"start: OPTION\nOPTION: {options}"))
     assert params.grammar is not None
-    grammar = any_to_lark(params.grammar)
-    return "grammar", LLMatcher.grammar_from_lark(grammar)
+    try:
+        return str(LLMatcher.grammar_from_lark(any_to_lark(params.grammar)))
+    except (ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
+        raise ValueError(f"structured_outputs.grammar is not a grammar: {error}") from error
+
+
+def _schema(params: StructuredOutputsParams) -> dict[str, Any]:
+    if params.json is None:
+        return {"type": "object"}
+    schema = params.json
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"structured_outputs.json is not JSON: {error}") from error
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"structured_outputs.json is {type(schema).__name__}; expected an object")
+    _check_schema(schema)
+    return dict(schema)
+
+
+def _check_schema(schema: Mapping[str, Any]) -> None:
+    values = characters = 0
+    stack: list[tuple[Any, int]] = [(schema, 1)]
+    while stack:
+        value, depth = stack.pop()
+        values += 1
+        if isinstance(value, str):
+            characters += len(value)
+        if isinstance(value, Mapping):
+            characters += sum(len(str(key)) for key in value)
+            stack.extend((inner, depth + 1) for inner in value.values())
+        elif isinstance(value, list | tuple):
+            stack.extend((inner, depth + 1) for inner in value)
+        if depth > MAX_DEPTH or values > MAX_VALUES or characters > MAX_CHARACTERS:
+            raise ValueError(
+                f"structured_outputs.json is too large; expected at most {MAX_DEPTH} levels, "
+                f"{MAX_VALUES} values and {MAX_CHARACTERS} characters"
+            )
+
+
+def _check_text(field: str, text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"structured_outputs.{field} has {len(text)} characters; expected at most {MAX_CHARACTERS}"
+        )
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth > MAX_DEPTH:
+            raise ValueError(
+                f"structured_outputs.{field} is nested too deeply; expected at most {MAX_DEPTH} brackets"
+            )
+
+
+def _brief(error: str) -> str:
+    text = " ".join(error.split())
+    return text if len(text) <= 300 else text[:297] + "..."

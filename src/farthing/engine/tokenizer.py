@@ -24,6 +24,7 @@ class Tokenizer:
     ) -> None:
         config = config or {}
         self.backend = backend
+        self._config = {name: config[name] for name in _USED if name in config}
         self.vocab_size = int(backend.get_vocab_size(with_added_tokens=True))
         self.bos_token = _content(config.get("bos_token"))
         self.bos_token_id = None if self.bos_token is None else backend.token_to_id(self.bos_token)
@@ -42,6 +43,7 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self.chat_template = chat_template or config.get("chat_template")
         self._template: Any = None
+        self._longest: int | None = None
 
     @classmethod
     def from_directory(cls, path: Path, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
@@ -53,12 +55,51 @@ class Tokenizer:
                 f"to work with token ids alone"
             )
         config = _json(path / "tokenizer_config.json")
-        eos = [*eos_token_ids, *_ids(_json(path / "generation_config.json").get("eos_token_id"))]
-        return cls(_Tokenizer.from_file(str(file)), config, eos, _chat_template(path, config))
+        generation = path / "generation_config.json"
+        eos = [*eos_token_ids, *_ids(_json(generation).get("eos_token_id"), generation)]
+        try:
+            backend = _Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise ValueError(f"{file} is not a tokenizer file: {error}") from error
+        return cls(backend, config, eos, _chat_template(path, config))
+
+    def state(self) -> dict[str, Any]:
+        """JSON that `from_state` makes the same tokenizer of, in another process."""
+        return {
+            "backend": self.backend.to_str(),
+            "config": self._config,
+            "eos_token_ids": list(self.eos_token_ids),
+            "chat_template": self.chat_template,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Tokenizer:
+        """The tokenizer that `state` describes."""
+        backend = _Tokenizer.from_str(state["backend"])
+        return cls(backend, state["config"], state["eos_token_ids"], state["chat_template"])
+
+    @property
+    def trusted_template(self) -> bool:
+        """Whether chats are rendered by the built-in template."""
+        return not self.chat_template or self.chat_template == DEEPSEEK_TEMPLATE
+
+    def max_characters(self, tokens: int) -> int:
+        """A text with more characters than this has more than `tokens` tokens, or nearly so.
+
+        A byte-level token stands for as many bytes as its text has characters. Normalizers and other models
+        may drop or merge text, so there the bound is four times as wide.
+        """
+        if self._longest is None:
+            texts = (*self.backend.get_vocab(), *(content.decode() for content in self._added.values()))
+            self._longest = max(map(len, texts), default=1)
+        exact = self.byte_level and self.backend.normalizer is None
+        return tokens * self._longest * (1 if exact else 4)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; add_special_tokens puts the BOS token in front where the model has it so."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode`, this releases the GIL and computes no offsets, which take most of the time.
+        (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         if add_special_tokens and self._add_bos and ids[:1] != [self.bos_token_id]:
             assert self.bos_token_id is not None
             ids.insert(0, self.bos_token_id)
@@ -81,6 +122,7 @@ class Tokenizer:
 
     def render_chat(
         self,
+        /,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -126,6 +168,9 @@ def generation_defaults(path: Path) -> dict[str, Any]:
     return {name: raw[name] for name in names if raw.get(name) is not None}
 
 
+_USED = ("bos_token", "eos_token", "add_bos_token", "chat_template")  # of tokenizer_config.json
+
+
 def _byte_alphabet() -> dict[str, int]:
     """The printable character that byte-level BPE (Radford et al. 2019) writes for each byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -141,8 +186,10 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply; expected a configuration file") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds {type(value).__name__}; expected an object")
     return value
@@ -154,18 +201,24 @@ def _content(token: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
+def _ids(value: Any, file: Path) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise ValueError(f"eos_token_id in {file} is {value!r}; expected a token id or a list of them")
+    return ids
 
 
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from error
     template = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several by name
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        template = by_name.get("default")
-    return None if template is None else str(template)
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"chat_template of {path} is {type(template).__name__}; expected a text")
+    return template

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
-from farthing.engine.request import EngineError, EngineFailed, RequestOutput
+from farthing.engine.request import EngineError, EngineFailed, RequestAtFault, RequestOutput
 from farthing.server.auth import ANONYMOUS
 from farthing.server.errors import ApiError
 
@@ -115,6 +115,8 @@ class Job:
             raise ClientGone
         except EngineFailed as error:  # another replica may answer: a gateway asks it
             raise ApiError(503, str(error), code="engine_failed") from error
+        except RequestAtFault as error:
+            raise ApiError(400, str(error), code="invalid_value") from error
         except EngineError as error:
             raise ApiError(500, str(error), code="engine_error") from error
         finally:

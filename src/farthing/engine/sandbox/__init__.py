@@ -1,0 +1,11 @@
+"""Work on untrusted input, in child processes with limits on time and memory.
+
+Grammars, chat templates and long texts come from clients or from model files. Any of them can take seconds,
+exhaust memory or overflow a native stack, so none is touched in the engine's process before a child has
+survived it. `Sandbox` is what the engine and the server use; `pool` runs the children; `child` is the child.
+"""
+
+from farthing.engine.sandbox.pool import Busy
+from farthing.engine.sandbox.sandbox import Sandbox
+
+__all__ = ["Busy", "Sandbox"]

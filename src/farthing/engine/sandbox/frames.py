@@ -1,0 +1,46 @@
+"""Length-prefixed JSON over a socket: the parent never unpickles what a child sends."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import Any
+
+MAX_BYTES = 256 << 20  # of one frame
+
+
+def send(connection: socket.socket, document: Any, deadline: float | None = None) -> None:
+    """Write one document. Raises TimeoutError at the deadline (monotonic seconds), OSError on a dead peer."""
+    data = json.dumps(document).encode()  # ASCII: a lone surrogate survives as an escape
+    _arm(connection, deadline)
+    connection.sendall(len(data).to_bytes(8, "little") + data)
+
+
+def receive(connection: socket.socket, deadline: float | None = None) -> Any:
+    """Read one document. Raises EOFError when the peer has closed, TimeoutError, OSError, ValueError."""
+    size = int.from_bytes(_read(connection, 8, deadline), "little")
+    if size > MAX_BYTES:
+        raise ValueError(f"frame of {size} bytes; expected at most {MAX_BYTES}")
+    return json.loads(_read(connection, size, deadline))
+
+
+def _read(connection: socket.socket, size: int, deadline: float | None) -> bytearray:
+    data = bytearray()
+    while len(data) < size:
+        _arm(connection, deadline)
+        part = connection.recv(min(size - len(data), 1 << 20))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+def _arm(connection: socket.socket, deadline: float | None) -> None:
+    if deadline is None:
+        connection.settimeout(None)
+        return
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    connection.settimeout(left)

@@ -1,0 +1,220 @@
+"""Hostile grammars, templates and texts: refused within seconds, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from farthing.engine.engine import Engine
+from farthing.engine.request import SamplingParams, StructuredOutputsParams
+from farthing.engine.sandbox import Busy, Sandbox
+from farthing.engine.sandbox.pool import Job
+from farthing.engine.tokenizer import Tokenizer
+
+pytest.importorskip("llguidance")
+
+
+@pytest.fixture
+def sandbox(tokenizer: Tokenizer) -> Iterator[Sandbox]:
+    box = Sandbox(tokenizer, tokenizer.vocab_size)
+    yield box
+    box.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tokenizer: Tokenizer) -> Iterator[Sandbox]:
+    box = Sandbox(tokenizer, tokenizer.vocab_size)
+    yield box
+    box.close()
+
+
+def nested(inner: Any, depth: int, wrap: Callable[[Any], Any]) -> Any:
+    for _ in range(depth):
+        inner = wrap(inner)
+    return inner
+
+
+def chained(count: int) -> dict[str, Any]:
+    definitions = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": definitions | {f"d{count}": {"type": "string"}}}
+
+
+RULES = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3500)) + '\nr3500: "x"'
+HOSTILE: dict[str, dict[str, Any]] = {
+    "3000 chained references": {"json": chained(3000)},
+    "2000 nested allOf": {"json": nested({"type": "string"}, 2000, lambda s: {"allOf": [s]})},
+    "60 nested anyOf of two": {"json": nested({"type": "string"}, 60, lambda s: {"anyOf": [s, s]})},
+    "3500 Lark rules": {"grammar": RULES},
+    "a million repetitions": {"regex": "(x{1000}){1000}"},
+    "a million, later": {"regex": "[a-z](x{1000}){1000}"},
+    "a large multipleOf": {"json": {"type": "integer", "multipleOf": 999_999_937}},
+    "brackets": {"regex": "(" * 5000 + "x" + ")" * 5000},
+    "no JSON": {"json": "[" * 3000},
+    "a list": {"json": "[]"},
+    "a broken grammar": {"grammar": "start: ((("},
+    "nothing allowed": {"json": {"type": "string", "enum": []}},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_grammar_is_refused_within_seconds(shared: Sandbox, name: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"structured_outputs|check") as refused:
+        constraint = StructuredOutputsParams(**HOSTILE[name])
+        shared.grammar(constraint).result(30)
+    assert time.monotonic() - began < 20
+    assert len(str(refused.value)) < 500
+    shared.grammar(StructuredOutputsParams(regex="a|b")).result(30)  # the next one is served
+
+
+def test_a_refusal_is_remembered(sandbox: Sandbox) -> None:
+    constraint = StructuredOutputsParams(json=chained(3000))
+    with pytest.raises(ValueError):
+        sandbox.grammar(constraint).result(30)
+    known = sandbox.grammar(StructuredOutputsParams(json=chained(3000)))
+    assert known.done() and known.exception()
+
+
+def test_many_choices_options_and_special_literals(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(num_blocks=256)
+    assert engine.tokenizer is not None
+    special = "<｜end▁of▁sentence｜>"
+    cases: list[tuple[dict[str, Any], Callable[[str], bool]]] = [
+        ({"choice": [f"v{i}" for i in range(3000)]}, lambda text: text[0] == "v"),
+        ({"json": {"const": special}}, lambda text: json.loads(text) == special),
+        ({"choice": [special + "!"]}, lambda text: text == special + "!"),
+        (
+            {
+                "json": {
+                    "type": "object",
+                    "properties": {f"p{i}": {"type": "integer", "maximum": 9} for i in range(1000)},
+                    "required": ["p999"],
+                    "additionalProperties": False,
+                }
+            },
+            lambda text: text.startswith("{"),
+        ),
+    ]
+    for constraint, good in cases:
+        params = SamplingParams(
+            max_tokens=100, seed=3, structured_outputs=StructuredOutputsParams(**constraint)
+        )
+        completion = engine.submit("x", params).result().outputs[0]
+        assert good(completion.text), completion.text
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(
+        st.builds(lambda r: {"regex": r}, st.text(alphabet="ab()[]{}|*+?.\\^$0123456789,", max_size=30)),
+        st.builds(lambda g: {"grammar": "start: " + g}, st.text(alphabet='ab"()|*+?~/%\n: ', max_size=30)),
+        st.builds(
+            lambda s: {"json": s},
+            st.recursive(
+                st.sampled_from(["string", "integer", {"type": "array"}, {"$ref": "#"}, True, 5, None]),
+                lambda inner: st.dictionaries(
+                    st.sampled_from(
+                        ["type", "items", "anyOf", "properties", "$ref", "pattern", "enum", "minItems"]
+                    ),
+                    inner | st.lists(inner, max_size=3),
+                    max_size=4,
+                ),
+                max_leaves=8,
+            ).filter(lambda s: isinstance(s, dict)),
+        ),
+    )
+)
+def test_any_grammar_is_accepted_or_refused(shared: Sandbox, constraint: dict[str, Any]) -> None:
+    try:
+        shared.grammar(StructuredOutputsParams(**constraint)).result(60)
+    except ValueError as refused:
+        assert str(refused)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{{ 'x' * 99999999999 }}",
+        "{% set ns = namespace(s='x') %}{% for a in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_a_template_may_not_run_for_ever(tokenizer: Tokenizer, template: str) -> None:
+    hostile = Tokenizer(tokenizer.backend, eos_token_ids=(1,), chat_template=template)
+    box = Sandbox(hostile, hostile.vocab_size)
+    try:
+        conversation = {"messages": [{"role": "user", "content": "x"}]}
+        began = time.monotonic()
+        with pytest.raises(ValueError):
+            box.chat(conversation, 10_000).result(60)
+        assert time.monotonic() - began < 20
+    finally:
+        box.close()
+
+
+def test_long_texts_become_the_same_tokens(sandbox: Sandbox, tokenizer: Tokenizer) -> None:
+    for text in ("abc " * 10, "abc " * 5_000, "é" * 200_000):
+        assert sandbox.encode([text, "x"]).result(60) == [tokenizer.encode(text), tokenizer.encode("x")]
+
+
+def test_a_conversation_is_rendered_the_same_way(tokenizer: Tokenizer) -> None:
+    own = Tokenizer(
+        tokenizer.backend,
+        {"bos_token": "<｜begin▁of▁sentence｜>"},
+        eos_token_ids=(1,),
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ extra }}",
+    )
+    box = Sandbox(own, own.vocab_size)
+    conversation = {"messages": [{"role": "user", "content": "hi 😀"}], "extra": "!", "self": 1}
+    try:
+        assert box.chat(conversation, 1000).result(60) == own.render_chat(**conversation)
+    finally:
+        box.close()
+
+
+def test_a_child_that_is_killed_is_replaced(sandbox: Sandbox) -> None:
+    sandbox.grammar(StructuredOutputsParams(regex="a")).result(30)
+    (child,) = sandbox._compiling._children
+    os.kill(child._process.pid, signal.SIGKILL)
+    with pytest.raises(ValueError, match="could not be checked"):
+        sandbox.grammar(StructuredOutputsParams(regex="b")).result(30)
+    assert sandbox.grammar(StructuredOutputsParams(regex="c")).result(30)
+
+
+def test_clients_take_turns_and_a_queue_is_bounded(sandbox: Sandbox) -> None:
+    lane, order = sandbox._heavy, []
+    lane._max_waiting = 5
+    futures: list[Future[Any]] = []
+    arguments = {"texts": ["x" * 100_000], "add_special_tokens": False}
+    for client in ["greedy"] * 5 + ["modest"]:
+        future = lane.submit(Job("encode", arguments, 10.0), client)
+        future.add_done_callback(lambda _, client=client: order.append(client))
+        futures.append(future)
+    with pytest.raises(Busy):
+        for _ in range(6):
+            lane.submit(Job("encode", arguments, 10.0), "greedy")
+    for future in futures:
+        future.result(60)
+    time.sleep(0.05)
+    assert order.index("modest") <= 2
+
+
+def test_closing_ends_the_children(tokenizer: Tokenizer) -> None:
+    box = Sandbox(tokenizer, tokenizer.vocab_size)
+    box.grammar(StructuredOutputsParams(regex="a")).result(30)
+    (child,) = box._compiling._children
+    box.close()
+    assert child._process.poll() is not None
+    with pytest.raises(RuntimeError, match="closed"):
+        box.grammar(StructuredOutputsParams(regex="b"))
