@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from farthing.bench.capacity import find_capacity
-from farthing.bench.client import Target, Timing, complete
+from farthing.bench.client import Target, Timing, _event, complete
 from farthing.bench.load import Slo, run_load, summarize
 from farthing.bench.workload import Shape, closed_loop, from_trace, poisson
 
@@ -92,7 +92,25 @@ def test_closed_loop_keeps_its_concurrency() -> None:
     assert json.dumps(result.to_json())
 
 
-def test_open_loop_waits_for_nobody_and_failures_are_counted() -> None:
+def test_inter_token_latency_counts_tokens() -> None:
+    lumps = Timing(arrivals=[1.0, 1.3, 1.3, 1.7], counts=[1, 4, 4, 5])
+    assert lumps.gaps == pytest.approx([0.1, 0.1, 0.1, 0.4])
+    chunks_only = Timing(arrivals=[1.0, 1.3])
+    assert chunks_only.gaps == pytest.approx([0.3])
+
+
+def test_usage_in_every_chunk_is_counted() -> None:
+    timing, tokens = Timing(), [1, 3]
+    for count in tokens:
+        usage = {"prompt_tokens": 8, "completion_tokens": count}
+        _event(json.dumps({"choices": [{"text": "x"}], "usage": usage}).encode(), timing)
+    _event(
+        json.dumps({"choices": [], "usage": {"prompt_tokens": 8, "completion_tokens": 3}}).encode(), timing
+    )
+    assert timing.counts == tokens and timing.output_tokens == 3 and len(timing.gaps) == 2
+
+
+def test_an_open_loop_never_waits_and_failures_are_counted() -> None:
     async def scenario() -> tuple[FakeServer, list[Timing]]:
         fake = FakeServer(limit=2)
         async with serving(fake) as target:

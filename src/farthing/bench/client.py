@@ -1,7 +1,8 @@
 """One streamed completion over HTTP/1.1, timed token by token.
 
-Written on asyncio streams: a load generator that shares two cores with the server it measures must cost
-little. Works with any OpenAI-compatible server.
+Built on asyncio streams: a load generator that shares two cores with the server it measures must cost
+little. Works with any OpenAI-compatible server. Where the server reports usage in every chunk
+(`continuous_usage_stats`, vLLM's extension), inter-token latency counts tokens; elsewhere it counts chunks.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Timing:
     start: float = 0.0
     first: float | None = None  # first token
     end: float = 0.0
-    arrivals: list[float] = field(default_factory=list)  # of every streamed chunk with text
+    arrivals: list[float] = field(default_factory=list)  # of every streamed chunk
+    counts: list[int] = field(default_factory=list)  # output tokens so far at each arrival, where reported
     text: str = ""
     error: str | None = None
 
@@ -59,6 +61,21 @@ class Timing:
         """Seconds from sending to the last token."""
         return self.end - self.start
 
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between tokens.
+
+        A chunk may carry several tokens: accepted drafts, or the bytes of a character that is now complete.
+        Its gap is divided evenly among them.
+        """
+        between = [b - a for a, b in zip(self.arrivals[:-1], self.arrivals[1:], strict=True)]
+        if len(self.counts) != len(self.arrivals):
+            return between
+        gaps: list[float] = []
+        for gap, before, now in zip(between, self.counts[:-1], self.counts[1:], strict=True):
+            gaps += [gap / (now - before)] * (now - before)
+        return gaps
+
 
 async def complete(
     target: Target, prompt: str | list[int], max_tokens: int, into: Timing | None = None, **options: Any
@@ -72,7 +89,7 @@ async def complete(
         "prompt": prompt,
         "max_tokens": max_tokens,
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         **options,
     }
     timing = into if into is not None else Timing()
@@ -84,7 +101,7 @@ async def complete(
     except (OSError, ValueError, EOFError) as error:
         timing.error = f"{type(error).__name__}: {error}"
     timing.end = timing.end or time.perf_counter()
-    # A server that sends no usage sends a chunk a token.
+    # A server that sends no usage sends one chunk per token.
     timing.output_tokens = timing.output_tokens or len(timing.arrivals)
     return timing
 
@@ -109,7 +126,7 @@ async def _exchange(target: Target, body: bytes, timing: Timing) -> None:
         if status != 200:
             timing.error = f"HTTP {status}: {(await reader.read(2000)).decode(errors='replace')}"
             return
-        # Chunk sizes stand on lines of their own and never start with "data:", so lines are enough.
+        # Chunk sizes are lines that never start with "data:", so reading lines is enough.
         while line := await reader.readline():
             if line.startswith(b"data: ") and _event(line[6:].strip(), timing):
                 break
@@ -118,7 +135,7 @@ async def _exchange(target: Target, body: bytes, timing: Timing) -> None:
 
 
 def _event(data: bytes, timing: Timing) -> bool:
-    """Take one server-sent event; true at the end of the stream."""
+    """Record one server-sent event; True at the end of the stream."""
     if data == b"[DONE]":
         timing.end = time.perf_counter()
         return True
@@ -133,6 +150,8 @@ def _event(data: bytes, timing: Timing) -> bool:
         timing.arrivals.append(now)
         timing.text += choices[0].get("text") or ""
     if usage := event.get("usage"):
+        if choices:
+            timing.counts.append(usage["completion_tokens"])
         timing.prompt_tokens = usage["prompt_tokens"]
         timing.output_tokens = usage["completion_tokens"]
         timing.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

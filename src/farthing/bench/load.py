@@ -1,4 +1,4 @@
-"""Send a workload to a server and say what its users felt."""
+"""Send a workload to a server and summarize what its users experienced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a request must keep to count as good, in seconds."""
+    """Latency targets of a good request, in seconds."""
 
     ttft: float = 2.0
     tpot: float = 0.2
@@ -48,22 +48,22 @@ class LoadResult:
 
     @property
     def output_tokens_per_second(self) -> float:
-        """Generated tokens a second over the whole run."""
+        """Generated tokens per second over the whole run."""
         return self.output_tokens / self.seconds
 
     @property
     def total_tokens_per_second(self) -> float:
-        """Prompt and generated tokens a second over the whole run."""
+        """Prompt and generated tokens per second over the whole run."""
         return (self.prompt_tokens + self.output_tokens) / self.seconds
 
     @property
     def requests_per_second(self) -> float:
-        """Completed requests a second."""
+        """Completed requests per second."""
         return (self.requests - self.failed) / self.seconds
 
     @property
     def usd_per_million_tokens(self) -> float | None:
-        """Price of a million generated tokens on hardware of this hourly price."""
+        """Price of a million generated tokens on hardware at this hourly price."""
         if self.usd_per_hour is None or not self.output_tokens:
             return None
         return self.usd_per_hour / 3600 * self.seconds / self.output_tokens * 1e6
@@ -83,7 +83,7 @@ async def run_load(
     on_done: Callable[[Timing], None] = lambda _: None,
     **options: Any,
 ) -> list[Timing]:
-    """Send every request at its time, or `concurrency` at once in order; give the timings in order."""
+    """Send every request at its time, or `concurrency` at once in order; return the timings in order."""
     if concurrency is not None and concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}; expected at least 1, or none for an open loop")
     gate = asyncio.Semaphore(concurrency or len(workload) or 1)
@@ -103,7 +103,7 @@ async def run_load(
 def summarize(timings: Sequence[Timing], slo: Slo, usd_per_hour: float | None = None) -> LoadResult:
     """Percentiles over the requests that succeeded; failures count against the goodput."""
     good = [t for t in timings if t.error is None]
-    gaps = [b - a for t in good for a, b in zip(t.arrivals[:-1], t.arrivals[1:], strict=True)]
+    gaps = [gap for t in good for gap in t.gaps]
     errors = dict.fromkeys(t.error for t in timings if t.error is not None)
     return LoadResult(
         requests=len(timings),
