@@ -73,7 +73,8 @@ class Timing:
             return between
         gaps: list[float] = []
         for gap, before, now in zip(between, self.counts[:-1], self.counts[1:], strict=True):
-            gaps += [gap / (now - before)] * (now - before)
+            tokens = now - before
+            gaps += [gap / tokens] * tokens if tokens > 0 else []
         return gaps
 
 
