@@ -15,8 +15,9 @@ import aiohttp
 import pytest
 
 from farthing.fleet.gateway import Gateway, GatewayConfig
+from farthing.fleet.gateway.prefix import read_prompt
 from farthing.fleet.gateway.replicas import Breaker
-from farthing.fleet.gateway.server import read_replicas, write_replicas
+from farthing.fleet.gateway.replicas_file import read_replicas, write_replicas
 from tests.fleet.doubles.replica import FakeReplica
 
 CHAT = "/v1/chat/completions"
@@ -129,7 +130,7 @@ def test_retries_another_replica_before_the_first_byte() -> None:
             for _ in range(4):  # whichever is chosen first dies without a byte
                 for replica in replicas:
                     replica.fail_after = None
-                chosen = gateway.balancer.choose(json.dumps(body()).encode())
+                chosen = gateway.balancer.choose(read_prompt(json.dumps(body()).encode(), 512, 256))
                 next(r for r in replicas if r.name == chosen.name).fail_after = 0
                 async with session.post(CHAT, json=body()) as answer:
                     assert answer.status == 200
@@ -228,8 +229,8 @@ def test_slow_client_holds_the_replica_back() -> None:
             writer.write(head + b"content-length: %d\r\n\r\n%s" % (len(payload), payload))
             await reader.readline()
             await asyncio.sleep(0.5)
-            (client,) = [c for c in gateway.clients if c.exchange is not None]
-            assert client.transport.get_write_buffer_size() < 1 << 20  # ~18 MB were on offer
+            (client,) = [guard for guard in gateway.door.guards if guard.phase == "request"]
+            assert client.write_buffer < 1 << 20  # ~18 MB were on offer
             assert replica.running == 1
             writer.close()
 
@@ -354,7 +355,7 @@ def test_drain_lets_requests_end_and_says_so_to_those_it_breaks_off() -> None:
             await answer.content.readline()
             stopping = asyncio.ensure_future(gateway.stop(0.1))
             lines = [line async for line in answer.content if line.startswith(b"data: ")]
-            assert "the gateway stops" in lines[-1].decode()
+            assert "the gateway is shutting down" in lines[-1].decode()
             assert await stopping == 1
 
     run(test)

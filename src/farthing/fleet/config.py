@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from farthing.fleet.gateway.replicas import GatewayConfig
+from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.signals.dialects import dialect
 

@@ -24,7 +24,7 @@ from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
 from farthing.fleet.actuators.process import last_lines, launch, signal_group
 from farthing.fleet.config import FleetConfig
 from farthing.fleet.controller import Controller, Outlook
-from farthing.fleet.gateway.server import write_replicas
+from farthing.fleet.gateway.replicas_file import write_replicas
 from farthing.fleet.operate import make_controller, serve_metrics
 from farthing.fleet.signals import ScrapeSource
 from farthing.fleet.signals.dialects import dialect

@@ -61,6 +61,7 @@ class FakeReplica:
         self.port, self.dialect, self.tokens, self.interval_s = port, dialect, tokens, interval_s
         self.ready_at = time.monotonic() + ready_after_s
         self.name = name
+        self.dies_of = ""  # text in a request that ends the process; empty: none does
         self.fail_after: int | None = None  # tokens
         self.status = 200  # of completions
         self.requests: list[dict[str, Any]] = []
@@ -127,6 +128,9 @@ class FakeReplica:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if self.dies_of and self.dies_of in json.dumps(body):
+            await asyncio.sleep(0.2)  # others are in flight by then
+            os.kill(os.getpid(), signal.SIGKILL)
         self.requests.append(body)
         self.headers.append(dict(request.headers))
         if self.status != 200:
@@ -225,6 +229,7 @@ async def _main(arguments: argparse.Namespace) -> None:
         ready_after_s=arguments.ready_after,
         name=f"pid-{os.getpid()}",
     )
+    replica.dies_of = arguments.dies_of
     await replica.start()
     await stop.wait()
     while replica.running:  # drain
@@ -239,5 +244,6 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=3)
     parser.add_argument("--interval", type=float, default=0.0)
     parser.add_argument("--ready-after", type=float, default=0.0)
+    parser.add_argument("--dies-of", default="")
     parser.add_argument("--die-at-start", action="store_true")
     asyncio.run(_main(parser.parse_args()))

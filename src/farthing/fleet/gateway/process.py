@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-from farthing.fleet.gateway.replicas import GatewayConfig
+from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.gateway.server import Gateway, Page
 
 if TYPE_CHECKING:

@@ -1,64 +1,18 @@
-"""Who takes a request: replicas with their health and circuit breaker, and the choice among them.
-
-The choice is least load with prefix affinity: a request goes to the replica that served the longest
-known prefix of its body, as long as that replica carries no more than `affinity_slack` requests above
-the least loaded one; a prefix found in a replica's cache saves its computation, a queue in front of it
-costs more than that.
-"""
+"""The replicas as the gateway sees them: health, circuit breaker, load; and the choice among them."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from farthing.fleet.gateway.upstream import Pool
+from farthing.fleet.gateway.config import GatewayConfig
+from farthing.fleet.gateway.prefix import PrefixIndex, Prompt
 
-
-@dataclass(frozen=True)
-class GatewayConfig:
-    """What can be set at the gateway. Times in seconds."""
-
-    tries: int = 3  # replicas a request is offered to before its first byte
-    connect_timeout_s: float = 2.0
-    idle_timeout_s: float = 600.0  # silence of a replica within an exchange
-    wait_s: float = 30.0  # how long a request waits for a replica to be ready
-    max_waiting: int = 1000
-    max_body: int = 32 << 20  # bytes
-    drain_s: float = 60.0  # how long a stop waits for requests under way
-    health_interval_s: float = 1.0
-    health_timeout_s: float = 5.0
-    health_path: str = "/health"
-    unhealthy_after: int = 3  # health checks that fail in a row
-    breaker_failures: int = 3  # exchanges that fail in a row
-    breaker_open_s: float = 1.0  # first pause; doubles up to breaker_max_s
-    breaker_max_s: float = 30.0
-    affinity_slack: int = 4  # requests above the least loaded replica
-    affinity_block: int = 512  # bytes of body a prefix grows by
-    affinity_blocks: int = 64  # prefixes longer than block * blocks count no more
-    affinity_entries: int = 65536
-
-    def __post_init__(self) -> None:
-        for name in ("tries", "unhealthy_after", "breaker_failures", "affinity_block", "affinity_entries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GatewayConfig.{name} = {getattr(self, name)}: at least 1 is needed")
-        for name in (
-            "connect_timeout_s",
-            "idle_timeout_s",
-            "health_interval_s",
-            "health_timeout_s",
-            "breaker_open_s",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"GatewayConfig.{name} = {getattr(self, name)}: a positive number of seconds is needed"
-                )
-        if not self.health_path.startswith("/"):
-            raise ValueError(
-                f"GatewayConfig.health_path = {self.health_path!r}: a path that begins with / is needed"
-            )
+if TYPE_CHECKING:
+    from farthing.fleet.gateway.active import Active
 
 
 @dataclass
@@ -99,28 +53,35 @@ class Breaker:
         self.failures += 1
         self._trial = False
         if self.failures >= self.failures_to_open:
-            self._pause = min(self.max_s, self._pause * 2) if self._pause else self.open_s
-            self._open_until = self.clock() + self._pause
+            self._open()
+
+    def trip(self) -> None:
+        """Open at once, whatever the number of failures."""
+        self.failures += 1
+        self._trial = False
+        self._open()
+
+    def _open(self) -> None:
+        self._pause = min(self.max_s, self._pause * 2) if self._pause else self.open_s
+        self._open_until = self.clock() + self._pause
 
 
 @dataclass(eq=False)
 class Replica:
-    """A replica as the gateway sees it."""
+    """One replica."""
 
     name: str
     url: str  # "http://127.0.0.1:8001"
-    pool: Pool
     breaker: Breaker
     healthy: bool = False
     draining: bool = False
     failed_checks: int = 0
-    inflight: int = 0
     served: int = 0
     failed: int = 0
-    host: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.host = f"{self.pool.host}:{self.pool.port}".encode()
+    active: set[Active] = field(default_factory=set)  # requests that are in flight there
+    inflight: int = 0
+    queued_bytes: int = 0  # uncached prompt text of requests without a first byte
+    heard: float = 0.0  # monotonic time of the last byte of any answer
 
     @property
     def available(self) -> bool:
@@ -139,45 +100,9 @@ def make_replica(name: str, url: str, config: GatewayConfig) -> Replica:
     """Raises ValueError unless `url` is http://HOST:PORT."""
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or not parts.port:
-        raise ValueError(f"replica {name}: url {url!r} is not usable: http://HOST:PORT is needed")
-    pool = Pool(parts.hostname, parts.port, config.connect_timeout_s)
+        raise ValueError(f"replica {name}: url {url!r} is not usable; expected http://HOST:PORT")
     breaker = Breaker(config.breaker_failures, config.breaker_open_s, config.breaker_max_s)
-    return Replica(name, url.rstrip("/"), pool, breaker)
-
-
-class Affinity:
-    """Remembers which replica served a body's prefixes, the least recently used forgotten first."""
-
-    def __init__(self, config: GatewayConfig) -> None:
-        self._block, self._blocks, self._entries = (
-            config.affinity_block,
-            config.affinity_blocks,
-            config.affinity_entries,
-        )
-        self._owners: OrderedDict[int, str] = OrderedDict()
-
-    def prefixes(self, body: bytes) -> list[int]:
-        """Hashes of the body's prefixes of one block, two blocks, …; a hash carries all before it."""
-        hashes: list[int] = []
-        state = 0
-        for start in range(0, min(len(body), self._block * self._blocks) - self._block + 1, self._block):
-            state = hash((state, body[start : start + self._block]))
-            hashes.append(state)
-        return hashes
-
-    def owner(self, prefixes: list[int]) -> str | None:
-        """The replica that served the longest known prefix."""
-        for key in reversed(prefixes):
-            if key in self._owners:
-                return self._owners[key]
-        return None
-
-    def learn(self, prefixes: list[int], replica: str) -> None:
-        for key in prefixes:
-            self._owners[key] = replica
-            self._owners.move_to_end(key)
-        while len(self._owners) > self._entries:
-            self._owners.popitem(last=False)
+    return Replica(name, url.rstrip("/"), breaker)
 
 
 class Balancer:
@@ -186,7 +111,8 @@ class Balancer:
     def __init__(self, config: GatewayConfig) -> None:
         self.config = config
         self.replicas: dict[str, Replica] = {}
-        self._affinity = Affinity(config)
+        self._leaving: list[Replica] = []
+        self.prefixes = PrefixIndex(config.prefix_entries)
 
     def update(self, wanted: dict[str, str]) -> list[Replica]:
         """Take over a new set {name: url}; a replica left out drains. Returns the new ones."""
@@ -194,10 +120,11 @@ class Balancer:
         for name, url in wanted.items():
             known = self.replicas.get(name)
             if known is None or known.url != url.rstrip("/"):
+                made = make_replica(name, url, self.config)
                 if known is not None:
                     self._remove(known)
-                self.replicas[name] = make_replica(name, url, self.config)
-                new.append(self.replicas[name])
+                self.replicas[name] = made
+                new.append(made)
             else:
                 known.draining = False
         for replica in [r for name, r in self.replicas.items() if name not in wanted]:
@@ -205,27 +132,34 @@ class Balancer:
         return new
 
     def _remove(self, replica: Replica) -> None:
-        """No new request goes there; those under way keep their connections."""
+        """No new request goes there; those in flight continue."""
         replica.draining = True
-        replica.pool.close()
+        self._leaving = [r for r in self._leaving if r.active] + [replica]
         del self.replicas[replica.name]
+        self.prefixes.forget(replica.name)
+
+    @property
+    def everyone(self) -> list[Replica]:
+        """Every replica, also those that drain and have requests left."""
+        return [*self.replicas.values(), *self._leaving]
 
     def candidates(self, tried: Sequence[Replica] = ()) -> list[Replica]:
         """The available replicas not yet tried."""
         return [r for r in self.replicas.values() if r not in tried and r.available]
 
-    def choose(self, body: bytes, tried: Sequence[Replica] = ()) -> Replica | None:
+    def choose(self, prompt: Prompt, tried: Sequence[Replica] = ()) -> Replica | None:
         """The replica for a request, None when no untried one is available."""
         candidates = self.candidates(tried)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         least = min(candidates, key=lambda r: (r.inflight, r.served))
-        owner = self.replicas.get(self._affinity.owner(self._affinity.prefixes(body)) or "")
-        if owner in candidates and owner.inflight <= least.inflight + self.config.affinity_slack:
-            return owner
+        held = self.prefixes.held(prompt.blocks)
+        best = max(candidates, key=lambda r: (held.get(r.name, 0), -r.inflight))
+        if held.get(best.name) and best.inflight <= least.inflight + self.config.affinity_slack:
+            return best
         return least
 
-    def learn(self, body: bytes, replica: Replica) -> None:
+    def learn(self, prompt: Prompt, replica: Replica) -> None:
         """Remember where a request goes."""
         if len(self.replicas) > 1:
-            self._affinity.learn(self._affinity.prefixes(body), replica.name)
+            self.prefixes.learn(prompt.blocks, replica.name)

@@ -1,0 +1,90 @@
+"""What can be set at the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_COUNTS = (
+    "tries",
+    "unhealthy_after",
+    "breaker_failures",
+    "max_connections",
+    "max_client_connections",
+    "max_body",
+    "max_body_total",
+    "prefix_block",
+    "prefix_entries",
+)
+_SECONDS = (
+    "connect_timeout_s",
+    "idle_timeout_s",
+    "head_timeout_s",
+    "body_timeout_s",
+    "write_timeout_s",
+    "keepalive_s",
+    "wait_s",
+    "health_interval_s",
+    "health_timeout_s",
+    "breaker_open_s",
+    "poison_ttl_s",
+    "hung_margin_s",
+    "digest_interval_s",
+)
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """Times in seconds, sizes in bytes.
+
+    Raises ValueError naming the field, its value and what is accepted.
+    """
+
+    # Requests
+    tries: int = 2  # replicas one request is sent to at most
+    wait_s: float = 300.0  # how long a request is held while no replica is ready (a cold start)
+    max_waiting: int = 2048  # requests held at once
+    poison_ttl_s: float = 300.0  # how long a request that killed a replica is refused
+    drain_s: float = 60.0  # how long a stop waits for in-flight requests
+    # Limits on clients
+    max_head: int = 64 << 10
+    max_body: int = 32 << 20
+    max_body_total: int = 256 << 20  # bodies of all requests together
+    max_connections: int = 8192
+    max_client_connections: int = 4096  # per client address; a load balancer is one address
+    head_timeout_s: float = 8.0  # from the first byte (or the connection) to a complete head
+    body_timeout_s: float = 30.0  # between two reads of a request body
+    write_timeout_s: float = 120.0  # for a client that stops reading its answer
+    keepalive_s: float = 75.0  # idle time between two requests of one connection
+    # Replicas
+    connect_timeout_s: float = 2.0
+    idle_timeout_s: float = 600.0  # silence of a replica within an exchange
+    health_path: str = "/health"
+    health_interval_s: float = 0.5
+    health_timeout_s: float = 1.0
+    unhealthy_after: int = 2  # failed health checks in a row
+    hung_margin_s: float = 3.0  # above the P99 time to first token: a silent replica is hung
+    breaker_failures: int = 3  # failed exchanges in a row
+    breaker_open_s: float = 1.0  # first pause; doubles up to breaker_max_s
+    breaker_max_s: float = 30.0
+    # Prefix routing
+    affinity_slack: int = 4  # requests above the least loaded replica, for a request whose prefix is cached
+    prefix_block: int = 512  # bytes of prompt text per block
+    prefix_blocks: int = 256  # blocks of one prompt that count
+    prefix_entries: int = 1 << 18  # blocks remembered
+    digest_interval_s: float = 2.0  # between two reads of a replica's cache digest
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"GatewayConfig.{name} = {getattr(self, name)}: expected 1 or more")
+        for name in _SECONDS:
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"GatewayConfig.{name} = {getattr(self, name)}: expected a number of seconds above 0"
+                )
+        if self.max_head < 1024:
+            raise ValueError(f"GatewayConfig.max_head = {self.max_head}: expected 1024 or more")
+        if not self.health_path.startswith("/"):
+            raise ValueError(
+                f"GatewayConfig.health_path = {self.health_path!r}: expected a path that begins with /"
+            )

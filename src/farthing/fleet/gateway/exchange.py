@@ -1,0 +1,250 @@
+"""One exchange with one replica: send a request, relay its answer.
+
+Each exchange has a connection of its own. A kept connection could hold bytes that a replica sent unasked,
+which would become part of the next client's answer; and on a fresh one it is certain whether the replica
+has seen the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+from farthing.fleet.gateway.active import Active
+from farthing.fleet.gateway.config import GatewayConfig
+from farthing.fleet.gateway.errors import error_event
+from farthing.fleet.gateway.guard import guard_of
+from farthing.fleet.gateway.poison import Identity
+from farthing.fleet.gateway.prefix import Prompt
+from farthing.fleet.gateway.replicas import Replica
+
+BUSY: Final = 503  # a replica that drains or is full says so before its first token
+_WHOLE = 1 << 20  # bytes; a shorter answer of known length is read whole before the client sees any of it
+_REFUSAL = 16 << 10  # bytes of an error answer that are looked at
+_TAIL = 32  # bytes of a stream that are kept to see whether it ended with [DONE]
+# RFC 9110 section 7.6.1: fields of one hop. The framing and Host are written by the HTTP library.
+_HOP = frozenset(
+    [
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "http2-settings",
+        "expect",
+        "content-length",
+        "host",
+    ]
+)
+
+
+class ReplicaLost(Exception):
+    """An exchange that failed. held: the replica had the request, or part of it."""
+
+    def __init__(self, reason: str, *, held: bool) -> None:
+        super().__init__(reason)
+        self.held = held
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A request as it goes to a replica."""
+
+    method: str
+    target: str  # path and query, as received
+    headers: CIMultiDict[str]
+    body: bytes
+    prompt: Prompt
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the request asks for a stream."""
+        return self.prompt.streamed
+
+    @property
+    def identity(self) -> Identity:
+        """What makes two requests the same to a replica."""
+        return self.method, self.target, self.body
+
+
+def request_headers(request: web.BaseRequest, peer: str) -> CIMultiDict[str]:
+    """The headers that go to a replica: end-to-end ones, and the client in X-Forwarded-For."""
+    headers = _end_to_end(request.headers.items(), request.headers.getall("Connection", []))
+    forwarded = headers.popall("X-Forwarded-For", [])
+    headers["X-Forwarded-For"] = ", ".join([*forwarded, peer])
+    return headers
+
+
+def _end_to_end(headers: Iterable[tuple[str, str]], connection: Iterable[str]) -> CIMultiDict[str]:
+    named = {token.strip().lower() for value in connection for token in value.split(",")}
+    return CIMultiDict(
+        # Bytes that are not UTF-8 cannot be written again.
+        (name, value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        for name, value in headers
+        if (lower := name.lower()) not in _HOP and lower not in named
+    )
+
+
+def make_session(config: GatewayConfig) -> aiohttp.ClientSession:
+    """The HTTP client towards the replicas: a connection per request, nothing decoded, followed or kept."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(
+            total=None, sock_connect=config.connect_timeout_s, sock_read=config.idle_timeout_s
+        ),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+    )
+
+
+async def send(
+    session: aiohttp.ClientSession, replica: Replica, outgoing: Outgoing
+) -> aiohttp.ClientResponse:
+    """Send the request and wait for the head of the answer. Raises ReplicaLost."""
+    try:
+        answer = await session.request(
+            outgoing.method,
+            URL(replica.url + outgoing.target, encoded=True),
+            headers=outgoing.headers,
+            data=outgoing.body or None,
+            allow_redirects=False,
+        )
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as problem:
+        raise ReplicaLost(f"cannot connect to {replica.url} ({problem})", held=False) from problem
+    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+        raise ReplicaLost(_describe(problem), held=True) from problem
+    if answer.status < 200:
+        answer.close()
+        raise ReplicaLost(f"status {answer.status} is not an answer", held=True)
+    return answer
+
+
+async def refusal(answer: aiohttp.ClientResponse) -> str:
+    """The `code` of an error answer; empty where it names none. Raises ReplicaLost."""
+    try:
+        body = await answer.content.read(_REFUSAL)
+        return str(json.loads(body)["error"]["code"])
+    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+        raise ReplicaLost(_describe(problem), held=True) from problem
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _describe(problem: BaseException) -> str:
+    if isinstance(problem, aiohttp.ServerDisconnectedError):
+        return "the connection was closed"
+    return str(problem) or type(problem).__name__
+
+
+class Relay:
+    """Passes a replica's answer on to the client."""
+
+    def __init__(
+        self,
+        request: web.BaseRequest,
+        replica: Replica,
+        answer: aiohttp.ClientResponse,
+        active: Active,
+        write_timeout_s: float,
+    ) -> None:
+        self._request, self._replica, self._answer, self._active = request, replica, answer, active
+        self._write_timeout_s = write_timeout_s
+        self._clock = asyncio.get_running_loop().time
+        self._length = _content_length(answer)
+        self.event_stream = answer.content_type == "text/event-stream"
+        self.response: web.StreamResponse | None = None  # once the client has seen its head
+
+    async def whole(self) -> web.Response | None:
+        """The whole answer, where it is short and no stream: the replica may still be lost without harm.
+
+        Raises ReplicaLost, Interrupted.
+        """
+        if self.event_stream or self._length is None or self._length > _WHOLE:
+            return None
+        try:
+            with self._active.interruptible():
+                body = await self._answer.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+            raise ReplicaLost(_describe(problem), held=True) from problem
+        return web.Response(status=self._answer.status, headers=self._headers(), body=body)
+
+    async def stream(self) -> web.StreamResponse:
+        """Relay the answer as it arrives; a slow client slows the replica down.
+
+        Raises ReplicaLost and Interrupted, after which `break_off` is called, and OSError where the client
+        is lost.
+        """
+        response = web.StreamResponse(status=self._answer.status, headers=self._headers())
+        if self._length is not None:
+            response.content_length = self._length
+        await response.prepare(self._request)
+        self.response = response
+        tail = b""
+        while data := await self._read():
+            tail = (tail + data)[-_TAIL:] if len(data) < _TAIL else data[-_TAIL:]
+            await self._write(response, data)
+        if self.event_stream and self._unframed() and b"[DONE]" not in tail:
+            raise ReplicaLost("the stream ended without [DONE]", held=True)
+        await response.write_eof()
+        return response
+
+    async def break_off(self, reason: str) -> None:
+        """Tell a client whose answer has begun that it will not be whole."""
+        guard = guard_of(self._request)
+        if self.response is not None and self.event_stream:
+            self.response.force_close()
+            await self.response.write(error_event(reason))
+            await self.response.write_eof()
+        elif guard is not None:
+            guard.abort()
+
+    async def _read(self) -> bytes:
+        try:
+            with self._active.interruptible():
+                data = await self._answer.content.readany()
+        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+            raise ReplicaLost(_describe(problem), held=True) from problem
+        self._replica.heard = self._clock()
+        return data
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        if not self._request.protocol.writing_paused:
+            await response.write(data)
+            return
+        try:
+            with self._active.interruptible():
+                async with asyncio.timeout(self._write_timeout_s):
+                    await response.write(data)
+        except TimeoutError as problem:
+            raise ConnectionResetError("the client stopped reading") from problem
+
+    def _headers(self) -> CIMultiDict[str]:
+        source = self._answer.headers
+        headers = _end_to_end(source.items(), source.getall("Connection", []))
+        headers["X-Farthing-Replica"] = self._replica.name
+        headers.setdefault("Server", "farthing")
+        if self._request.method == "HEAD" and self._length is not None:
+            headers["Content-Length"] = str(self._length)
+        return headers
+
+    def _unframed(self) -> bool:
+        """Whether the end of the body is the end of the connection, which a killed replica looks like."""
+        return self._length is None and "chunked" not in self._answer.headers.get("Transfer-Encoding", "")
+
+
+def _content_length(answer: aiohttp.ClientResponse) -> int | None:
+    value = answer.headers.get("Content-Length", "")
+    return int(value) if value.isascii() and value.isdigit() else None

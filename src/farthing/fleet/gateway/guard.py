@@ -1,0 +1,197 @@
+"""Limits on client connections, applied before a request is parsed and long before it is authenticated.
+
+aiohttp bounds each header line; it has no limit on the bytes of a whole head, on the time a head may take,
+or on the number of connections. `Guard` stands between the transport and aiohttp's protocol and adds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import Counter
+from typing import Literal, cast
+
+from aiohttp import web
+
+from farthing.fleet.gateway.config import GatewayConfig
+from farthing.fleet.gateway.errors import raw_error
+
+_LINGER_S = 3.0  # for a client that still sends after its answer
+_TCP_USER_TIMEOUT = 18  # Linux: milliseconds sent data may stay unacknowledged (tcp(7))
+
+Phase = Literal["head", "request", "closing"]
+
+
+class Door:
+    """The open client connections, bounded in total and per client address."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.guards: set[Guard] = set()
+        self._clients: Counter[str] = Counter()
+
+    def admit(self, guard: Guard) -> str | None:
+        """Add a connection. Returns why it is refused, None where it is admitted."""
+        if len(self.guards) >= self.config.max_connections:
+            return f"gateway has {self.config.max_connections} open connections (the limit); retry later"
+        if self._clients[guard.peer] >= self.config.max_client_connections:
+            return f"{self.config.max_client_connections} connections from this address (the limit)"
+        self.guards.add(guard)
+        self._clients[guard.peer] += 1
+        return None
+
+    def leave(self, guard: Guard) -> None:
+        """Remove a connection that was admitted."""
+        if guard in self.guards:
+            self.guards.remove(guard)
+            self._clients[guard.peer] -= 1
+            if not self._clients[guard.peer]:
+                del self._clients[guard.peer]
+
+
+class Guard(asyncio.Protocol):
+    """One client connection: bounds the size and the time of each request head, and idle time.
+
+    Phases: `head` (no complete request head yet), `request` (a handler runs), `closing` (answered, and the
+    connection ends).
+    """
+
+    def __init__(self, door: Door, handler: web.RequestHandler) -> None:
+        self._door, self._handler = door, handler
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._admitted = False
+        self._bytes = 0  # received since the last request ended
+        self.phase: Phase = "head"
+        self.fresh = True  # no request has come on this connection
+        self.peer = "unknown"
+
+    # ---- asyncio.Protocol ----
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.peer = str(peer[0]) if peer else "unknown"
+        problem = self._door.admit(self)
+        if problem is not None:
+            self.refuse(503, problem)
+            return
+        self._admitted = True
+        self._bound_unacknowledged()
+        self._handler.connection_made(transport)
+        self._arm(self._door.config.head_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._disarm()
+        self._door.leave(self)
+        if self._admitted:
+            self._handler.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._admitted or (self.phase == "closing" and self._overrun(data)):
+            return
+        if self.phase == "head":
+            # Checked before this piece counts: it may hold a whole head and the beginning of a body.
+            if self._bytes > self._door.config.max_head:
+                self.refuse(431, f"request head exceeds {self._door.config.max_head} bytes")
+                return
+            if not self._bytes:
+                self._arm(self._door.config.head_timeout_s)
+            self._bytes += len(data)
+        self._handler.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        if self._admitted:
+            self._handler.eof_received()
+        return None
+
+    def pause_writing(self) -> None:
+        if self._admitted:
+            self._handler.pause_writing()
+
+    def resume_writing(self) -> None:
+        if self._admitted:
+            self._handler.resume_writing()
+
+    # ---- the request's life ----
+
+    def started(self) -> None:
+        """A complete head has been parsed and its handler begins."""
+        self.phase, self.fresh, self._bytes = "request", False, 0
+        self._disarm()
+
+    def ended(self, *, close: bool) -> None:
+        """The handler has its answer. close: the connection ends after it."""
+        self._bytes = 0
+        if self._transport is None:
+            return
+        self.phase = "closing" if close else "head"
+        self._arm(_LINGER_S if close else self._door.config.keepalive_s)
+
+    @property
+    def write_buffer(self) -> int:
+        """Bytes that wait for the client to read."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def close(self) -> None:
+        """Close a connection that carries no request."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Reset the connection, so that a client cannot take a torn answer for a whole one."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # ---- limits ----
+
+    def _overrun(self, data: bytes) -> bool:
+        """Whether a client that has its answer keeps sending more than a body it was about to send."""
+        self._bytes += len(data)
+        if self._bytes > self._door.config.max_body:
+            self.abort()
+            return True
+        return False
+
+    def refuse(self, status: int, message: str) -> None:
+        """Answer outside a request and close."""
+        if self._transport is not None:
+            self.phase = "closing"
+            self._transport.write(raw_error(status, message))
+            self._transport.close()
+            self._arm(_LINGER_S)
+
+    def _late(self) -> None:
+        self._timer = None
+        if self.phase == "head" and self._bytes:
+            self.refuse(408, f"no complete request head within {self._door.config.head_timeout_s:g} s")
+        elif self.phase == "head":
+            self.close()
+        else:
+            self.abort()
+
+    def _arm(self, seconds: float) -> None:
+        self._disarm()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._late)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _bound_unacknowledged(self) -> None:
+        """Let the kernel end a connection whose client has vanished without a word."""
+        sock = self._transport.get_extra_info("socket") if self._transport is not None else None
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                milliseconds = round(self._door.config.write_timeout_s * 1000)
+                sock.setsockopt(socket.IPPROTO_TCP, _TCP_USER_TIMEOUT, milliseconds)
+
+
+def guard_of(request: web.BaseRequest) -> Guard | None:
+    """The guard of a request's connection; None once the connection is lost."""
+    transport = request.transport
+    guard = transport.get_protocol() if transport is not None else None
+    return guard if isinstance(guard, Guard) else None

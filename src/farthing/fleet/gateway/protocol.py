@@ -1,0 +1,78 @@
+"""aiohttp's server protocol with errors in the API's shape, behind a guard."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+
+from farthing.fleet.gateway.errors import Refused, error_response
+from farthing.fleet.gateway.guard import Door, Guard, guard_of
+
+log = logging.getLogger(__name__)
+
+_MAX_LINE, _MAX_FIELDS = 16 << 10, 100  # bytes of a request line or header field, and how many fields
+_LINGER_S = 2.0  # for a client to read an error while it still sends its body
+
+
+class Protocol(web.RequestHandler):
+    """One client connection."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is not HTTP, and a defect of ours."""
+        if isinstance(exc, HttpProcessingError):
+            guard = guard_of(request)
+            if guard is not None:
+                status = 431 if isinstance(exc, LineTooLong) else 400
+                lines = (message or "").splitlines() or ["no HTTP/1.1"]
+                guard.refuse(status, f"request is malformed: {lines[0][:200]}")
+            raise ConnectionError("the request was malformed")
+        log.error("request failed: %s %s", request.method, request.path, exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun")
+        return error_response(Refused(status, "internal error of the gateway", close=True))
+
+
+def make_factory(
+    door: Door, handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+) -> Callable[[], Guard]:
+    """A factory of client connections whose requests `handle` answers."""
+    server = web.Server(handle, request_factory=_begin, handler_cancellation=True)
+
+    def make() -> Guard:
+        protocol = Protocol(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=None,  # type: ignore[arg-type]
+            auto_decompress=False,
+            lingering_time=_LINGER_S,
+            max_line_size=_MAX_LINE,
+            max_field_size=_MAX_LINE,
+            max_headers=_MAX_FIELDS,
+        )
+        return Guard(door, protocol)
+
+    return make
+
+
+def _begin(
+    message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: asyncio.Task[None]
+) -> web.BaseRequest:
+    """aiohttp's request, made when its head is complete."""
+    request = web.BaseRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
+    guard = guard_of(request)
+    if guard is not None:
+        guard.started()
+    return request

@@ -1,0 +1,607 @@
+"""What hostile or broken clients and replicas can do to a gateway, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import resource
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from farthing.fleet.gateway import Gateway, GatewayConfig
+from farthing.fleet.gateway.poison import Poison
+from farthing.server.auth import KeyRing
+from tests.fleet.doubles import replica as double
+from tests.fleet.doubles.replica import FakeReplica
+from tests.fleet.doubles.services import free_port
+from tests.fleet.test_gateway import CHAT, body, fleet
+
+HOST = b"host: gateway\r\n"
+KEY = b"authorization: Bearer secret\r\n"
+
+
+def run(test: Callable[[], Awaitable[None]], seconds: float = 60) -> None:
+    asyncio.run(asyncio.wait_for(test(), seconds))  # type: ignore[arg-type]
+
+
+def post(payload: bytes, *fields: bytes) -> bytes:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST
+    return head + b"".join(fields) + b"content-length: %d\r\n\r\n" % len(payload) + payload
+
+
+async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", port)
+
+
+async def answer_of(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """(status, body) of one answer with a Content-Length."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    return int(head.split()[1]), await reader.readexactly(length)
+
+
+@asynccontextmanager
+async def keyed(config: GatewayConfig | None = None) -> AsyncIterator[tuple[Gateway, FakeReplica, int]]:
+    """A gateway that wants the key "secret", with one replica."""
+    async with FakeReplica(name="r") as replica:
+        gateway = Gateway(config or GatewayConfig(health_interval_s=0.05), keys=KeyRing(["me:secret"]))
+        port = await gateway.start()
+        gateway.set_replicas({"r": replica.url})
+        while not gateway.balancer.candidates():
+            await asyncio.sleep(0.01)
+        try:
+            yield gateway, replica, port
+        finally:
+            await gateway.stop(0)
+
+
+@asynccontextmanager
+async def raw_replica(reply: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
+    """A replica that answers health checks and lets `reply(request, writer)` write anything else."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                if head.startswith(b"GET /health"):
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                    continue
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                await reply(await reader.readexactly(length), writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+@asynccontextmanager
+async def before(port: int) -> AsyncIterator[tuple[Gateway, aiohttp.ClientSession]]:
+    """A gateway in front of a replica on `port`."""
+    gateway = Gateway(GatewayConfig(health_interval_s=0.05, wait_s=1.0))
+    address = await gateway.start()
+    gateway.set_replicas({"raw": f"http://127.0.0.1:{port}"})
+    while not gateway.balancer.candidates():
+        await asyncio.sleep(0.01)
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{address}") as session:
+            yield gateway, session
+    finally:
+        await gateway.stop(0)
+
+
+# ---- replicas ----
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_bytes_a_replica_sends_unasked_reach_no_client(delay: float) -> None:
+    stray = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nstolen"
+
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        text = json.loads(request)["messages"][0]["content"].encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
+        if delay:
+            await writer.drain()
+            await asyncio.sleep(delay)
+        writer.write(stray)
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (_, session):
+            for turn in range(6):
+                async with session.post(CHAT, json=body(f"turn {turn}")) as answer:
+                    assert (answer.status, await answer.text()) == (200, f"turn {turn}")
+                await asyncio.sleep(delay * 1.5)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"not HTTP at all\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\ncontent-length: 5\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n",
+    ],
+    ids=["text", "two lengths", "huge header", "unasked upgrade"],
+)
+def test_replica_that_does_not_speak_http_is_an_error_for_the_client(garbage: bytes) -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(garbage)
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (_, session):
+            answer = await session.post(CHAT, json=body())
+            assert answer.status in (502, 503)
+            assert "raw" in (await answer.json())["error"]["message"]
+
+    run(test)
+
+
+def test_answer_cut_short_is_an_error_and_not_a_shorter_answer() -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
+        writer.close()
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (_, session):
+            assert (await session.post(CHAT, json=body())).status == 502
+
+    run(test)
+
+
+def test_unframed_stream_that_ends_without_done_ends_with_an_error_event() -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b'HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: {"a": 1}\n\ndata: {"b"'
+        )
+        writer.close()
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (_, session):
+            async with session.post(CHAT, json=body(stream=True)) as answer:
+                lines = [line async for line in answer.content if line.startswith(b"data: ")]
+            assert "without [DONE]" in json.loads(lines[-1][6:])["error"]["message"]
+
+    run(test)
+
+
+@asynccontextmanager
+async def mortal(count: int, *arguments: str) -> AsyncIterator[tuple[dict[str, str], Callable[[], int]]]:
+    """Replicas as processes that die of "poison": ({name: url}, how many are dead)."""
+    processes, urls = [], {}
+    for index in range(count):
+        port = free_port()
+        command = (double.__file__, "--port", str(port), "--dies-of", "poison", *arguments)
+        processes.append(await asyncio.create_subprocess_exec(sys.executable, *command))
+        urls[f"p{index}"] = f"http://127.0.0.1:{port}"
+    try:
+        yield urls, lambda: sum(p.returncode is not None for p in processes)
+    finally:
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+@asynccontextmanager
+async def in_front_of(urls: dict[str, str], **options: Any) -> AsyncIterator[tuple[Gateway, Any]]:
+    gateway = Gateway(GatewayConfig(health_interval_s=0.1, **options))
+    port = await gateway.start()
+    gateway.set_replicas(urls)
+    while len(gateway.balancer.candidates()) < len(urls):
+        await asyncio.sleep(0.02)
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            yield gateway, session
+    finally:
+        await gateway.stop(0)
+
+
+def test_request_that_kills_its_replica_is_not_sent_to_another() -> None:
+    async def test() -> None:
+        async with mortal(3) as (urls, dead), in_front_of(urls) as (_, session):
+            async with session.post(CHAT, json=body("poison")) as answer:
+                assert answer.status == 502
+                assert "sent to 1" in (await answer.json())["error"]["message"]
+            for _ in range(3):
+                async with session.post(CHAT, json=body("poison")) as answer:
+                    assert answer.status == 422
+            while not dead():
+                await asyncio.sleep(0.01)
+            async with session.post(CHAT, json=body("harmless")) as answer:
+                assert answer.status == 200
+            assert dead() == 1
+
+    run(test)
+
+
+def test_poison_among_others_kills_two_replicas_at_most() -> None:
+    async def ask(session: aiohttp.ClientSession, text: str) -> int:
+        async with session.post(CHAT, json=body(text)) as answer:
+            return answer.status
+
+    async def test() -> None:
+        slow = mortal(3, "--tokens", "10", "--interval", "0.05")
+        async with slow as (urls, dead), in_front_of(urls) as (_, session):
+            crowd = [asyncio.create_task(ask(session, f"good {i}")) for i in range(12)]
+            await asyncio.sleep(0.05)
+            poison = [await ask(session, "poison") for _ in range(3)]
+            assert poison[-1] == 422
+            assert dead() <= 2
+            assert set(await asyncio.gather(*crowd)) <= {200, 502}
+            assert [await ask(session, f"better {i}") for i in range(3)] == [200] * 3
+
+    run(test)
+
+
+def test_poison_entries_are_bounded_and_expire() -> None:
+    now = [0.0]
+    poison = Poison(10.0, clock=lambda: now[0])
+    poison.strike(("POST", "/a", b"x"), alone=True)
+    assert poison.refuses(("POST", "/a", b"x")) and not poison.refuses(("POST", "/b", b"x"))
+    poison.strike(("POST", "/c", b""), alone=False)
+    assert not poison.refuses(("POST", "/c", b""))
+    poison.strike(("POST", "/c", b""), alone=False)
+    assert poison.refuses(("POST", "/c", b""))
+    now[0] = 10.0
+    assert not poison.refuses(("POST", "/a", b"x")) and not poison.refuses(("POST", "/c", b""))
+    for number in range(10_000):
+        poison.strike(("POST", f"/{number}", b""), alone=True)
+    assert len(poison) <= 4096
+
+
+# ---- heads ----
+
+
+def test_trailers_are_no_headers() -> None:
+    payload = json.dumps(body()).encode()
+    chunked = b"transfer-encoding: chunked\r\n"
+    line = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST
+    data = b"\r\n%x\r\n%s\r\n0\r\n" % (len(payload), payload)
+
+    async def test() -> None:
+        async with keyed() as (_, replica, port):
+            reader, writer = await connect(port)
+            writer.write(line + chunked + data + KEY + b"\r\n")
+            assert (await answer_of(reader))[0] == 401
+            writer.close()
+            reader, writer = await connect(port)
+            writer.write(line + KEY + chunked + data + b"x-smuggled: 1\r\n\r\n")
+            assert (await answer_of(reader))[0] == 200
+            writer.close()
+            assert len(replica.headers) == 1
+            assert "x-smuggled" not in {name.lower() for name in replica.headers[0]}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"content-length: 5\r\ncontent-length: 6\r\n",
+        b"content-length: 5\r\ntransfer-encoding: chunked\r\n",
+        b"transfer-encoding: chunked, identity\r\n",
+        b"content-length: -1\r\n",
+        b"content-length: +5\r\n",
+        b"bad header: 1\r\ncontent-length: 5\r\n",
+    ],
+)
+def test_ambiguous_framing_is_refused(fields: bytes) -> None:
+    async def test() -> None:
+        async with fleet(1) as (_, (replica,), _session, url):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + fields + b"\r\nhello\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            writer.close()
+            assert replica.requests == []
+
+    run(test)
+
+
+async def _slow_heads(port: int, count: int) -> tuple[float, float]:
+    """Open heads that never end. Seconds until all were closed, and the longest a good request waited."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    async def trickle() -> None:
+        reader, writer = await connect(port)
+        with suppress(ConnectionError):
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST)
+            while not reader.at_eof():
+                writer.write(b"x-slow: 1\r\n")
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await reader.read(1 << 16)
+        writer.close()
+
+    heads = [asyncio.create_task(trickle()) for _ in range(count)]
+    worst = 0.0
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        while not all(head.done() for head in heads):
+            asked = loop.time()
+            async with session.post(CHAT, json=body()) as answer:
+                assert answer.status == 200
+            worst = max(worst, loop.time() - asked)
+            await asyncio.sleep(0.1)
+    return loop.time() - began, worst
+
+
+def test_slow_heads_are_closed() -> None:
+    async def test() -> None:
+        async with fleet(1, GatewayConfig(health_interval_s=0.05, head_timeout_s=1.0)) as (gateway, *_, url):
+            took, worst = await _slow_heads(int(url.rsplit(":", 1)[1]), 100)
+            assert took < 5 and worst < 5
+            assert len(gateway.door.guards) <= 1
+
+    run(test)
+
+
+@pytest.mark.slow
+def test_a_thousand_slow_heads_are_closed_within_ten_seconds() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+
+    async def test() -> None:
+        async with fleet(1, GatewayConfig()) as (_, _, _, url):
+            took, _ = await _slow_heads(int(url.rsplit(":", 1)[1]), 1000)
+            assert took < 12  # 8 s for a head, and the time to open a thousand connections
+
+    run(test)
+
+
+@pytest.mark.parametrize("field", [b"x: " + b"y" * 1000 + b"\r\n", b"y" * 1000], ids=["many", "one"])
+def test_huge_heads_are_refused_early(field: bytes) -> None:
+    async def test() -> None:
+        async with fleet(1) as (_, (replica,), _session, url):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            sent = 0
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + b"a: ")
+            with suppress(ConnectionError):
+                while sent < 154_000_000 and not reader.at_eof():
+                    writer.write(field)
+                    sent += len(field)
+                    await writer.drain()
+                    if sent % 100_000 == 0:
+                        await asyncio.sleep(0)
+            with suppress(ConnectionError):
+                said = await reader.read(1 << 16)
+                assert not said or said.split()[1] in (b"431", b"400")
+            writer.close()
+            assert sent < 16_000_000  # what the kernel's buffers take
+            assert replica.requests == []
+
+    run(test)
+
+
+def test_whole_head_above_the_limit_is_refused() -> None:
+    async def test() -> None:
+        async with fleet(1) as (_, (replica,), _session, url):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            fields = [b"x-%d: %s\r\n" % (i, b"y" * 9000) for i in range(8)]
+            writer.write(post(b"{}", *fields))
+            assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+            writer.close()
+            assert replica.requests == []
+
+    run(test)
+
+
+def test_connections_are_bounded_in_total_and_per_client() -> None:
+    async def test(**limits: int) -> None:
+        config = GatewayConfig(health_interval_s=0.05, **limits)
+        async with fleet(1, config) as (gateway, _, _, url):
+            port = int(url.rsplit(":", 1)[1])
+            held = [await connect(port) for _ in range(5)]
+            reader, writer = await connect(port)
+            assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+            writer.close()
+            assert len(gateway.door.guards) == 5
+            for _, other in held:
+                other.close()
+            while gateway.door.guards:
+                await asyncio.sleep(0.01)
+            reader, writer = await connect(port)
+            writer.write(post(json.dumps(body()).encode()))
+            assert (await answer_of(reader))[0] == 200
+            writer.close()
+
+    run(lambda: test(max_connections=5))
+    run(lambda: test(max_client_connections=5))
+
+
+# ---- bodies ----
+
+
+def test_bodies_without_a_key_are_not_read() -> None:
+    async def send(port: int, part: bytes) -> bytes:
+        reader, writer = await connect(port)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + b"content-length: %d\r\n\r\n" % (30 << 20)
+        )
+        with suppress(ConnectionError):
+            for _ in range(30):
+                writer.write(part)
+                await writer.drain()
+        said = b""
+        with suppress(ConnectionError):
+            said = await reader.read()
+        writer.close()
+        return said
+
+    async def test() -> None:
+        async with keyed() as (gateway, replica, port):
+            gc.collect()
+            before = _resident()
+            part = b"x" * (1 << 20)
+            said = await asyncio.gather(*(send(port, part) for _ in range(12)))
+            assert all(s.startswith(b"HTTP/1.1 401 ") for s in said)
+            assert gateway.bodies.held == 0 and replica.requests == []
+            assert _resident() - before < 60 << 20  # 360 MB were offered
+
+    run(test)
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_bodies_are_bounded_together() -> None:
+    async def test() -> None:
+        config = GatewayConfig(health_interval_s=0.05, max_body=1 << 20, max_body_total=3 << 20)
+        async with fleet(1, config, tokens=40, interval_s=0.02) as (gateway, _, session, _url):
+            big = body("x" * ((1 << 20) - 1000))
+            held = [asyncio.create_task(session.post(CHAT, json=big)) for _ in range(3)]
+            while gateway.bodies.held < 3_000_000:
+                await asyncio.sleep(0.01)
+            async with session.post(CHAT, json=big) as answer:
+                assert answer.status == 503
+                assert "request bodies" in (await answer.json())["error"]["message"]
+            assert [(await task).status for task in held] == [200] * 3
+            assert gateway.bodies.held == 0
+
+    run(test)
+
+
+def test_body_that_stalls_is_given_up() -> None:
+    async def test() -> None:
+        config = GatewayConfig(health_interval_s=0.05, body_timeout_s=0.3)
+        async with fleet(1, config) as (gateway, (replica,), _, url):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            writer.write(post(b"{}" * 50)[:-10])
+            assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+            writer.close()
+            assert replica.requests == [] and gateway.bodies.held == 0
+
+    run(test)
+
+
+def test_expect_continue_is_answered_once_the_body_is_wanted() -> None:
+    async def test() -> None:
+        async with keyed() as (_, _, port):
+            payload = json.dumps(body()).encode()
+            head, _, _ = post(payload, KEY, b"expect: 100-continue\r\n").partition(b"\r\n\r\n")
+            reader, writer = await connect(port)
+            writer.write(head + b"\r\n\r\n")
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(payload)
+            assert (await answer_of(reader))[0] == 200
+            writer.close()
+            reader, writer = await connect(port)
+            writer.write(head.replace(KEY, b"") + b"\r\n\r\n")
+            assert (await answer_of(reader))[0] == 401
+            writer.close()
+
+    run(test)
+
+
+# ---- methods, upgrades, pipelines ----
+
+
+def test_offer_of_http_2_is_declined_by_answering() -> None:
+    async def test() -> None:
+        async with fleet(1) as (_, (replica,), _session, url):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            fields = (
+                b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
+            )
+            for text in ("one", "two"):  # as JDK's client sends its first requests
+                writer.write(post(json.dumps(body(text)).encode(), fields))
+                assert (await answer_of(reader))[0] == 200
+            writer.write(b"GET /v1/models HTTP/1.1\r\n" + HOST + fields + b"\r\n")
+            assert (await answer_of(reader))[0] == 200
+            writer.close()
+            sent = {name.lower() for name in replica.headers[0]}
+            assert not sent & {"upgrade", "http2-settings"}
+
+    run(test)
+
+
+def test_pipelined_request_is_answered_after_the_stream_and_not_within() -> None:
+    async def test() -> None:
+        async with fleet(1, tokens=10, interval_s=0.02) as (_, _, _, url):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            stream = json.dumps(body("first", stream=True)).encode()
+            writer.write(post(stream))
+            await reader.readuntil(b"t0 ")
+            writer.write(b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n" + post(stream))
+            first = await reader.readuntil(b"0\r\n\r\n")
+            assert first.count(b"HTTP/1.1") == 0 and b"[DONE]" in first
+            assert (await answer_of(reader))[0] == 200
+            assert b"[DONE]" in await reader.readuntil(b"0\r\n\r\n")
+            writer.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"CONNECT replica:8001 HTTP/1.1", b"TRACE / HTTP/1.1", b"PROPFIND / HTTP/1.1"],
+    ids=["connect", "trace", "propfind"],
+)
+def test_methods_that_no_replica_serves_are_refused(line: bytes) -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        raise AssertionError("the replica was asked")
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (gateway, _):
+            address = gateway.address
+            reader, writer = await connect(address[1])
+            writer.write(line + b"\r\n" + HOST + b"\r\n")
+            said = await reader.read()
+            assert said.startswith(b"HTTP/1.1 405 ")
+            writer.close()
+            assert gateway.balancer.replicas["raw"].served == 0
+
+    run(test)
+
+
+# ---- streams whose clients vanish ----
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_streams_half_of_whose_clients_vanish_leave_nothing_behind(count: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+
+    async def stream(port: int, number: int) -> bool:
+        """Whether the stream was whole; every second client resets its connection after two events."""
+        reader, writer = await connect(port)
+        writer.write(post(json.dumps(body(f"{number}", stream=True)).encode()))
+        if number % 2:
+            await reader.readuntil(b"t1 ")
+            writer.transport.abort()
+            return False
+        text = await reader.readuntil(b"0\r\n\r\n")
+        writer.close()
+        return b"[DONE]" in text
+
+    async def test() -> None:
+        async with fleet(2, tokens=30, interval_s=0.03) as (gateway, replicas, _, url):
+            port = int(url.rsplit(":", 1)[1])
+            files, tasks = _open_files(), len(asyncio.all_tasks())
+            whole = await asyncio.gather(*(stream(port, number) for number in range(count)))
+            assert sum(whole) == count // 2
+            while any(r.running for r in replicas) or gateway.door.guards:
+                await asyncio.sleep(0.02)
+            assert sum(r.disconnects for r in replicas) == count // 2
+            assert gateway.bodies.held == 0
+            assert all(not r.active and r.inflight == 0 for r in gateway.balancer.everyone)
+            await asyncio.sleep(0.1)
+            assert _open_files() <= files + 4  # health checks come and go
+            assert len(asyncio.all_tasks()) <= tasks + 4
+
+    run(test)
