@@ -7,7 +7,7 @@ import logging
 import socket
 from pathlib import Path
 
-from farthing.fleet.gateway.server import write_replicas
+from farthing.fleet.gateway.replicas_file import write_replicas
 
 log = logging.getLogger(__name__)
 
