@@ -83,6 +83,9 @@ struct Batch {
   const int32_t* context_lens;
   const int32_t* block_table;
   int sequences, max_blocks;
+  const int32_t* visible = nullptr;  // cached tokens that each token attends to; null: its position + 1
+
+  int keys(int token) const { return visible ? visible[token] : positions[token] + 1; }
 };
 
 struct Layer {  // one layer's weights; attention and feed belong to whoever made the layer

@@ -183,9 +183,9 @@ NB_MODULE(_native, module) {
       .def(
           "moe",
           [](Backend& b, const Moe& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps,
-             uint64_t counts, uint64_t out, int64_t ldo, uint64_t ids, uint64_t weights) {
+             uint64_t counts, uint64_t out, int64_t ldo, uint64_t ids, uint64_t weights, bool residual) {
             b.moe(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, at<int64_t>(counts),
-                  {at<float>(out), ldo}, at<int64_t>(ids), at<float>(weights));
+                  {at<float>(out), ldo}, at<int64_t>(ids), at<float>(weights), residual);
           },
           free)
       .def(
@@ -199,7 +199,7 @@ NB_MODULE(_native, module) {
           [](Backend& b, const Attention& w, uint64_t q, int64_t ldq, uint64_t kv, int64_t ldkv, int tokens,
              int type, uint64_t data, uint64_t scale, int block_size, uint64_t positions, uint64_t slots,
              uint64_t query_start, uint64_t context_lens, uint64_t block_table, int sequences, int max_blocks,
-             float eps, uint64_t out, int64_t ldo) {
+             uint64_t visible, float eps, uint64_t out, int64_t ldo) {
             const Cache cache{static_cast<CacheType>(type), at<uint8_t>(data), at<float>(scale), block_size};
             const Batch batch{at<int32_t>(positions),
                               at<int64_t>(slots),
@@ -207,7 +207,8 @@ NB_MODULE(_native, module) {
                               at<int32_t>(context_lens),
                               at<int32_t>(block_table),
                               sequences,
-                              max_blocks};
+                              max_blocks,
+                              at<int32_t>(visible)};
             b.mla(w, {at<float>(q), ldq}, {at<float>(kv), ldkv}, tokens, cache, batch, eps,
                   {at<float>(out), ldo});
           },

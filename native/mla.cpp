@@ -77,7 +77,7 @@ std::vector<Unit> plan_units(const Batch& batch, int heads, int* slots) {
     for (int t = first; t < last; t += together)
       for (int h = 0; h < heads; h += kRows) {
         const int tokens = std::min(together, last - t);
-        const int keys = batch.positions[t + tokens - 1] + 1;
+        const int keys = batch.keys(t + tokens - 1);
         int parts = 1, split = keys;
         if (last - first <= kFewQueries) {
           parts = keys < kHalve ? 1 : std::max(2, (keys + kSplit - 1) / kSplit);
@@ -299,7 +299,7 @@ void Backend::mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& 
       b.visible = visible;
       for (int at = u.begin; at < u.end; at += kKeyBlock) {
         b.keys = std::min(kKeyBlock, u.end - at);
-        for (int j = 0; j < b.rows; ++j) visible[j] = batch.positions[u.token + j / u.heads] + 1 - at;
+        for (int j = 0; j < b.rows; ++j) visible[j] = batch.keys(u.token + j / u.heads) - at;
         reader.fetch(u, at, b);
         if (at + kKeyBlock < u.end) reader.look_ahead(u, at + kKeyBlock);
         else if (i + 1 < static_cast<int>(units.size())) reader.look_ahead(units[i + 1], units[i + 1].begin);

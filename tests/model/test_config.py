@@ -106,3 +106,18 @@ def test_directory_errors(tmp_path: Path) -> None:
         ModelConfig.from_directory(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(V3))
     assert ModelConfig.from_directory(tmp_path).hidden_size == 7168
+
+
+def test_layer_lists_of_newer_files_become_prefixes() -> None:
+    raw = {k: v for k, v in V3.items() if k != "first_k_dense_replace"} | dict(model_type="glm4_moe_lite")
+    raw["mlp_layer_types"] = ["dense"] * 2 + ["sparse"] * 59
+    config = ModelConfig.from_json(raw)
+    assert [config.is_moe(i) for i in (0, 1, 2, 60)] == [False, False, True, True]
+    raw["mlp_layer_types"] = ["sparse", "dense", "dense"] + ["sparse"] * 58
+    with pytest.raises(ConfigError, match=r"mlp_layer_types is .*; expected dense layers followed by sparse"):
+        ModelConfig.from_json(raw)
+
+
+def test_a_wrapper_of_another_language_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"text_config.model_type is 'mistral'; expected 'mistral4'"):
+        ModelConfig.from_json(dict(model_type="mistral3", text_config=dict(model_type="mistral")))

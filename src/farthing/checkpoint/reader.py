@@ -42,7 +42,16 @@ class Checkpoint:
         self._used: set[str] = set()
         self._groups: ct.Groups | None = None
         self._fp8 = False
-        quantization = config.get("quantization_config") or config.get("compression_config")
+        text = config.get("text_config") or {}  # where the language model is one part of several
+        quantization = next(
+            (
+                c[key]
+                for c in (config, text)
+                for key in ("quantization_config", "compression_config")
+                if c.get(key)
+            ),
+            None,
+        )
         if quantization:
             self._resolve(quantization)
 

@@ -111,16 +111,25 @@ class TracedOps(ReferenceOps):
         layer: int,
         batch: Batch,
         eps: float,
+        select: Tensor | None = None,
     ) -> Tensor:
         matrix, packed = attention
         # kv_b is absorbed into the query, so its input (the normed latent) is watched and never replaced.
         self.before(matrix, self.rms_norm(kv[:, : packed.spec.latent_dim], packed.norm, eps))
-        return super().mla(q, kv, packed, cache, layer, batch, eps)
+        return super().mla(q, kv, packed, cache, layer, batch, eps, select)
 
     def mlp(self, x: Tensor, weights: Any, norm: Tensor, eps: float) -> Tensor:
         return x + self._gated(self.rms_norm(x, norm, eps), weights)
 
-    def moe(self, x: Tensor, weights: Any, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
+    def moe(
+        self,
+        x: Tensor,
+        weights: Any,
+        norm: Tensor,
+        eps: float,
+        counts: Tensor | None = None,
+        residual: bool = True,
+    ) -> Tensor:
         name, router, experts, shared = weights
         n = self.rms_norm(x, norm, eps)
         ids, gates = self.route(n, router)
@@ -135,7 +144,7 @@ class TracedOps(ReferenceOps):
                 out.index_add_(0, token, y * gates[token, slot, None])
         if shared is not None:
             out += self._gated(n, shared)
-        return x + out
+        return x + out if residual else out
 
     def logits(self, x: Tensor, head: Any, norm: Tensor, eps: float) -> Tensor:
         return self.linear(x, head, norm, eps)

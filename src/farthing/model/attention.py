@@ -6,6 +6,7 @@ q the query latent.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from farthing.model.config import ModelConfig
@@ -25,6 +26,15 @@ def attention_spec(config: ModelConfig) -> AttentionSpec:
         scale=score_scale(config),
         interleaved=config.rope.interleaved,
     )
+
+
+def query_scale(config: ModelConfig, device: torch.device) -> Tensor | None:
+    """The factor of every position's query, float32 [max_len]; None where all are 1."""
+    s = config.query_scaling
+    if s is None:
+        return None
+    periods = torch.arange(config.max_position_embeddings) // s.original_max_position
+    return (1 + s.beta * torch.log1p(periods.float())).to(device)
 
 
 class Attention:
@@ -50,10 +60,12 @@ class Attention:
         self.q_norm, self.q_b = None, None
         if c.q_lora_rank:
             self.q_norm = weights.tensor(p + "q_a_layernorm.weight", (c.q_lora_rank,)).float()
+            self.q_norm = self.q_norm * c.query_latent_scale
             q_shape = (heads * c.qk_head_dim, c.q_lora_rank)
             self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
         kv_shape = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-        kv_norm = weights.tensor(p + "kv_a_layernorm.weight", (c.kv_lora_rank,)).float()
+        kv_norm = weights.tensor(p + "kv_a_layernorm.weight", (c.kv_lora_rank,)).float() * c.latent_scale
+        self.query_scale = query_scale(c, ops.device)
         self.heads = ops.pack_attention(
             p + "kv_b_proj",
             attention_spec(c),
@@ -70,5 +82,7 @@ class Attention:
         q, kv = qkv[:, : self.q_width], qkv[:, self.q_width :]
         if self.q_b is not None:
             q = ops.linear(q, self.q_b, self.q_norm, self.eps)  # [T, H (n + r)]
+        if self.query_scale is not None:
+            q = q * self.query_scale[batch.positions.long()].unsqueeze(1).to(q.dtype)
         out = ops.mla(q, kv, self.heads, cache, cache_layer, batch, self.eps)  # [T, H v]
         return ops.linear(out, self.o, residual=h)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from farthing.model.error import ConfigError
 from farthing.model.types import type_of
 
-__all__ = ["ConfigError", "LayerSizes", "ModelConfig", "RopeConfig"]
+__all__ = ["ConfigError", "LayerSizes", "ModelConfig", "QueryScaling", "RopeConfig"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,14 @@ class RopeConfig:
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
     interleaved: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class QueryScaling:
+    """Queries grow with their position: q (1 + beta ln(1 + floor(position / original_max_position)))."""
+
+    beta: float
+    original_max_position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,9 @@ class ModelConfig:
     q_lora_rank: int | None
     max_position_embeddings: int
     rope: RopeConfig
+    query_scaling: QueryScaling | None = None
+    query_latent_scale: float = 1.0  # of the normed query latent, and of the normed key-value latent
+    latent_scale: float = 1.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     # mixture of experts; n_routed_experts None: every layer is dense
@@ -70,10 +81,12 @@ class ModelConfig:
     n_group: int = 1
     topk_group: int = 1
     topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+    router_bias: bool = True  # noaux_tc only: whether the gate has a correction bias
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     shared_intermediate_size: int | None = None  # None: n_shared_experts * moe_intermediate_size
+    post_mlp_norm: bool = False  # a norm on what the mixture of experts adds to the residual stream
     num_nextn_predict_layers: int = 0
     layer_sizes: tuple[LayerSizes, ...] = ()
     bos_token_id: int | None = None
@@ -88,6 +101,11 @@ class ModelConfig:
     def cache_width(self) -> int:
         """Numbers a token leaves in the cache of one layer: latent + rotary."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether gates hold e_score_correction_bias."""
+        return self.topk_method == "noaux_tc" and self.router_bias
 
     @property
     def shared_size(self) -> int:
@@ -139,6 +157,7 @@ class ModelConfig:
         values.update(
             model_type=kind.name,
             rope=_rope(raw),
+            query_scaling=_query_scaling(raw),
             q_lora_rank=raw.get("q_lora_rank"),
             n_routed_experts=raw.get("n_routed_experts", raw.get("num_local_experts")),
             n_shared_experts=raw.get("n_shared_experts") or 0,
@@ -217,6 +236,14 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
         interleaved=interleaved,
     )
+
+
+def _query_scaling(raw: Mapping[str, Any]) -> QueryScaling | None:
+    rope = raw.get("rope_parameters") or {}
+    beta = rope.get("llama_4_scaling_beta")
+    if beta is None:
+        return None
+    return QueryScaling(float(beta), int(rope["original_max_position_embeddings"]))
 
 
 def _check(c: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from farthing.model.moe import FeedForward, router_spec
 from farthing.model.mtp import MTPLayer
 from farthing.model.rope import rope_table
 from farthing.model.source import WeightSource
-from farthing.model.stack import handles
+from farthing.model.stack import stacked
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec, Weight
 from farthing.ops.api import CacheDtype, Handle
 
@@ -71,7 +71,7 @@ class DeepseekModel:
 
     def restack(self) -> None:
         """Take the layers as they are packed now."""
-        self.stack = self.ops.stack([handles(*layer) for layer in self.layers])
+        self.stack = stacked(self.ops, self.layers)
         for mtp in self.mtp:
             mtp.restack()
 

@@ -95,10 +95,22 @@ def checkpoint_cost(path: Path) -> ModelCost:
         by_module[module] = by_module.get(module, 0) + checkpoint.nbytes(name)
     config = ModelConfig.from_json(checkpoint.config)
     stored = type_named(config.model_type).names.stored
-    # A gate's weight and bias share a module: its bytes are given to the weight.
-    return model_cost(
-        config, lambda n: 0 if n.endswith("bias") else by_module.get(stored(n).rpartition(".")[0], 0)
-    )
+
+    def size(name: str) -> int:
+        if name.endswith(
+            "bias"
+        ):  # a gate's weight and bias share a module: its bytes are given to the weight
+            return 0
+        module = stored(name).rpartition(".")[0]
+        if module in by_module or ".experts." not in name:
+            return by_module.get(module, 0)
+        stack, _, part = module.partition(".experts.")  # one tensor holds all experts of the layer
+        share = 1 if part.endswith("down_proj") else 2
+        whole = f"{stack}.experts.{'down_proj' if share == 1 else 'gate_up_proj'}"
+        experts = config.at(int(name.split(".")[2])).n_routed_experts or 1
+        return checkpoint.nbytes(whole) // (share * experts) if checkpoint.has(whole) else 0
+
+    return model_cost(config, size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from farthing.checkpoint import Checkpoint
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import DeepseekModel
 from farthing.model.experts import routers_for
-from farthing.model.source import MemorySource, RenamedSource, WeightSource
+from farthing.model.source import MemorySource, RenamedSource, StackedExperts, WeightSource
 from farthing.model.types import type_named
 from farthing.ops import Ops, RouterSpec
 
@@ -46,10 +46,13 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
 def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     """The checkpoint's tensors under V3's names; one log line where some of its parts are not served."""
     names = type_named(config.model_type).names
-    skipped = sum(any(fnmatchcase(n, pattern) for pattern in names.skipped) for n in checkpoint.names())
-    if skipped:
+    if names.skipped_because:
+        skipped = sum(any(fnmatchcase(n, p) for p in names.skipped) for n in checkpoint.names())
         log.info("%s: %d tensors skipped: %s", checkpoint.path, skipped, names.skipped_because)
-    return RenamedSource(checkpoint, names)
+    source = RenamedSource(checkpoint, names)
+    first = next(filter(config.is_moe, range(config.num_hidden_layers)), None)
+    stacked = first is not None and source.has(f"model.layers.{first}.mlp.experts.down_proj")
+    return StackedExperts(source) if stacked else source
 
 
 def claim(ops: Ops, source: str, path: str | Path) -> None:
@@ -62,14 +65,19 @@ def claim(ops: Ops, source: str, path: str | Path) -> None:
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """The architecture of a checkpoint, without an MTP layer that it names and does not hold."""
     config = ModelConfig.from_json(checkpoint.config)
-    names = type_named(config.model_type).names
-    mtp = names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
+    kind = type_named(config.model_type)
+    mtp = kind.names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
     if config.num_nextn_predict_layers and not checkpoint.has(mtp):
         # transformers drops the MTP layer when it saves a model and leaves the field in place.
         log.warning(
             "%s names an MTP layer and holds none: speculation with it is not available", checkpoint.path
         )
         config = replace(config, num_nextn_predict_layers=0)
+    layers = range(config.num_hidden_layers)
+    if kind.may_lack_router_bias and config.router_bias and any(map(config.is_moe, layers)):
+        first = next(filter(config.is_moe, layers))
+        bias = kind.names.stored(f"model.layers.{first}.mlp.gate.e_score_correction_bias")
+        config = replace(config, router_bias=checkpoint.has(bias))
     return config
 
 
@@ -120,10 +128,12 @@ def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[st
         return
     assert c.n_routed_experts is not None
     yield p + "gate.weight", (c.n_routed_experts, d)
-    if c.topk_method == "noaux_tc":
+    if c.has_router_bias:
         yield p + "gate.e_score_correction_bias", (c.n_routed_experts,)
     for e in range(c.n_routed_experts):
         yield from gated(f"{p}experts.{e}.", c.moe_intermediate_size)
+    if c.post_mlp_norm:
+        yield p + "post_mlp_layernorm.weight", (d,)
     if c.n_shared_experts:
         yield from gated(p + "shared_experts.", c.shared_size)
 

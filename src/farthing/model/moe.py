@@ -54,9 +54,16 @@ class FeedForward:
             self.packed = ops.pack_mlp(p, gated(weights, p, config.hidden_size, config.intermediate_size))
         else:
             self.packed = ops.pack_moe(p, router, lambda: moe_weights(config, weights, p, router))
+        self.post_norm: Tensor | None = None
+        if self.is_moe and config.post_mlp_norm:
+            name = f"{p}.post_mlp_layernorm.weight"
+            self.post_norm = weights.tensor(name, (config.hidden_size,)).float()
 
     def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
         """h [T, D] -> h + feed_forward(norm(h)) [T, D]; counts [E] gains the tokens of each expert."""
+        if self.post_norm is not None:
+            added = self.ops.moe(h, self.packed, self.norm, self.eps, counts, residual=False)
+            return h + self.ops.rms_norm(added, self.post_norm, self.eps)
         if self.is_moe:
             return self.ops.moe(h, self.packed, self.norm, self.eps, counts)
         return self.ops.mlp(h, self.packed, self.norm, self.eps)
@@ -74,12 +81,13 @@ def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Ga
 def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router: RouterSpec) -> MoEWeights:
     """Router and experts of one layer; the experts are read one at a time."""
     e, d, i = router.num_experts, config.hidden_size, config.moe_intermediate_size
-    has_bias = config.topk_method == "noaux_tc"
     shared_size = config.shared_size
     shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")
     return MoEWeights(
         gate=weights.tensor(f"{prefix}.gate.weight", (e, d)).float(),
-        bias=weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)).float() if has_bias else None,
+        bias=weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)).float()
+        if config.has_router_bias
+        else None,
         experts=[
             gated(weights, f"{prefix}.experts.{j}", d, i) if weights.holds(f"{prefix}.experts.{j}") else None
             for j in range(e)

@@ -20,7 +20,7 @@ from farthing.model.attention import Attention
 from farthing.model.config import ModelConfig
 from farthing.model.moe import FeedForward
 from farthing.model.source import WeightSource
-from farthing.model.stack import handles
+from farthing.model.stack import stacked
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec
 from farthing.ops.api import Handle
 from farthing.ops.weights import Weight
@@ -71,7 +71,7 @@ class MTPLayer:
 
     def restack(self) -> None:
         """Take the layer as it is packed now, for a backend that runs it in one call."""
-        self.stack = self.ops.stack([handles(self.attention, self.feed_forward)])
+        self.stack = stacked(self.ops, [(self.attention, self.feed_forward)])
 
     def __call__(
         self,

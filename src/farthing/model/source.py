@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -78,3 +79,39 @@ class RenamedSource:
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a linear module, in whatever format it is stored."""
         return self._source.weight(self._stored(module), shape)
+
+
+class StackedExperts:
+    """A source that holds a layer's experts as two stacks, `experts.gate_up_proj` [E, 2 I, D] and
+    `experts.down_proj` [E, D, I], asked for one expert at a time."""
+
+    _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj")
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this full name exists."""
+        return self._source.has(name)
+
+    def holds(self, module: str) -> bool:
+        """Whether a routed expert is to be computed here and not on another rank."""
+        return self._source.holds(module)
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A plain parameter, checked as the source checks it."""
+        return self._source.tensor(name, shape)
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """The matrix of a linear module; raises ValueError where a stack's slice has another shape."""
+        found = self._EXPERT.fullmatch(module)
+        if found is None:
+            return self._source.weight(module, shape)
+        part = found["part"]
+        stack = self._source.tensor(f"{found['stack']}.{'down' if part == 'down' else 'gate_up'}_proj")
+        matrix = stack[int(found["index"])]
+        if part != "down":
+            matrix = matrix.chunk(2)[part == "up"]
+        if shape is not None and tuple(matrix.shape) != shape:
+            raise ValueError(f"{module} has shape {tuple(matrix.shape)}; expected {shape}")
+        return Weight("dense", matrix)

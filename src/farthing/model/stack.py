@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from farthing.model.attention import Attention
 from farthing.model.moe import FeedForward
-from farthing.ops.api import LayerHandles
+from farthing.ops import Ops
+from farthing.ops.api import Handle, LayerHandles
 
 
-def handles(attention: Attention, feed: FeedForward) -> LayerHandles:
-    """The handles of one layer, for `Ops.stack`."""
+def stacked(ops: Ops, layers: Sequence[tuple[Attention, FeedForward]]) -> Handle | None:
+    """`Ops.stack` of these layers; None where the backend has none or a layer does more than it computes."""
+    found = [handles(*layer) for layer in layers]
+    plain = [h for h in found if h is not None]
+    return ops.stack(plain) if len(plain) == len(found) else None
+
+
+def handles(attention: Attention, feed: FeedForward) -> LayerHandles | None:
+    """The handles of one layer, for `Ops.stack`; None where a layer is more than those."""
+    if attention.query_scale is not None or feed.post_norm is not None:
+        return None
     a = attention
     return LayerHandles(a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed)

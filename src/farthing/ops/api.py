@@ -213,11 +213,13 @@ class Ops(ABC):
         layer: int,
         batch: Batch,
         eps: float,
+        select: Tensor | None = None,
     ) -> Tensor:
         """q [T, H (n + r)], kv [T, c + r] (both before rotation, latent before its norm) -> [T, H v].
 
         Norms the latent, rotates, writes (latent, k_pe) to `batch.slots` of cache layer `layer`, then
-        attends causally to the first `position + 1` cached tokens of each token's sequence.
+        attends to cached tokens of each token's sequence: to the first `position + 1`, or to those at the
+        positions select [T, K] int32, ascending and then -1, at least one and none beyond the token's own.
         """
 
     @abstractmethod
@@ -226,9 +228,17 @@ class Ops(ABC):
 
     @abstractmethod
     def moe(
-        self, x: Tensor, weights: Handle, norm: Tensor, eps: float, counts: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: Handle,
+        norm: Tensor,
+        eps: float,
+        counts: Tensor | None = None,
+        residual: bool = True,
     ) -> Tensor:
-        """x + sum of weighted experts(n) + shared(n), n = rms_norm(x). x may be overwritten.
+        """x + sum of weighted experts(n) + shared(n), n = rms_norm(x); without x where `residual` is False.
+
+        x may be overwritten where it is added.
 
         counts [E] int64, if given, is increased by the tokens each expert saw.
         """

@@ -134,8 +134,16 @@ class HybridOps(OpsWrapper):
         )
 
     def moe(
-        self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float, counts: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: HybridMoE,
+        norm: Tensor,
+        eps: float,
+        counts: Tensor | None = None,
+        residual: bool = True,
     ) -> Tensor:
+        if not residual:
+            return self.moe(x.clone(), weights, norm, eps, counts) - x
         host_norm = weights.norm = norm.cpu() if weights.norm is None else weights.norm
         if not self._capacity:
             seen = None if counts is None else torch.zeros(len(counts), dtype=torch.int64)

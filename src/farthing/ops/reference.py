@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops.api import AttentionSpec, Batch, CacheDtype, HostOps, LatentCache, MoEWeights, RouterSpec
+from farthing.ops.selection import chosen, in_rows
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 
 CACHE_DTYPES = {
@@ -126,6 +128,7 @@ class ReferenceOps(HostOps):
         layer: int,
         batch: Batch,
         eps: float,
+        select: Tensor | None = None,
     ) -> Tensor:
         s = attention.spec
         cos, sin = attention.rope[:, batch.positions.long()].unbind(0)  # [T, r/2]
@@ -138,10 +141,20 @@ class ReferenceOps(HostOps):
         q_latent = torch.einsum("thn,hnc->thc", q_nope, attention.w_uk)
         query = torch.cat((q_latent, q_pe), -1).float()  # [T, H, c + r]
         out = torch.empty(q.shape[0], s.num_heads, s.latent_dim)
-        for b, (start, stop) in enumerate(zip(batch.query_start[:-1], batch.query_start[1:], strict=True)):
-            keys = read_cache(cache, layer, batch.block_table[b], int(batch.context_lens[b]), s.latent_dim)
+        starts, lengths, table, seen = (
+            batch.query_start,
+            batch.context_lens,
+            batch.block_table,
+            batch.positions,
+        )
+        if select is not None:
+            reads = chosen(select, batch, cache.block_size)
+            starts, lengths, table, seen = reads.starts, reads.counts, reads.slots, reads.counts - 1
+            cache = in_rows(cache)
+        for b, (start, stop) in enumerate(pairwise(starts)):
+            keys = read_cache(cache, layer, table[b], int(lengths[b]), s.latent_dim)
             scores = torch.einsum("thw,sw->ths", query[start:stop], keys) * s.scale
-            visible = torch.arange(keys.shape[0]) <= batch.positions[start:stop, None]  # [t, S]
+            visible = torch.arange(keys.shape[0]) <= seen[start:stop, None]  # [t, S]
             weights = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1)
             out[start:stop] = weights @ keys[:, : s.latent_dim]
         return torch.einsum("thc,hvc->thv", out.to(self.dtype), attention.w_uv).flatten(1)
@@ -149,9 +162,17 @@ class ReferenceOps(HostOps):
     def mlp(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norm: Tensor, eps: float) -> Tensor:
         return x + gated_mlp(self.rms_norm(x, norm, eps), weights)
 
-    def moe(self, x: Tensor, weights: _MoE, norm: Tensor, eps: float, counts: Tensor | None = None) -> Tensor:
+    def moe(
+        self,
+        x: Tensor,
+        weights: _MoE,
+        norm: Tensor,
+        eps: float,
+        counts: Tensor | None = None,
+        residual: bool = True,
+    ) -> Tensor:
         n = self.rms_norm(x, norm, eps)
-        return self._experts(x, n, weights, *self.route(n, weights), counts)
+        return self._experts(x if residual else None, n, weights, *self.route(n, weights), counts)
 
     def moe_chosen(
         self, x: Tensor, weights: _MoE, norm: Tensor, eps: float, ids: Tensor, gates: Tensor
@@ -159,7 +180,7 @@ class ReferenceOps(HostOps):
         return self._experts(x, self.rms_norm(x, norm, eps), weights, ids, gates, None)
 
     def _experts(
-        self, x: Tensor, n: Tensor, weights: _MoE, ids: Tensor, gates: Tensor, counts: Tensor | None
+        self, x: Tensor | None, n: Tensor, weights: _MoE, ids: Tensor, gates: Tensor, counts: Tensor | None
     ) -> Tensor:
         out = torch.zeros_like(n, dtype=torch.float32)
         for e, expert in enumerate(weights.experts):
@@ -170,7 +191,7 @@ class ReferenceOps(HostOps):
                 out.index_add_(0, token, gated_mlp(n[token], expert).float() * gates[token, slot, None])
         if weights.shared is not None:
             out += gated_mlp(n, weights.shared).float()
-        return x + out.to(self.dtype)
+        return out.to(self.dtype) if x is None else x + out.to(self.dtype)
 
     def reroute(self, weights: _MoE, spec: RouterSpec) -> None:
         weights.spec = spec

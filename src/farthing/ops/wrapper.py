@@ -66,8 +66,9 @@ class OpsWrapper(Ops):
         layer: int,
         batch: Batch,
         eps: float,
+        select: Tensor | None = None,
     ) -> Tensor:
-        return self._inner.mla(q, kv, attention, cache, layer, batch, eps)
+        return self._inner.mla(q, kv, attention, cache, layer, batch, eps, select)
 
     def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
         return self._inner.mlp(x, weights, norm, eps)

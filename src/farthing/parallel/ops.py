@@ -123,24 +123,39 @@ class ParallelOps(OpsWrapper):
         return x + self._tp.all_reduce(self._inner.mlp(x.clone(), weights, norm, eps) - x)
 
     def moe(
-        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: Experts,
+        norm: Tensor,
+        eps: float,
+        counts: Tensor | None = None,
+        residual: bool = True,
     ) -> Tensor:
         whole = weights.parts.get((1, 0))
+        if self._experts.size == 1 and whole is not None and not self._groups.dispatch:
+            return self._inner.moe(x, whole, norm, eps, counts, residual)
         if self._groups.dispatch:
-            return self._moe_dispatched(x, weights, norm, eps, counts)
-        if self._experts.size == 1 and whole is not None:
-            return self._inner.moe(x, whole, norm, eps, counts)
+            total = self._moe_dispatched(x, weights, norm, eps, counts)
+        else:
+            total = self._moe_summed(x, weights, norm, eps, counts)
+        return x + total if residual else total
+
+    def _moe_summed(
+        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None
+    ) -> Tensor:
+        """Each rank computes its experts for every row; the sums are added over the ranks."""
+        whole = weights.parts.get((1, 0))
         total = torch.zeros_like(x)
         for (m, j), part in weights.parts.items():
             rows = x[j::m]
             if len(rows):
                 counted = counts if part is whole else None
-                total[j::m] += self._inner.moe(rows.clone(), part, norm, eps, counted) - rows
+                total[j::m] += self._inner.moe(rows, part, norm, eps, counted, residual=False)
         if weights.shared is not None:
             total += self._inner.mlp(x.clone(), weights.shared, norm, eps) - x
         if whole is None and counts is not None:
             self._count(x, next(iter(weights.parts.values())), norm, eps, counts)
-        return x + self._experts.all_reduce(total)
+        return self._experts.all_reduce(total)
 
     def _moe_dispatched(
         self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None
@@ -162,14 +177,14 @@ class ParallelOps(OpsWrapper):
         sizes = [len(r) for r in received]
         here = torch.cat(received)
         if len(here):
-            here = self._inner.moe(here.clone(), part, norm, eps) - here
+            here = self._inner.moe(here, part, norm, eps, residual=False)
         summed = torch.zeros_like(rows)
         for chosen, partial in zip(sent, self._experts.all_to_all(here.split(sizes)), strict=True):
             summed.index_add_(0, chosen, partial)
         total[mine] = summed
         if weights.shared is not None:
             total += self._inner.mlp(x.clone(), weights.shared, norm, eps) - x
-        return x + (self._tp.all_reduce(total) if self._tp.size > 1 else total)
+        return self._tp.all_reduce(total) if self._tp.size > 1 else total
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         for part in weights.parts.values():

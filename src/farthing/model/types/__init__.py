@@ -7,13 +7,33 @@ from difflib import get_close_matches
 from typing import Any
 
 from farthing.model.error import ConfigError
-from farthing.model.types import deepseek_v2, deepseek_v3, kimi_k2
+from farthing.model.types import (
+    axk1,
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe_lite,
+    kimi_k2,
+    kimi_k25,
+    mistral4,
+    sarvam_mla,
+)
 from farthing.model.types.base import ModelType, Names
 
 __all__ = ["TYPES", "ModelType", "Names", "type_named", "type_of"]
 
 TYPES: Mapping[str, ModelType] = {
-    module.TYPE.name: module.TYPE for module in (deepseek_v3, deepseek_v2, kimi_k2)
+    kind.name: kind
+    for kind in (
+        deepseek_v3.TYPE,
+        deepseek_v2.TYPE,
+        kimi_k2.TYPE,
+        kimi_k25.TYPE,
+        glm4_moe_lite.TYPE,
+        mistral4.TYPE,
+        mistral4.WRAPPED,
+        axk1.TYPE,
+        sarvam_mla.TYPE,
+    )
 }
 
 

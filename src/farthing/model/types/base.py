@@ -35,6 +35,7 @@ class ModelType:
     models: str  # released models of this type, for messages and documentation
     fields: Callable[[Fields], Fields] = lambda raw: raw  # to V3's fields
     names: Names = Names()
+    may_lack_router_bias: bool = False  # some checkpoints of this type hold no e_score_correction_bias
 
 
 def dense_prefix(raw: Fields) -> dict[str, int]:

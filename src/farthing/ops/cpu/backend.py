@@ -26,10 +26,12 @@ from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
 from farthing.ops.cpu.stack import CACHE_TYPES, Stack, pack_stack, run_layers
 from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX, largest
+from farthing.ops.selection import Chosen, chosen, in_rows
 from farthing.ops.weights import InputRounding, Weight
 
 MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
 MOST_EXPERTS = 1024
+SELECTED_AT_ONCE = 32  # tokens that read chosen rows in one call, which bounds its partial sums
 FEW = 16  # tokens up to which one call looks them up faster than two of torch
 
 
@@ -316,20 +318,38 @@ class CpuOps(HostOps):
         layer: int,
         batch: Batch,
         eps: float,
+        select: Tensor | None = None,
     ) -> Tensor:
         q, kv, s = _rows(q), _rows(kv), attention.spec
         tokens, width = q.shape[0], s.num_heads * s.value_dim
         out = torch.empty(tokens, width)
+        if select is not None:
+            reads, rows = chosen(select, batch, cache.block_size), in_rows(cache)
+            for at in range(0, tokens, SELECTED_AT_ONCE):
+                part = slice(at, at + SELECTED_AT_ONCE)
+                self._mla(q[part], kv[part], attention, rows, layer, batch, part, eps, out[part], reads)
+            return out
+        self._mla(q, kv, attention, cache, layer, batch, slice(0, tokens), eps, out, None)
+        return out
+
+    def _mla(
+        self, q: Tensor, kv: Tensor, attention: Attention, cache: LatentCache, layer: int, batch: Batch,
+        part: slice, eps: float, out: Tensor, reads: Chosen | None,
+    ) -> None:  # fmt: skip
+        """The tokens `part` of a batch, all of them unless they read chosen rows."""
+        tokens, width = out.shape
         data, scale = cache.data, cache.scale
+        starts, lengths, table = batch.query_start, batch.context_lens, batch.block_table
+        if reads is not None:
+            starts, lengths, table = reads.starts[: tokens + 1], reads.counts[part], reads.slots[part]
         self._native.mla(
             attention.native, q.data_ptr(), q.stride(0), kv.data_ptr(), kv.stride(0), tokens,
             CACHE_TYPES[data.dtype], data.data_ptr() + layer * data.stride(0) * data.element_size(),
             0 if scale is None else scale.data_ptr() + layer * scale.stride(0) * 4, data.shape[2],
-            batch.positions.data_ptr(), batch.slots.data_ptr(), batch.query_start.data_ptr(),
-            batch.context_lens.data_ptr(), batch.block_table.data_ptr(), batch.block_table.shape[0],
-            batch.block_table.shape[1], eps, out.data_ptr(), width,
+            batch.positions[part].data_ptr(), batch.slots[part].data_ptr(), starts.data_ptr(),
+            lengths.data_ptr(), table.data_ptr(), table.shape[0], table.shape[1],
+            0 if reads is None else lengths.data_ptr(), eps, out.data_ptr(), width,
         )  # fmt: skip
-        return out
 
     def _experts(
         self,
@@ -340,6 +360,7 @@ class CpuOps(HostOps):
         counts: int = 0,
         ids: int = 0,
         gates: int = 0,
+        residual: bool = True,
     ) -> Tensor:
         """counts, ids and gates are addresses, 0 for none."""
         x, norm = _rows(x), _vector(norm)
@@ -347,7 +368,7 @@ class CpuOps(HostOps):
         out = torch.empty(tokens, hidden)
         self._native.moe(
             weights.native, x.data_ptr(), x.stride(0), tokens, norm.data_ptr(), eps, counts, out.data_ptr(),
-            hidden, ids, gates,
+            hidden, ids, gates, residual,
         )  # fmt: skip
         return out
 
@@ -363,9 +384,16 @@ class CpuOps(HostOps):
         return self._experts(x, weights, norm, eps)
 
     def moe(
-        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: Experts,
+        norm: Tensor,
+        eps: float,
+        counts: Tensor | None = None,
+        residual: bool = True,
     ) -> Tensor:
-        return self._experts(x, weights, norm, eps, 0 if counts is None else counts.data_ptr())
+        seen = 0 if counts is None else counts.data_ptr()
+        return self._experts(x, weights, norm, eps, seen, residual=residual)
 
     def moe_chosen(
         self, x: Tensor, weights: Experts, norm: Tensor, eps: float, ids: Tensor, gates: Tensor

@@ -17,6 +17,7 @@ from farthing.ops.api import AttentionSpec, Batch, LatentCache
 from farthing.ops.gpu.decode import decode
 from farthing.ops.gpu.latent import gather, rotate_queries, write_latent
 from farthing.ops.gpu.prefill import prefill
+from farthing.ops.selection import chosen, in_rows
 
 MOST_EXPANDED = 1 << 29  # numbers of expanded keys and values held at once, unless one sequence has more
 
@@ -77,19 +78,25 @@ def plan(batch: Batch, expand_from: float) -> Plan:
 
 
 def attend(
-    q: Tensor, kv: Tensor, heads: Heads, cache: LatentCache, layer: int, batch: Batch, eps: float, plan: Plan
-) -> Tensor:
+    q: Tensor, kv: Tensor, heads: Heads, cache: LatentCache, layer: int, batch: Batch, eps: float, plan: Plan,
+    select: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`Ops.mla`: q [T, H (n + r)], kv [T, c + r] -> [T, H v]."""
     s = heads.spec
     q_pe = rotate_queries(q, batch.positions, heads.rope, s.num_heads, s.nope_dim, s.rope_dim, s.interleaved)
     write_latent(kv, heads.norm, eps, batch.positions, heads.rope, s.interleaved, cache, layer, batch.slots)
+    if select is not None:
+        reads = chosen(select, batch, cache.block_size)
+        return _absorbed(
+            q, q_pe, heads, in_rows(cache), layer, reads.slots, reads.starts[:-1], reads.counts - 1
+        )
     if plan.sequences is not None and not plan.expanded:
-        return _absorbed(q, q_pe, heads, cache, layer, batch, plan.sequences, batch.positions)
+        return _absorbed(q, q_pe, heads, cache, layer, batch.block_table, plan.sequences, batch.positions)
     out = torch.empty(q.shape[0], s.num_heads * s.value_dim, dtype=q.dtype, device=q.device)
     if plan.sequences is not None and plan.tokens is not None:
         some = plan.tokens
         out[some] = _absorbed(
-            q[some], q_pe[some], heads, cache, layer, batch, plan.sequences, batch.positions[some]
+            q[some], q_pe[some], heads, cache, layer, batch.block_table, plan.sequences, batch.positions[some]
         )
     for group in _groups(plan.expanded, s.num_heads * (s.nope_dim + s.value_dim)):
         _expand(q, q_pe, heads, cache, layer, batch, group, out)
@@ -97,14 +104,14 @@ def attend(
 
 
 def _absorbed(
-    q: Tensor, q_pe: Tensor, heads: Heads, cache: LatentCache, layer: int, batch: Batch, sequences: Tensor,
+    q: Tensor, q_pe: Tensor, heads: Heads, cache: LatentCache, layer: int, table: Tensor, sequences: Tensor,
     positions: Tensor,
 ) -> Tensor:  # fmt: skip
     s = heads.spec
     w_uk, w_uv = heads.kv_b.split((s.nope_dim, s.value_dim), 1)
     nope = q.unflatten(1, (s.num_heads, -1))[..., : s.nope_dim]
     latent = torch.bmm(nope.transpose(0, 1), w_uk).transpose(0, 1).contiguous()  # [m, H, c]
-    mixed = decode(latent, q_pe, cache, layer, batch.block_table, sequences, positions, s.scale)
+    mixed = decode(latent, q_pe, cache, layer, table, sequences, positions, s.scale)
     return torch.bmm(mixed.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1).flatten(1)
 
 

@@ -205,11 +205,13 @@ class GpuOps(Ops):
         layer: int,
         batch: Batch,
         eps: float,
+        select: Tensor | None = None,
     ) -> Tensor:
         # A step's plan is the same in every layer; it is made, and read back from the device, once.
         if self._planned is None or self._planned[0] is not batch:
             self._planned = (batch, plan(batch, attention.expand_from))
-        return attend(_rows(q), _rows(kv), attention, cache, layer, batch, eps, self._planned[1])
+        step = self._planned[1]
+        return attend(_rows(q), _rows(kv), attention, cache, layer, batch, eps, step, select)
 
     def mlp(self, x: Tensor, weights: Mlp, norm: Tensor, eps: float) -> Tensor:
         n = self.rms_norm(x, norm, eps)
@@ -230,13 +232,19 @@ class GpuOps(Ops):
         return experts_mlp(x, scale, weights.gate_up, weights.down, order, starts, slots, gates, self.dtype)
 
     def moe(
-        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None = None
+        self,
+        x: Tensor,
+        weights: Experts,
+        norm: Tensor,
+        eps: float,
+        counts: Tensor | None = None,
+        residual: bool = True,
     ) -> Tensor:
-        return self._moe(x, weights, norm, eps, counts, None)
+        return self._moe(x, weights, norm, eps, counts, None, residual)
 
     def _moe(
         self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None,
-        live: Tensor | None,
+        live: Tensor | None, residual: bool = True,
     ) -> Tensor:  # fmt: skip
         n = self.rms_norm(x, norm, eps)
         ids, gates = self._route(n, weights, live)
@@ -246,7 +254,7 @@ class GpuOps(Ops):
         order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.held)
         y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
         shared = None if weights.shared is None else self._gated(n, weights.shared)
-        return combine(y, ids, weights.held, shared, _rows(x))
+        return combine(y, ids, weights.held, shared, _rows(x) if residual else torch.zeros_like(x))
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         weights.spec = spec

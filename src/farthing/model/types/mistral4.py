@@ -1,0 +1,32 @@
+"""Mistral Small 4: a softmax router without correction bias, and queries scaled by their position.
+
+Also inside `mistral3`, the multimodal wrapper it is released in: there the fields are below `text_config`,
+the tensors below `language_model.`, and the vision tower is skipped.
+"""
+
+from farthing.model.types.base import Fields, ModelType, Names
+
+
+def _fields(raw: Fields) -> Fields:
+    fixed = {"scoring_func": "softmax", "topk_method": "noaux_tc", "router_bias": False}
+    return {**raw, **fixed}
+
+
+def _nested(raw: Fields) -> Fields:
+    text = raw.get("text_config") or {}
+    if text.get("model_type") != "mistral4":
+        raise ValueError(f"text_config.model_type is {text.get('model_type')!r}; expected 'mistral4'")
+    return _fields(text)
+
+
+TYPE = ModelType("mistral4", "Mistral Small 4 (text part)", _fields)
+WRAPPED = ModelType(
+    "mistral3",
+    "Mistral Small 4",
+    _nested,
+    Names.under(
+        "language_model.",
+        skipped=("vision_tower.*", "multi_modal_projector.*"),
+        because="the vision tower is not served; this model answers text only",
+    ),
+)

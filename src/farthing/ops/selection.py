@@ -1,0 +1,48 @@
+"""Attention to chosen positions as attention to a short sequence of them.
+
+A token that attends to k chosen positions reads k rows of the cache. To a kernel over a paged cache that is a
+sequence of its own, k tokens long, in blocks of one token: its block table lists the chosen slots. So every
+backend gathers with the kernel it has, and none builds a mask.
+
+Legend: T tokens of the step; K positions at most of a token; L cache layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farthing.ops.api import Batch, LatentCache
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a step's tokens read: token t, as sequence t, the cache rows slots[t, :counts[t]]."""
+
+    counts: Tensor  # [T] int32, at least 1
+    slots: Tensor  # [T, K] int32, any slot after the last of a token
+    starts: Tensor  # [T + 1] int32: 0 … T, as `Batch.query_start`
+
+
+def chosen(select: Tensor, batch: Batch, block_size: int) -> Chosen:
+    """select [T, K] int32: each token's positions in ascending order, then -1."""
+    tokens = select.shape[0]
+    device = select.device
+    start = batch.query_start.to(torch.int64)
+    sequence = torch.repeat_interleave(
+        torch.arange(len(start) - 1, device=device), start.diff(), output_size=tokens
+    )
+    counts = (select >= 0).sum(-1, dtype=torch.int32)
+    at = select.clamp_min(0).long()
+    blocks = batch.block_table[sequence.unsqueeze(1), at // block_size]
+    slots = blocks * block_size + (at % block_size).to(torch.int32)
+    return Chosen(counts, slots, torch.arange(tokens + 1, dtype=torch.int32, device=device))
+
+
+def in_rows(cache: LatentCache) -> LatentCache:
+    """The same memory in blocks of one token."""
+    layers, blocks, size, width = cache.data.shape
+    scale = None if cache.scale is None else cache.scale.view(layers, blocks * size, 1, 2)
+    return LatentCache(cache.data.view(layers, blocks * size, 1, width), scale)

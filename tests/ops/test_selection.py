@@ -1,0 +1,101 @@
+"""Attention to chosen positions: the same on every backend, and dense where all positions are chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from farthing import _native
+from farthing.ops import AttentionSpec, Batch, LatentCache, Ops, Weight, make_batch
+from farthing.ops.api import CacheDtype
+from farthing.ops.cpu import CpuOps
+from farthing.ops.reference import ReferenceOps, read_cache, rotate
+from farthing.ops.selection import chosen
+
+SPEC = AttentionSpec(num_heads=3, nope_dim=16, rope_dim=8, value_dim=12, latent_dim=32, scale=0.2)
+BLOCK = 4
+
+
+CPUS = _native.instruction_sets().split()
+
+
+def backend(name: str) -> Ops:
+    return ReferenceOps(torch.float32) if name == "reference" else CpuOps(2, isa=name)
+
+
+def step(
+    ops: Ops, dtype: CacheDtype, seed: int = 0
+) -> tuple[object, LatentCache, Batch, torch.Tensor, torch.Tensor]:
+    """Two sequences, 9 and 5 tokens cached, of which a step adds 6 and 1."""
+    g = torch.Generator().manual_seed(seed)
+    s = SPEC
+    kv_b = torch.randn(s.num_heads * (s.nope_dim + s.value_dim), s.latent_dim, generator=g) * 0.2
+    angles = torch.rand(32, s.rope_dim // 2, generator=g)
+    rope = torch.stack((angles.cos(), angles.sin()))
+    handle = ops.pack_attention("a", s, lambda: (Weight("dense", kv_b), torch.ones(s.latent_dim)), rope)
+    cache = ops.new_cache(2, 9, BLOCK, s.latent_dim + s.rope_dim, dtype)
+    tables = [[7, 2, 5, 0], [3, 1]]
+    width = s.num_heads * (s.nope_dim + s.rope_dim), s.latent_dim + s.rope_dim
+    for new, cached in (([9, 5], [0, 0]), ([6, 1], [9, 5])):
+        batch = make_batch(new, cached, tables, BLOCK)
+        q, kv = (torch.randn(sum(new), w, generator=g) for w in width)
+        if cached == [0, 0]:
+            ops.mla(q, kv, handle, cache, 1, batch, 1e-6)
+    return handle, cache, batch, q, kv
+
+
+def positions(batch: Batch, k: int | None, seed: int = 1) -> torch.Tensor:
+    """k random positions of each token (fewer where it has fewer), or all of them."""
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for p in batch.positions.tolist():
+        pick = torch.randperm(p + 1, generator=g)[: k or p + 1].sort().values
+        rows.append(torch.cat((pick, torch.full((20 - len(pick),), -1))))
+    return torch.stack(rows).to(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
+@pytest.mark.parametrize("name", ["reference", *CPUS])
+def test_all_positions_are_dense_attention(name: str, dtype: CacheDtype) -> None:
+    ops = backend(name)
+    handle, cache, batch, q, kv = step(ops, dtype)
+    dense = ops.mla(q, kv, handle, cache, 1, batch, 1e-6)
+    sparse = ops.mla(q, kv, handle, cache, 1, batch, 1e-6, positions(batch, None))
+    assert torch.allclose(sparse, dense, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
+@pytest.mark.parametrize("name", CPUS)
+def test_chosen_positions_against_the_reference(name: str, dtype: CacheDtype, k: int) -> None:
+    outs = []
+    for each in (backend("reference"), backend(name)):
+        handle, cache, batch, q, kv = step(each, dtype)
+        outs.append(each.mla(q, kv, handle, cache, 1, batch, 1e-6, positions(batch, k)))
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    assert torch.allclose(*outs, atol=tolerance)
+
+
+def test_the_reference_is_softmax_over_the_chosen_keys() -> None:
+    ops = ReferenceOps(torch.float32)
+    handle, cache, batch, q, kv = step(ops, "float32")
+    select = positions(batch, 4)
+    out = ops.mla(q, kv, handle, cache, 1, batch, 1e-6, select)
+    s, t = SPEC, 2
+    keys = read_cache(cache, 1, batch.block_table[0], 15, s.latent_dim)[select[t][select[t] >= 0].long()]
+    cos, sin = handle.rope[:, batch.positions[t].long()]
+    for h in range(s.num_heads):
+        nope, pe = q.view(-1, s.num_heads, s.nope_dim + s.rope_dim)[t, h].split((s.nope_dim, s.rope_dim))
+        query = torch.cat((nope @ handle.w_uk[h], rotate(pe, cos, sin, True)))
+        expected = (keys @ query * s.scale).softmax(0) @ keys[:, : s.latent_dim] @ handle.w_uv[h].t()
+        assert torch.allclose(out[t].view(s.num_heads, -1)[h], expected, atol=1e-5)
+
+
+def test_slots_follow_each_sequences_blocks() -> None:
+    batch = make_batch([2, 1], [3, 5], [[7, 2], [3, 1]], BLOCK)
+    found = chosen(torch.tensor([[0, 3], [4, -1], [1, 5]], dtype=torch.int32), batch, BLOCK)
+    assert found.counts.tolist() == [2, 1, 2]
+    assert found.slots[0].tolist() == [28, 31]
+    assert found.slots[1, 0].item() == 8
+    assert found.slots[2].tolist() == [13, 5]
+    assert found.starts.tolist() == [0, 1, 2, 3]

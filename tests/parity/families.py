@@ -1,0 +1,148 @@
+"""Random tiny configurations of every model type, as transformers builds and saves them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+Draw = Callable[[random.Random], Any]  # -> a transformers model, not initialized for a purpose
+
+
+def shape(rng: random.Random, groups: int = 1) -> dict[str, Any]:
+    """What every type has, in V3's fields."""
+    heads, layers = rng.choice([2, 4]), rng.choice([2, 3])
+    return dict(
+        vocab_size=rng.choice([60, 96]),
+        hidden_size=rng.choice([32, 48]),
+        intermediate_size=rng.choice([40, 64]),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        kv_lora_rank=rng.choice([16, 24]),
+        q_lora_rank=rng.choice([20, 32]),
+        qk_nope_head_dim=rng.choice([8, 16]),
+        qk_rope_head_dim=rng.choice([4, 8]),
+        v_head_dim=rng.choice([8, 12]),
+        moe_intermediate_size=rng.choice([16, 24]),
+        n_routed_experts=groups * rng.choice([4, 6]),
+        n_shared_experts=rng.choice([1, 2]),
+        num_experts_per_tok=rng.choice([1, 2, 4]),
+        n_group=groups,
+        topk_group=rng.randint(1, groups),
+        routed_scaling_factor=rng.choice([1.0, 2.5]),
+        norm_topk_prob=True,
+        max_position_embeddings=128,
+        rms_norm_eps=rng.choice([1e-6, 1e-5]),
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def yarn(rng: random.Random, **more: Any) -> dict[str, Any]:
+    """YaRN as V3 has it."""
+    return dict(
+        rope_type="yarn",
+        rope_theta=10000.0,
+        factor=rng.choice([4.0, 40.0]),
+        original_max_position_embeddings=32,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=rng.choice([1.0, 0.707]),
+        **more,
+    )
+
+
+def rope(rng: random.Random) -> dict[str, Any]:
+    """Plain, or YaRN."""
+    return yarn(rng) if rng.random() < 0.5 else dict(rope_type="default", rope_theta=10000.0)
+
+
+def mlp_layers(rng: random.Random, layers: int) -> list[str]:
+    """A dense prefix and at least one mixture of experts."""
+    dense = rng.randint(0, layers - 1)
+    return ["dense"] * dense + ["sparse"] * (layers - dense)
+
+
+def kimi_k25(rng: random.Random) -> Any:
+    text = shape(rng) | dict(rope_parameters=rope(rng), first_k_dense_replace=1, num_nextn_predict_layers=0)
+    text |= dict(model_type="deepseek_v3", tie_word_embeddings=False)
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.Kimi_K25Config(
+        text_config=text, vision_config=vision, projection_hidden_size=32, tie_word_embeddings=False
+    )
+    return transformers.Kimi_K25ForConditionalGeneration(config)
+
+
+def glm4_moe_lite(rng: random.Random) -> Any:
+    s = shape(rng)
+    layers = mlp_layers(rng, s["num_hidden_layers"])
+    config = transformers.Glm4MoeLiteConfig(**s, rope_parameters=rope(rng), mlp_layer_types=layers)
+    return transformers.Glm4MoeLiteForCausalLM(config)
+
+
+def mistral4(rng: random.Random) -> Any:
+    s = shape(rng, groups=rng.choice([1, 2]))
+    scaled = yarn(rng, llama_4_scaling_beta=0.1) | {"original_max_position_embeddings": 8}
+    config = transformers.Mistral4Config(
+        **s, rope_parameters=scaled, first_k_dense_replace=rng.choice([0, 1])
+    )
+    return transformers.Mistral4ForCausalLM(config)
+
+
+def axk1(rng: random.Random) -> Any:
+    s = shape(rng, groups=rng.choice([1, 2]))
+    layers = mlp_layers(rng, s["num_hidden_layers"])
+    return transformers.AXK1ForCausalLM(
+        transformers.AXK1Config(**s, rope_parameters=rope(rng), mlp_layer_types=layers)
+    )
+
+
+def sarvam_mla(rng: random.Random) -> Any:
+    s = shape(rng) | dict(q_lora_rank=None, rope_parameters=rope(rng), first_k_dense_replace=1)
+    config = transformers.SarvamMLAConfig(**s)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+FAMILIES: dict[str, Draw] = {
+    "kimi_k25": kimi_k25,
+    "glm4_moe_lite": glm4_moe_lite,
+    "mistral4": mistral4,
+    "axk1": axk1,
+    "sarvam_mla": sarvam_mla,
+}
+
+
+def build(name: str, seed: int, path: Path) -> Any:
+    """A transformers model of random weights of plausible scale, saved to `path`."""
+    torch.manual_seed(seed)
+    model = FAMILIES[name](random.Random(f"{name}{seed}")).float().eval()
+    for key, value in [*model.named_parameters(), *model.named_buffers()]:
+        if not value.is_floating_point() or "inv_freq" in key:
+            continue
+        if "norm" in key and value.ndim == 1:
+            value.data = (0.0 if key.endswith("bias") else 1.0) + 0.1 * torch.randn_like(value)
+        elif "e_score_correction_bias" in key:
+            value.data = 0.1 * torch.randn_like(value)
+        elif value.ndim > 1:
+            value.data = torch.randn_like(value) * value.shape[-1] ** -0.5
+    model.save_pretrained(path)
+    if name == "kimi_k25":
+        _as_published(path)
+    return model
+
+
+def _as_published(path: Path) -> None:
+    """transformers saves Kimi's layers as `language_model.model.blocks`; published files have `layers`."""
+    file = path / "model.safetensors"
+    tensors = {
+        k.replace("language_model.model.blocks", "language_model.model.layers"): v.clone()
+        for k, v in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
