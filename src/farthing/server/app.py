@@ -13,13 +13,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import farthing
 from farthing.server.auth import ANONYMOUS
+from farthing.server.bodies import Bodies
 from farthing.server.chat import chat, render
 from farthing.server.completions import complete
 from farthing.server.dashboard import assets, service_data
 from farthing.server.dashboard.router import mount
 from farthing.server.errors import ApiError, describe_validation, send_error
 from farthing.server.jobs import ClientGone
-from farthing.server.limits import BodyLimit
 from farthing.server.metrics import CountRequests, Metrics
 from farthing.server.protocol import (
     ChatCompletionRequest,
@@ -57,7 +57,7 @@ def create_app(service: Service) -> ASGIApp:
     mount(api, lambda: service_data(service))
     _add_error_handlers(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
-    app: ASGIApp = BodyLimit(api, service.config.max_body_bytes, service.config.body_timeout)
+    app: ASGIApp = Bodies(api, service.config.max_body_bytes, service.config.body_timeout)
     app = Authenticate(app, service)
     return CountRequests(app, metrics, paths)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from reprlib import Repr
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +21,7 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+_SHORT = Repr(maxstring=80, maxother=80, maxlong=80)  # the whole of a large value is never written out
 UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
 
 
@@ -80,7 +81,7 @@ def describe_validation(errors: list[Any]) -> ApiError:
         return ApiError(400, f"{param or 'the body'} is missing", param=param, code="missing_parameter")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not a known field", param=param, code="unknown_parameter")
-    value = repr(first.get("input"))
+    value = _SHORT.repr(first.get("input"))
     value = value if len(value) <= 80 else value[:77] + "..."
     message = f"{param or 'the body'} is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     return ApiError(400, message, param=param, code="invalid_value")
@@ -89,9 +90,3 @@ def describe_validation(errors: list[Any]) -> ApiError:
 def _is_field(part: str | int) -> bool:
     """Whether a step of pydantic's path is a field or a position, not a member of a union."""
     return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "float", "bool"))
-
-
-async def handle_api_error(_: Request, error: Exception) -> Response:
-    """Exception handler for ApiError."""
-    assert isinstance(error, ApiError)
-    return error.response()

@@ -1,16 +1,13 @@
-"""What one client may use: requests and tokens a minute, and bytes a request."""
+"""What one client may use: requests and tokens per minute."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from farthing.server.errors import ApiError, send_error
+from farthing.server.errors import ApiError
 
 
 @dataclass(slots=True)
@@ -85,63 +82,3 @@ class Quotas:
         bucket = self._buckets.setdefault((client, resource), Bucket(per_minute, per_minute, now))
         bucket.refill(now)
         return bucket
-
-
-class BodyLimit:
-    """ASGI middleware: refuses a body of more than `max_bytes` (413), before it is read where its length is
-    declared, and one that takes longer than `timeout` seconds to arrive (408)."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
-        self.app = app
-        self.max_bytes = max_bytes
-        self.timeout = timeout
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self.max_bytes:
-            await send_error(self._too_large(), scope, receive, send)
-            return
-        if scope["method"] in ("POST", "PUT", "PATCH"):
-            try:
-                receive = await self._buffered(receive)
-            except ApiError as error:
-                await send_error(error, scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-    async def _buffered(self, receive: Receive) -> Receive:
-        """Read the body whole, so that the application never waits for a slow client."""
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(self.timeout):
-                while True:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        break
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > self.max_bytes:
-                        raise self._too_large()
-                    if not message.get("more_body", False):
-                        break
-        except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self.timeout:g} s") from None
-        first: Message | None = {"type": "http.request", "body": b"".join(chunks), "more_body": False}
-
-        async def replay() -> Message:
-            nonlocal first
-            if first is None:
-                return await receive()
-            message, first = first, None
-            return message
-
-        return replay
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"the body is too large; expected at most {self.max_bytes} bytes", code="request_too_large"
-        )
