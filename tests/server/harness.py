@@ -27,6 +27,7 @@ from farthing.engine.request import (
     RequestOutput,
     SamplingParams,
 )
+from farthing.engine.sandbox import Sandbox
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer
@@ -114,6 +115,7 @@ class ScriptedEngine:
         self.script = script
         self.step, self.forever, self.finish_reason = step, forever, finish_reason
         self.tokenizer = tokenizer(chat_template)
+        self.sandbox = Sandbox(self.tokenizer, RAW["vocab_size"])
         self.config = EngineConfig(max_model_len=max_model_len, num_blocks=64, max_num_batched_tokens=64)
         self.model_config = ModelConfig.from_json(RAW)
         self.backend, self.device = "scripted", torch.device("cpu")
@@ -195,7 +197,8 @@ class ScriptedEngine:
         """Always well."""
 
     def shutdown(self) -> None:
-        """Nothing to free."""
+        """End the children."""
+        self.sandbox.close()
 
 
 class Running:

@@ -144,15 +144,16 @@ def _add_generation_routes(api: FastAPI, service: Service) -> None:
 
 def _add_token_routes(api: FastAPI, service: Service) -> None:
     @api.post("/tokenize", summary="Text or a conversation to token ids")
-    async def tokenize(body: TokenizeRequest = Body()) -> Response:
+    async def tokenize(request: Request, body: TokenizeRequest = Body()) -> Response:
         service.unknown_fields.check(body)
         engine = service.require_engine()
         service.check_model(body.model)
+        client = request.scope["client_name"]
         if body.messages is None:
-            ids = await service.encode(body.prompt or "", body.add_special_tokens)
+            ids = await service.encode(body.prompt or "", body.add_special_tokens, client)
         else:
-            prompt = render(engine, body.messages, body.tools, body.add_generation_prompt)
-            ids = await service.encode(prompt, add_special_tokens=False)
+            prompt = await render(service, client, body.messages, body.tools, body.add_generation_prompt)
+            ids = await service.encode(prompt, False, client, "messages")
         document: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": engine.config.max_model_len,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,9 +18,6 @@ from farthing.server.reasoning import opens_reasoning
 from farthing.server.sampling import chat_params
 from farthing.server.service import Service
 
-if TYPE_CHECKING:
-    from farthing.engine.engine import Engine
-
 _RESERVED = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 
 
@@ -29,8 +26,9 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
     engine = service.require_engine()
     model = service.check_model(body.model)
     tools = body.tools if body.tool_choice != "none" else None
-    prompt = render(
-        engine,
+    prompt = await render(
+        service,
+        client,
         body.messages,
         tools,
         body.add_generation_prompt,
@@ -38,7 +36,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
         body.chat_template_kwargs,
     )
     params = chat_params(body, engine.default_sampling)
-    ids = await service.encode(prompt, add_special_tokens=False)
+    ids = await service.encode(prompt, False, client, "messages")
     job = await service.open(
         client,
         [ids],
@@ -62,8 +60,9 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
     return Response(json.dumps(document), media_type="application/json")
 
 
-def render(
-    engine: Engine,
+async def render(
+    service: Service,
+    client: str,
     messages: list[Message],
     tools: list[Tool] | None,
     add_generation_prompt: bool,
@@ -79,17 +78,13 @@ def render(
         )
     turns = [_turn(message) for message in messages]
     described = [tool.model_dump(exclude_none=True) for tool in tools or []]
-    if engine.tokenizer is None:
-        raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
-    try:
-        prompt = engine.chat_prompt(
-            turns,
-            tools=described or None,
-            add_generation_prompt=add_generation_prompt,
-            **(template_kwargs or {}),
-        )
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+    conversation = {
+        "messages": turns,
+        "tools": described or None,
+        "add_generation_prompt": add_generation_prompt,
+        **(template_kwargs or {}),
+    }
+    prompt = await service.render(conversation, client)
     return _cut_after_last(prompt, messages[-1]) if continue_final_message else prompt
 
 

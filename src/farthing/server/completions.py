@@ -33,7 +33,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
     if body.best_of not in (None, body.n):
         raise ApiError(400, f"best_of is {body.best_of}; expected n = {body.n}", param="best_of")
     params = completion_params(body, engine.default_sampling)
-    prompts, texts = await _prompts(service, body)
+    prompts, texts = await _prompts(service, body, client)
     job = await service.open(
         client,
         prompts,
@@ -49,17 +49,17 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
     return Response(json.dumps(document), media_type="application/json")
 
 
-async def _prompts(service: Service, body: CompletionRequest) -> tuple[list[list[int]], list[str | None]]:
+async def _prompts(
+    service: Service, body: CompletionRequest, client: str
+) -> tuple[list[list[int]], list[str | None]]:
     """Token ids of each prompt, and its text where it was given as text."""
     prompt: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if isinstance(prompt[0], int):
         prompt = [prompt]
     texts = [item if isinstance(item, str) else None for item in prompt]
-    ids = [
-        await service.encode(item, body.add_special_tokens) if isinstance(item, str) else item
-        for item in prompt
-    ]
-    return ids, texts
+    if isinstance(prompt[0], str):
+        return await service.encode_all(prompt, body.add_special_tokens, client), texts
+    return prompt, texts
 
 
 @dataclass(slots=True)

@@ -21,7 +21,8 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-_SHORT = Repr(maxstring=80, maxother=80, maxlong=80)  # the whole of a large value is never written out
+_SHORT = Repr()  # writes the beginning of a large value, never all of it
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
 
 

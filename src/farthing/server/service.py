@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from farthing.engine.request import EngineError, EngineStopped, QueueFull, SamplingParams
+from farthing.engine.sandbox import Busy
+from farthing.server.auth import ANONYMOUS
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
 from farthing.server.fields import UnknownFields
@@ -19,9 +22,10 @@ from farthing.server.reasoning import CLOSE
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
     from farthing.engine.request import OutputKind
+    from farthing.engine.sandbox import Sandbox
     from farthing.server.accounts import Accounts
 
-_LONG_TEXT = 16_384  # characters; above this, tokenizing leaves the event loop
+T = TypeVar("T")
 
 
 class Service:
@@ -91,14 +95,57 @@ class Service:
         """Seconds since 1970, for `created`."""
         return int(time.time())
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a prompt. Raises ApiError (400) where the model has no tokenizer."""
-        tokenizer = self.require_engine().tokenizer
-        if tokenizer is None:
-            raise ApiError(400, "the model is served without a tokenizer; expected token ids", param="prompt")
-        if len(text) < _LONG_TEXT:
-            return tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    async def encode(
+        self, text: str, add_special_tokens: bool, client: str = ANONYMOUS, param: str = "prompt"
+    ) -> list[int]:
+        """Token ids of one text: see `encode_all`."""
+        return (await self.encode_all([text], add_special_tokens, client, param))[0]
+
+    async def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool, client: str = ANONYMOUS, param: str = "prompt"
+    ) -> list[list[int]]:
+        """Token ids of each text. Raises ApiError: 400 where the model has no tokenizer or a text cannot fit
+        its context, 429 where the client has too much waiting. `param` is the field to blame."""
+        sandbox, longest = self._sandbox(param), self._max_characters()
+        for text in texts:
+            if len(text) > longest:
+                raise ApiError(
+                    400,
+                    f"{param} has {len(text)} characters; expected at most {longest}, which is more than "
+                    f"{self.require_engine().config.max_model_len} tokens can hold",
+                    param=param,
+                    code="context_length_exceeded",
+                )
+        return await self._checked(lambda: sandbox.encode(texts, add_special_tokens, client), param)
+
+    async def render(self, conversation: Mapping[str, Any], client: str = ANONYMOUS) -> str:
+        """The prompt of a conversation, which is `Tokenizer.render_chat`'s keyword arguments.
+
+        Raises ApiError: 400, 429."""
+        sandbox, longest = self._sandbox("messages"), self._max_characters()
+        return await self._checked(lambda: sandbox.chat(conversation, longest, client), "messages")
+
+    async def _checked(self, begin: Callable[[], Future[T]], param: str | None = None) -> T:
+        """The result of work in the sandbox."""
+        try:
+            return await asyncio.wrap_future(begin())
+        except Busy as error:
+            raise ApiError(429, str(error), code="queue_full", retry_after=1) from error
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, str(error), param=param, code="invalid_value") from error
+        except RuntimeError as error:
+            raise ApiError(503, str(error), code="not_ready", retry_after=5) from error
+
+    def _sandbox(self, param: str) -> Sandbox:
+        sandbox = self.require_engine().sandbox
+        if sandbox is None:
+            raise ApiError(400, "the model is served without a tokenizer; expected token ids", param=param)
+        return sandbox
+
+    def _max_characters(self) -> int:
+        engine = self.require_engine()
+        assert engine.tokenizer is not None and engine.config.max_model_len is not None
+        return engine.tokenizer.max_characters(engine.config.max_model_len)
 
     async def open(
         self,
@@ -113,6 +160,10 @@ class Service:
         """Hand prompts to the engine. Raises ApiError: 400, 429 (quota, queue) or 503; then nothing runs."""
         engine = self.require_engine()
         self._check_lengths(engine, prompts, params)
+        constraint = params.structured_outputs
+        if constraint is not None:
+            sandbox = self._sandbox("structured_outputs")
+            await self._checked(lambda: sandbox.grammar(constraint, client), "structured_outputs")
         self.quotas.admit(client, sum(len(prompt) for prompt in prompts))
         charge = self.accounts.charge if self.accounts else None
         job = Job(self.config.request_timeout, on_close=self._closed, charge=charge)
