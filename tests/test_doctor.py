@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from farthing import extras
 from farthing.cli.doctor import app
 from farthing.doctor import Check, Report, machine, software
 
@@ -72,8 +73,10 @@ def test_a_missing_torch_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_extras_are_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     declared = ["torch>=2.9", 'pytest>=8 ; extra == "train"', 'no-such-thing>=1; extra == "fleet"']
-    monkeypatch.setattr(software, "requires", lambda name: declared)
-    assert software.extras() == {"train": ["pytest"], "fleet": ["no-such-thing"]}
+    monkeypatch.setattr(extras, "requires", lambda name: declared)
+    extras.declared.cache_clear()
+    monkeypatch.setattr(extras, "declared", extras.declared.__wrapped__)
+    assert extras.declared() == {"train": ["pytest"], "fleet": ["no-such-thing"]}
     found = by_name(software.check_extras())
     assert found["train"].status == "ok"
     assert found["fleet"].data["missing"] == ["no-such-thing"]

@@ -174,14 +174,14 @@ def test_a_packed_model_answers_as_before_packing(directory: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; expected a positive integer"),
-        ({"dtype": "int7"}, "dtype is 'int7'; expected one of"),
-        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4'"),
-        ({"quantization": "int2"}, "quantization is 'int2'"),
-        ({"max_num_seqs": 0}, "max_num_seqs is 0; expected a positive integer"),
-        ({"block_size": 1.5}, "block_size is 1.5"),
-        ({"speculate": "magic"}, "speculate is 'magic'"),
-        ({"priority_step": 0.0}, "priority_step is 0.0"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size: got 0; expected an integer >= 1"),
+        ({"dtype": "int7"}, "dtype: got 'int7'; expected one of auto, float32"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype: got 'fp4'"),
+        ({"quantization": "int2"}, "quantization: got 'int2'"),
+        ({"max_num_seqs": 0}, "max_num_seqs: got 0; expected an integer >= 1"),
+        ({"block_size": 1.5}, "block_size: got 1.5"),
+        ({"speculate": "magic"}, "speculate: got 'magic'"),
+        ({"priority_step": 0.0}, "priority_step: got 0.0"),
     ],
 )
 def test_bad_configuration_names_the_field(given: dict[str, Any], message: str) -> None:

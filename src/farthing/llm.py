@@ -6,98 +6,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from farthing.config import Dtype, EngineConfig, ExpertsOn, KvCacheDtype, Quantization, Transport
+from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams
 from farthing.engine.stream import RequestStream
 from farthing.engine.tokenizer import Tokenizer
+from farthing.hub import EMBEDDED
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 
 class LLM:
-    """One model in this process. Arguments as in `farthing.config.EngineConfig`, names as in vLLM.
+    """One model in this process. Option names follow vLLM's.
 
-    `generate` and `chat` wait for everything, `stream` yields as it comes. Close it (or use `with`) to free
-    the memory before the object goes.
+    `generate` and `chat` return when everything is finished, `stream` yields output as it arrives. Call
+    `close` or use `with` to free the memory deterministically.
     """
 
-    def __init__(
-        self,
-        model: str | Path = "mite",
-        *,
-        dtype: Dtype = "auto",
-        backend: str = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int | None = None,
-        kv_cache_dtype: KvCacheDtype = "auto",
-        block_size: int = 16,
-        num_blocks: int | None = None,
-        kv_cache_memory: int | None = None,
-        enable_prefix_caching: bool = True,
-        threads: int | None = None,
-        quantization: Quantization | None = None,
-        packed: str | Path | None = None,
-        speculate: str | None = None,
-        experts: str = "auto",
-        seed: int = 0,
-        tensor_parallel_size: int = 1,
-        pipeline_parallel_size: int = 1,
-        expert_parallel_size: int = 1,
-        dp_attention: bool = False,
-        transport: Transport = "auto",
-        redundant_experts: int = 0,
-        rebalance_steps: int | None = None,
-        nodes: int = 1,
-        ray_address: str | None = None,
-        experts_on: ExpertsOn | None = None,
-        hot_experts: int = 0,
-        disaggregate: bool = False,
-        skip_tokenizer_init: bool = False,
-    ) -> None:
-        config = EngineConfig(
-            model=str(model),
-            dtype=dtype,
-            backend=backend,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_queue=None,
-            kv_cache_dtype=kv_cache_dtype,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            kv_cache_memory=kv_cache_memory,
-            enable_prefix_caching=enable_prefix_caching,
-            threads=threads,
-            quantization=quantization,
-            packed=None if packed is None else str(packed),
-            speculate=speculate,
-            experts=experts,
-            seed=seed,
-            tensor_parallel_size=tensor_parallel_size,
-            pipeline_parallel_size=pipeline_parallel_size,
-            expert_parallel_size=expert_parallel_size,
-            dp_attention=dp_attention,
-            transport=transport,
-            redundant_experts=redundant_experts,
-            rebalance_steps=rebalance_steps,
-            nodes=nodes,
-            ray_address=ray_address,
-            experts_on=experts_on,
-            hot_experts=hot_experts,
-            disaggregate=disaggregate,
-            skip_tokenizer_init=skip_tokenizer_init,
-        )
-        self.engine = Engine.from_config(config)
-
-    @classmethod
-    def from_engine(cls, engine: Engine) -> LLM:
-        """The same interface over an engine that exists already."""
-        llm = cls.__new__(cls)
-        llm.engine = engine
-        return llm
+    def __init__(self, model: str | Path = EMBEDDED, **options: Any) -> None:
+        """options: fields of `EngineConfig`. ValueError names a field, TypeError an unknown option."""
+        given: dict[str, Any] = {"max_queue": None} | options  # batches of any size may wait
+        if given.get("packed") is not None:
+            given["packed"] = str(given["packed"])
+        self.engine = Engine.from_config(EngineConfig(model=str(model), **given))
 
     def generate(
         self,

@@ -270,7 +270,7 @@ def test_bad_speculate(value: str) -> None:
     if value == "mtp:":
         assert parse_speculate(value) == (("mtp",), 4)
         return
-    with pytest.raises(ValueError, match="speculate is"):
+    with pytest.raises(ValueError, match="speculate: got"):
         EngineConfig(speculate=value)
 
 

@@ -155,10 +155,10 @@ def test_experts_are_mapped_from_a_packed_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(experts_on="moon"), "experts_on is 'moon'; expected one of"),
-        (dict(hot_experts=4), "hot_experts is 4; expected 0 or more with experts_on, 0 without"),
-        (dict(experts_on="cpu", hot_experts=-1), "hot_experts is -1; expected 0 or more"),
-        (dict(experts_on="cpu", tensor_parallel_size=2), "experts_on is 'cpu' with 2 ranks; expected None"),
+        (dict(experts_on="moon"), "experts_on: got 'moon'; expected one of"),
+        (dict(hot_experts=4), "hot_experts: got 4; expected 0 without experts_on"),
+        (dict(experts_on="cpu", hot_experts=-1), "hot_experts: got -1; expected an integer >= 0"),
+        (dict(experts_on="cpu", tensor_parallel_size=2), "experts_on: got 'cpu' with 2 ranks; expected None"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.model.load import random_parameters
 from farthing.ops import make_batch, select
-from farthing.parallel.cluster import ParallelModel, RankFailed, RankOptions
+from farthing.parallel.cluster import ParallelModel, RankFailed
 from farthing.parallel.plan import Layout
 from tests.model.test_inspect import TINY
+from tests.parallel.ranks import rank_options
 
 RAW = TINY | dict(num_experts_per_tok=3, topk_group=2, tie_word_embeddings=True)
 
@@ -62,7 +63,7 @@ FAST = Layout(2, 2, 1)
 )
 def test_same_tokens_as_one_rank(checkpoint: Path, layout: Layout) -> None:
     expected = greedy(load(checkpoint, select("reference")))
-    model = ParallelModel(RankOptions(checkpoint, layout, "reference", torch.float32, 1))
+    model = ParallelModel(rank_options(checkpoint, layout))
     try:
         assert greedy(model) == expected
     finally:
@@ -86,7 +87,7 @@ def check_rebalanced(model: ParallelModel) -> None:
 def test_experts_are_placed_anew_where_ranks_share_no_memory(checkpoint: Path) -> None:
     expected = greedy(load(checkpoint, select("reference")))
     common: dict[str, Any] = dict(transport="gloo", redundant_experts=2, rebalance_steps=5)
-    model = ParallelModel(RankOptions(checkpoint, Layout(1, 2, 2), "reference", torch.float32, 1, **common))
+    model = ParallelModel(rank_options(checkpoint, Layout(1, 2, 2), **common))
     try:
         assert greedy(model) == expected
         check_rebalanced(model)
@@ -103,7 +104,7 @@ def test_experts_are_placed_anew_where_ranks_share_no_memory(checkpoint: Path) -
 
 @pytest.mark.slow
 def test_a_dead_rank_ends_the_replica_with_a_clear_error(checkpoint: Path) -> None:
-    model = ParallelModel(RankOptions(checkpoint, Layout(2, 2), "reference", torch.float32, 1))
+    model = ParallelModel(rank_options(checkpoint, Layout(2, 2)))
     try:
         greedy(model, 2)
         os.kill(next(iter(model._workers.pids.values())), signal.SIGKILL)
@@ -139,7 +140,7 @@ def several(model: DeepseekModel | ParallelModel) -> list[torch.Tensor]:
 )
 def test_sequences_of_their_own_and_tokens_sent_to_experts(checkpoint: Path, layout: Layout) -> None:
     expected = several(load(checkpoint, select("reference")))
-    model = ParallelModel(RankOptions(checkpoint, layout, "reference", torch.float32, 1))
+    model = ParallelModel(rank_options(checkpoint, layout))
     try:
         for mine, theirs in zip(several(model), expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

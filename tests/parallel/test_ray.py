@@ -8,12 +8,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from farthing.config import EngineConfig
 from farthing.engine.request import EngineFailed, SamplingParams
@@ -25,6 +23,7 @@ from farthing.parallel.cluster import ParallelModel, RankFailed, RankOptions
 from farthing.parallel.plan import Layout
 from farthing.parallel.ray_workers import RayWorkers
 from farthing.parallel.rendezvous import interface_of
+from tests.parallel.ranks import rank_options
 from tests.parallel.test_cluster import check_rebalanced, checkpoint, greedy
 
 __all__ = ["checkpoint"]
@@ -54,10 +53,8 @@ def cluster() -> Iterator[Any]:
     os.environ.update(before)
 
 
-def options(checkpoint: Path, cluster: Any, layout: Layout) -> RankOptions:
-    return RankOptions(
-        checkpoint, layout, "reference", torch.float32, 1, nodes=2, ray_address=cluster.address
-    )
+def options(checkpoint: Path, cluster: Any, layout: Layout, **more: Any) -> RankOptions:
+    return rank_options(checkpoint, layout, nodes=2, ray_address=cluster.address, **more)
 
 
 def gone(pids: list[int], seconds: float) -> bool:
@@ -108,7 +105,8 @@ def test_two_nodes_give_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
 
 def test_experts_are_placed_anew_over_nodes(cluster: Any, checkpoint: Path) -> None:
     expected = greedy(load(checkpoint, select("reference")))
-    spread = replace(options(checkpoint, cluster, Layout(ep=2)), redundant_experts=2, rebalance_steps=5)
+    balanced: dict[str, Any] = dict(redundant_experts=2, rebalance_steps=5)
+    spread = options(checkpoint, cluster, Layout(ep=2), **balanced)
     model = ParallelModel(spread)
     try:
         assert greedy(model) == expected
@@ -157,9 +155,7 @@ def test_the_engine_serves_over_nodes(cluster: Any, checkpoint: Path) -> None:
 def test_a_cluster_that_is_not_there(checkpoint: Path) -> None:
     pytest.importorskip("ray")
     with pytest.raises(ValueError, match=r"ray_address is '127.0.0.1:1' and no Ray cluster was found there"):
-        ray_workers.RayWorkers(
-            RankOptions(checkpoint, Layout(2), "reference", nodes=2, ray_address="127.0.0.1:1")
-        )
+        ray_workers.RayWorkers(rank_options(checkpoint, Layout(2), nodes=2, ray_address="127.0.0.1:1"))
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,9 +169,9 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(nodes=2), "nodes is 2 with 1 ranks; expected at most one node a rank"),
-        (dict(nodes=0), "nodes is 0; expected a positive integer"),
-        (dict(ray_address="a:1"), "ray_address is 'a:1' with nodes 1; expected nodes > 1"),
+        (dict(nodes=2), "nodes: got 2 with 1 ranks; expected at most one node per rank"),
+        (dict(nodes=0), "nodes: got 0; expected an integer >= 1"),
+        (dict(ray_address="a:1"), "ray_address: got 'a:1' with nodes 1; expected nodes > 1"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:

@@ -167,12 +167,12 @@ def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(tensor_parallel_size=0), "tensor_parallel_size is 0; expected a positive integer"),
-        (dict(transport="carrier pigeon"), "transport is 'carrier pigeon'; expected one of"),
-        (dict(packed="a", rebalance_steps=5), "packed is 'a'; expected None with rebalance_steps"),
-        (dict(dp_attention=True), "dp_attention is True; expected enable_prefix_caching False"),
-        (dict(disaggregate=True, tensor_parallel_size=2), "disaggregate is True with 2 ranks"),
-        (dict(redundant_experts=4), "redundant_experts is 4; expected 0 without"),
+        (dict(tensor_parallel_size=0), "tensor_parallel_size: got 0; expected an integer >= 1"),
+        (dict(transport="carrier pigeon"), "transport: got 'carrier pigeon'; expected one of"),
+        (dict(packed="a", rebalance_steps=5), "packed: got 'a'; expected None with rebalance_steps"),
+        (dict(dp_attention=True), "dp_attention: got True; expected enable_prefix_caching False"),
+        (dict(disaggregate=True, tensor_parallel_size=2), "disaggregate: got True with 2 ranks"),
+        (dict(redundant_experts=4), "redundant_experts: got 4; expected 0 without"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:

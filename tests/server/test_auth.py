@@ -93,5 +93,5 @@ def test_a_host_others_reach_needs_a_key() -> None:
     ],
 )
 def test_bad_settings_are_named(field: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{field} is {value}"):
+    with pytest.raises(ValueError, match=f"{field}: got {value}"):
         ServerConfig(**{field: value})

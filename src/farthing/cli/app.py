@@ -1,16 +1,17 @@
-"""The `farthing` command: a table of contents; every command is imported only when it is asked for."""
+"""The `farthing` command: a table of subcommands, each imported only when it runs."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
 import typer.main
 
-from farthing import import_whole
+from farthing import __version__, import_whole
+from farthing.cli.errors import exit_on_error
 
 # name -> (module under farthing.cli, one line of help). The module defines `app: typer.Typer`.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -19,18 +20,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show parameters, bytes and FLOPs per token, and routing."),
     "eval": ("eval", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
     "compress": ("compress", "Write a smaller, faster checkpoint, checked for accuracy."),
-    "train": ("train", "Train the embedded model."),
+    "train": ("train", "Train the embedded model; quantize or prune one with training."),
     "bench": ("bench", "Measure serving, capacity and the cost of a token."),
     "plan": ("plan", "Memory and throughput of a deployment before it is loaded."),
     "fleet": ("fleet", "Run, scale and explain a fleet of replicas."),
     "replay": ("replay", "Replay a load trace against scaling policies."),
     "forecast": ("forecast", "Backtest the load forecasters on a series."),
-    "doctor": ("doctor", "Say what this machine can do and what to install."),
+    "doctor": ("doctor", "Capabilities of this machine and what to install for more."),
 }
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """Lists every command without importing it, so that `--help` and start-up stay fast."""
+    """Lists commands without importing them, which keeps `--help` and start-up fast."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [name for name in COMMANDS if _exists(COMMANDS[name][0])]
@@ -44,7 +45,7 @@ class LazyGroup(typer.core.TyperGroup):
         return command
 
     def get_help(self, ctx: Any) -> str:
-        """A table of contents from COMMANDS, so that no command module is imported for it."""
+        """Help text built from COMMANDS alone."""
         width = max(len(name) for name in COMMANDS) + 2
         lines = [f"  {name:<{width}}{COMMANDS[name][1]}" for name in self.list_commands(ctx)]
         return "\n".join(
@@ -55,7 +56,7 @@ class LazyGroup(typer.core.TyperGroup):
                 "",
                 *lines,
                 "",
-                "`farthing COMMAND --help` shows the options and examples of one command.",
+                "`farthing COMMAND --help` shows the options and examples of a command.",
             ]
         )
 
@@ -67,18 +68,33 @@ def _exists(module: str) -> bool:
 app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Farthing: mixture-of-experts models at the lowest cost per token.",
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"farthing {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Farthing: mixture-of-experts models at the lowest cost per token."""
 
 
 def main() -> None:
     """Entry point of the `farthing` script."""
-    sys.exit(app())
+    command = next((argument for argument in sys.argv[1:] if argument in COMMANDS), "")
+    try:
+        sys.exit(app())
+    except Exception:
+        exit_on_error(command)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from farthing import extras
 from farthing.cost import Prices, open_meter
 from farthing.doctor.check import Check
 
 COMPILERS = ("c++", "g++", "clang++", "cmake", "ninja")
-EXTRAS = {
-    "structured": "JSON schemas and grammars",
-    "gpu": "the GPU backend and NVML energy",
-    "fleet": "forecasts, gateway and Kubernetes",
-    "compress": "compressed-tensors and ONNX export",
-    "train": "training curves",
-}
 
 
 def check_python() -> Iterator[Check]:
@@ -83,15 +77,13 @@ def check_compilers() -> Iterator[Check]:
 
 def check_extras() -> Iterator[Check]:
     """Every optional extra: complete, or what it lacks."""
-    for extra, needed in extras().items():
-        if extra not in EXTRAS:
-            continue
-        missing = [name for name in needed if not _installed(name)]
+    for extra in extras.declared():
+        missing = extras.missing(extra)
         yield Check(
             group="extras",
             name=extra,
             status="info" if missing else "ok",
-            detail=EXTRAS[extra] + (f"; missing {', '.join(missing)}" if missing else ""),
+            detail=extras.EXTRAS[extra] + (f"; missing {', '.join(missing)}" if missing else ""),
             advice=f"pip install 'farthing[{extra}]'" if missing else "",
             data={"missing": missing},
         )
@@ -110,29 +102,6 @@ def check_energy() -> Iterator[Check]:
         advice="RAPL needs a readable /sys/class/powercap, NVML needs nvidia-ml-py" if estimated else "",
         data={"source": source},
     )
-
-
-def extras() -> dict[str, list[str]]:
-    """{extra: package names} as the installed metadata declares them; {} where it is not installed."""
-    try:
-        declared = requires("farthing") or []
-    except PackageNotFoundError:
-        return {}
-    found: dict[str, list[str]] = {}
-    for line in declared:
-        extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
-        name = re.match(r"[A-Za-z0-9._-]+", line)
-        if extra and name and name.group() != "farthing":
-            found.setdefault(extra.group(1), []).append(name.group())
-    return found
-
-
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def _has_gpu() -> bool:

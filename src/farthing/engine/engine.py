@@ -42,8 +42,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-
 from farthing.config import EngineConfig, parse_speculate
 from farthing.engine.admission import Admission
 from farthing.engine.core import EngineCore
@@ -69,15 +67,14 @@ from farthing.hub import resolve_model
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import LatentCache, Ops, select
 from farthing.ops.api import CacheDtype
+from farthing.ops.select import DTYPES
 from farthing.parallel.cluster import ParallelModel, RankOptions
-from farthing.parallel.plan import Layout
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Order = Literal["add", "cancel", "cancel all"]
 _CHECK_AFTER = 0.1  # seconds without work
-_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Engine:
@@ -146,7 +143,7 @@ class Engine:
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
-        model = _load_parallel(path, config) if config.num_ranks > 1 else _load(path, config)
+        model = ParallelModel(RankOptions(path, config)) if config.num_ranks > 1 else _load(path, config)
         try:
             return cls(model, config, tokenizer, generation_defaults(path))
         except BaseException:
@@ -354,7 +351,7 @@ def _load(path: Path, config: EngineConfig) -> DeepseekModel:
 
 
 def _ops(config: EngineConfig) -> Ops:
-    dtype, threads = _DTYPES[config.dtype], config.threads
+    dtype, threads = DTYPES[config.dtype], config.threads
     if config.experts_on is None:
         return select(config.backend, dtype, threads, config.quantization, config.packed)
     from farthing.ops.hybrid import HybridOps
@@ -362,32 +359,6 @@ def _ops(config: EngineConfig) -> Ops:
     # What rounds or maps weights means the experts, which are most of them.
     host = select(config.experts_on, None, threads, config.quantization, config.packed)
     return HybridOps(select(config.backend, dtype, threads), host, config.hot_experts)
-
-
-def _load_parallel(path: Path, config: EngineConfig) -> ParallelModel:
-    layout = Layout(
-        config.tensor_parallel_size,
-        config.pipeline_parallel_size,
-        config.expert_parallel_size,
-        config.dp_attention,
-    )
-    return ParallelModel(
-        RankOptions(
-            path,
-            layout,
-            config.backend,
-            _DTYPES[config.dtype],
-            config.threads,
-            config.quantization,
-            config.experts,
-            config.transport,
-            config.redundant_experts,
-            config.rebalance_steps,
-            config.nodes,
-            config.ray_address,
-            None if config.packed is None else Path(config.packed),
-        )
-    )
 
 
 def _shutdown(reference: weakref.ref[Engine]) -> None:

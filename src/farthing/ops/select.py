@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Literal
 
 import torch
 
+from farthing.config import Dtype, Quantization
 from farthing.ops.api import Ops
 
 log = logging.getLogger(__name__)
 
-# name -> module with `create(dtype, threads, quantization, packed) -> Ops`; imported only when chosen.
-# A package for another device registers its own under the entry-point group "farthing.ops".
+# Name -> module with `create(dtype, threads, quantization, packed) -> Ops`, imported only if selected.
+# Packages for other devices register theirs under the entry-point group "farthing.ops".
 BACKENDS = {
     "reference": "farthing.ops.reference",
     "cpu": "farthing.ops.cpu",
     "gpu": "farthing.ops.gpu",
 }
-Quantization = Literal["int8", "int4"]
+DTYPES: dict[Dtype, torch.dtype | None] = {  # None: the backend chooses
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def select(
@@ -32,9 +37,9 @@ def select(
 ) -> Ops:
     """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu' or an entry point) and log the choice.
 
-    dtype: of the activations; None lets the backend choose. quantization: round dense weights to nearest
-    while packing. packed: a file written by `Ops.save_packed`, mapped instead of packing again.
-    Raises ValueError on an unknown name, RuntimeError where the chosen backend cannot run here.
+    dtype: activation dtype; None: the backend's default. quantization: round dense weights to nearest while
+    packing. packed: a file written by `Ops.save_packed`, mapped instead of packing again.
+    Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
     plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
     known = BACKENDS | plugins

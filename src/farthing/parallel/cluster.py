@@ -65,7 +65,7 @@ class ParallelModel:
         self.ops = self._rank.model.ops
         self.mtp = self._rank.model.mtp
         # [L, E]: every stage's in shared memory, or brought together from time to time.
-        self._counts_shared = arena is not None and options.nodes == 1
+        self._counts_shared = arena is not None and options.config.nodes == 1
         if arena is not None and self._counts_shared:
             self._counts = counts_table(arena, layout, config)
         else:
@@ -87,7 +87,7 @@ class ParallelModel:
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
         """See `DeepseekModel.forward`. counts is set to every stage's totals: up to COUNT_EVERY steps old
         where ranks share no memory."""
-        every = self._options.rebalance_steps
+        every = self._options.config.rebalance_steps
         self._steps += 1
         if every and self._steps % every == 0:
             self.rebalance()
@@ -138,8 +138,9 @@ class ParallelModel:
         seen = self._counts - self._balanced
         self._balanced = self._counts.clone()
         tokens = {i: seen[i].tolist() for i in range(self.cache_layers) if int(seen[i].sum())}
-        self._everywhere("rebalance", tokens, self._options.redundant_experts)
-        log.info("experts placed anew: %d layers, %d copies", len(tokens), self._options.redundant_experts)
+        copies = self._options.config.redundant_experts
+        self._everywhere("rebalance", tokens, copies)
+        log.info("experts rebalanced: %d layers, %d copies", len(tokens), copies)
 
     def _count(self) -> None:
         """Bring together the tokens that experts have seen, where the ranks share no memory for them."""
@@ -180,7 +181,7 @@ def _start(options: RankOptions, arena: Arena | None) -> tuple[Workers | RayWork
     layout = options.layout
     if arena is not None:
         return Workers(options, arena, None), arena
-    several = options.nodes > 1
+    several = options.config.nodes > 1
     ray = RayWorkers(options) if several else None
     store = listen(ray.address if ray else Workers.address, layout)
     workers = ray or Workers(options, None, store.port)
@@ -188,11 +189,11 @@ def _start(options: RankOptions, arena: Arena | None) -> tuple[Workers | RayWork
         workers.await_all("started")
         name = None
         if ray is not None:
-            name = None if options.transport == "gloo" or options.device == "cuda" else _arena_name()
+            name = None if options.config.transport == "gloo" or options.device == "cuda" else _arena_name()
             ray.open(store.port, name)
         join(layout, layout.driver, store, options.device, workers.address if several else "")
         if ray is not None and name is not None:
-            arena = ray.arena = node_arena(layout, layout.driver, options.nodes, name)
+            arena = ray.arena = node_arena(layout, layout.driver, options.config.nodes, name)
     except BaseException:
         workers.close()
         _leave()
@@ -211,12 +212,12 @@ def _leave() -> None:
 
 def _arena(options: RankOptions, config: ModelConfig) -> Arena | None:
     """Shared memory for the groups of one host and the counts of experts; None: torch.distributed."""
-    if options.transport == "shared" and (options.nodes > 1 or options.device == "cuda"):
+    if options.config.transport == "shared" and (options.config.nodes > 1 or options.device == "cuda"):
         raise ValueError(
             "transport is 'shared' over several nodes or GPUs; expected 'auto' (shared memory within a node "
             "of CPU ranks, gloo or NCCL between others) or 'gloo'"
         )
-    if options.transport == "gloo" or options.nodes > 1 or options.device == "cuda":
+    if options.config.transport == "gloo" or options.config.nodes > 1 or options.device == "cuda":
         return None
     if available():
         try:
@@ -225,7 +226,7 @@ def _arena(options: RankOptions, config: ModelConfig) -> Arena | None:
             problem = f"{options.arena_bytes / 1e6:.0f} MB of shared memory: {error.strerror}"
     else:
         problem = "shared memory needs Linux on x86-64"
-    if options.transport == "shared":
+    if options.config.transport == "shared":
         raise ValueError(f"transport is 'shared' and cannot be had ({problem}); expected 'auto' or 'gloo'")
     log.warning("ranks exchange through gloo: %s", problem)
     return None

@@ -72,7 +72,7 @@ class RankActor:
         options, layout = self._options, self._options.layout
         join(layout, self._index, connect(host, port, layout), options.device, own_address())
         if name is not None:
-            self._arena = node_arena(layout, self._index, options.nodes, name)
+            self._arena = node_arena(layout, self._index, options.config.nodes, name)
         self._rank = open_own(options, self._index, self._arena)
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> None:
@@ -115,7 +115,7 @@ class RayWorkers:
         self._seat: Any = None  # of the driver, where there are GPUs
         self._watcher: threading.Thread | None = None
         self._ray = import_ray()
-        self._own_connection = _connect(self._ray, options.ray_address)
+        self._own_connection = _connect(self._ray, options.config.ray_address)
         self.address = own_address()
         try:
             self._place()
@@ -169,7 +169,7 @@ class RayWorkers:
 
     def _place(self) -> None:
         """A placement group of one bundle a node; then an actor a rank in its node's bundle."""
-        ray, layout, nodes = self._ray, self._layout, self._options.nodes
+        ray, layout, nodes = self._ray, self._layout, self._options.config.nodes
         kinds = ("CPU", "GPU") if self._options.device == "cuda" else ("CPU",)
         ranks = [r for r in range(layout.world) if r != layout.driver]
         most = max(sum(layout.node(r, nodes) == n for r in range(layout.world)) for n in range(nodes))
@@ -204,8 +204,8 @@ class RayWorkers:
         here = [index for index, node in placed.items() if node == own]
         if not here:
             raise RankFailed(f"Ray did not place ranks on the driver's node {self.address}; has it room?")
-        driver = self._layout.node(self._layout.driver, self._options.nodes)
-        bundle = list(range(self._options.nodes))
+        driver = self._layout.node(self._layout.driver, self._options.config.nodes)
+        bundle = list(range(self._options.config.nodes))
         bundle[driver], bundle[here[0]] = bundle[here[0]], bundle[driver]
         return bundle
 

@@ -11,17 +11,18 @@ import traceback
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from farthing.config import EngineConfig
 from farthing.model import ModelConfig
 from farthing.ops import Batch, Ops, select
 from farthing.ops.api import PeerLost
-from farthing.ops.select import resolve
+from farthing.ops.select import DTYPES, resolve
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank, counted_layers, open_rank, shared_bytes
 from farthing.parallel.rendezvous import connect, join
@@ -38,45 +39,42 @@ class RankFailed(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class RankOptions:
-    """What every rank builds its part from."""
+    """What every rank builds its part of a model from."""
 
-    path: Path
-    layout: Layout
-    backend: str = "auto"
-    dtype: torch.dtype | None = None
-    threads: int | None = None  # of each rank; None: its share of the cores
-    quantization: str | None = None
-    experts: str = "auto"
-    transport: Literal["auto", "shared", "gloo"] = "auto"
-    redundant_experts: int = 0  # copies of hot experts in every layer
-    rebalance_steps: int | None = None  # place the experts anew every so many steps
-    nodes: int = 1  # of a Ray cluster; 1: processes of this host
-    ray_address: str | None = None  # of the cluster; None: the one this host belongs to
-    packed: Path | None = None  # where packed files are (`packed_file`); a rank that has none writes its own
+    path: Path  # of the checkpoint
+    config: EngineConfig
+
+    @property
+    def layout(self) -> Layout:
+        """How the model is split over ranks."""
+        c = self.config
+        sizes = c.tensor_parallel_size, c.pipeline_parallel_size, c.expert_parallel_size
+        return Layout(*sizes, c.dp_attention)
 
     def packed_file(self, rank: int) -> Path | None:
-        """A rank's packed file: the path given, the layout and the rank."""
-        if self.packed is None:
+        """A rank's packed file: the configured path with layout and rank appended."""
+        if self.config.packed is None:
             return None
-        o = self.layout
+        o, packed = self.layout, Path(self.config.packed)
         kind = f"tp{o.tp}-pp{o.pp}-ep{o.ep}{'-dp' if o.dp_attention else ''}"
-        return self.packed.with_name(f"{self.packed.name}.{kind}.{rank}")
+        return packed.with_name(f"{packed.name}.{kind}.{rank}")
 
     def ops(self, rank: int) -> Ops:
         """A rank's backend; by default its share of the cores, and a GPU of its own where there are GPUs."""
-        node = self.layout.node(rank, self.nodes)
-        neighbours = [r for r in range(self.layout.world) if self.layout.node(r, self.nodes) == node]
-        if self.device == "cuda" and self.nodes == 1:  # else Ray has chosen
+        c, layout = self.config, self.layout
+        node = layout.node(rank, c.nodes)
+        neighbours = [r for r in range(layout.world) if layout.node(r, c.nodes) == node]
+        if self.device == "cuda" and c.nodes == 1:  # otherwise Ray has assigned a GPU
             torch.cuda.set_device(neighbours.index(rank) % torch.cuda.device_count())
-        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // len(neighbours))
+        threads = c.threads or max(1, len(os.sched_getaffinity(0)) // len(neighbours))
         file = self.packed_file(rank)
         packed = str(file) if file and file.exists() else None
-        return select(self.backend, self.dtype, threads, self.quantization, packed)  # type: ignore[arg-type]
+        return select(c.backend, DTYPES[c.dtype], threads, c.quantization, packed)
 
     @property
     def device(self) -> str:
         """'cuda' or 'cpu': what the ranks compute on, known before a backend is built."""
-        return "cuda" if resolve(self.backend) == "gpu" and torch.cuda.is_available() else "cpu"
+        return "cuda" if resolve(self.config.backend) == "gpu" and torch.cuda.is_available() else "cpu"
 
     @property
     def arena_bytes(self) -> int:
@@ -186,10 +184,10 @@ def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
         options.layout,
         index,
         ops,
-        options.experts,
+        options.config.experts,
         STEP_TIMEOUT,
         arena,
-        options.nodes,
+        options.config.nodes,
     )
     if file is not None and ops.packed_from is None:
         log.info("rank %d writes %s", index, file)
@@ -197,7 +195,7 @@ def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
     config = rank.plan.config
     if rank.place.local == 0 and config.n_routed_experts:
         start = rank.plan.stages[rank.place.stage].start
-        if arena is not None and options.nodes == 1:
+        if arena is not None and options.config.nodes == 1:
             rank.counts = counts_table(arena, options.layout, config)[start:]
         else:  # `Rank.count` brings them together
             shape = counted_layers(config) - start, config.n_routed_experts

@@ -1,59 +1,55 @@
-"""What `farthing serve` is told, beside the engine's own configuration."""
+"""The configuration of the HTTP server, and the only declaration of its options (see farthing.options)."""
 
 from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from farthing.options import check, option
 from farthing.server.auth import KeyRing
 
 ReasoningMode = Literal["auto", "deepseek_r1", "none"]
 
+_http = partial(option, group="HTTP")
+_limit = partial(option, group="Limits")
+_cost = partial(option, group="Cost")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Frozen; ValueError names the field, its value and what is accepted."""
+    """Everything about the server but its engine. ValueError names the field and its value."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free port
-    served_model_name: tuple[str, ...] = ()  # empty: the model as it was given
-    keys: KeyRing | None = None  # None or empty: no key is asked for
-    insecure: bool = False  # allow others than this machine without a key
-    requests_per_minute: int | None = None  # for each key
-    tokens_per_minute: int | None = None  # for each key, prompt and generated
-    max_body_bytes: int = 8 << 20
-    body_timeout: float = 30.0  # seconds for a body to arrive
-    request_timeout: float = 600.0  # seconds from the body's arrival to the last token
-    drain_timeout: float = 30.0  # seconds that running requests get after SIGTERM
-    reasoning_parser: ReasoningMode = "auto"  # auto: where the model's chat template knows <think>
-    strict_fields: bool = False  # refuse unknown request fields instead of ignoring them
-    root_path: str = ""
-    access_log: bool = False
-    prices: str | None = None  # a prices.toml over the packaged one; None: see farthing.cost.Prices.load
-    hardware: str | None = None  # a row of it; None: by the device's name
+    host: str = _http("127.0.0.1", "Address to listen on")
+    port: int = _http(8000, "Port; 0: any free port", minimum=0)
+    keys: KeyRing | None = None  # None or empty: no key is required
+    insecure: bool = _http(False, "Access from other machines without a key")
+    served_model_name: tuple[str, ...] = _http((), "Model name in the API (repeatable); default: MODEL")
+    root_path: str = _http("", "Path prefix behind a proxy that strips it")
+    reasoning_parser: ReasoningMode = _http(
+        "auto", "Separation of <think> into reasoning_content; auto: if the chat template knows <think>"
+    )
+    strict_fields: bool = _http(False, "Refusal of unknown request fields")
+    access_log: bool = _http(False, "Log line per request")
+    requests_per_minute: int | None = _limit(None, "Requests per minute and key", minimum=1)
+    tokens_per_minute: int | None = _limit(None, "Prompt and output tokens per minute and key", minimum=1)
+    max_body_bytes: int = _limit(8 << 20, "Maximum size of a request body", minimum=1)
+    body_timeout: float = _limit(30.0, "Seconds for a request body to arrive", above=0)
+    request_timeout: float = _limit(600.0, "Seconds from the body's arrival to the last token", above=0)
+    drain_timeout: float = _limit(30.0, "Seconds for running requests after SIGTERM", minimum=0)
+    prices: str | None = _cost(None, "A prices.toml that overrides the packaged one")
+    hardware: str | None = _cost(None, "Row of the price table for this machine; default: by device name")
 
     def __post_init__(self) -> None:
-        if self.reasoning_parser not in get_args(ReasoningMode):
-            raise ValueError(
-                f"reasoning_parser is {self.reasoning_parser!r}; expected one of {get_args(ReasoningMode)}"
-            )
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port is {self.port}; expected 0…65535")
-        for name in ("requests_per_minute", "tokens_per_minute", "max_body_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected a positive integer")
-        for name in ("body_timeout", "request_timeout"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected seconds > 0")
-        if not self.drain_timeout >= 0:
-            raise ValueError(f"drain_timeout is {self.drain_timeout}; expected seconds >= 0")
+        check(self)
+        if self.port > 65535:
+            raise ValueError(f"port: got {self.port}; expected 0…65535")
         if not (self.keys or self.insecure or is_loopback(self.host)):
             raise ValueError(
-                f"host is {self.host!r}, which other machines can reach, and no API key is set; "
-                f"give --api-key or --api-key-file, or allow it with --insecure"
+                f"host: got {self.host!r}, which other machines can reach, without an API key; "
+                f"set --api-key or --api-key-file, or allow it with --insecure"
             )
 
 

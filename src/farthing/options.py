@@ -1,0 +1,126 @@
+"""Options declared once: a dataclass field carries its help, bounds and flags.
+
+`farthing serve --help`, `LLM(**options)` and the checks in `__post_init__` are all derived from the fields:
+
+    max_num_seqs: int = option(64, "Maximum number of sequences per step", group="Engine", minimum=1)
+
+The accepted values of a `Literal` field come from its type. `farthing.cli.options` builds the command line.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import lru_cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_KEY = "option"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """Metadata of one field."""
+
+    help: str  # a noun phrase
+    group: str  # heading on the command line
+    flags: tuple[str, ...] = ()  # short forms beside --field-name
+    minimum: float | None = None  # smallest accepted number
+    above: float | None = None  # numbers must exceed this
+    argument: bool = False  # a positional argument instead of an option
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One option of a dataclass, with its type taken apart."""
+
+    name: str
+    default: Any
+    kind: type  # bool, int, float or str; of the items if `repeated`
+    choices: tuple[str, ...]  # of a Literal; empty: any value
+    optional: bool  # None is accepted
+    repeated: bool  # a tuple of values
+    option: Option
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    flags: tuple[str, ...] = (),
+    minimum: float | None = None,
+    above: float | None = None,
+    argument: bool = False,
+) -> Any:
+    """A dataclass field that is also a command-line option."""
+    declared = Option(help=help, group=group, flags=flags, minimum=minimum, above=above, argument=argument)
+    return field(default=default, metadata={_KEY: declared})
+
+
+@lru_cache
+def declared(config: Any) -> tuple[Declared, ...]:
+    """The options of a dataclass, in order; fields without metadata are left out."""
+    hints = get_type_hints(config)
+    return tuple(_declared(f, hints[f.name]) for f in fields(config) if _KEY in f.metadata)
+
+
+def check(config: Any) -> None:
+    """Raise ValueError for the first option with a value that its type, choices or bounds exclude."""
+    kind: Any = type(config)
+    for each in declared(kind):
+        value = getattr(config, each.name)
+        if value is None and each.optional:
+            continue
+        values = value if each.repeated and isinstance(value, tuple) else (value,)
+        if not all(_accepted(each, v) for v in values):
+            raise ValueError(f"{each.name}: got {value!r}; expected {expected(each)}")
+
+
+def expected(each: Declared) -> str:
+    """The accepted values in words, for error messages."""
+    if each.choices:
+        words = "one of " + ", ".join(each.choices)
+    else:
+        words = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}[each.kind]
+        if each.option.minimum is not None:
+            words += f" >= {each.option.minimum:g}"
+        if each.option.above is not None:
+            words += f" > {each.option.above:g}"
+    if each.repeated:
+        words = f"a tuple of values, each {words}"
+    return words + (", or None" if each.optional else "")
+
+
+def _accepted(each: Declared, value: Any) -> bool:
+    if each.choices:
+        return value in each.choices
+    kinds: tuple[type, ...] = (int, float) if each.kind is float else (each.kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and each.kind is not bool):
+        return False
+    if isinstance(value, str):
+        return True
+    assert isinstance(value, int | float)
+    low, above = each.option.minimum, each.option.above
+    return (low is None or value >= low) and (above is None or value > above)
+
+
+def _declared(f: Field[Any], hint: Any) -> Declared:
+    parts = list(_union(hint))
+    optional = type(None) in parts
+    (kind,) = (part for part in parts if part is not type(None))
+    repeated = get_origin(kind) is tuple
+    if repeated:
+        kind = get_args(kind)[0]
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    assert f.default is not MISSING, f"option {f.name} has no default"
+    return Declared(
+        f.name, f.default, str if choices else kind, choices, optional, repeated, f.metadata[_KEY]
+    )
+
+
+def _union(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) in (Union, types.UnionType):
+        yield from get_args(hint)
+    else:
+        yield hint

@@ -1,0 +1,92 @@
+"""The command line as a user meets it: version, missing extras, one-line errors, options of every field."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import farthing
+from farthing.cli import app as cli
+from farthing.config import EngineConfig
+from farthing.options import declared
+from farthing.server.config import ServerConfig
+
+ENVIRONMENT = os.environ | {"NO_COLOR": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+WITHOUT = """
+import sys
+sys.modules[{module!r}] = None
+from farthing.cli.app import main
+sys.argv[1:] = {argv!r}
+main()
+"""
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd, timeout=120
+    )
+
+
+def farthing_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "farthing.cli.app", *arguments)
+
+
+def test_version() -> None:
+    result = farthing_command("--version")
+    assert result.returncode == 0 and result.stdout == f"farthing {farthing.__version__}\n"
+
+
+def test_help_lists_every_command() -> None:
+    result = farthing_command("--help")
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "extra"),
+    [
+        ("aiohttp", ["fleet", "gateway", "--replica", "http://127.0.0.1:1", "--port", "0"], "fleet"),
+        ("yaml", ["compress", "--recipe", "recipe.yaml", "--out", "out"], "compress"),
+    ],
+)
+def test_missing_extra_is_one_line(module: str, argv: list[str], extra: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("{}")
+    result = run("-c", WITHOUT.format(module=module, argv=argv), cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].endswith(f"pip install 'farthing[{extra}]'")
+
+
+def test_every_field_is_an_option_with_help() -> None:
+    assert {d.name for d in declared(EngineConfig)} == {f.name for f in fields(EngineConfig)}
+    assert {f.name for f in fields(ServerConfig)} - {d.name for d in declared(ServerConfig)} == {"keys"}
+    text = farthing_command("serve", "--help").stdout
+    for each in (*declared(EngineConfig), *declared(ServerConfig)):
+        assert each.option.help and not each.option.help.endswith(".")
+        assert each.option.argument or f"--{each.name.replace('_', '-')}" in text
+    assert all(short in text for short in ("--tp", "--pp", "--ep"))
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (EngineConfig, "threads", 0),
+        (EngineConfig, "threads", True),
+        (EngineConfig, "max_num_seqs", None),
+        (EngineConfig, "max_num_seqs", "4"),
+        (EngineConfig, "packed", 3),
+        (EngineConfig, "dp_attention", 1),
+        (EngineConfig, "transport", "pigeon"),
+        (EngineConfig, "priority_step", float("nan")),
+        (ServerConfig, "drain_timeout", -0.5),
+        (ServerConfig, "port", 70000),
+        (ServerConfig, "served_model_name", ("a", 1)),
+    ],
+)
+def test_wrong_values_name_field_value_and_expectation(config: type, field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^{field}: got .*; expected "):
+        config(**{field: value})
