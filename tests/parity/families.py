@@ -110,11 +110,31 @@ def sarvam_mla(rng: random.Random) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
+def sparse(rng: random.Random) -> dict[str, Any]:
+    """Few chosen positions, and so many index heads that scores are not tied at 0."""
+    s = shape(rng) | dict(qk_rope_head_dim=4, rope_parameters=rope(rng))
+    s |= dict(index_topk=rng.choice([4, 8, 16, 64]), index_n_heads=24, index_head_dim=rng.choice([8, 16]))
+    return s | dict(mlp_layer_types=mlp_layers(rng, s["num_hidden_layers"]))
+
+
+def deepseek_v32(rng: random.Random) -> Any:
+    return transformers.DeepseekV32ForCausalLM(transformers.DeepseekV32Config(**sparse(rng)))
+
+
+def glm_moe_dsa(rng: random.Random) -> Any:
+    s = sparse(rng) | dict(num_hidden_layers=3)
+    s |= dict(mlp_layer_types=mlp_layers(rng, 3))
+    kinds = ["full", *(rng.choice(["full", "shared"]) for _ in range(2))]
+    return transformers.GlmMoeDsaForCausalLM(transformers.GlmMoeDsaConfig(**s, indexer_types=kinds))
+
+
 FAMILIES: dict[str, Draw] = {
     "kimi_k25": kimi_k25,
     "glm4_moe_lite": glm4_moe_lite,
     "mistral4": mistral4,
     "axk1": axk1,
+    "deepseek_v32": deepseek_v32,
+    "glm_moe_dsa": glm_moe_dsa,
     "sarvam_mla": sarvam_mla,
 }
 

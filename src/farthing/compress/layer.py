@@ -198,7 +198,7 @@ def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Bloc
     feed_forward = FeedForward(c, ops, source, layer.index, router)
 
     def block(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-        return feed_forward(attention(h, batch, cache, 0))
+        return feed_forward(attention(h, batch, cache, 0)[0])
 
     return block
 

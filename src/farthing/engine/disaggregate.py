@@ -90,9 +90,8 @@ class DisaggregatedEngine(Engine):
         count = self.config.num_blocks
         assert count
         cache = model.new_cache(2 * count, self.config.block_size, dtype)
-        cache.data.share_memory_()
-        if cache.scale is not None:
-            cache.scale.share_memory_()
+        for tensor in cache.tensors():
+            tensor.share_memory_()
         return cache, range(count)
 
     def shutdown(self) -> None:
@@ -240,9 +239,8 @@ def adopt(core: EngineCore, prompt: _Prompt, computed: _Computed) -> Exchanged:
             pool.exchange(own, block)
             exchanged.append((block, own))
         else:
-            cache.data[:, own] = cache.data[:, block]
-            if cache.scale is not None:
-                cache.scale[:, own] = cache.scale[:, block]
+            for tensor in cache.tensors():
+                tensor[:, own] = tensor[:, block]
             block = own
         prefix.register(digest, block)
         taken.append(block)

@@ -63,8 +63,10 @@ def cache_dtype(config: EngineConfig, model: DeepseekModel | ParallelModel) -> C
 
 def block_bytes(config: EngineConfig, model: DeepseekModel | ParallelModel, dtype: CacheDtype) -> int:
     """Bytes of a block over all layers."""
+    c, item = model.config, _ITEM_BYTES[dtype]
     scale = _SCALE_BYTES if dtype in ("fp8", "int8") else 0
-    return model.cache_layers * config.block_size * (model.config.cache_width * _ITEM_BYTES[dtype] + scale)
+    latents = model.cache_layers * (c.cache_width * item + scale)
+    return config.block_size * (latents + c.index_rows * (c.index_head_dim * item + scale // 2))
 
 
 def _num_blocks(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from farthing.model.config import ModelConfig
+from farthing.model.indexer import Indexer
 from farthing.model.rope import score_scale
 from farthing.model.source import WeightSource
 from farthing.ops import AttentionSpec, Batch, LatentCache, Ops
@@ -63,6 +64,8 @@ class Attention:
             self.q_norm = self.q_norm * c.query_latent_scale
             q_shape = (heads * c.qk_head_dim, c.q_lora_rank)
             self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
+        self.sparse = c.index_topk is not None
+        self.indexer = Indexer(c, ops, weights, layer, rope) if c.has_indexer(layer) else None
         kv_shape = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
         kv_norm = weights.tensor(p + "kv_a_layernorm.weight", (c.kv_lora_rank,)).float() * c.latent_scale
         self.query_scale = query_scale(c, ops.device)
@@ -75,14 +78,23 @@ class Attention:
         o_shape = (d, heads * c.v_head_dim)
         self.o = ops.pack_linear(p + "o_proj", lambda: [weights.weight(p + "o_proj", o_shape)])
 
-    def __call__(self, h: Tensor, batch: Batch, cache: LatentCache, cache_layer: int) -> Tensor:
-        """h [T, D] -> h + attention(norm(h)) [T, D]; leaves the tokens' (latent, k_pe) in the cache."""
+    def __call__(
+        self, h: Tensor, batch: Batch, cache: LatentCache, cache_layer: int, select: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """h [T, D] -> h + attention(norm(h)) [T, D]; leaves the tokens' (latent, k_pe) in the cache.
+
+        Also returned: the positions [T, K] it attended to, None for all of them. A layer with an indexer
+        chooses them, one without takes `select`, the choice of the layer before.
+        """
         ops = self.ops
         qkv = ops.linear(h, self.qkv_a, self.norm, self.eps)  # [T, q + c + r]
         q, kv = qkv[:, : self.q_width], qkv[:, self.q_width :]
+        if self.indexer is not None:
+            assert self.q_norm is not None
+            select = self.indexer(h, self.norm, q, self.q_norm, batch, cache)
         if self.q_b is not None:
             q = ops.linear(q, self.q_b, self.q_norm, self.eps)  # [T, H (n + r)]
         if self.query_scale is not None:
             q = q * self.query_scale[batch.positions.long()].unsqueeze(1).to(q.dtype)
-        out = ops.mla(q, kv, self.heads, cache, cache_layer, batch, self.eps)  # [T, H v]
-        return ops.linear(out, self.o, residual=h)
+        out = ops.mla(q, kv, self.heads, cache, cache_layer, batch, self.eps, select)  # [T, H v]
+        return ops.linear(out, self.o, residual=h), select

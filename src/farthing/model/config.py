@@ -86,6 +86,12 @@ class ModelConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     shared_intermediate_size: int | None = None  # None: n_shared_experts * moe_intermediate_size
+    # sparse attention; index_topk None: every layer attends to all cached tokens
+    index_topk: int | None = None
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    index_rope_interleaved: bool = False
+    indexer_types: tuple[Literal["full", "shared"], ...] = ()  # of each hidden layer; empty: all "full"
     post_mlp_norm: bool = False  # a norm on what the mixture of experts adds to the residual stream
     num_nextn_predict_layers: int = 0
     layer_sizes: tuple[LayerSizes, ...] = ()
@@ -101,6 +107,17 @@ class ModelConfig:
     def cache_width(self) -> int:
         """Numbers a token leaves in the cache of one layer: latent + rotary."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def has_indexer(self, layer: int) -> bool:
+        """Whether a layer chooses what it attends to; others read all, or what an earlier layer chose."""
+        if self.index_topk is None:
+            return False
+        return layer >= len(self.indexer_types) or self.indexer_types[layer] == "full"
+
+    @property
+    def index_rows(self) -> int:
+        """Layers that keep index keys, MTP layers included."""
+        return sum(map(self.has_indexer, range(self.num_hidden_layers + self.num_nextn_predict_layers)))
 
     @property
     def has_router_bias(self) -> bool:
@@ -162,6 +179,7 @@ class ModelConfig:
             n_routed_experts=raw.get("n_routed_experts", raw.get("num_local_experts")),
             n_shared_experts=raw.get("n_shared_experts") or 0,
             num_nextn_predict_layers=raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers")) or 0,
+            indexer_types=tuple(raw.get("indexer_types") or ()),
             layer_sizes=_layer_sizes(raw.get("layer_sizes")),
             eos_token_ids=_ids(raw.get("eos_token_id")),
         )
@@ -259,6 +277,8 @@ def _check(c: ModelConfig) -> None:
         )
     if c.scoring_func not in ("sigmoid", "softmax"):
         raise ConfigError(f"scoring_func is {c.scoring_func!r}; expected sigmoid or softmax")
+    if c.index_topk is not None:
+        _check_indexer(c)
     experts = c.n_routed_experts
     if experts is None:
         return
@@ -272,3 +292,19 @@ def _check(c: ModelConfig) -> None:
             f"topk_group is {c.topk_group}; expected 1…{c.n_group} with at least "
             f"num_experts_per_tok = {c.num_experts_per_tok} experts in the kept groups"
         )
+
+
+def _check_indexer(c: ModelConfig) -> None:
+    for name in ("index_topk", "index_n_heads", "index_head_dim"):
+        if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
+            raise ConfigError(f"{name} is {getattr(c, name)!r}; expected a positive integer")
+    if c.index_head_dim < c.qk_rope_head_dim:
+        raise ConfigError(
+            f"index_head_dim is {c.index_head_dim}; expected at least qk_rope_head_dim = {c.qk_rope_head_dim}"
+        )
+    if not c.q_lora_rank:
+        raise ConfigError("q_lora_rank is absent; expected a positive integer where index_topk is set")
+    if unknown := set(c.indexer_types) - {"full", "shared"}:
+        raise ConfigError(f"indexer_types holds {sorted(unknown)[0]!r}; expected 'full' or 'shared'")
+    if c.indexer_types and c.indexer_types[0] != "full":
+        raise ConfigError("indexer_types[0] is 'shared'; expected 'full': there is no choice to share yet")

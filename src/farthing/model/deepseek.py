@@ -89,7 +89,11 @@ class DeepseekModel:
 
     def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
         """An empty paged cache for this model, MTP layers included."""
-        return self.ops.new_cache(self.cache_layers, num_blocks, block_size, self.config.cache_width, dtype)
+        c = self.config
+        cache = self.ops.new_cache(self.cache_layers, num_blocks, block_size, c.cache_width, dtype)
+        if c.index_topk is not None:
+            cache.index = self.ops.new_index_cache(cache, c.index_rows, c.index_head_dim)
+        return cache
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
         """ids [T] int64 -> hidden [T, D] before the final norm.
@@ -105,8 +109,9 @@ class DeepseekModel:
         """
         if self.stack is not None:
             return self.ops.run_stack(h, self.stack, batch, cache, self.eps, counts)
+        select: Tensor | None = None  # the cached positions that sparse attention reads
         for i, (attention, feed_forward) in enumerate(self.layers):
-            h = attention(h, batch, cache, i)
+            h, select = attention(h, batch, cache, i, select)
             h = feed_forward(h, None if counts is None else counts[i])
         return h
 

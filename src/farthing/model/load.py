@@ -94,6 +94,8 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
             yield p + "shared_head.norm.weight", (d,)
         yield p + "input_layernorm.weight", (d,)
         yield from _attention_shapes(c, p + "self_attn.")
+        if c.has_indexer(i):
+            yield from _indexer_shapes(c, p + "self_attn.indexer.")
         yield p + "post_attention_layernorm.weight", (d,)
         yield from _feed_forward_shapes(c.at(i), p + "mlp.", c.is_moe(i))
     yield "model.norm.weight", (d,)
@@ -113,6 +115,15 @@ def _attention_shapes(c: ModelConfig, p: str) -> Iterator[tuple[str, tuple[int, 
     yield p + "kv_a_layernorm.weight", (c.kv_lora_rank,)
     yield p + "kv_b_proj.weight", (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
     yield p + "o_proj.weight", (d, heads * c.v_head_dim)
+
+
+def _indexer_shapes(c: ModelConfig, p: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    assert c.q_lora_rank is not None
+    yield p + "wq_b.weight", (c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+    yield p + "wk.weight", (c.index_head_dim, c.hidden_size)
+    yield p + "k_norm.weight", (c.index_head_dim,)
+    yield p + "k_norm.bias", (c.index_head_dim,)
+    yield p + "weights_proj.weight", (c.index_n_heads, c.hidden_size)
 
 
 def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -144,7 +155,9 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     parameters = {}
     for name, shape in parameter_shapes(config):
         noise = torch.randn(shape, generator=generator)
-        if "norm" in name:
+        if name.endswith("k_norm.bias"):
+            parameters[name] = 0.1 * noise
+        elif "norm" in name:
             parameters[name] = 1 + 0.1 * noise
         elif name.endswith("e_score_correction_bias"):
             parameters[name] = 0.1 * noise

@@ -89,5 +89,5 @@ class MTPLayer:
             scale = None if cache.scale is None else cache.scale[self.layer :]
             own, seen = LatentCache(cache.data[self.layer :], scale), None if counts is None else counts[None]
             return ops.run_stack(x, self.stack, batch, own, self.eps, seen)
-        x = self.attention(x, batch, cache, self.layer)
+        x, _ = self.attention(x, batch, cache, self.layer)
         return self.feed_forward(x, counts)

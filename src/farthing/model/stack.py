@@ -19,7 +19,7 @@ def stacked(ops: Ops, layers: Sequence[tuple[Attention, FeedForward]]) -> Handle
 
 def handles(attention: Attention, feed: FeedForward) -> LayerHandles | None:
     """The handles of one layer, for `Ops.stack`; None where a layer is more than those."""
-    if attention.query_scale is not None or feed.post_norm is not None:
+    if attention.query_scale is not None or attention.sparse or feed.post_norm is not None:
         return None
     a = attention
     return LayerHandles(a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed)

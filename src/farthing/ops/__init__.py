@@ -1,6 +1,6 @@
 """The arithmetic: one signature an op, one implementation a device."""
 
-from farthing.ops.api import AttentionSpec, Batch, LatentCache, MoEWeights, Ops, RouterSpec
+from farthing.ops.api import AttentionSpec, Batch, IndexerSpec, LatentCache, MoEWeights, Ops, RouterSpec
 from farthing.ops.batch import make_batch
 from farthing.ops.select import select
 from farthing.ops.weights import Weight
@@ -8,6 +8,7 @@ from farthing.ops.weights import Weight
 __all__ = [
     "AttentionSpec",
     "Batch",
+    "IndexerSpec",
     "LatentCache",
     "MoEWeights",
     "Ops",

@@ -55,6 +55,18 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexerSpec:
+    """Layout of the lightning indexer, which chooses what attention reads (DeepSeek-V3.2-Exp section 2.1)."""
+
+    num_heads: int
+    head_dim: int
+    rope_dim: int  # of head_dim, from the first on
+    top_k: int
+    interleaved: bool = False
+    norm_eps: float = 1e-6  # of the keys' LayerNorm
+
+
+@dataclass(frozen=True, slots=True)
 class MoEWeights:
     """What `pack_moe` packs. The experts come one at a time, so that they need not all be in memory."""
 
@@ -66,6 +78,14 @@ class MoEWeights:
 
 
 @dataclass(slots=True)
+class IndexCache:
+    """The index keys of every cached token, in the blocks of the latent cache they belong to."""
+
+    data: Tensor  # [rows, num_blocks, block_size, d]: one row per layer that has an indexer
+    scale: Tensor | None  # [rows, num_blocks, block_size] float32 for fp8 and int8
+
+
+@dataclass(slots=True)
 class LatentCache:
     """The paged cache: (latent, rotated key) of every token, c + r numbers a token a layer.
 
@@ -74,6 +94,14 @@ class LatentCache:
 
     data: Tensor  # [L, num_blocks, block_size, c + r], float32 | bfloat16 | float8_e4m3fn | int8
     scale: Tensor | None  # [L, num_blocks, block_size, 2] float32 (latent, rotary) for fp8 and int8
+    index: IndexCache | None = None  # of models with sparse attention
+
+    def tensors(self) -> list[Tensor]:
+        """All that is cached, each tensor [*, num_blocks, …]: a block is its slice along dimension 1."""
+        kept = [self.data, self.scale]
+        if self.index is not None:
+            kept += [self.index.data, self.index.scale]
+        return [t for t in kept if t is not None]
 
     @property
     def num_blocks(self) -> int:
@@ -177,10 +205,22 @@ class Ops(ABC):
         """kv_b_proj [H (n + v), c] with the latent's norm weight [c]; rope [2, max_len, r/2] (cos, sin)."""
 
     @abstractmethod
+    def pack_indexer(
+        self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
+    ) -> Handle:
+        """Weight [d] and bias [d] of the index keys' LayerNorm; rope as in `pack_attention`."""
+
+    @abstractmethod
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
         """An empty cache; width = c + r."""
+
+    def new_index_cache(self, like: LatentCache, rows: int, width: int) -> IndexCache:
+        """Empty index keys for the blocks of a latent cache, in its dtype; width = d."""
+        blocks, device = like.data.shape[1:3], like.data.device
+        scale = None if like.scale is None else torch.ones(rows, *blocks, device=device)
+        return IndexCache(torch.zeros(rows, *blocks, width, dtype=like.data.dtype, device=device), scale)
 
     # -- computing
 
@@ -220,6 +260,24 @@ class Ops(ABC):
         Norms the latent, rotates, writes (latent, k_pe) to `batch.slots` of cache layer `layer`, then
         attends to cached tokens of each token's sequence: to the first `position + 1`, or to those at the
         positions select [T, K] int32, ascending and then -1, at least one and none beyond the token's own.
+        """
+
+    @abstractmethod
+    def index(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        indexer: Handle,
+        cache: LatentCache,
+        row: int,
+        batch: Batch,
+    ) -> Tensor | None:
+        """What `mla` shall attend to: q [T, H d], k [T, d], w [T, H] -> positions [T, K] int32, ascending and
+        then -1; None where no token has more than K cached.
+
+        q and k are given before rotation, k before its LayerNorm; k is cached in `cache.index` row `row`. The
+        positions are those of the K largest sums over h of w ReLU(q . k), the earlier of equal ones.
         """
 
     @abstractmethod

@@ -14,17 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import AttentionSpec, Batch, CacheDtype, HostOps, LatentCache, MoEWeights, RouterSpec
+from farthing.ops.api import (
+    AttentionSpec,
+    Batch,
+    CacheDtype,
+    HostOps,
+    IndexerSpec,
+    LatentCache,
+    MoEWeights,
+    RouterSpec,
+)
+from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX, read_cache, write_cache
+from farthing.ops.indexer import Indexer, index
+from farthing.ops.rotary import rotate
 from farthing.ops.selection import chosen, in_rows
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
-
-CACHE_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
-}
-CACHE_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 @dataclass(slots=True)
@@ -87,6 +91,12 @@ class ReferenceOps(HostOps):
         heads = self._value(kv_b).view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
         w_uk, w_uv = heads.split((spec.nope_dim, spec.value_dim), dim=1)
         return _Attention(spec, w_uk, w_uv, norm.to(self.dtype), rope)
+
+    def pack_indexer(
+        self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
+    ) -> Indexer:
+        weight, bias = norm()
+        return Indexer(spec, weight.float(), bias.float(), rope)
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
@@ -158,6 +168,19 @@ class ReferenceOps(HostOps):
             weights = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1)
             out[start:stop] = weights @ keys[:, : s.latent_dim]
         return torch.einsum("thc,hvc->thv", out.to(self.dtype), attention.w_uv).flatten(1)
+
+    def index(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        indexer: Indexer,
+        cache: LatentCache,
+        row: int,
+        batch: Batch,
+    ) -> Tensor | None:
+        assert cache.index is not None
+        return index(q, k, w, indexer, cache.index, row, batch)
 
     def mlp(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norm: Tensor, eps: float) -> Tensor:
         return x + gated_mlp(self.rms_norm(x, norm, eps), weights)
@@ -231,15 +254,6 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return values[:, :k], ids[:, :k], logits.logsumexp(-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding of x [..., r] by cos, sin [..., r/2], in float32."""
-    x32 = x.float()
-    a, b = (x32[..., 0::2], x32[..., 1::2]) if interleaved else x32.chunk(2, -1)
-    pair = (a * cos - b * sin, b * cos + a * sin)
-    out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return out.to(x.dtype)
-
-
 def gated_mlp(x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """down(silu(gate(x)) * up(x))."""
     gate, up, down = weights
@@ -280,29 +294,3 @@ def keep_mass(ids: Tensor, weights: Tensor, mass: float, min_experts: int) -> tu
     before = share.cumsum(-1) - share  # share of the experts ranked above this one
     keep = (before < mass) | (torch.arange(ids.shape[1], device=ids.device) < min_experts)
     return ids.masked_fill(~keep, -1), weights.masked_fill(~keep, 0.0)
-
-
-def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
-    """Store latent [T, c] and k_pe [T, r], quantized per token and part where the cache is 8-bit."""
-    data = cache.data[layer].flatten(0, 1)
-    if cache.scale is None:
-        data[slots] = torch.cat((latent, k_pe), -1).to(data.dtype)
-        return
-    top = CACHE_MAX[data.dtype]
-    scale = torch.stack([p.float().abs().amax(-1) / top for p in (latent, k_pe)], -1).clamp_min(
-        1e-20
-    )  # [T, 2]
-    parts = [p.float() / scale[:, i : i + 1] for i, p in enumerate((latent, k_pe))]
-    values = torch.cat(parts, -1)
-    data[slots] = (values.round() if data.dtype == torch.int8 else values).clamp(-top, top).to(data.dtype)
-    cache.scale[layer].flatten(0, 1)[slots] = scale
-
-
-def read_cache(cache: LatentCache, layer: int, blocks: Tensor, length: int, latent_dim: int) -> Tensor:
-    """The first `length` cached rows of a sequence, float32 [S, c + r]."""
-    used = blocks[: (length + cache.block_size - 1) // cache.block_size].long()
-    rows = cache.data[layer][used].flatten(0, 1)[:length].float()
-    if cache.scale is not None:
-        scale = cache.scale[layer][used].flatten(0, 1)[:length]
-        rows = torch.cat((rows[:, :latent_dim] * scale[:, :1], rows[:, latent_dim:] * scale[:, 1:]), -1)
-    return rows

@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from farthing.ops.api import AttentionSpec, Batch, CacheDtype, Handle, LatentCache, Ops
+from farthing.ops.api import (
+    AttentionSpec,
+    Batch,
+    CacheDtype,
+    Handle,
+    IndexCache,
+    IndexerSpec,
+    LatentCache,
+    Ops,
+)
 from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
 
@@ -32,6 +41,14 @@ class OpsWrapper(Ops):
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
     ) -> Handle:
         return self._inner.pack_attention(name, spec, weights, rope)
+
+    def pack_indexer(
+        self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
+    ) -> Handle:
+        return self._inner.pack_indexer(name, spec, norm, rope)
+
+    def new_index_cache(self, like: LatentCache, rows: int, width: int) -> IndexCache:
+        return self._inner.new_index_cache(like, rows, width)
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
@@ -69,6 +86,18 @@ class OpsWrapper(Ops):
         select: Tensor | None = None,
     ) -> Tensor:
         return self._inner.mla(q, kv, attention, cache, layer, batch, eps, select)
+
+    def index(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        indexer: Handle,
+        cache: LatentCache,
+        row: int,
+        batch: Batch,
+    ) -> Tensor | None:
+        return self._inner.index(q, k, w, indexer, cache, row, batch)
 
     def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
         return self._inner.mlp(x, weights, norm, eps)

@@ -9,6 +9,7 @@ largest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -221,6 +222,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
     """Cut the layers into ranges so that the heaviest rank is as light as it can be."""
     layers, pp = config.num_hidden_layers, layout.pp
     weight = [0] * layers
+    alone = [not config.indexer_types or config.has_indexer(i) for i in range(layers)]
     last = 0  # MTP layers, which stand on the last stage
     for name, shape, count in representatives(config):
         size = count * (nbytes(name) if nbytes else 2 * prod(shape))
@@ -235,13 +237,19 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
             last += size
 
     @cache
-    def best(start: int, stage: int) -> tuple[int, int]:
+    def best(start: int, stage: int) -> tuple[float, int]:
         """(bytes of the heaviest stage from `stage` on, end of this one) with layers start… left."""
         if stage == pp - 1:
             return sum(weight[start:]) + last, layers
-        ends = range(start + 1, layers - (pp - stage - 2))
-        return min((max(sum(weight[start:end]), best(end, stage + 1)[0]), end) for end in ends)
+        # A layer that shares the choice of the one before stays on its stage.
+        ends = [e for e in range(start + 1, layers - (pp - stage - 2)) if alone[e]]
+        return min(
+            ((max(sum(weight[start:end]), best(end, stage + 1)[0]), end) for end in ends),
+            default=(math.inf, layers),
+        )
 
+    if best(0, 0)[0] == math.inf:
+        raise PlanError(f"pp is {pp}; expected at most {sum(alone)}, the layers that choose what is read")
     stages, start = [], 0
     for stage in range(pp):
         end = best(start, stage)[1]

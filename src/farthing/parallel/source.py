@@ -97,6 +97,7 @@ def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
         num_attention_heads=c.num_attention_heads // tp,
         intermediate_size=stop - start,
         vocab_size=vocabulary.stop - vocabulary.start,
+        indexer_types=tuple(c.indexer_types[i] for i in plan.stages[place.stage] if c.indexer_types),
     )
 
 

@@ -70,10 +70,15 @@ def memory(model: Model, plan: ShardPlan, holder: Holder, serving: Serving) -> l
 
 
 def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> int:
-    """Of one token in this rank's layers."""
-    return _cache_layers(plan, place) * (
-        plan.config.cache_width * CACHE_ITEM[cache_dtype] + CACHE_SCALES.get(cache_dtype, 0)
+    """Of one token in this rank's layers: latents, and index keys where attention is sparse."""
+    c, item, scale = plan.config, CACHE_ITEM[cache_dtype], CACHE_SCALES.get(cache_dtype, 0)
+    rows = sum(
+        c.has_indexer(i)
+        for i in range(c.num_hidden_layers + c.num_nextn_predict_layers)
+        if plan.holds_layer(i, place)
     )
+    latents = _cache_layers(plan, place) * (c.cache_width * item + scale)
+    return latents + rows * (c.index_head_dim * item + scale // 2)
 
 
 def fitting_layouts(

@@ -11,7 +11,9 @@ from farthing.model.types import (
     axk1,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
     glm4_moe_lite,
+    glm_moe_dsa,
     kimi_k2,
     kimi_k25,
     mistral4,
@@ -26,11 +28,13 @@ TYPES: Mapping[str, ModelType] = {
     for kind in (
         deepseek_v3.TYPE,
         deepseek_v2.TYPE,
+        deepseek_v32.TYPE,
         kimi_k2.TYPE,
         kimi_k25.TYPE,
         glm4_moe_lite.TYPE,
         mistral4.TYPE,
         mistral4.WRAPPED,
+        glm_moe_dsa.TYPE,
         axk1.TYPE,
         sarvam_mla.TYPE,
     )

@@ -39,12 +39,12 @@ class ModelType:
 
 
 def dense_prefix(raw: Fields) -> dict[str, int]:
-    """first_k_dense_replace and moe_layer_freq from `mlp_layer_types`, the list newer files hold instead.
+    """first_k_dense_replace and moe_layer_freq from `mlp_layer_types`, the list that newer files hold.
 
     Raises ValueError where no such pair describes the list.
     """
     kinds = raw.get("mlp_layer_types")
-    if not kinds or "first_k_dense_replace" in raw:
+    if not kinds:
         return {}
     moe = [kind == "sparse" for kind in kinds]
     layers = len(moe)

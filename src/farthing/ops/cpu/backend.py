@@ -17,15 +17,18 @@ from farthing.ops.api import (
     Batch,
     CacheDtype,
     HostOps,
+    IndexerSpec,
     LatentCache,
     LayerHandles,
     MoEWeights,
     RouterSpec,
 )
+from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
 from farthing.ops.cpu.stack import CACHE_TYPES, Stack, pack_stack, run_layers
-from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX, largest
+from farthing.ops.indexer import Indexer, index
+from farthing.ops.reference import largest
 from farthing.ops.selection import Chosen, chosen, in_rows
 from farthing.ops.weights import InputRounding, Weight
 
@@ -254,6 +257,13 @@ class CpuOps(HostOps):
             for h in range(spec.num_heads)
         ]
 
+    def pack_indexer(
+        self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
+    ) -> Indexer:
+        weight = self._tensor(f"{name}.weight", lambda: norm()[0])
+        bias = self._tensor(f"{name}.bias", lambda: norm()[1])
+        return Indexer(spec, weight, bias, rope.float().contiguous())
+
     def save_packed(self, path: str) -> None:
         write_packed(path, self._quantization, self._blobs.items(), self.source, self._inputs)
 
@@ -350,6 +360,19 @@ class CpuOps(HostOps):
             lengths.data_ptr(), table.data_ptr(), table.shape[0], table.shape[1],
             0 if reads is None else lengths.data_ptr(), eps, out.data_ptr(), width,
         )  # fmt: skip
+
+    def index(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        indexer: Indexer,
+        cache: LatentCache,
+        row: int,
+        batch: Batch,
+    ) -> Tensor | None:
+        assert cache.index is not None
+        return index(q, k, w, indexer, cache.index, row, batch)
 
     def _experts(
         self,

@@ -17,12 +17,14 @@ from farthing.ops.api import (
     AttentionSpec,
     Batch,
     CacheDtype,
+    IndexerSpec,
     LatentCache,
     LayerHandles,
     MoEWeights,
     Ops,
     RouterSpec,
 )
+from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
 from farthing.ops.gpu import gemm, normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, plan
 from farthing.ops.gpu.gemm import Part
@@ -34,7 +36,8 @@ from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.sample import draw, draw_filtered
 from farthing.ops.gpu.softmax import softmax
 from farthing.ops.gpu.sparse import find
-from farthing.ops.reference import CACHE_DTYPES, CACHE_MAX, largest
+from farthing.ops.indexer import Indexer, index
+from farthing.ops.reference import largest
 from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
 
@@ -144,6 +147,12 @@ class GpuOps(Ops):
         heads = value.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
         return Heads(spec, heads.contiguous(), self._vector(norm), self._here(rope))
 
+    def pack_indexer(
+        self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
+    ) -> Indexer:
+        weight, bias = norm()
+        return Indexer(spec, self._vector(weight), self._vector(bias), self._here(rope))
+
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
@@ -212,6 +221,19 @@ class GpuOps(Ops):
             self._planned = (batch, plan(batch, attention.expand_from))
         step = self._planned[1]
         return attend(_rows(q), _rows(kv), attention, cache, layer, batch, eps, step, select)
+
+    def index(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        indexer: Indexer,
+        cache: LatentCache,
+        row: int,
+        batch: Batch,
+    ) -> Tensor | None:
+        assert cache.index is not None
+        return index(q, k, w, indexer, cache.index, row, batch)
 
     def mlp(self, x: Tensor, weights: Mlp, norm: Tensor, eps: float) -> Tensor:
         n = self.rms_norm(x, norm, eps)

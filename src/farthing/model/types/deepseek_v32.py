@@ -1,0 +1,13 @@
+"""DeepSeek-V3.2: V3 with a lightning indexer in every layer, which chooses the keys attention reads.
+
+The indexer rotates by halves; attention's own rotation stays interleaved.
+"""
+
+from farthing.model.types.base import Fields, ModelType, dense_prefix
+
+
+def _fields(raw: Fields) -> Fields:
+    return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), "index_rope_interleaved": False}
+
+
+TYPE = ModelType("deepseek_v32", "DeepSeek-V3.2, V3.2-Exp, V3.2-Speciale", _fields)

@@ -1,0 +1,23 @@
+"""GLM-5: V3.2 with an interleaved indexer rotation and layers that share the choice of an earlier one."""
+
+from farthing.model.types.base import Fields, ModelType, dense_prefix
+
+
+def _indexer_types(raw: Fields) -> list[str]:
+    """Of every hidden layer: a list, a pattern such as "FFSS", or every index_topk_freq-th layer "full"."""
+    if raw.get("indexer_types"):
+        return list(raw["indexer_types"])
+    pattern = raw.get("index_topk_pattern")
+    if pattern is not None:
+        return [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
+    every, first = max(raw.get("index_topk_freq") or 1, 1), raw.get("index_skip_topk_offset", 2)
+    layers = range(raw["num_hidden_layers"])
+    return ["shared" if max(i - first + 1, 0) % every else "full" for i in layers]
+
+
+def _fields(raw: Fields) -> Fields:
+    fixed = {"index_rope_interleaved": True, "indexer_types": _indexer_types(raw)}
+    return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), **fixed}
+
+
+TYPE = ModelType("glm_moe_dsa", "GLM-5", _fields)

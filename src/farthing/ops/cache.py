@@ -1,0 +1,42 @@
+"""Rows of the paged latent cache in torch. Legend: see `farthing.ops.api`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from farthing.ops.api import LatentCache
+
+CACHE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+CACHE_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
+    """Store latent [T, c] and k_pe [T, r], quantized per token and part where the cache is 8-bit."""
+    data = cache.data[layer].flatten(0, 1)
+    if cache.scale is None:
+        data[slots] = torch.cat((latent, k_pe), -1).to(data.dtype)
+        return
+    top = CACHE_MAX[data.dtype]
+    scale = torch.stack([p.float().abs().amax(-1) / top for p in (latent, k_pe)], -1).clamp_min(
+        1e-20
+    )  # [T, 2]
+    parts = [p.float() / scale[:, i : i + 1] for i, p in enumerate((latent, k_pe))]
+    values = torch.cat(parts, -1)
+    data[slots] = (values.round() if data.dtype == torch.int8 else values).clamp(-top, top).to(data.dtype)
+    cache.scale[layer].flatten(0, 1)[slots] = scale
+
+
+def read_cache(cache: LatentCache, layer: int, blocks: Tensor, length: int, latent_dim: int) -> Tensor:
+    """The first `length` cached rows of a sequence, float32 [S, c + r]."""
+    used = blocks[: (length + cache.block_size - 1) // cache.block_size].long()
+    rows = cache.data[layer][used].flatten(0, 1)[:length].float()
+    if cache.scale is not None:
+        scale = cache.scale[layer][used].flatten(0, 1)[:length]
+        rows = torch.cat((rows[:, :latent_dim] * scale[:, :1], rows[:, latent_dim:] * scale[:, 1:]), -1)
+    return rows

@@ -1,0 +1,83 @@
+"""Sparse attention in the model: dense while everything fits, one selection for layers that share it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from farthing.model import ConfigError, DeepseekModel, ModelConfig
+from farthing.model.load import random_parameters
+from farthing.model.source import MemorySource
+from farthing.ops import make_batch, select
+
+from .test_config import V3
+
+TINY = V3 | dict(
+    model_type="deepseek_v32",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=8,
+    n_group=2,
+    topk_group=1,
+    num_experts_per_tok=2,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=64,
+    index_topk=16,
+    index_n_heads=24,
+    index_head_dim=8,
+)
+
+
+def logits(model: DeepseekModel, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    cache, start, out = model.new_cache(16, 4, "float32"), 0, []
+    with torch.inference_mode():
+        for size in chunks:
+            batch = make_batch([size], [start], [list(range(16))], 4)
+            out.append(model.logits(model.forward(ids[start : start + size], batch, cache)))
+            start += size
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_context_that_fits_is_attended_to_as_v3_does(backend: str) -> None:
+    sparse = ModelConfig.from_json(TINY)
+    parameters = MemorySource(random_parameters(sparse))
+    ids = torch.randint(0, 64, (40,), generator=torch.manual_seed(1))
+    whole, some = (
+        DeepseekModel(c, select(backend, dtype=torch.float32), parameters)
+        for c in (replace(sparse, index_topk=None), sparse)
+    )
+    chunks = [10, 5, 1, 24]
+    dense, chosen = logits(whole, ids, chunks), logits(some, ids, chunks)
+    assert (
+        torch.equal(dense[:16], chosen[:16])
+        if backend == "reference"
+        else torch.allclose(dense[:16], chosen[:16], atol=1e-5)
+    )
+    assert not torch.allclose(dense[20:], chosen[20:], atol=1e-3)
+
+
+def test_index_rows_and_types() -> None:
+    glm = TINY | dict(model_type="glm_moe_dsa", num_hidden_layers=6, num_nextn_predict_layers=1)
+    config = ModelConfig.from_json(glm | dict(index_topk_freq=2))
+    assert config.indexer_types == ("full", "full", "shared", "full", "shared", "full")
+    assert config.index_rows == 5  # four of the hidden layers, and the MTP layer's own
+    assert ModelConfig.from_json(glm | dict(index_topk_pattern="FSSFSS")).index_rows == 3
+    with pytest.raises(ConfigError, match=r"indexer_types\[0\] is 'shared'"):
+        ModelConfig.from_json(glm | dict(index_topk_pattern="SFFFFF"))
+    with pytest.raises(ConfigError, match=r"index_topk is 0; expected a positive integer"):
+        ModelConfig.from_json(TINY | dict(index_topk=0))
+    with pytest.raises(ConfigError, match=r"q_lora_rank is absent"):
+        ModelConfig.from_json(TINY | dict(q_lora_rank=None))

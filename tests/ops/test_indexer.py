@@ -1,0 +1,127 @@
+"""The lightning indexer: its choice, its rule for ties, and every backend against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farthing import _native
+from farthing.ops import Batch, IndexerSpec, LatentCache, Ops, make_batch
+from farthing.ops.api import CacheDtype
+from farthing.ops.cpu import CpuOps
+from farthing.ops.indexer import read_keys, top_positions
+from farthing.ops.reference import ReferenceOps
+
+CPUS = _native.instruction_sets().split()
+BLOCK = 4
+
+
+def backend(name: str) -> Ops:
+    return ReferenceOps(torch.float32) if name == "reference" else CpuOps(2, isa=name)
+
+
+def by_sorting(scores: list[float], k: int) -> list[int]:
+    """The k largest by a stable sort, in ascending order of position."""
+    seen = [i for i, s in enumerate(scores) if s > float("-inf")]
+    return sorted(sorted(seen, key=lambda i: -scores[i])[:k])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, float("-inf"), 3e38, 1e-40]), min_size=1, max_size=70
+    ),
+    st.integers(1, 80),
+)
+def test_top_positions_against_a_stable_sort(scores: list[float], k: int) -> None:
+    row = top_positions(torch.tensor([scores]), k)[0].tolist()
+    expected = by_sorting(scores, k)
+    assert row[: len(expected)] == expected
+    assert set(row[len(expected) :]) <= {-1}
+
+
+class Step:
+    """Index keys of two sequences in scattered blocks, and the step that scores them."""
+
+    def __init__(
+        self, ops: Ops, dtype: CacheDtype, spec: IndexerSpec, new: list[int], cached: list[int], seed: int = 0
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+        total = [n + c for n, c in zip(new, cached, strict=True)]
+        blocks = [-(-t // BLOCK) for t in total]
+        order = torch.randperm(sum(blocks), generator=g).tolist()
+        tables = [order[: blocks[0]], order[blocks[0] :]]
+        angles = torch.rand(max(total), spec.rope_dim // 2, generator=g)
+        rope = torch.stack((angles.cos(), angles.sin()))
+        norm = (
+            1 + 0.1 * torch.randn(spec.head_dim, generator=g),
+            0.1 * torch.randn(spec.head_dim, generator=g),
+        )
+        self.handle = ops.pack_indexer("i", spec, lambda: norm, rope)
+        self.cache = ops.new_cache(1, sum(blocks), BLOCK, 8, dtype)
+        self.cache.index = ops.new_index_cache(self.cache, 2, spec.head_dim)
+        for count, before in ((cached, [0, 0]), (new, cached)):
+            if not all(count):
+                continue
+            self.batch: Batch = make_batch(count, before, tables, BLOCK)
+            widths = spec.num_heads * spec.head_dim, spec.head_dim, spec.num_heads
+            q, k, w = (torch.randn(sum(count), n, generator=g) for n in widths)
+            self.chosen = ops.index(q, k, w, self.handle, self.cache, 1, self.batch)
+
+
+SPECS = [
+    IndexerSpec(num_heads=24, head_dim=16, rope_dim=8, top_k=5),
+    IndexerSpec(num_heads=64, head_dim=128, rope_dim=64, top_k=32),
+    IndexerSpec(num_heads=3, head_dim=10, rope_dim=4, top_k=7, interleaved=True),
+]
+
+
+def keys_of(step: Step) -> list[torch.Tensor]:
+    assert step.cache.index is not None
+    lengths = step.batch.context_lens.tolist()
+    return [read_keys(step.cache.index, 1, step.batch.block_table[b], n) for b, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.num_heads}x{s.head_dim}")
+@pytest.mark.parametrize("name", CPUS)
+def test_cpu_against_the_reference(name: str, spec: IndexerSpec, dtype: CacheDtype) -> None:
+    args = (dtype, spec, [3, 70], [90, 11])
+    ours, reference = Step(backend(name), *args), Step(backend("reference"), *args)
+    for mine, theirs in zip(keys_of(ours), keys_of(reference), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5 if dtype == "float32" else 0.1)
+    assert ours.chosen is not None and reference.chosen is not None
+    assert ours.chosen.shape == reference.chosen.shape
+    same = total = 0
+    for a, b in zip(ours.chosen.tolist(), reference.chosen.tolist(), strict=True):
+        mine, theirs = [p for p in a if p >= 0], {p for p in b if p >= 0}
+        assert mine == sorted(mine) and len(mine) == len(theirs)
+        same, total = same + len(theirs & set(mine)), total + len(theirs)
+    # Rounded queries and keys move scores near the k-th across it.
+    assert same / total > (0.999 if dtype == "float32" else 0.97)
+
+
+@pytest.mark.parametrize("name", ["reference", *CPUS])
+def test_nothing_is_scored_where_all_of_it_fits(name: str) -> None:
+    step = Step(backend(name), "float32", SPECS[1], [3, 20], [20, 11])
+    assert step.chosen is None
+    assert keys_of(step)[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["reference", *CPUS])
+def test_tied_scores_choose_the_earlier_position(name: str) -> None:
+    """All weights 0: every score is 0, or -0 where a weight is negative."""
+    ops, spec = backend(name), SPECS[0]
+    step = Step(ops, "float32", spec, [1, 1], [40, 30])
+    q, k = torch.randn(2, spec.num_heads * spec.head_dim), torch.randn(2, spec.head_dim)
+    for w in (torch.zeros(2, spec.num_heads), -torch.zeros(2, spec.num_heads)):
+        chosen = ops.index(q, k, w, step.handle, step.cache, 1, step.batch)
+        assert chosen is not None
+        assert chosen.tolist() == [list(range(spec.top_k))] * 2
+
+
+def test_a_cache_lists_its_tensors_for_whoever_copies_blocks() -> None:
+    cache: LatentCache = Step(backend("reference"), "int8", SPECS[0], [1, 1], [40, 30]).cache
+    assert [t.shape[1] for t in cache.tensors()] == [cache.num_blocks] * 4
