@@ -37,6 +37,9 @@ class EngineConfig:
     speculate: str | None = _engine(None, "Drafts: mtp[:k], ngram[:k] or mtp+ngram[:k], at most k per step")
     experts: str = _engine("auto", "Experts per token: auto (config.json), all, adaptive:p[,min=2,max=8]")
     seed: int = _engine(0, "Default sampling seed")
+    chat_template: str | None = _engine(
+        None, "Jinja file or name of a packaged chat format; default: the checkpoint's"
+    )
     skip_tokenizer_init: bool = _engine(False, "Token ids in and out, without a tokenizer")
 
     max_model_len: int | None = _cache(

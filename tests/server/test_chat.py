@@ -194,11 +194,17 @@ def test_no_tools_no_calls() -> None:
     engine = ScriptedEngine([CALL])
     with running(engine) as server:
         create = server.client().chat.completions.create
-        for options in ({}, {"tools": TOOLS, "tool_choice": "none"}):
-            message = create(model="tiny", messages=USER, **options).choices[0].message
-            assert message.content == CALL and not message.tool_calls
-        assert all("weather" not in prompt for prompt in engine.prompts)
+        message = create(model="tiny", messages=USER).choices[0].message
+        assert message.content == CALL and not message.tool_calls
         assert all(params.skip_special_tokens for params in engine.params)
+        # Tools that may not be called: the model is not told of them, and what it writes of them is dropped.
+        options = {"model": "tiny", "messages": USER, "tools": TOOLS, "tool_choice": "none"}
+        choice = create(**options).choices[0]
+        streamed = Streamed(create(**options, stream=True))
+        assert choice.message.content == streamed.content == "Let me look."
+        assert not choice.message.tool_calls and not streamed.calls
+        assert choice.finish_reason == streamed.reason == "stop"
+        assert all("weather" not in prompt for prompt in engine.prompts)
 
 
 def test_results_of_tools_go_back() -> None:

@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from farthing.config import EngineConfig, parse_speculate
+from farthing.conversation.select import template_source
 from farthing.engine.admission import Admission
 from farthing.engine.core import EngineCore
 from farthing.engine.generation import RequestState
@@ -143,6 +144,7 @@ class Engine:
         tokenizer = None
         if not config.skip_tokenizer_init:
             tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
+            tokenizer.chat_template = template_source(config.chat_template) or tokenizer.chat_template
         model = ParallelModel(RankOptions(path, config)) if config.num_ranks > 1 else _load(path, config)
         try:
             return cls(model, config, tokenizer, generation_defaults(path))

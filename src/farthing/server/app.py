@@ -12,10 +12,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import farthing
+from farthing.conversation.types import Conversation
+from farthing.server.api.openai_chat import chat, tool_of, turn_of
+from farthing.server.api.openai_completions import complete
 from farthing.server.auth import ANONYMOUS
 from farthing.server.bodies import Bodies
-from farthing.server.chat import chat, render
-from farthing.server.completions import complete
 from farthing.server.dashboard import assets, service_data
 from farthing.server.dashboard.router import mount
 from farthing.server.errors import ApiError, describe_validation, send_error
@@ -29,6 +30,7 @@ from farthing.server.protocol import (
     TokenizeRequest,
 )
 from farthing.server.service import Service
+from farthing.server.turns import render
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
 CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
@@ -152,7 +154,12 @@ def _add_token_routes(api: FastAPI, service: Service) -> None:
         if body.messages is None:
             ids = await service.encode(body.prompt or "", body.add_special_tokens, client)
         else:
-            prompt = await render(service, client, body.messages, body.tools, body.add_generation_prompt)
+            conversation = Conversation(
+                turns=tuple(map(turn_of, body.messages)),
+                tools=tuple(map(tool_of, body.tools or ())),
+                generate=body.add_generation_prompt,
+            )
+            prompt = await render(service, conversation, client)
             ids = await service.encode(prompt, False, client, "messages")
         document: dict[str, Any] = {
             "count": len(ids),

@@ -11,7 +11,11 @@ from typing import Literal
 from farthing.options import check, option
 from farthing.server.auth import KeyRing
 
-ReasoningMode = Literal["auto", "deepseek_r1", "none"]
+Format = Literal[
+    "deepseek_v3", "deepseek_r1", "deepseek_v31", "deepseek_v32", "deepseek_v4", "kimi_k2", "glm45"
+]
+CallsMode = Literal["auto", Format]
+ReasoningMode = Literal["auto", "none", Format]
 
 _http = partial(option, group="HTTP")
 _limit = partial(option, group="Limits")
@@ -28,9 +32,8 @@ class ServerConfig:
     insecure: bool = _http(False, "Access from other machines without a key")
     served_model_name: tuple[str, ...] = _http((), "Model name in the API (repeatable); default: MODEL")
     root_path: str = _http("", "Path prefix behind a proxy that strips it")
-    reasoning_parser: ReasoningMode = _http(
-        "auto", "Separation of <think> into reasoning_content; auto: if the chat template knows <think>"
-    )
+    tool_call_parser: CallsMode = _http("auto", "Format whose tool calls are read; auto: by checkpoint")
+    reasoning_parser: ReasoningMode = _http("auto", "Format whose reasoning is read; auto: by checkpoint")
     strict_fields: bool = _http(False, "Refusal of unknown request fields")
     access_log: bool = _http(False, "Log line per request")
     requests_per_minute: int | None = _limit(None, "Requests per minute and key", minimum=1)

@@ -1,11 +1,13 @@
-"""Server-sent events. Chunks are written by hand: a token costs one string template and one write."""
+"""Server-sent events: how chunks are written, and how a stream begins and ends."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from json.encoder import encode_basestring_ascii as quote
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -13,30 +15,73 @@ from starlette.types import Receive, Scope, Send
 from farthing.server.errors import ApiError, send_error
 from farthing.server.jobs import ClientGone, Job
 
-__all__ = ["EventStream", "chunk_frame", "quote"]
+if TYPE_CHECKING:
+    from farthing.server.protocol import StreamOptions
+    from farthing.server.usage import Usage
 
-DONE = b"data: [DONE]\n\n"
 _LAST_WORD = 5.0  # seconds for an error event to leave
 
+# ASCII, because clients disagree on which other characters end a line.
+to_json: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
 
-def chunk_frame(identity: str, kind: str, created: int, model: str, usage: bool) -> tuple[str, str]:
-    """What stands before and after a chunk's choices; they are the same for a whole stream."""
-    head = f'data: {{"id":{quote(identity)},"object":"{kind}","created":{created},"model":{quote(model)},'
-    return head + '"choices":[', ('],"usage":null}\n\n' if usage else "]}\n\n")
+
+def data(document: Any) -> str:
+    """An event without a name."""
+    return f"data: {to_json(document)}\n\n"
+
+
+def named(kind: str, document: Any) -> str:
+    """An event with a name."""
+    return f"event: {kind}\ndata: {to_json(document)}\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an API's streams end: after the last chunk, and after an error."""
+
+    done: str
+    error: Callable[[ApiError], str]
+
+
+OPENAI = Ending("data: [DONE]\n\n", lambda error: f"data: {error.body()}\n\ndata: [DONE]\n\n")
+
+
+class ChunkWriter:
+    """Writes OpenAI's chunks, of completions and of chats: an envelope, some choices, perhaps the usage."""
+
+    def __init__(
+        self, envelope: Mapping[str, Any], usage: Usage, options: StreamOptions | None, job: Job
+    ) -> None:
+        self._envelope, self._usage, self._job = dict(envelope), usage, job
+        self._with_usage = options is not None and options.include_usage
+        self._continuous = self._with_usage and options is not None and options.continuous_usage_stats
+
+    def chunk(self, choice: Mapping[str, Any]) -> str:
+        """A chunk of one choice."""
+        return self._write([choice], self._usage.document(self._job) if self._continuous else None)
+
+    def last(self) -> str:
+        """The chunk with the usage, where it was requested."""
+        return self._write([], self._usage.document(self._job)) if self._with_usage else ""
+
+    def _write(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any] | None) -> str:
+        document = self._envelope | {"choices": choices}
+        if self._with_usage:
+            document["usage"] = usage
+        return data(document)
 
 
 class EventStream(Response):
     """Sends text chunks as they come. An error before the first one is answered with its status, so that a
-    gateway can ask another replica; a later one becomes an event of its own, followed by [DONE]. A client
-    that leaves, or a deadline that passes, cancels the job."""
+    gateway can ask another replica; a later one becomes an event of its own. A client that leaves, or a
+    deadline that passes, cancels the job."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, chunks: AsyncIterator[str]) -> None:
+    def __init__(self, job: Job, chunks: AsyncIterator[str], ending: Ending = OPENAI) -> None:
         self.status_code = 200
         self.background = None
-        self.job = job
-        self.chunks = chunks
+        self.job, self.chunks, self.ending = job, chunks, ending
         self._begun = False
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -50,7 +95,7 @@ class EventStream(Response):
             if not self._begun:
                 await send_error(error, scope, receive, send)
                 return
-            event = f"data: {error.body()}\n\n".encode() + DONE
+            event = self.ending.error(error).encode()
             with suppress(TimeoutError):  # a client that reads nothing is not waited for
                 async with asyncio.timeout(_LAST_WORD):
                     await send({"type": "http.response.body", "body": event, "more_body": False})
@@ -62,7 +107,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
         if not self._begun:
             await self._begin(send)
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self.ending.done.encode(), "more_body": False})
 
     async def _begin(self, send: Send) -> None:
         self._begun = True

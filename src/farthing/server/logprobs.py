@@ -69,3 +69,21 @@ def completion_logprobs(
 def _top(position: dict[int, Logprob], top: int, tokenizer: Tokenizer | None) -> dict[str, float]:
     best = sorted(position.items(), key=lambda item: item[1].rank)[:top]
     return {token_text(token, tokenizer): max(lp.logprob, _FLOOR) for token, lp in best}
+
+
+def prompt_logprobs(positions: Sequence[Position] | None, tokenizer: Tokenizer | None) -> list[Any] | None:
+    """vLLM's form: for each token of the prompt {id: {logprob, rank, decoded_token}}, None for the first."""
+    if positions is None:
+        return None
+    return [
+        position and {str(t): _entry(t, lp, tokenizer) for t, lp in position.items()}
+        for position in positions
+    ]
+
+
+def _entry(token: int, logprob: Logprob, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return {
+        "logprob": max(logprob.logprob, _FLOOR),
+        "rank": logprob.rank,
+        "decoded_token": token_text(token, tokenizer),
+    }

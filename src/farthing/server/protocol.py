@@ -138,6 +138,17 @@ class Sampling(Body):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=1024, fail_fast=True)
+        ]
+        | None
+    ) = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)] | None
+    ) = None
+    request_id: str | None = Field(default=None, pattern=r"^[\x21-\x7e]{1,256}$")
     x_farthing: bool = False  # what the request cost, in `usage.x_farthing`
 
     @model_validator(mode="after")
@@ -211,6 +222,14 @@ class Message(Loose):
     tool_calls: Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # another name of the same
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or ())
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -248,6 +267,27 @@ class NamedChoice(Strict):
     function: NamedFunction
 
 
+class Thinking(Strict):
+    """Whether the model reasons first, and for how many tokens at most."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+
+class AllowedTools(Strict):
+    """Which of the tools may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=128, fail_fast=True)]
+
+
+class AllowedChoice(Strict):
+    """tool_choice: some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatCompletionRequest(Sampling):
     """Body of /v1/chat/completions."""
 
@@ -257,14 +297,17 @@ class ChatCompletionRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | AllowedChoice | None = None
+    functions: Annotated[list[Function], Field(max_length=128, fail_fast=True)] | None = (
+        None  # the older form of tools
+    )
+    function_call: Literal["none", "auto"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     # accepted and without effect
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
-    reasoning_effort: str | None = None
     verbosity: str | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=16, fail_fast=True)] | None = None
     prompt_cache_key: str | None = None
@@ -276,18 +319,23 @@ class ChatCompletionRequest(Sampling):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking: Thinking | None = None
+    max_thinking_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatCompletionRequest:
+        if self.functions and self.tools:
+            raise ValueError("functions is the older form of tools; expected one of them")
         names = [tool.function.name for tool in self.tools or []]
+        names += [function.name for function in self.functions or []]
         if len(set(names)) != len(names):
             raise ValueError("tools names a function twice")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but tools is empty")
-        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
-            raise ValueError(
-                f"tool_choice names {self.tool_choice.function.name!r}, which tools does not define"
-            )
+        for name in self._chosen_names():
+            if name not in names:
+                raise ValueError(f"tool_choice names {name!r}, which tools does not define")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
         if self.continue_final_message and (
@@ -297,6 +345,13 @@ class ChatCompletionRequest(Sampling):
                 "continue_final_message needs add_generation_prompt = false and a last assistant message"
             )
         return self
+
+    def _chosen_names(self) -> list[str]:
+        if isinstance(self.tool_choice, NamedChoice):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedChoice):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return [self.function_call.name] if isinstance(self.function_call, NamedFunction) else []
 
 
 class TokenizeRequest(Body):

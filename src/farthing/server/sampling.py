@@ -7,8 +7,7 @@ from typing import Any
 
 from farthing.engine.request import SamplingParams, StructuredOutputsParams
 from farthing.server.errors import ApiError
-from farthing.server.protocol import ChatCompletionRequest, CompletionRequest, NamedChoice, Sampling
-from farthing.server.tools import calls_schema
+from farthing.server.protocol import ChatCompletionRequest, CompletionRequest, Sampling
 
 # Fields that reach SamplingParams under their own name; None: the model's default, then the engine's.
 _DIRECT = (
@@ -25,20 +24,20 @@ def completion_params(body: CompletionRequest, defaults: Mapping[str, Any]) -> S
     values["logprobs"] = body.logprobs
     if body.echo and body.logprobs is not None:
         values["prompt_logprobs"] = body.logprobs
-    values["structured_outputs"] = _structured(body, body.response_format)
-    return _build(values)
+    elif body.prompt_logprobs is not None:
+        values["prompt_logprobs"] = body.prompt_logprobs
+    values["structured_outputs"] = structured(body, body.response_format)
+    return build_params(values)
 
 
-def chat_params(body: ChatCompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
-    """Tool calls need the special tokens that mark them; a demanded call is forced by its schema."""
+def chat_sampling(body: ChatCompletionRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of SamplingParams, but for the structured output."""
     values = _common(body, defaults)
     values["max_tokens"] = body.max_completion_tokens or body.max_tokens
     if body.logprobs:
         values["logprobs"] = body.top_logprobs or 0
-    values["structured_outputs"] = _forced_call(body) or _structured(body, body.response_format)
-    if body.tools and body.tool_choice != "none":
-        values["skip_special_tokens"] = False
-    return _build(values)
+    values["prompt_logprobs"] = body.prompt_logprobs
+    return values
 
 
 def _common(body: Sampling, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,14 +48,16 @@ def _common(body: Sampling, defaults: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _build(values: dict[str, Any]) -> SamplingParams:
+def build_params(values: Mapping[str, Any]) -> SamplingParams:
+    """The engine's parameters. Raises ApiError (400) naming the field at fault."""
     try:
         return SamplingParams(**values)
     except ValueError as error:
         raise ApiError(400, str(error), param=str(error).split(" ", 1)[0], code="invalid_value") from error
 
 
-def _structured(body: Sampling, response_format: Any) -> StructuredOutputsParams | None:
+def structured(body: Sampling, response_format: Any) -> StructuredOutputsParams | None:
+    """What constrains the output, from whichever field says so. Raises ApiError (400)."""
     chosen: dict[str, Any] = {}
     if body.structured_outputs is not None:
         given = body.structured_outputs
@@ -77,21 +78,3 @@ def _structured(body: Sampling, response_format: Any) -> StructuredOutputsParams
         return StructuredOutputsParams(**chosen)
     except ValueError as error:
         raise ApiError(400, str(error), param="structured_outputs", code="invalid_value") from error
-
-
-def _forced_call(body: ChatCompletionRequest) -> StructuredOutputsParams | None:
-    """The grammar of a call that the caller demands: by name, or any of the tools."""
-    functions = {tool.function.name: tool.function.parameters for tool in body.tools or []}
-    if isinstance(body.tool_choice, NamedChoice):
-        return StructuredOutputsParams(json=_object_schema(functions[body.tool_choice.function.name]))
-    if body.tool_choice != "required":
-        return None
-    schemas = [(name, _object_schema(parameters)) for name, parameters in functions.items()]
-    return StructuredOutputsParams(json=calls_schema(schemas, body.parallel_tool_calls is not False))
-
-
-def _object_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """A function's parameters as the schema of an object; without any, an object without fields."""
-    if not parameters:
-        return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {"type": "object"} | parameters

@@ -15,9 +15,9 @@ from farthing.server.auth import ANONYMOUS
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
 from farthing.server.fields import UnknownFields
+from farthing.server.formats import ModelFormats
 from farthing.server.jobs import Job
 from farthing.server.limits import Quotas
-from farthing.server.reasoning import CLOSE
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
@@ -38,6 +38,7 @@ class Service:
         self.unknown_fields = UnknownFields(config.strict_fields)
         self.quotas = Quotas(config.requests_per_minute, config.tokens_per_minute)
         self.engine: Engine | None = None
+        self._formats: ModelFormats | None = None
         self.accounts: Accounts | None = None  # set before the engine is
         self.launch_to_ready: float | None = None  # seconds
         self.draining = False
@@ -80,13 +81,11 @@ class Service:
             404, f"model is {name!r}; expected one of {accepted}", param="model", code="model_not_found"
         )
 
-    def reasons(self) -> bool:
-        """Whether the model's output is parsed for reasoning."""
-        mode = self.config.reasoning_parser
-        if mode != "auto":
-            return mode != "none"
-        tokenizer = self.engine.tokenizer if self.engine else None
-        return CLOSE in ((tokenizer.chat_template if tokenizer else None) or "")
+    def formats(self) -> ModelFormats:
+        """The model's chat formats. Raises ApiError (503) while it is loading."""
+        if self._formats is None:
+            self._formats = ModelFormats.of(self.require_engine(), self.config)
+        return self._formats
 
     # work
 

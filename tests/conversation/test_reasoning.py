@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from farthing.server.reasoning import ReasoningParser, held_back, opens_reasoning, split_reasoning
+from farthing.conversation.parse.output import THINK, ReasoningSplitter
+from farthing.conversation.scan import Literals
 
 PIECES = st.sampled_from(["<think>", "</think>", "<", "</", "think>", " ", "\n", "a", "bc", "<think", "é"])
 TEXTS = st.lists(PIECES, max_size=12).map("".join)
 
 
 def streamed(chunks: list[str], prompt_opens: bool) -> tuple[str, str]:
-    parser = ReasoningParser(prompt_opens)
+    parser = ReasoningSplitter(THINK, prompt_opens)
     parts = [part for chunk in chunks for part in parser.push(chunk)] + parser.finish()
     assert all(text for _, text in parts)
     kinds = [kind for kind, _ in parts]
@@ -46,14 +48,10 @@ CASES = [
 
 @pytest.mark.parametrize(("text", "opens", "reasoning", "content"), CASES)
 def test_cases_whole_and_in_every_two_chunks(text: str, opens: bool, reasoning: str, content: str) -> None:
-    assert split_reasoning(text, opens) == (reasoning, content)
+    assert streamed([text], opens) == (reasoning, content)
     for cut in range(len(text) + 1):
         assert streamed([text[:cut], text[cut:]], opens) == (reasoning, content)
     assert streamed(list(text), opens) == (reasoning, content)
-
-
-def test_a_whole_output_accepts_a_closing_tag_that_nothing_opened() -> None:
-    assert split_reasoning("why</think>because", False) == ("why", "because")
 
 
 @given(TEXTS, st.booleans(), st.lists(st.integers(0, 40), max_size=6))
@@ -73,13 +71,24 @@ def test_nothing_but_tags_and_space_is_lost(text: str, opens: bool) -> None:
     assert all(c in rest for c in kept)  # in order
 
 
-@given(st.text("<x/think>"), st.sampled_from(["</think>", "<think>"]))
-def test_held_back_is_the_longest_possible_beginning(text: str, tag: str) -> None:
-    held = held_back(text, tag)
-    assert tag.startswith(text[len(text) - held :])
-    assert all(not text.endswith(tag[:size]) for size in range(held + 1, len(tag)))
+@given(st.text("<x/think>"), st.lists(st.sampled_from(["</think>", "<think>", "<"]), min_size=1))
+def test_what_is_ready_cannot_become_a_literal(text: str, strings: list[str]) -> None:
+    known = Literals(strings)
+    if known.find(text) is not None:
+        return
+    ready = known.ready(text)
+    held = text[ready:]
+    assert not held or any(string.startswith(held) for string in strings)
+    for start in range(ready):
+        assert not any(len(text) - start < len(s) and s.startswith(text[start:]) for s in strings)
 
 
-def test_prompts_that_open() -> None:
-    assert opens_reasoning("<｜Assistant｜><think>\n")
-    assert not opens_reasoning("<｜Assistant｜>")
+@pytest.mark.parametrize("filler", [" ", "\n", "<", "</think", "a"])
+def test_linear_in_its_input(filler: str) -> None:
+    parser = ReasoningSplitter(THINK, True)
+    start = time.perf_counter()
+    for _ in range(100_000 // len(filler)):
+        for character in filler:
+            parser.push(character)
+    parser.finish()
+    assert time.perf_counter() - start < 5

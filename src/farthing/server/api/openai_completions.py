@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from starlette.responses import Response
 
 from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams
 from farthing.server.errors import ApiError
-from farthing.server.events import EventStream, chunk_frame, quote
+from farthing.server.events import ChunkWriter, EventStream, to_json
 from farthing.server.jobs import Job
-from farthing.server.logprobs import completion_logprobs
+from farthing.server.logprobs import completion_logprobs, prompt_logprobs
 from farthing.server.protocol import CompletionRequest
 from farthing.server.sampling import completion_params
 from farthing.server.service import Service
@@ -46,7 +45,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
     if body.stream:
         return EventStream(job, answer.stream(job))
     document = await job.guard(request.receive, answer.whole(job))
-    return Response(json.dumps(document), media_type="application/json")
+    return Response(to_json(document), media_type="application/json")
 
 
 async def _prompts(
@@ -83,10 +82,15 @@ class _Answer:
         prompts: list[list[int]],
         texts: list[str | None],
     ) -> None:
-        self.body, self.model, self.params = body, model, params
+        self.body, self.params = body, params
         self.prompts, self.texts = prompts, texts
         self.tokenizer = service.require_engine().tokenizer
-        self.id, self.created = f"cmpl-{uuid.uuid4().hex}", service.now()
+        self.envelope = {
+            "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": service.now(),
+            "model": model,
+        }
         self.usage = Usage(sum(len(prompt) for prompt in prompts), with_cost=body.x_farthing)
         self._offsets: dict[int, int] = {}  # by choice: characters so far
         self._echoes: dict[int, _Echo] = {}  # by prompt; every choice of a prompt begins with the same
@@ -98,42 +102,29 @@ class _Answer:
             self.usage.cached_tokens += output.num_cached_tokens
             echo = self._echo(position, output)
             for completion in output.outputs:
-                choices.append(self._choice(position, completion, echo))
+                choice = self._choice(position, completion, echo)
+                if self.body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self.tokenizer)
+                choices.append(choice)
         choices.sort(key=lambda choice: int(choice["index"]))
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            "usage": self.usage.document(job),
-        }
+        return self.envelope | {"choices": choices, "usage": self.usage.document(job)}
 
     async def stream(self, job: Job) -> AsyncIterator[str]:
         """SSE chunks. What one output brings goes out as one string."""
-        options = self.body.stream_options
-        with_usage = options is not None and options.include_usage
-        head, tail = chunk_frame(self.id, "text_completion", self.created, self.model, with_usage)
+        writer = ChunkWriter(self.envelope, self.usage, self.body.stream_options, job)
         plain = not self.body.echo and self.body.logprobs is None
         async for position, output in job.outputs():
             if output.finished:
                 self.usage.cached_tokens += output.num_cached_tokens
             pieces: list[str] = []
             for completion in output.outputs:
-                if plain and completion.finish_reason is None:
-                    self.usage.completion_tokens += len(completion.token_ids)
-                    if not completion.text:
-                        continue
-                    index = position * self.body.n + completion.index
-                    text = quote(completion.text)
-                    choice = f'{{"index":{index},"text":{text},"logprobs":null,"finish_reason":null}}'
-                else:
-                    choice = json.dumps(self._delta(position, output, completion))
-                pieces += (head, choice, tail)
+                choice = self._delta(position, output, completion)
+                if choice["text"] or choice["finish_reason"] or not plain:
+                    pieces.append(writer.chunk(choice))
             if pieces:
                 yield "".join(pieces)
-        if with_usage:
-            yield f'{head}],"usage":{json.dumps(self.usage.document(job))}}}\n\n'
+        if last := writer.last():
+            yield last
 
     def _delta(self, position: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         """A chunk's choice; a completion's first one carries the echo."""

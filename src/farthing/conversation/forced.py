@@ -1,0 +1,70 @@
+"""The JSON schema of calls that a client demands; a grammar made from it forces them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from farthing.conversation.types import Conversation, Tool
+
+
+def schema(conversation: Conversation) -> dict[str, Any] | None:
+    """What the whole answer must be; None where no call is demanded.
+
+    A single function that was named: its arguments. Else a list of calls, {"name": …, "parameters": {…}}.
+    """
+    choice = conversation.choice
+    if choice.mode != "required":
+        return None
+    tools = [tool for tool in conversation.tools if not choice.names or tool.name in choice.names]
+    if choice.single:
+        return _object(tools[0].parameters)
+    return calls_schema(tools, conversation.parallel_calls)
+
+
+def calls_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
+    """The schema of one or more calls of the given functions."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, "parameters": {"$ref": f"#/$defs/{_key(i)}"}},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for i, tool in enumerate(tools)
+    ]
+    return {
+        "type": "array",
+        "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
+        "minItems": 1,
+        **({} if parallel else {"maxItems": 1}),
+        "$defs": {
+            _key(i): _rebased(_object(tool.parameters), f"#/$defs/{_key(i)}") for i, tool in enumerate(tools)
+        },
+    }
+
+
+def _key(position: int) -> str:
+    """A definition's name. Not the tool's: that may hold characters with a meaning in a reference."""
+    return f"tool{position}"
+
+
+def _object(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A function's parameters as the schema of an object; without any, an object without fields."""
+    if not parameters:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object"} | dict(parameters)
+
+
+def _rebased(schema: Any, root: str) -> Any:
+    """A schema whose references to its own root work at another place."""
+    if isinstance(schema, list):
+        return [_rebased(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: root + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else _rebased(value, root)
+        for key, value in schema.items()
+    }

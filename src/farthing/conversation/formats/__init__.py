@@ -1,0 +1,1 @@
+"""Chat formats: how a model reads a conversation and how its output is taken apart. One small file each."""

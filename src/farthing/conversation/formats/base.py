@@ -1,0 +1,49 @@
+"""What a chat format is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from farthing.conversation.parse.base import CallParser, NoCalls
+from farthing.conversation.parse.output import Tags
+from farthing.conversation.types import Conversation, Tool
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "max")  # what clients may ask for, all APIs together
+
+
+class FormatError(ValueError):
+    """A conversation that the format cannot express. The message says what it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlTokens:
+    """Tokens of the model that a format may write."""
+
+    bos: str = "<｜begin▁of▁sentence｜>"
+    eos: str = "<｜end▁of▁sentence｜>"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """A format by name: renders conversations and makes the parser of an answer.
+
+    efforts: the reasoning efforts the format can express, each with the value it stands for; a format that
+    has none refuses `reasoning_effort`. stops: tokens that end the assistant's turn, besides the model's own.
+    """
+
+    name: str
+    render: Callable[[Conversation, ControlTokens], str]
+    calls: Callable[[tuple[Tool, ...]], CallParser] = lambda tools: NoCalls()
+    tags: Tags | None = None
+    efforts: tuple[str, ...] = ()
+    markup: frozenset[str] = frozenset()  # control tokens the parser must see as text
+    stops: tuple[str, ...] = ()
+
+    def thinks(self, conversation: Conversation, default: bool) -> bool:
+        """Whether the model is to reason first: as the client says, else by default."""
+        if conversation.effort == "none":
+            return False
+        if conversation.thinking is None:
+            return default or conversation.effort is not None
+        return conversation.thinking

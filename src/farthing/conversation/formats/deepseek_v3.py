@@ -1,0 +1,90 @@
+"""DeepSeek V3 and R1: calls between special tokens, arguments in a fenced block.
+
+The checkpoints' own templates never print tools, so the tools are described in the system prompt. Reasoning
+of earlier turns is dropped, as the models were trained.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
+from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
+from farthing.conversation.parse.delimited import DelimitedCalls
+from farthing.conversation.parse.output import THINK
+from farthing.conversation.types import Conversation, Tool, Turn
+
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+OUTPUTS_BEGIN, OUTPUTS_END = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
+OUTPUT_BEGIN, OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
+
+
+def system_text(conversation: Conversation) -> str:
+    """The texts of all system and developer turns, which these formats put first."""
+    roles = ("system", "developer")
+    return "\n\n".join(turn.text for turn in conversation.turns if turn.role in roles and turn.text)
+
+
+def after_reasoning(text: str) -> str:
+    """A text without reasoning that a client left in front of it."""
+    return text.rpartition("</think>")[2] if "</think>" in text else text
+
+
+def _described(tools: tuple[Tool, ...]) -> str:
+    lines = "".join("\n" + json.dumps(tool.document(), ensure_ascii=False) for tool in tools)
+    call = f"{MARKS.call_begin}function{MARKS.separator}NAME\n```json\nARGUMENTS\n```{MARKS.call_end}"
+    return (
+        f"## Tools\nYou may call these functions:{lines}\nTo call one, answer with\n"
+        f"{MARKS.calls_begin}{call}{MARKS.calls_end}"
+    )
+
+
+def _calls(turn: Turn) -> str:
+    if not turn.calls:
+        return ""
+    calls = "\n".join(
+        f"{MARKS.call_begin}function{MARKS.separator}{call.name}\n```json\n{call.arguments}\n```{MARKS.call_end}"
+        for call in turn.calls
+    )
+    return f"{MARKS.calls_begin}{calls}{MARKS.calls_end}"
+
+
+def render(conversation: Conversation, tokens: ControlTokens, opening: str = "") -> str:
+    """The prompt. opening: what the assistant's turn begins with."""
+    head = [system_text(conversation)] if system_text(conversation) else []
+    if conversation.offered:
+        head.append(_described(conversation.offered))
+    parts = [tokens.bos, "\n\n".join(head)]
+    after_tool = False
+    turns = [turn for turn in conversation.turns if turn.role not in ("system", "developer")]
+    for position, turn in enumerate(turns):
+        following = turns[position + 1].role if position + 1 < len(turns) else None
+        if turn.role == "user":
+            parts += (USER, turn.text)
+        elif turn.role == "assistant":
+            open_turn = conversation.resume and following is None
+            parts += ("" if after_tool else ASSISTANT, after_reasoning(turn.text).strip(), _calls(turn))
+            parts.append("" if open_turn else tokens.eos)
+        else:
+            parts += ("\n" if after_tool else OUTPUTS_BEGIN, OUTPUT_BEGIN, turn.text, OUTPUT_END)
+            parts.append("" if following == "tool" else OUTPUTS_END)
+        after_tool = turn.role == "tool"
+    if conversation.generate and not conversation.resume:
+        parts += ("" if after_tool else ASSISTANT, opening)
+    return "".join(parts)
+
+
+def render_r1(conversation: Conversation, tokens: ControlTokens) -> str:
+    """R1's prompt, which opens the reasoning. R1 always reasons."""
+    if conversation.thinking is False:
+        raise FormatError("the format deepseek_r1 always reasons; expected thinking to be left enabled")
+    return render(conversation, tokens, "<think>\n")
+
+
+def _parser(tools: tuple[Tool, ...]) -> DelimitedCalls:
+    return DelimitedCalls(MARKS)
+
+
+V3 = ChatFormat("deepseek_v3", render, _parser, markup=MARKS.all)
+R1 = replace(V3, name="deepseek_r1", render=render_r1, tags=THINK)

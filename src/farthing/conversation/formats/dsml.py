@@ -1,0 +1,52 @@
+"""What V3.2 and V4 have in common: calls written as DSML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from farthing.conversation.formats.base import FormatError
+from farthing.conversation.parse.dsml import MARK
+from farthing.conversation.types import ToolCall, Turn
+
+
+def write_calls(calls: tuple[ToolCall, ...], section: str) -> str:
+    """The section of a turn's calls; empty without any."""
+    if not calls:
+        return ""
+    invokes = "\n".join(
+        f'<{MARK}invoke name="{call.name}">\n{_parameters(call)}\n</{MARK}invoke>' for call in calls
+    )
+    return f"\n\n<{MARK}{section}>\n{invokes}\n</{MARK}{section}>"
+
+
+def _parameters(call: ToolCall) -> str:
+    return "\n".join(
+        f'<{MARK}parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
+        f"{value if isinstance(value, str) else to_json(value)}</{MARK}parameter>"
+        for key, value in arguments_of(call).items()
+    )
+
+
+def arguments_of(call: ToolCall) -> Mapping[str, Any]:
+    """A call's arguments as an object. Raises FormatError."""
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"the arguments of the earlier call {call.name!r} are no JSON: {error}; expected a JSON object"
+        ) from error
+    if not isinstance(arguments, dict):
+        raise FormatError(f"the arguments of the earlier call {call.name!r} are no object; expected one")
+    return arguments
+
+
+def to_json(value: Any) -> str:
+    """JSON as the models were trained on."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def last_request(turns: list[Turn]) -> int:
+    """The position of the last user or developer turn; -1 without one."""
+    return max((i for i, turn in enumerate(turns) if turn.role in ("user", "developer")), default=-1)

@@ -1,0 +1,77 @@
+"""Kimi K2, K2 Thinking and K2.5: turns between `<|im_…|>` tokens, call ids functions.NAME:INDEX."""
+
+from __future__ import annotations
+
+import json
+
+from farthing.conversation.formats.base import ChatFormat, ControlTokens
+from farthing.conversation.parse.delimited import KIMI as MARKS
+from farthing.conversation.parse.delimited import DelimitedCalls
+from farthing.conversation.parse.output import THINK
+from farthing.conversation.types import Conversation, Tool, Turn
+
+_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
+_END = "<|im_end|>"
+
+
+def _head(role: str, name: str) -> str:
+    return f"<|im_{role}|>{name}<|im_middle|>"
+
+
+def _declared(tools: tuple[Tool, ...]) -> str:
+    documents = [{"type": "function", "function": tool.document()} for tool in tools]
+    text = json.dumps(documents, ensure_ascii=False, separators=(",", ":"))
+    return f"{_head('system', 'tool_declare')}{text}{_END}"
+
+
+def _calls(turn: Turn) -> str:
+    if not turn.calls:
+        return ""
+    calls = "".join(
+        f"{MARKS.call_begin}{call.id}{MARKS.separator}{call.arguments}{MARKS.call_end}" for call in turn.calls
+    )
+    return f"{MARKS.calls_begin}{calls}{MARKS.calls_end}"
+
+
+def render(conversation: Conversation, tokens: ControlTokens) -> str:
+    """The prompt. Reasoning is kept in the turns since the last one without calls."""
+    turns = conversation.turns
+    answered = max(
+        (i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.calls), default=-1
+    )
+    parts = [_declared(conversation.offered)] if conversation.offered else []
+    if not turns or turns[0].role not in ("system", "developer"):
+        parts.append(f"{_head('system', 'system')}{_SYSTEM}{_END}")
+    for position, turn in enumerate(turns):
+        if turn.role in ("system", "developer"):
+            parts += (_head("system", turn.name or "system"), turn.text, _END)
+        elif turn.role == "user":
+            parts += (_head("user", turn.name or "user"), turn.text, _END)
+        elif turn.role == "tool":
+            parts += (
+                _head("system", turn.name or "tool"),
+                f"## Return of {turn.call_id or ''}\n",
+                turn.text,
+                _END,
+            )
+        else:
+            reasoning = turn.reasoning if position > answered else ""
+            thought = f"<think>{reasoning}</think>" if reasoning else ""
+            parts += (_head("assistant", turn.name or "assistant"), thought, turn.text, _calls(turn))
+            parts.append("" if conversation.resume and position + 1 == len(turns) else _END)
+    if conversation.generate and not conversation.resume:
+        parts.append(_head("assistant", "assistant"))
+        if conversation.thinking is False or conversation.effort == "none":
+            parts.append("<think></think>")
+    return "".join(parts)
+
+
+KIMI_K2 = ChatFormat(
+    "kimi_k2",
+    render,
+    lambda tools: DelimitedCalls(MARKS, native_ids=True),
+    THINK,
+    efforts=("none",),
+    markup=MARKS.all,
+    stops=(_END,),
+)

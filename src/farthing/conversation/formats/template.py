@@ -1,0 +1,98 @@
+"""A model's own Jinja template as a chat format. What a template would leave out is noticed, never lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from farthing.conversation.formats.base import FormatError
+from farthing.conversation.types import Conversation, Turn
+
+_SAMPLE = 40  # characters that tell whether a text was printed
+
+
+def variables(source: str) -> frozenset[str]:
+    """Names a template reads from outside. Empty for one that does not compile: rendering will say so."""
+    import jinja2
+    from jinja2 import meta
+    from jinja2.ext import loopcontrols
+
+    environment = jinja2.Environment(extensions=[loopcontrols])
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+    except jinja2.TemplateError:
+        return frozenset()
+
+
+def arguments(conversation: Conversation, source: str) -> dict[str, Any]:
+    """Keyword arguments of `Tokenizer.render_chat`. Developer turns become system turns where the template
+    does not know them."""
+    developer = "developer" if "developer" in source else "system"
+    options = dict(conversation.template_options)
+    thinking = False if conversation.effort == "none" else conversation.thinking
+    if thinking is not None:
+        options = {"thinking": thinking, "enable_thinking": thinking} | options
+    if conversation.effort is not None:
+        options.setdefault("reasoning_effort", conversation.effort)
+    tools = [{"type": "function", "function": tool.document()} for tool in conversation.offered]
+    return {
+        "messages": [_message(turn, developer) for turn in conversation.turns],
+        "tools": tools or None,
+        "add_generation_prompt": conversation.generate and not conversation.resume,
+        **options,
+    }
+
+
+def _message(turn: Turn, developer: str) -> dict[str, Any]:
+    message: dict[str, Any] = dict(turn.extra)
+    message["role"] = developer if turn.role == "developer" else turn.role
+    message["content"] = turn.text
+    if turn.reasoning:
+        message["reasoning_content"] = turn.reasoning
+    if turn.name is not None:
+        message["name"] = turn.name
+    if turn.call_id is not None:
+        message["tool_call_id"] = turn.call_id
+    if (
+        turn.calls
+    ):  # templates that only ask whether the key is there would drop the text beside an empty list
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in turn.calls
+        ]
+    return message
+
+
+def finished(conversation: Conversation, prompt: str) -> str:
+    """The rendered prompt, checked, and cut where the last turn is resumed. Raises FormatError."""
+    for what, text in _texts(conversation):
+        sample = text.strip()[:_SAMPLE]
+        if sample not in prompt and json.dumps(sample, ensure_ascii=False)[1:-1] not in prompt:
+            raise FormatError(
+                f"the chat template does not print {what}; expected a conversation without, or a server with "
+                "another --chat-template"
+            )
+    return _cut(conversation.turns[-1].text, prompt) if conversation.resume else prompt
+
+
+def _texts(conversation: Conversation) -> Iterable[tuple[str, str]]:
+    for tool in conversation.offered:
+        yield f"the tool {tool.name!r}", tool.name
+    for position, turn in enumerate(conversation.turns):
+        if turn.role in ("system", "developer", "tool"):
+            yield f"messages[{position}], of role {turn.role!r}", turn.text
+        for call in turn.calls:
+            yield f"messages[{position}].tool_calls", call.name
+
+
+def _cut(last: str, prompt: str) -> str:
+    """The prompt up to the end of its last message's text, so that the model continues it."""
+    at = prompt.rfind(last.strip())
+    if at < 0:
+        raise FormatError("the chat template changes the last message, so it cannot be continued")
+    return prompt[: at + len(last.strip())]

@@ -1,0 +1,129 @@
+"""Which chat format a model is served with: as the command line says, else by the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from farthing.conversation.formats.base import EFFORTS, ChatFormat
+from farthing.conversation.formats.deepseek_v3 import R1, V3
+from farthing.conversation.formats.deepseek_v4 import V4
+from farthing.conversation.formats.deepseek_v31 import V31
+from farthing.conversation.formats.deepseek_v32 import V32
+from farthing.conversation.formats.glm45 import GLM45
+from farthing.conversation.formats.kimi_k2 import KIMI_K2
+from farthing.conversation.formats.template import variables
+from farthing.conversation.parse.output import THINK
+
+FORMATS = {each.name: each for each in (V3, R1, V31, V32, V4, KIMI_K2, GLM45)}
+OWN = "own"  # the checkpoint's template
+
+
+def template_source(option: str | None) -> str | None:
+    """The Jinja source that `chat_template` names; None for a packaged format. Raises ValueError."""
+    if option is None or option in FORMATS:
+        return None
+    try:
+        return Path(option).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"chat_template: got {option!r}; expected a readable file or one of {', '.join(FORMATS)}"
+        ) from error
+
+
+_BY_TYPE = {
+    "deepseek_v32": V32,
+    "deepseek_v4": V4,
+    "deepseek_v41": V4,
+    "kimi_k2": KIMI_K2,
+    "kimi_k25": KIMI_K2,
+    "glm4_moe": GLM45,
+    "glm4_moe_lite": GLM45,
+    "glm_moe_dsa": GLM45,
+}
+_BY_TOKEN = {"｜DSML｜": V4, "<|tool_calls_section_begin|>": KIMI_K2, "<arg_key>": GLM45}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the choice depends on."""
+
+    model_type: str
+    template: str | None
+    has_token: Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The formats a server uses. `template` is the source of `plain` where that is the model's own template.
+
+    `tools` serves conversations with tools. It differs from `plain` where the own template never prints them.
+    """
+
+    plain: ChatFormat
+    tools: ChatFormat
+    template: str | None = None
+
+
+def choose(
+    checkpoint: Checkpoint, template: str | None = None, calls: str = "auto", reasoning: str = "auto"
+) -> Chosen:
+    """template: a name of FORMATS, or None for the checkpoint's. calls, reasoning: whose parsers to use."""
+    if template in FORMATS:
+        packaged = _with_parsers(FORMATS[template], calls, reasoning)
+        return Chosen(packaged, packaged)
+    related = _related(checkpoint)
+    source = checkpoint.template
+    if source is None:
+        packaged = _with_parsers(related or V3, calls, reasoning)
+        return Chosen(packaged, packaged)
+    names = variables(source)
+    own = replace(
+        related or V3,
+        name=OWN,
+        tags=THINK if THINK.close in source else None,
+        efforts=_efforts(names),
+    )
+    plain = _with_parsers(own, calls, reasoning)
+    if "tools" in names:
+        return Chosen(plain, plain, source)
+    packaged = _with_parsers(
+        replace(related or _deepseek(checkpoint, names), tags=own.tags), calls, reasoning
+    )
+    return Chosen(plain, packaged if _can_call(checkpoint) else plain, source)
+
+
+def _related(checkpoint: Checkpoint) -> ChatFormat | None:
+    """The packaged format of the model's family; None for DeepSeek V3, R1, V3.1 and models unknown."""
+    if checkpoint.model_type in _BY_TYPE:
+        return _BY_TYPE[checkpoint.model_type]
+    return next((form for token, form in _BY_TOKEN.items() if checkpoint.has_token(token)), None)
+
+
+def _deepseek(checkpoint: Checkpoint, names: frozenset[str]) -> ChatFormat:
+    if "thinking" in names:
+        return V31
+    return R1 if THINK.open in (checkpoint.template or "") else V3
+
+
+def _can_call(checkpoint: Checkpoint) -> bool:
+    """Whether the tokenizer has a packaged format's tokens."""
+    marks = ("<｜tool▁calls▁begin｜>", *_BY_TOKEN)
+    return any(checkpoint.has_token(mark) for mark in marks)
+
+
+def _efforts(names: frozenset[str]) -> tuple[str, ...]:
+    """What a template that knows these variables can be told."""
+    if "reasoning_effort" in names:
+        return EFFORTS
+    return ("none",) if names & {"thinking", "enable_thinking"} else ()
+
+
+def _with_parsers(form: ChatFormat, calls: str, reasoning: str) -> ChatFormat:
+    if calls != "auto":
+        other = FORMATS[calls]
+        form = replace(form, calls=other.calls, markup=form.markup | other.markup)
+    if reasoning == "none":
+        return replace(form, tags=None)
+    return form if reasoning == "auto" else replace(form, tags=FORMATS[reasoning].tags)

@@ -1,0 +1,251 @@
+"""/v1/chat/completions: a conversation in, the next turn out."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, Reasoning, Text, collect
+from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
+from farthing.server.errors import ApiError
+from farthing.server.events import ChunkWriter, EventStream, to_json
+from farthing.server.logprobs import chat_logprobs, prompt_logprobs
+from farthing.server.protocol import (
+    AllowedChoice,
+    ChatCompletionRequest,
+    Function,
+    Message,
+    NamedChoice,
+    NamedFunction,
+)
+from farthing.server.protocol import Tool as ToolField
+from farthing.server.sampling import chat_sampling, structured
+from farthing.server.service import Service
+from farthing.server.turns import Turn as RunningTurn
+from farthing.server.turns import TurnRequest, Update, begin
+
+_RESERVED = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "self"}
+
+
+async def chat(service: Service, body: ChatCompletionRequest, request: Request, client: str) -> Response:
+    """Answer a chat request, streamed or whole. Raises ApiError, ClientGone."""
+    engine = service.require_engine()
+    model = service.check_model(body.model)
+    turn = await begin(
+        service,
+        TurnRequest(
+            conversation=conversation_of(body),
+            sampling=chat_sampling(body, engine.default_sampling),
+            structured=structured(body, body.response_format),
+            priority=body.priority,
+            cache_salt=body.cache_salt or "",
+            stream=bool(body.stream),
+            with_cost=body.x_farthing,
+        ),
+        client,
+    )
+    identity = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
+    envelope = {"id": identity, "object": "", "created": service.now(), "model": model}
+    answer = _Writer(body, turn, envelope, service)
+    if body.stream:
+        return EventStream(turn.job, answer.stream())
+    document = await turn.job.guard(request.receive, answer.whole())
+    return Response(to_json(document), media_type="application/json")
+
+
+# the request
+
+
+def conversation_of(body: ChatCompletionRequest) -> Conversation:
+    """The conversation a body describes. Raises ApiError (400)."""
+    thinking = (
+        None if body.thinking is None or body.thinking.type == "adaptive" else body.thinking.type == "enabled"
+    )
+    options = dict(body.chat_template_kwargs or {})
+    if taken := _RESERVED & set(options):
+        raise ApiError(
+            400,
+            f"chat_template_kwargs sets {sorted(taken)}; expected other names",
+            param="chat_template_kwargs",
+        )
+    for name in ("thinking", "enable_thinking"):
+        if thinking is None and isinstance(options.get(name), bool):
+            thinking = options[name]
+    return Conversation(
+        turns=tuple(map(turn_of, body.messages)),
+        tools=(*map(tool_of, body.tools or ()), *map(_function, body.functions or ())),
+        choice=_choice(body),
+        parallel_calls=body.parallel_tool_calls is not False and not body.functions,
+        thinking=thinking,
+        effort="max" if body.reasoning_effort == "xhigh" else body.reasoning_effort,
+        generate=body.add_generation_prompt,
+        resume=body.continue_final_message,
+        template_options=options,
+    )
+
+
+def turn_of(message: Message) -> Turn:
+    """One message as a turn."""
+    calls = tuple(
+        ToolCall(call.id or "", call.function.name, call.function.arguments)
+        for call in message.tool_calls or ()
+    )
+    return Turn(
+        role=message.role,
+        text=message.text,
+        reasoning=message.reasoning_content or message.reasoning or "",
+        calls=calls,
+        call_id=message.tool_call_id,
+        name=message.name,
+        extra=message.model_extra or {},
+    )
+
+
+def tool_of(tool: ToolField) -> Tool:
+    """One tool of a body."""
+    return _function(tool.function)
+
+
+def _function(function: Function) -> Tool:
+    return Tool(function.name, function.description, function.parameters, function.strict)
+
+
+def _choice(body: ChatCompletionRequest) -> ToolChoice:
+    choice = body.tool_choice
+    if isinstance(choice, NamedChoice):
+        return ToolChoice("required", (choice.function.name,), single=True)
+    if isinstance(choice, AllowedChoice):
+        allowed = choice.allowed_tools
+        return ToolChoice(allowed.mode, tuple(tool.function.name for tool in allowed.tools))
+    if isinstance(body.function_call, NamedFunction):
+        return ToolChoice("required", (body.function_call.name,), single=True)
+    return ToolChoice(choice or body.function_call or "auto")
+
+
+# the answer
+
+
+class _Writer:
+    """Turns updates into OpenAI's documents."""
+
+    def __init__(
+        self, body: ChatCompletionRequest, turn: RunningTurn, envelope: dict[str, Any], service: Service
+    ) -> None:
+        self._body, self._turn, self._envelope = body, turn, envelope
+        self._tokenizer = service.require_engine().tokenizer
+
+    # whole
+
+    async def whole(self) -> dict[str, Any]:
+        """The complete document."""
+        updates = await self._turn.whole()
+        document = self._envelope | {
+            "object": "chat.completion",
+            "choices": [self._choice(update) for update in updates],
+            "usage": self._turn.usage.document(self._turn.job),
+        }
+        if self._body.prompt_logprobs is not None:
+            document["prompt_logprobs"] = prompt_logprobs(updates[0].prompt_logprobs, self._tokenizer)
+        return document
+
+    def _choice(self, update: Update) -> dict[str, Any]:
+        answer = collect(update.deltas)
+        return {
+            "index": update.index,
+            "message": self._message(answer),
+            "logprobs": self._logprobs(update),
+            "finish_reason": self._finish_reason(update),
+            "stop_reason": update.stop_reason,
+        }
+
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        content = answer.text or (None if answer.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if answer.reasoning and self._body.include_reasoning:
+            message["reasoning_content"] = message["reasoning"] = answer.reasoning
+        calls = [
+            {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for identity, name, arguments in answer.calls
+        ]
+        if calls and self._body.functions:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
+            message["tool_calls"] = calls
+        return message
+
+    # streamed
+
+    async def stream(self) -> AsyncIterator[str]:
+        """SSE chunks. What one output brings goes out as one string."""
+        envelope = self._envelope | {"object": "chat.completion.chunk"}
+        writer = ChunkWriter(envelope, self._turn.usage, self._body.stream_options, self._turn.job)
+        begun: set[int] = set()
+        async for updates in self._turn.updates():
+            pieces: list[str] = []
+            for update in updates:
+                if update.index not in begun:
+                    begun.add(update.index)
+                    role = {"role": "assistant", "content": ""}
+                    pieces.append(writer.chunk(_entry(update.index, role)))
+                pieces += (writer.chunk(entry) for entry in self._entries(update))
+            if pieces:
+                yield "".join(pieces)
+        if last := writer.last():
+            yield last
+
+    def _entries(self, update: Update) -> list[dict[str, Any]]:
+        """`choices` entries of one update; the last one of a choice says why it ended."""
+        deltas = [delta for delta in map(self._delta, update.deltas) if delta is not None]
+        logprobs = self._logprobs(update) if update.tokens else None
+        if logprobs is not None and not deltas:
+            deltas = [{"content": ""}]  # tokens whose text is held back still have probabilities
+        entries = [_entry(update.index, delta) for delta in deltas]
+        if entries:
+            entries[0]["logprobs"] = logprobs
+        if update.finish is not None:
+            end = {"finish_reason": self._finish_reason(update), "stop_reason": update.stop_reason}
+            entries.append(_entry(update.index, {}) | end)
+        return entries
+
+    def _delta(self, delta: Delta) -> dict[str, Any] | None:
+        match delta:
+            case Text(text):
+                return {"content": text}
+            case Reasoning(text):
+                named = {"reasoning_content": text, "reasoning": text}
+                return named if self._body.include_reasoning else None
+            case CallStart(index, identity, name):
+                function = {"name": name, "arguments": ""}
+                if self._body.functions:
+                    return {"function_call": function}
+                return {
+                    "tool_calls": [{"index": index, "id": identity, "type": "function", "function": function}]
+                }
+            case CallArguments(index, text):
+                if self._body.functions:
+                    return {"function_call": {"arguments": text}}
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+    # both
+
+    def _finish_reason(self, update: Update) -> str:
+        """ "tool_calls" where the model chose to call; a call by name ends with "stop", as OpenAI's does."""
+        reason = update.finish or "stop"
+        named = isinstance(self._body.tool_choice, NamedChoice)
+        if not update.calls or reason != "stop" or named:
+            return reason
+        return "function_call" if self._body.functions else "tool_calls"
+
+    def _logprobs(self, update: Update) -> dict[str, Any] | None:
+        if not self._body.logprobs:
+            return None
+        top = self._body.top_logprobs or 0
+        return chat_logprobs(update.tokens, update.logprobs or [], top, self._tokenizer)
+
+
+def _entry(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,0 +1,79 @@
+"""How the served model's conversations are written and read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from farthing.conversation.formats.base import ChatFormat, ControlTokens
+from farthing.conversation.select import Checkpoint, Chosen, choose
+from farthing.conversation.types import Conversation
+
+if TYPE_CHECKING:
+    from farthing.engine.engine import Engine
+    from farthing.engine.tokenizer import Tokenizer
+    from farthing.server.config import ServerConfig
+
+
+@dataclass(slots=True)
+class ModelFormats:
+    """The chat formats of an engine's model, and what its tokenizer says about them."""
+
+    chosen: Chosen
+    tokenizer: Tokenizer | None
+    control: ControlTokens
+    _hidden: dict[str, frozenset[str]] = field(default_factory=dict)  # by format
+
+    @classmethod
+    def of(cls, engine: Engine, config: ServerConfig) -> ModelFormats:
+        """By the command line, the checkpoint's template and its tokenizer."""
+        tokenizer = engine.tokenizer
+        checkpoint = Checkpoint(
+            engine.model_config.model_type,
+            tokenizer.chat_template if tokenizer else None,
+            lambda token: tokenizer is not None and tokenizer.backend.token_to_id(token) is not None,
+        )
+        reasoning = config.reasoning_parser
+        template = engine.config.chat_template
+        chosen = choose(checkpoint, template, config.tool_call_parser, reasoning)
+        return cls(chosen, tokenizer, _control(tokenizer))
+
+    def of_conversation(self, conversation: Conversation) -> ChatFormat:
+        """The format for a conversation."""
+        uses_tools = bool(conversation.offered) or any(turn.calls for turn in conversation.turns)
+        return self.chosen.tools if uses_tools else self.chosen.plain
+
+    def source(self, form: ChatFormat) -> str | None:
+        """The Jinja source of a format that is the model's own template; None for a packaged one."""
+        return self.chosen.template if form is self.chosen.plain else None
+
+    def token_id(self, text: str) -> int | None:
+        """The single token that a text is, if it is one."""
+        if self.tokenizer is None:
+            return None
+        found: int | None = self.tokenizer.backend.token_to_id(text)
+        return found
+
+    def hidden(self, form: ChatFormat) -> frozenset[str]:
+        """Control tokens that are no part of the format's markup, and so never shown."""
+        known = self._hidden.get(form.name)
+        if known is None:
+            known = self._hidden[form.name] = self._find_hidden(form)
+        return known
+
+    def _find_hidden(self, form: ChatFormat) -> frozenset[str]:
+        if self.tokenizer is None:
+            return frozenset()
+        kept = form.markup | ({form.tags.open, form.tags.close} if form.tags else frozenset())
+        special = (self.tokenizer.token_bytes(token).decode() for token in self.tokenizer.special_ids)
+        return frozenset(text for text in special if text and text not in kept)
+
+
+def _control(tokenizer: Tokenizer | None) -> ControlTokens:
+    default = ControlTokens()
+    if tokenizer is None:
+        return default
+    bos = tokenizer.bos_token
+    if bos is None:
+        bos = default.bos if tokenizer.backend.token_to_id(default.bos) is not None else ""
+    return ControlTokens(bos, tokenizer.eos_token or "")

@@ -1,0 +1,218 @@
+"""One assistant turn: a conversation rendered, submitted and read back as deltas, whatever the API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from farthing.conversation import forced
+from farthing.conversation.count import ReasoningCounter
+from farthing.conversation.deltas import CallArguments, CallStart, Delta
+from farthing.conversation.formats import template
+from farthing.conversation.formats.base import ChatFormat, FormatError
+from farthing.conversation.parse.base import CallParser, NoCalls
+from farthing.conversation.parse.forced import ListedCalls, NamedCall
+from farthing.conversation.parse.output import OutputParser, Tags
+from farthing.conversation.types import Conversation
+from farthing.engine.request import CompletionOutput, FinishReason, Logprob, StructuredOutputsParams
+from farthing.server.errors import ApiError
+from farthing.server.sampling import build_params
+from farthing.server.usage import Usage
+
+if TYPE_CHECKING:
+    from farthing.server.formats import ModelFormats
+    from farthing.server.jobs import Job
+    from farthing.server.service import Service
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRequest:
+    """What an API's request asks for. sampling: fields of SamplingParams."""
+
+    conversation: Conversation
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    structured: StructuredOutputsParams | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    stream: bool = False
+    with_cost: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """News of one choice. finish: None until its last update."""
+
+    index: int
+    deltas: list[Delta]
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    finish: FinishReason | None
+    stop_reason: int | str | None
+    calls: int  # begun so far
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an output becomes deltas."""
+
+    formats: ModelFormats
+    form: ChatFormat
+    conversation: Conversation
+    tags: Tags | None  # None: not parsed for reasoning
+    opened: bool  # the prompt ends inside the reasoning
+    shows_control: bool  # the client wants the control tokens
+    forced: bool
+
+    def parser(self) -> OutputParser:
+        """A parser for one choice."""
+        reads = self.reads_control
+        hidden = self.formats.hidden(self.form) if reads and not self.shows_control else frozenset()
+        return OutputParser(self._calls(), self.tags, self.opened, hidden)
+
+    @property
+    def reads_control(self) -> bool:
+        """Whether the parser needs the control tokens in the text."""
+        return self.tags is not None or (not self.forced and bool(self.conversation.tools))
+
+    def counter(self) -> ReasoningCounter:
+        """A counter of one choice's reasoning tokens."""
+        if self.tags is None:
+            return ReasoningCounter(None, None, opened=False)
+        formats, tags = self.formats, self.tags
+        return ReasoningCounter(formats.token_id(tags.open), formats.token_id(tags.close), self.opened)
+
+    def _calls(self) -> CallParser:
+        conversation = self.conversation
+        if self.forced:
+            return NamedCall(conversation.choice.names[0]) if conversation.choice.single else ListedCalls()
+        return self.form.calls(conversation.tools) if conversation.tools else NoCalls()
+
+
+class _Choice:
+    """The state of one choice."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.parser, self.counter = reading.parser(), reading.counter()
+
+
+class Turn:
+    """A turn in flight. Iterate `updates` once, under the job's guard."""
+
+    def __init__(self, job: Job, prompt: list[int], usage: Usage, reading: Reading) -> None:
+        self.job, self.prompt, self.usage = job, prompt, usage
+        self._reading = reading
+        self._choices: dict[int, _Choice] = {}
+
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        """The updates that each output of the engine brings. Raises ApiError where the engine fails."""
+        async for _, output in self.job.outputs():
+            if output.finished:
+                self.usage.cached_tokens += output.num_cached_tokens
+            yield [self._read(completion, output.prompt_logprobs) for completion in output.outputs]
+
+    async def whole(self) -> list[Update]:
+        """One update for each choice, in order."""
+        found = [update async for updates in self.updates() for update in updates]
+        return sorted(found, key=lambda update: update.index)
+
+    def _read(self, completion: CompletionOutput, prompt_logprobs: Any) -> Update:
+        choice = self._choices.get(completion.index)
+        if choice is None:
+            choice = self._choices[completion.index] = _Choice(self._reading)
+        parser, counter, before = choice.parser, choice.counter, choice.counter.tokens
+        inside = parser.reasoning
+        deltas = parser.push(completion.text)
+        counter.push(completion.token_ids, inside, parser.reasoning)
+        if completion.finish_reason is not None:
+            deltas += parser.finish()
+        self.usage.completion_tokens += len(completion.token_ids)
+        self.usage.reasoning_tokens += counter.tokens - before
+        return Update(
+            index=completion.index,
+            deltas=self._wanted(deltas),
+            tokens=completion.token_ids,
+            logprobs=completion.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            calls=0 if self._reading.conversation.choice.mode == "none" else parser.calls,
+        )
+
+    def _wanted(self, deltas: list[Delta]) -> list[Delta]:
+        """Without parallel calls only the first one counts; where none may be made, none does."""
+        conversation = self._reading.conversation
+        limit = 0 if conversation.choice.mode == "none" else 1
+        if limit and conversation.parallel_calls:
+            return deltas
+        return [
+            delta
+            for delta in deltas
+            if not isinstance(delta, CallStart | CallArguments) or delta.index < limit
+        ]
+
+
+async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
+    """Render, encode and submit. Raises ApiError; then nothing runs."""
+    conversation = request.conversation
+    formats = service.formats()
+    form = formats.of_conversation(conversation)
+    prompt = await render(service, conversation, client)
+    ids = await service.encode(prompt, False, client, "messages")
+    schema = forced.schema(conversation)
+    structured = request.structured if schema is None else StructuredOutputsParams(json=schema)
+    # A grammar holds from the first token on, so structured output leaves no room for reasoning.
+    tags = form.tags if structured is None else None
+    values = dict(request.sampling)
+    reading = Reading(
+        formats=formats,
+        form=form,
+        conversation=conversation,
+        tags=tags,
+        opened=tags is not None and prompt.rstrip().endswith(tags.open),
+        shows_control=values.get("skip_special_tokens") is False,
+        forced=schema is not None,
+    )
+    if reading.reads_control:
+        values["skip_special_tokens"] = False  # the parser reads them, and drops the others
+    values["stop_token_ids"] = _stops(values.get("stop_token_ids"), form, formats)
+    job = await service.open(
+        client,
+        [ids],
+        build_params(values | {"structured_outputs": structured}),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        kind="delta" if request.stream else "final",
+    )
+    return Turn(job, ids, Usage(len(ids), with_cost=request.with_cost), reading)
+
+
+def _stops(given: list[int] | None, form: ChatFormat, formats: ModelFormats) -> list[int] | None:
+    """Stop tokens: the client's and those that end a turn in this format."""
+    own = [token for stop in form.stops if (token := formats.token_id(stop)) is not None]
+    return [*(given or ()), *own] or None
+
+
+async def render(service: Service, conversation: Conversation, client: str) -> str:
+    """The prompt of a conversation. Raises ApiError (400) where the format cannot express it."""
+    engine, formats = service.require_engine(), service.formats()
+    form = formats.of_conversation(conversation)
+    if engine.tokenizer is None:
+        raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
+    if conversation.effort not in (None, *form.efforts):
+        raise ApiError(
+            400,
+            f"reasoning_effort is {conversation.effort!r}; the chat format {form.name!r} expects "
+            + (f"one of {', '.join(form.efforts)}" if form.efforts else "none, as it has no levels"),
+            param="reasoning_effort",
+            code="invalid_value",
+        )
+    try:
+        source = formats.source(form)
+        if source is None:
+            return form.render(conversation, formats.control)
+        prompt = await service.render(template.arguments(conversation, source), client)
+        return template.finished(conversation, prompt)
+    except (FormatError, ValueError, RecursionError) as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from error

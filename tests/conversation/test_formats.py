@@ -1,0 +1,294 @@
+"""Prompts of every packaged format; DeepSeek's own rules, written out, are the reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farthing.conversation.formats.base import ControlTokens, FormatError
+from farthing.conversation.formats.deepseek_v3 import R1, V3
+from farthing.conversation.formats.deepseek_v4 import V4
+from farthing.conversation.formats.deepseek_v31 import V31
+from farthing.conversation.formats.deepseek_v32 import V32
+from farthing.conversation.formats.glm45 import GLM45
+from farthing.conversation.formats.kimi_k2 import KIMI_K2
+from farthing.conversation.formats.template import arguments, finished, variables
+from farthing.conversation.select import FORMATS, Checkpoint, choose, template_source
+from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
+from farthing.engine.chat_template import DEEPSEEK_TEMPLATE, compile_template, flatten
+from farthing.server.config import Format
+
+TOKENS = ControlTokens()
+BOS, EOS = TOKENS.bos, TOKENS.eos
+WEATHER = Tool("weather", "Forecast.", {"type": "object", "properties": {"city": {"type": "string"}}})
+TALK = Conversation(
+    (Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Hello."), Turn("user", "Rome?"))
+)
+LOOP = Conversation(
+    (
+        Turn("user", "Rome?"),
+        Turn(
+            "assistant",
+            "Let me look.",
+            "Hm.",
+            (ToolCall("functions.weather:0", "weather", '{"city": "Rome"}'),),
+        ),
+        Turn("tool", "sunny", call_id="functions.weather:0"),
+    ),
+    (WEATHER,),
+)
+DOCUMENT = json.dumps(WEATHER.document())
+INVOKE = (
+    '<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Rome</｜DSML｜parameter>\n'
+    "</｜DSML｜invoke>"
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "talk"),
+    [
+        (V3, f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜>Hello.{EOS}<｜User｜>Rome?<｜Assistant｜>"),
+        (R1, f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜>Hello.{EOS}<｜User｜>Rome?<｜Assistant｜><think>\n"),
+        (
+            V31,
+            f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜></think>Hello.{EOS}"
+            "<｜User｜>Rome?<｜Assistant｜></think>",
+        ),
+        (
+            V32,
+            f"{BOS}Be brief.<｜User｜>Hi<｜Assistant｜></think>Hello.{EOS}"
+            "<｜User｜>Rome?<｜Assistant｜></think>",
+        ),
+        (
+            KIMI_K2,
+            "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>Hi<|im_end|>"
+            "<|im_assistant|>assistant<|im_middle|>Hello.<|im_end|>"
+            "<|im_user|>user<|im_middle|>Rome?<|im_end|><|im_assistant|>assistant<|im_middle|>",
+        ),
+        (
+            GLM45,
+            "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>\n<think></think>\nHello."
+            "<|user|>\nRome?<|assistant|>",
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_talk(form, talk: str) -> None:  # type: ignore[no-untyped-def]
+    assert form.render(TALK, TOKENS) == talk
+
+
+def test_a_talk_with_v4_opens_the_reasoning() -> None:
+    talk = f"Be brief.<｜User｜>Hi<｜Assistant｜></think>Hello.{EOS}<｜User｜>Rome?<｜Assistant｜>"
+    high = V4.render(TALK, TOKENS)
+    assert high.startswith(f"{BOS}Reasoning Effort: Absolute maximum") and high.endswith(f"\n\n{talk}<think>")
+    assert V4.render(replace(TALK, effort="low"), TOKENS) == f"{BOS}{talk}<think>"
+    assert V4.render(replace(TALK, thinking=False), TOKENS) == f"{BOS}{talk}</think>"
+    assert V4.render(replace(TALK, effort="none"), TOKENS) == f"{BOS}{talk}</think>"
+    assert "Beyond maximum" in V4.render(replace(TALK, effort="max"), TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("form", "tail"),
+    [
+        (
+            V31,
+            "<｜User｜>Rome?<｜Assistant｜></think>Let me look.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
+            f'weather<｜tool▁sep｜>{{"city": "Rome"}}<｜tool▁call▁end｜><｜tool▁calls▁end｜>{EOS}'
+            "<｜tool▁output▁begin｜>sunny<｜tool▁output▁end｜>",
+        ),
+        (
+            V32,
+            "<｜User｜>Rome?<｜Assistant｜><think>Hm.</think>Let me look.\n\n<｜DSML｜function_calls>\n"
+            f"{INVOKE}\n</｜DSML｜function_calls>{EOS}\n\n<function_results>\n<result>sunny</result>\n"
+            "</function_results>\n\n<think>",
+        ),
+        (
+            V4,
+            "<｜User｜>Rome?<｜Assistant｜><think>Hm.</think>Let me look.\n\n<｜DSML｜tool_calls>\n"
+            f"{INVOKE}\n</｜DSML｜tool_calls>{EOS}<｜User｜><tool_result>sunny</tool_result><｜Assistant｜><think>",
+        ),
+        (
+            KIMI_K2,
+            "<|im_user|>user<|im_middle|>Rome?<|im_end|><|im_assistant|>assistant<|im_middle|><think>Hm.</think>"
+            "Let me look.<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
+            '<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|><|tool_calls_section_end|>'
+            "<|im_end|><|im_system|>tool<|im_middle|>## Return of functions.weather:0\nsunny<|im_end|>"
+            "<|im_assistant|>assistant<|im_middle|>",
+        ),
+        (
+            GLM45,
+            "<|user|>\nRome?<|assistant|>\n<think>Hm.</think>\nLet me look.\n<tool_call>weather\n"
+            "<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call><|observation|>\n"
+            "<tool_response>\nsunny\n</tool_response><|assistant|>",
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_tool_loop(form, tail: str) -> None:  # type: ignore[no-untyped-def]
+    prompt = form.render(replace(LOOP, thinking=True), TOKENS)
+    assert prompt.endswith(tail)
+    if form is V31:
+        assert "### weather\nDescription: Forecast." in prompt
+    else:
+        assert '"name": "weather"' in prompt or '"name":"weather"' in prompt
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_nothing_a_client_wrote_vanishes(form) -> None:  # type: ignore[no-untyped-def]
+    turns = (
+        Turn("developer", "DEVELOPER"),
+        Turn("system", "SYSTEM"),
+        Turn("user", "USER"),
+        Turn("assistant", "SAID", "", (ToolCall("functions.f:0", "f", '{"a": "ARGUMENT"}'),)),
+        Turn("tool", "RESULT", call_id="functions.f:0"),
+        Turn("developer", "LATER"),
+        Turn("user", "AGAIN"),
+    )
+    for choice in ("auto", "none", "required"):
+        talk = Conversation(turns, (Tool("TOOL"),), ToolChoice(choice))  # type: ignore[arg-type]
+        prompt = form.render(talk, TOKENS)
+        for text in ("DEVELOPER", "SYSTEM", "USER", "SAID", "ARGUMENT", "RESULT", "LATER", "AGAIN"):
+            assert text in prompt, text
+        assert ("TOOL" in prompt) is (choice != "none")
+
+
+def test_v4_orders_results_by_their_calls_and_merges_them_with_the_user() -> None:
+    calls = tuple(ToolCall(identity, "f", "{}") for identity in ("a", "b"))
+    turns = (
+        Turn("user", "?"),
+        Turn("assistant", "", "", calls),
+        Turn("tool", "of b", call_id="b"),
+        Turn("tool", "of a", call_id="a"),
+        Turn("user", "and?"),
+    )
+    prompt = V4.render(Conversation(turns, thinking=False), TOKENS)
+    wanted = (
+        "<tool_result>of a</tool_result>\n\n<tool_result>of b</tool_result>\n\nand?<｜Assistant｜></think>"
+    )
+    assert prompt.endswith(f"<｜User｜>{wanted}")
+
+
+def test_v4_keeps_earlier_reasoning_only_with_tools() -> None:
+    turns = (Turn("user", "1"), Turn("assistant", "2", "WHY"), Turn("user", "3"))
+    assert "WHY" not in V4.render(Conversation(turns), TOKENS)
+    assert "<think>WHY</think>2" in V4.render(Conversation(turns, (WEATHER,)), TOKENS)
+
+
+TURNS = st.lists(
+    st.sampled_from(
+        [
+            Turn("system", "S"),
+            Turn("developer", "D"),
+            Turn("user", "U"),
+            Turn("assistant", " <think>x</think>\n A "),
+            Turn("assistant", "", calls=(ToolCall("c", "f", '{"a": 1}'), ToolCall("d", "g", "{}"))),
+            Turn("tool", "R"),
+        ]
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(deadline=None)
+@given(TURNS, st.booleans(), st.booleans())
+def test_v3_is_the_template_that_checkpoints_without_one_get(
+    turns: list[Turn], with_tools: bool, generate: bool
+) -> None:
+    turns.sort(key=lambda turn: turn.role not in ("system", "developer"))
+    talk = Conversation(tuple(turns), (WEATHER,) if with_tools else (), generate=generate)
+    values = arguments(talk, DEEPSEEK_TEMPLATE)
+    messages = flatten(values.pop("messages"))
+    expected = compile_template(DEEPSEEK_TEMPLATE)(messages=messages, bos_token=BOS, eos_token=EOS, **values)
+    assert V3.render(talk, TOKENS) == expected
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_resume_leaves_the_last_turn_open(form) -> None:  # type: ignore[no-untyped-def]
+    talk = Conversation((Turn("user", "Hi"), Turn("assistant", "Hello wo")), resume=True)
+    assert form.render(talk, TOKENS).endswith("Hello wo")
+
+
+@pytest.mark.parametrize("form", [V32, V4, GLM45])
+@pytest.mark.parametrize("text", ["{", "[1]", "5"])
+def test_earlier_arguments_must_be_objects(form, text: str) -> None:  # type: ignore[no-untyped-def]
+    talk = Conversation((Turn("user", "?"), Turn("assistant", calls=(ToolCall("c", "f", text),))))
+    with pytest.raises(FormatError, match="call 'f'"):
+        form.render(talk, TOKENS)
+
+
+# The model's own template.
+
+SILENT = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+
+
+def test_a_template_that_leaves_something_out_is_noticed() -> None:
+    prompt = "Rome?"
+    with pytest.raises(FormatError, match="the tool 'weather'"):
+        finished(LOOP, prompt)
+    with pytest.raises(FormatError, match="of role 'tool'"):
+        finished(replace(LOOP, tools=()), prompt + "weather")
+    with pytest.raises(FormatError, match="of role 'system'"):
+        finished(TALK, prompt)
+    assert finished(replace(LOOP, tools=()), "weather Rome? sunny") == "weather Rome? sunny"
+
+
+def test_developer_turns_become_system_turns_where_the_template_does_not_know_them() -> None:
+    talk = Conversation((Turn("developer", "D"),))
+    assert arguments(talk, "{{ messages }}")["messages"][0]["role"] == "system"
+    assert arguments(talk, "if role == 'developer'")["messages"][0]["role"] == "developer"
+
+
+def _checkpoint(template: str | None, *tokens: str, kind: str = "deepseek_v3") -> Checkpoint:
+    return Checkpoint(kind, template, lambda token: token in tokens)
+
+
+MARK = "<｜tool▁calls▁begin｜>"
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "plain", "tools"),
+    [
+        (_checkpoint(None), "deepseek_v3", "deepseek_v3"),
+        (_checkpoint(None, "｜DSML｜"), "deepseek_v4", "deepseek_v4"),
+        (_checkpoint(None, kind="deepseek_v32"), "deepseek_v32", "deepseek_v32"),
+        (_checkpoint(None, kind="glm_moe_dsa"), "glm45", "glm45"),
+        (_checkpoint("{{ messages }}", MARK), "own", "deepseek_v3"),
+        (_checkpoint("{{ messages }}<think>", MARK), "own", "deepseek_r1"),
+        (_checkpoint("{{ messages }}{{ thinking }}</think>", MARK), "own", "deepseek_v31"),
+        (_checkpoint("{{ messages }}{{ tools }}", MARK), "own", "own"),
+        (_checkpoint("{{ messages }}"), "own", "own"),
+    ],
+)
+def test_choice_by_the_checkpoint(checkpoint: Checkpoint, plain: str, tools: str) -> None:
+    chosen = choose(checkpoint)
+    assert (chosen.plain.name, chosen.tools.name) == (plain, tools)
+
+
+def test_choice_by_the_command_line() -> None:
+    checkpoint = _checkpoint("{{ messages }}{{ tools }}</think>", MARK)
+    assert choose(checkpoint, template="deepseek_v4").plain.name == "deepseek_v4"
+    assert choose(checkpoint, calls="glm45").plain.calls is GLM45.calls
+    assert choose(checkpoint, reasoning="none").plain.tags is None
+    assert choose(_checkpoint("{{ messages }}"), reasoning="deepseek_r1").plain.tags is not None
+
+
+def test_variables_of_a_template() -> None:
+    assert variables("{% for m in messages %}{{ m }}{{ tools }}{% endfor %}") == {"messages", "tools"}
+    assert variables("{% broken") == frozenset()
+
+
+def test_a_template_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text("{{ messages }}")
+    assert template_source(str(file)) == "{{ messages }}"
+    assert template_source("deepseek_v4") is None and template_source(None) is None
+    with pytest.raises(ValueError, match="chat_template: got 'no such'; expected a readable file or one of"):
+        template_source("no such")
+    assert set(get_args(Format)) == set(FORMATS)

@@ -1,0 +1,484 @@
+"""Every format's calls are read wherever the stream is cut, and no markup reaches the text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HfTokenizer
+
+from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, collect
+from farthing.conversation.forced import calls_schema
+from farthing.conversation.formats.deepseek_v3 import V3
+from farthing.conversation.formats.deepseek_v4 import V4
+from farthing.conversation.formats.deepseek_v31 import V31
+from farthing.conversation.formats.deepseek_v32 import V32
+from farthing.conversation.formats.dsml import write_calls
+from farthing.conversation.formats.glm45 import GLM45
+from farthing.conversation.formats.kimi_k2 import KIMI_K2
+from farthing.conversation.parse.base import CallParser, NoCalls
+from farthing.conversation.parse.delimited import DEEPSEEK, KIMI, DelimitedCalls
+from farthing.conversation.parse.dsml import DsmlCalls
+from farthing.conversation.parse.forced import ListedCalls, NamedCall
+from farthing.conversation.parse.glm import GlmCalls
+from farthing.conversation.parse.output import THINK, OutputParser
+from farthing.conversation.types import Tool, ToolCall
+from farthing.engine.detokenizer import Detokenizer
+from farthing.engine.tokenizer import Tokenizer
+
+Calls = list[tuple[str, dict[str, Any]]]
+TOOLS = (
+    Tool("get_weather", None, {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}),
+    Tool("f", None, {"properties": {"x": {"anyOf": [{"type": "object"}, {"type": "array"}]}}}),
+    Tool("add-2", None, None),
+)
+
+
+def answer(parser: CallParser | OutputParser, chunks: list[str]) -> Answer:
+    """All chunks put together; checks the order of the deltas."""
+    deltas: list[Delta] = []
+    for chunk in chunks:
+        deltas += parser.push(chunk)
+    deltas += parser.finish()
+    started = 0
+    for delta in deltas:
+        if isinstance(delta, CallStart):
+            assert delta.index == started and delta.id
+            started += 1
+        elif isinstance(delta, CallArguments):
+            assert delta.index == started - 1 and delta.text
+        else:
+            assert delta.text
+    assert parser.calls == started
+    return collect(deltas)
+
+
+def plain(found: Answer) -> tuple[str, str, list[tuple[str, str]]]:
+    """Without ids."""
+    return found.text, found.reasoning, [(name, arguments) for _, name, arguments in found.calls]
+
+
+def read(parser: CallParser | OutputParser, chunks: list[str]) -> tuple[str, Calls]:
+    found = answer(parser, chunks)
+    return found.text, [(name, json.loads(arguments)) for _, name, arguments in found.calls]
+
+
+def chunked(text: str, cuts: list[int]) -> list[str]:
+    edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
+
+
+# How each format writes calls.
+
+
+def v3(calls: Calls) -> str:
+    body = "\n".join(
+        f"{DEEPSEEK.call_begin}function{DEEPSEEK.separator}{name}\n```json\n{json.dumps(a)}\n```{DEEPSEEK.call_end}"
+        for name, a in calls
+    )
+    return f"{DEEPSEEK.calls_begin}{body}{DEEPSEEK.calls_end}"
+
+
+def v31(calls: Calls) -> str:
+    body = "".join(
+        f"{DEEPSEEK.call_begin}{n}{DEEPSEEK.separator}{json.dumps(a)}{DEEPSEEK.call_end}" for n, a in calls
+    )
+    return f"{DEEPSEEK.calls_begin}{body}{DEEPSEEK.calls_end}"
+
+
+def kimi(calls: Calls) -> str:
+    body = "".join(
+        f"{KIMI.call_begin}functions.{n}:{i}{KIMI.separator}{json.dumps(a)}{KIMI.call_end}"
+        for i, (n, a) in enumerate(calls)
+    )
+    return f"{KIMI.calls_begin}{body}{KIMI.calls_end}"
+
+
+def dsml(section: str) -> Callable[[Calls], str]:
+    return lambda calls: write_calls(tuple(ToolCall("", n, json.dumps(a)) for n, a in calls), section)
+
+
+def glm(calls: Calls) -> str:
+    parts = []
+    for name, arguments in calls:
+        parts.append(f"\n<tool_call>{name}\n")
+        for key, value in arguments.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            parts.append(f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n")
+        parts.append("</tool_call>")
+    return "".join(parts)
+
+
+FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
+    ("v3", v3, lambda: V3.calls(TOOLS)),
+    ("v31", v31, lambda: V31.calls(TOOLS)),
+    ("kimi", kimi, lambda: KIMI_K2.calls(TOOLS)),
+    ("v32", dsml("function_calls"), lambda: V32.calls(TOOLS)),
+    ("v4", dsml("tool_calls"), lambda: V4.calls(TOOLS)),
+    ("glm", glm, lambda: GLM45.calls(TOOLS)),
+]
+IDS = [name for name, _, _ in FORMATS]
+
+TEXT = st.text(max_size=12) | st.sampled_from(
+    ["```", "\n", "<｜", "a<b", "2>&1", "</", '"', "\\", "é 日 🎉", "5"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=4,
+)
+CITY = st.fixed_dictionaries({"city": TEXT}, optional={"days": st.integers()})
+CALL = st.one_of(
+    st.tuples(st.just("get_weather"), CITY),
+    st.tuples(st.just("f"), st.fixed_dictionaries({"x": st.lists(JSON, max_size=2)})),
+    st.tuples(st.just("add-2"), st.just({})),
+)
+CALLS = st.lists(CALL, min_size=1, max_size=3)
+CUTS = st.lists(st.integers(0), max_size=9)
+
+
+@pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)
+@settings(deadline=None)
+@given(
+    calls=CALLS, before=st.sampled_from(["", "Let me see."]), after=st.sampled_from(["", "Done."]), cuts=CUTS
+)
+def test_calls_survive_any_chunking(
+    write: Callable[[Calls], str],
+    make: Callable[[], CallParser],
+    calls: Calls,
+    before: str,
+    after: str,
+    cuts: list[int],
+) -> None:
+    text = before + write(calls) + after
+    for chunks in ([text], list(text), chunked(text, cuts)):
+        assert read(make(), chunks) == (before + after, calls)
+
+
+MARKUP = [
+    *DEEPSEEK.all,
+    *KIMI.all,
+    *(
+        "<｜DSML｜tool_calls>",
+        "</｜DSML｜tool_calls>",
+        "<｜DSML｜function_calls>",
+        "<｜DSML｜",
+        "</｜DSML｜invoke>",
+    ),
+    *('<｜DSML｜invoke name="f">', '<｜DSML｜parameter name="x" string="true">', "</｜DSML｜parameter>"),
+    *(
+        '<｜DSML｜parameter name="days" string="false">',
+        '<｜DSML｜invoke name="a\nb',
+        "<｜｜DSML｜｜tool_calls>",
+    ),
+    *("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    *("<think>", "</think>", "function", "f\n", "```json\n", "```", "{", "}", '"', "\\", ":", "[", "]"),
+    *(" ", "\n", "<", ">", "｜", "name", "x" * 600, "é", '{"a": 1}', '"parameters"', ","),
+]
+SOUP = st.lists(st.sampled_from(MARKUP) | st.text(max_size=3), max_size=14).map("".join)
+PARSERS: list[Callable[[], CallParser]] = [
+    lambda: DelimitedCalls(DEEPSEEK),
+    lambda: DelimitedCalls(KIMI, native_ids=True),
+    lambda: DsmlCalls(TOOLS),
+    lambda: GlmCalls(TOOLS),
+    ListedCalls,
+    lambda: NamedCall("f"),
+    NoCalls,
+]
+
+
+@pytest.mark.parametrize("make", PARSERS)
+@settings(deadline=None, max_examples=300)
+@given(text=SOUP, opened=st.booleans(), reasons=st.booleans(), cuts=CUTS)
+@example(text='<｜DSML｜invoke name="a\nb', opened=False, reasons=False, cuts=[])
+def test_any_text_is_read_the_same_wherever_it_is_cut(
+    make: Callable[[], CallParser], text: str, opened: bool, reasons: bool, cuts: list[int]
+) -> None:
+    def parser() -> OutputParser:
+        return OutputParser(make(), THINK if reasons else None, opened, frozenset(("<｜User｜>", "<｜")))
+
+    whole = plain(answer(parser(), [text]))
+    assert plain(answer(parser(), list(text))) == whole
+    assert plain(answer(parser(), chunked(text, cuts))) == whole
+
+
+@pytest.mark.parametrize("make", PARSERS[:4])
+@settings(deadline=None, max_examples=200)
+@given(text=SOUP)
+def test_no_markup_reaches_the_text(make: Callable[[], CallParser], text: str) -> None:
+    parser = make()
+    shown = answer(parser, list(text)).text
+    own = {
+        DelimitedCalls: DEEPSEEK.all
+        if parser.openers == frozenset((DEEPSEEK.calls_begin, DEEPSEEK.call_begin))
+        else KIMI.all,
+        DsmlCalls: ("<｜DSML｜", "</｜DSML｜"),
+        GlmCalls: ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    }[type(parser)]
+    assert not any(mark in shown for mark in own)
+
+
+FILLERS = [
+    *(" ", "\n", "`", "<", "<｜", "a", '"', "\\", "{", "[", ","),
+    *("<｜tool▁call▁begin｜>", "<｜DSML｜", "<tool_call>", "<tool_call>\n"),
+]
+BEGINNINGS = [
+    "",
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n",
+    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n",
+    '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1}',
+    '<｜DSML｜invoke name="f"><｜DSML｜parameter name="x" string="false">',
+    '[{"name": "f", "parameters": {',
+]
+
+
+@pytest.mark.parametrize("make", PARSERS)
+def test_linear_in_its_input(make: Callable[[], CallParser]) -> None:
+    """A square here is seconds: 800 blanks took 2.4 s once."""
+    start = time.perf_counter()
+    for filler, before in itertools.product(FILLERS, BEGINNINGS):
+        parser = OutputParser(make(), THINK, hidden=frozenset(("<｜User｜>",)))
+        parser.push(before)
+        for _ in range(4_000 // len(filler)):
+            for character in filler:
+                parser.push(character)
+        parser.finish()
+    assert time.perf_counter() - start < 20  # 90 runs of 4,000 characters
+
+
+# Token ids.
+
+
+def byte_tokenizer(special: list[str], added: list[str]) -> Tokenizer:
+    """One token per byte, after the special tokens; `added` are tokens that are not special."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = HfTokenizer(models.BPE({t: i for i, t in enumerate([*special, *alphabet])}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    backend.add_tokens([AddedToken(token) for token in added])
+    return Tokenizer(backend, {"bos_token": special[0]})
+
+
+TOKENIZERS = [
+    byte_tokenizer(["<s>", *DEEPSEEK.all, *KIMI.all, "｜DSML｜"], ["<think>", "</think>", "<tool_call>"]),
+    byte_tokenizer(["<s>"], []),  # every tag is spelt out
+]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["marks are tokens", "marks are text"])
+@pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)
+@settings(deadline=None, max_examples=50)
+@given(calls=CALLS, reasoning=st.sampled_from(["", "Hm, 日本 🎉."]), cuts=CUTS)
+def test_calls_survive_as_token_ids(
+    write: Callable[[Calls], str],
+    make: Callable[[], CallParser],
+    tokenizer: Tokenizer,
+    calls: Calls,
+    reasoning: str,
+    cuts: list[int],
+) -> None:
+    ids = tokenizer.encode(f"{reasoning}</think>Look: " + write(calls), add_special_tokens=False)
+    edges = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
+    for pieces in ([[token] for token in ids], [ids[a:b] for a, b in itertools.pairwise(edges)]):
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+        chunks = ["".join(map(detokenizer.push, piece)) for piece in pieces] + [detokenizer.flush()]
+        found = answer(OutputParser(make(), THINK, opened=True), chunks)
+        assert (found.reasoning, found.text) == (reasoning, "Look:")
+        assert [(name, json.loads(arguments)) for _, name, arguments in found.calls] == calls
+
+
+# Single cases.
+
+
+def test_arguments_stream_before_the_call_ends() -> None:
+    parser = DelimitedCalls(DEEPSEEK)
+    parser.push("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n")
+    assert parser.push('{"city": "Par') == [CallArguments(0, '{"city": "Par')]
+    parser = DsmlCalls(TOOLS)
+    parser.push('<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">')
+    assert parser.push('New "Yo') == [CallArguments(0, 'New \\"Yo')]
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "arguments"),
+    [
+        (
+            PARSERS[0],
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a": 1',
+            '{"a": 1',
+        ),
+        (PARSERS[1], '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": [', '{"a": ['),
+        (
+            PARSERS[2],
+            '<｜DSML｜invoke name="f"><｜DSML｜parameter name="y" string="true">abc</｜DSML｜para',
+            '{"y": "abc',
+        ),
+        (
+            PARSERS[3],
+            "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Par",
+            '{"city": "Par',
+        ),
+    ],
+)
+def test_a_call_cut_off_keeps_what_it_has(make: Callable[[], CallParser], text: str, arguments: str) -> None:
+    for chunks in ([text], list(text)):
+        ((_, _, found),) = answer(make(), chunks).calls
+        assert found == arguments
+
+
+def test_no_arguments_become_an_empty_object() -> None:
+    empty = (
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    )
+    assert read(DelimitedCalls(DEEPSEEK), [empty]) == ("", [("f", {})])
+    assert read(DsmlCalls(TOOLS), ['<｜DSML｜invoke name="f">\n</｜DSML｜invoke>']) == ("", [("f", {})])
+    assert read(GlmCalls(TOOLS), ["<tool_call>f</tool_call>"]) == ("", [("f", {})])
+
+
+def test_kimi_keeps_its_own_ids() -> None:
+    found = answer(DelimitedCalls(KIMI, native_ids=True), [kimi([("f", {}), ("mcp:a", {})])])
+    assert [(identity, name) for identity, name, _ in found.calls] == [
+        ("functions.f:0", "f"),
+        ("functions.mcp:a:1", "mcp:a"),
+    ]
+
+
+@pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)
+def test_a_call_begun_inside_the_reasoning_ends_it(
+    write: Callable[[Calls], str], make: Callable[[], CallParser]
+) -> None:
+    text = "Let me call it." + write([("get_weather", {"city": "Rome"})])
+    for chunks in ([text], list(text)):
+        found = answer(OutputParser(make(), THINK, opened=True), chunks)
+        assert (found.reasoning, found.text) == ("Let me call it.", "")
+        assert [name for _, name, _ in found.calls] == ["get_weather"]
+
+
+def test_control_tokens_are_dropped() -> None:
+    hidden = frozenset(("<｜User｜>", "<｜Assistant｜>"))
+    for chunks in (["a<｜User｜>b<｜"], list("a<｜User｜>b<｜")):
+        assert answer(OutputParser(NoCalls(), hidden=hidden), chunks).text == "ab<｜"
+
+
+# Reported against other servers.
+
+
+def test_a_name_that_never_ends_is_no_call() -> None:
+    """vllm 54686: the model quotes a broken call, and its name swallows the rest of the answer."""
+    text = (
+        'See:\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="record_item {\n'
+        "category: Dexes\n\nWait, this is wrong."
+    )
+    for chunks in ([text], list(text)):
+        shown, calls = read(DsmlCalls(TOOLS), chunks)
+        assert calls == [] and "DSML" not in shown
+        assert shown.startswith("See:") and shown.endswith("category: Dexes\n\nWait, this is wrong.")
+
+
+def test_a_value_that_ends_in_an_angle_bracket() -> None:
+    """vllm 53227, 45877: the closing tag leaks into a shell command."""
+    command = "make >log 2>&1 </dev/null"
+    text = (
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="bash">\n<｜DSML｜parameter name="command" string="true">'
+        f"{command}</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+    )
+    for cut in range(len(text)):
+        assert read(DsmlCalls(()), [text[:cut], text[cut:]]) == ("", [("bash", {"command": command})])
+
+
+@pytest.mark.parametrize(
+    ("declared", "schema", "text", "value"),
+    [
+        ("false", {"type": "integer"}, "5", 5),
+        ("false", {"type": "integer"}, "5.0", 5),
+        ("false", {"type": "string"}, "5", "5"),  # the schema judges
+        ("false", {"type": "string"}, "plain", "plain"),
+        ("false", {"type": "boolean"}, "True", True),
+        ("false", {}, "None", None),
+        ("false", {}, "not json", "not json"),
+        ("false", {"type": "number"}, "NaN", "NaN"),
+        ("true", {"type": "integer"}, "5", 5),
+        ("true", {"type": "object"}, '{"a": [1]}', {"a": [1]}),
+        ("true", {"type": ["string", "null"]}, "null", "null"),
+        ("true", {}, "5", "5"),
+        ("true", {"$ref": "#/$defs/n"}, "7", 7),
+        ("false", {"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ("false", {"enum": ["1", "2"]}, "1", "1"),
+        (None, {"type": "array"}, "[1]", [1]),
+        (None, {"type": "string"}, "[1]", "[1]"),
+    ],
+)
+def test_dsml_values_get_their_type_from_the_schema(
+    declared: str | None, schema: dict[str, Any], text: str, value: Any
+) -> None:
+    tool = Tool("g", None, {"properties": {"x": schema}, "$defs": {"n": {"type": "integer"}}})
+    attribute = "" if declared is None else f' string="{declared}"'
+    parameter = f'<｜DSML｜parameter name="x"{attribute}>{text}</｜DSML｜parameter>'
+    call = f'<｜DSML｜invoke name="g">{parameter}</｜DSML｜invoke>'
+    for chunks in ([call], list(call)):
+        assert read(DsmlCalls((tool,)), chunks) == ("", [("g", {"x": value})])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<｜DSML｜invoke name="f">\n{"x": [1]}\n</｜DSML｜invoke>',
+        '<｜DSML｜invoke name="f"><｜DSML｜parameter name="arguments" string="false">{"x": [1]}'
+        "</｜DSML｜parameter></｜DSML｜invoke>",
+        '<｜DSML｜toolcalls><｜DSML｜invoke name="f"><｜DSML｜parameter name="x" string="false">[1]'
+        "</｜DSML｜tool_calls>",
+        '<｜｜DSML｜｜tool_calls><｜｜DSML｜｜invoke name="f"><｜｜DSML｜｜parameter name="x" string="false">'
+        "[1]</｜｜DSML｜｜parameter></｜｜DSML｜｜invoke>",
+    ],
+)
+def test_dsml_that_models_misspell(text: str) -> None:
+    for chunks in ([text], list(text)):
+        assert read(DsmlCalls(TOOLS), chunks) == ("", [("f", {"x": [1]})])
+
+
+# Forced calls.
+
+
+@given(CALLS, st.booleans(), CUTS)
+def test_json_list_survives_any_chunking(calls: Calls, spaced: bool, cuts: list[int]) -> None:
+    document = [{"name": name, "parameters": arguments} for name, arguments in calls]
+    text = json.dumps(document, indent=2 if spaced else None)
+    assert read(ListedCalls(), chunked(text, cuts)) == ("", calls)
+
+
+def test_a_named_call_is_all_arguments() -> None:
+    assert read(NamedCall("f"), ['{"a"', ": 1}"]) == ("", [("f", {"a": 1})])
+
+
+def test_json_that_is_no_call_becomes_text() -> None:
+    for text in ("sorry", '[{"name": 1}]', '[{"name": "f"}]'):
+        assert read(ListedCalls(), list(text)) == (text, [])
+
+
+SCHEMA = {"type": "object", "properties": {"x": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_schema_of_calls(parallel: bool) -> None:
+    schema = calls_schema([Tool("a/b:f", None, SCHEMA), Tool("g", None, {"type": "object"})], parallel)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    one = {"name": "a/b:f", "parameters": {"x": 1}}
+    assert validator.is_valid([one])
+    assert validator.is_valid([one, {"name": "g", "parameters": {}}]) is parallel
+    for wrong in (
+        [],
+        [{"name": "h", "parameters": {}}],
+        [{"name": "a/b:f", "parameters": {"x": "1"}}],
+        [{"name": "a/b:f"}],
+    ):
+        assert not validator.is_valid(wrong)
