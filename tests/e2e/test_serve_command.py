@@ -143,7 +143,7 @@ def test_a_port_that_is_taken() -> None:
 def test_open_to_others_only_with_a_key() -> None:
     assert "--insecure" in fails("--host", "0.0.0.0")
     assert "'int2' is not one of 'auto', 'float32'" in fails("--kv-cache-dtype", "int2")
-    assert "'x' is not one of 'auto', 'deepseek_r1', 'none'" in fails("--reasoning-parser", "x")
+    assert "'x' is not one of 'auto', 'none', 'deepseek_v3'" in fails("--reasoning-parser", "x")
 
 
 def test_importing_the_server_brings_no_torch_and_no_transformers() -> None:
