@@ -78,7 +78,7 @@ class Stream(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         payload = json.dumps(self.fields | {"stream": True}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self.transport.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
 
     def data_received(self, data: bytes) -> None:

@@ -51,7 +51,7 @@ def test_64_streams_at_once_say_what_each_says_alone() -> None:
 
 
 def request(body: bytes) -> bytes:
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 

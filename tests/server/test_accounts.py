@@ -24,7 +24,7 @@ def priced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         '[hardware.box]\nkind = "cpu"\nunits = "machine"\nusd_per_hour = 36\nwatts = 9\nidle_watts = 3\n'
     )
     engine = tiny_engine()
-    with running(engine, keys=KeyRing(["alice:a", "bob:b"])) as server:
+    with running(engine, keys=KeyRing(["alice:a", "bob:b"]), admin_keys=KeyRing(["root:r"])) as server:
         machine = machine_of(engine.device, str(prices), "box")
         server.service.accounts = Accounts(engine, machine, "tiny")
         yield server
@@ -97,7 +97,7 @@ def test_the_dashboard_is_told_the_same(priced: Running) -> None:
     assert httpx.get(url).status_code == 401
     post(priced)
     time.sleep(1.2)
-    data = httpx.get(url, headers={"Authorization": "Bearer a"}).json()
+    data = httpx.get(url, headers={"Authorization": "Bearer r"}).json()
     assert data["title"] == "tiny" and data["cost"]["hardware"].endswith("box")
     assert {account["api_key"] for account in data["cost"]["accounts"]} >= {"alice"}
     assert data["counters"]["usd"] > 0 and "1" in data["experts"]

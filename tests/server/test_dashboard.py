@@ -88,12 +88,13 @@ def fleet() -> dict[str, Any]:
 
 
 def application(source: Any, key: str | None = None) -> FastAPI:
-    def authorize(request: Request) -> None:
+    def view(request: Request, document: dict[str, Any]) -> dict[str, Any]:
         if key is not None and request.headers.get("authorization") != f"Bearer {key}":
             raise HTTPException(401, "an API key is needed")
+        return document
 
     app = FastAPI()
-    mount(app, source, authorize, interval=0.1)
+    mount(app, source, view, interval=0.1)
     return app
 
 

@@ -127,7 +127,9 @@ def test_a_body_that_never_comes() -> None:
         running(ScriptedEngine(), body_timeout=0.2) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
     ):
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+        )
         assert b"408" in connection.recv(1000)
 
 
@@ -187,7 +189,7 @@ def test_a_client_that_stops_reading_is_ended_by_the_deadline() -> None:
         socket.create_connection(("127.0.0.1", server.port)) as connection,
     ):
         body = b'{"prompt": "x", "stream": true}'
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         until(lambda: engine.running)
         until(lambda: engine.cancelled and not server.service.jobs)

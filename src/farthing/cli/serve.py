@@ -13,6 +13,7 @@ from farthing import extras
 from farthing.cli.errors import one_line_errors
 from farthing.cli.options import with_options
 from farthing.config import EngineConfig
+from farthing.server.auth import KeyRing
 from farthing.server.config import ServerConfig, gather_keys
 
 if TYPE_CHECKING:
@@ -49,12 +50,33 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of keys, `name:key` or a key per line.", rich_help_panel="HTTP")
     ] = None,
+    admin_api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME:]KEY",
+            help="Key that also sees every key's spending (repeatable).",
+            rich_help_panel="HTTP",
+        ),
+    ] = None,
+    metrics_api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME:]KEY",
+            help="Key for /metrics, required from other machines once set (repeatable).",
+            rich_help_panel="HTTP",
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL: /v1/chat/completions, /v1/completions, /v1/models, /metrics, /health, /ready."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     with one_line_errors("serve"):
         engine_config = EngineConfig(**engine)
-        server_config = ServerConfig(**server, keys=gather_keys(api_key or [], api_key_file))
+        server_config = ServerConfig(
+            **server,
+            keys=gather_keys(api_key or [], api_key_file),
+            admin_keys=KeyRing(admin_api_key or []),
+            metrics_keys=KeyRing(metrics_api_key or []),
+        )
         from farthing.server.run import serve as run
 
         _suggest_extras()

@@ -7,19 +7,20 @@ from typing import Any
 from fastapi import Body, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 import farthing
 from farthing.conversation.types import Conversation
+from farthing.server.access import Access, Viewer
 from farthing.server.api.openai_chat import chat, tool_of, turn_of
 from farthing.server.api.openai_completions import complete
-from farthing.server.auth import ANONYMOUS
 from farthing.server.bodies import Bodies
-from farthing.server.dashboard import assets, service_data
+from farthing.server.dashboard import assets, service_data, visible_to
 from farthing.server.dashboard.router import mount
-from farthing.server.errors import ApiError, describe_validation, send_error
+from farthing.server.errors import ApiError, describe_validation
 from farthing.server.jobs import ClientGone
 from farthing.server.metrics import CountRequests, Metrics
 from farthing.server.protocol import (
@@ -56,37 +57,23 @@ def create_app(service: Service) -> ASGIApp:
     _add_model_routes(api, service)
     _add_generation_routes(api, service)
     _add_token_routes(api, service)
-    mount(api, lambda: service_data(service))
+    mount(
+        api,
+        lambda: service_data(service),
+        lambda request, document: visible_to(request.scope["viewer"], document),
+    )
     _add_error_handlers(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
     app: ASGIApp = Bodies(api, service.config.max_body_bytes, service.config.body_timeout)
-    app = Authenticate(app, service)
+    app = Access(app, service.config, OPEN_PATHS)
+    if service.config.allowed_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=service.config.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
     return CountRequests(app, metrics, paths)
-
-
-class Authenticate:
-    """ASGI middleware: names the client by its API key, before its body is read."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app = app
-        self.keys = service.config.keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on with scope["client_name"], or answer 401."""
-        if scope["type"] == "http":
-            scope["client_name"] = ANONYMOUS
-            if self.keys and scope["path"] not in OPEN_PATHS:
-                header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-                name = self.keys.check(header)
-                if name is None:
-                    problem = "the API key is not known" if header else "an API key is missing"
-                    error = ApiError(
-                        401, f"{problem}; expected `Authorization: Bearer KEY`", code="invalid_api_key"
-                    )
-                    await send_error(error, scope, receive, send)
-                    return
-                scope["client_name"] = name
-        await self.app(scope, receive, send)
 
 
 def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -103,8 +90,11 @@ def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
         return JSONResponse({"status": "ready"})
 
     @api.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
-    async def scrape() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def scrape(request: Request) -> Response:
+        viewer: Viewer = request.scope["viewer"]
+        return Response(
+            metrics.render(accounts=viewer.everything), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     @api.get("/version", summary="The version of this server")
     async def version() -> Response:

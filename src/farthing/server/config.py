@@ -29,7 +29,14 @@ class ServerConfig:
     host: str = _http("127.0.0.1", "Address to listen on")
     port: int = _http(8000, "Port; 0: any free port", minimum=0)
     keys: KeyRing | None = None  # None or empty: no key is required
+    admin_keys: KeyRing | None = None  # may use the API and see every key's spending
+    metrics_keys: KeyRing | None = None  # set: other machines need one to scrape /metrics
     insecure: bool = _http(False, "Access from other machines without a key")
+    allowed_hosts: tuple[str, ...] = _http(
+        (), "Host name to answer to, or * (repeatable); default: any with keys, else this machine's"
+    )
+    allowed_origins: tuple[str, ...] = _http((), "Web origin that may call the API by CORS (repeatable)")
+    share_prefix_cache: bool = _http(False, "One prefix cache for all keys instead of one per key")
     served_model_name: tuple[str, ...] = _http((), "Model name in the API (repeatable); default: MODEL")
     root_path: str = _http("", "Path prefix behind a proxy that strips it")
     tool_call_parser: CallsMode = _http("auto", "Format whose tool calls are read; auto: by checkpoint")
@@ -39,6 +46,9 @@ class ServerConfig:
     requests_per_minute: int | None = _limit(None, "Requests per minute and key", minimum=1)
     tokens_per_minute: int | None = _limit(None, "Prompt and output tokens per minute and key", minimum=1)
     max_body_bytes: int = _limit(8 << 20, "Maximum size of a request body", minimum=1)
+    max_connections: int = _limit(4096, "Open connections", minimum=1)
+    max_header_bytes: int = _limit(32_768, "Maximum size of a request's head", minimum=1)
+    header_timeout: float = _limit(10.0, "Seconds for a request's head to arrive", above=0)
     body_timeout: float = _limit(30.0, "Seconds for a request body to arrive", above=0)
     request_timeout: float = _limit(600.0, "Seconds from the body's arrival to the last token", above=0)
     drain_timeout: float = _limit(30.0, "Seconds for running requests after SIGTERM", minimum=0)

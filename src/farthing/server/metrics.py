@@ -62,12 +62,26 @@ class Metrics:
         )
         ProcessCollector(registry=self.registry)
         self.registry.register(ServerCollector(service))
+        self.accounts = CollectorRegistry()  # apart: these name API keys
+        self.accounts.register(AccountsCollector(service))
 
-    def render(self) -> bytes:
-        """Everything in Prometheus' text format."""
+    def render(self, accounts: bool = True) -> bytes:
+        """Prometheus' text format, with or without what each API key has spent."""
         from prometheus_client import generate_latest
 
-        return generate_latest(self.registry)
+        return generate_latest(self.registry) + (generate_latest(self.accounts) if accounts else b"")
+
+
+class AccountsCollector(Collector):
+    """Spending by API key."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        """Nothing until the engine is loaded."""
+        if self._service.accounts is not None:
+            yield from cost_families(self._service.accounts.report())
 
 
 class ServerCollector(Collector):
@@ -101,8 +115,6 @@ class ServerCollector(Collector):
             yield launch
         if service.engine is not None:
             yield from engine_families(service.engine.stats.snapshot(), model)
-        if service.accounts is not None:
-            yield from cost_families(service.accounts.report())
 
 
 def engine_families(snapshot: Snapshot, model: str) -> Iterator[Metric]:

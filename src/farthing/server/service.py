@@ -167,6 +167,7 @@ class Service:
         charge = self.accounts.charge if self.accounts else None
         job = Job(self.config.request_timeout, on_close=self._closed, charge=charge)
         job.client = client
+        cache_salt = self._salt(client, cache_salt)
         self.jobs.add(job)
         self.idle.clear()
         try:
@@ -184,6 +185,10 @@ class Service:
             job.close()
             raise self._refusal(error) from error
         return job
+
+    def _salt(self, client: str, salt: str) -> str:
+        """Of the prefix cache. Timing shows what is cached, so no key finds another's prompts."""
+        return salt if self.config.share_prefix_cache else f"{len(client)}:{client}{salt}"
 
     def _check_lengths(self, engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> None:
         limit = engine.config.max_model_len

@@ -10,6 +10,6 @@ served to all; the numbers are behind the API's own keys.
 
 from farthing.server.dashboard.history import History
 from farthing.server.dashboard.site import Dashboard, assets
-from farthing.server.dashboard.source import server_data, service_data
+from farthing.server.dashboard.source import server_data, service_data, visible_to
 
-__all__ = ["Dashboard", "History", "assets", "server_data", "service_data"]
+__all__ = ["Dashboard", "History", "assets", "server_data", "service_data", "visible_to"]

@@ -6,25 +6,24 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
 from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Asset, Dashboard
 
+View = Callable[[Request, dict[str, Any]], dict[str, Any]]  # what a request may see of a document
 
-def router(dashboard: Dashboard, authorize: Callable[..., Any] | None = None) -> APIRouter:
-    """Routes for the page (`/`), its assets and its numbers.
 
-    authorize: a FastAPI dependency that refuses whoever may not use the API; it guards the numbers.
-    """
+def router(dashboard: Dashboard, view: View = lambda request, document: document) -> APIRouter:
+    """Routes for the page (`/`), its assets and its numbers."""
     routes = APIRouter(include_in_schema=False)
 
     @routes.get("/")
     def page() -> Response:
         return _response(dashboard.asset("/"))
 
-    @routes.get(DATA_PATH, dependencies=[Depends(authorize)] if authorize else [])
-    def data(since: float = 0.0) -> dict[str, Any]:
-        return dashboard.document(since)
+    @routes.get(DATA_PATH)
+    def data(request: Request, since: float = 0.0) -> dict[str, Any]:
+        return view(request, dashboard.document(since))
 
     @routes.get(PREFIX + "{path:path}")
     def asset(path: str) -> Response:
@@ -36,12 +35,12 @@ def router(dashboard: Dashboard, authorize: Callable[..., Any] | None = None) ->
 def mount(
     app: FastAPI,
     data: Callable[[], Mapping[str, Any]],
-    authorize: Callable[..., Any] | None = None,
+    view: View = lambda request, document: document,
     interval: float = 1.0,
 ) -> Dashboard:
     """Serve the dashboard from `app`; it samples `data` while the application runs."""
     dashboard = Dashboard(data, interval)
-    app.include_router(router(dashboard, authorize))
+    app.include_router(router(dashboard, view))
     inner = app.router.lifespan_context
 
     @asynccontextmanager

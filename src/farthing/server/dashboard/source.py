@@ -24,6 +24,7 @@ from farthing.engine.stats import HistogramSnapshot, Snapshot
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
+    from farthing.server.access import Viewer
     from farthing.server.service import Service
 
 _COUNTERS = (
@@ -62,6 +63,26 @@ def _facts(engine: Engine) -> dict[str, str]:
         "speculation": config.speculate or "",
         "experts": config.experts if config.experts != "auto" else "",
     }
+
+
+def visible_to(viewer: Viewer, document: dict[str, Any]) -> dict[str, Any]:
+    """What a viewer sees of a server's document: everyone's spending, or that of one key.
+
+    The curves of power and price add up all keys, so only a viewer of everything has them.
+    """
+    cost = document.get("cost")
+    if cost is None:
+        return document
+    if viewer.everything:
+        return {**document, "cost": {**cost, "accounts": cost["accounts"][:_MOST_ACCOUNTS]}}
+    own = [account for account in cost["accounts"] if account["api_key"] == viewer.name]
+    usd = sum(account["prefill_usd"] + account["decode_usd"] for account in own)
+    hidden = dict.fromkeys(("idle_usd", "saved_usd", "utilization"))
+    counters = {k: v for k, v in document["counters"].items() if k not in ("usd", "joules")}
+    points = {k: v for k, v in document["points"].items() if k not in ("watts", "usd_per_million")}
+    joules = sum(account["joules"] for account in own)
+    cost = {**cost, **hidden, "accounts": own, "usd": usd, "joules": joules}
+    return {**document, "cost": cost, "counters": counters, "points": points}
 
 
 def server_data(
@@ -107,8 +128,8 @@ def _histogram(histogram: HistogramSnapshot) -> dict[str, Any]:
 
 
 def _cost(report: Report) -> dict[str, Any]:
-    """Dearest accounts first."""
-    accounts = sorted(report.accounts.items(), key=lambda item: -item[1].spend.usd)[:_MOST_ACCOUNTS]
+    """All accounts, dearest first."""
+    accounts = sorted(report.accounts.items(), key=lambda item: -item[1].spend.usd)
     return {
         "hardware": f"{report.machine.count} × {report.machine.hardware.name}",
         "declared": report.machine.declared,

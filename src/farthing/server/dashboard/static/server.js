@@ -119,12 +119,15 @@ export class ServerView {
   #accounts(cost) {
     this.accountsCard.hidden = !cost;
     if (!cost) return;
-    this.costNote.textContent = `energy ${cost.joules_source}; busy ${percent(cost.utilization)} of the time; saved by cached prompts ${dollars(cost.saved_usd)} (estimated)`;
+    const whole = cost.idle_usd != null; // only an admin key sees what others spend
+    this.costNote.textContent = `energy ${cost.joules_source}; ` + (whole
+      ? `busy ${percent(cost.utilization)} of the time; saved by cached prompts ${dollars(cost.saved_usd)} (estimated)`
+      : "the spending of your key");
     const rows = cost.accounts.map((a) => [a.api_key || "–", short(a.requests), short(a.prompt_tokens), short(a.output_tokens),
       dollars(a.prefill_usd), dollars(a.decode_usd), dollars(a.prefill_usd + a.decode_usd), joules(a.joules)]);
     const cells = (row) => row.map((cell) => h("td", {}, cell));
     this.accounts.replaceChildren(...rows.map((row) => h("tr", {}, ...cells(row))),
-      h("tr.muted", {}, ...cells(["idle time", "", "", "", "", "", dollars(cost.idle_usd), ""])),
-      h("tr", {}, ...cells(["all", "", "", "", "", "", dollars(cost.usd), joules(cost.joules)])));
+      ...(whole ? [h("tr.muted", {}, ...cells(["idle time", "", "", "", "", "", dollars(cost.idle_usd), ""]))] : []),
+      h("tr", {}, ...cells([whole ? "all" : "sum", "", "", "", "", "", dollars(cost.usd), joules(cost.joules)])));
   }
 }

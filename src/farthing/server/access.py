@@ -1,0 +1,117 @@
+"""Who may do what, decided from a request's head: host names, API keys, and who sees the numbers."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from farthing.server.auth import ANONYMOUS, KeyRing
+from farthing.server.config import ServerConfig, is_loopback
+from farthing.server.errors import ApiError, send_error
+
+LOCAL = "localhost"  # stands for every name and address of this machine
+_PROXIED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Whose numbers a request may see: everyone's, or those of the key called `name`."""
+
+    everything: bool
+    name: str
+
+
+class Access:
+    """ASGI middleware: sets scope["client_name"] and scope["viewer"], or answers 401 or 403.
+
+    open_paths are answered without a key. /metrics is one of them unless a metrics key is set; what it says
+    of single keys is for viewers that may see everyone's numbers.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, open_paths: frozenset[str]) -> None:
+        self.app = app
+        self._keys, self._admins = config.keys or KeyRing(()), config.admin_keys or KeyRing(())
+        self._scrapers = config.metrics_keys or KeyRing(())
+        self._open = open_paths
+        self._hosts = allowed_hosts(config)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, or answer."""
+        if scope["type"] == "http":
+            try:
+                self._admit(scope)
+            except ApiError as error:
+                await send_error(error, scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _admit(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        self._check_host(headers.get(b"host", b""))
+        header = headers.get(b"authorization", b"").decode("latin-1")
+        admin, client = self._admins.check(header), self._keys.check(header)
+        path = scope["path"]
+        near = _is_near(scope, headers)
+        scope["client_name"] = client or admin or ANONYMOUS
+        everything = admin is not None or not self._keys
+        if path == "/metrics":
+            scraper = self._scrapers.check(header) is not None
+            if self._scrapers and not (scraper or near or admin):
+                raise _unknown_key(header)
+            everything = scraper or near or everything
+        elif self._keys and path not in self._open and client is None and admin is None:
+            raise _unknown_key(header)
+        scope["viewer"] = Viewer(everything, client or ANONYMOUS)
+
+    def _check_host(self, host: bytes) -> None:
+        """Without this a web page could reach a keyless server of its visitor by rebinding its own name."""
+        if self._hosts is None or not host:
+            return
+        name = _host_name(host.decode("latin-1"))
+        if not any(fnmatchcase(name, pattern) for pattern in self._hosts) and not (
+            LOCAL in self._hosts and (is_loopback(name) or name.endswith(".localhost"))
+        ):
+            raise ApiError(
+                403, f"the Host {name!r} is not served here; see --allowed-hosts", code="host_not_allowed"
+            )
+
+
+def allowed_hosts(config: ServerConfig) -> tuple[str, ...] | None:
+    """Patterns of host names; None: any.
+
+    By default a keyless server that only this machine can reach answers to names of this machine.
+    """
+    if "*" in config.allowed_hosts:
+        return None
+    if config.allowed_hosts:
+        return tuple(name.lower() for name in config.allowed_hosts)
+    if config.keys or not is_loopback(config.host):
+        return None
+    return (LOCAL, config.host.strip("[]").lower())
+
+
+def _host_name(host: str) -> str:
+    """`[::1]:8000`, `localhost:8000` and `localhost` without port and brackets."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    name, colon, port = host.rpartition(":")
+    return (name if colon and port.isdigit() else host).lower().rstrip(".")
+
+
+def _is_near(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    """Whether the request comes from this machine, and not by way of a proxy on it."""
+    client = scope.get("client")
+    if not client or any(name in headers for name in _PROXIED):
+        return False
+    try:
+        return ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def _unknown_key(header: str) -> ApiError:
+    problem = "the API key is not known" if header else "an API key is missing"
+    return ApiError(401, f"{problem}; expected `Authorization: Bearer KEY`", code="invalid_api_key")

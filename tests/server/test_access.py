@@ -1,0 +1,191 @@
+"""Who sees what: host names, keys, spending, cached prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farthing.cost import Hardware, Machine
+from farthing.server.access import _host_name, _is_near, allowed_hosts
+from farthing.server.accounts import Accounts
+from farthing.server.auth import KeyRing
+from farthing.server.config import ServerConfig
+from tests.server.harness import Running, ScriptedEngine, running, tiny_engine, until
+
+KEYS = KeyRing(["alice:sk-a", "bob:sk-b"])
+ADMIN, SCRAPER = KeyRing(["root:sk-root"]), KeyRing(["prom:sk-prom"])
+PROXIED = {"X-Forwarded-For": "203.0.113.9"}  # as a proxy on this machine says it
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def complete(server: Running, key: str, prompt: str = "the same long prompt twice", **fields: Any) -> Any:
+    body = {"prompt": prompt, "max_tokens": 4, "ignore_eos": True} | fields
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=bearer(key))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def cached(document: Any) -> int:
+    return int(document["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def test_keys_do_not_find_each_others_prompts() -> None:
+    with running(tiny_engine(), keys=KEYS) as server:
+        assert cached(complete(server, "sk-a")) == 0
+        assert cached(complete(server, "sk-b")) == 0
+        assert cached(complete(server, "sk-a")) > 0
+        for salt in ("5:alice", "alice", "a"):  # no salt of one's own reaches another key
+            assert cached(complete(server, "sk-b", cache_salt=salt)) == 0
+
+
+def test_the_prefix_cache_can_be_shared() -> None:
+    with running(tiny_engine(), keys=KEYS, share_prefix_cache=True) as server:
+        assert cached(complete(server, "sk-a")) == 0
+        assert cached(complete(server, "sk-b")) > 0
+        assert cached(complete(server, "sk-b", cache_salt="mine")) == 0
+
+
+@given(st.text(), st.text(), st.text(), st.text())
+def test_salts_of_two_keys_are_never_equal(a: str, b: str, mine: str, yours: str) -> None:
+    def salt(client: str, own: str) -> str:
+        return f"{len(client)}:{client}{own}"
+
+    assert a == b or salt(a, mine) != salt(b, yours)
+
+
+def priced(server: Running) -> None:
+    hardware = Hardware(name="box", kind="cpu", usd_per_hour=1, watts=10, idle_watts=5)
+    machine = Machine(hardware, 2, declared="2026-01-01")
+    assert server.service.engine is not None
+    server.service.accounts = Accounts(server.service.engine, machine, "tiny")
+
+
+def test_spending_is_shown_to_its_key_and_to_admins() -> None:
+    with running(tiny_engine(), keys=KEYS, admin_keys=ADMIN) as server:
+        priced(server)
+        for key in ("sk-a", "sk-b"):
+            complete(server, key)
+        until(lambda: len(server.service.accounts.report().accounts) == 2)
+        data = f"{server.url}/dashboard/data"
+        assert httpx.get(data).status_code == 401
+
+        def document(key: str) -> Any:
+            root = bearer("sk-root")
+            until(lambda: len(httpx.get(data, headers=root).json().get("cost", {}).get("accounts", ())) == 2)
+            return httpx.get(data, headers=bearer(key)).json()
+
+        own = document("sk-a")
+        assert [account["api_key"] for account in own["cost"]["accounts"]] == ["alice"]
+        assert "bob" not in str(own) and "usd" not in own["counters"] and own["cost"]["idle_usd"] is None
+        (spent,) = own["cost"]["accounts"]
+        assert own["cost"]["usd"] == pytest.approx(spent["prefill_usd"] + spent["decode_usd"])
+        everyone = document("sk-root")
+        assert {account["api_key"] for account in everyone["cost"]["accounts"]} == {"alice", "bob"}
+        assert everyone["cost"]["usd"] > own["cost"]["usd"]
+
+
+def test_metrics_name_keys_only_to_this_machine_and_scrapers() -> None:
+    with running(tiny_engine(), keys=KEYS, admin_keys=ADMIN) as server:
+        priced(server)
+        complete(server, "sk-a")
+        until(lambda: server.service.accounts.report().accounts)
+        url = f"{server.url}/metrics"
+        assert 'api_key="alice"' in httpx.get(url).text  # loopback
+        far = httpx.get(url, headers=PROXIED)
+        assert far.status_code == 200 and "alice" not in far.text
+        assert "farthing:generation_tokens_total" in far.text
+        assert "alice" not in httpx.get(url, headers=PROXIED | bearer("sk-b")).text
+        assert "alice" in httpx.get(url, headers=PROXIED | bearer("sk-root")).text
+
+
+def test_a_metrics_key_is_asked_of_other_machines() -> None:
+    with running(ScriptedEngine(), keys=KEYS, metrics_keys=SCRAPER) as server:
+        url = f"{server.url}/metrics"
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, headers=PROXIED).status_code == 401
+        assert httpx.get(url, headers=PROXIED | bearer("sk-a")).status_code == 401
+        assert httpx.get(url, headers=PROXIED | bearer("sk-prom")).status_code == 200
+        assert httpx.get(f"{server.url}/v1/models", headers=bearer("sk-prom")).status_code == 401
+
+
+def test_an_admin_key_opens_the_api() -> None:
+    with running(ScriptedEngine(), keys=KEYS, admin_keys=ADMIN) as server:
+        assert server.client("sk-root").models.list().data
+
+
+def test_a_keyless_server_answers_to_names_of_this_machine_only() -> None:
+    with running(ScriptedEngine()) as server:
+        for host in (
+            "evil.example",
+            f"evil.example:{server.port}",
+            "127.0.0.1.evil.example",
+            "[2001:db8::1]",
+        ):
+            answer = httpx.get(f"{server.url}/v1/models", headers={"Host": host})
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed"
+        for host in (
+            "localhost",
+            f"localhost:{server.port}",
+            "127.0.0.1",
+            "LOCALHOST",
+            "[::1]:80",
+            "a.localhost",
+        ):
+            assert httpx.get(f"{server.url}/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_hosts_can_be_named() -> None:
+    with running(ScriptedEngine(), allowed_hosts=("*.example.org",)) as server:
+        for host, status in (("api.example.org", 200), ("localhost", 403), ("example.org", 403)):
+            assert httpx.get(f"{server.url}/v1/models", headers={"Host": host}).status_code == status
+    assert allowed_hosts(ServerConfig(allowed_hosts=("*",))) is None
+    assert allowed_hosts(ServerConfig(keys=KEYS)) is None
+    assert allowed_hosts(ServerConfig(host="0.0.0.0", insecure=True)) is None
+
+
+@given(st.binary(max_size=40))
+def test_any_host_header_has_a_name(host: bytes) -> None:
+    assert isinstance(_host_name(host.decode("latin-1")), str)
+
+
+@pytest.mark.parametrize(
+    ("client", "headers", "near"),
+    [
+        (("127.0.0.1", 1), {}, True),
+        (("::1", 1), {}, True),
+        (("10.0.0.1", 1), {}, False),
+        (("127.0.0.1", 1), {b"x-forwarded-for": b"127.0.0.1"}, False),
+        (("127.0.0.1", 1), {b"via": b"1.1 proxy"}, False),
+        (None, {}, False),
+        (("testclient", 1), {}, False),
+    ],
+)
+def test_what_comes_from_this_machine(client: Any, headers: dict[bytes, bytes], near: bool) -> None:
+    assert _is_near({"client": client}, headers) is near
+
+
+def test_web_pages_need_permission() -> None:
+    origin = {"Origin": "https://page.example"}
+    ask = origin | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    with running(ScriptedEngine()) as server:
+        answer = httpx.get(f"{server.url}/v1/models", headers=origin)
+        assert "access-control-allow-origin" not in answer.headers
+        assert httpx.options(f"{server.url}/v1/models", headers=ask).status_code == 405
+    with running(ScriptedEngine(), keys=KEYS, allowed_origins=("https://page.example",)) as server:
+        preflight = httpx.options(f"{server.url}/v1/completions", headers=ask)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://page.example"
+        other = httpx.get(
+            f"{server.url}/v1/models", headers={"Origin": "https://other.example"} | bearer("sk-a")
+        )
+        assert "access-control-allow-origin" not in other.headers
