@@ -175,6 +175,10 @@ def gateway(
     usd_per_hour: Annotated[
         float | None, typer.Option(min=0, help="Price of one replica, for the dashboard.")
     ] = None,
+    wake: Annotated[
+        str | None,
+        typer.Option(help="URL of the controller's /wake, which starts replicas for held requests."),
+    ] = None,
 ) -> None:
     """One OpenAI-compatible address in front of many replicas."""
     from farthing.fleet.config import split_address
@@ -196,6 +200,7 @@ def gateway(
             api_key_file=api_key_file,
             state=state,
             usd_per_hour=usd_per_hour,
+            wake=wake,
         )
         if replicas_dns is None or file is None:
             return await serving

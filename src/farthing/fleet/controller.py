@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,7 @@ from farthing.fleet.decisions import (
 from farthing.fleet.metrics import FleetMetrics
 from farthing.fleet.policy import Policy, PolicyState
 from farthing.fleet.signals import Source
+from farthing.fleet.wake import Held
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class Controller:
         self._forecasts = log_path.with_name(FORECASTS)
         self._state_path, self._saved_at = state_path, 0.0
         self._wall = wall
+        self.held = Held()
+        self._disk: dict[str, str] = {}  # files of the state directory that cannot be written, and why
         self._known = _last_target(log_path)  # replicas asked for, as last read or decided
         self._maintenance: asyncio.Task[None] | None = None
 
@@ -93,11 +96,20 @@ class Controller:
                 log.exception("this turn failed; the number of replicas is held")
                 self.metrics.failures.inc()
             due = max(due + self.policy.config.interval_s, loop.time())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), due - loop.time())
+            await self._pause(stop, due - loop.time())
         self._save(force=True)
         if self._maintenance is not None:
             self._maintenance.cancel()
+
+    async def _pause(self, stop: asyncio.Event, seconds: float) -> None:
+        """Until the next turn; a gateway that holds requests for a fleet of none is answered at once."""
+        self.held.reported.clear()
+        events = [asyncio.ensure_future(stop.wait())]
+        if not self._known:
+            events.append(asyncio.ensure_future(self.held.reported.wait()))
+        await asyncio.wait(events, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+        for event in events:
+            event.cancel()
 
     async def turn(self) -> Decision | None:
         """One decision, logged and, unless it is advice only, acted on. None before anything is known."""
@@ -106,13 +118,15 @@ class Controller:
         snapshot = await self.source.read(current if current is not None else 0)
         if current is None:  # nothing says how many are asked for: what we asked for, or what serves if more
             current = max(self._known or 0, snapshot.ready or 0)
-            if self._known is None and snapshot.ready is None:
+            if self._known is None and snapshot.ready is None and not self.held.total():
                 log.warning("neither the actuator nor the signals say how many replicas there are")
                 return None
             snapshot = replace(snapshot, current=current)
+        if current == 0 and (held := self.held.total()):
+            snapshot = replace(snapshot, backlog=max(float(held), snapshot.backlog or 0.0))
         now = self._wall()
         decision = self._decide(now, snapshot, current)
-        decision = replace(decision, alarms=(*decision.alarms, *alarms))
+        decision = replace(decision, alarms=(*decision.alarms, *alarms, *self._disk.values()))
         await self._act(decision, blind=bool(alarms))
         self._save()
         return decision
@@ -123,7 +137,8 @@ class Controller:
         self.outlook.observe(now, snapshot)
         self._maintain(now)
         short, mid = self.outlook.short(now), self.outlook.mid(now)
-        write_forecasts(self._forecasts, self.policy.config.unit, short, mid)
+        with self._writing("forecasts"):
+            write_forecasts(self._forecasts, self.policy.config.unit, short, mid)
         return self.policy.decide(
             now,
             snapshot,
@@ -154,9 +169,10 @@ class Controller:
                 log.warning("actuator: %s", problem)
                 decision = replace(decision, alarms=(*decision.alarms, f"actuator: {problem}"))
         self._known = decision.target if not blind else self._known
-        self.log.append(decision)
         self.board.post(decision)
         self.metrics.show(decision)
+        with self._writing("decision log"):
+            self.log.append(decision)
         if decision.target != decision.current:
             verb = "would scale" if self.advise else "scale"
             log.info("%s %d -> %d: %s", verb, decision.current, decision.target, decision.reason)
@@ -179,8 +195,23 @@ class Controller:
             return
         self._saved_at = time.monotonic()
         scratch = self._state_path.with_name(self._state_path.name + ".new")
-        scratch.write_text(self.policy.state.to_json())
-        scratch.replace(self._state_path)
+        with self._writing("policy state"):
+            scratch.write_text(self.policy.state.to_json())
+            scratch.replace(self._state_path)
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A write to the state directory: a disk that is full is an alarm, and scaling continues."""
+        try:
+            yield
+        except OSError as problem:
+            if what not in self._disk:
+                log.error("state directory: %s cannot be written: %s", what, problem)
+            self._disk[what] = f"disk: {what} cannot be written: {problem.strerror}"
+            self.metrics.failures.inc()
+        else:
+            if self._disk.pop(what, None):
+                log.info("state directory: %s is writable again", what)
 
 
 def _last_target(log_path: Path) -> int | None:

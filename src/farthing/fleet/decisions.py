@@ -7,8 +7,10 @@ last ones back.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -165,11 +167,21 @@ class DecisionLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, decision: Decision) -> None:
+        """Raises OSError where the whole line could not be written; none of it is left then."""
         line = decision.to_json() + "\n"
         if self.path.exists() and self.path.stat().st_size + len(line) > self.max_bytes:
             self.path.replace(self.path.with_name(self.path.name + ".1"))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        with self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            data = line.encode()
+            try:
+                written = file.write(data)
+            except OSError:
+                written = 0
+            if written != len(data):  # the disk is full: the next line must not continue half of this one
+                if written:
+                    os.ftruncate(file.fileno(), end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def read_log(path: str | Path, last: int = 10) -> list[Decision]:

@@ -12,6 +12,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from farthing.fleet.decisions import Decision
+from farthing.fleet.wake import Held
 
 
 class FleetMetrics:
@@ -70,8 +71,9 @@ class _Last(Collector):
 class MetricsServer:
     """Serves a controller's metrics. Healthy while its decisions are younger than `max_age_s`."""
 
-    def __init__(self, metrics: FleetMetrics, max_age_s: float = 120.0) -> None:
-        self._metrics, self._max_age = metrics, max_age_s
+    def __init__(self, metrics: FleetMetrics, max_age_s: float = 120.0, held: Held | None = None) -> None:
+        """held: takes the gateways' reports on /wake."""
+        self._metrics, self._max_age, self._held = metrics, max_age_s, held
         self._runner: web.AppRunner | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -80,6 +82,8 @@ class MetricsServer:
         app.router.add_get("/metrics", self._render)
         app.router.add_get("/health", self._health)
         app.router.add_get("/decision", self._decision)
+        if self._held is not None:
+            app.router.add_post("/wake", self._wake)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port).start()
@@ -105,3 +109,14 @@ class MetricsServer:
         if last is None:
             return web.json_response({"error": "no decision yet"}, status=404)
         return web.json_response(json.loads(last.to_json()))
+
+    async def _wake(self, request: web.Request) -> web.Response:
+        """A gateway reports how many requests it holds: {"gateway": NAME, "waiting": N}."""
+        assert self._held is not None
+        try:
+            report = await request.json()
+            self._held.report(str(report["gateway"])[:100], int(report["waiting"]))
+        except (ValueError, KeyError, TypeError) as problem:
+            message = f'expected {{"gateway": NAME, "waiting": N}} ({problem!r})'
+            return web.json_response({"error": message}, status=400)
+        return web.Response(status=204)

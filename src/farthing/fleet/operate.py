@@ -17,7 +17,7 @@ from farthing.fleet.actuators.base import Actuator, Board
 from farthing.fleet.actuators.passive import Passive
 from farthing.fleet.config import FleetConfig, split_address
 from farthing.fleet.controller import Controller, Outlook, load_state
-from farthing.fleet.metrics import FleetMetrics, MetricsServer
+from farthing.fleet.metrics import MetricsServer
 from farthing.fleet.policy import Policy
 from farthing.fleet.signals import PrometheusError, PrometheusSource, ScrapeSource, Source
 from farthing.fleet.signals.dialects import dialect
@@ -48,7 +48,7 @@ async def operate(config: FleetConfig, stop: asyncio.Event, outlook: Outlook | N
         actuator = await _actuator(config, stack)
         await _servers(config, board, stack)
         controller = make_controller(config, source, actuator, outlook, board=board)
-        await serve_metrics(config, controller.metrics, stack)
+        await serve_metrics(config, controller, stack)
         if isinstance(source, PrometheusSource) and isinstance(outlook, Remembering):
             await recall(config, source, outlook)
         await controller.run(stop)
@@ -131,9 +131,10 @@ def make_controller(
     )
 
 
-async def serve_metrics(config: FleetConfig, metrics: FleetMetrics, stack: AsyncExitStack) -> int:
-    """Start /metrics of the controller; it ends with the stack. Returns the port."""
-    server = MetricsServer(metrics, max_age_s=max(120.0, 4 * config.policy.interval_s))
+async def serve_metrics(config: FleetConfig, controller: Controller, stack: AsyncExitStack) -> int:
+    """Start /metrics and /wake of the controller; they end with the stack. Returns the port."""
+    age = max(120.0, 4 * config.policy.interval_s)
+    server = MetricsServer(controller.metrics, max_age_s=age, held=controller.held)
     port = await server.start(*split_address(config.metrics))
     stack.push_async_callback(server.close)
     log.info("controller: metrics on port %d", port)

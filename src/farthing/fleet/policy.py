@@ -22,6 +22,7 @@ from typing import Any
 
 from farthing.fleet.decisions import Action, Decision, Forecast, Level, Levels, Snapshot
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.wake import wake
 
 
 @dataclass
@@ -88,6 +89,10 @@ class Policy:
             )
         count = current if current is not None else (snapshot.current if snapshot is not None else 0)
         alarms = self._watch_clock(now)
+        woken = wake(now, count, snapshot, self.config)
+        if woken is not None:
+            self.state.last_change = now
+            return replace(woken, alarms=alarms)
         missing = self._missing(now, snapshot)
         if snapshot is None or missing:
             return self._hold(now, count, snapshot, (*alarms, *missing))

@@ -22,7 +22,7 @@ from typing import Any
 
 from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
 from farthing.fleet.actuators.process import last_lines, launch, signal_group
-from farthing.fleet.config import FleetConfig
+from farthing.fleet.config import FleetConfig, split_address
 from farthing.fleet.controller import Controller, Outlook
 from farthing.fleet.gateway.replicas_file import write_replicas
 from farthing.fleet.operate import make_controller, serve_metrics
@@ -160,9 +160,6 @@ class LocalFleet:
         self._stack.push_async_callback(self.replicas.close)
         count = config.start_with if config.start_with is not None else max(1, fleet.policy.min_replicas)
         await self.replicas.scale(count)
-        self.gateway = GatewayProcess(self.sock, self._gateway_arguments(), fleet.state / "gateway.log")
-        await self.gateway.start()
-        self._stack.push_async_callback(self.gateway.close)
         source = ScrapeSource(
             self.replicas.targets,
             dialect=dialect(fleet.signals.metrics),
@@ -174,14 +171,24 @@ class LocalFleet:
         )
         self._stack.push_async_callback(source.close)
         self.controller = make_controller(fleet, source, self.replicas, self._outlook)
-        self.metrics_port = await serve_metrics(fleet, self.controller.metrics, self._stack)
+        self.metrics_port = await serve_metrics(fleet, self.controller, self._stack)
+        self.gateway = GatewayProcess(self.sock, self._gateway_arguments(), fleet.state / "gateway.log")
+        await self.gateway.start()
+        self._stack.push_async_callback(self.gateway.close)
 
     def _gateway_arguments(self) -> tuple[str, ...]:
         arguments = ["--replicas-file", str(self._file), "--health-path", self.config.local.health_path]
         arguments += ["--state", str(self.config.fleet.state)]
+        arguments += ["--wake", f"http://{self._metrics_host}:{self.metrics_port}/wake"]
         if self.config.api_key_file is not None:
             arguments += ["--api-key-file", str(self.config.api_key_file)]
         return tuple(arguments)
+
+    @property
+    def _metrics_host(self) -> str:
+        """Where this machine reaches the controller's metrics server."""
+        host, _ = split_address(self.config.fleet.metrics)
+        return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Scale until `stop` is set."""

@@ -373,8 +373,12 @@ class LocalReplicas:
     def _announce(self) -> None:
         ready = self.ready()
         if ready != self._announced:
-            self._announced = ready
-            self._on_change(ready)
+            try:
+                self._on_change(ready)
+                self._announced = ready
+            except OSError as problem:  # a full disk must not end the care of the replicas
+                log.error("the set of replicas cannot be announced: %s", problem)
+                asyncio.get_running_loop().call_later(1.0, self._announce)
         self._changed.set()
 
 

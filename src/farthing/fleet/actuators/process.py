@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+_LOG = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -30,8 +33,11 @@ async def launch(
     pass_fds: Sequence[int] = (),
     stdin: int = asyncio.subprocess.DEVNULL,
 ) -> asyncio.subprocess.Process:
-    """Start a command with its output in `log`. Raises OSError when it cannot be started."""
-    with log.open("ab") as output:
+    """Start a command with its output in `log`, without it on a disk that is full.
+
+    Raises OSError when it cannot be started.
+    """
+    with _opened(log) as output:
         return await asyncio.create_subprocess_exec(
             *command,
             stdin=stdin,
@@ -42,6 +48,14 @@ async def launch(
             preexec_fn=_die_with_parent,
             pass_fds=tuple(pass_fds),
         )
+
+
+def _opened(log: Path) -> BinaryIO:
+    try:
+        return log.open("ab")
+    except OSError as problem:
+        _LOG.warning("%s cannot be written (%s); its output is discarded", log, problem.strerror)
+        return Path(os.devnull).open("ab")
 
 
 def signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:

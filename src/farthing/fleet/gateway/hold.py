@@ -20,6 +20,7 @@ class Hold:
     def __init__(self, limit: int, metrics: GatewayMetrics) -> None:
         self._limit, self._metrics = limit, metrics
         self._changed = asyncio.Event()
+        self.occupied = asyncio.Event()  # set while requests wait
         self.waiting = 0
         self.stopping = False
 
@@ -41,6 +42,7 @@ class Hold:
             )
         now = asyncio.get_running_loop().time
         self.waiting += 1
+        self.occupied.set()
         self._metrics.waiting.inc()
         try:
             while not self.stopping and (left := deadline - now()) > 0:
@@ -53,4 +55,6 @@ class Hold:
             return None
         finally:
             self.waiting -= 1
+            if not self.waiting:
+                self.occupied.clear()
             self._metrics.waiting.dec()

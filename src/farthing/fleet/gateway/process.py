@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -34,12 +36,15 @@ async def serve(
     api_key_file: Path | None = None,
     state: Path | None = None,
     usd_per_hour: float | None = None,
+    wake: str | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain.
 
-    state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: of one replica.
+    state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: of one replica;
+    wake: the controller's URL that is told how many requests are held.
     Raises ValueError on bad keys or URLs, OSError on a taken port.
     """
+    raise_file_limit()
     keys = None
     if api_key_file is not None:
         from farthing.server.auth import KeyRing
@@ -49,7 +54,7 @@ async def serve(
     from farthing.server.dashboard.site import Dashboard
 
     dashboard = Dashboard(lambda: fleet_data(gateway, state, usd_per_hour), _SAMPLE_S, _SAMPLES)
-    gateway = Gateway(config, keys=keys, replicas_file=replicas_file, pages=pages_of(dashboard))
+    gateway = Gateway(config, keys=keys, replicas_file=replicas_file, pages=pages_of(dashboard), wake=wake)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -58,13 +63,21 @@ async def serve(
     if replicas:
         gateway.set_replicas(replicas)
     gc.collect()
-    gc.freeze()  # what was imported lives for ever: a full collection need not look at it between two tokens
+    gc.freeze()  # imports live for ever: full collections between two tokens can skip them
     log.info("gateway on port %d, dashboard at /", port)
     sampling = asyncio.create_task(_sample(dashboard))
     await stop.wait()
     sampling.cancel()
     broken = await gateway.stop()
-    log.info("gateway ended; %d requests were broken off", broken)
+    log.info("gateway stopped; %d requests were cut off", broken)
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the hard limit does: each request takes two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log.debug("open files: limit %d, was %d", hard, soft)
 
 
 async def _sample(dashboard: Dashboard) -> None:

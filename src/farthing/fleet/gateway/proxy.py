@@ -37,6 +37,7 @@ class _Course:
     unreached: list[Replica] = field(default_factory=list)  # of `tried`, those that never had the request
     reason: str = "none is ready"
     status: int = BUSY
+    held: bool = False  # it waited for a replica: a fleet that has just been woken is busy at first
 
 
 class Proxy:
@@ -88,6 +89,7 @@ class Proxy:
         replica = self._balancer.choose(outgoing.prompt, course.tried)
         if replica is None:
             replica = await self._hold.until(lambda: self._again(outgoing, course), course.deadline)
+            course.held = True
         if replica is not None:
             course.tried.append(replica)
         return replica
@@ -178,6 +180,8 @@ class Proxy:
 
     def _last(self, course: _Course) -> bool:
         """Whether a busy replica's own answer is the best the client can get."""
+        if course.held and self._now() < course.deadline:
+            return False
         return course.sent + 1 >= self._config.tries or not self._balancer.candidates(course.tried)
 
     # ---- tries that failed ----
@@ -201,13 +205,18 @@ class Proxy:
         answer: aiohttp.ClientResponse,
     ) -> None:
         """The replica answered 503: it drains, is full, or its engine has died."""
-        course.sent += 1
-        course.reason = f"{replica.name} is busy or draining"
         with active.interruptible():
             code = await refusal(answer)
         if code == "engine_failed":
+            course.sent += 1
             course.reason = f"{replica.name}: its engine failed"
             self._poison.strike(outgoing.identity, alone=active.alone)
+        else:
+            course.reason = f"{replica.name} is busy or draining"
+            if course.held:
+                course.unreached.append(replica)  # it is tried again once it has worked something off
+            else:
+                course.sent += 1
         replica.served += 1
         replica.breaker.succeeded()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_ROOM = 8192  # bytes a file takes at least, for a later version to fit in
 
 
 class ReplicasFile:
@@ -19,6 +21,7 @@ class ReplicasFile:
     def __init__(self, path: Path, on_change: Callable[[dict[str, str]], None]) -> None:
         self._path, self._on_change = path, on_change
         self._stamp: tuple[int, int] | None = None
+        self._problem = ""  # why the present version is ignored
 
     async def follow(self) -> None:
         """Read the file whenever it has changed, without end."""
@@ -33,12 +36,16 @@ class ReplicasFile:
             stamp = (stat.st_mtime_ns, stat.st_ino)
             if stamp == self._stamp:
                 return
-            self._stamp = stamp
             self._on_change(read_replicas(self._path))
+            self._stamp = stamp
         except FileNotFoundError:
             return
         except (OSError, ValueError) as problem:
-            log.warning("replicas file %s ignored: %s", self._path, problem)
+            if str(problem) != self._problem:
+                log.warning("replicas file %s ignored: %s", self._path, problem)
+            self._problem = str(problem)
+        else:
+            self._problem = ""
 
 
 def read_replicas(path: Path) -> dict[str, str]:
@@ -54,9 +61,20 @@ def read_replicas(path: Path) -> dict[str, str]:
 
 
 def write_replicas(path: Path, replicas: dict[str, str]) -> None:
-    """Replace a replicas file in one step, so that no reader sees half of it."""
+    """Replace a replicas file in one step, so that no reader sees half of it.
+
+    On a full disk it is overwritten in place, in the space it has: a reader that sees half of it reads again.
+    Raises OSError where that fails as well.
+    """
+    text = json.dumps({"replicas": [{"name": name, "url": url} for name, url in replicas.items()]})
+    data = text.ljust(_ROOM).encode()
     scratch = path.with_name(path.name + ".new")
-    scratch.write_text(
-        json.dumps({"replicas": [{"name": name, "url": url} for name, url in replicas.items()]})
-    )
-    scratch.replace(path)
+    try:
+        scratch.write_bytes(data)
+        scratch.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        with path.open("r+b", buffering=0) as file:
+            file.write(data)
+            file.truncate()

@@ -26,6 +26,7 @@ from farthing.fleet.gateway.protocol import make_factory
 from farthing.fleet.gateway.proxy import Proxy
 from farthing.fleet.gateway.replicas import Balancer
 from farthing.fleet.gateway.replicas_file import ReplicasFile
+from farthing.fleet.gateway.waker import Waker
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,12 @@ class Gateway:
         keys: Keys | None = None,
         replicas_file: Path | None = None,
         pages: Callable[[str, str], Page | None] | None = None,
+        wake: str | None = None,
     ) -> None:
-        """pages(path, query): what is shown next to the API; a page may be guarded by the keys."""
+        """pages(path, query): what is shown next to the API; a page may be guarded by the keys.
+
+        wake: the controller's URL that is told how many requests are held. Raises ValueError on a bad one.
+        """
         self.config = config or GatewayConfig()
         self.balancer = Balancer(self.config)
         self.metrics = GatewayMetrics(self.balancer)
@@ -70,7 +75,8 @@ class Gateway:
         self.health = Health(self.config, lambda: self.proxy.silence, self.hold.notify)
         self._pages, self._keys = pages, keys
         self._file = ReplicasFile(replicas_file, self.set_replicas) if replicas_file is not None else None
-        self._following: asyncio.Task[None] | None = None
+        self._waker = Waker(wake, self.hold) if wake is not None else None
+        self._tasks: list[asyncio.Task[None]] = []
         self._listener: asyncio.Server | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -90,7 +96,9 @@ class Gateway:
         await self.health.start()
         if self._file is not None:
             self._file.read()
-            self._following = asyncio.create_task(self._file.follow())
+            self._tasks.append(asyncio.create_task(self._file.follow()))
+        if self._waker is not None:
+            self._tasks.append(asyncio.create_task(self._waker.run()))
         where: dict[str, Any] = {"sock": sock} if sock is not None else {"host": host, "port": port}
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
@@ -116,8 +124,9 @@ class Gateway:
         for active in left:
             active.interrupt("stopping")
         await self._clients_gone()
-        if self._following is not None:
-            self._following.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.health.close()
         if self._session is not None:
             await self._session.close()
