@@ -6,9 +6,11 @@ import itertools
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, collect
 from farthing.conversation.forced import calls_schema
+from farthing.conversation.forced import schema as forced_schema
 from farthing.conversation.formats.deepseek_v3 import V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
@@ -30,8 +33,10 @@ from farthing.conversation.parse.dsml import DsmlCalls
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.glm import GlmCalls
 from farthing.conversation.parse.output import THINK, OutputParser
-from farthing.conversation.types import Tool, ToolCall
+from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice
 from farthing.engine.detokenizer import Detokenizer
+from farthing.engine.request import StructuredOutputsParams
+from farthing.engine.structured import GrammarCompiler
 from farthing.engine.tokenizer import Tokenizer
 
 Calls = list[tuple[str, dict[str, Any]]]
@@ -482,3 +487,26 @@ def test_schema_of_calls(parallel: bool) -> None:
         [{"name": "a/b:f"}],
     ):
         assert not validator.is_valid(wrong)
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_model_that_loves_blanks_finishes_a_forced_call(single: bool) -> None:
+    tool = Tool("f", None, {"properties": {"x": {"type": "boolean"}}, "required": ["x"]} | {"type": "object"})
+    closed = replace(tool, parameters={**(tool.parameters or {}), "additionalProperties": False})
+    choice = ToolChoice("required", ("f",), single=single)
+    schema = forced_schema(Conversation((), (closed,), choice, parallel_calls=False))
+    tokenizer = byte_tokenizer(["<s>", "</s>"], [])
+    tokenizer = Tokenizer(tokenizer.backend, {"bos_token": "<s>", "eos_token": "</s>"})
+    matcher = GrammarCompiler(tokenizer, tokenizer.vocab_size).compile(StructuredOutputsParams(json=schema))
+    blanks = tokenizer.encode(" \n\t", add_special_tokens=False)
+    text: list[int] = []
+    while not matcher.stopped:
+        (allowed,) = matcher.masks([], tokenizer.vocab_size)
+        candidates = np.flatnonzero(allowed).tolist()
+        token = next((blank for blank in blanks if blank in candidates), candidates[-1])
+        matcher.consume(token)
+        text.append(token)
+        assert len(text) < 80
+    parser = NamedCall("f") if single else ListedCalls()
+    ((name, arguments),) = read(parser, [tokenizer.decode(text)])[1]
+    assert name == "f" and isinstance(arguments["x"], bool)

@@ -7,6 +7,9 @@ from typing import Any
 
 from farthing.conversation.types import Conversation, Tool
 
+# For llguidance: one blank at most between two tokens, so that a weak model cannot spend its tokens on blanks.
+_COMPACT = {"whitespace_pattern": " "}
+
 
 def schema(conversation: Conversation) -> dict[str, Any] | None:
     """What the whole answer must be; None where no call is demanded.
@@ -17,9 +20,10 @@ def schema(conversation: Conversation) -> dict[str, Any] | None:
     if choice.mode != "required":
         return None
     tools = [tool for tool in conversation.tools if not choice.names or tool.name in choice.names]
-    if choice.single:
-        return _object(tools[0].parameters)
-    return calls_schema(tools, conversation.parallel_calls)
+    whole = (
+        _object(tools[0].parameters) if choice.single else calls_schema(tools, conversation.parallel_calls)
+    )
+    return whole | {"x-guidance": _COMPACT}
 
 
 def calls_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:

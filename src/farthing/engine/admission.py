@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence as Seq
 
 from farthing.config import EngineConfig
+from farthing.engine.constraints import All, Constraint, ReasoningBudget, Vocabulary
 from farthing.engine.generation import Generation
 from farthing.engine.request import OutputKind, Request, SamplingParams
 from farthing.engine.sampler import SamplingState, mix, stream_seed
@@ -60,7 +61,7 @@ class Admission:
         else:
             ids = list(prompt)
         self._check(ids, params)
-        matcher = self._matcher(params)
+        matcher = self._constraint(params)
         number = next(self._numbers)
         request = Request(
             request_id=request_id or f"request-{number}",
@@ -94,6 +95,7 @@ class Admission:
             ("prompt", ids),
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
+            ("allowed_token_ids", params.allowed_token_ids),
         )
         for name, tokens in named:
             for token in tokens or ():
@@ -101,6 +103,26 @@ class Admission:
                     raise ValueError(f"{name} has {token!r}; expected a token id in [0, {self._vocab})")
         if params.stop_strings:
             self.need_tokenizer("stop")
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        """Everything that limits the next token, as one; None if nothing does."""
+        parts: list[Constraint] = []
+        grammar = self._matcher(params)
+        if params.reasoning is not None:
+            parts.append(ReasoningBudget(params.reasoning, grammar, sorted(self._eos)))
+        elif grammar is not None:
+            parts.append(grammar)
+        if params.bad_words or params.allowed_token_ids is not None:
+            parts.append(Vocabulary(params.allowed_token_ids, self._bad_tokens(params.bad_words or ())))
+        return All(parts) if len(parts) > 1 else next(iter(parts), None)
+
+    def _bad_tokens(self, words: Seq[str]) -> list[list[int]]:
+        """The tokens of each word, at the start of a text and after a space."""
+        found: list[list[int]] = []
+        for word in words:
+            encode = self.need_tokenizer("bad_words").encode
+            found += [ids for text in (word, " " + word.lstrip()) if (ids := encode(text, False))]
+        return found
 
     def _matcher(self, params: SamplingParams) -> Matcher | None:
         if params.structured_outputs is None:
@@ -114,7 +136,7 @@ class Admission:
         grammar = sandbox.grammar(constraint).result()
         return self._grammars.build(grammar, lambda: sandbox.condemn(constraint, TOO_SLOW))
 
-    def _sequence(self, request: Request, index: int, seed: int, matcher: Matcher | None) -> Sequence:
+    def _sequence(self, request: Request, index: int, seed: int, matcher: Constraint | None) -> Sequence:
         params, ids = request.params, request.prompt_token_ids
         room = self._max_len - len(ids)
         max_output = room if params.max_tokens is None else min(room, params.max_tokens)

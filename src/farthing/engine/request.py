@@ -61,6 +61,22 @@ class StructuredOutputsParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningParams:
+    """Where the reasoning is, and how long it may be. Structured output begins behind it."""
+
+    end: tuple[int, ...]  # the tokens of its closing tag
+    start: int | None = None  # its opening tag, where that is one token
+    open: bool = True  # the prompt has already opened it
+    budget: int | None = None  # tokens of reasoning at most, the tags not counted; None: no limit
+
+    def __post_init__(self) -> None:
+        if not self.end:
+            raise ValueError("reasoning.end: got no tokens; expected those of the closing tag")
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"reasoning.budget: got {self.budget}; expected at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to sample, when to stop, what to report. Raises ValueError naming the field at fault."""
 
@@ -85,6 +101,9 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
     structured_outputs: StructuredOutputsParams | None = None
+    reasoning: ReasoningParams | None = None
+    bad_words: Sequence[str] | None = None  # texts the output never holds, as the tokenizer splits them
+    allowed_token_ids: Sequence[int] | None = None  # no other token is drawn
 
     def __post_init__(self) -> None:
         for name, low, high, kind in _RANGES:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from farthing.engine.constraints import Constraint
 from farthing.engine.request import Logprob, SamplingParams
-from farthing.engine.structured import Matcher
 from farthing.ops.sampling import Filters
 from farthing.ops.sampling import sample as sample_in_torch
 
@@ -52,7 +52,7 @@ class SamplingState:
     seed: int
     prompt: frozenset[int] = frozenset()  # filled only where repetition_penalty needs it
     end_ids: tuple[int, ...] = ()  # not before min_tokens
-    matcher: Matcher | None = None
+    matcher: Constraint | None = None
     num_output: int = 0
     counts: Counter[int] = field(default_factory=Counter)
     plain: bool = field(init=False)  # greedy on untouched logits
@@ -209,7 +209,7 @@ def _index(tokens: Iterable[int], like: Tensor) -> Tensor:
     return torch.from_numpy(np.fromiter(tokens, np.int64)).to(like.device)
 
 
-def _constrain(logits: Tensor, matcher: Matcher, drafts: Sequence[int]) -> None:
+def _constrain(logits: Tensor, matcher: Constraint, drafts: Sequence[int]) -> None:
     """Forbid what the grammar forbids in logits [1 + len(drafts), V]."""
     allowed = torch.from_numpy(matcher.masks(drafts, logits.shape[1])).to(logits.device)
     logits.masked_fill_(~allowed, float("-inf"))

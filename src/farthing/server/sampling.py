@@ -13,7 +13,7 @@ from farthing.server.protocol import ChatCompletionRequest, CompletionRequest, S
 _DIRECT = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "min_tokens", "stop_token_ids"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos"),
-    *("include_stop_str_in_output", "skip_special_tokens"),
+    *("include_stop_str_in_output", "skip_special_tokens", "bad_words", "allowed_token_ids"),
 )
 
 

@@ -15,7 +15,13 @@ from farthing.conversation.parse.base import CallParser, NoCalls
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.output import OutputParser, Tags
 from farthing.conversation.types import Conversation
-from farthing.engine.request import CompletionOutput, FinishReason, Logprob, StructuredOutputsParams
+from farthing.engine.request import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    ReasoningParams,
+    StructuredOutputsParams,
+)
 from farthing.server.errors import ApiError
 from farthing.server.sampling import build_params
 from farthing.server.usage import Usage
@@ -33,6 +39,7 @@ class TurnRequest:
     conversation: Conversation
     sampling: Mapping[str, Any] = field(default_factory=dict)
     structured: StructuredOutputsParams | None = None
+    thinking_budget: int | None = None  # tokens of reasoning at most
     priority: int = 0
     cache_salt: str = ""
     stream: bool = False
@@ -162,15 +169,16 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     ids = await service.encode(prompt, False, client, "messages")
     schema = forced.schema(conversation)
     structured = request.structured if schema is None else StructuredOutputsParams(json=schema)
-    # A grammar holds from the first token on, so structured output leaves no room for reasoning.
-    tags = form.tags if structured is None else None
+    opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
+    # A grammar begins behind a reasoning that the prompt has opened, and else with the first token.
+    tags = form.tags if structured is None or opened else None
     values = dict(request.sampling)
     reading = Reading(
         formats=formats,
         form=form,
         conversation=conversation,
         tags=tags,
-        opened=tags is not None and prompt.rstrip().endswith(tags.open),
+        opened=opened,
         shows_control=values.get("skip_special_tokens") is False,
         forced=schema is not None,
     )
@@ -180,12 +188,34 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     job = await service.open(
         client,
         [ids],
-        build_params(values | {"structured_outputs": structured}),
+        build_params(
+            values
+            | {
+                "structured_outputs": structured,
+                "reasoning": _reasoning(
+                    tags, opened, request.thinking_budget, structured is not None, formats
+                ),
+            }
+        ),
         priority=request.priority,
         cache_salt=request.cache_salt,
         kind="delta" if request.stream else "final",
     )
     return Turn(job, ids, Usage(len(ids), with_cost=request.with_cost), reading)
+
+
+def _reasoning(
+    tags: Tags | None, opened: bool, budget: int | None, structured: bool, formats: ModelFormats
+) -> ReasoningParams | None:
+    """What the engine must know of the reasoning; None where it need not."""
+    if tags is None or formats.tokenizer is None or (budget is None and not (structured and opened)):
+        return None
+    return ReasoningParams(
+        end=tuple(formats.tokenizer.encode(tags.close, add_special_tokens=False)),
+        start=formats.token_id(tags.open),
+        open=opened,
+        budget=budget,
+    )
 
 
 def _stops(given: list[int] | None, form: ChatFormat, formats: ModelFormats) -> list[int] | None:

@@ -41,6 +41,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
             conversation=conversation_of(body),
             sampling=chat_sampling(body, engine.default_sampling),
             structured=structured(body, body.response_format),
+            thinking_budget=_budget(body),
             priority=body.priority,
             cache_salt=body.cache_salt or "",
             stream=bool(body.stream),
@@ -86,6 +87,11 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
         resume=body.continue_final_message,
         template_options=options,
     )
+
+
+def _budget(body: ChatCompletionRequest) -> int | None:
+    limits = [body.max_thinking_tokens, body.thinking.budget_tokens if body.thinking else None]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def turn_of(message: Message) -> Turn:

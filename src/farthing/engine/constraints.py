@@ -1,0 +1,243 @@
+"""Limits on which token may come next: grammars, reasoning budgets, forbidden words.
+
+A constraint follows one completion. The sampler asks it for masks, and tells it what was taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farthing.engine.request import ReasoningParams
+
+Masks = NDArray[np.bool_]
+
+
+class Constraint(Protocol):
+    """What may follow a completion."""
+
+    @property
+    def stopped(self) -> bool:
+        """Nothing may follow any more."""
+
+    def consume(self, token: int) -> None:
+        """Advance. Raises ValueError if the token is not allowed."""
+
+    def valid_prefix(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are allowed from here."""
+
+    def masks(self, drafts: Sequence[int], vocab: int) -> Masks:
+        """[1 + len(drafts), vocab]: what may follow the completion and each further draft."""
+
+    def copy(self) -> Constraint:
+        """An independent constraint in the same state."""
+
+
+class ReasoningBudget:
+    """Ends the reasoning after a number of tokens, by its closing tag, and applies `answer` only behind it.
+
+    The reasoning has `budget` tokens at most, its tags not counted; then only the tokens of the closing tag
+    are allowed. answer: a constraint on what follows the reasoning; with one, none of the tokens `ends` may
+    end the completion before.
+    """
+
+    __slots__ = ("_answer", "_ends", "_inside", "_matched", "_opened", "_params", "_used")
+
+    def __init__(
+        self, params: ReasoningParams, answer: Constraint | None = None, ends: Iterable[int] = ()
+    ) -> None:
+        self._params, self._answer = params, answer
+        self._ends = tuple(ends) if answer is not None else ()
+        self._opened = params.open  # whether the reasoning has begun
+        self._inside = params.open or params.start is not None
+        if answer is not None and not params.open:
+            self._inside = False  # nothing precedes the answer
+        self._used = 0  # tokens of the reasoning
+        self._matched = 0  # tokens of the closing tag that the completion ends with
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer's constraint allows nothing more."""
+        return not self._inside and self._answer is not None and self._answer.stopped
+
+    def consume(self, token: int) -> None:
+        """Advance. Raises ValueError if the token is not allowed."""
+        if not self._inside:
+            if self._answer is not None:
+                self._answer.consume(token)
+            return
+        forced = self._forced()
+        if forced not in (None, token):
+            raise ValueError(f"reasoning: token {token} exceeds the budget of {self._params.budget}")
+        self._step(token)
+
+    def valid_prefix(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are allowed from here."""
+        here = self._fork()
+        for position, token in enumerate(tokens):
+            if not here._inside:
+                rest = tokens[position:]
+                return position + (self._answer.valid_prefix(rest) if self._answer is not None else len(rest))
+            if here._forced() not in (None, token) or token in self._ends:
+                return position
+            here._step(token)
+        return len(tokens)
+
+    def masks(self, drafts: Sequence[int], vocab: int) -> Masks:
+        """[1 + len(drafts), vocab]: what may follow the completion and each further draft."""
+        allowed = np.ones((1 + len(drafts), vocab), dtype=np.bool_)
+        here = self._fork()
+        for position in range(1 + len(drafts)):
+            if not here._inside:
+                if self._answer is not None:
+                    allowed[position:] = self._answer.masks(drafts[position:], vocab)
+                break
+            forced = here._forced()
+            if forced is not None:
+                allowed[position] = False
+                allowed[position, forced] = True
+            else:
+                allowed[position, [token for token in self._ends if token < vocab]] = False
+            if position < len(drafts):
+                if forced not in (None, drafts[position]):
+                    break  # the draft is refused: what follows it is not used
+                here._step(drafts[position])
+        return allowed
+
+    def copy(self) -> ReasoningBudget:
+        """An independent constraint in the same state."""
+        twin = self._fork()
+        twin._answer = None if self._answer is None else self._answer.copy()
+        return twin
+
+    def _fork(self) -> ReasoningBudget:
+        """The reasoning's state alone; the answer's constraint is shared and must not be advanced."""
+        twin = ReasoningBudget.__new__(ReasoningBudget)
+        twin._params, twin._answer, twin._ends = self._params, self._answer, self._ends
+        twin._opened, twin._inside = self._opened, self._inside
+        twin._used, twin._matched = self._used, self._matched
+        return twin
+
+    def _forced(self) -> int | None:
+        """The only token allowed, once the budget is spent. A closing tag begun within it is finished."""
+        budget = self._params.budget
+        if budget is None or not self._opened or self._used < budget:
+            return None
+        return self._params.end[self._matched]
+
+    def _step(self, token: int) -> None:
+        end = self._params.end
+        if not self._opened:
+            self._opened = token == self._params.start
+            self._inside = self._opened
+            return
+        self._used += 1
+        self._matched = _overlap(end, self._matched, token)
+        if self._matched == len(end):
+            self._inside = False
+
+
+def _overlap(end: Sequence[int], matched: int, token: int) -> int:
+    """How many tokens of `end` a text ends with, after `matched` of them and one more token."""
+    recent = [*end[:matched], token]
+    return next((size for size in range(len(recent), 0, -1) if recent[-size:] == list(end[:size])), 0)
+
+
+class Vocabulary:
+    """Only some tokens, and no forbidden sequence of tokens."""
+
+    __slots__ = ("_allowed", "_forbidden", "_lengths", "_recent")
+
+    def __init__(self, allowed: Iterable[int] | None, forbidden: Iterable[Sequence[int]]) -> None:
+        self._allowed = None if allowed is None else frozenset(allowed)
+        self._forbidden: dict[tuple[int, ...], set[int]] = {}  # by what precedes a sequence's last token
+        for *before, last in forbidden:
+            self._forbidden.setdefault(tuple(before), set()).add(last)
+        self._lengths = sorted({len(before) for before in self._forbidden})
+        self._recent: tuple[int, ...] = ()
+
+    @property
+    def stopped(self) -> bool:
+        """Never: a text may always go on."""
+        return False
+
+    def consume(self, token: int) -> None:
+        """Advance; the masks have kept forbidden tokens away."""
+        self._recent = self._after(self._recent, token)
+
+    def valid_prefix(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are allowed from here."""
+        recent = self._recent
+        for position, token in enumerate(tokens):
+            outside = self._allowed is not None and token not in self._allowed
+            if outside or token in self._completing(recent):
+                return position
+            recent = self._after(recent, token)
+        return len(tokens)
+
+    def masks(self, drafts: Sequence[int], vocab: int) -> Masks:
+        """[1 + len(drafts), vocab]: what may follow the completion and each further draft."""
+        rows = 1 + len(drafts)
+        allowed = np.ones((rows, vocab), dtype=np.bool_)
+        if self._allowed is not None:
+            allowed[:] = False
+            allowed[:, [token for token in self._allowed if token < vocab]] = True
+        recent = self._recent
+        for position in range(rows):
+            allowed[position, [token for token in self._completing(recent) if token < vocab]] = False
+            if position < len(drafts):
+                recent = self._after(recent, drafts[position])
+        return allowed
+
+    def copy(self) -> Vocabulary:
+        """An independent constraint in the same state."""
+        twin = Vocabulary.__new__(Vocabulary)
+        twin._allowed, twin._forbidden, twin._lengths = self._allowed, self._forbidden, self._lengths
+        twin._recent = self._recent
+        return twin
+
+    def _after(self, recent: tuple[int, ...], token: int) -> tuple[int, ...]:
+        span = self._lengths[-1] if self._lengths else 0
+        return (*recent, token)[-span:] if span else ()
+
+    def _completing(self, recent: tuple[int, ...]) -> set[int]:
+        """Tokens that would complete a forbidden sequence."""
+        endings = (recent[len(recent) - size :] for size in self._lengths if size <= len(recent))
+        return set().union(*(self._forbidden.get(ending, ()) for ending in endings))
+
+
+class All:
+    """Several constraints at once."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[Constraint]) -> None:
+        self._parts = tuple(parts)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether any of them allows nothing more."""
+        return any(part.stopped for part in self._parts)
+
+    def consume(self, token: int) -> None:
+        """Advance. Raises ValueError if the token is not allowed."""
+        for part in self._parts:
+            part.consume(token)
+
+    def valid_prefix(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` all of them allow from here."""
+        return min(part.valid_prefix(tokens) for part in self._parts)
+
+    def masks(self, drafts: Sequence[int], vocab: int) -> Masks:
+        """[1 + len(drafts), vocab]: what all of them allow."""
+        first, *others = (part.masks(drafts, vocab) for part in self._parts)
+        for mask in others:
+            first = first & mask
+        return first
+
+    def copy(self) -> All:
+        """An independent constraint in the same state."""
+        return All([part.copy() for part in self._parts])
