@@ -7,7 +7,7 @@ from typing import Any
 
 from farthing.conversation.types import Conversation, Tool
 
-# For llguidance: one blank at most between two tokens, so that a weak model cannot spend its tokens on blanks.
+# For llguidance: at most one blank between two tokens, so that a weak model cannot spend its tokens on them.
 _COMPACT = {"whitespace_pattern": " "}
 
 
