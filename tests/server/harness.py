@@ -207,6 +207,7 @@ class Running:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.server: Server = make_server(service)
+        self.guard = self.server.guard
         self._listener = listen("127.0.0.1", 0)
         self.port = int(self._listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"

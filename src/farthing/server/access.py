@@ -36,6 +36,7 @@ class Access:
         self._keys, self._admins = config.keys or KeyRing(()), config.admin_keys or KeyRing(())
         self._scrapers = config.metrics_keys or KeyRing(())
         self._open = open_paths
+        self._max_head_bytes = config.max_header_bytes
         self._hosts = allowed_hosts(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,6 +50,10 @@ class Access:
         await self.app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
+        size = sum(len(name) + len(value) + 4 for name, value in scope["headers"]) + len(scope["raw_path"])
+        if size > self._max_head_bytes:  # one that arrived in a single piece
+            message = f"the head is too large; expected at most {self._max_head_bytes} bytes"
+            raise ApiError(431, message, code="head_too_large")
         headers = dict(scope["headers"])
         self._check_host(headers.get(b"host", b""))
         header = headers.get(b"authorization", b"").decode("latin-1")

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,13 +16,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
 from farthing.server.accounts import Accounts, machine_of
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
+from farthing.server.connections import Connections, protocol
 from farthing.server.service import Service
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("farthing.server")
 
+_OTHER_FILES = 128  # of the process beside connections
 _BACKLOG = 2048  # connections waiting to be accepted
 _SWITCH_SECONDS = 0.0005  # the engine's thread waits at most this long for the event loop's
 _CLOSE_SECONDS = 5  # for connections to close once the drain is over
@@ -76,8 +79,9 @@ class Server(uvicorn.Server):
     """Uvicorn, but SIGTERM and SIGINT first drain: until then the server answers, /ready with 503. A second
     signal ends at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, guard: Connections) -> None:
         super().__init__(config)
+        self.guard = guard
         self.service = service
         self._draining: asyncio.Task[None] | None = None
 
@@ -108,8 +112,12 @@ class Server(uvicorn.Server):
 
 def make_server(service: Service) -> Server:
     """A server over a service; `serve(sockets=[…])` runs it."""
+    limits = service.config
+    guard = Connections(connection_limit(limits), limits.max_header_bytes, limits.header_timeout)
     config = uvicorn.Config(
         create_app(service),
+        http=cast("Any", protocol(guard)),
+        ws="none",
         log_config=None,
         access_log=service.config.access_log,
         lifespan="on",
@@ -118,7 +126,21 @@ def make_server(service: Service) -> Server:
         server_header=False,
         date_header=False,
     )
-    return Server(config, service)
+    return Server(config, service, guard)
+
+
+def connection_limit(config: ServerConfig) -> int:
+    """`max_connections`, as far as the process may open files; that limit is raised as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = config.max_connections + _OTHER_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    limit = max(1, min(config.max_connections, soft - _OTHER_FILES))
+    if limit < config.max_connections:
+        log.warning("max_connections is lowered to %d: the limit on open files is %d", limit, soft)
+    return limit
 
 
 async def _serve(

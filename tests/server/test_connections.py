@@ -1,0 +1,169 @@
+"""Sockets that send nothing, too much or too slowly, before any key is looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from farthing.server.config import ServerConfig
+from farthing.server.connections import Connections, GuardedH11, protocol
+from farthing.server.run import connection_limit
+from tests.server.harness import Running, ScriptedEngine, running, until
+
+HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture(params=["httptools", "h11"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "h11":
+        monkeypatch.setitem(sys.modules, "farthing.server.connections_httptools", None)
+        assert issubclass(protocol(Connections(1, 1, 1.0)), GuardedH11)  # type: ignore[arg-type]
+    else:
+        pytest.importorskip("httptools")
+    return str(request.param)
+
+
+@contextlib.contextmanager
+def sockets(server: Running, count: int) -> Iterator[list[socket.socket]]:
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            for _ in range(count)
+        ]
+
+
+def answer(connection: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(65536):
+            received += part
+    return received
+
+
+def until_body(connection: socket.socket) -> bytes:
+    """An answer of /health."""
+    received = b""
+    while b"}" not in received:
+        received += connection.recv(65536)
+    return received
+
+
+def healthy(server: Running) -> bool:
+    return httpx.get(f"{server.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("pieces", [1, 200])
+def test_a_head_of_megabytes_is_refused_early(implementation: str, pieces: int) -> None:
+    with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(HEAD + b"x: ")
+            for _ in range(pieces):
+                connection.sendall(b"y" * (20_000_000 // pieces))
+                sent += 20_000_000 // pieces
+            connection.sendall(b"\r\n\r\n")
+        received = answer(connection)
+        assert not received or received.split()[1] in (b"431", b"400")
+        assert healthy(server)
+
+
+@pytest.mark.parametrize(
+    "head", [b"x: " + b"y" * 40_000 + b"\r\n\r\n", b"x: y\r\n" * 9_000 + b"\r\n"], ids=["long", "many"]
+)
+def test_a_head_in_one_piece_is_measured_too(implementation: str, head: bytes) -> None:
+    with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
+        connection.sendall(HEAD + head)
+        connection.shutdown(socket.SHUT_WR)
+        assert b" 431 " in answer(connection)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET", HEAD, HEAD + b"x: y"])
+def test_a_head_that_never_ends(implementation: str, sent: bytes) -> None:
+    with running(ScriptedEngine(), header_timeout=0.3) as server, sockets(server, 1) as (connection,):
+        connection.sendall(sent)
+        began = time.monotonic()
+        received = answer(connection)
+        assert time.monotonic() - began < 5
+        assert (b" 408 " in received) == bool(sent)
+
+
+def test_dripping_does_not_buy_time(implementation: str) -> None:
+    with running(ScriptedEngine(), header_timeout=0.5) as server, sockets(server, 1) as (connection,):
+        began = time.monotonic()
+        with pytest.raises(OSError):
+            for _ in range(200):
+                connection.sendall(b"G")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 8
+
+
+def test_a_second_request_has_its_own_time(implementation: str) -> None:
+    with running(ScriptedEngine(["x"] * 10, step=0.1), header_timeout=0.8) as server:
+        with httpx.Client(base_url=server.url) as client:  # one connection
+            for _ in range(3):  # an answer of a second is not cut by a timer of heads
+                assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        with sockets(server, 1) as (connection,):
+            connection.sendall(HEAD + b"\r\n")
+            assert b" 200 " in until_body(connection)
+            time.sleep(0.5)
+            connection.sendall(HEAD)
+            time.sleep(0.5)  # longer after the answer than a head may take, but not after its first byte
+            connection.sendall(b"\r\n")
+            assert b" 200 " in until_body(connection)
+            assert b" 408 " not in answer(connection)
+
+
+def test_a_body_after_its_refusal_does_not_hold_the_connection(implementation: str) -> None:
+    with running(ScriptedEngine(), max_body_bytes=10, header_timeout=0.5) as server:
+        with sockets(server, 1) as (connection,):
+            connection.sendall(
+                b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"
+            )
+            assert b" 413 " in connection.recv(65536)
+            began = time.monotonic()
+            with pytest.raises(OSError):
+                for _ in range(200):
+                    connection.sendall(b"x" * 1000)
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 8
+        until(lambda: not server.guard)
+
+
+def test_idle_sockets_give_way(implementation: str) -> None:
+    with running(ScriptedEngine(), max_connections=20) as server, sockets(server, 100) as idle:
+        until(lambda: server.guard.evicted >= 80)
+        until(lambda: len(server.guard) <= 20)
+        assert healthy(server)
+        assert answer(idle[0]) == b""
+    until(lambda: not server.guard)
+
+
+def test_busy_connections_do_not(implementation: str) -> None:
+    engine = ScriptedEngine(["x"], step=0.02, forever=True)
+    with running(engine, max_connections=4) as server:  # three for one address
+        streams = [
+            server.client().completions.create(model="tiny", prompt="x", stream=True) for _ in range(3)
+        ]
+        with sockets(server, 1) as (connection,):
+            assert b" 503 " in answer(connection)
+        for stream in streams:
+            assert next(iter(stream))
+            stream.close()
+        until(lambda: not engine.running)
+        assert healthy(server)
+
+
+def test_the_limit_fits_the_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 512))
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    assert connection_limit(ServerConfig()) == 512 - 128
+    assert raised == [(512, 512)]
