@@ -104,6 +104,9 @@ struct Layers {
   static Rows rows(std::vector<float>& memory, int tokens, int width);
 };
 
+struct Indexer;
+struct IndexBatch;
+
 class Backend {
  public:
   Backend(int threads, const char* isa, const std::string& topology, bool pin);
@@ -115,6 +118,9 @@ class Backend {
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
   void mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache, const Batch& batch, float eps,
            Rows out);
+  // See indexer.h: q [T, H d], k [T, d], w [T, H] -> out [T, top_k], or null: the keys are cached, no more.
+  void index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
+             const IndexBatch& batch, int32_t* out);
   // h [T, D] through every layer; counts [layer][E] or null; out is not x.
   void layers(Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps,
               int64_t* counts, int64_t counts_stride, Rows out);

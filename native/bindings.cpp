@@ -47,6 +47,7 @@ std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int uni
 }  // namespace
 
 void bind_conv(nb::module_& module);
+void bind_indexer(nb::module_& module);
 
 NB_MODULE(_native, module) {
   module.def("instruction_sets", [] { return std::string(supported_kernels()); });
@@ -265,4 +266,5 @@ NB_MODULE(_native, module) {
           },
           free);
   bind_conv(module);
+  bind_indexer(module);
 }

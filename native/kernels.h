@@ -32,6 +32,19 @@ struct KeyShape {
   int width;          // latent_padded + r padded to 32
 };
 
+// One token's index heads against keys that lie in one contiguous array.
+struct IndexBlock {
+  const float* q32;     // [dim][heads], or null
+  const uint16_t* q16;  // [dim / 2][heads][2] bfloat16, or null
+  const float* w;       // [heads]
+  int heads;            // padded to 16
+  int dim;              // padded to 32
+  const float* k32;     // [keys][dim], for q32
+  const uint16_t* k16;  // [keys][dim], for q16
+  int keys;
+  float* out;  // [keys] sums over the heads of w ReLU(q . key)
+};
+
 struct ConvLayer;
 struct ConvPair;
 struct Strip;
@@ -55,8 +68,10 @@ struct Kernels {
   void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips,
                int count);  // see vision/layer.h
   void (*image_row)(const float* x, int64_t plane, int width, float scale, uint8_t* out);
-  bool split_act;  // wants hi and lo for bf16 matrices
-  int split_rows;  // … from this many rows on
+  void (*index_scores)(const IndexBlock& b);
+  bool index_halves;  // whether it takes q16 and k16
+  bool split_act;     // wants hi and lo for bf16 matrices
+  int split_rows;     // … from this many rows on
   enum class Keys {
     f32,
     tiles,

@@ -5,6 +5,8 @@
 
 #include "amx_attend.inl"
 
+#include "bf16_index.inl"
+
 namespace farthing {
 namespace {
 constexpr Kernels better() {
@@ -14,6 +16,8 @@ constexpr Kernels better() {
   kernels.split_act = true;
   kernels.split_rows = kTileRows;
   kernels.keys = Kernels::Keys::tiles;
+  kernels.index_scores = bf16_index_scores;
+  kernels.index_halves = true;
   return kernels;
 }
 }  // namespace

@@ -3,12 +3,16 @@
 
 #include "bf16_attend.inl"
 
+#include "bf16_index.inl"
+
 namespace farthing {
 namespace {
 constexpr Kernels better() {
   Kernels kernels = table("avx512_bf16");
   kernels.attend = bf16_attend;
   kernels.keys = Kernels::Keys::rows;
+  kernels.index_scores = bf16_index_scores;
+  kernels.index_halves = true;
   return kernels;
 }
 }  // namespace

@@ -7,6 +7,7 @@
 #include "gemm.inl"
 #include "attend.inl"
 #include "keys.inl"
+#include "index.inl"
 #include "vision/conv.inl"
 // clang-format on
 
@@ -28,6 +29,8 @@ constexpr Kernels table(const char* name) {
       .round_bf16 = round_to_bf16,
       .conv = conv,
       .image_row = image_row,
+      .index_scores = index_scores,
+      .index_halves = false,
       .split_act = false,
       .split_rows = 0,
       .keys = Kernels::Keys::f32,

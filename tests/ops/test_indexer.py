@@ -40,6 +40,18 @@ def test_top_positions_against_a_stable_sort(scores: list[float], k: int) -> Non
     expected = by_sorting(scores, k)
     assert row[: len(expected)] == expected
     assert set(row[len(expected) :]) <= {-1}
+    data, out = torch.tensor(scores), torch.empty(k, dtype=torch.int32)
+    _native.top_positions(data.data_ptr(), len(scores), k, out.data_ptr())
+    assert out.tolist() == expected + [-1] * (k - len(expected))
+
+
+def test_native_top_positions_of_many_close_scores() -> None:
+    g = torch.Generator().manual_seed(0)
+    for n, k in ((5000, 2048), (2049, 2048), (4096, 1), (3000, 2999)):
+        for scores in (1 + 1e-6 * torch.randn(n, generator=g), torch.randn(n, generator=g).round(decimals=2)):
+            out = torch.empty(k, dtype=torch.int32)
+            _native.top_positions(scores.data_ptr(), n, k, out.data_ptr())
+            assert torch.equal(out, top_positions(scores[None], k)[0])
 
 
 class Step:

@@ -30,15 +30,19 @@ def chosen(select: Tensor, batch: Batch, block_size: int) -> Chosen:
     """select [T, K] int32: each token's positions in ascending order, then -1."""
     tokens = select.shape[0]
     device = select.device
-    start = batch.query_start.to(torch.int64)
-    sequence = torch.repeat_interleave(
-        torch.arange(len(start) - 1, device=device), start.diff(), output_size=tokens
-    )
+    sequence = sequences_of(batch)
     counts = (select >= 0).sum(-1, dtype=torch.int32)
     at = select.clamp_min(0).long()
     blocks = batch.block_table[sequence.unsqueeze(1), at // block_size]
     slots = blocks * block_size + (at % block_size).to(torch.int32)
     return Chosen(counts, slots, torch.arange(tokens + 1, dtype=torch.int32, device=device))
+
+
+def sequences_of(batch: Batch) -> Tensor:
+    """[T] int64: the sequence of each token."""
+    lengths = batch.query_start.long().diff()
+    order = torch.arange(len(lengths), device=lengths.device)
+    return order.repeat_interleave(lengths, output_size=batch.positions.shape[0])
 
 
 def in_rows(cache: LatentCache) -> LatentCache:

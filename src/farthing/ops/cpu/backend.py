@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -17,6 +18,7 @@ from farthing.ops.api import (
     Batch,
     CacheDtype,
     HostOps,
+    IndexCache,
     IndexerSpec,
     LatentCache,
     LayerHandles,
@@ -24,10 +26,10 @@ from farthing.ops.api import (
     RouterSpec,
 )
 from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
+from farthing.ops.cpu import indexer as indexing
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
 from farthing.ops.cpu.stack import CACHE_TYPES, Stack, pack_stack, run_layers
-from farthing.ops.indexer import Indexer, index
 from farthing.ops.reference import largest
 from farthing.ops.selection import Chosen, chosen, in_rows
 from farthing.ops.weights import InputRounding, Weight
@@ -259,10 +261,10 @@ class CpuOps(HostOps):
 
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
-    ) -> Indexer:
+    ) -> indexing.Indexer:
         weight = self._tensor(f"{name}.weight", lambda: norm()[0])
         bias = self._tensor(f"{name}.bias", lambda: norm()[1])
-        return Indexer(spec, weight, bias, rope.float().contiguous())
+        return indexing.pack(spec, weight, bias, rope.float().contiguous())
 
     def save_packed(self, path: str) -> None:
         write_packed(path, self._quantization, self._blobs.items(), self.source, self._inputs)
@@ -272,11 +274,12 @@ class CpuOps(HostOps):
     ) -> LatentCache:
         shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
         scale = torch.ones(*shape, 2) if kind in CACHE_MAX else None
-        # Pages that come when they are first written, and small ones: torch would write them all now, numpy
-        # would ask for large ones, of which each layer's last would be mostly empty.
-        size = layers * num_blocks * block_size * width * kind.itemsize
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return LatentCache(torch.frombuffer(memory, dtype=kind).view(*shape, width), scale)
+        return LatentCache(_lazy(kind, *shape, width), scale)
+
+    def new_index_cache(self, like: LatentCache, rows: int, width: int) -> IndexCache:
+        shape = (rows, *like.data.shape[1:3])
+        scale = None if like.scale is None else torch.ones(*shape)
+        return IndexCache(_lazy(like.data.dtype, *shape, width), scale)
 
     # -- computing: addresses and strides go down, nothing is copied
 
@@ -366,13 +369,13 @@ class CpuOps(HostOps):
         q: Tensor,
         k: Tensor,
         w: Tensor,
-        indexer: Indexer,
+        indexer: indexing.Indexer,
         cache: LatentCache,
         row: int,
         batch: Batch,
     ) -> Tensor | None:
         assert cache.index is not None
-        return index(q, k, w, indexer, cache.index, row, batch)
+        return indexing.index(self._native, _rows(q), _rows(k), _rows(w), indexer, cache.index, row, batch)
 
     def _experts(
         self,
@@ -477,6 +480,13 @@ class CpuOps(HostOps):
         out = torch.empty(rows, n)
         self._native.softmax(x.data_ptr(), x.stride(0), rows, n, out.data_ptr(), n)
         return out
+
+
+def _lazy(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Zeros whose pages are allocated when first written, and small ones: torch would write them all now,
+    numpy would request large ones, of which each layer's last would be mostly empty."""
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 def _missing() -> Any:

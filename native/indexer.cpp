@@ -1,0 +1,187 @@
+// The lightning indexer as one op: cache the step's index keys, score every cached key, choose.
+//
+// Legend: T tokens, H index heads (HP padded to 16), d their size (DP padded to 32), r rotated, S cached
+// keys.
+#include "indexer.h"
+
+#include "cache_rows.h"
+
+namespace farthing {
+namespace {
+
+constexpr int kTogether = 8;  // tokens that share a block of keys
+constexpr int kChunk = 512;   // keys of a unit: enough units for all threads where one token decodes
+constexpr int kHead = 16;
+
+struct Unit {
+  int token, tokens, begin, end;  // against keys [begin, end)
+};
+
+struct Layout {
+  int heads, dim;  // padded
+  bool halves;     // bfloat16 queries and keys
+  size_t query() const { return static_cast<size_t>(heads) * dim; }
+};
+
+void layer_norm(const float* x, const Indexer& s, float* out) {
+  double sum = 0.0, squares = 0.0;
+  for (int i = 0; i < s.dim; ++i) sum += x[i];
+  const double mean = sum / s.dim;
+  for (int i = 0; i < s.dim; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  const double inverse = 1.0 / std::sqrt(squares / s.dim + s.eps);
+  for (int i = 0; i < s.dim; ++i)
+    out[i] = static_cast<float>((x[i] - mean) * inverse) * s.norm[i] + s.bias[i];
+}
+
+// One rotated head into column h of [d][HP], or of [d / 2][HP][2] in bfloat16.
+void place_head(const float* head, const uint16_t* half, const Layout& l, int h, float* q32, uint16_t* q16) {
+  if (!l.halves) {
+    for (int i = 0; i < l.dim; ++i) q32[static_cast<size_t>(i) * l.heads + h] = head[i];
+    return;
+  }
+  for (int i = 0; i < l.dim; i += 2)
+    std::memcpy(q16 + (static_cast<size_t>(i) / 2 * l.heads + h) * 2, half + i, 4);
+}
+
+std::vector<Unit> plan_units(const Indexer& s, const IndexBatch& batch, int tokens) {
+  std::vector<Unit> units;
+  for (int t = 0; t < tokens;) {
+    int end = t + 1;
+    while (end < tokens && end - t < kTogether && batch.sequences[end] == batch.sequences[t]) ++end;
+    const int keys = batch.positions[end - 1] + 1;
+    if (keys > s.top_k)
+      for (int k = 0; k < keys; k += kChunk) units.push_back({t, end - t, k, std::min(keys, k + kChunk)});
+    t = end;
+  }
+  return units;
+}
+
+// The cached keys [at, at + count) of a sequence as the kernel reads them.
+struct Reader {
+  const Kernels& kernels;
+  const Cache& cache;
+  const IndexBatch& batch;
+  const Layout& layout;
+  int dim;
+  float* k32;     // [kKeyBlock][DP]
+  uint16_t* k16;  // [kKeyBlock][DP]
+  float* scale;   // [kKeyBlock]
+
+  void fetch(int sequence, int at, int count) const {
+    static constexpr int bytes[] = {4, 2, 1, 1};
+    const KeyShape shape{dim, 0, layout.dim, layout.dim};
+    for (int i = 0; i < count; ++i) {
+      const int key = at + i;
+      const int64_t block =
+          batch.block_table[static_cast<int64_t>(sequence) * batch.max_blocks + key / cache.block_size];
+      const int64_t slot = block * cache.block_size + key % cache.block_size;
+      const uint8_t* row = cache.data + slot * dim * bytes[static_cast<int>(cache.type)];
+      scale[i] = cache.scale ? cache.scale[slot] : 1.0f;
+      if (layout.halves && cache.type == CacheType::bf16 && dim == layout.dim) {
+        std::memcpy(k16 + static_cast<size_t>(i) * dim, row, sizeof(uint16_t) * dim);
+        continue;
+      }
+      float* to = k32 + static_cast<size_t>(i) * layout.dim;
+      kernels.load_key(static_cast<int>(cache.type), row, nullptr, shape, to);
+      if (layout.halves) kernels.round_bf16(to, layout.dim, k16 + static_cast<size_t>(i) * layout.dim);
+    }
+  }
+};
+
+}  // namespace
+
+void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
+                    const IndexBatch& batch, int32_t* out) {
+  const int threads = pool.size(), T = tokens;
+  const Layout l{round_up(s.heads, kHead), round_up(s.dim, 32),
+                 kernels.index_halves && cache.type != CacheType::f32};
+  const std::vector<Unit> units = out ? plan_units(s, batch, T) : std::vector<Unit>{};
+  int most = 1;
+  for (int t = 0; t < T; ++t) most = std::max(most, batch.positions[t] + 1);
+  const size_t ld = round_up(static_cast<size_t>(most), size_t{kKeyBlock});
+  work_.reset();
+  const size_t rows = units.empty() ? 0 : static_cast<size_t>(T);
+  float* q32 = work_.take<float>(l.halves ? 0 : rows * l.query());
+  uint16_t* q16 = work_.take<uint16_t>(l.halves ? rows * l.query() : 0);
+  float* weights = work_.take<float>(rows * l.heads);
+  float* scores = work_.take<float>(rows * ld);
+  float* scratch = work_.take<float>(static_cast<size_t>(threads) * l.dim);
+  uint16_t* half = work_.take<uint16_t>(static_cast<size_t>(threads) * l.dim);
+  float* k32 = work_.take<float>(static_cast<size_t>(threads) * kKeyBlock * l.dim);
+  uint16_t* k16 = work_.take<uint16_t>(static_cast<size_t>(threads) * kKeyBlock * l.dim);
+  float* scales = work_.take<float>(static_cast<size_t>(threads) * kKeyBlock);
+  uint32_t* order = work_.take<uint32_t>(rows ? static_cast<size_t>(threads) * 2 * ld : 0);
+  const float share = 1.0f / std::sqrt(static_cast<float>(s.heads) * static_cast<float>(s.dim));
+
+  pool.run([&](Team& team) {
+    const size_t me = static_cast<size_t>(team.id());
+    float* row = scratch + me * l.dim;
+    team.for_units(0, T, units.empty() ? 1 : 2, [&](int t, int part) {
+      const int64_t angle = static_cast<int64_t>(batch.positions[t]) * (s.rope / 2);
+      const float *cos = s.cos + angle, *sin = s.sin + angle;
+      if (part == 0) {
+        layer_norm(k.row(t), s, row);
+        rotate_row(row, s.rope, cos, sin, s.interleaved, 1.0f, row);
+        float* scale = cache.scale ? cache.scale + batch.slots[t] : nullptr;
+        return write_row(kernels, cache.type, cache.data, static_cast<size_t>(batch.slots[t]) * s.dim, row,
+                         s.dim, scale);
+      }
+      if (batch.positions[t] < s.top_k) return;
+      uint16_t* rounded = half + me * l.dim;
+      float* to32 = q32 + (l.halves ? 0 : t * l.query());
+      uint16_t* to16 = q16 + (l.halves ? t * l.query() : 0);
+      for (int h = 0; h < l.heads; ++h) {
+        std::fill(row, row + l.dim, 0.0f);
+        if (h < s.heads) {
+          std::memcpy(row, q.row(t) + static_cast<int64_t>(h) * s.dim, sizeof(float) * s.dim);
+          rotate_row(row, s.rope, cos, sin, s.interleaved, 1.0f, row);
+        }
+        if (l.halves) kernels.round_bf16(row, l.dim, rounded);
+        place_head(row, rounded, l, h, to32, to16);
+        weights[static_cast<size_t>(t) * l.heads + h] = h < s.heads ? w.row(t)[h] * share : 0.0f;
+      }
+    });
+    team.barrier();
+    if (!out) return;
+    const Reader reader{kernels,
+                        cache,
+                        batch,
+                        l,
+                        s.dim,
+                        k32 + me * kKeyBlock * l.dim,
+                        k16 + me * kKeyBlock * l.dim,
+                        scales + me * kKeyBlock};
+    team.for_units(1, 1, static_cast<int>(units.size()), [&](int, int i) {
+      const Unit& u = units[i];
+      IndexBlock b{nullptr, nullptr, nullptr, l.heads, l.dim, reader.k32, reader.k16, 0, nullptr};
+      for (int at = u.begin; at < u.end; at += kKeyBlock) {
+        b.keys = std::min(kKeyBlock, u.end - at);
+        reader.fetch(batch.sequences[u.token], at, b.keys);
+        for (int j = 0; j < u.tokens; ++j) {
+          const size_t t = static_cast<size_t>(u.token) + j;
+          if (batch.positions[t] < s.top_k || batch.positions[t] < at) continue;
+          b.q32 = l.halves ? nullptr : q32 + t * l.query();
+          b.q16 = l.halves ? q16 + t * l.query() : nullptr;
+          b.w = weights + t * l.heads;
+          b.out = scores + t * ld + at;
+          kernels.index_scores(b);
+          if (cache.scale)
+            for (int n = 0; n < b.keys; ++n) b.out[n] *= reader.scale[n];
+        }
+      }
+    });
+    team.barrier();
+    team.for_units(2, 1, T, [&](int, int t) {
+      int32_t* to = out + static_cast<int64_t>(t) * s.top_k;
+      const int seen = batch.positions[t] + 1;
+      if (seen <= s.top_k) {
+        for (int n = 0; n < s.top_k; ++n) to[n] = n < seen ? n : -1;
+        return;
+      }
+      top_positions(scores + static_cast<size_t>(t) * ld, seen, s.top_k, order + me * 2 * ld,
+                    order + (me * 2 + 1) * ld, to);
+    });
+  });
+}
+
+}  // namespace farthing

@@ -1,0 +1,48 @@
+// The indexer's part of the Python module: addresses and sizes in, the GIL released while computing.
+#include <nanobind/nanobind.h>
+
+#include "indexer.h"
+
+namespace nb = nanobind;
+
+using namespace farthing;
+
+namespace {
+template <class T>
+T* at(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+}  // namespace
+
+void bind_indexer(nb::module_& module) {
+  nb::class_<Indexer>(module, "Indexer")
+      .def("__init__", [](Indexer* self, int heads, int dim, int rope, int top_k, float eps, bool interleaved,
+                          uint64_t norm, uint64_t bias, uint64_t cos, uint64_t sin) {
+        new (self) Indexer{heads,
+                           dim,
+                           rope,
+                           top_k,
+                           eps,
+                           interleaved,
+                           at<const float>(norm),
+                           at<const float>(bias),
+                           at<const float>(cos),
+                           at<const float>(sin)};
+      });
+  module.def(
+      "index",
+      [](Backend& b, const Indexer& s, uint64_t q, int64_t ldq, uint64_t k, int64_t ldk, uint64_t w,
+         int64_t ldw, int tokens, int type, uint64_t data, uint64_t scale, int block_size, uint64_t positions,
+         uint64_t slots, uint64_t sequences, uint64_t block_table, int max_blocks, uint64_t out) {
+        const Cache cache{static_cast<CacheType>(type), at<uint8_t>(data), at<float>(scale), block_size};
+        const IndexBatch batch{at<const int32_t>(positions), at<const int64_t>(slots),
+                               at<const int32_t>(sequences), at<const int32_t>(block_table), max_blocks};
+        b.index(s, {at<float>(q), ldq}, {at<float>(k), ldk}, {at<float>(w), ldw}, tokens, cache, batch,
+                at<int32_t>(out));
+      },
+      nb::call_guard<nb::gil_scoped_release>());
+  module.def("top_positions", [](uint64_t scores, int n, int k, uint64_t out) {
+    std::vector<uint32_t> keys(n), near(n);
+    top_positions(at<const float>(scores), n, k, keys.data(), near.data(), at<int32_t>(out));
+  });
+}
