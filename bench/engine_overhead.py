@@ -107,11 +107,11 @@ def microseconds_per_step(
     admission = Admission(settings, cast("ModelConfig", model.config), None)
     for i in range(batch):
         options: dict[str, Any] = {"priority": 0, "cache_salt": str(i), "kind": "delta", "request_id": None}
-        request, sequences = admission.admit(
+        request, generations = admission.admit(
             [7] * 200, params, add_special_tokens=False, prompt_text=None, **options
         )
         stream = RequestStream(request, lambda: None)
-        core.add(RequestState(request, stream, RequestMetrics(), sequences))
+        core.add(RequestState(request, stream, RequestMetrics(), generations))
     while any(seq.num_output < 2 for seq in scheduler.running) or scheduler.waiting:
         core.step()
     times = []

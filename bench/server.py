@@ -39,10 +39,10 @@ def body(number: int, tokens: int) -> dict[str, Any]:
 def engine_child(model: str, threads: int, packed: str | None) -> None:
     """Runs in a process of its own."""
     from farthing.config import EngineConfig
-    from farthing.engine.engine import Engine
+    from farthing.engine.build import build_engine
     from farthing.engine.request import SamplingParams
 
-    engine = Engine.from_config(EngineConfig(model=model, threads=threads, packed=packed, max_model_len=2048))
+    engine = build_engine(EngineConfig(model=model, threads=threads, packed=packed, max_model_len=2048))
 
     async def one(number: int, tokens: int) -> int:
         fields = body(number, tokens)

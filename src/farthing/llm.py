@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from farthing.config import EngineConfig
-from farthing.engine.engine import Engine
+from farthing.engine.build import build_engine
 from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams
 from farthing.engine.stream import RequestStream
 from farthing.engine.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ class LLM:
         given: dict[str, Any] = {"max_queue": None} | options  # batches of any size may wait
         if given.get("packed") is not None:
             given["packed"] = str(given["packed"])
-        self.engine = Engine.from_config(EngineConfig(model=str(model), **given))
+        self.engine = build_engine(EngineConfig(model=str(model), **given))
 
     def generate(
         self,

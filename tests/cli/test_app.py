@@ -63,7 +63,8 @@ def test_missing_extra_is_one_line(module: str, argv: list[str], extra: str, tmp
 
 def test_every_field_is_an_option_with_help() -> None:
     assert {d.name for d in declared(EngineConfig)} == {f.name for f in fields(EngineConfig)}
-    assert {f.name for f in fields(ServerConfig)} - {d.name for d in declared(ServerConfig)} == {"keys"}
+    undeclared = {f.name for f in fields(ServerConfig)} - {d.name for d in declared(ServerConfig)}
+    assert all(name.endswith("keys") for name in undeclared)  # read from files and the environment
     text = farthing_command("serve", "--help").stdout
     for each in (*declared(EngineConfig), *declared(ServerConfig)):
         assert each.option.help and not each.option.help.endswith(".")

@@ -266,7 +266,7 @@ def test_queue_is_bounded(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=2, max_queue=3)
     go = hold(engine)
     streams = [engine.submit([4], GREEDY) for _ in range(5)]
-    with pytest.raises(QueueFull, match="5 requests run or wait"):
+    with pytest.raises(QueueFull, match="queue full: 5 requests in flight"):
         engine.submit([4], GREEDY)
     go.set()
     assert [len(tokens_of(s.result())) for s in streams] == [12] * 5
@@ -351,7 +351,7 @@ def test_a_grammar_error_fails_only_its_request(make_engine: MakeEngine) -> None
     stream, other = engine.submit([4], params), engine.submit([5], GREEDY)
     while not engine._core.live():
         time.sleep(0.01)
-    engine._core.live()[0].sequences[0].payload.sampling.matcher = Refusing()
+    engine._core.live()[0].generations[0].sampling.matcher = Refusing()
     go.set()
     with pytest.raises(EngineError, match="refused"):
         stream.result()

@@ -14,11 +14,12 @@ import pytest
 from safetensors.torch import save_file
 
 from farthing.config import EngineConfig
-from farthing.engine.engine import Engine
+from farthing.engine.build import build_engine
 from farthing.engine.request import EngineError, SamplingParams
 from farthing.llm import LLM
 from farthing.model import ModelConfig
 from farthing.model.load import random_parameters
+from farthing.parallel.cluster import ParallelModel
 from tests.model.test_inspect import TINY
 
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def"]
@@ -135,13 +136,13 @@ def test_a_dead_rank_fails_the_replica_at_once(backend: str, tmp_path: Path) -> 
         model=str(tiny(tmp_path)), backend=backend, skip_tokenizer_init=True, threads=1, num_blocks=16,
         tensor_parallel_size=2,
     )  # fmt: skip
-    with Engine.from_config(config) as engine:
+    with build_engine(config) as engine:
         stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
         assert len(stream.result().outputs[0].token_ids) == 4
         counted = engine.stats.snapshot().expert_tokens
         assert all(sum(layer) == 3 * 6 for layer in list(counted.values())[:2])  # 3 experts, 3 + 3 tokens
-        assert engine._ranks is not None
-        os.kill(engine._ranks._workers.pids[1], signal.SIGKILL)
+        assert isinstance(engine._model, ParallelModel)
+        os.kill(engine._model._workers.pids[1], signal.SIGKILL)
         began = time.monotonic()
         while time.monotonic() - began < 10:  # an idle engine learns of it too
             try:
@@ -151,7 +152,7 @@ def test_a_dead_rank_fails_the_replica_at_once(backend: str, tmp_path: Path) -> 
                 break
             time.sleep(0.05)
         else:
-            pytest.fail("nobody noticed")
+            pytest.fail("the failure was not noticed")
         with pytest.raises(EngineError, match="rank 1 of 2 ended"):
             engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
 
@@ -161,7 +162,7 @@ def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
         model=str(tiny(tmp_path)), skip_tokenizer_init=True, backend="none such", tensor_parallel_size=2
     )
     with pytest.raises((RuntimeError, ValueError), match="backend 'none such' is unknown"):
-        Engine.from_config(config)
+        build_engine(config)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_prompts_computed_in_another_process_give_the_same_tokens(tmp_path: Path
         stream.cancel()
         assert stream.result().outputs[0].finish_reason in ("abort", "length")
         # Without the other process the prompts are computed here.
-        process = llm.engine._prefill._process  # type: ignore[attr-defined]
+        process = llm.engine.prefill._process._process  # type: ignore[union-attr]
         process.kill()
         process.join(10)
         fresh = [[(3 * j) % 40 for j in range(30)]]

@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from farthing.server.config import ServerConfig
-from farthing.server.connections import Connections, GuardedH11, protocol
+from farthing.server.connection_protocol import protocol
+from farthing.server.connections import Connections, GuardedH11
 from farthing.server.run import connection_limit
 from tests.server.harness import Running, ScriptedEngine, running, until
 

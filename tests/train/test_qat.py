@@ -20,8 +20,9 @@ from farthing.train.export import load_checkpoint
 from farthing.train.finetune import perplexity
 from farthing.train.lsq import Precision
 from farthing.train.model import DeepSeekLM, ModelConfig
-from farthing.train.qat import QatConfig, QatModel, build, parse_stages, train_qat
+from farthing.train.qat import QatConfig, QatModel, build, parse_stages
 from farthing.train.qat_export import module_name, save_quantized
+from farthing.train.qat_run import train_qat
 from tests.train.conftest import settings_of
 
 STAGES = ((0.0, Precision(8, 8)), (0.3, Precision(4, 8)), (0.5, Precision(4, 4)))

@@ -58,12 +58,12 @@ def original(request: dict[str, Any]) -> tuple[Generate, int]:
 def ours(request: dict[str, Any]) -> tuple[Generate, int]:
     """Farthing's engine with the row's levers."""
     from farthing.config import EngineConfig
-    from farthing.engine.engine import Engine
+    from farthing.engine.build import build_engine
     from farthing.engine.request import SamplingParams
 
     prompts, length = request["prompts"], request["output_tokens"]
     base = resident("VmRSS")
-    engine = Engine.from_config(
+    engine = build_engine(
         EngineConfig(
             model=request["model"],
             max_num_seqs=len(prompts),

@@ -84,9 +84,9 @@ def serve(
 
 
 def _load(config: EngineConfig) -> Engine:
-    from farthing.engine.engine import Engine  # imports torch
+    from farthing.engine.build import build_engine  # imports torch
 
-    return Engine.from_config(config)
+    return build_engine(config)
 
 
 def _suggest_extras() -> None:

@@ -116,7 +116,8 @@ def qat(
 
       farthing train qat ./model --stages 0:W4A8 --tokens 2000000 --device cuda --batch-tokens 65536
     """
-    from farthing.train.qat import QatConfig, parse_stages, train_qat
+    from farthing.train.qat import QatConfig, parse_stages
+    from farthing.train.qat_run import train_qat
 
     def run() -> dict[str, Any] | None:
         settings = _settings(

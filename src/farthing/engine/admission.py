@@ -13,7 +13,6 @@ from farthing.engine.generation import Generation
 from farthing.engine.request import OutputKind, Request, SamplingParams
 from farthing.engine.sampler import SamplingState, mix, stream_seed
 from farthing.engine.sandbox import Sandbox
-from farthing.engine.sequence import Sequence
 from farthing.engine.structured import TOO_SLOW, GrammarCompiler, Matcher
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model import ModelConfig
@@ -53,8 +52,8 @@ class Admission:
         kind: OutputKind,
         add_special_tokens: bool,
         prompt_text: str | None,
-    ) -> tuple[Request, list[Sequence]]:
-        """The request and a sequence for each of its n completions."""
+    ) -> tuple[Request, list[Generation]]:
+        """The request and its n completions."""
         if isinstance(prompt, str):
             ids = self.need_tokenizer("a text prompt").encode(prompt, add_special_tokens)
             prompt_text = prompt
@@ -75,7 +74,7 @@ class Admission:
         )
         # Without a seed a request gets one of its own, the same in every run with the same engine seed.
         seed = params.seed if params.seed is not None else mix(self._config.seed) + number
-        return request, [self._sequence(request, i, stream_seed(seed, i), matcher) for i in range(params.n)]
+        return request, [self._generation(request, i, stream_seed(seed, i), matcher) for i in range(params.n)]
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         """The tokenizer, or a ValueError saying what wanted it."""
@@ -136,7 +135,7 @@ class Admission:
         grammar = sandbox.grammar(constraint).result()
         return self._grammars.build(grammar, lambda: sandbox.condemn(constraint, TOO_SLOW))
 
-    def _sequence(self, request: Request, index: int, seed: int, matcher: Constraint | None) -> Sequence:
+    def _generation(self, request: Request, index: int, seed: int, matcher: Constraint | None) -> Generation:
         params, ids = request.params, request.prompt_token_ids
         room = self._max_len - len(ids)
         max_output = room if params.max_tokens is None else min(room, params.max_tokens)
@@ -148,13 +147,13 @@ class Admission:
             end_ids=tuple(sorted(eos | frozenset(params.stop_token_ids or ()))),
             matcher=matcher if matcher is None or index == 0 else matcher.copy(),
         )
-        return Sequence(
+        return Generation(
+            request,
+            index,
+            state,
             id=next(self._ids),
-            tokens=list(ids),
-            num_prompt=len(ids),
-            max_len=len(ids) + max_output,
+            max_output=max_output,
             order=request.arrival_time + request.priority * self._config.priority_step,
-            salt=request.cache_salt,
-            read_cache=params.prompt_logprobs is None,
-            payload=Generation(index, state, max_output, self._eos, self._tokenizer),
+            eos_ids=self._eos,
+            tokenizer=self._tokenizer,
         )

@@ -1,7 +1,7 @@
-"""One step of the engine: plan, compute, sample, verify, report. No threads here.
+"""One step of the engine: schedule, compute, sample, verify, report. Single-threaded.
 
-The order of a step is the life of a token: the scheduler picks, the runner computes, the sampler draws,
-drafts are verified by what was drawn, completions take their tokens and perhaps end, the speculator drafts.
+The scheduler plans, the runner computes hidden states, the sampler draws tokens, drafts are accepted as far
+as they match, completions receive their tokens and may end, and the speculator drafts for the next step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from farthing.engine.request import EngineError, FinishReason, RequestAtFault, R
 from farthing.engine.runner import Runner, Step
 from farthing.engine.sampler import Logprobs, Pick, Row, report, sample
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.sequence import Scheduled, Sequence
+from farthing.engine.sequence import Scheduled
 from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
@@ -29,25 +29,25 @@ from farthing.ops import sampling
 
 log = logging.getLogger(__name__)
 
-_PROMPT_ROWS = 128  # prompt positions whose logits are held at once
+_PROMPT_ROWS = 128  # prompt positions per chunk of logits
 
 Delivery = tuple[RequestStream, RequestOutput | EngineError]
 
 
 class EngineCore:
-    """Everything between requests and tokens; one thread calls it."""
+    """Turns requests into tokens, one step at a time. Called from one thread."""
 
     def __init__(
         self,
         runner: Runner,
-        scheduler: Scheduler,
+        scheduler: Scheduler[Generation],
         stats: Stats,
         tokenizer: Tokenizer | None = None,
         speculator: Speculator | None = None,
         on_finish: Callable[[RequestState], None] = lambda state: None,
         pick: Pick = sampling.sample,
     ) -> None:
-        """pick: the backend's `sample`."""
+        """pick: the backend's `sample` op."""
         self.runner = runner
         self.scheduler = scheduler
         self.stats = stats
@@ -55,48 +55,46 @@ class EngineCore:
         self._speculator = speculator
         self._on_finish = on_finish
         self._pick = pick
-        self._owner: dict[int, RequestState] = {}  # by sequence id
+        self._live: dict[RequestState, None] = {}  # unfinished requests, in order of arrival
 
     def add(self, state: RequestState) -> None:
-        """Queue the first completion; the others follow when its prompt is in the prefix cache."""
-        state.unfinished = len(state.sequences)
-        for seq in state.sequences:
-            self._owner[seq.id] = state
+        """Queue a request's first completion; the others follow once the prompt is in the prefix cache."""
+        state.unfinished = len(state.generations)
+        self._live[state] = None
         if state.request.params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
-        self.scheduler.add(state.sequences[0])
+        self.scheduler.add(state.generations[0])
         self._gauges()
 
     def cancel(self, state: RequestState, reason: FinishReason = "abort") -> None:
-        """End a request now and deliver what it has. Nothing happens if it has ended."""
+        """End a request now and deliver its output so far. No effect on a finished request."""
         if state.unfinished == 0:
             return
-        for seq in state.sequences:
-            gen: Generation = seq.payload
+        for gen in state.generations:
             if gen.finish_reason is None:
                 gen.abort(reason)
-                self._retire(state, seq)
-        deliver([(state.stream, state.output([seq.payload for seq in state.sequences]))])
+                self._retire(gen)
+        deliver([(state.stream, state.output(state.generations))])
         self._gauges()
 
     def fail(self, state: RequestState, error: EngineError) -> None:
         """End a request with an error."""
         if state.unfinished == 0:
             return
-        for seq in state.sequences:
-            if seq.payload.finish_reason is None:
-                seq.payload.abort("error")
-                self._retire(state, seq)
+        for gen in state.generations:
+            if gen.finish_reason is None:
+                gen.abort("error")
+                self._retire(gen)
         error.metrics = replace(state.metrics)
         deliver([(state.stream, error)])
 
     def live(self) -> list[RequestState]:
-        """Requests that have not ended."""
-        return list(dict.fromkeys(self._owner.values()))
+        """Unfinished requests."""
+        return list(self._live)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Compute one step and deliver its outputs. False if there was nothing to do."""
+        """Compute one step and deliver its outputs. False if there is nothing to do."""
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan:
@@ -105,7 +103,7 @@ class EngineCore:
         step = self.runner.prepare(plan)
         hidden = self.runner.forward(step)
         rows = [
-            Row(item.seq.payload.sampling, item.drafts, ahead)
+            Row(item.seq.sampling, item.drafts, ahead)
             for item in plan
             if item.sample
             for ahead in range(1 + len(item.drafts))
@@ -120,20 +118,20 @@ class EngineCore:
         if self._speculator is not None:
             self._speculator.after(plan, step, hidden, time.perf_counter() - began)
         self._account(plan, time.perf_counter() - began)
-        self._report(plan, moved)
+        self._report(moved)
         for state, error in failed:
             self.fail(state, error)
         self._gauges()
         return True
 
     def check(self) -> None:
-        """When idle: verify the books; a contradiction is logged, counted, and the cache started afresh."""
+        """When idle: check invariants. A violation is logged and counted, and the cache starts empty."""
         try:
             self.scheduler.check()
-            if self.scheduler.pool.num_free != self.scheduler.pool.num_blocks or self._owner:
-                raise IntegrityError("idle, and blocks or requests are still held")
+            if self.scheduler.pool.num_free != self.scheduler.pool.num_blocks or self._live:
+                raise IntegrityError("blocks or requests are still held while idle")
         except IntegrityError:
-            log.exception("the engine's books contradict themselves; the prefix cache is dropped")
+            log.exception("engine invariants violated; dropping the prefix cache")
             self.stats.integrity_failures += 1
             old = self.scheduler
             self.scheduler = Scheduler(
@@ -146,13 +144,13 @@ class EngineCore:
                 old.pool.blocks,
             )
 
-    def _admitted(self, plan: list[Scheduled]) -> None:
+    def _admitted(self, plan: list[Scheduled[Generation]]) -> None:
         now = time.time()
         for item in plan:
             if not item.first:
                 continue
             seq = item.seq
-            metrics = self._owner[seq.id].metrics
+            metrics = seq.parent.metrics
             self.stats.prefix_cache_queries += len(seq.tokens)
             self.stats.prefix_cache_hits += seq.num_cached
             if metrics.first_scheduled_time == 0.0:
@@ -161,17 +159,17 @@ class EngineCore:
                 self.stats.queue.observe(max(0.0, now - metrics.arrival_time))
 
     def _commit(
-        self, plan: list[Scheduled], tokens: list[int], logprobs: list[Logprobs] | None
-    ) -> tuple[list[Sequence], list[tuple[RequestState, EngineError]]]:
-        """Give each completion its tokens, as far as its drafts were right."""
-        moved: list[Sequence] = []
+        self, plan: list[Scheduled[Generation]], tokens: list[int], logprobs: list[Logprobs] | None
+    ) -> tuple[list[Generation], list[tuple[RequestState, EngineError]]]:
+        """Append to each completion its sampled tokens, up to the first rejected draft."""
+        moved: list[Generation] = []
         failed: list[tuple[RequestState, EngineError]] = []
         row = 0
         for item in plan:
             if not item.sample:
                 self.scheduler.commit(item, [])
                 continue
-            gen: Generation = item.seq.payload
+            gen = item.seq
             taken: list[int] = []
             try:
                 for ahead in range(1 + len(item.drafts)):
@@ -181,17 +179,17 @@ class EngineCore:
                     if ended or ahead == len(item.drafts) or token != item.drafts[ahead]:
                         break
             except ValueError as error:
-                failed.append((self._owner[item.seq.id], RequestAtFault(str(error))))
+                failed.append((gen.parent, RequestAtFault(str(error))))
             row += 1 + len(item.drafts)
             self.scheduler.commit(item, taken)
             self.stats.generation_tokens += len(taken)
             if item.drafts:
                 self._count_drafts(item, len(taken) - 1)
-            moved.append(item.seq)
+            moved.append(gen)
         return moved, failed
 
-    def _count_drafts(self, item: Scheduled, accepted: int) -> None:
-        metrics = self._owner[item.seq.id].metrics
+    def _count_drafts(self, item: Scheduled[Generation], accepted: int) -> None:
+        metrics = item.seq.parent.metrics
         metrics.draft_tokens += len(item.drafts)
         metrics.accepted_tokens += accepted
         self.stats.drafts += 1
@@ -200,13 +198,13 @@ class EngineCore:
         if self._speculator is not None:
             self._speculator.verified(item, accepted)
 
-    def _prompt_logprobs(self, plan: list[Scheduled], step: Step, hidden: Tensor) -> None:
+    def _prompt_logprobs(self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
         for item, row in zip(plan, step.starts, strict=False):
-            state = self._owner[item.seq.id]
+            state = item.seq.parent
             entries, top = state.prompt_logprobs, state.request.params.prompt_logprobs
             if entries is None or top is None or len(entries) >= item.seq.num_prompt:
                 continue
-            # The row of position p tells of token p + 1. After a preemption some are there already.
+            # The row of position p predicts token p + 1. After a preemption some entries exist already.
             first = len(entries) - 1
             stop = min(item.start + item.count, item.seq.num_prompt - 1)
             for p in range(first, stop, _PROMPT_ROWS):
@@ -216,13 +214,13 @@ class EngineCore:
                 new = report(raw, item.seq.tokens[p + 1 : end + 1], [top] * (end - p))
                 entries.extend(decoded(entry, self._tokenizer) for entry in new)
 
-    def _account(self, plan: list[Scheduled], seconds: float) -> None:
-        """Share the step's wall time over its tokens."""
+    def _account(self, plan: list[Scheduled[Generation]], seconds: float) -> None:
+        """Attribute the step's wall time to its tokens."""
         self.stats.steps += 1
         self.stats.busy_seconds += seconds
         share = seconds / sum(item.num_tokens for item in plan)
         for item in plan:
-            metrics = self._owner[item.seq.id].metrics
+            metrics = item.seq.parent.metrics
             if item.decode:
                 metrics.decode_seconds += share * item.num_tokens
             else:
@@ -230,48 +228,47 @@ class EngineCore:
                 metrics.prefill_tokens += item.count
                 self.stats.prompt_tokens += item.count
 
-    def _report(self, plan: list[Scheduled], moved: list[Sequence]) -> None:
+    def _report(self, moved: list[Generation]) -> None:
         now = time.time()
         news: dict[RequestState, list[Generation]] = {}
-        for seq in moved:
-            state, gen = self._owner.get(seq.id), seq.payload
-            if state is None:
-                continue
-            metrics = state.metrics
+        for gen in moved:
+            state, metrics = gen.parent, gen.parent.metrics
             if metrics.first_token_time == 0.0:
                 metrics.first_token_time = now
                 self.stats.ttft.observe(now - metrics.arrival_time)
-                for sibling in state.sequences[1:]:
+                for sibling in state.generations[1:]:
                     self.scheduler.add(sibling)
             elif gen.last_token_time:
                 self.stats.itl.observe(now - gen.last_token_time)
             gen.last_token_time = now
-            metrics.decode_tokens = sum(s.num_output for s in state.sequences)
-            metrics.preemptions = sum(s.preemptions for s in state.sequences)
+            metrics.decode_tokens = state.num_output
+            metrics.preemptions = sum(g.preemptions for g in state.generations)
             news.setdefault(state, []).append(gen)
             if gen.finish_reason is not None:
-                self._retire(state, seq)
+                self._retire(gen)
         items: list[Delivery] = []
         for state, gens in news.items():
             if state.request.kind == "delta":
                 items.append((state.stream, state.output(gens)))
             elif state.unfinished == 0:
-                items.append((state.stream, state.output([s.payload for s in state.sequences])))
+                items.append((state.stream, state.output(state.generations)))
         deliver(items)
 
-    def _retire(self, state: RequestState, seq: Sequence) -> None:
-        """One completion has ended."""
-        self.scheduler.finish(seq)
-        del self._owner[seq.id]
+    def _retire(self, gen: Generation) -> None:
+        """Account for a completion that has ended, and for its request if it was the last one."""
+        assert gen.finish_reason is not None
+        state = gen.parent
+        self.scheduler.finish(gen)
         state.unfinished -= 1
-        self.stats.finished[seq.payload.finish_reason] += 1
+        self.stats.finished[gen.finish_reason] += 1
         if state.unfinished:
             return
+        del self._live[state]
         metrics = state.metrics
         metrics.finished_time = time.time()
-        metrics.decode_tokens = sum(s.num_output for s in state.sequences)
+        metrics.decode_tokens = state.num_output
         self.stats.e2e.observe(metrics.finished_time - metrics.arrival_time)
-        longest = max(s.num_output for s in state.sequences)
+        longest = max(g.num_output for g in state.generations)
         if longest > 1 and metrics.first_token_time:
             self.stats.tpot.observe((metrics.finished_time - metrics.first_token_time) / (longest - 1))
         self._on_finish(state)

@@ -1,13 +1,12 @@
-"""Prefill in a process of its own: prompts are computed there, tokens are drawn here.
+"""Disaggregated prefill: one process computes prompts, this one decodes, so prompts do not delay decoding.
 
-Long prompts then no longer stand in the way of running answers. A request first goes to the prefill process,
-whose engine computes its prompt. Both engines' caches are one memory that both processes map, and each has
-blocks of its own in it: a finished prompt's blocks become this engine's, entered in its prefix cache, and the
-prefill process gets as many free ones for them. Nothing is copied, but for a block that another prompt over
-there still reads. Then the request is admitted here as any other: it finds its prompt but for the last block,
-and the tokens are those of one engine.
+A request first goes to the prefill process, whose engine computes its prompt. Both processes map the same
+cache memory and each owns a set of its blocks. A finished prompt's blocks are exchanged for free blocks of
+the decoding engine and registered in its prefix cache; only a block that another prompt still reads is
+copied. The request is then admitted as usual and finds all but its last block in the cache, so its tokens
+are those of a single engine.
 
-If the prefill process ends, prompts are computed here.
+If the prefill process ends, the decoding engine computes prompts itself.
 """
 
 from __future__ import annotations
@@ -20,19 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
 from farthing.config import EngineConfig
 from farthing.engine.core import EngineCore
-from farthing.engine.engine import Engine, Order
+from farthing.engine.engine import Engine
 from farthing.engine.generation import RequestState
+from farthing.engine.load import load_engine
+from farthing.engine.model import Model
 from farthing.engine.request import EngineError, SamplingParams
-from farthing.model import DeepseekModel
 from farthing.ops import LatentCache
 from farthing.ops.api import CacheDtype
-from farthing.parallel.cluster import ParallelModel
 
 log = logging.getLogger(__name__)
 
@@ -42,24 +40,24 @@ _READY = "ready"
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    """A prompt on its way to the prefill process."""
+    """A prompt for the prefill process to compute."""
 
     number: int
     tokens: list[int]
     salt: str
-    order: int  # as the request's priority
+    order: int  # the request's priority
 
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """A prompt's blocks in the prefill process, and which of them nobody else reads there."""
+    """A computed prompt's blocks in the prefill process; free: no other sequence reads the block there."""
 
     number: int
     blocks: list[int]
     free: list[bool]
 
 
-Exchanged = list[tuple[int, int]]  # (the prefill process's block, ours for it)
+Exchanged = list[tuple[int, int]]  # (block given by the prefill process, block it gets in return)
 
 
 @dataclass(slots=True)
@@ -68,88 +66,88 @@ class _Pending:
     cancelled: bool = False
 
 
-class DisaggregatedEngine(Engine):
+def load_disaggregated(config: EngineConfig) -> Engine:
     """An engine whose prompts are computed by another process."""
+    engine = load_engine(config, _shared_cache)
+    try:
+        engine.prefill = RemotePrefill(engine)
+    except BaseException:
+        engine.shutdown()
+        raise
+    return engine
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+
+def _shared_cache(model: Model, config: EngineConfig, dtype: CacheDtype) -> tuple[LatentCache, Sequence[int]]:
+    """Twice the blocks, in memory that the prefill process can map; the first half is the engine's."""
+    assert config.num_blocks
+    cache = model.new_cache(2 * config.num_blocks, config.block_size, dtype)
+    for tensor in cache.tensors():
+        tensor.share_memory_()
+    return cache, range(config.num_blocks)
+
+
+class RemotePrefill:
+    """An engine's `Prefill` in another process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._pending: dict[int, _Pending] = {}
-        self._pending_lock = threading.Lock()
+        self._lock = threading.Lock()
         self._number = 0
-        super().__init__(*arguments, **options)
-        if not self.config.enable_prefix_caching:
-            self.shutdown()
-            raise ValueError(
-                "enable_prefix_caching is False; expected True with disaggregate: blocks arrive by prefix"
-            )
-        self._prefill = _PrefillProcess(self.config, self._core.runner.cache, self._arrived, self._lost)
+        self._process = _PrefillProcess(engine.config, engine.cache, self._arrived, self._lost)
 
-    def _new_cache(
-        self, model: DeepseekModel | ParallelModel, dtype: CacheDtype
-    ) -> tuple[LatentCache, Sequence[int]]:
-        """Twice the blocks, in memory that the prefill process can map; the first half is this engine's."""
-        count = self.config.num_blocks
-        assert count
-        cache = model.new_cache(2 * count, self.config.block_size, dtype)
-        for tensor in cache.tensors():
-            tensor.share_memory_()
-        return cache, range(count)
-
-    def shutdown(self) -> None:
-        """See `Engine.shutdown`; ends the prefill process too."""
-        prefill = getattr(self, "_prefill", None)
-        if prefill is not None:
-            prefill.close()
-        super().shutdown()
-
-    def _enqueue(self, state: RequestState) -> None:
-        sequence = state.sequences[0]
-        if len(sequence.tokens) <= self.config.block_size or not sequence.read_cache:
-            super()._enqueue(state)  # nothing that a block could carry
-            return
-        with self._pending_lock:
+    def take(self, state: RequestState) -> bool:
+        """See `Prefill`. Prompts of one block are left to the engine: there is no full block to hand over."""
+        generation = state.generations[0]
+        if len(generation.tokens) <= self._engine.config.block_size or not generation.read_cache:
+            return False
+        with self._lock:
             self._number += 1
             number = self._number
             self._pending[number] = _Pending(state)
-        prompt = _Prompt(number, list(sequence.tokens), sequence.salt, state.request.priority)
-        if not self._prefill.send(prompt):
+        prompt = _Prompt(number, list(generation.tokens), generation.salt, state.request.priority)
+        if not self._process.send(prompt):
             self._admit(number)
+        return True
 
-    def _post(self, what: Order, state: RequestState | None) -> None:
-        """A cancelled request that is not here yet ends when it arrives."""
-        with self._pending_lock:
-            waiting = [p for p in self._pending.values() if what == "cancel all" or p.state is state]
-            for pending in waiting:
-                pending.cancelled = True
-        super()._post(what, state)
+    def cancel(self, state: RequestState | None) -> None:
+        """Mark pending requests; they end as soon as they are admitted."""
+        with self._lock:
+            for pending in self._pending.values():
+                pending.cancelled = pending.cancelled or state is None or pending.state is state
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.close()
 
     def _admit(self, number: int) -> None:
-        with self._pending_lock:
+        with self._lock:
             pending = self._pending.pop(number, None)
         if pending is None:
             return
-        super()._enqueue(pending.state)
+        self._engine.admit(pending.state)
         if pending.cancelled:
-            super()._post("cancel", pending.state)
+            self._engine.cancel(pending.state)
 
     def _arrived(self, prompt: _Prompt, computed: _Computed) -> Exchanged:
-        """Take a prompt's blocks over between two steps, then admit its request."""
+        """Adopt a prompt's blocks between two steps, then admit its request."""
         try:
-            exchanged = self.between_steps(lambda core: adopt(core, prompt, computed)).result()
+            exchanged = self._engine.between_steps(lambda core: adopt(core, prompt, computed)).result()
         except EngineError:
-            return []  # this engine has ended, and its requests with it
+            return []  # the engine has ended, and its requests with it
         self._admit(prompt.number)
         return exchanged
 
     def _lost(self) -> None:
-        """Without the prefill process, prompts are computed here."""
-        with self._pending_lock:
+        """The prefill process has ended: the engine computes the pending prompts."""
+        with self._lock:
             numbers = list(self._pending)
         for number in numbers:
             self._admit(number)
 
 
 class _PrefillProcess:
-    """The other process, and the thread that hears from it."""
+    """The prefill process and the thread that listens to it."""
 
     def __init__(
         self,
@@ -177,7 +175,7 @@ class _PrefillProcess:
         threading.Thread(target=self._listen, name="farthing-prefill", daemon=True).start()
 
     def send(self, prompt: _Prompt) -> bool:
-        """Have a prompt computed; False if the process has ended."""
+        """Send a prompt to compute; False if the process has ended."""
         with self._lock:
             self._prompts[prompt.number] = prompt
             try:
@@ -198,14 +196,14 @@ class _PrefillProcess:
 
     def _await_ready(self) -> None:
         if not self._connection.poll(_START_TIMEOUT):
-            raise EngineError(f"the prefill process was not ready after {_START_TIMEOUT:g} s")
+            raise EngineError(f"prefill process was not ready after {_START_TIMEOUT:g} s")
         try:
             said = self._connection.recv()
         except EOFError:
             self._process.join(1)
-            said = f"it ended with exit code {self._process.exitcode}"
+            said = f"exit code {self._process.exitcode}"
         if said != _READY:
-            raise EngineError(f"the prefill process could not start: {said}")
+            raise EngineError(f"prefill process could not start: {said}")
 
     def _listen(self) -> None:
         try:
@@ -216,20 +214,20 @@ class _PrefillProcess:
                     self._connection.send(exchanged)
         except Exception as error:
             if not self._closed:
-                log.error("the prefill process has ended; prompts are computed with the answers now")
-                if not isinstance(error, EOFError | OSError):  # whose blocks are whose is not known any more
-                    log.exception("taking over a prompt failed")
+                log.error("prefill process ended; prompts are now computed by the decoding engine")
+                if not isinstance(error, EOFError | OSError):  # block ownership is no longer known
+                    log.exception("adopting a prompt's blocks failed")
                     self._process.kill()
                 self._lost()
 
 
 def adopt(core: EngineCore, prompt: _Prompt, computed: _Computed) -> Exchanged:
-    """Make computed blocks this engine's, known by their tokens from now on, for free ones of its own."""
+    """Exchange a prompt's computed blocks for free ones and register them in the prefix cache."""
     prefix, pool, cache = core.scheduler.prefix, core.scheduler.pool, core.runner.cache
     hashes: list[bytes] = []
     prefix.extend(hashes, prompt.tokens, prompt.salt, len(computed.blocks))
     known = prefix.match(hashes)
-    pool.share(known)  # taking free blocks must not take these
+    pool.share(known)  # so that `allocate` does not take them
     count = min(len(hashes) - len(known), pool.num_free)
     wanted = slice(len(known), len(known) + count)
     exchanged, taken = [], []
@@ -249,7 +247,7 @@ def adopt(core: EngineCore, prompt: _Prompt, computed: _Computed) -> Exchanged:
 
 
 def hand_over(core: EngineCore, prompt: _Prompt, size: int) -> _Computed:
-    """What is known of a prompt's blocks; whoever adopts them answers before the next step."""
+    """A computed prompt's blocks. The adopting engine must answer before the next step."""
     hashes: list[bytes] = []
     prefix, pool = core.scheduler.prefix, core.scheduler.pool
     prefix.extend(hashes, prompt.tokens, prompt.salt, (len(prompt.tokens) - 1) // size)
@@ -258,17 +256,11 @@ def hand_over(core: EngineCore, prompt: _Prompt, size: int) -> _Computed:
 
 
 def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connection) -> None:
-    """The prefill process: one token of every prompt, whose blocks then are in the prefix cache."""
-
-    class Beside(Engine):
-        def _new_cache(
-            self, model: DeepseekModel | ParallelModel, dtype: CacheDtype
-        ) -> tuple[LatentCache, Sequence[int]]:
-            return cache, range(cache.num_blocks // 2, cache.num_blocks)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Main function of the prefill process: generate one token per prompt to fill the prefix cache."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the serving process, which drains first
+    upper_half = range(cache.num_blocks // 2, cache.num_blocks)
     try:
-        engine = Beside.from_config(replace(config, skip_tokenizer_init=True, speculate=config.speculate))
+        engine = load_engine(replace(config, skip_tokenizer_init=True), lambda *_: (cache, upper_half))
         connection.send(_READY)
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
@@ -277,7 +269,7 @@ def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connect
     ended = threading.Event()
 
     def give(core: EngineCore, prompt: _Prompt) -> None:
-        """Between two steps, which wait for the answer: until then no block may be written again."""
+        """Hand blocks over between two steps; the next step waits, since no block may be overwritten yet."""
         if ended.is_set():
             return
         connection.send(hand_over(core, prompt, config.block_size))
@@ -302,5 +294,5 @@ def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connect
                     answers.put(message)
         except (EOFError, OSError):
             ended.set()
-            answers.put([])  # to whoever waits for one
-            engine.shutdown()  # what is still computed has nobody to go to
+            answers.put([])  # releases a waiting `give`
+            engine.shutdown()  # abort prompts that are still being computed

@@ -2,7 +2,7 @@
 
 What a server (or `farthing.LLM`) uses:
 
-    engine = Engine.from_config(EngineConfig(model="mite", max_num_seqs=64))   # loads the model
+    engine = build_engine(EngineConfig(model="mite", max_num_seqs=64))   # loads the model
     stream = engine.submit(prompt, SamplingParams(max_tokens=32), priority=0, cache_salt="", kind="delta")
         # prompt: str or token ids. Thread-safe, never blocks on the model. Raises ValueError (names the
         # field), QueueFull (429), EngineStopped (503). kind "delta": each output holds what is new;
@@ -39,14 +39,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from farthing.config import EngineConfig, parse_speculate
-from farthing.conversation.select import template_source
+from farthing.config import EngineConfig
 from farthing.engine.admission import Admission
 from farthing.engine.core import EngineCore
-from farthing.engine.generation import RequestState
+from farthing.engine.generation import Generation, RequestState
+from farthing.engine.model import Model
 from farthing.engine.request import (
     EngineError,
     EngineFailed,
@@ -60,22 +59,41 @@ from farthing.engine.runner import Runner
 from farthing.engine.sandbox import Sandbox
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sizing import resolve
-from farthing.engine.speculation import MtpDrafter, NgramDrafter, Speculator
+from farthing.engine.speculation import build_speculator
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
-from farthing.engine.tokenizer import Tokenizer, generation_defaults
-from farthing.hub import resolve_model
-from farthing.model import DeepseekModel, ModelConfig, load
-from farthing.ops import LatentCache, Ops, select
+from farthing.engine.tokenizer import Tokenizer
+from farthing.model import ModelConfig
+from farthing.ops import LatentCache
 from farthing.ops.api import CacheDtype
-from farthing.ops.select import DTYPES
-from farthing.parallel.cluster import ParallelModel, RankOptions
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Order = Literal["add", "cancel", "cancel all"]
-_CHECK_AFTER = 0.1  # seconds without work
+_CHECK_AFTER = 0.1  # idle seconds before invariants are checked
+
+
+def own_cache(model: Model, config: EngineConfig, dtype: CacheDtype) -> tuple[LatentCache, Sequence[int]]:
+    """A cache that one engine uses alone."""
+    assert config.num_blocks
+    return model.new_cache(config.num_blocks, config.block_size, dtype), range(config.num_blocks)
+
+
+NewCache = Callable[[Model, EngineConfig, CacheDtype], tuple[LatentCache, Sequence[int]]]
+
+
+class Prefill(Protocol):
+    """Computes prompts elsewhere before the engine admits their requests."""
+
+    def take(self, state: RequestState) -> bool:
+        """Accept a request, to be admitted once its prompt is computed. False: admit it now."""
+
+    def cancel(self, state: RequestState | None) -> None:
+        """A request (None: every request) is no longer wanted."""
+
+    def close(self) -> None:
+        """Stop; pending requests are not admitted."""
 
 
 class Engine:
@@ -83,27 +101,30 @@ class Engine:
 
     def __init__(
         self,
-        model: DeepseekModel | ParallelModel,
+        model: Model,
         config: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
         default_sampling: Mapping[str, Any] | None = None,
+        new_cache: NewCache = own_cache,
     ) -> None:
+        """new_cache: allocates the cache and says which of its blocks this engine uses."""
         self.config, dtype = resolve(config or EngineConfig(), model)
         c = self.config
-        assert c.max_model_len and c.num_blocks and c.max_num_batched_tokens  # `resolve` has filled them in
+        assert c.max_model_len and c.num_blocks and c.max_num_batched_tokens  # filled in by `resolve`
         self.model_config: ModelConfig = model.config
         self.device, self.backend = model.ops.device, model.ops.name
         self.tokenizer = tokenizer
         self.default_sampling = dict(default_sampling or {})
         self.stats = Stats()
-        self._ranks = model if isinstance(model, ParallelModel) else None
+        self.prefill: Prefill | None = None
         self.sandbox = None if tokenizer is None else Sandbox(tokenizer, model.config.vocab_size)
+        self._model = model
         self._admission = Admission(c, model.config, tokenizer, self.sandbox)
-        cache, blocks = self._new_cache(model, dtype)
+        cache, blocks = new_cache(model, c, dtype)
         runner = Runner(model, cache, c.max_num_seqs, c.max_model_len)
         self.stats.experts = lambda: _expert_tokens(model, runner)
-        speculator = _speculator(c, runner)
-        scheduler = Scheduler(
+        speculator = build_speculator(c.speculate, runner)
+        scheduler: Scheduler[Generation] = Scheduler(
             c.num_blocks,
             c.block_size,
             c.max_num_seqs,
@@ -126,32 +147,11 @@ class Engine:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="farthing-engine", daemon=True)
         self._thread.start()
-        reference = weakref.ref(self)
-        atexit.register(_shutdown, reference)
+        atexit.register(_shutdown, weakref.ref(self))
         log.info(
-            "engine: %d blocks of %d tokens (%s), %d sequences, %d tokens a step, max_model_len %d",
+            "engine: %d blocks of %d tokens (%s), %d sequences, %d tokens per step, max_model_len %d",
             *(c.num_blocks, c.block_size, dtype, c.max_num_seqs, c.max_num_batched_tokens, c.max_model_len),
         )
-
-    @classmethod
-    def from_config(cls, config: EngineConfig) -> Engine:
-        """Load the model, its tokenizer and its recommended sampling."""
-        if config.disaggregate and cls is Engine:
-            from farthing.engine.disaggregate import DisaggregatedEngine
-
-            return DisaggregatedEngine.from_config(config)
-        path = resolve_model(config.model)
-        tokenizer = None
-        if not config.skip_tokenizer_init:
-            tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
-            tokenizer.chat_template = template_source(config.chat_template) or tokenizer.chat_template
-        model = ParallelModel(RankOptions(path, config)) if config.num_ranks > 1 else _load(path, config)
-        try:
-            return cls(model, config, tokenizer, generation_defaults(path))
-        except BaseException:
-            if isinstance(model, ParallelModel):
-                model.close()
-            raise
 
     def submit(
         self,
@@ -165,13 +165,13 @@ class Engine:
         add_special_tokens: bool = True,
         prompt_text: str | None = None,
     ) -> RequestStream:
-        """Check a request and queue it. See the top of this file.
+        """Validate a request and queue it. See the top of this file.
 
-        priority: smaller is more urgent; a level is worth `priority_step` seconds of waiting. prompt_text is
-        reported back where `prompt` is token ids.
+        priority: smaller is more urgent; one level outweighs `priority_step` seconds of waiting. prompt_text:
+        reported as the prompt's text when `prompt` is token ids.
         """
         self.health()
-        request, sequences = self._admission.admit(
+        request, generations = self._admission.admit(
             prompt,
             params or SamplingParams(),
             request_id=request_id,
@@ -181,21 +181,20 @@ class Engine:
             add_special_tokens=add_special_tokens,
             prompt_text=prompt_text,
         )
-        stream = RequestStream(request, lambda: self._post("cancel", state))
-        state = RequestState(request, stream, RequestMetrics(arrival_time=request.arrival_time), sequences)
+        stream = RequestStream(request, lambda: self.cancel(state))
+        metrics = RequestMetrics(arrival_time=request.arrival_time)
+        state = RequestState(request, stream, metrics, generations)
         with self._lock:
             if not self._accepting:
-                raise EngineStopped("the engine is draining or has stopped; expected another replica")
+                raise EngineStopped("engine is shutting down; retry on another replica")
             limit = (
                 None if self.config.max_queue is None else self.config.max_num_seqs + self.config.max_queue
             )
             if limit is not None and self._live >= limit:
-                raise QueueFull(
-                    f"{self._live} requests run or wait, max_num_seqs {self.config.max_num_seqs} + "
-                    f"max_queue {self.config.max_queue}; try again later"
-                )
+                raise QueueFull(f"queue full: {self._live} requests in flight (limit {limit}); retry later")
             self._live += 1
-        self._enqueue(state)
+        if self.prefill is None or not self.prefill.take(state):
+            self.admit(state)
         return stream
 
     def chat_prompt(
@@ -213,31 +212,33 @@ class Engine:
 
     @property
     def num_live(self) -> int:
-        """Requests that wait or run."""
+        """Requests that are waiting or running."""
         return self._live
 
     def health(self) -> None:
-        """Raise EngineError if the loop has died, or a rank has."""
-        failure = self._ranks.failure() if self._ranks is not None else None
+        """Raise EngineFailed if the engine's thread or a rank has failed."""
+        failure = self._model.failure()
         if failure is not None:
-            raise EngineFailed(f"the engine has failed: {failure}")
+            raise EngineFailed(f"engine failed: {failure}")
         if self._error is not None:
-            raise EngineFailed(f"the engine has failed: {self._error!r}") from self._error
+            raise EngineFailed(f"engine failed: {self._error!r}") from self._error
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait for those in flight. False: some were left after `timeout` seconds
-        and have been aborted."""
+        """Accept no more requests and wait for those in flight. False: `timeout` seconds passed and the rest
+        was aborted."""
         with self._changed:
             self._accepting = False
             done = self._changed.wait_for(lambda: self._live == 0, timeout)
         if not done:
-            self._post("cancel all", None)
+            self.cancel(None)
             with self._changed:
                 self._changed.wait_for(lambda: self._live == 0, 10.0)
         return done
 
     def shutdown(self) -> None:
-        """Abort what runs and end the thread. May be called more than once."""
+        """Abort running requests and end the thread. May be called more than once."""
+        if self.prefill is not None:
+            self.prefill.close()
         with self._lock:
             self._accepting = False
             self._stopping = True
@@ -246,8 +247,7 @@ class Engine:
             self._thread.join()
         if self.sandbox is not None:
             self.sandbox.close()
-        if self._ranks is not None:
-            self._ranks.close()
+        self._model.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -256,28 +256,31 @@ class Engine:
         self.shutdown()
 
     def between_steps(self, call: Callable[[EngineCore], T]) -> Future[T]:
-        """Have `call` run in the engine's thread between two steps."""
+        """Run `call` in the engine's thread between two steps."""
         future: Future[T] = Future()
         with self._lock:
             if self._error is not None or self._stopping:
-                raise EngineError("the engine has stopped")
+                raise EngineError("engine has stopped")
             self._calls.append((call, future))
         self._wake.set()
         return future
 
-    def _new_cache(
-        self, model: DeepseekModel | ParallelModel, dtype: CacheDtype
-    ) -> tuple[LatentCache, Sequence[int]]:
-        """The cache and this engine's blocks of it."""
-        count = self.config.num_blocks
-        assert count
-        return model.new_cache(count, self.config.block_size, dtype), range(count)
+    @property
+    def cache(self) -> LatentCache:
+        """The cache of the model's layers."""
+        return self._core.runner.cache
+
+    def admit(self, state: RequestState) -> None:
+        """Hand a request to the engine's thread."""
+        self._post("add", state)
+
+    def cancel(self, state: RequestState | None) -> None:
+        """Cancel a request, or all of them (None), within one step."""
+        if self.prefill is not None:
+            self.prefill.cancel(state)
+        self._post("cancel all" if state is None else "cancel", state)
 
     # -- the loop, in its own thread
-
-    def _enqueue(self, state: RequestState) -> None:
-        self._inbox.append(("add", state))
-        self._wake.set()
 
     def _post(self, what: Order, state: RequestState | None) -> None:
         self._inbox.append((what, state))
@@ -296,14 +299,14 @@ class Engine:
                     self._rest()
                 else:
                     self._core.step()
-        except BaseException as error:  # the loop must never leave a stream waiting
-            log.exception("the engine has failed")
+        except BaseException as error:  # no stream may be left waiting
+            log.exception("engine failed")
             self._error = error
         finally:
             self._close()
 
     def _rest(self) -> None:
-        """Wait for work. The books are checked once none has come for a while: nobody waits for that."""
+        """Wait for work. Invariants are checked after a while without any, when nothing is delayed by it."""
         if not self._wake.wait(_CHECK_AFTER):
             self._core.check()
             self._wake.wait()
@@ -333,7 +336,7 @@ class Engine:
             pending = [state for what, state in self._inbox if what == "add" and state is not None]
             self._inbox.clear()
             for _, future in self._calls:
-                future.set_exception(EngineError("the engine has stopped"))
+                future.set_exception(EngineError("engine has stopped"))
             self._calls.clear()
         if self._error is None:
             for state in pending:
@@ -341,26 +344,11 @@ class Engine:
             for state in self._core.live():
                 self._core.cancel(state)
             return
-        error = EngineFailed(f"the engine has failed: {self._error!r}")
+        error = EngineFailed(f"engine failed: {self._error!r}")
         deliver([(state.stream, error) for state in [*self._core.live(), *pending]])
         with self._changed:
             self._live = 0
             self._changed.notify_all()
-
-
-def _load(path: Path, config: EngineConfig) -> DeepseekModel:
-    return load(path, _ops(config), config.experts)
-
-
-def _ops(config: EngineConfig) -> Ops:
-    dtype, threads = DTYPES[config.dtype], config.threads
-    if config.experts_on is None:
-        return select(config.backend, dtype, threads, config.quantization, config.packed)
-    from farthing.ops.hybrid import HybridOps
-
-    # What rounds or maps weights means the experts, which are most of them.
-    host = select(config.experts_on, None, threads, config.quantization, config.packed)
-    return HybridOps(select(config.backend, dtype, threads), host, config.hot_experts)
 
 
 def _shutdown(reference: weakref.ref[Engine]) -> None:
@@ -369,17 +357,7 @@ def _shutdown(reference: weakref.ref[Engine]) -> None:
         engine.shutdown()
 
 
-def _speculator(config: EngineConfig, runner: Runner) -> Speculator | None:
-    parsed = parse_speculate(config.speculate)
-    if parsed is None:
-        return None
-    methods, count = parsed
-    # The text is asked first: its drafts are free.
-    order = [NgramDrafter(count)] if "ngram" in methods else []
-    return Speculator([*order, MtpDrafter(runner, count)] if "mtp" in methods else order)
-
-
-def _expert_tokens(model: DeepseekModel | ParallelModel, runner: Runner) -> dict[int, list[int]]:
+def _expert_tokens(model: Model, runner: Runner) -> dict[int, list[int]]:
     if runner.counts is None:
         return {}
     counts = runner.counts.tolist()

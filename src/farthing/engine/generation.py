@@ -1,9 +1,9 @@
-"""A request in the engine and its completions: tokens become text, and something says stop."""
+"""A request in the engine and its completions: detokenization and stop conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from farthing.engine.detokenizer import Detokenizer, StopChecker
 from farthing.engine.request import (
@@ -15,40 +15,58 @@ from farthing.engine.request import (
     RequestOutput,
 )
 from farthing.engine.sampler import Logprobs, SamplingState
-from farthing.engine.sequence import Sequence
+from farthing.engine.sequence import Sequence, Status
 from farthing.engine.stream import RequestStream
 from farthing.engine.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
 class Drafting:
-    """What speculation has learnt of one drafter on one completion."""
+    """Speculation statistics of one drafter on one completion."""
 
-    hits: float = 0.8  # share of the drafts tried that were right, moving average
-    pause: int = 0  # steps to go without
+    hits: float = 0.8  # accepted share of the verified drafts, moving average
+    pause: int = 0  # steps left before the drafter is tried again
 
 
-class Generation:
-    """One completion."""
+class Generation(Sequence):
+    """One completion of a request: the sequence that the scheduler plans, its sampling state and its text."""
+
+    __slots__ = (
+        "_cumulative", "_eos", "_new_logprobs", "_new_text", "_new_tokens", "_stop_ids", "_stops", "_text",
+        "_tokenizer", "drafted_by", "drafting", "finish_reason", "index", "last_token_time", "parent",
+        "sampling", "stop_reason",
+    )  # fmt: skip
+    parent: RequestState  # set by RequestState
 
     def __init__(
         self,
+        request: Request,
         index: int,
-        state: SamplingState,
+        sampling: SamplingState,
+        *,
+        id: int,
         max_output: int,
+        order: float,
         eos_ids: frozenset[int],
         tokenizer: Tokenizer | None,
     ) -> None:
-        params = state.params
-        self.index = index
-        self.sampling = state
-        self.max_output = max_output
+        """index: among the request's n completions. id: unique among all sequences of an engine."""
+        params, prompt = request.params, request.prompt_token_ids
+        super().__init__(
+            id=id,
+            tokens=list(prompt),
+            num_prompt=len(prompt),
+            max_len=len(prompt) + max_output,
+            order=order,
+            salt=request.cache_salt,
+            read_cache=params.prompt_logprobs is None,
+        )
+        self.index, self.sampling = index, sampling
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.last_token_time = 0.0
         self.drafting = (Drafting(), Drafting())  # by drafter
         self.drafted_by = 0
-        self._params = params
         self._eos = frozenset() if params.ignore_eos else eos_ids
         self._stop_ids = frozenset(params.stop_token_ids or ())
         self._tokenizer = tokenizer
@@ -61,15 +79,23 @@ class Generation:
         self._new_logprobs: list[Logprobs] = []
         self._cumulative = 0.0
 
+    @property
+    def active(self) -> bool:
+        """Running and not finished: the next step computes it."""
+        return self.status is Status.RUNNING and self.finish_reason is None
+
     def push(self, token: int, logprobs: Logprobs | None) -> bool:
-        """Take one token. True if it ends the completion. ValueError if the grammar refuses it."""
-        state, params = self.sampling, self._params
+        """Append one sampled token to the output. True if it ends the completion.
+
+        Raises ValueError if the grammar refuses the token. The scheduler appends it to `tokens`.
+        """
+        state, params = self.sampling, self.sampling.params
         state.push(token)
         self._new_tokens.append(token)
         if params.logprobs is not None and logprobs is not None:
             self._cumulative += logprobs[token].logprob
             self._new_logprobs.append(self._decoded(logprobs))
-        # min_tokens itself is the sampler's: it forbids ending tokens until then.
+        # The sampler enforces min_tokens by masking the ending tokens until then.
         armed = state.num_output >= params.min_tokens
         if token in self._eos:
             return self._end("stop", None, token)
@@ -83,22 +109,23 @@ class Generation:
             state.matcher.consume(token)
             if state.matcher.stopped:
                 return self._end("stop", None)
-        if state.num_output >= self.max_output:
+        if state.num_output >= self.max_len - self.num_prompt:
             return self._end("length", None)
         return False
 
     def abort(self, reason: FinishReason = "abort") -> None:
-        """End it from outside."""
+        """End the completion from outside."""
         self._end(reason, None)
 
     def take(self) -> CompletionOutput:
-        """What is new since the last call."""
+        """The output since the last call."""
+        wanted = self.sampling.params.logprobs is not None
         output = CompletionOutput(
             index=self.index,
             text="".join(self._new_text),
             token_ids=self._new_tokens,
-            cumulative_logprob=None if self._params.logprobs is None else self._cumulative,
-            logprobs=None if self._params.logprobs is None else self._new_logprobs,
+            cumulative_logprob=self._cumulative if wanted else None,
+            logprobs=self._new_logprobs if wanted else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
@@ -109,7 +136,7 @@ class Generation:
         self.finish_reason, self.stop_reason = reason, stop
         if self._text is None or self._stops.found is not None:
             return True
-        if token is not None and self._params.include_stop_str_in_output:
+        if token is not None and self.sampling.params.include_stop_str_in_output:
             self._new_text.append(self._stops.flush() + self._text.push(token) + self._text.flush())
         else:
             self._new_text.append(self._stops.flush() + self._text.flush())
@@ -120,7 +147,7 @@ class Generation:
 
 
 def decoded(logprobs: Logprobs, tokenizer: Tokenizer | None) -> Logprobs:
-    """With the text of each token."""
+    """Log-probabilities with the text of each token."""
     if tokenizer is None:
         return logprobs
     return {t: Logprob(entry.logprob, entry.rank, tokenizer.token_text(t)) for t, entry in logprobs.items()}
@@ -133,13 +160,22 @@ class RequestState:
     request: Request
     stream: RequestStream
     metrics: RequestMetrics
-    sequences: list[Sequence] = field(default_factory=list)
+    generations: list[Generation]
     unfinished: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     reported_prompt: bool = False
 
+    def __post_init__(self) -> None:
+        for generation in self.generations:
+            generation.parent = self
+
+    @property
+    def num_output(self) -> int:
+        """Sampled tokens of all completions."""
+        return sum(g.num_output for g in self.generations)
+
     def output(self, moved: Seq[Generation]) -> RequestOutput:
-        """News of the generations that moved. The metrics are a copy, valid for this moment."""
+        """New output of the given completions, with a copy of the current metrics."""
         prompt_logprobs = None
         if not self.reported_prompt and self.prompt_logprobs is not None:
             prompt_logprobs, self.reported_prompt = self.prompt_logprobs, True

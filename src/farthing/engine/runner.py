@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farthing.engine.sequence import Scheduled, Sequence
-from farthing.model import DeepseekModel
+from farthing.engine.model import Model
+from farthing.engine.sequence import S, Scheduled, Sequence
 from farthing.ops import Batch, LatentCache
-from farthing.parallel.cluster import ParallelModel
 
 _FEW = 16  # tokens up to which plain Python builds indices faster than numpy
 
@@ -52,9 +51,7 @@ class Runner:
     A step's tensors hold until the next one is prepared.
     """
 
-    def __init__(
-        self, model: DeepseekModel | ParallelModel, cache: LatentCache, max_num_seqs: int, max_model_len: int
-    ) -> None:
+    def __init__(self, model: Model, cache: LatentCache, max_num_seqs: int, max_model_len: int) -> None:
         self.model = model
         self.cache = cache
         self.block_size = cache.block_size
@@ -68,7 +65,7 @@ class Runner:
             torch.zeros(shape, dtype=torch.int64, device=self.device) if config.n_routed_experts else None
         )
 
-    def prepare(self, plan: Seq[Scheduled]) -> Step:
+    def prepare(self, plan: Seq[Scheduled[S]]) -> Step:
         """Index tensors of a plan."""
         if (step := self._next(plan)) is not None:
             return step
@@ -100,7 +97,7 @@ class Runner:
             )  # fmt: skip
         return step
 
-    def _next(self, plan: Seq[Scheduled]) -> Step | None:
+    def _next(self, plan: Seq[Scheduled[S]]) -> Step | None:
         """The last step moved on by one token, where the same sequences decode again: a third of the work.
 
         None where the plan is another one.

@@ -15,15 +15,16 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
 from operator import attrgetter
+from typing import Generic
 
 from farthing.engine.block_pool import BlockPool, IntegrityError
 from farthing.engine.prefix_cache import PrefixCache
-from farthing.engine.sequence import Scheduled, Sequence, Status
+from farthing.engine.sequence import S, Scheduled, Status
 
 _KEY = attrgetter("key")
 
 
-class Scheduler:
+class Scheduler(Generic[S]):
     """Owns the sequences, their blocks and the prefix cache. One thread uses it."""
 
     def __init__(
@@ -48,8 +49,8 @@ class Scheduler:
         self.num_lookahead = num_lookahead  # cache slots wanted behind the drafts (for drafting itself)
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
-        self.waiting: list[Sequence] = []  # both by urgency
-        self.running: list[Sequence] = []
+        self.waiting: list[S] = []  # both by urgency
+        self.running: list[S] = []
         self.num_preemptions = 0
         self._watermark = max(1, num_blocks // 100)
         self._rows = list(range(max_num_seqs - 1, -1, -1))
@@ -64,7 +65,7 @@ class Scheduler:
         """Tokens of the longest sequence that the pool can hold alone."""
         return self.pool.num_blocks * self.block_size
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: S) -> None:
         """Let a sequence wait for admission."""
         if not 0 < len(seq.tokens) <= seq.max_len <= self.max_len:
             raise ValueError(
@@ -74,7 +75,7 @@ class Scheduler:
         seq.status = Status.WAITING
         insort(self.waiting, seq, key=_KEY)
 
-    def finish(self, seq: Sequence) -> None:
+    def finish(self, seq: S) -> None:
         """Forget a sequence, wherever it is. Its blocks are free now."""
         if seq.status is Status.RUNNING:
             _remove(self.running, seq)
@@ -83,9 +84,9 @@ class Scheduler:
             _remove(self.waiting, seq)
         seq.status = Status.FINISHED
 
-    def schedule(self) -> list[Scheduled]:
+    def schedule(self) -> list[Scheduled[S]]:
         """The next step; empty if there is nothing to do. Every entry has to be committed or finished."""
-        plan: list[Scheduled] = []
+        plan: list[Scheduled[S]] = []
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
         for seq in self.running:
@@ -97,7 +98,7 @@ class Scheduler:
             raise IntegrityError("sequences run but none could be scheduled")
         return plan
 
-    def commit(self, item: Scheduled, new_tokens: list[int]) -> None:
+    def commit(self, item: Scheduled[S], new_tokens: list[int]) -> None:
         """The step was computed: new_tokens are the accepted drafts and one more token, or [] mid-prompt."""
         seq = item.seq
         # A rejected draft leaves its slot behind num_computed, where the next token overwrites it.
@@ -122,7 +123,7 @@ class Scheduler:
         if sorted(rows) != list(range(self.max_num_seqs)):
             raise IntegrityError("rows of running sequences are not distinct")
 
-    def _schedule_decodes(self, plan: list[Scheduled]) -> int:
+    def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
         """One token (and drafts) for everyone who decodes. Returns what is left of the budget."""
         decoding = [seq for seq in self.running if seq.num_pending == 1]
         budget = self.max_tokens
@@ -143,7 +144,7 @@ class Scheduler:
             budget -= self._add(plan, seq, 1, drafts)
         return budget
 
-    def _admit(self, plan: list[Scheduled], budget: int) -> None:
+    def _admit(self, plan: list[Scheduled[S]], budget: int) -> None:
         """Waiting sequences in order of urgency, none overtaking, as far as budget, rows and blocks go."""
         while budget and self.waiting and self._rows:
             seq = self.waiting[0]
@@ -163,7 +164,7 @@ class Scheduler:
             insort(self.running, seq, key=_KEY)
             budget -= self._add(plan, seq, min(seq.num_pending, budget), first=True)
 
-    def _match(self, seq: Sequence) -> list[int]:
+    def _match(self, seq: S) -> list[int]:
         if not (self.prefix.enabled and seq.read_cache):
             return []
         # A prompt found whole must still compute its last token: its logits are not in the cache.
@@ -171,7 +172,7 @@ class Scheduler:
         self.prefix.extend(seq.hashes, seq.tokens, seq.salt, count)
         return self.prefix.match(seq.hashes[:count])
 
-    def _make_room(self, seq: Sequence) -> bool:
+    def _make_room(self, seq: S) -> bool:
         """A slot for the next token, preempting the least urgent; False if that is `seq` itself."""
         while not self._reserve(seq, len(seq.tokens)):
             victim = self.running[-1]
@@ -180,7 +181,7 @@ class Scheduler:
                 return False
         return True
 
-    def _reserve(self, seq: Sequence, length: int) -> bool:
+    def _reserve(self, seq: S, length: int) -> bool:
         """Hold blocks for `length` tokens, as far as the sequence may ever grow."""
         need = self._blocks_for(min(length, seq.max_len)) - len(seq.blocks)
         if need > self.pool.num_free:
@@ -189,7 +190,7 @@ class Scheduler:
             seq.blocks += self.pool.allocate(need)
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: S) -> None:
         self.running.remove(seq)
         self._free(seq)
         seq.num_computed = seq.num_cached = 0
@@ -198,7 +199,7 @@ class Scheduler:
         self.num_preemptions += 1
         self.add(seq)
 
-    def _free(self, seq: Sequence) -> None:
+    def _free(self, seq: S) -> None:
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
         self._rows.append(seq.row)
@@ -206,8 +207,8 @@ class Scheduler:
 
     def _add(
         self,
-        plan: list[Scheduled],
-        seq: Sequence,
+        plan: list[Scheduled[S]],
+        seq: S,
         count: int,
         drafts: tuple[int, ...] = (),
         first: bool = False,
@@ -221,7 +222,7 @@ class Scheduler:
         return -(-tokens // self.block_size)
 
 
-def _remove(sequences: list[Sequence], seq: Sequence) -> None:
+def _remove(sequences: list[S], seq: S) -> None:
     index = bisect_left(sequences, seq.key, key=_KEY)
     if index == len(sequences) or sequences[index] is not seq:
         raise IntegrityError(f"sequence {seq.id} is not where its status says")

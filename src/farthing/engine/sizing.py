@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from farthing.config import EngineConfig
-from farthing.model import DeepseekModel
+from farthing.engine.model import Model
 from farthing.ops.api import CacheDtype
-from farthing.parallel.cluster import ParallelModel
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +19,7 @@ _SCALE_BYTES = 8  # two float32 a token a layer beside an 8-bit cache
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85  # of the memory that is free when the model is loaded
 
 
-def resolve(config: EngineConfig, model: DeepseekModel | ParallelModel) -> tuple[EngineConfig, CacheDtype]:
+def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtype]:
     """The configuration with every None filled in, and the cache's dtype.
 
     Raises ValueError where the cache cannot hold max_model_len.
@@ -56,12 +55,12 @@ def resolve(config: EngineConfig, model: DeepseekModel | ParallelModel) -> tuple
     return resolved, dtype
 
 
-def cache_dtype(config: EngineConfig, model: DeepseekModel | ParallelModel) -> CacheDtype:
+def cache_dtype(config: EngineConfig, model: Model) -> CacheDtype:
     """'auto' is the backend's choice."""
     return model.ops.cache_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
 
 
-def block_bytes(config: EngineConfig, model: DeepseekModel | ParallelModel, dtype: CacheDtype) -> int:
+def block_bytes(config: EngineConfig, model: Model, dtype: CacheDtype) -> int:
     """Bytes of a block over all layers."""
     c, item = model.config, _ITEM_BYTES[dtype]
     scale = _SCALE_BYTES if dtype in ("fp8", "int8") else 0
@@ -69,9 +68,7 @@ def block_bytes(config: EngineConfig, model: DeepseekModel | ParallelModel, dtyp
     return config.block_size * (latents + c.index_rows * (c.index_head_dim * item + scale // 2))
 
 
-def _num_blocks(
-    config: EngineConfig, model: DeepseekModel | ParallelModel, dtype: CacheDtype, length: int
-) -> int:
+def _num_blocks(config: EngineConfig, model: Model, dtype: CacheDtype, length: int) -> int:
     # Every rank of a stage holds the cache of its layers.
     size = block_bytes(config, model, dtype) * max(config.tensor_parallel_size, config.expert_parallel_size)
     memory = config.kv_cache_memory

@@ -19,14 +19,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+from farthing.config import parse_speculate
 from farthing.engine.generation import Drafting, Generation
-from farthing.engine.runner import Step
-from farthing.engine.sequence import Scheduled, Sequence, Status
+from farthing.engine.runner import Runner, Step
+from farthing.engine.sequence import Scheduled
 from farthing.engine.speculation_gate import Gate
 from farthing.engine.speculation_mtp import MtpDrafter
 from farthing.engine.speculation_ngram import NgramDrafter
 
-__all__ = ["Drafter", "Gate", "MtpDrafter", "NgramDrafter", "Speculator"]
+__all__ = ["Drafter", "Gate", "MtpDrafter", "NgramDrafter", "Speculator", "build_speculator"]
 
 _PAUSE = 48  # steps that a completion goes without a drafter that does not pay
 _DECAY = 0.1
@@ -39,10 +40,10 @@ class Drafter(Protocol):
     num_lookahead: int  # cache slots needed behind the drafts
     costly: bool  # whether a step is dearer even where it has found no draft
 
-    def observe(self, plan: Seq[Scheduled], step: Step, hidden: Tensor) -> None:
+    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
         """Called after every step, drafts wanted or not; hidden [T, D] before the final norm."""
 
-    def draft(self, seqs: Seq[Sequence], most: Seq[int], price: float) -> list[list[int]]:
+    def draft(self, seqs: Seq[Generation], most: Seq[int], price: float) -> list[list[int]]:
         """At most most[i] drafts for seqs[i], whose last step was observed; its tokens include those of that
         step. A draft that is surely accepted less often than `price` is better left out."""
 
@@ -58,7 +59,7 @@ class Speculator:
         self._used: int | None = None  # the dearest drafter asked about the step to come
         self._seconds = 0.0  # what drafting for it took
 
-    def after(self, plan: Seq[Scheduled], step: Step, hidden: Tensor, seconds: float) -> None:
+    def after(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor, seconds: float) -> None:
         """After a step of so many seconds is committed: learn from it, and draft for the next one."""
         if all(item.decode for item in plan):
             drafts = sum(len(item.drafts) for item in plan)
@@ -68,17 +69,17 @@ class Speculator:
         began = perf_counter()
         for drafter in self.drafters:
             drafter.observe(plan, step, hidden)
-        self._draft([item.seq for item in plan if item.sample and _goes_on(item.seq)])
+        self._draft([item.seq for item in plan if item.sample and item.seq.active])
         self._seconds = perf_counter() - began
 
-    def verified(self, item: Scheduled, accepted: int) -> None:
+    def verified(self, item: Scheduled[Generation], accepted: int) -> None:
         """Learn from one sequence's drafts."""
-        gen: Generation = item.seq.payload
+        gen = item.seq
         record = gen.drafting[gen.drafted_by]
         for hit in [1] * accepted + [0] * (accepted < len(item.drafts)):
             record.hits += _DECAY * (hit - record.hits)
 
-    def _draft(self, seqs: list[Sequence]) -> None:
+    def _draft(self, seqs: list[Generation]) -> None:
         self._used = None
         batch = max(1, len(seqs))
         for i, (drafter, gate) in enumerate(zip(self.drafters, self.gates, strict=True)):
@@ -87,17 +88,16 @@ class Speculator:
                 continue
             asked, most = [], []
             for seq in seqs:
-                count = 0 if seq.drafts else worthwhile(seq.payload.drafting[i], price, drafter.num_drafts)
+                count = 0 if seq.drafts else worthwhile(seq.drafting[i], price, drafter.num_drafts)
                 if not seq.drafts and (count or order):
                     asked.append(seq)
                     most.append(max(1, count))
             if not asked:
                 continue
             for seq, drafts in zip(asked, drafter.draft(asked, most, price), strict=True):
-                gen: Generation = seq.payload
-                matcher = gen.sampling.matcher
+                matcher = seq.sampling.matcher
                 seq.drafts = drafts if matcher is None else drafts[: matcher.valid_prefix(drafts)]
-                gen.drafted_by = i
+                seq.drafted_by = i
             if drafter.costly or any(seq.drafts for seq in asked):
                 self._used = i
 
@@ -120,5 +120,15 @@ def worthwhile(record: Drafting, price: float, most: int) -> int:
     return count
 
 
-def _goes_on(seq: Sequence) -> bool:
-    return seq.status is Status.RUNNING and seq.payload.finish_reason is None
+def build_speculator(speculate: str | None, runner: Runner) -> Speculator | None:
+    """The speculator of `EngineConfig.speculate`; None without speculation."""
+    parsed = parse_speculate(speculate)
+    if parsed is None:
+        return None
+    methods, count = parsed
+    drafters: list[Drafter] = []
+    if "ngram" in methods:  # first, because its drafts are free
+        drafters.append(NgramDrafter(count))
+    if "mtp" in methods:
+        drafters.append(MtpDrafter(runner, count))
+    return Speculator(drafters)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from farthing.engine.generation import Generation
 from farthing.engine.runner import Runner, Step
-from farthing.engine.sequence import Scheduled, Sequence, Status
+from farthing.engine.sequence import Scheduled
 
 _MOST_BEHIND = 128  # tokens whose hidden states are held
 
@@ -42,12 +43,12 @@ class MtpDrafter:
         self._runner = runner
         self._behind: dict[int, _Behind] = {}
 
-    def observe(self, plan: Seq[Scheduled], step: Step, hidden: Tensor) -> None:
+    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
         """Remember what the layer will need of a step: hidden [T, D] of the tokens that stay."""
-        full: list[Sequence] = []
+        full: list[Generation] = []
         for item, row in zip(plan, step.starts, strict=False):
             seq, rows = item.seq, item.seq.num_computed - item.start
-            if seq.status is not Status.RUNNING or seq.payload.finish_reason is not None:
+            if not seq.active:
                 self._behind.pop(seq.id, None)
                 continue
             b = self._behind.get(seq.id)
@@ -63,7 +64,7 @@ class MtpDrafter:
             live = {item.seq.id for item in plan}
             self._behind = {k: v for k, v in self._behind.items() if k in live}
 
-    def draft(self, seqs: Seq[Sequence], most: Seq[int], price: float) -> list[list[int]]:
+    def draft(self, seqs: Seq[Generation], most: Seq[int], price: float) -> list[list[int]]:
         """The likeliest tokens one by one, fewer where they are unlikely or the cache has no room."""
         model, runner = self._runner.model, self._runner
         self._catch_up([seq for seq in seqs if self._behind[seq.id].count])
@@ -94,7 +95,7 @@ class MtpDrafter:
             hidden = model.draft(ids[:, 0], hidden, batch, runner.cache, step=s + 1)
         return drafts
 
-    def _catch_up(self, seqs: Seq[Sequence]) -> None:
+    def _catch_up(self, seqs: Seq[Generation]) -> None:
         """Run the layer over the tokens it is behind, each with the token that follows it."""
         if not seqs:
             return

@@ -6,8 +6,9 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
+from farthing.engine.generation import Generation
 from farthing.engine.runner import Step
-from farthing.engine.sequence import Scheduled, Sequence, Status
+from farthing.engine.sequence import Scheduled
 
 
 class NgramDrafter:
@@ -21,16 +22,16 @@ class NgramDrafter:
         self._sizes = tuple(sizes)
         self._index: dict[int, _NgramIndex] = {}
 
-    def observe(self, plan: Seq[Scheduled], step: Step, hidden: Tensor) -> None:
+    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
         """Forget the sequences that have ended."""
         for item in plan:
-            if item.seq.status is not Status.RUNNING or item.seq.payload.finish_reason is not None:
+            if not item.seq.active:
                 self._index.pop(item.seq.id, None)
         if len(self._index) > 4 * len(plan) + 64:  # cancelled ones
             live = {item.seq.id for item in plan}
             self._index = {k: v for k, v in self._index.items() if k in live}
 
-    def draft(self, seqs: Seq[Sequence], most: Seq[int], price: float) -> list[list[int]]:
+    def draft(self, seqs: Seq[Generation], most: Seq[int], price: float) -> list[list[int]]:
         """The continuation of the latest earlier occurrence of the longest known ending."""
         return [
             self._index.setdefault(seq.id, _NgramIndex(self._sizes)).lookup(seq.tokens, n)

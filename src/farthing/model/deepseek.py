@@ -156,6 +156,13 @@ class DeepseekModel:
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
         return self.ops.top_logits(hidden, mtp.head, mtp.norm, self.eps, k)
 
+    def failure(self) -> str | None:
+        """None: a model in this process fails by raising."""
+        return None
+
+    def close(self) -> None:
+        """Nothing to release."""
+
 
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:
     """The router of every layer (hidden, then MTP); None where the layer is dense."""

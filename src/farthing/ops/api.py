@@ -342,9 +342,9 @@ class Ops(ABC):
         """The likeliest token of each row of x [T, D]; the lowest id of equal ones."""
         return self.top_logits(x, head, norm, eps, 1)[1][:, 0].tolist()  # type: ignore[no-any-return]
 
-    @abstractmethod
     def softmax(self, x: Tensor) -> Tensor:
-        """Softmax over the last dimension of a float32 [T, N]."""
+        """Softmax over the last dimension of a float32 [T, N]. Optional: only benchmarks call it."""
+        return x.softmax(-1)
 
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         """A token a row: logits [n, V] float32, divided by the temperature; uniform [n] float64 in (0, 1) ->

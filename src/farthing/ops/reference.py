@@ -230,9 +230,6 @@ class ReferenceOps(HostOps):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return largest(self.logits(x, head, norm, eps), k)
 
-    def softmax(self, x: Tensor) -> Tensor:
-        return x.softmax(-1)
-
 
 def create(
     dtype: torch.dtype | None, threads: int | None, quantization: str | None, packed: str | None

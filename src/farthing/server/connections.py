@@ -13,7 +13,6 @@ import contextlib
 import logging
 import socket
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -180,12 +179,3 @@ class GuardedH11(Guarded, H11Protocol):
 
     def _reading_body(self) -> bool:
         return self.conn.their_state is h11.SEND_BODY
-
-
-def protocol(guard: Connections) -> Callable[..., asyncio.Protocol]:
-    """What uvicorn makes of each connection: on httptools where it is installed, else on h11."""
-    try:
-        from farthing.server.connections_httptools import GuardedHttpTools
-    except ImportError:
-        return type("Protocol", (GuardedH11,), {"guard": guard})
-    return type("Protocol", (GuardedHttpTools,), {"guard": guard})

@@ -23,7 +23,8 @@ import uvicorn
 from farthing.server.accounts import Accounts, machine_of
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
-from farthing.server.connections import Connections, protocol
+from farthing.server.connection_protocol import protocol
+from farthing.server.connections import Connections
 from farthing.server.service import Service
 
 if TYPE_CHECKING:

@@ -20,10 +20,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from farthing.files import replace_json
 from farthing.train.distill import distillation
 from farthing.train.export import load_checkpoint
-from farthing.train.finetune import Settings, Text, adam, curve, freeze_top, perplexity
+from farthing.train.finetune import Settings, Text, adam, freeze_top, perplexity
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing.train.lsq import Kind, Precision, QuantizedProduct
 from farthing.train.model import DeepSeekLM, MoE
@@ -258,75 +257,3 @@ def build(settings: Settings, config: QatConfig, console: Console) -> tuple[Trai
         loop, hooks, evaluate=score, console=console,
     )  # fmt: skip
     return trainer, text, teacher
-
-
-def _untrained(net: DeepSeekLM, config: QatConfig, precision: Precision) -> DeepSeekLM:
-    """The net with rounded products and ranges of least squared error."""
-    rounded = QatModel(net, config)
-    rounded.start(precision)
-    return rounded.net
-
-
-def train_qat(
-    settings: Settings, config: QatConfig, resume: bool = False, console: Console | None = None
-) -> dict[str, Any] | None:
-    """The whole run: writes OUT/checkpoint, OUT/qat.json and OUT/qat.png.
-
-    Returns the summary, or None when it was interrupted (state is saved).
-    """
-    from farthing.train.picture import draw
-    from farthing.train.qat_export import save_quantized
-
-    console = console or Console(stderr=True)
-    trainer, text, teacher = build(settings, config, console)
-    student = trainer.model
-    assert isinstance(student, QatModel)
-
-    def score(net: DeepSeekLM) -> float:
-        return perplexity(net, text.heldout, settings.window, settings.eval_tokens)
-
-    precision = config.stages[-1][1]
-    float_perplexity = score(teacher)
-    ptq_perplexity = score(_untrained(copy.deepcopy(teacher), config, precision))
-    smoothed_perplexity = score(_untrained(copy.deepcopy(student.net), config, precision))
-    console.print(
-        f"float {float_perplexity:.3f}; {precision} without training {ptq_perplexity:.3f}, "
-        f"smoothed {smoothed_perplexity:.3f}"
-    )
-    if resume:
-        trainer.load()
-    if not trainer.run():
-        return None
-    size = save_quantized(student, settings.model, settings.out / "checkpoint")
-    final = score(student.net)
-    lost = ptq_perplexity - float_perplexity
-    summary: dict[str, Any] = {
-        "precision": str(precision),
-        "perplexity": {
-            "float": float_perplexity,
-            "untrained": ptq_perplexity,
-            "smoothed": smoothed_perplexity,
-            "trained": final,
-        },
-        "relative_increase": final / float_perplexity - 1,
-        "recovered": (ptq_perplexity - final) / lost if lost > 0 else None,
-        "eval_tokens": settings.eval_tokens,
-        "window": settings.window,
-        "weights_bytes": size,
-        "minutes": trainer.active_seconds / 60,
-        "tokens": trainer.tokens,
-        "curve": trainer.record,
-    }
-    replace_json(settings.out / "qat.json", summary)
-    levels = {
-        "float": float_perplexity,
-        f"{precision} untrained": ptq_perplexity,
-        "smoothed": smoothed_perplexity,
-    }
-    draw(
-        settings.out / "qat.png",
-        {"trained": curve(trainer, "perplexity")},
-        "held-out perplexity",
-        levels=levels,
-    )
-    return summary

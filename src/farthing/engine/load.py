@@ -1,0 +1,49 @@
+"""Load a model and start an engine over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from farthing.config import EngineConfig
+from farthing.conversation.select import template_source
+from farthing.engine.engine import Engine, NewCache, own_cache
+from farthing.engine.model import Model
+from farthing.engine.tokenizer import Tokenizer, generation_defaults
+from farthing.hub import resolve_model
+from farthing.model import ModelConfig, load
+from farthing.ops import Ops, select
+from farthing.ops.select import DTYPES
+from farthing.parallel.cluster import ParallelModel, RankOptions
+
+
+def load_engine(config: EngineConfig, new_cache: NewCache = own_cache) -> Engine:
+    """An engine with its model, tokenizer and recommended sampling; prompts are computed in it."""
+    path = resolve_model(config.model)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
+        tokenizer.chat_template = template_source(config.chat_template) or tokenizer.chat_template
+    model = load_model(path, config)
+    try:
+        return Engine(model, config, tokenizer, generation_defaults(path), new_cache)
+    except BaseException:
+        model.close()
+        raise
+
+
+def load_model(path: Path, config: EngineConfig) -> Model:
+    """The model of a checkpoint directory: in this process, or over ranks."""
+    if config.num_ranks > 1:
+        return ParallelModel(RankOptions(path, config))
+    return load(path, _ops(config), config.experts)
+
+
+def _ops(config: EngineConfig) -> Ops:
+    dtype, threads = DTYPES[config.dtype], config.threads
+    if config.experts_on is None:
+        return select(config.backend, dtype, threads, config.quantization, config.packed)
+    from farthing.ops.hybrid import HybridOps
+
+    # Quantization and the packed file apply to the routed experts, which hold most of the weights.
+    host = select(config.experts_on, None, threads, config.quantization, config.packed)
+    return HybridOps(select(config.backend, dtype, threads), host, config.hot_experts)

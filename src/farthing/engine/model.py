@@ -1,0 +1,68 @@
+"""What the engine needs from a model. `DeepseekModel` and `ParallelModel` implement it.
+
+Legend: T tokens of a step; D hidden size; V vocabulary; L cache layers; E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Protocol
+
+from torch import Tensor
+
+from farthing.model import ModelConfig
+from farthing.ops import Batch, LatentCache, Ops
+from farthing.ops.api import CacheDtype
+
+
+class Model(Protocol):
+    """A language model over a paged latent cache."""
+
+    config: ModelConfig
+    ops: Ops
+
+    @property
+    def mtp(self) -> Sized:
+        """The multi-token prediction layers; empty: the model cannot draft."""
+
+    @property
+    def cache_layers(self) -> int:
+        """Number of layers that write to the cache, MTP layers included."""
+
+    def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
+        """An empty cache."""
+
+    def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
+        """ids [T] int64 -> hidden [T, D] before the final norm; adds tokens per expert to counts [L, E]."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, D] -> logits [n, V] float32."""
+
+    def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [n, D] -> (values [n, k], ids [n, k], logsumexp [n])."""
+
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """hidden [n, D] -> the most likely next token per row."""
+
+    def draft(
+        self,
+        next_ids: Tensor,
+        hidden: Tensor,
+        batch: Batch,
+        cache: LatentCache,
+        step: int = 0,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """One MTP step: next_ids [T] follow the tokens of `batch`, whose hidden [T, D] is given -> [T, D]."""
+
+    def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
+        """`logits` of an MTP step's output."""
+
+    def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """`top_logits` of an MTP step's output."""
+
+    def failure(self) -> str | None:
+        """Why the model cannot compute any more; None while it can."""
+
+    def close(self) -> None:
+        """Release processes that compute parts of the model."""

@@ -1,0 +1,17 @@
+"""The protocol class of a server's connections: on httptools if it is installed, else on h11."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from farthing.server.connections import Connections, GuardedH11
+
+
+def protocol(guard: Connections) -> Callable[..., asyncio.Protocol]:
+    """What uvicorn creates per connection."""
+    try:
+        from farthing.server.connections_httptools import GuardedHttpTools
+    except ImportError:
+        return type("Protocol", (GuardedH11,), {"guard": guard})
+    return type("Protocol", (GuardedHttpTools,), {"guard": guard})
