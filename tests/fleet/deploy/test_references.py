@@ -79,7 +79,11 @@ def test_controller_can_read_its_configuration_and_one_thing_scales(
         == any(o["kind"] == "APIService" for o in objects)
     )
     assert bool(by_keda) == (config.keda is not None)
+    assert config.policy.rule == "slo"
     for hpa in by_hpa:
+        names = {metric["external"]["metric"]["name"] for metric in hpa["spec"]["metrics"]}
+        window = hpa["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"]
+        assert window == (0 if names == {"desired_replicas"} else 300)  # the policy's window counts once
         assert config.external_metrics is not None
         assert (hpa["spec"]["minReplicas"], hpa["spec"]["maxReplicas"]) == (
             config.policy.min_replicas,

@@ -33,8 +33,18 @@ class Pair:
         return self.certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def issue(folder: Path, name: str, authority: Pair | None = None, *, server: bool = False) -> Pair:
-    """A certificate for CN `name`: an authority of its own without `authority`, else a leaf signed by it."""
+def issue(
+    folder: Path,
+    name: str,
+    authority: Pair | None = None,
+    *,
+    server: bool = False,
+    hosts: tuple[str, ...] = (),
+) -> Pair:
+    """A certificate for CN `name`: an authority of its own without `authority`, else a leaf signed by it.
+
+    A leaf is valid for 127.0.0.1 and the DNS names `hosts`.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.UTC)
@@ -56,7 +66,9 @@ def issue(folder: Path, name: str, authority: Pair | None = None, *, server: boo
     if authority is not None:
         usage = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-        addresses = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        names = [x509.DNSName(host) for host in hosts]
+        loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        addresses = x509.SubjectAlternativeName([loopback, *names])
         builder = builder.add_extension(addresses, critical=False)
     certificate = builder.sign(signer, hashes.SHA256())
     files = folder / f"{name}.crt", folder / f"{name}.key"
