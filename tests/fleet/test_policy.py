@@ -12,7 +12,7 @@ from farthing.fleet.decisions import Forecast, Snapshot
 from farthing.fleet.policy import Policy, PolicyState
 from farthing.fleet.policy_config import PolicyConfig
 
-CONFIG = PolicyConfig(capacity=1.0)
+CONFIG = PolicyConfig(capacity=1.0, rule="published")
 
 
 def seen(time: float, current: int, rate: float | None, **more: object) -> Snapshot:
@@ -108,7 +108,7 @@ def test_backlog_asks_for_replicas_to_work_it_off() -> None:
 
 
 def test_stabilized_goes_down_to_the_largest_need_of_five_minutes() -> None:
-    policy, current, history = Policy(CONFIG.stabilized()), 10, []
+    policy, current, history = Policy(CONFIG.with_rule("stabilized")), 10, []
     for now in range(0, 1000, 15):
         rate = 7.0 if now < 400 else 5.6
         current = policy.decide(now, seen(now, current, rate)).target
@@ -145,7 +145,7 @@ def test_a_missing_latency_signal_allows_up_but_not_down(gap: dict[str, None]) -
 
 @pytest.mark.parametrize("jump", [-3600.0, 3600.0])
 def test_a_clock_jump_never_scales_down(jump: float) -> None:
-    policy = Policy(CONFIG.stabilized())
+    policy = Policy(CONFIG.with_rule("stabilized"))
     for now in range(0, 600, 15):
         policy.decide(now, seen(now, 10, 7.0))
     late = 600 + jump
@@ -178,7 +178,7 @@ def test_a_failing_forecast_is_named_among_the_alarms() -> None:
 
 
 def test_state_survives_json() -> None:
-    policy = Policy(CONFIG.stabilized())
+    policy = Policy(CONFIG.with_rule("stabilized"))
     for now in range(0, 120, 15):
         policy.decide(now, seen(now, 10, 7.0 - now / 100, queue_time_s=0.3))
     copy = Policy(policy.config, PolicyState.from_json(policy.state.to_json()))

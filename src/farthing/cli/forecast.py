@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from farthing.fleet.forecast.backtest import MODELS, Backtest, backtest, make, parse_horizon
+from farthing.fleet.forecast.backtest import (
+    MODELS,
+    PATHS,
+    Backtest,
+    backtest,
+    backtest_short,
+    make,
+    parse_horizon,
+)
+from farthing.fleet.forecast.short import ShortConfig
 from farthing.fleet.series import read_series
 
 app = typer.Typer(help="Backtest the load forecasters on a series.")
@@ -26,7 +35,7 @@ def main(
     series: Annotated[
         Path, typer.Argument(help="CSV with t_s,total_rate_rps or timestamp,value; plain or gzip.")
     ],
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "mix",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "mixture",
     horizon: Annotated[str, typer.Option(help="How far ahead: 10m, 24h, …")] = "10m",
     begin: Annotated[float, typer.Option(help="Share of the series before the first forecast.")] = 0.5,
     refit: Annotated[str, typer.Option(help="How often the model is fitted anew.")] = "24h",
@@ -39,9 +48,11 @@ def main(
         plan = Backtest(begin=begin, refit_s=parse_horizon(refit))
         with console.status("reading") as status:
             data = read_series(series)
-            report = backtest(
-                data, make(model, country), parse_horizon(horizon), plan, lambda t: status.update(t)
-            )
+            ahead = parse_horizon(horizon)
+            if model in MODELS and model not in PATHS:
+                report = backtest_short(data, ShortConfig(model=model), ahead, plan)
+            else:
+                report = backtest(data, make(model, country), ahead, plan, lambda t: status.update(t))
     except (ValueError, OSError) as error:
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(2) from error

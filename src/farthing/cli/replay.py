@@ -20,7 +20,7 @@ farthing replay                                         (the example trace, all 
 
 farthing replay rates.csv --policy farthing,hpa,oracle --utilization 0.7 --load-time 600 --json
 
-farthing replay rates.csv --policy farthing-stabilized-tuned,hpa-tuned --second-half --picture fleet.png"""
+farthing replay rates.csv --policy stabilized-tuned,hpa-tuned --second-half --picture fleet.png"""
 
 
 @app.command(epilog=EPILOG)

@@ -36,6 +36,7 @@ class Snapshot:
     queue_time_s: float | None = None  # mean time a request waits before it runs
     ttft_s: float | None = None  # mean time to first token
     tpot_s: float | None = None  # mean time per output token
+    late_share: float | None = None  # share of requests that missed the SLO lately, 0..1
     running: float | None = None  # requests that run
     kv_usage: float | None = None  # share of the cache in use, 0..1
     cold_start_s: float | None = None  # P90 of launch-to-ready; None: the configured one
@@ -71,6 +72,7 @@ class Forecast:
     source: str
     skill: float | None = None
     note: str = ""  # for instance "lstm replaced by last-value: running skill -0.12"
+    weight: float | None = None  # of `source` where several forecasters are mixed
 
     def __post_init__(self) -> None:
         if len(self.p50) != len(self.p90) or not self.p50:

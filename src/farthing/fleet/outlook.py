@@ -22,7 +22,6 @@ from farthing.fleet.config import FleetConfig, build
 from farthing.fleet.decisions import Forecast, Snapshot
 from farthing.fleet.forecast.day import DayForecaster
 from farthing.fleet.forecast.floor import FloorShare
-from farthing.fleet.forecast.lstm import LSTMConfig
 from farthing.fleet.forecast.prophet import ProphetConfig
 from farthing.fleet.forecast.short import GRID_S, ShortConfig, ShortTerm
 from farthing.fleet.series import DAY_S, Array, Series
@@ -158,7 +157,7 @@ class LiveOutlook:
         self._capacity = OnlineCapacity(policy.capacity, policy.unit, policy.latency_threshold_s)
         lead = max(GRID_S, policy.cold_start_s + policy.interval_s)
         settings = forecast_settings(config.forecast)
-        self._short = ShortTerm(ShortConfig(lead_s=lead, directory=config.state / "lstm", lstm=settings[0]))
+        self._short = ShortTerm(replace(settings[0], lead_s=lead))
         self._plan = DayPlan(
             settings[1], lead_s=lead, utilization=policy.target_utilization, bound=self._short_bound
         )
@@ -244,13 +243,13 @@ class LiveOutlook:
         self._plan.refit(now)
 
 
-def forecast_settings(data: dict[str, Any]) -> tuple[LSTMConfig, ProphetConfig]:
-    """The `forecast` section: `lstm` and `prophet` (with `country` and `events`). Raises ValueError."""
-    unknown = set(data) - {"lstm", "prophet"}
+def forecast_settings(data: dict[str, Any]) -> tuple[ShortConfig, ProphetConfig]:
+    """The `forecast` section: `short` (its model) and `prophet` (country, events). Raises ValueError."""
+    unknown = set(data) - {"short", "prophet"}
     if unknown:
-        raise ValueError(f"forecast.{sorted(unknown)[0]}: no such field; known are lstm, prophet")
+        raise ValueError(f"forecast.{sorted(unknown)[0]}: no such field; expected short or prophet")
     return (
-        build(LSTMConfig, data.get("lstm", {}), "forecast.lstm"),
+        build(ShortConfig, data.get("short", {}), "forecast.short"),
         build(ProphetConfig, data.get("prophet", {}), "forecast.prophet"),
     )
 

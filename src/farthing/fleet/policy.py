@@ -1,8 +1,10 @@
 """From signals and forecasts to a number of replicas.
 
-    required = ceil(load / (target_utilization · capacity))   for each of three levels; their maximum counts
+    required = ceil(load / (utilization · capacity))   for each of three levels; the largest counts
     up:   at once to `required`
-    down: only when required < scale_down_below · current, never on missing or stale signals
+    down: to the largest `required` of five minutes (rules "slo" and "stabilized"), or only when
+          required < 0.6 · current (rule "published"); never on missing or stale signals
+    utilization: fixed, or moved by the SLO (`slo`)
 
 Levels: *short* (forecast over one cold start + one interval ahead), *mid* (day plan, the floor), *realtime*
 (the load now, the backlog, and the latency rule "above the threshold for N seconds: factor × the current
@@ -35,6 +37,8 @@ class PolicyState:
     breach_since: float | None = None  # latency above the threshold without a break since
     step_time: float | None = None  # last step of the latency rule, and what it asked for
     step_target: int = 0
+    utilization: float | None = None  # as moved by the SLO
+    slo_time: float | None = None  # when it was moved last
     history: list[tuple[float, int]] = field(
         default_factory=list
     )  # (time, required) of the stabilization window
@@ -98,6 +102,7 @@ class Policy:
             return self._hold(now, count, snapshot, (*alarms, *missing))
         snapshot = replace(snapshot, current=count)
         rate = capacity if capacity is not None and capacity > 0 else self.config.capacity
+        self._follow_slo(now, snapshot)
         answers = self._levels(now, snapshot, short, mid, rate)
         decided_by, best = max(answers.items(), key=lambda item: item[1].replicas)
         alarms += tuple(f"forecast: {f.note}" for f in (short, mid) if f is not None and f.note)
@@ -116,8 +121,37 @@ class Policy:
             required=best.replicas,
             reason=f"{decided_by}: {best.reason}" + (f"; {why}" if why else ""),
             alarms=alarms,
-            inputs=_inputs(snapshot, short, mid, rate),
+            inputs=_inputs(snapshot, short, mid, rate, self.utilization),
         )
+
+    # ---- the SLO ----
+
+    @property
+    def utilization(self) -> float:
+        """The target utilization in force."""
+        moved = self.state.utilization if self.config.by_slo else None
+        return moved if moved is not None else self.config.target_utilization
+
+    def _follow_slo(self, now: float, snapshot: Snapshot) -> None:
+        """Move the utilization by the share of late requests since the last decision."""
+        late = self._late(snapshot)
+        since, self.state.slo_time = self.state.slo_time, now
+        if not self.config.by_slo or late is None or since is None:
+            return
+        passed = now - since
+        if 0 < passed <= max(self.config.stale_after_s, 4 * self.config.interval_s):
+            self.state.utilization = self.config.slo.moved(self.utilization, late, passed)
+
+    def _late(self, snapshot: Snapshot) -> float | None:
+        """The share of requests that miss the SLO: measured, else all or none by the mean times."""
+        slo = self.config.slo
+        if snapshot.late_share is not None:
+            return snapshot.late_share
+        first = snapshot.ttft_s if snapshot.ttft_s is not None else snapshot.queue_time_s
+        if first is None:
+            return None
+        slow = slo.tpot_s is not None and snapshot.tpot_s is not None and snapshot.tpot_s > slo.tpot_s
+        return 1.0 if first > slo.ttft_s or slow else 0.0
 
     # ---- the three levels ----
 
@@ -135,7 +169,10 @@ class Policy:
             if name in self.config.levels and forecast is not None and peak is not None:
                 need = self._needed(peak, rate)
                 load = f"{peak:.4g} {self.config.unit}/s (q{quantile:.2f})"
-                reason = f"{forecast.source} forecasts {load} within {until - now:.0f} s, needs {need}"
+                carried = f" (weight {forecast.weight:.0%})" if forecast.weight is not None else ""
+                reason = (
+                    f"{forecast.source}{carried} forecasts {load} within {until - now:.0f} s, needs {need}"
+                )
                 answers[name] = _Level(need, reason)
         realtime = self._realtime(now, snapshot, rate)
         if "realtime" in self.config.levels or not answers:  # something must always answer
@@ -149,8 +186,12 @@ class Policy:
         best = _Level(need, f"load is {load:.4g} {self.config.unit}/s, needs {need}")
         work = self._backlog_work(snapshot, load)
         if work > 0:
-            drain = max(self.config.drain_s, self.lead(snapshot))
-            need = _ceil((load + work / drain) / rate)
+            if self.config.drains_fast:
+                drain = self.config.drain_s
+                need = self._needed(load + work / drain, rate)
+            else:
+                drain = max(self.config.drain_s, self.lead(snapshot))
+                need = _ceil((load + work / drain) / rate)
             if need > best.replicas:
                 best = _Level(
                     need,
@@ -195,7 +236,7 @@ class Policy:
         )
 
     def _needed(self, load: float, rate: float) -> int:
-        return _ceil(load / (self.config.target_utilization * rate))
+        return _ceil(load / (self.utilization * rate))
 
     def _backlog_work(self, snapshot: Snapshot, load: float) -> float:
         """The backlog in units of the load (requests, or their tokens at the present mean)."""
@@ -237,19 +278,19 @@ class Policy:
             return current, "settling", "no scale-down until a whole window has been seen"
         if state.last_change is not None and now - state.last_change < config.cooldown_s:
             return current, "cooldown", f"no scale-down within {config.cooldown_s:g} s of a change"
-        wanted = max([required, *(n for _, n in state.history)]) if config.stabilization_s > 0 else required
+        wanted = max([required, *(n for _, n in state.history)]) if config.window_s > 0 else required
         if wanted >= current:
             return (
                 current,
                 "stabilization",
-                f"{wanted} were needed within the last {config.stabilization_s:g} s",
+                f"{wanted} were needed within the last {config.window_s:g} s",
             )
-        if config.scale_down_below < 1 and not wanted < config.scale_down_below * current:
-            return current, "down_rule", f"{wanted} is not below {config.scale_down_below:g} × {current}"
+        if config.down_below < 1 and not wanted < config.down_below * current:
+            return current, "down_rule", f"{wanted} is not below {config.down_below:g} × {current}"
         return wanted, "", ""
 
     def _remember(self, now: float, required: int) -> None:
-        if self.config.stabilization_s <= 0:
+        if self.config.window_s <= 0:
             return
         history = self.state.history
         while (
@@ -257,7 +298,7 @@ class Policy:
         ):  # a later, larger one hides the earlier: keep a falling sequence
             history.pop()
         history.append((now, required))
-        while history[0][0] < now - self.config.stabilization_s:
+        while history[0][0] < now - self.config.window_s:
             history.pop(0)
 
     # ---- missing signals and clocks ----
@@ -265,7 +306,7 @@ class Policy:
     def _watch_clock(self, now: float) -> tuple[str, ...]:
         """Starts, long gaps and jumps begin a new window, in which nothing is taken away."""
         state, config = self.state, self.config
-        window = max(config.stabilization_s, config.cooldown_s)
+        window = max(config.window_s, config.cooldown_s)
         gap = max(config.stale_after_s, 4 * config.interval_s)
         last, state.last_time = state.last_time, now
         if last is None:
@@ -333,14 +374,19 @@ def _action(target: int, current: int) -> Action:
 
 
 def _inputs(
-    snapshot: Snapshot, short: Forecast | None, mid: Forecast | None, capacity: float
+    snapshot: Snapshot, short: Forecast | None, mid: Forecast | None, capacity: float, utilization: float
 ) -> dict[str, Any]:
-    inputs: dict[str, Any] = {"capacity": capacity, "snapshot": asdict(snapshot)}
+    inputs: dict[str, Any] = {
+        "capacity": capacity,
+        "utilization": utilization,
+        "snapshot": asdict(snapshot),
+    }
     for name, forecast in (("short", short), ("mid", mid)):
         if forecast is not None:
             inputs[name] = {
                 "source": forecast.source,
                 "skill": forecast.skill,
+                "weight": forecast.weight,
                 "p50": max(forecast.p50),
                 "p90": max(forecast.p90),
                 "until": forecast.end,

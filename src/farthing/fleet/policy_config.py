@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from farthing.fleet.decisions import Level
+from farthing.fleet.slo import SloConfig
 
+# rule -> (scale_down_below, stabilization_s, whether the SLO moves the utilization, whether a backlog is
+# worked off within drain_s at the target utilization, or within a cold start at full capacity)
+RULES: dict[str, tuple[float, float, bool, bool]] = {
+    "slo": (1.0, 300.0, True, True),
+    "stabilized": (1.0, 300.0, False, True),
+    "published": (0.6, 0.0, False, False),
+}
 LATENCY_METRICS = ("queue_time", "ttft", "none")
 COUNTS = ("ready", "current")
 UNITS = ("requests", "tokens")
@@ -15,13 +23,21 @@ LEVELS: tuple[Level, ...] = ("short", "mid", "realtime")
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The knobs of the policy. The defaults are the documented rule, `stabilized()` its 5-minute variant."""
+    """The settings of the policy.
+
+    `rule` names what happens on the way down and what sets the utilization: "slo" (down to the largest need
+    of five minutes, utilization moved by the SLO), "stabilized" (the same with a fixed utilization),
+    "published" (down only below 0.6 of the current replicas, fixed utilization). Fields left at None come
+    from the rule.
+    """
 
     capacity: float  # load units a second one replica sustains within its latency targets
     unit: str = "requests"  # of the load and the capacity: "requests" or "tokens"
-    target_utilization: float = 0.7
-    scale_down_below: float = 0.6  # down only when required < this · current; 1.0 switches the rule off
-    stabilization_s: float = 0.0  # down only to the largest `required` of this window; 0 or 300
+    rule: str = "slo"
+    target_utilization: float = 0.7  # the first one where the SLO moves it
+    slo: SloConfig = field(default_factory=SloConfig)
+    scale_down_below: float | None = None  # down only when required < this · current; 1.0: no such rule
+    stabilization_s: float | None = None  # down only to the largest `required` of this window
     min_replicas: int = 1
     max_replicas: int = 1000
     max_step: int | None = None  # replicas one decision may add or remove
@@ -36,12 +52,11 @@ class PolicyConfig:
     latency_for_s: float = 30.0
     latency_factor: float = 1.5
     latency_of: str = "ready"  # what the factor multiplies: replicas that serve, or all "current" ones
-    drain_s: float = (
-        60.0  # a backlog shall be worked off in this time, or in a cold start where that is longer
-    )
+    drain_s: float = 60.0  # a backlog shall be worked off in this time
     stale_after_s: float = 60.0  # signals older than this count as missing
 
     def __post_init__(self) -> None:
+        _check("rule", self.rule, f"one of {', '.join(RULES)}", self.rule in RULES)
         positive = ("capacity", "interval_s", "latency_threshold_s", "drain_s", "stale_after_s")
         for name in positive:
             _check(
@@ -50,7 +65,7 @@ class PolicyConfig:
                 "a number above 0",
                 _finite(getattr(self, name)) and getattr(self, name) > 0,
             )
-        for name in ("stabilization_s", "cooldown_s", "cold_start_s", "latency_for_s"):
+        for name in ("window_s", "cooldown_s", "cold_start_s", "latency_for_s"):
             _check(
                 name,
                 getattr(self, name),
@@ -59,7 +74,7 @@ class PolicyConfig:
             )
         _check("unit", self.unit, f"one of {UNITS}", self.unit in UNITS)
         _check("target_utilization", self.target_utilization, "in (0, 1]", 0 < self.target_utilization <= 1)
-        _check("scale_down_below", self.scale_down_below, "in (0, 1]", 0 < self.scale_down_below <= 1)
+        _check("scale_down_below", self.scale_down_below, "in (0, 1]", 0 < self.down_below <= 1)
         _check("min_replicas", self.min_replicas, "0 or more", self.min_replicas >= 0)
         _check(
             "max_replicas",
@@ -82,9 +97,29 @@ class PolicyConfig:
         _check("latency_of", self.latency_of, f"one of {COUNTS}", self.latency_of in COUNTS)
         _check("latency_factor", self.latency_factor, "above 1", self.latency_factor > 1)
 
-    def stabilized(self, window_s: float = 300.0) -> PolicyConfig:
-        """The variant with a window for the 0.6 rule: down to the largest `required` of 5 minutes."""
-        return replace(self, scale_down_below=1.0, stabilization_s=window_s)
+    @property
+    def down_below(self) -> float:
+        """Down only when required < this · current; 1 where there is no such rule."""
+        return self.scale_down_below if self.scale_down_below is not None else RULES[self.rule][0]
+
+    @property
+    def window_s(self) -> float:
+        """Seconds of the stabilization window; 0 where there is none."""
+        return self.stabilization_s if self.stabilization_s is not None else RULES[self.rule][1]
+
+    @property
+    def by_slo(self) -> bool:
+        """Whether the SLO moves the utilization."""
+        return RULES[self.rule][2]
+
+    @property
+    def drains_fast(self) -> bool:
+        """Whether a backlog is worked off within `drain_s` at the target utilization."""
+        return RULES[self.rule][3]
+
+    def with_rule(self, rule: str) -> PolicyConfig:
+        """The same settings under another rule."""
+        return replace(self, rule=rule, scale_down_below=None, stabilization_s=None)
 
 
 def _finite(value: float) -> bool:

@@ -20,6 +20,7 @@ _LOCAL = {
     "latency_for_s": 2.0,
     "stale_after_s": 10.0,
     "drain_s": 5.0,
+    "stabilization_s": 60.0,
     "cooldown_s": 60.0,
 }
 

@@ -127,7 +127,7 @@ def test_mix_takes_the_profiles_in() -> None:
     plain = backtest(series, Mix(experts=[RidgeAR()]), 3600, Backtest(begin=0.8), lambda text: None)
     mixed = Mix(experts=[RidgeAR()], slow=profiles())
     assert backtest(series, mixed, 3600, Backtest(begin=0.8), lambda text: None)["wape"] < plain["wape"]
-    assert [part.name for part in make("mix", "US").slow] == ["lstm", "profile4", "profile6"]  # type: ignore[attr-defined]
+    assert [part.name for part in make("mix", "US").slow] == ["profile4", "profile6"]  # type: ignore[attr-defined]
 
 
 def test_day_forecaster_blends_and_learns_the_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from farthing.fleet.decisions import Snapshot
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.replay.oracle import cost_hours
-from farthing.fleet.replay.policies import FarthingRule, FixedRule, HpaRule, needed
+from farthing.fleet.replay.policies import FarthingRule, FixedRule, HpaRule
 from farthing.fleet.replay.rate import Setting, View, simulate
 from farthing.fleet.replay.run import POLICIES, Replay, ReplayConfig, base_of
 from farthing.fleet.replay.trace import EXAMPLE, RequestTrace, rate_load, read_trace
@@ -91,30 +91,35 @@ def test_failures_are_replaced_and_cost_slo() -> None:
     assert result.slo[0] < 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.floats(0, 60), min_size=3, max_size=60), st.sampled_from([0.0, 300.0]), st.integers(0, 2**16)
+    st.lists(st.floats(0, 60), min_size=3, max_size=60),
+    st.sampled_from(["slo", "stabilized", "published"]),
+    st.integers(0, 2**16),
 )
-def test_the_rule_over_lanes_is_the_policy(loads: list[float], window: float, seed: int) -> None:
-    """Same loads, backlogs and waits: FarthingRule decides what Policy decides."""
-    config = PolicyConfig(capacity=1.0, levels=("realtime",), max_replicas=1000)
-    config = config.stabilized(window) if window else config
+def test_the_rule_over_lanes_is_the_policy(loads: list[float], name: str, seed: int) -> None:
+    """Same loads, backlogs, waits and late shares: FarthingRule decides what Policy decides."""
+    config = PolicyConfig(capacity=1.0, levels=("realtime",), max_replicas=1000, rule=name)
     random = np.random.default_rng(seed)
     load = np.array(loads)[:, None]
     rule = FarthingRule(
-        needed(load, 0.7, 1.0),
         load,
+        load,
+        np.array([0.7]),
         1.0,
         600.0,
         15.0,
-        scale_down_below=config.scale_down_below,
-        stabilization_s=window,
+        scale_down_below=config.down_below,
+        stabilization_s=config.window_s,
         max_replicas=1000,
+        drains_fast=config.drains_fast,
+        slo=config.slo if config.by_slo else None,
     )
     policy, current = Policy(config), int(rule.start[0])
     for tick, rate in enumerate(loads):
         ready = int(random.integers(0, current + 1))
         wait = float(random.choice([0.0, 0.0, 0.5, 3.0]))
+        late = float(random.choice([0.0, 0.3, 1.0]))
         backlog = wait * max(ready, 1)
         view = View(
             tick,
@@ -123,8 +128,11 @@ def test_the_rule_over_lanes_is_the_policy(loads: list[float], window: float, se
             np.array([ready]),
             np.array([backlog]),
             np.array([wait]),
+            np.array([late]),
         )
-        snapshot = Snapshot(tick * 15.0, current, ready, rate, backlog=backlog, queue_time_s=wait)
+        snapshot = Snapshot(
+            tick * 15.0, current, ready, rate, backlog=backlog, queue_time_s=wait, late_share=late
+        )
         lane = int(rule.decide(view)[0])
         assert lane == policy.decide(tick * 15.0, snapshot).target
         current = lane
@@ -137,7 +145,9 @@ def test_hpa_ignores_ten_percent_and_waits_before_it_goes_down() -> None:
     for tick in range(len(load)):
         zero = np.zeros(1)
         current = int(
-            rule.decide(View(tick, tick * 15.0, np.array([current]), np.array([current]), zero, zero))[0]
+            rule.decide(View(tick, tick * 15.0, np.array([current]), np.array([current]), zero, zero, zero))[
+                0
+            ]
         )
         seen.append(current)
     assert set(seen[:50]) == {10}
@@ -166,7 +176,7 @@ def test_the_example_meets_the_slo_below_the_price_of_the_peers_headroom() -> No
     series = read_trace(EXAMPLE)
     assert isinstance(series, Series)
     made = Replay(series, ReplayConfig(seeds=2))
-    ours, hpa = made.run("farthing-stabilized", [0.7]), made.run("hpa", [0.7])
+    ours, hpa = made.run("farthing", [0.7]), made.run("hpa", [0.7])
     assert ours.slo.mean() >= 0.995
     assert ours.instance_hours.mean() <= 1.20 * made.oracle(0.7).mean()
     assert hpa.slo.mean() < 0.96
@@ -199,7 +209,7 @@ def test_cli_names_what_is_wrong(arguments: list[str], message: str) -> None:
 
 
 def test_names_of_policies() -> None:
-    assert base_of("farthing-stabilized-tuned") == "farthing-stabilized"
+    assert base_of("stabilized-tuned") == "stabilized"
     with pytest.raises(ValueError, match="known are"):
         base_of("static-tuned")
 

@@ -11,9 +11,12 @@ import numpy as np
 
 from farthing.fleet.forecast.base import Floats, Forecaster, LastValue, Seasonal
 from farthing.fleet.forecast.conformal import Conformal
+from farthing.fleet.forecast.history import History
+from farthing.fleet.forecast.short import SHORT_MODELS, ShortConfig, walk
 from farthing.fleet.series import DAY_S, Series
 
-MODELS = ("naive", "seasonal", "seasonal-week", "ridge", "ar", "profile", "mix", "lstm", "prophet", "day")
+PATHS = ("naive", "seasonal", "seasonal-week", "ridge", "ar", "profile", "mix", "prophet", "day")
+MODELS = (*PATHS, *(name for name in SHORT_MODELS if name not in PATHS))
 Progress = Callable[[str], None]
 
 
@@ -34,14 +37,9 @@ def make(model: str, country: str | None = None) -> Forecaster:
 
         return AbsoluteAR()
     if model == "mix":
-        from farthing.fleet.forecast.lstm import LSTMForecaster
         from farthing.fleet.forecast.mix import Mix, profiles
 
-        return Mix(slow=[LSTMForecaster(), *profiles(country)])
-    if model == "lstm":
-        from farthing.fleet.forecast.lstm import LSTMForecaster
-
-        return LSTMForecaster()
+        return Mix(slow=profiles(country))
     if model == "profile":
         from farthing.fleet.forecast.profile import ProfileAR, ProfileConfig
 
@@ -51,7 +49,7 @@ def make(model: str, country: str | None = None) -> Forecaster:
         from farthing.fleet.forecast.prophet import ProphetConfig
 
         return DayForecaster(ProphetConfig(country=country), blend=model == "day")
-    raise ValueError(f"model {model!r}: known are {', '.join(MODELS)}")
+    raise ValueError(f"model {model!r}: known are {', '.join(PATHS)}")
 
 
 def parse_horizon(text: str) -> float:
@@ -145,4 +143,41 @@ def _report(truth: Floats, errors: Floats, covered: list[float], fit_seconds: li
         "fit_seconds": float(np.mean(fit_seconds)),
         "origins": len(covered),
         "steps": len(truth) // max(1, len(covered)),
+    }
+
+
+def backtest_short(
+    series: Series, config: ShortConfig, horizon_s: float, plan: Backtest | None = None
+) -> dict[str, Any]:
+    """The short-term level over the series as service runs it: forecasts of the peak within the horizon.
+
+    One step of the series is one minute of service; a horizon of one step makes the peak the next value.
+    Returns the figures of `backtest`, the coverage of the level's own 0.9 quantile, its pinball loss in
+    percent of the mean load, and the members' mean weights.
+    """
+    plan = plan or Backtest()
+    steps, begin = max(1, round(horizon_s / series.step_s)), round(plan.begin * len(series))
+    if begin + steps > len(series) or begin < 2:
+        raise ValueError(f"{series.name}: {len(series)} steps hold no backtest from {plan.begin:.0%}")
+    history = History(series.values[:, None], series.step_s, steps * series.step_s)
+    started = time.perf_counter()
+    made, names = walk(history, config)
+    seconds = time.perf_counter() - started
+    origins = np.arange(begin - 1, len(series) - steps)
+    truth = np.array([series.values[o + 1 : o + 1 + steps].max() for o in origins])
+    rivals = [series.values[origins]]
+    for period in (series.per_day, 7 * series.per_day):
+        past = origins + 1 - period
+        before = [series.values[p : p + steps].max() if p >= 0 else np.nan for p in past]
+        rivals.append(np.where(np.isnan(before), series.values[origins], before))
+    point, bound = made.p50[origins, 0], made.p90[origins, 0]
+    errors = np.abs(np.stack([point - truth, *(rival - truth for rival in rivals)]))
+    covered = (truth <= bound).astype(np.float64)
+    miss = truth - bound
+    pinball = np.maximum(plan.quantile * miss, (plan.quantile - 1) * miss)
+    weights = made.weights[origins, :, 0].mean(axis=0)
+    return {
+        **_report(truth, errors, covered.tolist(), [seconds]),
+        "pinball": 100 * float(pinball.mean() / truth.mean()),
+        "weights": dict(zip(names, weights.round(3).tolist(), strict=True)),
     }

@@ -125,33 +125,38 @@ def growth_bound(load: Floats, point: Floats, step_s: float, lead_s: float, conf
     if lead < len(load):
         peaks = trailing_max(load, lead)
         growth[lead:] = peaks[lead:] / np.maximum(point[:-lead], 1e-9)
-    bound = point * _running_quantile(growth, step_s, config)
+    bound = point * running_quantile(
+        growth, step_s, config.quantile, config.window_s, config.prior, config.refresh_s
+    )
     if config.ceiling > 0:
-        bound = np.minimum(bound, _ceiling(load, step_s, config))
+        bound = np.minimum(bound, ceiling(load, step_s, config))
     return np.asarray(np.maximum(bound, load), dtype=np.float64)
 
 
-def _running_quantile(growth: Floats, step_s: float, config: GrowthConfig) -> Floats:
-    """[N, B] quantile over the trailing window, refreshed now and then; the prior stands for what is not
-    seen.
+def running_quantile(
+    seen: Floats, step_s: float, quantile: float, window_s: float, prior: float, refresh_s: float = 600.0
+) -> Floats:
+    """[N, B] quantile of `seen` over the trailing window, refreshed every `refresh_s`.
+
+    `prior` stands for what has not been seen yet.
     """
-    stride = max(1, round(60 / step_s))  # growths of neighbouring steps say the same: one a minute will do
-    sparse = growth[::stride]
-    window = max(1, round(config.window_s / (step_s * stride)))
-    filled = np.concatenate([np.full((window - 1, growth.shape[1]), config.prior), sparse])
+    stride = max(1, round(60 / step_s))  # neighbouring steps are nearly equal: one a minute will do
+    sparse = seen[::stride]
+    window = max(1, round(window_s / (step_s * stride)))
+    filled = np.concatenate([np.full((window - 1, seen.shape[1]), prior), sparse])
     windows = sliding_window_view(filled, window, axis=0)  # [n, B, window]
-    every = max(1, round(config.refresh_s / (step_s * stride)))
+    every = max(1, round(refresh_s / (step_s * stride)))
     at = np.arange(0, len(sparse), every)
-    rank = min(window - 1, int(np.ceil(config.quantile * window)) - 1)
-    out = np.empty((len(at), growth.shape[1]))
+    rank = min(window - 1, int(np.ceil(quantile * window)) - 1)
+    out = np.empty((len(at), seen.shape[1]))
     for begin in range(0, len(at), 256):
         rows = windows[at[begin : begin + 256]]
         out[begin : begin + 256] = np.partition(rows, rank, axis=-1)[..., rank]
-    return np.repeat(out, every * stride, axis=0)[: len(growth)]
+    return np.repeat(out, every * stride, axis=0)[: len(seen)]
 
 
-def _ceiling(load: Floats, step_s: float, config: GrowthConfig) -> Floats:
-    """[N, B] what the bound may not pass: infinite until enough has been seen."""
+def ceiling(load: Floats, step_s: float, config: GrowthConfig) -> Floats:
+    """[N, B] a share of the highest five-minute mean remembered; infinite until enough has been seen."""
     smooth = trailing_mean(load, max(1, round(300 / step_s)))
     highest = trailing_max(smooth, round(config.ceiling_s / step_s)) * config.ceiling
     highest[: min(len(load), round(config.ceiling_after_s / step_s))] = np.inf

@@ -1,194 +1,187 @@
-"""The short-term forecaster: a small LSTM with quantile outputs, seconds to train on one core.
+"""A small LSTM with quantile outputs, shipped trained on several services and tuned to the one at hand.
 
-Shapes: N = training windows, W = window length, H = steps ahead, Q = quantiles (0.5, 0.9). Inputs are
-the last W values relative to the recent level, and their differences; outputs are the departures from
-the last value relative to that level, so that an untrained network forecasts the last value, and a
-change of the load's scale changes nothing. Loss: pinball, weighted by the level (large loads matter
-more, as in WAPE).
+It forecasts y = log(peak within a lead / level now) at 0.5 and 0.9 (see `history`) from a sequence of means
+and, next to its last state, the features every member has. Loss: pinball, weighted by the level. Nothing
+depends on the load's scale or on the length of a lead, so one network serves any service; `fit` starts from
+the shipped weights and takes seconds on one core. `bench/pretrain_load.py` makes the shipped ones.
+
+Shapes: N = origins, W = length of a sequence, F = features, Q = quantiles (0.5, 0.9).
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from safetensors.torch import load_file, save_file
 
 from farthing.fleet.forecast.base import Floats
-from farthing.fleet.series import DAY_S, Series
+from farthing.fleet.forecast.history import FEATURES, History
+from farthing.fleet.forecast.members import QUANTILES, Regression
 
-QUANTILES = (0.5, 0.9)
-VERSION = 1  # of the saved format
+PRETRAINED = Path(__file__).parent / "pretrained.safetensors"
+_NETWORK = "network"  # prefix of the tensors of network i: "network.i."
 
 
 @dataclass(frozen=True)
 class LSTMConfig:
-    """Size and training of the network; the defaults train in seconds on one core."""
+    """How the networks are tuned to the load at hand."""
 
-    window: int = 24  # values it looks back
-    ahead: int = 1  # steps it forecasts
-    hidden: int = 16
-    epochs: int = 20
-    batch: int = 64
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-2
-    networks: int = 2  # trained from different seeds and averaged
-    history_s: float = 14 * DAY_S  # older values are not trained on
+    epochs: int = 4
+    batch: int = 256
+    learning_rate: float = 1e-3
+    history_s: float = 7 * 86400.0  # older values are not trained on
+    least_leads: int = 72  # with less history the shipped networks stay as they are
+    thin: int = 2  # every how many origins one is trained on
 
     def __post_init__(self) -> None:
-        for name in ("window", "ahead", "hidden", "epochs", "batch", "networks"):
+        for name in ("epochs", "batch", "least_leads", "thin"):
             if getattr(self, name) < 1:
-                raise ValueError(f"LSTMConfig.{name} = {getattr(self, name)}: 1 or more is needed")
+                raise ValueError(f"LSTMConfig.{name} = {getattr(self, name)}: expected 1 or more")
 
 
-class _Network(torch.nn.Module):
-    """[N, W, 2] -> [N, H, Q]."""
+class Network(torch.nn.Module):
+    """[N, W, 2] and [N, F] -> [N, Q], the quantiles in order."""
 
-    def __init__(self, config: LSTMConfig) -> None:
+    def __init__(self, hidden: int = 32) -> None:
         super().__init__()
-        self.shape = (config.ahead, len(QUANTILES))
-        self.lstm = torch.nn.LSTM(2, config.hidden, batch_first=True)
-        self.head = torch.nn.Linear(config.hidden, config.ahead * len(QUANTILES))
-        torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
+        self.lstm = torch.nn.LSTM(2, hidden, batch_first=True)
+        self.side = torch.nn.Linear(FEATURES, hidden)
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(2 * hidden, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, len(QUANTILES))
+        )
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        states, _ = self.lstm(inputs)
-        out: torch.Tensor = self.head(states[:, -1])
-        return out.view(-1, *self.shape)
+    def forward(self, sequences: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        states, _ = self.lstm(sequences)
+        out = self.head(torch.cat([states[:, -1], torch.relu(self.side(features))], dim=1))
+        width = torch.nn.functional.softplus(out[:, 1] - 2)
+        return torch.stack([out[:, 0], out[:, 0] + width], dim=1)
 
 
-class LSTMForecaster:
-    """`fit` trains anew on the recent history, `predict` gives the median, `quantiles` both outputs."""
+class LSTM:
+    """The member. With `tune` False it stays as shipped."""
 
-    name = "lstm"
+    def __init__(
+        self, networks: Sequence[Network], config: LSTMConfig | None = None, tune: bool = True
+    ) -> None:
+        self.config, self.tune = config or LSTMConfig(), tune
+        self.name = "lstm" if tune else "lstm-shipped"
+        self._shipped = list(networks)
+        self.networks = list(networks)
 
-    def __init__(self, config: LSTMConfig | None = None) -> None:
-        self.config = config or LSTMConfig()
-        self._networks: list[_Network] = []
-        self.trained_until = float("nan")  # end of the series it was trained on, seconds
-
-    def fit(self, series: Series) -> None:
-        """With fewer windows than a batch it stays untrained and forecasts the last value."""
+    def fit(self, history: History) -> None:
+        """Tune the shipped networks to the first run of `history`."""
         config = self.config
-        values = series.tail(round(config.history_s / series.step_s)).values
-        self._networks = []
-        self.trained_until = series.end
-        if len(values) < config.window + config.ahead + config.batch:
+        recent = history.tail(round(config.history_s / history.step_s))
+        if not self.tune or len(recent) < config.least_leads * history.lead:
             return
-        inputs, level, last = _inputs(values[: -config.ahead], config.window)
-        future = sliding_window_view(values, config.ahead)[config.window + 1 :]
-        target = (future - last[:, None]) / level[:, None]
-        data = [torch.tensor(part, dtype=torch.float32) for part in (inputs, target, level / level.mean())]
+        data = examples([recent], config.thin)
         with torch.random.fork_rng():
-            for seed in range(config.networks):
-                torch.manual_seed(seed)
-                self._networks.append(_train(_Network(config), data, config))
+            torch.manual_seed(0)
+            tuned = [copy.deepcopy(network) for network in self._shipped]
+            for network in tuned:
+                train(network, data, config.epochs, config.learning_rate, config.batch)
+        self.networks = tuned
 
-    def predict(self, values: Floats, steps: int) -> Floats:
-        return self.quantiles(values, steps)[0]
-
-    def quantiles(self, values: Floats, steps: int) -> tuple[Floats, Floats]:
-        """([steps], [steps]) medians and 0.9 quantiles; steps past `ahead` are forecast from the medians."""
-        past = np.asarray(values, dtype=np.float64)
-        low, high = np.empty(0), np.empty(0)
-        while len(low) < steps:
-            p50, p90 = self._once(past)
-            low, high = np.append(low, p50), np.append(high, p90)
-            past = np.append(past, p50)
-        return low[:steps], np.maximum(low, high)[:steps]
-
-    def _once(self, values: Floats) -> tuple[Floats, Floats]:
-        if not self._networks or len(values) < self.config.window + 1:
-            last = np.full(self.config.ahead, values[-1])
-            return last, last
-        inputs, level, last = _inputs(values[-self.config.window - 1 :], self.config.window)
-        with torch.no_grad():
-            batch = torch.tensor(inputs[-1:], dtype=torch.float32)
-            out = torch.stack([network(batch)[0] for network in self._networks]).mean(0).double().numpy()
-        path = np.maximum(0.0, last[-1] + level[-1] * out)
-        return path[:, 0], path[:, 1]
-
-    def save(self, directory: str | Path) -> Path:
-        """Write weights and configuration as the next version; returns the version's directory."""
-        root = Path(directory)
-        taken = [int(p.name[1:]) for p in root.glob("v*") if p.name[1:].isdigit()]
-        target = root / f"v{max(taken, default=0) + 1}"
-        target.mkdir(parents=True)
-        tensors = {
-            f"{index}.{name}": tensor.contiguous()
-            for index, network in enumerate(self._networks)
-            for name, tensor in network.state_dict().items()
-        }
-        if tensors:
-            save_file(tensors, target / "weights.safetensors")
-        about = {"format": VERSION, "config": asdict(self.config), "trained_until": self.trained_until}
-        # NaN is no JSON: an untrained forecaster says null
-        about["trained_until"] = None if self.trained_until != self.trained_until else self.trained_until
-        (target / "config.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        return target
-
-    @classmethod
-    def load(cls, directory: str | Path) -> LSTMForecaster:
-        """The newest version under `directory`, or the version itself. Raises FileNotFoundError,
-        ValueError.
-        """
-        root = Path(directory)
-        versions = sorted((p for p in root.glob("v*") if p.name[1:].isdigit()), key=lambda p: int(p.name[1:]))
-        path = versions[-1] if versions else root
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{root}: no saved forecaster (a directory v1, v2, … with config.json)")
-        about: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if about.get("format") != VERSION:
-            raise ValueError(
-                f"{path}: format {about.get('format')}; this version reads {VERSION}: train anew"
-            )
-        made = cls(LSTMConfig(**about["config"]))
-        until = about["trained_until"]
-        made.trained_until = float("nan") if until is None else float(until)
-        if (path / "weights.safetensors").is_file():
-            tensors = load_file(path / "weights.safetensors")
-            for index in range(made.config.networks):
-                network = _Network(made.config)
-                prefix = f"{index}."
-                part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                network.load_state_dict(part)
-                made._networks.append(network.eval())
-        return made
+    def quantiles(self, history: History, first: int) -> Floats:
+        """[o, B, 2]; in pieces, so that a long replay needs little memory."""
+        n, lanes = len(history) - first, history.load.shape[1]
+        sequences, features = history.sequences, history.features
+        made = np.empty((n * lanes, len(QUANTILES)))
+        for begin in range(0, n, 4096):
+            rows = slice(first + begin, min(first + begin + 4096, len(history)))
+            inputs = [
+                torch.from_numpy(np.ascontiguousarray(part[rows])).float() for part in (sequences, features)
+            ]
+            flat = [part.reshape(-1, *part.shape[2:]) for part in inputs]
+            with torch.no_grad():
+                out = torch.stack([network(*flat) for network in self.networks]).mean(0)
+            made[begin * lanes : begin * lanes + len(out)] = out.double().numpy()
+        return made.reshape(n, lanes, len(QUANTILES))
 
 
-def _inputs(values: Floats, window: int) -> tuple[Floats, Floats, Floats]:
-    """([N, W, 2], [N], [N]) inputs, level and last value of every window that has one value before it."""
-    pieces = sliding_window_view(values, window + 1)
-    shown = pieces[:, 1:]
-    last = shown[:, -1]
-    level = np.maximum(shown[:, -6:].mean(axis=1), 1e-9)
-    relative = (shown - last[:, None]) / level[:, None]
-    steps = np.diff(pieces, axis=1) / level[:, None]
-    return np.clip(np.stack([relative, steps], axis=-1), -5, 5), level, last
+def examples(histories: Sequence[History], thin: int) -> list[torch.Tensor]:
+    """[N, W, 2], [N, F], [N], [N]: sequences, features, truth and weight of every `thin`-th origin."""
+    parts: list[list[Floats]] = [[], [], [], []]
+    for history in histories:
+        chosen = slice(0, len(history.target), thin)
+        level = history.level[chosen, 0]
+        rows = (
+            history.sequences[chosen, 0],
+            history.features[chosen, 0],
+            history.target[chosen, 0].clip(-1, 1),
+            level / level.mean(),
+        )
+        for part, row in zip(parts, rows, strict=True):
+            part.append(row)
+    return [torch.tensor(np.concatenate(part), dtype=torch.float32) for part in parts]
 
 
-def _train(network: _Network, data: list[torch.Tensor], config: LSTMConfig) -> _Network:
-    inputs, target, weight = data
-    optimizer = torch.optim.AdamW(
-        network.parameters(), config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+def train(network: Network, data: list[torch.Tensor], epochs: int, rate: float, batch: int) -> None:
+    """Train in place with a one-cycle schedule."""
+    sequences, features, truth, weight = data
+    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-2)
+    steps = epochs * -(-len(truth) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     quantiles = torch.tensor(QUANTILES)
-    for _ in range(config.epochs):
-        order = torch.randperm(len(inputs))
-        for begin in range(0, len(order), config.batch):
-            rows = order[begin : begin + config.batch]
-            miss = target[rows, :, None] - network(inputs[rows])
+    for _ in range(epochs):
+        order = torch.randperm(len(truth))
+        for begin in range(0, len(order), batch):
+            rows = order[begin : begin + batch]
+            miss = truth[rows, None] - network(sequences[rows], features[rows])
             pinball = torch.maximum(quantiles * miss, (quantiles - 1) * miss)
-            loss = (weight[rows, None, None] * pinball).mean()
+            loss = (weight[rows, None] * pinball).mean()
             optimizer.zero_grad()
             loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
-        schedule.step()
-    return network.eval()
+            schedule.step()
+    network.eval()
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What is shipped: networks, and the start of the quantile regression."""
+
+    networks: list[Network]
+    start: Floats  # [Q, F + 1]
+    centre: Floats  # [F]
+    spread: Floats  # [F]
+
+    def lstm(self, config: LSTMConfig | None = None, tune: bool = True) -> LSTM:
+        return LSTM(self.networks, config, tune)
+
+    def regression(self) -> Regression:
+        return Regression(self.start, self.centre, self.spread)
+
+    def save(self, path: Path) -> None:
+        """Write everything to one safetensors file."""
+        tensors = {
+            f"{_NETWORK}.{index}.{name}": tensor.contiguous()
+            for index, network in enumerate(self.networks)
+            for name, tensor in network.state_dict().items()
+        }
+        for name in ("start", "centre", "spread"):
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).float()
+        save_file(tensors, path)
+
+    @classmethod
+    def read(cls, path: Path = PRETRAINED) -> Pretrained:
+        """Raises FileNotFoundError; ValueError if the file was made for other features."""
+        tensors = load_file(path)
+        if tensors["centre"].shape != (FEATURES,):
+            raise ValueError(f"{path}: made for {len(tensors['centre'])} features; expected {FEATURES}")
+        count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(_NETWORK))
+        networks = []
+        for index in range(count):
+            prefix = f"{_NETWORK}.{index}."
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            network = Network(hidden=part["side.bias"].shape[0])
+            network.load_state_dict(part)
+            networks.append(network.eval())
+        numbers = (tensors[name].double().numpy() for name in ("start", "centre", "spread"))
+        return cls(networks, *numbers)

@@ -1,58 +1,194 @@
-"""The short-term level in service: an LSTM trained on the recent days, watched, and replaced where it fails.
+"""The short-term level: a bound on the peak of the load within one cold start and one interval.
 
-The load is kept on a grid of one minute. The LSTM forecasts on a grid of `block_s`; its running error
-is compared with that of the last value, and while the skill is below zero the last value speaks in its
-place, which is said in the forecast's note and so in the decision log. Upper quantiles are the growth
-bound of `growth`.
+`ShortLevel` is the forecaster itself: members, their mixture and its calibration, advanced over a history in
+pieces of any length. The controller advances it minute by minute (`ShortTerm`), a replay over days at once,
+and `farthing forecast` over the steps of a series: what is reported is what runs.
+
+Shapes: see `history`; M = members.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from farthing.fleet.decisions import Forecast
-from farthing.fleet.forecast.growth import GrowthConfig, growth_bound, point_forecast, steady_load
-from farthing.fleet.forecast.lstm import LSTMConfig, LSTMForecaster
-from farthing.fleet.series import DAY_S, Series
+from farthing.fleet.forecast.base import Floats
+from farthing.fleet.forecast.growth import GrowthConfig, ceiling
+from farthing.fleet.forecast.history import History, memory
+from farthing.fleet.forecast.lstm import PRETRAINED, LSTMConfig, Pretrained
+from farthing.fleet.forecast.members import Blocks, Growth, LastValue, Member
+from farthing.fleet.forecast.mixture import Mixture, MixtureConfig
+from farthing.fleet.series import DAY_S
 
 log = logging.getLogger(__name__)
+
 GRID_S = 60.0
+MIXTURE = ("lstm", "lstm-shipped", "regression", "growth", "last-value")
+BLOCKS = ("mix", "ridge", "ar", "profile")  # path forecasters, used as members of their own
+SHORT_MODELS = ("mixture", *MIXTURE, *BLOCKS)
 
 
 @dataclass(frozen=True)
 class ShortConfig:
-    """When the LSTM is trained, and how it is judged."""
+    """The level's model, and when it learns."""
 
+    model: str = "mixture"  # or one member alone, calibrated
+    members: tuple[str, ...] = MIXTURE  # of the mixture
     lead_s: float = 615.0  # one cold start + one interval
-    block_s: float = 600.0  # the LSTM's grid
-    retrain_s: float = 6 * 3600.0
+    retrain_s: float = 12 * 3600.0
     keep_s: float = 14 * DAY_S  # history that is kept
-    skill_window: int = 72  # forecasts whose errors make the running skill
     lstm: LSTMConfig = field(default_factory=LSTMConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
-    directory: Path | None = None  # where trained versions are saved
+    pretrained: Path = PRETRAINED
+
+    def __post_init__(self) -> None:
+        known = (*MIXTURE, *BLOCKS)
+        if self.model not in SHORT_MODELS:
+            raise ValueError(
+                f"forecast.short.model = {self.model!r}: expected one of {', '.join(SHORT_MODELS)}"
+            )
+        if not self.members or not set(self.members) <= set(known):
+            raise ValueError(f"forecast.short.members = {self.members}: expected some of {', '.join(known)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.members if self.model == "mixture" else (self.model,)
+
+
+def make_members(config: ShortConfig) -> list[Member]:
+    """The members a configuration names. Raises FileNotFoundError where the shipped weights are missing."""
+    learned = {"lstm", "lstm-shipped", "regression"} & set(config.names)
+    shipped = Pretrained.read(config.pretrained) if learned else None
+    made: list[Member] = []
+    for name in config.names:
+        if name in BLOCKS:
+            from farthing.fleet.forecast.backtest import make
+
+            made.append(Blocks(make(name), name))
+        elif name == "growth":
+            made.append(Growth(config.growth))
+        elif name == "last-value":
+            made.append(LastValue())
+        else:
+            assert shipped is not None
+            made.append(
+                shipped.regression()
+                if name == "regression"
+                else shipped.lstm(config.lstm, tune=name == "lstm")
+            )
+    return made
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """Forecasts from some origins: the load's median and 0.9 bound [o, B], the members' weights [o, M, B]."""
+
+    p50: Floats
+    p90: Floats
+    weights: Floats
+
+
+class ShortLevel:
+    """Members and their mixture over `runs` runs side by side."""
+
+    def __init__(self, members: Sequence[Member], runs: int, lead: int, config: MixtureConfig) -> None:
+        self.members = list(members)
+        self._mixture = Mixture(len(self.members), runs, lead, config)
+        self._open = 0  # origins whose outcome is not known
+
+    @property
+    def names(self) -> list[str]:
+        return [member.name for member in self.members]
+
+    def fit(self, history: History) -> None:
+        """Let every member learn from the past; takes seconds."""
+        for member in self.members:
+            member.fit(history)
+
+    def advance(self, history: History, first: int) -> Advanced:
+        """Forecast from the origins `first` to the end, each weighted by the outcomes known then.
+
+        Origins must follow each other from one call to the next; `history` must reach back over `memory` and
+        a lead before `first`, or to its beginning.
+        """
+        made = np.stack([member.quantiles(history, first) for member in self.members])  # [M, o, B, 2]
+        count, lead, level = len(history) - first, history.lead, history.level
+        p50, p90 = (np.empty((count, level.shape[1])) for _ in range(2))
+        weights = np.empty((count, len(self.members), level.shape[1]))
+        for row in range(count):
+            origin = first + row
+            if self._open == lead:
+                self._mixture.learn(history.target[origin - lead])
+                self._open -= 1
+            mixed = self._mixture.step(made[:, row, :, 0], made[:, row, :, 1], level[origin])
+            self._open += 1
+            p50[row] = level[origin] * np.exp(mixed.p50)
+            p90[row] = np.maximum(p50[row], level[origin] * np.exp(mixed.p90))
+            weights[row] = mixed.weights
+        return Advanced(p50, p90, weights)
+
+
+def capped(bound: Floats, history: History) -> Floats:
+    """[o, B] the last origins' bounds as the policy plans for them: at most a share of the highest load.
+
+    Records are rare, and the target utilization leaves room for one. The forecast itself, whose coverage is
+    measured, is not capped.
+    """
+    if history.growth.ceiling <= 0:
+        return bound
+    highest = ceiling(history.level, history.step_s, history.growth)[-len(bound) :]
+    return np.asarray(np.minimum(bound, np.maximum(highest, history.level[-len(bound) :])), dtype=np.float64)
+
+
+def reach(history: History) -> int:
+    """Steps before an origin that some member looks back over."""
+    return max(memory(history), round(2 * DAY_S / history.step_s)) + history.lead
+
+
+def walk(history: History, config: ShortConfig) -> tuple[Advanced, list[str]]:
+    """The level over a whole history as service would have run it, and the names of its members.
+
+    It learns every `retrain_s` from the first run and what was known by then.
+    """
+    runs = history.load.shape[1]
+    level = ShortLevel(make_members(config), runs, history.lead, config.mixture)
+    every, keep = max(1, round(config.retrain_s / history.step_s)), round(config.keep_s / history.step_s)
+    parts = []
+    for begin in range(0, len(history), every):
+        if begin:
+            level.fit(history.head(begin).lane(0).tail(keep))
+        end = min(len(history), begin + every)
+        before = min(begin, reach(history))
+        parts.append(level.advance(history.head(end).tail(end - begin + before), before))
+    joined = (np.concatenate([getattr(p, name) for p in parts]) for name in ("p50", "p90", "weights"))
+    return Advanced(*joined), level.names
 
 
 class ShortTerm:
-    """Feed it loads with `observe`, ask it with `forecast`. Times in seconds; gaps are bridged by a line."""
+    """The level in service: feed it loads with `observe`, query it with `forecast`.
 
-    def __init__(self, config: ShortConfig | None = None, model: LSTMForecaster | None = None) -> None:
+    Times in seconds. Loads are averaged over minutes; gaps are bridged by a line.
+    """
+
+    def __init__(self, config: ShortConfig | None = None, members: Sequence[Member] | None = None) -> None:
         self.config = config or ShortConfig()
-        self.model = model or LSTMForecaster(self.config.lstm)
+        made = list(members) if members is not None else make_members(self.config)
+        lead = max(1, round(self.config.lead_s / GRID_S))
+        self.level = ShortLevel(made, 1, lead, self.config.mixture)
         self._minutes: deque[float] = deque(maxlen=round(self.config.keep_s / GRID_S))
         self._start: float | None = None  # of the minute that fills now
-        self._open: list[float] = []
+        self._filling: list[float] = []
         self._trained: float | None = None
-        self._errors: deque[tuple[float, float]] = deque(maxlen=self.config.skill_window)
-        self._pending: deque[tuple[int, float, float]] = (
-            deque()
-        )  # due minute, LSTM's and last value's forecast
-        self._count = 0
+        self._count = 0  # whole minutes so far
+        self._new = 0  # those the level has not been advanced over
+        self._last: Advanced | None = None
 
     def observe(self, now: float, load: float | None) -> None:
         """Take in the load at `now`; None (missing) and times before the last minute teach nothing."""
@@ -60,70 +196,50 @@ class ShortTerm:
             return
         if self._start is None:
             self._start = now
-        if now < self._start:  # the clock went back: go on from here, the minutes stay in their order
-            self._start, self._open = now, []
+        if now < self._start:  # the clock went back: continue from here, the minutes keep their order
+            self._start, self._filling = now, []
         while now >= self._start + GRID_S:
             previous = self._minutes[-1] if self._minutes else load
-            self._close(float(np.mean(self._open)) if self._open else (previous + load) / 2)
+            self._minutes.append(float(np.mean(self._filling)) if self._filling else (previous + load) / 2)
+            self._new, self._count = self._new + 1, self._count + 1
             behind = now - self._start
             self._start = now if behind > self.config.keep_s else self._start + GRID_S
-            self._open = []
-        self._open.append(load)
-
-    def _close(self, value: float) -> None:
-        self._minutes.append(value)
-        self._count += 1
-        block = round(self.config.block_s / GRID_S)
-        while self._pending and self._pending[0][0] <= self._count:
-            _, model, last = self._pending.popleft()
-            truth = float(np.mean(list(self._minutes)[-block:]))
-            self._errors.append((abs(model - truth), abs(last - truth)))
-        if self._count % block == 0 and self._trained is not None:
-            coarse = self._series().coarse(block)
-            self._pending.append(
-                (self._count + block, float(self.model.predict(coarse.values, 1)[0]), coarse.values[-1])
-            )
-
-    @property
-    def skill(self) -> float | None:
-        """1 - error of the LSTM / error of the last value over the last forecasts; None below twelve."""
-        if len(self._errors) < 12:
-            return None
-        model, last = (float(np.sum(part)) for part in zip(*self._errors, strict=True))
-        return 1 - model / last if last > 0 else 0.0
+            self._filling = []
+        self._filling.append(load)
 
     def retrain(self, now: float) -> bool:
-        """Train if it is due; takes seconds, so a controller calls it beside its loop. True if it trained."""
-        block = round(self.config.block_s / GRID_S)
-        need = (self.config.lstm.window + self.config.lstm.ahead + self.config.lstm.batch) * block
+        """Let the members learn if it is due; takes seconds, so run it beside the loop. True if they did."""
         due = self._trained is None or abs(now - self._trained) >= self.config.retrain_s
-        if not due or len(self._minutes) < need:
+        if not due or len(self._minutes) < 10 * self.config.lead_s / GRID_S:
             return False
-        self.model.fit(self._series().coarse(block))
+        self.level.fit(self._history(len(self._minutes)))
         self._trained = now
-        if self.config.directory is not None:
-            log.info("short-term forecaster saved as %s", self.model.save(self.config.directory))
+        log.info("short-term forecasters fitted on %.1f hours", len(self._minutes) * GRID_S / 3600)
         return True
 
     def forecast(self, now: float) -> Forecast | None:
-        """The load's median and 0.9 bound over the lead, from `now` on; None before the first whole
-        minute.
-        """
-        if not self._minutes:
+        """Median and 0.9 bound of the load's peak over the lead from `now`; None before a whole minute."""
+        self._advance()
+        if self._last is None:
             return None
-        config, minutes = self.config, np.array(self._minutes)[:, None]
-        steady = steady_load(minutes, GRID_S, config.growth)
-        point = point_forecast(minutes, steady, GRID_S, config.lead_s, config.growth)
-        bound = float(growth_bound(steady, point, GRID_S, config.lead_s, config.growth)[-1, 0])
-        source, note, p50 = "last-value", "", float(point[-1, 0])
-        skill = self.skill
-        if skill is not None and skill >= 0:
-            coarse = self._series().coarse(round(config.block_s / GRID_S))
-            source, p50 = "lstm", float(self.model.predict(coarse.values, 1)[0])
-        elif skill is not None:
-            note = f"lstm replaced by last-value: running skill {skill:.2f}"
-        return Forecast(now, config.lead_s, (p50,), (max(p50, bound),), source, skill, note)
+        recent = self._history(round(2 * DAY_S / GRID_S))
+        p90 = float(capped(self._last.p90[-1:], recent)[0, 0])
+        p50 = min(float(self._last.p50[-1, 0]), p90)
+        weights = self._last.weights[-1, :, 0]
+        carried = int(np.argmax(weights))
+        source = self.level.names[carried]
+        return Forecast(now, self.config.lead_s, (p50,), (p90,), source, weight=float(weights[carried]))
 
-    def _series(self) -> Series:
-        start = (self._start or 0.0) - GRID_S * len(self._minutes)
-        return Series(start, GRID_S, np.array(self._minutes), "load")
+    def _advance(self) -> None:
+        if not self._new:
+            return
+        count = min(self._new, len(self._minutes))
+        full = self._history(len(self._minutes))
+        before = min(len(full) - count, reach(full))
+        self._last = self.level.advance(full.tail(count + before), before)
+        self._new = 0
+
+    def _history(self, steps: int) -> History:
+        values = np.array(self._minutes)[-steps:, None]
+        first = self._count - len(values)
+        return History(values, GRID_S, self.config.lead_s, first, self.config.growth)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from farthing.fleet.replay.rate import Floats, Ints, View
+from farthing.fleet.slo import SloConfig
 
 
 def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:
@@ -23,12 +24,13 @@ def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:
 class FarthingRule:
     """`fleet.policy.Policy` for many lanes: the maximum of the levels, up at once, down by the rule.
 
-    `planned` [T, B] is the maximum of the forecast levels and the load's own need, known from the load alone;
-    the backlog term and the latency rule follow from the queue.
+    `planned` [T, B] is the largest load of the forecast levels and the present; backlog, latency and the
+    SLO's utilization follow from the queue.
     """
 
-    planned: Ints
+    planned: Floats  # [T, B]
     load: Floats  # [T, B]
+    utilization: Floats  # [B], the first one where the SLO moves it
     capacity: float
     lead_s: float
     tick_s: float
@@ -38,21 +40,26 @@ class FarthingRule:
     max_replicas: int = 1_000_000
     realtime: bool = True
     drain_s: float = 60.0
+    drains_fast: bool = True  # within drain_s at the target utilization, else within a cold start
     latency_threshold_s: float = 0.2
     latency_for_s: float = 30.0
     latency_factor: float = 1.5
+    slo: SloConfig | None = None
 
     def __post_init__(self) -> None:
         lanes = self.planned.shape[1]
-        self.start: Ints = np.maximum(self.min_replicas, self.planned[0])
+        self.u = np.broadcast_to(np.asarray(self.utilization, dtype=np.float64), (lanes,)).copy()
+        self.start: Ints = np.maximum(self.min_replicas, needed(self.planned[0], self.u, self.capacity))
         self._breach = np.full(lanes, np.inf)  # when the present breach began
         self._step_time = np.full(lanes, -np.inf)
         self._step_target = np.zeros(lanes, np.int64)
         self._recent: deque[Ints] = deque(maxlen=int(self.stabilization_s // self.tick_s) + 1)
-        self._calm = True  # no lane has a breach or a step under way
+        self._calm = True  # no lane has a breach or a step in effect
 
     def decide(self, view: View) -> Ints:
-        required = self.planned[view.tick]
+        if self.slo is not None and view.tick > 0:
+            self.u = self.slo.moved(self.u, view.late, self.tick_s)
+        required = needed(self.planned[view.tick], self.u, self.capacity)
         if self.realtime and (not self._calm or view.backlog.any()):
             required = np.maximum(required, self._from_queue(view))
         wanted = required
@@ -69,8 +76,10 @@ class FarthingRule:
         return np.asarray(np.clip(target, self.min_replicas, self.max_replicas), dtype=np.int64)
 
     def _from_queue(self, view: View) -> Ints:
-        load = self.load[view.tick] + view.backlog / max(self.drain_s, self.lead_s)
-        need = np.where(view.backlog > 0, needed(load, 1.0, self.capacity), 0)
+        drain = self.drain_s if self.drains_fast else max(self.drain_s, self.lead_s)
+        utilization = self.u if self.drains_fast else 1.0
+        load = self.load[view.tick] + view.backlog / drain
+        need = np.where(view.backlog > 0, needed(load, utilization, self.capacity), 0)
         breached = view.wait > self.latency_threshold_s
         self._breach = np.where(breached, np.minimum(self._breach, view.now), np.inf)
         stepped = view.now - self._step_time < self.lead_s

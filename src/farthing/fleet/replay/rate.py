@@ -56,6 +56,7 @@ class View:
     ready: Ints
     backlog: Floats  # load units that wait
     wait: Floats  # seconds that a request arriving now waits
+    late: Floats  # share of the last tick's requests that waited longer than the SLO allows
 
 
 class Rule(Protocol):
@@ -134,6 +135,7 @@ def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Resul
     random = np.random.default_rng(seed)
     risk = setting.failures_per_day * setting.tick_s / 86400
     zero = np.zeros(lanes)
+    late = zero
     for tick in range(ticks):
         pool.arrive(tick)
         if risk > 0:
@@ -143,7 +145,7 @@ def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Resul
         current = pool.ready + pool.starting
         queued = bool(backlog.any())
         wait = backlog / np.maximum(pool.ready * setting.capacity, 1e-9) if queued else zero
-        target = rule.decide(View(tick, tick * setting.tick_s, current, pool.ready, backlog, wait))
+        target = rule.decide(View(tick, tick * setting.tick_s, current, pool.ready, backlog, wait, late))
         delta = target - current
         if delta.any():
             sign = np.sign(delta)
@@ -157,10 +159,13 @@ def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Resul
         rate: Floats = pool.ready.astype(np.float64) * setting.capacity
         if not queued and bool((peaks[tick] <= rate).all()):
             good += sums[tick]
+            late = zero
         else:
+            before = good.copy()
             for step in range(setting.substeps):
                 backlog, share = _flow(backlog, by_tick[tick, step], rate, setting)
                 good += share * by_tick[tick, step] * setting.dt
+            late = np.clip(1 - (good - before) / np.maximum(sums[tick], 1e-12), 0.0, 1.0)
         billed += (pool.ready + pool.starting) * setting.tick_s
         ready0[tick], current0[tick] = pool.ready[0], pool.ready[0] + pool.starting[0]
     total = sums.sum(axis=0)

@@ -227,6 +227,7 @@ def _run(
             ready=np.array([ready]),
             backlog=np.array([float(backlog)]),
             wait=np.array([wait]),
+            late=np.array([float(wait > made.config.wait_slo_s)]),
         )
         delta = int(rule.decide(view)[0]) - current
         if delta:

@@ -11,24 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from farthing.fleet.forecast.growth import (
-    GrowthConfig,
-    growth_bound,
-    point_forecast,
-    steady_load,
-    trailing_mean,
-)
+from farthing.fleet.forecast.growth import trailing_mean
+from farthing.fleet.forecast.short import ShortConfig
+from farthing.fleet.replay.forecasts import short_track
 from farthing.fleet.replay.oracle import demand, oracle_hours
 from farthing.fleet.replay.plan import PlanConfig, day_plan
 from farthing.fleet.replay.policies import FarthingRule, FixedRule, HpaRule, needed
 from farthing.fleet.replay.rate import Floats, Ints, Result, Rule, Setting, simulate
 from farthing.fleet.replay.trace import rate_load
 from farthing.fleet.series import Series
+from farthing.fleet.slo import SloConfig
 
 POLICIES = (
     "farthing",
-    "farthing-stabilized",
-    "farthing-lean",
+    "stabilized",
+    "published",
     "short",
     "mid",
     "realtime",
@@ -38,8 +35,8 @@ POLICIES = (
     "static",
     "oracle",
 )
-TUNABLE = ("farthing", "farthing-stabilized", "farthing-lean", "hpa", "keda")
-STABILIZED = {"farthing-stabilized": 300.0, "farthing-lean": 120.0}
+TUNABLE = ("stabilized", "published", "hpa", "keda")
+STABILIZED = {"farthing": 300.0, "stabilized": 300.0}
 GRID = tuple(round(0.4 + 0.02 * k, 2) for k in range(28))
 Progress = Callable[[str], None]
 
@@ -60,7 +57,8 @@ class ReplayConfig:
     drain_s: float = 30.0
     wait_slo_s: float = 2.0
     failures_per_day: float = 0.0
-    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    short: ShortConfig = field(default_factory=ShortConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     def __post_init__(self) -> None:
@@ -119,9 +117,8 @@ class Replay:
         lead = config.load_time_s + setting.tick_s
         self.rate = trailing_mean(raw, round(60 / setting.tick_s))
         self.progress("short-term bound")
-        steady = steady_load(raw, setting.tick_s, config.growth)
-        point = point_forecast(raw, steady, setting.tick_s, lead, config.growth)
-        self.bound = growth_bound(steady, point, setting.tick_s, lead, config.growth)
+        track = short_track(raw, setting.tick_s, lead, config.short)
+        self.bound, self.weights = np.maximum(track.bound, self.rate), track.weights
         self.progress("day plan")
         told = replace(config.plan, utilization=config.utilization)
         plan = day_plan(
@@ -151,19 +148,19 @@ class Replay:
         bound = np.tile(self.bound[span], (1, copies))
         floor = np.tile(self.floor[span], (1, copies))
         parts = {"short": (bound,), "mid": (floor,), "realtime": (rate,)}.get(name, (bound, floor, rate))
-        planned = needed(parts[0], utilization, capacity)
-        for part in parts[1:]:
-            planned = np.maximum(planned, needed(part, utilization, capacity))
         window = STABILIZED.get(name, 0.0)
         return FarthingRule(
-            planned,
+            np.maximum.reduce(parts),
             rate,
+            utilization,
             capacity,
             self.config.load_time_s,
             tick_s,
             scale_down_below=1.0 if window else 0.6,
             stabilization_s=window,
             realtime=name not in ("short", "mid"),
+            drains_fast=bool(window),
+            slo=self.config.slo if name == "farthing" else None,
         )
 
     def _oracle_demand(self, span: slice, copies: int, utilization: float) -> Ints:

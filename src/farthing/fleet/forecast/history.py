@@ -1,0 +1,116 @@
+"""A load on an even grid as the short-term forecasters see it: level, features, and what they forecast.
+
+Times are measured in *leads* (one cold start and one interval), so that one model serves a cold start of a
+minute and one of an hour; loads in logarithms relative to the present level, so that their scale does not
+matter. The forecast is y = log(peak of the load within the next lead / level now).
+
+Shapes: n = steps of the grid, B = runs side by side (1 in service), F = features, W = length of a sequence.
+Row t uses nothing after step t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from farthing.fleet.forecast.base import Floats
+from farthing.fleet.forecast.growth import (
+    GrowthConfig,
+    steady_load,
+    trailing_max,
+    trailing_mean,
+    trailing_slope,
+)
+
+MEANS = (0.2, 0.5, 1, 2, 3, 4.5, 6, 9, 12, 18, 24, 36, 72, 144)  # windows of trailing means, in leads
+SLOPES = (0.5, 1.0, 2.0)
+PEAKS = (1, 3, 6, 18, 144)
+NOISE = 6  # leads over which the step-to-step noise is measured
+FEATURES = len(MEANS) + len(SLOPES) + len(PEAKS) + 2
+SEQUENCE = 24  # values of half a lead each
+LARGEST = 2.0  # logarithms beyond this count as this large
+TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class History:
+    """Loads [n, B] on a grid of `step_s`, to be forecast over `lead_s`."""
+
+    load: Floats
+    step_s: float
+    lead_s: float
+    start: int = 0  # steps before the first row
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+
+    def __len__(self) -> int:
+        return len(self.load)
+
+    @property
+    def lead(self) -> int:
+        """Steps of a lead, at least 1."""
+        return max(1, round(self.lead_s / self.step_s))
+
+    @cached_property
+    def level(self) -> Floats:
+        """[n, B] the load without most of its noise; never zero."""
+        return np.maximum(steady_load(self.load, self.step_s, self.growth), TINY)
+
+    @cached_property
+    def target(self) -> Floats:
+        """[n - lead, B] y of every origin whose lead has passed."""
+        peak = trailing_max(self.load, self.lead)[self.lead :]
+        y = np.log(np.maximum(peak, TINY) / self.level[: -self.lead])
+        return np.asarray(np.clip(y, -LARGEST, LARGEST), dtype=np.float64)
+
+    def tail(self, steps: int) -> History:
+        """The last `steps` steps."""
+        first = max(0, len(self) - steps)
+        return replace(self, load=self.load[first:], start=self.start + first)
+
+    def head(self, steps: int) -> History:
+        """The first `steps` steps."""
+        return replace(self, load=self.load[:steps])
+
+    def lane(self, index: int) -> History:
+        """One run."""
+        return replace(self, load=self.load[:, index : index + 1])
+
+    def _steps(self, leads: float) -> int:
+        return max(1, round(leads * self.lead))
+
+    @cached_property
+    def features(self) -> Floats:
+        """[n, B, F]: logarithms of trailing means and peaks over the level, slopes, noise, the lead."""
+        level = self.level
+        columns = [_log(trailing_mean(self.load, self._steps(w)) / level) for w in MEANS]
+        for leads in SLOPES:
+            slope = trailing_slope(self.load, self._steps(leads), 1.0)
+            columns.append(slope * self.lead / level)
+        columns += [_log(trailing_max(level, self._steps(w)) / level) for w in PEAKS]
+        jumps = np.abs(np.diff(self.load, axis=0, prepend=self.load[:1])) / level
+        columns.append(np.sqrt(trailing_mean(jumps, self._steps(NOISE))))
+        columns.append(np.full(level.shape, np.log2(self.lead) / 3))
+        return np.clip(np.stack(columns, axis=-1), -LARGEST, LARGEST)
+
+    @cached_property
+    def sequences(self) -> Floats:
+        """[n, B, W, 2]: the last W means of half a lead each over the level, and their differences."""
+        width = max(1, self.lead // 2)
+        means = trailing_mean(self.load, width)
+        reach = SEQUENCE * width
+        padded = np.concatenate([np.repeat(means[:1], reach, axis=0), means])
+        windows = sliding_window_view(padded, reach + 1, axis=0)[..., ::width]  # [n, B, W + 1]
+        relative = np.clip(_log(windows / self.level[..., None]), -LARGEST, LARGEST)
+        return np.stack([relative[..., 1:], 5 * np.diff(relative, axis=-1)], axis=-1)
+
+
+def memory(history: History) -> int:
+    """Steps before an origin that its features reach back."""
+    return round(max(MEANS) * history.lead) + 2
+
+
+def _log(ratio: Floats) -> Floats:
+    return np.asarray(np.log(np.maximum(ratio, TINY)), dtype=np.float64)

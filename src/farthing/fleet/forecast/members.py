@@ -1,0 +1,182 @@
+"""Members of the short-term mixture: each forecasts median and 0.9 quantile of the peak within a lead.
+
+`fit` learns from a history now and then; `quantiles` forecasts from any origins of a later one and may be
+called for thousands at once. Both use nothing after the origin.
+
+Shapes: see `history`; o = origins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from farthing.fleet.forecast.base import Floats, Forecaster
+from farthing.fleet.forecast.growth import GrowthConfig, growth_bound, point_forecast, running_quantile
+from farthing.fleet.forecast.history import History
+from farthing.fleet.series import Series
+
+QUANTILES = (0.5, 0.9)
+
+
+class Member(Protocol):
+    """One forecaster of the mixture."""
+
+    name: str
+
+    def fit(self, history: History) -> None:
+        """Learn from the past; called on the schedule of the level."""
+        ...
+
+    def quantiles(self, history: History, first: int) -> Floats:
+        """[o, B, 2] y at 0.5 and 0.9 for the origins from `first` to the end of `history`."""
+        ...
+
+
+class LastValue:
+    """The present level, widened by the running quantiles of what came after earlier ones."""
+
+    name = "last-value"
+
+    def __init__(self, window_s: float = 86400.0, prior: float = 1.25) -> None:
+        self.window_s, self.prior = window_s, prior
+
+    def fit(self, history: History) -> None:
+        """Nothing to learn."""
+
+    def quantiles(self, history: History, first: int) -> Floats:
+        seen = np.full((history.lead, history.load.shape[1]), np.log(self.prior))
+        past = np.concatenate([seen, history.target]) if len(history) > history.lead else seen
+        past = past[: len(history)]
+        made = [
+            running_quantile(past, history.step_s, q, self.window_s, np.log(self.prior)) for q in QUANTILES
+        ]
+        return np.stack(made, axis=-1)[first:]
+
+
+class Growth:
+    """The bound of `growth`: a point forecast without a model, times the running growth of the past."""
+
+    name = "growth"
+
+    def __init__(self, config: GrowthConfig | None = None) -> None:
+        self.config = replace(config or GrowthConfig(), ceiling=0.0)
+
+    def fit(self, history: History) -> None:
+        """Nothing to learn."""
+
+    def quantiles(self, history: History, first: int) -> Floats:
+        step_s, lead_s, config = history.step_s, history.lead_s, self.config
+        point = point_forecast(history.load, history.level, step_s, lead_s, config)
+        bound = growth_bound(history.level, point, step_s, lead_s, config)
+        made = np.log(np.stack([point, np.maximum(point, bound)], axis=-1) / history.level[..., None])
+        return np.asarray(made[first:], dtype=np.float64)
+
+
+class Regression:
+    """Linear quantile regression on the features, drawn to the weights it was shipped with.
+
+    Fitted by iteratively reweighted least squares on the first run's history.
+    """
+
+    name = "regression"
+
+    def __init__(
+        self, start: Floats, centre: Floats, spread: Floats, penalty: float = 1000.0, thin: int = 3
+    ) -> None:
+        self._start, self._centre, self._spread = start, centre, spread  # [2, F + 1], [F], [F]
+        self.weights, self.penalty, self.thin = start.copy(), penalty, thin
+
+    def fit(self, history: History) -> None:
+        known = len(history) - history.lead
+        if known < 10 * history.lead:
+            return
+        chosen = slice(0, known, self.thin)
+        rows = self._rows(history.features[chosen, 0])
+        truth, level = history.target[:: self.thin, 0], history.level[chosen, 0]
+        importance = level / float(level.mean())
+        self.weights = np.stack(
+            [
+                quantile_fit(rows, truth, importance, q, self._start[i], self.penalty)
+                for i, q in enumerate(QUANTILES)
+            ]
+        )
+
+    def quantiles(self, history: History, first: int) -> Floats:
+        made = self._rows(history.features[first:]) @ self.weights.T
+        return np.asarray(np.maximum.accumulate(made, axis=-1), dtype=np.float64)
+
+    def _rows(self, features: Floats) -> Floats:
+        scaled = (features - self._centre) / self._spread
+        return np.concatenate([scaled, np.ones((*scaled.shape[:-1], 1))], axis=-1)
+
+
+def quantile_fit(
+    rows: Floats,
+    truth: Floats,
+    importance: Floats,
+    quantile: float,
+    start: Floats,
+    penalty: float,
+    iterations: int = 15,
+) -> Floats:
+    """[F] weights with the least weighted pinball loss of `rows` [R, F] @ weights to `truth` [R].
+
+    `penalty` draws them to `start`.
+    """
+    weights, ridge = start.copy(), penalty * np.eye(len(start))
+    for _ in range(iterations):
+        miss = truth - rows @ weights
+        weight = np.where(miss >= 0, quantile, 1 - quantile) / np.maximum(np.abs(miss), 3e-3) * importance
+        scaled = rows * weight[:, None]
+        solved = np.linalg.solve(scaled.T @ rows + ridge, scaled.T @ truth + ridge @ start)
+        weights = np.asarray(solved, dtype=np.float64)
+    return weights
+
+
+class Blocks:
+    """A path forecaster (`mix`, `ridge`, `ar`, …) as a member: the next block's mean, forecast once a block.
+
+    A block is a lead long. The mixture's calibration makes a 0.9 quantile of the mean. With several runs
+    the first one's forecast, relative to its level, serves all.
+    """
+
+    def __init__(self, forecaster: Forecaster, name: str) -> None:
+        self.forecaster, self.name = forecaster, name
+        self._first = 0  # number of the first block known
+        self._means: Floats = np.empty(0)
+        self._fitted = False
+        self._made: dict[int, float] = {}  # block -> forecast of the next one
+
+    def fit(self, history: History) -> None:
+        self._first, self._means, self._made = -(-history.start // history.lead), np.empty(0), {}
+        self._extend(history)
+        self._fitted = len(self._means) >= 2
+        if self._fitted:
+            self.forecaster.fit(Series(0.0, history.lead * history.step_s, self._means))
+
+    def quantiles(self, history: History, first: int) -> Floats:
+        self._extend(history)
+        ratio = np.zeros(len(history) - first)
+        if self._fitted:
+            for row in range(len(ratio)):
+                block = (history.start + first + row + 1) // history.lead - 1  # the last whole one
+                ratio[row] = np.log(self._next(block) / history.level[first + row, 0])
+        return np.broadcast_to(ratio[:, None, None], (len(ratio), history.load.shape[1], 2))
+
+    def _next(self, block: int) -> float:
+        if block not in self._made:
+            known = self._means[: max(1, block - self._first + 1)]
+            self._made[block] = max(float(self.forecaster.predict(known, 1)[0]), 1e-9)
+        return self._made[block]
+
+    def _extend(self, history: History) -> None:
+        """Take in the blocks of `history` that are whole and not known yet."""
+        lead, following = history.lead, self._first + len(self._means)
+        begin, end = following * lead - history.start, len(history)
+        count = (end - begin) // lead
+        if begin >= 0 and count > 0:
+            rows = history.load[begin : begin + count * lead, 0].reshape(-1, lead)
+            self._means = np.asarray(np.append(self._means, rows.mean(axis=1)), dtype=np.float64)

@@ -1,0 +1,73 @@
+"""The short-term level in a replay: the same `ShortLevel` as in service, over the minutes replayed.
+
+Its members learn from the first run on the schedule of service. What it made is kept in the user's cache by
+trace, settings and shipped weights, so that a second replay starts at once.
+
+Shapes: T = ticks, B = runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from farthing.fleet.forecast.base import Floats
+from farthing.fleet.forecast.history import History
+from farthing.fleet.forecast.short import GRID_S, ShortConfig, capped, walk
+
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class ShortTrack:
+    """What the short level said at each tick."""
+
+    bound: Floats  # [T, B] 0.9 bound on the peak within the lead
+    weights: dict[str, float]  # mean weight of each member
+
+
+def short_track(raw: Floats, tick_s: float, lead_s: float, config: ShortConfig) -> ShortTrack:
+    """Run the level over `raw` [T, B], the mean load known at each tick; only whole minutes count."""
+    config = replace(config, lead_s=lead_s)
+    every = max(1, round(GRID_S / tick_s))
+    whole = len(raw) // every * every
+    minutes = raw[:whole].reshape(-1, every, raw.shape[1]).mean(axis=1)
+    path = _cache(minutes, config)
+    if path.exists():
+        with np.load(path) as kept:
+            bound, weights = kept["bound"], kept["weights"]
+            names = [str(name) for name in kept["names"]]
+    else:
+        history = History(minutes, every * tick_s, lead_s, growth=config.growth)
+        made, names = walk(history, config)
+        bound, weights = capped(made.p90, history).astype(np.float32), made.weights.mean(axis=(0, 2))
+        _keep(path, bound, weights, names)
+    # the minute that ends at a tick is known from that tick on
+    ticks = np.repeat(bound.astype(np.float64), every, axis=0)
+    shifted = np.concatenate([raw[: every - 1] * 1.25, ticks])[: len(raw)]
+    if len(shifted) < len(raw):
+        shifted = np.concatenate([shifted, np.repeat(shifted[-1:], len(raw) - len(shifted), axis=0)])
+    return ShortTrack(shifted, dict(zip(names, weights.round(3).tolist(), strict=True)))
+
+
+def _cache(minutes: Floats, config: ShortConfig) -> Path:
+    digest = hashlib.sha256(minutes.tobytes())
+    digest.update(repr((_FORMAT, minutes.shape, replace(config, pretrained=Path()))).encode())
+    digest.update(config.pretrained.read_bytes() if config.pretrained.exists() else b"")
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "farthing" / "replay"
+    return root / f"{digest.hexdigest()[:32]}.npz"
+
+
+def _keep(path: Path, bound: Floats, weights: Floats, names: list[str]) -> None:
+    """Write in one step; a cache that cannot be written costs time, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+        np.savez(scratch, bound=bound, weights=weights, names=np.array(names))
+        scratch.replace(path)
+    except OSError:
+        return

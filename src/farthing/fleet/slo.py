@@ -1,0 +1,50 @@
+"""The utilization that keeps the SLO: moved by what the service measures, between bounds.
+
+After every interval log u moves by gain · (budget - late share): while all requests are in time it creeps up,
+a breach pulls it down at once, and over time the late share is the budget. Ten minutes in which every request
+is late lower u by 14 %; more than a day without a late one raises it back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from farthing.fleet.forecast.base import Floats
+
+Number = TypeVar("Number", float, Floats)
+
+
+@dataclass(frozen=True)
+class SloConfig:
+    """Targets of the service, and how fast the utilization follows."""
+
+    target: float = 0.995  # share of the requests that meet both times below
+    ttft_s: float = 2.0  # to the first token, waiting included
+    tpot_s: float | None = None  # per output token; None: not watched
+    lowest: float = 0.5  # bounds of the utilization
+    highest: float = 0.9
+    gain: float = 0.015  # per minute of late requests
+    spent: float = 0.5  # share of the error budget that is aimed at
+
+    def __post_init__(self) -> None:
+        _check("target", self.target, "in (0, 1)", 0 < self.target < 1)
+        _check("ttft_s", self.ttft_s, "a number above 0", self.ttft_s > 0)
+        _check("tpot_s", self.tpot_s, "a number above 0, or none", self.tpot_s is None or self.tpot_s > 0)
+        _check("lowest", self.lowest, "in (0, highest]", 0 < self.lowest <= self.highest)
+        _check("highest", self.highest, "in [lowest, 1]", self.highest <= 1)
+        _check("gain", self.gain, "a number above 0", self.gain > 0)
+        _check("spent", self.spent, "in (0, 1]", 0 < self.spent <= 1)
+
+    def moved(self, utilization: Number, late: Number, passed_s: float) -> Number:
+        """The utilization after `passed_s` seconds in which the share `late` of the requests was late."""
+        drift = self.gain * passed_s / 60 * (self.spent * (1 - self.target) - late)
+        made = np.clip(utilization * np.exp(drift), self.lowest, self.highest)
+        return made if isinstance(utilization, np.ndarray) else float(made)  # type: ignore[return-value]
+
+
+def _check(name: str, value: object, accepted: str, good: bool) -> None:
+    if not good:
+        raise ValueError(f"policy.slo.{name} = {value!r}: expected {accepted}")

@@ -1,0 +1,175 @@
+"""The short-term level: members see no future, the mixture follows the best and keeps its coverage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farthing.fleet.forecast.backtest import backtest_short
+from farthing.fleet.forecast.history import FEATURES, History, memory
+from farthing.fleet.forecast.lstm import LSTM, LSTMConfig, Network, Pretrained
+from farthing.fleet.forecast.members import Member, quantile_fit
+from farthing.fleet.forecast.mixture import Mixture, MixtureConfig
+from farthing.fleet.forecast.short import (
+    BLOCKS,
+    MIXTURE,
+    SHORT_MODELS,
+    ShortConfig,
+    ShortLevel,
+    ShortTerm,
+    capped,
+    make_members,
+    walk,
+)
+from farthing.fleet.series import Series
+
+
+def walks(steps: int, runs: int = 1, seed: int = 0) -> np.ndarray:  # type: ignore[type-arg]
+    """Loads that wander."""
+    moves = np.random.default_rng(seed).normal(0, 0.02, (steps, runs))
+    return np.asarray(100 * np.exp(np.cumsum(moves, axis=0) * 0.5))
+
+
+@pytest.mark.parametrize("name", [*MIXTURE, *BLOCKS])
+def test_members_see_nothing_of_the_future(name: str) -> None:
+    load = walks(900, 2)
+    other = load.copy()
+    other[700:] *= 3
+    made = []
+    for values in (load, other):
+        (member,) = make_members(ShortConfig(model=name))
+        member.fit(History(values[:600], 60.0, 600.0))
+        made.append(member.quantiles(History(values, 60.0, 600.0), 600)[:100])
+    assert made[0].shape == (100, 2, 2)
+    assert np.array_equal(made[0], made[1])
+    assert np.isfinite(made[0]).all() and (made[0][..., 1] >= made[0][..., 0] - 1e-12).all()
+
+
+@pytest.mark.parametrize("name", [*MIXTURE, *BLOCKS])
+def test_members_forecast_the_same_from_a_tail_and_at_once(name: str) -> None:
+    """What a controller computes minute by minute is what a replay computes for days."""
+    load = walks(4000)
+    whole = History(load, 60.0, 600.0)
+    first, second = (make_members(ShortConfig(model=name))[0] for _ in range(2))
+    for member in (first, second):
+        member.fit(whole.head(3500))
+    at_once = first.quantiles(whole, 3900)
+    for row in (0, 7, 99):
+        now = whole.head(3901 + row)
+        back = max(memory(now), 2880) + now.lead
+        one = second.quantiles(now.tail(back + 1), back)
+        assert np.allclose(one[-1], at_once[row], atol=2e-3), row
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 1e4])
+def test_features_ignore_the_scale_of_the_load(factor: float) -> None:
+    load = walks(300)
+    plain, scaled = History(load, 60.0, 600.0), History(load * factor, 60.0, 600.0)
+    assert plain.features.shape == (300, 1, FEATURES)
+    assert np.allclose(plain.features, scaled.features, atol=1e-6)
+    assert np.allclose(plain.sequences, scaled.sequences, atol=1e-6)
+    assert np.allclose(plain.target, scaled.target, atol=1e-6)
+
+
+def test_zero_load_is_finite() -> None:
+    history = History(np.zeros((200, 1)), 60.0, 600.0)
+    made, _ = walk(history, ShortConfig())
+    assert np.isfinite(made.p90).all() and (made.p90 < 1e-6).all()
+
+
+def test_mixture_covers_and_follows_the_best_member() -> None:
+    random = np.random.default_rng(0)
+    mixture, covered, lead = Mixture(2, 1, 5, MixtureConfig()), [], 5
+    truths = random.normal(0, 0.1, 8000)
+    for step, truth in enumerate(truths):
+        if step >= lead:
+            mixture.learn(np.array([truths[step - lead]]))
+        good, bad = truth + random.normal(0, 0.02), 0.3 * random.normal()
+        mixed = mixture.step(np.array([[good], [bad]]), np.array([[good], [bad]]), np.ones(1))
+        covered.append(truth <= mixed.p90[0])
+    assert 0.86 <= np.mean(covered[1000:]) <= 0.94
+    assert mixture.weights()[0, 0] > 0.95
+
+
+def test_quantile_regression_finds_the_quantile() -> None:
+    random = np.random.default_rng(1)
+    rows = np.c_[random.normal(size=4000), np.ones(4000)]
+    truth = 2 * rows[:, 0] + random.exponential(1.0, 4000)
+    weights = quantile_fit(rows, truth, np.ones(4000), 0.9, np.zeros(2), 1e-3, 300)
+    assert weights == pytest.approx([2.0, np.log(10)], abs=0.12)
+
+
+def test_lstm_learns_what_the_shipped_one_does_not_know() -> None:
+    period = np.tile(np.r_[np.full(20, 50.0), np.full(20, 100.0)], 60)[:, None]
+    load = period * np.random.default_rng(2).normal(1, 0.01, period.shape)
+    history = History(load, 60.0, 600.0)
+    lstm = LSTM([Network()], LSTMConfig(epochs=6, learning_rate=5e-3, least_leads=10))
+    origins = history.tail(600)
+
+    def loss(member: Member) -> float:
+        miss = origins.target[:, 0] - member.quantiles(origins, 0)[: len(origins.target), 0, 1]
+        return float(np.maximum(0.9 * miss, -0.1 * miss).mean())
+
+    before = loss(lstm)
+    lstm.fit(history.head(1800))
+    assert loss(lstm) < 0.75 * before
+
+
+def test_shipped_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
+    shipped = Pretrained.read()
+    shipped.save(tmp_path / "again.safetensors")
+    again = Pretrained.read(tmp_path / "again.safetensors")
+    history = History(walks(200), 60.0, 600.0)
+    assert np.allclose(shipped.lstm().quantiles(history, 100), again.lstm().quantiles(history, 100))
+    wrong = Pretrained(shipped.networks, shipped.start, shipped.centre[:-1], shipped.spread[:-1])
+    wrong.save(tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="features; expected"):
+        Pretrained.read(tmp_path / "wrong.safetensors")
+
+
+def test_service_names_the_member_that_carried_and_its_weight() -> None:
+    short = ShortTerm(ShortConfig(lead_s=600.0))
+    assert short.forecast(0.0) is None
+    load = walks(400)[:, 0]
+    for minute, value in enumerate(load):
+        short.observe(minute * 60.0, float(value))
+        if minute == 200:
+            assert short.retrain(minute * 60.0) and not short.retrain(minute * 60.0 + 60)
+    made = short.forecast(len(load) * 60.0)
+    assert made is not None and made.source in MIXTURE
+    assert made.weight is not None and 0.2 <= made.weight <= 1
+    assert made.p90[0] >= made.p50[0] > 0
+
+
+def test_service_and_replay_run_the_same_level() -> None:
+    load = walks(500)
+    config = ShortConfig(lead_s=600.0, retrain_s=1e9)
+    short = ShortTerm(config)
+    for minute, value in enumerate([*load[:, 0], 0.0]):
+        short.observe(minute * 60.0, float(value))
+        if minute % 3 == 0:
+            short.forecast(minute * 60.0)
+    history = History(load, 60.0, 600.0)
+    made, _ = walk(history, config)
+    forecast = short.forecast(500 * 60.0)
+    assert forecast is not None
+    assert forecast.p90[0] == pytest.approx(capped(made.p90, history)[-1, 0], rel=2e-3)
+
+
+def test_level_refuses_nothing_and_learns_in_order() -> None:
+    history = History(walks(300, 3), 60.0, 600.0)
+    config = ShortConfig(members=("growth", "last-value"))
+    pieces = ShortLevel(make_members(config), 3, history.lead, config.mixture)
+    at_once = ShortLevel(make_members(config), 3, history.lead, config.mixture)
+    parts = [pieces.advance(history.head(end), begin) for begin, end in ((0, 100), (100, 101), (101, 300))]
+    assert np.allclose(np.concatenate([p.p90 for p in parts]), at_once.advance(history, 0).p90)
+
+
+@pytest.mark.parametrize("model", SHORT_MODELS)
+def test_every_model_can_be_backtested(model: str) -> None:
+    values = walks(400)[:, 0]
+    report = backtest_short(Series(0.0, 600.0, values), ShortConfig(model=model), 600.0)
+    assert {"wape", "coverage", "pinball", "skill_vs_last", "weights"} <= set(report)
+    assert 0.75 <= report["coverage"] / 100 <= 1.0
