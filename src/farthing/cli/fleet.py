@@ -181,6 +181,7 @@ def gateway(
     ] = None,
 ) -> None:
     """One OpenAI-compatible address in front of many replicas."""
+    from farthing.eventloop import loop_factory
     from farthing.fleet.config import split_address
     from farthing.fleet.discovery import follow
     from farthing.fleet.gateway import GatewayConfig
@@ -214,7 +215,8 @@ def gateway(
         if replicas_dns is not None:
             split_address(replicas_dns)
             replicas_file = Path(scratch) / "replicas.json"
-        asyncio.run(main(replicas_file))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(main(replicas_file))
 
 
 @app.command(epilog=_EXPLAIN_EXAMPLES)

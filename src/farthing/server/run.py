@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
+from farthing.eventloop import loop_factory
 from farthing.server.accounts import Accounts, machine_of
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
@@ -47,19 +48,10 @@ def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
     listener = listen(config.host, config.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_serve(config, model, load, listener))
     finally:
         listener.close()
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, which writes a token in about half the time; None where it is not installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 def listen(host: str, port: int) -> socket.socket:

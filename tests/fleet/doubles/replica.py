@@ -62,6 +62,7 @@ class FakeReplica:
         self.ready_at = time.monotonic() + ready_after_s
         self.name = name
         self.dies_of = ""  # text in a request that ends the process; empty: none does
+        self.stuck = False  # requests get no answer, health checks do
         self.fail_after: int | None = None  # tokens
         self.status = 200  # of completions
         self.requests: list[dict[str, Any]] = []
@@ -131,6 +132,8 @@ class FakeReplica:
         if self.dies_of and self.dies_of in json.dumps(body):
             await asyncio.sleep(0.2)  # others are in flight by then
             os.kill(os.getpid(), signal.SIGKILL)
+        while self.stuck:
+            await asyncio.sleep(0.05)
         self.requests.append(body)
         self.headers.append(dict(request.headers))
         if self.status != 200:
