@@ -239,7 +239,7 @@ def test_slow_client_holds_the_replica_back() -> None:
 
 def test_affinity_keeps_a_conversation_on_its_replica_until_load_forbids() -> None:
     async def test() -> None:
-        async with fleet(3, GatewayConfig(health_interval_s=0.05, affinity_slack=2)) as (
+        async with fleet(3, GatewayConfig(health_interval_s=0.05, request_weight=8192)) as (
             gateway,
             _,
             session,

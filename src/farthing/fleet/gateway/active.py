@@ -23,12 +23,12 @@ class Interrupted(Exception):
 
 @dataclass(eq=False)
 class Active:
-    """One exchange. `heard`: its replica has sent a byte; `answered`: the client has seen one."""
+    """One exchange with one replica."""
 
     streamed: bool
     began: float  # loop time
-    heard: bool = False
-    answered: bool = False
+    heard: bool = False  # the replica has sent a byte
+    queued: int = 0  # bytes of prompt text the replica has to compute before it does
     alone: bool = True  # nothing else was in flight on the replica at any time
     _task: asyncio.Task[object] | None = None
     _why: Why | None = None

@@ -66,10 +66,11 @@ class GatewayConfig:
     breaker_failures: int = 3  # failed exchanges in a row
     breaker_open_s: float = 1.0  # first pause; doubles up to breaker_max_s
     breaker_max_s: float = 30.0
-    # Prefix routing
-    affinity_slack: int = 4  # requests above the least loaded replica, for a request whose prefix is cached
+    # Choice of a replica
+    request_weight: int = 2048  # bytes of prompt that a request in flight costs as much as
+    uncached_weight: float = 3.0  # of prompt text a replica would have to compute, compared with its queue
     prefix_block: int = 512  # bytes of prompt text per block
-    prefix_blocks: int = 256  # blocks of one prompt that count
+    prefix_blocks: int = 1024  # blocks of one prompt that count
     prefix_entries: int = 1 << 18  # blocks remembered
     digest_interval_s: float = 2.0  # between two reads of a replica's cache digest
 

@@ -163,17 +163,23 @@ class Proxy:
         replica.active.add(active)
         replica.inflight += 1
         replica.breaker.sent()
-        self._balancer.learn(outgoing.prompt, replica)
+        uncached = self._balancer.learn(outgoing.prompt, replica)
+        # The first byte of an answer that is not streamed says nothing about when its prompt was computed.
+        active.queued = uncached if outgoing.streamed else 0
+        replica.queued += active.queued
         try:
             yield active
         finally:
             replica.active.discard(active)
             replica.inflight -= 1
+            replica.queued -= active.queued
 
     def _first_byte(self, replica: Replica, active: Active, course: _Course) -> None:
         now = self._now()
         replica.heard = now
         active.heard = True
+        replica.queued -= active.queued
+        active.queued = 0
         self._metrics.first_byte.observe(now - course.arrived)
         if active.streamed:
             self.silence.observe(now - active.began)

@@ -66,6 +66,14 @@ class Breaker:
         self._open_until = self.clock() + self._pause
 
 
+@dataclass(frozen=True)
+class Reported:
+    """Load as a replica reports it in its digest."""
+
+    requests: int = 0  # running and waiting
+    queued: float = 0.0  # bytes of prompt text, estimated, of those that wait
+
+
 @dataclass(eq=False)
 class Replica:
     """One replica."""
@@ -80,8 +88,19 @@ class Replica:
     failed: int = 0
     active: set[Active] = field(default_factory=set)  # requests that are in flight there
     inflight: int = 0
-    queued_bytes: int = 0  # uncached prompt text of requests without a first byte
-    heard: float = 0.0  # monotonic time of the last byte of any answer
+    queued: int = 0  # bytes of prompt text to compute, of streams without a first byte
+    reported: Reported = Reported()
+    heard: float = 0.0  # loop time of the last byte of any answer
+
+    @property
+    def queue(self) -> float:
+        """Bytes of prompt text to compute first, also for other gateways' requests."""
+        return max(self.queued, self.reported.queued)
+
+    @property
+    def load(self) -> int:
+        """Requests in flight, also other gateways' ones."""
+        return max(self.inflight, self.reported.requests)
 
     @property
     def available(self) -> bool:
@@ -152,14 +171,26 @@ class Balancer:
         candidates = self.candidates(tried)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
-        least = min(candidates, key=lambda r: (r.inflight, r.served))
         held = self.prefixes.held(prompt.blocks)
-        best = max(candidates, key=lambda r: (held.get(r.name, 0), -r.inflight))
-        if held.get(best.name) and best.inflight <= least.inflight + self.config.affinity_slack:
-            return best
-        return least
+        return min(candidates, key=lambda r: (self._cost(r, prompt, held.get(r.name, 0)), r.served))
 
-    def learn(self, prompt: Prompt, replica: Replica) -> None:
-        """Remember where a request goes."""
+    def _cost(self, replica: Replica, prompt: Prompt, depth: int) -> float:
+        """What the request costs on a replica that holds its first `depth` blocks, in bytes of prompt text.
+
+        The queue delays this request only. What has to be computed delays it and all later ones, hence its
+        weight.
+        """
+        uncached = self.uncached(prompt, depth)
+        running = replica.load * self.config.request_weight
+        return replica.queue + running + self.config.uncached_weight * uncached
+
+    def uncached(self, prompt: Prompt, depth: int) -> int:
+        """Bytes of the prompt behind its first `depth` blocks."""
+        return max(0, prompt.size - depth * self.config.prefix_block)
+
+    def learn(self, prompt: Prompt, replica: Replica) -> int:
+        """Remember where a request goes. Returns the bytes that the replica has to compute for it."""
+        depth = self.prefixes.held(prompt.blocks).get(replica.name, 0)
         if len(self.replicas) > 1:
             self.prefixes.learn(prompt.blocks, replica.name)
+        return self.uncached(prompt, depth)
