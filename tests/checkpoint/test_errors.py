@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from farthing.checkpoint import Checkpoint, CheckpointError, CheckpointWriter
-from farthing.checkpoint import compressed_tensors as ct
+from farthing.checkpoint import compressed_tensors_writer as ctw
 from farthing.ops.weights import quantize_int4, quantize_int8
 
 
@@ -97,7 +97,7 @@ def test_unknown_quantization(directory: Path, quantization: dict[str, Any], wor
 
 def test_quantized_tensors_that_no_group_targets(directory: Path, tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path / "q")
-    for name, tensor in ct.encode("a", quantize_int8(torch.randn(4, 8))).items():
+    for name, tensor in ctw.encode("a", quantize_int8(torch.randn(4, 8))).items():
         writer.add(name, tensor)
     writer.close({})
     with fails("a is stored quantized", "does not target"):
@@ -105,8 +105,8 @@ def test_quantized_tensors_that_no_group_targets(directory: Path, tmp_path: Path
 
 
 def test_a_missing_scale_and_a_scale_of_the_wrong_shape(tmp_path: Path) -> None:
-    encoded = ct.encode("a", quantize_int4(torch.randn(4, 64), 32))
-    config = ct.quantization_config({"a": ct.GroupKey("int4", 32, True)})
+    encoded = ctw.encode("a", quantize_int4(torch.randn(4, 64), 32))
+    config = ctw.quantization_config({"a": ctw.GroupKey("int4", 32, True)})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     save_file(encoded | {"a.weight_scale": torch.ones(4, 3)}, tmp_path / "model.safetensors")
     with fails("model.safetensors", "a.weight_scale", r"expected shape \[4, 2\]", r"found \[4, 3\]"):
@@ -141,7 +141,7 @@ def test_no_scale_may_be_zero_or_infinite() -> None:
     for bad in (0.0, torch.inf, torch.nan):
         weight.scale[1] = bad
         with pytest.raises(ValueError, match="a scale is zero, negative or not finite"):
-            ct.encode("a", weight)
+            ctw.encode("a", weight)
 
 
 def test_a_killed_writer_resumes_behind_its_last_shard(tmp_path: Path) -> None:

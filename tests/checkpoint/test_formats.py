@@ -20,6 +20,7 @@ from torch import Tensor
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
 from farthing.checkpoint import compressed_tensors as ct
+from farthing.checkpoint import compressed_tensors_writer as ctw
 from farthing.ops.weights import Weight, pack_int4, quantize_int4, quantize_int8
 
 
@@ -189,9 +190,9 @@ def test_what_the_writer_writes_compressed_tensors_and_the_reader_understand(
     w = torch.randn(37, 160, generator=torch.Generator().manual_seed(3))
     weight = WEIGHTS[name](w)
     writer = CheckpointWriter(tmp_path)
-    for tensor, value in ct.encode("model.a", weight).items():
+    for tensor, value in ctw.encode("model.a", weight).items():
         writer.add(tensor, value)
-    config = ct.quantization_config({"model.a": ct.key_of(weight)})
+    config = ctw.quantization_config({"model.a": ctw.key_of(weight)})
     writer.close({"quantization_config": config} if config else {})
     checkpoint = Checkpoint.open(tmp_path)
     assert torch.equal(checkpoint.weight("model.a", (37, 160)).dequantize(), weight.dequantize())
@@ -212,7 +213,7 @@ def test_packing_agrees_with_the_package(n: int, half: int, seed: int) -> None:
     zero = torch.randint(-8, 8, (n, 1), generator=generator, dtype=torch.int8)
     weight = Weight("int4", pack_int4(q), torch.ones(n, 1), zero)
     assert torch.equal(weight.quantized(), q)
-    encoded = ct.encode("m", weight)
+    encoded = ctw.encode("m", weight)
     assert torch.equal(encoded["m.weight_packed"], pack_to_int32(q, 4))
     assert torch.equal(encoded["m.weight_zero_point"], pack_to_int32(zero, 4, packed_dim=0))
     assert torch.equal(unpack_from_int32(encoded["m.weight_packed"], 4, q.shape), q)

@@ -1,4 +1,4 @@
-"""The compressed-tensors format (0.20): W8A8, W4A16 and FP8 blocks, to and from `Weight`.
+"""Reading the compressed-tensors format (0.20): W8A8, W4A16 and FP8 blocks -> `Weight`.
 
 Legend: N rows, K columns, g group size. Element i of a packed row sits at bit 4 i of its little-endian
 words, as u = q + 8; zero points are packed the same way along dimension 0.
@@ -7,7 +7,7 @@ words, as u = q + 8; zero points are packed the same way along dimension 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from farthing.checkpoint.error import CheckpointError
 from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
 
 METHOD = "compressed-tensors"
-VERSION = "0.20.0"
 # Suffixes a quantized module may hold besides its weight; activation scales are recomputed per token.
 OPTIONAL = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_clip")
 
@@ -210,120 +209,3 @@ def _unpack_rows(words: Tensor, n: int) -> Tensor:
     nibbles = words.t().contiguous().view(torch.uint8)  # [G, 4 * words]
     pairs = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)[:, :n]
     return (pairs.to(torch.int8) - 8).t().contiguous()
-
-
-def _pack_rows(zero: Tensor) -> Tensor:
-    """int8 [N, G] -> int32 [ceil(N/8), G]."""
-    u = torch.nn.functional.pad((zero.t() + 8).to(torch.uint8), (0, -zero.shape[0] % 8))
-    return _words(u[:, 0::2] | (u[:, 1::2] << 4)).t().contiguous()
-
-
-def _words(data: Tensor) -> Tensor:
-    """uint8 [R, 4 W] -> int32 [R, W]. Flat in between: a row stride of 1 cannot be viewed as words."""
-    return data.flatten().view(torch.int32).view(data.shape[0], -1)
-
-
-# -- writing
-
-
-def encode(module: str, weight: Weight) -> dict[str, Tensor]:
-    """The tensors of one module, by full name. Raises ValueError on a scale that is zero or not finite."""
-    if weight.format == "dense":
-        return {f"{module}.weight": weight.data}
-    assert weight.scale is not None
-    if not bool(((weight.scale > 0) & weight.scale.isfinite()).all()):
-        raise ValueError(f"{module}: a scale is zero, negative or not finite; refusing to write it")
-    out = {f"{module}.weight_scale": weight.scale}
-    if weight.format in ("int8", "fp8"):
-        return out | {f"{module}.weight": weight.data}
-    n, k = weight.shape
-    out[f"{module}.weight_packed"] = _words(torch.nn.functional.pad(weight.data, (0, -(k // 2) % 4)))
-    out[f"{module}.weight_shape"] = torch.tensor([n, k], dtype=torch.int64)
-    if weight.zero_point is not None:
-        out[f"{module}.weight_zero_point"] = _pack_rows(weight.zero_point)
-    return out
-
-
-@dataclass(frozen=True, slots=True)
-class GroupKey:
-    """What distinguishes one config group from another when writing."""
-
-    format: str  # int8 | int4 | fp8
-    group_size: int = 0
-    symmetric: bool = True
-    # token (dynamic) | tensor (static) | None (kept); int4 also group4: 4 bits, the weights' groups
-    activations: str | None = None
-
-
-def key_of(weight: Weight, activations: str | None = None) -> GroupKey | None:
-    """The config group a weight belongs to; None for a dense one."""
-    if weight.format == "dense":
-        return None
-    if weight.format == "int4":
-        return GroupKey("int4", weight.group_size, weight.zero_point is None, activations)
-    return GroupKey(weight.format, activations=activations if weight.format == "int8" else None)
-
-
-def quantization_config(modules: Mapping[str, GroupKey | None]) -> dict[str, Any] | None:
-    """`quantization_config` for modules (all Linear modules of the model, None = kept dense).
-
-    With one group the targets are the class Linear; with several, each group names its modules.
-    """
-    keys = sorted({k for k in modules.values() if k}, key=str)
-    if not keys:
-        return None
-    groups = {}
-    for i, key in enumerate(keys):
-        targets: Sequence[str] = ["Linear"]
-        if len(keys) > 1:
-            targets = sorted(name for name, k in modules.items() if k == key)
-        groups[f"group_{i}"] = _group(key, targets)
-    formats = {g["format"] for g in groups.values()}
-    return {
-        "quant_method": METHOD,
-        "version": VERSION,
-        "quantization_status": "compressed",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "config_groups": groups,
-        "ignore": sorted(name for name, k in modules.items() if k is None),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-        "sparsity_config": {},
-        "transform_config": {},
-    }
-
-
-def _group(key: GroupKey, targets: Iterable[str]) -> dict[str, Any]:
-    if key.format == "fp8":
-        storage = "float-quantized"
-        weights = _args(8, "float", "block", block_structure=[128, 128])
-        inputs: dict[str, Any] | None = _args(8, "float", "group", group_size=128, dynamic=True)
-    else:
-        inputs = None
-        if key.activations == "group4":
-            inputs = _args(4, "int", "group", group_size=key.group_size, dynamic=True)
-        elif key.activations:
-            inputs = _args(8, "int", key.activations, dynamic=key.activations == "token")
-        if key.format == "int8":
-            storage, weights = "int-quantized", _args(8, "int", "channel")
-        else:
-            storage = "pack-quantized"
-            weights = _args(4, "int", "group", group_size=key.group_size, symmetric=key.symmetric)
-    return {
-        "format": storage,
-        "targets": list(targets),
-        "weights": weights,
-        "input_activations": inputs,
-        "output_activations": None,
-    }
-
-
-def _args(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
-    defaults = {
-        "symmetric": True,
-        "dynamic": False,
-        "group_size": None,
-        "block_structure": None,
-        "actorder": None,
-    }
-    return {"num_bits": bits, "type": kind, "strategy": strategy} | defaults | more

@@ -110,6 +110,17 @@ class Checkpoint:
         """Whether the module is stored with scales."""
         return any(self.has(f"{module}.{s}") for s in ("weight_scale", "weight_scale_inv", "weight_packed"))
 
+    def stored_as(self, module: str) -> tuple[str, int]:
+        """Format (dense, int8, int4 or fp8) and columns of a matrix, from headers and config alone."""
+        if self.has(f"{module}.weight_packed"):
+            bits = 8 if (scheme := self._groups and self._groups.scheme(module)) and scheme.bits == 8 else 4
+            return f"int{bits}", int(self.tensor(f"{module}.weight_shape")[1])
+        columns = self.shape(f"{module}.weight")[1]
+        if not self.is_quantized(module):
+            return "dense", columns
+        scheme = self._groups.scheme(module) if self._groups else None
+        return ("fp8" if scheme is None or scheme.strategy == "block" else f"int{scheme.bits}"), columns
+
     def stored_bytes(self) -> int:
         """Size of the weight files."""
         return sum((self.path / f).stat().st_size for f in set(self._shards.file_of.values()))

@@ -43,9 +43,9 @@ def compress(
     backend: Annotated[
         str, typer.Option(help="The gate's arithmetic: simulate, reference, cpu, gpu or auto.")
     ] = "simulate",
-    export: Annotated[str, typer.Option("--format", help="compressed-tensors or deepseek-fp8.")] = (
-        "compressed-tensors"
-    ),
+    export: Annotated[
+        str, typer.Option("--format", help="auto, compressed-tensors, llm-compressor or deepseek-fp8.")
+    ] = "auto",
     pack: Annotated[bool, typer.Option(help="Also write the CPU kernels' own layout, packed.bin.")] = False,
     gate: Annotated[bool, typer.Option(help="Measure the result on held-out text.")] = True,
     timing: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -14,15 +15,17 @@ from farthing.checkpoint import Checkpoint
 from farthing.compress.adaptive import AdaptivePlan, calibrate_adaptive, write_adaptive
 from farthing.compress.corpus import Corpus, calibration_corpus, halves, load_corpus
 from farthing.compress.evaluate import Comparison, Verdict
+from farthing.compress.export.layout import choose_export, expected_limits, transformers_limits
 from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import Report
 from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
-from farthing.compress.stream import Job, Progress, Progressed, check_export, refuse_finished, run
+from farthing.compress.stream import Job, Progress, Progressed, refuse_finished, run
 from farthing.model import ModelConfig
 from farthing.ops import select
 
+log = logging.getLogger(__name__)
 GATE_TOKENS = 16384  # held-out tokens the gate reads; where they do not decide, it says how many would
 
 
@@ -36,7 +39,7 @@ class Options:
     backend: str = "reference"  # the gate's arithmetic; "simulate" also rounds activations
     window: int = 1024
     max_tokens: int | None = None  # of held-out text; None: GATE_TOKENS for the gate
-    export: str = "compressed-tensors"
+    export: str = "auto"  # see `export/layout.py`
     gate: bool = True
 
 
@@ -61,6 +64,8 @@ class Outcome:
             "seconds": r.seconds,
             "peak_memory": r.peak_memory,
             "report": str(self.path),
+            "format": r.export,
+            "transformers_limits": r.transformers_limits,
             "kl": q.kl if q else None,
             "greedy_agreement": q.greedy_agreement if q else None,
             "verdict": self.verdict.answer if self.verdict else None,
@@ -83,7 +88,7 @@ def compress(
     options = options or Options()
     start = time.monotonic()
     config = ModelConfig.from_directory(source)
-    judged = _ready(source, out, recipe, options, config)
+    options, judged = _ready(source, out, recipe, options, config)
     made = _make(source, out, recipe, options, config, progress)
     seconds = time.monotonic() - start
     peak = peak_memory()
@@ -97,6 +102,8 @@ def compress(
     report = Report(
         recipe=made.recipe.to_json() | ({"calibrated": made.adaptive.to_json()} if made.adaptive else {}),
         source=str(source),
+        export=options.export,
+        transformers_limits=transformers_limits(options.export, result, made.state.group_keys()),
         size_before=before.stored_bytes(),
         size_after=result.stored_bytes(),
         sizes={"before": asdict(sizes_of(before, reads_of(config))), "after": asdict(_result(result, made))},
@@ -117,16 +124,24 @@ def compress(
         raise OSError(error.errno, said, error.filename) from error
 
 
-def _ready(source: Path, out: Path, recipe: Recipe, options: Options, config: ModelConfig) -> Corpus | None:
-    """The gate's text. Raises here, and not after minutes of work, where the end is sure to fail."""
+def _ready(
+    source: Path, out: Path, recipe: Recipe, options: Options, config: ModelConfig
+) -> tuple[Options, Corpus | None]:
+    """The options with the export chosen, and the gate's text.
+
+    Raises here, and not after minutes of work, where the end is sure to fail; logs what will not load.
+    """
     refuse_finished(out)
-    check_export(recipe, options.export)
+    checkpoint = Checkpoint.open(source)
+    options = replace(options, export=choose_export(options.export, recipe, checkpoint, config))
+    if limits := expected_limits(options.export, checkpoint, config, recipe):
+        log.warning("transformers 5.24 will not load the result, Farthing will: %s", "; ".join(limits))
     if not options.gate:
-        return None
+        return options, None
     if options.backend != "simulate":
         select(options.backend)
     sampled = replace(options, max_tokens=options.max_tokens or GATE_TOKENS)
-    return _held_out(source, sampled, config)
+    return options, _held_out(source, sampled, config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Legend: D hidden size; E experts; T calibration tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,7 @@ from farthing.ops import Batch, LatentCache, Ops, Weight
 
 ATTENTION = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+SMALLEST_GROUP = 32  # 4-bit weights that share a scale
 
 
 @dataclass(slots=True)
@@ -91,6 +93,10 @@ class Layer:
         candidates = [*attention, *mlps, f"{self.prefix}eh_proj"]
         return [m for m in candidates if f"{m}.weight" in self.tensors]
 
+    def group_columns(self, module: str) -> int:
+        """What the groups of a matrix must divide."""
+        return group_columns(self.config, module, self.weight(module).shape[1])
+
     def weight(self, module: str) -> Tensor:
         """The matrix [N, K]."""
         return self.tensors[f"{module}.weight"]
@@ -143,6 +149,13 @@ class Layer:
             if f"{mlp}.gate.{leaf}" in self.tensors:
                 self.tensors[f"{mlp}.gate.{leaf}"] = self.tensors[f"{mlp}.gate.{leaf}"][index]
         self.config = replace(self.config, n_routed_experts=len(ids))
+
+
+def group_columns(config: ModelConfig, module: str, columns: int) -> int:
+    """What groups of 4-bit weights must divide: the columns; of a routed expert those of all three
+    projections, where any group does, so that one scheme holds for every expert."""
+    common = math.gcd(config.hidden_size, config.moe_intermediate_size)
+    return common if ".mlp.experts." in module and common % SMALLEST_GROUP == 0 else columns
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -18,6 +18,8 @@ class Report:
 
     recipe: dict[str, Any]
     source: str
+    export: str  # see `export/layout.py`
+    transformers_limits: list[str]  # why transformers does not load the result; empty where it does
     size_before: int
     size_after: int
     sizes: dict[str, dict[str, int]]  # before and after: see `size.Sizes`
@@ -86,12 +88,15 @@ def page(report: Report) -> str:
 
 
 def _summary(report: Report) -> list[tuple[str, str]]:
+    limits = report.transformers_limits
     rows = [
         ("size before", f"{report.size_before:,} bytes"),
         ("size after", f"{report.size_after:,} bytes ({report.size_after / report.size_before:.1%})"),
         *(_both(name, report.sizes, key) for name, key in _MEASURES),
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", f"{report.peak_memory / 2**20:,.0f} MiB"),
+        ("format", report.export),
+        ("transformers 5.24", "; ".join(["does not load it", *limits]) if limits else "loads it"),
     ]
     q = report.quality
     if q is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
-from farthing.checkpoint import compressed_tensors as ct
+from farthing.checkpoint import compressed_tensors_writer as ct
 from farthing.compress.calibrate.recorder import Recorder, Wanted
 from farthing.compress.corpus import Corpus, Window
 from farthing.compress.layer import Layer, Stream

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
-from farthing.checkpoint import compressed_tensors as ct
+from farthing.checkpoint.compressed_tensors_writer import GroupKey
 from farthing.compress.calibrate.recorder import Recorder, Wanted
 from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import BLOCK, paged_batch
-from farthing.compress.export.deepseek import encode_deepseek, fp8_config
+from farthing.compress.export.layout import encode, key_in, quantization_config
 from farthing.compress.layer import Layer, Stream, build, check_finite
 from farthing.compress.prune.budgets import spread
 from farthing.compress.prune.experts import choose_experts, plan_experts
@@ -49,25 +49,13 @@ class Job:
     recipe: Recipe
     calibration: Corpus | None
     plan: Plan | None = None  # module -> format; None: the recipe's scheme everywhere
-    export: str = "compressed-tensors"  # or "deepseek-fp8"
+    export: str = "compressed-tensors"  # see `export/layout.py`
 
     def __post_init__(self) -> None:
-        check_export(self.recipe, self.export)
         if self.recipe.scheme == "auto" and self.plan is None:
             raise ValueError(f"recipe {self.recipe.name} needs a plan; see farthing.compress.plan.make_plan")
         if self.recipe.needs_data and self.calibration is None:
             raise ValueError(f"recipe {self.recipe.name} needs calibration text; give a calibration file")
-
-
-def check_export(recipe: Recipe, export: str) -> None:
-    """Raise ValueError where the format is unknown or cannot hold what the recipe makes."""
-    if export not in ("compressed-tensors", "deepseek-fp8"):
-        raise ValueError(f"format is {export!r}; expected 'compressed-tensors' or 'deepseek-fp8'")
-    if export == "deepseek-fp8" and recipe.scheme not in ("fp8", "keep"):
-        raise ValueError(
-            f"format is 'deepseek-fp8', which holds FP8 blocks only, and scheme of recipe {recipe.name} is "
-            f"{recipe.scheme!r}; expected 'fp8' or 'keep', or format 'compressed-tensors'"
-        )
 
 
 @dataclass(slots=True)
@@ -82,6 +70,10 @@ class Progressed:
     healed: list[dict[str, Any]] = field(default_factory=list)  # errors of each layer, before and after
     keys: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     changes: dict[str, int] = field(default_factory=dict)  # of config.json
+
+    def group_keys(self) -> dict[str, GroupKey | None]:
+        """The config group of every module written so far."""
+        return {module: GroupKey(**key) if key else None for module, key in self.keys.items()}
 
 
 def run(job: Job, progress: Progress | None = None) -> Progressed:
@@ -290,12 +282,12 @@ def _write_layer(
     job: Job, layer: Layer, result: LayerResult, writer: CheckpointWriter, state: Progressed
 ) -> None:
     for module, done in result.modules.items():
-        encode = encode_deepseek if job.export == "deepseek-fp8" else ct.encode
-        for name, tensor in encode(module, done.weight).items():
+        key = key_in(job.export, module, done.key)
+        for name, tensor in encode(job.export, module, done.weight, key).items():
             writer.add(name, tensor)
         if done.input_scale is not None:
             writer.add(f"{module}.input_scale", torch.tensor([done.input_scale]))
-        state.keys[module] = asdict(done.key) if done.key else None
+        state.keys[module] = asdict(key) if key else None
         state.modules.append(done.report)
     for name, tensor in layer.tensors.items():
         if name.removesuffix(".weight") in result.modules:
@@ -315,10 +307,7 @@ def _final_config(job: Job, checkpoint: Checkpoint, state: Progressed) -> dict[s
     config |= state.changes
     if "n_routed_experts" in state.changes and "num_local_experts" in config:
         config["num_local_experts"] = state.changes["n_routed_experts"]
-    keys = {m: ct.GroupKey(**k) if k else None for m, k in state.keys.items()}
-    if job.export == "deepseek-fp8":
-        return config | {"quantization_config": fp8_config()}
-    quantization = ct.quantization_config(keys)
+    quantization = quantization_config(job.export, state.group_keys())
     return config | ({"quantization_config": quantization} if quantization else {})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farthing.checkpoint.compressed_tensors import GroupKey, key_of
+from farthing.checkpoint.compressed_tensors_writer import GroupKey, key_of
 from farthing.compress.calibrate.activations import choose
 from farthing.compress.calibrate.recorder import InputStats, Recorder, with_fallbacks
 from farthing.compress.layer import Layer
@@ -115,9 +115,11 @@ def _factor(
         absmax = torch.stack([st.absmax for st in stats]).amax(0)
         return smooth_scale(weights, absmax, recipe.smooth_alpha), recipe.smooth_alpha
 
+    columns = layer.group_columns(modules[0])
+
     def round_to(w: Tensor, gram: Tensor) -> Tensor:
         energy = gram.diagonal()[None] / max(whole.tokens, 1)
-        value: Tensor = _grid(w[None], energy, recipe.scheme, recipe, gram[None]).round(w[None])[0]
+        value: Tensor = _grid(w[None], energy, recipe.scheme, recipe, columns, gram[None]).round(w[None])[0]
         return value
 
     grams = [st.gram if st.gram is not None else torch.diag(st.energy) for st in stats]
@@ -186,7 +188,10 @@ def _compress_family(
     energy = torch.stack([s.mean_energy() for s in known if s]) if all(known) else None
     gram = grams_of(stats, family)
     keep = torch.stack([masks[m] for m in family]) if family[0] in masks else None
-    formats = {m: _format(layer, m, plan, recipe, w.shape[-1]) for m in family}
+    formats = {
+        m: stored_format(m, plan(m), recipe, layer.formats.get(m, "dense"), layer.group_columns(m))
+        for m in family
+    }
     for kind in sorted(set(formats.values())):
         index = [i for i, m in enumerate(family) if formats[m] == kind]
         pick = slice(None) if len(index) == len(family) else torch.tensor(index)
@@ -234,7 +239,7 @@ def _round(
     value = part.w
     if kind == "int8" or kind.startswith("int4"):
         clip = part.gram if recipe.scaling == "awq" else None
-        grid = _grid(part.w, part.energy, kind, recipe, clip)
+        grid = _grid(part.w, part.energy, kind, recipe, layer.group_columns(names[0]), clip)
         if recipe.algorithm == "gptq" and part.gram is not None:
             value = sweep(value, part.gram, grid, part.keep, recipe.act_order, recipe.damp)
         else:
@@ -248,10 +253,12 @@ def _round(
     return torch.stack([w.dequantize() for w in weights]), weights
 
 
-def _grid(w: Tensor, energy: Tensor | None, kind: str, recipe: Recipe, gram: Tensor | None = None) -> Grid:
+def _grid(
+    w: Tensor, energy: Tensor | None, kind: str, recipe: Recipe, columns: int, gram: Tensor | None = None
+) -> Grid:
     if not kind.startswith("int4"):
         return int8_grid(w, energy)
-    group = group_for(w.shape[-1], wanted_group(kind, recipe)) or w.shape[-1]
+    group = group_for(columns, wanted_group(kind, recipe)) or columns
     return int4_grid(w, group, energy, recipe.symmetric, gram)
 
 
@@ -266,13 +273,12 @@ def group_for(columns: int, wanted: int) -> int | None:
     return next((g for g in (128, 64, 32) if g <= wanted and columns % g == 0), None)
 
 
-def _format(layer: Layer, module: str, plan: Plan, recipe: Recipe, columns: int) -> str:
-    """What the plan says; where 4-bit groups do not divide the columns, 8 bits; ignored modules are dense."""
+def stored_format(module: str, planned: str, recipe: Recipe, source: str, columns: int) -> str:
+    """The planned format, or for "keep" the source's; where 4-bit groups do not divide the columns, 8 bits;
+    ignored modules are dense."""
     if any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
         return "dense"
-    kind = plan(module)
-    if kind == "keep":
-        kind = layer.formats.get(module, "dense")
+    kind = source if planned == "keep" else planned
     if kind.startswith("int4") and group_for(columns, wanted_group(kind, recipe)) is None:
         return "int8"
     return kind

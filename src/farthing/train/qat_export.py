@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farthing.checkpoint import CheckpointWriter
-from farthing.checkpoint import compressed_tensors as ct
+from farthing.checkpoint import compressed_tensors_writer as ct
 from farthing.ops.weights import Weight, pack_int4
 from farthing.train.export import config_json, pack, to_tensors
 from farthing.train.lsq import QuantizedProduct

@@ -1,0 +1,148 @@
+"""Which files a compressed model becomes, and whether transformers loads them.
+
+| export | INT8 experts | FP8 | for |
+|---|---|---|---|
+| compressed-tensors | packed in 32-bit words | blocks | Farthing, transformers 5.24 |
+| llm-compressor | plain int8, as llm-compressor writes them | blocks | Farthing, vLLM |
+| deepseek-fp8 | - | blocks with weight_scale_inv | Farthing, transformers 5.24, vLLM, SGLang |
+
+transformers 5.24 fuses the routed experts of a layer into one tensor and decompresses them while loading. It
+takes one scheme for all experts of the model, packed and symmetric; FP8 blocks only in DeepSeek's own format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from farthing.checkpoint import Checkpoint
+from farthing.checkpoint import compressed_tensors_writer as ct
+from farthing.checkpoint.compressed_tensors_writer import EXPERTS, GroupKey
+from farthing.compress.export.deepseek import encode_deepseek, fp8_config
+from farthing.compress.layer import ATTENTION, MLP, group_columns
+from farthing.compress.recipe import Recipe
+from farthing.compress.transform import group_for, stored_format, wanted_group
+from farthing.model import ModelConfig
+from farthing.ops.weights import FP8_BLOCK, Weight
+
+EXPORTS = ("auto", "compressed-tensors", "llm-compressor", "deepseek-fp8")
+Keys = Mapping[str, GroupKey | None]
+
+
+def choose_export(wanted: str, recipe: Recipe, checkpoint: Checkpoint, config: ModelConfig) -> str:
+    """`wanted`, or for "auto" the format that most readers load. Raises ValueError where it cannot hold
+    what the recipe makes."""
+    if wanted not in EXPORTS:
+        raise ValueError(f"format is {wanted!r}; expected one of {', '.join(EXPORTS)}")
+    if wanted == "auto":
+        blocks = recipe.scheme == "fp8" or (recipe.scheme == "keep" and _is_deepseek_fp8(checkpoint))
+        has_experts = any(map(config.is_moe, range(config.num_hidden_layers)))
+        return "deepseek-fp8" if blocks and has_experts else "compressed-tensors"
+    if wanted == "deepseek-fp8" and recipe.scheme not in ("fp8", "keep"):
+        raise ValueError(
+            f"format is 'deepseek-fp8', which holds FP8 blocks only, and scheme of recipe {recipe.name} is "
+            f"{recipe.scheme!r}; expected 'fp8' or 'keep', or format 'compressed-tensors'"
+        )
+    return wanted
+
+
+def _is_deepseek_fp8(checkpoint: Checkpoint) -> bool:
+    return (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "fp8"
+
+
+def key_in(export: str, module: str, key: GroupKey | None) -> GroupKey | None:
+    """The config group of a module as `export` stores it."""
+    if key is not None and key.format == "int8" and EXPERTS in module and export == "compressed-tensors":
+        return replace(key, packed=True)
+    return key
+
+
+def encode(export: str, module: str, weight: Weight, key: GroupKey | None) -> dict[str, Tensor]:
+    """The tensors of one module, by full name. Raises ValueError on a scale that must not be written."""
+    if export == "deepseek-fp8":
+        return encode_deepseek(module, weight)
+    return ct.encode(module, weight, packed=key is not None and key.packed)
+
+
+def quantization_config(export: str, keys: Keys) -> dict[str, Any] | None:
+    """`quantization_config` of config.json, None where nothing is quantized."""
+    if export != "deepseek-fp8":
+        return ct.quantization_config(keys)
+    if not any(keys.values()):
+        return None
+    dense = sorted(name for name, key in keys.items() if key is None)
+    return fp8_config() | {"modules_to_not_convert": dense}
+
+
+def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list[str]:
+    """Why transformers 5.24 does not load the result, one phrase each; empty where it does.
+
+    checkpoint: the result, or before it exists the source, which has the same shapes.
+    """
+    limits = []
+    if checkpoint.config.get("layer_sizes"):
+        limits.append("layers differ in size (layer_sizes)")
+    blocks = [name for name, key in keys.items() if key is not None and key.format == "fp8"]
+    if ragged := [name for name in blocks if _is_ragged(checkpoint.shape(f"{name}.weight"))]:
+        limits.append(f"FP8 blocks of 128 do not tile {ragged[0]}; without a GPU it takes other blocks")
+    experts = {key for name, key in keys.items() if EXPERTS in name}
+    if len(experts) > 1:
+        named = sorted({_name(key) for key in experts})
+        limits.append(f"routed experts are stored as {' and '.join(named)}; it takes one scheme for all")
+    for key in experts:
+        if key is None or export == "deepseek-fp8":
+            continue
+        if key.format == "fp8":
+            limits.append("routed experts are FP8 blocks in compressed-tensors; use --format deepseek-fp8")
+        if key.format == "int4" and not key.symmetric:
+            limits.append("routed experts have zero points (symmetric: false)")
+        if key.format == "int8" and not key.packed:
+            limits.append("routed experts are plain INT8; use --format compressed-tensors")
+    return sorted(set(limits))
+
+
+def _is_ragged(shape: tuple[int, ...]) -> bool:
+    """Whether blocks of 128 leave a rest in a side that has several. transformers divides a side by its
+    number of scales to find the block."""
+    return any(side > FP8_BLOCK and side % FP8_BLOCK for side in shape)
+
+
+def _name(key: GroupKey | None) -> str:
+    if key is None:
+        return "dense"
+    return f"{key.format} in groups of {key.group_size}" if key.format == "int4" else key.format
+
+
+def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[str]:
+    """`transformers_limits` before any work is done. An automatic plan is known only once it is made."""
+    keys = {
+        module: key_in(export, module, _expected_key(checkpoint, config, module, recipe))
+        for module in _matrices(checkpoint)
+    }
+    limits = transformers_limits(export, checkpoint, keys)
+    if recipe.scheme == "auto" and any(EXPERTS in module for module in keys):
+        limits.append("the plan may store routed experts in different ways; the report says whether it did")
+    return limits
+
+
+def _matrices(checkpoint: Checkpoint) -> list[str]:
+    """Every matrix that a recipe may store in another way."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())
+    return [
+        m for m in modules if m.startswith("model.layers.") and m.rpartition(".")[2] in (*ATTENTION, *MLP)
+    ]
+
+
+def _expected_key(
+    checkpoint: Checkpoint, config: ModelConfig, module: str, recipe: Recipe
+) -> GroupKey | None:
+    stored, columns = checkpoint.stored_as(module)
+    scheme = "int8" if recipe.scheme == "auto" else recipe.scheme
+    columns = group_columns(config.at(int(module.split(".")[2])), module, columns)
+    kind = stored_format(module, scheme, recipe, stored, columns)
+    if kind.startswith("int4"):
+        return GroupKey("int4", group_for(columns, wanted_group(kind, recipe)) or 0, recipe.symmetric)
+    return GroupKey(kind) if kind in ("int8", "fp8") else None

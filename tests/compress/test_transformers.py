@@ -1,0 +1,121 @@
+"""What transformers 5.24 makes of every recipe's files, on models with experts: it loads them and computes
+the same, or the report says that it does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from farthing.compress.api import Options, compress
+from farthing.compress.evaluate import BLOCK, paged_batch
+from farthing.compress.recipe import RECIPES, Recipe
+from farthing.hub import resolve_model
+from farthing.model import load
+from farthing.ops import select
+from tests.compress.conftest import write_model
+
+# Experts and matrices of several FP8 blocks, so that a scale per matrix would not pass for a scale per block.
+WIDE = {
+    "hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256, "q_lora_rank": 128,
+    "kv_lora_rank": 64, "v_head_dim": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64,
+    "num_hidden_layers": 2,
+}  # fmt: skip
+FAST = ("int8", "int4-rtn", "fp8-block")
+ALL = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in RECIPES]
+
+
+def ours(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits in float32, nothing rounded but the weights."""
+    model = load(path, select("reference"))
+    batch, blocks = paged_batch([len(ids)])
+    return model.logits(model.forward(ids, batch, model.new_cache(blocks, BLOCK, "float32")))
+
+
+def theirs(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of transformers, which has to find every tensor it needs; input rounding is switched off."""
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((path / "config.json").read_text())
+    for group in config.get("quantization_config", {}).get("config_groups", {}).values():
+        group["input_activations"] = None
+    (path / "config.json").write_text(json.dumps(config))
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids[None]).logits[0]
+    return logits
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def quick(recipe: Recipe) -> Recipe:
+    if recipe.prune is not None and recipe.prune.heal_steps:
+        recipe = replace(recipe, prune=replace(recipe.prune, heal_steps=4))
+    return recipe
+
+
+def check(source: Path, out: Path, recipe: Recipe, ids: torch.Tensor, **options: Any) -> list[str]:
+    """Compress, then hold the report's word against transformers; returns the limits reported."""
+    outcome = compress(source, out, quick(recipe), Options(gate=False, **options))
+    limits = outcome.report.transformers_limits
+    assert outcome.to_json()["transformers_limits"] == limits
+    if limits:
+        try:
+            actual = theirs(out, ids)
+        except Exception:
+            return limits
+        assert distance(actual, ours(out, ids)) > 1e-2, "it was said not to load, and does"
+    else:
+        assert distance(theirs(out, ids), ours(out, ids)) < 2e-3
+    return limits
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_recipe_loads_or_says_not(name: str, data: Path, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", **WIDE)
+    ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
+    limits = check(source, tmp_path / "out", RECIPES[name], ids, calibration=data)
+    if name != "auto":
+        assert not limits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_on_the_embedded_model(name: str, tmp_path: Path) -> None:
+    ids = torch.randint(16, 8192, (48,), generator=torch.Generator().manual_seed(3))
+    recipe = replace(RECIPES[name], calibration_tokens=2048, window=256)
+    limits = check(resolve_model("mite"), tmp_path / "out", recipe, ids)
+    if name not in ("auto", "adaptive-experts"):
+        assert not limits
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "words"),
+    [
+        (RECIPES["int8"], {"export": "llm-compressor"}, "plain INT8"),
+        (RECIPES["fp8-block"], {"export": "compressed-tensors"}, "FP8 blocks"),
+        (Recipe("x", "int4", symmetric=False), {}, "zero points"),
+        (RECIPES["fp8-block"], {"changes": {"moe_intermediate_size": 160}}, "do not tile model.layers.1"),
+        (RECIPES["int4-rtn"], {"changes": {"moe_intermediate_size": 80}}, "int4 in groups of 64 and int8"),
+        (Recipe("x", "int8", ignore=("*.experts.1.*",)), {}, "dense and int8"),
+    ],
+)
+def test_what_does_not_load_is_said_before_the_start_and_in_the_report(
+    recipe: Recipe, options: Any, words: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = options.get("changes", {})
+    options = {k: v for k, v in options.items() if k != "changes"}
+    source = write_model(tmp_path / "source", **WIDE | changes)
+    ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
+    (limit,) = check(source, tmp_path / "out", recipe, ids, calibration=data, **options)
+    assert words in limit
+    (record,) = [r for r in caplog.records if "transformers 5.24 will not load" in r.message]
+    assert words in record.message
+    assert words in (tmp_path / "out" / "report.html").read_text()
