@@ -8,6 +8,7 @@ from typing import Any
 from farthing.conversation.types import Conversation, Tool
 
 # For llguidance: at most one blank between two tokens, so that a weak model cannot spend its tokens on them.
+_MAX_CALLS = 16  # in parallel, for the same reason
 _COMPACT = {"whitespace_pattern": " "}
 
 
@@ -41,7 +42,7 @@ def calls_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
         "type": "array",
         "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
         "minItems": 1,
-        **({} if parallel else {"maxItems": 1}),
+        "maxItems": _MAX_CALLS if parallel else 1,
         "$defs": {
             _key(i): _rebased(_object(tool.parameters), f"#/$defs/{_key(i)}") for i, tool in enumerate(tools)
         },

@@ -56,7 +56,7 @@ class Access:
             raise ApiError(431, message, code="head_too_large")
         headers = dict(scope["headers"])
         self._check_host(headers.get(b"host", b""))
-        header = headers.get(b"authorization", b"").decode("latin-1")
+        header = _credentials(headers)
         admin, client = self._admins.check(header), self._keys.check(header)
         path = scope["path"]
         near = _is_near(scope, headers)
@@ -82,6 +82,13 @@ class Access:
             raise ApiError(
                 403, f"the Host {name!r} is not served here; see --allowed-hosts", code="host_not_allowed"
             )
+
+
+def _credentials(headers: dict[bytes, bytes]) -> str:
+    """The Authorization header, or Anthropic's X-Api-Key as if it were one."""
+    given = headers.get(b"authorization", b"").decode("latin-1")
+    key = headers.get(b"x-api-key", b"").decode("latin-1")
+    return given or (f"Bearer {key}" if key else "")
 
 
 def allowed_hosts(config: ServerConfig) -> tuple[str, ...] | None:
@@ -119,4 +126,6 @@ def _is_near(scope: Scope, headers: dict[bytes, bytes]) -> bool:
 
 def _unknown_key(header: str) -> ApiError:
     problem = "the API key is not known" if header else "an API key is missing"
-    return ApiError(401, f"{problem}; expected `Authorization: Bearer KEY`", code="invalid_api_key")
+    return ApiError(
+        401, f"{problem}; expected `Authorization: Bearer KEY` or `X-Api-Key: KEY`", code="invalid_api_key"
+    )

@@ -15,8 +15,12 @@ from starlette.types import ASGIApp
 import farthing
 from farthing.conversation.types import Conversation
 from farthing.server.access import Access, Viewer
+from farthing.server.api.messages import count_tokens, messages
+from farthing.server.api.messages_protocol import CountRequest, MessagesRequest
 from farthing.server.api.openai_chat import chat, tool_of, turn_of
 from farthing.server.api.openai_completions import complete
+from farthing.server.api.responses import respond, stored
+from farthing.server.api.responses_protocol import ResponsesRequest
 from farthing.server.bodies import Bodies
 from farthing.server.dashboard import assets, service_data, visible_to
 from farthing.server.dashboard.router import mount
@@ -35,6 +39,7 @@ from farthing.server.turns import render
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
 CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
+_ABSENT = {"/v1/embeddings": "embeddings are not served: the model is a causal language model"}
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "Whole, or streamed"}
 }
@@ -56,6 +61,8 @@ def create_app(service: Service) -> ASGIApp:
     _add_state_routes(api, service, metrics)
     _add_model_routes(api, service)
     _add_generation_routes(api, service)
+    _add_responses_routes(api, service)
+    _add_messages_routes(api, service)
     _add_token_routes(api, service)
     mount(
         api,
@@ -134,6 +141,35 @@ def _add_generation_routes(api: FastAPI, service: Service) -> None:
         return await chat(service, body, request, request.scope["client_name"])
 
 
+def _add_responses_routes(api: FastAPI, service: Service) -> None:
+    @api.post("/v1/responses", summary="Answer items of a conversation", responses=_STREAMED)
+    async def responses(request: Request, body: ResponsesRequest = Body()) -> Response:
+        service.unknown_fields.check(body)
+        return await respond(service, body, request, request.scope["client_name"])
+
+    @api.get("/v1/responses/{identity}", summary="An earlier answer")
+    async def response(request: Request, identity: str) -> Response:
+        return JSONResponse(stored(service, request.scope["client_name"], identity).document)
+
+    @api.delete("/v1/responses/{identity}", summary="Forget an earlier answer")
+    async def forget(request: Request, identity: str) -> Response:
+        stored(service, request.scope["client_name"], identity)
+        service.responses.delete(request.scope["client_name"], identity)
+        return JSONResponse({"id": identity, "object": "response", "deleted": True})
+
+
+def _add_messages_routes(api: FastAPI, service: Service) -> None:
+    @api.post("/v1/messages", summary="Answer a conversation, as Anthropic's API does", responses=_STREAMED)
+    async def create(request: Request, body: MessagesRequest = Body()) -> Response:
+        service.unknown_fields.check(body)
+        return await messages(service, body, request, request.scope["client_name"])
+
+    @api.post("/v1/messages/count_tokens", summary="How many tokens a conversation has")
+    async def count(request: Request, body: CountRequest = Body()) -> Response:
+        service.unknown_fields.check(body)
+        return await count_tokens(service, body, request.scope["client_name"])
+
+
 def _add_token_routes(api: FastAPI, service: Service) -> None:
     @api.post("/tokenize", summary="Text or a conversation to token ids")
     async def tokenize(request: Request, body: TokenizeRequest = Body()) -> Response:
@@ -172,16 +208,17 @@ def _add_token_routes(api: FastAPI, service: Service) -> None:
 
 def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
-    async def known(_: Request, error: ApiError) -> Response:
-        return error.response()
+    async def known(request: Request, error: ApiError) -> Response:
+        return error.response(request.url.path)
 
     @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return describe_validation(list(error.errors())).response()
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return describe_validation(list(error.errors())).response(request.url.path)
 
     @api.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
-        response = ApiError(error.status_code, str(error.detail)).response()
+    async def http(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        response = ApiError(error.status_code, _ABSENT.get(path) or str(error.detail)).response(path)
         response.headers.update(error.headers or {})
         return response
 
@@ -190,5 +227,5 @@ def _add_error_handlers(api: FastAPI) -> None:
         return Response(status_code=CLIENT_CLOSED)
 
     @api.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return ApiError(500, "internal error; the server's log has the details").response()
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return ApiError(500, "internal error; the server's log has the details").response(request.url.path)

@@ -1,4 +1,5 @@
-"""Errors in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, and under /v1/messages in
+Anthropic's, {"type": "error", "error": {"type", "message"}}."""
 
 from __future__ import annotations
 
@@ -24,6 +25,16 @@ _TYPES = {
 }
 _SHORT = Repr()  # writes the beginning of a large value, never all of it
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+ANTHROPIC_PATH = "/v1/messages"
 UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
 
 
@@ -51,21 +62,27 @@ class ApiError(Exception):
         kind = _TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def body(self) -> str:
+    def body(self, path: str = "") -> str:
         """The document as ASCII JSON: a message may quote characters that UTF-8 cannot carry."""
-        return json.dumps(self.payload())
+        return json.dumps(anthropic_payload(self) if path.startswith(ANTHROPIC_PATH) else self.payload())
 
-    def response(self) -> Response:
-        """The HTTP answer."""
+    def response(self, path: str = "") -> Response:
+        """The HTTP answer to a request of this path."""
         headers = dict(UNAUTHORIZED_HEADERS) if self.status == 401 else {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
-        return Response(self.body(), self.status, headers, media_type="application/json")
+        return Response(self.body(path), self.status, headers, media_type="application/json")
+
+
+def anthropic_payload(error: ApiError) -> dict[str, Any]:
+    """The JSON document of /v1/messages."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer from a middleware."""
-    await error.response()(scope, receive, send)
+    await error.response(scope["path"])(scope, receive, send)
 
 
 def describe_validation(errors: list[Any]) -> ApiError:

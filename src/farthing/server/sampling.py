@@ -40,6 +40,11 @@ def chat_sampling(body: ChatCompletionRequest, defaults: Mapping[str, Any]) -> d
     return values
 
 
+def with_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What a request sets, over the model's recommendations."""
+    return dict(defaults) | {name: value for name, value in fields.items() if value is not None}
+
+
 def _common(body: Sampling, defaults: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(defaults)
     values |= {name: value for name in _DIRECT if (value := getattr(body, name)) is not None}

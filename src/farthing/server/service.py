@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from farthing.engine.request import EngineError, EngineStopped, QueueFull, SamplingParams
 from farthing.engine.sandbox import Busy
+from farthing.server.api.responses_store import ResponseStore
 from farthing.server.auth import ANONYMOUS
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
@@ -39,6 +40,7 @@ class Service:
         self.quotas = Quotas(config.requests_per_minute, config.tokens_per_minute)
         self.engine: Engine | None = None
         self._formats: ModelFormats | None = None
+        self.responses = ResponseStore()
         self.accounts: Accounts | None = None  # set before the engine is
         self.launch_to_ready: float | None = None  # seconds
         self.draining = False

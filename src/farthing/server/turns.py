@@ -115,8 +115,7 @@ class Turn:
     async def updates(self) -> AsyncIterator[list[Update]]:
         """The updates that each output of the engine brings. Raises ApiError where the engine fails."""
         async for _, output in self.job.outputs():
-            if output.finished:
-                self.usage.cached_tokens += output.num_cached_tokens
+            self.usage.cached_tokens = output.num_cached_tokens
             yield [self._read(completion, output.prompt_logprobs) for completion in output.outputs]
 
     async def whole(self) -> list[Update]:

@@ -1,0 +1,282 @@
+"""/v1/messages: Anthropic's API, whole and streamed, and its count_tokens."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reasoning, Text, collect
+from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
+from farthing.engine.request import StructuredOutputsParams
+from farthing.server.api.messages_protocol import (
+    CountRequest,
+    InputMessage,
+    MessagesRequest,
+    RedactedBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+from farthing.server.errors import ApiError, anthropic_payload
+from farthing.server.events import Ending, EventStream, named, to_json
+from farthing.server.sampling import with_defaults
+from farthing.server.service import Service
+from farthing.server.turns import Turn as RunningTurn
+from farthing.server.turns import TurnRequest, Update, begin, render
+
+_UNSIGNED = "unsigned"  # in place of a signature; what clients send back is not checked
+ANTHROPIC = Ending("", lambda error: named("error", anthropic_payload(error)))
+
+
+async def messages(service: Service, body: MessagesRequest, request: Request, client: str) -> Response:
+    """Answer a request, streamed or whole. Raises ApiError, ClientGone."""
+    engine = service.require_engine()
+    model = service.check_model(body.model)
+    form = body.output_config.format if body.output_config else None
+    fields = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "stop": body.stop_sequences,
+        "max_tokens": body.max_tokens,
+    }
+    turn = await begin(
+        service,
+        TurnRequest(
+            conversation=conversation_of(body),
+            sampling=with_defaults(fields, engine.default_sampling),
+            structured=None if form is None else StructuredOutputsParams(json=form.json_schema),
+            thinking_budget=body.thinking.budget_tokens if body.thinking else None,
+            priority=body.priority,
+            cache_salt=body.cache_salt or "",
+            stream=bool(body.stream),
+        ),
+        client,
+    )
+    writer = _Writer(turn, model)
+    if body.stream:
+        return EventStream(turn.job, writer.stream(), ANTHROPIC)
+    document = await turn.job.guard(request.receive, writer.whole())
+    return Response(to_json(document), media_type="application/json")
+
+
+async def count_tokens(service: Service, body: CountRequest, client: str) -> Response:
+    """How many tokens a request's prompt has."""
+    service.check_model(body.model)
+    prompt = await render(service, conversation_of(body), client)
+    ids = await service.encode(prompt, False, client, "messages")
+    return Response(to_json({"input_tokens": len(ids)}), media_type="application/json")
+
+
+# the request
+
+
+def conversation_of(body: CountRequest) -> Conversation:
+    """The conversation a body describes. Raises ApiError (400)."""
+    turns = [Turn("system", text)] if (text := body.system_text) else []
+    for position, message in enumerate(body.messages):
+        turns += _turns(message, position)
+    choice = body.tool_choice
+    thinking = body.thinking.type if body.thinking else "adaptive"
+    effort = body.output_config.effort if body.output_config else None
+    last = turns[-1] if turns else None
+    return Conversation(
+        turns=tuple(turns),
+        tools=tuple(Tool(t.name, t.description, t.input_schema, t.strict) for t in body.tools or ()),
+        choice=_choice(body),
+        parallel_calls=not (choice and choice.disable_parallel_tool_use),
+        thinking=None if thinking == "adaptive" else thinking == "enabled",
+        effort="max" if effort == "xhigh" else effort,
+        resume=last is not None and last.role == "assistant" and not last.calls,
+    )
+
+
+def _choice(body: CountRequest) -> ToolChoice:
+    choice = body.tool_choice
+    if choice is None or choice.type == "auto":
+        return ToolChoice()
+    if choice.type == "tool":
+        return ToolChoice("required", (choice.name or "",), single=True)
+    return ToolChoice("required" if choice.type == "any" else "none")
+
+
+def _turns(message: InputMessage, position: int) -> list[Turn]:
+    """A message's turns: a user's tool results are turns of their own."""
+    if isinstance(message.content, str):
+        return [Turn(message.role, message.content)]
+    if message.role == "assistant":
+        return [_assistant(message, position)]
+    turns: list[Turn] = []
+    for block in message.content:
+        if isinstance(block, ToolResultBlock):
+            turns.append(Turn("tool", block.text, call_id=block.tool_use_id))
+        elif not isinstance(block, TextBlock):
+            raise _misplaced(block.type, message.role, position)
+        elif turns and turns[-1].role == message.role:
+            turns[-1] = Turn(message.role, f"{turns[-1].text}\n\n{block.text}")
+        else:
+            turns.append(Turn(message.role, block.text))
+    return turns
+
+
+def _assistant(message: InputMessage, position: int) -> Turn:
+    text: list[str] = []
+    reasoning: list[str] = []
+    calls: list[ToolCall] = []
+    assert not isinstance(message.content, str)
+    for block in message.content:
+        match block:
+            case TextBlock():
+                text.append(block.text)
+            case ThinkingBlock():
+                reasoning.append(block.thinking)
+            case ToolUseBlock():
+                calls.append(ToolCall(block.id, block.name, json.dumps(block.input, ensure_ascii=False)))
+            case RedactedBlock():
+                pass
+            case _:
+                raise _misplaced(block.type, "assistant", position)
+    return Turn("assistant", "".join(text), "".join(reasoning), tuple(calls))
+
+
+def _misplaced(kind: str, role: str, position: int) -> ApiError:
+    return ApiError(
+        400,
+        f"messages[{position}] has role {role!r} and a block of type {kind!r}; expected it with another role",
+        param="messages",
+        code="invalid_value",
+    )
+
+
+# the answer
+
+
+class _Writer:
+    """Turns updates into Anthropic's documents and events."""
+
+    def __init__(self, turn: RunningTurn, model: str) -> None:
+        self._turn = turn
+        self._message: dict[str, Any] = {
+            "id": f"msg_{uuid.uuid4().hex}",
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+        self._index = -1  # of the open block
+        self._kind = ""  # of the open block; empty: none is open
+
+    # whole
+
+    async def whole(self) -> dict[str, Any]:
+        """The complete document."""
+        (update,) = await self._turn.whole()
+        answer = collect(update.deltas)
+        content: list[dict[str, Any]] = []
+        if answer.reasoning:
+            content.append({"type": "thinking", "thinking": answer.reasoning, "signature": _UNSIGNED})
+        if answer.text:
+            content.append({"type": "text", "text": answer.text})
+        content += (
+            {"type": "tool_use", "id": identity, "name": name, "input": _object(arguments)}
+            for identity, name, arguments in answer.calls
+        )
+        return self._message | {"content": content, **_stop(update), "usage": self._usage()}
+
+    # streamed
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Events. What one output brings goes out as one string."""
+        begun = False
+        async for updates in self._turn.updates():
+            (update,) = updates
+            pieces: list[str] = []
+            if not begun:
+                begun = True
+                message = self._message | {"usage": self._usage() | {"output_tokens": 0}}
+                pieces.append(named("message_start", {"type": "message_start", "message": message}))
+            for delta in update.deltas:
+                pieces += self._delta(delta)
+            if update.finish is not None:
+                pieces += self._end(update)
+            if pieces:
+                yield "".join(pieces)
+
+    def _delta(self, delta: Delta) -> list[str]:
+        match delta:
+            case Reasoning(text):
+                start = self._open("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+                return [*start, self._piece({"type": "thinking_delta", "thinking": text})]
+            case Text(text):
+                return [
+                    *self._open("text", {"type": "text", "text": ""}),
+                    self._piece({"type": "text_delta", "text": text}),
+                ]
+            case CallStart(_, identity, name):
+                block = {"type": "tool_use", "id": identity, "name": name, "input": {}}
+                return [*self._close(), *self._open("tool_use", block)]
+            case CallArguments(_, text):
+                return [self._piece({"type": "input_json_delta", "partial_json": text})]
+
+    def _open(self, kind: str, block: dict[str, Any]) -> list[str]:
+        if self._kind == kind:
+            return []
+        closed = self._close()
+        self._index, self._kind = self._index + 1, kind
+        event = {"type": "content_block_start", "index": self._index, "content_block": block}
+        return [*closed, named("content_block_start", event)]
+
+    def _close(self) -> list[str]:
+        if not self._kind:
+            return []
+        signed = [self._piece({"type": "signature_delta", "signature": _UNSIGNED})]
+        pieces = signed if self._kind == "thinking" else []
+        self._kind = ""
+        return [*pieces, named("content_block_stop", {"type": "content_block_stop", "index": self._index})]
+
+    def _piece(self, delta: dict[str, Any]) -> str:
+        event = {"type": "content_block_delta", "index": self._index, "delta": delta}
+        return named("content_block_delta", event)
+
+    def _end(self, update: Update) -> list[str]:
+        event = {"type": "message_delta", "delta": _stop(update), "usage": self._usage()}
+        return [
+            *self._close(),
+            named("message_delta", event),
+            named("message_stop", {"type": "message_stop"}),
+        ]
+
+    def _usage(self) -> dict[str, Any]:
+        usage = self._turn.usage
+        return {
+            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached_tokens,
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
+        }
+
+
+def _stop(update: Update) -> dict[str, Any]:
+    if update.finish == "length":
+        return {"stop_reason": "max_tokens", "stop_sequence": None}
+    if isinstance(update.stop_reason, str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": update.stop_reason}
+    return {"stop_reason": "tool_use" if update.calls else "end_turn", "stop_sequence": None}
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """A call's arguments; empty where the call was cut off."""
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

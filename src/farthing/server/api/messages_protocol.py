@@ -1,0 +1,174 @@
+"""What clients of /v1/messages send, checked field by field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from farthing.server.protocol import Body, Count, StopString, Strict
+
+MAX_BLOCKS = 4096  # of one message
+_PREFIX = "x-anthropic-billing-header"  # Claude Code's, which changes with every request
+
+
+class TextBlock(Strict):
+    """Text. cache_control is accepted anywhere: every prefix is cached."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: dict[str, Any] | None = None
+
+
+class ThinkingBlock(Strict):
+    """Reasoning of an earlier turn; the signature is not checked."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str | None = None
+
+
+class RedactedBlock(Strict):
+    """Reasoning another server has encrypted; it says nothing to this one."""
+
+    type: Literal["redacted_thinking"]
+    data: str
+
+
+class ToolUseBlock(Strict):
+    """A call of an earlier turn."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+    cache_control: dict[str, Any] | None = None
+
+
+class ToolResultBlock(Strict):
+    """What a call returned."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)] | None = None
+    is_error: bool | None = None
+    cache_control: dict[str, Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """The result as one text, which says where it is an error."""
+        text = self.content if isinstance(self.content, str) else texts(self.content or [])
+        return f"Error: {text}" if self.is_error else text
+
+
+Block = Annotated[
+    TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+]
+
+
+class InputMessage(Strict):
+    """One message."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | Annotated[list[Block], Field(max_length=MAX_BLOCKS, fail_fast=True)]
+
+
+class ToolDefinition(Strict):
+    """A tool the client runs."""
+
+    type: Literal["custom"] | None = None
+    name: str = Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+    cache_control: dict[str, Any] | None = None
+    eager_input_streaming: bool | None = None
+
+
+class Choice(Strict):
+    """Whether a tool must be used, and which."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _named(self) -> Choice:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("name belongs to type 'tool', and only to it")
+        return self
+
+
+class ThinkingConfig(Strict):
+    """Whether the model reasons first, and for how many tokens at most."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Count | None = None
+    display: str | None = None
+
+
+class OutputFormat(Strict):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Strict):
+    """How the answer is to be."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class CountRequest(Body):
+    """Body of /v1/messages/count_tokens."""
+
+    model: str | None = None
+    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=100_000, fail_fast=True)]
+    system: str | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=1024, fail_fast=True)] | None = None
+    tool_choice: Choice | None = None
+    thinking: ThinkingConfig | None = None
+    output_config: OutputConfig | None = None
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> CountRequest:
+        names = [tool.name for tool in self.tools or ()]
+        if len(set(names)) != len(names):
+            raise ValueError("tools names a tool twice")
+        if self.tool_choice and self.tool_choice.name is not None and self.tool_choice.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.name!r}, which tools does not define")
+        if self.tool_choice and self.tool_choice.type == "any" and not names:
+            raise ValueError("tool_choice is 'any' but tools is empty")
+        return self
+
+    @property
+    def system_text(self) -> str:
+        """The system prompt as one text."""
+        if self.system is None or isinstance(self.system, str):
+            return self.system or ""
+        return texts([block for block in self.system if not block.text.startswith(_PREFIX)])
+
+
+class MessagesRequest(CountRequest):
+    """Body of /v1/messages."""
+
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    stop_sequences: Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    context_management: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+    # extensions
+    cache_salt: str | None = Field(default=None, max_length=1024)
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+
+
+def texts(blocks: list[TextBlock]) -> str:
+    """Text blocks as one text."""
+    return "\n\n".join(block.text for block in blocks)

@@ -1,0 +1,303 @@
+"""/v1/responses: OpenAI's newer API, whole and streamed, with a bounded store of earlier answers."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, Reasoning, Text, collect
+from farthing.conversation.types import ToolCall, Turn
+from farthing.engine.request import StructuredOutputsParams
+from farthing.server.api.responses_input import conversation_of, custom_names
+from farthing.server.api.responses_protocol import ResponsesRequest
+from farthing.server.api.responses_store import Stored
+from farthing.server.errors import ApiError
+from farthing.server.events import Ending, EventStream, named, to_json
+from farthing.server.sampling import with_defaults
+from farthing.server.service import Service
+from farthing.server.turns import Turn as RunningTurn
+from farthing.server.turns import TurnRequest, Update, begin
+
+
+async def respond(service: Service, body: ResponsesRequest, request: Request, client: str) -> Response:
+    """Answer a request, streamed or whole. Raises ApiError, ClientGone."""
+    engine = service.require_engine()
+    model = service.check_model(body.model)
+    earlier = stored(service, client, body.previous_response_id).turns if body.previous_response_id else ()
+    conversation = conversation_of(body, earlier)
+    fields = {"temperature": body.temperature, "top_p": body.top_p}
+    turn = await begin(
+        service,
+        TurnRequest(
+            conversation=conversation,
+            sampling=with_defaults(fields, engine.default_sampling) | {"max_tokens": body.max_output_tokens},
+            structured=_structured(body),
+            thinking_budget=body.max_thinking_tokens,
+            priority=body.priority,
+            cache_salt=body.cache_salt or "",
+            stream=bool(body.stream),
+        ),
+        client,
+    )
+    continues = conversation.turns[1:] if body.instructions else conversation.turns
+
+    def keep(document: dict[str, Any], answer: Answer) -> None:
+        if body.store is not False:
+            service.responses.put(client, (*continues, _said(answer)), document)
+
+    writer = _Writer(turn, body, _envelope(body, model, service.now()), keep)
+    if body.stream:
+        return EventStream(turn.job, writer.stream(), Ending("", writer.failed))
+    document = await turn.job.guard(request.receive, writer.whole())
+    return Response(to_json(document), media_type="application/json")
+
+
+def stored(service: Service, client: str, identity: str) -> Stored:
+    """An earlier response of this client. Raises ApiError (404)."""
+    found = service.responses.get(client, identity)
+    if found is None:
+        raise ApiError(
+            404,
+            f"response {identity!r} is not stored here; expected the id of a recent one, made with the same "
+            "key and `store` not false",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        )
+    return found
+
+
+def _structured(body: ResponsesRequest) -> StructuredOutputsParams | None:
+    form = body.text.format if body.text else None
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    return StructuredOutputsParams(json=form.json_schema)
+
+
+def _said(answer: Answer) -> Turn:
+    return Turn("assistant", answer.text, answer.reasoning, tuple(ToolCall(*call) for call in answer.calls))
+
+
+def _envelope(body: ResponsesRequest, model: str, created: int) -> dict[str, Any]:
+    """What a response says of its request."""
+    given = body.model_dump(
+        by_alias=True, exclude_none=True, include={"tools", "tool_choice", "text", "reasoning"}
+    )
+    return {
+        "id": f"resp_{uuid.uuid4().hex}",
+        "object": "response",
+        "created_at": created,
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "reasoning": {"effort": None, "summary": None} | given.get("reasoning", {}),
+        "service_tier": "default",
+        "store": body.store is not False,
+        "temperature": body.temperature,
+        "text": {"format": {"type": "text"}} | given.get("text", {}),
+        "tool_choice": given.get("tool_choice", "auto"),
+        "tools": given.get("tools", []),
+        "top_p": body.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": body.user,
+    }
+
+
+@dataclass(slots=True)
+class _Open:
+    """The item being written."""
+
+    item: dict[str, Any]
+    kind: str  # reasoning, message, function_call or custom_tool_call
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Everything written so far."""
+        return "".join(self.pieces)
+
+
+class _Writer:
+    """Turns updates into output items and their events. Whole answers are the items of the same path."""
+
+    def __init__(
+        self,
+        turn: RunningTurn,
+        body: ResponsesRequest,
+        envelope: dict[str, Any],
+        keep: Callable[[dict[str, Any], Answer], None],
+    ) -> None:
+        self._turn, self._envelope, self._keep = turn, envelope, keep
+        self._custom = custom_names(body)
+        self._number = -1  # of the last event
+        self._output: list[dict[str, Any]] = []  # items that are complete
+        self._open: _Open | None = None
+        self._deltas: list[Delta] = []
+
+    async def whole(self) -> dict[str, Any]:
+        """The complete document."""
+        (update,) = await self._turn.whole()
+        for delta in update.deltas:
+            self._delta(delta)
+        self._close("incomplete" if update.finish == "length" else "completed")
+        return self._document(update)
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Events. What one output brings goes out as one string."""
+        begun = False
+        async for updates in self._turn.updates():
+            (update,) = updates
+            pieces: list[str] = []
+            if not begun:
+                begun = True
+                pieces += (
+                    self._event(f"response.{kind}", response=self._envelope)
+                    for kind in ("created", "in_progress")
+                )
+            for delta in update.deltas:
+                pieces += self._delta(delta)
+            if update.finish is not None:
+                cut = update.finish == "length"
+                pieces += self._close("incomplete" if cut else "completed")
+                kind = "response.incomplete" if cut else "response.completed"
+                pieces.append(self._event(kind, response=self._document(update)))
+            if pieces:
+                yield "".join(pieces)
+
+    def failed(self, error: ApiError) -> str:
+        """The end of a stream that failed."""
+        why = {"code": error.code or "server_error", "message": error.message}
+        document = self._envelope | {"status": "failed", "error": why, "output": self._output}
+        return self._event("error", **why, param=error.param) + self._event(
+            "response.failed", response=document
+        )
+
+    def _document(self, update: Update) -> dict[str, Any]:
+        usage, cut = self._turn.usage, update.finish == "length"
+        document = self._envelope | {
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": self._output,
+            "usage": {
+                "input_tokens": usage.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+                "output_tokens": usage.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+                "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            },
+        }
+        self._keep(document, collect(self._deltas))
+        return document
+
+    # items
+
+    def _delta(self, delta: Delta) -> list[str]:
+        self._deltas.append(delta)
+        match delta:
+            case Reasoning(text):
+                events = self._start("reasoning", {"summary": [], "content": []})
+                return [*events, self._piece("reasoning_text", text)]
+            case Text(text):
+                events = self._start("message", {"role": "assistant", "content": []})
+                return [*events, self._piece("output_text", text)]
+            case CallStart(_, identity, name):
+                custom = name in self._custom
+                kind, empty = ("custom_tool_call", "input") if custom else ("function_call", "arguments")
+                return [*self._close(), *self._start(kind, {"call_id": identity, "name": name, empty: ""})]
+            case CallArguments(_, text):
+                return self._argument(text)
+
+    def _start(self, kind: str, fields: dict[str, Any]) -> list[str]:
+        """Begin an item of this kind, unless one is open."""
+        if self._open is not None and self._open.kind == kind:
+            return []
+        events = self._close()
+        prefix = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}[kind]
+        item = {"id": f"{prefix}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress"} | fields
+        self._open = _Open(item, kind)
+        events.append(self._event("response.output_item.added", output_index=len(self._output), item=item))
+        if kind in ("reasoning", "message"):
+            events.append(self._here("response.content_part.added", part=_part(kind, ""), content_index=0))
+        return events
+
+    def _piece(self, kind: str, text: str) -> str:
+        assert self._open is not None
+        self._open.pieces.append(text)
+        extra: dict[str, Any] = {"logprobs": []} if kind == "output_text" else {}
+        return self._here(f"response.{kind}.delta", delta=text, content_index=0, **extra)
+
+    def _argument(self, text: str) -> list[str]:
+        assert self._open is not None
+        self._open.pieces.append(text)
+        if self._open.kind == "custom_tool_call":  # its text is inside a JSON string, and known at the end
+            return []
+        return [self._here("response.function_call_arguments.delta", delta=text)]
+
+    def _close(self, status: str = "completed") -> list[str]:
+        """End the open item, if there is one."""
+        if self._open is None:
+            return []
+        kind, text = self._open.kind, self._open.text
+        events: list[str] = []
+        done: dict[str, Any] = {"status": status}
+        if kind in ("reasoning", "message"):
+            part = _part(kind, text)
+            name = part["type"]
+            extra: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
+            events.append(self._here(f"response.{name}.done", text=text, content_index=0, **extra))
+            events.append(self._here("response.content_part.done", part=part, content_index=0))
+            done["content"] = [part]
+        elif kind == "function_call":
+            name = self._open.item["name"]
+            events.append(self._here("response.function_call_arguments.done", arguments=text, name=name))
+            done["arguments"] = text
+        else:
+            done["input"] = _input(text)
+            events.append(self._here("response.custom_tool_call_input.delta", delta=done["input"]))
+            events.append(self._here("response.custom_tool_call_input.done", input=done["input"]))
+        item = self._open.item | done
+        events.append(self._event("response.output_item.done", output_index=len(self._output), item=item))
+        self._output.append(item)
+        self._open = None
+        return events
+
+    def _here(self, kind: str, **fields: Any) -> str:
+        """An event about the open item."""
+        assert self._open is not None
+        return self._event(kind, item_id=self._open.item["id"], output_index=len(self._output), **fields)
+
+    def _event(self, kind: str, **fields: Any) -> str:
+        self._number += 1
+        return named(kind, {"type": kind, "sequence_number": self._number} | fields)
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _input(arguments: str) -> str:
+    """The text of a tool that takes one; what was cut off or is no such argument is passed on as it is."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    text = value.get("input") if isinstance(value, dict) else None
+    return text if isinstance(text, str) else arguments

@@ -1,0 +1,194 @@
+"""What clients of /v1/responses send, checked field by field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from farthing.server.protocol import Body, Loose, Strict
+
+MAX_ITEMS = 100_000
+MAX_PARTS = 4096  # of one item
+
+Name = Annotated[str, Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")]
+_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
+
+
+class Part(Strict):
+    """Text of an item, under one of several names."""
+
+    type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
+    text: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+
+
+Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
+class Item(Loose):
+    """One item of the input. Which fields count depends on the type; without one it is a message."""
+
+    type: Literal[
+        "message",
+        "function_call",
+        "function_call_output",
+        "custom_tool_call",
+        "custom_tool_call_output",
+        "reasoning",
+    ] = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: str | Parts | None = None
+    summary: Parts | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    input: str | None = None
+    output: str | Parts | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Item:
+        wanted = {
+            "message": ("role", "content"),
+            "function_call": ("call_id", "name", "arguments"),
+            "function_call_output": ("call_id", "output"),
+            "custom_tool_call": ("call_id", "name", "input"),
+            "custom_tool_call_output": ("call_id", "output"),
+            "reasoning": (),
+        }[self.type]
+        missing = [name for name in wanted if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"an item of type {self.type!r} lacks {', '.join(missing)}")
+        return self
+
+
+class FunctionTool(Strict):
+    """A function the client runs."""
+
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class CustomTool(Strict):
+    """A tool that takes a text; the text's grammar is described to the model and not enforced."""
+
+    type: Literal["custom"]
+    name: Name
+    description: str | None = None
+    format: dict[str, Any] | None = None
+
+
+class ChosenTool(Strict):
+    """A tool by name."""
+
+    type: Literal["function", "custom"]
+    name: str
+
+
+class AllowedTools(Strict):
+    """tool_choice: some of the tools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ChosenTool], Field(min_length=1, max_length=1024, fail_fast=True)]
+
+
+class TextFormat(Strict):
+    """text, any JSON object, or JSON that fits a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _schema_present(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("schema belongs to type 'json_schema', and only to it")
+        return self
+
+
+class TextOptions(Strict):
+    """How the text is to be; `verbosity` is accepted and has no effect."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+
+class ReasoningOptions(Strict):
+    """How the model reasons; `summary` is accepted and has no effect."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class ResponsesRequest(Body):
+    """Body of /v1/responses."""
+
+    model: str | None = None
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    tools: Annotated[list[FunctionTool | CustomTool], Field(max_length=1024, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | AllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    # accepted and without effect
+    background: Literal[False] | None = None
+    include: Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
+    max_tool_calls: int | None = None
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    stream_options: dict[str, Any] | None = None
+    top_logprobs: int | None = None
+    truncation: str | None = None
+    user: str | None = None
+    # extensions
+    max_thinking_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    cache_salt: str | None = Field(default=None, max_length=1024)
+    priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> ResponsesRequest:
+        names = [tool.name for tool in self.tools or ()]
+        if len(set(names)) != len(names):
+            raise ValueError("tools names a tool twice")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice is 'required' but tools is empty")
+        for name in self.chosen_names():
+            if name not in names:
+                raise ValueError(f"tool_choice names {name!r}, which tools does not define")
+        return self
+
+    def chosen_names(self) -> list[str]:
+        """The tools that tool_choice names."""
+        if isinstance(self.tool_choice, ChosenTool):
+            return [self.tool_choice.name]
+        return (
+            [tool.name for tool in self.tool_choice.tools]
+            if isinstance(self.tool_choice, AllowedTools)
+            else []
+        )
+
+
+def text_of(content: str | list[Part] | None) -> str:
+    """Parts as one text."""
+    if isinstance(content, str):
+        return content
+    return "".join(part.text or part.refusal or "" for part in content or ())

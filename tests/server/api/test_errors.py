@@ -1,0 +1,182 @@
+"""Every API refuses bad input in its own error shape, names the field, and never answers 500."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from farthing.config import EngineConfig
+from farthing.server.auth import KeyRing
+from tests.server.harness import Running, ScriptedEngine, events, running
+
+USER = [{"role": "user", "content": "hi"}]
+TOOL = {"name": "f", "input_schema": {"type": "object"}}
+RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "y"}
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({}, "messages"),
+        ({"messages": USER}, "max_tokens"),
+        ({"messages": [], "max_tokens": 1}, "messages"),
+        ({"messages": USER, "max_tokens": 0}, "max_tokens"),
+        ({"messages": [{"role": "robot", "content": "x"}], "max_tokens": 1}, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1}, "image"),
+        ({"messages": [{"role": "assistant", "content": [RESULT]}], "max_tokens": 1}, "tool_result"),
+        ({"messages": USER, "max_tokens": 1, "tools": [TOOL, TOOL]}, "twice"),
+        (
+            {
+                "messages": USER,
+                "max_tokens": 1,
+                "tools": [{"type": "web_search_20250305", "name": "web_search"}],
+            },
+            "type",
+        ),
+        ({"messages": USER, "max_tokens": 1, "tool_choice": {"type": "any"}}, "tool_choice"),
+        (
+            {
+                "messages": USER,
+                "max_tokens": 1,
+                "tools": [TOOL],
+                "tool_choice": {"type": "tool", "name": "g"},
+            },
+            "'g'",
+        ),
+        ({"messages": USER, "max_tokens": 1, "model": "claude"}, "'claude'"),
+        ({"messages": USER, "max_tokens": 1, "output_config": {"effort": "high"}}, "reasoning_effort"),
+        ({"messages": USER, "max_tokens": 10**9}, "max_tokens"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages(tiny: Running, body: dict[str, Any], named: str, stream: bool) -> None:
+    answer = httpx.post(f"{tiny.url}/v1/messages", json=body | {"stream": stream})
+    assert answer.status_code in (400, 404), answer.text
+    document = answer.json()
+    assert document["type"] == "error" and set(document["error"]) == {"type", "message"}
+    assert document["error"]["type"] == (
+        "not_found_error" if answer.status_code == 404 else "invalid_request_error"
+    )
+    assert named in document["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "robot"}]}, "type"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "call_id"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "type"),
+        ({"input": "x", "previous_response_id": "resp_x"}, "previous_response_id"),
+        ({"input": "x", "tool_choice": "required"}, "tool_choice"),
+        ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "schema"),
+        ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning_effort"),
+        ({"input": "x", "background": True}, "background"),
+        ({"input": "x", "model": "gpt"}, "model"),
+        ({"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "{"}]}, ""),
+    ],
+)
+def test_responses(tiny: Running, body: dict[str, Any], named: str) -> None:
+    answer = httpx.post(f"{tiny.url}/v1/responses", json=body)
+    if not named:
+        assert answer.status_code == 200  # arguments are text to this format
+        return
+    assert answer.status_code in (400, 404), answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert named in f"{error['message']} {error['param']}"
+
+
+def test_embeddings_say_why(tiny: Running) -> None:
+    answer = httpx.post(f"{tiny.url}/v1/embeddings", json={"input": "x"})
+    assert answer.status_code == 404 and "embeddings are not served" in answer.json()["error"]["message"]
+
+
+def test_keys_in_either_header() -> None:
+    with running(ScriptedEngine(), keys=KeyRing(["me:secret"])) as server:
+        client = anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)
+        call: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "messages": USER}
+        assert client.messages.create(**call).content
+        with pytest.raises(anthropic.AuthenticationError) as refused:
+            anthropic.Anthropic(base_url=server.url, api_key="wrong", max_retries=0).messages.create(**call)
+        assert refused.value.body["error"]["type"] == "authentication_error"  # type: ignore[index]
+        bearer = anthropic.Anthropic(base_url=server.url, auth_token="secret", api_key=None, max_retries=0)
+        assert bearer.messages.create(**call).content
+
+
+def test_responses_are_kept_for_their_key_only() -> None:
+    with running(ScriptedEngine(), keys=KeyRing(["a:one", "b:two"])) as server:
+        mine = server.client("one").responses
+        first = mine.create(model="tiny", input="hi")
+        assert mine.retrieve(first.id).output_text == "ok"
+        assert mine.create(model="tiny", input="again", previous_response_id=first.id).output_text == "ok"
+        for call in (
+            lambda: server.client("two").responses.retrieve(first.id),
+            lambda: server.client("two").responses.create(
+                model="tiny", input="x", previous_response_id=first.id
+            ),
+        ):
+            with pytest.raises(openai.NotFoundError) as refused:
+                call()
+            assert refused.value.code == "previous_response_not_found"
+        unkept = mine.create(model="tiny", input="hi", store=False)
+        with pytest.raises(openai.NotFoundError):
+            mine.retrieve(unkept.id)
+        mine.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            mine.retrieve(first.id)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_an_engine_that_fails_in_a_stream(path: str) -> None:
+    with running(ScriptedEngine(["a", "b"], finish_reason="error")) as server:
+        body = {"messages": USER, "max_tokens": 9, "input": "hi", "stream": True}
+        text = httpx.post(f"{server.url}{path}", json=body).text
+        last = events(text)[-1]
+        assert last["type"] == ("error" if path == "/v1/messages" else "response.failed")
+        assert "engine ended the request" in text
+
+
+def test_cut_off_and_stopped() -> None:
+    call = '<｜DSML｜tool_calls><｜DSML｜invoke name="f"><｜DSML｜parameter name="a" string="true">tex'
+    engine = ScriptedEngine(list("why</think>" + call), finish_reason="length")
+    engine.config = EngineConfig(max_model_len=10_000, chat_template="deepseek_v4")
+    with running(engine) as server:
+        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+        options: dict[str, Any] = {"model": "tiny", "max_tokens": 99, "messages": USER, "tools": [TOOL]}
+        whole = client.messages.create(**options)
+        assert whole.stop_reason == "max_tokens" and [b.type for b in whole.content] == [
+            "thinking",
+            "tool_use",
+        ]
+        tools: Any = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
+        cut = server.client().responses.create(model="tiny", input="hi", tools=tools)
+        assert cut.status == "incomplete" and cut.output[-1].arguments == '{"a": "tex'  # type: ignore[union-attr]
+        assert cut.incomplete_details and cut.incomplete_details.reason == "max_output_tokens"
+
+
+def test_count_tokens(tiny: Running) -> None:
+    client = anthropic.Anthropic(base_url=tiny.url, api_key="none", max_retries=0)
+    options: Any = {"model": "tiny", "messages": USER, "system": "Be brief."}
+    count = client.messages.count_tokens(**options).input_tokens
+    answer = client.messages.create(max_tokens=1, **options)
+    assert count == answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
+    assert client.messages.count_tokens(tools=[TOOL], **options).input_tokens > count
+
+
+def test_a_billing_header_does_not_defeat_the_prefix_cache() -> None:
+    engine = ScriptedEngine()
+    with running(engine) as server:
+        for number in range(2):
+            system = [
+                {"type": "text", "text": f"x-anthropic-billing-header: {number}"},
+                {"type": "text", "text": "S"},
+            ]
+            body = {"messages": USER, "max_tokens": 9, "system": system}
+            assert httpx.post(f"{server.url}/v1/messages", json=body).status_code == 200
+        assert engine.prompts[0] == engine.prompts[1]
