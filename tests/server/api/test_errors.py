@@ -11,6 +11,7 @@ import pytest
 
 from farthing.config import EngineConfig
 from farthing.server.auth import KeyRing
+from tests.server.api.loops import FORMATS
 from tests.server.harness import Running, ScriptedEngine, events, running
 
 USER = [{"role": "user", "content": "hi"}]
@@ -180,3 +181,42 @@ def test_a_billing_header_does_not_defeat_the_prefix_cache() -> None:
             body = {"messages": USER, "max_tokens": 9, "system": system}
             assert httpx.post(f"{server.url}/v1/messages", json=body).status_code == 200
         assert engine.prompts[0] == engine.prompts[1]
+
+
+def test_namespaces_texts_and_tools_that_nothing_runs_here() -> None:
+    patch = '*** Begin "Patch"\n+é'
+    write, _ = FORMATS["deepseek_v4"]
+    calls = [("agents.close", {"target": "a"}), ("patch", {"input": patch})]
+    engine = ScriptedEngine(list("</think>" + write(calls)))
+    engine.config = EngineConfig(max_model_len=100_000, chat_template="deepseek_v4")
+    tools: Any = [
+        {
+            "type": "namespace",
+            "name": "agents",
+            "description": "x",
+            "tools": [{"type": "function", "name": "close"}],
+        },
+        {
+            "type": "custom",
+            "name": "patch",
+            "format": {"type": "grammar", "syntax": "lark", "definition": "start: X"},
+        },
+        {"type": "web_search", "external_web_access": False},
+    ]
+    with running(engine) as server:
+        create = server.client().responses.create
+        close, edit = create(model="tiny", input="hi", tools=tools).output
+        assert (close.type, close.name, close.namespace) == ("function_call", "close", "agents")  # type: ignore[union-attr]
+        assert (edit.type, edit.name, edit.input) == ("custom_tool_call", "patch", patch)  # type: ignore[union-attr]
+        assert "not available: web_search" in engine.prompts[0] and "start: X" in engine.prompts[0]
+        items: Any = [
+            {"role": "user", "content": "hi"},
+            *(item.model_dump(exclude_none=True) for item in (close, edit)),
+            {"type": "function_call_output", "call_id": close.call_id, "output": "closed"},  # type: ignore[union-attr]
+            {"type": "custom_tool_call_output", "call_id": edit.call_id, "output": "patched"},  # type: ignore[union-attr]
+        ]
+        create(model="tiny", input=items, tools=tools)
+        assert all(text in engine.prompts[1] for text in ("agents.close", patch, "closed", "patched"))
+        assert engine.prompts[1].startswith(engine.prompts[0])
+        kinds = [event.type for event in create(model="tiny", input="hi", tools=tools, stream=True)]
+        assert kinds.count("response.custom_tool_call_input.done") == 1

@@ -11,7 +11,7 @@ import pytest
 from openai import OpenAI
 
 from farthing.config import EngineConfig
-from farthing.engine.engine import Engine
+from farthing.engine.build import build_engine
 from tests.server.api.loops import (
     ASK,
     DESCRIPTION,
@@ -140,7 +140,7 @@ def test_messages(format_: str) -> None:
 @pytest.fixture(scope="module")
 def embedded() -> Iterator[Running]:
     """The embedded model, which calls a tool when it must."""
-    with running(Engine.from_config(EngineConfig(model="mite", threads=1, max_num_seqs=4))) as server:
+    with running(build_engine(EngineConfig(model="mite", threads=1, max_num_seqs=4))) as server:
         yield server
 
 

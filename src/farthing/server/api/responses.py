@@ -14,8 +14,8 @@ from starlette.responses import Response
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, Reasoning, Text, collect
 from farthing.conversation.types import ToolCall, Turn
 from farthing.engine.request import StructuredOutputsParams
-from farthing.server.api.responses_input import conversation_of, custom_names
-from farthing.server.api.responses_protocol import ResponsesRequest
+from farthing.server.api.responses_input import conversation_of, turns_of
+from farthing.server.api.responses_protocol import CustomTool, ResponsesRequest
 from farthing.server.api.responses_store import Stored
 from farthing.server.errors import ApiError
 from farthing.server.events import Ending, EventStream, named, to_json
@@ -45,7 +45,7 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
         ),
         client,
     )
-    continues = conversation.turns[1:] if body.instructions else conversation.turns
+    continues = (*earlier, *turns_of(body))
 
     def keep(document: dict[str, Any], answer: Answer) -> None:
         if body.store is not False:
@@ -144,7 +144,7 @@ class _Writer:
         keep: Callable[[dict[str, Any], Answer], None],
     ) -> None:
         self._turn, self._envelope, self._keep = turn, envelope, keep
-        self._custom = custom_names(body)
+        self._tools = {declared.name: declared for declared in body.declared()}
         self._number = -1  # of the last event
         self._output: list[dict[str, Any]] = []  # items that are complete
         self._open: _Open | None = None
@@ -217,11 +217,19 @@ class _Writer:
                 events = self._start("message", {"role": "assistant", "content": []})
                 return [*events, self._piece("output_text", text)]
             case CallStart(_, identity, name):
-                custom = name in self._custom
-                kind, empty = ("custom_tool_call", "input") if custom else ("function_call", "arguments")
-                return [*self._close(), *self._start(kind, {"call_id": identity, "name": name, empty: ""})]
+                return [*self._close(), *self._start(*self._call(identity, name))]
             case CallArguments(_, text):
                 return self._argument(text)
+
+    def _call(self, identity: str, name: str) -> tuple[str, dict[str, Any]]:
+        """The kind of a call's item, and its fields."""
+        fields = {"call_id": identity, "name": name}
+        declared = self._tools.get(name)
+        if declared is not None and declared.namespace is not None:
+            fields |= {"name": declared.tool.name, "namespace": declared.namespace}
+        if declared is not None and isinstance(declared.tool, CustomTool):
+            return "custom_tool_call", fields | {"input": ""}
+        return "function_call", fields | {"arguments": ""}
 
     def _start(self, kind: str, fields: dict[str, Any]) -> list[str]:
         """Begin an item of this kind, unless one is open."""

@@ -9,7 +9,7 @@ from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice
 from farthing.server.api.responses_protocol import (
     AllowedTools,
     ChosenTool,
-    CustomTool,
+    Declared,
     FunctionTool,
     Item,
     ResponsesRequest,
@@ -24,31 +24,30 @@ def conversation_of(body: ResponsesRequest, earlier: tuple[Turn, ...]) -> Conver
     """The conversation a body continues. earlier: the turns up to the previous response's end, its
     instructions left out."""
     effort = body.reasoning.effort if body.reasoning else None
-    instructions = (Turn("system", body.instructions),) if body.instructions else ()
+    said = [body.instructions] if body.instructions else []
+    if hosted := body.hosted():
+        said.append(f"These tools are not available: {', '.join(hosted)}.")
+    instructions = (Turn("system", "\n\n".join(said)),) if said else ()
     return Conversation(
         turns=(*instructions, *earlier, *turns_of(body)),
-        tools=tuple(map(_tool, body.tools or ())),
+        tools=tuple(map(_tool, body.declared())),
         choice=_choice(body),
         parallel_calls=body.parallel_tool_calls is not False,
         effort="max" if effort == "xhigh" else effort,
     )
 
 
-def custom_names(body: ResponsesRequest) -> frozenset[str]:
-    """The tools that take a text."""
-    return frozenset(tool.name for tool in body.tools or () if isinstance(tool, CustomTool))
-
-
-def _tool(tool: FunctionTool | CustomTool) -> Tool:
+def _tool(declared: Declared) -> Tool:
+    tool = declared.tool
     if isinstance(tool, FunctionTool):
-        return Tool(tool.name, tool.description, tool.parameters, tool.strict)
+        return Tool(declared.name, tool.description, tool.parameters, tool.strict)
     grammar = (tool.format or {}).get("definition")
     described = (
         f"{tool.description or ''}\n\nThe input obeys this grammar:\n{grammar}"
         if grammar
         else tool.description
     )
-    return Tool(tool.name, described, _TEXT)
+    return Tool(declared.name, described, _TEXT)
 
 
 def _choice(body: ResponsesRequest) -> ToolChoice:
@@ -77,12 +76,10 @@ def turns_of(body: ResponsesRequest) -> tuple[Turn, ...]:
 def _turn(item: Item) -> Turn:
     match item.type:
         case "function_call":
-            return Turn(
-                "assistant", calls=(ToolCall(item.call_id or "", item.name or "", item.arguments or ""),)
-            )
+            return Turn("assistant", calls=(ToolCall(item.call_id or "", _name(item), item.arguments or ""),))
         case "custom_tool_call":
             arguments = json.dumps({"input": item.input}, ensure_ascii=False)
-            return Turn("assistant", calls=(ToolCall(item.call_id or "", item.name or "", arguments),))
+            return Turn("assistant", calls=(ToolCall(item.call_id or "", _name(item), arguments),))
         case "function_call_output" | "custom_tool_call_output":
             return Turn("tool", text_of(item.output), call_id=item.call_id)
         case "reasoning":
@@ -90,6 +87,10 @@ def _turn(item: Item) -> Turn:
         case _:
             assert item.role is not None
             return Turn(item.role, text_of(item.content))
+
+
+def _name(item: Item) -> str:
+    return f"{item.namespace}.{item.name}" if item.namespace else item.name or ""
 
 
 def _joined(one: Turn, other: Turn) -> Turn:

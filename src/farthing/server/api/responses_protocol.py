@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ Name = Annotated[str, Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")]
 _PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
-class Part(Strict):
+class Part(Loose):
     """Text of an item, under one of several names."""
 
     type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
@@ -44,6 +45,7 @@ class Item(Loose):
     summary: Parts | None = None
     call_id: str | None = None
     name: str | None = None
+    namespace: str | None = None
     arguments: str | None = None
     input: str | None = None
     output: str | Parts | None = None
@@ -81,6 +83,40 @@ class CustomTool(Strict):
     name: Name
     description: str | None = None
     format: dict[str, Any] | None = None
+
+
+class Namespace(Strict):
+    """Tools under a common name, which calls of them carry."""
+
+    type: Literal["namespace"]
+    name: Name
+    description: str | None = None
+    tools: Annotated[
+        list[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]],
+        Field(max_length=1024, fail_fast=True),
+    ]
+
+
+class HostedTool(Loose):
+    """A tool that OpenAI's servers run. There is none here: the prompt says so."""
+
+    type: Literal[
+        "web_search",
+        "web_search_preview",
+        "file_search",
+        "code_interpreter",
+        "image_generation",
+        "computer",
+        "computer_use_preview",
+        "mcp",
+        "local_shell",
+        "shell",
+        "apply_patch",
+        "tool_search",
+    ]
+
+
+ToolField = Annotated[FunctionTool | CustomTool | Namespace | HostedTool, Field(discriminator="type")]
 
 
 class ChosenTool(Strict):
@@ -129,6 +165,15 @@ class ReasoningOptions(Strict):
     generate_summary: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A tool under the name the model knows it by."""
+
+    name: str
+    namespace: str | None
+    tool: FunctionTool | CustomTool
+
+
 class ResponsesRequest(Body):
     """Body of /v1/responses."""
 
@@ -136,7 +181,7 @@ class ResponsesRequest(Body):
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     instructions: str | None = None
     previous_response_id: str | None = None
-    tools: Annotated[list[FunctionTool | CustomTool], Field(max_length=1024, fail_fast=True)] | None = None
+    tools: Annotated[list[ToolField], Field(max_length=1024, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -157,6 +202,7 @@ class ResponsesRequest(Body):
     service_tier: str | None = None
     stream_options: dict[str, Any] | None = None
     top_logprobs: int | None = None
+    client_metadata: dict[str, Any] | None = None
     truncation: str | None = None
     user: str | None = None
     # extensions
@@ -166,7 +212,7 @@ class ResponsesRequest(Body):
 
     @model_validator(mode="after")
     def _tools_fit(self) -> ResponsesRequest:
-        names = [tool.name for tool in self.tools or ()]
+        names = [declared.name for declared in self.declared()]
         if len(set(names)) != len(names):
             raise ValueError("tools names a tool twice")
         if self.tool_choice == "required" and not names:
@@ -175,6 +221,20 @@ class ResponsesRequest(Body):
             if name not in names:
                 raise ValueError(f"tool_choice names {name!r}, which tools does not define")
         return self
+
+    def declared(self) -> list[Declared]:
+        """The tools the client runs, those of a namespace under its name and theirs."""
+        found: list[Declared] = []
+        for tool in self.tools or ():
+            if isinstance(tool, Namespace):
+                found += (Declared(f"{tool.name}.{inner.name}", tool.name, inner) for inner in tool.tools)
+            elif not isinstance(tool, HostedTool):
+                found.append(Declared(tool.name, None, tool))
+        return found
+
+    def hosted(self) -> list[str]:
+        """The tools that nothing runs here."""
+        return [tool.type for tool in self.tools or () if isinstance(tool, HostedTool)]
 
     def chosen_names(self) -> list[str]:
         """The tools that tool_choice names."""
