@@ -19,6 +19,7 @@ from farthing.server.fields import UnknownFields
 from farthing.server.formats import ModelFormats
 from farthing.server.jobs import Job
 from farthing.server.limits import Quotas
+from farthing.server.replay import AnswerMemory
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
@@ -41,6 +42,7 @@ class Service:
         self.engine: Engine | None = None
         self._formats: ModelFormats | None = None
         self.responses = ResponseStore()
+        self.answers = AnswerMemory()
         self.accounts: Accounts | None = None  # set before the engine is
         self.launch_to_ready: float | None = None  # seconds
         self.draining = False

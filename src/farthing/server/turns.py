@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from farthing.conversation import forced
 from farthing.conversation.count import ReasoningCounter
-from farthing.conversation.deltas import CallArguments, CallStart, Delta
+from farthing.conversation.deltas import CallArguments, CallStart, Delta, collect
 from farthing.conversation.formats import template
 from farthing.conversation.formats.base import ChatFormat, FormatError
 from farthing.conversation.parse.base import CallParser, NoCalls
@@ -102,14 +102,19 @@ class _Choice:
 
     def __init__(self, reading: Reading) -> None:
         self.parser, self.counter = reading.parser(), reading.counter()
+        self.tokens: list[int] = []
+        self.deltas: list[Delta] = []
 
 
 class Turn:
     """A turn in flight. Iterate `updates` once, under the job's guard."""
 
-    def __init__(self, job: Job, prompt: list[int], usage: Usage, reading: Reading) -> None:
-        self.job, self.prompt, self.usage = job, prompt, usage
-        self._reading = reading
+    def __init__(
+        self, job: Job, usage: Usage, reading: Reading, remember: Callable[[list[int], list[Delta]], None]
+    ) -> None:
+        """remember: takes the tokens and deltas of an answer that the model ended."""
+        self.job, self.usage = job, usage
+        self._reading, self._remember = reading, remember
         self._choices: dict[int, _Choice] = {}
 
     async def updates(self) -> AsyncIterator[list[Update]]:
@@ -133,6 +138,10 @@ class Turn:
         counter.push(completion.token_ids, inside, parser.reasoning)
         if completion.finish_reason is not None:
             deltas += parser.finish()
+        choice.tokens += completion.token_ids
+        choice.deltas += deltas
+        if completion.finish_reason == "stop" and completion.stop_reason is None:
+            self._remember(choice.tokens, choice.deltas)
         self.usage.completion_tokens += len(completion.token_ids)
         self.usage.reasoning_tokens += counter.tokens - before
         return Update(
@@ -165,7 +174,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     formats = service.formats()
     form = formats.of_conversation(conversation)
     prompt = await render(service, conversation, client)
-    ids = await service.encode(prompt, False, client, "messages")
+    ids = await _encode(service, conversation, prompt, client)
     schema = forced.schema(conversation)
     structured = request.structured if schema is None else StructuredOutputsParams(json=schema)
     opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
@@ -200,7 +209,31 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         cache_salt=request.cache_salt,
         kind="delta" if request.stream else "final",
     )
-    return Turn(job, ids, Usage(len(ids), with_cost=request.with_cost), reading)
+
+    def remember(tokens: list[int], deltas: list[Delta]) -> None:
+        if not reading.forced:  # what a grammar forced is not how the format writes calls
+            service.answers.remember(client, prompt, ids + tokens, collect(deltas))
+
+    return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember)
+
+
+async def _encode(service: Service, conversation: Conversation, prompt: str, client: str) -> list[int]:
+    """The prompt's tokens; those of the last answer that was given here are the sampled ones."""
+    turns, tokenizer = conversation.turns, service.formats().tokenizer
+    said = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
+    for position in reversed(said[-2:]):
+        entry = service.answers.recall(client, turns[position], prompt)
+        if entry is None or tokenizer is None:
+            continue
+        until = replace(conversation, turns=turns[: position + 1], generate=False, resume=False)
+        head = await render(service, until, client)
+        if not prompt.startswith(head) or entry.reasoning not in head[entry.characters :]:
+            continue  # the format writes this turn differently now, for instance without its reasoning
+        tokens = entry.tokens.tolist()
+        if not head.endswith(tokenizer.token_text(tokens[-1])):
+            tokens.pop()  # the token that ended the answer begins the next turn
+        return tokens + await service.encode(prompt[len(head) :], False, client, "messages")
+    return await service.encode(prompt, False, client, "messages")
 
 
 def _reasoning(
