@@ -1,4 +1,4 @@
-"""One streamed completion over HTTP/1.1, timed token by token.
+"""One streamed completion or chat over HTTP/1.1, timed token by token.
 
 Built on asyncio streams: a load generator that shares two cores with the server it measures must cost
 little. Works with any OpenAI-compatible server. Where the server reports usage in every chunk
@@ -44,6 +44,8 @@ class Timing:
     arrivals: list[float] = field(default_factory=list)  # of every streamed chunk
     counts: list[int] = field(default_factory=list)  # output tokens so far at each arrival, where reported
     text: str = ""
+    reasoning: str = ""  # of a chat
+    calls: list[dict[str, Any]] = field(default_factory=list)  # tool calls of a chat
     error: str | None = None
 
     @property
@@ -85,18 +87,28 @@ async def complete(
 
     into: filled while the answer comes, for a caller that wants to show it.
     """
+    return await _stream(
+        target, "/v1/completions", {"prompt": prompt, "max_tokens": max_tokens, **options}, into
+    )
+
+
+async def chat(target: Target, messages: list[dict[str, Any]], max_tokens: int, **options: Any) -> Timing:
+    """Stream one /v1/chat/completions request. A failure is recorded in `error`, never raised."""
+    fields = {"messages": messages, "max_tokens": max_tokens, **options}
+    return await _stream(target, "/v1/chat/completions", fields, None)
+
+
+async def _stream(target: Target, path: str, fields: dict[str, Any], into: Timing | None) -> Timing:
     body = {
         "model": target.model,
-        "prompt": prompt,
-        "max_tokens": max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        **options,
+        **fields,
     }
     timing = into if into is not None else Timing()
     timing.start = time.perf_counter()
     try:
-        await asyncio.wait_for(_exchange(target, json.dumps(body).encode(), timing), target.timeout)
+        await asyncio.wait_for(_exchange(target, path, json.dumps(body).encode(), timing), target.timeout)
     except TimeoutError:
         timing.error = f"no answer within {target.timeout:g} s"
     except (OSError, ValueError, EOFError) as error:
@@ -107,7 +119,7 @@ async def complete(
     return timing
 
 
-async def _exchange(target: Target, body: bytes, timing: Timing) -> None:
+async def _exchange(target: Target, path: str, body: bytes, timing: Timing) -> None:
     parts = urlsplit(target.url)
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
@@ -117,7 +129,7 @@ async def _exchange(target: Target, body: bytes, timing: Timing) -> None:
     try:
         key = f"Authorization: Bearer {target.api_key}\r\n" if target.api_key else ""
         head = (
-            f"POST {parts.path.rstrip('/')}/v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n{key}"
+            f"POST {parts.path.rstrip('/')}{path} HTTP/1.1\r\nHost: {parts.netloc}\r\n{key}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         writer.write(head.encode() + body)
@@ -149,7 +161,7 @@ def _event(data: bytes, timing: Timing) -> bool:
         timing.first = timing.first or now
         timing.end = now
         timing.arrivals.append(now)
-        timing.text += choices[0].get("text") or ""
+        _content(choices[0], timing)
     if usage := event.get("usage"):
         if choices:
             timing.counts.append(usage["completion_tokens"])
@@ -157,3 +169,16 @@ def _event(data: bytes, timing: Timing) -> bool:
         timing.output_tokens = usage["completion_tokens"]
         timing.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return False
+
+
+def _content(choice: dict[str, Any], timing: Timing) -> None:
+    """What a chunk adds to the answer: of a completion, or of a chat."""
+    delta = choice.get("delta") or {}
+    timing.text += choice.get("text") or delta.get("content") or ""
+    timing.reasoning += delta.get("reasoning_content") or ""
+    for part in delta.get("tool_calls") or ():
+        function = part.get("function") or {}
+        if part.get("id"):
+            empty = {"name": function.get("name"), "arguments": ""}
+            timing.calls.append({"id": part["id"], "type": "function", "function": empty})
+        timing.calls[part["index"]]["function"]["arguments"] += function.get("arguments") or ""

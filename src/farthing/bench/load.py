@@ -113,16 +113,17 @@ def summarize(timings: Sequence[Timing], slo: Slo, usd_per_hour: float | None = 
         prompt_tokens=sum(t.prompt_tokens for t in good),
         cached_tokens=sum(t.cached_tokens for t in good),
         output_tokens=sum(t.output_tokens for t in good),
-        ttft_ms=_percentiles([t.ttft for t in good]),
-        tpot_ms=_percentiles([t.tpot for t in good if t.output_tokens > 1]),
-        itl_ms=_percentiles(gaps),
-        e2e_ms=_percentiles([t.e2e for t in good]),
+        ttft_ms=percentiles([t.ttft for t in good]),
+        tpot_ms=percentiles([t.tpot for t in good if t.output_tokens > 1]),
+        itl_ms=percentiles(gaps),
+        e2e_ms=percentiles([t.e2e for t in good]),
         goodput=sum(slo.kept(t) for t in timings) / len(timings),
         usd_per_hour=usd_per_hour,
     )
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Milliseconds by percentile; empty without values."""
     if not seconds:
         return {}
     values = np.percentile(np.asarray(seconds) * 1000, PERCENTILES)

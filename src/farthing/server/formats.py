@@ -54,6 +54,12 @@ class ModelFormats:
         found: int | None = self.tokenizer.backend.token_to_id(text)
         return found
 
+    def ending(self, text: str) -> list[int]:
+        """The token that ends a turn, where a text ends with one."""
+        stops = (self.control.eos, *self.chosen.tools.stops, *self.chosen.plain.stops)
+        found = (self.token_id(stop) for stop in stops if stop and text.endswith(stop))
+        return [token for token in found if token is not None][:1]
+
     def hidden(self, form: ChatFormat) -> frozenset[str]:
         """Control tokens that are no part of the format's markup, and so never shown."""
         known = self._hidden.get(form.name)

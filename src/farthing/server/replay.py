@@ -31,6 +31,7 @@ class Remembered:
     characters: int
     tokens: array[int]
     reasoning: str
+    ended: bool  # by the model; else cut off, and its end token is missing
 
     def precedes(self, prompt: str) -> bool:
         """Whether a prompt begins with the text this answer followed."""
@@ -44,12 +45,14 @@ class AnswerMemory:
         self._room, self._used = tokens, 0
         self._kept: OrderedDict[bytes, list[Remembered]] = OrderedDict()
 
-    def remember(self, client: str, prompt: str, tokens: Sequence[int], answer: Answer) -> None:
-        """tokens: of the prompt and of the answer, its end token included."""
+    def remember(
+        self, client: str, prompt: str, tokens: Sequence[int], answer: Answer, ended: bool = True
+    ) -> None:
+        """tokens: of the prompt and of the answer, and of its end where the model ended it."""
         if len(tokens) > self._room:
             return
         key = _key(client, answer.text, tuple((name, text) for _, name, text in answer.calls))
-        entry = Remembered(_digest(prompt), len(prompt), array("i", tokens), answer.reasoning.strip())
+        entry = Remembered(_digest(prompt), len(prompt), array("i", tokens), answer.reasoning.strip(), ended)
         entries = self._kept.setdefault(key, [])
         entries.append(entry)
         self._kept.move_to_end(key)

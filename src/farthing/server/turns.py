@@ -110,9 +110,13 @@ class Turn:
     """A turn in flight. Iterate `updates` once, under the job's guard."""
 
     def __init__(
-        self, job: Job, usage: Usage, reading: Reading, remember: Callable[[list[int], list[Delta]], None]
+        self,
+        job: Job,
+        usage: Usage,
+        reading: Reading,
+        remember: Callable[[list[int], list[Delta], bool], None],
     ) -> None:
-        """remember: takes the tokens and deltas of an answer that the model ended."""
+        """remember: takes the tokens and deltas of an answer, and whether the model ended it."""
         self.job, self.usage = job, usage
         self._reading, self._remember = reading, remember
         self._choices: dict[int, _Choice] = {}
@@ -140,8 +144,8 @@ class Turn:
             deltas += parser.finish()
         choice.tokens += completion.token_ids
         choice.deltas += deltas
-        if completion.finish_reason == "stop" and completion.stop_reason is None:
-            self._remember(choice.tokens, choice.deltas)
+        if completion.finish_reason is not None and completion.stop_reason is None:
+            self._remember(choice.tokens, choice.deltas, completion.finish_reason == "stop")
         self.usage.completion_tokens += len(completion.token_ids)
         self.usage.reasoning_tokens += counter.tokens - before
         return Update(
@@ -210,9 +214,12 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         kind="delta" if request.stream else "final",
     )
 
-    def remember(tokens: list[int], deltas: list[Delta]) -> None:
-        if not reading.forced:  # what a grammar forced is not how the format writes calls
-            service.answers.remember(client, prompt, ids + tokens, collect(deltas))
+    def remember(tokens: list[int], deltas: list[Delta], ended: bool) -> None:
+        if reading.forced:  # what a grammar forced is not how the format writes calls
+            return
+        answer = collect(deltas)
+        if ended or (answer.text and not answer.calls):  # the middle of a thought or a call cannot be ended
+            service.answers.remember(client, prompt, ids + tokens, answer, ended)
 
     return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember)
 
@@ -230,7 +237,9 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
         if not prompt.startswith(head) or entry.reasoning not in head[entry.characters :]:
             continue  # the format writes this turn differently now, for instance without its reasoning
         tokens = entry.tokens.tolist()
-        if not head.endswith(tokenizer.token_text(tokens[-1])):
+        if not entry.ended:
+            tokens += service.formats().ending(head)
+        elif not head.endswith(tokenizer.token_text(tokens[-1])):
             tokens.pop()  # the token that ended the answer begins the next turn
         return tokens + await service.encode(prompt[len(head) :], False, client, "messages")
     return await service.encode(prompt, False, client, "messages")

@@ -1,0 +1,86 @@
+"""`farthing bench serve --workload agent`: sessions whose every turn sends the whole conversation again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from farthing.bench.agent import (
+    AgentResult,
+    Session,
+    SessionShape,
+    recorded,
+    run_sessions,
+    summarize,
+    synthetic,
+)
+from farthing.cli.progress import token_progress
+
+if TYPE_CHECKING:
+    from farthing.bench.client import Target
+
+_CHARACTERS = 2  # a token of a recording stands for at least as many
+
+
+def plan(
+    recording: Path | None, sessions: int, turns: int, output_tokens: int, max_len: int, seed: int
+) -> list[Session]:
+    """Synthetic sessions, or those of a recording within max_len tokens with their answers."""
+    try:
+        if recording is None:
+            return synthetic(SessionShape(turns), sessions, seed)
+        room = max(1, max_len - turns * output_tokens)
+        return recorded(recording, sessions, turns, _CHARACTERS * room)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def run(
+    target: Target,
+    sessions: list[Session],
+    concurrency: int,
+    output_tokens: int,
+    usd_per_hour: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Run them and print the figures; exit status 1 if a turn failed."""
+    with token_progress("turns", sum(len(session.says) for session in sessions)) as advance:
+        timings = asyncio.run(
+            run_sessions(target, sessions, concurrency, output_tokens, lambda _: advance(1), seed=seed)
+        )
+    result = summarize(timings, usd_per_hour)
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        _print(result)
+    raise typer.Exit(1 if result.failed else 0)
+
+
+def _print(result: AgentResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{result.sessions} sessions, {result.turns} turns in {result.seconds:.1f} s"
+    table = Table("", "p50", "p90", "p99", title=title)
+    rows = {
+        "turn": result.turn_ms,
+        "TTFT, first turns": result.ttft_first_ms,
+        "TTFT, later turns": result.ttft_later_ms,
+    }
+    for name, values in rows.items():
+        table.add_row(f"{name}, ms", *(f"{values[p]:,.1f}" if values else "-" for p in ("p50", "p90", "p99")))
+    Console().print(table)
+    print(
+        f"{result.cached_share:.1%} of {result.prompt_tokens:,} prompt tokens from the prefix cache, "
+        f"{result.cached_share_later:.1%} from the second turn on; {result.output_tokens:,} tokens generated"
+    )
+    if result.usd_per_session is not None:
+        print(f"${result.usd_per_session:.6f} per session")
+    for error in result.errors:
+        print(f"failed: {error}", file=sys.stderr)
