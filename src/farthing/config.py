@@ -56,6 +56,9 @@ class EngineConfig:
     enable_prefix_caching: bool = _cache(True, "Reuse of cached blocks by prompts with the same prefix")
 
     max_queue: int | None = _limit(1024, "Maximum number of waiting requests before 429", minimum=1)
+    max_step_ms: float = _limit(
+        150.0, "Target milliseconds of a step with prompts while others decode; 0: no bound", minimum=0
+    )
     priority_step: float = _limit(10.0, "Seconds of waiting that outweigh one level of priority", above=0)
 
     tensor_parallel_size: int = _ranks(

@@ -26,7 +26,8 @@ class LLM:
 
     def __init__(self, model: str | Path = EMBEDDED, **options: Any) -> None:
         """options: fields of `EngineConfig`. ValueError names a field, TypeError an unknown option."""
-        given: dict[str, Any] = {"max_queue": None} | options  # batches of any size may wait
+        # A batch of any size may wait, and throughput counts more than the latency of single tokens.
+        given: dict[str, Any] = {"max_queue": None, "max_step_ms": 0} | options
         if given.get("packed") is not None:
             given["packed"] = str(given["packed"])
         self.engine = build_engine(EngineConfig(model=str(model), **given))

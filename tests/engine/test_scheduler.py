@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -74,9 +75,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.finish(seq)
         self.live.remove(seq)
 
+    @rule(limit=st.none() | st.integers(0, 6))
+    def pace(self, limit: int | None) -> None:
+        self.scheduler.prompt_limit = lambda decodes: limit if decodes else None
+
     @rule(guess=st.lists(st.booleans(), max_size=3))
     def step(self, guess: list[bool]) -> None:
         plan = self.scheduler.schedule()
+        prompts = [item for item in plan if item.seq.num_pending > 1 or item.first]
+        limit = self.scheduler.prompt_limit(len(plan) - len(prompts))
+        assert limit is None or sum(item.count for item in prompts) <= max(1, limit)
         assert len({item.seq.id for item in plan}) == len(plan)
         assert sum(item.num_tokens for item in plan) <= self.budget
         assert len(self.scheduler.running) <= self.max_num_seqs
@@ -159,6 +167,16 @@ class NoCaching(SchedulerMachine):
     caching = False
 
 
+class Sharing(SchedulerMachine):
+    """Every prefix in progress is worth waiting for."""
+
+    num_blocks = 30
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler.worth_sharing = 1
+
+
 class Lookahead(SchedulerMachine):
     lookahead, block_size, num_blocks, budget = 2, 3, 6, 3
 
@@ -172,6 +190,36 @@ TestNoCaching = NoCaching.TestCase
 TestNoCaching.settings = settings(COMMON, max_examples=40)
 TestLookahead = Lookahead.TestCase
 TestLookahead.settings = settings(COMMON, max_examples=40)
+TestSharing = Sharing.TestCase
+TestSharing.settings = settings(COMMON, max_examples=40)
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=6),
+    budget=st.integers(6, 24),
+    salts=st.lists(st.sampled_from(SALTS), min_size=6, max_size=6),
+)
+def test_prompts_that_arrive_together_compute_a_shared_prefix_once(
+    prompts: list[list[int]], budget: int, salts: list[str]
+) -> None:
+    scheduler = Scheduler(64, 2, max_num_seqs=6, max_num_batched_tokens=budget)
+    scheduler.worth_sharing = 2
+    for number, (prompt, salt) in enumerate(zip(prompts, salts, strict=False)):
+        scheduler.add(sequence(number, prompt, output=1, salt=salt))
+    computed: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for _ in range(sum(map(len, prompts)) + len(prompts)):
+        plan = scheduler.schedule()
+        for item in plan:
+            seq, shareable = item.seq, (item.seq.num_prompt - 1) // 2 * 2
+            for position in range(item.start, min(item.start + item.count, shareable)):
+                computed[seq.salt, tuple(seq.tokens[: position // 2 * 2 + 2])] += position % 2
+        run(scheduler, plan)
+        for item in plan:
+            if item.sample:
+                scheduler.finish(item.seq)
+        scheduler.check()
+    assert scheduler.idle
+    assert all(times == 1 for times in computed.values())
 
 
 def sequence(
@@ -265,7 +313,7 @@ def test_priority_orders_the_queue_and_waiting_outweighs_it() -> None:
 
 
 def test_too_small_a_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_num_batched_tokens is 3"):
+    with pytest.raises(ValueError, match="max_num_batched_tokens: got 3"):
         Scheduler(8, 4, max_num_seqs=4, max_num_batched_tokens=3)
 
 

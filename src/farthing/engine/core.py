@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farthing.engine.block_pool import IntegrityError
 from farthing.engine.generation import Generation, RequestState, decoded
+from farthing.engine.pace import Pace
 from farthing.engine.request import EngineError, FinishReason, RequestAtFault, RequestOutput
 from farthing.engine.runner import Runner, Step
 from farthing.engine.sampler import Logprobs, Pick, Row, report, sample
@@ -46,8 +47,9 @@ class EngineCore:
         speculator: Speculator | None = None,
         on_finish: Callable[[RequestState], None] = lambda state: None,
         pick: Pick = sampling.sample,
+        pace: Pace | None = None,
     ) -> None:
-        """pick: the backend's `sample` op."""
+        """pick: the backend's `sample` op. pace: learns how long steps take."""
         self.runner = runner
         self.scheduler = scheduler
         self.stats = stats
@@ -55,6 +57,7 @@ class EngineCore:
         self._speculator = speculator
         self._on_finish = on_finish
         self._pick = pick
+        self._pace = pace
         self._live: dict[RequestState, None] = {}  # unfinished requests, in order of arrival
 
     def add(self, state: RequestState) -> None:
@@ -142,6 +145,7 @@ class EngineCore:
                 old.prefix.enabled,
                 old.num_lookahead,
                 old.pool.blocks,
+                old.prompt_limit,
             )
 
     def _admitted(self, plan: list[Scheduled[Generation]]) -> None:
@@ -219,6 +223,9 @@ class EngineCore:
         self.stats.steps += 1
         self.stats.busy_seconds += seconds
         share = seconds / sum(item.num_tokens for item in plan)
+        if self._pace is not None:
+            decodes = sum(item.decode for item in plan)
+            self._pace.observe(decodes, sum(item.count for item in plan if not item.decode), seconds)
         for item in plan:
             metrics = item.seq.parent.metrics
             if item.decode:

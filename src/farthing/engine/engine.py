@@ -46,6 +46,7 @@ from farthing.engine.admission import Admission
 from farthing.engine.core import EngineCore
 from farthing.engine.generation import Generation, RequestState
 from farthing.engine.model import Model
+from farthing.engine.pace import Pace
 from farthing.engine.request import (
     EngineError,
     EngineFailed,
@@ -124,6 +125,7 @@ class Engine:
         runner = Runner(model, cache, c.max_num_seqs, c.max_model_len)
         self.stats.experts = lambda: _expert_tokens(model, runner)
         speculator = build_speculator(c.speculate, runner)
+        pace = Pace(c.max_step_ms / 1000)
         scheduler: Scheduler[Generation] = Scheduler(
             c.num_blocks,
             c.block_size,
@@ -132,9 +134,10 @@ class Engine:
             c.enable_prefix_caching,
             speculator.num_lookahead if speculator else 0,
             blocks,
+            pace.prompt_tokens,
         )
         self._core = EngineCore(
-            runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.sample
+            runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.sample, pace
         )
         self._lock = threading.Lock()
         self._inbox: deque[tuple[Order, RequestState | None]] = deque()

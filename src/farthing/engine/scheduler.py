@@ -1,18 +1,23 @@
 """Which sequences compute which tokens in the next step.
 
 Continuous batching (Yu et al. 2022) with chunked prefill (Agrawal et al. 2024) under one token budget:
-first every decoding sequence gets its token, then prompts that have begun, then waiting ones. Blocks for a
-whole prompt are taken when it is admitted, so only decoding can run out of blocks; then the least urgent
-running sequence is preempted: its blocks are freed, and later it computes its tokens again.
+every decoding sequence gets its token first, then prompts in progress, then waiting ones. While sequences
+decode, `prompt_limit` further bounds the prompt tokens of a step. Blocks for a whole prompt are allocated on
+admission, so only decoding can run out of blocks; then the least urgent running sequence is preempted: its
+blocks are freed and it recomputes its tokens later.
 
-Urgency is arrival time plus priority times `priority_step` seconds. It never changes while a sequence
-waits, so nobody starves: whoever arrives later than that comes later. The most urgent running sequence
-is never preempted, so there is always progress.
+A waiting prompt whose next blocks are being computed by a running one waits for them, so prompts that arrive
+together compute a shared prefix once.
+
+Urgency is arrival time plus priority times `priority_step` seconds. It never changes while a sequence waits
+and later arrivals never overtake, so nothing starves. The most urgent running sequence is never preempted, so
+there is always progress.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from operator import attrgetter
 from typing import Generic
@@ -22,6 +27,9 @@ from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.sequence import S, Scheduled, Status
 
 _KEY = attrgetter("key")
+
+# Decoding sequences -> maximum number of prompt tokens in the step; None: no bound.
+PromptLimit = Callable[[int], int | None]
 
 
 class Scheduler(Generic[S]):
@@ -36,22 +44,26 @@ class Scheduler(Generic[S]):
         enable_prefix_caching: bool = True,
         num_lookahead: int = 0,
         blocks: Seq[int] | None = None,
+        prompt_limit: PromptLimit = lambda decodes: None,
     ) -> None:
-        """blocks: which `num_blocks` of the cache; None: the first."""
+        """blocks: which `num_blocks` of the cache; None: the first ones."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
-                f"max_num_batched_tokens is {max_num_batched_tokens}; expected at least "
+                f"max_num_batched_tokens: got {max_num_batched_tokens}; expected at least "
                 f"max_num_seqs = {max_num_seqs}, a token for each sequence"
             )
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_tokens = max_num_batched_tokens
-        self.num_lookahead = num_lookahead  # cache slots wanted behind the drafts (for drafting itself)
+        self.num_lookahead = num_lookahead  # cache slots reserved after the drafts, for drafting itself
+        self.prompt_limit = prompt_limit
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
-        self.waiting: list[S] = []  # both by urgency
+        self.waiting: list[S] = []  # waiting and running are ordered by urgency
         self.running: list[S] = []
         self.num_preemptions = 0
+        self.worth_sharing = 32  # tokens of a prefix in progress that are worth a step of waiting
+        self._computing: dict[bytes, S] = {}  # by hash of a prompt block: the running sequence to compute it
         self._watermark = max(1, num_blocks // 100)
         self._rows = list(range(max_num_seqs - 1, -1, -1))
 
@@ -89,6 +101,9 @@ class Scheduler(Generic[S]):
         plan: list[Scheduled[S]] = []
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
+        limit = self.prompt_limit(len(plan))
+        if limit is not None:
+            budget = min(budget, max(1, limit))
         for seq in self.running:
             if budget and seq.num_pending > 1:
                 budget -= self._add(plan, seq, min(seq.num_pending, budget))
@@ -110,6 +125,7 @@ class Scheduler(Generic[S]):
             self.prefix.extend(seq.hashes, seq.tokens, seq.salt, full)
             for i in range(seq.num_registered, full):
                 self.prefix.register(seq.hashes[i], seq.blocks[i])
+                self._computed(seq, seq.hashes[i])
             seq.num_registered = full
 
     def check(self) -> None:
@@ -122,6 +138,8 @@ class Scheduler(Generic[S]):
         rows = [seq.row for seq in self.running] + self._rows
         if sorted(rows) != list(range(self.max_num_seqs)):
             raise IntegrityError("rows of running sequences are not distinct")
+        if any(seq.status is not Status.RUNNING for seq in self._computing.values()):
+            raise IntegrityError("a block is awaited from a sequence that does not run")
 
     def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
         """One token (and drafts) for everyone who decodes. Returns what is left of the budget."""
@@ -149,6 +167,8 @@ class Scheduler(Generic[S]):
         while budget and self.waiting and self._rows:
             seq = self.waiting[0]
             hits = self._match(seq)
+            if self._awaits(seq, len(hits)):
+                return
             need = self._blocks_for(len(seq.tokens)) - len(hits)
             revived = sum(self.pool.refs(block) == 0 for block in hits)
             reserve = self._watermark if self.running else 0
@@ -159,6 +179,8 @@ class Scheduler(Generic[S]):
             seq.blocks = hits + self.pool.allocate(need)
             seq.num_computed = seq.num_cached = len(hits) * self.block_size
             seq.num_registered = len(hits)
+            for digest in seq.hashes[len(hits) :]:
+                self._computing.setdefault(digest, seq)
             seq.row, seq.row_filled = self._rows.pop(), 0
             seq.status = Status.RUNNING
             insort(self.running, seq, key=_KEY)
@@ -171,6 +193,19 @@ class Scheduler(Generic[S]):
         count = (len(seq.tokens) - 1) // self.block_size
         self.prefix.extend(seq.hashes, seq.tokens, seq.salt, count)
         return self.prefix.match(seq.hashes[:count])
+
+    def _awaits(self, seq: S, num_hits: int) -> bool:
+        """Whether running sequences will compute enough of the prefix after the blocks that were found."""
+        ahead = 0
+        for digest in seq.hashes[num_hits:]:
+            if digest not in self._computing:
+                break
+            ahead += self.block_size
+        return ahead >= self.worth_sharing and self.prefix.enabled and seq.read_cache
+
+    def _computed(self, seq: S, digest: bytes) -> None:
+        if self._computing.get(digest) is seq:
+            del self._computing[digest]
 
     def _make_room(self, seq: S) -> bool:
         """A slot for the next token, preempting the least urgent; False if that is `seq` itself."""
@@ -202,6 +237,8 @@ class Scheduler(Generic[S]):
     def _free(self, seq: S) -> None:
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
+        for digest in seq.hashes[seq.num_registered :]:
+            self._computed(seq, digest)
         self._rows.append(seq.row)
         seq.row = -1
 

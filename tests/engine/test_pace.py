@@ -1,0 +1,58 @@
+"""Prompt chunks follow the measured speed: a simulated machine, its steps held to the limit."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farthing.engine.pace import SMALLEST_CHUNK, Pace
+
+
+def test_without_a_limit_or_without_decoding_there_is_no_bound() -> None:
+    assert Pace(0).prompt_tokens(8) is None
+    assert Pace(0.15).prompt_tokens(0) is None
+
+
+@given(
+    limit=st.floats(0.05, 1.0),
+    decode=st.floats(1e-4, 0.04),
+    cost=st.floats(1e-6, 2e-3),
+    drift=st.floats(1.0, 1.02),
+    decodes=st.integers(1, 64),
+    warm=st.booleans(),
+)
+def test_mixed_steps_settle_at_the_limit(
+    limit: float, decode: float, cost: float, drift: float, decodes: int, warm: bool
+) -> None:
+    """decode: seconds of a decode step; cost: seconds per prompt token, growing by `drift` per step.
+
+    Without a measured decode step (cold), the first chunks are divided by trial: six steps are enough.
+    """
+    pace = Pace(limit)
+    if warm:
+        pace.observe(0, 512, 512 * cost * 0.7)  # a large prompt step is cheaper per token
+        for _ in range(5):
+            pace.observe(decodes, 0, decode)
+    durations = []
+    for _ in range(60):
+        chunk = pace.prompt_tokens(decodes)
+        assert chunk is not None and chunk >= SMALLEST_CHUNK
+        tokens = min(chunk, 8192)
+        seconds = decode + cost * tokens
+        cost *= drift
+        pace.observe(decodes, tokens, seconds)
+        durations.append((seconds, tokens))
+    floor = decode + cost * SMALLEST_CHUNK  # the smallest chunk may exceed the limit
+    assert all(seconds <= max(1.3 * limit, floor) for seconds, _ in durations[6:])
+    seconds, tokens = durations[-1]
+    assert tokens in (SMALLEST_CHUNK, 8192) or seconds >= 0.6 * limit  # and the step is used
+
+
+def test_one_slow_step_does_not_starve_prompts() -> None:
+    pace = Pace(0.15)
+    for _ in range(20):
+        pace.observe(4, pace.prompt_tokens(4) or 0, 0.02 + 1e-3 * (pace.prompt_tokens(4) or 0))
+    before = pace.prompt_tokens(4)
+    pace.observe(4, before or 0, 10.0)
+    after = pace.prompt_tokens(4)
+    assert before is not None and after is not None and after > before / 2
