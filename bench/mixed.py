@@ -98,7 +98,7 @@ def main() -> None:
         first = statistics.quantiles(gaps[base], n=100)[98]
         ratio = statistics.median(a / b for a, b in zip(rates[limit], rates[base], strict=True))
         rate = statistics.median(rates[limit])
-        print(f"{limit:>12g} {p50:>9.1f} {p99:>9.1f} {rate:>13.1f} {p99 / first:>7.2f} {ratio:>8.2f}")
+        print(f"{limit:>12g} {p50:>12.1f} {p99:>12.1f} {rate:>12.1f} {p99 / first:>12.2f} {ratio:>12.2f}")
 
 
 if __name__ == "__main__":

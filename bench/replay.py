@@ -17,7 +17,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from farthing.fleet.forecast.backtest import Backtest, backtest, make
+from farthing.fleet.forecast.backtest import Backtest, backtest
+from farthing.fleet.forecast.names import make
 from farthing.fleet.replay.picture import draw
 from farthing.fleet.replay.plan import PlanConfig
 from farthing.fleet.replay.run import Replay, ReplayConfig

@@ -11,13 +11,12 @@ from rich.console import Console
 
 from farthing.fleet.forecast.backtest import (
     MODELS,
-    PATHS,
     Backtest,
     backtest,
     backtest_short,
-    make,
     parse_horizon,
 )
+from farthing.fleet.forecast.names import PATHS, make
 from farthing.fleet.forecast.short import ShortConfig
 from farthing.fleet.series import read_series
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.fleet.forecast.backtest import Backtest, backtest, make
+from farthing.fleet.forecast.backtest import Backtest, backtest
 from farthing.fleet.forecast.calendar import Event, calendar
 from farthing.fleet.forecast.day import DayForecaster
 from farthing.fleet.forecast.floor import SHARES, FloorShare, best_share, floor_losses
 from farthing.fleet.forecast.mix import Mix, profiles
+from farthing.fleet.forecast.names import make
 from farthing.fleet.forecast.profile import ProfileAR, ProfileConfig
 from farthing.fleet.forecast.ridge import RidgeAR
 from farthing.fleet.series import DAY_S, Series

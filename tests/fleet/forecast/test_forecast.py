@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from farthing.cli.forecast import app
-from farthing.fleet.forecast.backtest import Backtest, backtest, make, parse_horizon
+from farthing.fleet.forecast.backtest import Backtest, backtest, parse_horizon
 from farthing.fleet.forecast.base import LastValue, Seasonal
 from farthing.fleet.forecast.conformal import Conformal
 from farthing.fleet.forecast.growth import GrowthConfig, growth_bound, trailing_max, trailing_mean
 from farthing.fleet.forecast.mix import Mix
+from farthing.fleet.forecast.names import make
 from farthing.fleet.forecast.ridge import AbsoluteAR, RidgeAR
 from farthing.fleet.forecast.short import ShortTerm
 from farthing.fleet.series import Series

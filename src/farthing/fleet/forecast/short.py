@@ -24,6 +24,7 @@ from farthing.fleet.forecast.history import History, memory
 from farthing.fleet.forecast.lstm import PRETRAINED, LSTMConfig, Pretrained
 from farthing.fleet.forecast.members import Blocks, Growth, LastValue, Member
 from farthing.fleet.forecast.mixture import Mixture, MixtureConfig
+from farthing.fleet.forecast.names import make
 from farthing.fleet.series import DAY_S
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,6 @@ def make_members(config: ShortConfig) -> list[Member]:
     made: list[Member] = []
     for name in config.names:
         if name in BLOCKS:
-            from farthing.fleet.forecast.backtest import make
-
             made.append(Blocks(make(name), name))
         elif name == "growth":
             made.append(Growth(config.growth))
