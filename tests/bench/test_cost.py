@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from farthing.bench import cost
-from farthing.bench.cost import Lever, Probe, Row, Workload, claims, compare, levers, prompts_for
-from farthing.bench.original import bf16_checkpoint
+from farthing.bench.cost import Probe, Row, Workload, claims, compare, prompts_for
+from farthing.bench.levers import Lever, Quality, Texts, levers, qualities
+from farthing.bench.original import bf16_checkpoint, tiny_checkpoint
 from farthing.checkpoint import CheckpointWriter
 from farthing.checkpoint.fp8 import quantize_blocks
 from farthing.cost import Hardware, Machine
@@ -17,19 +18,20 @@ from farthing.cost import Hardware, Machine
 MACHINE = Machine(Hardware(name="box", kind="cpu", usd_per_hour=3.6, watts=10, idle_watts=4), 2)
 
 
-def test_every_lever_keeps_those_before_it() -> None:
-    rows = levers(mtp=True, experts="adaptive:0.7")
-    assert rows[0].options is None and rows[1].options == {}
-    assert rows[-1].options == {"quantization": "int4", "experts": "adaptive:0.7", "speculate": "mtp+ngram"}
-    assert (levers(mtp=False)[-1].options or {})["speculate"] == "ngram"
-    assert "experts" not in (levers(mtp=True, experts=None)[-1].options or {})
-
-
 def test_claims_are_shares_saved_and_said_when_not_met() -> None:
     found = claims(Row("a", 100, 1000, 2.0, "rapl", 5.0), Row("b", 30, 700, 0.84, "rapl", 1.0))
     assert found["latency"] == {"published": 0.62, "measured": pytest.approx(0.7), "met": True}
     assert found["memory"]["measured"] == pytest.approx(0.3) and not found["memory"]["met"]
     assert found["power"]["measured"] == pytest.approx(0.58)
+    assert "quality" not in found
+
+
+def test_quality_is_met_when_its_whole_interval_is_within_the_budget() -> None:
+    first = Row("a", 100, 1000, 2.0, "rapl", 5.0)
+    for change, high, met in ((0.004, 0.009, True), (0.004, 0.011, False)):
+        last = Row("b", 30, 700, 0.84, "rapl", 1.0, Quality(change, 0.0, high, 1000))
+        found = claims(first, last, budget=0.01)["quality"]
+        assert found == {"budget": 0.01, "measured": change, "interval": [0.0, high], "met": met}
 
 
 def test_rows_are_medians_priced_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +59,7 @@ def test_rows_are_medians_priced_by_the_machine(monkeypatch: pytest.MonkeyPatch)
         "joules_per_token",
         "joules_source",
         "usd_per_million_tokens",
+        "quality",
     }
     assert set(document["claims"]) == {"latency", "memory", "power"}
 
@@ -80,7 +83,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     found = compare(workload, rows, MACHINE, 2, record=record)
     assert len(calls) == kept // 3, "only what was missing"
     assert [row.name for row in found.rows] == ["a", "b"]
-    with pytest.raises(ValueError, match="of other rows or another workload"):
+    with pytest.raises(ValueError, match="holds other rows or another workload"):
         compare(workload, rows[:1], MACHINE, 2, record=record)
 
 
@@ -121,16 +124,40 @@ def test_a_row_that_fails_is_named(tmp_path: Path) -> None:
         compare(workload, [Lever("a lever", {"backend": "reference"})], MACHINE, rounds=1)
 
 
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no tokenizer\.json; expected one"):
+        Texts.of(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_the_embedded_model_row_by_row() -> None:
+def test_the_embedded_model_row_by_row(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from farthing.hub import resolve_model
 
     path = resolve_model("mite")
     with bf16_checkpoint(path) as dense:
-        workload = Workload(model=str(dense), prompts=prompts_for(path, 8192, 1, 16), output_tokens=4)
+        tiny = str(tiny_checkpoint(tmp_path / "tiny"))
+        prompts = prompts_for(path, 8192, 1, 16)
+        workload = Workload(model=str(dense), prompts=prompts, output_tokens=4, tiny=tiny)
         rows = [Lever("original"), Lever("ours", {"backend": "auto"})]
         found = compare(workload, rows, MACHINE, rounds=1)
     assert all(row.latency_ms_per_token > 0 and row.joules_per_token > 0 for row in found.rows)
     assert all(row.memory_bytes > 1 << 20 for row in found.rows)
+
+
+@pytest.mark.slow
+def test_levers_are_calibrated_within_the_budget(tmp_path: Path) -> None:
+    from farthing.hub import resolve_model
+
+    path = resolve_model("mite")
+    with bf16_checkpoint(path) as dense:
+        texts = Texts.of(path, max_tokens=4096)
+        rows = levers(dense, tmp_path, 0.02, texts)
+        found = dict(qualities(dense, rows, texts.judged))
+    assert [row.options is None for row in rows] == [True] + [False] * (len(rows) - 1)
+    assert rows[-1].options == {"speculate": "mtp+ngram"} and rows[-1].model == rows[-2].model
+    kernels, last = found[rows[1].name], found[rows[-1].name]
+    assert found[rows[0].name] is None and kernels is not None and last is not None
+    assert abs(kernels.change) < 0.002, "our bfloat16 kernels compute the same model"
+    assert -0.01 < last.change < 0.05

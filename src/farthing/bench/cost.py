@@ -1,10 +1,10 @@
-"""What each lever takes off the cost of a token: `farthing bench cost`.
+"""What each lever saves, and what it costs in quality: `farthing bench cost`.
 
-Every row is one way to serve the same checkpoint on this machine's CPU, measured in a process of its own
-(see `cost_probe`): the original (Hugging Face, eager, bfloat16), then Farthing with one lever more in each
-row. The rows of a round follow each other, so that a machine that changes its mind changes it for all;
-figures are medians over rounds. Every row is tried with one thread and with all, and the faster counts:
-on a small model or a busy machine threads may cost more than they bring, to the original most of all.
+Every row is one way to serve the same checkpoint on this machine's CPU, measured in its own process (see
+`cost_probe`): the original (Hugging Face, eager, bfloat16), then Farthing with one more lever per row
+(`levers`). The rows of a round follow each other, so a change in the machine's speed affects all of them;
+figures are medians over rounds. Every row runs with one thread and with all, and the faster run counts: on
+a small model or a busy machine threads may cost more than they gain, for the original most of all.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from farthing.bench.levers import Lever, Quality
 from farthing.cost import Machine, usable_cpus
+from farthing.files import replace_json
 
 # Published for this class of system: how much of the original's is saved.
 CLAIMS = {"latency": 0.62, "memory": 0.40, "power": 0.58}
-
-
-@dataclass(frozen=True, slots=True)
-class Lever:
-    """A row: `options` are fields of EngineConfig, None is the original."""
-
-    name: str
-    options: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +34,7 @@ class Workload:
     model: str  # a directory
     prompts: tuple[tuple[int, ...], ...]  # token ids
     output_tokens: int = 64
+    tiny: str = ""  # a directory: a tiny checkpoint that imports everything before memory is measured
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
@@ -57,7 +52,7 @@ class Probe:
     cpu_seconds: float
     joules: float
     joules_source: str
-    memory_bytes: int  # resident at most while serving, less what the libraries take
+    memory_bytes: int  # peak resident set while serving, minus the libraries' share
     tokens: int  # generated
 
 
@@ -71,11 +66,12 @@ class Row:
     joules_per_token: float
     joules_source: str
     usd_per_million_tokens: float
+    quality: Quality | None = None  # against the first row, which has none
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All rows, and the published claims beside what was measured."""
+    """All rows, and the published claims next to what was measured."""
 
     rows: Sequence[Row]
     machine: Machine
@@ -96,25 +92,9 @@ class Comparison:
         }
 
 
-def levers(
-    mtp: bool, experts: str | None = "adaptive:0.8", quantization: Sequence[str] = ("int8", "int4")
-) -> list[Lever]:
-    """The rows, each with the levers of those before it. mtp: the model has a layer to speculate with."""
-    rows = [Lever("original: Hugging Face eager, bf16"), Lever("Farthing kernels and engine", {})]
-    options: dict[str, Any] = {}
-    for bits in quantization:
-        options = options | {"quantization": bits}
-        rows.append(Lever(f"+ {bits} weights", options))
-    if experts is not None:
-        options = options | {"experts": experts}
-        rows.append(Lever(f"+ experts {experts}", options))
-    options = options | {"speculate": "mtp+ngram" if mtp else "ngram"}
-    return [*rows, Lever("+ speculation: all together", options)]
-
-
 def prompts_for(model: Path, vocabulary: int, count: int, length: int) -> tuple[tuple[int, ...], ...]:
-    """`count` prompts of `length` token ids: of the checkpoint's held-out text where it brings one (so that
-    speculation meets what the model was made for), else drawn at random, always the same."""
+    """`count` prompts of `length` token ids: from the checkpoint's held-out text if it has one (so that
+    speculation sees the text the model was made for), otherwise fixed random ids."""
     if (model / "heldout.jsonl").exists() and (model / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 
@@ -134,22 +114,26 @@ def compare(
     rounds: int = 3,
     on_probe: Callable[[str], None] = lambda name: None,
     record: Path | None = None,
+    qualities: Mapping[str, Quality | None] | None = None,
+    budget: float = 0.01,
 ) -> Comparison:
     """Measure every row `rounds` times, interleaved. Raises RuntimeError naming the row that failed.
 
-    record: a file that keeps every measurement, so that a run that was cut off goes on where it was. Raises
-    ValueError if it is of other rows or another workload.
+    record: a file that keeps every measurement, so that an interrupted run resumes. Raises ValueError if it
+    belongs to other rows or another workload. qualities: by name of a row. budget: the increase of perplexity
+    that all levers together may cost.
     """
     book = _Record(record, workload, rows)
     for turn in range(rounds):
-        # The two that the claims need come first, in case the run is cut off.
+        # The two rows that the claims need come first, in case the run is interrupted.
         for lever in (rows[0], *reversed(rows[1:])):
             if len(book.probes[lever.name]) <= turn:
                 tries = [_probe(lever, workload, machine, n) for n in sorted({1, usable_cpus()})]
                 book.add(lever.name, min(tries, key=lambda probe: probe.latency_ms))
             on_probe(lever.name)
-    table = [_row(name, probes, machine) for name, probes in book.probes.items()]
-    return Comparison(table, machine, rounds, len(workload.prompts), claims(table[0], table[-1]))
+    known = qualities or {}
+    table = [_row(name, probes, machine, known.get(name)) for name, probes in book.probes.items()]
+    return Comparison(table, machine, rounds, len(workload.prompts), claims(table[0], table[-1], budget))
 
 
 class _Record:
@@ -160,7 +144,7 @@ class _Record:
         self._asked = {
             "prompts": [len(ids) for ids in workload.prompts],
             "output_tokens": workload.output_tokens,
-            "rows": [asdict(lever) for lever in rows],
+            "rows": [[lever.name, lever.options] for lever in rows],
         }
         self.probes: dict[str, list[Probe]] = {lever.name: [] for lever in rows}
         if path is None or not path.exists():
@@ -168,7 +152,7 @@ class _Record:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["asked"] != self._asked:
             raise ValueError(
-                f"record is {str(path)!r}, of other rows or another workload; expected a new file"
+                f"record is {str(path)!r}, which holds other rows or another workload; expected a new file"
             )
         self.probes |= {name: [Probe(**p) for p in probes] for name, probes in kept["probes"].items()}
 
@@ -176,27 +160,37 @@ class _Record:
         self.probes[name].append(probe)
         if self._path is not None:
             probes = {name: [asdict(p) for p in found] for name, found in self.probes.items()}
-            self._path.write_text(json.dumps({"asked": self._asked, "probes": probes}), encoding="utf-8")
+            replace_json(self._path, {"asked": self._asked, "probes": probes})
 
 
-def claims(original: Row, final: Row) -> dict[str, dict[str, Any]]:
-    """What was saved, of 1, beside what is published; power is read as energy per token."""
+def claims(original: Row, final: Row, budget: float = 0.01) -> dict[str, dict[str, Any]]:
+    """The share saved next to the published one (power: energy per token), and quality against its budget.
+
+    Quality is met when the upper end of the interval is within the budget.
+    """
     pairs = {
         "latency": (original.latency_ms_per_token, final.latency_ms_per_token),
         "memory": (original.memory_bytes, final.memory_bytes),
         "power": (original.joules_per_token, final.joules_per_token),
     }
     saved = {name: 1 - after / before if before else 0.0 for name, (before, after) in pairs.items()}
-    return {
+    found: dict[str, dict[str, Any]] = {
         name: {"published": CLAIMS[name], "measured": saved[name], "met": saved[name] >= CLAIMS[name]}
         for name in CLAIMS
     }
+    if (q := final.quality) is not None:
+        interval = [q.low, q.high]
+        found["quality"] = {
+            "budget": budget, "measured": q.change, "interval": interval, "met": q.high <= budget,
+        }  # fmt: skip
+    return found
 
 
 def _probe(lever: Lever, workload: Workload, machine: Machine, threads: int) -> Probe:
-    """One row in a process of its own, so that its memory and its threads are its own."""
+    """One row in its own process, so that memory and threads are not shared."""
     request = {
         **asdict(workload),
+        "model": lever.model or workload.model,
         "options": lever.options,
         "watts": machine.watts / machine.count,
         "idle_watts": machine.idle_watts / machine.count,
@@ -211,7 +205,7 @@ def _probe(lever: Lever, workload: Workload, machine: Machine, threads: int) -> 
     return Probe(**json.loads(run.stdout.splitlines()[-1]))
 
 
-def _row(name: str, probes: Sequence[Probe], machine: Machine) -> Row:
+def _row(name: str, probes: Sequence[Probe], machine: Machine, quality: Quality | None) -> Row:
     def median(value: Callable[[Probe], float]) -> float:
         return statistics.median(value(probe) for probe in probes)
 
@@ -224,4 +218,5 @@ def _row(name: str, probes: Sequence[Probe], machine: Machine) -> Row:
         usd_per_million_tokens=median(
             lambda p: (p.seconds * machine.usd_per_second + p.joules * machine.usd_per_joule) / p.tokens * 1e6
         ),
+        quality=quality,
     )

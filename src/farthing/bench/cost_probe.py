@@ -1,17 +1,21 @@
-"""One row of `farthing bench cost`, in a process of its own: a request on stdin, a measurement on stdout.
+"""One row of `farthing bench cost`, in its own process: a request on stdin, a measurement on stdout.
 
-Warmed up once, then measured. Memory is the peak of the resident set while serving, less what was resident
-before the model was loaded. Energy is RAPL's where it can be read, else declared watts times CPU time.
+Warmed up once, then measured. Memory is the peak resident set while serving, minus what is resident before
+the model is loaded but after a tiny model has run the same code, so that neither side is charged for
+libraries that it imports late. Energy is RAPL's if it is readable, otherwise CPU time × declared watts.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +23,36 @@ from farthing.bench.cost import Probe
 from farthing.cost import RaplMeter
 
 Generate = Callable[[], list[float]]  # decodes the workload; the time of every token, seconds
+Served = AbstractContextManager[Generate]
 
 
 def main() -> None:
     """Read a request, print a `Probe`."""
     request = json.load(sys.stdin)
     make = original if request["options"] is None else ours
-    generate, base = make(request)
-    generate()
-    print(json.dumps(measure(generate, base, request)))
+    base = _after_imports(make, request)
+    with make(request) as generate:
+        generate()
+        print(json.dumps(measure(generate, base, request)))
 
 
-def original(request: dict[str, Any]) -> tuple[Generate, int]:
+def _after_imports(make: Callable[[dict[str, Any]], Served], request: dict[str, Any]) -> int:
+    """Resident bytes once everything is imported: a tiny model has generated and is freed."""
+    tiny = {"model": request["tiny"], "prompts": [[3, 4, 5]] * len(request["prompts"]), "output_tokens": 2}
+    with make(request | tiny) as generate:
+        generate()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident("VmRSS")
+
+
+@contextmanager
+def original(request: dict[str, Any]) -> Iterator[Generate]:
     """Hugging Face transformers, eager attention and experts, bfloat16, one static batch."""
     import torch
     import transformers
 
     torch.set_num_threads(request["threads"])
-    base = resident("VmRSS")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         request["model"], dtype=torch.bfloat16, attn_implementation="eager"
     )
@@ -52,23 +68,23 @@ def original(request: dict[str, Any]) -> tuple[Generate, int]:
             times += [time.perf_counter()] * len(ids)
         return times
 
-    return generate, base
+    yield generate
 
 
-def ours(request: dict[str, Any]) -> tuple[Generate, int]:
+@contextmanager
+def ours(request: dict[str, Any]) -> Iterator[Generate]:
     """Farthing's engine with the row's levers."""
     from farthing.config import EngineConfig
     from farthing.engine.build import build_engine
     from farthing.engine.request import SamplingParams
 
     prompts, length = request["prompts"], request["output_tokens"]
-    base = resident("VmRSS")
     engine = build_engine(
         EngineConfig(
             model=request["model"],
             max_num_seqs=len(prompts),
             max_model_len=max(map(len, prompts)) + length,
-            enable_prefix_caching=False,  # the second run must compute what the first has
+            enable_prefix_caching=False,  # the second run must repeat the work of the first
             skip_tokenizer_init=True,
             threads=request["threads"],
             **request["options"],
@@ -85,12 +101,13 @@ def ours(request: dict[str, Any]) -> tuple[Generate, int]:
                 times += [seen] * sum(len(part.token_ids) for part in output.outputs)
         return times
 
-    return generate, base
+    with engine:
+        yield generate
 
 
 def measure(generate: Generate, base: int, request: dict[str, Any]) -> dict[str, Any]:
     """Run the workload once more and measure it."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     meter = _rapl()
     cpu, began = _cpu(), time.perf_counter()
     times = generate()

@@ -1,4 +1,4 @@
-"""The checkpoint as it was before anything was compressed: what `farthing bench cost` starts from."""
+"""What `farthing bench cost` starts from: the checkpoint before compression, and a tiny one for warm-up."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from farthing.checkpoint import Checkpoint, CheckpointWriter
 
 @contextmanager
 def bf16_checkpoint(path: Path) -> Iterator[Path]:
-    """`path` itself where its weights are dense, else a copy with bfloat16 weights that goes with the block.
+    """`path` itself if its weights are dense, otherwise a copy in bfloat16 that is deleted with the block.
 
-    Hugging Face needs it: there DeepSeek's FP8 format runs on a GPU only.
+    Hugging Face needs the copy: its DeepSeek FP8 format runs on GPUs only.
     """
     checkpoint = Checkpoint.open(path)
     if not any(checkpoint.is_quantized(name.removesuffix(".weight")) for name in _matrices(checkpoint)):
@@ -25,6 +25,21 @@ def bf16_checkpoint(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="farthing-bf16-") as directory:
         _write(checkpoint, Path(directory))
         yield Path(directory)
+
+
+def tiny_checkpoint(path: Path) -> Path:
+    """A random DeepSeek-V3 of two layers, saved as transformers saves it."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+        topk_group=1, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32,
+        qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, max_position_embeddings=64,
+        bos_token_id=0, eos_token_id=1, rope_scaling=None,
+    )  # fmt: skip
+    transformers.DeepseekV3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
 
 
 def _matrices(checkpoint: Checkpoint) -> list[str]:

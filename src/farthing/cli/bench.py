@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from farthing.cli.exits import errors_as_one_line
 
 if TYPE_CHECKING:
     from farthing.bench.client import Target
@@ -156,41 +161,72 @@ def cost(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
     input_tokens: Inputs = 128,
     output_tokens: Outputs = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    concurrency: Annotated[int, typer.Option(min=1, help="Simultaneous requests.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved repetitions; medians are shown.")] = 3,
-    experts: Annotated[str, typer.Option(help="adaptive:p[,min=2,max=8], or `all`.")] = "adaptive:0.8",
-    prices: Annotated[str | None, typer.Option(help="A prices.toml over the packaged one.")] = None,
-    hardware: Annotated[str | None, typer.Option(help="Its row for this machine.")] = None,
+    max_drop: Annotated[
+        str, typer.Option(help="Perplexity increase that all levers together may cost.")
+    ] = "1%",
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens for calibration and quality. Default: all.")
+    ] = None,
+    prices: Annotated[str | None, typer.Option(help="A prices.toml that overrides the packaged one.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Row of the price table for this machine.")] = None,
     record: Annotated[
-        Path | None, typer.Option(help="Keep measurements in this file; a run that was cut off goes on.")
+        Path | None, typer.Option(help="Directory for measurements and checkpoints; makes the run resumable.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Latency, memory, energy and dollars of a token on this CPU: the original against lever after lever."""
-    from farthing.bench.cost import Workload, compare, levers, prompts_for
-    from farthing.bench.original import bf16_checkpoint
+    """Latency, memory, energy, dollars and quality of a token on this CPU, lever by lever."""
+    from farthing.bench.cost import Workload, compare, prompts_for
+    from farthing.bench.levers import Texts, levers, qualities
+    from farthing.bench.original import bf16_checkpoint, tiny_checkpoint
     from farthing.cli.progress import token_progress
+    from farthing.compress.gate import parse_share
     from farthing.cost import Prices, cpu_name, usable_cpus
     from farthing.hub import resolve_model
     from farthing.model import ModelConfig
 
-    try:
+    with errors_as_one_line(resumes=record is not None):
+        budget = parse_share("max-drop", max_drop)
         machine = Prices.load(prices).machine("cpu", cpu_name(), usable_cpus(), hardware)
         path = resolve_model(model)
-        config = ModelConfig.from_directory(path)
-        prompts = prompts_for(path, config.vocab_size, concurrency, input_tokens)
-        rows = levers(mtp=config.num_nextn_predict_layers > 0, experts=None if experts == "all" else experts)
-        bar = token_progress("rows", len(rows) * rounds)
-        with bf16_checkpoint(path) as dense, bar as advance:
-            workload = Workload(model=str(dense), prompts=prompts, output_tokens=output_tokens)
-            found = compare(workload, rows, machine, rounds, lambda _: advance(1), record)
-    except (OSError, ValueError, RuntimeError) as error:
-        typer.echo(f"farthing bench cost: {error}", err=True)
-        raise typer.Exit(2) from error
+        texts = Texts.of(path, max_tokens)
+        vocabulary = ModelConfig.from_directory(path).vocab_size
+        prompts = prompts_for(path, vocabulary, concurrency, input_tokens)
+        with bf16_checkpoint(path) as dense, _kept(record) as work:
+            rows = levers(dense, work, budget, texts, _say)
+            tiny = tiny_checkpoint(work / "tiny")
+            workload = Workload(str(dense), prompts, output_tokens, str(tiny))
+            with token_progress("rows", len(rows) * rounds) as advance:
+                file = work / "record.json"
+                _say("measuring quality")
+                quality = dict(qualities(dense, rows, texts.judged))
+                try:
+                    found = compare(
+                        workload, rows, machine, rounds, lambda _: advance(1), file, quality, budget
+                    )
+                except RuntimeError as error:  # a row's process failed; the message names the row
+                    typer.echo(f"error: {error}", err=True)
+                    raise typer.Exit(1) from error
     if as_json:
         print(json.dumps(found.to_json()))
     else:
         _print_cost(found)
+
+
+@contextmanager
+def _kept(directory: Path | None) -> Iterator[Path]:
+    """The directory to work in: the given one, or a temporary one."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="farthing-cost-") as name:
+        yield Path(name)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _target(url: str, model: str | None, api_key: str | None) -> Target:
@@ -220,7 +256,7 @@ def _print_load(result: LoadResult) -> None:
     from rich.table import Table
 
     table = Table("", "p50", "p90", "p99", title=f"{result.requests} requests in {result.seconds:.1f} s")
-    rows = {"TTFT": result.ttft_ms, "TPOT": result.tpot_ms, "between chunks": result.itl_ms}
+    rows = {"TTFT": result.ttft_ms, "TPOT": result.tpot_ms, "between tokens": result.itl_ms}
     rows["end to end"] = result.e2e_ms
     for name, values in rows.items():
         table.add_row(f"{name}, ms", *(f"{values[p]:,.1f}" if values else "-" for p in ("p50", "p90", "p99")))
@@ -242,8 +278,10 @@ def _print_cost(found: Comparison) -> None:
     from rich.table import Table
 
     source = found.rows[0].joules_source
-    columns = ("", "ms / token", "memory, MB", f"J / token ({source})", "$ / M tokens")
-    table = Table(*columns, title=f"the cost of a token, {found.concurrency} at once, {found.rounds} rounds")
+    energy = {"estimated": "CPU time × declared watts"}.get(source, source)
+    columns = ("", "ms / token", "memory, MB", f"J / token ({energy})", "$ / M tokens", "perplexity")
+    title = f"the cost of a token, {found.concurrency} concurrent, {found.rounds} rounds"
+    table = Table(*columns, title=title)
     for row in found.rows:
         table.add_row(
             row.name,
@@ -251,9 +289,15 @@ def _print_cost(found: Comparison) -> None:
             f"{row.memory_bytes / 1e6:,.0f}",
             f"{row.joules_per_token:.3g}",
             f"{row.usd_per_million_tokens:.3g}",
+            str(row.quality) if row.quality else "baseline",
         )
     Console().print(table)
     for name, claim in found.claims.items():
         met = "met" if claim["met"] else "NOT met"
-        print(f"{name}: {-claim['measured']:+.0%} measured, {-claim['published']:+.0%} published: {met}")
+        if name == "quality":
+            low, high = claim["interval"]
+            print(f"perplexity: {claim['measured']:+.2%} ({low:+.2%} … {high:+.2%}), budget "
+                  f"{claim['budget']:.1%}, on text no calibration has read: {met}")  # fmt: skip
+        else:
+            print(f"{name}: {-claim['measured']:+.0%} measured, {-claim['published']:+.0%} published: {met}")
     print(f"prices: {found.machine.hardware.name}, declared {found.machine.declared}")

@@ -47,11 +47,17 @@ def compare_in_turn(
 
     backends: of A and of B, "simulate" among them. progress: called with tokens, twice the corpus in all.
     """
-    first = load_for(a, backends[0])
-    hidden = remember(first, corpus, progress=progress)
-    del first
-    baseline = Baseline(hidden, _tail(a, backends[0]))
-    return compare_with(baseline, load_for(b, backends[1]), corpus, progress=progress)
+    return compare_with(
+        baseline(a, corpus, backends[0], progress), load_for(b, backends[1]), corpus, progress=progress
+    )
+
+
+def baseline(
+    path: Path, corpus: Corpus, backend: str = "auto", progress: Callable[[int], None] | None = None
+) -> Baseline:
+    """What comparisons with `path` need: its hidden states of the text, its norm and its head."""
+    hidden = remember(load_for(path, backend), corpus, progress=progress)
+    return Baseline(hidden, _tail(path, backend))
 
 
 def _tail(path: Path, backend: str) -> DeepseekModel:
