@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import click
+from typing import Any
+
 import pytest
 import typer
 
@@ -21,14 +22,19 @@ def test_a_documented_command_parses(command: Command) -> None:
     parse(typer.main.get_command(app), command.words)
 
 
-def parse(tool: click.Command, words: tuple[str, ...]) -> None:
+def test_a_command_that_does_not_exist_fails() -> None:
+    for words in (("serv",), ("serve", "--no-such-option"), ("bench", "serve", "--concurrency", "many")):
+        with pytest.raises(Exception, match=r"No such|Input should be"):
+            parse(typer.main.get_command(app), words)
+
+
+def parse(tool: Any, words: tuple[str, ...]) -> None:
     """Descend through groups and let click check every option and value. Nothing is run."""
-    parent: click.Context | None = None
-    args = list(words)
-    while isinstance(tool, click.Group) and args and not args[0].startswith("-"):
-        parent = click.Context(tool, parent=parent, info_name=tool.name)
+    parent, args = None, list(words)
+    while hasattr(tool, "list_commands") and args and not args[0].startswith("-"):
+        parent = tool.context_class(tool, parent=parent, info_name=tool.name)
         name, child, args = tool.resolve_command(parent, args)
-        assert child is not None, f"no such command: {name}"
+        assert child is not None, f"No such command: {name}"
         tool = child
     if "--help" in args or "--version" in args:
         return

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from farthing.bench.client import Target, Timing
 from farthing.bench.load import LoadResult, Slo, run_load, summarize
 from farthing.bench.workload import Request
@@ -23,60 +25,73 @@ from farthing.fleet.series import read_series
 
 SPEED = 60  # an hour in a minute
 WINDOWS = 6  # of 600 s
-CAPACITY = 3.0  # requests a second that one replica is declared to sustain
-PEAK_REPLICAS = 1.7  # what the hour's peak needs at that capacity, before head-room
-ANSWER = 16
+CAPACITY = 3.0  # requests per second that one replica is declared to sustain
+PEAK_REPLICAS = 1.7  # what the hour's peak needs at that capacity, before headroom
+ANSWER = 16  # tokens
+# The policy's five minutes, on the demo's clock: long enough to ride out a dip, short enough to see the end.
+POLICY = {
+    "interval_s": 1.0, "cold_start_s": 5.0, "latency_for_s": 2.0, "stale_after_s": 10.0, "drain_s": 5.0,
+    "stabilization_s": 8.0, "cooldown_s": 4.0, "max_replicas": 3, "capacity": CAPACITY,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class FleetRun:
-    """What the minute brought."""
+    """The load, the replicas and the decisions of the minute."""
 
     result: LoadResult
     times: list[float]  # seconds, of each decision
-    replicas: list[int]  # that were up
+    replicas: list[int]  # that were ready
     wanted: list[int]
-    rates: list[float]  # requests a second, of each window
+    rates: list[float]  # requests per second, of each window
     reasons: list[str]  # of the decisions that changed something
 
     @property
     def replica_seconds(self) -> float:
-        """Replicas times time, as far as decisions tell."""
+        """The integral of ready replicas between the first and the last decision."""
         steps = zip(self.times[:-1], self.times[1:], self.replicas[:-1], strict=True)
         return sum((b - a) * n for a, b, n in steps)
 
     @property
     def text(self) -> str:
-        """In words."""
+        """In sentences."""
         static = max(self.replicas) * (self.times[-1] - self.times[0])
         lines = [
             f"{self.result.requests} requests, {self.result.failed} failed, "
-            f"p99 TTFT {self.result.ttft_ms.get('p99', 0):.0f} ms",
-            f"replica-seconds: {self.replica_seconds:.0f}; at the peak's count all the time: {static:.0f}",
+            f"p99 TTFT {self.result.ttft_ms.get('p99', 0):.0f} ms.",
+            f"{self.replica_seconds:.0f} replica-seconds, where the peak's count all the time takes "
+            f"{static:.0f}.",
             *self.reasons,
         ]
         return "\n".join(lines)
 
 
-def hour_of_growth() -> list[float]:
-    """Six consecutive rates of the trace that rise the most, scaled so that the peak needs PEAK_REPLICAS."""
+def busy_hour() -> list[float]:
+    """Six consecutive rates of the trace with the highest peak between two valleys, scaled so that the peak
+    needs PEAK_REPLICAS."""
     rates = [float(rate) for rate in read_series(EXAMPLE).values]
-    best = max(range(len(rates) - WINDOWS + 1), key=lambda i: rates[i + WINDOWS - 1] - rates[i])
+
+    def prominence(i: int) -> float:
+        hour = rates[i : i + WINDOWS]
+        return (max(hour[1:-1]) - max(hour[0], hour[-1])) / max(hour)
+
+    best = max(range(len(rates) - WINDOWS + 1), key=prominence)
     hour = rates[best : best + WINDOWS]
     return [r / max(hour) * PEAK_REPLICAS * CAPACITY for r in hour]
 
 
 def run_fleet(model: str, say: Callable[[str], None]) -> FleetRun:
     """`farthing fleet up MODEL` under the hour, then its decisions."""
-    rates = hour_of_growth()
+    rates = busy_hour()
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="farthing-fleet-") as state:
-        arguments = ["fleet", "up", model, "--port", str(port), "--max-replicas", "3"]
-        arguments += ["--capacity", str(CAPACITY), "--state", state]
+        config = Path(state) / "fleet.yaml"
+        config.write_text(yaml.safe_dump({"policy": POLICY, "signals": {"window_s": 5.0, "timeout_s": 2.0}}))
+        arguments = ["fleet", "up", model, "--port", str(port), "--config", str(config), "--state", state]
         arguments += ["--metrics", "127.0.0.1:0", "--serve-args", "--threads 1"]
         url = f"http://127.0.0.1:{port}"
         with running(arguments, url, 60, signal.SIGINT, 30):
-            say(f"fleet is up; {WINDOWS * 600 // SPEED} s of load begin")
+            say(f"fleet is up; {WINDOWS * 600 // SPEED} s of load follow")
             began = time.time()
             timings = asyncio.run(_load(Target(url, "mite"), rates))
         lines = [line for f in Path(state).glob("**/decisions.jsonl") for line in f.read_text().splitlines()]
@@ -114,11 +129,11 @@ def picture(run: FleetRun) -> str:
 
     figure, left = plt.subplots(figsize=(9, 3.2))
     edges = [i * 600 / SPEED for i in range(len(run.rates) + 1)]
-    left.stairs(run.rates, edges, color="#64748b", label="requests a second", fill=True, alpha=0.3)
+    left.stairs(run.rates, edges, color="#64748b", label="requests per second", fill=True, alpha=0.3)
     left.set_xlabel("seconds (one is a minute of the trace)")
-    left.set_ylabel("requests a second")
+    left.set_ylabel("requests per second")
     right = left.twinx()
-    right.step(run.times, run.wanted, where="post", color="#f59e0b", label="wanted")
+    right.step(run.times, run.wanted, where="post", color="#f59e0b", label="requested")
     right.step(run.times, run.replicas, where="post", color="#1d4ed8", label="replicas")
     right.set_ylim(0, 3.5)
     right.set_ylabel("replicas")

@@ -1,4 +1,4 @@
-"""Serve the same text with one lever more each time, and measure what a user and a bill would see."""
+"""Serve the same text with one more lever each time; measure what a user and a bill would see."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from farthing.bench.workload import Request
 from farthing.cost import Machine
 from farthing.demo.server import Served, serve
 
-ANSWER = 96  # tokens a request generates
+ANSWER = 96  # tokens per request
 PROMPT_CHARACTERS = 400
 
 
 @dataclass(frozen=True, slots=True)
 class Lever:
-    """One way to serve: a model and the options that turn a lever on."""
+    """One way to serve: a model and the options that enable a lever."""
 
     name: str
     model: str
     options: tuple[str, ...] = ()
+    quality: str = ""  # change of perplexity against the first lever, with its interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,9 @@ class Measured:
     cached_share: float  # of prompt tokens, when the same prompts come again
     drafts_accepted: float | None  # share of speculated tokens
     cpu_seconds_per_token: float
-    joules_per_token: float  # estimated: declared watts times CPU seconds
+    joules_per_token: float  # estimated: CPU seconds × declared watts
     usd_per_million_tokens: float
+    quality: str
 
 
 def prompts(count: int, seed: int = 0) -> list[str]:
@@ -64,7 +66,7 @@ def measure(lever: Lever, machine: Machine, say: Callable[[str], None], users: i
     """Serve `lever`, answer one user, then many at once, then the same prompts again."""
     with serve(lever.model, lever.options) as served:
         target = Target(served.url, json.loads(served.get("/v1/models"))["data"][0]["id"])
-        _run(target, prompts(2, seed=99), 1)  # the first tokens pay for warming up
+        _run(target, prompts(2, seed=99), 1)  # warm-up
         cpu, started = served.cpu_seconds(), served.metric("farthing:generation_tokens_total")
         single = _run(target, prompts(6, seed=1), 1)
         many = prompts(4 * users, seed=2)
@@ -91,6 +93,7 @@ def measure(lever: Lever, machine: Machine, say: Callable[[str], None], users: i
             cpu_seconds_per_token=cpu_per_token,
             joules_per_token=cpu_per_token * watts,
             usd_per_million_tokens=machine.usd_per_second / batch.output_tokens_per_second * 1e6,
+            quality=lever.quality,
         )
 
 

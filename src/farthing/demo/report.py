@@ -1,4 +1,4 @@
-"""The demo's last table, on the terminal and as one HTML page with its pictures inside."""
+"""The demo's table, on the terminal and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ COLUMNS = (
     "memory, MB",
     "cached again",
     "drafts kept",
-    "mJ/token (est.)",
+    "mJ/token (CPU time × declared watts)",
     "$/M tokens",
+    "perplexity",
 )
 
 STYLE = """
@@ -55,11 +56,12 @@ def cells(row: Measured) -> list[str]:
         kept,
         f"{row.joules_per_token * 1e3:.2f}",
         f"{row.usd_per_million_tokens:.4f}",
+        row.quality,
     ]
 
 
 def print_table(rows: Sequence[Measured]) -> None:
-    """A column a lever, each on top of the one before it, so that it fits a terminal."""
+    """One column per lever, each added to the one before it, so that it fits a terminal."""
     table = Table("", *(row.name for row in rows), title="The cost of a token, lever by lever")
     for name, *values in list(zip(COLUMNS, *map(cells, rows), strict=True))[1:]:
         table.add_row(name, *values)
@@ -67,7 +69,7 @@ def print_table(rows: Sequence[Measured]) -> None:
 
 
 def bars(rows: Sequence[Measured]) -> str:
-    """Tokens a second by lever, as a data URI of a PNG."""
+    """Tokens per second by lever, as a data URI of a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,7 +82,7 @@ def bars(rows: Sequence[Measured]) -> str:
     axis.barh(at, [r.single_tokens_per_second for r in rows], height=0.4, color="#1d4ed8", label="1 user")
     axis.set_yticks(list(at), [r.name for r in rows])
     axis.invert_yaxis()
-    axis.set_xlabel("generated tokens a second")
+    axis.set_xlabel("generated tokens per second")
     axis.legend()
     figure.tight_layout()
     return data_uri(figure)
@@ -103,13 +105,16 @@ def write_html(path: Path, rows: Sequence[Measured], sections: Sequence[tuple[st
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>Farthing demo</title><style>{STYLE}</style><h1>The cost of a token, lever by lever</h1>",
-        "<p>Every number was measured in this run. Energy is estimated from CPU seconds and declared watts; "
-        "dollars follow the declared price of a core-hour.</p>",
+        "<p>Every number was measured in this run. Each row adds a lever to the row above it. Quality is the "
+        "change of perplexity on held-out text against the first row, with its 95 % interval; speculation "
+        "changes no token. Energy is CPU time × declared watts; dollars follow the declared price of a "
+        "core-hour.</p>",
         f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>",
-        f"<img alt='tokens a second' src='{bars(rows)}'>",
+        f"<img alt='tokens per second' src='{bars(rows)}'>",
     ]
     for heading, text, picture in sections:
-        parts.append(f"<h2>{html.escape(heading)}</h2><pre>{html.escape(text)}</pre>")
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in text.splitlines())
+        parts.append(f"<h2>{html.escape(heading)}</h2>{lines}")
         if picture:
             parts.append(f"<img alt='{html.escape(heading)}' src='{picture}'>")
     path.write_text("".join(parts), encoding="utf-8")
