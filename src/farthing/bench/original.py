@@ -36,9 +36,9 @@ def tiny_checkpoint(path: Path) -> Path:
         num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
         topk_group=1, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32,
         qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, max_position_embeddings=64,
-        bos_token_id=0, eos_token_id=1, rope_scaling=None,
+        bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
-    transformers.DeepseekV3ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    transformers.DeepseekV3ForCausalLM(config).bfloat16().save_pretrained(path)
     return path
 
 

@@ -196,7 +196,9 @@ def cost(
         with bf16_checkpoint(path) as dense, _kept(record) as work:
             rows = levers(dense, work, budget, texts, _say)
             tiny = tiny_checkpoint(work / "tiny")
-            workload = Workload(str(dense), prompts, output_tokens, str(tiny))
+            workload = Workload(
+                model=str(dense), prompts=prompts, output_tokens=output_tokens, tiny=str(tiny)
+            )
             with token_progress("rows", len(rows) * rounds) as advance:
                 file = work / "record.json"
                 _say("measuring quality")
