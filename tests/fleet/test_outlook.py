@@ -109,6 +109,14 @@ def test_torn_lines_of_the_load_file_are_left_out(tmp_path: Path) -> None:
     assert read_loads(tmp_path / "none.csv") == []
 
 
+def test_full_disk_costs_the_load_file_and_not_the_forecast(tmp_path: Path) -> None:
+    outlook = make_outlook(config(tmp_path))
+    (tmp_path / "state" / "load.csv").symlink_to("/dev/full")
+    for second in range(0, 600, 5):
+        outlook.observe(BEGIN + second, Snapshot(time=BEGIN + second, current=2, ready=2, request_rate=7.0))
+    assert outlook.short(BEGIN + 600) is not None
+
+
 def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, float]] = []
 

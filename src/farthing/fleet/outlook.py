@@ -117,7 +117,8 @@ class DayPlan:
         paths = self._forecaster.quantiles(coarse.values, round(PLAN_DAYS * DAY_S / FIT_STEP_S))
         p50, p90 = (_refined(path) for path in paths)
         self._at_plan = float(values[-1])
-        self._plan = Forecast(self._start, PLAN_STEP_S, p50, p90, SOURCE)
+        choice = self._forecaster.choice.name
+        self._plan = Forecast(self._start, PLAN_STEP_S, p50, p90, SOURCE if choice == "blend" else choice)
         share = self.floor.settle()
         log.info(
             "day plan: fitted on %.1f days, floor %.0f %%", len(values) * PLAN_STEP_S / DAY_S, 100 * share
@@ -134,10 +135,10 @@ class DayPlan:
         start, skill, share = plan.start + first * PLAN_STEP_S, self.skill, self.floor.share
         if skill is not None and skill < 0:
             load = self._loads[-1]
-            note = f"prophet replaced by last-value: running skill {skill:.2f}"
+            note = f"{plan.source} replaced by last-value: running skill {skill:.2f}"
             return Forecast(start, PLAN_STEP_S, (load,), (load,), "last-value", skill, note)
         p50, p90 = (tuple(share * load for load in path[first:last]) for path in (plan.p50, plan.p90))
-        source = SOURCE if share == 1 else f"{share:.0%} of {SOURCE}"
+        source = plan.source if share == 1 else f"{share:.0%} of {plan.source}"
         return Forecast(start, PLAN_STEP_S, p50, p90, source, skill)
 
 
@@ -255,9 +256,12 @@ def forecast_settings(data: dict[str, Any]) -> tuple[ShortConfig, ProphetConfig]
 
 
 def append_load(path: Path, time: float, load: float) -> None:
-    """One line of the load file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{time:.0f},{load:.6g}\n")
+    """One line of the load file. A disk that is full costs the line, not the forecasts."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{time:.0f},{load:.6g}\n")
+    except OSError as problem:
+        log.warning("%s: %s; the load of this minute is not kept", path, problem.strerror)
 
 
 def read_loads(path: Path) -> list[tuple[float, float]]:

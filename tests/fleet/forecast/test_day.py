@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from farthing.fleet.forecast.backtest import Backtest, backtest
 from farthing.fleet.forecast.calendar import Event, calendar
-from farthing.fleet.forecast.day import DayForecaster
+from farthing.fleet.forecast.day import Choice, DayForecaster
 from farthing.fleet.forecast.floor import SHARES, FloorShare, best_share, floor_losses
 from farthing.fleet.forecast.mix import Mix, profiles
 from farthing.fleet.forecast.names import make
@@ -132,7 +132,7 @@ def test_mix_takes_the_profiles_in() -> None:
 
 
 def test_day_forecaster_blends_and_learns_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Prophet that is far off loses its share to the profile."""
+    """A Prophet that is far off loses its share to the profile, with the first forecast already."""
     series, model = weekly(50), DayForecaster()
 
     def fit(series: Series) -> None:
@@ -148,8 +148,24 @@ def test_day_forecaster_blends_and_learns_the_share(monkeypatch: pytest.MonkeyPa
         p50, p90 = model.quantiles(series.values[: day * 24], 24)
         assert p90 == pytest.approx(1.1 * p50)
         errors.append(wape(p50, series.values[day * 24 : day * 24 + 24]))
-    assert errors[0] > 20  # its first share
-    assert errors[-1] < 6
+    assert max(errors) < 6
+    assert model.choice == Choice("blend", share=0.0)
+
+
+@pytest.mark.parametrize("best", ["yesterday", "last-week"])
+def test_naive_forecast_takes_over_where_it_is_better(monkeypatch: pytest.MonkeyPatch, best: str) -> None:
+    """Every day (or week) repeats the one before and nothing older; models that are far off are not used."""
+    random, period = np.random.default_rng(0), 24 if best == "yesterday" else 7 * 24
+    values = np.tile(random.uniform(5, 50, period), 60 * 24 // period)
+    series, model = Series(0.0, 3600.0, values, best), DayForecaster()
+    monkeypatch.setattr(model.prophet, "fit", lambda series: None)
+    monkeypatch.setattr(model.prophet, "predict", lambda steps: (np.full(steps, 90.0), np.full(steps, 99.0)))
+    model.profiles = []
+    for day in range(40, 46):
+        model.fit(series.head(day * 24))
+        p50, _ = model.quantiles(series.values[: day * 24], 24)
+        assert p50 == pytest.approx(series.values[day * 24 : day * 24 + 24])
+        assert model.choice.name == best
 
 
 loads = st.floats(0.1, 1e4)

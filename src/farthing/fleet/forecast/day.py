@@ -1,12 +1,16 @@
-"""The day-ahead forecaster: Prophet, blended with the weekly profile and its departures.
+"""The day-ahead forecaster: Prophet blended with the weekly profile, or a naive forecast if that is better.
 
 Prophet knows trend, seasons, holidays and events but not how today departs from them; the profile's
-regression knows that. The share of each is that which would have been best on the days forecast so far.
+regression knows that. The share of each is the one that would have been best on the days forecast so far.
+Where yesterday or last week, repeated, would have been better still on this very series, they are the
+forecast. Before the first forecast has an outcome, the last days of the fitted history, forecast from what
+came before them, are the measure.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,11 +22,31 @@ from farthing.fleet.series import DAY_S, Series
 PERIODS = (4, 9)  # memories of the two profiles whose mean is taken
 FIRST_SHARE = 0.2  # Prophet's, before anything was forecast
 SHARES = np.linspace(0.0, 1.0, 11)
-JUDGED = 14  # forecasts the share is judged on
+JUDGED = 14  # forecasts the shares are judged on
+NAIVE_DAYS = {"yesterday": 1, "last-week": 7}
+HELD_DAYS = 7  # of the fitted history that are forecast first, at most; a quarter of it where it is short
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The candidates' forecasts from one origin, [steps] each, until their truth is known."""
+
+    time: float
+    prophet: Floats
+    profile: Floats | None
+    naive: dict[str, Floats]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is forecast: `name` is "blend" or a naive forecast; `share` is Prophet's in the blend."""
+
+    name: str = "blend"
+    share: float = FIRST_SHARE
 
 
 class DayForecaster:
-    """Prophet fitted at most every `refit_s`; `blend` adds the profile. It reaches nine days ahead."""
+    """Prophet fitted at most every `refit_s`; `blend` adds profile and naive forecasts. Nine days ahead."""
 
     def __init__(
         self, config: ProphetConfig | None = None, blend: bool = True, refit_s: float = DAY_S
@@ -31,22 +55,22 @@ class DayForecaster:
         told = self.prophet.config
         parts = [ProfileConfig(periods=p, country=told.country, events=told.events) for p in PERIODS]
         self.profiles = [ProfileAR(part) for part in parts] if blend else []
-        self.refit_s = refit_s
+        self.blend, self.refit_s = blend, refit_s
         self.name = "day" if blend else "prophet"
+        self.choice = Choice()
         self._path: Floats = np.zeros(0)  # Prophet's forecast after the fitted series
         self._ratio: Floats = np.zeros(0)  # of its 0.9 quantile to it
         self._fitted, self._start, self._step_s = 0, 0.0, 1.0
-        self._pairs: deque[tuple[float, Floats, Floats]] = deque(maxlen=2 * JUDGED)  # time, Prophet, profile
+        self._made: deque[_Made] = deque(maxlen=2 * JUDGED)
 
     def fit(self, series: Series) -> None:
         """Raises ValueError below two days of history."""
         due = round(self.refit_s / series.step_s)
         moved = series.start != self._start
+        if self.blend and (self._fitted == 0 or moved):
+            self._rehearse(series)
         if self._fitted == 0 or moved or len(series) - self._fitted >= due:
-            self.prophet.fit(series)
-            self._path, high = self.prophet.predict(AHEAD_DAYS * series.per_day)
-            self._ratio = high / np.maximum(self._path, 1e-9)
-            self._fitted, self._start, self._step_s = len(series), series.start, series.step_s
+            self._fit_prophet(series)
         for profile in self.profiles:
             profile.fit(series)
 
@@ -55,30 +79,74 @@ class DayForecaster:
 
     def quantiles(self, values: Floats, steps: int) -> tuple[Floats, Floats]:
         """([steps], [steps]) median and 0.9 quantile; the width of the interval is Prophet's."""
+        made = self._candidates(values, steps)
+        point = made.prophet
+        if self.blend:
+            self.choice = self._choose(values)
+            self._made.append(made)
+            if self.choice.name != "blend":
+                point = made.naive[self.choice.name]
+            else:
+                point = _blended(made.prophet, made.profile, self.choice.share)
+        ratio = self._ratio[len(values) - self._fitted :][:steps]
+        return np.asarray(point, dtype=np.float64), np.asarray(np.maximum(point * ratio, point))
+
+    def _fit_prophet(self, series: Series) -> None:
+        self.prophet.fit(series)
+        self._path, high = self.prophet.predict(AHEAD_DAYS * series.per_day)
+        self._ratio = high / np.maximum(self._path, 1e-9)
+        self._fitted, self._start, self._step_s = len(series), series.start, series.step_s
+
+    def _rehearse(self, series: Series) -> None:
+        """Forecast the last days of the history from what came before them, for a first measure."""
+        self._made.clear()
+        day = series.per_day
+        held = min(HELD_DAYS, len(series) // day // 4)
+        if len(series) - held * day < 3 * day or held < 1:
+            return
+        known = series.head(len(series) - held * day)
+        self._fit_prophet(known)
+        for profile in self.profiles:
+            profile.fit(known)
+        for end in range(len(known), len(series) - day + 1, day):
+            self._made.append(self._candidates(series.values[:end], day))
+
+    def _candidates(self, values: Floats, steps: int) -> _Made:
         offset = len(values) - self._fitted
         if offset < 0 or offset + steps > len(self._path):
             raise ValueError(
                 f"DayForecaster: {steps} steps after {len(values)}; it was fitted at {self._fitted}"
             )
-        point = self._path[offset : offset + steps]
         ready = [part for part in self.profiles if part.ready]
-        if ready:
-            profile = np.mean([part.predict(values, steps) for part in ready], axis=0)
-            share = self._share(values)
-            self._pairs.append((self._start + self._step_s * len(values), point, profile))
-            point = share * point + (1 - share) * profile
-        ratio = self._ratio[offset : offset + steps]
-        return np.asarray(point, dtype=np.float64), np.asarray(np.maximum(point * ratio, point))
+        profile = np.mean([part.predict(values, steps) for part in ready], axis=0) if ready else None
+        naive, day = {}, max(1, round(DAY_S / self._step_s))
+        for name, days in NAIVE_DAYS.items():
+            if len(values) >= days * day:
+                naive[name] = values[-days * day :][np.arange(steps) % (days * day)]
+        time = self._start + self._step_s * len(values)
+        return _Made(time, self._path[offset : offset + steps], profile, naive)
 
-    def _share(self, values: Floats) -> float:
-        """Prophet's share: the best on the last forecasts, as far as their truth is known."""
+    def _choose(self, values: Floats) -> Choice:
+        """The choice that would have been best on the last forecasts, as far as their truth is known."""
         known = []
-        for time, prophet, profile in list(self._pairs)[-JUDGED:]:
-            at = round((time - self._start) / self._step_s)
-            truth = values[at : at + len(prophet)] if at >= 0 else values[:0]
-            known.append((prophet[: len(truth)], profile[: len(truth)], truth))
-        if not sum(len(truth) for _, _, truth in known):
-            return FIRST_SHARE
-        prophet, profile, truth = (np.concatenate(part) for part in zip(*known, strict=True))
-        losses = [np.abs(s * prophet + (1 - s) * profile - truth).sum() for s in SHARES]
-        return float(SHARES[int(np.argmin(losses))])
+        for made in list(self._made)[-JUDGED:]:
+            at = round((made.time - self._start) / self._step_s)
+            truth = values[at : at + len(made.prophet)] if at >= 0 else values[:0]
+            if len(truth):
+                known.append((made, truth))
+        if not known:
+            return Choice()
+
+        def loss(share: float) -> float:
+            paths = (_blended(made.prophet, made.profile, share)[: len(t)] for made, t in known)
+            return sum(float(np.abs(p - t).sum()) for p, (_, t) in zip(paths, known, strict=True))
+
+        losses = {Choice(share=float(share)): loss(share) for share in SHARES}
+        for name in NAIVE_DAYS:
+            if all(name in made.naive for made, _ in known):
+                losses[Choice(name)] = sum(float(np.abs(m.naive[name][: len(t)] - t).sum()) for m, t in known)
+        return min(losses, key=lambda choice: losses[choice])
+
+
+def _blended(prophet: Floats, profile: Floats | None, share: float) -> Floats:
+    return prophet if profile is None else np.asarray(share * prophet + (1 - share) * profile)
