@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
-from farthing.fleet.capacity import Capacity, OnlineCapacity
+from farthing.fleet.capacity import Capacity, OnlineCapacity, Targets
 from farthing.fleet.decisions import Snapshot
 
 
@@ -54,3 +55,86 @@ def test_bounded_around_the_guess() -> None:
     for _ in range(500):
         learner.observe(carried(1000.0, 0.0))
     assert learner.estimate == 4.0
+
+
+PREFILL, DECODE = 1 / 8000, 1 / 400  # of the true replica: seconds of its time per token
+
+
+def tokens(
+    rate: float, prompt: float, output: float, *, backlog: float = 0.0, tpot: float = 0.02
+) -> Snapshot:
+    """Two replicas that take in `rate` requests a second of these lengths."""
+    return Snapshot(
+        0.0,
+        2,
+        2,
+        rate,
+        rate * prompt,
+        rate * output,
+        backlog=backlog,
+        queue_time_s=0.01,
+        tpot_s=tpot,
+    )
+
+
+def truth(prompt: float, output: float) -> float:
+    return 1 / (PREFILL * prompt + DECODE * output)
+
+
+def test_both_costs_are_learned_from_saturated_replicas() -> None:
+    source, learner = random.Random(0), OnlineCapacity(guess=1.5)
+    for _ in range(4000):
+        prompt, output = source.uniform(200, 8000), source.uniform(20, 600)
+        learner.observe(tokens(2 * truth(prompt, output), prompt, output, backlog=10))
+    assert learner.costs == pytest.approx((PREFILL, DECODE), rel=0.1)
+    for prompt, output in ((500, 500), (6000, 50)):
+        for _ in range(40):
+            learner.observe(tokens(0.1, prompt, output))
+        assert learner.estimate == pytest.approx(truth(prompt, output), rel=0.15)
+
+
+def test_longer_answers_lower_the_capacity_before_a_queue_grows() -> None:
+    learner = OnlineCapacity(guess=2.0)
+    for _ in range(50):
+        learner.observe(tokens(3.0, 1000, 100))
+    before = learner.estimate
+    for _ in range(20):
+        learner.observe(tokens(1.5, 1000, 400))
+    assert learner.estimate < 0.5 * before
+
+
+def test_capacity_does_not_rise_while_tpot_is_above_its_target() -> None:
+    """Replicas that batch ever more requests have no queue: their time per token says that they are full."""
+    watched = OnlineCapacity(guess=2.0, targets=Targets(tpot_s=0.05))
+    blind = OnlineCapacity(guess=2.0)
+    for learner in (watched, blind):
+        learner.observe(tokens(2.0, 1000, 100))
+        for _ in range(400):
+            learner.observe(tokens(11.6, 1000, 100, tpot=0.2))
+    assert blind.estimate > 5
+    assert watched.estimate <= 2.0
+    plain = OnlineCapacity(guess=2.0, targets=Targets(ttft_s=1.0))
+    for _ in range(400):
+        plain.observe(Snapshot(0.0, 2, 2, 11.6, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
+    assert plain.estimate <= 2.0
+
+
+def test_cached_prompts_cost_nothing() -> None:
+    learner = OnlineCapacity(guess=2.0)
+    for share, lengths in ((0.0, (4000, 100)), (0.9, (4000, 100))):
+        for _ in range(60):
+            seen = tokens(1.0, *lengths)
+            learner.observe(Snapshot(**{**vars(seen), "cached_share": share}))
+        if share == 0:
+            cold = learner.estimate
+    assert learner.estimate > 2 * cold
+
+
+def test_capacity_in_tokens_follows_the_mix() -> None:
+    learner = OnlineCapacity(guess=2000.0, unit="tokens")
+    for _ in range(60):
+        learner.observe(tokens(1.0, 1000, 100))
+    assert learner.estimate == pytest.approx(2000.0, rel=0.02)
+    for _ in range(60):
+        learner.observe(tokens(1.0, 100, 1000))
+    assert learner.estimate < 1000

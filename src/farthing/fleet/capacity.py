@@ -1,18 +1,28 @@
-"""What one replica sustains: load units a second within the latency targets, given or learnt online.
+"""What one replica sustains, learned online: two costs, one per prompt token and one per output token.
 
-Learning: while a replica meets its latency targets it carries at least what it carries now, so the estimate
-rises to the largest load per ready replica seen without a breach; while the fleet has a backlog it is
-saturated, so what it completes per replica is the capacity, and the estimate moves there.
+A replica that takes in P uncached prompt tokens and gives out D output tokens a second is busy for
+rho = prefill · P + decode · D of every second. At the edge of its latency targets rho is 1, so
+
+    capacity = 1 / (prefill · (prompt tokens per request, not cached) + decode · (output tokens per request))
+
+requests a second: a shift in lengths changes it before any queue grows. Learning moves the two costs only as
+far as a snapshot proves them wrong: within all targets rho is at most 1; with a backlog, or with TTFT or TPOT
+above its target, it is at least 1. Without token rates the capacity itself is learned the same way.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from farthing.fleet.decisions import Snapshot
+
+DECODE_PER_PREFILL = (
+    20.0  # an output token costs as much as this many prompt tokens, before anything is learned
+)
+MOST = 4.0  # the capacity, at the lengths of the guess, stays within this factor of the guess
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,9 @@ class Capacity:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.per_replica) and self.per_replica > 0):
-            raise ValueError(f"Capacity.per_replica = {self.per_replica}: a number above 0 is needed")
+            raise ValueError(f"Capacity.per_replica = {self.per_replica}: expected a number above 0")
         if self.unit not in ("requests", "tokens"):
-            raise ValueError(f"Capacity.unit = {self.unit!r}: 'requests' or 'tokens'")
+            raise ValueError(f"Capacity.unit = {self.unit!r}: expected requests or tokens")
 
     @classmethod
     def read(cls, path: str | Path) -> Capacity:
@@ -38,20 +48,77 @@ class Capacity:
         return cls(float(data["capacity"]), str(data.get("unit", "requests")), str(path))
 
 
-@dataclass
-class OnlineCapacity:
-    """Learns the capacity from snapshots; starts from a guess and never leaves [guess/4, 4·guess]."""
+@dataclass(frozen=True)
+class Targets:
+    """Latency targets that bound the capacity, in seconds; None: not watched."""
 
-    guess: float
-    unit: str = "requests"
-    latency_threshold_s: float = 0.2
-    rate: float = 0.05  # share of the way to a new observation
-    estimate: float = 0.0
+    queue_s: float = 0.2
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def breached(self, snapshot: Snapshot) -> bool:
+        """Whether TTFT or TPOT is above its target."""
+        pairs = ((snapshot.ttft_s, self.ttft_s), (snapshot.tpot_s, self.tpot_s))
+        return any(value is not None and limit is not None and value > limit for value, limit in pairs)
+
+
+@dataclass
+class _Costs:
+    """Seconds per uncached prompt token and per output token; the latest mean lengths of a request."""
+
+    prefill: float
+    decode: float
+    prompt: float
+    output: float
+    anchor: tuple[float, float] = field(init=False)  # the lengths of the guess
 
     def __post_init__(self) -> None:
-        if not self.guess > 0:
-            raise ValueError(f"OnlineCapacity.guess = {self.guess}: a number above 0 is needed")
-        self.estimate = self.estimate or self.guess
+        self.anchor = (self.prompt, self.output)
+
+    def busy(self, prompt: float, output: float) -> float:
+        return self.prefill * prompt + self.decode * output
+
+    def per_second(self) -> float:
+        """Requests a second at the latest lengths."""
+        return 1.0 / max(self.busy(self.prompt, self.output), 1e-12)
+
+    def move(self, prompt: float, output: float, rate: float) -> None:
+        """Towards busy(prompt, output) = 1, each cost in proportion to its part; both stay positive."""
+        parts = (self.prefill * prompt, self.decode * output)
+        total = sum(parts)
+        if total <= 0:
+            return
+        step = rate * max(-1.0, min(1.0, (1.0 - total) / total))
+        self.prefill *= math.exp(step * parts[0] / total)
+        self.decode *= math.exp(step * parts[1] / total)
+
+
+class OnlineCapacity:
+    """Learns the capacity from snapshots; starts from `guess`, within a factor of four of it."""
+
+    def __init__(
+        self, guess: float, unit: str = "requests", targets: Targets | None = None, rate: float = 0.05
+    ) -> None:
+        if not guess > 0:
+            raise ValueError(f"OnlineCapacity.guess = {guess}: expected a number above 0")
+        self.guess, self.unit, self.rate = guess, unit, rate
+        self.targets = targets or Targets()
+        self._plain = guess  # load units a second, while lengths are not known
+        self._costs: _Costs | None = None
+        self._lengths = (0.0, 0.0)  # prompt and output tokens of a request
+
+    @property
+    def estimate(self) -> float:
+        """Load units a second of one replica, at the latest lengths of requests."""
+        if self._costs is None:
+            return self._plain
+        requests = self._costs.per_second()
+        return requests if self.unit == "requests" else requests * sum(self._lengths)
+
+    @property
+    def costs(self) -> tuple[float, float] | None:
+        """Seconds per uncached prompt token and per output token; None while lengths are not known."""
+        return (self._costs.prefill, self._costs.decode) if self._costs is not None else None
 
     def observe(self, snapshot: Snapshot, completed: float | None = None) -> float:
         """Take one snapshot into account; `completed` is the load finished a second, where it is known.
@@ -61,12 +128,68 @@ class OnlineCapacity:
         load, ready = snapshot.load(self.unit), snapshot.ready
         if snapshot.stale or load is None or not ready or snapshot.starting or snapshot.queue_time_s is None:
             return self.estimate
-        if snapshot.queue_time_s <= self.latency_threshold_s and not snapshot.backlog:
-            observed = max(self.estimate, load / ready)
-        elif snapshot.backlog and completed is not None and completed > 0:
+        saturated = bool(snapshot.backlog)
+        within = snapshot.queue_time_s <= self.targets.queue_s and not saturated
+        breached = self.targets.breached(snapshot)
+        if self._measure(snapshot):
+            self._learn_costs(snapshot, ready, within and not breached, saturated, breached)
+        else:
+            self._learn_plain(load / ready, completed, ready, within, saturated, breached)
+        return self.estimate
+
+    def _measure(self, snapshot: Snapshot) -> bool:
+        """Follow the mean lengths; False while they are not known."""
+        requests, prompt, output = (
+            snapshot.request_rate,
+            snapshot.prompt_token_rate,
+            snapshot.output_token_rate,
+        )
+        if not requests or prompt is None or not output:
+            return self._costs is not None and prompt is not None and output is not None
+        cached = min(max(snapshot.cached_share or 0.0, 0.0), 0.99)
+        lengths = prompt / requests * (1 - cached), output / requests
+        self._lengths = (prompt / requests, output / requests)
+        if self._costs is None:
+            guess = self.guess if self.unit == "requests" else self.guess / sum(self._lengths)
+            prefill = 1.0 / (guess * (lengths[0] + DECODE_PER_PREFILL * lengths[1]))
+            self._costs = _Costs(prefill, DECODE_PER_PREFILL * prefill, *lengths)
+        share = min(1.0, 4 * self.rate)
+        self._costs.prompt += share * (lengths[0] - self._costs.prompt)
+        self._costs.output += share * (lengths[1] - self._costs.output)
+        return True
+
+    def _learn_costs(
+        self, snapshot: Snapshot, ready: int, within: bool, saturated: bool, breached: bool
+    ) -> None:
+        assert self._costs is not None
+        cached = min(max(snapshot.cached_share or 0.0, 0.0), 0.99)
+        prompt = (snapshot.prompt_token_rate or 0.0) * (1 - cached) / ready
+        output = (snapshot.output_token_rate or 0.0) / ready
+        busy = self._costs.busy(prompt, output)
+        if saturated or (breached and busy < 1) or (within and busy > 1):
+            before = (self._costs.prefill, self._costs.decode)
+            self._costs.move(prompt, output, self.rate)
+            requests = 1.0 / max(self._costs.busy(*self._costs.anchor), 1e-12)
+            guess = self.guess if self.unit == "requests" else self.guess / sum(self._lengths)
+            if not guess / MOST <= requests <= guess * MOST:
+                self._costs.prefill, self._costs.decode = before
+
+    def _learn_plain(
+        self,
+        carried: float,
+        completed: float | None,
+        ready: int,
+        within: bool,
+        saturated: bool,
+        breached: bool,
+    ) -> None:
+        if breached and not saturated:
+            observed = min(self._plain, carried)
+        elif within:
+            observed = max(self._plain, carried)
+        elif saturated and completed is not None and completed > 0:
             observed = completed / ready
         else:
-            return self.estimate
-        moved = self.estimate + self.rate * (observed - self.estimate)
-        self.estimate = min(max(moved, self.guess / 4), self.guess * 4)
-        return self.estimate
+            return
+        moved = self._plain + self.rate * (observed - self._plain)
+        self._plain = min(max(moved, self.guess / MOST), self.guess * MOST)

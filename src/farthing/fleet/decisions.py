@@ -36,6 +36,7 @@ class Snapshot:
     queue_time_s: float | None = None  # mean time a request waits before it runs
     ttft_s: float | None = None  # mean time to first token
     tpot_s: float | None = None  # mean time per output token
+    cached_share: float | None = None  # share of the prompt tokens found in a prefix cache, 0..1
     late_share: float | None = None  # share of requests that missed the SLO lately, 0..1
     running: float | None = None  # requests that run
     kv_usage: float | None = None  # share of the cache in use, 0..1

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from farthing.fleet.capacity import OnlineCapacity
+from farthing.fleet.capacity import OnlineCapacity, Targets
 from farthing.fleet.config import FleetConfig, build
 from farthing.fleet.decisions import Forecast, Snapshot
 from farthing.fleet.forecast.day import DayForecaster
@@ -155,7 +155,8 @@ class LiveOutlook:
     def __init__(self, config: FleetConfig) -> None:
         policy = config.policy
         self._unit = policy.unit
-        self._capacity = OnlineCapacity(policy.capacity, policy.unit, policy.latency_threshold_s)
+        targets = Targets(policy.latency_threshold_s, policy.slo.ttft_s, policy.slo.tpot_s)
+        self._capacity = OnlineCapacity(policy.capacity, policy.unit, targets)
         lead = max(GRID_S, policy.cold_start_s + policy.interval_s)
         settings = forecast_settings(config.forecast)
         self._short = ShortTerm(replace(settings[0], lead_s=lead))

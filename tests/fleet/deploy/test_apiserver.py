@@ -89,7 +89,9 @@ class Load:
             while not self._stop.is_set():
                 now = time.monotonic()
                 for key in ("queue", "ttft", "e2e"):
-                    replica.sums[key][0] += 0.001 * self.rate * (now - last)
+                    replica.sums[key][0] += (
+                        0.5 * self.rate * (now - last)
+                    )  # too slow for the capacity to be raised
                     replica.sums[key][1] += self.rate * (now - last)
                 last = now
                 await asyncio.sleep(0.05)

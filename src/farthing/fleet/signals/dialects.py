@@ -23,11 +23,13 @@ class Dialect:
     output_tokens: str  # counter
     ttft: str  # histogram, seconds; its count is the requests that had their first token
     queue_time: str | None = None  # histogram, seconds
+    cache_hits: str | None = None  # counters, prompt tokens found in the prefix cache
+    cache_queries: str | None = None  # and looked up there
     tpot: tuple[str, ...] = ()  # histograms, seconds; the first one found counts
 
     def names(self) -> tuple[str, ...]:
         """Every family this dialect reads."""
-        optional = (self.queue_time,) if self.queue_time else ()
+        optional = [name for name in (self.queue_time, self.cache_hits, self.cache_queries) if name]
         own = (self.running, self.waiting, self.kv_usage, self.prompt_tokens, self.output_tokens)
         return (*own, self.ttft, *optional, *self.tpot)
 
@@ -42,6 +44,8 @@ def _vllm_style(name: str, prefix: str) -> Dialect:
         output_tokens=f"{prefix}:generation_tokens",
         ttft=f"{prefix}:time_to_first_token_seconds",
         queue_time=f"{prefix}:request_queue_time_seconds",
+        cache_hits=f"{prefix}:prefix_cache_hits",
+        cache_queries=f"{prefix}:prefix_cache_queries",
         tpot=(f"{prefix}:inter_token_latency_seconds", f"{prefix}:time_per_output_token_seconds"),
     )
 

@@ -119,6 +119,9 @@ class PrometheusSource:
         }
         if d.queue_time:
             questions["queue_time_s"] = self._mean(d.queue_time)
+        if d.cache_hits and d.cache_queries:
+            hits, queries = self._rate(f"{d.cache_hits}_total"), self._rate(f"{d.cache_queries}_total")
+            questions["cached_share"] = f"{hits} / ({queries} > 0)"
         if d.tpot:
             questions["tpot_s"] = " or ".join(self._mean(name) for name in d.tpot)
         return questions

@@ -86,8 +86,14 @@ def parse(text: str, dialect: Dialect | None, at: float) -> Sample | None:
     if known is None:
         return None
     totals: dict[str, float] = {}
-    for key, name in (("prompt", known.prompt_tokens), ("output", known.output_tokens)):
-        if f"{name}_total" in values:
+    counters = {
+        "prompt": known.prompt_tokens,
+        "output": known.output_tokens,
+        "cache_hits": known.cache_hits,
+        "cache_queries": known.cache_queries,
+    }
+    for key, name in counters.items():
+        if name and f"{name}_total" in values:
             totals[key] = values[f"{name}_total"]
     tpot = next((name for name in known.tpot if f"{name}_count" in values), None)
     for key, histogram in (("queue", known.queue_time), ("ttft", known.ttft), ("tpot", tpot)):
@@ -146,6 +152,7 @@ class ScrapeSource:
             request_rate=self._arrivals(),
             prompt_token_rate=self._rate("prompt"),
             output_token_rate=self._rate("output"),
+            cached_share=self._cached(),
             backlog=_plus(_sum(s.waiting for s in samples), waiting),
             queue_time_s=self._mean("queue"),
             ttft_s=self._mean("ttft"),
@@ -202,6 +209,11 @@ class ScrapeSource:
         """Increase a second, summed over replicas; None while no replica has two readings."""
         increases = [i for h in self._histories.values() if (i := h.increase(key)) and i[1] > 0]
         return sum(total / seconds for total, seconds in increases) if increases else None
+
+    def _cached(self) -> float | None:
+        """Share of the prompt tokens that were found in a prefix cache; None where none was looked up."""
+        hits, queries = self._rate("cache_hits"), self._rate("cache_queries")
+        return hits / queries if hits is not None and queries else None
 
     def _arrivals(self) -> float | None:
         """Requests/s that arrive: those that had their first token, and those that joined the queue since."""
