@@ -222,3 +222,34 @@ def test_never_below_what_is_needed_and_never_down_blind(steps: list[tuple]) -> 
         if usable:
             assert decision.target >= rate / 0.7 - 1e-6
         current = decision.target
+
+
+def test_replicas_with_a_notice_are_replaced_before_they_go() -> None:
+    decision = Policy(CONFIG).decide(0, replace(seen(0, 10, 7.0), leaving=2))
+    assert decision.target == 12
+    assert "2 that will be taken away replaced" in decision.reason
+
+
+@pytest.mark.parametrize(("unit", "target"), [("prompt_tokens", 10), ("output_tokens", 3)])
+def test_pools_follow_their_own_tokens(unit: str, target: int) -> None:
+    config = replace(CONFIG, unit=unit, capacity=1000.0, latency_metric="tpot")
+    signals = replace(seen(0, 1, 5.0), prompt_token_rate=7000.0, output_token_rate=2100.0, tpot_s=0.01)
+    assert Policy(config).decide(0, signals).target == target
+
+
+def test_slo_lowers_the_utilization_on_late_requests_and_raises_it_again() -> None:
+    policy = Policy(PolicyConfig(capacity=1.0))
+    policy.decide(0, replace(seen(0, 10, 7.0), late_share=0.0))
+    for now in range(15, 615, 15):
+        policy.decide(now, replace(seen(now, 10, 7.0), late_share=1.0))
+    low = policy.utilization
+    assert low == pytest.approx(0.7 * 0.86, rel=0.01)
+    decision = policy.decide(615, replace(seen(615, 10, 7.0), late_share=0.0))
+    assert decision.target == 12 and decision.inputs["utilization"] == pytest.approx(low, rel=0.01)
+    for now in range(630, 630 + 3 * 86400, 60):
+        policy.decide(now, replace(seen(now, 10, 7.0), late_share=0.0))
+    assert policy.utilization > 0.7
+    fixed = Policy(PolicyConfig(capacity=1.0, rule="stabilized"))
+    for now in range(0, 600, 15):
+        fixed.decide(now, replace(seen(now, 10, 7.0), late_share=1.0))
+    assert fixed.utilization == 0.7

@@ -112,8 +112,14 @@ class OnlineCapacity:
         """Load units a second of one replica, at the latest lengths of requests."""
         if self._costs is None:
             return self._plain
-        requests = self._costs.per_second()
-        return requests if self.unit == "requests" else requests * sum(self._lengths)
+        return self._costs.per_second() * self._per_request
+
+    @property
+    def _per_request(self) -> float:
+        """Load units of one request at the latest lengths."""
+        prompt, output = self._lengths
+        by_unit = {"requests": 1.0, "prompt_tokens": prompt, "output_tokens": output}
+        return by_unit.get(self.unit, prompt + output)
 
     @property
     def costs(self) -> tuple[float, float] | None:
@@ -150,7 +156,7 @@ class OnlineCapacity:
         lengths = prompt / requests * (1 - cached), output / requests
         self._lengths = (prompt / requests, output / requests)
         if self._costs is None:
-            guess = self.guess if self.unit == "requests" else self.guess / sum(self._lengths)
+            guess = self.guess / self._per_request
             prefill = 1.0 / (guess * (lengths[0] + DECODE_PER_PREFILL * lengths[1]))
             self._costs = _Costs(prefill, DECODE_PER_PREFILL * prefill, *lengths)
         share = min(1.0, 4 * self.rate)
@@ -170,7 +176,7 @@ class OnlineCapacity:
             before = (self._costs.prefill, self._costs.decode)
             self._costs.move(prompt, output, self.rate)
             requests = 1.0 / max(self._costs.busy(*self._costs.anchor), 1e-12)
-            guess = self.guess if self.unit == "requests" else self.guess / sum(self._lengths)
+            guess = self.guess / self._per_request
             if not guess / MOST <= requests <= guess * MOST:
                 self._costs.prefill, self._costs.decode = before
 

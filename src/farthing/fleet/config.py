@@ -31,6 +31,7 @@ class SignalsConfig:
     replicas: tuple[str, ...] = ()  # base URLs, where no Prometheus is
     window_s: float = 30.0  # of rates and means; at least two scrapes of Prometheus
     timeout_s: float = 3.0
+    leaving: str | None = None  # PromQL: replicas with a notice, a spot machine that will be taken away
     token_file: Path | None = None  # bearer token, for a Prometheus that wants one
 
     def __post_init__(self) -> None:
@@ -43,6 +44,18 @@ class SignalsConfig:
 
 
 @dataclass(frozen=True)
+class VariantConfig:
+    """One kind of replica with a `/scale` target of its own."""
+
+    name: str
+    target: str  # KIND/NAME
+    price: float  # per hour
+    size: float = 1.0  # capacity in those of policy.capacity
+    spot: bool = False
+    max_replicas: int = 1000
+
+
+@dataclass(frozen=True)
 class KubernetesConfig:
     """The API server and what is scaled there."""
 
@@ -50,9 +63,17 @@ class KubernetesConfig:
     context: str | None = None
     namespace: str | None = None  # default: the pod's own
     target: str | None = None  # KIND/NAME: deployment, statefulset, leaderworkerset
+    variants: tuple[VariantConfig, ...] = ()  # instead of `target`: the cheapest mix of these
+    spot_share: float = 0.5  # at most this share of the need runs on spot variants
     patch: bool = True  # False: only read, where an HPA or KEDA scales
     lease: str | None = "farthing-fleet"  # None: no election, there is one controller
     identity: str | None = None  # default: the host name, in a pod its name
+
+    def __post_init__(self) -> None:
+        if self.variants and self.target is not None:
+            raise ValueError("kubernetes: target and variants are both set; expected one of them")
+        if not 0 <= self.spot_share <= 1:
+            raise ValueError(f"kubernetes.spot_share = {self.spot_share}: expected a number in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Snapshot:
     running: float | None = None  # requests that run
     kv_usage: float | None = None  # share of the cache in use, 0..1
     cold_start_s: float | None = None  # P90 of launch-to-ready; None: the configured one
+    leaving: int = 0  # ready replicas with a notice: a spot machine that will be taken away
     stale: bool = False  # the source said so itself (scrape failed, target down)
 
     @property
@@ -49,9 +50,15 @@ class Snapshot:
         return max(0, self.current - self.ready) if self.ready is not None else 0
 
     def load(self, unit: str) -> float | None:
-        """The load in `unit`: "requests" (arriving requests/s) or "tokens" (prompt + output tokens/s)."""
+        """The load in `unit`, per second: arriving "requests", "prompt_tokens", "output_tokens", or "tokens"
+        (prompt and output).
+        """
         if unit == "requests":
             return self.request_rate
+        if unit == "prompt_tokens":
+            return self.prompt_token_rate
+        if unit == "output_tokens":
+            return self.output_token_rate
         if self.prompt_token_rate is None or self.output_token_rate is None:
             return None
         return self.prompt_token_rate + self.output_token_rate

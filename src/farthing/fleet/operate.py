@@ -97,6 +97,7 @@ def make_source(config: FleetConfig) -> Source:
             stale_after_s=config.policy.stale_after_s,
             timeout_s=signals.timeout_s,
             headers=headers,
+            leaving=signals.leaving,
         )
     if not signals.replicas:
         raise ValueError("signals: expected `prometheus`, a URL, or `replicas`, a list of base URLs")
@@ -142,24 +143,33 @@ async def serve_metrics(config: FleetConfig, controller: Controller, stack: Asyn
 
 
 async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
-    """The direct patch of /scale where a target is named, else one that leaves the acting to others."""
+    """The direct patch of /scale where a target or variants are named, else one that only reads."""
     kubernetes = config.kubernetes
-    if kubernetes is None or kubernetes.target is None:
+    if kubernetes is None or (kubernetes.target is None and not kubernetes.variants):
         return Passive()
     from farthing.fleet.actuators.kubernetes import connect, pod_namespace
     from farthing.fleet.actuators.lease import Elector, LeaseConfig
+    from farthing.fleet.actuators.mixed import MixedScale
     from farthing.fleet.actuators.scale import ScalePatch, Target
+    from farthing.fleet.variants import Variant
 
     client = connect(kubernetes.api, kubernetes.context)
     namespace = kubernetes.namespace or pod_namespace()
-    target = Target.parse(kubernetes.target, namespace)
-    if not kubernetes.patch:
-        return Passive(ScalePatch(client, target))
     elector = None
-    if kubernetes.lease:
+    if kubernetes.lease and kubernetes.patch:
         identity = kubernetes.identity or socket.gethostname()
         elector = Elector(client, LeaseConfig(kubernetes.lease, namespace, identity))
-    actuator = ScalePatch(client, target, elector)
+    actuator: Actuator
+    if kubernetes.variants:
+        kinds = [Variant(v.name, v.price, v.size, v.spot, v.max_replicas) for v in kubernetes.variants]
+        places = [Target.parse(v.target, namespace) for v in kubernetes.variants]
+        scales = [ScalePatch(client, place, elector) for place in places]
+        actuator = MixedScale(kinds, scales, kubernetes.spot_share)
+    else:
+        assert kubernetes.target is not None
+        actuator = ScalePatch(client, Target.parse(kubernetes.target, namespace), elector)
+    if not kubernetes.patch:
+        return Passive(actuator)
     await actuator.start()
     stack.push_async_callback(actuator.close)
     return actuator

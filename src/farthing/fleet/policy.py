@@ -105,6 +105,9 @@ class Policy:
         self._follow_slo(now, snapshot)
         answers = self._levels(now, snapshot, short, mid, rate)
         decided_by, best = max(answers.items(), key=lambda item: item[1].replicas)
+        if snapshot.leaving > 0 and best.replicas > 0:  # replaced at the notice, not at the loss
+            reason = f"{best.reason}; {snapshot.leaving} that will be taken away replaced"
+            best = _Level(best.replicas + snapshot.leaving, reason)
         alarms += tuple(f"forecast: {f.note}" for f in (short, mid) if f is not None and f.note)
         alarms += self._incomplete(snapshot)
         target, held_by, why = self._bounded(now, best.replicas, count, bool(self._incomplete(snapshot)))
@@ -247,7 +250,12 @@ class Policy:
         return snapshot.backlog * load / snapshot.request_rate if snapshot.request_rate else 0.0
 
     def _latency(self, snapshot: Snapshot) -> float | None:
-        by_name = {"queue_time": snapshot.queue_time_s, "ttft": snapshot.ttft_s, "none": None}
+        by_name = {
+            "queue_time": snapshot.queue_time_s,
+            "ttft": snapshot.ttft_s,
+            "tpot": snapshot.tpot_s,
+            "none": None,
+        }
         return by_name[self.config.latency_metric]
 
     # ---- bounds: down rule, stabilization, cool-down, limits ----

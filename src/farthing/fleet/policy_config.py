@@ -15,9 +15,9 @@ RULES: dict[str, tuple[float, float, bool, bool]] = {
     "stabilized": (1.0, 300.0, False, True),
     "published": (0.6, 0.0, False, False),
 }
-LATENCY_METRICS = ("queue_time", "ttft", "none")
+LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
 COUNTS = ("ready", "current")
-UNITS = ("requests", "tokens")
+UNITS = ("requests", "tokens", "prompt_tokens", "output_tokens")  # the last two for pools apart
 LEVELS: tuple[Level, ...] = ("short", "mid", "realtime")
 
 
@@ -32,7 +32,7 @@ class PolicyConfig:
     """
 
     capacity: float  # load units a second one replica sustains within its latency targets
-    unit: str = "requests"  # of the load and the capacity: "requests" or "tokens"
+    unit: str = "requests"  # of the load and the capacity, see UNITS
     rule: str = "slo"
     target_utilization: float = 0.7  # the first one where the SLO moves it
     slo: SloConfig = field(default_factory=SloConfig)
@@ -47,7 +47,7 @@ class PolicyConfig:
     short_quantile: float = 0.9  # of the short-term forecast, matched to the SLO
     mid_quantile: float = 0.5  # of the day plan, which is a floor
     levels: tuple[Level, ...] = LEVELS
-    latency_metric: str = "queue_time"  # or "ttft", or "none" to switch the latency rule off
+    latency_metric: str = "queue_time"  # or "ttft", "tpot"; "none" switches the latency rule off
     latency_threshold_s: float = 0.2
     latency_for_s: float = 30.0
     latency_factor: float = 1.5

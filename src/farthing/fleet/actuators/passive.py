@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from farthing.fleet.actuators.scale import ScalePatch
+from farthing.fleet.actuators.base import Actuator
 from farthing.fleet.decisions import Decision
 
 
 class Passive:
     """Reads `/scale` where a target is given; without one the controller goes by the replicas that serve."""
 
-    def __init__(self, scale: ScalePatch | None = None) -> None:
+    def __init__(self, scale: Actuator | None = None) -> None:
         self._scale = scale
 
     async def start(self) -> None:

@@ -71,9 +71,12 @@ class ScalePatch:
         if self.elector is not None and not self.elector.leading:
             log.info("not leading: %s is left to the leader", self.target)
             return
-        body = {"spec": {"replicas": decision.target}}
-        await call(f"{self.target}/scale", *self._bound("patch"), body)
+        await self.set(decision.target)
         log.info("%s: %d -> %d replicas", self.target, decision.current, decision.target)
+
+    async def set(self, replicas: int) -> None:
+        """Patch `spec.replicas`, whoever leads. Raises ActuatorError."""
+        await call(f"{self.target}/scale", *self._bound("patch"), {"spec": {"replicas": replicas}})
 
     async def close(self) -> None:
         if self.elector is not None:

@@ -46,6 +46,7 @@ class PrometheusSource:
         timeout_s: float = 3.0,
         cold_starts: ColdStarts | None = None,
         headers: Mapping[str, str] | None = None,
+        leaving: str | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         if not url.startswith(("http://", "https://")):
@@ -53,7 +54,7 @@ class PrometheusSource:
         if selector and not (selector.startswith("{") and selector.endswith("}")):
             raise ValueError(f'selector = {selector!r}: expected {{label="value",…}}')
         self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
-        self._window, self._stale_after = window_s, stale_after_s
+        self._window, self._stale_after, self._leaving = window_s, stale_after_s, leaving
         self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
         self._cold_starts, self._wall = cold_starts, wall
         self._session: aiohttp.ClientSession | None = None
@@ -78,12 +79,14 @@ class PrometheusSource:
         age, ready, lately = value.pop("age"), value.pop("ready"), value.pop("lately")
         if ready != lately:
             ready = None  # a replica fell silent: part of the load is unseen, no reason to scale down
+        leaving = value.pop("leaving", None)
         measured = self._cold_starts.p90 if self._cold_starts is not None else None
         cold_start = value.pop("cold_start_s")
         return Snapshot(
             time=self._wall() - (age or 0.0),
             current=current,
             ready=int(ready) if ready is not None else None,
+            leaving=round(leaving) if leaving is not None else 0,
             cold_start_s=measured if measured is not None else cold_start,
             stale=age is None or age > self._stale_after,
             **value,
@@ -117,6 +120,8 @@ class PrometheusSource:
             "cold_start_s": f"quantile(0.9, {self._of(LAUNCH_METRIC)}) or "
             f"quantile(0.9, {ready_at}{self._pods} - kube_pod_created{self._pods})",
         }
+        if self._leaving:
+            questions["leaving"] = f"sum({self._leaving})"
         if d.queue_time:
             questions["queue_time_s"] = self._mean(d.queue_time)
         if d.cache_hits and d.cache_queries:
@@ -178,8 +183,12 @@ class PrometheusSource:
         if dialect is None:
             return []
         query = self._rate(f"{dialect.ttft}_count")
-        if unit == "tokens":
-            tokens = (dialect.prompt_tokens, dialect.output_tokens)
+        counters = {
+            "tokens": (dialect.prompt_tokens, dialect.output_tokens),
+            "prompt_tokens": (dialect.prompt_tokens,),
+            "output_tokens": (dialect.output_tokens,),
+        }
+        if tokens := counters.get(unit):
             query = " + ".join(self._rate(f"{name}_total") for name in tokens)
         return await self.history(query, start, end, step_s)
 
