@@ -64,7 +64,9 @@ NB_MODULE(_native, module) {
       .def_prop_ro("sparse", [](const Packed& p) { return p.m.sparse; })
       // How rows multiplied by it are rounded: (largest integer, share of a group's largest magnitude).
       .def("round_inputs", [](Packed& p, float top, float clip) { p.m.act_top = top, p.m.act_clip = clip; })
+      .def("fix_input_scale", [](Packed& p, float scale) { p.m.act_scale = scale; })
       .def_prop_ro("input_top", [](const Packed& p) { return p.m.act_top; })
+      .def_prop_ro("input_scale", [](const Packed& p) { return p.m.act_scale; })
       .def_prop_ro("nbytes", &Packed::weight_bytes)
       .def_prop_ro("serialized_bytes", &Packed::serialized_bytes)
       .def("parts", [](const Packed& p) { return std::vector<int>(p.m.first, p.m.first + p.m.parts + 1); })

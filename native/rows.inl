@@ -58,6 +58,23 @@ inline float quantize_group(const float* x, int k, int8_t* q, float top_level, f
   return amax / top_level;
 }
 
+// Integers of one calibrated scale in [-128, 127]. A true division, as the tools divide that wrote the scale:
+// a product with the inverse would round ties to another integer.
+inline void quantize_static(const float* x, int k, int8_t* q, float scale) {
+  const f32x16 magic = splat(12582912.0f);
+  for_lanes(k, [&](int i) {
+    const f32x16 v = min(max(loadf(x + i) / splat(scale), splat(-128.0f)), splat(127.0f));
+    const f32x16 r = v + magic;
+    store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
+  });
+}
+
+inline float quantize_input(const Matrix& w, const float* x, int k, int8_t* q) {  // returns the scale
+  if (w.act_scale <= 0.0f) return quantize_group(x, k, q, w.act_top, w.act_clip);
+  quantize_static(x, k, q, w.act_scale);
+  return w.act_scale;
+}
+
 inline int sum_bytes(const int8_t* q, int k) {
   i32x16 s = {};
   int i = 0;
@@ -80,8 +97,7 @@ void quantize(const Matrix& w, const Act& x, int row, int at, const float* value
       for (int i = 0; i < padded; ++i) tail[i] = i < n ? from[i] : 0.0f;
       from = tail;
     }
-    x.scale[static_cast<size_t>(row) * x.groups + g] =
-        quantize_group(from, padded, q + at + done, w.act_top, w.act_clip);
+    x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_input(w, from, padded, q + at + done);
     x.comp[static_cast<size_t>(row) * x.groups + g] = offset * sum_bytes(q + at + done, padded);
     if (!x.block_comp) continue;
     int32_t* blocks = x.block_comp + static_cast<size_t>(row) * x.blocks + (at + done) / kBlock;

@@ -87,6 +87,7 @@ def test_every_recipe_loads_or_says_not(name: str, data: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_every_recipe_on_the_embedded_model(name: str, tmp_path: Path) -> None:
     ids = torch.randint(16, 8192, (48,), generator=torch.Generator().manual_seed(3))

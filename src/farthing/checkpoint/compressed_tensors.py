@@ -18,7 +18,7 @@ from farthing.checkpoint.error import CheckpointError
 from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
 
 METHOD = "compressed-tensors"
-# Suffixes a quantized module may hold besides its weight; activation scales are recomputed per token.
+# Suffixes a quantized module may hold besides its weight.
 OPTIONAL = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_clip")
 
 
@@ -32,6 +32,7 @@ class Scheme:
     strategy: str  # tensor | channel | group | block
     group_size: int | None
     input_bits: int = 8  # fewer: a quantization-aware training asked for it
+    static_inputs: bool = False  # inputs are rounded with the calibrated `input_scale` of each matrix
 
     def __str__(self) -> str:
         return f"{self.storage} {self.bits} bit {self.strategy}"
@@ -115,7 +116,7 @@ def _scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
         )
     scheme = Scheme(
         storage, int(bits or 0), bool(weights.get("symmetric", True)), strategy, weights.get("group_size"),
-        int(inputs["num_bits"]) if coarse else 8,
+        int(inputs["num_bits"]) if coarse else 8, _is_static(inputs),
     )  # fmt: skip
     supported = {
         ("int-quantized", 8, "int"): ("tensor", "channel"),
@@ -137,6 +138,13 @@ def _scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
     if strategy == "block" and block != [FP8_BLOCK, FP8_BLOCK]:
         raise CheckpointError(f"{where}: block_structure is {block}; expected [128, 128]")
     return scheme
+
+
+def _is_static(inputs: Mapping[str, Any]) -> bool:
+    """Symmetric INT8 with one calibrated scale. Others are rounded dynamically, which errs less."""
+    wanted = {"type": "int", "num_bits": 8, "strategy": "tensor", "symmetric": True}
+    given = {"type": "int", "strategy": "tensor", "symmetric": True, **inputs}
+    return bool(inputs) and not inputs.get("dynamic") and all(given.get(k) == v for k, v in wanted.items())
 
 
 def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weight:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.error import CheckpointError
+from farthing.checkpoint.input_scales import InputScales
 from farthing.checkpoint.shards import Shards, read_json
 from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
 
@@ -41,6 +42,7 @@ class Checkpoint:
         self._shards = shards
         self._used: set[str] = set()
         self._groups: ct.Groups | None = None
+        self._input_scales = InputScales(shards.file_of, shards.read)
         self._fp8 = False
         text = config.get("text_config") or {}  # where the language model is one part of several
         quantization = next(
@@ -233,14 +235,18 @@ class Checkpoint:
         try:
             self._check_dtype(scheme, tensors)
             weight = self._checked(module, ct.decode(scheme, tensors))
-            return weight if scheme.input_bits == 8 else replace(weight, inputs=self._inputs(module, scheme))
+            return replace(weight, inputs=self._inputs(module, scheme))
         except CheckpointError as error:
             if str(error).startswith(str(self.path)):
                 raise
             name = f"{module}.{suffixes[0]}"
             raise CheckpointError(f"{self._where(name)}: {module}.{error}") from None
 
-    def _inputs(self, module: str, scheme: ct.Scheme) -> InputRounding:
+    def _inputs(self, module: str, scheme: ct.Scheme) -> InputRounding | None:
+        if scheme.static_inputs:
+            return InputRounding(8, scale=self._input_scales[module])
+        if scheme.input_bits == 8:
+            return None
         name = f"{module}.input_clip"
         return InputRounding(scheme.input_bits, float(self.tensor(name)) if self.has(name) else 1.0)
 

@@ -41,8 +41,11 @@ def compress(
     ] = None,
     observer: Annotated[str | None, typer.Option(help="Force kl, mse, percentile or minmax.")] = None,
     backend: Annotated[
-        str, typer.Option(help="The gate's arithmetic: simulate, reference, cpu, gpu or auto.")
-    ] = "simulate",
+        str,
+        typer.Option(
+            help="The gate's arithmetic: auto (the kernels that serve), reference, simulate, cpu or gpu."
+        ),
+    ] = "auto",
     export: Annotated[
         str, typer.Option("--format", help="auto, compressed-tensors, llm-compressor or deepseek-fp8.")
     ] = "auto",

@@ -36,7 +36,7 @@ class Options:
     calibration: Path | None = None  # JSON lines; None: sources of the Python standard library
     data: Path | None = None  # held-out JSON lines for the gate; None: the embedded sample
     max_drop: float | None = None
-    backend: str = "reference"  # the gate's arithmetic; "simulate" also rounds activations
+    backend: str = "auto"  # the gate's arithmetic: by default the kernels that serve here
     window: int = 1024
     max_tokens: int | None = None  # of held-out text; None: GATE_TOKENS for the gate
     export: str = "auto"  # see `export/layout.py`

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,10 @@ class Activations:
         if kind == "group":
             weight = self.checkpoint.weight(module)
             inputs, group = weight.inputs, weight.group_size
-            return None if inputs is None else lambda x: inputs(x, group)
+            return None if inputs is None else partial(inputs, group=group)
         if kind == "tensor":
-            scale = self.checkpoint.tensor(f"{module}.input_scale").float()
-            return lambda x: round_tensor(x, scale)
+            inputs = self.checkpoint.weight(module).inputs
+            return None if inputs is None else partial(inputs, group=0)  # one scale, whatever the groups
         return None
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from farthing.checkpoint.compressed_tensors_writer import GroupKey, key_of
+from farthing.checkpoint.input_scales import shared_input
 from farthing.compress.calibrate.activations import choose
+from farthing.compress.calibrate.histogram import Histogram
 from farthing.compress.calibrate.recorder import InputStats, Recorder, with_fallbacks
 from farthing.compress.layer import Layer
 from farthing.compress.pruning import Stats, grams_of, parts_of
@@ -28,6 +30,7 @@ from farthing.compress.size import zero_block_bytes
 from farthing.compress.trace import input_name
 from farthing.ops.weights import Weight
 
+JUDGES = 8  # experts on whose outputs a common input range is judged
 Plan = Callable[[str], str]  # module -> keep | dense | int8 | int4 | int4-32 | int4-64 | int4-128 | fp8
 
 
@@ -294,18 +297,17 @@ def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:
 def _choose_activations(
     originals: Mapping[str, Tensor], stats: Stats, recipe: Recipe, result: LayerResult
 ) -> None:
-    """Give every integer module its activation rounding; modules that share an input share the choice."""
+    """Give every integer module its activation rounding, one for modules that read the same tensor."""
     shared: dict[str, list[str]] = {}
     for module, done in result.modules.items():
         if done.weight.format in ("int8", "int4"):
-            shared.setdefault(input_name(module), []).append(module)
-    for name, modules in shared.items():
-        st = stats.get(name)
+            shared.setdefault(shared_input(module), []).append(module)
+    for modules in shared.values():
         scale: float | None = None
-        if recipe.static and st is not None and st.histogram is not None and len(st.rows):
+        if recipe.static and (sample := _sample(modules, stats)) is not None:
             observers = OBSERVER_NAMES if recipe.observer == "auto" else (recipe.observer,)
-            pairs = [(originals[m], result.modules[m].weight.dequantize()) for m in modules]
-            choice = choose(st.histogram, st.rows, pairs, observers, recipe.activations == "best")
+            pairs = [(originals[m], result.modules[m].weight.dequantize()) for m in sample.modules]
+            choice = choose(sample.histogram, sample.rows, pairs, observers, recipe.activations == "best")
             scale = choice.scale
             for m in modules:
                 result.modules[m].report |= {"observer": choice.winner, "observer_errors": choice.errors}
@@ -313,3 +315,34 @@ def _choose_activations(
             done = result.modules[m]
             done.key = key_of(done.weight, "token" if scale is None else "tensor")
             done.input_scale = scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What was seen of one input, and the matrices its rounding is judged by."""
+
+    histogram: Histogram
+    rows: Tensor  # [t, K]
+    modules: list[str]
+
+
+def _sample(modules: Sequence[str], stats: Stats) -> _Sample | None:
+    """The input that `modules` read, None where calibration saw nothing of it.
+
+    Routed experts see parts of one tensor: their counts are added up, and the busiest few are the judges.
+    """
+    seen: dict[str, InputStats] = {}
+    for module in modules:
+        st = stats.get(input_name(module))
+        if st is not None and st.histogram is not None and len(st.rows):
+            seen.setdefault(input_name(module), st)
+    if not seen:
+        return None
+    seen = {name: st for name, st in seen.items() if st.fallback is None} or seen
+    busiest = sorted(seen, key=lambda name: -seen[name].tokens)[:JUDGES]
+    histogram = Histogram()
+    for st in seen.values():
+        assert st.histogram is not None
+        histogram.merge(st.histogram)
+    rows = torch.cat([seen[name].rows for name in busiest])
+    return _Sample(histogram, rows, [m for m in modules if input_name(m) in busiest])

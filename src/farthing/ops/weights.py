@@ -17,13 +17,16 @@ FP8_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class InputRounding:
-    """How inputs are rounded for a matrix that was trained for it, coarser than a kernel's own 8 bits.
+    """How the inputs of a matrix are rounded where its checkpoint says so, and not as the kernels choose.
 
-    Every row and group of columns: integers in [-top, top] with the scale clip * amax / top.
+    Without `scale`, dynamic: in every row and group of columns integers in [-top, top] with the scale
+    clip * amax / top, for matrices trained for fewer than 8 bits. With it, static: integers in
+    [-top - 1, top] of this one calibrated scale, round half to even.
     """
 
     bits: int
     clip: float = 1.0
+    scale: float | None = None
 
     @property
     def top(self) -> int:
@@ -32,6 +35,8 @@ class InputRounding:
 
     def __call__(self, x: Tensor, group: int) -> Tensor:
         """x [..., K] as the kernel sees it."""
+        if self.scale is not None:
+            return (x / self.scale).round().clamp(-self.top - 1, self.top) * self.scale
         groups = x.unflatten(-1, (-1, group))
         scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) * (self.clip / self.top)
         rounded: Tensor = (groups / scale).round().clamp(-self.top, self.top) * scale
@@ -55,7 +60,7 @@ class Weight:
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     rounded: bool = False  # dense, and the value of a quantized weight: a slice that tears its scale blocks
-    inputs: InputRounding | None = None  # int4 only: as coarse as training asked for
+    inputs: InputRounding | None = None  # None: as the kernels choose, for integers per row and group
 
     @property
     def shape(self) -> tuple[int, int]:

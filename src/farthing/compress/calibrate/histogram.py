@@ -47,6 +47,19 @@ class Histogram:
             self.counts = torch.nn.functional.pad(self.counts, (0, len(new) - len(self.counts)))
         self.counts += new
 
+    def merge(self, other: Histogram) -> None:
+        """Count what `other` counted; a bin of another width goes where its middle lies."""
+        self.zeros += other.zeros
+        self.absmax = max(self.absmax, other.absmax)
+        if not len(other.counts):
+            return
+        self.width = self.width or other.width
+        middle = (torch.arange(len(other.counts)) + 0.5) * other.width
+        index = (middle.double() / self.width).long().clamp_(max=MAX_BINS - 1)
+        length = max(len(self.counts), int(index.max()) + 1)
+        self.counts = torch.nn.functional.pad(self.counts, (0, length - len(self.counts)))
+        self.counts.index_add_(0, index, other.counts)
+
     @property
     def total(self) -> int:
         """Values counted, zeros included."""

@@ -104,7 +104,7 @@ class CpuOps(HostOps):
         self._quantization = self._file.quantization if self._file else quantization
         self.packed_from = self._file.source if self._file else None
         self._blobs: dict[str, Any] = {}
-        self._inputs: dict[str, InputRounding] = {}  # of matrices whose inputs are coarser than 8 bits
+        self._inputs: dict[str, InputRounding] = {}  # of matrices whose checkpoint says how
 
     # -- packing
 
@@ -140,7 +140,10 @@ class CpuOps(HostOps):
     def _round_inputs(self, name: str, packed: Any, inputs: InputRounding | None) -> Any:
         if inputs is not None:
             self._inputs[name] = inputs
-            packed.round_inputs(inputs.top, inputs.clip)
+            if inputs.scale is None:
+                packed.round_inputs(inputs.top, inputs.clip)
+            else:
+                packed.fix_input_scale(inputs.scale)
         return packed
 
     def _tensor(self, name: str, value: Callable[[], Tensor]) -> Tensor:

@@ -78,7 +78,7 @@ class PackedFile:
         return torch.from_numpy(raw).view(getattr(torch, entry["dtype"])).view(entry["shape"])
 
     def inputs(self, name: str) -> InputRounding | None:
-        """How the inputs of a packed matrix are rounded, where coarser than to 8 bits."""
+        """How the inputs of a packed matrix are rounded, where its checkpoint said so."""
         stored = self._entries[name].get("inputs")
         return None if stored is None else InputRounding(*stored)
 
@@ -140,7 +140,7 @@ def _write(
             data = np.empty(blob.serialized_bytes, dtype=np.uint8)
             blob.serialize(data.ctypes.data)
             coarse = inputs.get(name)
-            entries[name] = {"inputs": [coarse.bits, coarse.clip]} if coarse else {}
+            entries[name] = {"inputs": [coarse.bits, coarse.clip, coarse.scale]} if coarse else {}
         entries[name] |= {"offset": offset, "bytes": data.nbytes}
         file.write(data.data)
         file.write(bytes(-file.tell() % PAGE))

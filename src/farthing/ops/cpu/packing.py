@@ -83,11 +83,14 @@ def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
 
 
 def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
-    """How the common input of stacked matrices is rounded; None: to 8 bits, as all are."""
-    found = [w.inputs for w in weights]
-    if None in found or len({i.bits for i in found if i}) != 1:
+    """How the common input of stacked matrices is rounded; None: to 8 bits with a scale per row and group."""
+    found = [w.inputs for w in weights if w.inputs is not None]
+    if len(found) < len(weights) or len({i.bits for i in found}) != 1:
         return None
-    return InputRounding(found[0].bits, sum(i.clip for i in found if i) / len(found))  # type: ignore[union-attr]
+    scales = [i.scale for i in found if i.scale is not None]
+    if scales:
+        return InputRounding(found[0].bits, scale=max(scales)) if len(scales) == len(found) else None
+    return InputRounding(found[0].bits, sum(i.clip for i in found) / len(found))
 
 
 def _source(w: Weight, target: Plan) -> tuple[tuple[int, int, int, int, int, int, int], list[Tensor]]:

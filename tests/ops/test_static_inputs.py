@@ -1,0 +1,72 @@
+"""Calibrated input ranges on the CPU kernels, against the definition in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from farthing.ops import select
+from farthing.ops.weights import InputRounding, Weight, quantize_int8
+
+
+def exact(x: torch.Tensor, weight: Weight, scale: float) -> torch.Tensor:
+    """round(x / scale) in [-128, 127] times the integers of the weight, in float64."""
+    q = (x / torch.tensor(scale)).round().clamp(-128, 127).double()
+    assert weight.scale is not None
+    return (q @ weight.data.double().t()) * (weight.scale.double().t() * scale)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 17, 64])
+@pytest.mark.parametrize(("n", "k"), [(64, 64), (48, 176), (96, 200), (32, 16)])
+@pytest.mark.parametrize("scale", [0.002, 0.03, 3.0])
+def test_linear_is_exact(tokens: int, n: int, k: int, scale: float) -> None:
+    """A narrow range clips, a wide one rounds most of it to zero; both are what the file asks for."""
+    torch.manual_seed(n + k + tokens)
+    weight = replace(quantize_int8(torch.randn(n, k)), inputs=InputRounding(8, scale=scale))
+    x = torch.randn(tokens, k) * torch.tensor([1.0, 1e-3, 30.0]).repeat(k)[:k]
+    ops = select("cpu")
+    y = ops.linear(x, ops.pack_linear("w", lambda: [weight]))
+    torch.testing.assert_close(y.double(), exact(x, weight, scale), rtol=1e-5, atol=1e-5)
+
+
+def test_ties_round_to_even_after_a_true_division() -> None:
+    """x = (i + 1/2) * scale, where x * (1 / scale) would land beside the tie."""
+    scale = 0.1
+    k = 64
+    x = ((torch.arange(k) - 32).float() + 0.5) * torch.tensor(scale)
+    weight = Weight(
+        "int8", torch.eye(k, dtype=torch.int8), torch.ones(k, 1), inputs=InputRounding(8, scale=scale)
+    )
+    ops = select("cpu")
+    y = ops.linear(x[None], ops.pack_linear("w", lambda: [weight]))[0]
+    assert torch.equal((y / scale).round(), (x / torch.tensor(scale)).round())
+
+
+def test_stacked_matrices_take_the_wider_range_and_mixed_ones_stay_dynamic() -> None:
+    torch.manual_seed(0)
+    first, second = (quantize_int8(torch.randn(32, 64)) for _ in range(2))
+    a, b = InputRounding(8, scale=0.02), InputRounding(8, scale=0.05)
+    ops, x = select("cpu"), torch.randn(2, 64)
+    both = ops.pack_linear("both", lambda: [replace(first, inputs=a), replace(second, inputs=b)])
+    expected = torch.cat([exact(x, w, 0.05) for w in (first, second)], 1)
+    torch.testing.assert_close(ops.linear(x, both).double(), expected, rtol=1e-5, atol=1e-5)
+    mixed = ops.pack_linear("mixed", lambda: [replace(first, inputs=a), second])
+    dynamic = ops.pack_linear("dynamic", lambda: [first, second])
+    assert torch.equal(ops.linear(x, mixed), ops.linear(x, dynamic))
+
+
+def test_a_packed_file_keeps_the_range(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weight = replace(quantize_int8(torch.randn(32, 64)), inputs=InputRounding(8, scale=0.04))
+    x, ops = torch.randn(2, 64), select("cpu")
+    expected = ops.linear(x, ops.pack_linear("w", lambda: [weight]))
+    ops.save_packed(str(tmp_path / "w.bin"))  # type: ignore[attr-defined]
+    again = select("cpu", packed=str(tmp_path / "w.bin"))
+
+    def refuse() -> list[Weight]:
+        raise AssertionError("the file holds it")
+
+    assert torch.equal(again.linear(x, again.pack_linear("w", refuse)), expected)
