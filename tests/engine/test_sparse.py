@@ -1,4 +1,4 @@
-"""Sparse attention under everything that moves a cache's blocks: prefixes, preemption, chunks, rejected drafts.
+"""Sparse attention and whatever moves a cache's blocks: prefixes, preemption, chunks, rejected drafts.
 
 The tests of a dense model, over models that attend to 8 chosen tokens: index keys travel with the latents.
 """

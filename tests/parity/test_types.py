@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from farthing.model import DeepseekModel, load
 from farthing.ops import Ops, make_batch, select
@@ -78,3 +80,65 @@ def test_logits_and_greedy_tokens(name: str, seed: int, tmp_path: Path) -> None:
                 error = (run(ours, ids, chunks) - expected).abs().max() / scale
                 assert error < 1e-4, f"{backend}, {way}: relative error {error:.2e}"
             assert greedy(ours, ids, STEPS) == theirs_greedy(theirs, ids, STEPS), backend
+
+
+def _mistral_names(name: str) -> str:
+    for ours, theirs in (
+        ("model.embed_tokens", "tok_embeddings"), ("model.norm", "norm"), ("lm_head", "output"),
+        ("model.layers", "layers"), ("input_layernorm", "attention_norm"),
+        ("post_attention_layernorm", "ffn_norm"), ("self_attn.q_a_proj", "attention.wq_a"),
+        ("self_attn.q_a_layernorm", "attention.q_a_norm"), ("self_attn.q_b_proj", "attention.wq_b"),
+        ("self_attn.kv_a_proj_with_mqa", "attention.wkv_a_with_mqa"),
+        ("self_attn.kv_a_layernorm", "attention.kv_a_norm"), ("self_attn.kv_b_proj", "attention.wkv_b"),
+        ("self_attn.o_proj", "attention.wo"), ("mlp.shared_experts", "shared_experts"),
+        ("mlp.experts", "experts"), ("mlp.gate.", "gate."), ("mlp.", "feed_forward."),
+        ("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3"),
+    ):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name
+
+
+def test_mistral_names_and_params_json(tmp_path: Path) -> None:
+    """The same weights in Hugging Face's format and in Mistral's own give the same logits."""
+    (tmp_path / "hf").mkdir(), (tmp_path / "own").mkdir()
+    build("mistral4", 3, tmp_path / "hf")
+    c = json.loads((tmp_path / "hf" / "config.json").read_text())
+    tensors = {}
+    for name, value in load_file(tmp_path / "hf" / "model.safetensors").items():
+        if name.endswith("experts.gate_up_proj"):
+            for e, pair in enumerate(value):
+                for part, half in zip(("w1", "w3"), pair.chunk(2), strict=True):
+                    tensors[_mistral_names(name.replace("gate_up_proj", f"{e}.{part}.weight"))] = (
+                        half.contiguous()
+                    )
+        elif name.endswith("experts.down_proj"):
+            for e, down in enumerate(value):
+                tensors[_mistral_names(name.replace("down_proj", f"{e}.w2.weight"))] = down.contiguous()
+        else:
+            tensors[_mistral_names(name)] = value
+    tensors["vision_encoder.patch_conv.weight"] = torch.zeros(2, 2)
+    save_file(tensors, tmp_path / "own" / "model.safetensors")
+    rope = c["rope_parameters"]
+    keys = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "vocab_size")
+    params = {key: c[key] for key in (*keys, "max_position_embeddings")} | dict(
+        dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=c["num_attention_heads"],
+        hidden_dim=c["intermediate_size"], norm_eps=c["rms_norm_eps"], rope_theta=rope["rope_theta"],
+        moe=dict(
+            num_experts=c["n_routed_experts"], num_experts_per_tok=c["num_experts_per_tok"],
+            num_shared_experts=c["n_shared_experts"], expert_hidden_dim=c["moe_intermediate_size"],
+            first_k_dense_replace=c["first_k_dense_replace"], route_every_n=1,
+            routed_scale=c["routed_scaling_factor"], num_expert_groups=c["n_group"],
+            num_expert_groups_per_tok=c["topk_group"],
+        ),
+        llama_4_scaling=dict(beta=0.1, original_max_position_embeddings=8),
+        yarn=dict(
+            alpha=1, beta=32, apply_scale=False, factor=rope["factor"], original_max_position_embeddings=8
+        ),
+    )  # fmt: skip
+    (tmp_path / "own" / "params.json").write_text(json.dumps(params))
+    c["rope_parameters"] = {**rope, "mscale": 0, "mscale_all_dim": 0, "attention_factor": 1.0}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(c))
+    ids = torch.randint(2, c["vocab_size"], (LENGTH,), generator=torch.manual_seed(0))
+    with torch.inference_mode():
+        own, theirs = (run(load(tmp_path / way, ops_of("reference")), ids, [9, 12]) for way in ("own", "hf"))
+    assert torch.equal(own, theirs)

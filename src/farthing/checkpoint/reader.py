@@ -23,6 +23,7 @@ from farthing.checkpoint.input_scales import InputScales
 from farthing.checkpoint.shards import Shards, read_json
 from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
 
+PARAMS = "params.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,7 +64,10 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
-        return cls(path, read_json(path / "config.json"), Shards(path))
+        config = path / "config.json"
+        if not config.exists() and (path / PARAMS).is_file():  # Mistral's own format
+            return cls(path, {"model_type": "mistral_large_3"} | read_json(path / PARAMS), Shards(path))
+        return cls(path, read_json(config), Shards(path))
 
     def names(self) -> Iterable[str]:
         """Every tensor name of the checkpoint."""

@@ -24,7 +24,7 @@ Examples:
 
   farthing plan ./DeepSeek-V3 --tp 8 --ep 16 --gpu h100
 
-  farthing plan deepseek-v3.json --gpu h100 --price 2.0
+  farthing plan deepseek-v3 --gpu h100 --price 2.0
 """
 _MEMORY, _LOAD = "Memory", "Throughput (with --price)"
 
@@ -32,7 +32,10 @@ _MEMORY, _LOAD = "Memory", "Throughput (with --price)"
 @app.command(epilog=EPILOG)
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A directory, a hub id, `mite`, or a bare config.json.")
+        str,
+        typer.Argument(
+            help="A directory, a hub id, `mite`, a config.json, or a published name such as kimi-k2.5."
+        ),
     ] = "mite",
     tp: Annotated[int, typer.Option(help="Ranks that share heads, dense and shared experts.")] = 1,
     pp: Annotated[int, typer.Option(help="Ranges of layers.")] = 1,
@@ -185,6 +188,7 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     from farthing.model import ModelConfig
     from farthing.model.load import config_of
     from farthing.planner.footprint import stored_by_checkpoint, stored_by_config
+    from farthing.planner.published import closest, published_config
 
     file = Path(model).expanduser()
     if file.is_dir() and (file / "config.json").is_file() and not list(file.glob("*.safetensors*")):
@@ -195,9 +199,14 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is not valid JSON: {error}") from error
         return ModelConfig.from_json(raw), stored_by_config(raw), raw
+    if not file.exists() and (raw := published_config(model)) is not None:
+        return ModelConfig.from_json(raw), stored_by_config(raw), raw
     if file.suffix == ".json":
         raise ValueError(f"model is {model!r}, which is no file; expected the path of a model's config.json")
-    checkpoint = Checkpoint.open(resolve_model(model))
+    try:
+        checkpoint = Checkpoint.open(resolve_model(model))
+    except FileNotFoundError as error:
+        raise ValueError(f"{error}; {closest(model)}") from None
     return config_of(checkpoint), stored_by_checkpoint(checkpoint.path), checkpoint.config
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from farthing.model.inspect import ModelCost, RoutingReport
+from farthing.model.inspect import ContextCost, ModelCost, RoutingReport
 
 
 def print_cost(model: str, cost: ModelCost) -> None:
@@ -22,6 +24,17 @@ def print_cost(model: str, cost: ModelCost) -> None:
     table.add_row("  and per token of context", f"{cost.attention_flops_per_context_token:,}")
     table.add_row("FLOPs of a dense model this size", f"{cost.dense_flops_per_token:,}")
     table.add_row("compute saved", f"{cost.compute_saved:.1%}  (published for this architecture: 60-80 %)")
+    Console().print(table)
+
+
+def print_contexts(contexts: Sequence[ContextCost], index_topk: int | None) -> None:
+    """What attention adds at each context length, dense and, where the model has an indexer, sparse."""
+    sparse = ["sparse FLOPs", "sparse bytes"] if index_topk else []
+    title = "attention, per token" + (f" (sparse: the {index_topk:,} highest scores)" if index_topk else "")
+    table = Table("context", "dense FLOPs", "dense bytes", *sparse, title=title)
+    for c in contexts:
+        chosen = [f"{c.flops:,}", f"{c.bytes:,}"] if index_topk else []
+        table.add_row(f"{c.context:,}", f"{c.dense_flops:,}", f"{c.dense_bytes:,}", *chosen)
     Console().print(table)
 
 

@@ -25,6 +25,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    attention_factor: float | None = None  # of cos and sin; None: from the two above
     interleaved: bool = True
 
 
@@ -252,6 +253,9 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         beta_slow=float(parameters.get("beta_slow") or 1),
         mscale=float(parameters.get("mscale") or 0),
         mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
+        attention_factor=None
+        if parameters.get("attention_factor") is None
+        else float(parameters["attention_factor"]),
         interleaved=interleaved,
     )
 

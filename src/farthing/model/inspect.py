@@ -64,6 +64,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     active_routed = round(sum(prod(shapes[n]) * share(n) for n in routed))
     matrices = [n for n in main if len(shapes[n]) == 2 and (n != EMBEDDING or config.tie_word_embeddings)]
     dense = count(matrices)
+    index_width = config.index_head_dim * sum(map(config.has_indexer, range(config.num_hidden_layers)))
     heads = config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
     return ModelCost(
         total_parameters=count(main),
@@ -75,7 +76,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
         active_bytes=sum(map(size, always))
         + round(sum(size(n) * share(n) for n in routed))
         + size(EMBEDDING) * head_rows // config.vocab_size,
-        kv_bytes_per_token=config.num_hidden_layers * config.cache_width * 2,
+        kv_bytes_per_token=2 * (config.num_hidden_layers * config.cache_width + index_width),
         flops_per_token=2 * (dense - count(routed) + active_routed),
         attention_flops_per_context_token=2 * heads * config.num_hidden_layers,
         dense_flops_per_token=2 * dense,
@@ -111,6 +112,30 @@ def checkpoint_cost(path: Path) -> ModelCost:
         return checkpoint.nbytes(whole) // (share * experts) if checkpoint.has(whole) else 0
 
     return model_cost(config, size)
+
+
+@dataclass(frozen=True, slots=True)
+class ContextCost:
+    """What attention adds for one token at a context length, over all layers."""
+
+    context: int  # tokens
+    flops: int
+    bytes: int  # of the bf16 cache that are read
+    dense_flops: int  # of attention to all of them, without an indexer
+    dense_bytes: int
+
+
+def context_cost(config: ModelConfig, context: int) -> ContextCost:
+    """Absorbed decode: scores over latent and rotary key, values over the latent; the scan of index keys."""
+    c, layers = config, config.num_hidden_layers
+    flops = 2 * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim) * layers
+    size = 2 * c.cache_width * layers
+    read = context if c.index_topk is None else min(context, c.index_topk)
+    rows = sum(map(c.has_indexer, range(layers))) if read < context else 0
+    index = rows * c.index_head_dim * context * 2  # FLOPs of a head, and bytes
+    return ContextCost(
+        context, flops * read + index * c.index_n_heads, size * read + index, flops * context, size * context
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,8 @@ def _mscale(factor: float, a: float) -> float:
 
 def _cos_sin_factor(rope: RopeConfig) -> float:
     assert rope.factor is not None
+    if rope.attention_factor is not None:
+        return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
         return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
     return _mscale(rope.factor, 1.0)

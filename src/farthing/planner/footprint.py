@@ -5,6 +5,7 @@ Legend: N output rows, K input columns. The CPU backend's records are those of n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -39,7 +40,9 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
     """What config.json promises: quantized linear modules, everything else in torch_dtype."""
     dtype = raw.get("torch_dtype") or raw.get("dtype")
     plain = Stored("float32" if dtype == "float32" else "bfloat16")
-    quantization = raw.get("quantization_config") or {}
+    text = raw.get("text_config") or {}
+    quantization = raw.get("quantization_config") or text.get("quantization_config") or {}
+    left_out = [p.removeprefix("re:") for p in quantization.get("ignore") or () if p.startswith("re:")]
     linear = plain
     if quantization.get("quant_method") == "fp8":
         linear = Stored("fp8")
@@ -51,6 +54,8 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
         linear = Stored(kind, int(weights.get("group_size") or 128), not weights.get("symmetric", True))
 
     def of(name: str) -> Stored:
+        if any(re.match(pattern, name) for pattern in left_out):
+            return plain
         return linear if "_proj." in name and not name.endswith("eh_proj.weight") else plain
 
     return of

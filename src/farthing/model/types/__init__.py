@@ -17,6 +17,7 @@ from farthing.model.types import (
     kimi_k2,
     kimi_k25,
     mistral4,
+    mistral_large_3,
     sarvam_mla,
 )
 from farthing.model.types.base import ModelType, Names
@@ -34,6 +35,7 @@ TYPES: Mapping[str, ModelType] = {
         glm4_moe_lite.TYPE,
         mistral4.TYPE,
         mistral4.WRAPPED,
+        mistral_large_3.TYPE,
         glm_moe_dsa.TYPE,
         axk1.TYPE,
         sarvam_mla.TYPE,

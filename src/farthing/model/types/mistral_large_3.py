@@ -1,0 +1,100 @@
+"""Mistral's own file format: params.json and Mistral's tensor names, as Mistral Large 3 is released.
+
+Routing is a softmax without correction bias and queries are scaled by their position, as in `mistral4`. YaRN
+stretches the rotation alone: `apply_scale` false leaves the scores' scale as it is without YaRN.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from farthing.model.types.base import Fields, ModelType, Names
+
+_FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tied_embeddings": "tie_word_embeddings",
+}
+_EXPERTS = {
+    "num_experts": "n_routed_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+    "expert_hidden_dim": "moe_intermediate_size",
+    "first_k_dense_replace": "first_k_dense_replace",
+    "route_every_n": "moe_layer_freq",
+    "routed_scale": "routed_scaling_factor",
+    "num_expert_groups": "n_group",
+    "num_expert_groups_per_tok": "topk_group",
+}
+_TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
+_LAYER = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.q_a_proj": "attention.wq_a",
+    "self_attn.q_a_layernorm": "attention.q_a_norm",
+    "self_attn.q_b_proj": "attention.wq_b",
+    "self_attn.kv_a_proj_with_mqa": "attention.wkv_a_with_mqa",
+    "self_attn.kv_a_layernorm": "attention.kv_a_norm",
+    "self_attn.kv_b_proj": "attention.wkv_b",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate": "gate",
+}
+_MLP = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+_IN_MLP = re.compile(r"mlp\.(?:(shared_experts|experts\.\d+)\.)?(gate_proj|up_proj|down_proj)(\..*)?")
+
+
+def _fields(raw: Fields) -> Fields:
+    fields = {ours: raw[theirs] for theirs, ours in _FIELDS.items() if theirs in raw}
+    fields |= {ours: raw["moe"][theirs] for theirs, ours in _EXPERTS.items() if theirs in raw["moe"]}
+    fields |= {"scoring_func": "softmax", "topk_method": "noaux_tc", "router_bias": False}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
+    if yarn := raw.get("yarn"):
+        rope |= {
+            "rope_type": "yarn",
+            "factor": yarn["factor"],
+            "original_max_position_embeddings": yarn["original_max_position_embeddings"],
+            "beta_fast": yarn.get("beta", 32),
+            "beta_slow": yarn.get("alpha", 1),
+        }
+        scales = yarn.get("apply_scale", True)
+        rope |= {"mscale": 1.0, "mscale_all_dim": 1.0} if scales else {"attention_factor": 1.0}
+    if scaling := raw.get("llama_4_scaling"):
+        rope["llama_4_scaling_beta"] = scaling["beta"]
+        rope.setdefault("original_max_position_embeddings", scaling["original_max_position_embeddings"])
+    return {**raw, "rope_parameters": rope, **fields}
+
+
+def _stored(name: str) -> str:
+    found = _IN_LAYER.fullmatch(name)
+    if found is None:
+        module, dot, rest = name.rpartition(".") if name.rpartition(".")[0] in _TOP else (name, "", "")
+        return _TOP.get(module, module) + dot + rest
+    layer, rest = found.groups()
+    if mlp := _IN_MLP.fullmatch(rest):
+        where, part, tail = mlp.groups()
+        return f"layers.{layer}.{where or 'feed_forward'}.{_MLP[part]}{tail or ''}"
+    module = next((m for m in sorted(_LAYER, key=len, reverse=True) if f"{rest}.".startswith(f"{m}.")), None)
+    return f"layers.{layer}." + (rest if module is None else _LAYER[module] + rest[len(module) :])
+
+
+TYPE = ModelType(
+    "mistral_large_3",
+    "Mistral Large 3 (params.json)",
+    _fields,
+    Names(
+        _stored,
+        skipped=(
+            "vision_encoder.*",
+            "vision_language_adapter.*",
+            "patch_merger.*",
+            "pre_mm_projector_norm.*",
+        ),
+        skipped_because="the vision encoder is not served; this model answers text only",
+    ),
+)

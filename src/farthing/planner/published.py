@@ -1,0 +1,47 @@
+"""Configurations of released models by name, as package data: plan for a model before it is downloaded."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from farthing.ops.weights import FP8_BLOCK
+from farthing.planner.footprint import FLOAT_BYTES, Stored
+
+_CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
+
+
+def published() -> list[str]:
+    """Names that `published_config` knows."""
+    return sorted(file.stem for file in _CONFIGS.glob("*.json"))
+
+
+def published_config(name: str) -> dict[str, Any] | None:
+    """The config.json of a released model, such as 'deepseek-v3' or 'kimi-k2.5'; None of another name."""
+    if name.lower() not in published():
+        return None
+    raw: dict[str, Any] = json.loads((_CONFIGS / f"{name.lower()}.json").read_text(encoding="utf-8"))
+    return raw
+
+
+def closest(name: str) -> str:
+    """A hint for a name that is none: the known names and the closest."""
+    close = get_close_matches(name.lower(), published(), n=1, cutoff=0.5)
+    hint = f"; the closest is {close[0]!r}" if close else ""
+    return f"published configurations: {', '.join(published())}{hint}"
+
+
+def file_bytes(stored: Stored, shape: tuple[int, ...]) -> int:
+    """Bytes of a parameter in a checkpoint's files, scales included."""
+    count = prod(shape)
+    if stored.is_float or len(shape) < 2:
+        return count * (FLOAT_BYTES[stored.kind] if stored.is_float else 2)
+    if stored.kind == "fp8":
+        return count + 4 * prod(-(-n // FP8_BLOCK) for n in shape)
+    if stored.kind == "int8":
+        return count + 4 * shape[0]
+    groups = shape[0] * -(-shape[1] // stored.group)
+    return count // 2 + groups * (3 if stored.zero else 2)

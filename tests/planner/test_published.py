@@ -1,0 +1,97 @@
+"""Published configurations: their parameter counts are those that were published."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from farthing.cli.app import app
+from farthing.model import ModelConfig
+from farthing.model.inspect import context_cost, model_cost
+from farthing.planner.footprint import Stored, stored_by_config
+from farthing.planner.published import file_bytes, published, published_config
+
+# Billions, total and active, as the model cards and papers give them, and the unit they are rounded to.
+PUBLISHED: dict[str, tuple[float, float, float]] = {
+    "deepseek-v2": (236, 21, 1),
+    "deepseek-v2-lite": (15.7, 2.4, 0.1),
+    "deepseek-v3": (671, 37, 1),
+    "deepseek-r1": (671, 37, 1),
+    "deepseek-v3.1": (671, 37, 1),
+    "deepseek-v3.2": (671, 37, 1),
+    "moonlight-16b": (16, 3, 1),
+    "kimi-k2": (1026, 32, 1),
+    "kimi-k2.5": (1026, 32, 1),
+    "glm-4.7-flash": (30, 3, 1),
+    "glm-5": (744, 40, 1),
+    "mistral-large-3": (673, 39, 1),
+    "mistral-small-4": (119, 6, 1),
+    "a.x-k1": (519, 33, 1),
+    "sarvam-105b": (105, 10.3, 0.1),
+}
+
+
+def test_every_configuration_is_judged() -> None:
+    assert set(published()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts(name: str) -> None:
+    raw = published_config(name)
+    assert raw is not None
+    config = ModelConfig.from_json(raw)
+    cost = model_cost(config)
+    total, active, unit = PUBLISHED[name]
+    assert cost.total_parameters / 1e9 == pytest.approx(total, rel=0.01)
+    # Cards differ in whether the embedding and the head are active; ours counts one row and the whole head.
+    table = config.vocab_size * config.hidden_size
+    counts = [cost.active_parameters + extra for extra in (0, table, -table)]
+    assert min(abs(c / 1e9 - active) for c in counts) <= unit / 2 + active * 0.01
+
+
+def test_bytes_follow_the_formats() -> None:
+    raw = published_config("kimi-k2.5")
+    assert raw is not None
+    of = stored_by_config(raw)
+    assert of("model.layers.5.mlp.experts.7.up_proj.weight") == Stored("int4", 32)
+    assert of("model.layers.5.self_attn.o_proj.weight").kind == "bfloat16"
+    assert file_bytes(Stored("int4", 32), (64, 128)) == 64 * 128 // 2 + 64 * 4 * 2
+    assert file_bytes(Stored("fp8"), (130, 256)) == 130 * 256 + 4 * 4
+    assert file_bytes(Stored("bfloat16"), (7,)) == 14
+
+
+def test_sparse_attention_costs_less_from_its_length_on() -> None:
+    raw = published_config("deepseek-v3.2")
+    assert raw is not None
+    config = ModelConfig.from_json(raw)
+    short, long = context_cost(config, 2048), context_cost(config, 131072)
+    assert (short.flops, short.bytes) == (short.dense_flops, short.dense_bytes)
+    assert long.bytes == 61 * (2048 * 576 + 131072 * 128) * 2
+    assert long.flops == 61 * 2 * (2048 * 128 * 1088 + 131072 * 64 * 128)
+    assert 4 < long.dense_bytes / long.bytes < 5
+
+
+def test_commands_take_a_name() -> None:
+    run = CliRunner().invoke
+    shown = run(app, ["inspect", "Kimi-K2.5", "--json"])
+    assert shown.exit_code == 0
+    document = json.loads(shown.stdout)
+    assert [c["context"] for c in document["contexts"]] == [2048, 32768, 131072]
+    planned = run(app, ["plan", "deepseek-v3", "--gpu", "h100", "--price", "2.0", "--json"])
+    assert planned.exit_code == 0 and json.loads(planned.stdout)["kind"] == "estimate"
+    for command in ("inspect", "plan"):
+        refused = run(app, [command, "deepseek-v4"])
+        assert refused.exit_code == 1
+        assert "the closest is 'deepseek-v" in refused.output
+    assert run(app, ["inspect", "glm-5", "--prompts", __file__]).exit_code == 1
+
+
+def test_the_plan_counts_index_keys() -> None:
+    sizes = []
+    for name in ("deepseek-v3", "deepseek-v3.2"):
+        sizing = ["--kv-tokens", "1600", "--max-model-len", "4096", "--tp", "8", "--ep", "8"]
+        command = ["plan", name, *sizing, "--json"]
+        sizes.append(json.loads(CliRunner().invoke(app, command).stdout)["ranks"][0]["cache"])
+    assert sizes[1] - sizes[0] == 62 * 128 * 2 * 1600
