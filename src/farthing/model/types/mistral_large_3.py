@@ -79,8 +79,8 @@ def _stored(name: str) -> str:
     if mlp := _IN_MLP.fullmatch(rest):
         where, part, tail = mlp.groups()
         return f"layers.{layer}.{where or 'feed_forward'}.{_MLP[part]}{tail or ''}"
-    module = next((m for m in sorted(_LAYER, key=len, reverse=True) if f"{rest}.".startswith(f"{m}.")), None)
-    return f"layers.{layer}." + (rest if module is None else _LAYER[module] + rest[len(module) :])
+    known = next((m for m in _LAYER if f"{rest}.".startswith(f"{m}.")), None)
+    return f"layers.{layer}." + (rest if known is None else _LAYER[known] + rest[len(known) :])
 
 
 TYPE = ModelType(
