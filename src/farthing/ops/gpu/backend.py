@@ -30,13 +30,14 @@ from farthing.ops.gpu.attention import Heads, Plan, attend, plan
 from farthing.ops.gpu.gemm import Part
 from farthing.ops.gpu.graphs import DecodeGraphs, is_decode
 from farthing.ops.gpu.grouped import combine, experts_mlp
+from farthing.ops.gpu.indexer import index
 from farthing.ops.gpu.matrix import Matrix, pack, pair, rounded, stack_experts, stack_rows
 from farthing.ops.gpu.numeric import INTERPRETED
 from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.sample import draw, draw_filtered
 from farthing.ops.gpu.softmax import softmax
 from farthing.ops.gpu.sparse import find
-from farthing.ops.indexer import Indexer, index
+from farthing.ops.indexer import Indexer
 from farthing.ops.reference import largest
 from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
