@@ -55,7 +55,10 @@ class EngineConfig:
     kv_cache_dtype: KvCacheDtype = _cache("auto", "Cache dtype")
     enable_prefix_caching: bool = _cache(True, "Reuse of cached blocks by prompts with the same prefix")
 
-    max_queue: int | None = _limit(1024, "Maximum number of waiting requests before 429", minimum=1)
+    max_queue: int | None = _limit(1024, "Maximum number of waiting sequences before 429", minimum=1)
+    max_queue_tokens: int | None = _limit(
+        None, "Maximum number of prompt tokens in flight before 429; default: 16 caches", minimum=1
+    )
     max_step_ms: float = _limit(
         150.0, "Target milliseconds of a step with prompts while others decode; 0: no bound", minimum=0
     )

@@ -266,7 +266,7 @@ def test_queue_is_bounded(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_seqs=2, max_queue=3)
     go = hold(engine)
     streams = [engine.submit([4], GREEDY) for _ in range(5)]
-    with pytest.raises(QueueFull, match="queue full: 5 requests in flight"):
+    with pytest.raises(QueueFull, match="5 sequences in flight and 1 requested"):
         engine.submit([4], GREEDY)
     go.set()
     assert [len(tokens_of(s.result())) for s in streams] == [12] * 5

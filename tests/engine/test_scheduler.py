@@ -33,6 +33,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Random requests, cancellations, drafts good and bad, in a cache that is too small."""
 
     block_size, num_blocks, max_num_seqs, budget, lookahead, caching = 2, 9, 3, 5, 0, True
+    clients: tuple[str, ...] = ("",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +52,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([-1, 0, 0, 0, 1]),
         salt=st.sampled_from(SALTS),
         read_cache=st.sampled_from([True, True, False]),
+        client=st.integers(0, 5),
     )
-    def add(self, prompt: list[int], output: int, priority: int, salt: str, read_cache: bool) -> None:
+    def add(
+        self, prompt: list[int], output: int, priority: int, salt: str, read_cache: bool, client: int
+    ) -> None:
         self.clock += 1
         seq = Sequence(
             id=self.count,
@@ -62,6 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             order=self.clock + 5 * priority,
             salt=salt,
             read_cache=read_cache,
+            client=self.clients[client % len(self.clients)],
         )
         self.count += 1
         self.expected[seq.id] = continuation(prompt, output)
@@ -177,6 +182,14 @@ class Sharing(SchedulerMachine):
         self.scheduler.worth_sharing = 1
 
 
+class Clients(SchedulerMachine):
+    clients = ("a", "b", "c")
+
+
+class ManyClients(SchedulerMachine):
+    clients, num_blocks, max_num_seqs = ("a", "b", "c", "d", "e"), 20, 4
+
+
 class Lookahead(SchedulerMachine):
     lookahead, block_size, num_blocks, budget = 2, 3, 6, 3
 
@@ -188,6 +201,10 @@ TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = COMMON
 TestNoCaching = NoCaching.TestCase
 TestNoCaching.settings = settings(COMMON, max_examples=40)
+TestClients = Clients.TestCase
+TestClients.settings = COMMON
+TestManyClients = ManyClients.TestCase
+TestManyClients.settings = COMMON
 TestLookahead = Lookahead.TestCase
 TestLookahead.settings = settings(COMMON, max_examples=40)
 TestSharing = Sharing.TestCase

@@ -125,6 +125,7 @@ class ScriptedEngine:
         self.params: list[SamplingParams] = []
         self.cancelled: list[str] = []
         self.running = 0
+        self.queue_room: int | None = None
         self.error: Exception | None = None  # what submit raises
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> RequestStream:

@@ -164,6 +164,52 @@ def test_the_real_queue_bound() -> None:
         assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
 
 
+def test_the_queue_counts_sequences() -> None:
+    with running(tiny_engine(max_num_seqs=4, max_queue=12)) as server:
+        url = f"{server.url}/v1/completions"
+        many = {"prompt": ["x"] * 9, "n": 2}
+        refused = httpx.post(url, json=many)
+        assert refused.status_code == 400 and "18 sequences; expected at most 16" in refused.text
+        client = server.client()
+        options = {"model": "tiny", "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+        busy = client.completions.create(prompt="x", n=10, stream=True, **options)
+        next(iter(busy))
+        refused = httpx.post(url, json={"prompt": "x", "n": 7})
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+        assert server.service.engine.queue_room == 6
+        busy.close()
+        until(lambda: not server.service.held and server.service.engine.queue_room == 16)
+
+
+def test_one_key_leaves_room_in_the_queue() -> None:
+    keys = KeyRing(["crowd:sk-1", "other:sk-2"])
+    with running(tiny_engine(max_num_seqs=2, max_queue=18), keys=keys) as server:
+        crowd, other = server.client("sk-1"), server.client("sk-2")
+        options = {"model": "tiny", "max_tokens": 400, "extra_body": {"ignore_eos": True}, "stream": True}
+        busy = crowd.completions.create(prompt="x", n=10, **options)
+        with pytest.raises(openai.RateLimitError, match="free for others"):
+            crowd.completions.create(prompt="x", n=1, **options)
+        answer = other.completions.create(prompt="x", n=5, **(options | {"stream": False, "max_tokens": 2}))
+        assert len(answer.choices) == 5
+        busy.close()
+
+
+def test_a_crowd_of_one_key_does_not_delay_another() -> None:
+    keys = KeyRing(["crowd:sk-1", "other:sk-2"])
+    with running(tiny_engine(max_num_seqs=4, max_queue=1000), keys=keys) as server:
+        crowd, other = server.client("sk-1"), server.client("sk-2")
+        ignore = {"ignore_eos": True}
+        busy = crowd.completions.create(
+            model="tiny", prompt="x" * 40, n=128, max_tokens=1500, extra_body=ignore, stream=True
+        )
+        next(iter(busy))
+        for _ in range(3):
+            before = server.service.engine.stats.steps
+            other.completions.create(model="tiny", prompt="y", max_tokens=4, extra_body=ignore)
+            assert server.service.engine.stats.steps - before < 40
+        busy.close()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_timeout(stream: bool) -> None:
     engine = ScriptedEngine(["x"], step=0.02, forever=True)

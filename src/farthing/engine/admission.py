@@ -52,6 +52,7 @@ class Admission:
         kind: OutputKind,
         add_special_tokens: bool,
         prompt_text: str | None,
+        client: str = "",
     ) -> tuple[Request, list[Generation]]:
         """The request and its n completions."""
         if isinstance(prompt, str):
@@ -69,6 +70,7 @@ class Admission:
             prompt=prompt_text,
             priority=priority,
             cache_salt=cache_salt,
+            client=client,
             kind=kind,
             arrival_time=time.time(),
         )

@@ -283,6 +283,6 @@ class EngineCore:
     def _gauges(self) -> None:
         stats, scheduler = self.stats, self.scheduler
         stats.running = len(scheduler.running)
-        stats.waiting = len(scheduler.waiting)
+        stats.waiting = scheduler.num_waiting
         stats.kv_cache_usage = scheduler.pool.usage
         stats.preemptions = scheduler.num_preemptions

@@ -43,6 +43,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from farthing.config import EngineConfig
 from farthing.engine.admission import Admission
+from farthing.engine.backlog import Backlog
 from farthing.engine.core import EngineCore
 from farthing.engine.generation import Generation, RequestState
 from farthing.engine.model import Model
@@ -52,7 +53,6 @@ from farthing.engine.request import (
     EngineFailed,
     EngineStopped,
     OutputKind,
-    QueueFull,
     RequestMetrics,
     SamplingParams,
 )
@@ -145,6 +145,7 @@ class Engine:
         self._wake = threading.Event()
         self._changed = threading.Condition(self._lock)
         self._live = 0
+        self._backlog = Backlog(c)
         self._accepting = True
         self._stopping = False
         self._error: BaseException | None = None
@@ -167,11 +168,13 @@ class Engine:
         kind: OutputKind = "delta",
         add_special_tokens: bool = True,
         prompt_text: str | None = None,
+        client: str = "",
     ) -> RequestStream:
         """Validate a request and queue it. See the top of this file.
 
         priority: smaller is more urgent; one level outweighs `priority_step` seconds of waiting. prompt_text:
         reported as the prompt's text when `prompt` is token ids.
+        client: clients share the engine fairly, whatever each submits.
         """
         self.health()
         request, generations = self._admission.admit(
@@ -183,6 +186,7 @@ class Engine:
             kind=kind,
             add_special_tokens=add_special_tokens,
             prompt_text=prompt_text,
+            client=client,
         )
         stream = RequestStream(request, lambda: self.cancel(state))
         metrics = RequestMetrics(arrival_time=request.arrival_time)
@@ -190,11 +194,7 @@ class Engine:
         with self._lock:
             if not self._accepting:
                 raise EngineStopped("engine is shutting down; retry on another replica")
-            limit = (
-                None if self.config.max_queue is None else self.config.max_num_seqs + self.config.max_queue
-            )
-            if limit is not None and self._live >= limit:
-                raise QueueFull(f"queue full: {self._live} requests in flight (limit {limit}); retry later")
+            self._backlog.add(request.params.n, len(request.prompt_token_ids))
             self._live += 1
         if self.prefill is None or not self.prefill.take(state):
             self.admit(state)
@@ -212,6 +212,11 @@ class Engine:
         return self._admission.need_tokenizer("chat").render_chat(
             messages, tools, add_generation_prompt, **kwargs
         )
+
+    @property
+    def queue_room(self) -> int | None:
+        """Sequences that may be submitted now; None: any number."""
+        return self._backlog.room
 
     @property
     def num_live(self) -> int:
@@ -292,6 +297,7 @@ class Engine:
     def _finished(self, state: RequestState) -> None:
         with self._changed:
             self._live -= 1
+            self._backlog.remove(state.request.params.n, len(state.request.prompt_token_ids))
             self._changed.notify_all()
 
     def _run(self) -> None:

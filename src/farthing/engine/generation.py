@@ -59,6 +59,7 @@ class Generation(Sequence):
             max_len=len(prompt) + max_output,
             order=order,
             salt=request.cache_salt,
+            client=request.client,
             read_cache=params.prompt_logprobs is None,
         )
         self.index, self.sampling = index, sampling

@@ -230,6 +230,7 @@ class Request:
     prompt: str | None = None
     priority: int = 0  # smaller is more urgent
     cache_salt: str = ""  # requests share cached prefixes only under the same salt
+    client: str = ""  # whose request it is: clients share the engine fairly
     kind: OutputKind = "delta"
     arrival_time: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -9,20 +9,27 @@ blocks are freed and it recomputes its tokens later.
 A waiting prompt whose next blocks are being computed by a running one waits for them, so prompts that arrive
 together compute a shared prefix once.
 
-Urgency is arrival time plus priority times `priority_step` seconds. It never changes while a sequence waits
-and later arrivals never overtake, so nothing starves. The most urgent running sequence is never preempted, so
-there is always progress.
+Clients share by `fairness`: the one served least computes and is admitted first. Among one client's
+sequences urgency decides: arrival time plus priority times `priority_step` seconds. It never changes while
+a sequence waits, so nothing starves: later arrivals never overtake for ever.
+
+A client that holds less than its share of rows and blocks does not wait for others to finish: sequences of
+clients above their share are preempted for it, least urgent first, but never a client's most urgent one.
+The most urgent running sequence of all is never preempted, so there is always progress.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from heapq import merge
 from operator import attrgetter
 from typing import Generic
 
 from farthing.engine.block_pool import BlockPool, IntegrityError
+from farthing.engine.fairness import Fairness
 from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.sequence import S, Scheduled, Status
 
@@ -59,8 +66,10 @@ class Scheduler(Generic[S]):
         self.prompt_limit = prompt_limit
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
-        self.waiting: list[S] = []  # waiting and running are ordered by urgency
-        self.running: list[S] = []
+        self.fairness = Fairness()
+        self.running: list[S] = []  # by urgency, like each client's queue
+        self._queues: dict[str, list[S]] = {}  # of clients with waiting sequences
+        self.num_waiting = 0
         self.num_preemptions = 0
         self.worth_sharing = 32  # tokens of a prefix in progress that are worth a step of waiting
         self._computing: dict[bytes, S] = {}  # by hash of a prompt block: the running sequence to compute it
@@ -70,7 +79,12 @@ class Scheduler(Generic[S]):
     @property
     def idle(self) -> bool:
         """Nothing waits or runs."""
-        return not self.waiting and not self.running
+        return not self._queues and not self.running
+
+    @property
+    def waiting(self) -> list[S]:
+        """Sequences that wait, by urgency."""
+        return list(merge(*self._queues.values(), key=_KEY))
 
     @property
     def max_len(self) -> int:
@@ -84,8 +98,11 @@ class Scheduler(Generic[S]):
                 f"a sequence of {len(seq.tokens)} tokens, growing to {seq.max_len}; expected at least one "
                 f"and at most {self.max_len}, what the cache holds"
             )
+        if seq.status is Status.NEW:
+            self.fairness.enter(seq.client)
         seq.status = Status.WAITING
-        insort(self.waiting, seq, key=_KEY)
+        insort(self._queues.setdefault(seq.client, []), seq, key=_KEY)
+        self.num_waiting += 1
 
     def finish(self, seq: S) -> None:
         """Forget a sequence, wherever it is. Its blocks are free now."""
@@ -93,22 +110,21 @@ class Scheduler(Generic[S]):
             _remove(self.running, seq)
             self._free(seq)
         elif seq.status is Status.WAITING:
-            _remove(self.waiting, seq)
+            self._unqueue(seq)
+        if seq.status in (Status.RUNNING, Status.WAITING):
+            self.fairness.leave(seq.client)
         seq.status = Status.FINISHED
 
     def schedule(self) -> list[Scheduled[S]]:
         """The next step; empty if there is nothing to do. Every entry has to be committed or finished."""
         plan: list[Scheduled[S]] = []
+        self._give_way()
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
         limit = self.prompt_limit(len(plan))
         if limit is not None:
             budget = min(budget, max(1, limit))
-        for seq in self.running:
-            if budget and seq.num_pending > 1:
-                budget -= self._add(plan, seq, min(seq.num_pending, budget))
-        if self.num_preemptions == preempted:
-            self._admit(plan, budget)
+        self._schedule_prompts(plan, budget, admit=self.num_preemptions == preempted)
         if not plan and self.running:
             raise IntegrityError("sequences run but none could be scheduled")
         return plan
@@ -132,9 +148,12 @@ class Scheduler(Generic[S]):
         """Raise IntegrityError if blocks leaked or the books contradict each other."""
         self.pool.check(seq.blocks for seq in self.running)
         self.prefix.check()
-        for seq in self.waiting:
+        waiting = self.waiting
+        for seq in waiting:
             if seq.blocks:
                 raise IntegrityError(f"waiting sequence {seq.id} holds blocks")
+        if len(waiting) != self.num_waiting or not all(self._queues.values()):
+            raise IntegrityError("queues of waiting sequences contradict their count")
         rows = [seq.row for seq in self.running] + self._rows
         if sorted(rows) != list(range(self.max_num_seqs)):
             raise IntegrityError("rows of running sequences are not distinct")
@@ -142,49 +161,131 @@ class Scheduler(Generic[S]):
             raise IntegrityError("a block is awaited from a sequence that does not run")
 
     def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
-        """One token (and drafts) for everyone who decodes. Returns what is left of the budget."""
-        decoding = [seq for seq in self.running if seq.num_pending == 1]
+        """One token (and drafts) per decoding sequence. Returns what is left of the budget."""
+        order = self._by_claim()
+        decoding = [seq for seq in order if seq.num_pending == 1]
         budget = self.max_tokens
         # Drafts are a gamble: while prompts need the budget they get at most half of what is spare.
         spare = budget - len(decoding)
-        if self.waiting or len(decoding) < len(self.running):
+        if self._queues or len(decoding) < len(self.running):
             spare //= 2
         for seq in decoding:
             if seq.status is not Status.RUNNING:
-                continue  # preempted for a more urgent one
+                continue  # preempted for one with a better claim
             room = min(spare, seq.max_len - len(seq.tokens) - 1)
             drafts = tuple(seq.drafts[: max(0, room)])
             if not self._reserve(seq, len(seq.tokens) + len(drafts) + self.num_lookahead):
                 drafts = ()
-                if not self._make_room(seq):
+                if not self._make_room(seq, order):
                     continue
             spare -= len(drafts)
             budget -= self._add(plan, seq, 1, drafts)
         return budget
 
-    def _admit(self, plan: list[Scheduled[S]], budget: int) -> None:
-        """Waiting sequences in order of urgency, none overtaking, as far as budget, rows and blocks go."""
-        while budget and self.waiting and self._rows:
-            seq = self.waiting[0]
-            hits = self._match(seq)
-            if self._awaits(seq, len(hits)):
-                return
-            need = self._blocks_for(len(seq.tokens)) - len(hits)
-            revived = sum(self.pool.refs(block) == 0 for block in hits)
-            reserve = self._watermark if self.running else 0
-            if self.pool.num_free - revived < need + reserve:
-                return
-            self.waiting.pop(0)
-            self.pool.share(hits)
-            seq.blocks = hits + self.pool.allocate(need)
-            seq.num_computed = seq.num_cached = len(hits) * self.block_size
-            seq.num_registered = len(hits)
-            for digest in seq.hashes[len(hits) :]:
-                self._computing.setdefault(digest, seq)
-            seq.row, seq.row_filled = self._rows.pop(), 0
-            seq.status = Status.RUNNING
-            insort(self.running, seq, key=_KEY)
-            budget -= self._add(plan, seq, min(seq.num_pending, budget), first=True)
+    def _by_claim(self) -> list[S]:
+        """Running sequences, the one to be preempted first at the end.
+
+        That is the least urgent one of the client that holds most blocks.
+        """
+        if self.fairness.num_clients < 2:
+            return list(self.running)
+        held = self._held()
+        return self.running[:1] + sorted(self.running[1:], key=lambda seq: (held[seq.client], seq.key))
+
+    def _held(self) -> Counter[str]:
+        """Blocks by client; shared ones count for each."""
+        held: Counter[str] = Counter()
+        for seq in self.running:
+            held[seq.client] += len(seq.blocks)
+        return held
+
+    def _schedule_prompts(self, plan: list[Scheduled[S]], budget: int, admit: bool) -> None:
+        """Prompts that run and, if `admit`, ones that wait, as far as the budget goes.
+
+        Clients take turns by tokens served; a client's running prompts come before its waiting ones. Where
+        the next one to be admitted does not fit, none overtakes it.
+        """
+        begun: dict[str, Iterator[S]] = {}
+        prompts = [seq for seq in self.running if seq.num_pending > 1]
+        for owner in dict.fromkeys(seq.client for seq in prompts):
+            begun[owner] = iter([seq for seq in prompts if seq.client == owner])
+        queued = set(self._queues) if admit else set()
+        while budget and (begun or queued):
+            client = min(begun.keys() | queued, key=self._turn)
+            seq = next(begun[client], None) if client in begun else None
+            if seq is not None:
+                budget -= self._add(plan, seq, min(seq.num_pending, budget))
+                continue
+            begun.pop(client, None)
+            if client not in queued:
+                continue
+            head = self._queues[client][0]
+            hits = self._match(head)
+            if self._awaits(head, len(hits)):
+                queued.discard(client)
+            elif self._admit(head, hits):
+                budget -= self._add(plan, head, min(head.num_pending, budget), first=True)
+                queued &= self._queues.keys()
+            else:
+                queued.clear()
+
+    def _turn(self, client: str) -> tuple[int, float, int]:
+        queue = self._queues.get(client)
+        return (self.fairness.served(client), *(queue[0].key if queue else (float("-inf"), 0)))
+
+    def _admit(self, seq: S, hits: list[int]) -> bool:
+        """Let a waiting sequence run, if rows and blocks allow it. hits: blocks of its prefix."""
+        need = self._blocks_for(len(seq.tokens)) - len(hits)
+        revived = sum(self.pool.refs(block) == 0 for block in hits)
+        reserve = self._watermark if self.running else 0
+        if not self._rows or self.pool.num_free - revived < need + reserve:
+            return False
+        self._unqueue(seq)
+        self.pool.share(hits)
+        seq.blocks = hits + self.pool.allocate(need)
+        seq.num_computed = seq.num_cached = len(hits) * self.block_size
+        seq.num_registered = len(hits)
+        for digest in seq.hashes[len(hits) :]:
+            self._computing.setdefault(digest, seq)
+        seq.row, seq.row_filled = self._rows.pop(), 0
+        seq.status = Status.RUNNING
+        insort(self.running, seq, key=_KEY)
+        return True
+
+    def _give_way(self) -> None:
+        """Preempt for the next client if it holds less than its share and others hold more than theirs."""
+        clients = self.fairness.num_clients
+        if clients < 2 or not self._queues:
+            return
+        poorest = min(self._queues, key=self._turn)
+        held, rows = self._held(), Counter(seq.client for seq in self.running)
+        most_rows, most_blocks = max(1, self.max_num_seqs // clients), self.pool.num_blocks // clients
+        need = self._blocks_for(len(self._queues[poorest][0].tokens))
+        if rows[poorest] >= most_rows or held[poorest] + need > most_blocks:
+            return
+        lack = need + self._watermark - self.pool.num_free
+        victims: list[S] = []
+        for seq in reversed(self.running[1:]):
+            if lack <= 0 and (self._rows or victims):
+                break
+            owner = seq.client
+            spared = rows[owner] < 2 or owner == poorest  # its most urgent one
+            if spared or (rows[owner] <= most_rows and held[owner] <= most_blocks):
+                continue
+            victims.append(seq)
+            rows[owner] -= 1
+            held[owner] -= len(seq.blocks)
+            lack -= sum(self.pool.refs(block) == 1 for block in seq.blocks)
+        if lack <= 0:
+            for seq in victims:
+                self._preempt(seq)
+
+    def _unqueue(self, seq: S) -> None:
+        queue = self._queues.get(seq.client, [])
+        _remove(queue, seq)
+        self.num_waiting -= 1
+        if not queue:
+            del self._queues[seq.client]
 
     def _match(self, seq: S) -> list[int]:
         if not (self.prefix.enabled and seq.read_cache):
@@ -207,10 +308,12 @@ class Scheduler(Generic[S]):
         if self._computing.get(digest) is seq:
             del self._computing[digest]
 
-    def _make_room(self, seq: S) -> bool:
-        """A slot for the next token, preempting the least urgent; False if that is `seq` itself."""
+    def _make_room(self, seq: S, order: list[S]) -> bool:
+        """A slot for the next token, preempting from the end of `order`; False if that is `seq` itself."""
         while not self._reserve(seq, len(seq.tokens)):
-            victim = self.running[-1]
+            victim = order.pop()
+            if victim.status is not Status.RUNNING:
+                continue
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -253,6 +356,7 @@ class Scheduler(Generic[S]):
         decode = seq.num_pending == 1 and seq.num_output > 0
         sample = count == seq.num_pending
         plan.append(Scheduled(seq, seq.num_computed, count, drafts, sample, decode, first))
+        self.fairness.charge(seq.client, count + len(drafts))
         return count + len(drafts)
 
     def _blocks_for(self, tokens: int) -> int:

@@ -30,6 +30,7 @@ class Sequence:
     order: float = 0.0  # urgency: smaller runs first, larger is preempted first
     salt: str = ""
     read_cache: bool = True
+    client: str = ""  # clients share the engine fairly
 
     status: Status = Status.NEW
     num_computed: int = 0

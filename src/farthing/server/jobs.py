@@ -32,6 +32,7 @@ class Job:
     def __init__(self, timeout: float, on_close: Callable[[Job], None], charge: Charge | None = None) -> None:
         loop = asyncio.get_running_loop()
         self.client = ANONYMOUS
+        self.sequences = 0
         self.streams: list[RequestStream] = []
         self.generated = 0  # tokens
         self.costs: list[RequestCost] = []  # of the streams that have ended

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from farthing.engine.request import EngineError, EngineStopped, QueueFull, SamplingParams
 from farthing.engine.sandbox import Busy
 from farthing.server.api.responses_store import ResponseStore
-from farthing.server.auth import ANONYMOUS
+from farthing.server.auth import ANONYMOUS, KeyRing
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
 from farthing.server.fields import UnknownFields
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from farthing.server.accounts import Accounts
 
 T = TypeVar("T")
+
+_AT_ONCE = 16  # prompts submitted before the event loop takes a turn
 
 
 class Service:
@@ -47,6 +51,8 @@ class Service:
         self.launch_to_ready: float | None = None  # seconds
         self.draining = False
         self.jobs: set[Job] = set()
+        self.held: Counter[str] = Counter()  # sequences in flight, by client
+        self.several_keys = len((config.keys or KeyRing(())) | (config.admin_keys or KeyRing(()))) > 1
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -167,28 +173,59 @@ class Service:
         if constraint is not None:
             sandbox = self._sandbox("structured_outputs")
             await self._checked(lambda: sandbox.grammar(constraint, client), "structured_outputs")
+        self._check_room(engine, client, len(prompts), params.n)
         self.quotas.admit(client, sum(len(prompt) for prompt in prompts))
         charge = self.accounts.charge if self.accounts else None
         job = Job(self.config.request_timeout, on_close=self._closed, charge=charge)
-        job.client = client
-        cache_salt = self._salt(client, cache_salt)
+        job.client, job.sequences = client, len(prompts) * params.n
+        self.held[client] += job.sequences
         self.jobs.add(job)
         self.idle.clear()
+        submit = partial(
+            engine.submit,
+            params=params,
+            priority=priority,
+            cache_salt=self._salt(client, cache_salt),
+            kind=kind,
+            client=client,
+        )
         try:
-            for prompt in prompts:
+            for number, prompt in enumerate(prompts):
                 if params.structured_outputs is None:
-                    stream = engine.submit(
-                        prompt, params, priority=priority, cache_salt=cache_salt, kind=kind
-                    )
+                    stream = submit(prompt)
                 else:  # compiling a grammar may take a while
-                    stream = await asyncio.to_thread(
-                        engine.submit, prompt, params, priority=priority, cache_salt=cache_salt, kind=kind
-                    )
+                    stream = await asyncio.to_thread(submit, prompt)
                 job.streams.append(stream)
+                if number % _AT_ONCE == _AT_ONCE - 1:
+                    await asyncio.sleep(0)
         except BaseException as error:
             job.close()
             raise self._refusal(error) from error
         return job
+
+    def _check_room(self, engine: Engine, client: str, prompts: int, n: int) -> None:
+        """Raises ApiError (429, or 400 where it would never fit) for more sequences than the queue has room
+        for, or than a key leaves to others. An idle engine takes any single prompt."""
+        room, sequences, own = engine.queue_room, prompts * n, self.held[client]
+        if room is None or (not self.held.total() and prompts == 1):
+            return
+        if sequences > room:
+            raise ApiError(
+                429 if self.held.total() else 400,
+                f"{prompts} prompts with n = {n} are {sequences} sequences; expected at most {room}, "
+                "the places that are free",
+                param="n",
+                code="queue_full",
+                retry_after=self._retry_after() if self.held.total() else None,
+            )
+        if self.several_keys and own and own + sequences > room:
+            raise ApiError(
+                429,
+                f"{own} sequences of {client!r} are in flight and {sequences} requested; "
+                f"expected at most {room} together, as many places as are free for others",
+                code="queue_full",
+                retry_after=self._retry_after(),
+            )
 
     def _salt(self, client: str, salt: str) -> str:
         """Of the prefix cache. Timing shows what is cached, so no key finds another's prompts."""
@@ -227,6 +264,9 @@ class Service:
 
     def _closed(self, job: Job) -> None:
         self.quotas.charge(job.client, job.generated)
+        self.held[job.client] -= job.sequences
+        if not self.held[job.client]:
+            del self.held[job.client]
         self.jobs.discard(job)
         if not self.jobs:
             self.idle.set()
