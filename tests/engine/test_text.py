@@ -198,3 +198,14 @@ def test_resolving_a_model(tmp_path: Path) -> None:
 def test_former_name_of_the_embedded_model_names_the_new_one() -> None:
     with pytest.raises(FileNotFoundError, match="former name of the embedded model; expected 'mite'"):
         resolve_model("reference")
+
+
+def test_a_template_that_leaves_out_a_tool_is_an_error() -> None:
+    known = Tokenizer.from_directory(resolve_model("mite"))
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    turns = [{"role": "user", "content": "Rome?"}, {"role": "tool", "content": "sunny"}]
+    prompt = known.render_chat(turns, tools)
+    assert "weather" in prompt and "sunny" in prompt
+    silent = Tokenizer(known.backend, {}, chat_template="{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="does not print the tool 'weather'"):
+        silent.render_chat(turns, tools)

@@ -8,7 +8,7 @@ from typing import Any
 from farthing.conversation.types import Conversation, Tool
 
 # For llguidance: at most one blank between two tokens, so that a weak model cannot spend its tokens on them.
-_MAX_CALLS = 16  # in parallel, for the same reason
+_MAX_CALLS = 8  # in parallel, for the same reason
 _COMPACT = {"whitespace_pattern": " "}
 
 

@@ -44,7 +44,7 @@ DEEPSEEK_TEMPLATE = """\
       {%- endfor -%}
       {{- '<｜tool▁calls▁end｜>' -}}
     {%- endif -%}
-    {{- '<｜end▁of▁sentence｜>' -}}
+    {{- eos_token -}}
   {%- elif m['role'] == 'tool' -%}
     {{- '\\n' if ns.after_tool else '<｜tool▁outputs▁begin｜>' -}}
     {%- set ns.after_tool = true -%}

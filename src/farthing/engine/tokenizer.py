@@ -130,7 +130,8 @@ class Tokenizer:
     ) -> str:
         """The prompt of a conversation by the model's own chat template, or DeepSeek's where it has none.
 
-        Raises ValueError where the template refuses the messages. Encode it with add_special_tokens=False.
+        Raises ValueError where the template refuses the messages or leaves out a tool. Encode it with
+        add_special_tokens=False.
         """
         if not messages:
             raise ValueError("messages is empty; expected at least one message")
@@ -141,11 +142,18 @@ class Tokenizer:
             default = "<｜begin▁of▁sentence｜>"
             bos = default if self.backend.token_to_id(default) is not None else ""
         values = {"bos_token": bos, "eos_token": self.eos_token or "", "tools": tools or None}
-        return str(
+        prompt = str(
             self._template(
                 messages=flatten(messages), add_generation_prompt=add_generation_prompt, **(values | kwargs)
             )
         )
+        for tool in tools or ():
+            name = tool.get("function", tool).get("name")
+            if isinstance(name, str) and name not in prompt:
+                raise ValueError(
+                    f"the chat template does not print the tool {name!r}; expected a chat_template that does"
+                )
+        return prompt
 
     def _token_bytes(self, token: int) -> bytes:
         if token in self._added:

@@ -14,25 +14,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from farthing.checkpoint.fp8 import BLOCK, dequantize_blocks, quantize_blocks
+from farthing.engine.chat_template import DEEPSEEK_TEMPLATE as CHAT_TEMPLATE
 from farthing.files import replace_json, replace_tensors, replace_text
 from farthing.model.config import LayerSizes
 from farthing.train.data import BOS, EOS, PAD
 from farthing.train.model import DeepSeekLM, ModelConfig, MoE
-
-CHAT_TEMPLATE = (
-    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
-    "{% set ns = namespace(system='') %}"
-    "{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{% set ns.system = ns.system + ('\\n\\n' if ns.system else '') + m['content'] %}{% endif %}{% endfor %}"
-    "{{ bos_token }}{{ ns.system }}"
-    "{% for m in messages %}"
-    "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
-    "{% elif m['role'] == 'assistant' %}"
-    "{{ '<｜Assistant｜>' + (m['content'] or '').split('</think>')[-1] + eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
-)
-
 
 OPTIONAL = ("shared_intermediate_size", "layer_sizes")  # of config.json, beside DeepSeek's own fields
 
