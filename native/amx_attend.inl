@@ -66,7 +66,8 @@ inline void transpose(const uint32_t* in, uint32_t* out, int ldo) {
   }
 }
 
-// scores [64][16] -> weights as tiles hi, lo [16 rows][64 keys] bfloat16; rescales out where a maximum grew.
+// scores [64][16] -> weights as tiles hi, lo [16 rows][64 keys] bfloat16; rescales out where a reference
+// moved.
 void weight_tiles(const AttendBlock& b, float* scores, uint16_t* hi, uint16_t* lo) {
   alignas(64) float top[16], sum[16], shrink[16];
   alignas(64) int32_t visible[16];
@@ -84,6 +85,7 @@ void weight_tiles(const AttendBlock& b, float* scores, uint16_t* hi, uint16_t* l
     store(scores + 16 * s, v);
     best = max(best, v);
   }
+  best = best > loadf(top) + kSlack ? best : loadf(top);
   store(shrink, exp(loadf(top) - best));
   f32x16 total = loadf(sum) * loadf(shrink);
   alignas(64) uint32_t pairs_hi[32 * 16], pairs_lo[32 * 16];
@@ -108,7 +110,7 @@ void weight_tiles(const AttendBlock& b, float* scores, uint16_t* hi, uint16_t* l
   for (int r = 0; r < b.rows; ++r) {
     b.max[r] = top[r];
     b.sum[r] = sum[r];
-    if (shrink[r] == 1.0f) continue;
+    if (b.fresh || shrink[r] == 1.0f) continue;
     float* o = b.out + static_cast<size_t>(r) * b.latent;
     for (int i = 0; i < b.latent; i += 16) store(o + i, loadf(o + i) * shrink[r]);
   }
@@ -138,8 +140,13 @@ void mix_tiles(const AttendBlock& b, const uint16_t* hi, const uint16_t* lo) {
     }
     float* o = b.out + at;
     stored();
-    _tile_loadd(0, o, b.latent * 4);
-    _tile_loadd(1, o + 16, b.latent * 4);
+    if (b.fresh) {
+      _tile_zero(0);
+      _tile_zero(1);
+    } else {
+      _tile_loadd(0, o, b.latent * 4);
+      _tile_loadd(1, o + 16, b.latent * 4);
+    }
     _tile_loadd(2, values[0][0], 64);
     _tile_loadd(3, values[1][0], 64);
     _tile_dpbf16ps(0, 4, 2);

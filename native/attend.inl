@@ -18,7 +18,11 @@ inline void dots(const float* q, const float* k, int width, float* scores, int l
     for (int s = 0; s < keys; ++s) scores[r * lds + s] = reduce_add(acc[r][s]);
 }
 
-// scores [rows][kKeyBlock] -> weights in place; rescales out and sum where the maximum grew.
+// How far scores may exceed a row's reference before it moves: weights up to e^8 lose nothing in float32 or
+// bfloat16, and most blocks then leave the running outputs as they are.
+constexpr float kSlack = 8.0f;
+
+// scores [rows][kKeyBlock] -> weights in place; rescales out and sum where the reference moved.
 inline void online_softmax(const AttendBlock& b, float* scores) {
   for (int r = 0; r < b.rows; ++r) {
     float* s = scores + r * kKeyBlock;
@@ -31,12 +35,14 @@ inline void online_softmax(const AttendBlock& b, float* scores) {
     f32x16 best = loadf(s);
     for (int i = 16; i < kKeyBlock; i += 16) best = max(best, loadf(s + i));
     const float top = reduce_max(best), before = b.max[r];
-    if (top > before) {
+    if (top > before + kSlack) {
       const float shrink = exp(splat(before - top))[0];
       b.max[r] = top;
       b.sum[r] *= shrink;
-      float* o = b.out + static_cast<size_t>(r) * b.latent;
-      for_lanes(b.latent, [&](int i) { store(o + i, loadf(o + i) * shrink); });
+      if (!b.fresh) {
+        float* o = b.out + static_cast<size_t>(r) * b.latent;
+        for_lanes(b.latent, [&](int i) { store(o + i, loadf(o + i) * shrink); });
+      }
     }
     f32x16 total = {};
     for (int i = 0; i < kKeyBlock; i += 16) {
@@ -48,13 +54,15 @@ inline void online_softmax(const AttendBlock& b, float* scores) {
   }
 }
 
-// out[r][0, 64) += weights[r][s] * keys[s][0, 64)
+// out[r][0, 16 C) += weights[r][s] * keys[s][0, 16 C); out is not read where it is fresh.
 template <int R, int C>
-inline void mix(const float* weights, const float* k, int width, int keys, float* out, int latent) {
+inline void mix(const AttendBlock& b, const float* weights, const float* k, float* out) {
+  const int latent = b.latent;
   f32x16 acc[R][C];
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) acc[r][c] = loadf(out + static_cast<size_t>(r) * latent + 16 * c);
-  for (int s = 0; s < keys; ++s, k += width)
+    for (int c = 0; c < C; ++c)
+      acc[r][c] = b.fresh ? f32x16{} : loadf(out + static_cast<size_t>(r) * latent + 16 * c);
+  for (int s = 0; s < b.keys; ++s, k += b.width)
     for (int c = 0; c < C; ++c) {
       const f32x16 v = loadf(k + 16 * c);
       for (int r = 0; r < R; ++r) acc[r][c] = fma(v, splat(weights[r * kKeyBlock + s]), acc[r][c]);
@@ -67,8 +75,8 @@ template <int R>
 void attend_rows(const AttendBlock& b, int first, float* scores) {
   float* o = b.out + static_cast<size_t>(first) * b.latent;
   int c = 0;
-  for (; c + 64 <= b.latent; c += 64) mix<R, 4>(scores, b.k32 + c, b.width, b.keys, o + c, b.latent);
-  for (; c < b.latent; c += 16) mix<R, 1>(scores, b.k32 + c, b.width, b.keys, o + c, b.latent);
+  for (; c + 64 <= b.latent; c += 64) mix<R, 4>(b, scores, b.k32 + c, o + c);
+  for (; c < b.latent; c += 16) mix<R, 1>(b, scores, b.k32 + c, o + c);
 }
 
 void attend(const AttendBlock& b) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "latent_cache.h"
 #include "pack.h"
 #include "shared_sum.h"
 #include "threads.h"
@@ -33,6 +34,8 @@ class Workspace {
   size_t used_ = 0, chunk_ = 0;
 };
 
+constexpr int kMostExperts = 1024;  // of a router, so that a token's scores fit on the stack
+
 struct Router {  // see farthing.ops.api.RouterSpec
   int experts = 0, top_k = 0, groups = 1, top_k_groups = 1;
   bool sigmoid = true, top2_sum = true, normalize = true;
@@ -40,6 +43,8 @@ struct Router {  // see farthing.ops.api.RouterSpec
   float mass = -1.0f;  // adaptive when not negative
   int min_experts = 2;
   std::vector<float> bias;
+
+  void check() const;  // throws on sizes that choose_experts would not survive
 };
 
 struct Mlp {                        // both null: an expert of another rank
@@ -53,6 +58,12 @@ struct Moe {
   std::vector<Mlp> experts;
   bool has_shared = false;  // then the last of `experts`
   int hidden = 0;
+
+  const Mlp* first() const {  // routed expert that is on this rank, or null
+    for (const Mlp& e : experts)
+      if (e.down) return &e;
+    return nullptr;
+  }
 };
 
 struct Attention {
@@ -64,28 +75,6 @@ struct Attention {
   const float* norm = nullptr;                // [c]
   const float* cos = nullptr;                 // [max_len, r / 2]
   const float* sin = nullptr;
-};
-
-enum class CacheType : int { f32 = 0, bf16 = 1, fp8 = 2, int8 = 3 };
-
-struct Cache {  // one layer of the latent cache
-  CacheType type;
-  uint8_t* data;  // [blocks * block_size][c + r]
-  float* scale;   // [blocks * block_size][2] or null
-  int block_size;
-  int64_t layer_bytes = 0, layer_scales = 0;  // from a layer's data and scales to the next one's
-};
-
-struct Batch {
-  const int32_t* positions;
-  const int64_t* slots;
-  const int32_t* query_start;
-  const int32_t* context_lens;
-  const int32_t* block_table;
-  int sequences, max_blocks;
-  const int32_t* visible = nullptr;  // cached tokens that each token attends to; null: its position + 1
-
-  int keys(int token) const { return visible ? visible[token] : positions[token] + 1; }
 };
 
 struct Layer {  // one layer's weights; attention and feed belong to whoever made the layer
@@ -104,6 +93,48 @@ struct Layers {
   static Rows rows(std::vector<float>& memory, int tokens, int width);
 };
 
+struct LinearArgs {
+  Rows x;  // [T, K]
+  int tokens;
+  const float* norm;  // [K] or null: rows are normed first
+  float eps;
+  Rows residual;  // [T, N], added to the product, or null
+  Rows out;       // [T, N]
+};
+
+struct MoeArgs {
+  Rows x;  // [T, D]
+  int tokens;
+  const float* norm;  // [D]
+  float eps;
+  Rows out;                               // [T, D]
+  int64_t* counts = nullptr;              // [E], increased by the tokens of each expert; or null
+  const int64_t* chosen = nullptr;        // [T, k] experts chosen by the caller, negative: none; or null
+  const float* chosen_weights = nullptr;  // [T, k]
+  bool residual = true;                   // whether x is added
+};
+
+struct MlaArgs {
+  Rows q;   // [T, H (n + r)], before rotation
+  Rows kv;  // [T, c + r], before norm and rotation
+  int tokens;
+  Cache cache;
+  Batch batch;
+  float eps;
+  Rows out;  // [T, H v]
+};
+
+struct LayersArgs {
+  Rows x;  // [T, D]
+  int tokens;
+  Cache cache;  // of the first layer
+  Batch batch;
+  float eps;
+  int64_t* counts;  // [layer][E], rows `counts_stride` apart; or null
+  int64_t counts_stride;
+  Rows out;  // [T, D], not x
+};
+
 struct Indexer;
 struct IndexBatch;
 
@@ -112,18 +143,14 @@ class Backend {
   Backend(int threads, const char* isa, const std::string& topology, bool pin);
 
   void rms_norm(Rows x, int tokens, int k, const float* weight, float eps, Rows out);
-  void linear(const Packed& w, Rows x, int tokens, const float* norm, float eps, Rows residual, Rows out);
-  void moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out,
-           const int64_t* chosen = nullptr, const float* chosen_weights = nullptr, bool residual = true);
+  void linear(const Packed& w, const LinearArgs& in);
+  void moe(const Moe& w, const MoeArgs& in);
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
-  void mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache, const Batch& batch, float eps,
-           Rows out);
+  void mla(const Attention& w, const MlaArgs& in);
   // See indexer.h: q [T, H d], k [T, d], w [T, H] -> out [T, top_k], or null: the keys are cached, no more.
   void index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
              const IndexBatch& batch, int32_t* out);
-  // h [T, D] through every layer; counts [layer][E] or null; out is not x.
-  void layers(Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps,
-              int64_t* counts, int64_t counts_stride, Rows out);
+  void layers(Layers& model, const LayersArgs& in);
   void top_logits(const Packed& head, Rows x, int tokens, const float* norm, float eps, int k, float* values,
                   int64_t* ids, float* logsumexp);
   void softmax(Rows x, int rows, int n, Rows out);

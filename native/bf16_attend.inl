@@ -56,17 +56,20 @@ inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys
   for (int r = 0; r < rows; ++r) memcpy(scores + r * kKeyBlock, sums + 4 * r, 16);
 }
 
-// out[R][32] += weights[R][keys] * keys[keys][32], two keys at a time.
+// out[R][32] += weights[R][keys] * keys[keys][32], two keys at a time; out is not read where it is fresh.
 template <int R, bool First>
 inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int at, int pairs, float* out,
-                      int latent) {
+                      int latent, bool fresh) {
   alignas(64) static constexpr uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   __m512 a[R], b[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) a[r] = loadf(out + r * latent), b[r] = loadf(out + r * latent + 16);
+  for (int r = 0; r < R; ++r) {
+    a[r] = fresh ? f32x16{} : loadf(out + r * latent);
+    b[r] = fresh ? f32x16{} : loadf(out + r * latent + 16);
+  }
   for (int p = 0; p < pairs; ++p) {
     if (First) prefetch(keys[kKeyBlock + 4 * (p / 2) + 2 + p % 2] + at);
     const __m512i even = _mm512_loadu_si512(keys[2 * p] + at), odd = _mm512_loadu_si512(keys[2 * p + 1] + at);
@@ -86,10 +89,11 @@ inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int 
 
 template <bool First, int R = 8>
 inline void mix_rows(int rows, const uint16_t* weights, const uint16_t* const* keys, int pairs, float* out,
-                     int latent) {
+                     int latent, bool fresh) {
   if constexpr (R > 1)
-    if (rows < R) return mix_rows<First, R - 1>(rows, weights, keys, pairs, out, latent);
-  for (int at = 0; at < latent; at += 32) mix_pairs<R, First>(weights, keys, at, pairs, out + at, latent);
+    if (rows < R) return mix_rows<First, R - 1>(rows, weights, keys, pairs, out, latent, fresh);
+  for (int at = 0; at < latent; at += 32)
+    mix_pairs<R, First>(weights, keys, at, pairs, out + at, latent, fresh);
 }
 
 inline void rows_to_bf16(const float* x, int n, uint16_t* out) {  // n % 32 == 0
@@ -114,10 +118,10 @@ void bf16_attend(const AttendBlock& b) {
     }
   online_softmax(b, scores);
   rows_to_bf16(scores, b.rows * kKeyBlock, weights);
-  mix_rows<true>(b.rows < 8 ? b.rows : 8, weights, b.rows16, keys / 2, b.out, b.latent);
+  mix_rows<true>(b.rows < 8 ? b.rows : 8, weights, b.rows16, keys / 2, b.out, b.latent, b.fresh);
   if (b.rows > 8)
     mix_rows<false>(b.rows - 8, weights + 8 * kKeyBlock, b.rows16, keys / 2,
-                    b.out + static_cast<size_t>(8) * b.latent, b.latent);
+                    b.out + static_cast<size_t>(8) * b.latent, b.latent, b.fresh);
 }
 
 }  // namespace

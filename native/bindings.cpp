@@ -20,18 +20,16 @@ T* at(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using SourceTuple =
-    std::tuple<int, uint64_t, uint64_t, uint64_t, int, int, int>;  // kind, data, scale, zero, n, k, group
+using SourceTuple = std::tuple<Source::Kind, uint64_t, uint64_t, uint64_t, int, int,
+                               int>;  // kind, data, scale, zero, n, k, group
 
-std::shared_ptr<Packed> pack(Backend& b, int format, int group, bool zero, bool interleave,
+std::shared_ptr<Packed> pack(Backend& b, Format format, int group, bool zero, bool interleave,
                              double sparse_from, const std::vector<SourceTuple>& tuples) {
   std::vector<Source> sources;
   for (const auto& [kind, data, scale, zeros, n, k, g] : tuples)
-    sources.push_back(
-        {static_cast<Source::Kind>(kind), at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g});
+    sources.push_back({kind, at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g});
   const nb::gil_scoped_release release;
-  return Packed::pack(b.pool, b.arena, static_cast<Format>(format), group, zero, interleave, sparse_from,
-                      sources);
+  return Packed::pack(b.pool, b.arena, format, group, zero, interleave, sparse_from, sources);
 }
 
 std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int units) {
@@ -57,8 +55,60 @@ NB_MODULE(_native, module) {
       "peak_ops", [](const std::string& what, int threads) { return peak_ops(what.c_str(), threads); },
       "what"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
 
+  nb::enum_<Format>(module, "Format")
+      .value("F32", Format::f32)
+      .value("BF16", Format::bf16)
+      .value("FP8", Format::fp8)
+      .value("Q8", Format::q8)
+      .value("Q4", Format::q4);
+  nb::enum_<Source::Kind>(module, "Kind")
+      .value("F32", Source::f32)
+      .value("BF16", Source::bf16)
+      .value("INT8", Source::int8)
+      .value("INT4", Source::int4)
+      .value("FP8", Source::fp8);
+  nb::enum_<CacheType>(module, "CacheType")
+      .value("F32", CacheType::f32)
+      .value("BF16", CacheType::bf16)
+      .value("FP8", CacheType::fp8)
+      .value("INT8", CacheType::int8);
+  module.attr("MOST_EXPERTS") = kMostExperts;
+
+  nb::class_<Rows>(module, "Rows")
+      .def(
+          "__init__",
+          [](Rows* self, uint64_t address, int64_t stride) {
+            new (self) Rows{at<float>(address), stride};
+          },
+          "address"_a, "stride"_a);
+  nb::class_<Cache>(module, "Cache")
+      .def(
+          "__init__",
+          [](Cache* self, CacheType type, uint64_t data, uint64_t scale, int block_size, int64_t layer_bytes,
+             int64_t layer_scales) {
+            new (self)
+                Cache{type, at<uint8_t>(data), at<float>(scale), block_size, layer_bytes, layer_scales};
+          },
+          "type"_a, "data"_a, "scale"_a, "block_size"_a, "layer_bytes"_a = 0, "layer_scales"_a = 0);
+  nb::class_<Batch>(module, "Batch")
+      .def(
+          "__init__",
+          [](Batch* self, uint64_t positions, uint64_t slots, uint64_t query_start, uint64_t context_lens,
+             uint64_t block_table, int sequences, int max_blocks, uint64_t visible) {
+            new (self) Batch{at<int32_t>(positions),
+                             at<int64_t>(slots),
+                             at<int32_t>(query_start),
+                             at<int32_t>(context_lens),
+                             at<int32_t>(block_table),
+                             sequences,
+                             max_blocks,
+                             at<int32_t>(visible)};
+          },
+          "positions"_a, "slots"_a, "query_start"_a, "context_lens"_a, "block_table"_a, "sequences"_a,
+          "max_blocks"_a, "visible"_a = 0);
+
   nb::class_<Packed>(module, "Packed")
-      .def_prop_ro("format", [](const Packed& p) { return static_cast<int>(p.m.format); })
+      .def_prop_ro("format", [](const Packed& p) { return p.m.format; })
       .def_prop_ro("group", [](const Packed& p) { return p.m.group; })
       .def_prop_ro("shape", [](const Packed& p) { return std::make_tuple(p.m.n, p.m.k); })
       .def_prop_ro("sparse", [](const Packed& p) { return p.m.sparse; })
@@ -170,103 +220,74 @@ NB_MODULE(_native, module) {
       .def("units_of_threads", &units_of_threads)
       .def(
           "rms_norm",
-          [](Backend& b, uint64_t x, int64_t ldx, int tokens, int k, uint64_t weight, float eps, uint64_t out,
-             int64_t ldo) {
-            b.rms_norm({at<float>(x), ldx}, tokens, k, at<float>(weight), eps, {at<float>(out), ldo});
+          [](Backend& b, Rows x, int tokens, int k, uint64_t weight, float eps, Rows out) {
+            b.rms_norm(x, tokens, k, at<float>(weight), eps, out);
           },
-          free)
+          "x"_a, "tokens"_a, "k"_a, "weight"_a, "eps"_a, "out"_a, free)
       .def(
           "linear",
-          [](Backend& b, const Packed& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps,
-             uint64_t residual, int64_t ldr, uint64_t out, int64_t ldo) {
-            b.linear(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, {at<float>(residual), ldr},
-                     {at<float>(out), ldo});
+          [](Backend& b, const Packed& w, Rows x, int tokens, uint64_t norm, float eps, Rows residual,
+             Rows out) {
+            b.linear(w, {x, tokens, at<float>(norm), eps, residual, out});
           },
-          free)
+          "weight"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a, "residual"_a, "out"_a, free)
       .def(
           "moe",
-          [](Backend& b, const Moe& w, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps,
-             uint64_t counts, uint64_t out, int64_t ldo, uint64_t ids, uint64_t weights, bool residual) {
-            b.moe(w, {at<float>(x), ldx}, tokens, at<float>(norm), eps, at<int64_t>(counts),
-                  {at<float>(out), ldo}, at<int64_t>(ids), at<float>(weights), residual);
+          [](Backend& b, const Moe& w, Rows x, int tokens, uint64_t norm, float eps, Rows out,
+             uint64_t counts, uint64_t ids, uint64_t weights, bool residual) {
+            b.moe(w, {x, tokens, at<float>(norm), eps, out, at<int64_t>(counts), at<int64_t>(ids),
+                      at<float>(weights), residual});
           },
-          free)
+          "moe"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a, "out"_a, "counts"_a, "ids"_a, "weights"_a,
+          "residual"_a, free)
       .def(
           "route",
-          [](Backend& b, const Moe& w, uint64_t n, int64_t ldn, int tokens, uint64_t ids, uint64_t weights) {
-            b.route(w, {at<float>(n), ldn}, tokens, at<int64_t>(ids), at<float>(weights));
+          [](Backend& b, const Moe& w, Rows n, int tokens, uint64_t ids, uint64_t weights) {
+            b.route(w, n, tokens, at<int64_t>(ids), at<float>(weights));
           },
-          free)
+          "moe"_a, "n"_a, "tokens"_a, "ids"_a, "weights"_a, free)
       .def(
           "mla",
-          [](Backend& b, const Attention& w, uint64_t q, int64_t ldq, uint64_t kv, int64_t ldkv, int tokens,
-             int type, uint64_t data, uint64_t scale, int block_size, uint64_t positions, uint64_t slots,
-             uint64_t query_start, uint64_t context_lens, uint64_t block_table, int sequences, int max_blocks,
-             uint64_t visible, float eps, uint64_t out, int64_t ldo) {
-            const Cache cache{static_cast<CacheType>(type), at<uint8_t>(data), at<float>(scale), block_size};
-            const Batch batch{at<int32_t>(positions),
-                              at<int64_t>(slots),
-                              at<int32_t>(query_start),
-                              at<int32_t>(context_lens),
-                              at<int32_t>(block_table),
-                              sequences,
-                              max_blocks,
-                              at<int32_t>(visible)};
-            b.mla(w, {at<float>(q), ldq}, {at<float>(kv), ldkv}, tokens, cache, batch, eps,
-                  {at<float>(out), ldo});
+          [](Backend& b, const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache,
+             const Batch& batch, float eps, Rows out) {
+            b.mla(w, {q, kv, tokens, cache, batch, eps, out});
           },
-          free)
+          "attention"_a, "q"_a, "kv"_a, "tokens"_a, "cache"_a, "batch"_a, "eps"_a, "out"_a, free)
       .def(
           "layers",
-          [](Backend& b, Layers& model, uint64_t x, int64_t ldx, int tokens, int type, uint64_t data,
-             int64_t layer_bytes, uint64_t scale, int64_t layer_scales, int block_size, uint64_t positions,
-             uint64_t slots, uint64_t query_start, uint64_t context_lens, uint64_t block_table, int sequences,
-             int max_blocks, float eps, uint64_t counts, int64_t counts_stride, uint64_t out, int64_t ldo) {
-            const Cache cache{static_cast<CacheType>(type),
-                              at<uint8_t>(data),
-                              at<float>(scale),
-                              block_size,
-                              layer_bytes,
-                              layer_scales};
-            const Batch batch{at<int32_t>(positions),
-                              at<int64_t>(slots),
-                              at<int32_t>(query_start),
-                              at<int32_t>(context_lens),
-                              at<int32_t>(block_table),
-                              sequences,
-                              max_blocks};
-            b.layers(model, {at<float>(x), ldx}, tokens, cache, batch, eps, at<int64_t>(counts),
-                     counts_stride, {at<float>(out), ldo});
+          [](Backend& b, Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps,
+             uint64_t counts, int64_t counts_stride, Rows out) {
+            b.layers(model, {x, tokens, cache, batch, eps, at<int64_t>(counts), counts_stride, out});
           },
-          free)
+          "layers"_a, "x"_a, "tokens"_a, "cache"_a, "batch"_a, "eps"_a, "counts"_a, "counts_stride"_a,
+          "out"_a, free)
       .def(
           "top_logits",
-          [](Backend& b, const Packed& head, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps,
-             int k, uint64_t values, uint64_t ids, uint64_t logsumexp) {
-            b.top_logits(head, {at<float>(x), ldx}, tokens, at<float>(norm), eps, k, at<float>(values),
-                         at<int64_t>(ids), at<float>(logsumexp));
+          [](Backend& b, const Packed& head, Rows x, int tokens, uint64_t norm, float eps, int k,
+             uint64_t values, uint64_t ids, uint64_t logsumexp) {
+            b.top_logits(head, x, tokens, at<float>(norm), eps, k, at<float>(values), at<int64_t>(ids),
+                         at<float>(logsumexp));
           },
-          free)
-      .def("greedy",
-           [](Backend& b, const Packed& head, uint64_t x, int64_t ldx, int tokens, uint64_t norm, float eps) {
-             std::vector<float> values(tokens), logsumexp(tokens);
-             std::vector<int64_t> ids(tokens);
-             const nb::gil_scoped_release released;
-             b.top_logits(head, {at<float>(x), ldx}, tokens, at<float>(norm), eps, 1, values.data(),
-                          ids.data(), logsumexp.data());
-             return ids;
-           })
+          "head"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a, "k"_a, "values"_a, "ids"_a, "logsumexp"_a, free)
+      .def(
+          "greedy",
+          [](Backend& b, const Packed& head, Rows x, int tokens, uint64_t norm, float eps) {
+            std::vector<float> values(tokens), logsumexp(tokens);
+            std::vector<int64_t> ids(tokens);
+            const nb::gil_scoped_release released;
+            b.top_logits(head, x, tokens, at<float>(norm), eps, 1, values.data(), ids.data(),
+                         logsumexp.data());
+            return ids;
+          },
+          "head"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a)
       .def("embed",
            [](const Backend&, uint64_t table, bool half, int64_t ld, int64_t rows, uint64_t ids, int tokens,
               int hidden, uint64_t out) {
              embed(at<uint8_t>(table), half, ld, rows, at<int64_t>(ids), tokens, hidden, at<float>(out));
            })
       .def(
-          "softmax",
-          [](Backend& b, uint64_t x, int64_t ldx, int rows, int n, uint64_t out, int64_t ldo) {
-            b.softmax({at<float>(x), ldx}, rows, n, {at<float>(out), ldo});
-          },
-          free);
+          "softmax", [](Backend& b, Rows x, int rows, int n, Rows out) { b.softmax(x, rows, n, out); }, "x"_a,
+          "rows"_a, "n"_a, "out"_a, free);
   bind_conv(module);
   bind_indexer(module);
 }

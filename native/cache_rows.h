@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "backend.h"
+#include "kernels.h"
 
 namespace farthing {
 

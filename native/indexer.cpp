@@ -68,21 +68,20 @@ struct Reader {
   float* scale;   // [kKeyBlock]
 
   void fetch(int sequence, int at, int count) const {
-    static constexpr int bytes[] = {4, 2, 1, 1};
     const KeyShape shape{dim, 0, layout.dim, layout.dim};
     for (int i = 0; i < count; ++i) {
       const int key = at + i;
       const int64_t block =
           batch.block_table[static_cast<int64_t>(sequence) * batch.max_blocks + key / cache.block_size];
       const int64_t slot = block * cache.block_size + key % cache.block_size;
-      const uint8_t* row = cache.data + slot * dim * bytes[static_cast<int>(cache.type)];
+      const uint8_t* row = cache.data + slot * dim * cell_bytes(cache.type);
       scale[i] = cache.scale ? cache.scale[slot] : 1.0f;
       if (layout.halves && cache.type == CacheType::bf16 && dim == layout.dim) {
         std::memcpy(k16 + static_cast<size_t>(i) * dim, row, sizeof(uint16_t) * dim);
         continue;
       }
       float* to = k32 + static_cast<size_t>(i) * layout.dim;
-      kernels.load_key(static_cast<int>(cache.type), row, nullptr, shape, to);
+      kernels.load_key(cache.type, row, nullptr, shape, to);
       if (layout.halves) kernels.round_bf16(to, layout.dim, k16 + static_cast<size_t>(i) * layout.dim);
     }
   }

@@ -32,9 +32,10 @@ void bind_indexer(nb::module_& module) {
   module.def(
       "index",
       [](Backend& b, const Indexer& s, uint64_t q, int64_t ldq, uint64_t k, int64_t ldk, uint64_t w,
-         int64_t ldw, int tokens, int type, uint64_t data, uint64_t scale, int block_size, uint64_t positions,
-         uint64_t slots, uint64_t sequences, uint64_t block_table, int max_blocks, uint64_t out) {
-        const Cache cache{static_cast<CacheType>(type), at<uint8_t>(data), at<float>(scale), block_size};
+         int64_t ldw, int tokens, CacheType type, uint64_t data, uint64_t scale, int block_size,
+         uint64_t positions, uint64_t slots, uint64_t sequences, uint64_t block_table, int max_blocks,
+         uint64_t out) {
+        const Cache cache{type, at<uint8_t>(data), at<float>(scale), block_size};
         const IndexBatch batch{at<const int32_t>(positions), at<const int64_t>(slots),
                                at<const int32_t>(sequences), at<const int32_t>(block_table), max_blocks};
         b.index(s, {at<float>(q), ldq}, {at<float>(k), ldk}, {at<float>(w), ldw}, tokens, cache, batch,

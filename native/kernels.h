@@ -1,4 +1,4 @@
-// The table of inner kernels, one a set of instructions, chosen once at run time.
+// The table of inner kernels, one per instruction set, chosen once at run time.
 #pragma once
 #include "matrix.h"
 
@@ -19,13 +19,17 @@ struct AttendBlock {
   const uint16_t* const*
       rows16;  // [2 * kKeyBlock] or each key where it lies, the last repeated, then those of the next block
   const int* visible;  // [rows] keys of this block each row may see
-  float* max;          // [rows] running maximum
+  float* max;          // [rows] reference of the weights: a score at most kSlack below the largest
   float* sum;          // [rows] running sum
   float* out;          // [rows][latent] running, not divided by sum
+  bool fresh;          // nothing has been added to out yet, and it is not read
 };
 constexpr int kKeyBlock = 64;
 
-// How a row of keys lies in attention's arrays: latent, zeros, rotary, zeros.
+enum class CacheType : int { f32 = 0, bf16 = 1, fp8 = 2, int8 = 3 };
+inline int cell_bytes(CacheType t) { return t == CacheType::f32 ? 4 : t == CacheType::bf16 ? 2 : 1; }
+
+// The layout of a key row in attention's arrays: latent, zeros, rotary, zeros.
 struct KeyShape {
   int latent, rope;   // c, r
   int latent_padded;  // to 32
@@ -57,12 +61,13 @@ struct Kernels {
   // x[0, k) of one row into the form `format` reads, from column `at` (a multiple of the group).
   void (*store_act)(const Matrix& w, const Act& x, int row, int at, const float* values, int k);
   void (*silu_mul)(const float* gate_up, int rows, int ld, float* out, int ldo);  // 16 gate, 16 up -> 16
-  void (*axpy)(float* y, const float* x, float a, int n);
+  void (*axpy)(float* y, const float* x, float a, int n);                         // y += a x
+  void (*blend)(float* y, float a, const float* x, float b, int n);               // y = a y + b x
   void (*softmax)(const float* x, int n, float* out);
   void (*exp_sum)(const float* x, int n, float* max, float* sum);
   void (*attend)(const AttendBlock& b);
-  // One cached row (types as CacheType: float32, bfloat16, e4m3, int8; scale of latent and rotary or null).
-  void (*load_key)(int type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
+  // One cached row to float32; scale of latent and rotary, or null.
+  void (*load_key)(CacheType type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
   void (*split)(const float* x, int n, uint16_t* hi, uint16_t* lo);  // x = hi + lo in bfloat16, n % 16 == 0
   void (*round_bf16)(const float* x, int n, uint16_t* out);
   void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips,

@@ -14,31 +14,33 @@ Rows Layers::rows(std::vector<float>& memory, int tokens, int width) {
   return {memory.data(), stride};
 }
 
-void Backend::layers(Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps,
-                     int64_t* counts, int64_t counts_stride, Rows out) {
+void Backend::layers(Layers& model, const LayersArgs& in) {
   const Rows none{nullptr, 0};
-  Cache at = cache;
+  const int T = in.tokens;
+  Rows x = in.x;
+  Cache cache = in.cache;
+  int64_t* counts = in.counts;
   for (const Layer& l : model.layers) {
-    const Rows qkv = Layers::rows(model.qkv, tokens, l.qkv_a->m.n);
-    linear(*l.qkv_a, x, tokens, l.norm, eps, none, qkv);
+    const int hidden = l.o->m.n;
+    const Rows qkv = Layers::rows(model.qkv, T, l.qkv_a->m.n);
+    linear(*l.qkv_a, {x, T, l.norm, in.eps, none, qkv});
     Rows q = qkv;
     if (l.q_b) {
-      q = Layers::rows(model.q, tokens, l.q_b->m.n);
-      linear(*l.q_b, qkv, tokens, l.q_norm, eps, none, q);
+      q = Layers::rows(model.q, T, l.q_b->m.n);
+      linear(*l.q_b, {qkv, T, l.q_norm, in.eps, none, q});
     }
-    const Rows heads = Layers::rows(model.heads, tokens, l.o->m.k);
-    mla(*l.attention, q, {qkv.at + l.q_width, qkv.stride}, tokens, at, batch, eps, heads);
-    const Rows h = Layers::rows(model.hidden, tokens, l.o->m.n);
-    // Over ranks, the first one brings what is not shared among them into the sum.
-    linear(*l.o, heads, tokens, nullptr, eps, !l.o_sum || l.o_sum->index == 0 ? x : none, h);
-    if (l.o_sum) l.o_sum->add(h, tokens, l.o->m.n);
-    moe(*l.feed, h, tokens, l.feed_norm, eps, counts, out, nullptr, nullptr,
-        !l.feed_sum || l.feed_sum->index == 0);
-    if (l.feed_sum) l.feed_sum->add(out, tokens, l.o->m.n);
-    x = out;
-    at.data += cache.layer_bytes;
-    if (at.scale) at.scale += cache.layer_scales;
-    if (counts) counts += counts_stride;
+    const Rows heads = Layers::rows(model.heads, T, l.o->m.k);
+    mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, in.eps, heads});
+    const Rows h = Layers::rows(model.hidden, T, hidden);
+    // Over ranks, the first one adds the residual, which they all have.
+    linear(*l.o, {heads, T, nullptr, in.eps, !l.o_sum || l.o_sum->index == 0 ? x : none, h});
+    if (l.o_sum) l.o_sum->add(h, T, hidden);
+    moe(*l.feed,
+        {h, T, l.feed_norm, in.eps, in.out, counts, nullptr, nullptr, !l.feed_sum || l.feed_sum->index == 0});
+    if (l.feed_sum) l.feed_sum->add(in.out, T, hidden);
+    x = in.out;
+    cache.next_layer();
+    if (counts) counts += in.counts_stride;
   }
 }
 

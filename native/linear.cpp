@@ -98,29 +98,38 @@ void Backend::rms_norm(Rows x, int tokens, int k, const float* weight, float eps
   for (int t = 0; t < tokens; ++t) kernels.rms_norm(x.row(t), weight, eps, k, out.row(t));
 }
 
-void Backend::linear(const Packed& packed, Rows x, int tokens, const float* norm, float eps, Rows residual,
-                     Rows out) {
+namespace {
+
+// Columns [n0, n0 + columns) of a tile's rows to the output, with the residual added.
+void write_tile(const LinearArgs& in, const float* tile, int n0, int columns, int m0, int rows) {
+  for (int m = 0; m < rows; ++m) {
+    const float* from = tile + m * 32;
+    float* to = in.out.row(m0 + m) + n0;
+    if (!in.residual.at) {
+      std::memcpy(to, from, sizeof(float) * columns);
+      continue;
+    }
+    const float* add = in.residual.row(m0 + m) + n0;
+    for (int i = 0; i < columns; ++i) to[i] = add[i] + from[i];
+  }
+}
+
+}  // namespace
+
+void Backend::linear(const Packed& packed, const LinearArgs& in) {
   const Matrix& w = packed.m;
+  const int T = in.tokens;
   work_.reset();
-  const Act space = work_.act(w, std::max(tokens, pool.size()),
-                              kernels.split_act && tokens >= kernels.split_rows, w.sparse);
+  const Act space =
+      work_.act(w, std::max(T, pool.size()), kernels.split_act && T >= kernels.split_rows, w.sparse);
   float* scratch = work_.take<float>(static_cast<size_t>(pool.size()) * act_stride(w.k));
   float* tiles = work_.take<float>(static_cast<size_t>(pool.size()) * kRowBlock * 32);
   pool.run([&](Team& team) {
-    const Act act = prepare(team, 0, w, space, x, tokens, norm, eps, scratch);
+    const Act act = prepare(team, 0, w, space, in.x, T, in.norm, in.eps, scratch);
     float* tile = tiles + static_cast<size_t>(team.id()) * kRowBlock * 32;
     team.for_units(1, 1, (w.panels + kPair - 1) / kPair, [&](int, int pair) {
-      for_tiles(kernels, w, pair, act, tokens, tile, [&](int n0, int columns, int m0, int rows) {
-        for (int m = 0; m < rows; ++m) {
-          float *to = out.row(m0 + m) + n0, *from = tile + m * 32;
-          if (residual.at) {
-            const float* add = residual.row(m0 + m) + n0;
-            for (int i = 0; i < columns; ++i) to[i] = add[i] + from[i];
-          } else {
-            std::memcpy(to, from, sizeof(float) * columns);
-          }
-        }
-      });
+      for_tiles(kernels, w, pair, act, T, tile,
+                [&](int n0, int columns, int m0, int rows) { write_tile(in, tile, n0, columns, m0, rows); });
     });
   });
 }

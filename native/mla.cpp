@@ -1,5 +1,5 @@
 // Multi-head latent attention as one op over the paged latent cache (DeepSeek-V2 section 2.1), absorbed:
-// queries are taken into the latent space, so that keys are never expanded.
+// queries are projected into the latent space, so that keys are never expanded.
 //
 // Legend: T tokens, H heads, n nope, r rotary, c latent, v value head size, W padded key width.
 #include <algorithm>
@@ -7,179 +7,74 @@
 #include <cstring>
 
 #include "backend.h"
+#include "cache_rows.h"
+#include "chunks.h"
 
 namespace farthing {
 namespace {
 
-constexpr int kRows = 16;    // (token, head) rows of a unit
-constexpr int kSplit = 256;  // keys of a unit, at most, where a sequence has few queries
-constexpr int kHalve =
-    64;  // … which takes two units from here on: a sequence alone then has work for two threads
-constexpr int kFewQueries = 8;
-constexpr int kColumns = 64;  // outputs of a unit of projection
+constexpr int kRows = 16;       // (token, head) rows of a unit
+constexpr int kFewQueries = 8;  // up to which a unit takes one chunk of keys; more queries are work enough
+constexpr int kColumns = 64;    // outputs of a unit of projection
 constexpr float kNothing = -3.0e38f;
 
-// Some query rows of one sequence against some of its keys.
+// Query rows of one sequence (tokens x heads) against the keys of chunks [first_chunk, last_chunk).
 struct Unit {
   int sequence, token, tokens, head, heads;
-  int begin, end;   // keys
-  int part, parts;  // of a split sequence
-  int slot;         // where its partial result goes
+  int keys;  // that its last token sees
+  int first_chunk, last_chunk;
+  int slot;  // of its partial result
+
+  int rows() const { return tokens * heads; }
+  int begin(int chunk) const { return Chunks::begin(chunk); }
+  int end(int chunk) const { return std::min(keys, Chunks::begin(chunk + 1)); }
 };
 
-void rotate(const float* x, int r, const float* cos, const float* sin, bool interleaved, float scale,
-            float* out) {
-  const int half = r / 2;
-  for (int i = 0; i < half; ++i) {
-    const int a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : i + half;
-    const float xa = x[a] * scale, xb = x[b] * scale;
-    out[a] = xa * cos[i] - xb * sin[i];
-    out[b] = xb * cos[i] + xa * sin[i];
-  }
-}
+struct Units {
+  std::vector<Unit> list;
+  int slots = 0;
 
-uint8_t to_e4m3(float f) {  // to nearest even; |f| <= 448
-  const uint8_t sign = std::signbit(f) ? 0x80 : 0;
-  const float a = std::min(std::fabs(f), 448.0f);
-  if (a < 0x1p-6f) return static_cast<uint8_t>(sign | static_cast<int>(std::nearbyint(a * 512.0f)));
-  uint32_t b;
-  std::memcpy(&b, &a, 4);
-  b += 0x7ffffu + (b >> 20 & 1u);
-  return static_cast<uint8_t>(sign | ((b >> 20) - (120u << 3)));
-}
-
-void write_part(const Kernels& kernels, const Cache& cache, int64_t slot, int width, int at, const float* x,
-                int n, int part) {
-  uint8_t* row = cache.data;
-  const size_t first = static_cast<size_t>(slot) * width + at;
-  if (cache.type == CacheType::f32)
-    return static_cast<void>(std::memcpy(reinterpret_cast<float*>(row) + first, x, sizeof(float) * n));
-  if (cache.type == CacheType::bf16)
-    return kernels.round_bf16(x, n, reinterpret_cast<uint16_t*>(row) + first);
-  const bool fp8 = cache.type == CacheType::fp8;
-  const float top = fp8 ? 448.0f : 127.0f;
-  float amax = 0.0f;
-  for (int i = 0; i < n; ++i) amax = std::max(amax, std::fabs(x[i]));
-  const float scale = std::max(amax / top, 1e-20f);
-  cache.scale[slot * 2 + part] = scale;
-  for (int i = 0; i < n; ++i)
-    row[first + i] = fp8 ? to_e4m3(x[i] / scale)
-                         : static_cast<uint8_t>(static_cast<int8_t>(
-                               std::clamp(std::nearbyint(x[i] / scale), -127.0f, 127.0f)));
-}
-
-std::vector<Unit> plan_units(const Batch& batch, int heads, int* slots) {
-  std::vector<Unit> units;
-  const int together = std::max(1, kRows / heads);  // tokens of a unit
-  *slots = 0;
-  for (int b = 0; b < batch.sequences; ++b) {
-    const int first = batch.query_start[b], last = batch.query_start[b + 1];
-    for (int t = first; t < last; t += together)
-      for (int h = 0; h < heads; h += kRows) {
-        const int tokens = std::min(together, last - t);
-        const int keys = batch.keys(t + tokens - 1);
-        int parts = 1, split = keys;
-        if (last - first <= kFewQueries) {
-          parts = keys < kHalve ? 1 : std::max(2, (keys + kSplit - 1) / kSplit);
-          split = round_up((keys + parts - 1) / parts, kRows);
-          parts = (keys + split - 1) / split;
-        }
-        for (int p = 0; p < parts; ++p)
-          units.push_back({b, t, tokens, h, std::min(kRows, heads - h), p * split,
-                           std::min(keys, (p + 1) * split), p, parts, (*slots)++});
-      }
-  }
-  return units;
-}
-
-// The cached keys of a unit, block by block, in the form the kernel reads.
-struct Reader {
-  const Kernels& kernels;
-  const Cache& cache;
-  const Batch& batch;
-  KeyShape shape;
-  Kernels::Keys form;
-  float* k32;
-  uint16_t* k16;
-  uint16_t* rest;                            // what the split of float keys leaves, not used further
-  const uint16_t* rows[2 * kKeyBlock] = {};  // keys of a block, and of the one after it
-  const Unit* next = nullptr;                // whose keys [next_at, …) those are
-  int next_at = 0;
-
-  const uint8_t* row(int sequence, int key, int64_t* slot) const {
-    const int32_t block =
-        batch.block_table[static_cast<int64_t>(sequence) * batch.max_blocks + key / cache.block_size];
-    *slot = static_cast<int64_t>(block) * cache.block_size + key % cache.block_size;
-    static constexpr int bytes[] = {4, 2, 1, 1};
-    return cache.data + *slot * (shape.latent + shape.rope) * bytes[static_cast<int>(cache.type)];
-  }
-
-  // Rows lie in the cache as the kernel reads them.
-  bool exact() const {
-    return cache.type == CacheType::bf16 && shape.latent_padded == shape.latent &&
-           shape.width == shape.latent + shape.rope;
-  }
-
-  void expand(int sequence, int key, float* to) const {
-    int64_t slot;
-    const uint8_t* from = row(sequence, key, &slot);
-    kernels.load_key(static_cast<int>(cache.type), from, cache.scale ? cache.scale + slot * 2 : nullptr,
-                     shape, to);
-  }
-
-  // One key in bfloat16: where it lies, or in `to`.
-  const uint16_t* half(int sequence, int key, uint16_t* to) const {
-    int64_t slot;
-    if (exact()) return reinterpret_cast<const uint16_t*>(row(sequence, key, &slot));
-    expand(sequence, key, k32);
-    kernels.split(k32, shape.width, to, rest);
-    return to;
-  }
-
-  // Where the keys of the block after this one lie, for the kernel to ask for them ahead.
-  void look_ahead(const Unit& u, int at) {
-    if (form != Kernels::Keys::rows || !exact()) return;
-    next = &u, next_at = at;
-    const int keys = std::min(kKeyBlock, u.end - at);
-    for (int i = 0; i < keys; ++i) rows[kKeyBlock + i] = half(u.sequence, at + i, nullptr);
-    std::fill(rows + kKeyBlock + keys, rows + 2 * kKeyBlock, rows[kKeyBlock + keys - 1]);
-  }
-
-  // Keys [at, at + b.keys) of a unit; those that were looked ahead to are where they were found.
-  void fetch(const Unit& u, int at, AttendBlock& b) {
-    const int keys = b.keys, sequence = u.sequence;
-    const size_t width = shape.width;
-    switch (form) {
-      case Kernels::Keys::f32:
-        for (int i = 0; i < keys; ++i) expand(sequence, at + i, k32 + i * width);
-        b.k32 = k32;
-        return;
-      case Kernels::Keys::rows:
-        if (next == &u && next_at == at) std::copy_n(rows + kKeyBlock, keys, rows);
-        else
-          for (int i = 0; i < keys; ++i) rows[i] = half(sequence, at + i, k16 + i * width);
-        std::fill(rows + keys, rows + 2 * kKeyBlock, rows[keys - 1]);
-        next = nullptr;
-        b.rows16 = rows;
-        return;
-      case Kernels::Keys::tiles:
-        b.k16 = k16;
-        b.k16_stride = shape.width;
-        if (exact() && cache.block_size % kKeyBlock == 0 && keys == kKeyBlock) {
-          b.k16 = half(sequence, at, k16);
-          return;
-        }
-        for (int i = 0; i < keys; ++i) {
-          uint16_t* to = k16 + i * width;
-          const uint16_t* from = half(sequence, at + i, to);
-          if (from != to) std::memcpy(to, from, sizeof(uint16_t) * width);
-        }
-        std::memset(k16 + keys * width, 0, sizeof(uint16_t) * width * (kKeyBlock - keys));
+  Units(const Batch& batch, int heads) {
+    for (int b = 0; b < batch.sequences; ++b) {
+      const int first = batch.query_start[b], last = batch.query_start[b + 1];
+      const int together = std::max(1, kRows / heads);  // tokens
+      for (int t = first; t < last; t += together)
+        for (int h = 0; h < heads; h += kRows)
+          add(batch, b, t, std::min(together, last - t), h, std::min(kRows, heads - h),
+              last - first > kFewQueries);
     }
   }
+
+ private:
+  void add(const Batch& batch, int sequence, int token, int tokens, int head, int heads, bool whole) {
+    const int keys = batch.keys(token + tokens - 1), chunks = Chunks::count(keys);
+    const int step = whole ? chunks : 1;
+    for (int c = 0; c < chunks; c += step)
+      list.push_back({sequence, token, tokens, head, heads, keys, c, c + step, slots++});
+  }
 };
 
-// [rows][W] to tile order [W / 2][16][2], high and low halves.
+// Running softmax of up to kRows query rows: maxima, sums and unnormalized outputs [rows][latent].
+struct Running {
+  float *max, *sum, *out;
+
+  void clear(int rows) const {  // but not out: the first block of keys overwrites it
+    std::fill_n(max, rows, kNothing);
+    std::fill_n(sum, rows, 0.0f);
+  }
+};
+
+// Adds the softmax of the next chunk to that of the chunks before it. Every sum over chunks is made by this.
+void fold(const Kernels& kernels, float& max, float& sum, float* out, float next_max, float next_sum,
+          const float* next, int n) {
+  const bool grows = next_max > max;  // one of the two keeps its scale
+  const float a = grows ? std::exp(max - next_max) : 1.0f, b = grows ? 1.0f : std::exp(next_max - max);
+  kernels.blend(out, a, next, b, n);
+  sum = sum * a + next_sum * b;
+  max = std::max(max, next_max);
+}
+
+// [rows][W] to tile order [W / 2][16][2], high and low halves; row_hi and row_lo are scratch.
 void tile_query(const Kernels& kernels, const float* q, int rows, int width, uint16_t* hi, uint16_t* lo,
                 uint16_t* row_hi, uint16_t* row_lo) {
   std::memset(hi, 0, sizeof(uint16_t) * width * kRows);
@@ -193,148 +88,237 @@ void tile_query(const Kernels& kernels, const float* q, int rows, int width, uin
   }
 }
 
-struct Partial {  // [slots][rows]
-  float* max;
-  float* sum;
-  float* out;  // [slots][rows][latent_padded]
+KeyShape key_shape(const Attention& w) {
+  const int latent = round_up(w.latent, 32);
+  return {w.latent, w.rope, latent, latent + round_up(w.rope, 32)};
+}
+
+// Scratch of one call.
+struct Space {
+  Act nope, latent;   // inputs of W_UK and W_UV, a head's tokens together
+  float* query;       // [T][H][W]
+  Running partial;    // [slots][kRows] …
+  Running chunk;      // [threads][kRows] …
+  float* keys32;      // [threads][kKeyBlock][W]
+  uint16_t* keys16;   // [threads][KeyReader::kScratchRows][W]
+  uint16_t* queries;  // [threads][2 kRows + 2][W]
+  float* row;         // [threads][row_size]
+  float* tile;        // [threads][T][kColumns]
+  int *first_slot, *first_row,
+      *parts;  // [T][head groups], [T], [T]: where merge finds a row's partial results
+  int row_size, head_groups;
+
+  Space(Workspace& work, const Kernels& kernels, const Attention& w, const Matrix& uk, const Matrix& uv,
+        int tokens, int slots, int threads) {
+    const KeyShape shape = key_shape(w);
+    const size_t T = tokens, H = w.heads, W = shape.width, each = threads,
+                 cells = static_cast<size_t>(slots) * kRows;
+    const bool split = kernels.split_act && tokens >= kernels.split_rows;
+    head_groups = (w.heads + kRows - 1) / kRows;
+    row_size = std::max(w.latent + w.rope, w.nope);
+    nope = work.act(uk, tokens * w.heads, split, uk.sparse);
+    latent = work.act(uv, tokens * w.heads, split, uv.sparse);
+    query = work.take<float>(T * H * W);
+    partial = {work.take<float>(cells), work.take<float>(cells),
+               work.take<float>(cells * shape.latent_padded)};
+    chunk = {work.take<float>(each * kRows), work.take<float>(each * kRows),
+             work.take<float>(each * kRows * shape.latent_padded)};
+    keys32 = work.take<float>(each * kKeyBlock * W);
+    keys16 = work.take<uint16_t>(each * KeyReader::kScratchRows * W);
+    queries = work.take<uint16_t>(each * (2 * kRows + 2) * W);
+    row = work.take<float>(each * row_size);
+    tile = work.take<float>(each * std::max<size_t>(T, 1) * kColumns);
+    first_slot = work.take<int>(T * head_groups);
+    first_row = work.take<int>(T);
+    parts = work.take<int>(T);
+  }
+};
+
+// One call, phase by phase. Phases that share no barrier share no data.
+class Mla {
+ public:
+  Mla(const Kernels& kernels, const Attention& w, const MlaArgs& in, const Units& units, const Space& space)
+      : kernels_(kernels),
+        w_(w),
+        in_(in),
+        units_(units),
+        space_(space),
+        shape_(key_shape(w)),
+        form_(KeyReader::form(kernels, in.cache)) {
+    for (const Unit& u : units.list) {
+      const int chunks = Chunks::count(u.keys);
+      for (int i = 0; i < u.tokens && u.first_chunk == 0; ++i) {
+        space.first_slot[(u.token + i) * space.head_groups + u.head / kRows] = u.slot;
+        space.first_row[u.token + i] = i * u.heads;
+        space.parts[u.token + i] = u.last_chunk == chunks ? 1 : chunks;
+      }
+    }
+  }
+
+  void run(Team& team) const {
+    rotate_and_cache(team);
+    team.barrier();
+    absorb(team);
+    team.barrier();
+    attend(team);
+    team.barrier();
+    merge(team);
+    team.barrier();
+    project(team);
+  }
+
+ private:
+  // Rotates the queries and takes their other part to the form W_UK reads; norms, rotates and caches the
+  // keys.
+  void rotate_and_cache(Team& team) const {
+    const int H = w_.heads, T = in_.tokens;
+    float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
+    team.for_units(0, T, H + 1, [&](int t, int h) {
+      const int64_t at = static_cast<int64_t>(in_.batch.positions[t]) * (w_.rope / 2);
+      if (h == H) return cache_key(t, w_.cos + at, w_.sin + at, scratch);
+      const float* head = in_.q.row(t) + static_cast<int64_t>(h) * (w_.nope + w_.rope);
+      float* to = space_.query + (static_cast<size_t>(t) * H + h) * shape_.width;
+      for (int i = 0; i < w_.nope; ++i) scratch[i] = head[i] * w_.scale;
+      kernels_.store_act(w_.w_uk[0]->m, space_.nope, h * T + t, 0, scratch, w_.nope);
+      std::fill(to + w_.latent, to + shape_.width, 0.0f);
+      rotate_row(head + w_.nope, w_.rope, w_.cos + at, w_.sin + at, w_.interleaved, w_.scale,
+                 to + shape_.latent_padded);
+    });
+  }
+
+  void cache_key(int t, const float* cos, const float* sin, float* scratch) const {
+    float* k_pe = scratch + w_.latent;
+    kernels_.rms_norm(in_.kv.row(t), w_.norm, in_.eps, w_.latent, scratch);
+    rotate_row(in_.kv.row(t) + w_.latent, w_.rope, cos, sin, w_.interleaved, 1.0f, k_pe);
+    write_latent(kernels_, in_.cache, in_.batch.slots[t], scratch, w_.latent, k_pe, w_.rope);
+  }
+
+  // [T, n] W_UK -> [T, c] of each head. A ragged last panel is written after the latent, where zeros are.
+  void absorb(Team& team) const {
+    const int H = w_.heads, T = in_.tokens, W = shape_.width;
+    team.for_units(1, H, (w_.latent + kColumns - 1) / kColumns, [&](int h, int u) {
+      const int n0 = u * kColumns, panels = (std::min(kColumns, w_.latent - n0) + kPanel - 1) / kPanel;
+      kernels_.tile(w_.w_uk[h]->m, n0 / kPanel, panels, row(space_.nope, h * T), T,
+                    space_.query + static_cast<size_t>(h) * W + n0, H * W);
+    });
+  }
+
+  // Scores, softmax and weighted sums of keys, unit by unit.
+  void attend(Team& team) const {
+    const size_t me = team.id(), W = shape_.width;
+    KeyReader reader(kernels_, in_.cache, in_.batch, shape_, space_.keys32 + me * kKeyBlock * W,
+                     space_.keys16 + me * KeyReader::kScratchRows * W);
+    uint16_t* queries = space_.queries + me * (2 * kRows + 2) * W;
+    team.for_units(2, 1, static_cast<int>(units_.list.size()), [&](int, int i) {
+      const Unit& u = units_.list[i];
+      AttendBlock b{};
+      b.rows = u.rows();
+      b.width = shape_.width;
+      b.latent = shape_.latent_padded;
+      // Tokens x heads are contiguous, since a unit has one token or all heads.
+      b.q = space_.query + (static_cast<size_t>(u.token) * w_.heads + u.head) * W;
+      b.q_hi = queries;
+      b.q_lo = queries + kRows * W;  // of tiles only
+      if (form_ == Kernels::Keys::tiles)
+        tile_query(kernels_, b.q, b.rows, shape_.width, queries, queries + kRows * W, queries + 2 * kRows * W,
+                   queries + (2 * kRows + 1) * W);
+      if (form_ == Kernels::Keys::rows) kernels_.round_bf16(b.q, b.rows * shape_.width, queries);
+      const Running sums = at(space_.partial, u.slot), next = at(space_.chunk, me);
+      for (int c = u.first_chunk; c < u.last_chunk; ++c) {
+        const Running& to = c == u.first_chunk ? sums : next;
+        attend_chunk(u, i, c, to, reader, b);
+        if (c == u.first_chunk) continue;
+        for (int r = 0; r < b.rows; ++r)
+          fold(kernels_, sums.max[r], sums.sum[r], sums.out + static_cast<size_t>(r) * b.latent, next.max[r],
+               next.sum[r], next.out + static_cast<size_t>(r) * b.latent, b.latent);
+      }
+    });
+  }
+
+  void attend_chunk(const Unit& u, int index, int chunk, const Running& to, KeyReader& reader,
+                    AttendBlock& b) const {
+    int visible[kRows];
+    b.visible = visible;
+    b.max = to.max, b.sum = to.sum, b.out = to.out;
+    to.clear(b.rows);
+    const int end = u.end(chunk);
+    for (int at = u.begin(chunk); at < end; at += kKeyBlock) {
+      b.keys = std::min(kKeyBlock, end - at);
+      for (int j = 0; j < b.rows; ++j) visible[j] = in_.batch.keys(u.token + j / u.heads) - at;
+      reader.fetch(u.sequence, at, b);
+      look_ahead(u, index, chunk, at + kKeyBlock, reader);
+      b.fresh = at == u.begin(chunk);
+      kernels_.attend(b);
+    }
+  }
+
+  // The keys that are read after those before `at`: of this unit, or of the next.
+  void look_ahead(const Unit& u, int index, int chunk, int at, KeyReader& reader) const {
+    if (at < u.end(chunk)) return reader.look_ahead(u.sequence, at, std::min(kKeyBlock, u.end(chunk) - at));
+    const bool last = chunk + 1 == u.last_chunk;
+    if (last && index + 1 == static_cast<int>(units_.list.size())) return;
+    const Unit& next = last ? units_.list[index + 1] : u;
+    const int c = last ? next.first_chunk : chunk + 1;
+    reader.look_ahead(next.sequence, next.begin(c), std::min(kKeyBlock, next.end(c) - next.begin(c)));
+  }
+
+  // Folds the chunks of split sequences, divides by the sum, and takes the result to the form W_UV reads.
+  void merge(Team& team) const {
+    const int T = in_.tokens, c = w_.latent, lp = shape_.latent_padded;
+    float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
+    team.for_units(3, T, w_.heads, [&](int t, int h) {
+      const int slot = space_.first_slot[t * space_.head_groups + h / kRows],
+                at = space_.first_row[t] + h % kRows;
+      size_t cell = static_cast<size_t>(slot) * kRows + at;
+      float max = space_.partial.max[cell], sum = space_.partial.sum[cell];
+      std::copy_n(space_.partial.out + cell * lp, c, scratch);
+      for (int p = 1; p < space_.parts[t]; ++p) {
+        cell += kRows;
+        fold(kernels_, max, sum, scratch, space_.partial.max[cell], space_.partial.sum[cell],
+             space_.partial.out + cell * lp, c);
+      }
+      const float inverse = 1.0f / sum;
+      for (int i = 0; i < c; ++i) scratch[i] *= inverse;
+      kernels_.store_act(w_.w_uv[0]->m, space_.latent, h * T + t, 0, scratch, c);
+    });
+  }
+
+  // [T, c] W_UV -> [T, v] of each head.
+  void project(Team& team) const {
+    const int T = in_.tokens;
+    float* tile = space_.tile + static_cast<size_t>(team.id()) * T * kColumns;
+    team.for_units(4, w_.heads, (w_.value + kColumns - 1) / kColumns, [&](int h, int u) {
+      const int n0 = u * kColumns, columns = std::min(kColumns, w_.value - n0);
+      kernels_.tile(w_.w_uv[h]->m, n0 / kPanel, (columns + kPanel - 1) / kPanel, row(space_.latent, h * T), T,
+                    tile, kColumns);
+      for (int t = 0; t < T; ++t)
+        std::memcpy(in_.out.row(t) + static_cast<int64_t>(h) * w_.value + n0,
+                    tile + static_cast<size_t>(t) * kColumns, sizeof(float) * columns);
+    });
+  }
+
+  Running at(const Running& all, size_t slot) const {
+    const size_t cell = slot * kRows;
+    return {all.max + cell, all.sum + cell, all.out + cell * shape_.latent_padded};
+  }
+
+  const Kernels& kernels_;
+  const Attention& w_;
+  const MlaArgs& in_;
+  const Units& units_;
+  const Space& space_;
+  const KeyShape shape_;
+  const Kernels::Keys form_;
 };
 
 }  // namespace
 
-void Backend::mla(const Attention& w, Rows q, Rows kv, int tokens, const Cache& cache, const Batch& batch,
-                  float eps, Rows out) {
-  const int T = tokens, H = w.heads, c = w.latent, r = w.rope, threads = pool.size();
-  const int lp = round_up(c, 32), W = lp + round_up(r, 32);
-  const KeyShape shape{c, r, lp, W};
-  const Matrix &uk = w.w_uk[0]->m, &uv = w.w_uv[0]->m;
-  const bool split = kernels.split_act && T >= kernels.split_rows;
-  const Kernels::Keys form = cache.type == CacheType::f32 ? Kernels::Keys::f32 : kernels.keys;
-  int slots = 0;
-  const std::vector<Unit> units = plan_units(batch, H, &slots);
+void Backend::mla(const Attention& w, const MlaArgs& in) {
+  const Units units(in.batch, w.heads);
   work_.reset();
-  const Act nope = work_.act(uk, T * H, split, uk.sparse), latent = work_.act(uv, T * H, split, uv.sparse);
-  float* query = work_.take<float>(static_cast<size_t>(T) * H * W);  // [T][H][W]
-  const Partial partial{work_.take<float>(slots * kRows), work_.take<float>(slots * kRows),
-                        work_.take<float>(static_cast<size_t>(slots) * kRows * lp)};
-  float* keys32 = work_.take<float>(static_cast<size_t>(threads) * kKeyBlock * W);
-  uint16_t* keys16 = work_.take<uint16_t>(static_cast<size_t>(threads) * kKeyBlock * W);
-  uint16_t* tiles = work_.take<uint16_t>(static_cast<size_t>(threads) * (2 * kRows + 4) * W);
-  float* rows = work_.take<float>(static_cast<size_t>(threads) * std::max(c, w.nope));
-  float* ragged = work_.take<float>(static_cast<size_t>(threads) * std::max(T, 1) * kColumns);
-  int* first_slot =
-      work_.take<int>(static_cast<size_t>(T) * ((H + kRows - 1) / kRows));  // of a token's group of heads
-  int* first_row = work_.take<int>(static_cast<size_t>(T));
-  int* parts_of = work_.take<int>(static_cast<size_t>(T));
-  const int head_groups = (H + kRows - 1) / kRows;
-  for (const Unit& u : units) {
-    if (u.part) continue;
-    for (int i = 0; i < u.tokens; ++i) {
-      first_slot[(u.token + i) * head_groups + u.head / kRows] = u.slot;
-      first_row[u.token + i] = i * u.heads;
-      parts_of[u.token + i] = u.parts;
-    }
-  }
-
-  pool.run([&](Team& team) {
-    const int me = team.id();
-    float* scratch = rows + static_cast<size_t>(me) * std::max(c, w.nope);
-    // Rotate the queries and take their other part to the form W_UK reads; norm, rotate and cache the keys.
-    team.for_units(0, T, H + 1, [&](int t, int h) {
-      const float *cos = w.cos + static_cast<int64_t>(batch.positions[t]) * (r / 2),
-                  *sin = w.sin + static_cast<int64_t>(batch.positions[t]) * (r / 2);
-      if (h == H) {
-        float k_pe[1024];
-        kernels.rms_norm(kv.row(t), w.norm, eps, c, scratch);
-        rotate(kv.row(t) + c, r, cos, sin, w.interleaved, 1.0f, k_pe);
-        write_part(kernels, cache, batch.slots[t], c + r, 0, scratch, c, 0);
-        write_part(kernels, cache, batch.slots[t], c + r, c, k_pe, r, 1);
-        return;
-      }
-      const float* head = q.row(t) + static_cast<int64_t>(h) * (w.nope + r);
-      float* to = query + (static_cast<size_t>(t) * H + h) * W;
-      for (int i = 0; i < w.nope; ++i) scratch[i] = head[i] * w.scale;
-      kernels.store_act(uk, nope, h * T + t, 0, scratch, w.nope);
-      std::fill(to + c, to + W, 0.0f);
-      rotate(head + w.nope, r, cos, sin, w.interleaved, w.scale, to + lp);
-    });
-    team.barrier();
-    // [T, n] W_UK -> [T, c] for each head. A ragged last panel is written behind the latent, where zeros
-    // stand.
-    team.for_units(1, H, (c + kColumns - 1) / kColumns, [&](int h, int u) {
-      const int n0 = u * kColumns, panels = (std::min(kColumns, c - n0) + kPanel - 1) / kPanel;
-      kernels.tile(w.w_uk[h]->m, n0 / kPanel, panels, row(nope, h * T), T,
-                   query + static_cast<size_t>(h) * W + n0, H * W);
-    });
-    team.barrier();
-    Reader reader{kernels,
-                  cache,
-                  batch,
-                  shape,
-                  form,
-                  keys32 + static_cast<size_t>(me) * kKeyBlock * W,
-                  keys16 + static_cast<size_t>(me) * kKeyBlock * W,
-                  tiles + (static_cast<size_t>(me) * (2 * kRows + 4) + 2 * kRows + 2) * W};
-    team.for_units(2, 1, static_cast<int>(units.size()), [&](int, int i) {
-      const Unit& u = units[i];
-      AttendBlock b{};
-      b.rows = u.tokens * u.heads;
-      b.width = W;
-      b.latent = lp;
-      b.q = query + (static_cast<size_t>(u.token) * H + u.head) *
-                        W;  // tokens x heads are contiguous: one of them is whole
-      b.max = partial.max + u.slot * kRows;
-      b.sum = partial.sum + u.slot * kRows;
-      b.out = partial.out + static_cast<size_t>(u.slot) * kRows * lp;
-      std::fill_n(b.max, b.rows, kNothing);
-      std::fill_n(b.sum, b.rows, 0.0f);
-      std::fill_n(b.out, static_cast<size_t>(b.rows) * lp, 0.0f);
-      uint16_t* mine = tiles + static_cast<size_t>(me) * (2 * kRows + 4) * W;
-      if (form == Kernels::Keys::tiles)
-        tile_query(kernels, b.q, b.rows, W, mine, mine + kRows * W, mine + 2 * kRows * W,
-                   mine + (2 * kRows + 1) * W);
-      if (form == Kernels::Keys::rows) kernels.round_bf16(b.q, b.rows * W, mine);
-      b.q_hi = mine;
-      b.q_lo = mine + kRows * W;  // tiles alone
-      int visible[kRows];
-      b.visible = visible;
-      for (int at = u.begin; at < u.end; at += kKeyBlock) {
-        b.keys = std::min(kKeyBlock, u.end - at);
-        for (int j = 0; j < b.rows; ++j) visible[j] = batch.keys(u.token + j / u.heads) - at;
-        reader.fetch(u, at, b);
-        if (at + kKeyBlock < u.end) reader.look_ahead(u, at + kKeyBlock);
-        else if (i + 1 < static_cast<int>(units.size())) reader.look_ahead(units[i + 1], units[i + 1].begin);
-        kernels.attend(b);
-      }
-    });
-    team.barrier();
-    // Merge the parts of a split sequence, divide, and take to the form W_UV reads.
-    team.for_units(3, T, H, [&](int t, int h) {
-      const int parts = parts_of[t], at = first_row[t] + h % kRows,
-                slot = first_slot[t * head_groups + h / kRows];
-      float top = kNothing, sum = 0.0f;
-      for (int p = 0; p < parts; ++p) top = std::max(top, partial.max[(slot + p) * kRows + at]);
-      std::fill_n(scratch, c, 0.0f);
-      for (int p = 0; p < parts; ++p) {
-        const int cell = (slot + p) * kRows + at;
-        const float weight = std::exp(partial.max[cell] - top);
-        sum += partial.sum[cell] * weight;
-        kernels.axpy(scratch, partial.out + static_cast<size_t>(cell) * lp, weight, c);
-      }
-      const float inverse = 1.0f / sum;
-      for (int i = 0; i < c; ++i) scratch[i] *= inverse;
-      kernels.store_act(uv, latent, h * T + t, 0, scratch, c);
-    });
-    team.barrier();
-    team.for_units(4, H, (w.value + kColumns - 1) / kColumns, [&](int h, int u) {
-      const int n0 = u * kColumns, columns = std::min(kColumns, w.value - n0),
-                panels = (columns + kPanel - 1) / kPanel;
-      float* tile = ragged + static_cast<size_t>(me) * T * kColumns;
-      kernels.tile(w.w_uv[h]->m, n0 / kPanel, panels, row(latent, h * T), T, tile, kColumns);
-      for (int t = 0; t < T; ++t)
-        std::memcpy(out.row(t) + static_cast<int64_t>(h) * w.value + n0,
-                    tile + static_cast<size_t>(t) * kColumns, sizeof(float) * columns);
-    });
-  });
+  const Space space(work_, kernels, w, w.w_uk[0]->m, w.w_uv[0]->m, in.tokens, units.slots, pool.size());
+  const Mla call(kernels, w, in, units, space);
+  pool.run([&](Team& team) { call.run(team); });
 }
 
 }  // namespace farthing

@@ -1,4 +1,7 @@
 // Mixture of experts as one op: norm, route, sort by expert, gate + up + SiLU, down, weighted sum.
+//
+// Legend: T tokens, D hidden size, E routed experts, k experts per token, R = T k routed rows, I expert
+// width.
 #include <algorithm>
 #include <cstring>
 
@@ -10,9 +13,10 @@ namespace {
 constexpr int kRowBlock = 256;  // rows whose intermediate tile stays in cache
 constexpr int kPairColumns = 2 * kPanel;
 constexpr int kRouteRows = 64;
-constexpr int kFetchStart = 2048;  // bytes, what the kernels ask for ahead
+constexpr int kFetchStart = 2048;  // bytes, what the kernels prefetch
 constexpr int kApart = 16;  // tokens up to which down projections are read expert by expert, then summed
 constexpr int kApartColumns = 64;
+constexpr int kNarrow = 64;  // tokens up to which a unit of the sum has kWide columns; then 32
 
 // One expert and its rows. Rows of the routed experts follow each other; the shared expert's are the tokens.
 struct Job {
@@ -93,12 +97,230 @@ void gate_up(const Kernels& k, const Matrix& in, const Matrix& down, const Act& 
   }
 }
 
+// Scratch of one call. One token: each thread has a copy of what is computed once, and no barrier.
+struct Space {
+  int copies, most, experts, score_ld, ld, unit = 64, steps = 0, out_columns;
+  bool sparse = false;
+  float *normed, *scores, *weights;  // [copies][ld], [copies][score_ld], [copies][k]
+  int32_t* ids;                      // [copies][k]
+  Kind kinds[2];                     // routed, shared
+  Act gate_x;                        // normed, as the router reads it
+  float *tiles, *hiddens, *sums;     // [threads] each
+  float* apart = nullptr;            // [R + T][ld]: down projections before they are summed
+  size_t tile_size, hidden_size, sum_size;
+
+  Space(Workspace& work, const Kernels& kernels, const Moe& w, int T, int threads) {
+    const int k = w.gate ? w.router.top_k : 0;
+    copies = T == 1 ? threads : T;
+    most = T * k;
+    experts = w.gate ? w.router.experts : 0;
+    score_ld = round_up(experts, kPanel);
+    ld = act_stride(w.hidden);
+    out_columns = T <= kNarrow ? 128 : 32;
+    for (const Mlp& e : w.experts) sparse |= e.down && (e.gate_up->m.sparse || e.down->m.sparse);
+    normed = work.take<float>(static_cast<size_t>(copies) * ld);
+    scores = work.take<float>(static_cast<size_t>(copies) * score_ld);
+    ids = work.take<int32_t>(static_cast<size_t>(copies) * std::max(k, 1));
+    weights = work.take<float>(static_cast<size_t>(copies) * std::max(k, 1));
+    gate_x.ld = ld;
+    gate_x.f32 = normed;
+    if (k) add(work, kernels, *w.first(), 0, T);
+    if (w.has_shared) add(work, kernels, w.experts.back(), 1, T);
+    tile_size = static_cast<size_t>(std::max(kRowBlock * kPairColumns, std::max(most, T) * out_columns));
+    hidden_size = static_cast<size_t>(kRowBlock) * unit;
+    sum_size = static_cast<size_t>(T) * out_columns;
+    tiles = work.take<float>(threads * tile_size);
+    hiddens = work.take<float>(threads * hidden_size);
+    sums = work.take<float>(threads * sum_size);
+    if (T <= kApart) apart = work.take<float>(static_cast<size_t>(most + T) * ld);
+  }
+
+ private:
+  void add(Workspace& work, const Kernels& kernels, const Mlp& e, int i, int T) {
+    const bool split = kernels.split_act && T >= kernels.split_rows;
+    const Matrix &in = e.gate_up->m, &down = e.down->m;
+    Kind& kind = kinds[i];
+    kind.in = &in;
+    kind.down = &down;
+    kind.x = work.act(in, copies, split, sparse);
+    kind.rows = i == 0 && T > 1 ? work.act(in, most, split, sparse) : kind.x;
+    kind.mid = work.act(down, i == 0 ? most : T, split, sparse);
+    unit = std::max(unit, unit_columns(down));
+    steps = std::max(steps, (down.k + unit_columns(down) - 1) / unit_columns(down));
+  }
+};
+
+// One call, phase by phase.
+class Experts {
+ public:
+  Experts(const Kernels& kernels, const Moe& w, const MoeArgs& in, const Space& space, int threads)
+      : kernels_(kernels),
+        w_(w),
+        in_(in),
+        s_(space),
+        k_(w.gate ? w.router.top_k : 0),
+        routed_(static_cast<int>(w.experts.size()) - w.has_shared),
+        plans_(in.tokens == 1 ? threads : 1) {}
+
+  void run(Team& team) {
+    normalize(team);
+    if (in_.chosen) take_choice(team);
+    else if (k_) route(team);
+    Plan& plan = plans_[in_.tokens == 1 ? team.id() : 0];
+    gather(team, plan);
+    gate_and_up(team, plan);
+    team.barrier();
+    if (s_.apart) {
+      down(team, plan);
+      team.barrier();
+    }
+    combine(team, plan);
+  }
+
+  void count() const {  // absent experts too
+    for (int i = 0; i < s_.most; ++i)
+      if (s_.ids[i] >= 0) ++in_.counts[s_.ids[i]];
+  }
+
+ private:
+  bool alone() const { return in_.tokens == 1; }
+
+  void normalize(Team& team) const {
+    const auto one = [&](int t, int to) {
+      float* n = s_.normed + static_cast<size_t>(to) * s_.ld;
+      kernels_.rms_norm(in_.x.row(t), in_.norm, in_.eps, w_.hidden, n);
+      std::fill(n + w_.hidden, n + s_.ld, 0.0f);
+      for (const Kind& kind : s_.kinds)
+        if (kind.x.ld) kernels_.store_act(*kind.in, kind.x, to, 0, n, w_.hidden);
+    };
+    if (alone()) return one(0, team.id());
+    team.for_units(0, 1, in_.tokens, [&](int, int t) { one(t, t); });
+    team.barrier();
+  }
+
+  // The caller's choice, where a plan is built from it. A negative id is no choice.
+  void take_choice(Team& team) const {
+    if (!alone() && team.id() != 0) return;
+    const size_t at = alone() ? static_cast<size_t>(team.id()) * k_ : 0;
+    for (int i = 0; i < s_.most; ++i) s_.ids[at + i] = static_cast<int32_t>(in_.chosen[i]);
+    std::copy_n(in_.chosen_weights, s_.most, s_.weights + at);
+  }
+
+  void route(Team& team) const {
+    const int T = in_.tokens, blocks = (T + kRouteRows - 1) / kRouteRows, me = team.id();
+    team.for_units(1, blocks, w_.gate->m.panels, [&](int b, int panel) {
+      const int t0 = b * kRouteRows;
+      kernels_.tile(w_.gate->m, panel, 1, row(s_.gate_x, alone() ? me : t0), std::min(kRouteRows, T - t0),
+                    s_.scores + static_cast<size_t>(t0) * s_.score_ld + panel * kPanel, s_.score_ld);
+    });
+    team.barrier();
+    const auto choose = [&](int t, int to) {
+      float scores[kMostExperts];
+      std::copy_n(s_.scores + static_cast<size_t>(t) * s_.score_ld, s_.experts, scores);
+      choose_experts(w_.router, scores, s_.ids + static_cast<size_t>(to) * k_,
+                     s_.weights + static_cast<size_t>(to) * k_);
+    };
+    if (alone()) return choose(0, me);
+    team.for_units(2, 1, T, [&](int, int t) { choose(t, t); });
+    team.barrier();
+  }
+
+  // Sorts the rows by expert and copies their activations in that order.
+  void gather(Team& team, Plan& plan) const {
+    if (alone()) {
+      const size_t at = static_cast<size_t>(team.id()) * k_;
+      return plan.build(w_, s_.ids + at, s_.weights + at, 1);
+    }
+    if (team.id() == 0) plan.build(w_, s_.ids, s_.weights, in_.tokens);
+    team.barrier();
+    team.for_units(3, 1, static_cast<int>(plan.token.size()),
+                   [&](int, int r) { copy_row(s_.kinds[0].x, plan.token[r], s_.kinds[0].rows, r); });
+    team.barrier();
+  }
+
+  void gate_and_up(Team& team, const Plan& plan) const {
+    const int jobs = static_cast<int>(plan.jobs.size()), me = team.id();
+    team.for_units(4, jobs, s_.steps, [&](int j, int step) {
+      const Job& job = plan.jobs[j];
+      const Mlp& e = w_.experts[job.expert];
+      const Kind& kind = s_.kinds[job.expert == routed_];
+      const int at = step * unit_columns(e.down->m);
+      if (at >= e.down->m.k) return;
+      if (step + 1 == s_.steps && j + 1 < jobs)
+        fetch_start(w_.experts[plan.jobs[j + 1].expert].gate_up->m, 0);
+      gate_up(kernels_, e.gate_up->m, e.down->m, alone() ? row(kind.x, me) : row(kind.rows, job.first),
+              row(kind.mid, job.first), job.rows, at, s_.tiles + me * s_.tile_size,
+              s_.hiddens + me * s_.hidden_size);
+    });
+  }
+
+  // Few tokens: each expert's weights are one stream; outputs wait in `apart` and are summed in the same
+  // order.
+  void down(Team& team, const Plan& plan) const {
+    const int jobs = static_cast<int>(plan.jobs.size()), D = w_.hidden;
+    team.for_units(5, jobs, (D + kApartColumns - 1) / kApartColumns, [&](int j, int u) {
+      const Job& job = plan.jobs[j];
+      const int n0 = u * kApartColumns, columns = std::min(kApartColumns, D - n0);
+      if (n0 + columns == D && j + 1 < jobs) fetch_start(w_.experts[plan.jobs[j + 1].expert].down->m, 0);
+      kernels_.tile(w_.experts[job.expert].down->m, n0 / kPanel, (columns + kPanel - 1) / kPanel, mid(job),
+                    job.rows, apart(job) + n0, s_.ld);
+    });
+  }
+
+  void combine(Team& team, const Plan& plan) const {
+    const int D = w_.hidden, T = in_.tokens, jobs = static_cast<int>(plan.jobs.size()), wide = s_.out_columns;
+    team.for_units(6, 1, (D + wide - 1) / wide, [&](int, int u) {
+      const int n0 = u * wide, columns = std::min(wide, D - n0), panels = (columns + kPanel - 1) / kPanel;
+      float *sum = s_.sums + team.id() * s_.sum_size, *tile = s_.tiles + team.id() * s_.tile_size;
+      std::fill_n(sum, s_.sum_size, 0.0f);
+      for (int j = 0; j < jobs; ++j) {
+        const Job& job = plan.jobs[j];
+        if (s_.apart) {
+          add_rows(plan, job, apart(job) + n0, s_.ld, panels, sum);
+          continue;
+        }
+        if (j + 1 < jobs) fetch_start(w_.experts[plan.jobs[j + 1].expert].down->m, n0 / kPanel);
+        kernels_.tile(w_.experts[job.expert].down->m, n0 / kPanel, panels, mid(job), job.rows, tile, wide);
+        add_rows(plan, job, tile, wide, panels, sum);
+      }
+      for (int t = 0; t < T; ++t) {
+        const float *x = in_.x.row(t) + n0, *y = sum + static_cast<size_t>(t) * wide;
+        float* to = in_.out.row(t) + n0;
+        for (int i = 0; i < columns; ++i) to[i] = in_.residual ? x[i] + y[i] : y[i];
+      }
+    });
+  }
+
+  // The outputs of one expert, weighted, into the sums of their tokens.
+  void add_rows(const Plan& plan, const Job& job, const float* from, int ld, int panels, float* sum) const {
+    const bool shared = job.expert == routed_;
+    for (int m = 0; m < job.rows; ++m) {
+      const int token = shared ? m : plan.token[job.first + m];
+      kernels_.axpy(sum + static_cast<size_t>(token) * s_.out_columns, from + static_cast<size_t>(m) * ld,
+                    shared ? 1.0f : plan.weight[job.first + m], panels * kPanel);
+    }
+  }
+
+  Act mid(const Job& job) const { return row(s_.kinds[job.expert == routed_].mid, job.first); }
+  float* apart(const Job& job) const {
+    return s_.apart + static_cast<size_t>(job.first + (job.expert == routed_ ? s_.most : 0)) * s_.ld;
+  }
+
+  const Kernels& kernels_;
+  const Moe& w_;
+  const MoeArgs& in_;
+  const Space& s_;
+  const int k_, routed_;
+  std::vector<Plan> plans_;
+};
+
 }  // namespace
 
 void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights) {
+  w.router.check();
   const int experts = w.router.experts, k = w.router.top_k;
   std::vector<float> scores(static_cast<size_t>(tokens) * experts);
-  linear(*w.gate, n, tokens, nullptr, 0.0f, {nullptr, 0}, {scores.data(), experts});
+  linear(*w.gate, {n, tokens, nullptr, 0.0f, {nullptr, 0}, {scores.data(), experts}});
   std::vector<int32_t> chosen(k);
   for (int t = 0; t < tokens; ++t) {
     choose_experts(w.router, scores.data() + static_cast<size_t>(t) * experts, chosen.data(),
@@ -107,162 +329,13 @@ void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weigh
   }
 }
 
-void Backend::moe(const Moe& w, Rows x, int tokens, const float* norm, float eps, int64_t* counts, Rows out,
-                  const int64_t* chosen, const float* chosen_weights, bool residual) {
-  const int T = tokens, D = w.hidden, k = w.gate ? w.router.top_k : 0, threads = pool.size();
-  const int copies = T == 1 ? threads : T, most = T * k;
-  const int E = w.gate ? w.router.experts : 0, score_ld = round_up(E, kPanel);
-  const auto split = [&](const Matrix&, int rows) { return kernels.split_act && rows >= kernels.split_rows; };
+void Backend::moe(const Moe& w, const MoeArgs& in) {
+  if (w.gate) w.router.check();
   work_.reset();
-  bool sparse = false;
-  for (const Mlp& e : w.experts) sparse |= e.down && (e.gate_up->m.sparse || e.down->m.sparse);
-  const int ld = act_stride(D);
-  float* normed = work_.take<float>(static_cast<size_t>(copies) * ld);
-  float* scores = work_.take<float>(static_cast<size_t>(copies) * score_ld);
-  int32_t* ids = work_.take<int32_t>(static_cast<size_t>(copies) * std::max(k, 1));
-  float* weights = work_.take<float>(static_cast<size_t>(copies) * std::max(k, 1));
-  Kind kinds[2];
-  for (int i = 0; i < 2; ++i) {
-    if (i == 0 ? k == 0 : !w.has_shared) continue;
-    const Mlp& e =
-        i == 0 ? *std::find_if(w.experts.begin(), w.experts.end(), [](const Mlp& m) { return !!m.down; })
-               : w.experts.back();
-    kinds[i].in = &e.gate_up->m;
-    kinds[i].down = &e.down->m;
-    kinds[i].x = work_.act(*kinds[i].in, copies, split(*kinds[i].in, T), sparse);
-    kinds[i].rows =
-        i == 0 && T > 1 ? work_.act(*kinds[i].in, most, split(*kinds[i].in, T), sparse) : kinds[i].x;
-    kinds[i].mid = work_.act(*kinds[i].down, i == 0 ? most : T, split(*kinds[i].down, T), sparse);
-  }
-  Act gate_x;
-  gate_x.ld = ld;
-  gate_x.f32 = normed;
-  int unit = 64, steps = 0;
-  for (const Kind& kind : kinds)
-    if (kind.x.ld)
-      unit = std::max(unit, unit_columns(*kind.down)),
-      steps = std::max(steps, (kind.down->k + unit_columns(*kind.down) - 1) / unit_columns(*kind.down));
-  const int out_columns = T <= 64 ? 128 : 32;
-  const size_t tile_size =
-      static_cast<size_t>(std::max(kRowBlock * kPairColumns, std::max(most, T) * out_columns));
-  float* tiles = work_.take<float>(threads * tile_size);
-  float* hiddens = work_.take<float>(static_cast<size_t>(threads) * kRowBlock * unit);
-  float* sums = work_.take<float>(static_cast<size_t>(threads) * T * out_columns);
-  const int apart_ld = act_stride(D);
-  float* apart = T <= kApart ? work_.take<float>(static_cast<size_t>(most + T) * apart_ld) : nullptr;
-  std::vector<Plan> plans(T == 1 ? threads : 1);
-
-  pool.run([&](Team& team) {
-    const int me = team.id();
-    const auto normalize = [&](int t, int to) {
-      float* n = normed + static_cast<size_t>(to) * ld;
-      kernels.rms_norm(x.row(t), norm, eps, D, n);
-      std::fill(n + D, n + ld, 0.0f);
-      for (const Kind& kind : kinds)
-        if (kind.x.ld) kernels.store_act(*kind.in, kind.x, to, 0, n, D);
-    };
-    Plan& plan = plans[T == 1 ? me : 0];
-    if (T == 1) {
-      normalize(0, me);
-    } else {
-      team.for_units(0, 1, T, [&](int, int t) { normalize(t, t); });
-      team.barrier();
-    }
-    if (chosen) {               // by the caller; a negative id is no choice
-      if (T == 1 || me == 0) {  // who builds a plan
-        const size_t at = T == 1 ? static_cast<size_t>(me) * k : 0;
-        for (int i = 0; i < most; ++i) ids[at + i] = static_cast<int32_t>(chosen[i]);
-        std::copy_n(chosen_weights, most, weights + at);
-      }
-    } else if (k) {
-      const int blocks = (T + kRouteRows - 1) / kRouteRows;
-      team.for_units(1, blocks, w.gate->m.panels, [&](int b, int panel) {
-        const int t0 = b * kRouteRows;
-        kernels.tile(w.gate->m, panel, 1, row(gate_x, T == 1 ? me : t0), std::min(kRouteRows, T - t0),
-                     scores + static_cast<size_t>(t0) * score_ld + panel * kPanel, score_ld);
-      });
-      team.barrier();
-      const auto choose = [&](int t, int to) {
-        float mine[1024];
-        std::copy_n(scores + static_cast<size_t>(t) * score_ld, E, mine);
-        choose_experts(w.router, mine, ids + static_cast<size_t>(to) * k,
-                       weights + static_cast<size_t>(to) * k);
-      };
-      if (T == 1) choose(0, me);
-      else team.for_units(2, 1, T, [&](int, int t) { choose(t, t); });
-      if (T > 1) team.barrier();
-    }
-    if (T == 1) {
-      plan.build(w, ids + static_cast<size_t>(me) * k, weights + static_cast<size_t>(me) * k, 1);
-    } else {
-      if (me == 0) plan.build(w, ids, weights, T);
-      team.barrier();
-      team.for_units(3, 1, static_cast<int>(plan.token.size()),
-                     [&](int, int r) { copy_row(kinds[0].x, plan.token[r], kinds[0].rows, r); });
-      team.barrier();
-    }
-    const int jobs = static_cast<int>(plan.jobs.size()),
-              routed = static_cast<int>(w.experts.size()) - w.has_shared;
-    team.for_units(4, jobs, steps, [&](int j, int step) {
-      const Job& job = plan.jobs[j];
-      const Mlp& e = w.experts[job.expert];
-      const Kind& kind = kinds[job.expert == routed];
-      const int at = step * unit_columns(e.down->m);
-      if (at >= e.down->m.k) return;
-      if (step + 1 == steps && j + 1 < jobs) fetch_start(w.experts[plan.jobs[j + 1].expert].gate_up->m, 0);
-      gate_up(kernels, e.gate_up->m, e.down->m, T == 1 ? row(kind.x, me) : row(kind.rows, job.first),
-              row(kind.mid, job.first), job.rows, at, tiles + me * tile_size,
-              hiddens + static_cast<size_t>(me) * kRowBlock * unit);
-    });
-    team.barrier();
-    if (T <= kApart) {
-      // Each expert's weights are one stream; what it gives waits for the sum, whose order is the same as
-      // below.
-      team.for_units(5, jobs, (D + kApartColumns - 1) / kApartColumns, [&](int j, int u) {
-        const Job& job = plan.jobs[j];
-        const bool shared = job.expert == routed;
-        const Matrix& down = w.experts[job.expert].down->m;
-        const int n0 = u * kApartColumns, columns = std::min(kApartColumns, D - n0);
-        if (n0 + columns == D && j + 1 < jobs) fetch_start(w.experts[plan.jobs[j + 1].expert].down->m, 0);
-        kernels.tile(down, n0 / kPanel, (columns + kPanel - 1) / kPanel, row(kinds[shared].mid, job.first),
-                     job.rows, apart + static_cast<size_t>(job.first + (shared ? most : 0)) * apart_ld + n0,
-                     apart_ld);
-      });
-      team.barrier();
-    }
-    team.for_units(6, 1, (D + out_columns - 1) / out_columns, [&](int, int u) {
-      const int n0 = u * out_columns, columns = std::min(out_columns, D - n0),
-                padded = round_up(columns, kPanel);
-      float *y = sums + static_cast<size_t>(me) * T * out_columns, *tile = tiles + me * tile_size;
-      std::fill_n(y, static_cast<size_t>(T) * out_columns, 0.0f);
-      for (int j = 0; j < jobs; ++j) {
-        const Job& job = plan.jobs[j];
-        const bool shared = job.expert == routed;
-        const float* from = tile;
-        int ld = out_columns;
-        if (T <= kApart) {
-          from = apart + static_cast<size_t>(job.first + (shared ? most : 0)) * apart_ld + n0, ld = apart_ld;
-        } else {
-          if (j + 1 < jobs) fetch_start(w.experts[plan.jobs[j + 1].expert].down->m, n0 / kPanel);
-          kernels.tile(w.experts[job.expert].down->m, n0 / kPanel, padded / kPanel,
-                       row(kinds[shared].mid, job.first), job.rows, tile, out_columns);
-        }
-        for (int m = 0; m < job.rows; ++m)
-          kernels.axpy(y + static_cast<size_t>(shared ? m : plan.token[job.first + m]) * out_columns,
-                       from + static_cast<size_t>(m) * ld, shared ? 1.0f : plan.weight[job.first + m],
-                       padded);
-      }
-      for (int t = 0; t < T; ++t) {
-        const float* from = x.row(t) + n0;
-        float* to = out.row(t) + n0;
-        const float* sum = y + static_cast<size_t>(t) * out_columns;
-        for (int i = 0; i < columns; ++i) to[i] = residual ? from[i] + sum[i] : sum[i];
-      }
-    });
-  });
-  if (counts)  // absent experts are counted too
-    for (int i = 0; i < most; ++i)
-      if (ids[i] >= 0) ++counts[ids[i]];
+  const Space space(work_, kernels, w, in.tokens, pool.size());
+  Experts call(kernels, w, in, space, pool.size());
+  pool.run([&](Team& team) { call.run(team); });
+  if (in.counts) call.count();
 }
 
 }  // namespace farthing

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
+#include <string>
 
 #include "backend.h"
 
@@ -9,7 +11,6 @@ namespace farthing {
 namespace {
 
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
-constexpr int kMaxExperts = 1024;
 
 void activate(const Router& r, float* s) {
   if (r.sigmoid) {
@@ -35,9 +36,9 @@ float group_score(const Router& r, const float* x, int n) {
 
 void exclude_groups(const Router& r, float* choice) {
   const int n = r.experts / r.groups;
-  float score[kMaxExperts];
+  float score[kMostExperts];
   for (int g = 0; g < r.groups; ++g) score[g] = group_score(r, choice + g * n, n);
-  bool kept[kMaxExperts] = {};
+  bool kept[kMostExperts] = {};
   for (int i = 0; i < r.top_k_groups; ++i) {
     const int g = argmax(score, r.groups);
     kept[g] = true;
@@ -61,10 +62,28 @@ void keep_mass(const Router& r, int32_t* ids, float* weights) {
   }
 }
 
+void require(bool ok, const char* name, int value, const std::string& expected) {
+  if (!ok)
+    throw std::invalid_argument(std::string(name) + " " + std::to_string(value) + " of a router; expected " +
+                                expected);
+}
+
 }  // namespace
 
+void Router::check() const {
+  require(experts >= 1 && experts <= kMostExperts, "num_experts", experts,
+          "1 to " + std::to_string(kMostExperts));
+  require(top_k >= 1 && top_k <= experts, "top_k", top_k, "1 to num_experts = " + std::to_string(experts));
+  require(groups >= 1 && experts % groups == 0, "num_groups", groups,
+          "a divisor of num_experts = " + std::to_string(experts));
+  require(top_k_groups >= 1 && top_k_groups <= groups, "top_k_groups", top_k_groups,
+          "1 to num_groups = " + std::to_string(groups));
+  const int biases = static_cast<int>(bias.size());
+  require(biases == 0 || biases == experts, "biases", biases, "num_experts = " + std::to_string(experts));
+}
+
 void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights) {
-  float choice[kMaxExperts];
+  float choice[kMostExperts];
   activate(r, scores);
   for (int e = 0; e < r.experts; ++e) choice[e] = scores[e] + (r.bias.empty() ? 0.0f : r.bias[e]);
   if (r.groups > 1) exclude_groups(r, choice);

@@ -1,8 +1,10 @@
 // The kernels every instruction set is compiled with, as a table; one with better ones puts them in their
 // place.
+// In this order: each file uses what the ones above it define.
+// clang-format off
 #include "kernels.h"
 #include "vec.h"
-// clang-format off: each uses what the ones above it define
+
 #include "rows.inl"
 #include "gemm.inl"
 #include "attend.inl"
@@ -21,6 +23,7 @@ constexpr Kernels table(const char* name) {
       .store_act = store_act,
       .silu_mul = silu_mul,
       .axpy = axpy,
+      .blend = blend,
       .softmax = softmax,
       .exp_sum = exp_sum,
       .attend = attend,

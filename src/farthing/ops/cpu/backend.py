@@ -29,13 +29,20 @@ from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
 from farthing.ops.cpu import indexer as indexing
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
-from farthing.ops.cpu.stack import CACHE_TYPES, Stack, pack_stack, run_layers
+from farthing.ops.cpu.stack import (
+    Stack,
+    native_batch,
+    native_cache,
+    native_reads,
+    native_rows,
+    pack_stack,
+    run_layers,
+)
 from farthing.ops.reference import largest
-from farthing.ops.selection import Chosen, chosen, in_rows
+from farthing.ops.selection import chosen, in_rows
 from farthing.ops.weights import InputRounding, Weight
 
 MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
-MOST_EXPERTS = 1024
 SELECTED_AT_ONCE = 32  # tokens that read chosen rows in one call, which bounds its partial sums
 FEW = 16  # tokens up to which one call looks them up faster than two of torch
 
@@ -173,9 +180,10 @@ class CpuOps(HostOps):
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
         stored = self._file is not None and f"{name}.gate" in self._file
         w = None if stored else weights()
-        if spec.num_experts > MOST_EXPERTS:
+        if spec.num_experts > _native.MOST_EXPERTS:
             raise ValueError(
-                f"num_experts {spec.num_experts} of {name!r} is not served; expected at most {MOST_EXPERTS}"
+                f"num_experts {spec.num_experts} of {name!r} is not served; "
+                f"expected at most {_native.MOST_EXPERTS}"
             )
         gate = (
             self._stored(f"{name}.gate")
@@ -300,7 +308,7 @@ class CpuOps(HostOps):
         x, weight = _rows(x), _vector(weight)
         tokens, k = x.shape
         out = torch.empty(tokens, k)
-        self._native.rms_norm(x.data_ptr(), x.stride(0), tokens, k, weight.data_ptr(), eps, out.data_ptr(), k)
+        self._native.rms_norm(native_rows(x), tokens, k, weight.data_ptr(), eps, native_rows(out))
         return out
 
     def linear(
@@ -319,9 +327,8 @@ class CpuOps(HostOps):
         residual = None if residual is None else _rows(residual)
         out = torch.empty(tokens, weight.n)
         self._native.linear(
-            weight.packed, x.data_ptr(), x.stride(0), tokens, 0 if norm is None else norm.data_ptr(), eps,
-            0 if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
-            out.data_ptr(), weight.n,
+            weight.packed, native_rows(x), tokens, 0 if norm is None else norm.data_ptr(), eps,
+            native_rows(residual), native_rows(out),
         )  # fmt: skip
         return out
 
@@ -337,34 +344,27 @@ class CpuOps(HostOps):
         select: Tensor | None = None,
     ) -> Tensor:
         q, kv, s = _rows(q), _rows(kv), attention.spec
-        tokens, width = q.shape[0], s.num_heads * s.value_dim
-        out = torch.empty(tokens, width)
-        if select is not None:
-            reads, rows = chosen(select, batch, cache.block_size), in_rows(cache)
-            for at in range(0, tokens, SELECTED_AT_ONCE):
-                part = slice(at, at + SELECTED_AT_ONCE)
-                self._mla(q[part], kv[part], attention, rows, layer, batch, part, eps, out[part], reads)
+        tokens = q.shape[0]
+        out = torch.empty(tokens, s.num_heads * s.value_dim)
+        if select is None:
+            self._mla(q, kv, attention, cache, layer, native_batch(batch), eps, out)
             return out
-        self._mla(q, kv, attention, cache, layer, batch, slice(0, tokens), eps, out, None)
+        reads, rows = chosen(select, batch, cache.block_size), in_rows(cache)
+        for at in range(0, tokens, SELECTED_AT_ONCE):
+            part = slice(at, at + SELECTED_AT_ONCE)
+            self._mla(
+                q[part], kv[part], attention, rows, layer, native_reads(batch, part, reads), eps, out[part]
+            )
         return out
 
     def _mla(
-        self, q: Tensor, kv: Tensor, attention: Attention, cache: LatentCache, layer: int, batch: Batch,
-        part: slice, eps: float, out: Tensor, reads: Chosen | None,
+        self, q: Tensor, kv: Tensor, attention: Attention, cache: LatentCache, layer: int, batch: Any,
+        eps: float, out: Tensor,
     ) -> None:  # fmt: skip
-        """The tokens `part` of a batch, all of them unless they read chosen rows."""
-        tokens, width = out.shape
-        data, scale = cache.data, cache.scale
-        starts, lengths, table = batch.query_start, batch.context_lens, batch.block_table
-        if reads is not None:
-            starts, lengths, table = reads.starts[: tokens + 1], reads.counts[part], reads.slots[part]
+        """batch: of native code."""
         self._native.mla(
-            attention.native, q.data_ptr(), q.stride(0), kv.data_ptr(), kv.stride(0), tokens,
-            CACHE_TYPES[data.dtype], data.data_ptr() + layer * data.stride(0) * data.element_size(),
-            0 if scale is None else scale.data_ptr() + layer * scale.stride(0) * 4, data.shape[2],
-            batch.positions[part].data_ptr(), batch.slots[part].data_ptr(), starts.data_ptr(),
-            lengths.data_ptr(), table.data_ptr(), table.shape[0], table.shape[1],
-            0 if reads is None else lengths.data_ptr(), eps, out.data_ptr(), width,
+            attention.native, native_rows(q), native_rows(kv), q.shape[0], native_cache(cache, layer), batch,
+            eps, native_rows(out),
         )  # fmt: skip
 
     def index(
@@ -396,8 +396,8 @@ class CpuOps(HostOps):
         tokens, hidden = x.shape
         out = torch.empty(tokens, hidden)
         self._native.moe(
-            weights.native, x.data_ptr(), x.stride(0), tokens, norm.data_ptr(), eps, counts, out.data_ptr(),
-            hidden, ids, gates, residual,
+            weights.native, native_rows(x), tokens, norm.data_ptr(), eps, native_rows(out), counts, ids,
+            gates, residual,
         )  # fmt: skip
         return out
 
@@ -447,9 +447,7 @@ class CpuOps(HostOps):
         n = _rows(n)
         tokens, k = n.shape[0], weights.spec.top_k
         ids, gates = torch.empty(tokens, k, dtype=torch.int64), torch.empty(tokens, k)
-        self._native.route(
-            weights.native, n.data_ptr(), n.stride(0), tokens, ids.data_ptr(), gates.data_ptr()
-        )
+        self._native.route(weights.native, native_rows(n), tokens, ids.data_ptr(), gates.data_ptr())
         return ids, gates
 
     def logits(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> Tensor:
@@ -465,23 +463,21 @@ class CpuOps(HostOps):
         values, ids = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int64)
         logsumexp = torch.empty(tokens)
         self._native.top_logits(
-            head.packed, x.data_ptr(), x.stride(0), tokens, norm.data_ptr(), eps, k,
+            head.packed, native_rows(x), tokens, norm.data_ptr(), eps, k,
             values.data_ptr(), ids.data_ptr(), logsumexp.data_ptr(),
         )  # fmt: skip
         return values, ids, logsumexp
 
     def greedy(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> list[int]:
         x, norm = _rows(x), _vector(norm)
-        best: list[int] = self._native.greedy(
-            head.packed, x.data_ptr(), x.stride(0), x.shape[0], norm.data_ptr(), eps
-        )
+        best: list[int] = self._native.greedy(head.packed, native_rows(x), x.shape[0], norm.data_ptr(), eps)
         return best
 
     def softmax(self, x: Tensor) -> Tensor:
         x = _rows(x)
         rows, n = x.shape
         out = torch.empty(rows, n)
-        self._native.softmax(x.data_ptr(), x.stride(0), rows, n, out.data_ptr(), n)
+        self._native.softmax(native_rows(x), rows, n, native_rows(out))
         return out
 
 

@@ -4,43 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from farthing import _native
 from farthing.ops.weights import InputRounding, Weight
 
 # Share of zero 16 x 16 blocks from which the block-sparse form is faster than the dense one.
 SPARSE_FROM = 0.2
 
 
-class PackedFormat(IntEnum):
-    """As `farthing::Format` in native/matrix.h."""
-
-    F32 = 0
-    BF16 = 1
-    FP8 = 2
-    Q8 = 3
-    Q4 = 4
-
-
-class Kind(IntEnum):
-    """As `farthing::Source::Kind` in native/pack.h."""
-
-    F32 = 0
-    BF16 = 1
-    INT8 = 2
-    INT4 = 3
-    FP8 = 4
+PackedFormat, Kind = _native.Format, _native.Kind  # as native/matrix.h and native/pack.h define them
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a stack of weights is packed as."""
 
-    format: PackedFormat
+    format: Any  # PackedFormat
     group: int = 0
 
 
@@ -93,7 +76,7 @@ def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
     return InputRounding(found[0].bits, sum(i.clip for i in found) / len(found))
 
 
-def _source(w: Weight, target: Plan) -> tuple[tuple[int, int, int, int, int, int, int], list[Tensor]]:
+def _source(w: Weight, target: Plan) -> tuple[tuple[Any, int, int, int, int, int, int], list[Tensor]]:
     """The native call's tuple (kind, data, scale, zero, n, k, group) and the tensors it points into."""
     n, k = w.shape
     kind = {
@@ -121,7 +104,7 @@ def pack(native: Any, weights: Sequence[Weight], target: Plan, interleave: bool 
         raise ValueError(f"matrices with K = {sorted(columns)} cannot be stacked; expected one K")
     sources, alive = zip(*(_source(w, target) for w in weights), strict=True)
     zero = target.format == PackedFormat.Q4 and any(w.zero_point is not None for w in weights)
-    packed = native.pack(int(target.format), target.group, zero, interleave, SPARSE_FROM, list(sources))
+    packed = native.pack(target.format, target.group, zero, interleave, SPARSE_FROM, list(sources))
     del alive
     return packed
 

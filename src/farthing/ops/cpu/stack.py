@@ -11,8 +11,14 @@ from torch import Tensor
 
 from farthing import _native
 from farthing.ops.api import Batch, LatentCache, LayerHandles, PeerLost
+from farthing.ops.selection import Chosen
 
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2, torch.int8: 3}
+CACHE_TYPES = {
+    torch.float32: _native.CacheType.F32,
+    torch.bfloat16: _native.CacheType.BF16,
+    torch.float8_e4m3fn: _native.CacheType.FP8,
+    torch.int8: _native.CacheType.INT8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +48,52 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
     return Stack(native, tuple(alive))
 
 
+def native_rows(x: Tensor | None) -> Any:
+    """The rows of a float32 tensor with unit column stride, for native code; of None: none."""
+    return _native.Rows(0, 0) if x is None else _native.Rows(x.data_ptr(), x.stride(0))
+
+
+def native_cache(cache: LatentCache, layer: int = 0) -> Any:
+    """A cache as native code sees it from one layer on."""
+    data, scale = cache.data, cache.scale
+    layer_bytes = data.stride(0) * data.element_size()
+    layer_scales = 0 if scale is None else scale.stride(0)
+    return _native.Cache(
+        CACHE_TYPES[data.dtype],
+        data.data_ptr() + layer * layer_bytes,
+        0 if scale is None else scale.data_ptr() + layer * layer_scales * scale.element_size(),
+        data.shape[2],
+        layer_bytes,
+        layer_scales,
+    )
+
+
+def native_batch(batch: Batch) -> Any:
+    """A step's index tensors as native code sees them."""
+    return _native.Batch(
+        batch.positions.data_ptr(),
+        batch.slots.data_ptr(),
+        batch.query_start.data_ptr(),
+        batch.context_lens.data_ptr(),
+        batch.block_table.data_ptr(),
+        *batch.block_table.shape,
+    )
+
+
+def native_reads(batch: Batch, part: slice, reads: Chosen) -> Any:
+    """Tokens `part` of a batch, each a sequence of its own that reads chosen rows of the cache."""
+    counts, slots, positions = reads.counts[part], reads.slots[part], batch.positions[part]
+    return _native.Batch(
+        positions.data_ptr(),
+        batch.slots[part].data_ptr(),
+        reads.starts.data_ptr(),
+        counts.data_ptr(),
+        slots.data_ptr(),
+        *slots.shape,
+        counts.data_ptr(),
+    )
+
+
 def run_layers(
     native: Any,
     h: Tensor,
@@ -54,16 +106,11 @@ def run_layers(
     """h [T, D] float32 with unit column stride -> [T, D], a new tensor."""
     tokens, hidden = h.shape
     out = torch.empty(tokens, hidden)
-    data, scale = cache.data, cache.scale
+    address, stride = (0, 0) if counts is None else (counts.data_ptr(), counts.stride(0))
     try:
         native.layers(
-            stack.native, h.data_ptr(), h.stride(0), tokens, CACHE_TYPES[data.dtype], data.data_ptr(),
-            data.stride(0) * data.element_size(), 0 if scale is None else scale.data_ptr(),
-            0 if scale is None else scale.stride(0), data.shape[2], batch.positions.data_ptr(),
-            batch.slots.data_ptr(), batch.query_start.data_ptr(), batch.context_lens.data_ptr(),
-            batch.block_table.data_ptr(), batch.block_table.shape[0], batch.block_table.shape[1], eps,
-            0 if counts is None else counts.data_ptr(), 0 if counts is None else counts.stride(0),
-            out.data_ptr(), hidden,
+            stack.native, native_rows(h), tokens, native_cache(cache), native_batch(batch), eps, address,
+            stride, native_rows(out),
         )  # fmt: skip
     except _native.PeerLost as error:
         raise PeerLost(*error.args) from error

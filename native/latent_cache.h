@@ -1,0 +1,74 @@
+// The paged cache of latents: where a token's row is written, and keys in the form a kernel reads.
+#pragma once
+#include "kernels.h"
+
+namespace farthing {
+
+struct Cache {  // one layer
+  CacheType type;
+  uint8_t* data;   // [blocks * block_size][c + r]
+  float* scale;    // [blocks * block_size][2] (latent, rotary) of fp8 and int8, else null
+  int block_size;  // tokens
+  int64_t layer_bytes = 0, layer_scales = 0;  // from a layer's data and scales to the next one's
+
+  void next_layer() {
+    data += layer_bytes;
+    if (scale) scale += layer_scales;
+  }
+};
+
+struct Batch {                  // the tokens of one step, sorted by sequence; see farthing.ops.api.Batch
+  const int32_t* positions;     // [T]
+  const int64_t* slots;         // [T]
+  const int32_t* query_start;   // [sequences + 1]
+  const int32_t* context_lens;  // [sequences]
+  const int32_t* block_table;   // [sequences][max_blocks]
+  int sequences, max_blocks;
+  const int32_t* visible = nullptr;  // [T] cached tokens that each token attends to; null: its position + 1
+
+  int keys(int token) const { return visible ? visible[token] : positions[token] + 1; }
+};
+
+// Stores latent [c] and rotated key [r] in a slot, each quantized with a scale of its own in 8-bit caches.
+void write_latent(const Kernels& kernels, const Cache& cache, int64_t slot, const float* latent, int c,
+                  const float* k_pe, int r);
+
+// Keys of a sequence, a block at a time. One per thread.
+class KeyReader {
+ public:
+  static constexpr int kScratchRows = kKeyBlock + 2;  // of `width` bfloat16
+
+  // keys32 [kKeyBlock][width] and keys16 [kScratchRows][width] are scratch.
+  KeyReader(const Kernels& kernels, const Cache& cache, const Batch& batch, KeyShape shape, float* keys32,
+            uint16_t* keys16);
+
+  // What attend reads of this cache.
+  static Kernels::Keys form(const Kernels& kernels, const Cache& cache) {
+    return cache.type == CacheType::f32 ? Kernels::Keys::f32 : kernels.keys;
+  }
+
+  // Keys [at, at + b.keys) of a sequence into b.
+  void fetch(int sequence, int at, AttendBlock& b);
+  // Finds keys [at, at + keys) of the block after the one just fetched, for the kernel to prefetch.
+  void look_ahead(int sequence, int at, int keys);
+  // One key expanded to float32 [width].
+  void expand(int sequence, int key, float* to) const;
+
+ private:
+  const uint8_t* row(int sequence, int key, int64_t* slot) const;
+  const uint16_t* half(int sequence, int key, uint16_t* to) const;
+  bool in_place() const;
+
+  const Kernels& kernels_;
+  const Cache& cache_;
+  const Batch& batch_;
+  const KeyShape shape_;
+  const Kernels::Keys form_;
+  float* keys32_;
+  uint16_t* keys16_;
+  uint16_t* rest_;                                        // low halves of split keys; not read again
+  const uint16_t* rows_[2 * kKeyBlock] = {};              // keys of a block, and of the one after it
+  int next_sequence_ = -1, next_at_ = 0, next_keys_ = 0;  // what the second half holds
+};
+
+}  // namespace farthing
