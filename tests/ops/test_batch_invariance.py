@@ -18,7 +18,7 @@ from tests.ops.parts import FORMATS, weight
 from tests.ops.test_cpu import EPS, ISAS, SPECS, experts, norm
 
 BLOCK = 16
-LENGTH = 600  # beyond the short chunks of keys, within the second of the longer ones
+LENGTH = 600  # several chunks of keys
 
 
 @pytest.fixture(params=ISAS)
