@@ -15,6 +15,7 @@ import torch
 from farthing.engine.engine import Engine
 from farthing.engine.request import (
     EngineError,
+    EngineFailed,
     EngineStopped,
     QueueFull,
     RequestOutput,
@@ -442,3 +443,19 @@ def test_a_leak_is_counted_and_repaired(model: DeepseekModel) -> None:
         assert engine.stats.integrity_failures == 1
         assert len(tokens_of(engine.submit([4], GREEDY).result())) == 12
         engine._core.scheduler.check()
+
+
+def test_a_step_that_takes_too_long_is_unhealthy(make_engine: MakeEngine) -> None:
+    engine = make_engine(step_timeout=0.2)
+    engine.health()
+    go, step = threading.Event(), engine._core.step
+    engine._core.step = lambda: go.wait(30) and step()  # type: ignore[method-assign]
+    stream = engine.submit([4], GREEDY)
+    deadline = time.monotonic() + 20
+    with pytest.raises(EngineFailed, match="no step was completed"):
+        while time.monotonic() < deadline:
+            engine.health()
+            time.sleep(0.02)
+    go.set()
+    stream.result()
+    engine.health()

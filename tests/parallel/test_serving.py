@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,35 @@ def test_a_dead_rank_fails_the_replica_at_once(backend: str, tmp_path: Path) -> 
             pytest.fail("the failure was not noticed")
         with pytest.raises(EngineError, match="rank 1 of 2 ended"):
             engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
+
+
+def test_a_rank_that_is_stopped_is_unhealthy_until_it_continues(tmp_path: Path) -> None:
+    config = EngineConfig(
+        model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,
+        tensor_parallel_size=2,
+    )  # fmt: skip
+    with build_engine(config) as engine:
+        assert isinstance(engine._model, ParallelModel)
+        params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+        engine.submit([1, 2, 3], params).result()
+        until(lambda: engine._model._workers._heard)
+        rank = engine._model._workers.pids[1]
+        os.kill(rank, signal.SIGSTOP)
+        try:
+            until(lambda: "rank 1 of 2 has not responded" in (engine._model.failure() or ""))
+            with pytest.raises(EngineError, match="has not responded"):
+                engine.health()
+        finally:
+            os.kill(rank, signal.SIGCONT)
+        until(lambda: engine._model.failure() is None)
+        engine.submit([1, 2, 3], params).result()
+
+
+def until(condition: Callable[[], Any], timeout: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -144,6 +145,7 @@ class Engine:
         self._calls: deque[tuple[Callable[[EngineCore], Any], Future[Any]]] = deque()
         self._wake = threading.Event()
         self._changed = threading.Condition(self._lock)
+        self._step_began: float | None = None  # of the step in progress, monotonic seconds
         self._live = 0
         self._backlog = Backlog(c)
         self._accepting = True
@@ -224,12 +226,16 @@ class Engine:
         return self._live
 
     def health(self) -> None:
-        """Raise EngineFailed if the engine's thread or a rank has failed."""
+        """Raise EngineFailed if the engine's thread or a rank has failed, or a step takes too long."""
         failure = self._model.failure()
         if failure is not None:
             raise EngineFailed(f"engine failed: {failure}")
         if self._error is not None:
             raise EngineFailed(f"engine failed: {self._error!r}") from self._error
+        began = self._step_began
+        if began is not None and time.monotonic() - began > self.config.step_timeout:
+            seconds = time.monotonic() - began
+            raise EngineFailed(f"no step was completed for {seconds:.0f} s; restart the replica")
 
     def drain(self, timeout: float | None = None) -> bool:
         """Accept no more requests and wait for those in flight. False: `timeout` seconds passed and the rest
@@ -307,7 +313,9 @@ class Engine:
                 if self._core.scheduler.idle:
                     self._rest()
                 else:
+                    self._step_began = time.monotonic()
                     self._core.step()
+                    self._step_began = None
         except BaseException as error:  # no stream may be left waiting
             log.exception("engine failed")
             self._error = error

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import traceback
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection, wait
@@ -31,6 +32,7 @@ from farthing.parallel.shared import Arena
 log = logging.getLogger(__name__)
 START_TIMEOUT = 600.0  # seconds for every rank to load
 STEP_TIMEOUT = 60.0  # seconds a collective may wait
+BEAT, SILENCE = 1.0, 5.0  # seconds between a rank's heartbeats; without one for longer it is unhealthy
 
 
 class RankFailed(RuntimeError):
@@ -95,15 +97,21 @@ class Workers:
         self._failure: str | None = None
         self._closed = False
         self._processes: dict[int, tuple[Any, Connection]] = {}
+        self._beats: dict[Connection, int] = {}  # rank by heartbeat pipe
+        self._heard: dict[int, float] = {}  # by rank, monotonic seconds
         context = multiprocessing.get_context("spawn")
         for rank in range(layout.world):
             if rank == layout.driver:
                 continue
             ours, theirs = context.Pipe()
+            beats, pulse = context.Pipe(duplex=False)
             path = None if arena is None else arena.path
-            process = context.Process(target=_work, args=(options, rank, path, port, theirs), daemon=True)
+            arguments = (options, rank, path, port, theirs, pulse)
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()
+            pulse.close()
+            self._beats[beats] = rank
             self._processes[rank] = (process, ours)
         threading.Thread(target=self._watch, name="farthing-ranks", daemon=True).start()
 
@@ -138,7 +146,15 @@ class Workers:
     def failure(self, wait: float = 0.0) -> str | None:
         """Why the replica has failed, looked for during `wait` seconds."""
         self._ended.wait(wait)
-        return self._failure
+        return self._failure or self._silence()
+
+    def _silence(self) -> str | None:
+        """A rank that is stopped or starved stops every step; it may come back."""
+        now = time.monotonic()
+        for rank, heard in list(self._heard.items()):
+            if now - heard > SILENCE:
+                return f"rank {rank} of {len(self._processes) + 1} has not responded for {now - heard:.0f} s"
+        return None
 
     def close(self) -> None:
         """End every worker."""
@@ -156,12 +172,19 @@ class Workers:
                 process.join(5)
 
     def _watch(self) -> None:
-        """Its peers would wait in vain for a worker that has ended."""
+        """Notice heartbeats, and a worker that has ended: its peers would wait in vain."""
         sentinels = {process.sentinel: rank for rank, (process, _) in self._processes.items()}
-        ended = wait(list(sentinels)) if sentinels else []
+        ended: list[Any] = []
+        while sentinels and not ended:
+            ready = wait([*sentinels, *self._beats], BEAT)
+            if self._closed:
+                return
+            ended = [each for each in ready if each in sentinels]
+            for beats in [each for each in ready if each in self._beats]:
+                self._hear(beats)  # type: ignore[arg-type]
         if self._closed or not ended:
             return
-        rank = sentinels[ended[0]]  # type: ignore[index]
+        rank = sentinels[ended[0]]
         process = self._processes[rank][0]
         process.join(1)
         self._failure = (
@@ -174,6 +197,22 @@ class Workers:
             self._arena.abort()
         for peer, _ in self._processes.values():
             peer.terminate()
+
+    def _hear(self, beats: Connection) -> None:
+        try:
+            beats.recv_bytes()
+        except (EOFError, OSError):
+            self._heard.pop(self._beats.pop(beats), None)
+        else:
+            self._heard[self._beats[beats]] = time.monotonic()
+
+
+def _beat(pulse: Connection) -> None:
+    """Say that this rank is alive, until the driver is gone."""
+    with contextlib.suppress(OSError):
+        while True:
+            pulse.send_bytes(b".")
+            time.sleep(BEAT)
 
 
 def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
@@ -216,7 +255,12 @@ def counts_table(arena: Arena, layout: Layout, config: ModelConfig) -> Tensor:
 
 
 def _work(
-    options: RankOptions, index: int, path: Path | None, port: int | None, connection: Connection
+    options: RankOptions,
+    index: int,
+    path: Path | None,
+    port: int | None,
+    connection: Connection,
+    pulse: Connection,
 ) -> None:
     """A worker's life: load, then make the driver's calls until it hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which drains first
@@ -228,6 +272,7 @@ def _work(
             join(options.layout, index, connect("127.0.0.1", port, options.layout), options.device)
         rank = open_own(options, index, arena)
         connection.send("ready")
+        threading.Thread(target=_beat, args=(pulse,), name="farthing-heartbeat", daemon=True).start()
         with torch.inference_mode():
             while True:
                 method, *arguments = connection.recv()
