@@ -15,9 +15,9 @@ import aiohttp
 import pytest
 
 from farthing.fleet.gateway import Gateway, GatewayConfig
-from farthing.fleet.gateway.prefix import read_prompt
 from farthing.fleet.gateway.replicas import Breaker
 from farthing.fleet.gateway.replicas_file import read_replicas, write_replicas
+from farthing.prompts import read_prompt
 from tests.fleet.doubles.replica import FakeReplica
 
 CHAT = "/v1/chat/completions"
@@ -130,7 +130,7 @@ def test_retries_another_replica_before_the_first_byte() -> None:
             for _ in range(4):  # whichever is chosen first dies without a byte
                 for replica in replicas:
                     replica.fail_after = None
-                chosen = gateway.balancer.choose(read_prompt(json.dumps(body()).encode(), 512, 256))
+                chosen = gateway.balancer.choose(read_prompt(json.dumps(body()).encode(), 256))
                 next(r for r in replicas if r.name == chosen.name).fail_after = 0
                 async with session.post(CHAT, json=body()) as answer:
                     assert answer.status == 200

@@ -179,6 +179,9 @@ def gateway(
         str | None,
         typer.Option(help="URL of the controller's /wake, which starts replicas for held requests."),
     ] = None,
+    replica_key_file: Annotated[
+        Path | None, typer.Option(help="File with a metrics key of the replicas, for their cache digests.")
+    ] = None,
 ) -> None:
     """One OpenAI-compatible address in front of many replicas."""
     from farthing.eventloop import loop_factory
@@ -202,6 +205,7 @@ def gateway(
             state=state,
             usd_per_hour=usd_per_hour,
             wake=wake,
+            replica_key_file=replica_key_file,
         )
         if replicas_dns is None or file is None:
             return await serving

@@ -13,6 +13,7 @@ from farthing.server.config import ServerConfig, is_loopback
 from farthing.server.errors import ApiError, send_error
 
 LOCAL = "localhost"  # stands for every name and address of this machine
+_NUMBERS = ("/metrics", "/cache/digest")  # for scrapers and gateways
 _PROXIED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 
 
@@ -62,7 +63,7 @@ class Access:
         near = _is_near(scope, headers)
         scope["client_name"] = client or admin or ANONYMOUS
         everything = admin is not None or not self._keys
-        if path == "/metrics":
+        if path in _NUMBERS:
             scraper = self._scrapers.check(header) is not None
             if self._scrapers and not (scraper or near or admin):
                 raise _unknown_key(header)

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 import farthing
 from farthing.conversation.types import Conversation
 from farthing.server.access import Access, Viewer
+from farthing.server.api.cache_digest import mount as mount_digest
 from farthing.server.api.messages import count_tokens, messages
 from farthing.server.api.messages_protocol import CountRequest, MessagesRequest
 from farthing.server.api.openai_chat import chat, tool_of, turn_of
@@ -22,6 +23,7 @@ from farthing.server.api.openai_completions import complete
 from farthing.server.api.responses import respond, stored
 from farthing.server.api.responses_protocol import ResponsesRequest
 from farthing.server.bodies import Bodies
+from farthing.server.cache_digest import KeepBody
 from farthing.server.dashboard import assets, service_data, visible_to
 from farthing.server.dashboard.router import mount
 from farthing.server.errors import ApiError, describe_validation
@@ -69,9 +71,10 @@ def create_app(service: Service) -> ASGIApp:
         lambda: service_data(service),
         lambda request, document: visible_to(request.scope["viewer"], document),
     )
+    mount_digest(api, service)
     _add_error_handlers(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
-    app: ASGIApp = Bodies(api, service.config.max_body_bytes, service.config.body_timeout)
+    app: ASGIApp = Bodies(KeepBody(api), service.config.max_body_bytes, service.config.body_timeout)
     app = Access(app, service.config, OPEN_PATHS)
     if service.config.allowed_origins:
         app = CORSMiddleware(

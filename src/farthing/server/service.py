@@ -15,6 +15,7 @@ from farthing.engine.request import EngineError, EngineStopped, QueueFull, Sampl
 from farthing.engine.sandbox import Busy
 from farthing.server.api.responses_store import ResponseStore
 from farthing.server.auth import ANONYMOUS, KeyRing
+from farthing.server.cache_digest import CacheDigest
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
 from farthing.server.fields import UnknownFields
@@ -42,6 +43,7 @@ class Service:
         self.names = config.served_model_name or (model,)
         self.created = int(time.time())
         self.unknown_fields = UnknownFields(config.strict_fields)
+        self.cache_digest = CacheDigest()
         self.quotas = Quotas(config.requests_per_minute, config.tokens_per_minute)
         self.engine: Engine | None = None
         self._formats: ModelFormats | None = None
@@ -198,6 +200,7 @@ class Service:
                 job.streams.append(stream)
                 if number % _AT_ONCE == _AT_ONCE - 1:
                     await asyncio.sleep(0)
+                self.cache_digest.remember(prompt, self._salt(client, cache_salt))
         except BaseException as error:
             job.close()
             raise self._refusal(error) from error

@@ -62,6 +62,7 @@ class FakeReplica:
         self.ready_at = time.monotonic() + ready_after_s
         self.name = name
         self.dies_of = ""  # text in a request that ends the process; empty: none does
+        self.digest: Any = None  # what /cache/digest answers; None: 404
         self.stuck = False  # requests get no answer, health checks do
         self.fail_after: int | None = None  # tokens
         self.status = 200  # of completions
@@ -86,6 +87,7 @@ class FakeReplica:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/cache/digest", self._digest)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
@@ -112,6 +114,11 @@ class FakeReplica:
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": self.name, "object": "model"}]})
+
+    async def _digest(self, request: web.Request) -> web.Response:
+        if self.digest is None:
+            return web.Response(status=404)
+        return web.json_response(self.digest)
 
     async def _set_signals(self, request: web.Request) -> web.Response:
         """Set gauges ("waiting", "kv") or add to sums and totals ("queue": [seconds, requests],

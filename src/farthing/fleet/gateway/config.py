@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from farthing.prompts import BLOCK
+
 _COUNTS = (
     "tries",
     "unhealthy_after",
@@ -69,9 +71,9 @@ class GatewayConfig:
     # Choice of a replica
     request_weight: int = 2048  # bytes of prompt that a request in flight costs as much as
     uncached_weight: float = 3.0  # of prompt text a replica would have to compute, compared with its queue
-    prefix_block: int = 512  # bytes of prompt text per block
+    prefix_block: int = BLOCK  # bytes of prompt text per block; that of the replicas
     prefix_blocks: int = 1024  # blocks of one prompt that count
-    prefix_entries: int = 1 << 18  # blocks remembered
+    prefix_entries: int = 1 << 16  # blocks remembered of each replica
     digest_interval_s: float = 2.0  # between two reads of a replica's cache digest
 
     def __post_init__(self) -> None:

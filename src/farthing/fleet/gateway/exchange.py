@@ -23,8 +23,8 @@ from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.gateway.errors import error_event
 from farthing.fleet.gateway.guard import guard_of
 from farthing.fleet.gateway.poison import Identity
-from farthing.fleet.gateway.prefix import Prompt
 from farthing.fleet.gateway.replicas import Replica
+from farthing.prompts import Prompt
 
 BUSY: Final = 503  # a replica that drains or is full says so before its first token
 _WHOLE = 1 << 20  # bytes; a shorter answer of known length is read whole before the client sees any of it

@@ -37,11 +37,13 @@ async def serve(
     state: Path | None = None,
     usd_per_hour: float | None = None,
     wake: str | None = None,
+    replica_key_file: Path | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain.
 
     state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: of one replica;
-    wake: the controller's URL that is told how many requests are held.
+    wake: the controller's URL that is told how many requests are held; replica_key_file: holds a key that may
+    read the replicas' metrics and cache digests.
     Raises ValueError on bad keys or URLs, OSError on a taken port.
     """
     raise_file_limit()
@@ -50,11 +52,19 @@ async def serve(
         from farthing.server.auth import KeyRing
 
         keys = KeyRing.from_file(api_key_file)
+    replica_key = replica_key_file.read_text().strip() if replica_key_file is not None else None
     from farthing.fleet.overview import fleet_data
     from farthing.server.dashboard.site import Dashboard
 
     dashboard = Dashboard(lambda: fleet_data(gateway, state, usd_per_hour), _SAMPLE_S, _SAMPLES)
-    gateway = Gateway(config, keys=keys, replicas_file=replicas_file, pages=pages_of(dashboard), wake=wake)
+    gateway = Gateway(
+        config,
+        keys=keys,
+        replicas_file=replicas_file,
+        pages=pages_of(dashboard),
+        wake=wake,
+        replica_key=replica_key,
+    )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from farthing.fleet.gateway.config import GatewayConfig
-from farthing.fleet.gateway.prefix import PrefixIndex, Prompt
+from farthing.fleet.gateway.prefix import PrefixIndex
+from farthing.prompts import Prompt
 
 if TYPE_CHECKING:
     from farthing.fleet.gateway.active import Active
@@ -67,8 +68,8 @@ class Breaker:
 
 
 @dataclass(frozen=True)
-class Reported:
-    """Load as a replica reports it in its digest."""
+class Others:
+    """Load of a replica that is not ours, by its last digest: other gateways' and direct requests."""
 
     requests: int = 0  # running and waiting
     queued: float = 0.0  # bytes of prompt text, estimated, of those that wait
@@ -89,18 +90,22 @@ class Replica:
     active: set[Active] = field(default_factory=set)  # requests that are in flight there
     inflight: int = 0
     queued: int = 0  # bytes of prompt text to compute, of streams without a first byte
-    reported: Reported = Reported()
+    others: Others = Others()
     heard: float = 0.0  # loop time of the last byte of any answer
 
     @property
     def queue(self) -> float:
-        """Bytes of prompt text to compute first, also for other gateways' requests."""
-        return max(self.queued, self.reported.queued)
+        """Bytes of prompt text to compute first."""
+        return self.queued + self.others.queued
 
     @property
     def load(self) -> int:
-        """Requests in flight, also other gateways' ones."""
-        return max(self.inflight, self.reported.requests)
+        """Requests in flight."""
+        return self.inflight + self.others.requests
+
+    def report(self, requests: int, queued: float) -> None:
+        """Take in the load of a digest; what exceeds our own is others'."""
+        self.others = Others(max(0, requests - self.inflight), max(0.0, queued - self.queued))
 
     @property
     def available(self) -> bool:

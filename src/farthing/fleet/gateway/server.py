@@ -15,18 +15,19 @@ from aiohttp import web
 
 from farthing.fleet.gateway.bodies import Bodies
 from farthing.fleet.gateway.config import GatewayConfig
+from farthing.fleet.gateway.digests import Digests
 from farthing.fleet.gateway.errors import Refused, error_response
 from farthing.fleet.gateway.exchange import Outgoing, make_session, request_headers
 from farthing.fleet.gateway.guard import Door, guard_of
 from farthing.fleet.gateway.health import Health
 from farthing.fleet.gateway.hold import Hold
 from farthing.fleet.gateway.metrics import GatewayMetrics
-from farthing.fleet.gateway.prefix import read_prompt
 from farthing.fleet.gateway.protocol import make_factory
 from farthing.fleet.gateway.proxy import Proxy
 from farthing.fleet.gateway.replicas import Balancer
 from farthing.fleet.gateway.replicas_file import ReplicasFile
 from farthing.fleet.gateway.waker import Waker
+from farthing.prompts import read_prompt
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,12 @@ class Gateway:
         replicas_file: Path | None = None,
         pages: Callable[[str, str], Page | None] | None = None,
         wake: str | None = None,
+        replica_key: str | None = None,
     ) -> None:
         """pages(path, query): what is shown next to the API; a page may be guarded by the keys.
 
-        wake: the controller's URL that is told how many requests are held. Raises ValueError on a bad one.
+        wake: the controller's URL that is told how many requests are held; replica_key: a metrics or admin
+        key of the replicas, to read their cache digests with. Raises ValueError on a bad URL.
         """
         self.config = config or GatewayConfig()
         self.balancer = Balancer(self.config)
@@ -76,6 +79,7 @@ class Gateway:
         self._pages, self._keys = pages, keys
         self._file = ReplicasFile(replicas_file, self.set_replicas) if replicas_file is not None else None
         self._waker = Waker(wake, self.hold) if wake is not None else None
+        self._digests = Digests(self.config, self.balancer, replica_key)
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: asyncio.Server | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -97,6 +101,7 @@ class Gateway:
         if self._file is not None:
             self._file.read()
             self._tasks.append(asyncio.create_task(self._file.follow()))
+        self._tasks.append(asyncio.create_task(self._digests.run()))
         if self._waker is not None:
             self._tasks.append(asyncio.create_task(self._waker.run()))
         where: dict[str, Any] = {"sock": sock} if sock is not None else {"host": host, "port": port}
@@ -220,7 +225,7 @@ class Gateway:
             return own
         async with self.bodies.read(request) as body:
             self.metrics.received.inc()
-            prompt = read_prompt(body, self.config.prefix_block, self.config.prefix_blocks)
+            prompt = read_prompt(body, self.config.prefix_blocks, self.config.prefix_block)
             outgoing = Outgoing(
                 request.method,
                 request.rel_url.raw_path_qs,

@@ -1,0 +1,95 @@
+"""Reads what each replica holds in its prefix cache, and how much waits there.
+
+The format is that of `farthing.server.cache_digest`. A replica that has no such page (vLLM, SGLang) is not
+asked again for a minute; the index then goes by what was sent to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+import struct
+from typing import Any
+
+import aiohttp
+
+from farthing.fleet.gateway.config import GatewayConfig
+from farthing.fleet.gateway.replicas import Balancer, Replica
+
+log = logging.getLogger(__name__)
+
+PATH = "/cache/digest"
+_ABSENT_S = 60.0
+_TIMEOUT_S = 2.0
+_MAX_BYTES = 8 << 20
+
+
+class Digests:
+    """Polls every replica. key: a bearer token that the replicas want for it."""
+
+    def __init__(self, config: GatewayConfig, balancer: Balancer, key: str | None = None) -> None:
+        self._config, self._balancer = config, balancer
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._absent: dict[str, float] = {}  # url -> loop time at which it is asked again
+
+    async def run(self) -> None:
+        """Poll without end."""
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self._headers) as http:
+            while True:
+                replicas = [r for r in self._balancer.replicas.values() if r.healthy]
+                if len(replicas) > 1:  # else there is no choice
+                    await asyncio.gather(*(self.read(http, replica) for replica in replicas))
+                await asyncio.sleep(self._config.digest_interval_s)
+
+    async def read(self, http: aiohttp.ClientSession, replica: Replica) -> None:
+        """Take in the digest of one replica. Without an answer the last one stays in use."""
+        now = asyncio.get_running_loop().time()
+        if self._absent.get(replica.url, 0.0) > now:
+            return
+        try:
+            async with http.get(replica.url + PATH) as answer:
+                document = await _document(answer) if answer.status == 200 else None
+            if document is None:
+                self._absent[replica.url] = now + _ABSENT_S
+                replica.report(0, 0.0)
+                return
+            blocks = parse(document, self._config.prefix_block)
+            replica.report(int(document["requests"]), float(document["waiting_bytes"]))
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return
+        except (ValueError, KeyError, TypeError) as problem:
+            log.warning("replica %s: its cache digest is ignored: %r", replica.name, problem)
+            self._absent[replica.url] = now + _ABSENT_S
+            return
+        self._balancer.prefixes.replace(replica.name, blocks)
+
+
+async def _document(answer: aiohttp.ClientResponse) -> dict[str, Any]:
+    """The JSON object of an answer. Raises ValueError."""
+    data = bytearray()
+    async for part in answer.content.iter_any():
+        data += part
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes")
+    document = json.loads(data)
+    if not isinstance(document, dict):
+        raise ValueError("not an object")
+    return document
+
+
+def parse(document: dict[str, Any], block: int) -> tuple[int, ...]:
+    """The block hashes of a digest. Raises ValueError, KeyError or TypeError."""
+    if document["block"] != block:
+        raise ValueError(f"blocks of {document['block']} bytes; expected {block}")
+    try:
+        data = base64.b64decode(document["blocks"], validate=True)
+    except binascii.Error as problem:
+        raise ValueError(str(problem)) from problem
+    if len(data) % 8:
+        raise ValueError(f"{len(data)} bytes of blocks; expected a multiple of 8")
+    return struct.unpack(f"<{len(data) // 8}Q", data)
