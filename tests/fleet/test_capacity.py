@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from farthing.fleet.capacity import Capacity, OnlineCapacity, Targets
-from farthing.fleet.decisions import Snapshot
+from farthing.fleet.snapshot import Snapshot
 
 
 def carried(rate: float, queue: float, backlog: float = 0.0, ready: int = 2, current: int = 2) -> Snapshot:

@@ -13,14 +13,17 @@ import pytest
 from typer.testing import CliRunner
 
 from farthing.cli.fleet import app
-from farthing.fleet.actuators.base import ActuatorError, Board
+from farthing.fleet.actuators.base import ActuatorError, LastDecision
 from farthing.fleet.config import FleetConfig, SignalsConfig, build, load
 from farthing.fleet.controller import Controller, load_state
-from farthing.fleet.decisions import Decision, Forecast, Snapshot, read_log
+from farthing.fleet.decision_log import read_log
+from farthing.fleet.decisions import Decision
+from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.metrics import FleetMetrics, MetricsServer
-from farthing.fleet.operate import operate
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.run import run_controller
+from farthing.fleet.snapshot import Snapshot
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import free_port
@@ -89,13 +92,13 @@ def controller(tmp_path: Path, source: Source, actuator: Recorder, **options: ob
 
 def test_turn_decides_logs_shows_posts_and_applies(tmp_path: Path) -> None:
     async def test() -> None:
-        source, actuator, board = Source(request_rate=3.5), Recorder(), Board()
-        loop = controller(tmp_path, source, actuator, board=board)
+        source, actuator, last_decision = Source(request_rate=3.5), Recorder(), LastDecision()
+        loop = controller(tmp_path, source, actuator, last_decision=last_decision)
         decision = await loop.turn()
         assert decision is not None
         assert (decision.current, decision.target, decision.action) == (2, 5, "up")
         assert actuator.asked == [5]
-        assert board.value("desired_replicas") == 5.0
+        assert last_decision.value("desired_replicas") == 5.0
         assert loop.metrics.last == decision
         assert read_log(tmp_path / "decisions.jsonl") == [decision]
 
@@ -114,7 +117,7 @@ def test_advice_is_logged_and_never_applied(tmp_path: Path) -> None:
 
 
 def test_forecast_and_learnt_capacity_reach_the_policy(tmp_path: Path) -> None:
-    class Outlook:
+    class Estimates:
         seen: list[Snapshot] = []  # noqa: RUF012
         maintained = 0
 
@@ -135,14 +138,14 @@ def test_forecast_and_learnt_capacity_reach_the_policy(tmp_path: Path) -> None:
             raise RuntimeError("this fit fails")
 
     async def test() -> None:
-        outlook = Outlook()
-        loop = controller(tmp_path, Source(), Recorder(), outlook=outlook)
+        estimates = Estimates()
+        loop = controller(tmp_path, Source(), Recorder(), estimates=estimates)
         decision = await loop.turn()
         assert decision is not None
         assert (decision.decided_by, decision.target) == ("short", 5)  # ceil(7 / (0.7 · 2))
         await asyncio.sleep(0.05)
         await loop.turn()  # the fit that failed has ended nothing
-        assert len(outlook.seen) == 2 and outlook.maintained >= 1
+        assert len(estimates.seen) == 2 and estimates.maintained >= 1
         assert loop.metrics.failures._value.get() >= 1
 
     run(test)
@@ -307,7 +310,7 @@ def test_operate_scales_a_deployment_from_replicas_metrics(tmp_path: Path) -> No
                 },
             )
             stop = asyncio.Event()
-            task = asyncio.create_task(operate(config, stop))
+            task = asyncio.create_task(run_controller(config, stop))
             async with aiohttp.ClientSession() as session:
                 while api.replicas[key] == 1:  # queue time of 1 s: above 0.2 s for 0.2 s
                     await session.put(replica.url + "/_signals", json={"queue": [1.0, 1], "ttft": [1.0, 1]})
@@ -323,7 +326,7 @@ def test_operate_says_what_is_missing() -> None:
     async def test() -> None:
         config = FleetConfig(policy=POLICY, signals=SignalsConfig(), metrics="127.0.0.1:0")
         with pytest.raises(ValueError, match="signals: expected `prometheus`"):
-            await operate(config, asyncio.Event())
+            await run_controller(config, asyncio.Event())
 
     run(test)
 

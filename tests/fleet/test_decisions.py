@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.fleet.decisions import Decision, DecisionLog, Forecast, Levels, Snapshot, read_log
+from farthing.fleet.decision_log import DecisionLog, read_log
+from farthing.fleet.decisions import Decision, Levels
+from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.snapshot import Snapshot
 
 
 def decided(now: float = 0.0) -> Decision:

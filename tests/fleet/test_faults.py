@@ -20,7 +20,8 @@ from farthing.fleet.actuators.local import LocalConfig
 from farthing.fleet.actuators.scale import ScalePatch, Target
 from farthing.fleet.config import FleetConfig, SignalsConfig
 from farthing.fleet.controller import Controller
-from farthing.fleet.decisions import Decision, read_log
+from farthing.fleet.decision_log import read_log
+from farthing.fleet.decisions import Decision
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.signals import PrometheusSource, ScrapeSource

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from farthing.fleet.actuators.base import Board
+from farthing.fleet.actuators.base import LastDecision
 from farthing.fleet.actuators.process import launch
 from farthing.fleet.controller import Controller
-from farthing.fleet.decisions import Decision, DecisionLog, Levels, Snapshot, read_log
+from farthing.fleet.decision_log import DecisionLog, read_log
+from farthing.fleet.decisions import Decision, Levels
 from farthing.fleet.gateway.replicas_file import read_replicas, write_replicas
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.snapshot import Snapshot
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
@@ -47,14 +49,14 @@ class Counter:
 
 
 def test_full_disk_is_an_alarm_and_scaling_continues(tmp_path: Path) -> None:
-    board, actuator = Board(), Counter()
+    last_decision, actuator = LastDecision(), Counter()
     policy = Policy(PolicyConfig(capacity=1.0, interval_s=0.05))
     loop = Controller(
         policy,
         Steady(),
         actuator,
         log_path=tmp_path / "decisions.jsonl",
-        board=board,
+        last_decision=last_decision,
         state_path=tmp_path / "policy.json",
         wall=lambda: 1.0,
     )
@@ -67,7 +69,7 @@ def test_full_disk_is_an_alarm_and_scaling_continues(tmp_path: Path) -> None:
 
     asyncio.run(turns())
     assert actuator.count == 3
-    assert board.value("desired_replicas") == 3.0
+    assert last_decision.value("desired_replicas") == 3.0
     assert loop.metrics.last is not None
     assert any("disk: decision log" in alarm for alarm in loop.metrics.last.alarms)
     (tmp_path / "decisions.jsonl").unlink()  # space again

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from farthing.fleet.config import FleetConfig, build
-from farthing.fleet.decisions import Decision, DecisionLog, Forecast, Levels, Snapshot, write_forecasts
+from farthing.fleet.decision_log import DecisionLog
+from farthing.fleet.decisions import Decision, Levels
+from farthing.fleet.estimates import make_estimates
+from farthing.fleet.forecast.curve import Forecast, write_forecasts
 from farthing.fleet.forecast.short import MIXTURE
 from farthing.fleet.gateway import Gateway
 from farthing.fleet.gateway.process import pages_of
-from farthing.fleet.outlook import make_outlook
 from farthing.fleet.overview import fleet_data
+from farthing.fleet.snapshot import Snapshot
 from farthing.server.auth import KeyRing
 from farthing.server.dashboard import Dashboard
 
@@ -66,11 +69,13 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
 def test_bands_of_the_real_forecasters_reach_the_page(tmp_path: Path) -> None:
     """A quarter of an hour of load, forecast as in service and written as the controller writes it."""
     config = build(FleetConfig, {"policy": {"capacity": 5.0}, "state": str(tmp_path)})
-    outlook = make_outlook(config)
+    estimates = make_estimates(config)
     for second in range(0, 900, 5):
         load = 10.0 + 3.0 * math.sin(second / 60)
-        outlook.observe(1e9 + second, Snapshot(1e9 + second, current=2, ready=2, request_rate=load))
-    write_forecasts(tmp_path / "forecasts.json", "requests", outlook.short(1e9 + 900), outlook.mid(1e9 + 900))
+        estimates.observe(1e9 + second, Snapshot(1e9 + second, current=2, ready=2, request_rate=load))
+    write_forecasts(
+        tmp_path / "forecasts.json", "requests", estimates.short(1e9 + 900), estimates.mid(1e9 + 900)
+    )
     band = fleet_data(Gateway(), tmp_path)["forecasts"]["short"]
     assert band["source"] in MIXTURE and band["step_s"] > 0
     assert 7 <= band["p50"][0] < band["p90"][0] <= 20

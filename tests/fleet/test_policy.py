@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.fleet.decisions import Forecast, Snapshot
+from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.policy import Policy, PolicyState
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.snapshot import Snapshot
 
 CONFIG = PolicyConfig(capacity=1.0, rule="published")
 

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.fleet.decisions import Snapshot
 from farthing.fleet.signals import (
     DIALECTS,
     ColdStarts,
@@ -26,6 +25,7 @@ from farthing.fleet.signals import (
 )
 from farthing.fleet.signals.dialects import dialect
 from farthing.fleet.signals.scrape import parse
+from farthing.fleet.snapshot import Snapshot
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import prometheus
 

@@ -12,18 +12,18 @@ import aiohttp
 import grpc
 import pytest
 
-from farthing.fleet.actuators.base import Board
+from farthing.fleet.actuators.base import LastDecision
 from farthing.fleet.actuators.keda import KedaScaler
-from farthing.fleet.actuators.keda_proto import MESSAGES, PACKAGE, SERVICE
+from farthing.fleet.actuators.keda_proto import messages, services
 from farthing.fleet.actuators.local import LocalConfig
-from farthing.fleet.actuators.passive import Passive
+from farthing.fleet.actuators.read_only import ReadOnly
 from farthing.fleet.config import FleetConfig, SignalsConfig
 from farthing.fleet.controller import Controller
-from farthing.fleet.decisions import Snapshot
 from farthing.fleet.gateway import Gateway, GatewayConfig
 from farthing.fleet.metrics import MetricsServer
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.snapshot import Snapshot
 from farthing.fleet.up import LocalFleet, UpConfig
 from farthing.fleet.wake import Held, wake
 from tests.fleet.doubles import replica as double
@@ -110,13 +110,17 @@ class Silent:
 @pytest.mark.parametrize("path", ["IsActive", "StreamIsActive"])
 def test_held_request_activates_keda_and_is_the_metric_an_hpa_reads(tmp_path: Path, path: str) -> None:
     async def test() -> None:
-        board = Board()
+        last_decision = LastDecision()
         loop = Controller(
-            Policy(POLICY), Silent(), Passive(), board=board, log_path=tmp_path / "decisions.jsonl"
+            Policy(POLICY),
+            Silent(),
+            ReadOnly(),
+            last_decision=last_decision,
+            log_path=tmp_path / "decisions.jsonl",
         )
         stop = asyncio.Event()
         scaling = asyncio.create_task(loop.run(stop))
-        server, scaler = MetricsServer(loop.metrics, held=loop.held), KedaScaler(board)
+        server, scaler = MetricsServer(loop.metrics, held=loop.held), KedaScaler(last_decision)
         port, keda = await server.start("127.0.0.1", 0), await scaler.start("127.0.0.1:0")
         config = GatewayConfig(health_interval_s=0.05, wait_s=30)
         gateway = Gateway(config, wake=f"http://127.0.0.1:{port}/wake")
@@ -130,7 +134,7 @@ def test_held_request_activates_keda_and_is_the_metric_an_hpa_reads(tmp_path: Pa
             waiting = asyncio.ensure_future(session.post(CHAT, json=body()))
             await _active(channel, path)
             print(f"active after {time.monotonic() - began:.2f} s")
-            assert board.value("desired_replicas") == 1.0
+            assert last_decision.value("desired_replicas") == 1.0
             assert not waiting.done()
             gateway.set_replicas({"woken": replica.url})  # as the cluster would
             assert (await waiting).status == 200
@@ -145,19 +149,15 @@ def test_held_request_activates_keda_and_is_the_metric_an_hpa_reads(tmp_path: Pa
 
 async def _active(channel: grpc.aio.Channel, name: str) -> None:
     """Return once the scaler says that a replica is wanted."""
-    options = {
-        "request_serializer": MESSAGES["ScaledObjectRef"].SerializeToString,
-        "response_deserializer": MESSAGES["IsActiveResponse"].FromString,
-    }
-    reference = MESSAGES["ScaledObjectRef"](name="x", namespace="y")
-    method = f"/{PACKAGE}.{SERVICE}/{name}"
+    stub = services.ExternalScalerStub(channel)
+    reference = messages.ScaledObjectRef(name="x", namespace="y")
     if name == "StreamIsActive":
-        async for answer in channel.unary_stream(method, **options)(reference):
+        async for answer in stub.StreamIsActive(reference):
             if answer.result:
                 return
     while True:
         try:
-            if (await channel.unary_unary(method, **options)(reference)).result:
+            if (await stub.IsActive(reference)).result:
                 return
         except grpc.aio.AioRpcError as problem:
             assert problem.code() is grpc.StatusCode.UNAVAILABLE  # nothing is decided yet
@@ -191,7 +191,7 @@ def test_bad_wake_urls_and_reports_are_refused(tmp_path: Path) -> None:
     async def test() -> None:
         with pytest.raises(ValueError, match="wake = 'nowhere'"):
             Gateway(wake="nowhere")
-        loop = Controller(Policy(POLICY), Silent(), Passive(), log_path=tmp_path / "d.jsonl")
+        loop = Controller(Policy(POLICY), Silent(), ReadOnly(), log_path=tmp_path / "d.jsonl")
         server = MetricsServer(loop.metrics, held=loop.held)
         port = await server.start("127.0.0.1", 0)
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:

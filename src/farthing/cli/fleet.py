@@ -109,13 +109,13 @@ def up(
 
 
 async def _up(config: Any) -> None:
-    from farthing.fleet.operate import stop_event
-    from farthing.fleet.up import LocalFleet, load_outlook
+    from farthing.fleet.run import stop_event
+    from farthing.fleet.up import LocalFleet, load_estimates
 
     stop = stop_event()
     async with LocalFleet(config) as fleet:
         _say(f"gateway on {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {fleet.metrics_port}")
-        forecasters = asyncio.create_task(load_outlook(fleet))
+        forecasters = asyncio.create_task(load_estimates(fleet))
         scaling = asyncio.create_task(fleet.run(stop))
         ready = asyncio.create_task(fleet.wait_ready(config.local.ready_timeout_s, _say))
         await asyncio.wait([ready, scaling], return_when=asyncio.FIRST_COMPLETED)
@@ -141,13 +141,13 @@ def run(
     from dataclasses import replace
 
     from farthing.fleet.config import load
-    from farthing.fleet.operate import operate, stop_event
-    from farthing.fleet.outlook import make_outlook
+    from farthing.fleet.estimates import make_estimates
+    from farthing.fleet.run import run_controller, stop_event
 
     _log_to_stderr()
 
     async def main(fleet: Any) -> None:
-        await operate(fleet, stop_event(), make_outlook(fleet))
+        await run_controller(fleet, stop_event(), make_estimates(fleet))
 
     with _errors_to_user():
         loaded = load(config)

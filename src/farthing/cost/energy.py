@@ -2,7 +2,7 @@
 
 A meter answers the joules since it was opened, and says where they come from:
 "nvml+rapl", "nvml+estimated" (the host is estimated), "rapl" or "estimated".
-RAPL and NVML meter a whole package or board: on a shared machine that includes what others draw.
+RAPL and NVML meter a whole package or last_decision: on a shared machine that includes what others draw.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def open_meter(machine: Machine, gpus: Sequence[int] | None = None, root: Path =
 
 def _open_gpu(machine: Machine, gpus: Sequence[int] | None, root: Path) -> EnergyMeter | None:
     with contextlib.suppress(ImportError, RuntimeError):
-        board: EnergyMeter = NvmlMeter(gpus)
+        last_decision: EnergyMeter = NvmlMeter(gpus)
         host = _rapl(root) or EstimatedMeter(machine.host_watts, machine.host_watts)
-        return SumMeter([board, host])
+        return SumMeter([last_decision, host])
     return None
 
 

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from farthing.fleet.decisions import Snapshot
+from farthing.fleet.snapshot import Snapshot
 
 DECODE_PER_PREFILL = (
     20.0  # an output token costs as much as this many prompt tokens, before anything is learned

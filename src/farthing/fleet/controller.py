@@ -15,19 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from farthing.fleet.actuators.base import Actuator, ActuatorError, Board
-from farthing.fleet.decisions import (
-    FORECASTS,
-    Decision,
-    DecisionLog,
-    Forecast,
-    Snapshot,
-    read_log,
-    write_forecasts,
-)
+from farthing.fleet.actuators.base import Actuator, ActuatorError, LastDecision
+from farthing.fleet.decision_log import DecisionLog, read_log
+from farthing.fleet.decisions import Decision
+from farthing.fleet.forecast.curve import FORECASTS, Forecast, write_forecasts
 from farthing.fleet.metrics import FleetMetrics
 from farthing.fleet.policy import Policy, PolicyState
 from farthing.fleet.signals import Source
+from farthing.fleet.snapshot import Snapshot
 from farthing.fleet.wake import Held
 
 log = logging.getLogger(__name__)
@@ -35,7 +30,7 @@ log = logging.getLogger(__name__)
 _SAVE_S = 10.0  # between writes of the policy's state
 
 
-class Outlook(Protocol):
+class Estimates(Protocol):
     """What the controller needs of forecasters and of a capacity model."""
 
     def observe(self, now: float, snapshot: Snapshot) -> None:
@@ -65,15 +60,15 @@ class Controller:
         actuator: Actuator,
         *,
         log_path: Path,
-        outlook: Outlook | None = None,
-        board: Board | None = None,
+        estimates: Estimates | None = None,
+        last_decision: LastDecision | None = None,
         metrics: FleetMetrics | None = None,
         advise: bool = False,
         state_path: Path | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.policy, self.source, self.actuator, self.outlook = policy, source, actuator, outlook
-        self.board = board if board is not None else Board()
+        self.policy, self.source, self.actuator, self.estimates = policy, source, actuator, estimates
+        self.last_decision = last_decision if last_decision is not None else LastDecision()
         self.metrics = metrics if metrics is not None else FleetMetrics()
         self.advise = advise
         self.log = DecisionLog(log_path)
@@ -132,11 +127,11 @@ class Controller:
         return decision
 
     def _decide(self, now: float, snapshot: Snapshot, current: int) -> Decision:
-        if self.outlook is None:
+        if self.estimates is None:
             return self.policy.decide(now, snapshot, current=current)
-        self.outlook.observe(now, snapshot)
+        self.estimates.observe(now, snapshot)
         self._maintain(now)
-        short, mid = self.outlook.short(now), self.outlook.mid(now)
+        short, mid = self.estimates.short(now), self.estimates.mid(now)
         with self._writing("forecasts"):
             write_forecasts(self._forecasts, self.policy.config.unit, short, mid)
         return self.policy.decide(
@@ -145,7 +140,7 @@ class Controller:
             short,
             mid,
             current=current,
-            capacity=self.outlook.capacity(),
+            capacity=self.estimates.capacity(),
         )
 
     async def _current(self, alarms: list[str]) -> int | None:
@@ -169,7 +164,7 @@ class Controller:
                 log.warning("actuator: %s", problem)
                 decision = replace(decision, alarms=(*decision.alarms, f"actuator: {problem}"))
         self._known = decision.target if not blind else self._known
-        self.board.post(decision)
+        self.last_decision.post(decision)
         self.metrics.show(decision)
         with self._writing("decision log"):
             self.log.append(decision)
@@ -179,13 +174,13 @@ class Controller:
 
     def _maintain(self, now: float) -> None:
         """Let the forecasters fit in a thread, one run at a time."""
-        if self.outlook is None or (self._maintenance is not None and not self._maintenance.done()):
+        if self.estimates is None or (self._maintenance is not None and not self._maintenance.done()):
             return
-        self._maintenance = asyncio.create_task(self._maintained(self.outlook, now))
+        self._maintenance = asyncio.create_task(self._maintained(self.estimates, now))
 
-    async def _maintained(self, outlook: Outlook, now: float) -> None:
+    async def _maintained(self, estimates: Estimates, now: float) -> None:
         try:
-            await asyncio.to_thread(outlook.maintain, now)
+            await asyncio.to_thread(estimates.maintain, now)
         except Exception:  # a forecaster that cannot be fitted must not stop the real-time level
             log.exception("forecasters: this fit failed, the last one stays in use")
             self.metrics.failures.inc()

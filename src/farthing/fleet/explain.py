@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.text import Text
 
-from farthing.fleet.decisions import Decision, read_log
+from farthing.fleet.decision_log import read_log
+from farthing.fleet.decisions import Decision
 
 _ALL = 1 << 30
 

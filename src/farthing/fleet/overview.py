@@ -5,21 +5,20 @@ A document of the kind `farthing.server.dashboard` draws, see its `source`.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.samples import Sample
 
-from farthing.fleet.decisions import FORECASTS, Decision, Snapshot
+from farthing.fleet.decision_log import DECISIONS, recent
+from farthing.fleet.decisions import Decision
+from farthing.fleet.forecast.curve import FORECASTS, read_forecasts
 from farthing.fleet.gateway.server import Gateway
+from farthing.fleet.snapshot import Snapshot
 
-DECISIONS = "decisions.jsonl"
 _SHOWN = 50  # decisions
-_TAIL = 128 << 10  # bytes of the log that are looked at
 _REALTIME_S = 300.0  # how far the present load is drawn ahead
 
 
@@ -74,9 +73,9 @@ def _samples(gateway: Gateway, name: str) -> list[Sample]:
 
 def _add_control(document: dict[str, Any], state: Path) -> None:
     """Decisions with their reasons, forecasts, and the load they were made for."""
-    decisions = _last_decisions(state / DECISIONS)
+    decisions = recent(state / DECISIONS)
     document["decisions"] = [_shown(decision) for decision in _telling(decisions)[-_SHOWN:]]
-    unit, document["forecasts"] = _forecasts(state / FORECASTS)
+    unit, document["forecasts"] = read_forecasts(state / FORECASTS)
     document["unit"] = f"{unit}/s"
     if not decisions:
         return
@@ -101,22 +100,6 @@ def _add_control(document: dict[str, Any], state: Path) -> None:
         gauges["usd_per_million"] = gauges["usd_per_hour"] / 3600 / tokens * 1e6
 
 
-def _last_decisions(path: Path) -> list[Decision]:
-    """The end of the log, oldest first, without reading the whole of it; what is torn is left out."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL))
-            lines = file.read().decode("utf-8", "replace").split("\n")[:-1]
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        with suppress(ValueError):
-            found.append(Decision.from_json(line))
-    return found
-
-
 def _telling(decisions: Sequence[Decision]) -> list[Decision]:
     """Decisions without those that only repeat: of a run that holds for the same reason, the first and, if
     it still lasts, the last."""
@@ -130,15 +113,6 @@ def _telling(decisions: Sequence[Decision]) -> list[Decision]:
 
 def _kind(decision: Decision) -> tuple[object, ...]:
     return decision.action, decision.target, decision.decided_by, decision.alarms
-
-
-def _forecasts(path: Path) -> tuple[str, dict[str, Any]]:
-    """(unit, {level: forecast}); requests and nothing where no controller has written any."""
-    try:
-        data = json.loads(path.read_text())
-        return str(data["unit"]), dict(data["forecasts"])
-    except (OSError, ValueError, KeyError):
-        return "requests", {}
 
 
 def _shown(decision: Decision) -> dict[str, Any]:

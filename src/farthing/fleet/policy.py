@@ -22,8 +22,10 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from farthing.fleet.decisions import Action, Decision, Forecast, Level, Levels, Snapshot
+from farthing.fleet.decisions import Action, Decision, Level, Levels
+from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.snapshot import Snapshot
 from farthing.fleet.wake import wake
 
 

@@ -23,9 +23,9 @@ from typing import Any
 from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
 from farthing.fleet.actuators.process import last_lines, launch, signal_group
 from farthing.fleet.config import FleetConfig, split_address
-from farthing.fleet.controller import Controller, Outlook
+from farthing.fleet.controller import Controller, Estimates
 from farthing.fleet.gateway.replicas_file import write_replicas
-from farthing.fleet.operate import make_controller, serve_metrics
+from farthing.fleet.run import make_controller, serve_metrics
 from farthing.fleet.signals import ScrapeSource
 from farthing.fleet.signals.dialects import dialect
 
@@ -54,7 +54,7 @@ def serve_command(model: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 # For `serve_command`: a spare process, told the words behind `python -m farthing.cli.app`.
-WARM: dict[str, Any] = {"warm": (sys.executable, "-m", "farthing.fleet.warm"), "warm_skips": 3}
+WARM: dict[str, Any] = {"warm": (sys.executable, "-m", "farthing.fleet.standby"), "warm_skips": 3}
 
 
 class GatewayProcess:
@@ -120,13 +120,13 @@ class LocalFleet:
     Use as an async context manager; `run` scales until told to stop.
     """
 
-    def __init__(self, config: UpConfig, outlook: Outlook | None = None) -> None:
+    def __init__(self, config: UpConfig, estimates: Estimates | None = None) -> None:
         self.config = config
         state = config.fleet.state
         state.mkdir(parents=True, exist_ok=True)
         self._file = state / "replicas.json"
         self.replicas = LocalReplicas(config.local, on_change=lambda ready: write_replicas(self._file, ready))
-        self._outlook = outlook
+        self._estimates = estimates
         self._stack = AsyncExitStack()
         self.sock: socket.socket | None = None
         self.port = 0
@@ -170,7 +170,7 @@ class LocalFleet:
             cold_starts=self.replicas.cold_starts,
         )
         self._stack.push_async_callback(source.close)
-        self.controller = make_controller(fleet, source, self.replicas, self._outlook)
+        self.controller = make_controller(fleet, source, self.replicas, self._estimates)
         self.metrics_port = await serve_metrics(fleet, self.controller, self._stack)
         self.gateway = GatewayProcess(self.sock, self._gateway_arguments(), fleet.state / "gateway.log")
         await self.gateway.start()
@@ -207,19 +207,19 @@ class LocalFleet:
         return False
 
 
-async def load_outlook(fleet: LocalFleet) -> None:
+async def load_estimates(fleet: LocalFleet) -> None:
     """Give a running fleet its forecasters. Their imports take seconds, in which the replicas start already.
 
     Raises ValueError where the `forecast` section of the configuration is wrong.
     """
 
-    def make() -> Outlook:
-        from farthing.fleet.outlook import make_outlook
+    def make() -> Estimates:
+        from farthing.fleet.estimates import make_estimates
 
-        return make_outlook(fleet.config.fleet)
+        return make_estimates(fleet.config.fleet)
 
     assert fleet.controller is not None
-    fleet.controller.outlook = await asyncio.to_thread(make)
+    fleet.controller.estimates = await asyncio.to_thread(make)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from farthing.fleet.decisions import Decision, Levels, Snapshot
+from farthing.fleet.decisions import Decision, Levels
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.snapshot import Snapshot
 
 _FRESH_S = 5.0  # a report that is older says nothing: gateways report each second
 

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.fleet.actuators.base import METRICS, Board
+from farthing.fleet.actuators.base import METRICS, LastDecision
 from farthing.fleet.actuators.external_metrics import ROOT, ExternalMetrics, FrontProxy, matches, quantity
 from farthing.fleet.actuators.kubernetes import Access, authentication_config, connect
-from farthing.fleet.decisions import Decision, Levels, Snapshot
+from farthing.fleet.decisions import Decision, Levels
+from farthing.fleet.snapshot import Snapshot
 from tests.fleet.doubles.aggregator import Aggregator, issue
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 
@@ -43,13 +44,13 @@ def decision(target: int = 7, **signals: float) -> Decision:
 
 
 @asynccontextmanager
-async def serving(tmp_path: Path) -> AsyncIterator[tuple[int, Board, Aggregator, FakeKubernetes]]:
-    aggregator, board = Aggregator(tmp_path), Board()
+async def serving(tmp_path: Path) -> AsyncIterator[tuple[int, LastDecision, Aggregator, FakeKubernetes]]:
+    aggregator, last_decision = Aggregator(tmp_path), LastDecision()
     async with FakeKubernetes() as api:
         api.front_proxy = aggregator.config_map()
         client = connect(api.url)
         server = ExternalMetrics(
-            board,
+            last_decision,
             Access(client, keep_s=0.0),
             FrontProxy.from_config_map(await authentication_config(client)),
             certificate=aggregator.serving.certificate_file,
@@ -59,15 +60,15 @@ async def serving(tmp_path: Path) -> AsyncIterator[tuple[int, Board, Aggregator,
         )
         port = await server.start("127.0.0.1", 0)
         try:
-            yield port, board, aggregator, api
+            yield port, last_decision, aggregator, api
         finally:
             await server.close()
 
 
 def test_hpa_gets_every_figure(tmp_path: Path) -> None:
     async def test() -> None:
-        async with serving(tmp_path) as (port, board, aggregator, api):
-            board.post(decision(7, backlog=12.0, ttft_s=0.2345))
+        async with serving(tmp_path) as (port, last_decision, aggregator, api):
+            last_decision.post(decision(7, backlog=12.0, ttft_s=0.2345))
             status, listed = await aggregator.get(port, ROOT)
             assert status == 200
             assert listed["kind"] == "APIResourceList"
@@ -100,8 +101,8 @@ def test_hpa_gets_every_figure(tmp_path: Path) -> None:
 
 def test_who_is_not_the_front_proxy_is_refused(tmp_path: Path) -> None:
     async def test() -> None:
-        async with serving(tmp_path) as (port, board, aggregator, api):
-            board.post(decision())
+        async with serving(tmp_path) as (port, last_decision, aggregator, api):
+            last_decision.post(decision())
             other_name = issue(tmp_path, "somebody-else", aggregator.front_proxy_ca)
             assert (await aggregator.get(port, PATH, pair=None))[0] == 401
             assert (await aggregator.get(port, PATH, pair=other_name))[0] == 401
@@ -120,8 +121,8 @@ def test_who_is_not_the_front_proxy_is_refused(tmp_path: Path) -> None:
 
 def test_access_review_decides_and_its_failure_is_an_error(tmp_path: Path) -> None:
     async def test() -> None:
-        async with serving(tmp_path) as (port, board, aggregator, api):
-            board.post(decision())
+        async with serving(tmp_path) as (port, last_decision, aggregator, api):
+            last_decision.post(decision())
             api.allow = lambda spec: spec["user"] == "hpa"
             assert (await aggregator.get(port, PATH))[0] == 200
             assert (await aggregator.get(port, PATH, user="eve"))[0] == 403
@@ -133,12 +134,12 @@ def test_access_review_decides_and_its_failure_is_an_error(tmp_path: Path) -> No
 
 def test_no_decision_an_old_one_and_a_missing_signal_are_errors_not_zeros(tmp_path: Path) -> None:
     async def test() -> None:
-        async with serving(tmp_path) as (port, board, aggregator, _):
+        async with serving(tmp_path) as (port, last_decision, aggregator, _):
             assert (await aggregator.get(port, PATH))[0] == 503
-            board.post(decision())
+            last_decision.post(decision())
             assert (await aggregator.get(port, PATH))[0] == 200
             assert (await aggregator.get(port, PATH.replace("desired_replicas", "queue_backlog")))[0] == 503
-            board.max_age_s = 0.0
+            last_decision.max_age_s = 0.0
             assert (await aggregator.get(port, PATH))[0] == 503
 
     run(test)
@@ -146,8 +147,8 @@ def test_no_decision_an_old_one_and_a_missing_signal_are_errors_not_zeros(tmp_pa
 
 def test_namespaces_and_selectors_narrow_the_items(tmp_path: Path) -> None:
     async def test() -> None:
-        async with serving(tmp_path) as (port, board, aggregator, _):
-            board.post(decision())
+        async with serving(tmp_path) as (port, last_decision, aggregator, _):
+            last_decision.post(decision())
             for path, count in (
                 (PATH, 1),
                 (ROOT + "/namespaces/prod/desired_replicas", 1),

@@ -1,9 +1,8 @@
-"""The KEDA scaler asked by a client that grpcio-tools compiled from the published protocol."""
+"""The KEDA scaler over gRPC: the published protocol, and what each call answers."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,9 +14,12 @@ from typing import Any
 import grpc
 import pytest
 
-from farthing.fleet.actuators.base import Board
+from farthing.fleet.actuators import keda
+from farthing.fleet.actuators.base import LastDecision
 from farthing.fleet.actuators.keda import KedaScaler
-from farthing.fleet.decisions import Decision, Levels, Snapshot
+from farthing.fleet.actuators.keda_proto import messages, services
+from farthing.fleet.decisions import Decision, Levels
+from farthing.fleet.snapshot import Snapshot
 from tests.fleet import doubles
 
 PROTO = Path(next(iter(doubles.__path__))) / "externalscaler.proto"
@@ -28,17 +30,20 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def protocol(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """(messages, stub class) compiled by protoc."""
-    out = tmp_path_factory.mktemp("proto")
-    flags = [f"-I{PROTO.parent}", f"--python_out={out}", f"--grpc_python_out={out}"]
-    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *flags, str(PROTO)], check=True)
-    sys.path.insert(0, str(out))
-    try:
-        messages = importlib.import_module("externalscaler_pb2")
-        return messages, importlib.import_module("externalscaler_pb2_grpc").ExternalScalerStub
-    finally:
-        sys.path.remove(str(out))
+def protocol() -> Any:
+    """(messages, stub class)."""
+    return messages, services.ExternalScalerStub
+
+
+def test_protocol_is_the_published_one(tmp_path: Path) -> None:
+    """protoc describes the shipped file and KEDA's as the same messages and calls."""
+    described = []
+    for index, path in enumerate((PROTO, Path(keda.__file__).parent / "externalscaler.proto")):
+        out = tmp_path / f"{index}.pb"
+        flags = [f"-I{path.parent}", f"--descriptor_set_out={out}"]
+        subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *flags, str(path)], check=True)
+        described.append(out.read_bytes())
+    assert described[0] == described[1]
 
 
 def decision(target: int, backlog: float | None = 24.0) -> Decision:
@@ -56,13 +61,13 @@ def decision(target: int, backlog: float | None = 24.0) -> Decision:
 
 
 @asynccontextmanager
-async def serving(protocol: Any) -> AsyncIterator[tuple[Any, Any, Board]]:
+async def serving(protocol: Any) -> AsyncIterator[tuple[Any, Any, LastDecision]]:
     messages, stub = protocol
-    board = Board()
-    scaler = KedaScaler(board)
+    last_decision = LastDecision()
+    scaler = KedaScaler(last_decision)
     port = await scaler.start("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield messages, stub(channel), board
+        yield messages, stub(channel), last_decision
     await scaler.close()
 
 
@@ -72,8 +77,8 @@ def reference(messages: Any, **metadata: str) -> Any:
 
 def test_quotient_of_value_and_target_is_the_number_wanted(protocol: Any) -> None:
     async def test() -> None:
-        async with serving(protocol) as (messages, stub, board):
-            board.post(decision(11))
+        async with serving(protocol) as (messages, stub, last_decision):
+            last_decision.post(decision(11))
             ref = reference(messages)
             (spec,) = (await stub.GetMetricSpec(ref)).metricSpecs
             assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("desired_replicas", 1, 1.0)
@@ -86,8 +91,8 @@ def test_quotient_of_value_and_target_is_the_number_wanted(protocol: Any) -> Non
 
 def test_backlog_and_response_time_with_a_target_a_replica(protocol: Any) -> None:
     async def test() -> None:
-        async with serving(protocol) as (messages, stub, board):
-            board.post(decision(11))
+        async with serving(protocol) as (messages, stub, last_decision):
+            last_decision.post(decision(11))
             for metric, target, expected in (
                 ("queue_backlog", 4.0, 24.0),
                 ("average_response_time", 0.2, 0.25),
@@ -104,16 +109,16 @@ def test_backlog_and_response_time_with_a_target_a_replica(protocol: Any) -> Non
 
 def test_is_active_and_its_stream(protocol: Any) -> None:
     async def test() -> None:
-        async with serving(protocol) as (messages, stub, board):
+        async with serving(protocol) as (messages, stub, last_decision):
             ref = reference(messages)
-            board.post(decision(3))
+            last_decision.post(decision(3))
             assert (await stub.IsActive(ref)).result is True
             stream = stub.StreamIsActive(ref)
             assert (await stream.read()).result is True
-            board.post(decision(0))
+            last_decision.post(decision(0))
             assert (await stream.read()).result is False
             assert (await stub.IsActive(ref)).result is False
-            board.post(decision(1))
+            last_decision.post(decision(1))
             assert (await stream.read()).result is True
             stream.cancel()
 
@@ -128,12 +133,12 @@ def test_missing_figures_and_wrong_metadata_are_errors(protocol: Any) -> None:
         assert text in caught.value.details()
 
     async def test() -> None:
-        async with serving(protocol) as (messages, stub, board):
+        async with serving(protocol) as (messages, stub, last_decision):
             ref = reference(messages)
             request = messages.GetMetricsRequest(scaledObjectRef=ref)
             await fails(stub.IsActive(ref), grpc.StatusCode.UNAVAILABLE, "too old")
             await fails(stub.GetMetrics(request), grpc.StatusCode.UNAVAILABLE, "too old")
-            board.post(decision(3, backlog=None))
+            last_decision.post(decision(3, backlog=None))
             wrong = reference(messages, metric="cpu")
             await fails(stub.GetMetricSpec(wrong), grpc.StatusCode.INVALID_ARGUMENT, "queue_backlog")
             wrong = reference(messages, metric="queue_backlog", target="-1")

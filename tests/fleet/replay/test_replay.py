@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from farthing.cli.replay import app
-from farthing.fleet.decisions import Snapshot
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.replay.oracle import cost_hours
@@ -25,6 +24,7 @@ from farthing.fleet.replay.rate import Setting, View, simulate
 from farthing.fleet.replay.run import POLICIES, Replay, ReplayConfig, base_of
 from farthing.fleet.replay.trace import EXAMPLE, RequestTrace, rate_load, read_trace
 from farthing.fleet.series import Series
+from farthing.fleet.snapshot import Snapshot
 
 
 def brute_oracle(wanted: list[int], load_steps: int) -> float:

@@ -7,5 +7,5 @@ keda              the same for KEDA, over gRPC
 lease             leader election, so that of several controllers one acts
 
 `local` and `scale` are asked to `apply` a number of replicas; `external_metrics` and `keda` are asked by
-others, and answer from the last decision in a `Board`.
+others, and answer from the last decision in a `LastDecision`.
 """

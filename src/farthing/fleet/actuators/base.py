@@ -1,4 +1,4 @@
-"""The interface of an actuator, and the board from which servers that are asked for figures answer."""
+"""The interface of an actuator, and the last decision, from which metric servers answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Actuator(Protocol):
     async def close(self) -> None: ...
 
 
-class Board:
+class LastDecision:
     """The last decision, for servers that are asked: an HPA, KEDA. One that is too old is not given out.
 
     Whoever asks is then told so by an error, on which an HPA and KEDA hold the number of replicas.

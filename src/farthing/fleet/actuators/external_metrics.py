@@ -22,7 +22,7 @@ from typing import Any
 
 from aiohttp import web
 
-from farthing.fleet.actuators.base import METRICS, ActuatorError, Board
+from farthing.fleet.actuators.base import METRICS, ActuatorError, LastDecision
 from farthing.fleet.actuators.kubernetes import Access
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class ExternalMetrics:
 
     def __init__(
         self,
-        board: Board,
+        last_decision: LastDecision,
         access: Access,
         front_proxy: FrontProxy,
         *,
@@ -86,7 +86,7 @@ class ExternalMetrics:
         window_s: int = 60,
         refresh: Callable[[], Awaitable[FrontProxy]] | None = None,
     ) -> None:
-        self._board, self._access, self._proxy = board, access, front_proxy
+        self._last, self._access, self._proxy = last_decision, access, front_proxy
         self._certificate, self._key = certificate, key
         self._labels, self._namespace, self._window = dict(labels), namespace, window_s
         self._refresh = refresh
@@ -246,7 +246,7 @@ class ExternalMetrics:
             return _status(400, "BadRequest", str(problem))
         items = []
         if wanted and request.match_info["namespace"] == self._namespace:
-            value = self._board.value(metric)
+            value = self._last.value(metric)
             if value is None:
                 return _status(503, "ServiceUnavailable", f"{metric} is missing or too old to act on")
             items.append(self._item(metric, value))

@@ -15,28 +15,25 @@ from typing import Any
 
 import grpc
 
-from farthing.fleet.actuators.base import METRICS, Board
-from farthing.fleet.actuators.keda_proto import MESSAGES, METHODS, PACKAGE, SERVICE
+from farthing.fleet.actuators.base import METRICS, LastDecision
+from farthing.fleet.actuators.keda_proto import messages, services
 
 log = logging.getLogger(__name__)
 
-_WATCH_S = 0.5  # between looks at the board for StreamIsActive
+_WATCH_S = 0.5  # between looks at the last_decision for StreamIsActive
 
 
-class KedaScaler:
+class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
     """The server of all four calls."""
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    def __init__(self, last_decision: LastDecision) -> None:
+        self._last = last_decision
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str, credentials: Any = None) -> int:
         """Serve on HOST:PORT, with TLS where grpc server credentials are given. Returns the port."""
         self._server = grpc.aio.server()
-        handlers = {name: self._handler(name) for name in METHODS}
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(f"{PACKAGE}.{SERVICE}", handlers),)
-        )
+        services.add_ExternalScalerServicer_to_server(self, self._server)
         if credentials is None:
             port = self._server.add_insecure_port(address)
         else:
@@ -48,50 +45,35 @@ class KedaScaler:
         if self._server is not None:
             await self._server.stop(grace=1.0)
 
-    def _handler(self, name: str) -> Any:
-        request, response, streamed = METHODS[name]
-        behaviour = {
-            "IsActive": self._is_active,
-            "StreamIsActive": self._stream_is_active,
-            "GetMetricSpec": self._metric_spec,
-            "GetMetrics": self._metrics,
-        }[name]
-        make = grpc.unary_stream_rpc_method_handler if streamed else grpc.unary_unary_rpc_method_handler
-        return make(
-            behaviour,
-            request_deserializer=MESSAGES[request].FromString,
-            response_serializer=MESSAGES[response].SerializeToString,
-        )
-
     # ---- the calls ----
 
-    async def _is_active(self, request: Any, context: Any) -> Any:
+    async def IsActive(self, request: Any, context: Any) -> Any:
         """Whether at least one replica is wanted."""
-        return MESSAGES["IsActiveResponse"](result=await self._value("desired_replicas", context) > 0)
+        return messages.IsActiveResponse(result=await self._value("desired_replicas", context) > 0)
 
-    async def _stream_is_active(self, request: Any, context: Any) -> AsyncIterator[Any]:
+    async def StreamIsActive(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """The present answer, and then each change of it. While nothing is known, nothing is said."""
         said: bool | None = None
         while not context.cancelled():
-            value = self._board.value("desired_replicas")
+            value = self._last.value("desired_replicas")
             active = value > 0 if value is not None else said
             if active is not None and active != said:
                 said = active
-                yield MESSAGES["IsActiveResponse"](result=active)
+                yield messages.IsActiveResponse(result=active)
             await asyncio.sleep(_WATCH_S)
 
-    async def _metric_spec(self, request: Any, context: Any) -> Any:
+    async def GetMetricSpec(self, request: Any, context: Any) -> Any:
         metric, target = await self._asked(request, context)
-        spec = MESSAGES["MetricSpec"](
+        spec = messages.MetricSpec(
             metricName=metric, targetSize=max(1, round(target)), targetSizeFloat=target
         )
-        return MESSAGES["GetMetricSpecResponse"](metricSpecs=[spec])
+        return messages.GetMetricSpecResponse(metricSpecs=[spec])
 
-    async def _metrics(self, request: Any, context: Any) -> Any:
+    async def GetMetrics(self, request: Any, context: Any) -> Any:
         metric, _ = await self._asked(request.scaledObjectRef, context)
         value = await self._value(metric, context)
-        answer = MESSAGES["MetricValue"](metricName=metric, metricValue=round(value), metricValueFloat=value)
-        return MESSAGES["GetMetricsResponse"](metricValues=[answer])
+        answer = messages.MetricValue(metricName=metric, metricValue=round(value), metricValueFloat=value)
+        return messages.GetMetricsResponse(metricValues=[answer])
 
     async def _asked(self, reference: Any, context: Any) -> tuple[str, float]:
         """(metric, target a replica) of a ScaledObject's metadata; INVALID_ARGUMENT names what is wrong."""
@@ -116,7 +98,7 @@ class KedaScaler:
         return metric, target
 
     async def _value(self, metric: str, context: Any) -> float:
-        value = self._board.value(metric)
+        value = self._last.value(metric)
         if value is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{metric} is missing or too old to act on")
         assert value is not None

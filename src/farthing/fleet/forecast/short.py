@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from farthing.fleet.decisions import Forecast
 from farthing.fleet.forecast.base import Floats
+from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.forecast.growth import GrowthConfig, ceiling
 from farthing.fleet.forecast.history import History, memory
 from farthing.fleet.forecast.lstm import PRETRAINED, LSTMConfig, Pretrained

@@ -15,9 +15,9 @@ from typing import Any
 
 import aiohttp
 
-from farthing.fleet.decisions import Snapshot
 from farthing.fleet.signals.coldstart import ColdStarts
 from farthing.fleet.signals.dialects import DIALECTS, LAUNCH_METRIC, Dialect
+from farthing.fleet.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 

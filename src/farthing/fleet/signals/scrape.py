@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from farthing.fleet.decisions import Snapshot
 from farthing.fleet.signals.coldstart import ColdStarts
 from farthing.fleet.signals.dialects import LAUNCH_METRIC, Dialect, detect
+from farthing.fleet.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from farthing.fleet.decisions import Snapshot
+from farthing.fleet.snapshot import Snapshot
 
 
 class Source(Protocol):

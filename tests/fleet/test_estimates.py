@@ -1,4 +1,4 @@
-"""The outlook in service: the day plan with its skill, what a restart remembers, what Prometheus is
+"""The estimates in service: the day plan with its skill, what a restart remembers, what Prometheus is
 asked for.
 """
 
@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from farthing.fleet.config import FleetConfig, build
-from farthing.fleet.decisions import Snapshot
-from farthing.fleet.operate import recall
-from farthing.fleet.outlook import (
+from farthing.fleet.estimates import (
     PLAN_STEP_S,
     DayPlan,
     append_load,
     forecast_settings,
-    make_outlook,
+    make_estimates,
     read_loads,
 )
+from farthing.fleet.run import recall
 from farthing.fleet.signals import PrometheusSource
+from farthing.fleet.snapshot import Snapshot
 
 DAY = 86400.0
 BEGIN = 20_000 * DAY
@@ -78,26 +78,26 @@ def test_plan_that_is_worse_than_the_last_value_is_replaced_and_says_so() -> Non
 
 
 def test_restart_remembers_the_load(tmp_path: Path) -> None:
-    first = make_outlook(config(tmp_path))
+    first = make_estimates(config(tmp_path))
     for second in range(0, 600, 5):
         snapshot = Snapshot(time=BEGIN + second, current=2, ready=2, request_rate=7.0)
         first.observe(BEGIN + second, snapshot)
     forecast = first.short(BEGIN + 600)
     assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.25)
-    second_run = make_outlook(config(tmp_path))
+    second_run = make_estimates(config(tmp_path))
     assert second_run.remembers_until == BEGIN + 480  # the last whole minute
     forecast = second_run.short(BEGIN + 600)
     assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.25)
 
 
 def test_missing_signals_teach_nothing(tmp_path: Path) -> None:
-    outlook = make_outlook(config(tmp_path))
+    estimates = make_estimates(config(tmp_path))
     for second in range(0, 600, 5):
         for gap in ({"stale": True}, {"ready": None}, {"request_rate": None}):
             signals = {"ready": 2, "request_rate": 0.0, **gap}
-            outlook.observe(BEGIN + second, Snapshot(time=BEGIN + second, current=2, **signals))  # type: ignore[arg-type]
-    assert outlook.short(BEGIN + 600) is None
-    assert outlook.remembers_until is None
+            estimates.observe(BEGIN + second, Snapshot(time=BEGIN + second, current=2, **signals))  # type: ignore[arg-type]
+    assert estimates.short(BEGIN + 600) is None
+    assert estimates.remembers_until is None
 
 
 def test_torn_lines_of_the_load_file_are_left_out(tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_torn_lines_of_the_load_file_are_left_out(tmp_path: Path) -> None:
 
 
 def test_full_disk_costs_the_load_file_and_not_the_forecast(tmp_path: Path) -> None:
-    outlook = make_outlook(config(tmp_path))
+    estimates = make_estimates(config(tmp_path))
     (tmp_path / "state" / "load.csv").symlink_to("/dev/full")
     for second in range(0, 600, 5):
-        outlook.observe(BEGIN + second, Snapshot(time=BEGIN + second, current=2, ready=2, request_rate=7.0))
-    assert outlook.short(BEGIN + 600) is not None
+        estimates.observe(BEGIN + second, Snapshot(time=BEGIN + second, current=2, ready=2, request_rate=7.0))
+    assert estimates.short(BEGIN + 600) is not None
 
 
 def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +128,9 @@ def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(PrometheusSource, "load_history", history)
     fleet, source = config(tmp_path), PrometheusSource("http://127.0.0.1:9")
-    asyncio.run(recall(fleet, source, make_outlook(fleet)))
+    asyncio.run(recall(fleet, source, make_estimates(fleet)))
     assert asked == [("requests", pytest.approx(28 * DAY))]
-    again = make_outlook(fleet)
+    again = make_estimates(fleet)
     assert again.remembers_until is not None
     asyncio.run(recall(fleet, source, again))
     assert len(asked) == 1  # nothing is missing

@@ -1,6 +1,6 @@
 """A replica's process ahead of its time: it has done its imports and waits on stdin for what to serve.
 
-Importing torch takes most of a small model's cold start. `python -m farthing.fleet.warm` does that, then
+Importing torch takes most of a small model's cold start. `python -m farthing.fleet.standby` does that, then
 reads one line, a JSON list of `farthing`'s arguments, and becomes that command. When stdin ends without
 a line, so does it.
 """

@@ -13,10 +13,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from farthing.fleet.actuators.base import Actuator, Board
-from farthing.fleet.actuators.passive import Passive
+from farthing.fleet.actuators.base import Actuator, LastDecision
+from farthing.fleet.actuators.read_only import ReadOnly
 from farthing.fleet.config import FleetConfig, split_address
-from farthing.fleet.controller import Controller, Outlook, load_state
+from farthing.fleet.controller import Controller, Estimates, load_state
 from farthing.fleet.metrics import MetricsServer
 from farthing.fleet.policy import Policy
 from farthing.fleet.signals import PrometheusError, PrometheusSource, ScrapeSource, Source
@@ -35,28 +35,30 @@ def stop_event() -> asyncio.Event:
     return stop
 
 
-async def operate(config: FleetConfig, stop: asyncio.Event, outlook: Outlook | None = None) -> None:
+async def run_controller(
+    config: FleetConfig, stop: asyncio.Event, estimates: Estimates | None = None
+) -> None:
     """Run a controller with all that the configuration asks for.
 
     Raises ValueError, ActuatorError or OSError.
     """
-    board = Board(max_age_s=max(120.0, 4 * config.policy.interval_s))
+    last_decision = LastDecision(max_age_s=max(120.0, 4 * config.policy.interval_s))
     config.state.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
         source = make_source(config)
         stack.push_async_callback(source.close)
         actuator = await _actuator(config, stack)
-        await _servers(config, board, stack)
-        controller = make_controller(config, source, actuator, outlook, board=board)
+        await _servers(config, last_decision, stack)
+        controller = make_controller(config, source, actuator, estimates, last_decision=last_decision)
         await serve_metrics(config, controller, stack)
-        if isinstance(source, PrometheusSource) and isinstance(outlook, Remembering):
-            await recall(config, source, outlook)
+        if isinstance(source, PrometheusSource) and isinstance(estimates, Remembering):
+            await recall(config, source, estimates)
         await controller.run(stop)
 
 
 @runtime_checkable
 class Remembering(Protocol):
-    """An outlook that can be told the past."""
+    """An estimates that can be told the past."""
 
     @property
     def remembers_until(self) -> float | None: ...
@@ -64,13 +66,13 @@ class Remembering(Protocol):
     def remember(self, points: list[tuple[float, float]]) -> None: ...
 
 
-async def recall(config: FleetConfig, source: PrometheusSource, outlook: Remembering) -> None:
-    """Ask Prometheus for the load that the outlook did not see itself.
+async def recall(config: FleetConfig, source: PrometheusSource, estimates: Remembering) -> None:
+    """Ask Prometheus for the load that the estimates did not see itself.
 
     Without an answer it begins with none.
     """
     end = time.time()
-    begin = max(end - _RECALL_S, outlook.remembers_until or 0.0)
+    begin = max(end - _RECALL_S, estimates.remembers_until or 0.0)
     if end - begin < 120.0:
         return
     try:
@@ -78,7 +80,7 @@ async def recall(config: FleetConfig, source: PrometheusSource, outlook: Remembe
     except PrometheusError as problem:
         log.warning("the past load is not known: %s", problem)
         return
-    outlook.remember(points)
+    estimates.remember(points)
     log.info("%d minutes of past load read from Prometheus", len(points))
 
 
@@ -114,9 +116,9 @@ def make_controller(
     config: FleetConfig,
     source: Source,
     actuator: Actuator,
-    outlook: Outlook | None = None,
+    estimates: Estimates | None = None,
     *,
-    board: Board | None = None,
+    last_decision: LastDecision | None = None,
 ) -> Controller:
     """The loop, with its log and its remembered state under `config.state`."""
     state_path = config.state / "policy.json"
@@ -125,8 +127,8 @@ def make_controller(
         source,
         actuator,
         log_path=config.state / "decisions.jsonl",
-        outlook=outlook,
-        board=board,
+        estimates=estimates,
+        last_decision=last_decision,
         advise=config.advise,
         state_path=state_path,
     )
@@ -146,7 +148,7 @@ async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
     """The direct patch of /scale where a target or variants are named, else one that only reads."""
     kubernetes = config.kubernetes
     if kubernetes is None or (kubernetes.target is None and not kubernetes.variants):
-        return Passive()
+        return ReadOnly()
     from farthing.fleet.actuators.kubernetes import connect, pod_namespace
     from farthing.fleet.actuators.lease import Elector, LeaseConfig
     from farthing.fleet.actuators.mixed import MixedScale
@@ -169,27 +171,27 @@ async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
         assert kubernetes.target is not None
         actuator = ScalePatch(client, Target.parse(kubernetes.target, namespace), elector)
     if not kubernetes.patch:
-        return Passive(actuator)
+        return ReadOnly(actuator)
     await actuator.start()
     stack.push_async_callback(actuator.close)
     return actuator
 
 
-async def _servers(config: FleetConfig, board: Board, stack: AsyncExitStack) -> None:
+async def _servers(config: FleetConfig, last_decision: LastDecision, stack: AsyncExitStack) -> None:
     """The servers that an HPA and KEDA ask."""
     if config.external_metrics is not None:
-        server = await _external_metrics(config, board)
+        server = await _external_metrics(config, last_decision)
         stack.push_async_callback(server.close)
     if config.keda is not None:
         from farthing.fleet.actuators.keda import KedaScaler
 
-        scaler = KedaScaler(board)
+        scaler = KedaScaler(last_decision)
         port = await scaler.start(config.keda.address)
         stack.push_async_callback(scaler.close)
         log.info("KEDA external scaler: port %d", port)
 
 
-async def _external_metrics(config: FleetConfig, board: Board) -> Any:
+async def _external_metrics(config: FleetConfig, last_decision: LastDecision) -> Any:
     from farthing.fleet.actuators.external_metrics import ExternalMetrics, FrontProxy
     from farthing.fleet.actuators.kubernetes import Access, authentication_config, connect, pod_namespace
     from farthing.fleet.config import KubernetesConfig
@@ -202,7 +204,7 @@ async def _external_metrics(config: FleetConfig, board: Board) -> Any:
         return FrontProxy.from_config_map(await authentication_config(client))
 
     server = ExternalMetrics(
-        board,
+        last_decision,
         Access(client),
         await front_proxy(),
         certificate=asked.certificate,

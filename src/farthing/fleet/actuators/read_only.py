@@ -6,7 +6,7 @@ from farthing.fleet.actuators.base import Actuator
 from farthing.fleet.decisions import Decision
 
 
-class Passive:
+class ReadOnly:
     """Reads `/scale` where a target is given; without one the controller goes by the replicas that serve."""
 
     def __init__(self, scale: Actuator | None = None) -> None:
@@ -19,7 +19,7 @@ class Passive:
         return await self._scale.current() if self._scale is not None else None
 
     async def apply(self, decision: Decision) -> None:
-        """Others act on the board."""
+        """Others act on the last_decision."""
 
     async def close(self) -> None:
         """Nothing to close."""

@@ -19,12 +19,13 @@ import numpy as np
 
 from farthing.fleet.capacity import OnlineCapacity, Targets
 from farthing.fleet.config import FleetConfig, build
-from farthing.fleet.decisions import Forecast, Snapshot
+from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.forecast.day import DayForecaster
 from farthing.fleet.forecast.floor import FloorShare
 from farthing.fleet.forecast.prophet import ProphetConfig
 from farthing.fleet.forecast.short import GRID_S, ShortConfig, ShortTerm
 from farthing.fleet.series import DAY_S, Array, Series
+from farthing.fleet.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def _refined(path: Array) -> tuple[float, ...]:
     return tuple(np.interp(np.arange(len(path) * factor), middles, path).tolist())
 
 
-class LiveOutlook:
+class LiveEstimates:
     """Feeds forecasters and capacity model with every snapshot, and remembers the load by the minute."""
 
     def __init__(self, config: FleetConfig) -> None:
@@ -281,7 +282,7 @@ def read_loads(path: Path) -> list[tuple[float, float]]:
     return sorted(points)
 
 
-def make_outlook(config: FleetConfig) -> LiveOutlook:
-    """The outlook of a configuration. Raises ValueError where its `forecast` section is wrong."""
+def make_estimates(config: FleetConfig) -> LiveEstimates:
+    """The estimates of a configuration. Raises ValueError where its `forecast` section is wrong."""
     config.state.mkdir(parents=True, exist_ok=True)
-    return LiveOutlook(config)
+    return LiveEstimates(config)
