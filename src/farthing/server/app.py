@@ -17,7 +17,7 @@ from farthing.conversation.types import Conversation
 from farthing.server.access import Access, Viewer
 from farthing.server.api.cache_digest import mount as mount_digest
 from farthing.server.api.messages import count_tokens, messages
-from farthing.server.api.messages_protocol import CountRequest, MessagesRequest
+from farthing.server.api.messages_protocol import CountRequest, MessagesError, MessagesRequest
 from farthing.server.api.openai_chat import chat, tool_of, turn_of
 from farthing.server.api.openai_completions import complete
 from farthing.server.api.responses import respond, stored
@@ -41,6 +41,7 @@ from farthing.server.turns import render
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
 CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
+_ERRORS = (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
 _ABSENT = {"/v1/embeddings": "embeddings are not served: the model is a causal language model"}
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "Whole, or streamed"}
@@ -56,9 +57,7 @@ def create_app(service: Service) -> ASGIApp:
         docs_url=None,
         redoc_url=None,
         root_path=service.config.root_path,
-        responses={
-            status: {"model": ErrorResponse} for status in (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
-        },
+        responses={status: {"model": ErrorResponse} for status in _ERRORS},
     )
     _add_state_routes(api, service, metrics)
     _add_model_routes(api, service)
@@ -162,12 +161,18 @@ def _add_responses_routes(api: FastAPI, service: Service) -> None:
 
 
 def _add_messages_routes(api: FastAPI, service: Service) -> None:
-    @api.post("/v1/messages", summary="Answer a conversation, as Anthropic's API does", responses=_STREAMED)
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": MessagesError} for status in _ERRORS}
+
+    @api.post(
+        "/v1/messages",
+        summary="Answer a conversation, as Anthropic's API does",
+        responses=errors | _STREAMED,
+    )
     async def create(request: Request, body: MessagesRequest = Body()) -> Response:
         service.unknown_fields.check(body)
         return await messages(service, body, request, request.scope["client_name"])
 
-    @api.post("/v1/messages/count_tokens", summary="How many tokens a conversation has")
+    @api.post("/v1/messages/count_tokens", summary="How many tokens a conversation has", responses=errors)
     async def count(request: Request, body: CountRequest = Body()) -> Response:
         service.unknown_fields.check(body)
         return await count_tokens(service, body, request.scope["client_name"])

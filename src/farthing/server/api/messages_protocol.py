@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from farthing.server.protocol import Body, Count, StopString, Strict
 
@@ -167,6 +167,20 @@ class MessagesRequest(CountRequest):
     # extensions
     cache_salt: str | None = Field(default=None, max_length=1024)
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+
+
+class MessagesErrorDetail(BaseModel):
+    """What went wrong."""
+
+    type: str
+    message: str
+
+
+class MessagesError(BaseModel):
+    """Every error of this API has this shape."""
+
+    type: Literal["error"]
+    error: MessagesErrorDetail
 
 
 def texts(blocks: list[TextBlock]) -> str:

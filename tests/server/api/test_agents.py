@@ -1,0 +1,140 @@
+"""Agents and Node clients that are installed from npm run against scripted models.
+
+Set FARTHING_NODE_MODULES to a directory whose node_modules holds `openai`, `ai` with its providers,
+`@anthropic-ai/claude-code` and `@openai/codex`; what is missing is skipped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from farthing.config import EngineConfig
+from tests.conversation.test_parse import Calls, dsml
+from tests.server.api.loops import FORMATS, scripted
+from tests.server.harness import Running, ScriptedEngine, running
+
+HERE = Path(__file__).parent
+MODULES = Path(os.environ.get("FARTHING_NODE_MODULES", "nowhere")) / "node_modules"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js"),
+    pytest.mark.skipif(not MODULES.is_dir(), reason="set FARTHING_NODE_MODULES"),
+]
+
+
+def need(*packages: str) -> None:
+    """Skip without a package."""
+    for package in packages:
+        if not (MODULES / package).is_dir():
+            pytest.skip(f"npm package {package} is not installed")
+
+
+def node(tmp_path: Path, script: str, *arguments: str) -> str:
+    """Run one of the scripts beside this file."""
+    shutil.copy(HERE / script, tmp_path)
+    (tmp_path / "node_modules").symlink_to(MODULES)
+    done = subprocess.run(
+        ["node", script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_openai_for_node(format_: str, tmp_path: Path) -> None:
+    need("openai")
+    with scripted(format_) as (server, _):
+        assert node(tmp_path, "openai.mjs", server.url).strip() == "ok"
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_vercel_sdk(format_: str, tmp_path: Path) -> None:
+    need("ai", "zod", "@ai-sdk/openai-compatible", "@ai-sdk/anthropic")
+    with scripted(format_) as (server, _):
+        text = "".join(f"Step {step}." for step in range(5)) + "Done."
+        assert node(tmp_path, "vercel.mjs", server.url).splitlines() == [f"0,1,2,3,4 {text}"] * 2
+
+
+def agent_engine(calls: Calls) -> ScriptedEngine:
+    """A model in V4's format that makes these calls one after another, and then ends."""
+    write = dsml("tool_calls")
+
+    def say(prompt: str) -> list[str]:
+        done = prompt.count("<tool_result>")
+        if "### Available Tool Schemas" not in prompt:
+            return list("</think>A title")
+        if done == len(calls):
+            return list("Enough.</think>ALL DONE")
+        return list(f"Thought {done}.</think>Step {done}." + write([calls[done]]))
+
+    engine = ScriptedEngine(say)
+    engine.config = EngineConfig(max_model_len=1_000_000, num_blocks=64, chat_template="deepseek_v4")
+    return engine
+
+
+def headless(server: Running, command: list[str], home: Path, **environment: str) -> str:
+    """Run an agent that can reach this machine only."""
+    proxy = "http://127.0.0.1:9"
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "HTTPS_PROXY": proxy, "HTTP_PROXY": proxy}
+    env |= {"NO_PROXY": "127.0.0.1,localhost", "TERM": "dumb"} | environment
+    (home / "work").mkdir(exist_ok=True)
+    done = subprocess.run(
+        command,
+        cwd=home / "work",
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_claude_code(tmp_path: Path) -> None:
+    need("@anthropic-ai/claude-code")
+    file = tmp_path / "work" / "out.txt"
+    calls: Calls = [
+        ("Bash", {"command": "echo 'hello 日 >&1' > out.txt && cat out.txt", "description": "Write"}),
+        ("Read", {"file_path": str(file)}),
+    ]
+    engine = agent_engine(calls)
+    with running(engine) as server:
+        command = [str(MODULES / ".bin" / "claude"), "-p", "Write hello.", "--allowedTools", "Bash,Read"]
+        printed = headless(
+            server,
+            command,
+            tmp_path,
+            ANTHROPIC_BASE_URL=server.url,
+            ANTHROPIC_AUTH_TOKEN="none",
+            ANTHROPIC_MODEL="tiny",
+            ANTHROPIC_DEFAULT_HAIKU_MODEL="tiny",
+            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+        )
+    assert "ALL DONE" in printed and file.read_text() == "hello 日 >&1\n"
+    turns = [prompt for prompt in engine.prompts if "### Available Tool Schemas" in prompt]
+    assert all(now.startswith(before) for before, now in itertools.pairwise(turns))
+
+
+def test_codex(tmp_path: Path) -> None:
+    need("@openai/codex")
+    commands = ("echo hello > out.txt", "cat out.txt")
+    engine = agent_engine([("exec_command", {"cmd": command}) for command in commands])
+    with running(engine) as server:
+        (tmp_path / ".codex").mkdir()
+        (tmp_path / ".codex" / "config.toml").write_text(
+            'model = "tiny"\nmodel_provider = "farthing"\n[model_providers.farthing]\nname = "farthing"\n'
+            f'base_url = "{server.url}/v1"\nwire_api = "responses"\n'
+        )
+        options = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json", "Hi."]
+        command = [str(MODULES / ".bin" / "codex"), "exec", *options]
+        printed = headless(server, command, tmp_path, CODEX_HOME=str(tmp_path / ".codex"))
+    assert "ALL DONE" in printed and (tmp_path / "work" / "out.txt").read_text() == "hello\n"
+    assert "<tool_result>" in engine.prompts[-1] and "hello" in engine.prompts[-1]
