@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from farthing.fleet.forecast.short import SHORT_MODELS, ShortConfig
 from farthing.fleet.replay.document import PlanConfig, ReplayConfig, replay_file
 
 app = typer.Typer(help="Replay a load trace against scaling policies.")
@@ -43,6 +44,9 @@ def main(
     price: Annotated[float, typer.Option(help="Price of one replica for an hour.")] = 1.0,
     failures: Annotated[float, typer.Option(help="Failures of one replica a day.")] = 0.0,
     second_half: Annotated[bool, typer.Option("--second-half", help="Report the second half only.")] = False,
+    model: Annotated[
+        str, typer.Option(help=f"Short-term forecaster: {', '.join(SHORT_MODELS)}.")
+    ] = "mixture",
     plan: Annotated[bool, typer.Option("--plan/--no-plan", help="The day plan as a floor (Prophet).")] = True,
     picture: Annotated[
         Path | None, typer.Option(help="Draw load, forecast and replicas into this file.")
@@ -61,6 +65,7 @@ def main(
             price_per_hour=price,
             failures_per_day=failures,
             second_half=second_half,
+            short=ShortConfig(model=model),
             plan=PlanConfig(enabled=plan),
         )
         with console.status("reading") as status:
@@ -74,6 +79,9 @@ def main(
     table = Table(
         title=f"{document['trace']}, {document['hours']:.1f} h, load time {document['load_time_s']:g} s"
     )
+    forecaster = document["forecaster"]
+    weights = ", ".join(f"{name} {weight:.0%}" for name, weight in forecaster["weights"].items())
+    table.caption = f"forecaster: {forecaster['model']} ({weights}); policy `farthing`: rule slo"
     for column in ("policy", "instance-hours", "SLO %", "changes", "turns", "cost", "u"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, row in document["policies"].items():

@@ -185,6 +185,7 @@ def replay_requests(
         "capacity": capacity,
         "load_time_s": config.load_time_s,
         "seeds": config.seeds,
+        "forecaster": {"model": config.short.model, "weights": made[0].weights},
         "policies": rows,
     }
 

@@ -35,6 +35,7 @@ POLICIES = (
     "static",
     "oracle",
 )
+RULE_OF = {"farthing": "slo", "short": "published", "mid": "published", "realtime": "published"}
 TUNABLE = ("stabilized", "published", "hpa", "keda")
 STABILIZED = {"farthing": 300.0, "stabilized": 300.0}
 GRID = tuple(round(0.4 + 0.02 * k, 2) for k in range(28))
@@ -215,6 +216,7 @@ class Replay:
             "direction_changes": float(result.direction_changes.mean()),
             "cost": float(hours.mean()) * self.config.price_per_hour,
             "utilization": utilization,
+            "rule": RULE_OF.get(base, base),
         }
         return row, result
 
@@ -244,6 +246,7 @@ def replay(
         "capacity": made.setting.capacity,
         "load_time_s": config.load_time_s,
         "seeds": config.seeds,
+        "forecaster": {"model": config.short.model, "weights": made.weights},
         "policies": rows,
     }
     return document, runs, made
