@@ -121,3 +121,10 @@ def test_layer_lists_of_newer_files_become_prefixes() -> None:
 def test_a_wrapper_of_another_language_model_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"text_config.model_type is 'mistral'; expected 'mistral4'"):
         ModelConfig.from_json(dict(model_type="mistral3", text_config=dict(model_type="mistral")))
+
+
+def test_only_v3s_layers_are_compressed() -> None:
+    assert ModelConfig.from_json(V3).is_v3
+    assert ModelConfig.from_json(V3 | dict(model_type="kimi_k2")).is_v3
+    assert not ModelConfig.from_json(V3 | dict(model_type="axk1")).is_v3
+    assert not ModelConfig.from_json(dict(model_type="kimi_k25", text_config=V3)).is_v3

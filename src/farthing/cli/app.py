@@ -16,6 +16,7 @@ from farthing.cli.errors import exit_on_error
 # name -> (module under farthing.cli, one line of help). The module defines `app: typer.Typer`.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "Serve a model over the OpenAI-compatible HTTP API."),
+    "check": ("check", "Check a model directory: configuration, tokenizer, first layers."),
     "generate": ("generate", "Complete prompts on the command line."),
     "inspect": ("inspect", "Show parameters, bytes and FLOPs per token, and routing."),
     "eval": ("eval", "Perplexity, bits per byte, MTP acceptance; or one model against another."),

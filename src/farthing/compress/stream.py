@@ -80,6 +80,10 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
     """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with what to do."""
     checkpoint = Checkpoint.open(job.source)
     config = ModelConfig.from_json(checkpoint.config)
+    if not config.is_v3:
+        raise ValueError(
+            f"model_type is {config.model_type!r}, whose layers are more than compression knows; expected V3's"
+        )
     _check_structure(job.recipe, config)
     layers = _layers(checkpoint, config)
     state, hidden = _resume(job)

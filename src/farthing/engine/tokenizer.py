@@ -49,6 +49,11 @@ class Tokenizer:
     def from_directory(cls, path: Path, eos_token_ids: Sequence[int] = ()) -> Tokenizer:
         """Read tokenizer.json, tokenizer_config.json and the chat template of a model directory."""
         file = path / "tokenizer.json"
+        if not file.is_file() and (path / "tiktoken.model").is_file():
+            raise FileNotFoundError(
+                f"{path} holds tiktoken.model and no tokenizer.json; convert it once with: "
+                f"python -m farthing.engine.tiktoken {path}"
+            )
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} does not exist; expected a Hugging Face tokenizer file, or skip_tokenizer_init=True "

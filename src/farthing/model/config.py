@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.model.error import ConfigError
-from farthing.model.types import type_of
+from farthing.model.types import type_named, type_of
 
 __all__ = ["ConfigError", "LayerSizes", "ModelConfig", "QueryScaling", "RopeConfig"]
 
@@ -108,6 +108,12 @@ class ModelConfig:
     def cache_width(self) -> int:
         """Numbers a token leaves in the cache of one layer: latent + rotary."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def is_v3(self) -> bool:
+        """Whether layers hold V3's tensors under V3's names and nothing more (V2's are a part of them)."""
+        more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
+        return not more and type_named(self.model_type).names.stored("lm_head.weight") == "lm_head.weight"
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer chooses what it attends to; others read all, or what an earlier layer chose."""

@@ -1,0 +1,149 @@
+"""`farthing check`: whether a model directory holds what Farthing needs, and whether its first layers compute
+what transformers' do.
+
+Only the first layers are read, so that a checkpoint of any size is checked in about a minute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint import Checkpoint
+from farthing.engine.tokenizer import Tokenizer
+from farthing.model import DeepseekModel, ModelConfig
+from farthing.model.load import config_of, parameter_shapes, source_of
+from farthing.model.types import type_named
+from farthing.ops import Ops, make_batch
+
+State = Literal["ok", "failed", "skipped"]
+TEXT = "The quick brown fox: 17 × 3 = 51, naïve, 你好."
+CLOSE = 1e-3  # of the largest logit; float32 on both sides
+MOST_BYTES = 8 << 30  # of float32 weights that are read
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was checked."""
+
+    name: str
+    state: State
+    detail: str
+    seconds: float
+
+
+def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> Iterator[Finding]:
+    """Check a model directory part by part; a part that fails ends what depends on it.
+
+    layers: hidden layers that are run; by default the dense ones and one mixture of experts, where those fit
+    MOST_BYTES.
+    """
+    found: dict[str, Any] = {}
+
+    def part(name: str, run: Callable[[], str]) -> Finding:
+        start = time.perf_counter()
+        try:
+            state: State = "ok"
+            detail = run()
+        except _Skipped as reason:
+            state, detail = "skipped", str(reason)
+        except Exception as error:  # whatever a broken directory raises is what the user shall read
+            state, detail = "failed", f"{type(error).__name__}: {error}"
+        return Finding(name, state, detail, time.perf_counter() - start)
+
+    def configuration() -> str:
+        checkpoint = found["checkpoint"] = Checkpoint.open(path)
+        config = found["config"] = config_of(checkpoint)
+        found["shown"] = shortened(config, layers)
+        kind = type_named(config.model_type)
+        return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers"
+
+    yield (first := part("configuration", configuration))
+    yield part("tokenizer", lambda: _tokenizer(path))
+    if first.state != "ok":
+        return
+    config, shown = found["config"], found["shown"]
+    ids = torch.arange(2, 2 + tokens) % config.vocab_size
+
+    def run_layers() -> str:
+        model = DeepseekModel(shown, ops, source_of(found["checkpoint"], shown))
+        found["logits"] = logits_of(model, ids)
+        found["checkpoint"].release()
+        if not bool(found["logits"].isfinite().all()):
+            raise ValueError(f"logits after {shown.num_hidden_layers} layers are not finite")
+        return f"{shown.num_hidden_layers} of {config.num_hidden_layers} layers on {ops.name}"
+
+    yield (second := part("first layers", run_layers))
+    if second.state == "ok":
+        yield part("transformers", lambda: _compared(path, shown, ids, found["logits"]))
+
+
+class _Skipped(Exception):
+    """A part that cannot be checked here, and why."""
+
+
+def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
+    """The model's first layers, without MTP layers."""
+    dense = next(filter(config.is_moe, range(config.num_hidden_layers)), config.num_hidden_layers)
+    wanted = min(layers or dense + 1, config.num_hidden_layers)
+    while True:
+        short = replace(
+            config,
+            num_hidden_layers=wanted,
+            num_nextn_predict_layers=0,
+            indexer_types=config.indexer_types[:wanted],
+            layer_sizes=config.layer_sizes[:wanted],
+        )
+        size = 4 * sum(prod(shape) for _, shape in parameter_shapes(short))
+        if layers is not None or wanted == 1 or size <= MOST_BYTES:
+            return short
+        wanted -= 1
+
+
+def logits_of(model: DeepseekModel, ids: Tensor) -> Tensor:
+    """ids [T] -> logits [T, V] float32 through the paged cache."""
+    blocks = list(range(-(-len(ids) // 16)))
+    with torch.inference_mode():
+        cache = model.new_cache(len(blocks), 16, "float32")
+        return model.logits(model.forward(ids, make_batch([len(ids)], [0], [blocks], 16), cache))
+
+
+def _tokenizer(path: Path) -> str:
+    tokenizer = Tokenizer.from_directory(path)
+    ids = tokenizer.backend.encode(TEXT, add_special_tokens=False).ids
+    if (text := tokenizer.backend.decode(ids)) != TEXT:
+        raise ValueError(f"{TEXT!r} comes back as {text!r}")
+    template = "its own chat template" if tokenizer.chat_template else "no chat template: DeepSeek's is used"
+    return f"{tokenizer.vocab_size:,} tokens, {template}"
+
+
+def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: Tensor) -> str:
+    """Against the same first layers in transformers, where it has the type and reads the format."""
+    try:
+        import transformers
+    except ImportError:
+        raise _Skipped("not installed: pip install transformers") from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        text = config.get_text_config()
+        text.num_hidden_layers = shown.num_hidden_layers
+        for name in ("mlp_layer_types", "indexer_types", "layer_types"):
+            if getattr(text, name, None):
+                setattr(text, name, getattr(text, name)[: shown.num_hidden_layers])
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        model: Any = load(path, config=config, dtype=torch.float32)
+    except Exception as error:  # an unknown type, a format it cannot read, custom code
+        raise _Skipped(f"cannot load this checkpoint ({type(error).__name__}: {error})") from error
+    with torch.inference_mode():
+        theirs = model.eval()(input_ids=ids[None]).logits[0].float()
+    off = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not off < CLOSE:
+        raise ValueError(f"logits differ by {off:.1e} of the largest; expected less than {CLOSE:.0e}")
+    return f"logits of {len(ids)} tokens differ by {off:.1e} of the largest"

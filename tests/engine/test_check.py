@@ -1,0 +1,62 @@
+"""`farthing check` on directories that work and on broken ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from farthing.engine.check import check, shortened
+from farthing.hub import resolve_model
+from farthing.model import ModelConfig
+from farthing.ops import select
+from farthing.planner.published import published_config
+
+pytest.importorskip("transformers")
+
+from tests.parity.families import build
+
+
+def states(path: Path, layers: int | None = None) -> dict[str, tuple[str, str]]:
+    found = check(path, select("reference", dtype=torch.float32), layers)
+    return {f.name: (f.state, f.detail) for f in found}
+
+
+def test_the_embedded_model_passes() -> None:
+    found = states(resolve_model("mite"), 2)
+    assert found["configuration"][0] == found["tokenizer"][0] == found["first layers"][0] == "ok"
+    assert found["transformers"][0] in ("ok", "skipped")
+
+
+@pytest.mark.parametrize("name", ["glm4_moe_lite", "deepseek_v32", "glm_moe_dsa"])
+def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None:
+    build(name, 1, tmp_path)
+    found = states(tmp_path)
+    assert found["transformers"][0] == "ok", found
+    assert found["tokenizer"][0] == "failed" and "tokenizer.json" in found["tokenizer"][1]
+
+
+def test_broken_weights_and_unknown_types_are_named(tmp_path: Path) -> None:
+    build("glm4_moe_lite", 1, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {k: v.clone() for k, v in load_file(file).items()}
+    tensors["model.layers.0.self_attn.o_proj.weight"] *= float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    assert "not finite" in states(tmp_path)["first layers"][1]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "glm4_moe"}))
+    found = states(tmp_path)
+    assert found["configuration"][0] == "failed"
+    assert "the closest is 'glm4_moe_lite'" in found["configuration"][1]
+    assert "first layers" not in found
+
+
+def test_a_large_model_is_checked_by_its_dense_layers() -> None:
+    raw = published_config("deepseek-v3")
+    assert raw is not None
+    config = ModelConfig.from_json(raw)
+    assert shortened(config, None).num_hidden_layers == 1
+    assert shortened(config, 4).num_hidden_layers == 4

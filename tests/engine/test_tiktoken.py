@@ -1,0 +1,76 @@
+"""A tiktoken vocabulary built here, converted, against merging by rank."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from farthing.engine.tiktoken import convert_directory, pieces, read_ranks
+from farthing.engine.tokenizer import Tokenizer
+
+WORDS = ["the", "then", " the", "ing", "king", "你好", "好", "12", "123", "'s", "naïve", " naïve"]
+NAMED = {"<|im_end|>": 1, "[BOS]": 0}
+
+
+def vocabulary() -> dict[bytes, int]:
+    """All bytes, then every word built by appending one byte at a time: each prefix is a token."""
+    ranks = {bytes([b]): b for b in range(256)}
+    for word in WORDS:
+        data = word.encode()
+        for end in range(2, len(data) + 1):
+            ranks.setdefault(data[:end], len(ranks))
+    return ranks
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    ranks = vocabulary()
+    lines = [base64.b64encode(token) + b" " + str(rank).encode() for token, rank in ranks.items()]
+    (tmp_path / "tiktoken.model").write_bytes(b"\n".join(lines) + b"\n")
+    added = {str(len(ranks) + i): {"content": name, "special": True} for name, i in NAMED.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    return tmp_path
+
+
+def test_it_is_refused_with_the_command_that_converts_it(directory: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"python -m farthing\.engine\.tiktoken "):
+        Tokenizer.from_directory(directory)
+    command = [sys.executable, "-m", "farthing.engine.tiktoken", str(directory)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    tokenizer = Tokenizer.from_directory(directory)
+    assert tokenizer.vocab_size == len(vocabulary()) + 256
+    assert tokenizer.backend.token_to_id("<|im_end|>") == len(vocabulary()) + 1
+
+
+@pytest.mark.parametrize("word", [*WORDS, "the", "x", "thethen"])
+def test_words_merge_by_rank(directory: Path, word: str) -> None:
+    convert_directory(directory)
+    backend = Tokenizer.from_directory(directory).backend
+    ranks = vocabulary()
+    expected = [ranks[p] for p in pieces(word.encode(), ranks, len(ranks))]
+    if not (word.endswith("好") or word.isdigit()):  # cut before merging: the same here for one word
+        assert backend.encode(word).ids == expected
+    assert backend.decode(backend.encode(word).ids) == word
+
+
+def test_text_is_cut_as_kimi_cuts_it(directory: Path) -> None:
+    convert_directory(directory)
+    backend = Tokenizer.from_directory(directory).backend
+    cut = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("the你好King's 12345\n\n x")]  # type: ignore[union-attr]
+    sizes = [len(word.encode()) for word in ("the", "你好", "King's", " ", "123", "45", "\n\n", " x")]
+    assert [len(c) for c in cut] == sizes
+
+
+def test_a_broken_file_names_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "tiktoken.model"
+    file.write_bytes(b"YQ== 0\nnot-base64! 1\n")
+    with pytest.raises(ValueError, match=r"line 2: got b'not-base64! 1'"):
+        read_ranks(file)
+    file.write_bytes(b"YQ== 0\nYg== 2\n")
+    with pytest.raises(ValueError, match=r"ranks have gaps; expected 0…1"):
+        read_ranks(file)
