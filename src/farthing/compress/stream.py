@@ -82,7 +82,7 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
     config = ModelConfig.from_json(checkpoint.config)
     if not config.is_v3:
         raise ValueError(
-            f"model_type is {config.model_type!r}, whose layers are more than compression knows; expected V3's"
+            f"model_type is {config.model_type!r}, whose layers compression does not know; expected V3's"
         )
     _check_structure(job.recipe, config)
     layers = _layers(checkpoint, config)
