@@ -1,0 +1,213 @@
+"""Replicas that send what they should not, die of a request, or are cut off: what a client is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import aiohttp
+import pytest
+
+from farthing.fleet.gateway import Gateway, GatewayConfig
+from farthing.fleet.gateway.poison import Poison
+from tests.fleet.doubles import replica as double
+from tests.fleet.doubles.services import free_port
+from tests.fleet.test_gateway import CHAT, body, run
+
+
+@asynccontextmanager
+async def raw_replica(reply: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
+    """A replica that answers health checks and lets `reply(request, writer)` write anything else."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                if head.startswith(b"GET /health"):
+                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                    continue
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                await reply(await reader.readexactly(length), writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+@asynccontextmanager
+async def before(port: int) -> AsyncIterator[tuple[Gateway, aiohttp.ClientSession]]:
+    """A gateway in front of a replica on `port`."""
+    gateway = Gateway(GatewayConfig(health_interval_s=0.05, wait_s=1.0))
+    address = await gateway.start()
+    gateway.set_replicas({"raw": f"http://127.0.0.1:{port}"})
+    while not gateway.balancer.candidates():
+        await asyncio.sleep(0.01)
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{address}") as session:
+            yield gateway, session
+    finally:
+        await gateway.stop(0)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_bytes_a_replica_sends_unasked_reach_no_client(delay: float) -> None:
+    stray = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nstolen"
+
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        text = json.loads(request)["messages"][0]["content"].encode()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(text), text))
+        if delay:
+            await writer.drain()
+            await asyncio.sleep(delay)
+        writer.write(stray)
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (_, session):
+            for turn in range(6):
+                async with session.post(CHAT, json=body(f"turn {turn}")) as answer:
+                    assert (answer.status, await answer.text()) == (200, f"turn {turn}")
+                await asyncio.sleep(delay * 1.5)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"not HTTP at all\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\ncontent-length: 5\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n",
+    ],
+    ids=["text", "two lengths", "huge header", "unasked upgrade"],
+)
+def test_replica_that_does_not_speak_http_is_an_error_for_the_client(garbage: bytes) -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(garbage)
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (_, session):
+            answer = await session.post(CHAT, json=body())
+            assert answer.status in (502, 503)
+            assert "raw" in (await answer.json())["error"]["message"]
+
+    run(test)
+
+
+def test_answer_cut_short_is_an_error_and_not_a_shorter_answer() -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
+        writer.close()
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (_, session):
+            assert (await session.post(CHAT, json=body())).status == 502
+
+    run(test)
+
+
+def test_unframed_stream_that_ends_without_done_ends_with_an_error_event() -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b'HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: {"a": 1}\n\ndata: {"b"'
+        )
+        writer.close()
+
+    async def test() -> None:
+        async with raw_replica(reply) as port, before(port) as (_, session):
+            async with session.post(CHAT, json=body(stream=True)) as answer:
+                lines = [line async for line in answer.content if line.startswith(b"data: ")]
+            assert "without [DONE]" in json.loads(lines[-1][6:])["error"]["message"]
+
+    run(test)
+
+
+@asynccontextmanager
+async def mortal(count: int, *arguments: str) -> AsyncIterator[tuple[dict[str, str], Callable[[], int]]]:
+    """Replicas as processes that die of "poison": ({name: url}, how many are dead)."""
+    processes, urls = [], {}
+    for index in range(count):
+        port = free_port()
+        command = (double.__file__, "--port", str(port), "--dies-of", "poison", *arguments)
+        processes.append(await asyncio.create_subprocess_exec(sys.executable, *command))
+        urls[f"p{index}"] = f"http://127.0.0.1:{port}"
+    try:
+        yield urls, lambda: sum(p.returncode is not None for p in processes)
+    finally:
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+@asynccontextmanager
+async def in_front_of(urls: dict[str, str], **options: Any) -> AsyncIterator[tuple[Gateway, Any]]:
+    gateway = Gateway(GatewayConfig(health_interval_s=0.1, **options))
+    port = await gateway.start()
+    gateway.set_replicas(urls)
+    while len(gateway.balancer.candidates()) < len(urls):
+        await asyncio.sleep(0.02)
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            yield gateway, session
+    finally:
+        await gateway.stop(0)
+
+
+def test_request_that_kills_its_replica_is_not_sent_to_another() -> None:
+    async def test() -> None:
+        async with mortal(3) as (urls, dead), in_front_of(urls) as (_, session):
+            async with session.post(CHAT, json=body("poison")) as answer:
+                assert answer.status == 502
+                assert "sent to 1" in (await answer.json())["error"]["message"]
+            for _ in range(3):
+                async with session.post(CHAT, json=body("poison")) as answer:
+                    assert answer.status == 422
+            while not dead():
+                await asyncio.sleep(0.01)
+            async with session.post(CHAT, json=body("harmless")) as answer:
+                assert answer.status == 200
+            assert dead() == 1
+
+    run(test)
+
+
+def test_poison_among_others_kills_two_replicas_at_most() -> None:
+    async def ask(session: aiohttp.ClientSession, text: str) -> int:
+        async with session.post(CHAT, json=body(text)) as answer:
+            return answer.status
+
+    async def test() -> None:
+        slow = mortal(3, "--tokens", "10", "--interval", "0.05")
+        async with slow as (urls, dead), in_front_of(urls) as (_, session):
+            crowd = [asyncio.create_task(ask(session, f"good {i}")) for i in range(12)]
+            await asyncio.sleep(0.05)
+            poison = [await ask(session, "poison") for _ in range(3)]
+            assert poison[-1] == 422
+            assert dead() <= 2
+            assert set(await asyncio.gather(*crowd)) <= {200, 502}
+            assert [await ask(session, f"better {i}") for i in range(3)] == [200] * 3
+
+    run(test)
+
+
+def test_poison_entries_are_bounded_and_expire() -> None:
+    now = [0.0]
+    poison = Poison(10.0, clock=lambda: now[0])
+    poison.strike(("POST", "/a", b"x"), alone=True)
+    assert poison.refuses(("POST", "/a", b"x")) and not poison.refuses(("POST", "/b", b"x"))
+    poison.strike(("POST", "/c", b""), alone=False)
+    assert not poison.refuses(("POST", "/c", b""))
+    poison.strike(("POST", "/c", b""), alone=False)
+    assert poison.refuses(("POST", "/c", b""))
+    now[0] = 10.0
+    assert not poison.refuses(("POST", "/a", b"x")) and not poison.refuses(("POST", "/c", b""))
+    for number in range(10_000):
+        poison.strike(("POST", f"/{number}", b""), alone=True)
+    assert len(poison) <= 4096
