@@ -112,7 +112,7 @@ def test_pipelined_requests_are_answered_in_order() -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
             for text in ("one", "two"):
                 payload = json.dumps(body(text)).encode()
-                head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
                 writer.write(head + b"content-length: %d\r\n\r\n%s" % (len(payload), payload))
             for _ in range(2):
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -225,7 +225,9 @@ def test_slow_client_holds_the_replica_back() -> None:
                 "127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1024
             )
             payload = json.dumps(body(stream=True)).encode()
-            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            head = (
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            )
             writer.write(head + b"content-length: %d\r\n\r\n%s" % (len(payload), payload))
             await reader.readline()
             await asyncio.sleep(0.5)

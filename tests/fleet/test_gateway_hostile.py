@@ -20,7 +20,7 @@ from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.test_gateway import CHAT, body, fleet
 from tests.fleet.test_gateway_replicas import before, raw_replica
 
-HOST = b"host: gateway\r\n"
+HOST = b"host: localhost\r\n"
 KEY = b"authorization: Bearer secret\r\n"
 
 
@@ -362,6 +362,30 @@ def test_methods_that_no_replica_serves_are_refused(line: bytes) -> None:
             assert said.startswith(b"HTTP/1.1 405 ")
             writer.close()
             assert gateway.balancer.replicas["raw"].served == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("localhost:8000", 200),
+        ("[::1]:8000", 200),
+        ("demo.localhost", 200),
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+    ],
+)
+def test_gateway_without_keys_on_loopback_answers_to_names_of_this_machine(host: str, status: int) -> None:
+    async def test() -> None:
+        async with fleet(1) as (_, _, session, _url):
+            assert (await session.post(CHAT, json=body(), headers={"Host": host})).status == status
+        async with keyed() as (_, _, port):
+            reader, writer = await connect(port)
+            writer.write(b"GET /v1/models HTTP/1.1\r\nhost: api.example\r\n" + KEY + b"\r\n")
+            assert (await answer_of(reader))[0] == 200
+            writer.close()
 
     run(test)
 

@@ -129,7 +129,7 @@ async def _up(config: Any) -> None:
         ready.cancel()
         await scaling
         await asyncio.gather(forecasters)
-        _say("ending: requests under way are finished first")
+        _say("shutting down: in-flight requests finish first")
 
 
 @app.command(epilog=_RUN_EXAMPLES)
@@ -168,7 +168,7 @@ def gateway(
         str, typer.Option(help="Path that answers 200 while a replica is ready.")
     ] = "/health",
     api_key_file: Annotated[Path | None, typer.Option(help="Keys, `name:key` or a key on each line.")] = None,
-    drain: Annotated[float, typer.Option(help="Seconds for requests under way after SIGTERM.")] = 60.0,
+    drain: Annotated[float, typer.Option(help="Seconds for in-flight requests after SIGTERM.")] = 60.0,
     state: Annotated[
         Path | None, typer.Option(help="The controller's state directory, shown on the dashboard.")
     ] = None,

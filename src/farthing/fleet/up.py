@@ -1,9 +1,8 @@
 """A whole fleet on this machine: `farthing fleet up` starts the gateway and the replicas, and lets the
 controller scale.
 
-The listening socket belongs to this process and is handed to the gateway, a process of its own: a
-gateway that dies or is exchanged leaves no moment in which a connection is refused, and the forecasters'
-work never delays a token.
+The gateway is a process of its own, so that forecasters never delay a token. Its listening socket belongs
+to this process: no connection is refused while a gateway is replaced.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from farthing.fleet.signals.dialects import dialect
 log = logging.getLogger(__name__)
 
 _LATENCY_WINDOW_S = 2.0  # a mean over the whole window would see a breach that much later
-_GATEWAY_PAUSE_S = 0.5  # between a gateway's death and the next, so that a broken one does not spin
+_GATEWAY_PAUSE_S = 0.5  # before a restart, so that a gateway that cannot start does not spin
 
 
 @dataclass(frozen=True)
 class UpConfig:
-    """What a local fleet is made of."""
+    """Configuration of a local fleet."""
 
     fleet: FleetConfig
     local: LocalConfig
@@ -53,12 +52,12 @@ def serve_command(model: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     return (*start, "--host", "{host}", "--port", "{port}", *extra)
 
 
-# For `serve_command`: a spare process, told the words behind `python -m farthing.cli.app`.
+# For `serve_command`: a warm process, which reads the arguments after `python -m farthing.cli.app`.
 WARM: dict[str, Any] = {"warm": (sys.executable, "-m", "farthing.fleet.standby"), "warm_skips": 3}
 
 
 class GatewayProcess:
-    """The gateway as a child that is started again when it dies."""
+    """The gateway as a child process, restarted when it dies."""
 
     def __init__(self, sock: socket.socket, arguments: tuple[str, ...], log_file: Path) -> None:
         self._sock, self._arguments, self._log = sock, arguments, log_file
@@ -92,20 +91,20 @@ class GatewayProcess:
             code = await process.wait()
             if self._closing or process is not self.process:
                 continue
-            log.error("the gateway ended with %d%s; it is started again", code, last_lines(self._log))
+            log.error("gateway exited with %d%s; restarting it", code, last_lines(self._log))
             await asyncio.sleep(_GATEWAY_PAUSE_S)
             self.restarts += 1
             self.process = await self._launch()
 
     async def exchange(self) -> None:
-        """Start a new gateway, then let the old one end its requests: nothing is refused meanwhile."""
+        """Start a new gateway, then drain the old one: no connection is refused."""
         old, self.process = self.process, await self._launch()
         if old is not None:
             signal_group(old, signal.SIGTERM)
             await old.wait()
 
     async def close(self) -> None:
-        """Accept no more, let the requests under way end."""
+        """Stop accepting and let in-flight requests finish."""
         self._closing = True
         if self.process is not None:
             signal_group(self.process, signal.SIGTERM)
@@ -196,7 +195,7 @@ class LocalFleet:
         await self.controller.run(stop)
 
     async def wait_ready(self, timeout_s: float, tell: Callable[[str], None] = lambda text: None) -> bool:
-        """Whether the first replica came up; `tell` hears how long it has taken, once a second."""
+        """Whether the first replica became ready; `tell` is called each second with the time so far."""
         began = time.monotonic()
         while time.monotonic() - began < timeout_s:
             if await self.replicas.wait_ready(1, 1.0):
@@ -208,7 +207,7 @@ class LocalFleet:
 
 
 async def load_estimates(fleet: LocalFleet) -> None:
-    """Give a running fleet its forecasters. Their imports take seconds, in which the replicas start already.
+    """Load the forecasters of a running fleet. Their imports take seconds, while replicas start.
 
     Raises ValueError where the `forecast` section of the configuration is wrong.
     """

@@ -1,9 +1,8 @@
 """Replicas as processes on this machine: started, watched, replaced, drained.
 
-A replica's life: starting (process runs, does not answer yet) -> ready -> draining (no new requests,
-SIGTERM, those under way end) -> gone. One that dies is replaced at once; one that is not ready in time,
-or a command that keeps dying, is given up with a reason, and tried again only after a pause that
-doubles, so that a broken command does not spin.
+States: starting (the process runs, no answer yet) -> ready -> draining (no new requests, SIGTERM, in-flight
+ones finish) -> gone. A replica that dies is replaced at once. After repeated failures to start, launches
+pause, and the pause doubles.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class LocalConfig:
     drain_timeout_s: float = 60.0
     liveness_s: float = 60.0  # a ready replica that is silent for so long is killed and replaced
     poll_s: float = 0.05  # between health checks of a replica that starts
-    failures: int = 3  # launches that fail in a row before it is given up
+    failures: int = 3  # failed launches in a row before launches pause
     retry_s: float = 30.0  # first pause after giving up; doubles up to ten times that
     environment: dict[str, str] = field(default_factory=dict)
     # A command that waits on stdin for a JSON line with the arguments after `command[:warm_skips]`: one
@@ -71,7 +70,7 @@ class LocalConfig:
 
 @dataclass(frozen=True)
 class Spare:
-    """A process that waits for what to serve."""
+    """A warm process that waits for its arguments."""
 
     name: str
     process: asyncio.subprocess.Process
@@ -96,7 +95,7 @@ class LocalReplica:
 class LocalReplicas:
     """The actuator of local mode.
 
-    `on_change` hears {name: url} of the ready replicas whenever that set changes.
+    on_change: called with {name: url} of the ready replicas when that set changes.
     """
 
     def __init__(
@@ -136,9 +135,7 @@ class LocalReplicas:
         await self.scale(decision.target)
 
     async def scale(self, count: int) -> None:
-        """Ask for `count` replicas: start what is missing, drain what is too much (the youngest, unready
-        ones first).
-        """
+        """Set the number of replicas: start missing ones, drain surplus ones (unready and youngest first)."""
         if count < 0:
             raise ValueError(f"replicas = {count}: expected 0 or more")
         if count != self._wanted and self.given_up:
@@ -210,7 +207,7 @@ class LocalReplicas:
         replica.task = asyncio.create_task(self._live(replica))
 
     async def _begin(self, port: int) -> tuple[str, Path, asyncio.subprocess.Process]:
-        """The process of a new replica: the spare, told what to serve, else one from the beginning."""
+        """The process of a new replica: the warm spare if there is one, else a new process."""
         spare, self._spare = self._spare, None
         if spare is not None and spare.process.returncode is None and spare.process.stdin is not None:
             words = self._filled(self.config.command[self.config.warm_skips :], spare.name, port)
@@ -335,7 +332,7 @@ class LocalReplicas:
             log.warning("replica %s %s%s", replica.name, replica.reason, last_lines(replica.log))
 
     def _drain(self, replica: LocalReplica) -> None:
-        """Take a replica out of the set, and ask it to end what it has and then itself."""
+        """Take a replica out of rotation and let it finish its requests."""
         if replica.state in ("starting", "ready"):
             replica.state = "draining"
             self._announce()
@@ -354,9 +351,7 @@ class LocalReplicas:
         log.error("launch failed (%d in a row): %s", self._failures, reason)
         if self._failures >= self.config.failures and not self._closing:
             self.given_up = reason
-            log.error(
-                "no more launches for %g s, or until another number of replicas is asked for", self._pause
-            )
+            log.error("no launches for %g s, or until the number of replicas changes", self._pause)
             self._retry = asyncio.get_running_loop().call_later(self._pause, self._try_again)
             self._pause = min(self._pause * 2, 10 * self.config.retry_s)
         self._changed.set()

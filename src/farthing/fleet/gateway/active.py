@@ -12,7 +12,7 @@ Why = Literal["stopping", "hung"]
 
 
 class Interrupted(Exception):
-    """The gateway stops, or the replica hangs: the exchange was given up from outside."""
+    """The gateway stops, or the replica hangs: the exchange was interrupted."""
 
     def __init__(self, why: Why) -> None:
         super().__init__(

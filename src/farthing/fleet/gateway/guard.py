@@ -1,7 +1,7 @@
 """Limits on client connections, applied before a request is parsed and long before it is authenticated.
 
 aiohttp bounds each header line; it has no limit on the bytes of a whole head, on the time a head may take,
-or on the number of connections. `Guard` stands between the transport and aiohttp's protocol and adds them.
+or on the number of connections. `Guard` sits between the transport and aiohttp's protocol and adds them.
 """
 
 from __future__ import annotations

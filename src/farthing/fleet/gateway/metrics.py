@@ -20,16 +20,18 @@ class GatewayMetrics:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "farthing:gateway_requests",
-            "Requests by replica and status; 499: the client went away.",
+            "Requests by replica and status; 499: the client disconnected.",
             ["replica", "code"],
             registry=self.registry,
         )
         self.received = Counter("farthing:gateway_received", "Requests accepted.", registry=self.registry)
         self.retries = Counter(
-            "farthing:gateway_retries", "Tries that had to be repeated.", registry=self.registry
+            "farthing:gateway_retries", "Requests sent to another replica.", registry=self.registry
         )
         self.waiting = Gauge(
-            "farthing:gateway_requests_waiting", "Requests that wait for a replica.", registry=self.registry
+            "farthing:gateway_requests_waiting",
+            "Requests held until a replica is ready.",
+            registry=self.registry,
         )
         self.first_byte = Histogram(
             "farthing:gateway_first_byte_seconds",
@@ -57,10 +59,10 @@ class _Replicas(Collector):
 
     def collect(self) -> Iterable[Metric]:
         available = GaugeMetricFamily(
-            "farthing:gateway_replica_available", "1 where requests go.", labels=["replica"]
+            "farthing:gateway_replica_available", "1 if the replica takes requests.", labels=["replica"]
         )
         inflight = GaugeMetricFamily(
-            "farthing:gateway_replica_inflight", "Requests under way.", labels=["replica"]
+            "farthing:gateway_replica_inflight", "Requests in flight.", labels=["replica"]
         )
         for replica in self._balancer.replicas.values():
             available.add_metric([replica.name], float(replica.available))

@@ -1,4 +1,4 @@
-"""Which replica holds which prompt blocks: what it reports, and what was sent to it since."""
+"""The prompt blocks each replica holds: those it reports, and those sent to it since."""
 
 from __future__ import annotations
 

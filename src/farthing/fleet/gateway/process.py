@@ -1,4 +1,4 @@
-"""The gateway as a program: from its options to its clean end."""
+"""The gateway as a process: keys, dashboard, signals, graceful shutdown."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ async def serve(
     """Serve until SIGTERM or Ctrl-C, then drain.
 
     state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: of one replica;
-    wake: the controller's URL that is told how many requests are held; replica_key_file: holds a key that may
-    read the replicas' metrics and cache digests.
+    wake: the controller's URL for reports of held requests; replica_key_file: holds a key that may read
+    the replicas' metrics and cache digests.
     Raises ValueError on bad keys or URLs, OSError on a taken port.
     """
     raise_file_limit()

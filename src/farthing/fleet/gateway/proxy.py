@@ -1,4 +1,4 @@
-"""One request from its body to its answer: which replica, whether another one, and what the client is told.
+"""One request from its body to its answer: the choice of a replica, a second try, the error.
 
 A request is sent to at most `tries` replicas, and never to a second one after the client has seen a byte.
 It goes to another replica when the first could not be reached, answered 503, or stopped answering. When a

@@ -1,4 +1,4 @@
-"""The gateway: a listening socket, what it answers itself, replicas and their health, and a clean end."""
+"""The gateway: a listening socket, the pages it serves itself, replicas, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from farthing.fleet.gateway.replicas import Balancer
 from farthing.fleet.gateway.replicas_file import ReplicasFile
 from farthing.fleet.gateway.waker import Waker
 from farthing.prompts import read_prompt
+from farthing.server.config import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Gateway:
     ) -> None:
         """pages(path, query): what is shown next to the API; a page may be guarded by the keys.
 
-        wake: the controller's URL that is told how many requests are held; replica_key: a metrics or admin
+        wake: the controller's URL for reports of held requests; replica_key: a metrics or admin
         key of the replicas, to read their cache digests with. Raises ValueError on a bad URL.
         """
         self.config = config or GatewayConfig()
@@ -82,6 +83,7 @@ class Gateway:
         self._digests = Digests(self.config, self.balancer, replica_key)
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: asyncio.Server | None = None
+        self._local_only = False
         self._session: aiohttp.ClientSession | None = None
 
     # ---- life ----
@@ -109,6 +111,8 @@ class Gateway:
         self._listener = await loop.create_server(
             make_factory(self.door, self._handle), backlog=2048, **where
         )
+        # Without this a web page could reach a keyless gateway of its visitor by rebinding its own name.
+        self._local_only = self._keys is None and is_loopback(self.address[0])
         return self.address[1]
 
     async def stop(self, drain_s: float | None = None) -> int:
@@ -244,6 +248,11 @@ class Gateway:
                 headers={"Allow": ", ".join(sorted(_METHODS))},
                 close=True,
             )
+        host = request.headers.get("Host", "")
+        if host and self._local_only and not _names_this_machine(host):
+            raise Refused(
+                403, "this gateway has no keys and answers to names of this machine only", close=True
+            )
         size = sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
         if size + len(request.raw_path) > self.config.max_head:
             raise Refused(431, f"request head exceeds {self.config.max_head} bytes", close=True)
@@ -282,3 +291,9 @@ class Gateway:
         if self._pages is None or request.method != "GET":
             return None
         return self._pages(request.path, request.query_string)
+
+
+def _names_this_machine(host: str) -> bool:
+    """Whether a Host header (with or without a port) is a loopback name or address."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
+    return is_loopback(name.rstrip(".").lower()) or name.endswith(".localhost")
