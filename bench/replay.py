@@ -2,7 +2,7 @@
 
     python bench/replay.py --traces DIR [--figures docs/figures] [--only r1,m-large,taxi,forecast] [--seeds 5]
 
-DIR holds the traces named in docs/lab/replay.md; without it only the shipped DeepSeek-R1 trace is replayed.
+DIR holds the traces of docs/lab/2026-11-25-load-split.md; without it only DeepSeek-R1 is replayed.
 The figures depend on the traces alone; only fit times depend on the machine.
 """
 

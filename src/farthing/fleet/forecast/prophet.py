@@ -19,7 +19,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ProphetConfig:
-    """What Prophet is told; the defaults come from docs/design/forecasting.md.
+    """What Prophet is told; the defaults come from docs/lab/forecasting-diary.md.
 
     A load's trend over weeks tells little of tomorrow: without one (`growth` flat) the error is half.
     """
