@@ -17,7 +17,7 @@ def resolve_model(model: str | Path) -> Path:
     Raises FileNotFoundError or ValueError, naming what is accepted.
     """
     path = Path(model).expanduser()
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "params.json")):
         return path
     if str(model) == EMBEDDED:
         return _embedded()

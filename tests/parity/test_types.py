@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farthing.model import DeepseekModel, load
+from farthing.hub import resolve_model
+from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import Ops, make_batch, select
 
 pytest.importorskip("transformers")
@@ -117,7 +118,10 @@ def test_mistral_names_and_params_json(tmp_path: Path) -> None:
         else:
             tensors[_mistral_names(name)] = value
     tensors["vision_encoder.patch_conv.weight"] = torch.zeros(2, 2)
-    save_file(tensors, tmp_path / "own" / "model.safetensors")
+    file = "consolidated-00001-of-00001.safetensors"
+    save_file(tensors, tmp_path / "own" / file)
+    index = json.dumps({"weight_map": dict.fromkeys(tensors, file)})
+    (tmp_path / "own" / "consolidated.safetensors.index.json").write_text(index)
     rope = c["rope_parameters"]
     keys = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "vocab_size")
     params = {key: c[key] for key in (*keys, "max_position_embeddings")} | dict(
@@ -142,3 +146,5 @@ def test_mistral_names_and_params_json(tmp_path: Path) -> None:
     with torch.inference_mode():
         own, theirs = (run(load(tmp_path / way, ops_of("reference")), ids, [9, 12]) for way in ("own", "hf"))
     assert torch.equal(own, theirs)
+    assert resolve_model(tmp_path / "own") == tmp_path / "own"
+    assert ModelConfig.from_directory(tmp_path / "own").model_type == "mistral_large_3"

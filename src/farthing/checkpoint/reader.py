@@ -23,8 +23,20 @@ from farthing.checkpoint.input_scales import InputScales
 from farthing.checkpoint.shards import Shards, read_json
 from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
 
-PARAMS = "params.json"
+CONFIG, PARAMS = "config.json", "params.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model directory's config.json, or params.json of Mistral's own format. Raises CheckpointError."""
+    if not has_config(path) or (path / CONFIG).is_file():
+        return read_json(path / CONFIG)
+    return {"model_type": "mistral_large_3"} | read_json(path / PARAMS)
+
+
+def has_config(path: Path) -> bool:
+    """Whether a directory says what model it holds."""
+    return (path / CONFIG).is_file() or (path / PARAMS).is_file()
 
 
 class Checkpoint:
@@ -64,10 +76,7 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
-        config = path / "config.json"
-        if not config.exists() and (path / PARAMS).is_file():  # Mistral's own format
-            return cls(path, {"model_type": "mistral_large_3"} | read_json(path / PARAMS), Shards(path))
-        return cls(path, read_json(config), Shards(path))
+        return cls(path, read_config(path), Shards(path))
 
     def names(self) -> Iterable[str]:
         """Every tensor name of the checkpoint."""

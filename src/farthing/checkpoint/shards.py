@@ -15,6 +15,7 @@ from farthing.checkpoint.header import DTYPE_BITS, diagnose
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MISTRAL_INDEX = "consolidated.safetensors.index.json"
 _TAIL = 4096
 _SMALL = 64 << 10  # bytes up to which a tensor is copied: a view would keep its file mapped
 _RESIDENT = 64 << 20  # bytes handed out before the files are mapped again
@@ -66,8 +67,8 @@ class Shards:
         self._names: dict[str, set[str]] = {}
         self._handed_out = 0
         self.file_of: dict[str, str]
-        if (path / INDEX).is_file():
-            self.file_of = _read_index(path / INDEX)
+        if index := next((i for i in (INDEX, MISTRAL_INDEX) if (path / i).is_file()), None):
+            self.file_of = _read_index(path / index)
         elif (path / SINGLE).is_file():
             self._handle(SINGLE)
             self.file_of = dict.fromkeys(self._names[SINGLE], SINGLE)

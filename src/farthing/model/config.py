@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from farthing.checkpoint.reader import has_config, read_config
 from farthing.model.error import ConfigError
 from farthing.model.types import type_named, type_of
 
@@ -159,6 +160,8 @@ class ModelConfig:
     @classmethod
     def from_directory(cls, path: Path) -> ModelConfig:
         """Read `path`/config.json. Raises ConfigError or FileNotFoundError, each saying what to do."""
+        if has_config(path) and not (path / "config.json").is_file():
+            return cls.from_json(read_config(path))
         file = path / "config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; expected a Hugging Face model directory")
