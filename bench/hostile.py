@@ -3,8 +3,8 @@
     python bench/hostile.py [--seconds 6] [--only NAME] [--model mite] [--json FILE]
 
 Starts `farthing serve` with two API keys. The well-behaved client asks for 8 tokens again and again; its
-worst latency is taken alone (control), then during each attack, and alone again after all of them. What an
-attack adds is judged against the worst control of the same run: on a shared machine both move.
+worst latency is taken during each attack, and alone (control) before and after it. What an attack adds is
+judged against its control: on a shared machine both move. Attacks run in processes of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -36,7 +37,7 @@ class Server:
     """A running `farthing serve`."""
 
     port: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None = None  # None: of another process
 
     @property
     def url(self) -> str:
@@ -45,6 +46,7 @@ class Server:
 
     def memory(self) -> int:
         """Resident bytes of the server, without its children."""
+        assert self.process is not None
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * 4096
 
@@ -65,12 +67,16 @@ class Outcome:
     name: str
     latencies: list[float] = field(default_factory=list)
     failures: int = 0
-    answers: Counter[str] = field(default_factory=Counter)
 
     @property
     def worst(self) -> float:
         """The slowest answer."""
         return max(self.latencies, default=float("inf"))
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return median(self.latencies) if self.latencies else float("inf")
 
 
 @contextlib.contextmanager
@@ -206,21 +212,51 @@ def attacks() -> list[Attack]:
     ]
 
 
-def measure(server: Server, attack: Attack | None, seconds: float) -> Outcome:
-    """The well-behaved client next to one attack, or alone."""
-    outcome, stop = Outcome(attack.name if attack else "none (control)"), threading.Event()
+def attack_in_here(server: Server, attack: Attack, seconds: float) -> Counter[str]:
+    """Run an attack's loops in this process; what came back."""
+    answers: Counter[str] = Counter()
+    deadline = time.monotonic() + seconds
 
     def harm() -> None:
-        assert attack is not None
-        while not stop.is_set():
+        while time.monotonic() < deadline:
             try:
-                outcome.answers[attack.once(server)] += 1
+                answers[attack.once(server)] += 1
             except ERRORS as error:
-                outcome.answers[type(error).__name__] += 1
+                answers[type(error).__name__] += 1
 
-    hostile = [threading.Thread(target=harm, daemon=True) for _ in range(attack.threads if attack else 0)]
+    hostile = [threading.Thread(target=harm, daemon=True) for _ in range(attack.threads)]
     for thread in hostile:
         thread.start()
+    for thread in hostile:
+        thread.join(max(0.0, deadline + 5 - time.monotonic()))
+    return answers
+
+
+@contextlib.contextmanager
+def attacking(server: Server, name: str, seconds: float) -> Iterator[list[str]]:
+    """An attack in a process of its own, so that it shares nothing with the client that measures."""
+    command = [
+        sys.executable,
+        __file__,
+        "--attack",
+        name,
+        "--port",
+        str(server.port),
+        "--seconds",
+        str(seconds),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    answers: list[str] = []
+    assert process.stdout is not None
+    process.stdout.readline()  # it has begun
+    try:
+        yield answers
+    finally:
+        answers.append(process.communicate()[0].strip())
+
+
+def measure(server: Server, outcome: Outcome, seconds: float) -> None:
+    """The well-behaved client, for a while."""
     deadline = time.monotonic() + seconds
     document = {"prompt": "def f(x):", "max_tokens": 8, "ignore_eos": True}
     with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {GOOD}"}) as client:
@@ -233,10 +269,18 @@ def measure(server: Server, attack: Attack | None, seconds: float) -> Outcome:
             outcome.latencies.append(time.monotonic() - began)
             outcome.failures += not ok
             time.sleep(0.01)
-    stop.set()
-    for thread in hostile:
-        thread.join(65)
-    return outcome
+
+
+def run(server: Server, attack: Attack, seconds: float) -> tuple[Outcome, Outcome]:
+    """(during an attack, alone): the client is measured before, during and after it."""
+    during, alone = Outcome(attack.name), Outcome("alone")
+    measure(server, alone, seconds / 2)
+    with attacking(server, attack.name, seconds) as answers:
+        measure(server, during, seconds)
+    print(f"{attack.name}: {answers[0]}", file=sys.stderr, flush=True)
+    time.sleep(0.5)
+    measure(server, alone, seconds / 2)
+    return during, alone
 
 
 def main() -> None:
@@ -248,32 +292,42 @@ def main() -> None:
     parser.add_argument("--only", default="", help="attacks whose name contains this")
     parser.add_argument("--model", default="mite")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--attack", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.attack:
+        attack = next(each for each in attacks() if each.name == options.attack)
+        print("begun", flush=True)
+        print(dict(attack_in_here(Server(options.port), attack, options.seconds)))
+        return
+    results: list[tuple[Outcome, Outcome]] = []
     with serving(options.model) as server:
-        measure(server, None, 2.0)  # warm-up
-        before, results = server.memory(), [measure(server, None, options.seconds)]
+        measure(server, Outcome("warm-up"), 2.0)
+        before = server.memory()
         for attack in attacks():
             if options.only in attack.name:
-                results.append(measure(server, attack, options.seconds))
-                while _HELD:
-                    _HELD.pop().close()
-                print(f"{attack.name}: {dict(results[-1].answers)}", file=sys.stderr, flush=True)
-                results.append(measure(server, None, 1.5))  # and let it settle
+                results.append(run(server, attack, options.seconds))
         after = server.memory()
-    controls = [result for result in results if result.name.startswith("none")]
-    control = max(result.worst for result in controls)
-    print(f"\n{'attack':34} {'worst ms':>9} {'added ms':>9} {'answers':>8} {'failed':>7}")
-    for result in [results[0], *(result for result in results if result not in controls)]:
-        added = max(0.0, result.worst - control)
-        mark = "" if added <= BAR and not result.failures else "  <-- over the bar"
-        print(
-            f"{result.name:34} {1e3 * result.worst:9.0f} {1e3 * added:9.0f} {len(result.latencies):8d} "
-            f"{result.failures:7d}{mark}"
-        )
-    print(f"worst control {1e3 * control:.0f} ms; memory {before / 2**20:.0f} -> {after / 2**20:.0f} MiB")
+    print_table(results)
+    print(f"memory {before / 2**20:.0f} -> {after / 2**20:.0f} MiB")
     if options.json:
-        figures = {r.name: {"worst": r.worst, "failures": r.failures} for r in results if r not in controls}
-        options.json.write_text(json.dumps({"control": control, "bar": BAR, "attacks": figures}, indent=1))
+        figures = {
+            during.name: {"worst": during.worst, "alone": alone.worst, "failures": during.failures}
+            for during, alone in results
+        }
+        options.json.write_text(json.dumps({"bar": BAR, "attacks": figures}, indent=1))
+
+
+def print_table(results: list[tuple[Outcome, Outcome]]) -> None:
+    """Worst and median latency during each attack, next to those of the control around it."""
+    names = ("median", "worst", "alone", "worst", "added")
+    print(f"\n{'attack':34} " + " ".join(f"{name:>7}" for name in names) + " failed   (ms)")
+    for during, alone in results:
+        added = max(0.0, during.worst - alone.worst)
+        over = "" if added <= BAR and not during.failures else "  over the bar"
+        times = (during.median, during.worst, alone.median, alone.worst, added)
+        cells = " ".join(f"{1e3 * seconds:7.0f}" for seconds in times)
+        print(f"{during.name:34} {cells} {during.failures:6d}{over}")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ Choices = Annotated[
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
-MAX_BIASES = 4096
-MAX_MESSAGES = 4096
+MAX_BIASES = 1024
+MAX_MESSAGES = 2048
 
 
 def _few_biases(value: Any) -> Any:

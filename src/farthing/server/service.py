@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_AT_ONCE = 16  # prompts submitted before the event loop takes a turn
+_AT_ONCE = 32  # sequences submitted before the event loop takes a turn
 
 
 class Service:
@@ -192,13 +192,13 @@ class Service:
             client=client,
         )
         try:
-            for number, prompt in enumerate(prompts):
+            for number, prompt in enumerate(prompts, start=1):
                 if params.structured_outputs is None:
                     stream = submit(prompt)
                 else:  # compiling a grammar may take a while
                     stream = await asyncio.to_thread(submit, prompt)
                 job.streams.append(stream)
-                if number % _AT_ONCE == _AT_ONCE - 1:
+                if number % max(1, _AT_ONCE // params.n) == 0:
                     await asyncio.sleep(0)
                 self.cache_digest.remember(prompt, self._salt(client, cache_salt))
         except BaseException as error:
