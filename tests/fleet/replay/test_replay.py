@@ -19,8 +19,10 @@ from farthing.cli.replay import app
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.replay.oracle import cost_hours
+from farthing.fleet.replay.plan import PlanConfig
 from farthing.fleet.replay.policies import FarthingRule, FixedRule, HpaRule
 from farthing.fleet.replay.rate import Setting, View, simulate
+from farthing.fleet.replay.requests import replay_requests
 from farthing.fleet.replay.run import POLICIES, Replay, ReplayConfig, base_of
 from farthing.fleet.replay.trace import EXAMPLE, RequestTrace, rate_load, read_trace
 from farthing.fleet.series import Series
@@ -257,3 +259,15 @@ def test_picture(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["--seeds", "1", "--policy", "hpa", "--picture", str(target), "--json"])
     assert result.exit_code == 0, result.output
     assert target.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_oracle_of_a_request_trace_keeps_the_slo() -> None:
+    """Few requests bring most of the work, and they arrive together."""
+    random = np.random.default_rng(0)
+    arrivals = np.sort(random.uniform(0, 1800, 3000))
+    prompts = np.where(random.random(3000) < 0.05, 60_000, 500)
+    trace = RequestTrace("heavy", arrivals, prompts, random.integers(10, 400, 3000))
+    config = ReplayConfig(seeds=1, load_time_s=60.0, plan=PlanConfig(enabled=False))
+    row = replay_requests(trace, ("oracle",), config)["policies"]["oracle"]
+    assert row["slo"] >= 0.995
+    assert row["utilization"] < 0.7

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from farthing.fleet.replay.rate import View
+from farthing.fleet.replay.rate import Floats, View
 from farthing.fleet.replay.run import Progress, Replay, ReplayConfig, base_of
 from farthing.fleet.replay.trace import RequestTrace
 from farthing.fleet.series import Series
@@ -38,6 +38,12 @@ class Service:
         step = self.decode_base_s + self.decode_share_s * self.max_batch
         prefill = self.prefill_s_per_token * float(trace.prompt_tokens.mean())
         return 1 / (prefill + float(trace.output_tokens.mean()) * step / self.max_batch)
+
+    def work(self, trace: RequestTrace) -> Floats:
+        """[R] what each request costs a full replica, relative to the mean request."""
+        step = (self.decode_base_s + self.decode_share_s * self.max_batch) / self.max_batch
+        cost = self.prefill_s_per_token * trace.prompt_tokens + step * trace.output_tokens
+        return np.asarray(cost / cost.mean(), dtype=np.float64)
 
     def fitted(self, trace: RequestTrace, capacity: float) -> Service:
         """A replica with this capacity: the smallest batch that carries it, then all times scaled to
@@ -170,8 +176,13 @@ def replay_requests(
     for name in names:
         progress(name)
         base = base_of(name)
-        utilization = config.utilization if name == base else made[0].tune(base)
-        outcomes = [_run(run, one, base, utilization, service) for run, one in zip(runs, made, strict=True)]
+        if base == "oracle":
+            utilization, outcomes = _oracle(runs, single, service)
+        else:
+            utilization = config.utilization if name == base else made[0].tune(base)
+            outcomes = [
+                _run(run, one, base, utilization, service) for run, one in zip(runs, made, strict=True)
+            ]
         keys = ("instance_hours", "slo", "changes", "direction_changes")
         row = {key: float(np.mean([outcome[key] for outcome in outcomes])) for key in keys}
         rows[name] = {
@@ -199,11 +210,31 @@ def _jittered(trace: RequestTrace, seed: int, config: ReplayConfig) -> RequestTr
     return RequestTrace(trace.name, arrival[order], trace.prompt_tokens[order], trace.output_tokens[order])
 
 
-def _rates(trace: RequestTrace) -> Series:
+def _oracle(
+    runs: list[RequestTrace], config: ReplayConfig, service: Service
+) -> tuple[float, list[dict[str, float]]]:
+    """The oracle's utilization and outcomes: it knows the work of every request, not only their number.
+
+    Work arrives unevenly within its minute, so the utilization is lowered until the SLO is kept.
+    """
+    told = replace(config, short=replace(config.short, model="last-value"))
+    made = [Replay(_rates(run, service.work(run)), told) for run in runs]
+    utilization = config.utilization
+    while True:
+        outcomes = [
+            _run(run, one, "oracle", utilization, service) for run, one in zip(runs, made, strict=True)
+        ]
+        kept = float(np.mean([outcome["slo"] for outcome in outcomes]))
+        if kept >= config.slo_target or utilization < 0.1:
+            return utilization, outcomes
+        utilization *= 0.93
+
+
+def _rates(trace: RequestTrace, weight: Floats | None = None) -> Series:
+    """Requests per second in bins of five seconds, each counted by its `weight` [R] (default 1)."""
     count = max(4, math.ceil(float(trace.arrival_s[-1]) / BIN_S) + 1)
-    return Series(
-        0.0, BIN_S, np.bincount((trace.arrival_s / BIN_S).astype(int), minlength=count) / BIN_S, trace.name
-    )
+    binned = np.bincount((trace.arrival_s / BIN_S).astype(int), weights=weight, minlength=count)
+    return Series(0.0, BIN_S, binned / BIN_S, trace.name)
 
 
 def _run(
