@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from farthing.config import EngineConfig
@@ -14,6 +15,13 @@ from farthing.model import ModelConfig, load
 from farthing.ops import Ops, select
 from farthing.ops.select import DTYPES
 from farthing.parallel.cluster import ParallelModel, RankOptions
+
+log = logging.getLogger(__name__)
+ROUNDED_WHILE_LOADING = (
+    "int4: feed-forwards are rounded to 4 bits while loading, the rest to 8, without calibration; on the "
+    "embedded model perplexity rises by 0.5 %% (95 %%: 0.2 to 0.9). With calibration and a measured bound: "
+    "farthing compress %s --recipe int4-gptq --max-drop 1%% -o OUT, then serve OUT"
+)
 
 
 def load_engine(config: EngineConfig, new_cache: NewCache = own_cache) -> Engine:
@@ -33,6 +41,8 @@ def load_engine(config: EngineConfig, new_cache: NewCache = own_cache) -> Engine
 
 def load_model(path: Path, config: EngineConfig) -> Model:
     """The model of a checkpoint directory: in this process, or over ranks."""
+    if config.quantization == "int4":
+        log.info(ROUNDED_WHILE_LOADING, path)
     if config.num_ranks > 1:
         return ParallelModel(RankOptions(path, config))
     return load(path, _ops(config), config.experts)

@@ -28,7 +28,7 @@ from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX, read_cache, write_cache
 from farthing.ops.indexer import Indexer, index
 from farthing.ops.rotary import rotate
 from farthing.ops.selection import chosen, in_rows
-from farthing.ops.weights import Weight, quantize_int4, quantize_int8
+from farthing.ops.weights import Weight, loaded_as, quantize_int4, quantize_int8
 
 
 @dataclass(slots=True)
@@ -58,10 +58,11 @@ class ReferenceOps(HostOps):
         self.dtype = dtype
         self._quantization = quantization
 
-    def _value(self, weight: Weight) -> Tensor:
-        if self._quantization and weight.format == "dense":
+    def _value(self, weight: Weight, mlp: bool = False) -> Tensor:
+        quantization = loaded_as(self._quantization, mlp)
+        if quantization and weight.format == "dense":
             k = weight.shape[1]
-            if self._quantization == "int8":
+            if quantization == "int8":
                 weight = quantize_int8(weight.data)
             elif k % 32 == 0:
                 weight = quantize_int4(weight.data, 64 if k % 64 == 0 else 32)
@@ -76,7 +77,7 @@ class ReferenceOps(HostOps):
         self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = weights()
-        return self._value(gate), self._value(up), self._value(down)
+        return self._value(gate, True), self._value(up, True), self._value(down, True)
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> _MoE:
         w = weights()

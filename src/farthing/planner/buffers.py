@@ -187,7 +187,7 @@ def _experts(s: _Sizes, holder: Holder, t: int, threads: int, chosen: int, other
 
 def _act(holder: Holder, stored: Stored, k: int, rows: int) -> list[int]:
     """The input [rows, k] of a product as its kernel reads it: int8, scales and sums, or float32."""
-    held = holder.rounded(stored, k)
+    held = holder.rounded(stored, k, mlp=True)  # more groups than 8-bit inputs have, so an upper bound
     if held.kind not in ("int8", "int4"):
         return [_FLOAT * rows * _stride(k)]
     groups = -(-k // (held.group if held.kind == "int4" else 128))

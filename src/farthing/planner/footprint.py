@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.checkpoint import Checkpoint
+from farthing.ops.weights import loaded_as
 
 BACKENDS = ("reference", "cpu", "gpu")
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -121,13 +122,13 @@ class Holder:
     item: int = 4  # bytes of an activation, and of the reference backend's weights
     quantization: str | None = None  # round-to-nearest while loading
 
-    def matrix(self, n: int, k: int, stored: Stored) -> int:
-        """A projection [N, K]."""
+    def matrix(self, n: int, k: int, stored: Stored, mlp: bool = False) -> int:
+        """A projection [N, K]; mlp: of a feed-forward, which `int4` rounds to 4 bits and others to 8."""
         if self.backend == "reference":
             return self.item * n * k
         if self.backend == "gpu":
             return matrix_bytes(n, k, stored)
-        return packed_bytes(n, k, self.rounded(stored, k))
+        return packed_bytes(n, k, self.rounded(stored, k, mlp))
 
     def heads(self, n: int, nope: int, value: int, latent: int, stored: Stored) -> int:
         """kv_b_proj of n heads, which the CPU backend packs head by head, int8 where weights are rounded."""
@@ -140,11 +141,11 @@ class Holder:
         """The router's matrix, which is never rounded."""
         return packed_bytes(n, k, stored) if self.backend == "cpu" else 4 * n * k
 
-    def rounded(self, stored: Stored, k: int) -> Stored:
+    def rounded(self, stored: Stored, k: int, mlp: bool) -> Stored:
         """What `farthing.ops.cpu.packing` makes of dense and FP8 weights."""
         if self.quantization is None or not (stored.is_float or stored.kind == "fp8"):
             return stored
-        if self.quantization == "int8":
+        if loaded_as(self.quantization, mlp) == "int8":
             return Stored("int8")
         group = 64 if k % 64 == 0 else 32 if k % 32 == 0 else 0
         return Stored("int4", group) if group else stored

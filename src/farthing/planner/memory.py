@@ -195,7 +195,7 @@ def _experts(
     else:
         n, k = shape
     absent = holder.backend == "cpu" and plan.layout.ep > 1  # a block of zeros stands in for the others
-    return holder.matrix(n, k, stored) * (experts + absent)
+    return holder.matrix(n, k, stored, mlp=True) * (experts + absent)
 
 
 def _held(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
@@ -207,7 +207,7 @@ def _held(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, ho
         c = plan.config
         heads = local[0] // (c.qk_nope_head_dim + c.v_head_dim)
         return holder.heads(heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank, stored)
-    return holder.matrix(local[0], local[1], stored)
+    return holder.matrix(local[0], local[1], stored, mlp=".mlp." in name)
 
 
 def _cache_layers(plan: ShardPlan, place: Place) -> int:

@@ -40,7 +40,7 @@ from farthing.ops.cpu.stack import (
 )
 from farthing.ops.reference import largest
 from farthing.ops.selection import chosen, in_rows
-from farthing.ops.weights import InputRounding, Weight
+from farthing.ops.weights import InputRounding, Weight, loaded_as
 
 MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
 SELECTED_AT_ONCE = 32  # tokens that read chosen rows in one call, which bounds its partial sums
@@ -139,8 +139,8 @@ class CpuOps(HostOps):
         packed = self._native.view(*self._file.matrix(name))
         return self._keep(name, self._round_inputs(name, packed, self._file.inputs(name)))
 
-    def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False) -> Any:
-        target = plan(weights, self._quantization)
+    def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False, mlp: bool = False) -> Any:
+        target = plan(weights, loaded_as(self._quantization, mlp))
         packed = pack(self._native, weights, target, interleave)
         return self._keep(name, self._round_inputs(name, packed, inputs_of(weights)))
 
@@ -168,8 +168,8 @@ class CpuOps(HostOps):
         gate_up, down = self._stored(f"{name}.gate_up"), self._stored(f"{name}.down")
         if gate_up is None or down is None:
             w_gate, w_up, w_down = weights()
-            gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True)
-            down = self._pack(f"{name}.down", [w_down])
+            gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True, mlp=True)
+            down = self._pack(f"{name}.down", [w_down], mlp=True)
         return gate_up, down
 
     def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Experts:

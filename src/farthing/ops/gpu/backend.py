@@ -89,7 +89,8 @@ class GpuOps(Ops):
     # -- packing
 
     def _matrix(self, weight: Weight) -> Matrix:
-        return pack(rounded(weight, self._quantization), self.dtype, self.device, self._fp8)
+        weight = rounded(weight, self._quantization, mlp=True)  # others come rounded, see `pack_linear`
+        return pack(weight, self.dtype, self.device, self._fp8)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Part]:
         parts: list[Part] = []

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.weights import FP8_BLOCK, Weight, quantize_int4, quantize_int8
+from farthing.ops.weights import FP8_BLOCK, Weight, loaded_as, quantize_int4, quantize_int8
 
 FORMATS = {"dense": 0, "int8": 1, "int4": 2, "fp8": 3}  # as in tile.py
 _MOST_HALF = 64
@@ -65,8 +65,9 @@ def half_of(group: int) -> int:
     return half
 
 
-def rounded(weight: Weight, quantization: str | None) -> Weight:
+def rounded(weight: Weight, quantization: str | None, mlp: bool = False) -> Weight:
     """A dense weight rounded while packing, as the reference rounds it."""
+    quantization = loaded_as(quantization, mlp)
     if quantization is None or weight.format != "dense":
         return weight
     k = weight.shape[1]

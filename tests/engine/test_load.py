@@ -1,0 +1,20 @@
+"""What loading says of rounding without calibration."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from farthing.config import EngineConfig
+from farthing.engine.load import load_engine
+
+
+def test_int4_says_what_it_costs_and_what_costs_less(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "farthing.engine.load"):
+        engine = load_engine(EngineConfig(model="mite", quantization="int4", threads=1))
+        engine.shutdown()
+    (record,) = [r for r in caplog.records if r.name == "farthing.engine.load"]
+    assert "perplexity rises by 0.5 %" in record.getMessage()
+    assert "farthing compress" in record.getMessage() and "--recipe int4-gptq" in record.getMessage()
+    assert "\n" not in record.getMessage()
