@@ -25,7 +25,7 @@ from farthing.engine.generation import RequestState
 from farthing.engine.request import RequestMetrics, SamplingParams
 from farthing.engine.runner import Runner
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.speculation import Gate, NgramDrafter, Speculator
+from farthing.engine.speculation import Gate, Speculator, TextDrafter
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream
 from farthing.model import ModelConfig
@@ -102,7 +102,7 @@ def microseconds_per_step(
     cache = LatentCache(torch.zeros(model.cache_layers, BLOCKS, BLOCK_SIZE, 1), None)
     settings = EngineConfig(max_model_len=LENGTH, max_num_seqs=64, max_num_batched_tokens=512)
     scheduler = Scheduler(BLOCKS, BLOCK_SIZE, 64, 512)
-    speculator = Speculator([NgramDrafter(drafts)], Always) if drafts else None
+    speculator = Speculator([TextDrafter(drafts)], Always) if drafts else None
     core = EngineCore(Runner(model, cache, 64, LENGTH), scheduler, Stats(), None, speculator)
     admission = Admission(settings, cast("ModelConfig", model.config), None)
     for i in range(batch):

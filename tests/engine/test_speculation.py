@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from farthing.config import EngineConfig, parse_speculate
 from farthing.engine.engine import Engine
@@ -14,8 +16,9 @@ from farthing.engine.generation import Drafting
 from farthing.engine.request import SamplingParams
 from farthing.engine.runner import Step
 from farthing.engine.sequence import Scheduled, Sequence
-from farthing.engine.speculation import Gate, NgramDrafter, Speculator, worthwhile
-from farthing.engine.speculation_ngram import _NgramIndex
+from farthing.engine.speculation import Gate, Speculator, TextDrafter, worthwhile
+from farthing.engine.speculation_text import continuation
+from farthing.engine.suffix_automaton import SuffixAutomaton
 from farthing.model import DeepseekModel, ModelConfig, random_model
 
 from .conftest import RAW, Always, next_logits
@@ -173,34 +176,45 @@ def test_mtp_drafts_are_those_of_the_layer(make_engine: MakeEngine, model: Deeps
         assert proposed == [first, second][: len(proposed)]
 
 
-def test_ngram_index_finds_the_latest_longest_match() -> None:
-    index = _NgramIndex((3, 2))
-    tokens = [1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]
-    assert index.lookup(tokens, 2) == [4, 9]  # three tokens match at the beginning, two more recently
-    tokens += [7, 2, 3]
-    assert index.lookup(tokens, 2) == [7, 2]
-    assert _NgramIndex((2,)).lookup([1, 2, 3], 4) == []
-    assert _NgramIndex((2,)).lookup([1], 4) == []
+def longest_repeat(tokens: list[int]) -> int:
+    """Length of the longest ending that also occurs earlier, by definition."""
+    n = len(tokens)
+    return max(k for k in range(n) if any(tokens[i : i + k] == tokens[n - k :] for i in range(n - k)))
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 40])
-def test_ngram_index_grown_in_pieces_is_the_same(count: int) -> None:
-    import random
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
+def test_suffix_automaton_finds_the_longest_repeated_ending(tokens: list[int], data: st.DataObject) -> None:
+    automaton = SuffixAutomaton()
+    while automaton.size < len(tokens):  # grown in pieces
+        count = data.draw(st.integers(1, len(tokens) - automaton.size))
+        automaton.extend(tokens[automaton.size : automaton.size + count])
+        text, k, end = tokens[: automaton.size], automaton.matched, automaton.earlier
+        assert k == longest_repeat(text)
+        if k:
+            assert end < automaton.size - 1 and text[end + 1 - k : end + 1] == text[automaton.size - k :]
 
-    rng = random.Random(count)
-    tokens = [rng.randrange(3) for _ in range(count)]
-    grown = _NgramIndex((4, 3, 2))
-    for end in range(count + 1):
-        assert grown.lookup(tokens[:end], 3) == _NgramIndex((4, 3, 2)).lookup(tokens[:end], 3)
+
+def test_suffix_automaton_prefers_a_recent_occurrence() -> None:
+    automaton = SuffixAutomaton()
+    automaton.extend([1, 2, 9, 1, 2, 8, 1, 2])
+    assert (automaton.matched, automaton.earlier) == (2, 4)
 
 
-def test_ngram_drafter_forgets_the_ended(make_engine: MakeEngine) -> None:
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 12), st.data())
+def test_continuation_repeats_the_last_period(tokens: list[int], count: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(tokens) - 1))
+    period = len(tokens) - start
+    expected = [tokens[start + i % period] for i in range(count)]
+    assert continuation(tokens, start, count) == expected
+
+
+def test_text_drafter_forgets_finished_sequences(make_engine: MakeEngine) -> None:
     engine = make_engine(speculate="ngram:2")
     drafter = engine._core._speculator.drafters[0]  # type: ignore[union-attr]
-    assert isinstance(drafter, NgramDrafter)
+    assert isinstance(drafter, TextDrafter)
     for i in range(200):
         engine.submit([i % 9 + 2] * 6, SamplingParams(max_tokens=2, ignore_eos=True)).result()
-    assert len(drafter._index) <= 80
+    assert len(drafter._automata) <= 80
 
 
 def feed(gate: Gate, batch: int, plain: float, drafted: float, likes: bool, steps: int = 1000) -> int:
@@ -276,5 +290,5 @@ def test_bad_speculate(value: str) -> None:
 
 def test_mtp_without_the_layer_is_refused(model: DeepseekModel) -> None:
     bare = random_model(ModelConfig.from_json(RAW | {"num_nextn_predict_layers": 0}), model.ops)
-    with pytest.raises(ValueError, match="has no MTP layer; expected 'ngram' or None"):
+    with pytest.raises(ValueError, match="the model has no MTP layer; expected 'ngram' or None"):
         Engine(bare, EngineConfig(speculate="mtp"))

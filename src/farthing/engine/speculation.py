@@ -1,13 +1,13 @@
-"""Drafts: guess the next tokens cheaply, verify them in one step of the model, lose nothing.
+"""Drafts: guess the next tokens cheaply, verify them in one step of the model, change no output.
 
-Verification is the sampler itself. A draft is a fixed token, and the sampler draws each token from a number
-that belongs to the token's index; the draft is accepted if it is what the sampler draws there. That is
-rejection sampling (Leviathan et al. 2023) for a draft distribution with all its mass on one token: it
-is accepted with the model's own probability p(draft), and a refused one is replaced by a draw from p without
-the draft, renormalized. The output is not only distributed as without speculation, it is the same tokens.
+Verification is the sampler itself. A draft is a fixed token, and the sampler draws each token from a random
+number that belongs to the token's index; a draft is accepted if it is the token that the sampler draws there.
+This is rejection sampling (Leviathan et al. 2023) for a draft distribution with all its mass on one token: a
+draft is accepted with the model's own probability p(draft), and a rejected one is replaced by a draw from p
+without the draft, renormalized. The output is the same as without speculation, not only its distribution.
 
-Drafts come from the MTP layer (speculation_mtp.py), from the text itself (speculation_ngram.py), or from the
-text where it repeats itself and else from the layer. speculation_gate.py measures whether they pay.
+Drafts come from repetitions in the text (speculation_text.py) or from the MTP layer (speculation_mtp.py),
+which samples with the verifier's random numbers. speculation_gate.py measures whether they pay.
 """
 
 from __future__ import annotations
@@ -25,42 +25,49 @@ from farthing.engine.runner import Runner, Step
 from farthing.engine.sequence import Scheduled
 from farthing.engine.speculation_gate import Gate
 from farthing.engine.speculation_mtp import MtpDrafter
-from farthing.engine.speculation_ngram import NgramDrafter
+from farthing.engine.speculation_text import TextDrafter
 
-__all__ = ["Drafter", "Gate", "MtpDrafter", "NgramDrafter", "Speculator", "build_speculator"]
+__all__ = ["Drafter", "Gate", "MtpDrafter", "Speculator", "TextDrafter", "build_speculator"]
 
-_PAUSE = 48  # steps that a completion goes without a drafter that does not pay
+_PAUSE = 48  # steps for which a completion pauses a drafter that does not pay
 _DECAY = 0.1
+_DECAY_PRIOR = 0.01
+_HOPE = 0.8  # share of drafts accepted, before any was verified
 
 
 class Drafter(Protocol):
     """Proposes continuations at the end of a step."""
 
     num_drafts: int
-    num_lookahead: int  # cache slots needed behind the drafts
-    costly: bool  # whether a step is dearer even where it has found no draft
+    num_lookahead: int  # cache slots needed after the drafts
+    costly: bool  # whether it takes time even if it finds no draft
 
     def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
-        """Called after every step, drafts wanted or not; hidden [T, D] before the final norm."""
+        """Called after every step, whether drafts are wanted or not; hidden [T, D] before the final norm."""
 
     def draft(self, seqs: Seq[Generation], most: Seq[int], price: float) -> list[list[int]]:
-        """At most most[i] drafts for seqs[i], whose last step was observed; its tokens include those of that
-        step. A draft that is surely accepted less often than `price` is better left out."""
+        """At most most[i] drafts for seqs[i], whose last step was observed and whose tokens include it.
+
+        Drafts that are less likely to be accepted than `price` should be left out.
+        """
 
 
 class Speculator:
-    """Asks its drafters in turn, keeps the counts, and switches off what does not pay."""
+    """Tries its drafters in order, keeps statistics, and stops drafting where it does not pay."""
 
     def __init__(self, drafters: Seq[Drafter], gate: Callable[[], Gate] = Gate) -> None:
-        """drafters: the next one is asked about sequences the one before has found nothing for."""
+        """drafters: each one drafts for the sequences for which the previous ones found nothing."""
         self.drafters = tuple(drafters)
         self.gates = tuple(gate() for _ in drafters)
         self.num_lookahead = max(drafter.num_lookahead for drafter in drafters)
-        self._used: int | None = None  # the dearest drafter asked about the step to come
-        self._seconds = 0.0  # what drafting for it took
+        self._prior = [
+            {True: _HOPE, False: _HOPE} for _ in drafters
+        ]  # accepted share; True: of greedy requests
+        self._used: int | None = None  # the costliest drafter used for the next step
+        self._seconds = 0.0  # duration of drafting for it
 
     def after(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor, seconds: float) -> None:
-        """After a step of so many seconds is committed: learn from it, and draft for the next one."""
+        """After a committed step that took `seconds`: learn from it and draft for the next one."""
         if all(item.decode for item in plan):
             drafts = sum(len(item.drafts) for item in plan)
             for i, gate in enumerate(self.gates):
@@ -73,11 +80,13 @@ class Speculator:
         self._seconds = perf_counter() - began
 
     def verified(self, item: Scheduled[Generation], accepted: int) -> None:
-        """Learn from one sequence's drafts."""
+        """Learn from one sequence's verified drafts."""
         gen = item.seq
         record = gen.drafting[gen.drafted_by]
+        prior, kind = self._prior[gen.drafted_by], gen.sampling.params.greedy
         for hit in [1] * accepted + [0] * (accepted < len(item.drafts)):
             record.hits += _DECAY * (hit - record.hits)
+            prior[kind] += _DECAY_PRIOR * (hit - prior[kind])
 
     def _draft(self, seqs: list[Generation]) -> None:
         self._used = None
@@ -88,6 +97,8 @@ class Speculator:
                 continue
             asked, most = [], []
             for seq in seqs:
+                if seq.num_output <= 1:  # a new completion expects what recent ones met
+                    seq.drafting[i].hits = self._prior[i][seq.sampling.params.greedy]
                 count = 0 if seq.drafts else worthwhile(seq.drafting[i], price, drafter.num_drafts)
                 if not seq.drafts and (count or order):
                     asked.append(seq)
@@ -103,9 +114,9 @@ class Speculator:
 
 
 def worthwhile(record: Drafting, price: float, most: int) -> int:
-    """Drafts to ask for: the n-th is right with chance hits^n, which must exceed its price.
+    """Number of drafts to request: the n-th is accepted with probability hits^n, which must exceed its price.
 
-    A drafter that is wrong too often is left out for a while, and then tried again with one draft.
+    A drafter below its price is paused for a while, then tried again with one draft.
     """
     if record.pause:
         record.pause -= 1
@@ -128,7 +139,7 @@ def build_speculator(speculate: str | None, runner: Runner) -> Speculator | None
     methods, count = parsed
     drafters: list[Drafter] = []
     if "ngram" in methods:  # first, because its drafts are free
-        drafters.append(NgramDrafter(count))
+        drafters.append(TextDrafter(count))
     if "mtp" in methods:
         drafters.append(MtpDrafter(runner, count))
     return Speculator(drafters)

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-_WARMUP = 16  # steps of either kind before their costs are believed
-_RUN = 8  # steps that are made of one kind to measure it
-_PERIOD = 128  # steps in which both kinds are to be seen
+_WARMUP = 16  # steps of each kind before their costs are trusted
+_RUN = 8  # consecutive steps of one kind to measure it
+_PERIOD = 256  # steps within which both kinds are measured
 _DECAY = 0.1
-_PRICE = 0.3  # until it is known
+_PRICE = 0.3  # until it is measured
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """Measurements at one size of batch: [plain, drafted]."""
+    """Measurements for one range of batch sizes: [plain, drafted]."""
 
     steps: list[int] = field(default_factory=lambda: [0, 0])
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of a step, moving average
-    drafts: float = 0.0  # of a sequence in a drafted step, moving average
+    drafts: float = 0.0  # per sequence in a drafted step, moving average
     fresh: list[int] = field(default_factory=lambda: [0, 0])  # steps of this period
-    missed: bool | None = None  # the kind the last period saw too little of
+    missed: bool | None = None  # the kind that the last period measured too rarely
     tick: int = 0
 
 
 class Gate:
-    """Compares the seconds of steps with and without drafts, by size of batch (powers of two)."""
+    """Compares the duration of steps with and without drafts, by batch size (powers of two)."""
 
     def __init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}
@@ -35,9 +35,9 @@ class Gate:
         b.steps[kind] += 1
         b.fresh[kind] += 1
         if b.steps[kind] == 1:
-            return  # the first step of a kind pays for warming up
+            return  # the first step of a kind includes its warm-up
         first = b.steps[kind] == 2
-        # One slow step (another process, a page fault, the layer catching up) is no reason to change course.
+        # One slow step (another process, a page fault, the layer catching up) must not change the decision.
         rise = seconds - b.seconds[kind] if first else min(seconds - b.seconds[kind], b.seconds[kind] / 2)
         b.seconds[kind] += rise if first else _DECAY * rise
         if drafts is not None:
@@ -46,7 +46,7 @@ class Gate:
     def order(self, batch: int) -> bool | None:
         """Whether the next step must be drafted (True) or must not be (False), to measure its cost.
 
-        None: as each sequence likes.
+        None: each sequence decides.
         """
         b = self._bucket(batch)
         b.tick += 1
@@ -59,7 +59,7 @@ class Gate:
         return b.missed if b.tick % _PERIOD < _RUN else None
 
     def price(self, batch: int) -> float:
-        """What one more draft costs, in plain steps: it pays if it is accepted more often than that."""
+        """Cost of one more draft in plain steps: a draft pays if it is accepted with a higher probability."""
         b = self._bucket(batch)
         if min(b.steps) < _WARMUP or b.drafts == 0.0:
             return _PRICE

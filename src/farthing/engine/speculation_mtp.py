@@ -1,8 +1,12 @@
 """Drafts from the model's multi-token prediction layer (DeepSeek-V3 section 2.2).
 
-The layer has a part of the cache to itself, which must be filled for every token before it can draft. That is
-put off until a draft is wanted: several tokens cost the layer little more than one, and steps without drafts
-cost it nothing.
+For sampled requests the layer draws its drafts as the verifier will: with the request's parameters and the
+random number of the token's index. The two draws agree wherever the two distributions agree there, which is
+more often than the layer's most likely token is drawn.
+
+The layer has its own part of the cache, which must be filled for every token before it can draft. This is
+deferred until a draft is wanted: several tokens cost the layer little more than one, and steps without drafts
+cost nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +19,16 @@ from torch import Tensor
 
 from farthing.engine.generation import Generation
 from farthing.engine.runner import Runner, Step
+from farthing.engine.sampler import Row, draw, edit
 from farthing.engine.sequence import Scheduled
 
-_MOST_BEHIND = 128  # tokens whose hidden states are held
+_MOST_BEHIND = 128  # maximum number of tokens whose hidden states are kept
+_COUPLED = 0.5  # exponent from a sampled draft's probability to its chance of acceptance
 
 
 @dataclass(slots=True)
 class _Behind:
-    """Tokens of one sequence that the model has computed and the layer has not."""
+    """Tokens of one sequence that the model has computed and the MTP layer has not."""
 
     start: int  # position of the first
     count: int = 0
@@ -31,20 +37,20 @@ class _Behind:
 
 
 class MtpDrafter:
-    """One draft from the layer's output, the others by feeding it its own."""
+    """Takes the first draft from the layer's output and further ones by feeding its drafts back."""
 
     costly = True
 
     def __init__(self, runner: Runner, num_drafts: int) -> None:
         if not runner.model.mtp:
-            raise ValueError("speculate is 'mtp' and the model has no MTP layer; expected 'ngram' or None")
+            raise ValueError("speculate: got 'mtp', but the model has no MTP layer; expected 'ngram' or None")
         self.num_drafts = num_drafts
         self.num_lookahead = num_drafts - 1
         self._runner = runner
         self._behind: dict[int, _Behind] = {}
 
     def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
-        """Remember what the layer will need of a step: hidden [T, D] of the tokens that stay."""
+        """Keep what the layer will need of a step: hidden [T, D] of the accepted tokens."""
         full: list[Generation] = []
         for item, row in zip(plan, step.starts, strict=False):
             seq, rows = item.seq, item.seq.num_computed - item.start
@@ -60,12 +66,12 @@ class MtpDrafter:
                 full.append(seq)
         if full:
             self._catch_up(full)
-        if len(self._behind) > 4 * len(plan) + 64:  # cancelled ones
+        if len(self._behind) > 4 * len(plan) + 64:  # of cancelled sequences
             live = {item.seq.id for item in plan}
             self._behind = {k: v for k, v in self._behind.items() if k in live}
 
     def draft(self, seqs: Seq[Generation], most: Seq[int], price: float) -> list[list[int]]:
-        """The likeliest tokens one by one, fewer where they are unlikely or the cache has no room."""
+        """Tokens one by one, fewer where they are unlikely or the cache has no room."""
         model, runner = self._runner.model, self._runner
         self._catch_up([seq for seq in seqs if self._behind[seq.id].count])
         drafts: list[list[int]] = [[] for _ in seqs]
@@ -75,10 +81,9 @@ class MtpDrafter:
         hidden = torch.cat([row for row in rows if row is not None]) if len(rows) > 1 else rows[0]
         assert hidden is not None
         for s in range(self.num_drafts):
-            values, ids, total = model.draft_top_logits(hidden, 1, step=s)
-            likely = (values[:, 0] - total).exp().tolist()
+            tokens, likely = self._tokens(hidden, [seqs[i] for i in alive], [drafts[i] for i in alive], s)
             keep: list[int] = []
-            for j, (i, token, p) in enumerate(zip(alive, ids[:, 0].tolist(), likely, strict=True)):
+            for j, (i, token, p) in enumerate(zip(alive, tokens, likely, strict=True)):
                 chance[i] *= p
                 if chance[i] < price:
                     continue
@@ -88,15 +93,34 @@ class MtpDrafter:
             if s + 1 == self.num_drafts or not keep:
                 break
             if len(keep) < len(alive):
-                index = runner.tensor(keep)
-                hidden, ids = hidden[index], ids[index]
+                hidden = hidden[runner.tensor(keep)]
                 alive = [alive[j] for j in keep]
             batch = runner.span([seqs[i] for i in alive], [len(seqs[i].tokens) - 1 + s for i in alive])
-            hidden = model.draft(ids[:, 0], hidden, batch, runner.cache, step=s + 1)
+            chosen = runner.tensor([drafts[i][-1] for i in alive])
+            hidden = model.draft(chosen, hidden, batch, runner.cache, step=s + 1)
         return drafts
 
+    def _tokens(
+        self, hidden: Tensor, seqs: Seq[Generation], drafts: Seq[list[int]], step: int
+    ) -> tuple[list[int], list[float]]:
+        """The layer's token after each sequence and its drafts, and how likely it is to be accepted."""
+        model = self._runner.model
+        if all(seq.sampling.plain for seq in seqs):
+            values, ids, total = model.draft_top_logits(hidden, 1, step=step)
+            return ids[:, 0].tolist(), (values[:, 0] - total).exp().tolist()
+        rows = [Row(seq.sampling, tuple(d), len(d)) for seq, d in zip(seqs, drafts, strict=True)]
+        logits = edit(model.draft_logits(hidden, step=step), rows)
+        tokens = draw(logits, rows, model.ops.sample)
+        heat = [1.0 if seq.sampling.params.greedy else seq.sampling.params.temperature for seq in seqs]
+        probabilities = (logits / torch.tensor(heat, device=logits.device)[:, None]).softmax(-1)
+        chosen = probabilities.gather(1, self._runner.tensor(tokens)[:, None])[:, 0].tolist()
+        # Coupled draws agree more often than the token's probability says, independent ones as often.
+        return tokens, [
+            p if seq.sampling.params.greedy else p**_COUPLED for seq, p in zip(seqs, chosen, strict=True)
+        ]
+
     def _catch_up(self, seqs: Seq[Generation]) -> None:
-        """Run the layer over the tokens it is behind, each with the token that follows it."""
+        """Run the layer over the tokens it has not seen, each with the token that follows it."""
         if not seqs:
             return
         model, runner = self._runner.model, self._runner
