@@ -21,13 +21,13 @@ from farthing.engine.speculation import Gate
 from farthing.hub import resolve_model
 
 
-def prompts_of(model: str, count: int, length: int, llm: LLM) -> list[list[int]]:
-    """The beginnings of held-out files."""
+def prompts_of(model: str, count: int, length: int, llm: LLM, repeat: int = 1) -> list[list[int]]:
+    """The beginnings of held-out files; with `repeat`, each its first part over and over."""
     lines = (resolve_model(model) / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     ids = [llm.get_tokenizer().encode(text) for text in texts]
     long = [tokens[:length] for tokens in ids if len(tokens) >= length]
-    return [long[i % len(long)] for i in range(count)]
+    return [(long[i % len(long)][: length // repeat]) * repeat for i in range(count)]
 
 
 class Free(Gate):
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--repeat", type=int, default=1, help="repetitions of the prompt's first part")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -83,7 +84,7 @@ def main() -> None:
         for llm in engines.values():
             force(llm)
     print(f"model {args.model}, {engines['none'].engine.backend}, batch {args.batch}")
-    prompts = prompts_of(args.model, args.batch * args.rounds, args.prompt, engines["none"])
+    prompts = prompts_of(args.model, args.batch * args.rounds, args.prompt, engines["none"], args.repeat)
     speeds: dict[str, list[float]] = {name: [] for name in engines}
     answers: dict[str, list[list[int]]] = {name: [] for name in engines}
     params = [

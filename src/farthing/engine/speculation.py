@@ -60,9 +60,8 @@ class Speculator:
         self.drafters = tuple(drafters)
         self.gates = tuple(gate() for _ in drafters)
         self.num_lookahead = max(drafter.num_lookahead for drafter in drafters)
-        self._prior = [
-            {True: _HOPE, False: _HOPE} for _ in drafters
-        ]  # accepted share; True: of greedy requests
+        # Accepted share of drafts by drafter, for sampled (0) and greedy (1) requests.
+        self._prior = [[_HOPE, _HOPE] for _ in drafters]
         self._used: int | None = None  # the costliest drafter used for the next step
         self._seconds = 0.0  # duration of drafting for it
 

@@ -23,7 +23,6 @@ from farthing.engine.sampler import Row, draw, edit
 from farthing.engine.sequence import Scheduled
 
 _MOST_BEHIND = 128  # maximum number of tokens whose hidden states are kept
-_COUPLED = 0.5  # exponent from a sampled draft's probability to its chance of acceptance
 
 
 @dataclass(slots=True)
@@ -111,13 +110,8 @@ class MtpDrafter:
         rows = [Row(seq.sampling, tuple(d), len(d)) for seq, d in zip(seqs, drafts, strict=True)]
         logits = edit(model.draft_logits(hidden, step=step), rows)
         tokens = draw(logits, rows, model.ops.sample)
-        heat = [1.0 if seq.sampling.params.greedy else seq.sampling.params.temperature for seq in seqs]
-        probabilities = (logits / torch.tensor(heat, device=logits.device)[:, None]).softmax(-1)
-        chosen = probabilities.gather(1, self._runner.tensor(tokens)[:, None])[:, 0].tolist()
-        # Coupled draws agree more often than the token's probability says, independent ones as often.
-        return tokens, [
-            p if seq.sampling.params.greedy else p**_COUPLED for seq, p in zip(seqs, chosen, strict=True)
-        ]
+        # How many drafts a sampled sequence gets is decided by its acceptance so far (`most`) alone.
+        return tokens, [1.0] * len(tokens)
 
     def _catch_up(self, seqs: Seq[Generation]) -> None:
         """Run the layer over the tokens it has not seen, each with the token that follows it."""
