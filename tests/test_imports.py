@@ -32,7 +32,7 @@ ACROSS = {
     ("train", "compress"),
 }  # the gateway's dashboard; sparsity schedule
 # Starts the command line in a warm process: a caller of `main`, imported when it runs.
-ENTRY_POINTS = {"farthing.fleet.warm", "farthing.__main__"}
+ENTRY_POINTS = {"farthing.fleet.standby", "farthing.__main__"}
 
 
 @cache
