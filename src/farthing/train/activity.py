@@ -137,3 +137,9 @@ def busy_share(activities: dict[str, Activity], share: float = 0.5) -> float:
     """Over all neurons of the model: the share that is active on at least `share` of its tokens."""
     counts = [(a.active_share >= share).float().sum() for a in activities.values()]
     return float(sum(counts) / sum(a.active.numel() for a in activities.values()))
+
+
+def share_deciles(activities: dict[str, Activity]) -> list[float]:
+    """Over all neurons, the deciles (10 %, 20 %, … 90 %) of the share of tokens on which one is active."""
+    shares = torch.cat([a.active_share.flatten() for a in activities.values()])
+    return [float(q) for q in shares.quantile(torch.linspace(0.1, 0.9, 9))]

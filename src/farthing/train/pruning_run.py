@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from farthing.files import replace_json
 from farthing.model.config import LayerSizes
-from farthing.train.activity import busy_share, measure
+from farthing.train.activity import busy_share, measure, share_deciles
 from farthing.train.distill import distillation
 from farthing.train.export import load_checkpoint, save_checkpoint
 from farthing.train.finetune import Settings, Text, adam, curve, freeze_top, perplexity
 from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM
+from farthing.train.need import needed_share, needs, random_twin, threshold
 from farthing.train.picture import draw
 from farthing.train.pruning import PruneConfig, PruneHook, mlp_parameters, model_of
+
+NEED_WINDOWS = 6  # of held-out text, on which every slice is silenced in turn
 
 
 def build(
@@ -100,7 +103,7 @@ def train_prune(
     summary: dict[str, Any] = {
         "removed": removed,
         "target": config.target,
-        "activity": _activity(model, text, settings, config),
+        "activity": _activity(teacher, model, text, settings, config),
         "perplexity": {"before": before, "after": after},
         "relative_increase": after / before - 1,
         "bound": config.bound,
@@ -122,17 +125,24 @@ def train_prune(
 
 
 def _activity(
-    model: DeepSeekLM, text: Text, settings: Settings, config: PruneConfig
-) -> dict[str, float | int | str]:
-    """How busy the kept neurons are on held-out text, with the parameters of the definition."""
-    ids = [d for d in text.heldout if len(d) > settings.window][: config.calibration_windows]
+    teacher: DeepSeekLM, model: DeepSeekLM, text: Text, settings: Settings, config: PruneConfig
+) -> dict[str, Any]:
+    """How busy and how needed the neurons are on held-out text: before, after, and of random weights."""
+    ids = [d for d in text.heldout if len(d) > settings.window][:NEED_WINDOWS]
     rows = [torch.from_numpy(d[: settings.window + 1].astype("int64")) for d in ids]
     tokens = torch.stack(rows).to(settings.device)
-    activities = measure(model, tokens, config.tau)
+    models = {"before": teacher, "after": model, "random": random_twin(teacher, settings.seed)}
+    slices = {name: needs(net, tokens) for name, net in models.items()}
+    least = threshold(slices["before"])
+    activities = {name: measure(net, tokens, config.tau) for name, net in models.items()}
     return {
         "definition": "|h_j| ||W_down[:, j]|| > tau * the token's mean over the MLP's neurons",
         "tau": config.tau,
         "on_at_least": 0.5,
         "tokens": tokens.shape[0] * settings.window,
-        "busy_neurons": busy_share(activities),
+        "busy_neurons": {name: busy_share(found) for name, found in activities.items()},
+        "active_share_deciles": {name: share_deciles(found) for name, found in activities.items()},
+        "need_definition": "rise of the loss without a slice of neurons, per share of the MLP parameters",
+        "need_threshold": least,
+        "needed_parameters": {name: needed_share(found, least) for name, found in slices.items()},
     }

@@ -53,7 +53,8 @@ def train_qat(
         return None
     size = save_quantized(student, settings.model, settings.out / "checkpoint")
     final = score(student.net)
-    lost = ptq_perplexity - float_perplexity
+    best = min(ptq_perplexity, smoothed_perplexity)  # without training, in the same format
+    lost = best - float_perplexity
     summary: dict[str, Any] = {
         "precision": str(precision),
         "perplexity": {
@@ -63,7 +64,8 @@ def train_qat(
             "trained": final,
         },
         "relative_increase": final / float_perplexity - 1,
-        "recovered": (ptq_perplexity - final) / lost if lost > 0 else None,
+        "best_untrained": best,
+        "recovered": (best - final) / lost if lost > 0 else None,
         "eval_tokens": settings.eval_tokens,
         "window": settings.window,
         "weights_bytes": size,
