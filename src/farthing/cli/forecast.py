@@ -37,7 +37,7 @@ def main(
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "mixture",
     horizon: Annotated[str, typer.Option(help="How far ahead: 10m, 24h, …")] = "10m",
     begin: Annotated[float, typer.Option(help="Share of the series before the first forecast.")] = 0.5,
-    refit: Annotated[str, typer.Option(help="How often the model is fitted anew.")] = "24h",
+    refit: Annotated[str, typer.Option(help="Time between two fits.")] = "24h",
     country: Annotated[str | None, typer.Option(help="Public holidays for Prophet: US, DE, …")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

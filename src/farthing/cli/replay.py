@@ -39,7 +39,7 @@ def main(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs with noise of their own.")] = 5,
     noise: Annotated[
-        float, typer.Option(help="Standard deviation of the load's factor, anew every 10 s.")
+        float, typer.Option(help="Standard deviation of the load's noise, redrawn every 10 s.")
     ] = 0.1,
     price: Annotated[float, typer.Option(help="Price of one replica for an hour.")] = 1.0,
     failures: Annotated[float, typer.Option(help="Failures of one replica a day.")] = 0.0,

@@ -42,11 +42,11 @@ class Estimates(Protocol):
     def mid(self, now: float) -> Forecast | None: ...
 
     def capacity(self) -> float | None:
-        """Load units a second one replica sustains, as learnt; None: the configured one."""
+        """Load units a second one replica sustains, as learned; None: the configured one."""
         ...
 
     def maintain(self, now: float) -> None:
-        """Fit anew what is due. Called in a thread, one at a time; may take long."""
+        """Fit what is due. Called in a thread, one at a time; may take long."""
         ...
 
 
@@ -77,7 +77,7 @@ class Controller:
         self._wall = wall
         self.held = Held()
         self._disk: dict[str, str] = {}  # files of the state directory that cannot be written, and why
-        self._known = _last_target(log_path)  # replicas asked for, as last read or decided
+        self._known = _last_target(log_path)  # replicas requested, as last read or decided
         self._maintenance: asyncio.Task[None] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -87,7 +87,7 @@ class Controller:
         while not stop.is_set():
             try:
                 await self.turn()
-            except Exception:  # a defect must not end the control of a fleet: it holds, and shouts
+            except Exception:  # a defect must not stop the controller: hold the replica count and alert
                 log.exception("this turn failed; the number of replicas is held")
                 self.metrics.failures.inc()
             due = max(due + self.policy.config.interval_s, loop.time())

@@ -68,7 +68,7 @@ class DayPlan:
         self.floor = FloorShare(round(7 * DAY_S / PLAN_STEP_S), utilization)
 
     def observe(self, now: float, load: float) -> None:
-        """Take in a load; steps nobody saw are filled with what is known around them."""
+        """Take in a load; steps without a sample are filled from their neighbors."""
         start = now - now % PLAN_STEP_S
         if self._start is None or start < self._start or start - self._start > KEEP_DAYS * DAY_S:
             self._start, self._open = start, []

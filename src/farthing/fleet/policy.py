@@ -31,13 +31,13 @@ from farthing.fleet.wake import wake
 
 @dataclass
 class PolicyState:
-    """What the policy remembers between decisions; as JSON a restarted controller goes on with it."""
+    """What the policy remembers between decisions; saved as JSON for a restarted controller."""
 
     last_time: float | None = None
     last_change: float | None = None
     settle_until: float | None = None  # no scale-down before this: after a start or a jump of the clock
     breach_since: float | None = None  # latency above the threshold without a break since
-    step_time: float | None = None  # last step of the latency rule, and what it asked for
+    step_time: float | None = None  # last step of the latency rule, and its target
     step_target: int = 0
     utilization: float | None = None  # as moved by the SLO
     slo_time: float | None = None  # when it was moved last
@@ -86,7 +86,7 @@ class Policy:
         """The decision for `now`.
 
         `snapshot` None means that no signals could be had; `current` must then say how many replicas are
-        asked for. `capacity` overrides the configured one (learnt online). Raises ValueError where the
+        asked for. `capacity` overrides the configured one (learned online). Raises ValueError where the
         number of current replicas is unknown.
         """
         if snapshot is None and current is None:
@@ -329,7 +329,7 @@ class Policy:
         state.history.clear()
         state.last_change = now if state.last_change is not None else None
         state.step_time = now if state.step_time is not None and now < state.step_time else state.step_time
-        return (f"clock: {now - last:+.0f} s since the last decision; windows begin anew",)
+        return (f"clock: {now - last:+.0f} s since the last decision; windows restart",)
 
     def _missing(self, now: float, snapshot: Snapshot | None) -> tuple[str, ...]:
         """Why the snapshot cannot be used at all; empty where it can."""
@@ -346,7 +346,7 @@ class Policy:
         return ()
 
     def _incomplete(self, snapshot: Snapshot) -> tuple[str, ...]:
-        """Signals that are missing beside the load: scale up on what is there, but not down."""
+        """Missing signals other than the load: they allow scale-up, not scale-down."""
         gaps = []
         if snapshot.ready is None:
             gaps.append("ready")

@@ -14,7 +14,7 @@ class Snapshot:
     """The signals of one instant. None means that a signal is missing, which is not the same as zero."""
 
     time: float  # when the signals were measured, same clock as `now` in Policy.decide
-    current: int  # replicas asked for: ready and starting together
+    current: int  # replicas requested: ready and starting together
     ready: int | None = None  # replicas that serve now
     request_rate: float | None = None  # requests/s arriving
     prompt_token_rate: float | None = None  # tokens/s arriving

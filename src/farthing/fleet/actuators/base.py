@@ -19,9 +19,9 @@ class Actuator(Protocol):
     async def start(self) -> None: ...
 
     async def current(self) -> int | None:
-        """Replicas asked for at present; None where it does not know.
+        """Replicas requested now; None if unknown.
 
-        Raises ActuatorError when it cannot ask.
+        Raises ActuatorError if the request fails.
         """
         ...
 

@@ -125,7 +125,7 @@ class ExternalMetrics:
         context.load_cert_chain(self._certificate, self._key)
         context.verify_mode = (
             ssl.CERT_OPTIONAL
-        )  # a kubelet's probe has no certificate; whoever has one must have ours
+        )  # a kubelet's probe has no certificate; any other client needs the front proxy's
         context.load_verify_locations(cadata=self._proxy.client_ca)
         return context
 
@@ -142,11 +142,11 @@ class ExternalMetrics:
                 if self._files() != self._stamp:
                     self._context.load_cert_chain(self._certificate, self._key)
                     self._stamp = self._files()
-                    log.info("serving certificate read anew")
+                    log.info("serving certificate reloaded")
                 if self._refresh is not None and (proxy := await self._refresh()) != self._proxy:
                     self._context.load_verify_locations(cadata=proxy.client_ca)
                     self._proxy = proxy
-                    log.info("front proxy read anew")
+                    log.info("front proxy reloaded")
             except (OSError, ssl.SSLError, ValueError, ActuatorError) as problem:
                 log.warning("external metrics: certificates are kept as they are: %s", problem)
 

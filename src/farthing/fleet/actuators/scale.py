@@ -75,7 +75,7 @@ class ScalePatch:
         log.info("%s: %d -> %d replicas", self.target, decision.current, decision.target)
 
     async def set(self, replicas: int) -> None:
-        """Patch `spec.replicas`, whoever leads. Raises ActuatorError."""
+        """Patch `spec.replicas`, leading or not. Raises ActuatorError."""
         await call(f"{self.target}/scale", *self._bound("patch"), {"spec": {"replicas": replicas}})
 
     async def close(self) -> None:

@@ -35,7 +35,7 @@ def parse_horizon(text: str) -> float:
 
 @dataclass(frozen=True)
 class Backtest:
-    """Where the backtest begins (share of the series), how often it fits anew, and how it calibrates."""
+    """Where the backtest begins (share of the series), how often it refits, and how it calibrates."""
 
     begin: float = 0.5
     refit_s: float = DAY_S

@@ -2,7 +2,7 @@
 
 The short-term bound answers for the next cold start already. A floor above it is paid for every day, and
 saves only where the load outgrows what the replicas of the bound can carry, which is more than the bound:
-they are asked for at a target utilization. So the floor is that share of the plan that would have lost
+they are provisioned at a target utilization. So the floor is the share of the plan that would have lost
 least over the last days: a unit of load offered above the bound counts once, one that could not be
 carried ten times.
 
@@ -18,7 +18,7 @@ import numpy as np
 from farthing.fleet.forecast.base import Floats
 
 SHARES = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])  # [S]; never less than half of the plan
-SHORTAGE = 10.0  # a unit of load that nobody carries, against a unit that is offered for nothing
+SHORTAGE = 10.0  # a unit of load without capacity, relative to a unit of idle capacity
 FIRST_SHARE = 1.0  # before anything was judged the plan is believed
 
 
@@ -37,7 +37,7 @@ def best_share(losses: Floats) -> float:
 
 
 class FloorShare:
-    """The share, learnt as it goes."""
+    """The share, learned online."""
 
     def __init__(self, window: int, utilization: float = 0.7) -> None:
         self.utilization = utilization
@@ -50,6 +50,6 @@ class FloorShare:
         self._losses.append(losses[0])
 
     def settle(self) -> float:
-        """Choose anew; once a day is often enough, so that the floor does not flutter."""
+        """Choose again; call it once a day, so that the floor does not oscillate."""
         self.share = best_share(np.array(self._losses).reshape(-1, len(SHARES)))
         return self.share

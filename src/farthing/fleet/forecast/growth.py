@@ -7,7 +7,7 @@ seconds, not on one point of it. So the growth of the peak over the forecast is 
 
 and its q-quantile over a trailing window widens the forecast made now. This is split-conformal
 prediction with a moving window: coverage follows the data, whatever made the point forecast. Three
-habits of service loads bound it: the load tends back to its recent mean, a steep slope goes on for a
+properties of service loads bound it: the load reverts to its recent mean, a steep slope continues for a
 while, and records are rare (`ceiling`).
 
 Shapes: N = steps of the grid, B = runs side by side.
@@ -42,7 +42,7 @@ class GrowthConfig:
     ceiling: float = 0.8  # the bound stays below this times the highest load remembered; 0 switches it off
     ceiling_s: float = 172800.0  # how long a highest load is remembered
     ceiling_after_s: float = 21600.0  # the ceiling counts only when this much has been seen
-    refresh_s: float = 600.0  # the quantile is computed anew this often
+    refresh_s: float = 600.0  # time between two computations of the quantile
 
     def __post_init__(self) -> None:
         _accept("quantile", self.quantile, 0.5 <= self.quantile < 1, "[0.5, 1)")

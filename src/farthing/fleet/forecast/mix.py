@@ -19,7 +19,7 @@ from farthing.fleet.series import Series
 class Mix:
     """Experts mixed by exp(-rate · relative error); errors are forgotten with `half_life` steps.
 
-    The cheap experts are fitted anew every `refit_steps` while it is asked, the others only by `fit`.
+    `predict` refits the cheap experts every `refit_steps`; the others are fitted by `fit` only.
     """
 
     name = "mix"

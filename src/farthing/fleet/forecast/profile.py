@@ -2,9 +2,9 @@
 
 The profile is the median of the same time over the last weeks, so that one odd day (a holiday, an outage)
 does not come back a week later. What is left, in logarithms, is forecast by one ridge regression for each
-step ahead: on its last values, its means over hours and days, and the same time of earlier days and weeks. A
-holiday borrows the profile of a Sunday, a bridge day that of a Saturday; how much of it is learnt in the same
-regression. Below four weeks of history the profile is that of a day.
+step ahead: on its last values, its means over hours and days, and the same time of earlier days and weeks.
+A holiday borrows the profile of a Sunday, a bridge day that of a Saturday; how much of it is learned in the
+same regression. Below four weeks of history the profile is that of a day.
 
 Shapes: n = steps of the history and the days after it, R = rows of a regression, F = features.
 """

@@ -207,7 +207,7 @@ class ShortTerm:
         self._filling.append(load)
 
     def retrain(self, now: float) -> bool:
-        """Let the members learn if it is due; takes seconds, so run it beside the loop. True if they did."""
+        """Let the members learn if it is due; takes seconds, so run it in a thread. True if they did."""
         due = self._trained is None or abs(now - self._trained) >= self.config.retrain_s
         if not due or len(self._minutes) < 10 * self.config.lead_s / GRID_S:
             return False

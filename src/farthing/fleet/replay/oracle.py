@@ -2,7 +2,7 @@
 
 d_t = max(1, ceil(trailing 60 s rate / (u·C))). For each level k, the k-th replica is wanted in on = {t:
 d_t >= k}; it costs its busy time, plus the smaller of the gap and the load time for every gap between
-(keep it, or end it and launch it anew in time), plus one load time if it is first wanted after the
+(keep it, or end it and launch it again in time), plus one load time if it is first wanted after the
 start. The total is the sum over levels.
 """
 

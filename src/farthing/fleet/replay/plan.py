@@ -24,7 +24,7 @@ class PlanConfig:
     history_s: float = 7 * DAY_S  # below this there is no plan: the load itself stands in for it
     max_fits: int = 40  # the forecaster is fitted every few days of a long trace
     judged_s: float = 7 * DAY_S  # window of the running skill and of the floor's share
-    utilization: float = 0.7  # at which replicas are asked for
+    utilization: float = 0.7  # at which replicas are provisioned
     prophet: ProphetConfig = field(default_factory=ProphetConfig)
 
 
@@ -50,7 +50,7 @@ def day_plan(
 def _shares(
     planned: Floats, load: Floats, bound: Floats, tick_s: float, lead_s: float, config: PlanConfig
 ) -> Floats:
-    """[T] the floor's share of the plan, chosen anew every day on what the days before have shown."""
+    """[T] the floor's share of the plan, chosen every day from the days before."""
     lead, every = max(1, round(lead_s / tick_s)), max(1, round(JUDGED_S / tick_s))
     day, window = round(DAY_S / tick_s), round(config.judged_s / tick_s)
     peaks = trailing_max(load[:, None], lead)[:, 0]

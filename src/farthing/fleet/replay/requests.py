@@ -80,7 +80,7 @@ class _Replica:
         return len(self.waiting) + len(self.finish)
 
     def advance(self, until: float, waits: list[float]) -> None:
-        """Work until the time `until` (an iteration under way is finished); waits of admitted requests are
+        """Work until the time `until` (an iteration in flight is finished); waits of admitted requests are
         noted.
         """
         service = self.service

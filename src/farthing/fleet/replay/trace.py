@@ -117,7 +117,7 @@ def _json_lines(path: Path) -> list[Arrival]:
 def rate_load(series: Series, dt: float, seeds: int, noise: float = 0.1, noise_s: float = 10.0) -> Floats:
     """[N, B] load at every `dt` seconds: the line between the trace's points, times gamma noise of mean 1.
 
-    `noise` is the standard deviation of the factor, drawn anew every `noise_s` seconds for each of
+    `noise` is the standard deviation of the factor, redrawn every `noise_s` seconds for each of
     `seeds` lanes.
     """
     if seeds < 1:

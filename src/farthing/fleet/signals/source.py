@@ -11,7 +11,7 @@ class Source(Protocol):
     """Reads the signals of a fleet."""
 
     async def read(self, current: int) -> Snapshot:
-        """The signals of now; `current` is the number of replicas asked for.
+        """The signals of now; `current` is the number of replicas requested.
 
         A source that cannot be reached answers with a snapshot marked stale, it does not raise.
         """
