@@ -345,6 +345,30 @@ def test_pipelined_request_is_answered_after_the_stream_and_not_within() -> None
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        b"this is no HTTP\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 20_000,
+        b"GET /live HTTP/1.1\r\n" + HOST,
+    ],
+    ids=["garbage", "long field", "many"],
+)
+def test_errors_of_pipelined_requests_are_not_written_into_a_running_stream(more: bytes) -> None:
+    async def test() -> None:
+        async with fleet(1, tokens=10, interval_s=0.02) as (_, _, _, url):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            writer.write(post(json.dumps(body("first", stream=True)).encode()))
+            await reader.readuntil(b"t0 ")
+            writer.write((more + b"\r\n") * (50 if more.startswith(b"GET /live") else 1))
+            stream = await reader.readuntil(b"0\r\n\r\n")
+            assert b"HTTP/1.1" not in stream and b"[DONE]" in stream
+            assert (await reader.readline()).split()[1] in (b"400", b"431", b"200")
+            writer.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
     "line",
     [b"CONNECT replica:8001 HTTP/1.1", b"TRACE / HTTP/1.1", b"PROPFIND / HTTP/1.1"],
     ids=["connect", "trace", "propfind"],
