@@ -155,6 +155,8 @@ async def _serve(
         gc.freeze()  # the model's objects stay: no collection need look at them again
         service.launch_to_ready = time.time() - process_start()
         service.engine = engine
+        if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
+            engine.sandbox.warm()  # chats need it: their template is the model's own
         log.info("ready after %.2f s", service.launch_to_ready)
 
     loader = threading.Thread(target=load_engine, name="load", daemon=True)

@@ -1,0 +1,70 @@
+"""How long one hostile request keeps the event loop from everything else, in CPU time of its thread.
+
+CPU time and not wall time: it does not depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.harness import Running
+
+USER = {"role": "user", "content": "x"}
+BIASES = dict.fromkeys(map(str, range(300_000)), 1)
+LONG = "a b " * 1_975_000
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a prompt of 7.9 MB": ("/v1/completions", {"prompt": LONG}),
+    "a chat of 7.9 MB": ("/v1/chat/completions", {"messages": [USER | {"content": LONG}]}),
+    "a text of 7.9 MB": ("/tokenize", {"prompt": LONG}),
+    "2,000 messages": ("/v1/chat/completions", {"messages": [USER] * 2_000, "max_tokens": 1}),
+    "200,000 messages": ("/v1/chat/completions", {"messages": [USER] * 200_000}),
+    "200,000 ids": ("/v1/completions", {"prompt": [1, -1] * 100_000}),
+    "300,000 biases": (
+        "/v1/completions",
+        {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(300_000)), 1)},
+    ),
+    "512 sequences": ("/v1/completions", {"prompt": ["x" * 200] * 8, "n": 64, "max_tokens": 1}),
+}
+BOUND = 0.25  # seconds
+
+
+class Pulse:
+    """Runs in the server's event loop and notes the most CPU time between two of its turns."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        last = time.thread_time()
+
+        def beat() -> None:
+            nonlocal last
+            now = time.thread_time()
+            self.worst, last = max(self.worst, now - last), now
+            loop.call_later(0.001, beat)
+
+        beat()
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_no_request_holds_the_event_loop(tiny: Running, name: str) -> None:
+    path, document = BODIES[name]
+    body, headers = json.dumps(document).encode(), {"content-type": "application/json"}
+    pulse = Pulse()
+    tiny.call(pulse.start)
+
+    def post(_: int) -> int:
+        return httpx.post(tiny.url + path, content=body, headers=headers, timeout=120).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        statuses = set(pool.map(post, range(8)))
+    assert statuses <= {200, 400, 429}
+    assert pulse.worst < BOUND
