@@ -3,6 +3,7 @@
 // Legend: T tokens; D hidden size; E routed experts; I expert width; c latent; r rotary size; H heads.
 #pragma once
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "kernels.h"
@@ -52,6 +53,11 @@ struct Mlp {                        // both null: an expert of another rank
   std::shared_ptr<Packed> down;     // [D, I]
 };
 
+// Logits that are NaN or infinite.
+struct NotFinite : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 struct Moe {
   Router router;
   std::shared_ptr<Packed> gate;  // null: no router, the shared MLP alone
@@ -59,6 +65,8 @@ struct Moe {
   bool has_shared = false;  // then the last of `experts`
   int hidden = 0;
 
+  void check_gate() const;  // these throw std::invalid_argument on matrices that do not fit together
+  void add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down);
   const Mlp* first() const {  // routed expert that is on this rank, or null
     for (const Mlp& e : experts)
       if (e.down) return &e;
@@ -75,6 +83,8 @@ struct Attention {
   const float* norm = nullptr;                // [c]
   const float* cos = nullptr;                 // [max_len, r / 2]
   const float* sin = nullptr;
+
+  void add(std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv);  // the next head
 };
 
 struct Layer {  // one layer's weights; attention and feed belong to whoever made the layer
@@ -90,6 +100,7 @@ struct Layer {  // one layer's weights; attention and feed belong to whoever mad
 struct Layers {
   std::vector<Layer> layers;
   std::vector<float> qkv, q, heads, hidden;  // what an op leaves for the next
+  void add(Layer layer);
   static Rows rows(std::vector<float>& memory, int tokens, int width);
 };
 

@@ -120,7 +120,10 @@ NB_MODULE(_native, module) {
       .def_prop_ro("nbytes", &Packed::weight_bytes)
       .def_prop_ro("serialized_bytes", &Packed::serialized_bytes)
       .def("parts", [](const Packed& p) { return std::vector<int>(p.m.first, p.m.first + p.m.parts + 1); })
-      .def("serialize", [](const Packed& p, uint64_t out) { p.serialize(at<uint8_t>(out)); });
+      .def(
+          "serialize",
+          [](const Packed& p, uint64_t out, uint64_t name) { p.serialize(at<uint8_t>(out), name); }, "out"_a,
+          "name"_a);
 
   nb::class_<Router>(module, "Router")
       .def(nb::init<>())
@@ -141,14 +144,14 @@ NB_MODULE(_native, module) {
           "__init__",
           [](Moe* self, const Router& router, std::shared_ptr<Packed> gate, bool has_shared) {
             new (self) Moe{router, std::move(gate), {}, has_shared};
+            self->check_gate();
           },
           "router"_a, "gate"_a.none(), "has_shared"_a)
       .def_rw("router", &Moe::router)
       .def(
           "add",
           [](Moe& m, std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
-            if (down) m.hidden = down->m.n;
-            m.experts.push_back({std::move(gate_up), std::move(down)});
+            m.add(std::move(gate_up), std::move(down));
           },
           "gate_up"_a.none(), "down"_a.none());
 
@@ -160,10 +163,10 @@ NB_MODULE(_native, module) {
                                   interleaved, {},   {},   at<float>(norm), at<float>(cos), at<float>(sin)};
            })
       .def("add", [](Attention& a, std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv) {
-        a.w_uk.push_back(std::move(uk));
-        a.w_uv.push_back(std::move(uv));
+        a.add(std::move(uk), std::move(uv));
       });
 
+  nb::exception<NotFinite>(module, "NotFinite", PyExc_ArithmeticError);
   nb::exception<PeerLost>(module, "PeerLost", PyExc_RuntimeError);
   nb::class_<SharedSum>(module, "SharedSum")
       .def("__init__",
@@ -195,9 +198,9 @@ NB_MODULE(_native, module) {
              std::shared_ptr<Packed> q_b, const Attention& attention, std::shared_ptr<Packed> o,
              uint64_t feed_norm, const Moe& feed, std::shared_ptr<SharedSum> o_sum,
              std::shared_ptr<SharedSum> feed_sum) {
-            self.layers.push_back({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a),
-                                   std::move(q_b), std::move(o), &attention, &feed, q_width, std::move(o_sum),
-                                   std::move(feed_sum)});
+            self.add({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a),
+                      std::move(q_b), std::move(o), &attention, &feed, q_width, std::move(o_sum),
+                      std::move(feed_sum)});
           },
           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a, "feed_norm"_a,
           "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none());
@@ -215,8 +218,12 @@ NB_MODULE(_native, module) {
       .def_prop_ro("nodes", [](const Backend& b) { return b.pool.nodes(); })
       .def_prop_ro("packed_bytes", [](const Backend& b) { return b.arena->bytes(); })
       .def("pack", &pack)
-      .def("view", [](Backend& b, uint64_t address,
-                      uint64_t size) { return Packed::view(b.pool, b.arena, at<uint8_t>(address), size); })
+      .def(
+          "view",
+          [](Backend& b, uint64_t address, uint64_t size, uint64_t name) {
+            return Packed::view(b.pool, b.arena, at<uint8_t>(address), size, name);
+          },
+          "address"_a, "size"_a, "name"_a)
       .def("units_of_threads", &units_of_threads)
       .def(
           "rms_norm",

@@ -1,6 +1,7 @@
 // The output head: logits, of which only the k largest and the log of the sum of exponentials leave.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "backend.h"
@@ -24,9 +25,21 @@ inline void insert(Best* list, int k, Best b) {
   list[i] = b;
 }
 
+bool all_finite(const float* x, int n) {
+  constexpr uint32_t exponent = 0x7f800000u;
+  uint32_t bad = 0;
+  for (int i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    bad |= (bits & exponent) == exponent;
+  }
+  return !bad;
+}
+
 void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t first, int k, Best* best,
                   float* max, float* sum) {
   kernels.exp_sum(logits, n, max, sum);
+  if (!all_finite(logits, n)) *sum = std::numeric_limits<float>::quiet_NaN();
   std::fill_n(best, k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
   if (k == 1) {
     const int i = static_cast<int>(std::find(logits, logits + n, *max) - logits);
@@ -74,6 +87,8 @@ void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* 
       total += static_cast<double>(sum[at]) * std::exp(static_cast<double>(max[at] - top));
       for (int i = 0; i < k; ++i) insert(list.data(), k, best[at * k + i]);
     }
+    if (!std::isfinite(top) || !std::isfinite(total))
+      throw NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows");
     for (int i = 0; i < k; ++i) values[t * k + i] = list[i].value, ids[t * k + i] = list[i].id;
     logsumexp[t] = top + static_cast<float>(std::log(total));
   }

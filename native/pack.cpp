@@ -9,7 +9,7 @@
 namespace farthing {
 namespace {
 
-constexpr uint32_t kMagic = 0x4b435046;  // "FPCK"
+constexpr uint32_t kMagic = 0x4b435047;  // "GPCK": with the hash of a name
 constexpr float kTiny = FLT_MIN;         // the smallest scale, as farthing.ops.weights clamps it
 
 struct Header {
@@ -17,7 +17,8 @@ struct Header {
   int32_t n, k, group;
   uint32_t zero, sparse, reserved;
   uint64_t bytes;  // of offsets and records
-  uint64_t unused[3];
+  uint64_t name;   // hash of the matrix's name
+  uint64_t unused[2];
 };
 static_assert(sizeof(Header) == 64);
 
@@ -351,9 +352,10 @@ size_t Packed::serialized_bytes() const {
   return sizeof(Header) + (m.sparse ? round_up(offsets_.size() * 8, size_t{64}) : 0) + weight_bytes();
 }
 
-void Packed::serialize(uint8_t* out) const {
-  Header h{kMagic, static_cast<uint32_t>(m.format),     m.n, m.k, m.group, m.zero, m.sparse,
-           0,      serialized_bytes() - sizeof(Header), {}};
+void Packed::serialize(uint8_t* out, uint64_t name) const {
+  const uint64_t bytes = serialized_bytes() - sizeof(Header);
+  const Header h{kMagic, static_cast<uint32_t>(m.format), m.n, m.k, m.group, m.zero, m.sparse, 0, bytes, name,
+                 {}};
   std::memcpy(out, &h, sizeof h);
   out += sizeof h;
   if (m.sparse) {
@@ -368,13 +370,67 @@ void Packed::serialize(uint8_t* out) const {
   }
 }
 
+namespace {
+
+constexpr int kMostRows = 1 << 28;
+
+void require(bool ok, const char* what) {
+  if (!ok)
+    throw std::invalid_argument(std::string("packed matrix is damaged: ") + what + "; pack the model again");
+}
+
+// Groups that kernels handle: see farthing.ops.cpu.packing.supported_group.
+bool is_group(const Header& h) {
+  if (static_cast<Format>(h.format) != Format::q4) {
+    const bool grouped =
+        h.format == static_cast<uint32_t>(Format::q8) || h.format == static_cast<uint32_t>(Format::fp8);
+    return h.group == (grouped ? kActGroup : 0);
+  }
+  return h.group >= 32 && h.group % 32 == 0 && (h.group == 32 || h.group % 64 == 0) && h.group <= h.k &&
+         h.k % h.group == 0;
+}
+
+void check_header(const Header& h, size_t size, uint64_t name) {
+  require(h.magic == kMagic, "it has no header of this version");
+  require(h.format <= static_cast<uint32_t>(Format::q4), "unknown format");
+  require(h.n >= 1 && h.n <= kMostRows && h.k >= 1 && h.k <= kMostRows, "rows or columns out of range");
+  require(is_group(h), "group size");
+  require(h.zero <= 1 && (!h.zero || h.format == static_cast<uint32_t>(Format::q4)),
+          "zero points of this format");
+  const bool quantized = h.format >= static_cast<uint32_t>(Format::q8);
+  const bool blocks = h.format == static_cast<uint32_t>(Format::q8) || h.k % 64 == 0;
+  require(h.sparse <= 1 && (!h.sparse || (quantized && !h.zero && blocks)), "sparsity of this format");
+  require(h.bytes == size - sizeof h, "size of its section");
+  require(h.name == name, "it belongs to another name");
+}
+
+// Records follow each other, and each is as long as its mask says.
+void check_records(const Matrix& m, const uint8_t* records, size_t bytes) {
+  const size_t block = m.format == Format::q4 ? 128 : 256;
+  require(m.offsets[0] == 0 && m.offsets[m.panels] == bytes, "panel table");
+  for (int p = 0; p < m.panels; ++p) {
+    const uint64_t begin = m.offsets[p], end = m.offsets[p + 1];
+    require(
+        begin % 64 == 0 && begin < end && end <= bytes && end - begin >= static_cast<size_t>(m.head_bytes()),
+        "panel table");
+    size_t blocks = 0;
+    for (int i = 0; i < m.kp / 64; ++i) {
+      require(records[begin + i] < 16, "block mask");
+      blocks += static_cast<size_t>(__builtin_popcount(records[begin + i]));
+    }
+    require(end - begin == round_up(m.head_bytes() + blocks * block, size_t{64}), "block mask");
+  }
+}
+
+}  // namespace
+
 std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,
-                                     size_t size) {
+                                     size_t size, uint64_t name) {
   Header h;
-  if (size < sizeof h) throw std::invalid_argument("packed matrix is cut off: fewer than 64 bytes");
+  require(size >= sizeof h && reinterpret_cast<uintptr_t>(bytes) % 64 == 0,
+          "its section is cut off or not aligned");
   std::memcpy(&h, bytes, sizeof h);
-  if (h.magic != kMagic || h.format > 4 || h.n < 1 || h.k < 1 || h.bytes > size - sizeof h)
-    throw std::invalid_argument("packed matrix is damaged or of another version; pack the model again");
+  check_header(h, size, name);
   auto packed = std::make_shared<Packed>();
   Matrix& m = packed->m;
   m.format = static_cast<Format>(h.format);
@@ -387,14 +443,15 @@ std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, c
   const uint8_t* records = bytes + sizeof h;
   if (m.sparse) {
     const size_t count = static_cast<size_t>(m.panels) + 1, table = round_up(count * 8, size_t{64});
-    if (table > h.bytes) throw std::invalid_argument("packed matrix is cut off in its panel table");
+    require(table < h.bytes, "panel table");
     packed->offsets_.resize(count);
     std::memcpy(packed->offsets_.data(), records, count * 8);
     m.offsets = packed->offsets_.data();
     records += table;
+    check_records(m, records, h.bytes - table);
+  } else {
+    require(m.stride * static_cast<size_t>(m.panels) == h.bytes, "size of its panels");
   }
-  if ((m.sparse ? packed->offsets_.back() : m.stride * m.panels) > h.bytes)
-    throw std::invalid_argument("packed matrix is cut off in its panels");
   packed->arena_ = arena;
   if (pool.nodes() > 1) {
     packed->place(pool, *arena, records);

@@ -44,11 +44,13 @@ class Packed {
   static std::shared_ptr<Packed> pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group,
                                       bool zero, bool interleave, double sparse_from,
                                       const std::vector<Source>& sources);
-  // A view of serialized bytes; `keep` holds their memory. Copied to the nodes where there are several.
+  // A view of serialized bytes, which must outlive it. Copied to the nodes where there are several.
+  // Everything that kernels rely on is checked; `name` is a hash of the name it was serialized under. Throws
+  // std::invalid_argument.
   static std::shared_ptr<Packed> view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,
-                                      size_t size);
+                                      size_t size, uint64_t name);
   size_t serialized_bytes() const;
-  void serialize(uint8_t* out) const;
+  void serialize(uint8_t* out, uint64_t name) const;
   size_t weight_bytes() const;
 
  private:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import random
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import RouterSpec
+from farthing.ops.api import NotFinite, RouterSpec
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packed_file import write_packed
+from farthing.ops.cpu.packed_file import HEADER, MAGIC, DamagedFile, write_packed
 from farthing.ops.weights import Weight
 from tests.ops.parts import weight
 from tests.ops.test_cpu import SPECS, experts, zero_blocks
@@ -102,5 +108,113 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a packed file"):
         CpuOps(1, packed=str(path))
     path.write_bytes(whole[:4096] + b"\0" * 4 + whole[4100:])
-    with pytest.raises(ValueError, match="damaged or of another version"):
+    with pytest.raises(ValueError, match="'w': packed matrix is damaged: it has no header"):
         CpuOps(1, packed=str(path)).pack_linear("w", never)  # type: ignore[arg-type]
+
+
+def two_matrices(path: Path) -> bytes:
+    ops = CpuOps(1)
+    w = weight("int8", 64, 64)
+    sparse = zero_blocks(weight("int4", 64, 256, 64), 0.7)
+    ops.pack_linear("a", lambda: [w])
+    ops.pack_linear("b", lambda: [weight("int8", 64, 64)])
+    ops.pack_linear("sparse", lambda: [sparse])
+    ops.save_packed(str(path))
+    return path.read_bytes()
+
+
+def rewrite_index(path: Path, whole: bytes, change: Callable[[dict[str, Any]], None]) -> None:
+    """The same file with another index, whose own checksum is right."""
+    _, offset, length, _ = HEADER.unpack(whole[: HEADER.size])
+    index = json.loads(whole[offset : offset + length])
+    change(index)
+    text = json.dumps(index).encode()
+    head = HEADER.pack(MAGIC, offset, len(text), xxhash.xxh3_64_intdigest(text))
+    path.write_bytes(head + whole[HEADER.size : offset] + text)
+
+
+def test_swapped_matrices_are_refused(tmp_path: Path) -> None:
+    def swap(index: dict[str, Any]) -> None:
+        e = index["entries"]
+        e["a"], e["b"] = e["b"], e["a"]
+
+    path = tmp_path / "m"
+    rewrite_index(path, two_matrices(path), swap)
+    with pytest.raises(ValueError, match="'a': packed matrix is damaged: it belongs to another name"):
+        CpuOps(1, packed=str(path)).pack_linear("a", never)  # type: ignore[arg-type]
+
+
+def test_an_index_that_was_changed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    whole = two_matrices(path)
+    path.write_bytes(whole.replace(b'"offset": 4096', b'"offset": 8192'))
+    with pytest.raises(ValueError, match="index is damaged"):
+        CpuOps(1, packed=str(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("offset", 2**40), ("offset", -4096), ("offset", 4097), ("bytes", 2**40), ("bytes", -1), ("bytes", 0),
+     ("offset", 1.5), ("offset", None), ("checksum", "x"), ("inputs", [0, 1.0]), ("inputs", [4, -1.0]),
+     ("inputs", 3), ("dtype", "float99"), ("dtype", "float32")],
+)  # fmt: skip
+def test_index_entries_out_of_range_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+    path = tmp_path / "m"
+    rewrite_index(path, two_matrices(path), lambda index: index["entries"]["a"].update({field: value}))
+    with pytest.raises(ValueError, match="its index is damaged"):
+        CpuOps(1, packed=str(path))
+
+
+def test_flipped_bits_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    whole = bytearray(two_matrices(path))
+    whole[4096 + 64 + 70] ^= 1  # a weight of the first matrix
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="the checksum of 'a' does not match"):
+        CpuOps(1, packed=str(path)).verify_packed()
+    ops = CpuOps(1, packed=str(path))  # without --verify: a thread finds it
+    assert ops._file is not None
+    for _ in range(200):
+        if ops._file.damage:
+            break
+        time.sleep(0.05)
+    with pytest.raises(DamagedFile, match="the checksum of 'a' does not match"):
+        ops._file.raise_damage()
+
+
+def test_damaged_sections_never_crash(tmp_path: Path) -> None:
+    """Random bytes in headers, panel tables and masks: refused, or a matrix of the same layout."""
+    path, rng = tmp_path / "m", random.Random(7)
+    whole = two_matrices(path)
+    _, offset, length, _ = HEADER.unpack(whole[: HEADER.size])
+    entries = json.loads(whole[offset : offset + length])["entries"]
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        name = rng.choice(["a", "sparse"])
+        for _ in range(rng.randint(1, 3)):
+            data[entries[name]["offset"] + rng.randrange(192)] = rng.choice([0, 1, 255, rng.randrange(256)])
+        path.write_bytes(data)
+        ops = CpuOps(1, packed=str(path))
+        try:
+            handle = ops.pack_linear(name, never)  # type: ignore[arg-type]
+        except ValueError:
+            refused += 1
+            continue
+        finally:
+            assert ops._file is not None
+            ops._file.close()
+        ops.linear(torch.randn(3, handle.k), handle)
+    assert refused > 100
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    ops = CpuOps(2)
+    w = torch.randn(1100, 64)
+    w[700, 3] = float("nan")
+    head = ops.pack_linear("h", lambda: [Weight("dense", w)])
+    for k in (1, 5):
+        with pytest.raises(NotFinite, match="weights are broken"):
+            ops.top_logits(torch.randn(3, 64), head, torch.ones(64), 1e-6, k)
+    with pytest.raises(NotFinite, match="weights are broken"):
+        ops.greedy(torch.full((2, 64), float("nan")), head, torch.ones(64), 1e-6)

@@ -51,9 +51,9 @@ def load_model(path: Path, config: EngineConfig) -> Model:
 def _ops(config: EngineConfig) -> Ops:
     dtype, threads = DTYPES[config.dtype], config.threads
     if config.experts_on is None:
-        return select(config.backend, dtype, threads, config.quantization, config.packed)
+        return select(config.backend, dtype, threads, config.quantization, config.packed, config.verify)
     from farthing.ops.hybrid import HybridOps
 
     # Quantization and the packed file apply to the routed experts, which hold most of the weights.
-    host = select(config.experts_on, None, threads, config.quantization, config.packed)
+    host = select(config.experts_on, None, threads, config.quantization, config.packed, config.verify)
     return HybridOps(select(config.backend, dtype, threads), host, config.hot_experts)

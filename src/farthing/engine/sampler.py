@@ -22,6 +22,7 @@ from torch import Tensor
 
 from farthing.engine.constraints import Constraint
 from farthing.engine.request import Logprob, SamplingParams
+from farthing.ops.api import NotFinite
 from farthing.ops.sampling import Filters
 from farthing.ops.sampling import sample as sample_in_torch
 
@@ -105,9 +106,15 @@ def sample(
             for i, v, k in zip(ids.tolist(), (values - total[:, None]).tolist(), wanted, strict=True)
         ]
     logits = head.logits(hidden)
+    _require_finite(logits)
     raw = logits.log_softmax(-1) if top is not None else None
     tokens = draw(edit(logits, rows), rows, pick)
     return tokens, None if raw is None else report(raw, tokens, [k or 0 for k in wanted])
+
+
+def _require_finite(logits: Tensor) -> None:
+    if not bool(logits.sum(-1).isfinite().all()):  # one NaN or infinity makes a row's sum one
+        raise NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows")
 
 
 def edit(logits: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -125,6 +125,10 @@ class Batch:
     block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
 
 
+class NotFinite(ArithmeticError):
+    """Logits that are NaN or infinite: the weights are broken, or the model overflows its activation type."""
+
+
 class PeerLost(RuntimeError):
     """Another rank has ended, or did not come to a collective in time."""
 
@@ -355,6 +359,9 @@ class Ops(ABC):
 
     def forget(self, prefix: str) -> None:  # noqa: B027  (most backends keep no weights by name)
         """Weights packed under names that begin with `prefix` may be packed again."""
+
+    def verify_packed(self) -> None:  # noqa: B027  (only backends that map packed files have some)
+        """Compare every checksum of a mapped packed file. Raises ValueError that names what differs."""
 
     def save_packed(self, path: str) -> None:
         """Write what was packed to one file for `select(…, packed=path)`; ValueError without a format."""

@@ -34,11 +34,13 @@ def select(
     threads: int | None = None,
     quantization: Quantization | None = None,
     packed: str | None = None,
+    verify: bool = False,
 ) -> Ops:
     """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu' or an entry point) and log the choice.
 
     dtype: activation dtype; None: the backend's default. quantization: round dense weights to nearest while
-    packing. packed: a file written by `Ops.save_packed`, mapped instead of packing again.
+    packing. packed: a file written by `Ops.save_packed`, mapped instead of packing again;
+    verify: compare its checksums first.
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
     plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
@@ -52,6 +54,8 @@ def select(
     ops: Ops = import_module(known[backend]).create(
         dtype=dtype, threads=threads, quantization=quantization, packed=packed
     )
+    if verify:
+        ops.verify_packed()
     log.info("ops: %s", ops.name)
     return ops
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +24,7 @@ from farthing.ops.api import (
     LatentCache,
     LayerHandles,
     MoEWeights,
+    NotFinite,
     RouterSpec,
 )
 from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
@@ -110,8 +112,14 @@ class CpuOps(HostOps):
             )
         self._quantization = self._file.quantization if self._file else quantization
         self.packed_from = self._file.source if self._file else None
+        if self._file:
+            self._file.check_in_background()
         self._blobs: dict[str, Any] = {}
         self._inputs: dict[str, InputRounding] = {}  # of matrices whose checkpoint says how
+
+    def verify_packed(self) -> None:
+        if self._file is not None:
+            self._file.verify()
 
     # -- packing
 
@@ -136,7 +144,10 @@ class CpuOps(HostOps):
         """The packed matrix of that name from the file, if it is there."""
         if self._file is None or name not in self._file:
             return None
-        packed = self._native.view(*self._file.matrix(name))
+        try:
+            packed = self._native.view(*self._file.matrix(name))
+        except ValueError as error:
+            raise ValueError(f"packed file {str(self._file.path)!r}: {name!r}: {error}") from None
         return self._keep(name, self._round_inputs(name, packed, self._file.inputs(name)))
 
     def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False, mlp: bool = False) -> Any:
@@ -407,6 +418,8 @@ class CpuOps(HostOps):
     def run_stack(
         self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
     ) -> Tensor:
+        if self._file is not None:
+            self._file.raise_damage()
         return run_layers(self._native, _rows(h), stack, batch, cache, eps, counts)
 
     def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float) -> Tensor:
@@ -462,15 +475,19 @@ class CpuOps(HostOps):
         tokens = x.shape[0]
         values, ids = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int64)
         logsumexp = torch.empty(tokens)
-        self._native.top_logits(
-            head.packed, native_rows(x), tokens, norm.data_ptr(), eps, k,
-            values.data_ptr(), ids.data_ptr(), logsumexp.data_ptr(),
-        )  # fmt: skip
+        with _not_finite():
+            self._native.top_logits(
+                head.packed, native_rows(x), tokens, norm.data_ptr(), eps, k,
+                values.data_ptr(), ids.data_ptr(), logsumexp.data_ptr(),
+            )  # fmt: skip
         return values, ids, logsumexp
 
     def greedy(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> list[int]:
         x, norm = _rows(x), _vector(norm)
-        best: list[int] = self._native.greedy(head.packed, native_rows(x), x.shape[0], norm.data_ptr(), eps)
+        with _not_finite():
+            best: list[int] = self._native.greedy(
+                head.packed, native_rows(x), x.shape[0], norm.data_ptr(), eps
+            )
         return best
 
     def softmax(self, x: Tensor) -> Tensor:
@@ -486,6 +503,14 @@ def _lazy(dtype: torch.dtype, *shape: int) -> Tensor:
     numpy would request large ones, of which each layer's last would be mostly empty."""
     memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+
+@contextmanager
+def _not_finite() -> Iterator[None]:
+    try:
+        yield
+    except _native.NotFinite as error:
+        raise NotFinite(*error.args) from None
 
 
 def _missing() -> Any:

@@ -1,86 +1,193 @@
-"""Packed weights in one file that is mapped, so that a replica is ready as soon as its pages are touched.
+"""Packed weights in one mapped file, so that a replica is ready as soon as its pages are touched.
 
-Layout: 64 bytes (magic, offset and length of the index), blobs at multiples of 4096, the index as JSON:
-`{"version", "quantization", "source", "entries": {name: {"offset", "bytes"[, "dtype", "shape"]}}}`. An entry
-with a dtype is a plain array; one without is a packed matrix as native/pack.cpp writes it. `source` is the
-fingerprint of the checkpoint that was packed.
+Layout: 64 bytes (magic, offset, length and checksum of the index), sections at multiples of 4096, the index
+as JSON: `{"version", "quantization", "source", "entries": {name: {"offset", "bytes", "checksum"[, "dtype",
+"shape"]}}}`. An entry with a dtype is a plain array; one without is a packed matrix as native/pack.cpp writes
+it. `source` is the fingerprint of the checkpoint that was packed.
 
-The mapping asks for large pages, which file systems with large folios (ext4 since Linux 6.16, xfs, btrfs)
-give to what is read from the disk through it: a process then maps a gigabyte in milliseconds, and a step
-reads it faster, since neither translation nor prefetching stops at every 4 KB. What was cached by writing
-stays in small pages, so the writer drops its own.
+The file is not trusted. The index is checked when the file is opened, the structure of a matrix when it is
+mapped (native/pack.cpp). Checksums are XXH3-64, seeded with the name of the section, so that sections that
+changed places are found too; a background thread compares them at a bounded rate, `verify` all at once.
+
+The mapping requests large pages, which file systems with large folios (ext4 since Linux 6.16, xfs, btrfs)
+provide for what is first read through it: a process then maps a gigabyte in milliseconds, and a step reads it
+faster, since neither translation nor prefetching stops at every 4 KB. What was cached by writing stays in
+small pages, so the writer drops its own.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 import struct
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from farthing.ops.weights import InputRounding
 
-MAGIC = b"FARTHPK1"
-VERSION = 1
+log = logging.getLogger(__name__)
+
+MAGIC = b"FARTHPK2"
+VERSION = 2
 PAGE = 4096
-HEADER = struct.Struct("<8sQQ40x")
+HEADER = struct.Struct("<8sQQQ32x")
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64)}
+CHECKED_AT_ONCE = 8 << 20  # bytes
+CHECKED_PER_SECOND = 1 << 30  # bytes, of the background thread: a small share of what memory delivers
+
+
+class DamagedFile(RuntimeError):
+    """A checksum of a packed file that is in use does not match."""
+
+
+def name_hash(name: str) -> int:
+    """What identifies a section by its name, 64 bits."""
+    return xxhash.xxh3_64_intdigest(name.encode())
 
 
 class PackedFile:
-    """A packed file, mapped read-only. `quantization` is what the weights were rounded with, or None."""
+    """A packed file, mapped read-only. `quantization` is what the weights were rounded with, or None.
+
+    Raises ValueError where the file is not a whole packed file of this version.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
+        self.path = path = Path(path)
+        self.damage: str | None = None  # found by the background check
         if not path.is_file():
             raise ValueError(f"packed file {str(path)!r} does not exist; write it with --pack")
         size = path.stat().st_size
         if size < HEADER.size:
             raise ValueError(f"packed file {str(path)!r} is cut off: {size} bytes")
         self._map = _mapped(path)
-        magic, offset, length = HEADER.unpack(self._map[: HEADER.size].tobytes())
+        magic, offset, length, checksum = HEADER.unpack(self._map[: HEADER.size].tobytes())
         if magic != MAGIC:
             raise ValueError(
-                f"{str(path)!r} is not a packed file (its first bytes are {magic!r}, not {MAGIC!r})"
+                f"{str(path)!r} is not a packed file of this version "
+                f"(its first bytes are {magic!r}, not {MAGIC!r}); pack the model again"
             )
         if offset + length != size:
             raise ValueError(
                 f"packed file {str(path)!r} is cut off: {size} bytes, expected {offset + length}"
             )
-        index = json.loads(self._map[offset:].tobytes())
-        if index["version"] != VERSION:
-            raise ValueError(f"packed file version {index['version']} is not readable; expected {VERSION}")
-        self.quantization: str | None = index["quantization"]
-        self.source: str = index.get("source", "")
-        self._entries: dict[str, dict[str, Any]] = index["entries"]
+        text = self._map[offset:].tobytes()
+        if xxhash.xxh3_64_intdigest(text) != checksum:
+            raise ValueError(f"packed file {str(path)!r}: its index is damaged; pack the model again")
+        try:
+            self._read_index(json.loads(text), offset)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"packed file {str(path)!r}: its index is damaged ({error!r})") from None
         self._address = self._map.ctypes.data
+        self._stop = threading.Event()
+
+    def _read_index(self, index: dict[str, Any], end: int) -> None:
+        if index["version"] != VERSION:
+            raise ValueError(f"version {index['version']!r}; expected {VERSION}")
+        self.quantization: str | None = index["quantization"]
+        if self.quantization not in (None, "int8", "int4"):
+            raise ValueError(f"quantization {self.quantization!r}")
+        self.source: str = str(index.get("source", ""))
+        self._entries: dict[str, dict[str, Any]] = index["entries"]
+        for name, entry in self._entries.items():
+            offset, size, checksum = entry["offset"], entry["bytes"], entry["checksum"]
+            if not all(type(v) is int for v in (offset, size, checksum)):
+                raise ValueError(f"entry {name!r} has no integer offset, bytes and checksum")
+            if offset % PAGE or not PAGE <= offset <= offset + size <= end or size < 1:
+                raise ValueError(f"entry {name!r}: bytes {offset} to {offset + size} of {end}")
+            if "dtype" in entry:
+                shape = entry["shape"]
+                if any(type(n) is not int or n < 0 for n in shape):
+                    raise ValueError(f"entry {name!r}: shape {shape}")
+                if prod(shape) * DTYPES[entry["dtype"]].itemsize != size:
+                    raise ValueError(f"entry {name!r}: {size} bytes for shape {shape}")
+            if "inputs" in entry:
+                bits, clip = entry["inputs"]
+                if type(bits) is not int or not 2 <= bits <= 8 or not 0 < clip <= 1:
+                    raise ValueError(f"entry {name!r}: inputs {bits}, {clip}")
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
-    def matrix(self, name: str) -> tuple[int, int]:
-        """(address, bytes) of a packed matrix."""
+    def matrix(self, name: str) -> tuple[int, int, int]:
+        """(address, bytes, hash of the name) of a packed matrix."""
         entry = self._entries[name]
-        return self._address + entry["offset"], entry["bytes"]
+        if "dtype" in entry:
+            raise ValueError(f"packed file {str(self.path)!r}: {name!r} is a plain array; expected a matrix")
+        return self._address + entry["offset"], entry["bytes"], name_hash(name)
 
     def tensor(self, name: str) -> Tensor:
-        """A plain array, copied out."""
+        """A plain array, copied out; its checksum is compared at once."""
         entry = self._entries[name]
+        if "dtype" not in entry:
+            raise ValueError(f"packed file {str(self.path)!r}: {name!r} is a matrix; expected a plain array")
+        if not self._matches(name):
+            raise ValueError(self._mismatch(name))
         raw = self._map[entry["offset"] : entry["offset"] + entry["bytes"]].copy()
-        return torch.from_numpy(raw).view(getattr(torch, entry["dtype"])).view(entry["shape"])
+        return torch.from_numpy(raw).view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def inputs(self, name: str) -> InputRounding | None:
-        """How the inputs of a packed matrix are rounded, where its checkpoint said so."""
+        """How the inputs of a packed matrix are rounded, where coarser than to 8 bits."""
         stored = self._entries[name].get("inputs")
         return None if stored is None else InputRounding(*stored)
+
+    # -- checksums
+
+    def verify(self) -> None:
+        """Compare every checksum. Raises ValueError that names the first section that does not match."""
+        for name in self._entries:
+            if not self._matches(name):
+                raise ValueError(self._mismatch(name))
+
+    def check_in_background(self) -> None:
+        """Compare every checksum in a daemon thread; `raise_damage` tells what it found."""
+        threading.Thread(target=self._check, name="packed-file-check", daemon=True).start()
+
+    def raise_damage(self) -> None:
+        """Raises DamagedFile once the background check has found damage."""
+        if self.damage is not None:
+            raise DamagedFile(self.damage)
+
+    def close(self) -> None:
+        """Stop the background check."""
+        self._stop.set()
+
+    def _check(self) -> None:
+        for name in self._entries:
+            if self._stop.is_set():
+                return
+            if not self._matches(name, CHECKED_PER_SECOND):
+                self.damage = self._mismatch(name)
+                log.error("%s", self.damage)
+                return
+
+    def _matches(self, name: str, rate: int | None = None) -> bool:
+        entry = self._entries[name]
+        begin, end = entry["offset"], entry["offset"] + entry["bytes"]
+        digest = xxhash.xxh3_64(seed=name_hash(name))
+        for at in range(begin, end, CHECKED_AT_ONCE):
+            part = self._map[at : min(at + CHECKED_AT_ONCE, end)]
+            digest.update(part.data)
+            if rate is not None:
+                time.sleep(part.nbytes / rate)
+        return bool(digest.intdigest() == entry["checksum"])
+
+    def _mismatch(self, name: str) -> str:
+        return (
+            f"packed file {str(self.path)!r}: the checksum of {name!r} does not match; pack the model again"
+        )
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:
@@ -92,7 +199,7 @@ def _mapped(path: Path) -> NDArray[np.uint8]:
 
 
 def _uncache(file: BinaryIO) -> None:
-    """Bring what was written to the disk and forget its pages."""
+    """Flush what was written to the disk and drop its pages."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -138,14 +245,15 @@ def _write(
             entries[name] = {"dtype": str(blob.dtype).removeprefix("torch."), "shape": list(blob.shape)}
         else:
             data = np.empty(blob.serialized_bytes, dtype=np.uint8)
-            blob.serialize(data.ctypes.data)
+            blob.serialize(data.ctypes.data, name_hash(name))
             coarse = inputs.get(name)
-            entries[name] = {"inputs": [coarse.bits, coarse.clip, coarse.scale]} if coarse else {}
-        entries[name] |= {"offset": offset, "bytes": data.nbytes}
+            entries[name] = {"inputs": [coarse.bits, coarse.clip]} if coarse else {}
+        checksum = xxhash.xxh3_64_intdigest(data.data, seed=name_hash(name))
+        entries[name] |= {"offset": offset, "bytes": data.nbytes, "checksum": checksum}
         file.write(data.data)
         file.write(bytes(-file.tell() % PAGE))
     offset = file.tell()
     index = json.dumps(head | {"entries": entries}).encode()
     file.write(index)
     file.seek(0)
-    file.write(HEADER.pack(MAGIC, offset, len(index)))
+    file.write(HEADER.pack(MAGIC, offset, len(index), xxhash.xxh3_64_intdigest(index)))

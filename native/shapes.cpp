@@ -1,0 +1,67 @@
+// Whether packed matrices fit the ops they are given to: a packed file is not trusted.
+#include <stdexcept>
+#include <string>
+
+#include "backend.h"
+
+namespace farthing {
+namespace {
+
+void require(const Packed& p, int n, int k, const char* what) {
+  if (p.m.n == n && p.m.k == k) return;
+  const auto shape = [](int rows, int columns) {
+    return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
+  };
+  throw std::invalid_argument(std::string(what) + " is a matrix " + shape(p.m.n, p.m.k) + "; expected " +
+                              shape(n, k));
+}
+
+bool alike(const Packed& a, const Packed& b) { return a.m.format == b.m.format && a.m.group == b.m.group; }
+
+}  // namespace
+
+void Moe::check_gate() const {
+  if (!gate) return;
+  router.check();
+  require(*gate, router.experts, gate->m.k, "the router");
+  if (gate->m.format != Format::f32) throw std::invalid_argument("the router is not stored in float32");
+}
+
+void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
+  if (down) {
+    if (!hidden) hidden = down->m.n;
+    const bool shared = has_shared && static_cast<int>(experts.size()) == (gate ? router.experts : 0);
+    require(*gate_up, 2 * round_up(down->m.k, kPanel), hidden, "gate and up of an expert");
+    require(*down, hidden, down->m.k, "down of an expert");
+    if (gate) require(*gate, router.experts, hidden, "the router");
+    const Mlp* other = shared ? nullptr : first();
+    if (other &&
+        (!alike(*gate_up, *other->gate_up) || !alike(*down, *other->down) || down->m.k != other->down->m.k))
+      throw std::invalid_argument("experts of one layer differ in format or width");
+  }
+  experts.push_back({std::move(gate_up), std::move(down)});
+}
+
+void Attention::add(std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv) {
+  require(*uk, latent, nope, "W_UK of a head");
+  require(*uv, value, latent, "W_UV of a head");
+  if (!w_uk.empty() && (!alike(*uk, *w_uk[0]) || !alike(*uv, *w_uv[0])))
+    throw std::invalid_argument("heads of one layer differ in format");
+  w_uk.push_back(std::move(uk));
+  w_uv.push_back(std::move(uv));
+}
+
+void Layers::add(Layer l) {
+  const Attention& a = *l.attention;
+  const int hidden = l.o->m.n, query = a.heads * (a.nope + a.rope);
+  if (static_cast<int>(a.w_uk.size()) != a.heads) throw std::invalid_argument("attention lacks heads");
+  require(*l.qkv_a, l.q_width + a.latent + a.rope, hidden, "the projection to queries and latents");
+  if (l.q_b) require(*l.q_b, query, l.q_width, "the projection of the queries");
+  else if (l.q_width != query)
+    require(*l.qkv_a, query + a.latent + a.rope, hidden, "the projection to queries");
+  require(*l.o, hidden, a.heads * a.value, "the output projection of attention");
+  if (l.feed->hidden != hidden) throw std::invalid_argument("experts and attention differ in hidden size");
+  layers.push_back(std::move(l));
+}
+
+}  // namespace farthing
