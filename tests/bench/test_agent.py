@@ -32,6 +32,7 @@ def test_a_tool_loop_of_ten_turns_computes_only_what_is_new() -> None:
             computed = now.prompt_tokens - now.cached_tokens
             new = now.prompt_tokens - before.prompt_tokens - before.output_tokens
             assert computed <= new + 2 * 16  # the question, and what a block of the cache does not hold
+    assert result.reused_share > 0.95
     assert result.usd_per_session and result.turn_ms["p50"] > 0
 
 

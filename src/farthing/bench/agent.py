@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -168,6 +169,7 @@ class AgentResult:
     output_tokens: int
     cached_share: float
     cached_share_later: float  # from each session's second turn on
+    reused_share: float  # of the tokens that a turn shares with the one before, found in the cache
     turn_ms: dict[str, float]
     ttft_first_ms: dict[str, float]  # of first turns
     ttft_later_ms: dict[str, float]
@@ -200,11 +202,22 @@ def summarize(sessions: Sequence[Sequence[Timing]], usd_per_hour: float | None =
         output_tokens=sum(timing.output_tokens for timing in good),
         cached_share=_share(good),
         cached_share_later=_share(later),
+        reused_share=_reused(sessions),
         turn_ms=percentiles([timing.e2e for timing in good]),
         ttft_first_ms=percentiles([timing.ttft for timing in first]),
         ttft_later_ms=percentiles([timing.ttft for timing in later]),
         usd_per_hour=usd_per_hour,
     )
+
+
+def _reused(sessions: Sequence[Sequence[Timing]]) -> float:
+    old = found = 0
+    for timings in sessions:
+        for before, now in itertools.pairwise(timings):
+            if now.error is None:
+                old += before.prompt_tokens + before.output_tokens
+                found += min(now.cached_tokens, before.prompt_tokens + before.output_tokens)
+    return found / old if old else 0.0
 
 
 def _share(timings: Sequence[Timing]) -> float:

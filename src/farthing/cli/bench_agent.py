@@ -78,7 +78,8 @@ def _print(result: AgentResult) -> None:
     Console().print(table)
     print(
         f"{result.cached_share:.1%} of {result.prompt_tokens:,} prompt tokens from the prefix cache, "
-        f"{result.cached_share_later:.1%} from the second turn on; {result.output_tokens:,} tokens generated"
+        f"{result.cached_share_later:.1%} later ({result.reused_share:.1%} of what was not new); "
+        f"{result.output_tokens:,} tokens generated"
     )
     if result.usd_per_session is not None:
         print(f"${result.usd_per_session:.6f} per session")

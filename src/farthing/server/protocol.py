@@ -1,4 +1,4 @@
-"""What clients send, checked field by field. The only place where pydantic is used."""
+"""What clients of OpenAI's older APIs send, checked field by field; other APIs declare theirs in `api`."""
 
 from __future__ import annotations
 
