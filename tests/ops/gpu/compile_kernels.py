@@ -24,10 +24,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from farthing.ops.api import LatentCache, RouterSpec
+from farthing.ops.api import Batch, IndexCache, LatentCache, RouterSpec
 from farthing.ops.gpu import (
     decode,
     grouped,
+    indexer,
     latent,
     launch,
     normalize,
@@ -40,6 +41,7 @@ from farthing.ops.gpu import (
 from farthing.ops.gpu.gemm import gemm
 from farthing.ops.gpu.matrix import Matrix
 from farthing.ops.sampling import Filters
+from farthing.ops.selection import in_rows
 
 BF16, FP8, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program (CUDA programming guide)
@@ -123,6 +125,14 @@ def attention(heads: list[int], spans: list[int], fp8: bool) -> None:
             latent.rotate_queries(torch.empty(4, h * 192, dtype=dtype), ints(4), rope, h, 128, 64, True)
             q, pe = torch.empty(4, h, 512, dtype=dtype), torch.empty(4, h, 64, dtype=dtype)
             decode.decode(q, pe, cache, 0, ints(4, 16), ints(4), ints(4), 0.1, splits=64)
+            decode.decode(q, pe, in_rows(cache), 0, ints(4, 2048), ints(4), ints(4), 0.1, splits=8)
+        keys = IndexCache(
+            torch.empty(1, 64, 64, 128, dtype=kind), None if scale is None else torch.empty(1, 64, 64)
+        )
+        batch = Batch(ints(4), slots, ints(5), ints(4), ints(4, 64))
+        for h in (32, 64):  # GLM-5's and V3.2's
+            q = torch.empty(4, h, 128, dtype=dtype)
+            indexer.scores(q, torch.empty(4, h), keys, 0, batch, ints(4), slice(0, 4))
     h = 16
     for t in spans:
         for dtype in (BF16, F32):

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 MOST_STACK = 80  # bytes a thread: addresses, not tiles
 PRODUCTS = {"wgmma.mma_async", "mma.sync", "tcgen05.mma"}
-TILED = {"gemm", "gate_up", "down", "decode", "prefill", "two_of_four", "blocks"}
+TILED = {"gemm", "gate_up", "down", "decode", "prefill", "two_of_four", "blocks", "index_scores"}
 
 
 @pytest.mark.slow

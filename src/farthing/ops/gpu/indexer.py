@@ -18,7 +18,6 @@ from farthing.ops.indexer import Indexer, prepared_keys, rotated, top_positions,
 from farthing.ops.selection import sequences_of
 
 _MOST_SCORES = 1 << 26  # held at once
-_KEYS = 64
 
 
 @triton.jit
@@ -66,24 +65,26 @@ def index(
     sequences = sequences_of(batch).to(torch.int32)
     step = max(1, _MOST_SCORES // most)
     parts = [
-        top_positions(_scores(q, w, cache, row, batch, sequences, slice(at, at + step)), s.top_k)
+        top_positions(scores(q, w, cache, row, batch, sequences, slice(at, at + step)), s.top_k)
         for at in range(0, tokens, step)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _scores(
+def scores(
     q: Tensor, w: Tensor, cache: IndexCache, row: int, batch: Batch, sequences: Tensor, part: slice
 ) -> Tensor:
     """[t, S] float32 of the tokens `part`; minus infinity beyond a token's own position."""
     q, w, data = q[part], w[part], cache.data[row]
     tokens, heads, d = q.shape
-    blocks = triton.cdiv(batch.block_table.shape[1] * data.shape[1], _KEYS)
-    out = torch.empty(tokens, blocks * _KEYS, dtype=torch.float32, device=q.device)
+    # Float32 takes twice the bytes per tile, and no tensor cores: smaller tiles stay in registers.
+    most_heads, keys = (16, 16) if q.dtype is torch.float32 else (64, 64)
+    blocks = triton.cdiv(batch.block_table.shape[1] * data.shape[1], keys)
+    out = torch.empty(tokens, blocks * keys, dtype=torch.float32, device=q.device)
     _index_scores[(tokens, blocks)](
         q, w, data, data if cache.scale is None else cache.scale[row], batch.block_table, sequences[part],
         batch.positions[part], out, batch.block_table.stride(0), out.stride(0), size=data.shape[1], H=heads,
         d=d, D=max(16, triton.next_power_of_2(d)), EIGHT_BITS=cache.scale is not None,
-        BH=max(16, min(64, triton.next_power_of_2(heads))), BK=_KEYS, num_warps=4,
+        BH=max(16, min(most_heads, triton.next_power_of_2(heads))), BK=keys, num_warps=4,
     )  # fmt: skip
     return out
