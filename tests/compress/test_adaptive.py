@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from farthing.checkpoint import Checkpoint
 from farthing.compress import api
-from farthing.compress.adaptive import Option, calibrate_adaptive, knapsack, write_adaptive
+from farthing.compress.adaptive import Option, calibrate_adaptive, fewest_experts, write_adaptive
 from farthing.compress.api import Options, compress
 from farthing.compress.corpus import Corpus, Window, halves
 from farthing.compress.recipe import RECIPES
@@ -31,7 +31,7 @@ layer = st.lists(
 @given(options=st.lists(layer, min_size=1, max_size=4), budget=st.floats(0.001, 0.05))
 @settings(max_examples=60)
 def test_knapsack_keeps_the_budget_and_is_near_the_best(options: list[list[Option]], budget: float) -> None:
-    picks = knapsack(options, budget)
+    picks = fewest_experts(options, budget)
     chosen = [row[i] for row, i in zip(options, picks, strict=True)]
     assert sum(o.loss for o in chosen) <= budget * (1 + 1e-9)
     # Losses are rounded up to 1/400 of the budget, so the best of a slightly smaller budget is reached.

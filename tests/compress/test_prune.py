@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.compress.plan import knapsack
+from farthing.compress.plan import one_per_part
 from farthing.compress.prune.experts import choose_experts, plan_experts
 from farthing.compress.prune.masks import BLOCKS, block_scores, global_budgets, mask, scores
 from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
@@ -156,7 +156,7 @@ def test_the_knapsack_is_nearly_the_best_of_all_plans(parts: int, seed: int) -> 
     def size_of(option: Option) -> float:
         return option.sizes.memory
 
-    chosen = knapsack(options, names, size_of, lambda o: o.kl, limit)
+    chosen = one_per_part(options, names, size_of, lambda o: o.kl, limit)
     assert sum(map(size_of, chosen.values())) <= limit
     # sizes are rounded up to 1/2000 of the budget, so a budget smaller by that much is a bound on the best
     tight = limit * (1 - parts / 2000)
@@ -165,7 +165,7 @@ def test_the_knapsack_is_nearly_the_best_of_all_plans(parts: int, seed: int) -> 
     )
     assert sum(o.kl for o in chosen.values()) <= best + 1e-9
     smallest = sum(o[0].sizes.memory for o in by_part)  # fits exactly, whatever the cells round
-    tightest = knapsack(options, names, size_of, lambda o: o.kl, smallest)
+    tightest = one_per_part(options, names, size_of, lambda o: o.kl, smallest)
     assert {o.format for o in tightest.values()} == {"int4"}
     with pytest.raises(ValueError, match="the limit is 10; the cheapest plan takes"):
-        knapsack(options, names, size_of, lambda o: o.kl, 10)
+        one_per_part(options, names, size_of, lambda o: o.kl, 10)

@@ -20,6 +20,7 @@ import torch
 
 from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import window_losses
+from farthing.compress.knapsack import knapsack
 from farthing.compress.statistics import ratio_interval
 from farthing.files import replace_json
 from farthing.model import DeepseekModel
@@ -126,34 +127,14 @@ def write_adaptive(source: Path, out: Path, plan: AdaptivePlan, model: DeepseekM
     replace_json(out / "config.json", config | plan.rule.to_json(model.config), indent=2)
 
 
-def knapsack(options: Sequence[Sequence[Option]], budget: float) -> list[int]:
+def fewest_experts(options: Sequence[Sequence[Option]], budget: float) -> list[int]:
     """The option of each layer with the fewest experts in all and losses of at most `budget` in sum.
 
     Every layer's last option costs nothing, so a choice always exists.
     """
-    unit = budget / BUDGET_STEPS
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # units of loss spent -> (experts, picks)
-    for row in options:
-        reached: dict[int, tuple[float, list[int]]] = {}
-        for spent, (experts, picks) in best.items():
-            for i, option in enumerate(row):
-                units = spent + (math.ceil(option.loss / unit) if option.loss > 0 else 0)
-                if units <= BUDGET_STEPS:
-                    candidate = experts + option.experts
-                    if units not in reached or candidate < reached[units][0]:
-                        reached[units] = (candidate, [*picks, i])
-        best = _undominated(reached)
-    return min(best.values())[1]
-
-
-def _undominated(reached: dict[int, tuple[float, list[int]]]) -> dict[int, tuple[float, list[int]]]:
-    """Drop what another choice beats in both loss and experts."""
-    kept, fewest = {}, math.inf
-    for spent in sorted(reached):
-        if reached[spent][0] < fewest:
-            kept[spent] = reached[spent]
-            fewest = reached[spent][0]
-    return kept
+    rows = [list(enumerate(row)) for row in options]
+    chosen = knapsack(rows, lambda o: max(o[1].loss, 0.0), lambda o: o[1].experts, budget, BUDGET_STEPS)
+    return [i for i, _ in chosen]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +187,7 @@ def _pick(
     seen: dict[tuple[int, ...], _Tried] = {}
     for _ in range(ATTEMPTS):
         budget = (low + high) / 2
-        picks = tuple(knapsack(options, budget))
+        picks = tuple(fewest_experts(options, budget))
         masses = {layer: row[i].mass for layer, row, i in zip(moe, options, picks, strict=True)}
         if picks not in seen:
             seen[picks] = trial(masses)

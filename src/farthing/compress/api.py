@@ -135,7 +135,8 @@ def _ready(
     checkpoint = Checkpoint.open(source)
     options = replace(options, export=choose_export(options.export, recipe, checkpoint, config))
     if limits := expected_limits(options.export, checkpoint, config, recipe):
-        log.warning("transformers 5.24 will not load the result, Farthing will: %s", "; ".join(limits))
+        verb = "may" if recipe.scheme == "auto" else "will"
+        log.warning("transformers 5.24 %s not load the result, Farthing will: %s", verb, "; ".join(limits))
     if not options.gate:
         return options, None
     if options.backend != "simulate":

@@ -18,6 +18,7 @@ from typing import Any
 
 from farthing.checkpoint import Checkpoint
 from farthing.compress.corpus import Corpus
+from farthing.compress.knapsack import knapsack
 from farthing.compress.layer import ATTENTION, MLP
 from farthing.compress.recipe import Prune, Recipe
 from farthing.compress.sensitivity import Notes, Option, measure, part_of
@@ -155,7 +156,7 @@ def solve(
     if recipe.budget_bytes is None:
         assert drop is not None
         limit = SPENT * math.log1p(drop)
-        chosen = knapsack(options, parts, kl, size, limit)
+        chosen = one_per_part(options, parts, kl, size, limit)
         why = (
             f"fewest bytes ({_NAMES[measure]}) with a predicted loss of at most {SPENT:.0%} of {drop:.2%} "
             f"({limit:.5f} nats a token)"
@@ -168,10 +169,10 @@ def solve(
             f"{smallest.of(measure):,}, the smallest plan ({rest.of(measure):,} of it are embedding, head, "
             "norms and routers)"
         )
-    chosen = knapsack(options, parts, size, kl, recipe.budget_bytes - rest.of(measure))
+    chosen = one_per_part(options, parts, size, kl, recipe.budget_bytes - rest.of(measure))
     predicted = sum(o.kl for o in chosen.values())
     if drop is not None and predicted > math.log1p(drop):
-        enough = _total(knapsack(options, parts, kl, size, math.log1p(drop)), rest).of(measure)
+        enough = _total(one_per_part(options, parts, kl, size, math.log1p(drop)), rest).of(measure)
         raise ValueError(
             f"budget_bytes is {recipe.budget_bytes:,} ({_NAMES[measure]}), for which perplexity is predicted "
             f"to rise by {math.expm1(predicted):.2%}, and max_drop is {drop:.2%}; expected a budget of "
@@ -229,45 +230,16 @@ def _price(option: Option, options: Sequence[Option], measure: Measure) -> float
     return max(option.kl - nearest.kl, 0.0) / (nearest.sizes.of(measure) - size) * 1e6
 
 
-def knapsack(
+def one_per_part(
     options: Sequence[Option],
     parts: Sequence[str],
     cost: Callable[[Option], float],
     value: Callable[[Option], float],
     limit: float,
 ) -> dict[str, Option]:
-    """The multiple-choice knapsack by dynamic programming over CELLS cells of `cost`, minimizing `value`.
-
-    Costs are rounded up, so the limit holds; where that alone makes every plan too dear, the cheapest is
-    taken if it fits. Raises ValueError where even that exceeds the limit.
-    """
-
-    def cells(option: Option) -> int:
-        return math.ceil(cost(option) / limit * CELLS - 1e-9) if limit > 0 else CELLS + 1
-
-    table: list[tuple[float, tuple[Option, ...]] | None] = [None] * (CELLS + 1)
-    table[0] = (0.0, ())
-    for part in parts:
-        following: list[tuple[float, tuple[Option, ...]] | None] = [None] * (CELLS + 1)
-        for option in (o for o in options if o.part == part):
-            step = 0 if cost(option) == 0 else cells(option)
-            for used in range(CELLS + 1 - step):
-                entry = table[used]
-                if entry is None:
-                    continue
-                total = entry[0] + value(option)
-                present = following[used + step]
-                if present is None or total < present[0]:
-                    following[used + step] = (total, (*entry[1], option))
-        table = following
-    best = min((e for e in table if e is not None), key=lambda e: e[0], default=None)
-    if best is not None:
-        return {o.part: o for o in best[1]}
-    cheapest = {p: min((o for o in options if o.part == p), key=cost) for p in parts}
-    least = sum(map(cost, cheapest.values()))
-    if least > limit:
-        raise ValueError(f"the limit is {limit:g}; the cheapest plan takes {least:g}")
-    return cheapest
+    """The knapsack over parts. Raises ValueError where even the cheapest plan exceeds the limit."""
+    rows = [[o for o in options if o.part == part] for part in parts]
+    return {o.part: o for o in knapsack(rows, cost, value, limit, CELLS)}
 
 
 def _choices(options: Sequence[Option], chosen: Mapping[str, Option]) -> list[dict[str, Any]]:

@@ -256,7 +256,7 @@ class _Trial:
         file = memory = 0
         token = 0.0
         for m in modules:
-            file += sum(t.nbytes for t in ct.encode(m, done[m].weight).values())
+            file += sum(t.nbytes for t in ct.encode(m, done[m].weight, packed=ct.EXPERTS in m).values())
             held = done[m].weight.nbytes - zero_block_bytes(done[m].weight, masks.get(m))
             memory += held
             token += held * self.reads(m)
