@@ -91,3 +91,15 @@ def test_every_field_is_an_option_with_help() -> None:
 def test_wrong_values_name_field_value_and_expectation(config: type, field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{field}: got .*; expected "):
         config(**{field: value})
+
+
+def test_an_interrupt_during_an_import_arrives_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "interrupted.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsum(range(1000))\ncomplete = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        farthing.import_whole("interrupted")
+    assert sys.modules["interrupted"].complete

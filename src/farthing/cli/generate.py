@@ -62,7 +62,7 @@ def generate(
     given: dict[str, Any] = {name: value for name, value in sampling.items() if value not in (None, [])}
     with one_line_errors("generate"):
         texts = [sys.stdin.read() if text == "-" else text for text in prompt]
-        from farthing.llm import LLM  # imports torch
+        from farthing import LLM  # imports torch
 
         with LLM(**engine) as llm:
             params = replace(llm.get_default_sampling_params(), max_tokens=max_tokens, n=n, **given)

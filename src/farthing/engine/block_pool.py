@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class IntegrityError(AssertionError):
-    """The bookkeeping contradicts itself: a bug of ours, never of a request."""
+    """An engine invariant is violated: a bug of ours, never caused by a request."""
 
 
 class BlockPool:
@@ -34,7 +34,7 @@ class BlockPool:
         self._on_reuse = on_reuse
         self._is_cached = is_cached
         self._refs = dict.fromkeys(range(num_blocks) if blocks is None else blocks, 0)
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(self._refs)  # next to go first
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(self._refs)  # least recently used first
 
     @property
     def blocks(self) -> list[int]:
@@ -43,7 +43,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody references."""
+        """Blocks without references."""
         return len(self._free)
 
     @property
@@ -56,7 +56,7 @@ class BlockPool:
         return self._refs[block]
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one reference each. The caller has looked at `num_free`."""
+        """`count` blocks with one reference each; the caller has checked `num_free`."""
         if count > len(self._free):
             raise IntegrityError(f"{count} blocks asked of {len(self._free)} free ones")
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
@@ -66,14 +66,14 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more reference to each block, free (but still filled) or not."""
+        """Add a reference to each block, whether free (but still filled) or in use."""
         for block in blocks:
             if self._refs[block] == 0:
                 del self._free[block]
             self._refs[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """One reference less. Give a sequence's blocks last to first: the tail is then reused first."""
+        """Drop a reference to each block. Pass them last to first: a sequence's tail is reused first."""
         for block in blocks:
             if self._refs[block] < 1:
                 raise IntegrityError(f"block {block} released more often than referenced")
@@ -84,7 +84,7 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def exchange(self, out: int, into: int) -> None:
-        """Give a block to the pool of another process for one of its own, which takes over its references."""
+        """Swap a block for one of another process's pool, which takes over its references."""
         self._refs[into] = self._refs.pop(out)
         if out in self._free:
             del self._free[out]

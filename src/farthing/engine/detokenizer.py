@@ -1,4 +1,4 @@
-"""Tokens to text as they come: never half a character, never part of a stop string."""
+"""Incremental detokenization: never half a character, never part of a stop string."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from farthing.engine.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Incremental text of one sequence. What `push` and `flush` return adds up to the decoded whole."""
+    """Text of one sequence. The results of `push` and `flush` concatenate to the full decoded text."""
 
     __slots__ = ("_decoder", "_skip", "_stream", "_tokenizer")
 
@@ -22,7 +22,7 @@ class Detokenizer:
         self._stream = None if tokenizer.byte_level else DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def push(self, token: int) -> str:
-        """Characters that are complete with this token."""
+        """Characters completed by this token."""
         if self._stream is not None:
             return self._stream.step(self._tokenizer.backend, token) or ""
         if token in self._skip:
@@ -30,12 +30,12 @@ class Detokenizer:
         return self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character cut short."""
+        """The remainder at the end: U+FFFD for an incomplete character."""
         return "" if self._stream is not None else self._decoder.decode(b"", final=True)
 
 
 class StopChecker:
-    """Finds stop strings in a stream of text, holding back what may be the beginning of one."""
+    """Finds stop strings in a stream of text and holds back a possible beginning of one."""
 
     __slots__ = ("_held", "_include", "_stops", "found")
 
@@ -46,7 +46,7 @@ class StopChecker:
         self.found: str | None = None
 
     def push(self, text: str, armed: bool = True) -> str:
-        """Text that may be shown. Not armed: everything may, and nothing stops (min_tokens)."""
+        """Text that is safe to emit. Unless `armed` (min_tokens), all text is, and nothing stops."""
         if not self._stops:
             return text
         text = self._held + text
@@ -62,13 +62,13 @@ class StopChecker:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """The held text: it was no stop string after all."""
+        """The held-back text, which turned out not to be a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` (and is not all of it)."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
             return size

@@ -13,11 +13,11 @@ from hashlib import blake2b
 
 from farthing.engine.block_pool import IntegrityError
 
-_HASH_BYTES = 16  # a collision would answer with somebody else's text; at 2^40 blocks its odds are 2^-49
+_HASH_BYTES = 16  # a collision would reuse another prefix's cache; its probability at 2^40 blocks is 2^-49
 
 
 class PrefixCache:
-    """hash <-> block. A block is forgotten when the pool hands it out again."""
+    """Maps hashes to blocks and back. An entry is dropped when the pool reallocates its block."""
 
     def __init__(self, block_size: int, enabled: bool = True) -> None:
         self.block_size = block_size
@@ -47,7 +47,7 @@ class PrefixCache:
         return blocks
 
     def register(self, digest: bytes, block: int) -> None:
-        """Remember a block that is computed in full. A second copy of known tokens stays anonymous."""
+        """Register a fully computed block. A second copy of known tokens is not registered."""
         if self.enabled and digest not in self._block_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
@@ -57,7 +57,7 @@ class PrefixCache:
         return block in self._hash_of
 
     def forget(self, block: int) -> None:
-        """The block is about to be overwritten."""
+        """Drop a block that is about to be overwritten."""
         digest = self._hash_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]

@@ -1,4 +1,4 @@
-"""From a plan to tensors to hidden states.
+"""From a schedule to index tensors to hidden states.
 
 Legend: T tokens of the step; B sequences; D hidden size. Index tensors are built with a handful of numpy
 calls whatever the batch: at sixteen small layers Python would otherwise cost as much as the model.
@@ -19,12 +19,12 @@ from farthing.engine.model import Model
 from farthing.engine.sequence import S, Scheduled, Sequence
 from farthing.ops import Batch, LatentCache
 
-_FEW = 16  # tokens up to which plain Python builds indices faster than numpy
+_FEW = 16  # up to this many tokens plain Python builds indices faster than numpy
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The tensors of one step and where its results stand."""
+    """The tensors of one step and the rows of its results."""
 
     ids: Tensor  # [T] int64
     batch: Batch
@@ -34,7 +34,7 @@ class Step:
 
 @dataclass(slots=True)
 class _Decoding:
-    """A step that gave one token to each of these sequences, and the arrays its tensors look into."""
+    """A step that decoded one token per sequence, with the arrays that its tensors share."""
 
     seqs: list[Sequence]
     starts: list[int]  # position of each one's token
@@ -46,7 +46,7 @@ class _Decoding:
 
 
 class Runner:
-    """Owns the cache and a table of every running sequence's blocks.
+    """Owns the cache and the block table of running sequences.
 
     A step's tensors hold until the next one is prepared.
     """
@@ -98,7 +98,7 @@ class Runner:
         return step
 
     def _next(self, plan: Seq[Scheduled[S]]) -> Step | None:
-        """The last step moved on by one token, where the same sequences decode again: a third of the work.
+        """The previous step advanced by one token if the same sequences decode again: a third of the work.
 
         None where the plan is another one.
         """
@@ -135,7 +135,7 @@ class Runner:
         return self.model.forward(step.ids, step.batch, self.cache, self.counts)
 
     def capacity(self, seq: Sequence) -> int:
-        """Positions that the sequence may write to now."""
+        """Number of positions that the sequence's blocks can hold."""
         return min(len(seq.blocks) * self.block_size, seq.max_len)
 
     def tensor(self, values: Seq[int]) -> Tensor:
@@ -158,7 +158,7 @@ class Runner:
         )
 
     def _blocks(self, seqs: Seq[Sequence], longest: int) -> Tensor:
-        """The block table of `seqs`, as far as `longest` positions need it."""
+        """The block table of `seqs`, wide enough for `longest` positions."""
         for seq in seqs:
             filled, blocks = seq.row_filled, seq.blocks
             if filled < len(blocks):

@@ -42,21 +42,21 @@ class Head(Protocol):
         """(values [n, k], ids [n, k], logsumexp [n])."""
 
     def greedy(self, hidden: Tensor) -> list[int]:
-        """The likeliest token of each row."""
+        """The most likely token per row."""
 
 
 @dataclass(slots=True, eq=False)
 class SamplingState:
-    """What one completion has drawn so far."""
+    """Sampling state of one completion."""
 
     params: SamplingParams
     seed: int
-    prompt: frozenset[int] = frozenset()  # filled only where repetition_penalty needs it
-    end_ids: tuple[int, ...] = ()  # not before min_tokens
+    prompt: frozenset[int] = frozenset()  # only if repetition_penalty needs it
+    end_ids: tuple[int, ...] = ()  # forbidden before min_tokens
     matcher: Constraint | None = None
     num_output: int = 0
     counts: Counter[int] = field(default_factory=Counter)
-    plain: bool = field(init=False)  # greedy on untouched logits
+    plain: bool = field(init=False)  # greedy over unmodified logits
     penalized: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class SamplingState:
         self.plain = p.greedy and not edited
 
     def push(self, token: int) -> None:
-        """The token was taken."""
+        """Account for a token appended to the output."""
         self.num_output += 1
         if self.penalized:
             self.counts[token] += 1
@@ -74,7 +74,7 @@ class SamplingState:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One token to draw: the one after the completion so far and `drafts[:ahead]`."""
+    """One token to sample: the one after the completion so far and `drafts[:ahead]`."""
 
     state: SamplingState
     drafts: tuple[int, ...] = ()
@@ -87,14 +87,14 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        """Whether the largest raw logit decides."""
+        """Whether the token is the argmax of the raw logits."""
         return self.state.plain and self.index >= self.state.params.min_tokens
 
 
 def sample(
     head: Head, hidden: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch
 ) -> tuple[list[int], list[Logprobs] | None]:
-    """Draw one token a row of hidden [n, D]. The second list is None if no row wants logprobs."""
+    """Sample one token per row of hidden [n, D]. The second list is None if no row requests logprobs."""
     wanted = [row.state.params.logprobs for row in rows]
     top = max((k for k in wanted if k is not None), default=None)
     if all(row.plain for row in rows):
@@ -134,7 +134,7 @@ def edit(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def draw(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch) -> list[int]:
-    """One token a row from edited logits [n, V]."""
+    """Sample one token per row from edited logits [n, V]."""
     params = [row.state.params for row in rows]
     greedy = [i for i, p in enumerate(params) if p.greedy]
     random = [i for i, p in enumerate(params) if not p.greedy]
@@ -175,7 +175,7 @@ def report(raw: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[Logpr
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in (0, 1) that depends on nothing but its arguments (SplitMix64, Steele et al. 2014)."""
+    """A number in (0, 1) determined by its arguments alone (SplitMix64, Steele et al. 2014)."""
     z = mix(seed + (index + 1) * 0x9E3779B97F4A7C15)
     return ((z >> 12) + 0.5) * 2.0**-52
 
@@ -217,7 +217,7 @@ def _index(tokens: Iterable[int], like: Tensor) -> Tensor:
 
 
 def _constrain(logits: Tensor, matcher: Constraint, drafts: Sequence[int]) -> None:
-    """Forbid what the grammar forbids in logits [1 + len(drafts), V]."""
+    """Mask the tokens that the grammar forbids in logits [1 + len(drafts), V]."""
     allowed = torch.from_numpy(matcher.masks(drafts, logits.shape[1])).to(logits.device)
     logits.masked_fill_(~allowed, float("-inf"))
 

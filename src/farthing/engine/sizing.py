@@ -1,4 +1,4 @@
-"""Choose what the configuration leaves open: cache size, lengths, budgets."""
+"""Fill in what the configuration leaves open: cache size, lengths, budgets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from farthing.ops.api import CacheDtype
 log = logging.getLogger(__name__)
 
 _ITEM_BYTES: dict[CacheDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
-_SCALE_BYTES = 8  # two float32 a token a layer beside an 8-bit cache
-_CPU_SHARE, _GPU_SHARE = 0.25, 0.85  # of the memory that is free when the model is loaded
+_SCALE_BYTES = 8  # two float32 per token and layer with an 8-bit cache
+_CPU_SHARE, _GPU_SHARE = 0.25, 0.85  # of the memory that is free after loading the model
 
 
 def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtype]:
@@ -56,7 +56,7 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
 
 
 def cache_dtype(config: EngineConfig, model: Model) -> CacheDtype:
-    """'auto' is the backend's choice."""
+    """The cache's dtype; 'auto' is the backend's choice."""
     return model.ops.cache_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
 
 
@@ -69,7 +69,7 @@ def block_bytes(config: EngineConfig, model: Model, dtype: CacheDtype) -> int:
 
 
 def _num_blocks(config: EngineConfig, model: Model, dtype: CacheDtype, length: int) -> int:
-    # Every rank of a stage holds the cache of its layers.
+    # Every rank of a stage has its own cache of the stage's layers.
     size = block_bytes(config, model, dtype) * max(config.tensor_parallel_size, config.expert_parallel_size)
     memory = config.kv_cache_memory
     if memory is not None:
@@ -85,7 +85,7 @@ def _num_blocks(config: EngineConfig, model: Model, dtype: CacheDtype, length: i
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: of the machine, and of its control group if that is less."""
+    """Memory available to this process in bytes: the machine's, or its control group's if smaller."""
     free = _meminfo()
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -105,4 +105,4 @@ def _meminfo() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 4 << 30  # not Linux: a cautious guess
+    return 4 << 30  # not Linux: a conservative guess

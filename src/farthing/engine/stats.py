@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-# Seconds. From 1 ms, since a small model on a CPU answers faster than the usual smallest bucket.
+# Seconds. They start at 1 ms because a small model on a CPU is faster than the usual smallest bucket.
 BUCKETS = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
     *(1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0),
@@ -24,7 +24,7 @@ class HistogramSnapshot:
 
     @property
     def count(self) -> int:
-        """All observations."""
+        """Number of observations."""
         return self.cumulative[-1]
 
 
@@ -53,12 +53,12 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All statistics at one moment. Counters since the engine was built; gauges are now."""
+    """All statistics at one moment. Counters start at zero when the engine is built."""
 
     # gauges
     num_requests_running: int
     num_requests_waiting: int
-    kv_cache_usage: float  # 0…1, blocks that live sequences hold
+    kv_cache_usage: float  # 0…1, share of blocks referenced by sequences
     # counters
     prompt_tokens: int
     generation_tokens: int
@@ -113,7 +113,7 @@ class Stats:
     started: float = field(default_factory=time.monotonic)
 
     def snapshot(self) -> Snapshot:
-        """All numbers now. Each is whole; two of them may be a step apart."""
+        """Current values. Each is consistent in itself; two of them may be one step apart."""
         return Snapshot(
             num_requests_running=self.running,
             num_requests_waiting=self.waiting,

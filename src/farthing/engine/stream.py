@@ -26,11 +26,11 @@ class RequestStream:
 
     @property
     def request_id(self) -> str:
-        """The request's id, given or made."""
+        """The request's id, given or generated."""
         return self.request.request_id
 
     def cancel(self) -> None:
-        """End the request within one step. What it has is delivered with finish_reason "abort"."""
+        """End the request within one step and deliver its output so far with finish_reason "abort"."""
         self._cancel()
 
     def __iter__(self) -> Iterator[RequestOutput]:
@@ -54,7 +54,7 @@ class RequestStream:
                 await self._wait()
 
     def result(self) -> RequestOutput:
-        """Wait for the end; all deltas as one output."""
+        """Wait for the end and merge all deltas into one output."""
         return merge(self)
 
     async def aresult(self) -> RequestOutput:
@@ -91,7 +91,7 @@ class RequestStream:
 
 
 def deliver(items: Iterable[tuple[RequestStream, RequestOutput | EngineError]]) -> None:
-    """Hand outputs to their streams; each event loop is woken once, not once a stream."""
+    """Hand outputs to their streams, waking each event loop once rather than once per stream."""
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for stream, item in items:
         waiter = stream._put(item)
@@ -100,12 +100,12 @@ def deliver(items: Iterable[tuple[RequestStream, RequestOutput | EngineError]]) 
     for loop, futures in loops.items():
         try:
             loop.call_soon_threadsafe(_wake, futures)
-        except RuntimeError:  # the loop is closed: nobody listens any more
+        except RuntimeError:  # the loop is closed, and with it every reader
             continue
 
 
 def merge(outputs: Iterable[RequestOutput]) -> RequestOutput:
-    """All outputs of one request as one, completions in order of their index."""
+    """Merge a request's outputs into one, with completions in order of their index."""
     last: RequestOutput | None = None
     whole: RequestOutput | None = None
     by_index: dict[int, int] = {}
