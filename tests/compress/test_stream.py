@@ -146,7 +146,8 @@ def test_dropping_experts_keeps_the_most_salient_of_each_group(data: Path, tmp_p
     cache = model.new_cache(blocks, 16, "float32")
     h = model.ops.embed(ids, model.embedding)
     (attention, mlp), (attention1, moe) = model.layers[:2]
-    h = attention1(mlp(attention(h, batch, cache, 0)), batch, cache, 1)
+    h, _ = attention(h, batch, cache, 0)
+    h, _ = attention1(mlp(h), batch, cache, 1)
     n = model.ops.rms_norm(h, moe.norm, 1e-6)
     chosen, gates = model.ops.route(n, moe.packed)
     saliency = []
