@@ -39,6 +39,10 @@ def main() -> None:
 def _after_imports(make: Callable[[dict[str, Any]], Served], request: dict[str, Any]) -> int:
     """Resident bytes once everything is imported: a tiny model has generated and is freed."""
     tiny = {"model": request["tiny"], "prompts": [[3, 4, 5]] * len(request["prompts"]), "output_tokens": 2}
+    if request["options"] is not None:  # the tiny model has no MTP layer to draft with
+        tiny["options"] = request["options"] | (
+            {"speculate": "ngram"} if "speculate" in request["options"] else {}
+        )
     with make(request | tiny) as generate:
         generate()
     gc.collect()
