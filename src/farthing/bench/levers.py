@@ -78,7 +78,11 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
     if config.n_routed_experts:
         spent = quality(source, made, texts.calibration).change
         rest = (1 + budget) / (1 + max(0.0, spent)) - 1
-        if rest > 0:
+        if rest <= 0:
+            say(
+                f"{made.name} costs {spent:+.2%} on the calibration text, all of the budget: no adaptive experts"
+            )
+        else:
             made = _calibrated(made, work / "adaptive", "adaptive-experts", rest, say)
             rows.append(Lever("+ adaptive experts", {}, str(made)))
     drafts = "mtp+ngram" if config.num_nextn_predict_layers else "ngram"
