@@ -80,7 +80,7 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
         rest = (1 + budget) / (1 + max(0.0, spent)) - 1
         if rest <= 0:
             say(
-                f"{made.name} costs {spent:+.2%} on the calibration text, all of the budget: no adaptive experts"
+                f"{made.name} costs {spent:+.2%} on the calibration text: no budget left for adaptive experts"
             )
         else:
             made = _calibrated(made, work / "adaptive", "adaptive-experts", rest, say)
