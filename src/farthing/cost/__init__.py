@@ -1,4 +1,4 @@
-"""The cost of a token: declared prices, energy meters, and accounts that add up. Imports nothing of the rest.
+"""Cost per token: declared prices, energy meters, and accounts that balance. Imports no other room.
 
 machine = Prices.load().machine("cpu", count=2)
 meter = CostMeter(machine, open_meter(machine))

@@ -1,4 +1,4 @@
-"""The CPU this process may use: what is paid for when a model is served without a GPU."""
+"""The CPUs this process may use, which are what a server without GPUs pays for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:
-    """The maker's name of the CPU; "" where the system does not tell."""
+    """The CPU's vendor model name; "" if the system does not report it."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -20,14 +20,14 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> str:
 
 
 def usable_cpus(cgroup: Path = CGROUP) -> int:
-    """vCPUs this process may use: its affinity, bounded by its control group's quota."""
+    """vCPUs this process may use: its affinity, capped by its cgroup quota."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return affinity if quota is None else max(1, min(affinity, math.ceil(quota)))
 
 
 def _quota(cgroup: Path) -> float | None:
-    """CPUs of time the control group grants (version 2, then 1); None: all."""
+    """CPU quota of the cgroup in CPUs (version 2, then 1); None: unlimited."""
     try:
         limit, period = (cgroup / "cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)

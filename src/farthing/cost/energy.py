@@ -1,8 +1,8 @@
-"""Joules: read from NVML (GPU) and RAPL (CPU packages) where they exist, else estimated from declared watts.
+"""Energy in joules, from NVML (GPUs) and RAPL (CPU packages) if present, else from declared watts.
 
-A meter answers the joules since it was opened, and says where they come from:
-"nvml+rapl", "nvml+estimated" (the host is estimated), "rapl" or "estimated".
-RAPL and NVML meter a whole package or last_decision: on a shared machine that includes what others draw.
+A meter reports the joules since it was opened and their source: "nvml+rapl", "nvml+estimated" (the host is
+estimated), "rapl" or "estimated". RAPL and NVML measure a whole package or board, so on a shared machine
+they include the energy of other processes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class EnergyMeter(Protocol):
 
     @property
     def source(self) -> str:
-        """Where the figures come from."""
+        """The source of the readings."""
         ...
 
     def joules(self, wall_seconds: float, busy_seconds: float) -> float:
-        """Joules so far; the arguments are the seconds since opening, in all and busy. Never decreases."""
+        """Joules so far; arguments: total and busy seconds since opening. Never decreases."""
         ...
 
 
 class EstimatedMeter:
-    """Declared watts times time: `idle_watts` always, the rest while busy."""
+    """Declared watts times time: `idle_watts` when idle, `watts` when busy."""
 
     source = "estimated"
 
@@ -47,10 +47,10 @@ class EstimatedMeter:
 
 
 class RaplMeter:
-    """Intel's and AMD's running average power limit counters, through the kernel's powercap files.
+    """RAPL (running average power limit) counters of Intel and AMD, read from the kernel's powercap files.
 
-    Packages and, where they are apart, their memory. The counters wrap at max_energy_range_uj, so read at
-    least once a minute. Raises OSError where the files are missing or not readable (often root only).
+    Covers packages and, where it is a separate zone, their memory. Counters wrap at max_energy_range_uj, so
+    read at least once a minute. Raises OSError if the files are missing or unreadable (often root only).
     """
 
     source = "rapl"
@@ -81,7 +81,7 @@ class _RaplZone:
 
 
 def _rapl_zones(root: Path) -> list[Path]:
-    """Packages (`intel-rapl:0`) and their memory (`intel-rapl:0:N` named dram), which is not part of them."""
+    """Packages (`intel-rapl:0`) and their memory (`intel-rapl:0:N` named dram), counted separately."""
     zones = []
     for path in sorted(root.glob("*-rapl:*")):
         name = (path / "name").read_text().strip()
@@ -91,9 +91,9 @@ def _rapl_zones(root: Path) -> list[Path]:
 
 
 class NvmlMeter:
-    """The GPUs' own energy counters (mJ since the driver was loaded; Volta and newer), by nvidia-ml-py.
+    """The GPUs' energy counters (mJ since driver load; Volta and newer), through nvidia-ml-py.
 
-    Raises ImportError without nvidia-ml-py, RuntimeError where NVML or the counter is missing.
+    Raises ImportError without nvidia-ml-py, RuntimeError if NVML or the counter is missing.
     """
 
     source = "nvml"
@@ -118,14 +118,14 @@ class NvmlMeter:
 
 
 class SumMeter:
-    """Several meters of parts that do not overlap."""
+    """The sum of several meters that do not overlap."""
 
     def __init__(self, parts: Sequence[EnergyMeter]) -> None:
         self._parts = list(parts)
 
     @property
     def source(self) -> str:
-        """The parts' sources, joined by +."""
+        """The meters' sources, joined by +."""
         return "+".join(dict.fromkeys(part.source for part in self._parts))
 
     def joules(self, wall_seconds: float, busy_seconds: float) -> float:
@@ -134,7 +134,7 @@ class SumMeter:
 
 
 def open_meter(machine: Machine, gpus: Sequence[int] | None = None, root: Path = POWERCAP) -> EnergyMeter:
-    """The best meter this machine has; what is not metered is estimated, and the source says so. Logged."""
+    """The best meter available. Unmetered parts are estimated and named in the source, which is logged."""
     meter = _open_gpu(machine, gpus, root) if machine.hardware.kind == "gpu" else _rapl(root)
     if meter is None:
         meter = EstimatedMeter(machine.watts, machine.idle_watts)
@@ -144,9 +144,9 @@ def open_meter(machine: Machine, gpus: Sequence[int] | None = None, root: Path =
 
 def _open_gpu(machine: Machine, gpus: Sequence[int] | None, root: Path) -> EnergyMeter | None:
     with contextlib.suppress(ImportError, RuntimeError):
-        last_decision: EnergyMeter = NvmlMeter(gpus)
+        board: EnergyMeter = NvmlMeter(gpus)
         host = _rapl(root) or EstimatedMeter(machine.host_watts, machine.host_watts)
-        return SumMeter([last_decision, host])
+        return SumMeter([board, host])
     return None
 
 

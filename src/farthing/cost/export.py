@@ -1,4 +1,4 @@
-"""The accounts as what others show: the `x_farthing` part of a response's usage, and metric samples."""
+"""Exports accounts as the `x_farthing` part of a response's usage and as metric samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from farthing.cost.meter import Account, Report, RequestCost, Spend
 
 
 def usage_extension(cost: RequestCost) -> dict[str, Any]:
-    """What a response's `usage.x_farthing` holds: dollars, joules, seconds of all CPUs or GPUs together."""
+    """The `usage.x_farthing` object: dollars, joules, and seconds summed over all CPUs or GPUs."""
     account, units = cost.account, cost.machine.count
     seconds = f"{cost.machine.hardware.kind}_seconds"
 
@@ -43,7 +43,7 @@ class Sample:
 
 
 def samples(report: Report) -> Iterator[Sample]:
-    """Every metric of the accounts, samples of one name next to each other."""
+    """Every metric of the accounts, grouped by name."""
     yield from _spent(report)
     yield from _tokens(report)
     yield from _gauges(report)
@@ -63,7 +63,7 @@ def _spent(report: Report) -> Iterator[Sample]:
 
 
 def _buckets(report: Report) -> Iterator[tuple[dict[str, str], Spend]]:
-    """Buckets that, with what is pending, add up to the total."""
+    """Buckets that add up to the total together with the pending share."""
     for (model, key), account in report.accounts.items():
         for phase, spend in (("prefill", account.prefill), ("decode", account.decode)):
             yield {"model": model, "api_key": key, "phase": phase}, spend

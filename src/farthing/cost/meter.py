@@ -1,15 +1,15 @@
-"""What a request, an API key and a model cost: seconds of the machine, joules and dollars.
+"""Cost per request, API key and model, in machine seconds, joules and dollars.
 
-The engine shares the wall time of every step over the tokens in it, so that a request knows the seconds it
-used for its prompt and its output. The machine is paid for every second of the wall, so that three buckets
-add up to everything at any moment:
+The engine divides the wall time of each step over the tokens in it, so each request has the seconds spent
+on its prompt and its output. The machine is paid for by wall time, so three buckets always add up to the
+total:
 
     total = requests recorded (prefill + decode) + pending (requests that still run) + idle
 
-Joules of an interval go to idle and busy time in proportion to declared idle and busy power; a finished
-request draws from the busy joules not yet given away in proportion to its seconds. So nothing is lost or
-counted twice. Tokens found in the prefix cache take no step time and cost nothing; what they saved is an
-estimate (`saved_usd`).
+The joules of an interval are split between idle and busy time in proportion to declared idle and busy
+power. A finished request takes its share of the unassigned busy joules in proportion to its seconds, so
+nothing is lost or counted twice. Tokens found in the prefix cache take no step time and cost nothing; their
+savings are an estimate (`saved_usd`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dataclasses import dataclass, field
 from farthing.cost.energy import EnergyMeter
 from farthing.cost.prices import Machine
 
-OTHER = "other"  # the account of keys beyond `max_accounts`
+OTHER = "other"  # the account shared by keys beyond `max_accounts`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What a request used: the engine's `RequestMetrics`, as plain numbers."""
+    """Resources used by a request: the engine's `RequestMetrics` as plain numbers."""
 
     prefill_tokens: int = 0  # prompt tokens computed
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     decode_tokens: int = 0  # output tokens
-    prefill_seconds: float = 0.0  # share of the steps' wall time
+    prefill_seconds: float = 0.0  # its share of step wall time
     decode_seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Spend:
 
 @dataclass(slots=True)
 class Account:
-    """What was spent for one API key and model, or one request, split over prefill, decode, cached tokens."""
+    """Spending of one API key and model, or one request, split into prefill, decode and cached tokens."""
 
     requests: int = 0
     prefill_tokens: int = 0
@@ -94,7 +94,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class RequestCost:
-    """What one request cost. `utilization` is the machine's busy share since its start."""
+    """The cost of one request. `utilization` is the machine's busy share since the meter started."""
 
     account: Account
     machine: Machine
@@ -103,18 +103,18 @@ class RequestCost:
 
     @property
     def usd(self) -> float:
-        """Its own share of the steps it was part of."""
+        """The request's share of the steps it took part in."""
         return self.account.spend.usd
 
     @property
     def usd_with_idle(self) -> float:
-        """Its share plus that of the idle time, laid on busy time evenly."""
+        """Its share plus a share of idle time, spread evenly over busy time."""
         return self.usd / self.utilization if self.utilization > 0 else self.usd
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything at one moment; total = requests + pending + idle in each of seconds, joules, dollars."""
+    """A snapshot of all spending; total = requests + pending + idle in seconds, joules and dollars."""
 
     machine: Machine
     joules_source: str
@@ -125,7 +125,7 @@ class Report:
 
     @property
     def requests(self) -> Account:
-        """All accounts together."""
+        """The sum of all accounts."""
         whole = Account()
         for account in self.accounts.values():
             whole.add(account)
@@ -138,13 +138,13 @@ class Report:
 
     @property
     def usd_per_million_tokens(self) -> float | None:
-        """All that was paid, idle time included, over prompt and output tokens. None before the first."""
+        """Total cost, idle time included, per prompt or output token. None before the first token."""
         tokens = self.requests.tokens
         return self.total.usd / tokens * 1e6 if tokens else None
 
     @property
     def usd_per_million_output_tokens(self) -> float | None:
-        """All that was paid, idle time included, over output tokens. None before the first."""
+        """Total cost, idle time included, per output token. None before the first token."""
         tokens = self.requests.decode_tokens
         return self.total.usd / tokens * 1e6 if tokens else None
 
@@ -152,8 +152,8 @@ class Report:
 class CostMeter:
     """Keeps the accounts of one machine. Thread-safe.
 
-    busy_seconds, wherever it is an argument, is the engine's cumulative wall time inside steps, as its
-    statistics report it. Time before the meter was made is not counted: make it right after the engine.
+    The argument busy_seconds is always the engine's cumulative wall time inside steps, from its statistics.
+    Time before the meter was created is not counted: create it right after the engine.
     """
 
     def __init__(
@@ -171,19 +171,19 @@ class CostMeter:
         self._max_accounts = max_accounts
         self._wall = self._busy = self._joules = 0.0
         self._idle_joules = 0.0
-        self._open = Spend()  # busy seconds and joules no request was charged for yet
+        self._open = Spend()  # busy seconds and joules not yet charged to a request
         self._accounts: dict[tuple[str, str], Account] = {}
-        self._prefill_tokens, self._prefill_usd = 0, 0.0  # of all accounts
+        self._prefill_tokens, self._prefill_usd = 0, 0.0  # over all accounts
 
     def observe(self, busy_seconds: float) -> None:
-        """Take in the time and the energy since the last call. Call at least once a minute."""
+        """Record time and energy since the last call. Call at least once a minute."""
         with self._lock:
             self._observe(busy_seconds)
 
     def record(self, usage: Usage, busy_seconds: float, model: str = "", api_key: str = "") -> RequestCost:
-        """Charge a request that ended (in whatever way) and return what it cost.
+        """Charge a request that finished, failed or was cancelled, and return its cost.
 
-        api_key: a name that may be shown, never the key itself.
+        api_key: a displayable name, never the key itself.
         """
         with self._lock:
             self._observe(busy_seconds)
@@ -193,7 +193,7 @@ class CostMeter:
         return RequestCost(account, self.machine, self._energy.source, utilization)
 
     def report(self, busy_seconds: float) -> Report:
-        """The accounts now."""
+        """A report of the accounts at this moment."""
         with self._lock:
             self._observe(busy_seconds)
             idle_seconds = self._wall - self._busy
@@ -205,7 +205,7 @@ class CostMeter:
 
     def _observe(self, busy_seconds: float) -> None:
         wall = max(self._wall, self._clock() - self._start)
-        busy = min(max(self._busy, busy_seconds), wall)  # the two clocks are read at different moments
+        busy = min(max(self._busy, busy_seconds), wall)  # the two clocks are not read at the same instant
         busy = min(busy, self._busy + (wall - self._wall))
         joules = max(self._joules, self._energy.joules(wall, busy))
         new_busy, new_joules = busy - self._busy, joules - self._joules
@@ -217,14 +217,14 @@ class CostMeter:
         self._wall, self._busy, self._joules = wall, busy, joules
 
     def _busy_share(self, busy: float, idle: float) -> float:
-        """The part of an interval's energy that goes to busy time, by declared power."""
+        """The part of an interval's energy attributed to busy time, by declared power."""
         used, unused = self.machine.watts * busy, self.machine.idle_watts * idle
         if used + unused > 0:
             return used / (used + unused)
         return 1.0 if busy > 0 else 0.0
 
     def _charge(self, usage: Usage) -> Account:
-        """Take the request's seconds, and their part of the joules, out of what is open."""
+        """Move the request's seconds and their share of joules out of the uncharged total."""
         asked = usage.prefill_seconds + usage.decode_seconds
         seconds = min(asked, self._open.seconds)
         joules = self._open.joules * (seconds / self._open.seconds) if seconds > 0 else 0.0
@@ -243,7 +243,7 @@ class CostMeter:
         )
 
     def _saved(self, usage: Usage, prefill: Spend) -> float:
-        """Estimated: cached tokens at the mean price of a prompt token computed so far."""
+        """Estimate: cached tokens at the mean price of the prompt tokens computed so far."""
         self._prefill_tokens += usage.prefill_tokens
         self._prefill_usd += prefill.usd
         return usage.cached_tokens * self._prefill_usd / self._prefill_tokens if self._prefill_tokens else 0.0

@@ -1,4 +1,4 @@
-"""What a machine costs by the hour and draws in watts: declared figures that a user may replace."""
+"""Hourly price and power draw of machines: declared figures that a user can override."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Hardware:
     name: str
     kind: Kind
     usd_per_hour: float
-    watts: float  # busy
+    watts: float  # power when busy
     idle_watts: float
     host_watts: float = 0.0  # a GPU's share of the host
-    match: tuple[str, ...] = ()  # parts of a device's name, lower case
+    match: tuple[str, ...] = ()  # substrings of device names, lower case
     units: Literal["unit", "machine"] = "unit"
     note: str = ""
 
@@ -46,12 +46,12 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`count` units of one hardware, with what a second and a joule of it cost."""
+    """`count` units of one hardware row, with the price per second and per joule."""
 
     hardware: Hardware
     count: int
     usd_per_kwh: float = 0.0
-    declared: str = ""  # the date of the declared figures
+    declared: str = ""  # date of the declared figures
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -63,32 +63,32 @@ class Machine:
 
     @property
     def usd_per_hour(self) -> float:
-        """Of the whole machine, its electricity not included where that is priced apart."""
+        """Price of the whole machine, excluding electricity if that is priced separately."""
         return self.hardware.usd_per_hour * self._priced
 
     @property
     def usd_per_second(self) -> float:
-        """Of the whole machine, see `usd_per_hour`."""
+        """Price of the whole machine; see `usd_per_hour`."""
         return self.usd_per_hour / 3600
 
     @property
     def usd_per_joule(self) -> float:
-        """Electricity priced apart; 0 where the hourly price includes it."""
+        """Price of electricity; 0 if the hourly price includes it."""
         return self.usd_per_kwh / JOULES_PER_KWH
 
     @property
     def watts(self) -> float:
-        """Declared, busy, host included."""
+        """Declared busy power, host included."""
         return (self.hardware.watts + self.hardware.host_watts) * self._priced
 
     @property
     def idle_watts(self) -> float:
-        """Declared, idle, host included."""
+        """Declared idle power, host included."""
         return (self.hardware.idle_watts + self.hardware.host_watts) * self._priced
 
     @property
     def host_watts(self) -> float:
-        """Declared, of the host beside the GPUs."""
+        """Declared power of the GPUs' host."""
         return self.hardware.host_watts * self._priced
 
 
@@ -102,10 +102,10 @@ class Prices:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Prices:
-        """The packaged figures, overlaid with the user's file.
+        """The packaged figures with the user's file on top.
 
-        path: a file; None: $FARTHING_PRICES, else ~/.config/farthing/prices.toml where it exists.
-        Raises ValueError naming the file and the field, FileNotFoundError for a file named and missing.
+        path: a file; None: $FARTHING_PRICES, else ~/.config/farthing/prices.toml if it exists.
+        Raises ValueError naming the file and the field, FileNotFoundError if a named file is missing.
         """
         packaged = Path(__file__).with_name("prices.toml")
         prices = _merge(cls({}, ""), packaged)
@@ -113,7 +113,7 @@ class Prices:
         return _merge(prices, own) if own is not None else prices
 
     def find(self, kind: Kind, device: str = "") -> Hardware:
-        """The hardware of a device name ("NVIDIA H100 80GB HBM3"), or the kind's fallback row."""
+        """The row that matches a device name ("NVIDIA H100 80GB HBM3"), or the kind's fallback row."""
         name = device.lower()
         rows = [h for h in self.hardware.values() if h.kind == kind]
         fitting = [(len(part), h) for h in rows for part in h.match if _names(part, name)]
@@ -127,7 +127,7 @@ class Prices:
         return fallback
 
     def machine(self, kind: Kind, device: str = "", count: int = 1, name: str | None = None) -> Machine:
-        """`count` units of the row `name`, else of the row that fits `device`. ValueError: unknown name."""
+        """`count` units of row `name`, else of the row that matches `device`. ValueError: unknown name."""
         if name is not None and name not in self.hardware:
             raise ValueError(f"hardware is {name!r}; expected one of {sorted(self.hardware)}")
         hardware = self.hardware[name] if name is not None else self.find(kind, device)
@@ -135,7 +135,7 @@ class Prices:
 
 
 def _names(part: str, device: str) -> bool:
-    """Whether `part` stands in `device` as whole words: "nvidia l4" is not in "nvidia l40s"."""
+    """Whether `part` occurs in `device` as whole words: "nvidia l4" does not match "nvidia l40s"."""
     return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", device) is not None
 
 
@@ -148,7 +148,7 @@ def _user_file(path: str | Path | None) -> Path | None:
 
 
 def _merge(base: Prices, path: Path) -> Prices:
-    """`base` with the rows of a file on top; a row of the same name is changed field by field."""
+    """`base` overlaid with the rows of a file; rows of the same name are merged field by field."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

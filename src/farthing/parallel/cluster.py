@@ -1,7 +1,7 @@
-"""A model spread over processes, of this host or of a Ray cluster, that the engine drives as if it were one.
+"""A model sharded over processes on this host or a Ray cluster, driven by the engine like a single model.
 
-The driver is the first rank of the last stage, where hidden states end. Each call is sent to every worker,
-which makes the same call on its own slice; the collectives inside keep them in step.
+The driver is the first rank of the last stage, which produces the final hidden states. Each call is sent to
+every worker, which makes the same call on its own slice; the collectives inside keep ranks synchronized.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from farthing.parallel.worker import (
 )
 
 log = logging.getLogger(__name__)
-COUNT_EVERY = 32  # steps between two sums of the experts' tokens over ranks that share no memory
+COUNT_EVERY = 32  # steps between reductions of expert token counts without shared memory
 
 
 class ParallelModel:
-    """Looks like a DeepseekModel to the engine; `close` ends the workers."""
+    """Has the interface of DeepseekModel for the engine; `close` stops the workers."""
 
     def __init__(self, options: RankOptions) -> None:
         layout = options.layout
         config = config_of(Checkpoint.open(options.path))
-        ShardPlan.build(config, layout)  # refuse before anything is started
+        ShardPlan.build(config, layout)  # reject invalid layouts before starting any process
         arena = _arena(options, config)
         try:
             self._workers, arena = _start(options, arena)
@@ -64,7 +64,7 @@ class ParallelModel:
         self.config: ModelConfig = self._rank.plan.config
         self.ops = self._rank.model.ops
         self.mtp = self._rank.model.mtp
-        # [L, E]: every stage's in shared memory, or brought together from time to time.
+        # [L, E]: every stage's counts, in shared memory or reduced periodically.
         self._counts_shared = arena is not None and options.config.nodes == 1
         if arena is not None and self._counts_shared:
             self._counts = counts_table(arena, layout, config)
@@ -77,16 +77,16 @@ class ParallelModel:
 
     @property
     def cache_layers(self) -> int:
-        """Layers of the whole model; each rank's cache holds its own."""
+        """Layers of the whole model; each rank's cache has only its own layers."""
         return self.config.num_hidden_layers + self.config.num_nextn_predict_layers
 
     def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
-        """A cache on every rank; this one's is returned."""
+        """Create a cache on every rank; returns this rank's."""
         return self._everywhere("new_cache", num_blocks, block_size, dtype)  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
-        """See `DeepseekModel.forward`. counts is set to every stage's totals: up to COUNT_EVERY steps old
-        where ranks share no memory."""
+        """See `DeepseekModel.forward`. counts is set to the totals of all stages, up to COUNT_EVERY steps old
+        without shared memory."""
         every = self._options.config.rebalance_steps
         self._steps += 1
         if every and self._steps % every == 0:
@@ -127,11 +127,11 @@ class ParallelModel:
         return self.top_logits(hidden, 1)[1][:, 0].tolist()  # type: ignore[no-any-return]
 
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """As `top_logits`, of a draft."""
+        """Like `top_logits`, for a draft."""
         return self._head("top_logits", hidden, len(hidden), k, step)  # type: ignore[no-any-return]
 
     def rebalance(self) -> None:
-        """Place the experts by the tokens each has seen since they were last placed, between two steps."""
+        """Place experts by the tokens each has seen since the last placement, between two steps."""
         if self._options.layout.ep == 1:
             return
         self._count()
@@ -143,16 +143,16 @@ class ParallelModel:
         log.info("experts rebalanced: %d layers, %d copies", len(tokens), copies)
 
     def _count(self) -> None:
-        """Bring together the tokens that experts have seen, where the ranks share no memory for them."""
+        """Reduce the experts' token counts over ranks that do not share memory."""
         if not self._counts_shared and self.config.n_routed_experts:
             self._counts = self._everywhere("count")
 
     def failure(self) -> str | None:
-        """Why the model cannot go on; None if it can."""
+        """Why the model cannot continue; None if it can."""
         return self._workers.failure()
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self._workers.close()
         _leave()
 
@@ -161,12 +161,12 @@ class ParallelModel:
         return self._guard(lambda: getattr(self._rank, method)(*arguments))
 
     def _head(self, method: str, hidden: Tensor, *arguments: Any) -> Any:
-        """The driver's hidden states travel by broadcast and not with the call."""
+        """The driver's hidden states are broadcast, not sent with the call."""
         self._workers.tell(method, *arguments)
         return self._guard(lambda: getattr(self._rank, method)(*arguments, hidden=hidden))
 
     def _guard(self, compute: Callable[[], Any]) -> Any:
-        """Run this rank's part; a collective that breaks is reported as the rank that broke it."""
+        """Run this rank's part; a broken collective is reported as a failure of the rank that broke it."""
         try:
             return compute()
         except RuntimeError as error:
@@ -177,7 +177,7 @@ class ParallelModel:
 
 
 def _start(options: RankOptions, arena: Arena | None) -> tuple[Workers | RayWorkers, Arena | None]:
-    """Every other rank's process, joined with this one where torch.distributed is needed, and the arena."""
+    """Start every other rank's process, join them over torch.distributed if needed, and make the arena."""
     layout = options.layout
     if arena is not None:
         return Workers(options, arena, None), arena
@@ -211,7 +211,7 @@ def _leave() -> None:
 
 
 def _arena(options: RankOptions, config: ModelConfig) -> Arena | None:
-    """Shared memory for the groups of one host and the counts of experts; None: torch.distributed."""
+    """Shared memory for groups within one host and expert counts; None: use torch.distributed."""
     if options.config.transport == "shared" and (options.config.nodes > 1 or options.device == "cuda"):
         raise ValueError(
             "transport is 'shared' over several nodes or GPUs; expected 'auto' (shared memory within a node "

@@ -1,7 +1,7 @@
-"""Which rank holds which routed experts: balanced by measured load, with copies of the hot ones.
+"""Placement of routed experts on ranks: balanced by measured load, with copies of hot experts.
 
-EPLB (DeepSeek 2025) in its greedy form: the expert with the most tokens a copy gets the next copy, then
-copies go, heaviest first, to the least loaded rank that has room and does not hold that expert. Integers
+Greedy EPLB (DeepSeek 2025): the expert with the most tokens per copy gets the next copy. Copies are then
+assigned, heaviest first, to the least loaded rank that has room and does not hold that expert. Integers
 only, no torch.
 """
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The experts of one layer on the ranks of a stage, each rank's ascending."""
+    """The experts of one layer on each rank of a stage, in ascending order."""
 
     ranks: tuple[tuple[int, ...], ...]
 
     def shares(self, rank: int) -> dict[tuple[int, int], tuple[int, ...]]:
-        """A rank's experts by their share (m, j): of m copies it takes rows t with t mod m = j."""
+        """A rank's experts by share (m, j): of m copies, this one computes rows t with t mod m = j."""
         shares: dict[tuple[int, int], list[int]] = {}
         for expert in self.ranks[rank]:
             holders = [r for r, experts in enumerate(self.ranks) if expert in experts]
@@ -26,25 +26,25 @@ class Placement:
         return {share: tuple(experts) for share, experts in sorted(shares.items())}
 
     def loads(self, tokens: Sequence[int]) -> list[float]:
-        """Tokens that each rank computes, if every expert's are spread evenly over its copies."""
+        """Tokens per rank, if every expert's tokens are spread evenly over its copies."""
         copies = [sum(e in rank for rank in self.ranks) for e in range(len(tokens))]
         return [sum(tokens[e] / copies[e] for e in rank) for rank in self.ranks]
 
 
-Placements = dict[int, Placement]  # by layer of the checkpoint; a layer that is missing is placed in order
+Placements = dict[int, Placement]  # by checkpoint layer; missing layers use contiguous ranges
 
 
 def in_order(experts: int, ranks: int) -> Placement:
-    """Equal runs of experts: what a replica starts with."""
+    """Equal contiguous ranges of experts: the initial placement."""
     each = experts // ranks
     return Placement(tuple(tuple(range(r * each, (r + 1) * each)) for r in range(ranks)))
 
 
 def place(tokens: Sequence[int], ranks: int, redundant: int = 0) -> Placement:
-    """A placement of len(tokens) experts plus `redundant` copies, as many experts on every rank.
+    """Place len(tokens) experts plus `redundant` copies, with the same number of experts on every rank.
 
-    tokens: measured tokens of each expert. Raises ValueError where the numbers do not divide, or a copy would
-    have nowhere to go.
+    tokens: measured tokens per expert. Raises ValueError if the numbers do not divide or a copy cannot be
+    placed.
     """
     experts = len(tokens)
     slots, rest = divmod(experts + redundant, ranks)
@@ -69,10 +69,10 @@ def place(tokens: Sequence[int], ranks: int, redundant: int = 0) -> Placement:
 def _pack(
     load: Sequence[float], copies: Sequence[int], ranks: int, slots: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Longest processing time first. Experts with many copies go first among equals: they need many ranks."""
+    """Longest processing time first. Ties go to experts with more copies, which need more ranks."""
     held: list[set[int]] = [set() for _ in range(ranks)]
     total = [0.0] * ranks
-    # An expert on every rank leaves no choice; the others follow by load.
+    # Experts on every rank have no choice; the others are placed by load.
     order = sorted(range(len(load)), key=lambda e: (copies[e] < ranks, -load[e], e))
     for expert in order:
         open_ranks = sorted((r for r in range(ranks) if len(held[r]) < slots), key=lambda r: (total[r], r))
@@ -88,7 +88,7 @@ def _pack(
 def _make_room(
     held: list[set[int]], total: list[float], load: Sequence[float], expert: int, slots: int
 ) -> None:
-    """Only ranks that hold the expert already have room: move one of another rank's experts there."""
+    """Only ranks that already hold the expert have room: move another rank's expert there."""
     spare = next(r for r, experts in enumerate(held) if len(experts) < slots)
     giver, moved = min(
         (

@@ -1,4 +1,4 @@
-"""Collectives among the ranks of one group."""
+"""Collectives over one group of ranks."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """Ranks that compute one thing together."""
+    """A group of ranks with its collectives."""
 
     size: int
-    index: int  # of this rank within the group
+    index: int  # this rank's index within the group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum of every rank's x; may write into x."""
         ...
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's x (equal shapes), in the order of the group."""
+        """Every rank's x (equal shapes), in group order."""
         ...
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        """The x of the group's rank `root`; on the others x gives shape and dtype and is overwritten."""
+        """The x of group rank `root`; on other ranks x defines shape and dtype and is overwritten."""
         ...
 
     def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """parts[j] [m_j, …] goes to rank j of the group; the result's j-th part comes from it."""
+        """Send parts[j] [m_j, …] to group rank j; part j of the result comes from rank j."""
         ...
 
 
 class Alone:
-    """A group of one."""
+    """A group of one rank."""
 
     size = 1
     index = 0
@@ -58,7 +58,7 @@ class Alone:
 
 
 class DistGroup:
-    """torch.distributed: gloo on CPUs, NCCL on GPUs, over one machine or many."""
+    """torch.distributed: gloo on CPUs, NCCL on GPUs, on one or more hosts."""
 
     def __init__(self, ranks: Sequence[int], timeout: float) -> None:
         self.process_group: Any = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout))
@@ -85,7 +85,7 @@ class DistGroup:
         return x
 
     def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Row counts first, then the rows. gloo has no all-to-all of its own: sends and receives in pairs."""
+        """Exchange row counts, then rows. gloo has no all-to-all, so it sends and receives in pairs."""
         counts = torch.stack(self.all_gather(torch.tensor([len(p) for p in parts])))[:, self.index].tolist()
         out = [parts[0].new_empty(n, *parts[0].shape[1:]) for n in counts]
         out[self.index] = parts[self.index]

@@ -1,4 +1,4 @@
-"""A step cut into micro-batches, so that the stages of a pipeline work at the same time."""
+"""Micro-batches of a step, so that pipeline stages work in parallel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 from farthing.ops import Batch
 
-MICRO_ROWS = 64  # tokens from which a micro-batch is bound by arithmetic: smaller ones read the weights again
+MICRO_ROWS = 64  # smaller micro-batches are bound by reading weights, larger ones by arithmetic
 
 
 def micro_batches(batch: Batch, most: int) -> list[tuple[slice, Batch]]:
-    """At most `most` runs of consecutive rows, none under MICRO_ROWS, each a batch of its own.
+    """Split into at most `most` runs of consecutive rows, each a batch of at least MICRO_ROWS.
 
-    A run may end inside a sequence: the next one finds its keys in the cache.
+    A run may end inside a sequence; the next run reads its keys from the cache.
     """
     tokens = len(batch.positions)
     count = max(1, min(most, tokens // MICRO_ROWS))
@@ -25,10 +25,10 @@ def micro_batches(batch: Batch, most: int) -> list[tuple[slice, Batch]]:
 
 
 def own_sequences(batch: Batch, copies: int, copy: int) -> tuple[torch.Tensor, Batch]:
-    """(rows, batch) of the sequences that one of `copies` groups of ranks takes.
+    """(rows, batch) of the sequences assigned to one of `copies` groups of ranks.
 
-    A sequence belongs to the group its first block names, which stays the same as long as it runs. A group
-    that has none takes the first row, whose result nobody uses: it has to take part in every layer.
+    A sequence is assigned by its first block, which does not change while it runs. A group without sequences
+    computes the first row and discards the result, because every group takes part in every layer.
     """
     starts = batch.query_start.tolist()
     lengths = batch.query_start[1:] - batch.query_start[:-1]
@@ -47,7 +47,7 @@ def own_sequences(batch: Batch, copies: int, copy: int) -> tuple[torch.Tensor, B
 
 
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
-    """The rows [start, stop) of a batch, with the sequences they belong to."""
+    """Rows [start, stop) of a batch, with their sequences."""
     starts = batch.query_start.clamp(start, stop)
     held = (starts[1:] > starts[:-1]).nonzero()[:, 0]
     ends = starts[1:][held].long()

@@ -1,8 +1,8 @@
-"""A backend whose weights are spread over ranks: the same signatures, with the sums between ranks inside.
+"""A backend with weights sharded over ranks: the same signatures, with the collectives inside.
 
-The model is written once. What tensor parallelism adds is a sum after each row-parallel product (o_proj,
-down_proj); what expert parallelism adds is the sum over a stage; the vocabulary, cut over all stages, adds a
-sum of embeddings and a gather of the head's logits, or of its largest ones alone.
+The model code is the same for every layout. Tensor parallelism adds a sum after each row-parallel product
+(o_proj, down_proj). Expert parallelism adds a sum over the stage. The vocabulary, sharded over all stages,
+adds a sum of embeddings and a gather of the head's logits, or of only the largest ones.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ class Groups:
     """The groups of one rank."""
 
     tp: Group  # heads, dense and shared experts
-    experts: Group  # what the sums of a mixture of experts run over
+    experts: Group  # the group that sums the outputs of a mixture of experts
     vocabulary: Group  # embedding and head
-    rows: tuple[int, ...]  # of the vocabulary: first row of each rank's slice, and the end
-    dispatch: bool = False  # the ranks of `experts` have tokens of their own: they travel to their experts
+    rows: tuple[int, ...]  # vocabulary: first row of each rank's slice, and the end
+    dispatch: bool = False  # ranks of `experts` have different tokens, sent to their experts
 
     @property
     def first_row(self) -> int:
-        """Of this rank's slice."""
+        """First vocabulary row of this rank's slice."""
         return self.rows[self.vocabulary.index]
 
 
 @dataclass(slots=True)
 class Experts:
-    """A layer's experts on this rank by their share of the rows (see `Placement.shares`)."""
+    """A layer's experts on this rank, by share of the rows (see `Placement.shares`)."""
 
     parts: dict[tuple[int, int], Handle]
-    shared: Handle | None  # apart where no part takes every row
-    total: int = 0  # experts of the layer
+    shared: Handle | None  # separate if no part takes every row
+    total: int = 0  # total experts of the layer
 
 
 class ParallelOps(OpsWrapper):
-    """`inner` on this rank's slices. shares: by the name of a mixture of experts, which are here."""
+    """`inner` on this rank's slices. shares: local experts by the name of the mixture of experts."""
 
     def __init__(self, inner: Ops, groups: Groups, shares: Shares) -> None:
         name = f"{inner.name}, tp {groups.tp.size}, experts over {groups.experts.size}"
@@ -60,7 +60,7 @@ class ParallelOps(OpsWrapper):
         self._tp, self._experts = groups.tp, groups.experts
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
-        """Copied experts are packed apart from those that take every row."""
+        """Pack copied experts separately from those that take every row."""
         shares = self._shares(name)
         if set(shares) <= {(1, 0)} and not self._groups.dispatch:
             return Experts({(1, 0): self._inner.pack_moe(name, spec, weights)}, None)
@@ -73,7 +73,7 @@ class ParallelOps(OpsWrapper):
         return Experts(parts, shared, spec.num_experts)
 
     def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
-        """Where this rank is alone or the backend can meet the others, and a layer's experts are one part."""
+        """True if this is the only rank or the backend can synchronize ranks, and experts are one part."""
         groups = (self._tp, self._experts)
         alone = all(g.size == 1 for g in groups)
         meets = self._inner.sums_in_stack and all(g.size == 1 or isinstance(g, SharedGroup) for g in groups)
@@ -111,7 +111,7 @@ class ParallelOps(OpsWrapper):
         eps: float = 1e-6,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """A product with a residual is the row-parallel one: its input is this rank's heads."""
+        """A product with a residual is row-parallel: its input is this rank's heads."""
         if residual is None:
             return self._inner.linear(x, weight, norm, eps)
         own = residual if self._tp.index == 0 else None
@@ -143,7 +143,7 @@ class ParallelOps(OpsWrapper):
     def _moe_summed(
         self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None
     ) -> Tensor:
-        """Each rank computes its experts for every row; the sums are added over the ranks."""
+        """Each rank computes its experts for every row; the results are summed over ranks."""
         whole = weights.parts.get((1, 0))
         total = torch.zeros_like(x)
         for (m, j), part in weights.parts.items():
@@ -160,9 +160,9 @@ class ParallelOps(OpsWrapper):
     def _moe_dispatched(
         self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None
     ) -> Tensor:
-        """Dispatch and combine: a token goes once to each rank that holds an expert of its choice.
+        """Dispatch and combine: each token is sent once to each rank that holds one of its experts.
 
-        The tp ranks of a copy have the same tokens: each sends its share of them.
+        The tp ranks of a copy have the same tokens; each sends its share.
         """
         part = weights.parts[(1, 0)]
         total = torch.zeros_like(x)
@@ -194,7 +194,7 @@ class ParallelOps(OpsWrapper):
         return self._inner.route(n, next(iter(weights.parts.values())))
 
     def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
-        """Slices of unequal width travel padded."""
+        """Gather slices of unequal width by padding them."""
         group, rows = self._groups.vocabulary, self._groups.rows
         own = self._inner.logits(x, head, norm, eps)
         if group.size == 1:
@@ -206,14 +206,14 @@ class ParallelOps(OpsWrapper):
     def top_logits(
         self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best of every slice's best: k numbers a rank travel and not a vocabulary."""
+        """Merge each slice's top k: sends k values per rank instead of the whole vocabulary."""
         group, rows = self._groups.vocabulary, self._groups.rows
         if group.size == 1:
             return self._inner.top_logits(x, head, norm, eps, k)
         if k > min(stop - start for start, stop in itertools.pairwise(rows)):
             return largest(self.logits(x, head, norm, eps), k)
         values, ids, total = self._inner.top_logits(x, head, norm, eps, k)
-        # Slices stand in the order of their ids, so a stable sort keeps equal logits in that order.
+        # Slices are in order of token id, so a stable sort keeps equal logits in that order.
         values = torch.cat(group.all_gather(values), -1)
         ids = torch.cat(group.all_gather(ids + self._groups.first_row), -1)
         values, order = values.sort(stable=True, dim=-1, descending=True)
@@ -224,7 +224,7 @@ class ParallelOps(OpsWrapper):
         )
 
     def _count(self, x: Tensor, part: Handle, norm: Tensor, eps: float, counts: Tensor) -> None:
-        """Tokens of every expert where no part sees every row."""
+        """Count tokens per expert when no part sees every row."""
         ids, _ = self._inner.route(self._inner.rms_norm(x, norm, eps), part)
         counts += torch.bincount(ids[ids >= 0], minlength=len(counts))
 

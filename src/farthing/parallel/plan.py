@@ -1,10 +1,10 @@
-"""Who holds what: ranks, and the slice of every tensor each of them reads. Plain integers, no torch.
+"""The shard plan: ranks, and the slice of each tensor every rank reads. Plain integers, no torch.
 
 Legend: tp tensor-parallel ranks (heads, dense and shared experts); ep expert-parallel ranks (whole
 experts); pp pipeline stages (layer ranges). A stage has max(tp, ep) ranks; with ep > tp, ep / tp copies of tp
-ranks hold the same slices of everything but the routed experts. The vocabulary is cut over the tp x pp ranks
-of a copy: embedding and head are as large as many layers, and a stage that held them whole would be the
-largest.
+ranks hold the same slices of everything except the routed experts. The vocabulary is sharded over the
+tp x pp ranks of a copy: embedding and head are as large as many layers, so a stage that held them whole
+would be the largest.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from farthing.model.load import parameter_shapes
 EMBEDDING = "model.embed_tokens.weight"
 VOCABULARY = (EMBEDDING, "lm_head.weight")
 CUT_BLOCK = 128  # FP8 scale blocks, groups of INT4 scales, and groups of activations on the CPU
-# Which dimension tensor parallelism cuts, by the module's last name.
+# The dimension tensor parallelism cuts, by last component of the module's name.
 ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "gate_proj", "up_proj")
 COLUMNS = ("o_proj", "down_proj")
 
 
 class PlanError(ValueError):
-    """A layout this model cannot be cut into; names the number and what would fit."""
+    """A layout this model cannot be sharded into; the message names the value and what would fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How many ranks, and of what kind."""
+    """Number of ranks in each parallel dimension."""
 
     tp: int = 1
     pp: int = 1
     ep: int = 1
-    dp_attention: bool = False  # each copy of the tp ranks takes sequences of its own
+    dp_attention: bool = False  # each copy of the tp ranks runs different sequences
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "ep"):
@@ -56,11 +56,11 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.stage_ranks * self.pp
 
     def place(self, rank: int) -> Place:
-        """Coordinates of a rank; stages are consecutive ranks."""
+        """Coordinates of a rank; a stage is a run of consecutive ranks."""
         if not 0 <= rank < self.world:
             raise PlanError(f"rank is {rank}; expected 0…{self.world - 1}")
         stage, local = divmod(rank, self.stage_ranks)
@@ -68,20 +68,20 @@ class Layout:
 
     @property
     def copies(self) -> int:
-        """Groups of tp ranks in a stage that hold the same slices beside the routed experts."""
+        """Number of groups of tp ranks in a stage with equal slices apart from the routed experts."""
         return self.stage_ranks // self.tp
 
     @property
     def driver(self) -> int:
-        """The rank that schedules and samples: the first of the last stage, where hidden states end."""
+        """The rank that schedules and samples: the first rank of the last stage."""
         return self.world - self.stage_ranks
 
     def node(self, rank: int, nodes: int) -> int:
-        """Which of `nodes` hosts a rank is on: consecutive ranks together, so stages before they are cut."""
+        """The host of a rank, out of `nodes`: consecutive ranks share a host, so stages stay together."""
         return rank * nodes // self.world
 
     def vocabulary_ranks(self, copy: int) -> list[int]:
-        """The ranks that share one embedding and head, in the order of their slices."""
+        """The ranks that share one embedding and head, in slice order."""
         return [
             stage * self.stage_ranks + copy * self.tp + i for stage in range(self.pp) for i in range(self.tp)
         ]
@@ -89,18 +89,18 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank stands."""
+    """Coordinates of a rank."""
 
     rank: int
     stage: int
-    local: int  # within the stage; also its expert-parallel index
+    local: int  # index within the stage; also its expert-parallel index
     tp: int  # its tensor-parallel index
     copy: int  # which of the stage's groups of tp ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a rank reads of one tensor: [start, stop) along `dim`, or all of it (dim None)."""
+    """The part of a tensor that a rank reads: [start, stop) along `dim`, or all of it (dim None)."""
 
     dim: int | None
     start: int = 0
@@ -109,45 +109,45 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """The cuts of every rank, from the config alone."""
+    """The cuts of every rank, derived from the config alone."""
 
     config: ModelConfig
     layout: Layout
     stages: tuple[range, ...]  # layers of each stage
-    shapes: Mapping[str, tuple[int, ...]]  # of every parameter of the checkpoint
+    shapes: Mapping[str, tuple[int, ...]]  # shape of every parameter of the checkpoint
 
     @classmethod
     def build(
         cls, config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | None = None
     ) -> ShardPlan:
-        """Stages balanced by bytes (2 a number unless `nbytes` tells). Raises PlanError."""
+        """Balance stages by bytes (2 per parameter unless `nbytes` is given). Raises PlanError."""
         _check(config, layout)
         return cls(config, layout, _stages(config, layout, nbytes), _shapes(config))
 
     def cut(self, name: str, place: Place) -> Cut | None:
-        """What a rank reads of a parameter; None if it reads nothing of it."""
+        """The part of a parameter that a rank reads; None if it reads none of it."""
         layer = layer_of(name)
         if name in VOCABULARY:
             return self.vocabulary(place)
         if layer is None or name.endswith("shared_head.norm.weight"):
-            return Cut(None)  # the norms in front of a head, whose slices are everywhere
+            return Cut(None)  # the norms before a head, whose slices are on every rank
         if not self.holds_layer(layer, place):
             return None
         if ".shared_experts." in name and place.copy and not self.layout.dp_attention:
-            return None  # the copies' sums are added up: one of them adds the shared expert
+            return None  # copies are summed, so only one of them adds the shared expert
         shape = self.shapes[name]
         if ".experts." in name:
             return self._expert_cut(name, shape, place)
         return _tp_cut(name, shape, self.layout.tp, place.tp)
 
     def vocabulary(self, place: Place) -> Cut:
-        """The rows of embedding and head that a rank holds."""
+        """Rows of embedding and head on a rank."""
         n, i = self.layout.tp * self.layout.pp, place.stage * self.layout.tp + place.tp
         v = self.config.vocab_size
         return Cut(0, v * i // n, v * (i + 1) // n)
 
     def holds_layer(self, layer: int, place: Place) -> bool:
-        """MTP layers stand on the last stage."""
+        """MTP layers are on the last stage."""
         if layer >= self.config.num_hidden_layers:
             return place.stage == self.layout.pp - 1
         return layer in self.stages[place.stage]
@@ -183,7 +183,7 @@ def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 @lru_cache(maxsize=4)
 def representatives(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...], int], ...]:
-    """(name, shape, how many like it): the first routed expert of a layer stands for all of them."""
+    """(name, shape, multiplicity): the first routed expert of a layer represents all of them."""
     experts = config.n_routed_experts or 1
     return tuple(
         (name, shape, experts if ".experts." in name else 1)
@@ -193,14 +193,14 @@ def representatives(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...], in
 
 
 def layer_of(name: str) -> int | None:
-    """The layer a parameter belongs to, None for the top level."""
+    """The layer of a parameter; None for the top level."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
 def bounds(size: int, parts: int, index: int) -> tuple[int, int]:
-    """[start, stop) of one of `parts` slices, at whole scale blocks where there are enough of them.
+    """[start, stop) of one of `parts` slices, aligned to scale blocks if there are enough of them.
 
-    A slice that tears a block of 128 could not keep its stored format, nor its activations their scales.
+    A slice that splits a block of 128 cannot keep its stored format or its activation scales.
     """
     unit = CUT_BLOCK if size >= CUT_BLOCK * parts else 1
     blocks = -(-size // unit)
@@ -212,18 +212,18 @@ def _tp_cut(name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
     dim = 0 if module in ROWS else 1 if module in COLUMNS else None
     if dim is None or tp == 1 or len(shape) < 2:
         return Cut(None)
-    if ".self_attn." in name:  # heads are not torn
+    if ".self_attn." in name:  # heads are never split
         size = shape[dim] // tp
         return Cut(dim, index * size, (index + 1) * size)
     return Cut(dim, *bounds(shape[dim], tp, index))
 
 
 def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | None) -> tuple[range, ...]:
-    """Cut the layers into ranges so that the heaviest rank is as light as it can be."""
+    """Split layers into ranges that minimize the bytes of the heaviest rank."""
     layers, pp = config.num_hidden_layers, layout.pp
     weight = [0] * layers
     alone = [not config.indexer_types or config.has_indexer(i) for i in range(layers)]
-    last = 0  # MTP layers, which stand on the last stage
+    last = 0  # MTP layers, which are on the last stage
     for name, shape, count in representatives(config):
         size = count * (nbytes(name) if nbytes else 2 * prod(shape))
         layer = layer_of(name)
@@ -238,10 +238,10 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
 
     @cache
     def best(start: int, stage: int) -> tuple[float, int]:
-        """(bytes of the heaviest stage from `stage` on, end of this one) with layers start… left."""
+        """(bytes of the heaviest stage from `stage` on, end of `stage`) when layers start… are left."""
         if stage == pp - 1:
             return sum(weight[start:]) + last, layers
-        # A layer that shares the choice of the one before stays on its stage.
+        # A layer that reuses the previous layer's token selection stays on its stage.
         ends = [e for e in range(start + 1, layers - (pp - stage - 2)) if alone[e]]
         return min(
             ((max(sum(weight[start:end]), best(end, stage + 1)[0]), end) for end in ends),

@@ -1,4 +1,4 @@
-"""Who may do what, decided from a request's head: host names, API keys, and who sees the numbers."""
+"""Access control from request headers: host names, API keys, and who may read the metrics."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from farthing.server.auth import ANONYMOUS, KeyRing
 from farthing.server.config import ServerConfig, is_loopback
 from farthing.server.errors import ApiError, send_error
 
-LOCAL = "localhost"  # stands for every name and address of this machine
+LOCAL = "localhost"  # matches every name and address of this machine
 _NUMBERS = ("/metrics", "/cache/digest")  # for scrapers and gateways
 _PROXIED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Whose numbers a request may see: everyone's, or those of the key called `name`."""
+    """Which metrics a request may see: all of them, or those of the key called `name`."""
 
     everything: bool
     name: str
@@ -28,8 +28,8 @@ class Viewer:
 class Access:
     """ASGI middleware: sets scope["client_name"] and scope["viewer"], or answers 401 or 403.
 
-    open_paths are answered without a key. /metrics is one of them unless a metrics key is set; what it says
-    of single keys is for viewers that may see everyone's numbers.
+    open_paths need no key. /metrics is one of them unless a metrics key is set; its per-key metrics are
+    only shown to viewers that may see all metrics.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig, open_paths: frozenset[str]) -> None:
@@ -41,7 +41,7 @@ class Access:
         self._hosts = allowed_hosts(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or answer."""
+        """Forward the request or reject it."""
         if scope["type"] == "http":
             try:
                 self._admit(scope)
@@ -52,7 +52,7 @@ class Access:
 
     def _admit(self, scope: Scope) -> None:
         size = sum(len(name) + len(value) + 4 for name, value in scope["headers"]) + len(scope["raw_path"])
-        if size > self._max_head_bytes:  # one that arrived in a single piece
+        if size > self._max_head_bytes:  # oversized headers that arrived in one read
             message = f"the head is too large; expected at most {self._max_head_bytes} bytes"
             raise ApiError(431, message, code="head_too_large")
         headers = dict(scope["headers"])
@@ -73,7 +73,7 @@ class Access:
         scope["viewer"] = Viewer(everything, client or ANONYMOUS)
 
     def _check_host(self, host: bytes) -> None:
-        """Without this a web page could reach a keyless server of its visitor by rebinding its own name."""
+        """Check the Host header: DNS rebinding would let a web page reach a visitor's keyless server."""
         if self._hosts is None or not host:
             return
         name = _host_name(host.decode("latin-1"))
@@ -86,7 +86,7 @@ class Access:
 
 
 def _credentials(headers: dict[bytes, bytes]) -> str:
-    """The Authorization header, or Anthropic's X-Api-Key as if it were one."""
+    """The Authorization header, or Anthropic's X-Api-Key in the same form."""
     given = headers.get(b"authorization", b"").decode("latin-1")
     key = headers.get(b"x-api-key", b"").decode("latin-1")
     return given or (f"Bearer {key}" if key else "")
@@ -95,7 +95,7 @@ def _credentials(headers: dict[bytes, bytes]) -> str:
 def allowed_hosts(config: ServerConfig) -> tuple[str, ...] | None:
     """Patterns of host names; None: any.
 
-    By default a keyless server that only this machine can reach answers to names of this machine.
+    By default a keyless server on a loopback address accepts only names of this machine.
     """
     if "*" in config.allowed_hosts:
         return None
@@ -115,7 +115,7 @@ def _host_name(host: str) -> str:
 
 
 def _is_near(scope: Scope, headers: dict[bytes, bytes]) -> bool:
-    """Whether the request comes from this machine, and not by way of a proxy on it."""
+    """Whether the request comes from this machine directly, not through a local proxy."""
     client = scope.get("client")
     if not client or any(name in headers for name in _PROXIED):
         return False

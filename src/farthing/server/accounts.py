@@ -1,4 +1,4 @@
-"""The accounts of a server: what its machine costs, and who spent it."""
+"""Cost accounting for a server: what its machine costs, and what each API key spent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger("farthing.server")
 
 
 class Accounts:
-    """Charges every request of one engine, from the moment it is made."""
+    """Charges every request of one engine, starting when the object is created."""
 
     def __init__(self, engine: Engine, machine: Machine, model: str) -> None:
         self._stats = engine.stats
@@ -39,7 +39,7 @@ class Accounts:
 
     @property
     def machine(self) -> Machine:
-        """What is paid for."""
+        """The machine being paid for."""
         return self._meter.machine
 
     def charge(self, client: str, metrics: RequestMetrics) -> RequestCost:
@@ -54,7 +54,7 @@ class Accounts:
         return self._meter.record(usage, self._stats.busy_seconds, self._model, client)
 
     def report(self) -> Report:
-        """All accounts now."""
+        """A report of all accounts at this moment."""
         return self._meter.report(self._stats.busy_seconds)
 
 
@@ -68,14 +68,14 @@ def machine_of(device: torch.device, prices: str | None = None, hardware: str | 
     else:
         machine = declared.machine("cpu", cpu_name(), usable_cpus(), hardware)
     log.info(
-        "cost: %d x %s at %.4g USD an hour (declared %s)",
+        "cost: %d x %s at %.4g USD/hour (declared %s)",
         *(machine.count, machine.hardware.name, machine.usd_per_hour, machine.declared),
     )
     return machine
 
 
 def together(costs: Sequence[RequestCost]) -> RequestCost:
-    """The costs of at least one request as one."""
+    """Sum of the costs of one or more requests."""
     whole = Account()
     for cost in costs:
         whole.add(cost.account)

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, and what stands before them."""
+"""The HTTP application: routes and middleware."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from farthing.server.service import Service
 from farthing.server.turns import render
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
-CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
+CLIENT_CLOSED = 499  # nginx's status for a client disconnect; only logs and metrics see it
 _ERRORS = (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
 _ABSENT = {"/v1/embeddings": "embeddings are not served: the model is a causal language model"}
 _STREAMED: dict[int | str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ _STREAMED: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(service: Service) -> ASGIApp:
-    """The application over a service, whose engine may still be loading."""
+    """The application for a service whose engine may still be loading."""
     metrics = Metrics(service)
     api = FastAPI(
         title="Farthing",

@@ -1,4 +1,4 @@
-"""API keys: who is asking. Keys are kept as SHA-256 digests and compared in constant time."""
+"""API keys: client identity. Keys are stored as SHA-256 digests and compared in constant time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 ENVIRONMENT = "FARTHING_API_KEY"
-ANONYMOUS = "anonymous"  # the name that limits and metrics see when no key is asked for
+ANONYMOUS = "anonymous"  # client name in limits and metrics when no key is required
 
 
 class KeyRing:
@@ -21,7 +21,7 @@ class KeyRing:
     __slots__ = ("_keys",)
 
     def __init__(self, entries: Iterable[str]) -> None:
-        """Raises ValueError on an empty key, an empty name or a key given under two names."""
+        """Raises ValueError for an empty key, an empty name, or one key under two names."""
         keys: dict[bytes, str] = {}
         for position, entry in enumerate(entries, start=1):
             name, key = _parse(entry, position)
@@ -33,7 +33,7 @@ class KeyRing:
 
     @classmethod
     def from_file(cls, path: str | Path) -> KeyRing:
-        """One entry a line; blank lines and lines that start with `#` are skipped.
+        """Read one entry per line; blank lines and lines that start with `#` are skipped.
 
         Raises ValueError when the file cannot be read, holds no key, or has a malformed line.
         """
@@ -48,14 +48,14 @@ class KeyRing:
 
     @classmethod
     def from_environment(cls, variable: str = ENVIRONMENT) -> KeyRing:
-        """Entries from an environment variable, separated by commas or line ends; empty when it is unset."""
+        """Entries from an environment variable, separated by commas or newlines; empty if unset."""
         text = os.environ.get(variable, "").replace(",", "\n")
         return cls(entry for raw in text.splitlines() if (entry := raw.strip()))
 
     def check(self, authorization: str | None) -> str | None:
-        """The name behind an `Authorization: Bearer KEY` header; None if the key is unknown.
+        """The name of the key in an `Authorization: Bearer KEY` header; None if the key is unknown.
 
-        Every key is compared whatever matched before, so the time taken tells nothing about the keys.
+        Every key is compared even after a match, so timing reveals nothing about the keys.
         """
         scheme, _, key = (authorization or "").partition(" ")
         offered = _digest(key.strip(" \t").encode("latin-1", "replace"))  # the bytes of the header
@@ -70,7 +70,7 @@ class KeyRing:
         return sorted({name for _, name in self._keys})
 
     def __or__(self, other: KeyRing) -> KeyRing:
-        """Both rings' keys; this one's name wins for a key in both."""
+        """The union of both key rings; a key in both keeps this ring's name."""
         merged = KeyRing(())
         merged._keys = tuple((dict(other._keys) | dict(self._keys)).items())
         return merged

@@ -1,7 +1,7 @@
-"""Bodies, before anything parses them: their size, their arrival, and how many values they hold.
+"""Checks on request bodies before parsing: size, arrival time, and number of values.
 
-`json.loads` and pydantic hold the GIL, so a body of a million values would stop every stream for seconds.
-`check` counts values and nesting with numpy, which releases the GIL: 8 MB take about 20 ms of a thread.
+`json.loads` and pydantic hold the GIL, so a body of a million values would stall every stream for seconds.
+`check` counts values and nesting with numpy, which releases the GIL: 8 MB take about 20 ms in a thread.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from farthing.server.errors import ApiError, send_error
 
 MAX_DEPTH = 128
-MAX_VALUES = 32_768  # other than numbers
-MAX_NUMBERS = 262_144  # in lists: token ids
+MAX_VALUES = 32_768  # values other than numbers
+MAX_NUMBERS = 262_144  # numbers in lists, such as token ids
 _LARGE = 65_536  # bytes; larger bodies are checked in a thread and parsed one at a time
 
 
 class Bodies:
-    """ASGI middleware: refuses a body of more than `max_bytes` (413), before it is read where its length is
-    declared; one that takes longer than `timeout` seconds to arrive (408); and JSON of too many values
+    """ASGI middleware that rejects a body larger than `max_bytes` (413; before reading it if its length is
+    declared), one that takes longer than `timeout` seconds to arrive (408), and JSON with too many values
     (400)."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
@@ -33,7 +33,7 @@ class Bodies:
         self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the body on in one piece."""
+        """Forward the request with its whole body in one message."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -57,7 +57,7 @@ class Bodies:
             await self._pass_large(body, scope, receive, send)
 
     async def _pass_large(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check and parse while no other large body is, so that small requests run in between."""
+        """Check and parse one large body at a time, so that small requests run in between."""
         await self._turn.acquire()
         held = True
 
@@ -74,13 +74,13 @@ class Bodies:
                 await send_error(error, scope, receive, send)
                 return
             replay = _replay(body, receive, release)
-            del body  # the application's copy is the only one
+            del body  # leave the application's copy as the only one
             await self.app(scope, replay, send)
         finally:
             release()
 
     async def _read(self, receive: Receive) -> bytes:
-        """The whole body, so that the application never waits for a slow client."""
+        """Read the whole body, so that the application never waits for a slow client."""
         chunks: list[bytes] = []
         size = 0
         try:
@@ -106,11 +106,11 @@ class Bodies:
 
 
 def check(body: bytes) -> None:
-    """Raises ApiError (400) for JSON of too many values or levels. Says nothing about other defects."""
+    """Raises ApiError (400) for JSON with too many values or levels. Ignores other defects."""
     if b"\\" in body:
         body = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")
     data = np.frombuffer(body, np.uint8)
-    outside = np.cumsum(data == ord('"'), dtype=np.uint8) % 2 == 0  # of strings; wrapping keeps parity
+    outside = np.cumsum(data == ord('"'), dtype=np.uint8) % 2 == 0  # wraparound keeps parity
     commas = (data == ord(",")) & outside
     folded = data | 0x20  # [ becomes {, and ] becomes }
     opens = (folded == ord("{")) & outside
@@ -134,7 +134,7 @@ def check(body: bytes) -> None:
 
 
 def _between_numbers(data: NDArray[np.uint8], commas: NDArray[np.bool_]) -> int:
-    """How many commas stand between two digits, with at most one blank."""
+    """Number of commas between two digits, with at most one space."""
     if len(data) < 4:
         return 0
     digit = (data >= ord("0")) & (data <= ord("9"))
@@ -143,7 +143,7 @@ def _between_numbers(data: NDArray[np.uint8], commas: NDArray[np.bool_]) -> int:
 
 
 def _replay(body: bytes, receive: Receive, taken: Callable[[], None] | None = None) -> Receive:
-    """A `receive` that gives the body first. `taken` is called once the application has parsed it."""
+    """A `receive` that returns the body first. `taken` is called once the application has parsed it."""
     first: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
     async def replay() -> Message:
@@ -152,7 +152,7 @@ def _replay(body: bytes, receive: Receive, taken: Callable[[], None] | None = No
             return await receive()
         message, first = first, None
         if taken is not None:
-            # The application parses before it next waits: the call comes after that.
+            # The application parses before it awaits again, so this runs after parsing.
             asyncio.get_running_loop().call_soon(taken)
         return message
 

@@ -1,4 +1,4 @@
-"""One HTTP request's work in the engine, and what may end it early: its client, its deadline, a shutdown."""
+"""One HTTP request's work in the engine, which a disconnect, a deadline or a shutdown may end early."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client closed its connection; there is nobody to answer."""
+    """The client closed its connection, so there is no one to respond to."""
 
 
 class Job:
-    """Streams of the engine under one deadline. `close()` frees whatever still runs, exactly once."""
+    """Engine streams under one deadline. `close()` cancels the ones still running, exactly once."""
 
     def __init__(self, timeout: float, on_close: Callable[[Job], None], charge: Charge | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -35,7 +35,7 @@ class Job:
         self.sequences = 0
         self.streams: list[RequestStream] = []
         self.generated = 0  # tokens
-        self.costs: list[RequestCost] = []  # of the streams that have ended
+        self.costs: list[RequestCost] = []  # of finished streams
         self._charge = charge
         self._settling: set[asyncio.Task[None]] = set()
         self._interrupted: asyncio.Future[ApiError] = loop.create_future()
@@ -46,14 +46,14 @@ class Job:
         self._guarded = False
 
     def interrupt(self, error: ApiError) -> None:
-        """End the work; its client, if it is still being answered, gets `error`."""
+        """Stop the work. If the response is still in progress, the client receives `error`."""
         if not self._interrupted.done():
             self._interrupted.set_result(error)
         if not self._guarded:
             self.close()
 
     def close(self) -> None:
-        """Cancel what still runs and give the job's place back."""
+        """Cancel the streams still running and release the job's slot."""
         if not self._open:
             return
         self._open = False
@@ -67,7 +67,7 @@ class Job:
         self._on_close(self)
 
     async def _settle(self, stream: RequestStream) -> None:
-        """Charge a stream that was cancelled, once the engine has let go of it."""
+        """Charge a cancelled stream once the engine has released it."""
         try:
             async for output in stream:
                 self._ended(output)
@@ -79,12 +79,12 @@ class Job:
             self.costs.append(self._charge(self.client, output.metrics))
 
     def _failed(self, error: EngineError) -> None:
-        """A request that failed has cost what it used until then."""
+        """Charge a failed request for what it used before it failed."""
         if error.metrics is not None and self._charge is not None:
             self.costs.append(self._charge(self.client, error.metrics))
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(prompt's position, output) as they come. Raises ApiError where the engine fails or stops."""
+        """Yield (prompt index, output) as outputs arrive. Raises ApiError if the engine fails or stops."""
         source = self._only() if len(self.streams) == 1 else self._merged()
         try:
             async for position, output in source:
@@ -101,7 +101,7 @@ class Job:
     async def guard(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` until it ends, the client leaves (ClientGone), or the job is interrupted (ApiError).
 
-        The job is closed on return, whichever way.
+        The job is always closed on return.
         """
         self._guarded = True
         working = asyncio.ensure_future(work)
@@ -114,7 +114,7 @@ class Job:
             if self._interrupted.done():
                 raise self._interrupted.result()
             raise ClientGone
-        except EngineFailed as error:  # another replica may answer: a gateway asks it
+        except EngineFailed as error:  # a gateway retries this on another replica
             raise ApiError(503, str(error), code="engine_failed") from error
         except RequestAtFault as error:
             raise ApiError(400, str(error), code="invalid_value") from error
@@ -132,7 +132,7 @@ class Job:
             yield 0, output
 
     async def _merged(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """Outputs of several streams in the order they come."""
+        """Outputs of several streams in order of arrival."""
         queue: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
 
         async def feed(position: int, stream: RequestStream) -> None:
@@ -160,6 +160,6 @@ class Job:
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Returns when the client has closed its connection."""
+    """Return once the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Prometheus metrics under `farthing:`, named as vLLM names its own where it has them."""
+"""Prometheus metrics under `farthing:`, with vLLM's names wherever vLLM has the same metric."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ HISTOGRAMS = {
 
 
 class Metrics:
-    """A registry of its own for each server, so that several can live in one process."""
+    """One registry per server, so that several servers can run in one process."""
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
@@ -62,11 +62,11 @@ class Metrics:
         )
         ProcessCollector(registry=self.registry)
         self.registry.register(ServerCollector(service))
-        self.accounts = CollectorRegistry()  # apart: these name API keys
+        self.accounts = CollectorRegistry()  # separate registry: these metrics name API keys
         self.accounts.register(AccountsCollector(service))
 
     def render(self, accounts: bool = True) -> bytes:
-        """Prometheus' text format, with or without what each API key has spent."""
+        """Metrics in Prometheus text format, with or without spending per API key."""
         from prometheus_client import generate_latest
 
         return generate_latest(self.registry) + (generate_latest(self.accounts) if accounts else b"")
@@ -79,19 +79,19 @@ class AccountsCollector(Collector):
         self._service = service
 
     def collect(self) -> Iterable[Metric]:
-        """Nothing until the engine is loaded."""
+        """Yields nothing until the engine is loaded."""
         if self._service.accounts is not None:
             yield from cost_families(self._service.accounts.report())
 
 
 class ServerCollector(Collector):
-    """Reads the engine's statistics when they are scraped; nothing is paid per token."""
+    """Reads the engine's statistics at scrape time, with no overhead per token."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
     def collect(self) -> Iterable[Metric]:
-        """All families; those of the engine only once it is loaded."""
+        """All metric families; the engine's appear once it is loaded."""
         service, model = self._service, self._service.names[0]
         ready = GaugeMetricFamily("farthing:ready", "1 while requests are taken.", labels=["model_name"])
         ready.add_metric([model], 0.0 if service.unready() else 1.0)
@@ -173,7 +173,7 @@ def _expert_tokens(tokens: Mapping[int, list[int]], model: str) -> CounterMetric
 
 
 class CountRequests:
-    """ASGI middleware: counts answers by path and status. Paths that no route has are counted as one."""
+    """ASGI middleware that counts responses by path and status. Unknown paths share one label."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
         self.app = app
@@ -181,7 +181,7 @@ class CountRequests:
         self.paths = paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and watch the status go by."""
+        """Forward the request and record the response status."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

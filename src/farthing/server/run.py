@@ -1,4 +1,4 @@
-"""The process: load the model, listen, drain on SIGTERM, leave."""
+"""The server process: load the model, listen, drain on SIGTERM, exit."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("farthing.server")
 
-_OTHER_FILES = 128  # of the process beside connections
+_OTHER_FILES = 128  # file descriptors reserved for everything except connections
 _BACKLOG = 2048  # connections waiting to be accepted
-_SWITCH_SECONDS = 0.0005  # the engine's thread waits at most this long for the event loop's
-_CLOSE_SECONDS = 5  # for connections to close once the drain is over
+_SWITCH_SECONDS = 0.0005  # longest wait of the engine thread for the GIL
+_CLOSE_SECONDS = 5  # grace period for connections to close after the drain
 
 
 def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit status.
 
-    `load` builds the engine in a thread of its own while the socket already answers /health. Raises OSError
-    if the address is taken, before the model is loaded.
+    `load` builds the engine in a separate thread while the socket already answers /health. Raises OSError
+    before loading the model if the address is in use.
     """
     listener = listen(config.host, config.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -55,13 +55,13 @@ def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises OSError that names the address."""
+    """A listening socket. Raises an OSError that names the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host.strip("[]"), port))
-        listener.listen(_BACKLOG)  # clients may connect while the application is being built
+        listener.listen(_BACKLOG)  # clients can connect while the application is built
     except OSError as error:
         listener.close()
         raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -69,8 +69,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, but SIGTERM and SIGINT first drain: until then the server answers, /ready with 503. A second
-    signal ends at once."""
+    """Uvicorn, except that SIGTERM and SIGINT drain first. While draining the server still responds, and
+    /ready returns 503. A second signal exits immediately."""
 
     def __init__(self, config: uvicorn.Config, service: Service, guard: Connections) -> None:
         super().__init__(config)
@@ -79,32 +79,32 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has arrived (in the main thread, between two of the loop's steps)."""
+        """Handle a signal (in the main thread, between event-loop iterations)."""
         if self.service.draining:
             self.force_exit = self.should_exit = True
             return
         self.service.draining = True
-        log.info("draining for at most %g s; a second signal ends at once", self.service.config.drain_timeout)
+        log.info("draining for at most %g s; a second signal exits now", self.service.config.drain_timeout)
         self._loop.call_soon_threadsafe(self.begin_drain)
 
     def begin_drain(self) -> None:
-        """Start to drain; the server ends when that is over."""
+        """Start draining; the server exits when the drain completes."""
         if self._draining is None:
             self._draining = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
         if not await self.service.drain():
-            log.warning("drain timeout: the answers still running were ended with an error")
+            log.warning("drain timeout: responses still in flight were ended with an error")
         self.should_exit = True
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Run to the end."""
+        """Run until shutdown."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
 
 def make_server(service: Service) -> Server:
-    """A server over a service; `serve(sockets=[…])` runs it."""
+    """A server for a service; `serve(sockets=[…])` runs it."""
     limits = service.config
     guard = Connections(connection_limit(limits), limits.max_header_bytes, limits.header_timeout)
     config = uvicorn.Config(
@@ -123,7 +123,7 @@ def make_server(service: Service) -> Server:
 
 
 def connection_limit(config: ServerConfig) -> int:
-    """`max_connections`, as far as the process may open files; that limit is raised as far as it goes."""
+    """`max_connections`, capped by the open-file limit, which is first raised as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = config.max_connections + _OTHER_FILES
     if soft < wanted:
@@ -132,7 +132,7 @@ def connection_limit(config: ServerConfig) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     limit = max(1, min(config.max_connections, soft - _OTHER_FILES))
     if limit < config.max_connections:
-        log.warning("max_connections is lowered to %d: the limit on open files is %d", limit, soft)
+        log.warning("max_connections lowered to %d: the open-file limit is %d", limit, soft)
     return limit
 
 
@@ -152,15 +152,15 @@ async def _serve(
             failure.append(error)
             loop.call_soon_threadsafe(lambda: setattr(server, "should_exit", True))  # once there is a server
             return
-        gc.freeze()  # the model's objects stay: no collection need look at them again
+        gc.freeze()  # the model's objects are permanent: exclude them from GC
         service.launch_to_ready = time.time() - process_start()
         service.engine = engine
         if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
-            engine.sandbox.warm()  # chats need it: their template is the model's own
+            engine.sandbox.warm()  # chat templates come from the model, so they are rendered in the sandbox
         log.info("ready after %.2f s", service.launch_to_ready)
 
     loader = threading.Thread(target=load_engine, name="load", daemon=True)
-    loader.start()  # while the application is being built
+    loader.start()  # in parallel with building the application
     server = make_server(service)
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -169,14 +169,14 @@ async def _serve(
     finally:
         if service.engine is not None:
             await asyncio.to_thread(service.engine.shutdown)
-        gc.unfreeze()  # and may be collected at the end: native weights that outlive Python are reported
+        gc.unfreeze()  # so that shutdown collects native weights; nanobind reports leaks otherwise
     if failure:
         raise failure[0]
     return 0
 
 
 def process_start() -> float:
-    """When this process began, in seconds since 1970: from /proc, or when this module was imported."""
+    """Process start time in Unix seconds, from /proc; else the time this module was imported."""
     with suppress(OSError, ValueError, IndexError):
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         boot = next(

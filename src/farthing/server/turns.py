@@ -1,4 +1,4 @@
-"""One assistant turn: a conversation rendered, submitted and read back as deltas, whatever the API."""
+"""One assistant turn for any API: render the conversation, submit it, and parse the output into deltas."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRequest:
-    """What an API's request asks for. sampling: fields of SamplingParams."""
+    """The parameters of an API request. sampling: fields of SamplingParams."""
 
     conversation: Conversation
     sampling: Mapping[str, Any] = field(default_factory=dict)
     structured: StructuredOutputsParams | None = None
-    thinking_budget: int | None = None  # tokens of reasoning at most
+    thinking_budget: int | None = None  # maximum number of reasoning tokens
     priority: int = 0
     cache_salt: str = ""
     stream: bool = False
@@ -48,7 +48,7 @@ class TurnRequest:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """News of one choice. finish: None until its last update."""
+    """An update of one choice. finish: None until its last update."""
 
     index: int
     deltas: list[Delta]
@@ -57,19 +57,19 @@ class Update:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     finish: FinishReason | None
     stop_reason: int | str | None
-    calls: int  # begun so far
+    calls: int  # tool calls started so far
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How an output becomes deltas."""
+    """How output text is parsed into deltas."""
 
     formats: ModelFormats
     form: ChatFormat
     conversation: Conversation
-    tags: Tags | None  # None: not parsed for reasoning
+    tags: Tags | None  # None: reasoning is not parsed
     opened: bool  # the prompt ends inside the reasoning
-    shows_control: bool  # the client wants the control tokens
+    shows_control: bool  # the client requested control tokens
     forced: bool
 
     def parser(self) -> OutputParser:
@@ -122,7 +122,7 @@ class Turn:
         self._choices: dict[int, _Choice] = {}
 
     async def updates(self) -> AsyncIterator[list[Update]]:
-        """The updates that each output of the engine brings. Raises ApiError where the engine fails."""
+        """Yield the updates of each engine output. Raises ApiError if the engine fails."""
         async for _, output in self.job.outputs():
             self.usage.cached_tokens = output.num_cached_tokens
             yield [self._read(completion, output.prompt_logprobs) for completion in output.outputs]
@@ -160,7 +160,7 @@ class Turn:
         )
 
     def _wanted(self, deltas: list[Delta]) -> list[Delta]:
-        """Without parallel calls only the first one counts; where none may be made, none does."""
+        """Keep only the first call if parallel calls are off, and none if tool calls are not allowed."""
         conversation = self._reading.conversation
         limit = 0 if conversation.choice.mode == "none" else 1
         if limit and conversation.parallel_calls:
@@ -173,7 +173,7 @@ class Turn:
 
 
 async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
-    """Render, encode and submit. Raises ApiError; then nothing runs."""
+    """Render, encode and submit. If it raises ApiError, no request was started."""
     conversation = request.conversation
     formats = service.formats()
     form = formats.of_conversation(conversation)
@@ -182,7 +182,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     schema = forced.schema(conversation)
     structured = request.structured if schema is None else StructuredOutputsParams(json=schema)
     opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
-    # A grammar begins behind a reasoning that the prompt has opened, and else with the first token.
+    # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
     tags = form.tags if structured is None or opened else None
     values = dict(request.sampling)
     reading = Reading(
@@ -195,7 +195,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         forced=schema is not None,
     )
     if reading.reads_control:
-        values["skip_special_tokens"] = False  # the parser reads them, and drops the others
+        values["skip_special_tokens"] = False  # the parser needs its own and drops the rest
     values["stop_token_ids"] = _stops(values.get("stop_token_ids"), form, formats)
     job = await service.open(
         client,
@@ -215,17 +215,17 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     )
 
     def remember(tokens: list[int], deltas: list[Delta], ended: bool) -> None:
-        if reading.forced:  # what a grammar forced is not how the format writes calls
+        if reading.forced:  # grammar-forced output is not in the format's own call syntax
             return
         answer = collect(deltas)
-        if ended or (answer.text and not answer.calls):  # the middle of a thought or a call cannot be ended
+        if ended or (answer.text and not answer.calls):  # reasoning or a call cannot be closed midway
             service.answers.remember(client, prompt, ids + tokens, answer, ended)
 
     return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember)
 
 
 async def _encode(service: Service, conversation: Conversation, prompt: str, client: str) -> list[int]:
-    """The prompt's tokens; those of the last answer that was given here are the sampled ones."""
+    """The prompt's tokens, reusing the sampled tokens of the latest answer generated here."""
     turns, tokenizer = conversation.turns, service.formats().tokenizer
     said = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
     for position in reversed(said[-2:]):
@@ -240,7 +240,7 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
         if not entry.ended:
             tokens += service.formats().ending(head)
         elif not head.endswith(tokenizer.token_text(tokens[-1])):
-            tokens.pop()  # the token that ended the answer begins the next turn
+            tokens.pop()  # the answer's end token is rendered with the next turn
         return tokens + await service.encode(prompt[len(head) :], False, client, "messages")
     return await service.encode(prompt, False, client, "messages")
 
@@ -248,7 +248,7 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
 def _reasoning(
     tags: Tags | None, opened: bool, budget: int | None, structured: bool, formats: ModelFormats
 ) -> ReasoningParams | None:
-    """What the engine must know of the reasoning; None where it need not."""
+    """Reasoning parameters for the engine; None if it does not need any."""
     if tags is None or formats.tokenizer is None or (budget is None and not (structured and opened)):
         return None
     return ReasoningParams(
@@ -260,13 +260,13 @@ def _reasoning(
 
 
 def _stops(given: list[int] | None, form: ChatFormat, formats: ModelFormats) -> list[int] | None:
-    """Stop tokens: the client's and those that end a turn in this format."""
+    """Stop tokens: the client's plus those that end a turn in this format."""
     own = [token for stop in form.stops if (token := formats.token_id(stop)) is not None]
     return [*(given or ()), *own] or None
 
 
 async def render(service: Service, conversation: Conversation, client: str) -> str:
-    """The prompt of a conversation. Raises ApiError (400) where the format cannot express it."""
+    """The prompt of a conversation. Raises ApiError (400) if the format cannot express it."""
     engine, formats = service.require_engine(), service.formats()
     form = formats.of_conversation(conversation)
     if engine.tokenizer is None:

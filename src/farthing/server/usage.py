@@ -1,4 +1,4 @@
-"""What a request used, in OpenAI's shape."""
+"""Token usage of a request, in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of one HTTP request, over all its prompts and choices."""
+    """Token counts of one HTTP request, summed over its prompts and choices."""
 
     prompt_tokens: int
     completion_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    reasoning_tokens: int = 0  # of the completion
-    with_cost: bool = False  # say what it cost, in `x_farthing`
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    reasoning_tokens: int = 0  # completion tokens
+    with_cost: bool = False  # report the cost in `x_farthing`
 
     def document(self, job: Job) -> dict[str, Any]:
-        """The `usage` object of a job whose streams have ended."""
+        """The `usage` object of a job whose streams have all finished."""
         document: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
