@@ -30,6 +30,14 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/completions",
         {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(300_000)), 1)},
     ),
+    "1,024 bad words for 32 prompts": (
+        "/v1/completions",
+        {"prompt": ["x"] * 32, "max_tokens": 1, "bad_words": [f"{i} ab c" * 24 for i in range(1024)]},
+    ),
+    "200,000 allowed ids for 64 prompts": (
+        "/v1/completions",
+        {"prompt": ["x"] * 64, "max_tokens": 1, "allowed_token_ids": [10, 11] * 100_000},
+    ),
     "512 sequences": ("/v1/completions", {"prompt": ["x" * 200] * 8, "n": 64, "max_tokens": 1}),
 }
 BOUND = 0.25  # seconds

@@ -38,6 +38,7 @@ class Admission:
         self._sandbox = sandbox
         self._grammars: GrammarCompiler | None = None
         self._lock = threading.Lock()
+        self._vocabulary: tuple[SamplingParams | None, Vocabulary] = (None, Vocabulary(None, ()))  # the last
         self._numbers = itertools.count()  # of requests
         self._ids = itertools.count()  # of sequences
 
@@ -114,8 +115,16 @@ class Admission:
         elif grammar is not None:
             parts.append(grammar)
         if params.bad_words or params.allowed_token_ids is not None:
-            parts.append(Vocabulary(params.allowed_token_ids, self._bad_tokens(params.bad_words or ())))
+            parts.append(self._vocabulary_of(params))
         return All(parts) if len(parts) > 1 else next(iter(parts), None)
+
+    def _vocabulary_of(self, params: SamplingParams) -> Vocabulary:
+        """Made once for the prompts of one request, which share `params`."""
+        made_for, vocabulary = self._vocabulary
+        if made_for is not params:
+            vocabulary = Vocabulary(params.allowed_token_ids, self._bad_tokens(params.bad_words or ()))
+            self._vocabulary = params, vocabulary
+        return vocabulary.copy()
 
     def _bad_tokens(self, words: Seq[str]) -> list[list[int]]:
         """The tokens of each word, at the start of a text and after a space."""

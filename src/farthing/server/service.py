@@ -191,11 +191,13 @@ class Service:
             kind=kind,
             client=client,
         )
+        # Compiling a grammar, or reading 1,024 words or 262,144 ids, may take a while.
+        quick = params.structured_outputs is None and not (params.bad_words or params.allowed_token_ids)
         try:
             for number, prompt in enumerate(prompts, start=1):
-                if params.structured_outputs is None:
+                if quick:
                     stream = submit(prompt)
-                else:  # compiling a grammar may take a while
+                else:
                     stream = await asyncio.to_thread(submit, prompt)
                 job.streams.append(stream)
                 if number % max(1, _AT_ONCE // params.n) == 0:

@@ -9,7 +9,7 @@ from typing import Any
 from farthing.conversation.types import Turn
 
 MAX_RESPONSES = 4096
-MAX_CHARACTERS = 64 << 20  # of all texts together
+MAX_CHARACTERS = 64 << 20  # of all texts and documents together
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class ResponseStore:
 
     def put(self, client: str, turns: tuple[Turn, ...], document: dict[str, Any]) -> None:
         """Keep a response under its id."""
-        size = sum(map(_size, turns))
+        size = sum(map(_size, turns)) + _characters(document)
         if size > self._room:
             return
         self._kept[document["id"]] = Stored(client, turns, document, size)
@@ -55,6 +55,23 @@ class ResponseStore:
         if stored is not None:
             self._characters -= self._kept.pop(identity).characters
         return stored is not None
+
+
+def _characters(document: Any) -> int:
+    """Characters of all strings in a document, and 64 for each value: `metadata` and `tools` have no bound
+    but the body's."""
+    size, stack = 0, [document]
+    while stack:
+        item = stack.pop()
+        size += 64
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, dict):
+            size += sum(map(len, item))
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple):
+            stack.extend(item)
+    return size
 
 
 def _size(turn: Turn) -> int:
