@@ -7,8 +7,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
+from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.request import (
     CompletionOutput,
     FinishReason,
@@ -189,6 +192,13 @@ class ScriptedEngine:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None, *map(_certain, request.prompt_token_ids[1:])]
         deliver([(stream, output)])
+
+    def between_steps(self, call: Callable[[Any], Any]) -> Future[Any]:
+        """Calls are made at once, on a core whose prefix cache is empty."""
+        core = SimpleNamespace(scheduler=SimpleNamespace(prefix=PrefixCache(self.config.block_size)))
+        future: Future[Any] = Future()
+        future.set_result(call(core))
+        return future
 
     def chat_prompt(self, messages: Any, tools: Any = None, **kwargs: Any) -> str:
         """By the tokenizer's template."""
