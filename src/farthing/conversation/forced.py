@@ -55,10 +55,13 @@ def _key(position: int) -> str:
 
 
 def _object(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A function's parameters as the schema of an object; without any, an object without fields."""
+    """A function's parameters as the schema of an object; without any, an object without fields.
+
+    Arguments are an object whatever the schema says: a call with others could not be read back.
+    """
     if not parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {"type": "object"} | dict(parameters)
+    return dict(parameters) | {"type": "object"}
 
 
 def _rebased(schema: Any, root: str) -> Any:

@@ -100,6 +100,8 @@ def describe_validation(errors: list[Any]) -> ApiError:
         return ApiError(400, f"{param or 'the body'} is missing", param=param, code="missing_parameter")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not a known field", param=param, code="unknown_parameter")
+    if first["type"] == "value_error" and param is None:  # the whole body's: it names its fields itself
+        return ApiError(400, str(first["ctx"]["error"]), code="invalid_value")
     value = _SHORT.repr(first.get("input"))
     value = value if len(value) <= 80 else value[:77] + "..."
     message = f"{param or 'the body'} is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
@@ -108,4 +110,7 @@ def describe_validation(errors: list[Any]) -> ApiError:
 
 def _is_field(part: str | int) -> bool:
     """Whether a step of pydantic's path is a field or a position, not a member of a union."""
-    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "float", "bool"))
+    if isinstance(part, int):
+        return True
+    is_class = part[:1].isupper()  # a model that is a member of a union
+    return part.isidentifier() and not is_class and part not in ("str", "int", "float", "bool")

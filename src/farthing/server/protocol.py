@@ -38,17 +38,20 @@ class Strict(BaseModel):
 
 
 class Body(Strict):
-    """A whole body. A lone surrogate anywhere in it is refused: no tokenizer can carry one."""
+    """A whole body. Refused anywhere in it: a lone surrogate, which no tokenizer can carry, and NaN and
+    infinities, which are not JSON and would make an answer that repeats them no JSON either."""
 
     @model_validator(mode="before")
     @classmethod
-    def _encodable(cls, value: Any) -> Any:
+    def _is_json(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the body holds a lone surrogate: {error.reason}") from error
+        except ValueError as error:
+            raise ValueError("the body holds NaN or an infinity; expected numbers of JSON") from error
         except RecursionError as error:
             raise ValueError("the body is nested too deeply") from error
         return value
@@ -63,8 +66,8 @@ class Loose(BaseModel):
 class StreamOptions(Strict):
     """Options of a stream; `include_obfuscation` is accepted and has no effect."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False  # every chunk carries the usage so far
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False  # every chunk carries the usage so far
     include_obfuscation: bool | None = None
 
 
@@ -107,7 +110,7 @@ class Sampling(Body):
     """
 
     model: str | None = None
-    n: int = Field(default=1, ge=1, le=128)
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     frequency_penalty: Penalty | None = None
@@ -128,9 +131,9 @@ class Sampling(Body):
     repetition_penalty: float | None = Field(default=None, gt=0.01, le=100, allow_inf_nan=False)
     min_tokens: Count | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = None
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
+    ignore_eos: bool | None = False
+    include_stop_str_in_output: bool | None = False
+    skip_special_tokens: bool | None = True
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
     cache_salt: str | None = Field(default=None, max_length=1024)
     structured_outputs: StructuredOutputs | None = None
@@ -170,7 +173,7 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
     best_of: int | None = Field(default=None, ge=1, le=128)
     max_tokens: Count | None = 16
-    echo: bool = False
+    echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     add_special_tokens: bool = True
     response_format: ResponseFormat | None = None
@@ -214,13 +217,14 @@ class ToolCall(Strict):
 class Message(Loose):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart | RefusalPart], Field(max_length=4096, fail_fast=True)] | None = (
         None
     )
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] | None = None
     tool_call_id: str | None = None
+    function_call: FunctionCall | None = None  # the older form of a call; role "function" has its result
     reasoning_content: str | None = None
     reasoning: str | None = None  # another name of the same
 

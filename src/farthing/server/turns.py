@@ -274,8 +274,10 @@ async def render(service: Service, conversation: Conversation, client: str) -> s
     if conversation.effort not in (None, *form.efforts):
         raise ApiError(
             400,
-            f"reasoning_effort is {conversation.effort!r}; the chat format {form.name!r} expects "
-            + (f"one of {', '.join(form.efforts)}" if form.efforts else "none, as it has no levels"),
+            f"reasoning_effort is {conversation.effort!r}; the chat format {form.name!r} "
+            + (
+                f"expects one of {', '.join(form.efforts)}" if form.efforts else "has no levels: leave it out"
+            ),
             param="reasoning_effort",
             code="invalid_value",
         )

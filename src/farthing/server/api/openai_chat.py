@@ -100,8 +100,10 @@ def turn_of(message: Message) -> Turn:
         ToolCall(call.id or "", call.function.name, call.function.arguments)
         for call in message.tool_calls or ()
     )
+    if (older := message.function_call) is not None:
+        calls += (ToolCall("", older.name, older.arguments),)
     return Turn(
-        role=message.role,
+        role="tool" if message.role == "function" else message.role,
         text=message.text,
         reasoning=message.reasoning_content or message.reasoning or "",
         calls=calls,

@@ -29,8 +29,8 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
         raise ApiError(
             400, "suffix is not supported: the model was not trained to fill in the middle", param="suffix"
         )
-    if body.best_of not in (None, body.n):
-        raise ApiError(400, f"best_of is {body.best_of}; expected n = {body.n}", param="best_of")
+    if body.best_of not in (None, body.n or 1):
+        raise ApiError(400, f"best_of is {body.best_of}; expected n = {body.n or 1}", param="best_of")
     params = completion_params(body, engine.default_sampling)
     prompts, texts = await _prompts(service, body, client)
     job = await service.open(
@@ -83,6 +83,7 @@ class _Answer:
         texts: list[str | None],
     ) -> None:
         self.body, self.params = body, params
+        self._per_prompt = body.n or 1
         self.prompts, self.texts = prompts, texts
         self.tokenizer = service.require_engine().tokenizer
         self.envelope = {
@@ -128,11 +129,11 @@ class _Answer:
 
     def _delta(self, position: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         """A chunk's choice; a completion's first one carries the echo."""
-        first = position * self.body.n + completion.index not in self._offsets
+        first = position * self._per_prompt + completion.index not in self._offsets
         return self._choice(position, completion, self._echo(position, output) if first else None)
 
     def _choice(self, position: int, completion: CompletionOutput, echo: _Echo | None) -> dict[str, Any]:
-        index = position * self.body.n + completion.index
+        index = position * self._per_prompt + completion.index
         tokens, text = completion.token_ids, completion.text
         positions: list[Any] = completion.logprobs or []
         if self.body.max_tokens == 0:
