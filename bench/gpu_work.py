@@ -344,7 +344,8 @@ def decode_step(batch: int, context: int) -> Work:
     def plain() -> object:
         h = ops.embed(ids, model.embedding)
         for i, (attention, feed_forward) in enumerate(model.layers):
-            h = feed_forward(attention(h, step, cache, i))
+            h, _ = attention(h, step, cache, i)
+            h = feed_forward(h)
         return model.top_logits(h, 1)
 
     return Work(run, "copy", moved, 0.0, plain, "the same kernels without a graph")

@@ -138,8 +138,8 @@ def test_the_engine_serves_over_nodes(cluster: Any, checkpoint: Path) -> None:
     over: dict[str, Any] = dict(tensor_parallel_size=2, nodes=2, ray_address=cluster.address)
     with LLM(checkpoint, **fixed, **over) as llm:
         assert llm.generate([[1, 2, 3]], params, use_tqdm=False)[0].outputs[0].token_ids == expected
-        assert llm.engine._ranks is not None
-        os.kill(llm.engine._ranks._workers.pids[1], signal.SIGKILL)
+        assert isinstance(llm.engine._model, ParallelModel)
+        os.kill(llm.engine._model._workers.pids[1], signal.SIGKILL)
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:  # an idle engine learns of it too
             try:
