@@ -1,4 +1,4 @@
-"""Sessions of an agent: every turn sends the whole conversation again, a little longer than before."""
+"""Agent sessions: every turn resends the whole, growing conversation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TOOL = {"type": "object", "properties": {"command": {"type": "string"}}, "requi
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A conversation: what the agent's harness says, turn by turn. The server writes the answers between."""
+    """A conversation: the agent harness's messages by turn. The server generates the answers in between."""
 
     system: str
     says: tuple[str, ...]
@@ -42,10 +42,10 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class SessionShape:
-    """Sizes of synthetic sessions, in words of about a token each."""
+    """Sizes of synthetic sessions, in words of about one token each."""
 
     turns: int = 10
-    system_words: int = 400  # the same in all sessions, as an agent's instructions are
+    system_words: int = 400  # shared by all sessions, like an agent's instructions
     ask_words: int = 60
     result_words: int = 80  # of each tool result
 
@@ -56,7 +56,7 @@ class SessionShape:
 
 
 def synthetic(shape: SessionShape, count: int, seed: int = 0) -> list[Session]:
-    """`count` sessions with the same instructions and tool, and different requests and results."""
+    """`count` sessions with shared instructions and tool, but different requests and results."""
     rng = random.Random(seed)
 
     def words(number: int) -> str:
@@ -76,10 +76,10 @@ def synthetic(shape: SessionShape, count: int, seed: int = 0) -> list[Session]:
 
 
 def recorded(path: Path, count: int, turns: int, characters: int) -> list[Session]:
-    """Sessions of a recording: {"cases": [{"messages": [{"role", "content"}, …]}, …]}, as lucebench ships.
+    """Sessions of a recording in lucebench's format: {"cases": [{"messages": [{"role", "content"}, …]}, …]}.
 
-    The user's messages are sent, at most `turns` of them and `characters` in all; the answers recorded
-    between them are not. Raises ValueError for another kind of file.
+    Only the user's messages are sent, at most `turns` of them and `characters` in total. Raises ValueError
+    for any other kind of file.
     """
     try:
         cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
@@ -115,7 +115,7 @@ async def run_sessions(
     on_done: Callable[[Timing], None] = lambda _: None,
     **options: Any,
 ) -> list[list[Timing]]:
-    """Run `concurrency` sessions at once; each one's timings by turn. A failed turn ends its session."""
+    """Run `concurrency` sessions at a time; returns timings per turn. A failed turn ends its session."""
     if concurrency < 1:
         raise ValueError(f"concurrency: got {concurrency}; expected at least 1")
     gate = asyncio.Semaphore(concurrency)
@@ -139,7 +139,7 @@ async def _run(
     timings: list[Timing] = []
     calls: list[dict[str, Any]] = []
     for text in session.says:
-        if calls:  # the harness answers every call with this turn's text
+        if calls:  # the harness sends this turn's text as the result of every call
             turns += ({"role": "tool", "tool_call_id": call["id"], "content": text} for call in calls)
         else:
             turns.append({"role": "user", "content": text})
@@ -158,7 +158,7 @@ async def _run(
 
 @dataclass(frozen=True, slots=True)
 class AgentResult:
-    """A run's figures. Shares are of prompt tokens; latencies in milliseconds by percentile."""
+    """Results of a run. Shares are of prompt tokens; latencies in milliseconds by percentile."""
 
     sessions: int
     turns: int
@@ -169,7 +169,7 @@ class AgentResult:
     output_tokens: int
     cached_share: float
     cached_share_later: float  # from each session's second turn on
-    reused_share: float  # of the tokens that a turn shares with the one before, found in the cache
+    reused_share: float  # cached share of the tokens that a turn shares with the previous one
     turn_ms: dict[str, float]
     ttft_first_ms: dict[str, float]  # of first turns
     ttft_later_ms: dict[str, float]
@@ -177,17 +177,17 @@ class AgentResult:
 
     @property
     def usd_per_session(self) -> float | None:
-        """Price of a session on hardware at this hourly price."""
+        """Price per session on hardware at this hourly price."""
         return None if self.usd_per_hour is None else self.usd_per_hour / 3600 * self.seconds / self.sessions
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, derived ones included."""
+        """All figures, including derived ones."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return fields | {"usd_per_session": self.usd_per_session}
 
 
 def summarize(sessions: Sequence[Sequence[Timing]], usd_per_hour: float | None = None) -> AgentResult:
-    """Figures over the turns that succeeded."""
+    """Compute the figures over successful turns."""
     every = [timing for timings in sessions for timing in timings]
     good = [timing for timing in every if timing.error is None]
     first = [timings[0] for timings in sessions if timings and timings[0].error is None]

@@ -1,4 +1,4 @@
-"""The highest request rate a server sustains within the SLO: what a scaling policy needs to know."""
+"""The highest request rate a server sustains within the SLO, an input of scaling policies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from farthing.bench.workload import Shape, closed_loop, poisson
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One rate that was tried."""
+    """One measured rate."""
 
     rate: float  # requests a second
     goodput: float
@@ -24,13 +24,13 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The answer, with every trial behind it."""
+    """The capacity, with all trials."""
 
     requests_per_second: float
     tokens_per_second: float  # prompt + output at that rate
     output_tokens_per_second: float
     slo: Slo
-    goodput: float  # the share of requests asked to be within the SLO
+    goodput: float  # required share of requests within the SLO
     trials: tuple[Trial, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -47,9 +47,9 @@ def find_capacity(
     precision: float = 0.05,
     on_trial: Callable[[Trial], None] = lambda _: None,
 ) -> Capacity:
-    """Bisect Poisson rates between zero and the closed-loop throughput, `seconds` a trial.
+    """Bisect Poisson rates between zero and the closed-loop throughput, `seconds` per trial.
 
-    Stops when the bracket is within `precision` of its top. Raises RuntimeError where the server fails.
+    Stops when the bracket is within `precision` of its upper end. Raises RuntimeError if the server fails.
     """
     ceiling = asyncio.run(_ceiling(target, shape))
     low, high, best = 0.0, ceiling * 1.2, None
@@ -72,7 +72,7 @@ def find_capacity(
 
 
 async def _ceiling(target: Target, shape: Shape) -> float:
-    """Requests a second with 32 always in flight: no open loop sustains more."""
+    """Requests/s with 32 always in flight, an upper bound for any open loop."""
     timings = await run_load(target, closed_loop(shape, 96, seed=987), concurrency=32)
     result = summarize(timings, Slo())
     if result.failed:

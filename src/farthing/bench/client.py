@@ -1,8 +1,8 @@
 """One streamed completion or chat over HTTP/1.1, timed token by token.
 
-Built on asyncio streams: a load generator that shares two cores with the server it measures must cost
-little. Works with any OpenAI-compatible server. Where the server reports usage in every chunk
-(`continuous_usage_stats`, vLLM's extension), inter-token latency counts tokens; elsewhere it counts chunks.
+Built on asyncio streams, because a load generator that shares two cores with the server must be cheap. Works
+with any OpenAI-compatible server. If the server reports usage in every chunk (`continuous_usage_stats`,
+vLLM's extension), inter-token latency is per token; otherwise it is per chunk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Target:
     url: str  # http://127.0.0.1:8000
     model: str
     api_key: str | None = None
-    timeout: float = 300.0  # seconds a request may take
+    timeout: float = 300.0  # seconds per request
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -33,7 +33,7 @@ class Target:
 
 @dataclass(slots=True)
 class Timing:
-    """What one request saw; times are seconds on the monotonic clock."""
+    """Timings of one request, in seconds on the monotonic clock."""
 
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -42,7 +42,7 @@ class Timing:
     first: float | None = None  # first token
     end: float = 0.0
     arrivals: list[float] = field(default_factory=list)  # of every streamed chunk
-    counts: list[int] = field(default_factory=list)  # output tokens so far at each arrival, where reported
+    counts: list[int] = field(default_factory=list)  # output tokens so far at each arrival, if reported
     text: str = ""
     reasoning: str = ""  # of a chat
     calls: list[dict[str, Any]] = field(default_factory=list)  # tool calls of a chat
@@ -55,7 +55,7 @@ class Timing:
 
     @property
     def tpot(self) -> float:
-        """Mean seconds a token after the first."""
+        """Mean seconds per token after the first."""
         return (self.end - (self.first or self.end)) / max(self.output_tokens - 1, 1)
 
     @property
@@ -67,7 +67,7 @@ class Timing:
     def gaps(self) -> list[float]:
         """Seconds between tokens.
 
-        A chunk may carry several tokens: accepted drafts, or the bytes of a character that is now complete.
+        A chunk may contain several tokens: accepted drafts, or the bytes of a completed character.
         Its gap is divided evenly among them.
         """
         between = [b - a for a, b in zip(self.arrivals[:-1], self.arrivals[1:], strict=True)]
@@ -85,7 +85,7 @@ async def complete(
 ) -> Timing:
     """Stream one /v1/completions request. A failure is recorded in `error`, never raised.
 
-    into: filled while the answer comes, for a caller that wants to show it.
+    into: updated while the response streams, for live display.
     """
     return await _stream(
         target, "/v1/completions", {"prompt": prompt, "max_tokens": max_tokens, **options}, into
@@ -172,7 +172,7 @@ def _event(data: bytes, timing: Timing) -> bool:
 
 
 def _content(choice: dict[str, Any], timing: Timing) -> None:
-    """What a chunk adds to the answer: of a completion, or of a chat."""
+    """The text a chunk adds to a completion or a chat response."""
     delta = choice.get("delta") or {}
     timing.text += choice.get("text") or delta.get("content") or ""
     timing.reasoning += delta.get("reasoning_content") or ""

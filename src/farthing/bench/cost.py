@@ -1,4 +1,4 @@
-"""What each lever saves, and what it costs in quality: `farthing bench cost`.
+"""The savings and the quality loss of each lever: `farthing bench cost`.
 
 Every row is one way to serve the same checkpoint on this machine's CPU, measured in its own process (see
 `cost_probe`): the original (Hugging Face, eager, bfloat16), then Farthing with one more lever per row
@@ -23,7 +23,7 @@ from farthing.bench.levers import Lever, Quality
 from farthing.cost import Machine, usable_cpus
 from farthing.files import replace_json
 
-# Published for this class of system: how much of the original's is saved.
+# Published for this class of system: share saved relative to the original.
 CLAIMS = {"latency": 0.62, "memory": 0.40, "power": 0.58}
 
 
@@ -34,7 +34,7 @@ class Workload:
     model: str  # a directory
     prompts: tuple[tuple[int, ...], ...]  # token ids
     output_tokens: int = 64
-    tiny: str = ""  # a directory: a tiny checkpoint that imports everything before memory is measured
+    tiny: str = ""  # tiny checkpoint, run to import everything before memory is measured
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
@@ -47,8 +47,8 @@ class Workload:
 class Probe:
     """One measurement of one row."""
 
-    latency_ms: float  # between two tokens of a request, median
-    seconds: float  # of wall for the whole workload
+    latency_ms: float  # median time between two tokens of a request
+    seconds: float  # wall time of the whole workload
     cpu_seconds: float
     joules: float
     joules_source: str
@@ -58,7 +58,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians over the rounds; the contract of `--json`."""
+    """Medians over the rounds; the schema of `--json`."""
 
     name: str
     latency_ms_per_token: float
@@ -66,7 +66,7 @@ class Row:
     joules_per_token: float
     joules_source: str
     usd_per_million_tokens: float
-    quality: Quality | None = None  # against the first row, which has none
+    quality: Quality | None = None  # relative to the first row, which has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Comparison:
     claims: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """{"rows": […], "claims": {…}, and what was paid for}."""
+        """{"rows": […], "claims": {…}, and the hardware with its price}."""
         return {
             "rows": [asdict(row) for row in self.rows],
             "claims": self.claims,
@@ -119,13 +119,13 @@ def compare(
 ) -> Comparison:
     """Measure every row `rounds` times, interleaved. Raises RuntimeError naming the row that failed.
 
-    record: a file that keeps every measurement, so that an interrupted run resumes. Raises ValueError if it
-    belongs to other rows or another workload. qualities: by name of a row. budget: the increase of perplexity
-    that all levers together may cost.
+    record: a file that stores every measurement, so that an interrupted run resumes. Raises ValueError if it
+    belongs to other rows or another workload. qualities: by row name. budget: maximum perplexity increase of
+    all levers together.
     """
     book = _Record(record, workload, rows)
     for turn in range(rounds):
-        # The two rows that the claims need come first, in case the run is interrupted.
+        # The two rows needed for the claims come first, in case the run is interrupted.
         for lever in (rows[0], *reversed(rows[1:])):
             if len(book.probes[lever.name]) <= turn:
                 tries = [_probe(lever, workload, machine, n) for n in sorted({1, usable_cpus()})]
@@ -164,7 +164,7 @@ class _Record:
 
 
 def claims(original: Row, final: Row, budget: float = 0.01) -> dict[str, dict[str, Any]]:
-    """The share saved next to the published one (power: energy per token), and quality against its budget.
+    """The share saved compared with the published one (power: energy per token), and quality vs its budget.
 
     Quality is met when the upper end of the interval is within the budget.
     """

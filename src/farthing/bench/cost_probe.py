@@ -1,8 +1,8 @@
 """One row of `farthing bench cost`, in its own process: a request on stdin, a measurement on stdout.
 
-Warmed up once, then measured. Memory is the peak resident set while serving, minus what is resident before
-the model is loaded but after a tiny model has run the same code, so that neither side is charged for
-libraries that it imports late. Energy is RAPL's if it is readable, otherwise CPU time × declared watts.
+The workload is warmed up once, then measured. Memory is the peak resident set while serving minus the
+resident set before loading but after a tiny model has run the same code, so that neither side is charged for
+lazily imported libraries. Energy is read from RAPL if possible, otherwise CPU time × declared watts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from farthing.bench.cost import Probe
 from farthing.cost import RaplMeter
 
-Generate = Callable[[], list[float]]  # decodes the workload; the time of every token, seconds
+Generate = Callable[[], list[float]]  # decodes the workload; returns the time of every token in seconds
 Served = AbstractContextManager[Generate]
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _after_imports(make: Callable[[dict[str, Any]], Served], request: dict[str, Any]) -> int:
-    """Resident bytes once everything is imported: a tiny model has generated and is freed."""
+    """Resident bytes once everything is imported, after a tiny model has run and been freed."""
     tiny = {"model": request["tiny"], "prompts": [[3, 4, 5]] * len(request["prompts"]), "output_tokens": 2}
     if request["options"] is not None:  # the tiny model has no MTP layer to draft with
         tiny["options"] = request["options"] | (
@@ -88,7 +88,7 @@ def ours(request: dict[str, Any]) -> Iterator[Generate]:
             model=request["model"],
             max_num_seqs=len(prompts),
             max_model_len=max(map(len, prompts)) + length,
-            enable_prefix_caching=False,  # the second run must repeat the work of the first
+            enable_prefix_caching=False,  # the second run must repeat the first run's work
             skip_tokenizer_init=True,
             threads=request["threads"],
             **request["options"],
@@ -110,7 +110,7 @@ def ours(request: dict[str, Any]) -> Iterator[Generate]:
 
 
 def measure(generate: Generate, base: int, request: dict[str, Any]) -> dict[str, Any]:
-    """Run the workload once more and measure it."""
+    """Run the workload again and measure it."""
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     meter = _rapl()
     cpu, began = _cpu(), time.perf_counter()
@@ -131,13 +131,13 @@ def measure(generate: Generate, base: int, request: dict[str, Any]) -> dict[str,
 
 
 def _latency(times: list[float], batch: int) -> float:
-    """Mean time between two tokens of a request, the first left out (a step may bring several tokens)."""
+    """Mean time between tokens of a request after the first (a step may yield several tokens)."""
     times = sorted(times)
     return (times[-1] - statistics.median(times[:batch])) / (len(times) / batch - 1)
 
 
 def _estimated(cpu: float, seconds: float, request: dict[str, Any]) -> float:
-    """Declared watts: of a vCPU for its CPU time, idle for the rest."""
+    """Energy from declared watts: busy power for CPU time, idle power for the rest."""
     idle = max(0.0, seconds * request["count"] - cpu)
     return float(cpu * request["watts"] + idle * request["idle_watts"])
 
@@ -155,7 +155,7 @@ def _cpu() -> float:
 
 
 def resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (at most)."""
+    """Bytes of VmRSS (current) or VmHWM (peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

@@ -1,8 +1,8 @@
 """The rows of `farthing bench cost`: the original, then one more lever per row, calibrated within a budget.
 
-Weights are rounded by `int8-auto` and `int4-gptq`; the calibrated adaptive experts may then spend what INT4
-has left of the budget. Every row's quality is measured against the original on held-out text that no
-calibration has read. Speculation changes no token, so its row has the quality of the one before it.
+Weights are rounded by `int8-auto` and `int4-gptq`; the calibrated adaptive experts may then use the rest of
+the budget. Every row's quality is measured against the original on held-out text not used for calibration.
+Speculation changes no token, so its row has the quality of the previous one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Relative change of perplexity against the original, with its paired 95 % interval."""
+    """Relative change of perplexity from the original, with its paired 95 % confidence interval."""
 
     change: float
     low: float
@@ -48,14 +48,14 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Held-out text, split by document: one half to calibrate by, one that only the figures read."""
+    """Held-out text, split by document: one half for calibration, the other only for the figures."""
 
     calibration: Corpus
     judged: Corpus
 
     @classmethod
     def of(cls, source: Path, max_tokens: int | None = None) -> Texts:
-        """Raises ValueError if `source` has no tokenizer to encode text with."""
+        """Raises ValueError if `source` has no tokenizer."""
         if not (source / "tokenizer.json").exists():
             raise ValueError(
                 f"{source} has no tokenizer.json; expected one: without text no quality can be measured"
@@ -65,9 +65,9 @@ class Texts:
 
 
 def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lambda _: None) -> list[Lever]:
-    """All rows of a dense checkpoint, each with the levers of those before it.
+    """All rows of a dense checkpoint, each adding a lever to the previous row.
 
-    budget: relative increase of perplexity that all levers together may cost. work: receives the calibrated
+    budget: maximum relative perplexity increase of all levers together. work: directory of the calibrated
     checkpoints; finished ones are reused.
     """
     config = ModelConfig.from_directory(source)
@@ -90,12 +90,12 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
 
 
 def quality(source: Path, model: Path, corpus: Corpus) -> Quality:
-    """One checkpoint on the serving kernels against `source` in reference arithmetic."""
+    """Quality of a checkpoint on the serving kernels relative to `source` in reference arithmetic."""
     return _quality(compare_with(baseline(source, corpus, "reference"), load_for(model), corpus))
 
 
 def qualities(source: Path, rows: Sequence[Lever], corpus: Corpus) -> Iterator[tuple[str, Quality | None]]:
-    """(name of a row, its quality); None for the original, which the others are compared with."""
+    """(row name, quality); None for the original, the baseline of the others."""
     base = baseline(source, corpus, "reference")
     known: dict[str, Quality] = {}
     for row in rows:
@@ -113,7 +113,7 @@ def _quality(found: Comparison) -> Quality:
 
 
 def _calibrated(source: Path, out: Path, recipe: str, budget: float, say: Say) -> Path:
-    """`source` compressed by a recipe without its own gate: the rows' quality is measured in one place."""
+    """Compress `source` by a recipe with its gate off; quality is measured per row instead."""
     if (out / "report.json").exists():
         return out
     say(f"calibrating {recipe}")

@@ -1,4 +1,4 @@
-"""Send a workload to a server and summarize what its users experienced."""
+"""Send a workload to a server and summarize the latencies its users see."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Latency targets of a good request, in seconds."""
+    """Latency targets per request, in seconds."""
 
     ttft: float = 2.0
     tpot: float = 0.2
 
     def kept(self, timing: Timing) -> bool:
-        """Whether one request met both targets."""
+        """Whether a request met both targets."""
         return timing.error is None and timing.ttft <= self.ttft and timing.tpot <= self.tpot
 
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """A run's figures; latencies in milliseconds by percentile."""
+    """Results of a run; latencies in milliseconds by percentile."""
 
     requests: int
     failed: int
@@ -63,13 +63,13 @@ class LoadResult:
 
     @property
     def usd_per_million_tokens(self) -> float | None:
-        """Price of a million generated tokens on hardware at this hourly price."""
+        """Price per million generated tokens on hardware at this hourly price."""
         if self.usd_per_hour is None or not self.output_tokens:
             return None
         return self.usd_per_hour / 3600 * self.seconds / self.output_tokens * 1e6
 
     def to_json(self) -> dict[str, Any]:
-        """All figures, derived ones included."""
+        """All figures, including derived ones."""
         names = ("output_tokens_per_second", "total_tokens_per_second", "requests_per_second")
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         derived = {name: getattr(self, name) for name in (*names, "usd_per_million_tokens")}
@@ -83,7 +83,7 @@ async def run_load(
     on_done: Callable[[Timing], None] = lambda _: None,
     **options: Any,
 ) -> list[Timing]:
-    """Send every request at its time, or `concurrency` at once in order; return the timings in order."""
+    """Send requests at their times, or `concurrency` at a time in order; returns timings in order."""
     if concurrency is not None and concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}; expected at least 1, or none for an open loop")
     gate = asyncio.Semaphore(concurrency or len(workload) or 1)
@@ -101,7 +101,7 @@ async def run_load(
 
 
 def summarize(timings: Sequence[Timing], slo: Slo, usd_per_hour: float | None = None) -> LoadResult:
-    """Percentiles over the requests that succeeded; failures count against the goodput."""
+    """Percentiles over successful requests; failures lower the goodput."""
     good = [t for t in timings if t.error is None]
     gaps = [gap for t in good for gap in t.gaps]
     errors = dict.fromkeys(t.error for t in timings if t.error is not None)

@@ -1,4 +1,4 @@
-"""What `farthing bench cost` starts from: the checkpoint before compression, and a tiny one for warm-up."""
+"""Inputs of `farthing bench cost`: the checkpoint before compression, and a tiny one for warm-up."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from farthing.checkpoint import Checkpoint, CheckpointWriter
 
 @contextmanager
 def bf16_checkpoint(path: Path) -> Iterator[Path]:
-    """`path` itself if its weights are dense, otherwise a copy in bfloat16 that is deleted with the block.
+    """Yield `path` itself if its weights are dense, otherwise a temporary bfloat16 copy.
 
-    Hugging Face needs the copy: its DeepSeek FP8 format runs on GPUs only.
+    transformers needs the copy because its DeepSeek FP8 format runs on GPUs only.
     """
     checkpoint = Checkpoint.open(path)
     if not any(checkpoint.is_quantized(name.removesuffix(".weight")) for name in _matrices(checkpoint)):
@@ -28,7 +28,7 @@ def bf16_checkpoint(path: Path) -> Iterator[Path]:
 
 
 def tiny_checkpoint(path: Path) -> Path:
-    """A random DeepSeek-V3 of two layers, saved as transformers saves it."""
+    """A random two-layer DeepSeek-V3, saved by transformers."""
     import transformers
 
     config = transformers.DeepseekV3Config(
@@ -43,7 +43,7 @@ def tiny_checkpoint(path: Path) -> Path:
 
 
 def _matrices(checkpoint: Checkpoint) -> list[str]:
-    """Names of weights, one a module, however they are stored."""
+    """Weight names, one per module, in any storage format."""
     ends = (".weight", ".weight_packed")
     return sorted({f"{n.rpartition('.')[0]}.weight" for n in checkpoint.names() if n.endswith(ends)})
 

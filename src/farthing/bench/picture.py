@@ -1,4 +1,4 @@
-"""Pictures of a load run: how many requests were as fast as t."""
+"""Plots of a load run: cumulative latency distributions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from farthing.bench.client import Timing
 
 
 def draw_latencies(timings: Sequence[Timing], path: Path) -> None:
-    """Cumulative curves of TTFT and TPOT. Needs matplotlib (extra `train`)."""
+    """Plot cumulative curves of TTFT and TPOT. Requires matplotlib (extra `train`)."""
     import matplotlib
 
     matplotlib.use("Agg")

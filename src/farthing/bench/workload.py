@@ -1,4 +1,4 @@
-"""What a load generator sends and when: synthetic prompts, or a recorded trace."""
+"""Workloads of the load generator: synthetic prompts, or a recorded trace."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Shape:
 
     input_tokens: int = 128
     output_tokens: int = 64
-    shared_prefix: int = 0  # tokens that all prompts begin with
-    vocabulary: int = 8000  # prompt ids are drawn below this
+    shared_prefix: int = 0  # length of the prefix shared by all prompts
+    vocabulary: int = 8000  # prompt ids are below this
 
     def __post_init__(self) -> None:
         for name in ("input_tokens", "output_tokens"):
@@ -37,13 +37,13 @@ class Shape:
 
 
 def closed_loop(shape: Shape, count: int, seed: int = 0) -> list[Request]:
-    """`count` requests to be sent as fast as the concurrency allows."""
+    """`count` requests to send as fast as the concurrency allows."""
     prompts = _Prompts(shape, seed)
     return [Request(0.0, prompts.draw(shape.input_tokens), shape.output_tokens) for _ in range(count)]
 
 
 def poisson(shape: Shape, rate: float, count: int, seed: int = 0) -> list[Request]:
-    """`count` requests whose gaps are exponential with mean 1 / rate seconds."""
+    """`count` requests with exponential gaps of mean 1 / rate seconds."""
     if rate <= 0:
         raise ValueError(f"rate is {rate}; expected requests per second > 0")
     rng, prompts, at, out = random.Random(seed), _Prompts(shape, seed), 0.0, []
@@ -56,9 +56,9 @@ def poisson(shape: Shape, rate: float, count: int, seed: int = 0) -> list[Reques
 def from_trace(
     path: Path, shape: Shape, speed: float = 1.0, limit: int | None = None, max_len: int = 4096, seed: int = 0
 ) -> list[Request]:
-    """Replay a trace's arrivals and lengths (clipped to max_len in all), `speed` times as fast.
+    """Replay a trace's arrivals and lengths (prompt + output clipped to max_len), `speed` times as fast.
 
-    Formats as `farthing.fleet.replay.trace.read_requests` knows them; hash_ids become shared prefixes.
+    Formats: those of `farthing.fleet.replay.trace.read_requests`; hash_ids become shared prefixes.
     """
     rows = read_requests(path)[:limit]
     if not rows:
@@ -73,9 +73,9 @@ def from_trace(
 
 
 class _Prompts:
-    """Random token ids; the same prefix block gives the same ids."""
+    """Random token ids; equal prefix blocks produce equal ids."""
 
-    BLOCK = 512  # tokens a hash_id stands for in the Mooncake trace
+    BLOCK = 512  # tokens per hash_id in the Mooncake trace
 
     def __init__(self, shape: Shape, seed: int) -> None:
         self._rng = random.Random(seed)

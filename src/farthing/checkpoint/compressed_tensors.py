@@ -18,7 +18,7 @@ from farthing.checkpoint.error import CheckpointError
 from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
 
 METHOD = "compressed-tensors"
-# Suffixes a quantized module may hold besides its weight.
+# Suffixes a quantized module may have besides its weight.
 OPTIONAL = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_clip")
 
 
@@ -31,8 +31,8 @@ class Scheme:
     symmetric: bool
     strategy: str  # tensor | channel | group | block
     group_size: int | None
-    input_bits: int = 8  # fewer: a quantization-aware training asked for it
-    static_inputs: bool = False  # inputs are rounded with the calibrated `input_scale` of each matrix
+    input_bits: int = 8  # below 8 for some quantization-aware trained checkpoints
+    static_inputs: bool = False  # inputs are quantized with each matrix's calibrated `input_scale`
 
     def __str__(self) -> str:
         return f"{self.storage} {self.bits} bit {self.strategy}"
@@ -48,7 +48,7 @@ class Targets:
 
     @classmethod
     def of(cls, groups: Iterable[Iterable[str]]) -> Targets:
-        """The patterns of each group, by its number."""
+        """The patterns of each group, by group index."""
         names: dict[str, int] = {}
         regexes: list[tuple[re.Pattern[str], int]] = []
         linear: int | None = None
@@ -63,7 +63,7 @@ class Targets:
         return cls(names, tuple(regexes), linear)
 
     def match(self, module: str) -> int | None:
-        """The group of a Linear module; a name wins over a regex, a regex over the class."""
+        """The group of a Linear module; names take precedence over regexes, regexes over the class."""
         if module in self.names:
             return self.names[module]
         return next((i for regex, i in self.regexes if regex.match(module)), self.linear)
@@ -71,7 +71,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Which module has which scheme: `config.json["quantization_config"]`."""
+    """The scheme of each module, from `config.json["quantization_config"]`."""
 
     schemes: tuple[Scheme, ...]
     targets: Targets
@@ -79,7 +79,7 @@ class Groups:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Groups:
-        """Check and convert. Raises CheckpointError on anything this reader has no arithmetic for."""
+        """Validate and convert. Raises CheckpointError for any scheme without an implementation."""
         default = raw.get("format", "dense")
         groups = raw.get("config_groups")
         if not isinstance(groups, dict):
@@ -91,11 +91,11 @@ class Groups:
         return cls(schemes, targets, Targets.of([tuple(raw.get("ignore") or ())]))
 
     def index(self, module: str) -> int | None:
-        """The number of a Linear module's config group, None where it is ignored or not targeted."""
+        """The index of a Linear module's config group; None if it is ignored or not targeted."""
         return None if self.ignore.match(module) is not None else self.targets.match(module)
 
     def scheme(self, module: str) -> Scheme | None:
-        """The scheme of a Linear module, None where it stays dense."""
+        """The scheme of a Linear module; None if it stays dense."""
         index = self.index(module)
         return None if index is None else self.schemes[index]
 
@@ -141,7 +141,7 @@ def _scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
 
 
 def _is_static(inputs: Mapping[str, Any]) -> bool:
-    """Symmetric INT8 with one calibrated scale. Others are rounded dynamically, which errs less."""
+    """Whether inputs are symmetric INT8 with one calibrated scale. Others are quantized dynamically."""
     wanted = {"type": "int", "num_bits": 8, "strategy": "tensor", "symmetric": True}
     given = {"type": "int", "strategy": "tensor", "symmetric": True, **inputs}
     return bool(inputs) and not inputs.get("dynamic") and all(given.get(k) == v for k, v in wanted.items())
@@ -150,7 +150,7 @@ def _is_static(inputs: Mapping[str, Any]) -> bool:
 def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weight:
     """A module's tensors by suffix ('weight', 'weight_packed', 'weight_scale', …) -> Weight.
 
-    Raises CheckpointError, without file and module, which the reader adds.
+    Raises CheckpointError without file and module; the reader adds them.
     """
     scale = tensors["weight_scale"].float()
     if scheme.storage == "pack-quantized":

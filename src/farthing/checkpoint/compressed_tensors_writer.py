@@ -18,7 +18,7 @@ from farthing.checkpoint.compressed_tensors import METHOD
 from farthing.ops.weights import Weight
 
 VERSION = "0.20.0"
-EXPERTS = ".mlp.experts."  # in the name of every routed expert's module
+EXPERTS = ".mlp.experts."  # part of every routed expert's module name
 EXPERTS_TARGET = r"re:.*\.mlp\.experts\.\d+\..*"
 
 
@@ -59,7 +59,7 @@ def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tenso
 
 @dataclass(frozen=True, slots=True)
 class GroupKey:
-    """What distinguishes one config group from another when writing."""
+    """The properties that define a config group when writing."""
 
     format: str  # int8 | int4 | fp8
     group_size: int = 0
@@ -79,10 +79,10 @@ def key_of(weight: Weight, activations: str | None = None) -> GroupKey | None:
 
 
 def quantization_config(modules: Mapping[str, GroupKey | None]) -> dict[str, Any] | None:
-    """`quantization_config` for modules (all Linear modules of the model, None = kept dense).
+    """`quantization_config` for modules (all Linear modules of the model; None = kept dense).
 
-    Routed experts of one group are targeted by one pattern, by which readers that fuse them find their
-    scheme. If that leaves one more group, its target is the class Linear; of several, each names its modules.
+    Routed experts of one group are targeted by one pattern, so that readers that fuse them find their scheme.
+    If one other group remains, its target is the class Linear; if several remain, each lists its modules.
     """
     keys = sorted({k for k in modules.values() if k}, key=str)
     if not keys:

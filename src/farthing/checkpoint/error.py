@@ -2,4 +2,4 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read: names the file, the tensor, what was expected and what was found."""
+    """A checkpoint cannot be read; the message names the file, the tensor, the expected and found values."""

@@ -1,4 +1,4 @@
-"""DeepSeek's FP8 weights: E4M3 numbers with one float32 factor a block of 128 x 128 (DeepSeek-V3 sec. 3.3.2).
+"""DeepSeek's FP8 weights: E4M3 with one float32 factor per 128 x 128 block (DeepSeek-V3 sec. 3.3.2).
 
 The factor is stored as `weight_scale_inv` and, despite its name, multiplies: W = W8 * scale_inv of its block.
 Shapes: W [N, K]; scale_inv [ceil(N/block), ceil(K/block)]; the last block of a row or column may be ragged.

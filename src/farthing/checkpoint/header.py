@@ -1,8 +1,8 @@
-"""What is wrong with a safetensors file that the library refused.
+"""Diagnosis of a safetensors file that the library rejected.
 
-The library validates every header before it maps a tensor; its messages name neither the tensor nor the
-number that is off. This module reads the header again, without trusting it, and says both. It quotes nothing
-of a file that is not safetensors: an index may have pointed at something else.
+The library validates every header before it maps a tensor, but its messages name neither the tensor nor the
+wrong value. This module rereads the untrusted header and reports both. It quotes nothing from a file that is
+not safetensors, because an index may point to any other file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOT_SAFETENSORS = "not a safetensors file"
 
 
 def diagnose(path: Path) -> str | None:
-    """One line about the first fault found, None where the header looks right."""
+    """One line about the first fault found; None if the header looks valid."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -52,7 +52,7 @@ def diagnose(path: Path) -> str | None:
 
 
 def _entry_fault(entry: Any) -> str | None:
-    """What is wrong with one tensor's dtype, shape or offsets."""
+    """A fault in one tensor's dtype, shape or offsets; None if there is none."""
     if not isinstance(entry, dict):
         return "expected an object with dtype, shape and data_offsets"
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
@@ -78,7 +78,7 @@ def _need(shape: list[int], dtype: str) -> str:
 
 
 def _layout_fault(spans: dict[str, tuple[int, int]], size: int) -> str | None:
-    """What is wrong with the tensors' places in `size` bytes of data: overlaps, gaps, a cut file."""
+    """A fault in the tensors' layout in `size` bytes of data: overlaps, gaps, or a truncated file."""
     ordered = sorted(spans, key=spans.__getitem__)
     for before, after in pairwise(ordered):
         if spans[after][0] < spans[before][1]:

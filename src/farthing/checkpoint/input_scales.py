@@ -1,8 +1,8 @@
-"""Calibrated scales of matrices' inputs (`input_scale`), one for all matrices that read the same tensor.
+"""Calibrated input scales (`input_scale`), shared by all matrices that read the same tensor.
 
-Kernels round a tensor once, whatever reads it: gate and up projection, the stacked query and latent
-projections, and the routed experts of a layer, which all read the layer's normed hidden states. Where a file
-gives such siblings different scales, the largest holds, so that no range is clipped more than the file asks.
+Kernels quantize a tensor once for all its readers: gate and up projection, the stacked query and latent
+projections, and the routed experts of a layer, which all read the layer's normed hidden states. If a file
+gives such siblings different scales, the largest is used, so that no range is clipped more than specified.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shared_input(module: str) -> str:
 
 
 class InputScales:
-    """Scales by module, read when first needed."""
+    """Scales by module, read on first use."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         self._read = read
@@ -42,7 +42,7 @@ class InputScales:
                 self._sharing.setdefault(shared_input(name.removesuffix(SUFFIX)), []).append(name)
 
     def __getitem__(self, module: str) -> float:
-        """The scale of a module's input. Raises CheckpointError, without the file, which the reader adds."""
+        """The scale of a module's input. Raises CheckpointError without the file; the reader adds it."""
         key = shared_input(module)
         if key not in self._known:
             if f"{module}{SUFFIX}" not in self._sharing.get(key, ()):

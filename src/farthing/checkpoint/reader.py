@@ -1,7 +1,6 @@
 """A Hugging Face model directory as named tensors and weights.
 
-Nothing is read before it is asked for. Every failure names the file, the tensor, what was expected and
-what was found.
+Tensors are read on demand. Every error names the file, the tensor, the expected and the found value.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A model directory's config.json, or params.json of Mistral's own format. Raises CheckpointError."""
+    """Read config.json of a model directory, or params.json in Mistral's format. Raises CheckpointError."""
     if not has_config(path) or (path / CONFIG).is_file():
         return read_json(path / CONFIG)
     return {"model_type": "mistral_large_3"} | read_json(path / PARAMS)
 
 
 def has_config(path: Path) -> bool:
-    """Whether a directory says what model it holds."""
+    """Whether a directory has a model configuration."""
     return (path / CONFIG).is_file() or (path / PARAMS).is_file()
 
 
@@ -57,7 +56,7 @@ class Checkpoint:
         self._groups: ct.Groups | None = None
         self._input_scales = InputScales(shards.file_of, shards.read)
         self._fp8 = False
-        text = config.get("text_config") or {}  # where the language model is one part of several
+        text = config.get("text_config") or {}  # multimodal models nest the language model's config
         quantization = next(
             (
                 c[key]
@@ -72,7 +71,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Read config.json and the index; map nothing yet. Raises CheckpointError."""
+        """Read config.json and the index without mapping any file. Raises CheckpointError."""
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
@@ -87,13 +86,13 @@ class Checkpoint:
         return name in self._shards.file_of
 
     def holds(self, module: str) -> bool:
-        """Every expert is here (see `farthing.parallel` for where it is not)."""
+        """Always true: every expert is local (`farthing.parallel` overrides this per rank)."""
         return True
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A plain parameter in its stored dtype, as a view of the mapped file: copy it to change it.
+        """A plain parameter in its stored dtype, as a view of the mapped file: copy before writing.
 
-        Raises CheckpointError where it is missing or has another shape.
+        Raises CheckpointError if it is missing or has another shape.
         """
         if not self.has(name):
             raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
@@ -126,7 +125,7 @@ class Checkpoint:
         return any(self.has(f"{module}.{s}") for s in ("weight_scale", "weight_scale_inv", "weight_packed"))
 
     def stored_as(self, module: str) -> tuple[str, int]:
-        """Format (dense, int8, int4 or fp8) and columns of a matrix, from headers and config alone."""
+        """Format (dense, int8, int4 or fp8) and columns of a matrix, from headers and config only."""
         if self.has(f"{module}.weight_packed"):
             bits = 8 if (scheme := self._groups and self._groups.scheme(module)) and scheme.bits == 8 else 4
             return f"int{bits}", int(self.tensor(f"{module}.weight_shape")[1])
@@ -141,27 +140,27 @@ class Checkpoint:
         return sum((self.path / f).stat().st_size for f in set(self._shards.file_of.values()))
 
     def fingerprint(self) -> str:
-        """A digest of config.json, of which file holds what, and of each file's size and last bytes: enough
-        to tell checkpoints apart without reading them."""
+        """A digest of config.json, the tensor-to-file map, and each file's size and last bytes, which tells
+        checkpoints apart without reading them."""
         digest = hashlib.sha256(json.dumps([self.config, self._shards.file_of], sort_keys=True).encode())
         for name in sorted(set(self._shards.file_of.values())):
             digest.update(self._shards.tail(name))
         return digest.hexdigest()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a stored tensor, read from the header; does not count as use."""
+        """Shape of a stored tensor, from the header; does not mark it as used."""
         return self._shards.shape(name)
 
     def nbytes(self, name: str) -> int:
-        """Bytes of a stored tensor, read from the header; does not count as use."""
+        """Bytes of a stored tensor, from the header; does not mark it as used."""
         return self._shards.nbytes(name)
 
     def release(self) -> None:
-        """Unmap the files, so that what was read stops being resident; they are mapped again on demand."""
+        """Unmap the files to release resident memory; they are mapped again on demand."""
         self._shards.release()
 
     def finish(self, ignore: Sequence[str] = ()) -> None:
-        """Raise CheckpointError on tensors nobody asked for, except those matching an fnmatch pattern."""
+        """Raise CheckpointError for tensors never read that match no fnmatch pattern in `ignore`."""
         unused = [
             n
             for n in self.names()
@@ -282,7 +281,7 @@ class Checkpoint:
         return weight
 
     def _where(self, name: str) -> str:
-        """The file that holds a tensor, or where it should have been listed."""
+        """The file that holds a tensor, or the index that should list it."""
         files = self._shards.file_of
         sibling = name.rpartition(".")[0]
         file = files.get(name) or next((f for n, f in files.items() if n.startswith(f"{sibling}.")), None)

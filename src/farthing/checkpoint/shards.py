@@ -1,4 +1,4 @@
-"""Safetensors files, one or sharded by an index, mapped and never read as a whole."""
+"""Safetensors files, single or sharded with an index, memory-mapped and read on demand."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MISTRAL_INDEX = "consolidated.safetensors.index.json"
 _TAIL = 4096
-_SMALL = 64 << 10  # bytes up to which a tensor is copied: a view would keep its file mapped
-_RESIDENT = 64 << 20  # bytes handed out before the files are mapped again
+_SMALL = 64 << 10  # tensors up to this size are copied: a view would keep the file mapped
+_RESIDENT = 64 << 20  # bytes returned before the files are remapped
 _MAX_JSON = 1 << 30  # bytes of a JSON file; the index of DeepSeek-V3 takes 8 MB
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError where the file is missing, not JSON, or not an object."""
+    """Read a JSON object. Raises CheckpointError if the file is missing, not JSON, or not an object."""
     if not file.is_file():
         raise CheckpointError(f"{file}: the file is missing; expected a Hugging Face model directory")
     if file.stat().st_size > _MAX_JSON:
@@ -40,7 +40,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    """Tensor name -> file name. Only plain names of safetensors files: an index must not reach elsewhere."""
+    """Tensor name -> file name. Only plain .safetensors names, so an index cannot point elsewhere."""
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file}: expected a non-empty object 'weight_map'")
@@ -59,7 +59,7 @@ def _is_plain(name: str) -> bool:
 
 
 class Shards:
-    """Tensor name -> tensor over the files of one directory. A file is mapped when it is first read."""
+    """Tensor name -> tensor over the files of a directory. Each file is mapped on first read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,10 +78,10 @@ class Shards:
             )
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, a view of the mapped file (a copy where it is small).
+        """The tensor as stored: a view of the mapped file, or a copy if it is small.
 
-        Pages that were read count as resident memory while their mapping lives. Mapping a file again now
-        and then releases the pages of tensors the caller has already packed; views still held keep theirs.
+        Pages that were read stay resident as long as their mapping exists. Remapping a file periodically
+        releases the pages of tensors the caller has already packed; existing views keep theirs.
         """
         file = self.file_of[name]
         if self._handed_out > _RESIDENT:
@@ -91,22 +91,22 @@ class Shards:
             raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
         try:
             tensor: Tensor = handle.get_tensor(name)
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a dtype that torch lacks
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # or a dtype that torch lacks
             raise CheckpointError(f"{self.path / file}: {name}: {error}") from error
         self._handed_out += tensor.nbytes
         return tensor.clone() if tensor.nbytes <= _SMALL else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape, from the header alone."""
+        """The shape, from the header only."""
         return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())
 
     def nbytes(self, name: str) -> int:
-        """Bytes on disk, from the header alone."""
+        """Bytes on disk, from the header only."""
         part = self._handle(self.file_of[name]).get_slice(name)
         return -(-int(prod(part.get_shape())) * DTYPE_BITS[part.get_dtype()] // 8)
 
     def tail(self, file: str) -> bytes:
-        """A file's size (8 bytes) and its last 4096 bytes; the size alone where the file is missing."""
+        """A file's size (8 bytes) and its last 4096 bytes; only the size if the file is missing."""
         path = self.path / file
         if not path.is_file():
             return bytes(8)
@@ -116,7 +116,7 @@ class Shards:
             return size.to_bytes(8, "little") + stream.read()
 
     def release(self) -> None:
-        """Unmap every file (tensors already handed out stay valid), so that resident memory goes down."""
+        """Unmap every file to release resident memory; tensors already returned stay valid."""
         self._open.clear()
         self._handed_out = 0
 

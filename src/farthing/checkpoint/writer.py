@@ -1,6 +1,6 @@
-"""Write a Hugging Face directory tensor by tensor: sharded safetensors, index, config.
+"""Writes a Hugging Face directory tensor by tensor: sharded safetensors, index, config.
 
-A shard is complete once it has its name, so a killed run resumes after its last shard.
+A shard gets its final name only when complete, so a killed run resumes after its last shard.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from farthing.checkpoint.shards import INDEX, SINGLE
 from farthing.files import replace_json, replace_tensors
 
-# Files of a model directory that are not weights and travel unchanged.
+# Files of a model directory besides weights, copied unchanged.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,13 +25,13 @@ COMPANIONS = (
     "chat_template.jinja",
     "tokenizer.model",
 )
-_NEXT_CONFIG = "config.json.next"  # becomes config.json once every shard has its name
+_NEXT_CONFIG = "config.json.next"  # renamed to config.json once every shard has its final name
 
 
 class CheckpointWriter:
     """Streams tensors into shards of at most `max_shard_bytes` (one larger tensor gets its own).
 
-    With `resume`, shards already in `path` are kept and their tensors count as written.
+    With `resume`, existing shards in `path` are kept and their tensors count as written.
     """
 
     def __init__(self, path: Path, max_shard_bytes: int = 2**30, resume: bool = False) -> None:
@@ -39,7 +39,7 @@ class CheckpointWriter:
         self.max_shard_bytes = max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
-        self._addresses: set[int] = set()  # of what is queued
+        self._addresses: set[int] = set()  # addresses of queued tensors
         self._shards: list[list[str]] = []
         self._written: set[str] = set()
         self.total_bytes = 0
@@ -51,7 +51,7 @@ class CheckpointWriter:
                 file.unlink()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; writes a shard when enough is queued. Raises ValueError on a repeated name."""
+        """Queue one tensor; writes a shard when enough is queued. Raises ValueError for a duplicate name."""
         if self.has(name):
             raise ValueError(f"{name} was written before; expected every tensor once")
         size = tensor.numel() * tensor.element_size()
@@ -59,7 +59,7 @@ class CheckpointWriter:
             self.flush()
         tensor = tensor.detach().contiguous()
         if tensor.data_ptr() in self._addresses:
-            tensor = tensor.clone()  # safetensors refuses two names for one memory
+            tensor = tensor.clone()  # safetensors rejects tensors that share memory
         self._addresses.add(tensor.data_ptr())
         self._pending[name] = tensor
         self._pending_bytes += size
@@ -70,11 +70,11 @@ class CheckpointWriter:
 
     @property
     def shards(self) -> int:
-        """Shards complete on disk."""
+        """Number of complete shards on disk."""
         return len(self._shards)
 
     def flush(self) -> None:
-        """Write what is queued as a shard; afterwards it survives a kill. Raises OSError on a full disk."""
+        """Write queued tensors as a shard, which then survives a kill. Raises OSError on a full disk."""
         if not self._pending:
             return
         replace_tensors(self._part(len(self._shards) + 1), self._pending)
@@ -87,8 +87,8 @@ class CheckpointWriter:
     def close(self, config: dict[str, Any], copy_from: Path | None = None) -> None:
         """Name the shards as Hugging Face does, write index and config.json, copy tokenizer files.
 
-        What needs space on the disk is written before the shards are renamed: a run that fails here can
-        still resume.
+        Everything that needs disk space is written before the shards are renamed, so a run that fails here
+        can still resume.
         """
         self.flush()
         if copy_from is not None:

@@ -1,6 +1,6 @@
-"""What this machine can do, and what to install to let it do more.
+"""Checks of this machine's capabilities, with advice on what to install.
 
-report = examine()          # a list of checks; measures memory bandwidth for a moment
+report = examine()          # a list of checks; briefly measures memory bandwidth
 report.healthy              # whether `farthing serve` will work here
 """
 

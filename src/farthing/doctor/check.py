@@ -1,4 +1,4 @@
-"""The shape of a finding."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ Status = Literal["ok", "info", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One finding. ok: as it should be; info: a fact; warn: could do more; fail: serving will not work."""
+    """One result. ok: good; info: a fact; warn: reduced capability; fail: serving will not work."""
 
     group: str
     name: str
     status: Status
     detail: str
-    advice: str = ""  # what to do about it
-    data: dict[str, Any] = field(default_factory=dict)  # the same as numbers, for --json
+    advice: str = ""  # how to fix or improve it
+    data: dict[str, Any] = field(default_factory=dict)  # machine-readable values for --json
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All findings, in order."""
+    """All results, in order."""
 
     checks: Sequence[Check]
 
     @property
     def healthy(self) -> bool:
-        """Nothing failed."""
+        """Whether no check failed."""
         return all(check.status != "fail" for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""All checks in the order a reader wants them."""
+"""Runs all checks in display order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from farthing.doctor.check import Check, Report
 
 
 def examine(measure: bool = True) -> Report:
-    """Look at the machine. measure: also the memory's bandwidth, which takes a moment and every core."""
+    """Check the machine. measure: also measure memory bandwidth, which briefly uses every core."""
     checks = chain(
         machine.check_processor(),
         machine.check_memory(measure),
@@ -25,7 +25,7 @@ def examine(measure: bool = True) -> Report:
 
 
 def _backend() -> Check:
-    """What `--backend auto` resolves to, by building it."""
+    """The backend that `--backend auto` resolves to, found by building it."""
     try:
         from farthing.ops import select
 

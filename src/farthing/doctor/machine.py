@@ -1,4 +1,4 @@
-"""The processor, its memory, and the accelerators."""
+"""Checks of the processor, memory and accelerators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from farthing.cost import cpu_name, usable_cpus
 from farthing.doctor.check import Check
 
-# What the kernels use, best last; the names of /proc/cpuinfo.
+# Instruction sets used by the kernels, best last, with their /proc/cpuinfo names.
 INSTRUCTION_SETS = (
     "avx2",
     "fma",
@@ -28,7 +28,7 @@ INSTRUCTION_SETS = (
     "amx_bf16",
 )
 GIB = 1 << 30
-_PROBE_BYTES = 512 << 20  # beyond every cache but the largest
+_PROBE_BYTES = 512 << 20  # larger than all but the largest caches
 
 
 def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
@@ -59,7 +59,7 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
 
 
 def check_memory(measure: bool = True) -> Iterator[Check]:
-    """Size and, measured for a moment, read bandwidth: what bounds decoding."""
+    """Memory size and (briefly measured) read bandwidth, which bounds decoding."""
     total, free = _meminfo("MemTotal"), _meminfo("MemAvailable")
     yield Check(
         group="memory",
@@ -74,7 +74,7 @@ def check_memory(measure: bool = True) -> Iterator[Check]:
     if not measure:
         return
     rate, how = read_bandwidth(usable_cpus())
-    # a token reads every active weight once
+    # every token reads each active weight once
     yield Check(
         group="memory",
         name="read bandwidth",
@@ -86,7 +86,7 @@ def check_memory(measure: bool = True) -> Iterator[Check]:
 
 
 def read_bandwidth(threads: int) -> tuple[float, str]:
-    """(GB/s, what measured it): the native kernels' probe, else numpy, which reaches less."""
+    """(GB/s, method): the native kernels' probe, else numpy, which reports less."""
     native = _native()
     if native is not None:
         return float(native.read_bandwidth(threads, _PROBE_BYTES)), f"native, {threads} threads"
@@ -107,7 +107,7 @@ def _numpy_bandwidth(threads: int, size: int = _PROBE_BYTES // 2, passes: int = 
 
 
 def check_gpus() -> Iterator[Check]:
-    """CUDA devices torch sees."""
+    """CUDA devices visible to torch."""
     try:
         import torch
     except ImportError:
@@ -135,7 +135,7 @@ def check_gpus() -> Iterator[Check]:
 
 
 def _native() -> Any:
-    """The native module, None where it is not built or does not load."""
+    """The native module; None if it is not built or does not load."""
     try:
         return import_module("farthing._native")
     except ImportError:
@@ -151,7 +151,7 @@ def _flags(cpuinfo: Path) -> set[str]:
 
 
 def _meminfo(field: str) -> int:
-    """Bytes; 0 where the system does not tell."""
+    """Total memory in bytes; 0 if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

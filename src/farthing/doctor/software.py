@@ -1,4 +1,4 @@
-"""Python, the native kernels, compilers, optional extras, and what a command needs of them."""
+"""Checks of Python, the native kernels, compilers and optional extras."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_python() -> Iterator[Check]:
 
 
 def check_native() -> Iterator[Check]:
-    """Whether the C++ kernels are there; without them the slow reference ops serve."""
+    """Whether the C++ kernels are built; without them, Farthing falls back to slow PyTorch ops."""
     compiler = any(shutil.which(name) for name in COMPILERS[:3])
     try:
         module = import_module("farthing._native")
@@ -62,7 +62,7 @@ def check_native() -> Iterator[Check]:
 
 
 def check_compilers() -> Iterator[Check]:
-    """Only needed to build from source."""
+    """Compilers, needed only to build from source."""
     found = {name: _version_of(name) for name in COMPILERS if shutil.which(name)}
     compiler = next((name for name in COMPILERS[:3] if name in found), None)
     yield Check(
@@ -76,7 +76,7 @@ def check_compilers() -> Iterator[Check]:
 
 
 def check_extras() -> Iterator[Check]:
-    """Every optional extra: complete, or what it lacks."""
+    """Each optional extra: complete, or the missing packages."""
     for extra in extras.declared():
         missing = extras.missing(extra)
         yield Check(
@@ -90,7 +90,7 @@ def check_extras() -> Iterator[Check]:
 
 
 def check_energy() -> Iterator[Check]:
-    """Where the joules in the accounts come from."""
+    """The source of energy readings in cost accounts."""
     machine = Prices.load().machine("gpu" if _has_gpu() else "cpu")
     source = open_meter(machine).source
     estimated = "estimated" in source
@@ -113,7 +113,7 @@ def _has_gpu() -> bool:
 
 
 def _version_of(program: str) -> str:
-    """The first version number a program prints; "" where it prints none."""
+    """The first version number a program prints; "" if there is none."""
     try:
         run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

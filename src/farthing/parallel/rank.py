@@ -1,4 +1,4 @@
-"""One rank: its groups, its slice of the model, and its part of every step."""
+"""One rank: its groups, its slice of the model, and its share of every step."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from farthing.parallel.symmetric import fastest
 
 
 class Rank:
-    """Built on every rank in the same order, since groups are made together; then every rank makes the same
-    calls."""
+    """Built on every rank in the same order, because groups are created collectively. All ranks then make
+    the same calls."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Rank:
         arena: Arena | None = None,
         nodes: int = 1,
     ) -> None:
-        """arena: shared memory for the groups within a node; None: torch.distributed's transport for all."""
+        """arena: shared memory for the groups within a node; None: torch.distributed for all groups."""
         self.plan = ShardPlan.build(config, layout)
         self.layout, self.place = layout, layout.place(rank)
         self.first, self.last = self.place.stage == 0, self.place.stage == layout.pp - 1
@@ -59,7 +59,7 @@ class Rank:
         self._source = ShardedSource(source, self.plan, self.place, self.placements)
         local = local_config(self.plan, self.place)
         self.routers = local_routers(self.plan, self.place, routers or routers_of(config))
-        # Every rank has its slice of the embedding and of the head, and the norms in front of it.
+        # Every rank has its slice of embedding and head, and the norms before the head.
         self.model = DeepseekModel(
             local, ParallelOps(ops, self._groups, self._shares), self._source, self.routers
         )
@@ -70,17 +70,17 @@ class Rank:
             )
         ]
         self.cache: LatentCache | None = None
-        self.counts: Tensor | None = None  # [layers from this stage on, E], where this rank counts tokens
+        self.counts: Tensor | None = None  # [layers from this stage on, E], if this rank counts tokens
 
     def new_cache(self, num_blocks: int, block_size: int, dtype: CacheDtype) -> LatentCache:
-        """This rank's layers of the cache; block indices are the same on every rank."""
+        """The cache of this rank's layers; block indices are the same on every rank."""
         self.cache = self.model.new_cache(num_blocks, block_size, dtype)
         return self.cache
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
-        """This stage's layers -> hidden [T, D], the model's on the last stage.
+        """Run this stage's layers -> hidden [T, D]; on the last stage, the model's output.
 
-        Hidden states come from the stage before and go to the one behind, a micro-batch at a time.
+        Hidden states arrive from the previous stage and go to the next one, per micro-batch.
         """
         assert self.cache is not None
         whole = batch
@@ -89,7 +89,7 @@ class Rank:
             ids = ids[own] if len(own) else ids[:1]
         h = self.model.ops.embed(ids, self.model.embedding)
         parts = []
-        # Copies with tokens of their own meet in every mixture of experts: they all take one batch a step.
+        # Copies with different tokens synchronize in every MoE layer, so each runs one batch per step.
         most = 1 if self.layout.dp_attention else self.layout.pp
         for rows, part in micro_batches(batch, most):
             x = h[rows]
@@ -103,7 +103,7 @@ class Rank:
         return self._gathered(x, whole) if self.layout.dp_attention and self.last else x
 
     def _gathered(self, own: Tensor, batch: Batch) -> Tensor:
-        """Every copy's rows in the order of the batch, on every rank of the stage."""
+        """Gather all copies' rows in batch order, on every rank of the stage."""
         out = own.new_empty(len(batch.positions), own.shape[1])
         for copy in range(self.layout.copies):
             rows, _ = own_sequences(batch, self.layout.copies, copy)
@@ -113,9 +113,9 @@ class Rank:
         return out
 
     def draft(self, next_ids: Tensor, batch: Batch, step: int, hidden: Tensor | None = None) -> Tensor | None:
-        """The last stage's `DeepseekModel.draft`; the other ranks give their rows of the embedding.
+        """`DeepseekModel.draft` on the last stage; the other ranks supply their rows of the embedding.
 
-        hidden [T, D]: on the driver.
+        hidden [T, D]: valid on the driver.
         """
         whole = batch
         if self.layout.dp_attention:
@@ -133,7 +133,7 @@ class Rank:
         return self.model.draft(next_ids, hidden, batch, self.cache, step, self.counts)
 
     def logits(self, rows: int, step: int | None = None, hidden: Tensor | None = None) -> Tensor | None:
-        """[rows, V] float32 of the driver's hidden [rows, D]; of a draft's where step is given."""
+        """Logits [rows, V] float32 for the driver's hidden [rows, D]; for a draft if step is given."""
         if self.place.copy:
             return None
         model, hidden, norm = self.model, *self._spread(rows, step, hidden)
@@ -142,14 +142,14 @@ class Rank:
     def top_logits(
         self, rows: int, k: int, step: int | None = None, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """As `logits`: the k largest."""
+        """Like `logits`, but only the k largest."""
         if self.place.copy:
             return None
         model, hidden, norm = self.model, *self._spread(rows, step, hidden)
         return model.ops.top_logits(hidden, model.head, norm, model.eps, k)
 
     def count(self) -> Tensor:
-        """[L, E] tokens that every expert has seen, from every stage: where they do not share memory."""
+        """[L, E] token counts of every expert on all stages, reduced when stages share no memory."""
         config = self.plan.config
         table = torch.zeros(counted_layers(config), config.n_routed_experts or 0, dtype=torch.int64)
         if self.counts is not None:
@@ -158,9 +158,9 @@ class Rank:
         return table
 
     def rebalance(self, tokens: Mapping[int, list[int]], redundant: int) -> None:
-        """Place the experts anew by the measured tokens of each layer's, and read those that moved here.
+        """Re-place experts by the measured tokens per layer, and read those that moved to this rank.
 
-        tokens: by layer of the checkpoint. Every rank computes the same placement.
+        tokens: by checkpoint layer. Every rank computes the same placement.
         """
         first = self.plan.stages[self.place.stage].start
         hidden, local = self.plan.config.num_hidden_layers, len(self.model.layers)
@@ -173,14 +173,14 @@ class Rank:
             placement = place(tokens[layer], self.layout.ep, redundant)
             if placement != self._placement(layer):
                 self.placements[layer] = placement
-                self.model.unstack()  # it holds the experts that go
+                self.model.unstack()  # it references the experts that leave
                 self._pack_again(index, block, router)
         if self.model.stack is None:
             self.model.restack()
 
     def _pack_again(self, index: int, block: FeedForward, router: RouterSpec) -> None:
         p = f"model.layers.{index}.mlp"
-        block.packed = None  # one layer's experts are in memory twice otherwise
+        block.packed = None  # otherwise one layer's experts are in memory twice
         self.model.ops.forget(f"{p}.")
         block.packed = self.model.ops.pack_moe(
             p, router, lambda: moe_weights(self.model.config, self._source, p, router)
@@ -190,14 +190,14 @@ class Rank:
         return self.placements.get(layer) or in_order(self.plan.config.n_routed_experts or 0, self.layout.ep)
 
     def _shares(self, name: str) -> dict[tuple[int, int], tuple[int, ...]]:
-        """Of the experts `model.layers.<local>.mlp`."""
+        """The shares of the experts in `model.layers.<local>.mlp`."""
         layer = self._source.layer(int(name.split(".")[2]))
         if self.layout.ep == 1:
             return {(1, 0): tuple(range(self.plan.config.n_routed_experts or 0))}
         return self._placement(layer).shares(self.place.local)
 
     def _spread(self, rows: int, step: int | None, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The driver's hidden states on every slice of the head, and the norm in front of it."""
+        """Broadcast the driver's hidden states to all slices of the head; also returns the norm before it."""
         group = self._groups.vocabulary
         root = self.layout.vocabulary_ranks(0).index(self.layout.driver)
         norm = self.model.norm if step is None else self._draft_norms[min(step, len(self._draft_norms) - 1)]
@@ -220,7 +220,7 @@ def open_rank(
     arena: Arena | None = None,
     nodes: int = 1,
 ) -> Rank:
-    """A rank of a checkpoint; reads only its own bytes."""
+    """Load one rank of a checkpoint; reads only that rank's bytes."""
     checkpoint = Checkpoint.open(path)
     config = config_of(checkpoint)
     routers = routers_for(config, checkpoint.config, experts)
@@ -229,7 +229,7 @@ def open_rank(
 
 
 def counted_layers(config: ModelConfig) -> int:
-    """Layers whose experts' tokens are counted."""
+    """Layers whose expert tokens are counted."""
     return config.num_hidden_layers + config.num_nextn_predict_layers
 
 
@@ -237,9 +237,9 @@ Ranks = tuple[int, ...]
 
 
 def group_ranks(layout: Layout) -> list[Ranks]:
-    """The ranks of every group of a layout, in the order in which they are made; groups of one are left out.
+    """The ranks of every group of a layout, in creation order, without groups of one rank.
 
-    Groups of equal ranks are one group: its collectives follow one order on all of them.
+    Groups with equal ranks are one group, so their collectives run in the same order on all of them.
     """
     found: list[Ranks] = []
     for s in range(layout.pp):
@@ -256,7 +256,7 @@ def group_ranks(layout: Layout) -> list[Ranks]:
 
 
 def shared_bytes(layout: Layout, nodes: int = 1, node: int = 0) -> int:
-    """Bytes of shared memory that the groups within one node take."""
+    """Bytes of shared memory used by the groups within one node."""
     return arena_bytes(
         [len(ranks) for ranks in group_ranks(layout) if _homes(layout, ranks, nodes) == {node}]
     )
@@ -269,7 +269,7 @@ def _homes(layout: Layout, ranks: Ranks, nodes: int) -> set[int]:
 def _make_groups(
     layout: Layout, rank: int, timeout: float, arena: Arena | None, nodes: int, device: torch.device
 ) -> dict[Ranks, Group]:
-    """This rank's groups. torch.distributed has every rank make every group, in one order."""
+    """This rank's groups. torch.distributed requires every rank to create every group in one order."""
     made: dict[Ranks, Group] = {}
     offset, mine = 0, layout.node(rank, nodes)
     neighbours = sum(layout.node(r, nodes) == mine for r in range(layout.world))

@@ -1,7 +1,7 @@
-"""Ranks on several nodes: Ray places one actor a rank, torch.distributed connects them.
+"""Ranks on several nodes: Ray places one actor per rank, torch.distributed connects them.
 
-Ray is imported here alone (extra `ray`). The driver is the process that serves; it runs on a node of the
-cluster, beside the ranks of its stage. Its place in the placement group is reserved like theirs.
+Only this module imports Ray (extra `ray`). The driver is the serving process. It runs on a cluster node next
+to the ranks of its stage, with its resources reserved in the placement group like theirs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from farthing.parallel.worker import (
 
 log = logging.getLogger(__name__)
 CONNECT_TIMEOUT = 5.0  # seconds
-PLACE_TIMEOUT = 60.0  # seconds for the cluster to find room
-BEAT = 0.5  # seconds between two questions to a rank whether it is there
-MISSED_BEATS = 16  # in a row: the rank is lost. Counted, so that a replica that was stopped has not failed
+PLACE_TIMEOUT = 60.0  # seconds for the cluster to place the ranks
+BEAT = 0.5  # seconds between liveness checks of a rank
+MISSED_BEATS = 16  # in a row: the rank is lost. A count, not a time, so that a suspended replica survives
 
 
 def import_ray() -> Any:
-    """The package. Raises ValueError saying how to install it."""
+    """The ray package. Raises ValueError with the install command if it is missing."""
     try:
         import ray
         import ray.util.scheduling_strategies
@@ -47,16 +47,16 @@ def import_ray() -> Any:
 
 
 def own_address() -> str:
-    """Of the node this process is on, as the cluster knows it."""
+    """The address of this process's node, as known to the cluster."""
     address: str = import_ray().util.get_node_ip_address()
     return address
 
 
 class RankActor:
-    """One rank. Calls run in the order they were made; `beat` answers beside them."""
+    """One rank. Calls run in submission order; `beat` runs concurrently."""
 
     def __init__(self, options: RankOptions, index: int, version: str) -> None:
-        """version: the driver's."""
+        """version: the driver's version, which must match."""
         if (mine := importlib.metadata.version("farthing")) != version:
             raise ValueError(f"farthing {mine} is on this node; expected {version}, the driver's")
         self._options, self._index = options, index
@@ -68,7 +68,7 @@ class RankActor:
         return os.getpid(), str(import_ray().get_runtime_context().get_node_id())
 
     def open(self, host: str, port: int, name: str | None) -> None:
-        """Join the others and load this rank's slices. name: of shared memory; None: gloo alone."""
+        """Join the other ranks and load this rank's slices. name: of the shared memory; None: gloo only."""
         options, layout = self._options, self._options.layout
         join(layout, self._index, connect(host, port, layout), options.device, own_address())
         if name is not None:
@@ -76,7 +76,7 @@ class RankActor:
         self._rank = open_own(options, self._index, self._arena)
 
     def call(self, method: str, arguments: tuple[Any, ...]) -> None:
-        """One of the driver's calls. What goes wrong is told with the next beat."""
+        """Run one of the driver's calls. Errors are reported with the next beat."""
         try:
             with torch.inference_mode():
                 device = self._rank.model.ops.device
@@ -88,18 +88,18 @@ class RankActor:
                 self._arena.abort()
 
     def beat(self) -> str | None:
-        """Why this rank cannot go on; None if it can."""
+        """Why this rank cannot continue; None if it can."""
         return self._problem
 
     def gpus(self) -> list[str]:
-        """What Ray gave this process."""
+        """The GPU ids that Ray assigned to this process."""
         return [str(g) for g in import_ray().get_gpu_ids()]
 
 
 class RayWorkers:
-    """As `Workers`, on the nodes of a Ray cluster."""
+    """Like `Workers`, on the nodes of a Ray cluster."""
 
-    notice = (MISSED_BEATS + 2) * BEAT  # seconds after which a lost rank is known
+    notice = (MISSED_BEATS + 2) * BEAT  # seconds until a lost rank is detected
 
     def __init__(self, options: RankOptions) -> None:
         self._options, self._layout = options, options.layout
@@ -110,9 +110,9 @@ class RayWorkers:
         self._opened: dict[int, Any] = {}
         self.pids: dict[int, int] = {}
         self.nodes: dict[int, str] = {}  # by rank
-        self.arena: Arena | None = None  # of the driver's node
+        self.arena: Arena | None = None  # shared memory of the driver's node
         self._group: Any = None
-        self._seat: Any = None  # of the driver, where there are GPUs
+        self._seat: Any = None  # the driver's reservation, if there are GPUs
         self._watcher: threading.Thread | None = None
         self._ray = import_ray()
         self._own_connection = _connect(self._ray, options.config.ray_address)
@@ -124,7 +124,7 @@ class RayWorkers:
             raise
 
     def await_all(self, word: str) -> None:
-        """Wait until every rank is `started` or `ready`. Raises RankFailed with why one cannot."""
+        """Wait until every rank is `started` or `ready`. Raises RankFailed with the reason of a failure."""
         if word == "started":
             for rank, at in self._get({r: a.started.remote() for r, a in self._actors.items()}).items():
                 self.pids[rank], self.nodes[rank] = at
@@ -134,11 +134,11 @@ class RayWorkers:
         self._watcher.start()
 
     def open(self, port: int, name: str | None) -> None:
-        """Have every rank join the driver and load; `await_all("ready")` waits for it."""
+        """Make every rank join the driver and load; `await_all("ready")` waits for completion."""
         self._opened = {r: a.open.remote(self.address, port, name) for r, a in self._actors.items()}
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Have every rank make a call."""
+        """Send a call to every rank."""
         if self._failure:
             raise RankFailed(self._failure)
         wired = tuple(to_wire(a) for a in arguments)
@@ -146,12 +146,12 @@ class RayWorkers:
             actor.call.remote(method, wired)
 
     def failure(self, wait: float = 0.0) -> str | None:
-        """Why the replica has failed, looked for during `wait` seconds."""
+        """Why the replica failed, checked for up to `wait` seconds; None if it has not."""
         self._ended.wait(wait)
         return self._failure
 
     def close(self) -> None:
-        """End every rank and give the resources back."""
+        """Stop every rank and release the resources."""
         if self._closed:
             return
         self._closed = True
@@ -168,7 +168,7 @@ class RayWorkers:
     # -- placing
 
     def _place(self) -> None:
-        """A placement group of one bundle a node; then an actor a rank in its node's bundle."""
+        """Create a placement group with one bundle per node, then one actor per rank in its node's bundle."""
         ray, layout, nodes = self._ray, self._layout, self._options.config.nodes
         kinds = ("CPU", "GPU") if self._options.device == "cuda" else ("CPU",)
         ranks = [r for r in range(layout.world) if r != layout.driver]
@@ -192,13 +192,13 @@ class RayWorkers:
                 num_cpus=1, num_gpus=int("GPU" in kinds), max_restarts=0, scheduling_strategy=at
             ).remote(self._options, r, version)
             if r == layout.driver:
-                self._seat = made  # computes nothing: it holds the GPU that this process uses
+                self._seat = made  # idle actor that reserves the GPU this process uses
                 torch.cuda.set_device(_ordinal(ray.get(made.gpus.remote())[0]))
             else:
                 self._actors[r] = made
 
     def _bundles(self) -> list[int]:
-        """The bundle of every node of the layout: the driver's is the one on this process's node."""
+        """The bundle of each node of the layout; the driver's is the one on this process's node."""
         placed = self._ray.util.placement_group_table(self._group)["bundles_to_node_id"]
         own = self._ray.get_runtime_context().get_node_id()
         here = [index for index, node in placed.items() if node == own]
@@ -212,7 +212,7 @@ class RayWorkers:
     # -- watching
 
     def _get(self, references: dict[int, Any]) -> dict[int, Any]:
-        """The results by rank; RankFailed with the reason of the first that fails."""
+        """Results by rank. Raises RankFailed with the reason of the first failure."""
         open_, found = {ref: rank for rank, ref in references.items()}, {}
         while open_:
             done, _ = self._ray.wait(list(open_), timeout=START_TIMEOUT)
@@ -227,7 +227,7 @@ class RayWorkers:
         return found
 
     def _watch(self) -> None:
-        """A rank that ends, that fails, or that does not answer takes the replica with it."""
+        """Fail the replica if a rank exits, fails, or stops responding."""
         missed = dict.fromkeys(self._actors, 0)
         asked: dict[int, Any] = {}
         while not self._closed:
@@ -261,7 +261,7 @@ class RayWorkers:
         self._ended.set()
         if self.arena is not None:
             self.arena.abort()
-        self._kill()  # its peers would wait in vain
+        self._kill()  # its peers would wait forever
 
     def _kill(self) -> None:
         for actor in [*self._actors.values(), self._seat]:
@@ -271,7 +271,7 @@ class RayWorkers:
 
 
 def _connect(ray: Any, address: str | None) -> bool:
-    """Join the cluster; whether this call did. Raises ValueError where there is none."""
+    """Join the cluster; returns whether this call did. Raises ValueError if there is no cluster."""
     if ray.is_initialized():
         return False
     try:
@@ -279,7 +279,7 @@ def _connect(ray: Any, address: str | None) -> bool:
             host, _, port = address.rpartition(":")
             socket.create_connection(
                 (host, int(port)), CONNECT_TIMEOUT
-            ).close()  # Ray itself tries for minutes
+            ).close()  # fail fast: Ray itself retries for minutes
         ray.init(address=address or "auto", logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
@@ -290,7 +290,7 @@ def _connect(ray: Any, address: str | None) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong in one line, without the traceback of another process that Ray's messages carry."""
+    """The error in one line, without the remote traceback in Ray's messages."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):
         return f"{type(cause).__name__}: {cause}"
@@ -300,6 +300,6 @@ def _reason(error: Exception) -> str:
 
 
 def _ordinal(gpu: str) -> int:
-    """CUDA's number in this process of a GPU that Ray names."""
+    """This process's CUDA index of a GPU id from Ray."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",").index(gpu) if visible else int(gpu)

@@ -1,4 +1,4 @@
-"""How ranks find each other through torch.distributed, and the shared memory of those on one node."""
+"""Rendezvous of ranks through torch.distributed, and the shared memory of ranks on one node."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from farthing.parallel.rank import shared_bytes
 from farthing.parallel.shared import DIRECTORY, Arena, available
 
 log = logging.getLogger(__name__)
-JOIN_TIMEOUT = 60.0  # seconds for every rank to join, once all processes run
+JOIN_TIMEOUT = 60.0  # seconds for every rank to join once all processes are running
 _SIOCGIFADDR = 0x8915
 
 
 def listen(host: str, layout: Layout) -> TCPStore:
-    """The driver's side: a port the system chose, in `store.port`."""
+    """The driver's side: listens on a system-chosen port, `store.port`."""
     return TCPStore(host, 0, layout.world, True, timedelta(seconds=JOIN_TIMEOUT), wait_for_workers=False)
 
 
 def connect(host: str, port: int, layout: Layout) -> TCPStore:
-    """Every other rank's side."""
+    """The side of all other ranks."""
     return TCPStore(host, port, layout.world, False, timedelta(seconds=JOIN_TIMEOUT))
 
 
 def join(layout: Layout, rank: int, store: TCPStore, device: str = "cpu", address: str = "") -> None:
-    """torch.distributed: gloo, and NCCL beside it for ranks on GPUs.
+    """Initialize torch.distributed: gloo, plus NCCL for ranks on GPUs.
 
-    address: of this node, where there are several; gloo would listen on whatever the host's name stands for.
+    address: of this node, if there are several; by default gloo listens on the host name's address.
     """
     if address and (interface := interface_of(address)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -48,7 +48,7 @@ def join(layout: Layout, rank: int, store: TCPStore, device: str = "cpu", addres
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 address; None if none has (or the system is not Linux)."""
+    """The network interface with an IPv4 address; None if there is none (or the system is not Linux)."""
     try:
         import fcntl
     except ImportError:
@@ -65,9 +65,9 @@ def interface_of(address: str) -> str | None:
 
 
 def node_arena(layout: Layout, rank: int, nodes: int, name: str) -> Arena | None:
-    """Shared memory of the ranks on this rank's node, where every node has some to give; else None.
+    """Shared memory of the ranks on this rank's node if every node can allocate it; else None.
 
-    name: of the replica, the same on every rank. All ranks call it, after `join`.
+    name: the replica's, the same on every rank. All ranks must call it, after `join`.
     """
     node = layout.node(rank, nodes)
     path = DIRECTORY / f"{name}-{node}"

@@ -1,11 +1,11 @@
-"""Collectives through memory that the ranks of one host share: one copy in, sums read in place.
+"""Collectives through memory shared by the ranks of one host: one copy in, sums read in place.
 
-A group owns a few pages of one mapped file: a counter a rank, each on a cache line of its own, and two slots
-a rank. In its collective number s a rank writes to its slot s mod 2 and then sets its counter to s; whoever
-needs the data waits for that counter and reads the slot where it lies. Before a slot is written again every
-peer must have posted s - 1: only then has it finished with s - 2, which stood in the same slot.
+A group owns a few pages of one mapped file: per rank one counter, on its own cache line, and two slots. In
+collective number s a rank writes its slot s mod 2 and then sets its counter to s; a reader waits for that
+counter and reads the slot in place. Before a slot is overwritten, every peer must have posted s - 1, which
+means that it has finished reading s - 2 from the same slot.
 
-Counters need stores that other cores see in order, which x86-64 guarantees; elsewhere ranks use gloo.
+Counters require stores that other cores see in order, which x86-64 guarantees; elsewhere ranks use gloo.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ SLOT_BYTES = 1 << 20
 LINE = 64  # bytes of a cache line
 _WORDS = LINE // 8
 _HEADER = 4096
-_SPINS = 400  # looks at a counter before the core is offered to others (about 20 us)
+_SPINS = 400  # polls of a counter before yielding the core (about 20 us)
 _YIELDS = 2000
 _NAP = 50e-6  # seconds
 
 
 def available() -> bool:
-    """Whether ranks of this host can use shared memory."""
+    """Whether ranks on this host can use shared memory."""
     return DIRECTORY.is_dir() and platform.machine() in ("x86_64", "AMD64")
 
 
 class Arena:
-    """One mapped file for all groups of a replica. Its first word says that a rank has failed."""
+    """One mapped file for all groups of a replica. Its first word is a flag that a rank has failed."""
 
     def __init__(self, path: Path, create: int | None = None) -> None:
-        """create: bytes of a new file, whose pages are taken now: OSError where the host has too few."""
+        """create: bytes of a new file, allocated immediately. Raises OSError if memory is insufficient."""
         self.path = path
         flags = os.O_RDWR | (os.O_CREAT | os.O_EXCL if create else 0)
         descriptor = os.open(path, flags, 0o600)
@@ -59,25 +59,25 @@ class Arena:
             os.close(descriptor)
         self.words = memoryview(self._map).cast("Q")
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        # The driver may be left by the shell that started it; a rank that its driver has left is lost.
+        # The driver's parent may exit normally; a rank whose parent, the driver, exits is lost.
         self.parent = None if create else os.getppid()
 
     @classmethod
     def create(cls, nbytes: int) -> Arena:
-        """A new file under /dev/shm; `unlink` it once every rank has opened it."""
+        """Create a file in /dev/shm; `unlink` it once every rank has opened it."""
         name = tempfile.mktemp(prefix="farthing-", dir=DIRECTORY)
         return cls(Path(name), max(nbytes, _HEADER))
 
     def unlink(self) -> None:
-        """Remove the name; the memory goes when the last rank ends, however it ends."""
+        """Remove the name; the memory is freed when the last rank exits or crashes."""
         self.path.unlink(missing_ok=True)
 
     def abort(self) -> None:
-        """Wake every rank that waits: its collective raises PeerLost."""
+        """Wake every waiting rank; its collective raises PeerLost."""
         self.words[0] = 1
 
     def check(self) -> None:
-        """Raise PeerLost if a rank has failed or the parent process is gone."""
+        """Raise PeerLost if a rank has failed or the parent process has exited."""
         if self.words[0]:
             raise PeerLost("another rank has failed")
         if self.parent is not None and os.getppid() != self.parent:
@@ -85,7 +85,7 @@ class Arena:
 
 
 def group_bytes(size: int, slot_bytes: int = SLOT_BYTES) -> int:
-    """Bytes of a group of `size` ranks."""
+    """Bytes used by a group of `size` ranks."""
     return -(-size * LINE // 4096) * 4096 + size * 2 * slot_bytes
 
 
@@ -95,7 +95,7 @@ def arena_bytes(sizes: Sequence[int], slot_bytes: int = SLOT_BYTES) -> int:
 
 
 class SharedGroup:
-    """A group in an arena, from `offset` on. Every rank makes the same calls in the same order."""
+    """A group in an arena, starting at `offset`. Every rank makes the same calls in the same order."""
 
     def __init__(
         self,
@@ -107,13 +107,13 @@ class SharedGroup:
         slot_bytes: int = SLOT_BYTES,
         crowded: bool = False,
     ) -> None:
-        """timeout: seconds of waiting for one collective. crowded: more ranks than cores, do not spin."""
+        """timeout: seconds to wait in one collective. crowded: more ranks than cores, so do not spin."""
         self.size, self.index = size, index
         self._arena, self._words, self._timeout = arena, arena.words, timeout
         self._first = (_HEADER + offset) // 8
         self._slots = _HEADER + offset + group_bytes(size, 0)
         self._slot_bytes, self._spins = slot_bytes, 1 if crowded else _SPINS
-        self._count = ctypes.c_uint64(0)  # collectives begun: native code counts on (`shared_sum`)
+        self._count = ctypes.c_uint64(0)  # collectives started; native code continues the count
         self._crowded = crowded
         self._views: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
 
@@ -122,7 +122,7 @@ class SharedGroup:
         return self._count.value
 
     def shared_sum(self) -> SharedSum:
-        """The same group for native code, whose sums and these collectives may follow each other."""
+        """This group for native code; its sums can be interleaved with these collectives."""
         memory = self._arena.bytes.data_ptr()
         return SharedSum(
             memory + self._first * 8, memory + self._slots, self._slot_bytes, ctypes.addressof(self._count),
@@ -154,7 +154,7 @@ class SharedGroup:
         return out
 
     def broadcast(self, x: Tensor, root: int) -> Tensor:
-        """The root's x; on the others x says shape and dtype and is written to."""
+        """The root's x; on other ranks x defines shape and dtype and is overwritten."""
         x = x.contiguous()
         for part in self._chunks(x):
             if self.index == root:
@@ -166,7 +166,7 @@ class SharedGroup:
         return x
 
     def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """parts[j] [m_j, …] goes to rank j; the result's j-th comes from rank j."""
+        """Send parts[j] [m_j, …] to rank j; part j of the result comes from rank j."""
         row = parts[0][:1].numel() if len(parts[0]) else parts[0].new_empty(1, *parts[0].shape[1:]).numel()
         counts = torch.tensor([len(p) for p in parts])
         table = torch.stack(self.all_gather(counts)) * row  # [from, to] elements
@@ -230,7 +230,7 @@ class SharedGroup:
             if words[at] >= step:
                 return
         naps = 0
-        # Naps are counted, not the clock: a replica that was stopped and continued has not timed out.
+        # Count naps instead of clock time, so that a suspended and resumed replica does not time out.
         while words[at] < step:
             naps += 1
             if naps < _YIELDS:

@@ -1,4 +1,4 @@
-"""A rank's view of a checkpoint: the model asks for local layers and shapes, and gets its slices."""
+"""A rank's view of a checkpoint: the model reads local layers and shapes and receives its slices."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from farthing.parallel.plan import Cut, Place, ShardPlan, bounds, layer_of
 
 
 class ShardedSource:
-    """Renames local layers to the checkpoint's and cuts what tensor parallelism cuts.
+    """Maps local layers to the checkpoint's and slices tensors for tensor parallelism.
 
-    Safetensors slices of a mapped file: only the bytes of the slice are read.
+    Slices are read from a mapped safetensors file, so only their bytes are read.
     """
 
     def __init__(
         self, source: WeightSource, plan: ShardPlan, place: Place, placements: Placements | None = None
     ) -> None:
-        """placements: which experts are here, by layer of the checkpoint; missing ones stand in order."""
+        """placements: local experts by checkpoint layer; missing layers use contiguous ranges."""
         self._source, self._plan, self._place = source, plan, place
         self._placements = placements if placements is not None else {}
         self._first = plan.stages[place.stage].start
         self._local = len(plan.stages[place.stage])
 
     def has(self, name: str) -> bool:
-        """Whether the checkpoint has the tensor and this rank reads it."""
+        """Whether the tensor is in the checkpoint and read by this rank."""
         name = self._global(name)
         return (
             self._source.has(name)
@@ -50,13 +50,13 @@ class ShardedSource:
         return self._plan.cut(f"{module}.gate_proj.weight", self._place) is not None
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A plain parameter, or the slice of it. The plan's shape is checked, `shape` is the local one."""
+        """A plain parameter, or its slice. The plan's shape is checked; `shape` is the local shape."""
         name, cut = self._cut(name)
         value = self._source.tensor(name, self._plan.shapes[name])
         return value if cut.dim is None else value.narrow(cut.dim, cut.start, cut.stop - cut.start)
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        """A matrix, or the slice of it, in its stored format where the slice allows."""
+        """A matrix, or its slice, in its stored format if the slice allows it."""
         name, cut = self._cut(f"{module}.weight")
         rows, columns = self._plan.shapes[name]
         weight = self._source.weight(name.removesuffix(".weight"), (rows, columns))
@@ -65,13 +65,13 @@ class ShardedSource:
     def _cut(self, name: str) -> tuple[str, Cut]:
         name = self._global(name)
         if ".experts." in name and self._plan.layout.ep > 1:
-            return name, Cut(None)  # an expert is whole, and is only asked for where it is held
+            return name, Cut(None)  # experts are never sliced, and only read by ranks that hold them
         cut = self._plan.cut(name, self._place)
         assert cut is not None, f"rank {self._place.rank} does not hold {name}"
         return name, cut
 
     def layer(self, local: int) -> int:
-        """The checkpoint's number of a layer of this rank's model; MTP layers stand behind its others."""
+        """The checkpoint's index of a layer of this rank's model; MTP layers follow the others."""
         if local < self._local:
             return local + self._first
         return self._plan.config.num_hidden_layers + local - self._local
@@ -85,7 +85,7 @@ class ShardedSource:
 
 
 def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
-    """The config of the model a rank builds: its layers, its heads, its part of dense and shared experts."""
+    """The config of a rank's model: its layers, heads, and slice of dense and shared experts."""
     c, tp = plan.config, plan.layout.tp
     last = place.stage == plan.layout.pp - 1
     start, stop = bounds(c.intermediate_size, tp, place.tp)
@@ -104,14 +104,14 @@ def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
 def local_routers(
     plan: ShardPlan, place: Place, routers: list[RouterSpec | None] | None
 ) -> list[RouterSpec | None]:
-    """The routers of a rank's layers, from those of the whole model."""
+    """The routers of a rank's layers, out of those of the whole model."""
     routers = routers or routers_of(plan.config)
     mtp = routers[plan.config.num_hidden_layers :] if place.stage == plan.layout.pp - 1 else []
     return [routers[i] for i in plan.stages[place.stage]] + mtp
 
 
 def cut_weight(weight: Weight, cut: Cut) -> Weight:
-    """Rows (dim 0) or columns (dim 1) of a stored matrix; dense where a scale's block would be torn."""
+    """Rows (dim 0) or columns (dim 1) of a stored matrix; dense if the cut splits a scale block."""
     assert cut.dim is not None
     start, size = cut.start, cut.stop - cut.start
     if weight.format == "dense":
@@ -123,7 +123,7 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
         unit = weight.group_size
     else:
         unit = 1
-    inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the whole slice in one block
+    inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the whole slice is in one block
     torn = start % unit and not inside
     if weight.format == "int4" and cut.dim == 1:
         torn = torn or bool(size % unit and not inside) or bool(start % 2 or size % 2)

@@ -1,13 +1,12 @@
-"""All-reduce in one shot over NVLink: every rank reads its peers' numbers where they lie and sums them.
+"""One-shot all-reduce over NVLink: every rank reads its peers' buffers in place and sums them.
 
 The ranks of one host register a buffer with each other (torch's symmetric memory). An all-reduce copies its
-numbers to a slot of the own buffer, meets the others in a barrier on the device, and one Triton kernel adds
-up the slots of all ranks in their order, so that every rank gets the same bits. Two slots alternate: who
-passes the barrier of call s knows that its peers have finished reading call s - 1, which leaves the slot of
-s + 1 free.
+input to a slot of the local buffer and waits in a device barrier; then one Triton kernel sums the slots of
+all ranks in rank order, so that every rank gets the same bits. Two slots alternate: passing the barrier of
+call s means that all peers have finished reading call s - 1, so the slot of s + 1 is free.
 
-This is for the small sums of decoding, which are bound by latency. Larger ones, other collectives, and ranks
-that cannot map each other's memory use NCCL.
+This serves the small, latency-bound sums of decoding. Larger sums, other collectives, and ranks that cannot
+map each other's memory use NCCL.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from torch import Tensor
 from farthing.parallel.group import DistGroup, Group
 
 log = logging.getLogger(__name__)
-SLOT_BYTES = 256 << 10  # above this NCCL's ring moves fewer bytes
+SLOT_BYTES = 256 << 10  # above this size NCCL's ring moves fewer bytes
 MOST_RANKS = 8  # each reads every other's numbers
 _BLOCK = 1024
 
 
 def fastest(group: DistGroup, device: torch.device) -> Group:
-    """The group with all-reduce in one shot, where every rank of it can; else the group itself, NCCL.
+    """The group with one-shot all-reduce if all its ranks support it; else the NCCL group itself.
 
-    All ranks of the group call it. What keeps a rank from it is logged.
+    All ranks of the group must call it. The reason for a fallback is logged.
     """
     problem = unsuitable(group.size, device)
     if not _agree(group, problem is None):
@@ -61,12 +60,12 @@ def unsuitable(size: int, device: torch.device) -> str | None:
 
 
 def _agree(group: DistGroup, able: bool) -> bool:
-    """Whether every rank is able."""
+    """Whether all ranks are able."""
     return all(bool(t) for t in group.all_gather(torch.tensor([int(able)])))
 
 
 class SymmetricGroup:
-    """`group` with an all-reduce of its own."""
+    """`group` with its own all-reduce."""
 
     def __init__(self, group: DistGroup, device: torch.device) -> None:
         import torch.distributed._symmetric_memory as symmetric
@@ -89,7 +88,7 @@ class SymmetricGroup:
         self._peers.barrier()
         add_up(self._pointers, start, x)
         if torch.cuda.is_current_stream_capturing():
-            self._peers.barrier()  # a graph that is replayed may begin with the slot it ended with
+            self._peers.barrier()  # a replayed graph may start with the slot it ended with
         return x
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
@@ -106,9 +105,9 @@ class SymmetricGroup:
 
 
 def add_up(pointers: Tensor, start: int, out: Tensor) -> None:
-    """out [...] = the sum over ranks of the numbers of its type and shape, `start` bytes behind each pointer.
+    """out [...] = sum over ranks of the tensors of out's type and shape, `start` bytes after each pointer.
 
-    pointers [ranks] int64, on the device. Adds in float32, in the order of the ranks.
+    pointers [ranks] int64, on the device. Accumulates in float32, in rank order.
     """
     from farthing.parallel.symmetric_kernel import one_shot
 

@@ -1,4 +1,4 @@
-"""The processes behind a parallel model: started, told what to do, watched, ended."""
+"""Worker processes of a parallel model: start, dispatch of calls, health monitoring, shutdown."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from farthing.parallel.shared import Arena
 
 log = logging.getLogger(__name__)
 START_TIMEOUT = 600.0  # seconds for every rank to load
-STEP_TIMEOUT = 60.0  # seconds a collective may wait
-BEAT, SILENCE = 1.0, 5.0  # seconds between a rank's heartbeats; without one for longer it is unhealthy
+STEP_TIMEOUT = 60.0  # longest wait of a collective, in seconds
+BEAT, SILENCE = 1.0, 5.0  # seconds between heartbeats; silence after which a rank is unhealthy
 
 
 class RankFailed(RuntimeError):
-    """A worker process ended; the model cannot go on without it."""
+    """A worker process exited; the model cannot continue without it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankOptions:
-    """What every rank builds its part of a model from."""
+    """Everything a rank needs to build its part of a model."""
 
-    path: Path  # of the checkpoint
+    path: Path  # checkpoint directory
     config: EngineConfig
 
     @property
@@ -54,7 +54,7 @@ class RankOptions:
         return Layout(*sizes, c.dp_attention)
 
     def packed_file(self, rank: int) -> Path | None:
-        """A rank's packed file: the configured path with layout and rank appended."""
+        """Path of a rank's packed file: the configured path with layout and rank appended."""
         if self.config.packed is None:
             return None
         o, packed = self.layout, Path(self.config.packed)
@@ -62,11 +62,11 @@ class RankOptions:
         return packed.with_name(f"{packed.name}.{kind}.{rank}")
 
     def ops(self, rank: int) -> Ops:
-        """A rank's backend; by default its share of the cores, and a GPU of its own where there are GPUs."""
+        """A rank's backend; by default with its share of the cores, and its own GPU if there are GPUs."""
         c, layout = self.config, self.layout
         node = layout.node(rank, c.nodes)
         neighbours = [r for r in range(layout.world) if layout.node(r, c.nodes) == node]
-        if self.device == "cuda" and c.nodes == 1:  # otherwise Ray has assigned a GPU
+        if self.device == "cuda" and c.nodes == 1:  # with several nodes, Ray assigns the GPU
             torch.cuda.set_device(neighbours.index(rank) % torch.cuda.device_count())
         threads = c.threads or max(1, len(os.sched_getaffinity(0)) // len(neighbours))
         file = self.packed_file(rank)
@@ -75,19 +75,19 @@ class RankOptions:
 
     @property
     def device(self) -> str:
-        """'cuda' or 'cpu': what the ranks compute on, known before a backend is built."""
+        """The ranks' device, 'cuda' or 'cpu', known before a backend is built."""
         return "cuda" if resolve(self.config.backend) == "gpu" and torch.cuda.is_available() else "cpu"
 
     @property
     def arena_bytes(self) -> int:
-        """Shared memory of the groups."""
+        """Size of the groups' shared memory."""
         return shared_bytes(self.layout)
 
 
 class Workers:
-    """Every rank but the driver, each with a pipe. A worker that ends takes the replica with it."""
+    """All ranks except the driver, one pipe each. If a worker exits, the replica fails."""
 
-    notice = 2.0  # seconds after which a worker that has ended is known
+    notice = 2.0  # seconds until the exit of a worker is detected
     address = "127.0.0.1"
 
     def __init__(self, options: RankOptions, arena: Arena | None, port: int | None) -> None:
@@ -121,7 +121,7 @@ class Workers:
         return {rank: process.pid for rank, (process, _) in self._processes.items()}
 
     def await_all(self, word: str) -> None:
-        """Wait until every worker has said `word`. Raises RankFailed with the reason of one that cannot."""
+        """Wait until every worker has sent `word`. Raises RankFailed with the reason of a failure."""
         for rank, (process, connection) in self._processes.items():
             if not wait([connection, process.sentinel], START_TIMEOUT):
                 raise RankFailed(f"rank {rank} was not {word} after {START_TIMEOUT:g} s")
@@ -133,7 +133,7 @@ class Workers:
                 raise RankFailed(f"rank {rank} could not start: {said}")
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Have every worker make a call."""
+        """Send a call to every worker."""
         if self._failure:
             raise RankFailed(self._failure)
         call = (method, *(to_wire(a) for a in arguments))
@@ -144,12 +144,12 @@ class Workers:
             raise RankFailed(self.failure(wait=self.notice) or f"a rank does not answer: {error}") from error
 
     def failure(self, wait: float = 0.0) -> str | None:
-        """Why the replica has failed, looked for during `wait` seconds."""
+        """Why the replica failed, checked for up to `wait` seconds; None if it has not."""
         self._ended.wait(wait)
         return self._failure or self._silence()
 
     def _silence(self) -> str | None:
-        """A rank that is stopped or starved stops every step; it may come back."""
+        """Report ranks without heartbeats: a suspended or starved rank stalls every step but may recover."""
         now = time.monotonic()
         for rank, heard in list(self._heard.items()):
             if now - heard > SILENCE:
@@ -157,14 +157,14 @@ class Workers:
         return None
 
     def close(self) -> None:
-        """End every worker."""
+        """Stop every worker."""
         self._closed = True
         for _, connection in self._processes.values():
             connection.close()
         for process, _ in self._processes.values():
             process.join(0.5)
         if self._arena is not None:
-            self._arena.abort()  # whoever still waits for a peer
+            self._arena.abort()  # wakes ranks that still wait for a peer
         for process, _ in self._processes.values():
             process.join(0.5)
             if process.is_alive():
@@ -172,7 +172,7 @@ class Workers:
                 process.join(5)
 
     def _watch(self) -> None:
-        """Notice heartbeats, and a worker that has ended: its peers would wait in vain."""
+        """Record heartbeats, and abort if a worker has exited: its peers would wait forever."""
         sentinels = {process.sentinel: rank for rank, (process, _) in self._processes.items()}
         ended: list[Any] = []
         while sentinels and not ended:
@@ -208,7 +208,7 @@ class Workers:
 
 
 def _beat(pulse: Connection) -> None:
-    """Say that this rank is alive, until the driver is gone."""
+    """Send heartbeats until the driver exits."""
     with contextlib.suppress(OSError):
         while True:
             pulse.send_bytes(b".")
@@ -216,7 +216,7 @@ def _beat(pulse: Connection) -> None:
 
 
 def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
-    """This process's rank. Its packed file is written where it is asked for and not there."""
+    """Load this process's rank. Its packed file is written if requested and missing."""
     ops, file = options.ops(index), options.packed_file(index)
     rank = open_rank(
         options.path,
@@ -236,19 +236,19 @@ def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
         start = rank.plan.stages[rank.place.stage].start
         if arena is not None and options.config.nodes == 1:
             rank.counts = counts_table(arena, options.layout, config)[start:]
-        else:  # `Rank.count` brings them together
+        else:  # reduced by `Rank.count`
             shape = counted_layers(config) - start, config.n_routed_experts
             rank.counts = torch.zeros(*shape, dtype=torch.int64, device=rank.model.ops.device)
     return rank
 
 
 def counts_bytes(config: ModelConfig) -> int:
-    """Of the table of tokens that each expert of each layer has seen."""
+    """Size of the table of token counts per layer and expert."""
     return 8 * counted_layers(config) * (config.n_routed_experts or 0)
 
 
 def counts_table(arena: Arena, layout: Layout, config: ModelConfig) -> Tensor:
-    """[L, E] int64 behind the groups of an arena; each stage's first rank counts for its layers."""
+    """[L, E] int64 after the groups of an arena; each stage's first rank counts for its layers."""
     start, size = shared_bytes(layout), counts_bytes(config)
     table = arena.bytes[start : start + size].view(torch.int64)
     return table.view(counted_layers(config), config.n_routed_experts or 0)
@@ -262,8 +262,8 @@ def _work(
     connection: Connection,
     pulse: Connection,
 ) -> None:
-    """A worker's life: load, then make the driver's calls until it hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which drains first
+    """Main loop of a worker: load, then run the driver's calls until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and drains first
     arena = None
     try:
         arena = None if path is None else Arena(path)
@@ -289,11 +289,11 @@ def _work(
 
 
 class _Arrays(tuple[Any, ...]):
-    """A batch on its way."""
+    """A batch in wire format."""
 
 
 def to_wire(value: Any) -> Any:
-    """Tensors as arrays: torch would send each through a file descriptor of its own."""
+    """Convert tensors to arrays: torch would send each one through its own file descriptor."""
     if isinstance(value, Tensor):
         return value.cpu().numpy()
     if isinstance(value, Batch):
@@ -302,7 +302,7 @@ def to_wire(value: Any) -> Any:
 
 
 def from_wire(value: Any, device: torch.device) -> Any:
-    """What `to_wire` was given, on a rank's device."""
+    """Inverse of `to_wire`, on a rank's device."""
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value).to(device)
     if isinstance(value, _Arrays):

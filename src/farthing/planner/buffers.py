@@ -1,8 +1,8 @@
-"""What a rank takes beside weights and cache: tables, slots of shared memory, buffers of its largest step.
+"""A rank's memory besides weights and cache: tables, shared-memory slots, buffers of its largest step.
 
-The buffers are counted from what the backends allocate for T tokens, the last of a sequence of max_model_len:
-`farthing.ops.reference`, and native/layers.cpp, mla.cpp, moe.cpp and linear.cpp. The largest op counts, since
-they follow each other in the same memory. For the GPU they are an estimate.
+Buffers follow what the backends allocate for T tokens at the end of a sequence of max_model_len:
+`farthing.ops.reference`, and native/layers.cpp, mla.cpp, moe.cpp and linear.cpp. Only the largest op counts,
+because ops reuse the same memory one after another. For the GPU the figures are an estimate.
 
 Legend: T tokens of a step; S tokens of a sequence; D hidden size; H heads of this rank; I intermediate size.
 """
@@ -20,12 +20,12 @@ from farthing.planner.footprint import Holder, Stored
 _FLOAT = 4
 _TILE_ROWS, _TILE_COLUMNS, _PAIR = 256, 32, 32  # kRowBlock, columns of a sum, kPairColumns
 _KEYS, _UNIT = 64, 16  # kKeyBlock, kRows
-_UNEVEN = 1.125  # rows of routed experts on a rank, over its even share; an estimate
+_UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What a replica is asked to hold at once."""
+    """The load a replica is sized for."""
 
     cache_tokens: int
     max_model_len: int
@@ -34,22 +34,22 @@ class Serving:
     cache_dtype: str = "bfloat16"
     block_size: int = 16
     redundant_experts: int = 0
-    threads: int | None = None  # of a rank; None: its share of this machine's cores
+    threads: int | None = None  # threads per rank; None: its share of this machine's cores
     experts_on_host: bool = False
-    hot_experts: int = 0  # of every layer, on the device all the same
+    hot_experts: int = 0  # experts per layer cached on the device
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Of one rank."""
+    """Model sizes of one rank."""
 
     config: ModelConfig
     heads: int
-    dense: int  # I of the dense layers on this rank, 0 without
+    dense: int  # I of the dense layers on this rank; 0 if there are none
     expert: int
     shared: int
-    stored: Stored  # of the projections
-    expert_ranks: int  # that share the rows of routed experts
+    stored: Stored  # storage of the projections
+    expert_ranks: int  # ranks that share the rows of routed experts
 
     @property
     def query(self) -> int:
@@ -58,12 +58,12 @@ class _Sizes:
 
     @property
     def first(self) -> int:
-        """Columns of the product that gives the query, or its latent, and the key-value latent."""
+        """Columns of the product that computes the query (or its latent) and the key-value latent."""
         return (self.config.q_lora_rank or self.query) + self.config.cache_width
 
 
 def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored: Stored) -> int:
-    """Bytes of a rank. stored: of the layers' projections."""
+    """Bytes of a rank. stored: storage of the layers' projections."""
     c, layout = plan.config, plan.layout
     rope = _FLOAT * c.max_position_embeddings * c.qk_rope_head_dim
     table = 4 * serving.max_num_seqs * -(-serving.max_model_len // serving.block_size)
@@ -72,7 +72,7 @@ def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, sto
 
 
 def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored: Stored) -> int:
-    """Bytes of the buffers of a full step."""
+    """Bytes of buffers in a full step."""
     c, layout = plan.config, plan.layout
     layers = plan.stages[place.stage]
     start, stop = bounds(c.intermediate_size, layout.tp, place.tp)
@@ -96,21 +96,21 @@ def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored
 
 
 def _reference(s: _Sizes, item: int, tokens: int, keys: int) -> int:
-    """Scores are held three times, as they are, masked and as weights: they outgrow everything else."""
+    """Scores are held three times (raw, masked, as weights) and dominate everything else."""
     c, t = s.config, tokens
     width = c.cache_width
     attention = item * t * (c.hidden_size + s.first + s.query + s.heads * c.kv_lora_rank)
     attention += _FLOAT * (t * s.heads * (width + c.kv_lora_rank) + keys * width + 3 * t * s.heads * keys)
     mlp = item * t * (3 * c.hidden_size + 3 * s.dense)
     routed = t * c.num_experts_per_tok if s.expert else 0
-    one = min(t, routed)  # all tokens may choose one expert
+    one = min(t, routed)  # all tokens may select the same expert
     moe = item * t * (3 * c.hidden_size + 3 * s.shared) + _FLOAT * t * c.hidden_size
     moe += item * one * (2 * c.hidden_size + 3 * s.expert)
     return max(attention, mlp, moe)
 
 
 def _native(s: _Sizes, holder: Holder, tokens: int, threads: int) -> int:
-    """What ops leave for each other, and the pages of the workspace that any op writes to."""
+    """Tensors passed between ops, and the workspace pages that any op writes to."""
     c, t = s.config, tokens
     outputs = s.first + (s.query if c.q_lora_rank else 0) + s.heads * c.v_head_dim
     held = _FLOAT * t * (outputs + 3 * c.hidden_size)  # all layers in one call
@@ -127,19 +127,19 @@ def _native(s: _Sizes, holder: Holder, tokens: int, threads: int) -> int:
 
 
 class _Workspace:
-    """Grow-only memory an op cuts its scratch from, as in native/linear.cpp: an op fills chunks in order, and
-    what does not fit in what is left of one goes to the next."""
+    """Grow-only scratch memory, as in native/linear.cpp: an op fills chunks in order, and a piece that does
+    not fit in the rest of a chunk goes to the next one."""
 
     def __init__(self) -> None:
         self._chunks: list[tuple[int, int]] = []  # (size, bytes ever written to)
 
     @property
     def touched(self) -> int:
-        """Bytes that are resident."""
+        """Resident bytes."""
         return sum(written for _, written in self._chunks)
 
     def op(self, takes: list[int]) -> None:
-        """One op, with the pieces it asks for."""
+        """Run one op that allocates these pieces."""
         at = used = 0
         for nbytes in takes:
             nbytes = _up(nbytes, 64) + 64
@@ -153,12 +153,12 @@ class _Workspace:
 
 
 def _attention(s: _Sizes, holder: Holder, t: int, threads: int) -> list[int]:
-    """Of mla: inputs of both products, queries, partial sums of units, keys of a thread's block."""
+    """Pieces of mla: inputs of both products, queries, partial sums of units, keys of a thread's block."""
     c = s.config
     latent = _up(c.kv_lora_rank, 32)
     width, rows = latent + _up(c.qk_rope_head_dim, 32), t * s.heads
     held = Stored("int8") if holder.quantization or not s.stored.is_float else s.stored
-    units = -(-t // max(1, _UNIT // s.heads)) * -(-s.heads // _UNIT) * _UNIT  # rows of 16 a unit
+    units = -(-t // max(1, _UNIT // s.heads)) * -(-s.heads // _UNIT) * _UNIT  # rows, 16 per unit
     return [
         *_act(holder, held, c.qk_nope_head_dim, rows),
         *_act(holder, held, c.kv_lora_rank, rows),
@@ -170,7 +170,7 @@ def _attention(s: _Sizes, holder: Holder, t: int, threads: int) -> list[int]:
 
 
 def _experts(s: _Sizes, holder: Holder, t: int, threads: int, chosen: int, other: int) -> list[int]:
-    """Of moe: `chosen` experts a token, and `other` columns of a shared expert, or of a dense MLP alone."""
+    """Pieces of moe: `chosen` experts per token, and `other` columns of a shared expert or dense MLP."""
     c, rows = s.config, t * chosen
     if s.expert_ranks > 1:
         rows = int(rows * _UNEVEN / s.expert_ranks)
@@ -186,8 +186,8 @@ def _experts(s: _Sizes, holder: Holder, t: int, threads: int, chosen: int, other
 
 
 def _act(holder: Holder, stored: Stored, k: int, rows: int) -> list[int]:
-    """The input [rows, k] of a product as its kernel reads it: int8, scales and sums, or float32."""
-    held = holder.rounded(stored, k, mlp=True)  # more groups than 8-bit inputs have, so an upper bound
+    """The input [rows, k] of a product in its kernel's format: int8, scales and sums, or float32."""
+    held = holder.rounded(stored, k, mlp=True)  # an upper bound: 8-bit inputs have fewer groups
     if held.kind not in ("int8", "int4"):
         return [_FLOAT * rows * _stride(k)]
     groups = -(-k // (held.group if held.kind == "int4" else 128))
@@ -199,7 +199,7 @@ def _stride(k: int) -> int:
 
 
 def _estimate(s: _Sizes, item: int, tokens: int) -> int:
-    """Hidden states twice, and the widest of a layer's tensors."""
+    """Hidden states twice, plus the widest tensor of a layer."""
     c = s.config
     attention = s.heads * (2 * c.qk_head_dim + c.v_head_dim + 2 * c.cache_width)
     routed = c.num_experts_per_tok * (c.hidden_size + 3 * s.expert) if s.expert else 0

@@ -1,9 +1,8 @@
-"""An ESTIMATE of a large deployment's throughput and price: a roofline over declared or measured ceilings.
+"""An ESTIMATE of throughput and price of a large deployment: a roofline of declared or measured ceilings.
 
-Prefill and decode stand on groups of GPUs of their own: attention data-parallel, experts over the whole
-group, communication behind computation (two micro-batches), load perfectly balanced. Nothing of it is
-measured: what a real deployment loses to imbalance, to scheduling and to traffic that comes and goes is not
-in it.
+Prefill and decode run on separate groups of GPUs: data-parallel attention, experts spread over the whole
+group, communication overlapped with computation (two micro-batches), perfectly balanced load. Nothing is
+measured: losses of a real deployment to imbalance, scheduling and varying traffic are not included.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ USABLE_MEMORY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """One GPU's; GB are 1e9 bytes."""
+    """Ceilings of one GPU; 1 GB = 1e9 bytes."""
 
     name: str
     memory: float  # GB
     bandwidth: float  # GB/s
     fp8: float  # TFLOP/s
     bf16: float
-    nvlink: float  # GB/s a direction
+    nvlink: float  # GB/s per direction
     network: float
     measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What of a ceiling kernels reach."""
+    """Share of each ceiling that kernels reach."""
 
     dense: float
     grouped: float
@@ -47,45 +46,45 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What users send."""
+    """The users' workload."""
 
-    prompt: int  # tokens of a prompt
+    prompt: int  # prompt tokens
     output: int
     cache_hit: float = 0.0  # share of prompt tokens found in the cache
-    step_limit: float = 0.05  # seconds a decode step may take: 1 / (tokens/s of one user)
+    step_limit: float = 0.05  # maximum seconds per decode step: 1 / (tokens/s per user)
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Estimated: one GPU of a group of `gpus`."""
+    """Estimate for one GPU of a group of `gpus`."""
 
     gpus: int
-    tokens_per_gpu: int  # of a step
+    tokens_per_gpu: int  # per step
     layer_compute: float  # seconds of one MoE layer
     layer_communication: float
-    tokens_per_second: float  # of a GPU
+    tokens_per_second: float  # per GPU
     bound: str
 
     def node(self, gpus: int = 8) -> float:
-        """Tokens a second of a node."""
+        """Tokens/s per node."""
         return self.tokens_per_second * gpus
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of a deployment; dollars a million tokens at a price an hour of one GPU."""
+    """Estimate for a deployment; dollars per million tokens at a price per GPU-hour."""
 
     prefill: Phase  # computed prompt tokens
-    prefill_with_hits: float  # prompt tokens a second of a GPU, those found in the cache included
+    prefill_with_hits: float  # prompt tokens/s per GPU, including cached ones
     decode: Phase
     usd_input: float
     usd_output: float
-    usd_request_output: float  # a whole request's cost, shared over its output tokens
+    usd_request_output: float  # cost of a whole request divided by its output tokens
     assumptions: tuple[str, ...]
 
 
 def load_devices(path: Path | None = None) -> tuple[dict[str, Ceilings], Shares]:
-    """The declared ceilings, a user's measured ones over them. Raises ValueError naming the field."""
+    """The declared ceilings, overridden by the user's measurements. Raises ValueError naming the field."""
     raw = tomllib.loads(Path(__file__).with_name("devices.toml").read_text())
     devices = {name: Ceilings(name, **row) for name, row in raw["device"].items()}
     shares = dict(raw["share"])
@@ -112,7 +111,7 @@ def estimate(
     decode_gpus: int = 144,
     redundant: int = 32,
 ) -> Estimate:
-    """price: dollars an hour of one GPU. redundant: copies of experts in either group."""
+    """price: dollars per GPU-hour. redundant: redundant expert copies in each group."""
     prefill = _prefill(_Costs(config, device, shares, prefill_gpus, redundant), workload)
     decode = _decode(_Costs(config, device, shares, decode_gpus, redundant), workload)
     with_hits = prefill.tokens_per_second / (1 - workload.cache_hit)
@@ -130,7 +129,7 @@ def estimate(
 
 
 class _Costs:
-    """Seconds of the parts of one layer on one GPU."""
+    """Seconds per part of one layer on one GPU."""
 
     def __init__(
         self, config: ModelConfig, device: Ceilings, shares: Shares, gpus: int, redundant: int
@@ -143,12 +142,12 @@ class _Costs:
         self.dense = device.fp8 * 1e12 * shares.dense
         self.grouped = device.fp8 * 1e12 * shares.grouped
         self.attention_flops = device.bf16 * 1e12 * shares.attention
-        # One network card a GPU carries what leaves a node; within one, NVLink.
+        # One network card per GPU for traffic between nodes, NVLink within a node.
         self.exchange = (device.network if gpus > 8 else device.nvlink) * 1e9 * shares.network
 
     @property
     def projection(self) -> int:
-        """Weights of a layer's attention."""
+        """Number of attention weights per layer."""
         c, h = self.config, self.config.num_attention_heads
         q = c.q_lora_rank or 0
         query = c.hidden_size * q + q * h * c.qk_head_dim if q else c.hidden_size * h * c.qk_head_dim
@@ -157,12 +156,12 @@ class _Costs:
 
     @property
     def expert(self) -> int:
-        """Weights of one expert."""
+        """Number of weights of one expert."""
         return 3 * self.config.hidden_size * self.config.moe_intermediate_size
 
     @property
     def weight_bytes(self) -> float:
-        """Of one GPU, FP8: attention and shared experts whole, its experts, embedding and head in bf16."""
+        """Bytes per GPU: all attention and shared experts and its experts in FP8; embedding, head in bf16."""
         c = self.config
         moe_layers = c.num_hidden_layers - c.first_k_dense_replace
         dense = 3 * c.hidden_size * c.intermediate_size * c.first_k_dense_replace
@@ -172,36 +171,36 @@ class _Costs:
         )
 
     def gemm(self, weights: float, tokens: float, flops: float) -> float:
-        """A product: the slower of reading its weights once and its arithmetic."""
+        """Seconds of a product: the slower of reading its weights once and its arithmetic."""
         return max(weights * FP8 / self.bytes_per_second, 2 * weights * tokens / flops)
 
     def feed_forward(self, tokens: float) -> float:
-        """Shared expert, and this GPU's even share of the group's routed tokens."""
+        """Seconds of the shared expert and this GPU's even share of the group's routed tokens."""
         c = self.config
-        rows = tokens * c.num_experts_per_tok / self.experts  # of each expert here
+        rows = tokens * c.num_experts_per_tok / self.experts  # rows per local expert
         shared = self.gemm(self.expert * c.n_shared_experts, tokens, self.dense)
         return shared + self.experts * self.gemm(self.expert, rows, self.grouped)
 
     def exchanged(self, tokens: float, copies: float) -> float:
-        """Dispatch in FP8 and combine in bf16 of each token's `copies`."""
+        """Seconds to dispatch (FP8) and combine (bf16) each token's `copies`."""
         return tokens * copies * self.config.hidden_size * (FP8 + BF16) / self.exchange
 
     def decode_attention(self, tokens: float, context: float) -> float:
-        """Absorbed, from a bf16 cache: the slower of reading it and the arithmetic of all heads on it."""
+        """Absorbed MLA on a bf16 cache: the slower of reading it and the arithmetic of all heads."""
         c = self.config
         read = tokens * context * c.cache_width * BF16 / self.bytes_per_second
         flops = 2 * tokens * context * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
         return max(read, flops / self.attention_flops)
 
     def prefill_attention(self, tokens: float, past: float, new: float) -> float:
-        """Expanded heads, causal: each of `new` tokens of a prompt sees `past` and half of the new ones."""
+        """Expanded heads, causal: each of `new` prompt tokens attends to `past` and half of the new ones."""
         c = self.config
         pairs = tokens * (past + new / 2)
         return 2 * pairs * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) / self.attention_flops
 
 
 def _prefill(costs: _Costs, workload: Workload) -> Phase:
-    """Long steps: 16,384 tokens a GPU, so that weights are read once for many tokens."""
+    """Long steps of 16,384 tokens per GPU, which amortize reading the weights."""
     c, tokens = costs.config, 16384
     past = workload.prompt * workload.cache_hit
     compute = (
@@ -210,7 +209,7 @@ def _prefill(costs: _Costs, workload: Workload) -> Phase:
         + costs.feed_forward(tokens)
     )
     nodes = max(1, costs.gpus // 8)
-    # Group-limited routing: a token goes to topk_group nodes at most, once to each.
+    # Group-limited routing: a token goes to at most topk_group nodes, once to each.
     copies = (
         min(c.topk_group if c.n_group > 1 else c.num_experts_per_tok, nodes)
         if nodes > 1
@@ -221,7 +220,7 @@ def _prefill(costs: _Costs, workload: Workload) -> Phase:
 
 
 def _decode(costs: _Costs, workload: Workload) -> Phase:
-    """As many sequences a GPU as memory and the step limit allow."""
+    """The most sequences per GPU that memory and the step limit allow."""
     c = costs.config
     context = workload.prompt + workload.output / 2
     free = costs.device.memory * 1e9 * USABLE_MEMORY - costs.weight_bytes
@@ -252,7 +251,7 @@ def _decode(costs: _Costs, workload: Workload) -> Phase:
 
 
 def _phase(costs: _Costs, tokens: int, compute: float, communication: float) -> Phase:
-    """Communication hides behind the other micro-batch's computation, or the other way round."""
+    """Communication overlaps with the other micro-batch's computation; the longer one counts."""
     c = costs.config
     dense_layer = (
         compute

@@ -1,6 +1,6 @@
-"""How many bytes a backend holds for a weight, from its shape and stored format alone.
+"""Bytes a backend needs for a weight, from its shape and stored format alone.
 
-Legend: N output rows, K input columns. The CPU backend's records are those of native/matrix.h.
+Legend: N output rows, K input columns. The CPU backend's records are defined in native/matrix.h.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How a checkpoint stores a parameter; group: columns a scale (int4)."""
+    """How a checkpoint stores a parameter; group: columns per scale (int4)."""
 
     kind: Kind
     group: int = 128
@@ -38,7 +38,7 @@ StoredOf = Callable[[str], Stored]
 
 
 def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
-    """What config.json promises: quantized linear modules, everything else in torch_dtype."""
+    """Formats declared by config.json: quantized linear modules, everything else in torch_dtype."""
     dtype = raw.get("torch_dtype") or raw.get("dtype")
     plain = Stored("float32" if dtype == "float32" else "bfloat16")
     text = raw.get("text_config") or {}
@@ -63,7 +63,7 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
 
 
 def stored_by_checkpoint(path: Path) -> StoredOf:
-    """What the files hold, from their headers."""
+    """Formats of the files, read from their headers."""
     checkpoint = Checkpoint.open(path)
     floats: dict[int, Kind] = {4: "float32", 2: "bfloat16"}
 
@@ -89,7 +89,7 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
 
 
 def matrix_bytes(n: int, k: int, stored: Stored) -> int:
-    """As stored: data, scales and zero points."""
+    """Bytes as stored: data, scales and zero points."""
     if stored.is_float:
         return FLOAT_BYTES[stored.kind] * n * k
     if stored.kind == "fp8":
@@ -100,7 +100,7 @@ def matrix_bytes(n: int, k: int, stored: Stored) -> int:
 
 
 def packed_bytes(n: int, k: int, stored: Stored) -> int:
-    """Of the CPU backend's packed matrix: panels of 16 rows, each one record."""
+    """Bytes of the CPU backend's packed matrix: panels of 16 rows, one record per panel."""
     panels, kind = -(-n // 16), stored.kind
     if kind == "float32" or kind == "float16":
         return panels * 64 * k
@@ -116,14 +116,14 @@ def packed_bytes(n: int, k: int, stored: Stored) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What a backend makes of stored weights."""
+    """How a backend converts stored weights."""
 
     backend: str  # one of BACKENDS
-    item: int = 4  # bytes of an activation, and of the reference backend's weights
+    item: int = 4  # bytes per activation, and per weight of the reference backend
     quantization: str | None = None  # round-to-nearest while loading
 
     def matrix(self, n: int, k: int, stored: Stored, mlp: bool = False) -> int:
-        """A projection [N, K]; mlp: of a feed-forward, which `int4` rounds to 4 bits and others to 8."""
+        """A projection [N, K]; mlp: part of a feed-forward, 4 bits under `int4`; others get 8 bits."""
         if self.backend == "reference":
             return self.item * n * k
         if self.backend == "gpu":
@@ -131,7 +131,7 @@ class Holder:
         return packed_bytes(n, k, self.rounded(stored, k, mlp))
 
     def heads(self, n: int, nope: int, value: int, latent: int, stored: Stored) -> int:
-        """kv_b_proj of n heads, which the CPU backend packs head by head, int8 where weights are rounded."""
+        """kv_b_proj of n heads, which the CPU backend packs per head, in int8 if weights are rounded."""
         if self.backend != "cpu":
             return self.matrix(n * (nope + value), latent, stored)
         as_held = Stored("int8") if self.quantization or not stored.is_float else stored
@@ -142,7 +142,7 @@ class Holder:
         return packed_bytes(n, k, stored) if self.backend == "cpu" else 4 * n * k
 
     def rounded(self, stored: Stored, k: int, mlp: bool) -> Stored:
-        """What `farthing.ops.cpu.packing` makes of dense and FP8 weights."""
+        """The format that `farthing.ops.cpu.packing` produces from dense and FP8 weights."""
         if self.quantization is None or not (stored.is_float or stored.kind == "fp8"):
             return stored
         if loaded_as(self.quantization, mlp) == "int8":

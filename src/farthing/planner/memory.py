@@ -1,4 +1,4 @@
-"""Memory a rank of a layout takes, before anything is loaded: weights, cache, buffers."""
+"""Memory per rank of a layout, computed before loading: weights, cache, buffers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from farthing.planner.buffers import Serving, buffers
 from farthing.planner.footprint import Holder, Stored, StoredOf
 
 CACHE_ITEM = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
-CACHE_SCALES = {"fp8": 8, "int8": 8}  # bytes a token a layer beside an 8-bit cache
+CACHE_SCALES = {"fp8": 8, "int8": 8}  # bytes of scales per token and layer of an 8-bit cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +32,21 @@ class RankMemory:
     rank: int
     stage: int
     layers: tuple[int, int]  # first and last + 1 of the hidden layers
-    experts: int  # routed experts of a layer
+    experts: int  # routed experts per layer
     weights: int
     cache: int
     buffers: int
-    host: int = 0  # of the host beside, where experts are there
+    host: int = 0  # host memory, if experts are kept there
 
     @property
     def total(self) -> int:
-        """All that is on the rank's device."""
+        """Total bytes on the rank's device."""
         return self.weights + self.cache + self.buffers
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model to plan for: its parameters with one expert of each layer standing for all of them."""
+    """A model to plan for: its parameters, with one expert per layer representing all of them."""
 
     config: ModelConfig
     stored_of: StoredOf
@@ -70,7 +70,7 @@ def memory(model: Model, plan: ShardPlan, holder: Holder, serving: Serving) -> l
 
 
 def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> int:
-    """Of one token in this rank's layers: latents, and index keys where attention is sparse."""
+    """Cache bytes per token in this rank's layers: latents, plus index keys if attention is sparse."""
     c, item, scale = plan.config, CACHE_ITEM[cache_dtype], CACHE_SCALES.get(cache_dtype, 0)
     rows = sum(
         c.has_indexer(i)
@@ -84,10 +84,10 @@ def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> in
 def fitting_layouts(
     model: Model, holder: Holder, serving: Serving, limit: int, most: int = 64
 ) -> Iterator[Layout]:
-    """Layouts of at most `most` ranks whose largest rank fits `limit` bytes, fewest ranks first.
+    """Layouts of at most `most` ranks whose largest rank fits in `limit` bytes, fewest ranks first.
 
-    Tensor and expert parallelism before pipelines: they shorten a token's way, stages do not. With experts on
-    the host there is one rank or none.
+    Tensor and expert parallelism come before pipelines, because they reduce latency and stages do not. With
+    experts on the host there is at most one layout, of one rank.
     """
     most = 1 if serving.experts_on_host else most
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= most]
@@ -103,15 +103,15 @@ def fitting_layouts(
             plan = ShardPlan.build(model.config, layout)
         except PlanError:
             continue
-        # The first rank of a stage is its largest: it has the shared expert.
+        # The first rank of a stage is the largest because it has the shared expert.
         ranks = [layout.place(stage * layout.stage_ranks) for stage in range(layout.pp)]
         if max(_rank(model, plan, place, holder, serving).total for place in ranks) <= limit:
             yield layout
 
 
 def most_hot_experts(model: Model, holder: Holder, serving: Serving, limit: int) -> int | None:
-    """The most experts a layer, fewer than `serving` asks for, whose copies on the device fit `limit` bytes
-    beside the rest; None where not even none does.
+    """The most cached experts per layer, fewer than `serving` requests, that fit in `limit` bytes with
+    everything else; None if even zero does not fit.
     """
     plan = ShardPlan.build(model.config, Layout())
     asked = serving.hot_experts if serving.experts_on_host else 0
@@ -147,7 +147,7 @@ def _rank(model: Model, plan: ShardPlan, place: Place, holder: Holder, serving: 
 
 
 def _all_experts(model: Model, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
-    """Of every layer on this rank."""
+    """Weight bytes of every layer on this rank."""
     return sum(
         _experts(name, shape, stored, plan, place, holder, experts)
         for name, shape, stored in model.parameters
@@ -165,13 +165,13 @@ def _weights(model: Model, plan: ShardPlan, place: Place, holder: Holder, expert
             continue
         local = _local(shape, cut)
         if name == EMBEDDING:
-            total += prod(local) * _item(stored)  # looked up as stored
+            total += prod(local) * _item(stored)  # embeddings are read in their stored format
             if plan.config.tie_word_embeddings:
                 total += holder.matrix(local[0], local[1], stored)
         else:
             total += _held(name, local, stored, plan, holder)
     if holder.backend == "cpu" and plan.layout.world == 1 and plan.config.num_nextn_predict_layers:
-        # One rank gives its drafts a head of their own in int8.
+        # A single rank uses a separate int8 head for drafts.
         c = plan.config
         total += 0 if holder.quantization else holder.matrix(c.vocab_size, c.hidden_size, Stored("int8"))
     return total
@@ -186,7 +186,7 @@ def _experts(
     holder: Holder,
     experts: int,
 ) -> int:
-    """One matrix of all experts of a layer on this rank."""
+    """Bytes of one matrix over all experts of a layer on this rank."""
     if not plan.holds_layer(layer_of(name) or 0, place):
         return 0
     if plan.layout.ep == 1:
@@ -194,7 +194,7 @@ def _experts(
         n, k = _local(shape, cut or Cut(None))
     else:
         n, k = shape
-    absent = holder.backend == "cpu" and plan.layout.ep > 1  # a block of zeros stands in for the others
+    absent = holder.backend == "cpu" and plan.layout.ep > 1  # one block of zeros replaces the others
     return holder.matrix(n, k, stored, mlp=True) * (experts + absent)
 
 

@@ -1,4 +1,4 @@
-"""Configurations of released models by name, as package data: plan for a model before it is downloaded."""
+"""Configurations of released models by name, as package data, to plan before downloading a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
 
 
 def published() -> list[str]:
-    """Names that `published_config` knows."""
+    """Names accepted by `published_config`."""
     return sorted(file.stem for file in _CONFIGS.glob("*.json"))
 
 
 def published_config(name: str) -> dict[str, Any] | None:
-    """The config.json of a released model, such as 'deepseek-v3' or 'kimi-k2.5'; None of another name."""
+    """The config.json of a released model such as 'deepseek-v3' or 'kimi-k2.5'; None for other names."""
     if name.lower() not in published():
         return None
     raw: dict[str, Any] = json.loads((_CONFIGS / f"{name.lower()}.json").read_text(encoding="utf-8"))
@@ -28,7 +28,7 @@ def published_config(name: str) -> dict[str, Any] | None:
 
 
 def closest(name: str) -> str:
-    """A hint for a name that is none: the known names and the closest."""
+    """A hint for an unknown name: the closest match and all known names."""
     close = get_close_matches(name.lower(), published(), n=1, cutoff=0.5)
     hint = f"; the closest is {close[0]!r}" if close else ""
     return f"published configurations: {', '.join(published())}{hint}"
