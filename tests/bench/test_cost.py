@@ -64,7 +64,7 @@ def test_rows_are_medians_priced_by_the_machine(monkeypatch: pytest.MonkeyPatch)
     assert set(document["claims"]) == {"latency", "memory", "power"}
 
 
-def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     def probe(lever: Lever, workload: Workload, machine: Machine, threads: int) -> Probe:

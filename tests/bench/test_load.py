@@ -124,7 +124,7 @@ def test_an_open_loop_never_waits_and_failures_are_counted() -> None:
     assert "HTTP 429: full" in result.errors[0]
 
 
-def test_nobody_listening_is_an_error_not_an_exception() -> None:
+def test_connection_refused_is_recorded_as_an_error() -> None:
     timing = asyncio.run(complete(Target("http://127.0.0.1:9", "m"), [1], 2))
     assert timing.error is not None
     assert summarize([timing], Slo()).goodput == 0.0

@@ -144,7 +144,7 @@ def test_no_scale_may_be_zero_or_infinite() -> None:
             ctw.encode("a", weight)
 
 
-def test_a_killed_writer_resumes_behind_its_last_shard(tmp_path: Path) -> None:
+def test_killed_writer_resumes_after_its_last_shard(tmp_path: Path) -> None:
     first = CheckpointWriter(tmp_path)
     first.add("a", torch.arange(4))
     first.flush()

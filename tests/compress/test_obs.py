@@ -95,7 +95,7 @@ def test_costs_choose_better_blocks_than_energy_and_compensation_helps() -> None
     assert float(ours) < 0.5 * float(output_error(w, w * keep, gram))
 
 
-def test_one_threshold_cuts_as_many_blocks_as_asked() -> None:
+def test_one_threshold_prunes_the_requested_number_of_blocks() -> None:
     traces = [
         Trace(torch.arange(4).expand(2, 3, 4), random(i, 2, 3, 4).abs().cummax(2).values) for i in range(2)
     ]

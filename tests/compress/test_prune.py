@@ -42,7 +42,7 @@ def test_scores_are_what_the_papers_say() -> None:
     st.sampled_from(sorted(BLOCKS)),
     st.integers(0, 99),
 )
-def test_blocks_go_whole_and_as_many_as_asked(
+def test_whole_blocks_are_pruned_in_the_requested_number(
     n: int, k: int, sparsity: float, pattern: str, seed: int
 ) -> None:
     score = random(seed, n, k).abs()

@@ -209,9 +209,7 @@ def test_one_threshold_over_all_layers(pattern: Any, model_dir: Path, tmp_path: 
     assert max(shares) > 2 * min(shares)
 
 
-def test_healing_brings_a_pruned_layer_closer_and_zeros_stay(
-    model_dir: Path, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_healing_reduces_error_and_keeps_zeros(model_dir: Path, corpus: Corpus, tmp_path: Path) -> None:
     prune = Prune("16x16", 0.5, heal_steps=60)
     state = run(Job(model_dir, tmp_path / "healed", Recipe("x", "keep", prune=prune), corpus))
     assert [h["layer"] for h in state.healed] == [0, 1, 2]

@@ -146,7 +146,7 @@ def test_open_to_others_only_with_a_key() -> None:
     assert "'x' is not one of 'auto', 'none', 'deepseek_v3'" in fails("--reasoning-parser", "x")
 
 
-def test_importing_the_server_brings_no_torch_and_no_transformers() -> None:
+def test_importing_the_server_loads_no_torch_or_transformers() -> None:
     """The HTTP side is up while the model is still being loaded."""
     code = (
         "import sys, farthing.server.run; print([m for m in ('torch', 'transformers') if m in sys.modules])"

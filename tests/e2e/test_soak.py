@@ -92,7 +92,7 @@ def hostile(url: str, client: httpx.Client, port: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_hostile_requests_leave_nothing_behind() -> None:
+def test_hostile_requests_leak_nothing() -> None:
     pytest.importorskip("llguidance")
     with served() as (url, pid), httpx.Client(timeout=60) as client:
         port = int(url.rsplit(":", 1)[1])

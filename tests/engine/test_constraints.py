@@ -64,7 +64,7 @@ def test_a_reasoning_that_the_model_opens_itself_has_the_same_budget() -> None:
     assert answers.masks([], VOCAB).all()
 
 
-def test_the_answer_is_constrained_behind_the_reasoning_only() -> None:
+def test_constraint_applies_only_after_reasoning() -> None:
     constraint = ReasoningBudget(ReasoningParams(end=(CLOSE,)), Vocabulary([6], ()), ends=(EOS,))
     assert np.flatnonzero(~constraint.masks([], VOCAB)[0]).tolist() == [EOS]
     constraint.consume(5)

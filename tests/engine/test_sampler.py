@@ -141,7 +141,7 @@ def test_penalties_by_hand() -> None:
     )
 
 
-def test_rows_behind_drafts_count_them() -> None:
+def test_rows_after_drafts_include_them_in_penalties() -> None:
     state = SamplingState(SamplingParams(frequency_penalty=1.0), seed=0)
     state.push(2)
     logits = torch.zeros(3, 5)

@@ -58,7 +58,7 @@ def test_other_decoders_stream_too() -> None:
     assert "".join(detokenizer.push(t) for t in (1, 2, 3)) == tokenizer.decode([1, 2, 3]) == "Hello world"
 
 
-def test_bos_is_added_once_and_only_when_asked(tokenizer: Tokenizer) -> None:
+def test_bos_is_added_once_and_only_on_request(tokenizer: Tokenizer) -> None:
     plain = tokenizer.encode("def", add_special_tokens=False)
     assert tokenizer.encode("def") == [0, *plain]
     assert tokenizer.encode(B + "def") == [0, *plain]
@@ -161,7 +161,7 @@ def test_templates_run_in_a_sandbox() -> None:
     )
 
 
-def test_a_directory_brings_template_eos_and_sampling(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_template_eos_and_sampling_come_from_the_directory(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": B, "chat_template": "config"}))
     (tmp_path / "generation_config.json").write_text(

@@ -171,7 +171,7 @@ def test_actuator_that_is_away_is_an_alarm_and_nothing_is_applied_blindly(tmp_pa
     run(test)
 
 
-def test_without_a_count_what_was_asked_for_or_serves_counts(tmp_path: Path) -> None:
+def test_without_a_count_requested_or_ready_replicas_are_used(tmp_path: Path) -> None:
     class Others(Recorder):
         async def apply(self, decision: Decision) -> None:
             """An HPA acts, in its own time."""

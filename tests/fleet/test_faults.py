@@ -281,7 +281,7 @@ def test_gateway_exchanged_under_load_loses_nothing(tmp_path: Path) -> None:
     run(test)
 
 
-def test_gateway_killed_refuses_nobody_and_comes_back(tmp_path: Path) -> None:
+def test_killed_gateway_refuses_no_requests_and_recovers(tmp_path: Path) -> None:
     async def test() -> None:
         async with local(tmp_path, tokens=5) as fleet:
             assert await fleet.replicas.wait_ready(2, 30)

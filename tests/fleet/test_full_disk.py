@@ -82,7 +82,9 @@ def test_full_disk_is_an_alarm_and_scaling_continues(tmp_path: Path) -> None:
     assert not any("decision log" in alarm for alarm in loop.metrics.last.alarms)
 
 
-def test_line_that_did_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_line_is_removed_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = DecisionLog(tmp_path / "log.jsonl")
     decision = Decision(1.0, 1, 2, "up", "realtime", Levels(), "first")
     log.append(decision)

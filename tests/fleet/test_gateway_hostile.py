@@ -418,7 +418,7 @@ def test_gateway_without_keys_on_loopback_answers_to_names_of_this_machine(host:
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
-def test_streams_half_of_whose_clients_vanish_leave_nothing_behind(count: int) -> None:
+def test_vanished_clients_of_streams_leak_nothing(count: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
 

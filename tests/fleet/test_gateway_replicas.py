@@ -56,7 +56,7 @@ async def before(port: int) -> AsyncIterator[tuple[Gateway, aiohttp.ClientSessio
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05])
-def test_bytes_a_replica_sends_unasked_reach_no_client(delay: float) -> None:
+def test_unsolicited_replica_bytes_reach_no_client(delay: float) -> None:
     stray = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nstolen"
 
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:

@@ -88,7 +88,7 @@ def test_breaches_within_one_cold_start_do_not_compound(of: str, steps: list[int
     assert max(targets) == steps[1]  # the next step came after the cold start
 
 
-def test_a_breach_that_breaks_begins_anew() -> None:
+def test_interrupted_breach_restarts_its_timer() -> None:
     policy = Policy(CONFIG)
     for now, latency in ((0, 0.5), (15, 0.1), (30, 0.5), (45, 0.5)):
         assert policy.decide(now, seen(now, 10, 6.0, queue_time_s=latency)).target == 10

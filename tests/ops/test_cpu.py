@@ -151,7 +151,7 @@ def test_moe(ops: CpuOps, ref: ReferenceOps, router: str, name: str, tokens: int
     torch.testing.assert_close(gates.gather(1, by_id.indices), weights.gather(1, order.indices))
 
 
-def test_an_expert_nobody_chose(ops: CpuOps, ref: ReferenceOps) -> None:
+def test_unselected_expert(ops: CpuOps, ref: ReferenceOps) -> None:
     spec = RouterSpec(8, 2)
     w = experts(spec, "int4", 64, 64, None)
     w.gate[3] = 0

@@ -81,7 +81,7 @@ def test_one_layer_whatever_is_hot(tokens: int, mass: float | None) -> None:
         assert torch.equal(counts[0], counts[1])
 
 
-def test_the_host_computes_beside_the_shared_expert() -> None:
+def test_host_overlaps_with_the_shared_expert() -> None:
     """The host's experts have begun, and are not waited for, when the shared expert is computed."""
     begun, shared = threading.Event(), threading.Event()
 

@@ -134,6 +134,6 @@ def test_tied_scores_choose_the_earlier_position(name: str) -> None:
         assert chosen.tolist() == [list(range(spec.top_k))] * 2
 
 
-def test_a_cache_lists_its_tensors_for_whoever_copies_blocks() -> None:
+def test_cache_lists_all_tensors_of_a_block() -> None:
     cache: LatentCache = Step(backend("reference"), "int8", SPECS[0], [1, 1], [40, 30]).cache
     assert [t.shape[1] for t in cache.tensors()] == [cache.num_blocks] * 4

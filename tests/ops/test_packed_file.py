@@ -39,7 +39,7 @@ def test_a_backend_from_a_file_computes_the_same(tmp_path: Path) -> None:
             assert torch.equal(a, b)
 
 
-def test_what_could_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
     (tmp_path / "model.packed").write_bytes(b"an older one")
     with pytest.raises(AttributeError):
         write_packed(tmp_path / "model.packed", None, [("a", torch.ones(3)), ("b", object())])

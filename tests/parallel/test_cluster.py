@@ -84,7 +84,7 @@ def check_rebalanced(model: ParallelModel) -> None:
     assert len(placed.ranks) == 2 and sum(map(len, placed.ranks)) == 8 + 2
 
 
-def test_experts_are_placed_anew_where_ranks_share_no_memory(checkpoint: Path) -> None:
+def test_experts_are_rebalanced_without_shared_memory(checkpoint: Path) -> None:
     expected = greedy(load(checkpoint, select("reference")))
     common: dict[str, Any] = dict(transport="gloo", redundant_experts=2, rebalance_steps=5)
     model = ParallelModel(rank_options(checkpoint, Layout(1, 2, 2), **common))

@@ -78,7 +78,7 @@ class Sum(Alone):
         return x
 
 
-def test_placed_anew_the_sum_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rebalancing_keeps_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks' parts of a layer add up to the whole before and after copies are placed."""
     config = ModelConfig.from_json(TINY | dict(num_experts_per_tok=3, topk_group=2, n_shared_experts=1))
     parameters = random_parameters(config, seed=3)

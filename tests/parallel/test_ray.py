@@ -103,7 +103,7 @@ def test_two_nodes_give_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
     ray.shutdown()
 
 
-def test_experts_are_placed_anew_over_nodes(cluster: Any, checkpoint: Path) -> None:
+def test_experts_are_rebalanced_over_nodes(cluster: Any, checkpoint: Path) -> None:
     expected = greedy(load(checkpoint, select("reference")))
     balanced: dict[str, Any] = dict(redundant_experts=2, rebalance_steps=5)
     spread = options(checkpoint, cluster, Layout(ep=2), **balanced)

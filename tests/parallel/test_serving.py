@@ -75,7 +75,7 @@ def test_layers_in_one_call_and_op_by_op(transport: str, one_rank: dict[str, lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "redundant"), [("reference", 4), ("cpu", 4), ("cpu", 0)])
-def test_experts_are_placed_anew_while_serving(
+def test_experts_are_rebalanced_while_serving(
     backend: str, redundant: int, one_rank: dict[str, list[list[int]]]
 ) -> None:
     if backend == "cpu":

@@ -129,7 +129,7 @@ def test_all_to_all(rows: list[list[int]]) -> None:
         assert all(torch.equal(received[target][source], part(source, target)) for source in range(3))
 
 
-def test_a_lost_peer_wakes_who_waits(arena: Arena) -> None:
+def test_lost_peer_wakes_waiting_ranks(arena: Arena) -> None:
     arena.bytes.zero_()
     group = SharedGroup(arena, 0, 2, 0, 30.0, SLOT)
     threading.Timer(0.2, arena.abort).start()

@@ -105,7 +105,7 @@ def test_metrics_name_keys_only_to_this_machine_and_scrapers() -> None:
         assert "alice" in httpx.get(url, headers=PROXIED | bearer("sk-root")).text
 
 
-def test_a_metrics_key_is_asked_of_other_machines() -> None:
+def test_remote_scrapes_require_the_metrics_key() -> None:
     with running(ScriptedEngine(), keys=KEYS, metrics_keys=SCRAPER) as server:
         url = f"{server.url}/metrics"
         assert httpx.get(url).status_code == 200

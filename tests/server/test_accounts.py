@@ -43,7 +43,7 @@ def costs(server: Running, name: str) -> dict[tuple[str, str], float]:
     return {(s.labels["api_key"], s.labels["phase"]): s.value for s in found if s.name.endswith("_total")}
 
 
-def test_a_response_says_what_it_cost_only_when_asked(priced: Running) -> None:
+def test_response_includes_cost_only_on_request(priced: Running) -> None:
     assert "x_farthing" not in post(priced).json()["usage"]
     usage = post(priced, x_farthing=True).json()["usage"]
     cost = usage["x_farthing"]
@@ -80,7 +80,7 @@ def test_keys_have_accounts_of_their_own_and_everything_adds_up(priced: Running)
     assert costs(priced, "usd")["", "idle"] > 0
 
 
-def test_who_leaves_pays_for_what_was_done(priced: Running) -> None:
+def test_disconnected_client_is_charged_for_generated_tokens(priced: Running) -> None:
     def charged() -> float:
         return costs(priced, "tokens").get(("bob", "decode"), 0)
 

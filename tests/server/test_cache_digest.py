@@ -58,13 +58,13 @@ def test_prefixes_share_their_blocks() -> None:
         assert set(one) | set(two) <= digest(server)[1]
 
 
-def test_nothing_is_remembered_that_nobody_reads() -> None:
+def test_digest_records_nothing_until_it_is_read() -> None:
     with running(tiny_engine(num_blocks=300)) as server:
         ask(server, "a" * 1100)
         assert digest(server)[1] == set()
 
 
-def test_digest_is_for_those_who_see_all_numbers() -> None:
+def test_digest_requires_access_to_all_metrics() -> None:
     with running(tiny_engine(), keys=KEYS, admin_keys=ADMIN) as server:
         url = f"{server.url}/cache/digest"
         for key, status in (("sk-a", 403), ("wrong", 403), ("sk-root", 200)):

@@ -125,7 +125,7 @@ def test_a_restarted_source_leaves_a_gap() -> None:
     assert history.columns()["generation_tps"] == [None, None, 1.0]
 
 
-def test_a_clock_set_back_begins_anew() -> None:
+def test_clock_jumping_back_restarts_history() -> None:
     history = History()
     for now in (10.0, 11.0, 4.0, 5.0):
         history.add(now, {"gauges": {"kv": 0.5}})
@@ -295,7 +295,7 @@ def test_the_page_draws_fits_and_does_not_complain(browser: Any, kind: str, sche
 
 
 @browser_only
-def test_the_key_is_asked_for_and_the_answer_is_streamed(browser: Any) -> None:
+def test_page_requests_the_key_and_streams_the_answer(browser: Any) -> None:
     app = application(Source(), KEY)
     seen: list[dict[str, Any]] = []
 

@@ -249,7 +249,7 @@ def test_context_length() -> None:
             assert refused.value.code == "context_length_exceeded"
 
 
-def test_time_stands_still_for_nobody() -> None:
+def test_slow_stream_does_not_delay_other_requests() -> None:
     """A slow stream does not hold up another request."""
     with running(ScriptedEngine(lambda prompt: ["x"] * (40 if "slow" in prompt else 1), step=0.05)) as server:
         client = server.client()

@@ -222,7 +222,7 @@ def test_whole_experts_go_and_the_engine_routes_among_the_rest(
     _engine_agrees(out, trained)
 
 
-def test_an_interrupted_run_goes_on_with_its_sizes(
+def test_interrupted_run_resumes_with_its_sizes(
     checkpoint: Path,
     tmp_path: Path,
     sources: Path,

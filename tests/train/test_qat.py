@@ -83,7 +83,7 @@ def test_the_command_writes_checkpoint_summary_and_picture(
     assert (tmp_path / "run" / "checkpoint" / "config.json").is_file()
 
 
-def test_an_interrupted_run_goes_on_with_the_same_ranges(
+def test_interrupted_run_resumes_with_the_same_ranges(
     checkpoint: Path, tmp_path: Path, sources: Path
 ) -> None:
     config = QatConfig(stages=STAGES, group=32, block_steps=2, block_windows=4)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3, one file an idea."""
+"""The DeepSeek-V3 model, one concept per file."""
 
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.deepseek import DeepseekModel

@@ -17,7 +17,7 @@ from farthing.ops import AttentionSpec, Batch, LatentCache, Ops
 
 
 def attention_spec(config: ModelConfig) -> AttentionSpec:
-    """The head layout the op needs."""
+    """The head layout for the op."""
     return AttentionSpec(
         num_heads=config.num_attention_heads,
         nope_dim=config.qk_nope_head_dim,
@@ -30,7 +30,7 @@ def attention_spec(config: ModelConfig) -> AttentionSpec:
 
 
 def query_scale(config: ModelConfig, device: torch.device) -> Tensor | None:
-    """The factor of every position's query, float32 [max_len]; None where all are 1."""
+    """The query scale of every position, float32 [max_len]; None if all are 1."""
     s = config.query_scaling
     if s is None:
         return None
@@ -50,7 +50,7 @@ class Attention:
         self.norm = weights.tensor(f"model.layers.{layer}.input_layernorm.weight", (d,)).float()
         self.q_width = c.q_lora_rank or heads * c.qk_head_dim
         first = "q_a_proj" if c.q_lora_rank else "q_proj"
-        # One pass over the hidden state gives the query (or its latent) and the key-value latent.
+        # One product over the hidden state computes the query (or its latent) and the key-value latent.
         self.qkv_a = ops.pack_linear(
             p + "qkv_a",
             lambda: [
@@ -81,10 +81,10 @@ class Attention:
     def __call__(
         self, h: Tensor, batch: Batch, cache: LatentCache, cache_layer: int, select: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """h [T, D] -> h + attention(norm(h)) [T, D]; leaves the tokens' (latent, k_pe) in the cache.
+        """h [T, D] -> h + attention(norm(h)) [T, D]; writes the tokens' (latent, k_pe) to the cache.
 
-        Also returned: the positions [T, K] it attended to, None for all of them. A layer with an indexer
-        chooses them, one without takes `select`, the choice of the layer before.
+        Also returns the positions [T, K] it attended to; None for all of them. A layer with an indexer
+        selects them; a layer without uses `select`, the selection of the previous layer.
         """
         ops = self.ops
         qkv = ops.linear(h, self.qkv_a, self.norm, self.eps)  # [T, q + c + r]

@@ -1,4 +1,4 @@
-"""The architecture, read from a config.json of any type in `farthing.model.types`."""
+"""Model architecture, read from a config.json of any type in `farthing.model.types`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class RopeConfig:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
-    attention_factor: float | None = None  # of cos and sin; None: from the two above
+    attention_factor: float | None = None  # scale of cos and sin; None: computed from the two fields above
     interleaved: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class QueryScaling:
-    """Queries grow with their position: q (1 + beta ln(1 + floor(position / original_max_position)))."""
+    """Position-dependent query scale: q (1 + beta ln(1 + floor(position / original_max_position)))."""
 
     beta: float
     original_max_position: int
@@ -40,9 +40,9 @@ class QueryScaling:
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
-    """One layer's own sizes, where pruning made layers differ; None: as the model's field says.
+    """Sizes of one layer, if pruning made layers differ; None: the model's own value.
 
-    config.json holds them as "layer_sizes": one object a layer, MTP layers included.
+    Stored in config.json as "layer_sizes": one object per layer, MTP layers included.
     """
 
     intermediate_size: int | None = None
@@ -69,7 +69,7 @@ class ModelConfig:
     max_position_embeddings: int
     rope: RopeConfig
     query_scaling: QueryScaling | None = None
-    query_latent_scale: float = 1.0  # of the normed query latent, and of the normed key-value latent
+    query_latent_scale: float = 1.0  # scale of the normed query latent; the next field: of the KV latent
     latent_scale: float = 1.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -93,8 +93,8 @@ class ModelConfig:
     index_n_heads: int = 0
     index_head_dim: int = 0
     index_rope_interleaved: bool = False
-    indexer_types: tuple[Literal["full", "shared"], ...] = ()  # of each hidden layer; empty: all "full"
-    post_mlp_norm: bool = False  # a norm on what the mixture of experts adds to the residual stream
+    indexer_types: tuple[Literal["full", "shared"], ...] = ()  # per hidden layer; empty: all "full"
+    post_mlp_norm: bool = False  # norm on the MoE output before the residual add
     num_nextn_predict_layers: int = 0
     layer_sizes: tuple[LayerSizes, ...] = ()
     bos_token_id: int | None = None
@@ -107,40 +107,40 @@ class ModelConfig:
 
     @property
     def cache_width(self) -> int:
-        """Numbers a token leaves in the cache of one layer: latent + rotary."""
+        """Cached values per token and layer: latent + rotary."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
     def is_v3(self) -> bool:
-        """Whether layers hold V3's tensors under V3's names and nothing more (V2's are a part of them)."""
+        """Whether layers have only V3's tensors under V3's names (V2's are a subset)."""
         more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
         return not more and type_named(self.model_type).names.stored("lm_head.weight") == "lm_head.weight"
 
     def has_indexer(self, layer: int) -> bool:
-        """Whether a layer chooses what it attends to; others read all, or what an earlier layer chose."""
+        """Whether a layer has an indexer; others attend to all tokens or an earlier layer's selection."""
         if self.index_topk is None:
             return False
         return layer >= len(self.indexer_types) or self.indexer_types[layer] == "full"
 
     @property
     def index_rows(self) -> int:
-        """Layers that keep index keys, MTP layers included."""
+        """Number of layers with index keys, MTP layers included."""
         return sum(map(self.has_indexer, range(self.num_hidden_layers + self.num_nextn_predict_layers)))
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether gates hold e_score_correction_bias."""
+        """Whether gates have e_score_correction_bias."""
         return self.topk_method == "noaux_tc" and self.router_bias
 
     @property
     def shared_size(self) -> int:
-        """Width of the shared expert, 0 without one."""
+        """Width of the shared expert; 0 if there is none."""
         if self.n_shared_experts and self.shared_intermediate_size is not None:
             return self.shared_intermediate_size
         return self.n_shared_experts * self.moe_intermediate_size
 
     def at(self, layer: int) -> ModelConfig:
-        """The config whose sizes are those of one layer."""
+        """This config with the sizes of one layer."""
         if not self.layer_sizes:
             return self
         own = self.layer_sizes[layer]
@@ -150,7 +150,7 @@ class ModelConfig:
         return replace(self, layer_sizes=(), **sizes)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether a layer holds experts. MTP layers follow the same rule."""
+        """Whether a layer has experts. MTP layers follow the same rule."""
         return (
             self.n_routed_experts is not None
             and layer >= self.first_k_dense_replace
@@ -159,7 +159,7 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: Path) -> ModelConfig:
-        """Read `path`/config.json. Raises ConfigError or FileNotFoundError, each saying what to do."""
+        """Read `path`/config.json. Raises ConfigError or FileNotFoundError, each naming the fix."""
         if has_config(path) and not (path / "config.json").is_file():
             return cls.from_json(read_config(path))
         file = path / "config.json"
@@ -172,7 +172,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Check and convert. Unknown fields are ignored, as Hugging Face does."""
+        """Validate and convert. Unknown fields are ignored, as in Hugging Face."""
         kind = type_of(raw)
         try:
             raw = kind.fields(raw)

@@ -23,7 +23,7 @@ from farthing.ops.api import CacheDtype, Handle
 class DeepseekModel:
     """The model over a backend. Weights are read once, in the order of the forward pass."""
 
-    stack: Handle | None  # the layers in one call, where the backend has one
+    stack: Handle | None  # all layers in one call, if the backend supports it
 
     def __init__(
         self,
@@ -64,20 +64,20 @@ class DeepseekModel:
         ]
 
     def unstack(self) -> None:
-        """Let go of what runs layers in one call; they are run op by op until `restack`."""
+        """Release the fused stack; layers run op by op until `restack`."""
         self.stack = None
         for mtp in self.mtp:
             mtp.stack = None
 
     def restack(self) -> None:
-        """Take the layers as they are packed now."""
+        """Rebuild the fused stack from the layers as currently packed."""
         self.stack = stacked(self.ops, self.layers)
         for mtp in self.mtp:
             mtp.restack()
 
     @property
     def cache_layers(self) -> int:
-        """Layers that write to the cache: hidden layers, then MTP layers."""
+        """Number of layers that write to the cache: hidden layers, then MTP layers."""
         return self.config.num_hidden_layers + self.config.num_nextn_predict_layers
 
     def reroute(self, routers: Sequence[RouterSpec | None]) -> None:
@@ -103,9 +103,9 @@ class DeepseekModel:
         return self.run_layers(self.ops.embed(ids, self.embedding), batch, cache, counts)
 
     def run_layers(self, h: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
-        """The layers alone: h [T, D] -> [T, D]; a pipeline stage starts here.
+        """Run only the layers: h [T, D] -> [T, D]; the entry point of pipeline stages.
 
-        A backend that can takes them all in one call, which computes what the loop says.
+        Backends that support it run all layers in one call, with the same result as the loop.
         """
         if self.stack is not None:
             return self.ops.run_stack(h, self.stack, batch, cache, self.eps, counts)
@@ -124,7 +124,7 @@ class DeepseekModel:
         return self.ops.top_logits(hidden, self.head, self.norm, self.eps, k)
 
     def greedy(self, hidden: Tensor) -> list[int]:
-        """The likeliest next token of each row of hidden [n, D]."""
+        """The most likely next token per row of hidden [n, D]."""
         return self.ops.greedy(hidden, self.head, self.norm, self.eps)
 
     def draft(
@@ -138,8 +138,8 @@ class DeepseekModel:
     ) -> Tensor:
         """One MTP step: next_ids [T] follow the tokens of `batch`, whose hidden [T, D] is given -> h' [T, D].
 
-        step 0 takes `forward`'s hidden, step s > 0 the h' of step s - 1. Steps beyond the layers there are
-        use the last one again.
+        step 0 takes `forward`'s hidden, step s > 0 the h' of step s - 1. Steps beyond the number of MTP
+        layers reuse the last one.
         """
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
         norm = self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm
@@ -152,19 +152,19 @@ class DeepseekModel:
         return self.ops.logits(hidden, mtp.head, mtp.norm, self.eps)
 
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """As `top_logits`, of a draft."""
+        """Like `top_logits`, for a draft."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
         return self.ops.top_logits(hidden, mtp.head, mtp.norm, self.eps, k)
 
     def failure(self) -> str | None:
-        """None: a model in this process fails by raising."""
+        """Always None: a model in this process fails by raising."""
         return None
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing: there is nothing to release."""
 
 
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:
-    """The router of every layer (hidden, then MTP); None where the layer is dense."""
+    """The router of every layer (hidden, then MTP); None for dense layers."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     return [router_spec(config.at(i)) if config.is_moe(i) else None for i in range(layers)]

@@ -1,5 +1,5 @@
-"""The error every part of a model's configuration raises."""
+"""The error for model configurations."""
 
 
 class ConfigError(ValueError):
-    """A config.json this engine cannot serve; names the field, its value and what is accepted."""
+    """This engine cannot serve a config.json; the message names the field, its value and what is accepted."""

@@ -1,7 +1,7 @@
-"""Adaptive experts: as many experts as the gate's confidence asks for, between a floor and the model's top_k.
+"""Adaptive experts: the number of experts per token follows the gate's confidence, up to the model's top_k.
 
 `adaptive:p[,min=2,max=8]` keeps, for each token, the fewest experts whose normalized gate weights reach p.
-A checkpoint calibrated for it holds one p a layer in config.json under "adaptive_experts".
+A checkpoint calibrated for it has one p per layer in config.json, under "adaptive_experts".
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class AdaptiveExperts:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> AdaptiveExperts | None:
-        """The rule a config.json carries, if any."""
+        """The rule in a config.json, if any."""
         rule = raw.get("adaptive_experts")
         if rule is None:
             return None
@@ -68,7 +68,7 @@ class AdaptiveExperts:
             ) from error
 
     def to_json(self, config: ModelConfig) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The inverse of `from_json`."""
         most = self.max_experts or config.num_experts_per_tok
         return {"adaptive_experts": {"mass": list(self.mass), "min": self.min_experts, "max": most}}
 
@@ -89,6 +89,6 @@ class AdaptiveExperts:
 
 
 def routers_for(config: ModelConfig, raw: Mapping[str, Any], experts: str) -> list[RouterSpec | None]:
-    """The routers `--experts` asks for: 'auto' follows config.json, else as `AdaptiveExperts.parse`."""
+    """The routers for `--experts`: 'auto' follows config.json, else see `AdaptiveExperts.parse`."""
     rule = AdaptiveExperts.from_json(raw) if experts == "auto" else AdaptiveExperts.parse(experts)
     return rule.routers(config) if rule else routers_of(config)

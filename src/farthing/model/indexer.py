@@ -1,6 +1,6 @@
-"""Sparse attention's choice of keys: the lightning indexer (DeepSeek-V3.2-Exp section 2.1).
+"""Key selection for sparse attention: the lightning indexer (DeepSeek-V3.2-Exp section 2.1).
 
-Legend: T tokens; D hidden size; q the query latent; H index heads of size d; K positions chosen.
+Legend: T tokens; D hidden size; q the query latent; H index heads of size d; K selected positions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from farthing.ops import Batch, IndexerSpec, LatentCache, Ops
 
 
 def indexer_spec(config: ModelConfig) -> IndexerSpec:
-    """The layout the op needs."""
+    """The indexer layout for the op."""
     assert config.index_topk is not None
     return IndexerSpec(
         num_heads=config.index_n_heads,
@@ -33,7 +33,7 @@ class Indexer:
         p, c, d = f"model.layers.{layer}.self_attn.indexer.", config, config.hidden_size
         assert c.q_lora_rank is not None
         self.ops, self.eps = ops, c.rms_norm_eps
-        self.row = sum(map(c.has_indexer, range(layer)))  # of the index cache
+        self.row = sum(map(c.has_indexer, range(layer)))  # row in the index cache
         q_shape = (c.index_n_heads * c.index_head_dim, c.q_lora_rank)
         self.q = ops.pack_linear(p + "wq_b", lambda: [weights.weight(p + "wq_b", q_shape)])
         self.k = ops.pack_linear(p + "wk", lambda: [weights.weight(p + "wk", (c.index_head_dim, d))])
@@ -51,7 +51,7 @@ class Indexer:
     def __call__(
         self, h: Tensor, norm: Tensor, latent: Tensor, latent_norm: Tensor, batch: Batch, cache: LatentCache
     ) -> Tensor | None:
-        """h [T, D] and the query latent [T, q], with the norms in front of them -> positions [T, K] or None
+        """h [T, D] and the query latent [T, q], each with its input norm -> positions [T, K] or None
         (`Ops.index`)."""
         ops = self.ops
         q = ops.linear(latent, self.q, latent_norm, self.eps)

@@ -1,4 +1,4 @@
-"""What a token costs by the architecture alone: parameters, bytes and FLOPs, and how routing spreads them.
+"""Cost per token from the architecture alone (parameters, bytes, FLOPs), and measured routing balance.
 
 A multiply-add counts as two FLOPs. "Dense model of the same size" has every parameter active for every
 token; DeepSeek publishes 60-80 % less compute than that for its mixture of experts.
@@ -28,14 +28,14 @@ class ModelCost:
     """Per-token figures of the main model (MTP layers are counted in `mtp_parameters` only)."""
 
     total_parameters: int
-    active_parameters: int  # read for one token: one embedding row, top_k experts of each layer
+    active_parameters: int  # read per token: one embedding row, top_k experts per layer
     mtp_parameters: int
     routed_parameters: int
     active_routed_parameters: int
-    weight_bytes: int  # all, as stored
-    active_bytes: int  # read for one token at batch 1, as stored
+    weight_bytes: int  # total, as stored
+    active_bytes: int  # read per token at batch 1, as stored
     kv_bytes_per_token: int  # bf16
-    flops_per_token: int  # without attention over the context
+    flops_per_token: int  # excluding attention over the context
     attention_flops_per_context_token: int  # absorbed decode, all layers
     dense_flops_per_token: int  # a dense model of the same parameters
 
@@ -53,13 +53,13 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     routed = [n for n in main if ".experts." in n]
     always = [n for n in main if ".experts." not in n and n != EMBEDDING]
 
-    def share(name: str) -> float:  # of a layer's routed experts that a token reads
+    def share(name: str) -> float:  # share of a layer's routed experts read per token
         return config.num_experts_per_tok / (config.at(int(name.split(".")[2])).n_routed_experts or 1)
 
     def count(names: Iterable[str]) -> int:
         return sum(prod(shapes[n]) for n in names)
 
-    # A tied embedding is read whole, as the head; an untied one gives one row.
+    # A tied embedding is read whole as the head; of an untied one, one row is read.
     head_rows = config.vocab_size if config.tie_word_embeddings else 1
     active_routed = round(sum(prod(shapes[n]) * share(n) for n in routed))
     matrices = [n for n in main if len(shapes[n]) == 2 and (n != EMBEDDING or config.tie_word_embeddings)]
@@ -88,7 +88,7 @@ def _is_mtp(name: str, config: ModelConfig) -> bool:
 
 
 def checkpoint_cost(path: Path) -> ModelCost:
-    """Figures of a checkpoint with the bytes it really stores, quantized or not."""
+    """Figures of a checkpoint with its actual stored bytes, quantized or not."""
     checkpoint = Checkpoint.open(path)
     by_module: dict[str, int] = {}
     for name in checkpoint.names():
@@ -105,7 +105,7 @@ def checkpoint_cost(path: Path) -> ModelCost:
         module = stored(name).rpartition(".")[0]
         if module in by_module or ".experts." not in name:
             return by_module.get(module, 0)
-        stack, _, part = module.partition(".experts.")  # one tensor holds all experts of the layer
+        stack, _, part = module.partition(".experts.")  # one tensor for all experts of the layer
         share = 1 if part.endswith("down_proj") else 2
         whole = f"{stack}.experts.{'down_proj' if share == 1 else 'gate_up_proj'}"
         experts = config.at(int(name.split(".")[2])).n_routed_experts or 1
@@ -116,12 +116,12 @@ def checkpoint_cost(path: Path) -> ModelCost:
 
 @dataclass(frozen=True, slots=True)
 class ContextCost:
-    """What attention adds for one token at a context length, over all layers."""
+    """Attention cost per token at a context length, over all layers."""
 
     context: int  # tokens
     flops: int
-    bytes: int  # of the bf16 cache that are read
-    dense_flops: int  # of attention to all of them, without an indexer
+    bytes: int  # bytes read from the bf16 cache
+    dense_flops: int  # FLOPs of full attention, without an indexer
     dense_bytes: int
 
 
@@ -132,7 +132,7 @@ def context_cost(config: ModelConfig, context: int) -> ContextCost:
     size = 2 * c.cache_width * layers
     read = context if c.index_topk is None else min(context, c.index_topk)
     rows = sum(map(c.has_indexer, range(layers))) if read < context else 0
-    index = rows * c.index_head_dim * context * 2  # FLOPs of a head, and bytes
+    index = rows * c.index_head_dim * context * 2  # FLOPs per head, and bytes
     return ContextCost(
         context, flops * read + index * c.index_n_heads, size * read + index, flops * context, size * context
     )
@@ -140,18 +140,18 @@ def context_cost(config: ModelConfig, context: int) -> ContextCost:
 
 @dataclass(frozen=True, slots=True)
 class RoutingReport:
-    """Measured routing: what a set of prompts made of the router."""
+    """Measured routing statistics of a set of prompts."""
 
     tokens: int
     experts_per_token: float  # mean over MoE layers, adaptive experts included
     tokens_per_expert: list[list[int]]  # [MoE layer][expert]
-    imbalance: list[float]  # busiest expert / mean, a layer
-    unused: int  # (layer, expert) pairs no token chose
+    imbalance: list[float]  # busiest expert / mean, per layer
+    unused: int  # (layer, expert) pairs selected by no token
     compute_saved: float  # against a dense model of the same size, with the measured experts per token
 
 
 def routing_report(model: DeepseekModel, prompts: Sequence[Sequence[int]]) -> RoutingReport:
-    """Run token lists through the model and count what the router did."""
+    """Run token lists through the model and count routed tokens."""
     config = model.config
     layers = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
     if not layers:

@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a model on a backend."""
+"""Load a checkpoint directory into a model on a backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from farthing.ops import Ops, RouterSpec
 
 log = logging.getLogger(__name__)
 
-# Written by some trainers, computed here.
+# Tensors that some trainers store but that are computed here.
 IGNORED = ("*.rotary_emb.inv_freq",)
 
 
@@ -30,21 +30,21 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     """Read a Hugging Face directory onto a backend; `experts` as in `farthing.model.experts`.
 
     Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected;
-    ValueError where the backend maps a packed file of another checkpoint.
+    ValueError if the backend maps a packed file of another checkpoint.
     """
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)
     claim(ops, checkpoint.fingerprint(), path)
     routers = routers_for(config, checkpoint.config, experts)
     model = DeepseekModel(config, ops, source_of(checkpoint, config), routers)
-    if ops.packed_from is None:  # else the packed file has most of what the checkpoint holds
+    if ops.packed_from is None:  # otherwise most weights come from the packed file
         checkpoint.finish(ignore=IGNORED + type_named(config.model_type).names.skipped)
     checkpoint.release()
     return model
 
 
 def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
-    """The checkpoint's tensors under V3's names; one log line where some of its parts are not served."""
+    """The checkpoint's tensors under V3's names; logs once if some parts are not served."""
     names = type_named(config.model_type).names
     if names.skipped_because:
         skipped = sum(any(fnmatchcase(n, p) for p in names.skipped) for n in checkpoint.names())
@@ -56,21 +56,21 @@ def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
 
 
 def claim(ops: Ops, source: str, path: str | Path) -> None:
-    """Tell a backend what it packs. ValueError where it maps a packed file of something else."""
+    """Set the backend's source fingerprint. Raises ValueError if its packed file has another source."""
     ops.source = source
     if ops.packed_from not in (None, "", source):
         raise ValueError(f"the packed file was made from another checkpoint than {path}; pack that one again")
 
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The architecture of a checkpoint, without an MTP layer that it names and does not hold."""
+    """The architecture of a checkpoint, without a declared MTP layer whose weights are missing."""
     config = ModelConfig.from_json(checkpoint.config)
     kind = type_named(config.model_type)
     mtp = kind.names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
     if config.num_nextn_predict_layers and not checkpoint.has(mtp):
-        # transformers drops the MTP layer when it saves a model and leaves the field in place.
+        # transformers drops the MTP layer when saving a model but keeps the field.
         log.warning(
-            "%s names an MTP layer and holds none: speculation with it is not available", checkpoint.path
+            "%s: config declares an MTP layer but has no weights for it; MTP disabled", checkpoint.path
         )
         config = replace(config, num_nextn_predict_layers=0)
     layers = range(config.num_hidden_layers)
@@ -82,7 +82,7 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter of a checkpoint, in the order of the forward pass."""
+    """Name and shape of every parameter of a checkpoint, in forward-pass order."""
     c, d, v = config, config.hidden_size, config.vocab_size
     yield "model.embed_tokens.weight", (v, d)
     for i in range(c.num_hidden_layers + c.num_nextn_predict_layers):
@@ -171,5 +171,5 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
 def random_model(
     config: ModelConfig, ops: Ops, seed: int = 0, routers: list[RouterSpec | None] | None = None
 ) -> DeepseekModel:
-    """A model of random weights, nothing on disk."""
+    """A model with random weights, without any files."""
     return DeepseekModel(config, ops, MemorySource(random_parameters(config, seed)), routers)

@@ -60,7 +60,7 @@ class FeedForward:
             self.post_norm = weights.tensor(name, (config.hidden_size,)).float()
 
     def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
-        """h [T, D] -> h + feed_forward(norm(h)) [T, D]; counts [E] gains the tokens of each expert."""
+        """h [T, D] -> h + feed_forward(norm(h)) [T, D]; adds the tokens per expert to counts [E]."""
         if self.post_norm is not None:
             added = self.ops.moe(h, self.packed, self.norm, self.eps, counts, residual=False)
             return h + self.ops.rms_norm(added, self.post_norm, self.eps)
@@ -79,7 +79,7 @@ def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Ga
 
 
 def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router: RouterSpec) -> MoEWeights:
-    """Router and experts of one layer; the experts are read one at a time."""
+    """Router and experts of one layer; experts are read one at a time."""
     e, d, i = router.num_experts, config.hidden_size, config.moe_intermediate_size
     shared_size = config.shared_size
     shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")

@@ -1,9 +1,9 @@
-"""Multi-token prediction (DeepSeek-V3 section 2.2): one more block that predicts the token after next.
+"""Multi-token prediction (DeepSeek-V3 section 2.2): an extra block that predicts the token after next.
 
-h'_i = Block(eh_proj([enorm(embed(t_{i+1})) ; hnorm(h_i)])) with h_i behind the model's final norm;
-logits of t_{i+2} = head(shared_head.norm(h'_i)). A further step is fed shared_head.norm(h') again.
+h'_i = Block(eh_proj([enorm(embed(t_{i+1})) ; hnorm(h_i)])) with h_i after the model's final norm;
+logits of t_{i+2} = head(shared_head.norm(h'_i)). Each further step takes shared_head.norm(h') as h.
 
-Its output is only a draft, which the model checks: its weights may be rounded further than the model's.
+Its output is only a draft that the model verifies, so its weights may be rounded more coarsely.
 
 Legend: T tokens; D hidden size; V vocabulary.
 """
@@ -29,7 +29,7 @@ from farthing.ops.weights import Weight
 class MTPLayer:
     """Checkpoint layer `layer` >= num_hidden_layers; embedding and head are shared unless they differ."""
 
-    stack: Handle | None  # the layer in one call, where the backend has one
+    stack: Handle | None  # the layer in one call, if the backend supports it
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class MTPLayer:
         head: Handle,
         head_weight: Callable[[], Weight],
     ) -> None:
-        """head, head_weight: the model's, packed and not."""
+        """head, head_weight: the model's head, packed and unpacked."""
         ops, exact = ops.coarse(), ops
         p, d = f"model.layers.{layer}.", config.hidden_size
         self.ops, self.eps, self.layer = ops, config.rms_norm_eps, layer
@@ -56,7 +56,7 @@ class MTPLayer:
         self.restack()
         self.embedding, own_head = embedding, False
         shape = (config.vocab_size, d)
-        # Released checkpoints hold copies of the main embedding and head: share unless they differ.
+        # Released checkpoints contain copies of the main embedding and head: share unless they differ.
         if weights.has(p + "embed_tokens.weight"):
             own = weights.tensor(p + "embed_tokens.weight", shape)
             self.embedding = embedding if torch.equal(own, embedding) else own
@@ -70,7 +70,7 @@ class MTPLayer:
         self.head = head
 
     def restack(self) -> None:
-        """Take the layer as it is packed now, for a backend that runs it in one call."""
+        """Rebuild the fused layer as currently packed, for backends that run it in one call."""
         self.stack = stacked(self.ops, [(self.attention, self.feed_forward)])
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Rotary position embedding: plain, or stretched by YaRN (Peng et al. 2023, sections 3.2-3.4).
+"""Rotary position embedding: plain, or extended with YaRN (Peng et al. 2023, sections 3.2-3.4).
 
 Legend: r rotary head size.
 """
@@ -23,7 +23,7 @@ def rope_table(rope: RopeConfig, dim: int, length: int) -> Tensor:
 
 
 def frequencies(rope: RopeConfig, dim: int) -> Tensor:
-    """Radians a position for every pair, float32 [r/2]; YaRN ramps from theta_i to theta_i / factor."""
+    """Radians per position of every pair, float32 [r/2]; YaRN ramps from theta_i to theta_i / factor."""
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     theta = 1.0 / rope.theta**exponent
     if rope.factor is None:

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: a checkpoint on disk, or tensors in memory."""
+"""Sources of model weights: a checkpoint on disk, or tensors in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farthing.ops import Weight
 
 
 class WeightSource(Protocol):
-    """What the model asks of a checkpoint (see `farthing.checkpoint.Checkpoint`)."""
+    """The interface the model needs from a checkpoint (see `farthing.checkpoint.Checkpoint`)."""
 
     def has(self, name: str) -> bool:
         """Whether a tensor of this full name exists."""
@@ -33,7 +33,7 @@ class WeightSource(Protocol):
 
 
 class MemorySource:
-    """Plain tensors by name, as a state dict holds them."""
+    """Plain tensors by name, as in a state dict."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -43,7 +43,7 @@ class MemorySource:
         return name in self._tensors
 
     def holds(self, module: str) -> bool:
-        """Every expert is here."""
+        """Always true: every expert is local."""
         return True
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -59,7 +59,7 @@ class MemorySource:
 
 
 class RenamedSource:
-    """A source whose tensors have a model type's own names, asked by V3's."""
+    """Maps V3's tensor names to a model type's own names in another source."""
 
     def __init__(self, source: WeightSource, names: Names) -> None:
         self._source, self._stored = source, names.stored
@@ -82,8 +82,8 @@ class RenamedSource:
 
 
 class StackedExperts:
-    """A source that holds a layer's experts as two stacks, `experts.gate_up_proj` [E, 2 I, D] and
-    `experts.down_proj` [E, D, I], asked for one expert at a time."""
+    """Reads single experts from a source that stores a layer's experts as two stacks,
+    `experts.gate_up_proj` [E, 2 I, D] and `experts.down_proj` [E, D, I]."""
 
     _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj")
 
@@ -103,7 +103,7 @@ class StackedExperts:
         return self._source.tensor(name, shape)
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        """The matrix of a linear module; raises ValueError where a stack's slice has another shape."""
+        """The matrix of a linear module; raises ValueError if a stack's slice has another shape."""
         found = self._EXPERT.fullmatch(module)
         if found is None:
             return self._source.weight(module, shape)

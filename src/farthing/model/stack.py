@@ -1,4 +1,4 @@
-"""A layer's packed parts, as a backend takes them that computes whole layers in one call."""
+"""A layer's packed parts, for backends that compute whole layers in one call."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from farthing.ops.api import Handle, LayerHandles
 
 
 def stacked(ops: Ops, layers: Sequence[tuple[Attention, FeedForward]]) -> Handle | None:
-    """`Ops.stack` of these layers; None where the backend has none or a layer does more than it computes."""
+    """`Ops.stack` of these layers; None if the backend has none or does not support one of the layers."""
     found = [handles(*layer) for layer in layers]
     plain = [h for h in found if h is not None]
     return ops.stack(plain) if len(plain) == len(found) else None
 
 
 def handles(attention: Attention, feed: FeedForward) -> LayerHandles | None:
-    """The handles of one layer, for `Ops.stack`; None where a layer is more than those."""
+    """The handles of one layer for `Ops.stack`; None if it cannot represent the layer."""
     if attention.query_scale is not None or attention.sparse or feed.post_norm is not None:
         return None
     a = attention

@@ -99,7 +99,7 @@ def test_hpa_gets_every_figure(tmp_path: Path) -> None:
     run(test)
 
 
-def test_who_is_not_the_front_proxy_is_refused(tmp_path: Path) -> None:
+def test_only_the_front_proxy_is_accepted(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(tmp_path) as (port, last_decision, aggregator, api):
             last_decision.post(decision())

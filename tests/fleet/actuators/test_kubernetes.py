@@ -145,7 +145,7 @@ def test_lease_is_given_back_at_the_end() -> None:
     run(test)
 
 
-def test_two_who_try_at_once_do_not_both_lead() -> None:
+def test_concurrent_candidates_elect_one_leader() -> None:
     async def test() -> None:
         clock = Clock()
         async with FakeKubernetes() as api:
@@ -180,7 +180,7 @@ def test_lease_times_must_be_in_order() -> None:
         LeaseConfig(name="l", namespace="n", identity="i", renew_s=20.0)
 
 
-def test_access_reviews_are_asked_once_and_remembered_for_a_while() -> None:
+def test_access_reviews_are_cached_for_a_while() -> None:
     async def test() -> None:
         async with FakeKubernetes() as api:
             api.allow = lambda spec: spec["user"] == "hpa"

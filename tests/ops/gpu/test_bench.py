@@ -127,7 +127,7 @@ def test_a_measured_row_is_judged(bench: ModuleType) -> None:
     assert bench.cells(row, result)[-3:] == ["500 us (10.00x, torch)", "80% of the ceiling", "missed"]
 
 
-def test_a_kernel_nobody_knows(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_kernel(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--only", "convolution"])
     assert "names no kernel" in capsys.readouterr().err

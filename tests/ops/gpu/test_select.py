@@ -27,7 +27,7 @@ def test_auto_is_the_gpu_only_where_kernels_are_compiled(monkeypatch: pytest.Mon
     assert resolve("gpu") == "gpu"
 
 
-def test_by_name_it_is_interpreted_where_asked() -> None:
+def test_explicit_backend_runs_interpreted_on_request() -> None:
     if numeric.INTERPRETED:
         ops = selection("gpu", torch.float32)
         assert ops.name == "gpu/triton float32, interpreted on the CPU"

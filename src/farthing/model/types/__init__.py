@@ -44,7 +44,7 @@ TYPES: Mapping[str, ModelType] = {
 
 
 def type_of(raw: Mapping[str, Any]) -> ModelType:
-    """The type a config.json names. Raises ConfigError with the known types and the closest one."""
+    """The type of a config.json. Raises ConfigError with the known types and the closest match."""
     return type_named(raw.get("model_type"))
 
 

@@ -1,7 +1,7 @@
-"""A.X K1: V3 with one more norm, on what a mixture of experts adds to the residual stream.
+"""A.X K1: V3 with an extra norm on the MoE output before the residual add.
 
-Released checkpoints store that norm beside the layer's others, for dense layers too, which do not use it, and
-hold no correction bias of the router.
+Released checkpoints also store that norm for dense layers, which do not use it, and have no router correction
+bias.
 """
 
 import re
@@ -21,7 +21,7 @@ TYPE = ModelType(
     _fields,
     Names(
         lambda name: _NORM.sub(r"\1.post_mlp_layernorm", name),
-        skipped=("*.post_mlp_layernorm.weight",),  # of dense layers
+        skipped=("*.post_mlp_layernorm.weight",),  # unused in dense layers
     ),
     may_lack_router_bias=True,
 )

@@ -1,7 +1,7 @@
-"""What a model type says about itself: how its files differ from DeepSeek-V3's.
+"""Description of a model type: how its files differ from DeepSeek-V3's.
 
-Config fields and tensor names inside Farthing are DeepSeek-V3's. A type translates into them once, when a
-checkpoint is opened; no code after that asks which type it serves.
+Farthing uses DeepSeek-V3's config fields and tensor names internally. A type translates to them once, when a
+checkpoint is opened; no later code depends on the type.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Names:
 
     stored: Callable[[str], str] = lambda name: name  # from V3's name to the checkpoint's
     skipped: tuple[str, ...] = ()  # fnmatch patterns of stored tensors that are not computed here
-    skipped_because: str = ""  # logged once where any of them is there
+    skipped_because: str = ""  # logged once if any of them is present
 
     @classmethod
     def under(cls, prefix: str, skipped: tuple[str, ...] = (), because: str = "") -> Names:
-        """V3's names below a prefix, as models with a vision tower store them."""
+        """V3's names under a prefix, as in checkpoints with a vision tower."""
         return cls(lambda name: prefix + name, skipped, because)
 
 
@@ -35,13 +35,13 @@ class ModelType:
     models: str  # released models of this type, for messages and documentation
     fields: Callable[[Fields], Fields] = lambda raw: raw  # to V3's fields
     names: Names = Names()
-    may_lack_router_bias: bool = False  # some checkpoints of this type hold no e_score_correction_bias
+    may_lack_router_bias: bool = False  # some checkpoints of this type have no e_score_correction_bias
 
 
 def dense_prefix(raw: Fields) -> dict[str, int]:
-    """first_k_dense_replace and moe_layer_freq from `mlp_layer_types`, the list that newer files hold.
+    """first_k_dense_replace and moe_layer_freq from `mlp_layer_types`, the list in newer files.
 
-    Raises ValueError where no such pair describes the list.
+    Raises ValueError if no such pair describes the list.
     """
     kinds = raw.get("mlp_layer_types")
     if not kinds:

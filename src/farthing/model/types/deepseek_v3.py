@@ -1,4 +1,4 @@
-"""DeepSeek-V3, V3.1, R1 and Moonlight: the type all others are described against."""
+"""DeepSeek-V3, V3.1, R1 and Moonlight: the base that other types are described against."""
 
 from farthing.model.types.base import ModelType
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2: V3 with a lightning indexer in every layer, which chooses the keys attention reads.
+"""DeepSeek-V3.2: V3 with a lightning indexer in every layer that selects the keys for attention.
 
 The indexer rotates by halves; attention's own rotation stays interleaved.
 """

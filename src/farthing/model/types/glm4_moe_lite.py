@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash: V3's layers and MTP layer in other sizes; one group of experts."""
+"""GLM-4.7-Flash: V3's layers and MTP layer with other sizes and one expert group."""
 
 from farthing.model.types.base import Fields, ModelType, dense_prefix
 

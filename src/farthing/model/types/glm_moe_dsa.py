@@ -1,4 +1,4 @@
-"""GLM-5: V3.2 with an interleaved indexer rotation and layers that share the choice of an earlier one."""
+"""GLM-5: V3.2 with an interleaved indexer rotation and layers that reuse an earlier layer's selection."""
 
 from farthing.model.types.base import Fields, ModelType, dense_prefix
 

@@ -1,4 +1,4 @@
-"""Kimi K2: DeepSeek-V3 with one group of 384 experts and 64 heads; nothing but sizes differs."""
+"""Kimi K2: DeepSeek-V3 with one group of 384 experts and 64 heads; only sizes differ."""
 
 from farthing.model.types.base import ModelType
 

@@ -1,4 +1,4 @@
-"""Kimi K2.5 and K2.6: Kimi K2 below `text_config` and `language_model.`, beside a vision tower.
+"""Kimi K2.5 and K2.6: Kimi K2 under `text_config` and `language_model.`, with a vision tower.
 
 Only the language model is served; the experts of released checkpoints are INT4 (compressed-tensors).
 """

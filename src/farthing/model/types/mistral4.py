@@ -1,7 +1,7 @@
 """Mistral Small 4: a softmax router without correction bias, and queries scaled by their position.
 
-Also inside `mistral3`, the multimodal wrapper it is released in: there the fields are below `text_config`,
-the tensors below `language_model.`, and the vision tower is skipped.
+Also used inside `mistral3`, the multimodal wrapper it is released in: its fields are under `text_config`, its
+tensors under `language_model.`, and the vision tower is skipped.
 """
 
 from farthing.model.types.base import Fields, ModelType, Names

@@ -1,7 +1,7 @@
 """Mistral's own file format: params.json and Mistral's tensor names, as Mistral Large 3 is released.
 
 Routing is a softmax without correction bias and queries are scaled by their position, as in `mistral4`. YaRN
-stretches the rotation alone: `apply_scale` false leaves the scores' scale as it is without YaRN.
+only affects the rotation: with `apply_scale` false the score scale is the same as without YaRN.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sarvam 105B: V3 without a query latent, and with names of its own for a few config fields."""
+"""Sarvam 105B: V3 without a query latent and with different names for a few config fields."""
 
 from farthing.model.types.base import Fields, ModelType
 

@@ -1,4 +1,4 @@
-"""The GPU backend: Triton kernels behind the ops' signatures. See docs/design/gpu-backend.md."""
+"""The GPU backend: the ops as Triton kernels. See docs/design/gpu-backend.md."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def create(
 ) -> GpuOps:
     """The backend's factory (see `farthing.ops.select`).
 
-    dtype: of activations, bfloat16 unless float32 is asked for. Raises RuntimeError where there is no NVIDIA
-    GPU and TRITON_INTERPRET=1 is not set, ValueError on a bad argument.
+    dtype: activation dtype, bfloat16 unless float32 is requested. Raises RuntimeError without an NVIDIA GPU
+    unless TRITON_INTERPRET=1 is set, ValueError for a bad argument.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype {dtype} is not served by backend 'gpu'; expected float32 or bfloat16")

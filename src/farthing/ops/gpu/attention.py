@@ -1,9 +1,9 @@
-"""Latent attention of one step: which tokens decode, which are expanded, and the products around the kernels.
+"""Latent attention of one step: the choice between two methods per sequence, and the products they need.
 
-Legend: see `farthing.ops.api`. Two ways give the same numbers. Absorbed (`decode`): the query is taken into
-the latent space and meets the cache as it is, 2 c + r multiplications a key and head. Expanded (`prefill`):
-latents are taken out to heads once, c (n + v) a key and head, and then cost n + r + v. So a sequence is
-expanded where its new tokens are more than c (n + v) / (2 c - n - v): 171 in V3.
+Legend: see `farthing.ops.api`. Two methods compute the same result. Absorbed (`decode`): the query is mapped
+to the latent space and applied to the cache directly, 2 c + r multiplications per key and head. Expanded
+(`prefill`): latents are expanded to heads once, c (n + v) per key and head, after which each query costs
+n + r + v. So a sequence is expanded if it has more than c (n + v) / (2 c - n - v) new tokens: 171 in V3.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from farthing.ops.gpu.latent import gather, rotate_queries, write_latent
 from farthing.ops.gpu.prefill import prefill
 from farthing.ops.selection import chosen, in_rows
 
-MOST_EXPANDED = 1 << 29  # numbers of expanded keys and values held at once, unless one sequence has more
+MOST_EXPANDED = 1 << 29  # limit on expanded keys and values held at once (one sequence may exceed it)
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """kv_b_proj by head: rows [W_UK (n); W_UV (v)]."""
+    """kv_b_proj per head: rows [W_UK (n); W_UV (v)]."""
 
     spec: AttentionSpec
     kv_b: Tensor  # [H, n + v, c]
@@ -33,7 +33,7 @@ class Heads:
 
     @property
     def expand_from(self) -> float:
-        """New tokens of a sequence from which expanding its keys costs less."""
+        """Number of new tokens per sequence above which expanding its keys is cheaper."""
         s = self.spec
         wide = s.nope_dim + s.value_dim
         saved = 2 * s.latent_dim - wide
@@ -52,7 +52,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where a step's tokens go: expanded sequences, and the tokens (with their sequences) that decode."""
+    """The methods of a step: expanded sequences, and the tokens (with their sequences) that decode."""
 
     expanded: list[Span]
     tokens: Tensor | None  # [m] int64; None: all of them
@@ -60,7 +60,7 @@ class Plan:
 
 
 def plan(batch: Batch, expand_from: float) -> Plan:
-    """Reads the batch back to the host unless every sequence has one token."""
+    """Copies the batch to the host unless every sequence has one token."""
     count, device = batch.context_lens.shape[0], batch.positions.device
     if batch.positions.shape[0] == count:
         return Plan([], None, torch.arange(count, dtype=torch.int32, device=device))

@@ -1,7 +1,7 @@
 """`GpuOps`: the op signatures over Triton kernels. Legend: see `farthing.ops.api`.
 
-Two products are left to torch (cuBLAS): the router's float32 logits, and the small products by head around
-absorbed attention.
+Two products use torch (cuBLAS): the router's float32 logits, and the small products per head around absorbed
+attention.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
 
 Gated = tuple[Weight, Weight, Weight]
-_FP8_CAPABILITY = (8, 9)  # Ada and Hopper multiply FP8
+_FP8_CAPABILITY = (8, 9)  # Ada and Hopper have FP8 tensor cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +62,19 @@ class Experts:
     gate: Tensor  # [E, D] float32
     bias: Tensor | None
     routed: Mlp
-    held: Tensor | None  # [E] int32, the place of an expert in the stack or -1; None: all are here
+    held: Tensor | None  # [E] int32, index of an expert in the stack or -1; None: all are local
     shared: Mlp | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
-    """Layers that are computed in one call; decode steps as one graph."""
+    """Layers computed in one call; decode steps run as one graph."""
 
     layers: tuple[LayerHandles, ...]
 
 
 class GpuOps(Ops):
-    """Every op on one CUDA device; activations are bfloat16 or float32, FP8 where the weights are."""
+    """Every op on one CUDA device; activations are bfloat16 or float32, and FP8 if the weights are."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, quantization: str | None = None) -> None:
         self.device, self.dtype = device, dtype
@@ -89,12 +89,12 @@ class GpuOps(Ops):
     # -- packing
 
     def _matrix(self, weight: Weight) -> Matrix:
-        weight = rounded(weight, self._quantization, mlp=True)  # others come rounded, see `pack_linear`
+        weight = rounded(weight, self._quantization, mlp=True)  # others: rounded in `pack_linear`
         return pack(weight, self.dtype, self.device, self._fp8)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Part]:
         parts: list[Part] = []
-        run: list[Matrix] = []  # neighbours that may become one matrix
+        run: list[Matrix] = []  # adjacent matrices that can be merged
         for w in (rounded(w, self._quantization) for w in weights()):
             sparse = find(w, self.dtype, self.device)
             if sparse is None:
@@ -168,7 +168,7 @@ class GpuOps(Ops):
         return LatentCache(torch.zeros(*shape, width, dtype=kind, device=self.device), scale)
 
     def _here(self, tensor: Tensor) -> Tensor:
-        """A parameter the model keeps, such as a norm or the embedding: its copy on the device, made once."""
+        """Device copy, made once, of a parameter kept by the model, such as a norm or the embedding."""
         if tensor.device.type == self.device.type:
             return tensor
         kept = self._copies.get(id(tensor))
@@ -218,7 +218,7 @@ class GpuOps(Ops):
         eps: float,
         select: Tensor | None = None,
     ) -> Tensor:
-        # A step's plan is the same in every layer; it is made, and read back from the device, once.
+        # A step's plan is the same for all layers, so it is made and read back from the device once.
         if self._planned is None or self._planned[0] is not batch:
             self._planned = (batch, plan(batch, attention.expand_from))
         step = self._planned[1]
@@ -243,7 +243,7 @@ class GpuOps(Ops):
         return combine(n, none, None, self._gated(n, weights), _rows(x))
 
     def _gated(self, n: Tensor, weights: Mlp) -> Tensor:
-        """One MLP for all tokens: a grouped product of one group."""
+        """One MLP for all tokens: a grouped product with one group."""
         tokens = n.shape[0]
         order = torch.arange(tokens, dtype=torch.int32, device=n.device)
         starts = torch.arange(0, 2 * max(1, tokens), max(1, tokens), dtype=torch.int32, device=n.device)
@@ -282,7 +282,7 @@ class GpuOps(Ops):
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         weights.spec = spec
-        self._graphs = DecodeGraphs()  # the old rule is captured in the old ones
+        self._graphs = DecodeGraphs()  # existing graphs have captured the old rule
 
     def route(self, n: Tensor, weights: Experts) -> tuple[Tensor, Tensor]:
         return self._route(n, weights, None)

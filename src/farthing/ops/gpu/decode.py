@@ -1,13 +1,13 @@
-"""Latent attention of single tokens over the paged cache: split over keys, online softmax, then combined.
+"""Latent attention of single tokens over the paged cache: key splits with online softmax, then combined.
 
-Legend: n queries (tokens); H heads, BH of them a program; c latent, r rotary; BK keys a turn; S splits.
+Legend: n queries (tokens); H heads, BH per program; c latent, r rotary; BK keys per iteration; S splits.
 
-Every head reads the same keys: a key is the latent and the rotary key beside it (512 + 64 in V3), its value
-the latent again. So a tile is BH heads of one token against BK keys, and each key is loaded once for both
-products (FlashMLA does the same). With 8 bits the scale of a key multiplies its score and its weight, never
-its numbers. Sizes of the model and of a cache block are constants, so that addresses are shifts and carry no
-masks. A split covers an equal share of its own sequence's keys, so that long and short ones end
-together (flash-decoding); a split without keys leaves minus infinity as its sum.
+Every head reads the same keys: a key is the latent followed by the rotary key (512 + 64 in V3), its value is
+the latent. So a tile is BH heads of one token times BK keys, and each key is loaded once for both products
+(as in FlashMLA). With an 8-bit cache the scale of a key multiplies its score and its weight, not its
+elements. Model and cache block sizes are constants, so that address computations are shifts without masks.
+Each split covers an equal share of its own sequence's keys, so that the splits of a sequence finish together
+(flash-decoding); a split without keys stores minus infinity as its sum.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from farthing.ops.gpu.launch import Config, config, processors
 from farthing.ops.gpu.numeric import dot, narrow, widen
 
 _MOST_SPLITS = 64
-_COMBINED = 128  # columns that a program combines: of 64 splits, 64 registers a thread
-_START = 64  # keys that could be read while a program starts and ends; an estimate
-_RESULT = 4  # bytes of a head's result, written and read again, over those of a key (8 c / 2 (c + r))
+_COMBINED = 128  # columns combined per program: with 64 splits, 64 registers per thread
+_START = 64  # start-up and end of a program, in units of keys read; an estimate
+_RESULT = 4  # bytes of a head's result (written and reread) relative to a key: 8 c / 2 (c + r)
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _combine(part, lse, out, S, c: tl.constexpr, SP: tl.constexpr, BC: tl.conste
     weight = tl.exp(sums - tl.max(sums, 0))
     weight = weight / tl.sum(weight, 0)
     rows = part + (row * S + s[:, None]) * c + j[None, :]
-    # A split without keys has written zeros.
+    # A split without keys has stored zeros.
     parts = tl.load(rows, mask=(s[:, None] < S) & (j[None, :] < c), other=0.0)
     result = tl.sum(parts * weight[:, None], 0)
     tl.store(out + row * c + j, narrow(result, out.dtype.element_ty), mask=j < c)
@@ -103,10 +103,10 @@ def _combine(part, lse, out, S, c: tl.constexpr, SP: tl.constexpr, BC: tl.conste
 
 @lru_cache(4096)
 def splits_for(queries: int, heads: int, keys: int, c: Config, processors: int) -> int:
-    """Into how many parts a sequence's keys are split, so that the last program ends soonest.
+    """Number of splits of a sequence's keys that minimizes the finish time of the last program.
 
-    In units of a key's bytes: a program takes its share of the keys, its queries, and its result, which is
-    written and read again in float32. `c.per_processor` programs run on a multiprocessor at once.
+    Cost in units of a key's bytes: a program's share of the keys, its queries, and its result, which is
+    written and reread in float32. `c.per_processor` programs run concurrently per multiprocessor.
     """
     programs = max(1, queries * triton.cdiv(heads, c.bm))
     at_once = processors * c.per_processor
@@ -131,7 +131,7 @@ def decode(
     r = q_pe.shape[2]
     data = cache.data[layer]
     kernel = "decode" if cache.scale is None else "decode_8bit"
-    if q.dtype is torch.float32:  # twice the bytes a tile
+    if q.dtype is torch.float32:  # twice the bytes per tile
         kernel = "decode_float32"
     k = choice or config(kernel, heads, q.device)
     count = splits or splits_for(n, heads, table.shape[1] * cache.block_size, k, processors(q.device))

@@ -1,9 +1,9 @@
 """The dense product y = residual + x W^T, W in any storage format.
 
-Legend: T tokens; N output rows; K input columns; BM x BN a tile.
+Legend: T tokens; N output rows; K input columns; BM x BN the tile size.
 
-Programs are ordered in groups of rows of tiles, so that those running at the same time share weights and
-inputs in L2. FP8 inputs are quantized (normed, where a norm comes first) in one pass of their own before.
+Programs are ordered in groups of tile rows, so that concurrent programs share weights and inputs in L2. FP8
+inputs are normed (if there is a norm) and quantized in one separate pass before the product.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from farthing.ops.weights import FP8_BLOCK
 
 Part = Matrix | TwoOfFour | Blocks
 _LEAST_COLUMNS = 16
-_TOGETHER = 8  # rows of tiles that programs walk through side by side
+_TOGETHER = 8  # tile rows per group of programs
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _gemm(
 
 
 def narrowed(c: Config, rows: int, columns: int, processors: int) -> Config:
-    """Tiles as narrow as it takes to use most multiprocessors: few rows wait for bytes on their way."""
+    """Choose tiles narrow enough to occupy most multiprocessors: with few rows, latency dominates."""
     bn = c.bn
     while bn > _LEAST_COLUMNS and 2 * triton.cdiv(rows, c.bm) * triton.cdiv(columns, bn) <= processors:
         bn //= 2
@@ -64,7 +64,7 @@ def gemm(
     x: Tensor, weight: Matrix, out: Tensor, x_scale: Tensor | None = None, residual: Tensor | None = None,
     choice: Config | None = None,
 ) -> None:  # fmt: skip
-    """out [T, N] = residual + x [T, K] W^T; x is FP8 with x_scale where W is, and then contiguous."""
+    """out [T, N] = residual + x [T, K] W^T; if W is FP8, x is contiguous FP8 with x_scale."""
     tokens = x.shape[0]
     fp8 = weight.format == "fp8"
     c = choice or narrowed(

@@ -1,10 +1,10 @@
-"""CUDA graphs of decode steps: all launches of a step's layers as one.
+"""CUDA graphs of decode steps: one launch for all kernels of a step's layers.
 
 A step of B sequences with one token each runs in the graph of the next larger bucket. Its inputs are copied
-into the graph's own tensors; rows beyond B repeat the first one, so that what they write to the cache is what
-is written there anyway, and choose no expert. A graph is captured when its bucket is first met.
+into the graph's own tensors. Rows beyond B repeat the first row, so that they write the same values to the
+cache, and select no expert. A graph is captured on the first use of its bucket.
 
-Without CUDA nothing is captured: the same buckets and copies, and then the layers are run.
+Without CUDA nothing is captured: the same buckets and copies are used, then the layers run directly.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from farthing.ops.api import Batch
 # (hidden [T, D], batch, live [1] int32: how many of its rows are real) -> hidden [T, D]
 Layers = Callable[[Tensor, Batch, Tensor], Tensor]
 MOST_ROWS = 512
-_WARM_UP = 2  # runs before the capture: kernels are compiled, cuBLAS makes its handles
+_WARM_UP = 2  # runs before capture, to compile kernels and create cuBLAS handles
 
 
 def bucket(rows: int) -> int | None:
-    """The rows of the graph that serves so many: 1, 2, 4, 8, by 8 to 64, by 32 to 512; None above."""
+    """Rows of the graph for a batch: 1, 2, 4, 8, steps of 8 to 64, steps of 32 to 512; None above."""
     if rows > MOST_ROWS:
         return None
     if rows <= 8:
@@ -46,7 +46,7 @@ def is_decode(batch: Batch) -> bool:
 
 @dataclass(slots=True)
 class _Inputs:
-    """Tensors a graph reads; a step is copied into them."""
+    """Input tensors of a graph; each step is copied into them."""
 
     hidden: Tensor
     batch: Batch
@@ -93,14 +93,14 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """One graph a bucket, width of the block table, and set of layers."""
+    """One graph per bucket, block table width, and set of layers."""
 
     def __init__(self) -> None:
         self._captured: dict[tuple[int, int, Hashable], _Captured] = {}
-        self._pool: Any = None  # memory all graphs share: one runs at a time
+        self._pool: Any = None  # memory shared by all graphs, as only one runs at a time
 
     def run(self, key: Hashable, layers: Layers, hidden: Tensor, batch: Batch) -> Tensor:
-        """`layers` on a decode step. key names what else they read: the cache, the counts, the layers."""
+        """Run `layers` on a decode step. key identifies their other inputs: cache, counts, layers."""
         rows, width = batch.block_table.shape
         size = bucket(rows)
         if size is None:
@@ -128,10 +128,10 @@ class DecodeGraphs:
 
 
 def _capture(captured: _Captured, layers: Layers, pool: Any) -> None:
-    """Warm runs read and write what the step itself will: the step's own rows of the cache, twice."""
+    """Warm-up runs read and write the step's own cache rows, as the step itself does afterwards."""
     inputs = captured.inputs
     live = inputs.live.clone()
-    inputs.live.zero_()  # no token chooses an expert, so that none is counted before the step itself
+    inputs.live.zero_()  # no token selects an expert, so warm-up adds no counts
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,13 +1,13 @@
-"""Gated MLPs of many experts at once: tokens sorted by expert, one persistent launch a product.
+"""Gated MLPs of many experts: tokens sorted by expert, one persistent launch per product.
 
-Legend: R = T k slots, sorted by expert; E experts held here; D hidden; I intermediate; BM x BN a tile.
+Legend: R = T k slots, sorted by expert; E local experts; D hidden; I intermediate; BM x BN the tile size.
 
-Two products: silu(gate) * up of every slot's token, gathered while it is loaded; then down, whose rows are
-weighted and written back to their slot. A last kernel sums a token's k slots in a fixed order, so that the
-result does not depend on the order in which tiles end.
+There are two products: silu(gate) * up of every slot's token, gathered on load; then down, whose rows are
+weighted and written back to their slot. A final kernel sums a token's k slots in a fixed order, so that the
+result does not depend on the order in which tiles finish.
 
-How many tiles there are is known only on the device. Each program counts them from the experts' starts, and
-takes every P-th one (P programs, one a multiprocessor), so nothing waits for the host.
+The number of tiles is known only on the device. Each program computes it from the experts' starts and
+processes every P-th tile (P programs, one per multiprocessor), so nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from farthing.ops.gpu.numeric import FP8_MAX, LEAST_AMAX, narrow, silu
 from farthing.ops.gpu.tile import FP8, fp8_twice, product
 from farthing.ops.weights import FP8_BLOCK
 
-_FP8_ROWS = 128  # of a tile of gate and up together, which hold two sums in registers
+_FP8_ROWS = 128  # rows of a gate-and-up tile, which keeps two accumulators in registers
 
 
 @triton.jit
 def _tiles(starts, E, EP: tl.constexpr, BM: tl.constexpr):
-    """(rows of tiles of each expert [EP], the same summed up to and with it)."""
+    """(tile rows per expert [EP], their inclusive prefix sum)."""
     e = tl.arange(0, EP)
     first = tl.load(starts + e, mask=e < E, other=0)
     tiles = (tl.load(starts + e + 1, mask=e < E, other=0) - first + BM - 1) // BM
@@ -37,7 +37,7 @@ def _tiles(starts, E, EP: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _place(starts, tiles, upto, m, E, EP: tl.constexpr, BM: tl.constexpr):
-    """(expert, sorted rows [BM], which of them exist) of the m-th row of tiles."""
+    """(expert, sorted rows [BM], mask of existing rows) of the m-th tile row."""
     e = tl.arange(0, EP)
     expert = tl.sum((upto <= m).to(tl.int32), 0)
     inside = m - tl.sum(tl.where(e == expert, upto - tiles, 0), 0)
@@ -53,7 +53,7 @@ def _gate_up(
 ):  # fmt: skip
     tiles, upto = _tiles(starts, E, EP, BM)
     I = N // 2  # noqa: E741
-    OUT: tl.constexpr = BN if FORMAT == FP8 else BN // 2  # columns of a tile's result
+    OUT: tl.constexpr = BN if FORMAT == FP8 else BN // 2  # output columns of a tile
     across = tl.cdiv(I, OUT)
     for tile in range(tl.program_id(0), tl.sum(tiles, 0) * across, tl.num_programs(0)):
         expert, row, live = _place(starts, tiles, upto, tile // across, E, EP, BM)
@@ -133,16 +133,16 @@ def experts_mlp(
     x: Tensor, x_scale: Tensor | None, gate_up: Matrix, down: Matrix, order: Tensor, starts: Tensor,
     slots: int, gates: Tensor | None, dtype: torch.dtype, choice: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """x [T, D] (FP8 with x_scale where the weights are) -> [T * slots, D]: each slot's expert, weighted.
+    """x [T, D] (FP8 with x_scale if the weights are FP8) -> [T * slots, D]: weighted expert output per slot.
 
-    order, starts: see `route.sort_by_expert`. Rows of slots without an expert here are left unwritten.
+    order, starts: see `route.sort_by_expert`. Rows of slots without a local expert are not written.
     """
     tokens, device = x.shape[0], x.device
     count, inner = gate_up.data.shape[0], gate_up.n // 2
     fp8 = gate_up.format == "fp8"
     per_expert = max(1, tokens * slots // count)
     c = choice or product_config("grouped", gate_up.format, x.dtype, per_expert, device)
-    # A tile of FP8 results is one group of the next product's input.
+    # A tile of FP8 results is one quantization group of the next product's input.
     bm, bn, columns, warps = (
         (min(c.bm, _FP8_ROWS), FP8_BLOCK, FP8_BLOCK, 8) if fp8 else (c.bm, c.bn, c.bn // 2, c.num_warps)
     )
@@ -150,7 +150,7 @@ def experts_mlp(
     h = torch.empty(rows, inner, dtype=torch.float8_e4m3fn if fp8 else dtype, device=device)
     h_scale = torch.empty(rows, triton.cdiv(inner, 128), device=device) if fp8 else None
     ep, at_once = triton.next_power_of_2(count), processors(device) * c.per_processor
-    most = min(count, rows) + rows // bm  # rows of tiles there can be
+    most = min(count, rows) + rows // bm  # upper bound on tile rows
     _gate_up[(min(at_once, most * triton.cdiv(inner, columns)),)](
         x, x_scale, *_tensors(gate_up), order, starts, h, h_scale, gate_up.n,
         gate_up.k, count, 1 if fp8 else x.stride(0), gate_up.data[0].numel(), _size(gate_up), SLOTS=slots,
@@ -167,7 +167,7 @@ def experts_mlp(
 
 
 def combine(y: Tensor, ids: Tensor, held: Tensor | None, shared: Tensor | None, residual: Tensor) -> Tensor:
-    """residual [T, D] + shared [T, D] + the sum of each token's slots of y [T k, D] -> [T, D]."""
+    """residual [T, D] + shared [T, D] + sum of each token's slots in y [T k, D] -> [T, D]."""
     tokens, d = residual.shape
     out = torch.empty(tokens, d, dtype=residual.dtype, device=residual.device)
     block = min(2048, triton.next_power_of_2(d))
@@ -180,7 +180,7 @@ def combine(y: Tensor, ids: Tensor, held: Tensor | None, shared: Tensor | None, 
 
 
 def _tensors(m: Matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """Data, scales, zero points; data stands in for what a format lacks, since its address is added to."""
+    """Data, scales, zero points; data replaces missing parts, because kernels still compute addresses."""
     return m.data, m.data if m.scale is None else m.scale, m.data if m.zero is None else m.zero
 
 

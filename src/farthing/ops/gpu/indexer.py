@@ -1,8 +1,8 @@
-"""The lightning indexer: scores of the cached index keys by one kernel, the choice by torch's radix select.
+"""The lightning indexer: one kernel scores the cached index keys, torch's radix select picks the top k.
 
-Legend: T tokens; H index heads, BH of them a product; d their size; BK keys a program. A program scores BK
-keys for one token: a product [BH, d] x [d, BK], ReLU, and the weighted sum over heads, so that no score of a
-head leaves registers. With 8 bits the scale of a key multiplies its sum: it is positive.
+Legend: T tokens; H index heads, BH per product; d their size; BK keys per program. A program scores BK keys
+for one token: a product [BH, d] x [d, BK], ReLU, and the weighted sum over heads, so that scores per head
+stay in registers. With an 8-bit cache the scale of a key, which is positive, multiplies its sum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from farthing.ops.gpu.numeric import dot, widen
 from farthing.ops.indexer import Indexer, prepared_keys, rotated, top_positions, write_keys
 from farthing.ops.selection import sequences_of
 
-_MOST_SCORES = 1 << 26  # held at once
+_MOST_SCORES = 1 << 26  # scores held at once
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _index_scores(
 def index(
     q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, cache: IndexCache, row: int, batch: Batch
 ) -> Tensor | None:
-    """`Ops.index`. Nothing is read back from the device: None only where no block table could hold more."""
+    """`Ops.index` without device reads: returns None only if no block table can hold more keys."""
     s, tokens = indexer.spec, q.shape[0]
     cos, sin = indexer.rope[:, batch.positions.long()].unbind(0)
     write_keys(cache, row, batch.slots, prepared_keys(k, indexer, cos, sin))
@@ -74,7 +74,7 @@ def index(
 def scores(
     q: Tensor, w: Tensor, cache: IndexCache, row: int, batch: Batch, sequences: Tensor, part: slice
 ) -> Tensor:
-    """[t, S] float32 of the tokens `part`; minus infinity beyond a token's own position."""
+    """Scores [t, S] float32 of the tokens `part`; minus infinity after a token's own position."""
     q, w, data = q[part], w[part], cache.data[row]
     tokens, heads, d = q.shape
     # Float32 takes twice the bytes per tile, and no tensor cores: smaller tiles stay in registers.

@@ -1,8 +1,8 @@
-"""What enters attention: rotary embedding, the latent's norm, and the write to the paged cache.
+"""Inputs of attention: rotary embedding, the latent's norm, and the write to the paged cache.
 
-Legend: T tokens; H heads; n, r the nope and rotary head sizes; c the KV latent. One program a token rotates
-the queries of all heads; one norms the latent, rotates its key and stores both, in 8 bits with one scale
-a part where the cache has 8 bits. Also here: the gather of cached rows that a prefill expands.
+Legend: T tokens; H heads; n, r the nope and rotary head sizes; c the KV latent. One program per token rotates
+the queries of all heads. Another norms the latent, rotates its key and stores both; an 8-bit cache has one
+scale per part. Also here: the gather of cached rows that a prefill expands.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from farthing.ops.gpu.numeric import FP8_MAX, narrow, round_half_even
 FLOAT_CACHE = 0
 FP8_CACHE = tl.constexpr(1)
 INT8_CACHE = tl.constexpr(2)
-_ROWS = 16  # of the cache, gathered by one program
+_ROWS = 16  # cache rows gathered per program
 CACHE_KINDS = {torch.float8_e4m3fn: 1, torch.int8: 2}
 
 
@@ -44,7 +44,7 @@ def _rotate_queries(
 
 @triton.jit
 def _store_part(x, mask, data, scale, KIND: tl.constexpr):
-    """x float32 to the cache at data, with its scale where the cache has 8 bits."""
+    """Store float32 x in the cache at data, with its scale if the cache is 8-bit."""
     if KIND == FP8_CACHE:
         s = tl.maximum(tl.max(tl.abs(tl.where(mask, x, 0.0)), 0) / FP8_MAX, 1e-20)
         tl.store(data, narrow(tl.clamp(x / s, -FP8_MAX, FP8_MAX), tl.float8e4nv), mask=mask)
@@ -74,7 +74,7 @@ def _write_latent(
     at = tl.load(positions + token).to(tl.int64) * (r // 2)
     i = tl.arange(0, R)
     step = 1 if INTERLEAVED else r // 2
-    # Each lane finds its partner: (x0, x1) is rotated as x0 cos - x1 sin, x1 cos + x0 sin.
+    # Each lane loads its partner: (x0, x1) is rotated to x0 cos - x1 sin, x1 cos + x0 sin.
     first = (i % 2 == 0) if INTERLEAVED else (i < r // 2)
     angle = i // 2 if INTERLEAVED else i % (r // 2)
     other = tl.where(first, i + step, i - step)
@@ -140,7 +140,7 @@ def write_latent(
 def gather(
     cache: LatentCache, layer: int, table: Tensor, lengths: list[int], c: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first lengths[b] cached rows of every sequence of table [B, max_blocks], one after the other.
+    """The first lengths[b] cached rows of every sequence of table [B, max_blocks], concatenated.
 
     -> latents [S, c], keys [S, r], the first row of each sequence [B] int32.
     """

@@ -1,4 +1,4 @@
-"""How kernels are launched: configurations from files, the number of programs that run at once."""
+"""Kernel launch configurations from files, and device properties."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from triton.runtime import driver
 from farthing.ops.gpu.numeric import INTERPRETED
 
 FOLDER = Path(__file__).parent / "configs"
-_INTERPRETED_PROGRAMS = 3  # few and odd, so that persistent loops take more than one turn in tests
-_SMALLER = re.compile(r"shared-(\d+)k\.json")  # for cards whose programs may share at most so many KiB
+_INTERPRETED_PROGRAMS = 3  # few and odd, so that persistent loops iterate in tests
+_SMALLER = re.compile(r"shared-(\d+)k\.json")  # for GPUs with at most this much shared memory, in KiB
 _TILE = {"bm", "bn", "bk"}
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """Tile sizes and resources of one launch. What a kernel has no use for keeps its default."""
+    """Tile sizes and resources of one launch. Fields that a kernel does not use keep their default."""
 
     bm: int = 64
     bn: int = 64
     bk: int = 64
     num_warps: int = 4
     num_stages: int = 3
-    per_processor: int = 1  # programs on one multiprocessor at once: of persistent kernels, and of decode
+    per_processor: int = 1  # concurrent programs per multiprocessor: persistent kernels and decode
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -46,7 +46,7 @@ class Config:
 
     @property
     def resources(self) -> dict[str, int]:
-        """The launch's own keywords."""
+        """Keyword arguments of the launch."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -56,9 +56,9 @@ def file_name(device: str) -> str:
 
 
 def read_configs(path: Path) -> dict[str, list[tuple[int, Config]]]:
-    """kernel -> (most rows, configuration), ascending.
+    """kernel -> (maximum rows, configuration), ascending.
 
-    The file: {kernel: [{"rows": 16, "bm": 16, …}, …]}; the last entry of a kernel serves every larger size.
+    File format: {kernel: [{"rows": 16, "bm": 16, …}, …]}; a kernel's last entry covers all larger sizes.
     Raises ValueError naming file, kernel and field.
     """
     known = {f.name for f in fields(Config)}
@@ -89,21 +89,21 @@ def read_configs(path: Path) -> dict[str, list[tuple[int, Config]]]:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a launch depends on."""
+    """The GPU properties that determine launches."""
 
     name: str
     processors: int
-    shared: int  # bytes of memory that one program may share
-    generation: int  # the first number of its compute capability
+    shared: int  # maximum shared memory per program in bytes
+    generation: int  # major compute capability
 
 
-# What kernels are interpreted for, or compiled for where there is no card: an H100's.
+# Target of interpreted kernels, and of compilation without a GPU: an H100.
 _NONE = Card("", _INTERPRETED_PROGRAMS if INTERPRETED else 132, 227 << 10, 9)
 
 
 @cache
 def table(card: Card) -> dict[str, list[tuple[int, Config]]]:
-    """default.json, under what shared memory and generation ask for, under what was measured on the card."""
+    """default.json, overridden by shared-memory and generation files, then by the GPU's measured file."""
     found = read_configs(FOLDER / "default.json")
     smaller = {int(m[1]): m[0] for path in FOLDER.iterdir() if (m := _SMALLER.fullmatch(path.name))}
     for most in sorted(smaller, reverse=True):
@@ -123,21 +123,21 @@ def _card(index: int) -> Card:
 
 
 def card(device: torch.device) -> Card:
-    """The device's card; without one, what kernels are interpreted or compiled for."""
+    """Properties of the GPU; without one, of the target for interpretation and compilation."""
     return _card(device.index or 0) if device.type == "cuda" else _NONE
 
 
 def config(kernel: str, rows: int, device: torch.device) -> Config:
-    """The configuration of `kernel` for so many rows on this device."""
+    """The configuration of `kernel` for this number of rows on this device."""
     entries = table(card(device))[kernel]
     return next((c for most, c in entries if rows <= most), entries[-1][1])
 
 
 def product_config(kind: str, weight: str, inputs: torch.dtype, rows: int, device: torch.device) -> Config:
-    """Of a product `kind` with weights of a format. float32 inputs meet no tensor core: tiles are small."""
+    """Configuration of product `kind` by weight format. float32 inputs use no tensor cores: small tiles."""
     return config(f"{kind}_{'float32' if inputs is torch.float32 else weight}", rows, device)
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the device."""
+    """Number of multiprocessors of the device."""
     return card(device).processors

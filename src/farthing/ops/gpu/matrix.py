@@ -1,6 +1,6 @@
-"""Weights on the device: one layout for each storage format, one matrix or a stack of E of one shape.
+"""Weights on the device: one layout per storage format, for one matrix or a stack of E equal shapes.
 
-Legend: E matrices of a stack (experts), N rows, K columns, g group size of int4.
+Legend: E matrices per stack (experts), N rows, K columns, g group size of int4.
 
 | format | data | scale float32 | zero |
 |---|---|---|---|
@@ -9,13 +9,13 @@ Legend: E matrices of a stack (experts), N rows, K columns, g group size of int4
 | int4 | uint8 [E, N, P h], P = ceil(K / 2h) | [E, N, 2 ceil(K / 2g)] | int8 as scale, or None |
 | fp8 | float8_e4m3fn [E, N, K] | [E, row blocks, ceil(K / 128)] | - |
 
-int4 holds, in each run of h bytes, h columns in the low and the h columns after them in the high nibbles:
-both halves are then plain tiles with neighbouring columns, and no lane is shuffled. h divides g, so that a
-half has one scale a row.
+int4: each run of h bytes has h columns in the low nibbles and the next h columns in the high nibbles. Both
+halves are then plain tiles of adjacent columns, without shuffles. h divides g, so that a half has one scale
+per row.
 
-A gated pair (gate and up) is one matrix of 2 I rows, gate_i at 2 i and up_i at 2 i + 1: a tile holds both
-operands of silu(gate) * up. In FP8 gate's rows come first, then up's, as their blocks of scales do: a program
-takes a tile of each.
+A gated pair (gate and up) is one matrix of 2 I rows, gate_i at 2 i and up_i at 2 i + 1: a tile has both
+operands of silu(gate) * up. In FP8 gate's rows come first, then up's, like their scale blocks, and a program
+processes a tile of each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from farthing.ops.weights import FP8_BLOCK, Weight, loaded_as, quantize_int4, qu
 
 FORMATS = {"dense": 0, "int8": 1, "int4": 2, "fp8": 3}  # as in tile.py
 _MOST_HALF = 64
-_LEAST_HALF = 16  # the shortest inner size of a product on tensor cores
+_LEAST_HALF = 16  # the smallest inner dimension on tensor cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def half_of(group: int) -> int:
 
 
 def rounded(weight: Weight, quantization: str | None, mlp: bool = False) -> Weight:
-    """A dense weight rounded while packing, as the reference rounds it."""
+    """Round a dense weight while packing, as in the reference."""
     quantization = loaded_as(quantization, mlp)
     if quantization is None or weight.format != "dense":
         return weight
@@ -77,7 +77,7 @@ def rounded(weight: Weight, quantization: str | None, mlp: bool = False) -> Weig
 
 
 def pack(weight: Weight, dtype: torch.dtype, device: torch.device, fp8: bool = True) -> Matrix:
-    """One matrix, E = 1. fp8: whether the device multiplies FP8; else its value is kept in `dtype`."""
+    """Pack one matrix, E = 1. fp8: whether the device supports FP8; else it is stored in `dtype`."""
     n, k = weight.shape
     if weight.format == "dense" or (weight.format == "fp8" and not fp8):
         value = weight.data.to(dtype) if weight.format == "dense" else weight.dequantize(dtype)
@@ -101,7 +101,7 @@ def _pack_int4(weight: Weight, device: torch.device) -> Matrix:
     codes = (weight.quantized().to(device) + 8).to(torch.uint8)
     codes = F.pad(codes, (0, -k % (2 * half)), value=8).view(n, -1, 2, half)
     data = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1).contiguous()
-    # Padded columns may reach into a group that is not there: its scale is zero.
+    # Padded columns may belong to a group that does not exist; its scale is zero.
     spare = scale.shape[1] % 2
     scale = F.pad(scale.float().to(device), (0, spare)).contiguous()
     if zero is not None:
@@ -110,7 +110,7 @@ def _pack_int4(weight: Weight, device: torch.device) -> Matrix:
 
 
 def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
-    """Matrices of one input merged along N as far as their formats allow, in order."""
+    """Merge matrices of one input along N where their formats allow it, keeping their order."""
     merged: list[Matrix] = [parts[0]]
     for m in parts[1:]:
         last = merged[-1]
@@ -127,7 +127,7 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
 
 
 def pair(gate: Matrix, up: Matrix) -> Matrix:
-    """gate [I, D] and up [I, D] -> one matrix [2 I, D]: alternating rows, in FP8 one after the other."""
+    """gate [I, D] and up [I, D] -> one matrix [2 I, D]: interleaved rows; in FP8 concatenated."""
     if (gate.format, gate.n, gate.k, gate.group) != (up.format, up.n, up.k, up.group):
         raise ValueError(
             f"gate is {gate.format} {gate.n} x {gate.k} and up {up.format} {up.n} x {up.k}; "
@@ -145,7 +145,7 @@ def pair(gate: Matrix, up: Matrix) -> Matrix:
 
 
 def stack_experts(parts: Iterable[Matrix], count: int) -> Matrix:
-    """`count` experts of one shape and format -> one stack, filled while they come."""
+    """`count` experts of one shape and format -> one stack, filled as they arrive."""
     stack: Matrix | None = None
     for i, m in enumerate(parts):
         if stack is None:

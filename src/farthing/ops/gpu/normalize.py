@@ -1,6 +1,6 @@
-"""RMSNorm, with the quantization of what follows in the same pass.
+"""RMSNorm, fused with the quantization of its output.
 
-Legend: T tokens; K columns. One program a token: the row is read once, kept in registers, written once.
+Legend: T tokens; K columns. One program per token: the row is read once, kept in registers, written once.
 FP8 groups of 128 columns as in DeepSeek-V3 section 3.3 (scale = max(amax, 1e-4) / 448).
 """
 
@@ -56,7 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def quantize(x: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """x [T, K], normed first where a weight is given -> FP8 [T, K], scales float32 [T, ceil(K / 128)]."""
+    """x [T, K], normed first if a weight is given -> FP8 [T, K], scales float32 [T, ceil(K / 128)]."""
     tokens, k = x.shape
     groups = triton.cdiv(k, GROUP)
     out = torch.empty(tokens, k, dtype=torch.float8_e4m3fn, device=x.device)

@@ -1,9 +1,9 @@
-"""What the hardware does by itself and Triton's interpreter does not: the only place that tells them apart.
+"""Arithmetic that Triton's interpreter does differently from the hardware; all special cases are here.
 
-The interpreter (TRITON_INTERPRET=1, NumPy on a CPU) multiplies bfloat16 as integers, takes an integer's bits
-for a bfloat16 number, and truncates where the hardware rounds. So there, products are taken in float32, which
-holds every product of two bfloat16 or FP8 numbers exactly, and rounding is arithmetic on bits. On a GPU each
-helper is one instruction.
+The interpreter (TRITON_INTERPRET=1, NumPy on a CPU) multiplies bfloat16 as integers, interprets an integer's
+bits as bfloat16, and truncates where the hardware rounds. When interpreting, products therefore use float32,
+which represents every product of two bfloat16 or FP8 numbers exactly, and rounding uses bit arithmetic. On a
+GPU each helper is one instruction.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# From 3.10 on Triton fuses products and sums only where it is told to; scaled sums are made of both.
+# Since 3.10 Triton fuses multiply-adds only on request; scaled sums need them.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 INTERPRETED: bool = knobs.runtime.interpret
 _INTERPRET = tl.constexpr(INTERPRETED)
 LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 on tensor cores, asynchronous copies
 FP8_MAX = tl.constexpr(448.0)
-LEAST_AMAX = tl.constexpr(1e-4)  # of a group of activations (DeepSeek-V3's own quantizer)
+LEAST_AMAX = tl.constexpr(1e-4)  # minimum amax of an activation group (as in DeepSeek-V3's quantizer)
 
 
 @triton.jit
@@ -44,8 +44,8 @@ def narrow(x, dtype: tl.constexpr):
             result = rounded.to(tl.bfloat16, bitcast=True)
         elif dtype == tl.float8e4nv:
             size = bits & 0x7FFFFFFF
-            normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960  # the exponent's bias: 127 to 7
-            # Below 2^-6 the steps are 2^-9; adding 2^23 leaves no bits behind the point.
+            normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960  # exponent bias 127 to 7
+            # Below 2^-6 the step is 2^-9; adding 2^23 leaves no fractional bits.
             small = ((tl.abs(x) * 512.0 + 8388608.0) - 8388608.0).to(tl.uint32)
             code = tl.where(tl.abs(x) < 0.015625, small, normal) | ((bits >> 31) << 7)
             result = code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
@@ -62,7 +62,7 @@ def widen(x, dtype: tl.constexpr):
     if _INTERPRET:
         result = narrow(x.to(tl.float32), dtype)
     elif x.dtype == tl.float8e4nv:
-        # FP8 is opened as float16, and from there to bfloat16 is an instruction of an eighth of the rate.
+        # FP8 converts to float16; float16 to bfloat16 runs at an eighth of the rate.
         result = x.to(tl.float32).to(dtype)
     else:
         result = x.to(dtype)
@@ -71,8 +71,8 @@ def widen(x, dtype: tl.constexpr):
 
 @triton.jit
 def round_half_even(x):
-    """float32 |x| < 2^22 to the nearest integer, still float32."""
-    return (x + 12582912.0) - 12582912.0  # 1.5 x 2^23: what is behind the point has no room
+    """float32 |x| < 2^22 rounded to the nearest integer, as float32."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 x 2^23 leaves no room for fractional bits
 
 
 @triton.jit

@@ -1,10 +1,10 @@
-"""Causal attention of many tokens of a sequence: keys and values expanded to heads, blocked, online softmax.
+"""Causal attention of prompts: keys and values expanded to heads, tiled, with online softmax.
 
-Legend: T tokens of the step; S keys of their sequences, laid out one sequence after the other; H heads;
-n, r, v the nope, rotary and value head sizes; BM queries and BK keys a tile.
+Legend: T tokens of the step; S keys of their sequences, concatenated; H heads; n, r, v the nope, rotary and
+value head sizes; BM queries and BK keys per tile.
 
-A head's key is (its part of the expanded latent, the rotary key all heads share), so the rotary part is never
-repeated per head (DeepSeek-V2 section 2.1.2). Tiles wholly below the diagonal take no mask.
+A head's key is (its part of the expanded latent, the rotary key shared by all heads), so the rotary part is
+never copied per head (DeepSeek-V2 section 2.1.2). Tiles entirely below the diagonal need no mask.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _prefill(
     H: tl.constexpr, n: tl.constexpr, r: tl.constexpr, v: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     V: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    # Late tiles have the most keys: they go first.
+    # Later tiles have the most keys, so they start first.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head, sequence = tl.program_id(1), tl.program_id(2)
     begin, end = tl.load(query_start + 2 * sequence), tl.load(query_start + 2 * sequence + 1)
@@ -58,7 +58,7 @@ def _prefill(
     if begin + tile * BM < end:
         first, length = tl.load(key_first + sequence), tl.load(key_length + sequence)
         live = token < end
-        # The tokens of this step are the last of their sequence. Rows that do not exist look like the last.
+        # This step's tokens are the last of their sequence. Padding rows behave like the last row.
         position = length - end + tl.minimum(token, end - 1)
         d, i, w = tl.arange(0, N), tl.arange(0, R), tl.arange(0, V)
         wide = token.to(tl.int64)[:, None]
@@ -98,7 +98,7 @@ def prefill(
     """out [T, H v] at the tokens of `spans`: causal attention of q [T, H (n + r)], q_pe [T, H, r] rotated.
 
     kv [S, H (n + v)], k_pe [S, r]: sequence b has key_lengths[b] rows from key_first[b] on; its queries are
-    the tokens spans[b] = (begin, end) and stand at its last positions. sizes = (H, n, r, v).
+    the tokens spans[b] = (begin, end), at its last positions. sizes = (H, n, r, v).
     """
     heads, n, r, v = sizes
     kernel = "prefill_float32" if q.dtype is torch.float32 else "prefill"

@@ -1,9 +1,9 @@
-"""From router logits to experts, and from experts to rows sorted by expert.
+"""Router logits to selected experts, and selected experts to rows sorted by expert.
 
-Legend: T tokens; E routed experts, G groups of S = E / G; k experts a token; H experts held here.
+Legend: T tokens; E routed experts, G groups of S = E / G; k experts per token; H local experts.
 
-Sizes are powers of two on the device: groups and their experts lie in a padded [G, S], padding being minus
-infinity. Everything stays on the device, so that a decode step can be captured in a graph.
+Sizes are powers of two on the device: groups and their experts form a padded [G, S] with minus infinity as
+padding. Everything stays on the device, so that a decode step can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _route(
         if TOP2:
             best = tl.argmax(choice, 1)
             group += tl.max(tl.where(s == best[:, None], float("-inf"), choice), 1)
-        # Excluded are groups that at least TOP_GROUPS others come before: larger, or equal and earlier.
+        # Exclude groups preceded by at least TOP_GROUPS others (larger, or equal and earlier).
         other, own = group[None, :], group[:, None]
         earlier = tl.arange(0, G)[None, :] < g
         before = tl.sum(((other > own) | ((other == own) & earlier)).to(tl.int32), 1)
@@ -61,7 +61,7 @@ def _route(
         weight = tl.where(slot == i, tl.sum(tl.where(at, own, 0.0), 0), weight)
         flat = tl.where(at, float("-inf"), flat)
     if HAS_MASS:
-        # Heaviest first; keep the fewest whose share of the weights reaches the mass.
+        # In descending order, keep the fewest whose share of the weights reaches the mass.
         total = tl.sum(weight, 0)
         left = tl.where(slot < K, weight, -1.0)
         ids_by_weight = tl.zeros((KP,), tl.int32)
@@ -118,9 +118,9 @@ def _sort(
 def route(
     logits: Tensor, bias: Tensor | None, spec: RouterSpec, live: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] float32 -> (ids [T, k] int64, weights [T, k] float32), as the reference's `route`.
+    """Router logits [T, E] float32 -> (ids [T, k] int64, weights [T, k] float32) as in the reference.
 
-    live [1] int32: tokens from there on are padding of a captured step, and choose nothing (id -1).
+    live [1] int32: tokens from this index on are padding of a captured step and select nothing (id -1).
     """
     tokens, k = logits.shape[0], spec.top_k
     ids = torch.empty(tokens, k, dtype=torch.int64, device=logits.device)
@@ -138,11 +138,11 @@ def route(
 
 
 def sort_by_expert(ids: Tensor, experts: int, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Chosen experts [T, k] -> (order [T k] int32, starts [H + 1] int32).
+    """Selected experts [T, k] -> (order [T k] int32, starts [H + 1] int32).
 
-    order[starts[e] … starts[e + 1]] are the slots t k + j of the tokens of the e-th expert here, ascending.
-    held [E] int32 is the place here of every expert, -1 where it is elsewhere; None: all are here in order.
-    One program an expert counts and places its own, without atomics: the order is always the same.
+    order[starts[e] … starts[e + 1]] are the slots t k + j of the tokens of local expert e, ascending.
+    held [E] int32 maps experts to local indices, -1 if on another rank; None: all are local, in order. One
+    program per expert counts and places its slots without atomics, so the order is deterministic.
     """
     slots = ids.numel()
     order = torch.empty(max(1, slots), dtype=torch.int32, device=ids.device)

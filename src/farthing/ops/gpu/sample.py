@@ -1,11 +1,11 @@
-"""Drawing tokens: `Ops.sample` in two kernels, the reference's token for the same random number.
+"""Sampling: `Ops.sample` in two kernels, with the reference's token for the same random number.
 
-Legend: n rows; V vocabulary; K candidates of a row, sorted. One program a row.
+Legend: n rows; V vocabulary; K candidates of a row, sorted. One program per row.
 
-A number u in (0, 1), a function of the completion's seed and the token's index alone, is looked up in the
-cumulative distribution: over the vocabulary, or over the sorted candidates that min_p, top_k and top_p leave,
-in this order. Sums are float64, as the engine's are: thousands of float32 terms would drift. Nothing is
-written out: the distribution is read three times from L2.
+A number u in (0, 1), which depends only on the completion's seed and the token's index, is looked up in the
+cumulative distribution: over the vocabulary, or over the sorted candidates kept by min_p, top_k and top_p,
+in this order. Sums are float64, as in the engine, because thousands of float32 terms would drift. No
+intermediate result is written: the distribution is read three times from L2.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _BLOCK = 2048
 
 @triton.jit
 def _find(e, start, running, target, found, last, BLOCK: tl.constexpr):
-    """Whether the running sum passes the target within weights e [BLOCK], and where: state of the search."""
+    """Search state: whether and where the running sum passes the target within weights e [BLOCK]."""
     n = tl.arange(0, BLOCK)
     total = tl.sum(e.to(tl.float64), 0)
     if (found < 0) & (running + total > target):
         below = (running + tl.cumsum(e.to(tl.float64), 0)) <= target
         found = start + tl.sum(below.to(tl.int32), 0)
-    # Rounding may put the target at the very end: then the last weight that is not zero is meant.
+    # Rounding may move the target past the end; then take the last nonzero weight.
     last = tl.maximum(last, tl.max(tl.where(e > 0.0, start + n, -1), 0))
     return running + total, found, last
 
@@ -57,7 +57,7 @@ def _draw(logits, uniform, tokens, stride, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def _kept(values, ids, start, K, total, best, top_k, min_p, BLOCK: tl.constexpr):
-    """(weights of the candidates that min_p and top_k leave, which min_p leaves)."""
+    """(weights of the candidates kept by min_p and top_k, probabilities of all)."""
     rank = start + tl.arange(0, BLOCK)
     value = tl.load(values + rank, mask=rank < K, other=float("-inf"))
     p = tl.exp(value - total)
@@ -80,10 +80,10 @@ def _draw_filtered(
         kept, p = _kept(value, ids, start, K, total, best, top_k, min_p, BLOCK)
         mass += kept.to(tl.float64)
         all_of_it += p.to(tl.float64)
-    # Without top_k and min_p the mass is all of V, of which the candidates may hold a part only.
+    # Without top_k and min_p the mass is over all of V, of which candidates may be only a part.
     open_end = (top_k >= V) & (min_p == 0.0)
     limit = top_p * tl.where(open_end, 1.0, tl.sum(mass, 0))
-    # Is everything that a filter keeps among the candidates?
+    # Are all tokens kept by the filter among the candidates?
     lowest = tl.exp(tl.load(value + K - 1) - total)
     enough = (min_p == 0.0) & (tl.sum(all_of_it, 0) >= top_p) & (top_p < 1.0)
     tl.store(whole + row, ((top_k <= K) | (lowest < min_p * best) | enough | (K >= V)).to(tl.int8))
@@ -120,9 +120,9 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def draw_filtered(logits: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
-    """As `draw`, among what the filters leave.
+    """Like `draw`, among the tokens kept by the filters.
 
-    Rows are cut to their largest logits, and to all of V where a filter may keep more.
+    Rows are truncated to their largest logits; all of V is used if a filter may keep more.
     """
     rows, vocabulary = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)

@@ -1,7 +1,7 @@
 """Softmax over rows, read once and written once.
 
-Legend: T rows; N columns. A row that fits the registers of one program is held there; a longer one (a
-vocabulary) is read twice, the maximum and the sum being found together (Milakov and Gimelshein 2018).
+Legend: T rows; N columns. A row that fits in the registers of one program is kept there; a longer one (a
+vocabulary) is read twice, computing maximum and sum in one pass (Milakov and Gimelshein 2018).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _softmax(x, out, stride, N, BLOCK: tl.constexpr):
 def _softmax_long(x, out, stride, N, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
-    # Each lane keeps its own maximum and sum; they meet once, at the end.
+    # Each lane keeps its own maximum and sum, combined once at the end.
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, N, BLOCK):

@@ -1,14 +1,14 @@
-"""Products with weights that are mostly zeros: 2 of 4, and blocks of 16 x 16.
+"""Products with sparse weights: 2:4, and blocks of 16 x 16.
 
-Legend: T tokens; N rows, K columns; BM x BN a tile; BK columns a turn.
+Legend: T tokens; N rows, K columns; BM x BN the tile size; BK columns per iteration.
 
-2:4 keeps two numbers of every four neighbouring columns and a byte that says where they stood: 5/8 of the
-bytes of 16-bit weights. Triton has no sparse tensor-core product, so lanes are rebuilt in registers: what is
-saved is memory, which is what decoding waits for. The inputs are first laid out lane by lane (every fourth
-column), so that weights need no shuffle.
+2:4 stores two values of every four adjacent columns and a byte with their positions: 5/8 of the bytes of
+16-bit weights. Triton has no sparse tensor-core product, so lanes are rebuilt in registers. This saves memory
+traffic, which bounds decoding. The inputs are first arranged by lane (every fourth column), so that weights
+need no shuffle.
 
-Block-sparse keeps the blocks that hold anything, panel by panel of 16 rows; four of them make one product of
-64 columns. A panel's count is rounded up to four with blocks of zeros. Bytes and arithmetic are both saved.
+Block-sparse stores the nonzero blocks per panel of 16 rows; four of them form one product of 64 columns. A
+panel's count is padded to a multiple of four with zero blocks. This saves both bytes and arithmetic.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from farthing.ops.gpu.tile import finish
 from farthing.ops.weights import Weight
 
 SIDE = 16
-_TURN = 4  # blocks a product
-BLOCKS_FROM = 0.5  # share of zero blocks from which a matrix is kept block-sparse; an estimate
+_TURN = 4  # blocks per product
+BLOCKS_FROM = 0.5  # minimum share of zero blocks for block-sparse storage; an estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def _blocks(
     acc = tl.zeros((BM, SIDE), tl.float32)
     for block in range(tl.load(starts + panel), tl.load(starts + panel + 1), TURN):
         own = block + i // SIDE
-        # Runs of 16 neighbours, which nobody could tell from loaded numbers.
+        # Runs of 16 adjacent columns, which the compiler cannot infer from loaded indices.
         k = tl.max_contiguous(tl.multiple_of(tl.load(columns + own) * SIDE + i % SIDE, SIDE), SIDE)
         a = tl.load(x + rows * stride_x + k[None, :], mask=(m[:, None] < T) & (k[None, :] < K), other=0.0)
         at = own.to(tl.int64)[:, None] * (SIDE * SIDE) + n[None, :] * SIDE + (i % SIDE)[:, None]
@@ -131,7 +131,7 @@ def multiply(
 
 
 def find(weight: Weight, dtype: torch.dtype, device: torch.device) -> TwoOfFour | Blocks | None:
-    """The sparse form of a dense or int8 matrix whose zeros have one; None where they do not pay."""
+    """The sparse form of a dense or int8 matrix; None if its zeros do not fit one or do not pay off."""
     if weight.format not in ("dense", "int8"):
         return None
     n, k = weight.shape
@@ -149,10 +149,10 @@ def find(weight: Weight, dtype: torch.dtype, device: torch.device) -> TwoOfFour 
 
 
 def pack_two_of_four(data: Tensor, scale: Tensor | None) -> TwoOfFour:
-    """data [N, K] with at most two numbers in every four columns that are not zero."""
+    """Pack data [N, K] with at most two nonzeros in every four columns."""
     n, k = data.shape
     groups = data.view(n, k // 4, 4)
-    # The non-zero lanes first, in order; where there are fewer than two, zeros fill up.
+    # Nonzero lanes first, in order, padded with zeros if there are fewer than two.
     order = (groups == 0).to(torch.int8).sort(dim=-1, stable=True).indices[..., :2]
     values = groups.gather(-1, order)
     places = (order[..., 0] | (order[..., 1] << 2)).to(torch.uint8)
@@ -160,7 +160,7 @@ def pack_two_of_four(data: Tensor, scale: Tensor | None) -> TwoOfFour:
 
 
 def pack_blocks(data: Tensor, kept: Tensor, scale: Tensor | None) -> Blocks:
-    """data [N, K], kept [N / 16, K / 16]: which blocks hold anything."""
+    """Pack data [N, K]; kept [N / 16, K / 16]: mask of nonzero blocks."""
     n, k = data.shape
     blocks = data.view(n // SIDE, SIDE, k // SIDE, SIDE).transpose(1, 2)  # [N / 16, K / 16, 16, 16]
     counts = kept.sum(1)

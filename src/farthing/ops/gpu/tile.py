@@ -1,10 +1,10 @@
-"""The product of one tile, for every storage format, and its end: what dense, grouped and sparse GEMMs share.
+"""The product and epilogue of one tile for every storage format, shared by dense, grouped, sparse GEMMs.
 
-Legend: BM x BN the tile; K columns of the input; BK of them a turn. x rows are given one by one, so that a
-grouped product gathers its tokens while it loads them.
+Legend: BM x BN the tile size; K input columns; BK columns per iteration. x rows are given individually, so
+that a grouped product can gather its tokens on load.
 
 Accumulation is float32. FP8 follows DeepGEMM: the tensor cores sum 128 columns, then the partial sum is
-scaled and added in a register of its own, since their own accumulator keeps about 14 bits.
+scaled and added in a separate register, because the tensor cores' accumulator keeps only about 14 bits.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def _fp8(acc, x, rows, live, x_scale, w, w_scale, n, N, K):
     blocks = (K + _BLOCK - 1) // _BLOCK
     j = tl.arange(0, _BLOCK)
     wide = w + n.to(tl.int64)[None, :] * K
-    scales = w_scale + tl.min(n, 0) // _BLOCK * blocks  # a tile of at most 128 rows lies in one block of them
+    scales = w_scale + tl.min(n, 0) // _BLOCK * blocks  # a tile of at most 128 rows is in one scale block
     for block in range(0, blocks):
-        # What waits for memory by itself comes before the product that waits for the tensor cores.
+        # Issue plain memory loads before the product that waits for the tensor cores.
         scale = tl.load(x_scale + rows * blocks + block, mask=live, other=0.0) * tl.load(scales + block)
         k = block * _BLOCK + j
         a = tl.load(x + rows[:, None] * K + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
@@ -95,9 +95,9 @@ def _fp8(acc, x, rows, live, x_scale, w, w_scale, n, N, K):
 def fp8_twice(x, rows, live, x_scale, w, w_scale, n, far, N, M, K, BM: tl.constexpr, BN: tl.constexpr):
     """x rows [BM] times w rows n [BN] that are less than N, and times rows n + far where n is less than M.
 
-    An input is loaded once for both: two tiles of 128 rows read a quarter less from L2 than as two programs,
-    and while one warp group adds up its first tile, the other's is with the tensor cores. Each tile lies in
-    one block of scales.
+    The input is loaded once for both: two tiles of 128 rows read a quarter less from L2 than as two programs,
+    and while one warp group accumulates its first tile, the other uses the tensor cores. Each tile is in one
+    scale block.
     """
     blocks = (K + _BLOCK - 1) // _BLOCK
     j = tl.arange(0, _BLOCK)
