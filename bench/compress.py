@@ -1,4 +1,4 @@
-"""Every recipe on the embedded model, our calibrators beside other people's, and INT8 on a real CNN.
+"""Every recipe on the embedded model, our calibrators compared with others, and INT8 on a real CNN.
 
     python bench/compress.py recipes [--model DIR]        size, loss, seconds, memory, decode speed
     python bench/compress.py served --results DIR...      size, memory and speed of finished results, in turn
@@ -51,7 +51,7 @@ console = Console(width=190)
 
 
 def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
-    """Each recipe in its own process, so that peak memory is its own."""
+    """Run each recipe in its own process, to measure its own peak memory."""
     table = Table(
         "recipe",
         "MB",
@@ -106,7 +106,7 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
 
 
 def served(model: str, results: list[Path]) -> None:
-    """Size, memory and decode speed of finished results beside their source, all taking turns."""
+    """Size, memory and decode speed of finished results and their source, measured interleaved."""
     from farthing.compress.serving import resident_bytes, speeds
     from farthing.hub import resolve_model
     from farthing.model import load
@@ -133,7 +133,7 @@ def served(model: str, results: list[Path]) -> None:
 
 
 def ort_threshold(x: Tensor, bins: int) -> float:
-    """The larger end of the range ONNX Runtime's entropy calibrator gives a tensor."""
+    """The larger bound of the range from ONNX Runtime's entropy calibrator."""
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     collector = HistogramCollector(
@@ -151,7 +151,7 @@ def ort_threshold(x: Tensor, bins: int) -> float:
 
 
 def modelopt_threshold(x: Tensor) -> float:
-    """The range ModelOpt's entropy calibrator gives a tensor, its defaults kept."""
+    """The range from ModelOpt's entropy calibrator with default settings."""
     from modelopt.torch.quantization.calib import HistogramCalibrator
 
     calibrator = HistogramCalibrator(num_bits=8, axis=None, unsigned=False)
@@ -160,7 +160,7 @@ def modelopt_threshold(x: Tensor) -> float:
 
 
 def peers() -> dict[str, Callable[[Tensor], float]]:
-    """Other people's calibrators, those that are installed."""
+    """Third-party calibrators that are installed."""
     found: dict[str, Callable[[Tensor], float]] = {
         "ONNX Runtime entropy, 128 bins (its default)": lambda x: ort_threshold(x, 128),
         "ONNX Runtime entropy, 2048 bins": lambda x: ort_threshold(x, 2048),
@@ -257,7 +257,7 @@ def images(folder: Path, views: int, size: int = 224) -> Tensor:
 
 
 def normalized(x: Tensor) -> Tensor:
-    """What EfficientNet-Lite0 was trained on."""
+    """Preprocessing that EfficientNet-Lite0 was trained with."""
     return (x.float() - 127) / 128
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Load the script, replace the one method, run it."""
+    """Load the script, patch one method, and run it."""
     script = Path(sys.argv[1]).resolve()
-    sys.path.insert(0, str(script.parent))  # llama.cpp's imports a package beside it
+    sys.path.insert(0, str(script.parent))  # llama.cpp's script imports a package in its own folder
     spec = importlib.util.spec_from_file_location("converter", script)
     assert spec is not None and spec.loader is not None
     converter = importlib.util.module_from_spec(spec)

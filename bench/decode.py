@@ -1,4 +1,4 @@
-"""Tokens per second on the CPU: ours, the peers found, and the limit of the machine, in one run.
+"""Tokens/s on the CPU: Farthing, installed peers, and the machine's limit, in one run.
 
     python bench/decode.py --model L576 --weights int4 [--no-peers] \\
         --llama-bench ik_llama.cpp=PATH/llama-bench --llama-bench llama.cpp=PATH/llama-bench \\
@@ -51,7 +51,7 @@ def machine(threads: int) -> dict[str, float]:
 
 
 def packed(model: Path, weights: str, threads: int) -> Path:
-    """The model's packed file, written first where it is not there or of another build's layout."""
+    """The model's packed file, written first if missing or from a build with another layout."""
     out = model.with_name(f"{model.name}-{weights}.packed")
     built = Path(str(_native.__file__)).stat().st_mtime
     if not out.exists() or out.stat().st_mtime < built:
@@ -62,10 +62,10 @@ def packed(model: Path, weights: str, threads: int) -> Path:
 
 
 def generating(llm: LLM, behind: Collection[int]) -> Seconds:
-    """Times `LLM.generate`: (batch, tokens of a prompt, new tokens) -> seconds."""
+    """Times `LLM.generate`: (batch, prompt tokens, new tokens) -> seconds."""
 
     def seconds(batch: int, prompt: int, new: int) -> float:
-        # Prompts to decode behind are always the same, so the prefix cache has them; others are always new.
+        # Prompts of decode runs never change, so the prefix cache has them; other prompts are always new.
         numbers = random.Random(prompt if prompt in behind else None)
         prompts = [[numbers.randrange(3, 32000) for _ in range(prompt)] for _ in range(batch)]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
@@ -114,14 +114,14 @@ def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
 
 
 def chosen(a: argparse.Namespace) -> list[Point]:
-    """The points that the command line names."""
+    """The points given on the command line."""
     return [Point("prefill", 1, length) for length in a.prefill] + [
         Point("decode", batch, context) for context in a.behind for batch in a.batches
     ]
 
 
 def run(a: argparse.Namespace) -> dict[str, Any]:
-    """Every point, ours and the peers in turn."""
+    """Measure every point, alternating between Farthing and the peers."""
     points = chosen(a)
     model = make_model(a.model, a.cache)
     systems = {"ours": ours(model, a.weights, a.threads, points)} | find_peers(a, model)
@@ -153,7 +153,7 @@ def row(
     shares: list[float],
     m: dict[str, float],
 ) -> dict[str, Any]:
-    """One point: medians, spreads (least and most), bytes of a step and the share of the limit."""
+    """One point: medians, spreads (min and max), bytes per step and the share of the limit."""
     found = {name: values for (name, where), values in readings.items() if where == point}
     mine = found.pop("ours")
     share = statistics.median(shares)
@@ -170,7 +170,7 @@ def row(
 
 
 def keep(result: dict[str, Any], file: Path) -> None:
-    """Add a run's rows to a file, in the place of older ones of the same kind."""
+    """Add a run's rows to a file, replacing older ones of the same kind."""
     stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
     new = [
         row | {"model": result["model"], "machine": result["machine"], "date": str(date.today())}
@@ -187,7 +187,7 @@ def keep(result: dict[str, Any], file: Path) -> None:
 
 
 def keep_section(file: Path, name: str, value: dict[str, Any]) -> None:
-    """Put one more result beside the rows, in the place of an older one."""
+    """Add a result to the file, replacing an older one."""
     stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(stored | {name: value | {"date": str(date.today())}}, indent=1))

@@ -36,7 +36,7 @@ VOCAB, BLOCKS, BLOCK_SIZE, LENGTH = 8192, 8192, 16, 2048
 
 
 class NoModel:
-    """Answers at once; every token is 7, so that n-gram drafts are always right."""
+    """Returns immediately; every token is 7, so that n-gram drafts are always accepted."""
 
     cache_layers, mtp = 17, ()
     ops = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)

@@ -37,7 +37,7 @@ HOST = "127.0.0.1"
 
 
 class Replica(asyncio.Protocol):
-    """A server that costs next to nothing: `x-tokens: N` and `x-interval: S` in the request choose its
+    """A server with almost no overhead: `x-tokens: N` and `x-interval: S` in the request choose its
     answer.
     """
 
@@ -81,7 +81,7 @@ def _field(head: bytes, name: bytes, default: float) -> float:
 
 
 class Relay(asyncio.Protocol):
-    """Bytes from one connection to another, unread."""
+    """Relay bytes between two connections without parsing them."""
 
     def __init__(self, target: int, other: Relay | None = None) -> None:
         self.target, self.other = target, other
@@ -133,7 +133,7 @@ http {{
 
 @contextmanager
 def process(command: list[str], port: int, folder: Path) -> Iterator[int]:
-    """A server process, ready when its port answers; ended with the block."""
+    """A server process, ready once its port accepts connections; stopped at the end of the block."""
     with (folder / f"{port}.log").open("wb") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -158,7 +158,7 @@ def process(command: list[str], port: int, folder: Path) -> Iterator[int]:
 
 @contextmanager
 def ways(folder: Path) -> Iterator[dict[str, int]]:
-    """{way: port}: direct, gateway, relay, and nginx where it is installed."""
+    """{path: port}: direct, gateway, relay, and nginx if installed."""
     with ExitStack() as stack:
         ports = {name: free_port() for name in ("direct", "gateway", "relay", "nginx")}
         me = [sys.executable, __file__]
@@ -195,14 +195,14 @@ def request(tokens: int = 0, interval: float = 0.0) -> bytes:
 
 
 class Connection:
-    """A blocking client connection: the least noise."""
+    """A blocking client connection, which has the least noise."""
 
     def __init__(self, port: int) -> None:
         self.sock = socket.create_connection((HOST, port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def timed(self, data: bytes, until: bytes) -> tuple[float, float]:
-        """(seconds to the first byte, seconds to the end)."""
+        """(seconds to the first byte, seconds to the last)."""
         began = time.perf_counter()
         self.sock.sendall(data)
         got = self.sock.recv(1 << 16)
@@ -260,7 +260,7 @@ async def one_stream(port: int, data: bytes, gaps: list[float], firsts: list[flo
 
 
 async def streams(port: int, count: int, tokens: int, interval: float) -> dict[str, float]:
-    """`count` streams at once, each `tokens` long at one token an `interval`."""
+    """`count` concurrent streams of `tokens` tokens, one per `interval`."""
     gaps: list[float] = []
     firsts: list[float] = []
     began = time.perf_counter()

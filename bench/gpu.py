@@ -1,4 +1,4 @@
-"""Every kernel of the GPU backend: time, share of the card's measured ceilings, torch's own path, targets.
+"""Every kernel of the GPU backend: time, share of the GPU's measured ceilings, torch's own path, targets.
 
     python bench/gpu.py [--only mla] [--rounds 30] [--into build/gpu.json] [--page docs/performance.md]
     python bench/gpu.py --tune [--only decode]   # writes src/farthing/ops/gpu/configs/<card>.json
@@ -31,7 +31,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the table: which function of gpu_work makes it, and what is wanted."""
+    """A row of the table: the function of gpu_work that builds it, and its target."""
 
     kernel: str
     size: str
@@ -71,7 +71,7 @@ ROWS = [
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured of a row."""
+    """Measurements of a row."""
 
     kernel: str
     size: str
@@ -85,7 +85,7 @@ class Result:
 
 
 def missing() -> str | None:
-    """Why nothing can be measured here, if so."""
+    """Why nothing can be measured on this machine; None if it can."""
     if not torch.cuda.is_available():
         built = torch.version.cuda
         return (
@@ -99,7 +99,7 @@ def missing() -> str | None:
 
 
 def wanted(row: Row) -> str:
-    """The target in words."""
+    """The target as text."""
     parts = []
     if row.of_dense is not None:
         parts.append(f"{row.of_dense:.0%} of the dense one")
@@ -111,14 +111,14 @@ def wanted(row: Row) -> str:
 
 
 class Clock:
-    """Times on the device, with a cold L2."""
+    """Device times with a cold L2."""
 
     def __init__(self, rounds: int) -> None:
         self._rounds = rounds
         self._flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
     def medians(self, *runs: Callable[[], object]) -> list[float]:
-        """Microseconds of each, timed in turns."""
+        """Microseconds of each, measured interleaved."""
         for run in runs:
             for _ in range(3):
                 run()
@@ -136,7 +136,7 @@ class Clock:
 
 
 def ceilings(clock: Clock) -> dict[str, float]:
-    """What this card reaches: bytes a second of a copy, operations a second in bfloat16 and FP8."""
+    """Measured ceilings of this GPU: copy bandwidth (bytes/s), bfloat16 and FP8 operations/s."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     n = 8192
@@ -151,7 +151,7 @@ def ceilings(clock: Clock) -> dict[str, float]:
 
 
 def measure(row: Row, clock: Clock, limits: dict[str, float], dense: float | None) -> Result:
-    """Time one row and torch's path; dense: the share the dense FP8 product reached."""
+    """Time one row and torch's path; dense: the share reached by the dense FP8 product."""
     import gpu_work
 
     work: gpu_work.Work = getattr(gpu_work, row.make)(*row.arguments)
@@ -212,7 +212,7 @@ HEADINGS = ["kernel", "size", "time", "rate", "of the ceiling", "torch", "target
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A run: of which card, or why of none."""
+    """A run: the GPU's name, or why there is none."""
 
     card: str | None
     reason: str | None
@@ -221,7 +221,7 @@ class Measured:
 
     @property
     def about(self) -> str:
-        """The card and its ceilings in a sentence."""
+        """The GPU and its ceilings in one sentence."""
         if self.reason is not None:
             return f"Nothing was measured: {self.reason}."
         limits = ((k, v / (1e9 if k == "copy" else 1e12)) for k, v in self.ceilings.items())
@@ -234,7 +234,7 @@ class Measured:
 
 
 def run(rows: list[Row], clock: Clock, console: Console) -> Measured:
-    """Measure rows; one that fails is told and left out."""
+    """Measure rows; a failing row is reported and skipped."""
     limits, dense = ceilings(clock), None
     results = {}
     for row in track(rows, "measuring", console=console, transient=True):

@@ -94,7 +94,7 @@ def jobs() -> dict[str, list[Job]]:
 def compiled(
     run: Callable[[Config], object], candidates: list[Config], console: Console, text: str
 ) -> list[Config]:
-    """Those that run here. Most of a compiler's time is spent outside of Python's lock."""
+    """Candidates that run on this GPU. Most compile time is spent outside the GIL."""
 
     def fits(choice: Config) -> bool:
         try:
@@ -109,7 +109,7 @@ def compiled(
 
 
 def best(job: Job, medians: Medians, console: Console) -> tuple[float, Config] | None:
-    """(microseconds, configuration), None where no candidate runs."""
+    """(microseconds, configuration); None if no candidate runs."""
     run = job.make().run
     text = f"{job.kernel}, {job.rows} rows"
     fit = compiled(run, job.candidates, console, text)
@@ -122,7 +122,7 @@ def best(job: Job, medians: Medians, console: Console) -> tuple[float, Config] |
 
 
 def write(path: Path, kernel: str, entries: list[dict[str, int]]) -> None:
-    """The kernel's entries into the file, in the place of those it had."""
+    """Write the kernel's entries to the file, replacing its old ones."""
     table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     table[kernel] = entries
     lines = (

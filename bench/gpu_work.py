@@ -1,4 +1,4 @@
-"""What bench/gpu.py measures: one function a row, each with torch's own way of doing the same.
+"""The workloads of bench/gpu.py: one function per row, each with torch's own implementation.
 
 Shapes are DeepSeek-V3's unless the row says otherwise. Nothing here runs before a GPU was found.
 Legend: D hidden, I intermediate, E experts, H heads, c latent, r rotary, T tokens.
@@ -83,7 +83,7 @@ def dense_fp8(m: int, n: int, k: int) -> Work:
 
 
 def packed(name: str, n: int, k: int) -> Matrix:
-    """Random weights of a format but FP8."""
+    """Random weights in any format except FP8."""
     w = torch.randn(n, k)
     if name == "dense":
         return pack(Weight("dense", w), BF16, CUDA)
@@ -91,7 +91,7 @@ def packed(name: str, n: int, k: int) -> Matrix:
 
 
 def linear(name: str, tokens: int, n: int, k: int) -> Work:
-    """A projection of bfloat16 inputs; of few tokens it is bound by the weights' bytes."""
+    """A projection of bfloat16 inputs; with few tokens it is bound by the weights' bytes."""
     w, x, dense = packed(name, n, k), _normal(tokens, k), _normal(n, k)
     out = torch.empty(tokens, n, dtype=BF16, device=CUDA)
     return Work(
@@ -101,7 +101,7 @@ def linear(name: str, tokens: int, n: int, k: int) -> Work:
 
 
 def experts(name: str, tokens: int, total: int, top_k: int, d: int, inner: int) -> Work:
-    """Gate, up, down of every slot, experts chosen evenly; torch loops over the experts in bfloat16."""
+    """Gate, up, down of every slot, experts selected evenly; torch loops over experts in bfloat16."""
     if name == "fp8":
         gate_up, down = fp8_matrix(2 * inner, d, total), fp8_matrix(d, inner, total)
         x, scale = normalize.quantize(_normal(tokens, d))
@@ -133,14 +133,14 @@ def experts(name: str, tokens: int, total: int, top_k: int, d: int, inner: int) 
 
 
 def _repeated(m: Matrix, count: int) -> Matrix:
-    """The same expert so many times, each with memory of its own."""
+    """Copies of the same expert, each in its own memory."""
     scale = None if m.scale is None else m.scale.expand(count, *m.scale.shape[1:]).contiguous()
     data = m.data.expand(count, -1, -1).contiguous()
     return Matrix(m.format, data, scale, None, m.n, m.k, m.group)
 
 
 def sparse_product(kind: str, tokens: int, n: int, k: int) -> Work:
-    """Zeros of a pattern; torch multiplies the dense matrix."""
+    """Weights with a zero pattern; torch multiplies the dense matrix."""
     w = _normal(n, k)
     if kind == "2:4":
         groups = w.view(n, k // 4, 4)
@@ -165,7 +165,7 @@ def sparse_product(kind: str, tokens: int, n: int, k: int) -> Work:
 
 
 def mla_decode(batch: int, context: int, heads: int, cache_dtype: Any) -> Work:
-    """One token of each sequence over its paged cache; torch attends to latents that are laid out for it."""
+    """One token per sequence over its paged cache; torch attends to contiguous latents."""
     ops, size = GpuOps(BF16, CUDA), 64
     blocks = context // size
     cache = ops.new_cache(1, batch * blocks, size, 576, cache_dtype)
@@ -188,7 +188,7 @@ def mla_decode(batch: int, context: int, heads: int, cache_dtype: Any) -> Work:
 
 
 def mla_prefill(batch: int, length: int, heads: int) -> Work:
-    """Causal attention of whole prompts; torch is given keys with the rotary part repeated for every head."""
+    """Causal attention of whole prompts; torch gets keys with the rotary part repeated per head."""
     t = batch * length
     q, pe = _normal(t, heads * 192), _normal(t, heads, 64)
     kv, key = _normal(t, heads * 256), _normal(t, 64)
@@ -206,7 +206,7 @@ def mla_prefill(batch: int, length: int, heads: int) -> Work:
 
 
 def rotary(tokens: int, heads: int) -> Work:
-    """The queries' rotary parts; torch computes it from views, unfused."""
+    """Rotation of the queries' rotary parts; torch computes it from views, unfused."""
     q, rope = _normal(tokens, heads * 192), torch.rand(2, tokens, 32, device=CUDA)
     positions = _ints(range(tokens))
 
@@ -226,7 +226,7 @@ def rotary(tokens: int, heads: int) -> Work:
 
 
 def softmax(rows: int, columns: int) -> Work:
-    """Against torch unfused: maximum, difference, exponential, sum, quotient."""
+    """Compared with unfused torch: maximum, difference, exponential, sum, quotient."""
     x = _normal(rows, columns, dtype=torch.float32)
 
     def peer() -> Tensor:
@@ -237,7 +237,7 @@ def softmax(rows: int, columns: int) -> Work:
 
 
 def softmax_fused(rows: int, columns: int) -> Work:
-    """Against torch.softmax."""
+    """Compared with torch.softmax."""
     x = _normal(rows, columns, dtype=torch.float32)
     return Work(
         lambda: fused_softmax.softmax(x), "copy", 8.0 * rows * columns, 0.0, lambda: x.softmax(-1),
@@ -274,7 +274,7 @@ def routing(tokens: int) -> Work:
 
 
 def sampling(rows: int, vocabulary: int) -> Work:
-    """A token a row from the whole vocabulary."""
+    """One token per row from the whole vocabulary."""
     logits = _normal(rows, vocabulary, dtype=torch.float32)
     u = torch.rand(rows, dtype=torch.float64, device=CUDA)
     return Work(
@@ -296,18 +296,18 @@ V2_LITE = {
 
 
 class RandomSource:
-    """Weights made on the device when they are asked for, bfloat16."""
+    """bfloat16 weights generated on the device on demand."""
 
     def has(self, name: str) -> bool:
-        """Nothing optional."""
+        """Always false: there are no optional tensors."""
         return False
 
     def holds(self, module: str) -> bool:
-        """Everything is here."""
+        """Always true: every expert is local."""
         return True
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Normal numbers of about unit gain."""
+        """Normal random values with about unit gain."""
         assert shape is not None
         if "norm" in name:
             return torch.ones(shape, device=CUDA)
@@ -319,7 +319,7 @@ class RandomSource:
 
 
 def decode_step(batch: int, context: int) -> Work:
-    """All layers and the head; the bytes are those of the chosen experts and of everything else."""
+    """All layers and the head; bytes count the selected experts and everything else."""
     config = ModelConfig.from_json(V2_LITE)
     ops = GpuOps(BF16, CUDA)
     before = torch.cuda.memory_allocated()

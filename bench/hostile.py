@@ -41,7 +41,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
     def memory(self) -> int:
@@ -53,7 +53,7 @@ class Server:
 
 @dataclass(slots=True)
 class Attack:
-    """What the hostile client does in each of `threads` loops until it is told to stop."""
+    """An attack: runs in each of `threads` loops until stopped."""
 
     name: str
     once: Callable[[Server], str]  # what came back
@@ -70,18 +70,18 @@ class Outcome:
 
     @property
     def worst(self) -> float:
-        """The slowest answer."""
+        """The slowest response."""
         return max(self.latencies, default=float("inf"))
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median response."""
         return median(self.latencies) if self.latencies else float("inf")
 
 
 @contextlib.contextmanager
 def serving(model: str) -> Iterator[Server]:
-    """A server on a free port; it ends with the block."""
+    """A server on a free port, stopped at the end of the block."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     code = "from farthing.cli.app import main; main()"
@@ -114,7 +114,7 @@ def post(path: str, document: Any, timeout: float = 60.0) -> Callable[[Server], 
 
 
 def constrained(**fields: Any) -> Callable[[Server], str]:
-    """A completion with a hostile grammar, a different one each time: nothing is answered from a cache."""
+    """A completion with a hostile grammar, different each time to avoid cache hits."""
     numbers = iter(range(10**9))
 
     def once(server: Server) -> str:
@@ -142,7 +142,7 @@ def long_head(server: Server) -> str:
 
 
 def half_open(server: Server) -> str:
-    """500 sockets a loop that send the beginning of a request; the last 3,000 stay."""
+    """500 sockets per loop that send the start of a request; the last 3,000 stay open."""
     for _ in range(500):
         connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
         connection.sendall(b"GET /health HTT")
@@ -156,7 +156,7 @@ _HELD: list[socket.socket] = []
 
 
 def slow_body(server: Server) -> str:
-    """A body that arrives a byte at a time."""
+    """A body sent one byte at a time."""
     head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
@@ -181,7 +181,7 @@ def chained(count: int) -> dict[str, Any]:
 
 
 def attacks() -> list[Attack]:
-    """Everything the audit of November 2026 found, and what is near it."""
+    """All attacks found by the audit of November 2026, and variants."""
     user = {"role": "user", "content": "x"}
     long_text = "a b " * 1_975_000
     rules = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3500)) + '\nr3500: "x"'
@@ -213,7 +213,7 @@ def attacks() -> list[Attack]:
 
 
 def attack_in_here(server: Server, attack: Attack, seconds: float) -> Counter[str]:
-    """Run an attack's loops in this process; what came back."""
+    """Run an attack's loops in this process; returns the responses."""
     answers: Counter[str] = Counter()
     deadline = time.monotonic() + seconds
 
@@ -234,7 +234,7 @@ def attack_in_here(server: Server, attack: Attack, seconds: float) -> Counter[st
 
 @contextlib.contextmanager
 def attacking(server: Server, name: str, seconds: float) -> Iterator[list[str]]:
-    """An attack in a process of its own, so that it shares nothing with the client that measures."""
+    """Run an attack in its own process, separate from the measuring client."""
     command = [
         sys.executable,
         __file__,
@@ -256,7 +256,7 @@ def attacking(server: Server, name: str, seconds: float) -> Iterator[list[str]]:
 
 
 def measure(server: Server, outcome: Outcome, seconds: float) -> None:
-    """The well-behaved client, for a while."""
+    """Run the well-behaved client for a while."""
     deadline = time.monotonic() + seconds
     document = {"prompt": "def f(x):", "max_tokens": 8, "ignore_eos": True}
     with httpx.Client(base_url=server.url, headers={"authorization": f"Bearer {GOOD}"}) as client:

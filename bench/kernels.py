@@ -1,4 +1,4 @@
-"""Every kernel of the CPU backend against the limit of the machine: which ones leave how much.
+"""Every kernel of the CPU backend compared with the machine's limit.
 
     python bench/kernels.py --model L576 [--only linear|moe|mla|head] [--formats int4 int8 bf16 fp8]
 
@@ -64,7 +64,7 @@ class Bench:
     def time(
         self, kernel: str, rows: int, calls: list[Callable[[], Any]], size: float, work: float, peak: float
     ) -> None:
-        """The median over passes of one call of `calls`, which take turns."""
+        """Median over passes of one call of `calls`, measured interleaved."""
         for call in calls[:2]:
             call()
         seconds, rounds = [], max(1, 20_000_000 // int(1 + len(calls) * (size + work / 30)))
@@ -91,7 +91,7 @@ class Bench:
         return [self.native.view(buffer.data_ptr() + i * size, size) for i in range(count)]
 
     def peak(self, name: str) -> float:
-        """GOP/s the format's arithmetic allows."""
+        """Peak GOP/s of the format's arithmetic."""
         return self.int8 / (1 if name in ("int8", "int4") else 2)
 
 
@@ -122,7 +122,7 @@ def linear(b: Bench, name: str, n: int, k: int) -> None:
 
 
 def moe(b: Bench, name: str, size: str) -> None:
-    """A layer's mixture of experts, of which random routing touches a share."""
+    """A layer's mixture of experts; random routing touches a share of them."""
     c = config(size)
     d, i, e, k = (
         c[x] for x in ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
@@ -194,7 +194,7 @@ def attend(
     cached: list[int],
     projections: int,
 ) -> None:
-    """One step of attention; its layers' caches take turns."""
+    """One step of attention, cycling through the layers' caches."""
     width = s.latent_dim + s.rope_dim
     each = -(-(new[0] + cached[0]) // BLOCK)
     bytes_cached = sum(new + cached) * width * 2
@@ -238,7 +238,7 @@ def shapes(size: str) -> Iterator[tuple[int, int]]:
 
 
 def run(b: Bench, a: argparse.Namespace) -> None:
-    """What was asked for."""
+    """Run the requested benchmarks."""
     for name in a.formats:
         if a.only in (None, "linear"):
             for n, k in shapes(a.model):

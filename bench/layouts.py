@@ -44,7 +44,7 @@ POINTS = [Point("prefill", 1, 512), Point("decode", 1, PROMPT), Point("decode", 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """The options of `farthing serve` that say where a model lies."""
+    """The options of `farthing serve` for model placement."""
 
     layout: Layout
     experts_on: str | None
@@ -87,7 +87,7 @@ def child(model: str, weights: str, backend: str, threads: int, text: str) -> No
 
 
 def run(a: argparse.Namespace) -> Table:
-    """Every way in turn, round by round."""
+    """Measure all configurations interleaved, round by round."""
     model = make_model(a.model, a.cache)
     ways = {}
     for text in a.ways:

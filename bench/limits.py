@@ -1,4 +1,4 @@
-"""What the machine allows: operations and bytes of a step, counted from the model's shape.
+"""The machine's limits: operations and bytes per step, computed from the model's shape.
 
 T = tokens of a prompt, B = sequences that decode together, C = tokens each of them has cached.
 
@@ -25,7 +25,7 @@ BYTES_PER_LATENT = 2
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """One row of the table: a prompt of `context` tokens, or `batch` sequences behind `context` each."""
+    """One row of the table: a prompt of `context` tokens, or `batch` sequences with `context` cached."""
 
     kind: Literal["prefill", "decode"]
     batch: int
@@ -38,7 +38,7 @@ class Point:
 
 
 def experts_touched(c: dict[str, Any], tokens: int) -> float:
-    """Experts of a layer that at least one of `tokens` chooses, in expectation under random routing."""
+    """Expected number of experts per layer selected by at least one of `tokens` under random routing."""
     experts, k = c["n_routed_experts"], c["num_experts_per_tok"]
     return float(experts * (1 - (1 - k / experts) ** tokens))
 
@@ -66,7 +66,7 @@ def bytes_read(c: dict[str, Any], weights: str, point: Point) -> float:
 
 
 def limit(size: str, weights: str, point: Point, machine: dict[str, float]) -> float:
-    """Tokens per second the machine allows at most."""
+    """Upper bound on tokens/s of the machine."""
     c = config(size)
     peak = max(machine["int8_gop_s"], machine["amx_int8_gop_s"]) * 1e9 / (2 if weights == "bf16" else 1)
     computing = operations(c, point) / peak

@@ -1,4 +1,4 @@
-"""Decoding requests beside a stream of long prompts: inter-token latency and prompt throughput.
+"""Decoding requests mixed with a stream of long prompts: inter-token latency and prompt throughput.
 
     python bench/mixed.py --model S576 --max-step-ms 0 150 --rounds 3
 

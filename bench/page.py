@@ -74,7 +74,7 @@ def target(r: Row) -> tuple[float | None, float | None]:
 
 
 def line(r: Row) -> str:
-    """A row of the table; a ratio or a share below its target is bold."""
+    """A row of the table; ratios or shares below target are bold."""
     wanted, share = target(r)
     best, ratio = "–", "–"
     if r["peers"]:

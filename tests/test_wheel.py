@@ -63,7 +63,7 @@ def install(wheel: Path, target: Path) -> tuple[Path, dict[str, str]]:
     """The interpreter of a fresh environment with the wheel, and variables that hide every compiler."""
     venv.create(target, with_pip=False, symlinks=True)
     packages = next((target / "lib").glob("python*")) / "site-packages"
-    # It brings modules; path files in it, an editable install's among them, are not read.
+    # Only its modules are used; path files in it, such as those of editable installs, are not read.
     (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     python = target / "bin" / "python"
     run(

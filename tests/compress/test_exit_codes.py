@@ -121,7 +121,7 @@ app(sys.argv[2:])
 
 
 def test_a_full_disk_is_one_line_and_the_run_resumes(data: Path, tmp_path: Path) -> None:
-    """A limit on file sizes stands in for a full disk: the first shard beyond it fails."""
+    """A file size limit simulates a full disk: the first shard beyond it fails."""
     source = write_model(tmp_path / "model", moe_intermediate_size=256, first_k_dense_replace=1)
     arguments = [str(source), "-o", str(tmp_path / "out"), "--recipe", "prune30-magnitude", "--no-gate"]
     run = [sys.executable, "-c", LIMITED, "400000", *arguments]

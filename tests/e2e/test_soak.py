@@ -1,6 +1,6 @@
 """Memory after hostile load: a server ends where ordinary load had settled it.
 
-A minute by default; FARTHING_SOAK_SECONDS=1200 is the run that a release wants.
+One minute by default; releases run it with FARTHING_SOAK_SECONDS=1200.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def resident(pid: int) -> int:
 
 
 def ordinary(url: str, client: httpx.Client) -> None:
-    """Completions, chats and a schema that nobody has sent before."""
+    """Completions, chats and a schema not sent before."""
     number = next(NUMBERS)
     prompt = f"def f{number}(x):\n    return x" * 8
     schema = {"type": "object", "properties": {f"p{number}": {"type": "integer"}}}

@@ -29,7 +29,7 @@ def test_references_are_exact(actions: list[tuple[str, int]]) -> None:
             owners.append(list(blocks))
         elif action == "release" and owners:
             pool.release(reversed(owners.pop(number % len(owners))))
-        elif action == "exchange":  # free or not: whoever holds it holds the other one now
+        elif action == "exchange":  # free or not: its owners now own the other one
             out, into = pool.blocks[number % 6], max(pool.blocks) + 1
             pool.exchange(out, into)
             owners = [[into if b == out else b for b in blocks] for blocks in owners]

@@ -54,7 +54,7 @@ def settle(core: Any, exchanged: list[tuple[int, int]]) -> None:
 
 
 def check(*cores: Any) -> None:
-    """Every block belongs to one pool, and the books are true."""
+    """Every block belongs to one pool, and the pools' invariants hold."""
     assert sorted(b for core in cores for b in core.scheduler.pool.blocks) == list(range(2 * COUNT))
     for core in cores:
         core.scheduler.pool.check([])

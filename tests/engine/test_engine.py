@@ -252,7 +252,7 @@ def test_without_a_tokenizer_text_is_refused(make_engine: MakeEngine) -> None:
 
 
 def hold(engine: Engine) -> threading.Event:
-    """Let the engine stand still before its next step until the event is set."""
+    """Pause the engine before its next step until the event is set."""
     go, step = threading.Event(), engine._core.step
 
     def held() -> bool:
@@ -283,7 +283,7 @@ def test_cancel_frees_blocks_within_a_step(make_engine: MakeEngine) -> None:
     rest = list(stream)
     assert rest[-1].finished and rest[-1].outputs[0].finish_reason == "abort"
     assert len(tokens_of(other.result())) == 12
-    stream.cancel()  # once more does nothing
+    stream.cancel()  # cancelling again does nothing
     assert engine.submit([5], GREEDY).result().finished
     assert engine.stats.snapshot().requests_finished["abort"] == 1
 

@@ -18,7 +18,7 @@ SALTS = ("", "tenant")
 
 
 def next_token(tokens: list[int]) -> int:
-    """A stand-in for the model: depends on every token before it."""
+    """A fake model whose output depends on every previous token."""
     return zlib.crc32(bytes(tokens)) % 3
 
 
@@ -155,7 +155,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert {s.id for s in self.live} == {s.id for s in self.scheduler.running + self.scheduler.waiting}
 
     def teardown(self) -> None:
-        """Nobody starves: without new arrivals everything ends, and all blocks are free again."""
+        """No starvation: without new arrivals every sequence finishes, and all blocks are free again."""
         bound = 10 + sum(2 * s.max_len for s in self.live) * (1 + len(self.live))
         for _ in range(bound):
             if not self.live:

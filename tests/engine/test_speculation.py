@@ -113,7 +113,7 @@ class Likeliest:
 
 
 def test_refused_drafts_leave_the_models_distribution(make_engine: MakeEngine, model: DeepseekModel) -> None:
-    """Leviathan et al. 2023: what stands in a refused draft's place follows p without the draft."""
+    """Leviathan et al. 2023: the replacement of a rejected draft follows p without the draft."""
     prompt, count, heat = [5, 6, 7], 2000, 1.5
 
     def two(tokens: list[int]) -> dict[int, float]:

@@ -56,7 +56,7 @@ class Source:
 
 
 class Recorder:
-    """An actuator that keeps what it was asked."""
+    """An actuator that records requested targets."""
 
     def __init__(self, count: int | None = 2) -> None:
         self.count, self.asked, self.broken = count, list[int](), False

@@ -69,7 +69,7 @@ def test_plan_that_is_worse_than_the_last_value_is_replaced_and_says_so() -> Non
         plan.observe(now + step * PLAN_STEP_S, wave(now + step * PLAN_STEP_S))
     assert plan.skill is not None and plan.skill > 0.5
     now += 60 * PLAN_STEP_S
-    for step in range(280):  # the day stands still where it was when the plan was made
+    for step in range(280):  # the clock stays at the time the plan was made
         plan.observe(now + step * PLAN_STEP_S, wave(BEGIN + 3 * DAY))
     forecast = plan.forecast(now + 280 * PLAN_STEP_S)
     assert forecast is not None
@@ -133,7 +133,7 @@ def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.M
     again = make_estimates(fleet)
     assert again.remembers_until is not None
     asyncio.run(recall(fleet, source, again))
-    assert len(asked) == 1  # nothing is missing
+    assert len(asked) == 1  # no gap to fill
     assert len(read_loads(fleet.state / "load.csv")) == 30
 
 

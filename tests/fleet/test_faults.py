@@ -63,7 +63,7 @@ def test_prometheus_gone_holds_and_comes_back(tmp_path: Path) -> None:
             url, process = await asyncio.to_thread(manager.__enter__)
             source = PrometheusSource(url, window_s=2.0, timeout_s=0.5, stale_after_s=3.0)
             actuator = ScalePatch(connect(api.url), TARGET)
-            # The load of 5 replicas: 3.5 requests/s at 0.7 · 1.0; it ends while nobody can see it.
+            # The load of 5 replicas: 3.5 requests/s at 0.7 · 1.0; it ends while metrics are unavailable.
             loop = Controller(Policy(POLICY), source, actuator, log_path=tmp_path / "d.jsonl")
             busy = asyncio.create_task(_keep_busy(replica, 3.3))
             stop = asyncio.Event()
@@ -239,7 +239,7 @@ def test_killed_replica_loses_no_request_without_an_error_and_is_replaced(tmp_pa
                 victim = next(r for r in fleet.replicas.replicas if r.name == name)
                 os.kill(victim.process.pid, signal.SIGKILL)
                 events = [line async for line in answer.content if line.startswith(b"data: ")]
-            assert b"replica lost" in events[-1]  # under way there: its client is told
+            assert b"replica lost" in events[-1]  # in flight there: its client receives an error
             await asyncio.gather(*load)
             assert set(whole) == {"whole"}  # nothing of them had been sent: repeated elsewhere
             assert set(streams) <= {"whole", "error"}

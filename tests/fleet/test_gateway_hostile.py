@@ -46,7 +46,7 @@ async def answer_of(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 
 @asynccontextmanager
 async def keyed(config: GatewayConfig | None = None) -> AsyncIterator[tuple[Gateway, FakeReplica, int]]:
-    """A gateway that wants the key "secret", with one replica."""
+    """A gateway that requires the key "secret", with one replica."""
     async with FakeReplica(name="r") as replica:
         gateway = Gateway(config or GatewayConfig(health_interval_s=0.05), keys=KeyRing(["me:secret"]))
         port = await gateway.start()

@@ -77,7 +77,7 @@ def test_latency_breach_scales_by_the_factor_once_a_cold_start() -> None:
 
 @pytest.mark.parametrize(("of", "steps"), [("current", [15, 23]), ("ready", [18, 18])])
 def test_breaches_within_one_cold_start_do_not_compound(of: str, steps: list[int]) -> None:
-    """Ten asked for, twelve serving (two still drain); the breach comes and goes for two cold starts."""
+    """Ten requested, twelve serving (two draining); the breach comes and goes for two cold starts."""
     policy, current, targets = Policy(replace(CONFIG, latency_of=of)), 10, []
     for now in range(0, 1200, 15):
         latency = 0.1 if now % 120 == 0 else 0.5

@@ -63,7 +63,7 @@ def test_nodes_do_not_change_a_bit() -> None:
 
 
 def test_a_node_keeps_to_its_share_of_the_weights() -> None:
-    """Four threads on two simulated nodes: the panels a node computes are those that lie in its memory."""
+    """Four threads on two simulated nodes: each node computes the panels in its own memory."""
     ops = CpuOps(4, topology="0-1;2-3")
     packed = ops.pack_linear("w", lambda: [weight("int4", 16 * 64, 64)]).packed
     assert ops._native.nodes == 2

@@ -59,7 +59,7 @@ def test_random_models_give_the_tokens_of_the_plain_engine(hot: int, seed: int) 
 @pytest.mark.parametrize("mass", [None, 0.6])
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_one_layer_whatever_is_hot(tokens: int, mass: float | None) -> None:
-    """Any set of experts on the device, experts nobody chose and skipped choices among them."""
+    """Any set of experts on the device, including unselected experts and skipped choices."""
     config = ModelConfig.from_json(RAW)
     plain, ops = select("reference"), HybridOps(select("reference"), native(), 8)
     models = [random_model(config, o, 5) for o in (plain, ops)]
@@ -82,7 +82,7 @@ def test_one_layer_whatever_is_hot(tokens: int, mass: float | None) -> None:
 
 
 def test_host_overlaps_with_the_shared_expert() -> None:
-    """The host's experts have begun, and are not waited for, when the shared expert is computed."""
+    """The host's experts are running when the shared expert is computed."""
     begun, shared = threading.Event(), threading.Event()
 
     class Host(ReferenceOps):

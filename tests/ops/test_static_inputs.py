@@ -23,7 +23,7 @@ def exact(x: torch.Tensor, weight: Weight, scale: float) -> torch.Tensor:
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (48, 176), (96, 200), (32, 16)])
 @pytest.mark.parametrize("scale", [0.002, 0.03, 3.0])
 def test_linear_is_exact(tokens: int, n: int, k: int, scale: float) -> None:
-    """A narrow range clips, a wide one rounds most of it to zero; both are what the file asks for."""
+    """A narrow range clips, a wide one rounds most values to zero; both follow the file."""
     torch.manual_seed(n + k + tokens)
     weight = replace(quantize_int8(torch.randn(n, k)), inputs=InputRounding(8, scale=scale))
     x = torch.randn(tokens, k) * torch.tensor([1.0, 1e-3, 30.0]).repeat(k)[:k]
@@ -33,7 +33,7 @@ def test_linear_is_exact(tokens: int, n: int, k: int, scale: float) -> None:
 
 
 def test_ties_round_to_even_after_a_true_division() -> None:
-    """x = (i + 1/2) * scale, where x * (1 / scale) would land beside the tie."""
+    """x = (i + 1/2) * scale, where x * (1 / scale) would miss the tie."""
     scale = 0.1
     k = 64
     x = ((torch.arange(k) - 32).float() + 0.5) * torch.tensor(scale)

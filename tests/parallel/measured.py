@@ -57,7 +57,7 @@ def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str
                 model.top_logits(1, 1, hidden=model.forward(ids, batch)[-1:])
 
     run(4)  # libraries and threads are loaded
-    Path("/proc/self/clear_refs").write_text("5")  # the maximum begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     run(tokens)
     return resident("VmHWM") - before

@@ -1,4 +1,4 @@
-"""A replica over two ranks behind the gateway: when a rank dies, the other replica answers."""
+"""A replica of two ranks behind the gateway: when a rank dies, the other replica takes over."""
 
 from __future__ import annotations
 

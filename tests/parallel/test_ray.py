@@ -84,7 +84,7 @@ def test_two_nodes_give_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
         assert workers.nodes[0] == workers.nodes[1] != own == workers.nodes[3]
         assert type(model._rank._stage).__name__ == "SharedGroup"
         assert type(model._rank._before).__name__ == "DistGroup"
-        assert not list(Path("/dev/shm").glob("farthing-*"))  # the names are gone, whoever dies now
+        assert not list(Path("/dev/shm").glob("farthing-*"))  # unlinked, so no crash leaks them
         os.kill(workers.pids[0], signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(RankFailed, match=r"rank 0 of 4 ended: .*; restart the replica"):

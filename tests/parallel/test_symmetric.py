@@ -80,7 +80,7 @@ def test_all_ranks_use_it_or_none(problem: str, monkeypatch: pytest.MonkeyPatch)
     group: Any = Ranks(problem != "peer unsuitable", problem != "peer no rendezvous")
     chosen = symmetric.fastest(group, torch.device("cuda"))
     assert isinstance(chosen, Made) if not problem else chosen is group
-    # As many questions whoever it is that cannot: no rank waits for another in vain.
+    # The same number of collectives whichever rank fails, so that no rank waits forever.
     assert len(group.said) == (1 if "unsuitable" in problem else 2)
 
 

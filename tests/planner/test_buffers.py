@@ -23,7 +23,7 @@ from tests.model.test_config import V3
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 1024
-# Two layers of experts: attention behind the first holds its outputs when every op's scratch was written to.
+# Two layers of experts: attention after the first holds its outputs when all scratch has been written.
 RAW = V3 | dict(
     vocab_size=512, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=3,
     first_k_dense_replace=1, num_attention_heads=8, q_lora_rank=384, kv_lora_rank=256, qk_nope_head_dim=64,
@@ -52,7 +52,7 @@ def measured(raw: dict[str, Any], layout: Layout, backend: str, quantization: st
         tokens=tokens,
     )
     command = [sys.executable, "-m", "tests.parallel.measured", json.dumps(asked)]
-    # Every tensor in pages of its own, gone with it: malloc's leftovers would hide what is asked for.
+    # Every tensor in its own pages, freed with it: malloc's free lists would hide allocations.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
     assert run.returncode == 0, run.stderr

@@ -23,7 +23,7 @@ def test_parts_by_hand() -> None:
     assert costs.expert == 3 * 7168 * 2048
     projection = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
     assert costs.projection == projection
-    # One token: two experts' weights are read, 8 of 288 copies' arithmetic is nothing beside it.
+    # One token: two experts' weights are read; arithmetic for 8 of 288 copies is negligible.
     reads = 3 * costs.expert / (3350e9 * 0.9)
     assert costs.feed_forward(1) == pytest.approx(reads)
     # 128 heads make attention over the latent cache a matter of arithmetic, by a little.

@@ -1,4 +1,4 @@
-"""The tiny model behind a real socket, shared by the tests that only ask it things."""
+"""The tiny model on a real socket, shared by the tests that only send requests."""
 
 from __future__ import annotations
 

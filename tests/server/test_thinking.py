@@ -1,4 +1,4 @@
-"""Reasoning over HTTP with the real engine: budgets exact to a token, structured output behind it."""
+"""Reasoning over HTTP with the real engine: budgets exact to a token, structured output after it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLOSE = tokenizer().encode("</think>", add_special_tokens=False)[0]
 
 @pytest.fixture(scope="module", params=[None, "ngram:4"])
 def thinker(request: pytest.FixtureRequest) -> Iterator[Running]:
-    """The tiny model behind a template that opens the reasoning, with speculation and without."""
+    """The tiny model with a template that opens the reasoning, with and without speculation."""
     config = EngineConfig(
         max_num_seqs=8, num_blocks=512, block_size=4, max_num_batched_tokens=256, speculate=request.param
     )

@@ -131,7 +131,7 @@ def test_routed_experts_gradients_equal_autograd() -> None:
     E, N, D, I, K = 5, 37, 16, 8, 2  # noqa: E741
     x = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(N, K, requires_grad=True)
-    ids = torch.rand(N, E - 1).topk(K).indices  # the last expert is chosen by nobody
+    ids = torch.rand(N, E - 1).topk(K).indices  # the last expert is never selected
     gate_up = torch.randn(E, 2 * I, D, dtype=torch.float64, requires_grad=True)
     down = torch.randn(E, D, I, dtype=torch.float64, requires_grad=True)
     gate, up = torch.einsum("nd,eid->nei", x, gate_up).chunk(2, -1)

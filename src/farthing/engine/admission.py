@@ -1,4 +1,4 @@
-"""Checks a request and makes its sequences, in the thread of the caller."""
+"""Validates a request and creates its sequences, in the caller's thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from farthing.model import ModelConfig
 
 
 class Admission:
-    """What the engine accepts. Every refusal is a ValueError that names the field and the value."""
+    """Validation of requests. Every rejection is a ValueError that names the field and the value."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class Admission:
             kind=kind,
             arrival_time=time.time(),
         )
-        # Without a seed a request gets one of its own, the same in every run with the same engine seed.
+        # A request without a seed gets one that is reproducible for a given engine seed.
         seed = params.seed if params.seed is not None else mix(self._config.seed) + number
         return request, [self._generation(request, i, stream_seed(seed, i), matcher) for i in range(params.n)]
 
     def need_tokenizer(self, what: str) -> Tokenizer:
-        """The tokenizer, or a ValueError saying what wanted it."""
+        """The tokenizer; raises a ValueError naming the feature that requires it."""
         if self._tokenizer is None:
             raise ValueError(f"{what} needs a tokenizer; this engine was built with skip_tokenizer_init=True")
         return self._tokenizer
@@ -107,7 +107,7 @@ class Admission:
             self.need_tokenizer("stop")
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
-        """Everything that limits the next token, as one; None if nothing does."""
+        """All constraints on the next token, combined; None if there are none."""
         parts: list[Constraint] = []
         grammar = self._matcher(params)
         if params.reasoning is not None:

@@ -1,4 +1,4 @@
-"""How much may be in flight: sequences, and the prompt tokens that they hold in memory."""
+"""Limits on work in flight: sequences, and their prompt tokens in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _CACHES = 16  # prompt tokens in flight, in units of what the cache holds
 
 
 class Backlog:
-    """Counts what waits or runs. The caller holds a lock."""
+    """Counts waiting and running work. The caller holds a lock."""
 
     def __init__(self, config: EngineConfig) -> None:
         """config: resolved, so that num_blocks is known."""
@@ -24,7 +24,7 @@ class Backlog:
         return None if self._limit is None else max(0, self._limit - self._sequences)
 
     def add(self, sequences: int, prompt_tokens: int) -> None:
-        """Take a request of `sequences` completions. Raises QueueFull and takes nothing.
+        """Add a request of `sequences` completions. Raises QueueFull without adding anything.
 
         A request is never refused by an idle engine.
         """

@@ -1,7 +1,7 @@
 """Cache blocks, counted by reference. Plain integers: the memory itself belongs to the runner.
 
-A block whose last reference goes stays filled until it is handed out again, least recently used first;
-that is what the prefix cache lives on. Blocks that hold nothing reusable are handed out before those.
+A block without references keeps its contents until it is reallocated, least recently used first, which is
+what the prefix cache relies on. Blocks without reusable contents are reallocated before those.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class IntegrityError(AssertionError):
 class BlockPool:
     """`num_blocks` blocks, each free or referenced at least once.
 
-    on_reuse(block) is called before a free block is handed out; is_cached(block) tells whether a block
+    on_reuse(block) is called before a free block is reallocated; is_cached(block) tells whether a block
     that becomes free is worth keeping. blocks: which ones of the memory are this pool's; None: the first.
     """
 

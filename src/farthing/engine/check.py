@@ -31,7 +31,7 @@ MOST_BYTES = 8 << 30  # of float32 weights that are read
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was checked."""
+    """The result of one check."""
 
     name: str
     state: State
@@ -54,7 +54,7 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
             detail = run()
         except _Skipped as reason:
             state, detail = "skipped", str(reason)
-        except Exception as error:  # whatever a broken directory raises is what the user shall read
+        except Exception as error:  # report any error of a broken directory to the user
             state, detail = "failed", f"{type(error).__name__}: {error}"
         return Finding(name, state, detail, time.perf_counter() - start)
 

@@ -1,6 +1,6 @@
 """Limits on which token may come next: grammars, reasoning budgets, forbidden words.
 
-A constraint follows one completion. The sampler asks it for masks, and tells it what was taken.
+A constraint follows one completion. The sampler reads its masks and reports the sampled tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Masks = NDArray[np.bool_]
 
 
 class Constraint(Protocol):
-    """What may follow a completion."""
+    """A constraint on the continuation of a completion."""
 
     @property
     def stopped(self) -> bool:
@@ -37,7 +37,7 @@ class Constraint(Protocol):
 
 
 class ReasoningBudget:
-    """Ends the reasoning after a number of tokens, by its closing tag, and applies `answer` only behind it.
+    """Ends the reasoning after a number of tokens, by its closing tag, and applies `answer` only after it.
 
     The reasoning has `budget` tokens at most, its tags not counted; then only the tokens of the closing tag
     are allowed. answer: a constraint on what follows the reasoning; with one, none of the tokens `ends` may
@@ -161,7 +161,7 @@ class Vocabulary:
 
     @property
     def stopped(self) -> bool:
-        """Never: a text may always go on."""
+        """Always false: the text may always continue."""
         return False
 
     def consume(self, token: int) -> None:

@@ -39,7 +39,7 @@ class Pace:
             self._cost = seconds / prompt_tokens
 
     def prompt_tokens(self, decodes: int) -> int | None:
-        """Maximum number of prompt tokens beside `decodes` decoding sequences; None: no bound."""
+        """Maximum number of prompt tokens next to `decodes` decoding sequences; None: no bound."""
         if not self.limit or not decodes:
             return None
         if not self._cost:

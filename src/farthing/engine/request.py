@@ -1,4 +1,4 @@
-"""What a user asks for and what comes back. Names follow vLLM's, so that switching is an import.
+"""Requests and outputs. Names follow vLLM's, so that switching only changes an import.
 
 This module imports no torch: a client of the engine can describe requests without loading it.
 """
@@ -24,7 +24,7 @@ class EngineError(RuntimeError):
 
 
 class RequestAtFault(EngineError):
-    """A running request cannot continue because of what it asked for (HTTP 400)."""
+    """A running request cannot continue because of its own parameters (HTTP 400)."""
 
 
 class QueueFull(EngineError):
@@ -36,7 +36,7 @@ class EngineFailed(EngineError):
 
 
 class EngineStopped(EngineError):
-    """The engine drains or has stopped and takes no requests (HTTP 503)."""
+    """The engine is shutting down and accepts no requests (HTTP 503)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class StructuredOutputsParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningParams:
-    """Where the reasoning is, and how long it may be. Structured output begins behind it."""
+    """Location and budget of the reasoning. Structured output starts after it."""
 
     end: tuple[int, ...]  # the tokens of its closing tag
     start: int | None = None  # its opening tag, where that is one token

@@ -132,7 +132,7 @@ class Scheduler(Generic[S]):
     def commit(self, item: Scheduled[S], new_tokens: list[int]) -> None:
         """The step was computed: new_tokens are the accepted drafts and one more token, or [] mid-prompt."""
         seq = item.seq
-        # A rejected draft leaves its slot behind num_computed, where the next token overwrites it.
+        # A rejected draft's slot is after num_computed, where the next token overwrites it.
         seq.num_computed += item.count + max(0, len(new_tokens) - 1)
         seq.tokens.extend(new_tokens)
         seq.drafts = []
@@ -145,7 +145,7 @@ class Scheduler(Generic[S]):
             seq.num_registered = full
 
     def check(self) -> None:
-        """Raise IntegrityError if blocks leaked or the books contradict each other."""
+        """Raise IntegrityError if blocks leaked or invariants are violated."""
         self.pool.check(seq.blocks for seq in self.running)
         self.prefix.check()
         waiting = self.waiting

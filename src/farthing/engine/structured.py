@@ -72,7 +72,7 @@ class Matcher:
         began = time.thread_time()
         for i in range(1 + len(drafts)):
             if self._matcher.is_stopped():
-                break  # the drafts end the text here; what is drawn behind is not used
+                break  # the drafts end the text here; later samples are not used
             self._matcher.unsafe_compute_mask_ptr(bits[i].ctypes.data, bits[i].nbytes)
             if i < len(drafts) and self._matcher.try_consume_tokens([drafts[i]]) == 1:
                 consumed += 1

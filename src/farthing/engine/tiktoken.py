@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from tokenizers.pre_tokenizers import ByteLevel
 
 VOCABULARY = "tiktoken.model"
-RESERVED = 256  # ids behind the vocabulary; those without a name are `<|reserved_token_ID|>`
+RESERVED = 256  # ids after the vocabulary; those without a name are `<|reserved_token_ID|>`
 # How Kimi cuts text before merging: Chinese characters apart, words with their case, up to three digits.
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -95,7 +95,7 @@ def convert(ranks: Mapping[bytes, int], named: Mapping[int, str]) -> Tokenizer:
 
 
 def convert_directory(path: Path) -> Path:
-    """Write tokenizer.json beside tiktoken.model; returns it. Raises FileNotFoundError, ValueError."""
+    """Write tokenizer.json next to tiktoken.model; returns it. Raises FileNotFoundError, ValueError."""
     config = path / "tokenizer_config.json"
     listed = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     named = {int(i): str(t["content"]) for i, t in (listed.get("added_tokens_decoder") or {}).items()}

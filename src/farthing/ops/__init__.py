@@ -1,4 +1,4 @@
-"""The arithmetic: one signature an op, one implementation a device."""
+"""The model's arithmetic: one signature per op, one implementation per device."""
 
 from farthing.ops.api import AttentionSpec, Batch, IndexerSpec, LatentCache, MoEWeights, Ops, RouterSpec
 from farthing.ops.batch import make_batch

@@ -1,9 +1,9 @@
-"""The arithmetic the model is written in: one signature an op, one implementation a device.
+"""The arithmetic the model is written in: one signature per op, one implementation per device.
 
-`farthing.ops.reference` defines what is correct; every other backend is held against it.
+`farthing.ops.reference` defines correct results; every other backend is tested against it.
 
 Legend: T tokens of the step, sorted by sequence; B sequences; D hidden size; H heads; n, r, v the
-nope, rotary and value head sizes; c the KV latent; E routed experts; k experts a token; V vocabulary;
+nope, rotary and value head sizes; c the KV latent; E routed experts; k experts per token; V vocabulary;
 L cache layers.
 """
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from farthing.ops.sampling import Filters, sample
 from farthing.ops.weights import Weight
 
-Handle = Any  # what a backend packs a weight into; opaque to everyone else
+Handle = Any  # a backend's packed weight; opaque to other modules
 CacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSpec:
-    """How experts are chosen (DeepSeek-V3 section 2.1.2; V2 section 2.1.3)."""
+    """The routing rule (DeepSeek-V3 section 2.1.2; V2 section 2.1.3)."""
 
     num_experts: int
     top_k: int
@@ -50,17 +50,17 @@ class AttentionSpec:
     rope_dim: int
     value_dim: int
     latent_dim: int
-    scale: float  # of the scores, YaRN's factor included
-    interleaved: bool = True  # rotary pairs are (x0, x1), (x2, x3), … and not (x_i, x_{i + r/2})
+    scale: float  # score scale, including YaRN's factor
+    interleaved: bool = True  # rotary pairs are (x0, x1), (x2, x3), …; else (x_i, x_{i + r/2})
 
 
 @dataclass(frozen=True, slots=True)
 class IndexerSpec:
-    """Layout of the lightning indexer, which chooses what attention reads (DeepSeek-V3.2-Exp section 2.1)."""
+    """Layout of the lightning indexer, which selects attention's keys (DeepSeek-V3.2-Exp section 2.1)."""
 
     num_heads: int
     head_dim: int
-    rope_dim: int  # of head_dim, from the first on
+    rope_dim: int  # the first rope_dim of head_dim
     top_k: int
     interleaved: bool = False
     norm_eps: float = 1e-6  # of the keys' LayerNorm
@@ -68,11 +68,11 @@ class IndexerSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoEWeights:
-    """What `pack_moe` packs. The experts come one at a time, so that they need not all be in memory."""
+    """The input of `pack_moe`. Experts are read one at a time, so that they need not all fit in memory."""
 
     gate: Tensor  # [E, D] float32
     bias: Tensor | None  # [E] float32, e_score_correction_bias
-    # gate [I, D], up [I, D], down [D, I] of each; None: on another rank, its tokens are left out here
+    # gate [I, D], up [I, D], down [D, I] of each; None: on another rank, its tokens are skipped here
     experts: Sequence[Callable[[], tuple[Weight, Weight, Weight]] | None]
     shared: Callable[[], tuple[Weight, Weight, Weight]] | None
 
@@ -87,9 +87,9 @@ class IndexCache:
 
 @dataclass(slots=True)
 class LatentCache:
-    """The paged cache: (latent, rotated key) of every token, c + r numbers a token a layer.
+    """The paged cache: (latent, rotated key) of every token, c + r values per token and layer.
 
-    A block is the same index in every layer. Slot = block * block_size + offset.
+    A block has the same index in every layer. Slot = block * block_size + offset.
     """
 
     data: Tensor  # [L, num_blocks, block_size, c + r], float32 | bfloat16 | float8_e4m3fn | int8
@@ -97,7 +97,7 @@ class LatentCache:
     index: IndexCache | None = None  # of models with sparse attention
 
     def tensors(self) -> list[Tensor]:
-        """All that is cached, each tensor [*, num_blocks, …]: a block is its slice along dimension 1."""
+        """All cached tensors, each [*, num_blocks, …]: a block is a slice along dimension 1."""
         kept = [self.data, self.scale]
         if self.index is not None:
             kept += [self.index.data, self.index.scale]
@@ -116,53 +116,53 @@ class LatentCache:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Where the tokens of one step stand. All tensors are contiguous."""
+    """Positions and cache locations of one step's tokens. All tensors are contiguous."""
 
     positions: Tensor  # [T] int32, position of each token in its sequence
-    slots: Tensor  # [T] int64, where its key goes in the cache
+    slots: Tensor  # [T] int64, cache slot of each token's key
     query_start: Tensor  # [B + 1] int32, tokens of sequence b: query_start[b] … query_start[b + 1]
     context_lens: Tensor  # [B] int32, tokens of the sequence in the cache after this step
     block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
 
 
 class NotFinite(ArithmeticError):
-    """Logits that are NaN or infinite: the weights are broken, or the model overflows its activation type."""
+    """Logits are NaN or infinite: broken weights, or the model overflows its activation type."""
 
 
 class PeerLost(RuntimeError):
-    """Another rank has ended, or did not come to a collective in time."""
+    """Another rank has exited, or did not join a collective in time."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedSum:
-    """Where ranks of one host meet to add, as addresses for native code (`farthing.parallel.shared`)."""
+    """Shared memory of sums over one host's ranks, as addresses (see `farthing.parallel.shared`)."""
 
-    counters: int  # of rank 0; the others' a cache line apart
-    slots: int  # two a rank
+    counters: int  # rank 0's counter; the others follow, one cache line apart
+    slots: int  # two per rank
     slot_bytes: int
-    step: int  # of this rank: collectives begun
-    failed: int  # a word that is not zero once a rank has ended
+    step: int  # number of collectives this rank has started
+    failed: int  # a word that becomes nonzero once a rank has failed
     size: int
     index: int
-    parent: int  # the process whose end is this one's too, 0 for none
+    parent: int  # exit if this parent process exits; 0 for none
     crowded: bool  # more ranks than cores
     timeout: float  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class LayerHandles:
-    """What one layer packed, for `Ops.stack`: h + attention(norm(h)), then h + feed(feed_norm(h))."""
+    """A layer's packed parts for `Ops.stack`: h + attention(norm(h)), then h + feed(feed_norm(h))."""
 
     norm: Tensor  # [D]
     qkv_a: Handle  # [q + c + r, D]
-    q_width: int  # columns of qkv_a's output that are the query, or its latent
+    q_width: int  # columns of qkv_a's output for the query, or its latent
     q_norm: Tensor | None  # [q]; None with q_b
-    q_b: Handle | None  # None: qkv_a gives the query itself
+    q_b: Handle | None  # None: qkv_a computes the query directly
     heads: Handle
     o: Handle
     feed_norm: Tensor  # [D]
     feed: Handle
-    attention_sum: SharedSum | None = None  # over the ranks that share the heads; None: all are here
+    attention_sum: SharedSum | None = None  # over the ranks that share the heads; None: all heads are local
     feed_sum: SharedSum | None = None
 
 
@@ -172,35 +172,35 @@ class Ops(ABC):
     name: str  # for the log: "reference float32", "cpu/avx512_vnni, 2 threads"
     device: torch.device
     dtype: torch.dtype
-    source: str = ""  # fingerprint of the checkpoint that is packed; `farthing.model.load` sets it
-    packed_from: str | None = None  # the fingerprint a mapped packed file names, where one is mapped
-    sums_in_stack: bool = False  # whether `stack` takes layers that are summed over ranks
-    routed_only: bool = False  # `pack_moe` leaves out shared experts, a packed file's too
+    source: str = ""  # fingerprint of the packed checkpoint, set by `farthing.model.load`
+    packed_from: str | None = None  # fingerprint stored in the mapped packed file, if any
+    sums_in_stack: bool = False  # whether `stack` supports sums over ranks
+    routed_only: bool = False  # `pack_moe` skips shared experts, also those of a packed file
 
     def coarse(self) -> Self:
-        """This backend for weights whose results are checked by others, such as drafts: rounded further where
-        that makes them faster to read."""
+        """This backend for weights whose results are verified, such as drafts: rounded more coarsely if that
+        makes them faster to read."""
         return self
 
     @property
     def cache_dtype(self) -> CacheDtype:
-        """What an engine keeps latents in when it is not told: the type of the activations."""
+        """The default dtype of cached latents: that of the activations."""
         return "float32" if self.dtype is torch.float32 else "bfloat16"
 
-    # -- packing: `name` identifies the weight in a packed file; the callable is not called when the
-    #    backend already has it there.
+    # -- packing: `name` identifies the weight in a packed file; the callable is not called if the file
+    #    already has it.
 
     @abstractmethod
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
-        """One projection from matrices [N_i, K] stacked along their rows."""
+        """Pack one projection from matrices [N_i, K] stacked along their rows."""
 
     @abstractmethod
     def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
-        """A gated MLP: gate [I, D], up [I, D], down [D, I]."""
+        """Pack a gated MLP: gate [I, D], up [I, D], down [D, I]."""
 
     @abstractmethod
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Handle:
-        """A router, its experts and the shared expert."""
+        """Pack a router, its experts and the shared expert."""
 
     @abstractmethod
     def pack_attention(
@@ -262,8 +262,8 @@ class Ops(ABC):
         """q [T, H (n + r)], kv [T, c + r] (both before rotation, latent before its norm) -> [T, H v].
 
         Norms the latent, rotates, writes (latent, k_pe) to `batch.slots` of cache layer `layer`, then
-        attends to cached tokens of each token's sequence: to the first `position + 1`, or to those at the
-        positions select [T, K] int32, ascending and then -1, at least one and none beyond the token's own.
+        attends to cached tokens of each token's sequence: the first `position + 1`, or those at the positions
+        select [T, K] int32 (ascending, padded with -1, at least one, none after the token's own).
         """
 
     @abstractmethod
@@ -277,11 +277,11 @@ class Ops(ABC):
         row: int,
         batch: Batch,
     ) -> Tensor | None:
-        """What `mla` shall attend to: q [T, H d], k [T, d], w [T, H] -> positions [T, K] int32, ascending and
-        then -1; None where no token has more than K cached.
+        """Select keys for `mla`: q [T, H d], k [T, d], w [T, H] -> positions [T, K] int32, ascending, padded
+        with -1; None if no token has more than K cached.
 
         q and k are given before rotation, k before its LayerNorm; k is cached in `cache.index` row `row`. The
-        positions are those of the K largest sums over h of w ReLU(q . k), the earlier of equal ones.
+        positions are those of the K largest sums over h of w ReLU(q . k); ties go to the earlier position.
         """
 
     @abstractmethod
@@ -298,25 +298,25 @@ class Ops(ABC):
         counts: Tensor | None = None,
         residual: bool = True,
     ) -> Tensor:
-        """x + sum of weighted experts(n) + shared(n), n = rms_norm(x); without x where `residual` is False.
+        """x + sum of weighted experts(n) + shared(n), n = rms_norm(x); without x if `residual` is False.
 
-        x may be overwritten where it is added.
+        x may be overwritten if it is added.
 
-        counts [E] int64, if given, is increased by the tokens each expert saw.
+        counts [E] int64, if given, is increased by the tokens per expert.
         """
 
     @abstractmethod
     def reroute(self, weights: Handle, spec: RouterSpec) -> None:
-        """Change the rule of a packed mixture of experts; the experts stay as they are."""
+        """Change the routing rule of a packed mixture of experts without repacking the experts."""
 
     @abstractmethod
     def route(self, n: Tensor, weights: Handle) -> tuple[Tensor, Tensor]:
         """n [T, D] -> (ids [T, k] int64, weights [T, k] float32); skipped experts have id -1, weight 0."""
 
     def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
-        """Layers that `run_stack` computes in one call; None where the backend knows no such call.
+        """Layers that `run_stack` computes in one call; None if the backend does not support it.
 
-        Over ranks (`sums_in_stack`) a sum runs over what attention, or the feed, adds to h on each of them.
+        With ranks (`sums_in_stack`), the outputs of attention or feed-forward are summed over ranks.
         """
         return None
 
@@ -325,7 +325,7 @@ class Ops(ABC):
     ) -> Tensor:
         """h [T, D] through every layer of a stack, cache layers from 0 on; counts [L, E] as in `moe`.
 
-        Raises PeerLost where a rank of a sum has gone.
+        Raises PeerLost if a rank of a sum has exited.
         """
         raise NotImplementedError(f"backend {self.name!r} has no stack")
 
@@ -343,36 +343,36 @@ class Ops(ABC):
         """
 
     def greedy(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> list[int]:
-        """The likeliest token of each row of x [T, D]; the lowest id of equal ones."""
+        """The most likely token per row of x [T, D]; ties go to the lowest id."""
         return self.top_logits(x, head, norm, eps, 1)[1][:, 0].tolist()  # type: ignore[no-any-return]
 
     def softmax(self, x: Tensor) -> Tensor:
-        """Softmax over the last dimension of a float32 [T, N]. Optional: only benchmarks call it."""
+        """Softmax over the last dimension of float32 [T, N]. Optional: only benchmarks use it."""
         return x.softmax(-1)
 
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
-        """A token a row: logits [n, V] float32, divided by the temperature; uniform [n] float64 in (0, 1) ->
-        [n] int64, where the running sum of the probabilities passes uniform: over the vocabulary in the order
-        of its ids, or over the tokens that the filters leave, likeliest first. A row's token does not depend
-        on the other rows."""
+        """Sample one token per row: logits [n, V] float32, divided by the temperature; uniform [n] float64 in
+        (0, 1) -> [n] int64, where the cumulative probability exceeds uniform: over the vocabulary in order of
+        id, or over the tokens kept by the filters, most likely first. A row's token does not depend on other
+        rows."""
         return sample(logits, uniform, filters)
 
     def forget(self, prefix: str) -> None:  # noqa: B027  (most backends keep no weights by name)
-        """Weights packed under names that begin with `prefix` may be packed again."""
+        """Allow repacking of weights whose names begin with `prefix`."""
 
     def verify_packed(self) -> None:  # noqa: B027  (only backends that map packed files have some)
-        """Compare every checksum of a mapped packed file. Raises ValueError that names what differs."""
+        """Verify every checksum of a mapped packed file. Raises ValueError naming the first mismatch."""
 
     def save_packed(self, path: str) -> None:
-        """Write what was packed to one file for `select(…, packed=path)`; ValueError without a format."""
+        """Write packed weights to one file for `select(…, packed=path)`; ValueError if unsupported."""
         raise ValueError(f"backend {self.name!r} has no packed format; use backend 'cpu'")
 
 
 class HostOps(Ops):
-    """A backend of the CPU that can compute experts for another device (`farthing.ops.hybrid`)."""
+    """A CPU backend that can compute experts for another device (`farthing.ops.hybrid`)."""
 
     @abstractmethod
     def moe_chosen(
         self, x: Tensor, weights: Handle, norm: Tensor, eps: float, ids: Tensor, gates: Tensor
     ) -> Tensor:
-        """`moe` with the choice made elsewhere: ids [T, k] int64, -1 for none, and gates [T, k] float32."""
+        """`moe` with given routing: ids [T, k] int64, -1 for none, and gates [T, k] float32."""

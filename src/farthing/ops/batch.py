@@ -13,7 +13,7 @@ from farthing.ops.api import Batch
 def make_batch(
     num_new: Sequence[int], num_cached: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
 ) -> Batch:
-    """The step that appends num_new[b] >= 1 tokens to sequence b, which has num_cached[b] in the cache.
+    """The batch that appends num_new[b] >= 1 tokens to sequence b with num_cached[b] cached tokens.
 
     block_tables[b] lists the blocks of sequence b in order and must reach its last new token.
     """

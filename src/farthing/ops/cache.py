@@ -17,7 +17,7 @@ CACHE_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
 
 def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
-    """Store latent [T, c] and k_pe [T, r], quantized per token and part where the cache is 8-bit."""
+    """Store latent [T, c] and k_pe [T, r], quantized per token and part if the cache is 8-bit."""
     data = cache.data[layer].flatten(0, 1)
     if cache.scale is None:
         data[slots] = torch.cat((latent, k_pe), -1).to(data.dtype)

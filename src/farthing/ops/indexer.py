@@ -1,11 +1,11 @@
 """The lightning indexer in torch: which cached tokens a query attends to (DeepSeek-V3.2-Exp, section 2.1).
 
 I[t, s] = sum over h of w[t, h] * ReLU(q[t, h] . k[s] * d^-1/2) * H^-1/2, for every cached s up to t's own
-position; attention runs over the top_k largest. Equal scores are common, since every head's ReLU may be 0:
-the earlier position wins, on every backend.
+position; attention runs over the top_k largest. Ties are common, because every head's ReLU may be 0; they go
+to the earlier position on every backend.
 
 Legend: T tokens of the step; H index heads; d their size, of which the first r are rotated; S cached tokens;
-K positions chosen.
+K selected positions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from farthing.ops.rotary import rotate
 
 @dataclass(frozen=True, slots=True)
 class Indexer:
-    """A packed indexer: what its keys are normed and rotated with."""
+    """A packed indexer: norm and rotation of its keys."""
 
     spec: IndexerSpec
     norm: Tensor  # [d] float32
@@ -55,22 +55,22 @@ def index(
 
 
 def prepared_keys(k: Tensor, indexer: Indexer, cos: Tensor, sin: Tensor) -> Tensor:
-    """k [T, d] as the cache holds it: LayerNorm, then rotated; cos, sin [T, r/2]."""
+    """k [T, d] in cache format: LayerNorm, then rotation; cos, sin [T, r/2]."""
     s = indexer.spec
     normed = F.layer_norm(k.float(), (s.head_dim,), indexer.norm, indexer.bias, s.norm_eps)
     return rotated(normed, cos, sin, s)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, spec: IndexerSpec) -> Tensor:
-    """The first r numbers of x [..., d] rotated."""
+    """x [..., d] with its first r elements rotated."""
     turned, rest = x.split((spec.rope_dim, spec.head_dim - spec.rope_dim), -1)
     return torch.cat((rotate(turned, cos, sin, spec.interleaved), rest), -1)
 
 
 def top_positions(scores: Tensor, k: int) -> Tensor:
-    """The positions of the k largest of each row, ascending, then -1: scores [t, S] -> [t, min(k, S)] int32.
+    """Positions of each row's k largest, ascending, padded with -1: scores [t, S] -> [t, min(k, S)] int32.
 
-    Minus infinity and NaN are never chosen; of equal scores the earlier position is.
+    Minus infinity and NaN are never selected; ties go to the earlier position.
     """
     k = min(k, scores.shape[1])
     scores = torch.where(scores.isnan(), float("-inf"), scores)
@@ -78,14 +78,14 @@ def top_positions(scores: Tensor, k: int) -> Tensor:
     above, equal = scores > least, (scores == least) & (scores > float("-inf"))
     room = k - above.sum(-1, keepdim=True)
     taken = above | (equal & (equal.cumsum(-1) <= room))
-    place = torch.where(taken, taken.cumsum(-1) - 1, k)  # the last column takes what is not chosen
+    place = torch.where(taken, taken.cumsum(-1) - 1, k)  # unselected entries go to the last column
     positions = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device).expand_as(place)
     out = torch.full((scores.shape[0], k + 1), -1, dtype=torch.int32, device=scores.device)
     return out.scatter_(1, place, positions)[:, :k]
 
 
 def write_keys(cache: IndexCache, row: int, slots: Tensor, keys: Tensor) -> None:
-    """Store keys [T, d], with one scale per token where the cache has 8 bits."""
+    """Store keys [T, d], with one scale per token if the cache is 8-bit."""
     data = cache.data[row].flatten(0, 1)
     if cache.scale is None:
         data[slots] = keys.to(data.dtype)

@@ -1,6 +1,6 @@
-"""The reference backend: the definition of correct, in plain torch.
+"""The reference backend in plain torch, which defines correct results.
 
-Nothing here is clever. Weights are dequantized once; activations are never quantized.
+Written for clarity, not speed. Weights are dequantized once; activations are never quantized.
 Legend: see `farthing.ops.api`.
 """
 
@@ -148,7 +148,7 @@ class ReferenceOps(HostOps):
         latent, k_pe = kv.split((s.latent_dim, s.rope_dim), -1)
         latent = self.rms_norm(latent, attention.norm, eps)
         write_cache(cache, layer, batch.slots, latent, rotate(k_pe, cos, sin, s.interleaved))
-        # Absorbed: the query is taken into the latent space, so that keys are never expanded.
+        # Absorbed: the query is mapped to the latent space, so that keys are never expanded.
         q_latent = torch.einsum("thn,hnc->thc", q_nope, attention.w_uk)
         query = torch.cat((q_latent, q_pe), -1).float()  # [T, H, c + r]
         out = torch.empty(q.shape[0], s.num_heads, s.latent_dim)
@@ -244,8 +244,8 @@ def create(
 
 
 def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [T, V] -> (values [T, k], ids [T, k], logsumexp [T]); the lowest id of equal ones first."""
-    # A stable sort keeps equal logits in the order of their ids; topk does not promise it.
+    """logits [T, V] -> (values [T, k], ids [T, k], logsumexp [T]); ties in order of id."""
+    # A stable sort keeps ties in order of id; topk does not guarantee it.
     values, ids = (
         logits.max(-1, keepdim=True) if k == 1 else logits.sort(stable=True, dim=-1, descending=True)
     )
@@ -261,8 +261,8 @@ def gated_mlp(x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     """Router logits [T, E] float32 -> (ids [T, k] int64, weights [T, k] float32), heaviest choice first.
 
-    DeepSeek-V3 section 2.1.2: the bias takes part in the choice and not in the weights; excluded groups are
-    minus infinity, since biased scores can be negative. Skipped experts (spec.mass) have id -1 and weight 0.
+    DeepSeek-V3 section 2.1.2: the bias affects the selection but not the weights; excluded groups are minus
+    infinity, because biased scores can be negative. Skipped experts (spec.mass) have id -1 and weight 0.
     """
     scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(-1)
     choice = scores if bias is None else scores + bias

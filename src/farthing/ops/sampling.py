@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_GROUP = 128  # of weights that are summed together
-CANDIDATES = 256  # of a filtered row; a row whose kept set may be larger falls back to all of V
+_GROUP = 128  # number of weights summed together
+CANDIDATES = 256  # per filtered row; a row that may keep more falls back to all of V
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which tokens of a row may be drawn: what min_p, top_k and top_p leave, in this order, as in vLLM."""
+    """Filters of a row's tokens: min_p, top_k and top_p, applied in this order, as in vLLM."""
 
-    top_k: Tensor  # [n] int64; V and more: every token
-    top_p: Tensor  # [n] float32, of the mass that top_k and min_p leave
-    min_p: Tensor  # [n] float32, of the likeliest token's probability
-    most: int = 0  # the largest top_k that is a limit
+    top_k: Tensor  # [n] int64; V or more: every token
+    top_p: Tensor  # [n] float32, relative to the mass kept by top_k and min_p
+    min_p: Tensor  # [n] float32, relative to the most likely token's probability
+    most: int = 0  # the largest effective top_k
 
     def candidates(self, vocabulary: int) -> int:
-        """How many of the largest logits are looked at before all of them are."""
+        """Number of largest logits to examine before falling back to all of them."""
         return min(vocabulary, max(CANDIDATES, self.most))
 
 
@@ -42,12 +42,12 @@ def sample(logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> T
         rank = torch.arange(width, device=logits.device)
         by_min_p = probs >= min_p[:, None] * probs[:, :1]
         kept = probs * (by_min_p & (rank < top_k[:, None]))
-        # Is everything that a filter keeps among the K largest? Else look at all of V.
+        # Are all kept tokens among the K largest? Otherwise use all of V.
         whole = (top_k <= width) | ~by_min_p[:, -1] | ((min_p == 0) & (probs.sum(-1) >= top_p) & (top_p < 1))
         if width == vocabulary or bool(whole.all()):
             break
         width = vocabulary
-    # Without top_k and min_p the mass is all of V, of which `kept` may hold a part only.
+    # Without top_k and min_p the mass is over all of V, of which `kept` may be only a part.
     mass = torch.where((top_k >= vocabulary) & (min_p == 0), torch.ones_like(top_p), kept.sum(-1))
     before = kept.cumsum(-1) - kept
     kept = kept * (before < (top_p * mass)[:, None])
@@ -55,10 +55,10 @@ def sample(logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> T
 
 
 def invert(weights: Tensor, u: Tensor) -> Tensor:
-    """Index where the running sum of weights [n, K] passes u [n] of its total; never one of weight 0.
+    """Index where the running sum of weights [n, K] exceeds u [n] of its total; never at weight 0.
 
-    Summed in float64, since thousands of float32 terms would drift; by groups first, and then within the
-    group that was hit, since a running sum over all of V costs more than the softmax before it.
+    Sums are float64, because thousands of float32 terms would drift. They run over groups first and then
+    within the selected group, because a running sum over all of V costs more than the softmax before it.
     """
     if weights.shape[1] <= _GROUP:
         return _invert_narrow(weights, u[:, None] * weights.sum(-1, keepdim=True, dtype=torch.float64))
@@ -74,6 +74,6 @@ def invert(weights: Tensor, u: Tensor) -> Tensor:
 
 def _invert_narrow(weights: Tensor, target: Tensor) -> Tensor:
     cdf = weights.cumsum(-1, dtype=torch.float64)
-    # Rounding may put the target at the very end: then the last weight that is not zero is meant.
+    # Rounding may move the target past the end; then take the last nonzero weight.
     last = (cdf < cdf[:, -1:]).sum(-1)
     return torch.minimum(torch.searchsorted(cdf, target, right=True)[:, 0], last)

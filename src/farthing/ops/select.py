@@ -1,4 +1,4 @@
-"""Choose the backend once, when an engine is built."""
+"""Backend selection, done once when an engine is built."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def select(
 
 
 def resolve(backend: str) -> str:
-    """What 'auto' stands for on this machine; any other name stands for itself."""
+    """Resolve 'auto' on this machine; other names are returned unchanged."""
     if backend != "auto":
         return backend
     return "gpu" if torch.cuda.is_available() and _gpu() else "cpu" if _native() else "reference"
 
 
 def _gpu() -> bool:
-    """Whether Triton is there and compiles for this GPU; interpreted kernels are for tests, never chosen by
-    themselves."""
+    """Whether Triton is installed and compiles for this GPU; interpreted kernels are for tests and never
+    selected automatically."""
     try:
         numeric = import_module(f"{BACKENDS['gpu']}.numeric")
     except ImportError:

@@ -1,10 +1,10 @@
-"""Attention to chosen positions as attention to a short sequence of them.
+"""Sparse attention expressed as dense attention to a short sequence of the selected positions.
 
-A token that attends to k chosen positions reads k rows of the cache. To a kernel over a paged cache that is a
-sequence of its own, k tokens long, in blocks of one token: its block table lists the chosen slots. So every
-backend gathers with the kernel it has, and none builds a mask.
+A token that attends to k selected positions reads k rows of the cache. For a paged-attention kernel this is a
+separate sequence of k tokens in blocks of one token, whose block table lists the selected slots. So every
+backend gathers with its existing kernel and needs no mask.
 
-Legend: T tokens of the step; K positions at most of a token; L cache layers.
+Legend: T tokens of the step; K maximum positions per token; L cache layers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from farthing.ops.api import Batch, LatentCache
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a step's tokens read: token t, as sequence t, the cache rows slots[t, :counts[t]]."""
+    """Cache rows read by a step: token t, as sequence t, reads slots[t, :counts[t]]."""
 
     counts: Tensor  # [T] int32, at least 1
-    slots: Tensor  # [T, K] int32, any slot after the last of a token
+    slots: Tensor  # [T, K] int32, arbitrary after a token's last one
     starts: Tensor  # [T + 1] int32: 0 … T, as `Batch.query_start`
 
 
@@ -46,7 +46,7 @@ def sequences_of(batch: Batch) -> Tensor:
 
 
 def in_rows(cache: LatentCache) -> LatentCache:
-    """The same memory in blocks of one token."""
+    """A view of the cache in blocks of one token."""
     layers, blocks, size, width = cache.data.shape
     scale = None if cache.scale is None else cache.scale.view(layers, blocks * size, 1, 2)
     return LatentCache(cache.data.view(layers, blocks * size, 1, width), scale)

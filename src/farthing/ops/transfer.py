@@ -37,7 +37,7 @@ class HostTransfer:
 
     def to_host(self, **tensors: Tensor) -> HostCopies:
         """Queue copies to the host. They precede whatever the device computes next."""
-        if not self._cuda:  # the device may overwrite them while the host reads
+        if not self._cuda:  # the device may overwrite the tensors while the host reads
             return HostCopies({name: t.clone() for name, t in tensors.items()})
         copies = {name: self._buffer(name, t).copy_(t, non_blocking=True) for name, t in tensors.items()}
         done = torch.cuda.Event()

@@ -1,4 +1,4 @@
-"""One weight matrix as a checkpoint stores it, and its value.
+"""A weight matrix in its stored format, and its value.
 
 Legend: N output rows, K input columns, g group size along K.
 """
@@ -17,11 +17,11 @@ FP8_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class InputRounding:
-    """How the inputs of a matrix are rounded where its checkpoint says so, and not as the kernels choose.
+    """Input quantization of a matrix, if its checkpoint specifies it; otherwise the kernels choose.
 
-    Without `scale`, dynamic: in every row and group of columns integers in [-top, top] with the scale
-    clip * amax / top, for matrices trained for fewer than 8 bits. With it, static: integers in
-    [-top - 1, top] of this one calibrated scale, round half to even.
+    Without `scale`, dynamic: per row and group of columns, integers in [-top, top] with the scale
+    clip * amax / top, for matrices trained for fewer than 8 bits. With `scale`, static: integers in
+    [-top - 1, top] with this one calibrated scale, rounded half to even.
     """
 
     bits: int
@@ -34,7 +34,7 @@ class InputRounding:
         return (1 << (self.bits - 1)) - 1
 
     def __call__(self, x: Tensor, group: int) -> Tensor:
-        """x [..., K] as the kernel sees it."""
+        """x [..., K] quantized and dequantized, as seen by the kernel."""
         if self.scale is not None:
             return (x / self.scale).round().clamp(-self.top - 1, self.top) * self.scale
         groups = x.unflatten(-1, (-1, group))
@@ -59,12 +59,12 @@ class Weight:
     data: Tensor
     scale: Tensor | None = None
     zero_point: Tensor | None = None
-    rounded: bool = False  # dense, and the value of a quantized weight: a slice that tears its scale blocks
-    inputs: InputRounding | None = None  # None: as the kernels choose, for integers per row and group
+    rounded: bool = False  # dense value of a quantized weight whose slice splits scale blocks
+    inputs: InputRounding | None = None  # None: the kernels choose; for integers, per row and group
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K), whatever the packing."""
+        """(N, K), independent of packing."""
         n, k = self.data.shape
         return (n, k * 2) if self.format == "int4" else (n, k)
 
@@ -76,7 +76,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes read to use the matrix once: data, scales and zero points."""
+        """Bytes read per use of the matrix: data, scales and zero points."""
         parts = (self.data, self.scale, self.zero_point)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
@@ -114,27 +114,27 @@ def pack_int4(q: Tensor) -> Tensor:
 
 
 def quantize_int8(w: Tensor) -> Weight:
-    """Symmetric round-to-nearest, one scale a row."""
+    """Symmetric round-to-nearest with one scale per row."""
     w = w.float()
     scale = (w.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return Weight("int8", (w / scale).round().clamp(-127, 127).to(torch.int8), scale)
 
 
 def loaded_as(quantization: str | None, mlp: bool) -> str | None:
-    """What `--quantization` makes of a matrix while loading: "int4" rounds feed-forwards to 4 bits, and the
-    few parameters of attention and head, whose rounding costs most, to 8."""
+    """The format of a matrix under `--quantization` at load time: "int4" rounds feed-forwards to 4 bits, but
+    attention and head, which are few parameters and sensitive to rounding, to 8."""
     return "int8" if quantization == "int4" and not mlp else quantization
 
 
-RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a group's largest magnitude that are tried
+RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # candidate ranges, as shares of a group's largest magnitude
 
 
 def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
-    """Symmetric rounding to [-8, 7], one scale per group of columns, of least squared error.
+    """Symmetric rounding to [-8, 7] with one scale per group of columns and the least squared error.
 
-    Every range of RANGES is tried with both signs of the scale, since -8 reaches further than 7. For the
-    integers q a range leads to, the best scale is x.q / q.q and leaves the error x.x - (x.q)^2 / q.q: the
-    range with the largest quotient wins. Sums are float64, so that native code finds the same.
+    Every range of RANGES is tried with both signs of the scale, because -8 reaches further than 7. For a
+    range's integers q, the best scale is x.q / q.q with error x.x - (x.q)^2 / q.q, so the range with the
+    largest (x.q)^2 / q.q wins. Sums are float64, so that native code finds the same range.
     """
     n, k = w.shape
     if k % group_size:

@@ -1,4 +1,4 @@
-"""Local replicas as real processes: started, drained, replaced, given up; nothing is left behind."""
+"""Local replicas as real processes: start, drain, replace, give up; no process leaks."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ asyncio.run(main())
     deadline = time.monotonic() + 10
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            break  # ended; nobody is left to reap it in this container
+            break  # exited; no parent reaps it in this container
         time.sleep(0.05)
     else:
         assert not Path(f"/proc/{pid}").exists()

@@ -262,7 +262,7 @@ def test_picture(tmp_path: Path) -> None:
 
 
 def test_oracle_of_a_request_trace_keeps_the_slo() -> None:
-    """Few requests bring most of the work, and they arrive together."""
+    """A few requests cause most of the work, and they arrive together."""
     random = np.random.default_rng(0)
     arrivals = np.sort(random.uniform(0, 1800, 3000))
     prompts = np.where(random.random(3000) < 0.05, 60_000, 500)

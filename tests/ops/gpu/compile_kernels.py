@@ -52,7 +52,7 @@ HIDDEN, INNER, EXPERTS = 7168, 2048, 4
 
 
 class Driver:
-    """Stands in for the driver where there is no device."""
+    """Replaces the driver on machines without a device."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)

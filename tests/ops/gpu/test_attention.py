@@ -64,7 +64,7 @@ def outputs(
     ],
 )
 def test_mla(name: str, cache_dtype: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Small tiles, so that a prompt has several and some lie on the diagonal.
+    # Small tiles, so that a prompt has several and some are on the diagonal.
     for module in (prefill, decode_module):
         monkeypatch.setattr(module, "config", lambda *_: Config(bm=16, bk=16))
     spec = SPECS[name]

@@ -148,7 +148,7 @@ def test_a_peer_that_cannot_run_here_costs_only_its_own_figure(
     clock = SimpleNamespace(medians=lambda *runs: [1000.0] * len(runs))
     row = bench.Row("FP8 GEMM", "", "make", (), share=0.55, times_peer=1.0)
     result = bench.measure(row, clock, {"copy": 1e12}, None)
-    assert (result.share, result.met) == (0.9, None)  # as fast as a peer that did not run: nobody knows
+    assert (result.share, result.met) == (0.9, None)  # undecided: the peer did not run
     assert bench.cells(row, result)[5:] == ["torch: CUDA out of memory", "55% of the ceiling, 1x torch", "–"]
     alone = bench.Row("FP8 GEMM", "", "make", (), share=0.55)
     assert bench.measure(alone, clock, {"copy": 1e12}, None).met is True

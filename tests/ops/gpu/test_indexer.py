@@ -21,7 +21,7 @@ SPECS = [
     IndexerSpec(num_heads=5, head_dim=24, rope_dim=4, top_k=20, interleaved=True),
 ]
 LAYOUT = AttentionSpec(4, 8, 8, 8, 32, 0.2)
-# (tokens cached, tokens of this step) of each sequence: prompts, then chunks beside single tokens.
+# (cached tokens, tokens of this step) per sequence: prompts, then chunks mixed with single tokens.
 STEPS = [[(0, 40), (0, 3)], [(40, 1), (3, 2)], [(41, 9), (5, 1)]]
 
 

@@ -109,7 +109,7 @@ def test_grouped(name: str, tokens: int, hidden: int, inner: int) -> None:
         (weight(name, inner, hidden), weight(name, inner, hidden), weight(name, hidden, inner))
         for _ in range(5)
     ]
-    ids = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])  # nobody chooses expert 4
+    ids = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])  # expert 4 is never selected
     ids[-1, 1] = -1
     x, gates = torch.randn(tokens, hidden), torch.rand(tokens, 2)
     small = Config(bm=16, bn=32, bk=32)

@@ -85,7 +85,7 @@ def test_the_engine_draws_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     assert engine_draw(logits.to(DEVICE), rows, ops.sample) == expected
     assert calls == ["draw", "draw_filtered"]
     alone = [engine_draw(logits[i : i + 1].to(DEVICE), rows[i : i + 1], ops.sample) for i in range(5)]
-    assert [t for tokens in alone for t in tokens] == expected[:5]  # whoever shares the step
+    assert [t for tokens in alone for t in tokens] == expected[:5]  # independent of other rows
 
 
 def test_frequencies() -> None:

@@ -1,4 +1,4 @@
-"""2:4 and 16 x 16 block-sparse products against the dense ones they stand for."""
+"""2:4 and 16 x 16 block-sparse products compared with the equivalent dense products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.ops.parts import distance
 
 
 def cut(n: int, k: int, two_of_four: bool, int8: bool) -> Weight:
-    """A random matrix with the zeros asked for."""
+    """A random matrix with the requested zero pattern."""
     w = torch.randn(n, k)
     if two_of_four:
         groups = w.view(n, k // 4, 4)

@@ -1,4 +1,4 @@
-"""The tiny model behind a real socket."""
+"""The tiny model served on a real socket."""
 
 from tests.server.conftest import client, tiny
 

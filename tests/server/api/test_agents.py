@@ -37,7 +37,7 @@ def need(*packages: str) -> None:
 
 
 def node(tmp_path: Path, script: str, *arguments: str) -> str:
-    """Run one of the scripts beside this file."""
+    """Run one of the scripts in this folder."""
     shutil.copy(HERE / script, tmp_path)
     (tmp_path / "node_modules").symlink_to(MODULES)
     done = subprocess.run(

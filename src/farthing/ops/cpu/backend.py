@@ -1,4 +1,4 @@
-"""`CpuOps`: the op signatures over `farthing._native`. Legend: see `farthing.ops.api`."""
+"""`CpuOps`: the ops on top of `farthing._native`. Legend: see `farthing.ops.api`."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ from farthing.ops.reference import largest
 from farthing.ops.selection import chosen, in_rows
 from farthing.ops.weights import InputRounding, Weight, loaded_as
 
-MOST_FUSED_TOP = 64  # above this many the head's logits are sorted by torch
-SELECTED_AT_ONCE = 32  # tokens that read chosen rows in one call, which bounds its partial sums
-FEW = 16  # tokens up to which one call looks them up faster than two of torch
+MOST_FUSED_TOP = 64  # above this, torch sorts the head's logits
+SELECTED_AT_ONCE = 32  # tokens per call of sparse attention, which bounds its partial sums
+FEW = 16  # up to this many tokens one native lookup is faster than two torch calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """W_UK and W_UV packed a head each; the tensors the native side points into are kept here."""
+    """W_UK and W_UV packed per head; owns the tensors that native code points to."""
 
     native: Any
     spec: AttentionSpec
@@ -87,7 +87,7 @@ def _vector(x: Tensor) -> Tensor:
 
 
 class CpuOps(HostOps):
-    """Every op natively; activations are float32, int8 inside projections whose weights are integers."""
+    """Native ops; activations are float32, and int8 inside projections with integer weights."""
 
     cache_dtype: CacheDtype = "float32"
     sums_in_stack = True
@@ -115,7 +115,7 @@ class CpuOps(HostOps):
         if self._file:
             self._file.check_in_background()
         self._blobs: dict[str, Any] = {}
-        self._inputs: dict[str, InputRounding] = {}  # of matrices whose checkpoint says how
+        self._inputs: dict[str, InputRounding] = {}  # for matrices whose checkpoint specifies it
 
     def verify_packed(self) -> None:
         if self._file is not None:
@@ -141,7 +141,7 @@ class CpuOps(HostOps):
             del self._blobs[name]
 
     def _stored(self, name: str) -> Any | None:
-        """The packed matrix of that name from the file, if it is there."""
+        """The packed matrix of that name from the file, if present."""
         if self._file is None or name not in self._file:
             return None
         try:
@@ -238,7 +238,7 @@ class CpuOps(HostOps):
         return Experts(native, spec)
 
     def _stored_experts(self, name: str, count: int) -> list[Callable[[], Any] | None]:
-        """Of a packed file: all of them, or those that a rank held."""
+        """Experts in a packed file: all of them, or those of one rank."""
         assert self._file is not None
         if f"{name}.held" not in self._file:
             return [_missing] * count
@@ -268,7 +268,7 @@ class CpuOps(HostOps):
         return Attention(native, spec, (norm, rope))
 
     def _pack_heads(self, name: str, spec: AttentionSpec, kv_b: Weight) -> list[tuple[Any, Any]]:
-        """W_UK transposed [c, n] and W_UV [v, c] of each head: int8 where weights are rounded at all."""
+        """W_UK transposed [c, n] and W_UV [v, c] per head; int8 if weights are rounded at all."""
         quantized = self._quantization is not None or kv_b.format != "dense" or kv_b.rounded
         dense = kv_b.data if kv_b.format == "dense" else kv_b.dequantize()
         heads = dense.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
@@ -303,7 +303,7 @@ class CpuOps(HostOps):
         scale = None if like.scale is None else torch.ones(*shape)
         return IndexCache(_lazy(like.data.dtype, *shape, width), scale)
 
-    # -- computing: addresses and strides go down, nothing is copied
+    # -- computing: native code receives addresses and strides; nothing is copied
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         if ids.shape[0] > FEW or table.dtype not in (torch.bfloat16, torch.float32):
@@ -372,7 +372,7 @@ class CpuOps(HostOps):
         self, q: Tensor, kv: Tensor, attention: Attention, cache: LatentCache, layer: int, batch: Any,
         eps: float, out: Tensor,
     ) -> None:  # fmt: skip
-        """batch: of native code."""
+        """batch: the native batch struct."""
         self._native.mla(
             attention.native, native_rows(q), native_rows(kv), q.shape[0], native_cache(cache, layer), batch,
             eps, native_rows(out),
@@ -499,8 +499,8 @@ class CpuOps(HostOps):
 
 
 def _lazy(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Zeros whose pages are allocated when first written, and small ones: torch would write them all now,
-    numpy would request large ones, of which each layer's last would be mostly empty."""
+    """Zeros in small pages that are allocated on first write: torch would write all of them now, and numpy
+    would request huge pages, of which each layer's last would be mostly empty."""
     memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
 

@@ -1,4 +1,4 @@
-"""The lightning indexer natively. Legend: see `farthing.ops.indexer`."""
+"""The native lightning indexer. Legend: see `farthing.ops.indexer`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from farthing.ops.api import Batch, IndexCache, IndexerSpec
 from farthing.ops.cpu.stack import CACHE_TYPES
 from farthing.ops.selection import sequences_of
 
-MOST_SCORES = 1 << 22  # held at once; a step of more is scored a part of its tokens at a time
+MOST_SCORES = 1 << 22  # scores held at once; larger steps are scored in parts
 
 
 @dataclass(frozen=True, slots=True)
 class Indexer:
-    """A packed indexer; the tensors the native side points into are kept here."""
+    """A packed indexer; owns the tensors that native code points to."""
 
     native: Any
     spec: IndexerSpec

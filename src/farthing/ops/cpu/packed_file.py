@@ -46,7 +46,7 @@ PAGE = 4096
 HEADER = struct.Struct("<8sQQQ32x")
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64)}
 CHECKED_AT_ONCE = 8 << 20  # bytes
-CHECKED_PER_SECOND = 1 << 30  # bytes, of the background thread: a small share of what memory delivers
+CHECKED_PER_SECOND = 1 << 30  # bytes/s of the background thread: a small share of memory bandwidth
 
 
 class DamagedFile(RuntimeError):
@@ -54,14 +54,14 @@ class DamagedFile(RuntimeError):
 
 
 def name_hash(name: str) -> int:
-    """What identifies a section by its name, 64 bits."""
+    """A 64-bit hash of a section's name."""
     return xxhash.xxh3_64_intdigest(name.encode())
 
 
 class PackedFile:
-    """A packed file, mapped read-only. `quantization` is what the weights were rounded with, or None.
+    """A packed file, mapped read-only. `quantization`: the rounding of the weights, or None.
 
-    Raises ValueError where the file is not a whole packed file of this version.
+    Raises ValueError if the file is not a complete packed file of this version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -139,20 +139,20 @@ class PackedFile:
         return torch.from_numpy(raw).view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def inputs(self, name: str) -> InputRounding | None:
-        """How the inputs of a packed matrix are rounded, where coarser than to 8 bits."""
+        """Input rounding of a packed matrix, if coarser than 8 bits."""
         stored = self._entries[name].get("inputs")
         return None if stored is None else InputRounding(*stored)
 
     # -- checksums
 
     def verify(self) -> None:
-        """Compare every checksum. Raises ValueError that names the first section that does not match."""
+        """Verify every checksum. Raises ValueError naming the first section that does not match."""
         for name in self._entries:
             if not self._matches(name):
                 raise ValueError(self._mismatch(name))
 
     def check_in_background(self) -> None:
-        """Compare every checksum in a daemon thread; `raise_damage` tells what it found."""
+        """Verify every checksum in a daemon thread; `raise_damage` reports the result."""
         threading.Thread(target=self._check, name="packed-file-check", daemon=True).start()
 
     def raise_damage(self) -> None:
@@ -199,7 +199,7 @@ def _mapped(path: Path) -> NDArray[np.uint8]:
 
 
 def _uncache(file: BinaryIO) -> None:
-    """Flush what was written to the disk and drop its pages."""
+    """Flush the written data to disk and drop its pages from the page cache."""
     file.flush()
     os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):
@@ -213,9 +213,9 @@ def write_packed(
     source: str = "",
     inputs: Mapping[str, InputRounding] | None = None,
 ) -> None:
-    """Write (name, packed matrix or tensor) pairs; the file appears only when it is whole."""
+    """Write (name, packed matrix or tensor) pairs; the file appears only once complete."""
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # replicas may write the same one at once
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # replicas may write it concurrently
     try:
         with partial.open("wb") as file:
             _write(

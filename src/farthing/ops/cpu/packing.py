@@ -1,4 +1,4 @@
-"""From checkpoint weights to packed matrices: which format each becomes, and the call that packs it."""
+"""Conversion of checkpoint weights to packed matrices: choice of format, and packing."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ PackedFormat, Kind = _native.Format, _native.Kind  # as native/matrix.h and nati
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a stack of weights is packed as."""
+    """The packed format of a stack of weights."""
 
     format: Any  # PackedFormat
     group: int = 0
 
 
 def supported_group(group: int) -> bool:
-    """Groups that divide or are made of 64 columns, at least 32."""
+    """Whether a group divides 64 columns or is a multiple of 64, and is at least 32."""
     return group % 32 == 0 and (64 % group == 0 or group % 64 == 0)
 
 
 def int4_group(columns: int) -> int | None:
-    """The group size dense rows are rounded with, None where they stay dense (as the reference does)."""
+    """The group size for rounding dense rows; None if they stay dense (as in the reference)."""
     return 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else None
 
 
@@ -60,13 +60,13 @@ def _plan_one(w: Weight, quantization: str | None) -> Plan:
 
 
 def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
-    """One format for matrices that are packed as one; float32 where theirs differ."""
+    """The common format of matrices packed together; float32 if their formats differ."""
     plans = {_plan_one(w, quantization) for w in weights}
     return plans.pop() if len(plans) == 1 else Plan(PackedFormat.F32)
 
 
 def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
-    """How the common input of stacked matrices is rounded; None: to 8 bits with a scale per row and group."""
+    """Input rounding shared by stacked matrices; None: 8 bits with a scale per row and group."""
     found = [w.inputs for w in weights if w.inputs is not None]
     if len(found) < len(weights) or len({i.bits for i in found}) != 1:
         return None
@@ -110,6 +110,6 @@ def pack(native: Any, weights: Sequence[Weight], target: Plan, interleave: bool 
 
 
 def pack_dense(native: Any, matrix: Tensor, quantized: bool) -> Any:
-    """Pack a float matrix as it is, or rounded to int8."""
+    """Pack a float matrix unchanged, or rounded to int8."""
     w = Weight("dense", matrix)
     return pack(native, [w], _plan_one(w, "int8" if quantized else None))

@@ -1,4 +1,4 @@
-"""Every layer of a model in one native call: Python's share of a step no longer grows with the layers."""
+"""All layers of a model in one native call, so that Python overhead does not grow with depth."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CACHE_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Layers for `run_layers`; `alive` holds what the native side points into."""
+    """Layers for `run_layers`; `alive` owns the tensors that native code points to."""
 
     native: Any
     alive: tuple[Any, ...]
 
 
 def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
-    """Gather what the layers packed already; no weight is copied."""
+    """Collect the layers' packed parts without copying weights."""
     native = _native.Layers()
     alive: list[Any] = []
     for layer in layers:
@@ -49,12 +49,12 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
 
 
 def native_rows(x: Tensor | None) -> Any:
-    """The rows of a float32 tensor with unit column stride, for native code; of None: none."""
+    """Native view of a float32 tensor with unit column stride; empty for None."""
     return _native.Rows(0, 0) if x is None else _native.Rows(x.data_ptr(), x.stride(0))
 
 
 def native_cache(cache: LatentCache, layer: int = 0) -> Any:
-    """A cache as native code sees it from one layer on."""
+    """Native view of a cache, starting at one layer."""
     data, scale = cache.data, cache.scale
     layer_bytes = data.stride(0) * data.element_size()
     layer_scales = 0 if scale is None else scale.stride(0)
@@ -69,7 +69,7 @@ def native_cache(cache: LatentCache, layer: int = 0) -> Any:
 
 
 def native_batch(batch: Batch) -> Any:
-    """A step's index tensors as native code sees them."""
+    """Native view of a step's index tensors."""
     return _native.Batch(
         batch.positions.data_ptr(),
         batch.slots.data_ptr(),
@@ -81,7 +81,7 @@ def native_batch(batch: Batch) -> Any:
 
 
 def native_reads(batch: Batch, part: slice, reads: Chosen) -> Any:
-    """Tokens `part` of a batch, each a sequence of its own that reads chosen rows of the cache."""
+    """Tokens `part` of a batch, each as a separate sequence that reads selected cache rows."""
     counts, slots, positions = reads.counts[part], reads.slots[part], batch.positions[part]
     return _native.Batch(
         positions.data_ptr(),

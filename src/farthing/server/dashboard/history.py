@@ -54,7 +54,7 @@ class History:
         self.last: Sample | None = None
 
     def add(self, time: float, data: Mapping[str, Any]) -> None:
-        """Take in a source document. After a jump of the clock backwards the curves begin anew."""
+        """Add a source document. If the clock jumps back, the curves restart."""
         sample = Sample(time, data)
         if self.last is not None and time <= self.last.time:
             self._points.clear()
@@ -76,7 +76,7 @@ class History:
 
 
 def _restarted(before: Sample, now: Sample) -> bool:
-    """Whether a counter went back: the source began anew."""
+    """Whether a counter decreased, which means that the source restarted."""
     old = before.part("counters")
     return any(value < old.get(name, value) for name, value in now.part("counters").items())
 

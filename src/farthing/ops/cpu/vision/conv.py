@@ -1,6 +1,6 @@
 """Quantized convolutions on the CPU kernels: a program of layers, run natively at batch 1.
 
-Activations are uint8 with one scale a tensor, weights int8 (or 4-bit integers in int8) with one scale an
+Activations are uint8 with one scale per tensor, weights int8 (or 4-bit integers in int8) with one scale per
 output channel; 16 x 16 blocks of zeros in the weights are skipped.
 
 Legend: O outputs, C channels, k kernel, H x W pixels.
@@ -17,12 +17,12 @@ from torch import Tensor
 from farthing import _native
 
 CELL = 16
-IMAGE_ZERO = 128  # the byte an image's zero becomes
+IMAGE_ZERO = 128  # the byte for an image value of 0
 
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """Where a tensor [C, H, W] lies; the border holds what a padded convolution reads there."""
+    """Location of a tensor [C, H, W]; the border holds the padding value of convolutions."""
 
     number: int
     channels: int
@@ -32,7 +32,7 @@ class Plane:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a convolution's v = sum * mult + bias (+ residual * residual_scale) is written to.
+    """Output formats of a convolution's v = sum * mult + bias (+ residual * residual_scale).
 
     wide: round(v) in [0, 255]. narrow: (wide + half) >> shift with half = 2^(shift - 1), in [0, top].
     Neither: v itself is the program's result.
@@ -48,7 +48,7 @@ class Output:
 
 @dataclass(slots=True)
 class ConvProgram:
-    """Layers in the order they are added. One picture at a time."""
+    """A program of layers in insertion order. Runs one image at a time."""
 
     threads: int = 1
     isa: str = "auto"
@@ -63,20 +63,20 @@ class ConvProgram:
 
     @property
     def instructions(self) -> str:
-        """The kernels' set of instructions."""
+        """The kernels' instruction set."""
         return str(self._backend.isa)
 
     @property
     def multiplications(self) -> int:
-        """Products of two 8-bit integers that a picture takes, blocks of zeros not counted."""
+        """8-bit multiplications per image, without skipped zero blocks."""
         return sum(self.products())
 
     def products(self) -> list[int]:
-        """The same of each step, in the order they were added."""
+        """The same per step, in insertion order."""
         return list(self._net.products())
 
     def plane(self, channels: int, height: int, width: int, border: int = 0) -> Plane:
-        """Memory for a tensor; two that are never alive together may share it."""
+        """Allocate a tensor; tensors with disjoint lifetimes may share memory."""
         groups = -(-channels // CELL)
         return Plane(self._net.plane(groups, height, width, border, CELL, 0), channels, height, width)
 
@@ -101,7 +101,7 @@ class ConvProgram:
     ) -> None:
         """weight int8 [O, C, k, k]; mult, bias float32 [O]. small_inputs: x holds at most 15.
 
-        Raises ValueError where shapes do not fit.
+        Raises ValueError if shapes do not fit.
         """
         o, c, k, across = weight.shape
         if weight.dtype is not torch.int8 or c != x.channels or k != across:
@@ -141,7 +141,7 @@ class ConvProgram:
         return out[:, : self._result[1]]
 
     def profile(self, image: Tensor, repeats: int = 20) -> list[float]:
-        """Median seconds of each step, in the order they were added."""
+        """Median seconds per step, in insertion order."""
         image, out = self._buffers(image)
         return list(self._net.profile(image.data_ptr(), out.data_ptr(), repeats))
 
