@@ -24,7 +24,7 @@ void Moe::check_gate() const {
   if (!gate) return;
   router.check();
   require(*gate, router.experts, gate->m.k, "the router");
-  if (gate->m.format != Format::f32) throw std::invalid_argument("the router is not stored in float32");
+  if (gate->m.quantized()) throw std::invalid_argument("the router is stored in integers; expected floats");
 }
 
 void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
