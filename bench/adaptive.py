@@ -1,4 +1,4 @@
-"""Experts a token against perplexity and tokens a second: what adaptive experts buy on the embedded model.
+"""Experts per token against perplexity and tokens/s: adaptive experts on the embedded model.
 
 usage: python bench/adaptive.py [--calibrated DIR] [--picture docs/figures/adaptive-experts.png] [--json]
 Every rule is served by the same engine on the same prompts, rules interleaved, medians of the rounds.
@@ -27,7 +27,7 @@ RULES = ("all", "adaptive:0.9", "adaptive:0.8", "adaptive:0.7", "adaptive:0.6", 
 
 
 def quality(path: Path, rule: str, tokens: int | None) -> tuple[float, float]:
-    """(perplexity, experts a token a layer) on the held-out half that calibration has not seen."""
+    """(perplexity, experts per token and layer) on the held-out half not used for calibration."""
     model = load(path, select("auto"), rule)
     _, corpus = halves(load_corpus(resolve_model("mite") / "heldout.jsonl", path, model.config, 1024, tokens))
     perplexity = evaluate(model, corpus, with_drafts=False).perplexity
@@ -36,7 +36,7 @@ def quality(path: Path, rule: str, tokens: int | None) -> tuple[float, float]:
 
 
 def speeds(paths: dict[str, tuple[Path, str]], rounds: int, batch: int) -> dict[str, float]:
-    """Median generated tokens a second of each rule."""
+    """Median generated tokens/s of each rule."""
     engines = {name: LLM(str(path), experts=rule, max_num_seqs=batch) for name, (path, rule) in paths.items()}
     prompts = [[0, *torch.randint(300, 8000, (64,)).tolist()] for _ in range(batch)]
     params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)

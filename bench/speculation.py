@@ -4,7 +4,7 @@
 
 All engines are built first and run interleaved, each over the same prompts; medians over rounds, from the
 first token of an answer to its last. The limit is what drafts would bring if they and their verification were
-free: the mean number of tokens a step.
+free: the mean number of tokens per step.
 """
 
 from __future__ import annotations

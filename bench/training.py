@@ -165,7 +165,7 @@ def _bytes(name: str) -> int:
 def _rounds(
     loaded: dict[str, DeepseekModel], run: Callable[[DeepseekModel, Any], tuple[float, Any]]
 ) -> dict[str, list[float]]:
-    """Seconds of every round by model; who begins moves on, so nobody always follows the same one."""
+    """Seconds of every round by model; the first model rotates, so the order is not always the same."""
     state: dict[str, Any] = dict.fromkeys(loaded)
     times: dict[str, list[float]] = {name: [] for name in loaded}
     names = list(loaded)
@@ -192,7 +192,7 @@ def _prefill(model: DeepseekModel, cache: Any) -> tuple[float, Any]:
 
 
 def _decode(sequences: int) -> Callable[[DeepseekModel, Any], tuple[float, Any]]:
-    """A step of so many sequences behind prompts of 64 different tokens."""
+    """A step of this many sequences with prompts of 64 different tokens."""
     each = -(-(PROMPT + 1) // BLOCK)
     tables = [range(i * each, (i + 1) * each) for i in range(sequences)]
 

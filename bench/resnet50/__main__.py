@@ -27,7 +27,7 @@ from farthing.compress.statistics import ratio_interval
 
 
 def run_training(settings: Settings, console: Console) -> None:
-    """Both runs; a finished one is not repeated, an interrupted one goes on."""
+    """Both runs; a finished one is not repeated, an interrupted one resumes."""
     net = train_float(settings, console)
     student = train_student(settings, net, console) if net is not None else None
     if student is None:

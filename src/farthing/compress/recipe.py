@@ -36,7 +36,7 @@ class Prune:
     pattern: Pattern = "16x16"
     sparsity: float = 0.3
     score: Score = "obs"
-    # Who shares one threshold: nobody, the experts of a layer, all matrices of a layer, or of the model.
+    # What shares one threshold: nothing, the experts of a layer, all matrices of a layer, or of the model.
     scope: Scope = "family"
     # How the weights that stay make up for what was cut: not at all; column by column (SparseGPT); by the
     # least-squares solution, which is exact and takes a factorization for every strip of rows.

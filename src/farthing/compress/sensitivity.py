@@ -38,7 +38,7 @@ FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # beside "keep"; INT4 by i
 SAMPLE = 2048  # tokens a sensitivity is measured on
 SPARSE_FORMATS = ("int4-64", "int8")  # of feed-forwards with zero blocks
 HEAL_STEPS = 30  # a quarter of what the written model gets: an upper bound of the damage
-MOST_WORK = 2e12  # operations of brain surgery a layer; about ten seconds
+MOST_WORK = 2e12  # operations of brain surgery per layer; about ten seconds
 
 
 @dataclass(frozen=True, slots=True)

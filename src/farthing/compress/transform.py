@@ -141,7 +141,7 @@ def compress_layer(
     """Round every matrix. `layer` afterwards holds the values that were written.
 
     masks: of pruned modules, whose zeros stay. originals: what errors are measured against; None: `layer`.
-    Without originals and calibrated ranges every matrix is let go of as soon as it is rounded.
+    Without originals and calibrated ranges, each matrix is released as soon as it is rounded.
     """
     result = LayerResult()
     stats, rare = layer_stats(layer, recorder)

@@ -49,7 +49,7 @@ class Served:
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
+    """A port that is currently free."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])

@@ -129,7 +129,7 @@ class GrammarCompiler:
 
 
 class _LiteralTokenizer:
-    """What llguidance asks of a tokenizer: every token's bytes, and how a literal text is split.
+    """The tokenizer interface of llguidance: every token's bytes, and the tokenization of literal text.
 
     A grammar's literal is text also where it spells a special token, so it is split without added tokens.
     """

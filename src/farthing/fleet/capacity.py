@@ -103,7 +103,7 @@ class OnlineCapacity:
             raise ValueError(f"OnlineCapacity.guess = {guess}: expected a number above 0")
         self.guess, self.unit, self.rate = guess, unit, rate
         self.targets = targets or Targets()
-        self._plain = guess  # load units a second, while lengths are not known
+        self._plain = guess  # load units/s while lengths are unknown
         self._costs: _Costs | None = None
         self._lengths = (0.0, 0.0)  # prompt and output tokens of a request
 

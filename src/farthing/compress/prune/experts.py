@@ -48,7 +48,7 @@ def plan_experts(experts: int, share: float, groups: int, topk_groups: int, top_
 def choose_experts(saliency: Tensor, tokens: Tensor, plan: ExpertPlan) -> list[int]:
     """Ids to keep, ascending: the most salient of every group. saliency [E] is a sum over tokens [E].
 
-    An expert nobody chose has saliency 0 and goes first.
+    An expert that was never selected has saliency 0 and is pruned first.
     """
     mean = torch.where(tokens > 0, saliency / tokens.clamp_min(1), torch.zeros_like(saliency))
     groups = mean.view(plan.groups, -1)

@@ -21,7 +21,7 @@ from farthing.compress.trace import TracedOps
 from farthing.model.moe import FeedForward, router_spec
 from farthing.model.source import MemorySource
 
-BATCH = 2048  # tokens a step
+BATCH = 2048  # tokens per step
 RATE = 0.01  # learning rate over the root mean square of a matrix
 WARMUP = 5
 

@@ -194,7 +194,7 @@ class _Writer:
     # streamed
 
     async def stream(self) -> AsyncIterator[str]:
-        """Events. What one output brings goes out as one string."""
+        """Yield SSE events, one string per engine output."""
         begun = False
         async for updates in self._turn.updates():
             (update,) = updates

@@ -188,7 +188,7 @@ class _Writer:
     # streamed
 
     async def stream(self) -> AsyncIterator[str]:
-        """SSE chunks. What one output brings goes out as one string."""
+        """Yield SSE chunks, one string per engine output."""
         envelope = self._envelope | {"object": "chat.completion.chunk"}
         writer = ChunkWriter(envelope, self._turn.usage, self._body.stream_options, self._turn.job)
         begun: set[int] = set()

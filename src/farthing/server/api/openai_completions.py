@@ -67,7 +67,7 @@ class _Echo:
 
     text: str
     tokens: list[int]
-    positions: list[Any]  # log probabilities, where asked for
+    positions: list[Any]  # log probabilities, if requested
 
 
 class _Answer:
@@ -111,7 +111,7 @@ class _Answer:
         return self.envelope | {"choices": choices, "usage": self.usage.document(job)}
 
     async def stream(self, job: Job) -> AsyncIterator[str]:
-        """SSE chunks. What one output brings goes out as one string."""
+        """Yield SSE chunks, one string per engine output."""
         writer = ChunkWriter(self.envelope, self.usage, self.body.stream_options, job)
         plain = not self.body.echo and self.body.logprobs is None
         async for position, output in job.outputs():
