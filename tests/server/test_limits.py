@@ -206,7 +206,9 @@ def test_a_crowd_of_one_key_does_not_delay_another() -> None:
         for _ in range(3):
             before = server.service.engine.stats.steps
             other.completions.create(model="tiny", prompt="y", max_tokens=4, extra_body=ignore)
-            assert server.service.engine.stats.steps - before < 40
+            # The crowd's answers take 32 x 400 / 4 = 3,200 steps; HTTP itself lasts dozens of them, and
+            # tests/engine/test_fairness.py counts the engine's own steps.
+            assert server.service.engine.stats.steps - before < 320
         busy.close()
 
 
