@@ -84,11 +84,11 @@ class Bench:
         memory = mmap.mmap(-1, size * count)
         memory.madvise(mmap.MADV_HUGEPAGE)
         buffer = torch.frombuffer(memory, dtype=torch.uint8)
-        packed.serialize(buffer.data_ptr())
+        packed.serialize(buffer.data_ptr(), 0)
         for i in range(1, count):
             buffer[i * size :][:size] = buffer[:size]
         self.alive = [*getattr(self, "alive", []), buffer]
-        return [self.native.view(buffer.data_ptr() + i * size, size) for i in range(count)]
+        return [self.native.view(buffer.data_ptr() + i * size, size, 0) for i in range(count)]
 
     def peak(self, name: str) -> float:
         """Peak GOP/s of the format's arithmetic."""

@@ -54,8 +54,8 @@ def test_native_code_rounds_alike() -> None:
     given = ops._pack("q", [expected])  # type: ignore[attr-defined]
     size = stored.serialized_bytes
     first, second = (torch.zeros(size, dtype=torch.uint8) for _ in range(2))
-    stored.serialize(first.data_ptr())
-    given.serialize(second.data_ptr())
+    stored.serialize(first.data_ptr(), 0)
+    given.serialize(second.data_ptr(), 0)
     assert torch.equal(first, second)
 
 

@@ -36,12 +36,14 @@ def _words(data: Tensor) -> Tensor:
 def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tensor]:
     """The tensors of one module, by full name; packed: see the module's docstring.
 
-    Raises ValueError on a scale that is zero, negative or not finite.
+    Raises ValueError on a scale that is zero or not finite, and on a negative one outside INT4, where the
+    sign says which end of the range reaches further (AutoRound writes such scales too).
     """
     if weight.format == "dense":
         return {f"{module}.weight": weight.data}
     assert weight.scale is not None
-    if not bool(((weight.scale > 0) & weight.scale.isfinite()).all()):
+    size = weight.scale.abs() if weight.format == "int4" else weight.scale
+    if not bool(((size > 0) & size.isfinite()).all()):
         raise ValueError(f"{module}: a scale is zero, negative or not finite; refusing to write it")
     out = {f"{module}.weight_scale": weight.scale}
     if weight.format == "fp8" or (weight.format == "int8" and not packed):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import mmap
 import os
 import struct
@@ -114,9 +115,10 @@ class PackedFile:
                 if prod(shape) * DTYPES[entry["dtype"]].itemsize != size:
                     raise ValueError(f"entry {name!r}: {size} bytes for shape {shape}")
             if "inputs" in entry:
-                bits, clip = entry["inputs"]
-                if type(bits) is not int or not 2 <= bits <= 8 or not 0 < clip <= 1:
-                    raise ValueError(f"entry {name!r}: inputs {bits}, {clip}")
+                bits, clip, scale = entry["inputs"]
+                static = scale is None or (type(scale) is float and 0 < scale < math.inf)
+                if type(bits) is not int or not 2 <= bits <= 8 or not 0 < clip <= 1 or not static:
+                    raise ValueError(f"entry {name!r}: inputs {bits}, {clip}, {scale}")
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -139,7 +141,7 @@ class PackedFile:
         return torch.from_numpy(raw).view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def inputs(self, name: str) -> InputRounding | None:
-        """Input rounding of a packed matrix, if coarser than 8 bits."""
+        """Input rounding of a packed matrix: coarser than 8 bits, or with a calibrated scale."""
         stored = self._entries[name].get("inputs")
         return None if stored is None else InputRounding(*stored)
 
@@ -247,7 +249,7 @@ def _write(
             data = np.empty(blob.serialized_bytes, dtype=np.uint8)
             blob.serialize(data.ctypes.data, name_hash(name))
             coarse = inputs.get(name)
-            entries[name] = {"inputs": [coarse.bits, coarse.clip]} if coarse else {}
+            entries[name] = {"inputs": [coarse.bits, coarse.clip, coarse.scale]} if coarse else {}
         checksum = xxhash.xxh3_64_intdigest(data.data, seed=name_hash(name))
         entries[name] |= {"offset": offset, "bytes": data.nbytes, "checksum": checksum}
         file.write(data.data)
