@@ -50,7 +50,8 @@ def test_clients_with_work_are_served_alike(loads: dict[str, tuple[int, tuple[in
     for _ in range(150):
         for client, (depth, (prompt, output)) in loads.items():
             mine = sum(seq.client == client for seq in engine.running + engine.waiting)
-            for _ in range(depth * 8 - mine):  # always more waiting than there are rows
+            # More than a step can finish: a client whose last sequence ends has left, and returns level.
+            for _ in range((depth + 1) * 8 - mine):
                 engine.add(sequence(client, prompt, output))
         step(engine, served)
     longest = max(prompt + output for _, (prompt, output) in loads.values())

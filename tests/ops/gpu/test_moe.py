@@ -33,6 +33,12 @@ ROUTERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Whatever ran before: FP8's error on one token of 64 numbers scatters around its bound."""
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("name", list(ROUTERS))
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_route(name: str, tokens: int) -> None:
