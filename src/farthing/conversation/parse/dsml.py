@@ -13,9 +13,7 @@ stands is dropped. The section's own tags are optional, as models leave them out
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
-from farthing.conversation.deltas import Delta
 from farthing.conversation.parse.base import MAX_HEAD
 from farthing.conversation.parse.parameters import ParameterCalls
 from farthing.conversation.scan import literals
@@ -34,34 +32,17 @@ class DsmlCalls(ParameterCalls):
     """See the module."""
 
     openers = frozenset((_OPEN, *_DOUBLED[:1]))
+    tags = _TAGS
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__(tools)
-        self._state = self._outside
         self._within = self._outside  # the state to return to after a tag without effect
         self._closing = False
-        self._blank = False  # drop white space until text comes: a section has just ended
-
-    def finish(self) -> list[Delta]:
-        """What was held back. The beginning of a tag is dropped."""
-        rest, self._buffer = self._buffer, ""
-        if self._state == self._outside:
-            self._outer(rest)
-            self._text(self._trailing.take())
-        elif self._state == self._in_value and self._value is None:
-            self._push_value(rest)
-        return self._finish_call()
 
     # States.
 
-    def _outside(self) -> bool:
-        return self._until_tag(self._outer)
-
     def _in_call(self) -> bool:
         return self._until_tag(self._stray.append)
-
-    def _in_value(self) -> bool:
-        return self._until_tag(self._push_value)
 
     def _in_tag(self) -> bool:
         body = _BODY.match(self._buffer)
@@ -75,23 +56,9 @@ class DsmlCalls(ParameterCalls):
 
     # What the states share.
 
-    def _until_tag(self, take: Callable[[str], object]) -> bool:
-        found = _TAGS.find(self._buffer)
-        size = found[0] if found else _TAGS.ready(self._buffer)
-        if size:
-            take(self._take(size))
-        if found is None:
-            return False
-        self._closing = self._take(found[1] - found[0]).startswith("</")
+    def _enter(self, tag: str) -> None:
+        self._closing = tag.startswith("</")
         self._within, self._state = self._state, self._in_tag
-        return True
-
-    def _outer(self, text: str) -> None:
-        if self._blank:
-            text = text.lstrip()
-        if text:
-            self._blank = False
-            self._text(self._trailing.push(text))
 
     def _broken(self) -> bool:
         """Whether the tag can no longer end: a line or another tag begins before it does."""

@@ -10,9 +10,6 @@ The format does not say which values are strings: the tool's schema does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from farthing.conversation.deltas import Delta
 from farthing.conversation.parse.base import MAX_HEAD
 from farthing.conversation.parse.parameters import ParameterCalls
 from farthing.conversation.scan import literals
@@ -27,28 +24,14 @@ class GlmCalls(ParameterCalls):
     """See the module."""
 
     openers = frozenset((CALL,))
+    tags = _TAGS
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__(tools)
-        self._state = self._outside
         self._name: list[str] = []  # of a call or of a parameter
         self._named = False  # the call's name is complete
-        self._blank = False
-
-    def finish(self) -> list[Delta]:
-        """What was held back. A name that was never complete is dropped."""
-        rest, self._buffer = self._buffer, ""
-        if self._state == self._outside:
-            self._outer(rest)
-            self._text(self._trailing.take())
-        elif self._state == self._in_value and self._value is None:
-            self._push_value(rest)
-        return self._finish_call()
 
     # States.
-
-    def _outside(self) -> bool:
-        return self._until_tag(self._outer)
 
     def _in_call(self) -> bool:
         """The call's name, then parameters."""
@@ -57,27 +40,7 @@ class GlmCalls(ParameterCalls):
     def _in_key(self) -> bool:
         return self._until_tag(self._name.append)
 
-    def _in_value(self) -> bool:
-        return self._until_tag(self._push_value)
-
     # What the states share.
-
-    def _until_tag(self, take: Callable[[str], object]) -> bool:
-        found = _TAGS.find(self._buffer)
-        size = found[0] if found else _TAGS.ready(self._buffer)
-        if size:
-            take(self._take(size))
-        if found is None:
-            return False
-        self._tag(self._take(found[1] - found[0]))
-        return True
-
-    def _outer(self, text: str) -> None:
-        if self._blank:
-            text = text.lstrip()
-        if text:
-            self._blank = False
-            self._text(self._trailing.push(text))
 
     def _head(self, text: str) -> None:
         if self._named:
@@ -98,7 +61,7 @@ class GlmCalls(ParameterCalls):
         if name := "".join(self._name).strip():
             self._start_call(name)
 
-    def _tag(self, tag: str) -> None:
+    def _enter(self, tag: str) -> None:
         if self._state == self._in_value:
             if tag in (CALL, KEY_END, VALUE):  # no part of the structure here: the value speaks of it
                 self._push_value(tag)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from farthing.conversation.deltas import Delta
 from farthing.conversation.parse.base import Machine
-from farthing.conversation.scan import Trailing
+from farthing.conversation.scan import Literals, Trailing
 from farthing.conversation.types import Tool
 from farthing.conversation.values import Kinds, is_text, kinds_of, quoted, to_json
 
@@ -18,6 +18,8 @@ _WRAPPERS = ("arguments", "input")
 
 class ParameterCalls(Machine):
     """Keeps the state of one call's object; a format's parser says when a call or a value begins and ends."""
+
+    tags: Literals  # what separates a format's text from its structure
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__()
@@ -31,6 +33,50 @@ class ParameterCalls(Machine):
         self._key = ""
         self._declared: bool | None = None
         self._kinds: Kinds = None
+        self._blank = False  # drop white space until text comes: a section has just ended
+        self._state = self._outside
+
+    def finish(self) -> list[Delta]:
+        """What was held back; a tag or a name that was never complete is dropped.
+
+        A call that was cut off keeps what it has and stays open: it must not be taken for a whole one.
+        """
+        rest, self._buffer = self._buffer, ""
+        if self._state == self._outside:
+            self._outer(rest)
+            self._text(self._trailing.take())
+        elif self._state == self._in_value and self._value is None:
+            self._push_value(rest)
+        self._open = False
+        return self._taken()
+
+    def _outside(self) -> bool:
+        return self._until_tag(self._outer)
+
+    def _in_value(self) -> bool:
+        return self._until_tag(self._push_value)
+
+    def _until_tag(self, take: Callable[[str], object]) -> bool:
+        """Give the text before the next tag to `take`, and the tag to the format; False to wait for more."""
+        found = self.tags.find(self._buffer)
+        size = found[0] if found else self.tags.ready(self._buffer)
+        if size:
+            take(self._take(size))
+        if found is None:
+            return False
+        self._enter(self._take(found[1] - found[0]))
+        return True
+
+    def _enter(self, tag: str) -> None:
+        """A tag, or the beginning of one, was found."""
+        raise NotImplementedError
+
+    def _outer(self, text: str) -> None:
+        if self._blank:
+            text = text.lstrip()
+        if text:
+            self._blank = False
+            self._text(self._trailing.push(text))
 
     def _start_call(self, name: str) -> None:
         self._end_call()
@@ -82,11 +128,6 @@ class ParameterCalls(Machine):
             return ""
         inner = _object(text)
         return inner[1:-1].strip() if inner and set(json.loads(inner)) <= set(known) else ""
-
-    def _finish_call(self) -> list[Delta]:
-        """A call cut off keeps what it has, and stays open: it is not to be taken for a whole one."""
-        self._open = False
-        return self._taken()
 
 
 def _object(text: str) -> str | None:
