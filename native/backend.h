@@ -87,7 +87,7 @@ struct Attention {
   void add(std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv);  // the next head
 };
 
-struct Layer {  // one layer's weights; attention and feed belong to whoever made the layer
+struct Layer {  // one layer's weights; attention and feed are owned by the layer's creator
   const float *norm, *q_norm, *feed_norm;
   std::shared_ptr<Packed> qkv_a, q_b, o;  // q_b null: the query comes whole from qkv_a
   const Attention* attention;

@@ -1,6 +1,6 @@
-// Panels times rows, in every format. Included by kernels_*.cpp, compiled once a set of instructions.
+// Panels times rows, in every format. Included by kernels_*.cpp, compiled once per instruction set.
 //
-// Sums run over K in the same order for every number of rows and every set of instructions (the quantized
+// Sums run over K in the same order for every number of rows and every instruction set (the quantized
 // formats are exact integers within a group), so a token's result does not depend on its company.
 namespace farthing {
 namespace {
@@ -17,15 +17,14 @@ constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kRowsOfMany = 2;
 #endif
 constexpr int kMany = 24;  // rows
 
-// One or two rows read as fast as a bare copy where the next lines are asked for ahead, to the second cache:
-// to the first, requests would hold the few buffers that its misses need. Only 4-bit weights, whose bytes
-// take five instructions each, need them there too, a little ahead: otherwise too few loads fit the window of
-// the processor. The arithmetic of more rows hides memory only if their next panels come to the second cache
-// meanwhile.
+// One or two rows read as fast as a bare copy if the next lines are prefetched into L2: prefetching into L1
+// would occupy the few buffers that its misses need. Only 4-bit weights, whose bytes take five instructions
+// each, are prefetched into L1 too, a little ahead: otherwise too few loads fit the processor's window. The
+// arithmetic of more rows hides memory latency only if their next panels are prefetched into L2 meanwhile.
 constexpr int kNear = 256, kFar = 1024, kFarNibbles = 2048;  // bytes
 constexpr int kStream = 2;                                   // rows up to which a panel is read as a stream
 
-// What a pass over panels brings to the second cache: of groups [from, to), the bytes `distance` ahead.
+// What a pass over panels prefetches into L2: of groups [from, to), the bytes `distance` ahead.
 struct Ahead {
   size_t distance;
   int from, to;

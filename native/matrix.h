@@ -46,7 +46,7 @@ struct Matrix {
   bool zero = false;
   bool sparse = false;
   float act_top = 127.0f;             // largest integer of the activations, 7 for 4 bits (held in int8) …
-  float act_clip = 1.0f;              // … and the share of a group's largest magnitude that it stands for
+  float act_clip = 1.0f;              // … and the share of a group's largest magnitude that it represents
   float act_scale = 0.0f;             // above 0: one calibrated scale for every input, none measured (q8)
   size_t stride = 0;                  // bytes of a dense record
   const uint64_t* offsets = nullptr;  // [panels + 1] of a sparse matrix, from base[0]

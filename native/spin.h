@@ -6,8 +6,7 @@
 namespace farthing {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kImpatient =
-    std::chrono::microseconds(100);  // then give the core to whoever holds the one we wait for
+constexpr auto kImpatient = std::chrono::microseconds(100);  // then yield to the thread we are waiting on
 
 // About 60 ns. A hypervisor that counts PAUSE instructions takes a core that executes them in a row for one
 // that spins in vain and stops it, for 30 us and more; it does not count those that are further apart.

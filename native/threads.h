@@ -1,9 +1,9 @@
 // One pool of threads: the caller works as thread 0, the others spin for a while and then sleep.
 //
 // Each thread has a contiguous part of the units and takes it from the front, so that what it reads is one
-// stream; one that is done takes from the back of another's part, so that a thread that loses its core holds
-// nobody up. Every unit is computed whole by one thread and nothing is summed across threads, so that the
-// number of threads never changes a result.
+// stream; one that is done takes from the back of another's part, so that a thread that loses its core does
+// not delay the others. Every unit is computed whole by one thread and nothing is summed across threads, so
+// that the number of threads never changes a result.
 #pragma once
 #include <atomic>
 #include <cstdint>

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kBits = 11, kBins = 1 << kBits;
 
-// Floats as integers of the same order; -0 as 0, NaN and minus infinity as 0, which stands for none.
+// Floats as integers of the same order; -0 as 0, NaN and minus infinity as 0, which means none.
 inline uint32_t ordered(float x) {
   if (!(x > -__builtin_inff())) return 0;
   x += 0.0f;

@@ -1,6 +1,6 @@
 // Sixteen lanes in the compiler's own vectors: zmm, pairs of ymm, or four xmm or NEON registers.
 //
-// Included by the kernel sources only, each compiled for one set of instructions; all in an unnamed
+// Included by the kernel sources only, each compiled for one instruction set; all in an unnamed
 // namespace, so that no copy compiled for a newer processor can be linked into code for an older one.
 #pragma once
 #include <stdint.h>
@@ -222,6 +222,6 @@ inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) { return dot4(
 #endif
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // to the second cache
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }  // into L2
 
 }  // namespace

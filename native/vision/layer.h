@@ -3,7 +3,7 @@
 // Activations are uint8 planes [C / 16][H][W][16] with a border; 16 channels of neighbouring pixels are
 // neighbouring bytes, so a tile's addresses are constants. Weights are 16 x 16 blocks (16 outputs, 16 inputs
 // of one tap); blocks of zeros are not stored and not computed. Sums are exact integers; what follows is
-// float32 with fused roundings, so every set of instructions gives the same bytes.
+// float32 with fused roundings, so every instruction set gives the same bytes.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
