@@ -6,6 +6,7 @@ Seeds are the requests of the audit and of the OpenAI clients; each example is o
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -70,7 +71,7 @@ ODD = st.one_of(
             [[]],
             [{}],
         ]
-    ),
+    ).map(copy.deepcopy),  # a later mutation may write into it
     st.integers(),
     st.floats(),
     st.text(max_size=20),
