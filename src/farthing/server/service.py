@@ -47,14 +47,15 @@ class Service:
         self.quotas = Quotas(config.requests_per_minute, config.tokens_per_minute)
         self.engine: Engine | None = None
         self._formats: ModelFormats | None = None
-        self.responses = ResponseStore()
+        keys = (config.keys or KeyRing(())) | (config.admin_keys or KeyRing(()))
+        self.several_keys = len(keys) > 1
+        self.responses = ResponseStore(keys=max(1, len(keys.names())))
         self.answers = AnswerMemory()
         self.accounts: Accounts | None = None  # set before the engine is
         self.launch_to_ready: float | None = None  # seconds
         self.draining = False
         self.jobs: set[Job] = set()
         self.held: Counter[str] = Counter()  # sequences in flight, by client
-        self.several_keys = len((config.keys or KeyRing(())) | (config.admin_keys or KeyRing(()))) > 1
         self.idle = asyncio.Event()
         self.idle.set()
 

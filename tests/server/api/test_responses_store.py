@@ -42,3 +42,30 @@ def test_room_is_given_back() -> None:
         store.put("a", (), {"id": str(number), "metadata": {"a": "x" * 6_000}})
         assert not store.delete("b", str(number))
         assert store.delete("a", str(number))
+
+
+def test_no_key_reads_replaces_or_evicts_the_response_of_another() -> None:
+    store = ResponseStore(keys=2, responses=16, characters=32_000)
+    store.put("a", (), {"id": "mine", "text": "a's"})
+    store.put("b", (), {"id": "mine", "text": "b's"})
+    for number in range(100):
+        store.put("b", (), {"id": f"b{number}", "text": "x" * 4_000})
+    kept = store.get("a", "mine")
+    assert kept is not None and kept.document["text"] == "a's"
+    assert store.get("b", "mine") is None  # evicted by its own key
+    assert store.get("a", "b99") is None and store.get("b", "b99") is not None
+    assert not store.delete("a", "b99")
+
+
+def test_many_keys_have_a_useful_share_each() -> None:
+    store = ResponseStore(keys=100_000)
+    store.put("a", (), {"id": "large", "text": "x" * 500_000})
+    assert store.get("a", "large") is not None
+
+
+def test_the_same_id_again_replaces_and_is_counted_once() -> None:
+    store = ResponseStore(characters=10_000)
+    for _ in range(20):
+        store.put("a", (), {"id": "same", "text": "x" * 4_000})
+        store.put("a", (), {"id": "other", "text": "y" * 4_000})
+    assert store.get("a", "same") is not None and store.get("a", "other") is not None

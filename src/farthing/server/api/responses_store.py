@@ -1,60 +1,78 @@
-"""Answers of /v1/responses that later requests continue: bounded, in memory, each key's own."""
+"""Answers of /v1/responses that later requests continue: bounded, in memory, each key's own share."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from farthing.conversation.types import Turn
 
 MAX_RESPONSES = 4096
-MAX_CHARACTERS = 64 << 20  # of all texts and documents together
+MAX_CHARACTERS = 64 << 20  # of all texts and documents together, shared out evenly between the keys
+_LEAST_RESPONSES, _LEAST_CHARACTERS = 64, 1 << 20  # of one key, however many there are
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A response: whose it is, the conversation up to it (instructions left out), and its document."""
+    """A response: the conversation up to it (instructions left out), and its document."""
 
-    client: str
     turns: tuple[Turn, ...]
     document: dict[str, Any]
     characters: int
 
 
-class ResponseStore:
-    """Forgets what was used longest ago. Turns are shared between the responses of one conversation, but
-    counted with each."""
+@dataclass(slots=True)
+class _Shelf:
+    """The responses of one key, the one used longest ago first."""
 
-    def __init__(self, responses: int = MAX_RESPONSES, characters: int = MAX_CHARACTERS) -> None:
-        self._most, self._room = responses, characters
-        self._kept: OrderedDict[str, Stored] = OrderedDict()
-        self._characters = 0
+    kept: OrderedDict[str, Stored] = field(default_factory=OrderedDict)
+    characters: int = 0
+
+    def drop(self, identity: str) -> bool:
+        """Forget a response; whether there was one."""
+        stored = self.kept.pop(identity, None)
+        self.characters -= stored.characters if stored else 0
+        return stored is not None
+
+
+class ResponseStore:
+    """Each key has a share of its own and forgets its own least recently used responses: no key reads,
+    replaces or evicts another's. Turns are shared between the responses of one conversation, but counted
+    with each."""
+
+    def __init__(
+        self, keys: int = 1, responses: int = MAX_RESPONSES, characters: int = MAX_CHARACTERS
+    ) -> None:
+        """keys: the number of distinct key names."""
+        self._most = max(responses // keys, min(responses, _LEAST_RESPONSES))
+        self._room = max(characters // keys, min(characters, _LEAST_CHARACTERS))
+        self._shelves: dict[str, _Shelf] = {}
 
     def put(self, client: str, turns: tuple[Turn, ...], document: dict[str, Any]) -> None:
         """Keep a response under its id."""
         size = sum(map(_size, turns)) + _characters(document)
         if size > self._room:
             return
-        self._kept[document["id"]] = Stored(client, turns, document, size)
-        self._characters += size
-        while len(self._kept) > self._most or self._characters > self._room:
-            self._characters -= self._kept.popitem(last=False)[1].characters
+        shelf = self._shelves.setdefault(client, _Shelf())
+        shelf.drop(document["id"])
+        shelf.kept[document["id"]] = Stored(turns, document, size)
+        shelf.characters += size
+        while len(shelf.kept) > self._most or shelf.characters > self._room:
+            shelf.drop(next(iter(shelf.kept)))
 
     def get(self, client: str, identity: str) -> Stored | None:
         """A response of this client; None if it is unknown, forgotten or another's."""
-        stored = self._kept.get(identity)
-        if stored is None or stored.client != client:
+        shelf = self._shelves.get(client)
+        if shelf is None or identity not in shelf.kept:
             return None
-        self._kept.move_to_end(identity)
-        return stored
+        shelf.kept.move_to_end(identity)
+        return shelf.kept[identity]
 
     def delete(self, client: str, identity: str) -> bool:
         """Forget a response; whether there was one."""
-        stored = self.get(client, identity)
-        if stored is not None:
-            self._characters -= self._kept.pop(identity).characters
-        return stored is not None
+        shelf = self._shelves.get(client)
+        return shelf is not None and shelf.drop(identity)
 
 
 def _characters(document: Any) -> int:
