@@ -18,27 +18,9 @@ from typer.testing import CliRunner
 from farthing import LLM, SamplingParams
 from farthing.cli.generate import app
 from farthing.config import EngineConfig
+from tests.tiny import tiny
 
-CONFIG: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 2,
-    "q_lora_rank": None,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "eos_token_id": 1,
-}
+CONFIG = tiny(q_lora_rank=None)
 
 
 @pytest.fixture(scope="module")

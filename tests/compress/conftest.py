@@ -14,17 +14,16 @@ from farthing.checkpoint import CheckpointWriter
 from farthing.compress.corpus import Corpus, load_corpus
 from farthing.model import ModelConfig
 from farthing.model.load import random_parameters
+from tests.tiny import tiny
 
-TINY: dict[str, Any] = dict(
+# Fields beyond the tiny model's are what transformers has to be told.
+TINY = tiny(
     architectures=["DeepseekV3ForCausalLM"],
-    model_type="deepseek_v3",
     vocab_size=264,
     hidden_size=64,
     intermediate_size=128,
     moe_intermediate_size=64,
     num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
     num_key_value_heads=2,
     q_lora_rank=64,
     kv_lora_rank=64,
@@ -32,8 +31,6 @@ TINY: dict[str, Any] = dict(
     qk_rope_head_dim=16,
     v_head_dim=32,
     n_routed_experts=8,
-    n_shared_experts=1,
-    num_experts_per_tok=2,
     n_group=4,
     topk_group=2,
     topk_method="noaux_tc",
@@ -46,8 +43,6 @@ TINY: dict[str, Any] = dict(
     rope_theta=10000.0,
     max_position_embeddings=256,
     tie_word_embeddings=False,
-    bos_token_id=0,
-    eos_token_id=1,
     torch_dtype="float32",
 )
 

@@ -21,7 +21,7 @@ from farthing.compress.recipe import RECIPES
 from farthing.model import ModelConfig, random_model
 from farthing.model.experts import AdaptiveExperts
 from farthing.ops import select
-from tests.model.test_inspect import TINY
+from tests.tiny import SMALL_V3
 
 layer = st.lists(
     st.tuples(st.floats(0, 0.02), st.floats(1, 8)).map(lambda t: Option(0.5, *t)), min_size=1, max_size=3
@@ -45,7 +45,7 @@ def test_knapsack_keeps_the_budget_and_is_near_the_best(options: list[list[Optio
 
 
 def test_calibrated_rule_keeps_its_promise(tmp_path: Path) -> None:
-    config = ModelConfig.from_json(TINY | dict(num_experts_per_tok=4, topk_group=2))
+    config = ModelConfig.from_json(SMALL_V3 | dict(num_experts_per_tok=4, topk_group=2))
     model = random_model(config, select("reference"), seed=2)
     ids = torch.randint(0, 40, (40, 33), generator=torch.Generator().manual_seed(0))
     corpus = Corpus([Window(row, i) for i, row in enumerate(ids)], 0)
@@ -56,11 +56,11 @@ def test_calibrated_rule_keeps_its_promise(tmp_path: Path) -> None:
     assert 0 < plan.flops_saved < 1
     assert len(plan.rule.mass) == 4
     with pytest.raises(ValueError, match="no MoE layer"):
-        dense = ModelConfig.from_json(TINY | dict(first_k_dense_replace=9))
+        dense = ModelConfig.from_json(SMALL_V3 | dict(first_k_dense_replace=9))
         calibrate_adaptive(random_model(dense, select("reference")), corpus, 0.01)
     source = tmp_path / "source"
     source.mkdir()
-    (source / "config.json").write_text(json.dumps(TINY))
+    (source / "config.json").write_text(json.dumps(SMALL_V3))
     (source / "tokenizer.json").write_text("{}")
     write_adaptive(source, tmp_path / "out", plan, model)
     written = json.loads((tmp_path / "out" / "config.json").read_text())

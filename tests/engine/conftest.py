@@ -16,31 +16,11 @@ from farthing.engine.speculation import Gate
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model import DeepseekModel, ModelConfig, random_model
 from farthing.ops import make_batch, select
+from tests.tiny import tiny
 
 VOCAB = 320
 EOS = 1
-RAW: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "num_nextn_predict_layers": 1,
-    "bos_token_id": 0,
-    "eos_token_id": EOS,
-}
+RAW = tiny(vocab_size=VOCAB, max_position_embeddings=256, num_nextn_predict_layers=1, eos_token_id=EOS)
 
 
 class Always(Gate):

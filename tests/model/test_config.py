@@ -9,45 +9,7 @@ import pytest
 
 from farthing.model import ConfigError, ModelConfig
 from farthing.model.rope import frequencies, rope_table, score_scale
-
-V3 = dict(
-    model_type="deepseek_v3",
-    vocab_size=129280,
-    hidden_size=7168,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_hidden_layers=61,
-    first_k_dense_replace=3,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    n_routed_experts=256,
-    n_shared_experts=1,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    topk_method="noaux_tc",
-    scoring_func="sigmoid",
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    num_nextn_predict_layers=1,
-    max_position_embeddings=163840,
-    rope_theta=10000,
-    rope_scaling=dict(
-        type="yarn",
-        factor=40,
-        original_max_position_embeddings=4096,
-        beta_fast=32,
-        beta_slow=1,
-        mscale=1.0,
-        mscale_all_dim=1.0,
-    ),
-    bos_token_id=0,
-    eos_token_id=1,
-)
+from tests.tiny import V3
 
 
 def test_v3_facts() -> None:

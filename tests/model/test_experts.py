@@ -11,7 +11,7 @@ from farthing.model import ConfigError, ModelConfig, random_model
 from farthing.model.experts import AdaptiveExperts
 from farthing.ops import RouterSpec, make_batch, select
 from farthing.ops.reference import route
-from tests.model.test_inspect import TINY
+from tests.tiny import SMALL_V3
 
 
 def test_parse() -> None:
@@ -60,7 +60,7 @@ def test_fewest_experts_that_reach_the_mass(seed: int, mass: float, least: int, 
 
 
 def test_whole_mass_changes_nothing_and_less_costs_less() -> None:
-    config = ModelConfig.from_json(TINY | dict(num_experts_per_tok=4, topk_group=2))
+    config = ModelConfig.from_json(SMALL_V3 | dict(num_experts_per_tok=4, topk_group=2))
     ops = select("reference")
     batch, ids = make_batch([12], [0], [[0]], 16), torch.arange(12)
 
@@ -79,7 +79,7 @@ def test_whole_mass_changes_nothing_and_less_costs_less() -> None:
 
 
 def test_round_trip_through_config_json() -> None:
-    config = ModelConfig.from_json(TINY)
+    config = ModelConfig.from_json(SMALL_V3)
     rule = AdaptiveExperts((0.5, 0.6, 0.7, 0.8), 1, 2)
     assert AdaptiveExperts.from_json(rule.to_json(config)) == rule
     assert AdaptiveExperts.from_json({}) is None

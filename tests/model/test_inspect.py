@@ -13,28 +13,7 @@ from farthing.model import ModelConfig, random_model
 from farthing.model.inspect import checkpoint_cost, model_cost, routing_report
 from farthing.model.load import random_parameters
 from farthing.ops import select
-from tests.model.test_config import V3
-
-TINY = dict(
-    V3,
-    vocab_size=40,
-    hidden_size=16,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=12,
-    kv_lora_rank=8,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=4,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    max_position_embeddings=64,
-)
+from tests.tiny import SMALL_V3, V3
 
 
 def test_v3_matches_the_published_size() -> None:
@@ -47,7 +26,7 @@ def test_v3_matches_the_published_size() -> None:
 
 
 def test_tiny_by_hand() -> None:
-    cost = model_cost(ModelConfig.from_json(TINY))
+    cost = model_cost(ModelConfig.from_json(SMALL_V3))
     attention = 12 * 16 + 16 * 12 + 12 * 16 + 16 * 8 + 16 * 8  # q_a, q_b, kv_a, kv_b, o
     expert = 3 * 16 * 8
     norms = 3 * (16 + 12 + 8 + 16) + 16
@@ -58,16 +37,16 @@ def test_tiny_by_hand() -> None:
 
 
 def test_bytes_as_stored(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    tensors = {n: t.to(torch.bfloat16) for n, t in random_parameters(ModelConfig.from_json(TINY)).items()}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL_V3))
+    tensors = {n: t.to(torch.bfloat16) for n, t in random_parameters(ModelConfig.from_json(SMALL_V3)).items()}
     save_file(tensors, tmp_path / "model.safetensors")
     stored = checkpoint_cost(tmp_path)
     assert stored.weight_bytes == sum(t.nbytes for t in tensors.values())
-    assert stored.active_bytes == model_cost(ModelConfig.from_json(TINY)).active_bytes
+    assert stored.active_bytes == model_cost(ModelConfig.from_json(SMALL_V3)).active_bytes
 
 
 def test_routing_report_counts_every_choice() -> None:
-    model = random_model(ModelConfig.from_json(TINY), select("reference"))
+    model = random_model(ModelConfig.from_json(SMALL_V3), select("reference"))
     report = routing_report(model, [[1, 2, 3, 4], [5], []])
     assert report.tokens == 5
     assert [sum(r) for r in report.tokens_per_expert] == [10, 10]

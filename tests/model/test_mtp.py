@@ -12,21 +12,15 @@ from farthing.model import DeepseekModel, ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
+from tests.tiny import tiny
 
-RAW = dict(
-    model_type="deepseek_v3",
+RAW = tiny(
     vocab_size=50,
     hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    kv_lora_rank=12,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=6,
     q_lora_rank=None,
-    max_position_embeddings=64,
-    moe_intermediate_size=16,
+    kv_lora_rank=12,
+    v_head_dim=6,
+    n_routed_experts=None,
     first_k_dense_replace=2,
     num_nextn_predict_layers=1,
 )

@@ -11,29 +11,13 @@ from farthing.model import ConfigError, DeepseekModel, ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
+from tests.tiny import SMALL_V3
 
-from .test_config import V3
-
-TINY = V3 | dict(
+TINY = SMALL_V3 | dict(
     model_type="deepseek_v32",
     vocab_size=64,
     hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
-    v_head_dim=8,
-    n_routed_experts=8,
-    n_group=2,
-    topk_group=1,
-    num_experts_per_tok=2,
     num_nextn_predict_layers=0,
-    max_position_embeddings=64,
     index_topk=16,
     index_n_heads=24,
     index_head_dim=8,

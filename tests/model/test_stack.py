@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,26 +12,18 @@ from farthing.model.load import random_model
 from farthing.ops import make_batch
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu import CpuOps
+from tests.tiny import tiny
 
-CONFIG: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 3,
-    "q_lora_rank": 40,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 3,
-    "max_position_embeddings": 128,
-}
+CONFIG = tiny(
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    q_lora_rank=40,
+    kv_lora_rank=32,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+)
 
 
 def forward(model: DeepseekModel, cache_dtype: CacheDtype) -> tuple[list[torch.Tensor], torch.Tensor]:

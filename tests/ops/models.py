@@ -11,17 +11,20 @@ from torch import Tensor
 from farthing.model import load
 from farthing.ops import make_batch
 from farthing.ops.api import Ops
+from tests.tiny import tiny
 
 
 def tiny_checkpoint(path: Path, tokenizer: bool = False) -> Path:
     """A random DeepSeek-V3 of one dense layer and one of 8 experts, as transformers writes it in bfloat16."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.DeepseekV3Config(
-        vocab_size=96, hidden_size=128, intermediate_size=192, moe_intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8,
-        num_experts_per_tok=3, n_group=2, topk_group=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16,
-        qk_nope_head_dim=32, v_head_dim=32, first_k_dense_replace=1, max_position_embeddings=256,
+    sizes = tiny(
+        vocab_size=96, hidden_size=128, intermediate_size=192, moe_intermediate_size=64,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=3, n_group=2,
+        topk_group=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32,
+        v_head_dim=32, max_position_embeddings=256,
     )  # fmt: skip
+    del sizes["model_type"]  # the class says it
+    config = transformers.DeepseekV3Config(**sizes)
     torch.manual_seed(3)
     model = transformers.DeepseekV3ForCausalLM(config)
     for name, value in model.named_parameters():

@@ -23,10 +23,10 @@ from farthing.ops import Ops, select
 from farthing.ops.expert_cache import MARGIN, ExpertCache
 from farthing.ops.hybrid import DECIDE_EVERY, HybridMoE, HybridOps, rows_of
 from farthing.ops.reference import ReferenceOps
-from tests.model.test_inspect import TINY
 from tests.parallel.test_cluster import greedy
+from tests.tiny import SMALL_V3
 
-RAW = TINY | dict(num_experts_per_tok=3, topk_group=2)
+RAW = SMALL_V3 | dict(num_experts_per_tok=3, topk_group=2)
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def"]
 
 

@@ -16,7 +16,7 @@ from farthing.llm import LLM
 from farthing.model import ModelConfig
 from farthing.model.load import random_parameters
 from farthing.ops import select
-from tests.model.test_inspect import TINY
+from tests.tiny import SMALL_V3
 
 BACKEND = '''
     """Projections on a device of its own (here: NumPy); the reference computes the rest."""
@@ -72,7 +72,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def model(tmp_path: Path) -> Path:
     path = tmp_path / "model"
     path.mkdir()
-    raw = TINY | dict(num_experts_per_tok=3, topk_group=2)
+    raw = SMALL_V3 | dict(num_experts_per_tok=3, topk_group=2)
     (path / "config.json").write_text(json.dumps(raw))
     save_file(random_parameters(ModelConfig.from_json(raw), seed=7), path / "model.safetensors")
     return path

@@ -18,10 +18,10 @@ from farthing.model.load import random_parameters
 from farthing.ops import make_batch, select
 from farthing.parallel.cluster import ParallelModel, RankFailed
 from farthing.parallel.plan import Layout
-from tests.model.test_inspect import TINY
 from tests.parallel.ranks import rank_options
+from tests.tiny import SMALL_V3
 
-RAW = TINY | dict(num_experts_per_tok=3, topk_group=2, tie_word_embeddings=True)
+RAW = SMALL_V3 | dict(num_experts_per_tok=3, topk_group=2, tie_word_embeddings=True)
 
 
 @pytest.fixture

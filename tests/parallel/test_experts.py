@@ -16,7 +16,7 @@ from farthing.parallel.experts import in_order, place
 from farthing.parallel.group import Alone
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank
-from tests.model.test_inspect import TINY
+from tests.tiny import SMALL_V3
 
 numbers = st.tuples(st.sampled_from([2, 3, 4, 8]), st.integers(1, 6), st.integers(0, 8))
 
@@ -80,7 +80,7 @@ class Sum(Alone):
 
 def test_rebalancing_keeps_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks' parts of a layer add up to the whole before and after copies are placed."""
-    config = ModelConfig.from_json(TINY | dict(num_experts_per_tok=3, topk_group=2, n_shared_experts=1))
+    config = ModelConfig.from_json(SMALL_V3 | dict(num_experts_per_tok=3, topk_group=2, n_shared_experts=1))
     parameters = random_parameters(config, seed=3)
     whole = random_model(config, select("reference"), seed=3)
     monkeypatch.setattr(rank_module, "DistGroup", lambda ranks, timeout: Sum())
@@ -113,7 +113,7 @@ def test_rebalancing_keeps_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_micro_batches_give_the_same_states() -> None:
     from farthing.parallel import micro
 
-    config = ModelConfig.from_json(TINY)
+    config = ModelConfig.from_json(SMALL_V3)
     model = random_model(config, select("reference"), seed=5)
     batch = make_batch([20, 3, 17], [0, 0, 0], [[0, 1, 2], [3], [4, 5, 6]], 8)
     ids = torch.arange(40) % config.vocab_size

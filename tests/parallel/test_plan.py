@@ -14,8 +14,7 @@ from farthing.ops import Weight
 from farthing.ops.weights import quantize_int4, quantize_int8
 from farthing.parallel.plan import Cut, Layout, PlanError, ShardPlan
 from farthing.parallel.source import cut_weight
-from tests.model.test_config import V3
-from tests.model.test_inspect import TINY
+from tests.tiny import SMALL_V3, V3
 
 layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 3), st.sampled_from([1, 2, 4]))
 
@@ -26,7 +25,7 @@ def test_every_element_is_read_as_often_as_it_is_replicated(
     numbers: tuple[int, int, int], tied: bool, mtp: int
 ) -> None:
     tp, pp, ep = numbers
-    config = ModelConfig.from_json(TINY | dict(tie_word_embeddings=tied, num_nextn_predict_layers=mtp))
+    config = ModelConfig.from_json(SMALL_V3 | dict(tie_word_embeddings=tied, num_nextn_predict_layers=mtp))
     if ep > 1 and ep % tp:
         return
     layout = Layout(tp, pp, ep)
@@ -67,7 +66,7 @@ def test_v3_on_32_ranks() -> None:
 )
 def test_refusals(layout: dict[str, int], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        ShardPlan.build(ModelConfig.from_json(TINY), Layout(**layout))
+        ShardPlan.build(ModelConfig.from_json(SMALL_V3), Layout(**layout))
 
 
 def stored(kind: str, w: torch.Tensor) -> Weight:

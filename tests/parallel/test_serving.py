@@ -21,7 +21,7 @@ from farthing.llm import LLM
 from farthing.model import ModelConfig
 from farthing.model.load import random_parameters
 from farthing.parallel.cluster import ParallelModel
-from tests.model.test_inspect import TINY
+from tests.tiny import SMALL_V3
 
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def"]
 COMBINATIONS = [(t, p, e) for t in (1, 2) for p in (1, 2) for e in (1, 2) if t * p * e > 1]
@@ -123,7 +123,7 @@ def tiny_directory(path: Path) -> Path:
 
 
 def tiny(path: Path) -> Path:
-    raw = TINY | dict(num_experts_per_tok=3, topk_group=2)
+    raw = SMALL_V3 | dict(num_experts_per_tok=3, topk_group=2)
     (path / "config.json").write_text(json.dumps(raw))
     save_file(random_parameters(ModelConfig.from_json(raw), seed=7), path / "model.safetensors")
     return path

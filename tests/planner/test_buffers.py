@@ -19,7 +19,7 @@ from farthing.parallel.plan import Layout, ShardPlan
 from farthing.planner.buffers import Serving, step
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint
 from farthing.planner.memory import Model, memory
-from tests.model.test_config import V3
+from tests.tiny import V3
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 1024

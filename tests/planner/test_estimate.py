@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from farthing.cli.plan import app
 from farthing.model import ModelConfig
 from farthing.planner.estimate import Workload, _Costs, estimate, load_devices
-from tests.model.test_config import V3
+from tests.tiny import V3
 
 CONFIG = ModelConfig.from_json(V3)
 DEVICES, SHARES = load_devices()

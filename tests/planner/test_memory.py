@@ -25,7 +25,7 @@ from farthing.parallel.rank import Rank
 from farthing.planner.buffers import Serving
 from farthing.planner.footprint import Holder, stored_by_checkpoint, stored_by_config
 from farthing.planner.memory import Model, RankMemory, memory
-from tests.model.test_config import V3
+from tests.tiny import V3
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from random_model import config as bench_config

@@ -39,29 +39,10 @@ from farthing.ops import select
 from farthing.server.config import ServerConfig
 from farthing.server.run import Server, listen, make_server
 from farthing.server.service import Service
+from tests.tiny import tiny
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-RAW: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 267,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
+RAW = tiny(vocab_size=267, max_position_embeddings=2048)
 
 
 @cache

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from farthing.ops.gpu.launch import FOLDER, Config, read_configs
 from farthing.ops.gpu.numeric import INTERPRETED
+from tests.tiny import tiny
 
 BENCH = Path(__file__).parents[3] / "bench"
 
@@ -76,11 +77,7 @@ def test_every_row_runs_at_a_small_size(make: str, monkeypatch: pytest.MonkeyPat
 def test_the_decode_step_runs_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
     work = script("gpu_work")
     monkeypatch.setattr(work, "CUDA", torch.device("cpu"))
-    small = dict(
-        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
-        n_routed_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
+    small = tiny(model_type="deepseek_v2", q_lora_rank=None, vocab_size=64)
     monkeypatch.setattr(work, "V2_LITE", work.V2_LITE | small)
     row = work.decode_step(2, 64)
     (_, ids, _), (_, plain, _) = row.run(), row.peer()

@@ -1,0 +1,94 @@
+"""Model configurations of the tests, as config.json has them: published, in miniature, and tiny."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# DeepSeek-V3 as published.
+V3: dict[str, Any] = dict(
+    model_type="deepseek_v3",
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    num_hidden_layers=61,
+    first_k_dense_replace=3,
+    num_attention_heads=128,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    topk_method="noaux_tc",
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=163840,
+    rope_theta=10000,
+    rope_scaling=dict(
+        type="yarn",
+        factor=40,
+        original_max_position_embeddings=4096,
+        beta_fast=32,
+        beta_slow=1,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    bos_token_id=0,
+    eos_token_id=1,
+)
+
+# V3 in miniature: grouped routing, YaRN and an MTP layer, like the published one.
+SMALL_V3: dict[str, Any] = V3 | dict(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=12,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    max_position_embeddings=64,
+)
+
+
+def tiny(**changes: Any) -> dict[str, Any]:
+    """A dense layer and one of four experts, plain RoPE, no groups and no MTP layer; then `changes`."""
+    return (
+        dict(
+            model_type="deepseek_v3",
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_hidden_layers=2,
+            first_k_dense_replace=1,
+            num_attention_heads=2,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            max_position_embeddings=128,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        | changes
+    )
