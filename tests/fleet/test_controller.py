@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
@@ -29,10 +28,6 @@ from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import free_port
 
 POLICY = PolicyConfig(capacity=1.0, interval_s=0.05, cold_start_s=1.0, latency_for_s=0.1, stale_after_s=5.0)
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
 
 
 class Source:
@@ -90,33 +85,30 @@ def controller(tmp_path: Path, source: Source, actuator: Recorder, **options: ob
     )
 
 
-def test_turn_decides_logs_shows_posts_and_applies(tmp_path: Path) -> None:
-    async def test() -> None:
-        source, actuator, last_decision = Source(request_rate=3.5), Recorder(), LastDecision()
-        loop = controller(tmp_path, source, actuator, last_decision=last_decision)
-        decision = await loop.turn()
-        assert decision is not None
-        assert (decision.current, decision.target, decision.action) == (2, 5, "up")
-        assert actuator.asked == [5]
-        assert last_decision.value("desired_replicas") == 5.0
-        assert loop.metrics.last == decision
-        assert read_log(tmp_path / "decisions.jsonl") == [decision]
-
-    run(test)
+@pytest.mark.anyio
+async def test_turn_decides_logs_shows_posts_and_applies(tmp_path: Path) -> None:
+    source, actuator, last_decision = Source(request_rate=3.5), Recorder(), LastDecision()
+    loop = controller(tmp_path, source, actuator, last_decision=last_decision)
+    decision = await loop.turn()
+    assert decision is not None
+    assert (decision.current, decision.target, decision.action) == (2, 5, "up")
+    assert actuator.asked == [5]
+    assert last_decision.value("desired_replicas") == 5.0
+    assert loop.metrics.last == decision
+    assert read_log(tmp_path / "decisions.jsonl") == [decision]
 
 
-def test_advice_is_logged_and_never_applied(tmp_path: Path) -> None:
-    async def test() -> None:
-        actuator = Recorder()
-        loop = controller(tmp_path, Source(request_rate=3.5), actuator, advise=True)
-        decision = await loop.turn()
-        assert decision is not None and decision.target == 5
-        assert actuator.asked == []
-
-    run(test)
+@pytest.mark.anyio
+async def test_advice_is_logged_and_never_applied(tmp_path: Path) -> None:
+    actuator = Recorder()
+    loop = controller(tmp_path, Source(request_rate=3.5), actuator, advise=True)
+    decision = await loop.turn()
+    assert decision is not None and decision.target == 5
+    assert actuator.asked == []
 
 
-def test_forecast_and_learnt_capacity_reach_the_policy(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_forecast_and_learnt_capacity_reach_the_policy(tmp_path: Path) -> None:
     class Estimates:
         seen: list[Snapshot] = []  # noqa: RUF012
         maintained = 0
@@ -137,61 +129,55 @@ def test_forecast_and_learnt_capacity_reach_the_policy(tmp_path: Path) -> None:
             self.maintained += 1
             raise RuntimeError("this fit fails")
 
-    async def test() -> None:
-        estimates = Estimates()
-        loop = controller(tmp_path, Source(), Recorder(), estimates=estimates)
-        decision = await loop.turn()
-        assert decision is not None
-        assert (decision.decided_by, decision.target) == ("short", 5)  # ceil(7 / (0.7 · 2))
-        await asyncio.sleep(0.05)
-        await loop.turn()  # the fit that failed has ended nothing
-        assert len(estimates.seen) == 2 and estimates.maintained >= 1
-        assert loop.metrics.failures._value.get() >= 1
-
-    run(test)
+    estimates = Estimates()
+    loop = controller(tmp_path, Source(), Recorder(), estimates=estimates)
+    decision = await loop.turn()
+    assert decision is not None
+    assert (decision.decided_by, decision.target) == ("short", 5)  # ceil(7 / (0.7 · 2))
+    await asyncio.sleep(0.05)
+    await loop.turn()  # the fit that failed has ended nothing
+    assert len(estimates.seen) == 2 and estimates.maintained >= 1
+    assert loop.metrics.failures._value.get() >= 1
 
 
-def test_actuator_that_is_away_is_an_alarm_and_nothing_is_applied_blindly(tmp_path: Path) -> None:
-    async def test() -> None:
-        source, actuator = Source(), Recorder()
-        loop = controller(tmp_path, source, actuator)
-        await loop.turn()
-        asked = list(actuator.asked)
-        actuator.broken = True
-        source.signals["request_rate"] = 10.0
-        decision = await loop.turn()
-        assert decision is not None
-        assert any("the API is away" in alarm for alarm in decision.alarms)
-        assert actuator.asked == asked
-        actuator.broken = False
-        decision = await loop.turn()
-        assert decision is not None and decision.target == 15
-        assert actuator.asked[-1] == 15
-
-    run(test)
+@pytest.mark.anyio
+async def test_actuator_that_is_away_is_an_alarm_and_nothing_is_applied_blindly(tmp_path: Path) -> None:
+    source, actuator = Source(), Recorder()
+    loop = controller(tmp_path, source, actuator)
+    await loop.turn()
+    asked = list(actuator.asked)
+    actuator.broken = True
+    source.signals["request_rate"] = 10.0
+    decision = await loop.turn()
+    assert decision is not None
+    assert any("the API is away" in alarm for alarm in decision.alarms)
+    assert actuator.asked == asked
+    actuator.broken = False
+    decision = await loop.turn()
+    assert decision is not None and decision.target == 15
+    assert actuator.asked[-1] == 15
 
 
-def test_without_a_count_requested_or_ready_replicas_are_used(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_without_a_count_requested_or_ready_replicas_are_used(tmp_path: Path) -> None:
     class Others(Recorder):
         async def apply(self, decision: Decision) -> None:
             """An HPA acts, in its own time."""
 
-    async def test() -> None:
-        source = Source(ready=None)
-        loop = controller(tmp_path, source, Others(None))
-        assert await loop.turn() is None  # nothing is known
-        source.signals.update(ready=4, request_rate=3.5)
-        decision = await loop.turn()
-        assert decision is not None and (decision.current, decision.target) == (4, 5)
-        source.signals.update(ready=None, request_rate=0.1)  # most replicas fell silent
-        for each in (loop, controller(tmp_path, source, Others(None))):  # a restart remembers, too
-            decision = await each.turn()
-            assert decision is not None and (decision.current, decision.target) == (5, 5)
-
-    run(test)
+    source = Source(ready=None)
+    loop = controller(tmp_path, source, Others(None))
+    assert await loop.turn() is None  # nothing is known
+    source.signals.update(ready=4, request_rate=3.5)
+    decision = await loop.turn()
+    assert decision is not None and (decision.current, decision.target) == (4, 5)
+    source.signals.update(ready=None, request_rate=0.1)  # most replicas fell silent
+    for each in (loop, controller(tmp_path, source, Others(None))):  # a restart remembers, too
+        decision = await each.turn()
+        assert decision is not None and (decision.current, decision.target) == (5, 5)
 
 
-def test_loop_survives_a_defect_and_keeps_its_state(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_loop_survives_a_defect_and_keeps_its_state(tmp_path: Path) -> None:
     class Broken(Source):
         turns = 0
 
@@ -201,48 +187,41 @@ def test_loop_survives_a_defect_and_keeps_its_state(tmp_path: Path) -> None:
                 raise ZeroDivisionError
             return await super().read(current)
 
-    async def test() -> None:
-        stop, source = asyncio.Event(), Broken(request_rate=3.5)
-        loop = controller(tmp_path, source, Recorder(), state_path=tmp_path / "policy.json")
-        task = asyncio.create_task(loop.run(stop))
-        while not loop.metrics.last:
-            await asyncio.sleep(0.01)
-        stop.set()
-        await task
-        assert loop.metrics.failures._value.get() == 1
-        state = load_state(tmp_path / "policy.json")
-        assert state is not None and state.last_change == 1000.0
-        (tmp_path / "policy.json").write_text("{")
-        assert load_state(tmp_path / "policy.json") is None
-
-    run(test)
+    stop, source = asyncio.Event(), Broken(request_rate=3.5)
+    loop = controller(tmp_path, source, Recorder(), state_path=tmp_path / "policy.json")
+    task = asyncio.create_task(loop.run(stop))
+    while not loop.metrics.last:
+        await asyncio.sleep(0.01)
+    stop.set()
+    await task
+    assert loop.metrics.failures._value.get() == 1
+    state = load_state(tmp_path / "policy.json")
+    assert state is not None and state.last_change == 1000.0
+    (tmp_path / "policy.json").write_text("{")
+    assert load_state(tmp_path / "policy.json") is None
 
 
-def test_metrics_server_shows_the_last_decision_and_its_age(tmp_path: Path) -> None:
-    async def test() -> None:
-        now = [0.0]
-        metrics = FleetMetrics(monotonic=lambda: now[0])
-        server = MetricsServer(metrics, max_age_s=10.0)
-        port = await server.start("127.0.0.1", 0)
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            assert (await session.get("/decision")).status == 404
-            assert (await session.get("/health")).status == 200
-            loop = controller(
-                tmp_path, Source(request_rate=3.5, cold_start_s=4.0), Recorder(), metrics=metrics
-            )
-            decision = await loop.turn()
-            text = await (await session.get("/metrics")).text()
-            assert "farthing:fleet_desired_replicas 5.0" in text
-            assert "farthing:fleet_realtime_replicas 5.0" in text
-            assert "farthing:fleet_cold_start_seconds 4.0" in text
-            assert 'farthing:fleet_decisions_total{action="up"} 1.0' in text
-            assert decision is not None
-            assert (await (await session.get("/decision")).json())["reason"] == decision.reason
-            now[0] = 11.0
-            assert (await session.get("/health")).status == 503
-        await server.close()
-
-    run(test)
+@pytest.mark.anyio
+async def test_metrics_server_shows_the_last_decision_and_its_age(tmp_path: Path) -> None:
+    now = [0.0]
+    metrics = FleetMetrics(monotonic=lambda: now[0])
+    server = MetricsServer(metrics, max_age_s=10.0)
+    port = await server.start("127.0.0.1", 0)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        assert (await session.get("/decision")).status == 404
+        assert (await session.get("/health")).status == 200
+        loop = controller(tmp_path, Source(request_rate=3.5, cold_start_s=4.0), Recorder(), metrics=metrics)
+        decision = await loop.turn()
+        text = await (await session.get("/metrics")).text()
+        assert "farthing:fleet_desired_replicas 5.0" in text
+        assert "farthing:fleet_realtime_replicas 5.0" in text
+        assert "farthing:fleet_cold_start_seconds 4.0" in text
+        assert 'farthing:fleet_decisions_total{action="up"} 1.0' in text
+        assert decision is not None
+        assert (await (await session.get("/decision")).json())["reason"] == decision.reason
+        now[0] = 11.0
+        assert (await session.get("/health")).status == 503
+    await server.close()
 
 
 # ---- configuration ----
@@ -293,56 +272,50 @@ def test_configuration_errors_name_the_field(change: dict[str, object], message:
 # ---- the whole controller against doubles ----
 
 
-def test_operate_scales_a_deployment_from_replicas_metrics(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
-            key = ("deployments", "prod", "deepseek")
-            api.replicas[key] = 1
-            config = build(
-                FleetConfig,
-                {
-                    "policy": {"capacity": 1.0, "interval_s": 0.1, "latency_for_s": 0.2, "cold_start_s": 1.0},
-                    "signals": {"replicas": [replica.url], "window_s": 1.0},
-                    "kubernetes": {"api": api.url, "namespace": "prod", "target": "deployment/deepseek"},
-                    "keda": {"address": "127.0.0.1:0"},
-                    "state": str(tmp_path),
-                    "metrics": "127.0.0.1:0",
-                },
-            )
-            stop = asyncio.Event()
-            task = asyncio.create_task(run_controller(config, stop))
-            async with aiohttp.ClientSession() as session:
-                while api.replicas[key] == 1:  # queue time of 1 s: above 0.2 s for 0.2 s
-                    await session.put(replica.url + "/_signals", json={"queue": [1.0, 1], "ttft": [1.0, 1]})
-                    await asyncio.sleep(0.05)
-            stop.set()
-            await task
-            assert api.leases["prod", "farthing-fleet"]["spec"]["holderIdentity"] == ""  # given back
-
-    run(test)
+@pytest.mark.anyio
+async def test_operate_scales_a_deployment_from_replicas_metrics(tmp_path: Path) -> None:
+    async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
+        key = ("deployments", "prod", "deepseek")
+        api.replicas[key] = 1
+        config = build(
+            FleetConfig,
+            {
+                "policy": {"capacity": 1.0, "interval_s": 0.1, "latency_for_s": 0.2, "cold_start_s": 1.0},
+                "signals": {"replicas": [replica.url], "window_s": 1.0},
+                "kubernetes": {"api": api.url, "namespace": "prod", "target": "deployment/deepseek"},
+                "keda": {"address": "127.0.0.1:0"},
+                "state": str(tmp_path),
+                "metrics": "127.0.0.1:0",
+            },
+        )
+        stop = asyncio.Event()
+        task = asyncio.create_task(run_controller(config, stop))
+        async with aiohttp.ClientSession() as session:
+            while api.replicas[key] == 1:  # queue time of 1 s: above 0.2 s for 0.2 s
+                await session.put(replica.url + "/_signals", json={"queue": [1.0, 1], "ttft": [1.0, 1]})
+                await asyncio.sleep(0.05)
+        stop.set()
+        await task
+        assert api.leases["prod", "farthing-fleet"]["spec"]["holderIdentity"] == ""  # given back
 
 
-def test_operate_says_what_is_missing() -> None:
-    async def test() -> None:
-        config = FleetConfig(policy=POLICY, signals=SignalsConfig(), metrics="127.0.0.1:0")
-        with pytest.raises(ValueError, match="signals: expected `prometheus`"):
-            await run_controller(config, asyncio.Event())
-
-    run(test)
+@pytest.mark.anyio
+async def test_operate_says_what_is_missing() -> None:
+    config = FleetConfig(policy=POLICY, signals=SignalsConfig(), metrics="127.0.0.1:0")
+    with pytest.raises(ValueError, match="signals: expected `prometheus`"):
+        await run_controller(config, asyncio.Event())
 
 
 # ---- the command line ----
 
 
-def test_explain_prints_the_last_decisions(tmp_path: Path) -> None:
-    async def decide() -> None:
-        source = Source()
-        loop = controller(tmp_path, source, Recorder())
-        for rate in (1.0, 3.5, 3.5):
-            source.signals["request_rate"] = rate
-            await loop.turn()
-
-    run(decide)
+@pytest.mark.anyio
+async def test_explain_prints_the_last_decisions(tmp_path: Path) -> None:
+    source = Source()
+    loop = controller(tmp_path, source, Recorder())
+    for rate in (1.0, 3.5, 3.5):
+        source.signals["request_rate"] = rate
+        await loop.turn()
     runner = CliRunner()
     shown = runner.invoke(app, ["explain", "--state", str(tmp_path), "--last", "2"])
     assert shown.exit_code == 0
@@ -365,30 +338,28 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in result.output
 
 
-def test_run_ends_cleanly_on_sigterm(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with FakeReplica(name="a") as replica:
-            config = {
-                "policy": {"capacity": 1.0, "interval_s": 0.1},
-                "signals": {"replicas": [replica.url]},
-                "state": str(tmp_path / "state"),
-                "metrics": f"127.0.0.1:{free_port()}",
-            }
-            (tmp_path / "fleet.yaml").write_text(json.dumps(config))
-            command = ("-m", "farthing.cli.app", "fleet", "run", str(tmp_path / "fleet.yaml"), "--advise")
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, *command, stderr=asyncio.subprocess.PIPE
-            )
-            log = tmp_path / "state" / "decisions.jsonl"
-            try:
-                while not log.exists():
-                    await asyncio.sleep(0.02)
-                process.terminate()
-                _, errors = await process.communicate()
-            finally:
-                if process.returncode is None:
-                    process.kill()
-            assert process.returncode == 0, errors
-            assert read_log(log)[-1].current == 1
-
-    run(test)
+@pytest.mark.anyio
+async def test_run_ends_cleanly_on_sigterm(tmp_path: Path) -> None:
+    async with FakeReplica(name="a") as replica:
+        config = {
+            "policy": {"capacity": 1.0, "interval_s": 0.1},
+            "signals": {"replicas": [replica.url]},
+            "state": str(tmp_path / "state"),
+            "metrics": f"127.0.0.1:{free_port()}",
+        }
+        (tmp_path / "fleet.yaml").write_text(json.dumps(config))
+        command = ("-m", "farthing.cli.app", "fleet", "run", str(tmp_path / "fleet.yaml"), "--advise")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, stderr=asyncio.subprocess.PIPE
+        )
+        log = tmp_path / "state" / "decisions.jsonl"
+        try:
+            while not log.exists():
+                await asyncio.sleep(0.02)
+            process.terminate()
+            _, errors = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+        assert process.returncode == 0, errors
+        assert read_log(log)[-1].current == 1

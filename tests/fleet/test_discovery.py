@@ -48,21 +48,19 @@ def test_service_without_ready_pods_is_empty_and_a_dead_resolver_says_nothing(
     assert _ask(monkeypatch, socket.EAI_AGAIN) is None
 
 
-def test_file_follows_changes_and_survives_a_dead_resolver(
+@pytest.mark.anyio
+async def test_file_follows_changes_and_survives_a_dead_resolver(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "replicas.json"
     seen: list[list[str]] = []
 
-    async def test() -> None:
-        _resolver(monkeypatch, [["10.0.0.1"], socket.EAI_AGAIN, ["10.0.0.1", "10.0.0.2"], socket.EAI_NONAME])
-        following = asyncio.create_task(follow(("replicas.test", 8000), path, every_s=0.02))
-        while len(seen) < 3:
-            await asyncio.sleep(0.002)
-            names = [r["name"] for r in json.loads(path.read_text())["replicas"]] if path.exists() else None
-            if names is not None and (not seen or seen[-1] != names):
-                seen.append(names)
-        following.cancel()
-
-    asyncio.run(asyncio.wait_for(test(), 10))
+    _resolver(monkeypatch, [["10.0.0.1"], socket.EAI_AGAIN, ["10.0.0.1", "10.0.0.2"], socket.EAI_NONAME])
+    following = asyncio.create_task(follow(("replicas.test", 8000), path, every_s=0.02))
+    while len(seen) < 3:
+        await asyncio.sleep(0.002)
+        names = [r["name"] for r in json.loads(path.read_text())["replicas"]] if path.exists() else None
+        if names is not None and (not seen or seen[-1] != names):
+            seen.append(names)
+    following.cancel()
     assert seen == [["10.0.0.1"], ["10.0.0.1", "10.0.0.2"], []]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,6 @@ from farthing.prompts import read_prompt
 from tests.fleet.doubles.replica import FakeReplica
 
 CHAT = "/v1/chat/completions"
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
 
 
 def body(text: str = "hello", **extra: Any) -> dict[str, Any]:
@@ -53,242 +49,210 @@ async def fleet(count: int = 2, config: GatewayConfig | None = None, **options: 
             await replica.stop()
 
 
-def test_whole_answer_passes_through_unchanged() -> None:
-    async def test() -> None:
-        async with fleet(1) as (_, (replica,), session, _url):
-            sent = body("é" * 100, temperature=0.5)
-            async with session.post(CHAT, json=sent, headers={"x-request-id": "q1"}) as answer:
+@pytest.mark.anyio
+async def test_whole_answer_passes_through_unchanged() -> None:
+    async with fleet(1) as (_, (replica,), session, _url):
+        sent = body("é" * 100, temperature=0.5)
+        async with session.post(CHAT, json=sent, headers={"x-request-id": "q1"}) as answer:
+            assert answer.status == 200
+            assert answer.headers["x-farthing-replica"] == "r0"
+            assert (await answer.json())["choices"][0]["message"]["content"] == "t0 t1 t2 "
+        assert replica.requests == [sent]
+        headers = {key.lower(): value for key, value in replica.headers[0].items()}
+        assert headers["x-request-id"] == "q1"
+        assert headers["x-forwarded-for"] == "127.0.0.1"
+
+
+@pytest.mark.anyio
+async def test_stream_arrives_token_by_token() -> None:
+    async with fleet(1, tokens=5, interval_s=0.03) as (_, _, session, _url):
+        loop, times, events = asyncio.get_running_loop(), [], []
+        async with session.post(CHAT, json=body(stream=True)) as answer:
+            assert answer.headers["content-type"] == "text/event-stream"
+            async for line in answer.content:
+                if line.startswith(b"data: "):
+                    events.append(line)
+                    times.append(loop.time())
+        assert events[-1] == b"data: [DONE]\n"
+        assert len(events) == 6
+        assert len({round(t, 3) for t in times[:5]}) == 5  # not gathered into one piece
+
+
+@pytest.mark.anyio
+async def test_http_1_0_client_gets_a_body_that_ends_with_the_connection() -> None:
+    async with fleet(1) as (gateway, _, _session, url):
+        port = int(url.rsplit(":", 1)[1])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        payload = json.dumps(body(stream=True)).encode()
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.0\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%s" % (len(payload), payload)
+        )
+        answer = await reader.read()
+        writer.close()
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert gateway.stopping is False
+
+
+@pytest.mark.anyio
+async def test_pipelined_requests_are_answered_in_order() -> None:
+    async with fleet(1) as (_, (replica,), _session, url):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        for text in ("one", "two"):
+            payload = json.dumps(body(text)).encode()
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+            writer.write(head + b"content-length: %d\r\n\r\n%s" % (len(payload), payload))
+        for _ in range(2):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+        writer.close()
+        assert [r["messages"][0]["content"] for r in replica.requests] == ["one", "two"]
+
+
+@pytest.mark.anyio
+async def test_retries_another_replica_before_the_first_byte() -> None:
+    async with fleet(2) as (gateway, replicas, session, _url):
+        for _ in range(4):  # whichever is chosen first dies without a byte
+            for replica in replicas:
+                replica.fail_after = None
+            chosen = gateway.balancer.choose(read_prompt(json.dumps(body()).encode(), 256))
+            next(r for r in replicas if r.name == chosen.name).fail_after = 0
+            async with session.post(CHAT, json=body()) as answer:
                 assert answer.status == 200
-                assert answer.headers["x-farthing-replica"] == "r0"
-                assert (await answer.json())["choices"][0]["message"]["content"] == "t0 t1 t2 "
-            assert replica.requests == [sent]
-            headers = {key.lower(): value for key, value in replica.headers[0].items()}
-            assert headers["x-request-id"] == "q1"
-            assert headers["x-forwarded-for"] == "127.0.0.1"
-
-    run(test)
+                assert answer.headers["x-farthing-replica"] != chosen.name
+            chosen.breaker.succeeded()
+        assert gateway.metrics.retries._value.get() == 4
 
 
-def test_stream_arrives_token_by_token() -> None:
-    async def test() -> None:
-        async with fleet(1, tokens=5, interval_s=0.03) as (_, _, session, _url):
-            loop, times, events = asyncio.get_running_loop(), [], []
-            async with session.post(CHAT, json=body(stream=True)) as answer:
-                assert answer.headers["content-type"] == "text/event-stream"
-                async for line in answer.content:
-                    if line.startswith(b"data: "):
-                        events.append(line)
-                        times.append(loop.time())
-            assert events[-1] == b"data: [DONE]\n"
-            assert len(events) == 6
-            assert len({round(t, 3) for t in times[:5]}) == 5  # not gathered into one piece
-
-    run(test)
+@pytest.mark.anyio
+async def test_busy_replica_is_passed_over_and_the_last_answer_is_handed_on() -> None:
+    async with fleet(2) as (_, replicas, session, _url):
+        replicas[0].status = 503
+        for _ in range(3):
+            async with session.post(CHAT, json=body()) as answer:
+                assert (answer.status, answer.headers["x-farthing-replica"]) == (200, "r1")
+        replicas[1].status = 503
+        async with session.post(CHAT, json=body()) as answer:
+            assert answer.status == 503
+            assert "set by the test" in await answer.text()
 
 
-def test_http_1_0_client_gets_a_body_that_ends_with_the_connection() -> None:
-    async def test() -> None:
-        async with fleet(1) as (gateway, _, _session, url):
-            port = int(url.rsplit(":", 1)[1])
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            payload = json.dumps(body(stream=True)).encode()
-            writer.write(
-                b"POST /v1/chat/completions HTTP/1.0\r\ncontent-type: application/json\r\n"
-                b"content-length: %d\r\n\r\n%s" % (len(payload), payload)
-            )
-            answer = await reader.read()
-            writer.close()
-            head, _, rest = answer.partition(b"\r\n\r\n")
-            assert b"transfer-encoding" not in head.lower()
-            assert rest.endswith(b"data: [DONE]\n\n")
-            assert gateway.stopping is False
-
-    run(test)
+@pytest.mark.anyio
+async def test_client_errors_are_not_retried() -> None:
+    async with fleet(2) as (_, replicas, session, _url):
+        for replica in replicas:
+            replica.status = 422
+        async with session.post(CHAT, json=body()) as answer:
+            assert answer.status == 422
+        assert sum(len(r.requests) for r in replicas) == 1
 
 
-def test_pipelined_requests_are_answered_in_order() -> None:
-    async def test() -> None:
-        async with fleet(1) as (_, (replica,), _session, url):
-            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
-            for text in ("one", "two"):
-                payload = json.dumps(body(text)).encode()
-                head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
-                writer.write(head + b"content-length: %d\r\n\r\n%s" % (len(payload), payload))
-            for _ in range(2):
-                head = await reader.readuntil(b"\r\n\r\n")
-                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-                await reader.readexactly(length)
-            writer.close()
-            assert [r["messages"][0]["content"] for r in replica.requests] == ["one", "two"]
-
-    run(test)
+@pytest.mark.anyio
+async def test_replica_lost_within_a_stream_ends_it_with_an_error_event() -> None:
+    async with fleet(2, tokens=5, interval_s=0.01) as (_, replicas, session, _url):
+        for replica in replicas:
+            replica.fail_after = 2
+        async with session.post(CHAT, json=body(stream=True)) as answer:
+            lines = [line async for line in answer.content if line.startswith(b"data: ")]
+        assert [b"choices" in line for line in lines] == [True, True, False]
+        assert "replica lost" in json.loads(lines[-1][6:])["error"]["message"]
+        assert sum(len(r.requests) for r in replicas) == 1  # never repeated after the first byte
 
 
-def test_retries_another_replica_before_the_first_byte() -> None:
-    async def test() -> None:
-        async with fleet(2) as (gateway, replicas, session, _url):
-            for _ in range(4):  # whichever is chosen first dies without a byte
-                for replica in replicas:
-                    replica.fail_after = None
-                chosen = gateway.balancer.choose(read_prompt(json.dumps(body()).encode(), 256))
-                next(r for r in replicas if r.name == chosen.name).fail_after = 0
-                async with session.post(CHAT, json=body()) as answer:
-                    assert answer.status == 200
-                    assert answer.headers["x-farthing-replica"] != chosen.name
-                chosen.breaker.succeeded()
-            assert gateway.metrics.retries._value.get() == 4
-
-    run(test)
-
-
-def test_busy_replica_is_passed_over_and_the_last_answer_is_handed_on() -> None:
-    async def test() -> None:
-        async with fleet(2) as (_, replicas, session, _url):
-            replicas[0].status = 503
-            for _ in range(3):
-                async with session.post(CHAT, json=body()) as answer:
-                    assert (answer.status, answer.headers["x-farthing-replica"]) == (200, "r1")
-            replicas[1].status = 503
+@pytest.mark.anyio
+async def test_request_waits_for_a_replica_and_gets_a_proper_error_after_that() -> None:
+    async with FakeReplica(name="late") as replica:
+        gateway = Gateway(GatewayConfig(wait_s=0.5, health_interval_s=0.05))
+        port = await gateway.start()
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            async with session.get("/health") as answer:
+                assert answer.status == 503
             async with session.post(CHAT, json=body()) as answer:
                 assert answer.status == 503
-                assert "set by the test" in await answer.text()
+                assert "none is ready" in (await answer.json())["error"]["message"]
+                assert answer.headers["retry-after"] == "1"
+            waiting = asyncio.ensure_future(session.post(CHAT, json=body()))
+            await asyncio.sleep(0.1)
+            assert gateway.state()["waiting"] == 1
+            gateway.set_replicas({"late": replica.url})
+            assert (await waiting).status == 200
+        await gateway.stop(0)
 
-    run(test)
+
+@pytest.mark.anyio
+async def test_client_that_leaves_frees_the_replica() -> None:
+    async with fleet(1, tokens=1000, interval_s=0.01) as (gateway, (replica,), session, _url):
+        answer = await session.post(CHAT, json=body(stream=True))
+        await answer.content.readline()
+        answer.close()
+        while replica.running or gateway.balancer.replicas["r0"].inflight:
+            await asyncio.sleep(0.01)
+        assert replica.disconnects == 1
+        assert gateway.balancer.replicas["r0"].failed == 0  # the client's doing, not the replica's
 
 
-def test_client_errors_are_not_retried() -> None:
-    async def test() -> None:
-        async with fleet(2) as (_, replicas, session, _url):
-            for replica in replicas:
-                replica.status = 422
+@pytest.mark.anyio
+async def test_slow_client_holds_the_replica_back() -> None:
+    async with fleet(1, tokens=200_000) as (gateway, (replica,), _session, url):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1024)
+        payload = json.dumps(body(stream=True)).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        writer.write(head + b"content-length: %d\r\n\r\n%s" % (len(payload), payload))
+        await reader.readline()
+        await asyncio.sleep(0.5)
+        (client,) = [guard for guard in gateway.door.guards if guard.phase == "request"]
+        assert client.write_buffer < 1 << 20  # ~18 MB were on offer
+        assert replica.running == 1
+        writer.close()
+
+
+@pytest.mark.anyio
+async def test_affinity_keeps_a_conversation_on_its_replica_until_load_forbids() -> None:
+    async with fleet(3, GatewayConfig(health_interval_s=0.05, request_weight=8192)) as (
+        gateway,
+        _,
+        session,
+        _url,
+    ):
+        seen = set()
+        for turn in range(1, 6):
+            async with session.post(CHAT, json=body("x" * 700 * turn)) as answer:
+                seen.add(answer.headers["x-farthing-replica"])
+        assert len(seen) == 1
+        owner = gateway.balancer.replicas[seen.pop()]
+        owner.inflight = 3
+        async with session.post(CHAT, json=body("x" * 5000)) as answer:
+            assert answer.headers["x-farthing-replica"] != owner.name
+        owner.inflight = 0
+
+
+@pytest.mark.anyio
+async def test_least_loaded_spreads_unrelated_requests() -> None:
+    async with fleet(3, tokens=1, interval_s=0.1) as (_, replicas, session, _url):
+        posts = [session.post(CHAT, json=body(f"{i}" * 600)) for i in range(9)]
+        for answer in await asyncio.gather(*posts):
+            assert answer.status == 200
+            answer.release()
+        assert [len(r.requests) for r in replicas] == [3, 3, 3]
+
+
+@pytest.mark.anyio
+async def test_unhealthy_replica_gets_nothing_and_comes_back() -> None:
+    async with fleet(2) as (gateway, replicas, session, _url):
+        port = replicas[0].port
+        await replicas[0].stop()
+        while gateway.balancer.replicas["r0"].healthy:
+            await asyncio.sleep(0.02)
+        for _ in range(4):
             async with session.post(CHAT, json=body()) as answer:
-                assert answer.status == 422
-            assert sum(len(r.requests) for r in replicas) == 1
-
-    run(test)
-
-
-def test_replica_lost_within_a_stream_ends_it_with_an_error_event() -> None:
-    async def test() -> None:
-        async with fleet(2, tokens=5, interval_s=0.01) as (_, replicas, session, _url):
-            for replica in replicas:
-                replica.fail_after = 2
-            async with session.post(CHAT, json=body(stream=True)) as answer:
-                lines = [line async for line in answer.content if line.startswith(b"data: ")]
-            assert [b"choices" in line for line in lines] == [True, True, False]
-            assert "replica lost" in json.loads(lines[-1][6:])["error"]["message"]
-            assert sum(len(r.requests) for r in replicas) == 1  # never repeated after the first byte
-
-    run(test)
-
-
-def test_request_waits_for_a_replica_and_gets_a_proper_error_after_that() -> None:
-    async def test() -> None:
-        async with FakeReplica(name="late") as replica:
-            gateway = Gateway(GatewayConfig(wait_s=0.5, health_interval_s=0.05))
-            port = await gateway.start()
-            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-                async with session.get("/health") as answer:
-                    assert answer.status == 503
-                async with session.post(CHAT, json=body()) as answer:
-                    assert answer.status == 503
-                    assert "none is ready" in (await answer.json())["error"]["message"]
-                    assert answer.headers["retry-after"] == "1"
-                waiting = asyncio.ensure_future(session.post(CHAT, json=body()))
-                await asyncio.sleep(0.1)
-                assert gateway.state()["waiting"] == 1
-                gateway.set_replicas({"late": replica.url})
-                assert (await waiting).status == 200
-            await gateway.stop(0)
-
-    run(test)
-
-
-def test_client_that_leaves_frees_the_replica() -> None:
-    async def test() -> None:
-        async with fleet(1, tokens=1000, interval_s=0.01) as (gateway, (replica,), session, _url):
-            answer = await session.post(CHAT, json=body(stream=True))
-            await answer.content.readline()
-            answer.close()
-            while replica.running or gateway.balancer.replicas["r0"].inflight:
-                await asyncio.sleep(0.01)
-            assert replica.disconnects == 1
-            assert gateway.balancer.replicas["r0"].failed == 0  # the client's doing, not the replica's
-
-    run(test)
-
-
-def test_slow_client_holds_the_replica_back() -> None:
-    async def test() -> None:
-        async with fleet(1, tokens=200_000) as (gateway, (replica,), _session, url):
-            reader, writer = await asyncio.open_connection(
-                "127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1024
-            )
-            payload = json.dumps(body(stream=True)).encode()
-            head = (
-                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            )
-            writer.write(head + b"content-length: %d\r\n\r\n%s" % (len(payload), payload))
-            await reader.readline()
-            await asyncio.sleep(0.5)
-            (client,) = [guard for guard in gateway.door.guards if guard.phase == "request"]
-            assert client.write_buffer < 1 << 20  # ~18 MB were on offer
-            assert replica.running == 1
-            writer.close()
-
-    run(test)
-
-
-def test_affinity_keeps_a_conversation_on_its_replica_until_load_forbids() -> None:
-    async def test() -> None:
-        async with fleet(3, GatewayConfig(health_interval_s=0.05, request_weight=8192)) as (
-            gateway,
-            _,
-            session,
-            _url,
-        ):
-            seen = set()
-            for turn in range(1, 6):
-                async with session.post(CHAT, json=body("x" * 700 * turn)) as answer:
-                    seen.add(answer.headers["x-farthing-replica"])
-            assert len(seen) == 1
-            owner = gateway.balancer.replicas[seen.pop()]
-            owner.inflight = 3
-            async with session.post(CHAT, json=body("x" * 5000)) as answer:
-                assert answer.headers["x-farthing-replica"] != owner.name
-            owner.inflight = 0
-
-    run(test)
-
-
-def test_least_loaded_spreads_unrelated_requests() -> None:
-    async def test() -> None:
-        async with fleet(3, tokens=1, interval_s=0.1) as (_, replicas, session, _url):
-            posts = [session.post(CHAT, json=body(f"{i}" * 600)) for i in range(9)]
-            for answer in await asyncio.gather(*posts):
-                assert answer.status == 200
-                answer.release()
-            assert [len(r.requests) for r in replicas] == [3, 3, 3]
-
-    run(test)
-
-
-def test_unhealthy_replica_gets_nothing_and_comes_back() -> None:
-    async def test() -> None:
-        async with fleet(2) as (gateway, replicas, session, _url):
-            port = replicas[0].port
-            await replicas[0].stop()
-            while gateway.balancer.replicas["r0"].healthy:
-                await asyncio.sleep(0.02)
-            for _ in range(4):
-                async with session.post(CHAT, json=body()) as answer:
-                    assert answer.headers["x-farthing-replica"] == "r1"
-            replicas[0].port = port
-            await replicas[0].start()
-            while not gateway.balancer.replicas["r0"].healthy:
-                await asyncio.sleep(0.02)
-
-    run(test)
+                assert answer.headers["x-farthing-replica"] == "r1"
+        replicas[0].port = port
+        await replicas[0].start()
+        while not gateway.balancer.replicas["r0"].healthy:
+            await asyncio.sleep(0.02)
 
 
 def test_breaker_opens_tries_one_request_and_doubles_its_pause() -> None:
@@ -313,99 +277,90 @@ def test_breaker_opens_tries_one_request_and_doubles_its_pause() -> None:
     assert not breaker.open
 
 
-def test_keys_guard_everything_but_health_and_metrics() -> None:
+@pytest.mark.anyio
+async def test_keys_guard_everything_but_health_and_metrics() -> None:
     class OneKey:
         def check(self, header_value: str | None) -> str | None:
             return "alice" if header_value == "Bearer secret" else None
 
-    async def test() -> None:
-        async with FakeReplica(name="r") as replica:
-            gateway = Gateway(GatewayConfig(health_interval_s=0.05), keys=OneKey())
-            port = await gateway.start()
-            gateway.set_replicas({"r": replica.url})
-            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-                for path, status in (
-                    ("/v1/models", 401),
-                    ("/fleet/replicas", 401),
-                    ("/metrics", 200),
-                    ("/live", 200),
-                ):
-                    async with session.get(path) as answer:
-                        assert answer.status == status, path
-                async with session.get("/v1/models", headers={"authorization": "Bearer secret"}) as answer:
-                    assert (await answer.json())["data"][0]["id"] == "r"
-            await gateway.stop(0)
-
-    run(test)
+    async with FakeReplica(name="r") as replica:
+        gateway = Gateway(GatewayConfig(health_interval_s=0.05), keys=OneKey())
+        port = await gateway.start()
+        gateway.set_replicas({"r": replica.url})
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            for path, status in (
+                ("/v1/models", 401),
+                ("/fleet/replicas", 401),
+                ("/metrics", 200),
+                ("/live", 200),
+            ):
+                async with session.get(path) as answer:
+                    assert answer.status == status, path
+            async with session.get("/v1/models", headers={"authorization": "Bearer secret"}) as answer:
+                assert (await answer.json())["data"][0]["id"] == "r"
+        await gateway.stop(0)
 
 
-def test_drain_lets_requests_end_and_says_so_to_those_it_breaks_off() -> None:
-    async def test() -> None:
-        async with fleet(1, tokens=20, interval_s=0.02) as (gateway, _, session, _url):
-            answer = await session.post(CHAT, json=body(stream=True))
-            await answer.content.readline()
-            stopping = asyncio.ensure_future(gateway.stop(5))
-            lines = [line async for line in answer.content if line.startswith(b"data: ")]
-            assert lines[-1] == b"data: [DONE]\n"
-            assert await stopping == 0
-            with pytest.raises(aiohttp.ClientConnectorError):
-                await session.get("/health")
+@pytest.mark.anyio
+async def test_drain_lets_requests_end_and_says_so_to_those_it_breaks_off() -> None:
+    async with fleet(1, tokens=20, interval_s=0.02) as (gateway, _, session, _url):
+        answer = await session.post(CHAT, json=body(stream=True))
+        await answer.content.readline()
+        stopping = asyncio.ensure_future(gateway.stop(5))
+        lines = [line async for line in answer.content if line.startswith(b"data: ")]
+        assert lines[-1] == b"data: [DONE]\n"
+        assert await stopping == 0
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await session.get("/health")
 
-    async def broken() -> None:
-        async with fleet(1, tokens=2000, interval_s=0.02) as (gateway, _, session, _url):
-            answer = await session.post(CHAT, json=body(stream=True))
-            await answer.content.readline()
-            stopping = asyncio.ensure_future(gateway.stop(0.1))
-            lines = [line async for line in answer.content if line.startswith(b"data: ")]
-            assert "the gateway is shutting down" in lines[-1].decode()
-            assert await stopping == 1
-
-    run(test)
-    run(broken)
+    async with fleet(1, tokens=2000, interval_s=0.02) as (gateway, _, session, _url):
+        answer = await session.post(CHAT, json=body(stream=True))
+        await answer.content.readline()
+        stopping = asyncio.ensure_future(gateway.stop(0.1))
+        lines = [line async for line in answer.content if line.startswith(b"data: ")]
+        assert "the gateway is shutting down" in lines[-1].decode()
+        assert await stopping == 1
 
 
-def test_bad_requests_get_an_error_and_the_gateway_lives_on() -> None:
-    async def test() -> None:
-        config = GatewayConfig(health_interval_s=0.05, max_body=1000)
-        async with fleet(1, config) as (_, _, session, url):
-            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
-            writer.write(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
-            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
-            writer.close()
-            with suppress(aiohttp.ClientOSError):
-                async with session.post(CHAT, json=body("x" * 2000)) as answer:
-                    assert answer.status == 413
-            async with session.post(CHAT, json=body()) as answer:
-                assert answer.status == 200
-
-    run(test)
+@pytest.mark.anyio
+async def test_bad_requests_get_an_error_and_the_gateway_lives_on() -> None:
+    config = GatewayConfig(health_interval_s=0.05, max_body=1000)
+    async with fleet(1, config) as (_, _, session, url):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(b"\x16\x03\x01 this is not HTTP\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+        with suppress(aiohttp.ClientOSError):
+            async with session.post(CHAT, json=body("x" * 2000)) as answer:
+                assert answer.status == 413
+        async with session.post(CHAT, json=body()) as answer:
+            assert answer.status == 200
 
 
-def test_replicas_file_is_followed_and_a_broken_one_changes_nothing(tmp_path: Path) -> None:
-    async def test() -> None:
-        path = tmp_path / "replicas.json"
-        async with FakeReplica(name="a") as first, FakeReplica(name="b") as second:
-            write_replicas(path, {"a": first.url})
-            gateway = Gateway(GatewayConfig(health_interval_s=0.05), replicas_file=path)
-            await gateway.start()
-            assert set(gateway.balancer.replicas) == {"a"}
-            write_replicas(path, {"a": first.url, "b": second.url})
-            while set(gateway.balancer.replicas) != {"a", "b"}:
-                await asyncio.sleep(0.01)
-            path.write_text('{"replicas": [')
-            await asyncio.sleep(0.2)
-            path.unlink()
-            await asyncio.sleep(0.2)
-            assert set(gateway.balancer.replicas) == {"a", "b"}
-            write_replicas(path, {"b": second.url})
-            while set(gateway.balancer.replicas) != {"b"}:
-                await asyncio.sleep(0.01)
-            await gateway.stop(0)
-
-    run(test)
+@pytest.mark.anyio
+async def test_replicas_file_is_followed_and_a_broken_one_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "replicas.json"
+    async with FakeReplica(name="a") as first, FakeReplica(name="b") as second:
+        write_replicas(path, {"a": first.url})
+        gateway = Gateway(GatewayConfig(health_interval_s=0.05), replicas_file=path)
+        await gateway.start()
+        assert set(gateway.balancer.replicas) == {"a"}
+        write_replicas(path, {"a": first.url, "b": second.url})
+        while set(gateway.balancer.replicas) != {"a", "b"}:
+            await asyncio.sleep(0.01)
+        path.write_text('{"replicas": [')
+        await asyncio.sleep(0.2)
+        path.unlink()
+        await asyncio.sleep(0.2)
+        assert set(gateway.balancer.replicas) == {"a", "b"}
+        write_replicas(path, {"b": second.url})
+        while set(gateway.balancer.replicas) != {"b"}:
+            await asyncio.sleep(0.01)
+        await gateway.stop(0)
 
 
-def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"GatewayConfig.tries = 0"):
         GatewayConfig(tries=0)
     path = tmp_path / "r.json"
@@ -413,8 +368,5 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="replicas"):
         read_replicas(path)
 
-    async def test() -> None:
-        with pytest.raises(ValueError, match=r"https://x.*http://HOST:PORT"):
-            Gateway().set_replicas({"r": "https://x"})
-
-    run(test)
+    with pytest.raises(ValueError, match=r"https://x.*http://HOST:PORT"):
+        Gateway().set_replicas({"r": "https://x"})

@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import resource
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -22,10 +22,6 @@ from tests.fleet.test_gateway_replicas import before, raw_replica
 
 HOST = b"host: localhost\r\n"
 KEY = b"authorization: Bearer secret\r\n"
-
-
-def run(test: Callable[[], Awaitable[None]], seconds: float = 60) -> None:
-    asyncio.run(asyncio.wait_for(test(), seconds))  # type: ignore[arg-type]
 
 
 def post(payload: bytes, *fields: bytes) -> bytes:
@@ -62,28 +58,27 @@ async def keyed(config: GatewayConfig | None = None) -> AsyncIterator[tuple[Gate
 # ---- heads ----
 
 
-def test_trailers_are_no_headers() -> None:
+@pytest.mark.anyio
+async def test_trailers_are_no_headers() -> None:
     payload = json.dumps(body()).encode()
     chunked = b"transfer-encoding: chunked\r\n"
     line = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST
     data = b"\r\n%x\r\n%s\r\n0\r\n" % (len(payload), payload)
 
-    async def test() -> None:
-        async with keyed() as (_, replica, port):
-            reader, writer = await connect(port)
-            writer.write(line + chunked + data + KEY + b"\r\n")
-            assert (await answer_of(reader))[0] == 401
-            writer.close()
-            reader, writer = await connect(port)
-            writer.write(line + KEY + chunked + data + b"x-smuggled: 1\r\n\r\n")
-            assert (await answer_of(reader))[0] == 200
-            writer.close()
-            assert len(replica.headers) == 1
-            assert "x-smuggled" not in {name.lower() for name in replica.headers[0]}
-
-    run(test)
+    async with keyed() as (_, replica, port):
+        reader, writer = await connect(port)
+        writer.write(line + chunked + data + KEY + b"\r\n")
+        assert (await answer_of(reader))[0] == 401
+        writer.close()
+        reader, writer = await connect(port)
+        writer.write(line + KEY + chunked + data + b"x-smuggled: 1\r\n\r\n")
+        assert (await answer_of(reader))[0] == 200
+        writer.close()
+        assert len(replica.headers) == 1
+        assert "x-smuggled" not in {name.lower() for name in replica.headers[0]}
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     "fields",
     [
@@ -95,16 +90,13 @@ def test_trailers_are_no_headers() -> None:
         b"bad header: 1\r\ncontent-length: 5\r\n",
     ],
 )
-def test_ambiguous_framing_is_refused(fields: bytes) -> None:
-    async def test() -> None:
-        async with fleet(1) as (_, (replica,), _session, url):
-            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + fields + b"\r\nhello\r\n\r\n")
-            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
-            writer.close()
-            assert replica.requests == []
-
-    run(test)
+async def test_ambiguous_framing_is_refused(fields: bytes) -> None:
+    async with fleet(1) as (_, (replica,), _session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + fields + b"\r\nhello\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+        assert replica.requests == []
 
 
 async def _slow_heads(port: int, count: int) -> tuple[float, float]:
@@ -135,67 +127,60 @@ async def _slow_heads(port: int, count: int) -> tuple[float, float]:
     return loop.time() - began, worst
 
 
-def test_slow_heads_are_closed() -> None:
-    async def test() -> None:
-        async with fleet(1, GatewayConfig(health_interval_s=0.05, head_timeout_s=1.0)) as (gateway, *_, url):
-            took, worst = await _slow_heads(int(url.rsplit(":", 1)[1]), 100)
-            assert took < 5 and worst < 5
-            assert len(gateway.door.guards) <= 1
-
-    run(test)
+@pytest.mark.anyio
+async def test_slow_heads_are_closed() -> None:
+    async with fleet(1, GatewayConfig(health_interval_s=0.05, head_timeout_s=1.0)) as (gateway, *_, url):
+        took, worst = await _slow_heads(int(url.rsplit(":", 1)[1]), 100)
+        assert took < 5 and worst < 5
+        assert len(gateway.door.guards) <= 1
 
 
+@pytest.mark.anyio
 @pytest.mark.slow
-def test_a_thousand_slow_heads_are_closed_within_ten_seconds() -> None:
+async def test_a_thousand_slow_heads_are_closed_within_ten_seconds() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
 
-    async def test() -> None:
-        async with fleet(1, GatewayConfig()) as (_, _, _, url):
-            took, _ = await _slow_heads(int(url.rsplit(":", 1)[1]), 1000)
-            assert took < 12  # 8 s for a head, and the time to open a thousand connections
-
-    run(test)
+    async with fleet(1, GatewayConfig()) as (_, _, _, url):
+        took, _ = await _slow_heads(int(url.rsplit(":", 1)[1]), 1000)
+        assert took < 12  # 8 s for a head, and the time to open a thousand connections
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("field", [b"x: " + b"y" * 1000 + b"\r\n", b"y" * 1000], ids=["many", "one"])
-def test_huge_heads_are_refused_early(field: bytes) -> None:
-    async def test() -> None:
-        async with fleet(1) as (_, (replica,), _session, url):
-            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-            sent = 0
-            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + b"a: ")
-            with suppress(ConnectionError):
-                while sent < 154_000_000 and not reader.at_eof():
-                    writer.write(field)
-                    sent += len(field)
-                    await writer.drain()
-                    if sent % 100_000 == 0:
-                        await asyncio.sleep(0)
-            with suppress(ConnectionError):
-                said = await reader.read(1 << 16)
-                assert not said or said.split()[1] in (b"431", b"400")
-            writer.close()
-            assert sent < 16_000_000  # what the kernel's buffers take
-            assert replica.requests == []
-
-    run(test)
+async def test_huge_heads_are_refused_early(field: bytes) -> None:
+    async with fleet(1) as (_, (replica,), _session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        sent = 0
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + b"a: ")
+        with suppress(ConnectionError):
+            while sent < 154_000_000 and not reader.at_eof():
+                writer.write(field)
+                sent += len(field)
+                await writer.drain()
+                if sent % 100_000 == 0:
+                    await asyncio.sleep(0)
+        with suppress(ConnectionError):
+            said = await reader.read(1 << 16)
+            assert not said or said.split()[1] in (b"431", b"400")
+        writer.close()
+        assert sent < 16_000_000  # what the kernel's buffers take
+        assert replica.requests == []
 
 
-def test_whole_head_above_the_limit_is_refused() -> None:
-    async def test() -> None:
-        async with fleet(1) as (_, (replica,), _session, url):
-            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-            fields = [b"x-%d: %s\r\n" % (i, b"y" * 9000) for i in range(8)]
-            writer.write(post(b"{}", *fields))
-            assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
-            writer.close()
-            assert replica.requests == []
-
-    run(test)
+@pytest.mark.anyio
+async def test_whole_head_above_the_limit_is_refused() -> None:
+    async with fleet(1) as (_, (replica,), _session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        fields = [b"x-%d: %s\r\n" % (i, b"y" * 9000) for i in range(8)]
+        writer.write(post(b"{}", *fields))
+        assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
+        writer.close()
+        assert replica.requests == []
 
 
-def test_connections_are_bounded_in_total_and_per_client() -> None:
+@pytest.mark.anyio
+async def test_connections_are_bounded_in_total_and_per_client() -> None:
     async def test(**limits: int) -> None:
         config = GatewayConfig(health_interval_s=0.05, **limits)
         async with fleet(1, config) as (gateway, _, _, url):
@@ -214,14 +199,15 @@ def test_connections_are_bounded_in_total_and_per_client() -> None:
             assert (await answer_of(reader))[0] == 200
             writer.close()
 
-    run(lambda: test(max_connections=5))
-    run(lambda: test(max_client_connections=5))
+    await test(max_connections=5)
+    await test(max_client_connections=5)
 
 
 # ---- bodies ----
 
 
-def test_bodies_without_a_key_are_not_read() -> None:
+@pytest.mark.anyio
+async def test_bodies_without_a_key_are_not_read() -> None:
     async def send(port: int, part: bytes) -> bytes:
         reader, writer = await connect(port)
         writer.write(
@@ -235,17 +221,14 @@ def test_bodies_without_a_key_are_not_read() -> None:
         writer.close()
         return await said
 
-    async def test() -> None:
-        async with keyed() as (gateway, replica, port):
-            gc.collect()
-            before = _resident()
-            part = b"x" * (1 << 20)
-            said = await asyncio.gather(*(send(port, part) for _ in range(12)))
-            assert all(s.startswith(b"HTTP/1.1 401 ") for s in said)
-            assert gateway.bodies.held == 0 and replica.requests == []
-            assert _resident() - before < 60 << 20  # 360 MB were offered
-
-    run(test)
+    async with keyed() as (gateway, replica, port):
+        gc.collect()
+        before = _resident()
+        part = b"x" * (1 << 20)
+        said = await asyncio.gather(*(send(port, part) for _ in range(12)))
+        assert all(s.startswith(b"HTTP/1.1 401 ") for s in said)
+        assert gateway.bodies.held == 0 and replica.requests == []
+        assert _resident() - before < 60 << 20  # 360 MB were offered
 
 
 def _resident() -> int:
@@ -256,94 +239,85 @@ def _open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_bodies_are_bounded_together() -> None:
-    async def test() -> None:
-        config = GatewayConfig(health_interval_s=0.05, max_body=1 << 20, max_body_total=3 << 20)
-        async with fleet(1, config, tokens=40, interval_s=0.02) as (gateway, _, session, _url):
-            big = body("x" * ((1 << 20) - 1000))
-            held = [asyncio.create_task(session.post(CHAT, json=big)) for _ in range(3)]
-            while gateway.bodies.held < 3_000_000:
-                await asyncio.sleep(0.01)
-            async with session.post(CHAT, json=big) as answer:
-                assert answer.status == 503
-                assert "request bodies" in (await answer.json())["error"]["message"]
-            assert [(await task).status for task in held] == [200] * 3
-            assert gateway.bodies.held == 0
-
-    run(test)
+@pytest.mark.anyio
+async def test_bodies_are_bounded_together() -> None:
+    config = GatewayConfig(health_interval_s=0.05, max_body=1 << 20, max_body_total=3 << 20)
+    async with fleet(1, config, tokens=40, interval_s=0.02) as (gateway, _, session, _url):
+        big = body("x" * ((1 << 20) - 1000))
+        held = [asyncio.create_task(session.post(CHAT, json=big)) for _ in range(3)]
+        while gateway.bodies.held < 3_000_000:
+            await asyncio.sleep(0.01)
+        async with session.post(CHAT, json=big) as answer:
+            assert answer.status == 503
+            assert "request bodies" in (await answer.json())["error"]["message"]
+        assert [(await task).status for task in held] == [200] * 3
+        assert gateway.bodies.held == 0
 
 
-def test_body_that_stalls_is_given_up() -> None:
-    async def test() -> None:
-        config = GatewayConfig(health_interval_s=0.05, body_timeout_s=0.3)
-        async with fleet(1, config) as (gateway, (replica,), _, url):
-            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-            writer.write(post(b"{}" * 50)[:-10])
-            assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
-            writer.close()
-            assert replica.requests == [] and gateway.bodies.held == 0
-
-    run(test)
+@pytest.mark.anyio
+async def test_body_that_stalls_is_given_up() -> None:
+    config = GatewayConfig(health_interval_s=0.05, body_timeout_s=0.3)
+    async with fleet(1, config) as (gateway, (replica,), _, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        writer.write(post(b"{}" * 50)[:-10])
+        assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+        assert replica.requests == [] and gateway.bodies.held == 0
 
 
-def test_expect_continue_is_answered_once_the_body_is_wanted() -> None:
-    async def test() -> None:
-        async with keyed() as (_, _, port):
-            payload = json.dumps(body()).encode()
-            head, _, _ = post(payload, KEY, b"expect: 100-continue\r\n").partition(b"\r\n\r\n")
-            reader, writer = await connect(port)
-            writer.write(head + b"\r\n\r\n")
-            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-            writer.write(payload)
-            assert (await answer_of(reader))[0] == 200
-            writer.close()
-            reader, writer = await connect(port)
-            writer.write(head.replace(KEY, b"") + b"\r\n\r\n")
-            assert (await answer_of(reader))[0] == 401
-            writer.close()
-
-    run(test)
+@pytest.mark.anyio
+async def test_expect_continue_is_answered_once_the_body_is_wanted() -> None:
+    async with keyed() as (_, _, port):
+        payload = json.dumps(body()).encode()
+        head, _, _ = post(payload, KEY, b"expect: 100-continue\r\n").partition(b"\r\n\r\n")
+        reader, writer = await connect(port)
+        writer.write(head + b"\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(payload)
+        assert (await answer_of(reader))[0] == 200
+        writer.close()
+        reader, writer = await connect(port)
+        writer.write(head.replace(KEY, b"") + b"\r\n\r\n")
+        assert (await answer_of(reader))[0] == 401
+        writer.close()
 
 
 # ---- methods, upgrades, pipelines ----
 
 
-def test_offer_of_http_2_is_declined_by_answering() -> None:
-    async def test() -> None:
-        async with fleet(1) as (_, (replica,), _session, url):
-            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-            fields = (
-                b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
-            )
-            for text in ("one", "two"):  # as JDK's client sends its first requests
-                writer.write(post(json.dumps(body(text)).encode(), fields))
-                assert (await answer_of(reader))[0] == 200
-            writer.write(b"GET /v1/models HTTP/1.1\r\n" + HOST + fields + b"\r\n")
+@pytest.mark.anyio
+async def test_offer_of_http_2_is_declined_by_answering() -> None:
+    async with fleet(1) as (_, (replica,), _session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        fields = (
+            b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
+        )
+        for text in ("one", "two"):  # as JDK's client sends its first requests
+            writer.write(post(json.dumps(body(text)).encode(), fields))
             assert (await answer_of(reader))[0] == 200
-            writer.close()
-            sent = {name.lower() for name in replica.headers[0]}
-            assert not sent & {"upgrade", "http2-settings"}
-
-    run(test)
-
-
-def test_pipelined_request_is_answered_after_the_stream_and_not_within() -> None:
-    async def test() -> None:
-        async with fleet(1, tokens=10, interval_s=0.02) as (_, _, _, url):
-            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-            stream = json.dumps(body("first", stream=True)).encode()
-            writer.write(post(stream))
-            await reader.readuntil(b"t0 ")
-            writer.write(b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n" + post(stream))
-            first = await reader.readuntil(b"0\r\n\r\n")
-            assert first.count(b"HTTP/1.1") == 0 and b"[DONE]" in first
-            assert (await answer_of(reader))[0] == 200
-            assert b"[DONE]" in await reader.readuntil(b"0\r\n\r\n")
-            writer.close()
-
-    run(test)
+        writer.write(b"GET /v1/models HTTP/1.1\r\n" + HOST + fields + b"\r\n")
+        assert (await answer_of(reader))[0] == 200
+        writer.close()
+        sent = {name.lower() for name in replica.headers[0]}
+        assert not sent & {"upgrade", "http2-settings"}
 
 
+@pytest.mark.anyio
+async def test_pipelined_request_is_answered_after_the_stream_and_not_within() -> None:
+    async with fleet(1, tokens=10, interval_s=0.02) as (_, _, _, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        stream = json.dumps(body("first", stream=True)).encode()
+        writer.write(post(stream))
+        await reader.readuntil(b"t0 ")
+        writer.write(b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n" + post(stream))
+        first = await reader.readuntil(b"0\r\n\r\n")
+        assert first.count(b"HTTP/1.1") == 0 and b"[DONE]" in first
+        assert (await answer_of(reader))[0] == 200
+        assert b"[DONE]" in await reader.readuntil(b"0\r\n\r\n")
+        writer.close()
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     "more",
     [
@@ -353,43 +327,39 @@ def test_pipelined_request_is_answered_after_the_stream_and_not_within() -> None
     ],
     ids=["garbage", "long field", "many"],
 )
-def test_errors_of_pipelined_requests_are_not_written_into_a_running_stream(more: bytes) -> None:
-    async def test() -> None:
-        async with fleet(1, tokens=10, interval_s=0.02) as (_, _, _, url):
-            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-            writer.write(post(json.dumps(body("first", stream=True)).encode()))
-            await reader.readuntil(b"t0 ")
-            writer.write((more + b"\r\n") * (50 if more.startswith(b"GET /live") else 1))
-            stream = await reader.readuntil(b"0\r\n\r\n")
-            assert b"HTTP/1.1" not in stream and b"[DONE]" in stream
-            assert (await reader.readline()).split()[1] in (b"400", b"431", b"200")
-            writer.close()
-
-    run(test)
+async def test_errors_of_pipelined_requests_are_not_written_into_a_running_stream(more: bytes) -> None:
+    async with fleet(1, tokens=10, interval_s=0.02) as (_, _, _, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        writer.write(post(json.dumps(body("first", stream=True)).encode()))
+        await reader.readuntil(b"t0 ")
+        writer.write((more + b"\r\n") * (50 if more.startswith(b"GET /live") else 1))
+        stream = await reader.readuntil(b"0\r\n\r\n")
+        assert b"HTTP/1.1" not in stream and b"[DONE]" in stream
+        assert (await reader.readline()).split()[1] in (b"400", b"431", b"200")
+        writer.close()
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     "line",
     [b"CONNECT replica:8001 HTTP/1.1", b"TRACE / HTTP/1.1", b"PROPFIND / HTTP/1.1"],
     ids=["connect", "trace", "propfind"],
 )
-def test_methods_that_no_replica_serves_are_refused(line: bytes) -> None:
+async def test_methods_that_no_replica_serves_are_refused(line: bytes) -> None:
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
         raise AssertionError("the replica was asked")
 
-    async def test() -> None:
-        async with raw_replica(reply) as port, before(port) as (gateway, _):
-            address = gateway.address
-            reader, writer = await connect(address[1])
-            writer.write(line + b"\r\n" + HOST + b"\r\n")
-            said = await reader.read()
-            assert said.startswith(b"HTTP/1.1 405 ")
-            writer.close()
-            assert gateway.balancer.replicas["raw"].served == 0
-
-    run(test)
+    async with raw_replica(reply) as port, before(port) as (gateway, _):
+        address = gateway.address
+        reader, writer = await connect(address[1])
+        writer.write(line + b"\r\n" + HOST + b"\r\n")
+        said = await reader.read()
+        assert said.startswith(b"HTTP/1.1 405 ")
+        writer.close()
+        assert gateway.balancer.replicas["raw"].served == 0
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("host", "status"),
     [
@@ -401,24 +371,24 @@ def test_methods_that_no_replica_serves_are_refused(line: bytes) -> None:
         ("127.0.0.1.evil.example", 403),
     ],
 )
-def test_gateway_without_keys_on_loopback_answers_to_names_of_this_machine(host: str, status: int) -> None:
-    async def test() -> None:
-        async with fleet(1) as (_, _, session, _url):
-            assert (await session.post(CHAT, json=body(), headers={"Host": host})).status == status
-        async with keyed() as (_, _, port):
-            reader, writer = await connect(port)
-            writer.write(b"GET /v1/models HTTP/1.1\r\nhost: api.example\r\n" + KEY + b"\r\n")
-            assert (await answer_of(reader))[0] == 200
-            writer.close()
-
-    run(test)
+async def test_gateway_without_keys_on_loopback_answers_to_names_of_this_machine(
+    host: str, status: int
+) -> None:
+    async with fleet(1) as (_, _, session, _url):
+        assert (await session.post(CHAT, json=body(), headers={"Host": host})).status == status
+    async with keyed() as (_, _, port):
+        reader, writer = await connect(port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nhost: api.example\r\n" + KEY + b"\r\n")
+        assert (await answer_of(reader))[0] == 200
+        writer.close()
 
 
 # ---- streams whose clients vanish ----
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
-def test_vanished_clients_of_streams_leak_nothing(count: int) -> None:
+async def test_vanished_clients_of_streams_leak_nothing(count: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
 
@@ -434,19 +404,16 @@ def test_vanished_clients_of_streams_leak_nothing(count: int) -> None:
         writer.close()
         return b"[DONE]" in text
 
-    async def test() -> None:
-        async with fleet(2, tokens=30, interval_s=0.03) as (gateway, replicas, _, url):
-            port = int(url.rsplit(":", 1)[1])
-            files, tasks = _open_files(), len(asyncio.all_tasks())
-            whole = await asyncio.gather(*(stream(port, number) for number in range(count)))
-            assert sum(whole) == count // 2
-            while any(r.running for r in replicas) or gateway.door.guards:
-                await asyncio.sleep(0.02)
-            assert sum(r.disconnects for r in replicas) == count // 2
-            assert gateway.bodies.held == 0
-            assert all(not r.active and r.inflight == 0 for r in gateway.balancer.everyone)
-            await asyncio.sleep(0.1)
-            assert _open_files() <= files + 4  # health checks come and go
-            assert len(asyncio.all_tasks()) <= tasks + 4
-
-    run(test)
+    async with fleet(2, tokens=30, interval_s=0.03) as (gateway, replicas, _, url):
+        port = int(url.rsplit(":", 1)[1])
+        files, tasks = _open_files(), len(asyncio.all_tasks())
+        whole = await asyncio.gather(*(stream(port, number) for number in range(count)))
+        assert sum(whole) == count // 2
+        while any(r.running for r in replicas) or gateway.door.guards:
+            await asyncio.sleep(0.02)
+        assert sum(r.disconnects for r in replicas) == count // 2
+        assert gateway.bodies.held == 0
+        assert all(not r.active and r.inflight == 0 for r in gateway.balancer.everyone)
+        await asyncio.sleep(0.1)
+        assert _open_files() <= files + 4  # health checks come and go
+        assert len(asyncio.all_tasks()) <= tasks + 4

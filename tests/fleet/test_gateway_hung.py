@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import aiohttp
+import pytest
 
 from farthing.fleet.gateway import Gateway, GatewayConfig
 from farthing.fleet.gateway.active import Active
@@ -16,41 +17,39 @@ from farthing.fleet.gateway.replicas import make_replica
 from farthing.fleet.gateway.silence import Silence
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
-from tests.fleet.test_gateway import CHAT, body, fleet, run
+from tests.fleet.test_gateway import CHAT, body, fleet
 
 
-def test_hung_replica_leaves_the_rotation_and_its_unanswered_requests_go_elsewhere() -> None:
+@pytest.mark.anyio
+async def test_hung_replica_leaves_the_rotation_and_its_unanswered_requests_go_elsewhere() -> None:
     """A stopped process: its kernel accepts connections, and nothing answers."""
 
-    async def test() -> None:
-        async with processes(2, "--interval", "0.3") as started:
-            gateway = Gateway(GatewayConfig(wait_s=5.0))
-            port = await gateway.start()
-            gateway.set_replicas({name: url for name, (_, url) in started.items()})
+    async with processes(2, "--interval", "0.3") as started:
+        gateway = Gateway(GatewayConfig(wait_s=5.0))
+        port = await gateway.start()
+        gateway.set_replicas({name: url for name, (_, url) in started.items()})
+        while len(gateway.balancer.candidates()) < 2:
+            await asyncio.sleep(0.02)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector) as session:
+            asked = [asyncio.create_task(session.post(CHAT, json=body(f"{i}"))) for i in range(8)]
+            while sum(r.inflight for r in gateway.balancer.replicas.values()) < 8:
+                await asyncio.sleep(0.01)
+            process, _ = started["p0"]
+            process.send_signal(signal.SIGSTOP)
+            began = asyncio.get_running_loop().time()
+            while len(gateway.balancer.candidates()) > 1:
+                await asyncio.sleep(0.02)
+            took = asyncio.get_running_loop().time() - began
+            print(f"out of rotation after {took:.2f} s")
+            assert took < 8  # 3 s on a machine of its own
+            answers = [await task for task in asked]
+            assert [answer.status for answer in answers] == [200] * 8
+            assert {a.headers["x-farthing-replica"] for a in answers} == {"p1"}
+            process.send_signal(signal.SIGCONT)
             while len(gateway.balancer.candidates()) < 2:
                 await asyncio.sleep(0.02)
-            connector = aiohttp.TCPConnector(limit=0)
-            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector) as session:
-                asked = [asyncio.create_task(session.post(CHAT, json=body(f"{i}"))) for i in range(8)]
-                while sum(r.inflight for r in gateway.balancer.replicas.values()) < 8:
-                    await asyncio.sleep(0.01)
-                process, _ = started["p0"]
-                process.send_signal(signal.SIGSTOP)
-                began = asyncio.get_running_loop().time()
-                while len(gateway.balancer.candidates()) > 1:
-                    await asyncio.sleep(0.02)
-                took = asyncio.get_running_loop().time() - began
-                print(f"out of rotation after {took:.2f} s")
-                assert took < 8  # 3 s on a machine of its own
-                answers = [await task for task in asked]
-                assert [answer.status for answer in answers] == [200] * 8
-                assert {a.headers["x-farthing-replica"] for a in answers} == {"p1"}
-                process.send_signal(signal.SIGCONT)
-                while len(gateway.balancer.candidates()) < 2:
-                    await asyncio.sleep(0.02)
-            await gateway.stop(0)
-
-    run(test)
+        await gateway.stop(0)
 
 
 @asynccontextmanager
@@ -73,26 +72,22 @@ async def processes(
             await process.wait()
 
 
-def test_replica_whose_health_answers_but_whose_streams_are_silent_is_hung() -> None:
-    async def test() -> None:
-        config = GatewayConfig(health_interval_s=0.05, hung_margin_s=0.3)
-        async with fleet(2, config) as (gateway, replicas, session, _url):
-            for number in range(120):  # enough to know the P99
-                async with session.post(CHAT, json=body(f"{number}", stream=True)) as answer:
-                    await answer.read()
-            limit = gateway.proxy.silence.limit_s
-            assert limit is not None and limit < 5
-            stuck = replicas[0]
-            stuck.stuck = True
-            asked = [
-                asyncio.create_task(session.post(CHAT, json=body(f"x{i}", stream=True))) for i in range(6)
-            ]
-            answers = [await task for task in asked]
-            assert {a.headers["x-farthing-replica"] for a in answers} == {"r1"}
-            assert gateway.balancer.replicas["r0"].breaker.open
-            assert gateway.balancer.replicas["r0"].healthy  # by its own account
-
-    run(test)
+@pytest.mark.anyio
+async def test_replica_whose_health_answers_but_whose_streams_are_silent_is_hung() -> None:
+    config = GatewayConfig(health_interval_s=0.05, hung_margin_s=0.3)
+    async with fleet(2, config) as (gateway, replicas, session, _url):
+        for number in range(120):  # enough to know the P99
+            async with session.post(CHAT, json=body(f"{number}", stream=True)) as answer:
+                await answer.read()
+        limit = gateway.proxy.silence.limit_s
+        assert limit is not None and limit < 5
+        stuck = replicas[0]
+        stuck.stuck = True
+        asked = [asyncio.create_task(session.post(CHAT, json=body(f"x{i}", stream=True))) for i in range(6)]
+        answers = [await task for task in asked]
+        assert {a.headers["x-farthing-replica"] for a in answers} == {"r1"}
+        assert gateway.balancer.replicas["r0"].breaker.open
+        assert gateway.balancer.replicas["r0"].healthy  # by its own account
 
 
 def test_silence_says_nothing_of_answers_that_are_not_streamed() -> None:

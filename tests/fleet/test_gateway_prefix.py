@@ -17,7 +17,7 @@ from farthing.fleet.gateway.digests import parse
 from farthing.fleet.gateway.prefix import PrefixIndex
 from farthing.fleet.gateway.replicas import Balancer
 from farthing.prompts import BLOCK, Prompt, read_prompt
-from tests.fleet.test_gateway import CHAT, body, fleet, run
+from tests.fleet.test_gateway import CHAT, body, fleet
 
 
 def digest(blocks: tuple[int, ...] = (), requests: int = 0, waiting_bytes: int = 0) -> dict[str, Any]:
@@ -108,41 +108,38 @@ def test_load_of_others_counts() -> None:
     assert made.choose(prompt) is made.replicas["r1"]
 
 
-def test_field_of_each_user_before_the_messages_keeps_the_prefix() -> None:
-    async def test() -> None:
-        async with fleet(4) as (_, replicas, session, _url):
-            for number in range(12):
-                request = {"user": f"user-{number}", **body("x" * 3000 + str(number))}
-                async with session.post(CHAT, json=request) as answer:
-                    assert answer.status == 200
-            assert sorted(len(r.requests) for r in replicas) == [0, 0, 0, 12]
-
-    run(test)
+@pytest.mark.anyio
+async def test_field_of_each_user_before_the_messages_keeps_the_prefix() -> None:
+    async with fleet(4) as (_, replicas, session, _url):
+        for number in range(12):
+            request = {"user": f"user-{number}", **body("x" * 3000 + str(number))}
+            async with session.post(CHAT, json=request) as answer:
+                assert answer.status == 200
+        assert sorted(len(r.requests) for r in replicas) == [0, 0, 0, 12]
 
 
 # ---- digests ----
 
 
-def test_replicas_are_chosen_by_what_they_report() -> None:
-    async def test() -> None:
-        config = GatewayConfig(health_interval_s=0.05, digest_interval_s=0.05)
-        async with fleet(3, config) as (gateway, replicas, session, _url):
-            request = body("z" * 4000)
-            replicas[2].digest = digest(blocks_of(request))
-            gateway._digests._absent.clear()
-            while not gateway.balancer.prefixes.held(blocks_of(request)):
-                await asyncio.sleep(0.02)
-            async with session.post(CHAT, json=request) as answer:
-                assert answer.headers["x-farthing-replica"] == "r2"
-            replicas[2].digest = digest(requests=500)
-            while gateway.balancer.replicas["r2"].load < 500:
-                await asyncio.sleep(0.02)
-            async with session.post(CHAT, json=request) as answer:
-                assert answer.headers["x-farthing-replica"] != "r2"
-
-    run(test)
+@pytest.mark.anyio
+async def test_replicas_are_chosen_by_what_they_report() -> None:
+    config = GatewayConfig(health_interval_s=0.05, digest_interval_s=0.05)
+    async with fleet(3, config) as (gateway, replicas, session, _url):
+        request = body("z" * 4000)
+        replicas[2].digest = digest(blocks_of(request))
+        gateway._digests._absent.clear()
+        while not gateway.balancer.prefixes.held(blocks_of(request)):
+            await asyncio.sleep(0.02)
+        async with session.post(CHAT, json=request) as answer:
+            assert answer.headers["x-farthing-replica"] == "r2"
+        replicas[2].digest = digest(requests=500)
+        while gateway.balancer.replicas["r2"].load < 500:
+            await asyncio.sleep(0.02)
+        async with session.post(CHAT, json=request) as answer:
+            assert answer.headers["x-farthing-replica"] != "r2"
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     "document",
     [
@@ -155,19 +152,16 @@ def test_replicas_are_chosen_by_what_they_report() -> None:
         {**digest(), "requests": "many"},
     ],
 )
-def test_bad_digests_are_ignored(document: Any) -> None:
-    async def test() -> None:
-        config = GatewayConfig(health_interval_s=0.05, digest_interval_s=0.05)
-        async with fleet(2, config) as (gateway, replicas, session, _url):
-            for replica in replicas:
-                replica.digest = document
-            gateway._digests._absent.clear()
-            while len(gateway._digests._absent) < 2:
-                await asyncio.sleep(0.02)
-            async with session.post(CHAT, json=body()) as answer:
-                assert answer.status == 200
-
-    run(test)
+async def test_bad_digests_are_ignored(document: Any) -> None:
+    config = GatewayConfig(health_interval_s=0.05, digest_interval_s=0.05)
+    async with fleet(2, config) as (gateway, replicas, session, _url):
+        for replica in replicas:
+            replica.digest = document
+        gateway._digests._absent.clear()
+        while len(gateway._digests._absent) < 2:
+            await asyncio.sleep(0.02)
+        async with session.post(CHAT, json=body()) as answer:
+            assert answer.status == 200
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), max_size=50))

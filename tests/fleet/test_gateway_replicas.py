@@ -16,7 +16,7 @@ from farthing.fleet.gateway import Gateway, GatewayConfig
 from farthing.fleet.gateway.poison import Poison
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
-from tests.fleet.test_gateway import CHAT, body, run
+from tests.fleet.test_gateway import CHAT, body
 
 
 @asynccontextmanager
@@ -55,8 +55,9 @@ async def before(port: int) -> AsyncIterator[tuple[Gateway, aiohttp.ClientSessio
         await gateway.stop(0)
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("delay", [0.0, 0.05])
-def test_unsolicited_replica_bytes_reach_no_client(delay: float) -> None:
+async def test_unsolicited_replica_bytes_reach_no_client(delay: float) -> None:
     stray = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nstolen"
 
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
@@ -67,16 +68,14 @@ def test_unsolicited_replica_bytes_reach_no_client(delay: float) -> None:
             await asyncio.sleep(delay)
         writer.write(stray)
 
-    async def test() -> None:
-        async with raw_replica(reply) as port, before(port) as (_, session):
-            for turn in range(6):
-                async with session.post(CHAT, json=body(f"turn {turn}")) as answer:
-                    assert (answer.status, await answer.text()) == (200, f"turn {turn}")
-                await asyncio.sleep(delay * 1.5)
-
-    run(test)
+    async with raw_replica(reply) as port, before(port) as (_, session):
+        for turn in range(6):
+            async with session.post(CHAT, json=body(f"turn {turn}")) as answer:
+                assert (answer.status, await answer.text()) == (200, f"turn {turn}")
+            await asyncio.sleep(delay * 1.5)
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     "garbage",
     [
@@ -87,45 +86,38 @@ def test_unsolicited_replica_bytes_reach_no_client(delay: float) -> None:
     ],
     ids=["text", "two lengths", "huge header", "unasked upgrade"],
 )
-def test_replica_that_does_not_speak_http_is_an_error_for_the_client(garbage: bytes) -> None:
+async def test_replica_that_does_not_speak_http_is_an_error_for_the_client(garbage: bytes) -> None:
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(garbage)
 
-    async def test() -> None:
-        async with raw_replica(reply) as port, before(port) as (_, session):
-            answer = await session.post(CHAT, json=body())
-            assert answer.status in (502, 503)
-            assert "raw" in (await answer.json())["error"]["message"]
-
-    run(test)
+    async with raw_replica(reply) as port, before(port) as (_, session):
+        answer = await session.post(CHAT, json=body())
+        assert answer.status in (502, 503)
+        assert "raw" in (await answer.json())["error"]["message"]
 
 
-def test_answer_cut_short_is_an_error_and_not_a_shorter_answer() -> None:
+@pytest.mark.anyio
+async def test_answer_cut_short_is_an_error_and_not_a_shorter_answer() -> None:
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
         writer.close()
 
-    async def test() -> None:
-        async with raw_replica(reply) as port, before(port) as (_, session):
-            assert (await session.post(CHAT, json=body())).status == 502
-
-    run(test)
+    async with raw_replica(reply) as port, before(port) as (_, session):
+        assert (await session.post(CHAT, json=body())).status == 502
 
 
-def test_unframed_stream_that_ends_without_done_ends_with_an_error_event() -> None:
+@pytest.mark.anyio
+async def test_unframed_stream_that_ends_without_done_ends_with_an_error_event() -> None:
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(
             b'HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: {"a": 1}\n\ndata: {"b"'
         )
         writer.close()
 
-    async def test() -> None:
-        async with raw_replica(reply) as port, before(port) as (_, session):
-            async with session.post(CHAT, json=body(stream=True)) as answer:
-                lines = [line async for line in answer.content if line.startswith(b"data: ")]
-            assert "without [DONE]" in json.loads(lines[-1][6:])["error"]["message"]
-
-    run(test)
+    async with raw_replica(reply) as port, before(port) as (_, session):
+        async with session.post(CHAT, json=body(stream=True)) as answer:
+            lines = [line async for line in answer.content if line.startswith(b"data: ")]
+        assert "without [DONE]" in json.loads(lines[-1][6:])["error"]["message"]
 
 
 @asynccontextmanager
@@ -160,41 +152,37 @@ async def in_front_of(urls: dict[str, str], **options: Any) -> AsyncIterator[tup
         await gateway.stop(0)
 
 
-def test_request_that_kills_its_replica_is_not_sent_to_another() -> None:
-    async def test() -> None:
-        async with mortal(3) as (urls, dead), in_front_of(urls) as (_, session):
+@pytest.mark.anyio
+async def test_request_that_kills_its_replica_is_not_sent_to_another() -> None:
+    async with mortal(3) as (urls, dead), in_front_of(urls) as (_, session):
+        async with session.post(CHAT, json=body("poison")) as answer:
+            assert answer.status == 502
+            assert "sent to 1" in (await answer.json())["error"]["message"]
+        for _ in range(3):
             async with session.post(CHAT, json=body("poison")) as answer:
-                assert answer.status == 502
-                assert "sent to 1" in (await answer.json())["error"]["message"]
-            for _ in range(3):
-                async with session.post(CHAT, json=body("poison")) as answer:
-                    assert answer.status == 422
-            while not dead():
-                await asyncio.sleep(0.01)
-            async with session.post(CHAT, json=body("harmless")) as answer:
-                assert answer.status == 200
-            assert dead() == 1
-
-    run(test)
+                assert answer.status == 422
+        while not dead():
+            await asyncio.sleep(0.01)
+        async with session.post(CHAT, json=body("harmless")) as answer:
+            assert answer.status == 200
+        assert dead() == 1
 
 
-def test_poison_among_others_kills_two_replicas_at_most() -> None:
+@pytest.mark.anyio
+async def test_poison_among_others_kills_two_replicas_at_most() -> None:
     async def ask(session: aiohttp.ClientSession, text: str) -> int:
         async with session.post(CHAT, json=body(text)) as answer:
             return answer.status
 
-    async def test() -> None:
-        slow = mortal(3, "--tokens", "10", "--interval", "0.05")
-        async with slow as (urls, dead), in_front_of(urls) as (_, session):
-            crowd = [asyncio.create_task(ask(session, f"good {i}")) for i in range(12)]
-            await asyncio.sleep(0.05)
-            poison = [await ask(session, "poison") for _ in range(3)]
-            assert poison[-1] == 422
-            assert dead() <= 2
-            assert set(await asyncio.gather(*crowd)) <= {200, 502}
-            assert [await ask(session, f"better {i}") for i in range(3)] == [200] * 3
-
-    run(test)
+    slow = mortal(3, "--tokens", "10", "--interval", "0.05")
+    async with slow as (urls, dead), in_front_of(urls) as (_, session):
+        crowd = [asyncio.create_task(ask(session, f"good {i}")) for i in range(12)]
+        await asyncio.sleep(0.05)
+        poison = [await ask(session, "poison") for _ in range(3)]
+        assert poison[-1] == 422
+        assert dead() <= 2
+        assert set(await asyncio.gather(*crowd)) <= {200, 502}
+        assert [await ask(session, f"better {i}") for i in range(3)] == [200] * 3
 
 
 def test_poison_entries_are_bounded_and_expire() -> None:

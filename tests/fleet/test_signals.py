@@ -29,11 +29,6 @@ from farthing.fleet.snapshot import Snapshot
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import prometheus
 
-
-def run(test: Callable[[], Awaitable[None]], seconds: float = 60) -> None:
-    asyncio.run(asyncio.wait_for(test(), seconds))  # type: ignore[arg-type]
-
-
 # ---- names ----
 
 
@@ -100,96 +95,86 @@ def source(clock: Clock, *replicas: FakeReplica, **options: object) -> ScrapeSou
     )
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("name", list(DIALECTS))
-def test_scrape_reads_every_dialect(name: str) -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeReplica(dialect=name, name="a") as a, FakeReplica(dialect=name, name="b") as b:
-            reader = source(clock, a, b)
-            first = await reader.read(2)
-            assert (first.request_rate, first.ttft_s, first.ready, first.stale) == (None, None, 2, False)
-            for replica in (a, b):
-                replica.signals.update(waiting=4.0, kv=0.25)
-                replica.totals.update(prompt=1000.0, output=200.0)
-                replica.sums.update(ttft=[4.0, 20.0], queue=[1.0, 20.0], tpot=[2.0, 200.0])
-            clock.tick(10.0)
-            now = await reader.read(2)
-            await reader.close()
-        assert now.time == clock.wall
-        assert (now.prompt_token_rate, now.output_token_rate) == (200.0, 40.0)
-        assert now.request_rate == pytest.approx(2 * (20 + 4) / 10)  # served, and joined the queue
-        assert (now.backlog, now.kv_usage, now.ttft_s) == (8.0, 0.25, 0.2)
-        assert now.queue_time_s == (
-            None if name == "sglang" else pytest.approx(0.05)
-        )  # the double's sglang has none
-        assert now.tpot_s == (None if name == "sglang" else pytest.approx(0.01))
-
-    run(test)
+async def test_scrape_reads_every_dialect(name: str) -> None:
+    clock = Clock()
+    async with FakeReplica(dialect=name, name="a") as a, FakeReplica(dialect=name, name="b") as b:
+        reader = source(clock, a, b)
+        first = await reader.read(2)
+        assert (first.request_rate, first.ttft_s, first.ready, first.stale) == (None, None, 2, False)
+        for replica in (a, b):
+            replica.signals.update(waiting=4.0, kv=0.25)
+            replica.totals.update(prompt=1000.0, output=200.0)
+            replica.sums.update(ttft=[4.0, 20.0], queue=[1.0, 20.0], tpot=[2.0, 200.0])
+        clock.tick(10.0)
+        now = await reader.read(2)
+        await reader.close()
+    assert now.time == clock.wall
+    assert (now.prompt_token_rate, now.output_token_rate) == (200.0, 40.0)
+    assert now.request_rate == pytest.approx(2 * (20 + 4) / 10)  # served, and joined the queue
+    assert (now.backlog, now.kv_usage, now.ttft_s) == (8.0, 0.25, 0.2)
+    assert now.queue_time_s == (
+        None if name == "sglang" else pytest.approx(0.05)
+    )  # the double's sglang has none
+    assert now.tpot_s == (None if name == "sglang" else pytest.approx(0.01))
 
 
-def test_restarted_replica_does_not_make_a_negative_rate() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeReplica(name="a") as replica:
-            reader = source(clock, replica)
-            replica.totals["prompt"] = 5000.0
-            await reader.read(1)
-            replica.totals["prompt"] = 300.0  # begins at zero again
-            clock.tick(10.0)
-            now = await reader.read(1)
-            await reader.close()
-        assert now.prompt_token_rate == 30.0
-
-    run(test)
+@pytest.mark.anyio
+async def test_restarted_replica_does_not_make_a_negative_rate() -> None:
+    clock = Clock()
+    async with FakeReplica(name="a") as replica:
+        reader = source(clock, replica)
+        replica.totals["prompt"] = 5000.0
+        await reader.read(1)
+        replica.totals["prompt"] = 300.0  # begins at zero again
+        clock.tick(10.0)
+        now = await reader.read(1)
+        await reader.close()
+    assert now.prompt_token_rate == 30.0
 
 
-def test_wall_clock_that_jumps_does_not_change_a_rate() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeReplica(name="a") as replica:
-            reader = source(clock, replica)
-            await reader.read(1)
-            for jump in (-3600.0, 7200.0):
-                clock.wall += jump
-                clock.tick(5.0)
-                replica.totals["prompt"] += 500.0
-                now = await reader.read(1)
-                assert now.prompt_token_rate == pytest.approx(100.0)
-            await reader.close()
-
-    run(test)
-
-
-def test_silent_replica_makes_the_snapshot_incomplete_and_no_replica_makes_it_stale() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeReplica(name="a") as a:
-            async with FakeReplica(name="b") as b:
-                reader = source(clock, a, b)
-                assert not (await reader.read(2)).stale
-            clock.tick(1.0)
-            now = await reader.read(2)
-            assert (now.stale, now.ready) == (False, None)
-            await reader.close()
-        empty = source(clock)
-        assert (await empty.read(0)).stale
-        await empty.close()
-
-    run(test)
-
-
-def test_idle_histograms_mean_zero_and_not_missing() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeReplica(name="a") as replica:
-            reader = source(clock, replica)
-            await reader.read(1)
+@pytest.mark.anyio
+async def test_wall_clock_that_jumps_does_not_change_a_rate() -> None:
+    clock = Clock()
+    async with FakeReplica(name="a") as replica:
+        reader = source(clock, replica)
+        await reader.read(1)
+        for jump in (-3600.0, 7200.0):
+            clock.wall += jump
             clock.tick(5.0)
+            replica.totals["prompt"] += 500.0
             now = await reader.read(1)
-            await reader.close()
-        assert (now.queue_time_s, now.ttft_s, now.request_rate) == (0.0, 0.0, 0.0)
+            assert now.prompt_token_rate == pytest.approx(100.0)
+        await reader.close()
 
-    run(test)
+
+@pytest.mark.anyio
+async def test_silent_replica_makes_the_snapshot_incomplete_and_no_replica_makes_it_stale() -> None:
+    clock = Clock()
+    async with FakeReplica(name="a") as a:
+        async with FakeReplica(name="b") as b:
+            reader = source(clock, a, b)
+            assert not (await reader.read(2)).stale
+        clock.tick(1.0)
+        now = await reader.read(2)
+        assert (now.stale, now.ready) == (False, None)
+        await reader.close()
+    empty = source(clock)
+    assert (await empty.read(0)).stale
+    await empty.close()
+
+
+@pytest.mark.anyio
+async def test_idle_histograms_mean_zero_and_not_missing() -> None:
+    clock = Clock()
+    async with FakeReplica(name="a") as replica:
+        reader = source(clock, replica)
+        await reader.read(1)
+        clock.tick(5.0)
+        now = await reader.read(1)
+        await reader.close()
+    assert (now.queue_time_s, now.ttft_s, now.request_rate) == (0.0, 0.0, 0.0)
 
 
 # ---- a real Prometheus ----
@@ -214,80 +199,76 @@ async def busy(*replicas: FakeReplica) -> None:
         await asyncio.sleep(0.25)
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("name", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)])
-def test_prometheus_gives_the_same_signals(tmp_path: Path, name: str) -> None:
-    async def real() -> None:
-        async with FakeReplica(dialect=name, name="a") as a, FakeReplica(dialect=name, name="b") as b:
-            manager = prometheus(tmp_path, [f"127.0.0.1:{r.port}" for r in (a, b)])
-            url, _ = await asyncio.to_thread(manager.__enter__)
-            try:
-                reader = PrometheusSource(url, window_s=2.0, selector='{model_name=~"a|b"}')
-                a.signals.update(waiting=3.0, kv=0.5)
-                load = asyncio.create_task(busy(a, b))
-
-                def complete(s: Snapshot) -> bool:  # each figure is a query of its own: one may come first
-                    queue = name == "sglang" or s.queue_time_s
-                    return bool(s.ttft_s and s.prompt_token_rate and s.backlog and queue) and s.ready == 2
-
-                now = await eventually(lambda: reader.read(2), complete)
-                points = await reader.load_history("tokens", now.time - 3, time.time(), 0.5)
-                load.cancel()
-                assert now.backlog == 3.0
-                assert now.kv_usage == 0.25
-                assert now.ttft_s == pytest.approx(0.2, rel=0.05)
-                assert now.prompt_token_rate is not None and now.prompt_token_rate > 0
-                assert now.queue_time_s == (None if name == "sglang" else pytest.approx(0.05, rel=0.05))
-                assert not now.stale
-                assert any(value > 0 for _, value in points)
-                await reader.close()
-            finally:
-                await asyncio.to_thread(manager.__exit__, None, None, None)
-
-    run(real)
-
-
-@pytest.mark.slow  # test_faults stops a Prometheus in the fast set
-def test_prometheus_that_hangs_or_ends_and_target_that_vanishes_make_stale_snapshots(tmp_path: Path) -> None:
-    async def test() -> None:
-        replica = FakeReplica(name="a")
-        await replica.start()
-        manager = prometheus(tmp_path, [f"127.0.0.1:{replica.port}"])
-        url, process = await asyncio.to_thread(manager.__enter__)
-        reader = PrometheusSource(url, window_s=2.0, timeout_s=0.5, stale_after_s=5.0)
+async def test_prometheus_gives_the_same_signals(tmp_path: Path, name: str) -> None:
+    async with FakeReplica(dialect=name, name="a") as a, FakeReplica(dialect=name, name="b") as b:
+        manager = prometheus(tmp_path, [f"127.0.0.1:{r.port}" for r in (a, b)])
+        url, _ = await asyncio.to_thread(manager.__enter__)
         try:
-            await eventually(lambda: reader.read(1), lambda s: not s.stale)
-            os.kill(process.pid, signal.SIGSTOP)
-            assert (await reader.read(1)).stale
-            os.kill(process.pid, signal.SIGCONT)
-            await eventually(lambda: reader.read(1), lambda s: not s.stale)
-            await replica.stop()
-            gone = await eventually(lambda: reader.read(1), lambda s: s.stale and s.backlog is None)
-            assert gone.running is None and gone.ready is None  # missing, not zero
+            reader = PrometheusSource(url, window_s=2.0, selector='{model_name=~"a|b"}')
+            a.signals.update(waiting=3.0, kv=0.5)
+            load = asyncio.create_task(busy(a, b))
+
+            def complete(s: Snapshot) -> bool:  # each figure is a query of its own: one may come first
+                queue = name == "sglang" or s.queue_time_s
+                return bool(s.ttft_s and s.prompt_token_rate and s.backlog and queue) and s.ready == 2
+
+            now = await eventually(lambda: reader.read(2), complete)
+            points = await reader.load_history("tokens", now.time - 3, time.time(), 0.5)
+            load.cancel()
+            assert now.backlog == 3.0
+            assert now.kv_usage == 0.25
+            assert now.ttft_s == pytest.approx(0.2, rel=0.05)
+            assert now.prompt_token_rate is not None and now.prompt_token_rate > 0
+            assert now.queue_time_s == (None if name == "sglang" else pytest.approx(0.05, rel=0.05))
+            assert not now.stale
+            assert any(value > 0 for _, value in points)
+            await reader.close()
         finally:
-            os.kill(process.pid, signal.SIGCONT)
             await asyncio.to_thread(manager.__exit__, None, None, None)
+
+
+@pytest.mark.anyio
+@pytest.mark.slow  # test_faults stops a Prometheus in the fast set
+async def test_prometheus_that_hangs_or_ends_and_target_that_vanishes_make_stale_snapshots(
+    tmp_path: Path,
+) -> None:
+    replica = FakeReplica(name="a")
+    await replica.start()
+    manager = prometheus(tmp_path, [f"127.0.0.1:{replica.port}"])
+    url, process = await asyncio.to_thread(manager.__enter__)
+    reader = PrometheusSource(url, window_s=2.0, timeout_s=0.5, stale_after_s=5.0)
+    try:
+        await eventually(lambda: reader.read(1), lambda s: not s.stale)
+        os.kill(process.pid, signal.SIGSTOP)
         assert (await reader.read(1)).stale
-        await reader.close()
+        os.kill(process.pid, signal.SIGCONT)
+        await eventually(lambda: reader.read(1), lambda s: not s.stale)
+        await replica.stop()
+        gone = await eventually(lambda: reader.read(1), lambda s: s.stale and s.backlog is None)
+        assert gone.running is None and gone.ready is None  # missing, not zero
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        await asyncio.to_thread(manager.__exit__, None, None, None)
+    assert (await reader.read(1)).stale
+    await reader.close()
 
-    run(test)
 
-
-def test_prometheus_errors_say_what_it_said(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_prometheus_errors_say_what_it_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="http://prometheus:9090"):
         PrometheusSource("prometheus:9090")
     with pytest.raises(ValueError, match="selector"):
         PrometheusSource("http://p:9090", selector="model=x")
 
-    async def test() -> None:
-        manager = prometheus(tmp_path, [])
-        url, _ = await asyncio.to_thread(manager.__enter__)
-        try:
-            reader = PrometheusSource(url)
-            with pytest.raises(PrometheusError, match="parse error"):
-                await reader.scalar("sum(")
-            assert await reader.scalar("vector(1) == 2") is None
-            await reader.close()
-        finally:
-            await asyncio.to_thread(manager.__exit__, None, None, None)
-
-    run(test)
+    manager = prometheus(tmp_path, [])
+    url, _ = await asyncio.to_thread(manager.__enter__)
+    try:
+        reader = PrometheusSource(url)
+        with pytest.raises(PrometheusError, match="parse error"):
+            await reader.scalar("sum(")
+        assert await reader.scalar("vector(1) == 2") is None
+        await reader.close()
+    finally:
+        await asyncio.to_thread(manager.__exit__, None, None, None)

@@ -6,17 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 90))  # type: ignore[arg-type]
 
 
 async def start(tmp_path: Path, port: int, *more: str, replica: str = "") -> asyncio.subprocess.Process:
@@ -47,52 +43,46 @@ def children(state: Path) -> list[Path]:
     return found
 
 
-def test_up_serves_with_keys_and_ends_without_a_trace(tmp_path: Path) -> None:
-    async def test() -> None:
-        (tmp_path / "keys.txt").write_text("# who may ask\nalice:secret\n")
-        port = free_port()
-        process = await start(tmp_path, port, "--api-key-file", str(tmp_path / "keys.txt"))
-        assert process.stderr is not None
-        said = []
-        while b"ready\n" not in said:
-            line = await process.stderr.readline()
-            assert line, said
-            said.append(line)
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        async with aiohttp.ClientSession() as session:
-            async with session.post(url, json={"messages": []}) as answer:
-                assert answer.status == 401
-            headers = {"authorization": "Bearer secret"}
-            async with session.post(url, json={"messages": []}, headers=headers) as answer:
-                assert answer.status == 200
-        process.terminate()
-        rest = await process.stderr.read()
-        assert await process.wait() == 0, rest
-        assert children(tmp_path / "state") == []
-
-    run(test)
+@pytest.mark.anyio
+async def test_up_serves_with_keys_and_ends_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("# who may ask\nalice:secret\n")
+    port = free_port()
+    process = await start(tmp_path, port, "--api-key-file", str(tmp_path / "keys.txt"))
+    assert process.stderr is not None
+    said = []
+    while b"ready\n" not in said:
+        line = await process.stderr.readline()
+        assert line, said
+        said.append(line)
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    async with aiohttp.ClientSession() as session:
+        async with session.post(url, json={"messages": []}) as answer:
+            assert answer.status == 401
+        headers = {"authorization": "Bearer secret"}
+        async with session.post(url, json={"messages": []}, headers=headers) as answer:
+            assert answer.status == 200
+    process.terminate()
+    rest = await process.stderr.read()
+    assert await process.wait() == 0, rest
+    assert children(tmp_path / "state") == []
 
 
-def test_up_says_why_no_replica_started(tmp_path: Path) -> None:
-    async def test() -> None:
-        process = await start(tmp_path, free_port(), replica="--die-at-start")
-        _, said = await process.communicate()
-        assert process.returncode == 1
-        assert b"no replica became ready" in said
-        assert b"told to die at start" in said
-        assert children(tmp_path / "state") == []
-
-    run(test)
+@pytest.mark.anyio
+async def test_up_says_why_no_replica_started(tmp_path: Path) -> None:
+    process = await start(tmp_path, free_port(), replica="--die-at-start")
+    _, said = await process.communicate()
+    assert process.returncode == 1
+    assert b"no replica became ready" in said
+    assert b"told to die at start" in said
+    assert children(tmp_path / "state") == []
 
 
-def test_up_refuses_a_port_that_is_taken(tmp_path: Path) -> None:
-    async def test() -> None:
-        server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        process = await start(tmp_path, port)
-        _, said = await process.communicate()
-        server.close()
-        assert process.returncode == 2
-        assert f"cannot listen on 127.0.0.1:{port}".encode() in said
-
-    run(test)
+@pytest.mark.anyio
+async def test_up_refuses_a_port_that_is_taken(tmp_path: Path) -> None:
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    process = await start(tmp_path, port)
+    _, said = await process.communicate()
+    server.close()
+    assert process.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}".encode() in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
@@ -33,10 +32,6 @@ from tests.fleet.test_gateway import CHAT, body
 POLICY = PolicyConfig(capacity=1000.0, interval_s=0.5, min_replicas=0, max_replicas=3, cold_start_s=2.0)
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 90))  # type: ignore[arg-type]
-
-
 def asleep(tmp_path: Path, *arguments: str) -> LocalFleet:
     """A local fleet that begins with no replica."""
     command = (sys.executable, str(double.__file__), "--port", "{port}", *arguments)
@@ -47,55 +42,51 @@ def asleep(tmp_path: Path, *arguments: str) -> LocalFleet:
     return LocalFleet(UpConfig(fleet, local, port=0, start_with=0))
 
 
-def test_thousand_requests_wake_a_local_fleet_and_none_is_lost(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_thousand_requests_wake_a_local_fleet_and_none_is_lost(tmp_path: Path) -> None:
     async def ask(session: aiohttp.ClientSession, number: int) -> int:
         async with session.post(CHAT, json=body(f"{number}")) as answer:
             await answer.read()
             return answer.status
 
-    async def test() -> None:
-        async with asleep(tmp_path, "--ready-after", "1.0") as fleet:
-            assert fleet.replicas.ready() == {}
-            stop = asyncio.Event()
-            scaling = asyncio.create_task(fleet.run(stop))
-            connector = aiohttp.TCPConnector(limit=0)
+    async with asleep(tmp_path, "--ready-after", "1.0") as fleet:
+        assert fleet.replicas.ready() == {}
+        stop = asyncio.Event()
+        scaling = asyncio.create_task(fleet.run(stop))
+        connector = aiohttp.TCPConnector(limit=0)
+        began = time.monotonic()
+        async with aiohttp.ClientSession(fleet.url, connector=connector) as session:
+            answers = await asyncio.gather(*(ask(session, number) for number in range(1000)))
+        took = time.monotonic() - began
+        assert answers == [200] * 1000
+        cold_start = fleet.replicas.cold_starts.p90
+        assert cold_start is not None
+        print(f"cold start {cold_start:.2f} s, all answered after {took:.2f} s")
+        assert took < cold_start + 20  # generous: a thousand answers take a busy machine seconds
+        stop.set()
+        await scaling
+
+
+@pytest.mark.anyio
+async def test_single_request_is_answered_about_when_the_replica_is_ready(tmp_path: Path) -> None:
+    async with asleep(tmp_path) as fleet:
+        stop = asyncio.Event()
+        scaling = asyncio.create_task(fleet.run(stop))
+        async with aiohttp.ClientSession(fleet.url) as session:
+            while True:  # the gateway's own start is no part of a cold start
+                async with session.get("/live") as answer:
+                    if answer.status == 200:
+                        break
             began = time.monotonic()
-            async with aiohttp.ClientSession(fleet.url, connector=connector) as session:
-                answers = await asyncio.gather(*(ask(session, number) for number in range(1000)))
-            took = time.monotonic() - began
-            assert answers == [200] * 1000
-            cold_start = fleet.replicas.cold_starts.p90
-            assert cold_start is not None
-            print(f"cold start {cold_start:.2f} s, all answered after {took:.2f} s")
-            assert took < cold_start + 20  # generous: a thousand answers take a busy machine seconds
-            stop.set()
-            await scaling
-
-    run(test)
-
-
-def test_single_request_is_answered_about_when_the_replica_is_ready(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with asleep(tmp_path) as fleet:
-            stop = asyncio.Event()
-            scaling = asyncio.create_task(fleet.run(stop))
-            async with aiohttp.ClientSession(fleet.url) as session:
-                while True:  # the gateway's own start is no part of a cold start
-                    async with session.get("/live") as answer:
-                        if answer.status == 200:
-                            break
-                began = time.monotonic()
-                async with session.post(CHAT, json=body()) as answer:
-                    assert answer.status == 200
-            took = time.monotonic() - began
-            cold_start = fleet.replicas.cold_starts.p90
-            assert cold_start is not None
-            print(f"cold start {cold_start:.2f} s, answered after {took:.2f} s")
-            assert took < cold_start + 5
-            stop.set()
-            await scaling
-
-    run(test)
+            async with session.post(CHAT, json=body()) as answer:
+                assert answer.status == 200
+        took = time.monotonic() - began
+        cold_start = fleet.replicas.cold_starts.p90
+        assert cold_start is not None
+        print(f"cold start {cold_start:.2f} s, answered after {took:.2f} s")
+        assert took < cold_start + 5
+        stop.set()
+        await scaling
 
 
 class Silent:
@@ -107,44 +98,42 @@ class Silent:
     async def close(self) -> None: ...
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("path", ["IsActive", "StreamIsActive"])
-def test_held_request_activates_keda_and_is_the_metric_an_hpa_reads(tmp_path: Path, path: str) -> None:
-    async def test() -> None:
-        last_decision = LastDecision()
-        loop = Controller(
-            Policy(POLICY),
-            Silent(),
-            ReadOnly(),
-            last_decision=last_decision,
-            log_path=tmp_path / "decisions.jsonl",
-        )
-        stop = asyncio.Event()
-        scaling = asyncio.create_task(loop.run(stop))
-        server, scaler = MetricsServer(loop.metrics, held=loop.held), KedaScaler(last_decision)
-        port, keda = await server.start("127.0.0.1", 0), await scaler.start("127.0.0.1:0")
-        config = GatewayConfig(health_interval_s=0.05, wait_s=30)
-        gateway = Gateway(config, wake=f"http://127.0.0.1:{port}/wake")
-        address = await gateway.start()
-        async with (
-            aiohttp.ClientSession(f"http://127.0.0.1:{address}") as session,
-            grpc.aio.insecure_channel(f"127.0.0.1:{keda}") as channel,
-            FakeReplica(name="woken") as replica,
-        ):
-            began = time.monotonic()
-            waiting = asyncio.ensure_future(session.post(CHAT, json=body()))
-            await _active(channel, path)
-            print(f"active after {time.monotonic() - began:.2f} s")
-            assert last_decision.value("desired_replicas") == 1.0
-            assert not waiting.done()
-            gateway.set_replicas({"woken": replica.url})  # as the cluster would
-            assert (await waiting).status == 200
-        stop.set()
-        await scaling
-        await gateway.stop(0)
-        await scaler.close()
-        await server.close()
-
-    run(test)
+async def test_held_request_activates_keda_and_is_the_metric_an_hpa_reads(tmp_path: Path, path: str) -> None:
+    last_decision = LastDecision()
+    loop = Controller(
+        Policy(POLICY),
+        Silent(),
+        ReadOnly(),
+        last_decision=last_decision,
+        log_path=tmp_path / "decisions.jsonl",
+    )
+    stop = asyncio.Event()
+    scaling = asyncio.create_task(loop.run(stop))
+    server, scaler = MetricsServer(loop.metrics, held=loop.held), KedaScaler(last_decision)
+    port, keda = await server.start("127.0.0.1", 0), await scaler.start("127.0.0.1:0")
+    config = GatewayConfig(health_interval_s=0.05, wait_s=30)
+    gateway = Gateway(config, wake=f"http://127.0.0.1:{port}/wake")
+    address = await gateway.start()
+    async with (
+        aiohttp.ClientSession(f"http://127.0.0.1:{address}") as session,
+        grpc.aio.insecure_channel(f"127.0.0.1:{keda}") as channel,
+        FakeReplica(name="woken") as replica,
+    ):
+        began = time.monotonic()
+        waiting = asyncio.ensure_future(session.post(CHAT, json=body()))
+        await _active(channel, path)
+        print(f"active after {time.monotonic() - began:.2f} s")
+        assert last_decision.value("desired_replicas") == 1.0
+        assert not waiting.done()
+        gateway.set_replicas({"woken": replica.url})  # as the cluster would
+        assert (await waiting).status == 200
+    stop.set()
+    await scaling
+    await gateway.stop(0)
+    await scaler.close()
+    await server.close()
 
 
 async def _active(channel: grpc.aio.Channel, name: str) -> None:
@@ -187,18 +176,16 @@ def test_reports_of_gateways_that_fell_silent_expire() -> None:
         held.report("a", -1)
 
 
-def test_bad_wake_urls_and_reports_are_refused(tmp_path: Path) -> None:
-    async def test() -> None:
-        with pytest.raises(ValueError, match="wake = 'nowhere'"):
-            Gateway(wake="nowhere")
-        loop = Controller(Policy(POLICY), Silent(), ReadOnly(), log_path=tmp_path / "d.jsonl")
-        server = MetricsServer(loop.metrics, held=loop.held)
-        port = await server.start("127.0.0.1", 0)
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            for report in ("[]", "{}", '{"gateway": "a", "waiting": -1}', '{"gateway": "a", "waiting": "x"}'):
-                async with session.post("/wake", data=report) as answer:
-                    assert answer.status == 400
-        assert loop.held.total() == 0
-        await server.close()
-
-    run(test)
+@pytest.mark.anyio
+async def test_bad_wake_urls_and_reports_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wake = 'nowhere'"):
+        Gateway(wake="nowhere")
+    loop = Controller(Policy(POLICY), Silent(), ReadOnly(), log_path=tmp_path / "d.jsonl")
+    server = MetricsServer(loop.metrics, held=loop.held)
+    port = await server.start("127.0.0.1", 0)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        for report in ("[]", "{}", '{"gateway": "a", "waiting": -1}', '{"gateway": "a", "waiting": "x"}'):
+            async with session.post("/wake", data=report) as answer:
+                assert answer.status == 400
+    assert loop.held.total() == 0
+    await server.close()

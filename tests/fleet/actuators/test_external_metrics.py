@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from datetime import datetime
@@ -23,10 +22,6 @@ from tests.fleet.doubles.aggregator import Aggregator, issue
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 
 PATH = ROOT + "/namespaces/prod/desired_replicas?labelSelector=model%3Ddeepseek-v3"
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
 
 
 def decision(target: int = 7, **signals: float) -> Decision:
@@ -65,101 +60,91 @@ async def serving(tmp_path: Path) -> AsyncIterator[tuple[int, LastDecision, Aggr
             await server.close()
 
 
-def test_hpa_gets_every_figure(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with serving(tmp_path) as (port, last_decision, aggregator, api):
-            last_decision.post(decision(7, backlog=12.0, ttft_s=0.2345))
-            status, listed = await aggregator.get(port, ROOT)
-            assert status == 200
-            assert listed["kind"] == "APIResourceList"
-            assert listed["groupVersion"] == "external.metrics.k8s.io/v1beta1"
-            assert {r["name"] for r in listed["resources"]} == set(METRICS)
-            values = {}
-            for metric in METRICS:
-                status, answer = await aggregator.get(port, PATH.replace("desired_replicas", metric))
-                assert (status, answer["kind"]) == (200, "ExternalMetricValueList")
-                (item,) = answer["items"]
-                assert item["metricName"] == metric
-                assert item["metricLabels"] == {"model": "deepseek-v3"}
-                assert datetime.fromisoformat(item["timestamp"]).tzinfo is not None
-                values[metric] = item["value"]
-            assert values == {"desired_replicas": "7", "queue_backlog": "12", "average_response_time": "235m"}
-            attributes = [r["resourceAttributes"] for r in api.reviews if "resourceAttributes" in r]
-            assert attributes[0] == {
-                "group": "external.metrics.k8s.io",
-                "version": "v1beta1",
-                "resource": "desired_replicas",
-                "namespace": "prod",
-                "verb": "list",
-            }
-            assert api.reviews[-1]["user"] == "hpa"
-            assert api.reviews[-1]["groups"] == ["system:serviceaccounts", "system:authenticated"]
-            assert api.reviews[-1]["extra"] == {"scopes": ["metrics"]}
-
-    run(test)
+@pytest.mark.anyio
+async def test_hpa_gets_every_figure(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (port, last_decision, aggregator, api):
+        last_decision.post(decision(7, backlog=12.0, ttft_s=0.2345))
+        status, listed = await aggregator.get(port, ROOT)
+        assert status == 200
+        assert listed["kind"] == "APIResourceList"
+        assert listed["groupVersion"] == "external.metrics.k8s.io/v1beta1"
+        assert {r["name"] for r in listed["resources"]} == set(METRICS)
+        values = {}
+        for metric in METRICS:
+            status, answer = await aggregator.get(port, PATH.replace("desired_replicas", metric))
+            assert (status, answer["kind"]) == (200, "ExternalMetricValueList")
+            (item,) = answer["items"]
+            assert item["metricName"] == metric
+            assert item["metricLabels"] == {"model": "deepseek-v3"}
+            assert datetime.fromisoformat(item["timestamp"]).tzinfo is not None
+            values[metric] = item["value"]
+        assert values == {"desired_replicas": "7", "queue_backlog": "12", "average_response_time": "235m"}
+        attributes = [r["resourceAttributes"] for r in api.reviews if "resourceAttributes" in r]
+        assert attributes[0] == {
+            "group": "external.metrics.k8s.io",
+            "version": "v1beta1",
+            "resource": "desired_replicas",
+            "namespace": "prod",
+            "verb": "list",
+        }
+        assert api.reviews[-1]["user"] == "hpa"
+        assert api.reviews[-1]["groups"] == ["system:serviceaccounts", "system:authenticated"]
+        assert api.reviews[-1]["extra"] == {"scopes": ["metrics"]}
 
 
-def test_only_the_front_proxy_is_accepted(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with serving(tmp_path) as (port, last_decision, aggregator, api):
-            last_decision.post(decision())
-            other_name = issue(tmp_path, "somebody-else", aggregator.front_proxy_ca)
-            assert (await aggregator.get(port, PATH, pair=None))[0] == 401
-            assert (await aggregator.get(port, PATH, pair=other_name))[0] == 401
-            assert (await aggregator.get(port, PATH, user=None))[0] == 401
-            (tmp_path / "rogue").mkdir()
-            rogue_ca = issue(tmp_path / "rogue", "front-proxy-ca")
-            rogue = issue(tmp_path / "rogue", "front-proxy-client", rogue_ca)
-            with pytest.raises(aiohttp.ClientError):  # refused within the handshake
-                await aggregator.get(port, PATH, pair=rogue)
-            assert api.reviews == []
-            for probe in ("/livez", "/readyz", "/healthz"):
-                assert (await aggregator.get(port, probe, pair=None, user=None))[0] == 200
-
-    run(test)
+@pytest.mark.anyio
+async def test_only_the_front_proxy_is_accepted(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (port, last_decision, aggregator, api):
+        last_decision.post(decision())
+        other_name = issue(tmp_path, "somebody-else", aggregator.front_proxy_ca)
+        assert (await aggregator.get(port, PATH, pair=None))[0] == 401
+        assert (await aggregator.get(port, PATH, pair=other_name))[0] == 401
+        assert (await aggregator.get(port, PATH, user=None))[0] == 401
+        (tmp_path / "rogue").mkdir()
+        rogue_ca = issue(tmp_path / "rogue", "front-proxy-ca")
+        rogue = issue(tmp_path / "rogue", "front-proxy-client", rogue_ca)
+        with pytest.raises(aiohttp.ClientError):  # refused within the handshake
+            await aggregator.get(port, PATH, pair=rogue)
+        assert api.reviews == []
+        for probe in ("/livez", "/readyz", "/healthz"):
+            assert (await aggregator.get(port, probe, pair=None, user=None))[0] == 200
 
 
-def test_access_review_decides_and_its_failure_is_an_error(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with serving(tmp_path) as (port, last_decision, aggregator, api):
-            last_decision.post(decision())
-            api.allow = lambda spec: spec["user"] == "hpa"
-            assert (await aggregator.get(port, PATH))[0] == 200
-            assert (await aggregator.get(port, PATH, user="eve"))[0] == 403
-            api.down = True
-            assert (await aggregator.get(port, PATH))[0] == 500
-
-    run(test)
+@pytest.mark.anyio
+async def test_access_review_decides_and_its_failure_is_an_error(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (port, last_decision, aggregator, api):
+        last_decision.post(decision())
+        api.allow = lambda spec: spec["user"] == "hpa"
+        assert (await aggregator.get(port, PATH))[0] == 200
+        assert (await aggregator.get(port, PATH, user="eve"))[0] == 403
+        api.down = True
+        assert (await aggregator.get(port, PATH))[0] == 500
 
 
-def test_no_decision_an_old_one_and_a_missing_signal_are_errors_not_zeros(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with serving(tmp_path) as (port, last_decision, aggregator, _):
-            assert (await aggregator.get(port, PATH))[0] == 503
-            last_decision.post(decision())
-            assert (await aggregator.get(port, PATH))[0] == 200
-            assert (await aggregator.get(port, PATH.replace("desired_replicas", "queue_backlog")))[0] == 503
-            last_decision.max_age_s = 0.0
-            assert (await aggregator.get(port, PATH))[0] == 503
-
-    run(test)
+@pytest.mark.anyio
+async def test_no_decision_an_old_one_and_a_missing_signal_are_errors_not_zeros(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (port, last_decision, aggregator, _):
+        assert (await aggregator.get(port, PATH))[0] == 503
+        last_decision.post(decision())
+        assert (await aggregator.get(port, PATH))[0] == 200
+        assert (await aggregator.get(port, PATH.replace("desired_replicas", "queue_backlog")))[0] == 503
+        last_decision.max_age_s = 0.0
+        assert (await aggregator.get(port, PATH))[0] == 503
 
 
-def test_namespaces_and_selectors_narrow_the_items(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with serving(tmp_path) as (port, last_decision, aggregator, _):
-            last_decision.post(decision())
-            for path, count in (
-                (PATH, 1),
-                (ROOT + "/namespaces/prod/desired_replicas", 1),
-                (PATH.replace("deepseek-v3", "other"), 0),
-                (PATH.replace("/prod/", "/test/"), 0),
-            ):
-                status, answer = await aggregator.get(port, path)
-                assert (status, len(answer["items"])) == (200, count), path
-            assert (await aggregator.get(port, PATH.replace("desired_replicas", "cpu")))[0] == 404
-
-    run(test)
+@pytest.mark.anyio
+async def test_namespaces_and_selectors_narrow_the_items(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (port, last_decision, aggregator, _):
+        last_decision.post(decision())
+        for path, count in (
+            (PATH, 1),
+            (ROOT + "/namespaces/prod/desired_replicas", 1),
+            (PATH.replace("deepseek-v3", "other"), 0),
+            (PATH.replace("/prod/", "/test/"), 0),
+        ):
+            status, answer = await aggregator.get(port, path)
+            assert (status, len(answer["items"])) == (200, count), path
+        assert (await aggregator.get(port, PATH.replace("desired_replicas", "cpu")))[0] == 404
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +22,6 @@ from farthing.fleet.snapshot import Snapshot
 from tests.fleet import doubles
 
 PROTO = Path(next(iter(doubles.__path__))) / "externalscaler.proto"
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -75,77 +70,69 @@ def reference(messages: Any, **metadata: str) -> Any:
     return messages.ScaledObjectRef(name="deepseek", namespace="prod", scalerMetadata=metadata)
 
 
-def test_quotient_of_value_and_target_is_the_number_wanted(protocol: Any) -> None:
-    async def test() -> None:
-        async with serving(protocol) as (messages, stub, last_decision):
-            last_decision.post(decision(11))
-            ref = reference(messages)
+@pytest.mark.anyio
+async def test_quotient_of_value_and_target_is_the_number_wanted(protocol: Any) -> None:
+    async with serving(protocol) as (messages, stub, last_decision):
+        last_decision.post(decision(11))
+        ref = reference(messages)
+        (spec,) = (await stub.GetMetricSpec(ref)).metricSpecs
+        assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("desired_replicas", 1, 1.0)
+        request = messages.GetMetricsRequest(scaledObjectRef=ref, metricName=spec.metricName)
+        (value,) = (await stub.GetMetrics(request)).metricValues
+        assert (value.metricValue, value.metricValueFloat) == (11, 11.0)
+
+
+@pytest.mark.anyio
+async def test_backlog_and_response_time_with_a_target_a_replica(protocol: Any) -> None:
+    async with serving(protocol) as (messages, stub, last_decision):
+        last_decision.post(decision(11))
+        for metric, target, expected in (
+            ("queue_backlog", 4.0, 24.0),
+            ("average_response_time", 0.2, 0.25),
+        ):
+            ref = reference(messages, metric=metric, target=str(target))
             (spec,) = (await stub.GetMetricSpec(ref)).metricSpecs
-            assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("desired_replicas", 1, 1.0)
-            request = messages.GetMetricsRequest(scaledObjectRef=ref, metricName=spec.metricName)
+            assert (spec.metricName, spec.targetSizeFloat) == (metric, target)
+            request = messages.GetMetricsRequest(scaledObjectRef=ref, metricName=metric)
             (value,) = (await stub.GetMetrics(request)).metricValues
-            assert (value.metricValue, value.metricValueFloat) == (11, 11.0)
-
-    run(test)
+            assert value.metricValueFloat == expected
 
 
-def test_backlog_and_response_time_with_a_target_a_replica(protocol: Any) -> None:
-    async def test() -> None:
-        async with serving(protocol) as (messages, stub, last_decision):
-            last_decision.post(decision(11))
-            for metric, target, expected in (
-                ("queue_backlog", 4.0, 24.0),
-                ("average_response_time", 0.2, 0.25),
-            ):
-                ref = reference(messages, metric=metric, target=str(target))
-                (spec,) = (await stub.GetMetricSpec(ref)).metricSpecs
-                assert (spec.metricName, spec.targetSizeFloat) == (metric, target)
-                request = messages.GetMetricsRequest(scaledObjectRef=ref, metricName=metric)
-                (value,) = (await stub.GetMetrics(request)).metricValues
-                assert value.metricValueFloat == expected
-
-    run(test)
+@pytest.mark.anyio
+async def test_is_active_and_its_stream(protocol: Any) -> None:
+    async with serving(protocol) as (messages, stub, last_decision):
+        ref = reference(messages)
+        last_decision.post(decision(3))
+        assert (await stub.IsActive(ref)).result is True
+        stream = stub.StreamIsActive(ref)
+        assert (await stream.read()).result is True
+        last_decision.post(decision(0))
+        assert (await stream.read()).result is False
+        assert (await stub.IsActive(ref)).result is False
+        last_decision.post(decision(1))
+        assert (await stream.read()).result is True
+        stream.cancel()
 
 
-def test_is_active_and_its_stream(protocol: Any) -> None:
-    async def test() -> None:
-        async with serving(protocol) as (messages, stub, last_decision):
-            ref = reference(messages)
-            last_decision.post(decision(3))
-            assert (await stub.IsActive(ref)).result is True
-            stream = stub.StreamIsActive(ref)
-            assert (await stream.read()).result is True
-            last_decision.post(decision(0))
-            assert (await stream.read()).result is False
-            assert (await stub.IsActive(ref)).result is False
-            last_decision.post(decision(1))
-            assert (await stream.read()).result is True
-            stream.cancel()
-
-    run(test)
-
-
-def test_missing_figures_and_wrong_metadata_are_errors(protocol: Any) -> None:
+@pytest.mark.anyio
+async def test_missing_figures_and_wrong_metadata_are_errors(protocol: Any) -> None:
     async def fails(awaitable: Any, code: grpc.StatusCode, text: str) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await awaitable
         assert caught.value.code() == code
         assert text in caught.value.details()
 
-    async def test() -> None:
-        async with serving(protocol) as (messages, stub, last_decision):
-            ref = reference(messages)
-            request = messages.GetMetricsRequest(scaledObjectRef=ref)
-            await fails(stub.IsActive(ref), grpc.StatusCode.UNAVAILABLE, "too old")
-            await fails(stub.GetMetrics(request), grpc.StatusCode.UNAVAILABLE, "too old")
-            last_decision.post(decision(3, backlog=None))
-            wrong = reference(messages, metric="cpu")
-            await fails(stub.GetMetricSpec(wrong), grpc.StatusCode.INVALID_ARGUMENT, "queue_backlog")
-            wrong = reference(messages, metric="queue_backlog", target="-1")
-            await fails(stub.GetMetricSpec(wrong), grpc.StatusCode.INVALID_ARGUMENT, "above 0")
-            backlog = messages.GetMetricsRequest(
-                scaledObjectRef=reference(messages, metric="queue_backlog", target="4")
-            )
-            await fails(stub.GetMetrics(backlog), grpc.StatusCode.UNAVAILABLE, "queue_backlog is missing")
-
-    run(test)
+    async with serving(protocol) as (messages, stub, last_decision):
+        ref = reference(messages)
+        request = messages.GetMetricsRequest(scaledObjectRef=ref)
+        await fails(stub.IsActive(ref), grpc.StatusCode.UNAVAILABLE, "too old")
+        await fails(stub.GetMetrics(request), grpc.StatusCode.UNAVAILABLE, "too old")
+        last_decision.post(decision(3, backlog=None))
+        wrong = reference(messages, metric="cpu")
+        await fails(stub.GetMetricSpec(wrong), grpc.StatusCode.INVALID_ARGUMENT, "queue_backlog")
+        wrong = reference(messages, metric="queue_backlog", target="-1")
+        await fails(stub.GetMetricSpec(wrong), grpc.StatusCode.INVALID_ARGUMENT, "above 0")
+        backlog = messages.GetMetricsRequest(
+            scaledObjectRef=reference(messages, metric="queue_backlog", target="4")
+        )
+        await fails(stub.GetMetrics(backlog), grpc.StatusCode.UNAVAILABLE, "queue_backlog is missing")

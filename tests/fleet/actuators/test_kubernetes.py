@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -13,10 +12,6 @@ from farthing.fleet.actuators.lease import Elector, LeaseConfig
 from farthing.fleet.actuators.scale import ScalePatch, Target
 from farthing.fleet.decisions import Decision, Levels
 from tests.fleet.doubles.kubernetes import FakeKubernetes
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
 
 
 def decision(current: int, target: int) -> Decision:
@@ -43,6 +38,7 @@ def elector(api: FakeKubernetes, identity: str, clock: Clock) -> Elector:
     return Elector(connect(api.url), config, monotonic=clock)
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("text", "plural"),
     [
@@ -51,128 +47,113 @@ def elector(api: FakeKubernetes, identity: str, clock: Clock) -> Elector:
         ("leaderworkerset/deepseek", "leaderworkersets"),
     ],
 )
-def test_scale_is_read_and_patched(text: str, plural: str) -> None:
-    async def test() -> None:
-        async with FakeKubernetes() as api:
-            key = (plural, "prod", "deepseek")
-            api.replicas[key] = 10
-            actuator = ScalePatch(connect(api.url), Target.parse(text, "prod"))
-            assert await actuator.current() == 10
-            await actuator.apply(decision(10, 11))  # what an HPA's tolerance would ignore
-            assert api.replicas[key] == 11
-            await actuator.apply(decision(11, 11))
-            assert api.patches == [("deepseek", 11)]
-
-    run(test)
+async def test_scale_is_read_and_patched(text: str, plural: str) -> None:
+    async with FakeKubernetes() as api:
+        key = (plural, "prod", "deepseek")
+        api.replicas[key] = 10
+        actuator = ScalePatch(connect(api.url), Target.parse(text, "prod"))
+        assert await actuator.current() == 10
+        await actuator.apply(decision(10, 11))  # what an HPA's tolerance would ignore
+        assert api.replicas[key] == 11
+        await actuator.apply(decision(11, 11))
+        assert api.patches == [("deepseek", 11)]
 
 
-def test_scale_errors_name_the_target() -> None:
-    async def test() -> None:
-        async with FakeKubernetes() as api:
-            actuator = ScalePatch(connect(api.url), Target.parse("deployment/none", "prod"))
-            with pytest.raises(ActuatorError, match=r"deployment/none/scale: HTTP 404") as missing:
-                await actuator.current()
-            assert status_of(missing.value) == 404
-            api.down = True
-            with pytest.raises(ActuatorError, match="HTTP 500"):
-                await actuator.current()
-        with pytest.raises(ActuatorError, match="does not answer"):
+@pytest.mark.anyio
+async def test_scale_errors_name_the_target() -> None:
+    async with FakeKubernetes() as api:
+        actuator = ScalePatch(connect(api.url), Target.parse("deployment/none", "prod"))
+        with pytest.raises(ActuatorError, match=r"deployment/none/scale: HTTP 404") as missing:
             await actuator.current()
-
-    run(test)
+        assert status_of(missing.value) == 404
+        api.down = True
+        with pytest.raises(ActuatorError, match="HTTP 500"):
+            await actuator.current()
+    with pytest.raises(ActuatorError, match="does not answer"):
+        await actuator.current()
     with pytest.raises(ValueError, match=r"'pod/x'.*deployment, statefulset, leaderworkerset"):
         Target.parse("pod/x", "prod")
 
 
-def test_one_of_two_leads_and_only_it_scales() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeKubernetes() as api:
-            api.replicas["deployments", "prod", "d"] = 1
-            first, second = elector(api, "a", clock), elector(api, "b", clock)
+@pytest.mark.anyio
+async def test_one_of_two_leads_and_only_it_scales() -> None:
+    clock = Clock()
+    async with FakeKubernetes() as api:
+        api.replicas["deployments", "prod", "d"] = 1
+        first, second = elector(api, "a", clock), elector(api, "b", clock)
+        await first.turn()
+        await second.turn()
+        assert (first.leading, second.leading) == (True, False)
+        target = Target.parse("deployment/d", "prod")
+        await ScalePatch(connect(api.url), target, second).apply(decision(1, 5))
+        assert api.patches == []
+        await ScalePatch(connect(api.url), target, first).apply(decision(1, 5))
+        assert api.patches == [("d", 5)]
+
+
+@pytest.mark.anyio
+async def test_lease_moves_when_its_holder_falls_silent_and_never_before() -> None:
+    clock = Clock()
+    async with FakeKubernetes() as api:
+        first, second = elector(api, "a", clock), elector(api, "b", clock)
+        await first.turn()
+        for _ in range(5):
+            await second.turn()
+            clock.now += 2.0
             await first.turn()
-            await second.turn()
-            assert (first.leading, second.leading) == (True, False)
-            target = Target.parse("deployment/d", "prod")
-            await ScalePatch(connect(api.url), target, second).apply(decision(1, 5))
-            assert api.patches == []
-            await ScalePatch(connect(api.url), target, first).apply(decision(1, 5))
-            assert api.patches == [("d", 5)]
-
-    run(test)
-
-
-def test_lease_moves_when_its_holder_falls_silent_and_never_before() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeKubernetes() as api:
-            first, second = elector(api, "a", clock), elector(api, "b", clock)
-            await first.turn()
-            for _ in range(5):
-                await second.turn()
-                clock.now += 2.0
-                await first.turn()
-            assert first.leading
-            await second.turn()  # sees the last renewal; from here on the first is silent
-            clock.now += 9.9
-            await second.turn()
-            assert first.leading and not second.leading
-            clock.now += 0.2
-            assert not first.leading  # lets go by itself before anyone can take over
-            await second.turn()
-            assert not second.leading
-            clock.now += 5.0
-            await second.turn()
-            assert second.leading
-            assert api.leases["prod", "farthing-fleet"]["spec"]["leaseTransitions"] == 1
-            await first.turn()
-            assert not first.leading
-
-    run(test)
+        assert first.leading
+        await second.turn()  # sees the last renewal; from here on the first is silent
+        clock.now += 9.9
+        await second.turn()
+        assert first.leading and not second.leading
+        clock.now += 0.2
+        assert not first.leading  # lets go by itself before anyone can take over
+        await second.turn()
+        assert not second.leading
+        clock.now += 5.0
+        await second.turn()
+        assert second.leading
+        assert api.leases["prod", "farthing-fleet"]["spec"]["leaseTransitions"] == 1
+        await first.turn()
+        assert not first.leading
 
 
-def test_lease_is_given_back_at_the_end() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeKubernetes() as api:
-            first, second = elector(api, "a", clock), elector(api, "b", clock)
-            await first.turn()
-            await second.turn()
-            await first.close()
-            await second.turn()
-            assert second.leading
-
-    run(test)
+@pytest.mark.anyio
+async def test_lease_is_given_back_at_the_end() -> None:
+    clock = Clock()
+    async with FakeKubernetes() as api:
+        first, second = elector(api, "a", clock), elector(api, "b", clock)
+        await first.turn()
+        await second.turn()
+        await first.close()
+        await second.turn()
+        assert second.leading
 
 
-def test_concurrent_candidates_elect_one_leader() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeKubernetes() as api:
-            electors = [elector(api, name, clock) for name in "abcd"]
-            await asyncio.gather(*(e.turn() for e in electors), return_exceptions=True)
-            assert sum(e.leading for e in electors) == 1
-
-    run(test)
+@pytest.mark.anyio
+async def test_concurrent_candidates_elect_one_leader() -> None:
+    clock = Clock()
+    async with FakeKubernetes() as api:
+        electors = [elector(api, name, clock) for name in "abcd"]
+        await asyncio.gather(*(e.turn() for e in electors), return_exceptions=True)
+        assert sum(e.leading for e in electors) == 1
 
 
-def test_leader_without_an_api_stops_acting() -> None:
-    async def test() -> None:
-        clock = Clock()
-        async with FakeKubernetes() as api:
-            only = elector(api, "a", clock)
+@pytest.mark.anyio
+async def test_leader_without_an_api_stops_acting() -> None:
+    clock = Clock()
+    async with FakeKubernetes() as api:
+        only = elector(api, "a", clock)
+        await only.turn()
+        api.down = True
+        with pytest.raises(ActuatorError):
             await only.turn()
-            api.down = True
-            with pytest.raises(ActuatorError):
-                await only.turn()
-            assert only.leading
-            clock.now += 10.1
-            assert not only.leading
-            api.down = False
-            await only.turn()
-            assert only.leading
-
-    run(test)
+        assert only.leading
+        clock.now += 10.1
+        assert not only.leading
+        api.down = False
+        await only.turn()
+        assert only.leading
 
 
 def test_lease_times_must_be_in_order() -> None:
@@ -180,24 +161,22 @@ def test_lease_times_must_be_in_order() -> None:
         LeaseConfig(name="l", namespace="n", identity="i", renew_s=20.0)
 
 
-def test_access_reviews_are_cached_for_a_while() -> None:
-    async def test() -> None:
-        async with FakeKubernetes() as api:
-            api.allow = lambda spec: spec["user"] == "hpa"
-            access = Access(connect(api.url), keep_s=0.2)
-            attributes = {"group": "external.metrics.k8s.io", "resource": "desired_replicas", "verb": "get"}
-            for _ in range(3):
-                assert await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
-            assert not await access.allowed("eve", (), {}, {"path": "/apis", "verb": "get"})
-            assert len(api.reviews) == 2
-            assert api.reviews[0]["resourceAttributes"] == attributes
-            assert api.reviews[0]["extra"] == {"scope": ["a"]}
-            assert api.reviews[1]["nonResourceAttributes"] == {"path": "/apis", "verb": "get"}
-            await asyncio.sleep(0.25)
-            api.allow = lambda spec: False
-            assert not await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
-
-    run(test)
+@pytest.mark.anyio
+async def test_access_reviews_are_cached_for_a_while() -> None:
+    async with FakeKubernetes() as api:
+        api.allow = lambda spec: spec["user"] == "hpa"
+        access = Access(connect(api.url), keep_s=0.2)
+        attributes = {"group": "external.metrics.k8s.io", "resource": "desired_replicas", "verb": "get"}
+        for _ in range(3):
+            assert await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
+        assert not await access.allowed("eve", (), {}, {"path": "/apis", "verb": "get"})
+        assert len(api.reviews) == 2
+        assert api.reviews[0]["resourceAttributes"] == attributes
+        assert api.reviews[0]["extra"] == {"scope": ["a"]}
+        assert api.reviews[1]["nonResourceAttributes"] == {"path": "/apis", "verb": "get"}
+        await asyncio.sleep(0.25)
+        api.allow = lambda spec: False
+        assert not await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
 
 
 def test_connect_says_what_is_accepted() -> None:

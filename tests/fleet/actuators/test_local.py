@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -18,10 +18,6 @@ from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
 from tests.fleet.doubles import replica as double
 
 FAKE = (sys.executable, str(double.__file__), "--port", "{port}")
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 60))  # type: ignore[arg-type]
 
 
 def local(tmp_path: Path, *extra: str, command: tuple[str, ...] = FAKE, **options: float) -> LocalReplicas:
@@ -47,153 +43,139 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         await asyncio.sleep(0.02)
 
 
-def test_scales_up_and_down_and_leaves_no_process(tmp_path: Path) -> None:
-    async def test() -> None:
-        replicas = local(tmp_path)
-        await replicas.start()
-        await replicas.scale(2)
-        assert await replicas.current() == 2
-        assert await replicas.wait_ready(2, 20)
-        pids = [r.process.pid for r in replicas.replicas]
-        assert replicas.cold_starts.p90 is not None and replicas.cold_starts.p90 > 0.05
-        await replicas.scale(1)
-        assert len(replicas.ready()) == 1  # out of the set at once, the process ends later
-        await until(lambda: len(replicas.replicas) == 1)
-        await replicas.close()
-        assert not any(alive(pid) for pid in pids)
-        assert replicas.announced[-1] == {}  # type: ignore[attr-defined]
-
-    run(test)
+@pytest.mark.anyio
+async def test_scales_up_and_down_and_leaves_no_process(tmp_path: Path) -> None:
+    replicas = local(tmp_path)
+    await replicas.start()
+    await replicas.scale(2)
+    assert await replicas.current() == 2
+    assert await replicas.wait_ready(2, 20)
+    pids = [r.process.pid for r in replicas.replicas]
+    assert replicas.cold_starts.p90 is not None and replicas.cold_starts.p90 > 0.05
+    await replicas.scale(1)
+    assert len(replicas.ready()) == 1  # out of the set at once, the process ends later
+    await until(lambda: len(replicas.replicas) == 1)
+    await replicas.close()
+    assert not any(alive(pid) for pid in pids)
+    assert replicas.announced[-1] == {}  # type: ignore[attr-defined]
 
 
-def test_replica_ends_its_requests_before_it_ends(tmp_path: Path) -> None:
-    async def test() -> None:
-        replicas = local(tmp_path, "--tokens", "20", "--interval", "0.05")
-        await replicas.start()
-        await replicas.scale(1)
-        assert await replicas.wait_ready(1, 20)
-        (url,) = replicas.ready().values()
-        async with aiohttp.ClientSession() as session:
-            answer = await session.post(url + "/v1/chat/completions", json={"messages": [], "stream": True})
-            await answer.content.readline()
-            await replicas.scale(0)
-            lines = [line async for line in answer.content if line.startswith(b"data: ")]
-        assert lines[-1] == b"data: [DONE]\n"
-        await until(lambda: not replicas.replicas)
-        await replicas.close()
-
-    run(test)
+@pytest.mark.anyio
+async def test_replica_ends_its_requests_before_it_ends(tmp_path: Path) -> None:
+    replicas = local(tmp_path, "--tokens", "20", "--interval", "0.05")
+    await replicas.start()
+    await replicas.scale(1)
+    assert await replicas.wait_ready(1, 20)
+    (url,) = replicas.ready().values()
+    async with aiohttp.ClientSession() as session:
+        answer = await session.post(url + "/v1/chat/completions", json={"messages": [], "stream": True})
+        await answer.content.readline()
+        await replicas.scale(0)
+        lines = [line async for line in answer.content if line.startswith(b"data: ")]
+    assert lines[-1] == b"data: [DONE]\n"
+    await until(lambda: not replicas.replicas)
+    await replicas.close()
 
 
-def test_replica_that_does_not_drain_is_killed(tmp_path: Path) -> None:
-    async def test() -> None:
-        replicas = local(tmp_path, "--tokens", "10000", "--interval", "0.05", drain_timeout_s=0.5)
-        await replicas.start()
-        await replicas.scale(1)
-        assert await replicas.wait_ready(1, 20)
-        (url,) = replicas.ready().values()
-        async with aiohttp.ClientSession() as session:
-            answer = await session.post(url + "/v1/chat/completions", json={"messages": [], "stream": True})
-            await answer.content.readline()
-            await replicas.scale(0)
-            await until(lambda: not replicas.replicas, 5)
-            answer.close()
-        await replicas.close()
-
-    run(test)
+@pytest.mark.anyio
+async def test_replica_that_does_not_drain_is_killed(tmp_path: Path) -> None:
+    replicas = local(tmp_path, "--tokens", "10000", "--interval", "0.05", drain_timeout_s=0.5)
+    await replicas.start()
+    await replicas.scale(1)
+    assert await replicas.wait_ready(1, 20)
+    (url,) = replicas.ready().values()
+    async with aiohttp.ClientSession() as session:
+        answer = await session.post(url + "/v1/chat/completions", json={"messages": [], "stream": True})
+        await answer.content.readline()
+        await replicas.scale(0)
+        await until(lambda: not replicas.replicas, 5)
+        answer.close()
+    await replicas.close()
 
 
-def test_dead_replica_is_replaced(tmp_path: Path) -> None:
-    async def test() -> None:
-        replicas = local(tmp_path)
-        await replicas.start()
-        await replicas.scale(1)
-        assert await replicas.wait_ready(1, 20)
-        (first,) = replicas.replicas
-        os.kill(first.process.pid, signal.SIGKILL)
-        await until(lambda: bool(replicas.ready()) and first not in replicas.replicas)
-        assert first.reason == "died with -9"
-        await replicas.close()
-
-    run(test)
+@pytest.mark.anyio
+async def test_dead_replica_is_replaced(tmp_path: Path) -> None:
+    replicas = local(tmp_path)
+    await replicas.start()
+    await replicas.scale(1)
+    assert await replicas.wait_ready(1, 20)
+    (first,) = replicas.replicas
+    os.kill(first.process.pid, signal.SIGKILL)
+    await until(lambda: bool(replicas.ready()) and first not in replicas.replicas)
+    assert first.reason == "died with -9"
+    await replicas.close()
 
 
-def test_hanging_replica_is_replaced(tmp_path: Path) -> None:
-    async def test() -> None:
-        replicas = local(tmp_path, liveness_s=0.5)
-        await replicas.start()
-        await replicas.scale(1)
-        assert await replicas.wait_ready(1, 20)
-        (first,) = replicas.replicas
-        os.kill(first.process.pid, signal.SIGSTOP)
-        await until(lambda: bool(replicas.ready()) and first not in replicas.replicas)
-        assert first.reason == "no answer for 0.5 s"
-        await replicas.close()
-
-    run(test)
+@pytest.mark.anyio
+async def test_hanging_replica_is_replaced(tmp_path: Path) -> None:
+    replicas = local(tmp_path, liveness_s=0.5)
+    await replicas.start()
+    await replicas.scale(1)
+    assert await replicas.wait_ready(1, 20)
+    (first,) = replicas.replicas
+    os.kill(first.process.pid, signal.SIGSTOP)
+    await until(lambda: bool(replicas.ready()) and first not in replicas.replicas)
+    assert first.reason == "no answer for 0.5 s"
+    await replicas.close()
 
 
-def test_replica_that_never_becomes_ready_is_given_up_with_a_reason_and_tried_again(tmp_path: Path) -> None:
-    async def test() -> None:
-        replicas = local(tmp_path, "--ready-after", "3600", ready_timeout_s=0.8, failures=2, retry_s=0.3)
-        await replicas.start()
-        await replicas.scale(1)
-        assert not await replicas.wait_ready(1, 20)
-        assert "not ready after 0.8 s" in replicas.given_up
-        launches = replicas._count  # private: the number of launches
-        assert launches == 2
-        await until(lambda: replicas._count > launches)  # after the pause, one more try
-        await replicas.close()
-
-    run(test)
-
-
-def test_command_that_dies_is_given_up_with_its_last_words(tmp_path: Path) -> None:
-    async def test() -> None:
-        replicas = local(tmp_path, "--die-at-start", failures=2)
-        await replicas.start()
-        await replicas.scale(3)
-        assert not await replicas.wait_ready(3, 20)
-        assert "ended with 3 before it was ready" in replicas.given_up
-        assert "told to die at start" in replicas.given_up
-        await replicas.close()
-        missing = local(tmp_path, command=("/nonexistent/server", "{port}"), failures=1)
-        await missing.start()
-        await missing.scale(1)
-        assert "cannot be started" in missing.given_up
-        await missing.close()
-
-    run(test)
+@pytest.mark.anyio
+async def test_replica_that_never_becomes_ready_is_given_up_with_a_reason_and_tried_again(
+    tmp_path: Path,
+) -> None:
+    replicas = local(tmp_path, "--ready-after", "3600", ready_timeout_s=0.8, failures=2, retry_s=0.3)
+    await replicas.start()
+    await replicas.scale(1)
+    assert not await replicas.wait_ready(1, 20)
+    assert "not ready after 0.8 s" in replicas.given_up
+    launches = replicas._count  # private: the number of launches
+    assert launches == 2
+    await until(lambda: replicas._count > launches)  # after the pause, one more try
+    await replicas.close()
 
 
-def test_spare_process_becomes_the_next_replica_and_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_command_that_dies_is_given_up_with_its_last_words(tmp_path: Path) -> None:
+    replicas = local(tmp_path, "--die-at-start", failures=2)
+    await replicas.start()
+    await replicas.scale(3)
+    assert not await replicas.wait_ready(3, 20)
+    assert "ended with 3 before it was ready" in replicas.given_up
+    assert "told to die at start" in replicas.given_up
+    await replicas.close()
+    missing = local(tmp_path, command=("/nonexistent/server", "{port}"), failures=1)
+    await missing.start()
+    await missing.scale(1)
+    assert "cannot be started" in missing.given_up
+    await missing.close()
+
+
+@pytest.mark.anyio
+async def test_spare_process_becomes_the_next_replica_and_is_replaced(tmp_path: Path) -> None:
     waits = (
         "import json, os, sys; os.execv(sys.executable, [sys.executable, *json.loads(sys.stdin.readline())])"
     )
 
-    async def test() -> None:
-        config = LocalConfig(FAKE, tmp_path, warm=(sys.executable, "-c", waits), warm_skips=1)
-        replicas = LocalReplicas(config)
-        await replicas.start()
-        await replicas.scale(1)
-        assert await replicas.wait_ready(1, 20)
-        await until(lambda: replicas._spare is not None)
-        assert replicas._spare is not None
-        first = replicas._spare.process.pid
-        await replicas.scale(2)
-        assert await replicas.wait_ready(2, 20)
-        assert first in [r.process.pid for r in replicas.replicas]
-        await until(lambda: replicas._spare is not None and replicas._spare.process.pid != first)
-        os.kill(replicas._spare.process.pid, signal.SIGKILL)
-        await until(lambda: replicas._spare is None or replicas._spare.process.returncode is not None)
-        await replicas.scale(3)  # a spare that died is passed over
-        assert await replicas.wait_ready(3, 20)
-        await until(lambda: replicas._spare is not None)
-        pids = [replicas._spare.process.pid, *(r.process.pid for r in replicas.replicas)]
-        await replicas.close()
-        assert not any(alive(pid) for pid in pids)
-
-    run(test)
+    config = LocalConfig(FAKE, tmp_path, warm=(sys.executable, "-c", waits), warm_skips=1)
+    replicas = LocalReplicas(config)
+    await replicas.start()
+    await replicas.scale(1)
+    assert await replicas.wait_ready(1, 20)
+    await until(lambda: replicas._spare is not None)
+    assert replicas._spare is not None
+    first = replicas._spare.process.pid
+    await replicas.scale(2)
+    assert await replicas.wait_ready(2, 20)
+    assert first in [r.process.pid for r in replicas.replicas]
+    await until(lambda: replicas._spare is not None and replicas._spare.process.pid != first)
+    os.kill(replicas._spare.process.pid, signal.SIGKILL)
+    await until(lambda: replicas._spare is None or replicas._spare.process.returncode is not None)
+    await replicas.scale(3)  # a spare that died is passed over
+    assert await replicas.wait_ready(3, 20)
+    await until(lambda: replicas._spare is not None)
+    pids = [replicas._spare.process.pid, *(r.process.pid for r in replicas.replicas)]
+    await replicas.close()
+    assert not any(alive(pid) for pid in pids)
 
 
 def test_replicas_die_with_their_parent(tmp_path: Path) -> None:
@@ -224,14 +206,12 @@ asyncio.run(main())
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_configuration_errors_say_what_is_accepted(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_configuration_errors_say_what_is_accepted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'farthing serve'.*\{port\}"):
         LocalConfig(("farthing", "serve"), tmp_path)
     with pytest.raises(ValueError, match="ready_timeout_s = 0"):
         LocalConfig(FAKE, tmp_path, ready_timeout_s=0)
 
-    async def test() -> None:
-        with pytest.raises(ValueError, match="replicas = -1"):
-            await local(tmp_path).scale(-1)
-
-    run(test)
+    with pytest.raises(ValueError, match="replicas = -1"):
+        await local(tmp_path).scale(-1)

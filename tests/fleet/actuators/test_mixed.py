@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import pytest
@@ -23,30 +22,28 @@ def decision(current: int, target: int) -> Decision:
     return Decision(0.0, current, target, "up", "short", Levels(short=target), "test")
 
 
-def test_mix_follows_the_target(caplog: pytest.LogCaptureFixture) -> None:
-    async def test() -> None:
-        async with FakeKubernetes() as api:
-            for name, count in (("large", 1), ("small", 0), ("spot", 0)):
-                api.replicas["deployments", "prod", name] = count
-            client = connect(api.url)
-            targets = [ScalePatch(client, Target("deployment", v.name, "prod")) for v in KINDS]
-            actuator = MixedScale(KINDS, targets, spot_share=0.5)
-            assert await actuator.current() == 4
-            await actuator.apply(decision(4, 8))  # half of it on spot
-            assert await actuator.current() == 8
-            assert api.replicas["deployments", "prod", "spot"] == 4
-            await actuator.apply(decision(8, 8))
-            assert len(api.patches) == 1
-            api.patches.clear()
-            kinds = [replace(KINDS[0], price=20.0), *KINDS[1:]]  # now the large one is dear
-            await MixedScale(kinds, targets, spot_share=0.5).apply(decision(8, 9))
-            assert [name for name, _ in api.patches][-1] == "large"  # launches first
-            assert await actuator.current() >= 9
-            api.down = True
-            with pytest.raises(ActuatorError):
-                await actuator.apply(decision(9, 20))
-
-    asyncio.run(asyncio.wait_for(test(), 30))
+@pytest.mark.anyio
+async def test_mix_follows_the_target(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeKubernetes() as api:
+        for name, count in (("large", 1), ("small", 0), ("spot", 0)):
+            api.replicas["deployments", "prod", name] = count
+        client = connect(api.url)
+        targets = [ScalePatch(client, Target("deployment", v.name, "prod")) for v in KINDS]
+        actuator = MixedScale(KINDS, targets, spot_share=0.5)
+        assert await actuator.current() == 4
+        await actuator.apply(decision(4, 8))  # half of it on spot
+        assert await actuator.current() == 8
+        assert api.replicas["deployments", "prod", "spot"] == 4
+        await actuator.apply(decision(8, 8))
+        assert len(api.patches) == 1
+        api.patches.clear()
+        kinds = [replace(KINDS[0], price=20.0), *KINDS[1:]]  # now the large one is dear
+        await MixedScale(kinds, targets, spot_share=0.5).apply(decision(8, 9))
+        assert [name for name, _ in api.patches][-1] == "large"  # launches first
+        assert await actuator.current() >= 9
+        api.down = True
+        with pytest.raises(ActuatorError):
+            await actuator.apply(decision(9, 20))
 
 
 def test_configuration_takes_a_target_or_variants() -> None:

@@ -137,8 +137,9 @@ def test_rules_fire_as_promtool_says(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.anyio
 @pytest.mark.slow
-def test_alert_reaches_alertmanager_and_the_controller(tmp_path: Path) -> None:
+async def test_alert_reaches_alertmanager_and_the_controller(tmp_path: Path) -> None:
     """The real chain: a replica's /metrics, Prometheus with the shipped rule, Alertmanager."""
     _, spec = _rules(tmp_path)
     for group in spec["groups"]:
@@ -147,29 +148,26 @@ def test_alert_reaches_alertmanager_and_the_controller(tmp_path: Path) -> None:
             if "for" in rule:
                 rule["for"] = "1s"  # 30 s in production
 
-    async def test() -> None:
-        async with FakeReplica(dialect="farthing", name="a") as replica:
-            manager = alertmanager(tmp_path)
-            address = await asyncio.to_thread(manager.__enter__)
-            server = prometheus(tmp_path, [f"127.0.0.1:{replica.port}"], rules=spec, alertmanager=address)
-            url, _ = await asyncio.to_thread(server.__enter__)
-            source = PrometheusSource(url)
-            try:
-                async with aiohttp.ClientSession(f"http://{address}") as session:
-                    names: set[str] = set()
-                    while "FarthingLatencyAbove200ms" not in names:
-                        replica.sums["queue"] = [replica.sums["queue"][0] + 1.0, replica.sums["queue"][1] + 2]
-                        await asyncio.sleep(0.25)
-                        async with session.get("/api/v2/alerts") as answer:
-                            names = {alert["labels"]["alertname"] for alert in await answer.json()}
-                firing = {a["labels"]["alertname"] for a in await source.alerts() if a["state"] == "firing"}
-                assert "FarthingLatencyAbove200ms" in firing
-            finally:
-                await source.close()
-                await asyncio.to_thread(server.__exit__, None, None, None)
-                await asyncio.to_thread(manager.__exit__, None, None, None)
-
-    asyncio.run(asyncio.wait_for(test(), 90))
+    async with FakeReplica(dialect="farthing", name="a") as replica:
+        manager = alertmanager(tmp_path)
+        address = await asyncio.to_thread(manager.__enter__)
+        server = prometheus(tmp_path, [f"127.0.0.1:{replica.port}"], rules=spec, alertmanager=address)
+        url, _ = await asyncio.to_thread(server.__enter__)
+        source = PrometheusSource(url)
+        try:
+            async with aiohttp.ClientSession(f"http://{address}") as session:
+                names: set[str] = set()
+                while "FarthingLatencyAbove200ms" not in names:
+                    replica.sums["queue"] = [replica.sums["queue"][0] + 1.0, replica.sums["queue"][1] + 2]
+                    await asyncio.sleep(0.25)
+                    async with session.get("/api/v2/alerts") as answer:
+                        names = {alert["labels"]["alertname"] for alert in await answer.json()}
+            firing = {a["labels"]["alertname"] for a in await source.alerts() if a["state"] == "firing"}
+            assert "FarthingLatencyAbove200ms" in firing
+        finally:
+            await source.close()
+            await asyncio.to_thread(server.__exit__, None, None, None)
+            await asyncio.to_thread(manager.__exit__, None, None, None)
 
 
 def test_dashboard_asks_valid_questions_of_metrics_that_exist(tmp_path: Path) -> None:
