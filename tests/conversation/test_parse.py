@@ -374,7 +374,69 @@ def test_control_tokens_are_dropped() -> None:
         assert answer(OutputParser(NoCalls(), hidden=hidden), chunks).text == "ab<｜"
 
 
+@pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)
+def test_arguments_may_speak_of_the_format(
+    write: Callable[[Calls], str], make: Callable[[], CallParser]
+) -> None:
+    """A tool that edits a parser's source. Only a value's own closing tag cannot be part of it."""
+    marks = [*DEEPSEEK.all, *KIMI.all, "<think>", "</think>", "<tool_call>", "<｜DSML｜", "</invoke>"]
+    calls = [("get_weather", {"city": f"see {mark} 'x' {{ [ here"}) for mark in marks]
+    text = write(calls)
+    for chunks in ([text], list(text)):
+        assert read(make(), chunks) == ("", calls)
+
+
 # Reported against other servers.
+
+
+def test_a_call_without_the_opening_tag_of_its_section() -> None:
+    """vllm 48931: at long context the model leaves it out, and writes the closing one."""
+    for section in ("tool_calls", "function_calls"):
+        call = dsml(section)([("get_weather", {"city": "Rome", "days": 2})])
+        text = "Let me look." + call.replace(f"<｜DSML｜{section}>\n", "", 1)
+        assert text.count(section) == 1
+        for chunks in ([text], list(text)):
+            assert read(DsmlCalls(TOOLS), chunks) == (
+                "Let me look.",
+                [("get_weather", {"city": "Rome", "days": 2})],
+            )
+    quoted = 'The tag <｜DSML｜invoke name="f"> begins a call.'
+    assert read(NoCalls(), list(quoted)) == (quoted, [])  # without tools nothing is read as a call
+
+
+def test_a_parameter_that_nothing_follows_is_text() -> None:
+    text = 'Write <｜DSML｜parameter name="x" string="true">and a value.'
+    for chunks in ([text], list(text)):
+        assert read(DsmlCalls(TOOLS), chunks) == ("Write and a value.", [])
+
+
+PARAMETER = '<｜DSML｜parameter name="x" string="false">[1]</｜DSML｜parameter>\n'
+CALL_F = f'<｜DSML｜invoke name="f">\n{PARAMETER}</｜DSML｜invoke>\n'
+NO_NAME = f"<｜DSML｜invoke>\n{PARAMETER}</｜DSML｜invoke>\n"
+
+
+@pytest.mark.parametrize("section", ["tool_calls", "function_calls", ""])
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize(
+    ("body", "calls"),
+    [
+        (CALL_F, 1),
+        (CALL_F + NO_NAME, 1),  # a malformed sibling takes only itself away
+        (NO_NAME + CALL_F, 1),
+        (CALL_F.replace("</｜DSML｜invoke>\n", "") + CALL_F, 2),
+        (CALL_F + '<｜DSML｜invoke name="f"/>\n' + CALL_F, 3),
+    ],
+)
+def test_sections_that_are_bare_unterminated_or_hold_a_malformed_call(
+    section: str, closed: bool, body: str, calls: int
+) -> None:
+    """sglang 40236: the markup came back as content and the calls were lost, in either version's section."""
+    text = f"Now:\n\n<｜DSML｜{section}>\n{body}" if section else f"Now:\n\n{body}"
+    text += f"</｜DSML｜{section}>" if section and closed else ""
+    for chunks in ([text], list(text)):
+        shown, found = read(DsmlCalls(TOOLS), chunks)
+        assert shown == "Now:" and len(found) == calls
+        assert [call for call in found if call[1]] == [("f", {"x": [1]})] * body.count(CALL_F[:30])
 
 
 def test_a_name_that_never_ends_is_no_call() -> None:

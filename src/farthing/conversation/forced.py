@@ -9,7 +9,7 @@ from farthing.conversation.types import Conversation, Tool
 
 # For llguidance: at most one blank between two tokens, so that a weak model cannot spend its tokens on them.
 _MAX_CALLS = 8  # in parallel, for the same reason
-_COMPACT = {"whitespace_pattern": " "}
+COMPACT = {"whitespace_pattern": " "}
 
 
 def schema(conversation: Conversation) -> dict[str, Any] | None:
@@ -22,9 +22,11 @@ def schema(conversation: Conversation) -> dict[str, Any] | None:
         return None
     tools = [tool for tool in conversation.tools if not choice.names or tool.name in choice.names]
     whole = (
-        _object(tools[0].parameters) if choice.single else calls_schema(tools, conversation.parallel_calls)
+        object_schema(tools[0].parameters)
+        if choice.single
+        else calls_schema(tools, conversation.parallel_calls)
     )
-    return whole | {"x-guidance": _COMPACT}
+    return whole | {"x-guidance": COMPACT}
 
 
 def calls_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
@@ -44,7 +46,8 @@ def calls_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
         "minItems": 1,
         "maxItems": _MAX_CALLS if parallel else 1,
         "$defs": {
-            _key(i): _rebased(_object(tool.parameters), f"#/$defs/{_key(i)}") for i, tool in enumerate(tools)
+            _key(i): rebased(object_schema(tool.parameters), f"#/$defs/{_key(i)}")
+            for i, tool in enumerate(tools)
         },
     }
 
@@ -54,7 +57,7 @@ def _key(position: int) -> str:
     return f"tool{position}"
 
 
-def _object(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+def object_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """A function's parameters as the schema of an object; without any, an object without fields.
 
     Arguments are an object whatever the schema says: a call with others could not be read back.
@@ -64,15 +67,15 @@ def _object(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(parameters) | {"type": "object"}
 
 
-def _rebased(schema: Any, root: str) -> Any:
+def rebased(schema: Any, root: str) -> Any:
     """A schema whose references to its own root work at another place."""
     if isinstance(schema, list):
-        return [_rebased(item, root) for item in schema]
+        return [rebased(item, root) for item in schema]
     if not isinstance(schema, dict):
         return schema
     return {
         key: root + value[1:]
         if key == "$ref" and isinstance(value, str) and value.startswith("#")
-        else _rebased(value, root)
+        else rebased(value, root)
         for key, value in schema.items()
     }

@@ -74,7 +74,7 @@ class JsonObject:
 
     def __init__(self) -> None:
         self._depth = 0
-        self._quoted = False
+        self.quoted = False  # the next character belongs to a string
         self._escaped = False  # the last piece ended in a backslash
 
     def push(self, text: str) -> int:
@@ -86,12 +86,12 @@ class JsonObject:
             at, mark = match.start(), match[0]
             if at == escaped:
                 continue
-            if self._quoted:
+            if self.quoted:
                 if mark == "\\":
                     escaped = at + 1
-                self._quoted = mark != '"'
+                self.quoted = mark != '"'
             elif mark == '"':
-                self._quoted = True
+                self.quoted = True
             elif mark in "{[":
                 self._depth += 1
             elif mark in "}]":

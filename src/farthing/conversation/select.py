@@ -123,7 +123,7 @@ def _efforts(names: frozenset[str]) -> tuple[str, ...]:
 def _with_parsers(form: ChatFormat, calls: str, reasoning: str) -> ChatFormat:
     if calls != "auto":
         other = FORMATS[calls]
-        form = replace(form, calls=other.calls, markup=form.markup | other.markup)
+        form = replace(form, calls=other.calls, markup=form.markup | other.markup, syntax=other.syntax)
     if reasoning == "none":
         return replace(form, tags=None)
     return form if reasoning == "auto" else replace(form, tags=FORMATS[reasoning].tags)

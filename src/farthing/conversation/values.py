@@ -23,7 +23,7 @@ def _kinds(schema: Any, root: Mapping[str, Any], depth: int) -> Kinds:
     if not isinstance(schema, Mapping) or not depth:
         return None
     if isinstance(reference := schema.get("$ref"), str):
-        return _kinds(_resolve(root, reference), root, depth - 1)
+        return _kinds(resolved(root, reference), root, depth - 1)
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset({declared})
@@ -42,7 +42,8 @@ def _kinds(schema: Any, root: Mapping[str, Any], depth: int) -> Kinds:
     return None
 
 
-def _resolve(root: Mapping[str, Any], reference: str) -> Any:
+def resolved(root: Mapping[str, Any], reference: str) -> Any:
+    """What a reference within a schema refers to; None if there is no such part."""
     if not reference.startswith("#"):
         return None
     node: Any = root

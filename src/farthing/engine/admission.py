@@ -10,11 +10,12 @@ from collections.abc import Sequence as Seq
 from farthing.config import EngineConfig
 from farthing.engine.constraints import All, Constraint, ReasoningBudget, Vocabulary
 from farthing.engine.generation import Generation
-from farthing.engine.request import OutputKind, Request, SamplingParams
+from farthing.engine.request import OutputKind, Request, SamplingParams, StructuredOutputsParams
 from farthing.engine.sampler import SamplingState, mix, stream_seed
 from farthing.engine.sandbox import Sandbox
 from farthing.engine.structured import TOO_SLOW, GrammarCompiler, Matcher
 from farthing.engine.tokenizer import Tokenizer
+from farthing.engine.triggered import Openers, TokenTexts, TriggeredGrammar
 from farthing.model import ModelConfig
 
 
@@ -37,6 +38,7 @@ class Admission:
         self._eos = frozenset(model.eos_token_ids) | frozenset(tokenizer.eos_token_ids if tokenizer else ())
         self._sandbox = sandbox
         self._grammars: GrammarCompiler | None = None
+        self._texts: TokenTexts | None = None
         self._lock = threading.Lock()
         self._vocabulary: tuple[SamplingParams | None, Vocabulary] = (None, Vocabulary(None, ()))  # the last
         self._numbers = itertools.count()  # of requests
@@ -109,10 +111,15 @@ class Admission:
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         """All constraints on the next token, combined; None if there are none."""
         parts: list[Constraint] = []
-        grammar = self._matcher(params)
+        grammar: Constraint | None = None
+        if params.structured_outputs is not None:
+            grammar = self._matcher(params.structured_outputs)
         if params.reasoning is not None:
-            parts.append(ReasoningBudget(params.reasoning, grammar, sorted(self._eos)))
-        elif grammar is not None:
+            grammar = ReasoningBudget(params.reasoning, grammar, sorted(self._eos))
+        if params.calls is not None:
+            fresh = self._matcher(params.calls.constraint)
+            grammar = TriggeredGrammar(fresh, Openers(params.calls.openers, self._token_texts()), grammar)
+        if grammar is not None:
             parts.append(grammar)
         if params.bad_words or params.allowed_token_ids is not None:
             parts.append(self._vocabulary_of(params))
@@ -134,17 +141,21 @@ class Admission:
             found += [ids for text in (word, " " + word.lstrip()) if (ids := encode(text, False))]
         return found
 
-    def _matcher(self, params: SamplingParams) -> Matcher | None:
-        if params.structured_outputs is None:
-            return None
+    def _matcher(self, constraint: StructuredOutputsParams) -> Matcher:
         tokenizer = self.need_tokenizer("structured_outputs")
         assert self._sandbox is not None
-        sandbox, constraint = self._sandbox, params.structured_outputs
+        sandbox = self._sandbox
         with self._lock:
             if self._grammars is None:
                 self._grammars = GrammarCompiler(tokenizer, self._vocab)
         grammar = sandbox.grammar(constraint).result()
         return self._grammars.build(grammar, lambda: sandbox.condemn(constraint, TOO_SLOW))
+
+    def _token_texts(self) -> TokenTexts:
+        with self._lock:
+            if self._texts is None:
+                self._texts = TokenTexts(self.need_tokenizer("calls"), self._vocab)
+            return self._texts
 
     def _generation(self, request: Request, index: int, seed: int, matcher: Constraint | None) -> Generation:
         params, ids = request.params, request.prompt_token_ids

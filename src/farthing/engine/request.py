@@ -77,6 +77,23 @@ class ReasoningParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallParams:
+    """Tool calls in free text: after each of `openers` the grammar holds until it ends."""
+
+    openers: tuple[str, ...]
+    grammar: str  # Lark, of what follows an opener
+
+    def __post_init__(self) -> None:
+        if not self.openers or not all(self.openers):
+            raise ValueError(f"calls.openers: got {self.openers!r}; expected non-empty strings")
+
+    @property
+    def constraint(self) -> StructuredOutputsParams:
+        """The grammar alone."""
+        return StructuredOutputsParams(grammar=self.grammar)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to sample, when to stop, what to report. Raises ValueError naming the field at fault."""
 
@@ -102,6 +119,7 @@ class SamplingParams:
     detokenize: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     reasoning: ReasoningParams | None = None
+    calls: CallParams | None = None  # not together with structured_outputs
     bad_words: Sequence[str] | None = None  # texts the output never holds, as the tokenizer splits them
     allowed_token_ids: Sequence[int] | None = None  # no other token is drawn
 
@@ -121,6 +139,8 @@ class SamplingParams:
             )
         if self.stop_strings and not self.detokenize:
             raise ValueError("detokenize is False; stop strings need detokenization")
+        if self.calls is not None and self.structured_outputs is not None:
+            raise ValueError("calls and structured_outputs are set; expected one of them")
         if not all(self.stop_strings):
             raise ValueError(f"stop is {self.stop!r}; expected non-empty strings")
         for token, bias in (self.logit_bias or {}).items():

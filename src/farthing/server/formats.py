@@ -54,6 +54,11 @@ class ModelFormats:
         found: int | None = self.tokenizer.backend.token_to_id(text)
         return found
 
+    def special_id(self, text: str) -> int | None:
+        """The single special token that a text is, if it is one: other texts never contain it."""
+        token = self.token_id(text)
+        return token if self.tokenizer is not None and token in self.tokenizer.special_ids else None
+
     def ending(self, text: str) -> list[int]:
         """The token that ends a turn, where a text ends with one."""
         stops = (self.control.eos, *self.chosen.tools.stops, *self.chosen.plain.stops)

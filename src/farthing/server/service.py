@@ -11,7 +11,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from farthing.engine.request import EngineError, EngineStopped, QueueFull, SamplingParams
+from farthing.engine.request import (
+    EngineError,
+    EngineStopped,
+    QueueFull,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from farthing.engine.sandbox import Busy
 from farthing.server.api.responses_store import ResponseStore
 from farthing.server.auth import ANONYMOUS, KeyRing
@@ -172,10 +178,12 @@ class Service:
         """Hand prompts to the engine. Raises ApiError: 400, 429 (quota, queue) or 503; then nothing runs."""
         engine = self.require_engine()
         self._check_lengths(engine, prompts, params)
-        constraint = params.structured_outputs
-        if constraint is not None:
-            sandbox = self._sandbox("structured_outputs")
-            await self._checked(lambda: sandbox.grammar(constraint, client), "structured_outputs")
+        for param, constraint in (
+            ("structured_outputs", params.structured_outputs),
+            ("tools", params.calls.constraint if params.calls else None),
+        ):
+            if constraint is not None:
+                await self._check_grammar(constraint, client, param)
         self._check_room(engine, client, len(prompts), params.n)
         self.quotas.admit(client, sum(len(prompt) for prompt in prompts))
         charge = self.accounts.charge if self.accounts else None
@@ -193,7 +201,8 @@ class Service:
             client=client,
         )
         # Compiling a grammar, or reading 1,024 words or 262,144 ids, may take a while.
-        quick = params.structured_outputs is None and not (params.bad_words or params.allowed_token_ids)
+        slow = (params.structured_outputs, params.calls, params.bad_words, params.allowed_token_ids)
+        quick = not any(slow)
         try:
             for number, prompt in enumerate(prompts, start=1):
                 if quick:
@@ -208,6 +217,14 @@ class Service:
             job.close()
             raise self._refusal(error) from error
         return job
+
+    async def _check_grammar(self, constraint: StructuredOutputsParams, client: str, param: str) -> None:
+        sandbox = self._sandbox(param)
+        try:
+            await self._checked(lambda: sandbox.grammar(constraint, client), param)
+        except ApiError as error:
+            error.message = error.message.replace("structured_outputs.grammar", "tools: a strict schema")
+            raise
 
     def _check_room(self, engine: Engine, client: str, prompts: int, n: int) -> None:
         """Raises ApiError (429, or 400 where it would never fit) for more sequences than the queue has room

@@ -14,8 +14,10 @@ from farthing.conversation.formats.base import ChatFormat, FormatError
 from farthing.conversation.parse.base import CallParser, NoCalls
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.output import OutputParser, Tags
+from farthing.conversation.strict import call_grammar
 from farthing.conversation.types import Conversation
 from farthing.engine.request import (
+    CallParams,
     CompletionOutput,
     FinishReason,
     Logprob,
@@ -204,6 +206,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
             values
             | {
                 "structured_outputs": structured,
+                "calls": None if structured is not None else _restricted(conversation, form, formats),
                 "reasoning": _reasoning(
                     tags, opened, request.thinking_budget, structured is not None, formats
                 ),
@@ -243,6 +246,15 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
             tokens.pop()  # the answer's end token is rendered with the next turn
         return tokens + await service.encode(prompt[len(head) :], False, client, "messages")
     return await service.encode(prompt, False, client, "messages")
+
+
+def _restricted(conversation: Conversation, form: ChatFormat, formats: ModelFormats) -> CallParams | None:
+    """The grammar of calls where the client has restricted them. Raises ApiError (400)."""
+    try:
+        found = call_grammar(conversation, form.syntax, formats.special_id)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="tools", code="invalid_value") from error
+    return None if found is None else CallParams(openers=found.openers, grammar=found.grammar)
 
 
 def _reasoning(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from farthing.conversation.parse.base import CallParser, NoCalls
 from farthing.conversation.parse.output import Tags
+from farthing.conversation.strict import Syntax
 from farthing.conversation.types import Conversation, Tool
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "max")  # what clients may ask for, all APIs together
@@ -39,6 +40,7 @@ class ChatFormat:
     efforts: tuple[str, ...] = ()
     markup: frozenset[str] = frozenset()  # control tokens the parser must see as text
     stops: tuple[str, ...] = ()
+    syntax: Syntax | None = None  # of calls, for grammars
 
     def thinks(self, conversation: Conversation, default: bool) -> bool:
         """Whether the model is to reason first: as the client says, else by default."""

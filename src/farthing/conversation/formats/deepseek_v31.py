@@ -19,6 +19,7 @@ from farthing.conversation.formats.deepseek_v3 import (
 from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
 from farthing.conversation.parse.output import THINK
+from farthing.conversation.strict import JsonCalls
 from farthing.conversation.types import Conversation, Tool, Turn
 
 
@@ -77,5 +78,11 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
 
 
 V31 = ChatFormat(
-    "deepseek_v31", render, lambda tools: DelimitedCalls(MARKS), THINK, efforts=("none",), markup=MARKS.all
+    "deepseek_v31",
+    render,
+    lambda tools: DelimitedCalls(MARKS),
+    THINK,
+    efforts=("none",),
+    markup=MARKS.all,
+    syntax=JsonCalls((MARKS.call_begin,), f"{{name}}{MARKS.separator}", MARKS.call_end, MARKS.all),
 )

@@ -6,7 +6,7 @@ Source: encoding_dsv32.py of the DeepSeek-V3.2 release. Reasoning before the las
 from __future__ import annotations
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
-from farthing.conversation.formats.dsml import last_request, to_json, write_calls
+from farthing.conversation.formats.dsml import SYNTAX, last_request, to_json, write_calls
 from farthing.conversation.parse.dsml import MARK, DsmlCalls
 from farthing.conversation.parse.output import THINK
 from farthing.conversation.types import Conversation, Tool, Turn
@@ -103,4 +103,6 @@ class _Results:
         return parts
 
 
-V32 = ChatFormat("deepseek_v32", render, DsmlCalls, THINK, efforts=("none",), markup=frozenset((MARK,)))
+V32 = ChatFormat(
+    "deepseek_v32", render, DsmlCalls, THINK, efforts=("none",), markup=frozenset((MARK,)), syntax=SYNTAX
+)

@@ -7,8 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from farthing.conversation.formats.base import FormatError
-from farthing.conversation.parse.dsml import MARK
+from farthing.conversation.parse.dsml import MARK, OPENERS
+from farthing.conversation.strict import TaggedCalls
 from farthing.conversation.types import ToolCall, Turn
+
+SYNTAX = TaggedCalls(
+    openers=OPENERS,
+    begin='invoke name="{name}">',
+    string=f'<{MARK}parameter name="{{name}}" string="true">',
+    json=f'<{MARK}parameter name="{{name}}" string="false">',
+    value_end=f"</{MARK}parameter>",
+    end=f"</{MARK}invoke>",
+    marks=frozenset((MARK,)),
+    key='[^"<>\\n]{1,256}',
+    others=("tool_calls>", "function_calls>"),
+)
 
 
 def write_calls(calls: tuple[ToolCall, ...], section: str) -> str:

@@ -8,6 +8,7 @@ from farthing.conversation.formats.base import ChatFormat, ControlTokens
 from farthing.conversation.formats.dsml import arguments_of, last_request
 from farthing.conversation.parse.glm import CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END, GlmCalls
 from farthing.conversation.parse.output import THINK
+from farthing.conversation.strict import TaggedCalls
 from farthing.conversation.types import Conversation, Tool, Turn
 
 # The text the model was trained with.
@@ -76,12 +77,24 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
     return "".join(parts)
 
 
+_MARKS = frozenset((CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END))
+_PARAMETER = f"{KEY}{{name}}{KEY_END}\n{VALUE}"
 GLM45 = ChatFormat(
     "glm45",
     render,
     GlmCalls,
     THINK,
     efforts=("none",),
-    markup=frozenset((CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END)),
+    markup=_MARKS,
     stops=("<|user|>", "<|observation|>"),
+    syntax=TaggedCalls(
+        openers=(CALL,),
+        begin="{name}",
+        string=_PARAMETER,
+        json=_PARAMETER,
+        value_end=VALUE_END,
+        end=CALL_END,
+        marks=_MARKS,
+        key="[^<>\\n]{1,256}",
+    ),
 )

@@ -181,7 +181,11 @@ class DelimitedCalls(Machine):
         start, end = found
         if start:
             take(self._take(start))
-        self._mark(self._take(end - start))
+        mark = self._take(end - start)
+        if self._object is not None and self._object.quoted:
+            take(mark)  # a string of the arguments may speak of the format
+        else:
+            self._mark(mark)
         return True
 
     def _mark(self, mark: str) -> None:

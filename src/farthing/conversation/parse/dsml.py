@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 
+from farthing.conversation.deltas import Delta
 from farthing.conversation.parse.base import MAX_HEAD
 from farthing.conversation.parse.parameters import ParameterCalls
 from farthing.conversation.scan import literals
@@ -22,6 +23,7 @@ from farthing.conversation.types import Tool
 MARK = "｜DSML｜"
 _OPEN, _CLOSE = f"<{MARK}", f"</{MARK}"
 _DOUBLED = ("<｜｜DSML｜｜", "</｜｜DSML｜｜")  # a misspelling seen in practice
+OPENERS = (_OPEN, _DOUBLED[0])
 _TAGS = literals(frozenset((_OPEN, _CLOSE, *_DOUBLED)))
 _BODY = re.compile(r'[^<>"\n]*(?:"[^"\n]*"[^<>"\n]*)*>')  # a tag after its mark
 _ATTRIBUTE = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
@@ -31,15 +33,25 @@ _NAME = re.compile(r"\s*(\w+)")
 class DsmlCalls(ParameterCalls):
     """See the module."""
 
-    openers = frozenset((_OPEN, *_DOUBLED[:1]))
+    openers = frozenset(OPENERS)
     tags = _TAGS
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__(tools)
         self._within = self._outside  # the state to return to after a tag without effect
-        self._closing = False
+        self._mark, self._closing = "", False  # of the tag being read
+        self._orphaned: list[str] = []  # the value of a parameter outside a call
+
+    def finish(self) -> list[Delta]:
+        """See ParameterCalls. A parameter that nothing followed was no part of a call: its text is kept."""
+        if self._state == self._in_orphan:
+            self._buffer, self._state = "".join((*self._orphaned, self._buffer)), self._outside
+        return super().finish()
 
     # States.
+
+    def _in_orphan(self) -> bool:
+        return self._until_tag(self._orphaned.append)
 
     def _in_call(self) -> bool:
         return self._until_tag(self._stray.append)
@@ -57,7 +69,7 @@ class DsmlCalls(ParameterCalls):
     # What the states share.
 
     def _enter(self, tag: str) -> None:
-        self._closing = tag.startswith("</")
+        self._mark, self._closing = tag, tag.startswith("</")
         self._within, self._state = self._state, self._in_tag
 
     def _broken(self) -> bool:
@@ -65,7 +77,15 @@ class DsmlCalls(ParameterCalls):
         return "\n" in self._buffer or "<" in re.sub(r'"[^"]*("|$)', "", self._buffer)
 
     def _malformed(self) -> None:
-        """Drop a tag that never ends, up to the end of its line; what it was part of continues."""
+        """Drop a tag that never ends, up to the end of its line; what it was part of continues.
+
+        A value keeps it, unless it looks like a part of the call: the value speaks of the format.
+        """
+        name = _NAME.match(self._buffer)
+        if self._within == self._in_value and not (name and self._ends_value(name[1])):
+            self._push_value(self._mark)
+            self._state = self._in_value
+            return
         line = re.match(rf"[^<\n]{{0,{MAX_HEAD}}}", self._buffer)
         assert line is not None
         self._take(line.end())
@@ -76,9 +96,9 @@ class DsmlCalls(ParameterCalls):
         kind = match[1] if match else ""
         attributes = dict(_ATTRIBUTE.findall(body))
         in_value = self._within == self._in_value
-        if in_value and not (kind == "parameter" or self._is_structure(kind)):
-            mark = _CLOSE if self._closing else _OPEN
-            self._push_value(f"{mark}{body}>")  # a value may speak of other tags
+        self._orphaned = []
+        if in_value and not self._ends_value(kind):
+            self._push_value(f"{self._mark}{body}>")  # a value may speak of other tags
             self._state = self._in_value
             return
         if in_value:
@@ -86,6 +106,8 @@ class DsmlCalls(ParameterCalls):
         if kind == "parameter" and not self._closing and self._open and attributes.get("name"):
             self._start_value(attributes["name"], attributes.get("string") == "true")
             self._state = self._in_value
+        elif kind == "parameter" and not self._closing and not self._open:
+            self._state = self._in_orphan
         elif not self._is_structure(kind):
             self._state = self._in_call if self._open else self._outside
         elif kind == "invoke" and not self._closing and attributes.get("name"):
@@ -95,6 +117,10 @@ class DsmlCalls(ParameterCalls):
             self._end_call()
             self._trailing.take()
             self._blank, self._state = True, self._outside
+
+    @classmethod
+    def _ends_value(cls, kind: str) -> bool:
+        return kind == "parameter" or cls._is_structure(kind)
 
     @staticmethod
     def _is_structure(kind: str) -> bool:

@@ -1,0 +1,252 @@
+"""Grammars that hold tool calls to their schemas while the model may also answer in text.
+
+A call's opening tag starts the grammar, which ends with the call. Formats differ in how they write arguments:
+as JSON (`JsonCalls`), or as one tagged text per parameter (`TaggedCalls`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from farthing.conversation.forced import object_schema
+from farthing.conversation.lark import Lark
+from farthing.conversation.types import Conversation, Tool
+from farthing.conversation.values import Kinds, kinds_of, resolved
+
+_ANY_OBJECT = {"type": "object"}
+# What else may stand at the root of a schema whose arguments are written parameter by parameter.
+_PLAIN_ROOT = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+_PLAIN_ROOT |= {"title", "description", "$schema", "$id", "examples", "default", "$comment"}
+_MARKUP = set('"<>\n')  # not in the name of a parameter that is written in a tag
+_LIMITS = {"pattern", "format", "minLength", "maxLength", "enum", "const", "allOf", "not", "if"}
+
+
+class Syntax(Protocol):
+    """How a format writes calls."""
+
+    @property
+    def openers(self) -> tuple[str, ...]:
+        """Texts that begin a call."""
+
+    @property
+    def marks(self) -> frozenset[str]:
+        """Parts of the markup that may be special tokens."""
+
+    def calls(self, tools: list[Tool], lark: Lark) -> str:
+        """An expression for what follows an opener, up to the end of the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallGrammar:
+    """Text is free until one of `openers`, then obeys the grammar until it ends."""
+
+    openers: tuple[str, ...]
+    grammar: str
+
+
+def call_grammar(
+    conversation: Conversation, syntax: Syntax | None, special: Callable[[str], int | None]
+) -> CallGrammar | None:
+    """The grammar of the calls a client restricts; None where any call may be made, or none.
+
+    special: the id of a text that is one special token. Raises ValueError naming a tool whose schema the
+    format cannot hold.
+    """
+    choice = conversation.choice
+    restricted = choice.names or any(tool.strict for tool in conversation.offered)
+    if syntax is None or choice.mode != "auto" or not restricted:
+        return None
+    tools = [tool for tool in conversation.offered if not choice.names or tool.name in choice.names]
+    lark = Lark(syntax.marks, special)
+    return CallGrammar(syntax.openers, lark.grammar(syntax.calls(tools, lark)))
+
+
+@dataclass(frozen=True, slots=True)
+class JsonCalls:
+    """Arguments as JSON between two texts. `before` holds {name}, and maybe {index} for a call's number."""
+
+    openers: tuple[str, ...]
+    before: str
+    after: str
+    marks: frozenset[str]
+
+    def calls(self, tools: list[Tool], lark: Lark) -> str:
+        """See Syntax."""
+        return lark.either(self._call(tool, lark) for tool in tools)
+
+    def _call(self, tool: Tool, lark: Lark) -> str:
+        head, numbered, tail = self.before.partition("{index}")
+        parts = [lark.text(head.replace("{name}", tool.name))]
+        if numbered:
+            parts += (lark.regex("[0-9]{1,4}"), lark.text(tail))
+        schema = object_schema(tool.parameters) if tool.strict else _ANY_OBJECT
+        return " ".join((*parts, lark.json(schema), lark.text(self.after)))
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a tool: its schema, and the tool's, which references refer to."""
+
+    tool: str
+    name: str
+    schema: Mapping[str, Any]
+    root: Mapping[str, Any]
+    required: bool
+
+    @property
+    def kinds(self) -> Kinds:
+        """JSON types the schema accepts; None: any."""
+        return kinds_of(self.root, self.name)
+
+    @property
+    def free(self) -> bool:
+        """Whether the schema accepts any string."""
+        return any(_free(branch) for branch in _branches(self.schema, self.root))
+
+    def options(self) -> list[str] | None:
+        """The strings of a schema that lists its values, all of them strings."""
+        (schema, *more) = _branches(self.schema, self.root)
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if more or not isinstance(values, list) or not values:
+            return None
+        return values if all(isinstance(value, str) and value for value in values) else None
+
+
+def parameters_of(tool: Tool) -> list[Parameter] | None:
+    """A strict tool's parameters in order; None if its schema says more than what each of them may be."""
+    schema = object_schema(tool.parameters)
+    properties = schema.get("properties")
+    if set(schema) - _PLAIN_ROOT or not isinstance(properties, Mapping):
+        return None
+    if any(not isinstance(part, Mapping) or set(name) & _MARKUP for name, part in properties.items()):
+        return None
+    required = schema.get("required") or ()
+    return [Parameter(tool.name, name, part, schema, name in required) for name, part in properties.items()]
+
+
+def text_value(parameter: Parameter, end: str, lark: Lark) -> str:
+    """A string written as it is, without quotes, and the tag that ends it. Raises ValueError."""
+    if options := parameter.options():
+        return f"{lark.either(map(lark.text, options))} {lark.text(end)}"
+    if parameter.free:
+        return lark.until(end)
+    return f"{lark.regex(_pattern(parameter))} {lark.text(end)}"
+
+
+def _pattern(parameter: Parameter) -> str:
+    """A regular expression for a string with a pattern or a length."""
+    (schema, *more) = _branches(parameter.schema, parameter.root)
+    limits = _LIMITS & set(schema)
+    if limits == {"pattern"} and not more and isinstance(pattern := schema["pattern"], str):
+        starts, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+        body = pattern.removeprefix("^") if starts else pattern
+        body = body[:-1] if ends else body
+        return f"{'' if starts else '[^<]*'}({body}){'' if ends else '[^<]*'}"
+    if limits <= {"minLength", "maxLength"} and not more:
+        return f"[^<]{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
+    how = ", ".join(sorted(limits)) or "a union"
+    raise ValueError(
+        f"tools: {parameter.tool!r} is strict and limits the string {parameter.name!r} by {how}, which "
+        "this model's chat format cannot express; expected enum, const, pattern or lengths"
+    )
+
+
+def _branches(
+    schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = 8
+) -> Iterator[Mapping[str, Any]]:
+    """A schema, or the members of the unions it is made of, without references."""
+    if isinstance(reference := schema.get("$ref"), str) and depth:
+        schema = found if isinstance(found := resolved(root, reference), Mapping) else {}
+    for union in ("anyOf", "oneOf"):
+        if isinstance(members := schema.get(union), list) and depth:
+            for member in members:
+                if isinstance(member, Mapping):
+                    yield from _branches(member, root, depth - 1)
+            return
+    yield schema
+
+
+def _free(schema: Mapping[str, Any]) -> bool:
+    kind = schema.get("type", "string")
+    return (
+        not _LIMITS & set(schema)
+        and "$ref" not in schema
+        and "string" in (kind if isinstance(kind, list) else [kind])
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedCalls:
+    """Arguments as one tagged text per parameter: DSML, and GLM's.
+
+    Texts hold {name}, the tool's or the parameter's. string, json: what begins a parameter whose value is
+    text, or JSON; the same text where the format does not tell.
+    """
+
+    openers: tuple[str, ...]
+    begin: str
+    string: str
+    json: str
+    value_end: str
+    end: str
+    marks: frozenset[str]
+    key: str  # a regular expression for names of parameters
+    others: tuple[str, ...] = ()  # what else may follow an opener
+
+    def calls(self, tools: list[Tool], lark: Lark) -> str:
+        """See Syntax."""
+        calls = [self._call(tool, lark) for tool in tools]
+        return lark.either((*calls, *map(lark.text, self.others)))
+
+    def _call(self, tool: Tool, lark: Lark) -> str:
+        line = '"\\n"?'
+        parameters = parameters_of(tool) if tool.strict else None
+        if parameters is not None:
+            body = " ".join(
+                f"({self._parameter(parameter, lark)} {line}){'' if parameter.required else '?'}"
+                for parameter in parameters
+            )
+        elif tool.strict:  # the parsers take a whole object as well
+            body = f"{lark.json(object_schema(tool.parameters))} {line}"
+        else:
+            body = f"({self._any(lark)} {line})*"
+        return f"{lark.text(self.begin.format(name=tool.name))} {line} {body} {lark.text(self.end)}"
+
+    @property
+    def _told(self) -> bool:
+        """Whether the markup says which values are text."""
+        return self.string != self.json
+
+    def _parameter(self, parameter: Parameter, lark: Lark) -> str:
+        def begin(text: str) -> str:
+            return lark.text(text.format(name=parameter.name))
+
+        kinds = parameter.kinds
+        json = f"{begin(self.json)} {lark.json(parameter.schema, parameter.root)} {lark.text(self.value_end)}"
+        if not self._told:
+            string = kinds == frozenset({"string"})
+            plain = kinds is not None and kinds <= {"string", "null"} and parameter.free
+            return (
+                f"{begin(self.string)} {text_value(parameter, self.value_end, lark)}"
+                if string or plain
+                else json
+            )
+        if kinds is not None and "string" not in kinds:
+            return json
+        try:
+            text = f"{begin(self.string)} {text_value(parameter, self.value_end, lark)}"
+        except ValueError:
+            return json
+        return text if kinds == frozenset({"string"}) else lark.either((text, json))
+
+    def _any(self, lark: Lark) -> str:
+        """A parameter of a tool that is not strict."""
+        options = []
+        for text in dict.fromkeys((self.string, self.json)):
+            before, _, after = text.partition("{name}")
+            options.append(
+                f"{lark.text(before)} {lark.regex(self.key)} {lark.text(after)} {lark.until(self.value_end)}"
+            )
+        return lark.either(options)
