@@ -459,3 +459,28 @@ def test_a_step_that_takes_too_long_is_unhealthy(make_engine: MakeEngine) -> Non
     go.set()
     stream.result()
     engine.health()
+
+
+def test_prompt_logprobs_are_computed_a_few_per_step(make_engine: MakeEngine) -> None:
+    """Whatever the prompt, so that no step is long; and kept as arrays, so that nothing is built for each."""
+    engine = make_engine(max_num_batched_tokens=256, num_blocks=256)
+    rows: list[int] = []
+    logits = engine._core.runner.model.logits
+    engine._core.scheduler.scored_limit = lambda: 8
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            rows.append(len(hidden))
+            return logits(hidden)
+
+    model = engine._core.runner.model
+    engine._core.runner.model = Counting()  # type: ignore[assignment]
+    params = SamplingParams(max_tokens=1, prompt_logprobs=3, temperature=0)
+    streams = [engine.submit([i, *range(40, 90)], params) for i in range(3)]
+    outputs = [stream.result() for stream in streams]
+    assert max(rows) <= 8 and sum(rows) >= 3 * 50
+    for output in outputs:
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 51

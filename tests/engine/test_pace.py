@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.engine.pace import SMALLEST_CHUNK, Pace
+from farthing.engine.pace import SCORING, SMALLEST_CHUNK, SMALLEST_SCORED, Pace
 
 
 def test_without_a_limit_or_without_decoding_there_is_no_bound() -> None:
@@ -56,3 +56,13 @@ def test_one_slow_step_does_not_starve_prompts() -> None:
     pace.observe(4, before or 0, 10.0)
     after = pace.prompt_tokens(4)
     assert before is not None and after is not None and after > before / 2
+
+
+@given(cost=st.floats(1e-7, 1e-1))
+def test_scored_prompt_tokens_take_their_share_of_a_step(cost: float) -> None:
+    pace = Pace(0)
+    for _ in range(6):
+        tokens = pace.scored_tokens()
+        pace.observe_scores(tokens, tokens * cost)
+    assert pace.scored_tokens() * cost <= max(1.01 * SCORING, SMALLEST_SCORED * cost)
+    assert pace.scored_tokens() >= min(SCORING / cost - 1, SMALLEST_SCORED)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from farthing.engine.logprobs import positions
 from farthing.engine.request import SamplingParams
 from farthing.engine.sampler import (
     Row,
@@ -192,10 +193,10 @@ def test_plain_greedy_rows_never_write_out_the_logits() -> None:
 def test_both_paths_report_the_same_logprobs(params: dict[str, Any]) -> None:
     head = Head(torch.randn(3, V, generator=torch.Generator().manual_seed(3)))
     rows = [row(logprobs=k, **params) for k in (0, 1, 4)]
-    tokens, logprobs = sample(head, torch.empty(3, 1), rows)
-    assert logprobs is not None
+    tokens, table = sample(head, torch.empty(3, 1), rows)
+    assert table is not None
     expected = head.values.log_softmax(-1)
-    for i, entry in enumerate(logprobs):
+    for i, entry in enumerate(positions(table, [0, 1, 4])):
         best = expected[i].topk(max(1, (0, 1, 4)[i])).indices.tolist()
         assert list(entry) == best and tokens[i] == best[0]
         assert [e.logprob for e in entry.values()] == pytest.approx(expected[i, best].tolist(), abs=1e-5)
@@ -204,7 +205,7 @@ def test_both_paths_report_the_same_logprobs(params: dict[str, Any]) -> None:
 
 def test_report_ranks_a_token_outside_the_top() -> None:
     raw = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).log_softmax(-1)
-    (entry,) = report(raw, [0], [2])
+    (entry,) = positions(report(raw, [0], 2), [2])
     assert [(t, e.rank) for t, e in entry.items()] == [(0, 4), (1, 1), (2, 2)]
 
 

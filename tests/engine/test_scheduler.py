@@ -38,8 +38,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = Scheduler(
-            self.num_blocks, self.block_size, self.max_num_seqs, self.budget, self.caching, self.lookahead
-        )
+            self.num_blocks, self.block_size, self.max_num_seqs, self.budget, self.caching, self.lookahead,
+            scored_limit=lambda: 2,
+        )  # fmt: skip
         self.memory: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot -> salt and tokens up to it
         self.live: list[Sequence] = []
         self.expected: dict[int, list[int]] = {}
@@ -53,9 +54,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt=st.sampled_from(SALTS),
         read_cache=st.sampled_from([True, True, False]),
         client=st.integers(0, 5),
+        scored=st.booleans(),
     )
     def add(
-        self, prompt: list[int], output: int, priority: int, salt: str, read_cache: bool, client: int
+        self,
+        prompt: list[int],
+        output: int,
+        priority: int,
+        salt: str,
+        read_cache: bool,
+        client: int,
+        scored: bool,
     ) -> None:
         self.clock += 1
         seq = Sequence(
@@ -66,6 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             order=self.clock + 5 * priority,
             salt=salt,
             read_cache=read_cache,
+            scored=scored,
             client=self.clients[client % len(self.clients)],
         )
         self.count += 1
@@ -90,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompts = [item for item in plan if item.seq.num_pending > 1 or item.first]
         limit = self.scheduler.prompt_limit(len(plan) - len(prompts))
         assert limit is None or sum(item.count for item in prompts) <= max(1, limit)
+        assert sum(item.count for item in prompts if item.seq.scored) <= 2
         assert len({item.seq.id for item in plan}) == len(plan)
         assert sum(item.num_tokens for item in plan) <= self.budget
         assert len(self.scheduler.running) <= self.max_num_seqs

@@ -13,6 +13,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from openai import OpenAI
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -20,11 +21,11 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
+from farthing.engine.logprobs import Position, Table
 from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.request import (
     CompletionOutput,
     FinishReason,
-    Logprob,
     Request,
     RequestMetrics,
     RequestOutput,
@@ -75,8 +76,9 @@ def tiny_engine(**config: Any) -> Engine:
     return Engine(tiny_model(), EngineConfig(**(defaults | config)), tokenizer())
 
 
-def _certain(token: int) -> dict[int, Logprob]:
-    return {token: Logprob(0.0, 1)}
+def _certain(token: int) -> Position:
+    table = Table(np.array([[token]], np.int32), np.zeros((1, 1), np.float32), np.ones(1, np.int32))
+    return Position(table, 0, 0)
 
 
 class ScriptedEngine:

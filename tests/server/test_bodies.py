@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.server.bodies import MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, check
+from farthing.server.bodies import MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, check
 from farthing.server.errors import ApiError
 from tests.server.harness import Running
 
@@ -115,3 +116,36 @@ def test_large_bodies_are_refused_while_others_are_answered(tiny: Running, name:
     watching.join()
     assert answer.status_code == 400, answer.text[:300]
     assert took < 10 and max(waits) < 2.0
+
+
+def test_heavy_bodies_of_any_size_are_parsed_one_at_a_time_and_clients_take_turns() -> None:
+    parsing: list[str] = []
+    at_once: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        parsing.append(scope["client_name"])
+        at_once.append(app._lock._held)
+        await asyncio.sleep(0.05)  # the engine's work, not under the lock
+
+    app = Bodies(application, 1 << 20, 10.0)
+    heavy = json.dumps({"a": [{}] * 2_000}).encode()
+    assert len(heavy) < 65_536
+
+    async def post(client: str) -> None:
+        sent = False
+
+        async def receive() -> Any:
+            nonlocal sent
+            assert not sent
+            sent = True
+            return {"type": "http.request", "body": heavy, "more_body": False}
+
+        scope = {"type": "http", "method": "POST", "headers": [], "path": "/", "client_name": client}
+        await app(scope, receive, receive)
+
+    async def run() -> None:
+        await asyncio.gather(*(post("bad") for _ in range(8)), post("good"))
+
+    asyncio.run(run())
+    assert all(at_once) and parsing.index("good") <= 2

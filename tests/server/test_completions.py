@@ -140,6 +140,8 @@ def test_tokenize_and_back(tiny: Running) -> None:
     ).json()
     assert tokens["count"] == len(tokens["tokens"]) == 5 and tokens["max_model_len"] == 2048
     assert tokens["token_strs"][1] == "a"
+    long = httpx.post(f"{tiny.url}/detokenize", json={"tokens": [5] * 2049})
+    assert long.status_code == 400 and long.json()["error"]["code"] == "context_length_exceeded"
     text = httpx.post(f"{tiny.url}/detokenize", json={"tokens": tokens["tokens"]}).json()
     assert text == {"prompt": "<｜begin▁of▁sentence｜>aé<think>"}
     turn = {"messages": [{"role": "user", "content": "hi"}]}

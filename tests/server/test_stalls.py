@@ -41,6 +41,24 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/completions",
         {"prompt": ["x"] * 64, "max_tokens": 1, "allowed_token_ids": [10, 11] * 100_000},
     ),
+    "8,192 parts of messages": (
+        "/v1/chat/completions",
+        {"messages": [USER | {"content": [{"type": "text", "text": "x"}] * 4096}] * 2, "max_tokens": 1},
+    ),
+    "2,000 parts in 60 kB": (
+        "/v1/chat/completions",
+        {"messages": [USER | {"content": [{"type": "text", "text": "x"}] * 2000}], "max_tokens": 1},
+    ),
+    "260,000 ids to detokenize": ("/detokenize", {"tokens": [10] * 260_000}),
+    "2,000 ids to detokenize": ("/detokenize", {"tokens": [10] * 2_000}),
+    "log probabilities of 2,000 prompt tokens": (
+        "/v1/completions",
+        {"prompt": [[10] * 1_000] * 2, "max_tokens": 1, "prompt_logprobs": 20},
+    ),
+    "log probabilities of 64 answers": (
+        "/v1/chat/completions",
+        {"messages": [USER], "n": 64, "max_tokens": 8, "logprobs": True, "top_logprobs": 20},
+    ),
     "512 sequences": ("/v1/completions", {"prompt": ["x" * 200] * 8, "n": 64, "max_tokens": 1}),
 }
 BOUND = 0.25  # seconds

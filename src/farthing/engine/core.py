@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from farthing.engine.block_pool import IntegrityError
-from farthing.engine.generation import Generation, RequestState, decoded
+from farthing.engine.generation import Generation, RequestState
+from farthing.engine.logprobs import Position, positions
 from farthing.engine.pace import Pace
 from farthing.engine.request import EngineError, FinishReason, RequestAtFault, RequestOutput
 from farthing.engine.runner import Runner, Step
-from farthing.engine.sampler import Logprobs, Pick, Row, report, sample
+from farthing.engine.sampler import Pick, Row, report, require_finite, sample
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled
 from farthing.engine.speculation import Speculator
@@ -53,7 +54,7 @@ class EngineCore:
         self.runner = runner
         self.scheduler = scheduler
         self.stats = stats
-        self._tokenizer = tokenizer
+        self._text = None if tokenizer is None else tokenizer.token_text
         self._speculator = speculator
         self._on_finish = on_finish
         self._pick = pick
@@ -112,10 +113,12 @@ class EngineCore:
             for ahead in range(1 + len(item.drafts))
         ]
         tokens: list[int] = []
-        logprobs: list[Logprobs] | None = None
+        logprobs: list[Position] | None = None
         if rows:
             picked = hidden if step.sampled is None else hidden[step.sampled]
-            tokens, logprobs = sample(self.runner.model, picked, rows, self._pick)
+            tokens, table = sample(self.runner.model, picked, rows, self._pick)
+            if table is not None:
+                logprobs = positions(table, [row.state.params.logprobs or 0 for row in rows], self._text)
         self._prompt_logprobs(plan, step, hidden)
         moved, failed = self._commit(plan, tokens, logprobs)
         if self._speculator is not None:
@@ -146,6 +149,7 @@ class EngineCore:
                 old.num_lookahead,
                 old.pool.blocks,
                 old.prompt_limit,
+                old.scored_limit,
             )
 
     def _admitted(self, plan: list[Scheduled[Generation]]) -> None:
@@ -163,7 +167,7 @@ class EngineCore:
                 self.stats.queue.observe(max(0.0, now - metrics.arrival_time))
 
     def _commit(
-        self, plan: list[Scheduled[Generation]], tokens: list[int], logprobs: list[Logprobs] | None
+        self, plan: list[Scheduled[Generation]], tokens: list[int], logprobs: list[Position] | None
     ) -> tuple[list[Generation], list[tuple[RequestState, EngineError]]]:
         """Append to each completion its sampled tokens, up to the first rejected draft."""
         moved: list[Generation] = []
@@ -203,6 +207,7 @@ class EngineCore:
             self._speculator.verified(item, accepted)
 
     def _prompt_logprobs(self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
+        began, count = time.perf_counter(), 0
         for item, row in zip(plan, step.starts, strict=False):
             state = item.seq.parent
             entries, top = state.prompt_logprobs, state.request.params.prompt_logprobs
@@ -214,9 +219,13 @@ class EngineCore:
             for p in range(first, stop, _PROMPT_ROWS):
                 end = min(p + _PROMPT_ROWS, stop)
                 at = row + p - item.start
-                raw = self.runner.model.logits(hidden[at : at + end - p]).log_softmax(-1)
-                new = report(raw, item.seq.tokens[p + 1 : end + 1], [top] * (end - p))
-                entries.extend(decoded(entry, self._tokenizer) for entry in new)
+                raw = self.runner.model.logits(hidden[at : at + end - p])
+                require_finite(raw)
+                table = report(raw.log_softmax(-1), item.seq.tokens[p + 1 : end + 1], top)
+                entries.extend(positions(table, [top] * (end - p), self._text))
+            count += max(0, stop - first)
+        if count and self._pace is not None:
+            self._pace.observe_scores(count, time.perf_counter() - began)
 
     def _account(self, plan: list[Scheduled[Generation]], seconds: float) -> None:
         """Attribute the step's wall time to its tokens."""

@@ -136,6 +136,7 @@ class Engine:
             speculator.num_lookahead if speculator else 0,
             blocks,
             pace.prompt_tokens,
+            pace.scored_tokens,
         )
         self._core = EngineCore(
             runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.sample, pace

@@ -6,15 +6,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from farthing.engine.detokenizer import Detokenizer, StopChecker
+from farthing.engine.logprobs import Position
 from farthing.engine.request import (
     CompletionOutput,
     FinishReason,
-    Logprob,
     Request,
     RequestMetrics,
     RequestOutput,
 )
-from farthing.engine.sampler import Logprobs, SamplingState
+from farthing.engine.sampler import SamplingState
 from farthing.engine.sequence import Sequence, Status
 from farthing.engine.stream import RequestStream
 from farthing.engine.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ class Generation(Sequence):
 
     __slots__ = (
         "_cumulative", "_eos", "_new_logprobs", "_new_text", "_new_tokens", "_stop_ids", "_stops", "_text",
-        "_tokenizer", "drafted_by", "drafting", "finish_reason", "index", "last_token_time", "parent",
+        "drafted_by", "drafting", "finish_reason", "index", "last_token_time", "parent",
         "sampling", "stop_reason",
     )  # fmt: skip
     parent: RequestState  # set by RequestState
@@ -61,6 +61,7 @@ class Generation(Sequence):
             salt=request.cache_salt,
             client=request.client,
             read_cache=params.prompt_logprobs is None,
+            scored=params.prompt_logprobs is not None,
         )
         self.index, self.sampling = index, sampling
         self.finish_reason: FinishReason | None = None
@@ -70,14 +71,13 @@ class Generation(Sequence):
         self.drafted_by = 0
         self._eos = frozenset() if params.ignore_eos else eos_ids
         self._stop_ids = frozenset(params.stop_token_ids or ())
-        self._tokenizer = tokenizer
         self._text = None
         if tokenizer is not None and params.detokenize:
             self._text = Detokenizer(tokenizer, params.skip_special_tokens)
         self._stops = StopChecker(params.stop_strings, params.include_stop_str_in_output)
         self._new_text: list[str] = []
         self._new_tokens: list[int] = []
-        self._new_logprobs: list[Logprobs] = []
+        self._new_logprobs: list[Position] = []
         self._cumulative = 0.0
 
     @property
@@ -85,7 +85,7 @@ class Generation(Sequence):
         """Running and not finished: the next step computes it."""
         return self.status is Status.RUNNING and self.finish_reason is None
 
-    def push(self, token: int, logprobs: Logprobs | None) -> bool:
+    def push(self, token: int, logprobs: Position | None) -> bool:
         """Append one sampled token to the output. True if it ends the completion.
 
         Raises ValueError if the grammar refuses the token. The scheduler appends it to `tokens`.
@@ -94,8 +94,8 @@ class Generation(Sequence):
         state.push(token)
         self._new_tokens.append(token)
         if params.logprobs is not None and logprobs is not None:
-            self._cumulative += logprobs[token].logprob
-            self._new_logprobs.append(self._decoded(logprobs))
+            self._cumulative += logprobs.logprob
+            self._new_logprobs.append(logprobs)
         # The sampler enforces min_tokens by masking the ending tokens until then.
         armed = state.num_output >= params.min_tokens
         if token in self._eos:
@@ -143,16 +143,6 @@ class Generation(Sequence):
             self._new_text.append(self._stops.flush() + self._text.flush())
         return True
 
-    def _decoded(self, logprobs: Logprobs) -> Logprobs:
-        return decoded(logprobs, self._tokenizer)
-
-
-def decoded(logprobs: Logprobs, tokenizer: Tokenizer | None) -> Logprobs:
-    """Log-probabilities with the text of each token."""
-    if tokenizer is None:
-        return logprobs
-    return {t: Logprob(entry.logprob, entry.rank, tokenizer.token_text(t)) for t, entry in logprobs.items()}
-
 
 @dataclass(slots=True, eq=False)
 class RequestState:
@@ -163,7 +153,7 @@ class RequestState:
     metrics: RequestMetrics
     generations: list[Generation]
     unfinished: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: list[Position | None] | None = None
     reported_prompt: bool = False
 
     def __post_init__(self) -> None:

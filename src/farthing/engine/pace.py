@@ -7,6 +7,9 @@ The cost drifts (attention gets slower as a prompt's context grows), so recent s
 
 from __future__ import annotations
 
+SCORING = 0.05  # seconds of a step for the logits of prompt tokens
+SMALLEST_SCORED = 32  # prompt tokens whose logits every step may compute
+_FIRST_SCORED = 128  # the same before any speed is known
 SMALLEST_CHUNK = 16  # prompt tokens that every step may compute, so that prompts always progress
 _START = 64  # prompt tokens in the first mixed step, before any speed is known
 _GROWTH = 2  # maximum factor from one mixed step's chunk to the next
@@ -24,6 +27,7 @@ class Pace:
         self._decode: dict[int, float] = {}  # seconds of a decode-only step by bit length of the batch
         self._cost = 0.0  # seconds per prompt token, of mixed steps once there was one
         self._chunk = 0  # prompt tokens of the last mixed step
+        self._score = 0.0  # seconds per prompt token for its logits
 
     def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """A step that decoded `decodes` sequences and computed `prompt_tokens` took `seconds`."""
@@ -48,6 +52,17 @@ class Pace:
         # Before the first mixed step the cost is that of a large prompt step, which a small one exceeds.
         chunk = min(chunk, _GROWTH * self._chunk) if self._chunk else chunk // 2
         return max(SMALLEST_CHUNK, chunk)
+
+    def observe_scores(self, tokens: int, seconds: float) -> None:
+        """The log-probabilities of `tokens` prompt tokens took `seconds`, besides the step itself."""
+        cost = seconds / tokens
+        self._score = _blend(self._score, cost, _RECENT) if self._score else cost
+
+    def scored_tokens(self) -> int:
+        """Maximum number of prompt tokens per step whose logits are wanted."""
+        if not self._score:
+            return _FIRST_SCORED
+        return max(SMALLEST_SCORED, int(SCORING / self._score))
 
     def _decode_seconds(self, decodes: int) -> float:
         """Of the nearest measured batch size that is not larger, 0 if there is none."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from farthing.engine.logprobs import Position
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 OutputKind = Literal["delta", "final"]
 
@@ -180,15 +182,6 @@ _RANGES: tuple[tuple[str, float, float, type], ...] = (
 _OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs"}
 
 
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """Natural logarithm of a token's probability, its rank from 1, and its text if there is a tokenizer."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
-
-
 @dataclass(slots=True)
 class RequestMetrics:
     """What a request used. Times are `time.time()` seconds; 0.0: has not happened."""
@@ -216,7 +209,7 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[Position] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or stop token id that ended it
 
@@ -236,7 +229,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: list[Position | None] | None = None
     num_cached_tokens: int = 0
 
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from farthing.engine.constraints import Constraint
-from farthing.engine.request import Logprob, SamplingParams
+from farthing.engine.logprobs import Table
+from farthing.engine.request import SamplingParams
 from farthing.ops.api import NotFinite
 from farthing.ops.sampling import Filters
 from farthing.ops.sampling import sample as sample_in_torch
 
 _MASK64 = (1 << 64) - 1
 
-Logprobs = dict[int, Logprob]
 Pick = Callable[[Tensor, Tensor, Filters | None], Tensor]  # `Ops.sample`
 
 
@@ -93,26 +93,24 @@ class Row:
 
 def sample(
     head: Head, hidden: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch
-) -> tuple[list[int], list[Logprobs] | None]:
-    """Sample one token per row of hidden [n, D]. The second list is None if no row requests logprobs."""
+) -> tuple[list[int], Table | None]:
+    """Sample one token per row of hidden [n, D]. The table is None if no row requests logprobs."""
     wanted = [row.state.params.logprobs for row in rows]
     top = max((k for k in wanted if k is not None), default=None)
     if all(row.plain for row in rows):
         if top is None:
             return head.greedy(hidden), None
         values, ids, total = head.top_logits(hidden, max(1, top))
-        return ids[:, 0].tolist(), [
-            _logprobs(i, v, 0 if k is None else k)
-            for i, v, k in zip(ids.tolist(), (values - total[:, None]).tolist(), wanted, strict=True)
-        ]
+        return ids[:, 0].tolist(), _table(ids[:, :1], ids, values - total[:, None])
     logits = head.logits(hidden)
-    _require_finite(logits)
+    require_finite(logits)
     raw = logits.log_softmax(-1) if top is not None else None
     tokens = draw(edit(logits, rows), rows, pick)
-    return tokens, None if raw is None else report(raw, tokens, [k or 0 for k in wanted])
+    return tokens, None if raw is None or top is None else report(raw, tokens, top)
 
 
-def _require_finite(logits: Tensor) -> None:
+def require_finite(logits: Tensor) -> None:
+    """Raises NotFinite if a row of logits [n, V] has a NaN or an infinity."""
     if not bool(logits.sum(-1).isfinite().all()):  # one NaN or infinity makes a row's sum one
         raise NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows")
 
@@ -157,21 +155,25 @@ def draw(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch) -> l
     return tokens
 
 
-def report(raw: Tensor, tokens: Sequence[int], top: Sequence[int]) -> list[Logprobs]:
-    """Log-probabilities raw [n, V] -> the given token and the top[i] most likely ones of each row."""
+def report(raw: Tensor, tokens: Sequence[int], top: int) -> Table:
+    """Log-probabilities raw [n, V] -> those of the given tokens and of the `top` most likely ones."""
     index = torch.tensor(tokens, device=raw.device)[:, None]
     own = raw.gather(1, index)
-    rank = (raw > own).sum(-1).tolist()
-    values, ids = raw.topk(min(max(top), raw.shape[1]), dim=-1)
-    result = []
-    rows = zip(tokens, own[:, 0].tolist(), rank, ids.tolist(), values.tolist(), top, strict=True)
-    for token, logprob, above, i, v, k in rows:
-        entry = {token: Logprob(logprob, above + 1)}
-        entry.update(
-            (t, Logprob(x, r)) for r, (t, x) in enumerate(zip(i[:k], v[:k], strict=True), 1) if t != token
-        )
-        result.append(entry)
-    return result
+    above = (raw > own).sum(-1, dtype=torch.int32)
+    values, ids = raw.topk(min(top, raw.shape[1]), dim=-1)
+    return _table(index, ids, values, own, above + 1)
+
+
+def _table(
+    tokens: Tensor, ids: Tensor, values: Tensor, own: Tensor | None = None, ranks: Tensor | None = None
+) -> Table:
+    """own, ranks: of tokens [n, 1]; None: they are the most likely ones."""
+    own = values[:, :1] if own is None else own
+    return Table(
+        torch.cat((tokens, ids), 1).int().cpu().numpy(),
+        torch.cat((own, values), 1).float().cpu().numpy(),
+        np.ones(len(ids), np.int32) if ranks is None else ranks.cpu().numpy(),
+    )
 
 
 def uniform(seed: int, index: int) -> float:
@@ -191,12 +193,6 @@ def mix(z: int) -> int:
 def stream_seed(seed: int, stream: int) -> int:
     """The seed of the `stream`-th completion of a request."""
     return mix(mix(seed) + stream * 0xD1342543DE82EF95)
-
-
-def _logprobs(ids: Sequence[int], values: Sequence[float], top: int) -> Logprobs:
-    # The token itself is the most likely one.
-    keep = max(1, top)
-    return {t: Logprob(x, r) for r, (t, x) in enumerate(zip(ids[:keep], values[:keep], strict=True), 1)}
 
 
 def _penalize(logits: Tensor, row: Row) -> None:

@@ -37,6 +37,8 @@ _KEY = attrgetter("key")
 
 # Decoding sequences -> maximum number of prompt tokens in the step; None: no bound.
 PromptLimit = Callable[[int], int | None]
+# Maximum number of prompt tokens in the step whose logits are wanted; None: no bound.
+ScoredLimit = Callable[[], int | None]
 
 
 class Scheduler(Generic[S]):
@@ -52,6 +54,7 @@ class Scheduler(Generic[S]):
         num_lookahead: int = 0,
         blocks: Seq[int] | None = None,
         prompt_limit: PromptLimit = lambda decodes: None,
+        scored_limit: ScoredLimit = lambda: None,
     ) -> None:
         """blocks: which `num_blocks` of the cache; None: the first ones."""
         if max_num_batched_tokens < max_num_seqs:
@@ -63,7 +66,7 @@ class Scheduler(Generic[S]):
         self.max_num_seqs = max_num_seqs
         self.max_tokens = max_num_batched_tokens
         self.num_lookahead = num_lookahead  # cache slots reserved after the drafts, for drafting itself
-        self.prompt_limit = prompt_limit
+        self.prompt_limit, self.scored_limit = prompt_limit, scored_limit
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
         self.fairness = Fairness()
@@ -210,21 +213,26 @@ class Scheduler(Generic[S]):
         for owner in dict.fromkeys(seq.client for seq in prompts):
             begun[owner] = iter([seq for seq in prompts if seq.client == owner])
         queued = set(self._queues) if admit else set()
+        scores = self.scored_limit() or budget  # tokens left whose logits may be computed
         while budget and (begun or queued):
             client = min(begun.keys() | queued, key=self._turn)
             seq = next(begun[client], None) if client in begun else None
             if seq is not None:
-                budget -= self._add(plan, seq, min(seq.num_pending, budget))
+                if room := min(budget, scores) if seq.scored else budget:
+                    count = self._add(plan, seq, min(seq.num_pending, room))
+                    budget, scores = budget - count, scores - count * seq.scored
                 continue
             begun.pop(client, None)
             if client not in queued:
                 continue
             head = self._queues[client][0]
             hits = self._match(head)
-            if self._awaits(head, len(hits)):
+            room = min(budget, scores) if head.scored else budget
+            if not room or self._awaits(head, len(hits)):
                 queued.discard(client)
             elif self._admit(head, hits):
-                budget -= self._add(plan, head, min(head.num_pending, budget), first=True)
+                count = self._add(plan, head, min(head.num_pending, room), first=True)
+                budget, scores = budget - count, scores - count * head.scored
                 queued &= self._queues.keys()
             else:
                 queued.clear()

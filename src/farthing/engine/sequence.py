@@ -31,6 +31,7 @@ class Sequence:
     salt: str = ""
     read_cache: bool = True
     client: str = ""  # clients share the engine fairly
+    scored: bool = False  # every token of the prompt needs logits
 
     status: Status = Status.NEW
     num_computed: int = 0

@@ -27,8 +27,10 @@ from farthing.server.cache_digest import KeepBody
 from farthing.server.dashboard import assets, service_data, visible_to
 from farthing.server.dashboard.router import mount
 from farthing.server.errors import ApiError, describe_validation
+from farthing.server.events import to_json
 from farthing.server.jobs import ClientGone
 from farthing.server.metrics import CountRequests, Metrics
+from farthing.server.pieces import PiecedAnswer, Pieces, listed
 from farthing.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -201,17 +203,15 @@ def _add_token_routes(api: FastAPI, service: Service) -> None:
             "tokens": ids,
         }
         if body.return_token_strs and engine.tokenizer:
-            document["token_strs"] = [engine.tokenizer.token_text(token) for token in ids]
-        return JSONResponse(document)
+            text = engine.tokenizer.token_text
+            document["token_strs"] = Pieces(listed(to_json(text(token)) for token in ids))
+        return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
 
     @api.post("/detokenize", summary="Token ids to text")
-    async def detokenize(body: DetokenizeRequest = Body()) -> Response:
+    async def detokenize(request: Request, body: DetokenizeRequest = Body()) -> Response:
         service.unknown_fields.check(body)
-        tokenizer = service.require_engine().tokenizer
         service.check_model(body.model)
-        if tokenizer is None:
-            raise ApiError(400, "the model is served without a tokenizer", param="tokens")
-        return JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return JSONResponse({"prompt": await service.decode(body.tokens, request.scope["client_name"])})
 
 
 def _add_error_handlers(api: FastAPI) -> None:

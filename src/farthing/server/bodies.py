@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farthing.server.errors import ApiError, send_error
+from farthing.server.pacing import FairLock
 
 MAX_DEPTH = 128
 MAX_VALUES = 32_768  # values other than numbers
 MAX_NUMBERS = 262_144  # numbers in lists, such as token ids
-_LARGE = 65_536  # bytes; larger bodies are checked in a thread and parsed one at a time
+_LARGE = 65_536  # bytes; larger bodies are checked in a thread
+_MANY = 1_024  # values; bodies with more, and large ones, are parsed one at a time
+_NUMBERS = 8  # numbers that take as long as one other value
 
 
 class Bodies:
@@ -30,7 +34,7 @@ class Bodies:
         self.app = app
         self.max_bytes = max_bytes
         self.timeout = timeout
-        self._turn = asyncio.Lock()
+        self._lock = FairLock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request with its whole body in one message."""
@@ -46,33 +50,34 @@ class Bodies:
             return
         try:
             body = await self._read(receive)
-            if len(body) <= _LARGE:
-                check(body)
+            heavy = len(body) > _LARGE or check(body) > _MANY
         except ApiError as error:
             await send_error(error, scope, receive, send)
             return
-        if len(body) <= _LARGE:
-            await self.app(scope, _replay(body, receive), send)
+        if heavy:
+            await self._pass_heavy(body, scope, receive, send)
         else:
-            await self._pass_large(body, scope, receive, send)
+            await self.app(scope, _replay(body, receive), send)
 
-    async def _pass_large(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check and parse one large body at a time, so that small requests run in between."""
-        await self._turn.acquire()
+    async def _pass_heavy(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check and parse one heavy body at a time, clients in turn. After each, the event loop is left to
+        other requests for as long as the body held it."""
+        await self._lock.acquire(scope["client_name"])
         held = True
 
-        def release() -> None:
+        def release(seconds: float = 0.0) -> None:
             nonlocal held
             if held:
                 held = False
-                self._turn.release()
+                asyncio.get_running_loop().call_later(seconds, self._lock.release)
 
         try:
-            try:
-                await asyncio.to_thread(check, body)
-            except ApiError as error:
-                await send_error(error, scope, receive, send)
-                return
+            if len(body) > _LARGE:
+                try:
+                    await asyncio.to_thread(check, body)
+                except ApiError as error:
+                    await send_error(error, scope, receive, send)
+                    return
             replay = _replay(body, receive, release)
             del body  # leave the application's copy as the only one
             await self.app(scope, replay, send)
@@ -105,8 +110,9 @@ class Bodies:
         )
 
 
-def check(body: bytes) -> None:
-    """Raises ApiError (400) for JSON with too many values or levels. Ignores other defects."""
+def check(body: bytes) -> int:
+    """How many values JSON has, numbers counted for less. Raises ApiError (400) for too many of them or too
+    many levels. Ignores other defects."""
     if b"\\" in body:
         body = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")
     data = np.frombuffer(body, np.uint8)
@@ -131,6 +137,7 @@ def check(body: bytes) -> None:
             f"the body is nested {depth} levels deep; expected at most {MAX_DEPTH}",
             code="nested_too_deeply",
         )
+    return values + numbers // _NUMBERS
 
 
 def _between_numbers(data: NDArray[np.uint8], commas: NDArray[np.bool_]) -> int:
@@ -142,8 +149,9 @@ def _between_numbers(data: NDArray[np.uint8], commas: NDArray[np.bool_]) -> int:
     return int(np.count_nonzero(commas[1:-2] & digit[:-3] & follows))
 
 
-def _replay(body: bytes, receive: Receive, taken: Callable[[], None] | None = None) -> Receive:
-    """A `receive` that returns the body first. `taken` is called once the application has parsed it."""
+def _replay(body: bytes, receive: Receive, taken: Callable[[float], None] | None = None) -> Receive:
+    """A `receive` that returns the body first. `taken` is called once the application has parsed it, with
+    the seconds that took."""
     first: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
     async def replay() -> Message:
@@ -152,8 +160,9 @@ def _replay(body: bytes, receive: Receive, taken: Callable[[], None] | None = No
             return await receive()
         message, first = first, None
         if taken is not None:
-            # The application parses before it awaits again, so this runs after parsing.
-            asyncio.get_running_loop().call_soon(taken)
+            # The application parses and prepares the request before it awaits again: this runs after that.
+            began = time.monotonic()
+            asyncio.get_running_loop().call_soon(lambda: taken(time.monotonic() - began))
         return message
 
     return replay

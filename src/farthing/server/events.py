@@ -58,17 +58,23 @@ class ChunkWriter:
 
     def chunk(self, choice: Mapping[str, Any]) -> str:
         """A chunk of one choice."""
-        return self._write([choice], self._usage.document(self._job) if self._continuous else None)
+        return data(self.document(choice))
+
+    def document(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        """The document of a choice's chunk."""
+        return self._document([choice], self._usage.document(self._job) if self._continuous else None)
 
     def last(self) -> str:
         """The chunk with the usage, where it was requested."""
-        return self._write([], self._usage.document(self._job)) if self._with_usage else ""
+        return data(self._document([], self._usage.document(self._job))) if self._with_usage else ""
 
-    def _write(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any] | None) -> str:
+    def _document(
+        self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
         document = self._envelope | {"choices": choices}
         if self._with_usage:
             document["usage"] = usage
-        return data(document)
+        return document
 
 
 class EventStream(Response):

@@ -15,6 +15,7 @@ log = logging.getLogger("farthing.server")
 
 _MAX_NAMES = 64  # distinct names a client can add to the log and to the metric
 OTHER = "other"
+_SCALARS = (int, str)
 
 
 class UnknownFields:
@@ -49,7 +50,8 @@ def unknown(value: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of the undeclared fields of a body and of what it contains; positions are left out."""
     if isinstance(value, list):
         for item in value:
-            yield from unknown(item, prefix)
+            if not isinstance(item, _SCALARS):  # the many are token ids
+                yield from unknown(item, prefix)
     if not isinstance(value, BaseModel):
         return
     if isinstance(value, Strict):

@@ -1,17 +1,45 @@
-"""Log probabilities in the two shapes that OpenAI's API has."""
+"""Log probabilities in the three shapes that clients know, written in pieces."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from farthing.engine.request import Logprob
+from farthing.engine.logprobs import Position
 from farthing.engine.tokenizer import Tokenizer
+from farthing.server.events import to_json
+from farthing.server.pieces import Pieces, listed
 
 _FLOOR = -9999.0  # JSON has no minus infinity
 
-Position = dict[int, Logprob] | None  # None: the first token of a prompt, which nothing predicts
+Positions = Sequence[Position | None]  # None: the first token of a prompt, which nothing predicts
+
+
+class TokenTexts:
+    """Tokens as JSON texts, each made once: an answer may name the same few by the hundred thousand."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+        self._entries: dict[int, str] = {}
+
+    def text(self, token: int) -> str:
+        """The text of one token; its bytes where it is part of a character, its id without a tokenizer."""
+        known = self._texts.get(token)
+        if known is None:
+            known = self._texts[token] = to_json(token_text(token, self.tokenizer))
+        return known
+
+    def entry(self, token: int) -> str:
+        """`"token": …, "bytes": …`."""
+        known = self._entries.get(token)
+        if known is None:
+            tokenizer = self.tokenizer
+            text = token_text(token, tokenizer)
+            raw = text.encode() if tokenizer is None else tokenizer.token_bytes(token)
+            known = self._entries[token] = f'"token":{self.text(token)},"bytes":{to_json(list(raw))}'
+        return known
 
 
 def token_text(token: int, tokenizer: Tokenizer | None) -> str:
@@ -25,65 +53,66 @@ def token_text(token: int, tokenizer: Tokenizer | None) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def chat_logprobs(
-    tokens: Sequence[int], positions: Sequence[Position], top: int, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
+def chat_logprobs(positions: Sequence[Position], top: int, texts: TokenTexts) -> dict[str, Any]:
     """{"content": [{token, logprob, bytes, top_logprobs}, …]}."""
 
-    def entry(token: int, logprob: Logprob) -> dict[str, Any]:
-        text = token_text(token, tokenizer)
-        raw = text.encode() if tokenizer is None else tokenizer.token_bytes(token)
-        return {"token": text, "logprob": max(logprob.logprob, _FLOOR), "bytes": list(raw)}
-
-    content = []
-    for token, position in zip(tokens, positions, strict=True):
-        assert position is not None
-        best = sorted(position.items(), key=lambda item: item[1].rank)[:top]
-        content.append(
-            entry(token, position[token]) | {"top_logprobs": [entry(other, lp) for other, lp in best]}
+    def entry(position: Position) -> str:
+        token, logprob, _ = position.own()
+        best = ",".join(
+            f'{{{texts.entry(other)},"logprob":{max(value, _FLOOR)!r}}}'
+            for other, value in position.best(top)
         )
-    return {"content": content}
+        own = f'{texts.entry(token)},"logprob":{max(logprob, _FLOOR)!r}'
+        return f'{{{own},"top_logprobs":[{best}]}}'
+
+    return {"content": Pieces(listed(map(entry, positions)))}
 
 
 def completion_logprobs(
-    tokens: Sequence[int],
-    positions: Sequence[Position],
-    top: int,
-    tokenizer: Tokenizer | None,
-    offset: int = 0,
+    tokens: Sequence[int], positions: Positions, top: int, texts: TokenTexts, offset: int
 ) -> dict[str, Any]:
-    """{tokens, token_logprobs, top_logprobs, text_offset}; offset: characters that came before."""
+    """{tokens, token_logprobs, top_logprobs, text_offset}: four lists in step. `offset` is the number of
+    characters of text before the first token."""
+
+    def own(position: Position | None) -> str:
+        return "null" if position is None else repr(max(position.logprob, _FLOOR))
+
+    def best(position: Position | None) -> str:
+        if position is None:
+            return "null"
+        # As a mapping: tokens of one text are one entry, with the lowest of their probabilities.
+        found = {texts.text(token): max(value, _FLOOR) for token, value in position.best(top)}
+        return "{" + ",".join(f"{text}:{value!r}" for text, value in found.items()) + "}"
+
+    return {
+        "tokens": Pieces(listed(map(texts.text, tokens))),
+        "token_logprobs": Pieces(listed(map(own, positions))),
+        "top_logprobs": Pieces(listed(map(best, positions))),
+        "text_offset": Pieces(listed(map(str, _offsets(tokens, texts.tokenizer, offset)))),
+    }
+
+
+def _offsets(tokens: Sequence[int], tokenizer: Tokenizer | None, offset: int) -> Iterator[int]:
+    """Where each token's text begins."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for token, position in zip(tokens, positions, strict=True):
-        own = None if position is None else position[token]
-        result["tokens"].append(token_text(token, tokenizer))
-        result["token_logprobs"].append(None if own is None else max(own.logprob, _FLOOR))
-        result["top_logprobs"].append(None if position is None else _top(position, top, tokenizer))
-        result["text_offset"].append(offset)
+    for token in tokens:
+        yield offset
         if tokenizer is not None and token not in tokenizer.special_ids:  # those are not in the text
             offset += len(decoder.decode(tokenizer.token_bytes(token)))
-    return result
 
 
-def _top(position: dict[int, Logprob], top: int, tokenizer: Tokenizer | None) -> dict[str, float]:
-    best = sorted(position.items(), key=lambda item: item[1].rank)[:top]
-    return {token_text(token, tokenizer): max(lp.logprob, _FLOOR) for token, lp in best}
-
-
-def prompt_logprobs(positions: Sequence[Position] | None, tokenizer: Tokenizer | None) -> list[Any] | None:
+def prompt_logprobs(positions: Positions | None, texts: TokenTexts) -> Pieces | None:
     """vLLM's form: for each token of the prompt {id: {logprob, rank, decoded_token}}, None for the first."""
     if positions is None:
         return None
-    return [
-        position and {str(t): _entry(t, lp, tokenizer) for t, lp in position.items()}
-        for position in positions
-    ]
 
+    def member(token: int, logprob: float, rank: int) -> str:
+        values = f'"logprob":{max(logprob, _FLOOR)!r},"rank":{rank}'
+        return f'"{token}":{{{values},"decoded_token":{texts.text(token)}}}'
 
-def _entry(token: int, logprob: Logprob, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    return {
-        "logprob": max(logprob.logprob, _FLOOR),
-        "rank": logprob.rank,
-        "decoded_token": token_text(token, tokenizer),
-    }
+    def entry(position: Position | None) -> str:
+        if position is None:
+            return "null"
+        return "{" + ",".join(member(*each) for each in position.entries()) + "}"
+
+    return Pieces(listed(map(entry, positions)))

@@ -28,6 +28,8 @@ from farthing.server.fields import UnknownFields
 from farthing.server.formats import ModelFormats
 from farthing.server.jobs import Job
 from farthing.server.limits import Quotas
+from farthing.server.logprobs import TokenTexts
+from farthing.server.pieces import Turns
 from farthing.server.replay import AnswerMemory
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Service:
         self._formats: ModelFormats | None = None
         keys = (config.keys or KeyRing(())) | (config.admin_keys or KeyRing(()))
         self.several_keys = len(keys) > 1
+        self.turns = Turns()
+        self._token_texts: TokenTexts | None = None
         self.responses = ResponseStore(keys=max(1, len(keys.names())))
         self.answers = AnswerMemory()
         self.accounts: Accounts | None = None  # set before the engine is
@@ -106,6 +110,12 @@ class Service:
             self._formats = ModelFormats.of(self.require_engine(), self.config)
         return self._formats
 
+    def token_texts(self) -> TokenTexts:
+        """The texts of the model's tokens. Raises ApiError (503) while it is loading."""
+        if self._token_texts is None:
+            self._token_texts = TokenTexts(self.require_engine().tokenizer)
+        return self._token_texts
+
     # work
 
     @staticmethod
@@ -135,6 +145,19 @@ class Service:
                     code="context_length_exceeded",
                 )
         return await self._checked(lambda: sandbox.encode(texts, add_special_tokens, client), param)
+
+    async def decode(self, ids: list[int], client: str) -> str:
+        """The text of token ids. Raises ApiError: 400 where there are more than the model's context holds,
+        429 where the client has too much waiting."""
+        sandbox, longest = self._sandbox("tokens"), self.require_engine().config.max_model_len
+        if longest is not None and len(ids) > longest:
+            raise ApiError(
+                400,
+                f"tokens has {len(ids)} ids; expected at most {longest}, which is max_model_len",
+                param="tokens",
+                code="context_length_exceeded",
+            )
+        return await self._checked(lambda: sandbox.decode(ids, client), "tokens")
 
     async def render(self, conversation: Mapping[str, Any], client: str = ANONYMOUS) -> str:
         """The prompt of a conversation, which is `Tokenizer.render_chat`'s keyword arguments.

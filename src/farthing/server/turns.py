@@ -16,11 +16,11 @@ from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.output import OutputParser, Tags
 from farthing.conversation.strict import call_grammar
 from farthing.conversation.types import Conversation
+from farthing.engine.logprobs import Position
 from farthing.engine.request import (
     CallParams,
     CompletionOutput,
     FinishReason,
-    Logprob,
     ReasoningParams,
     StructuredOutputsParams,
 )
@@ -55,8 +55,8 @@ class Update:
     index: int
     deltas: list[Delta]
     tokens: list[int]
-    logprobs: list[dict[int, Logprob]] | None
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    logprobs: list[Position] | None
+    prompt_logprobs: list[Position | None] | None
     finish: FinishReason | None
     stop_reason: int | str | None
     calls: int  # tool calls started so far

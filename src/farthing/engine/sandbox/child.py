@@ -40,6 +40,10 @@ class Jobs:
         """Token ids of each text."""
         return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special ones included."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
     def chat(self, conversation: Mapping[str, Any], max_characters: int) -> str:
         """The prompt of a conversation."""
         text = self._tokenizer.render_chat(**conversation)

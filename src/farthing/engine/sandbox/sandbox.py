@@ -65,6 +65,12 @@ class Sandbox:
         arguments = {"texts": list(texts), "add_special_tokens": add_special_tokens}
         return self._submit("encode", arguments, size, client)
 
+    def decode(self, ids: Sequence[int], client: str = "") -> Future[str]:
+        """The text of token ids, special ones included."""
+        if len(ids) <= _SHORT:
+            return self._threads.submit(self._tokenizer.decode, ids, skip_special_tokens=False)
+        return self._submit("decode", {"ids": ids}, len(ids), client)
+
     def chat(self, conversation: Mapping[str, Any], max_characters: int, client: str = "") -> Future[str]:
         """The prompt of a conversation: keyword arguments of `Tokenizer.render_chat`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
+from itertools import chain
 from typing import Any
 
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice
 from farthing.server.errors import ApiError
 from farthing.server.events import ChunkWriter, EventStream, to_json
 from farthing.server.logprobs import chat_logprobs, prompt_logprobs
+from farthing.server.pieces import PiecedAnswer, event
 from farthing.server.protocol import (
     AllowedChoice,
     ChatCompletionRequest,
@@ -55,6 +57,8 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
     if body.stream:
         return EventStream(turn.job, answer.stream())
     document = await turn.job.guard(request.receive, answer.whole())
+    if body.logprobs or body.prompt_logprobs is not None:
+        return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
     return Response(to_json(document), media_type="application/json")
 
 
@@ -144,7 +148,7 @@ class _Writer:
         self, body: ChatCompletionRequest, turn: RunningTurn, envelope: dict[str, Any], service: Service
     ) -> None:
         self._body, self._turn, self._envelope = body, turn, envelope
-        self._tokenizer = service.require_engine().tokenizer
+        self._token_texts, self._turns = service.token_texts(), service.turns
 
     # whole
 
@@ -157,7 +161,7 @@ class _Writer:
             "usage": self._turn.usage.document(self._turn.job),
         }
         if self._body.prompt_logprobs is not None:
-            document["prompt_logprobs"] = prompt_logprobs(updates[0].prompt_logprobs, self._tokenizer)
+            document["prompt_logprobs"] = prompt_logprobs(updates[0].prompt_logprobs, self._token_texts)
         return document
 
     def _choice(self, update: Update) -> dict[str, Any]:
@@ -193,15 +197,18 @@ class _Writer:
         writer = ChunkWriter(envelope, self._turn.usage, self._body.stream_options, self._turn.job)
         begun: set[int] = set()
         async for updates in self._turn.updates():
-            pieces: list[str] = []
+            entries: list[dict[str, Any]] = []
             for update in updates:
                 if update.index not in begun:
                     begun.add(update.index)
-                    role = {"role": "assistant", "content": ""}
-                    pieces.append(writer.chunk(_entry(update.index, role)))
-                pieces += (writer.chunk(entry) for entry in self._entries(update))
-            if pieces:
-                yield "".join(pieces)
+                    entries.append(_entry(update.index, {"role": "assistant", "content": ""}))
+                entries += self._entries(update)
+            if self._body.logprobs:
+                events = chain.from_iterable(event(writer.document(entry)) for entry in entries)
+                async for piece in self._turns.pieces(events, self._turn.job.client):
+                    yield piece
+            elif entries:
+                yield "".join(map(writer.chunk, entries))
         if last := writer.last():
             yield last
 
@@ -252,7 +259,7 @@ class _Writer:
         if not self._body.logprobs:
             return None
         top = self._body.top_logprobs or 0
-        return chat_logprobs(update.tokens, update.logprobs or [], top, self._tokenizer)
+        return chat_logprobs(update.logprobs or [], top, self._token_texts)
 
 
 def _entry(index: int, delta: dict[str, Any]) -> dict[str, Any]:

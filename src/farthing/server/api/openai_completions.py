@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from farthing.server.errors import ApiError
 from farthing.server.events import ChunkWriter, EventStream, to_json
 from farthing.server.jobs import Job
 from farthing.server.logprobs import completion_logprobs, prompt_logprobs
+from farthing.server.pieces import PiecedAnswer, event
 from farthing.server.protocol import CompletionRequest
 from farthing.server.sampling import completion_params
 from farthing.server.service import Service
@@ -45,6 +47,8 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
     if body.stream:
         return EventStream(job, answer.stream(job))
     document = await job.guard(request.receive, answer.whole(job))
+    if params.logprobs is not None or params.prompt_logprobs is not None:
+        return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
     return Response(to_json(document), media_type="application/json")
 
 
@@ -86,6 +90,7 @@ class _Answer:
         self._per_prompt = body.n or 1
         self.prompts, self.texts = prompts, texts
         self.tokenizer = service.require_engine().tokenizer
+        self.token_texts, self.turns = service.token_texts(), service.turns
         self.envelope = {
             "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
             "object": "text_completion",
@@ -105,7 +110,7 @@ class _Answer:
             for completion in output.outputs:
                 choice = self._choice(position, completion, echo)
                 if self.body.prompt_logprobs is not None:
-                    choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self.tokenizer)
+                    choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs, self.token_texts)
                 choices.append(choice)
         choices.sort(key=lambda choice: int(choice["index"]))
         return self.envelope | {"choices": choices, "usage": self.usage.document(job)}
@@ -117,13 +122,15 @@ class _Answer:
         async for position, output in job.outputs():
             if output.finished:
                 self.usage.cached_tokens += output.num_cached_tokens
-            pieces: list[str] = []
-            for completion in output.outputs:
-                choice = self._delta(position, output, completion)
-                if choice["text"] or choice["finish_reason"] or not plain:
-                    pieces.append(writer.chunk(choice))
-            if pieces:
-                yield "".join(pieces)
+            deltas = (self._delta(position, output, completion) for completion in output.outputs)
+            if plain:
+                chunks = [writer.chunk(d) for d in deltas if d["text"] or d["finish_reason"]]
+                if chunks:
+                    yield "".join(chunks)
+                continue
+            events = chain.from_iterable(event(writer.document(delta)) for delta in deltas)
+            async for piece in self.turns.pieces(events, job.client):
+                yield piece
         if last := writer.last():
             yield last
 
@@ -144,7 +151,7 @@ class _Answer:
         logprobs = None
         if self.body.logprobs is not None:
             offset = self._offsets.get(index, 0)
-            logprobs = completion_logprobs(tokens, positions, self.body.logprobs, self.tokenizer, offset)
+            logprobs = completion_logprobs(tokens, positions, self.body.logprobs, self.token_texts, offset)
         self._offsets[index] = self._offsets.get(index, 0) + len(text)
         finish = "length" if self.body.max_tokens == 0 else completion.finish_reason
         return {

@@ -1,0 +1,92 @@
+"""JSON in pieces: the same document, no piece large, one per turn of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farthing.engine.logprobs import Table, positions
+from farthing.server.logprobs import TokenTexts, chat_logprobs, completion_logprobs, prompt_logprobs
+from farthing.server.pieces import SIZE, Pieces, Turns, event, listed, texts
+from tests.server.harness import tokenizer
+
+DOCUMENTS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+@given(DOCUMENTS)
+def test_the_text_is_that_of_the_document(document: Any) -> None:
+    assert json.loads("".join(texts(document))) == json.loads(json.dumps(document))
+    pieced = {"a": Pieces(listed(map(json.dumps, [document, 1]))), "b": Pieces(texts(document))}
+    assert json.loads("".join(texts(pieced))) == json.loads(json.dumps({"a": [document, 1], "b": document}))
+    (line, end) = "".join(event(pieced)).split("\n\n")
+    assert line.startswith("data: ") and not end
+
+
+def written(count: int, top: int, seed: int = 0) -> tuple[list[int], list[Any], np.ndarray]:
+    """`count` tokens with the log-probabilities of `top` others each."""
+    generator = np.random.default_rng(seed)
+    values = -np.sort(generator.random((count, 1 + top), np.float32), axis=1)
+    ids = np.stack([generator.permutation(260)[: 1 + top] for _ in range(count)]).astype(np.int32)
+    table = Table(ids, values, np.full(count, top + 1, np.int32))
+    return ids[:, 0].tolist(), positions(table, [top] * count, tokenizer().token_text), values
+
+
+def test_log_probabilities_in_every_shape() -> None:
+    tokens, given_positions, values = written(40, 5)
+    known = TokenTexts(tokenizer())
+    chat = json.loads("".join(texts(chat_logprobs(given_positions, 3, known))))
+    legacy = json.loads(
+        "".join(texts(completion_logprobs([7, *tokens], [None, *given_positions], 3, known, 2)))
+    )
+    prompt = json.loads("".join(texts(prompt_logprobs([None, *given_positions], known))))
+    assert prompt[0] is None and legacy["token_logprobs"][0] is None and legacy["top_logprobs"][0] is None
+    assert legacy["text_offset"][:1] == [2] and len(legacy["text_offset"]) == 41
+    for row, (token, position) in enumerate(zip(tokens, given_positions, strict=True)):
+        entry = chat["content"][row]
+        assert entry["logprob"] == legacy["token_logprobs"][row + 1] == float(values[row, 0])
+        assert [each["logprob"] for each in entry["top_logprobs"]] == values[row, 1:4].tolist()
+        assert bytes(entry["bytes"]) == tokenizer().token_bytes(token)
+        shown = {int(name): value for name, value in prompt[row + 1].items()}
+        assert list(shown) == list(position) and shown[token]["rank"] == 6
+        for name, value in shown.items():
+            assert value["logprob"] == position[name].logprob and value["rank"] == position[name].rank
+
+
+def test_no_piece_is_large_and_each_is_made_in_its_own_turn() -> None:
+    """However much a request asks for, and however many requests: the bound on what others wait for."""
+    made: list[int] = []
+    turn = 0
+
+    def counted(items: Any) -> Any:
+        for item in items:
+            made.append(turn)
+            yield item
+
+    async def run() -> list[str]:
+        nonlocal turn
+        turns, sizes = Turns(), []
+
+        async def write(client: str) -> None:
+            _, given_positions, _ = written(400, 20)
+            document = {"prompt_logprobs": prompt_logprobs(given_positions, TokenTexts(tokenizer()))}
+            async for piece in turns.pieces(counted(texts(document)), client):
+                sizes.append(piece)
+
+        tasks = [asyncio.ensure_future(write(client)) for client in ("a", "a", "b")]
+        while not all(task.done() for task in tasks):
+            turn += 1
+            await asyncio.sleep(0)
+        return sizes
+
+    pieces = asyncio.run(run())
+    assert max(map(len, pieces)) < SIZE + 4_096
+    most = max(made.count(each) for each in set(made))
+    assert most <= 60  # of about 2,400 texts
