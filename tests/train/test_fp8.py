@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farthing.model.config import ModelConfig
 from farthing.train.fp8 import (
     FORMATS,
     Fp8Config,
@@ -22,7 +23,7 @@ from farthing.train.fp8 import (
     use_fp8,
 )
 from farthing.train.loop import BaseHook, Trainer
-from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.train.model import DeepSeekLM
 from tests.train.test_loop import build
 
 

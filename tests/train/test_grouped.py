@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from farthing.model.config import ModelConfig
 from farthing.train.functional import routed_experts
 from farthing.train.grouped import Routing, combine, plain_product
-from farthing.train.model import DeepSeekLM, ModelConfig, MoE
+from farthing.train.model import DeepSeekLM, MoE
 
 
 def test_the_open_form_gives_the_fused_result_and_gradients() -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from farthing.model.config import ModelConfig
 from farthing.train.data import PackedBatches
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing.train.mite import BalanceHook
-from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.train.model import DeepSeekLM
 from farthing.train.optimizers import Muon, split_parameters
 
 

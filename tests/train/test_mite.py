@@ -15,10 +15,11 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from farthing.cli.train import app
+from farthing.model.config import ModelConfig
 from farthing.train.evaluate import evaluate, windows
 from farthing.train.export import is_quantized, load_checkpoint, save_checkpoint
 from farthing.train.mite import Recipe, apply_settings
-from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.train.model import DeepSeekLM
 from tests.train.test_model import randomized
 
 TINY_RUN = [

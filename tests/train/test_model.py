@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from farthing.model.config import ModelConfig
 from farthing.train.export import config_json, from_tensors, to_tensors
 from farthing.train.functional import causal_attention, fused_cross_entropy, rms_norm, routed_experts
-from farthing.train.model import DeepSeekLM, ModelConfig, Router
+from farthing.train.model import DeepSeekLM, Router
 
 
 def randomized(cfg: ModelConfig, seed: int = 0) -> DeepSeekLM:
@@ -213,12 +214,12 @@ def test_names_survive_the_round_trip(tiny: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_group": 3}, "n_routed_experts=8"),
-        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5"),
-        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers=2"),
-        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7"),
+        ({"n_group": 3}, "n_routed_experts = 8"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7"),
     ],
 )
 def test_bad_config_is_named(tiny: ModelConfig, change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(tiny, **change)
+        DeepSeekLM(dataclasses.replace(tiny, **change))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.model.config import ModelConfig
+from farthing.train.model import DeepSeekLM
 from farthing.train.optimizers import Muon, orthogonalize, split_parameters
 
 

@@ -15,14 +15,13 @@ from farthing.cli.exits import Exit
 from farthing.cli.train import app
 from farthing.hub import resolve_model
 from farthing.model import load
-from farthing.model.config import ConfigError
-from farthing.model.config import ModelConfig as EngineConfig
+from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.inspect import model_cost
 from farthing.ops import make_batch, select
 from farthing.train.activity import Activity, measure, mlps
 from farthing.train.export import load_checkpoint, save_checkpoint
 from farthing.train.finetune import Settings, Text
-from farthing.train.model import DeepSeekLM, ModelConfig, MoE
+from farthing.train.model import DeepSeekLM, MoE
 from farthing.train.pruning import (
     Cut,
     PruneConfig,
@@ -273,14 +272,14 @@ def test_sizes_survive_the_checkpoint(model: DeepSeekLM, tmp_path: Path, sources
 def test_wrong_layer_sizes_are_named(value: list[dict[str, int]], message: str) -> None:
     raw = json.loads((resolve_model("mite") / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
-        EngineConfig.from_json(raw | {"layer_sizes": value})
+        ModelConfig.from_json(raw | {"layer_sizes": value})
 
 
 def test_inspect_counts_the_parameters_of_unequal_layers() -> None:
     raw = json.loads((resolve_model("mite") / "config.json").read_text())
-    whole = model_cost(EngineConfig.from_json(raw))
+    whole = model_cost(ModelConfig.from_json(raw))
     own = [{"intermediate_size": 600}, {"n_routed_experts": 24}, {"moe_intermediate_size": 48}, {}, {}, {}]
-    small = model_cost(EngineConfig.from_json(raw | {"layer_sizes": own}))
+    small = model_cost(ModelConfig.from_json(raw | {"layer_sizes": own}))
     experts = 8 * 3 * 64 * 256 + 8 * 256 + 8  # with their rows of the router
     width = (32 + 1) * 3 * 16 * 256
     assert whole.total_parameters - small.total_parameters == 40 * 3 * 256 + experts + width

@@ -13,13 +13,14 @@ from rich.console import Console
 from farthing.checkpoint import Checkpoint
 from farthing.compress.simulate import SimulatedOps
 from farthing.model import load
+from farthing.model.config import ModelConfig
 from farthing.ops import make_batch, select
 from farthing.ops.weights import InputRounding, quantize_int4
 from farthing.train.distill import distillation, fused_distillation
 from farthing.train.export import load_checkpoint
 from farthing.train.finetune import perplexity
 from farthing.train.lsq import Precision
-from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.train.model import DeepSeekLM
 from farthing.train.qat import QatConfig, QatModel, build, parse_stages
 from farthing.train.qat_export import module_name, save_quantized
 from farthing.train.qat_run import train_qat

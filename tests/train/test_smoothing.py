@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from farthing.model.config import ModelConfig
 from farthing.train.lsq import Precision
-from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.train.model import DeepSeekLM
 from farthing.train.qat import QatConfig, QatModel
 from farthing.train.smoothing import smooth
 

@@ -12,7 +12,7 @@ from farthing.checkpoint.reader import has_config, read_config
 from farthing.model.error import ConfigError
 from farthing.model.types import type_named, type_of
 
-__all__ = ["ConfigError", "LayerSizes", "ModelConfig", "QueryScaling", "RopeConfig"]
+__all__ = ["ConfigError", "LayerSizes", "ModelConfig", "QueryScaling", "RopeConfig", "check_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +199,14 @@ class ModelConfig:
                 f"config.json lacks {', '.join(required)}; expected for model_type {kind.name!r}"
             )
         config = cls(**values)
-        _check(config)
+        check_config(config)
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         if config.layer_sizes and len(config.layer_sizes) != layers:
             raise ConfigError(
                 f"layer_sizes has {len(config.layer_sizes)} entries; expected one a layer, {layers}"
             )
         for layer in range(len(config.layer_sizes)):
-            _check(config.at(layer))
+            check_config(config.at(layer))
         return config
 
 
@@ -277,7 +277,8 @@ def _query_scaling(raw: Mapping[str, Any]) -> QueryScaling | None:
     return QueryScaling(float(beta), int(rope["original_max_position_embeddings"]))
 
 
-def _check(c: ModelConfig) -> None:
+def check_config(c: ModelConfig) -> None:
+    """Raise ConfigError for values that exclude each other."""
     for name in _REQUIRED:
         value = getattr(c, name)
         if not isinstance(value, int) or value < 1:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ from torch import Tensor
 from farthing.checkpoint.fp8 import BLOCK, dequantize_blocks, quantize_blocks
 from farthing.engine.chat_template import DEEPSEEK_TEMPLATE as CHAT_TEMPLATE
 from farthing.files import replace_json, replace_tensors, replace_text
-from farthing.model.config import LayerSizes
+from farthing.model.config import ModelConfig
+from farthing.train.architecture import to_json
 from farthing.train.data import BOS, EOS, PAD
-from farthing.train.model import DeepSeekLM, ModelConfig, MoE
-
-OPTIONAL = ("shared_intermediate_size", "layer_sizes")  # of config.json, beside DeepSeek's own fields
+from farthing.train.model import DeepSeekLM, MoE
 
 
 def _names(model: DeepSeekLM) -> Iterator[tuple[str, Tensor]]:
@@ -99,29 +96,16 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
     """The `config.json` of a DeepSeek-V3 checkpoint."""
     config: dict[str, Any] = {
         "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        **{k: v for k, v in dataclasses.asdict(cfg).items() if k not in OPTIONAL},
+        **to_json(cfg),
         "num_key_value_heads": cfg.num_attention_heads,
-        "moe_layer_freq": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
-        "rope_scaling": None,
         "use_cache": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
         "pad_token_id": 2,
         "torch_dtype": "bfloat16",
     }
-    if cfg.shared_intermediate_size is not None:
-        config["shared_intermediate_size"] = cfg.shared_intermediate_size
-    if cfg.layer_sizes:
-        config["layer_sizes"] = [
-            {k: v for k, v in dataclasses.asdict(sizes).items() if v is not None} for sizes in cfg.layer_sizes
-        ]
     if fp8:
         config["quantization_config"] = {
             "quant_method": "fp8",
@@ -170,10 +154,7 @@ def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: boo
 
 def load_checkpoint(path: Path) -> DeepSeekLM:
     """The training model of a checkpoint directory that `save_checkpoint` wrote."""
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    config = json.loads((path / "config.json").read_text("utf-8"))
-    sizes = tuple(LayerSizes(**own) for own in config.pop("layer_sizes", ()))
-    model = DeepSeekLM(ModelConfig(**{k: v for k, v in config.items() if k in known}, layer_sizes=sizes))
+    model = DeepSeekLM(ModelConfig.from_directory(path))
     with safe_open(path / "model.safetensors", framework="pt") as file:
         from_tensors(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return model

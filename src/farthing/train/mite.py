@@ -13,20 +13,50 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from farthing.model.config import ModelConfig, RopeConfig
 from farthing.train import data
+from farthing.train.architecture import to_json
 from farthing.train.evaluate import evaluate
 from farthing.train.export import save_checkpoint
 from farthing.train.fp8 import Fp8Config, Fp8Hook, use_fp8
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
-from farthing.train.model import DeepSeekLM, ModelConfig
+from farthing.train.model import DeepSeekLM
 from farthing.train.optimizers import Muon, split_parameters
+
+MITE = ModelConfig(
+    model_type="deepseek_v3",
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=640,
+    moe_intermediate_size=64,
+    num_hidden_layers=5,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
+    q_lora_rank=128,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    n_routed_experts=32,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=2048,
+    rope=RopeConfig(),
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_ids=(1,),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """Every number of the run. Stages are (from this progress on, value)."""
 
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = MITE
     heldout_every: int = 25
     muon_lr: float = 0.02
     muon_decay: float = 0.1
@@ -172,7 +202,7 @@ def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
         "python": platform.python_version(),
         "weights_bytes": size,
         "model": stored.describe(),
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": dataclasses.asdict(recipe) | {"model": to_json(recipe.model)},
         "curve": trainer.record,
     }
     (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
@@ -219,7 +249,7 @@ def plot(record: list[dict[str, float]], path: Path) -> None:
 def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
     """NAME=VALUE overrides of the recipe's or its model's fields; VALUE is JSON."""
     own = {f.name for f in dataclasses.fields(Recipe)} - {"model", "schedule"}
-    inner = {f.name for f in dataclasses.fields(ModelConfig)}
+    inner = set(to_json(recipe.model))
     timing = {f.name for f in dataclasses.fields(Schedule)}
     for setting in settings:
         name, _, raw = setting.partition("=")
@@ -232,7 +262,8 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
         if name in own:
             recipe = dataclasses.replace(recipe, **change)
         elif name in inner:
-            recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
+            model = ModelConfig.from_json(to_json(recipe.model) | change)
+            recipe = dataclasses.replace(recipe, model=model)
         elif name in timing:
             recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, **change))
         else:

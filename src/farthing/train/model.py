@@ -9,7 +9,6 @@ I expert width, V vocabulary, c key-value latent, r rotary part.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,76 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from farthing.model.config import LayerSizes
+from farthing.model.config import ModelConfig
+from farthing.train.architecture import check_trainable
 from farthing.train.functional import causal_attention, fused_cross_entropy, rms_norm, routed_experts
 from farthing.train.grouped import Product, Routing, combine
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The fields of a DeepSeek-V3 `config.json` that the training model understands, under the same names."""
-
-    vocab_size: int = 8192
-    hidden_size: int = 256
-    intermediate_size: int = 640
-    moe_intermediate_size: int = 64
-    num_hidden_layers: int = 5
-    first_k_dense_replace: int = 1
-    num_attention_heads: int = 4
-    q_lora_rank: int = 128
-    kv_lora_rank: int = 64
-    qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 32
-    v_head_dim: int = 64
-    n_routed_experts: int = 32
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 8
-    n_group: int = 8
-    topk_group: int = 4
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    num_nextn_predict_layers: int = 1
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = True
-    shared_intermediate_size: int | None = None  # None: n_shared_experts * moe_intermediate_size
-    layer_sizes: tuple[LayerSizes, ...] = ()  # of every layer, MTP included, where pruning made them differ
-
-    def __post_init__(self) -> None:
-        if self.n_routed_experts % self.n_group:
-            raise ValueError(
-                f"n_routed_experts={self.n_routed_experts} must be a multiple of n_group={self.n_group}"
-            )
-        eligible = self.topk_group * self.n_routed_experts // self.n_group
-        if not 0 < self.num_experts_per_tok <= eligible:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and the {eligible} "
-                f"experts of topk_group={self.topk_group} groups"
-            )
-        if self.num_nextn_predict_layers not in (0, 1):
-            raise ValueError(f"num_nextn_predict_layers={self.num_nextn_predict_layers} must be 0 or 1")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even")
-
-    @property
-    def shared_size(self) -> int:
-        """Width of the shared expert."""
-        if self.shared_intermediate_size is not None:
-            return self.shared_intermediate_size
-        return self.n_shared_experts * self.moe_intermediate_size
-
-    def at(self, layer: int) -> ModelConfig:
-        """The config whose sizes are those of one layer."""
-        if not self.layer_sizes:
-            return self
-        own = {k: v for k, v in dataclasses.asdict(self.layer_sizes[layer]).items() if v is not None}
-        return dataclasses.replace(self, layer_sizes=(), **own)
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of a query or key head: the part without position and the rotary part."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
 
 class Linear(nn.Module):
@@ -127,7 +60,7 @@ class RMSNorm(nn.Module):
 def rope_table(cfg: ModelConfig, length: int) -> Tensor:
     """exp(i angle) [length, r/2] complex64 of plain RoPE."""
     r = cfg.qk_rope_head_dim
-    frequency = cfg.rope_theta ** (-torch.arange(0, r, 2, dtype=torch.float32) / r)
+    frequency = cfg.rope.theta ** (-torch.arange(0, r, 2, dtype=torch.float32) / r)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return torch.polar(torch.ones_like(angle), angle)
 
@@ -145,6 +78,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg = cfg
         D, H = cfg.hidden_size, cfg.num_attention_heads
+        assert cfg.q_lora_rank is not None
         self.q_a_proj = Linear(D, cfg.q_lora_rank)
         self.q_a_layernorm = RMSNorm(cfg.q_lora_rank, cfg.rms_norm_eps)
         self.q_b_proj = Linear(cfg.q_lora_rank, H * cfg.qk_head_dim)
@@ -196,6 +130,7 @@ class Router(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
+        assert cfg.n_routed_experts is not None
         self.cfg = cfg
         self.weight = nn.Parameter(torch.randn(cfg.n_routed_experts, cfg.hidden_size) * cfg.hidden_size**-0.5)
         self.register_buffer("e_score_correction_bias", torch.zeros(cfg.n_routed_experts))
@@ -210,7 +145,7 @@ class Router(nn.Module):
         if cfg.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training:
-            self.load += torch.bincount(ids.flatten(), minlength=cfg.n_routed_experts)
+            self.load += torch.bincount(ids.flatten(), minlength=len(self.load))
         return weights * cfg.routed_scaling_factor, ids
 
     def choose(self, scores: Tensor) -> Tensor:
@@ -243,7 +178,9 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        D, I, E = cfg.hidden_size, cfg.moe_intermediate_size, cfg.n_routed_experts  # noqa: E741
+        D, I = cfg.hidden_size, cfg.moe_intermediate_size  # noqa: E741
+        E = cfg.n_routed_experts
+        assert E is not None
         self.gate = Router(cfg)
         self.gate_up = nn.Parameter(torch.randn(E, 2, I, D) * (0.5 * D**-0.5))
         self.down = nn.Parameter(torch.zeros(E, D, I))
@@ -319,6 +256,7 @@ class DeepSeekLM(nn.Module):
 
     def __init__(self, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        check_trainable(cfg)
         self.cfg = cfg
         self.embed_tokens = nn.Parameter(torch.randn(cfg.vocab_size, cfg.hidden_size) * 0.03)
         self.layers = nn.ModuleList(

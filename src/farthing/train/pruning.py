@@ -101,9 +101,9 @@ def candidates(model: DeepSeekLM, activities: dict[str, Activity], config: Prune
 
 def _experts_to_keep(module: MoE, activity: Activity) -> Tensor | None:
     """All but the least worth of each group, if routing still works then."""
-    cfg = module.gate.cfg
-    left = cfg.n_routed_experts // cfg.n_group - 1
-    if left < min(2, cfg.n_routed_experts) or left * cfg.topk_group < cfg.num_experts_per_tok:
+    cfg, experts = module.gate.cfg, len(module.down)
+    left = experts // cfg.n_group - 1
+    if left < min(2, experts) or left * cfg.topk_group < cfg.num_experts_per_tok:
         return None
     worth = activity.energy.sum(1).view(cfg.n_group, -1)
     best = worth.topk(left, dim=1).indices + torch.arange(cfg.n_group)[:, None] * worth.shape[1]

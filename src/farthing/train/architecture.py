@@ -1,0 +1,53 @@
+"""The architecture that can be trained: DeepSeek-V3's, described by the engine's `ModelConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from farthing.model.config import ConfigError, ModelConfig, RopeConfig, check_config
+
+# Fields of DeepSeek-V3's config.json whose values are fixed here, and the values.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "topk_method": ("noaux_tc",),
+    "scoring_func": ("sigmoid",),
+    "router_bias": (True,),
+    "moe_layer_freq": (1,),
+    "num_nextn_predict_layers": (0, 1),
+}
+# Fields that DeepSeek's config.json does not have, or spells differently.
+_OTHER = {
+    *("rope", "query_scaling", "query_latent_scale", "latent_scale", "router_bias", "post_mlp_norm"),
+    *("index_topk", "index_n_heads", "index_head_dim", "index_rope_interleaved", "indexer_types"),
+    *("shared_intermediate_size", "layer_sizes", "eos_token_ids"),
+}
+
+
+def check_trainable(cfg: ModelConfig) -> None:
+    """Raise ConfigError naming a field whose value the training model does not implement."""
+    for name, accepted in _FIXED.items():
+        if getattr(cfg, name) not in accepted:
+            words = " or ".join(map(repr, accepted))
+            raise ConfigError(f"{name} is {getattr(cfg, name)!r}; expected {words} for training")
+    for name in ("q_lora_rank", "n_routed_experts"):
+        if not getattr(cfg, name):
+            raise ConfigError(f"{name} is {getattr(cfg, name)!r}; expected a positive integer for training")
+    if not cfg.is_v3:
+        raise ConfigError(f"model_type is {cfg.model_type!r}; expected DeepSeek-V3's layers for training")
+    if cfg.rope != RopeConfig(theta=cfg.rope.theta):
+        raise ConfigError("rope_scaling is set; expected plain interleaved RoPE for training")
+    for layer in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
+        check_config(cfg.at(layer))
+
+
+def to_json(cfg: ModelConfig) -> dict[str, Any]:
+    """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
+    fields: dict[str, Any] = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in _OTHER}
+    fields |= {"rope_theta": cfg.rope.theta, "rope_scaling": None, "eos_token_id": cfg.eos_token_ids[0]}
+    if cfg.shared_intermediate_size is not None:
+        fields["shared_intermediate_size"] = cfg.shared_intermediate_size
+    if cfg.layer_sizes:
+        fields["layer_sizes"] = [
+            {k: v for k, v in dataclasses.asdict(sizes).items() if v is not None} for sizes in cfg.layer_sizes
+        ]
+    return fields
