@@ -7,22 +7,32 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 
+def beginning(text: str, literal: str) -> int:
+    """Where `text` ends with a proper beginning of `literal`, the longest; len(text) if it does not."""
+    at = text.find(literal[0], max(0, len(text) - len(literal) + 1))
+    while at >= 0 and not literal.startswith(text[at:]):
+        at = text.find(literal[0], at + 1)
+    return at if at >= 0 else len(text)
+
+
 class Literals:
     """A fixed set of non-empty strings. `find` returns the first one, the longest where several begin."""
 
     def __init__(self, literals: Iterable[str]) -> None:
         ordered = sorted(set(literals), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, ordered)))
-        self._reach = max(map(len, ordered)) - 1
-        self._prefixes = frozenset(text[:size] for text in ordered for size in range(1, len(text)))
-        self._starts = tuple({text[0] for text in ordered})
+        self._literals = tuple(ordered)
 
     def find(self, text: str) -> tuple[int, int] | None:
         """(start, end) of the first literal that is complete, whatever follows `text`; else None."""
         match = self._pattern.search(text)
-        if match is None or (match.end() == len(text) and match[0] in self._prefixes):
-            return None  # a longer literal may still be on its way
+        if match is None or (match.end() == len(text) and self._may_grow(match[0])):
+            return None
         return match.span()
+
+    def _may_grow(self, literal: str) -> bool:
+        """Whether a longer literal begins with this one."""
+        return any(len(longer) > len(literal) and longer.startswith(literal) for longer in self._literals)
 
     def remove(self, text: str) -> str:
         """A complete text without the literals."""
@@ -30,12 +40,7 @@ class Literals:
 
     def ready(self, text: str) -> int:
         """How many characters of a text without a literal cannot become part of one."""
-        size = len(text)
-        tail = max(0, size - self._reach)
-        at = min((found for start in self._starts if (found := text.find(start, tail)) >= 0), default=size)
-        while at < size and text[at:] not in self._prefixes:
-            at += 1
-        return at
+        return min(beginning(text, literal) for literal in self._literals)
 
 
 @lru_cache(maxsize=64)

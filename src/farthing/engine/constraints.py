@@ -135,12 +135,12 @@ class ReasoningBudget:
             self._inside = self._opened
             return
         self._used += 1
-        self._matched = _overlap(end, self._matched, token)
+        self._matched = _matched(end, self._matched, token)
         if self._matched == len(end):
             self._inside = False
 
 
-def _overlap(end: Sequence[int], matched: int, token: int) -> int:
+def _matched(end: Sequence[int], matched: int, token: int) -> int:
     """How many tokens of `end` a text ends with, after `matched` of them and one more token."""
     recent = [*end[:matched], token]
     return next((size for size in range(len(recent), 0, -1) if recent[-size:] == list(end[:size])), 0)

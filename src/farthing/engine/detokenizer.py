@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 
+from farthing.conversation.scan import beginning
 from farthing.engine.tokenizer import Tokenizer
 
 
@@ -57,19 +58,11 @@ class StopChecker:
         if hits:
             at, _, self.found = min(hits)
             return text[: at + len(self.found)] if self._include else text[:at]
-        keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        ready = min(beginning(text, stop) for stop in self._stops)
+        self._held = text[ready:]
+        return text[:ready]
 
     def flush(self) -> str:
         """The held-back text, which turned out not to be a stop string."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
