@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary file beside the target, fsync, rename.
+"""Files written whole or not at all: a temporary file next to the target, fsync, rename.
 
 A failed write raises OSError with the target's name and leaves the target as it was.
 """
@@ -11,22 +11,27 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:  # the fleet writes files without loading torch
+    from torch import Tensor
 
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 
-def replace(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, then give it the name `target`. Raises OSError."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+def replace(target: Path, write: Callable[[Path], None], durable: bool = True) -> None:
+    """Let `write` fill a temporary file, then give it the name `target`. Raises OSError.
+
+    durable=False leaves out the fsync: for state that is rewritten every few seconds.
+    """
+    partial = partial_of(target)
     try:
         write(partial)
         partial.chmod(_file_mode())  # safetensors creates files readable by their owner alone
-        _sync(partial)
+        if durable:
+            _sync(partial)
         partial.replace(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
@@ -40,9 +45,14 @@ def replace(target: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def replace_text(target: Path, text: str) -> None:
+def partial_of(target: Path) -> Path:
+    """The temporary file in which this process writes `target`; other processes have others."""
+    return target.with_name(f"{target.name}.{os.getpid()}.tmp")
+
+
+def replace_text(target: Path, text: str, durable: bool = True) -> None:
     """Write UTF-8 text."""
-    replace(target, lambda file: _write(file, text))
+    replace(target, lambda file: _write(file, text), durable)
 
 
 def replace_json(target: Path, value: Any, indent: int | None = 1) -> None:
@@ -67,6 +77,8 @@ def _finite(value: Any) -> Any:
 
 def replace_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; tensors must be contiguous and share no memory."""
+    from safetensors.torch import save_file
+
     replace(target, lambda file: save_file(dict(tensors), str(file), metadata={"format": "pt"}))
 
 

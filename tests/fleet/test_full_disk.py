@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from farthing.files import partial_of
 from farthing.fleet.actuators.base import LastDecision
 from farthing.fleet.actuators.process import launch
 from farthing.fleet.controller import Controller
@@ -60,8 +61,9 @@ def test_full_disk_is_an_alarm_and_scaling_continues(tmp_path: Path) -> None:
         state_path=tmp_path / "policy.json",
         wall=lambda: 1.0,
     )
-    for name in ("decisions.jsonl", "policy.json.new", "forecasts.json.new"):
-        (tmp_path / name).symlink_to(FULL)
+    for file in ("policy.json", "forecasts.json"):
+        partial_of(tmp_path / file).symlink_to(FULL)
+    (tmp_path / "decisions.jsonl").symlink_to(FULL)
 
     async def turns() -> None:
         for _ in range(2):
@@ -122,7 +124,7 @@ def test_partial_line_is_removed_when_the_disk_is_full(
 def test_replicas_file_is_overwritten_in_place(tmp_path: Path) -> None:
     path = tmp_path / "replicas.json"
     write_replicas(path, {"a": "http://127.0.0.1:1"})
-    (tmp_path / "replicas.json.new").mkdir()  # the new file cannot be written
+    partial_of(path).mkdir()  # the new file cannot be written
     many = {f"r{i}": f"http://127.0.0.1:{i}" for i in range(50)}
     write_replicas(path, many)
     assert read_replicas(path) == many

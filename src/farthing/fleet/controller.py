@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from farthing.files import replace_text
 from farthing.fleet.actuators.base import Actuator, ActuatorError, LastDecision
 from farthing.fleet.decision_log import DecisionLog, read_log
 from farthing.fleet.decisions import Decision
@@ -189,10 +190,8 @@ class Controller:
         if self._state_path is None or not (force or time.monotonic() - self._saved_at > _SAVE_S):
             return
         self._saved_at = time.monotonic()
-        scratch = self._state_path.with_name(self._state_path.name + ".new")
         with self._writing("policy state"):
-            scratch.write_text(self.policy.state.to_json())
-            scratch.replace(self._state_path)
+            replace_text(self._state_path, self.policy.state.to_json(), durable=False)
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:

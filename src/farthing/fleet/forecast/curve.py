@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from farthing.files import replace_text
+
 FORECASTS = "forecasts.json"  # in the state directory: the curves of the last decision
 
 
@@ -62,9 +64,7 @@ class Forecast:
 def write_forecasts(path: Path, unit: str, short: Forecast | None, mid: Forecast | None) -> None:
     """Leave the forecasts of this turn for the dashboard, in one step."""
     found = {name: asdict(f) for name, f in (("short", short), ("mid", mid)) if f is not None}
-    scratch = path.with_name(path.name + ".new")
-    scratch.write_text(json.dumps({"unit": unit, "forecasts": found}))
-    scratch.replace(path)
+    replace_text(path, json.dumps({"unit": unit, "forecasts": found}), durable=False)
 
 
 def read_forecasts(path: Path) -> tuple[str, dict[str, Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+
+from farthing.files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +68,10 @@ def write_replicas(path: Path, replicas: dict[str, str]) -> None:
     Raises OSError where that fails as well.
     """
     text = json.dumps({"replicas": [{"name": name, "url": url} for name, url in replicas.items()]})
-    data = text.ljust(_ROOM).encode()
-    scratch = path.with_name(path.name + ".new")
+    text = text.ljust(_ROOM)
     try:
-        scratch.write_bytes(data)
-        scratch.replace(path)
+        replace_text(path, text, durable=False)
     except OSError:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
         with path.open("r+b", buffering=0) as file:
-            file.write(data)
+            file.write(text.encode())
             file.truncate()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from farthing import files
 from farthing.fleet.forecast.base import Floats
 from farthing.fleet.forecast.history import History
 from farthing.fleet.forecast.short import GRID_S, ShortConfig, capped, walk
@@ -64,10 +65,13 @@ def _cache(minutes: Floats, config: ShortConfig) -> Path:
 
 def _keep(path: Path, bound: Floats, weights: Floats, names: list[str]) -> None:
     """Write in one step; a cache that cannot be written costs time, nothing else."""
+
+    def write(scratch: Path) -> None:
+        with scratch.open("wb") as file:
+            np.savez(file, bound=bound, weights=weights, names=np.array(names))
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-        np.savez(scratch, bound=bound, weights=weights, names=np.array(names))
-        scratch.replace(path)
+        files.replace(path, write)
     except OSError:
         return

@@ -37,6 +37,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from farthing import files
 from farthing.ops.weights import InputRounding
 
 log = logging.getLogger(__name__)
@@ -216,20 +217,14 @@ def write_packed(
     inputs: Mapping[str, InputRounding] | None = None,
 ) -> None:
     """Write (name, packed matrix or tensor) pairs; the file appears only once complete."""
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # replicas may write it concurrently
-    try:
+    head = {"version": VERSION, "quantization": quantization, "source": source}
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            _write(
-                file,
-                blobs,
-                {"version": VERSION, "quantization": quantization, "source": source},
-                inputs or {},
-            )
+            _write(file, blobs, head, inputs or {})
             _uncache(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    files.replace(Path(path), write)
 
 
 def _write(
