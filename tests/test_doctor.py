@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from farthing import extras
 from farthing.cli.doctor import app
-from farthing.doctor import Check, Report, machine, software
+from farthing.doctor import Check, Diagnosis, machine, software
 
 run = CliRunner()
 
@@ -35,7 +35,7 @@ def test_the_table_shows_every_finding_and_its_advice(monkeypatch: pytest.Monkey
         Check(group="a", name="good", status="ok", detail="is [there]"),
         Check(group="b", name="bad", status="fail", detail="is missing", advice="install it"),
     ]
-    monkeypatch.setattr("farthing.doctor.examine", lambda measure: Report(found))
+    monkeypatch.setattr("farthing.doctor.examine", lambda measure: Diagnosis(found))
     result = run.invoke(app, [])
     assert result.exit_code == 1, "something failed: serving will not work"
     for text in ("is [there]", "is missing", "install it"):
@@ -68,7 +68,7 @@ def test_a_missing_torch_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "version", version)
     found = by_name(software.check_python())
     assert found["torch"].status == "fail" and "torch" in found["torch"].advice
-    assert not Report(list(found.values())).healthy
+    assert not Diagnosis(list(found.values())).healthy
 
 
 def test_extras_are_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:

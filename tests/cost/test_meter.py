@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 import farthing.cost
 from farthing.cost import (
     CostMeter,
+    CostReport,
     EstimatedMeter,
     Hardware,
     Machine,
-    Report,
     Usage,
     samples,
     usage_extension,
@@ -42,7 +42,7 @@ class Counter:
         return self.total
 
 
-def conserved(report: Report) -> None:
+def conserved(report: CostReport) -> None:
     spent = report.requests.spend
     for name in ("seconds", "joules", "usd"):
         parts = [getattr(s, name) for s in (spent, report.idle, report.pending)]

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.cost import CostMeter, EstimatedMeter, Hardware, Machine, Usage
-from farthing.engine.stats import BUCKETS, Histogram, HistogramSnapshot, Snapshot
+from farthing.engine.stats import BUCKETS, Histogram, HistogramSnapshot, StatsSnapshot
 from farthing.server.dashboard import Dashboard, History, server_data
 from farthing.server.dashboard.history import quantile
 from farthing.server.dashboard.router import mount
@@ -38,11 +38,11 @@ class Source:
         hardware = Hardware(name="box", kind="cpu", usd_per_hour=1, watts=10, idle_watts=5)
         self.meter = CostMeter(Machine(hardware, 2, declared="2026-01-01"), EstimatedMeter(20, 10))
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> StatsSnapshot:
         self.looks += 1
         self.ttft.observe(0.03)
         empty = HistogramSnapshot(BUCKETS, (0,) * (len(BUCKETS) + 1), 0.0)
-        return Snapshot(
+        return StatsSnapshot(
             num_requests_running=3,
             num_requests_waiting=1,
             kv_cache_usage=0.25,

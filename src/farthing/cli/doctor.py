@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from farthing.doctor import Report
+    from farthing.doctor import Diagnosis
 
 app = typer.Typer()
 
@@ -37,7 +37,7 @@ def doctor(
     raise typer.Exit(0 if report.healthy else 1)
 
 
-def _print(report: Report) -> None:
+def _print(report: Diagnosis) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -19,7 +19,7 @@ from farthing.compress.export.layout import choose_export, expected_limits, tran
 from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
-from farthing.compress.report import Report
+from farthing.compress.report import CompressionReport
 from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
 from farthing.compress.stream import Job, Progress, Progressed, refuse_finished, run
 from farthing.model import ModelConfig
@@ -47,7 +47,7 @@ class Options:
 class Outcome:
     """What `farthing compress --json` prints, and the verdict behind its exit status."""
 
-    report: Report
+    report: CompressionReport
     path: Path
     verdict: Verdict | None
 
@@ -99,7 +99,7 @@ def compress(
         quality = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
     before, result = Checkpoint.open(source), Checkpoint.open(out)
-    report = Report(
+    report = CompressionReport(
         recipe=made.recipe.to_json() | ({"calibrated": made.adaptive.to_json()} if made.adaptive else {}),
         source=str(source),
         export=options.export,

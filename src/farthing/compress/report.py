@@ -13,7 +13,7 @@ from farthing.files import replace_json, replace_text
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CompressionReport:
     """Everything measured in one run."""
 
     recipe: dict[str, Any]
@@ -56,7 +56,7 @@ STYLE = (
 )
 
 
-def page(report: Report) -> str:
+def page(report: CompressionReport) -> str:
     """The report as one HTML page."""
     parts = [
         f"<h1>{html.escape(str(report.recipe['name']))}</h1><p>of {html.escape(report.source)}</p>",
@@ -87,7 +87,7 @@ def page(report: Report) -> str:
     )
 
 
-def _summary(report: Report) -> list[tuple[str, str]]:
+def _summary(report: CompressionReport) -> list[tuple[str, str]]:
     limits = report.transformers_limits
     rows = [
         ("size before", f"{report.size_before:,} bytes"),
@@ -121,7 +121,7 @@ _MEASURES = (
 )
 
 
-def _size_bars(report: Report) -> tuple[list[str], list[float]]:
+def _size_bars(report: CompressionReport) -> tuple[list[str], list[float]]:
     """Pairs of bars: files, memory, bytes a token."""
     labels, values = ["files before", "after"], [report.size_before / 1e6, report.size_after / 1e6]
     for label, key in (("in kernels before", "memory"), ("a token before", "token")):

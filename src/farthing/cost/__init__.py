@@ -10,12 +10,13 @@ samples(meter.report(busy_seconds))         # metrics
 from farthing.cost.detect import cpu_name, usable_cpus
 from farthing.cost.energy import EnergyMeter, EstimatedMeter, NvmlMeter, RaplMeter, open_meter
 from farthing.cost.export import Sample, samples, usage_extension
-from farthing.cost.meter import Account, CostMeter, Report, RequestCost, Spend, Usage
+from farthing.cost.meter import Account, CostMeter, CostReport, RequestCost, Spend, Usage
 from farthing.cost.prices import Hardware, Machine, Prices
 
 __all__ = [
     "Account",
     "CostMeter",
+    "CostReport",
     "EnergyMeter",
     "EstimatedMeter",
     "Hardware",
@@ -23,7 +24,6 @@ __all__ = [
     "NvmlMeter",
     "Prices",
     "RaplMeter",
-    "Report",
     "RequestCost",
     "Sample",
     "Spend",

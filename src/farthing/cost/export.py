@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from farthing.cost.meter import Account, Report, RequestCost, Spend
+from farthing.cost.meter import Account, CostReport, RequestCost, Spend
 
 
 def usage_extension(cost: RequestCost) -> dict[str, Any]:
@@ -42,14 +42,14 @@ class Sample:
     value: float
 
 
-def samples(report: Report) -> Iterator[Sample]:
+def samples(report: CostReport) -> Iterator[Sample]:
     """Every metric of the accounts, grouped by name."""
     yield from _spent(report)
     yield from _tokens(report)
     yield from _gauges(report)
 
 
-def _spent(report: Report) -> Iterator[Sample]:
+def _spent(report: CostReport) -> Iterator[Sample]:
     kind, units = report.machine.hardware.kind, report.machine.count
     measures: tuple[tuple[str, str, str, int, dict[str, str]], ...] = (
         ("farthing:cost_usd", "Dollars by declared prices", "usd", 1, {}),
@@ -62,7 +62,7 @@ def _spent(report: Report) -> Iterator[Sample]:
             yield Sample(name, "counter", help, labels | extra, getattr(spend, field) * factor)
 
 
-def _buckets(report: Report) -> Iterator[tuple[dict[str, str], Spend]]:
+def _buckets(report: CostReport) -> Iterator[tuple[dict[str, str], Spend]]:
     """Buckets that add up to the total together with the pending share."""
     for (model, key), account in report.accounts.items():
         for phase, spend in (("prefill", account.prefill), ("decode", account.decode)):
@@ -70,7 +70,7 @@ def _buckets(report: Report) -> Iterator[tuple[dict[str, str], Spend]]:
     yield {"model": "", "api_key": "", "phase": "idle"}, report.idle
 
 
-def _tokens(report: Report) -> Iterator[Sample]:
+def _tokens(report: CostReport) -> Iterator[Sample]:
     for (model, key), account in report.accounts.items():
         for phase, tokens in _phases(account).items():
             labels = {"model": model, "api_key": key, "phase": phase}
@@ -89,7 +89,7 @@ def _phases(account: Account) -> dict[str, int]:
     }
 
 
-def _gauges(report: Report) -> Iterator[Sample]:
+def _gauges(report: CostReport) -> Iterator[Sample]:
     hardware = {"hardware": report.machine.hardware.name, "declared": report.machine.declared}
     text = "Declared price of the whole machine."
     yield Sample("farthing:cost_usd_per_hour", "gauge", text, hardware, report.machine.usd_per_hour)

@@ -113,7 +113,7 @@ class RequestCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class CostReport:
     """A snapshot of all spending; total = requests + pending + idle in seconds, joules and dollars."""
 
     machine: Machine
@@ -192,7 +192,7 @@ class CostMeter:
             utilization = self._busy / self._wall if self._wall > 0 else 0.0
         return RequestCost(account, self.machine, self._energy.source, utilization)
 
-    def report(self, busy_seconds: float) -> Report:
+    def report(self, busy_seconds: float) -> CostReport:
         """A report of the accounts at this moment."""
         with self._lock:
             self._observe(busy_seconds)
@@ -201,7 +201,7 @@ class CostMeter:
             idle = self._priced(idle_seconds, self._idle_joules)
             pending = self._priced(self._open.seconds, self._open.joules)
             accounts = {key: _copy(account) for key, account in self._accounts.items()}
-        return Report(self.machine, self._energy.source, total, idle, pending, accounts)
+        return CostReport(self.machine, self._energy.source, total, idle, pending, accounts)
 
     def _observe(self, busy_seconds: float) -> None:
         wall = max(self._wall, self._clock() - self._start)

@@ -4,7 +4,7 @@ report = examine()          # a list of checks; briefly measures memory bandwidt
 report.healthy              # whether `farthing serve` will work here
 """
 
-from farthing.doctor.check import Check, Report
+from farthing.doctor.check import Check, Diagnosis
 from farthing.doctor.examine import examine
 
-__all__ = ["Check", "Report", "examine"]
+__all__ = ["Check", "Diagnosis", "examine"]

@@ -22,7 +22,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Diagnosis:
     """All results, in order."""
 
     checks: Sequence[Check]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from itertools import chain
 
 from farthing.doctor import machine, software
-from farthing.doctor.check import Check, Report
+from farthing.doctor.check import Check, Diagnosis
 
 
-def examine(measure: bool = True) -> Report:
+def examine(measure: bool = True) -> Diagnosis:
     """Check the machine. measure: also measure memory bandwidth, which briefly uses every core."""
     checks = chain(
         machine.check_processor(),
@@ -21,7 +21,7 @@ def examine(measure: bool = True) -> Report:
         software.check_energy(),
         [_backend()],
     )
-    return Report(list(checks))
+    return Diagnosis(list(checks))
 
 
 def _backend() -> Check:

@@ -24,7 +24,7 @@ What a server (or `farthing.LLM`) uses:
     engine.device, engine.backend        # torch.device, and the backend's name for logs
     engine.config                        # the resolved EngineConfig (max_model_len, num_blocks, … filled in)
     engine.default_sampling              # temperature, top_p, … from generation_config.json
-    engine.stats.snapshot() -> Snapshot  # farthing.engine.stats: counters, gauges, histograms, experts
+    engine.stats.snapshot() -> StatsSnapshot  # farthing.engine.stats: counters, gauges, histograms, experts
     engine.health() -> None              # raises EngineError if the loop has died
     engine.drain(timeout) -> bool        # take no more, finish what runs; False: the rest was aborted
     engine.shutdown()                    # end now; running requests end with "abort"

@@ -52,7 +52,7 @@ class Histogram:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class StatsSnapshot:
     """All statistics at one moment. Counters start at zero when the engine is built."""
 
     # gauges
@@ -112,9 +112,9 @@ class Stats:
     experts: Callable[[], dict[int, list[int]]] = dict  # reads the device's counts
     started: float = field(default_factory=time.monotonic)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> StatsSnapshot:
         """Current values. Each is consistent in itself; two of them may be one step apart."""
-        return Snapshot(
+        return StatsSnapshot(
             num_requests_running=self.running,
             num_requests_waiting=self.waiting,
             kv_cache_usage=self.kv_cache_usage,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from farthing.cost import (
     Account,
     CostMeter,
+    CostReport,
     Machine,
     Prices,
-    Report,
     RequestCost,
     Usage,
     cpu_name,
@@ -53,7 +53,7 @@ class Accounts:
         )
         return self._meter.record(usage, self._stats.busy_seconds, self._model, client)
 
-    def report(self) -> Report:
+    def report(self) -> CostReport:
         """A report of all accounts at this moment."""
         return self._meter.report(self._stats.busy_seconds)
 

@@ -15,11 +15,11 @@ import farthing
 from farthing.cost import samples
 
 if TYPE_CHECKING:
-    from farthing.cost import Report
-    from farthing.engine.stats import HistogramSnapshot, Snapshot
+    from farthing.cost import CostReport
+    from farthing.engine.stats import HistogramSnapshot, StatsSnapshot
     from farthing.server.service import Service
 
-GAUGES = {  # name -> (field of Snapshot, help)
+GAUGES = {  # name -> (field of StatsSnapshot, help)
     "num_requests_running": ("num_requests_running", "Requests in the running batch."),
     "num_requests_waiting": ("num_requests_waiting", "Requests waiting to be scheduled."),
     "kv_cache_usage_perc": ("kv_cache_usage", "Share of the cache's blocks in use, 0 to 1."),
@@ -117,7 +117,7 @@ class ServerCollector(Collector):
             yield from engine_families(service.engine.stats.snapshot(), model)
 
 
-def engine_families(snapshot: Snapshot, model: str) -> Iterator[Metric]:
+def engine_families(snapshot: StatsSnapshot, model: str) -> Iterator[Metric]:
     """One engine's statistics as Prometheus families, labelled with the model's name."""
     for name, (field, text) in GAUGES.items():
         gauge = GaugeMetricFamily(f"farthing:{name}", text, labels=["model_name"])
@@ -140,7 +140,7 @@ def engine_families(snapshot: Snapshot, model: str) -> Iterator[Metric]:
     yield _expert_tokens(snapshot.expert_tokens, model)
 
 
-def cost_families(report: Report) -> Iterator[Metric]:
+def cost_families(report: CostReport) -> Iterator[Metric]:
     """Dollars, joules and device seconds by model, API key and phase."""
     for name, group in groupby(samples(report), key=lambda sample: sample.name):
         found = list(group)

@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from farthing.cost import Report
-from farthing.engine.stats import HistogramSnapshot, Snapshot
+from farthing.cost import CostReport
+from farthing.engine.stats import HistogramSnapshot, StatsSnapshot
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
@@ -87,8 +87,8 @@ def visible_to(viewer: Viewer, document: dict[str, Any]) -> dict[str, Any]:
 
 def server_data(
     title: str,
-    stats: Snapshot | None = None,
-    cost: Report | None = None,
+    stats: StatsSnapshot | None = None,
+    cost: CostReport | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The document of one engine; without statistics, of one that is being loaded."""
@@ -127,7 +127,7 @@ def _histogram(histogram: HistogramSnapshot) -> dict[str, Any]:
     return {"bounds": list(histogram.bounds), "cumulative": list(histogram.cumulative)}
 
 
-def _cost(report: Report) -> dict[str, Any]:
+def _cost(report: CostReport) -> dict[str, Any]:
     """All accounts, dearest first."""
     accounts = sorted(report.accounts.items(), key=lambda item: -item[1].spend.usd)
     return {
