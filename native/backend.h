@@ -39,6 +39,7 @@ constexpr int kMostExperts = 1024;  // of a router, so that a token's scores fit
 
 struct Router {  // see farthing.ops.api.RouterSpec
   int experts = 0, top_k = 0, groups = 1, top_k_groups = 1;
+  int identities = 0;  // the last of `experts`, which have no weights: their output is the normed input
   bool sigmoid = true, top2_sum = true, normalize = true;
   float scale = 1.0f;
   float mass = -1.0f;  // adaptive when not negative
@@ -48,7 +49,7 @@ struct Router {  // see farthing.ops.api.RouterSpec
   void check() const;  // throws on sizes that choose_experts would not survive
 };
 
-struct Mlp {                        // both null: an expert of another rank
+struct Mlp {                        // both null: an expert of another rank, or an identity
   std::shared_ptr<Packed> gate_up;  // interleaved panels, [2 I, D]
   std::shared_ptr<Packed> down;     // [D, I]
 };

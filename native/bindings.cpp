@@ -129,6 +129,7 @@ NB_MODULE(_native, module) {
       .def(nb::init<>())
       .def_rw("experts", &Router::experts)
       .def_rw("top_k", &Router::top_k)
+      .def_rw("identities", &Router::identities)
       .def_rw("groups", &Router::groups)
       .def_rw("top_k_groups", &Router::top_k_groups)
       .def_rw("sigmoid", &Router::sigmoid)

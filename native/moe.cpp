@@ -28,6 +28,7 @@ struct Plan {
   std::vector<int> token;     // of a routed row
   std::vector<float> weight;  // of a routed row
   std::vector<int> start;
+  std::vector<float> identity;  // of a token: the weight of the identities it chose; empty without any
 
   // Rows by ascending expert, then token: the order of every sum, whatever the batch. Absent experts have
   // none.
@@ -51,6 +52,10 @@ struct Plan {
         weight[at] = weights[i];
       }
     if (w.has_shared) jobs.push_back({routed, 0, tokens});
+    const int same = w.router.identities;
+    identity.assign(same ? tokens : 0, 0.0f);
+    for (int i = 0; same && i < tokens * k; ++i)
+      if (ids[i] >= w.router.experts - same) identity[i / k] += weights[i];
   }
 };
 
@@ -283,6 +288,9 @@ class Experts {
         kernels_.tile(w_.experts[job.expert].down->m, n0 / kPanel, panels, mid(job), job.rows, tile, wide);
         add_rows(plan, job, tile, wide, panels, sum);
       }
+      for (size_t t = 0; t < plan.identity.size(); ++t)
+        kernels_.axpy(sum + t * wide, s_.normed + (alone() ? team.id() : t) * s_.ld + n0, plan.identity[t],
+                      panels * kPanel);
       for (int t = 0; t < T; ++t) {
         const float *x = in_.x.row(t) + n0, *y = sum + static_cast<size_t>(t) * wide;
         float* to = in_.out.row(t) + n0;

@@ -78,6 +78,8 @@ void Router::check() const {
           "a divisor of num_experts = " + std::to_string(experts));
   require(top_k_groups >= 1 && top_k_groups <= groups, "top_k_groups", top_k_groups,
           "1 to num_groups = " + std::to_string(groups));
+  require(identities >= 0 && identities < experts, "identities", identities,
+          "less than num_experts = " + std::to_string(experts));
   const int biases = static_cast<int>(bias.size());
   require(biases == 0 || biases == experts, "biases", biases, "num_experts = " + std::to_string(experts));
 }

@@ -31,7 +31,7 @@ def test_the_embedded_model_passes() -> None:
     assert found["transformers"][0] in ("ok", "skipped")
 
 
-@pytest.mark.parametrize("name", ["glm4_moe_lite", "deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("name", ["glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "longcat_flash"])
 def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None:
     build(name, 1, tmp_path)
     found = states(tmp_path)

@@ -151,6 +151,28 @@ def test_moe(ops: CpuOps, ref: ReferenceOps, router: str, name: str, tokens: int
     torch.testing.assert_close(gates.gather(1, by_id.indices), weights.gather(1, order.indices))
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("bf16", 1), ("int4", 40)])
+def test_identity_experts(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int) -> None:
+    """They have no weights, and their output is the normed input."""
+    spec = RouterSpec(11, 4, scoring="softmax", normalize=False, scale=6.0, identities=3)
+    w = experts(spec, name, 96, 96, None)
+    w = replace(w, experts=[*w.experts[:8], None, None, None])
+    x, scale = torch.randn(tokens, 96), norm(96)
+    handle, expected = ops.pack_moe("m", spec, lambda: w), ref.pack_moe("m", spec, lambda: w)
+    y, z = ops.moe(x.clone(), handle, scale, EPS), ref.moe(x, expected, scale, EPS)
+    assert distance(y - x, z - x) < 3 * BOUNDS[name]
+    n = ref.rms_norm(x, scale, EPS)
+    ids, gates = ref.route(n, expected)
+    elsewhere = replace(spec, identities=0)
+    for backend, packed in ((ops, handle), (ref, expected)):
+        whole = backend.moe(x.clone(), packed, scale, EPS, residual=False)
+        backend.reroute(packed, elsewhere)
+        rest = backend.moe(x.clone(), packed, scale, EPS, residual=False)
+        torch.testing.assert_close(whole - rest, n * (gates * (ids >= 8)).sum(-1, True), atol=1e-4, rtol=1e-4)
+    packed_experts = {key.split(".")[2] for key in ops._blobs if ".experts." in key}
+    assert packed_experts == set("01234567")
+
+
 def test_unselected_expert(ops: CpuOps, ref: ReferenceOps) -> None:
     spec = RouterSpec(8, 2)
     w = experts(spec, "int4", 64, 64, None)

@@ -11,8 +11,8 @@ from farthing.parallel.worker import RankOptions
 
 
 def rank_options(path: Path, layout: Layout, **options: Any) -> RankOptions:
-    """Reference ops in float32, one thread per rank."""
-    defaults: dict[str, Any] = dict(backend="reference", dtype="float32", threads=1)
+    """Reference ops in float32 unless `options` say otherwise, one thread per rank."""
+    defaults: dict[str, Any] = dict(backend="reference", dtype="float32", threads=1) | options
     sizes: dict[str, Any] = dict(
         tensor_parallel_size=layout.tp,
         pipeline_parallel_size=layout.pp,
@@ -20,4 +20,4 @@ def rank_options(path: Path, layout: Layout, **options: Any) -> RankOptions:
         dp_attention=layout.dp_attention,
         enable_prefix_caching=not layout.dp_attention,
     )
-    return RankOptions(path, EngineConfig(**defaults, **sizes, **options))
+    return RankOptions(path, EngineConfig(**defaults, **sizes))

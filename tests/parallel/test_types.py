@@ -18,7 +18,12 @@ pytest.importorskip("transformers")
 
 from tests.parity.families import FAMILIES, build
 
-LAYOUTS = [Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2)]
+LAYOUTS = {
+    "tp": Layout(2, 1, 1),
+    "pp": Layout(1, 2, 1),
+    "ep": Layout(1, 1, 2),
+    "dp": Layout(1, 1, 2, dp_attention=True),
+}
 
 
 def greedy(model: DeepseekModel | ParallelModel, steps: int = 16) -> list[int]:
@@ -36,12 +41,22 @@ def greedy(model: DeepseekModel | ParallelModel, steps: int = 16) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["tp", "pp", "ep"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_ranks_give_the_tokens_of_one(name: str, layout: Layout, tmp_path: Path) -> None:
-    build(name, 0, tmp_path)
-    expected = greedy(load(tmp_path, select("reference", dtype=torch.float32)))
-    model = ParallelModel(rank_options(tmp_path, layout))
+def test_two_ranks_give_the_tokens_of_one(name: str, layout: str, backend: str, tmp_path: Path) -> None:
+    assert_same_tokens(name, LAYOUTS[layout], backend, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "longcat_flash"])
+def test_two_expert_ranks_of_cpu_kernels_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
+    assert_same_tokens(name, LAYOUTS["ep"], "cpu", tmp_path)
+
+
+def assert_same_tokens(name: str, layout: Layout, backend: str, path: Path) -> None:
+    build(name, 0, path)
+    expected = greedy(load(path, select(backend, dtype=torch.float32, threads=1)))
+    model = ParallelModel(rank_options(path, layout, backend=backend))
     try:
         assert greedy(model) == expected
     finally:

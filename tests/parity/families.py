@@ -128,6 +128,22 @@ def glm_moe_dsa(rng: random.Random) -> Any:
     return transformers.GlmMoeDsaForCausalLM(transformers.GlmMoeDsaConfig(**s, indexer_types=kinds))
 
 
+def longcat_flash(rng: random.Random) -> Any:
+    s = shape(rng)
+    s |= dict(
+        num_layers=rng.choice([1, 2]),
+        ffn_hidden_size=s.pop("intermediate_size"),
+        expert_ffn_hidden_size=s.pop("moe_intermediate_size"),
+        moe_topk=max(s.pop("num_experts_per_tok"), 2),  # transformers 5.24 fails with one expert per token
+        zero_expert_num=rng.choice([2, 3, 4]),
+        head_dim=s["qk_rope_head_dim"],
+        rope_parameters=rope(rng),
+    )
+    for name in ("num_hidden_layers", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob"):
+        del s[name]
+    return transformers.LongcatFlashForCausalLM(transformers.LongcatFlashConfig(**s))
+
+
 FAMILIES: dict[str, Draw] = {
     "kimi_k25": kimi_k25,
     "glm4_moe_lite": glm4_moe_lite,
@@ -136,6 +152,7 @@ FAMILIES: dict[str, Draw] = {
     "deepseek_v32": deepseek_v32,
     "glm_moe_dsa": glm_moe_dsa,
     "sarvam_mla": sarvam_mla,
+    "longcat_flash": longcat_flash,
 }
 
 

@@ -15,6 +15,8 @@ def print_cost(model: str, cost: ModelCost) -> None:
     table = Table(title=f"{model}: the cost of a token", show_header=False)
     table.add_row("parameters", f"{cost.total_parameters:,}")
     table.add_row("  active a token", f"{cost.active_parameters:,}")
+    table.add_row("  without the head", f"{cost.active_parameters - cost.head_parameters:,}")
+    table.add_row("  with head and embedding", f"{cost.active_parameters + cost.head_parameters:,}")
     table.add_row("  of MTP layers", f"{cost.mtp_parameters:,}")
     table.add_row("  routed, all / active", f"{cost.routed_parameters:,} / {cost.active_routed_parameters:,}")
     table.add_row("weight bytes, as stored", f"{cost.weight_bytes:,}")

@@ -163,7 +163,7 @@ class _Trial:
             ]
         )
         config = self._model.config
-        counts = torch.zeros(self._model.cache_layers, config.n_routed_experts or 0, dtype=torch.int64)
+        counts = torch.zeros(self._model.cache_layers, config.router_size, dtype=torch.int64)
         losses = self._losses(counts)
         interval = ratio_interval(
             [after - before for after, before in zip(losses, self.base, strict=True)],

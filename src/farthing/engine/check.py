@@ -92,7 +92,8 @@ class _Skipped(Exception):
 def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
     """The model's first layers, without MTP layers."""
     dense = next(filter(config.is_moe, range(config.num_hidden_layers)), config.num_hidden_layers)
-    wanted = min(layers or dense + 1, config.num_hidden_layers)
+    unit = config.moe_layer_freq if config.shortcut_experts else 1  # layers that belong together
+    wanted = -(-min(layers or dense + 1, config.num_hidden_layers) // unit) * unit
     while True:
         short = replace(
             config,
@@ -102,9 +103,9 @@ def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
             layer_sizes=config.layer_sizes[:wanted],
         )
         size = 4 * sum(prod(shape) for _, shape in parameter_shapes(short))
-        if layers is not None or wanted == 1 or size <= MOST_BYTES:
+        if layers is not None or wanted == unit or size <= MOST_BYTES:
             return short
-        wanted -= 1
+        wanted -= unit
 
 
 def logits_of(model: DeepseekModel, ids: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Runner:
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._decoding: _Decoding | None = None
         config = model.config
-        shape = (model.cache_layers, config.n_routed_experts or 0)
+        shape = (model.cache_layers, config.router_size)
         self.counts = (
             torch.zeros(shape, dtype=torch.int64, device=self.device) if config.n_routed_experts else None
         )

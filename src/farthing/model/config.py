@@ -76,6 +76,9 @@ class ModelConfig:
     # mixture of experts; n_routed_experts None: every layer is dense
     n_routed_experts: int | None = None
     n_shared_experts: int = 0
+    n_identity_experts: int = (
+        0  # the router's outputs after the routed experts: experts that return their input
+    )
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     first_k_dense_replace: int = 0
@@ -95,6 +98,7 @@ class ModelConfig:
     index_rope_interleaved: bool = False
     indexer_types: tuple[Literal["full", "shared"], ...] = ()  # per hidden layer; empty: all "full"
     post_mlp_norm: bool = False  # norm on the MoE output before the residual add
+    shortcut_experts: bool = False  # MoE layers have a dense MLP too; experts are added a layer later
     num_nextn_predict_layers: int = 0
     layer_sizes: tuple[LayerSizes, ...] = ()
     bos_token_id: int | None = None
@@ -114,6 +118,7 @@ class ModelConfig:
     def is_v3(self) -> bool:
         """Whether layers have only V3's tensors under V3's names (V2's are a subset)."""
         more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
+        more = more or self.shortcut_experts or self.n_identity_experts > 0
         return not more and type_named(self.model_type).names.stored("lm_head.weight") == "lm_head.weight"
 
     def has_indexer(self, layer: int) -> bool:
@@ -126,6 +131,26 @@ class ModelConfig:
     def index_rows(self) -> int:
         """Number of layers with index keys, MTP layers included."""
         return sum(map(self.has_indexer, range(self.num_hidden_layers + self.num_nextn_predict_layers)))
+
+    @property
+    def router_size(self) -> int:
+        """Outputs of a router: routed experts, then identity experts; 0 without experts."""
+        return self.n_routed_experts + self.n_identity_experts if self.n_routed_experts else 0
+
+    @property
+    def routed_per_token(self) -> float:
+        """Routed experts per token: fewer than num_experts_per_tok if a balanced router picks identities."""
+        return self.num_experts_per_tok * (self.n_routed_experts or 0) / max(self.router_size, 1)
+
+    @property
+    def moe_layers(self) -> int:
+        """Hidden layers with experts."""
+        return sum(map(self.is_moe, range(self.num_hidden_layers)))
+
+    @property
+    def dense_mlps(self) -> int:
+        """Dense MLPs of the hidden layers."""
+        return self.num_hidden_layers - (0 if self.shortcut_experts else self.moe_layers)
 
     @property
     def has_router_bias(self) -> bool:
@@ -293,10 +318,12 @@ def check_config(c: ModelConfig) -> None:
         raise ConfigError(f"scoring_func is {c.scoring_func!r}; expected sigmoid or softmax")
     if c.index_topk is not None:
         _check_indexer(c)
-    experts = c.n_routed_experts
-    if experts is None:
-        return
-    if c.topk_method == "greedy":
+    if c.n_identity_experts < 0:
+        raise ConfigError(f"n_identity_experts is {c.n_identity_experts}; expected 0 or more")
+    if c.shortcut_experts and c.is_moe(c.num_hidden_layers - 1):
+        raise ConfigError("the last layer has experts; expected a layer after them that adds their output")
+    experts = c.router_size
+    if not experts or c.topk_method == "greedy":
         return
     if c.n_group < 1 or experts % c.n_group:
         raise ConfigError(f"n_group is {c.n_group}; expected a divisor of n_routed_experts = {experts}")

@@ -110,9 +110,16 @@ class DeepseekModel:
         if self.stack is not None:
             return self.ops.run_stack(h, self.stack, batch, cache, self.eps, counts)
         select: Tensor | None = None  # the cached positions that sparse attention reads
+        owed: Tensor | None = None  # the output of the previous layer's experts, if not added yet
         for i, (attention, feed_forward) in enumerate(self.layers):
             h, select = attention(h, batch, cache, i, select)
-            h = feed_forward(h, None if counts is None else counts[i])
+            seen = None if counts is None else counts[i]
+            if feed_forward.beside is not None:
+                h, owed = feed_forward.apart(h, seen)
+                continue
+            h = feed_forward(h, seen)
+            if owed is not None:
+                h, owed = h + owed, None
         return h
 
     def logits(self, hidden: Tensor) -> Tensor:

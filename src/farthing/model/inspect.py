@@ -28,7 +28,8 @@ class ModelCost:
     """Per-token figures of the main model (MTP layers are counted in `mtp_parameters` only)."""
 
     total_parameters: int
-    active_parameters: int  # read per token: one embedding row, top_k experts per layer
+    active_parameters: int  # read per token: one embedding row, the head, top_k experts per layer
+    head_parameters: int
     mtp_parameters: int
     routed_parameters: int
     active_routed_parameters: int
@@ -54,7 +55,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     always = [n for n in main if ".experts." not in n and n != EMBEDDING]
 
     def share(name: str) -> float:  # share of a layer's routed experts read per token
-        return config.num_experts_per_tok / (config.at(int(name.split(".")[2])).n_routed_experts or 1)
+        return config.num_experts_per_tok / config.at(int(name.split(".")[2])).router_size
 
     def count(names: Iterable[str]) -> int:
         return sum(prod(shapes[n]) for n in names)
@@ -69,6 +70,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     return ModelCost(
         total_parameters=count(main),
         active_parameters=count(always) + active_routed + head_rows * config.hidden_size,
+        head_parameters=config.vocab_size * config.hidden_size,
         mtp_parameters=count(shapes) - count(main),
         routed_parameters=count(routed),
         active_routed_parameters=active_routed,
@@ -156,7 +158,7 @@ def routing_report(model: DeepseekModel, prompts: Sequence[Sequence[int]]) -> Ro
     layers = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]
     if not layers:
         raise ValueError("the model has no MoE layer: there is no routing to report")
-    counts = torch.zeros(model.cache_layers, config.n_routed_experts or 0, dtype=torch.int64)
+    counts = torch.zeros(model.cache_layers, config.router_size, dtype=torch.int64)
     tokens = 0
     for ids in prompts:
         window = torch.tensor(ids[: config.max_position_embeddings], dtype=torch.int64)
@@ -170,10 +172,10 @@ def routing_report(model: DeepseekModel, prompts: Sequence[Sequence[int]]) -> Ro
         tokens += len(window)
     if not tokens:
         raise ValueError("the prompts hold no token; expected text")
-    rows = [counts[i].tolist() for i in layers]
+    rows = [counts[i, : config.n_routed_experts].tolist() for i in layers]
     per_token = sum(map(sum, rows)) / (tokens * len(rows))
     cost = model_cost(config)
-    skipped = cost.active_routed_parameters * (1 - per_token / config.num_experts_per_tok)
+    skipped = cost.active_routed_parameters * (1 - per_token / config.routed_per_token)
     return RoutingReport(
         tokens=tokens,
         experts_per_token=per_token,

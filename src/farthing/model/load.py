@@ -38,9 +38,15 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     routers = routers_for(config, checkpoint.config, experts)
     model = DeepseekModel(config, ops, source_of(checkpoint, config), routers)
     if ops.packed_from is None:  # otherwise most weights come from the packed file
-        checkpoint.finish(ignore=IGNORED + type_named(config.model_type).names.skipped)
+        checkpoint.finish(ignore=IGNORED + _unread(config))
     checkpoint.release()
     return model
+
+
+def _unread(config: ModelConfig) -> tuple[str, ...]:
+    """Patterns of tensors that are not computed. transformers saves projections of identity experts."""
+    identities = range(config.router_size - config.n_identity_experts, config.router_size)
+    return type_named(config.model_type).names.skipped + tuple(f"*.experts.{e}.*" for e in identities)
 
 
 def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
@@ -134,13 +140,14 @@ def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[st
         yield prefix + "up_proj.weight", (i, d)
         yield prefix + "down_proj.weight", (d, i)
 
-    if not moe:
+    if not moe or c.shortcut_experts:
         yield from gated(p, c.intermediate_size)
+    if not moe:
         return
     assert c.n_routed_experts is not None
-    yield p + "gate.weight", (c.n_routed_experts, d)
+    yield p + "gate.weight", (c.router_size, d)
     if c.has_router_bias:
-        yield p + "gate.e_score_correction_bias", (c.n_routed_experts,)
+        yield p + "gate.e_score_correction_bias", (c.router_size,)
     for e in range(c.n_routed_experts):
         yield from gated(f"{p}experts.{e}.", c.moe_intermediate_size)
     if c.post_mlp_norm:

@@ -12,6 +12,7 @@ from torch import Tensor
 from farthing.model.config import ModelConfig
 from farthing.model.source import WeightSource
 from farthing.ops import MoEWeights, Ops, RouterSpec, Weight
+from farthing.ops.api import Handle
 
 Gated = tuple[Weight, Weight, Weight]
 
@@ -21,7 +22,7 @@ def router_spec(config: ModelConfig) -> RouterSpec:
     assert config.n_routed_experts is not None
     grouped = config.topk_method != "greedy"
     return RouterSpec(
-        num_experts=config.n_routed_experts,
+        num_experts=config.router_size,
         top_k=config.num_experts_per_tok,
         num_groups=config.n_group if grouped else 1,
         top_k_groups=config.topk_group if grouped else 1,
@@ -29,6 +30,7 @@ def router_spec(config: ModelConfig) -> RouterSpec:
         group_score="top2_sum" if config.topk_method == "noaux_tc" else "max",
         normalize=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
+        identities=config.n_identity_experts,
     )
 
 
@@ -54,6 +56,10 @@ class FeedForward:
             self.packed = ops.pack_mlp(p, gated(weights, p, config.hidden_size, config.intermediate_size))
         else:
             self.packed = ops.pack_moe(p, router, lambda: moe_weights(config, weights, p, router))
+        self.beside: Handle | None = None  # a dense MLP on the experts' input (`apart`)
+        if self.is_moe and config.shortcut_experts:
+            dense = gated(weights, p, config.hidden_size, config.intermediate_size)
+            self.beside = ops.pack_mlp(f"{p}_beside", dense)
         self.post_norm: Tensor | None = None
         if self.is_moe and config.post_mlp_norm:
             name = f"{p}.post_mlp_layernorm.weight"
@@ -68,6 +74,11 @@ class FeedForward:
             return self.ops.moe(h, self.packed, self.norm, self.eps, counts)
         return self.ops.mlp(h, self.packed, self.norm, self.eps)
 
+    def apart(self, h: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """h [T, D] -> (h + mlp(norm(h)), experts(norm(h))); the next layer adds the second."""
+        experts = self.ops.moe(h, self.packed, self.norm, self.eps, counts, residual=False)
+        return self.ops.mlp(h, self.beside, self.norm, self.eps), experts
+
 
 def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Gated]:
     """A loader of gate [I, D], up [I, D] and down [D, I]."""
@@ -81,6 +92,7 @@ def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Ga
 def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router: RouterSpec) -> MoEWeights:
     """Router and experts of one layer; experts are read one at a time."""
     e, d, i = router.num_experts, config.hidden_size, config.moe_intermediate_size
+    routed = e - router.identities
     shared_size = config.shared_size
     shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")
     return MoEWeights(
@@ -89,7 +101,9 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
         if config.has_router_bias
         else None,
         experts=[
-            gated(weights, f"{prefix}.experts.{j}", d, i) if weights.holds(f"{prefix}.experts.{j}") else None
+            gated(weights, f"{prefix}.experts.{j}", d, i)
+            if j < routed and weights.holds(f"{prefix}.experts.{j}")
+            else None
             for j in range(e)
         ],
         shared=gated(weights, f"{prefix}.shared_experts", d, shared_size) if shared_here else None,

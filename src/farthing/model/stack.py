@@ -19,7 +19,9 @@ def stacked(ops: Ops, layers: Sequence[tuple[Attention, FeedForward]]) -> Handle
 
 def handles(attention: Attention, feed: FeedForward) -> LayerHandles | None:
     """The handles of one layer for `Ops.stack`; None if it cannot represent the layer."""
-    if attention.query_scale is not None or attention.sparse or feed.post_norm is not None:
+    if attention.query_scale is not None or attention.sparse:
+        return None
+    if feed.post_norm is not None or feed.beside is not None:
         return None
     a = attention
     return LayerHandles(a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed)

@@ -28,7 +28,7 @@ CacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 class RouterSpec:
     """The routing rule (DeepSeek-V3 section 2.1.2; V2 section 2.1.3)."""
 
-    num_experts: int
+    num_experts: int  # identities included
     top_k: int
     num_groups: int = 1
     top_k_groups: int = 1
@@ -39,6 +39,7 @@ class RouterSpec:
     # Adaptive experts: the smallest number in [min_experts, top_k] whose normalized weights reach `mass`.
     mass: float | None = None
     min_experts: int = 2
+    identities: int = 0  # the last experts, absent from MoEWeights: they return n, the normed input
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class MoEWeights:
 
     gate: Tensor  # [E, D] float32
     bias: Tensor | None  # [E] float32, e_score_correction_bias
-    # gate [I, D], up [I, D], down [D, I] of each; None: on another rank, its tokens are skipped here
+    # gate [I, D], up [I, D], down [D, I] of each; None: an identity, or on another rank: skipped here
     experts: Sequence[Callable[[], tuple[Weight, Weight, Weight]] | None]
     shared: Callable[[], tuple[Weight, Weight, Weight]] | None
 

@@ -130,7 +130,7 @@ class HybridOps(OpsWrapper):
             w.experts,
             self._host.pack_moe(name, spec, lambda: replace(w, shared=None)),
             None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
-            Hot(ExpertCache(min(self._capacity, spec.num_experts))),
+            Hot(ExpertCache(min(self._capacity, spec.num_experts - spec.identities))),
         )
 
     def moe(
@@ -229,7 +229,8 @@ class HybridOps(OpsWrapper):
         evicted in a previous step are no longer in use.
         """
         hot = weights.hot
-        hot.cache.record({expert: part.stop - part.start for expert, part in rows.parts.items()})
+        seen = {e: part.stop - part.start for e, part in rows.parts.items() if weights.loads[e] is not None}
+        hot.cache.record(seen)
         hot.steps += 1
         if hot.loading is None:
             if hot.steps % DECIDE_EVERY == 0 and (swap := hot.cache.decide()):

@@ -213,6 +213,8 @@ class ReferenceOps(HostOps):
                 counts[e] += token.numel()
             if expert is not None and token.numel():
                 out.index_add_(0, token, gated_mlp(n[token], expert).float() * gates[token, slot, None])
+        if weights.spec.identities:
+            out += n.float() * identity_weight(ids, gates, weights.spec)
         if weights.shared is not None:
             out += gated_mlp(n, weights.shared).float()
         return out.to(self.dtype) if x is None else x + out.to(self.dtype)
@@ -282,6 +284,11 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * spec.scale
+
+
+def identity_weight(ids: Tensor, gates: Tensor, spec: RouterSpec) -> Tensor:
+    """The weight [T, 1] of the identity experts among a token's choice."""
+    return gates.masked_fill(ids < spec.num_experts - spec.identities, 0.0).sum(-1, keepdim=True)
 
 
 def keep_mass(ids: Tensor, weights: Tensor, mass: float, min_experts: int) -> tuple[Tensor, Tensor]:

@@ -69,9 +69,7 @@ class ParallelModel:
         if arena is not None and self._counts_shared:
             self._counts = counts_table(arena, layout, config)
         else:
-            self._counts = torch.zeros(
-                counted_layers(config), config.n_routed_experts or 0, dtype=torch.int64
-            )
+            self._counts = torch.zeros(counted_layers(config), config.router_size, dtype=torch.int64)
         self._options, self._steps = options, 0
         self._balanced = self._counts.clone()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from farthing.ops import MoEWeights, Ops, RouterSpec
 from farthing.ops.api import Batch, Handle, LatentCache, LayerHandles
-from farthing.ops.reference import largest
+from farthing.ops.reference import identity_weight, largest
 from farthing.ops.wrapper import OpsWrapper
 from farthing.parallel.group import Group
 from farthing.parallel.shared import SharedGroup
@@ -47,7 +47,7 @@ class Experts:
 
     parts: dict[tuple[int, int], Handle]
     shared: Handle | None  # separate if no part takes every row
-    total: int = 0  # total experts of the layer
+    spec: RouterSpec  # of the whole layer
 
 
 class ParallelOps(OpsWrapper):
@@ -63,14 +63,21 @@ class ParallelOps(OpsWrapper):
         """Pack copied experts separately from those that take every row."""
         shares = self._shares(name)
         if set(shares) <= {(1, 0)} and not self._groups.dispatch:
-            return Experts({(1, 0): self._inner.pack_moe(name, spec, weights)}, None)
+            return Experts({(1, 0): self._inner.pack_moe(name, self._local(spec), weights)}, None, spec)
         w = weights()
         parts = {
-            share: self._inner.pack_moe(f"{name}.share{share[0]}.{share[1]}", spec, _only(w, experts))
+            share: self._inner.pack_moe(
+                f"{name}.share{share[0]}.{share[1]}", self._local(spec, share), _only(w, experts)
+            )
             for share, experts in shares.items()
         }
         shared = None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared)
-        return Experts(parts, shared, spec.num_experts)
+        return Experts(parts, shared, spec)
+
+    def _local(self, spec: RouterSpec, share: tuple[int, int] = (1, 0)) -> RouterSpec:
+        """The rule of one part. One rank adds the identities; no part does if rows are dispatched."""
+        adds = self._experts.index == 0 and share == (1, 0) and not self._groups.dispatch
+        return spec if adds else replace(spec, identities=0)
 
     def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
         """True if this is the only rank or the backend can synchronize ranks, and experts are one part."""
@@ -153,6 +160,9 @@ class ParallelOps(OpsWrapper):
                 total[j::m] += self._inner.moe(rows, part, norm, eps, counted, residual=False)
         if weights.shared is not None:
             total += self._inner.mlp(x.clone(), weights.shared, norm, eps) - x
+        if whole is None and self._experts.index == 0 and weights.spec.identities:
+            n = self._inner.rms_norm(x, norm, eps)
+            total += _identities(n, *self.route(n, weights), weights.spec)
         if whole is None and counts is not None:
             self._count(x, next(iter(weights.parts.values())), norm, eps, counts)
         return self._experts.all_reduce(total)
@@ -168,17 +178,19 @@ class ParallelOps(OpsWrapper):
         total = torch.zeros_like(x)
         mine = slice(self._tp.index, None, self._tp.size)
         rows = x[mine].contiguous()
-        ids, _ = self._inner.route(self._inner.rms_norm(rows, norm, eps), part)
+        n = self._inner.rms_norm(rows, norm, eps)
+        ids, gates = self._inner.route(n, part)
         if counts is not None:
             counts += torch.bincount(ids[ids >= 0], minlength=len(counts))
-        owner = torch.where(ids >= 0, ids // (weights.total // self._experts.size), -1)
+        routed = weights.spec.num_experts - weights.spec.identities
+        owner = torch.where((ids >= 0) & (ids < routed), ids // (routed // self._experts.size), -1)
         sent = [(owner == r).any(1).nonzero()[:, 0] for r in range(self._experts.size)]
         received = self._experts.all_to_all([rows[chosen] for chosen in sent])
         sizes = [len(r) for r in received]
         here = torch.cat(received)
         if len(here):
             here = self._inner.moe(here, part, norm, eps, residual=False)
-        summed = torch.zeros_like(rows)
+        summed = _identities(n, ids, gates, weights.spec)
         for chosen, partial in zip(sent, self._experts.all_to_all(here.split(sizes)), strict=True):
             summed.index_add_(0, chosen, partial)
         total[mine] = summed
@@ -187,8 +199,9 @@ class ParallelOps(OpsWrapper):
         return self._tp.all_reduce(total) if self._tp.size > 1 else total
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
-        for part in weights.parts.values():
-            self._inner.reroute(part, spec)
+        weights.spec = spec
+        for share, part in weights.parts.items():
+            self._inner.reroute(part, self._local(spec, share))
 
     def route(self, n: Tensor, weights: Experts) -> tuple[Tensor, Tensor]:
         return self._inner.route(n, next(iter(weights.parts.values())))
@@ -227,6 +240,11 @@ class ParallelOps(OpsWrapper):
         """Count tokens per expert when no part sees every row."""
         ids, _ = self._inner.route(self._inner.rms_norm(x, norm, eps), part)
         counts += torch.bincount(ids[ids >= 0], minlength=len(counts))
+
+
+def _identities(n: Tensor, ids: Tensor, gates: Tensor, spec: RouterSpec) -> Tensor:
+    """What the identity experts add to rows of the normed input n [T, D]."""
+    return (n.float() * identity_weight(ids, gates, spec)).to(n.dtype)
 
 
 def _only(w: MoEWeights, experts: Sequence[int]) -> Callable[[], MoEWeights]:

@@ -222,7 +222,11 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
     """Split layers into ranges that minimize the bytes of the heaviest rank."""
     layers, pp = config.num_hidden_layers, layout.pp
     weight = [0] * layers
-    alone = [not config.indexer_types or config.has_indexer(i) for i in range(layers)]
+    alone = [
+        (not config.indexer_types or config.has_indexer(i))
+        and not (config.shortcut_experts and i > 0 and config.is_moe(i - 1))
+        for i in range(layers)
+    ]
     last = 0  # MTP layers, which are on the last stage
     for name, shape, count in representatives(config):
         size = count * (nbytes(name) if nbytes else 2 * prod(shape))
@@ -241,7 +245,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
         """(bytes of the heaviest stage from `stage` on, end of `stage`) when layers start… are left."""
         if stage == pp - 1:
             return sum(weight[start:]) + last, layers
-        # A layer that reuses the previous layer's token selection stays on its stage.
+        # A layer that needs the previous one's token selection or experts' output stays on its stage.
         ends = [e for e in range(start + 1, layers - (pp - stage - 2)) if alone[e]]
         return min(
             ((max(sum(weight[start:end]), best(end, stage + 1)[0]), end) for end in ends),
@@ -249,7 +253,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
         )
 
     if best(0, 0)[0] == math.inf:
-        raise PlanError(f"pp is {pp}; expected at most {sum(alone)}, the layers that choose what is read")
+        raise PlanError(f"pp is {pp}; expected at most {sum(alone)}, the layers that can begin a stage")
     stages, start = [], 0
     for stage in range(pp):
         end = best(start, stage)[1]

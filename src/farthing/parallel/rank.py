@@ -151,7 +151,7 @@ class Rank:
     def count(self) -> Tensor:
         """[L, E] token counts of every expert on all stages, reduced when stages share no memory."""
         config = self.plan.config
-        table = torch.zeros(counted_layers(config), config.n_routed_experts or 0, dtype=torch.int64)
+        table = torch.zeros(counted_layers(config), config.router_size, dtype=torch.int64)
         if self.counts is not None:
             table[self.plan.stages[self.place.stage].start :] = self.counts
         dist.all_reduce(table)
@@ -170,7 +170,8 @@ class Rank:
             router = self.routers[index]
             if router is None or layer not in tokens:
                 continue
-            placement = place(tokens[layer], self.layout.ep, redundant)
+            routed = tokens[layer][: router.num_experts - router.identities]
+            placement = place(routed, self.layout.ep, redundant)
             if placement != self._placement(layer):
                 self.placements[layer] = placement
                 self.model.unstack()  # it references the experts that leave

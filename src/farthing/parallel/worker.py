@@ -237,21 +237,21 @@ def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
         if arena is not None and options.config.nodes == 1:
             rank.counts = counts_table(arena, options.layout, config)[start:]
         else:  # reduced by `Rank.count`
-            shape = counted_layers(config) - start, config.n_routed_experts
+            shape = counted_layers(config) - start, config.router_size
             rank.counts = torch.zeros(*shape, dtype=torch.int64, device=rank.model.ops.device)
     return rank
 
 
 def counts_bytes(config: ModelConfig) -> int:
     """Size of the table of token counts per layer and expert."""
-    return 8 * counted_layers(config) * (config.n_routed_experts or 0)
+    return 8 * counted_layers(config) * config.router_size
 
 
 def counts_table(arena: Arena, layout: Layout, config: ModelConfig) -> Tensor:
     """[L, E] int64 after the groups of an arena; each stage's first rank counts for its layers."""
     start, size = shared_bytes(layout), counts_bytes(config)
     table = arena.bytes[start : start + size].view(torch.int64)
-    return table.view(counted_layers(config), config.n_routed_experts or 0)
+    return table.view(counted_layers(config), config.router_size)
 
 
 def _work(

@@ -80,7 +80,7 @@ def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored
     sizes = _Sizes(
         c,
         c.num_attention_heads // layout.tp,
-        stop - start if any(not c.is_moe(i) for i in layers) else 0,
+        stop - start if c.shortcut_experts or any(not c.is_moe(i) for i in layers) else 0,
         c.moe_intermediate_size // cut if any(c.is_moe(i) for i in layers) else 0,
         c.shared_size // layout.tp,
         stored,
@@ -176,7 +176,7 @@ def _experts(s: _Sizes, holder: Holder, t: int, threads: int, chosen: int, other
         rows = int(rows * _UNEVEN / s.expert_ranks)
     takes = [_FLOAT * t * _stride(c.hidden_size)]
     if chosen:
-        takes += [_FLOAT * t * _up(c.n_routed_experts or 0, 16), 2 * _FLOAT * rows]
+        takes += [_FLOAT * t * _up(c.router_size, 16), 2 * _FLOAT * rows]
         takes += _act(holder, s.stored, c.hidden_size, t) + _act(holder, s.stored, c.hidden_size, rows)
         takes += _act(holder, s.stored, s.expert, rows)
     if other:

@@ -163,9 +163,8 @@ class _Costs:
     def weight_bytes(self) -> float:
         """Bytes per GPU: all attention and shared experts and its experts in FP8; embedding, head in bf16."""
         c = self.config
-        moe_layers = c.num_hidden_layers - c.first_k_dense_replace
-        dense = 3 * c.hidden_size * c.intermediate_size * c.first_k_dense_replace
-        experts = moe_layers * self.expert * (self.experts + c.n_shared_experts)
+        dense = 3 * c.hidden_size * c.intermediate_size * c.dense_mlps
+        experts = c.moe_layers * self.expert * (self.experts + c.n_shared_experts)
         return (
             c.num_hidden_layers * self.projection + dense + experts + 2 * BF16 * c.vocab_size * c.hidden_size
         )
@@ -177,7 +176,7 @@ class _Costs:
     def feed_forward(self, tokens: float) -> float:
         """Seconds of the shared expert and this GPU's even share of the group's routed tokens."""
         c = self.config
-        rows = tokens * c.num_experts_per_tok / self.experts  # rows per local expert
+        rows = tokens * c.routed_per_token / self.experts  # rows per local expert
         shared = self.gemm(self.expert * c.n_shared_experts, tokens, self.dense)
         return shared + self.experts * self.gemm(self.expert, rows, self.grouped)
 
@@ -211,9 +210,9 @@ def _prefill(costs: _Costs, workload: Workload) -> Phase:
     nodes = max(1, costs.gpus // 8)
     # Group-limited routing: a token goes to at most topk_group nodes, once to each.
     copies = (
-        min(c.topk_group if c.n_group > 1 else c.num_experts_per_tok, nodes)
+        min(c.topk_group if c.n_group > 1 else c.routed_per_token, nodes)
         if nodes > 1
-        else (min(c.num_experts_per_tok, costs.gpus) * (costs.gpus - 1) / costs.gpus)
+        else (min(c.routed_per_token, costs.gpus) * (costs.gpus - 1) / costs.gpus)
     )
     remote = copies * (nodes - 1) / nodes if nodes > 1 else copies
     return _phase(costs, tokens, compute, costs.exchanged(tokens, remote))
@@ -237,7 +236,7 @@ def _decode(costs: _Costs, workload: Workload) -> Phase:
             + costs.decode_attention(tokens, context)
             + costs.feed_forward(tokens)
         )
-        remote = c.num_experts_per_tok * (costs.gpus - 1) / costs.gpus
+        remote = c.routed_per_token * (costs.gpus - 1) / costs.gpus
         return _phase(costs, tokens, compute, costs.exchanged(tokens, remote))
 
     low, high = 1, most
@@ -253,14 +252,11 @@ def _decode(costs: _Costs, workload: Workload) -> Phase:
 def _phase(costs: _Costs, tokens: int, compute: float, communication: float) -> Phase:
     """Communication overlaps with the other micro-batch's computation; the longer one counts."""
     c = costs.config
-    dense_layer = (
-        compute
-        - costs.feed_forward(tokens)
-        + costs.gemm(3 * c.hidden_size * c.intermediate_size, tokens, costs.dense)
-    )
-    moe_layers = c.num_hidden_layers - c.first_k_dense_replace
+    attention = compute - costs.feed_forward(tokens)
+    dense_mlp = costs.gemm(3 * c.hidden_size * c.intermediate_size, tokens, costs.dense)
     head = 2 * c.vocab_size * c.hidden_size * BF16 / costs.bytes_per_second
-    step = moe_layers * max(compute, communication) + c.first_k_dense_replace * dense_layer + head
+    without_experts = (c.num_hidden_layers - c.moe_layers) * attention + c.dense_mlps * dense_mlp
+    step = c.moe_layers * max(compute, communication) + without_experts + head
     bound = "communication" if communication > compute else "computation and memory"
     return Phase(costs.gpus, tokens, compute, communication, tokens / step, bound)
 

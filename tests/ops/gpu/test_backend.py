@@ -63,6 +63,15 @@ def test_moe(ops: GpuOps, ref: ReferenceOps, name: str, shared: int | None, here
     torch.testing.assert_close(gates.cpu(), weights)
 
 
+def test_identity_experts(ops: GpuOps, ref: ReferenceOps) -> None:
+    spec = RouterSpec(8, 4, scoring="softmax", normalize=False, scale=6.0, identities=3)
+    w = experts(spec, "f32", None, range(5))
+    handle, expected = ops.pack_moe("m", spec, lambda: w), ref.pack_moe("m", spec, lambda: w)
+    x = torch.randn(5, 64)
+    y, z = ops.moe(x.to(DEVICE), handle, torch.ones(64), EPS), ref.moe(x, expected, torch.ones(64), EPS)
+    assert distance(y.cpu() - x, z - x) < 1e-9
+
+
 def test_reroute(ops: GpuOps, ref: ReferenceOps) -> None:
     w = experts(V3, "f32", None)
     handle, expected = ops.pack_moe("m", V3, lambda: w), ref.pack_moe("m", V3, lambda: w)

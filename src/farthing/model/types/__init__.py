@@ -16,6 +16,7 @@ from farthing.model.types import (
     glm_moe_dsa,
     kimi_k2,
     kimi_k25,
+    longcat_flash,
     mistral4,
     mistral_large_3,
     sarvam_mla,
@@ -39,6 +40,7 @@ TYPES: Mapping[str, ModelType] = {
         glm_moe_dsa.TYPE,
         axk1.TYPE,
         sarvam_mla.TYPE,
+        longcat_flash.TYPE,
     )
 }
 

@@ -219,7 +219,7 @@ class CpuOps(HostOps):
         if None in loads:
             self._keep(f"{name}.held", torch.tensor([e for e, load in enumerate(loads) if load is not None]))
         for e, expert in enumerate(loads):
-            if expert is None:  # on another rank
+            if expert is None:  # on another rank, or an identity
                 native.add(None, None)
                 continue
             gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
@@ -520,6 +520,7 @@ def _missing() -> Any:
 def _router(spec: RouterSpec) -> Any:
     router = _native.Router()
     router.experts, router.top_k = spec.num_experts, spec.top_k
+    router.identities = spec.identities
     router.groups, router.top_k_groups = spec.num_groups, spec.top_k_groups
     router.sigmoid, router.top2_sum = spec.scoring == "sigmoid", spec.group_score == "top2_sum"
     router.normalize, router.scale = spec.normalize, spec.scale

@@ -38,7 +38,7 @@ from farthing.ops.gpu.sample import draw, draw_filtered
 from farthing.ops.gpu.softmax import softmax
 from farthing.ops.gpu.sparse import find
 from farthing.ops.indexer import Indexer
-from farthing.ops.reference import largest
+from farthing.ops.reference import identity_weight, largest
 from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
 
@@ -278,6 +278,9 @@ class GpuOps(Ops):
         order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.held)
         y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
         shared = None if weights.shared is None else self._gated(n, weights.shared)
+        if weights.spec.identities:
+            same = n.float() * identity_weight(ids, gates, weights.spec)
+            shared = same if shared is None else shared.float() + same
         return combine(y, ids, weights.held, shared, _rows(x) if residual else torch.zeros_like(x))
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:

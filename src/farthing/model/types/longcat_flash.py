@@ -1,0 +1,67 @@
+"""LongCat-Flash: layers with two attentions and two dense MLPs, and experts that run beside the second half.
+
+Each of its layers is two of ours. Both have attention and a dense MLP; the first also has the experts, which
+read the MLP's input and whose output is added after the second. Some experts are the identity, and the
+latents are scaled after their norms.
+"""
+
+import re
+
+from farthing.model.types.base import Fields, ModelType, Names
+
+_RENAMED = {
+    "vocab_size": "vocab_size",
+    "ffn_hidden_size": "intermediate_size",
+    "expert_ffn_hidden_size": "moe_intermediate_size",
+    "moe_topk": "num_experts_per_tok",
+    "zero_expert_num": "n_identity_experts",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.([a-z_]+)(.*)")
+
+
+def _fields(raw: Fields) -> Fields:
+    kind = raw.get("zero_expert_type", "identity")
+    if kind != "identity":
+        raise ValueError(f"zero_expert_type is {kind!r}; expected 'identity'")
+    if raw.get("router_bias") or raw.get("attention_bias"):
+        raise ValueError("router_bias or attention_bias is true; expected matrices without a bias")
+    width, query, latent = raw["hidden_size"], raw["q_lora_rank"], raw["kv_lora_rank"]
+    return {
+        **raw,
+        **{ours: raw[theirs] for theirs, ours in _RENAMED.items()},
+        "num_hidden_layers": 2 * raw["num_layers"],
+        "num_nextn_predict_layers": 0,
+        "moe_layer_freq": 2,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 0,
+        "shortcut_experts": True,
+        "scoring_func": "softmax",
+        "topk_method": "noaux_tc",
+        "router_bias": True,
+        "norm_topk_prob": raw.get("norm_topk_prob", False),
+        "query_latent_scale": (width / query) ** 0.5 if raw.get("mla_scale_q_lora", True) else 1.0,
+        "latent_scale": (width / latent) ** 0.5 if raw.get("mla_scale_kv_lora", True) else 1.0,
+    }
+
+
+def _stored(name: str) -> str:
+    found = _LAYER.fullmatch(name)
+    if found is None:
+        return name
+    half, part, rest = int(found[1]) % 2, found[2], found[3]
+    if part != "mlp":
+        part = f"{part}.{half}"
+    elif rest.startswith(".gate."):
+        weight = rest.removeprefix(".gate.").replace("weight", "classifier.weight")
+        rest = f".router.{weight}"
+    elif not rest.startswith(".experts."):
+        part = f"mlps.{half}"
+    return f"model.layers.{int(found[1]) // 2}.{part}{rest}"
+
+
+TYPE = ModelType(
+    "longcat_flash",
+    "LongCat-Flash",
+    _fields,
+    Names(_stored, ("model.mtp.*",), "the MTP layer of this type is not served"),
+)
