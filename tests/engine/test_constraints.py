@@ -126,3 +126,14 @@ def test_masks_of_drafts_are_those_of_the_tokens(
             here.consume(drafts[position])
     fresh = constraint.masks([], VOCAB)
     assert (fresh[0] == masks[0]).all()  # the copy has not moved the original
+
+
+def test_masks_share_one_array_of_allowed_tokens() -> None:
+    vocabulary = Vocabulary([3, 5, 9], [(4, 5)])
+    twin = vocabulary.copy()
+    twin.consume(4)
+    assert np.flatnonzero(twin.masks([], 8)).tolist() == [3]
+    first, second = vocabulary.masks([4], 8)
+    assert np.flatnonzero(first).tolist() == [3, 5] and np.flatnonzero(second).tolist() == [3]
+    assert np.flatnonzero(vocabulary.masks([], 12)).tolist() == [3, 5, 9]  # the cached array was not changed
+    assert vocabulary._rules is twin._rules

@@ -484,3 +484,44 @@ def test_prompt_logprobs_are_computed_a_few_per_step(make_engine: MakeEngine) ->
     assert max(rows) <= 8 and sum(rows) >= 3 * 50
     for output in outputs:
         assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 51
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "min_tokens": ({"allowed_token_ids": [1], "min_tokens": 3}, "allowed_token_ids and min_tokens"),
+    "stop_token_ids": (
+        {"allowed_token_ids": [9, 10], "stop_token_ids": [9, 10], "min_tokens": 1},
+        "allowed_token_ids and min_tokens",
+    ),
+    "structured_outputs": (
+        {"allowed_token_ids": [2], "structured_outputs": StructuredOutputsParams(regex="[0-9]+")},
+        "structured_outputs and allowed_token_ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_limits_that_exclude_every_token_are_refused(make_engine: Callable[..., Engine], name: str) -> None:
+    fields, named = IMPOSSIBLE[name]
+    with pytest.raises(ValueError, match=named):
+        make_engine().submit("x", SamplingParams(max_tokens=4, **fields))
+
+
+@pytest.mark.parametrize("speculate", [None, "ngram:3"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_limits_that_exclude_every_token_later_are_an_error(
+    make_engine: Callable[..., Engine], speculate: str | None, temperature: float
+) -> None:
+    engine = make_engine(speculate=speculate)
+    assert engine.tokenizer is not None
+    (x,) = engine.tokenizer.encode("x", add_special_tokens=False)
+    params = SamplingParams(
+        max_tokens=8,
+        temperature=temperature,
+        allowed_token_ids=[x],
+        structured_outputs=StructuredOutputsParams(regex="xxx[0-9]"),
+    )
+    tokens: list[int] = []
+    with pytest.raises(EngineError, match="structured_outputs and allowed_token_ids exclude every token"):
+        for output in engine.submit("x", params):
+            tokens += output.outputs[0].token_ids
+    assert set(tokens) == {x}

@@ -260,3 +260,16 @@ def test_slow_stream_does_not_delay_other_requests() -> None:
         client.completions.create(model="tiny", prompt="fast")
         assert server.service.jobs  # the slow one still runs
         slow.close()
+
+
+def test_work_before_a_request_is_charged_by_cpu_time() -> None:
+    clock = Clock()
+    quotas = Quotas(work_seconds_per_minute=6, clock=clock)
+    quotas.admit_work("a", 4.0)
+    quotas.admit_work("a", 6.0)
+    with pytest.raises(ApiError, match="quota of 6 CPU seconds") as refused:
+        quotas.admit_work("a", 9.0)
+    assert (refused.value.status, refused.value.retry_after) == (429, 30)
+    quotas.admit_work("b", 1.0)
+    clock.now = 30.0
+    quotas.admit_work("a", 9.0)

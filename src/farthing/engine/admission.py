@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from farthing.config import EngineConfig
 from farthing.engine.constraints import All, Constraint, ReasoningBudget, Vocabulary
 from farthing.engine.generation import Generation
+from farthing.engine.mask_time import MaskTimes
 from farthing.engine.request import OutputKind, Request, SamplingParams, StructuredOutputsParams
-from farthing.engine.sampler import SamplingState, mix, stream_seed
+from farthing.engine.sampler import SamplingState, mix, no_token_left, stream_seed
 from farthing.engine.sandbox import Sandbox
-from farthing.engine.structured import TOO_SLOW, GrammarCompiler, Matcher
+from farthing.engine.structured import GrammarCompiler, Matcher, constrained_field, too_slow
 from farthing.engine.tokenizer import Tokenizer
 from farthing.engine.triggered import Openers, TokenTexts, TriggeredGrammar
 from farthing.model import ModelConfig
@@ -39,7 +41,9 @@ class Admission:
         self._sandbox = sandbox
         self._grammars: GrammarCompiler | None = None
         self._texts: TokenTexts | None = None
+        self._mask_times = MaskTimes()
         self._lock = threading.Lock()
+        self._checked: SamplingParams | None = None  # the last whose token ids are valid
         self._vocabulary: tuple[SamplingParams | None, Vocabulary] = (None, Vocabulary(None, ()))  # the last
         self._numbers = itertools.count()  # of requests
         self._ids = itertools.count()  # of sequences
@@ -64,7 +68,9 @@ class Admission:
         else:
             ids = list(prompt)
         self._check(ids, params)
-        matcher = self._constraint(params)
+        matcher = self._constraint(params, client)
+        if matcher is not None:
+            self._check_first_token(params, matcher)
         number = next(self._numbers)
         request = Request(
             request_id=request_id or f"request-{number}",
@@ -95,61 +101,80 @@ class Admission:
                 f"prompt has {len(ids)} tokens; expected at most {self._max_len - 1}, "
                 f"max_model_len - 1, so that one can follow"
             )
-        named = (
-            ("prompt", ids),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-            ("allowed_token_ids", params.allowed_token_ids),
-        )
-        for name, tokens in named:
-            for token in tokens or ():
-                if not isinstance(token, int) or not 0 <= token < self._vocab:
-                    raise ValueError(f"{name} has {token!r}; expected a token id in [0, {self._vocab})")
+        self._check_ids("prompt", ids)
+        if params is not self._checked:  # the prompts of one request share it
+            self._check_ids("logit_bias", params.logit_bias)
+            self._check_ids("stop_token_ids", params.stop_token_ids)
+            self._check_ids("allowed_token_ids", params.allowed_token_ids)
+            self._checked = params
         if params.stop_strings:
             self.need_tokenizer("stop")
 
-    def _constraint(self, params: SamplingParams) -> Constraint | None:
+    def _check_ids(self, field: str, tokens: Iterable[int] | None) -> None:
+        for token in tokens or ():
+            if not isinstance(token, int) or not 0 <= token < self._vocab:
+                raise ValueError(f"{field} has {token!r}; expected a token id in [0, {self._vocab})")
+
+    def _check_first_token(self, params: SamplingParams, matcher: Constraint) -> None:
+        (allowed,) = matcher.masks([], self._vocab)
+        if params.min_tokens > 0:
+            allowed = allowed.copy()
+            allowed[list(self._ends(params))] = False
+        if not allowed.any():
+            raise ValueError(no_token_left(params))
+
+    def _ends(self, params: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        eos = frozenset() if params.ignore_eos else self._eos
+        return tuple(sorted(eos | frozenset(params.stop_token_ids or ())))
+
+    def _constraint(self, params: SamplingParams, client: str) -> Constraint | None:
         """All constraints on the next token, combined; None if there are none."""
         parts: list[Constraint] = []
         grammar: Constraint | None = None
         if params.structured_outputs is not None:
-            grammar = self._matcher(params.structured_outputs)
+            grammar = self._matcher(params.structured_outputs, client)
         if params.reasoning is not None:
             grammar = ReasoningBudget(params.reasoning, grammar, sorted(self._eos))
         if params.calls is not None:
-            fresh = self._matcher(params.calls.constraint)
+            fresh = self._matcher(params.calls.constraint, client)
             grammar = TriggeredGrammar(fresh, Openers(params.calls.openers, self._token_texts()), grammar)
         if grammar is not None:
             parts.append(grammar)
         if params.bad_words or params.allowed_token_ids is not None:
-            parts.append(self._vocabulary_of(params))
+            parts.append(self._vocabulary_of(params, client))
         return All(parts) if len(parts) > 1 else next(iter(parts), None)
 
-    def _vocabulary_of(self, params: SamplingParams) -> Vocabulary:
+    def _vocabulary_of(self, params: SamplingParams, client: str) -> Vocabulary:
         """Made once for the prompts of one request, which share `params`."""
         made_for, vocabulary = self._vocabulary
         if made_for is not params:
-            vocabulary = Vocabulary(params.allowed_token_ids, self._bad_tokens(params.bad_words or ()))
+            bad = self._bad_tokens(params.bad_words or (), client)
+            vocabulary = Vocabulary(params.allowed_token_ids, bad)
             self._vocabulary = params, vocabulary
         return vocabulary.copy()
 
-    def _bad_tokens(self, words: Seq[str]) -> list[list[int]]:
+    def _bad_tokens(self, words: Seq[str], client: str) -> list[list[int]]:
         """The tokens of each word, at the start of a text and after a space."""
-        found: list[list[int]] = []
-        for word in words:
-            encode = self.need_tokenizer("bad_words").encode
-            found += [ids for text in (word, " " + word.lstrip()) if (ids := encode(text, False))]
-        return found
+        if not words:
+            return []
+        self.need_tokenizer("bad_words")
+        assert self._sandbox is not None
+        texts = [text for word in words for text in (word, " " + word.lstrip())]
+        return [ids for ids in self._sandbox.encode_now(texts, False, client) if ids]
 
-    def _matcher(self, constraint: StructuredOutputsParams) -> Matcher:
+    def _matcher(self, constraint: StructuredOutputsParams, client: str) -> Matcher:
         tokenizer = self.need_tokenizer("structured_outputs")
         assert self._sandbox is not None
         sandbox = self._sandbox
         with self._lock:
             if self._grammars is None:
                 self._grammars = GrammarCompiler(tokenizer, self._vocab)
-        grammar = sandbox.grammar(constraint).result()
-        return self._grammars.build(grammar, lambda: sandbox.condemn(constraint, TOO_SLOW))
+        grammar = sandbox.grammar(constraint, client).result()
+        field = constrained_field(constraint)
+        return self._grammars.build(
+            grammar, field, lambda: sandbox.condemn(constraint, too_slow(field)), self._mask_times.of(client)
+        )
 
     def _token_texts(self) -> TokenTexts:
         with self._lock:
@@ -161,12 +186,11 @@ class Admission:
         params, ids = request.params, request.prompt_token_ids
         room = self._max_len - len(ids)
         max_output = room if params.max_tokens is None else min(room, params.max_tokens)
-        eos = frozenset() if params.ignore_eos else self._eos
         state = SamplingState(
             params=params,
             seed=seed,
             prompt=frozenset(ids) if params.repetition_penalty != 1 else frozenset(),
-            end_ids=tuple(sorted(eos | frozenset(params.stop_token_ids or ()))),
+            end_ids=self._ends(params),
             matcher=matcher if matcher is None or index == 0 else matcher.copy(),
         )
         return Generation(

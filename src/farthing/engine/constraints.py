@@ -5,7 +5,7 @@ A constraint follows one completion. The sampler reads its masks and reports the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -149,14 +149,10 @@ def _matched(end: Sequence[int], matched: int, token: int) -> int:
 class Vocabulary:
     """Only some tokens, and no forbidden sequence of tokens."""
 
-    __slots__ = ("_allowed", "_forbidden", "_lengths", "_recent")
+    __slots__ = ("_recent", "_rules")
 
     def __init__(self, allowed: Iterable[int] | None, forbidden: Iterable[Sequence[int]]) -> None:
-        self._allowed = None if allowed is None else frozenset(allowed)
-        self._forbidden: dict[tuple[int, ...], set[int]] = {}  # by what precedes a sequence's last token
-        for *before, last in forbidden:
-            self._forbidden.setdefault(tuple(before), set()).add(last)
-        self._lengths = sorted({len(before) for before in self._forbidden})
+        self._rules = _Rules(allowed, forbidden)
         self._recent: tuple[int, ...] = ()
 
     @property
@@ -166,47 +162,73 @@ class Vocabulary:
 
     def consume(self, token: int) -> None:
         """Advance; the masks have kept forbidden tokens away."""
-        self._recent = self._after(self._recent, token)
+        self._recent = self._rules.after(self._recent, token)
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` are allowed from here."""
-        recent = self._recent
+        rules, recent = self._rules, self._recent
         for position, token in enumerate(tokens):
-            outside = self._allowed is not None and token not in self._allowed
-            if outside or token in self._completing(recent):
+            outside = rules.allowed is not None and token not in rules.allowed
+            if outside or any(token in last for last in rules.completing(recent)):
                 return position
-            recent = self._after(recent, token)
+            recent = rules.after(recent, token)
         return len(tokens)
 
     def masks(self, drafts: Sequence[int], vocab: int) -> Masks:
         """[1 + len(drafts), vocab]: what may follow the completion and each further draft."""
-        rows = 1 + len(drafts)
-        allowed = np.ones((rows, vocab), dtype=np.bool_)
-        if self._allowed is not None:
-            allowed[:] = False
-            allowed[:, [token for token in self._allowed if token < vocab]] = True
+        allowed = np.repeat(self._rules.row(vocab)[None], 1 + len(drafts), axis=0)
         recent = self._recent
-        for position in range(rows):
-            allowed[position, [token for token in self._completing(recent) if token < vocab]] = False
+        for position in range(1 + len(drafts)):
+            for last in self._rules.completing(recent):
+                allowed[position, last[last < vocab]] = False
             if position < len(drafts):
-                recent = self._after(recent, drafts[position])
+                recent = self._rules.after(recent, drafts[position])
         return allowed
 
     def copy(self) -> Vocabulary:
         """An independent constraint in the same state."""
         twin = Vocabulary.__new__(Vocabulary)
-        twin._allowed, twin._forbidden, twin._lengths = self._allowed, self._forbidden, self._lengths
-        twin._recent = self._recent
+        twin._rules, twin._recent = self._rules, self._recent
         return twin
 
-    def _after(self, recent: tuple[int, ...], token: int) -> tuple[int, ...]:
+
+class _Rules:
+    """What a `Vocabulary` and its copies share."""
+
+    __slots__ = ("_before", "_lengths", "_row", "allowed")
+
+    def __init__(self, allowed: Iterable[int] | None, forbidden: Iterable[Sequence[int]]) -> None:
+        self.allowed = None if allowed is None else frozenset(allowed)
+        last_tokens: dict[tuple[int, ...], set[int]] = {}
+        for *before, last in forbidden:
+            last_tokens.setdefault(tuple(before), set()).add(last)
+        # The last tokens of forbidden sequences, by what precedes them.
+        self._before = {before: np.array(sorted(last), np.int64) for before, last in last_tokens.items()}
+        self._lengths = sorted({len(before) for before in self._before})
+        self._row = np.empty(0, np.bool_)
+
+    def row(self, vocab: int) -> NDArray[np.bool_]:
+        """[vocab]: the allowed tokens, forbidden sequences aside. Not to be written to."""
+        if len(self._row) != vocab:
+            row = np.full(vocab, self.allowed is None)
+            if self.allowed is not None:
+                tokens = np.fromiter(self.allowed, np.int64, len(self.allowed))
+                row[tokens[tokens < vocab]] = True
+            self._row = row
+        return self._row
+
+    def after(self, recent: tuple[int, ...], token: int) -> tuple[int, ...]:
+        """As much of a text's end as forbidden sequences can begin with."""
         span = self._lengths[-1] if self._lengths else 0
         return (*recent, token)[-span:] if span else ()
 
-    def _completing(self, recent: tuple[int, ...]) -> set[int]:
-        """Tokens that would complete a forbidden sequence."""
-        endings = (recent[len(recent) - size :] for size in self._lengths if size <= len(recent))
-        return set().union(*(self._forbidden.get(ending, ()) for ending in endings))
+    def completing(self, recent: tuple[int, ...]) -> Iterator[NDArray[np.int64]]:
+        """Tokens that would complete a forbidden sequence, in any number of arrays."""
+        for size in self._lengths:
+            if size <= len(recent):
+                last = self._before.get(recent[len(recent) - size :])
+                if last is not None:
+                    yield last
 
 
 class All:

@@ -55,6 +55,7 @@ class SamplingState:
     end_ids: tuple[int, ...] = ()  # forbidden before min_tokens
     matcher: Constraint | None = None
     num_output: int = 0
+    dead_end: int | None = None  # index of the output token for which nothing was allowed in the last step
     counts: Counter[int] = field(default_factory=Counter)
     plain: bool = field(init=False)  # greedy over unmodified logits
     penalized: bool = field(init=False)
@@ -66,7 +67,9 @@ class SamplingState:
         self.plain = p.greedy and not edited
 
     def push(self, token: int) -> None:
-        """Account for a token appended to the output."""
+        """Account for a token appended to the output. Raises ValueError if no token was allowed there."""
+        if self.num_output == self.dead_end:
+            raise ValueError(no_token_left(self.params))
         self.num_output += 1
         if self.penalized:
             self.counts[token] += 1
@@ -127,8 +130,22 @@ def edit(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         if row.index < params.min_tokens and state.end_ids:
             logits[i, list(state.end_ids)] = float("-inf")
         if state.matcher is not None and row.ahead == 0:
-            _constrain(logits[i : i + 1 + len(row.drafts)], state.matcher, row.drafts)
+            _constrain(logits[i : i + 1 + len(row.drafts)], state, row.drafts)
     return logits
+
+
+def no_token_left(params: SamplingParams) -> str:
+    """The error for limits that together exclude every token."""
+    limits = {
+        "structured_outputs": params.structured_outputs is not None,
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "bad_words": bool(params.bad_words),
+        "min_tokens": params.min_tokens > 0,
+        "reasoning": params.reasoning is not None,
+        "tools": params.calls is not None,
+    }
+    names = " and ".join(name for name, given in limits.items() if given)
+    return f"{names} exclude every token; expected limits that leave at least one"
 
 
 def draw(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch) -> list[int]:
@@ -212,10 +229,22 @@ def _index(tokens: Iterable[int], like: Tensor) -> Tensor:
     return torch.from_numpy(np.fromiter(tokens, np.int64)).to(like.device)
 
 
-def _constrain(logits: Tensor, matcher: Constraint, drafts: Sequence[int]) -> None:
-    """Mask the tokens that the grammar forbids in logits [1 + len(drafts), V]."""
-    allowed = torch.from_numpy(matcher.masks(drafts, logits.shape[1])).to(logits.device)
-    logits.masked_fill_(~allowed, float("-inf"))
+def _constrain(logits: Tensor, state: SamplingState, drafts: Sequence[int]) -> None:
+    """Mask the tokens that the constraints forbid in logits [1 + len(drafts), V].
+
+    A row without any allowed token stays as it is, and `state` refuses the token that is drawn from it.
+    """
+    assert state.matcher is not None
+    allowed = state.matcher.masks(drafts, logits.shape[1])
+    possible = allowed
+    early = state.params.min_tokens - state.num_output  # rows that must not end the completion
+    if early > 0 and state.end_ids:
+        possible = allowed.copy()
+        possible[:early, list(state.end_ids)] = False
+    dead = np.flatnonzero(~possible.any(axis=1))
+    state.dead_end = state.num_output + int(dead[0]) if len(dead) else None
+    allowed[dead] = True
+    logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
 
 
 def _store(tokens: list[int], where: Sequence[int], values: Tensor) -> None:

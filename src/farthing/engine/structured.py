@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
+from farthing.engine.mask_time import FREE_SECONDS, OWN_SECONDS, MaskTime
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
 
@@ -28,25 +29,72 @@ MAX_DEPTH = 64  # of a schema's nesting, and of brackets in a regex or a grammar
 MAX_CHARACTERS = 262_144  # of a constraint
 MAX_VALUES = 32_768  # in a schema
 MAX_CHOICES = 16_384
-MAX_MASK_SECONDS = 0.1  # for one token's mask; `examine` refuses slower grammars
-TOO_SLOW = "structured_outputs is too complex: one of its tokens takes too long to compute"
+MAX_BUILD_SECONDS = 0.25  # to compile; `examine` refuses slower grammars. 16,000 choices take 0.1 s
+MAX_MASK_SECONDS = 0.05  # for one token's mask; likewise. 1,000 optional properties take 0.02 s
+OVERSPENT = (
+    "structured_outputs is too complex: the grammars of this key that are in use take too long per token; "
+    "expected simpler or fewer ones"
+)
 _TRIED_TOKENS = 64  # that `examine` draws
-# A row of a schema with n optional properties has 4n items; each step is still bounded by step_max_items.
-_LIMITS: Any = {"max_items_in_row": 50_000, "step_max_items": 100_000, "max_lexer_states": 50_000}
+# A row of a schema with n optional properties has 4n items. Ordinary schemas and regexes with 120,000 tokens
+# need a quarter of the fuel; nested repetitions use any amount of it, 0.1 s here.
+_LIMITS: Any = {
+    "max_items_in_row": 16_000,
+    "step_max_items": 30_000,
+    "max_lexer_states": 20_000,
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 20_000,
+}
+
+_OPENING, _CLOSING = ([ord(character) for character in brackets] for brackets in ("([{", ")]}"))
 
 # Room for indentation, but a weak model cannot fill its budget with blanks.
 _JSON: Any = {"whitespace_pattern": r"[ \n\t]{1,16}"}
 
 
+def too_slow(field: str) -> str:
+    """The error for a constraint that takes too long to compile or to use."""
+    return (
+        f"structured_outputs.{field} is too complex: it takes more than {1000 * MAX_BUILD_SECONDS:g} ms to "
+        f"compile or {1000 * MAX_MASK_SECONDS:g} ms for one token; expected a simpler one"
+    )
+
+
+class _Cost:
+    """What the copies of one matcher have cost, and what they may."""
+
+    __slots__ = ("_credit", "_on_slow", "_over", "field")
+
+    def __init__(self, field: str, credit: MaskTime | None, on_slow: Callable[[], None]) -> None:
+        self.field = field  # of the constraint
+        self._credit, self._on_slow = credit, on_slow
+        self._over = 0.0  # seconds beyond what is free
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the client's credit is spent, and this grammar among those to blame."""
+        return self._credit is not None and self._over > OWN_SECONDS and self._credit.spent
+
+    def charge(self, seconds: float, masks: int = 0) -> bool:
+        """Returns whether the grammar is too slow for anyone."""
+        over = seconds - masks * FREE_SECONDS
+        if over > 0 and self._credit is not None:
+            self._over += over
+            self._credit.charge(over)
+        if seconds <= MAX_MASK_SECONDS * max(1, masks):
+            return False
+        self._on_slow()
+        return True
+
+
 class Matcher:
     """The state of one grammar along one completion."""
 
-    def __init__(self, matcher: Any, words: int, on_slow: Callable[[], None] = lambda: None) -> None:
-        """on_slow: called once where a mask takes so long that the grammar must not be used again."""
+    def __init__(self, matcher: Any, words: int, cost: _Cost) -> None:
         self._matcher = matcher
         self._words = words
-        self._on_slow = on_slow
-        self._slow = False
+        self._cost = cost
+        self._refusal: str | None = None  # why no further token is computed
 
     @property
     def stopped(self) -> bool:
@@ -55,19 +103,37 @@ class Matcher:
 
     def consume(self, token: int) -> None:
         """Advance. Raises ValueError if the grammar does not allow the token, or is too slow to go on."""
-        if self._slow:
-            raise ValueError(TOO_SLOW)
-        if not self._matcher.consume_token(token):
+        if self._refusal is not None:
+            raise ValueError(self._refusal)
+        began = time.thread_time()
+        accepted = self._matcher.consume_token(token)
+        self._cost.charge(time.thread_time() - began, masks=1)
+        if not accepted:
             why = _brief(self._matcher.get_error())
             raise ValueError(f"structured_outputs: token {token} is refused: {why}")
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` the grammar allows from here."""
-        return int(self._matcher.validate_tokens(list(tokens))) if tokens else 0
+        if not tokens or self._refusal is not None:
+            return 0
+        began = time.thread_time()
+        valid = int(self._matcher.validate_tokens(list(tokens)))
+        self._cost.charge(time.thread_time() - began, masks=len(tokens))
+        return valid
 
     def masks(self, drafts: Sequence[int], vocab: int) -> NDArray[np.bool_]:
         """[1 + len(drafts), vocab]: what may follow the completion and each further draft."""
         bits = np.full((1 + len(drafts), self._words), -1, dtype=np.int32)
+        if self._refusal is None and self._cost.exhausted:
+            self._refusal = OVERSPENT
+        if self._refusal is None:
+            self._compute(bits, drafts)
+        allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
+        if allowed.shape[1] < vocab:
+            allowed = np.pad(allowed, ((0, 0), (0, vocab - allowed.shape[1])))
+        return allowed[:, :vocab]
+
+    def _compute(self, bits: NDArray[np.int32], drafts: Sequence[int]) -> None:
         consumed = 0
         began = time.thread_time()
         for i in range(1 + len(drafts)):
@@ -78,17 +144,12 @@ class Matcher:
                 consumed += 1
         if consumed:
             self._matcher.rollback(consumed)
-        if time.thread_time() - began > MAX_MASK_SECONDS * (1 + len(drafts)) and not self._slow:
-            self._slow = True
-            self._on_slow()
-        allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little").view(np.bool_)
-        if allowed.shape[1] < vocab:
-            allowed = np.pad(allowed, ((0, 0), (0, vocab - allowed.shape[1])))
-        return allowed[:, :vocab]
+        if self._cost.charge(time.thread_time() - began, masks=1 + len(drafts)):
+            self._refusal = too_slow(self._cost.field)
 
     def copy(self) -> Matcher:
         """An independent matcher in the same state."""
-        return Matcher(self._matcher.deep_copy(), self._words, self._on_slow)
+        return Matcher(self._matcher.deep_copy(), self._words, self._cost)
 
 
 class GrammarCompiler:
@@ -114,18 +175,26 @@ class GrammarCompiler:
 
     def compile(self, params: StructuredOutputsParams) -> Matcher:
         """Translate and build. Raises ValueError naming the field whose constraint is not accepted."""
-        return self.build(translate(params), field=_field(params))
+        return self.build(translate(params), constrained_field(params))
 
     def build(
-        self, grammar: str, on_slow: Callable[[], None] = lambda: None, field: str = "grammar"
+        self,
+        grammar: str,
+        field: str,
+        on_slow: Callable[[], None] = lambda: None,
+        credit: MaskTime | None = None,
     ) -> Matcher:
-        """A matcher for a grammar that `examine` returned. Raises ValueError. Releases the GIL."""
+        """A matcher for a grammar that `examine` returned. Raises ValueError. Releases the GIL.
+
+        field: of the constraint, for errors. on_slow: called where a mask takes so long that the grammar must
+        not be used again. credit: pays for the masks.
+        """
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise ValueError(f"structured_outputs.{field} is not accepted: {_brief(matcher.get_error())}")
-        return Matcher(matcher, self._words, on_slow)
+        return Matcher(matcher, self._words, _Cost(field, credit, on_slow))
 
 
 class _LiteralTokenizer:
@@ -157,11 +226,14 @@ class _LiteralTokenizer:
 def examine(compiler: GrammarCompiler, params: StructuredOutputsParams) -> str:
     """Check, translate and compile a constraint, and draw some tokens from it; the grammar's text.
 
-    Raises ValueError where it is not accepted or a mask takes longer than MAX_MASK_SECONDS. May also take
-    for ever, or end the process: call it in a child.
+    Raises ValueError where it is not accepted, or compiling it or a mask takes longer than the engine may
+    spend. May also take for ever, or end the process: call it in a child.
     """
-    grammar = translate(params)
-    matcher = compiler.build(grammar, field=_field(params))
+    grammar, field = translate(params), constrained_field(params)
+    began = time.thread_time()
+    matcher = compiler.build(grammar, field)
+    if time.thread_time() - began > MAX_BUILD_SECONDS:
+        raise ValueError(too_slow(field))
     rng = random.Random(0)
     for _ in range(_TRIED_TOKENS):
         if matcher.stopped:
@@ -169,12 +241,13 @@ def examine(compiler: GrammarCompiler, params: StructuredOutputsParams) -> str:
         (allowed,) = matcher.masks([], compiler.vocab_size)
         candidates = np.flatnonzero(allowed)
         if not len(candidates):
-            raise ValueError("structured_outputs allows no token")
+            raise ValueError(f"structured_outputs.{field} allows no token")
         matcher.consume(int(candidates[rng.randrange(len(candidates))]))
     return grammar
 
 
-def _field(params: StructuredOutputsParams) -> str:
+def constrained_field(params: StructuredOutputsParams) -> str:
+    """The field that holds the constraint."""
     return next(field.name for field in fields(params) if getattr(params, field.name) not in (None, False))
 
 
@@ -259,13 +332,12 @@ def _check_text(field: str, text: str) -> None:
         raise ValueError(
             f"structured_outputs.{field} has {len(text)} characters; expected at most {MAX_CHARACTERS}"
         )
-    depth = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if depth > MAX_DEPTH:
-            raise ValueError(
-                f"structured_outputs.{field} is nested too deeply; expected at most {MAX_DEPTH} brackets"
-            )
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    depth = np.cumsum(np.isin(codes, _OPENING).astype(np.int32) - np.isin(codes, _CLOSING))
+    if len(depth) and depth.max() > MAX_DEPTH:
+        raise ValueError(
+            f"structured_outputs.{field} is nested {depth.max()} brackets deep; expected at most {MAX_DEPTH}"
+        )
 
 
 def _brief(error: str) -> str:

@@ -45,6 +45,9 @@ class ServerConfig:
     access_log: bool = _http(False, "Log line per request")
     requests_per_minute: int | None = _limit(None, "Requests per minute and key", minimum=1)
     tokens_per_minute: int | None = _limit(None, "Prompt and output tokens per minute and key", minimum=1)
+    work_seconds_per_minute: int | None = _limit(
+        None, "CPU seconds per minute and key for tokenizing, chat templates and grammars", minimum=1
+    )
     max_body_bytes: int = _limit(8 << 20, "Maximum size of a request body", minimum=1)
     max_connections: int = _limit(4096, "Open connections", minimum=1)
     max_header_bytes: int = _limit(32_768, "Maximum size of a request's head", minimum=1)

@@ -1,4 +1,4 @@
-"""What one client may use: requests and tokens per minute."""
+"""What one client may use per minute: requests, tokens, and CPU time before a request runs."""
 
 from __future__ import annotations
 
@@ -29,19 +29,26 @@ class Bucket:
 
 
 class Quotas:
-    """Requests and tokens a minute for each client. Only the event loop touches it.
+    """What each client has left. Only the event loop touches it.
 
     A request is admitted when the client has a request left and enough tokens for its prompt; the tokens
-    it generates are charged as they come and may leave a debt that later requests wait for.
+    it generates are charged as they come and may leave a debt that later requests wait for. So may the CPU
+    time of tokenizing, chat templates and grammars ("work").
     """
 
     def __init__(
         self,
         requests_per_minute: int | None = None,
         tokens_per_minute: int | None = None,
+        work_seconds_per_minute: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._limits = {
+            "requests": requests_per_minute,
+            "tokens": tokens_per_minute,
+            "work": work_seconds_per_minute,
+        }
+        self._worked: dict[str, float] = {}  # seconds charged so far, by client
         self._buckets: dict[tuple[str, str], Bucket] = {}
         self._clock = clock
 
@@ -68,6 +75,23 @@ class Quotas:
         for resource, amount in wanted.items():
             if bucket := self._bucket(client, resource):
                 bucket.level -= amount
+
+    def admit_work(self, client: str, seconds: float) -> None:
+        """Charge what a client has used since the last call. seconds: its CPU time so far. Raises ApiError
+        (429, with Retry-After) if the quota is spent."""
+        bucket = self._bucket(client, "work")
+        if bucket is None:
+            return
+        bucket.level -= seconds - self._worked.get(client, 0.0)
+        self._worked[client] = seconds
+        if (wait := bucket.wait_for(0.0)) > 0:
+            raise ApiError(
+                429,
+                f"{client!r} has used its quota of {bucket.per_minute} CPU seconds a minute for tokenizing, "
+                "chat templates and grammars",
+                code="work_quota_exceeded",
+                retry_after=math.ceil(wait),
+            )
 
     def charge(self, client: str, tokens: int) -> None:
         """Charge generated tokens."""

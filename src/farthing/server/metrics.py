@@ -82,6 +82,16 @@ class AccountsCollector(Collector):
         """Yields nothing until the engine is loaded."""
         if self._service.accounts is not None:
             yield from cost_families(self._service.accounts.report())
+        engine = self._service.engine
+        if engine is not None and engine.sandbox is not None:
+            work = CounterMetricFamily(
+                "farthing:work_seconds",
+                "CPU time of tokenizing, chat templates and grammars, by API key.",
+                labels=["api_key"],
+            )
+            for client, seconds in engine.sandbox.seconds().items():
+                work.add_metric([client], seconds)
+            yield work
 
 
 class ServerCollector(Collector):

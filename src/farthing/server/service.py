@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from farthing.engine.engine import Engine
     from farthing.engine.request import OutputKind
     from farthing.engine.sandbox import Sandbox
+    from farthing.engine.stream import RequestStream
     from farthing.server.accounts import Accounts
 
 T = TypeVar("T")
@@ -52,7 +53,9 @@ class Service:
         self.created = int(time.time())
         self.unknown_fields = UnknownFields(config.strict_fields)
         self.cache_digest = CacheDigest()
-        self.quotas = Quotas(config.requests_per_minute, config.tokens_per_minute)
+        self.quotas = Quotas(
+            config.requests_per_minute, config.tokens_per_minute, config.work_seconds_per_minute
+        )
         self.engine: Engine | None = None
         self._formats: ModelFormats | None = None
         keys = (config.keys or KeyRing(())) | (config.admin_keys or KeyRing(()))
@@ -144,7 +147,7 @@ class Service:
                     param=param,
                     code="context_length_exceeded",
                 )
-        return await self._checked(lambda: sandbox.encode(texts, add_special_tokens, client), param)
+        return await self._checked(lambda: sandbox.encode(texts, add_special_tokens, client), client, param)
 
     async def decode(self, ids: list[int], client: str) -> str:
         """The text of token ids. Raises ApiError: 400 where there are more than the model's context holds,
@@ -157,17 +160,18 @@ class Service:
                 param="tokens",
                 code="context_length_exceeded",
             )
-        return await self._checked(lambda: sandbox.decode(ids, client), "tokens")
+        return await self._checked(lambda: sandbox.decode(ids, client), client, "tokens")
 
     async def render(self, conversation: Mapping[str, Any], client: str = ANONYMOUS) -> str:
         """The prompt of a conversation, which is `Tokenizer.render_chat`'s keyword arguments.
 
         Raises ApiError: 400, 429."""
         sandbox, longest = self._sandbox("messages"), self._max_characters()
-        return await self._checked(lambda: sandbox.chat(conversation, longest, client), "messages")
+        return await self._checked(lambda: sandbox.chat(conversation, longest, client), client, "messages")
 
-    async def _checked(self, begin: Callable[[], Future[T]], param: str | None = None) -> T:
-        """The result of work in the sandbox."""
+    async def _checked(self, begin: Callable[[], Future[T]], client: str, param: str | None = None) -> T:
+        """The result of a client's work in the sandbox."""
+        self.quotas.admit_work(client, self._sandbox(param).seconds_of(client))
         try:
             return await asyncio.wrap_future(begin())
         except Busy as error:
@@ -177,7 +181,7 @@ class Service:
         except RuntimeError as error:
             raise ApiError(503, str(error), code="not_ready", retry_after=5) from error
 
-    def _sandbox(self, param: str) -> Sandbox:
+    def _sandbox(self, param: str | None) -> Sandbox:
         sandbox = self.require_engine().sandbox
         if sandbox is None:
             raise ApiError(400, "the model is served without a tokenizer; expected token ids", param=param)
@@ -227,12 +231,11 @@ class Service:
         slow = (params.structured_outputs, params.calls, params.bad_words, params.allowed_token_ids)
         quick = not any(slow)
         try:
+            if not quick:
+                job.streams += await self._submit_in_turn(submit, prompts, client)
             for number, prompt in enumerate(prompts, start=1):
                 if quick:
-                    stream = submit(prompt)
-                else:
-                    stream = await asyncio.to_thread(submit, prompt)
-                job.streams.append(stream)
+                    job.streams.append(submit(prompt))
                 if number % max(1, _AT_ONCE // params.n) == 0:
                     await asyncio.sleep(0)
                 self.cache_digest.remember(prompt, self._salt(client, cache_salt))
@@ -244,9 +247,23 @@ class Service:
     async def _check_grammar(self, constraint: StructuredOutputsParams, client: str, param: str) -> None:
         sandbox = self._sandbox(param)
         try:
-            await self._checked(lambda: sandbox.grammar(constraint, client), param)
+            await self._checked(lambda: sandbox.grammar(constraint, client), client, param)
         except ApiError as error:
             error.message = error.message.replace("structured_outputs.grammar", "tools: a strict schema")
+            raise
+
+    async def _submit_in_turn(
+        self, submit: Callable[[list[int]], RequestStream], prompts: Sequence[list[int]], client: str
+    ) -> list[RequestStream]:
+        """Submit in a thread, in the sandbox's fair order. If the client leaves meanwhile, nothing runs."""
+        sandbox, call = self.require_engine().sandbox, partial(_submit_all, submit, prompts)
+        if sandbox is None:
+            return await asyncio.to_thread(call)
+        submitted = sandbox.here(call, client)
+        try:
+            return await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_abandon)
             raise
 
     def _check_room(self, engine: Engine, client: str, prompts: int, n: int) -> None:
@@ -294,7 +311,7 @@ class Service:
 
     def _refusal(self, error: BaseException) -> BaseException:
         """What a refused submission is to the client."""
-        if isinstance(error, QueueFull):
+        if isinstance(error, QueueFull | Busy):
             return ApiError(429, str(error), code="queue_full", retry_after=self._retry_after())
         if isinstance(error, EngineStopped):
             return ApiError(503, str(error), code="not_ready", retry_after=5)
@@ -330,3 +347,23 @@ class Service:
             for job in list(self.jobs):
                 job.interrupt(ApiError(503, "the server shut down before the answer ended", code="shutdown"))
             return False
+
+
+def _submit_all(
+    submit: Callable[[list[int]], RequestStream], prompts: Sequence[list[int]]
+) -> list[RequestStream]:
+    streams: list[RequestStream] = []
+    try:
+        for prompt in prompts:
+            streams.append(submit(prompt))
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+    return streams
+
+
+def _abandon(submitted: Future[list[RequestStream]]) -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        for stream in submitted.result():
+            stream.cancel()

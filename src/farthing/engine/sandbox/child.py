@@ -1,40 +1,48 @@
-"""The child process: reads jobs from its socket, runs them under limits, answers.
+"""The fork server and its workers: they run jobs on untrusted input under limits.
 
-It imports no torch. Each job runs in a thread with a small stack: what fits there fits many times over
-in the stacks of the engine's process, which repeats an accepted grammar's compilation.
+The server loads the tokenizer and the grammar compiler once and forks a worker whenever its parent requests
+one, so that a worker costs milliseconds and shares the tokenizer's memory. It imports no torch, has one
+thread, and never touches the input of a job. A worker runs one job at a time on a small stack: what fits
+there fits many times over in the stacks of the engine's process, which repeats an accepted grammar's
+compilation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import signal
 import socket
 import sys
-import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.sandbox import frames
 from farthing.engine.tokenizer import Tokenizer
 
-_STACK_BYTES = 1 << 20
-_MEMORY_BYTES = 1 << 30  # a job may add
-_RETIRE_BYTES = 256 << 20  # after a job that added this much, the process is replaced
+_STACK_BYTES = 1 << 20  # a job may add
+_RETIRE_BYTES = 64 << 20  # after a job that added this much, the worker is replaced
 
 
 class Jobs:
-    """What a child can do, by name."""
+    """What a worker can do, by name."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
+        from farthing.engine.structured import GrammarCompiler
+
         self._tokenizer = Tokenizer.from_state(setup["tokenizer"])
-        self._vocab = int(setup["vocab_size"])
-        self._compiler: Any = None
+        self._compiler: GrammarCompiler | ValueError
+        try:
+            self._compiler = GrammarCompiler(self._tokenizer, int(setup["vocab_size"]))
+        except ValueError as error:  # texts can still be tokenized
+            self._compiler = error
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""
@@ -56,62 +64,85 @@ class Jobs:
 
     def grammar(self, constraint: Mapping[str, Any]) -> str:
         """The grammar of a constraint, compiled and tried."""
-        from farthing.engine.structured import GrammarCompiler, examine
+        from farthing.engine.structured import examine
 
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(self._tokenizer, self._vocab)
+        if isinstance(self._compiler, ValueError):
+            raise self._compiler
         return examine(self._compiler, StructuredOutputsParams(**constraint))
 
 
 def main() -> None:
-    """Serve one parent until it closes the socket."""
+    """Fork and end workers for one parent until it closes the socket; then end them all.
+
+    Each request and each answer is one document: "fork", with the worker's socket -> its pid; a pid -> [the
+    signal that ended the worker or 0, its CPU seconds].
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    setup = frames.receive(connection)
-    with contextlib.suppress(OSError):
-        os.nice(setup["niceness"])
-    jobs = Jobs(setup)
-    del setup
+    control = socket.socket(fileno=int(sys.argv[1]))
+    jobs = Jobs(frames.receive(control))
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(limit, (0, 0))
-    frames.send(connection, {"ready": True})
-    while True:
-        try:
-            name, arguments, seconds = frames.receive(connection)
-        except (EOFError, OSError):
-            return
-        _limit(seconds)
-        before = _peak()
-        answer = _in_thread(partial(getattr(jobs, name), **arguments))
-        answer["retire"] = _peak() - before > _RETIRE_BYTES
-        frames.send(connection, answer)
+    gc.freeze()  # a collection would write to, and so copy, every page that workers share
+    workers: set[int] = set()
+    answer: Any = "ready"
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            frames.send(control, answer)
+            request, descriptor = frames.receive_with_descriptor(control)
+            if descriptor is None:
+                workers.discard(request)
+                answer = _end(request)
+                continue
+            answer = os.fork()
+            if not answer:
+                control.close()
+                _work(jobs, socket.socket(fileno=descriptor))
+            os.close(descriptor)
+            workers.add(answer)
+    for worker in workers:
+        _end(worker)
 
 
-def _in_thread(call: Callable[[], Any]) -> dict[str, Any]:
-    answer: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            answer["result"] = call()
-        except MemoryError:
-            answer["refused"] = "needs more memory than an input may take"
-        except (ValueError, RecursionError) as error:
-            answer["refused"] = str(error)
-
-    threading.stack_size(_STACK_BYTES)
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return answer or {"refused": "could not be checked"}
+def _end(worker: int) -> tuple[int, float]:
+    os.kill(worker, signal.SIGKILL)  # has no effect on one that has ended
+    _, status, usage = os.wait4(worker, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, usage.ru_utime + usage.ru_stime
 
 
-def _limit(seconds: float) -> None:
-    """CPU time and address space for one job: a second line behind the parent's deadline."""
+def _work(jobs: Jobs, connection: socket.socket) -> NoReturn:
+    """Run jobs until the parent closes the socket."""
+    try:
+        resource.setrlimit(resource.RLIMIT_STACK, (_stack() + _STACK_BYTES,) * 2)
+        while True:
+            name, arguments, seconds, memory = frames.receive(connection)
+            _limit(seconds, memory)
+            before, began = _peak(), time.process_time()
+            answer = _answer(partial(getattr(jobs, name), **arguments))
+            answer["seconds"] = time.process_time() - began
+            answer["retire"] = _peak() - before > _RETIRE_BYTES
+            frames.send(connection, answer)
+    except BaseException:
+        os._exit(1)  # never return into the server's loop
+
+
+def _answer(call: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"result": call()}
+    except ValueError as error:
+        return {"refused": str(error)}
+    except MemoryError:
+        return {"failed": "it takes more memory than one input may; expected a shorter or simpler one"}
+    except Exception as error:  # of a library or a template
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def _limit(seconds: float, memory: int) -> None:
+    """Limits CPU time and address space of one job. The kernel enforces both, whatever native code does."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    _soft(resource.RLIMIT_CPU, ceil(usage.ru_utime + usage.ru_stime + seconds) + 1)
+    _soft(resource.RLIMIT_CPU, ceil(usage.ru_utime + usage.ru_stime + seconds))
     with contextlib.suppress(OSError):  # no /proc: not Linux
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        _soft(resource.RLIMIT_AS, pages * resource.getpagesize() + _MEMORY_BYTES)
+        _soft(resource.RLIMIT_AS, pages * resource.getpagesize() + memory)
 
 
 def _soft(limit: int, value: int) -> None:
@@ -121,6 +152,15 @@ def _soft(limit: int, value: int) -> None:
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _stack() -> int:
+    """Bytes of the stack in use."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmStk:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,206 +1,156 @@
-"""Child processes that run jobs one at a time, each under a deadline; clients take turns.
-
-A lane is a queue with its own children, so that a client's heavy jobs never delay light ones. A child that
-misses a deadline, dies or grows too large is replaced. Children start with the first job, or with `warm`.
-"""
+"""Runs jobs in forked workers, several at once; a job that ends its worker costs no other job anything."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import subprocess
-import sys
 import threading
-import time
-from collections import OrderedDict, deque
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
-from farthing.engine.sandbox import frames
+from farthing.engine.sandbox.turns import Turns
+from farthing.engine.sandbox.workers import ForkServer, Job, Killed, Outcome, Worker
 
-_START_SECONDS = 120.0  # for a child to start and load its tokenizer
-_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+_CORES = os.cpu_count() or 1
+_PLACES = max(4, _CORES // 2)
+_PLACES_EACH = max(2, _CORES // 4)
+_CREDIT_SECONDS = max(2.0, _CORES / 4)  # CPU time of one client at full priority
+_REFILL = _CORES / 8  # of it per second
 
-Setup = Callable[[], Mapping[str, Any]]  # what every child receives first
-
-
-class Busy(RuntimeError):
-    """A client already has as many jobs waiting as one may have; retry later (HTTP 429)."""
-
-
-class Lost(ValueError):
-    """The child missed the deadline or died: the input is at fault, as far as anyone can tell."""
+Setup = Callable[[], Mapping[str, Any]]  # what the fork server receives first
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One call: the name of a job, its arguments, and the seconds it may take."""
+class Pool:
+    """A fair queue and the workers that serve it. Processes start with the first job, or with `warm`."""
 
-    name: str
-    arguments: Mapping[str, Any]
-    seconds: float
-    future: Future[Any] = field(default_factory=Future)
-
-
-class Lane:
-    """A queue of jobs and the children that run them.
-
-    `niceness` is added to the children's, so that heavy work yields to the engine's threads.
-    """
-
-    def __init__(self, setup: Setup, children: int = 1, niceness: int = 0, max_waiting: int = 256) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._niceness = niceness
-        self._max_waiting = max_waiting  # jobs of one client
-        self._free = children  # threads that may still be started
-        self._idle = 0
-        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()  # by client; the first is next
-        self._changed = threading.Condition()
-        self._closed = False
-        self._children: set[Child] = set()
+        self._turns: Turns[Job] = Turns(_PLACES, _PLACES_EACH, _CREDIT_SECONDS, _REFILL)
+        self._idle: dict[bool, list[Worker]] = {
+            False: [],
+            True: [],
+        }  # by whether they run spent clients' jobs
+        self._starting = threading.Lock()  # of the fork server
+        self._server: ForkServer | None = None
+        self._lock = threading.Lock()  # of what follows, held shortly
+        self._started = self._closed = False
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def submit(self, job: Job, client: str = "") -> Future[Any]:
-        """Queue a job. Raises Busy. The future raises ValueError where the input is refused or lost."""
-        with self._changed:
-            if self._closed:
-                raise RuntimeError("the sandbox is closed")
-            queue = self._queues.setdefault(client, deque())
-            if len(queue) >= self._max_waiting:
-                raise Busy(f"{len(queue)} inputs of this client are waiting to be checked; retry later")
-            queue.append(job)
-            self._start_thread()
-            self._changed.notify()
+        """Queue a job. Raises Busy. The future raises ValueError where the input is at fault, RuntimeError
+        where the machine is."""
+        self._turns.put(client, job)
+        self.warm()
         return job.future
 
     def warm(self) -> None:
-        """Start one child now."""
-        with self._changed:
-            if not self._closed and not self._children:
-                self._start_thread()
+        """Start the processes now, in the background."""
+        with self._lock:
+            if self._started or self._closed:
+                return
+            self._started = True
+        for _ in range(_PLACES):
+            threading.Thread(target=self._serve, name="farthing-sandbox", daemon=True).start()
+
+    def seconds(self) -> dict[str, float]:
+        """CPU time used so far, by client."""
+        with self._lock:
+            return dict(self._seconds)
+
+    def seconds_of(self, client: str) -> float:
+        """CPU time that one client has used so far."""
+        with self._lock:
+            return self._seconds.get(client, 0.0)
 
     def close(self) -> None:
-        """Kill the children; jobs that wait or run fail."""
-        with self._changed:
-            self._closed = True
-            waiting = [job for queue in self._queues.values() for job in queue]
-            self._queues.clear()
-            children = list(self._children)
-            self._changed.notify_all()
-        for child in children:
-            child.kill()
-        for job in waiting:
+        """End the processes; jobs that wait or run fail."""
+        for job in self._turns.close():
             job.future.cancel()
+        with self._lock:
+            self._closed = True
+        if (server := self._server) is not None:
+            server.close()
 
-    def _start_thread(self) -> None:
-        if self._free and not self._idle:
-            self._free -= 1
-            threading.Thread(target=self._work, name="farthing-sandbox", daemon=True).start()
-
-    def _work(self) -> None:
-        child: Child | None = None
-        while True:
-            if child is None:
-                child = self._new_child()
-            job = self._next()
-            if job is None:
-                break
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            if child is None:
-                job.future.set_exception(RuntimeError("the sandbox could not start a process; retry later"))
-                continue
+    def _serve(self) -> None:
+        self._add_idle()
+        while (turn := self._turns.take()) is not None:
+            client, job, credit = turn
+            outcome = Outcome(reusable=True)
             try:
-                result, keep = child.run(job)
-            except Exception as error:
-                keep = isinstance(error, Refused)
-                job.future.set_exception(error)
-            else:
-                job.future.set_result(result)
-            if not keep:
-                self._discard(child)
-                child = None
-        if child is not None:
-            self._discard(child)
+                if job.future.set_running_or_notify_cancel():
+                    outcome = self._run(job, spent=not credit)
+                    with self._lock:
+                        self._seconds[client] += outcome.seconds
+            finally:
+                self._turns.done(client, outcome.seconds)
+            if not job.future.cancelled():
+                _finish(job, outcome)
+            if credit and not outcome.reusable:
+                self._add_idle()
 
-    def _next(self) -> Job | None:
-        with self._changed:
-            self._idle += 1
-            while not self._queues and not self._closed:
-                self._changed.wait()
-            self._idle -= 1
-            if self._closed:
+    def _run(self, job: Job, spent: bool) -> Outcome:
+        """Run a job in an idle or a new worker. One whose worker was killed from outside runs once more."""
+        error = RuntimeError("the sandbox could not start a process; retry later")
+        for _ in range(2):
+            worker = self._take_idle(spent) or self._spawn()
+            if worker is None:
+                break
+            try:
+                outcome = worker.run(job, spent)
+            except Killed as killed:
+                error = killed
+                continue
+            if outcome.reusable:
+                self._idle[spent].append(worker)
+            return outcome
+        return Outcome(error=error)
+
+    def _add_idle(self) -> None:
+        """Fork a worker ahead of the job that will use it."""
+        if (worker := self._spawn()) is not None:
+            self._idle[False].append(worker)
+
+    def _take_idle(self, spent: bool) -> Worker | None:
+        with contextlib.suppress(IndexError):
+            return self._idle[spent].pop()
+        return None
+
+    def _spawn(self) -> Worker | None:
+        """A new worker; None where no process can be started. A fork server that has died is replaced."""
+        for _ in range(2):
+            try:
+                server = self._running_server()
+            except (OSError, EOFError, ValueError):
                 return None
-            client, queue = self._queues.popitem(last=False)
-            job = queue.popleft()
-            if queue:
-                self._queues[client] = queue  # at the back: clients take turns
-                self._changed.notify()
-            return job
+            if server is None:
+                return None
+            with contextlib.suppress(OSError, EOFError, ValueError):
+                return server.spawn()
+            self._discard(server)
+        return None
 
-    def _new_child(self) -> Child | None:
-        try:
-            child = Child(self._setup(), self._niceness)
-        except (OSError, EOFError, ValueError):
-            return None
-        with self._changed:
-            self._children.add(child)
-            if self._closed:
-                child.kill()
-        return child
+    def _running_server(self) -> ForkServer | None:
+        with self._starting:
+            if self._server is None and not self._closed:
+                self._server = ForkServer(self._setup())
+            if self._closed and self._server is not None:  # while it started
+                self._server.close()
+                self._server = None
+            return self._server
 
-    def _discard(self, child: Child) -> None:
-        child.kill()
-        with self._changed:
-            self._children.discard(child)
-
-
-class Refused(ValueError):
-    """The job's own verdict on its input."""
+    def _discard(self, server: ForkServer) -> None:
+        with self._starting:
+            if self._server is server:
+                self._server = None
+                for idle in self._idle.values():
+                    idle.clear()
+        server.close()
 
 
-class Child:
-    """One process. Raises OSError, EOFError or ValueError where it does not start."""
-
-    def __init__(self, setup: Mapping[str, Any], niceness: int) -> None:
-        self._connection, theirs = socket.socketpair()
-        environment = os.environ | dict.fromkeys(_ONE_THREAD, "1") | {"TOKENIZERS_PARALLELISM": "false"}
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "farthing.engine.sandbox.child", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-            )
-        try:
-            deadline = time.monotonic() + _START_SECONDS
-            frames.send(self._connection, {"niceness": niceness, **setup}, deadline)
-            frames.receive(self._connection, deadline)
-        except BaseException:
-            self.kill()
-            raise
-
-    def run(self, job: Job) -> tuple[Any, bool]:
-        """(result, whether the child can take another job). Raises Refused, or Lost."""
-        deadline = time.monotonic() + job.seconds
-        try:
-            frames.send(self._connection, [job.name, job.arguments, job.seconds], deadline)
-            answer = frames.receive(self._connection, deadline)
-        except TimeoutError:
-            raise Lost(f"took longer than {job.seconds:g} s to check") from None
-        except (OSError, EOFError, ValueError):
-            raise Lost("could not be checked: it exhausted memory, time or the stack") from None
-        if "refused" in answer:
-            raise Refused(answer["refused"])
-        return answer["result"], not answer["retire"]
-
-    def kill(self) -> None:
-        """End the process at once."""
-        self._process.kill()
-        with contextlib.suppress(OSError):
-            self._connection.close()
-        self._process.wait()
+def _finish(job: Job, outcome: Outcome) -> None:
+    if outcome.error is not None:
+        job.future.set_exception(outcome.error)
+    else:
+        job.future.set_result(outcome.result)

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import fields
 from hashlib import sha256
-from typing import Any
+from reprlib import Repr
+from typing import Any, TypeVar
 
 from farthing.engine.request import StructuredOutputsParams
-from farthing.engine.sandbox.pool import Job, Lane
-from farthing.engine.structured import check_size
+from farthing.engine.sandbox.local import Local
+from farthing.engine.sandbox.pool import Pool
+from farthing.engine.sandbox.verdicts import InFlight, Verdicts
+from farthing.engine.sandbox.workers import Job
+from farthing.engine.structured import check_size, constrained_field
 from farthing.engine.tokenizer import Tokenizer
 
+T = TypeVar("T")
+
 _SHORT = 4_096  # characters that tokenize in a few milliseconds: a thread is enough
-_LIGHT = 131_072  # characters; above this, work goes to the heavy lane
-_LIGHT_SECONDS, _HEAVY_SECONDS, _GRAMMAR_SECONDS = 5.0, 20.0, 5.0  # wall clock, of a job
-_CACHED_BYTES, _CACHED_VERDICTS = 16 << 20, 1024
+_LIGHT = 131_072  # characters; a larger text may take longer
+_LIGHT_SECONDS, _HEAVY_SECONDS, _GRAMMAR_SECONDS = 2.0, 20.0, 2.0  # CPU time of a job
+_TEXT_MEMORY, _GRAMMAR_MEMORY = 1 << 30, 512 << 20  # bytes that a job may add
+_BRIEF = Repr()  # writes the beginning of a value
+_BRIEF.maxstring = 80
 
 
 class Sandbox:
-    """The untrusted work of one engine. Thread-safe; children start when they are needed.
+    """The untrusted work of one engine. Thread-safe; processes start when they are needed.
 
-    Futures raise ValueError where the input is refused, fails, or takes too long.
+    Each method takes the client that its work is for: clients take turns (see `turns`). All raise Busy for a
+    client with too much waiting. Futures raise ValueError where the input is refused or exceeds its limits,
+    and RuntimeError where the machine is at fault.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -37,39 +43,58 @@ class Sandbox:
         def setup() -> dict[str, Any]:
             return {"tokenizer": tokenizer.state(), "vocab_size": vocab_size}
 
-        self._threads = ThreadPoolExecutor(1, "farthing-short")
-        self._light = Lane(setup)
-        self._heavy = Lane(setup, children=max(1, (os.cpu_count() or 1) // 4), niceness=10)
-        self._compiling = Lane(setup, niceness=10)
-        self._verdicts = _Verdicts()
-        self._parts = (self._light, self._heavy, self._compiling, self._threads)
-        weakref.finalize(self, _close, *self._parts)
+        self._local, self._pool = Local(), Pool(setup)
+        self._verdicts, self._in_flight = Verdicts(), InFlight()
+        weakref.finalize(self, _close, self._local, self._pool)
 
     def warm(self) -> None:
-        """Start the child that renders and tokenizes, ahead of the first request."""
-        self._light.warm()
+        """Start the processes, ahead of the first request."""
+        self._pool.warm()
 
     def close(self) -> None:
-        """Kill the children."""
-        _close(*self._parts)
+        """End the processes and threads."""
+        _close(self._local, self._pool)
+
+    def seconds(self) -> Mapping[str, float]:
+        """CPU time used so far, by client."""
+        total = self._local.seconds()
+        for client, seconds in self._pool.seconds().items():
+            total[client] = total.get(client, 0.0) + seconds
+        return total
+
+    def seconds_of(self, client: str) -> float:
+        """CPU time that one client has used so far."""
+        return self._local.seconds_of(client) + self._pool.seconds_of(client)
+
+    def here(self, call: Callable[[], T], client: str = "") -> Future[T]:
+        """Short work of the caller's own, in a thread."""
+        return self._local.submit(call, client)
 
     def encode(
         self, texts: Sequence[str], add_special_tokens: bool = True, client: str = ""
     ) -> Future[list[list[int]]]:
         """Token ids of each text."""
-        size = sum(map(len, texts))
-        if size <= _SHORT:
-            return self._threads.submit(
-                lambda: [self._tokenizer.encode(text, add_special_tokens) for text in texts]
-            )
+        if _is_short(texts):
+            return self._local.submit(lambda: self._encode(texts, add_special_tokens), client)
         arguments = {"texts": list(texts), "add_special_tokens": add_special_tokens}
-        return self._submit("encode", arguments, size, client)
+        return self._submit("encode", arguments, "the text", sum(map(len, texts)), client)
+
+    def encode_now(
+        self, texts: Sequence[str], add_special_tokens: bool = True, client: str = ""
+    ) -> list[list[int]]:
+        """The same for a caller in a thread of its own, or in `here`, which may wait."""
+        if _is_short(texts):
+            return self._encode(texts, add_special_tokens)
+        return self.encode(texts, add_special_tokens, client).result()
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
 
     def decode(self, ids: Sequence[int], client: str = "") -> Future[str]:
         """The text of token ids, special ones included."""
         if len(ids) <= _SHORT:
-            return self._threads.submit(self._tokenizer.decode, ids, skip_special_tokens=False)
-        return self._submit("decode", {"ids": ids}, len(ids), client)
+            return self._local.submit(lambda: self._tokenizer.decode(ids, skip_special_tokens=False), client)
+        return self._submit("decode", {"ids": ids}, "tokens", len(ids), client)
 
     def chat(self, conversation: Mapping[str, Any], max_characters: int, client: str = "") -> Future[str]:
         """The prompt of a conversation: keyword arguments of `Tokenizer.render_chat`.
@@ -78,81 +103,62 @@ class Sandbox:
         """
         size = _size(conversation)
         if self._tokenizer.trusted_template and size <= _SHORT:
-            return self._threads.submit(lambda: self._tokenizer.render_chat(**conversation))
+            return self._local.submit(lambda: self._tokenizer.render_chat(**conversation), client)
         arguments = {"conversation": conversation, "max_characters": max_characters}
-        return self._submit("chat", arguments, size, client)
+        return self._submit("chat", arguments, "messages", size, client)
 
     def grammar(self, constraint: StructuredOutputsParams, client: str = "") -> Future[str]:
         """The text of a constraint's grammar, for `GrammarCompiler.build`.
 
-        A child has compiled it and drawn from it, so compiling it again neither crashes nor takes long.
-        Raises ValueError at once for a constraint that is too large.
+        A worker has compiled it and drawn from it, so compiling it again neither crashes nor takes long.
+        Raises ValueError at once for a constraint that is too large. A client's requests for the same grammar
+        share one job. Those of two clients do not, or one would wait for its turn in the other's queue.
         """
         check_size(constraint)
-        arguments = asdict(constraint)
-        try:
-            key = _digest(arguments)
-        except TypeError as error:
-            raise ValueError(f"structured_outputs cannot be written as JSON: {error}") from error
+        arguments = _arguments(constraint)
+        key = _digest(arguments)
         known = self._verdicts.get(key)
         if known is not None:
             return known
-        job = Job("grammar", {"constraint": arguments}, _GRAMMAR_SECONDS)
-        future = self._compiling.submit(job, client)
-        future.add_done_callback(lambda done: self._verdicts.put(key, done))
-        return future
+
+        def begin() -> Future[str]:
+            field = constrained_field(constraint)
+            what = f"structured_outputs.{field} ({_BRIEF.repr(arguments[field])})"
+            limits = _GRAMMAR_SECONDS, _GRAMMAR_MEMORY
+            job = Job("grammar", {"constraint": arguments}, what, *limits, size=_size(arguments))
+            future = self._pool.submit(job, client)
+            future.add_done_callback(lambda done: self._verdicts.put(key, done))
+            return future
+
+        return self._in_flight.join((client, key), begin)
 
     def condemn(self, constraint: StructuredOutputsParams, why: str) -> None:
         """Refuse this constraint from now on: it turned out to be too slow in use."""
         refused: Future[str] = Future()
         refused.set_exception(ValueError(why))
-        self._verdicts.put(_digest(asdict(constraint)), refused)
+        self._verdicts.put(_digest(_arguments(constraint)), refused)
 
-    def _submit(self, name: str, arguments: Mapping[str, Any], size: int, client: str) -> Future[Any]:
-        light = size <= _LIGHT
-        job = Job(name, arguments, _LIGHT_SECONDS if light else _HEAVY_SECONDS)
-        return (self._light if light else self._heavy).submit(job, client)
+    def _submit(
+        self, name: str, arguments: Mapping[str, Any], what: str, size: int, client: str
+    ) -> Future[Any]:
+        seconds = _LIGHT_SECONDS if size <= _LIGHT else _HEAVY_SECONDS
+        return self._pool.submit(Job(name, arguments, what, seconds, _TEXT_MEMORY, size), client)
 
 
-class _Verdicts:
-    """The last verdicts on grammars, bounded in number and bytes."""
+def _is_short(texts: Sequence[str]) -> bool:
+    return sum(map(len, texts)) <= _SHORT
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, tuple[Future[str], int]] = OrderedDict()
-        self._bytes = 0
 
-    def get(self, key: bytes) -> Future[str] | None:
-        with self._lock:
-            if key not in self._known:
-                return None
-            self._known.move_to_end(key)
-            return self._known[key][0]
-
-    def put(self, key: bytes, verdict: Future[str]) -> None:
-        if verdict.cancelled():
-            return
-        error = verdict.exception()
-        if error is not None and not isinstance(error, ValueError):
-            return  # not the grammar's fault: try again next time
-        size = len(verdict.result()) if error is None else len(str(error))
-        if error is not None:  # a traceback would keep the input alive
-            verdict = Future()
-            verdict.set_exception(type(error)(*error.args))
-        with self._lock:
-            self._drop(key)
-            self._known[key] = (verdict, size)
-            self._bytes += size
-            while self._bytes > _CACHED_BYTES or len(self._known) > _CACHED_VERDICTS:
-                self._drop(next(iter(self._known)))
-
-    def _drop(self, key: bytes) -> None:
-        _, size = self._known.pop(key, (None, 0))
-        self._bytes -= size
+def _arguments(constraint: StructuredOutputsParams) -> dict[str, Any]:
+    return {field.name: getattr(constraint, field.name) for field in fields(constraint)}
 
 
 def _digest(arguments: Mapping[str, Any]) -> bytes:
-    return sha256(json.dumps(arguments).encode()).digest()  # in order: properties are written in theirs
+    """In order: a grammar writes the properties of a schema in theirs. Raises ValueError."""
+    try:
+        return sha256(json.dumps(arguments).encode()).digest()
+    except TypeError as error:
+        raise ValueError(f"structured_outputs cannot be written as JSON: {error}") from error
 
 
 def _size(value: Any) -> int:
@@ -171,10 +177,6 @@ def _size(value: Any) -> int:
     return size
 
 
-def _close(*parts: Lane | ThreadPoolExecutor) -> None:
+def _close(*parts: Local | Pool) -> None:
     for part in parts:
-        if isinstance(part, Lane):
-            part.close()
-        else:
-            with contextlib.suppress(RuntimeError):
-                part.shutdown(wait=False, cancel_futures=True)
+        part.close()

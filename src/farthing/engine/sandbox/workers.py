@@ -1,0 +1,195 @@
+"""The parent's side of the fork server and its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from farthing.engine.sandbox import frames
+
+_START_SECONDS = 120.0  # for the server to start and load its tokenizer
+_ANSWER_SECONDS = 20.0  # for the server to fork or end a worker
+_WALL_SECONDS = 60.0  # for one job; its CPU limit comes first unless the machine is overloaded
+_SLICE_SECONDS = 0.1  # a job that takes longer is slow, and yields to the engine and to quick jobs
+_SLOW, _SPENT = 5, 10  # niceness of a slow job, and of any job of a client that has used its credit
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One call: the name of a job, its arguments, of about `size` bytes, what errors call its input, and the
+    CPU seconds and bytes of memory it may take."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    what: str
+    seconds: float
+    memory: int
+    size: int = 0
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job: its result, or the error to raise; its CPU seconds; and whether the worker can
+    take another job."""
+
+    result: Any = None
+    error: Exception | None = None
+    seconds: float = 0.0
+    reusable: bool = False
+
+
+class Killed(RuntimeError):
+    """The worker was ended from outside, so the job may be innocent."""
+
+
+class ForkServer:
+    """The process that forks workers. Raises OSError, EOFError or ValueError where it does not start."""
+
+    def __init__(self, setup: Mapping[str, Any]) -> None:
+        self._lock = threading.Lock()
+        self._control, theirs = socket.socketpair()
+        environment = os.environ | dict.fromkeys(_ONE_THREAD, "1") | {"TOKENIZERS_PARALLELISM": "false"}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "farthing.engine.sandbox.child", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            frames.send(self._control, setup, deadline)
+            frames.receive(self._control, deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def spawn(self) -> Worker:
+        """A new worker. Raises OSError, EOFError or ValueError where the server has died."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                return Worker(self, self._ask("fork", theirs.fileno()), ours)
+        except BaseException:
+            ours.close()
+            raise
+
+    def end(self, pid: int) -> tuple[int, float]:
+        """Kill a worker that `spawn` made: (the signal that ended it or 0, its CPU seconds)."""
+        ended, seconds = self._ask(pid)
+        return int(ended), float(seconds)
+
+    def _ask(self, request: Any, descriptor: int | None = None) -> Any:
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        with self._lock:
+            try:
+                frames.send(self._control, request, deadline, descriptor)
+                return frames.receive(self._control, deadline)
+            except BaseException:  # a late answer must not be read as that of the next request
+                with contextlib.suppress(OSError):
+                    self._control.shutdown(socket.SHUT_RDWR)
+                raise
+
+    def close(self) -> None:
+        """End the server and all of its workers."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)  # it ends its workers and leaves
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(2.0)
+        self._process.kill()
+        self._process.wait()
+        self._control.close()
+
+
+class Worker:
+    """One process that runs one job at a time."""
+
+    def __init__(self, server: ForkServer, pid: int, connection: socket.socket) -> None:
+        self.server, self.pid = server, pid
+        self._connection = connection
+        self._seconds = 0.0  # CPU time of earlier jobs
+
+    def run(self, job: Job, spent: bool) -> Outcome:
+        """Run a job; a slow one, or one of a client without credit (`spent`), at a lower priority.
+
+        A worker runs either kind and not both. Unless the outcome is reusable, it has ended. Raises Killed.
+        """
+        deadline = time.monotonic() + _WALL_SECONDS
+        try:
+            if spent:
+                self._yield(_SPENT)
+            frames.send(self._connection, [job.name, job.arguments, job.seconds, job.memory], deadline)
+            slow = not self._answers_within(_SLICE_SECONDS)
+            if slow and not spent:
+                self._yield(_SLOW)
+            answer = frames.receive(self._connection, deadline)
+        except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
+            return self._failed(job, isinstance(error, TimeoutError))
+        self._seconds += answer["seconds"]
+        reusable = not answer["retire"] and (spent or not slow)  # a priority cannot be raised again
+        if not reusable:
+            with contextlib.suppress(OSError, EOFError, ValueError):
+                self.end()
+        refusal = None
+        if "refused" in answer:
+            refusal = ValueError(answer["refused"])
+        elif "failed" in answer:
+            refusal = ValueError(f"{job.what} is not accepted: {answer['failed']}")
+        return Outcome(answer.get("result"), refusal, answer["seconds"], reusable)
+
+    def end(self) -> tuple[int, float]:
+        """Kill it: see `ForkServer.end`."""
+        self._connection.close()
+        return self.server.end(self.pid)
+
+    def _failed(self, job: Job, late: bool) -> Outcome:
+        """The outcome of a job without an answer. Raises Killed."""
+        try:
+            ended, total = self.end()
+        except (OSError, EOFError, ValueError):
+            raise Killed("the process that checks inputs was killed; retry later") from None
+        seconds = max(0.0, total - self._seconds)
+        if late:
+            error: Exception = RuntimeError(
+                f"{job.what} was not checked in {_WALL_SECONDS:g} s, as the server is overloaded; retry later"
+            )
+        elif ended == signal.SIGKILL:
+            raise Killed("the process that checks inputs was killed; retry later")
+        elif ended == signal.SIGXCPU:
+            error = ValueError(
+                f"{job.what} takes more than {job.seconds:g} s of CPU time to check; expected a simpler one"
+            )
+        else:
+            error = ValueError(
+                f"{job.what} takes more stack to check than one input may have; expected a simpler one"
+            )
+        return Outcome(error=error, seconds=seconds)
+
+    def _answers_within(self, seconds: float) -> bool:
+        poll = select.poll()  # unlike select(), for any number of open files
+        poll.register(self._connection, select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
+
+    def _yield(self, niceness: int) -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self.pid, niceness)

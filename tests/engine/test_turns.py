@@ -1,0 +1,98 @@
+"""Clients take turns, hold few places, and pay for what they use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from farthing.engine.sandbox.turns import Busy, Turns
+
+
+@dataclass
+class Task:
+    name: str
+    size: int = 1
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def take(turns: Turns[Task]) -> str:
+    turn = turns.take()
+    assert turn is not None
+    return turn[1].name
+
+
+def test_clients_take_turns() -> None:
+    turns: Turns[Task] = Turns(places=8, places_each=8, credit=1.0, refill=0.0)
+    for name in ("a1", "a2", "a3", "b1"):
+        turns.put(name[0], Task(name))
+    order = []
+    for _ in range(4):
+        order.append(take(turns))
+        turns.done(order[-1][0], 0.0)
+    assert order == ["a1", "b1", "a2", "a3"]
+
+
+def test_the_last_place_is_kept_for_a_client_that_holds_none() -> None:
+    turns: Turns[Task] = Turns(places=3, places_each=3, credit=1.0, refill=0.0)
+    for name in ("a1", "a2", "a3", "a4"):
+        turns.put("a", Task(name))
+    assert [take(turns), take(turns)] == ["a1", "a2"]
+    assert turns._choose() is None
+    turns.put("b", Task("b1"))
+    assert take(turns) == "b1"
+
+
+def test_a_client_without_credit_comes_last_and_holds_one_place() -> None:
+    clock = Clock()
+    turns: Turns[Task] = Turns(places=4, places_each=2, credit=1.0, refill=0.1, clock=clock)
+    turns.put("a", Task("a0"))
+    assert turns.take() == ("a", Task("a0"), True)
+    turns.done("a", 2.0)
+    for name in ("a1", "a2", "b1", "b2"):
+        turns.put(name[0], Task(name))
+    assert [take(turns), take(turns), take(turns)] == ["b1", "b2", "a1"]
+    assert turns._choose() is None  # a holds its one place
+    turns.done("a", 0.0)
+    clock.now = 20.0
+    assert turns.take() == ("a", Task("a2"), True)  # the credit has come back
+
+
+def test_what_one_client_queues_is_bounded() -> None:
+    turns: Turns[Task] = Turns(2, 1, 1.0, 0.0, max_waiting=3, max_bytes=100)
+    turns.put("a", Task("large", 1000))  # one of any size
+    with pytest.raises(Busy, match="1000 bytes"):
+        turns.put("a", Task("small"))
+    for i in range(3):
+        turns.put("b", Task(f"b{i}"))
+    with pytest.raises(Busy, match="3 inputs of this key"):
+        turns.put("b", Task("b3"))
+    turns.put("c", Task("c0"))
+
+
+def test_a_closed_queue_returns_what_waits_and_ends_every_thread() -> None:
+    turns: Turns[Task] = Turns(2, 1, 1.0, 0.0)
+    turns.put("a", Task("a1"))
+    assert turns.close() == [Task("a1")]
+    assert turns.take() is None
+    turns.done("a", 1.0)
+    with pytest.raises(RuntimeError, match="closed"):
+        turns.put("a", Task("a2"))
+
+
+def test_clients_without_debt_are_forgotten() -> None:
+    clock = Clock()
+    turns: Turns[Task] = Turns(2, 1, 1.0, 1.0, clock=clock)
+    for i in range(100):
+        turns.put(f"c{i}", Task("x"))
+        take(turns)
+        turns.done(f"c{i}", 1.0)
+        clock.now += 0.1
+    assert len(turns._clients) < 20
