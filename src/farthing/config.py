@@ -55,6 +55,8 @@ class EngineConfig:
     kv_cache_memory: int | None = _cache(None, "Cache size in bytes, unless num_blocks is set", minimum=1)
     kv_cache_dtype: KvCacheDtype = _cache("auto", "Cache dtype")
     enable_prefix_caching: bool = _cache(True, "Reuse of cached blocks by prompts with the same prefix")
+    prefix_cache_dir: str | None = _cache(None, "Directory for cached blocks that outlive the process")
+    prefix_cache_disk_bytes: int = _cache(10 << 30, "Maximum bytes in that directory", minimum=1)
 
     max_queue: int | None = _limit(1024, "Maximum number of waiting sequences before 429", minimum=1)
     max_queue_tokens: int | None = _limit(
@@ -112,6 +114,7 @@ class EngineConfig:
             )
         self._check_nodes()
         self._check_experts_on()
+        self._check_prefix_cache_dir()
         parse_speculate(self.speculate)
         if self.experts not in ("auto", "all") and not self.experts.startswith("adaptive:"):
             raise ValueError(
@@ -128,6 +131,20 @@ class EngineConfig:
             raise ValueError(
                 f"hot_experts: got {self.hot_experts}; expected 0 without experts_on: hot experts are copies "
                 "of experts on another device"
+            )
+
+    def _check_prefix_cache_dir(self) -> None:
+        if self.prefix_cache_dir is None:
+            return
+        if not self.enable_prefix_caching:
+            raise ValueError(
+                f"prefix_cache_dir: got {self.prefix_cache_dir!r}; expected None without "
+                "enable_prefix_caching: the directory holds blocks of the prefix cache"
+            )
+        if self.num_ranks > 1:
+            raise ValueError(
+                f"prefix_cache_dir: got {self.prefix_cache_dir!r} with {self.num_ranks} ranks; expected "
+                "None: each rank's blocks are in the memory of its own process"
             )
 
     def _check_nodes(self) -> None:

@@ -28,8 +28,9 @@ class LLM:
         """options: fields of `EngineConfig`. ValueError names a field, TypeError an unknown option."""
         # A batch of any size may wait, and throughput counts more than the latency of single tokens.
         given: dict[str, Any] = {"max_queue": None, "max_step_ms": 0} | options
-        if given.get("packed") is not None:
-            given["packed"] = str(given["packed"])
+        for name in ("packed", "prefix_cache_dir"):
+            if given.get(name) is not None:
+                given[name] = str(given[name])
         self.engine = build_engine(EngineConfig(model=str(model), **given))
 
     def generate(

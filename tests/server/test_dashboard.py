@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.cost import CostMeter, EstimatedMeter, Hardware, Machine, Usage
-from farthing.engine.stats import BUCKETS, Histogram, HistogramSnapshot, StatsSnapshot
+from farthing.engine.stats import BUCKETS, DiskStats, Histogram, HistogramSnapshot, StatsSnapshot
 from farthing.server.dashboard import Dashboard, History, server_data
 from farthing.server.dashboard.history import quantile
 from farthing.server.dashboard.router import mount
@@ -57,6 +57,7 @@ class Source:
             steps=self.looks,
             busy_seconds=0.0,
             integrity_failures=0,
+            prefix_disk=DiskStats(),
             requests_finished={"stop": self.looks, "error": 0},
             time_to_first_token=self.ttft.snapshot(),
             time_per_output_token=empty,

@@ -132,6 +132,8 @@ class EngineCore:
 
     def check(self) -> None:
         """When idle: check invariants. A violation is logged and counted, and the cache starts empty."""
+        if self.scheduler.num_waiting:
+            return  # for the disk
         try:
             self.scheduler.check()
             if self.scheduler.pool.num_free != self.scheduler.pool.num_blocks or self._live:
@@ -150,6 +152,7 @@ class EngineCore:
                 old.pool.blocks,
                 old.prompt_limit,
                 old.scored_limit,
+                old.prefetch.store,
             )
 
     def _admitted(self, plan: list[Scheduled[Generation]]) -> None:

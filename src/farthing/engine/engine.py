@@ -40,15 +40,18 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar
 
 from farthing.config import EngineConfig
 from farthing.engine.admission import Admission
 from farthing.engine.backlog import Backlog
 from farthing.engine.core import EngineCore
+from farthing.engine.disk_cache.open import open_store
 from farthing.engine.generation import Generation, RequestState
 from farthing.engine.model import Model
 from farthing.engine.pace import Pace
+from farthing.engine.prefetch import Load
 from farthing.engine.request import (
     EngineError,
     EngineFailed,
@@ -127,6 +130,7 @@ class Engine:
         self.stats.experts = lambda: _expert_tokens(model, runner)
         speculator = build_speculator(c.speculate, runner)
         pace = Pace(c.max_step_ms / 1000)
+        self._store = open_store(c, model, cache, self.stats.disk, self._loaded)
         scheduler: Scheduler[Generation] = Scheduler(
             c.num_blocks,
             c.block_size,
@@ -137,6 +141,7 @@ class Engine:
             blocks,
             pace.prompt_tokens,
             pace.scored_tokens,
+            self._store,
         )
         self._core = EngineCore(
             runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.sample, pace
@@ -260,6 +265,8 @@ class Engine:
         self._wake.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if self._store is not None:
+            self._store.close()
         if self.sandbox is not None:
             self.sandbox.close()
         self._model.close()
@@ -301,6 +308,10 @@ class Engine:
         self._inbox.append((what, state))
         self._wake.set()
 
+    def _loaded(self, load: Load[Generation], good: int) -> None:
+        with suppress(EngineError):  # the engine has ended, and its requests with it
+            self.between_steps(lambda core: core.scheduler.loaded(load, good))
+
     def _finished(self, state: RequestState) -> None:
         with self._changed:
             self._live -= 1
@@ -315,8 +326,11 @@ class Engine:
                     self._rest()
                 else:
                     self._step_began = time.monotonic()
-                    self._core.step()
+                    computed = self._core.step()
                     self._step_began = None
+                    if not computed:  # what waits needs blocks that are being read from disk
+                        self._wake.wait(_CHECK_AFTER)
+                        self._wake.clear()
         except BaseException as error:  # no stream may be left waiting
             log.exception("engine failed")
             self._error = error

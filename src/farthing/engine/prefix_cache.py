@@ -8,6 +8,7 @@ with different salts never share a block, and cannot probe each other's prompts 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -24,6 +25,7 @@ class PrefixCache:
         self.enabled = enabled
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._reused: Counter[int] = Counter()  # how often each block was reallocated
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -52,12 +54,24 @@ class PrefixCache:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
+    def locate(self, digest: bytes) -> tuple[int, int] | None:
+        """The block of a hash and how often it was reallocated; may be called from any thread.
+
+        Contents copied between two equal answers are those of the hash.
+        """
+        block = self._block_of.get(digest)
+        if block is None:
+            return None
+        reused = self._reused[block]
+        return (block, reused) if self._hash_of.get(block) == digest else None
+
     def contains_block(self, block: int) -> bool:
         """Whether the block can still be found."""
         return block in self._hash_of
 
     def forget(self, block: int) -> None:
         """Drop a block that is about to be overwritten."""
+        self._reused[block] += 1
         digest = self._hash_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]

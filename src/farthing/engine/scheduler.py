@@ -7,7 +7,8 @@ admission, so only decoding can run out of blocks; then the least urgent running
 blocks are freed and it recomputes its tokens later.
 
 A waiting prompt whose next blocks are being computed by a running one waits for them, so prompts that arrive
-together compute a shared prefix once.
+together compute a shared prefix once. One whose next blocks are on disk waits for them to be read, and does
+not hold up those behind it (`prefetch.py`).
 
 Clients share by `fairness`: the one served least computes and is admitted first. Among one client's
 sequences urgency decides: arrival time plus priority times `priority_step` seconds. It never changes while
@@ -20,20 +21,18 @@ The most urgent running sequence of all is never preempted, so there is always p
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from heapq import merge
-from operator import attrgetter
+from itertools import chain
 from typing import Generic
 
 from farthing.engine.block_pool import BlockPool, IntegrityError
 from farthing.engine.fairness import Fairness
+from farthing.engine.prefetch import BlockStore, Load, Prefetch
 from farthing.engine.prefix_cache import PrefixCache
+from farthing.engine.queues import KEY, Queues, insert, remove
 from farthing.engine.sequence import S, Scheduled, Status
-
-_KEY = attrgetter("key")
 
 # Decoding sequences -> maximum number of prompt tokens in the step; None: no bound.
 PromptLimit = Callable[[int], int | None]
@@ -55,8 +54,9 @@ class Scheduler(Generic[S]):
         blocks: Seq[int] | None = None,
         prompt_limit: PromptLimit = lambda decodes: None,
         scored_limit: ScoredLimit = lambda: None,
+        store: BlockStore | None = None,
     ) -> None:
-        """blocks: which `num_blocks` of the cache; None: the first ones."""
+        """blocks: which `num_blocks` of the cache; None: the first ones. store: blocks on disk."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: got {max_num_batched_tokens}; expected at least "
@@ -69,25 +69,30 @@ class Scheduler(Generic[S]):
         self.prompt_limit, self.scored_limit = prompt_limit, scored_limit
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
+        self.prefetch: Prefetch[S] = Prefetch(store, self.prefix, self.pool)
         self.fairness = Fairness()
         self.running: list[S] = []  # by urgency, like each client's queue
-        self._queues: dict[str, list[S]] = {}  # of clients with waiting sequences
-        self.num_waiting = 0
+        self._queues: Queues[S] = Queues()
         self.num_preemptions = 0
-        self.worth_sharing = 32  # tokens of a prefix in progress that are worth a step of waiting
+        self.worth_sharing = 32  # tokens of a prefix in progress, or on disk, that are worth waiting for
         self._computing: dict[bytes, S] = {}  # by hash of a prompt block: the running sequence to compute it
         self._watermark = max(1, num_blocks // 100)
         self._rows = list(range(max_num_seqs - 1, -1, -1))
 
     @property
     def idle(self) -> bool:
-        """Nothing waits or runs."""
+        """Nothing waits or runs, except for sequences that wait for the disk."""
         return not self._queues and not self.running
 
     @property
     def waiting(self) -> list[S]:
         """Sequences that wait, by urgency."""
-        return list(merge(*self._queues.values(), key=_KEY))
+        return sorted([*chain(*self._queues.values()), *self.prefetch.waiters], key=KEY)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of sequences that wait."""
+        return sum(map(len, self._queues.values())) + sum(1 for _ in self.prefetch.waiters)
 
     @property
     def max_len(self) -> int:
@@ -104,16 +109,21 @@ class Scheduler(Generic[S]):
         if seq.status is Status.NEW:
             self.fairness.enter(seq.client)
         seq.status = Status.WAITING
-        insort(self._queues.setdefault(seq.client, []), seq, key=_KEY)
-        self.num_waiting += 1
+        if self.prefetch.store is None or not self._read(seq, self._match(seq)):
+            self._queues.push(seq)
+
+    def loaded(self, load: Load[S], good: int) -> None:
+        """A read has ended: the first `good` of its blocks are filled."""
+        for seq in self.prefetch.finish(load, good):
+            self._queues.push(seq)
 
     def finish(self, seq: S) -> None:
         """Forget a sequence, wherever it is. Its blocks are free now."""
         if seq.status is Status.RUNNING:
-            _remove(self.running, seq)
+            remove(self.running, seq)
             self._free(seq)
-        elif seq.status is Status.WAITING:
-            self._unqueue(seq)
+        elif seq.status is Status.WAITING and not self.prefetch.leave(seq):
+            self._queues.drop(seq)
         if seq.status in (Status.RUNNING, Status.WAITING):
             self.fairness.leave(seq.client)
         seq.status = Status.FINISHED
@@ -145,18 +155,18 @@ class Scheduler(Generic[S]):
             for i in range(seq.num_registered, full):
                 self.prefix.register(seq.hashes[i], seq.blocks[i])
                 self._computed(seq, seq.hashes[i])
+            self.prefetch.computed(seq.hashes, seq.num_registered, full)
             seq.num_registered = full
 
     def check(self) -> None:
         """Raise IntegrityError if blocks leaked or invariants are violated."""
-        self.pool.check(seq.blocks for seq in self.running)
+        self.pool.check([*(seq.blocks for seq in self.running), *self.prefetch.held])
         self.prefix.check()
-        waiting = self.waiting
-        for seq in waiting:
+        for seq in self.waiting:
             if seq.blocks:
                 raise IntegrityError(f"waiting sequence {seq.id} holds blocks")
-        if len(waiting) != self.num_waiting or not all(self._queues.values()):
-            raise IntegrityError("queues of waiting sequences contradict their count")
+        if not all(self._queues.values()):
+            raise IntegrityError("a client without waiting sequences has a queue")
         rows = [seq.row for seq in self.running] + self._rows
         if sorted(rows) != list(range(self.max_num_seqs)):
             raise IntegrityError("rows of running sequences are not distinct")
@@ -228,7 +238,10 @@ class Scheduler(Generic[S]):
             head = self._queues[client][0]
             hits = self._match(head)
             room = min(budget, scores) if head.scored else budget
-            if not room or self._awaits(head, len(hits)):
+            if self._read(head, hits):
+                self._queues.drop(head)
+                queued &= self._queues.keys()
+            elif not room or self._awaits(head, len(hits)):
                 queued.discard(client)
             elif self._admit(head, hits):
                 count = self._add(plan, head, min(head.num_pending, room), first=True)
@@ -243,22 +256,34 @@ class Scheduler(Generic[S]):
 
     def _admit(self, seq: S, hits: list[int]) -> bool:
         """Let a waiting sequence run, if rows and blocks allow it. hits: blocks of its prefix."""
-        need = self._blocks_for(len(seq.tokens)) - len(hits)
-        revived = sum(self.pool.refs(block) == 0 for block in hits)
-        reserve = self._watermark if self.running else 0
-        if not self._rows or self.pool.num_free - revived < need + reserve:
+        if not self._rows or not self._fits(seq, hits):
             return False
-        self._unqueue(seq)
+        self._queues.drop(seq)
         self.pool.share(hits)
-        seq.blocks = hits + self.pool.allocate(need)
+        seq.blocks = hits + self.pool.allocate(self._blocks_for(len(seq.tokens)) - len(hits))
         seq.num_computed = seq.num_cached = len(hits) * self.block_size
         seq.num_registered = len(hits)
         for digest in seq.hashes[len(hits) :]:
             self._computing.setdefault(digest, seq)
         seq.row, seq.row_filled = self._rows.pop(), 0
         seq.status = Status.RUNNING
-        insort(self.running, seq, key=_KEY)
+        insert(self.running, seq)
         return True
+
+    def _fits(self, seq: S, hits: list[int]) -> bool:
+        """Whether there are blocks for all tokens, given those found."""
+        need = self._blocks_for(len(seq.tokens)) - len(hits)
+        revived = sum(self.pool.refs(block) == 0 for block in hits)
+        reserve = self._watermark if self.running else 0
+        return self.pool.num_free - revived >= need + reserve
+
+    def _read(self, seq: S, hits: list[int]) -> bool:
+        """Let a sequence wait for blocks of its prefix that are on disk. False: nothing to wait for."""
+        if self.prefetch.store is None or not (self.prefix.enabled and seq.read_cache):
+            return False
+        wanted = seq.hashes[len(hits) : (len(seq.tokens) - 1) // self.block_size]
+        least = -(-self.worth_sharing // self.block_size)
+        return self.prefetch.wait(seq, hits, wanted, least, lambda: self._fits(seq, hits))
 
     def _give_way(self) -> None:
         """Preempt for the next client if it holds less than its share and others hold more than theirs."""
@@ -287,13 +312,6 @@ class Scheduler(Generic[S]):
         if lack <= 0:
             for seq in victims:
                 self._preempt(seq)
-
-    def _unqueue(self, seq: S) -> None:
-        queue = self._queues.get(seq.client, [])
-        _remove(queue, seq)
-        self.num_waiting -= 1
-        if not queue:
-            del self._queues[seq.client]
 
     def _match(self, seq: S) -> list[int]:
         if not (self.prefix.enabled and seq.read_cache):
@@ -340,6 +358,7 @@ class Scheduler(Generic[S]):
         self.running.remove(seq)
         self._free(seq)
         seq.num_computed = seq.num_cached = 0
+        seq.read_from = -1
         seq.drafts = []
         seq.preemptions += 1
         self.num_preemptions += 1
@@ -348,6 +367,7 @@ class Scheduler(Generic[S]):
     def _free(self, seq: S) -> None:
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
+        self.prefetch.used(seq.hashes[: seq.num_registered])
         for digest in seq.hashes[seq.num_registered :]:
             self._computed(seq, digest)
         self._rows.append(seq.row)
@@ -369,10 +389,3 @@ class Scheduler(Generic[S]):
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
-
-
-def _remove(sequences: list[S], seq: S) -> None:
-    index = bisect_left(sequences, seq.key, key=_KEY)
-    if index == len(sequences) or sequences[index] is not seq:
-        raise IntegrityError(f"sequence {seq.id} is not where its status says")
-    del sequences[index]

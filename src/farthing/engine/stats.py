@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Seconds. They start at 1 ms because a small model on a CPU is faster than the usual smallest bucket.
 BUCKETS = (
@@ -51,6 +51,20 @@ class Histogram:
         return HistogramSnapshot(BUCKETS, tuple(cumulative), self.sum)
 
 
+@dataclass(slots=True)
+class DiskStats:
+    """Of the prefix cache on disk, since the engine was built; written by its threads."""
+
+    hits: int = 0  # tokens read instead of computed
+    read_bytes: int = 0
+    read_seconds: float = 0.0
+    written_bytes: int = 0
+    write_seconds: float = 0.0
+    evictions: int = 0  # files removed by this process
+    errors: int = 0  # files that were damaged or could not be read
+    stored_bytes: int = 0  # in the directory, by all processes
+
+
 @dataclass(frozen=True, slots=True)
 class StatsSnapshot:
     """All statistics at one moment. Counters start at zero when the engine is built."""
@@ -71,6 +85,7 @@ class StatsSnapshot:
     steps: int
     busy_seconds: float  # wall time inside steps
     integrity_failures: int
+    prefix_disk: DiskStats
     requests_finished: dict[str, int]  # by finish reason
     # histograms, seconds
     time_to_first_token: HistogramSnapshot
@@ -101,6 +116,7 @@ class Stats:
     steps: int = 0
     busy_seconds: float = 0.0
     integrity_failures: int = 0
+    disk: DiskStats = field(default_factory=DiskStats)
     finished: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0)
     )
@@ -129,6 +145,7 @@ class Stats:
             steps=self.steps,
             busy_seconds=self.busy_seconds,
             integrity_failures=self.integrity_failures,
+            prefix_disk=replace(self.disk),
             requests_finished=dict(self.finished),
             time_to_first_token=self.ttft.snapshot(),
             time_per_output_token=self.tpot.snapshot(),

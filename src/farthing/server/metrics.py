@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector
@@ -23,6 +24,7 @@ GAUGES = {  # name -> (field of StatsSnapshot, help)
     "num_requests_running": ("num_requests_running", "Requests in the running batch."),
     "num_requests_waiting": ("num_requests_waiting", "Requests waiting to be scheduled."),
     "kv_cache_usage_perc": ("kv_cache_usage", "Share of the cache's blocks in use, 0 to 1."),
+    "prefix_disk_bytes": ("prefix_disk.stored_bytes", "Bytes in the prefix cache on disk, by all processes."),
 }
 COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens computed; those found in the prefix cache are not."),
@@ -36,6 +38,13 @@ COUNTERS = {
     "engine_steps": ("steps", "Steps of the engine."),
     "engine_busy_seconds": ("busy_seconds", "Seconds spent inside steps."),
     "integrity_failures": ("integrity_failures", "Self-checks of the idle engine that failed."),
+    "prefix_disk_hits": ("prefix_disk.hits", "Prompt tokens read from the prefix cache on disk."),
+    "prefix_disk_read_bytes": ("prefix_disk.read_bytes", "Bytes read from it."),
+    "prefix_disk_read_seconds": ("prefix_disk.read_seconds", "Seconds spent reading, in the background."),
+    "prefix_disk_written_bytes": ("prefix_disk.written_bytes", "Bytes written to it."),
+    "prefix_disk_write_seconds": ("prefix_disk.write_seconds", "Seconds spent writing, in the background."),
+    "prefix_disk_evictions": ("prefix_disk.evictions", "Files evicted by this process."),
+    "prefix_disk_errors": ("prefix_disk.errors", "Files that were damaged or could not be read."),
 }
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("time_to_first_token", "From arrival to the first token."),
@@ -131,11 +140,11 @@ def engine_families(snapshot: StatsSnapshot, model: str) -> Iterator[Metric]:
     """One engine's statistics as Prometheus families, labelled with the model's name."""
     for name, (field, text) in GAUGES.items():
         gauge = GaugeMetricFamily(f"farthing:{name}", text, labels=["model_name"])
-        gauge.add_metric([model], float(getattr(snapshot, field)))
+        gauge.add_metric([model], float(attrgetter(field)(snapshot)))
         yield gauge
     for name, (field, text) in COUNTERS.items():
         counter = CounterMetricFamily(f"farthing:{name}", text, labels=["model_name"])
-        counter.add_metric([model], float(getattr(snapshot, field)))
+        counter.add_metric([model], float(attrgetter(field)(snapshot)))
         yield counter
     for name, (field, text) in HISTOGRAMS.items():
         yield _histogram(name, text, getattr(snapshot, field), model)

@@ -1,0 +1,85 @@
+"""From the configuration to a running store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from farthing.config import EngineConfig
+from farthing.engine.disk_cache.index import Index
+from farthing.engine.disk_cache.memory import memory_of
+from farthing.engine.disk_cache.segment import VERSION, Format
+from farthing.engine.disk_cache.store import DiskStore
+from farthing.engine.model import Model
+from farthing.engine.prefetch import Load
+from farthing.engine.stats import DiskStats
+from farthing.ops import LatentCache
+
+log = logging.getLogger(__name__)
+
+
+def open_store(
+    config: EngineConfig,
+    model: Model,
+    cache: LatentCache,
+    stats: DiskStats,
+    loaded: Callable[[Load[Any], int], None],
+) -> DiskStore | None:
+    """The store of `prefix_cache_dir`; None without one, or if the directory cannot be used.
+
+    Raises ValueError if the path is not a directory, or blocks of the model cannot be told from others'.
+    """
+    if config.prefix_cache_dir is None:
+        return None
+    if not model.ops.source:
+        raise ValueError(
+            f"prefix_cache_dir: got {config.prefix_cache_dir!r}; expected None: the model was not loaded "
+            "from a checkpoint, so its blocks could not be told from those of another"
+        )
+    memory = memory_of(cache)
+    form = Format(identity(config, model, cache), memory.block_bytes)
+    index = Index(Path(config.prefix_cache_dir), form, config.prefix_cache_disk_bytes)
+    return DiskStore(index, memory, config.block_size, stats, loaded) if _list(index) else None
+
+
+def identity(config: EngineConfig, model: Model, cache: LatentCache) -> bytes:
+    """A digest of everything that a block's contents depend on besides its tokens and salt."""
+    packed = b""
+    if config.packed is not None:
+        with Path(config.packed).open("rb") as file:
+            packed = file.read(64)  # its header, with a checksum over all entries' checksums
+    parts = (
+        VERSION,
+        version("farthing"),
+        model.ops.source,
+        model.ops.name.partition(",")[0],  # without the number of threads
+        packed,
+        *(config.dtype, config.quantization, config.experts, config.experts_on),
+        "mtp" in (config.speculate or ""),  # its layer's rows are filled only then
+        *((str(t.dtype), t.shape[0], *t.shape[2:]) for t in cache.tensors()),
+    )
+    return blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def _list(index: Index) -> bool:
+    """Create the directory and list what it holds. False: it cannot be used, which is logged."""
+    try:
+        index.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        index.folder.mkdir(mode=0o700, exist_ok=True)
+        index.refresh()
+        index.evict()
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"prefix_cache_dir: got {str(index.root)!r}; expected a directory") from None
+    except OSError as error:
+        if not index.folder.is_dir():
+            log.warning("prefix cache: cannot use %s (%s); going on without", index.root, error.strerror)
+            return False
+    log.info(
+        "prefix cache: %d blocks in %s, %.1f of %.1f GB used",
+        *(len(index), index.folder, index.stored_bytes / 1e9, index.capacity / 1e9),
+    )
+    return True

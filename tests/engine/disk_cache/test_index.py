@@ -1,0 +1,228 @@
+"""The shared directory against a model: two processes that write, read, evict and crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from farthing.engine.disk_cache.index import Index
+from farthing.engine.disk_cache.segment import (
+    TEMPORARY,
+    Format,
+    SegmentError,
+    Source,
+    file_name,
+    read_block,
+    read_header,
+    write_segment,
+)
+
+FORM = Format(b"m" * 16, 64)
+CAPACITY = 1500
+FOREIGN = {"notes.txt": b"keep me", "0" * 32 + "-x.kv": b"keep me too", "README": b""}
+
+
+def digest(chain: Sequence[int]) -> bytes:
+    """Of a prefix, like the engine's: tells the whole chain."""
+    return bytes(chain).ljust(16, b"\xff")
+
+
+def contents(digest: bytes) -> bytes:
+    return digest * 4
+
+
+def put(index: Index, chain: Sequence[int], start: int) -> None:
+    """Write a chain's blocks from `start` on."""
+    hashes = [digest(chain[: i + 1]) for i in range(start, len(chain))]
+    blocks = [Source(h, [memoryview(bytearray(contents(h)))], lambda: True) for h in hashes]
+    result = write_segment(index.folder, FORM, len(blocks), blocks)
+    assert result is not None
+    index.add(*result)
+
+
+def get(index: Index, wanted: bytes) -> bytes | None:
+    """What the store does: the first file that is whole."""
+    while name := index.file_of(wanted):
+        try:
+            descriptor = os.open(index.folder / name, os.O_RDONLY)
+        except FileNotFoundError:
+            index.drop(name)
+            continue
+        memory = bytearray(64)
+        try:
+            segment = read_header(descriptor, FORM)
+            read_block(descriptor, FORM, segment, wanted, [memoryview(memory)])
+        except SegmentError:
+            index.drop(name)
+            index.discard(name)
+            continue
+        finally:
+            os.close(descriptor)
+        return bytes(memory)
+    return None
+
+
+chains = st.lists(st.integers(0, 2), min_size=1, max_size=6)
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Every block that is read is the right one, whatever happened to the files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp())
+        self.indexes = [Index(self.root, FORM, CAPACITY) for _ in range(2)]
+        self.folder = self.indexes[0].folder
+        self.folder.mkdir()
+        for name, text in FOREIGN.items():
+            (self.folder / name).write_bytes(text)
+        self.ever: set[bytes] = set()
+
+    @rule(who=st.integers(0, 1), chain=chains, start=st.integers(0, 5))
+    def put(self, who: int, chain: list[int], start: int) -> None:
+        start = min(start, len(chain) - 1)
+        put(self.indexes[who], chain, start)
+        self.ever |= {digest(chain[: i + 1]) for i in range(start, len(chain))}
+
+    @rule(who=st.integers(0, 1), chain=chains)
+    def get(self, who: int, chain: list[int]) -> None:
+        index = self.indexes[who]
+        hashes = [digest(chain[: i + 1]) for i in range(len(chain))]
+        found = index.find(hashes)
+        for number, wanted in enumerate(hashes):
+            data = get(index, wanted)
+            assert data in (None, contents(wanted))
+            assert data is None or wanted in self.ever
+            if data is None:
+                assert wanted not in index
+            assert number >= found or wanted in self.ever
+        index.touch(hashes)
+
+    @rule(who=st.integers(0, 1))
+    def refresh(self, who: int) -> None:
+        index = self.indexes[who]
+        index.refresh()
+        index.refresh()
+        other = Index(self.root, FORM, CAPACITY)
+        other.refresh()
+        assert index._holders.keys() >= other._holders.keys(), "what a new process finds"
+
+    @rule(who=st.integers(0, 1))
+    def evict(self, who: int) -> None:
+        index = self.indexes[who]
+        index.evict()
+        stored = sum(path.stat().st_size for path in self.files())
+        assert stored <= CAPACITY
+        assert index.stored_bytes == stored
+
+    @rule(who=st.integers(0, 1))
+    def restart(self, who: int) -> None:
+        self.indexes[who] = Index(self.root, FORM, CAPACITY)
+        self.indexes[who].refresh()
+
+    @rule(age=st.sampled_from([0, 10_000]))
+    def crash_while_writing(self, age: int) -> None:
+        path = self.folder / f"{os.urandom(8).hex()}{TEMPORARY}"
+        path.write_bytes(b"half")
+        then = time.time() - age
+        os.utime(path, (then, then))
+        self.indexes[0].evict()
+        assert path.exists() == (age == 0)
+
+    @precondition(lambda self: any(True for _ in self.files()))
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        path = data.draw(st.sampled_from(sorted(self.files())))
+        whole = path.read_bytes() or b"empty"
+        place = data.draw(st.integers(0, len(whole) - 1))
+        changed = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        path.write_bytes(data.draw(st.sampled_from([changed, whole[:place], b""])))
+
+    @rule(chain=chains)
+    def foreign_file_of_our_name(self, chain: list[int]) -> None:
+        (self.folder / file_name([digest(chain)])).write_bytes(b"not ours")
+
+    @precondition(lambda self: any(True for _ in self.files()))
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(sorted(self.files()))).unlink()
+
+    def files(self) -> list[Path]:
+        return [path for path in self.folder.glob("*-[0-9]*.kv") if path.name not in FOREIGN]
+
+    @invariant()
+    def tables_agree(self) -> None:
+        for index in self.indexes:
+            listed = {h: name for name, hashes in index._files.items() for h in hashes}
+            assert listed.keys() == index._holders.keys()
+            assert all(set(names) <= index._files.keys() for names in index._holders.values())
+
+    @invariant()
+    def foreign_files_stay(self) -> None:
+        assert all((self.folder / name).read_bytes() == text for name, text in FOREIGN.items())
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.root)
+
+
+TestIndex = IndexMachine.TestCase
+TestIndex.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def index_over(root: Path, capacity: int = CAPACITY, identity: bytes = FORM.identity) -> Index:
+    index = Index(root, Format(identity, FORM.block_bytes), capacity)
+    index.folder.mkdir(exist_ok=True)
+    return index
+
+
+def age(index: Index, seconds: float) -> None:
+    """Every file was used this long ago."""
+    for path in index.folder.glob("*.kv"):
+        then = path.stat().st_mtime - seconds
+        os.utime(path, (then, then))
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    index = index_over(tmp_path, 3 * FORM.segment_bytes(1))
+    for number in range(3):
+        put(index, [number], 0)
+        age(index, 10)
+    index.touch([digest([0])])
+    put(index, [3], 0)
+    index.evict()
+    assert [get(index, digest([n])) is not None for n in range(4)] == [True, False, False, True]
+    assert index.evictions == 2  # to 95 %
+
+
+def test_the_end_of_a_chain_is_evicted_before_its_beginning(tmp_path: Path) -> None:
+    index = index_over(tmp_path, 3 * FORM.segment_bytes(1))
+    chain = [1, 2, 3, 4]
+    for end in range(1, 5):
+        put(index, chain[:end], end - 1)
+        age(index, 10)
+    index.touch([digest(chain[:end]) for end in range(1, 5)])
+    index.evict()
+    assert index.find([digest(chain[:end]) for end in range(1, 5)]) == 2
+
+
+def test_the_capacity_is_that_of_all_models_together(tmp_path: Path) -> None:
+    old, new = index_over(tmp_path, 200, b"o" * 16), index_over(tmp_path, 200, b"n" * 16)
+    put(old, [1], 0)
+    age(old, 100)
+    put(new, [1], 0)
+    put(new, [2], 0)
+    new.evict()
+    assert not list(old.folder.iterdir())
+    assert new.find([digest([1])]) + new.find([digest([2])]) == 1
+    assert old.find([digest([1])]) == 1
+    assert get(old, digest([1])) is None, "evicted by another process: a miss"
