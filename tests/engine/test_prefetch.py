@@ -61,9 +61,7 @@ class Stored(SchedulerMachine):
     def __init__(self) -> None:
         super().__init__()
         self.store = FakeStore(self.block_size, self.memory)
-        self.scheduler = Scheduler(
-            self.num_blocks, self.block_size, self.max_num_seqs, self.budget, store=self.store
-        )
+        self.scheduler = self.new_scheduler(self.store)
         self.scheduler.worth_sharing = 1
 
     @precondition(lambda self: self.store.loads)
@@ -83,11 +81,8 @@ class Stored(SchedulerMachine):
         """Another process finds the same files."""
         if not self.live and not self.store.loads:
             self.memory.clear()
-            old = self.scheduler
-            self.scheduler = Scheduler(
-                self.num_blocks, self.block_size, self.max_num_seqs, self.budget, store=self.store
-            )
-            self.scheduler.worth_sharing = old.worth_sharing
+            self.scheduler = self.new_scheduler(self.store)
+            self.scheduler.worth_sharing = 1
 
     def teardown(self) -> None:
         bound = 10 + sum(2 * s.max_len for s in self.live) * (1 + len(self.live))

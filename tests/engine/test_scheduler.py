@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from farthing.engine.block_pool import IntegrityError
+from farthing.engine.prefetch import BlockStore
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled, Sequence, Status
 
@@ -37,15 +38,18 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(
-            self.num_blocks, self.block_size, self.max_num_seqs, self.budget, self.caching, self.lookahead,
-            scored_limit=lambda: 2,
-        )  # fmt: skip
+        self.scheduler = self.new_scheduler()
         self.memory: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot -> salt and tokens up to it
         self.live: list[Sequence] = []
         self.expected: dict[int, list[int]] = {}
         self.count = 0
         self.clock = 0.0
+
+    def new_scheduler(self, store: BlockStore | None = None) -> Scheduler:
+        return Scheduler(
+            self.num_blocks, self.block_size, self.max_num_seqs, self.budget, self.caching, self.lookahead,
+            scored_limit=lambda: 2, store=store,
+        )  # fmt: skip
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=9),
