@@ -59,18 +59,25 @@ struct NotFinite : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+constexpr int kMostParts = 2;
+
 struct Moe {
   Router router;
   std::shared_ptr<Packed> gate;  // null: no router, the shared MLP alone
-  std::vector<Mlp> experts;
-  bool has_shared = false;  // then the last of `experts`
+  bool has_shared = false;       // then the last of the experts
+  int parts = 1;                 // of each expert: ranges of its width whose outputs are summed apart
   int hidden = 0;
+  std::vector<Mlp> experts;  // [expert][part]
 
   void check_gate() const;  // these throw std::invalid_argument on matrices that do not fit together
-  void add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down);
-  const Mlp* first() const {  // routed expert that is on this rank, or null
-    for (const Mlp& e : experts)
-      if (e.down) return &e;
+  void add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down);  // the next part
+  int routed() const { return gate ? router.experts : 0; }
+  int weighted() const { return routed() - router.identities; }  // routed experts that have weights
+  int halves() const { return gate ? 2 : 1; }  // of the routed experts, which are summed apart
+  const Mlp& expert(int e, int part = 0) const { return experts[static_cast<size_t>(e) * parts + part]; }
+  const Mlp* first(int part) const {  // of the routed experts that are on this rank, or null
+    for (size_t i = part; i < experts.size(); i += parts)
+      if (experts[i].down) return &experts[i];
     return nullptr;
   }
 };

@@ -143,11 +143,12 @@ NB_MODULE(_native, module) {
   nb::class_<Moe>(module, "Moe")
       .def(
           "__init__",
-          [](Moe* self, const Router& router, std::shared_ptr<Packed> gate, bool has_shared) {
-            new (self) Moe{router, std::move(gate), {}, has_shared};
+          [](Moe* self, const Router& router, std::shared_ptr<Packed> gate, bool has_shared, int parts) {
+            if (parts < 1 || parts > kMostParts) throw std::invalid_argument("an expert has one part or two");
+            new (self) Moe{router, std::move(gate), has_shared, parts};
             self->check_gate();
           },
-          "router"_a, "gate"_a.none(), "has_shared"_a)
+          "router"_a, "gate"_a.none(), "has_shared"_a, "parts"_a = 1)
       .def_rw("router", &Moe::router)
       .def(
           "add",

@@ -62,6 +62,7 @@ struct Kernels {
   void (*store_act)(const Matrix& w, const Act& x, int row, int at, const float* values, int k);
   void (*silu_mul)(const float* gate_up, int rows, int ld, float* out, int ldo);  // 16 gate, 16 up -> 16
   void (*axpy)(float* y, const float* x, float a, int n);                         // y += a x
+  void (*add)(float* y, const float* x, int n);                                   // y += x
   void (*blend)(float* y, float a, const float* x, float b, int n);               // y = a y + b x
   void (*softmax)(const float* x, int n, float* out);
   void (*exp_sum)(const float* x, int n, float* max, float* sum);

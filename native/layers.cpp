@@ -32,12 +32,11 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
     const Rows heads = Layers::rows(model.heads, T, l.o->m.k);
     mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, in.eps, heads});
     const Rows h = Layers::rows(model.hidden, T, hidden);
-    // Over ranks, the first one adds the residual, which they all have.
-    linear(*l.o, {heads, T, nullptr, in.eps, !l.o_sum || l.o_sum->index == 0 ? x : none, h});
-    if (l.o_sum) l.o_sum->add(h, T, hidden);
-    moe(*l.feed,
-        {h, T, l.feed_norm, in.eps, in.out, counts, nullptr, nullptr, !l.feed_sum || l.feed_sum->index == 0});
-    if (l.feed_sum) l.feed_sum->add(in.out, T, hidden);
+    // Over ranks, the residual, which they all have, is added to the sum.
+    linear(*l.o, {heads, T, nullptr, in.eps, l.o_sum ? none : x, h});
+    if (l.o_sum) l.o_sum->add(h, T, hidden, x);
+    moe(*l.feed, {h, T, l.feed_norm, in.eps, in.out, counts, nullptr, nullptr, !l.feed_sum});
+    if (l.feed_sum) l.feed_sum->add(in.out, T, hidden, h);
     x = in.out;
     cache.next_layer();
     if (counts) counts += in.counts_stride;

@@ -18,9 +18,12 @@ constexpr int kApart = 16;  // tokens up to which down projections are read expe
 constexpr int kApartColumns = 64;
 constexpr int kNarrow = 64;  // tokens up to which a unit of the sum has kWide columns; then 32
 
-// One expert and its rows. Rows of the routed experts follow each other; the shared expert's are the tokens.
+// One part of an expert and its rows. Rows of the routed experts follow each other; the shared expert's are
+// the tokens.
 struct Job {
-  int expert, first, rows;
+  int expert, part, first, rows;
+  bool shared;
+  int sum;  // that its outputs are added to
 };
 
 struct Plan {
@@ -31,16 +34,18 @@ struct Plan {
   std::vector<float> identity;  // of a token: the weight of the identities it chose; empty without any
 
   // Rows by ascending expert, then token: the order of every sum, whatever the batch. Absent experts have
-  // none.
+  // none. The two halves of the routed experts are summed separately, and so are the parts of an expert: two
+  // ranks that share experts or columns then add the same numbers in the same order as one.
   void build(const Moe& w, const int32_t* ids, const float* weights, int tokens) {
-    const int k = w.router.top_k, routed = static_cast<int>(w.experts.size()) - w.has_shared;
-    const auto here = [&](int i) { return ids[i] >= 0 && w.experts[ids[i]].down; };
+    const int k = w.router.top_k, routed = w.routed();
+    const auto here = [&](int i) { return ids[i] >= 0 && w.expert(ids[i]).down; };
     start.assign(routed + 1, 0);
     for (int i = 0; i < tokens * k; ++i)
       if (here(i)) ++start[ids[i] + 1];
     jobs.clear();
     for (int e = 0; e < routed; ++e) {
-      if (start[e + 1]) jobs.push_back({e, start[e], start[e + 1]});
+      for (int p = 0; p < w.parts && start[e + 1]; ++p)
+        jobs.push_back({e, p, start[e], start[e + 1], false, w.halves() * p + (2 * e >= w.weighted())});
       start[e + 1] += start[e];
     }
     token.resize(start[routed]);
@@ -51,11 +56,12 @@ struct Plan {
         token[at] = i / k;
         weight[at] = weights[i];
       }
-    if (w.has_shared) jobs.push_back({routed, 0, tokens});
     const int same = w.router.identities;
     identity.assign(same ? tokens : 0, 0.0f);
     for (int i = 0; same && i < tokens * k; ++i)
       if (ids[i] >= w.router.experts - same) identity[i / k] += weights[i];
+    for (int p = 0; p < w.parts && w.has_shared; ++p)
+      jobs.push_back({routed, p, 0, tokens, true, w.halves() * p});
   }
 };
 
@@ -104,20 +110,21 @@ void gate_up(const Kernels& k, const Matrix& in, const Matrix& down, const Act& 
 
 // Scratch of one call. One token: each thread has a copy of what is computed once, and no barrier.
 struct Space {
-  int copies, most, experts, score_ld, ld, unit = 64, steps = 0, out_columns;
+  int copies, most, token_rows, experts, score_ld, ld, unit = 64, steps = 0, out_columns, sum_count;
   bool sparse = false;
   float *normed, *scores, *weights;  // [copies][ld], [copies][score_ld], [copies][k]
   int32_t* ids;                      // [copies][k]
-  Kind kinds[2];                     // routed, shared
+  Kind kinds[kMostParts][2];         // routed, shared
   Act gate_x;                        // normed, as the router reads it
   float *tiles, *hiddens, *sums;     // [threads] each
-  float* apart = nullptr;            // [R + T][ld]: down projections before they are summed
+  float* apart = nullptr;            // [parts][R + T][ld]: down projections before they are summed
   size_t tile_size, hidden_size, sum_size;
 
   Space(Workspace& work, const Kernels& kernels, const Moe& w, int T, int threads) {
     const int k = w.gate ? w.router.top_k : 0;
     copies = T == 1 ? threads : T;
     most = T * k;
+    token_rows = most + T;
     experts = w.gate ? w.router.experts : 0;
     score_ld = round_up(experts, kPanel);
     ld = act_stride(w.hidden);
@@ -129,26 +136,30 @@ struct Space {
     weights = work.take<float>(static_cast<size_t>(copies) * std::max(k, 1));
     gate_x.ld = ld;
     gate_x.f32 = normed;
-    if (k) add(work, kernels, *w.first(), 0, T);
-    if (w.has_shared) add(work, kernels, w.experts.back(), 1, T);
+    for (int p = 0; p < w.parts; ++p) {
+      if (k) add(work, kernels, *w.first(p), p, 0, T);
+      if (w.has_shared) add(work, kernels, w.expert(w.routed(), p), p, 1, T);
+    }
     tile_size = static_cast<size_t>(std::max(kRowBlock * kPairColumns, std::max(most, T) * out_columns));
     hidden_size = static_cast<size_t>(kRowBlock) * unit;
     sum_size = static_cast<size_t>(T) * out_columns;
+    sum_count = w.parts * w.halves();
     tiles = work.take<float>(threads * tile_size);
     hiddens = work.take<float>(threads * hidden_size);
-    sums = work.take<float>(threads * sum_size);
-    if (T <= kApart) apart = work.take<float>(static_cast<size_t>(most + T) * ld);
+    sums = work.take<float>(static_cast<size_t>(threads) * sum_count * sum_size);
+    if (T <= kApart) apart = work.take<float>(static_cast<size_t>(w.parts) * token_rows * ld);
   }
 
  private:
-  void add(Workspace& work, const Kernels& kernels, const Mlp& e, int i, int T) {
+  // Parts of an expert read the same input.
+  void add(Workspace& work, const Kernels& kernels, const Mlp& e, int part, int i, int T) {
     const bool split = kernels.split_act && T >= kernels.split_rows;
     const Matrix &in = e.gate_up->m, &down = e.down->m;
-    Kind& kind = kinds[i];
+    Kind& kind = kinds[part][i];
     kind.in = &in;
     kind.down = &down;
-    kind.x = work.act(in, copies, split, sparse);
-    kind.rows = i == 0 && T > 1 ? work.act(in, most, split, sparse) : kind.x;
+    kind.x = part ? kinds[0][i].x : work.act(in, copies, split, sparse);
+    kind.rows = part ? kinds[0][i].rows : i == 0 && T > 1 ? work.act(in, most, split, sparse) : kind.x;
     kind.mid = work.act(down, i == 0 ? most : T, split, sparse);
     unit = std::max(unit, unit_columns(down));
     steps = std::max(steps, (down.k + unit_columns(down) - 1) / unit_columns(down));
@@ -164,7 +175,6 @@ class Experts {
         in_(in),
         s_(space),
         k_(w.gate ? w.router.top_k : 0),
-        routed_(static_cast<int>(w.experts.size()) - w.has_shared),
         plans_(in.tokens == 1 ? threads : 1) {}
 
   void run(Team& team) {
@@ -195,7 +205,7 @@ class Experts {
       float* n = s_.normed + static_cast<size_t>(to) * s_.ld;
       kernels_.rms_norm(in_.x.row(t), in_.norm, in_.eps, w_.hidden, n);
       std::fill(n + w_.hidden, n + s_.ld, 0.0f);
-      for (const Kind& kind : s_.kinds)
+      for (const Kind& kind : s_.kinds[0])
         if (kind.x.ld) kernels_.store_act(*kind.in, kind.x, to, 0, n, w_.hidden);
     };
     if (alone()) return one(0, team.id());
@@ -239,7 +249,7 @@ class Experts {
     if (team.id() == 0) plan.build(w_, s_.ids, s_.weights, in_.tokens);
     team.barrier();
     team.for_units(3, 1, static_cast<int>(plan.token.size()),
-                   [&](int, int r) { copy_row(s_.kinds[0].x, plan.token[r], s_.kinds[0].rows, r); });
+                   [&](int, int r) { copy_row(s_.kinds[0][0].x, plan.token[r], s_.kinds[0][0].rows, r); });
     team.barrier();
   }
 
@@ -247,12 +257,12 @@ class Experts {
     const int jobs = static_cast<int>(plan.jobs.size()), me = team.id();
     team.for_units(4, jobs, s_.steps, [&](int j, int step) {
       const Job& job = plan.jobs[j];
-      const Mlp& e = w_.experts[job.expert];
-      const Kind& kind = s_.kinds[job.expert == routed_];
+      const Mlp& e = mlp(job);
+      const Kind& kind = s_.kinds[job.part][job.shared];
       const int at = step * unit_columns(e.down->m);
       if (at >= e.down->m.k) return;
       if (step + 1 == s_.steps && j + 1 < jobs)
-        fetch_start(w_.experts[plan.jobs[j + 1].expert].gate_up->m, 0);
+        fetch_start(mlp(plan.jobs[j + 1]).gate_up->m, 0);
       gate_up(kernels_, e.gate_up->m, e.down->m, alone() ? row(kind.x, me) : row(kind.rows, job.first),
               row(kind.mid, job.first), job.rows, at, s_.tiles + me * s_.tile_size,
               s_.hiddens + me * s_.hidden_size);
@@ -266,8 +276,8 @@ class Experts {
     team.for_units(5, jobs, (D + kApartColumns - 1) / kApartColumns, [&](int j, int u) {
       const Job& job = plan.jobs[j];
       const int n0 = u * kApartColumns, columns = std::min(kApartColumns, D - n0);
-      if (n0 + columns == D && j + 1 < jobs) fetch_start(w_.experts[plan.jobs[j + 1].expert].down->m, 0);
-      kernels_.tile(w_.experts[job.expert].down->m, n0 / kPanel, (columns + kPanel - 1) / kPanel, mid(job),
+      if (n0 + columns == D && j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).down->m, 0);
+      kernels_.tile(mlp(job).down->m, n0 / kPanel, (columns + kPanel - 1) / kPanel, mid(job),
                     job.rows, apart(job) + n0, s_.ld);
     });
   }
@@ -276,23 +286,28 @@ class Experts {
     const int D = w_.hidden, T = in_.tokens, jobs = static_cast<int>(plan.jobs.size()), wide = s_.out_columns;
     team.for_units(6, 1, (D + wide - 1) / wide, [&](int, int u) {
       const int n0 = u * wide, columns = std::min(wide, D - n0), panels = (columns + kPanel - 1) / kPanel;
-      float *sum = s_.sums + team.id() * s_.sum_size, *tile = s_.tiles + team.id() * s_.tile_size;
-      std::fill_n(sum, s_.sum_size, 0.0f);
+      float *sums = s_.sums + team.id() * s_.sum_count * s_.sum_size,
+            *tile = s_.tiles + team.id() * s_.tile_size;
+      std::fill_n(sums, s_.sum_count * s_.sum_size, 0.0f);
       for (int j = 0; j < jobs; ++j) {
         const Job& job = plan.jobs[j];
+        float* sum = sums + job.sum * s_.sum_size;
         if (s_.apart) {
           add_rows(plan, job, apart(job) + n0, s_.ld, panels, sum);
           continue;
         }
-        if (j + 1 < jobs) fetch_start(w_.experts[plan.jobs[j + 1].expert].down->m, n0 / kPanel);
-        kernels_.tile(w_.experts[job.expert].down->m, n0 / kPanel, panels, mid(job), job.rows, tile, wide);
+        if (j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).down->m, n0 / kPanel);
+        kernels_.tile(mlp(job).down->m, n0 / kPanel, panels, mid(job), job.rows, tile, wide);
         add_rows(plan, job, tile, wide, panels, sum);
       }
       for (size_t t = 0; t < plan.identity.size(); ++t)
-        kernels_.axpy(sum + t * wide, s_.normed + (alone() ? team.id() : t) * s_.ld + n0, plan.identity[t],
+        kernels_.axpy(sums + t * wide, s_.normed + (alone() ? team.id() : t) * s_.ld + n0, plan.identity[t],
                       panels * kPanel);
+      for (int i = 1; i < s_.sum_count; i *= 2)  // (0 + 1) + (2 + 3)
+        for (int a = 0; a + i < s_.sum_count; a += 2 * i)
+          kernels_.add(sums + a * s_.sum_size, sums + (a + i) * s_.sum_size, static_cast<int>(s_.sum_size));
       for (int t = 0; t < T; ++t) {
-        const float *x = in_.x.row(t) + n0, *y = sum + static_cast<size_t>(t) * wide;
+        const float *x = in_.x.row(t) + n0, *y = sums + static_cast<size_t>(t) * wide;
         float* to = in_.out.row(t) + n0;
         for (int i = 0; i < columns; ++i) to[i] = in_.residual ? x[i] + y[i] : y[i];
       }
@@ -301,24 +316,25 @@ class Experts {
 
   // The outputs of one expert, weighted, into the sums of their tokens.
   void add_rows(const Plan& plan, const Job& job, const float* from, int ld, int panels, float* sum) const {
-    const bool shared = job.expert == routed_;
     for (int m = 0; m < job.rows; ++m) {
-      const int token = shared ? m : plan.token[job.first + m];
+      const int token = job.shared ? m : plan.token[job.first + m];
       kernels_.axpy(sum + static_cast<size_t>(token) * s_.out_columns, from + static_cast<size_t>(m) * ld,
-                    shared ? 1.0f : plan.weight[job.first + m], panels * kPanel);
+                    job.shared ? 1.0f : plan.weight[job.first + m], panels * kPanel);
     }
   }
 
-  Act mid(const Job& job) const { return row(s_.kinds[job.expert == routed_].mid, job.first); }
+  const Mlp& mlp(const Job& job) const { return w_.expert(job.expert, job.part); }
+  Act mid(const Job& job) const { return row(s_.kinds[job.part][job.shared].mid, job.first); }
   float* apart(const Job& job) const {
-    return s_.apart + static_cast<size_t>(job.first + (job.expert == routed_ ? s_.most : 0)) * s_.ld;
+    const int at = job.part * s_.token_rows + job.first + (job.shared ? s_.most : 0);
+    return s_.apart + static_cast<size_t>(at) * s_.ld;
   }
 
   const Kernels& kernels_;
   const Moe& w_;
   const MoeArgs& in_;
   const Space& s_;
-  const int k_, routed_;
+  const int k_;
   std::vector<Plan> plans_;
 };
 

@@ -144,6 +144,11 @@ void axpy(float* y, const float* x, float a, int n) {
   for (int i = n / 16 * 16; i < n; ++i) y[i] += a * x[i];
 }
 
+void add(float* y, const float* x, int n) {
+  for_lanes(n, [&](int i) { store(y + i, loadf(y + i) + loadf(x + i)); });
+  for (int i = n / 16 * 16; i < n; ++i) y[i] += x[i];
+}
+
 void blend(float* y, float a, const float* x, float b, int n) {
   for_lanes(n, [&](int i) { store(y + i, fma(loadf(x + i), splat(b), loadf(y + i) * a)); });
   for (int i = n / 16 * 16; i < n; ++i) y[i] = y[i] * a + x[i] * b;

@@ -30,14 +30,17 @@ void Moe::check_gate() const {
 void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
   if (down) {
     if (!hidden) hidden = down->m.n;
-    const bool shared = has_shared && static_cast<int>(experts.size()) == (gate ? router.experts : 0);
+    const int at = static_cast<int>(experts.size());
+    const bool shared = has_shared && at / parts == routed();
     require(*gate_up, 2 * round_up(down->m.k, kPanel), hidden, "gate and up of an expert");
     require(*down, hidden, down->m.k, "down of an expert");
     if (gate) require(*gate, router.experts, hidden, "the router");
-    const Mlp* other = shared ? nullptr : first();
+    const Mlp* other = shared ? nullptr : first(at % parts);
     if (other &&
         (!alike(*gate_up, *other->gate_up) || !alike(*down, *other->down) || down->m.k != other->down->m.k))
       throw std::invalid_argument("experts of one layer differ in format or width");
+    if (at % parts && !alike(*gate_up, *experts.back().gate_up))
+      throw std::invalid_argument("parts of an expert differ in format");
   }
   experts.push_back({std::move(gate_up), std::move(down)});
 }

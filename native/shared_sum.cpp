@@ -46,7 +46,7 @@ void SharedSum::wait(int rank, uint64_t step) const {
   }
 }
 
-void SharedSum::add_some(Rows x, int rows, int columns) const {
+void SharedSum::add_some(Rows x, int rows, int columns, Rows residual) const {
   const uint64_t now = ++*step;
   for (int rank = 0; rank < size; ++rank) wait(rank, now - 1);  // who has read what stood in this slot
   float* own = slot(index);
@@ -63,13 +63,18 @@ void SharedSum::add_some(Rows x, int rows, int columns) const {
       const float* c = slot(rank) + at;
       for (int i = 0; i < columns; ++i) to[i] += c[i];
     }
+    if (!residual.at) continue;
+    const float* from = residual.row(r);
+    for (int i = 0; i < columns; ++i) to[i] = from[i] + to[i];
   }
 }
 
-void SharedSum::add(Rows x, int rows, int columns) const {
+void SharedSum::add(Rows x, int rows, int columns, Rows residual) const {
   const int most = static_cast<int>(slot_bytes / (sizeof(float) * columns));
   if (size < 2 || most < 1) throw std::invalid_argument("a sum needs two ranks, and slots that hold a row");
-  for (int r = 0; r < rows; r += most) add_some({x.row(r), x.stride}, std::min(most, rows - r), columns);
+  for (int r = 0; r < rows; r += most)
+    add_some({x.row(r), x.stride}, std::min(most, rows - r), columns,
+             {residual.at ? residual.row(r) : nullptr, residual.stride});
 }
 
 }  // namespace farthing

@@ -27,14 +27,15 @@ struct SharedSum {
   bool crowded;             // more ranks than cores: waiting must not hold one
   double timeout;           // seconds
 
-  // x [rows, columns] = the sum of every rank's x, the same bits on all of them. Throws PeerLost.
-  void add(Rows x, int rows, int columns) const;
+  // x [rows, columns] = residual + the sum of every rank's x, the same bits on all of them: the residual is
+  // every rank's own, or null. Throws PeerLost.
+  void add(Rows x, int rows, int columns, Rows residual = {nullptr, 0}) const;
 
  private:
   float* slot(int rank) const;
   void wait(int rank, uint64_t step) const;
   void check(int rank, int naps) const;
-  void add_some(Rows x, int rows, int columns) const;
+  void add_some(Rows x, int rows, int columns, Rows residual) const;
 };
 
 }  // namespace farthing

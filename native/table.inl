@@ -23,6 +23,7 @@ constexpr Kernels table(const char* name) {
       .store_act = store_act,
       .silu_mul = silu_mul,
       .axpy = axpy,
+      .add = add,
       .blend = blend,
       .softmax = softmax,
       .exp_sum = exp_sum,

@@ -1,4 +1,4 @@
-"""Seeded answers do not depend on speculation, prefix hits or the company of other requests."""
+"""Seeded answers do not depend on speculation, prefix hits, the company of other requests, or ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("farthing._native")
+native = pytest.importorskip("farthing._native")
 
 from farthing import LLM, SamplingParams
 
@@ -15,38 +15,82 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
 }
+ISAS = native.instruction_sets().split()
+SIZES: dict[str, Any] = {"max_model_len": 256, "num_blocks": 320}
+DRAFTS = ("ngram:4", "mtp", "mtp+ngram:4")
+RANKS: dict[str, dict[str, Any]] = {
+    "ep": {"expert_parallel_size": 2},
+    "pp": {"pipeline_parallel_size": 2},
+    "pp and ep": {"pipeline_parallel_size": 2, "expert_parallel_size": 2},
+}
 HEAD = "def merge(first, second):\n    result = []\n    while first and second:\n        "
 
+Answers = list[list[int]]
 
-def answers(llm: LLM, count: int, together: bool, tokens: int) -> list[list[int]]:
+
+def answers(llm: LLM, count: int, together: bool, tokens: int) -> Answers:
+    """Of the same prompts and seeds each time; every second request is greedy."""
     prompts = [f"{HEAD * (1 + i % 3)}# {i}\n" for i in range(count)]
     params = [
-        SamplingParams(max_tokens=tokens, temperature=1.0, seed=i, ignore_eos=True) for i in range(count)
+        SamplingParams(max_tokens=tokens, temperature=float(i % 2), seed=i, ignore_eos=True)
+        for i in range(count)
     ]
     if together:
-        done = llm.generate(prompts, params)
+        done = llm.generate(prompts, params, use_tqdm=False)
     else:
-        done = [r for p, s in zip(prompts, params, strict=True) for r in llm.generate([p], s)]
+        one = [llm.generate([p], s, use_tqdm=False) for p, s in zip(prompts, params, strict=True)]
+        done = [r for results in one for r in results]
     return [list(r.outputs[0].token_ids) for r in done]
 
 
-def compare(name: str, count: int, tokens: int) -> None:
-    options = {"backend": "cpu", "threads": 2, **FORMATS[name]}
-    with LLM(max_num_seqs=1, enable_prefix_caching=False, **options) as llm:
-        alone = answers(llm, count, together=False, tokens=tokens)
-    with LLM(max_num_seqs=16, **options) as llm:
-        assert answers(llm, count, together=True, tokens=tokens) == alone  # in a batch of 16
-        assert answers(llm, count, together=True, tokens=tokens) == alone  # prefix hits
-    with LLM(max_num_seqs=16, speculate="ngram:4", **options) as llm:
-        assert answers(llm, count, together=True, tokens=tokens) == alone
+def options(isa: str, name: str) -> dict[str, Any]:
+    return {"backend": f"cpu/{isa}", "threads": 2, **SIZES, **FORMATS[name]}
+
+
+def alone(isa: str, name: str, count: int, tokens: int) -> Answers:
+    with LLM(max_num_seqs=1, enable_prefix_caching=False, **options(isa, name)) as llm:
+        return answers(llm, count, together=False, tokens=tokens)
+
+
+def together(isa: str, name: str, count: int, tokens: int, **more: Any) -> Answers:
+    """Of an engine that runs batches of 16; twice, so that the second time every prefix is cached."""
+    with LLM(max_num_seqs=16, **(options(isa, name) | more)) as llm:
+        first = answers(llm, count, together=True, tokens=tokens)
+        assert answers(llm, count, together=True, tokens=tokens) == first
+        return first
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_some_answers(name: str) -> None:
-    compare(name, 6, 12)
+    expected = alone(ISAS[0], name, 6, 12)
+    for speculate in (None, "mtp+ngram:4"):
+        assert together(ISAS[0], name, 6, 12, speculate=speculate) == expected
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if not isa.startswith("avx512")])
+def test_some_answers_of_every_instruction_set(isa: str) -> None:
+    assert together(isa, "bfloat16", 6, 12, speculate="mtp") == alone(isa, "bfloat16", 6, 12)
+
+
+def test_some_answers_of_two_ranks() -> None:
+    ranks = together(ISAS[0], "int8", 6, 12, threads=1, **RANKS["ep"])
+    assert ranks == alone(ISAS[0], "int8", 6, 12)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_200_answers(name: str) -> None:
-    compare(name, 200, 32)
+def test_200_answers(isa: str, name: str) -> None:
+    expected = alone(isa, name, 200, 32)
+    for speculate in (None, *DRAFTS):
+        assert together(isa, name, 200, 32, speculate=speculate) == expected, speculate
+    for layout, sizes in RANKS.items():
+        assert together(isa, name, 200, 32, threads=1, **sizes) == expected, layout
+
+
+@pytest.mark.slow
+def test_200_answers_of_ranks_without_shared_memory_and_with_drafts() -> None:
+    expected = alone(ISAS[0], "bfloat16", 200, 32)
+    for sizes in (RANKS["ep"], RANKS["pp"]):
+        for more in ({"transport": "gloo"}, {"speculate": "mtp"}):
+            assert together(ISAS[0], "bfloat16", 200, 32, threads=1, **sizes, **more) == expected

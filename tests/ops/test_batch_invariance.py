@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,30 @@ def test_mixture_of_experts(ops: CpuOps, name: str, shared: int | None) -> None:
     for rows in (1, 2, 7, 16, 17, 40, 65):
         assert torch.equal(ops.moe(x[:rows].clone(), handle, scale, EPS), together[:rows])
         assert torch.equal(ops.moe(x[90 - rows :].clone(), handle, scale, EPS), together[90 - rows :])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shared", [None, 96])
+def test_experts_of_two_ranks(ops: CpuOps, name: str, shared: int | None) -> None:
+    """The sum of two ranks' halves of the experts has the bits of one rank that has all of them."""
+    spec = RouterSpec(8, 3, num_groups=4, top_k_groups=2)
+    whole = experts(spec, name, 64, 96, shared)
+    x, scale = torch.randn(40, 64), norm(64)
+    handles = [
+        ops.pack_moe(f"rank{r}", spec, lambda part=part: part)  # type: ignore[misc]
+        for r, part in enumerate(
+            replace(
+                whole,
+                experts=[load if e // 4 == r else None for e, load in enumerate(whole.experts)],
+                shared=whole.shared if r == 0 else None,
+            )
+            for r in range(2)
+        )
+    ]
+    one = ops.pack_moe("m", spec, lambda: whole)
+    for rows in (1, 2, 16, 17, 40):
+        a, b = (ops.moe(x[:rows].clone(), h, scale, EPS, residual=False) for h in handles)
+        assert torch.equal(ops.moe(x[:rows].clone(), one, scale, EPS), x[:rows] + (a + b))
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4"])

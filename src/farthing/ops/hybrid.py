@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farthing.ops.api import (
-    CacheDtype,
     Handle,
     HostOps,
     MoEWeights,
@@ -105,10 +104,6 @@ class HybridOps(OpsWrapper):
         self._transfer = HostTransfer(self.device)
         self._computing = ThreadPoolExecutor(1, "farthing-experts")
         self._loading = ThreadPoolExecutor(1, "farthing-hot")
-
-    @property
-    def cache_dtype(self) -> CacheDtype:
-        return self._inner.cache_dtype
 
     def coarse(self) -> Self:
         device, host = self._inner.coarse(), self._host.coarse()

@@ -38,7 +38,7 @@ def select(
 ) -> Ops:
     """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu' or an entry point) and log the choice.
 
-    dtype: activation dtype; None: the backend's default. quantization: round dense weights to nearest while
+    'cpu/ISA' selects an instruction set of the CPU kernels, such as 'cpu/avx2'. dtype: activation dtype; None: the backend's default. quantization: round dense weights to nearest while
     packing. packed: a file written by `Ops.save_packed`, mapped instead of packing again;
     verify: compare its checksums first.
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
@@ -49,10 +49,12 @@ def select(
         backend = resolve(backend)
         if backend == "reference":
             log.warning("the native CPU kernels are not built; serving with the slow reference ops")
-    if backend not in known:
+    name, _, isa = backend.partition("/")
+    if name not in known or (isa and name != "cpu"):
         raise ValueError(f"backend {backend!r} is unknown; expected 'auto' or one of {sorted(known)}")
-    ops: Ops = import_module(known[backend]).create(
-        dtype=dtype, threads=threads, quantization=quantization, packed=packed
+    more = {"isa": isa} if isa else {}
+    ops: Ops = import_module(known[name]).create(
+        dtype=dtype, threads=threads, quantization=quantization, packed=packed, **more
     )
     if verify:
         ops.verify_packed()

@@ -31,6 +31,11 @@ class OpsWrapper(Ops):
         self._inner, self.name = inner, name
         self.device, self.dtype = inner.device, inner.dtype
 
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """The inner backend's choice."""
+        return self._inner.cache_dtype
+
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
         return self._inner.pack_linear(name, weights)
 

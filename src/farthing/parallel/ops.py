@@ -119,10 +119,9 @@ class ParallelOps(OpsWrapper):
         residual: Tensor | None = None,
     ) -> Tensor:
         """A product with a residual is row-parallel: its input is this rank's heads."""
-        if residual is None:
-            return self._inner.linear(x, weight, norm, eps)
-        own = residual if self._tp.index == 0 else None
-        return self._tp.all_reduce(self._inner.linear(x, weight, norm, eps, own))
+        if residual is None or self._tp.size == 1:
+            return self._inner.linear(x, weight, norm, eps, residual)
+        return residual + self._tp.all_reduce(self._inner.linear(x, weight, norm, eps))
 
     def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
         if self._tp.size == 1:

@@ -182,7 +182,8 @@ def _experts(s: _Sizes, holder: Holder, t: int, threads: int, chosen: int, other
     if other:
         takes += _act(holder, s.stored, c.hidden_size, t) + _act(holder, s.stored, other, t)
     tile = max(_TILE_ROWS * _PAIR, max(rows, t) * _TILE_COLUMNS)
-    return [*takes, _FLOAT * threads * tile, _FLOAT * threads * (_TILE_ROWS * 128 + t * _TILE_COLUMNS)]
+    sums = (2 if chosen else 1) * t * _TILE_COLUMNS
+    return [*takes, _FLOAT * threads * tile, _FLOAT * threads * (_TILE_ROWS * 128 + sums)]
 
 
 def _act(holder: Holder, stored: Stored, k: int, rows: int) -> list[int]:

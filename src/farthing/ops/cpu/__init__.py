@@ -12,7 +12,11 @@ __all__ = ["CpuOps", "create"]
 
 
 def create(
-    dtype: torch.dtype | None, threads: int | None, quantization: str | None, packed: str | None
+    dtype: torch.dtype | None,
+    threads: int | None,
+    quantization: str | None,
+    packed: str | None,
+    isa: str = "auto",
 ) -> CpuOps:
     """The backend's factory (see `farthing.ops.select`).
 
@@ -27,6 +31,6 @@ def create(
         raise ValueError(f"threads {threads} is not a number of threads; expected at least 1")
     # Two thread pools would compete for cores, so torch uses only the calling thread.
     torch.set_num_threads(1)
-    ops = CpuOps(threads or len(os.sched_getaffinity(0)), quantization, packed)
+    ops = CpuOps(threads or len(os.sched_getaffinity(0)), quantization, packed, isa)
     ops.cache_dtype = "float32" if dtype is torch.float32 else "bfloat16"
     return ops
