@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-native = pytest.importorskip("farthing._native")
+pytest.importorskip("farthing._native")
 
-from farthing import LLM, SamplingParams
+from farthing import LLM, SamplingParams, _native
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
 }
-ISAS = native.instruction_sets().split()
+ISAS = _native.instruction_sets().split()
 SIZES: dict[str, Any] = {"max_model_len": 256, "num_blocks": 320}
 DRAFTS = ("ngram:4", "mtp", "mtp+ngram:4")
 RANKS: dict[str, dict[str, Any]] = {
