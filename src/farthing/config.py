@@ -30,7 +30,7 @@ class EngineConfig:
 
     model: str = _engine("mite", "The embedded model, a directory, or a hub id", argument=True)
     dtype: Dtype = _engine("auto", "Activation dtype")
-    backend: str = _engine("auto", "Backend: auto, reference, cpu, cpu/ISA, gpu, or a farthing.ops entry point")
+    backend: str = _engine("auto", "Backend: auto, reference, cpu[/ISA], gpu, or a farthing.ops entry point")
     threads: int | None = _engine(None, "CPU threads; default: all cores", minimum=1)
     quantization: Quantization | None = _engine(None, "Format to round dense weights to while loading")
     packed: str | None = _engine(None, "Packed file from `farthing compress --pack`; ranks write one each")

@@ -38,9 +38,9 @@ def select(
 ) -> Ops:
     """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu' or an entry point) and log the choice.
 
-    'cpu/ISA' selects an instruction set of the CPU kernels, such as 'cpu/avx2'. dtype: activation dtype; None: the backend's default. quantization: round dense weights to nearest while
-    packing. packed: a file written by `Ops.save_packed`, mapped instead of packing again;
-    verify: compare its checksums first.
+    'cpu/ISA' selects an instruction set of the CPU kernels, such as 'cpu/avx2'. dtype: activation dtype;
+    None: the backend's default. quantization: round dense weights to nearest while packing. packed: a file
+    written by `Ops.save_packed`, mapped instead of packing again; verify: compare its checksums first.
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
     plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
