@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 
 from farthing.model import ModelConfig
 from farthing.ops import Weight
-from farthing.ops.weights import quantize_int4, quantize_int8
-from farthing.parallel.plan import Cut, Layout, PlanError, ShardPlan
-from farthing.parallel.source import cut_weight
+from farthing.ops.cutting import Cut, cut_weight
+from farthing.ops.weights import InputRounding, quantize_int4, quantize_int8
+from farthing.parallel.plan import Layout, PlanError, ShardPlan
 from tests.tiny import SMALL_V3, V3
 
 layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 3), st.sampled_from([1, 2, 4]))
@@ -90,12 +91,13 @@ def stored(kind: str, w: torch.Tensor) -> Weight:
 @settings(max_examples=40, deadline=None)
 def test_a_cut_weight_is_the_cut_value(kind: str, dim: int, part: int, n: int, seed: int) -> None:
     w = torch.randn(n, 384, generator=torch.Generator().manual_seed(seed))
-    weight = stored(kind, w)
+    weight = replace(stored(kind, w), inputs=InputRounding(4, 0.9))
     size = w.shape[dim] // 4
     cut = Cut(dim, part * size, (part + 1) * size)
     expected = weight.dequantize().narrow(dim, cut.start, size)
     result = cut_weight(weight, cut)
     assert result.shape == tuple(expected.shape)
+    assert result.inputs == weight.inputs
     torch.testing.assert_close(result.dequantize(), expected, rtol=0, atol=0)
     if kind in ("int8", "fp8") and size % 128 == 0:
         assert result.format == kind

@@ -18,10 +18,10 @@ from types import MappingProxyType
 
 from farthing.model.config import ModelConfig
 from farthing.model.load import parameter_shapes
+from farthing.ops.cutting import Cut, bounds
 
 EMBEDDING = "model.embed_tokens.weight"
 VOCABULARY = (EMBEDDING, "lm_head.weight")
-CUT_BLOCK = 128  # FP8 scale blocks, groups of INT4 scales, and groups of activations on the CPU
 # The dimension tensor parallelism cuts, by last component of the module's name.
 ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "gate_proj", "up_proj")
 COLUMNS = ("o_proj", "down_proj")
@@ -96,15 +96,6 @@ class Place:
     local: int  # index within the stage; also its expert-parallel index
     tp: int  # its tensor-parallel index
     copy: int  # which of the stage's groups of tp ranks
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The part of a tensor that a rank reads: [start, stop) along `dim`, or all of it (dim None)."""
-
-    dim: int | None
-    start: int = 0
-    stop: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,16 +186,6 @@ def representatives(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...], in
 def layer_of(name: str) -> int | None:
     """The layer of a parameter; None for the top level."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
-
-
-def bounds(size: int, parts: int, index: int) -> tuple[int, int]:
-    """[start, stop) of one of `parts` slices, aligned to scale blocks if there are enough of them.
-
-    A slice that splits a block of 128 cannot keep its stored format or its activation scales.
-    """
-    unit = CUT_BLOCK if size >= CUT_BLOCK * parts else 1
-    blocks = -(-size // unit)
-    return min(size, unit * (blocks * index // parts)), min(size, unit * (blocks * (index + 1) // parts))
 
 
 def _tp_cut(name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:

@@ -10,9 +10,9 @@ from farthing.model.config import ModelConfig
 from farthing.model.deepseek import routers_of
 from farthing.model.source import WeightSource
 from farthing.ops import RouterSpec, Weight
-from farthing.ops.weights import FP8_BLOCK
+from farthing.ops.cutting import Cut, bounds, cut_weight
 from farthing.parallel.experts import Placements
-from farthing.parallel.plan import Cut, Place, ShardPlan, bounds, layer_of
+from farthing.parallel.plan import Place, ShardPlan, layer_of
 
 
 class ShardedSource:
@@ -108,35 +108,3 @@ def local_routers(
     routers = routers or routers_of(plan.config)
     mtp = routers[plan.config.num_hidden_layers :] if place.stage == plan.layout.pp - 1 else []
     return [routers[i] for i in plan.stages[place.stage]] + mtp
-
-
-def cut_weight(weight: Weight, cut: Cut) -> Weight:
-    """Rows (dim 0) or columns (dim 1) of a stored matrix; dense if the cut splits a scale block."""
-    assert cut.dim is not None
-    start, size = cut.start, cut.stop - cut.start
-    if weight.format == "dense":
-        return Weight("dense", weight.data.narrow(cut.dim, start, size))
-    assert weight.scale is not None
-    if weight.format == "fp8":
-        unit = FP8_BLOCK
-    elif weight.format == "int4" and cut.dim == 1:
-        unit = weight.group_size
-    else:
-        unit = 1
-    inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the whole slice is in one block
-    torn = start % unit and not inside
-    if weight.format == "int4" and cut.dim == 1:
-        torn = torn or bool(size % unit and not inside) or bool(start % 2 or size % 2)
-    if torn:
-        return Weight("dense", weight.dequantize().narrow(cut.dim, start, size), rounded=True)
-    if weight.format == "int8":
-        scale = weight.scale.narrow(0, start, size) if cut.dim == 0 else weight.scale
-        return Weight("int8", weight.data.narrow(cut.dim, start, size), scale)
-    packed = 2 if weight.format == "int4" and cut.dim == 1 else 1
-    data = weight.data.narrow(cut.dim, start // packed, size // packed)
-
-    def part(t: Tensor) -> Tensor:
-        return t.narrow(cut.dim or 0, start // unit, (cut.stop - 1) // unit - start // unit + 1)
-
-    zero = None if weight.zero_point is None else part(weight.zero_point)
-    return Weight(weight.format, data, part(weight.scale), zero)

@@ -13,7 +13,8 @@ import os
 from dataclasses import dataclass
 
 from farthing.model.config import ModelConfig
-from farthing.parallel.plan import Layout, Place, ShardPlan, bounds
+from farthing.ops.cutting import bounds
+from farthing.parallel.plan import Layout, Place, ShardPlan
 from farthing.parallel.shared import SLOT_BYTES
 from farthing.planner.footprint import Holder, Stored
 

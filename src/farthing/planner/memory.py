@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from farthing.model.config import ModelConfig
+from farthing.ops.cutting import Cut
 from farthing.parallel.plan import (
     EMBEDDING,
-    Cut,
     Layout,
     Place,
     PlanError,
