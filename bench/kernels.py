@@ -27,7 +27,7 @@ from farthing import _native
 from farthing.ops import AttentionSpec, RouterSpec
 from farthing.ops.batch import make_batch
 from farthing.ops.cpu import CpuOps, create
-from farthing.ops.cpu.backend import Attention, Experts, Linear, _router
+from farthing.ops.cpu.weights import Attention, Experts, Linear, router_of
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 from random_model import SIZES, config
 
@@ -135,7 +135,7 @@ def moe(b: Bench, name: str, size: str) -> None:
     expert = gate_up.nbytes + down.nbytes
     layers = []
     for _ in range(max(1, UNCACHED // (expert * e))):
-        native = _native.Moe(_router(spec), gate, True)
+        native = _native.Moe(router_of(spec), gate, True)
         for pair in zip(b.copies(gate_up, e + 1), b.copies(down, e + 1), strict=True):
             native.add(*pair)
         layers.append(Experts(native, spec))

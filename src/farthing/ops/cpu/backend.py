@@ -1,36 +1,31 @@
-"""`CpuOps`: the ops on top of `farthing._native`. Legend: see `farthing.ops.api`."""
+"""`CpuOps`: the ops on top of `farthing._native`. Legend: see `farthing.ops.api`.
+
+Native code receives addresses and strides; nothing is copied.
+"""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass
 from math import prod
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farthing import _native
 from farthing.ops.api import (
-    AttentionSpec,
     Batch,
     CacheDtype,
-    HostOps,
     IndexCache,
-    IndexerSpec,
     LatentCache,
     LayerHandles,
-    MoEWeights,
     NotFinite,
     RouterSpec,
 )
 from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
 from farthing.ops.cpu import indexer as indexing
-from farthing.ops.cpu.packed_file import PackedFile, write_packed
-from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
 from farthing.ops.cpu.stack import (
     Stack,
     native_batch,
@@ -40,39 +35,13 @@ from farthing.ops.cpu.stack import (
     pack_stack,
     run_layers,
 )
+from farthing.ops.cpu.weights import Attention, Experts, Linear, PackingOps, router_of
 from farthing.ops.reference import largest
 from farthing.ops.selection import chosen, in_rows
-from farthing.ops.weights import InputRounding, Weight, loaded_as
 
 MOST_FUSED_TOP = 64  # above this, torch sorts the head's logits
 SELECTED_AT_ONCE = 32  # tokens per call of sparse attention, which bounds its partial sums
 FEW = 16  # up to this many tokens one native lookup is faster than two torch calls
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A packed projection [n, k]."""
-
-    packed: Any
-    n: int
-    k: int
-
-
-@dataclass(slots=True)
-class Experts:
-    """A packed MoE layer or gated MLP."""
-
-    native: Any
-    spec: RouterSpec | None
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """W_UK and W_UV packed per head; owns the tensors that native code points to."""
-
-    native: Any
-    spec: AttentionSpec
-    alive: tuple[Tensor, ...]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -86,210 +55,11 @@ def _vector(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
-class CpuOps(HostOps):
+class CpuOps(PackingOps):
     """Native ops; activations are float32, and int8 inside projections with integer weights."""
 
     cache_dtype: CacheDtype = "float32"
     sums_in_stack = True
-
-    def __init__(
-        self,
-        threads: int,
-        quantization: str | None = None,
-        packed: str | None = None,
-        isa: str = "auto",
-        topology: str = "",
-    ) -> None:
-        self.device = torch.device("cpu")
-        self.dtype = torch.float32
-        self._native = _native.Backend(threads, isa, topology)
-        self.name = f"cpu/{self._native.isa}, {threads} thread{'s' if threads > 1 else ''}"
-        self._file = PackedFile(packed) if packed else None
-        if self._file and quantization not in (None, self._file.quantization):
-            raise ValueError(
-                f"quantization {quantization!r} is not what {packed!r} was packed with "
-                f"({self._file.quantization!r}); leave it out or pack again"
-            )
-        self._quantization = self._file.quantization if self._file else quantization
-        self.packed_from = self._file.source if self._file else None
-        if self._file:
-            self._file.check_in_background()
-        self._blobs: dict[str, Any] = {}
-        self._inputs: dict[str, InputRounding] = {}  # for matrices whose checkpoint specifies it
-
-    def verify_packed(self) -> None:
-        if self._file is not None:
-            self._file.verify()
-
-    # -- packing
-
-    def coarse(self) -> Self:
-        if self._quantization is not None:
-            return self
-        other = copy(self)
-        other._quantization = "int8"
-        return other
-
-    def _keep(self, name: str, blob: Any) -> Any:
-        if name in self._blobs:
-            raise ValueError(f"weight name {name!r} was packed twice; expected every name once")
-        self._blobs[name] = blob
-        return blob
-
-    def forget(self, prefix: str) -> None:
-        for name in [n for n in self._blobs if n.startswith(prefix)]:
-            del self._blobs[name]
-
-    def _stored(self, name: str) -> Any | None:
-        """The packed matrix of that name from the file, if present."""
-        if self._file is None or name not in self._file:
-            return None
-        try:
-            packed = self._native.view(*self._file.matrix(name))
-        except ValueError as error:
-            raise ValueError(f"packed file {str(self._file.path)!r}: {name!r}: {error}") from None
-        return self._keep(name, self._round_inputs(name, packed, self._file.inputs(name)))
-
-    def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False, mlp: bool = False) -> Any:
-        target = plan(weights, loaded_as(self._quantization, mlp))
-        packed = pack(self._native, weights, target, interleave)
-        return self._keep(name, self._round_inputs(name, packed, inputs_of(weights)))
-
-    def _round_inputs(self, name: str, packed: Any, inputs: InputRounding | None) -> Any:
-        if inputs is not None:
-            self._inputs[name] = inputs
-            if inputs.scale is None:
-                packed.round_inputs(inputs.top, inputs.clip)
-            else:
-                packed.fix_input_scale(inputs.scale)
-        return packed
-
-    def _tensor(self, name: str, value: Callable[[], Tensor]) -> Tensor:
-        if self._file is not None and name in self._file:
-            return self._keep(name, self._file.tensor(name))  # type: ignore[no-any-return]
-        return self._keep(name, value().float().contiguous())  # type: ignore[no-any-return]
-
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Linear:
-        packed = self._stored(name)
-        if packed is None:
-            packed = self._pack(name, weights())
-        return Linear(packed, *packed.shape)
-
-    def _mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> tuple[Any, Any]:
-        gate_up, down = self._stored(f"{name}.gate_up"), self._stored(f"{name}.down")
-        if gate_up is None or down is None:
-            w_gate, w_up, w_down = weights()
-            gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True, mlp=True)
-            down = self._pack(f"{name}.down", [w_down], mlp=True)
-        return gate_up, down
-
-    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Experts:
-        native = _native.Moe(_native.Router(), None, True)
-        native.add(*self._mlp(name, weights))
-        return Experts(native, None)
-
-    def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
-        stored = self._file is not None and f"{name}.gate" in self._file
-        w = None if stored else weights()
-        if spec.num_experts > _native.MOST_EXPERTS:
-            raise ValueError(
-                f"num_experts {spec.num_experts} of {name!r} is not served; "
-                f"expected at most {_native.MOST_EXPERTS}"
-            )
-        gate = (
-            self._stored(f"{name}.gate")
-            if w is None
-            else self._keep(f"{name}.gate", pack_dense(self._native, w.gate, False))
-        )
-        router = _router(spec)
-        has_bias = (
-            f"{name}.bias" in self._file if w is None and self._file else w is not None and w.bias is not None
-        )
-        if has_bias:
-            router.bias = self._tensor(f"{name}.bias", lambda: w.bias).tolist()  # type: ignore[union-attr, arg-type, return-value]
-        shared = (
-            f"{name}.shared.down" in self._file
-            if w is None and self._file
-            else w is not None and w.shared is not None
-        )
-        shared = shared and not self.routed_only
-        native = _native.Moe(router, gate, shared)
-        first = None
-        loads = self._stored_experts(name, spec.num_experts) if w is None else w.experts
-        if None in loads:
-            self._keep(f"{name}.held", torch.tensor([e for e, load in enumerate(loads) if load is not None]))
-        for e, expert in enumerate(loads):
-            if expert is None:  # on another rank, or an identity
-                native.add(None, None)
-                continue
-            gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
-            kinds = [(m.format, m.group) for m in (gate_up, down)]
-            first = first or kinds
-            if kinds != first:
-                raise ValueError(
-                    f"expert {e} of {name!r} is packed as {kinds}, the first as {first}; expected one format"
-                )
-            native.add(gate_up, down)
-        if first is None:
-            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one a rank")
-        if shared:
-            load = _missing if w is None or w.shared is None else w.shared
-            native.add(*self._mlp(f"{name}.shared", load))
-        return Experts(native, spec)
-
-    def _stored_experts(self, name: str, count: int) -> list[Callable[[], Any] | None]:
-        """Experts in a packed file: all of them, or those of one rank."""
-        assert self._file is not None
-        if f"{name}.held" not in self._file:
-            return [_missing] * count
-        held = set(self._file.tensor(f"{name}.held").tolist())
-        return [_missing if e in held else None for e in range(count)]
-
-    def pack_attention(
-        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
-    ) -> Attention:
-        if self._file is not None and f"{name}.norm" in self._file:
-            norm = self._tensor(f"{name}.norm", _missing)
-            heads = [
-                (self._stored(f"{name}.uk.{h}"), self._stored(f"{name}.uv.{h}"))
-                for h in range(spec.num_heads)
-            ]
-        else:
-            kv_b, kv_norm = weights()
-            norm = self._tensor(f"{name}.norm", lambda: kv_norm)
-            heads = self._pack_heads(name, spec, kv_b)
-        rope = rope.float().contiguous()
-        native = _native.Attention(
-            spec.num_heads, spec.nope_dim, spec.rope_dim, spec.value_dim, spec.latent_dim, spec.scale,
-            spec.interleaved, norm.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr(),
-        )  # fmt: skip
-        for uk, uv in heads:
-            native.add(uk, uv)
-        return Attention(native, spec, (norm, rope))
-
-    def _pack_heads(self, name: str, spec: AttentionSpec, kv_b: Weight) -> list[tuple[Any, Any]]:
-        """W_UK transposed [c, n] and W_UV [v, c] per head; int8 if weights are rounded at all."""
-        quantized = self._quantization is not None or kv_b.format != "dense" or kv_b.rounded
-        dense = kv_b.data if kv_b.format == "dense" else kv_b.dequantize()
-        heads = dense.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
-        w_uk, w_uv = heads.split((spec.nope_dim, spec.value_dim), dim=1)
-        return [
-            (
-                self._keep(f"{name}.uk.{h}", pack_dense(self._native, w_uk[h].t().contiguous(), quantized)),
-                self._keep(f"{name}.uv.{h}", pack_dense(self._native, w_uv[h].contiguous(), quantized)),
-            )
-            for h in range(spec.num_heads)
-        ]
-
-    def pack_indexer(
-        self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
-    ) -> indexing.Indexer:
-        weight = self._tensor(f"{name}.weight", lambda: norm()[0])
-        bias = self._tensor(f"{name}.bias", lambda: norm()[1])
-        return indexing.pack(spec, weight, bias, rope.float().contiguous())
-
-    def save_packed(self, path: str) -> None:
-        write_packed(path, self._quantization, self._blobs.items(), self.source, self._inputs)
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
@@ -302,8 +72,6 @@ class CpuOps(HostOps):
         shape = (rows, *like.data.shape[1:3])
         scale = None if like.scale is None else torch.ones(*shape)
         return IndexCache(_lazy(like.data.dtype, *shape, width), scale)
-
-    # -- computing: native code receives addresses and strides; nothing is copied
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         if ids.shape[0] > FEW or table.dtype not in (torch.bfloat16, torch.float32):
@@ -450,7 +218,7 @@ class CpuOps(HostOps):
         return self._experts(x, weights, norm, eps, ids=ids.data_ptr(), gates=gates.data_ptr())
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
-        router = _router(spec)
+        router = router_of(spec)
         router.bias = weights.native.router.bias
         weights.native.router = router
         weights.spec = spec
@@ -511,19 +279,3 @@ def _not_finite() -> Iterator[None]:
         yield
     except _native.NotFinite as error:
         raise NotFinite(*error.args) from None
-
-
-def _missing() -> Any:
-    raise ValueError("the packed file lacks a part of this layer; pack the model again")
-
-
-def _router(spec: RouterSpec) -> Any:
-    router = _native.Router()
-    router.experts, router.top_k = spec.num_experts, spec.top_k
-    router.identities = spec.identities
-    router.groups, router.top_k_groups = spec.num_groups, spec.top_k_groups
-    router.sigmoid, router.top2_sum = spec.scoring == "sigmoid", spec.group_score == "top2_sum"
-    router.normalize, router.scale = spec.normalize, spec.scale
-    router.mass = -1.0 if spec.mass is None else spec.mass
-    router.min_experts = spec.min_experts
-    return router
