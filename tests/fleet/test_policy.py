@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.fleet.forecast.curve import Forecast
-from farthing.fleet.policy import Policy, PolicyState
+from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.policy_state import PolicyState
 from farthing.fleet.snapshot import Snapshot
 
 CONFIG = PolicyConfig(capacity=1.0, rule="published")

@@ -21,7 +21,8 @@ from farthing.fleet.decision_log import DecisionLog, read_log
 from farthing.fleet.decisions import Decision
 from farthing.fleet.forecast.curve import FORECASTS, Forecast, write_forecasts
 from farthing.fleet.metrics import FleetMetrics
-from farthing.fleet.policy import Policy, PolicyState
+from farthing.fleet.policy import Policy
+from farthing.fleet.policy_state import PolicyState
 from farthing.fleet.signals import Source
 from farthing.fleet.snapshot import Snapshot
 from farthing.fleet.wake import Held

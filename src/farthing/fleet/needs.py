@@ -1,0 +1,164 @@
+"""How many replicas the load, its forecasts and the latency call for: the three levels of the policy.
+
+The levels are described in `farthing.fleet.policy`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from farthing.fleet.decisions import Level
+from farthing.fleet.forecast.curve import Forecast
+from farthing.fleet.policy_config import PolicyConfig
+from farthing.fleet.policy_state import PolicyState
+from farthing.fleet.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Need:
+    """One level's answer with its reason."""
+
+    replicas: int
+    reason: str
+
+
+class Needs:
+    """The levels' answers under a utilization that the SLO moves."""
+
+    def __init__(self, config: PolicyConfig, state: PolicyState) -> None:
+        self.config, self.state = config, state
+
+    @property
+    def utilization(self) -> float:
+        """The target utilization in force."""
+        moved = self.state.utilization if self.config.by_slo else None
+        return moved if moved is not None else self.config.target_utilization
+
+    def follow_slo(self, now: float, snapshot: Snapshot) -> None:
+        """Move the utilization by the share of late requests since the last decision."""
+        late = self._late(snapshot)
+        since, self.state.slo_time = self.state.slo_time, now
+        if not self.config.by_slo or late is None or since is None:
+            return
+        passed = now - since
+        if 0 < passed <= max(self.config.stale_after_s, 4 * self.config.interval_s):
+            self.state.utilization = self.config.slo.moved(self.utilization, late, passed)
+
+    def _late(self, snapshot: Snapshot) -> float | None:
+        """The share of requests that miss the SLO: measured, else all or none by the mean times."""
+        slo = self.config.slo
+        if snapshot.late_share is not None:
+            return snapshot.late_share
+        first = snapshot.ttft_s if snapshot.ttft_s is not None else snapshot.queue_time_s
+        if first is None:
+            return None
+        slow = slo.tpot_s is not None and snapshot.tpot_s is not None and snapshot.tpot_s > slo.tpot_s
+        return 1.0 if first > slo.ttft_s or slow else 0.0
+
+    def levels(
+        self, now: float, snapshot: Snapshot, short: Forecast | None, mid: Forecast | None, rate: float
+    ) -> dict[Level, Need]:
+        """What each level asks for; `rate` is one replica's capacity."""
+        until = now + self.lead(snapshot) + self.config.interval_s
+        answers: dict[Level, Need] = {}
+        plans: tuple[tuple[Level, Forecast | None, float], ...] = (
+            ("short", short, self.config.short_quantile),
+            ("mid", mid, self.config.mid_quantile),
+        )
+        for name, forecast, quantile in plans:
+            peak = forecast.peak(now, until, quantile) if forecast is not None else None
+            if name in self.config.levels and forecast is not None and peak is not None:
+                need = self._needed(peak, rate)
+                load = f"{peak:.4g} {self.config.unit}/s (q{quantile:.2f})"
+                carried = f" (weight {forecast.weight:.0%})" if forecast.weight is not None else ""
+                reason = (
+                    f"{forecast.source}{carried} forecasts {load} within {until - now:.0f} s, needs {need}"
+                )
+                answers[name] = Need(need, reason)
+        realtime = self._realtime(now, snapshot, rate)
+        if "realtime" in self.config.levels or not answers:  # something must always answer
+            answers["realtime"] = realtime
+        return answers
+
+    def _realtime(self, now: float, snapshot: Snapshot, rate: float) -> Need:
+        load = snapshot.load(self.config.unit)
+        assert load is not None  # the policy holds without it
+        need = self._needed(load, rate)
+        best = Need(need, f"load is {load:.4g} {self.config.unit}/s, needs {need}")
+        work = self._backlog_work(snapshot, load)
+        if work > 0:
+            if self.config.drains_fast:
+                drain = self.config.drain_s
+                need = self._needed(load + work / drain, rate)
+            else:
+                drain = max(self.config.drain_s, self.lead(snapshot))
+                need = _ceil((load + work / drain) / rate)
+            if need > best.replicas:
+                best = Need(
+                    need,
+                    f"backlog of {snapshot.backlog:.4g} requests worked off in {drain:.0f} s needs {need}",
+                )
+        step = self._latency_step(now, snapshot)
+        return step if step is not None and step.replicas > best.replicas else best
+
+    def _latency_step(self, now: float, snapshot: Snapshot) -> Need | None:
+        """A latency breach that lasts raises the target by the factor, once a cold start, held that long."""
+        state, config = self.state, self.config
+        lead = self.lead(snapshot)
+        latency = self.latency(snapshot)
+        if latency is None or latency <= config.latency_threshold_s:
+            state.breach_since = None
+        elif state.breach_since is None:
+            state.breach_since = now
+        stepped = state.step_time is not None and now - state.step_time < lead
+        lasting = state.breach_since is not None and now - state.breach_since >= config.latency_for_s
+        if lasting and not stepped:
+            # those that start already answer the breach: to multiply them too would count them twice
+            counted = snapshot.ready if config.latency_of == "ready" else None
+            number = snapshot.current if counted is None else counted
+            state.step_time, state.step_target = now, _ceil(config.latency_factor * max(1, number))
+            stepped = True
+        if not stepped:
+            return None
+        text = (
+            f"{config.latency_metric} above {config.latency_threshold_s:g} s for {config.latency_for_s:g} s"
+        )
+        return Need(
+            state.step_target, f"{text}: {config.latency_factor:g} × the replicas then, {state.step_target}"
+        )
+
+    def lead(self, snapshot: Snapshot) -> float:
+        """Launch to ready in seconds: measured where it is known, else configured."""
+        measured = snapshot.cold_start_s
+        return (
+            measured
+            if measured is not None and measured >= 0 and math.isfinite(measured)
+            else self.config.cold_start_s
+        )
+
+    def _needed(self, load: float, rate: float) -> int:
+        return _ceil(load / (self.utilization * rate))
+
+    def _backlog_work(self, snapshot: Snapshot, load: float) -> float:
+        """The backlog in units of the load (requests, or their tokens at the present mean)."""
+        if not snapshot.backlog or snapshot.backlog < 0:
+            return 0.0
+        if self.config.unit == "requests":
+            return snapshot.backlog
+        return snapshot.backlog * load / snapshot.request_rate if snapshot.request_rate else 0.0
+
+    def latency(self, snapshot: Snapshot) -> float | None:
+        """The mean time that the latency rule watches, if it was measured."""
+        by_name = {
+            "queue_time": snapshot.queue_time_s,
+            "ttft": snapshot.ttft_s,
+            "tpot": snapshot.tpot_s,
+            "none": None,
+        }
+        return by_name[self.config.latency_metric]
+
+
+def _ceil(value: float) -> int:
+    """Ceiling that forgives the rounding of the division (2.0000000001 needs two)."""
+    return math.ceil(value - 1e-9)

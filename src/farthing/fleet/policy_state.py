@@ -1,0 +1,36 @@
+"""What a policy remembers between decisions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class PolicyState:
+    """Saved as JSON for a restarted controller."""
+
+    last_time: float | None = None
+    last_change: float | None = None
+    settle_until: float | None = None  # no scale-down before this: after a start or a jump of the clock
+    breach_since: float | None = None  # latency above the threshold without a break since
+    step_time: float | None = None  # last step of the latency rule, and its target
+    step_target: int = 0
+    utilization: float | None = None  # as moved by the SLO
+    slo_time: float | None = None  # when it was moved last
+    history: list[tuple[float, int]] = field(
+        default_factory=list
+    )  # (time, required) of the stabilization window
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> PolicyState:
+        try:
+            data: dict[str, Any] = json.loads(text)
+            data["history"] = [(float(t), int(n)) for t, n in data.get("history", [])]
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"not a saved policy state ({error}): {text[:80]!r}") from error
