@@ -38,6 +38,11 @@ class Policy:
         self.state = state if state is not None else PolicyState()
         self._needs = Needs(config, self.state)
 
+    @property
+    def utilization(self) -> float:
+        """The target utilization in force: configured, or moved by the SLO."""
+        return self._needs.utilization
+
     def decide(
         self,
         now: float,
@@ -91,7 +96,7 @@ class Policy:
             required=best.replicas,
             reason=f"{decided_by}: {best.reason}" + (f"; {why}" if why else ""),
             alarms=alarms,
-            inputs=_inputs(snapshot, short, mid, rate, self._needs.utilization),
+            inputs=_inputs(snapshot, short, mid, rate, self.utilization),
         )
 
     # ---- bounds: down rule, stabilization, cool-down, limits ----
