@@ -39,6 +39,12 @@ def mite(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the recipe, NAME=VALUE (may repeat).")
     ] = None,
+    sparse_attention: Annotated[
+        bool,
+        typer.Option(
+            "--sparse-attention", help="Instead, train an indexer for the shipped model, in two stages."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
 ) -> None:
     """Train a small DeepSeek-V3 that completes Python; Ctrl-C saves, --resume continues.
@@ -52,7 +58,12 @@ def mite(
       farthing train mite --out /tmp/quick --tokens 200000 --set muon_lr=0.03
 
       farthing train mite --precision fp8 --set fp8_scaling='"delayed"'
+
+      farthing train mite --sparse-attention --out runs/mite-sparse --tokens 300000
     """
+    if sparse_attention:
+        _sparse(out, minutes, tokens, resume, data, device, threads, seed, settings or [], as_json)
+        return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one a matrix shape
     from farthing.files import to_json
@@ -66,6 +77,25 @@ def mite(
         )
     if summary is not None and as_json:
         typer.echo(to_json(summary))
+
+
+def _sparse(
+    out: Path, minutes: float | None, tokens: int | None, resume: bool, data: Path | None, device: str,
+    threads: int, seed: int, overrides: list[str], as_json: bool,
+) -> None:  # fmt: skip
+    """`mite --sparse-attention`."""
+    import dataclasses
+
+    from farthing.train.sparse_run import configured, train_sparse
+
+    def run() -> dict[str, Any] | None:
+        if minutes is not None or device not in ("auto", "cpu"):
+            raise ValueError("--sparse-attention takes --tokens and runs on the CPU; expected no --minutes")
+        config, changed = configured(overrides)
+        settings = _settings("mite", out, tokens or 300_000, 512, 4096, 40_000, data, "cpu", threads, seed)
+        return train_sparse(dataclasses.replace(settings, **changed), config, resume)
+
+    _finish(run, as_json)
 
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or `mite`.")]

@@ -18,7 +18,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # Fields that DeepSeek's config.json does not have, or spells differently.
 _OTHER = {
     *("rope", "query_scaling", "query_latent_scale", "latent_scale", "router_bias", "post_mlp_norm"),
-    *("index_topk", "index_n_heads", "index_head_dim", "index_rope_interleaved", "indexer_types"),
+    *("index_rope_interleaved", "indexer_types", "n_identity_experts", "shortcut_experts"),
     *("shared_intermediate_size", "layer_sizes", "eos_token_ids"),
 }
 
@@ -32,8 +32,11 @@ def check_trainable(cfg: ModelConfig) -> None:
     for name in ("q_lora_rank", "n_routed_experts"):
         if not getattr(cfg, name):
             raise ConfigError(f"{name} is {getattr(cfg, name)!r}; expected a positive integer for training")
-    if not cfg.is_v3:
-        raise ConfigError(f"model_type is {cfg.model_type!r}; expected DeepSeek-V3's layers for training")
+    dense = dataclasses.replace(cfg, index_topk=None)
+    if not dense.is_v3 or cfg.indexer_types or cfg.index_rope_interleaved:
+        raise ConfigError(
+            f"model_type is {cfg.model_type!r}; expected DeepSeek-V3's or V3.2's layers for training"
+        )
     if cfg.rope != RopeConfig(theta=cfg.rope.theta):
         raise ConfigError("rope_scaling is set; expected plain interleaved RoPE for training")
     for layer in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
@@ -44,6 +47,8 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
     fields: dict[str, Any] = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in _OTHER}
     fields |= {"rope_theta": cfg.rope.theta, "rope_scaling": None, "eos_token_id": cfg.eos_token_ids[0]}
+    if cfg.index_topk is None:
+        fields = {k: v for k, v in fields.items() if not k.startswith("index_")}
     if cfg.shared_intermediate_size is not None:
         fields["shared_intermediate_size"] = cfg.shared_intermediate_size
     if cfg.layer_sizes:

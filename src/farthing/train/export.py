@@ -75,7 +75,10 @@ def from_tensors(model: DeepSeekLM, tensors: dict[str, Tensor]) -> None:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether DeepSeek stores this weight as FP8 blocks: every projection, no embedding, norm or router."""
+    """Whether DeepSeek stores this weight as FP8 blocks: every projection, no embedding, norm, router or
+    indexer."""
+    if ".indexer." in name:
+        return False
     return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
 
 
@@ -95,7 +98,7 @@ def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
 def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
     """The `config.json` of a DeepSeek-V3 checkpoint."""
     config: dict[str, Any] = {
-        "architectures": ["DeepseekV3ForCausalLM"],
+        "architectures": ["DeepseekV3ForCausalLM" if cfg.index_topk is None else "DeepseekV32ForCausalLM"],
         **to_json(cfg),
         "num_key_value_heads": cfg.num_attention_heads,
         "hidden_act": "silu",

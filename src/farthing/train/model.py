@@ -20,6 +20,8 @@ from farthing.model.config import ModelConfig
 from farthing.train.architecture import check_trainable
 from farthing.train.functional import causal_attention, fused_cross_entropy, rms_norm, routed_experts
 from farthing.train.grouped import Product, Routing, combine
+from farthing.train.rotary import rope_table, rotate, rotate_halves
+from farthing.train.selection import Pick, attend, causal, divergence, index_scores, largest
 
 
 class Linear(nn.Module):
@@ -57,18 +59,37 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, self.compute_dtype)
 
 
-def rope_table(cfg: ModelConfig, length: int) -> Tensor:
-    """exp(i angle) [length, r/2] complex64 of plain RoPE."""
-    r = cfg.qk_rope_head_dim
-    frequency = cfg.rope.theta ** (-torch.arange(0, r, 2, dtype=torch.float32) / r)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    return torch.polar(torch.ones_like(angle), angle)
+class Indexer(nn.Module):
+    """The lightning indexer. Its inputs are detached: it learns only from attention's distribution.
 
+    J index heads of size d.
+    """
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE on interleaved pairs, taken as complex numbers. x [B, T, heads, r]; turn [T, r/2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        assert cfg.q_lora_rank is not None and cfg.index_topk is not None
+        self.heads, self.top_k, d = cfg.index_n_heads, cfg.index_topk, cfg.index_head_dim
+        self.wq_b = Linear(cfg.q_lora_rank, self.heads * d)
+        self.wk = Linear(cfg.hidden_size, d)
+        self.k_norm = nn.LayerNorm(d, eps=1e-6)
+        self.weights_proj = Linear(cfg.hidden_size, self.heads)
+        self.dense = False  # attend to everything: the warm-up
+        self.pick: Pick = largest
+        self.divergence: Tensor | None = None  # from attention, of the last forward in training
+
+    def forward(self, x: Tensor, latent: Tensor, turn: Tensor) -> Tensor:
+        """x [B, T, D] and the query latent [B, T, q], each normed -> causal scores [B, T, T] float32."""
+        x, latent = x.detach(), latent.detach()
+        q = rotate_halves(self.wq_b(latent).unflatten(-1, (self.heads, -1)), turn)
+        k = rotate_halves(self.k_norm(self.wk(x).float())[:, :, None], turn)[:, :, 0]
+        return index_scores(q, k.to(q.dtype), self.weights_proj(x) * self.heads**-0.5)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, scores: Tensor) -> Tensor:
+        """Attention over the selected keys; in training also the divergence of the scores."""
+        keys = causal(scores).expand_as(scores) if self.dense else self.pick(scores.detach(), self.top_k)
+        out, target = attend(q, k, v, scale, keys)
+        self.divergence = divergence(target, scores, keys) if self.training else None
+        return out
 
 
 class Attention(nn.Module):
@@ -86,11 +107,13 @@ class Attention(nn.Module):
         self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.rms_norm_eps)
         self.kv_b_proj = Linear(cfg.kv_lora_rank, H * (cfg.qk_nope_head_dim + cfg.v_head_dim))
         self.o_proj = Linear(H * cfg.v_head_dim, D, std=0.0)
+        self.indexer = None if cfg.index_topk is None else Indexer(cfg)
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         cfg, H = self.cfg, self.cfg.num_attention_heads
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (H, cfg.qk_head_dim))
+        q_latent = self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_b_proj(q_latent).unflatten(-1, (H, cfg.qk_head_dim))
         q_nope, q_pe = q.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
         latent, k_pe = self.kv_a_proj_with_mqa(x).split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (H, -1))
@@ -98,7 +121,11 @@ class Attention(nn.Module):
         k_pe = rotate(k_pe[:, :, None], turn).expand(-1, -1, H, -1)
         q = torch.cat((q_nope, rotate(q_pe, turn)), -1).transpose(1, 2)  # [B, H, T, nope + r]
         k = torch.cat((k_nope, k_pe), -1).transpose(1, 2)
-        out = causal_attention(q, k, v.transpose(1, 2), cfg.qk_head_dim**-0.5)
+        v, scale = v.transpose(1, 2), cfg.qk_head_dim**-0.5
+        if self.indexer is None:
+            out = causal_attention(q, k, v, scale)
+        else:
+            out = self.indexer.attend(q, k, v, scale, self.indexer(x, q_latent, turn))
         projected: Tensor = self.o_proj(out.transpose(1, 2).flatten(-2))
         return projected
 
