@@ -95,6 +95,7 @@ def test_broken_weights_are_named_and_json_stays_valid(
     broken = changed(model_dir, tmp_path / "broken", value)
     alone = invoke(eval_app, broken, "--data", data, "--json")
     assert alone.exit_code == Exit.INPUT and "logits are NaN or infinite" in alone.stderr
+    assert "the first output that is not finite is that of the head" in alone.stderr
     assert not alone.stdout and "\n" not in alone.stderr.strip()
     against = invoke(eval_app, model_dir, "--against", broken, "--data", data, "--max-drop", "1%", "--json")
     document = strict(against.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import (
     EngineError,
@@ -22,9 +24,10 @@ from farthing.engine.request import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from farthing.model import DeepseekModel
+from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.ops import select
 
-from .conftest import EOS, VOCAB, Always, next_logits
+from .conftest import EOS, RAW, VOCAB, Always, next_logits
 
 MakeEngine = Callable[..., Engine]
 Greedy = Callable[[list[int], int], list[int]]
@@ -525,3 +528,20 @@ def test_limits_that_exclude_every_token_later_are_an_error(
         for output in engine.submit("x", params):
             tokens += output.outputs[0].token_ids
     assert set(tokens) == {x}
+
+
+@pytest.mark.parametrize(
+    ("params", "where"),
+    [
+        (SamplingParams(temperature=0, max_tokens=4), "layer 1's experts (model.layers.1.mlp)"),
+        (SamplingParams(temperature=1, max_tokens=4), "layer 0's attention (model.layers.0.self_attn)"),
+        (SamplingParams(max_tokens=1, prompt_logprobs=1), "layer 1's attention (model.layers.1.self_attn)"),
+    ],
+)
+def test_logits_that_are_not_finite_name_the_layer(params: SamplingParams, where: str) -> None:
+    broken = random_model(ModelConfig.from_json(RAW), select("reference"), seed=3)
+    layer, part = int(where[6]), int("mlp" in where)
+    broken.layers[layer][part].norm[3] = float("nan")
+    expected = pytest.raises(EngineFailed, match=re.escape(f"output that is not finite is that of {where}"))
+    with Engine(broken, EngineConfig(max_num_seqs=4, num_blocks=64, block_size=4)) as engine, expected:
+        engine.submit(list(range(20, 40)), params).result()

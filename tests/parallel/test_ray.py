@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,14 @@ from farthing.engine.request import EngineFailed, SamplingParams
 from farthing.llm import LLM
 from farthing.model import load
 from farthing.ops import select
-from farthing.parallel import ray_workers
+from farthing.parallel import ray_workers, worker
 from farthing.parallel.cluster import ParallelModel, RankFailed, RankOptions
 from farthing.parallel.plan import Layout
 from farthing.parallel.ray_workers import RayWorkers
 from farthing.parallel.rendezvous import interface_of
 from tests.parallel.ranks import rank_options
 from tests.parallel.test_cluster import check_rebalanced, checkpoint, greedy
+from tests.parallel.test_serving import until
 
 __all__ = ["checkpoint"]
 ROOT = Path(__file__).parents[2]
@@ -196,3 +198,53 @@ def test_the_number_of_a_gpu_that_ray_names(monkeypatch: pytest.MonkeyPatch) -> 
     assert ray_workers._ordinal("3") == 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
     assert ray_workers._ordinal("3") == 1
+
+
+class FakeRay:
+    """Ray with one actor, which answers its beats while `answers`."""
+
+    def __init__(self) -> None:
+        self.answers = True
+        self.beat = self
+        self.killed = 0
+
+    def options(self, **_: Any) -> FakeRay:
+        return self
+
+    def remote(self) -> object:
+        return object()
+
+    def wait(self, references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return (references, []) if self.answers else ([], references)
+
+    def get(self, reference: Any) -> None:
+        return None
+
+    def kill(self, actor: Any) -> None:
+        self.killed += 1
+
+
+def test_a_silent_rank_is_unhealthy_until_it_answers_and_lost_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_workers, "BEAT", 0.005)
+    monkeypatch.setattr(ray_workers, "MISSED_BEATS", 100_000)
+    monkeypatch.setattr(worker, "SILENCE", 0.05)
+    ray, workers = FakeRay(), object.__new__(RayWorkers)
+    workers._ray, workers._actors, workers._seat, workers._group = ray, {1: ray}, None, None
+    workers._failure, workers._closed, workers._ended = None, False, threading.Event()
+    workers._heard, workers.arena, workers._own_connection = {}, None, False
+    workers._layout = Layout(tp=2)
+    workers._watcher = threading.Thread(target=workers._watch, daemon=True)
+    workers._watcher.start()
+    until(lambda: workers._heard)
+    ray.answers = False
+    until(lambda: workers.failure() is not None)
+    assert "rank 1 of 2 has not responded for" in (workers.failure() or "") and not ray.killed
+    ray.answers = True
+    until(lambda: workers.failure() is None)
+    monkeypatch.setattr(ray_workers, "MISSED_BEATS", 3)
+    ray.answers = False
+    until(lambda: "no answer" in (workers.failure() or ""))
+    assert ray.killed
+    workers.close()

@@ -15,7 +15,12 @@ from farthing.checkpoint import Checkpoint
 from farthing.compress.adaptive import AdaptivePlan, calibrate_adaptive, write_adaptive
 from farthing.compress.corpus import Corpus, calibration_corpus, halves, load_corpus
 from farthing.compress.evaluate import Comparison, Verdict
-from farthing.compress.export.layout import choose_export, expected_limits, transformers_limits
+from farthing.compress.export.layout import (
+    choose_export,
+    expected_bytes,
+    expected_limits,
+    transformers_limits,
+)
 from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
@@ -57,6 +62,7 @@ class Outcome:
         return {
             "size_before": r.size_before,
             "size_after": r.size_after,
+            "larger": r.larger,
             "bytes_per_token_before": r.sizes["before"]["token"],
             "bytes_per_token_after": r.sizes["after"]["token"],
             "drop": q.relative_increase if q else None,
@@ -99,6 +105,9 @@ def compress(
         quality = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
     before, result = Checkpoint.open(source), Checkpoint.open(out)
+    larger = grown(before.stored_bytes(), result.stored_bytes())
+    if larger:
+        log.warning("%s", larger)
     report = CompressionReport(
         recipe=made.recipe.to_json() | ({"calibrated": made.adaptive.to_json()} if made.adaptive else {}),
         source=str(source),
@@ -106,6 +115,7 @@ def compress(
         transformers_limits=transformers_limits(options.export, result, made.state.group_keys()),
         size_before=before.stored_bytes(),
         size_after=result.stored_bytes(),
+        larger=larger,
         sizes={"before": asdict(sizes_of(before, reads_of(config))), "after": asdict(_result(result, made))},
         seconds=seconds,
         peak_memory=peak,
@@ -124,6 +134,21 @@ def compress(
         raise OSError(error.errno, said, error.filename) from error
 
 
+def grown(before: int, after: int) -> str | None:
+    """A sentence for a result that is larger than its source; None for one that is not."""
+    if after <= before:
+        return None
+    return (
+        f"the result is larger than its source: {before:,} -> {after:,} bytes ({after / before - 1:+.0%}); "
+        "choose a recipe with fewer bits than the source has (farthing compress --list)"
+    )
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors, without the headers of the files."""
+    return sum(map(checkpoint.nbytes, checkpoint.names()))
+
+
 def _ready(
     source: Path, out: Path, recipe: Recipe, options: Options, config: ModelConfig
 ) -> tuple[Options, Corpus | None]:
@@ -137,6 +162,9 @@ def _ready(
     if limits := expected_limits(options.export, checkpoint, config, recipe):
         verb = "may" if recipe.scheme == "auto" else "will"
         log.warning("transformers 5.24 %s not load the result, Farthing will: %s", verb, "; ".join(limits))
+    expected = None if recipe.adaptive else expected_bytes(options.export, checkpoint, config, recipe)
+    if expected is not None and (said := grown(_weight_bytes(checkpoint), expected)):
+        log.warning("expected: %s", said)
     if not options.gate:
         return options, None
     if options.backend != "simulate":

@@ -109,7 +109,7 @@ def evaluate(
         if progress:
             progress(len(step.targets))
     if not math.isfinite(loss):
-        raise ValueError(BROKEN)
+        raise ValueError(BROKEN + located(model, corpus.windows))
     return Quality(
         perplexity=_exp(loss / corpus.tokens),
         bits_per_byte=_bits(loss, corpus),
@@ -233,6 +233,13 @@ def _steps(
         ids = torch.cat([w.ids[:-1] for w in group])
         hidden = model.forward(ids, batch, cache, counts)
         yield _Step(hidden, torch.cat([w.ids[1:] for w in group]), lengths, batch, cache)
+
+
+def located(model: DeepseekModel, windows: Sequence[Window]) -> str:
+    """Which part of a broken model to look at, to append to an error; "" if the first window shows none."""
+    (step,) = _steps(model, windows[:1], 1)
+    where = model.first_not_finite(windows[0].ids[:-1], step.batch, step.cache)
+    return "" if where is None else f"; the first output that is not finite is that of {where}"
 
 
 def paged_batch(lengths: Sequence[int]) -> tuple[Batch, int]:

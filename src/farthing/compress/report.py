@@ -22,6 +22,7 @@ class CompressionReport:
     transformers_limits: list[str]  # why transformers does not load the result; empty where it does
     size_before: int
     size_after: int
+    larger: str | None  # what to say where the result is larger than its source
     sizes: dict[str, dict[str, int]]  # before and after: see `size.Sizes`
     seconds: float
     peak_memory: int
@@ -92,6 +93,7 @@ def _summary(report: CompressionReport) -> list[tuple[str, str]]:
     rows = [
         ("size before", f"{report.size_before:,} bytes"),
         ("size after", f"{report.size_after:,} bytes ({report.size_after / report.size_before:.1%})"),
+        *([("larger than the source", report.larger)] if report.larger else []),
         *(_both(name, report.sizes, key) for name, key in _MEASURES),
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", f"{report.peak_memory / 2**20:,.0f} MiB"),

@@ -20,7 +20,7 @@ from farthing.engine.logprobs import Position, positions
 from farthing.engine.pace import Pace
 from farthing.engine.request import EngineError, FinishReason, RequestAtFault, RequestOutput
 from farthing.engine.runner import Runner, Step
-from farthing.engine.sampler import Pick, Row, report, require_finite, sample
+from farthing.engine.sampler import Pick, Row, report, sample
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled
 from farthing.engine.speculation import Speculator
@@ -28,6 +28,7 @@ from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer
 from farthing.ops import sampling
+from farthing.ops.api import NotFinite, require_finite
 
 log = logging.getLogger(__name__)
 
@@ -106,20 +107,11 @@ class EngineCore:
         self._admitted(plan)
         step = self.runner.prepare(plan)
         hidden = self.runner.forward(step)
-        rows = [
-            Row(item.seq.sampling, item.drafts, ahead)
-            for item in plan
-            if item.sample
-            for ahead in range(1 + len(item.drafts))
-        ]
-        tokens: list[int] = []
-        logprobs: list[Position] | None = None
-        if rows:
-            picked = hidden if step.sampled is None else hidden[step.sampled]
-            tokens, table = sample(self.runner.model, picked, rows, self._pick)
-            if table is not None:
-                logprobs = positions(table, [row.state.params.logprobs or 0 for row in rows], self._text)
-        self._prompt_logprobs(plan, step, hidden)
+        try:
+            tokens, logprobs = self._sample(plan, step, hidden)
+            self._prompt_logprobs(plan, step, hidden)
+        except NotFinite as broken:
+            raise NotFinite(f"{broken}{self.runner.first_not_finite(step)}") from broken
         moved, failed = self._commit(plan, tokens, logprobs)
         if self._speculator is not None:
             self._speculator.after(plan, step, hidden, time.perf_counter() - began)
@@ -129,6 +121,24 @@ class EngineCore:
             self.fail(state, error)
         self._gauges()
         return True
+
+    def _sample(
+        self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor
+    ) -> tuple[list[int], list[Position] | None]:
+        """The tokens of a step, and their log-probabilities if a request wants some."""
+        rows = [
+            Row(item.seq.sampling, item.drafts, ahead)
+            for item in plan
+            if item.sample
+            for ahead in range(1 + len(item.drafts))
+        ]
+        if not rows:
+            return [], None
+        picked = hidden if step.sampled is None else hidden[step.sampled]
+        tokens, table = sample(self.runner.model, picked, rows, self._pick)
+        if table is None:
+            return tokens, None
+        return tokens, positions(table, [row.state.params.logprobs or 0 for row in rows], self._text)
 
     def check(self) -> None:
         """When idle: check invariants. A violation is logged and counted, and the cache starts empty."""

@@ -35,6 +35,9 @@ class Model(Protocol):
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
         """ids [T] int64 -> hidden [T, D] before the final norm; adds tokens per expert to counts [L, E]."""
 
+    def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
+        """The first part of the model whose output has a NaN or an infinity; None: unknown."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] -> logits [n, V] float32."""
 

@@ -134,6 +134,11 @@ class Runner:
         """Hidden states [T, D] before the final norm."""
         return self.model.forward(step.ids, step.batch, self.cache, self.counts)
 
+    def first_not_finite(self, step: Step) -> str:
+        """Where a step whose logits are not finite went wrong, to append to an error: computes it again."""
+        where = self.model.first_not_finite(step.ids, step.batch, self.cache)
+        return "" if where is None else f"; the first output that is not finite is that of {where}"
+
     def capacity(self, seq: Sequence) -> int:
         """Number of positions that the sequence's blocks can hold."""
         return min(len(seq.blocks) * self.block_size, seq.max_len)

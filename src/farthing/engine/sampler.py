@@ -23,7 +23,7 @@ from torch import Tensor
 from farthing.engine.constraints import Constraint
 from farthing.engine.logprobs import Table
 from farthing.engine.request import SamplingParams
-from farthing.ops.api import NotFinite
+from farthing.ops.api import require_finite
 from farthing.ops.sampling import Filters
 from farthing.ops.sampling import sample as sample_in_torch
 
@@ -104,18 +104,13 @@ def sample(
         if top is None:
             return head.greedy(hidden), None
         values, ids, total = head.top_logits(hidden, max(1, top))
+        require_finite(total[:, None])
         return ids[:, 0].tolist(), _table(ids[:, :1], ids, values - total[:, None])
     logits = head.logits(hidden)
     require_finite(logits)
     raw = logits.log_softmax(-1) if top is not None else None
     tokens = draw(edit(logits, rows), rows, pick)
     return tokens, None if raw is None or top is None else report(raw, tokens, top)
-
-
-def require_finite(logits: Tensor) -> None:
-    """Raises NotFinite if a row of logits [n, V] has a NaN or an infinity."""
-    if not bool(logits.sum(-1).isfinite().all()):  # one NaN or infinity makes a row's sum one
-        raise NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows")
 
 
 def edit(logits: Tensor, rows: Sequence[Row]) -> Tensor:

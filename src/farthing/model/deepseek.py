@@ -122,6 +122,21 @@ class DeepseekModel:
                 h, owed = h + owed, None
         return h
 
+    def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
+        """The first part of the model whose output has a NaN or an infinity, for the tokens of a step that
+        was computed before; None if all are finite. Layer by layer, so slower than `forward`."""
+        h, select = self.ops.embed(ids, self.embedding), None
+        if not _finite(h):
+            return "the embedding (model.embed_tokens)"
+        for i, (attention, feed_forward) in enumerate(self.layers):
+            h, select = attention(h, batch, cache, i, select)
+            if not _finite(h):
+                return f"layer {i}'s attention (model.layers.{i}.self_attn)"
+            h = feed_forward(h, None)
+            if not _finite(h):
+                return f"layer {i}'s {'experts' if feed_forward.is_moe else 'MLP'} (model.layers.{i}.mlp)"
+        return None if _finite(self.logits(h)) else "the head (model.norm, lm_head)"
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] of `forward` -> logits [n, V] float32."""
         return self.ops.logits(hidden, self.head, self.norm, self.eps)
@@ -169,6 +184,10 @@ class DeepseekModel:
 
     def close(self) -> None:
         """Does nothing: there is nothing to release."""
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(values.isfinite().all())
 
 
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:

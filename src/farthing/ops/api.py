@@ -130,6 +130,12 @@ class NotFinite(ArithmeticError):
     """Logits are NaN or infinite: broken weights, or the model overflows its activation type."""
 
 
+def require_finite(logits: Tensor) -> None:
+    """Raises NotFinite if a row of logits [n, V] has a NaN or an infinity."""
+    if not bool(logits.sum(-1).isfinite().all()):  # one NaN or infinity makes a row's sum one
+        raise NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows")
+
+
 class PeerLost(RuntimeError):
     """Another rank has exited, or did not join a collective in time."""
 
@@ -344,8 +350,10 @@ class Ops(ABC):
         """
 
     def greedy(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> list[int]:
-        """The most likely token per row of x [T, D]; ties go to the lowest id."""
-        return self.top_logits(x, head, norm, eps, 1)[1][:, 0].tolist()  # type: ignore[no-any-return]
+        """The most likely token per row of x [T, D]; ties go to the lowest id. Raises NotFinite."""
+        _, ids, total = self.top_logits(x, head, norm, eps, 1)
+        require_finite(total[:, None])
+        return ids[:, 0].tolist()  # type: ignore[no-any-return]
 
     def softmax(self, x: Tensor) -> Tensor:
         """Softmax over the last dimension of float32 [T, N]. Optional: only benchmarks use it."""

@@ -96,6 +96,10 @@ class ParallelModel:
             counts.copy_(self._counts)
         return hidden
 
+    def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
+        """Always None: the layers' outputs are in other processes. A single rank names the layer."""
+        return None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See `DeepseekModel.logits`."""
         return self._head("logits", hidden, len(hidden), None)  # type: ignore[no-any-return]

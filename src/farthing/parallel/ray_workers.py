@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import threading
+import time
 import traceback
 from contextlib import suppress
 from typing import Any
@@ -26,6 +27,7 @@ from farthing.parallel.worker import (
     RankOptions,
     from_wire,
     open_own,
+    silent,
     to_wire,
 )
 
@@ -106,6 +108,7 @@ class RayWorkers:
         self._failure: str | None = None
         self._ended = threading.Event()
         self._closed = False
+        self._heard: dict[int, float] = {}  # by rank, monotonic seconds
         self._actors: dict[int, Any] = {}
         self._opened: dict[int, Any] = {}
         self.pids: dict[int, int] = {}
@@ -148,7 +151,7 @@ class RayWorkers:
     def failure(self, wait: float = 0.0) -> str | None:
         """Why the replica failed, checked for up to `wait` seconds; None if it has not."""
         self._ended.wait(wait)
-        return self._failure
+        return self._failure or silent(self._heard, self._layout.world)
 
     def close(self) -> None:
         """Stop every rank and release the resources."""
@@ -240,6 +243,7 @@ class RayWorkers:
                 missed[rank] += 1
                 if reference in done:
                     missed[rank] = 0
+                    self._heard[rank] = time.monotonic()
                     del asked[rank]
                     try:
                         problem = self._ray.get(reference)

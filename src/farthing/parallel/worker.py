@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -146,15 +147,7 @@ class Workers:
     def failure(self, wait: float = 0.0) -> str | None:
         """Why the replica failed, checked for up to `wait` seconds; None if it has not."""
         self._ended.wait(wait)
-        return self._failure or self._silence()
-
-    def _silence(self) -> str | None:
-        """Report ranks without heartbeats: a suspended or starved rank stalls every step but may recover."""
-        now = time.monotonic()
-        for rank, heard in list(self._heard.items()):
-            if now - heard > SILENCE:
-                return f"rank {rank} of {len(self._processes) + 1} has not responded for {now - heard:.0f} s"
-        return None
+        return self._failure or silent(self._heard, len(self._processes) + 1)
 
     def close(self) -> None:
         """Stop every worker."""
@@ -205,6 +198,18 @@ class Workers:
             self._heard.pop(self._beats.pop(beats), None)
         else:
             self._heard[self._beats[beats]] = time.monotonic()
+
+
+def silent(heard: Mapping[int, float], world: int) -> str | None:
+    """Report ranks without heartbeats: a suspended or starved rank stalls every step but may recover.
+
+    heard: when each rank was last heard from, monotonic seconds.
+    """
+    now = time.monotonic()
+    for rank, last in list(heard.items()):
+        if now - last > SILENCE:
+            return f"rank {rank} of {world} has not responded for {now - last:.0f} s"
+    return None
 
 
 def _beat(pulse: Connection) -> None:

@@ -128,6 +128,40 @@ def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, re
     return limits
 
 
+def expected_bytes(export: str, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> int | None:
+    """An estimate of the result's weight bytes before any work is done; None for an automatic plan. Pruned
+    experts and channels are not deducted."""
+    if recipe.scheme == "auto":
+        return None
+    matrices = _matrices(checkpoint)
+    parts = {f"{module}.{part}" for module in matrices for part in _PARTS}
+    total = sum(checkpoint.nbytes(name) for name in checkpoint.names() if name not in parts)
+    for module in matrices:
+        stored, columns = checkpoint.stored_as(module)
+        key = key_in(export, module, _expected_key(checkpoint, config, module, recipe))
+        kind, rows = "dense" if key is None else key.format, _rows(checkpoint, module)
+        if kind == stored == "dense":
+            total += checkpoint.nbytes(f"{module}.weight")
+        else:
+            scales = {
+                "int4": columns / (key.group_size or columns) if key else 0,
+                "fp8": columns / FP8_BLOCK**2,
+            }
+            bytes_ = _WEIGHT_BYTES[kind] * columns + _SCALE_BYTES[kind] * scales.get(kind, 1.0)
+            total += round(rows * bytes_)
+    return total
+
+
+_PARTS = ("weight", "weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point")
+_WEIGHT_BYTES = {"dense": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
+_SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "int4": 2}
+
+
+def _rows(checkpoint: Checkpoint, module: str) -> int:
+    packed = f"{module}.weight_packed"
+    return checkpoint.shape(packed if checkpoint.has(packed) else f"{module}.weight")[0]
+
+
 def _matrices(checkpoint: Checkpoint) -> list[str]:
     """Every matrix that a recipe may store in another way."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())

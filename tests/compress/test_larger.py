@@ -1,0 +1,52 @@
+"""A result larger than its source is said, before the work where it can be estimated, and in the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from farthing.checkpoint import Checkpoint
+from farthing.compress.api import Options, compress, grown
+from farthing.compress.export.layout import choose_export, expected_bytes
+from farthing.compress.recipe import RECIPES
+from farthing.model import ModelConfig
+
+
+def nbytes(path: Path) -> int:
+    checkpoint = Checkpoint.open(path)
+    return sum(map(checkpoint.nbytes, checkpoint.names()))
+
+
+def expected(source: Path, recipe: str) -> int | None:
+    checkpoint, config = Checkpoint.open(source), ModelConfig.from_directory(source)
+    export = choose_export("auto", RECIPES[recipe], checkpoint, config)
+    return expected_bytes(export, checkpoint, config, RECIPES[recipe])
+
+
+def test_the_estimate_is_close_and_growth_is_said(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dense to INT4, which is smaller; INT4 to INT8, which is larger."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    estimate = expected(model_dir, "int4-rtn")
+    with caplog.at_level(logging.WARNING, "farthing"):
+        report = compress(model_dir, small, RECIPES["int4-rtn"], Options(gate=False)).report
+    assert estimate == pytest.approx(nbytes(small), rel=0.03)
+    assert report.larger is None and "larger than its source" not in caplog.text
+    estimate = expected(small, "int8")
+    with caplog.at_level(logging.WARNING, "farthing"):
+        outcome = compress(small, large, RECIPES["int8"], Options(gate=False))
+    assert estimate == pytest.approx(nbytes(large), rel=0.03)
+    said = [record.getMessage() for record in caplog.records if "larger than its source" in record.message]
+    assert [text.startswith("expected: ") for text in said] == [True, False]
+    assert said[1] == outcome.report.larger == outcome.to_json()["larger"]
+    assert json.loads((large / "report.json").read_text())["larger"] == said[1]
+    assert f"{outcome.report.size_before:,} -> {outcome.report.size_after:,} bytes" in said[1]
+
+
+def test_automatic_plans_are_not_estimated(model_dir: Path) -> None:
+    assert expected(model_dir, "auto") is None
+    assert grown(10, 10) is None
