@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 from farthing.options import Declared, declared
 
@@ -53,15 +54,16 @@ def _parameter(d: Declared) -> inspect.Parameter:
         kind = list[kind]
     if d.optional or d.repeated:
         kind = kind | None
+    text = escape(f"{d.option.help}.")  # brackets such as those of "cpu[/ISA]" are no markup
     if d.option.argument:
-        info: Any = typer.Argument(help=f"{d.option.help}.", metavar=d.name.upper())
+        info: Any = typer.Argument(help=text, metavar=d.name.upper())
     else:
         flag = f"--{d.name.replace('_', '-')}"
         name = f"{flag}/--no-{flag[2:]}" if d.default is True else flag
         info = typer.Option(
             name,
             *d.option.flags,
-            help=f"{d.option.help}.",
+            help=text,
             rich_help_panel=d.option.group,
         )
     return inspect.Parameter(
