@@ -47,7 +47,7 @@ def force(llm: LLM) -> None:
         speculator.gates = tuple(Free() for _ in speculator.gates)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +67,11 @@ def main() -> None:
         action="store_true",
         help="draft in every step, whether it pays or not: what is accepted then",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     engines = {
         method or "none": LLM(
             Path(args.model) if Path(args.model).is_dir() else args.model,

@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from farthing.model import DeepseekModel, load
-from farthing.ops import make_batch, select
+from farthing.ops import select
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
+
+from .families import yarn
+from .paged import chunkings, greedy, run
 
 SEEDS = range(24)
-BLOCK = 4
 LENGTH = 21
 
 
@@ -50,19 +54,7 @@ def draw(seed: int) -> tuple[Any, str]:
         eos_token_id=1,
     )
     shape["num_key_value_heads"] = shape["num_attention_heads"]
-    rope: dict[str, Any] = dict(rope_type="default", rope_theta=10000.0)
-    if seed % 2:
-        rope = dict(
-            rope_type="yarn",
-            rope_theta=10000.0,
-            factor=rng.choice([4.0, 40.0]),
-            original_max_position_embeddings=32,
-            beta_fast=32,
-            beta_slow=1,
-            mscale=1.0,
-            mscale_all_dim=rng.choice([1.0, 0.707]),
-        )
-    shape["rope_parameters"] = rope
+    shape["rope_parameters"] = yarn(rng) if seed % 2 else dict(rope_type="default", rope_theta=10000.0)
     if v3:
         config = transformers.DeepseekV3Config(
             **shape, norm_topk_prob=bool(seed % 4 < 2), rope_interleave=True
@@ -89,19 +81,6 @@ def build(seed: int, path: Path) -> tuple[Any, DeepseekModel]:
     return theirs, load(path, select("reference", dtype=torch.float32))
 
 
-def run(model: DeepseekModel, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
-    """Logits [T, V] of a prompt that enters the paged cache in chunks, over scattered blocks."""
-    blocks = (len(ids) + BLOCK - 1) // BLOCK
-    table = torch.randperm(blocks + 3)[:blocks].tolist()
-    cache = model.new_cache(blocks + 3, BLOCK, "float32")
-    out, start = [], 0
-    for size in chunks:
-        batch = make_batch([size], [start], [table], BLOCK)
-        out.append(model.logits(model.forward(ids[start : start + size], batch, cache)))
-        start += size
-    return torch.cat(out)
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_logits_and_greedy_tokens(seed: int, tmp_path: Path) -> None:
     theirs, ours = build(seed, tmp_path)
@@ -110,25 +89,10 @@ def test_logits_and_greedy_tokens(seed: int, tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = theirs(ids[None]).logits[0]
         scale = expected.abs().max()
-        chunkings = {"prefill": [LENGTH], "decode": [1] * LENGTH, "random": []}
-        while sum(chunkings["random"]) < LENGTH:
-            chunkings["random"].append(rng.randint(1, min(7, LENGTH - sum(chunkings["random"]))))
-        for name, chunks in chunkings.items():
+        for name, chunks in chunkings(LENGTH, rng).items():
             error = (run(ours, ids, chunks) - expected).abs().max() / scale
             assert error < 1e-4, f"{name}: relative error {error:.2e}"
         assert greedy(ours, ids, 64) == theirs_greedy(theirs, ids, 64)
-
-
-def greedy(model: DeepseekModel, ids: torch.Tensor, steps: int) -> list[int]:
-    blocks = (len(ids) + steps) // BLOCK + 1
-    table, cache = list(range(blocks)), model.new_cache(blocks, BLOCK, "float32")
-    tokens, start, step = [], 0, ids
-    for _ in range(steps):
-        hidden = model.forward(step, make_batch([len(step)], [start], [table], BLOCK), cache)
-        start += len(step)
-        step = model.top_logits(hidden[-1:], 1)[1][:, 0]
-        tokens.append(int(step))
-    return tokens
 
 
 def theirs_greedy(model: Any, ids: torch.Tensor, steps: int) -> list[int]:

@@ -12,46 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farthing.hub import resolve_model
-from farthing.model import DeepseekModel, ModelConfig, load
-from farthing.ops import Ops, make_batch, select
+from farthing.model import ModelConfig, load
+from farthing.ops import Ops, select
 
 pytest.importorskip("transformers")
 
 from .families import FAMILIES, build
+from .paged import chunkings, greedy, run
 
 SEEDS = range(8)
-BLOCK = 4
 LENGTH = 21
 STEPS = 64
 
 
 def ops_of(backend: str) -> Ops:
     return select(backend, dtype=torch.float32, threads=None if backend == "reference" else 2)
-
-
-def run(model: DeepseekModel, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
-    """Logits [T, V] of a prompt that enters the paged cache in chunks, over scattered blocks."""
-    blocks = (len(ids) + BLOCK - 1) // BLOCK
-    table = torch.randperm(blocks + 3)[:blocks].tolist()
-    cache = model.new_cache(blocks + 3, BLOCK, "float32")
-    out, start = [], 0
-    for size in chunks:
-        batch = make_batch([size], [start], [table], BLOCK)
-        out.append(model.logits(model.forward(ids[start : start + size], batch, cache)))
-        start += size
-    return torch.cat(out)
-
-
-def greedy(model: DeepseekModel, ids: torch.Tensor, steps: int) -> list[int]:
-    blocks = (len(ids) + steps) // BLOCK + 1
-    table, cache = list(range(blocks)), model.new_cache(blocks, BLOCK, "float32")
-    tokens, start, step = [], 0, ids
-    for _ in range(steps):
-        hidden = model.forward(step, make_batch([len(step)], [start], [table], BLOCK), cache)
-        start += len(step)
-        step = model.top_logits(hidden[-1:], 1)[1][:, 0]
-        tokens.append(int(step))
-    return tokens
 
 
 def theirs_greedy(model: Any, ids: torch.Tensor, steps: int) -> list[int]:
@@ -68,16 +43,14 @@ def theirs_greedy(model: Any, ids: torch.Tensor, steps: int) -> list[int]:
 def test_logits_and_greedy_tokens(name: str, seed: int, tmp_path: Path) -> None:
     theirs = build(name, seed, tmp_path)
     rng = random.Random(seed)
-    chunkings = {"prefill": [LENGTH], "decode": [1] * LENGTH, "random": []}
-    while sum(chunkings["random"]) < LENGTH:
-        chunkings["random"].append(rng.randint(1, min(7, LENGTH - sum(chunkings["random"]))))
+    ways = chunkings(LENGTH, rng)
     with torch.inference_mode():
         for backend in ("reference", "cpu"):
             ours = load(tmp_path, ops_of(backend))
             ids = torch.randint(2, ours.config.vocab_size, (LENGTH,), generator=torch.manual_seed(seed))
             expected = theirs(input_ids=ids[None]).logits[0]
             scale = expected.abs().max()
-            for way, chunks in chunkings.items():
+            for way, chunks in ways.items():
                 error = (run(ours, ids, chunks) - expected).abs().max() / scale
                 assert error < 1e-4, f"{backend}, {way}: relative error {error:.2e}"
             assert greedy(ours, ids, STEPS) == theirs_greedy(theirs, ids, STEPS), backend

@@ -254,15 +254,11 @@ def _first_model(target: Target) -> str:
 
 
 def _print_load(result: LoadResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from farthing.cli.tables import print_percentiles
 
-    table = Table("", "p50", "p90", "p99", title=f"{result.requests} requests in {result.seconds:.1f} s")
     rows = {"TTFT": result.ttft_ms, "TPOT": result.tpot_ms, "between tokens": result.itl_ms}
     rows["end to end"] = result.e2e_ms
-    for name, values in rows.items():
-        table.add_row(f"{name}, ms", *(f"{values[p]:,.1f}" if values else "-" for p in ("p50", "p90", "p99")))
-    Console().print(table)
+    print_percentiles(f"{result.requests} requests in {result.seconds:.1f} s", rows)
     print(
         f"{result.output_tokens_per_second:,.1f} generated tokens/s, "
         f"{result.total_tokens_per_second:,.1f} in all, "

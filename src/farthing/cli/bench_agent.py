@@ -63,19 +63,15 @@ def run(
 
 
 def _print(result: AgentResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from farthing.cli.tables import print_percentiles
 
     title = f"{result.sessions} sessions, {result.turns} turns in {result.seconds:.1f} s"
-    table = Table("", "p50", "p90", "p99", title=title)
     rows = {
         "turn": result.turn_ms,
         "TTFT, first turns": result.ttft_first_ms,
         "TTFT, later turns": result.ttft_later_ms,
     }
-    for name, values in rows.items():
-        table.add_row(f"{name}, ms", *(f"{values[p]:,.1f}" if values else "-" for p in ("p50", "p90", "p99")))
-    Console().print(table)
+    print_percentiles(title, rows)
     print(
         f"{result.cached_share:.1%} of {result.prompt_tokens:,} prompt tokens from the prefix cache, "
         f"{result.cached_share_later:.1%} later ({result.reused_share:.1%} of what was not new); "

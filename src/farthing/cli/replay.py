@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -76,6 +76,10 @@ def main(
     if as_json:
         print(json.dumps(document))
         return
+    _print(document)
+
+
+def _print(document: dict[str, Any]) -> None:
     table = Table(
         title=f"{document['trace']}, {document['hours']:.1f} h, load time {document['load_time_s']:g} s"
     )

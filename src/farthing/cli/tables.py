@@ -1,13 +1,24 @@
-"""Rich tables of `farthing inspect`."""
+"""Rich tables of several commands."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from farthing.model.inspect import ContextCost, ModelCost, RoutingReport
+if TYPE_CHECKING:
+    from farthing.model.inspect import ContextCost, ModelCost, RoutingReport
+
+
+def print_percentiles(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Milliseconds of each row at p50, p90 and p99; a row without values shows dashes."""
+    points = ("p50", "p90", "p99")
+    table = Table("", *points, title=title)
+    for name, values in rows.items():
+        table.add_row(f"{name}, ms", *(f"{values[p]:,.1f}" if values else "-" for p in points))
+    Console().print(table)
 
 
 def print_cost(model: str, cost: ModelCost) -> None:

@@ -52,20 +52,16 @@ def train_qat(
     if not trainer.run():
         return None
     size = save_quantized(student, settings.model, settings.out / "checkpoint")
-    final = score(student.net)
-    best = min(ptq_perplexity, smoothed_perplexity)  # without training, in the same format
-    lost = best - float_perplexity
+    perplexities = {
+        "float": float_perplexity,
+        "untrained": ptq_perplexity,
+        "smoothed": smoothed_perplexity,
+        "trained": score(student.net),
+    }
     summary: dict[str, Any] = {
         "precision": str(precision),
-        "perplexity": {
-            "float": float_perplexity,
-            "untrained": ptq_perplexity,
-            "smoothed": smoothed_perplexity,
-            "trained": final,
-        },
-        "relative_increase": final / float_perplexity - 1,
-        "best_untrained": best,
-        "recovered": (best - final) / lost if lost > 0 else None,
+        "perplexity": perplexities,
+        **_gained(perplexities),
         "eval_tokens": settings.eval_tokens,
         "window": settings.window,
         "weights_bytes": size,
@@ -86,3 +82,14 @@ def train_qat(
         levels=levels,
     )
     return summary
+
+
+def _gained(perplexity: dict[str, float]) -> dict[str, float | None]:
+    """What training won back of the loss of the best untrained model in the same format."""
+    best = min(perplexity["untrained"], perplexity["smoothed"])
+    lost = best - perplexity["float"]
+    return {
+        "relative_increase": perplexity["trained"] / perplexity["float"] - 1,
+        "best_untrained": best,
+        "recovered": (best - perplexity["trained"]) / lost if lost > 0 else None,
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -16,26 +15,11 @@ from hypothesis import strategies as st
 from farthing.fleet.actuators.base import METRICS, LastDecision
 from farthing.fleet.actuators.external_metrics import ROOT, ExternalMetrics, FrontProxy, matches, quantity
 from farthing.fleet.actuators.kubernetes import Access, authentication_config, connect
-from farthing.fleet.decisions import Decision, Levels
-from farthing.fleet.snapshot import Snapshot
+from tests.fleet.actuators.decided import decision
 from tests.fleet.doubles.aggregator import Aggregator, issue
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 
 PATH = ROOT + "/namespaces/prod/desired_replicas?labelSelector=model%3Ddeepseek-v3"
-
-
-def decision(target: int = 7, **signals: float) -> Decision:
-    snapshot = Snapshot(time=0.0, current=5, **signals)  # type: ignore[arg-type]
-    return Decision(
-        time=0.0,
-        current=5,
-        target=target,
-        action="up",
-        decided_by="short",
-        levels=Levels(short=target),
-        reason="test",
-        inputs={"snapshot": asdict(snapshot)},
-    )
 
 
 @asynccontextmanager

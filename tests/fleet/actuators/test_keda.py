@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from farthing.fleet.actuators import keda
 from farthing.fleet.actuators.base import LastDecision
 from farthing.fleet.actuators.keda import KedaScaler
 from farthing.fleet.actuators.keda_proto import messages, services
-from farthing.fleet.decisions import Decision, Levels
-from farthing.fleet.snapshot import Snapshot
 from tests.fleet import doubles
+from tests.fleet.actuators.decided import decision
 
 PROTO = Path(next(iter(doubles.__path__))) / "externalscaler.proto"
 
@@ -41,18 +40,7 @@ def test_protocol_is_the_published_one(tmp_path: Path) -> None:
     assert described[0] == described[1]
 
 
-def decision(target: int, backlog: float | None = 24.0) -> Decision:
-    snapshot = Snapshot(time=0.0, current=5, backlog=backlog, ttft_s=0.25)
-    return Decision(
-        time=0.0,
-        current=5,
-        target=target,
-        action="up",
-        decided_by="short",
-        levels=Levels(short=target),
-        reason="test",
-        inputs={"snapshot": asdict(snapshot)},
-    )
+loaded = partial(decision, backlog=24.0, ttft_s=0.25)
 
 
 @asynccontextmanager
@@ -73,7 +61,7 @@ def reference(messages: Any, **metadata: str) -> Any:
 @pytest.mark.anyio
 async def test_quotient_of_value_and_target_is_the_number_wanted(protocol: Any) -> None:
     async with serving(protocol) as (messages, stub, last_decision):
-        last_decision.post(decision(11))
+        last_decision.post(loaded(11))
         ref = reference(messages)
         (spec,) = (await stub.GetMetricSpec(ref)).metricSpecs
         assert (spec.metricName, spec.targetSize, spec.targetSizeFloat) == ("desired_replicas", 1, 1.0)
@@ -85,7 +73,7 @@ async def test_quotient_of_value_and_target_is_the_number_wanted(protocol: Any) 
 @pytest.mark.anyio
 async def test_backlog_and_response_time_with_a_target_a_replica(protocol: Any) -> None:
     async with serving(protocol) as (messages, stub, last_decision):
-        last_decision.post(decision(11))
+        last_decision.post(loaded(11))
         for metric, target, expected in (
             ("queue_backlog", 4.0, 24.0),
             ("average_response_time", 0.2, 0.25),
@@ -102,14 +90,14 @@ async def test_backlog_and_response_time_with_a_target_a_replica(protocol: Any) 
 async def test_is_active_and_its_stream(protocol: Any) -> None:
     async with serving(protocol) as (messages, stub, last_decision):
         ref = reference(messages)
-        last_decision.post(decision(3))
+        last_decision.post(loaded(3))
         assert (await stub.IsActive(ref)).result is True
         stream = stub.StreamIsActive(ref)
         assert (await stream.read()).result is True
-        last_decision.post(decision(0))
+        last_decision.post(loaded(0))
         assert (await stream.read()).result is False
         assert (await stub.IsActive(ref)).result is False
-        last_decision.post(decision(1))
+        last_decision.post(loaded(1))
         assert (await stream.read()).result is True
         stream.cancel()
 
@@ -127,7 +115,7 @@ async def test_missing_figures_and_wrong_metadata_are_errors(protocol: Any) -> N
         request = messages.GetMetricsRequest(scaledObjectRef=ref)
         await fails(stub.IsActive(ref), grpc.StatusCode.UNAVAILABLE, "too old")
         await fails(stub.GetMetrics(request), grpc.StatusCode.UNAVAILABLE, "too old")
-        last_decision.post(decision(3, backlog=None))
+        last_decision.post(loaded(3, backlog=None))
         wrong = reference(messages, metric="cpu")
         await fails(stub.GetMetricSpec(wrong), grpc.StatusCode.INVALID_ARGUMENT, "queue_backlog")
         wrong = reference(messages, metric="queue_backlog", target="-1")

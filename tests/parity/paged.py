@@ -1,0 +1,46 @@
+"""Our model over a paged cache: a prompt in chunks, and greedy tokens."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from farthing.model import DeepseekModel
+from farthing.ops import make_batch
+
+BLOCK = 4
+
+
+def chunkings(length: int, rng: random.Random) -> dict[str, list[int]]:
+    """Ways to feed a prompt: at once, token by token, and in random chunks."""
+    random_chunks: list[int] = []
+    while sum(random_chunks) < length:
+        random_chunks.append(rng.randint(1, min(7, length - sum(random_chunks))))
+    return {"prefill": [length], "decode": [1] * length, "random": random_chunks}
+
+
+def run(model: DeepseekModel, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Logits [T, V] of a prompt that enters the paged cache in chunks, over scattered blocks."""
+    blocks = (len(ids) + BLOCK - 1) // BLOCK
+    table = torch.randperm(blocks + 3)[:blocks].tolist()
+    cache = model.new_cache(blocks + 3, BLOCK, "float32")
+    out, start = [], 0
+    for size in chunks:
+        batch = make_batch([size], [start], [table], BLOCK)
+        out.append(model.logits(model.forward(ids[start : start + size], batch, cache)))
+        start += size
+    return torch.cat(out)
+
+
+def greedy(model: DeepseekModel, ids: torch.Tensor, steps: int) -> list[int]:
+    """The `steps` most likely tokens after a prompt."""
+    blocks = (len(ids) + steps) // BLOCK + 1
+    table, cache = list(range(blocks)), model.new_cache(blocks, BLOCK, "float32")
+    tokens, start, step = [], 0, ids
+    for _ in range(steps):
+        hidden = model.forward(step, make_batch([len(step)], [start], [table], BLOCK), cache)
+        start += len(step)
+        step = model.top_logits(hidden[-1:], 1)[1][:, 0]
+        tokens.append(int(step))
+    return tokens
