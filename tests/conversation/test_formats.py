@@ -292,3 +292,20 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="chat_template: got 'no such'; expected a readable file or one of"):
         template_source("no such")
     assert set(get_args(Format)) == set(FORMATS)
+
+
+def test_kimi_names_functions_whatever_ids_a_client_sends() -> None:
+    calls = (
+        ToolCall("call_1", "look", "{}"),
+        ToolCall("functions.see:7", "see", "{}"),
+        ToolCall("", "old", "{}"),
+    )
+    turns = (Turn("user", "x"), Turn("assistant", calls=calls), Turn("tool", "found", call_id="call_1"))
+    prompt = KIMI_K2.render(Conversation(turns), ControlTokens())
+    for text in (
+        "functions.look:0<",
+        "functions.see:7<",
+        "functions.old:2<",
+        "## Return of functions.look:0\n",
+    ):
+        assert text in prompt

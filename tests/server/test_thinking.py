@@ -94,7 +94,6 @@ def test_words_and_tokens_that_are_not_allowed(thinker: Running) -> None:
         allowed_token_ids=letters,
         bad_words=["y", "xz"],
         max_tokens=30,
-        thinking={"type": "disabled"},
     )
     message = document["choices"][0]["message"]
     text = (message.get("reasoning_content") or "") + (message["content"] or "")

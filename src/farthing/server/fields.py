@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from farthing.server.errors import ApiError
-from farthing.server.protocol import Strict
+from farthing.server.schema import Strict
 
 log = logging.getLogger("farthing.server")
 

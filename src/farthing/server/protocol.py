@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+
+from farthing.server.schema import Body, Loose, Strict
 
 Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -28,39 +29,6 @@ def _few_biases(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_BIASES:
         raise ValueError(f"has {len(value)} entries; expected at most {MAX_BIASES}")
     return value
-
-
-class Strict(BaseModel):
-    """No type is silently converted. Unknown fields are kept in `model_extra` for `fields.UnknownFields`,
-    which warns about them or, with --strict-fields, refuses them."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class Body(Strict):
-    """A whole body. Refused anywhere in it: a lone surrogate, which no tokenizer can carry, and NaN and
-    infinities, which are not JSON and would make an answer that repeats them no JSON either."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_json(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the body holds a lone surrogate: {error.reason}") from error
-        except ValueError as error:
-            raise ValueError("the body holds NaN or an infinity; expected numbers of JSON") from error
-        except RecursionError as error:
-            raise ValueError("the body is nested too deeply") from error
-        return value
-
-
-class Loose(BaseModel):
-    """Parts of a conversation, where other fields go to the chat template."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
 
 
 class StreamOptions(Strict):
@@ -158,6 +126,8 @@ class Sampling(Body):
     def _options_need_a_stream(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream = true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is not available in a stream; expected stream = false")
         return self
 
 

@@ -26,6 +26,7 @@ from farthing.engine.request import (
 )
 from farthing.server.errors import ApiError
 from farthing.server.sampling import build_params
+from farthing.server.truncate import fitting
 from farthing.server.usage import Usage
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class TurnRequest:
     cache_salt: str = ""
     stream: bool = False
     with_cost: bool = False
+    truncate: bool = False  # drop the oldest turns of a conversation that is too long
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,14 +178,13 @@ class Turn:
 
 async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     """Render, encode and submit. If it raises ApiError, no request was started."""
-    conversation = request.conversation
     formats = service.formats()
+    conversation, prompt, ids = await _prompt(service, request, client)
     form = formats.of_conversation(conversation)
-    prompt = await render(service, conversation, client)
-    ids = await _encode(service, conversation, prompt, client)
     schema = forced.schema(conversation)
     structured = request.structured if schema is None else StructuredOutputsParams(json=schema)
     opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
+    _check_thinking(conversation, form, opened)
     # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
     tags = form.tags if structured is None or opened else None
     values = dict(request.sampling)
@@ -225,6 +226,43 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
             service.answers.remember(client, prompt, ids + tokens, answer, ended)
 
     return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember)
+
+
+async def _prompt(service: Service, request: TurnRequest, client: str) -> tuple[Conversation, str, list[int]]:
+    """The conversation, perhaps without its oldest turns, its prompt and the prompt's tokens."""
+
+    async def written(conversation: Conversation) -> tuple[Conversation, str, list[int]]:
+        prompt = await render(service, conversation, client)
+        return conversation, prompt, await _encode(service, conversation, prompt, client)
+
+    async def attempt(conversation: Conversation) -> tuple[Conversation, str, list[int]] | None:
+        try:
+            found = await written(conversation)
+        except ApiError as error:
+            if error.code != "context_length_exceeded":
+                raise
+            return None
+        return found if len(found[2]) <= room else None
+
+    if not request.truncate:
+        return await written(request.conversation)
+    longest = service.require_engine().config.max_model_len
+    assert longest is not None
+    room = longest - (request.sampling.get("max_tokens") or 1)
+    return await fitting(request.conversation, attempt) or await written(request.conversation)
+
+
+def _check_thinking(conversation: Conversation, form: ChatFormat, opened: bool) -> None:
+    """Raises ApiError (400) where a client sets what the model cannot do."""
+    if conversation.template_options.keys() & {"thinking", "enable_thinking"}:
+        return  # for the template, whatever it makes of it
+    if conversation.thinking and form.tags is None and not form.efforts:
+        why = f"is enabled, but the chat format {form.name!r} has no reasoning; expected it to be left out"
+    elif conversation.thinking is False and opened:
+        why = f"is disabled, but the chat format {form.name!r} always reasons; expected it to be left out"
+    else:
+        return
+    raise ApiError(400, f"thinking {why}", param="thinking", code="invalid_value")
 
 
 async def _encode(service: Service, conversation: Conversation, prompt: str, client: str) -> list[int]:

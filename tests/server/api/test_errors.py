@@ -79,7 +79,13 @@ def test_messages(tiny: Running, body: dict[str, Any], named: str, stream: bool)
         ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning_effort"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "model": "gpt"}, "model"),
-        ({"input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "{"}]}, ""),
+        (
+            {
+                "input": [{"type": "function_call", "name": "f", "call_id": "c", "arguments": "{"}],
+                "max_output_tokens": 1,
+            },
+            "",
+        ),
     ],
 )
 def test_responses(tiny: Running, body: dict[str, Any], named: str) -> None:

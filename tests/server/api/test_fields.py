@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel
 
 from farthing.conversation.forced import schema
 from farthing.conversation.types import Conversation, Tool, ToolChoice, Turn
+from farthing.server.api.messages_protocol import MessagesRequest
+from farthing.server.api.responses_protocol import ResponsesRequest
+from farthing.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from tests.server.harness import ScriptedEngine, running
 
 USER = [{"role": "user", "content": "hi"}]
@@ -81,3 +91,115 @@ def test_forced_arguments_are_an_object(kind: Any, single: bool) -> None:
     forced = schema(Conversation((Turn("user", "x"),), (Tool("f", None, {"type": kind}),), choice))
     assert forced is not None
     assert (forced if single else forced["$defs"]["tool0"])["type"] == "object"
+
+
+# What the fields inside need around them.
+AROUND: dict[str, list[dict[str, Any]]] = {
+    "/v1/chat/completions": [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}],
+                },
+                {"role": "tool", "tool_call_id": "a", "content": "x"},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+            "tool_choice": "auto",
+            "response_format": {"type": "text"},
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+        {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        {"messages": USER, "structured_outputs": {"regex": "a"}, "thinking": {"type": "adaptive"}},
+    ],
+    "/v1/completions": [{"prompt": "hi"}],
+    "/tokenize": [{"prompt": "hi"}, {"messages": USER}],
+    "/detokenize": [{"tokens": [1]}],
+    "/v1/responses": [
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "x"},
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}]},
+            ],
+            "tools": [
+                {"type": "function", "name": "f"},
+                {"type": "custom", "name": "g"},
+                {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "h"}]},
+            ],
+            "text": {"format": {"type": "text"}},
+            "reasoning": {},
+        }
+    ],
+    "/v1/messages": [
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "x"},
+                        {"type": "tool_use", "id": "t", "name": "f", "input": {}},
+                    ],
+                },
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}]},
+            ],
+            "max_tokens": 4,
+            "system": [{"type": "text", "text": "hi"}],
+            "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "auto"},
+            "thinking": {"type": "adaptive"},
+            "output_config": {},
+        }
+    ],
+}
+BODIES = {
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/completions": CompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+}
+
+
+def nulled(body: Any, model: BaseModel) -> Iterator[tuple[str, Any]]:
+    """Every body that differs in one optional field, at any depth, which is null."""
+    for name, field in type(model).model_fields.items():
+        key, inner = field.alias or name, getattr(model, name)
+        if not field.is_required() and key != "type":
+            yield key, body | {key: None}
+        if isinstance(inner, BaseModel):
+            yield from ((f"{key}.{path}", body | {key: part}) for path, part in nulled(body[key], inner))
+        elif isinstance(inner, list):
+            for at, item in enumerate(inner):
+                if isinstance(item, BaseModel):
+                    yield from (
+                        (f"{key}.{at}.{path}", body | {key: [*body[key][:at], part, *body[key][at + 1 :]]})
+                        for path, part in nulled(body[key][at], item)
+                    )
+
+
+def test_null_is_absent_in_every_optional_field() -> None:
+    needed = {"prompt", "messages", "role", "content", "tools", "call_id", "name", "arguments", "output"}
+    needed |= {
+        "json_schema",
+        "regex",
+        "stream",
+        "input_schema",
+    }  # where the example needs the field, its absence is an error
+    seen = 0
+    with running(ScriptedEngine()) as server, httpx.Client(base_url=server.url) as client:
+        for path, bodies in AROUND.items():
+            for body in bodies:
+                assert client.post(path, json=body).status_code == 200, (path, body)
+                for field, changed in nulled(body, BODIES[path].model_validate(body)):
+                    if field.rpartition(".")[2] in needed:
+                        continue
+                    answer = client.post(path, json=changed)
+                    assert answer.status_code == 200, (path, field, answer.text)
+                    seen += 1
+    assert seen > 200

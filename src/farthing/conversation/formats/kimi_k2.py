@@ -9,7 +9,7 @@ from farthing.conversation.parse.delimited import KIMI as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
 from farthing.conversation.parse.output import THINK
 from farthing.conversation.strict import JsonCalls
-from farthing.conversation.types import Conversation, Tool, Turn
+from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
 
 _SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 _END = "<|im_end|>"
@@ -25,18 +25,40 @@ def _declared(tools: tuple[Tool, ...]) -> str:
     return f"{_head('system', 'tool_declare')}{text}{_END}"
 
 
-def _calls(turn: Turn) -> str:
+class _Ids:
+    """Calls' ids as the model writes them. Ids of other servers do not hold the function's name."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._native: dict[str, str] = {}
+
+    def of_call(self, call: ToolCall) -> str:
+        """The id of the next call."""
+        stem, _, index = call.id.rpartition(":")
+        own = stem == f"functions.{call.name}" and index.isdigit()
+        native = call.id if own else f"functions.{call.name}:{self._number}"
+        self._number += 1
+        self._native[call.id] = native
+        return native
+
+    def of_result(self, identity: str | None) -> str:
+        """The id of the call that a result answers."""
+        return self._native.get(identity or "", identity or "")
+
+
+def _calls(turn: Turn, ids: _Ids) -> str:
     if not turn.calls:
         return ""
     calls = "".join(
-        f"{MARKS.call_begin}{call.id}{MARKS.separator}{call.arguments}{MARKS.call_end}" for call in turn.calls
+        f"{MARKS.call_begin}{ids.of_call(call)}{MARKS.separator}{call.arguments}{MARKS.call_end}"
+        for call in turn.calls
     )
     return f"{MARKS.calls_begin}{calls}{MARKS.calls_end}"
 
 
 def render(conversation: Conversation, tokens: ControlTokens) -> str:
     """The prompt. Reasoning is kept in the turns since the last one without calls."""
-    turns = conversation.turns
+    turns, ids = conversation.turns, _Ids()
     answered = max(
         (i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.calls), default=-1
     )
@@ -51,14 +73,14 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
         elif turn.role == "tool":
             parts += (
                 _head("system", turn.name or "tool"),
-                f"## Return of {turn.call_id or ''}\n",
+                f"## Return of {ids.of_result(turn.call_id)}\n",
                 turn.text,
                 _END,
             )
         else:
             reasoning = turn.reasoning if position > answered else ""
             thought = f"<think>{reasoning}</think>" if reasoning else ""
-            parts += (_head("assistant", turn.name or "assistant"), thought, turn.text, _calls(turn))
+            parts += (_head("assistant", turn.name or "assistant"), thought, turn.text, _calls(turn, ids))
             parts.append("" if conversation.resume and position + 1 == len(turns) else _END)
     if conversation.generate and not conversation.resume:
         parts.append(_head("assistant", "assistant"))

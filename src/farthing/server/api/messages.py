@@ -20,9 +20,11 @@ from farthing.server.api.messages_protocol import (
     RedactedBlock,
     TextBlock,
     ThinkingBlock,
+    ToolDefinition,
     ToolResultBlock,
     ToolUseBlock,
 )
+from farthing.server.api.messages_tools import CLIENT_TOOLS
 from farthing.server.errors import ApiError, anthropic_payload
 from farthing.server.events import Ending, EventStream, named, to_json
 from farthing.server.sampling import with_defaults
@@ -38,7 +40,6 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
     """Answer a request, streamed or whole. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
-    form = body.output_config.format if body.output_config else None
     fields = {
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -51,7 +52,9 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
         TurnRequest(
             conversation=conversation_of(body),
             sampling=with_defaults(fields, engine.default_sampling),
-            structured=None if form is None else StructuredOutputsParams(json=form.json_schema),
+            structured=None
+            if body.answer_schema is None
+            else StructuredOutputsParams(json=body.answer_schema),
             thinking_budget=body.thinking.budget_tokens if body.thinking else None,
             priority=body.priority,
             cache_salt=body.cache_salt or "",
@@ -88,13 +91,20 @@ def conversation_of(body: CountRequest) -> Conversation:
     last = turns[-1] if turns else None
     return Conversation(
         turns=tuple(turns),
-        tools=tuple(Tool(t.name, t.description, t.input_schema, t.strict) for t in body.tools or ()),
+        tools=tuple(map(_tool, body.tools or ())),
         choice=_choice(body),
         parallel_calls=not (choice and choice.disable_parallel_tool_use),
         thinking=None if thinking == "adaptive" else thinking == "enabled",
         effort="max" if effort == "xhigh" else effort,
         resume=last is not None and last.role == "assistant" and not last.calls,
     )
+
+
+def _tool(tool: ToolDefinition) -> Tool:
+    known = CLIENT_TOOLS.get(tool.type or "")
+    if known is None:
+        return Tool(tool.name, tool.description, tool.input_schema, tool.strict)
+    return Tool(tool.name, known.description, known.schema, tool.strict)
 
 
 def _choice(body: CountRequest) -> ToolChoice:
@@ -203,6 +213,7 @@ class _Writer:
                 begun = True
                 message = self._message | {"usage": self._usage() | {"output_tokens": 0}}
                 pieces.append(named("message_start", {"type": "message_start", "message": message}))
+                pieces.append(named("ping", {"type": "ping"}))
             for delta in update.deltas:
                 pieces += self._delta(delta)
             if update.finish is not None:

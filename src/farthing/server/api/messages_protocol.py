@@ -6,10 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from farthing.server.protocol import Body, Count, StopString, Strict
+from farthing.server.api.messages_tools import CLIENT_TOOLS
+from farthing.server.protocol import Count, StopString
+from farthing.server.schema import Body, Strict
 
 MAX_BLOCKS = 4096  # of one message
 _PREFIX = "x-anthropic-billing-header"  # Claude Code's, which changes with every request
+
+
+_IMPOSSIBLE = {
+    "mcp_servers": "nothing connects to them here; expected their tools in `tools`, run by the client",
+    "container": "nothing is executed here; expected it to be left out",
+}
 
 
 class TextBlock(Strict):
@@ -74,15 +82,28 @@ class InputMessage(Strict):
 
 
 class ToolDefinition(Strict):
-    """A tool the client runs."""
+    """A tool the client runs: one of its own, or one that Anthropic declares."""
 
-    type: Literal["custom"] | None = None
+    type: str | None = None
     name: str = Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: dict[str, Any] | None = None
     strict: bool | None = None
     cache_control: dict[str, Any] | None = None
     eager_input_streaming: bool | None = None
+    max_characters: int | None = None  # of a text editor: the client's own business
+
+    @model_validator(mode="after")
+    def _is_known(self) -> ToolDefinition:
+        own = self.type in (None, "custom")
+        if not own and self.type not in CLIENT_TOOLS:
+            raise ValueError(
+                f"tools has one of type {self.type!r}, which nothing runs here; expected 'custom' or one of "
+                f"{', '.join(CLIENT_TOOLS)}, which the client runs"
+            )
+        if own and self.input_schema is None:
+            raise ValueError(f"tools: {self.name!r} lacks input_schema")
+        return self
 
 
 class Choice(Strict):
@@ -131,6 +152,25 @@ class CountRequest(Body):
     tool_choice: Choice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # the older name of output_config.format
+    # refused, unless they are empty
+    mcp_servers: list[Any] | None = None
+    container: Any = None
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> CountRequest:
+        for name, why in _IMPOSSIBLE.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: {why}")
+        if self.output_format and self.output_config and self.output_config.format:
+            raise ValueError("output_format is the older name of output_config.format; expected one of them")
+        return self
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer."""
+        form = self.output_format or (self.output_config.format if self.output_config else None)
+        return None if form is None else form.json_schema
 
     @model_validator(mode="after")
     def _tools_fit(self) -> CountRequest:

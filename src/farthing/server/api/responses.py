@@ -14,7 +14,7 @@ from starlette.responses import Response
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, Reasoning, Text, collect
 from farthing.conversation.types import ToolCall, Turn
 from farthing.engine.request import StructuredOutputsParams
-from farthing.server.api.responses_input import conversation_of, turns_of
+from farthing.server.api.responses_input import conversation_of, resolved, turns_of
 from farthing.server.api.responses_protocol import CustomTool, ResponsesRequest
 from farthing.server.api.responses_store import Stored
 from farthing.server.errors import ApiError
@@ -29,6 +29,7 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
     """Answer a request, streamed or whole. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
+    body = resolved(body, lambda identity: service.responses.item(client, identity))
     earlier = stored(service, client, body.previous_response_id).turns if body.previous_response_id else ()
     conversation = conversation_of(body, earlier)
     fields = {"temperature": body.temperature, "top_p": body.top_p}
@@ -42,6 +43,7 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
             priority=body.priority,
             cache_salt=body.cache_salt or "",
             stream=bool(body.stream),
+            truncate=body.truncation == "auto",
         ),
         client,
     )
@@ -113,7 +115,7 @@ def _envelope(body: ResponsesRequest, model: str, created: int) -> dict[str, Any
         "tool_choice": given.get("tool_choice", "auto"),
         "tools": given.get("tools", []),
         "top_p": body.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "usage": None,
         "user": body.user,
     }

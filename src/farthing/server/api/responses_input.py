@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
 from farthing.server.api.responses_protocol import (
     AllowedTools,
     ChosenTool,
     Declared,
+    ForeignItem,
     FunctionTool,
     Item,
+    Reference,
     ResponsesRequest,
     text_of,
 )
+from farthing.server.errors import ApiError
 
 # A tool that takes a text is, to the model, a function with one argument.
 _TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
@@ -65,12 +70,33 @@ def turns_of(body: ResponsesRequest) -> tuple[Turn, ...]:
         return (Turn("user", body.input),)
     turns: list[Turn] = []
     for item in body.input:
-        turn = _turn(item)
-        if turn.role == "assistant" and turns and turns[-1].role == "assistant":
-            turns[-1] = _joined(turns[-1], turn)
-        else:
-            turns.append(turn)
+        assert not isinstance(item, Reference)  # `resolved` has replaced them
+        for turn in (_turn(item),) if isinstance(item, Item) else _foreign(item):
+            if turn.role == "assistant" and turns and turns[-1].role == "assistant":
+                turns[-1] = _joined(turns[-1], turn)
+            else:
+                turns.append(turn)
     return tuple(turns)
+
+
+def resolved(body: ResponsesRequest, find: Callable[[str], dict[str, Any] | None]) -> ResponsesRequest:
+    """A body whose references are replaced by what they refer to. Raises ApiError (404)."""
+    if isinstance(body.input, str) or not any(isinstance(item, Reference) for item in body.input):
+        return body
+    items: list[Any] = []
+    for position, item in enumerate(body.input):
+        found = find(item.id) if isinstance(item, Reference) else None
+        if isinstance(item, Reference) and found is None:
+            raise ApiError(
+                404,
+                f"input[{position}] refers to the item {item.id!r}, which is not stored here; "
+                "expected one of a recent answer, made with the same key and `store` not false, or the "
+                "item itself",
+                param="input",
+                code="item_not_found",
+            )
+        items.append(item if found is None else Item.model_validate(found))
+    return body.model_copy(update={"input": items})
 
 
 def _turn(item: Item) -> Turn:
@@ -87,6 +113,29 @@ def _turn(item: Item) -> Turn:
         case _:
             assert item.role is not None
             return Turn(item.role, text_of(item.content))
+
+
+_RESULTS = ("output", "outputs", "results", "error", "status")  # of a tool that ran elsewhere
+_ABOUT = {"id", "call_id", "type", "status", "environment", "caller", "max_output_length", *_RESULTS}
+
+
+def _foreign(item: ForeignItem) -> tuple[Turn, ...]:
+    """A call as one of a function of that name, or its output; for a tool that OpenAI ran, both."""
+    fields = item.model_extra or {}
+    result = next((fields[name] for name in _RESULTS if fields.get(name) is not None), "")
+    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+    answer = Turn("tool", text, call_id=item.identity)
+    if item.type.endswith("_output"):
+        return (answer,)
+    given = {name: value for name, value in fields.items() if name not in _ABOUT and value is not None}
+    for name in ("action", "operation"):
+        if isinstance(given.get(name), dict) and len(given) == 1:
+            given = given[name]
+    call = ToolCall(
+        item.identity or "", item.type.removesuffix("_call"), json.dumps(given, ensure_ascii=False)
+    )
+    turn = Turn("assistant", calls=(call,))
+    return (turn,) if item.type in ("local_shell_call", "shell_call", "apply_patch_call") else (turn, answer)
 
 
 def _name(item: Item) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from farthing.server.protocol import Body, Loose, Strict
+from farthing.server.schema import Body, Loose, Strict
 
 MAX_ITEMS = 100_000
 MAX_PARTS = 4096  # of one item
@@ -64,6 +64,62 @@ class Item(Loose):
         if missing:
             raise ValueError(f"an item of type {self.type!r} lacks {', '.join(missing)}")
         return self
+
+
+class ForeignItem(Loose):
+    """A call of a tool that OpenAI declares, or its output, in a conversation begun elsewhere."""
+
+    type: Literal[
+        "local_shell_call",
+        "local_shell_call_output",
+        "shell_call",
+        "shell_call_output",
+        "apply_patch_call",
+        "apply_patch_call_output",
+        "web_search_call",
+        "file_search_call",
+        "code_interpreter_call",
+        "mcp_call",
+    ]
+    id: str | None = None
+    call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _identified(self) -> ForeignItem:
+        if self.identity is None:
+            raise ValueError(f"an item of type {self.type!r} lacks call_id and id")
+        return self
+
+    @property
+    def identity(self) -> str | None:
+        """The call's id, which its output repeats."""
+        return self.call_id or self.id
+
+
+class Reference(Loose):
+    """An item of an answer that is stored here."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: str
+
+
+def _kind(item: Any) -> str:
+    """The class of an item; items of unknown types are left to `Item`, which names those it knows."""
+    fields = item if isinstance(item, dict) else vars(item)
+    kind = fields.get("type")
+    if kind == "item_reference" or (
+        kind is None and "id" in fields and not {"role", "content"} & set(fields)
+    ):
+        return "Reference"
+    return "ForeignItem" if kind in get_args(ForeignItem.model_fields["type"].annotation) else "Item"
+
+
+AnyItem = Annotated[
+    Annotated[Item, Tag("Item")]
+    | Annotated[ForeignItem, Tag("ForeignItem")]
+    | Annotated[Reference, Tag("Reference")],
+    Discriminator(_kind),
+]
 
 
 class FunctionTool(Strict):
@@ -165,6 +221,25 @@ class ReasoningOptions(Strict):
     generate_summary: str | None = None
 
 
+# Most belong to tools that nothing runs here, so there is never anything to include.
+Included = Literal[
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",  # items of this server carry their reasoning as it is
+    "message.output_text.logprobs",
+]
+_IMPOSSIBLE = {
+    "background": "answers are made while the client waits; expected false",
+    "conversation": "no conversations are kept; expected previous_response_id, or all items in input",
+    "prompt": "no prompt templates are kept; expected instructions and input",
+    "top_logprobs": "expected /v1/chat/completions with logprobs, which reports log probabilities",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Declared:
     """A tool under the name the model knows it by."""
@@ -178,7 +253,7 @@ class ResponsesRequest(Body):
     """Body of /v1/responses."""
 
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+    input: str | Annotated[list[AnyItem], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
     instructions: str | None = None
     previous_response_id: str | None = None
     tools: Annotated[list[ToolField], Field(max_length=1024, fail_fast=True)] | None = None
@@ -191,24 +266,38 @@ class ResponsesRequest(Body):
     reasoning: ReasoningOptions | None = None
     stream: bool | None = None
     store: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    include: Annotated[list[Included], Field(max_length=64, fail_fast=True)] | None = None
+    # refused, unless they say what happens anyway
+    background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+    top_logprobs: int | None = None
     # accepted and without effect
-    background: Literal[False] | None = None
-    include: Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
-    max_tool_calls: int | None = None
+    max_tool_calls: int | None = None  # limits calls of tools that OpenAI runs
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
     service_tier: str | None = None
     stream_options: dict[str, Any] | None = None
-    top_logprobs: int | None = None
     client_metadata: dict[str, Any] | None = None
-    truncation: str | None = None
     user: str | None = None
     # extensions
     max_thinking_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     cache_salt: str | None = Field(default=None, max_length=1024)
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> ResponsesRequest:
+        for name, why in _IMPOSSIBLE.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: {why}")
+        if "message.output_text.logprobs" in (self.include or ()):
+            raise ValueError(
+                f"include: 'message.output_text.logprobs' is not supported: {_IMPOSSIBLE['top_logprobs']}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tools_fit(self) -> ResponsesRequest:

@@ -27,12 +27,22 @@ class _Shelf:
     """The responses of one key, the one used longest ago first."""
 
     kept: OrderedDict[str, Stored] = field(default_factory=OrderedDict)
+    items: dict[str, dict[str, Any]] = field(default_factory=dict)  # of all answers kept, by their ids
     characters: int = 0
+
+    def add(self, identity: str, stored: Stored) -> None:
+        """Keep a response and index its items."""
+        self.kept[identity] = stored
+        self.characters += stored.characters
+        self.items |= {item["id"]: item for item in stored.document.get("output", ())}
 
     def drop(self, identity: str) -> bool:
         """Forget a response; whether there was one."""
         stored = self.kept.pop(identity, None)
-        self.characters -= stored.characters if stored else 0
+        if stored is not None:
+            self.characters -= stored.characters
+            for item in stored.document.get("output", ()):
+                self.items.pop(item["id"], None)
         return stored is not None
 
 
@@ -56,8 +66,7 @@ class ResponseStore:
             return
         shelf = self._shelves.setdefault(client, _Shelf())
         shelf.drop(document["id"])
-        shelf.kept[document["id"]] = Stored(turns, document, size)
-        shelf.characters += size
+        shelf.add(document["id"], Stored(turns, document, size))
         while len(shelf.kept) > self._most or shelf.characters > self._room:
             shelf.drop(next(iter(shelf.kept)))
 
@@ -68,6 +77,11 @@ class ResponseStore:
             return None
         shelf.kept.move_to_end(identity)
         return shelf.kept[identity]
+
+    def item(self, client: str, identity: str) -> dict[str, Any] | None:
+        """An output item of one of this client's responses; None if it is unknown."""
+        shelf = self._shelves.get(client)
+        return None if shelf is None else shelf.items.get(identity)
 
     def delete(self, client: str, identity: str) -> bool:
         """Forget a response; whether there was one."""

@@ -1,0 +1,56 @@
+"""Dropping the oldest turns of a conversation until it fits the model's context."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from farthing.conversation.types import Conversation, Turn
+
+T = TypeVar("T")
+_FIXED = ("system", "developer")
+
+
+def droppable(turns: tuple[Turn, ...]) -> list[tuple[int, int]]:
+    """Ranges of turns that may be dropped, the oldest first: requests, and answers with the results of their
+    calls. Instructions, the last request and whatever comes last are kept."""
+    starts = [
+        at
+        for at, turn in enumerate(turns)
+        if turn.role in ("user", "assistant") or (turn.role in _FIXED and at and turns[at - 1].role == "tool")
+    ]
+    ranges = list(zip(starts, [*starts[1:], len(turns)], strict=True))
+    requests = [at for at, turn in enumerate(turns) if turn.role == "user"]
+    kept = {*requests[-1:], *starts[-1:]}
+    return [(start, end) for start, end in ranges if start not in kept and turns[start].role not in _FIXED]
+
+
+def without(conversation: Conversation, dropped: list[tuple[int, int]]) -> Conversation:
+    """A conversation without the turns of these ranges, but with their instructions."""
+    gone = {at for start, end in dropped for at in range(start, end)}
+    turns = tuple(turn for at, turn in enumerate(conversation.turns) if at not in gone or turn.role in _FIXED)
+    return replace(conversation, turns=turns)
+
+
+async def fitting(
+    conversation: Conversation, attempt: Callable[[Conversation], Awaitable[T | None]]
+) -> T | None:
+    """The result for as much of a conversation as fits; None if nothing does. attempt: None if too long.
+
+    The range is halved, so a long conversation is rendered a few times and not once per turn.
+    """
+    result = await attempt(conversation)
+    ranges = droppable(conversation.turns)
+    if result is not None or not ranges:
+        return result
+    result = await attempt(without(conversation, ranges))
+    low, high = 1, len(ranges)  # dropping `high` ranges is enough, if anything is
+    while result is not None and low < high:
+        middle = (low + high) // 2
+        found = await attempt(without(conversation, ranges[:middle]))
+        if found is None:
+            low = middle + 1
+        else:
+            result, high = found, middle
+    return result
