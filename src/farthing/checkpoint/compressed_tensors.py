@@ -55,7 +55,7 @@ class Targets:
         for i, patterns in enumerate(groups):
             for pattern in patterns:
                 if pattern.startswith("re:"):
-                    regexes.append((re.compile(pattern[3:]), i))
+                    regexes.append((_regex(pattern[3:]), i))
                 elif pattern == "Linear":
                     linear = i if linear is None else linear
                 else:
@@ -80,15 +80,17 @@ class Groups:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Groups:
         """Validate and convert. Raises CheckpointError for any scheme without an implementation."""
-        default = raw.get("format", "dense")
-        groups = raw.get("config_groups")
-        if not isinstance(groups, dict):
-            raise CheckpointError(
-                "config.json: quantization_config.config_groups is missing; expected an object"
-            )
-        schemes = tuple(_scheme(name, group, default) for name, group in groups.items())
-        targets = Targets.of(tuple(group.get("targets") or ()) for group in groups.values())
-        return cls(schemes, targets, Targets.of([tuple(raw.get("ignore") or ())]))
+        where = "config.json: quantization_config"
+        default = _field(raw, "format", str, where) or "dense"
+        groups = _field(raw, "config_groups", dict, where)
+        if groups is None:
+            raise CheckpointError(f"{where}.config_groups is missing; expected an object")
+        schemes, targets = [], []
+        for name in groups:
+            group = _field(groups, name, dict, f"{where}.config_groups") or {}
+            schemes.append(_scheme(f"{where}.config_groups.{name[:80]}", group, default))
+            targets.append(_names(group, "targets", f"{where}.config_groups.{name[:80]}"))
+        return cls(tuple(schemes), Targets.of(targets), Targets.of([_names(raw, "ignore", where)]))
 
     def index(self, module: str) -> int | None:
         """The index of a Linear module's config group; None if it is ignored or not targeted."""
@@ -100,23 +102,54 @@ class Groups:
         return None if index is None else self.schemes[index]
 
 
-def _scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
-    weights = group.get("weights")
-    where = f"config.json: quantization_config.config_groups.{name}"
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{where}.weights is {weights!r}; expected an object")
-    storage = group.get("format") or default
-    bits, kind = weights.get("num_bits"), weights.get("type", "int")
-    strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
-    inputs = group.get("input_activations") or {}
-    coarse = inputs.get("type", "int") == "int" and inputs.get("num_bits", 8) < 8
-    if coarse and (inputs.get("strategy"), inputs.get("group_size")) != ("group", weights.get("group_size")):
+_KINDS = {str: "a string", int: "a whole number", dict: "an object", list: "a list"}
+
+
+def _field(source: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """A field of a configuration, None where it is missing or null. Raises CheckpointError for others."""
+    value = source.get(name)
+    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+        return value
+    raise CheckpointError(f"{where}.{name[:80]} is {str(value)[:80]!r}; expected {_KINDS[kind]}")
+
+
+def _names(source: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    names = _field(source, name, list, where) or []
+    if not all(isinstance(each, str) for each in names):
+        raise CheckpointError(f"{where}.{name} is {str(names)[:80]!r}; expected a list of strings")
+    return tuple(names)
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{where}.input_activations is {inputs!r}; below 8 bits expected the weights' own groups"
+            f"config.json: quantization_config names 're:{text[:80]}', which is no pattern: {error}"
+        ) from None
+
+
+def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
+    weights = _field(group, "weights", dict, where)
+    if weights is None:
+        raise CheckpointError(f"{where}.weights is missing; expected an object")
+    storage = _field(group, "format", str, where) or default
+    bits = _field(weights, "num_bits", int, f"{where}.weights")
+    kind = _field(weights, "type", str, f"{where}.weights") or "int"
+    group_size = _field(weights, "group_size", int, f"{where}.weights")
+    strategy = _field(weights, "strategy", str, f"{where}.weights") or ("group" if group_size else "tensor")
+    inputs = _field(group, "input_activations", dict, where) or {}
+    input_bits = _field(inputs, "num_bits", int, f"{where}.input_activations")
+    coarse = inputs.get("type", "int") == "int" and input_bits is not None and input_bits < 8
+    if coarse and (inputs.get("strategy"), inputs.get("group_size")) != ("group", group_size):
+        raise CheckpointError(
+            f"{where}.input_activations is {str(inputs)[:200]}; below 8 bits expected the weights' own groups"
         )
+    if strategy == "group" and (group_size is None or group_size < 1):
+        raise CheckpointError(f"{where}.weights.group_size is {group_size}; expected at least 1")
     scheme = Scheme(
-        storage, int(bits or 0), bool(weights.get("symmetric", True)), strategy, weights.get("group_size"),
-        int(inputs["num_bits"]) if coarse else 8, _is_static(inputs),
+        storage, bits or 0, bool(weights.get("symmetric", True)), strategy, group_size,
+        input_bits if coarse else 8, _is_static(inputs),
     )  # fmt: skip
     supported = {
         ("int-quantized", 8, "int"): ("tensor", "channel"),
@@ -134,7 +167,7 @@ def _scheme(name: str, group: Mapping[str, Any], default: str) -> Scheme:
         )
     if scheme.bits == 8 and not scheme.symmetric:
         raise CheckpointError(f"{where}: asymmetric 8-bit weights are unknown; expected symmetric")
-    block = list(weights.get("block_structure") or ())
+    block = _field(weights, "block_structure", list, f"{where}.weights")
     if strategy == "block" and block != [FP8_BLOCK, FP8_BLOCK]:
         raise CheckpointError(f"{where}: block_structure is {block}; expected [128, 128]")
     return scheme

@@ -56,11 +56,11 @@ class Checkpoint:
         self._groups: ct.Groups | None = None
         self._input_scales = InputScales(shards.file_of, shards.read)
         self._fp8 = False
-        text = config.get("text_config") or {}  # multimodal models nest the language model's config
+        text = config.get("text_config")  # multimodal models nest the language model's config
         quantization = next(
             (
                 c[key]
-                for c in (config, text)
+                for c in (config, text if isinstance(text, dict) else {})
                 for key in ("quantization_config", "compression_config")
                 if c.get(key)
             ),
@@ -176,11 +176,16 @@ class Checkpoint:
 
     # -- resolving
 
-    def _resolve(self, quantization: dict[str, Any]) -> None:
+    def _resolve(self, quantization: Any) -> None:
+        if not isinstance(quantization, dict):
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: quantization_config is {type(quantization).__name__}; "
+                "expected an object"
+            )
         method = quantization.get("quant_method")
         if method == "fp8":
             block = quantization.get("weight_block_size")
-            if list(block or ()) != [FP8_BLOCK, FP8_BLOCK]:
+            if block != [FP8_BLOCK, FP8_BLOCK]:
                 raise CheckpointError(
                     f"{self.path / 'config.json'}: quantization_config.weight_block_size is {block}; "
                     "expected [128, 128]"

@@ -86,9 +86,7 @@ class Shards:
         file = self.file_of[name]
         if self._handed_out > _RESIDENT:
             self.release()
-        handle = self._handle(file)
-        if name not in self._names[file]:
-            raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
+        handle = self._holder(name)
         try:
             tensor: Tensor = handle.get_tensor(name)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # or a dtype that torch lacks
@@ -98,11 +96,11 @@ class Shards:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the header only."""
-        return tuple(self._handle(self.file_of[name]).get_slice(name).get_shape())
+        return tuple(self._holder(name).get_slice(name).get_shape())
 
     def nbytes(self, name: str) -> int:
         """Bytes on disk, from the header only."""
-        part = self._handle(self.file_of[name]).get_slice(name)
+        part = self._holder(name).get_slice(name)
         return -(-int(prod(part.get_shape())) * DTYPE_BITS[part.get_dtype()] // 8)
 
     def tail(self, file: str) -> bytes:
@@ -119,6 +117,14 @@ class Shards:
         """Unmap every file to release resident memory; tensors already returned stay valid."""
         self._open.clear()
         self._handed_out = 0
+
+    def _holder(self, name: str) -> Any:
+        """The open file of a tensor. Raises CheckpointError if it does not hold it."""
+        file = self.file_of[name]
+        handle = self._handle(file)
+        if name not in self._names[file]:
+            raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
+        return handle
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:

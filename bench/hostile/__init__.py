@@ -1,0 +1,1 @@
+"""How much one hostile client delays another."""

@@ -1,0 +1,340 @@
+"""How much one hostile client delays another: every known attack next to well-behaved clients.
+
+    python -m bench.hostile [--rounds 3] [--seconds 3] [--only NAME] [--model mite] [--json FILE]
+
+Starts `farthing serve` with two API keys. Two well-behaved clients of one key ask again and again, one for 8
+tokens, one for an answer under a grammar it has not used before. Windows with the attack, by the other key,
+alternate with windows without it (control). What an attack adds is the worst latency with it less the worst
+without. An attack that adds more than 250 ms, or makes a well-behaved request fail, ends the run with exit
+code 1. The attacker runs in a process of its own at the lowest priority, since a real one brings its own
+machine. `held` is the most time that the event loop and a step of the engine took at once, measured in the
+server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+from bench.hostile.attacks import BAD, NUMBERS, Attack, attacks, url
+
+BAR = 0.250  # seconds that an attack may add
+GOOD = "sk-good"
+ERRORS = (httpx.HTTPError, OSError)
+SETTLE = 0.5  # seconds after an attack that no window counts
+PLAIN = {"prompt": "def f(x):", "max_tokens": 8, "ignore_eos": True}
+
+
+@dataclass(slots=True)
+class Latencies:
+    """Of well-behaved requests, in seconds."""
+
+    seconds: list[float] = field(default_factory=list)
+    failures: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def worst(self) -> float:
+        """The slowest."""
+        return max(self.seconds, default=0.0)
+
+    @property
+    def median(self) -> float:
+        """The median."""
+        return median(self.seconds) if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class Result:
+    """One attack: latencies by kind of client, with it and without, and the longest holds."""
+
+    name: str
+    during: dict[str, Latencies]
+    alone: dict[str, Latencies]
+    answers: str = ""
+    held: dict[str, float] = field(default_factory=dict)  # with the attack
+    held_alone: dict[str, float] = field(default_factory=dict)
+
+    def added(self, kind: str) -> float:
+        """Seconds that the attack added to the worst latency."""
+        return max(0.0, self.during[kind].worst - self.alone[kind].worst)
+
+    @property
+    def failures(self) -> int:
+        """Well-behaved requests that failed during the attack."""
+        return sum(each.failures.total() for each in self.during.values())
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is within the bar."""
+        return not self.failures and all(self.added(kind) <= BAR for kind in KINDS)
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json; times in seconds."""
+        return {
+            "ok": self.ok,
+            "failures": self.failures,
+            "answers": self.answers,
+            "held": self.held,
+            "held_alone": self.held_alone,
+        } | {
+            kind: {
+                "added": self.added(kind),
+                "worst": self.during[kind].worst,
+                "median": self.during[kind].median,
+                "alone_worst": self.alone[kind].worst,
+                "alone_median": self.alone[kind].median,
+                "requests": len(self.during[kind].seconds),
+            }
+            for kind in KINDS
+        }
+
+
+def plain() -> dict[str, Any]:
+    """Eight tokens."""
+    return PLAIN
+
+
+def under_grammar() -> dict[str, Any]:
+    """A choice under a grammar that the server has not seen."""
+    number = next(NUMBERS)
+    return {"prompt": "x", "max_tokens": 12, "guided_choice": [f"red {number}", f"green {number}"]}
+
+
+KINDS: dict[str, Callable[[], dict[str, Any]]] = {"plain": plain, "grammar": under_grammar}
+
+
+class Server:
+    """`farthing serve`, measured from within."""
+
+    def __init__(self, model: str, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self._file = folder / "holds.json"
+        keys = ["--api-key", f"good:{GOOD}", "--api-key", f"bad:{BAD}"]
+        command = [sys.executable, "-m", "bench.hostile.serve", str(self._file), "serve", model]
+        self._process = subprocess.Popen([*command, "--port", str(self.port), *keys])
+
+    def wait(self) -> None:
+        """Until it is ready. Raises SystemExit."""
+        deadline = time.monotonic() + 300
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(*ERRORS):
+                if httpx.get(f"{url(self.port)}/ready").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise SystemExit("the server did not start")
+
+    def holds(self) -> dict[str, float]:
+        """The longest holds since the last call."""
+        self._file.unlink(missing_ok=True)
+        os.kill(self._process.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 30
+        while not self._file.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        held: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        return held
+
+    def memory(self) -> int:
+        """Resident bytes, without children."""
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def stop(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait(60)
+
+
+class Attacker:
+    """A process that attacks between `begin` and `pause`."""
+
+    def __init__(self, port: int, name: str) -> None:
+        command = [sys.executable, "-m", "bench.hostile", "--attack", name, "--port", str(port)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        assert self._process.stdout is not None
+        self._process.stdout.readline()  # it has started
+
+    def say(self, word: str) -> None:
+        """`begin`, `pause` or `end`."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+
+    def end(self) -> str:
+        """What came back, by number."""
+        self.say("end")
+        return self._process.communicate()[0].strip()
+
+
+def attack_here(attack: Attack, port: int) -> None:
+    """The attacker's process: reads words from standard input."""
+    with contextlib.suppress(OSError):
+        os.nice(19)
+    answers: Counter[str] = Counter()
+    running = threading.Event()
+
+    def harm() -> None:
+        while True:
+            running.wait()
+            try:
+                answers[attack.once(port)] += 1
+            except ERRORS as error:
+                answers[type(error).__name__] += 1
+
+    for _ in range(attack.threads):
+        threading.Thread(target=harm, daemon=True).start()
+    print("started", flush=True)
+    for line in sys.stdin:
+        match line.strip():
+            case "begin":
+                running.set()
+            case "pause":
+                running.clear()
+            case _:
+                break
+    print(dict(answers), flush=True)
+    os._exit(0)
+
+
+def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
+    """Run the well-behaved clients for a while."""
+    deadline = time.monotonic() + seconds
+
+    def ask(kind: str) -> None:
+        with httpx.Client(base_url=url(port), headers={"authorization": f"Bearer {GOOD}"}) as client:
+            while time.monotonic() < deadline:
+                began = time.monotonic()
+                try:
+                    status = str(client.post("/v1/completions", json=KINDS[kind](), timeout=60).status_code)
+                except ERRORS as error:
+                    status = type(error).__name__
+                into[kind].seconds.append(time.monotonic() - began)
+                if status != "200":
+                    into[kind].failures[status] += 1
+                time.sleep(0.02)
+
+    clients = [threading.Thread(target=ask, args=(kind,)) for kind in KINDS]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+
+
+def run(server: Server, attack: Attack, rounds: int, seconds: float) -> Result:
+    """Windows without and with the attack in turn."""
+    result = Result(attack.name, {k: Latencies() for k in KINDS}, {k: Latencies() for k in KINDS})
+    attacker = Attacker(server.port, attack.name)
+    server.holds()
+    for _ in range(rounds):
+        measure(server.port, result.alone, seconds)
+        keep_most(result.held_alone, server.holds())
+        attacker.say("begin")
+        measure(server.port, result.during, seconds)
+        attacker.say("pause")
+        keep_most(result.held, server.holds())
+        time.sleep(SETTLE)
+        wait_idle(server.port)
+        server.holds()
+    result.answers = attacker.end()
+    return result
+
+
+def wait_idle(port: int) -> None:
+    """Until nothing of the attack is left in the engine, 30 s at most: the next window is a control."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(*ERRORS):
+            lines = httpx.get(f"{url(port)}/metrics", timeout=30).text.splitlines()
+            names = ("vllm:num_requests_", "farthing:num_requests_")
+            busy = [line for line in lines if line.startswith(names)]
+            if all(float(line.rsplit(" ", 1)[1]) == 0 for line in busy):
+                return
+        time.sleep(0.2)
+
+
+def keep_most(into: dict[str, float], new: dict[str, float]) -> None:
+    """The larger of each."""
+    for name, seconds in new.items():
+        into[name] = max(into.get(name, 0.0), seconds)
+
+
+def print_result(result: Result) -> None:
+    """One line: what was added to each kind, next to the control; what was held."""
+    cells = " ".join(
+        f"{1e3 * value:6.0f}"
+        for kind in KINDS
+        for value in (result.during[kind].worst, result.alone[kind].worst, result.added(kind))
+    )
+    held = " ".join(
+        f"{1e3 * result.held.get(name, 0.0):6.0f}"
+        for name in ("loop cpu", "loop wall", "step cpu", "step wall")
+    )
+    verdict = "" if result.ok else "  over the bar"
+    print(f"{result.name:36} {cells} {held} {result.failures:6d}{verdict}", flush=True)
+
+
+HEAD = (
+    f"{'':36} {'8 tokens':>20} {'new grammar':>20} {'held at once':>27}\n"
+    f"{'attack (ms)':36} " + "  worst  alone  added" * 2 + "   loop   wall   step   wall failed"
+)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(
+        prog="bench.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="windows with each attack, and without")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
+    parser.add_argument("--only", default="", help="attacks whose name contains this")
+    parser.add_argument("--model", default="mite")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--attack", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.attack:
+        attack_here(next(each for each in attacks() if each.name == options.attack), options.port)
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(options.model, Path(folder))
+        try:
+            server.wait()
+            measure(server.port, {kind: Latencies() for kind in KINDS}, 3.0)
+            before = server.memory()
+            print(HEAD)
+            for attack in attacks():
+                if options.only in attack.name:
+                    results.append(run(server, attack, options.rounds, options.seconds))
+                    print_result(results[-1])
+            after = server.memory()
+        finally:
+            server.stop()
+    print(f"memory {before / 2**20:.0f} -> {after / 2**20:.0f} MiB")
+    over = [result.name for result in results if not result.ok]
+    print(f"{len(results) - len(over)} of {len(results)} attacks within {1e3 * BAR:.0f} ms")
+    if options.json:
+        figures = {"bar": BAR, "memory": [before, after], "attacks": {r.name: r.to_json() for r in results}}
+        options.json.write_text(json.dumps(figures, indent=1))
+    raise SystemExit(1 if over else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""Everything known to have delayed other clients, and variants: functions called in a loop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+BAD = "sk-bad"
+JSON = {"content-type": "application/json", "authorization": f"Bearer {BAD}"}
+CHAT, COMPLETE, RESPOND, MESSAGES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+)
+USER = {"role": "user", "content": "x"}
+PART = {"type": "text", "text": "x"}
+NUMBERS = itertools.count()
+
+Once = Callable[[int], str]  # port -> what came back
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """Runs in each of `threads` loops."""
+
+    name: str
+    once: Once
+    threads: int = 4
+
+
+def url(port: int) -> str:
+    """URL of the server."""
+    return f"http://127.0.0.1:{port}"
+
+
+def post(path: str, document: Any, timeout: float = 60.0) -> Once:
+    """The same body each time."""
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+
+    def once(port: int) -> str:
+        return str(httpx.post(url(port) + path, content=body, headers=JSON, timeout=timeout).status_code)
+
+    return once
+
+
+def fresh(path: str, make: Callable[[int], Any], timeout: float = 60.0) -> Once:
+    """A body that no cache knows: `make` takes a number that was not used before."""
+
+    def once(port: int) -> str:
+        document = make(next(NUMBERS) + time.time_ns() % 10**9 * 1000)
+        return str(httpx.post(url(port) + path, json=document, headers=JSON, timeout=timeout).status_code)
+
+    return once
+
+
+def guided(**fields: Callable[[int], Any]) -> Once:
+    """A completion under a new grammar."""
+    base = {"prompt": "x", "max_tokens": 4}
+    return fresh(COMPLETE, lambda number: base | {name: make(number) for name, make in fields.items()})
+
+
+def abandoned(path: str, document: Any, read: int) -> Once:
+    """A request whose client leaves after `read` bytes of the answer."""
+    body = json.dumps(document).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+
+    def once(port: int) -> str:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            connection.sendall(head + body)
+            got = connection.recv(read) if read else b""
+            return got.split(b"\r\n")[0].decode("latin-1") or "left"
+
+    return once
+
+
+def long_head(port: int) -> str:
+    """150 MB of one header."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: ")
+        for _ in range(150):
+            connection.sendall(b"y" * 1_000_000)
+        return connection.recv(100).split(b"\r\n")[0].decode()
+
+
+def many_headers(port: int) -> str:
+    """A million headers."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        for _ in range(1000):
+            connection.sendall(b"x: y\r\n" * 1000)
+        return connection.recv(100).split(b"\r\n")[0].decode()
+
+
+def half_open(port: int) -> str:
+    """500 sockets that send the start of a request; the last 3,000 stay open."""
+    for _ in range(500):
+        connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+        connection.sendall(b"GET /health HTT")
+        _HELD.append(connection)
+    while len(_HELD) > 3000:
+        _HELD.pop(0).close()
+    return "held"
+
+
+_HELD: list[socket.socket] = []
+
+
+def slow_body(port: int) -> str:
+    """A body sent one byte at a time."""
+    head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
+        for _ in range(10):
+            connection.sendall(b"x")
+            time.sleep(0.1)
+    return "left"
+
+
+def pipelined(port: int) -> str:
+    """2,000 small requests in one write."""
+    one = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(one * 2000)
+        return connection.recv(100).split(b"\r\n")[0].decode()
+
+
+def nested(count: int) -> dict[str, Any]:
+    """Schemas within schemas."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(count):
+        schema = {"allOf": [schema]}
+    return schema
+
+
+def chained(count: int) -> dict[str, Any]:
+    """Definitions that refer to each other."""
+    definitions = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": definitions | {f"d{count}": {"type": "string"}}}
+
+
+def parts(count: int, part: dict[str, Any] = PART) -> dict[str, Any]:
+    """A conversation of `count` parts, in messages of 4,096."""
+    return {"messages": [{"role": "user", "content": [part] * min(4096, count - start)}
+                         for start in range(0, count, 4096)], "max_tokens": 1}  # fmt: skip
+
+
+def grammars() -> list[Attack]:
+    """Grammars: to be refused, or slow to compile."""
+    rules = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3500)) + '\nr3500: "x"'
+    optional = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
+    number = {"type": "integer", "multipleOf": 999_983}
+    return [
+        Attack("schema: 3,000 chained $ref", guided(guided_json=lambda n: chained(3000) | {"title": f"{n}"})),
+        Attack("schema: 2,000 nested allOf", guided(guided_json=lambda n: nested(490) | {"title": f"{n}"})),
+        Attack("schema: multipleOf", guided(guided_json=lambda n: number | {"title": f"{n}"})),
+        Attack("schema: 1,000 optional", guided(guided_json=lambda n: optional | {"title": f"{n}"})),
+        Attack("schema: [[[", guided(guided_json=lambda n: "[" * 5_000 + f"{n}")),
+        Attack("grammar: 3,500 Lark rules", guided(guided_grammar=lambda n: f'{rules}\nother{n}: "y"')),
+        Attack("regex: (x{1000}){1000}", guided(guided_regex=lambda n: f"(x{{1000}}){{1000}}{n}")),
+        Attack("regex: 12 x (x{900}){1000}", guided(guided_regex=lambda n: f"(x{{900}}){{1000}}{n}"), 12),
+        Attack("choices: 16,000", guided(guided_choice=lambda n: [f"{n} {i}" for i in range(16_000)])),
+    ]
+
+
+def bodies() -> list[Attack]:
+    """Bodies that are long, or of many values."""
+    long_text = "a b " * 1_975_000
+    biases = dict.fromkeys(map(str, range(300_000)), 1)
+    calls = [{"function": {"name": "f", "arguments": "{}"}}] * 1000
+    words = [f"{i} ab c" * 24 for i in range(1024)]
+    deep: Any = "x"
+    for _ in range(120):
+        deep = [deep]
+    strings = {"return_token_strs": True}
+    called = [USER] + [{"role": "assistant", "tool_calls": calls}] * 4
+    many = {"prompt": ["x"] * 64, "max_tokens": 1, "allowed_token_ids": [10, 11] * 100_000}
+    item = {"role": "user", "content": [{"type": "input_text", "text": "x"}] * 3500}
+    return [
+        Attack("prompt: 7.9 MB", post(COMPLETE, {"prompt": long_text})),
+        Attack("chat: 7.9 MB", post(CHAT, {"messages": [USER | {"content": long_text}]})),
+        Attack("tokenize: 7.9 MB", post("/tokenize", {"prompt": long_text})),
+        Attack("tokenize: 100 kB", post("/tokenize", {"prompt": "a b " * 25_000})),
+        Attack("tokenize: token_strs", post("/tokenize", {"prompt": "a b " * 900} | strings)),
+        Attack("detokenize: 260,000 ids", post("/detokenize", {"tokens": [5] * 260_000}), 8),
+        Attack("detokenize: 2,000 ids", post("/detokenize", {"tokens": [5] * 2_000}), 8),
+        Attack("chat: 200,000 messages", post(CHAT, {"messages": [USER] * 200_000})),
+        Attack("chat: 2,000 messages", post(CHAT, {"messages": [USER] * 2_000, "max_tokens": 1})),
+        Attack("chat: 10,000 parts", post(CHAT, parts(10_000))),
+        Attack("chat: 2,000 parts in 60 kB", post(CHAT, parts(2_000)), 16),
+        Attack("chat: 8,000 parts, a field each", post(CHAT, parts(8_000, PART | {"z": 0}))),
+        Attack("chat: 4,000 calls", post(CHAT, {"messages": called, "max_tokens": 1})),
+        Attack("chat: deep kwargs", post(CHAT, {"messages": [USER], "chat_template_kwargs": {"x": deep}})),
+        Attack("responses: 10,500 parts", post(RESPOND, {"input": [item] * 3, "max_output_tokens": 1})),
+        Attack("messages: 7,000 blocks", post(MESSAGES, parts(7_000))),
+        Attack("logit_bias: 300,000", post(COMPLETE, {"prompt": "x", "logit_bias": biases})),
+        Attack("bad_words: 1,024 x 32 prompts",
+               post(COMPLETE, {"prompt": ["x"] * 32, "max_tokens": 1, "bad_words": words})),
+        Attack("allowed ids: 200,000 x 64 prompts",
+               post(COMPLETE, many)),
+        Attack("ids: 200,000 bad", post(COMPLETE, {"prompt": [1, -1] * 100_000})),
+        Attack("json: 8 MB of [", post(COMPLETE, b"[" * 8_000_000)),
+        Attack("json: 32,000 values", post(COMPLETE, {"prompt": "x", "max_tokens": 1, "z": [{}] * 16_000})),
+    ]  # fmt: skip
+
+
+def work() -> list[Attack]:
+    """Requests that are valid and heavy."""
+    crowd = {"prompt": ["x" * 200] * 8, "n": 60, "max_tokens": 1500, "ignore_eos": True}
+    scored = {"prompt": [[5 + i] * 2_000 for i in range(16)], "max_tokens": 1}
+    answers = {"n": 64, "max_tokens": 200, "ignore_eos": True}
+    blanks = {"messages": [USER], "max_tokens": 1200, "logit_bias": {"220": 100}, "ignore_eos": True}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    shown = {"messages": [USER], "logprobs": True, "top_logprobs": 20, "stream": True}
+    kept = {"input": "x" * 100_000, "max_output_tokens": 1, "metadata": {"a": "x" * 500}}
+    return [
+        Attack("queue: 480 sequences a request", post(COMPLETE, crowd, timeout=3.0), 8),
+        Attack("prompt_logprobs: 16 x 2,000", post(COMPLETE, scored | {"prompt_logprobs": 20})),
+        Attack("echo, logprobs, stream: 16 x 2,000",
+               post(COMPLETE, scored | {"logprobs": 20, "echo": True, "stream": True})),
+        Attack("logprobs: n = 64", post(COMPLETE, answers | {"prompt": "x", "logprobs": 20})),
+        Attack("top_logprobs, stream: n = 64",
+               post(CHAT, answers | shown)),
+        Attack("tools: 1,200 blanks", post(CHAT, blanks | {"tools": [tool], "stream": True})),
+        Attack("responses: a full store", fresh(RESPOND, lambda n: kept | {"user": str(n)})),
+        Attack("clients that leave", abandoned(COMPLETE, answers | {"prompt": "x", "stream": True}, 100), 16),
+        Attack("clients that never read",
+               abandoned(COMPLETE, {"prompt": [5] * 2_000, "max_tokens": 1, "prompt_logprobs": 20}, 0), 16),
+    ]  # fmt: skip
+
+
+def sockets() -> list[Attack]:
+    """Connections and heads, before any key is checked."""
+    return [
+        Attack("head: 150 MB", long_head),
+        Attack("head: a million headers", many_headers),
+        Attack("sockets: 3,000 half-open", half_open, 1),
+        Attack("bodies: slow", slow_body, 50),
+        Attack("pipeline: 2,000 requests", pipelined),
+    ]
+
+
+def attacks() -> list[Attack]:
+    """All of them."""
+    return [*grammars(), *bodies(), *work(), *sockets()]

@@ -1,0 +1,43 @@
+"""The attacks, the judgement of their figures, and what the measured server writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.hostile.__main__ import BAR, KINDS, Latencies, Result
+from bench.hostile.attacks import attacks
+from bench.hostile.serve import Holds
+
+
+def test_attacks_have_names_of_their_own() -> None:
+    names = [attack.name for attack in attacks()]
+    assert len(set(names)) == len(names) >= 40
+
+
+def result(during: float, alone: float, failures: int = 0) -> Result:
+    made = Result("x", {k: Latencies([0.01, during]) for k in KINDS}, {k: Latencies([alone]) for k in KINDS})
+    made.during["plain"].failures["500"] += failures
+    return made
+
+
+def test_an_attack_is_judged_by_what_it_adds_to_the_worst_latency() -> None:
+    assert result(1.0 + BAR, 1.0).ok
+    over = result(1.1 + BAR, 1.0)
+    assert not over.ok and over.to_json()["plain"]["added"] > BAR
+    assert not result(0.02, 0.01, failures=1).ok
+    assert result(0.5, 1.0).added("grammar") == 0.0
+
+
+def test_the_server_writes_its_longest_holds_and_starts_again(tmp_path: Path) -> None:
+    file = tmp_path / "holds.json"
+    holds = Holds(file)
+    for seconds in (0.2, 0.5, 0.1):
+        holds.note("loop cpu", seconds)
+    holds.write()
+    assert json.loads(file.read_text()) == {"loop cpu": 0.5}
+    holds.write()
+    assert json.loads(file.read_text()) == {}
