@@ -29,3 +29,10 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
 def test_relative_links_exist(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    docs = ROOT / "docs"
+    listed = {docs / link for link in LINK.findall((docs / "index.md").read_text())} | {docs / "index.md"}
+    missing = [str(page.relative_to(docs)) for page in docs.rglob("*.md") if page not in listed]
+    assert missing == [], "link these pages in docs/index.md"
