@@ -67,6 +67,16 @@ def guided(**fields: Callable[[int], Any]) -> Once:
     return fresh(COMPLETE, lambda number: base | {name: make(number) for name, make in fields.items()})
 
 
+def abandoned_grammar(make: Callable[[int], str]) -> Once:
+    """A client that leaves while its regex is compiled."""
+
+    def once(port: int) -> str:
+        document = {"prompt": "x", "max_tokens": 4, "guided_regex": make(next(NUMBERS))}
+        return abandoned(COMPLETE, document, 0)(port)
+
+    return once
+
+
 def abandoned(path: str, document: Any, read: int) -> Once:
     """A request whose client leaves after `read` bytes of the answer."""
     body = json.dumps(document).encode()
@@ -160,6 +170,10 @@ def grammars() -> list[Attack]:
     rules = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3500)) + '\nr3500: "x"'
     optional = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
     number = {"type": "integer", "multipleOf": 999_983}
+    alternatives = "start: r0\n" + "\n".join(f'r{i}: r{i + 1} | "y{i}"' for i in range(700)) + '\nr700: "x"'
+    huge, wide = "(x{900}){1000}", "(.|\\n)*a(.|\\n)"
+    late = {"prompt": "x", "max_tokens": 100, "ignore_eos": True}
+    masks = {"prompt": "x", "max_tokens": 400, "n": 8}
     return [
         Attack("schema: 3,000 chained $ref", guided(guided_json=lambda n: chained(3000) | {"title": f"{n}"})),
         Attack("schema: 2,000 nested allOf", guided(guided_json=lambda n: nested(490) | {"title": f"{n}"})),
@@ -169,8 +183,19 @@ def grammars() -> list[Attack]:
         Attack("grammar: 3,500 Lark rules", guided(guided_grammar=lambda n: f'{rules}\nother{n}: "y"')),
         Attack("regex: (x{1000}){1000}", guided(guided_regex=lambda n: f"(x{{1000}}){{1000}}{n}")),
         Attack("regex: 12 x (x{900}){1000}", guided(guided_regex=lambda n: f"(x{{900}}){{1000}}{n}"), 12),
+        Attack("regex: ((a{30}){30}){30}", guided(guided_regex=lambda n: f"((a{{30}}){{30}}){{30}}{n}"), 12),
+        Attack("regex: slow from token 65 on",
+               fresh(COMPLETE, lambda n: late | {"guided_regex": f"[a-z]{{{65 + n % 900}}}{huge}"}), 12),
+        Attack("regex: slow masks, n = 8",
+               fresh(COMPLETE, lambda n: masks | {"guided_regex": f"(x{{100}}){{100}}z{{{n % 900}}}"}), 12),
+        Attack("regex: many states, n = 8",
+               fresh(COMPLETE, lambda n: masks | {"guided_regex": f"{wide}{{{100 + n % 400}}}"}), 12),
+        Attack("regex: clients that leave",
+               abandoned_grammar(lambda n: "(x{900}){1000}" + "y" * (n % 997)), 16),
+        Attack("grammar: 700 alternatives",
+               guided(guided_grammar=lambda n: f'{alternatives}\nother{n}: "y"'), 12),
         Attack("choices: 16,000", guided(guided_choice=lambda n: [f"{n} {i}" for i in range(16_000)])),
-    ]
+    ]  # fmt: skip
 
 
 def bodies() -> list[Attack]:
@@ -192,6 +217,8 @@ def bodies() -> list[Attack]:
         Attack("tokenize: 7.9 MB", post("/tokenize", {"prompt": long_text})),
         Attack("tokenize: 100 kB", post("/tokenize", {"prompt": "a b " * 25_000})),
         Attack("tokenize: token_strs", post("/tokenize", {"prompt": "a b " * 900} | strings)),
+        Attack("tokenize: 200 messages",
+               post("/tokenize", {"messages": [USER | {"content": "x y " * 900}] * 200}), 12),
         Attack("detokenize: 260,000 ids", post("/detokenize", {"tokens": [5] * 260_000}), 8),
         Attack("detokenize: 2,000 ids", post("/detokenize", {"tokens": [5] * 2_000}), 8),
         Attack("chat: 200,000 messages", post(CHAT, {"messages": [USER] * 200_000})),

@@ -109,8 +109,10 @@ class Matcher:
         accepted = self._matcher.consume_token(token)
         self._cost.charge(time.thread_time() - began, masks=1)
         if not accepted:
-            why = _brief(self._matcher.get_error())
-            raise ValueError(f"structured_outputs: token {token} is refused: {why}")
+            why, name = _brief(self._matcher.get_error()), f"structured_outputs.{self._cost.field}"
+            if "too many" in why:  # states, expressions or items: see _LIMITS
+                raise ValueError(f"{name} is too complex ({why}); expected a simpler one")
+            raise ValueError(f"{name}: token {token} is refused: {why}")
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` the grammar allows from here."""
@@ -341,5 +343,5 @@ def _check_text(field: str, text: str) -> None:
 
 
 def _brief(error: str) -> str:
-    text = " ".join(error.split())
+    text = " ".join(error.replace("<non-verbose/>", "").split())
     return text if len(text) <= 300 else text[:297] + "..."

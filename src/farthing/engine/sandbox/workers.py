@@ -22,7 +22,7 @@ _START_SECONDS = 120.0  # for the server to start and load its tokenizer
 _ANSWER_SECONDS = 20.0  # for the server to fork or end a worker
 _WALL_SECONDS = 60.0  # for one job; its CPU limit comes first unless the machine is overloaded
 _SLICE_SECONDS = 0.1  # a job that takes longer is slow, and yields to the engine and to quick jobs
-_SLOW, _SPENT = 5, 10  # niceness of a slow job, and of any job of a client that has used its credit
+_SLOW, _SPENT = 5, 10  # added niceness of a slow job, and of any job of a client without credit
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -192,4 +192,4 @@ class Worker:
 
     def _yield(self, niceness: int) -> None:
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.pid, niceness)
+            os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
