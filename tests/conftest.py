@@ -1,4 +1,4 @@
-"""Before any test imports Triton: kernels are interpreted on the CPU, unless `make test-gpu` says no."""
+"""Set before any test imports Triton: interpret kernels on the CPU, except in `make test-gpu`."""
 
 import os
 
@@ -9,5 +9,5 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """The event loop of async tests: the product runs on asyncio only."""
+    """The event loop of async tests; the product runs only on asyncio."""
     return "asyncio"

@@ -1,4 +1,4 @@
-"""`farthing doctor`: what it finds, what it advises, and its exit status."""
+"""`farthing doctor`: findings, advice and exit status."""
 
 import builtins
 import json
@@ -51,7 +51,7 @@ def test_instruction_sets_are_read_from_the_system(tmp_path: Path) -> None:
     assert found["instruction sets"].status == "ok"
 
 
-def test_without_native_kernels_numpy_measures_and_the_advice_says_how(
+def test_without_native_kernels_numpy_measures_and_advice_is_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "farthing._native", None)
@@ -61,7 +61,7 @@ def test_without_native_kernels_numpy_measures_and_the_advice_says_how(
     assert found.status == "warn" and "--force-reinstall" in found.advice
 
 
-def test_a_missing_torch_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         raise software.PackageNotFoundError(name)
 
@@ -83,13 +83,15 @@ def test_extras_are_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["fleet"].advice == "pip install 'farthing[fleet]'"
 
 
-def test_no_compiler_is_said_and_is_no_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_compiler_is_reported_but_is_not_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     found = by_name(software.check_compilers())["compilers"]
     assert found.status == "info" and found.detail == "none" and "g++" in found.advice
 
 
-def test_a_machine_without_torch_is_still_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_torch_is_still_examined(monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 
     def no_torch(name: str, *args: Any, **kwargs: Any) -> Any:

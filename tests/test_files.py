@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Files are written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from farthing.files import replace, replace_json, replace_tensors, replace_text, to_json
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     replace_text(target, "old")
 
@@ -36,7 +36,7 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.json").read_text()) == expected
 
 
-def test_tensors_are_readable_by_everyone_the_umask_allows(tmp_path: Path) -> None:
+def test_tensor_file_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         replace_tensors(tmp_path / "x.safetensors", {"a": torch.arange(3)})

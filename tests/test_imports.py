@@ -1,4 +1,4 @@
-"""The shape of the package: no import circles, and rooms import downwards only."""
+"""The structure of the package: no import cycles, and packages import only downwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import farthing
 
 ROOT = Path(farthing.__file__).parent
-# Lowest first; a room imports rooms of lower levels, and its own.
+# Lowest first; a package imports packages of lower levels, and itself.
 LEVELS = (
     {"cost", "conversation"},
     {"config"},
@@ -25,19 +25,21 @@ LEVELS = (
     {"demo"},
     {"cli"},
 )
-LEVEL = {path.stem: 0 for path in ROOT.glob("*.py")}  # a file on its own is of the lowest, unless listed
+LEVEL = {
+    path.stem: 0 for path in ROOT.glob("*.py")
+}  # top-level modules are on the lowest level, unless listed
 LEVEL |= {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ACROSS = {
     ("fleet", "server"),
     ("train", "compress"),
 }  # the gateway's dashboard; sparsity schedule
-# Starts the command line in a warm process: a caller of `main`, imported when it runs.
+# Starts the command line in a standby process: calls `main`, imported when it runs.
 ENTRY_POINTS = {"farthing.fleet.standby", "farthing.__main__"}
 
 
 @cache
 def graph() -> dict[str, frozenset[str]]:
-    """Module -> modules of ours that it imports, lazily or for type checking included."""
+    """Module -> our modules that it imports, including lazily and for type checking."""
     names = {name_of(path): path for path in ROOT.rglob("*.py")}
     return {name: frozenset(imported(path, names.keys()) - {name}) for name, path in names.items()}
 
@@ -71,18 +73,18 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def test_there_are_no_import_circles() -> None:
+def test_there_are_no_import_cycles() -> None:
     try:
         list(TopologicalSorter(graph()).static_order())
     except CycleError as error:
         raise AssertionError(" -> ".join(error.args[1])) from None
 
 
-def test_every_room_has_a_level() -> None:
+def test_every_package_has_a_level() -> None:
     assert {room(name) for name in graph()} - {""} <= set(LEVEL)
 
 
-def test_rooms_import_downwards() -> None:
+def test_packages_import_downwards() -> None:
     wrong = [
         f"{module} imports {target}"
         for module, imports in graph().items()

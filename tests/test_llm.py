@@ -25,7 +25,7 @@ CONFIG = tiny(q_lora_rank=None)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with a byte-level tokenizer, as it would come from the hub."""
+    """A random model with a byte-level tokenizer, like a hub download."""
     from safetensors.torch import save_file
 
     from farthing.model import ModelConfig
@@ -58,7 +58,7 @@ def llm(directory: Path) -> Iterator[LLM]:
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
-def test_generate_takes_texts_and_token_ids_in_order(llm: LLM) -> None:
+def test_generate_accepts_texts_and_token_ids_in_order(llm: LLM) -> None:
     outputs = llm.generate(["def f", "x"], GREEDY, use_tqdm=False)
     assert [o.prompt for o in outputs] == ["def f", "x"]
     assert all(len(o.outputs[0].token_ids) == 8 and o.finished for o in outputs)
@@ -72,7 +72,7 @@ def test_generate_takes_texts_and_token_ids_in_order(llm: LLM) -> None:
     assert llm.generate([], GREEDY) == []
 
 
-def test_one_set_of_parameters_for_each_prompt(llm: LLM) -> None:
+def test_parameters_per_prompt(llm: LLM) -> None:
     params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 5)]
     outputs = llm.generate(["a", "b"], params, use_tqdm=True, priority=[1, 0])
     assert [len(o.outputs[0].token_ids) for o in outputs] == [3, 5]
@@ -82,7 +82,7 @@ def test_one_set_of_parameters_for_each_prompt(llm: LLM) -> None:
         llm.generate(["a", "b"], params, priority=[0])
 
 
-def test_a_bad_prompt_stops_the_batch_and_leaves_nothing_running(llm: LLM) -> None:
+def test_bad_prompt_stops_the_batch_and_leaves_nothing_running(llm: LLM) -> None:
     with pytest.raises(ValueError, match="prompt is empty"):
         llm.generate([[5], []], SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)
     assert llm.engine.drain is not None
@@ -136,7 +136,7 @@ def test_cache_dtypes(directory: Path, llm: LLM, dtype: str) -> None:
     assert dtype != "float32" or tokens == exact
 
 
-def test_a_packed_model_answers_as_before_packing(directory: Path, tmp_path: Path) -> None:
+def test_packed_model_answers_as_before_packing(directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("farthing._native")
     from farthing.model import load
     from farthing.ops import select
@@ -166,7 +166,7 @@ def test_a_packed_model_answers_as_before_packing(directory: Path, tmp_path: Pat
         ({"priority_step": 0.0}, "priority_step: got 0.0"),
     ],
 )
-def test_bad_configuration_names_the_field(given: dict[str, Any], message: str) -> None:
+def test_configuration_errors_name_the_field(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**given)
 
@@ -181,12 +181,14 @@ def test_bad_configuration_names_the_field(given: dict[str, Any], message: str) 
         ({"backend": "abacus"}, "backend 'abacus' is unknown"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(directory: Path, given: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_fit_the_model_are_rejected(
+    directory: Path, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         LLM(directory, **({"backend": "reference"} | given))
 
 
-def test_a_small_cache_shortens_max_model_len(directory: Path) -> None:
+def test_small_cache_lowers_max_model_len(directory: Path) -> None:
     with LLM(directory, backend="reference", num_blocks=3) as llm:
         assert llm.engine.config.max_model_len == 48
         output = llm.generate([[5] * 40], SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)[0]
@@ -205,7 +207,7 @@ def test_command_prints_one_json_document(directory: Path) -> None:
     assert chat.stdout.count("<｜User｜>Hi") == 2
 
 
-def test_command_explains_errors(directory: Path) -> None:
+def test_command_prints_one_line_errors(directory: Path) -> None:
     missing = CliRunner().invoke(app, ["/no/such/model", "--prompt", "x"])
     assert missing.exit_code == 2 and "expected 'mite', a directory" in missing.stderr
     bad = CliRunner().invoke(app, [str(directory), "--prompt", "x", "--temperature", "-1"])

@@ -29,7 +29,7 @@ def test_fields_that_do_not_reach_the_model_change_nothing() -> None:
     assert blocks({**CHAT, "tools": [{"type": "function"}]})[0] != plain[0]
 
 
-def test_conversation_that_grows_keeps_its_prefix() -> None:
+def test_growing_conversation_keeps_its_prefix() -> None:
     longer = {**CHAT, "messages": [*CHAT["messages"], {"role": "assistant", "content": "a" * 3000}]}
     assert blocks(longer)[:3] == blocks(CHAT)
 
@@ -70,7 +70,7 @@ def test_any_request_has_a_prompt(request: Any) -> None:
 
 
 @given(st.binary(max_size=4000), st.binary(max_size=600), st.binary(max_size=600))
-def test_chains_are_equal_exactly_as_far_as_the_text_is(shared: bytes, one: bytes, two: bytes) -> None:
+def test_chains_are_equal_exactly_up_to_the_common_text(shared: bytes, one: bytes, two: bytes) -> None:
     first, second = chain(shared + one, BLOCK, 1024), chain(shared + two, BLOCK, 1024)
     common = len(shared) // BLOCK
     assert first[:common] == second[:common]

@@ -31,7 +31,7 @@ def run(command: list[str], **options: object) -> str:
 
 
 def build(target: Path, **environment: str) -> tuple[Path, str]:
-    """A wheel of a clean copy of the sources, and what the build said."""
+    """Build a wheel from a clean copy of the sources; returns it and the build's output."""
     source = target / "source"
     listed = run(["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"])
     for name in filter(None, listed.split("\0")):
@@ -60,7 +60,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def install(wheel: Path, target: Path) -> tuple[Path, dict[str, str]]:
-    """The interpreter of a fresh environment with the wheel, and variables that hide every compiler."""
+    """Install the wheel in a new environment; returns its interpreter and variables that hide compilers."""
     venv.create(target, with_pip=False, symlinks=True)
     packages = next((target / "lib").glob("python*")) / "site-packages"
     # Only its modules are used; path files in it, such as those of editable installs, are not read.
@@ -88,7 +88,7 @@ def install(wheel: Path, target: Path) -> tuple[Path, dict[str, str]]:
 
 
 def serve_and_ask(python: Path, env: dict[str, str], backend: str) -> str:
-    """Serve the embedded model, ask for four tokens; what the server logged."""
+    """Serve the embedded model and request four tokens; returns the server's log."""
     log = python.parent.parent / "serve.log"
     command = [str(python.parent / "farthing"), "serve", "--port", "0", "--backend", backend]
     with log.open("w") as file, subprocess.Popen(command, stderr=file, env=env, cwd=python.parent) as server:
@@ -112,7 +112,7 @@ def serve_and_ask(python: Path, env: dict[str, str], backend: str) -> str:
     return log.read_text()
 
 
-def test_the_wheel_holds_what_serving_needs_and_no_sources(wheel: Path) -> None:
+def test_wheel_has_everything_for_serving_and_no_sources(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert re.search(r"manylinux_2_\d+_x86_64|manylinux_2_\d+_aarch64", wheel.name)
     for needed in (
@@ -127,7 +127,7 @@ def test_the_wheel_holds_what_serving_needs_and_no_sources(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".cpp", ".h", ".inl", ".pyc"))]
 
 
-def test_it_installs_and_serves_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_installs_and_serves_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
     python, env = install(wheel, tmp_path / "env")
     where = run([str(python), "-c", "import farthing; print(farthing.__file__)"], env=env, cwd=tmp_path)
     assert str(tmp_path) in where, "the installed package, not the working tree"
@@ -136,7 +136,7 @@ def test_it_installs_and_serves_without_a_compiler(wheel: Path, tmp_path: Path) 
     assert "ops: cpu/" in serve_and_ask(python, env, "auto")
 
 
-def test_without_a_compiler_the_sources_install_and_say_what_they_lack(tmp_path: Path) -> None:
+def test_sources_install_without_a_compiler_and_report_what_is_missing(tmp_path: Path) -> None:
     bare = tmp_path / "tools"
     bare.mkdir()
     for name in ("git", "sh", "ninja", "cmake"):

@@ -1,4 +1,4 @@
-"""Model configurations of the tests, as config.json has them: published, in miniature, and tiny."""
+"""Model configurations of the tests, in config.json's format: published, miniature and tiny."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ V3: dict[str, Any] = dict(
     eos_token_id=1,
 )
 
-# V3 in miniature: grouped routing, YaRN and an MTP layer, like the published one.
+# A miniature V3: grouped routing, YaRN and an MTP layer, like the published one.
 SMALL_V3: dict[str, Any] = V3 | dict(
     vocab_size=40,
     hidden_size=16,
@@ -67,7 +67,7 @@ SMALL_V3: dict[str, Any] = V3 | dict(
 
 
 def tiny(**changes: Any) -> dict[str, Any]:
-    """A dense layer and one of four experts, plain RoPE, no groups and no MTP layer; then `changes`."""
+    """One dense layer and one of four experts, plain RoPE, no groups, no MTP layer; updated by `changes`."""
     return (
         dict(
             model_type="deepseek_v3",

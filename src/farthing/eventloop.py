@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, which writes a token in about half the time; None where it is not installed."""
+    """uvloop's, which writes a token in about half the time; None if it is not installed."""
     try:
         import uvloop
     except ImportError:

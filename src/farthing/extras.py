@@ -1,4 +1,4 @@
-"""Optional extras of the package: what they bring and what is missing. Read from the installed metadata."""
+"""Optional extras of the package: what they add and what is missing, from the installed metadata."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def missing(extra: str) -> list[str]:
 
 
 def extra_for(module: str, preferred: str = "") -> str | None:
-    """The extra that brings a top-level module, `preferred` if several do; None if none does."""
+    """The extra that provides a top-level module, `preferred` if several do; None if none does."""
     distribution = _normal(_DISTRIBUTIONS.get(module, module))
     found = [extra for extra, names in declared().items() if distribution in map(_normal, names)]
     return preferred if preferred in found else next(iter(found), None)

@@ -1,6 +1,6 @@
-"""Files written whole or not at all: a temporary file next to the target, fsync, rename.
+"""Atomic file writes: a temporary file next to the target, fsync, rename.
 
-A failed write raises OSError with the target's name and leaves the target as it was.
+A failed write raises OSError with the target's name and leaves the target unchanged.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def replace(target: Path, write: Callable[[Path], None], durable: bool = True) -> None:
-    """Let `write` fill a temporary file, then give it the name `target`. Raises OSError.
+    """Let `write` fill a temporary file, then rename it to `target`. Raises OSError.
 
-    durable=False leaves out the fsync: for state that is rewritten every few seconds.
+    durable=False skips the fsync, for state that is rewritten every few seconds.
     """
     partial = partial_of(target)
     try:
         write(partial)
-        partial.chmod(_file_mode())  # safetensors creates files readable by their owner alone
+        partial.chmod(_file_mode())  # safetensors creates files readable only by their owner
         if durable:
             _sync(partial)
         partial.replace(target)
@@ -61,7 +61,7 @@ def replace_json(target: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Valid JSON of plain values: NaN and infinity, which JSON lacks, become null."""
+    """Valid JSON of plain values; NaN and infinity become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 

@@ -12,9 +12,9 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The directory that holds a model's config.json. Hub ids are downloaded with huggingface_hub.
+    """The directory with a model's config.json. Hub ids are downloaded with huggingface_hub.
 
-    Raises FileNotFoundError or ValueError, naming what is accepted.
+    Raises FileNotFoundError or ValueError with the accepted values.
     """
     path = Path(model).expanduser()
     if any((path / name).is_file() for name in ("config.json", "params.json")):

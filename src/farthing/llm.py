@@ -26,7 +26,7 @@ class LLM:
 
     def __init__(self, model: str | Path = EMBEDDED, **options: Any) -> None:
         """options: fields of `EngineConfig`. ValueError names a field, TypeError an unknown option."""
-        # A batch of any size may wait, and throughput counts more than the latency of single tokens.
+        # Offline batches may be of any size, and throughput matters more than per-token latency.
         given: dict[str, Any] = {"max_queue": None, "max_step_ms": 0} | options
         for name in ("packed", "prefix_cache_dir"):
             if given.get(name) is not None:
@@ -83,7 +83,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         add_special_tokens: bool = True,
     ) -> Iterator[RequestOutput]:
-        """Yield what is new as it comes: each output's `text` and `token_ids` continue those before.
+        """Yield new output as it arrives: each `text` and `token_ids` continues the previous ones.
 
         Leaving the loop early cancels the request.
         """

@@ -24,7 +24,7 @@ class Option:
 
     help: str  # a noun phrase
     group: str  # heading on the command line
-    flags: tuple[str, ...] = ()  # short forms beside --field-name
+    flags: tuple[str, ...] = ()  # short forms besides --field-name
     minimum: float | None = None  # smallest accepted number
     above: float | None = None  # numbers must exceed this
     argument: bool = False  # a positional argument instead of an option
@@ -32,7 +32,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """One option of a dataclass, with its type taken apart."""
+    """One option of a dataclass, with its type resolved."""
 
     name: str
     default: Any

@@ -1,4 +1,4 @@
-"""The prompt of a request as a chain of block hashes: what a gateway routes by and a server reports.
+"""The prompt of a request as a chain of block hashes, by which a gateway routes and a server reports.
 
 Both sides hash the text of the prompt, as the gateway has no tokenizer. A block's hash covers everything
 before it, so that equal hashes mean equal prefixes.
@@ -13,16 +13,16 @@ from hashlib import blake2b
 from typing import Any
 
 BLOCK = 512  # bytes of text
-_PARSED = 1 << 20  # bytes; a larger body is hashed as it is: parsing it would hold up other requests
+_PARSED = 1 << 20  # bytes; a larger body is hashed unparsed: parsing would delay other requests
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the choice of a replica needs to know of a request."""
+    """The features of a request that decide its replica."""
 
     blocks: tuple[int, ...]  # chained hashes, 64 bits each
     size: int  # bytes of prompt text
-    streamed: bool = False  # the request asks for a stream
+    streamed: bool = False  # the request is for a stream
 
 
 def read_prompt(body: bytes, limit: int, block: int = BLOCK) -> Prompt:
@@ -46,7 +46,7 @@ def prompt_text(request: Mapping[str, Any]) -> bytes:
     """The prompt as text in the order in which a template renders it, without fields that do not reach the
     model (`user`, sampling parameters): they often differ between requests with the same prefix.
 
-    Empty where the request has neither messages nor a prompt.
+    Empty if the request has neither messages nor a prompt.
     """
     parts = [str(request.get("model", ""))]
     parts += [_plain(request[name]) for name in ("tools", "system", "instructions") if request.get(name)]

@@ -1,4 +1,4 @@
-"""Agent sessions against a real server: growing prompts, answers sent back, figures that add up."""
+"""Agent sessions against a real server: growing prompts, returned answers, consistent totals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.server.api.loops import ASK, scripted
 from tests.server.harness import ScriptedEngine, running
 
 
-def test_a_tool_loop_of_ten_turns_computes_only_what_is_new() -> None:
+def test_ten_turn_tool_loop_computes_only_new_tokens() -> None:
     shape = SessionShape(turns=10, system_words=200, ask_words=20, result_words=10)
     with running(build_engine(EngineConfig(model="mite", threads=1, max_num_seqs=4))) as server:
         target = Target(server.url, "tiny")
@@ -31,7 +31,7 @@ def test_a_tool_loop_of_ten_turns_computes_only_what_is_new() -> None:
             assert now.prompt_tokens > before.prompt_tokens
             computed = now.prompt_tokens - now.cached_tokens
             new = now.prompt_tokens - before.prompt_tokens - before.output_tokens
-            assert computed <= new + 2 * 16  # the question, and what a block of the cache does not hold
+            assert computed <= new + 2 * 16  # the question, and tokens of incomplete cache blocks
     assert result.reused_share > 0.95
     assert result.usd_per_session and result.turn_ms["p50"] > 0
 

@@ -18,7 +18,7 @@ from farthing.cost import Hardware, Machine
 MACHINE = Machine(Hardware(name="box", kind="cpu", usd_per_hour=3.6, watts=10, idle_watts=4), 2)
 
 
-def test_claims_are_shares_saved_and_said_when_not_met() -> None:
+def test_claims_are_shares_saved_and_report_unmet_ones() -> None:
     found = claims(Row("a", 100, 1000, 2.0, "rapl", 5.0), Row("b", 30, 700, 0.84, "rapl", 1.0))
     assert found["latency"] == {"published": 0.62, "measured": pytest.approx(0.7), "met": True}
     assert found["memory"]["measured"] == pytest.approx(0.3) and not found["memory"]["met"]
@@ -39,7 +39,7 @@ def test_rows_are_medians_priced_by_the_machine(monkeypatch: pytest.MonkeyPatch)
 
     def probe(lever: Lever, workload: Workload, machine: Machine, threads: int) -> Probe:
         if threads > 1:
-            return Probe(1e9, 1e9, 1e9, 1e9, "estimated", 0, 4)  # slower, so it does not count
+            return Probe(1e9, 1e9, 1e9, 1e9, "estimated", 0, 4)  # slower, so it is ignored
         order.append(lever.name)
         seconds = {"a": [8.0, 100.0, 6.0], "b": [1.0, 1.0, 1.0]}[lever.name][order.count(lever.name) - 1]
         return Probe(seconds * 10, seconds, seconds, seconds * 20, "estimated", 500, 4)
@@ -83,11 +83,11 @@ def test_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = compare(workload, rows, MACHINE, 2, record=record)
     assert len(calls) == kept // 3, "only what was missing"
     assert [row.name for row in found.rows] == ["a", "b"]
-    with pytest.raises(ValueError, match="holds other rows or another workload"):
+    with pytest.raises(ValueError, match="from other rows or another workload"):
         compare(workload, rows[:1], MACHINE, 2, record=record)
 
 
-def test_prompts_are_the_same_every_time_and_bad_workloads_are_refused(tmp_path: Path) -> None:
+def test_prompts_are_deterministic_and_bad_workloads_are_rejected(tmp_path: Path) -> None:
     first = prompts_for(tmp_path, 100, 3, 5)
     assert first == prompts_for(tmp_path, 100, 3, 5) and [len(p) for p in first] == [5, 5, 5]
     with pytest.raises(ValueError, match="prompts"):
@@ -96,7 +96,7 @@ def test_prompts_are_the_same_every_time_and_bad_workloads_are_refused(tmp_path:
         Workload(model="m", prompts=((1,),), output_tokens=1)
 
 
-def test_a_quantized_checkpoint_is_written_out_dense(tmp_path: Path) -> None:
+def test_quantized_checkpoint_is_written_as_dense(tmp_path: Path) -> None:
     weight = torch.randn(130, 140)
     data, scale = quantize_blocks(weight)
     writer = CheckpointWriter(tmp_path)
@@ -118,20 +118,20 @@ def test_a_quantized_checkpoint_is_written_out_dense(tmp_path: Path) -> None:
     assert not dense.exists()
 
 
-def test_a_row_that_fails_is_named(tmp_path: Path) -> None:
+def test_failing_row_is_named(tmp_path: Path) -> None:
     workload = Workload(model=str(tmp_path / "none"), prompts=((1, 2),), output_tokens=2)
     with pytest.raises(RuntimeError, match="a lever: exit status 1"):
         compare(workload, [Lever("a lever", {"backend": "reference"})], MACHINE, rounds=1)
 
 
-def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_model_without_tokenizer_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer\.json; expected one"):
         Texts.of(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_the_embedded_model_row_by_row(tmp_path: Path) -> None:
+def test_rows_of_the_embedded_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from farthing.hub import resolve_model
 

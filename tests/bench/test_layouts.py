@@ -1,4 +1,4 @@
-"""bench/layouts.py: ways in the words of `farthing serve`."""
+"""bench/layouts.py: layouts as `farthing serve` options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from farthing.parallel.plan import Layout
 from tests.bench.test_page import BENCH
 
 
-def test_ways(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layouts_parse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     layouts = import_module("layouts")
     assert [layouts.Way.of(text).layout.world for text in layouts.WAYS] == [1, 2, 2, 2, 2, 1, 1]

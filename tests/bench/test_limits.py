@@ -17,7 +17,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module("limits")
 
 
-def test_v3s_counted_by_hand(limits: ModuleType) -> None:
+def test_v3_counts_match_manual_counts(limits: ModuleType) -> None:
     """DeepSeek-V3's matrices, one dense and one expert layer."""
     attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
     norms = 2 * 7168 + 1536 + 512
@@ -35,14 +35,14 @@ def test_v3s_counted_by_hand(limits: ModuleType) -> None:
     )
 
 
-def test_the_head_counts_once_in_a_prompt(limits: ModuleType) -> None:
+def test_head_counts_once_per_prompt(limits: ModuleType) -> None:
     c = limits.config("V3S")
     short, long = (limits.operations(c, limits.Point("prefill", 1, n)) for n in (1, 2))
     body = limits.active_parameters(c, 8) - limits.head_parameters(c)
     assert long - short == 2 * body + 2 * 2 * 128 * 320 * 2
 
 
-def test_a_long_context_adds_its_latents(limits: ModuleType) -> None:
+def test_long_context_adds_its_latents(limits: ModuleType) -> None:
     c = limits.config("L576")
     empty, behind = (limits.bytes_read(c, "int4", limits.Point("decode", 4, n)) for n in (0, 4096))
     assert behind - empty == pytest.approx(4 * 4096 * 576 * 2 * 16)

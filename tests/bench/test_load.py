@@ -68,7 +68,7 @@ async def serving(fake: FakeServer) -> AsyncIterator[Target]:
         server.close()
 
 
-def test_closed_loop_keeps_its_concurrency() -> None:
+def test_closed_loop_maintains_concurrency() -> None:
     async def scenario() -> tuple[FakeServer, list[Timing]]:
         fake = FakeServer()
         async with serving(fake) as target:
@@ -110,7 +110,7 @@ def test_usage_in_every_chunk_is_counted() -> None:
     assert timing.counts == tokens and timing.output_tokens == 3 and len(timing.gaps) == 2
 
 
-def test_an_open_loop_never_waits_and_failures_are_counted() -> None:
+def test_open_loop_never_waits_and_counts_failures() -> None:
     async def scenario() -> tuple[FakeServer, list[Timing]]:
         fake = FakeServer(limit=2)
         async with serving(fake) as target:
@@ -130,7 +130,7 @@ def test_connection_refused_is_recorded_as_an_error() -> None:
     assert summarize([timing], Slo()).goodput == 0.0
 
 
-def test_slo_splits_good_from_slow() -> None:
+def test_slo_separates_good_from_slow_requests() -> None:
     fast = Timing(output_tokens=3, start=0, first=0.1, end=0.2)
     slow = Timing(output_tokens=3, start=0, first=0.1, end=2.1)
     result = summarize([fast, slow], Slo(ttft=0.2, tpot=0.5))
@@ -161,7 +161,7 @@ def test_traces(tmp_path: Path) -> None:
     assert one.prompt[:512] == two.prompt[:512]
     assert one.prompt[512:1024] != two.prompt[512:1024]
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"first line 'a,b'; known are CSV with TIMESTAMP"):
+    with pytest.raises(ValueError, match=r"first line 'a,b'; expected CSV with TIMESTAMP"):
         from_trace(tmp_path / "x.csv", SHAPE)
 
 
@@ -181,7 +181,7 @@ def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.slow
-def test_capacity_is_found_below_the_ceiling() -> None:
+def test_capacity_is_below_the_throughput_ceiling() -> None:
     async def serve(ready: asyncio.Event, stop: asyncio.Event, box: list[Target]) -> None:
         async with serving(FakeServer(limit=40)) as target:
             box.append(target)

@@ -1,4 +1,4 @@
-"""The page bench/page.py writes: its own part replaced, the rest kept, misses in bold; rows kept by kind."""
+"""bench/page.py: replaces its part of the page, keeps the rest, prints misses in bold, keeps rows by kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 
 
 def module(name: str) -> ModuleType:
-    """A script of bench/, which is no package."""
+    """Import a script of bench/, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
     assert spec is not None and spec.loader is not None
     made = importlib.util.module_from_spec(spec)
@@ -59,7 +59,7 @@ def test_only_the_marked_part_changes(tmp_path: Path) -> None:
     assert 0 < (tmp_path / "figures/performance.png").stat().st_size < 100_000
 
 
-def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+def test_page_without_markers_is_unchanged(tmp_path: Path) -> None:
     page, results = tmp_path / "performance.md", tmp_path / "results.json"
     page.write_text("all by hand\n")
     results.write_text(json.dumps(stored([row(1, 1, {})])))
@@ -81,7 +81,7 @@ def test_rows_are_kept_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert kept["start"]["rows"] == []
 
 
-def test_a_share_above_the_limit_is_refused(tmp_path: Path) -> None:
+def test_share_above_the_limit_is_rejected(tmp_path: Path) -> None:
     page, results = tmp_path / "performance.md", tmp_path / "results.json"
     page.write_text("<!-- measured: decode -->\nold\n<!-- end -->\n")
     results.write_text(json.dumps(stored([row(208, 1, {})])))

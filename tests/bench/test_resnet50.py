@@ -1,4 +1,4 @@
-"""The student of a small ResNet-50 and the engine that runs it agree; a training run leaves both."""
+"""A small ResNet-50 student agrees with the engine that runs it; a training run produces both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_engine_computes_the_student() -> None:
     image = torch.randn(3, 64, 64).clamp(-2, 2)
     with torch.no_grad():
         expected = student(image[None])[0]
-        # Float sums of another order round some integers otherwise, and fifty layers carry that on.
+        # Sums in a different order round some integers differently, which fifty layers amplify.
         other = student(image[None].to(memory_format=torch.channels_last))[0]
     answers = [Engine(student, 64, 2, isa)(image) for isa in _native.instruction_sets().split()]
     assert all(torch.equal(a, answers[0]) for a in answers)
@@ -46,7 +46,7 @@ def test_zero_blocks_are_zero() -> None:
 
 
 @pytest.mark.slow
-def test_training_makes_a_float_net_and_a_student(tmp_path: Path) -> None:
+def test_training_produces_a_float_net_and_a_student(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", 16), ("test", 4)):
         for label, name in enumerate(("dark", "bright")):

@@ -1,4 +1,4 @@
-"""A broken checkpoint names the file, the tensor, what was expected and what was found."""
+"""Errors of broken checkpoints name the file, the tensor, the expected and the found value."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_truncated_shard(directory: Path, keep: int) -> None:
         checkpoint.weight("b")
 
 
-def test_shard_named_by_the_index_is_missing_or_does_not_hold_the_tensor(directory: Path) -> None:
+def test_shard_of_the_index_is_missing_or_lacks_the_tensor(directory: Path) -> None:
     (directory / "model-00002-of-00002.safetensors").unlink()
     with fails("model-00002-of-00002.safetensors", "missing"):
         Checkpoint.open(directory).weight("b")
@@ -95,7 +95,7 @@ def test_unknown_quantization(directory: Path, quantization: dict[str, Any], wor
         Checkpoint.open(directory)
 
 
-def test_quantized_tensors_that_no_group_targets(directory: Path, tmp_path: Path) -> None:
+def test_quantized_tensors_without_a_config_group(directory: Path, tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path / "q")
     for name, tensor in ctw.encode("a", quantize_int8(torch.randn(4, 8))).items():
         writer.add(name, tensor)
@@ -104,7 +104,7 @@ def test_quantized_tensors_that_no_group_targets(directory: Path, tmp_path: Path
         Checkpoint.open(tmp_path / "q").weight("a")
 
 
-def test_a_missing_scale_and_a_scale_of_the_wrong_shape(tmp_path: Path) -> None:
+def test_missing_scale_and_wrong_scale_shape(tmp_path: Path) -> None:
     encoded = ctw.encode("a", quantize_int4(torch.randn(4, 64), 32))
     config = ctw.quantization_config({"a": ctw.GroupKey("int4", 32, True)})
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
@@ -135,7 +135,7 @@ def test_not_a_model_directory(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-def test_no_scale_may_be_zero_or_infinite() -> None:
+def test_zero_and_infinite_scales_are_rejected() -> None:
     weight = quantize_int8(torch.randn(4, 8))
     assert weight.scale is not None
     for bad in (0.0, torch.inf, torch.nan):
@@ -161,14 +161,14 @@ def test_killed_writer_resumes_after_its_last_shard(tmp_path: Path) -> None:
     assert not CheckpointWriter(tmp_path).has("a")
 
 
-def test_memory_is_given_back(directory: Path) -> None:
+def test_memory_is_released(directory: Path) -> None:
     checkpoint = Checkpoint.open(directory)
     before = checkpoint.weight("a").data
     checkpoint.release()
     assert torch.equal(before, checkpoint.weight("a").data)
 
 
-def test_two_names_for_one_memory(tmp_path: Path) -> None:
+def test_tensors_that_share_memory(tmp_path: Path) -> None:
     writer, w = CheckpointWriter(tmp_path), torch.randn(3)
     writer.add("a", w)
     writer.add("b", w)

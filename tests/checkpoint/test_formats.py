@@ -1,4 +1,4 @@
-"""Every format is read back from files others wrote: compressed-tensors, or by hand for DeepSeek."""
+"""Every format is read from files of its reference writer: compressed-tensors, or by hand for DeepSeek."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def groups(
 
 
 def compress(w: Tensor, args: dict[str, Any], storage: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Quantize with the compressed-tensors package; (tensors by suffix, the value it gives them)."""
+    """Quantize with the compressed-tensors package; returns (tensors by suffix, dequantized value)."""
     weights = QuantizationArgs(**args)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     n, k = w.shape
@@ -172,7 +172,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-def test_shards_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
+def test_shard_permissions_follow_the_umask(tmp_path: Path) -> None:
     umask = os.umask(0o027)
     try:
         writer = CheckpointWriter(tmp_path)
@@ -184,9 +184,7 @@ def test_shards_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_what_the_writer_writes_compressed_tensors_and_the_reader_understand(
-    tmp_path: Path, name: str
-) -> None:
+def test_writer_output_is_read_by_compressed_tensors_and_the_reader(tmp_path: Path, name: str) -> None:
     w = torch.randn(37, 160, generator=torch.Generator().manual_seed(3))
     weight = WEIGHTS[name](w)
     writer = CheckpointWriter(tmp_path)

@@ -19,7 +19,7 @@ from farthing.checkpoint.fp8 import dequantize_blocks, quantize_blocks
     seed=st.integers(0, 99),
 )
 def test_round_trip_is_within_e4m3(rows: int, cols: int, magnitude: float, ue8m0: bool, seed: int) -> None:
-    """Every weight comes back within half an E4M3 step (2^-4 relative) or half its block's smallest step."""
+    """Every weight is restored within half an E4M3 step (2^-4 relative) or half its block's smallest step."""
     w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * magnitude
     w8, scale = quantize_blocks(w, ue8m0=ue8m0)
     assert w8.dtype == torch.float8_e4m3fn
@@ -33,8 +33,8 @@ def test_round_trip_is_within_e4m3(rows: int, cols: int, magnitude: float, ue8m0
         assert torch.equal(scale.log2(), scale.log2().round())
 
 
-def test_scales_belong_to_their_blocks() -> None:
-    """Four constant blocks: the largest weight of each maps to 448, whatever the other blocks hold."""
+def test_scales_are_per_block() -> None:
+    """Four constant blocks: the largest weight of each maps to 448, whatever the other blocks contain."""
     w = torch.ones(130, 200)
     w[:128, 128:] = 10.0
     w[128:, :128] = 100.0

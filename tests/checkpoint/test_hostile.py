@@ -1,4 +1,4 @@
-"""Files made to harm: an index that reaches elsewhere, headers with impossible numbers, deep JSON."""
+"""Hostile files: an index with outside paths, headers with impossible numbers, deep JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(path: Path, weight_map: dict[str, Any] | None = None, header: bytes | 
     ["../secret.safetensors", "../../secret", "/etc/passwd", "a/b.safetensors", "..", ".", "", "config.json",
      "a\\b.safetensors", "C:x.safetensors", "x\0.safetensors", 7, None, ["model.safetensors"]],
 )  # fmt: skip
-def test_an_index_names_files_of_its_own_directory_only(tmp_path: Path, name: Any) -> None:
+def test_index_may_only_name_files_of_its_directory(tmp_path: Path, name: Any) -> None:
     (tmp_path / "secret.safetensors").write_text(SECRET)
     (tmp_path / "secret").write_text(SECRET)
     path = model(tmp_path / "model", {"a.weight": name})
@@ -55,7 +55,7 @@ def test_a_file_that_is_not_safetensors_is_not_quoted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["header", "index", "config"])
-def test_deep_json_is_one_line(tmp_path: Path, where: str) -> None:
+def test_deep_json_is_a_one_line_error(tmp_path: Path, where: str) -> None:
     deep = b'{"a":' * 200_000 + b"1" + b"}" * 200_000
     path = model(tmp_path / "model", header=deep if where == "header" else b"{}")
     if where != "header":
@@ -110,7 +110,7 @@ entries = st.builds(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=st.dictionaries(st.text(max_size=4), entries | values, max_size=4), cut=st.integers(0, 200))
-def test_any_header_opens_or_says_why(tmp_path: Path, header: dict[str, Any], cut: int) -> None:
+def test_any_header_opens_or_reports_a_reason(tmp_path: Path, header: dict[str, Any], cut: int) -> None:
     path = model(tmp_path / "model", header=json.dumps(header).encode())
     raw = (path / SINGLE).read_bytes()
     (path / SINGLE).write_bytes(raw[: len(raw) - min(cut, len(raw))])
@@ -125,7 +125,7 @@ def test_any_header_opens_or_says_why(tmp_path: Path, header: dict[str, Any], cu
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(index=values | st.fixed_dictionaries({"weight_map": values}))
-def test_any_index_opens_or_says_why(tmp_path: Path, index: Any) -> None:
+def test_any_index_opens_or_reports_a_reason(tmp_path: Path, index: Any) -> None:
     path = model(tmp_path / "model")
     save_file({"a": torch.ones(1)}, path / "a.safetensors")
     (path / INDEX).write_text(json.dumps(index))
@@ -138,7 +138,7 @@ def test_any_index_opens_or_says_why(tmp_path: Path, index: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
-def test_every_dtype_reads_or_says_why(tmp_path: Path, dtype: str) -> None:
+def test_every_dtype_reads_or_reports_a_reason(tmp_path: Path, dtype: str) -> None:
     header = json.dumps(
         {"a": entry(0, 64, (512 // DTYPE_BITS[dtype],) if 512 % DTYPE_BITS[dtype] == 0 else (4,), dtype)}
     )

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: version, missing extras, one-line errors, options of every field."""
+"""The command line: version, missing extras, one-line errors, an option for every field."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_every_field_is_an_option_with_help() -> None:
         (ServerConfig, "served_model_name", ("a", 1)),
     ],
 )
-def test_wrong_values_name_field_value_and_expectation(config: type, field: str, value: object) -> None:
+def test_errors_name_field_value_and_accepted_values(config: type, field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"^{field}: got .*; expected "):
         config(**{field: value})
 

@@ -1,4 +1,4 @@
-"""A tiny V3 model on disk, with a tokenizer of bytes."""
+"""A tiny V3 model on disk, with a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from farthing.model import ModelConfig
 from farthing.model.load import random_parameters
 from tests.tiny import tiny
 
-# Fields beyond the tiny model's are what transformers has to be told.
+# Fields beyond the tiny model's are required by transformers.
 TINY = tiny(
     architectures=["DeepseekV3ForCausalLM"],
     vocab_size=264,
@@ -53,7 +53,7 @@ def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     writer = CheckpointWriter(path, max_shard_bytes=200_000)
     parameters = random_parameters(ModelConfig.from_json(raw), seed)
     for name, tensor in parameters.items():
-        # A sharper head, so that some tokens are likelier than others.
+        # A larger head, so that some tokens are likelier than others.
         writer.add(name, tensor * 3 if name == "lm_head.weight" else tensor)
     writer.close(raw)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

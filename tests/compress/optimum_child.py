@@ -1,6 +1,6 @@
-"""Optimum on an exported file, in an interpreter that has Optimum: python optimum_child.py DIRECTORY.
+"""Run Optimum on an exported file, in an interpreter with Optimum: python optimum_child.py DIRECTORY.
 
-DIRECTORY holds model.onnx and input.npy; writes output.npy.
+Reads model.onnx and input.npy from DIRECTORY and writes output.npy.
 """
 
 from __future__ import annotations

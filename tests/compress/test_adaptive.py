@@ -1,4 +1,4 @@
-"""Calibration of adaptive experts: the knapsack against trying everything, the promise kept on a model."""
+"""Calibration of adaptive experts: the knapsack against brute force, the bound on a model."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ layer = st.lists(
 
 @given(options=st.lists(layer, min_size=1, max_size=4), budget=st.floats(0.001, 0.05))
 @settings(max_examples=60)
-def test_knapsack_keeps_the_budget_and_is_near_the_best(options: list[list[Option]], budget: float) -> None:
+def test_knapsack_meets_the_budget_and_is_nearly_optimal(options: list[list[Option]], budget: float) -> None:
     picks = fewest_experts(options, budget)
     chosen = [row[i] for row, i in zip(options, picks, strict=True)]
     assert sum(o.loss for o in chosen) <= budget * (1 + 1e-9)
-    # Losses are rounded up to 1/400 of the budget, so the best of a slightly smaller budget is reached.
+    # Losses are rounded up to 1/400 of the budget, so the optimum of a slightly smaller budget is reached.
     tight = budget * (1 - len(options) / 400)
     best = min(
         sum(o.experts for o in pick)
@@ -44,7 +44,7 @@ def test_knapsack_keeps_the_budget_and_is_near_the_best(options: list[list[Optio
     assert sum(o.experts for o in chosen) <= best + 1e-9
 
 
-def test_calibrated_rule_keeps_its_promise(tmp_path: Path) -> None:
+def test_calibrated_rule_stays_within_its_bound(tmp_path: Path) -> None:
     config = ModelConfig.from_json(SMALL_V3 | dict(num_experts_per_tok=4, topk_group=2))
     model = random_model(config, select("reference"), seed=2)
     ids = torch.randint(0, 40, (40, 33), generator=torch.Generator().manual_seed(0))
@@ -78,7 +78,7 @@ def test_halves_share_no_document() -> None:
         halves(Corpus(corpus.windows[:2], 0))
 
 
-def test_the_recipe_chooses_and_judges_by_different_text(
+def test_recipe_chooses_and_evaluates_on_different_text(
     model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Corpus] = []
@@ -100,7 +100,7 @@ def test_the_recipe_chooses_and_judges_by_different_text(
     assert chosen and judged and not chosen & judged
 
 
-def test_the_recipe_writes_a_rule_and_keeps_the_weights(model_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_recipe_writes_a_rule_and_keeps_the_weights(model_dir: Path, data: Path, tmp_path: Path) -> None:
     options = Options(calibration=data, data=data, backend="reference", window=64)
     outcome = compress(model_dir, tmp_path / "out", RECIPES["adaptive-experts"], options)
     document = outcome.to_json()
@@ -114,7 +114,5 @@ def test_the_recipe_writes_a_rule_and_keeps_the_weights(model_dir: Path, data: P
     checkpoint = Checkpoint.open(model_dir)
     routed = sum(checkpoint.nbytes(n) for n in checkpoint.names() if ".experts." in n and "layers.3" not in n)
     before, after = (report["sizes"][when]["token"] for when in ("before", "after"))
-    share = report["recipe"]["calibrated"][
-        "flops_saved"
-    ]  # 2 of 8 experts a token, of which so many are saved
+    share = report["recipe"]["calibrated"]["flops_saved"]  # 2 of 8 experts per token, minus the saved ones
     assert before - after == pytest.approx(share * routed * 2 / 8, abs=2)

@@ -1,4 +1,4 @@
-"""Measured quality against a plain loop, and intervals against the literature and simulation."""
+"""Quality against a plain loop, and intervals against the literature and simulation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def sorted_byte(byte: int) -> int:
     return sorted(pre_tokenizers.ByteLevel.alphabet()).index(character)
 
 
-def test_a_model_against_itself_and_against_a_worse_one(model_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_model_compared_with_itself_and_with_a_worse_one(model_dir: Path, data: Path, tmp_path: Path) -> None:
     a = load(model_dir, select("reference"))
     corpus = corpus_of(data, model_dir, 50)
     same = compare(a, a, corpus)
@@ -87,7 +87,7 @@ def test_a_model_against_itself_and_against_a_worse_one(model_dir: Path, data: P
     assert result.perplexity_a == pytest.approx(quality_a.perplexity)
     assert result.perplexity_b == pytest.approx(quality_b.perplexity)
     assert result.relative_increase == pytest.approx(quality_b.perplexity / quality_a.perplexity - 1)
-    assert result.greedy_agreement == 1  # a sharper head chooses the same tokens
+    assert result.greedy_agreement == 1  # a scaled head chooses the same tokens
     low, high = result.interval
     assert low < result.relative_increase < high
     # KL(p || softmax(1.3 log p)) has a closed form
@@ -110,12 +110,12 @@ def test_student_t(freedom: int, p: float) -> None:
     assert student_t(p, freedom) == pytest.approx(stats.t.ppf(p, freedom), rel=0.01)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_interval_has_its_nominal_coverage() -> None:
     generator = torch.Generator().manual_seed(1)
     covered = 0
     for _ in range(1000):
         counts = torch.randint(50, 200, (12,), generator=generator)
-        # every cluster has an effect of its own: tokens inside it are correlated
+        # every cluster has its own effect, so its tokens are correlated
         effect = 0.1 + 0.05 * torch.randn(12, generator=generator)
         noise = torch.randn(12, generator=generator) * counts.sqrt() * 0.2
         interval = ratio_interval((effect * counts + noise).tolist(), counts.tolist())
@@ -123,7 +123,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     assert 0.92 <= covered / 1000 <= 0.98
 
 
-def test_one_window_cannot_tell() -> None:
+def test_single_window_is_undecided() -> None:
     assert ratio_interval([1.0], [10]).high == math.inf
 
 
@@ -148,11 +148,11 @@ def test_the_command(model_dir: Path, data: Path) -> None:
     assert wanted <= set(document)
 
 
-def test_the_command_says_what_is_wrong(data: Path) -> None:
+def test_command_errors_name_the_problem(data: Path) -> None:
     for arguments, words in (
         (["/nowhere"], "model: got '/nowhere'; expected 'mite', a directory"),
         (["--max-drop", "much"], "max-drop is 'much'; expected a share"),
-        (["--data", "/nowhere"], "data is '/nowhere', no such file"),
+        (["--data", "/nowhere"], "data is '/nowhere', which does not exist"),
     ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and words in result.output.replace("\n", " ")
@@ -179,7 +179,7 @@ def test_bad_data(model_dir: Path, tmp_path: Path, text: str, words: str) -> Non
         corpus_of(tmp_path / "d.jsonl", model_dir, 10)
 
 
-def test_the_gate_compares_exactly_and_never_holds_both_models(
+def test_gate_is_exact_and_never_loads_both_models(
     model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write_model(tmp_path / "other", seed=1)

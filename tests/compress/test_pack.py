@@ -1,4 +1,4 @@
-"""`--pack`: the CPU kernels' own file serves what was compressed, zero blocks left out."""
+"""`--pack`: the CPU kernels' packed file serves the compressed model without zero blocks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_block_sparse_weights_survive_packing_and_are_served(
     assert float((actual - dense).norm() / dense.norm()) < 1e-4
 
 
-def test_packed_bytes_fall_with_the_blocks() -> None:
+def test_packed_size_decreases_with_the_blocks() -> None:
     from farthing.ops.cpu import packing
     from farthing.ops.cpu.packing import PackedFormat, Plan, pack
     from farthing.ops.weights import Weight, quantize_int4

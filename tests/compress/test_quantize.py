@@ -1,4 +1,4 @@
-"""Each quantizer against a plain computation of what its paper says."""
+"""Each quantizer against a direct implementation of its paper."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def correlated(seed: int, tokens: int, k: int) -> Tensor:
-    """Inputs with a few strong directions, as activations have."""
+    """Inputs with a few strong directions, like activations."""
     return random(seed, tokens, k) @ (random(seed + 1, k, k) * torch.linspace(2, 0.05, k)) + random(
         seed + 2, tokens, k
     )
@@ -39,7 +39,7 @@ def obq(w: Tensor, h: Tensor, scale: Tensor, order: list[int], low: int, high: i
         w[:, i] = q
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
         inverse[i, :] = inverse[:, i] = 0
-        inverse[i, i] = 1  # never read again; keeps it from dividing by zero
+        inverse[i, i] = 1  # not read again; avoids a division by zero
         done = order[: order.index(i) + 1]
         assert all(float(inverse[j, i]) == 0 for j in order if j not in done)
     return w
@@ -62,7 +62,7 @@ def test_gptq_is_optimal_brain_quantization_in_its_order(act_order: bool) -> Non
     assert bool((output_error(w, value, gram) < 0.7 * nearest).all())
 
 
-def test_pruning_with_the_sweep_is_least_squares_on_what_is_kept() -> None:
+def test_pruning_sweep_is_least_squares_on_the_kept_columns() -> None:
     """Mask the first columns only: the sweep then has the closed-form solution of the remaining ones."""
     w, x = random(0, 1, 6, 20), correlated(1, 200, 20)
     keep = torch.ones(1, 6, 20, dtype=torch.bool)
@@ -75,7 +75,7 @@ def test_pruning_with_the_sweep_is_least_squares_on_what_is_kept() -> None:
     assert not value[:, :5].any()
 
 
-def test_a_gram_without_full_rank_is_damped() -> None:
+def test_rank_deficient_gram_is_damped() -> None:
     x = random(0, 3, 64)
     value = sweep(random(1, 1, 8, 64), (x.T @ x)[None], int4_grid(random(1, 1, 8, 64), 32))
     assert bool(value.isfinite().all())
@@ -86,7 +86,7 @@ def test_a_gram_without_full_rank_is_damped() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([32, 64]), st.booleans(), st.floats(-30, 30))
-def test_grids_hold_their_bounds(seed: int, group: int, symmetric: bool, magnitude: float) -> None:
+def test_grids_stay_within_their_bounds(seed: int, group: int, symmetric: bool, magnitude: float) -> None:
     w = random(seed, 2, 5, 128) * 10.0**magnitude
     w[0, 0] = 0
     grid = int4_grid(w, group, symmetric=symmetric)
@@ -99,7 +99,7 @@ def test_grids_hold_their_bounds(seed: int, group: int, symmetric: bool, magnitu
     assert bool(((value - w).abs() <= half * 1.001 + 1e-30)[inside].all())
 
 
-def test_the_shrunk_range_has_the_least_weighted_error() -> None:
+def test_shrunk_range_has_the_least_weighted_error() -> None:
     w, energy = random(0, 1, 4, 64), random(1, 1, 64).square()
     w[0, 0, 0] = 20
 
@@ -111,7 +111,7 @@ def test_the_shrunk_range_has_the_least_weighted_error() -> None:
         assert bool((best <= error(int8_grid(w).scale * factor) + 1e-6).all())
 
 
-def test_a_clip_may_count_how_columns_vary_together() -> None:
+def test_clip_may_use_correlations_of_columns() -> None:
     w, x = random(0, 1, 4, 64), correlated(3, 200, 64)
     w[0, 0, 0] = 9
 
@@ -128,7 +128,7 @@ def test_a_clip_may_count_how_columns_vary_together() -> None:
         assert bool((best <= error(start * factor) * (1 + 1e-4)).all())
 
 
-def test_awq_is_the_grid_search_of_its_paper() -> None:
+def test_awq_equals_the_grid_search_of_its_paper() -> None:
     x = correlated(0, 200, 64)
     x[:, 3] *= 30
     weights, magnitude = [random(5, 16, 64), random(6, 24, 64)], x.abs().mean(0)
@@ -152,7 +152,7 @@ def test_awq_is_the_grid_search_of_its_paper() -> None:
     torch.testing.assert_close((x / s) @ (weights[0] * s).T, x @ weights[0].T, rtol=1e-3, atol=1e-2)
 
 
-def test_smoothquant_is_equation_four() -> None:
+def test_smoothquant_equals_equation_4() -> None:
     weights, absmax = [random(0, 8, 16), random(1, 4, 16)], random(2, 16).abs() + 0.1
     s = smooth_scale(weights, absmax, 0.5)
     column = torch.cat(weights).abs().amax(0)
@@ -169,7 +169,7 @@ def test_hadamard_is_orthogonal(n: int) -> None:
         torch.testing.assert_close(values, values[0].expand(len(values)))
 
 
-def test_rotations_keep_the_function_and_flatten_an_outlier() -> None:
+def test_rotations_preserve_the_function_and_flatten_an_outlier() -> None:
     x, producer, consumer, norm = random(0, 9, 20), random(1, 64, 20), random(2, 30, 64), random(3, 64).abs()
     producer[5] *= 50
 
@@ -211,7 +211,7 @@ def test_fp8_never_overflows(values: list[float], rows: int, more: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_fp8_refuses_what_is_not_finite_by_name(bad: float) -> None:
+def test_fp8_error_for_non_finite_values_names_the_tensor(bad: float) -> None:
     w = torch.ones(3, 3)
     w[1, 1] = bad
     with pytest.raises(ValueError, match=r"model\.a holds NaN or infinity"):

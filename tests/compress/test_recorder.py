@@ -1,4 +1,4 @@
-"""Statistics against plain sums, and what a rare expert gets instead of its own."""
+"""Statistics against plain sums, and the fallback for rare experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def record(batches: dict[str, list[torch.Tensor]]) -> Recorder:
     return recorder
 
 
-def test_statistics_are_plain_sums_whatever_the_batches() -> None:
+def test_statistics_equal_plain_sums_for_any_batches() -> None:
     x = torch.randn(90, 12, generator=torch.Generator().manual_seed(0))
     st = record({"m": [x[:7], x[7:50], x[50:]]}).inputs["m"]
     assert st.tokens == 90 and st.gram is not None and st.histogram is not None
@@ -25,11 +25,11 @@ def test_statistics_are_plain_sums_whatever_the_batches() -> None:
     torch.testing.assert_close(st.magnitude, x.abs().sum(0))
     assert torch.equal(st.absmax, x.abs().amax(0)) and st.histogram.total == x.numel()
     assert len(st.rows) == 16
-    assert all(bool((x == row).all(1).any()) for row in st.rows)  # a sample of the rows, none twice
+    assert all(bool((x == row).all(1).any()) for row in st.rows)  # a sample of rows without repeats
     assert len({tuple(row.tolist()) for row in st.rows}) == 16
 
 
-def test_rare_experts_get_their_peers_sums_and_the_widest_range() -> None:
+def test_rare_experts_use_their_peers_sums_and_widest_range() -> None:
     generator = torch.Generator().manual_seed(1)
     a, b, rare = (torch.randn(n, 8, generator=generator) * s for n, s in ((60, 1), (40, 3), (2, 1)))
     inputs = record({"a": [a], "b": [b], "rare": [rare]}).inputs

@@ -1,4 +1,4 @@
-"""Both models are served and timed: what the rows of a report hold."""
+"""Serving measurements of both models in a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from farthing.model import load
 from farthing.ops import select
 
 
-def test_rows_hold_both_models(model_dir: Path, tmp_path: Path) -> None:
+def test_rows_contain_both_models(model_dir: Path, tmp_path: Path) -> None:
     run(Job(model_dir, tmp_path / "out", RECIPES["fp8-block"], None))
     source, compressed = serving_figures(model_dir)(tmp_path / "out")
     assert (source["model"], compressed["model"]) == ("source", "compressed")
@@ -22,7 +22,7 @@ def test_rows_hold_both_models(model_dir: Path, tmp_path: Path) -> None:
         assert row["memory"] is None or row["memory"] > 0
 
 
-def test_a_prompt_longer_than_the_context_is_cut(tmp_path: Path) -> None:
+def test_prompt_longer_than_the_context_is_truncated(tmp_path: Path) -> None:
     from tests.compress.conftest import write_model
 
     short = write_model(tmp_path / "m", max_position_embeddings=64)

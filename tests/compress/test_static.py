@@ -1,4 +1,4 @@
-"""Calibrated input ranges are served: by the kernels as the file says, and as transformers computes them."""
+"""Calibrated input ranges: the kernels follow the file and agree with transformers."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def static(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-def test_the_served_result_depends_on_the_ranges(static: Path, tmp_path: Path) -> None:
-    """With scales x 100 nearly everything rounds to zero; dynamic rounding would not notice."""
+def test_served_result_depends_on_the_ranges(static: Path, tmp_path: Path) -> None:
+    """With scales x 100 nearly everything rounds to zero, unlike with dynamic rounding."""
     served = log_probs(static, "cpu")
     wide = log_probs(scaled(static, tmp_path / "wide", 100.0), "cpu")
     assert float((served - wide).abs().max()) > 0.1
 
 
-def test_kernels_compute_what_is_simulated(static: Path) -> None:
-    """But for the products of kv_b, whose inputs the kernels round and the simulation does not."""
+def test_kernels_match_the_simulation(static: Path) -> None:
+    """Except for the products of kv_b, whose inputs only the kernels round."""
     served, simulated = log_probs(static, "cpu"), log_probs(static, "simulate")
     unrounded = log_probs(static, "reference")
     assert float((served - simulated).norm() / simulated.norm()) < 0.02
     assert float((served - simulated).norm()) < 0.5 * float((unrounded - simulated).norm())
 
 
-def test_experts_of_a_layer_share_the_range_of_their_common_input(static: Path) -> None:
+def test_experts_of_a_layer_share_one_input_range(static: Path) -> None:
     checkpoint = Checkpoint.open(static)
     names = [n for n in checkpoint.names() if ".mlp.experts." in n and n.endswith("input_scale")]
     shared = {(n.split(".")[2], float(checkpoint.tensor(n))) for n in names if "down" not in n}
@@ -78,7 +78,7 @@ def test_experts_of_a_layer_share_the_range_of_their_common_input(static: Path) 
 
 
 def w8a8_static(source: Path, out: Path) -> Path:
-    """What llm-compressor's W8A8 with static activations is on disk, made with compressed-tensors itself."""
+    """llm-compressor's W8A8 files with static activations, written by compressed-tensors."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.lifecycle import forward  # noqa: F401 - registers the wrapped forward
@@ -89,7 +89,7 @@ def w8a8_static(source: Path, out: Path) -> Path:
     weights = args | {"strategy": "channel", "dynamic": False, "observer": "minmax"}
     inputs = args | {"strategy": "tensor", "dynamic": False, "observer": "static_minmax"}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    ignore = ["lm_head", "re:.*kv_b_proj"]  # kv_b is absorbed: its input is never a tensor of its own
+    ignore = ["lm_head", "re:.*kv_b_proj"]  # kv_b is absorbed, so its input is never a separate tensor
     config = QuantizationConfig(
         config_groups={"group_0": group}, ignore=ignore, quantization_status="initialized"
     )
@@ -115,7 +115,7 @@ def w8a8_static(source: Path, out: Path) -> Path:
     for name, module in model.named_modules():
         if hasattr(module, "input_scale"):
             module.quantization_enabled = True
-            module.input_scale.data.fill_(0.8 * absmax[name] / 127.5)  # clips some, as calibration may
+            module.input_scale.data.fill_(0.8 * absmax[name] / 127.5)  # clips some values, like calibration
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     model.save_pretrained(out)
@@ -123,7 +123,7 @@ def w8a8_static(source: Path, out: Path) -> Path:
     return out
 
 
-def test_static_files_of_llm_compressor_compute_what_transformers_computes(tmp_path: Path) -> None:
+def test_static_llm_compressor_files_agree_with_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     source = write_model(tmp_path / "source", num_nextn_predict_layers=0, first_k_dense_replace=3)
@@ -142,7 +142,7 @@ def test_static_files_of_llm_compressor_compute_what_transformers_computes(tmp_p
     assert distance(log_probs(scaled(out, tmp_path / "wide", 3.0), "cpu")) > 0.02
 
 
-def test_a_missing_or_impossible_range_names_the_module(static: Path, tmp_path: Path) -> None:
+def test_error_for_a_missing_or_impossible_range_names_the_module(static: Path, tmp_path: Path) -> None:
     for factor in (0.0, math.nan, -1.0):
         broken = Checkpoint.open(scaled(static, tmp_path / str(factor), factor))
         with pytest.raises(CheckpointError, match=r"model\.layers\.0\.\S+input_scale: found"):

@@ -1,4 +1,4 @@
-"""Whole recipes over a tiny checkpoint: others load what is written, and kills are survived."""
+"""Whole recipes on a tiny checkpoint: other software loads the result, and killed runs resume."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def corpus(model_dir: Path, data: Path) -> Corpus:
 
 
 @pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.scheme != "auto" and not r.adaptive])
-def test_every_recipe_writes_a_model_the_engine_loads(
+def test_engine_loads_the_result_of_every_recipe(
     name: str, model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
     options = Options(calibration=data, data=data, backend="simulate", window=64)
@@ -55,7 +55,7 @@ def test_every_recipe_writes_a_model_the_engine_loads(
     for scale in (n for n in checkpoint.names() if "scale" in n):
         tensor = checkpoint.tensor(scale).float()
         assert bool((tensor > 0).all() and tensor.isfinite().all())
-    for layer in ("1", "2", "3"):  # router and norms stay as they were, or exact in float32
+    for layer in ("1", "2", "3"):  # router and norms are unchanged, or exact in float32
         gate = checkpoint.tensor(f"model.layers.{layer}.mlp.gate.weight")
         assert gate.dtype == torch.float32
     assert document["drop"] < 0.5
@@ -70,7 +70,7 @@ def reference_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
 WIDE = {"hidden_size": 128, "q_lora_rank": 128, "kv_lora_rank": 128, "v_head_dim": 64}  # whole FP8 blocks
 
 
-# With the rounding of inputs that transformers simulates; test_transformers.py has every recipe without it.
+# With transformers' simulated input rounding; test_transformers.py covers every recipe without it.
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -98,7 +98,7 @@ def test_transformers_loads_it_and_computes_the_same(
             expected = theirs(ids[None]).logits[0]
         return float((actual - expected).norm() / expected.norm())
 
-    # They round the activations too, also those of kv_b, which our attention absorbs.
+    # transformers also rounds the activations of kv_b, which our attention absorbs.
     model = load_for(out, "reference", simulate=True)
     batch, blocks = paged_batch([len(ids)])
     cache = model.new_cache(blocks, 16, "float32")
@@ -110,7 +110,7 @@ def test_transformers_loads_it_and_computes_the_same(
     assert distance(reference_logits(out, ids)) < 1e-4
 
 
-def test_deepseek_format_is_read_back_exactly(model_dir: Path, tmp_path: Path) -> None:
+def test_deepseek_format_round_trips_exactly(model_dir: Path, tmp_path: Path) -> None:
     run(Job(model_dir, tmp_path / "ds", RECIPES["fp8-block"], None, export="deepseek-fp8"))
     run(Job(model_dir, tmp_path / "ct", RECIPES["fp8-block"], None))
     ids = torch.arange(2, 40)
@@ -119,9 +119,7 @@ def test_deepseek_format_is_read_back_exactly(model_dir: Path, tmp_path: Path) -
     assert config["quantization_config"]["quant_method"] == "fp8"
 
 
-def test_rotation_and_scaling_change_the_numbers_and_not_the_function(
-    model_dir: Path, corpus: Corpus, tmp_path: Path
-) -> None:
+def test_rotation_and_scaling_preserve_the_function(model_dir: Path, corpus: Corpus, tmp_path: Path) -> None:
     ids = torch.arange(2, 60)
     expected = reference_logits(model_dir, ids)
     for i, scaling in enumerate(("awq", "smoothquant")):
@@ -163,7 +161,7 @@ def test_dropping_experts_keeps_the_most_salient_of_each_group(data: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["prune30-block16", "int4-block16-40"])
-def test_whole_blocks_are_zero_in_what_is_written(
+def test_whole_blocks_are_zero_in_the_files(
     name: str, model_dir: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
     prune = RECIPES[name].prune
@@ -175,7 +173,7 @@ def test_whole_blocks_are_zero_in_what_is_written(
             checkpoint.weight(f"model.layers.1.mlp.experts.{e}.{part}_proj").dequantize() for e in range(8)
         ]
         zero = torch.stack(blocks).view(8, 4, 16, 4, 16).eq(0).all(4).all(2)
-        # a block of one token's worth of energy may round to zero as well, so at least as many
+        # a block with little energy may also round to zero, hence at least
         assert float(zero.double().mean()) == pytest.approx(prune.sparsity, abs=0.02)
     assert checkpoint.weight("model.layers.1.self_attn.o_proj").dequantize().ne(0).double().mean() > 0.8
 
@@ -186,7 +184,7 @@ def test_one_threshold_over_all_layers(pattern: Any, model_dir: Path, tmp_path: 
     prune = Prune(pattern, 0.3, "magnitude", "global", "none", "all")
     source, writer = Checkpoint.open(model_dir), CheckpointWriter(tmp_path / "source")
     step = 1 if pattern == "unstructured" else 0.05  # sums over a block differ less
-    for i, name in enumerate(source.names()):  # matrices of different magnitude
+    for i, name in enumerate(source.names()):  # matrices of different magnitudes
         writer.add(name, source.tensor(name) * (1 + step * (i % 5) if "_proj" in name else 1))
     writer.close(source.config, copy_from=model_dir)
     run(Job(tmp_path / "source", tmp_path / "out", Recipe("x", "keep", prune=prune), None))
@@ -209,7 +207,7 @@ def test_one_threshold_over_all_layers(pattern: Any, model_dir: Path, tmp_path: 
     assert max(shares) > 2 * min(shares)
 
 
-def test_healing_reduces_error_and_keeps_zeros(model_dir: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_healing_reduces_the_error_and_keeps_zeros(model_dir: Path, corpus: Corpus, tmp_path: Path) -> None:
     prune = Prune("16x16", 0.5, heal_steps=60)
     state = run(Job(model_dir, tmp_path / "healed", Recipe("x", "keep", prune=prune), corpus))
     assert [h["layer"] for h in state.healed] == [0, 1, 2]
@@ -221,8 +219,8 @@ def test_healing_reduces_error_and_keeps_zeros(model_dir: Path, corpus: Corpus, 
     assert torch.equal(a == 0, b == 0) and not torch.equal(a, b)
 
 
-def test_calibration_sees_what_a_plain_forward_sees(model_dir: Path, corpus: Corpus) -> None:
-    """The recorded gram of the last layer's router input against the serving model's own hidden states."""
+def test_calibration_matches_a_plain_forward_pass(model_dir: Path, corpus: Corpus) -> None:
+    """The gram of the last layer's router input against the serving model's hidden states."""
     from farthing.compress.calibrate.recorder import Recorder, Wanted
 
     recorder = Recorder(Wanted(gram=True, histogram=True))
@@ -245,7 +243,7 @@ def test_calibration_sees_what_a_plain_forward_sees(model_dir: Path, corpus: Cor
 
 
 def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    """SIGKILL after the second layer, from inside; the second run starts there and the bytes are equal."""
+    """SIGKILL after the second layer; the second run resumes there and writes equal bytes."""
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -286,7 +284,7 @@ def test_another_job_does_not_resume_and_a_finished_model_is_not_overwritten(
     model_dir: Path, tmp_path: Path
 ) -> None:
     run(Job(model_dir, tmp_path, RECIPES["fp8-block"], None))
-    with pytest.raises(ValueError, match="already holds a model"):
+    with pytest.raises(ValueError, match="already has a model"):
         run(Job(model_dir, tmp_path, RECIPES["fp8-block"], None))
 
 
@@ -300,7 +298,7 @@ UNEQUAL = [
 
 @pytest.mark.parametrize("name", ["int8", "int8-kl", "fp8-block", "int4-gptq", "auto", "prune30-block16"])
 def test_layers_of_different_sizes(name: str, data: Path, tmp_path: Path) -> None:
-    """As `farthing train prune` leaves them."""
+    """As produced by `farthing train prune`."""
     source = write_model(tmp_path / "source", layer_sizes=UNEQUAL)
     recipe = RECIPES[name]
     if recipe.prune is not None:
@@ -316,7 +314,7 @@ def test_layers_of_different_sizes(name: str, data: Path, tmp_path: Path) -> Non
     assert shape == (64, 32)
 
 
-def test_layers_of_different_sizes_lose_no_experts(data: Path, tmp_path: Path) -> None:
+def test_experts_of_layers_with_different_sizes_are_not_dropped(data: Path, tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", layer_sizes=UNEQUAL)
     with pytest.raises(ValueError, match=r"experts is 0\.25, but the layers of this model already differ"):
         compress(source, tmp_path / "out", RECIPES["experts-reap"], Options(data, data, window=64))
@@ -342,7 +340,7 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
     (tmp_path / "auto.yaml").write_text(f"base: auto\ncalibration_tokens: {SMALL}\nsparsities: []\n")
     budget[2] = str(tmp_path / "auto.yaml")
     result = CliRunner().invoke(app, [*budget, "-o", str(tmp_path / "c"), "--calibration", str(data)])
-    assert result.exit_code == 2 and "budget_bytes is 1,000 (weights read for one decoded" in result.output
+    assert result.exit_code == 2 and "budget_bytes is 1,000 (weights read per decoded" in result.output
     result = CliRunner().invoke(app, [*args[:2], "int8", "--budget", "1kB", "-o", str(tmp_path / "d")])
     assert result.exit_code == 2 and "scheme is 'int8'; expected scheme 'auto'" in result.output
     yaml = tmp_path / "mine.yaml"
@@ -398,7 +396,7 @@ def test_a_budget_in_units(text: str | int, size: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["int8", "int4-rtn", "fp8-block", "prune30-magnitude", "int4-gptq"])
 @pytest.mark.parametrize("tensor", ["model.layers.3.mlp.experts.7.down_proj.weight", "model.norm.weight"])
-def test_what_is_not_finite_is_refused_by_name(
+def test_error_for_non_finite_weights_names_the_tensor(
     name: str, tensor: str, model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
     checkpoint, writer = Checkpoint.open(model_dir), CheckpointWriter(tmp_path / "source")
@@ -409,11 +407,11 @@ def test_what_is_not_finite_is_refused_by_name(
         writer.add(other, value)
     writer.close(checkpoint.config, copy_from=model_dir)
     options = Options(data, data, window=64, gate=False)
-    with pytest.raises(ValueError, match=f"{tensor} holds NaN or infinity"):
+    with pytest.raises(ValueError, match=f"{tensor} has NaN or infinity"):
         compress(tmp_path / "source", tmp_path / "out", RECIPES[name], options)
 
 
-def test_what_is_sure_to_fail_fails_before_the_work(model_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_predictable_failures_happen_before_the_work(model_dir: Path, data: Path, tmp_path: Path) -> None:
     for recipe, options, words in (
         (
             "auto",
@@ -422,14 +420,14 @@ def test_what_is_sure_to_fail_fails_before_the_work(model_dir: Path, data: Path,
         ),
         ("auto", Options(data, data, export="gguf"), "format is 'gguf'; expected one of auto, "),
         ("int8", Options(data, data, backend="tpu"), "backend 'tpu' is unknown"),
-        ("int8", Options(data, tmp_path / "none"), "data is .*none', no such file"),
+        ("int8", Options(data, tmp_path / "none"), "data is .*none', which does not exist"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             compress(model_dir, tmp_path / "out", RECIPES[recipe], options)
         assert not (tmp_path / "out").exists()
 
 
-def test_a_run_killed_while_it_named_its_shards_starts_over(model_dir: Path, tmp_path: Path) -> None:
+def test_run_killed_while_renaming_shards_starts_over(model_dir: Path, tmp_path: Path) -> None:
     job = Job(model_dir, tmp_path / "out", RECIPES["fp8-block"], None)
     run(replace(job, out=tmp_path / "whole"))
     with pytest.MonkeyPatch.context() as patch:
@@ -444,7 +442,7 @@ def test_a_run_killed_while_it_named_its_shards_starts_over(model_dir: Path, tmp
     assert set(a.names()) == set(b.names()) and a.stored_bytes() == b.stored_bytes()
 
 
-def test_unknown_recipe_lists_the_known() -> None:
+def test_error_for_unknown_recipe_lists_known_ones() -> None:
     with pytest.raises(ValueError, match="int8-kl"):
         load_recipe("int7")
 

@@ -1,5 +1,5 @@
-"""What transformers 5.24 makes of every recipe's files, on models with experts: it loads them and computes
-the same, or the report says that it does not."""
+"""transformers 5.24 on every recipe's files, for models with experts: it loads them and agrees, or the report
+lists why not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from farthing.model import load
 from farthing.ops import select
 from tests.compress.conftest import write_model
 
-# Experts and matrices of several FP8 blocks, so that a scale per matrix would not pass for a scale per block.
+# Experts and matrices of several FP8 blocks, so that a scale per matrix differs from a scale per block.
 WIDE = {
     "hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256, "q_lora_rank": 128,
     "kv_lora_rank": 64, "v_head_dim": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64,
@@ -30,14 +30,14 @@ ALL = [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in REC
 
 
 def ours(path: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Logits in float32, nothing rounded but the weights."""
+    """Our logits in float32, rounding only weights."""
     model = load(path, select("reference"))
     batch, blocks = paged_batch([len(ids)])
     return model.logits(model.forward(ids, batch, model.new_cache(blocks, BLOCK, "float32")))
 
 
 def theirs(path: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of transformers, which has to find every tensor it needs; input rounding is switched off."""
+    """Logits of transformers without input rounding; it must find every tensor."""
     from transformers import AutoModelForCausalLM
 
     config = json.loads((path / "config.json").read_text())
@@ -62,7 +62,7 @@ def quick(recipe: Recipe) -> Recipe:
 
 
 def check(source: Path, out: Path, recipe: Recipe, ids: torch.Tensor, **options: Any) -> list[str]:
-    """Compress, then hold the report's word against transformers; returns the limits reported."""
+    """Compress, check the reported limits against transformers, and return them."""
     outcome = compress(source, out, quick(recipe), Options(gate=False, **options))
     limits = outcome.report.transformers_limits
     assert outcome.to_json()["transformers_limits"] == limits
@@ -78,7 +78,7 @@ def check(source: Path, out: Path, recipe: Recipe, ids: torch.Tensor, **options:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_recipe_loads_or_says_not(name: str, data: Path, tmp_path: Path) -> None:
+def test_every_recipe_loads_or_reports_why_not(name: str, data: Path, tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", **WIDE)
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
     limits = check(source, tmp_path / "out", RECIPES[name], ids, calibration=data)
@@ -108,7 +108,7 @@ def test_every_recipe_on_the_embedded_model(name: str, tmp_path: Path) -> None:
         (Recipe("x", "int8", ignore=("*.experts.1.*",)), {}, "dense and int8"),
     ],
 )
-def test_what_does_not_load_is_said_before_the_start_and_in_the_report(
+def test_transformers_limits_are_logged_before_the_start_and_reported(
     recipe: Recipe, options: Any, words: str, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes = options.get("changes", {})

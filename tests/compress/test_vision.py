@@ -43,7 +43,7 @@ def test_top1_of_two_files(files: Path) -> None:
     assert found["interval"][0] <= found["difference"] == found["top1_b"] - 1.0 <= found["interval"][1]
 
 
-def test_what_is_missing_is_named(files: Path) -> None:
+def test_errors_name_missing_arrays(files: Path) -> None:
     a, b = files / "a.onnx", files / "b.onnx"
     np.savez(files / "y.npz", images=np.zeros((2, 3, 8, 8), np.float32))
     np.savez(files / "z.npz", images=np.zeros((2, 8, 8), np.float32), labels=np.zeros(2, np.int64))

@@ -1,4 +1,4 @@
-"""Prompts of every packaged format; DeepSeek's own rules, written out, are the reference."""
+"""Prompts of every packaged format, compared with DeepSeek's rules written out."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ INVOKE = (
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_talk(form, talk: str) -> None:  # type: ignore[no-untyped-def]
+def test_conversation(form, talk: str) -> None:  # type: ignore[no-untyped-def]
     assert form.render(TALK, TOKENS) == talk
 
 
-def test_a_talk_with_v4_opens_the_reasoning() -> None:
+def test_v4_conversation_opens_the_reasoning() -> None:
     talk = f"Be brief.<｜User｜>Hi<｜Assistant｜></think>Hello.{EOS}<｜User｜>Rome?<｜Assistant｜>"
     high = V4.render(TALK, TOKENS)
     assert high.startswith(f"{BOS}Reasoning Effort: Absolute maximum") and high.endswith(f"\n\n{talk}<think>")
@@ -130,7 +130,7 @@ def test_a_talk_with_v4_opens_the_reasoning() -> None:
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_tool_loop(form, tail: str) -> None:  # type: ignore[no-untyped-def]
+def test_tool_loop(form, tail: str) -> None:  # type: ignore[no-untyped-def]
     prompt = form.render(replace(LOOP, thinking=True), TOKENS)
     assert prompt.endswith(tail)
     if form is V31:
@@ -140,7 +140,7 @@ def test_a_tool_loop(form, tail: str) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_nothing_a_client_wrote_vanishes(form) -> None:  # type: ignore[no-untyped-def]
+def test_no_client_text_is_dropped(form) -> None:  # type: ignore[no-untyped-def]
     turns = (
         Turn("developer", "DEVELOPER"),
         Turn("system", "SYSTEM"),
@@ -198,9 +198,7 @@ TURNS = st.lists(
 
 @settings(deadline=None)
 @given(TURNS, st.booleans(), st.booleans())
-def test_v3_is_the_template_that_checkpoints_without_one_get(
-    turns: list[Turn], with_tools: bool, generate: bool
-) -> None:
+def test_v3_is_the_default_template(turns: list[Turn], with_tools: bool, generate: bool) -> None:
     turns.sort(key=lambda turn: turn.role not in ("system", "developer"))
     talk = Conversation(tuple(turns), (WEATHER,) if with_tools else (), generate=generate)
     values = arguments(talk, DEEPSEEK_TEMPLATE)
@@ -210,7 +208,7 @@ def test_v3_is_the_template_that_checkpoints_without_one_get(
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
-def test_resume_leaves_the_last_turn_open(form) -> None:  # type: ignore[no-untyped-def]
+def test_continuation_leaves_the_last_turn_open(form) -> None:  # type: ignore[no-untyped-def]
     talk = Conversation((Turn("user", "Hi"), Turn("assistant", "Hello wo")), resume=True)
     assert form.render(talk, TOKENS).endswith("Hello wo")
 
@@ -223,12 +221,12 @@ def test_earlier_arguments_must_be_objects(form, text: str) -> None:  # type: ig
         form.render(talk, TOKENS)
 
 
-# The model's own template.
+# The model's template.
 
 SILENT = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
 
 
-def test_a_template_that_leaves_something_out_is_noticed() -> None:
+def test_template_that_drops_content_is_detected() -> None:
     prompt = "Rome?"
     with pytest.raises(FormatError, match="the tool 'weather'"):
         finished(LOOP, prompt)
@@ -239,7 +237,7 @@ def test_a_template_that_leaves_something_out_is_noticed() -> None:
     assert finished(replace(LOOP, tools=()), "weather Rome? sunny") == "weather Rome? sunny"
 
 
-def test_developer_turns_become_system_turns_where_the_template_does_not_know_them() -> None:
+def test_developer_turns_become_system_turns_if_unsupported() -> None:
     talk = Conversation((Turn("developer", "D"),))
     assert arguments(talk, "{{ messages }}")["messages"][0]["role"] == "system"
     assert arguments(talk, "if role == 'developer'")["messages"][0]["role"] == "developer"
@@ -266,12 +264,12 @@ MARK = "<｜tool▁calls▁begin｜>"
         (_checkpoint("{{ messages }}"), "own", "own"),
     ],
 )
-def test_choice_by_the_checkpoint(checkpoint: Checkpoint, plain: str, tools: str) -> None:
+def test_format_selected_by_the_checkpoint(checkpoint: Checkpoint, plain: str, tools: str) -> None:
     chosen = choose(checkpoint)
     assert (chosen.plain.name, chosen.tools.name) == (plain, tools)
 
 
-def test_choice_by_the_command_line() -> None:
+def test_format_selected_by_the_command_line() -> None:
     checkpoint = _checkpoint("{{ messages }}{{ tools }}</think>", MARK)
     assert choose(checkpoint, template="deepseek_v4").plain.name == "deepseek_v4"
     assert choose(checkpoint, calls="glm45").plain.calls is GLM45.calls
@@ -279,12 +277,12 @@ def test_choice_by_the_command_line() -> None:
     assert choose(_checkpoint("{{ messages }}"), reasoning="deepseek_r1").plain.tags is not None
 
 
-def test_variables_of_a_template() -> None:
+def test_template_variables() -> None:
     assert variables("{% for m in messages %}{{ m }}{{ tools }}{% endfor %}") == {"messages", "tools"}
     assert variables("{% broken") == frozenset()
 
 
-def test_a_template_from_a_file(tmp_path: Path) -> None:
+def test_template_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "t.jinja"
     file.write_text("{{ messages }}")
     assert template_source(str(file)) == "{{ messages }}"

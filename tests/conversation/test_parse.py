@@ -1,4 +1,4 @@
-"""Every format's calls are read wherever the stream is cut, and no markup reaches the text."""
+"""Every format's calls are parsed however the stream is chunked, and no markup reaches the text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TOOLS = (
 
 
 def answer(parser: CallParser | OutputParser, chunks: list[str]) -> Answer:
-    """All chunks put together; checks the order of the deltas."""
+    """Join all chunks and check the order of the deltas."""
     deltas: list[Delta] = []
     for chunk in chunks:
         deltas += parser.push(chunk)
@@ -204,7 +204,7 @@ PARSERS: list[Callable[[], CallParser]] = [
 @settings(deadline=None, max_examples=300)
 @given(text=SOUP, opened=st.booleans(), reasons=st.booleans(), cuts=CUTS)
 @example(text='<｜DSML｜invoke name="a\nb', opened=False, reasons=False, cuts=[])
-def test_any_text_is_read_the_same_wherever_it_is_cut(
+def test_any_text_parses_the_same_in_any_chunking(
     make: Callable[[], CallParser], text: str, opened: bool, reasons: bool, cuts: list[int]
 ) -> None:
     def parser() -> OutputParser:
@@ -247,7 +247,7 @@ BEGINNINGS = [
 
 @pytest.mark.parametrize("make", PARSERS)
 def test_linear_in_its_input(make: Callable[[], CallParser]) -> None:
-    """A square here is seconds: 800 blanks took 2.4 s once."""
+    """Quadratic time would take seconds: 800 blanks took 2.4 s once."""
     start = time.perf_counter()
     for filler, before in itertools.product(FILLERS, BEGINNINGS):
         parser = OutputParser(make(), THINK, hidden=frozenset(("<｜User｜>",)))
@@ -275,7 +275,7 @@ def byte_tokenizer(special: list[str], added: list[str]) -> Tokenizer:
 
 TOKENIZERS = [
     byte_tokenizer(["<s>", *DEEPSEEK.all, *KIMI.all, "｜DSML｜"], ["<think>", "</think>", "<tool_call>"]),
-    byte_tokenizer(["<s>"], []),  # every tag is spelt out
+    byte_tokenizer(["<s>"], []),  # no tag is a token
 ]
 
 
@@ -301,7 +301,7 @@ def test_calls_survive_as_token_ids(
         assert [(name, json.loads(arguments)) for _, name, arguments in found.calls] == calls
 
 
-# Single cases.
+# Individual cases.
 
 
 def test_arguments_stream_before_the_call_ends() -> None:
@@ -334,7 +334,9 @@ def test_arguments_stream_before_the_call_ends() -> None:
         ),
     ],
 )
-def test_a_call_cut_off_keeps_what_it_has(make: Callable[[], CallParser], text: str, arguments: str) -> None:
+def test_truncated_call_keeps_its_arguments_so_far(
+    make: Callable[[], CallParser], text: str, arguments: str
+) -> None:
     for chunks in ([text], list(text)):
         ((_, _, found),) = answer(make(), chunks).calls
         assert found == arguments
@@ -358,7 +360,7 @@ def test_kimi_keeps_its_own_ids() -> None:
 
 
 @pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)
-def test_a_call_begun_inside_the_reasoning_ends_it(
+def test_call_inside_the_reasoning_ends_the_reasoning(
     write: Callable[[Calls], str], make: Callable[[], CallParser]
 ) -> None:
     text = "Let me call it." + write([("get_weather", {"city": "Rome"})])
@@ -375,10 +377,10 @@ def test_control_tokens_are_dropped() -> None:
 
 
 @pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)
-def test_arguments_may_speak_of_the_format(
+def test_arguments_may_contain_the_formats_markup(
     write: Callable[[Calls], str], make: Callable[[], CallParser]
 ) -> None:
-    """A tool that edits a parser's source. Only a value's own closing tag cannot be part of it."""
+    """Like a tool that edits a parser's source. Only a value's own closing tag is impossible."""
     marks = [*DEEPSEEK.all, *KIMI.all, "<think>", "</think>", "<tool_call>", "<｜DSML｜", "</invoke>"]
     calls = [("get_weather", {"city": f"see {mark} 'x' {{ [ here"}) for mark in marks]
     text = write(calls)
@@ -390,7 +392,7 @@ def test_arguments_may_speak_of_the_format(
 
 
 def test_a_call_without_the_opening_tag_of_its_section() -> None:
-    """vllm 48931: at long context the model leaves it out, and writes the closing one."""
+    """vllm 48931: at long context the model omits it but writes the closing tag."""
     for section in ("tool_calls", "function_calls"):
         call = dsml(section)([("get_weather", {"city": "Rome", "days": 2})])
         text = "Let me look." + call.replace(f"<｜DSML｜{section}>\n", "", 1)
@@ -401,10 +403,10 @@ def test_a_call_without_the_opening_tag_of_its_section() -> None:
                 [("get_weather", {"city": "Rome", "days": 2})],
             )
     quoted = 'The tag <｜DSML｜invoke name="f"> begins a call.'
-    assert read(NoCalls(), list(quoted)) == (quoted, [])  # without tools nothing is read as a call
+    assert read(NoCalls(), list(quoted)) == (quoted, [])  # without tools nothing is parsed as a call
 
 
-def test_a_parameter_that_nothing_follows_is_text() -> None:
+def test_parameter_at_the_end_is_text() -> None:
     text = 'Write <｜DSML｜parameter name="x" string="true">and a value.'
     for chunks in ([text], list(text)):
         assert read(DsmlCalls(TOOLS), chunks) == ("Write and a value.", [])
@@ -421,16 +423,14 @@ NO_NAME = f"<｜DSML｜invoke>\n{PARAMETER}</｜DSML｜invoke>\n"
     ("body", "calls"),
     [
         (CALL_F, 1),
-        (CALL_F + NO_NAME, 1),  # a malformed sibling takes only itself away
+        (CALL_F + NO_NAME, 1),  # a malformed sibling does not affect others
         (NO_NAME + CALL_F, 1),
         (CALL_F.replace("</｜DSML｜invoke>\n", "") + CALL_F, 2),
         (CALL_F + '<｜DSML｜invoke name="f"/>\n' + CALL_F, 3),
     ],
 )
-def test_sections_that_are_bare_unterminated_or_hold_a_malformed_call(
-    section: str, closed: bool, body: str, calls: int
-) -> None:
-    """sglang 40236: the markup came back as content and the calls were lost, in either version's section."""
+def test_bare_unterminated_and_malformed_sections(section: str, closed: bool, body: str, calls: int) -> None:
+    """sglang 40236: the markup was returned as content and the calls were lost."""
     text = f"Now:\n\n<｜DSML｜{section}>\n{body}" if section else f"Now:\n\n{body}"
     text += f"</｜DSML｜{section}>" if section and closed else ""
     for chunks in ([text], list(text)):
@@ -439,8 +439,8 @@ def test_sections_that_are_bare_unterminated_or_hold_a_malformed_call(
         assert [call for call in found if call[1]] == [("f", {"x": [1]})] * body.count(CALL_F[:30])
 
 
-def test_a_name_that_never_ends_is_no_call() -> None:
-    """vllm 54686: the model quotes a broken call, and its name swallows the rest of the answer."""
+def test_unterminated_name_is_not_a_call() -> None:
+    """vllm 54686: the model quotes a broken call, whose name swallowed the rest of the answer."""
     text = (
         'See:\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="record_item {\n'
         "category: Dexes\n\nWait, this is wrong."
@@ -451,7 +451,7 @@ def test_a_name_that_never_ends_is_no_call() -> None:
         assert shown.startswith("See:") and shown.endswith("category: Dexes\n\nWait, this is wrong.")
 
 
-def test_a_value_that_ends_in_an_angle_bracket() -> None:
+def test_value_ending_in_an_angle_bracket() -> None:
     """vllm 53227, 45877: the closing tag leaks into a shell command."""
     command = "make >log 2>&1 </dev/null"
     text = (
@@ -467,7 +467,7 @@ def test_a_value_that_ends_in_an_angle_bracket() -> None:
     [
         ("false", {"type": "integer"}, "5", 5),
         ("false", {"type": "integer"}, "5.0", 5),
-        ("false", {"type": "string"}, "5", "5"),  # the schema judges
+        ("false", {"type": "string"}, "5", "5"),  # the schema decides
         ("false", {"type": "string"}, "plain", "plain"),
         ("false", {"type": "boolean"}, "True", True),
         ("false", {}, "None", None),
@@ -484,7 +484,7 @@ def test_a_value_that_ends_in_an_angle_bracket() -> None:
         (None, {"type": "string"}, "[1]", "[1]"),
     ],
 )
-def test_dsml_values_get_their_type_from_the_schema(
+def test_dsml_values_are_typed_by_the_schema(
     declared: str | None, schema: dict[str, Any], text: str, value: Any
 ) -> None:
     tool = Tool("g", None, {"properties": {"x": schema}, "$defs": {"n": {"type": "integer"}}})
@@ -507,7 +507,7 @@ def test_dsml_values_get_their_type_from_the_schema(
         "[1]</｜｜DSML｜｜parameter></｜｜DSML｜｜invoke>",
     ],
 )
-def test_dsml_that_models_misspell(text: str) -> None:
+def test_misspelled_dsml(text: str) -> None:
     for chunks in ([text], list(text)):
         assert read(DsmlCalls(TOOLS), chunks) == ("", [("f", {"x": [1]})])
 
@@ -522,11 +522,11 @@ def test_json_list_survives_any_chunking(calls: Calls, spaced: bool, cuts: list[
     assert read(ListedCalls(), chunked(text, cuts)) == ("", calls)
 
 
-def test_a_named_call_is_all_arguments() -> None:
+def test_output_of_a_named_call_is_only_arguments() -> None:
     assert read(NamedCall("f"), ['{"a"', ": 1}"]) == ("", [("f", {"a": 1})])
 
 
-def test_json_that_is_no_call_becomes_text() -> None:
+def test_json_that_is_not_a_call_becomes_text() -> None:
     for text in ("sorry", '[{"name": 1}]', '[{"name": "f"}]'):
         assert read(ListedCalls(), list(text)) == (text, [])
 
@@ -552,7 +552,7 @@ def test_schema_of_calls(parallel: bool) -> None:
 
 
 @pytest.mark.parametrize("single", [True, False])
-def test_a_model_that_loves_blanks_finishes_a_forced_call(single: bool) -> None:
+def test_model_that_prefers_blanks_finishes_a_forced_call(single: bool) -> None:
     tool = Tool("f", None, {"properties": {"x": {"type": "boolean"}}, "required": ["x"]} | {"type": "object"})
     closed = replace(tool, parameters={**(tool.parameters or {}), "additionalProperties": False})
     choice = ToolChoice("required", ("f",), single=single)

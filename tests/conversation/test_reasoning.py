@@ -1,4 +1,4 @@
-"""Reasoning is told from the answer, wherever the stream is cut."""
+"""Reasoning is separated from the answer in any chunking."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = [
     # both tags
     ("<think>\nwhy\n</think>\n\nbecause", False, "why", "because"),
     ("<think>\nwhy\n</think>\n\nbecause", True, "why", "because"),
-    # the closing tag alone: the prompt opened it
+    # only the closing tag: the prompt opened the reasoning
     ("why\n</think>\n\nbecause", True, "why", "because"),
     # none
     ("because", False, "", "because"),
@@ -47,7 +47,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "opens", "reasoning", "content"), CASES)
-def test_cases_whole_and_in_every_two_chunks(text: str, opens: bool, reasoning: str, content: str) -> None:
+def test_cases_whole_and_split_in_two(text: str, opens: bool, reasoning: str, content: str) -> None:
     assert streamed([text], opens) == (reasoning, content)
     for cut in range(len(text) + 1):
         assert streamed([text[:cut], text[cut:]], opens) == (reasoning, content)
@@ -56,14 +56,14 @@ def test_cases_whole_and_in_every_two_chunks(text: str, opens: bool, reasoning: 
 
 @given(TEXTS, st.booleans(), st.lists(st.integers(0, 40), max_size=6))
 @example("<think>x\n", False, [])
-def test_any_chunking_gives_the_same(text: str, opens: bool, cuts: list[int]) -> None:
+def test_result_does_not_depend_on_chunking(text: str, opens: bool, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     chunks = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert streamed(chunks, opens) == streamed([text], opens)
 
 
 @given(TEXTS, st.booleans())
-def test_nothing_but_tags_and_space_is_lost(text: str, opens: bool) -> None:
+def test_only_tags_and_space_are_removed(text: str, opens: bool) -> None:
     kept = [c for c in "".join(streamed([text], opens)) if not c.isspace()]
     sent = [c for c in text if not c.isspace()]
     assert len(sent) - len(kept) in (0, len("<think>"), len("</think>"), len("<think></think>"))
@@ -72,7 +72,7 @@ def test_nothing_but_tags_and_space_is_lost(text: str, opens: bool) -> None:
 
 
 @given(st.text("<x/think>"), st.lists(st.sampled_from(["</think>", "<think>", "<"]), min_size=1))
-def test_what_is_ready_cannot_become_a_literal(text: str, strings: list[str]) -> None:
+def test_released_text_cannot_become_part_of_a_tag(text: str, strings: list[str]) -> None:
     known = Literals(strings)
     if known.find(text) is not None:
         return

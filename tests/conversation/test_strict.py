@@ -1,4 +1,4 @@
-"""Strict tools under a free choice: grammars hold calls to their schemas in every format."""
+"""Strict tools with tool_choice auto: grammars enforce schemas in every format."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def grammar_of(form: ChatFormat, tools: tuple[Tool, ...], kind: str, **options: 
 
 
 def obey(grammar: CallGrammar, kind: str, wish: str, then: str = "", seed: int = 0) -> str:
-    """What a model writes that wants to write `wish`, and then `then` again and again.
+    """Generate from a model that wants to write `wish` and then repeats `then`.
 
-    A refused token is skipped, or another is drawn.
+    A rejected token is skipped, or another is drawn.
     """
     tokenizer, rng = TOKENIZERS[kind], random.Random(seed)
     matcher = COMPILERS[kind].compile(StructuredOutputsParams(grammar=grammar.grammar))
@@ -86,7 +86,7 @@ def obey(grammar: CallGrammar, kind: str, wish: str, then: str = "", seed: int =
 
 
 def split_call(form: ChatFormat, text: str) -> tuple[str, str]:
-    """What the format writes up to the opener of a call, and what follows."""
+    """The format's text up to the opener of a call, and the rest."""
     assert form.syntax is not None
     opener = form.syntax.openers[0]
     at = text.rindex(opener + "invoke") if opener == "<｜DSML｜" else text.rindex(opener)
@@ -117,9 +117,7 @@ OTHER = Tool("other-2", None, {"properties": {"x": {"type": "integer"}}})
 
 @by_vocabulary
 @by_format
-def test_a_correct_call_is_written_as_the_model_wishes(
-    form: ChatFormat, write: Callable[[Calls], str], vocabulary: str
-) -> None:
+def test_valid_call_is_not_changed(form: ChatFormat, write: Callable[[Calls], str], vocabulary: str) -> None:
     grammar = grammar_of(form, (WEATHER, OTHER), vocabulary)
     assert grammar is not None
     for call in (("get_weather", GOOD), ("other-2", {"x": "any", "y": [1]})):
@@ -141,7 +139,7 @@ def test_a_correct_call_is_written_as_the_model_wishes(
         {"code": "ROMA", "note": "why", "tags": [True, True, True], "unit": "", "days": None, "city": ""},
     ],
 )
-def test_a_wrong_call_is_held_to_the_schema(
+def test_invalid_call_is_forced_to_the_schema(
     form: ChatFormat, write: Callable[[Calls], str], vocabulary: str, wrong: dict[str, Any]
 ) -> None:
     grammar = grammar_of(form, (WEATHER, OTHER), vocabulary)
@@ -190,7 +188,7 @@ def test_only_allowed_tools_may_be_called(form: ChatFormat, write: Callable[[Cal
     assert name == "other-2"
 
 
-def test_a_limit_that_a_format_cannot_express_is_refused() -> None:
+def test_limit_that_a_format_cannot_express_is_rejected() -> None:
     tool = strict({"properties": {"when": {"type": "string", "format": "date"}}})
     with pytest.raises(ValueError, match="'when' by format"):
         grammar_of(GLM45, (tool,), "special")

@@ -1,4 +1,4 @@
-"""Energy meters against a powercap tree and an NVML of the test's own."""
+"""Energy meters against a fake powercap tree and a fake NVML."""
 
 import sys
 from pathlib import Path
@@ -35,7 +35,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch, counters: list[int]) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)
 
 
-def test_rapl_sums_packages_and_memory_and_survives_a_wrap(tmp_path: Path) -> None:
+def test_rapl_sums_packages_and_memory_and_handles_wraparound(tmp_path: Path) -> None:
     powercap(
         tmp_path,
         {
@@ -46,14 +46,14 @@ def test_rapl_sums_packages_and_memory_and_survives_a_wrap(tmp_path: Path) -> No
     )
     meter = RaplMeter(tmp_path)
     assert meter.joules(0, 0) == 0
-    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("4000")  # wrapped: 5,000 µJ on
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("4000")  # wrapped: 5,000 µJ later
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("900000")
     (tmp_path / "intel-rapl:0:1" / "energy_uj").write_text("2010")
     assert meter.joules(1, 1) == pytest.approx(0.007)
     assert open_meter(CPU, root=tmp_path).source == "rapl"
 
 
-def test_without_counters_the_estimate_says_so(tmp_path: Path) -> None:
+def test_estimate_is_labelled_without_counters(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         RaplMeter(tmp_path)
     meter = open_meter(CPU, root=tmp_path)

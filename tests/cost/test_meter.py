@@ -1,4 +1,4 @@
-"""The accounts: totals are conserved whatever comes in which order, and figures are checked by hand."""
+"""Accounts: totals are conserved for any order of events, and figures match manual calculation."""
 
 import ast
 from pathlib import Path
@@ -33,7 +33,7 @@ class Clock:
 
 
 class Counter:
-    """A measured meter: the joules are whatever the test says."""
+    """A meter whose joules are set by the test."""
 
     source = "rapl"
     total = 0.0
@@ -51,9 +51,9 @@ def conserved(report: CostReport) -> None:
 
 
 EVENT = st.tuples(
-    st.floats(0, 100),  # seconds that pass
-    st.floats(0, 1.5),  # of them busy (the engine's clock may run ahead)
-    st.floats(0, 500),  # joules drawn
+    st.floats(0, 100),  # elapsed seconds
+    st.floats(0, 1.5),  # busy share (the engine's clock may run ahead)
+    st.floats(0, 500),  # joules used
     st.one_of(st.none(), st.tuples(st.floats(0, 60), st.floats(0, 60), st.integers(0, 3))),
 )
 
@@ -98,11 +98,11 @@ def test_the_estimate_charges_declared_watts(steps: list[tuple[float, float]]) -
 def hour() -> tuple[CostMeter, Clock]:
     clock = Clock()
     meter = CostMeter(MACHINE, EstimatedMeter(MACHINE.watts, MACHINE.idle_watts), clock)
-    clock.now = 100.0  # 40 s busy: 10 prefill, 20 decode of one request, 10 of one that still runs
+    clock.now = 100.0  # 40 s busy: 10 prefill, 20 decode of one request, 10 of one still running
     return meter, clock
 
 
-def test_one_request_by_hand() -> None:
+def test_one_request_matches_manual_calculation() -> None:
     meter, _ = hour()
     usage = Usage(
         prefill_tokens=100, cached_tokens=50, decode_tokens=20, prefill_seconds=10, decode_seconds=20
@@ -122,7 +122,7 @@ def test_one_request_by_hand() -> None:
     assert report.usd_per_million_output_tokens == pytest.approx(report.total.usd / 20 * 1e6)
 
 
-def test_the_usage_extension_adds_up_and_is_plain_json() -> None:
+def test_usage_extension_adds_up_and_is_plain_json() -> None:
     meter, _ = hour()
     cost = meter.record(Usage(prefill_tokens=3, prefill_seconds=1, decode_seconds=2), 40.0)
     shown = usage_extension(cost)
@@ -157,7 +157,7 @@ def test_accounts_are_bounded() -> None:
     assert accounts["m", OTHER].requests == 2
 
 
-def test_bad_usage_is_refused() -> None:
+def test_invalid_usage_is_rejected() -> None:
     with pytest.raises(ValueError, match="decode_seconds is -1"):
         Usage(decode_seconds=-1)
     with pytest.raises(ValueError, match="prefill_seconds is nan"):

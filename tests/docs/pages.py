@@ -1,4 +1,4 @@
-"""The pages a reader sees, and the `farthing` commands their code blocks show."""
+"""The documentation pages, and the `farthing` commands in their code blocks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def commands(page: Path) -> Iterator[Command]:
 
 
 def _split(line: str) -> list[list[str]]:
-    """`a && b | c` → the words of a, b and c. A line that is no shell (a diagram, a log) has none."""
+    """`a && b | c` → the words of a, b and c. Empty for lines that are not shell (a diagram, a log)."""
     try:
         lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="&|;<>()")
         lexer.whitespace_split = True

@@ -1,4 +1,4 @@
-"""Every `farthing` command that a page shows parses: the command, its options and their values exist."""
+"""Every documented `farthing` command parses: the command, its options and values exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.docs.pages import Command, commands, pages
 COMMANDS = [command for page in pages() for command in commands(page)]
 
 
-def test_pages_show_commands() -> None:
+def test_pages_contain_commands() -> None:
     assert len({c.page for c in COMMANDS}) >= 8
 
 
@@ -29,7 +29,7 @@ def test_a_command_that_does_not_exist_fails() -> None:
 
 
 def parse(tool: Any, words: tuple[str, ...]) -> None:
-    """Descend through groups and let click check every option and value. Nothing is run."""
+    """Descend through groups and let click check every option and value, without running anything."""
     parent, args = None, list(words)
     while hasattr(tool, "list_commands") and args and not args[0].startswith("-"):
         parent = tool.context_class(tool, parent=parent, info_name=tool.name)

@@ -1,4 +1,4 @@
-"""Greedy text of the embedded model in bfloat16: the CPU kernels write what the reference writes."""
+"""Greedy text of the embedded model in bfloat16: the CPU kernels and the reference agree."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ pytest.importorskip("farthing._native")
 from farthing import LLM, SamplingParams
 
 PROMPTS = ["def fibonacci(n):\n", "import os\nimport sys\n\nclass Path"]
-TIE = 1e-2  # of a logit: below this the order of two tokens is rounding
+TIE = 1e-2  # logit difference below which the order of two tokens depends on rounding
 
 
 def generate(backend: str) -> list[tuple[list[int], list[list[tuple[int, float]]]]]:
-    """(tokens, at each position the two likeliest tokens and their log-probabilities) of each prompt."""
+    """Per prompt: (tokens, the two likeliest tokens with log-probabilities at each position)."""
     greedy = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True, logprobs=2)
     with LLM(
         "mite", backend=backend, dtype="bfloat16", threads=1, max_num_seqs=4, num_blocks=64,
@@ -28,7 +28,7 @@ def generate(backend: str) -> list[tuple[list[int], list[list[tuple[int, float]]
     return answers
 
 
-def test_backends_write_the_same_128_tokens() -> None:
+def test_backends_generate_the_same_128_tokens() -> None:
     for (mine, _), (theirs, top) in zip(generate("cpu"), generate("reference"), strict=True):
         assert len(theirs) == 128
         first = next((i for i, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1]), None)

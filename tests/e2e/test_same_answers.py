@@ -1,4 +1,4 @@
-"""Seeded answers do not depend on speculation, prefix hits, the company of other requests, or ranks."""
+"""Seeded answers do not depend on speculation, prefix hits, other requests or ranks."""
 
 from __future__ import annotations
 

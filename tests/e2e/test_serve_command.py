@@ -54,7 +54,7 @@ def launched(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def wait_ready(url: str) -> None:
-    """Alive at once, ready when the model is loaded."""
+    """Wait until the model is loaded; /health must answer at once."""
     assert httpx.get(f"{url}/health").status_code == 200
     deadline = time.monotonic() + 120
     while httpx.get(f"{url}/ready").status_code != 200:
@@ -63,7 +63,7 @@ def wait_ready(url: str) -> None:
 
 
 @needs_model
-def test_serve_answer_drain_and_leave() -> None:
+def test_serve_answer_drain_and_exit() -> None:
     with launched("--drain-timeout", "20", "--served-model-name", "code", "--api-key", "me:sk-1") as (
         process,
         url,
@@ -93,7 +93,7 @@ def test_serve_answer_drain_and_leave() -> None:
 
 
 @needs_model
-def test_the_drain_is_bounded() -> None:
+def test_drain_time_is_bounded() -> None:
     with launched("--drain-timeout", "0.3", "--max-model-len", "2000") as (process, url):
         wait_ready(url)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -108,7 +108,7 @@ def test_the_drain_is_bounded() -> None:
 
 
 @needs_model
-def test_ctrl_c_ends_without_a_complaint() -> None:
+def test_ctrl_c_exits_without_errors() -> None:
     pytest.importorskip("farthing._native")
     with launched("--backend", "cpu") as (process, url):
         wait_ready(url)
@@ -121,18 +121,18 @@ def test_ctrl_c_ends_without_a_complaint() -> None:
 
 
 def fails(*arguments: str) -> str:
-    """The complaint of a command that must fail."""
+    """The error output of a command that must fail."""
     result = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
     assert result.returncode != 0 and result.stdout == ""
     assert "Traceback" not in result.stderr
     return " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_a_model_that_is_not_there() -> None:
+def test_missing_model() -> None:
     assert "'no-such-model'; expected 'mite'" in fails("no-such-model", "--port", "0")
 
 
-def test_a_port_that_is_taken() -> None:
+def test_port_in_use() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -140,14 +140,14 @@ def test_a_port_that_is_taken() -> None:
         assert f"cannot listen on 127.0.0.1:{port}" in fails("--port", str(port))
 
 
-def test_open_to_others_only_with_a_key() -> None:
+def test_other_hosts_require_a_key() -> None:
     assert "--insecure" in fails("--host", "0.0.0.0")
     assert "'int2' is not one of 'auto', 'float32'" in fails("--kv-cache-dtype", "int2")
     assert "'x' is not one of 'auto', 'none', 'deepseek_v3'" in fails("--reasoning-parser", "x")
 
 
 def test_importing_the_server_loads_no_torch_or_transformers() -> None:
-    """The HTTP side is up while the model is still being loaded."""
+    """The HTTP server is up while the model is still loading."""
     code = (
         "import sys, farthing.server.run; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )

@@ -1,4 +1,4 @@
-"""Memory after hostile load: a server ends where ordinary load had settled it.
+"""Memory after hostile load returns to the level of ordinary load.
 
 One minute by default; releases run it with FARTHING_SOAK_SECONDS=1200.
 """
@@ -47,12 +47,12 @@ def served() -> Iterator[tuple[str, int]]:
 
 
 def resident(pid: int) -> int:
-    """Bytes."""
+    """Resident set size in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def ordinary(url: str, client: httpx.Client) -> None:
-    """Completions, chats and a schema not sent before."""
+    """Send completions, chats and a new schema."""
     number = next(NUMBERS)
     prompt = f"def f{number}(x):\n    return x" * 8
     schema = {"type": "object", "properties": {f"p{number}": {"type": "integer"}}}
@@ -66,7 +66,7 @@ def ordinary(url: str, client: httpx.Client) -> None:
 
 
 def hostile(url: str, client: httpx.Client, port: int) -> None:
-    """Everything large that a client may try; each is refused."""
+    """Send oversized requests of every kind; each is rejected."""
     number = next(NUMBERS)
     user = {"role": "user", "content": "x"}
     long = f"{number} " + "a b " * 1_900_000
@@ -92,7 +92,7 @@ def hostile(url: str, client: httpx.Client, port: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_hostile_requests_leak_nothing() -> None:
+def test_hostile_requests_leak_no_memory() -> None:
     pytest.importorskip("llguidance")
     with served() as (url, pid), httpx.Client(timeout=60) as client:
         port = int(url.rsplit(":", 1)[1])

@@ -1,4 +1,4 @@
-"""Many clients at once, and clients that leave."""
+"""Many concurrent clients, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def stream_all(server: Running) -> list[str]:
         return await asyncio.gather(*(one(client, number) for number in range(STREAMS)))
 
 
-def test_64_streams_at_once_say_what_each_says_alone() -> None:
+def test_64_concurrent_streams_equal_single_streams() -> None:
     with running(tiny_engine(enable_prefix_caching=False)) as server:
         texts = asyncio.run(stream_all(server))
         client = server.client()
@@ -57,7 +57,7 @@ def request(body: bytes) -> bytes:
 
 @pytest.mark.parametrize("stream", [b"true", b"false"])
 @pytest.mark.parametrize("reset", [True, False])
-def test_a_client_that_vanishes_frees_its_place(stream: bytes, reset: bool) -> None:
+def test_disconnected_client_frees_its_slot(stream: bytes, reset: bool) -> None:
     with running(tiny_engine()) as server:
         engine = server.service.engine
         assert engine is not None
@@ -80,8 +80,8 @@ def test_a_client_that_vanishes_frees_its_place(stream: bytes, reset: bool) -> N
         assert snapshot.generation_tokens < 8 * 1500
 
 
-def test_one_of_several_prompts_fails_and_all_are_freed() -> None:
-    """The second prompt is refused; the first must not run on."""
+def test_one_failing_prompt_frees_all_prompts() -> None:
+    """The second prompt is rejected; the first must not continue."""
     with running(tiny_engine()) as server:
         body = {"prompt": [[5, 6], [5, 999_999]], "max_tokens": 1000, "ignore_eos": True}
         assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 400
@@ -91,7 +91,7 @@ def test_one_of_several_prompts_fails_and_all_are_freed() -> None:
         assert not server.service.jobs
 
 
-def test_leaving_right_away() -> None:
+def test_immediate_disconnect() -> None:
     engine = ScriptedEngine(["x"], step=0.01, forever=True)
     with running(engine) as server:
         for _ in range(20):

@@ -24,7 +24,7 @@ RAW = tiny(vocab_size=VOCAB, max_position_embeddings=256, num_nextn_predict_laye
 
 
 class Always(Gate):
-    """Never judges."""
+    """A gate that always drafts."""
 
     def order(self, batch: int) -> bool | None:
         return True
@@ -35,7 +35,7 @@ class Always(Gate):
 
 @pytest.fixture(scope="session")
 def model() -> DeepseekModel:
-    """Two layers, one of experts, and an MTP layer."""
+    """One dense layer, one MoE layer and an MTP layer."""
     torch.set_num_threads(1)
     return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)
 
@@ -64,7 +64,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def make_engine(model: DeepseekModel, tokenizer: Tokenizer) -> Iterator[Callable[..., Engine]]:
-    """Engines of the tiny model that end with the test, their books in order."""
+    """Engines of the tiny model; at the end of the test they are shut down and their invariants checked."""
     engines: list[Engine] = []
 
     def make(with_tokenizer: bool = True, **config: Any) -> Engine:
@@ -84,7 +84,7 @@ def make_engine(model: DeepseekModel, tokenizer: Tokenizer) -> Iterator[Callable
 
 
 def next_logits(model: DeepseekModel, tokens: list[int]) -> torch.Tensor:
-    """Logits [V] after `tokens`, from one pass over all of them: nothing of the engine is used."""
+    """Logits [V] after `tokens`, from one pass over all of them, without the engine."""
     cache = model.new_cache(num_blocks=32, block_size=16, dtype="float32")
     count = len(tokens)
     batch = make_batch([count], [0], [list(range(-(-count // 16)))], 16)
@@ -94,7 +94,7 @@ def next_logits(model: DeepseekModel, tokens: list[int]) -> torch.Tensor:
 
 @pytest.fixture
 def greedy(model: DeepseekModel) -> Callable[[list[int], int], list[int]]:
-    """The `count` tokens that follow greedily, recomputed from scratch for each."""
+    """The next `count` greedy tokens, each recomputed from scratch."""
 
     def run(prompt: list[int], count: int) -> list[int]:
         tokens = list(prompt)

@@ -1,4 +1,4 @@
-"""References and the order in which blocks are reused, against a plain model."""
+"""Reference counts and reuse order of blocks, against a plain model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from farthing.engine.prefix_cache import PrefixCache
     )
 )
 @settings(max_examples=150, deadline=None)
-def test_references_are_exact(actions: list[tuple[str, int]]) -> None:
+def test_reference_counts_are_exact(actions: list[tuple[str, int]]) -> None:
     pool = BlockPool(6)
     owners: list[list[int]] = []
     for action, number in actions:
@@ -29,7 +29,7 @@ def test_references_are_exact(actions: list[tuple[str, int]]) -> None:
             owners.append(list(blocks))
         elif action == "release" and owners:
             pool.release(reversed(owners.pop(number % len(owners))))
-        elif action == "exchange":  # free or not: its owners now own the other one
+        elif action == "exchange":  # free or not: its owners now own the new block
             out, into = pool.blocks[number % 6], max(pool.blocks) + 1
             pool.exchange(out, into)
             owners = [[into if b == out else b for b in blocks] for blocks in owners]
@@ -50,7 +50,7 @@ def test_cached_blocks_are_reused_last_and_oldest_first() -> None:
     assert reused == [0, 1, 2, 3, *reused[4:6], 0, 1]
 
 
-def test_an_exchanged_block_is_forgotten_and_its_place_taken_first() -> None:
+def test_exchanged_block_is_dropped_and_its_replacement_reused_first() -> None:
     cached, forgotten = {10, 11, 12}, []
     pool = BlockPool(3, forgotten.append, cached.__contains__, blocks=range(10, 13))
     pool.exchange(11, 5)
@@ -91,7 +91,7 @@ def test_match_register_forget() -> None:
     cache.extend(hashes, [1, 2, 3, 4], "salt", 2)
     cache.register(hashes[0], 7)
     cache.register(hashes[1], 8)
-    cache.register(hashes[1], 9)  # a second copy stays anonymous
+    cache.register(hashes[1], 9)  # a second copy stays unregistered
     assert cache.match(hashes) == [7, 8] and not cache.contains_block(9)
     cache.forget(7)
     assert cache.match(hashes) == [] and len(cache) == 1
@@ -101,7 +101,7 @@ def test_match_register_forget() -> None:
         cache.check()
 
 
-def test_disabled_remembers_nothing() -> None:
+def test_disabled_cache_stores_nothing() -> None:
     cache = PrefixCache(2, enabled=False)
     cache.register(b"h", 1)
     assert len(cache) == 0

@@ -1,4 +1,4 @@
-"""`farthing check` on directories that work and on broken ones."""
+"""`farthing check` on working and broken directories."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_broken_weights_and_unknown_types_are_named(tmp_path: Path) -> None:
     assert "first layers" not in found
 
 
-def test_a_large_model_is_checked_by_its_dense_layers() -> None:
+def test_large_model_is_checked_by_its_dense_layers() -> None:
     raw = published_config("deepseek-v3")
     assert raw is not None
     config = ModelConfig.from_json(raw)

@@ -1,4 +1,4 @@
-"""Reasoning budgets and forbidden words: masks allow what may be consumed, with drafts and without."""
+"""Reasoning budgets and forbidden words: masks match what may be consumed, with and without drafts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPEN, CLOSE, SLASH, EOS = 1, 2, 3, 0
 
 
 def walk(constraint: Constraint, rng: random.Random, length: int) -> list[int]:
-    """A random text that the constraint allows."""
+    """Generate random text that the constraint allows."""
     text = []
     for _ in range(length):
         (allowed,) = constraint.masks([], VOCAB)
@@ -29,7 +29,7 @@ def walk(constraint: Constraint, rng: random.Random, length: int) -> list[int]:
 
 @pytest.mark.parametrize("end", [(CLOSE,), (SLASH, CLOSE), (SLASH, SLASH, CLOSE)])
 @given(seed=st.integers(0, 2**32), budget=st.integers(0, 6))
-def test_the_reasoning_ends_within_its_budget(end: tuple[int, ...], seed: int, budget: int) -> None:
+def test_reasoning_ends_within_its_budget(end: tuple[int, ...], seed: int, budget: int) -> None:
     constraint = ReasoningBudget(ReasoningParams(end=end, open=True, budget=budget))
     text = walk(constraint, random.Random(seed), 24)
     size = len(end)
@@ -51,7 +51,7 @@ def test_the_budget_is_exact() -> None:
     assert constraint.masks([], VOCAB).all()
 
 
-def test_a_reasoning_that_the_model_opens_itself_has_the_same_budget() -> None:
+def test_reasoning_opened_by_the_model_has_the_same_budget() -> None:
     params = ReasoningParams(end=(CLOSE,), start=OPEN, open=False, budget=1)
     constraint = ReasoningBudget(params)
     for token in (OPEN, 5):
@@ -125,7 +125,7 @@ def test_masks_of_drafts_are_those_of_the_tokens(
         if position < valid:
             here.consume(drafts[position])
     fresh = constraint.masks([], VOCAB)
-    assert (fresh[0] == masks[0]).all()  # the copy has not moved the original
+    assert (fresh[0] == masks[0]).all()  # the copy did not advance the original
 
 
 def test_masks_share_one_array_of_allowed_tokens() -> None:
@@ -135,5 +135,5 @@ def test_masks_share_one_array_of_allowed_tokens() -> None:
     assert np.flatnonzero(twin.masks([], 8)).tolist() == [3]
     first, second = vocabulary.masks([4], 8)
     assert np.flatnonzero(first).tolist() == [3, 5] and np.flatnonzero(second).tolist() == [3]
-    assert np.flatnonzero(vocabulary.masks([], 12)).tolist() == [3, 5, 9]  # the cached array was not changed
+    assert np.flatnonzero(vocabulary.masks([], 12)).tolist() == [3, 5, 9]  # the cached array is unchanged
     assert vocabulary._rules is twin._rules

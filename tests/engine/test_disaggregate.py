@@ -1,4 +1,4 @@
-"""Blocks of a prompt change hands between two engines over one memory: none that is free is copied."""
+"""Blocks of a prompt are handed over between two engines in shared memory; free ones are not copied."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from farthing.engine.scheduler import Scheduler
 from farthing.ops import LatentCache
 
 SIZE, COUNT = 2, 8
-PROMPT = _Prompt(1, [3, 1, 4, 1, 5, 9, 2], "", 0)  # three whole blocks
+PROMPT = _Prompt(1, [3, 1, 4, 1, 5, 9, 2], "", 0)  # three full blocks
 
 
 def pair() -> tuple[Any, Any]:
-    """(serving, computing): cores that share a cache, each with half of its blocks."""
+    """(serving core, prefill core), sharing a cache with half of the blocks each."""
     cache = LatentCache(torch.zeros(1, 2 * COUNT, SIZE, 4), torch.zeros(1, 2 * COUNT, SIZE, 2))
     return tuple(
         SimpleNamespace(
@@ -28,7 +28,7 @@ def pair() -> tuple[Any, Any]:
 
 
 def computed(core: Any) -> list[int]:
-    """The prompt's blocks, filled with their own numbers, known and free."""
+    """The prompt's blocks, filled with their ids, cached and free."""
     scheduler, hashes = core.scheduler, []  # type: ignore[var-annotated]
     blocks: list[int] = scheduler.pool.allocate(3)
     scheduler.prefix.extend(hashes, PROMPT.tokens, "", 3)
@@ -41,7 +41,7 @@ def computed(core: Any) -> list[int]:
 
 
 def found(core: Any) -> list[int]:
-    """Blocks in which a core finds the prompt."""
+    """Blocks in which a core has the prompt cached."""
     hashes: list[bytes] = []
     core.scheduler.prefix.extend(hashes, PROMPT.tokens, "", 3)
     blocks: list[int] = core.scheduler.prefix.match(hashes)
@@ -54,14 +54,14 @@ def settle(core: Any, exchanged: list[tuple[int, int]]) -> None:
 
 
 def check(*cores: Any) -> None:
-    """Every block belongs to one pool, and the pools' invariants hold."""
+    """Check that every block belongs to one pool, and the pools' invariants."""
     assert sorted(b for core in cores for b in core.scheduler.pool.blocks) == list(range(2 * COUNT))
     for core in cores:
         core.scheduler.pool.check([])
         core.scheduler.prefix.check()
 
 
-def test_blocks_change_hands_and_are_not_copied() -> None:
+def test_blocks_are_handed_over_without_copying() -> None:
     here, there = pair()
     blocks = computed(there)
     before = here.runner.cache.data.clone()
@@ -69,14 +69,14 @@ def test_blocks_change_hands_and_are_not_copied() -> None:
     assert found(here) == blocks and found(there) == []
     assert torch.equal(here.runner.cache.data, before)
     check(here, there)
-    # The same prompt again: it is known here, so the blocks stay where they were computed.
+    # The same prompt again: it is cached here, so no blocks move.
     again = computed(there)
     assert adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)) == []
     assert found(here) == blocks and found(there) == again
     check(here, there)
 
 
-def test_a_block_that_is_read_over_there_is_copied() -> None:
+def test_block_in_use_by_the_other_core_is_copied() -> None:
     here, there = pair()
     blocks = computed(there)
     there.scheduler.pool.share(blocks[:1])
@@ -91,7 +91,7 @@ def test_a_block_that_is_read_over_there_is_copied() -> None:
     check(here, there)
 
 
-def test_what_has_no_room_stays_over_there() -> None:
+def test_blocks_without_room_are_not_handed_over() -> None:
     here, there = pair()
     blocks = computed(there)
     busy = here.scheduler.pool.allocate(COUNT - 1)

@@ -1,4 +1,4 @@
-"""The engine against the model run from scratch, and everything that may happen to a request."""
+"""The engine against the model run from scratch, and every event in a request's life."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def tokens_of(output: RequestOutput, index: int = 0) -> list[int]:
     ],
     ids=str,
 )
-def test_tokens_are_those_of_the_model(
+def test_tokens_equal_those_of_the_model(
     make_engine: MakeEngine, greedy: Greedy, config: dict[str, Any]
 ) -> None:
     engine = make_engine(**config)
     if (speculator := engine._core._speculator) is not None:
-        speculator.gates = (Always(),)  # the drafts of random weights are too unsure to pay
+        speculator.gates = (Always(),)  # random weights make drafts too uncertain to pay
     streams = [engine.submit(p, GREEDY, kind="final") for p in PROMPTS]
     for prompt, stream in zip(PROMPTS, streams, strict=True):
         output = stream.result()
@@ -96,7 +96,7 @@ def test_deltas_add_up_to_the_final_output(make_engine: MakeEngine) -> None:
     assert engine.submit("def f(", params).result().outputs == whole.outputs
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company(make_engine: MakeEngine) -> None:
+def test_seed_gives_the_same_tokens_in_any_batch(make_engine: MakeEngine) -> None:
     params = SamplingParams(temperature=1.2, top_p=0.9, seed=11, max_tokens=16, ignore_eos=True)
     alone = tokens_of(make_engine().submit([7, 8, 9], params).result())
     busy = make_engine(num_blocks=24, max_num_batched_tokens=9, max_num_seqs=9, speculate="ngram:2")
@@ -107,7 +107,7 @@ def test_a_seed_gives_the_same_tokens_in_any_company(make_engine: MakeEngine) ->
     assert tokens_of(busy.submit([7, 8, 9], other_seed).result()) != alone
 
 
-def test_without_a_seed_the_engines_seed_decides(make_engine: MakeEngine) -> None:
+def test_engine_seed_is_used_without_a_request_seed(make_engine: MakeEngine) -> None:
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     first, again, other = (
         [tokens_of(engine.submit([7], params).result()) for _ in range(2)]
@@ -136,10 +136,10 @@ def test_completions_of_one_prompt_share_it(make_engine: MakeEngine) -> None:
     output = engine.submit(list(range(40)), SamplingParams(n=3, max_tokens=4, ignore_eos=True)).result()
     assert [c.index for c in output.outputs] == [0, 1, 2]
     assert len({tuple(c.token_ids) for c in output.outputs}) == 3
-    assert output.metrics.prefill_tokens == 40 + 2 * 4  # the others compute the last block only
+    assert output.metrics.prefill_tokens == 40 + 2 * 4  # the others compute only the last block
 
 
-def test_logprobs_are_those_of_the_model(make_engine: MakeEngine, model: DeepseekModel) -> None:
+def test_logprobs_equal_those_of_the_model(make_engine: MakeEngine, model: DeepseekModel) -> None:
     engine = make_engine()
     params = SamplingParams(
         temperature=0.7, seed=1, max_tokens=4, logprobs=3, prompt_logprobs=2, ignore_eos=True
@@ -167,7 +167,7 @@ def test_logprobs_are_those_of_the_model(make_engine: MakeEngine, model: Deepsee
         assert entry[prompt[i]].logprob == pytest.approx(float(expected[prompt[i]]), abs=1e-4)
 
 
-def test_greedy_logprobs_take_the_fast_path(make_engine: MakeEngine, model: DeepseekModel) -> None:
+def test_greedy_logprobs_use_the_fast_path(make_engine: MakeEngine, model: DeepseekModel) -> None:
     params = SamplingParams(temperature=0, max_tokens=2, logprobs=2)
     output = make_engine().submit([4, 5], params).result().outputs[0]
     assert output.logprobs is not None
@@ -219,7 +219,7 @@ def test_stop_strings_never_leak_into_the_stream(make_engine: MakeEngine) -> Non
         assert parts[-1].outputs[0].stop_reason == stop
 
 
-def test_lengths_are_bounded(make_engine: MakeEngine) -> None:
+def test_lengths_are_limited(make_engine: MakeEngine) -> None:
     engine = make_engine(max_model_len=20)
     output = engine.submit([3] * 15, SamplingParams(max_tokens=None, ignore_eos=True)).result()
     assert len(tokens_of(output)) == 5 and output.outputs[0].finish_reason == "length"
@@ -239,14 +239,14 @@ def test_lengths_are_bounded(make_engine: MakeEngine) -> None:
         ([1], {"structured_outputs": StructuredOutputsParams(json="{")}, "structured_outputs.json"),
     ],
 )
-def test_bad_requests_name_the_field(
+def test_errors_of_bad_requests_name_the_field(
     make_engine: MakeEngine, prompt: list[int], params: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_engine().submit(prompt, SamplingParams(**params))
 
 
-def test_without_a_tokenizer_text_is_refused(make_engine: MakeEngine) -> None:
+def test_text_is_rejected_without_a_tokenizer(make_engine: MakeEngine) -> None:
     engine = make_engine(with_tokenizer=False)
     assert len(tokens_of(engine.submit([1, 2], GREEDY).result())) == 12
     for prompt, params in (("text", {}), ([1], {"stop": "x"})):
@@ -301,7 +301,7 @@ def test_urgent_requests_overtake_waiting_ones(make_engine: MakeEngine) -> None:
     assert engine.drain(30)
 
 
-def test_drain_finishes_what_runs(make_engine: MakeEngine) -> None:
+def test_drain_finishes_running_requests(make_engine: MakeEngine) -> None:
     engine = make_engine()
     streams = [engine.submit([4], GREEDY) for _ in range(3)]
     assert engine.drain(30) is True
@@ -310,7 +310,7 @@ def test_drain_finishes_what_runs(make_engine: MakeEngine) -> None:
         engine.submit([4], GREEDY)
 
 
-def test_drain_aborts_what_takes_too_long(make_engine: MakeEngine) -> None:
+def test_drain_aborts_requests_after_its_timeout(make_engine: MakeEngine) -> None:
     engine = make_engine()
     go = hold(engine)
     stream = engine.submit([4], GREEDY)
@@ -329,7 +329,7 @@ def test_shutdown_aborts_and_is_idempotent(make_engine: MakeEngine) -> None:
         engine.submit([4])
 
 
-def test_a_failing_model_fails_every_stream_and_health(model: DeepseekModel) -> None:
+def test_failing_model_fails_every_stream_and_health(model: DeepseekModel) -> None:
     engine = Engine(model)
     engine._core.runner.forward = broken  # type: ignore[method-assign, assignment]
     streams = [engine.submit([4]) for _ in range(2)]
@@ -425,7 +425,7 @@ def test_metrics_and_statistics(make_engine: MakeEngine, model: DeepseekModel) -
     assert sum(s.expert_tokens[1]) == 2 * 21 and 0 not in s.expert_tokens
 
 
-def test_books_are_checked_when_idle(make_engine: MakeEngine) -> None:
+def test_invariants_are_checked_when_idle(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.submit([4], GREEDY).result()
     calls: list[float] = []
@@ -438,7 +438,7 @@ def test_books_are_checked_when_idle(make_engine: MakeEngine) -> None:
     assert calls and engine.stats.integrity_failures == 0
 
 
-def test_a_leak_is_counted_and_repaired(model: DeepseekModel) -> None:
+def test_leak_is_counted_and_repaired(model: DeepseekModel) -> None:
     with Engine(model) as engine:
         engine.submit([4], GREEDY).result()
         engine._core.scheduler.pool.allocate(1)
@@ -448,7 +448,7 @@ def test_a_leak_is_counted_and_repaired(model: DeepseekModel) -> None:
         engine._core.scheduler.check()
 
 
-def test_a_step_that_takes_too_long_is_unhealthy(make_engine: MakeEngine) -> None:
+def test_step_beyond_its_timeout_is_unhealthy(make_engine: MakeEngine) -> None:
     engine = make_engine(step_timeout=0.2)
     engine.health()
     go, step = threading.Event(), engine._core.step

@@ -1,4 +1,4 @@
-"""Shares between clients: nothing starves, nothing is far from its share, and a crowd delays no newcomer."""
+"""Fairness between clients: no starvation, shares close to equal, and no delay of new clients by a crowd."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NUMBERS = itertools.count()
 
 def sequence(client: str, prompt: int, output: int, priority: int = 0) -> Sequence:
     number = next(NUMBERS)
-    tokens = [number % 7919 + 1] * prompt  # nothing shared between sequences
+    tokens = [number % 7919 + 1] * prompt  # no prefix shared between sequences
     return Sequence(number, tokens, prompt, prompt + output, number + 10.0 * priority, client=client)
 
 
 def step(scheduler: Scheduler, served: Counter[str] | None = None) -> list[Scheduled]:
-    """Compute one step; ended sequences leave."""
+    """Compute one step and remove finished sequences."""
     plan = scheduler.schedule()
     for item in plan:
         scheduler.commit(item, [9] if item.sample else [])
@@ -44,13 +44,13 @@ LENGTHS = st.tuples(st.integers(1, 60), st.integers(1, 30))
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), st.tuples(st.integers(1, 12), LENGTHS), min_size=2))
-def test_clients_with_work_are_served_alike(loads: dict[str, tuple[int, tuple[int, int]]]) -> None:
-    """Whatever its requests look like, and however many there are."""
+def test_clients_with_work_get_equal_shares(loads: dict[str, tuple[int, tuple[int, int]]]) -> None:
+    """Regardless of the number and sizes of their requests."""
     engine, served = scheduler(), Counter[str]()
     for _ in range(150):
         for client, (depth, (prompt, output)) in loads.items():
             mine = sum(seq.client == client for seq in engine.running + engine.waiting)
-            # More than a step can finish: a client whose last sequence ends has left, and returns level.
+            # More than a step can finish: a client without sequences counts as gone and returns level.
             for _ in range((depth + 1) * 8 - mine):
                 engine.add(sequence(client, prompt, output))
         step(engine, served)
@@ -60,7 +60,7 @@ def test_clients_with_work_are_served_alike(loads: dict[str, tuple[int, tuple[in
 
 @settings(max_examples=40, deadline=None)
 @given(LENGTHS, st.integers(100, 400))
-def test_a_crowd_delays_no_newcomer(lengths: tuple[int, int], crowd: int) -> None:
+def test_crowd_does_not_delay_a_new_client(lengths: tuple[int, int], crowd: int) -> None:
     engine = scheduler(rows=8, blocks=128, budget=32)
     for _ in range(crowd):
         engine.add(sequence("crowd", *lengths))
@@ -73,12 +73,12 @@ def test_a_crowd_delays_no_newcomer(lengths: tuple[int, int], crowd: int) -> Non
         steps += 1
         step(engine)
     assert newcomer.status is Status.FINISHED
-    assert steps <= 1 + 5 + 5  # its prompt, its output, and steps that a crowd may share
+    assert steps <= 1 + 5 + 5  # its prompt, its output, and steps shared with the crowd
     while not engine.idle:
         step(engine)
 
 
-def test_one_after_another_each_newcomer_is_served() -> None:
+def test_successive_new_clients_are_served() -> None:
     engine = scheduler()
     for _ in range(200):
         engine.add(sequence("crowd", 50, 100))
@@ -93,7 +93,7 @@ def test_one_after_another_each_newcomer_is_served() -> None:
     assert any(seq.client == "crowd" for seq in engine.running)
 
 
-def test_a_preempted_crowd_still_ends() -> None:
+def test_preempted_crowd_still_finishes() -> None:
     engine = scheduler(rows=4, blocks=64)
     crowd = [sequence("crowd", 30, 20) for _ in range(20)]
     for seq in crowd:
@@ -108,7 +108,7 @@ def test_a_preempted_crowd_still_ends() -> None:
     assert any(seq.preemptions for seq in crowd)
 
 
-def test_large_requests_of_two_clients_do_not_push_each_other_out() -> None:
+def test_large_requests_of_two_clients_do_not_preempt_each_other() -> None:
     engine = scheduler(rows=4, blocks=32)  # 128 tokens; each wants 100
     both = [sequence(client, 60, 40) for client in "ab"]
     for seq in both:
@@ -119,7 +119,7 @@ def test_large_requests_of_two_clients_do_not_push_each_other_out() -> None:
     assert sum(seq.preemptions for seq in both) <= 2
 
 
-def test_priority_counts_within_a_client() -> None:
+def test_priority_applies_within_a_client() -> None:
     engine = scheduler(rows=1)
     late, urgent = sequence("a", 4, 1), sequence("a", 4, 1, priority=-5)
     engine.add(late)
@@ -127,7 +127,7 @@ def test_priority_counts_within_a_client() -> None:
     assert [item.seq for item in step(engine)] == [urgent]
 
 
-def test_one_client_alone_is_served_by_urgency() -> None:
+def test_single_client_is_served_by_urgency() -> None:
     engine = scheduler(rows=4)
     many = [sequence("", 8, 4) for _ in range(8)]
     for seq in many:
@@ -135,7 +135,7 @@ def test_one_client_alone_is_served_by_urgency() -> None:
     assert [item.seq for item in step(engine)] == many[:4]
 
 
-def test_idling_saves_up_nothing() -> None:
+def test_idle_time_earns_no_credit() -> None:
     fair = Fairness()
     fair.enter("busy")
     fair.charge("busy", 1000)
@@ -147,7 +147,7 @@ def test_idling_saves_up_nothing() -> None:
     assert fair.served("late") == 1500
 
 
-def test_leaving_clears_no_debt() -> None:
+def test_disconnecting_keeps_the_debt() -> None:
     fair = Fairness()
     for client in ("modest", "greedy"):
         fair.enter(client)

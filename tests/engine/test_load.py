@@ -1,4 +1,4 @@
-"""What loading says of rounding without calibration."""
+"""Warnings about uncalibrated rounding while loading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from farthing.config import EngineConfig
 from farthing.engine.load import load_engine
 
 
-def test_int4_says_what_it_costs_and_what_costs_less(caplog: pytest.LogCaptureFixture) -> None:
+def test_int4_warns_about_its_cost_and_names_an_alternative(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "farthing.engine.load"):
         engine = load_engine(EngineConfig(model="mite", quantization="int4", threads=1))
         engine.shutdown()

@@ -1,4 +1,4 @@
-"""Prompt chunks follow the measured speed: a simulated machine, its steps held to the limit."""
+"""Prompt chunks adapt to the measured speed: a simulated machine meets the step limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from farthing.engine.pace import SCORING, SMALLEST_CHUNK, SMALLEST_SCORED, Pace
 
 
-def test_without_a_limit_or_without_decoding_there_is_no_bound() -> None:
+def test_no_bound_without_a_limit_or_without_decoding() -> None:
     assert Pace(0).prompt_tokens(8) is None
     assert Pace(0.15).prompt_tokens(0) is None
 
@@ -21,12 +21,12 @@ def test_without_a_limit_or_without_decoding_there_is_no_bound() -> None:
     decodes=st.integers(1, 64),
     warm=st.booleans(),
 )
-def test_mixed_steps_settle_at_the_limit(
+def test_mixed_steps_converge_to_the_limit(
     limit: float, decode: float, cost: float, drift: float, decodes: int, warm: bool
 ) -> None:
     """decode: seconds of a decode step; cost: seconds per prompt token, growing by `drift` per step.
 
-    Without a measured decode step (cold), the first chunks are divided by trial: six steps are enough.
+    Without a measured decode step (cold), the first chunk sizes are found by trial: six steps suffice.
     """
     pace = Pace(limit)
     if warm:
@@ -45,10 +45,10 @@ def test_mixed_steps_settle_at_the_limit(
     floor = decode + cost * SMALLEST_CHUNK  # the smallest chunk may exceed the limit
     assert all(seconds <= max(1.3 * limit, floor) for seconds, _ in durations[6:])
     seconds, tokens = durations[-1]
-    assert tokens in (SMALLEST_CHUNK, 8192) or seconds >= 0.6 * limit  # and the step is used
+    assert tokens in (SMALLEST_CHUNK, 8192) or seconds >= 0.6 * limit  # and the step is well used
 
 
-def test_one_slow_step_does_not_starve_prompts() -> None:
+def test_single_slow_step_does_not_starve_prompts() -> None:
     pace = Pace(0.15)
     for _ in range(20):
         pace.observe(4, pace.prompt_tokens(4) or 0, 0.02 + 1e-3 * (pace.prompt_tokens(4) or 0))

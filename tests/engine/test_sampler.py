@@ -1,4 +1,4 @@
-"""Distributions, penalties and the independence of every draw from its company."""
+"""Distributions, penalties, and independence of draws from the batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def row(seed: int = 0, index: int = 0, drafts: tuple[int, ...] = (), ahead: int 
 
 
 def kept_by_hand(logits: Tensor, params: SamplingParams) -> Tensor:
-    """The distribution that the filters leave, written from their definitions."""
+    """The filtered distribution, implemented from the definitions."""
     z = logits.double() / params.temperature
     p = z.softmax(-1)
     keep = p >= params.min_p * p.max()
@@ -72,7 +72,7 @@ def test_draws_follow_the_filtered_distribution(params: dict[str, Any]) -> None:
     expected = kept_by_hand(logits, rows[0].state.params)
     seen = torch.from_numpy(np.bincount(tokens, minlength=V)).double()
     assert not seen[expected == 0].any(), "a token outside the filter was drawn"
-    # Pearson's chi-squared over the tokens that are likely enough for it: 5 sigma of its distribution.
+    # Pearson's chi-squared over the sufficiently likely tokens: 5 sigma of its distribution.
     likely = expected * count > 5
     chi2 = float(((seen - expected * count) ** 2 / (expected * count))[likely].sum())
     degrees = int(likely.sum()) - 1
@@ -80,7 +80,7 @@ def test_draws_follow_the_filtered_distribution(params: dict[str, Any]) -> None:
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**6))
-def test_uniform_is_inside_the_open_interval(seed: int, index: int) -> None:
+def test_uniform_is_in_the_open_interval(seed: int, index: int) -> None:
     assert 0.0 < uniform(seed, index) < 1.0
     assert uniform(seed, index) == uniform(seed, index)
 
@@ -113,9 +113,7 @@ PARAMS = st.fixed_dictionaries(
     st.lists(st.tuples(PARAMS, st.integers(0, 99), st.integers(0, 9)), min_size=1, max_size=8), st.randoms()
 )
 @settings(max_examples=60, deadline=None)
-def test_a_draw_does_not_depend_on_the_batch(
-    specs: list[tuple[dict[str, Any], int, int]], random: Any
-) -> None:
+def test_draw_does_not_depend_on_the_batch(specs: list[tuple[dict[str, Any], int, int]], random: Any) -> None:
     generator = torch.Generator().manual_seed(random.randrange(1000))
     logits = torch.randn(len(specs), V, generator=generator)
     rows = [row(seed, index, **params) for params, seed, index in specs]
@@ -127,7 +125,7 @@ def test_a_draw_does_not_depend_on_the_batch(
     assert together == alone
 
 
-def test_penalties_by_hand() -> None:
+def test_penalties_match_manual_calculation() -> None:
     logits = torch.tensor([[1.0, -1.0, 2.0, 0.5, 3.0]])
     state = SamplingState(
         SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25),
@@ -161,7 +159,7 @@ def test_bias_and_min_tokens() -> None:
 
 
 class Head:
-    """Logits as they are; counts which path was taken."""
+    """Returns its input as logits; counts which path was used."""
 
     def __init__(self, logits: Tensor) -> None:
         self.values, self.fast = logits, 0
@@ -179,7 +177,7 @@ class Head:
         return self.values.argmax(-1).tolist()
 
 
-def test_plain_greedy_rows_never_write_out_the_logits() -> None:
+def test_plain_greedy_rows_never_materialize_logits() -> None:
     head = Head(torch.randn(2, V))
     tokens, logprobs = sample(head, torch.empty(2, 1), [row(temperature=0), row(temperature=0)])
     assert tokens == head.values.argmax(-1).tolist() and logprobs is None and head.fast == 1
@@ -203,7 +201,7 @@ def test_both_paths_report_the_same_logprobs(params: dict[str, Any]) -> None:
         assert [e.rank for e in entry.values()] == list(range(1, len(best) + 1))
 
 
-def test_report_ranks_a_token_outside_the_top() -> None:
+def test_report_ranks_a_token_outside_the_top_k() -> None:
     raw = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).log_softmax(-1)
     (entry,) = positions(report(raw, [0], 2), [2])
     assert [(t, e.rank) for t, e in entry.items()] == [(0, 4), (1, 1), (2, 2)]
@@ -211,7 +209,7 @@ def test_report_ranks_a_token_outside_the_top() -> None:
 
 @given(st.integers(1, 700), st.integers(0, 2**32))
 @settings(max_examples=80, deadline=None)
-def test_inverting_by_groups_is_inverting(width: int, seed: int) -> None:
+def test_grouped_inversion_equals_plain_inversion(width: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(6, width, generator=generator) * (torch.rand(6, width, generator=generator) < 0.3)
     weights[:, seed % width] += 0.1
@@ -224,8 +222,8 @@ def test_inverting_by_groups_is_inverting(width: int, seed: int) -> None:
         assert share[token] >= u[i] - 1e-6 and share[token] - weights[i, token] / cdf[i, -1] <= u[i] + 1e-6
 
 
-def test_wide_filters_look_at_the_whole_vocabulary() -> None:
-    """More than the first candidates survive: the narrow search must notice."""
+def test_wide_filters_use_the_whole_vocabulary() -> None:
+    """More than the first candidates survive: the narrow search must detect it."""
     wide = 1000
     logits = torch.zeros(1, wide)
     seen = draw(logits.expand(3000, wide), [row(seed=1, index=i, top_p=0.99) for i in range(3000)])

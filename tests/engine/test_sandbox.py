@@ -1,4 +1,4 @@
-"""Hostile grammars, templates and texts: refused within seconds, in a process of their own."""
+"""Hostile grammars, templates and texts: rejected within seconds, in a separate process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_grammar_is_refused_within_seconds(shared: Sandbox, name: str) -> None:
+def test_hostile_grammar_is_rejected_within_seconds(shared: Sandbox, name: str) -> None:
     with pytest.raises(ValueError, match=r"structured_outputs\.(json|regex|grammar)") as refused:
         constraint = StructuredOutputsParams(**HOSTILE[name])
         shared.grammar(constraint, name).result(60)
@@ -77,7 +77,7 @@ def test_a_hostile_grammar_is_refused_within_seconds(shared: Sandbox, name: str)
     shared.grammar(StructuredOutputsParams(regex=f"a|{name[:1]}"), "other").result(60)  # the next is served
 
 
-def test_a_refusal_is_remembered(sandbox: Sandbox) -> None:
+def test_rejection_is_cached(sandbox: Sandbox) -> None:
     constraint = StructuredOutputsParams(json=chained(3000))
     with pytest.raises(ValueError):
         sandbox.grammar(constraint).result(30)
@@ -134,7 +134,7 @@ def test_many_choices_options_and_special_literals(make_engine: Callable[..., En
         ),
     )
 )
-def test_any_grammar_is_accepted_or_refused(shared: Sandbox, constraint: dict[str, Any]) -> None:
+def test_any_grammar_is_accepted_or_rejected(shared: Sandbox, constraint: dict[str, Any]) -> None:
     try:
         shared.grammar(StructuredOutputsParams(**constraint)).result(60)
     except ValueError as refused:
@@ -151,7 +151,7 @@ def test_any_grammar_is_accepted_or_refused(shared: Sandbox, constraint: dict[st
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
-def test_a_template_may_not_run_for_ever(
+def test_template_run_time_is_limited(
     tokenizer: Tokenizer, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox_module, "_LIGHT_SECONDS", 0.5)
@@ -165,12 +165,12 @@ def test_a_template_may_not_run_for_ever(
         box.close()
 
 
-def test_long_texts_become_the_same_tokens(sandbox: Sandbox, tokenizer: Tokenizer) -> None:
+def test_long_texts_tokenize_the_same(sandbox: Sandbox, tokenizer: Tokenizer) -> None:
     for text in ("abc " * 10, "abc " * 5_000, "é" * 200_000):
         assert sandbox.encode([text, "x"]).result(60) == [tokenizer.encode(text), tokenizer.encode("x")]
 
 
-def test_a_conversation_is_rendered_the_same_way(tokenizer: Tokenizer) -> None:
+def test_conversation_is_rendered_the_same(tokenizer: Tokenizer) -> None:
     own = Tokenizer(
         tokenizer.backend,
         {"bos_token": "<｜begin▁of▁sentence｜>"},
@@ -194,7 +194,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
 
 @pytest.fixture
 def endless(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
-    """Its chat template takes all the time it gets, except for one message."""
+    """A sandbox whose chat template never ends, except for one message."""
     monkeypatch.setattr(sandbox_module, "_LIGHT_SECONDS", 0.5)
     template = "{% if messages[0].content != 'quick' %}" + ENDLESS + "{% endif %}ok"
     own = Tokenizer(tokenizer.backend, eos_token_ids=(1,), chat_template=template)
@@ -215,15 +215,15 @@ def test_slow_jobs_of_one_client_do_not_delay_another(endless: Sandbox) -> None:
         assert not any(future.done() for future in slow[2:])
 
 
-def test_a_killed_worker_loses_no_job(endless: Sandbox) -> None:
-    """A job whose worker is killed from outside runs again, in another worker."""
+def test_killed_worker_loses_no_job(endless: Sandbox) -> None:
+    """A job whose worker is killed externally runs again in another worker."""
     slow = endless.chat(message("slow"), 100)
     while not (working := workers(endless)):
         time.sleep(0.01)
     for pid in working:
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(ValueError, match="CPU time"):
-        slow.result(60)  # the second attempt found its verdict
+        slow.result(60)  # the second attempt finished
 
 
 def workers(box: Sandbox) -> list[int]:
@@ -238,7 +238,7 @@ def workers(box: Sandbox) -> list[int]:
     return found
 
 
-def test_a_killed_fork_server_is_replaced(sandbox: Sandbox) -> None:
+def test_killed_fork_server_is_replaced(sandbox: Sandbox) -> None:
     sandbox.grammar(regex("a")).result(60)
     assert sandbox._pool._server is not None
     os.kill(sandbox._pool._server.pid, signal.SIGKILL)
@@ -260,7 +260,7 @@ def test_identical_grammars_in_flight_share_one_job(
     assert second.result(1) == third.result(1) == sandbox.grammar(regex("a"), "one").result(1) == "grammar"
 
 
-def test_work_that_every_caller_has_left_is_cancelled(
+def test_work_without_remaining_callers_is_cancelled(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submitted: list[Job] = []
@@ -273,14 +273,14 @@ def test_work_that_every_caller_has_left_is_cancelled(
     assert len(submitted) == 2
 
 
-def test_the_sandbox_counts_cpu_time(sandbox: Sandbox) -> None:
+def test_sandbox_counts_cpu_time(sandbox: Sandbox) -> None:
     sandbox.encode(["x y " * 20_000], client="long").result(60)
     sandbox.encode(["x y " * 200], client="short").result(60)
     seconds = sandbox.seconds()
     assert seconds["long"] > seconds["short"] > 0
 
 
-def test_closing_ends_the_children(tokenizer: Tokenizer) -> None:
+def test_closing_terminates_the_children(tokenizer: Tokenizer) -> None:
     box = Sandbox(tokenizer, tokenizer.vocab_size)
     box.grammar(StructuredOutputsParams(regex="a")).result(30)
     server = box._pool._server

@@ -1,4 +1,4 @@
-"""The scheduler against a model of memory: every slot a token attends to holds what it should."""
+"""The scheduler against a model of memory: every slot that a token attends to has the right content."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def continuation(prompt: list[int], count: int) -> list[int]:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Random requests, cancellations, drafts good and bad, in a cache that is too small."""
+    """Random requests, cancellations, good and bad drafts, in a cache that is too small."""
 
     block_size, num_blocks, max_num_seqs, budget, lookahead, caching = 2, 9, 3, 5, 0, True
     clients: tuple[str, ...] = ("",)
@@ -128,7 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
 
     def read(self, item: Scheduled) -> None:
-        """What the step attends to: also that no other sequence of the step wrote there."""
+        """Check what the step attends to, and that no other sequence of the step wrote there."""
         tokens = item.seq.tokens + list(item.drafts)
         for position in range(item.start + item.num_tokens):
             salt, prefix = self.memory[self.slot(item.seq, position)]
@@ -231,7 +231,7 @@ TestSharing.settings = settings(COMMON, max_examples=40)
     budget=st.integers(6, 24),
     salts=st.lists(st.sampled_from(SALTS), min_size=6, max_size=6),
 )
-def test_prompts_that_arrive_together_compute_a_shared_prefix_once(
+def test_concurrent_prompts_compute_a_shared_prefix_once(
     prompts: list[list[int]], budget: int, salts: list[str]
 ) -> None:
     scheduler = Scheduler(64, 2, max_num_seqs=6, max_num_batched_tokens=budget)
@@ -287,19 +287,19 @@ def test_long_prompt_is_chunked_and_sampled_once() -> None:
     assert chunks == [(0, 8, False), (8, 8, False), (16, 4, True)]
 
 
-def test_known_prefix_is_not_computed_again_but_the_last_token_is() -> None:
+def test_cached_prefix_is_not_recomputed_except_its_last_token() -> None:
     scheduler = Scheduler(32, 4, max_num_seqs=4, max_num_batched_tokens=64)
     prompt = list(range(12))
     scheduler.add(sequence(0, prompt))
     run(scheduler, scheduler.schedule())
     scheduler.add(sequence(1, prompt))
     hit = next(i for i in scheduler.schedule() if i.seq.id == 1)
-    # Three full blocks are known; the last one has to be computed for its logits.
+    # Three full blocks are cached; the last one must be recomputed for its logits.
     assert (hit.start, hit.count) == (8, 4)
     assert hit.seq.num_cached == 8
 
 
-def test_second_turn_finds_the_first_answer() -> None:
+def test_second_turn_reuses_the_first_answer() -> None:
     scheduler = Scheduler(32, 4, max_num_seqs=4, max_num_batched_tokens=64)
     first = sequence(0, list(range(6)), output=6)
     scheduler.add(first)
@@ -312,7 +312,7 @@ def test_second_turn_finds_the_first_answer() -> None:
     assert second.num_cached == 8  # 11 of 12 tokens were computed: two full blocks, one of them output
 
 
-def test_another_salt_finds_nothing() -> None:
+def test_different_salt_has_no_cache_hits() -> None:
     scheduler = Scheduler(32, 4, max_num_seqs=4, max_num_batched_tokens=64)
     scheduler.add(sequence(0, list(range(12)), salt="a"))
     run(scheduler, scheduler.schedule())
@@ -322,7 +322,7 @@ def test_another_salt_finds_nothing() -> None:
     assert other.num_cached == 0
 
 
-def test_the_least_urgent_is_preempted() -> None:
+def test_least_urgent_is_preempted() -> None:
     scheduler = Scheduler(4, 2, max_num_seqs=2, max_num_batched_tokens=16)
     urgent, other = sequence(0, [1, 2, 3], order=1.0), sequence(1, [4, 5, 6], order=0.5)
     for seq in (urgent, other):
@@ -344,18 +344,18 @@ def test_priority_orders_the_queue_and_waiting_outweighs_it() -> None:
     assert [s.id for s in scheduler.waiting] == [1, 2, 0]
 
 
-def test_too_small_a_budget_is_refused() -> None:
+def test_too_small_budget_is_rejected() -> None:
     with pytest.raises(ValueError, match="max_num_batched_tokens: got 3"):
         Scheduler(8, 4, max_num_seqs=4, max_num_batched_tokens=3)
 
 
-def test_a_sequence_larger_than_the_cache_is_refused() -> None:
+def test_sequence_larger_than_the_cache_is_rejected() -> None:
     scheduler = Scheduler(2, 4, max_num_seqs=1, max_num_batched_tokens=8)
     with pytest.raises(ValueError, match="at most 8"):
         scheduler.add(sequence(0, [1] * 8, output=1))
 
 
-def test_a_leak_is_noticed() -> None:
+def test_leak_is_detected() -> None:
     scheduler = Scheduler(8, 4, max_num_seqs=1, max_num_batched_tokens=8)
     scheduler.add(sequence(0, [1]))
     scheduler.schedule()

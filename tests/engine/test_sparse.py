@@ -1,6 +1,6 @@
-"""Sparse attention and whatever moves a cache's blocks: prefixes, preemption, chunks, rejected drafts.
+"""Sparse attention and everything that moves cache blocks: prefixes, preemption, chunks, rejected drafts.
 
-The tests of a dense model, over models that attend to 8 chosen tokens: index keys travel with the latents.
+The dense model's tests on models that attend to 8 selected tokens: index keys move with the latents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from farthing.ops import select
 from .conftest import RAW
 from .test_engine import (  # noqa: F401  (collected here again, with this file's model)
     test_second_turn_reuses_the_cache,
-    test_tokens_are_those_of_the_model,
+    test_tokens_equal_those_of_the_model,
 )
 
 SPARSE: dict[str, Any] = RAW | dict(index_topk=8, index_n_heads=24, index_head_dim=8, num_hidden_layers=3)
@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest) -> DeepseekModel:
 
 
 def save(raw: dict[str, Any], path: Path) -> Path:
-    """A checkpoint of random weights."""
+    """Save a checkpoint with random weights."""
     (path / "config.json").write_text(json.dumps(raw))
     save_file(random_parameters(ModelConfig.from_json(raw), seed=7), path / "model.safetensors")
     return path

@@ -1,4 +1,4 @@
-"""Drafts: never another token, counted, and switched off where they do not pay."""
+"""Drafts never change a token, are counted, and are disabled where they do not pay."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MakeEngine = Callable[..., Engine]
 
 
 class Oracle:
-    """Drafts what is told: the true continuation, spoiled at some places."""
+    """Drafts the true continuation, with errors at given positions."""
 
     num_lookahead, costly = 0, False
 
@@ -59,7 +59,9 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("name", PARAMS)
-def test_right_drafts_are_accepted_and_wrong_ones_change_nothing(make_engine: MakeEngine, name: str) -> None:
+def test_correct_drafts_are_accepted_and_wrong_ones_change_nothing(
+    make_engine: MakeEngine, name: str
+) -> None:
     params = SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1, **PARAMS[name])
     plain = make_engine(enable_prefix_caching=False).submit([5, 6, 7], params).result()
     tokens = [5, 6, 7, *plain.outputs[0].token_ids]
@@ -81,7 +83,7 @@ def test_right_drafts_are_accepted_and_wrong_ones_change_nothing(make_engine: Ma
         assert stats.generation_tokens == 30
 
 
-def test_a_stop_in_the_middle_of_drafts_ends_there(make_engine: MakeEngine) -> None:
+def test_stop_within_drafts_ends_the_output_there(make_engine: MakeEngine) -> None:
     plain = (
         make_engine()
         .submit([5, 6, 7], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
@@ -98,7 +100,7 @@ def test_a_stop_in_the_middle_of_drafts_ends_there(make_engine: MakeEngine) -> N
 
 
 class Likeliest:
-    """Drafts the likelier of two tokens, given the one before."""
+    """Drafts the likelier of two tokens, given the previous one."""
 
     num_drafts, num_lookahead, costly = 1, 0, False
 
@@ -112,7 +114,9 @@ class Likeliest:
         return [[self.best.get(seq.tokens[-1], 3)] for seq in seqs]
 
 
-def test_refused_drafts_leave_the_models_distribution(make_engine: MakeEngine, model: DeepseekModel) -> None:
+def test_rejected_drafts_preserve_the_models_distribution(
+    make_engine: MakeEngine, model: DeepseekModel
+) -> None:
     """Leviathan et al. 2023: the replacement of a rejected draft follows p without the draft."""
     prompt, count, heat = [5, 6, 7], 2000, 1.5
 
@@ -143,7 +147,7 @@ def test_refused_drafts_leave_the_models_distribution(make_engine: MakeEngine, m
     assert rate == pytest.approx(accepted, abs=5 * (accepted * (1 - accepted) / count) ** 0.5)
 
 
-def test_mtp_drafts_are_those_of_the_layer(make_engine: MakeEngine, model: DeepseekModel) -> None:
+def test_mtp_drafts_equal_those_of_the_layer(make_engine: MakeEngine, model: DeepseekModel) -> None:
     """The first draft, recomputed from scratch over the whole sequence."""
     import torch
 
@@ -160,7 +164,7 @@ def test_mtp_drafts_are_those_of_the_layer(make_engine: MakeEngine, model: Deeps
 
     engine._core._speculator.after = spy  # type: ignore[union-attr, method-assign, assignment]
     engine.submit(list(range(40, 60)), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)).result()
-    # Near its end a sequence has no slot left for the second draft.
+    # Near the end a sequence has no slot for the second draft.
     assert sum(len(proposed) == 2 for _, proposed in drafts) >= 5
     for tokens, proposed in drafts:
         cache = model.new_cache(8, 16, "float32")
@@ -185,7 +189,7 @@ def longest_repeat(tokens: list[int]) -> int:
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
 def test_suffix_automaton_finds_the_longest_repeated_ending(tokens: list[int], data: st.DataObject) -> None:
     automaton = SuffixAutomaton()
-    while automaton.size < len(tokens):  # grown in pieces
+    while automaton.size < len(tokens):  # extended in pieces
         count = data.draw(st.integers(1, len(tokens) - automaton.size))
         automaton.extend(tokens[automaton.size : automaton.size + count])
         text, k, end = tokens[: automaton.size], automaton.matched, automaton.earlier
@@ -208,7 +212,7 @@ def test_continuation_repeats_the_last_period(tokens: list[int], count: int, dat
     assert continuation(tokens, start, count) == expected
 
 
-def test_text_drafter_forgets_finished_sequences(make_engine: MakeEngine) -> None:
+def test_text_drafter_drops_finished_sequences(make_engine: MakeEngine) -> None:
     engine = make_engine(speculate="ngram:2")
     drafter = engine._core._speculator.drafters[0]  # type: ignore[union-attr]
     assert isinstance(drafter, TextDrafter)
@@ -218,7 +222,7 @@ def test_text_drafter_forgets_finished_sequences(make_engine: MakeEngine) -> Non
 
 
 def feed(gate: Gate, batch: int, plain: float, drafted: float, likes: bool, steps: int = 1000) -> int:
-    """Simulate sequences that like drafts or not: what the gate orders is done. Returns drafted steps."""
+    """Simulate sequences whose drafts are accepted or not, following the gate. Returns the drafted steps."""
     count = 0
     for _ in range(steps):
         order = gate.order(batch)
@@ -229,19 +233,19 @@ def feed(gate: Gate, batch: int, plain: float, drafted: float, likes: bool, step
 
 
 @pytest.mark.parametrize("likes", [True, False])
-def test_the_gate_measures_both_kinds_by_size_of_batch(likes: bool) -> None:
+def test_gate_measures_both_modes_per_batch_size(likes: bool) -> None:
     gate = Gate()
     count = feed(gate, 10, plain=1.0, drafted=1.3, likes=likes)
     assert count > 850 if likes else count < 150
     feed(gate, 100, plain=1.0, drafted=1.9, likes=likes)
     assert gate.price(10) == pytest.approx(0.15)
     assert gate.price(100) == pytest.approx(0.45)
-    # It notices when the world has changed, whatever the sequences like.
+    # It adapts to changed timings, whatever the acceptance.
     feed(gate, 100, plain=1.5, drafted=1.8, likes=likes, steps=3000)
     assert gate.price(100) == pytest.approx(0.1, rel=0.02)
 
 
-def test_one_slow_step_changes_little() -> None:
+def test_single_slow_step_changes_little() -> None:
     gate = Gate()
     feed(gate, 1, plain=1.0, drafted=1.2, likes=True, steps=50)
     gate.observe(1, 1000.0, 2)
@@ -251,11 +255,11 @@ def test_one_slow_step_changes_little() -> None:
 @pytest.mark.parametrize(
     ("hits", "price", "count"), [(0.9, 0.5, 6), (0.8, 0.5, 3), (0.5, 0.5, 1), (1.0, 0.9, 9)]
 )
-def test_as_many_drafts_as_pay(hits: float, price: float, count: int) -> None:
+def test_number_of_drafts_is_the_profitable_one(hits: float, price: float, count: int) -> None:
     assert worthwhile(Drafting(hits), price, 9) == count
 
 
-def test_a_drafter_that_does_not_pay_is_tried_again_after_a_pause() -> None:
+def test_unprofitable_drafter_is_retried_after_a_pause() -> None:
     record = Drafting(0.4)
     assert [worthwhile(record, 0.5, 4) for _ in range(98)].count(1) == 2
     record.hits = 0.9
@@ -264,7 +268,7 @@ def test_a_drafter_that_does_not_pay_is_tried_again_after_a_pause() -> None:
     assert worthwhile(record, 0.5, 4) == 4
 
 
-def test_a_request_whose_drafts_fail_goes_without(make_engine: MakeEngine) -> None:
+def test_request_with_failing_drafts_stops_drafting(make_engine: MakeEngine) -> None:
     class Costly(Gate):
         def order(self, batch: int) -> bool | None:
             return None
@@ -288,7 +292,7 @@ def test_bad_speculate(value: str) -> None:
         EngineConfig(speculate=value)
 
 
-def test_mtp_without_the_layer_is_refused(model: DeepseekModel) -> None:
+def test_mtp_without_the_layer_is_rejected(model: DeepseekModel) -> None:
     bare = random_model(ModelConfig.from_json(RAW | {"num_nextn_predict_layers": 0}), model.ops)
     with pytest.raises(ValueError, match="the model has no MTP layer; expected 'ngram' or None"):
         Engine(bare, EngineConfig(speculate="mtp"))

@@ -1,4 +1,4 @@
-"""Outputs that obey a grammar, alone and while drafting."""
+"""Outputs that follow a grammar, with and without drafts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_speculation_does_not_change_the_answer(make_engine: Callable[..., Engin
     assert drafting.stats.draft_tokens > 0 and drafting.stats.accepted_tokens > 0
 
 
-def test_masks_follow_drafts_and_leave_no_trace(tokenizer: Tokenizer) -> None:
+def test_masks_follow_drafts_without_side_effects(tokenizer: Tokenizer) -> None:
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size)
     matcher = compiler.compile(StructuredOutputsParams(regex="[a][b][c]"))
     a, b, c = (tokenizer.encode(x, add_special_tokens=False)[0] for x in "abc")
@@ -77,12 +77,14 @@ def test_masks_follow_drafts_and_leave_no_trace(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"regex": "a", "json": {}}, {"choice": "abc"}, {"choice": [""]}])
-def test_exactly_one_constraint(given: dict[str, Any]) -> None:
+def test_exactly_one_constraint_is_accepted(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         StructuredOutputsParams(**given)
 
 
-def test_missing_extra_says_what_to_install(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_names_the_install_command(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ValueError, match=r"pip install 'farthing\[structured\]'"):
         GrammarCompiler(tokenizer, tokenizer.vocab_size)

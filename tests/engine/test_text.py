@@ -22,7 +22,7 @@ B = "<｜begin▁of▁sentence｜>"
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+def test_streamed_text_equals_the_decoded_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
     tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     for skip in (True, False):
         detokenizer = Detokenizer(tokenizer, skip)
@@ -32,7 +32,7 @@ def test_streamed_text_is_the_decoded_text(tokenizer: Tokenizer, data: st.DataOb
 
 @given(st.text(max_size=20))
 @settings(max_examples=200, deadline=None)
-def test_no_half_character_is_ever_shown(tokenizer: Tokenizer, text: str) -> None:
+def test_partial_characters_are_never_emitted(tokenizer: Tokenizer, text: str) -> None:
     detokenizer = Detokenizer(tokenizer)
     shown = ""
     for token in tokenizer.encode(text, add_special_tokens=False):
@@ -41,7 +41,7 @@ def test_no_half_character_is_ever_shown(tokenizer: Tokenizer, text: str) -> Non
     assert shown + detokenizer.flush() == text
 
 
-def test_a_character_cut_short_is_replaced_at_the_end(tokenizer: Tokenizer) -> None:
+def test_truncated_character_is_replaced_at_the_end(tokenizer: Tokenizer) -> None:
     first, *_ = tokenizer.encode("é", add_special_tokens=False)
     detokenizer = Detokenizer(tokenizer)
     assert (detokenizer.push(first), detokenizer.flush()) == ("", "\ufffd")
@@ -58,7 +58,7 @@ def test_other_decoders_stream_too() -> None:
     assert "".join(detokenizer.push(t) for t in (1, 2, 3)) == tokenizer.decode([1, 2, 3]) == "Hello world"
 
 
-def test_bos_is_added_once_and_only_on_request(tokenizer: Tokenizer) -> None:
+def test_bos_is_added_once_and_only_if_requested(tokenizer: Tokenizer) -> None:
     plain = tokenizer.encode("def", add_special_tokens=False)
     assert tokenizer.encode("def") == [0, *plain]
     assert tokenizer.encode(B + "def") == [0, *plain]
@@ -97,7 +97,7 @@ def test_stop_strings_in_pieces(text: str, stops: list[str], include: bool, data
     assert (shown, checker.found) == reference_stop(text[:end], stops, include)
 
 
-def test_an_unarmed_checker_lets_everything_pass() -> None:
+def test_inactive_checker_passes_everything() -> None:
     checker = StopChecker(["ab"])
     assert checker.push("xab", armed=False) == "xab" and checker.found is None
     assert checker.push("a") == "" and checker.push("c") == "ac"
@@ -161,7 +161,9 @@ def test_templates_run_in_a_sandbox() -> None:
     )
 
 
-def test_template_eos_and_sampling_come_from_the_directory(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_template_eos_and_sampling_defaults_come_from_the_directory(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     tokenizer.backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": B, "chat_template": "config"}))
     (tmp_path / "generation_config.json").write_text(
@@ -178,12 +180,12 @@ def test_template_eos_and_sampling_come_from_the_directory(tokenizer: Tokenizer,
         generation_defaults(tmp_path)
 
 
-def test_missing_tokenizer_says_what_to_do(tmp_path: Path) -> None:
+def test_missing_tokenizer_error_names_the_next_step(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="skip_tokenizer_init"):
         Tokenizer.from_directory(tmp_path)
 
 
-def test_resolving_a_model(tmp_path: Path) -> None:
+def test_resolve_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model(tmp_path) == tmp_path
     with pytest.raises(FileNotFoundError, match="has no config"):
@@ -195,12 +197,12 @@ def test_resolving_a_model(tmp_path: Path) -> None:
             resolve_model(missing)
 
 
-def test_former_name_of_the_embedded_model_names_the_new_one() -> None:
+def test_error_for_the_former_name_gives_the_new_one() -> None:
     with pytest.raises(FileNotFoundError, match="former name of the embedded model; expected 'mite'"):
         resolve_model("reference")
 
 
-def test_a_template_that_leaves_out_a_tool_is_an_error() -> None:
+def test_template_that_drops_a_tool_is_an_error() -> None:
     known = Tokenizer.from_directory(resolve_model("mite"))
     tools = [{"type": "function", "function": {"name": "weather"}}]
     turns = [{"role": "user", "content": "Rome?"}, {"role": "tool", "content": "sunny"}]

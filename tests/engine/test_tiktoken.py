@@ -1,4 +1,4 @@
-"""A tiktoken vocabulary built here, converted, against merging by rank."""
+"""A tiktoken vocabulary, converted and compared with merging by rank."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_is_refused_with_the_command_that_converts_it(directory: Path) -> None:
+def test_error_names_the_command_that_converts_it(directory: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"python -m farthing\.engine\.tiktoken "):
         Tokenizer.from_directory(directory)
     command = [sys.executable, "-m", "farthing.engine.tiktoken", str(directory)]
@@ -53,12 +53,12 @@ def test_words_merge_by_rank(directory: Path, word: str) -> None:
     backend = Tokenizer.from_directory(directory).backend
     ranks = vocabulary()
     expected = [ranks[p] for p in pieces(word.encode(), ranks, len(ranks))]
-    if not (word.endswith("好") or word.isdigit()):  # cut before merging: the same here for one word
+    if not (word.endswith("好") or word.isdigit()):  # split before merging: the same for one word
         assert backend.encode(word).ids == expected
     assert backend.decode(backend.encode(word).ids) == word
 
 
-def test_text_is_cut_as_kimi_cuts_it(directory: Path) -> None:
+def test_text_is_split_like_kimis(directory: Path) -> None:
     convert_directory(directory)
     backend = Tokenizer.from_directory(directory).backend
     cut = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("the你好King's 12345\n\n x")]  # type: ignore[union-attr]
@@ -66,7 +66,7 @@ def test_text_is_cut_as_kimi_cuts_it(directory: Path) -> None:
     assert [len(c) for c in cut] == sizes
 
 
-def test_a_broken_file_names_its_line(tmp_path: Path) -> None:
+def test_error_for_a_broken_file_names_the_line(tmp_path: Path) -> None:
     file = tmp_path / "tiktoken.model"
     file.write_bytes(b"YQ== 0\nnot-base64! 1\n")
     with pytest.raises(ValueError, match=r"line 2: got b'not-base64! 1'"):

@@ -1,4 +1,4 @@
-"""Grammars within free text: they hold from an opener to their end, with drafts and without."""
+"""Grammars within free text apply from an opener to their end, with and without drafts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from farthing.engine.triggered import Openers, TokenTexts, TriggeredGrammar
 
 pytest.importorskip("llguidance")
 
-# Pieces that overlap the opener "<c>" in every way, and some that run past it.
+# Pieces that overlap the opener "<c>" in every way, and some that extend past it.
 PIECES = ["</s>", "<", "c", ">", "a", "1", "2", "/", "<c", "c>", "<c>", ">1", "c>a", "<c>1", "a<c>2", "a<"]
 VOCAB = len(PIECES)
 
@@ -64,7 +64,7 @@ def test_every_opener_is_followed_by_the_grammar(seed: int) -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 2**32), st.lists(st.integers(0, VOCAB - 1), max_size=6))
-def test_drafts_are_judged_as_one_token_at_a_time(seed: int, drafts: list[int]) -> None:
+def test_drafts_are_masked_like_single_tokens(seed: int, drafts: list[int]) -> None:
     here = constraint(ReasoningBudget(ReasoningParams(end=(4,), budget=9)))
     walk(here, random.Random(seed), seed % 17)
     masks, accepted = here.masks(drafts, VOCAB), here.valid_prefix(drafts)
@@ -75,10 +75,10 @@ def test_drafts_are_judged_as_one_token_at_a_time(seed: int, drafts: list[int]) 
         assert row[token] == (position < accepted)
         if position < accepted:
             alone.consume(token)
-    assert (here.masks([], VOCAB)[0] == masks[0]).all()  # nothing has moved
+    assert (here.masks([], VOCAB)[0] == masks[0]).all()  # state is unchanged
 
 
-def test_free_text_obeys_its_own_constraint_and_calls_do_not() -> None:
+def test_text_constraint_applies_only_to_free_text() -> None:
     here = constraint(Vocabulary([1, 2, 3], ()))
     assert np.flatnonzero(here.masks([], VOCAB)[0]).tolist() == [1, 2, 3]
     for token in (1, 2, 3):
@@ -89,7 +89,7 @@ def test_free_text_obeys_its_own_constraint_and_calls_do_not() -> None:
 
 
 @pytest.mark.parametrize("speculate", [None, "ngram:3"])
-def test_an_engine_whose_model_keeps_calling(
+def test_engine_with_a_model_that_keeps_calling(
     make_engine: Callable[..., Engine], speculate: str | None
 ) -> None:
     engine = make_engine(speculate=speculate)

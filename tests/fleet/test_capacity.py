@@ -1,4 +1,4 @@
-"""Capacity: read, and learnt from what replicas carry."""
+"""Capacity: read from a file, and learned from the load of replicas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def carried(rate: float, queue: float, backlog: float = 0.0, ready: int = 2, cur
     return Snapshot(0.0, current, ready, rate, backlog=backlog, queue_time_s=queue)
 
 
-def test_read_and_refuse(tmp_path: Path) -> None:
+def test_read_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "capacity.json"
     path.write_text(json.dumps({"capacity": 3.5, "unit": "tokens"}))
     assert Capacity.read(path).per_replica == 3.5
@@ -27,43 +27,43 @@ def test_read_and_refuse(tmp_path: Path) -> None:
         Capacity(-1)
 
 
-def test_rises_with_what_is_carried_in_time() -> None:
+def test_capacity_rises_with_load_within_the_targets() -> None:
     learner = OnlineCapacity(guess=1.0)
     for _ in range(300):
         learner.observe(carried(6.0, 0.01))
     assert learner.estimate == pytest.approx(3.0, rel=0.01)
-    learner.observe(carried(1.0, 0.01))  # a quiet hour teaches nothing
+    learner.observe(carried(1.0, 0.01))  # low load changes nothing
     assert learner.estimate == pytest.approx(3.0, rel=0.01)
 
 
-def test_falls_to_what_a_saturated_fleet_completes() -> None:
+def test_capacity_falls_to_the_throughput_of_a_saturated_fleet() -> None:
     learner = OnlineCapacity(guess=4.0)
     for _ in range(300):
         learner.observe(carried(9.0, 5.0, backlog=50), completed=4.0)
     assert learner.estimate == pytest.approx(2.0, rel=0.01)
 
 
-def test_starting_replicas_and_stale_signals_teach_nothing() -> None:
+def test_starting_replicas_and_stale_signals_are_ignored() -> None:
     learner = OnlineCapacity(guess=1.0)
     learner.observe(carried(6.0, 0.01, ready=1, current=2))
     learner.observe(Snapshot(0.0, 2, 2, 6.0, backlog=0.0, queue_time_s=0.0, stale=True))
     assert learner.estimate == 1.0
 
 
-def test_bounded_around_the_guess() -> None:
+def test_capacity_is_bounded_around_the_guess() -> None:
     learner = OnlineCapacity(guess=1.0)
     for _ in range(500):
         learner.observe(carried(1000.0, 0.0))
     assert learner.estimate == 4.0
 
 
-PREFILL, DECODE = 1 / 8000, 1 / 400  # of the true replica: seconds of its time per token
+PREFILL, DECODE = 1 / 8000, 1 / 400  # true costs of the replica: busy seconds per token
 
 
 def tokens(
     rate: float, prompt: float, output: float, *, backlog: float = 0.0, tpot: float = 0.02
 ) -> Snapshot:
-    """Two replicas that take in `rate` requests a second of these lengths."""
+    """Two replicas that receive `rate` requests per second of these lengths."""
     return Snapshot(
         0.0,
         2,
@@ -104,7 +104,7 @@ def test_longer_answers_lower_the_capacity_before_a_queue_grows() -> None:
 
 
 def test_capacity_does_not_rise_while_tpot_is_above_its_target() -> None:
-    """Replicas that batch ever more requests have no queue: their time per token says that they are full."""
+    """Replicas that batch ever more requests have no queue; only their time per token shows saturation."""
     watched = OnlineCapacity(guess=2.0, targets=Targets(tpot_s=0.05))
     blind = OnlineCapacity(guess=2.0)
     for learner in (watched, blind):
@@ -130,7 +130,7 @@ def test_cached_prompts_cost_nothing() -> None:
     assert learner.estimate > 2 * cold
 
 
-def test_capacity_in_tokens_follows_the_mix() -> None:
+def test_capacity_in_tokens_depends_on_the_mix() -> None:
     learner = OnlineCapacity(guess=2000.0, unit="tokens")
     for _ in range(60):
         learner.observe(tokens(1.0, 1000, 100))

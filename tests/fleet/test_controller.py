@@ -1,4 +1,4 @@
-"""The loop: what it logs, shows, applies and survives; the configuration and the command line around it."""
+"""The control loop: logs, metrics, actions, failures; its configuration and command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POLICY = PolicyConfig(capacity=1.0, interval_s=0.05, cold_start_s=1.0, latency_f
 
 
 class Source:
-    """Signals as the test sets them."""
+    """Signals set by the test."""
 
     def __init__(self, **signals: object) -> None:
         self.signals: dict[str, object] = {
@@ -47,7 +47,7 @@ class Source:
         return Snapshot(time=self.time, current=current, **self.signals)  # type: ignore[arg-type]
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """No-op."""
 
 
 class Recorder:
@@ -57,7 +57,7 @@ class Recorder:
         self.count, self.asked, self.broken = count, list[int](), False
 
     async def start(self) -> None:
-        """Nothing to start."""
+        """No-op."""
 
     async def current(self) -> int | None:
         if self.broken:
@@ -71,7 +71,7 @@ class Recorder:
         self.count = decision.target
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """No-op."""
 
 
 def controller(tmp_path: Path, source: Source, actuator: Recorder, **options: object) -> Controller:
@@ -86,7 +86,7 @@ def controller(tmp_path: Path, source: Source, actuator: Recorder, **options: ob
 
 
 @pytest.mark.anyio
-async def test_turn_decides_logs_shows_posts_and_applies(tmp_path: Path) -> None:
+async def test_turn_decides_logs_exposes_and_applies(tmp_path: Path) -> None:
     source, actuator, last_decision = Source(request_rate=3.5), Recorder(), LastDecision()
     loop = controller(tmp_path, source, actuator, last_decision=last_decision)
     decision = await loop.turn()
@@ -108,7 +108,7 @@ async def test_advice_is_logged_and_never_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_forecast_and_learnt_capacity_reach_the_policy(tmp_path: Path) -> None:
+async def test_forecast_and_learned_capacity_reach_the_policy(tmp_path: Path) -> None:
     class Estimates:
         seen: list[Snapshot] = []  # noqa: RUF012
         maintained = 0
@@ -135,13 +135,13 @@ async def test_forecast_and_learnt_capacity_reach_the_policy(tmp_path: Path) -> 
     assert decision is not None
     assert (decision.decided_by, decision.target) == ("short", 5)  # ceil(7 / (0.7 · 2))
     await asyncio.sleep(0.05)
-    await loop.turn()  # the fit that failed has ended nothing
+    await loop.turn()  # the failed fit stops nothing
     assert len(estimates.seen) == 2 and estimates.maintained >= 1
     assert loop.metrics.failures._value.get() >= 1
 
 
 @pytest.mark.anyio
-async def test_actuator_that_is_away_is_an_alarm_and_nothing_is_applied_blindly(tmp_path: Path) -> None:
+async def test_unreachable_actuator_is_an_alarm_and_nothing_is_applied(tmp_path: Path) -> None:
     source, actuator = Source(), Recorder()
     loop = controller(tmp_path, source, actuator)
     await loop.turn()
@@ -162,7 +162,7 @@ async def test_actuator_that_is_away_is_an_alarm_and_nothing_is_applied_blindly(
 async def test_without_a_count_requested_or_ready_replicas_are_used(tmp_path: Path) -> None:
     class Others(Recorder):
         async def apply(self, decision: Decision) -> None:
-            """An HPA acts, in its own time."""
+            """No-op: an HPA acts."""
 
     source = Source(ready=None)
     loop = controller(tmp_path, source, Others(None))
@@ -170,14 +170,14 @@ async def test_without_a_count_requested_or_ready_replicas_are_used(tmp_path: Pa
     source.signals.update(ready=4, request_rate=3.5)
     decision = await loop.turn()
     assert decision is not None and (decision.current, decision.target) == (4, 5)
-    source.signals.update(ready=None, request_rate=0.1)  # most replicas fell silent
-    for each in (loop, controller(tmp_path, source, Others(None))):  # a restart remembers, too
+    source.signals.update(ready=None, request_rate=0.1)  # most replicas stopped reporting
+    for each in (loop, controller(tmp_path, source, Others(None))):  # also after a restart
         decision = await each.turn()
         assert decision is not None and (decision.current, decision.target) == (5, 5)
 
 
 @pytest.mark.anyio
-async def test_loop_survives_a_defect_and_keeps_its_state(tmp_path: Path) -> None:
+async def test_loop_survives_a_bug_and_keeps_its_state(tmp_path: Path) -> None:
     class Broken(Source):
         turns = 0
 
@@ -247,7 +247,7 @@ def test_configuration_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"polcy": {}}, r"polcy: no such field; known are policy, signals"),
+        ({"polcy": {}}, r"polcy: unknown field; expected one of policy, signals"),
         ({"policy": {"capacity": "two"}}, r"policy.capacity = 'two': expected float"),
         (
             {"policy": {"capacity": 1, "target_utilization": 2}},
@@ -269,11 +269,11 @@ def test_configuration_errors_name_the_field(change: dict[str, object], message:
         build(FleetConfig, {"policy": {"capacity": 1.0}, **change})
 
 
-# ---- the whole controller against doubles ----
+# ---- the whole controller against fakes ----
 
 
 @pytest.mark.anyio
-async def test_operate_scales_a_deployment_from_replicas_metrics(tmp_path: Path) -> None:
+async def test_run_scales_a_deployment_by_replica_metrics(tmp_path: Path) -> None:
     async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
         key = ("deployments", "prod", "deepseek")
         api.replicas[key] = 1
@@ -296,11 +296,11 @@ async def test_operate_scales_a_deployment_from_replicas_metrics(tmp_path: Path)
                 await asyncio.sleep(0.05)
         stop.set()
         await task
-        assert api.leases["prod", "farthing-fleet"]["spec"]["holderIdentity"] == ""  # given back
+        assert api.leases["prod", "farthing-fleet"]["spec"]["holderIdentity"] == ""  # released
 
 
 @pytest.mark.anyio
-async def test_operate_says_what_is_missing() -> None:
+async def test_run_errors_name_what_is_missing() -> None:
     config = FleetConfig(policy=POLICY, signals=SignalsConfig(), metrics="127.0.0.1:0")
     with pytest.raises(ValueError, match="signals: expected `prometheus`"):
         await run_controller(config, asyncio.Event())
@@ -339,7 +339,7 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_run_ends_cleanly_on_sigterm(tmp_path: Path) -> None:
+async def test_run_exits_cleanly_on_sigterm(tmp_path: Path) -> None:
     async with FakeReplica(name="a") as replica:
         config = {
             "policy": {"capacity": 1.0, "interval_s": 0.1},

@@ -24,7 +24,7 @@ def decided(now: float = 0.0) -> Decision:
     )
 
 
-def test_a_decision_is_one_json_line_and_comes_back() -> None:
+def test_decision_round_trips_through_a_json_line() -> None:
     line = decided().to_json()
     assert "\n" not in line
     assert set(json.loads(line)) >= {"time", "inputs", "levels", "decided_by", "reason", "target"}
@@ -32,26 +32,26 @@ def test_a_decision_is_one_json_line_and_comes_back() -> None:
 
 
 @given(st.integers(0, 10**6), st.one_of(st.none(), st.integers(0, 10**6)), st.text(max_size=40))
-def test_any_decision_survives_its_line(target: int, level: int | None, reason: str) -> None:
+def test_any_decision_round_trips(target: int, level: int | None, reason: str) -> None:
     made = Decision(
         1.5, 3, target, "hold", "short", Levels(short=level), reason, None, ("a", reason), {"x": [1, None]}
     )
     assert Decision.from_json(made.to_json()) == made
 
 
-def test_a_broken_line_is_shown() -> None:
+def test_error_quotes_an_invalid_line() -> None:
     with pytest.raises(ValueError, match="not a decision line"):
         Decision.from_json('{"time": 1}')
 
 
-def test_samples_leave_out_silent_levels() -> None:
+def test_samples_omit_levels_without_an_estimate() -> None:
     samples = decided().samples()
     assert samples["farthing:fleet_desired_replicas"] == 6
     assert samples["farthing:fleet_short_replicas"] == 6
     assert "farthing:fleet_mid_replicas" not in samples
 
 
-def test_the_log_gives_the_last_ones_and_forgives_a_torn_line(tmp_path: Path) -> None:
+def test_log_returns_the_last_decisions_and_skips_a_partial_line(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "sub" / "decisions.jsonl")
     for now in range(5):
         log.append(decided(float(now)))
@@ -62,7 +62,7 @@ def test_the_log_gives_the_last_ones_and_forgives_a_torn_line(tmp_path: Path) ->
         read_log(tmp_path / "none.jsonl")
 
 
-def test_the_log_turns_over(tmp_path: Path) -> None:
+def test_log_rotates(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "d.jsonl", max_bytes=2000)
     for now in range(20):
         log.append(decided(float(now)))
@@ -83,6 +83,6 @@ def test_peak_over_a_window_and_between_quantiles() -> None:
 @pytest.mark.parametrize(
     "bad", [((), ()), ((1.0,), (1.0, 2.0)), ((float("nan"),), (1.0,)), ((-1.0,), (1.0,))]
 )
-def test_a_forecast_must_be_whole(bad: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+def test_incomplete_forecast_is_rejected(bad: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
     with pytest.raises(ValueError, match="Forecast"):
         Forecast(0, 1, *bad, source="x")

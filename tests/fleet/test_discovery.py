@@ -1,4 +1,4 @@
-"""Replicas by DNS: what the resolver says, and what it does not."""
+"""Replicas by DNS: addresses, empty answers and resolver failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from farthing.fleet.discovery import addresses, follow
 
 
 def _resolver(monkeypatch: pytest.MonkeyPatch, answers: list[list[str] | int]) -> None:
-    """Each look-up takes the next answer: addresses, or the number of an error. The last one repeats."""
+    """Each look-up returns the next answer: addresses, or an error number. The last one repeats."""
 
     def getaddrinfo(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -41,7 +41,7 @@ def test_every_address_is_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_service_without_ready_pods_is_empty_and_a_dead_resolver_says_nothing(
+def test_service_without_ready_pods_is_empty_unlike_a_resolver_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert _ask(monkeypatch, socket.EAI_NONAME) == {}
@@ -49,7 +49,7 @@ def test_service_without_ready_pods_is_empty_and_a_dead_resolver_says_nothing(
 
 
 @pytest.mark.anyio
-async def test_file_follows_changes_and_survives_a_dead_resolver(
+async def test_file_follows_changes_and_survives_a_resolver_failure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "replicas.json"

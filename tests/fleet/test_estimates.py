@@ -1,6 +1,4 @@
-"""The estimates in service: the day plan with its skill, what a restart remembers, what Prometheus is
-asked for.
-"""
+"""Production estimates: the day plan with its skill, state after a restart, queries to Prometheus."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ BEGIN = 20_000 * DAY
 
 
 def wave(time: float) -> float:
-    """A load with a day in it, 5 to 15 requests/s."""
+    """A load with a daily season, 5 to 15 requests/s."""
     return 10.0 + 5.0 * math.sin(2 * math.pi * time / DAY)
 
 
@@ -59,17 +57,17 @@ def test_day_plan_covers_every_interval_of_the_next_day() -> None:
         truth = wave(forecast.start + index * PLAN_STEP_S)
         assert forecast.p50[index] == pytest.approx(truth, rel=0.15)
     assert all(high >= low for low, high in zip(forecast.p50, forecast.p90, strict=True))
-    assert plan.forecast(now + 3 * DAY) is None  # it has run out
+    assert plan.forecast(now + 3 * DAY) is None  # after its end
 
 
-def test_plan_that_is_worse_than_the_last_value_is_replaced_and_says_so() -> None:
+def test_plan_worse_than_the_last_value_is_replaced_with_a_note() -> None:
     plan, now = filled(3.0)
     plan.refit(now)
     for step in range(60):
         plan.observe(now + step * PLAN_STEP_S, wave(now + step * PLAN_STEP_S))
     assert plan.skill is not None and plan.skill > 0.5
     now += 60 * PLAN_STEP_S
-    for step in range(280):  # the clock stays at the time the plan was made
+    for step in range(280):  # the clock stays at the plan's time
         plan.observe(now + step * PLAN_STEP_S, wave(BEGIN + 3 * DAY))
     forecast = plan.forecast(now + 280 * PLAN_STEP_S)
     assert forecast is not None
@@ -77,7 +75,7 @@ def test_plan_that_is_worse_than_the_last_value_is_replaced_and_says_so() -> Non
     assert "prophet replaced by last-value: running skill -" in forecast.note
 
 
-def test_restart_remembers_the_load(tmp_path: Path) -> None:
+def test_restart_restores_the_load(tmp_path: Path) -> None:
     first = make_estimates(config(tmp_path))
     for second in range(0, 600, 5):
         snapshot = Snapshot(time=BEGIN + second, current=2, ready=2, request_rate=7.0)
@@ -85,12 +83,12 @@ def test_restart_remembers_the_load(tmp_path: Path) -> None:
     forecast = first.short(BEGIN + 600)
     assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.25)
     second_run = make_estimates(config(tmp_path))
-    assert second_run.remembers_until == BEGIN + 480  # the last whole minute
+    assert second_run.remembers_until == BEGIN + 480  # the last complete minute
     forecast = second_run.short(BEGIN + 600)
     assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.25)
 
 
-def test_missing_signals_teach_nothing(tmp_path: Path) -> None:
+def test_missing_signals_are_ignored(tmp_path: Path) -> None:
     estimates = make_estimates(config(tmp_path))
     for second in range(0, 600, 5):
         for gap in ({"stale": True}, {"ready": None}, {"request_rate": None}):
@@ -100,7 +98,7 @@ def test_missing_signals_teach_nothing(tmp_path: Path) -> None:
     assert estimates.remembers_until is None
 
 
-def test_torn_lines_of_the_load_file_are_left_out(tmp_path: Path) -> None:
+def test_partial_lines_of_the_load_file_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "load.csv"
     append_load(path, 60.0, 2.0)
     append_load(path, 0.0, 1.0)
@@ -109,7 +107,7 @@ def test_torn_lines_of_the_load_file_are_left_out(tmp_path: Path) -> None:
     assert read_loads(tmp_path / "none.csv") == []
 
 
-def test_full_disk_costs_the_load_file_and_not_the_forecast(tmp_path: Path) -> None:
+def test_full_disk_loses_the_load_file_but_not_the_forecast(tmp_path: Path) -> None:
     estimates = make_estimates(config(tmp_path))
     (tmp_path / "state" / "load.csv").symlink_to("/dev/full")
     for second in range(0, 600, 5):
@@ -146,9 +144,9 @@ def test_forecast_section_is_checked(tmp_path: Path) -> None:
     )
     assert (short.model, short.lstm.epochs) == ("ridge", 2)
     assert prophet.country == "DE" and prophet.events[0].dates == ("2026-11-27",)
-    with pytest.raises(ValueError, match=r"forecast.arima: no such field; expected short or prophet"):
+    with pytest.raises(ValueError, match=r"forecast.arima: unknown field; expected short or prophet"):
         forecast_settings({"arima": {}})
-    with pytest.raises(ValueError, match=r"forecast.short.modell: no such field"):
+    with pytest.raises(ValueError, match=r"forecast.short.modell: unknown field"):
         forecast_settings({"short": {"modell": "lstm"}})
     with pytest.raises(ValueError, match=r"forecast.short.model = 'arima': expected one of mixture, lstm"):
         forecast_settings({"short": {"model": "arima"}})

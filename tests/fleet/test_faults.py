@@ -1,6 +1,4 @@
-"""Faults, each brought about for real: no accepted request is lost without an error, and missing data
-scales nothing down.
-"""
+"""Real faults: no accepted request is lost without an error, and missing data never scales down."""
 
 from __future__ import annotations
 
@@ -100,7 +98,7 @@ async def _keep_busy(replica: FakeReplica, rate: float) -> None:
 
 
 @pytest.mark.anyio
-async def test_api_server_down_holds_and_acts_once_it_is_back(tmp_path: Path) -> None:
+async def test_api_server_outage_holds_then_acts(tmp_path: Path) -> None:
     async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
         api.replicas[KEY] = 2
         source = ScrapeSource(lambda: {"a": replica.url}, window_s=1.0)
@@ -124,11 +122,11 @@ async def test_api_server_down_holds_and_acts_once_it_is_back(tmp_path: Path) ->
         await source.close()
 
 
-# ---- the clock jumps ----
+# ---- clock jumps ----
 
 
 @pytest.mark.anyio
-async def test_clock_that_jumps_scales_nothing_down(tmp_path: Path) -> None:
+async def test_clock_jump_never_scales_down(tmp_path: Path) -> None:
     jump = [0.0]
     clock = asyncio.get_running_loop().time
     async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
@@ -146,7 +144,7 @@ async def test_clock_that_jumps_scales_nothing_down(tmp_path: Path) -> None:
             wall=wall,
         )
         stop, busy = asyncio.Event(), asyncio.create_task(_keep_busy(replica, 3.3))
-        for _ in range(12):  # a whole window of the true load first
+        for _ in range(12):  # first a whole window of the true load
             await source.read(5)
             await asyncio.sleep(0.1)
         task = asyncio.create_task(loop.run(stop))
@@ -166,7 +164,7 @@ async def test_clock_that_jumps_scales_nothing_down(tmp_path: Path) -> None:
         assert all(d.target >= d.current for d in decisions)
 
 
-# ---- local mode: a replica is killed, the gateway is exchanged and killed ----
+# ---- local mode: killed replica, replaced and killed gateway ----
 
 
 def local(tmp_path: Path, *, replicas: int = 2, tokens: int = 5, interval_s: float = 0.02) -> LocalFleet:
@@ -184,7 +182,7 @@ def local(tmp_path: Path, *, replicas: int = 2, tokens: int = 5, interval_s: flo
 
 
 async def _ask(session: aiohttp.ClientSession, number: int, results: list[str], *, stream: bool) -> None:
-    """One request; what became of it is put in `results`: whole, error, cut or refused."""
+    """Send one request and append its outcome to `results`: whole, error, cut or refused."""
     body = {"messages": [{"role": "user", "content": f"{number}"}], "stream": stream}
     try:
         async with session.post("/v1/chat/completions", json=body) as answer:
@@ -196,11 +194,11 @@ async def _ask(session: aiohttp.ClientSession, number: int, results: list[str], 
     except aiohttp.ClientConnectorError:
         results.append("refused")
     except aiohttp.ClientError:
-        results.append("broken off")  # the client is told by its connection
+        results.append("broken off")  # the client sees a closed connection
 
 
 async def _load(url: str, seconds: float, results: list[str], *, stream: bool) -> None:
-    """Requests on a connection of their own, 50 a second."""
+    """Send 50 requests per second, each on its own connection."""
     connector = aiohttp.TCPConnector(force_close=True, limit=0)
     async with aiohttp.ClientSession(url, connector=connector) as session, asyncio.TaskGroup() as group:
         for number in range(round(seconds * 50)):
@@ -230,7 +228,7 @@ async def test_killed_replica_loses_no_request_without_an_error_and_is_replaced(
             events = [line async for line in answer.content if line.startswith(b"data: ")]
         assert b"replica lost" in events[-1]  # in flight there: its client receives an error
         await asyncio.gather(*load)
-        assert set(whole) == {"whole"}  # nothing of them had been sent: repeated elsewhere
+        assert set(whole) == {"whole"}  # nothing had been sent to the client, so they were retried elsewhere
         assert set(streams) <= {"whole", "error"}
         assert streams.count("error") < 50
         await until(lambda: len(fleet.replicas.ready()) == 2)
@@ -253,7 +251,7 @@ async def _healthy(fleet: LocalFleet, count: int) -> None:
 
 
 @pytest.mark.anyio
-async def test_gateway_exchanged_under_load_loses_nothing(tmp_path: Path) -> None:
+async def test_gateway_replaced_under_load_loses_no_request(tmp_path: Path) -> None:
     async with local(tmp_path, tokens=20) as fleet:
         assert await fleet.replicas.wait_ready(2, 30)
         await _healthy(fleet, 2)
@@ -278,6 +276,6 @@ async def test_killed_gateway_refuses_no_requests_and_recovers(tmp_path: Path) -
         os.kill(fleet.gateway.process.pid, signal.SIGKILL)
         await load
         assert fleet.gateway.restarts == 1
-        assert set(results) <= {"whole", "broken off"}  # never refused, never cut without a sign
+        assert set(results) <= {"whole", "broken off"}  # never refused, never truncated silently
         assert results.count("broken off") < 20
         assert results.count("whole") > 120

@@ -34,7 +34,7 @@ class Steady:
 
 
 class Counter:
-    """An actuator that does as it is told."""
+    """An actuator that applies every target."""
 
     count = 1
 
@@ -74,7 +74,7 @@ def test_full_disk_is_an_alarm_and_scaling_continues(tmp_path: Path) -> None:
     assert last_decision.value("desired_replicas") == 3.0
     assert loop.metrics.last is not None
     assert any("disk: decision log" in alarm for alarm in loop.metrics.last.alarms)
-    (tmp_path / "decisions.jsonl").unlink()  # space again
+    (tmp_path / "decisions.jsonl").unlink()  # space is available again
 
     async def after() -> None:
         await loop.turn()
@@ -132,7 +132,7 @@ def test_replicas_file_is_overwritten_in_place(tmp_path: Path) -> None:
     assert read_replicas(path) == {"b": "http://127.0.0.1:2"}
 
 
-def test_process_whose_log_cannot_be_opened_is_started_without(tmp_path: Path) -> None:
+def test_process_starts_without_a_log_it_cannot_open(tmp_path: Path) -> None:
     async def start() -> int:
         process = await launch(("sh", "-c", "echo said"), tmp_path / "missing" / "log", {})
         return await process.wait()

@@ -1,5 +1,5 @@
-"""The gateway over real sockets: pass-through, streams, retries before the first byte only, health,
-breaker, affinity.
+"""The gateway over real sockets: pass-through, streams, retries only before the first byte, health, breaker,
+affinity.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ async def test_stream_arrives_token_by_token() -> None:
                     times.append(loop.time())
         assert events[-1] == b"data: [DONE]\n"
         assert len(events) == 6
-        assert len({round(t, 3) for t in times[:5]}) == 5  # not gathered into one piece
+        assert len({round(t, 3) for t in times[:5]}) == 5  # not merged into one piece
 
 
 @pytest.mark.anyio
@@ -115,7 +115,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 @pytest.mark.anyio
 async def test_retries_another_replica_before_the_first_byte() -> None:
     async with fleet(2) as (gateway, replicas, session, _url):
-        for _ in range(4):  # whichever is chosen first dies without a byte
+        for _ in range(4):  # the first choice dies without sending a byte
             for replica in replicas:
                 replica.fail_after = None
             chosen = gateway.balancer.choose(read_prompt(json.dumps(body()).encode(), 256))
@@ -128,7 +128,7 @@ async def test_retries_another_replica_before_the_first_byte() -> None:
 
 
 @pytest.mark.anyio
-async def test_busy_replica_is_passed_over_and_the_last_answer_is_handed_on() -> None:
+async def test_busy_replica_is_skipped_and_the_last_answer_is_passed_on() -> None:
     async with fleet(2) as (_, replicas, session, _url):
         replicas[0].status = 503
         for _ in range(3):
@@ -163,7 +163,7 @@ async def test_replica_lost_within_a_stream_ends_it_with_an_error_event() -> Non
 
 
 @pytest.mark.anyio
-async def test_request_waits_for_a_replica_and_gets_a_proper_error_after_that() -> None:
+async def test_request_waits_for_a_replica_and_then_gets_an_error() -> None:
     async with FakeReplica(name="late") as replica:
         gateway = Gateway(GatewayConfig(wait_s=0.5, health_interval_s=0.05))
         port = await gateway.start()
@@ -183,7 +183,7 @@ async def test_request_waits_for_a_replica_and_gets_a_proper_error_after_that() 
 
 
 @pytest.mark.anyio
-async def test_client_that_leaves_frees_the_replica() -> None:
+async def test_disconnected_client_frees_the_replica() -> None:
     async with fleet(1, tokens=1000, interval_s=0.01) as (gateway, (replica,), session, _url):
         answer = await session.post(CHAT, json=body(stream=True))
         await answer.content.readline()
@@ -191,11 +191,11 @@ async def test_client_that_leaves_frees_the_replica() -> None:
         while replica.running or gateway.balancer.replicas["r0"].inflight:
             await asyncio.sleep(0.01)
         assert replica.disconnects == 1
-        assert gateway.balancer.replicas["r0"].failed == 0  # the client's doing, not the replica's
+        assert gateway.balancer.replicas["r0"].failed == 0  # caused by the client, not the replica
 
 
 @pytest.mark.anyio
-async def test_slow_client_holds_the_replica_back() -> None:
+async def test_slow_client_slows_the_replica_down() -> None:
     async with fleet(1, tokens=200_000) as (gateway, (replica,), _session, url):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1024)
         payload = json.dumps(body(stream=True)).encode()
@@ -204,13 +204,13 @@ async def test_slow_client_holds_the_replica_back() -> None:
         await reader.readline()
         await asyncio.sleep(0.5)
         (client,) = [guard for guard in gateway.door.guards if guard.phase == "request"]
-        assert client.write_buffer < 1 << 20  # ~18 MB were on offer
+        assert client.write_buffer < 1 << 20  # ~18 MB were offered
         assert replica.running == 1
         writer.close()
 
 
 @pytest.mark.anyio
-async def test_affinity_keeps_a_conversation_on_its_replica_until_load_forbids() -> None:
+async def test_conversation_stays_on_its_replica_until_load_outweighs_affinity() -> None:
     async with fleet(3, GatewayConfig(health_interval_s=0.05, request_weight=8192)) as (
         gateway,
         _,
@@ -240,7 +240,7 @@ async def test_least_loaded_spreads_unrelated_requests() -> None:
 
 
 @pytest.mark.anyio
-async def test_unhealthy_replica_gets_nothing_and_comes_back() -> None:
+async def test_unhealthy_replica_gets_no_requests_until_it_recovers() -> None:
     async with fleet(2) as (gateway, replicas, session, _url):
         port = replicas[0].port
         await replicas[0].stop()
@@ -278,7 +278,7 @@ def test_breaker_opens_tries_one_request_and_doubles_its_pause() -> None:
 
 
 @pytest.mark.anyio
-async def test_keys_guard_everything_but_health_and_metrics() -> None:
+async def test_everything_except_health_and_metrics_requires_a_key() -> None:
     class OneKey:
         def check(self, header_value: str | None) -> str | None:
             return "alice" if header_value == "Bearer secret" else None
@@ -302,7 +302,7 @@ async def test_keys_guard_everything_but_health_and_metrics() -> None:
 
 
 @pytest.mark.anyio
-async def test_drain_lets_requests_end_and_says_so_to_those_it_breaks_off() -> None:
+async def test_drain_lets_requests_finish_and_sends_errors_to_the_rest() -> None:
     async with fleet(1, tokens=20, interval_s=0.02) as (gateway, _, session, _url):
         answer = await session.post(CHAT, json=body(stream=True))
         await answer.content.readline()
@@ -323,7 +323,7 @@ async def test_drain_lets_requests_end_and_says_so_to_those_it_breaks_off() -> N
 
 
 @pytest.mark.anyio
-async def test_bad_requests_get_an_error_and_the_gateway_lives_on() -> None:
+async def test_bad_requests_get_an_error_and_the_gateway_continues() -> None:
     config = GatewayConfig(health_interval_s=0.05, max_body=1000)
     async with fleet(1, config) as (_, _, session, url):
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
@@ -338,7 +338,7 @@ async def test_bad_requests_get_an_error_and_the_gateway_lives_on() -> None:
 
 
 @pytest.mark.anyio
-async def test_replicas_file_is_followed_and_a_broken_one_changes_nothing(tmp_path: Path) -> None:
+async def test_replicas_file_is_watched_and_an_invalid_one_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "replicas.json"
     async with FakeReplica(name="a") as first, FakeReplica(name="b") as second:
         write_replicas(path, {"a": first.url})
@@ -360,7 +360,7 @@ async def test_replicas_file_is_followed_and_a_broken_one_changes_nothing(tmp_pa
 
 
 @pytest.mark.anyio
-async def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
+async def test_errors_name_the_problem(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"GatewayConfig.tries = 0"):
         GatewayConfig(tries=0)
     path = tmp_path / "r.json"

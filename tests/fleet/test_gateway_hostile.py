@@ -1,4 +1,4 @@
-"""What hostile or broken clients can do to a gateway, over real sockets."""
+"""Hostile and broken clients of a gateway, over real sockets."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def keyed(config: GatewayConfig | None = None) -> AsyncIterator[tuple[Gate
 
 
 @pytest.mark.anyio
-async def test_trailers_are_no_headers() -> None:
+async def test_trailers_are_not_headers() -> None:
     payload = json.dumps(body()).encode()
     chunked = b"transfer-encoding: chunked\r\n"
     line = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST
@@ -90,7 +90,7 @@ async def test_trailers_are_no_headers() -> None:
         b"bad header: 1\r\ncontent-length: 5\r\n",
     ],
 )
-async def test_ambiguous_framing_is_refused(fields: bytes) -> None:
+async def test_ambiguous_framing_is_rejected(fields: bytes) -> None:
     async with fleet(1) as (_, (replica,), _session, url):
         reader, writer = await connect(int(url.rsplit(":", 1)[1]))
         writer.write(b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + fields + b"\r\nhello\r\n\r\n")
@@ -100,7 +100,7 @@ async def test_ambiguous_framing_is_refused(fields: bytes) -> None:
 
 
 async def _slow_heads(port: int, count: int) -> tuple[float, float]:
-    """Open heads that never end. Seconds until all were closed, and the longest a good request waited."""
+    """Open heads that never end. Returns seconds until all were closed, and the longest good request."""
     loop = asyncio.get_running_loop()
     began = loop.time()
 
@@ -148,7 +148,7 @@ async def test_a_thousand_slow_heads_are_closed_within_ten_seconds() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("field", [b"x: " + b"y" * 1000 + b"\r\n", b"y" * 1000], ids=["many", "one"])
-async def test_huge_heads_are_refused_early(field: bytes) -> None:
+async def test_huge_heads_are_rejected_early(field: bytes) -> None:
     async with fleet(1) as (_, (replica,), _session, url):
         reader, writer = await connect(int(url.rsplit(":", 1)[1]))
         sent = 0
@@ -164,12 +164,12 @@ async def test_huge_heads_are_refused_early(field: bytes) -> None:
             said = await reader.read(1 << 16)
             assert not said or said.split()[1] in (b"431", b"400")
         writer.close()
-        assert sent < 16_000_000  # what the kernel's buffers take
+        assert sent < 16_000_000  # the capacity of the kernel's buffers
         assert replica.requests == []
 
 
 @pytest.mark.anyio
-async def test_whole_head_above_the_limit_is_refused() -> None:
+async def test_complete_head_above_the_limit_is_rejected() -> None:
     async with fleet(1) as (_, (replica,), _session, url):
         reader, writer = await connect(int(url.rsplit(":", 1)[1]))
         fields = [b"x-%d: %s\r\n" % (i, b"y" * 9000) for i in range(8)]
@@ -240,7 +240,7 @@ def _open_files() -> int:
 
 
 @pytest.mark.anyio
-async def test_bodies_are_bounded_together() -> None:
+async def test_total_size_of_bodies_is_bounded() -> None:
     config = GatewayConfig(health_interval_s=0.05, max_body=1 << 20, max_body_total=3 << 20)
     async with fleet(1, config, tokens=40, interval_s=0.02) as (gateway, _, session, _url):
         big = body("x" * ((1 << 20) - 1000))
@@ -255,7 +255,7 @@ async def test_bodies_are_bounded_together() -> None:
 
 
 @pytest.mark.anyio
-async def test_body_that_stalls_is_given_up() -> None:
+async def test_stalled_body_times_out() -> None:
     config = GatewayConfig(health_interval_s=0.05, body_timeout_s=0.3)
     async with fleet(1, config) as (gateway, (replica,), _, url):
         reader, writer = await connect(int(url.rsplit(":", 1)[1]))
@@ -266,7 +266,7 @@ async def test_body_that_stalls_is_given_up() -> None:
 
 
 @pytest.mark.anyio
-async def test_expect_continue_is_answered_once_the_body_is_wanted() -> None:
+async def test_expect_continue_is_answered_when_the_body_is_read() -> None:
     async with keyed() as (_, _, port):
         payload = json.dumps(body()).encode()
         head, _, _ = post(payload, KEY, b"expect: 100-continue\r\n").partition(b"\r\n\r\n")
@@ -286,13 +286,13 @@ async def test_expect_continue_is_answered_once_the_body_is_wanted() -> None:
 
 
 @pytest.mark.anyio
-async def test_offer_of_http_2_is_declined_by_answering() -> None:
+async def test_http_2_upgrade_is_ignored() -> None:
     async with fleet(1) as (_, (replica,), _session, url):
         reader, writer = await connect(int(url.rsplit(":", 1)[1]))
         fields = (
             b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAAAAIAAAAB\r\n"
         )
-        for text in ("one", "two"):  # as JDK's client sends its first requests
+        for text in ("one", "two"):  # like the first requests of the JDK's client
             writer.write(post(json.dumps(body(text)).encode(), fields))
             assert (await answer_of(reader))[0] == 200
         writer.write(b"GET /v1/models HTTP/1.1\r\n" + HOST + fields + b"\r\n")
@@ -303,7 +303,7 @@ async def test_offer_of_http_2_is_declined_by_answering() -> None:
 
 
 @pytest.mark.anyio
-async def test_pipelined_request_is_answered_after_the_stream_and_not_within() -> None:
+async def test_pipelined_request_is_answered_after_the_stream() -> None:
     async with fleet(1, tokens=10, interval_s=0.02) as (_, _, _, url):
         reader, writer = await connect(int(url.rsplit(":", 1)[1]))
         stream = json.dumps(body("first", stream=True)).encode()
@@ -345,7 +345,7 @@ async def test_errors_of_pipelined_requests_are_not_written_into_a_running_strea
     [b"CONNECT replica:8001 HTTP/1.1", b"TRACE / HTTP/1.1", b"PROPFIND / HTTP/1.1"],
     ids=["connect", "trace", "propfind"],
 )
-async def test_methods_that_no_replica_serves_are_refused(line: bytes) -> None:
+async def test_unsupported_methods_are_rejected(line: bytes) -> None:
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
         raise AssertionError("the replica was asked")
 
@@ -371,9 +371,7 @@ async def test_methods_that_no_replica_serves_are_refused(line: bytes) -> None:
         ("127.0.0.1.evil.example", 403),
     ],
 )
-async def test_gateway_without_keys_on_loopback_answers_to_names_of_this_machine(
-    host: str, status: int
-) -> None:
+async def test_keyless_gateway_on_loopback_requires_a_loopback_host_name(host: str, status: int) -> None:
     async with fleet(1) as (_, _, session, _url):
         assert (await session.post(CHAT, json=body(), headers={"Host": host})).status == status
     async with keyed() as (_, _, port):
@@ -383,17 +381,17 @@ async def test_gateway_without_keys_on_loopback_answers_to_names_of_this_machine
         writer.close()
 
 
-# ---- streams whose clients vanish ----
+# ---- streams with disconnected clients ----
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
-async def test_vanished_clients_of_streams_leak_nothing(count: int) -> None:
+async def test_disconnected_streams_leak_nothing(count: int) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
 
     async def stream(port: int, number: int) -> bool:
-        """Whether the stream was whole; every second client resets its connection after two events."""
+        """Whether the stream was complete; every second client resets its connection after two events."""
         reader, writer = await connect(port)
         writer.write(post(json.dumps(body(f"{number}", stream=True)).encode()))
         if number % 2:
@@ -415,5 +413,5 @@ async def test_vanished_clients_of_streams_leak_nothing(count: int) -> None:
         assert gateway.bodies.held == 0
         assert all(not r.active and r.inflight == 0 for r in gateway.balancer.everyone)
         await asyncio.sleep(0.1)
-        assert _open_files() <= files + 4  # health checks come and go
+        assert _open_files() <= files + 4  # allowance for health checks
         assert len(asyncio.all_tasks()) <= tasks + 4

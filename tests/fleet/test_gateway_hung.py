@@ -1,4 +1,4 @@
-"""Replicas that accept requests and send nothing: out of rotation, and their requests go elsewhere."""
+"""Replicas that accept requests but send nothing leave the rotation, and their requests are retried."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.fleet.test_gateway import CHAT, body, fleet
 
 
 @pytest.mark.anyio
-async def test_hung_replica_leaves_the_rotation_and_its_unanswered_requests_go_elsewhere() -> None:
-    """A stopped process: its kernel accepts connections, and nothing answers."""
+async def test_hung_replica_leaves_the_rotation_and_its_requests_are_retried() -> None:
+    """A stopped process: the kernel accepts connections, but nothing answers."""
 
     async with processes(2, "--interval", "0.3") as started:
         gateway = Gateway(GatewayConfig(wait_s=5.0))
@@ -42,7 +42,7 @@ async def test_hung_replica_leaves_the_rotation_and_its_unanswered_requests_go_e
                 await asyncio.sleep(0.02)
             took = asyncio.get_running_loop().time() - began
             print(f"out of rotation after {took:.2f} s")
-            assert took < 8  # 3 s on a machine of its own
+            assert took < 8  # 3 s on an idle machine
             answers = [await task for task in asked]
             assert [answer.status for answer in answers] == [200] * 8
             assert {a.headers["x-farthing-replica"] for a in answers} == {"p1"}
@@ -87,10 +87,10 @@ async def test_replica_whose_health_answers_but_whose_streams_are_silent_is_hung
         answers = [await task for task in asked]
         assert {a.headers["x-farthing-replica"] for a in answers} == {"r1"}
         assert gateway.balancer.replicas["r0"].breaker.open
-        assert gateway.balancer.replicas["r0"].healthy  # by its own account
+        assert gateway.balancer.replicas["r0"].healthy  # by its health check
 
 
-def test_silence_says_nothing_of_answers_that_are_not_streamed() -> None:
+def test_silence_of_non_streamed_answers_is_ignored() -> None:
     silence = Silence(3.0)
     replica = make_replica("r", "http://127.0.0.1:1", GatewayConfig())
     replica.active.add(Active(streamed=False, began=0.0))
@@ -101,7 +101,7 @@ def test_silence_says_nothing_of_answers_that_are_not_streamed() -> None:
     assert not silence.hung(replica, 1e6)
     replica.active.add(Active(streamed=True, began=1.0))
     assert not silence.hung(replica, 4.5) and silence.hung(replica, 4.6)
-    replica.heard = 2.0  # it answers others
+    replica.heard = 2.0  # it answers other requests
     assert not silence.hung(replica, 4.6) and silence.hung(replica, 5.6)
     for number in range(5000):
         silence.observe(number)

@@ -1,4 +1,4 @@
-"""Routing by cached prefixes: what replicas report, what was sent to them, and what their queues cost."""
+"""Routing by cached prefixes: reported blocks, sent blocks, and the cost of queues."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ def balancer(count: int = 3, **options: Any) -> Balancer:
 # ---- the index ----
 
 
-def test_index_finds_the_longest_prefix_each_replica_holds() -> None:
+def test_index_finds_the_longest_cached_prefix_per_replica() -> None:
     index = PrefixIndex(10)
     index.learn((1, 2, 3), "a")
     index.learn((1, 2), "b")
     assert index.held((1, 2, 3, 4)) == {"a": 3, "b": 2}
-    assert index.held((2, 3)) == {"a": 2, "b": 1}  # a chain that begins with 2 is another prompt's
+    assert index.held((2, 3)) == {"a": 2, "b": 1}  # a chain that starts with 2 belongs to another prompt
     assert index.held((9, 1)) == {} and index.held(()) == {}
     index.forget("a")
     assert index.held((1, 2, 3)) == {"b": 2}
 
 
-def test_index_is_bounded_and_keeps_what_is_shared() -> None:
+def test_index_is_bounded_and_keeps_shared_blocks() -> None:
     index = PrefixIndex(4)
     index.learn((1, 2, 3, 4), "a")
     index.learn((1, 5), "a")
     assert index.held((1, 5)) == {"a": 2}
-    assert index.held((1, 2, 3, 4)) == {"a": 3}  # the deepest block went first
+    assert index.held((1, 2, 3, 4)) == {"a": 3}  # the deepest block was evicted first
 
 
-def test_reported_blocks_replace_what_was_sent_once_that_had_time_to_arrive() -> None:
+def test_reported_blocks_replace_sent_ones_after_a_grace_period() -> None:
     now = [100.0]
     index = PrefixIndex(100, clock=lambda: now[0])
     index.learn((1, 2), "a")
@@ -72,7 +72,7 @@ def test_reported_blocks_replace_what_was_sent_once_that_had_time_to_arrive() ->
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.lists(st.integers(0, 9), max_size=6, unique=True))))
-def test_index_never_exceeds_its_bound_nor_claims_what_was_not_sent(sent: list[Any]) -> None:
+def test_index_stays_bounded_and_only_claims_sent_blocks(sent: list[Any]) -> None:
     index = PrefixIndex(5)
     for replica, blocks in sent:
         index.learn(blocks, replica)
@@ -86,7 +86,7 @@ def test_index_never_exceeds_its_bound_nor_claims_what_was_not_sent(sent: list[A
 # ---- the choice ----
 
 
-def test_cached_prefix_outweighs_a_short_queue_and_not_a_long_one() -> None:
+def test_cached_prefix_outweighs_a_short_queue_but_not_a_long_one() -> None:
     made = balancer()
     prompt = Prompt(tuple(range(1, 41)), 40 * BLOCK)
     made.learn(prompt, made.replicas["r1"])
@@ -109,7 +109,7 @@ def test_load_of_others_counts() -> None:
 
 
 @pytest.mark.anyio
-async def test_field_of_each_user_before_the_messages_keeps_the_prefix() -> None:
+async def test_per_user_field_before_the_messages_keeps_the_prefix() -> None:
     async with fleet(4) as (_, replicas, session, _url):
         for number in range(12):
             request = {"user": f"user-{number}", **body("x" * 3000 + str(number))}
@@ -122,7 +122,7 @@ async def test_field_of_each_user_before_the_messages_keeps_the_prefix() -> None
 
 
 @pytest.mark.anyio
-async def test_replicas_are_chosen_by_what_they_report() -> None:
+async def test_replicas_are_chosen_by_reported_blocks() -> None:
     config = GatewayConfig(health_interval_s=0.05, digest_interval_s=0.05)
     async with fleet(3, config) as (gateway, replicas, session, _url):
         request = body("z" * 4000)

@@ -1,4 +1,4 @@
-"""Replicas that send what they should not, die of a request, or are cut off: what a client is told."""
+"""Replicas that send unsolicited bytes, die from a request or are cut off: what the client receives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.fleet.test_gateway import CHAT, body
 
 @asynccontextmanager
 async def raw_replica(reply: Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
-    """A replica that answers health checks and lets `reply(request, writer)` write anything else."""
+    """A replica that answers health checks; `reply(request, writer)` writes everything else."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -86,7 +86,7 @@ async def test_unsolicited_replica_bytes_reach_no_client(delay: float) -> None:
     ],
     ids=["text", "two lengths", "huge header", "unasked upgrade"],
 )
-async def test_replica_that_does_not_speak_http_is_an_error_for_the_client(garbage: bytes) -> None:
+async def test_client_gets_an_error_if_the_replica_does_not_speak_http(garbage: bytes) -> None:
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(garbage)
 
@@ -97,7 +97,7 @@ async def test_replica_that_does_not_speak_http_is_an_error_for_the_client(garba
 
 
 @pytest.mark.anyio
-async def test_answer_cut_short_is_an_error_and_not_a_shorter_answer() -> None:
+async def test_truncated_answer_is_an_error_not_a_shorter_answer() -> None:
     async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf")
         writer.close()
@@ -122,7 +122,7 @@ async def test_unframed_stream_that_ends_without_done_ends_with_an_error_event()
 
 @asynccontextmanager
 async def mortal(count: int, *arguments: str) -> AsyncIterator[tuple[dict[str, str], Callable[[], int]]]:
-    """Replicas as processes that die of "poison": ({name: url}, how many are dead)."""
+    """Replica processes that die from "poison": ({name: url}, number of dead ones)."""
     processes, urls = [], {}
     for index in range(count):
         port = free_port()

@@ -1,4 +1,4 @@
-"""The gateway's dashboard: its traffic, the controller's decisions and forecasts, behind the API's keys."""
+"""The gateway's dashboard: its traffic, the controller's decisions and forecasts, API keys."""
 
 import asyncio
 import json
@@ -66,8 +66,8 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
     assert data["facts"]["capacity"] == "5 requests/s a replica"
 
 
-def test_bands_of_the_real_forecasters_reach_the_page(tmp_path: Path) -> None:
-    """A quarter of an hour of load, forecast as in service and written as the controller writes it."""
+def test_forecast_bands_reach_the_page(tmp_path: Path) -> None:
+    """A quarter hour of load, forecast as in production and written like the controller does."""
     config = build(FleetConfig, {"policy": {"capacity": 5.0}, "state": str(tmp_path)})
     estimates = make_estimates(config)
     for second in range(0, 900, 5):
@@ -81,7 +81,7 @@ def test_bands_of_the_real_forecasters_reach_the_page(tmp_path: Path) -> None:
     assert 7 <= band["p50"][0] < band["p90"][0] <= 20
 
 
-def test_a_run_of_the_same_hold_is_told_once_and_by_its_last(tmp_path: Path) -> None:
+def test_repeated_holds_are_shown_once_with_the_last(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "decisions.jsonl")
     for second in range(5):
         log.append(replace(decision(2), time=float(second), action="hold"))
@@ -100,7 +100,7 @@ def test_without_a_controller_the_gateway_shows_its_own_traffic(tmp_path: Path) 
         assert len(cumulative) == len(bounds) + 1
 
 
-def test_the_page_is_open_and_the_numbers_need_the_key() -> None:
+def test_page_is_public_and_its_data_requires_a_key() -> None:
     async def scenario() -> list[Any]:
         dashboard = Dashboard(lambda: fleet_data(gateway, None))
         gateway = Gateway(keys=KeyRing(["team:secret"]), pages=pages_of(dashboard))

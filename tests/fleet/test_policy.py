@@ -1,4 +1,4 @@
-"""The scaling rule: up at once, down by the rule, never down on missing data, safe against clocks."""
+"""The scaling rule: up immediately, down by the rule, never on missing data or clock jumps."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def test_required_is_ceil_of_load_over_utilization_and_capacity() -> None:
     assert (decision.target, decision.action, decision.decided_by) == (10, "up", "realtime")
 
 
-def test_an_exact_division_needs_no_replica_more() -> None:
+def test_exact_division_needs_no_extra_replica() -> None:
     assert Policy(CONFIG).decide(0, seen(0, 1, 2.1)).target == 3
 
 
 @pytest.mark.parametrize(
     ("rate", "target"), [(4.3, 10), (4.2, 10), (4.1, 6 if 6 < 0.6 * 10 else 10), (3.5, 5)]
 )
-def test_down_only_below_six_tenths_of_current(rate: float, target: int) -> None:
+def test_scales_down_only_below_60_percent_of_current(rate: float, target: int) -> None:
     assert Policy(CONFIG).decide(0, seen(0, 10, rate)).target == target
 
 
-def test_the_largest_level_decides_and_the_reason_names_it() -> None:
+def test_largest_level_decides_and_is_named_in_the_reason() -> None:
     mid = Forecast(0, 600, (3.0, 14.0), (4.0, 15.0), "prophet")
     decision = Policy(CONFIG).decide(0, seen(0, 2, 2.0), flat(0, 5, 7), mid)
     assert decision.levels.short == 10
@@ -52,20 +52,20 @@ def test_the_largest_level_decides_and_the_reason_names_it() -> None:
     assert "prophet" in decision.reason
 
 
-def test_mid_looks_one_cold_start_and_one_interval_ahead() -> None:
+def test_mid_level_covers_one_cold_start_and_one_interval() -> None:
     plan = Forecast(0, 100, (1.0, 1.0, 7.0), (1.0, 1.0, 7.0), "prophet")
     near = Policy(replace(CONFIG, cold_start_s=100)).decide(0, seen(0, 2, 1.0), None, plan)
     far = Policy(replace(CONFIG, cold_start_s=300)).decide(0, seen(0, 2, 1.0), None, plan)
     assert (near.levels.mid, far.levels.mid) == (2, 10)
 
 
-def test_the_measured_cold_start_goes_before_the_configured_one() -> None:
+def test_measured_cold_start_takes_precedence() -> None:
     plan = Forecast(0, 100, (1.0, 1.0, 7.0), (1.0, 1.0, 7.0), "prophet")
     measured = seen(0, 2, 1.0, cold_start_s=300.0)
     assert Policy(replace(CONFIG, cold_start_s=10)).decide(0, measured, None, plan).levels.mid == 10
 
 
-def test_latency_breach_scales_by_the_factor_once_a_cold_start() -> None:
+def test_latency_breach_scales_by_the_factor_once_per_cold_start() -> None:
     policy, current, targets = Policy(CONFIG), 10, []
     for now in range(0, 700, 15):
         decision = policy.decide(now, seen(now, current, 5.0, queue_time_s=0.5, ready=10))
@@ -78,7 +78,7 @@ def test_latency_breach_scales_by_the_factor_once_a_cold_start() -> None:
 
 @pytest.mark.parametrize(("of", "steps"), [("current", [15, 23]), ("ready", [18, 18])])
 def test_breaches_within_one_cold_start_do_not_compound(of: str, steps: list[int]) -> None:
-    """Ten requested, twelve serving (two draining); the breach comes and goes for two cold starts."""
+    """Ten requested, twelve serving (two draining); the breach is intermittent for two cold starts."""
     policy, current, targets = Policy(replace(CONFIG, latency_of=of)), 10, []
     for now in range(0, 1200, 15):
         latency = 0.1 if now % 120 == 0 else 0.5
@@ -104,12 +104,12 @@ def test_metric_threshold_and_factor_are_configurable() -> None:
     assert Policy(config).decide(0, seen(0, 10, 6.0, ttft_s=1.1)).target == 20
 
 
-def test_backlog_asks_for_replicas_to_work_it_off() -> None:
+def test_backlog_adds_replicas_to_process_it() -> None:
     config = replace(CONFIG, cold_start_s=30.0, drain_s=60.0)
     assert Policy(config).decide(0, seen(0, 10, 6.0, backlog=600.0)).target == 16
 
 
-def test_stabilized_goes_down_to_the_largest_need_of_five_minutes() -> None:
+def test_stabilized_scales_down_to_the_largest_need_of_five_minutes() -> None:
     policy, current, history = Policy(CONFIG.with_rule("stabilized")), 10, []
     for now in range(0, 1000, 15):
         rate = 7.0 if now < 400 else 5.6
@@ -173,13 +173,13 @@ def test_limits_step_and_cooldown() -> None:
     assert policy.decide(150, seen(150, 10, 1.0)).target == 2
 
 
-def test_a_failing_forecast_is_named_among_the_alarms() -> None:
+def test_failing_forecast_raises_an_alarm() -> None:
     note = "lstm replaced by last-value: running skill -0.10"
     short = Forecast(0, 700, (5.0,), (6.0,), "last-value", -0.1, note)
     assert any(note in alarm for alarm in Policy(CONFIG).decide(0, seen(0, 5, 3.0), short).alarms)
 
 
-def test_state_survives_json() -> None:
+def test_state_round_trips_through_json() -> None:
     policy = Policy(CONFIG.with_rule("stabilized"))
     for now in range(0, 120, 15):
         policy.decide(now, seen(now, 10, 7.0 - now / 100, queue_time_s=0.3))
@@ -200,7 +200,7 @@ def test_state_survives_json() -> None:
         ("levels", ()),
     ],
 )
-def test_a_bad_setting_is_named_with_what_is_accepted(field: str, value: object) -> None:
+def test_errors_name_the_setting_and_accepted_values(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"{field}.*expected"):
         PolicyConfig(**{"capacity": 1.0, field: value})  # type: ignore[arg-type]
 
@@ -211,8 +211,8 @@ signals = st.one_of(st.none(), st.floats(0, 100), st.just(float("nan")))
 @given(
     st.lists(st.tuples(signals, signals, st.floats(0, 2), st.booleans(), st.floats(-50, 200)), max_size=40)
 )
-def test_never_below_what_is_needed_and_never_down_blind(steps: list[tuple]) -> None:  # type: ignore[type-arg]
-    """Whatever comes: a usable load is always covered, unusable signals never take a replica away."""
+def test_never_below_the_need_and_never_down_without_signals(steps: list[tuple]) -> None:  # type: ignore[type-arg]
+    """For any signals: a usable load is always covered, and unusable signals never remove a replica."""
     policy, current, now = Policy(replace(CONFIG, max_replicas=10_000)), 5, 0.0
     for rate, backlog, latency, stale, elapsed in steps:
         now += elapsed
@@ -226,14 +226,14 @@ def test_never_below_what_is_needed_and_never_down_blind(steps: list[tuple]) -> 
         current = decision.target
 
 
-def test_replicas_with_a_notice_are_replaced_before_they_go() -> None:
+def test_replicas_with_a_preemption_notice_are_replaced_early() -> None:
     decision = Policy(CONFIG).decide(0, replace(seen(0, 10, 7.0), leaving=2))
     assert decision.target == 12
     assert "2 that will be taken away replaced" in decision.reason
 
 
 @pytest.mark.parametrize(("unit", "target"), [("prompt_tokens", 10), ("output_tokens", 3)])
-def test_pools_follow_their_own_tokens(unit: str, target: int) -> None:
+def test_pools_scale_by_their_own_tokens(unit: str, target: int) -> None:
     config = replace(CONFIG, unit=unit, capacity=1000.0, latency_metric="tpot")
     signals = replace(seen(0, 1, 5.0), prompt_token_rate=7000.0, output_token_rate=2100.0, tpot_s=0.01)
     assert Policy(config).decide(0, signals).target == target

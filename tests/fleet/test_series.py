@@ -1,4 +1,4 @@
-"""Series: reading, gaps, coarse means, and clear refusals."""
+"""Series: reading, gaps, coarse means, errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from farthing.fleet.series import Series, read_series, seconds
 
 
-def test_reads_both_forms_plain_and_gzip(tmp_path: Path) -> None:
+def test_reads_both_formats_plain_and_gzip(tmp_path: Path) -> None:
     plain = tmp_path / "a.csv"
     plain.write_text("t_s,total_rate_rps\n0,1.5\n600,2\n1200,4\n")
     series = read_series(plain)
@@ -22,13 +22,13 @@ def test_reads_both_forms_plain_and_gzip(tmp_path: Path) -> None:
     assert (series.step_s, series.start, series.name) == (1800.0, seconds("2014-07-01 00:00:00"), "b")
 
 
-def test_a_missing_step_is_bridged(tmp_path: Path) -> None:
+def test_missing_step_is_interpolated(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("t_s,total_rate_rps\n0,1\n10,2\n20,3\n40,5\n50,6\n")
     assert read_series(path).values.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_wrong_columns_values_and_files_are_named(tmp_path: Path) -> None:
+def test_errors_name_wrong_columns_values_and_files(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("when,what\n0,1\n")
     with pytest.raises(ValueError, match="when, what"):
@@ -40,7 +40,7 @@ def test_wrong_columns_values_and_files_are_named(tmp_path: Path) -> None:
         read_series(tmp_path / "none.csv")
 
 
-def test_coarse_keeps_the_end() -> None:
+def test_coarse_means_keep_the_end() -> None:
     series = Series(0.0, 60.0, np.arange(7.0)).coarse(3)
     assert series.values.tolist() == [2.0, 5.0]
     assert (series.start, series.end, series.step_s) == (60.0, 420.0, 180.0)

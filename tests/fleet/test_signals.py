@@ -1,6 +1,4 @@
-"""Signals from replicas' /metrics and from a real Prometheus: every dialect, resets, silence, clocks
-that are wrong.
-"""
+"""Signals from replicas' /metrics and from a real Prometheus: dialects, resets, silence, wrong clocks."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ from tests.fleet.doubles.services import prometheus
 # ---- names ----
 
 
-def test_dialects_are_told_apart_and_can_be_set() -> None:
+def test_dialects_are_detected_and_can_be_set() -> None:
     for name, known in DIALECTS.items():
         assert detect([known.waiting, "process_cpu_seconds_total"]) is known
         assert dialect(name) is known
@@ -65,7 +63,7 @@ def test_cold_start_p90_is_the_nearest_rank() -> None:
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200))
-def test_cold_start_p90_covers_nine_tenths(values: list[float]) -> None:
+def test_cold_start_p90_covers_90_percent(values: list[float]) -> None:
     starts = ColdStarts(keep=200)
     for value in values:
         starts.add(value)
@@ -112,11 +110,11 @@ async def test_scrape_reads_every_dialect(name: str) -> None:
         await reader.close()
     assert now.time == clock.wall
     assert (now.prompt_token_rate, now.output_token_rate) == (200.0, 40.0)
-    assert now.request_rate == pytest.approx(2 * (20 + 4) / 10)  # served, and joined the queue
+    assert now.request_rate == pytest.approx(2 * (20 + 4) / 10)  # served plus joined the queue
     assert (now.backlog, now.kv_usage, now.ttft_s) == (8.0, 0.25, 0.2)
     assert now.queue_time_s == (
         None if name == "sglang" else pytest.approx(0.05)
-    )  # the double's sglang has none
+    )  # the fake's sglang dialect has none
     assert now.tpot_s == (None if name == "sglang" else pytest.approx(0.01))
 
 
@@ -127,7 +125,7 @@ async def test_restarted_replica_does_not_make_a_negative_rate() -> None:
         reader = source(clock, replica)
         replica.totals["prompt"] = 5000.0
         await reader.read(1)
-        replica.totals["prompt"] = 300.0  # begins at zero again
+        replica.totals["prompt"] = 300.0  # restarts at zero
         clock.tick(10.0)
         now = await reader.read(1)
         await reader.close()
@@ -135,7 +133,7 @@ async def test_restarted_replica_does_not_make_a_negative_rate() -> None:
 
 
 @pytest.mark.anyio
-async def test_wall_clock_that_jumps_does_not_change_a_rate() -> None:
+async def test_wall_clock_jump_does_not_change_a_rate() -> None:
     clock = Clock()
     async with FakeReplica(name="a") as replica:
         reader = source(clock, replica)
@@ -150,7 +148,7 @@ async def test_wall_clock_that_jumps_does_not_change_a_rate() -> None:
 
 
 @pytest.mark.anyio
-async def test_silent_replica_makes_the_snapshot_incomplete_and_no_replica_makes_it_stale() -> None:
+async def test_snapshot_is_incomplete_with_a_silent_replica_and_stale_with_none() -> None:
     clock = Clock()
     async with FakeReplica(name="a") as a:
         async with FakeReplica(name="b") as b:
@@ -166,7 +164,7 @@ async def test_silent_replica_makes_the_snapshot_incomplete_and_no_replica_makes
 
 
 @pytest.mark.anyio
-async def test_idle_histograms_mean_zero_and_not_missing() -> None:
+async def test_idle_histograms_are_zero_not_missing() -> None:
     clock = Clock()
     async with FakeReplica(name="a") as replica:
         reader = source(clock, replica)
@@ -201,7 +199,7 @@ async def busy(*replicas: FakeReplica) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("name", ["vllm", pytest.param("sglang", marks=pytest.mark.slow)])
-async def test_prometheus_gives_the_same_signals(tmp_path: Path, name: str) -> None:
+async def test_prometheus_returns_the_same_signals(tmp_path: Path, name: str) -> None:
     async with FakeReplica(dialect=name, name="a") as a, FakeReplica(dialect=name, name="b") as b:
         manager = prometheus(tmp_path, [f"127.0.0.1:{r.port}" for r in (a, b)])
         url, _ = await asyncio.to_thread(manager.__enter__)
@@ -210,7 +208,7 @@ async def test_prometheus_gives_the_same_signals(tmp_path: Path, name: str) -> N
             a.signals.update(waiting=3.0, kv=0.5)
             load = asyncio.create_task(busy(a, b))
 
-            def complete(s: Snapshot) -> bool:  # each figure is a query of its own: one may come first
+            def complete(s: Snapshot) -> bool:  # each signal is a separate query: one may arrive first
                 queue = name == "sglang" or s.queue_time_s
                 return bool(s.ttft_s and s.prompt_token_rate and s.backlog and queue) and s.ready == 2
 
@@ -231,7 +229,7 @@ async def test_prometheus_gives_the_same_signals(tmp_path: Path, name: str) -> N
 
 @pytest.mark.anyio
 @pytest.mark.slow  # test_faults stops a Prometheus in the fast set
-async def test_prometheus_that_hangs_or_ends_and_target_that_vanishes_make_stale_snapshots(
+async def test_unresponsive_prometheus_and_missing_targets_make_snapshots_stale(
     tmp_path: Path,
 ) -> None:
     replica = FakeReplica(name="a")
@@ -256,7 +254,7 @@ async def test_prometheus_that_hangs_or_ends_and_target_that_vanishes_make_stale
 
 
 @pytest.mark.anyio
-async def test_prometheus_errors_say_what_it_said(tmp_path: Path) -> None:
+async def test_prometheus_errors_quote_the_server(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="http://prometheus:9090"):
         PrometheusSource("prometheus:9090")
     with pytest.raises(ValueError, match="selector"):

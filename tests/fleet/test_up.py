@@ -1,6 +1,4 @@
-"""`farthing fleet up` as a user runs it: keys, a request, Ctrl-C; and what it says when replicas cannot
-start.
-"""
+"""`farthing fleet up` end to end: keys, a request, Ctrl-C, and the error if replicas cannot start."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ async def start(tmp_path: Path, port: int, *more: str, replica: str = "") -> asy
 
 
 def children(state: Path) -> list[Path]:
-    """/proc entries of processes that were started for this state directory."""
+    """/proc entries of processes started for this state directory."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -44,7 +42,7 @@ def children(state: Path) -> list[Path]:
 
 
 @pytest.mark.anyio
-async def test_up_serves_with_keys_and_ends_without_a_trace(tmp_path: Path) -> None:
+async def test_up_serves_with_keys_and_exits_cleanly(tmp_path: Path) -> None:
     (tmp_path / "keys.txt").write_text("# who may ask\nalice:secret\n")
     port = free_port()
     process = await start(tmp_path, port, "--api-key-file", str(tmp_path / "keys.txt"))
@@ -68,7 +66,7 @@ async def test_up_serves_with_keys_and_ends_without_a_trace(tmp_path: Path) -> N
 
 
 @pytest.mark.anyio
-async def test_up_says_why_no_replica_started(tmp_path: Path) -> None:
+async def test_up_reports_why_no_replica_started(tmp_path: Path) -> None:
     process = await start(tmp_path, free_port(), replica="--die-at-start")
     _, said = await process.communicate()
     assert process.returncode == 1
@@ -78,7 +76,7 @@ async def test_up_says_why_no_replica_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_up_refuses_a_port_that_is_taken(tmp_path: Path) -> None:
+async def test_up_rejects_a_port_in_use(tmp_path: Path) -> None:
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     process = await start(tmp_path, port)

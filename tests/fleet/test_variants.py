@@ -1,4 +1,4 @@
-"""The cheapest mix of variants, against every mix there is."""
+"""The cheapest mix of variants, compared with all mixes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ variants = st.lists(
 
 
 def exact(kinds: list[Variant], need: float, spot_share: float) -> float | None:
-    """The least price over all mixes; None where none carries the need."""
+    """The least price over all mixes; None if none carries the need."""
     mixes = itertools.product(*(range(v.max_replicas + 1) for v in kinds))
     named = (dict(zip([v.name for v in kinds], counts, strict=True)) for counts in mixes)
     return min((cost(kinds, m) for m in named if carries(kinds, m, need, spot_share)), default=None)
@@ -38,7 +38,7 @@ def test_mix_is_within_one_percent_of_the_optimum(
     assert cost(kinds, mix) <= 1.01 * best + 1e-6
 
 
-def test_current_mix_is_kept_while_it_is_hardly_dearer() -> None:
+def test_current_mix_is_kept_while_it_costs_little_more() -> None:
     kinds = [Variant("large", 8.0, 4.0), Variant("small", 2.1, 1.0)]
     assert cheapest_mix(kinds, 4.0) == {"large": 1, "small": 0}
     assert settled_mix(kinds, {"large": 0, "small": 4}, 4.0) == {"large": 0, "small": 4}
@@ -46,7 +46,7 @@ def test_current_mix_is_kept_while_it_is_hardly_dearer() -> None:
     assert settled_mix(kinds, {"large": 0, "small": 4}, 5.0) == {"large": 1, "small": 1}
 
 
-def test_wrong_variants_are_refused() -> None:
+def test_invalid_variants_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"variant x.price = 0: expected a number above 0"):
         Variant("x", 0)
     with pytest.raises(ValueError, match=r"variant x.max_replicas = -1"):

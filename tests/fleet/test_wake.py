@@ -1,4 +1,4 @@
-"""Scale to zero that wakes: held requests start replicas, and none is lost."""
+"""Scale from zero: held requests start replicas, and none is lost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POLICY = PolicyConfig(capacity=1000.0, interval_s=0.5, min_replicas=0, max_repli
 
 
 def asleep(tmp_path: Path, *arguments: str) -> LocalFleet:
-    """A local fleet that begins with no replica."""
+    """A local fleet that starts without replicas."""
     command = (sys.executable, str(double.__file__), "--port", "{port}", *arguments)
     fleet = FleetConfig(
         policy=POLICY, signals=SignalsConfig(window_s=2.0), state=tmp_path / "state", metrics="127.0.0.1:0"
@@ -62,7 +62,7 @@ async def test_thousand_requests_wake_a_local_fleet_and_none_is_lost(tmp_path: P
         cold_start = fleet.replicas.cold_starts.p90
         assert cold_start is not None
         print(f"cold start {cold_start:.2f} s, all answered after {took:.2f} s")
-        assert took < cold_start + 20  # generous: a thousand answers take a busy machine seconds
+        assert took < cold_start + 20  # generous: a thousand answers take seconds on a busy machine
         stop.set()
         await scaling
 
@@ -73,7 +73,7 @@ async def test_single_request_is_answered_about_when_the_replica_is_ready(tmp_pa
         stop = asyncio.Event()
         scaling = asyncio.create_task(fleet.run(stop))
         async with aiohttp.ClientSession(fleet.url) as session:
-            while True:  # the gateway's own start is no part of a cold start
+            while True:  # the gateway's start is not part of the cold start
                 async with session.get("/live") as answer:
                     if answer.status == 200:
                         break
@@ -90,7 +90,7 @@ async def test_single_request_is_answered_about_when_the_replica_is_ready(tmp_pa
 
 
 class Silent:
-    """Signals of a deployment without replicas: nothing is there to be measured."""
+    """Signals of a deployment without replicas: all missing."""
 
     async def read(self, current: int) -> Snapshot:
         return Snapshot(time=time.time(), current=current, stale=True)
@@ -100,7 +100,7 @@ class Silent:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("path", ["IsActive", "StreamIsActive"])
-async def test_held_request_activates_keda_and_is_the_metric_an_hpa_reads(tmp_path: Path, path: str) -> None:
+async def test_held_request_activates_keda_and_is_reported_to_an_hpa(tmp_path: Path, path: str) -> None:
     last_decision = LastDecision()
     loop = Controller(
         Policy(POLICY),
@@ -137,7 +137,7 @@ async def test_held_request_activates_keda_and_is_the_metric_an_hpa_reads(tmp_pa
 
 
 async def _active(channel: grpc.aio.Channel, name: str) -> None:
-    """Return once the scaler says that a replica is wanted."""
+    """Wait until the scaler reports that a replica is needed."""
     stub = services.ExternalScalerStub(channel)
     reference = messages.ScaledObjectRef(name="x", namespace="y")
     if name == "StreamIsActive":
@@ -149,7 +149,7 @@ async def _active(channel: grpc.aio.Channel, name: str) -> None:
             if (await stub.IsActive(reference)).result:
                 return
         except grpc.aio.AioRpcError as problem:
-            assert problem.code() is grpc.StatusCode.UNAVAILABLE  # nothing is decided yet
+            assert problem.code() is grpc.StatusCode.UNAVAILABLE  # no decision yet
         await asyncio.sleep(0.05)
 
 
@@ -163,7 +163,7 @@ def test_wake_counts_replicas_by_the_backlog_and_only_at_zero() -> None:
     assert wake(0.0, 0, None, config) is None
 
 
-def test_reports_of_gateways_that_fell_silent_expire() -> None:
+def test_reports_of_silent_gateways_expire() -> None:
     now = [0.0]
     held = Held(clock=lambda: now[0])
     held.report("a", 3)
@@ -177,7 +177,7 @@ def test_reports_of_gateways_that_fell_silent_expire() -> None:
 
 
 @pytest.mark.anyio
-async def test_bad_wake_urls_and_reports_are_refused(tmp_path: Path) -> None:
+async def test_invalid_wake_urls_and_reports_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="wake = 'nowhere'"):
         Gateway(wake="nowhere")
     loop = Controller(Policy(POLICY), Silent(), ReadOnly(), log_path=tmp_path / "d.jsonl")

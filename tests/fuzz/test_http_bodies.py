@@ -1,4 +1,4 @@
-"""Bytes and near-valid JSON as bodies of every endpoint: an answer or a 4xx in OpenAI's shape, never a 5xx.
+"""Bytes and near-valid JSON as bodies of every endpoint: an answer or a 4xx in OpenAI's format, never a 5xx.
 
 Seeds are the requests of the audit and of the OpenAI clients; each example is one of them, mutated.
 `-m slow` runs thousands.
@@ -81,7 +81,7 @@ ODD = st.one_of(
 
 
 def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something can be replaced."""
+    """Paths of all replaceable values."""
     yield path
     steps = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for step, inner in steps:

@@ -38,7 +38,7 @@ def write(path: Path) -> None:
 
 
 def load(path: Path) -> None:
-    """Raises ValueError that names a file, or nothing."""
+    """Load the directory; only a ValueError that names a file is allowed."""
     try:
         loaded = Tokenizer.from_directory(path, eos_token_ids=(1,))
         loaded.encode("x")

@@ -1,4 +1,4 @@
-"""config.json: what is accepted, and how a refusal reads."""
+"""config.json: accepted values and error messages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from farthing.model.rope import frequencies, rope_table, score_scale
 from tests.tiny import V3
 
 
-def test_v3_facts() -> None:
+def test_v3_values() -> None:
     config = ModelConfig.from_json(V3)
     assert config.cache_width == 576
     assert [config.is_moe(i) for i in (0, 2, 3, 60, 61)] == [False, False, True, True, True]
     assert score_scale(config) == pytest.approx(0.135234, abs=1e-6)
-    # YaRN leaves the fast pairs alone and divides the slow ones; the ramp runs from pair 10 to pair 23.
+    # YaRN keeps the fast pairs and divides the slow ones; the ramp runs from pair 10 to pair 23.
     plain = 10000.0 ** (-2 * 9 / 64)
     f = frequencies(config.rope, 64)
     assert f[9] == pytest.approx(plain, rel=1e-5)
@@ -55,7 +55,7 @@ def test_aliases_of_newer_files() -> None:
         (dict(scoring_func="tanh"), r"scoring_func is 'tanh'; expected sigmoid or softmax"),
     ],
 )
-def test_refusals_name_field_value_and_choice(change: dict[str, object], message: str) -> None:
+def test_errors_name_field_value_and_accepted_values(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_json(V3 | change)
 
@@ -80,12 +80,12 @@ def test_layer_lists_of_newer_files_become_prefixes() -> None:
         ModelConfig.from_json(raw)
 
 
-def test_a_wrapper_of_another_language_model_is_refused() -> None:
+def test_wrapper_of_another_language_model_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"text_config.model_type is 'mistral'; expected 'mistral4'"):
         ModelConfig.from_json(dict(model_type="mistral3", text_config=dict(model_type="mistral")))
 
 
-def test_only_v3s_layers_are_compressed() -> None:
+def test_only_v3_layers_are_compressed() -> None:
     assert ModelConfig.from_json(V3).is_v3
     assert ModelConfig.from_json(V3 | dict(model_type="kimi_k2")).is_v3
     assert not ModelConfig.from_json(V3 | dict(model_type="axk1")).is_v3

@@ -1,4 +1,4 @@
-"""Adaptive experts: the rule as written, and its routing against counting by hand."""
+"""Adaptive experts: parsing of the rule, and its routing against manual counts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_parse() -> None:
         ("adaptive:0.5,min=4,max=3", "max is 3; expected at least min = 4"),
     ],
 )
-def test_refusals(text: str, message: str) -> None:
+def test_errors(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AdaptiveExperts.parse(text)
 
@@ -49,7 +49,7 @@ def test_fewest_experts_that_reach_the_mass(seed: int, mass: float, least: int, 
         share = (full[t] / full[t].sum()).sort(descending=True).values.double()
         needed = next((n for n in range(1, 9) if share[:n].sum() >= mass - 1e-6), 8)
         kept = int((ids[t] >= 0).sum())
-        # Float rounding may put a share that meets the mass exactly on either side.
+        # Float rounding may decide a share that meets the mass exactly either way.
         assert kept in {
             max(needed, least),
             max(needed + 1, least) if share[:needed].sum() < mass + 1e-6 else 0,
@@ -59,7 +59,7 @@ def test_fewest_experts_that_reach_the_mass(seed: int, mass: float, least: int, 
             assert float(weights[t].sum()) == pytest.approx(2.0, rel=1e-5)
 
 
-def test_whole_mass_changes_nothing_and_less_costs_less() -> None:
+def test_full_mass_changes_nothing_and_less_mass_costs_less() -> None:
     config = ModelConfig.from_json(SMALL_V3 | dict(num_experts_per_tok=4, topk_group=2))
     ops = select("reference")
     batch, ids = make_batch([12], [0], [[0]], 16), torch.arange(12)

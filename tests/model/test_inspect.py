@@ -1,4 +1,4 @@
-"""Per-token figures against counting by hand."""
+"""Per-token costs against manual counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_v3_matches_the_published_size() -> None:
     assert cost.compute_saved > 0.9
 
 
-def test_tiny_by_hand() -> None:
+def test_tiny_model_matches_manual_counts() -> None:
     cost = model_cost(ModelConfig.from_json(SMALL_V3))
     attention = 12 * 16 + 16 * 12 + 12 * 16 + 16 * 8 + 16 * 8  # q_a, q_b, kv_a, kv_b, o
     expert = 3 * 16 * 8
@@ -36,7 +36,7 @@ def test_tiny_by_hand() -> None:
     assert cost.flops_per_token == 2 * (shared + 2 * 2 * expert - norms - 2 * 8)
 
 
-def test_bytes_as_stored(tmp_path: Path) -> None:
+def test_stored_bytes(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL_V3))
     tensors = {n: t.to(torch.bfloat16) for n, t in random_parameters(ModelConfig.from_json(SMALL_V3)).items()}
     save_file(tensors, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The MTP layer against a few lines written from DeepSeek-V3 section 2.2."""
+"""The MTP layer against a direct implementation of DeepSeek-V3 section 2.2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def norm(x: Tensor, w: Tensor) -> Tensor:
 
 
 def expected_hidden(p: dict[str, Tensor], h: Tensor, next_ids: Tensor) -> Tensor:
-    """h'_i with a dense feed-forward, every head and every position written out."""
+    """h'_i with a dense feed-forward, computed per head and position."""
     w = {
         k.removeprefix("model.layers.2.").removesuffix(".weight"): v
         for k, v in p.items()
@@ -105,7 +105,7 @@ def test_second_step_is_fed_the_normed_draft() -> None:
     torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_own_head_is_used_when_it_differs() -> None:
+def test_mtp_head_is_used_if_it_differs() -> None:
     config = ModelConfig.from_json(RAW)
     parameters = random_parameters(config, seed=5)
     own = torch.randn(50, 24)

@@ -1,4 +1,4 @@
-"""Sparse attention in the model: dense while everything fits, one selection for layers that share it."""
+"""Sparse attention in the model: dense while the context fits, one selection for layers that share it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def logits(model: DeepseekModel, ids: torch.Tensor, chunks: list[int]) -> torch.
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_context_that_fits_is_attended_to_as_v3_does(backend: str) -> None:
+def test_context_that_fits_equals_v3_attention(backend: str) -> None:
     sparse = ModelConfig.from_json(TINY)
     parameters = MemorySource(random_parameters(sparse))
     ids = torch.randint(0, 64, (40,), generator=torch.manual_seed(1))

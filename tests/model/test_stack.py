@@ -1,4 +1,4 @@
-"""All layers in one native call: bit for bit what the loop over the layers computes."""
+"""All layers in one native call, bitwise equal to the loop over layers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def forward(model: DeepseekModel, cache_dtype: CacheDtype) -> tuple[list[torch.T
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("q_lora_rank", [40, None])
 @pytest.mark.parametrize("quantization", [None, "int4"])
-def test_stack_is_the_loop(
+def test_stack_equals_the_loop(
     cache_dtype: CacheDtype, q_lora_rank: int | None, quantization: str | None
 ) -> None:
     config = ModelConfig.from_json(CONFIG | {"q_lora_rank": q_lora_rank})
@@ -57,7 +57,7 @@ def test_stack_is_the_loop(
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-def test_the_mtp_layers_stack_is_its_loop(cache_dtype: CacheDtype) -> None:
+def test_mtp_stack_equals_its_loop(cache_dtype: CacheDtype) -> None:
     config = ModelConfig.from_json(CONFIG | {"num_nextn_predict_layers": 1})
     model = random_model(config, CpuOps(2))
     ids = torch.arange(20) * 7 % 300

@@ -15,7 +15,7 @@ from tests.tiny import tiny
 
 
 def tiny_checkpoint(path: Path, tokenizer: bool = False) -> Path:
-    """A random DeepSeek-V3 of one dense layer and one of 8 experts, as transformers writes it in bfloat16."""
+    """A random DeepSeek-V3 (a dense layer, a layer of 8 experts), written by transformers in bfloat16."""
     transformers = pytest.importorskip("transformers")
     sizes = tiny(
         vocab_size=96, hidden_size=128, intermediate_size=192, moe_intermediate_size=64,
@@ -23,7 +23,7 @@ def tiny_checkpoint(path: Path, tokenizer: bool = False) -> Path:
         topk_group=1, kv_lora_rank=64, q_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=32,
         v_head_dim=32, max_position_embeddings=256,
     )  # fmt: skip
-    del sizes["model_type"]  # the class says it
+    del sizes["model_type"]  # set by the class
     config = transformers.DeepseekV3Config(**sizes)
     torch.manual_seed(3)
     model = transformers.DeepseekV3ForCausalLM(config)

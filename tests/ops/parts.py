@@ -1,4 +1,4 @@
-"""Random models' parts, and the measure every quantized kernel is judged by."""
+"""Parts of random models, and the error measure for quantized kernels."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """1 - 2 x·y / (x·x + y·y) in float64: 0 where equal, about half the squared relative error."""
+    """1 - 2 x·y / (x·x + y·y) in float64: 0 if equal, about half the squared relative error."""
     x, y = x.double(), y.double()
     total = (x * x).sum() + (y * y).sum()
     return float(1 - 2 * (x * y).sum() / total) if total > 0 else 0.0
 
 
-# What int8 activations may cost, and float sums in another order: the bound of each storage format.
+# Error bound per storage format, from int8 activations and float sums in another order.
 BOUNDS = {"f32": 1e-10, "bf16": 1e-9, "fp8": 1e-9, "int8": 1e-4, "int4": 1e-4, "int4_zero": 1e-4}
 FORMATS = list(BOUNDS)
 
 
 def weight(name: str, n: int, k: int, group: int = 32) -> Weight:
-    """A random matrix [n, k] of about unit gain in one storage format."""
+    """A random matrix [n, k] of about unit gain in a storage format."""
     w = torch.randn(n, k) / k**0.5
     if name == "f32":
         return Weight("dense", w)

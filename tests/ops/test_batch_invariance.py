@@ -1,4 +1,4 @@
-"""A token's result has the same bits however many rows it is computed with, and however a prompt is cut."""
+"""A token's result is bitwise independent of the batch and of prompt chunking."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_attention_of_a_prompt_in_any_chunks(ops: CpuOps, name: str, cache_dtype
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
-def test_attention_among_other_sequences(ops: CpuOps, cache_dtype: str) -> None:
+def test_attention_in_a_batch_with_other_sequences(ops: CpuOps, cache_dtype: str) -> None:
     layer = Attention(ops, "small", cache_dtype, True)
     first, second = list(range(38)), list(range(40, 78))
     whole = layer.step(layer.new_cache(), [(0, LENGTH, first)])

@@ -1,4 +1,4 @@
-"""The native kernels of every instruction set this machine has, against the reference, over odd shapes."""
+"""The native kernels of every available instruction set against the reference, with odd shapes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_linear(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, n: int, 
 
 @pytest.mark.parametrize("k", [7, 40, 72, 129])
 @pytest.mark.parametrize("name", ["f32", "bf16", "int8"])
-def test_columns_of_any_number(ops: CpuOps, ref: ReferenceOps, name: str, k: int) -> None:
+def test_any_number_of_columns(ops: CpuOps, ref: ReferenceOps, name: str, k: int) -> None:
     w, x = weight(name, 20, k), torch.randn(9, k)
     y = ops.linear(x, ops.pack_linear("w", lambda: [w]))
     assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: [w]))) < BOUNDS[name]
@@ -69,7 +69,7 @@ def test_stacked_matrices_and_strided_rows(ops: CpuOps, ref: ReferenceOps) -> No
     assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: stack))) < BOUNDS["int8"]
 
 
-def test_rounding_while_packing_is_the_reference_s(ops: CpuOps) -> None:
+def test_rounding_while_packing_equals_the_reference(ops: CpuOps) -> None:
     w, x = Weight("dense", torch.randn(64, 128)), torch.randn(3, 128)
     for quantization in ("int8", "int4"):
         rounded = CpuOps(1, quantization, isa=ops._native.isa)
@@ -188,10 +188,10 @@ def test_unselected_expert(ops: CpuOps, ref: ReferenceOps) -> None:
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("here", [{1, 4, 5}, {7}])
-def test_experts_of_another_rank_give_nothing(
+def test_experts_of_another_rank_add_nothing(
     ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, here: set[int]
 ) -> None:
-    """And the sum over ranks is the whole."""
+    """The sum over ranks equals the full result."""
     spec = RouterSpec(8, 3)
     w = experts(spec, name, 64, 96, None)
     x, scale = torch.randn(tokens, 64), norm(64)
@@ -204,10 +204,10 @@ def test_experts_of_another_rank_give_nothing(
         handle = ops.pack_moe(f"m{i}", spec, lambda part=part: part)  # type: ignore[misc]
         total += ops.moe(x.clone(), handle, scale, EPS, counts[i]) - x
     assert distance(total, whole - x) < 3 * BOUNDS[name]
-    assert torch.equal(*counts) and counts.sum() == 2 * 3 * tokens  # wherever an expert is
+    assert torch.equal(*counts) and counts.sum() == 2 * 3 * tokens  # regardless of the expert's rank
 
 
-def test_a_rank_without_experts_is_refused(ops: CpuOps) -> None:
+def test_rank_without_experts_is_rejected(ops: CpuOps) -> None:
     w = replace(experts(RouterSpec(8, 3), "bf16", 64, 96, None), experts=[None] * 8)
     with pytest.raises(ValueError, match="no expert of 'm' is on this rank"):
         ops.pack_moe("m", RouterSpec(8, 3), lambda: w)
@@ -215,7 +215,7 @@ def test_a_rank_without_experts_is_refused(ops: CpuOps) -> None:
 
 @pytest.mark.parametrize("name", ["bf16", "int4"])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_moe_of_given_choices(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int) -> None:
+def test_moe_with_given_routing(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int) -> None:
     spec = RouterSpec(8, 3)
     w = experts(spec, name, 64, 96, None)
     handle, expected = ops.pack_moe("m", spec, lambda: w), ref.pack_moe("m", spec, lambda: w)
@@ -244,7 +244,7 @@ def test_reroute(ops: CpuOps, ref: ReferenceOps) -> None:
 
 
 def batch_of(lengths: list[tuple[int, int]], block_size: int, max_len: int) -> Batch:
-    """Sequences of (tokens already cached, tokens of this step), blocks given out in a scattered order."""
+    """Sequences of (cached tokens, tokens of this step), with blocks in scattered order."""
     blocks_each = (max_len + block_size - 1) // block_size
     table = torch.randperm(len(lengths) * blocks_each).view(len(lengths), -1).int()
     positions, slots, starts = [], [], [0]
@@ -275,13 +275,13 @@ MLA_BOUNDS = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
 def run_mla(
     ops: Any, spec: AttentionSpec, w: Weight, steps: list[Any], cache_dtype: str, block_size: int
 ) -> Tensor:
-    """The last step's output after the steps before it filled the cache."""
+    """The last step's output, after previous steps filled the cache."""
     rope = steps[0]["rope"]
     handle = ops.pack_attention("a", spec, lambda: (w, steps[0]["norm"]), rope)
     cache = ops.new_cache(2, 80, block_size, spec.latent_dim + spec.rope_dim, cache_dtype)
     for step in steps:
         out = ops.mla(step["q"], step["kv"], handle, cache, 1, step["batch"], EPS)
-    assert not cache.data[0].float().any()  # layer 0 is not ours
+    assert not cache.data[0].float().any()  # layer 0 is not written
     return out
 
 
@@ -321,7 +321,7 @@ def test_mla(ops: CpuOps, ref: ReferenceOps, name: str, cache_dtype: str, block_
 
 
 def ops_again(ops: CpuOps) -> CpuOps:
-    """A backend without packed weights, of the same kernels."""
+    """A backend with the same kernels and no packed weights."""
     return CpuOps(2, isa=ops._native.isa)
 
 
@@ -340,7 +340,7 @@ def test_top_logits(ops: CpuOps, ref: ReferenceOps, k: int, tokens: int) -> None
     )
 
 
-def test_equal_logits_keep_the_order_of_their_ids(ops: CpuOps) -> None:
+def test_equal_logits_are_ordered_by_id(ops: CpuOps) -> None:
     w = Weight("dense", torch.ones(1100, 32))
     head = ops.pack_linear("h", lambda: [w])
     for k in (1, 4):
@@ -372,7 +372,7 @@ def test_softmax_and_norm(ops: CpuOps, ref: ReferenceOps, n: int) -> None:
     assert torch.equal(ops.embed(ids, table), ref.embed(ids, table))
 
 
-def test_wrong_width_is_refused(ops: CpuOps) -> None:
+def test_wrong_width_is_rejected(ops: CpuOps) -> None:
     w = ops.pack_linear("w", lambda: [weight("int8", 16, 64)])
     with pytest.raises(ValueError, match="x has 65 columns; expected 64"):
         ops.linear(torch.randn(1, 65), w)

@@ -1,4 +1,4 @@
-"""What must not depend on the number of threads, their NUMA nodes or the company a token has."""
+"""Results do not depend on the number of threads, NUMA nodes or the batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ native = pytest.importorskip("farthing._native")
 
 
 def results(ops: CpuOps) -> list[Tensor]:
-    """Every op once, on inputs that do not depend on the backend."""
+    """Run every op once, on inputs independent of the backend."""
     torch.manual_seed(1)
     x, scale = torch.randn(19, 64), torch.rand(64) + 0.5
     spec = RouterSpec(8, 3, num_groups=4, top_k_groups=2)
@@ -26,7 +26,7 @@ def results(ops: CpuOps) -> list[Tensor]:
     linear = ops.pack_linear("linear", lambda: [weight("int8", 1100, 64)])
     layout = SPECS["small"]
     kv_b = weight("bf16", layout.num_heads * (layout.nope_dim + layout.value_dim), layout.latent_dim)
-    torch.manual_seed(2)  # weights from a packed file have drawn nothing
+    torch.manual_seed(2)  # weights from a packed file used no random numbers
     angles = torch.rand(600, layout.rope_dim // 2)
     rope = torch.stack((angles.cos(), angles.sin()))
     attention = ops.pack_attention("a", layout, lambda: (kv_b, torch.ones(layout.latent_dim)), rope)
@@ -55,14 +55,14 @@ def test_threads_do_not_change_a_bit(isa: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_nodes_do_not_change_a_bit() -> None:
+def test_numa_nodes_do_not_change_a_bit() -> None:
     first = results(CpuOps(1))
     for topology in ("0;1", "0-1;2-3;4-5"):
         for a, b in zip(first, results(CpuOps(3, topology=topology)), strict=True):
             assert torch.equal(a, b)
 
 
-def test_a_node_keeps_to_its_share_of_the_weights() -> None:
+def test_each_node_computes_its_share_of_the_weights() -> None:
     """Four threads on two simulated nodes: each node computes the panels in its own memory."""
     ops = CpuOps(4, topology="0-1;2-3")
     packed = ops.pack_linear("w", lambda: [weight("int4", 16 * 64, 64)]).packed
@@ -81,15 +81,15 @@ def test_a_node_keeps_to_its_share_of_the_weights() -> None:
     units=st.integers(1, 300),
     topology=st.sampled_from(["", "0", "0;1", "0-2;3", "0;1;2"]),
 )
-def test_every_unit_is_done_once(threads: int, units: int, topology: str) -> None:
+def test_every_unit_is_computed_once(threads: int, units: int, topology: str) -> None:
     backend = native.Backend(threads, "auto", topology)
     for _ in range(3):
         assert sorted(unit for _, _, unit, _ in backend.units_of_threads(units)) == list(range(units))
 
 
 @pytest.mark.parametrize("isa", [s for s in native.instruction_sets().split() if s != "portable"])
-def test_a_row_does_not_depend_on_its_company(isa: str) -> None:
-    """Quantized projections of up to 32 rows: the same bits for a token alone and among others."""
+def test_row_does_not_depend_on_its_batch(isa: str) -> None:
+    """Quantized projections of up to 32 rows: the same bits for a token alone and in a batch."""
     torch.manual_seed(2)
     ops = CpuOps(2, isa=isa)
     for name in ("int8", "int4"):
@@ -113,7 +113,7 @@ def test_bad_arguments_are_named() -> None:
         CpuOps(1).pack_linear("w", lambda: [weight("int8", 16, 64), weight("int8", 16, 128)])
 
 
-def test_experts_of_two_formats_are_refused() -> None:
+def test_experts_of_two_formats_are_rejected() -> None:
     spec = RouterSpec(2, 1)
     w = experts(spec, "int8", 64, 64, None)
     odd = tuple(

@@ -1,4 +1,4 @@
-"""Experts on the host, the rest on a device (here: the reference ops): same tokens, hot experts or not."""
+"""Experts on the host, the rest on a device (here: reference ops); hot experts change no token."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def layers(model: Any) -> list[HybridMoE]:
 
 @pytest.mark.parametrize("hot", [0, 3])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_random_models_give_the_tokens_of_the_plain_engine(hot: int, seed: int) -> None:
+def test_random_models_generate_the_tokens_of_the_plain_engine(hot: int, seed: int) -> None:
     config = ModelConfig.from_json(RAW)
     expected = greedy(random_model(config, select("reference"), seed), 27)
     ops = HybridOps(select("reference"), native(), hot)
@@ -58,7 +58,7 @@ def test_random_models_give_the_tokens_of_the_plain_engine(hot: int, seed: int) 
 
 @pytest.mark.parametrize("mass", [None, 0.6])
 @pytest.mark.parametrize("tokens", [1, 7])
-def test_one_layer_whatever_is_hot(tokens: int, mass: float | None) -> None:
+def test_layer_with_any_set_of_hot_experts(tokens: int, mass: float | None) -> None:
     """Any set of experts on the device, including unselected experts and skipped choices."""
     config = ModelConfig.from_json(RAW)
     plain, ops = select("reference"), HybridOps(select("reference"), native(), 8)
@@ -81,7 +81,7 @@ def test_one_layer_whatever_is_hot(tokens: int, mass: float | None) -> None:
         assert torch.equal(counts[0], counts[1])
 
 
-def test_host_overlaps_with_the_shared_expert() -> None:
+def test_host_experts_overlap_with_the_shared_expert() -> None:
     """The host's experts are running when the shared expert is computed."""
     begun, shared = threading.Event(), threading.Event()
 
@@ -102,8 +102,8 @@ def test_host_overlaps_with_the_shared_expert() -> None:
     greedy(model, 1)
 
 
-def test_the_device_samples() -> None:
-    """What wraps a backend leaves it its sampler."""
+def test_device_samples() -> None:
+    """A wrapper uses the wrapped backend's sampler."""
 
     class Device(ReferenceOps):
         def sample(self, logits: torch.Tensor, uniform: torch.Tensor, filters: Any = None) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_the_device_samples() -> None:
     assert ops.sample(torch.zeros(2, 9), torch.zeros(2).double()).tolist() == [7, 7]
 
 
-def test_a_bfloat16_device_keeps_what_the_host_adds() -> None:
+def test_bfloat16_device_keeps_the_hosts_contribution() -> None:
     config = ModelConfig.from_json(RAW)
     exact = random_model(config, select("reference"), 3).layers[1][1]
     ops = HybridOps(ReferenceOps(torch.bfloat16), native(), 8)
@@ -126,7 +126,7 @@ def test_a_bfloat16_device_keeps_what_the_host_adds() -> None:
         torch.testing.assert_close(out.float(), exact(x.bfloat16().float()), rtol=0.03, atol=0.03)
 
 
-def test_the_embedded_model_gives_the_tokens_of_the_plain_engine() -> None:
+def test_embedded_model_generates_the_tokens_of_the_plain_engine() -> None:
     pytest.importorskip("farthing._native")
     fixed: dict[str, Any] = dict(backend="reference", threads=1, max_model_len=128, num_blocks=32)
     params = SamplingParams(max_tokens=24, temperature=0)
@@ -161,12 +161,12 @@ def test_experts_are_mapped_from_a_packed_file(tmp_path: Path) -> None:
         (dict(experts_on="cpu", tensor_parallel_size=2), "experts_on: got 'cpu' with 2 ranks; expected None"),
     ],
 )
-def test_refusals(options: dict[str, Any], message: str) -> None:
+def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**options)
 
 
-# -- the rows of a step, and who is hot
+# -- rows of a step, and hot experts
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.data())
@@ -186,7 +186,7 @@ Steps = st.lists(st.dictionaries(st.integers(0, 9), st.integers(1, 8), max_size=
 
 
 @given(st.integers(0, 5), st.floats(1, 500), Steps, st.data())
-def test_the_books_of_hot_experts(capacity: int, half_life: float, steps: Any, data: st.DataObject) -> None:
+def test_hot_expert_counts(capacity: int, half_life: float, steps: Any, data: st.DataObject) -> None:
     cache, used = ExpertCache(capacity, half_life), {e: 0.0 for e in range(10)}
     for tokens in steps:
         cache.record(tokens)
@@ -208,7 +208,7 @@ def test_the_books_of_hot_experts(capacity: int, half_life: float, steps: Any, d
 
 
 @given(st.integers(1, 5), st.lists(st.integers(1, 50), min_size=10, max_size=10, unique=True))
-def test_steady_traffic_ends_with_the_busiest_and_without_moves(capacity: int, rates: list[int]) -> None:
+def test_steady_traffic_converges_to_the_busiest_experts(capacity: int, rates: list[int]) -> None:
     cache = ExpertCache(capacity)
     for _ in range(40):
         cache.record(dict(enumerate(rates)))
@@ -220,15 +220,15 @@ def test_steady_traffic_ends_with_the_busiest_and_without_moves(capacity: int, r
     assert all(rates[e] <= MARGIN * worst * (1 + 1e-9) for e in range(10) if e not in cache.resident)
 
 
-def test_experts_follow_the_traffic_while_serving() -> None:
-    """The set changes, the results do not."""
+def test_hot_experts_follow_the_traffic() -> None:
+    """The set of hot experts changes, but not the results."""
     config = ModelConfig.from_json(RAW)
     plain, ops = select("reference"), HybridOps(select("reference"), native(), 1)
     (_, one), (_, two) = (random_model(config, o, 5).layers[1] for o in (plain, ops))
     two.packed.hot.cache = ExpertCache(1, half_life=8)
     generator, seen = torch.Generator().manual_seed(0), set()
     for _ in range(4):
-        x = torch.randn(1, config.hidden_size, generator=generator)  # one token again and again
+        x = torch.randn(1, config.hidden_size, generator=generator)  # the same token repeatedly
         for _ in range(3 * DECIDE_EVERY):
             torch.testing.assert_close(two(x.clone()), one(x.clone()), rtol=1e-5, atol=1e-5)
             ops.settle()

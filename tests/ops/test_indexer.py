@@ -1,4 +1,4 @@
-"""The lightning indexer: its choice, its rule for ties, and every backend against the reference."""
+"""The lightning indexer: selection, ties, and every backend against the reference."""
 
 from __future__ import annotations
 
@@ -116,15 +116,15 @@ def test_cpu_against_the_reference(name: str, spec: IndexerSpec, dtype: CacheDty
 
 
 @pytest.mark.parametrize("name", ["reference", *CPUS])
-def test_nothing_is_scored_where_all_of_it_fits(name: str) -> None:
+def test_nothing_is_scored_if_the_context_fits(name: str) -> None:
     step = Step(backend(name), "float32", SPECS[1], [3, 20], [20, 11])
     assert step.chosen is None
     assert keys_of(step)[1].abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", ["reference", *CPUS])
-def test_tied_scores_choose_the_earlier_position(name: str) -> None:
-    """All weights 0: every score is 0, or -0 where a weight is negative."""
+def test_ties_select_the_earlier_position(name: str) -> None:
+    """All weights 0: every score is 0, or -0 for negative weights."""
     ops, spec = backend(name), SPECS[0]
     step = Step(ops, "float32", spec, [1, 1], [40, 30])
     q, k = torch.randn(2, spec.num_heads * spec.head_dim), torch.randn(2, spec.head_dim)

@@ -15,7 +15,7 @@ def errors(w: torch.Tensor, value: torch.Tensor, group: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("kind", ["normal", "outliers", "one sign", "tiny", "huge", "zeros"])
-def test_no_group_errs_more_than_with_its_whole_range(group: int, kind: str) -> None:
+def test_no_group_has_more_error_than_with_its_full_range(group: int, kind: str) -> None:
     torch.manual_seed(0)
     w = torch.randn(40, 4 * group)
     w = {
@@ -31,7 +31,7 @@ def test_no_group_errs_more_than_with_its_whole_range(group: int, kind: str) -> 
         assert float(errors(w, found, group).sum()) < 0.9 * float(errors(w, plain, group).sum())
 
 
-def test_the_range_is_near_the_best_of_a_fine_search() -> None:
+def test_range_is_nearly_optimal() -> None:
     torch.manual_seed(1)
     w = torch.randn(16, 64)
     found = errors(w, quantize_int4(w, 64).dequantize(), 64)
@@ -44,8 +44,8 @@ def test_the_range_is_near_the_best_of_a_fine_search() -> None:
     assert float((found / best).mean()) < 1.05
 
 
-def test_native_code_rounds_alike() -> None:
-    """An identity in front shows every weight: the product of unit vectors with the packed matrix."""
+def test_native_code_rounds_the_same() -> None:
+    """Unit vectors times the packed matrix yield every weight."""
     torch.manual_seed(2)
     w = torch.randn(48, 128)
     ops = select("cpu", quantization="int4")

@@ -1,4 +1,4 @@
-"""The packed file: what comes back is what was packed, without the checkpoint; damage is named."""
+"""The packed file: restores packed weights without the checkpoint; damage is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def never() -> None:
     raise AssertionError("the checkpoint was read although the packed file has it")
 
 
-def test_a_backend_from_a_file_computes_the_same(tmp_path: Path) -> None:
+def test_backend_from_a_file_computes_the_same(tmp_path: Path) -> None:
     packed = CpuOps(2)
     expected = results(packed)
     packed.save_packed(str(tmp_path / "model.packed"))
@@ -47,8 +47,8 @@ def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
     assert (tmp_path / "model.packed").read_bytes() == b"an older one"
 
 
-def test_experts_that_a_rank_did_not_hold(tmp_path: Path) -> None:
-    """They are absent again; of a whole model's file they would be missing."""
+def test_experts_absent_from_a_rank(tmp_path: Path) -> None:
+    """They stay absent; in a whole model's file they would be an error."""
     spec = RouterSpec(8, 3)
     w = experts(spec, "int8", 64, 96, None)
     part = replace(w, experts=[load if e in (1, 4, 7) else None for e, load in enumerate(w.experts)])
@@ -63,7 +63,7 @@ def test_experts_that_a_rank_did_not_hold(tmp_path: Path) -> None:
         CpuOps(2, packed=str(tmp_path / "lacking.packed")).pack_moe("m", spec, never)
 
 
-def test_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+def test_checkpoint_is_not_read(tmp_path: Path) -> None:
     path, spec, layout = str(tmp_path / "m"), RouterSpec(8, 2), SPECS["small"]
     rope = torch.ones(2, 8, layout.rope_dim // 2)
     rows = layout.num_heads * (layout.nope_dim + layout.value_dim)
@@ -80,7 +80,7 @@ def test_the_checkpoint_is_not_read(tmp_path: Path) -> None:
     mapped.pack_attention("a", layout, never, rope)  # type: ignore[arg-type]
 
 
-def test_sparse_matrices_survive(tmp_path: Path) -> None:
+def test_sparse_matrices_round_trip(tmp_path: Path) -> None:
     w: Weight = zero_blocks(weight("int4", 64, 256, 64), 0.7)
     ops, x = CpuOps(1), torch.randn(3, 256)
     y = ops.linear(x, ops.pack_linear("w", lambda: [w]))
@@ -91,7 +91,7 @@ def test_sparse_matrices_survive(tmp_path: Path) -> None:
     assert torch.equal(mapped.linear(x, handle), y)
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+def test_damage_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "m"
     with pytest.raises(ValueError, match="does not exist"):
         CpuOps(1, packed=str(path))
@@ -124,7 +124,7 @@ def two_matrices(path: Path) -> bytes:
 
 
 def rewrite_index(path: Path, whole: bytes, change: Callable[[dict[str, Any]], None]) -> None:
-    """The same file with another index, whose own checksum is right."""
+    """The same file with another index with a valid checksum."""
     _, offset, length, _ = HEADER.unpack(whole[: HEADER.size])
     index = json.loads(whole[offset : offset + length])
     change(index)
@@ -133,7 +133,7 @@ def rewrite_index(path: Path, whole: bytes, change: Callable[[dict[str, Any]], N
     path.write_bytes(head + whole[HEADER.size : offset] + text)
 
 
-def test_swapped_matrices_are_refused(tmp_path: Path) -> None:
+def test_swapped_matrices_are_rejected(tmp_path: Path) -> None:
     def swap(index: dict[str, Any]) -> None:
         e = index["entries"]
         e["a"], e["b"] = e["b"], e["a"]
@@ -144,7 +144,7 @@ def test_swapped_matrices_are_refused(tmp_path: Path) -> None:
         CpuOps(1, packed=str(path)).pack_linear("a", never)  # type: ignore[arg-type]
 
 
-def test_an_index_that_was_changed_is_refused(tmp_path: Path) -> None:
+def test_changed_index_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "m"
     whole = two_matrices(path)
     path.write_bytes(whole.replace(b'"offset": 4096', b'"offset": 8192'))
@@ -158,21 +158,21 @@ def test_an_index_that_was_changed_is_refused(tmp_path: Path) -> None:
      ("offset", 1.5), ("offset", None), ("checksum", "x"), ("inputs", [0, 1.0]), ("inputs", [4, -1.0]),
      ("inputs", 3), ("dtype", "float99"), ("dtype", "float32")],
 )  # fmt: skip
-def test_index_entries_out_of_range_are_refused(tmp_path: Path, field: str, value: Any) -> None:
+def test_index_entries_out_of_range_are_rejected(tmp_path: Path, field: str, value: Any) -> None:
     path = tmp_path / "m"
     rewrite_index(path, two_matrices(path), lambda index: index["entries"]["a"].update({field: value}))
     with pytest.raises(ValueError, match="its index is damaged"):
         CpuOps(1, packed=str(path))
 
 
-def test_flipped_bits_are_found(tmp_path: Path) -> None:
+def test_flipped_bits_are_detected(tmp_path: Path) -> None:
     path = tmp_path / "m"
     whole = bytearray(two_matrices(path))
     whole[4096 + 64 + 70] ^= 1  # a weight of the first matrix
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="the checksum of 'a' does not match"):
         CpuOps(1, packed=str(path)).verify_packed()
-    ops = CpuOps(1, packed=str(path))  # without --verify: a thread finds it
+    ops = CpuOps(1, packed=str(path))  # without --verify: a background thread detects it
     assert ops._file is not None
     for _ in range(200):
         if ops._file.damage:
@@ -183,7 +183,7 @@ def test_flipped_bits_are_found(tmp_path: Path) -> None:
 
 
 def test_damaged_sections_never_crash(tmp_path: Path) -> None:
-    """Random bytes in headers, panel tables and masks: refused, or a matrix of the same layout."""
+    """Random bytes in headers, panel tables and masks: an error, or a matrix of the same layout."""
     path, rng = tmp_path / "m", random.Random(7)
     whole = two_matrices(path)
     _, offset, length, _ = HEADER.unpack(whole[: HEADER.size])

@@ -1,4 +1,4 @@
-"""Attention to chosen positions: the same on every backend, and dense where all positions are chosen."""
+"""Attention to selected positions: equal on every backend, and dense if all positions are selected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def backend(name: str) -> Ops:
 def step(
     ops: Ops, dtype: CacheDtype, seed: int = 0
 ) -> tuple[object, LatentCache, Batch, torch.Tensor, torch.Tensor]:
-    """Two sequences, 9 and 5 tokens cached, of which a step adds 6 and 1."""
+    """Two sequences with 9 and 5 cached tokens, of which a step adds 6 and 1."""
     g = torch.Generator().manual_seed(seed)
     s = SPEC
     kv_b = torch.randn(s.num_heads * (s.nope_dim + s.value_dim), s.latent_dim, generator=g) * 0.2
@@ -47,7 +47,7 @@ def step(
 
 
 def positions(batch: Batch, k: int | None, seed: int = 1) -> torch.Tensor:
-    """k random positions of each token (fewer where it has fewer), or all of them."""
+    """k random positions per token (or fewer if it has fewer), or all."""
     g = torch.Generator().manual_seed(seed)
     rows = []
     for p in batch.positions.tolist():
@@ -58,7 +58,7 @@ def positions(batch: Batch, k: int | None, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
 @pytest.mark.parametrize("name", ["reference", *CPUS])
-def test_all_positions_are_dense_attention(name: str, dtype: CacheDtype) -> None:
+def test_all_positions_equal_dense_attention(name: str, dtype: CacheDtype) -> None:
     ops = backend(name)
     handle, cache, batch, q, kv = step(ops, dtype)
     dense = ops.mla(q, kv, handle, cache, 1, batch, 1e-6)
@@ -69,7 +69,7 @@ def test_all_positions_are_dense_attention(name: str, dtype: CacheDtype) -> None
 @pytest.mark.parametrize("k", [1, 3, 7])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
 @pytest.mark.parametrize("name", CPUS)
-def test_chosen_positions_against_the_reference(name: str, dtype: CacheDtype, k: int) -> None:
+def test_selected_positions_match_the_reference(name: str, dtype: CacheDtype, k: int) -> None:
     outs = []
     for each in (backend("reference"), backend(name)):
         handle, cache, batch, q, kv = step(each, dtype)
@@ -78,7 +78,7 @@ def test_chosen_positions_against_the_reference(name: str, dtype: CacheDtype, k:
     assert torch.allclose(*outs, atol=tolerance)
 
 
-def test_the_reference_is_softmax_over_the_chosen_keys() -> None:
+def test_reference_is_softmax_over_the_selected_keys() -> None:
     ops = ReferenceOps(torch.float32)
     handle, cache, batch, q, kv = step(ops, "float32")
     select = positions(batch, 4)

@@ -35,7 +35,7 @@ def ref() -> ReferenceOps:
 
 
 def auto_round(w: Tensor, group: int = 32) -> Weight:
-    """W4A16 as AutoRound 0.16 rounds without tuning: the group's value of largest magnitude becomes -8."""
+    """W4A16 like AutoRound 0.16 without tuning: the group's value of largest magnitude becomes -8."""
     n, k = w.shape
     groups = w.float().view(n, -1, group)
     low, high = -groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -72,7 +72,7 @@ def test_projection(ops: CpuOps, ref: ReferenceOps, tokens: int, group: int, nam
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_same_bits_as_positive_scales(ops: CpuOps, tokens: int) -> None:
-    """(-s) * (-q) and s * q are one value; q = -8 has no counterpart and is left out."""
+    """(-s) * (-q) and s * q are equal; q = -8 has no counterpart and is excluded."""
     q = torch.randint(-7, 8, (48, 256), dtype=torch.int8)
     scale = torch.rand(48, 4) + 0.01
     signs = torch.randint(0, 2, (48, 4)).float() * 2 - 1
@@ -137,7 +137,7 @@ def test_mixture_of_experts(ops: CpuOps, ref: ReferenceOps, tokens: int) -> None
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["int4", "int8", "fp8"])
-def test_scales_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+def test_non_finite_scales_are_rejected(name: str, bad: float) -> None:
     w = weight(name, 32, 128)
     assert w.scale is not None
     w.scale.view(-1)[-1] = bad
@@ -146,15 +146,15 @@ def test_scales_that_are_not_finite_are_refused(name: str, bad: float) -> None:
 
 
 def same_logits(path: Path) -> None:
-    """A checkpoint gives the CPU backend the logits that it gives the reference."""
+    """Check that the CPU backend and the reference compute the same logits of a checkpoint."""
 
     expected, found = logits_of(path, ReferenceOps(torch.float32)), logits_of(path, CpuOps(2))
     assert bool(found.isfinite().all())
-    # Activations rounded to int8 alone change some choices of experts: 0.008 for positive scales.
+    # int8 activations alone change some expert selections: 0.008 for positive scales.
     assert distance(found, expected) < 0.02
 
 
-def test_a_checkpoint_of_experts_as_auto_round_writes_it(tmp_path: Path) -> None:
+def test_checkpoint_with_experts_in_auto_round_format(tmp_path: Path) -> None:
 
     path = tiny_checkpoint(tmp_path)
 
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_experts_as_auto_round_writes_it(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_auto_round_wrote(tmp_path: Path) -> None:
+def test_checkpoint_written_by_auto_round(tmp_path: Path) -> None:
     module = pytest.importorskip("auto_round")
 
     path = tiny_checkpoint(tmp_path / "tiny", tokenizer=True)

@@ -45,7 +45,7 @@ def test_ties_round_to_even_after_a_true_division() -> None:
     assert torch.equal((y / scale).round(), (x / torch.tensor(scale)).round())
 
 
-def test_stacked_matrices_take_the_wider_range_and_mixed_ones_stay_dynamic() -> None:
+def test_stacked_matrices_use_the_wider_range_and_mixed_ones_stay_dynamic() -> None:
     torch.manual_seed(0)
     first, second = (quantize_int8(torch.randn(32, 64)) for _ in range(2))
     a, b = InputRounding(8, scale=0.02), InputRounding(8, scale=0.05)

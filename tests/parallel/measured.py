@@ -1,4 +1,4 @@
-"""What a rank's process really takes for one full step, by the kernel's books. A process of its own."""
+"""Measures the memory of a rank's process for one full step. Runs in a separate process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PR_SET_THP_DISABLE = 41
 
 
 def resident(what: str) -> int:
-    """VmRSS, or VmHWM: its maximum."""
+    """Bytes of VmRSS (current) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what):
             return int(line.split()[1]) * 1024
@@ -31,8 +31,8 @@ def resident(what: str) -> int:
 
 
 def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int) -> int:
-    """Bytes that rank 0's memory grows by while it computes `tokens` of one sequence."""
-    # No huge pages: the small step before would touch whole ones, and they would not be counted.
+    """Growth of rank 0's memory in bytes while it computes `tokens` of one sequence."""
+    # No huge pages: the warm-up step would touch whole ones, which would then not be counted.
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     rank_module.DistGroup = lambda ranks, timeout: Alone()  # type: ignore[assignment,misc]
     config = ModelConfig.from_json(raw)
@@ -43,7 +43,7 @@ def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str
     model: Any = DeepseekModel(config, ops, source) if alone else Rank(config, source, layout, 0, ops)
     blocks = list(range(tokens // 16 + 1))
     cache = model.new_cache(len(blocks), 16, "bfloat16")
-    cache.data.zero_()  # its pages are no buffers
+    cache.data.zero_()  # its pages are not buffers
 
     def run(count: int) -> None:
         ids, batch = (

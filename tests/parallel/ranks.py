@@ -1,4 +1,4 @@
-"""Rank options of a layout, as the tests of this folder use them."""
+"""Rank options of a layout, for the tests of this directory."""
 
 from __future__ import annotations
 

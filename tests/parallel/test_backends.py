@@ -1,4 +1,4 @@
-"""The example of docs/design/backends.md: a backend in a package of its own, found by its entry point."""
+"""The example of docs/design/backends.md: a backend in a separate package, found by its entry point."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ BACKEND = '''
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What `pip install farthing-numpy` would leave on the path, for this process and those it starts."""
+    """The result of `pip install farthing-numpy` on the path, for this process and its children."""
     site = tmp_path / "site"
     meta = site / "farthing_numpy-1.0.dist-info"
     meta.mkdir(parents=True)
@@ -85,19 +85,19 @@ def tokens(model: Path, **options: Any) -> list[int]:
         return list(llm.generate([[1, 2, 3]], params, use_tqdm=False)[0].outputs[0].token_ids)
 
 
-def test_an_installed_backend_serves(installed: Path, model: Path) -> None:
+def test_installed_backend_serves(installed: Path, model: Path) -> None:
     expected = tokens(model, backend="reference", dtype="float32")
     assert tokens(model, backend="numpy") == expected
     assert sys.modules["farthing_numpy"].NumpyOps.calls > 0
 
 
 @pytest.mark.slow
-def test_and_over_two_ranks(installed: Path, model: Path) -> None:
+def test_installed_backend_serves_on_two_ranks(installed: Path, model: Path) -> None:
     expected = tokens(model, backend="reference", dtype="float32")
     assert tokens(model, backend="numpy", tensor_parallel_size=2) == expected
 
 
-def test_it_is_listed_and_refuses_in_its_own_words(installed: Path) -> None:
+def test_installed_backend_is_listed_and_its_errors_are_shown(installed: Path) -> None:
     with pytest.raises(ValueError, match=r"backend 'abacus' is unknown; expected .*'numpy'"):
         select("abacus")
     with pytest.raises(ValueError, match="serves weights as they are stored"):

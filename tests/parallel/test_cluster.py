@@ -1,4 +1,4 @@
-"""Models spread over processes give the tokens of one process."""
+"""Models sharded over processes generate the tokens of one process."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_same_tokens_as_one_rank(checkpoint: Path, layout: Layout) -> None:
 
 
 def check_rebalanced(model: ParallelModel) -> None:
-    """Experts were placed by tokens that no memory is shared for: three of every token, in every layer."""
+    """Experts were placed by token counts reduced without shared memory: three per token and layer."""
     assert not model._counts_shared
     moe = [i for i in range(model.cache_layers) if model.config.is_moe(i)]
     assert set(model._rank.placements) <= set(moe)
@@ -79,7 +79,7 @@ def check_rebalanced(model: ParallelModel) -> None:
     seen = model._counts.sum(1)
     assert all(int(seen[i]) % 3 == 0 and int(seen[i]) > 0 for i in moe)
     layers = [i for i in moe if i < model.config.num_hidden_layers]
-    assert len({int(seen[i]) for i in layers}) == 1  # as many in each stage's
+    assert len({int(seen[i]) for i in layers}) == 1  # equal in every stage
     placed = model._rank.placements[layers[-1]]
     assert len(placed.ranks) == 2 and sum(map(len, placed.ranks)) == 8 + 2
 
@@ -95,21 +95,21 @@ def test_experts_are_rebalanced_without_shared_memory(checkpoint: Path) -> None:
         batch = make_batch([1], [0], [[0]], 8)
         cache = model.new_cache(4, 8, "float32")
         with torch.inference_mode():
-            for _ in range(5):  # one of them places the experts, and counts first
+            for _ in range(5):  # one of them counts tokens and places the experts
                 model.forward(torch.tensor([1]), batch, cache, counts)
-        assert counts.sum() > 0  # what /metrics shows
+        assert counts.sum() > 0  # shown in /metrics
     finally:
         model.close()
 
 
 @pytest.mark.slow
-def test_a_dead_rank_ends_the_replica_with_a_clear_error(checkpoint: Path) -> None:
+def test_dead_rank_ends_the_replica_with_a_clear_error(checkpoint: Path) -> None:
     model = ParallelModel(rank_options(checkpoint, Layout(2, 2)))
     try:
         greedy(model, 2)
         os.kill(next(iter(model._workers.pids.values())), signal.SIGKILL)
         began = time.monotonic()
-        with pytest.raises(RankFailed, match=r"rank 0 of 4 ended with exit code -9"):
+        with pytest.raises(RankFailed, match=r"rank 0 of 4 exited with code -9"):
             while time.monotonic() - began < 10:
                 greedy(model, 2)
         assert time.monotonic() - began < 10
@@ -138,7 +138,7 @@ def several(model: DeepseekModel | ParallelModel) -> list[torch.Tensor]:
     "layout",
     [pytest.param(x, marks=() if x.world == 2 else pytest.mark.slow, id=repr(x)) for x in DISPATCHED],
 )
-def test_sequences_of_their_own_and_tokens_sent_to_experts(checkpoint: Path, layout: Layout) -> None:
+def test_data_parallel_attention_with_expert_dispatch(checkpoint: Path, layout: Layout) -> None:
     expected = several(load(checkpoint, select("reference")))
     model = ParallelModel(rank_options(checkpoint, layout))
     try:

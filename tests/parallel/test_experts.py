@@ -1,4 +1,4 @@
-"""Placing experts: every expert somewhere, copies apart, loads near the best; the same sums as unplaced."""
+"""Expert placement: complete, copies on different ranks, balanced loads; same sums as without placement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ numbers = st.tuples(st.sampled_from([2, 3, 4, 8]), st.integers(1, 6), st.integer
 
 @given(numbers=numbers, data=st.data())
 @settings(max_examples=150, deadline=None)
-def test_a_placement_is_complete_and_balanced(numbers: tuple[int, int, int], data: st.DataObject) -> None:
+def test_placement_is_complete_and_balanced(numbers: tuple[int, int, int], data: st.DataObject) -> None:
     ranks, each, extra = numbers
     experts = ranks * each
     redundant = min(extra, each * (ranks - 1)) * ranks
@@ -45,7 +45,7 @@ def test_a_placement_is_complete_and_balanced(numbers: tuple[int, int, int], dat
 
 @given(tokens=st.lists(st.integers(0, 10_000), min_size=32, max_size=32))
 @settings(max_examples=60, deadline=None)
-def test_copies_of_hot_experts_even_the_load(tokens: list[int]) -> None:
+def test_copies_of_hot_experts_balance_the_load(tokens: list[int]) -> None:
     mean = sum(tokens) / 4
     plain, copied = (max(place(tokens, 4, extra).loads(tokens)) for extra in (0, 8))
     heaviest = max(tokens)
@@ -62,15 +62,15 @@ def test_one_hot_expert_gets_the_copies() -> None:
 
 @pytest.mark.parametrize(
     ("redundant", "message"),
-    [(1, "expected a sum that 4 divides, such as redundant = 4"), (28, "expected 0…24"), (-4, "expected 0…")],
+    [(1, "expected a multiple in total, such as redundant = 4"), (28, "expected 0…24"), (-4, "expected 0…")],
 )
-def test_refusals(redundant: int, message: str) -> None:
+def test_errors(redundant: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         place([1] * 8, 4, redundant)
 
 
 class Sum(Alone):
-    """A group of which this process plays every rank in turn: sums are taken by the test."""
+    """A group whose ranks this process simulates in turn; the test computes the sums."""
 
     size = 2
 
@@ -78,8 +78,8 @@ class Sum(Alone):
         return x
 
 
-def test_rebalancing_keeps_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks' parts of a layer add up to the whole before and after copies are placed."""
+def test_rebalancing_preserves_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks' parts of a layer add up to the full result before and after placing copies."""
     config = ModelConfig.from_json(SMALL_V3 | dict(num_experts_per_tok=3, topk_group=2, n_shared_experts=1))
     parameters = random_parameters(config, seed=3)
     whole = random_model(config, select("reference"), seed=3)
@@ -110,7 +110,7 @@ def test_rebalancing_keeps_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(again, counts)
 
 
-def test_micro_batches_give_the_same_states() -> None:
+def test_micro_batches_compute_the_same_states() -> None:
     from farthing.parallel import micro
 
     config = ModelConfig.from_json(SMALL_V3)
@@ -122,4 +122,4 @@ def test_micro_batches_give_the_same_states() -> None:
     for a, b in ((0, 7), (7, 21), (21, 22), (22, 40)):
         parts.append(model.forward(ids[a:b], micro.rows_of(batch, a, b), cache))
     torch.testing.assert_close(torch.cat(parts), whole)
-    assert [rows for rows, _ in micro.micro_batches(batch, 4)] == [slice(0, 40)]  # too few rows to cut
+    assert [rows for rows, _ in micro.micro_batches(batch, 4)] == [slice(0, 40)]  # too few rows to split

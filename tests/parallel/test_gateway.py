@@ -1,4 +1,4 @@
-"""A replica of two ranks behind the gateway: when a rank dies, the other replica takes over."""
+"""Replicas of two ranks behind the gateway: if a rank dies, the other replica takes over."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def ready(session: aiohttp.ClientSession, url: str) -> None:
 
 
 async def ask(session: aiohttp.ClientSession, first: int, stream: bool = False) -> tuple[int, str, str]:
-    """(status, who answered, the answer)."""
+    """(status, name of the replica, answer)."""
     body = dict(
         model="m",
         prompt=[first, 2, 3],
@@ -67,7 +67,7 @@ async def story(processes: dict[str, tuple[subprocess.Popen[str], str]]) -> None
             for url in urls.values():
                 await ready(session, url)
             (rank,) = ranks_of(processes["two-ranks"][0])
-            os.kill(rank, signal.SIGSTOP)  # what comes now cannot be answered
+            os.kill(rank, signal.SIGSTOP)  # requests from now on cannot be answered
             gateway.set_replicas({"two-ranks": urls["two-ranks"]})
             await until(lambda: len(gateway.balancer.candidates()) == 1)
             waiting = [asyncio.create_task(ask(session, i, stream=i == 3)) for i in range(4)]
@@ -78,21 +78,21 @@ async def story(processes: dict[str, tuple[subprocess.Popen[str], str]]) -> None
             os.kill(rank, signal.SIGKILL)
             began = time.monotonic()
             answers = await asyncio.gather(*waiting)
-            assert time.monotonic() - began < 60  # at once, on a machine of its own
+            assert time.monotonic() - began < 60  # immediate on an idle machine
             assert [(status, who) for status, who, _ in answers] == [(200, "one-rank")] * 4
             assert all(json.loads(text)["usage"]["completion_tokens"] == 20 for *_, text in answers[:3])
             assert answers[3][2].endswith("data: [DONE]\n\n") and '"error"' not in answers[3][2]
-            # From here on the dead replica is passed over, and says why.
+            # From here on the dead replica is skipped, and reports why.
             await until(lambda: len(gateway.balancer.candidates()) == 1)
             assert (await ask(session, 9))[:2] == (200, "one-rank")
             async with session.get(f"{urls['two-ranks']}/health") as answer:
                 assert answer.status == 503
-                assert "rank 1 of 2 ended with exit code -9" in await answer.text()
+                assert "rank 1 of 2 exited with code -9" in await answer.text()
     finally:
         await gateway.stop(0)
 
 
-def test_requests_of_a_replica_whose_rank_dies_are_answered_by_another(tmp_path: Path) -> None:
+def test_requests_of_a_replica_with_a_dead_rank_are_answered_by_another(tmp_path: Path) -> None:
     pytest.importorskip("httptools")
     options = [str(tiny(tmp_path)), "--skip-tokenizer-init", "--served-model-name", "m", "--num-blocks", "32"]
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The shard plan: every byte has a reader, cuts meet, and what cannot be cut is refused in words."""
+"""The shard plan: every byte is read, slices are contiguous, and impossible layouts are clear errors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 3), st.sampled_from(
 
 @given(numbers=layouts, tied=st.booleans(), mtp=st.integers(0, 1))
 @settings(max_examples=40, deadline=None)
-def test_every_element_is_read_as_often_as_it_is_replicated(
-    numbers: tuple[int, int, int], tied: bool, mtp: int
-) -> None:
+def test_every_element_is_read_once_per_replica(numbers: tuple[int, int, int], tied: bool, mtp: int) -> None:
     tp, pp, ep = numbers
     config = ModelConfig.from_json(SMALL_V3 | dict(tie_word_embeddings=tied, num_nextn_predict_layers=mtp))
     if ep > 1 and ep % tp:
@@ -65,7 +63,7 @@ def test_v3_on_32_ranks() -> None:
         (dict(ep=16), "ep is 16; expected a divisor of n_routed_experts = 8"),
     ],
 )
-def test_refusals(layout: dict[str, int], message: str) -> None:
+def test_errors(layout: dict[str, int], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         ShardPlan.build(ModelConfig.from_json(SMALL_V3), Layout(**layout))
 
@@ -89,7 +87,7 @@ def stored(kind: str, w: torch.Tensor) -> Weight:
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
-def test_a_cut_weight_is_the_cut_value(kind: str, dim: int, part: int, n: int, seed: int) -> None:
+def test_sliced_weight_equals_the_sliced_value(kind: str, dim: int, part: int, n: int, seed: int) -> None:
     w = torch.randn(n, 384, generator=torch.Generator().manual_seed(seed))
     weight = replace(stored(kind, w), inputs=InputRounding(4, 0.9))
     size = w.shape[dim] // 4

@@ -1,4 +1,4 @@
-"""Ranks on the nodes of a Ray cluster (two nodes of this host): the tokens of one rank, and one that dies."""
+"""Ranks on a Ray cluster (two nodes on this host): same tokens as one rank, and a dead rank."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def options(checkpoint: Path, cluster: Any, layout: Layout, **more: Any) -> Rank
 
 
 def gone(pids: list[int], seconds: float) -> bool:
-    """Whether all processes end in time."""
+    """Whether all processes exit in time."""
     deadline = time.monotonic() + seconds
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         if time.monotonic() > deadline:
@@ -69,7 +69,7 @@ def gone(pids: list[int], seconds: float) -> bool:
     return True
 
 
-def test_two_nodes_give_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
+def test_two_nodes_generate_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
     cluster: Any, checkpoint: Path
 ) -> None:
     import ray
@@ -81,19 +81,19 @@ def test_two_nodes_give_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
     group, pids = workers._group, list(workers.pids.values())
     try:
         assert greedy(model) == expected
-        # A stage a node: its ranks share memory, the stages meet through gloo.
+        # One stage per node: its ranks share memory, stages communicate through gloo.
         own = ray.get_runtime_context().get_node_id()
         assert workers.nodes[0] == workers.nodes[1] != own == workers.nodes[3]
         assert type(model._rank._stage).__name__ == "SharedGroup"
         assert type(model._rank._before).__name__ == "DistGroup"
-        assert not list(Path("/dev/shm").glob("farthing-*"))  # unlinked, so no crash leaks them
+        assert not list(Path("/dev/shm").glob("farthing-*"))  # unlinked, so a crash cannot leak them
         os.kill(workers.pids[0], signal.SIGKILL)
         began = time.monotonic()
-        with pytest.raises(RankFailed, match=r"rank 0 of 4 ended: .*; restart the replica"):
+        with pytest.raises(RankFailed, match=r"rank 0 of 4 failed: .*; restart the replica"):
             while time.monotonic() - began < 10:
                 greedy(model, 2)
         assert time.monotonic() - began < 10
-        assert "rank 0 of 4 ended" in str(model.failure())  # what /health says
+        assert "rank 0 of 4 failed" in str(model.failure())  # shown by /health
     finally:
         model.close()
     assert gone(pids, 10)
@@ -117,15 +117,17 @@ def test_experts_are_rebalanced_over_nodes(cluster: Any, checkpoint: Path) -> No
         model.close()
 
 
-def test_ranks_that_cannot_start_say_why(
+def test_ranks_that_cannot_start_report_why(
     cluster: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_workers, "PLACE_TIMEOUT", 1.0)
-    with pytest.raises(RankFailed, match=r"no room for 2 nodes of {'CPU': 3} in 1 s; .* have \[{'CPU': 2.0}"):
+    with pytest.raises(
+        RankFailed, match=r"could not place 2 nodes of {'CPU': 3} within 1 s; .* have \[{'CPU': 2.0}"
+    ):
         ParallelModel(options(checkpoint, cluster, Layout(2, 3, 2)))
 
     with monkeypatch.context() as patched:
-        patched.setattr(importlib.metadata, "version", lambda name: "9.9")  # of this process alone
+        patched.setattr(importlib.metadata, "version", lambda name: "9.9")  # only in this process
         with pytest.raises(
             RankFailed, match=r"rank \d could not start: ValueError: .*expected 9.9, the driver's"
         ):
@@ -143,27 +145,27 @@ def test_the_engine_serves_over_nodes(cluster: Any, checkpoint: Path) -> None:
         assert isinstance(llm.engine._model, ParallelModel)
         os.kill(llm.engine._model._workers.pids[1], signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:  # an idle engine learns of it too
+        while time.monotonic() < deadline:  # an idle engine also detects it
             try:
                 llm.engine.health()
             except EngineFailed as error:
-                assert "rank 1 of 2 ended" in str(error)
+                assert "rank 1 of 2 failed" in str(error)
                 break
             time.sleep(0.05)
         else:
             pytest.fail("nobody noticed")
 
 
-def test_a_cluster_that_is_not_there(checkpoint: Path) -> None:
+def test_missing_cluster(checkpoint: Path) -> None:
     pytest.importorskip("ray")
-    with pytest.raises(ValueError, match=r"ray_address is '127.0.0.1:1' and no Ray cluster was found there"):
+    with pytest.raises(ValueError, match=r"ray_address is '127.0.0.1:1', but there is no Ray cluster"):
         ray_workers.RayWorkers(rank_options(checkpoint, Layout(2), nodes=2, ray_address="127.0.0.1:1"))
 
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
-        ValueError, match=r"nodes is more than 1, which needs Ray: pip install 'farthing\[ray\]'"
+        ValueError, match=r"nodes is more than 1, which requires Ray: pip install 'farthing\[ray\]'"
     ):
         ray_workers.import_ray()
 
@@ -176,7 +178,7 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         (dict(ray_address="a:1"), "ray_address: got 'a:1' with nodes 1; expected nodes > 1"),
     ],
 )
-def test_refusals(options: dict[str, Any], message: str) -> None:
+def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**options)
 
@@ -193,7 +195,7 @@ def test_stages_are_together_on_a_node() -> None:
     assert [layout.node(r, 3) for r in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_the_number_of_a_gpu_that_ray_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_index_of_a_ray_gpu_id(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert ray_workers._ordinal("3") == 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")

@@ -1,4 +1,4 @@
-"""The engine over ranks: the tokens of one rank, expert counts, and a rank that dies."""
+"""The engine on several ranks: same tokens as one rank, expert counts, and dead ranks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def one_rank() -> dict[str, list[list[int]]]:
      for c in COMBINATIONS],
 )  # fmt: skip
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.slow)])
-def test_the_embedded_model_gives_the_tokens_of_one_rank(
+def test_embedded_model_generates_the_tokens_of_one_rank(
     combination: tuple[int, int, int], backend: str, one_rank: dict[str, list[list[int]]]
 ) -> None:
     if backend == "cpu":
@@ -65,7 +65,7 @@ def test_the_embedded_model_gives_the_tokens_of_one_rank(
 
 @pytest.mark.parametrize("transport", ["shared", pytest.param("gloo", marks=pytest.mark.slow)])
 def test_layers_in_one_call_and_op_by_op(transport: str, one_rank: dict[str, list[list[int]]]) -> None:
-    """The CPU kernels meet other ranks inside a step's one call where these share memory."""
+    """The CPU kernels synchronize with other ranks within one call if they share memory."""
     pytest.importorskip("farthing._native")
     if "cpu" not in one_rank:
         one_rank["cpu"] = tokens(backend="cpu")
@@ -87,7 +87,7 @@ def test_experts_are_rebalanced_while_serving(
 
 
 @pytest.mark.slow
-def test_attention_data_parallel_gives_the_same_tokens(one_rank: dict[str, list[list[int]]]) -> None:
+def test_data_parallel_attention_generates_the_same_tokens(one_rank: dict[str, list[list[int]]]) -> None:
     if "reference" not in one_rank:
         one_rank["reference"] = tokens(backend="reference")
     options: dict[str, Any] = dict(expert_parallel_size=2, dp_attention=True, enable_prefix_caching=False)
@@ -100,18 +100,18 @@ def test_attention_data_parallel_gives_the_same_tokens(one_rank: dict[str, list[
      pytest.param(dict(tensor_parallel_size=2, expert_parallel_size=2), marks=pytest.mark.slow),
      pytest.param(dict(tensor_parallel_size=2, pipeline_parallel_size=2), marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_every_rank_maps_a_packed_file_of_its_own(tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_every_rank_maps_its_own_packed_file(tmp_path: Path, layout: dict[str, Any]) -> None:
     pytest.importorskip("farthing._native")
     asked: dict[str, Any] = dict(
         backend="cpu", quantization="int8", packed=tmp_path / "model.bin", speculate="mtp", **layout
     )
-    first = tokens(**asked)  # which writes them
+    first = tokens(**asked)  # writes the files
     files = sorted(tmp_path.iterdir())
     ranks = math.prod(layout.values()) if "pipeline_parallel_size" in layout else 2
     assert [f.name.rpartition(".")[2] for f in files] == [str(rank) for rank in range(ranks)]
     written = [f.stat().st_mtime_ns for f in files]
     assert tokens(**asked) == first
-    assert [f.stat().st_mtime_ns for f in files] == written  # mapped and not written again
+    assert [f.stat().st_mtime_ns for f in files] == written  # mapped, not rewritten
     other = tiny_directory(tmp_path)
     with pytest.raises((RuntimeError, ValueError), match="made from another checkpoint than"):
         LLM(other, skip_tokenizer_init=True, threads=1, **asked)
@@ -130,7 +130,7 @@ def tiny(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_dead_rank_fails_the_replica_at_once(backend: str, tmp_path: Path) -> None:
+def test_dead_rank_fails_the_replica_immediately(backend: str, tmp_path: Path) -> None:
     if backend == "cpu":
         pytest.importorskip("farthing._native")
     config = EngineConfig(
@@ -145,20 +145,20 @@ def test_a_dead_rank_fails_the_replica_at_once(backend: str, tmp_path: Path) -> 
         assert isinstance(engine._model, ParallelModel)
         os.kill(engine._model._workers.pids[1], signal.SIGKILL)
         began = time.monotonic()
-        while time.monotonic() - began < 10:  # an idle engine learns of it too
+        while time.monotonic() - began < 10:  # an idle engine also detects it
             try:
                 engine.health()
             except EngineError as error:
-                assert "rank 1 of 2 ended with exit code -9" in str(error)
+                assert "rank 1 of 2 exited with code -9" in str(error)
                 break
             time.sleep(0.05)
         else:
             pytest.fail("the failure was not noticed")
-        with pytest.raises(EngineError, match="rank 1 of 2 ended"):
+        with pytest.raises(EngineError, match="rank 1 of 2 exited"):
             engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
 
 
-def test_a_rank_that_is_stopped_is_unhealthy_until_it_continues(tmp_path: Path) -> None:
+def test_suspended_rank_is_unhealthy_until_it_resumes(tmp_path: Path) -> None:
     config = EngineConfig(
         model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,
         tensor_parallel_size=2,
@@ -187,7 +187,7 @@ def until(condition: Callable[[], Any], timeout: float = 30.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_rank_that_cannot_start_reports_why(tmp_path: Path) -> None:
     config = EngineConfig(
         model=str(tiny(tmp_path)), skip_tokenizer_init=True, backend="none such", tensor_parallel_size=2
     )
@@ -206,13 +206,13 @@ def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
         (dict(redundant_experts=4), "redundant_experts: got 4; expected 0 without"),
     ],
 )
-def test_refusals(options: dict[str, Any], message: str) -> None:
+def test_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**options)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_prompts_computed_in_another_process_give_the_same_tokens(tmp_path: Path, backend: str) -> None:
+def test_disaggregated_prefill_generates_the_same_tokens(tmp_path: Path, backend: str) -> None:
     if backend == "cpu":
         pytest.importorskip("farthing._native")
     fixed: dict[str, Any] = dict(
@@ -227,13 +227,13 @@ def test_prompts_computed_in_another_process_give_the_same_tokens(tmp_path: Path
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert [o.outputs[0].token_ids for o in outputs] == expected
         for prompt, output in zip(prompts, outputs, strict=True):
-            assert output.num_cached_tokens == (len(prompt) - 1) // 4 * 4  # all that is whole came from there
-        # Blocks themselves have changed hands.
+            assert output.num_cached_tokens == (len(prompt) - 1) // 4 * 4  # all full blocks came from there
+        # Blocks were handed over.
         assert any(b >= 128 for b in llm.engine._core.scheduler.pool.blocks)
         stream = llm.engine.submit(prompts[5], params)
         stream.cancel()
         assert stream.result().outputs[0].finish_reason in ("abort", "length")
-        # Without the other process the prompts are computed here.
+        # Without the other process, prompts are computed here.
         process = llm.engine.prefill._process._process  # type: ignore[union-attr]
         process.kill()
         process.join(10)

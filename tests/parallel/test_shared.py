@@ -1,4 +1,4 @@
-"""Collectives through shared memory, between threads: sums, order, sizes beyond a slot, a lost peer."""
+"""Collectives through shared memory between threads: sums, order, sizes beyond a slot, a lost peer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def arena() -> Iterator[Arena]:
 
 
 def run(arena: Arena, size: int, work: Callable[[SharedGroup], Any], crowded: bool = True) -> list[Any]:
-    """Every rank a thread of its own."""
+    """Run every rank in a thread."""
     arena.bytes.zero_()
     groups = [SharedGroup(arena, 0, size, i, 30.0, SLOT, crowded=crowded) for i in range(size)]
     with ThreadPoolExecutor(size) as pool:
@@ -68,7 +68,7 @@ def native(group: SharedGroup) -> Any:
 def test_native_sums_follow_the_same_protocol(
     arena: Arena, size: int, rows: int, columns: int, crowded: bool
 ) -> None:
-    """In turn with Python's collectives, over rows with a gap between them, in more pieces than one."""
+    """Interleaved with Python's collectives, on strided rows, in several chunks."""
 
     def work(g: SharedGroup) -> list[torch.Tensor]:
         out = []
@@ -85,7 +85,7 @@ def test_native_sums_follow_the_same_protocol(
             assert torch.equal(result[2 * i], result[2 * i + 1])
 
 
-def test_a_native_sum_that_waits_in_vain(arena: Arena) -> None:
+def test_native_sum_times_out(arena: Arena) -> None:
     arena.bytes.zero_()
     group, lost = SharedGroup(arena, 0, 2, 0, 30.0, SLOT), pytest.importorskip("farthing._native").PeerLost
     threading.Timer(0.2, arena.abort).start()
@@ -99,10 +99,10 @@ def test_a_native_sum_that_waits_in_vain(arena: Arena) -> None:
         native(group).add(x.data_ptr(), 2000, 1, 2000)
 
 
-def test_gather_and_broadcast_in_turn(arena: Arena) -> None:
+def test_gather_and_broadcast_interleaved(arena: Arena) -> None:
     def work(g: SharedGroup) -> list[torch.Tensor]:
         out: list[torch.Tensor] = []
-        for i in range(8):  # far ahead of a reader, a slot must not be written again
+        for i in range(8):  # a slot must not be overwritten before slow readers finish
             out += g.all_gather(parts(i, g.index, (7, 200)))
             x = parts(i, 9, (7, 300)) if g.index == i % g.size else torch.empty(7, 300)
             out.append(g.broadcast(x, i % g.size))
@@ -137,7 +137,7 @@ def test_lost_peer_wakes_waiting_ranks(arena: Arena) -> None:
         group.all_reduce(torch.ones(3))
 
 
-def test_a_silent_peer_is_given_up(arena: Arena) -> None:
+def test_silent_peer_times_out(arena: Arena) -> None:
     arena.bytes.zero_()
     group = SharedGroup(arena, 0, 2, 0, 0.2, SLOT)
     with pytest.raises(PeerLost, match=r"rank 1 of a group of 2 did not answer in 0.2 s"):

@@ -1,4 +1,4 @@
-"""One-shot all-reduce: the kernel in Triton's interpreter, who may use it, and agreement to fall back."""
+"""One-shot all-reduce: the kernel in Triton's interpreter, eligibility, and agreement on the fallback."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print("right")
 """
 
 
-def test_the_kernel_adds_up_in_the_order_of_the_ranks() -> None:
+def test_kernel_sums_in_rank_order() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
@@ -47,7 +47,7 @@ def test_the_kernel_adds_up_in_the_order_of_the_ranks() -> None:
 
 
 class Ranks:
-    """A group whose other rank says `others`, one answer a question."""
+    """A group whose other rank answers `others`, one per question."""
 
     size, index = 2, 0
 
@@ -59,17 +59,17 @@ class Ranks:
         return [x, torch.tensor([int(self.others.pop(0))])]
 
 
-def test_ranks_on_cpus_use_their_own_group() -> None:
+def test_cpu_ranks_use_their_plain_group() -> None:
     assert symmetric.unsuitable(2, torch.device("cpu")) == "ranks compute on cpu"
     group: Any = Ranks(True)
     assert symmetric.fastest(group, torch.device("cpu")) is group
-    assert group.said == [False]  # the peer is told, and falls back with this rank
+    assert group.said == [False]  # the peer is informed and falls back together with this rank
 
 
 @pytest.mark.parametrize(
     "problem", ["unsuitable", "peer unsuitable", "no rendezvous", "peer no rendezvous", ""]
 )
-def test_all_ranks_use_it_or_none(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_use_symmetric_memory_or_none(problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Made:
         def __init__(self, group: Any, device: torch.device) -> None:
             if problem == "no rendezvous":

@@ -1,4 +1,4 @@
-"""Every model type over two ranks: tensor, pipeline and expert parallelism give the tokens of one process."""
+"""Every model type on two ranks (tensor, pipeline, expert parallelism): same tokens as one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYOUTS = {
 
 
 def greedy(model: DeepseekModel | ParallelModel, steps: int = 16) -> list[int]:
-    """Tokens after a prompt long enough for sparse attention to choose."""
+    """Greedy tokens after a prompt long enough for sparse attention."""
     step: Any = torch.arange(2, 32)
     cache, tokens, start = model.new_cache(8, 8, "float32"), [], 0
     with torch.inference_mode():
@@ -44,12 +44,12 @@ def greedy(model: DeepseekModel | ParallelModel, steps: int = 16) -> list[int]:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_ranks_give_the_tokens_of_one(name: str, layout: str, backend: str, tmp_path: Path) -> None:
+def test_two_ranks_generate_the_tokens_of_one(name: str, layout: str, backend: str, tmp_path: Path) -> None:
     assert_same_tokens(name, LAYOUTS[layout], backend, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["glm_moe_dsa", "longcat_flash"])
-def test_two_expert_ranks_of_cpu_kernels_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
+def test_two_expert_ranks_of_cpu_kernels_generate_the_tokens_of_one(name: str, tmp_path: Path) -> None:
     assert_same_tokens(name, LAYOUTS["ep"], "cpu", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Random tiny configurations of every model type, as transformers builds and saves them."""
+"""Random tiny configurations of every model type, built and saved by transformers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-Draw = Callable[[random.Random], Any]  # -> a transformers model, not initialized for a purpose
+Draw = Callable[[random.Random], Any]  # -> a transformers model with default initialization
 
 
 def shape(rng: random.Random, groups: int = 1) -> dict[str, Any]:
-    """What every type has, in V3's fields."""
+    """Fields common to all types, with V3's names."""
     heads, layers = rng.choice([2, 4]), rng.choice([2, 3])
     return dict(
         vocab_size=rng.choice([60, 96]),
@@ -45,7 +45,7 @@ def shape(rng: random.Random, groups: int = 1) -> dict[str, Any]:
 
 
 def yarn(rng: random.Random, **more: Any) -> dict[str, Any]:
-    """YaRN as V3 has it."""
+    """YaRN fields as in V3."""
     return dict(
         rope_type="yarn",
         rope_theta=10000.0,
@@ -60,7 +60,7 @@ def yarn(rng: random.Random, **more: Any) -> dict[str, Any]:
 
 
 def rope(rng: random.Random) -> dict[str, Any]:
-    """Plain, or YaRN."""
+    """Plain RoPE or YaRN."""
     return yarn(rng) if rng.random() < 0.5 else dict(rope_type="default", rope_theta=10000.0)
 
 
@@ -111,7 +111,7 @@ def sarvam_mla(rng: random.Random) -> Any:
 
 
 def sparse(rng: random.Random) -> dict[str, Any]:
-    """Few chosen positions, and so many index heads that scores are not tied at 0."""
+    """Few selected positions, and enough index heads to avoid ties at 0."""
     s = shape(rng) | dict(qk_rope_head_dim=4, rope_parameters=rope(rng))
     s |= dict(index_topk=rng.choice([4, 8, 16, 64]), index_n_heads=24, index_head_dim=rng.choice([8, 16]))
     return s | dict(mlp_layer_types=mlp_layers(rng, s["num_hidden_layers"]))
@@ -157,7 +157,7 @@ FAMILIES: dict[str, Draw] = {
 
 
 def build(name: str, seed: int, path: Path) -> Any:
-    """A transformers model of random weights of plausible scale, saved to `path`."""
+    """A transformers model with random weights of plausible scale, saved to `path`."""
     torch.manual_seed(seed)
     model = FAMILIES[name](random.Random(f"{name}{seed}")).float().eval()
     for key, value in [*model.named_parameters(), *model.named_buffers()]:

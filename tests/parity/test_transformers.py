@@ -66,7 +66,7 @@ def draw(seed: int) -> tuple[Any, str]:
 
 
 def build(seed: int, path: Path) -> tuple[Any, DeepseekModel]:
-    """The same random weights as a transformers model and, through its files, as ours."""
+    """The same random weights as a transformers model and, loaded from its files, as ours."""
     config, name = draw(seed)
     torch.manual_seed(seed)
     theirs = getattr(transformers, name)(config).float().eval()

@@ -73,7 +73,7 @@ def _mistral_names(name: str) -> str:
 
 
 def test_mistral_names_and_params_json(tmp_path: Path) -> None:
-    """The same weights in Hugging Face's format and in Mistral's own give the same logits."""
+    """The same weights in Hugging Face's and in Mistral's format give the same logits."""
     (tmp_path / "hf").mkdir(), (tmp_path / "own").mkdir()
     build("mistral4", 3, tmp_path / "hf")
     c = json.loads((tmp_path / "hf" / "config.json").read_text())

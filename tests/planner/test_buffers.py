@@ -1,4 +1,4 @@
-"""Planned buffers against what a process really takes: the memory a step adds, by the kernel's books."""
+"""Planned buffers against the measured memory that a step adds to a process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.tiny import V3
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 1024
-# Two layers of experts: attention after the first holds its outputs when all scratch has been written.
+# Two layers of experts: the second attention keeps its outputs when all scratch memory has been touched.
 RAW = V3 | dict(
     vocab_size=512, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, num_hidden_layers=3,
     first_k_dense_replace=1, num_attention_heads=8, q_lora_rank=384, kv_lora_rank=256, qk_nope_head_dim=64,
@@ -62,8 +62,8 @@ def measured(raw: dict[str, Any], layout: Layout, backend: str, quantization: st
 @linux
 @pytest.mark.parametrize("layout", [Layout(), Layout(2)], ids=repr)
 @pytest.mark.parametrize(("backend", "quantization"), BACKENDS)
-def test_a_step_takes_what_was_planned(backend: str, quantization: str | None, layout: Layout) -> None:
-    """The buffers alone, of a model that has little else."""
+def test_step_uses_the_planned_memory(backend: str, quantization: str | None, layout: Layout) -> None:
+    """Only buffers, of a model with few weights."""
     plan = ShardPlan.build(ModelConfig.from_json(RAW), layout)
     serving = Serving(TOKENS, TOKENS, 1, TOKENS, threads=1)
     planned = step(plan, layout.place(0), Holder(backend, 4, quantization), serving, Stored("float32"))
@@ -81,8 +81,8 @@ def test_a_step_takes_what_was_planned(backend: str, quantization: str | None, l
     ],
 )
 @pytest.mark.parametrize(("backend", "quantization"), BACKENDS[:3])
-def test_a_rank_takes_what_was_planned(backend: str, quantization: str | None, layout: Layout) -> None:
-    """All that a rank of the embedded model takes, within 5 %; `test_memory` holds weights and cache."""
+def test_rank_uses_the_planned_memory(backend: str, quantization: str | None, layout: Layout) -> None:
+    """Total memory of a rank of the embedded model within 5 %; `test_memory` checks weights and cache."""
     checkpoint = Checkpoint.open(resolve_model("mite"))
     plan = ShardPlan.build(config_of(checkpoint), layout)
     holder, serving = Holder(backend, 4, quantization), Serving(TOKENS, 512, 1, 512, threads=1)

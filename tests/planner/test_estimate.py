@@ -1,4 +1,4 @@
-"""The estimate: its parts by hand, its order against published deployments, its refusals."""
+"""The estimate: manual calculation, comparison with published deployments, errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = ModelConfig.from_json(V3)
 DEVICES, SHARES = load_devices()
 
 
-def test_parts_by_hand() -> None:
+def test_parts_match_manual_calculation() -> None:
     costs = _Costs(CONFIG, DEVICES["h800"], SHARES, gpus=144, redundant=32)
     assert costs.experts == 2
     assert costs.expert == 3 * 7168 * 2048
@@ -26,7 +26,7 @@ def test_parts_by_hand() -> None:
     # One token: two experts' weights are read; arithmetic for 8 of 288 copies is negligible.
     reads = 3 * costs.expert / (3350e9 * 0.9)
     assert costs.feed_forward(1) == pytest.approx(reads)
-    # 128 heads make attention over the latent cache a matter of arithmetic, by a little.
+    # With 128 heads, attention over the latent cache is barely compute-bound.
     attention = costs.decode_attention(1, 5000)
     assert attention == pytest.approx(2 * 5000 * 128 * (512 + 576) / (989e12 * 0.67))
     assert attention == pytest.approx(5000 * 576 * 2 / (3350e9 * 0.9), rel=0.15)
@@ -40,10 +40,10 @@ def test_parts_by_hand() -> None:
         ("h100", Workload(2000, 100, 0.0, 0.1), (32, 72), (52_300, 22_300)),
     ],
 )
-def test_a_bound_above_what_was_published(
+def test_estimate_bounds_published_results(
     device: str, workload: Workload, groups: tuple[int, int], published: tuple[int, int]
 ) -> None:
-    """A roofline below what was reached, or more than three times above it, would be wrong."""
+    """A roofline below published results, or more than three times above, would be wrong."""
     e = estimate(CONFIG, DEVICES[device], SHARES, workload, 2.0, *groups)
     assert published[0] < e.prefill_with_hits * 8 < 3 * published[0]
     assert published[1] < e.decode.node() < 3 * published[1]

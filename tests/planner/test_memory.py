@@ -1,4 +1,4 @@
-"""Planned bytes against what a rank really holds, and what `farthing plan` says and refuses."""
+"""Planned bytes against a rank's actual bytes, and the output and errors of `farthing plan`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def planned(layout: Layout, holder: Holder) -> list[RankMemory]:
 
 
 def held(rank: Rank) -> tuple[int, int]:
-    """(weights, cache) bytes that a rank's objects hold, each once."""
+    """(weights, cache) bytes of a rank's tensors, each counted once."""
     weights: dict[int, int] = {}
     seen: set[int] = set()
     stack: list[object] = [rank.model, rank._draft_norms]
@@ -71,11 +71,11 @@ def held(rank: Rank) -> tuple[int, int]:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("layout", [Layout(2, 2), Layout(1, 1, 2)], ids=repr)
-def test_a_rank_holds_what_was_planned(backend: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_has_the_planned_bytes(backend: str, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "cpu":
         pytest.importorskip("farthing._native")
     checkpoint = Checkpoint.open(MITE)
-    # A rank by itself: its collectives are not called while it loads.
+    # A single rank works because loading calls no collectives.
     monkeypatch.setattr(rank_module, "DistGroup", lambda ranks, timeout: Alone())
     for planned_rank in planned(layout, Holder(backend)):
         rank = Rank(config_of(checkpoint), checkpoint, layout, planned_rank.rank, select(backend, None, 1))
@@ -85,7 +85,7 @@ def test_a_rank_holds_what_was_planned(backend: str, layout: Layout, monkeypatch
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "gpu"])
-def test_two_by_two_ranks_hold_at_most_30_percent_of_one(backend: str) -> None:
+def test_two_by_two_ranks_have_at_most_30_percent_of_one_each(backend: str) -> None:
     holder = Holder(backend)
     one = planned(Layout(), holder)[0].weights
     assert max(r.weights for r in planned(Layout(2, 2), holder)) <= 0.3 * one
@@ -102,7 +102,7 @@ def test_two_by_two_ranks_hold_at_most_30_percent_of_one(backend: str) -> None:
     assert max(weights(Layout(2, 2))) <= 0.3 * weights(Layout())[0]
 
 
-def test_a_bare_config_is_refused_with_a_layout_that_fits(tmp_path: Path) -> None:
+def test_error_for_a_bare_config_suggests_a_fitting_layout(tmp_path: Path) -> None:
     file = tmp_path / "deepseek-v3.json"
     fp8 = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
     file.write_text(json.dumps(V3 | dict(quantization_config=fp8, torch_dtype="bfloat16")))
@@ -117,7 +117,7 @@ def test_a_bare_config_is_refused_with_a_layout_that_fits(tmp_path: Path) -> Non
     assert document["fits"] and len(document["ranks"]) == 16
     assert document["more_cache_tokens"] > 100_000
     total = sum(r["weights"] for r in document["ranks"])
-    assert 671e9 < total < 1.15 * 671e9  # a byte a parameter, and what every rank repeats
+    assert 671e9 < total < 1.15 * 671e9  # one byte per parameter, plus replicated weights
 
 
 @pytest.mark.parametrize(
@@ -126,24 +126,24 @@ def test_a_bare_config_is_refused_with_a_layout_that_fits(tmp_path: Path) -> Non
         (["--memory", "80 elephants"], "memory is '80 elephants'; expected bytes such as"),
         (["--gpu", "abacus"], "gpu is 'abacus'; expected one of h100"),
         (["--tp", "3"], "tp is 3; expected a divisor of num_attention_heads = 4"),
-        (["--price", "2"], "price is given without a GPU; expected --gpu NAME"),
+        (["--price", "2"], "price is set without a GPU; expected --gpu NAME"),
         (["--kv-cache-dtype", "int3"], "kv-cache-dtype is 'int3'; expected float32"),
     ],
 )
-def test_refusals(arguments: list[str], message: str) -> None:
+def test_errors(arguments: list[str], message: str) -> None:
     run = CliRunner().invoke(app, ["mite", *arguments])
     assert run.exit_code == 1
     assert message in run.output
 
 
-def test_bytes() -> None:
+def test_parse_bytes() -> None:
     assert parse_bytes("memory", "80GB") == 80_000_000_000
     assert parse_bytes("memory", "64 GiB") == 64 * 2**30
     assert parse_bytes("memory", "1.5e9") == 1_500_000_000
 
 
 def test_experts_on_the_host(tmp_path: Path) -> None:
-    """What is left for the GPU, and that a rank of the plain plan holds the rest."""
+    """GPU memory without routed experts; host memory equals the rest of the plain plan."""
     fp8 = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
     file = tmp_path / "deepseek-v3.json"
     file.write_text(json.dumps(V3 | dict(quantization_config=fp8, torch_dtype="bfloat16")))
@@ -168,7 +168,7 @@ def test_experts_on_the_host(tmp_path: Path) -> None:
 
     refused = hot_experts(64)
     advice = re.search(r"--hot-experts (\d+) would fit", refused.output)
-    assert refused.exit_code == 1 and advice  # and not more ranks, which it does not serve
+    assert refused.exit_code == 1 and advice  # does not suggest more ranks, which are unsupported
     fits = int(advice[1])
     assert [hot_experts(n).exit_code for n in (fits, fits + 1)] == [0, 1]
     few = [str(file), "--memory", "9GB", "--experts-on", "cpu", "--hot-experts", "2"]

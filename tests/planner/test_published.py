@@ -1,4 +1,4 @@
-"""Published configurations: their parameter counts are those that were published."""
+"""Published configurations: parameter counts equal the published ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from farthing.model.inspect import context_cost, model_cost
 from farthing.planner.footprint import Stored, stored_by_config
 from farthing.planner.published import file_bytes, published, published_config
 
-# Billions as model cards and papers give them: total, active, and what the active count includes of embedding
-# and head. Ours is "head": the head and one row of the embedding.
+# Billions of total and active parameters from model cards and papers, and which of embedding and head the
+# active count includes. Ours is "head": the head and one row of the embedding.
 PUBLISHED: dict[str, tuple[str, str, Literal["head", "neither", "both"]]] = {
     "deepseek-v2": ("236", "21", "head"),
     "deepseek-v2-lite": ("15.7", "2.4", "head"),
@@ -34,10 +34,10 @@ PUBLISHED: dict[str, tuple[str, str, Literal["head", "neither", "both"]]] = {
     "sarvam-105b": ("105", "10.3", "neither"),
     "longcat-flash": ("560", "27", "head"),
 }
-TRUNCATED = {"deepseek-v2-lite"}  # 2.451 is published as 2.4: cut off, not rounded
+TRUNCATED = {"deepseek-v2-lite"}  # 2.451 is published as 2.4: truncated, not rounded
 
 
-def test_every_configuration_is_judged() -> None:
+def test_every_configuration_has_published_counts() -> None:
     assert set(published()) == set(PUBLISHED)
 
 
@@ -60,7 +60,7 @@ def _is(count: int | float, published: str) -> bool:
     return abs(count / 1e9 - float(published)) <= max(digit / 2, 0.01 * float(published))
 
 
-def test_active_counts_of_longcat_flash_leave_out_identities() -> None:
+def test_active_counts_of_longcat_flash_exclude_identities() -> None:
     raw = published_config("longcat-flash")
     assert raw is not None
     config = ModelConfig.from_json(raw)
@@ -81,7 +81,7 @@ def test_bytes_follow_the_formats() -> None:
     assert file_bytes(Stored("bfloat16"), (7,)) == 14
 
 
-def test_sparse_attention_costs_less_from_its_length_on() -> None:
+def test_sparse_attention_costs_less_beyond_its_length() -> None:
     raw = published_config("deepseek-v3.2")
     assert raw is not None
     config = ModelConfig.from_json(raw)
@@ -92,7 +92,7 @@ def test_sparse_attention_costs_less_from_its_length_on() -> None:
     assert 4 < long.dense_bytes / long.bytes < 5
 
 
-def test_commands_take_a_name() -> None:
+def test_commands_accept_a_name() -> None:
     run = CliRunner().invoke
     shown = run(app, ["inspect", "Kimi-K2.5", "--json"])
     assert shown.exit_code == 0

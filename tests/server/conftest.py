@@ -12,12 +12,12 @@ from tests.server.harness import Running, running, tiny_engine
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Running]:
-    """A server of the tiny model with no limits worth mentioning."""
+    """A server of the tiny model with high limits."""
     with running(tiny_engine()) as server:
         yield server
 
 
 @pytest.fixture
 def client(tiny: Running) -> OpenAI:
-    """The real client of that server."""
+    """The OpenAI client of that server."""
     return tiny.client()

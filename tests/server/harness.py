@@ -48,7 +48,7 @@ RAW = tiny(vocab_size=267, max_position_embeddings=2048)
 
 @cache
 def tokenizer(chat_template: str | None = None) -> Tokenizer:
-    """One token a byte, after the special tokens; DeepSeek's tool and reasoning tags are tokens too."""
+    """One token per byte, after the special tokens; DeepSeek's tool and reasoning tags are also tokens."""
     special = [BOS, EOS, "<｜User｜>", "<｜Assistant｜>"]
     special += [
         f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "call▁end", "calls▁end")
@@ -65,13 +65,13 @@ def tokenizer(chat_template: str | None = None) -> Tokenizer:
 
 @cache
 def tiny_model() -> DeepseekModel:
-    """Two layers, one of experts, random weights."""
+    """A dense and a MoE layer with random weights."""
     torch.set_num_threads(1)
     return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)
 
 
 def tiny_engine(**config: Any) -> Engine:
-    """The real engine over the tiny model; shut it down."""
+    """The real engine on the tiny model; the caller shuts it down."""
     defaults = {"max_num_seqs": 64, "num_blocks": 1024, "block_size": 4, "max_num_batched_tokens": 256}
     return Engine(tiny_model(), EngineConfig(**(defaults | config)), tokenizer())
 
@@ -82,7 +82,7 @@ def _certain(token: int) -> Position:
 
 
 class ScriptedEngine:
-    """A double with the engine's interface, which says what a test tells it to.
+    """A fake engine that streams a script.
 
     script: the text of every answer, as the pieces it streams in; or a function of the prompt's text.
     step: seconds before each piece. forever: repeat the pieces until cancelled.
@@ -112,10 +112,10 @@ class ScriptedEngine:
         self.cancelled: list[str] = []
         self.running = 0
         self.queue_room: int | None = None
-        self.error: Exception | None = None  # what submit raises
+        self.error: Exception | None = None  # raised by submit
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, **options: Any) -> RequestStream:
-        """Start a thread that plays the script."""
+        """Start a thread that streams the script."""
         if self.error is not None:
             raise self.error
         text = self.tokenizer.decode(prompt, skip_special_tokens=False)
@@ -177,21 +177,21 @@ class ScriptedEngine:
         deliver([(stream, output)])
 
     def between_steps(self, call: Callable[[Any], Any]) -> Future[Any]:
-        """Calls are made at once, on a core whose prefix cache is empty."""
+        """Call immediately, with a core whose prefix cache is empty."""
         core = SimpleNamespace(scheduler=SimpleNamespace(prefix=PrefixCache(self.config.block_size)))
         future: Future[Any] = Future()
         future.set_result(call(core))
         return future
 
     def chat_prompt(self, messages: Any, tools: Any = None, **kwargs: Any) -> str:
-        """By the tokenizer's template."""
+        """Render with the tokenizer's template."""
         return self.tokenizer.render_chat(messages, tools, **kwargs)
 
     def health(self) -> None:
-        """Always well."""
+        """Always healthy."""
 
     def shutdown(self) -> None:
-        """End the children."""
+        """Terminate the child processes."""
         self.sandbox.close()
 
 
@@ -218,11 +218,11 @@ class Running:
         self.server._loop.call_soon_threadsafe(function)
 
     def client(self, key: str = "none", **options: Any) -> OpenAI:
-        """The real OpenAI client, without retries."""
+        """The OpenAI client, without retries."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
 
     def stop(self) -> None:
-        """End at once."""
+        """Stop immediately."""
         if self.thread.is_alive():
             self.call(lambda: setattr(self.server, "should_exit", True))
             self.thread.join(20)
@@ -231,7 +231,7 @@ class Running:
 
 @contextmanager
 def running(engine: Any, **config: Any) -> Iterator[Running]:
-    """Serve an engine (real or scripted, None: still loading) as model 'tiny'; both end with the block."""
+    """Serve an engine (real, scripted, or None: still loading) as model 'tiny' within the context."""
     service = Service(ServerConfig(**config), "tiny")
     service.engine = engine
     server = Running(service)

@@ -1,4 +1,4 @@
-"""Who sees what: host names, keys, spending, cached prompts."""
+"""Access control: host names, keys, spending, cached prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.server.harness import Running, ScriptedEngine, running, tiny_engine, 
 
 KEYS = KeyRing(["alice:sk-a", "bob:sk-b"])
 ADMIN, SCRAPER = KeyRing(["root:sk-root"]), KeyRing(["prom:sk-prom"])
-PROXIED = {"X-Forwarded-For": "203.0.113.9"}  # as a proxy on this machine says it
+PROXIED = {"X-Forwarded-For": "203.0.113.9"}  # as sent by a proxy on this machine
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -36,12 +36,12 @@ def cached(document: Any) -> int:
     return int(document["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def test_keys_do_not_find_each_others_prompts() -> None:
+def test_cached_prompts_are_private_to_their_key() -> None:
     with running(tiny_engine(), keys=KEYS) as server:
         assert cached(complete(server, "sk-a")) == 0
         assert cached(complete(server, "sk-b")) == 0
         assert cached(complete(server, "sk-a")) > 0
-        for salt in ("5:alice", "alice", "a"):  # no salt of one's own reaches another key
+        for salt in ("5:alice", "alice", "a"):  # no salt gives access to another key's prompts
             assert cached(complete(server, "sk-b", cache_salt=salt)) == 0
 
 
@@ -67,7 +67,7 @@ def priced(server: Running) -> None:
     server.service.accounts = Accounts(server.service.engine, machine, "tiny")
 
 
-def test_spending_is_shown_to_its_key_and_to_admins() -> None:
+def test_spending_is_visible_to_its_key_and_admins() -> None:
     with running(tiny_engine(), keys=KEYS, admin_keys=ADMIN) as server:
         priced(server)
         for key in ("sk-a", "sk-b"):
@@ -91,7 +91,7 @@ def test_spending_is_shown_to_its_key_and_to_admins() -> None:
         assert everyone["cost"]["usd"] > own["cost"]["usd"]
 
 
-def test_metrics_name_keys_only_to_this_machine_and_scrapers() -> None:
+def test_metrics_show_keys_only_to_this_machine_and_scrapers() -> None:
     with running(tiny_engine(), keys=KEYS, admin_keys=ADMIN) as server:
         priced(server)
         complete(server, "sk-a")
@@ -115,12 +115,12 @@ def test_remote_scrapes_require_the_metrics_key() -> None:
         assert httpx.get(f"{server.url}/v1/models", headers=bearer("sk-prom")).status_code == 401
 
 
-def test_an_admin_key_opens_the_api() -> None:
+def test_admin_key_may_use_the_api() -> None:
     with running(ScriptedEngine(), keys=KEYS, admin_keys=ADMIN) as server:
         assert server.client("sk-root").models.list().data
 
 
-def test_a_keyless_server_answers_to_names_of_this_machine_only() -> None:
+def test_keyless_server_requires_a_loopback_host_name() -> None:
     with running(ScriptedEngine()) as server:
         for host in (
             "evil.example",
@@ -141,7 +141,7 @@ def test_a_keyless_server_answers_to_names_of_this_machine_only() -> None:
             assert httpx.get(f"{server.url}/v1/models", headers={"Host": host}).status_code == 200
 
 
-def test_hosts_can_be_named() -> None:
+def test_allowed_hosts() -> None:
     with running(ScriptedEngine(), allowed_hosts=("*.example.org",)) as server:
         for host, status in (("api.example.org", 200), ("localhost", 403), ("example.org", 403)):
             assert httpx.get(f"{server.url}/v1/models", headers={"Host": host}).status_code == status
@@ -151,7 +151,7 @@ def test_hosts_can_be_named() -> None:
 
 
 @given(st.binary(max_size=40))
-def test_any_host_header_has_a_name(host: bytes) -> None:
+def test_any_host_header_is_parsed(host: bytes) -> None:
     assert isinstance(_host_name(host.decode("latin-1")), str)
 
 
@@ -167,11 +167,11 @@ def test_any_host_header_has_a_name(host: bytes) -> None:
         (("testclient", 1), {}, False),
     ],
 )
-def test_what_comes_from_this_machine(client: Any, headers: dict[bytes, bytes], near: bool) -> None:
+def test_local_requests_are_recognized(client: Any, headers: dict[bytes, bytes], near: bool) -> None:
     assert _is_near({"client": client}, headers) is near
 
 
-def test_web_pages_need_permission() -> None:
+def test_web_pages_need_cors_permission() -> None:
     origin = {"Origin": "https://page.example"}
     ask = origin | {
         "Access-Control-Request-Method": "POST",

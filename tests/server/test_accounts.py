@@ -1,4 +1,4 @@
-"""What a response says it cost, what /metrics adds up, and what the dashboard is told, over real sockets."""
+"""Costs in responses, totals in /metrics, and dashboard data, over real sockets."""
 
 import time
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def test_response_includes_cost_only_on_request(priced: Running) -> None:
     assert cost["usd_with_idle"] >= cost["usd"]
 
 
-def test_a_stream_says_it_in_its_last_chunk(priced: Running) -> None:
+def test_stream_includes_cost_in_its_last_chunk(priced: Running) -> None:
     options = {"include_usage": True}
     chunks = events(post(priced, stream=True, stream_options=options, x_farthing=True).text)
     assert chunks[-1] == "[DONE]" and chunks[-2]["usage"]["x_farthing"]["usd"] > 0
@@ -65,7 +65,7 @@ def test_several_prompts_are_added_up(priced: Running) -> None:
     assert cost["decode"]["tokens"] == 24
 
 
-def test_keys_have_accounts_of_their_own_and_everything_adds_up(priced: Running) -> None:
+def test_keys_have_separate_accounts_that_add_up(priced: Running) -> None:
     before = costs(priced, "tokens")
     post(priced, key="b")
     after = costs(priced, "tokens")
@@ -91,7 +91,7 @@ def test_disconnected_client_is_charged_for_generated_tokens(priced: Running) ->
     until(lambda: charged() > before)
 
 
-def test_the_dashboard_is_told_the_same(priced: Running) -> None:
+def test_dashboard_shows_the_same_costs(priced: Running) -> None:
     assert httpx.get(f"{priced.url}/").status_code == 200
     url = f"{priced.url}/dashboard/data"
     assert httpx.get(url).status_code == 401
@@ -103,20 +103,20 @@ def test_the_dashboard_is_told_the_same(priced: Running) -> None:
     assert data["counters"]["usd"] > 0 and "1" in data["experts"]
 
 
-def test_a_server_that_loads_shows_so() -> None:
+def test_loading_server_is_shown_as_loading() -> None:
     with running(None) as server:
         data = httpx.get(f"{server.url}/dashboard/data").json()
     assert data["facts"]["state"] == "the model is being loaded" and data["counters"] == {}
 
 
-def test_unknown_hardware_is_named(tmp_path: Path) -> None:
+def test_error_for_unknown_hardware_names_it(tmp_path: Path) -> None:
     import torch
 
     with pytest.raises(ValueError, match="hardware is 'abacus'"):
         machine_of(torch.device("cpu"), None, "abacus")
 
 
-def test_a_request_that_fails_is_charged_and_nothing_stays_pending(priced: Running) -> None:
+def test_failed_request_is_charged_and_leaves_nothing_pending(priced: Running) -> None:
     core, real = priced.service.engine._core, Generation.push
     pushed = 0
 

@@ -17,7 +17,7 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min
 
 
 def header(key: str) -> str:
-    """As a server reads it: the bytes of UTF-8, one character each."""
+    """As read by a server: UTF-8 bytes, one character each."""
     return f"Bearer {key}".encode().decode("latin-1")
 
 
@@ -35,7 +35,7 @@ def test_file_with_names_comments_and_bare_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [None, "", "Bearer", "Bearer ", "Bearer sk", "Basic sk-1", "sk-1", "Bearer sk-1 x"]
 )
-def test_what_is_not_a_known_key(wrong: str | None) -> None:
+def test_unknown_keys_are_rejected(wrong: str | None) -> None:
     assert KeyRing(["alice:sk-1"]).check(wrong) is None
 
 
@@ -44,14 +44,14 @@ def test_scheme_is_case_insensitive() -> None:
 
 
 @given(st.dictionaries(WORDS, WORDS, min_size=1, max_size=8))
-def test_every_key_finds_its_name_and_no_other(names: dict[str, str]) -> None:
+def test_every_key_maps_to_its_name_only(names: dict[str, str]) -> None:
     ring = KeyRing(f"{name}:{key}" for key, name in names.items())
     assert {key: ring.check(header(key)) for key in names} == names
     assert ring.check(header("".join(names) + "x" * 50)) is None
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "name:\n", ":key\n", "a b c\n"])
-def test_malformed_files_are_refused(tmp_path: Path, text: str) -> None:
+def test_malformed_files_are_rejected(tmp_path: Path, text: str) -> None:
     file = tmp_path / "keys"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="key"):
@@ -60,12 +60,12 @@ def test_malformed_files_are_refused(tmp_path: Path, text: str) -> None:
         KeyRing.from_file(tmp_path / "missing")
 
 
-def test_one_key_under_two_names_is_refused() -> None:
+def test_key_with_two_names_is_rejected() -> None:
     with pytest.raises(ValueError, match="one name a key"):
         KeyRing(["a:k", "b:k"])
 
 
-def test_environment_and_file_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_and_file_are_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "env:k1, k2")
     (tmp_path / "keys").write_text("file:k3")
     ring = gather_keys(["line:k4"], tmp_path / "keys")
@@ -73,7 +73,7 @@ def test_environment_and_file_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(ring) == 4
 
 
-def test_a_host_others_reach_needs_a_key() -> None:
+def test_non_loopback_host_requires_a_key() -> None:
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.org"):
         with pytest.raises(ValueError, match="--insecure"):
             ServerConfig(host=host)
@@ -92,6 +92,6 @@ def test_a_host_others_reach_needs_a_key() -> None:
         ("drain_timeout", -1),
     ],
 )
-def test_bad_settings_are_named(field: str, value: int) -> None:
+def test_errors_name_bad_settings(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{field}: got {value}"):
         ServerConfig(**{field: value})

@@ -25,7 +25,7 @@ JSON = st.recursive(
 
 
 def values_and_depth(value: Any, level: int = 0) -> tuple[int, int]:
-    """Counted by walking: every list, object and comma is one."""
+    """Counted by walking: every list, object and comma counts as one."""
     if not isinstance(value, list | dict):
         return 0, level
     inner = list(value.values()) if isinstance(value, dict) else value
@@ -36,7 +36,7 @@ def values_and_depth(value: Any, level: int = 0) -> tuple[int, int]:
 
 @settings(max_examples=300, deadline=None)
 @given(JSON, st.booleans(), st.sampled_from([(", ", ": "), (",", ":")]))
-def test_counts_are_those_of_a_parser(value: Any, ascii_only: bool, separators: tuple[str, str]) -> None:
+def test_counts_equal_those_of_a_parser(value: Any, ascii_only: bool, separators: tuple[str, str]) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only, separators=separators).encode()
     values, depth = values_and_depth(value)
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +65,7 @@ def refuses(body: bytes) -> bool:
     return False
 
 
-def test_token_ids_are_counted_apart() -> None:
+def test_token_ids_are_counted_separately() -> None:
     for separators in ((", ", ": "), (",", ":")):
         assert not refuses(json.dumps({"prompt": [7] * MAX_NUMBERS}, separators=separators).encode())
         assert refuses(json.dumps({"prompt": [7] * (MAX_NUMBERS + 2)}, separators=separators).encode())
@@ -92,7 +92,7 @@ LARGE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_large_bodies_are_refused_while_others_are_answered(tiny: Running, name: str) -> None:
+def test_large_bodies_are_rejected_while_others_are_answered(tiny: Running, name: str) -> None:
     path, document = LARGE[name]
     body = json.dumps(document).encode()
     waits: list[float] = []

@@ -1,4 +1,4 @@
-"""The digest of the prefix cache: what is in it, what leaves it, and who may read it."""
+"""The digest of the prefix cache: contents, evictions, and access."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def digest(server: Running, **headers: str) -> tuple[dict[str, Any], set[int]]:
 
 
 def ask(server: Running, text: str, **fields: Any) -> tuple[int, ...]:
-    """Complete a prompt. Returns the blocks a gateway sees in the request."""
+    """Complete a prompt. Returns the blocks that a gateway computes for the request."""
     body = {"prompt": text, "max_tokens": 2, "ignore_eos": True, **fields}
     request = httpx.Request("POST", f"{server.url}/v1/completions", json=body)
     with httpx.Client() as client:
@@ -40,12 +40,12 @@ def test_cached_prompts_are_listed_and_evicted_ones_are_not() -> None:
         first = ask(server, "a" * 1100)
         assert len(first) == 2
         assert set(first) <= digest(server)[1]
-        second = ask(server, "b" * 1100, user="someone")  # no field of the prompt
+        second = ask(server, "b" * 1100, user="someone")  # not part of the prompt
         assert set(second) <= digest(server)[1]
         third = ask(server, "c" * 1500)
         document, held = digest(server)
         assert set(third) <= held
-        assert not set(first) <= held  # there is room for two of them
+        assert not set(first) <= held  # there is room for two prompts
         assert document["block"] == BLOCK and document["requests"] == 0
 
 

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: the real engine where it decides, a scripted one where the text matters."""
+"""/v1/chat/completions: the real engine for behavior, a scripted one for exact text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}{# </think> #}"
 
 
 class Streamed:
-    """A stream put together again."""
+    """A reassembled stream."""
 
     def __init__(self, chunks: Any) -> None:
         self.content = self.reasoning = ""
@@ -80,7 +80,7 @@ def test_whole_and_streamed_agree(client: OpenAI) -> None:
     assert whole.id.startswith("chatcmpl-") and whole.object == "chat.completion"
 
 
-def test_the_second_turn_finds_the_first_in_the_cache(client: OpenAI) -> None:
+def test_second_turn_reuses_the_first_from_the_cache(client: OpenAI) -> None:
     turns: list[Any] = [{"role": "user", "content": "a long question " * 4}]
     first = client.chat.completions.create(model="tiny", messages=turns, max_tokens=8, logit_bias={"50": 100})
     turns += [
@@ -138,7 +138,7 @@ def test_response_formats(client: OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_demanded_calls_are_forced_by_their_schema(client: OpenAI, choice: Any, stream: bool) -> None:
+def test_required_calls_are_forced_to_their_schema(client: OpenAI, choice: Any, stream: bool) -> None:
     answer = client.chat.completions.create(
         model="tiny",
         messages=USER,
@@ -165,7 +165,7 @@ def test_demanded_calls_are_forced_by_their_schema(client: OpenAI, choice: Any, 
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_chosen_calls(size: int) -> None:
+def test_calls_with_automatic_choice(size: int) -> None:
     engine = ScriptedEngine([CALL[i : i + size] for i in range(0, len(CALL), size)])
     with running(engine) as server:
         create = server.client().chat.completions.create
@@ -183,21 +183,21 @@ def test_chosen_calls(size: int) -> None:
             {"name": "now", "arguments": "{}"},
         ]
         if size == 1:
-            assert len(streamed.pieces) > 10  # arguments stream as they are written
+            assert len(streamed.pieces) > 10  # arguments stream as they are generated
         assert engine.params[0].skip_special_tokens is False
         assert '"name": "weather"' in engine.prompts[0]
         single = create(model="tiny", messages=USER, tools=TOOLS, parallel_tool_calls=False).choices[0]
         assert len(single.message.tool_calls or []) == 1
 
 
-def test_no_tools_no_calls() -> None:
+def test_no_calls_without_tools() -> None:
     engine = ScriptedEngine([CALL])
     with running(engine) as server:
         create = server.client().chat.completions.create
         message = create(model="tiny", messages=USER).choices[0].message
         assert message.content == CALL and not message.tool_calls
         assert all(params.skip_special_tokens for params in engine.params)
-        # Tools that may not be called: the model is not told of them, and what it writes of them is dropped.
+        # Tools that may not be called are omitted from the prompt, and calls in the output are dropped.
         options = {"model": "tiny", "messages": USER, "tools": TOOLS, "tool_choice": "none"}
         choice = create(**options).choices[0]
         streamed = Streamed(create(**options, stream=True))
@@ -207,7 +207,7 @@ def test_no_tools_no_calls() -> None:
         assert all("weather" not in prompt for prompt in engine.prompts)
 
 
-def test_results_of_tools_go_back() -> None:
+def test_tool_results_reach_the_prompt() -> None:
     engine = ScriptedEngine()
     with running(engine) as server:
         call = {
@@ -274,7 +274,7 @@ def test_continue_the_last_message() -> None:
         assert engine.prompts[0].endswith("The weather is")
 
 
-def test_an_engine_that_aborts_is_an_error() -> None:
+def test_engine_abort_is_an_error() -> None:
     with running(ScriptedEngine(["x"], finish_reason="error")) as server:
         create = server.client().chat.completions.create
         with pytest.raises(openai.InternalServerError, match="the engine ended the request"):
@@ -322,7 +322,7 @@ def test_raw_stream_ends_with_done(tiny: Running) -> None:
     assert all(document["object"] == "chat.completion.chunk" for document in documents[:-1])
 
 
-def test_an_empty_list_of_calls_keeps_the_text() -> None:
+def test_empty_list_of_calls_keeps_the_text() -> None:
     template = (
         "{% for m in messages %}{% if 'tool_calls' in m %}calls{% else %}{{ m['content'] }}{% endif %}"
         "{% endfor %}"
@@ -345,7 +345,7 @@ def test_an_empty_list_of_calls_keeps_the_text() -> None:
         {"messages": [*USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]},
     ],
 )
-def test_fields_that_clients_send_are_taken(tiny: Running, fields: dict[str, Any]) -> None:
+def test_fields_sent_by_clients_are_accepted(tiny: Running, fields: dict[str, Any]) -> None:
     body = {"messages": USER, "max_tokens": 1} | fields
     answer = httpx.post(f"{tiny.url}/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text

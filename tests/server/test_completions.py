@@ -93,7 +93,7 @@ def test_echo_and_logprobs(client: OpenAI, stream: bool) -> None:
         assert len(best) <= 2 and best[token] == value == max(best.values())  # greedy
 
 
-def test_scoring_a_prompt_generates_nothing(client: OpenAI) -> None:
+def test_scoring_a_prompt_generates_no_tokens(client: OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt="abc", max_tokens=0, echo=True, logprobs=0)
     assert answer.choices[0].text == "abc" and answer.usage and answer.usage.completion_tokens == 0
     assert len(answer.choices[0].logprobs.tokens) == 4
@@ -134,7 +134,7 @@ def test_chunks_are_one_line_of_json_each(tiny: Running) -> None:
     assert text.startswith(body["prompt"])
 
 
-def test_tokenize_and_back(tiny: Running) -> None:
+def test_tokenize_and_detokenize(tiny: Running) -> None:
     tokens = httpx.post(
         f"{tiny.url}/tokenize", json={"prompt": "aé<think>", "return_token_strs": True}
     ).json()
@@ -178,7 +178,7 @@ def test_tokenize_and_back(tiny: Running) -> None:
         ({"prompt": "a", "seed": 2**70}, "seed"),
     ],
 )
-def test_bad_fields_are_named(tiny: Running, body: dict[str, object], param: str | None) -> None:
+def test_errors_name_bad_fields(tiny: Running, body: dict[str, object], param: str | None) -> None:
     answer = httpx.post(f"{tiny.url}/v1/completions", json=body)
     error = answer.json()["error"]
     assert answer.status_code == 400, error
@@ -207,7 +207,7 @@ def test_streams_of_many_choices_with_echo_and_logprobs(client: OpenAI) -> None:
     assert [len(tokens[index]) for index in range(6)] == [8, 8, 8, 7, 7, 7]
 
 
-def test_unknown_fields_are_counted_or_refused(
+def test_unknown_fields_are_counted_or_rejected(
     tiny: Running, client: OpenAI, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = {"prompt": "a", "max_tokens": 1, "stream": True, "max_token": 3, "stream_options": {"shape": 1}}

@@ -1,4 +1,4 @@
-"""Sockets that send nothing, too much or too slowly, before any key is looked at."""
+"""Sockets that send nothing, too much or too slowly, before authentication."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def healthy(server: Running) -> bool:
 
 
 @pytest.mark.parametrize("pieces", [1, 200])
-def test_a_head_of_megabytes_is_refused_early(implementation: str, pieces: int) -> None:
+def test_head_of_megabytes_is_rejected_early(implementation: str, pieces: int) -> None:
     with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
         sent = 0
         with contextlib.suppress(ConnectionError):
@@ -79,7 +79,7 @@ def test_a_head_of_megabytes_is_refused_early(implementation: str, pieces: int) 
 @pytest.mark.parametrize(
     "head", [b"x: " + b"y" * 40_000 + b"\r\n\r\n", b"x: y\r\n" * 9_000 + b"\r\n"], ids=["long", "many"]
 )
-def test_a_head_in_one_piece_is_measured_too(implementation: str, head: bytes) -> None:
+def test_head_in_one_packet_is_measured_too(implementation: str, head: bytes) -> None:
     with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
         connection.sendall(HEAD + head)
         connection.shutdown(socket.SHUT_WR)
@@ -87,7 +87,7 @@ def test_a_head_in_one_piece_is_measured_too(implementation: str, head: bytes) -
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET", HEAD, HEAD + b"x: y"])
-def test_a_head_that_never_ends(implementation: str, sent: bytes) -> None:
+def test_head_that_never_ends(implementation: str, sent: bytes) -> None:
     with running(ScriptedEngine(), header_timeout=0.3) as server, sockets(server, 1) as (connection,):
         connection.sendall(sent)
         began = time.monotonic()
@@ -96,7 +96,7 @@ def test_a_head_that_never_ends(implementation: str, sent: bytes) -> None:
         assert (b" 408 " in received) == bool(sent)
 
 
-def test_dripping_does_not_buy_time(implementation: str) -> None:
+def test_slow_drip_does_not_extend_the_timeout(implementation: str) -> None:
     with running(ScriptedEngine(), header_timeout=0.5) as server, sockets(server, 1) as (connection,):
         began = time.monotonic()
         with pytest.raises(OSError):
@@ -106,23 +106,23 @@ def test_dripping_does_not_buy_time(implementation: str) -> None:
         assert time.monotonic() - began < 8
 
 
-def test_a_second_request_has_its_own_time(implementation: str) -> None:
+def test_second_request_has_its_own_timeout(implementation: str) -> None:
     with running(ScriptedEngine(["x"] * 10, step=0.1), header_timeout=0.8) as server:
         with httpx.Client(base_url=server.url) as client:  # one connection
-            for _ in range(3):  # an answer of a second is not cut by a timer of heads
+            for _ in range(3):  # a one-second answer is not cut by the head timeout
                 assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
         with sockets(server, 1) as (connection,):
             connection.sendall(HEAD + b"\r\n")
             assert b" 200 " in until_body(connection)
             time.sleep(0.5)
             connection.sendall(HEAD)
-            time.sleep(0.5)  # longer after the answer than a head may take, but not after its first byte
+            time.sleep(0.5)  # longer than the head timeout after the answer, but not after the first byte
             connection.sendall(b"\r\n")
             assert b" 200 " in until_body(connection)
             assert b" 408 " not in answer(connection)
 
 
-def test_a_body_after_its_refusal_does_not_hold_the_connection(implementation: str) -> None:
+def test_body_after_its_rejection_does_not_keep_the_connection(implementation: str) -> None:
     with running(ScriptedEngine(), max_body_bytes=10, header_timeout=0.5) as server:
         with sockets(server, 1) as (connection,):
             connection.sendall(
@@ -138,7 +138,7 @@ def test_a_body_after_its_refusal_does_not_hold_the_connection(implementation: s
         until(lambda: not server.guard)
 
 
-def test_idle_sockets_give_way(implementation: str) -> None:
+def test_idle_sockets_are_closed_first(implementation: str) -> None:
     with running(ScriptedEngine(), max_connections=20) as server, sockets(server, 100) as idle:
         until(lambda: server.guard.evicted >= 80)
         until(lambda: len(server.guard) <= 20)
@@ -147,7 +147,7 @@ def test_idle_sockets_give_way(implementation: str) -> None:
     until(lambda: not server.guard)
 
 
-def test_busy_connections_do_not(implementation: str) -> None:
+def test_busy_connections_are_not_closed(implementation: str) -> None:
     engine = ScriptedEngine(["x"], step=0.02, forever=True)
     with running(engine, max_connections=4) as server:  # three for one address
         streams = [
@@ -162,7 +162,7 @@ def test_busy_connections_do_not(implementation: str) -> None:
         assert healthy(server)
 
 
-def test_the_limit_fits_the_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_limit_fits_the_open_file_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 512))
     raised: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))

@@ -29,7 +29,7 @@ KEY = "a-key"
 
 
 class Source:
-    """An engine of the test's own: every look finds more tokens."""
+    """A fake engine whose token counts grow with every read."""
 
     def __init__(self, experts: int = 16) -> None:
         self.looks = 0
@@ -118,7 +118,7 @@ def test_rates_ratios_and_quantiles_of_a_window() -> None:
     assert history.columns(since=100.0)["t"] == [102.0]
 
 
-def test_a_restarted_source_leaves_a_gap() -> None:
+def test_restarted_source_leaves_a_gap() -> None:
     history = History()
     history.add(1.0, {"counters": {"generation_tokens": 50}})
     history.add(2.0, {"counters": {"generation_tokens": 3}})
@@ -137,7 +137,7 @@ def test_clock_jumping_back_restarts_history() -> None:
     st.lists(st.tuples(st.floats(0.01, 30), st.integers(0, 1000)), min_size=2, max_size=60),
     st.floats(0.5, 20),
 )
-def test_rates_lie_between_the_steps_they_cover(steps: list[tuple[float, int]], window: float) -> None:
+def test_rates_are_between_those_of_their_steps(steps: list[tuple[float, int]], window: float) -> None:
     history, now, total = History(keep=1000, window=window), 1.0, 0
     rates = []
     for seconds, tokens in steps:
@@ -163,7 +163,7 @@ def test_quantiles_are_monotone_and_within_bounds(counts: list[int], q: float) -
 # ---- routes ----
 
 
-def test_the_page_and_its_assets_are_served_and_whole() -> None:
+def test_page_and_assets_are_served_completely() -> None:
     with TestClient(application(Source(), KEY)) as client:
         page = client.get("/")
         assert page.status_code == 200 and "Content-Security-Policy" in page.headers
@@ -175,14 +175,14 @@ def test_the_page_and_its_assets_are_served_and_whole() -> None:
         assert client.get("/dashboard/%2e%2e/router.py").status_code == 404
 
 
-def test_the_numbers_need_the_key() -> None:
+def test_data_requires_the_key() -> None:
     with TestClient(application(Source(), KEY)) as client:
         assert client.get("/dashboard/data").status_code == 401
         answer = client.get("/dashboard/data", headers={"Authorization": f"Bearer {KEY}"})
         assert answer.status_code == 200 and answer.json()["title"] == "a model"
 
 
-def test_the_sampler_collects_without_a_viewer_and_ends_with_the_application() -> None:
+def test_sampler_collects_without_a_viewer_and_stops_with_the_application() -> None:
     source = Source()
     with TestClient(application(source)) as client:
         deadline = time.monotonic() + 20
@@ -195,7 +195,7 @@ def test_the_sampler_collects_without_a_viewer_and_ends_with_the_application() -
     assert not [t for t in threading.enumerate() if t.name == "dashboard"]
 
 
-def test_a_failing_source_does_not_end_the_sampler() -> None:
+def test_failing_source_does_not_stop_the_sampler() -> None:
     looks = []
 
     def source() -> dict[str, Any]:
@@ -278,7 +278,7 @@ PAINTED = """[...document.querySelectorAll("canvas")].filter((canvas) => canvas.
 @pytest.mark.parametrize("width", [1440, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("kind", ["server", "gateway"])
-def test_the_page_draws_fits_and_does_not_complain(browser: Any, kind: str, scheme: str, width: int) -> None:
+def test_page_renders_fits_and_logs_no_errors(browser: Any, kind: str, scheme: str, width: int) -> None:
     with serving(application(Source() if kind == "server" else fleet)) as url:
         look(browser, url, width, scheme)
         wait_for(browser, "document.querySelectorAll('.plot canvas').length >= 4")

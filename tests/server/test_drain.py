@@ -1,4 +1,4 @@
-"""The end of a server: what runs may finish, for a while; then it is told."""
+"""Graceful shutdown: running requests may finish until the timeout, then get an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.server.harness import ScriptedEngine, running, until
 
 
-def test_running_answers_finish_and_new_ones_are_refused() -> None:
+def test_running_answers_finish_and_new_requests_are_rejected() -> None:
     with running(ScriptedEngine(["a"] * 20, step=0.03), drain_timeout=20) as server:
         stream = server.client().completions.create(model="tiny", prompt="x", stream=True)
         next(iter(stream))
@@ -30,7 +30,7 @@ def test_running_answers_finish_and_new_ones_are_refused() -> None:
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_after_the_timeout_the_rest_gets_an_error(streamed: bool) -> None:
+def test_remaining_requests_get_an_error_after_the_timeout(streamed: bool) -> None:
     engine = ScriptedEngine(["a"], step=0.01, forever=True)
     with running(engine, drain_timeout=0.2) as server:
         seen: list[Any] = []
@@ -53,7 +53,7 @@ def test_after_the_timeout_the_rest_gets_an_error(streamed: bool) -> None:
         assert not server.thread.is_alive() and engine.cancelled
 
 
-def test_an_idle_server_ends_at_once() -> None:
+def test_idle_server_stops_immediately() -> None:
     with running(ScriptedEngine(), drain_timeout=60) as server:
         server.call(server.server.begin_drain)
         server.thread.join(10)

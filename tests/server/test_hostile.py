@@ -1,4 +1,4 @@
-"""Malformed and hostile bodies: always a clear answer in OpenAI's shape, never a 500, never a dead server."""
+"""Malformed and hostile bodies: always a clear error in OpenAI's format, never a 500 or a dead server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ USER = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[Running]:
-    """A server that refuses unknown fields, so that each body below is wrong on every path."""
+    """A server that rejects unknown fields, so that each body below is invalid on every path."""
     with running(tiny_engine(), strict_fields=True) as server:
         yield server
 
@@ -116,7 +116,7 @@ FIELDS = st.sampled_from(
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(PATHS[:2]), st.dictionaries(FIELDS, JSON, max_size=3))
-def test_any_json_gets_a_client_error_or_an_answer(
+def test_any_json_gets_an_answer_or_a_client_error(
     tiny: Running, path: str, fields: dict[str, object]
 ) -> None:
     base = {"prompt": "x"} if path == PATHS[0] else {"messages": USER}
@@ -138,7 +138,7 @@ def test_any_json_gets_a_client_error_or_an_answer(
         b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 20_000 + b"\r\n",
     ],
 )
-def test_broken_http_does_not_hurt(tiny: Running, raw: bytes) -> None:
+def test_malformed_http_does_no_harm(tiny: Running, raw: bytes) -> None:
     with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as connection:
         try:
             connection.sendall(raw)
@@ -146,5 +146,5 @@ def test_broken_http_does_not_hurt(tiny: Running, raw: bytes) -> None:
             while connection.recv(65536):
                 pass
         except OSError:
-            pass  # the server may hang up at any point
+            pass  # the server may close the connection at any point
     assert httpx.get(f"{tiny.url}/ready").status_code == 200

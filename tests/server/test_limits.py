@@ -1,4 +1,4 @@
-"""Quotas by a clock of the test's own, and then every limit over the wire."""
+"""Quotas with a fake clock, and every limit over HTTP."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_requests_refill_evenly() -> None:
     with pytest.raises(ApiError, match="quota of 2 requests") as refused:
         quotas.admit("a", 1)
     assert (refused.value.status, refused.value.retry_after) == (429, 30)
-    quotas.admit("b", 1)  # another client's quota is its own
+    quotas.admit("b", 1)  # another client's quota is separate
     clock.now = 30
     quotas.admit("a", 1)
 
@@ -50,7 +50,7 @@ def test_generated_tokens_leave_a_debt() -> None:
     quotas.admit("a", 10)
 
 
-def test_a_prompt_beyond_the_quota_is_told_so() -> None:
+def test_prompt_beyond_the_quota_is_an_error() -> None:
     with pytest.raises(ApiError, match="61 tokens; expected at most the quota of 60") as refused:
         Quotas(tokens_per_minute=60).admit("a", 61)
     assert refused.value.retry_after is None
@@ -88,7 +88,7 @@ def test_missing_and_wrong_keys() -> None:
         assert server.client("sk-1").models.list().data[0].id == "tiny"
 
 
-def test_quotas_are_for_each_key() -> None:
+def test_quotas_are_per_key() -> None:
     keys = KeyRing(["alice:sk-1", "bob:sk-2"])
     with running(ScriptedEngine(), keys=keys, requests_per_minute=1) as server:
         alice, bob = server.client("sk-1"), server.client("sk-2")
@@ -100,7 +100,7 @@ def test_quotas_are_for_each_key() -> None:
         bob.completions.create(model="tiny", prompt="x")
 
 
-def test_token_quota_counts_what_was_generated() -> None:
+def test_token_quota_counts_generated_tokens() -> None:
     with running(ScriptedEngine(["x" * 50]), tokens_per_minute=60) as server:
         client = server.client()
         client.completions.create(model="tiny", prompt="y" * 20)
@@ -109,7 +109,7 @@ def test_token_quota_counts_what_was_generated() -> None:
         assert refused.value.code == "tokens_quota_exceeded"
 
 
-def test_bodies_too_large_declared_or_chunked() -> None:
+def test_too_large_bodies_declared_or_chunked() -> None:
     with running(ScriptedEngine(), max_body_bytes=1000) as server:
         url = f"{server.url}/v1/completions"
         body = b'{"prompt": "' + b"x" * 2000 + b'"}'
@@ -122,7 +122,7 @@ def test_bodies_too_large_declared_or_chunked() -> None:
         assert httpx.post(url, content=b'{"prompt": "x"}', headers=headers).status_code == 200
 
 
-def test_a_body_that_never_comes() -> None:
+def test_body_that_never_arrives() -> None:
     with (
         running(ScriptedEngine(), body_timeout=0.2) as server,
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
@@ -153,7 +153,7 @@ def test_the_real_queue_bound() -> None:
         client = server.client()
         options = {"model": "tiny", "max_tokens": 400, "extra_body": {"ignore_eos": True}, "stream": True}
         running_one = client.completions.create(prompt="x", **options)
-        with ThreadPoolExecutor(1) as pool:  # a stream that waits answers when it has a token
+        with ThreadPoolExecutor(1) as pool:  # a waiting stream answers with its first token
             waiting = pool.submit(client.completions.create, prompt="x", **options)
             until(lambda: server.service.engine.num_live == 2)
             with pytest.raises(openai.RateLimitError):
@@ -181,7 +181,7 @@ def test_the_queue_counts_sequences() -> None:
         until(lambda: not server.service.held and server.service.engine.queue_room == 16)
 
 
-def test_one_key_leaves_room_in_the_queue() -> None:
+def test_single_key_cannot_fill_the_queue() -> None:
     keys = KeyRing(["crowd:sk-1", "other:sk-2"])
     with running(tiny_engine(max_num_seqs=2, max_queue=18), keys=keys) as server:
         crowd, other = server.client("sk-1"), server.client("sk-2")
@@ -194,7 +194,7 @@ def test_one_key_leaves_room_in_the_queue() -> None:
         busy.close()
 
 
-def test_a_crowd_of_one_key_does_not_delay_another() -> None:
+def test_requests_of_one_key_do_not_delay_another() -> None:
     keys = KeyRing(["crowd:sk-1", "other:sk-2"])
     with running(tiny_engine(max_num_seqs=4, max_queue=1000), keys=keys) as server:
         crowd, other = server.client("sk-1"), server.client("sk-2")
@@ -206,7 +206,7 @@ def test_a_crowd_of_one_key_does_not_delay_another() -> None:
         for _ in range(3):
             before = server.service.engine.stats.steps
             other.completions.create(model="tiny", prompt="y", max_tokens=4, extra_body=ignore)
-            # The crowd's answers take 32 x 400 / 4 = 3,200 steps; HTTP itself lasts dozens of them, and
+            # The crowd's answers take 32 x 400 / 4 = 3,200 steps; HTTP itself takes dozens of steps, and
             # tests/engine/test_fairness.py counts the engine's own steps.
             assert server.service.engine.stats.steps - before < 320
         busy.close()
@@ -230,7 +230,7 @@ def test_timeout(stream: bool) -> None:
         assert not server.service.jobs
 
 
-def test_a_client_that_stops_reading_is_ended_by_the_deadline() -> None:
+def test_client_that_stops_reading_is_closed_at_the_deadline() -> None:
     engine = ScriptedEngine(["x" * 10_000], step=0.0005, forever=True)
     with (
         running(engine, request_timeout=1.0) as server,
@@ -252,7 +252,7 @@ def test_context_length() -> None:
 
 
 def test_slow_stream_does_not_delay_other_requests() -> None:
-    """A slow stream does not hold up another request."""
+    """A slow stream does not delay another request."""
     with running(ScriptedEngine(lambda prompt: ["x"] * (40 if "slow" in prompt else 1), step=0.05)) as server:
         client = server.client()
         slow = client.completions.create(model="tiny", prompt="slow", stream=True)

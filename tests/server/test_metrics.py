@@ -1,4 +1,4 @@
-"""/metrics parses, carries vLLM's names, and counts what happened."""
+"""/metrics parses, has vLLM's names, and counts requests and tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scrape(server: Running) -> dict[str, dict[tuple[tuple[str, str], ...], float
 LABEL = (("model_name", "tiny"),)
 
 
-def test_a_request_leaves_its_marks() -> None:
+def test_request_is_counted() -> None:
     with running(tiny_engine()) as server:
         create = server.client().completions.create
         create(model="tiny", prompt="the same prompt twice", max_tokens=8, extra_body={"ignore_eos": True})
@@ -32,7 +32,7 @@ def test_a_request_leaves_its_marks() -> None:
         assert all(f"farthing:{name}" in found for name in GAUGES)
         assert all(f"farthing:{name}_total" in found for name in COUNTERS)
         assert found["farthing:generation_tokens_total"][LABEL] == 16
-        assert found["farthing:prompt_tokens_total"][LABEL] == 44 - 20  # the rest was in the cache
+        assert found["farthing:prompt_tokens_total"][LABEL] == 44 - 20  # the rest was cached
         assert found["farthing:prefix_cache_hits_total"][LABEL] == 20
         assert found["farthing:num_requests_running"][LABEL] == 0
         assert found["farthing:ready"][LABEL] == 1
@@ -55,7 +55,9 @@ def test_tokens_of_each_expert_add_up() -> None:
         experts = scrape(server)["farthing:expert_tokens_total"]
         assert {dict(labels)["expert"] for labels in experts} == {"0", "1", "2", "3"}
         assert {dict(labels)["layer"] for labels in experts} == {"1"}
-        assert sum(experts.values()) == 2 * (7 + 5 - 1)  # two experts a token; the last token is not run
+        assert sum(experts.values()) == 2 * (
+            7 + 5 - 1
+        )  # two experts per token; the last token is not computed
 
 
 def test_before_the_model_is_loaded() -> None:
@@ -69,7 +71,7 @@ def test_before_the_model_is_loaded() -> None:
         assert scrape(server)["farthing:ready"][LABEL] == 0
 
 
-def test_unknown_paths_make_one_series() -> None:
+def test_unknown_paths_share_one_series() -> None:
     with running(ScriptedEngine()) as server:
         for path in ("/a", "/b", "/v1/nothing"):
             answer = httpx.get(server.url + path)

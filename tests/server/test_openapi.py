@@ -1,4 +1,4 @@
-"""schemathesis against the server's own OpenAPI document: no 5xx, and every error in OpenAI's shape."""
+"""schemathesis against the server's own OpenAPI document: no 5xx, and every error in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHECKS = [
 
 
 def explore(examples: int) -> int:
-    """Call every operation `examples` times with good and with bad data; returns how many calls were made."""
+    """Call every operation `examples` times with valid and invalid data; returns the number of calls."""
     with running(ScriptedEngine()) as server:
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         calls = 0
@@ -34,13 +34,13 @@ def explore(examples: int) -> int:
             for mode in GenerationMode:
                 try:
                     calls += call_all(result.ok().as_strategy(generation_mode=mode), examples)
-                except Unsatisfiable:  # nothing can be wrong with a request that takes no data
+                except Unsatisfiable:  # a request without data cannot be invalid
                     assert mode == GenerationMode.NEGATIVE
         return calls
 
 
 def call_all(strategy: SearchStrategy[schemathesis.Case], examples: int) -> int:
-    """Calls made, every answer checked."""
+    """Make calls and check every answer; returns the number of calls."""
     calls = 0
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -1,4 +1,4 @@
-"""A conversation's next prompt begins with the exact tokens of its last answer, which the cache holds."""
+"""A conversation's next prompt starts with the exact tokens of its last answer, which are cached."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def mite() -> Iterator[Running]:
         yield server
 
 
-def test_sampled_text_is_not_computed_again(mite: Running) -> None:
-    """Ten turns of text sampled so hot that the tokenizer would split it in other ways."""
+def test_sampled_text_is_not_recomputed(mite: Running) -> None:
+    """Ten turns of text sampled at such a temperature that the tokenizer would split it differently."""
     url, turns = f"{mite.url}/v1/chat/completions", [{"role": "user", "content": "x = 1"}]
     end = mite.service.require_engine().tokenizer.eos_token_ids[0]  # type: ignore[union-attr]
     before, reason = 0, ""
@@ -42,18 +42,18 @@ def test_sampled_text_is_not_computed_again(mite: Running) -> None:
         (choice,), usage = document["choices"], document["usage"]
         if reason == "stop":
             added = usage["prompt_tokens"] - before
-            assert added < 20  # the question's tokens, and the turn's marks
+            assert added < 20  # tokens of the question and the turn markers
             assert usage["prompt_tokens_details"]["cached_tokens"] >= before - BLOCK
         before, reason = usage["prompt_tokens"] + usage["completion_tokens"], choice["finish_reason"]
         turns += [
             {"role": "assistant", "content": choice["message"]["content"]},
             {"role": "user", "content": f"y = {number}"},
         ]
-    assert len(mite.service.answers._kept) > 5  # most answers ended by themselves
+    assert len(mite.service.answers._kept) > 5  # most answers ended with EOS
 
 
 class EndingEngine(ScriptedEngine):
-    """A scripted model whose answers end with a token, as a real one's do."""
+    """A scripted model whose answers end with a token, like a real one's."""
 
     def _say(self, stream: Any, text: str, reason: Any) -> None:
         ends = reason is not None and stream.request.kind == "delta"
@@ -61,7 +61,7 @@ class EndingEngine(ScriptedEngine):
 
 
 def write(format_: str, step: int) -> str:
-    """A call with blanks that no serializer would write, and text with white space around it."""
+    """A call with blanks that no serializer would write, and text surrounded by white space."""
     call, opened = FORMATS[format_]
     text = "\n I should add. \n</think>\n\n" if opened else ""
     loose = call([("add", arguments(step))]).replace('": ', '" :  ').replace(", ", " ,")
@@ -69,7 +69,7 @@ def write(format_: str, step: int) -> str:
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_tool_calls_are_replayed_as_they_were_written(format_: str) -> None:
+def test_tool_calls_are_replayed_exactly(format_: str) -> None:
     if format_ == "deepseek_r1":
         pytest.skip("R1 drops the reasoning of earlier turns")
     said: list[str] = []
@@ -94,7 +94,7 @@ def test_tool_calls_are_replayed_as_they_were_written(format_: str) -> None:
             turns.append({"role": "user", "content": [block]})
 
 
-def test_another_client_or_an_edited_answer_gets_nothing() -> None:
+def test_other_clients_and_edited_answers_are_not_replayed() -> None:
     memory = AnswerMemory()
     answer = Answer("Hello. ", "why", (("id", "f", '{"a": 1, "b": 2}'),))
     memory.remember("me", "PROMPT", [1, 2, 3], answer)
@@ -112,7 +112,7 @@ def test_another_client_or_an_edited_answer_gets_nothing() -> None:
     assert memory.recall("me", Turn("assistant", "Hello.", "why", (changed,)), "PROMPT") is None
 
 
-def test_the_memory_is_bounded() -> None:
+def test_stored_answers_are_bounded() -> None:
     memory = AnswerMemory(tokens=100)
     for number in range(50):
         memory.remember("me", f"p{number}", list(range(10)), Answer(str(number % 7), "", ()))

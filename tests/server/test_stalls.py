@@ -1,6 +1,6 @@
-"""How long one hostile request keeps the event loop from everything else, in CPU time of its thread.
+"""How long one hostile request blocks the event loop, in CPU time of its thread.
 
-CPU time and not wall time: it does not depend on what else the machine does.
+CPU time, because it does not depend on other load of the machine.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ BOUND = 0.25  # seconds
 
 
 class Pulse:
-    """Runs in the server's event loop and notes the most CPU time between two of its turns."""
+    """Runs in the server's event loop and records the maximum CPU time between two of its iterations."""
 
     def __init__(self) -> None:
         self.worst = 0.0
@@ -85,7 +85,7 @@ class Pulse:
 
 @contextmanager
 def without_garbage_of_other_tests() -> Iterator[None]:
-    """A full collection visits every object of the process: here those of thousands of tests before."""
+    """A full collection visits every object of the process, including those of previous tests."""
     gc.collect()
     gc.freeze()
     try:
@@ -95,7 +95,7 @@ def without_garbage_of_other_tests() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", BODIES)
-def test_no_request_holds_the_event_loop(tiny: Running, name: str) -> None:
+def test_no_request_blocks_the_event_loop(tiny: Running, name: str) -> None:
     path, document = BODIES[name]
     body, headers = json.dumps(document).encode(), {"content-type": "application/json"}
     pulse = Pulse()

@@ -42,7 +42,7 @@ def reasoning_tokens(document: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("budget", [0, 1, 7])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_budget_is_exact(thinker: Running, budget: int, temperature: float) -> None:
+def test_budget_is_exact(thinker: Running, budget: int, temperature: float) -> None:
     # Without the budget the model would never end its reasoning.
     options = {"logit_bias": {str(CLOSE): -100}, "ignore_eos": True, "temperature": temperature}
     for fields in (
@@ -77,7 +77,7 @@ def test_structured_output_follows_the_reasoning(thinker: Running) -> None:
     assert reasoning_tokens(document) == 5
 
 
-def test_a_demanded_call_follows_the_reasoning(thinker: Running) -> None:
+def test_required_call_follows_the_reasoning(thinker: Running) -> None:
     options = {"max_tokens": 300, "max_thinking_tokens": 5, "logit_bias": {str(CLOSE): -100}}
     for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
         document = ask(thinker, tools=TOOLS[:1], tool_choice=choice, **options)
@@ -87,7 +87,7 @@ def test_a_demanded_call_follows_the_reasoning(thinker: Running) -> None:
             jsonschema.validate(json.loads(call["function"]["arguments"]), PARAMETERS)
 
 
-def test_words_and_tokens_that_are_not_allowed(thinker: Running) -> None:
+def test_forbidden_words_and_tokens(thinker: Running) -> None:
     letters = tokenizer().encode("xyz", add_special_tokens=False)
     document = ask(
         thinker,
@@ -112,7 +112,7 @@ def test_words_and_tokens_that_are_not_allowed(thinker: Running) -> None:
         ("glm45", "none", True),
     ],
 )
-def test_effort_means_what_the_format_says_or_is_refused(format_: str, effort: str, accepted: bool) -> None:
+def test_effort_follows_the_format_or_is_rejected(format_: str, effort: str, accepted: bool) -> None:
     engine = ScriptedEngine()
     engine.config = EngineConfig(max_model_len=10_000, chat_template=format_)
     with running(engine) as server:

@@ -47,7 +47,7 @@ def tiny() -> ModelConfig:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A folder of 60 small different Python files, one exact copy and one near copy."""
+    """A directory of 60 small different Python files, one exact copy and one near copy."""
     rng = random.Random(0)
     root = tmp_path / "sources"
     root.mkdir()
@@ -68,7 +68,7 @@ def sources(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wide(tiny: ModelConfig) -> ModelConfig:
-    """Tiny, with columns that groups of 32 divide."""
+    """The tiny model, with columns divisible into groups of 32."""
     return dataclasses.replace(tiny, kv_lora_rank=32, v_head_dim=32)
 
 

@@ -30,18 +30,18 @@ def test_split_is_deterministic_and_disjoint(sources: Path) -> None:
     assert not {d.text for d in train} & {d.text for d in held}
 
 
-def test_a_files_side_does_not_depend_on_the_others(sources: Path) -> None:
-    """The hash decides, so that adding a file never moves another one across the split."""
+def test_split_of_a_file_does_not_depend_on_other_files(sources: Path) -> None:
+    """The hash decides, so adding a file never moves another one across the split."""
     before = {d.path for d in split(find_sources(sources), every=4)[1]}
     (sources / "another.py").write_text("something_entirely_different = 'a line of its own'\n")
     assert {d.path for d in split(find_sources(sources), every=4)[1]} - {"another.py"} == before
 
 
 def test_copies_never_leak(sources: Path) -> None:
-    """Exact copies are dropped; nearly equal files are both trained on, whatever their hash says."""
+    """Exact copies are dropped; near-duplicates are trained on, whatever their hash."""
     documents = find_sources(sources)
     assert len([d for d in documents if d.path in ("module_00.py", "copy_exact.py")]) == 1
-    _, held = split(documents, every=1)  # every hash is lucky: only the near copies may be refused
+    _, held = split(documents, every=1)  # every hash selects: only near-duplicates are excluded
     refused = {d.path for d in documents} - {d.path for d in held}
     assert refused == {"copy_near.py", "copy_exact.py"}
 
@@ -77,7 +77,7 @@ def documents_of(sizes: list[int]) -> list[np.ndarray]:
     length=st.integers(2, 9),
     seed=st.integers(0, 9),
 )
-def test_one_pass_sees_no_token_twice(sizes: list[int], length: int, seed: int) -> None:
+def test_one_pass_yields_no_token_twice(sizes: list[int], length: int, seed: int) -> None:
     batches = PackedBatches(documents_of(sizes), seed)
     if batches.tokens <= length + 1:
         with pytest.raises(ValueError, match="too few"):
@@ -89,7 +89,7 @@ def test_one_pass_sees_no_token_twice(sizes: list[int], length: int, seed: int) 
         targets += batches.next(1, length)[:, 1:].flatten().tolist()
     assert batches.passes == 0
     assert len(targets) == len(set(targets))
-    assert len(targets) >= batches.tokens - 2 * length  # only the ragged ends are left out
+    assert len(targets) >= batches.tokens - 2 * length  # only ragged ends are dropped
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 40])

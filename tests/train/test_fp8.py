@@ -1,4 +1,4 @@
-"""FP8 training: exact rounding, products, overflow, a run that survives outliers."""
+"""FP8 training: exact rounding, products, overflow, outliers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.train.test_loop import build
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m2"])
-def test_decoding_moves_every_bit_pattern_as_torch_does(name: str) -> None:
+def test_decoding_equals_torch_for_every_bit_pattern(name: str) -> None:
     data = torch.arange(256, dtype=torch.uint8).view(FORMATS[name])
     expected = data.to(torch.bfloat16)
     finite = expected.isfinite()
@@ -36,7 +36,7 @@ def test_decoding_moves_every_bit_pattern_as_torch_does(name: str) -> None:
 
 
 @given(st.floats(1e-30, 1e30))
-def test_a_power_of_two_is_the_least_that_is_enough(x: float) -> None:
+def test_power_of_two_is_the_smallest_sufficient(x: float) -> None:
     value = torch.tensor(x)
     p = power_of_two(value)
     assert p >= value > p / 2
@@ -50,7 +50,7 @@ def test_power_of_two_of_zero_is_one_and_of_infinity_is_not_finite() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8), (5, 128), (130, 300), (256, 96)])
 @pytest.mark.parametrize("scaling", ["current", "delayed"])
-def test_rounding_is_torchs_rounding_of_the_scaled_group(shape: tuple[int, int], scaling: str) -> None:
+def test_rounding_equals_torch_on_the_scaled_group(shape: tuple[int, int], scaling: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.logspace(-3, 3, shape[1])
     operand = Operand(Fp8Config(scaling), torch.float8_e4m3fn)  # type: ignore[arg-type]
@@ -63,11 +63,11 @@ def test_rounding_is_torchs_rounding_of_the_scaled_group(shape: tuple[int, int],
         scale = rounded.scale.repeat_interleave(r, 0)[: shape[0]].repeat_interleave(c, 1)[:, : shape[1]]
         expected = (x / scale).to(torch.float8_e4m3fn).float() * scale
         assert torch.equal(rounded.dequantize().float(), expected)
-        # Three bits of mantissa: 1/16 of a number, or half a step of the smallest numbers of its group.
+        # Three bits of mantissa: 1/16 of a value, or half a step of the smallest values of its group.
         assert bool(((expected - x).abs() <= x.abs() / 16 + scale * 2.0**-10).all())
 
 
-def test_a_product_is_the_product_of_the_rounded_values() -> None:
+def test_product_equals_that_of_the_rounded_values() -> None:
     torch.manual_seed(0)
     layer = Fp8Projection(Fp8Config())
     x, w = torch.randn(70, 256).bfloat16(), torch.randn(1, 200, 256)
@@ -77,7 +77,7 @@ def test_a_product_is_the_product_of_the_rounded_values() -> None:
     assert xq.data.dtype == wq.data.dtype == torch.float8_e4m3fn
 
 
-def test_gradients_come_close_to_those_of_bfloat16() -> None:
+def test_gradients_are_close_to_bfloat16() -> None:
     torch.manual_seed(0)
     layer = Fp8Projection(Fp8Config())
     x = torch.randn(256, 256).bfloat16().requires_grad_()
@@ -90,15 +90,15 @@ def test_gradients_come_close_to_those_of_bfloat16() -> None:
         assert float((a.float() - b.float()).norm() / b.float().norm()) < 0.06
 
 
-def test_a_weight_read_costs_half_of_bfloat16() -> None:
+def test_weight_bytes_are_half_of_bfloat16() -> None:
     layer = Fp8Projection(Fp8Config())
     w = torch.randn(4, 256, 256)
     layer(torch.randn(128, 256).bfloat16(), w, [128, 0, 0, 0])
-    assert layer.weight_bytes == w.numel() + 4 * 4 * 4  # a number a byte, a scale a block
+    assert layer.weight_bytes == w.numel() + 4 * 4 * 4  # one byte per element, one scale per block
     assert layer.weight_bytes < 0.501 * 2 * w.numel()
 
 
-def test_delayed_scaling_notices_an_overflow_and_lowers_the_scale() -> None:
+def test_delayed_scaling_detects_an_overflow_and_lowers_the_scale() -> None:
     operand = Operand(Fp8Config("delayed", history=3, backoff=2.0), torch.float8_e4m3fn)
     x = torch.ones(4, 8)
     operand.rows(x)
@@ -109,30 +109,30 @@ def test_delayed_scaling_notices_an_overflow_and_lowers_the_scale() -> None:
     assert bool(hit.dequantize().isfinite().all())  # saturated, not infinite
     assert operand.end_step()
     after = operand.rows(x * 1e4)
-    assert bool((after.scale >= 1e4 * calm).all())  # a larger step between numbers: a lower scale
+    assert bool((after.scale >= 1e4 * calm).all())  # larger steps mean a lowered scale
     assert not operand.end_step()
     for _ in range(4):
         operand.rows(x)
         assert not operand.end_step()
-    assert torch.equal(operand.rows(x).scale, calm)  # forgotten after `history` steps
+    assert torch.equal(operand.rows(x).scale, calm)  # expired after `history` steps
 
 
 @pytest.mark.parametrize(("margin", "growth", "overflows"), [(0, 8, True), (3, 8, False), (3, 20, True)])
-def test_delayed_scaling_has_room_to_grow(margin: int, growth: int, overflows: bool) -> None:
+def test_delayed_scaling_has_headroom(margin: int, growth: int, overflows: bool) -> None:
     operand = Operand(Fp8Config("delayed", margin=margin), torch.float8_e4m3fn)
     x = torch.randn(4, 8).clamp(-1, 1) / 8
     x[0, 0] = 1
     operand.rows(x)
     operand.end_step()
     error = operand.rows(x).dequantize() / x - 1
-    assert float(error.abs().max()) < 2**-4  # as fine as without room
+    assert float(error.abs().max()) < 2**-4  # as fine as without headroom
     operand.end_step()
     operand.rows(x * growth)
     assert operand.end_step() == overflows
 
 
 class Outliers(BaseHook):
-    """Makes some weights 10,000 times as large for one step."""
+    """Multiplies some weights by 10,000 for one step."""
 
     def before_step(self, trainer: Trainer) -> None:
         if trainer.step in (3, 4):
@@ -146,7 +146,7 @@ class Outliers(BaseHook):
 
 
 @pytest.mark.parametrize("scaling", ["current", "delayed"])
-def test_outliers_ten_thousand_times_as_large_leave_no_nan(
+def test_outliers_of_ten_thousand_times_leave_no_nan(
     tiny: ModelConfig, tmp_path: Path, scaling: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = build(tiny, tmp_path / "run", hooks=(Outliers(),))
@@ -169,7 +169,7 @@ def test_infinite_gradients_skip_the_step(tiny: ModelConfig) -> None:
     assert operand.end_step()
 
 
-def test_the_state_of_a_hook_survives(tiny: ModelConfig) -> None:
+def test_hook_state_round_trips(tiny: ModelConfig) -> None:
     model = DeepSeekLM(tiny, torch.bfloat16)
     hook = Fp8Hook(use_fp8(model, Fp8Config("delayed")))
     model.loss(torch.randint(0, tiny.vocab_size, (1, 17)))["loss"].backward()
@@ -188,7 +188,7 @@ def test_the_state_of_a_hook_survives(tiny: ModelConfig) -> None:
     ("field", "value"),
     [("scaling", "soon"), ("gradients", "e3m4"), ("history", 0), ("margin", 9), ("backoff", 0.5)],
 )
-def test_a_wrong_setting_is_named(field: str, value: object) -> None:
+def test_errors_name_the_setting(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         Fp8Config(**{field: value})  # type: ignore[arg-type]
 
@@ -196,7 +196,7 @@ def test_a_wrong_setting_is_named(field: str, value: object) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with FP8 units")
 @pytest.mark.parametrize("rows", [1, 128, 300])
-def test_fp8_units_give_the_emulated_product(rows: int) -> None:
+def test_fp8_units_match_the_emulated_product(rows: int) -> None:
     torch.manual_seed(0)
     layer = Fp8Projection(Fp8Config())
     x, w = torch.randn(rows, 256).bfloat16(), torch.randn(1, 384, 256)

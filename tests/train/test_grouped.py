@@ -1,4 +1,4 @@
-"""Routed experts in the open against the fused op."""
+"""Routed experts in separate steps against the fused op."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from farthing.train.grouped import Routing, combine, plain_product
 from farthing.train.model import DeepSeekLM, MoE
 
 
-def test_the_open_form_gives_the_fused_result_and_gradients() -> None:
+def test_separate_steps_match_the_fused_result_and_gradients() -> None:
     torch.manual_seed(0)
     n, d, e, k, i = 37, 16, 6, 2, 8
-    ids = torch.stack([torch.randperm(5)[:k] for _ in range(n)])  # expert 5 gets nothing
+    ids = torch.stack([torch.randperm(5)[:k] for _ in range(n)])  # expert 5 gets no tokens
     leaves = [torch.randn(n, d), torch.rand(n, k), torch.randn(e, 2 * i, d) / 4, torch.randn(e, d, i) / 4]
     probe = torch.randn(n, d)
 
@@ -35,7 +35,7 @@ def test_the_open_form_gives_the_fused_result_and_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_routing_names_the_expert_and_token_of_every_real_row() -> None:
+def test_routing_gives_expert_and_token_of_every_real_row() -> None:
     ids = torch.tensor([[0, 2], [2, 1], [2, 0]])
     routing = Routing.of(ids, 4)
     pairs = set(zip(routing.token[routing.real].tolist(), routing.expert[routing.real].tolist(), strict=True))
@@ -43,7 +43,7 @@ def test_routing_names_the_expert_and_token_of_every_real_row() -> None:
     assert int(routing.real.sum()) == 6
 
 
-def test_a_layer_with_plain_products_is_the_layer(tiny: ModelConfig) -> None:
+def test_layer_with_plain_products_is_unchanged(tiny: ModelConfig) -> None:
     torch.manual_seed(1)
     model = DeepSeekLM(tiny)
     for p in model.parameters():

@@ -24,7 +24,7 @@ from farthing.train.optimizers import Muon, split_parameters
 def build(
     cfg: ModelConfig, out: Path, tokens: int = 32 * 12, hooks: tuple[Any, ...] = (), **options: Any
 ) -> Trainer:
-    """A trainer of a tiny model on random tokens; 32 tokens a step."""
+    """A trainer of a tiny model on random tokens; 32 tokens per step."""
     torch.manual_seed(5)
     model = DeepSeekLM(cfg)
     matrices, rest = split_parameters(model)
@@ -43,7 +43,7 @@ def build(
 
 
 class StopAt(BaseHook):
-    """Sends this process the signal that a user's Ctrl-C or a kill would."""
+    """Sends this process a signal, like Ctrl-C or kill."""
 
     def __init__(self, step: int, number: int) -> None:
         self.step, self.number = step, number
@@ -54,9 +54,7 @@ class StopAt(BaseHook):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_like_an_undisturbed_one(
-    tiny: ModelConfig, tmp_path: Path, number: int
-) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(tiny: ModelConfig, tmp_path: Path, number: int) -> None:
     whole = build(tiny, tmp_path / "whole")
     assert whole.run()
     first = build(tiny, tmp_path / "parts", hooks=(StopAt(5, number),))
@@ -79,7 +77,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
             )
 
 
-def test_a_kill_while_saving_keeps_the_last_state(
+def test_kill_while_saving_keeps_the_last_state(
     tiny: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = build(tiny, tmp_path)
@@ -111,7 +109,7 @@ def test_loss_falls_and_is_recorded(tiny: ModelConfig, tmp_path: Path) -> None:
     assert record[-1]["max_load"] >= 1
 
 
-def test_a_hook_and_an_infinite_gradient_skip_the_update(tiny: ModelConfig, tmp_path: Path) -> None:
+def test_hooks_and_infinite_gradients_skip_the_update(tiny: ModelConfig, tmp_path: Path) -> None:
     class Skip(BaseHook):
         def before_update(self, trainer: Trainer) -> None:
             trainer.skip_update = True
@@ -136,10 +134,10 @@ def test_schedule() -> None:
     assert schedule(0.0) > 0
 
 
-def test_bad_settings_are_named(tiny: ModelConfig, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="exactly one of minutes and tokens"):
+def test_errors_name_bad_settings(tiny: ModelConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="minutes, tokens: set exactly one"):
         LoopConfig(tmp_path)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="expected a positive length"):
         LoopConfig(tmp_path, minutes=-1.0)
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         build(tiny, tmp_path / "nothing").load()

@@ -19,7 +19,7 @@ from farthing.train.lsq import (
 
 @given(st.integers(0, 10_000), st.sampled_from([(-8, 7), (-127, 127)]), st.booleans())
 @settings(max_examples=30, deadline=None)
-def test_values_lie_on_the_grid_and_are_the_nearest(seed: int, ends: tuple[int, int], shifted: bool) -> None:
+def test_values_are_the_nearest_grid_points(seed: int, ends: tuple[int, int], shifted: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 12, generator=generator)
     scale = torch.rand(5, 1, generator=generator) * 0.1 + 0.01
@@ -33,7 +33,7 @@ def test_values_lie_on_the_grid_and_are_the_nearest(seed: int, ends: tuple[int, 
 
 
 def test_gradients_of_input_scale_and_offset() -> None:
-    """Straight through inside, none beyond; for the range LSQ equation 3, with its factor."""
+    """Straight-through within the range, zero beyond; for the range LSQ equation 3, with its factor."""
     x = torch.tensor([[0.26, -0.9, 5.0, -5.0]], requires_grad=True)
     scale = torch.tensor([[0.5]], requires_grad=True)
     offset = torch.tensor([[0.0]], requires_grad=True)
@@ -43,12 +43,12 @@ def test_gradients_of_input_scale_and_offset() -> None:
     factor = (4 * 3) ** -0.5
     expected = ((1 - 0.52) + (-2 + 1.8) + 3 - 4) * factor
     assert float(scale.grad) == pytest.approx(expected, abs=1e-6)
-    assert float(offset.grad) == pytest.approx(2 * factor)  # only clipped numbers move with the offset
+    assert float(offset.grad) == pytest.approx(2 * factor)  # only clipped values move with the offset
 
 
 @pytest.mark.slow  # it compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_rounding_gives_the_same(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_compiled_rounding_is_equal(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     def run() -> list[torch.Tensor]:
         torch.manual_seed(0)
         kept = []
@@ -71,7 +71,7 @@ def test_compiled_rounding_gives_the_same(monkeypatch: pytest.MonkeyPatch, dtype
         torch.testing.assert_close(a, b)
 
 
-def test_weights_start_at_the_shrink_of_least_error() -> None:
+def test_weights_start_at_the_shrink_with_the_least_error() -> None:
     torch.manual_seed(0)
     w = torch.randn(2, 6, 128)
     quantizer = WeightQuantizer(w.shape, 64)
@@ -88,7 +88,7 @@ def test_weights_start_at_the_shrink_of_least_error() -> None:
     )
 
 
-def test_group_ranges_follow_every_row() -> None:
+def test_group_ranges_are_per_row() -> None:
     quantizer = ActivationQuantizer("group", group=32)
     quantizer.start(4)
     x = torch.randn(7, 64) * torch.logspace(-2, 2, 7)[:, None]
@@ -98,7 +98,7 @@ def test_group_ranges_follow_every_row() -> None:
 
 
 def test_an_offset_helps_one_sided_inputs() -> None:
-    """What a SiLU leaves: LSQ+'s reason."""
+    """Inputs like those after SiLU, the motivation of LSQ+."""
     torch.manual_seed(0)
     x = torch.nn.functional.silu(torch.randn(512, 16) * 2)
     errors = []
@@ -115,7 +115,7 @@ def test_an_offset_helps_one_sided_inputs() -> None:
     assert errors[1] < 0.6 * errors[0]
 
 
-def test_a_clip_is_learned() -> None:
+def test_clip_is_learned() -> None:
     """One outlier in a group is worth clipping."""
     torch.manual_seed(0)
     x = torch.randn(256, 64)
@@ -131,7 +131,7 @@ def test_a_clip_is_learned() -> None:
     assert float((quantizer(x) - x).square().mean()) < before
 
 
-def test_sixteen_bits_round_nothing() -> None:
+def test_sixteen_bits_do_not_round() -> None:
     w = torch.randn(1, 8, 64)
     product = QuantizedProduct(w)
     product.start(w, Precision(16, 16))
@@ -140,6 +140,6 @@ def test_sixteen_bits_round_nothing() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 5, 32])
-def test_unknown_bits_are_refused(bits: int) -> None:
+def test_unknown_bits_are_rejected(bits: int) -> None:
     with pytest.raises(ValueError, match=f"weights is {bits} bits"):
         Precision(bits, 8)

@@ -1,4 +1,4 @@
-"""The recipe end to end on a folder of small files; evaluation; the checkpoint it writes."""
+"""The recipe end to end on small files; evaluation; the written checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY_RUN = [
 ]
 
 
-def test_command_trains_resumes_and_ships(sources: Path, tmp_path: Path) -> None:
+def test_command_trains_resumes_and_exports(sources: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     base = ["mite", "--out", str(out), "--data", str(sources), "--device", "cpu", "--json", *TINY_RUN]
     result = CliRunner().invoke(app, [*base, "--tokens", "2048"])
@@ -51,11 +51,11 @@ def test_command_trains_resumes_and_ships(sources: Path, tmp_path: Path) -> None
     assert all((sources / row["path"]).read_text() == row["text"] for row in rows)
 
 
-def test_unknown_settings_are_named() -> None:
+def test_errors_name_unknown_settings() -> None:
     assert apply_settings(Recipe(), ["muon_lr=0.5", "vocab_size=512", "decay=0.1"]).model.vocab_size == 512
     with pytest.raises(ValueError, match="unknown field"):
         apply_settings(Recipe(), ["nonsense=1"])
-    with pytest.raises(ValueError, match="must be JSON"):
+    with pytest.raises(ValueError, match="expected a JSON value"):
         apply_settings(Recipe(), ["muon_lr=fast"])
 
 
@@ -119,7 +119,7 @@ def test_windows_score_every_target_once(n: int, length: int, data: st.DataObjec
 
 
 def test_bits_per_byte_of_a_uniform_model(tiny: ModelConfig) -> None:
-    """A model that knows nothing needs log2(vocabulary) bits a token."""
+    """An untrained model needs log2(vocabulary) bits per token."""
     model = DeepSeekLM(tiny).eval()
     with torch.no_grad():
         model.embed_tokens.zero_()

@@ -74,7 +74,7 @@ def fuse_experts(tensors: dict[str, torch.Tensor], cfg: ModelConfig) -> dict[str
 
 
 def test_mtp_equals_an_independent_forward(tiny: ModelConfig) -> None:
-    """The MTP layer, written out token by token from the checkpoint's own tensors."""
+    """The MTP layer, computed token by token from the checkpoint's tensors."""
     model = randomized(tiny, 1)
     w = {k.removeprefix("model.layers.3."): v for k, v in to_tensors(model).items() if "layers.3." in k}
     embedding = model.embed_tokens.detach()
@@ -201,7 +201,7 @@ def test_rebalance_pushes_towards_the_idle_expert(tiny: ModelConfig) -> None:
     assert not router.load.any()
 
 
-def test_names_survive_the_round_trip(tiny: ModelConfig) -> None:
+def test_names_round_trip(tiny: ModelConfig) -> None:
     a, b = randomized(tiny, 2), DeepSeekLM(tiny)
     tensors = to_tensors(a)
     from_tensors(b, tensors)
@@ -220,6 +220,6 @@ def test_names_survive_the_round_trip(tiny: ModelConfig) -> None:
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7"),
     ],
 )
-def test_bad_config_is_named(tiny: ModelConfig, change: dict[str, int], message: str) -> None:
+def test_errors_name_the_config_field(tiny: ModelConfig, change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DeepSeekLM(dataclasses.replace(tiny, **change))

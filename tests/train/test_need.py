@@ -1,4 +1,4 @@
-"""The need of neurons is the loss without them; noise and the unpruned model are the controls."""
+"""The need of neurons is the rise of the loss without them; controls: noise and the unpruned model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def loss(model: DeepSeekLM, tokens: torch.Tensor) -> float:
     return float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-def test_need_is_the_rise_of_the_loss_and_the_model_is_left_as_it_was(
+def test_need_is_the_rise_of_the_loss_and_the_model_is_unchanged(
     model: DeepSeekLM, tokens: torch.Tensor
 ) -> None:
     before = copy.deepcopy(model.state_dict())
@@ -51,7 +51,7 @@ def test_need_is_the_rise_of_the_loss_and_the_model_is_left_as_it_was(
     assert not any(s.name.startswith("mtp") for s in slices)
 
 
-def test_the_threshold_leaves_at_most_the_wanted_share(model: DeepSeekLM, tokens: torch.Tensor) -> None:
+def test_threshold_leaves_at_most_the_given_share(model: DeepSeekLM, tokens: torch.Tensor) -> None:
     slices = needs(model, tokens)
     for share in (0.3, 0.7, 0.9):
         assert needed_share(slices, threshold(slices, share)) <= share
@@ -60,14 +60,14 @@ def test_the_threshold_leaves_at_most_the_wanted_share(model: DeepSeekLM, tokens
     assert needed_share(untouched, least) == pytest.approx(needed_share(slices, least))
 
 
-def test_weights_of_zero_are_not_needed(model: DeepSeekLM, tokens: torch.Tensor) -> None:
+def test_zero_weights_are_not_needed(model: DeepSeekLM, tokens: torch.Tensor) -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.0)
     assert needed_share(needs(model, tokens), 1e-9) == 0
 
 
-def test_the_random_twin_has_the_sizes_and_none_of_the_weights(model: DeepSeekLM) -> None:
+def test_random_twin_has_equal_sizes_and_other_weights(model: DeepSeekLM) -> None:
     twin = random_twin(model, 1)
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert a.shape == b.shape and (a.ndim < 2 or not torch.equal(a, b)), name

@@ -12,7 +12,7 @@ from farthing.train.optimizers import Muon, orthogonalize, split_parameters
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32), (5, 3, 8, 24)])
-def test_singular_values_come_out_near_one(shape: tuple[int, ...]) -> None:
+def test_singular_values_are_near_one(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     m = torch.randn(shape) * torch.logspace(0, -1, shape[-1])
     out = orthogonalize(m, steps=6, dtype=torch.float32)
@@ -22,7 +22,7 @@ def test_singular_values_come_out_near_one(shape: tuple[int, ...]) -> None:
     assert values.max() < 1.3
 
 
-def test_directions_are_kept() -> None:
+def test_directions_are_preserved() -> None:
     """The result is U V^T of the input: the same singular vectors, whatever the scale of the input."""
     torch.manual_seed(0)
     m = torch.randn(24, 40) * 1e-3
@@ -32,7 +32,7 @@ def test_directions_are_kept() -> None:
     assert (diagonal - torch.diag(diagonal.diag())).abs().max() < 1e-3
 
 
-def test_a_stack_is_treated_matrix_by_matrix() -> None:
+def test_stack_is_processed_per_matrix() -> None:
     torch.manual_seed(0)
     stack, single = nn.Parameter(torch.zeros(3, 8, 12)), [nn.Parameter(torch.zeros(8, 12)) for _ in range(3)]
     gradient = torch.randn(3, 8, 12)
@@ -66,7 +66,7 @@ def test_fits_a_linear_map() -> None:
     assert losses[-1] < losses[0] * 0.01
 
 
-def test_vectors_are_refused() -> None:
+def test_vectors_are_rejected() -> None:
     with pytest.raises(ValueError, match="AdamW"):
         Muon([nn.Parameter(torch.zeros(3))])
 

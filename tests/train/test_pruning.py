@@ -1,4 +1,4 @@
-"""Activity, removals, schedule, back-off, resuming, and the engine's reading of the result."""
+"""Activity, pruning, schedule, back-off, resuming, and serving the result."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model(tiny: ModelConfig) -> DeepSeekLM:
     return made.eval()
 
 
-def test_activity_is_the_definition_written_out() -> None:
+def test_activity_matches_its_definition() -> None:
     activity = Activity.empty(2, 3, tau=0.5)
     c = torch.tensor([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0], [0.0, 0.0, 9.0]])
     activity.add(c, torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0, 1.0]))
@@ -58,7 +58,7 @@ def test_activity_is_the_definition_written_out() -> None:
     assert activity.busy() == pytest.approx(4 / 6)
 
 
-def test_measured_contributions_are_those_of_the_model(model: DeepSeekLM) -> None:
+def test_measured_contributions_match_the_model(model: DeepSeekLM) -> None:
     tokens = torch.randint(0, model.cfg.vocab_size, (2, 17))
     found = measure(model, tokens, 0.3)
     assert {name for name, _ in mlps(model)} == found.keys()
@@ -85,12 +85,12 @@ def test_dropping_neurons_without_weights_changes_nothing(model: DeepSeekLM) -> 
     assert model.cfg.layer_sizes[1].moe_intermediate_size == 16
 
 
-def test_dropping_experts_keeps_the_others_apart(model: DeepSeekLM) -> None:
-    """Experts that the bias forbids are never chosen, so their removal changes nothing."""
+def test_dropping_experts_preserves_the_others(model: DeepSeekLM) -> None:
+    """Experts excluded by the bias are never selected, so their removal changes nothing."""
     tokens = torch.randint(0, model.cfg.vocab_size, (1, 20))
     gone = torch.tensor([1, 3, 4, 7])  # one of each of four groups
     moe = model.layers[2].mlp
-    # Two experts a group: the group's score is their sum, so the forbidden one must not sink its group.
+    # Two experts per group: the group's score is their sum, so the excluded one must not sink its group.
     model.layers[2].mlp.gate.cfg = dataclasses.replace(moe.gate.cfg, topk_group=4)
     moe.gate.e_score_correction_bias[gone] = -100.0
     before = model(tokens)
@@ -99,7 +99,7 @@ def test_dropping_experts_keeps_the_others_apart(model: DeepSeekLM) -> None:
     torch.testing.assert_close(model(tokens), before)
 
 
-def test_optimizer_state_is_cut_with_its_parameter(model: DeepSeekLM) -> None:
+def test_optimizer_state_shrinks_with_its_parameter(model: DeepSeekLM) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters()], lr=1e-3)
     model.train().loss(torch.randint(0, model.cfg.vocab_size, (2, 17)), 0.3)["loss"].backward()
     optimizer.step()
@@ -115,14 +115,14 @@ def test_optimizer_state_is_cut_with_its_parameter(model: DeepSeekLM) -> None:
 def test_candidates_keep_routing_possible(model: DeepSeekLM) -> None:
     activities = measure(model, torch.randint(0, model.cfg.vocab_size, (2, 33)), 0.3)
     cuts = list(candidates(model, activities, PruneConfig(multiple=8)))
-    assert all(c.kind == "neurons" for c in cuts)  # two experts a group, and a group needs two
+    assert all(c.kind == "neurons" for c in cuts)  # two experts per group, and a group needs two
     assert all(0 <= c.cost <= 1 and c.parameters > 0 for c in cuts)
     before = mlp_parameters(model)
     apply_cut(model, cuts[0], [])
     assert before - mlp_parameters(model) == cuts[0].parameters
 
 
-def test_a_run_prunes_and_the_engine_serves_the_result(
+def test_run_prunes_and_the_engine_serves_the_result(
     checkpoint: Path,
     tmp_path: Path,
     sources: Path,
@@ -150,7 +150,7 @@ def _engine_agrees(out: Path, trained: DeepSeekLM) -> None:
     torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_nothing_goes_while_the_loss_is_above_its_bound(
+def test_pruning_pauses_while_the_loss_is_above_its_bound(
     checkpoint: Path,
     tmp_path: Path,
     sources: Path,
@@ -168,11 +168,11 @@ def test_nothing_goes_while_the_loss_is_above_its_bound(
     trainer.tokens = settings.tokens * 3 // 4
     hook.before_step(trainer)
     late = hook.removed(trainer.model)  # type: ignore[arg-type]
-    assert 0 < late < 0.28  # the schedule waited too
+    assert 0 < late < 0.28  # the schedule also waited
 
 
-def test_a_run_that_hurts_backs_off(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
-    """A model that knows its text, nothing to heal it (no learning rate): the bound alone stops the cuts."""
+def test_harmful_pruning_backs_off(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
+    """A trained model without recovery (zero learning rate): only the bound stops pruning."""
     settings = dataclasses.replace(settings_of(checkpoint, tmp_path / "a", sources), tokens=64 * 20)
     _learn(checkpoint, settings)
     config = PruneConfig(target=0.6, end=0.5, every=1, multiple=8, calibration_windows=2, lr=0.0)
@@ -193,7 +193,7 @@ def test_a_run_that_hurts_backs_off(checkpoint: Path, tmp_path: Path, sources: P
 
 
 def _learn(checkpoint: Path, settings: Settings) -> None:
-    """Teaches the checkpoint its text, so that cuts cost something."""
+    """Train the checkpoint on its text, so that pruning has a cost."""
     model, text = load_checkpoint(checkpoint), Text.load(settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -203,10 +203,10 @@ def _learn(checkpoint: Path, settings: Settings) -> None:
     save_checkpoint(model, text.tokenizer, checkpoint, fp8=False)
 
 
-def test_whole_experts_go_and_the_engine_routes_among_the_rest(
+def test_whole_experts_are_removed_and_the_engine_routes_among_the_rest(
     wide: ModelConfig, tmp_path: Path, sources: Path
 ) -> None:
-    cfg = dataclasses.replace(wide, n_group=2, topk_group=2)  # four experts a group: two may go
+    cfg = dataclasses.replace(wide, n_group=2, topk_group=2)  # four experts per group: two may be removed
     model = random_checkpoint(cfg, tmp_path / "model", sources)
     config = PruneConfig(target=0.3, every=1, multiple=96, bound=10.0, calibration_windows=2)  # no neurons
     summary = train_prune(settings_of(model, tmp_path / "run", sources), config, console=QUIET)
@@ -245,7 +245,7 @@ def test_interrupted_run_resumes_with_its_sizes(
     assert all(torch.equal(whole[name], parted[name]) for name in whole if not name.endswith("load"))
 
 
-def test_sizes_survive_the_checkpoint(model: DeepSeekLM, tmp_path: Path, sources: Path) -> None:
+def test_sizes_round_trip_through_the_checkpoint(model: DeepSeekLM, tmp_path: Path, sources: Path) -> None:
     from farthing.train import data
 
     keep = torch.arange(24).expand(8, -1)
@@ -269,7 +269,7 @@ def test_sizes_survive_the_checkpoint(model: DeepSeekLM, tmp_path: Path, sources
         ([{"n_routed_experts": 20}] * 6, "n_group is 8; expected a divisor of n_routed_experts = 20"),
     ],
 )
-def test_wrong_layer_sizes_are_named(value: list[dict[str, int]], message: str) -> None:
+def test_errors_name_wrong_layer_sizes(value: list[dict[str, int]], message: str) -> None:
     raw = json.loads((resolve_model("mite") / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_json(raw | {"layer_sizes": value})
@@ -280,13 +280,13 @@ def test_inspect_counts_the_parameters_of_unequal_layers() -> None:
     whole = model_cost(ModelConfig.from_json(raw))
     own = [{"intermediate_size": 600}, {"n_routed_experts": 24}, {"moe_intermediate_size": 48}, {}, {}, {}]
     small = model_cost(ModelConfig.from_json(raw | {"layer_sizes": own}))
-    experts = 8 * 3 * 64 * 256 + 8 * 256 + 8  # with their rows of the router
+    experts = 8 * 3 * 64 * 256 + 8 * 256 + 8  # including their router rows
     width = (32 + 1) * 3 * 16 * 256
     assert whole.total_parameters - small.total_parameters == 40 * 3 * 256 + experts + width
     assert whole.active_routed_parameters - small.active_routed_parameters == 8 * 3 * 16 * 256
 
 
-def test_the_command_fails_where_the_result_ends_outside_its_bound(
+def test_command_fails_if_the_result_exceeds_its_bound(
     checkpoint: Path, tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(model: DeepSeekLM, *args: object) -> float:

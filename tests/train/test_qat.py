@@ -1,4 +1,4 @@
-"""Quantization-aware training end to end on a tiny model, and its export through the engine's own reading."""
+"""Quantization-aware training end to end on a tiny model, and its export as loaded by the engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STAGES = ((0.0, Precision(8, 8)), (0.3, Precision(4, 8)), (0.5, Precision(4, 4))
 QUIET = Console(quiet=True)
 
 
-def test_the_distillation_is_the_kl_divergence_with_its_gradient() -> None:
+def test_distillation_is_the_kl_divergence_with_its_gradient() -> None:
     torch.manual_seed(0)
     head, teacher = torch.randn(50, 8), torch.randn(9, 8)
     targets = torch.randint(0, 50, (9,))
@@ -52,8 +52,8 @@ def test_the_distillation_is_the_kl_divergence_with_its_gradient() -> None:
         torch.testing.assert_close(rise, (cross - base).detach())
 
 
-def test_training_recovers_what_rounding_lost(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
-    """The student's distance from its teacher, before and after (the model is random: text says nothing)."""
+def test_training_recovers_the_rounding_loss(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
+    """The student's distance from its teacher, before and after (the random model predicts no text)."""
     config = QatConfig(stages=STAGES, group=32, block_steps=4, block_windows=8)
     settings = dataclasses.replace(settings_of(checkpoint, tmp_path / "run", sources), tokens=64 * 40)
     trainer, text, teacher = build(settings, config, QUIET)
@@ -73,9 +73,7 @@ def test_training_recovers_what_rounding_lost(checkpoint: Path, tmp_path: Path, 
     assert distance() < 0.9 * untrained
 
 
-def test_the_command_writes_checkpoint_summary_and_picture(
-    checkpoint: Path, tmp_path: Path, sources: Path
-) -> None:
+def test_command_writes_checkpoint_summary_and_plot(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
     config = QatConfig(stages=((0.0, Precision(4, 4)),), group=32, block_steps=0)
     summary = train_qat(settings_of(checkpoint, tmp_path / "run", sources), config, console=QUIET)
     assert summary is not None and summary["precision"] == "W4A4"
@@ -104,23 +102,21 @@ def test_interrupted_run_resumes_with_the_same_ranges(
     assert all(torch.equal(whole[name], parted[name]) for name in whole)
 
 
-def test_the_export_holds_the_integers_the_training_rounded_to(
-    checkpoint: Path, tmp_path: Path, sources: Path
-) -> None:
+def test_export_has_the_integers_of_training(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
     net = load_checkpoint(checkpoint)
     student = QatModel(net, QatConfig(group=32))
     student.start(Precision(4, 4))
     net.eval()
     ids = torch.randint(3, 300, (1, 24))
     with torch.no_grad():
-        net(ids)  # ranges begin
+        net(ids)  # initializes the ranges
         for quantizer in student.products.modules():
             if hasattr(quantizer, "log_scale") and quantizer.log_scale.ndim == 0:
                 quantizer.log_scale.fill_(-0.1)
     out = tmp_path / "exported"
     save_quantized(student, checkpoint, out)
     for name in student.weights():
-        if name.endswith("kv_b_proj"):  # 8 bits in training, the exact cache below
+        if name.endswith("kv_b_proj"):  # 8 bits in training, checked with the exact cache below
             student.product_of(name).input_quantizer.bits = 16
     with torch.no_grad():
         expected = net.logits(net(ids))[0]
@@ -139,7 +135,7 @@ def test_the_export_holds_the_integers_the_training_rounded_to(
     assert float((found - expected).norm() / expected.norm()) < 0.05
 
 
-def test_only_what_kernels_have_is_exported(checkpoint: Path, tmp_path: Path) -> None:
+def test_only_supported_formats_are_exported(checkpoint: Path, tmp_path: Path) -> None:
     student = QatModel(load_checkpoint(checkpoint), QatConfig(group=32))
     student.start(Precision(8, 8))
     with pytest.raises(ValueError, match="expected 4-bit weights"):
@@ -154,15 +150,15 @@ def test_only_what_kernels_have_is_exported(checkpoint: Path, tmp_path: Path) ->
         ("mtp.block.self_attn.o_proj", "model.layers.5.self_attn.o_proj"),
     ],
 )
-def test_names_of_the_checkpoint(name: str, module: str) -> None:
+def test_checkpoint_names(name: str, module: str) -> None:
     assert module_name(name, 5) == module
 
 
-def test_stages_are_read_and_refused() -> None:
+def test_stages_are_parsed_and_validated() -> None:
     assert parse_stages("0:W8A8, 0.5:W4A4") == ((0.0, Precision(8, 8)), (0.5, Precision(4, 4)))
     with pytest.raises(ValueError, match="expected START:W<bits>A<bits>"):
         parse_stages("W4A4")
-    with pytest.raises(ValueError, match="first to begin at 0"):
+    with pytest.raises(ValueError, match="first to start at 0"):
         QatConfig(stages=parse_stages("0.5:W4A4"))
 
 
@@ -175,7 +171,7 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny: ModelConfig) -> N
 
 @pytest.mark.parametrize("clip", [1.0, 0.8])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_cpu_kernels_round_inputs_as_training_did(clip: float, tokens: int) -> None:
+def test_cpu_kernels_round_inputs_like_training(clip: float, tokens: int) -> None:
     native = pytest.importorskip("farthing._native")
     if not hasattr(native.Packed, "round_inputs"):
         pytest.skip("the installed kernels are older than 4-bit inputs")
@@ -192,7 +188,7 @@ def test_cpu_kernels_round_inputs_as_training_did(clip: float, tokens: int) -> N
     assert float((eight - exact).norm() / exact.norm()) > 0.02
 
 
-def test_a_packed_file_keeps_the_rounding_of_inputs(tmp_path: Path) -> None:
+def test_packed_file_keeps_the_rounding_of_inputs(tmp_path: Path) -> None:
     native = pytest.importorskip("farthing._native")
     if not hasattr(native.Packed, "round_inputs"):
         pytest.skip("the installed kernels are older than 4-bit inputs")

@@ -1,4 +1,4 @@
-"""Smoothing changes no output of the float model, and makes the channels of every 4-bit input alike."""
+"""Smoothing changes no output of the float model and equalizes the channels of every 4-bit input."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def outputs(model: DeepSeekLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_the_float_model_stays_what_it_was(uneven: DeepSeekLM, strength: float) -> None:
+def test_float_model_is_unchanged(uneven: DeepSeekLM, strength: float) -> None:
     tokens = torch.randint(0, uneven.cfg.vocab_size, (2, 33))
     before, weights = outputs(uneven, tokens), copy.deepcopy(uneven.state_dict())
     smooth(uneven, tokens, strength)
@@ -49,7 +49,7 @@ def test_the_float_model_stays_what_it_was(uneven: DeepSeekLM, strength: float) 
     assert same == (strength == 0)
 
 
-def test_full_strength_makes_channels_alike(uneven: DeepSeekLM) -> None:
+def test_full_strength_equalizes_channels(uneven: DeepSeekLM) -> None:
     tokens = torch.randint(0, uneven.cfg.vocab_size, (2, 33))
     layer = uneven.layers[1]
     seen: list[Tensor] = []
@@ -66,7 +66,7 @@ def test_full_strength_makes_channels_alike(uneven: DeepSeekLM) -> None:
     assert spread() < 1.01
 
 
-def test_four_bit_inputs_lose_less_after_it(uneven: DeepSeekLM) -> None:
+def test_smoothing_reduces_the_loss_of_4_bit_inputs(uneven: DeepSeekLM) -> None:
     tokens = torch.randint(0, uneven.cfg.vocab_size, (2, 33))
     exact = outputs(uneven, tokens)[0]
 
@@ -80,6 +80,6 @@ def test_four_bit_inputs_lose_less_after_it(uneven: DeepSeekLM) -> None:
     assert error(uneven) < 0.9 * plain
 
 
-def test_a_strength_that_is_none_is_refused(uneven: DeepSeekLM) -> None:
+def test_invalid_strength_is_rejected(uneven: DeepSeekLM) -> None:
     with pytest.raises(ValueError, match=r"smoothing is 1\.5; expected 0"):
         smooth(uneven, torch.zeros(1, 9, dtype=torch.int64), 1.5)

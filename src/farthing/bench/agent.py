@@ -86,11 +86,11 @@ def recorded(path: Path, count: int, turns: int, characters: int) -> list[Sessio
         sessions = [_recorded(case["messages"], turns, characters) for case in cases if "messages" in case]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no recording of sessions: {error!r}; expected JSON with `cases`"
+            f"{path} is not a recording of sessions ({error!r}); expected JSON with `cases`"
         ) from error
     sessions = [session for session in sessions if len(session.says) > 1]
     if not sessions:
-        raise ValueError(f"{path} holds no session of two turns; expected `cases` with `messages`")
+        raise ValueError(f"{path} has no session of two turns; expected `cases` with `messages`")
     return [sessions[number % len(sessions)] for number in range(count)]
 
 

@@ -16,7 +16,7 @@ from farthing.bench.workload import Shape, closed_loop, poisson
 class Trial:
     """One measured rate."""
 
-    rate: float  # requests a second
+    rate: float  # requests per second
     goodput: float
     ttft_p99_ms: float
     tpot_p99_ms: float
@@ -34,7 +34,7 @@ class Capacity:
     trials: tuple[Trial, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """As JSON-serializable values."""
         return asdict(self)
 
 

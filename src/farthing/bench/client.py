@@ -1,4 +1,4 @@
-"""One streamed completion or chat over HTTP/1.1, timed token by token.
+"""Stream a completion or chat over HTTP/1.1 and time every token.
 
 Built on asyncio streams, because a load generator that shares two cores with the server must be cheap. Works
 with any OpenAI-compatible server. If the server reports usage in every chunk (`continuous_usage_stats`,

@@ -1,10 +1,10 @@
-"""The savings and the quality loss of each lever: `farthing bench cost`.
+"""`farthing bench cost`: the savings and quality loss of each lever.
 
 Every row is one way to serve the same checkpoint on this machine's CPU, measured in its own process (see
 `cost_probe`): the original (Hugging Face, eager, bfloat16), then Farthing with one more lever per row
-(`levers`). The rows of a round follow each other, so a change in the machine's speed affects all of them;
-figures are medians over rounds. Every row runs with one thread and with all, and the faster run counts: on
-a small model or a busy machine threads may cost more than they gain, for the original most of all.
+(`levers`). Rows are interleaved in rounds, so a change in the machine's speed affects all of them;
+figures are medians over rounds. Every row runs with one thread and with all, and the faster run counts: on a
+small model or a busy machine threads may cost more than they gain, especially for the original.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Comparison:
 
 def prompts_for(model: Path, vocabulary: int, count: int, length: int) -> tuple[tuple[int, ...], ...]:
     """`count` prompts of `length` token ids: from the checkpoint's held-out text if it has one (so that
-    speculation sees the text the model was made for), otherwise fixed random ids."""
+    speculation sees realistic text), otherwise fixed random ids."""
     if (model / "heldout.jsonl").exists() and (model / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 
@@ -125,7 +125,7 @@ def compare(
     """
     book = _Record(record, workload, rows)
     for turn in range(rounds):
-        # The two rows needed for the claims come first, in case the run is interrupted.
+        # The two rows needed for the claims run first, in case the run is interrupted.
         for lever in (rows[0], *reversed(rows[1:])):
             if len(book.probes[lever.name]) <= turn:
                 tries = [_probe(lever, workload, machine, n) for n in sorted({1, usable_cpus()})]
@@ -152,7 +152,7 @@ class _Record:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["asked"] != self._asked:
             raise ValueError(
-                f"record is {str(path)!r}, which holds other rows or another workload; expected a new file"
+                f"record is {str(path)!r}, from other rows or another workload; expected a new file"
             )
         self.probes |= {name: [Probe(**p) for p in probes] for name, probes in kept["probes"].items()}
 
@@ -200,7 +200,7 @@ def _probe(lever: Lever, workload: Workload, machine: Machine, threads: int) -> 
     command = [sys.executable, "-m", "farthing.bench.cost_probe"]
     run = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if run.returncode:
-        last = run.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        last = run.stderr.strip().splitlines()[-1:] or ["no output"]
         raise RuntimeError(f"{lever.name}: exit status {run.returncode}: {last[0]}")
     return Probe(**json.loads(run.stdout.splitlines()[-1]))
 

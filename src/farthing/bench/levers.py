@@ -48,18 +48,16 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Held-out text, split by document: one half for calibration, the other only for the figures."""
+    """Held-out text, split by document: one half for calibration, the other only for evaluation."""
 
     calibration: Corpus
     judged: Corpus
 
     @classmethod
     def of(cls, source: Path, max_tokens: int | None = None) -> Texts:
-        """Raises ValueError if `source` has no tokenizer."""
+        """Split the held-out text of `source`. Raises ValueError without a tokenizer."""
         if not (source / "tokenizer.json").exists():
-            raise ValueError(
-                f"{source} has no tokenizer.json; expected one: without text no quality can be measured"
-            )
+            raise ValueError(f"{source} has no tokenizer.json; expected one to measure quality on text")
         config = ModelConfig.from_directory(source)
         return cls(*halves(load_corpus(held_out_sample(), source, config, WINDOW, max_tokens)))
 
@@ -80,7 +78,7 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
         rest = (1 + budget) / (1 + max(0.0, spent)) - 1
         if rest <= 0:
             say(
-                f"{made.name} costs {spent:+.2%} on the calibration text: no budget left for adaptive experts"
+                f"{made.name} costs {spent:+.2%} on the calibration text; no budget left for adaptive experts"
             )
         else:
             made = _calibrated(made, work / "adaptive", "adaptive-experts", rest, say)

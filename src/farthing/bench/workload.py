@@ -62,7 +62,7 @@ def from_trace(
     """
     rows = read_requests(path)[:limit]
     if not rows:
-        raise ValueError(f"{path} holds no request; expected a CSV or JSON-lines trace")
+        raise ValueError(f"{path} has no requests; expected a CSV or JSON-lines trace")
     prompts, start = _Prompts(shape, seed), rows[0].at_s
     out = []
     for at, inputs, outputs, blocks in rows:

@@ -1,4 +1,4 @@
-"""Reading the compressed-tensors format (0.20): W8A8, W4A16 and FP8 blocks -> `Weight`.
+"""Read the compressed-tensors format (0.20): W8A8, W4A16 and FP8 blocks -> `Weight`.
 
 Legend: N rows, K columns, g group size. Element i of a packed row sits at bit 4 i of its little-endian
 words, as u = q + 8; zero points are packed the same way along dimension 0.

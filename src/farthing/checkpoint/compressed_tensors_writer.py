@@ -1,4 +1,4 @@
-"""Writing the compressed-tensors format (0.20): `Weight` -> tensors, and `quantization_config`.
+"""Write the compressed-tensors format (0.20): `Weight` -> tensors, and `quantization_config`.
 
 INT8 routed experts have two forms. llm-compressor writes plain int8 matrices (`int-quantized`), which vLLM
 serves as W8A8. transformers 5.24 fuses the experts and decompresses packed ones only, so `packed` writes them
@@ -36,15 +36,15 @@ def _words(data: Tensor) -> Tensor:
 def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tensor]:
     """The tensors of one module, by full name; packed: see the module's docstring.
 
-    Raises ValueError on a scale that is zero or not finite, and on a negative one outside INT4, where the
-    sign says which end of the range reaches further (AutoRound writes such scales too).
+    Raises ValueError for a scale that is zero or not finite, and for a negative one outside INT4, where the
+    sign selects the end of the range that reaches further (AutoRound writes such scales too).
     """
     if weight.format == "dense":
         return {f"{module}.weight": weight.data}
     assert weight.scale is not None
     size = weight.scale.abs() if weight.format == "int4" else weight.scale
     if not bool(((size > 0) & size.isfinite()).all()):
-        raise ValueError(f"{module}: a scale is zero, negative or not finite; refusing to write it")
+        raise ValueError(f"{module}: a scale is zero, negative or not finite; expected finite scales > 0")
     out = {f"{module}.weight_scale": weight.scale}
     if weight.format == "fp8" or (weight.format == "int8" and not packed):
         return out | {f"{module}.weight": weight.data}

@@ -20,9 +20,9 @@ def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple
     """
     _check_matrix("w", w)
     if not w.is_floating_point():
-        raise ValueError(f"w has dtype {w.dtype}; quantize_blocks takes a floating-point matrix")
+        raise ValueError(f"w has dtype {w.dtype}; expected a floating-point matrix")
     if not torch.isfinite(w).all():
-        raise ValueError("w holds inf or nan; E4M3 blocks can only store finite weights")
+        raise ValueError("w has inf or nan; expected finite weights")
     tiles = _tiles(w.float(), block)  # [rows, block, cols, block]
     amax = tiles.abs().amax(dim=(1, 3))
     scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
@@ -41,8 +41,8 @@ def dequantize_blocks(
     expected = (-(-w8.shape[0] // block), -(-w8.shape[1] // block))
     if tuple(scale_inv.shape) != expected:
         raise ValueError(
-            f"scale_inv has shape {tuple(scale_inv.shape)}; a {tuple(w8.shape)} weight in blocks of {block} "
-            f"needs {expected}"
+            f"scale_inv has shape {tuple(scale_inv.shape)}; expected {expected} for a {tuple(w8.shape)} "
+            f"weight in blocks of {block}"
         )
     tiles = _tiles(w8.float(), block) * scale_inv.float()[:, None, :, None]
     return _untile(tiles, w8.shape).to(dtype)

@@ -46,7 +46,7 @@ class InputScales:
         key = shared_input(module)
         if key not in self._known:
             if f"{module}{SUFFIX}" not in self._sharing.get(key, ()):
-                raise CheckpointError("input_scale is missing, though input_activations are static")
+                raise CheckpointError("input_scale is missing, but input_activations are static")
             self._known[key] = max(self._one(name) for name in self._sharing[key])
         return self._known[key]
 

@@ -286,7 +286,7 @@ class Checkpoint:
         return weight
 
     def _where(self, name: str) -> str:
-        """The file that holds a tensor, or the index that should list it."""
+        """The file of a tensor, or the index that should list it."""
         files = self._shards.file_of
         sibling = name.rpartition(".")[0]
         file = files.get(name) or next((f for n, f in files.items() if n.startswith(f"{sibling}.")), None)
@@ -298,5 +298,5 @@ class Checkpoint:
         return (
             f"; found {', '.join(siblings)}"
             if siblings
-            else f"; expected it beside {len(list(self.names()))} others"
+            else f"; expected it next to {len(list(self.names()))} others"
         )

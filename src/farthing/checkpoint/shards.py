@@ -74,7 +74,7 @@ class Shards:
             self.file_of = dict.fromkeys(self._names[SINGLE], SINGLE)
         else:
             raise CheckpointError(
-                f"{path}: holds neither {SINGLE} nor {INDEX}; expected a Hugging Face directory"
+                f"{path}: has neither {SINGLE} nor {INDEX}; expected a Hugging Face directory"
             )
 
     def read(self, name: str) -> Tensor:
@@ -119,7 +119,7 @@ class Shards:
         self._handed_out = 0
 
     def _holder(self, name: str) -> Any:
-        """The open file of a tensor. Raises CheckpointError if it does not hold it."""
+        """The open file with a tensor. Raises CheckpointError if the tensor is missing."""
         file = self.file_of[name]
         handle = self._handle(file)
         if name not in self._names[file]:
@@ -130,7 +130,7 @@ class Shards:
         if file not in self._open:
             path = self.path / file
             if not path.is_file():
-                raise CheckpointError(f"{path}: the file is missing, though {INDEX} names it")
+                raise CheckpointError(f"{path}: the file is missing, but {INDEX} names it")
             try:
                 self._open[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError, ValueError) as error:

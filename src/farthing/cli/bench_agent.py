@@ -1,4 +1,4 @@
-"""`farthing bench serve --workload agent`: sessions whose every turn sends the whole conversation again."""
+"""`farthing bench serve --workload agent`: multi-turn sessions that resend the conversation every turn."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from farthing.cli.progress import token_progress
 if TYPE_CHECKING:
     from farthing.bench.client import Target
 
-_CHARACTERS = 2  # a token of a recording stands for at least as many
+_CHARACTERS = 2  # assumed minimum characters per token of a recording
 
 
 def plan(
     recording: Path | None, sessions: int, turns: int, output_tokens: int, max_len: int, seed: int
 ) -> list[Session]:
-    """Synthetic sessions, or those of a recording within max_len tokens with their answers."""
+    """Synthetic sessions, or those recorded sessions that fit max_len tokens with their answers."""
     try:
         if recording is None:
             return synthetic(SessionShape(turns), sessions, seed)
@@ -49,7 +49,7 @@ def run(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Run them and print the figures; exit status 1 if a turn failed."""
+    """Run the sessions and print the results; exit status 1 if a turn failed."""
     with token_progress("turns", sum(len(session.says) for session in sessions)) as advance:
         timings = asyncio.run(
             run_sessions(target, sessions, concurrency, output_tokens, lambda _: advance(1), seed=seed)
@@ -74,7 +74,7 @@ def _print(result: AgentResult) -> None:
     print_percentiles(title, rows)
     print(
         f"{result.cached_share:.1%} of {result.prompt_tokens:,} prompt tokens from the prefix cache, "
-        f"{result.cached_share_later:.1%} later ({result.reused_share:.1%} of what was not new); "
+        f"{result.cached_share_later:.1%} in later turns ({result.reused_share:.1%} of repeated tokens); "
         f"{result.output_tokens:,} tokens generated"
     )
     if result.usd_per_session is not None:

@@ -1,4 +1,4 @@
-"""`farthing check`: whether a model directory works here, in about a minute."""
+"""`farthing check`: check that a model directory works on this machine, in about a minute."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ app = typer.Typer()
 def check(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Hidden layers to run. Default: the dense ones and one more.")
+        int | None,
+        typer.Option(min=1, help="Number of layers to run. Default: the dense layers and one MoE layer."),
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu or gpu.")] = "reference",
 ) -> None:
-    """Configuration, tokenizer and first layers of a model; its logits against transformers, if installed."""
+    """Check configuration, tokenizer and first layers; compare logits with transformers if installed."""
     import torch
 
     from farthing.engine.check import check as findings

@@ -1,4 +1,4 @@
-"""`farthing compress`: a smaller, faster checkpoint, checked for accuracy."""
+"""`farthing compress`: write a smaller, faster checkpoint and check its accuracy."""
 
 from __future__ import annotations
 
@@ -24,46 +24,55 @@ app = typer.Typer()
 )
 def compress(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The directory to write.")] = None,
-    recipe: Annotated[str, typer.Option(help="A recipe by name (see --list), or a .yaml file.")] = "int8",
-    calibration: Annotated[Path | None, typer.Option(help="JSON lines with 'text' or 'ids'.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Held-out JSON lines for the accuracy gate.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output directory.")] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe name (see --list) or .yaml file.")] = "int8",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration text: JSON lines with 'text' or 'ids'.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out text for the accuracy gate, JSON lines.")
+    ] = None,
     max_drop: Annotated[
         str | None,
-        typer.Option(help="Bound of the perplexity increase (0.3%): exit 4 beyond it, 3 if undecided."),
+        typer.Option(help="Maximum perplexity increase (0.3%); exit 4 if exceeded, 3 if undecided."),
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="With an automatic plan: bytes the result may take, such as 9MB.")
-    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Size limit for automatic plans, such as 9MB.")] = None,
     measure: Annotated[
         str | None,
-        typer.Option(help="What --budget counts: memory (the default), file, or token (read a token)."),
+        typer.Option(
+            help="Size that --budget limits: memory (default), file, or token (bytes read per token)."
+        ),
     ] = None,
-    observer: Annotated[str | None, typer.Option(help="Force kl, mse, percentile or minmax.")] = None,
+    observer: Annotated[
+        str | None, typer.Option(help="Calibration observer: kl, mse, percentile or minmax.")
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(
-            help="The gate's arithmetic: auto (the kernels that serve), reference, simulate, cpu or gpu."
+            help="Arithmetic of the gate: auto (the serving kernels), reference, simulate, cpu or gpu."
         ),
     ] = "auto",
     export: Annotated[
-        str, typer.Option("--format", help="auto, compressed-tensors, llm-compressor or deepseek-fp8.")
+        str,
+        typer.Option(
+            "--format", help="Checkpoint format: auto, compressed-tensors, llm-compressor or deepseek-fp8."
+        ),
     ] = "auto",
-    pack: Annotated[bool, typer.Option(help="Also write the CPU kernels' own layout, packed.bin.")] = False,
-    gate: Annotated[bool, typer.Option(help="Measure the result on held-out text.")] = True,
+    pack: Annotated[bool, typer.Option(help="Also write packed.bin in the CPU kernels' layout.")] = False,
+    gate: Annotated[bool, typer.Option(help="Evaluate the result on held-out text.")] = True,
     timing: Annotated[
         bool | None,
-        typer.Option("--timing/--no-timing", help="Serve both models and time them; without it: as --gate."),
+        typer.Option("--timing/--no-timing", help="Serve both models and time them. Default: as --gate."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Held-out tokens to measure on, about 16,384.")
+        int | None, typer.Option(help="Held-out tokens to evaluate. Default: about 16,384.")
     ] = None,
-    show: Annotated[bool, typer.Option("--list", help="List the recipes and stop.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="List the recipes and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Compress MODEL layer by layer; a killed run resumes. Writes report.json and report.html to OUT.
 
-    Exit codes: 0 done; 1 unexpected error; 2 wrong input; 3 too little text to decide --max-drop;
+    Exit codes: 0 done; 1 unexpected error; 2 invalid input; 3 too little text to decide --max-drop;
     4 worse than --max-drop; 5 read or write failed (the same command resumes).
     """
     from farthing.compress.api import Options
@@ -73,7 +82,7 @@ def compress(
         _print_recipes(as_json)
         return
     if out is None:
-        raise typer.BadParameter("expected a directory to write", param_hint="--out")
+        raise typer.BadParameter("expected an output directory", param_hint="--out")
     with errors_as_one_line(resumes=True):
         limit = parse_share("max-drop", max_drop) if max_drop is not None else None
         chosen = _recipe(recipe, limit, {"observer": observer, "budget_bytes": budget, "measure": measure})
@@ -85,7 +94,7 @@ def compress(
 
 
 def _run(model: str, out: Path, recipe: Recipe, options: Options, timing: bool, pack: bool) -> Outcome:
-    """Compress, and serve both models where they are timed: that holds both in memory."""
+    """Compress, then serve both models to time them, with both in memory."""
     from farthing.cli.progress import step_progress
     from farthing.compress import api
     from farthing.compress.serving import pack_for_cpu, serving_figures
@@ -101,7 +110,7 @@ def _run(model: str, out: Path, recipe: Recipe, options: Options, timing: bool, 
 
 
 def _recipe(name: str, limit: float | None, given: dict[str, str | None]) -> Recipe:
-    """The recipe with what the command line changes in it."""
+    """The recipe with the command line's overrides."""
     from farthing.compress.recipe import from_json, load_recipe
 
     chosen = load_recipe(name)
@@ -135,7 +144,7 @@ def _print_recipes(as_json: bool) -> None:
 
 
 def _fields(given: Recipe | Prune, defaults: Recipe | Prune) -> str:
-    """The fields that differ from their defaults; `scheme` is always told."""
+    """The fields that differ from their defaults, and always `scheme`."""
     from farthing.compress.recipe import Prune
 
     said = []

@@ -1,4 +1,4 @@
-"""`farthing doctor`: what this machine can do and what to install."""
+"""`farthing doctor`: what this machine supports and what to install."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MARKS = {"ok": "[green]✓[/]", "info": "[dim]·[/]", "warn": "[yellow]![/]", "
     "(exit status 1: serving will not work here)"
 )
 def doctor(
-    measure: Annotated[bool, typer.Option(help="Measure the memory's bandwidth (a second).")] = True,
+    measure: Annotated[bool, typer.Option(help="Measure memory bandwidth (takes a second).")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Instruction sets, cores, memory bandwidth, GPU, compilers, extras, and what to install."""
@@ -28,7 +28,7 @@ def doctor(
 
     from farthing.doctor import examine
 
-    with Console(stderr=True).status("looking at this machine"):
+    with Console(stderr=True).status("examining this machine"):
         report = examine(measure)
     if as_json:
         print(json.dumps(report.to_json()))

@@ -1,4 +1,4 @@
-"""User mistakes as one line on stderr: no traceback, a message that says what to do."""
+"""User errors as one line on stderr, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import typer
 from farthing.extras import extra_for
 
 MISTAKES = (OSError, ValueError, RuntimeError)
-_TRACEBACK = "FARTHING_TRACEBACK"  # set it to see where an error comes from
+_TRACEBACK = "FARTHING_TRACEBACK"  # set this to see tracebacks
 
 
 @contextmanager
 def one_line_errors(command: str = "") -> Iterator[None]:
-    """Print a user's mistake as `error: …` and exit with status 2; a missing extra as its pip command.
+    """Print a user error as `error: …` and exit with status 2; for a missing extra, print its pip command.
 
-    command: the subcommand, which decides between extras that bring the same package. With FARTHING_TRACEBACK
-    in the environment errors keep their traceback.
+    command: the subcommand, which decides between extras that provide the same package. With
+    FARTHING_TRACEBACK in the environment, errors keep their traceback.
     """
     try:
         yield
-    except (typer.Exit, typer.Abort):  # control flow, though they are RuntimeErrors
+    except (typer.Exit, typer.Abort):  # control flow, though subclasses of RuntimeError
         raise
     except (*MISTAKES, ImportError) as error:
         if os.environ.get(_TRACEBACK) or isinstance(error, BrokenPipeError):
@@ -37,7 +37,7 @@ def one_line_errors(command: str = "") -> Iterator[None]:
 
 
 def exit_on_error(command: str) -> None:
-    """Handle the exception in flight as `one_line_errors` does, outside of any click command."""
+    """Handle the current exception like `one_line_errors`, outside any click command."""
     try:
         with one_line_errors(command):
             raise
@@ -50,11 +50,11 @@ def _one_line(error: BaseException) -> str:
         where = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{where}"
     message = " ".join(str(error).split()) or type(error).__name__
-    return f"{message} ({_TRACEBACK}=1 shows where)" if type(error) is RuntimeError else message
+    return f"{message} (set {_TRACEBACK}=1 for the traceback)" if type(error) is RuntimeError else message
 
 
 def _missing(error: ImportError, command: str) -> str | None:
-    """The pip command for a module that an extra of ours provides; None: the error is our own."""
+    """The pip command for a missing module; None if the module is our own."""
     package = (error.name or "").partition(".")[0]
     if not package or package == "farthing":
         return None

@@ -1,4 +1,4 @@
-"""`farthing eval`: how good a model is, or how much worse another one is."""
+"""`farthing eval`: evaluate a model, or compare it with another."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ app = typer.Typer()
 )
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A directory, a hub id, `mite`, or an .onnx network for images.")
+        str, typer.Argument(help="A directory, a hub id, `mite`, or an .onnx image classifier.")
     ] = "mite",
-    against: Annotated[str | None, typer.Option(help="Compare this model B with MODEL.")] = None,
+    against: Annotated[str | None, typer.Option(help="Model B to compare with MODEL.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON lines with 'text' or 'ids'; for .onnx an .npz of 'images' and 'labels'."),
+        typer.Option(help="JSON lines with 'text' or 'ids'; for .onnx, an .npz of 'images' and 'labels'."),
     ] = None,
     max_drop: Annotated[
-        str | None, typer.Option(help="With --against: exit 4 beyond this increase, 3 if undecided.")
+        str | None, typer.Option(help="Maximum increase with --against; exit 4 if exceeded, 3 if undecided.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens of context at most.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after about this many tokens.")] = None,
+    window: Annotated[int, typer.Option(help="Maximum context length in tokens.")] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="Approximate number of tokens to evaluate.")] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu or gpu.")] = "auto",
     simulate: Annotated[
-        bool, typer.Option(help="Reference arithmetic with the activation rounding the checkpoint asks for.")
+        bool, typer.Option(help="Use reference ops with the checkpoint's activation rounding.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Perplexity, bits per byte and MTP acceptance on held-out text; with --against, B compared with A.
 
-    Of two .onnx networks for images: top-1 of both, and the paired interval of the difference.
-    Exit codes: 0 done; 1 unexpected error; 2 wrong input; 3 too little text to decide --max-drop;
+    For two .onnx image classifiers: top-1 of both and the paired interval of the difference.
+    Exit codes: 0 done; 1 unexpected error; 2 invalid input; 3 too little text to decide --max-drop;
     4 worse than --max-drop; 5 read failed.
     """
     from farthing.compress.gate import parse_share
@@ -69,7 +69,7 @@ def _measure(
     cut: tuple[int, int | None],
     arithmetic: str,
 ) -> tuple[dict[str, object], Verdict | None]:
-    """The document to print, and the verdict where a limit was given; cut: window and tokens at most."""
+    """The document to print, and the verdict if a limit is set. cut: (window, maximum tokens)."""
     from farthing.cli.progress import token_progress
     from farthing.compress import evaluate as ev
     from farthing.compress.corpus import load_corpus
@@ -96,7 +96,7 @@ def _vision(a: Path, against: str | None, data: Path | None, limit: float | None
     from farthing.compress.vision import top1_of_files
 
     if against is None or not against.endswith(".onnx"):
-        raise typer.BadParameter(f"--against is {against!r}; expected the other .onnx file")
+        raise typer.BadParameter(f"--against is {against!r}; expected a second .onnx file")
     if data is None or data.suffix != ".npz":
         given = None if data is None else str(data)
         raise typer.BadParameter(f"--data is {given!r}; expected an .npz of 'images' and 'labels'")

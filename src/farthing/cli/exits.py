@@ -1,4 +1,4 @@
-"""Exit codes of the commands that judge or write models, and errors as one line on stderr."""
+"""Exit codes of the commands that evaluate or write models, and one-line errors on stderr."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import typer
 
 
 class Exit(IntEnum):
-    """What a script learns from `$?`."""
+    """Exit codes."""
 
     DONE = 0
     DEFECT = 1  # an unexpected error, with a traceback: Python's own code
-    INPUT = 2  # a file or an option is wrong; the message names it
-    UNDECIDED = 3  # the held-out text is too short to tell whether the bound holds
+    INPUT = 2  # an invalid file or option; the message names it
+    UNDECIDED = 3  # the held-out text is too short to decide
     WORSE = 4  # the model is worse than the bound allows
     STORAGE = 5  # a file could not be read or written; running the command again resumes
 
@@ -26,7 +26,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def errors_as_one_line(resumes: bool = False) -> Iterator[None]:
-    """Print errors a user can fix as one line and exit with their code; a defect keeps its traceback.
+    """Print errors a user can fix as one line and exit with their code; bugs keep their traceback.
 
     resumes: running the command again continues after the last complete step.
     """
@@ -47,7 +47,7 @@ def _fail(message: str, code: Exit, error: Exception) -> None:
 
 
 def exit_on_verdict(answer: str, said: str | None = None) -> None:
-    """Exit with the code of a verdict that is not "pass", its sentence on stderr."""
+    """Exit with the code of a verdict other than "pass", printing its sentence on stderr."""
     if answer == "pass":
         return
     if said is not None:

@@ -57,32 +57,36 @@ def up(
     min_replicas: Annotated[int, typer.Option(min=0)] = 1,
     max_replicas: Annotated[int, typer.Option(min=1)] = 2,
     capacity: Annotated[
-        float, typer.Option(help="Requests/s one replica sustains; `farthing bench capacity` measures it.")
+        float, typer.Option(help="Requests/s per replica, as `farthing bench capacity` measures.")
     ] = 1.0,
     command: Annotated[
         str | None,
-        typer.Option(help="Command of a replica instead of `farthing serve MODEL`; {port} is filled in."),
+        typer.Option(help="Replica command instead of `farthing serve MODEL`; {port} is replaced."),
     ] = None,
-    serve_args: Annotated[str, typer.Option(help="More arguments for `farthing serve`.")] = "",
+    serve_args: Annotated[str, typer.Option(help="Additional arguments for `farthing serve`.")] = "",
     health_path: Annotated[
         str, typer.Option(help="Path that answers 200 once a replica is ready.")
     ] = "/ready",
-    metrics_names: Annotated[str, typer.Option(help="auto, farthing, vllm or sglang.")] = "auto",
-    api_key_file: Annotated[Path | None, typer.Option(help="Keys, `name:key` or a key on each line.")] = None,
-    ready_timeout: Annotated[float, typer.Option(help="Seconds a replica may take to be ready.")] = 600.0,
-    warm: Annotated[
-        bool, typer.Option(help="Keep one process with its imports done; not with --command.")
-    ] = True,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file; its policy, gateway and signals apply.")
+    metrics_names: Annotated[
+        str, typer.Option(help="Metric names: auto, farthing, vllm or sglang.")
+    ] = "auto",
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of keys, one `name:key` or key per line.")
     ] = None,
+    ready_timeout: Annotated[
+        float, typer.Option(help="Maximum seconds for a replica to become ready.")
+    ] = 600.0,
+    warm: Annotated[
+        bool, typer.Option(help="Keep a pre-imported standby process; not with --command.")
+    ] = True,
+    config: Annotated[Path | None, typer.Option(help="YAML file with policy, gateway and signals.")] = None,
     state: Annotated[Path, typer.Option(help="Directory for logs, decisions and state.")] = Path(
         "runs/fleet"
     ),
     metrics: Annotated[str, typer.Option(help="HOST:PORT of the controller's /metrics.")] = "127.0.0.1:9400",
     advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
 ) -> None:
-    """Start a gateway and replicas on this machine, and let them follow the load."""
+    """Start a gateway and autoscaled replicas on this machine."""
     from farthing.fleet.actuators.local import LocalConfig
     from farthing.fleet.up import WARM, UpConfig, serve_command
     from farthing.fleet.up_defaults import local_fleet
@@ -114,13 +118,13 @@ async def _up(config: Any) -> None:
 
     stop = stop_event()
     async with LocalFleet(config) as fleet:
-        _say(f"gateway on {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {fleet.metrics_port}")
+        _say(f"gateway: {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {fleet.metrics_port}")
         forecasters = asyncio.create_task(load_estimates(fleet))
         scaling = asyncio.create_task(fleet.run(stop))
         ready = asyncio.create_task(fleet.wait_ready(config.local.ready_timeout_s, _say))
         await asyncio.wait([ready, scaling], return_when=asyncio.FIRST_COMPLETED)
         if ready.done() and not ready.result():
-            _say(f"no replica became ready: {fleet.replicas.given_up or 'time is up'}")
+            _say(f"no replica became ready: {fleet.replicas.given_up or 'timed out'}")
             stop.set()
             await scaling
             raise typer.Exit(1)
@@ -137,7 +141,7 @@ def run(
     config: Annotated[Path, typer.Argument(help="YAML file; docs/guide/scale.md lists its fields.")],
     advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
 ) -> None:
-    """Control a deployment in Kubernetes or elsewhere from the signals of a Prometheus server."""
+    """Scale a deployment, in Kubernetes or elsewhere, by the metrics of a Prometheus server."""
     from dataclasses import replace
 
     from farthing.fleet.config import load
@@ -157,9 +161,11 @@ def run(
 @app.command(epilog=_GATEWAY_EXAMPLES)
 def gateway(
     replica: Annotated[list[str] | None, typer.Option(help="URL of a replica. Repeatable.")] = None,
-    replicas_file: Annotated[Path | None, typer.Option(help="JSON file that names them, watched.")] = None,
+    replicas_file: Annotated[
+        Path | None, typer.Option(help="JSON file of replicas, reloaded on change.")
+    ] = None,
     replicas_dns: Annotated[
-        str | None, typer.Option(help="HOST:PORT whose every address is a replica (a headless Service).")
+        str | None, typer.Option(help="HOST:PORT whose addresses are the replicas (a headless Service).")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
@@ -167,13 +173,15 @@ def gateway(
     health_path: Annotated[
         str, typer.Option(help="Path that answers 200 while a replica is ready.")
     ] = "/health",
-    api_key_file: Annotated[Path | None, typer.Option(help="Keys, `name:key` or a key on each line.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File of keys, one `name:key` or key per line.")
+    ] = None,
     drain: Annotated[float, typer.Option(help="Seconds for in-flight requests after SIGTERM.")] = 60.0,
     state: Annotated[
         Path | None, typer.Option(help="The controller's state directory, shown on the dashboard.")
     ] = None,
     usd_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Price of one replica, for the dashboard.")
+        float | None, typer.Option(min=0, help="Price per replica-hour, for the dashboard.")
     ] = None,
     wake: Annotated[
         str | None,
@@ -183,7 +191,7 @@ def gateway(
         Path | None, typer.Option(help="File with a metrics key of the replicas, for their cache digests.")
     ] = None,
 ) -> None:
-    """One OpenAI-compatible address in front of many replicas."""
+    """Serve one OpenAI-compatible address in front of many replicas."""
     from farthing.eventloop import loop_factory
     from farthing.fleet.config import split_address
     from farthing.fleet.discovery import follow
@@ -192,7 +200,7 @@ def gateway(
 
     _log_to_stderr()
     if sum(map(bool, (replica, replicas_file, replicas_dns))) != 1:
-        raise typer.BadParameter("give one of --replica, --replicas-file and --replicas-dns")
+        raise typer.BadParameter("expected one of --replica, --replicas-file and --replicas-dns")
 
     async def main(file: Path | None) -> None:
         serving = serve(
@@ -226,8 +234,10 @@ def gateway(
 @app.command(epilog=_EXPLAIN_EXAMPLES)
 def explain(
     state: Annotated[Path, typer.Option(help="The controller's state directory.")] = Path("runs/fleet"),
-    last: Annotated[int, typer.Option(min=1, help="How many decisions.")] = 10,
-    changes: Annotated[bool, typer.Option("--changes", help="Only those that changed the number.")] = False,
+    last: Annotated[int, typer.Option(min=1, help="Number of decisions.")] = 10,
+    changes: Annotated[
+        bool, typer.Option("--changes", help="Only decisions that changed the replica count.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Print the last decisions with their reasons."""
@@ -258,10 +268,10 @@ def _log_to_stderr() -> None:
 
 
 class _errors_to_user:
-    """What the user can put right becomes one line and exit status 2; a defect keeps its traceback."""
+    """User errors become one line and exit status 2; bugs keep their traceback."""
 
     def __enter__(self) -> None:
-        """Nothing to set up."""
+        """No setup."""
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from farthing.fleet.actuators.base import ActuatorError

@@ -32,13 +32,15 @@ farthing forecast taxi.csv.gz --model prophet --horizon 24h --country US"""
 @app.command(epilog=EPILOG)
 def main(
     series: Annotated[
-        Path, typer.Argument(help="CSV with t_s,total_rate_rps or timestamp,value; plain or gzip.")
+        Path, typer.Argument(help="CSV with t_s,total_rate_rps or timestamp,value columns; plain or gzip.")
     ],
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "mixture",
-    horizon: Annotated[str, typer.Option(help="How far ahead: 10m, 24h, …")] = "10m",
-    begin: Annotated[float, typer.Option(help="Share of the series before the first forecast.")] = 0.5,
-    refit: Annotated[str, typer.Option(help="Time between two fits.")] = "24h",
-    country: Annotated[str | None, typer.Option(help="Public holidays for Prophet: US, DE, …")] = None,
+    model: Annotated[str, typer.Option(help=f"Forecaster: {', '.join(MODELS)}.")] = "mixture",
+    horizon: Annotated[str, typer.Option(help="Forecast horizon: 10m, 24h, …")] = "10m",
+    begin: Annotated[float, typer.Option(help="Share of the series used before the first forecast.")] = 0.5,
+    refit: Annotated[str, typer.Option(help="Time between fits.")] = "24h",
+    country: Annotated[
+        str | None, typer.Option(help="Country of the public holidays for Prophet: US, DE, …")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Backtest a forecaster on SERIES with rolling origin."""

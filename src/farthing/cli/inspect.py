@@ -1,4 +1,4 @@
-"""`farthing inspect`: what a token of this model costs, before it is served."""
+"""`farthing inspect`: per-token cost of a model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def inspect(
         str, typer.Argument(help="A directory, a hub id, `mite`, or a published name.")
     ] = "mite",
     prompts: Annotated[
-        Path | None, typer.Option(help="Measure routing on this text, a prompt a line.")
+        Path | None, typer.Option(help="Text to measure routing on, one prompt per line.")
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu or gpu (for --prompts).")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Parameters, bytes and FLOPs a token, against a dense model of the same size; measured routing."""
+    """Parameters, bytes and FLOPs per token, compared with a dense model of the same size."""
     from farthing.model.inspect import context_cost
 
     try:
@@ -70,7 +70,7 @@ def inspect(
 
 
 def _cost(model: str) -> tuple[ModelConfig, ModelCost, Path | None]:
-    """Of a checkpoint, or of a published configuration (without a path)."""
+    """Cost of a checkpoint, or of a published configuration (path is None)."""
     from farthing.hub import resolve_model
     from farthing.model import ModelConfig
     from farthing.model.inspect import checkpoint_cost, model_cost

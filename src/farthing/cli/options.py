@@ -19,7 +19,7 @@ def with_options(*, skip: Collection[str] = (), **configs: type) -> Callable[[Co
 
     `with_options(engine=EngineConfig)` passes the command `engine`, a dict for `EngineConfig(**engine)`. A
     parameter that the command itself declares takes precedence over a field of the same name. skip: groups to
-    leave out.
+    omit.
     """
 
     def decorate(command: Command) -> Command:

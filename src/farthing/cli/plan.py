@@ -1,4 +1,4 @@
-"""`farthing plan`: what a deployment takes and may bring, before anything is loaded."""
+"""`farthing plan`: memory and estimated throughput of a deployment, before loading anything."""
 
 from __future__ import annotations
 
@@ -37,65 +37,79 @@ def plan(
             help="A directory, a hub id, `mite`, a config.json, or a published name such as kimi-k2.5."
         ),
     ] = "mite",
-    tp: Annotated[int, typer.Option(help="Ranks that share heads, dense and shared experts.")] = 1,
-    pp: Annotated[int, typer.Option(help="Ranges of layers.")] = 1,
-    ep: Annotated[int, typer.Option(help="Ranks that share the routed experts.")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="Replicas of all that.")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (heads, dense MLPs, shared experts).")] = 1,
+    pp: Annotated[int, typer.Option(help="Number of pipeline stages.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert-parallel ranks (routed experts).")] = 1,
+    dp: Annotated[int, typer.Option(min=1, help="Number of replicas of this layout.")] = 1,
     memory: Annotated[
-        str | None, typer.Option(help="Of one rank, such as 80GB: refuse what does not fit.")
+        str | None, typer.Option(help="Memory limit per rank, such as 80GB; fail if exceeded.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(help="A GPU's memory and ceilings, such as h100.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="GPU whose memory and ceilings to use, such as h100.")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="reference, cpu or gpu. Default: gpu with --gpu, else cpu.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of activations: float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Activation dtype: float32 or bfloat16.")] = "auto",
     quantization: Annotated[
-        str | None, typer.Option(help="Round dense weights to int8 or int4 (cpu).", rich_help_panel=_MEMORY)
+        str | None,
+        typer.Option(help="Quantize dense weights to int8 or int4 (cpu).", rich_help_panel=_MEMORY),
     ] = None,
     kv_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Tokens in the cache. Default: one of max-model-len.", rich_help_panel=_MEMORY
-        ),
+        typer.Option(min=1, help="KV cache size in tokens. Default: max-model-len.", rich_help_panel=_MEMORY),
     ] = None,
     kv_cache_dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, fp8 or int8.", rich_help_panel=_MEMORY)
+        str, typer.Option(help="KV cache dtype: float32, bfloat16, fp8 or int8.", rich_help_panel=_MEMORY)
     ] = "bfloat16",
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Default: the model's.", rich_help_panel=_MEMORY)
+        int | None, typer.Option(min=1, help="Context length. Default: the model's.", rich_help_panel=_MEMORY)
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, rich_help_panel=_MEMORY)] = 64,
+    max_num_seqs: Annotated[
+        int, typer.Option(min=1, help="Maximum sequences per step.", rich_help_panel=_MEMORY)
+    ] = 64,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Default: 512, gpu 8192.", rich_help_panel=_MEMORY)
+        int | None,
+        typer.Option(min=1, help="Token budget per step. Default: 512; gpu 8192.", rich_help_panel=_MEMORY),
     ] = None,
-    redundant_experts: Annotated[int, typer.Option(min=0, rich_help_panel=_MEMORY)] = 0,
+    redundant_experts: Annotated[
+        int, typer.Option(min=0, help="Redundant expert copies per layer.", rich_help_panel=_MEMORY)
+    ] = 0,
     experts_on: Annotated[
         str | None,
-        typer.Option(help="cpu: routed experts on the host, the rest on the GPU.", rich_help_panel=_MEMORY),
+        typer.Option(help="cpu: keep routed experts in host memory.", rich_help_panel=_MEMORY),
     ] = None,
     hot_experts: Annotated[
-        int, typer.Option(min=0, help="Of each layer, on the GPU all the same.", rich_help_panel=_MEMORY)
+        int,
+        typer.Option(
+            min=0, help="Experts per layer to keep on the GPU with --experts-on cpu.", rich_help_panel=_MEMORY
+        ),
     ] = 0,
     price: Annotated[
         float | None,
-        typer.Option(min=0, help="Dollars an hour of a GPU: estimate.", rich_help_panel=_LOAD),
+        typer.Option(min=0, help="Dollars per GPU-hour; enables the estimate.", rich_help_panel=_LOAD),
     ] = None,
     ceilings: Annotated[
-        Path | None, typer.Option(help="TOML of measured ceilings.", rich_help_panel=_LOAD)
+        Path | None, typer.Option(help="TOML file of measured ceilings.", rich_help_panel=_LOAD)
     ] = None,
-    prefill_gpus: Annotated[int, typer.Option(min=1, rich_help_panel=_LOAD)] = 32,
-    decode_gpus: Annotated[int, typer.Option(min=1, rich_help_panel=_LOAD)] = 144,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.", rich_help_panel=_LOAD)] = 4383,
-    output: Annotated[int, typer.Option(min=1, help="Tokens of an answer.", rich_help_panel=_LOAD)] = 1210,
+    prefill_gpus: Annotated[
+        int, typer.Option(min=1, help="GPUs per prefill group.", rich_help_panel=_LOAD)
+    ] = 32,
+    decode_gpus: Annotated[
+        int, typer.Option(min=1, help="GPUs per decode group.", rich_help_panel=_LOAD)
+    ] = 144,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens per prompt.", rich_help_panel=_LOAD)] = 4383,
+    output: Annotated[int, typer.Option(min=1, help="Tokens per answer.", rich_help_panel=_LOAD)] = 1210,
     cache_hit: Annotated[
-        float, typer.Option(min=0, max=0.99, help="Of prompt tokens.", rich_help_panel=_LOAD)
+        float,
+        typer.Option(min=0, max=0.99, help="Prefix-cache hit rate of prompt tokens.", rich_help_panel=_LOAD),
     ] = 0.563,
     user_rate: Annotated[
-        float, typer.Option(min=0.1, help="Tokens/s of a user, at least.", rich_help_panel=_LOAD)
+        float, typer.Option(min=0.1, help="Minimum tokens/s per user.", rich_help_panel=_LOAD)
     ] = 21.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Memory of every rank and, with a price, an estimate of throughput and dollars a million tokens."""
+    """Memory per rank and, with a price, an estimate of throughput and dollars per million tokens."""
     from farthing.compress.size import parse_bytes
     from farthing.parallel.plan import Layout, ShardPlan
     from farthing.planner.buffers import Serving
@@ -116,7 +130,7 @@ def plan(
         if kv_cache_dtype not in ("float32", "bfloat16", "fp8", "int8"):
             raise ValueError(f"kv-cache-dtype is {kv_cache_dtype!r}; expected float32, bfloat16, fp8 or int8")
         if experts_on not in (None, "cpu") or (experts_on and max(tp, ep) * pp > 1):
-            raise ValueError(f"experts-on is {experts_on!r}; expected cpu, with tp, pp and ep 1")
+            raise ValueError(f"experts-on is {experts_on!r}; expected cpu, with tp, pp and ep at 1")
         if hot_experts and experts_on is None:
             raise ValueError(f"hot-experts is {hot_experts}; expected 0 without --experts-on cpu")
         serving = Serving(
@@ -125,7 +139,7 @@ def plan(
         )  # fmt: skip
         if price is not None:
             if device is None:
-                raise ValueError("price is given without a GPU; expected --gpu NAME")
+                raise ValueError("price is set without a GPU; expected --gpu NAME")
             workload = Workload(prompt, output, cache_hit, 1 / user_rate)
             result = estimate(config, device, shares, workload, price, prefill_gpus, decode_gpus)
             _print_estimate(model, device, shares, price, result, as_json)
@@ -182,7 +196,7 @@ def _holder(backend: str, dtype: str, quantization: str | None) -> Any:
 
 
 def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
-    """From a checkpoint's headers, or from a bare config.json."""
+    """Read a checkpoint's headers or a bare config.json."""
     from farthing.checkpoint import Checkpoint
     from farthing.hub import resolve_model
     from farthing.model import ModelConfig
@@ -202,7 +216,7 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     if not file.exists() and (raw := published_config(model)) is not None:
         return ModelConfig.from_json(raw), stored_by_config(raw), raw
     if file.suffix == ".json":
-        raise ValueError(f"model is {model!r}, which is no file; expected the path of a model's config.json")
+        raise ValueError(f"model is {model!r}, not a file; expected the path of a config.json")
     try:
         checkpoint = Checkpoint.open(resolve_model(model))
     except FileNotFoundError as error:
@@ -211,7 +225,7 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
 
 
 def _more_tokens(shard_plan: Any, ranks: list[RankMemory], cache_dtype: str, limit: int) -> int:
-    """Cache tokens that the fullest rank still has room for."""
+    """Additional cache tokens that fit on the fullest rank."""
     from farthing.planner.memory import cache_bytes_per_token
 
     places = [shard_plan.layout.place(r.rank) for r in ranks]
@@ -227,16 +241,16 @@ def _advice(parts: Any, holder: Any, serving: Any, limit: int) -> str:
     found = next(fitting_layouts(parts, holder, serving, limit), None)
     if found is None and (hot := most_hot_experts(parts, holder, serving, limit)) is not None:
         return (
-            f"{serving.hot_experts} hot experts a layer take more than {limit / 1e9:.1f} GB; "
+            f"{serving.hot_experts} hot experts per layer exceed {limit / 1e9:.1f} GB; "
             f"--hot-experts {hot} would fit"
         )
     if found is None:
         return (
-            f"no layout of up to 64 ranks fits {limit / 1e9:.1f} GB a rank; "
-            "expected fewer cache tokens, or more memory"
+            f"no layout of up to 64 ranks fits {limit / 1e9:.1f} GB per rank; "
+            "use fewer cache tokens or more memory"
         )
     return (
-        f"the largest rank takes more than {limit / 1e9:.1f} GB; "
+        f"the largest rank exceeds {limit / 1e9:.1f} GB; "
         f"--tp {found.tp} --pp {found.pp} --ep {found.ep} ({found.world} ranks) would fit"
     )
 
@@ -246,7 +260,7 @@ def _print_ranks(model: str, ranks: list[RankMemory], dp: int, limit: int | None
     from rich.table import Table
 
     title = f"{model}: planned memory of {len(ranks)} rank{'s' * (len(ranks) > 1)}" + (
-        f", {dp} times" if dp > 1 else ""
+        f", {dp} replicas" if dp > 1 else ""
     )
     table = Table("rank", "layers", "experts", "weights", "cache", "buffers", "total", title=title)
     for r in ranks:
@@ -254,10 +268,10 @@ def _print_ranks(model: str, ranks: list[RankMemory], dp: int, limit: int | None
         table.add_row(str(r.rank), f"{r.layers[0]}–{r.layers[1] - 1}", str(r.experts), *numbers)
     Console().print(table)
     if host := sum(r.host for r in ranks):
-        Console().print(f"routed experts on the host: {_size(host)} of its memory")
+        Console().print(f"host memory for routed experts: {_size(host)}")
     if limit is not None:
         Console().print(
-            f"limit {_size(limit)} a rank" + (f"; room for {room:,} more cache tokens" if room else "")
+            f"limit {_size(limit)} per rank" + (f"; room for {room:,} more cache tokens" if room else "")
         )
 
 
@@ -276,17 +290,17 @@ def _print_estimate(
         "ESTIMATE, not measured",
         "prefill",
         "decode",
-        title=f"{model} on {device.name}, ${price:g} a GPU-hour",
+        title=f"{model} on {device.name}, ${price:g} per GPU-hour",
     )
-    table.add_row("GPUs of a group", str(e.prefill.gpus), str(e.decode.gpus))
+    table.add_row("GPUs per group", str(e.prefill.gpus), str(e.decode.gpus))
     table.add_row(
-        "tokens/s a GPU", f"{e.prefill.tokens_per_second:,.0f}", f"{e.decode.tokens_per_second:,.0f}"
+        "tokens/s per GPU", f"{e.prefill.tokens_per_second:,.0f}", f"{e.decode.tokens_per_second:,.0f}"
     )
-    table.add_row("tokens/s a node of 8", f"{e.prefill.node():,.0f}", f"{e.decode.node():,.0f}")
-    table.add_row("  cache hits included", f"{e.prefill_with_hits * 8:,.0f}", "")
+    table.add_row("tokens/s per node of 8", f"{e.prefill.node():,.0f}", f"{e.decode.node():,.0f}")
+    table.add_row("  including cache hits", f"{e.prefill_with_hits * 8:,.0f}", "")
     table.add_row("bound by", e.prefill.bound, e.decode.bound)
-    table.add_row("dollars a million tokens", f"{e.usd_input:.3f} input", f"{e.usd_output:.3f} output")
-    table.add_row("  prompts included", "", f"{e.usd_request_output:.3f} output")
+    table.add_row("dollars per million tokens", f"{e.usd_input:.3f} input", f"{e.usd_output:.3f} output")
+    table.add_row("  including prompts", "", f"{e.usd_request_output:.3f} output")
     console = Console()
     console.print(table)
     console.print("Assumed:")

@@ -1,4 +1,4 @@
-"""Progress on stderr, for commands that take a while."""
+"""Progress bars on stderr for long-running commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def token_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar; the yielded function advances it."""
+    """A progress bar; the yielded function advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
@@ -20,7 +20,7 @@ def token_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def step_progress(label: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over steps with names; the yielded function takes (what, done, total)."""
+    """A progress bar over named steps; the yielded function takes (name, done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)

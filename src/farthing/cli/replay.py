@@ -1,4 +1,4 @@
-"""`farthing replay`: a load trace against scaling policies."""
+"""`farthing replay`: replay a load trace against scaling policies."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ farthing replay rates.csv --policy stabilized-tuned,hpa-tuned --second-half --pi
 
 @app.command(epilog=EPILOG)
 def main(
-    trace: Annotated[
-        Path | None, typer.Argument(help="A trace; without one, the example that is shipped.")
-    ] = None,
+    trace: Annotated[Path | None, typer.Argument(help="Trace file. Default: the packaged example.")] = None,
     policy: Annotated[
-        str, typer.Option(help="Names, separated by commas; NAME-tuned tunes on the first half.")
+        str, typer.Option(help="Comma-separated policies; NAME-tuned is tuned on the first half.")
     ] = "all",
     utilization: Annotated[float, typer.Option(help="Target utilization of a replica's capacity.")] = 0.7,
     load_time: Annotated[float, typer.Option(help="Seconds from launch to ready.")] = 600.0,
     capacity: Annotated[
-        float | None, typer.Option(help="Load units/s of one replica; the mean needs 20.")
+        float | None, typer.Option(help="Load units/s per replica. Default: the mean load needs 20.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs with noise of their own.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Number of runs, each with its own noise.")] = 5,
     noise: Annotated[
         float, typer.Option(help="Standard deviation of the load's noise, redrawn every 10 s.")
     ] = 0.1,
-    price: Annotated[float, typer.Option(help="Price of one replica for an hour.")] = 1.0,
-    failures: Annotated[float, typer.Option(help="Failures of one replica a day.")] = 0.0,
-    second_half: Annotated[bool, typer.Option("--second-half", help="Report the second half only.")] = False,
+    price: Annotated[float, typer.Option(help="Price per replica-hour.")] = 1.0,
+    failures: Annotated[float, typer.Option(help="Failures per replica and day.")] = 0.0,
+    second_half: Annotated[bool, typer.Option("--second-half", help="Report only the second half.")] = False,
     model: Annotated[
         str, typer.Option(help=f"Short-term forecaster: {', '.join(SHORT_MODELS)}.")
     ] = "mixture",
-    plan: Annotated[bool, typer.Option("--plan/--no-plan", help="The day plan as a floor (Prophet).")] = True,
+    plan: Annotated[
+        bool, typer.Option("--plan/--no-plan", help="Use the day plan (Prophet) as a floor.")
+    ] = True,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw load, forecast and replicas into this file.")
+        Path | None, typer.Option(help="Plot of load, forecast and replicas to write.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

@@ -90,7 +90,7 @@ def _load(config: EngineConfig) -> Engine:
 
 
 def _suggest_extras() -> None:
-    """Log what the installation lacks for serving, with the command that adds it."""
+    """Log the extras missing for serving, with the command that installs them."""
     absent = [extra for extra in _SERVING_EXTRAS if extras.missing(extra)]
     if absent:
         gains = ", ".join(extras.EXTRAS[extra] for extra in absent)

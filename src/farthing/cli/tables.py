@@ -23,25 +23,25 @@ def print_percentiles(title: str, rows: Mapping[str, Mapping[str, float]]) -> No
 
 def print_cost(model: str, cost: ModelCost) -> None:
     """The per-token figures."""
-    table = Table(title=f"{model}: the cost of a token", show_header=False)
+    table = Table(title=f"{model}: cost per token", show_header=False)
     table.add_row("parameters", f"{cost.total_parameters:,}")
-    table.add_row("  active a token", f"{cost.active_parameters:,}")
+    table.add_row("  active per token", f"{cost.active_parameters:,}")
     table.add_row("  without the head", f"{cost.active_parameters - cost.head_parameters:,}")
     table.add_row("  with head and embedding", f"{cost.active_parameters + cost.head_parameters:,}")
-    table.add_row("  of MTP layers", f"{cost.mtp_parameters:,}")
+    table.add_row("  in MTP layers", f"{cost.mtp_parameters:,}")
     table.add_row("  routed, all / active", f"{cost.routed_parameters:,} / {cost.active_routed_parameters:,}")
-    table.add_row("weight bytes, as stored", f"{cost.weight_bytes:,}")
-    table.add_row("  read a token (batch 1)", f"{cost.active_bytes:,}")
-    table.add_row("KV cache bytes a token (bf16)", f"{cost.kv_bytes_per_token:,}")
-    table.add_row("FLOPs a token", f"{cost.flops_per_token:,}")
-    table.add_row("  and per token of context", f"{cost.attention_flops_per_context_token:,}")
+    table.add_row("stored weight bytes", f"{cost.weight_bytes:,}")
+    table.add_row("  read per token (batch 1)", f"{cost.active_bytes:,}")
+    table.add_row("KV cache bytes per token (bf16)", f"{cost.kv_bytes_per_token:,}")
+    table.add_row("FLOPs per token", f"{cost.flops_per_token:,}")
+    table.add_row("  plus, per token of context", f"{cost.attention_flops_per_context_token:,}")
     table.add_row("FLOPs of a dense model this size", f"{cost.dense_flops_per_token:,}")
     table.add_row("compute saved", f"{cost.compute_saved:.1%}  (published for this architecture: 60-80 %)")
     Console().print(table)
 
 
 def print_contexts(contexts: Sequence[ContextCost], index_topk: int | None) -> None:
-    """What attention adds at each context length, dense and, where the model has an indexer, sparse."""
+    """Attention cost by context length: dense and, if the model has an indexer, sparse."""
     sparse = ["sparse FLOPs", "sparse bytes"] if index_topk else []
     title = "attention, per token" + (f" (sparse: the {index_topk:,} highest scores)" if index_topk else "")
     table = Table("context", "dense FLOPs", "dense bytes", *sparse, title=title)
@@ -52,9 +52,9 @@ def print_contexts(contexts: Sequence[ContextCost], index_topk: int | None) -> N
 
 
 def print_routing(report: RoutingReport) -> None:
-    """What the router did with the prompts, a row a MoE layer."""
+    """Routing of the prompts, one row per MoE layer."""
     title = (
-        f"routing of {report.tokens:,} tokens: {report.experts_per_token:.2f} experts a token, "
+        f"routing of {report.tokens:,} tokens: {report.experts_per_token:.2f} experts per token, "
         f"{report.compute_saved:.1%} compute saved (measured)"
     )
     table = Table("MoE layer", "least", "mean", "most", "busiest / mean", "unused", title=title)

@@ -1,4 +1,4 @@
-"""`farthing train`: trains the embedded model, quantizes one with training, prunes one while training."""
+"""`farthing train`: train the embedded model, quantize or prune a model with training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import typer
 
 from farthing.cli.exits import errors_as_one_line, exit_on_verdict
 
-app = typer.Typer(no_args_is_help=True, help="Train the embedded model; quantize or prune one with training.")
+app = typer.Typer(
+    no_args_is_help=True, help="Train the embedded model; quantize or prune a model with training."
+)
 
 
 @app.callback()
@@ -21,23 +23,21 @@ def _root() -> None:
 
 @app.command()
 def mite(
-    out: Annotated[Path, typer.Option(help="Folder of the run: state, record, checkpoint.")] = Path(
-        "runs/mite"
-    ),
-    minutes: Annotated[
-        float | None, typer.Option(help="Active minutes of each thread; the schedule fits them.")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Length in tokens, instead of minutes.")] = None,
+    out: Annotated[Path, typer.Option(help="Run directory: state, record, checkpoint.")] = Path("runs/mite"),
+    minutes: Annotated[float | None, typer.Option(help="Run length in CPU minutes per thread.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Run length in tokens, instead of --minutes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of .py files instead of the standard library.")
+        Path | None, typer.Option(help="Directory of .py files. Default: the standard library.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of weights and order.")] = 0,
-    precision: Annotated[str, typer.Option(help="Of every projection's products: bf16 or fp8.")] = "bf16",
+    seed: Annotated[int, typer.Option(help="Seed for weights and data order.")] = 0,
+    precision: Annotated[
+        str, typer.Option(help="Precision of the projections' products: bf16 or fp8.")
+    ] = "bf16",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the recipe, NAME=VALUE (may repeat).")
+        list[str] | None, typer.Option("--set", help="Recipe field as NAME=VALUE. Repeatable.")
     ] = None,
     sparse_attention: Annotated[
         bool,
@@ -65,7 +65,7 @@ def mite(
         _sparse(out, minutes, tokens, resume, data, device, threads, seed, settings or [], as_json)
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one a matrix shape
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one entry per matrix shape
     from farthing.files import to_json
     from farthing.train.mite import train_mite
 
@@ -99,33 +99,33 @@ def _sparse(
 
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or `mite`.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Length of the run.")]
-Window = Annotated[int, typer.Option(min=1, help="Tokens of context.")]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a step.")]
-EvalTokens = Annotated[int, typer.Option(min=1, help="Held-out tokens of an evaluation.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Run length in tokens.")]
+Window = Annotated[int, typer.Option(min=1, help="Context length in tokens.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens per step.")]
+EvalTokens = Annotated[int, typer.Option(min=1, help="Held-out tokens per evaluation.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Data = Annotated[Path | None, typer.Option(help="Folder of .py files instead of the standard library.")]
+Data = Annotated[Path | None, typer.Option(help="Directory of .py files. Default: the standard library.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
-Seed = Annotated[int, typer.Option(help="Seed of the order.")]
+Seed = Annotated[int, typer.Option(help="Seed for the data order.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
 
 
 @app.command()
 def qat(
     model: Model = "mite",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/qat"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run directory.")] = Path("runs/qat"),
     stages: Annotated[
-        str, typer.Option(help="START:BITS of each stage: W8A8, W4A8 or W4A4 from that share of the run on.")
+        str, typer.Option(help="Stages as START:BITS; START is a share of the run, BITS W8A8, W4A8 or W4A4.")
     ] = "0:W8A8,0.01:W4A8,0.08:W4A4",
     inputs: Annotated[
         str, typer.Option(help="Input ranges: group (dynamic, learned clip) or tensor (LSQ+, not exported).")
     ] = "group",
     smoothing: Annotated[
-        float, typer.Option(help="0 to 1: how far channels of an input are made alike before it is rounded.")
+        float, typer.Option(help="Strength of input smoothing, 0 (off) to 1 (all channels equal).")
     ] = 0.5,
     hard: Annotated[
-        float, typer.Option(help="Share of the loss that is the text; the rest is the float model's answer.")
+        float, typer.Option(help="Weight of the text's cross entropy in the loss; the rest is distillation.")
     ] = 0.0,
     tokens: Tokens = 1_500_000,
     window: Window = 1024,
@@ -165,10 +165,12 @@ def qat(
 @app.command()
 def prune(
     model: Model = "mite",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("runs/prune"),
-    target: Annotated[float, typer.Option(help="Share of the MLP parameters that goes.")] = 0.28,
-    tau: Annotated[float, typer.Option(help="A neuron is active above tau times the token's mean.")] = 0.3,
-    bound: Annotated[float, typer.Option(help="Rise of perplexity from which nothing goes.")] = 0.03,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run directory.")] = Path("runs/prune"),
+    target: Annotated[float, typer.Option(help="Share of the MLP parameters to remove.")] = 0.28,
+    tau: Annotated[
+        float, typer.Option(help="Activity threshold of a neuron, in units of the token's mean.")
+    ] = 0.3,
+    bound: Annotated[float, typer.Option(help="Pause pruning above this perplexity increase.")] = 0.03,
     tokens: Tokens = 400_000,
     window: Window = 512,
     batch_tokens: BatchTokens = 2048,
@@ -180,9 +182,9 @@ def prune(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Removes neurons and experts that contribute least, step by step while training.
+    """Prune neurons and experts that contribute least, step by step while training.
 
-    Exits with 4 where perplexity on held-out text ends above --bound; the checkpoint is written all the same.
+    Exits with 4 if the final perplexity on held-out text exceeds --bound; the checkpoint is still written.
 
     Examples:
 
@@ -209,7 +211,7 @@ def _settings(
     model: str, out: Path, tokens: int, window: int, batch_tokens: int, eval_tokens: int,
     data: Path | None, device: str, threads: int, seed: int,
 ) -> Any:  # fmt: skip
-    """Checked settings; sets the process up as `mite` does."""
+    """Validate the settings and set up the process as `mite` does."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     import torch
@@ -235,7 +237,7 @@ def _settings(
 
 
 def _finish(run: Callable[[], dict[str, Any] | None], as_json: bool) -> dict[str, Any] | None:
-    """Run, print the summary and return it; None where the run was interrupted."""
+    """Run, print the summary and return it; None if the run was interrupted."""
     from farthing.files import to_json
 
     with errors_as_one_line(resumes=True):

@@ -1,9 +1,9 @@
-"""Calibrate adaptive experts: how much gate weight each layer needs, for a bounded loss of quality.
+"""Calibrate adaptive experts: find how much gate weight each layer needs for a bounded loss of quality.
 
-Each layer alone is tried with each p of a grid: what it costs in loss, and how many experts it still
-computes. A knapsack picks one p a layer, the fewest expert evaluations within the loss budget; losses of
-layers add up only roughly, so the pick is measured whole and the budget is cut until the upper end of the
-increase's paired interval is within what was asked, so that other text keeps the promise too.
+Each p of a grid is tried in each layer alone, measuring its loss and how many experts it still computes. A
+knapsack picks one p per layer: the fewest expert evaluations within the loss budget. Losses of layers add up
+only roughly, so the whole pick is measured, and the budget is cut until the upper end of the increase's
+paired interval is within the requested bound. The bound then also holds on other text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from farthing.ops import RouterSpec
 GRID = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 BUDGET_STEPS = 400  # resolution of the knapsack
 ATTEMPTS = 8
-CONFIDENCE = 0.6  # two-sided: other text keeps the promise in four cases of five
+CONFIDENCE = 0.6  # two-sided: the bound holds on other text in four cases of five
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,13 @@ class Option:
     """One p for one layer, tried alone."""
 
     mass: float
-    loss: float  # nats a token above all experts
-    experts: float  # mean experts a token in this layer
+    loss: float  # nats per token above the loss with all experts
+    experts: float  # mean experts per token in this layer
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptivePlan:
-    """The calibrated rule and what it was measured to do."""
+    """The calibrated rule and its measured effect."""
 
     rule: AdaptiveExperts
     options: list[list[Option]]  # of every MoE layer, for the report
@@ -53,7 +53,7 @@ class AdaptivePlan:
     perplexity_after: float
     most_drop: float  # upper end of the relative increase, 80 % one-sided
     experts_before: float
-    experts_after: float  # mean a token a layer
+    experts_after: float  # mean per token and layer
 
     @property
     def drop(self) -> float:
@@ -66,7 +66,7 @@ class AdaptivePlan:
         return 1 - self.experts_after / self.experts_before
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """As JSON-serializable values."""
         return asdict(self) | {"drop": self.drop, "flops_saved": self.flops_saved}
 
 
@@ -77,10 +77,10 @@ def calibrate_adaptive(
     min_experts: int = 2,
     on_trial: Callable[[int, int], None] = lambda done, total: None,
 ) -> AdaptivePlan:
-    """A p for every layer so that perplexity rises by at most `max_drop` on text like `corpus`.
+    """Choose a p for every layer so that perplexity rises by at most `max_drop` on text like `corpus`.
 
-    The text should be new to the model: what it was trained on loses less. The model's routing rule is left
-    as it was found. Raises ValueError for a dense model.
+    Use text that the model was not trained on, because the loss on training text rises less. Restores the
+    model's routing rule. Raises ValueError for a dense model.
     """
     specs = routers_of(model.config)
     moe = [i for i in range(model.config.num_hidden_layers) if specs[i] is not None]
@@ -118,7 +118,7 @@ def calibrate_adaptive(
 
 
 def write_adaptive(source: Path, out: Path, plan: AdaptivePlan, model: DeepseekModel) -> None:
-    """`source` with the rule in its config.json; weight files are hard links where the disk allows."""
+    """Write `source` with the rule in its config.json; weight files are hard links if possible."""
     out.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and file.name != "config.json":
@@ -128,7 +128,7 @@ def write_adaptive(source: Path, out: Path, plan: AdaptivePlan, model: DeepseekM
 
 
 def fewest_experts(options: Sequence[Sequence[Option]], budget: float) -> list[int]:
-    """The option of each layer with the fewest experts in all and losses of at most `budget` in sum.
+    """The option of each layer, minimizing the total experts with a total loss of at most `budget`.
 
     Every layer's last option costs nothing, so a choice always exists.
     """
@@ -139,13 +139,13 @@ def fewest_experts(options: Sequence[Sequence[Option]], budget: float) -> list[i
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    loss: float  # nats a token above all experts
+    loss: float  # nats per token above the loss with all experts
     most: float  # upper end of its paired interval
-    experts: list[float]  # mean a token of every layer
+    experts: list[float]  # mean per token, for every layer
 
 
 class _Trial:
-    """Measures rules on one text, each against all experts."""
+    """Measures rules on one text, each compared with all experts."""
 
     def __init__(
         self, model: DeepseekModel, corpus: Corpus, specs: list[RouterSpec | None], min_experts: int
@@ -155,7 +155,7 @@ class _Trial:
         self.base = self._losses(None)
 
     def __call__(self, masses: dict[int, float]) -> _Tried:
-        """The layers named route by their p, the others as they are."""
+        """Measure with the given layers routed by their p and the others unchanged."""
         self._model.reroute(
             [
                 replace(s, mass=masses[i], min_experts=self._min) if s is not None and i in masses else s
@@ -180,7 +180,7 @@ class _Trial:
 def _pick(
     trial: _Trial, moe: list[int], options: list[list[Option]], max_drop: float
 ) -> tuple[dict[int, float], _Tried]:
-    """Bisect the knapsack's budget until the whole, measured, is just within max_drop."""
+    """Bisect the knapsack's budget until the measured total is just within max_drop."""
     allowed = math.log1p(max_drop)
     low, high = 0.0, 2 * allowed
     found: tuple[dict[int, float], _Tried] | None = None

@@ -1,4 +1,4 @@
-"""`compress`: a checkpoint, a recipe, and the accuracy gate behind them."""
+"""`compress`: apply a recipe to a checkpoint, then run the accuracy gate."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from farthing.model import ModelConfig
 from farthing.ops import select
 
 log = logging.getLogger(__name__)
-GATE_TOKENS = 16384  # held-out tokens the gate reads; where they do not decide, it says how many would
+GATE_TOKENS = 16384  # held-out tokens for the gate; if undecided, it reports how many would decide
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How `compress` calibrates and what it asks of the result."""
+    """How `compress` calibrates, evaluates and exports."""
 
     calibration: Path | None = None  # JSON lines; None: sources of the Python standard library
     data: Path | None = None  # held-out JSON lines for the gate; None: the embedded sample
     max_drop: float | None = None
-    backend: str = "auto"  # the gate's arithmetic: by default the kernels that serve here
+    backend: str = "auto"  # arithmetic of the gate; default: the kernels that serve on this machine
     window: int = 1024
     max_tokens: int | None = None  # of held-out text; None: GATE_TOKENS for the gate
     export: str = "auto"  # see `export/layout.py`
@@ -50,14 +50,14 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What `farthing compress --json` prints, and the verdict behind its exit status."""
+    """The document of `farthing compress --json`, and the verdict for its exit status."""
 
     report: CompressionReport
     path: Path
     verdict: Verdict | None
 
     def to_json(self) -> dict[str, Any]:
-        """The contract's document."""
+        """The JSON document."""
         r, q = self.report, self.report.quality
         return {
             "size_before": r.size_before,
@@ -88,8 +88,8 @@ def compress(
 ) -> Outcome:
     """Compress `source` into `out`, measure the result and write the report.
 
-    after: called with `out` once it is complete, for figures of the served result; its rows go into the
-    report. Raises CheckpointError, ConfigError or ValueError, each saying what to do.
+    after: called with `out` once it is complete; returns rows of measurements of the served result for the
+    report. Raises CheckpointError, ConfigError or ValueError, each with the next step.
     """
     options = options or Options()
     start = time.monotonic()
@@ -154,14 +154,14 @@ def _ready(
 ) -> tuple[Options, Corpus | None]:
     """The options with the export chosen, and the gate's text.
 
-    Raises here, and not after minutes of work, where the end is sure to fail; logs what will not load.
+    Raises now, not after minutes of work, if the run cannot succeed. Logs what transformers will not load.
     """
     refuse_finished(out)
     checkpoint = Checkpoint.open(source)
     options = replace(options, export=choose_export(options.export, recipe, checkpoint, config))
     if limits := expected_limits(options.export, checkpoint, config, recipe):
         verb = "may" if recipe.scheme == "auto" else "will"
-        log.warning("transformers 5.24 %s not load the result, Farthing will: %s", verb, "; ".join(limits))
+        log.warning("transformers 5.24 %s not load the result (Farthing will): %s", verb, "; ".join(limits))
     expected = None if recipe.adaptive else expected_bytes(options.export, checkpoint, config, recipe)
     if expected is not None and (said := grown(_weight_bytes(checkpoint), expected)):
         log.warning("expected: %s", said)
@@ -175,14 +175,14 @@ def _ready(
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A written result and how it came about."""
+    """A written result and how it was made."""
 
     recipe: Recipe
     state: Progressed
     plan: PlanResult | None = None
     adaptive: AdaptivePlan | None = None
-    judged: Corpus | None = None  # the text the gate must use, where some of it was used before
-    tokens: int = 0  # of calibration
+    judged: Corpus | None = None  # the text for the gate, if part of it was used for calibration
+    tokens: int = 0  # for calibration
 
 
 def _make(
@@ -191,7 +191,7 @@ def _make(
     """Write the result."""
     if recipe.adaptive:
         if options.calibration is None:
-            # The rule is chosen by its loss, which text the model was trained on would flatter.
+            # The rule is chosen by its loss, which training text would understate.
             chosen, judged = halves(_held_out(source, options, config))
         else:
             chosen, judged = _calibration(source, recipe, options, config), None
@@ -208,7 +208,7 @@ def _make(
 
 
 def _result(checkpoint: Checkpoint, made: _Made) -> Sizes:
-    """What the result takes: experts read as often as calibration or the adaptive rule found."""
+    """Sizes of the result, with experts read as often as in calibration or by the adaptive rule."""
     config = ModelConfig.from_json(checkpoint.config)
     routed = {
         int(row["layer"]): measured_shares(row["tokens_per_expert"], made.tokens)
@@ -225,7 +225,7 @@ def _result(checkpoint: Checkpoint, made: _Made) -> Sizes:
 def _adapt(
     source: Path, out: Path, recipe: Recipe, corpus: Corpus, progress: Progress | None
 ) -> AdaptivePlan:
-    """Write `source` with a calibrated rule of adaptive experts; the weights stay as they are."""
+    """Write `source` with a calibrated adaptive-experts rule and unchanged weights."""
     model = load_for(source, "auto")
 
     def on_trial(done: int, total: int) -> None:
@@ -251,7 +251,7 @@ def _held_out(source: Path, options: Options, config: ModelConfig) -> Corpus:
 def _measure(
     source: Path, out: Path, options: Options, corpus: Corpus, progress: Progress | None
 ) -> Comparison:
-    # A model is compared with its source in the source's best arithmetic: dequantized, nothing rounded.
+    # The source runs in its best arithmetic: dequantized, without activation rounding.
     of_source = "reference" if options.backend == "simulate" else options.backend
     done = 0
 
@@ -265,6 +265,6 @@ def _measure(
 
 
 def peak_memory() -> int:
-    """Most resident memory of this process so far, bytes."""
+    """Peak resident set size of this process, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,6 @@
-"""Text to measure and to calibrate on, as windows of token ids.
+"""Text for evaluation and calibration, as windows of token ids.
 
-A file holds one JSON object a line: {"text": …} or {"ids": […]}.
+A file has one JSON object per line: {"text": …} or {"ids": […]}.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ class Window:
 
     @property
     def tokens(self) -> int:
-        """Predictions it holds."""
+        """Number of predictions."""
         return len(self.ids) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Windows and the bytes of text they stand for (0 where only ids are known)."""
+    """Windows and the size of their text in bytes (0 if only ids are known)."""
 
     windows: list[Window]
     bytes: int
 
     @property
     def tokens(self) -> int:
-        """Predictions in all."""
+        """Total number of predictions."""
         return sum(w.tokens for w in self.windows)
 
 
 def halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    """Two parts of about equal size without a document in common: one to choose by, one to judge by.
+    """Two parts of about equal size without a common document: one to choose on, one to evaluate on.
 
     Raises ValueError for a single document. Bytes are unknown in either part.
     """
     documents = {w.document for w in corpus.windows}
     if len(documents) < 2:
         raise ValueError(
-            "the data holds one document; expected at least two, to choose by one and judge by another"
+            "the data has one document; expected at least two, one to choose on and one to evaluate on"
         )
     parts: tuple[list[Window], list[Window]] = ([], [])
     tokens = [0, 0]
@@ -70,12 +70,12 @@ def load_corpus(
 ) -> Corpus:
     """Whole documents of `data`, until `max_tokens` is reached; at most the model's context per window.
 
-    `model` is the directory with the tokenizer, `config` says which ids exist. Raises ValueError or
+    `model` is the directory with the tokenizer, `config` gives the vocabulary size. Raises ValueError or
     FileNotFoundError.
     """
     if not data.is_file():
         raise FileNotFoundError(
-            f"data is {str(data)!r}, no such file; expected JSON lines with 'text' or 'ids'"
+            f"data is {str(data)!r}, which does not exist; expected JSON lines with 'text' or 'ids'"
         )
     window = min(window, config.max_position_embeddings)
     return windows_of(_documents(data, model, config), window, max_tokens)
@@ -97,7 +97,7 @@ def windows_of(
         tokens += max(len(ids) - 1, 0)
         total += size
     if not windows:
-        raise ValueError("the data holds no token to predict; expected at least one document of two tokens")
+        raise ValueError("the data has no token to predict; expected at least one document of two tokens")
     return Corpus(windows, total)
 
 
@@ -118,7 +118,7 @@ def _documents(data: Path, model: Path, config: ModelConfig) -> Iterator[tuple[l
                 tokenizer = tokenizer or load_tokenizer(model)
                 ids, size = encode(tokenizer, row["text"], config.bos_token_id), _utf8_size(row["text"])
             else:
-                raise ValueError(f"{data}:{number} holds neither 'text' nor 'ids'; expected one of them")
+                raise ValueError(f"{data}:{number} has neither 'text' nor 'ids'; expected one of them")
             _check_ids(ids, config.vocab_size, f"{data}:{number}")
             yield ids, size
 
@@ -133,11 +133,11 @@ def _check_ids(ids: list[int], vocab_size: int, where: str) -> None:
 
 
 def _utf8_size(text: str) -> int:
-    return len(text.encode(errors="replace"))  # JSON may hold lone surrogates
+    return len(text.encode(errors="replace"))  # JSON may contain lone surrogates
 
 
 def load_tokenizer(model: Path) -> Tokenizer:
-    """tokenizer.json of a model directory."""
+    """Load tokenizer.json of a model directory."""
     file = model / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; expected a tokenizer, or data given as 'ids'")
@@ -155,7 +155,7 @@ def calibration_corpus(
 ) -> Corpus:
     """About `tokens` tokens of the Python standard library, without the files named in `held_out`.
 
-    These sources are on every machine that runs this, and calibration needs text, not labels.
+    These sources are available wherever Python is, and calibration needs no labels.
     """
     tokenizer = load_tokenizer(model)
     window = min(window, config.max_position_embeddings)
@@ -167,7 +167,7 @@ def calibration_corpus(
     )  # fmt: skip
     random.Random(seed).shuffle(files)
     if not files:
-        raise FileNotFoundError(f"no Python sources under {root}; give a calibration file")
+        raise FileNotFoundError(f"no Python sources under {root}; expected a calibration file")
 
     def documents() -> Iterator[tuple[list[int], int]]:
         for file in files:
@@ -191,7 +191,7 @@ def _excluded(file: Path, excluded: set[str]) -> bool:
 
 
 def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
-    """Consecutive windows, about `tokens` tokens a batch."""
+    """Batches of consecutive windows, about `tokens` tokens each."""
     batch: list[Window] = []
     size = 0
     for window in windows:

@@ -1,6 +1,6 @@
-"""How good a model is, and how much worse another one is, with an interval.
+"""Evaluate a model, or compare two models with a confidence interval.
 
-Everything goes through `farthing.model` on the chosen backend: what is measured is what is served.
+Everything runs through `farthing.model` on the chosen backend, so the serving path itself is evaluated.
 Legend: T tokens of a batch of windows; D hidden size; V vocabulary.
 """
 
@@ -20,7 +20,7 @@ from farthing.model import DeepseekModel
 from farthing.ops import Batch, LatentCache, make_batch
 
 BLOCK = 16
-ROWS = 512  # logit rows at a time, so that [T, V] never exists as a whole
+ROWS = 512  # logit rows per chunk, to never materialize [T, V]
 BROKEN = "the model's logits are NaN or infinite on this text: its weights are broken or overflow"
 Progress = Callable[[int], None]  # called with the tokens done since the last call
 
@@ -38,7 +38,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Model B against model A on the same tokens; the interval is paired."""
+    """Model B compared with model A on the same tokens; the interval is paired."""
 
     perplexity_a: float
     perplexity_b: float
@@ -53,7 +53,7 @@ class Comparison:
     windows: int
 
     def verdict(self, max_drop: float) -> Verdict:
-        """Whether the increase is surely at most `max_drop`, surely more, or the sample cannot tell."""
+        """Whether the interval of the increase is below `max_drop`, above it, or includes it."""
         low, high = self.interval
         if high <= max_drop:
             return Verdict("pass", max_drop, None)
@@ -66,7 +66,7 @@ class Comparison:
         return Verdict("cannot tell", max_drop, needed)
 
     def to_json(self) -> dict[str, Any]:
-        """The document `farthing eval --against --json` prints."""
+        """The document of `farthing eval --against --json`."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
             "interval": list(self.interval)
         }
@@ -74,11 +74,11 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The answer to "at most this much worse?"."""
+    """Whether a model is at most `max_drop` worse."""
 
     answer: Literal["pass", "fail", "cannot tell"]
     max_drop: float
-    tokens_needed: int | None  # an estimate of the sample that would decide
+    tokens_needed: int | None  # estimated tokens needed to decide
 
     def __str__(self) -> str:
         text = f"{self.answer}: at most {self.max_drop:.2%} asked"
@@ -94,8 +94,8 @@ def evaluate(
 ) -> Quality:
     """Perplexity, bits per byte and MTP acceptance.
 
-    Acceptance: at every position of the text the MTP layer drafts the token after next from the true next
-    token; it is accepted where the model itself, given the text so far, would greedily choose the same.
+    Acceptance: at every position the MTP layer drafts the token after next from the true next token. The
+    draft is accepted if the model, given the text so far, would greedily choose the same token.
     """
     loss, drafts, accepted = 0.0, 0, 0
     for step in _steps(model, corpus.windows, batch_tokens):
@@ -121,16 +121,16 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What a model said about a text: from its hidden states norm and head give every logit again."""
+    """A model's hidden states on a text; its norm and head recompute all logits from them."""
 
-    hidden: list[Tensor]  # [T, D] of each batch, behind the last layer
+    hidden: list[Tensor]  # [T, D] of each batch, after the last layer
     tail: DeepseekModel  # at least norm and head
 
 
 def remember(
     model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, progress: Progress | None = None
 ) -> list[Tensor]:
-    """The `hidden` of a Baseline: D numbers a token where log-probabilities would be V."""
+    """The `hidden` of a Baseline: D numbers per token, where log-probabilities would need V."""
     hidden = []
     for step in _steps(model, corpus.windows, batch_tokens):
         hidden.append(step.hidden.clone())
@@ -146,7 +146,7 @@ def compare(
     batch_tokens: int = 4096,
     confidence: float = 0.95,
 ) -> Comparison:
-    """B against A, window by window. Raises ValueError where the vocabularies differ."""
+    """Compare B with A, window by window. Raises ValueError if the vocabularies differ."""
     return compare_with(Baseline(remember(a, corpus, batch_tokens), a), b, corpus, batch_tokens, confidence)
 
 
@@ -158,11 +158,11 @@ def compare_with(
     confidence: float = 0.95,
     progress: Progress | None = None,
 ) -> Comparison:
-    """`compare`, where A need not be in memory any more; `batch_tokens` as it was remembered with."""
+    """`compare` without A in memory; `batch_tokens` must be that of `remember`."""
     if a.tail.config.vocab_size != b.config.vocab_size:
         raise ValueError(
             f"vocab_size is {b.config.vocab_size} in B and {a.tail.config.vocab_size} in A; "
-            "expected models of one tokenizer"
+            "expected models with the same tokenizer"
         )
     loss_a, loss_b, kl, agree = 0.0, 0.0, 0.0, 0
     differences: list[float] = []
@@ -210,7 +210,7 @@ class _Step:
 def window_losses(
     model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, counts: Tensor | None = None
 ) -> list[float]:
-    """Nats of each window; counts [L, E] int64, if given, gains the tokens each expert of each layer saw."""
+    """Loss of each window in nats; adds the tokens routed to each expert to counts [L, E] int64."""
     losses: list[float] = []
     for step in _steps(model, corpus.windows, batch_tokens, counts):
         nll = torch.cat([_nll(logits, step.targets[rows]) for rows, logits in _logits(model, step.hidden)])
@@ -243,7 +243,7 @@ def located(model: DeepseekModel, windows: Sequence[Window]) -> str:
 
 
 def paged_batch(lengths: Sequence[int]) -> tuple[Batch, int]:
-    """A batch of whole sequences in consecutive blocks, and the blocks it takes."""
+    """A batch of whole sequences in consecutive blocks, and its number of blocks."""
     tables, first = [], 0
     for n in lengths:
         count = -(-n // BLOCK)
@@ -265,7 +265,7 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _drafts(model: DeepseekModel, step: _Step, greedy: Tensor) -> tuple[int, int]:
-    """(drafts made, drafts accepted) of the MTP layer: position i drafts what the model chooses at i + 1."""
+    """(drafts made, drafts accepted) of the MTP layer: position i drafts the model's choice at i + 1."""
     drafted = model.draft(step.targets, step.hidden, step.batch, step.cache)
     guesses = []
     for start in range(0, len(drafted), ROWS):

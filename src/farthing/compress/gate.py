@@ -1,4 +1,4 @@
-"""What the accuracy gate loads and what it asks."""
+"""Loading and comparing models for the accuracy gate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from farthing.ops import Ops, select
 
 
 def held_out_sample() -> Path:
-    """The embedded model's held-out text."""
+    """File of the embedded model's held-out text."""
     return Path(__file__).parents[1] / "assets" / "mite" / "heldout.jsonl"
 
 
@@ -32,7 +32,7 @@ def parse_share(name: str, text: str) -> float:
 
 
 def load_for(path: Path, backend: str = "auto", simulate: bool = False) -> DeepseekModel:
-    """A model to measure: on a serving backend, or in float32 with simulated activation rounding."""
+    """Load a model on a serving backend, or in float32 with simulated activation rounding."""
     return load(path, _ops(path, "simulate" if simulate else backend))
 
 
@@ -43,9 +43,9 @@ def compare_in_turn(
     backends: tuple[str, str] = ("auto", "auto"),
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """B against A, never both in memory: of A stay the hidden states of the text, its norm and its head.
+    """Compare B with A, one in memory at a time: of A, hidden states, norm and head are kept.
 
-    backends: of A and of B, "simulate" among them. progress: called with tokens, twice the corpus in all.
+    backends: of A and B; "simulate" is one. progress: called with tokens, twice the corpus in total.
     """
     return compare_with(
         baseline(a, corpus, backends[0], progress), load_for(b, backends[1]), corpus, progress=progress
@@ -55,13 +55,13 @@ def compare_in_turn(
 def baseline(
     path: Path, corpus: Corpus, backend: str = "auto", progress: Callable[[int], None] | None = None
 ) -> Baseline:
-    """What comparisons with `path` need: its hidden states of the text, its norm and its head."""
+    """Hidden states, norm and head of the model at `path`, to compare other models with it."""
     hidden = remember(load_for(path, backend), corpus, progress=progress)
     return Baseline(hidden, _tail(path, backend))
 
 
 def _tail(path: Path, backend: str) -> DeepseekModel:
-    """A model without layers: norm and head."""
+    """A model with only the norm and head."""
     checkpoint = Checkpoint.open(path)
     config = replace(
         ModelConfig.from_json(checkpoint.config),

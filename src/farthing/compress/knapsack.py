@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option of every row, the least value within a limit of cost."""
+"""The multiple-choice knapsack: one option per row, least total value within a cost limit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def knapsack(
     limit: float,
     cells: int,
 ) -> list[T]:
-    """Dynamic programming over `cells` cells of cost, minimizing the sum of values.
+    """Dynamic programming over `cells` cells of cost, minimizing the total value.
 
-    Costs are rounded up, so the limit holds; where that alone makes every choice too dear, the cheapest is
-    taken if it fits. Raises ValueError where even that exceeds the limit.
+    Costs are rounded up, so the limit holds. If rounding makes every choice exceed the limit, the cheapest
+    one is taken if it fits. Raises ValueError if it does not.
     """
 
     def steps(option: T) -> int:
@@ -42,12 +42,12 @@ def knapsack(
     cheapest = [min(row, key=cost) for row in rows]
     least = sum(map(cost, cheapest))
     if least > limit:
-        raise ValueError(f"the limit is {limit:g}; the cheapest plan takes {least:g}")
+        raise ValueError(f"the limit is {limit:g}; expected at least {least:g}, the cheapest plan")
     return cheapest
 
 
 def _undominated(reached: dict[int, tuple[float, list[T]]]) -> dict[int, tuple[float, list[T]]]:
-    """Drop what another choice beats in both cost and value."""
+    """Drop choices that another one beats in both cost and value."""
     kept, least = {}, math.inf
     for spent in sorted(reached):
         if reached[spent][0] < least:

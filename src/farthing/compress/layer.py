@@ -28,7 +28,7 @@ SMALLEST_GROUP = 32  # 4-bit weights that share a scale
 
 @dataclass(slots=True)
 class Layer:
-    """Parameters of layer `index` by full name; matrices and vectors alike, in float32."""
+    """Parameters of layer `index` by full name, matrices and vectors, in float32."""
 
     config: ModelConfig
     index: int
@@ -38,7 +38,7 @@ class Layer:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, config: ModelConfig, index: int) -> Layer:
-        """Read and dequantize one layer. Raises CheckpointError, or ValueError on NaN and infinity."""
+        """Read and dequantize one layer. Raises CheckpointError, or ValueError for NaN or infinity."""
         prefix = f"model.layers.{index}."
         layer = cls(config.at(index), index, {})
         names = [n for n in checkpoint.names() if n.startswith(prefix)]
@@ -65,7 +65,7 @@ class Layer:
 
     @property
     def is_moe(self) -> bool:
-        """Whether it holds experts."""
+        """Whether it has experts."""
         return self.config.is_moe(self.index)
 
     @property
@@ -75,7 +75,7 @@ class Layer:
 
     @property
     def experts(self) -> int:
-        """Routed experts it holds now."""
+        """Current number of routed experts."""
         return (self.config.n_routed_experts or 0) if self.is_moe else 0
 
     def mlps(self) -> list[str]:
@@ -94,7 +94,7 @@ class Layer:
         return [m for m in candidates if f"{m}.weight" in self.tensors]
 
     def group_columns(self, module: str) -> int:
-        """What the groups of a matrix must divide."""
+        """Columns that the groups of a matrix must divide."""
         return group_columns(self.config, module, self.weight(module).shape[1])
 
     def weight(self, module: str) -> Tensor:
@@ -106,7 +106,7 @@ class Layer:
         self.tensors[f"{module}.weight"] = value
 
     def families(self) -> Iterator[list[str]]:
-        """Modules of one shape whose inputs are alike: all experts' gates together, and so on."""
+        """Modules with the same shape and kind of input, such as all experts' gates."""
         seen: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for module in self.modules():
             kind = module.rpartition(".")[2] if ".experts." in module else module
@@ -114,7 +114,7 @@ class Layer:
         yield from seen.values()
 
     def norm_groups(self) -> list[tuple[str, list[str], list[str]]]:
-        """(norm, matrices it feeds, plain tensors it also feeds): scales can move across the norm."""
+        """(norm, matrices and plain tensors that read it): scales can move across the norm."""
         p, have = self.prefix, set(self.modules())
         attention = [f"{p}self_attn.{a}" for a in ("q_a_proj", "q_proj", "kv_a_proj_with_mqa")]
         mlps = [f"{m}.{part}" for m in self.mlps() for part in ("gate_proj", "up_proj")]
@@ -152,27 +152,27 @@ class Layer:
 
 
 def group_columns(config: ModelConfig, module: str, columns: int) -> int:
-    """What groups of 4-bit weights must divide: the columns; of a routed expert those of all three
-    projections, where any group does, so that one scheme holds for every expert."""
+    """The columns that groups of 4-bit weights must divide: of a routed expert those of all three projections
+    if any group size does, so that one scheme holds for every expert."""
     common = math.gcd(config.hidden_size, config.moe_intermediate_size)
     return common if ".mlp.experts." in module and common % SMALLEST_GROUP == 0 else columns
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise ValueError with the tensor's name where it holds NaN or infinity."""
-    # A finite sum has finite terms, and takes no memory; the sum of finite terms may still overflow.
+    """Raise ValueError with the tensor's name if it has NaN or infinity."""
+    # A finite sum implies finite terms and needs no memory; finite terms may still overflow the sum.
     if not bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.float().isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity; expected finite numbers, refusing to compress it")
+        raise ValueError(f"{name} has NaN or infinity; expected finite numbers")
 
 
 @dataclass(slots=True)
 class Stream:
-    """The calibration tokens between two layers."""
+    """Calibration activations between two layers."""
 
     hidden: Tensor  # [T, D]
     next_ids: Tensor  # [T]
     lengths: list[int]
-    unpruned: Tensor | None = None  # [T, D] in the source model, where layers are healed
+    unpruned: Tensor | None = None  # [T, D] in the source model, if layers are healed
 
     def chunks(self, tokens: int) -> Iterator[tuple[slice, list[int]]]:
         """Whole windows, about `tokens` tokens at a time."""
@@ -192,7 +192,7 @@ Block = Callable[[Tensor, Tensor, Batch, LatentCache], Tensor]
 
 
 def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Block:
-    """The layer as the serving model builds it, over `ops`: (hidden, next_ids, batch, cache) -> hidden."""
+    """The layer as the serving model builds it on `ops`: (hidden, next_ids, batch, cache) -> hidden."""
     c, source = replace(layer.config, num_nextn_predict_layers=0), MemorySource(layer.tensors)
     rope = rope_table(c.rope, c.qk_rope_head_dim, c.max_position_embeddings)
     router = router_spec(c) if layer.is_moe else None
@@ -217,7 +217,7 @@ def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Bloc
 
 
 def _no_head() -> Weight:
-    raise AssertionError("a layer alone has no head")
+    raise AssertionError("a single layer has no head")
 
 
 _COPIES = (".embed_tokens.weight", ".shared_head.head.weight")  # of the main ones, in MTP layers

@@ -1,8 +1,8 @@
 """INT8 for any torch.nn.Module with Conv2d and Linear layers (a CNN as well as a language model's block).
 
-Weights get one scale an output channel, inputs one calibrated scale a tensor; both symmetric with zero
-point 0, which is what TensorRT takes. The result is an ordinary module that computes what int8 hardware
-computes and exports to ONNX with explicit QuantizeLinear/DequantizeLinear nodes.
+Weights get one scale per output channel, inputs one calibrated scale per tensor; both are symmetric, which is
+what TensorRT supports. The result is an ordinary module that computes what int8 hardware does, and exports to
+ONNX with explicit QuantizeLinear/DequantizeLinear nodes.
 
 Legend: B images; C channels; N output channels.
 """
@@ -25,13 +25,13 @@ from farthing.compress.quantize.grid import int8_grid
 from farthing.compress.recipe import OBSERVER_NAMES
 from farthing.compress.statistics import Interval, proportion_interval
 
-SAMPLES = 8  # inputs a layer keeps to measure its output error on
+SAMPLES = 8  # inputs kept per layer to measure its output error
 Layer = nn.Conv2d | nn.Linear
 
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """How one layer's input is rounded, and the relative output error of every candidate."""
+    """The observer and scale of one layer's input, with the relative output error of each candidate."""
 
     layer: str
     observer: str
@@ -40,7 +40,7 @@ class LayerChoice:
 
 
 class QuantizedLayer(nn.Module):
-    """A Conv2d or Linear on int8 inputs and int8 weights."""
+    """A Conv2d or Linear with int8 inputs and int8 weights."""
 
     def __init__(self, layer: Layer, input_scale: float, weight_scale: Tensor) -> None:
         super().__init__()
@@ -49,19 +49,19 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("weight_scale", weight_scale)  # [N]
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer on rounded input and weight, in float."""
+        """The layer on rounded input and weight, computed in float."""
         scale: Any = self.input_scale
         return run_layer(self.layer, round_input(x, float(scale)), self.rounded_weight())
 
     def rounded_weight(self) -> Tensor:
-        """The weight as int8 holds it."""
+        """The weight rounded to int8, in float."""
         scale: Any = self.weight_scale
         zero = torch.zeros(len(scale), dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(self.layer.weight, scale, zero, 0, -128, 127)
 
 
 def run_layer(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer with another weight; a subclass's own forward (static padding, say) is kept."""
+    """Run the layer with another weight, keeping a subclass's forward (such as static padding)."""
     out: Tensor = torch.func.functional_call(layer, {"weight": weight}, (x,))
     return out
 
@@ -69,7 +69,7 @@ def run_layer(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
 def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy with every BatchNorm2d that directly follows a Conv2d folded into it.
 
-    What follows what is seen by running `example`: it works for any control flow, without tracing a graph.
+    Running `example` shows which module follows which, so no graph tracing is needed.
     """
     model = copy.deepcopy(model).eval()
     producer: dict[int, tuple[str, Tensor]] = {}
@@ -78,7 +78,7 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             if isinstance(module, nn.Conv2d):
-                producer[id(out)] = (name, out)  # the tensor is kept, so that its id stays its own
+                producer[id(out)] = (name, out)  # keep the tensor so that its id is not reused
             elif id(args[0]) in producer:
                 pairs.append((producer[id(args[0])][0], name))
 
@@ -100,21 +100,21 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where `name` is."""
+    """Replace the submodule `name` with `new`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
 
 
 @dataclass(slots=True)
 class Seen:
-    """What one layer was given: the counts of |x|, and a uniform sample of SAMPLES inputs."""
+    """Inputs of one layer: the counts of |x|, and a uniform sample of SAMPLES inputs."""
 
     histogram: Histogram = field(default_factory=Histogram)
     inputs: list[Tensor] = field(default_factory=list)
     count: int = 0
 
     def add(self, x: Tensor, generator: torch.Generator) -> None:
-        """Count a batch and sample from it."""
+        """Count and sample a batch."""
         self.histogram.add(x)
         for one in x.detach():
             self.count += 1
@@ -132,8 +132,8 @@ def quantize_int8(
 ) -> tuple[nn.Module, list[LayerChoice]]:
     """Calibrate on `batches` and quantize every Conv2d and Linear not named in `skip`.
 
-    "auto": per layer the observer with the least measured output error; a name forces one. Raises
-    ValueError where the model has no such layer or an input is NaN.
+    "auto" picks per layer the observer with the least measured output error; a name forces one. Raises
+    ValueError if the model has no such layer or an input is NaN.
     """
     return quantize_observed(model, observe(model, batches, skip), observer)
 
@@ -141,7 +141,7 @@ def quantize_int8(
 def quantize_observed(
     model: nn.Module, seen: Mapping[str, Seen], observer: Observer | Literal["auto"] = "auto"
 ) -> tuple[nn.Module, list[LayerChoice]]:
-    """`quantize_int8` of the layers in `seen`, so that one run over the data serves several observers."""
+    """`quantize_int8` from recorded inputs, so that one pass over the data serves several observers."""
     model = copy.deepcopy(model).eval()
     names: Sequence[Observer] = OBSERVER_NAMES if observer == "auto" else (observer,)
     choices = []
@@ -159,8 +159,8 @@ def quantize_observed(
 
 
 def correct_bias(quantized: QuantizedLayer, x: Tensor) -> None:
-    """Give back to every channel of a convolution what rounding shifts its mean output by on x [B, C, H, W]
-    (Nagel et al. 2019, section 4.2). A Linear layer has one output an input: too few to tell a mean by."""
+    """Correct the bias of a convolution by the mean shift of each output channel that rounding causes on
+    x [B, C, H, W] (Nagel et al. 2019, section 4.2). Linear layers are skipped: too few outputs for a mean."""
     layer: Any = quantized.layer
     with torch.no_grad():
         shift = (run_layer(layer, x, layer.weight) - quantized(x)).mean((0, 2, 3))
@@ -168,9 +168,9 @@ def correct_bias(quantized: QuantizedLayer, x: Tensor) -> None:
 
 
 def observe(model: nn.Module, batches: Iterable[Tensor], skip: Sequence[str] = ()) -> dict[str, Seen]:
-    """Run `batches` through the model and watch the input of every Conv2d and Linear not in `skip`.
+    """Run `batches` through the model and record the input of every Conv2d and Linear not in `skip`.
 
-    Raises ValueError where the model has no such layer, an input is NaN, or there is no batch.
+    Raises ValueError if the model has no such layer, an input is NaN, or there is no batch.
     """
     model = copy.deepcopy(model).eval()
     layers = {
@@ -196,7 +196,7 @@ def observe(model: nn.Module, batches: Iterable[Tensor], skip: Sequence[str] = (
         for hook in hooks:
             hook.remove()
     if not any(entry.inputs for entry in seen.values()):
-        raise ValueError("no calibration batch was given; expected at least one")
+        raise ValueError("no calibration batches; expected at least one")
     return seen
 
 
@@ -216,7 +216,7 @@ def _choose(
             return float((run_layer(layer, round_input(x, scale), rounded) - exact).square().sum()) / norm
 
         errors = {o: error(scale) for o, scale in scales.items()}
-        if len(observers) > 1:  # look on around the best, as `activations.choose` does
+        if len(observers) > 1:  # search further around the best, like `activations.choose`
             best = min(errors, key=errors.__getitem__)
             scales["measured"], errors["measured"] = refine(scales[best], error)
     best = min(errors, key=errors.__getitem__)
@@ -224,7 +224,7 @@ def _choose(
 
 
 def round_input(x: Tensor, scale: float) -> Tensor:
-    """Symmetric int8 with one scale, rounded and back."""
+    """Quantize to symmetric int8 with one scale and dequantize."""
     return torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
 
 
@@ -238,7 +238,7 @@ class TopOne:
     images: int
 
     def verdict(self, max_drop: float) -> str:
-        """'pass' if b is surely at most `max_drop` below a, 'fail' if surely more, else 'cannot tell'."""
+        """'pass' if the interval of b is within `max_drop` below a, 'fail' if beyond, else 'cannot tell'."""
         if -self.difference.low <= max_drop:
             return "pass"
         return "fail" if -self.difference.high > max_drop else "cannot tell"

@@ -1,9 +1,9 @@
-"""The automatic plan: how few bits, and how many zero blocks, each part of the model can stand.
+"""The automatic plan: how few bits, and how many zero blocks, each part of the model tolerates.
 
-The damage of giving one part one format is measured (`sensitivity.py`). For small changes damages add up
-(Taylor), and for a model that fits its data the mean KL is what log-perplexity rises by. So the best plan for
-a budget is a knapsack: per part one option (bytes, KL), least KL within the bytes or fewest bytes within the
-KL. Bytes are those of the whole model by one measure: in memory, in files, or read for a token.
+The damage of each format in each part is measured alone (`sensitivity.py`). For small changes damages add up
+(Taylor), and for a model that fits its data the mean KL equals the rise of log-perplexity. So the best plan
+for a budget is a knapsack: one option (bytes, KL) per part, with the least KL within the bytes or the fewest
+bytes within the KL. Bytes are those of the whole model: in memory, in files, or read per token.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from farthing.compress.stream import STATE, Progress, fingerprint
 from farthing.model import ModelConfig
 
 CELLS = 2000  # resolution of the knapsack's budget
-SPENT = 0.6  # of max_drop: what is left is for the gate's interval, which has to fit as well
-HEAL_STEPS = 120  # of a layer whose feed-forward gets zero blocks
+SPENT = 0.6  # of max_drop; the rest leaves room for the gate's interval
+HEAL_STEPS = 120  # per layer whose feed-forward gets zero blocks
 
 
 @dataclass(frozen=True, slots=True)
 class PlanResult:
-    """One option a part, and why."""
+    """The chosen option of each part, with an explanation."""
 
     chosen: dict[str, Option]  # by part
     options: list[Option]
     explanation: str
-    layers: int  # those behind are MTP layers
-    rest: Sizes  # of what no option touches: embedding, head, norms, routers
+    layers: int  # layers from this index on are MTP layers
+    rest: Sizes  # of parts without options: embedding, head, norms, routers
     measure: Measure
 
     def format(self, module: str) -> str:
-        """The plan in the form `stream.Job` wants; what has no option gets 8 bits."""
+        """The format of a module, for `stream.Job`; modules without options get 8 bits."""
         option = self.chosen.get(part_of(twin_of(module, self.layers)))
         return option.format if option else "int8"
 
     def recipe(self, recipe: Recipe) -> Recipe:
-        """`recipe` with the zero blocks the plan asks for."""
+        """`recipe` with the plan's zero blocks."""
         shares = tuple((f"{o.part}.*", o.sparsity) for o in self.chosen.values() if o.sparsity)
         if not shares:
             return recipe
-        # A dense MLP's pattern must not reach into experts, which no layer has beside one.
+        # A dense MLP's pattern must not match experts; no layer has both.
         return replace(recipe, prune=Prune("16x16", 0.0, shares=shares, heal_steps=HEAL_STEPS))
 
     def to_json(self) -> dict[str, Any]:
-        """For the report."""
+        """The plan as JSON-serializable values, for the report."""
         return {
             "explanation": self.explanation,
             "measure": self.measure,
@@ -70,10 +70,10 @@ class PlanResult:
 def make_plan(
     source: Path, out: Path, recipe: Recipe, corpus: Corpus, progress: Progress | None = None
 ) -> PlanResult:
-    """Measure every part and solve the knapsack for the recipe's budget. Holds the model in memory.
+    """Measure every part and solve the knapsack for the recipe's budget. Loads the model into memory.
 
-    What was measured is kept beside OUT's shards until OUT is complete: a killed run goes on from there, and
-    so does one with another budget.
+    Measurements are kept next to OUT's shards until OUT is complete, so a killed run resumes, and a run with
+    another budget reuses them.
     """
     if recipe.measure == "file":
         recipe = replace(recipe, sparsities=())  # files keep zeros
@@ -89,9 +89,9 @@ def make_plan(
 
 
 def twin_of(module: str, layers: int) -> str:
-    """The module of the last measured layer that an MTP layer's module follows; others are their own.
+    """The module whose format a module takes: for an MTP layer, that of the last measured layer.
 
-    MTP layers only draft: a wrong draft costs time and never accuracy. So they are not measured.
+    MTP layers only draft: a wrong draft costs time but never accuracy, so they are not measured.
     """
     pieces = module.split(".")
     return ".".join((*pieces[:2], str(min(int(pieces[2]), layers - 1)), *pieces[3:]))
@@ -100,12 +100,12 @@ def twin_of(module: str, layers: int) -> str:
 def whole_model(
     checkpoint: Checkpoint, config: ModelConfig, options: Sequence[Option]
 ) -> tuple[list[Option], Sizes]:
-    """Options whose sizes count the MTP layers that follow them, and the sizes of what none touches."""
+    """Options whose sizes include the MTP layers that copy them, and the sizes of all other parts."""
     layers = config.num_hidden_layers
     parts = {o.part for o in options}
     own: dict[str, int] = {}  # parameters of each part
-    following: dict[str, int] = {}  # those of MTP layers that follow it
-    alone = 0  # bytes of matrices in MTP layers that follow none, at 8 bits
+    following: dict[str, int] = {}  # of MTP layers that copy it
+    alone = 0  # bytes of matrices in MTP layers that copy none, at 8 bits
     matrices = [m for m in _modules(checkpoint) if _planned(m)]
     for module in matrices:
         n, k = checkpoint.weight(module).shape
@@ -123,7 +123,7 @@ def whole_model(
         rest += Sizes(more, more, more)
 
     def counted(option: Option) -> Option:
-        # A layer that is not pruned itself has no zero blocks either.
+        # MTP layers are not pruned, so they have no zero blocks.
         twins = round(option.sizes.file * following.get(option.part, 0) / own[option.part])
         return replace(option, sizes=option.sizes + Sizes(twins, twins, 0))
 
@@ -141,9 +141,9 @@ def _planned(module: str) -> bool:
 def solve(
     options: Sequence[Option], parts: Sequence[str], recipe: Recipe, rest: Sizes
 ) -> tuple[dict[str, Option], str]:
-    """One option a part: the least KL within budget_bytes, or the fewest bytes within max_drop.
+    """One option per part: the least KL within budget_bytes, or the fewest bytes within max_drop.
 
-    Raises ValueError where nothing fits the budget, or only plans that surely exceed max_drop.
+    Raises ValueError if nothing fits the budget, or only plans that certainly exceed max_drop.
     """
     measure, drop = recipe.measure, recipe.allowed_drop
 
@@ -159,14 +159,14 @@ def solve(
         chosen = one_per_part(options, parts, kl, size, limit)
         why = (
             f"fewest bytes ({_NAMES[measure]}) with a predicted loss of at most {SPENT:.0%} of {drop:.2%} "
-            f"({limit:.5f} nats a token)"
+            f"({limit:.5f} nats per token)"
         )
         return chosen, f"{why}: {_figures(chosen, rest)}"
     smallest = _total({p: min((o for o in options if o.part == p), key=size) for p in parts}, rest)
     if smallest.of(measure) > recipe.budget_bytes:
         raise ValueError(
             f"budget_bytes is {recipe.budget_bytes:,} ({_NAMES[measure]}); expected at least "
-            f"{smallest.of(measure):,}, the smallest plan ({rest.of(measure):,} of it are embedding, head, "
+            f"{smallest.of(measure):,}, the smallest plan (of it {rest.of(measure):,} for embedding, head, "
             "norms and routers)"
         )
     chosen = one_per_part(options, parts, size, kl, recipe.budget_bytes - rest.of(measure))
@@ -174,8 +174,8 @@ def solve(
     if drop is not None and predicted > math.log1p(drop):
         enough = _total(one_per_part(options, parts, kl, size, math.log1p(drop)), rest).of(measure)
         raise ValueError(
-            f"budget_bytes is {recipe.budget_bytes:,} ({_NAMES[measure]}), for which perplexity is predicted "
-            f"to rise by {math.expm1(predicted):.2%}, and max_drop is {drop:.2%}; expected a budget of "
+            f"budget_bytes is {recipe.budget_bytes:,} ({_NAMES[measure]}), with a predicted perplexity "
+            f"increase of {math.expm1(predicted):.2%}, above max_drop {drop:.2%}; expected a budget of "
             f"{enough:,} or more, or a larger max_drop"
         )
     why = f"least predicted loss within {recipe.budget_bytes:,} bytes ({_NAMES[measure]})"
@@ -183,9 +183,9 @@ def solve(
 
 
 _NAMES: dict[Measure, str] = {
-    "memory": "the whole model as the kernels hold it",
+    "memory": "the whole model in the kernels' layout",
     "file": "all weight files",
-    "token": "weights read for one decoded token",
+    "token": "weights read per decoded token",
 }
 
 
@@ -194,16 +194,16 @@ def _total(chosen: Mapping[str, Option], rest: Sizes) -> Sizes:
 
 
 def _figures(chosen: Mapping[str, Option], rest: Sizes) -> str:
-    return f"predicted {sum(o.kl for o in chosen.values()):.5f} nats a token; {_total(chosen, rest)}"
+    return f"predicted {sum(o.kl for o in chosen.values()):.5f} nats per token; {_total(chosen, rest)}"
 
 
 def about_sparsity(options: Sequence[Option], chosen: Mapping[str, Option], recipe: Recipe) -> str:
-    """What was measured of zero blocks, and what became of it."""
+    """A sentence on which zero blocks were measured and chosen."""
     tried = {o.part for o in options if o.sparsity}
     if recipe.measure == "file":
-        return "Zero blocks were not measured: files keep zeros"
+        return "Zero blocks were not measured: files store zeros"
     if not recipe.sparsities:
-        return "The recipe asks for no zero blocks"
+        return "The recipe has no zero blocks"
     if not tried:
         return "Zero blocks were not measured: 16x16 does not tile the feed-forwards, or they are too wide"
     levels = ", ".join(f"{s:.0%}" for s in recipe.sparsities)
@@ -215,13 +215,13 @@ def about_sparsity(options: Sequence[Option], chosen: Mapping[str, Option], reci
     rounded = [o for o in chosen.values() if o.format != "keep"]
     rate = max((_price(o, options, recipe.measure) for o in rounded), default=0.0)
     return (
-        f"{measured} and chosen in none: the cheapest costs {price:.2e} nats a megabyte saved, "
-        f"the dearest format chosen {rate:.2e}"
+        f"{measured} and chosen in none: the cheapest costs {price:.2e} nats per megabyte saved, "
+        f"the most expensive chosen format {rate:.2e}"
     )
 
 
 def _price(option: Option, options: Sequence[Option], measure: Measure) -> float:
-    """Nats a megabyte saved, against the next larger option without zeros of the same part."""
+    """Nats per megabyte saved, against the part's next larger option without zeros."""
     size = option.sizes.of(measure)
     plain = [o for o in options if o.part == option.part and not o.sparsity and o.sizes.of(measure) > size]
     if not plain:
@@ -237,7 +237,7 @@ def one_per_part(
     value: Callable[[Option], float],
     limit: float,
 ) -> dict[str, Option]:
-    """The knapsack over parts. Raises ValueError where even the cheapest plan exceeds the limit."""
+    """The knapsack over parts. Raises ValueError if even the cheapest plan exceeds the limit."""
     rows = [[o for o in options if o.part == part] for part in parts]
     return {o.part: o for o in knapsack(rows, cost, value, limit, CELLS)}
 

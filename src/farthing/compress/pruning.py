@@ -1,4 +1,4 @@
-"""One layer's masks, and the weights that remain once the others have made up for what was cut.
+"""The masks of one layer, and its remaining weights after they compensate for the cut ones.
 
 Legend: B matrices of one shape at once; N rows; K columns.
 """
@@ -18,13 +18,13 @@ from farthing.compress.quantize.sweep import sweep
 from farthing.compress.recipe import Prune, Recipe
 from farthing.compress.trace import input_name
 
-MOST = 0.9  # no strip of blocks loses more
-GRAM_BYTES = 2**26  # of float64 grams held at once
+MOST = 0.9  # maximum share that a strip of blocks loses
+GRAM_BYTES = 2**26  # of float64 grams in memory at once
 Stats = dict[str, InputStats]
 
 
 def prune_layer(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, Tensor]:
-    """Cut what the recipe says out of `layer` and let the rest make up for it; module -> mask [N, K]."""
+    """Prune `layer` by the recipe and update its remaining weights; returns module -> mask [N, K]."""
     p = recipe.prune
     if p is None:
         return {}
@@ -62,26 +62,26 @@ def parts_of(layer: Layer, family: list[str]) -> Iterator[list[str]]:
 
 
 def grams_of(stats: Stats, family: list[str]) -> Tensor | None:
-    """Second moments [B, K, K], None where one is missing."""
+    """Second moments [B, K, K], None if one is missing."""
     known = [s.gram for m in family if (s := stats.get(input_name(m))) is not None and s.gram is not None]
     return torch.stack(known) if len(known) == len(family) else None
 
 
 def targets_of(layer: Layer, p: Prune) -> Iterator[list[str]]:
-    """What is to be pruned, family by family."""
+    """The modules to prune, family by family."""
     for family in layer.families():
         targets = [m for m in family if (p.targets == "all" or ".mlp." in m) and p.share(m) > 0]
         if targets:
             yield targets
 
 
-# -- blocks, by what cutting them one after the other costs
+# -- blocks, by the cost of cutting them one after the other
 
 
 def _traced(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
-    """`scope` says which strips share one threshold: those of a matrix, of a family, or of the layer.
+    """Masks by the costs of `block_trace`. `scope`: strips of a matrix, family or layer share a threshold.
 
-    Across families costs are shares of the family's output energy.
+    Across families, costs are relative to the family's output energy.
     """
     cells = BLOCKS[p.pattern]
     masks: dict[str, Tensor] = {}
@@ -94,8 +94,8 @@ def _traced(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
                 raise ValueError(f"{part[0]} has no input statistics; score 'obs' needs calibration text")
             if any(size % cell for size, cell in zip(w.shape[1:], cells, strict=True)):
                 raise ValueError(
-                    f"{part[0]} is {w.shape[1]}x{w.shape[2]}, which blocks of {p.pattern} do not tile; give "
-                    "it the sparsity 0 in prune.shares, or choose another pattern"
+                    f"{part[0]} is {w.shape[1]}x{w.shape[2]}, which blocks of {p.pattern} do not tile; set "
+                    "its sparsity to 0 in prune.shares, or choose another pattern"
                 )
             trace = block_trace(w, gram, cells, MOST)
             if p.scope == "layer":
@@ -131,7 +131,7 @@ def _scored(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
 
 
 def _score(w: Tensor, st: InputStats | None, p: Prune, mean: bool) -> Tensor:
-    """Scores of one matrix; by the mean token, or by the sum over those that reached it."""
+    """Scores of one matrix, using input energies as a mean over tokens or as a sum."""
     if p.score == "obs":
         if st is None or st.gram is None:
             raise ValueError("score 'obs' needs calibration text; expected second moments of every input")
@@ -141,11 +141,11 @@ def _score(w: Tensor, st: InputStats | None, p: Prune, mean: bool) -> Tensor:
 
 
 def _budgets(layer: Layer, stats: Stats, p: Prune) -> dict[str, float]:
-    """Sparsity of each module: the recipe's, or shared out by one threshold over a family or the layer.
+    """Sparsity of each module: the recipe's, or from one threshold over a family or the layer.
 
-    Experts of a layer compete: energy is summed over all tokens, so an expert few tokens reach gives up
-    more. Families (all gates, all downs, one attention matrix) are normalized by their mean and then
-    compete within the layer where the scope is the layer.
+    Experts of a layer compete: energy is summed over all tokens, so an expert with few tokens loses more.
+    Families (all gates, all downs, one attention matrix) are normalized by their mean and compete within the
+    layer if the scope is the layer.
     """
     budgets: dict[str, float] = {}
     pieces: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What to do to a checkpoint: named recipes, and the same fields in a YAML file."""
+"""Compression recipes, by name or from a YAML file."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ class Prune:
     pattern: Pattern = "16x16"
     sparsity: float = 0.3
     score: Score = "obs"
-    # What shares one threshold: nothing, the experts of a layer, all matrices of a layer, or of the model.
+    # What shares a threshold: each matrix alone, the experts of a layer, a layer, or the model.
     scope: Scope = "family"
-    # How the weights that stay make up for what was cut: not at all; column by column (SparseGPT); by the
-    # least-squares solution, which is exact and takes a factorization for every strip of rows.
+    # How the remaining weights compensate: not at all; column by column (SparseGPT); or by the least-squares
+    # solution, which is exact and needs a factorization for every strip of rows.
     compensation: Compensation = "exact"
-    targets: Targets = "experts"  # every feed-forward, or attention as well
-    heal_steps: int = 0  # of gradient descent a layer on the calibration text (`prune/heal.py`)
-    shares: tuple[tuple[str, float], ...] = ()  # (fnmatch pattern of modules, sparsity) instead, first match
+    targets: Targets = "experts"  # feed-forwards, or attention as well
+    heal_steps: int = 0  # gradient steps per layer on the calibration text (`prune/heal.py`)
+    shares: tuple[
+        tuple[str, float], ...
+    ] = ()  # (fnmatch pattern of modules, sparsity) overrides; first match wins
 
     def share(self, module: str) -> float:
-        """The sparsity asked of one matrix."""
+        """The requested sparsity of one matrix."""
         return next((s for pattern, s in self.shares if fnmatchcase(module, pattern)), self.sparsity)
 
     def __post_init__(self) -> None:
@@ -64,7 +66,7 @@ class Prune:
                     given = getattr(self, name)
                     raise ValueError(
                         f"prune.{name} is {given!r} and prune.scope 'global'; expected one of {accepted}: "
-                        "one threshold for all layers has to be known before the first is written"
+                        "the threshold for all layers must be known before the first is written"
                     )
 
 
@@ -72,9 +74,9 @@ class Prune:
 class Recipe:
     """A recipe. Order of work in a layer: experts, neurons, rotation, scaling, mask, rounding.
 
-    scheme: storage of every linear matrix; "keep" = as the source has it; "auto" = planned per layer.
-    activations (int8 and int4): rounded when served, per token, with one calibrated scale ("tensor"), by
-    whichever errs less ("best"), or not at all.
+    scheme: storage of every linear matrix; "keep" = as in the source; "auto" = planned per layer.
+    activations (int8 and int4): rounded at serving time with one dynamic scale per token ("token"), one
+    calibrated scale ("tensor"), whichever has less error ("best"), or not at all.
     """
 
     name: str
@@ -92,14 +94,12 @@ class Recipe:
     prune: Prune | None = None
     experts: float = 0.0  # share of routed experts to drop
     neurons: float = 0.0  # share of neurons of every routed expert to drop
-    adaptive: bool = False  # calibrate how many experts each token needs (`adaptive.py`), within max_drop
+    adaptive: bool = False  # calibrate the number of experts per token (`adaptive.py`), within max_drop
     ignore: tuple[str, ...] = ()  # fnmatch patterns of modules that stay dense
-    # "auto" and "adaptive": relative increase of perplexity they may spend; see `allowed_drop`
+    # "auto" and "adaptive": maximum relative increase of perplexity; see `allowed_drop`
     max_drop: float | None = None
-    budget_bytes: int | None = (
-        None  # "auto": what the result may take, by `measure`; the least loss within it
-    )
-    measure: Measure = "memory"  # "auto": bytes as the kernels hold them, in files, or read for one token
+    budget_bytes: int | None = None  # "auto": size limit by `measure`, with the least loss within it
+    measure: Measure = "memory"  # "auto": bytes in the kernels' layout, in files, or read per token
     # "auto": shares of zero 16x16 blocks to try in every feed-forward
     sparsities: tuple[float, ...] = ()
     calibration_tokens: int = 8192
@@ -129,7 +129,7 @@ class Recipe:
 
     @property
     def allowed_drop(self) -> float | None:
-        """max_drop, or a default where no budget is given either; None: only the budget limits."""
+        """max_drop, or a default if there is no budget either; None if only the budget limits."""
         if self.max_drop is None and self.budget_bytes is None:
             return DEFAULT_DROP
         return self.max_drop
@@ -153,7 +153,7 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether text is run through the model at all."""
+        """Whether calibration text is needed."""
         energy = self.heals or (self.prune is not None and self.prune.score != "magnitude")
         structure = self.experts > 0 or self.neurons > 0 or self.adaptive
         return (
@@ -162,7 +162,7 @@ class Recipe:
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """For the report and the fingerprint of a resumable run."""
+        """As JSON-serializable values, for the report and the fingerprint of a resumable run."""
         return asdict(self)
 
 
@@ -225,14 +225,14 @@ RECIPES: dict[str, Recipe] = {
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by name, or from a YAML file. Raises ValueError saying what would be accepted."""
+    """A recipe by name, or from a YAML file. Raises ValueError with the accepted values."""
     if name in RECIPES:
         return RECIPES[name]
     path = Path(name)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"recipe is {name!r}; expected one of {', '.join(RECIPES)}, or a .yaml file")
     if not path.is_file():
-        raise ValueError(f"recipe is {name!r}, no such file")
+        raise ValueError(f"recipe is {name!r}, which does not exist")
     import yaml
 
     try:
@@ -243,7 +243,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def from_json(raw: Any, name: str, where: str) -> Recipe:
-    """Fields of a recipe; `base` names the recipe whose values hold where the file is silent."""
+    """A recipe from its fields; `base` names the recipe with the defaults."""
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where}: expected a mapping of recipe fields, found {type(raw).__name__}")
     values = dict(raw)
@@ -275,7 +275,7 @@ def from_json(raw: Any, name: str, where: str) -> Recipe:
 
 
 def _check_types(values: Mapping[str, Any], defaults: Recipe | Prune, where: str) -> None:
-    """Refuse what is no number or no truth value where the default is one."""
+    """Reject values that are not a number or a bool where the default is one."""
     for name, value in values.items():
         default = getattr(defaults, name)
         if isinstance(default, bool):
@@ -302,4 +302,4 @@ def _refuse_unknown(values: Mapping[str, Any], kind: Any, where: str) -> None:
     known = [f.name for f in fields(kind)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; expected some of {', '.join(known)}")
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; expected one of {', '.join(known)}")

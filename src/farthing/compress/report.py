@@ -1,4 +1,4 @@
-"""What a compression did: one JSON document, and one page with pictures that needs nothing but a browser."""
+"""The report of a compression: a JSON document and a self-contained HTML page with charts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from farthing.files import replace_json, replace_text
 
 @dataclass(frozen=True, slots=True)
 class CompressionReport:
-    """Everything measured in one run."""
+    """All measurements of one run."""
 
     recipe: dict[str, Any]
     source: str
     export: str  # see `export/layout.py`
-    transformers_limits: list[str]  # why transformers does not load the result; empty where it does
+    transformers_limits: list[str]  # why transformers does not load the result; empty if it does
     size_before: int
     size_after: int
-    larger: str | None  # what to say where the result is larger than its source
+    larger: str | None  # the warning if the result is larger than its source
     sizes: dict[str, dict[str, int]]  # before and after: see `size.Sizes`
     seconds: float
     peak_memory: int
@@ -63,10 +63,8 @@ def page(report: CompressionReport) -> str:
         f"<h1>{html.escape(str(report.recipe['name']))}</h1><p>of {html.escape(report.source)}</p>",
         _table(_summary(report)),
         bars("Size, MB", *_size_bars(report)),
-        bars(
-            "Relative output error by layer (root of the mean square)", *_per_layer(report.modules, "error")
-        ),
-        bars("Bits a weight by layer", *_per_layer(report.modules, "bits")),
+        bars("Relative output error by layer (root mean square)", *_per_layer(report.modules, "error")),
+        bars("Bits per weight by layer", *_per_layer(report.modules, "bits")),
     ]
     if any(m["sparsity"] for m in report.modules):
         parts.append(bars("Zeros by layer", *_per_layer(report.modules, "sparsity")))
@@ -108,7 +106,7 @@ def _summary(report: CompressionReport) -> list[tuple[str, str]]:
                 "relative increase",
                 f"{q.relative_increase:+.3%}  [{q.interval[0]:+.3%}, {q.interval[1]:+.3%}]",
             ),
-            ("KL divergence", f"{q.kl:.6f} nats a token"),
+            ("KL divergence", f"{q.kl:.6f} nats per token"),
             ("same greedy token", f"{q.greedy_agreement:.2%}"),
             ("measured on", f"{q.tokens:,} held-out tokens, {q.windows} windows"),
         ]
@@ -118,15 +116,15 @@ def _summary(report: CompressionReport) -> list[tuple[str, str]]:
 
 
 _MEASURES = (
-    ("weights as the kernels hold them", "memory"),
-    ("weights read for a decoded token", "token"),
+    ("weights in the kernels' layout", "memory"),
+    ("weights read per decoded token", "token"),
 )
 
 
 def _size_bars(report: CompressionReport) -> tuple[list[str], list[float]]:
-    """Pairs of bars: files, memory, bytes a token."""
+    """Pairs of bars: files, memory, bytes per token."""
     labels, values = ["files before", "after"], [report.size_before / 1e6, report.size_after / 1e6]
-    for label, key in (("in kernels before", "memory"), ("a token before", "token")):
+    for label, key in (("in kernels before", "memory"), ("per token before", "token")):
         labels += [label, "after"]
         values += [report.sizes[when][key] / 1e6 for when in ("before", "after")]
     return labels, values
@@ -138,7 +136,7 @@ def _both(name: str, sizes: dict[str, dict[str, int]], key: str) -> tuple[str, s
 
 
 def _per_layer(modules: Sequence[dict[str, Any]], field: str) -> tuple[list[str], list[float]]:
-    """Mean over the modules of each layer; errors are squared, so their root is shown."""
+    """Mean over the modules of each layer, as a root for squared errors."""
     layers: dict[int, list[float]] = {}
     for module in modules:
         layers.setdefault(int(module["module"].split(".")[2]), []).append(float(module[field]))
@@ -193,7 +191,7 @@ def bars(title: str, labels: Sequence[str], values: Sequence[float], height: int
 
 
 def coverage_picture(entry: dict[str, Any]) -> str:
-    """Calibration tokens each expert of one layer saw."""
+    """Calibration tokens per expert of one layer, as a chart."""
     tokens = entry["tokens_per_expert"]
     labels = [str(e) for e in range(len(tokens))]
     fallbacks = len(entry["fallbacks"])

@@ -1,9 +1,9 @@
-"""What every format and every share of zero blocks does to the whole model, part by part.
+"""The effect of every format and every share of zero blocks on the whole model, part by part.
 
-A part is a layer's attention, its routed experts, its shared expert or its dense MLP. Each option is made by
-the method that would write it (GPTQ for 4 bits; optimal brain surgery and a short healing for zero blocks),
-with statistics of one part of the calibration text. Its damage is the KL divergence of the model's next-token
-distributions with only that part changed, on another part of the text.
+A part is a layer's attention, its routed experts, its shared expert or its dense MLP. Each option is produced
+by the method that would write it (GPTQ for 4 bits; optimal brain surgery and a short healing for zero
+blocks), with statistics from one part of the calibration text. Its damage is the KL divergence of the model's
+next-token distributions on another part of the text, with only that part of the model changed.
 
 Legend: T sample tokens; D hidden size; V vocabulary.
 """
@@ -34,16 +34,16 @@ from farthing.compress.transform import Done, compress_layer, layer_stats
 from farthing.files import replace_json
 from farthing.model import ModelConfig
 
-FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # beside "keep"; INT4 by its group size
-SAMPLE = 2048  # tokens a sensitivity is measured on
+FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # in addition to "keep"; INT4 by group size
+SAMPLE = 2048  # tokens to measure a sensitivity on
 SPARSE_FORMATS = ("int4-64", "int8")  # of feed-forwards with zero blocks
-HEAL_STEPS = 30  # a quarter of what the written model gets: an upper bound of the damage
+HEAL_STEPS = 30  # a quarter of the steps of the written model, so damage is an upper bound
 MOST_WORK = 2e12  # operations of brain surgery per layer; about ten seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to store one part."""
+    """A storage format for one part."""
 
     part: str
     format: str
@@ -53,7 +53,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """For the report."""
+        """Name in the report."""
         return f"{self.format}, {self.sparsity:.0%} of blocks zero" if self.sparsity else self.format
 
 
@@ -80,31 +80,31 @@ class Model:
         self.head = self.embedding.float() if tied else checkpoint.weight("lm_head").dequantize()
 
     def stream(self, windows: list[Window]) -> Stream:
-        """Embedded tokens in front of the first layer."""
+        """Embedded tokens, the input of the first layer."""
         ids = torch.cat([w.ids[:-1] for w in windows])
         hidden = torch.nn.functional.embedding(ids, self.embedding).float()
         return Stream(hidden, torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows])
 
     def through(self, layer: Layer, stream: Stream, ops: TracedOps | None = None) -> Tensor:
-        """Hidden states behind `layer`, [T, D]."""
+        """Hidden states after `layer`, [T, D]."""
         return forward(layer, ops or TracedOps(), stream, self.embedding, self.final_norm)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """[t, D] behind the last layer -> [t, V]."""
+        """[t, D] after the last layer -> [t, V]."""
         normed = TracedOps().rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
         return torch.nn.functional.linear(normed, self.head).log_softmax(-1)
 
 
 class Meter:
-    """KL of the model with some matrices of one layer replaced against the model as it is."""
+    """KL between the model and the model with some matrices of one layer replaced."""
 
     def __init__(self, model: Model, windows: list[Window]) -> None:
         self._model = model
-        self._before = model.stream(windows)  # in front of the layer in turn
+        self._before = model.stream(windows)  # input of the current layer
         self._base = self._rest(0, model.layers[0], self._before)
 
     def kl(self, index: int, changed: Mapping[str, Tensor]) -> float:
-        """Mean KL(base || changed) in nats a token; `index` is the layer in turn."""
+        """Mean KL(base || changed) in nats per token; `index` must be the current layer."""
         layer = self._model.layers[index]
         other = self._rest(index, replace(layer, tensors={**layer.tensors, **changed}), self._before)
         total = 0.0
@@ -114,11 +114,11 @@ class Meter:
         return max(total / len(other), 0.0)
 
     def advance(self, index: int) -> None:
-        """Layer `index` is done; the next one's turn."""
+        """Move on from layer `index` to the next one."""
         self._before.hidden = self._model.through(self._model.layers[index], self._before)
 
     def _rest(self, index: int, layer: Layer, stream: Stream) -> Tensor:
-        """Hidden states behind the last layer."""
+        """Hidden states after the last layer."""
         for following in (layer, *self._model.layers[index + 1 :]):
             stream = replace(stream, hidden=self._model.through(following, stream))
         return stream.hidden
@@ -131,7 +131,7 @@ def measure(
     progress: Progress | None = None,
     notes: Notes | None = None,
 ) -> list[Option]:
-    """Every option of every part. Holds the model in memory. notes: kept between runs, layer by layer."""
+    """Measure every option of every part, with the model in memory. notes: results kept between runs."""
     model = Model(checkpoint)
     fit_windows, judge_windows = split(corpus)
     meter, fit = Meter(model, judge_windows), model.stream(fit_windows)
@@ -154,18 +154,18 @@ def measure(
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """The options of the layers measured so far, in a file, so that a killed run need not measure again."""
+    """A file of the options of the layers measured so far, so that a killed run resumes."""
 
     file: Path
     fingerprint: str
 
     def read(self, layer: int) -> list[Option] | None:
-        """What an earlier run of the same job found for `layer`, None where it did not get there."""
+        """Options of `layer` from an earlier run of the same job, or None."""
         found = self._all().get(str(layer))
         return None if found is None else [Option(**o | {"sizes": Sizes(**o["sizes"])}) for o in found]
 
     def add(self, layer: int, options: list[Option]) -> None:
-        """Keep a layer's options."""
+        """Store a layer's options."""
         layers = self._all() | {str(layer): [asdict(o) for o in options]}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         replace_json(self.file, {"fingerprint": self.fingerprint, "layers": layers}, indent=None)
@@ -179,7 +179,7 @@ class Notes:
 
 
 def split(corpus: Corpus) -> tuple[list[Window], list[Window]]:
-    """Windows to fit by and, from the end, about SAMPLE tokens to judge by (at most half of the windows)."""
+    """(windows to fit on, windows to evaluate on): about SAMPLE tokens from the end."""
     count, tokens = 0, 0
     while count < len(corpus.windows) // 2 and tokens < SAMPLE:
         count += 1
@@ -211,7 +211,7 @@ def _layer_options(
 
 
 def prunable(layer: Layer) -> bool:
-    """Whether 16x16 blocks tile the feed-forwards and brain surgery on them takes bearable time."""
+    """Whether 16x16 blocks tile the feed-forwards and brain surgery on them is within MOST_WORK."""
     shapes = [layer.weight(m).shape for m in layer.modules() if ".mlp." in m]
     work = sum(n / BLOCK * k**3 for n, k in shapes)
     return all(n % BLOCK == 0 and k % BLOCK == 0 for n, k in shapes) and work <= MOST_WORK
@@ -219,7 +219,7 @@ def prunable(layer: Layer) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """Makes the options of one layer and measures them."""
+    """Produces and measures the options of one layer."""
 
     meter: Meter
     recorder: Recorder
@@ -227,7 +227,7 @@ class _Trial:
     reads: Reads
 
     def kept(self, layer: Layer) -> Iterator[Option]:
-        """As the source has it."""
+        """The format of the source."""
         copy = replace(layer, tensors=dict(layer.tensors))
         done = compress_layer(copy, None, self.recipe, lambda module: "keep").modules
         for part, modules in parts(list(done)).items():
@@ -236,7 +236,7 @@ class _Trial:
     def rounded(
         self, layer: Layer, kind: str, masks: dict[str, Tensor], sparsity: float, known: Sequence[Option]
     ) -> list[Option]:
-        """Every part in one format, but for those that come out as in an option already known."""
+        """Every part in one format, except where the result equals a known option."""
         copy = replace(layer, tensors=dict(layer.tensors))
         done = compress_layer(copy, self.recorder, self.recipe, lambda module: kind, masks).modules
         options = []
@@ -244,7 +244,7 @@ class _Trial:
             if sparsity and not all(m in masks for m in modules):
                 continue
             sizes = self._sizes(done, modules, masks)
-            # Where a group size divides no matrix of the part, a smaller one has taken its place.
+            # If a group size divides no matrix of the part, a smaller one was used.
             twins = (o for o in known if (o.part, o.sparsity, o.sizes) == (part, sparsity, sizes))
             if kind.startswith("int4") and any(o.format.startswith("int4") for o in twins):
                 continue

@@ -1,4 +1,4 @@
-"""How fast a compressed model is here and what memory it takes, beside its source."""
+"""Speed and memory of a compressed model on this machine, compared with its source."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from farthing.ops import LatentCache, make_batch, select
 STEPS = 24
 PROMPT = 256
 PREFILLS = 5
-ROUND = 8  # decode steps of one model before the next one's turn
+ROUND = 8  # decode steps of one model before switching to the next
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens a second of one sequence."""
+    """Tokens per second of one sequence."""
 
     prefill: float
     decode: float
@@ -57,9 +57,9 @@ def serving_figures(source: Path) -> Callable[[Path], list[dict[str, Any]]]:
 
 
 def resident_bytes(path: Path) -> int | None:
-    """Memory a process of its own takes for the loaded model, beyond what the program takes without one.
+    """Memory that a separate process needs for the loaded model, beyond the program itself.
 
-    None where the system does not tell (no /proc).
+    None if the system does not report it (no /proc).
     """
     if not Path("/proc/self/status").is_file():
         return None
@@ -87,7 +87,7 @@ print(anonymous() - before)
 
 
 def speeds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, Speed]:
-    """Of one sequence, through the engine's own kernels; the models take turns, so noise hits all alike."""
+    """Speeds of one sequence on the engine's kernels, interleaved so that noise affects all models alike."""
     caches = {name: _cache(model, steps) for name, model in models.items()}
     prefill: dict[str, list[float]] = {name: [] for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
@@ -102,7 +102,7 @@ def speeds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, Sp
     for first in range(0, steps, ROUND):
         for name, model in models.items():
             took = _decode(model, caches[name], _prompt(model, steps) + first, min(ROUND, steps - first))
-            decode[name] += took[1:] or took  # the first step fills the processor's caches again
+            decode[name] += took[1:] or took  # the first step refills the CPU caches
     return {
         name: Speed(1 / statistics.median(prefill[name]), 1 / statistics.median(decode[name]))
         for name in models
@@ -110,7 +110,7 @@ def speeds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, Sp
 
 
 def _decode(model: DeepseekModel, cache: LatentCache, position: int, steps: int) -> list[float]:
-    """Seconds of each of `steps` steps of one sequence that holds `position` tokens."""
+    """Seconds of each of `steps` steps of one sequence with `position` tokens."""
     took = []
     for step in range(steps):
         batch = make_batch([1], [position + step], [range(cache.num_blocks)], BLOCK)
@@ -134,7 +134,7 @@ def _size(path: Path) -> int:
 
 
 def pack_for_cpu(out: Path) -> Path:
-    """Write OUT/packed.bin, the CPU kernels' own layout, so that a replica starts by mapping it."""
+    """Write OUT/packed.bin, the CPU kernels' layout, which a replica only needs to map."""
     target = out / "packed.bin"
     model = load(out, select("cpu"))
     model.ops.save_packed(str(target))

@@ -1,7 +1,6 @@
-"""Reference arithmetic with the activation rounding a compressed-tensors checkpoint asks for.
+"""Reference arithmetic with the activation rounding of a compressed-tensors checkpoint.
 
-A backend with 8-bit kernels rounds activations itself; this shows the same loss on any machine, and is the
-only way here to measure static (calibrated) activation scales.
+A backend with 8-bit kernels rounds activations itself. This reproduces the loss on any machine.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ FP8_MAX = 448.0
 
 
 def round_token(x: Tensor) -> Tensor:
-    """Symmetric int8 with one scale a row, rounded and back."""
+    """Quantize to symmetric int8 with one scale per row, and dequantize."""
     scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
     return (x / scale).round().clamp_(-127, 127).mul_(scale)
 
 
 def round_tensor(x: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric int8 with one given scale; what lies beyond is clipped."""
+    """Quantize to symmetric int8 with a given scale, clipping, and dequantize."""
     return (x / scale).round().clamp_(-128, 127).mul_(scale)
 
 
 def round_fp8_group(x: Tensor, group: int = 128) -> Tensor:
-    """e4m3 with one scale a row and `group` columns, as DeepSeek-V3 section 3.3 quantizes activations."""
+    """Round to e4m3 with one scale per row and `group` columns (DeepSeek-V3 section 3.3)."""
     k = x.shape[-1]
     blocks = torch.nn.functional.pad(x, (0, -k % group)).unflatten(-1, (-1, group))
     scale = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-4) / FP8_MAX
@@ -45,7 +44,7 @@ def round_fp8_group(x: Tensor, group: int = 128) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Which rounding the input of each module gets."""
+    """Activation rounding of each module's input."""
 
     checkpoint: Checkpoint
     groups: ct.Groups | None
@@ -85,7 +84,7 @@ class Activations:
 
 
 class SimulatedOps(TracedOps):
-    """float32 on the CPU; the inputs of quantized matrices are rounded first."""
+    """float32 on the CPU, with rounded inputs of quantized matrices."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""What weights take: in files, as the kernels hold them, and read for one decoded token.
+"""Sizes of weights: in files, in the kernels' layout, and read per decoded token.
 
-Model files keep zero blocks, the kernels leave them out of integer matrices. A token reads every matrix
-outside the routed experts, of an expert the share of tokens routed to it, and one row of the embedding (all
-of it where it is the head as well). One sequence, without drafts; the cache is not counted.
+Model files store zero blocks; the kernels drop them from integer matrices. A token reads every matrix outside
+the routed experts, each expert with its share of routed tokens, and one row of the embedding (all of it if it
+is also the head). This is for one sequence without drafts; the KV cache is not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from farthing.ops.weights import Weight
 Measure = Literal["memory", "file", "token"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 BLOCK = 16
-SPARSE_FROM = 0.2  # share of zero blocks from which the kernels leave them out
+SPARSE_FROM = 0.2  # the kernels drop zero blocks from this share on
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -39,14 +39,14 @@ class Sizes:
         return Sizes(self.file + other.file, self.memory + other.memory, self.token + other.token)
 
     def of(self, measure: Measure) -> int:
-        """The bytes one budget counts."""
+        """The bytes by one measure."""
         bytes_: int = getattr(self, measure)
         return bytes_
 
     def __str__(self) -> str:
         return (
-            f"{self.file:,} bytes in files, {self.memory:,} as the kernels hold them, "
-            f"{self.token:,} read for a token"
+            f"{self.file:,} bytes in files, {self.memory:,} in the kernels' layout, "
+            f"{self.token:,} read per token"
         )
 
 
@@ -54,7 +54,7 @@ Reads = Callable[[str], float]  # module -> how often one decoded token reads it
 
 
 def reads_of(config: ModelConfig, routed: Mapping[int, Sequence[float]] | None = None) -> Reads:
-    """`routed`: layer -> share of tokens that reach each expert; top_k / E where a layer is missing."""
+    """`routed`: layer -> share of tokens that reach each expert; top_k / E for missing layers."""
     known = routed or {}
 
     def reads(module: str) -> float:
@@ -86,7 +86,7 @@ def sizes_of(
     saved: Mapping[str, int] | None = None,
     counts: Callable[[str], bool] = lambda module: True,
 ) -> Sizes:
-    """Of every tensor whose module `counts`; saved: bytes of zero blocks left out, by module."""
+    """Sizes of every tensor whose module `counts`; saved: bytes of dropped zero blocks, by module."""
     left_out = saved or {}
     file, token = 0, 0.0
     for name in checkpoint.names():
@@ -99,9 +99,9 @@ def sizes_of(
 
 
 def zero_block_bytes(weight: Weight, keep: Tensor | None) -> int:
-    """Bytes of `weight` that the kernels leave out: blocks without a weight in `keep` [N, K].
+    """Bytes of `weight` that the kernels drop: blocks without a weight in `keep` [N, K].
 
-    Only of integer matrices, and only where such blocks are enough; one bit a block says which are there.
+    Only for integer matrices with enough such blocks. A bitmap with one bit per block is subtracted.
     """
     if keep is None or weight.format not in ("int8", "int4"):
         return 0

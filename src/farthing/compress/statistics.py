@@ -21,8 +21,8 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[int], confidence: flo
     """sum(sums) / sum(counts), where each pair is one cluster (a window of correlated tokens).
 
     The ratio estimator's linearized variance (Cochran 1977, section 6.4) with Student's t over the clusters.
-    One cluster has no spread to measure: the interval is then infinite. A sum that is not finite makes
-    estimate and bounds infinite: a model that predicts NaN is surely worse.
+    With a single cluster the interval is infinite. A non-finite sum makes estimate and bounds infinite, since
+    a model that predicts NaN is certainly worse.
     """
     if not sums or len(sums) != len(counts):
         raise ValueError(f"{len(sums)} sums with {len(counts)} counts; expected the same positive number")

@@ -1,4 +1,4 @@
-"""A checkpoint through a recipe, one layer in memory at a time, resumable after a kill.
+"""Apply a recipe to a checkpoint, one layer in memory at a time; resumable after a kill.
 
 Legend: T calibration tokens; D hidden size.
 """
@@ -35,14 +35,14 @@ from farthing.compress.transform import LayerResult, Plan, compress_layer, layer
 from farthing.files import replace_json, replace_tensors
 from farthing.model import ModelConfig
 
-CHUNK = 4096  # calibration tokens in one forward
+CHUNK = 4096  # calibration tokens per forward pass
 Progress = Callable[[str, int, int], None]  # (what, layers done, layers)
 STATE = ".farthing"
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to compress, into what, how."""
+    """A compression job: source, destination and recipe."""
 
     source: Path
     out: Path
@@ -55,12 +55,12 @@ class Job:
         if self.recipe.scheme == "auto" and self.plan is None:
             raise ValueError(f"recipe {self.recipe.name} needs a plan; see farthing.compress.plan.make_plan")
         if self.recipe.needs_data and self.calibration is None:
-            raise ValueError(f"recipe {self.recipe.name} needs calibration text; give a calibration file")
+            raise ValueError(f"recipe {self.recipe.name} needs calibration text; expected a calibration file")
 
 
 @dataclass(slots=True)
 class Progressed:
-    """What a run knows after some layers: all that a resumed one needs besides the shards."""
+    """The state of a run after some layers; with the shards, all that a resumed run needs."""
 
     fingerprint: str
     next_layer: int = -1  # -1: the embedding is not written yet
@@ -77,12 +77,12 @@ class Progressed:
 
 
 def run(job: Job, progress: Progress | None = None) -> Progressed:
-    """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with what to do."""
+    """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with the next step."""
     checkpoint = Checkpoint.open(job.source)
     config = ModelConfig.from_json(checkpoint.config)
     if not config.is_v3:
         raise ValueError(
-            f"model_type is {config.model_type!r}, whose layers compression does not know; expected V3's"
+            f"model_type is {config.model_type!r}, which compression does not support; expected DeepSeek-V3's"
         )
     _check_structure(job.recipe, config)
     layers = _layers(checkpoint, config)
@@ -106,7 +106,7 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
         checkpoint.release()
         result = _one_layer(job, layer, stream, embedding, final_norm, state)
         _write_layer(job, layer, result, writer, state)
-        del layer, result  # before the next one is read
+        del layer, result  # free before the next one is read
         state.next_layer = index + 1
         _save(job, state, writer, stream)
     writer.close(_final_config(job, checkpoint, state), copy_from=job.source)
@@ -122,12 +122,12 @@ def _check_structure(recipe: Recipe, config: ModelConfig) -> None:
         if share and config.layer_sizes:
             raise ValueError(
                 f"{name} is {share}, but the layers of this model already differ in size (layer_sizes in "
-                "config.json); expected 0, or a model whose layers are alike"
+                "config.json); expected 0, or a model with equal layers"
             )
 
 
 def _layers(checkpoint: Checkpoint, config: ModelConfig) -> int:
-    """Decoder layers in the files, MTP layers included (transformers drops them)."""
+    """Decoder layers in the files, including MTP layers (transformers drops those)."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     while layers > config.num_hidden_layers and not checkpoint.has(f"model.layers.{layers - 1}.enorm.weight"):
         layers -= 1
@@ -135,7 +135,7 @@ def _layers(checkpoint: Checkpoint, config: ModelConfig) -> int:
 
 
 def _each(checkpoint: Checkpoint, config: ModelConfig, layers: int) -> Iterator[Layer]:
-    """Every layer, one in memory."""
+    """Every layer, one in memory at a time."""
     for index in range(layers):
         yield Layer.read(checkpoint, config, index)
         checkpoint.release()
@@ -183,8 +183,8 @@ def _one_layer(
             recorder, out = record()
     result = compress_layer(layer, recorder, recipe, plan, masks, originals)
     if stream is not None and not layer.is_mtp:
-        # Coarse changes are passed on, so that later layers learn to live with them; int8 and FP8 are too
-        # close to the original to be worth a second pass.
+        # Later layers calibrate on the result of coarse changes, to compensate for them. int8 and FP8 are
+        # too close to the original to be worth a second pass.
         coarse = recipe.scheme in ("int4", "auto") or recipe.prune is not None
         if coarse or out is None:
             out = forward(layer, TracedOps(), stream, embedding, final_norm)
@@ -204,7 +204,7 @@ def forward(layer: Layer, ops: TracedOps, stream: Stream, embedding: Tensor, fin
 
 
 def feed_forward_input(layer: Layer, stream: Stream, embedding: Tensor, final_norm: Tensor) -> Tensor:
-    """What attention leaves in the residual stream, [T, D]."""
+    """The residual stream after attention, [T, D]."""
     seen: list[Tensor] = []
 
     class Window(TracedOps):
@@ -221,7 +221,7 @@ def feed_forward_input(layer: Layer, stream: Stream, embedding: Tensor, final_no
 
 
 def _prune_structure(layer: Layer, recorder: Recorder, recipe: Recipe, state: Progressed) -> None:
-    """Drop experts and neurons; every layer keeps as many, since config.json has one number for all."""
+    """Drop experts and neurons, the same number in every layer, since config.json has one number for all."""
     c = layer.config
     if recipe.experts:
         grouped = c.topk_method != "greedy"
@@ -248,7 +248,7 @@ def _prune_structure(layer: Layer, recorder: Recorder, recipe: Recipe, state: Pr
                     recorder.inputs[new_name] = inputs[old_name]
     if recipe.neurons:
         width = kept_neurons(c.moe_intermediate_size, recipe.neurons)
-        for mlp in layer.mlps():  # the shared expert's width is tied to the routed ones'
+        for mlp in layer.mlps():  # the shared expert's width follows the routed experts'
             shared = c.n_shared_experts if mlp.endswith("shared_experts") else 1
             _prune_neurons(layer, mlp, recorder, width * shared)
         layer.config = replace(layer.config, moe_intermediate_size=width)
@@ -330,7 +330,7 @@ def _stream(job: Job, embedding: Tensor, hidden: dict[str, Tensor] | None) -> St
 
 
 def fingerprint(source: Path, recipe: Recipe, export: str, calibration: Corpus | None) -> str:
-    """Changes when anything that decides the output does."""
+    """A digest of everything that determines the output."""
     digest = hashlib.sha256(json.dumps([recipe.to_json(), export], sort_keys=True).encode())
     for file in sorted(source.glob("*.safetensors")):
         digest.update(f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
@@ -340,13 +340,13 @@ def fingerprint(source: Path, recipe: Recipe, export: str, calibration: Corpus |
 
 
 def refuse_finished(out: Path) -> None:
-    """Raise ValueError where `out` holds a model that is not an unfinished run's."""
+    """Raise ValueError if `out` has a model that is not an unfinished run's."""
     if (out / "config.json").exists() and not (out / STATE / "state.json").exists():
-        raise ValueError(f"{out} already holds a model; choose another directory, or remove it first")
+        raise ValueError(f"{out} already has a model; choose another directory or remove it first")
 
 
 def _resume(job: Job) -> tuple[Progressed, dict[str, Tensor] | None]:
-    """The state of an earlier run of the same job, or a fresh one. Refuses a directory with other files."""
+    """The state of an earlier run of the same job, or a new one. Rejects a directory with other files."""
     refuse_finished(job.out)
     digest = fingerprint(job.source, job.recipe, job.export, job.calibration)
     directory = job.out / STATE
@@ -354,7 +354,7 @@ def _resume(job: Job) -> tuple[Progressed, dict[str, Tensor] | None]:
     if file.is_file():
         state = Progressed(**json.loads(file.read_text(encoding="utf-8")))
         parts = sorted(job.out.glob("part-*.safetensors"))
-        # Fewer parts than shards: a run was killed while it gave them their final names.
+        # Fewer parts than shards: a run was killed while renaming them to their final names.
         if state.fingerprint == digest and len(parts) >= state.shards:
             for part in parts[state.shards :]:
                 part.unlink()
@@ -365,7 +365,7 @@ def _resume(job: Job) -> tuple[Progressed, dict[str, Tensor] | None]:
 
 
 def _save(job: Job, state: Progressed, writer: CheckpointWriter, stream: Stream | None) -> None:
-    """The shards first, then the hidden states, then the file that points at both."""
+    """Write the shards, then the hidden states, then the file that refers to both."""
     directory = job.out / STATE
     directory.mkdir(exist_ok=True)
     state.shards = writer.shards

@@ -1,6 +1,6 @@
-"""The reference backend with a window on every matrix's input.
+"""The reference backend with a hook on every matrix's input.
 
-The model is the one that serves (`farthing.model`); only the arithmetic is watched.
+The model is the served one (`farthing.model`); only its ops are traced.
 Legend: T tokens; D hidden size; I intermediate size; E experts; N, K rows and columns of a matrix.
 """
 
@@ -22,7 +22,7 @@ STACKED = "qkv_a"  # q_a_proj (or q_proj) and kv_a_proj_with_mqa, which share th
 
 
 def input_name(module: str) -> str:
-    """The module under whose name a module's input is announced: those that share an input share a name."""
+    """The name under which a module's input is reported; modules that share an input share a name."""
     parent, _, leaf = module.rpartition(".")
     if leaf in ("q_a_proj", "q_proj", STACKED):
         return f"{parent}.kv_a_proj_with_mqa"
@@ -31,7 +31,7 @@ def input_name(module: str) -> str:
 
 @dataclass(slots=True)
 class Matrix:
-    """A weight [N, K] with the name its input is announced under."""
+    """A weight [N, K] and the name of its input."""
 
     name: str
     weight: Tensor
@@ -46,11 +46,11 @@ class TracedOps(ReferenceOps):
         self.name = "reference float32, traced"
 
     def before(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """The input [T, K] about to meet `matrix`; what is returned is used instead."""
+        """Called with the input [T, K] of `matrix`; the returned tensor replaces it."""
         return x
 
     def after_expert(self, prefix: str, expert: int, gates: Tensor, out: Tensor) -> None:
-        """What one expert added: gates [t] times out [t, D], for the t tokens routed to it."""
+        """Called with one expert's gates [t] and outputs [t, D] for the t tokens routed to it."""
 
     # -- packing
 
@@ -114,7 +114,7 @@ class TracedOps(ReferenceOps):
         select: Tensor | None = None,
     ) -> Tensor:
         matrix, packed = attention
-        # kv_b is absorbed into the query, so its input (the normed latent) is watched and never replaced.
+        # kv_b is absorbed into the query, so its input (the normed latent) is reported but not replaced.
         self.before(matrix, self.rms_norm(kv[:, : packed.spec.latent_dim], packed.norm, eps))
         return super().mla(q, kv, packed, cache, layer, batch, eps, select)
 

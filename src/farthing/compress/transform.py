@@ -1,4 +1,4 @@
-"""One layer through one recipe: statistics in, compressed weights and a report out.
+"""Apply a recipe to one layer: from statistics to compressed weights and a report.
 
 Legend: B matrices of one shape at once; N rows; K columns.
 """
@@ -30,7 +30,7 @@ from farthing.compress.size import zero_block_bytes
 from farthing.compress.trace import input_name
 from farthing.ops.weights import Weight
 
-JUDGES = 8  # experts on whose outputs a common input range is judged
+JUDGES = 8  # experts whose outputs decide a shared input range
 Plan = Callable[[str], str]  # module -> keep | dense | int8 | int4 | int4-32 | int4-64 | int4-128 | fp8
 
 
@@ -46,14 +46,14 @@ class Done:
 
 @dataclass(slots=True)
 class LayerResult:
-    """What `compress_layer` hands to the writer; the layer itself then holds the compressed values."""
+    """Result of `compress_layer` for the writer; the layer itself then has the compressed values."""
 
     modules: dict[str, Done] = field(default_factory=dict)
     coverage: dict[str, Any] | None = None
 
 
 def rotate(layer: Layer, seed: int) -> None:
-    """Rotate both latents and the values of every head; the function is unchanged."""
+    """Rotate both latents and the values of every head; the layer's function is unchanged."""
     a, c = f"{layer.prefix}self_attn.", layer.config
     have = set(layer.modules())
     pairs = [("kv_a_layernorm", "kv_a_proj_with_mqa", "kv_b_proj", c.kv_lora_rank)]
@@ -85,7 +85,7 @@ def rotate(layer: Layer, seed: int) -> None:
 
 
 def scale_inputs(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, float]:
-    """Move input scales across norms and up projections; the layer computes what it did. Norm -> alpha."""
+    """Move input scales across norms and up projections, keeping the function. Returns norm -> alpha."""
     chosen: dict[str, float] = {}
     for mlp in layer.mlps():
         down = stats.get(f"{mlp}.down_proj")
@@ -138,10 +138,10 @@ def compress_layer(
     masks: Mapping[str, Tensor] | None = None,
     originals: Mapping[str, Tensor] | None = None,
 ) -> LayerResult:
-    """Round every matrix. `layer` afterwards holds the values that were written.
+    """Round every matrix. `layer` then has the values that were written.
 
-    masks: of pruned modules, whose zeros stay. originals: what errors are measured against; None: `layer`.
-    Without originals and calibrated ranges, each matrix is released as soon as it is rounded.
+    masks: of pruned modules, whose zeros stay. originals: the reference for errors; None: `layer`. Without
+    originals and calibrated ranges, each matrix is released as soon as it is rounded.
     """
     result = LayerResult()
     stats, rare = layer_stats(layer, recorder)
@@ -162,7 +162,7 @@ def compress_layer(
 
 
 def layer_stats(layer: Layer, recorder: Recorder | None) -> tuple[Stats, set[str]]:
-    """Statistics by input name; rare experts get their peers'."""
+    """Statistics by input name, with those of peers for rare experts."""
     if recorder is None:
         return {}, set()
     stats, rare = dict(recorder.inputs), set()
@@ -212,7 +212,7 @@ def _compress_family(
             st = known[i]
             sample = None if st is None or not len(st.rows) else st.rows
             error = float(errors[j]) if errors is not None else _sampled_error(before[j], values[j], sample)
-            layer.set(module, values[j].clone())  # takes the memory its original leaves
+            layer.set(module, values[j].clone())  # reuses the memory of its original
             result.modules[module] = Done(weights[j], key_of(weights[j]), None, {
                 "module": module,
                 "format": weights[j].format,
@@ -266,7 +266,7 @@ def _grid(
 
 
 def wanted_group(kind: str, recipe: Recipe) -> int:
-    """The group size a plan asks for (`int4-32`), or the recipe's (`int4`)."""
+    """The group size of a plan's format (`int4-32`), or the recipe's (`int4`)."""
     _, _, size = kind.partition("-")
     return int(size) if size else recipe.group_size
 
@@ -277,8 +277,8 @@ def group_for(columns: int, wanted: int) -> int | None:
 
 
 def stored_format(module: str, planned: str, recipe: Recipe, source: str, columns: int) -> str:
-    """The planned format, or for "keep" the source's; where 4-bit groups do not divide the columns, 8 bits;
-    ignored modules are dense."""
+    """The planned format, or the source's for "keep"; 8 bits if 4-bit groups do not divide the columns.
+    Ignored modules are dense."""
     if any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
         return "dense"
     kind = source if planned == "keep" else planned
@@ -288,7 +288,7 @@ def stored_format(module: str, planned: str, recipe: Recipe, source: str, column
 
 
 def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:
-    """Relative output error on the sampled inputs, or of the weights alone where nothing was sampled."""
+    """Relative output error on the sampled inputs, or of the weights alone if there are no samples."""
     x = rows if rows is not None else torch.eye(w.shape[1])
     exact = x @ w.t()
     return float((x @ value.t() - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
@@ -297,7 +297,7 @@ def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:
 def _choose_activations(
     originals: Mapping[str, Tensor], stats: Stats, recipe: Recipe, result: LayerResult
 ) -> None:
-    """Give every integer module its activation rounding, one for modules that read the same tensor."""
+    """Choose the activation rounding of every integer module, shared by modules that read one tensor."""
     shared: dict[str, list[str]] = {}
     for module, done in result.modules.items():
         if done.weight.format in ("int8", "int4"):
@@ -319,7 +319,7 @@ def _choose_activations(
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """What was seen of one input, and the matrices its rounding is judged by."""
+    """Statistics of one input, and the matrices used to choose its rounding."""
 
     histogram: Histogram
     rows: Tensor  # [t, K]
@@ -327,9 +327,10 @@ class _Sample:
 
 
 def _sample(modules: Sequence[str], stats: Stats) -> _Sample | None:
-    """The input that `modules` read, None where calibration saw nothing of it.
+    """The input that `modules` read, or None if calibration did not reach it.
 
-    Routed experts see parts of one tensor: their counts are added up, and the busiest few are the judges.
+    Routed experts read parts of one tensor: their counts are added up, and the busiest few decide the
+    rounding.
     """
     seen: dict[str, InputStats] = {}
     for module in modules:

@@ -1,4 +1,4 @@
-"""Top-1 of exported networks: ONNX files judged by ONNX Runtime on labelled images.
+"""Top-1 accuracy of exported ONNX networks on labelled images, by ONNX Runtime.
 
 Legend: N images of C channels, H x W.
 """
@@ -18,9 +18,9 @@ _BATCH = 32
 
 
 def top1_of_files(a: Path, b: Path, data: Path) -> TopOne:
-    """Two .onnx files on an .npz of `images` [N, C, H, W] (as the network takes them) and `labels` [N].
+    """Compare two .onnx files on an .npz of `images` [N, C, H, W] (as the network expects) and `labels` [N].
 
-    Raises ValueError that names the file and what it lacks.
+    Raises ValueError with the file and its missing arrays.
     """
     images, labels = _labelled(data)
     batches = zip(images.split(_BATCH), labels.split(_BATCH), strict=True)
@@ -46,7 +46,7 @@ def _session(file: Path) -> Callable[[Tensor], Tensor]:
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     taken = session.get_inputs()[0]
-    together = 1 if taken.shape[0] == 1 else _BATCH  # 1: a file exported for one image at a time
+    together = 1 if taken.shape[0] == 1 else _BATCH  # 1: the file was exported for single images
 
     def run(x: Tensor) -> Tensor:
         parts = [session.run(None, {taken.name: part.numpy()})[0] for part in x.split(together)]

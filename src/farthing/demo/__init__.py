@@ -1,1 +1,1 @@
-"""`make demo`: every lever on the embedded model, measured through the product's public faces."""
+"""`make demo`: every lever on the embedded model, measured through public interfaces."""

@@ -23,7 +23,7 @@ REPORT = Path("demo-report.html")
 log = Console(stderr=True)
 
 
-MAX_TOKENS = "12000"  # of held-out text that every quality is measured on
+MAX_TOKENS = "12000"  # held-out tokens per evaluation
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         stream_one(Lever("", "mite"), prompt, lambda text: print(text, end="", flush=True))
         _title("4. Lever by lever")
         rows = [measure(lever, machine, log.print) for lever in levers(int4, adaptive)]
-        _title("5. A fleet that follows the load: an hour of a DeepSeek-R1 service in a minute")
+        _title("5. Autoscaling: an hour of a DeepSeek-R1 service in a minute")
         fleet = run_fleet("mite", log.print)
         print(fleet.text)
     print_table(rows)
@@ -51,7 +51,7 @@ def main() -> None:
     )
     sections = [("Compression", compression, None), ("Fleet", fleet.text, fleet_picture(fleet))]
     write_html(REPORT, rows, sections)
-    print(f"{REPORT.resolve()}; {time.perf_counter() - started:.0f} s in all")
+    print(f"{REPORT.resolve()}; {time.perf_counter() - started:.0f} s total")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ class Compressed:
         before, after = self.megabytes
         return (
             f"{self.recipe}: {before:.1f} MB to {after:.1f} MB in {self.seconds:.0f} s; "
-            f"perplexity {self.quality} against the original."
+            f"perplexity {self.quality} compared with the original."
         )
 
 
 def compress(model: str, out: Path, recipe: str, max_drop: str) -> Compressed:
-    """`farthing compress`, then `farthing eval` of the result against the embedded model."""
+    """Run `farthing compress`, then `farthing eval` of the result against the embedded model."""
     options = ["--max-drop", max_drop, "--no-gate", "--no-timing", "--max-tokens", MAX_TOKENS]
     report = json.loads(cli("compress", model, "--recipe", recipe, "-o", str(out), *options, "--json"))
     found = json.loads(cli("eval", "mite", "--against", str(out), "--max-tokens", MAX_TOKENS, "--json"))
@@ -90,7 +90,7 @@ def compress(model: str, out: Path, recipe: str, max_drop: str) -> Compressed:
 
 
 def levers(int4: Compressed, adaptive: Compressed) -> list[Lever]:
-    """Each adds one to the one before."""
+    """The levers, each added to the previous ones."""
     drafts = ("--speculate", "mtp+ngram")
     return [
         Lever("reference ops", "mite", ("--backend", "reference"), "baseline"),
@@ -102,7 +102,7 @@ def levers(int4: Compressed, adaptive: Compressed) -> list[Lever]:
 
 
 def cli(*arguments: str) -> str:
-    """Output of a `farthing` command; its progress goes to the terminal."""
+    """Run a `farthing` command and return its output; progress goes to the terminal."""
     command = [sys.executable, "-m", "farthing.cli.app", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:

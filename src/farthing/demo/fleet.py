@@ -1,4 +1,4 @@
-"""Scale replicas of the embedded model on this machine over an hour of real load, sixty times as fast."""
+"""Scale replicas of the embedded model on this machine through an hour of real load at 60x speed."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from farthing.fleet.decisions import Decision
 from farthing.fleet.replay.trace import EXAMPLE
 from farthing.fleet.series import read_series
 
-SPEED = 60  # an hour in a minute
+SPEED = 60  # one hour in one minute
 WINDOWS = 6  # of 600 s
-CAPACITY = 3.0  # requests per second that one replica is declared to sustain
-PEAK_REPLICAS = 1.7  # what the hour's peak needs at that capacity, before headroom
+CAPACITY = 3.0  # declared requests per second per replica
+PEAK_REPLICAS = 1.7  # replicas needed at the peak, before headroom
 ANSWER = 16  # tokens
-# The policy's five minutes, on the demo's clock: long enough to ride out a dip, short enough to see the end.
+# Five minutes of the policy on the demo's clock: outlasts a dip, yet shows the scale-down.
 POLICY = {
     "interval_s": 1.0, "cold_start_s": 5.0, "latency_for_s": 2.0, "stale_after_s": 10.0, "drain_s": 5.0,
     "stabilization_s": 8.0, "cooldown_s": 4.0, "max_replicas": 3, "capacity": CAPACITY,
@@ -37,14 +37,14 @@ POLICY = {
 
 @dataclass(frozen=True, slots=True)
 class FleetRun:
-    """The load, the replicas and the decisions of the minute."""
+    """Load, replicas and decisions of one run."""
 
     result: LoadResult
     times: list[float]  # seconds, of each decision
-    replicas: list[int]  # that were ready
+    replicas: list[int]  # ready
     wanted: list[int]
     rates: list[float]  # requests per second, of each window
-    reasons: list[str]  # of the decisions that changed something
+    reasons: list[str]  # of the decisions that changed the count
 
     @property
     def replica_seconds(self) -> float:
@@ -54,12 +54,12 @@ class FleetRun:
 
     @property
     def text(self) -> str:
-        """In sentences."""
+        """A summary in sentences."""
         static = max(self.replicas) * (self.times[-1] - self.times[0])
         lines = [
             f"{self.result.requests} requests, {self.result.failed} failed, "
             f"p99 TTFT {self.result.ttft_ms.get('p99', 0):.0f} ms.",
-            f"{self.replica_seconds:.0f} replica-seconds, where the peak's count all the time takes "
+            f"{self.replica_seconds:.0f} replica-seconds; running the peak count throughout takes "
             f"{static:.0f}.",
             *self.reasons,
         ]
@@ -67,8 +67,8 @@ class FleetRun:
 
 
 def busy_hour() -> list[float]:
-    """Six consecutive rates of the trace with the highest peak between two valleys, scaled so that the peak
-    needs PEAK_REPLICAS."""
+    """The six consecutive rates of the trace with the highest peak between two valleys, scaled so that the
+    peak needs PEAK_REPLICAS."""
     rates = [float(rate) for rate in read_series(EXAMPLE).values]
 
     def prominence(i: int) -> float:
@@ -81,7 +81,7 @@ def busy_hour() -> list[float]:
 
 
 def run_fleet(model: str, say: Callable[[str], None]) -> FleetRun:
-    """`farthing fleet up MODEL` under the hour, then its decisions."""
+    """Run `farthing fleet up MODEL` under the load and collect its decisions."""
     rates = busy_hour()
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="farthing-fleet-") as state:
@@ -91,7 +91,7 @@ def run_fleet(model: str, say: Callable[[str], None]) -> FleetRun:
         arguments += ["--metrics", "127.0.0.1:0", "--serve-args", "--threads 1"]
         url = f"http://127.0.0.1:{port}"
         with running(arguments, url, 60, signal.SIGINT, 30):
-            say(f"fleet is up; {WINDOWS * 600 // SPEED} s of load follow")
+            say(f"fleet is up; sending {WINDOWS * 600 // SPEED} s of load")
             began = time.time()
             timings = asyncio.run(_load(Target(url, "mite"), rates))
         lines = [line for f in Path(state).glob("**/decisions.jsonl") for line in f.read_text().splitlines()]
@@ -121,7 +121,7 @@ async def _load(target: Target, rates: list[float]) -> list[Timing]:
 
 
 def picture(run: FleetRun) -> str:
-    """Load and replicas over the minute, as a data URI."""
+    """Plot of load and replicas over time, as a data URI."""
     import matplotlib
 
     matplotlib.use("Agg")

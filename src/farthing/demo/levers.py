@@ -1,4 +1,4 @@
-"""Serve the same text with one more lever each time; measure what a user and a bill would see."""
+"""Serve the same text with one more lever each time; measure speed, memory and cost."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PROMPT_CHARACTERS = 400
 
 @dataclass(frozen=True, slots=True)
 class Lever:
-    """One way to serve: a model and the options that enable a lever."""
+    """A serving configuration: a model and the options that enable a lever."""
 
     name: str
     model: str
     options: tuple[str, ...] = ()
-    quality: str = ""  # change of perplexity against the first lever, with its interval
+    quality: str = ""  # perplexity change against the first lever, with interval
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one way of serving cost, every number from this run."""
+    """Measurements of one serving configuration."""
 
     name: str
     seconds_to_ready: float
@@ -40,8 +40,8 @@ class Measured:
     tpot_ms: float  # median, one user
     memory_bytes: int  # peak resident
     weight_bytes: int
-    cached_share: float  # of prompt tokens, when the same prompts come again
-    drafts_accepted: float | None  # share of speculated tokens
+    cached_share: float  # share of prompt tokens, when the prompts are repeated
+    drafts_accepted: float | None  # share of draft tokens accepted
     cpu_seconds_per_token: float
     joules_per_token: float  # estimated: CPU seconds × declared watts
     usd_per_million_tokens: float
@@ -49,7 +49,7 @@ class Measured:
 
 
 def prompts(count: int, seed: int = 0) -> list[str]:
-    """Beginnings of held-out Python, cut at a line's end."""
+    """Beginnings of held-out Python files, cut at a line end."""
     from farthing.compress.gate import held_out_sample
 
     rng = random.Random(seed)
@@ -63,7 +63,7 @@ def prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def measure(lever: Lever, machine: Machine, say: Callable[[str], None], users: int = 8) -> Measured:
-    """Serve `lever`, answer one user, then many at once, then the same prompts again."""
+    """Serve `lever`: one user, then `users` concurrently, then the same prompts again."""
     with serve(lever.model, lever.options) as served:
         target = Target(served.url, json.loads(served.get("/v1/models"))["data"][0]["id"])
         _run(target, prompts(2, seed=99), 1)  # warm-up
@@ -78,7 +78,7 @@ def measure(lever: Lever, machine: Machine, say: Callable[[str], None], users: i
             f"{lever.name}: {single.output_tokens_per_second:,.0f} tokens/s for one user, "
             f"{batch.output_tokens_per_second:,.0f} for {users}"
         )
-        watts = machine.hardware.watts  # of one core's share
+        watts = machine.hardware.watts  # per core
         return Measured(
             name=lever.name,
             seconds_to_ready=served.seconds_to_ready,
@@ -98,7 +98,7 @@ def measure(lever: Lever, machine: Machine, say: Callable[[str], None], users: i
 
 
 def stream_one(lever: Lever, prompt: str, write: Callable[[str], None]) -> Timing:
-    """Serve `lever` and stream one greedy answer to `write` as it comes."""
+    """Serve `lever` and stream one greedy answer to `write`."""
 
     async def answer(target: Target) -> Timing:
         timing = Timing()

@@ -23,8 +23,8 @@ COLUMNS = (
     "TPOT, ms",
     "weights, MB",
     "memory, MB",
-    "cached again",
-    "drafts kept",
+    "cache hits",
+    "drafts accepted",
     "mJ/token (CPU time × declared watts)",
     "$/M tokens",
     "perplexity",
@@ -61,15 +61,15 @@ def cells(row: Measured) -> list[str]:
 
 
 def print_table(rows: Sequence[Measured]) -> None:
-    """One column per lever, each added to the one before it, so that it fits a terminal."""
-    table = Table("", *(row.name for row in rows), title="The cost of a token, lever by lever")
+    """Print one column per lever, which fits a terminal."""
+    table = Table("", *(row.name for row in rows), title="Cost per token, lever by lever")
     for name, *values in list(zip(COLUMNS, *map(cells, rows), strict=True))[1:]:
         table.add_row(name, *values)
     Console().print(table)
 
 
 def bars(rows: Sequence[Measured]) -> str:
-    """Tokens per second by lever, as a data URI of a PNG."""
+    """Bar chart of tokens per second by lever, as a PNG data URI."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,7 +89,7 @@ def bars(rows: Sequence[Measured]) -> str:
 
 
 def data_uri(figure: Any) -> str:
-    """A matplotlib figure as a PNG inside a URI."""
+    """A matplotlib figure as a PNG data URI."""
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
@@ -99,12 +99,12 @@ def data_uri(figure: Any) -> str:
 
 
 def write_html(path: Path, rows: Sequence[Measured], sections: Sequence[tuple[str, str, str | None]]) -> None:
-    """sections: (heading, text, data URI of a picture or None) below the table."""
+    """Write the report. sections below the table: (heading, text, picture's data URI or None)."""
     head = "".join(f"<th>{html.escape(c)}</th>" for c in COLUMNS)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells(r)) + "</tr>" for r in rows)
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>Farthing demo</title><style>{STYLE}</style><h1>The cost of a token, lever by lever</h1>",
+        f"<title>Farthing demo</title><style>{STYLE}</style><h1>Cost per token, lever by lever</h1>",
         "<p>Every number was measured in this run. Each row adds a lever to the row above it. Quality is the "
         "change of perplexity on held-out text against the first row, with its 95 % interval; speculation "
         "changes no token. Energy is CPU time × declared watts; dollars follow the declared price of a "

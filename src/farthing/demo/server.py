@@ -1,4 +1,4 @@
-"""A `farthing serve` process for as long as a stage needs it."""
+"""Start and stop `farthing` server processes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Served:
             return str(response.read().decode())
 
     def metric(self, name: str) -> float:
-        """Sum of a metric's samples on /metrics; 0 if it is not there."""
+        """Sum of a metric's samples on /metrics; 0 if absent."""
         rows = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
         return sum(map(float, rows))
 
     def peak_memory(self) -> int:
-        """Largest resident size so far, bytes."""
+        """Peak resident set size so far, bytes."""
         return int(_status(self.pid, "VmHWM")) * 1024
 
     def cpu_seconds(self) -> float:
@@ -57,9 +57,9 @@ def free_port() -> int:
 
 @contextmanager
 def serve(model: str, options: Sequence[str] = ()) -> Iterator[Served]:
-    """Start `farthing serve MODEL OPTIONS` on a free port, wait until it is ready, stop it in the end.
+    """Start `farthing serve MODEL OPTIONS` on a free port, wait until it is ready, and stop it on exit.
 
-    Raises RuntimeError with the server's own last lines if it does not become ready.
+    Raises RuntimeError with the server's last log lines if it does not become ready.
     """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -73,10 +73,10 @@ def serve(model: str, options: Sequence[str] = ()) -> Iterator[Served]:
 def running(
     arguments: list[str], url: str, ready_timeout: float, stop: signal.Signals, stop_timeout: float
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """`farthing ARGUMENTS` in a process that has become ready at `url`; it gets the signal `stop` in the end,
-    and is killed when it has not ended after stop_timeout seconds.
+    """Run `farthing ARGUMENTS` in a process and wait until `url` is ready. On exit, send the signal `stop`
+    and kill the process after stop_timeout seconds.
 
-    Raises RuntimeError with its own last lines if it does not become ready in ready_timeout seconds.
+    Raises RuntimeError with its last log lines if it is not ready within ready_timeout seconds.
     """
     command = [sys.executable, "-m", "farthing.cli.app", *arguments]
     with tempfile.TemporaryFile("w+") as log:
@@ -99,7 +99,7 @@ def running(
 
 
 def ready(url: str) -> bool:
-    """Whether a server takes requests."""
+    """Whether a server accepts requests."""
     try:
         with urllib.request.urlopen(f"{url}/ready", timeout=2) as response:
             return bool(response.status == 200)

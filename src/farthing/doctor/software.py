@@ -57,7 +57,7 @@ def check_native() -> Iterator[Check]:
         name="cpu kernels",
         status="ok" if module is not None else "warn",
         detail=f"built ({Path(str(module.__file__)).name})" if module is not None else f"missing: {problem}",
-        advice="" if module is not None else f"serving works, slowly; {hint}",
+        advice="" if module is not None else f"serving works, but slowly; {hint}",
     )
 
 
@@ -70,7 +70,7 @@ def check_compilers() -> Iterator[Check]:
         name="compilers",
         status="info",
         detail=", ".join(f"{name} {text}".strip() for name, text in found.items()) or "none",
-        advice="" if compiler else "only to build from source: install g++ or clang++ (C++20)",
+        advice="" if compiler else "install g++ or clang++ (C++20) to build from source",
         data={"found": found},
     )
 

@@ -1,13 +1,13 @@
-"""What one replica sustains, learned online: two costs, one per prompt token and one per output token.
+"""The capacity of one replica, learned online as two costs: per prompt token and per output token.
 
-A replica that takes in P uncached prompt tokens and gives out D output tokens a second is busy for
-rho = prefill · P + decode · D of every second. At the edge of its latency targets rho is 1, so
+A replica that processes P uncached prompt tokens and generates D output tokens per second is busy for
+rho = prefill · P + decode · D of every second. At the limit of its latency targets rho is 1, so
 
     capacity = 1 / (prefill · (prompt tokens per request, not cached) + decode · (output tokens per request))
 
-requests a second: a shift in lengths changes it before any queue grows. Learning moves the two costs only as
-far as a snapshot proves them wrong: within all targets rho is at most 1; with a backlog, or with TTFT or TPOT
-above its target, it is at least 1. Without token rates the capacity itself is learned the same way.
+requests per second: a shift in lengths changes it before any queue grows. Learning moves the two costs only
+as far as a snapshot contradicts them: within all targets rho is at most 1; with a backlog, or with TTFT or
+TPOT above target, it is at least 1. Without token rates, the capacity itself is learned the same way.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from pathlib import Path
 
 from farthing.fleet.snapshot import Snapshot
 
-DECODE_PER_PREFILL = (
-    20.0  # an output token costs as much as this many prompt tokens, before anything is learned
-)
-MOST = 4.0  # the capacity, at the lengths of the guess, stays within this factor of the guess
+DECODE_PER_PREFILL = 20.0  # initial cost of an output token, in prompt tokens
+MOST = 4.0  # the capacity at the guess's lengths stays within this factor of the guess
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """A measured capacity, as `farthing bench capacity --json` writes it (`capacity` and `unit`)."""
+    """A measured capacity, as written by `farthing bench capacity --json` (`capacity` and `unit`)."""
 
-    per_replica: float  # load units a second
+    per_replica: float  # load units per second
     unit: str = "requests"  # or "tokens"
     source: str = "configured"
 
@@ -41,7 +39,7 @@ class Capacity:
 
     @classmethod
     def read(cls, path: str | Path) -> Capacity:
-        """From a JSON file with `capacity` and `unit`. Raises ValueError naming what is missing."""
+        """Read a JSON file with `capacity` and `unit`. Raises ValueError with what is missing."""
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(data, dict) or not isinstance(data.get("capacity"), int | float):
             raise ValueError(f"{path}: no number `capacity`; write it with `farthing bench capacity --json`")
@@ -50,7 +48,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Targets:
-    """Latency targets that bound the capacity, in seconds; None: not watched."""
+    """Latency targets that bound the capacity, in seconds; None: ignored."""
 
     queue_s: float = 0.2
     ttft_s: float | None = None
@@ -64,13 +62,13 @@ class Targets:
 
 @dataclass
 class _Costs:
-    """Seconds per uncached prompt token and per output token; the latest mean lengths of a request."""
+    """Seconds per uncached prompt token and per output token; the latest mean request lengths."""
 
     prefill: float
     decode: float
     prompt: float
     output: float
-    anchor: tuple[float, float] = field(init=False)  # the lengths of the guess
+    anchor: tuple[float, float] = field(init=False)  # request lengths at the guess
 
     def __post_init__(self) -> None:
         self.anchor = (self.prompt, self.output)
@@ -79,11 +77,11 @@ class _Costs:
         return self.prefill * prompt + self.decode * output
 
     def per_second(self) -> float:
-        """Requests a second at the latest lengths."""
+        """Requests per second at the latest lengths."""
         return 1.0 / max(self.busy(self.prompt, self.output), 1e-12)
 
     def move(self, prompt: float, output: float, rate: float) -> None:
-        """Towards busy(prompt, output) = 1, each cost in proportion to its part; both stay positive."""
+        """Move towards busy(prompt, output) = 1, each cost in proportion to its share; both stay positive."""
         parts = (self.prefill * prompt, self.decode * output)
         total = sum(parts)
         if total <= 0:
@@ -103,33 +101,33 @@ class OnlineCapacity:
             raise ValueError(f"OnlineCapacity.guess = {guess}: expected a number above 0")
         self.guess, self.unit, self.rate = guess, unit, rate
         self.targets = targets or Targets()
-        self._plain = guess  # load units/s while lengths are unknown
+        self._plain = guess  # load units/s, used while lengths are unknown
         self._costs: _Costs | None = None
         self._lengths = (0.0, 0.0)  # prompt and output tokens of a request
 
     @property
     def estimate(self) -> float:
-        """Load units a second of one replica, at the latest lengths of requests."""
+        """Load units per second of one replica, at the latest request lengths."""
         if self._costs is None:
             return self._plain
         return self._costs.per_second() * self._per_request
 
     @property
     def _per_request(self) -> float:
-        """Load units of one request at the latest lengths."""
+        """Load units per request at the latest lengths."""
         prompt, output = self._lengths
         by_unit = {"requests": 1.0, "prompt_tokens": prompt, "output_tokens": output}
         return by_unit.get(self.unit, prompt + output)
 
     @property
     def costs(self) -> tuple[float, float] | None:
-        """Seconds per uncached prompt token and per output token; None while lengths are not known."""
+        """Seconds per uncached prompt token and per output token; None while lengths are unknown."""
         return (self._costs.prefill, self._costs.decode) if self._costs is not None else None
 
     def observe(self, snapshot: Snapshot, completed: float | None = None) -> float:
-        """Take one snapshot into account; `completed` is the load finished a second, where it is known.
+        """Update from one snapshot; `completed` is the load finished per second, if known.
 
-        Returns the estimate. Snapshots that are stale, or made while replicas start or fail, teach nothing.
+        Returns the estimate. Snapshots that are stale, or taken while replicas start or fail, are ignored.
         """
         load, ready = snapshot.load(self.unit), snapshot.ready
         if snapshot.stale or load is None or not ready or snapshot.starting or snapshot.queue_time_s is None:
@@ -144,7 +142,7 @@ class OnlineCapacity:
         return self.estimate
 
     def _measure(self, snapshot: Snapshot) -> bool:
-        """Follow the mean lengths; False while they are not known."""
+        """Update the mean lengths; False while they are unknown."""
         requests, prompt, output = (
             snapshot.request_rate,
             snapshot.prompt_token_rate,

@@ -1,6 +1,4 @@
-"""The fleet's configuration: frozen dataclasses, read from one YAML file whose sections are named as the
-fields here.
-"""
+"""The fleet's configuration: frozen dataclasses, read from a YAML file with a section per field."""
 
 from __future__ import annotations
 
@@ -23,16 +21,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SignalsConfig:
-    """Where the signals come from: a Prometheus server, or the /metrics of the replicas named."""
+    """Source of the signals: a Prometheus server, or the /metrics of listed replicas."""
 
     prometheus: str | None = None  # URL of the server
-    selector: str = ""  # {label="value",…} put behind every metric name
+    selector: str = ""  # {label="value",…} appended to every metric name
     metrics: str = "auto"  # farthing, vllm, sglang
-    replicas: tuple[str, ...] = ()  # base URLs, where no Prometheus is
+    replicas: tuple[str, ...] = ()  # base URLs, without Prometheus
     window_s: float = 30.0  # of rates and means; at least two scrapes of Prometheus
     timeout_s: float = 3.0
-    leaving: str | None = None  # PromQL: replicas with a notice, a spot machine that will be taken away
-    token_file: Path | None = None  # bearer token, for a Prometheus that wants one
+    leaving: str | None = None  # PromQL: replicas with a preemption notice (spot)
+    token_file: Path | None = None  # file of the bearer token for Prometheus
 
     def __post_init__(self) -> None:
         dialect(self.metrics)
@@ -45,29 +43,29 @@ class SignalsConfig:
 
 @dataclass(frozen=True)
 class VariantConfig:
-    """One kind of replica with a `/scale` target of its own."""
+    """One kind of replica with its own `/scale` target."""
 
     name: str
     target: str  # KIND/NAME
     price: float  # per hour
-    size: float = 1.0  # capacity in those of policy.capacity
+    size: float = 1.0  # capacity relative to policy.capacity
     spot: bool = False
     max_replicas: int = 1000
 
 
 @dataclass(frozen=True)
 class KubernetesConfig:
-    """The API server and what is scaled there."""
+    """The API server and the scaled resources."""
 
     api: str = "auto"  # the pod's service account, else the kubeconfig; or a URL
     context: str | None = None
     namespace: str | None = None  # default: the pod's own
     target: str | None = None  # KIND/NAME: deployment, statefulset, leaderworkerset
-    variants: tuple[VariantConfig, ...] = ()  # instead of `target`: the cheapest mix of these
-    spot_share: float = 0.5  # at most this share of the need runs on spot variants
-    patch: bool = True  # False: only read, where an HPA or KEDA scales
-    lease: str | None = "farthing-fleet"  # None: no election, there is one controller
-    identity: str | None = None  # default: the host name, in a pod its name
+    variants: tuple[VariantConfig, ...] = ()  # instead of `target`: scale the cheapest mix of these
+    spot_share: float = 0.5  # maximum share of the need on spot variants
+    patch: bool = True  # False: only read, for an HPA or KEDA that scales
+    lease: str | None = "farthing-fleet"  # None: no election, for a single controller
+    identity: str | None = None  # default: the host name (the pod's name)
 
     def __post_init__(self) -> None:
         if self.variants and self.target is not None:
@@ -96,7 +94,7 @@ class KedaConfig:
 
 @dataclass(frozen=True)
 class FleetConfig:
-    """Everything a controller is told."""
+    """The configuration of a controller."""
 
     policy: PolicyConfig
     signals: SignalsConfig = field(default_factory=SignalsConfig)
@@ -107,7 +105,7 @@ class FleetConfig:
     state: Path = Path("runs/fleet")  # decision log, policy state, forecasters
     metrics: str = "127.0.0.1:9400"  # HOST:PORT of the controller's own /metrics; port 0 picks a free one
     advise: bool = False  # only recommend
-    forecast: dict[str, Any] = field(default_factory=dict)  # of the forecasters; events and holidays
+    forecast: dict[str, Any] = field(default_factory=dict)  # forecasters, events and holidays
 
     def __post_init__(self) -> None:
         split_address(self.metrics)
@@ -122,7 +120,7 @@ def split_address(text: str) -> tuple[str, int]:
 
 
 def load(path: Path) -> FleetConfig:
-    """Read a YAML file. Raises ValueError naming the file, the field, its value and what is accepted."""
+    """Read a YAML file. Raises ValueError with the file, field, value and accepted values."""
     try:
         data = yaml.safe_load(path.read_text())
     except OSError as problem:
@@ -136,18 +134,18 @@ def load(path: Path) -> FleetConfig:
 
 
 def build(cls: type[T], data: Any, where: str = "") -> T:
-    """A dataclass from a mapping, nested ones too. Raises ValueError naming the field that is wrong."""
+    """Build a dataclass from a (nested) mapping. Raises ValueError with the invalid field."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or 'configuration'} = {data!r}: expected a mapping of fields")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     for name in data:
         if name not in known:
-            raise ValueError(f"{_join(where, str(name))}: no such field; known are {', '.join(known)}")
+            raise ValueError(f"{_join(where, str(name))}: unknown field; expected one of {', '.join(known)}")
     values = {name: _convert(hints[name], value, _join(where, name)) for name, value in data.items()}
     try:
         return cls(**values)
-    except TypeError as problem:  # a field without default is missing
+    except TypeError as problem:  # a required field is missing
         raise ValueError(f"{where or 'configuration'}: {str(problem).split(') ')[-1]}") from problem
 
 
@@ -156,7 +154,7 @@ def _join(where: str, name: str) -> str:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type a field declares."""
+    """Convert `value` to the declared type of a field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:

@@ -1,7 +1,7 @@
-"""The loop: signals -> forecasts -> policy -> decision log -> actuator, once every `interval_s`.
+"""The control loop: signals -> forecasts -> policy -> decision log -> actuator, every `interval_s`.
 
-Nothing that fails ends it. Signals that are missing make the policy hold; an actuator that does not
-answer is an alarm, and the next turn is the retry.
+No failure ends it. Missing signals make the policy hold. If the actuator does not answer, the controller
+raises an alarm and retries at the next step.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _SAVE_S = 10.0  # between writes of the policy's state
 
 
 class Estimates(Protocol):
-    """What the controller needs of forecasters and of a capacity model."""
+    """Forecasters and capacity model, as used by the controller."""
 
     def observe(self, now: float, snapshot: Snapshot) -> None:
-        """Take in the signals of one turn."""
+        """Update from the signals of one step."""
         ...
 
     def short(self, now: float) -> Forecast | None: ...
@@ -44,16 +44,16 @@ class Estimates(Protocol):
     def mid(self, now: float) -> Forecast | None: ...
 
     def capacity(self) -> float | None:
-        """Load units a second one replica sustains, as learned; None: the configured one."""
+        """Learned capacity of a replica in load units per second; None: use the configured one."""
         ...
 
     def maintain(self, now: float) -> None:
-        """Fit what is due. Called in a thread, one at a time; may take long."""
+        """Refit models that are due. Called in a thread, one call at a time; may be slow."""
         ...
 
 
 class Controller:
-    """Decides and acts until it is told to stop. With `advise` it only recommends."""
+    """Runs the loop until stopped. With `advise` it only recommends."""
 
     def __init__(
         self,
@@ -78,19 +78,19 @@ class Controller:
         self._state_path, self._saved_at = state_path, 0.0
         self._wall = wall
         self.held = Held()
-        self._disk: dict[str, str] = {}  # files of the state directory that cannot be written, and why
+        self._disk: dict[str, str] = {}  # files of the state directory that cannot be written -> alarm
         self._known = _last_target(log_path)  # replicas requested, as last read or decided
         self._maintenance: asyncio.Task[None] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Turn after turn until `stop` is set; a turn that takes long does not shift the next ones."""
+        """Run until `stop` is set; a slow step does not shift the next ones."""
         loop = asyncio.get_running_loop()
         due = loop.time()
         while not stop.is_set():
             try:
                 await self.turn()
-            except Exception:  # a defect must not stop the controller: hold the replica count and alert
-                log.exception("this turn failed; the number of replicas is held")
+            except Exception:  # a bug must not stop the controller: hold the replica count and alert
+                log.exception("step failed; holding the replica count")
                 self.metrics.failures.inc()
             due = max(due + self.policy.config.interval_s, loop.time())
             await self._pause(stop, due - loop.time())
@@ -99,7 +99,7 @@ class Controller:
             self._maintenance.cancel()
 
     async def _pause(self, stop: asyncio.Event, seconds: float) -> None:
-        """Until the next turn; a gateway that holds requests for a fleet of none is answered at once."""
+        """Wait for the next step; returns early if a gateway holds requests for a fleet scaled to zero."""
         self.held.reported.clear()
         events = [asyncio.ensure_future(stop.wait())]
         if not self._known:
@@ -109,14 +109,14 @@ class Controller:
             event.cancel()
 
     async def turn(self) -> Decision | None:
-        """One decision, logged and, unless it is advice only, acted on. None before anything is known."""
+        """Make one decision, log it and, unless advising, apply it. None before any signal."""
         alarms: list[str] = []
         current = await self._current(alarms)
         snapshot = await self.source.read(current if current is not None else 0)
-        if current is None:  # nothing says how many are asked for: what we asked for, or what serves if more
+        if current is None:  # replica count unknown: use the last target, or the serving replicas if more
             current = max(self._known or 0, snapshot.ready or 0)
             if self._known is None and snapshot.ready is None and not self.held.total():
-                log.warning("neither the actuator nor the signals say how many replicas there are")
+                log.warning("neither the actuator nor the signals report the number of replicas")
                 return None
             snapshot = replace(snapshot, current=current)
         if current == 0 and (held := self.held.total()):
@@ -156,8 +156,8 @@ class Controller:
         return current
 
     async def _act(self, decision: Decision, *, blind: bool) -> None:
-        """Log, show and apply. Blind (the actuator did not answer), nothing is applied: the turn was a
-        guess.
+        """Log, expose and apply. If blind (the actuator did not answer), the decision is a guess and is not
+        applied.
         """
         if not self.advise and not blind:
             try:
@@ -175,7 +175,7 @@ class Controller:
             log.info("%s %d -> %d: %s", verb, decision.current, decision.target, decision.reason)
 
     def _maintain(self, now: float) -> None:
-        """Let the forecasters fit in a thread, one run at a time."""
+        """Refit forecasters in a thread, one run at a time."""
         if self.estimates is None or (self._maintenance is not None and not self._maintenance.done()):
             return
         self._maintenance = asyncio.create_task(self._maintained(self.estimates, now))
@@ -183,8 +183,8 @@ class Controller:
     async def _maintained(self, estimates: Estimates, now: float) -> None:
         try:
             await asyncio.to_thread(estimates.maintain, now)
-        except Exception:  # a forecaster that cannot be fitted must not stop the real-time level
-            log.exception("forecasters: this fit failed, the last one stays in use")
+        except Exception:  # a failed fit must not stop the real-time level
+            log.exception("forecasters: fit failed; keeping the last one")
             self.metrics.failures.inc()
 
     def _save(self, *, force: bool = False) -> None:
@@ -196,12 +196,12 @@ class Controller:
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
-        """A write to the state directory: a disk that is full is an alarm, and scaling continues."""
+        """Guard a write to the state directory: a full disk raises an alarm, and scaling continues."""
         try:
             yield
         except OSError as problem:
             if what not in self._disk:
-                log.error("state directory: %s cannot be written: %s", what, problem)
+                log.error("state directory: cannot write %s: %s", what, problem)
             self._disk[what] = f"disk: {what} cannot be written: {problem.strerror}"
             self.metrics.failures.inc()
         else:
@@ -210,9 +210,7 @@ class Controller:
 
 
 def _last_target(log_path: Path) -> int | None:
-    """What an earlier run asked for last, so that a restart does not take a thinned fleet for the whole
-    one.
-    """
+    """The last target of an earlier run, so that a restart does not treat a partial fleet as full."""
     try:
         last = read_log(log_path, 1)
     except (FileNotFoundError, ValueError):
@@ -221,9 +219,7 @@ def _last_target(log_path: Path) -> int | None:
 
 
 def load_state(path: Path) -> PolicyState | None:
-    """The policy's state of an earlier run; None where there is none, or it cannot be read (which is
-    logged).
-    """
+    """The policy's state of an earlier run; None if there is none or it cannot be read (logged)."""
     try:
         return PolicyState.from_json(path.read_text())
     except FileNotFoundError:

@@ -16,7 +16,7 @@ _TAIL = 128 << 10  # bytes of the log that `recent` reads
 
 
 class DecisionLog:
-    """Appends decisions to a JSON-lines file; past `max_bytes` it becomes PATH.1 and a new one begins."""
+    """Appends decisions to a JSON-lines file; past `max_bytes` the file is renamed to PATH.1."""
 
     def __init__(self, path: str | Path, max_bytes: int = 64 << 20) -> None:
         self.path = Path(path)
@@ -24,7 +24,7 @@ class DecisionLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, decision: Decision) -> None:
-        """Raises OSError where the whole line could not be written; none of it is left then."""
+        """Append a line. If it cannot be written in full, removes it and raises OSError."""
         line = decision.to_json() + "\n"
         if self.path.exists() and self.path.stat().st_size + len(line) > self.max_bytes:
             self.path.replace(self.path.with_name(self.path.name + ".1"))
@@ -35,17 +35,17 @@ class DecisionLog:
                 written = file.write(data)
             except OSError:
                 written = 0
-            if written != len(data):  # the disk is full: the next line must not continue half of this one
+            if written != len(data):  # the disk is full: the next line must not continue a partial one
                 if written:
                     os.ftruncate(file.fileno(), end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
 
 def read_log(path: str | Path, last: int = 10) -> list[Decision]:
-    """The last `last` decisions of a log, oldest first; a line torn by a crash at the end is left out."""
+    """The last `last` decisions of a log, oldest first; skips a partial last line."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"decision log {path} does not exist: give the path the controller writes to")
+        raise FileNotFoundError(f"decision log {path} does not exist; expected the controller's log")
     with path.open(encoding="utf-8") as file:
         lines = deque((line for line in file if line.strip()), maxlen=last + 1)
     return list(_whole(lines))[-last:] if last > 0 else []
@@ -58,9 +58,9 @@ def _whole(lines: Sequence[str] | deque[str]) -> Iterator[Decision]:
 
 
 def recent(path: Path) -> list[Decision]:
-    """The decisions in the last part of a log, oldest first, without reading the whole of it.
+    """The decisions in the last part of a log, oldest first, without reading all of it.
 
-    Lines that are torn are left out; empty where there is no log.
+    Skips partial lines; empty if there is no log.
     """
     try:
         with path.open("rb") as file:

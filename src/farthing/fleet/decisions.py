@@ -1,4 +1,4 @@
-"""What the policy decides, complete enough to be explained later without anything else."""
+"""The policy's decisions, complete enough to be explained later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Action = Literal["up", "down", "hold"]
 
 @dataclass(frozen=True)
 class Levels:
-    """Replicas each level asks for; None where the level had nothing to say."""
+    """Replicas required by each level; None if the level has no estimate."""
 
     short: int | None = None
     mid: int | None = None
@@ -21,15 +21,13 @@ class Levels:
 
 @dataclass(frozen=True)
 class Decision:
-    """One decision of the policy, complete enough to be explained later without anything else."""
+    """One decision of the policy."""
 
     time: float
     current: int
     target: int
     action: Action
-    decided_by: (
-        str  # "short", "mid", "realtime", or what held or bounded it: "limits", "cooldown", "stale", …
-    )
+    decided_by: str  # "short", "mid", "realtime", or what held it: "limits", "cooldown", "stale", …
     levels: Levels
     reason: str
     required: int | None = None  # the maximum of the levels, before down rule and limits
@@ -42,7 +40,7 @@ class Decision:
 
     @classmethod
     def from_json(cls, line: str) -> Decision:
-        """Inverse of `to_json`. Raises ValueError naming what is wrong with the line."""
+        """Inverse of `to_json`. Raises ValueError with the reason."""
         try:
             data = json.loads(line)
             levels = Levels(**data.pop("levels"))
@@ -52,7 +50,7 @@ class Decision:
             raise ValueError(f"not a decision line ({error}): {line[:80]!r}") from error
 
     def samples(self) -> dict[str, float]:
-        """The decision as Prometheus gauges: name (without labels) to value; a silent level is absent."""
+        """Prometheus gauges of the decision: name (without labels) -> value, for levels with an estimate."""
         gauges = {
             "farthing:fleet_current_replicas": float(self.current),
             "farthing:fleet_desired_replicas": float(self.target),

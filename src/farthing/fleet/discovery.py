@@ -12,8 +12,8 @@ from farthing.fleet.gateway.replicas_file import write_replicas
 log = logging.getLogger(__name__)
 
 EVERY_S = 2.0
-# "No such name" and "no address": what DNS answers for a headless Service without a ready pod. Any other
-# error (a resolver that is down) says nothing about the replicas.
+# DNS errors of a headless Service without a ready pod: "no such name" and "no address". Other errors (such as
+# a resolver that is down) say nothing about the replicas.
 _EMPTY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 

@@ -1,8 +1,7 @@
-"""What the controller knows beyond the present, kept up while it runs: forecasts of the load, a
-replica's capacity.
+"""Estimates that the controller maintains: forecasts of the load and the capacity of a replica.
 
-Loads are kept by the minute in `load.csv` of the state directory, so that a restarted controller knows
-the past; a controller with a Prometheus server asks that for what it did not see itself.
+`load.csv` in the state directory has the load per minute, so that a restarted controller knows the past. With
+a Prometheus server, the controller queries it for the load that it did not observe itself.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ log = logging.getLogger(__name__)
 PLAN_STEP_S = 300.0
 FIT_STEP_S = 1800.0  # the plan is fitted on means of this length
 SOURCE = "prophet"
-PLAN_DAYS = 2  # forecast at each fit, so that the plan still reaches a day ahead when the next fit is due
+PLAN_DAYS = 2  # forecast at each fit, so that the plan reaches a day ahead until the next fit
 KEEP_DAYS = 120
-_FRESH_S = 15.0  # a short-term forecast of the same minute is not computed again within this time
+_FRESH_S = 15.0  # short-term forecasts of the same minute are cached for this long
 
 
 class DayPlan:
     """The mid-term level: `DayForecaster`, fitted once a day, for every five minutes of the next 24 hours.
 
-    While its running error is above that of the last value (the load when the plan was made), it is
-    replaced by it. The floor is the share of the plan that was worth its price (`forecast.floor`), judged
+    If its running error exceeds that of the last value (the load when the plan was made), the last value is
+    used instead. The floor is the share of the plan that was worth its price (`forecast.floor`), judged
     against `bound`, the short-term bound at a time.
     """
 
@@ -57,18 +56,18 @@ class DayPlan:
         self._refit_s = refit_s
         self._bound = bound
         self._loads: deque[float] = deque(maxlen=round(KEEP_DAYS * DAY_S / PLAN_STEP_S))
-        self._start: float | None = None  # of the step that fills now
+        self._start: float | None = None  # of the current step
         self._open: list[float] = []
         self._plan: Forecast | None = None
         self._tried: float | None = None
         self._at_plan = 0.0  # the load when the plan was made
         self._errors: deque[tuple[float, float]] = deque(maxlen=round(DAY_S / PLAN_STEP_S))
         self._lead = max(1, math.ceil(lead_s / PLAN_STEP_S))  # steps
-        self._pending: deque[tuple[float, float, float]] = deque()  # due, planned and bounded peak
+        self._pending: deque[tuple[float, float, float]] = deque()  # (due, planned, bounded peak)
         self.floor = FloorShare(round(7 * DAY_S / PLAN_STEP_S), utilization)
 
     def observe(self, now: float, load: float) -> None:
-        """Take in a load; steps without a sample are filled from their neighbors."""
+        """Add a load sample; steps without a sample are interpolated."""
         start = now - now % PLAN_STEP_S
         if self._start is None or start < self._start or start - self._start > KEEP_DAYS * DAY_S:
             self._start, self._open = start, []
@@ -82,7 +81,7 @@ class DayPlan:
         self._open.append(load)
 
     def _judge(self, end: float, truth: float) -> None:
-        """A step ended with `truth`: how good was the plan, and would it have been worth its price?"""
+        """Score the plan for a step that ended with `truth`, and whether its floor was worth its price."""
         plan = self._plan
         if plan is None:
             return
@@ -99,14 +98,14 @@ class DayPlan:
 
     @property
     def skill(self) -> float | None:
-        """1 - error of the plan / error of the last value over a day; None below an hour of errors."""
+        """1 - error of the plan / error of the last value over a day; None before an hour of errors."""
         if len(self._errors) < 3600 / PLAN_STEP_S:
             return None
         plan, last = (sum(part) for part in zip(*self._errors, strict=True))
         return 1 - plan / last if last > 0 else 0.0
 
     def refit(self, now: float) -> bool:
-        """Fit if it is due and two days are known; takes seconds. True if it fitted."""
+        """Fit if due and two days are known; takes seconds. Returns whether it fitted."""
         due = self._tried is None or abs(now - self._tried) >= self._refit_s
         if not due or self._start is None or len(self._loads) * PLAN_STEP_S < 2 * DAY_S:
             return False
@@ -127,7 +126,7 @@ class DayPlan:
         return True
 
     def forecast(self, now: float) -> Forecast | None:
-        """The floor from `now` on; None before the first fit, and once the plan has run out."""
+        """The floor from `now` on; None before the first fit and after the plan's end."""
         plan = self._plan
         if plan is None or not plan.start <= now < plan.end:
             return None
@@ -144,14 +143,14 @@ class DayPlan:
 
 
 def _refined(path: Array) -> tuple[float, ...]:
-    """A path on the grid of the fit, on the grid of the plan: the line between the middles of its steps."""
+    """Interpolate a path from the grid of the fit to the grid of the plan, between step centers."""
     factor = round(FIT_STEP_S / PLAN_STEP_S)
     middles = np.arange(len(path)) * factor + (factor - 1) / 2
     return tuple(np.interp(np.arange(len(path) * factor), middles, path).tolist())
 
 
 class LiveEstimates:
-    """Feeds forecasters and capacity model with every snapshot, and remembers the load by the minute."""
+    """Feeds forecasters and capacity model with every snapshot, and records the load per minute."""
 
     def __init__(self, config: FleetConfig) -> None:
         policy = config.policy
@@ -173,10 +172,10 @@ class LiveEstimates:
         for time, load in read_loads(self._path):
             self._learn(time, load)
 
-    # ---- what is taken in ----
+    # ---- input ----
 
     def remember(self, points: list[tuple[float, float]]) -> None:
-        """Take in loads of the past (time, load), oldest first, from where memory ends."""
+        """Add past loads (time, load), oldest first, after the last recorded one."""
         known = self._minute_start or -float("inf")
         for time, load in points:
             if time > known and np.isfinite(load) and load >= 0:
@@ -185,7 +184,7 @@ class LiveEstimates:
 
     @property
     def remembers_until(self) -> float | None:
-        """When the last load that is known was measured."""
+        """Time of the last recorded load."""
         return self._minute_start
 
     def _learn(self, time: float, load: float) -> None:
@@ -203,7 +202,7 @@ class LiveEstimates:
         self._keep(now, load)
 
     def _keep(self, now: float, load: float) -> None:
-        """Write each whole minute's mean."""
+        """Write the mean of each complete minute."""
         minute = now // GRID_S
         if self._minute and minute != self._open_minute:
             append_load(self._path, self._open_minute * GRID_S, float(np.mean(self._minute)))
@@ -212,7 +211,7 @@ class LiveEstimates:
         self._minute.append(load)
 
     def _completed(self, snapshot: Snapshot) -> float | None:
-        """What was finished a second: what arrived, less what the queue grew by."""
+        """Load completed per second: arrivals minus the growth of the queue."""
         last, load = self._last, snapshot.load(self._unit)
         if last is None or load is None or last.backlog is None or snapshot.backlog is None:
             return None
@@ -221,7 +220,7 @@ class LiveEstimates:
             return None
         return max(0.0, load - (snapshot.backlog - last.backlog) / passed)
 
-    # ---- what is asked ----
+    # ---- output ----
 
     def short(self, now: float) -> Forecast | None:
         made, forecast = self._cached
@@ -241,7 +240,7 @@ class LiveEstimates:
         return self._capacity.estimate
 
     def maintain(self, now: float) -> None:
-        """Train the LSTM and fit Prophet where that is due."""
+        """Train the LSTM and fit Prophet if due."""
         self._short.retrain(now)
         self._plan.refit(now)
 
@@ -250,7 +249,7 @@ def forecast_settings(data: dict[str, Any]) -> tuple[ShortConfig, ProphetConfig]
     """The `forecast` section: `short` (its model) and `prophet` (country, events). Raises ValueError."""
     unknown = set(data) - {"short", "prophet"}
     if unknown:
-        raise ValueError(f"forecast.{sorted(unknown)[0]}: no such field; expected short or prophet")
+        raise ValueError(f"forecast.{sorted(unknown)[0]}: unknown field; expected short or prophet")
     return (
         build(ShortConfig, data.get("short", {}), "forecast.short"),
         build(ProphetConfig, data.get("prophet", {}), "forecast.prophet"),
@@ -258,18 +257,18 @@ def forecast_settings(data: dict[str, Any]) -> tuple[ShortConfig, ProphetConfig]
 
 
 def append_load(path: Path, time: float, load: float) -> None:
-    """One line of the load file. A disk that is full costs the line, not the forecasts."""
+    """Append one line to the load file. With a full disk the line is lost and forecasts continue."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{time:.0f},{load:.6g}\n")
     except OSError as problem:
-        log.warning("%s: %s; the load of this minute is not kept", path, problem.strerror)
+        log.warning("%s: %s; the load of this minute is not recorded", path, problem.strerror)
 
 
 def read_loads(path: Path) -> list[tuple[float, float]]:
-    """[(time, load)] of a load file in the order of time; torn lines are left out.
+    """[(time, load)] of a load file, ordered by time. Skips partial lines.
 
-    Empty where there is none.
+    Empty if there is no file.
     """
     points = []
     if path.exists():
@@ -278,11 +277,11 @@ def read_loads(path: Path) -> list[tuple[float, float]]:
             try:
                 points.append((float(time), float(load)))
             except ValueError:
-                log.warning("%s: line %r is left out", path, line[:40])
+                log.warning("%s: skipping line %r", path, line[:40])
     return sorted(points)
 
 
 def make_estimates(config: FleetConfig) -> LiveEstimates:
-    """The estimates of a configuration. Raises ValueError where its `forecast` section is wrong."""
+    """The estimates of a configuration. Raises ValueError if its `forecast` section is invalid."""
     config.state.mkdir(parents=True, exist_ok=True)
     return LiveEstimates(config)

@@ -15,10 +15,9 @@ _ALL = 1 << 30
 
 
 def last_decisions(state: Path, last: int, *, changes: bool = False) -> list[Decision]:
-    """The last decisions of a state directory, oldest first; with `changes` those that asked for another
-    number.
+    """The last decisions of a state directory, oldest first; `changes`: only those that changed the count.
 
-    Raises FileNotFoundError where no controller has written there.
+    Raises FileNotFoundError if no controller has written there.
     """
     path = state / "decisions.jsonl"
     if not changes:
@@ -27,9 +26,7 @@ def last_decisions(state: Path, last: int, *, changes: bool = False) -> list[Dec
 
 
 def report(decisions: Sequence[Decision]) -> Text:
-    """Three lines or more a decision: when and what, what each level asked for, why, and what was
-    alarming.
-    """
+    """Per decision: time and action, the number of each level, the reason, and alarms."""
     text = Text()
     for decision in decisions:
         when = datetime.fromtimestamp(decision.time).astimezone().isoformat(sep=" ", timespec="seconds")
@@ -39,7 +36,7 @@ def report(decisions: Sequence[Decision]) -> Text:
         levels = decision.levels
         named = (("short", levels.short), ("mid", levels.mid), ("real time", levels.realtime))
         asked = ", ".join(f"{name} {value}" for name, value in named if value is not None)
-        text.append(f"  levels: {asked or 'none could say'}\n  {decision.reason}\n")
+        text.append(f"  levels: {asked or 'none'}\n  {decision.reason}\n")
         for alarm in decision.alarms:
             text.append(f"  alarm: {alarm}\n", "red")
     return text if decisions else Text("no such decision in the log\n")

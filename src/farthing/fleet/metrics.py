@@ -16,19 +16,19 @@ from farthing.fleet.wake import Held
 
 
 class FleetMetrics:
-    """The last decision as gauges, and counters of what was decided."""
+    """The last decision as gauges, and counters of decisions."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.registry = CollectorRegistry()
         self._decisions = Counter(
             "farthing:fleet_decisions",
-            "Decisions by what they asked for.",
+            "Decisions by action.",
             ["action"],
             registry=self.registry,
         )
         self.failures = Counter(
             "farthing:fleet_failures",
-            "Turns or fits that failed by an unforeseen error.",
+            "Steps or fits that failed with an unexpected error.",
             registry=self.registry,
         )
         for action in ("up", "down", "hold"):
@@ -38,7 +38,7 @@ class FleetMetrics:
         self._monotonic, self._shown_at = monotonic, 0.0
 
     def show(self, decision: Decision) -> None:
-        """Make this the last decision."""
+        """Set the last decision."""
         self.last, self._shown_at = decision, self._monotonic()
         self._decisions.labels(decision.action).inc()
 
@@ -56,15 +56,17 @@ class _Last(Collector):
         if decision is None or age is None:
             return
         for name, value in decision.samples().items():
-            yield GaugeMetricFamily(name, "Of the last decision.", value=value)
-        yield GaugeMetricFamily("farthing:fleet_decision_age_seconds", "Since the last decision.", value=age)
+            yield GaugeMetricFamily(name, "Value of the last decision.", value=value)
+        yield GaugeMetricFamily(
+            "farthing:fleet_decision_age_seconds", "Time since the last decision.", value=age
+        )
         kinds = GaugeMetricFamily("farthing:fleet_alarm", "1 for each kind of alarm raised.", labels=["kind"])
         for kind in sorted({alarm.partition(":")[0] for alarm in decision.alarms}):
             kinds.add_metric([kind], 1.0)
         yield kinds
         snapshot = decision.inputs.get("snapshot", {})
         if snapshot.get("cold_start_s") is not None:
-            text = "P90 of launch to ready."
+            text = "P90 of the time from launch to ready."
             yield GaugeMetricFamily("farthing:fleet_cold_start_seconds", text, value=snapshot["cold_start_s"])
 
 
@@ -72,12 +74,12 @@ class MetricsServer:
     """Serves a controller's metrics. Healthy while its decisions are younger than `max_age_s`."""
 
     def __init__(self, metrics: FleetMetrics, max_age_s: float = 120.0, held: Held | None = None) -> None:
-        """held: takes the gateways' reports on /wake."""
+        """held: receives the gateways' reports on /wake."""
         self._metrics, self._max_age, self._held = metrics, max_age_s, held
         self._runner: web.AppRunner | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Returns the port. Raises OSError where it is taken."""
+        """Start serving; returns the port. Raises OSError if it is in use."""
         app = web.Application()
         app.router.add_get("/metrics", self._render)
         app.router.add_get("/health", self._health)
@@ -99,7 +101,7 @@ class MetricsServer:
 
     async def _health(self, request: web.Request) -> web.Response:
         age = self._metrics.age()
-        good = age is None or age <= self._max_age  # None: it has just begun
+        good = age is None or age <= self._max_age  # None: just started
         return web.json_response(
             {"status": "ok" if good else f"no decision for {age:.0f} s"}, status=200 if good else 503
         )
@@ -111,7 +113,7 @@ class MetricsServer:
         return web.json_response(json.loads(last.to_json()))
 
     async def _wake(self, request: web.Request) -> web.Response:
-        """A gateway reports how many requests it holds: {"gateway": NAME, "waiting": N}."""
+        """Receive a gateway's number of held requests: {"gateway": NAME, "waiting": N}."""
         assert self._held is not None
         try:
             report = await request.json()

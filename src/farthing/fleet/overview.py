@@ -1,6 +1,6 @@
-"""What the dashboard of a gateway shows: its own traffic, and what the controller left in its directory.
+"""Data for a gateway's dashboard: its own traffic, and the state that the controller wrote.
 
-A document of the kind `farthing.server.dashboard` draws, see its `source`.
+The document has the format of `farthing.server.dashboard`; see its `source`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from farthing.fleet.gateway.server import Gateway
 from farthing.fleet.snapshot import Snapshot
 
 _SHOWN = 50  # decisions
-_REALTIME_S = 300.0  # how far the present load is drawn ahead
+_REALTIME_S = 300.0  # the current load is drawn this far ahead
 
 
 def fleet_data(gateway: Gateway, state: Path | None, usd_per_hour: float | None = None) -> dict[str, Any]:
-    """The document of one gateway. usd_per_hour: of one replica; state: the controller's directory."""
+    """The document of one gateway. usd_per_hour: price per replica; state: the controller's directory."""
     replicas = [_replica(entry) for entry in gateway.state()["replicas"]]
     ready = sum(entry["state"] == "ready" for entry in replicas)
     document: dict[str, Any] = {
@@ -89,7 +89,7 @@ def _add_control(document: dict[str, Any], state: Path) -> None:
     gauges["load"] = load
     capacity = last.inputs.get("capacity")
     if capacity:
-        document["facts"]["capacity"] = f"{capacity:.3g} {unit}/s a replica"
+        document["facts"]["capacity"] = f"{capacity:.3g} {unit}/s per replica"
     if snapshot.cold_start_s is not None:
         document["facts"]["cold start"] = f"{snapshot.cold_start_s:.3g} s (P90)"
     if load is not None:
@@ -101,8 +101,8 @@ def _add_control(document: dict[str, Any], state: Path) -> None:
 
 
 def _telling(decisions: Sequence[Decision]) -> list[Decision]:
-    """Decisions without those that only repeat: of a run that holds for the same reason, the first and, if
-    it still lasts, the last."""
+    """Decisions without repeats: of a run that holds for the same reason, the first and, if it is the latest,
+    the last."""
     told: list[Decision] = []
     for decision in decisions:
         same = bool(told) and _kind(told[-1]) == _kind(decision)

@@ -1,4 +1,4 @@
-"""The knobs of the policy, checked: an error names the field, its value and what is accepted."""
+"""Validated settings of the policy; errors name the field, its value and accepted values."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from farthing.fleet.decisions import Level
 from farthing.fleet.slo import SloConfig
 
-# rule -> (scale_down_below, stabilization_s, whether the SLO moves the utilization, whether a backlog is
-# worked off within drain_s at the target utilization, or within a cold start at full capacity)
+# rule -> (scale_down_below, stabilization_s, whether the SLO adjusts the utilization, whether a backlog is
+# processed within drain_s at the target utilization, or within a cold start at full capacity)
 RULES: dict[str, tuple[float, float, bool, bool]] = {
     "slo": (1.0, 300.0, True, True),
     "stabilized": (1.0, 300.0, False, True),
@@ -17,7 +17,7 @@ RULES: dict[str, tuple[float, float, bool, bool]] = {
 }
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
 COUNTS = ("ready", "current")
-UNITS = ("requests", "tokens", "prompt_tokens", "output_tokens")  # the last two for pools apart
+UNITS = ("requests", "tokens", "prompt_tokens", "output_tokens")  # the last two for separate pools
 LEVELS: tuple[Level, ...] = ("short", "mid", "realtime")
 
 
@@ -25,34 +25,33 @@ LEVELS: tuple[Level, ...] = ("short", "mid", "realtime")
 class PolicyConfig:
     """The settings of the policy.
 
-    `rule` names what happens on the way down and what sets the utilization: "slo" (down to the largest need
-    of five minutes, utilization moved by the SLO), "stabilized" (the same with a fixed utilization),
-    "published" (down only below 0.6 of the current replicas, fixed utilization). Fields left at None come
-    from the rule.
+    `rule` selects the scale-down behavior and the utilization: "slo" (down to the largest need of five
+    minutes, utilization adjusted by the SLO), "stabilized" (the same with a fixed utilization), "published"
+    (down only below 0.6 of the current replicas, fixed utilization). Fields that are None come from the rule.
     """
 
-    capacity: float  # load units a second one replica sustains within its latency targets
-    unit: str = "requests"  # of the load and the capacity, see UNITS
+    capacity: float  # load units per second of one replica within its latency targets
+    unit: str = "requests"  # unit of load and capacity, see UNITS
     rule: str = "slo"
-    target_utilization: float = 0.7  # the first one where the SLO moves it
+    target_utilization: float = 0.7  # the initial one if the SLO adjusts it
     slo: SloConfig = field(default_factory=SloConfig)
-    scale_down_below: float | None = None  # down only when required < this · current; 1.0: no such rule
-    stabilization_s: float | None = None  # down only to the largest `required` of this window
+    scale_down_below: float | None = None  # down only when required < this · current; 1.0: always
+    stabilization_s: float | None = None  # scale down only to the largest `required` of this window
     min_replicas: int = 1
     max_replicas: int = 1000
-    max_step: int | None = None  # replicas one decision may add or remove
+    max_step: int | None = None  # maximum replicas that one decision adds or removes
     cooldown_s: float = 0.0  # no scale-down within this time after any change
     interval_s: float = 15.0  # time between decisions
-    cold_start_s: float = 600.0  # launch to ready, where the signals do not know better
-    short_quantile: float = 0.9  # of the short-term forecast, matched to the SLO
+    cold_start_s: float = 600.0  # launch to ready, if the signals do not report it
+    short_quantile: float = 0.9  # of the short-term forecast, chosen for the SLO
     mid_quantile: float = 0.5  # of the day plan, which is a floor
     levels: tuple[Level, ...] = LEVELS
-    latency_metric: str = "queue_time"  # or "ttft", "tpot"; "none" switches the latency rule off
+    latency_metric: str = "queue_time"  # or "ttft", "tpot"; "none" disables the latency rule
     latency_threshold_s: float = 0.2
     latency_for_s: float = 30.0
     latency_factor: float = 1.5
-    latency_of: str = "ready"  # what the factor multiplies: replicas that serve, or all "current" ones
-    drain_s: float = 60.0  # a backlog shall be worked off in this time
+    latency_of: str = "ready"  # replicas that the factor multiplies: "ready" or all "current" ones
+    drain_s: float = 60.0  # target time to process a backlog
     stale_after_s: float = 60.0  # signals older than this count as missing
 
     def __post_init__(self) -> None:
@@ -99,22 +98,22 @@ class PolicyConfig:
 
     @property
     def down_below(self) -> float:
-        """Down only when required < this · current; 1 where there is no such rule."""
+        """Scale down only when required < this · current; 1 means always."""
         return self.scale_down_below if self.scale_down_below is not None else RULES[self.rule][0]
 
     @property
     def window_s(self) -> float:
-        """Seconds of the stabilization window; 0 where there is none."""
+        """Seconds of the stabilization window; 0 if there is none."""
         return self.stabilization_s if self.stabilization_s is not None else RULES[self.rule][1]
 
     @property
     def by_slo(self) -> bool:
-        """Whether the SLO moves the utilization."""
+        """Whether the SLO adjusts the utilization."""
         return RULES[self.rule][2]
 
     @property
     def drains_fast(self) -> bool:
-        """Whether a backlog is worked off within `drain_s` at the target utilization."""
+        """Whether a backlog is processed within `drain_s` at the target utilization."""
         return RULES[self.rule][3]
 
     def with_rule(self, rule: str) -> PolicyConfig:

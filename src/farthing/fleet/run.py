@@ -1,6 +1,4 @@
-"""Builds a controller and its actuators from a configuration, and runs them until a signal: `farthing
-fleet run`.
-"""
+"""`farthing fleet run`: build a controller and its actuators from a configuration; run until a signal."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from farthing.fleet.signals.dialects import dialect
 
 log = logging.getLogger(__name__)
 
-_RECALL_S = 28 * 86400.0  # of the past that forecasters are told
+_RECALL_S = 28 * 86400.0  # past load given to the forecasters
 
 
 def stop_event() -> asyncio.Event:
@@ -38,7 +36,7 @@ def stop_event() -> asyncio.Event:
 async def run_controller(
     config: FleetConfig, stop: asyncio.Event, estimates: Estimates | None = None
 ) -> None:
-    """Run a controller with all that the configuration asks for.
+    """Run a controller with everything in the configuration.
 
     Raises ValueError, ActuatorError or OSError.
     """
@@ -58,7 +56,7 @@ async def run_controller(
 
 @runtime_checkable
 class Remembering(Protocol):
-    """An estimates that can be told the past."""
+    """Estimates that accept past load."""
 
     @property
     def remembers_until(self) -> float | None: ...
@@ -67,9 +65,9 @@ class Remembering(Protocol):
 
 
 async def recall(config: FleetConfig, source: PrometheusSource, estimates: Remembering) -> None:
-    """Ask Prometheus for the load that the estimates did not see itself.
+    """Query Prometheus for the load that the estimates did not observe.
 
-    Without an answer it begins with none.
+    Without an answer they start empty.
     """
     end = time.time()
     begin = max(end - _RECALL_S, estimates.remembers_until or 0.0)
@@ -78,14 +76,14 @@ async def recall(config: FleetConfig, source: PrometheusSource, estimates: Remem
     try:
         points = await source.load_history(config.policy.unit, begin, end, 60.0)
     except PrometheusError as problem:
-        log.warning("the past load is not known: %s", problem)
+        log.warning("past load is unavailable: %s", problem)
         return
     estimates.remember(points)
     log.info("%d minutes of past load read from Prometheus", len(points))
 
 
 def make_source(config: FleetConfig) -> Source:
-    """The source of signals. Raises ValueError where none is named."""
+    """The source of signals. Raises ValueError if none is configured."""
     signals = config.signals
     if signals.prometheus:
         headers = {}
@@ -120,7 +118,7 @@ def make_controller(
     *,
     last_decision: LastDecision | None = None,
 ) -> Controller:
-    """The loop, with its log and its remembered state under `config.state`."""
+    """The controller, with its log and saved state under `config.state`."""
     state_path = config.state / "policy.json"
     return Controller(
         Policy(config.policy, load_state(state_path)),
@@ -135,7 +133,7 @@ def make_controller(
 
 
 async def serve_metrics(config: FleetConfig, controller: Controller, stack: AsyncExitStack) -> int:
-    """Start /metrics and /wake of the controller; they end with the stack. Returns the port."""
+    """Start /metrics and /wake of the controller; they stop with the stack. Returns the port."""
     age = max(120.0, 4 * config.policy.interval_s)
     server = MetricsServer(controller.metrics, max_age_s=age, held=controller.held)
     port = await server.start(*split_address(config.metrics))
@@ -145,7 +143,7 @@ async def serve_metrics(config: FleetConfig, controller: Controller, stack: Asyn
 
 
 async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
-    """The direct patch of /scale where a target or variants are named, else one that only reads."""
+    """A /scale patch if a target or variants are configured, else a read-only actuator."""
     kubernetes = config.kubernetes
     if kubernetes is None or (kubernetes.target is None and not kubernetes.variants):
         return ReadOnly()
@@ -178,7 +176,7 @@ async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
 
 
 async def _servers(config: FleetConfig, last_decision: LastDecision, stack: AsyncExitStack) -> None:
-    """The servers that an HPA and KEDA ask."""
+    """Start the servers that an HPA and KEDA poll."""
     if config.external_metrics is not None:
         server = await _external_metrics(config, last_decision)
         stack.push_async_callback(server.close)
@@ -219,5 +217,5 @@ async def _external_metrics(config: FleetConfig, last_decision: LastDecision) ->
 
 
 def decision_log(state: Path) -> Path:
-    """Where a controller with this state directory writes its decisions."""
+    """Path of the decision log in a state directory."""
     return state / "decisions.jsonl"

@@ -1,4 +1,4 @@
-"""A load series on an even grid, and how it is cut, averaged and read."""
+"""A load series on a regular grid: slicing, averaging, reading."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ DAY_S = 86400.0
 
 @dataclass(frozen=True)
 class Series:
-    """Values at start, start + step_s, …; load units per second (or whatever the column holds)."""
+    """Values at start, start + step_s, …; load units per second (or the column's unit)."""
 
-    start: float  # seconds since the epoch, or 0 where the file gives only offsets
+    start: float  # seconds since the epoch, or 0 if the file has only offsets
     step_s: float
     values: Array  # [T] float64, finite, not negative
     name: str = "series"
 
     def __post_init__(self) -> None:
         if not self.step_s > 0:
-            raise ValueError(f"Series.step_s = {self.step_s}: a positive number of seconds is needed")
+            raise ValueError(f"Series.step_s = {self.step_s}: expected a positive number of seconds")
         if self.values.ndim != 1 or len(self.values) == 0:
             raise ValueError(
-                f"Series.values has shape {self.values.shape}: one value or more in one dimension"
+                f"Series.values has shape {self.values.shape}: expected one dimension with at least one value"
             )
         bad = np.flatnonzero(~np.isfinite(self.values) | (self.values < 0))
         if bad.size:
             at = int(bad[0])
             raise ValueError(
-                f"{self.name}: value {self.values[at]} at row {at}: finite numbers >= 0 are accepted"
+                f"{self.name}: value {self.values[at]} at row {at}: expected a finite number >= 0"
             )
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class Series:
 
     @property
     def per_day(self) -> int:
-        """Steps a day, at least 1."""
+        """Steps per day, at least 1."""
         return max(1, round(DAY_S / self.step_s))
 
     def head(self, steps: int) -> Series:
@@ -66,18 +66,16 @@ class Series:
         return Series(self.start + first * self.step_s, self.step_s, self.values[first:], self.name)
 
     def coarse(self, factor: int) -> Series:
-        """Means of `factor` steps each; the oldest incomplete group is left out, so that the end stays
-        the end.
-        """
+        """Means of groups of `factor` steps; drops the oldest incomplete group, so that the end stays."""
         if factor < 1 or factor > len(self):
-            raise ValueError(f"Series.coarse: factor {factor}: 1 to {len(self)} is accepted")
+            raise ValueError(f"Series.coarse: factor {factor}: expected 1 to {len(self)}")
         skip = len(self) % factor
         values = self.values[skip:].reshape(-1, factor).mean(axis=1)
         return Series(self.start + skip * self.step_s, self.step_s * factor, values, self.name)
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """A text stream of a plain or gzip file, told by its first two bytes. Raises FileNotFoundError."""
+    """A text stream of a plain or gzip file, detected by its first two bytes. Raises FileNotFoundError."""
     if not path.is_file():
         raise FileNotFoundError(f"trace {path} does not exist")
     with path.open("rb") as file:
@@ -87,7 +85,7 @@ def open_text(path: Path) -> io.TextIOWrapper:
 
 
 def seconds(text: str) -> float:
-    """Seconds since the epoch of an ISO-like timestamp (a fraction longer than microseconds is cut)."""
+    """Seconds since the epoch of an ISO-like timestamp (fractions are truncated to microseconds)."""
     head, _, fraction = text.strip().partition(".")
     digits = "".join(c for c in fraction if c.isdigit())[:6] or "0"
     whole = datetime.fromisoformat(head)
@@ -95,10 +93,10 @@ def seconds(text: str) -> float:
 
 
 def read_series(path: str | Path) -> Series:
-    """A rate series from CSV with columns `t_s,total_rate_rps` or `timestamp,value`, plain or gzip.
+    """Read a rate series from CSV with columns `t_s,total_rate_rps` or `timestamp,value`, plain or gzip.
 
-    Values of the second form are counts a step; they stay as they are. Missing steps are filled by the line
-    between their neighbours. Raises ValueError naming the columns that were found.
+    Values of the second form are counts per step and are kept. Missing steps are interpolated linearly.
+    Raises ValueError with the columns found.
     """
     path = Path(path)
     with open_text(path) as file:
@@ -113,15 +111,15 @@ def read_series(path: str | Path) -> Series:
         if when in names and what in names:
             return _gridded(path, [(parse(row[when]), float(row[what])) for row in rows])
     found = ", ".join(names) or "none"
-    raise ValueError(f"{path}: columns {found}; a rate series has t_s,total_rate_rps or timestamp,value")
+    raise ValueError(f"{path}: got columns {found}; expected t_s,total_rate_rps or timestamp,value")
 
 
 def _gridded(path: Path, rows: list[tuple[float, float]]) -> Series:
     if len(rows) < 2:
-        raise ValueError(f"{path}: {len(rows)} rows; a series needs two or more")
+        raise ValueError(f"{path}: got {len(rows)} rows; expected at least two")
     data = np.array(sorted(rows), dtype=np.float64)
     step = float(np.median(np.diff(data[:, 0])))
     if step <= 0:
-        raise ValueError(f"{path}: times do not advance; one row a step is needed")
+        raise ValueError(f"{path}: times do not increase; expected one row per step")
     grid = np.arange(data[0, 0], data[-1, 0] + step / 2, step)
     return Series(float(data[0, 0]), step, np.interp(grid, data[:, 0], data[:, 1]), path.name.split(".")[0])

@@ -1,8 +1,8 @@
-"""The utilization that keeps the SLO: moved by what the service measures, between bounds.
+"""The utilization that meets the SLO, adjusted by the measured share of late requests, within bounds.
 
-After every interval log u moves by gain · (budget - late share): while all requests are in time it creeps up,
-a breach pulls it down at once, and over time the late share is the budget. Ten minutes in which every request
-is late lower u by 14 %; more than a day without a late one raises it back.
+After every interval log u moves by gain · (budget - late share). While all requests are in time it rises
+slowly; a breach lowers it at once; over time the late share approaches the budget. Ten minutes with every
+request late lower u by 14 %; recovering takes more than a day without a late request.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Number = TypeVar("Number", float, Floats)
 
 @dataclass(frozen=True)
 class SloConfig:
-    """Targets of the service, and how fast the utilization follows."""
+    """Targets of the service, and the speed of the adjustment."""
 
     target: float = 0.995  # share of the requests that meet both times below
-    ttft_s: float = 2.0  # to the first token, waiting included
-    tpot_s: float | None = None  # per output token; None: not watched
+    ttft_s: float = 2.0  # to the first token, including queueing
+    tpot_s: float | None = None  # per output token; None: ignored
     lowest: float = 0.5  # bounds of the utilization
     highest: float = 0.9
-    gain: float = 0.015  # per minute of late requests
-    spent: float = 0.5  # share of the error budget that is aimed at
+    gain: float = 0.015  # per minute with all requests late
+    spent: float = 0.5  # target share of the error budget to spend
 
     def __post_init__(self) -> None:
         _check("target", self.target, "in (0, 1)", 0 < self.target < 1)
@@ -39,7 +39,7 @@ class SloConfig:
         _check("spent", self.spent, "in (0, 1]", 0 < self.spent <= 1)
 
     def moved(self, utilization: Number, late: Number, passed_s: float) -> Number:
-        """The utilization after `passed_s` seconds in which the share `late` of the requests was late."""
+        """The utilization after `passed_s` seconds with the share `late` of the requests late."""
         drift = self.gain * passed_s / 60 * (self.spent * (1 - self.target) - late)
         made = np.clip(utilization * np.exp(drift), self.lowest, self.highest)
         return made if isinstance(utilization, np.ndarray) else float(made)  # type: ignore[return-value]

@@ -1,8 +1,8 @@
-"""A replica's process ahead of its time: it has done its imports and waits on stdin for what to serve.
+"""A pre-imported process that waits on stdin for the command to run.
 
-Importing torch takes most of a small model's cold start. `python -m farthing.fleet.standby` does that, then
-reads one line, a JSON list of `farthing`'s arguments, and becomes that command. When stdin ends without
-a line, so does it.
+Importing torch takes most of a small model's cold start. `python -m farthing.fleet.standby` imports it, reads
+one line, a JSON list of `farthing`'s arguments, and becomes that command. It exits if stdin ends without a
+line.
 """
 
 from __future__ import annotations

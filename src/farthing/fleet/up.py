@@ -1,8 +1,7 @@
-"""A whole fleet on this machine: `farthing fleet up` starts the gateway and the replicas, and lets the
-controller scale.
+"""`farthing fleet up`: a local fleet of a gateway and replicas, scaled by the controller.
 
-The gateway is a process of its own, so that forecasters never delay a token. Its listening socket belongs
-to this process: no connection is refused while a gateway is replaced.
+The gateway is a separate process, so that forecasters never delay a token. Its listening socket belongs to
+this process, so no connection is refused while a gateway is replaced.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from farthing.fleet.signals.dialects import dialect
 
 log = logging.getLogger(__name__)
 
-_LATENCY_WINDOW_S = 2.0  # a mean over the whole window would see a breach that much later
-_GATEWAY_PAUSE_S = 0.5  # before a restart, so that a gateway that cannot start does not spin
+_LATENCY_WINDOW_S = 2.0  # a mean over the whole window would detect a breach later
+_GATEWAY_PAUSE_S = 0.5  # before a restart, so that a failing gateway does not spin
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def serve_command(model: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
     return (*start, "--host", "{host}", "--port", "{port}", *extra)
 
 
-# For `serve_command`: a warm process, which reads the arguments after `python -m farthing.cli.app`.
+# Standby for `serve_command`, which reads the arguments after `python -m farthing.cli.app`.
 WARM: dict[str, Any] = {"warm": (sys.executable, "-m", "farthing.fleet.standby"), "warm_skips": 3}
 
 
@@ -114,9 +113,9 @@ class GatewayProcess:
 
 
 class LocalFleet:
-    """Gateway, replicas and controller together.
+    """Gateway, replicas and controller.
 
-    Use as an async context manager; `run` scales until told to stop.
+    An async context manager; `run` scales until stopped.
     """
 
     def __init__(self, config: UpConfig, estimates: Estimates | None = None) -> None:
@@ -149,7 +148,7 @@ class LocalFleet:
         await self._stack.aclose()
 
     async def _start(self) -> None:
-        """Socket, replicas, gateway, controller; they end in the opposite order."""
+        """Start socket, replicas, gateway and controller; they stop in reverse order."""
         config, fleet = self.config, self.config.fleet
         self.sock = listen(config.host, config.port)
         self._stack.callback(self.sock.close)
@@ -185,7 +184,7 @@ class LocalFleet:
 
     @property
     def _metrics_host(self) -> str:
-        """Where this machine reaches the controller's metrics server."""
+        """Host at which this machine reaches the controller's metrics server."""
         host, _ = split_address(self.config.fleet.metrics)
         return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
 
@@ -195,7 +194,7 @@ class LocalFleet:
         await self.controller.run(stop)
 
     async def wait_ready(self, timeout_s: float, tell: Callable[[str], None] = lambda text: None) -> bool:
-        """Whether the first replica became ready; `tell` is called each second with the time so far."""
+        """Whether the first replica became ready; `tell` is called every second with the elapsed time."""
         began = time.monotonic()
         while time.monotonic() - began < timeout_s:
             if await self.replicas.wait_ready(1, 1.0):
@@ -207,9 +206,9 @@ class LocalFleet:
 
 
 async def load_estimates(fleet: LocalFleet) -> None:
-    """Load the forecasters of a running fleet. Their imports take seconds, while replicas start.
+    """Load the forecasters of a running fleet; their imports take seconds, during which replicas start.
 
-    Raises ValueError where the `forecast` section of the configuration is wrong.
+    Raises ValueError if the `forecast` section of the configuration is invalid.
     """
 
     def make() -> Estimates:
@@ -222,7 +221,7 @@ async def load_estimates(fleet: LocalFleet) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket that children can take over. Raises OSError that names the address."""
+    """A bound, inheritable socket. Raises OSError with the address."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -1,6 +1,4 @@
-"""The configuration of a local fleet: the embedded defaults, a YAML file over them, the command line
-over both.
-"""
+"""The configuration of a local fleet: defaults, overridden by a YAML file, overridden by the command line."""
 
 from __future__ import annotations
 
@@ -12,8 +10,7 @@ from typing import Any
 from farthing.fleet.config import FleetConfig, SignalsConfig, load
 from farthing.fleet.policy_config import PolicyConfig
 
-# A local replica is ready in seconds, so that everything goes by the second; in a cluster it goes by the
-# quarter minute.
+# A local replica is ready in seconds, so intervals are seconds here; a cluster uses quarter minutes.
 _LOCAL = {
     "interval_s": 1.0,
     "cold_start_s": 5.0,
@@ -34,7 +31,7 @@ def local_fleet(
     metrics: str,
     advise: bool,
 ) -> FleetConfig:
-    """Raises ValueError naming the field that is wrong."""
+    """Build the configuration. Raises ValueError with the invalid field."""
     if path is not None:
         loaded = load(path)
         return replace(loaded, state=state, metrics=metrics, advise=advise or loaded.advise)

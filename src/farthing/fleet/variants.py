@@ -1,7 +1,7 @@
-"""Kinds of replica side by side (hardware, quantization, spot): the cheapest mix that carries the need.
+"""Kinds of replica (hardware, quantization, spot): the cheapest mix that carries the need.
 
-A bounded covering problem: least sum of prices so that the sizes reach the need, and those that are not spot
-reach their share of it. HiGHS solves it exactly, in milliseconds for the few variants a fleet has.
+A bounded covering problem: minimize the total price so that the sizes reach the need and the non-spot
+variants reach their share of it. HiGHS solves it exactly, in milliseconds for the few variants of a fleet.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-GAP = 0.005  # relative to the optimum, at which the solver may stop
+GAP = 0.005  # relative gap to the optimum at which the solver may stop
 LIMIT_S = 2.0
-KEPT = 1.05  # a mix that still carries the need is kept while it costs at most this much more than the best
+KEPT = 1.05  # a sufficient mix is kept while it costs at most this factor of the best
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of replica. `size` is its capacity in those of the policy's replica."""
+    """One kind of replica. `size` is its capacity relative to the policy's replica."""
 
     name: str
     price: float  # per hour
@@ -49,7 +49,7 @@ def cost(variants: Sequence[Variant], mix: Mapping[str, int]) -> float:
 
 
 def carries(variants: Sequence[Variant], mix: Mapping[str, int], need: float, spot_share: float) -> bool:
-    """Whether the mix reaches `need`, and what is not spot its share of it."""
+    """Whether the mix reaches `need` and its non-spot variants reach their share of it."""
     total = sum(v.size * mix.get(v.name, 0) for v in variants)
     firm = sum(v.size * mix.get(v.name, 0) for v in variants if not v.spot)
     return total >= need - 1e-9 and firm >= (1 - spot_share) * need - 1e-9
@@ -58,7 +58,7 @@ def carries(variants: Sequence[Variant], mix: Mapping[str, int], need: float, sp
 def cheapest_mix(variants: Sequence[Variant], need: float, spot_share: float = 1.0) -> Mix:
     """The cheapest mix for `need` (in the policy's replicas) with at most `spot_share` of it on spot.
 
-    All of the largest replicas there are if even they do not reach it.
+    If the need cannot be reached, the mix with all replicas.
     """
     most = {v.name: v.max_replicas for v in variants}
     if not carries(variants, most, need, spot_share):
@@ -72,13 +72,13 @@ def cheapest_mix(variants: Sequence[Variant], need: float, spot_share: float = 1
         bounds=Bounds(0, [v.max_replicas for v in variants]),
         options={"mip_rel_gap": GAP, "time_limit": LIMIT_S},
     )
-    if solved.x is None:  # out of time without any mix: rather too much than too little
+    if solved.x is None:  # timed out without a mix: prefer too many
         return most
     return {v.name: round(count) for v, count in zip(variants, solved.x, strict=True)}
 
 
 def settled_mix(variants: Sequence[Variant], current: Mix, need: float, spot_share: float = 1.0) -> Mix:
-    """The cheapest mix, or the current one while it carries the need and is hardly dearer."""
+    """The cheapest mix, or the current one while it carries the need and costs little more."""
     best = cheapest_mix(variants, need, spot_share)
     allowed = all(current.get(v.name, 0) <= v.max_replicas for v in variants)
     good = allowed and carries(variants, current, need, spot_share)

@@ -228,7 +228,7 @@ class ModelConfig:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         if config.layer_sizes and len(config.layer_sizes) != layers:
             raise ConfigError(
-                f"layer_sizes has {len(config.layer_sizes)} entries; expected one a layer, {layers}"
+                f"layer_sizes has {len(config.layer_sizes)} entries; expected one per layer, {layers}"
             )
         for layer in range(len(config.layer_sizes)):
             check_config(config.at(layer))
@@ -346,6 +346,6 @@ def _check_indexer(c: ModelConfig) -> None:
     if not c.q_lora_rank:
         raise ConfigError("q_lora_rank is absent; expected a positive integer where index_topk is set")
     if unknown := set(c.indexer_types) - {"full", "shared"}:
-        raise ConfigError(f"indexer_types holds {sorted(unknown)[0]!r}; expected 'full' or 'shared'")
+        raise ConfigError(f"indexer_types has {sorted(unknown)[0]!r}; expected 'full' or 'shared'")
     if c.indexer_types and c.indexer_types[0] != "full":
         raise ConfigError("indexer_types[0] is 'shared'; expected 'full': there is no choice to share yet")

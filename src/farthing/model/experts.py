@@ -64,7 +64,7 @@ class AdaptiveExperts:
             return cls(tuple(float(p) for p in rule["mass"]), int(rule["min"]), int(rule["max"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"config.json: adaptive_experts is {rule!r}; expected {{mass: [p a layer], min, max}}"
+                f"config.json: adaptive_experts is {rule!r}; expected {{mass: [p per layer], min, max}}"
             ) from error
 
     def to_json(self, config: ModelConfig) -> dict[str, Any]:

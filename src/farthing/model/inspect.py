@@ -171,7 +171,7 @@ def routing_report(model: DeepseekModel, prompts: Sequence[Sequence[int]]) -> Ro
             )
         tokens += len(window)
     if not tokens:
-        raise ValueError("the prompts hold no token; expected text")
+        raise ValueError("the prompts have no tokens; expected text")
     rows = [counts[i, : config.n_routed_experts].tolist() for i in layers]
     per_token = sum(map(sum, rows)) / (tokens * len(rows))
     cost = model_cost(config)

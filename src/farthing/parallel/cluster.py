@@ -216,7 +216,7 @@ def _arena(options: RankOptions, config: ModelConfig) -> Arena | None:
     """Shared memory for groups within one host and expert counts; None: use torch.distributed."""
     if options.config.transport == "shared" and (options.config.nodes > 1 or options.device == "cuda"):
         raise ValueError(
-            "transport is 'shared' over several nodes or GPUs; expected 'auto' (shared memory within a node "
+            "transport is 'shared' with several nodes or GPUs; expected 'auto' (shared memory within a node "
             "of CPU ranks, gloo or NCCL between others) or 'gloo'"
         )
     if options.config.transport == "gloo" or options.config.nodes > 1 or options.device == "cuda":
@@ -229,7 +229,7 @@ def _arena(options: RankOptions, config: ModelConfig) -> Arena | None:
     else:
         problem = "shared memory needs Linux on x86-64"
     if options.config.transport == "shared":
-        raise ValueError(f"transport is 'shared' and cannot be had ({problem}); expected 'auto' or 'gloo'")
+        raise ValueError(f"transport is 'shared' but unavailable ({problem}); expected 'auto' or 'gloo'")
     log.warning("ranks exchange through gloo: %s", problem)
     return None
 

@@ -50,12 +50,12 @@ def place(tokens: Sequence[int], ranks: int, redundant: int = 0) -> Placement:
     slots, rest = divmod(experts + redundant, ranks)
     if rest:
         raise ValueError(
-            f"{experts} experts and {redundant} redundant copies do not spread over {ranks} ranks; expected "
-            f"a sum that {ranks} divides, such as redundant = {redundant + ranks - rest}"
+            f"{experts} experts and {redundant} redundant copies do not divide evenly over {ranks} ranks; "
+            f"expected a multiple in total, such as redundant = {redundant + ranks - rest}"
         )
     if redundant < 0 or slots > experts:
         raise ValueError(
-            f"redundant is {redundant}; expected 0…{experts * (ranks - 1)}, a copy a rank at most"
+            f"redundant is {redundant}; expected 0…{experts * (ranks - 1)}, at most one copy per rank"
         )
     copies = [1] * experts
     for _ in range(redundant):
@@ -88,7 +88,7 @@ def _pack(
 def _make_room(
     held: list[set[int]], total: list[float], load: Sequence[float], expert: int, slots: int
 ) -> None:
-    """Only ranks that already hold the expert have room: move another rank's expert there."""
+    """If only ranks that already have the expert have room, move another rank's expert there."""
     spare = next(r for r, experts in enumerate(held) if len(experts) < slots)
     giver, moved = min(
         (

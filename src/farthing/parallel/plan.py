@@ -3,8 +3,8 @@
 Legend: tp tensor-parallel ranks (heads, dense and shared experts); ep expert-parallel ranks (whole
 experts); pp pipeline stages (layer ranges). A stage has max(tp, ep) ranks; with ep > tp, ep / tp copies of tp
 ranks hold the same slices of everything except the routed experts. The vocabulary is sharded over the
-tp x pp ranks of a copy: embedding and head are as large as many layers, so a stage that held them whole
-would be the largest.
+tp x pp ranks of a copy: embedding and head are as large as many layers, so a stage with all of them would be
+the largest.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
         )
 
     if best(0, 0)[0] == math.inf:
-        raise PlanError(f"pp is {pp}; expected at most {sum(alone)}, the layers that can begin a stage")
+        raise PlanError(f"pp is {pp}; expected at most {sum(alone)}, the layers that can start a stage")
     stages, start = [], 0
     for stage in range(pp):
         end = best(start, stage)[1]

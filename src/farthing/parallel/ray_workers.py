@@ -44,7 +44,7 @@ def import_ray() -> Any:
         import ray
         import ray.util.scheduling_strategies
     except ImportError as error:
-        raise ValueError("nodes is more than 1, which needs Ray: pip install 'farthing[ray]'") from error
+        raise ValueError("nodes is more than 1, which requires Ray: pip install 'farthing[ray]'") from error
     return ray
 
 
@@ -60,7 +60,7 @@ class RankActor:
     def __init__(self, options: RankOptions, index: int, version: str) -> None:
         """version: the driver's version, which must match."""
         if (mine := importlib.metadata.version("farthing")) != version:
-            raise ValueError(f"farthing {mine} is on this node; expected {version}, the driver's")
+            raise ValueError(f"farthing version on this node is {mine}; expected {version}, the driver's")
         self._options, self._index = options, index
         self._arena: Arena | None = None
         self._problem: str | None = None
@@ -182,8 +182,8 @@ class RayWorkers:
         if not self._group.wait(PLACE_TIMEOUT):
             have = [{k: n["Resources"].get(k, 0) for k in kinds} for n in ray.nodes() if n["Alive"]]
             raise RankFailed(
-                f"Ray found no room for {nodes} nodes of {dict.fromkeys(kinds, most)} "
-                f"in {PLACE_TIMEOUT:g} s; the cluster's nodes have {have}"
+                f"Ray could not place {nodes} nodes of {dict.fromkeys(kinds, most)} "
+                f"within {PLACE_TIMEOUT:g} s; the cluster's nodes have {have}"
             )
         bundle = self._bundles()
         actor = ray.remote(concurrency_groups={"beat": 1})(RankActor)
@@ -206,7 +206,9 @@ class RayWorkers:
         own = self._ray.get_runtime_context().get_node_id()
         here = [index for index, node in placed.items() if node == own]
         if not here:
-            raise RankFailed(f"Ray did not place ranks on the driver's node {self.address}; has it room?")
+            raise RankFailed(
+                f"Ray placed no ranks on the driver's node {self.address}; check its free resources"
+            )
         driver = self._layout.node(self._layout.driver, self._options.config.nodes)
         bundle = list(range(self._options.config.nodes))
         bundle[driver], bundle[here[0]] = bundle[here[0]], bundle[driver]
@@ -220,7 +222,7 @@ class RayWorkers:
         while open_:
             done, _ = self._ray.wait(list(open_), timeout=START_TIMEOUT)
             if not done:
-                raise RankFailed(f"ranks {sorted(open_.values())} did not start in {START_TIMEOUT:g} s")
+                raise RankFailed(f"ranks {sorted(open_.values())} did not start within {START_TIMEOUT:g} s")
             for reference in done:
                 rank = open_.pop(reference)
                 try:
@@ -250,7 +252,7 @@ class RayWorkers:
                     except Exception as error:
                         problem = _reason(error)
                 elif missed[rank] >= MISSED_BEATS:
-                    problem = f"no answer for {MISSED_BEATS * BEAT:g} s"
+                    problem = f"no response for {MISSED_BEATS * BEAT:g} s"
                 else:
                     continue
                 if problem is not None:
@@ -260,7 +262,7 @@ class RayWorkers:
     def _fail(self, rank: int, problem: str) -> None:
         if self._closed:
             return
-        self._failure = f"rank {rank} of {self._layout.world} ended: {problem}; restart the replica"
+        self._failure = f"rank {rank} of {self._layout.world} failed: {problem}; restart the replica"
         log.error("%s", self._failure)
         self._ended.set()
         if self.arena is not None:
@@ -287,8 +289,8 @@ def _connect(ray: Any, address: str | None) -> bool:
         ray.init(address=address or "auto", logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"ray_address is {address!r} and no Ray cluster was found there; expected HOST:PORT of one that "
-            f"this host belongs to (`ray start` makes or joins one): {error}"
+            f"ray_address is {address!r}, but there is no Ray cluster; expected HOST:PORT of a cluster that "
+            f"this host belongs to (`ray start` creates or joins one): {error}"
         ) from error
     return True
 

@@ -1,4 +1,4 @@
-"""One-shot all-reduce over NVLink: every rank reads its peers' buffers in place and sums them.
+"""One-shot all-reduce over NVLink: every rank reads and sums its peers' buffers in place.
 
 The ranks of one host register a buffer with each other (torch's symmetric memory). An all-reduce copies its
 input to a slot of the local buffer and waits in a device barrier; then one Triton kernel sums the slots of
@@ -22,7 +22,7 @@ from farthing.parallel.group import DistGroup, Group
 
 log = logging.getLogger(__name__)
 SLOT_BYTES = 256 << 10  # above this size NCCL's ring moves fewer bytes
-MOST_RANKS = 8  # each reads every other's numbers
+MOST_RANKS = 8  # each rank reads all others' data
 _BLOCK = 1024
 
 
@@ -51,7 +51,7 @@ def unsuitable(size: int, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"ranks compute on {device.type}"
     if size > MOST_RANKS:
-        return f"{size} ranks, more than {MOST_RANKS}"
+        return f"{size} ranks exceed {MOST_RANKS}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     own, count = torch.cuda.current_device(), torch.cuda.device_count()

@@ -129,7 +129,7 @@ class Workers:
             try:
                 said = connection.recv()
             except (EOFError, OSError):
-                said = self.failure(wait=self.notice) or "its process ended"
+                said = self.failure(wait=self.notice) or "its process exited"
             if said != word:
                 raise RankFailed(f"rank {rank} could not start: {said}")
 
@@ -142,7 +142,7 @@ class Workers:
             for _, connection in self._processes.values():
                 connection.send(call)
         except OSError as error:
-            raise RankFailed(self.failure(wait=self.notice) or f"a rank does not answer: {error}") from error
+            raise RankFailed(self.failure(wait=self.notice) or f"a rank does not respond: {error}") from error
 
     def failure(self, wait: float = 0.0) -> str | None:
         """Why the replica failed, checked for up to `wait` seconds; None if it has not."""
@@ -181,7 +181,7 @@ class Workers:
         process = self._processes[rank][0]
         process.join(1)
         self._failure = (
-            f"rank {rank} of {len(self._processes) + 1} ended with exit code {process.exitcode}; "
+            f"rank {rank} of {len(self._processes) + 1} exited with code {process.exitcode}; "
             "restart the replica"
         )
         log.error("%s", self._failure)
@@ -221,7 +221,7 @@ def _beat(pulse: Connection) -> None:
 
 
 def open_own(options: RankOptions, index: int, arena: Arena | None) -> Rank:
-    """Load this process's rank. Its packed file is written if requested and missing."""
+    """Load this process's rank. Writes its packed file if requested and missing."""
     ops, file = options.ops(index), options.packed_file(index)
     rank = open_rank(
         options.path,

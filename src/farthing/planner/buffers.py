@@ -97,7 +97,7 @@ def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored
 
 
 def _reference(s: _Sizes, item: int, tokens: int, keys: int) -> int:
-    """Scores are held three times (raw, masked, as weights) and dominate everything else."""
+    """Scores are stored three times (raw, masked, as weights) and dominate everything else."""
     c, t = s.config, tokens
     width = c.cache_width
     attention = item * t * (c.hidden_size + s.first + s.query + s.heads * c.kv_lora_rank)

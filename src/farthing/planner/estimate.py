@@ -226,8 +226,8 @@ def _decode(costs: _Costs, workload: Workload) -> Phase:
     most = int(free // (context * c.cache_width * BF16 * c.num_hidden_layers))
     if most < 1:
         raise ValueError(
-            f"{costs.gpus} GPUs {costs.device.name} hold {costs.weight_bytes / 1e9:.0f} GB of weights each "
-            f"and no sequence of {context:.0f} tokens beside them; expected more GPUs or more memory"
+            f"{costs.gpus} GPUs {costs.device.name} store {costs.weight_bytes / 1e9:.0f} GB of weights each "
+            f"and no sequence of {context:.0f} tokens; expected more GPUs or more memory"
         )
 
     def phase(tokens: int) -> Phase:
@@ -272,15 +272,14 @@ def _assumptions(
         f"kernels reach {shares.dense:.0%} (dense) and {shares.grouped:.0%} (grouped) of FP8, "
         f"{shares.attention:.0%} of bf16 in attention, {shares.bandwidth:.0%} of memory bandwidth, "
         f"{shares.network:.0%} of the network",
-        f"prompts of {w.prompt:,} tokens, {w.cache_hit:.1%} of them found in the cache; "
-        f"{w.output:,} tokens of output",
-        f"a decode step takes at most {w.step_limit * 1000:.0f} ms, {1 / w.step_limit:.0f} tokens/s a user",
-        f"prefill on groups of {prefill.gpus} GPUs, {prefill.tokens_per_gpu:,} tokens a GPU and step; decode "
-        f"on groups of {decode.gpus}, {decode.tokens_per_gpu:,} sequences a GPU; {redundant} redundant "
-        "experts in each",
+        f"prompts of {w.prompt:,} tokens, {w.cache_hit:.1%} of them cached; {w.output:,} output tokens",
+        f"a decode step takes at most {w.step_limit * 1000:.0f} ms, {1 / w.step_limit:.0f} tokens/s per user",
+        f"prefill on groups of {prefill.gpus} GPUs, {prefill.tokens_per_gpu:,} tokens per GPU and step; "
+        f"decode on groups of {decode.gpus}, {decode.tokens_per_gpu:,} sequences per GPU; {redundant} "
+        "redundant experts in each",
         "attention data-parallel; weights FP8, cache, attention and combine bf16, dispatch FP8",
         "no speculation",
-        "communication and computation overlap fully; experts and GPUs evenly loaded; every GPU always busy",
+        "communication and computation overlap fully; experts and GPUs evenly loaded; no idle GPU",
     )
 
 

@@ -1,4 +1,4 @@
-"""Bytes a backend needs for a weight, from its shape and stored format alone.
+"""Bytes that a backend needs for a weight, from its shape and stored format.
 
 Legend: N output rows, K input columns. The CPU backend's records are defined in native/matrix.h.
 """

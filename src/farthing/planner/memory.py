@@ -54,18 +54,18 @@ class Model:
 
     @classmethod
     def of(cls, plan: ShardPlan, stored_of: StoredOf) -> Model:
-        """From any plan of the model."""
+        """Build from any plan of the model."""
         kept = representatives(plan.config)
         return cls(plan.config, stored_of, tuple((n, s, stored_of(n)) for n, s, _ in kept))
 
     @property
     def projections(self) -> Stored:
-        """How the layers' matrices are stored."""
+        """Storage format of the layers' matrices."""
         return next(stored for name, _, stored in self.parameters if name.endswith("o_proj.weight"))
 
 
 def memory(model: Model, plan: ShardPlan, holder: Holder, serving: Serving) -> list[RankMemory]:
-    """Every rank's bytes."""
+    """Memory of every rank."""
     return [_rank(model, plan, plan.layout.place(r), holder, serving) for r in range(plan.layout.world)]
 
 

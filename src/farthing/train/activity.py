@@ -1,9 +1,9 @@
 """How much each neuron and each routed expert contributes over the tokens that reach it.
 
-The contribution of neuron j to a token is c_j = |h_j| * ||W_down[:, j]||, what it adds to the output's
-length. It is active on that token when c_j > tau times the token's mean contribution over the neurons of
-that MLP. What a neuron is worth is the energy (w c_j)^2 it adds over all tokens, w the routing weight (1 for
-a dense MLP or a shared expert); what an expert is worth is the sum over its neurons.
+The contribution of neuron j to a token is c_j = |h_j| * ||W_down[:, j]||: the length of the vector it adds to
+the output. The neuron is active on that token when c_j > tau times the token's mean contribution over the
+neurons of that MLP. A neuron is ranked by its energy, the sum of (w c_j)^2 over all tokens, where w is the
+routing weight (1 for a dense MLP or a shared expert). The energy of an expert is the sum over its neurons.
 
 Shapes: E experts (1 for a dense MLP or shared expert), I neurons, R rows.
 """
@@ -24,7 +24,7 @@ from farthing.train.model import MLP, DeepSeekLM, MoE
 
 @dataclasses.dataclass
 class Activity:
-    """Sums over tokens of one MLP or of one layer's routed experts."""
+    """Per-neuron sums over tokens, for one MLP or one layer's routed experts."""
 
     tau: float
     tokens: Tensor  # [E]
@@ -33,14 +33,14 @@ class Activity:
 
     @classmethod
     def empty(cls, experts: int, width: int, tau: float) -> Activity:
-        """Nothing seen yet."""
+        """All sums zero."""
         zeros = torch.zeros(experts, width)
         return cls(tau, torch.zeros(experts), zeros, zeros.clone())
 
     def add(self, contribution: Tensor, expert: Tensor, weight: Tensor) -> None:
-        """contribution c [R, I] float32 of rows of `expert` [R], whose routing weights are [R].
+        """Add rows with contributions c [R, I] (float32), experts [R] and routing weights [R].
 
-        Sums stay where they began, whatever device the model is on.
+        The sums stay on their first device, whatever device the model is on.
         """
         contribution, expert, weight = (x.to(self.tokens.device) for x in (contribution, expert, weight))
         mean = contribution.mean(-1, keepdim=True)
@@ -52,16 +52,16 @@ class Activity:
             total.index_add_(0, expert, value)
 
     def keep_neurons(self, keep: Tensor) -> None:
-        """Forgets all but the neurons keep [E, I']."""
+        """Keep only the neurons `keep` [E, I']."""
         self.active, self.energy = self.active.gather(1, keep), self.energy.gather(1, keep)
 
     def keep_experts(self, keep: Tensor) -> None:
-        """Forgets all but the experts keep [E']."""
+        """Keep only the experts `keep` [E']."""
         self.tokens, self.active, self.energy = self.tokens[keep], self.active[keep], self.energy[keep]
 
     @property
     def active_share(self) -> Tensor:
-        """[E, I] share of its tokens on which a neuron is active; 0 where no token came."""
+        """[E, I] share of its tokens on which each neuron is active; 0 if it had no tokens."""
         return self.active / self.tokens.clamp_min(1)[:, None]
 
     def busy(self, share: float = 0.5) -> float:
@@ -70,7 +70,7 @@ class Activity:
 
 
 def mlps(model: DeepSeekLM) -> Iterator[tuple[str, MLP | MoE]]:
-    """(name, module) of everything that has neurons; a MoE stands for its routed experts."""
+    """(name, module) of every MLP and MoE; a MoE means its routed experts."""
     for name, module in model.named_modules():
         if isinstance(module, MLP | MoE):
             yield name, module
@@ -78,7 +78,7 @@ def mlps(model: DeepSeekLM) -> Iterator[tuple[str, MLP | MoE]]:
 
 @contextmanager
 def watch(model: DeepSeekLM, tau: float) -> Iterator[dict[str, Activity]]:
-    """While it lasts, every forward adds to the returned activities."""
+    """Inside the context, every forward pass adds to the yielded activities."""
     found: dict[str, Activity] = {}
     closed = []
     for name, module in mlps(model):
@@ -121,7 +121,7 @@ def _tap(module: MLP | MoE, activity: Activity) -> Any:
 
 @torch.no_grad()
 def measure(model: DeepSeekLM, tokens: Tensor, tau: float) -> dict[str, Activity]:
-    """Activities over tokens [B, T + 1], the MTP layer's included."""
+    """Activities over tokens [B, T + 1], including the MTP layer's."""
     tokens = tokens.to(model.embed_tokens.device)
     training = model.training
     model.eval()
@@ -134,12 +134,12 @@ def measure(model: DeepSeekLM, tokens: Tensor, tau: float) -> dict[str, Activity
 
 
 def busy_share(activities: dict[str, Activity], share: float = 0.5) -> float:
-    """Over all neurons of the model: the share that is active on at least `share` of its tokens."""
+    """Share of the model's neurons that are active on at least `share` of their tokens."""
     counts = [(a.active_share >= share).float().sum() for a in activities.values()]
     return float(sum(counts) / sum(a.active.numel() for a in activities.values()))
 
 
 def share_deciles(activities: dict[str, Activity]) -> list[float]:
-    """Over all neurons, the deciles (10 %, 20 %, … 90 %) of the share of tokens on which one is active."""
+    """Deciles (10 %, 20 %, … 90 %) over all neurons of the share of tokens on which each is active."""
     shares = torch.cat([a.active_share.flatten() for a in activities.values()])
     return [float(q) for q in shares.quantile(torch.linspace(0.1, 0.9, 9))]

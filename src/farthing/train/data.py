@@ -1,4 +1,4 @@
-"""Training text: the Python standard library's sources, split in train and held-out, tokenized, packed."""
+"""Training text: Python standard library sources, split into train and held-out, tokenized and packed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECIAL_TOKENS = (
     ),
     "<｜tool▁sep｜>",
 )
-# A word takes the one character before it (a space, dot, underscore …); an indent keeps its newline.
+# A word includes the one character before it (space, dot, underscore …); an indent includes its newline.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -42,7 +42,7 @@ class Document:
 def find_sources(root: Path | None = None) -> list[Document]:
     """Every UTF-8 `.py` file under `root` (default: this interpreter's standard library), sorted by path.
 
-    Installed packages are left out, and of files with equal text only the first is kept.
+    Installed packages are skipped. Of files with equal text only the first is kept.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     documents, seen = [], set()
@@ -58,15 +58,15 @@ def find_sources(root: Path | None = None) -> list[Document]:
             seen.add(text)
             documents.append(Document(relative.as_posix(), text))
     if not documents:
-        raise ValueError(f"no Python sources under {root}; give a folder that holds .py files")
+        raise ValueError(f"no Python sources under {root}; expected a directory with .py files")
     return documents
 
 
 def split(documents: Sequence[Document], every: int = 25) -> tuple[list[Document], list[Document]]:
-    """(train, held-out): a file is held out if its hash is 0 modulo `every` and no other is nearly equal.
+    """(train, held-out): a file is held out if its hash is 0 modulo `every` and it has no near-duplicate.
 
-    Nearly equal means that more than half of its distinct lines of 20 characters or more stand in one other
-    file: such a file would be known from training, so it is trained on instead.
+    A file is a near-duplicate if more than half of its distinct lines of 20 characters or more also occur in
+    one other file. Training on that other file would leak it, so it goes into the training set.
     """
     owners: dict[str, set[int]] = defaultdict(set)
     for i, document in enumerate(documents):
@@ -129,8 +129,8 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarr
 class PackedBatches:
     """Endless shuffled batches of windows cut from the concatenated documents.
 
-    Every pass shuffles the documents, joins them, cuts windows of the wanted length and shuffles those. All
-    of it is a function of (seed, pass number, window length), so `state_dict` is four integers.
+    Each pass shuffles the documents, joins them, cuts windows of the requested length and shuffles those. The
+    result depends only on (seed, pass number, window length), so `state_dict` is four integers.
     """
 
     def __init__(self, documents: Sequence[np.ndarray[Any, np.dtype[np.uint16]]], seed: int = 0) -> None:
@@ -142,9 +142,9 @@ class PackedBatches:
         self._starts: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, np.int64)
 
     def next(self, sequences: int, length: int) -> Tensor:
-        """[sequences, length + 1] int64; neighbouring windows of a pass share one token."""
+        """[sequences, length + 1] int64; consecutive windows of a pass share one token."""
         if self.tokens <= length + 1:
-            raise ValueError(f"{self.tokens} tokens of text are too few for windows of {length}")
+            raise ValueError(f"{self.tokens} tokens of text are too few for windows of {length} tokens")
         if length != self.length and self.length:
             self.passes, self.index = self.passes + 1, 0
         if length != self.length or not self._starts.size:
@@ -167,11 +167,11 @@ class PackedBatches:
         self.length = length
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch starts."""
+        """Position of the next batch."""
         return {"seed": self.seed, "passes": self.passes, "length": self.length, "index": self.index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues exactly where `state_dict` was taken."""
+        """Continue from the position of `state_dict`."""
         self.seed, self.passes, self.index = state["seed"], state["passes"], state["index"]
         self.length = 0
         if state["length"]:

@@ -1,4 +1,4 @@
-"""Knowledge distillation: the student's next-token distribution is drawn to the teacher's.
+"""Knowledge distillation: the student learns the teacher's next-token distribution.
 
 Shapes: N tokens, D hidden, V vocabulary.
 """
@@ -17,7 +17,7 @@ from farthing.train.model import DeepSeekLM
 
 
 class _FusedDistillation(torch.autograd.Function):
-    """Computes the gradient during the forward, chunk by chunk, so that [N, V] never exists as a whole."""
+    """Computes the gradient in the forward pass, chunk by chunk, to never materialize [N, V]."""
 
     @staticmethod
     def forward(
@@ -56,11 +56,11 @@ class _FusedDistillation(torch.autograd.Function):
 def fused_distillation(
     hidden: Tensor, head: Tensor, teacher: Tensor, targets: Tensor, hard: float = 0.0, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """((1 - hard) KL(teacher || student) + hard cross entropy of the text, rise), nats a token.
+    """((1 - hard) KL(teacher || student) + hard cross entropy of the text, rise), nats per token.
 
-    rise: how much worse than the teacher the student predicts the text, without gradient; a paired figure, so
-    the noise of the batch is gone. hidden (student) and teacher [N, D] share the head [V, D], which gets no
-    gradient; targets [N] int64.
+    rise: the student's cross entropy on the text minus the teacher's, without gradient. Being a paired
+    difference, it is free of the batch's noise. hidden (student) and teacher [N, D] share the head [V, D],
+    which gets no gradient; targets [N] int64.
     """
     loss, rise = _FusedDistillation.apply(  # type: ignore[no-untyped-call]
         hidden, head.detach(), teacher, targets, hard, chunk
@@ -76,7 +76,7 @@ def distillation(
     mtp_weight: float = 0.3,
     mtp_share: float = 0.25,
 ) -> dict[str, Tensor]:
-    """Losses of tokens [B, T + 1]: trunk against the teacher's, MTP layer against its greedy tokens."""
+    """Losses on tokens [B, T + 1]: the trunk learns the teacher's trunk, the MTP layer its greedy tokens."""
     head = net.head_weight.detach().to(net.compute_dtype)
     with torch.no_grad():
         wanted = teacher(tokens[:, :-1])

@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, and how often the MTP layer drafts the trunk's own next greedy token."""
+"""Bits per byte of held-out text, and how often the MTP draft equals the trunk's greedy token."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Ids = np.ndarray[Any, np.dtype[np.uint16]]
 def windows(ids: Ids, length: int, stride: int) -> Iterator[tuple[Ids, int]]:
     """(window of at most length + 1 ids, number of its targets already scored), covering every target once.
 
-    The first window starts the document; each later one moves by `stride`, so its new targets see at least
-    length - stride tokens of context.
+    The first window starts the document. Each later one advances by `stride`, so its new targets have at
+    least length - stride tokens of context.
     """
     start, scored = 0, 0
     while scored < len(ids) - 1:
@@ -39,8 +39,8 @@ def evaluate(
 ) -> dict[str, float]:
     """{"bits_per_byte", "loss" (nats per token), "mtp_acceptance", "eval_tokens", "eval_bytes"}.
 
-    `documents` are token ids from document-start to document-end token; the end token is not scored, so the
-    bits are exactly those of `texts`. `max_tokens` stops after the document that reaches it.
+    `documents` are token ids from document-start to document-end token. The end token is not scored, so the
+    bits are exactly those of `texts`. Scoring stops after the document that reaches `max_tokens`.
     """
     length = model.cfg.max_position_embeddings if length is None else length
     stride = length // 2 if stride is None else stride
@@ -64,7 +64,7 @@ def evaluate(
 
 
 def _score(model: DeepSeekLM, tokens: torch.Tensor, skip: int) -> tuple[float, int, int]:
-    """Nats of the targets after the first `skip`; MTP drafts on the same positions: agreeing, all."""
+    """(nats of the targets after the first `skip`, accepted MTP drafts there, all MTP drafts there)."""
     hidden = model(tokens[:, :-1])
     logits = model.logits(hidden)[0].float()  # [T, V]
     nats = F.cross_entropy(logits[skip:], tokens[0, 1 + skip :], reduction="sum").item()

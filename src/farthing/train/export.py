@@ -1,4 +1,4 @@
-"""The training model <-> a Hugging Face DeepSeek-V3 checkpoint directory, bfloat16 or DeepSeek FP8 blocks."""
+"""Convert the training model to and from a Hugging Face DeepSeek-V3 checkpoint (bfloat16 or FP8 blocks)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from farthing.train.model import DeepSeekLM, MoE
 
 
 def _names(model: DeepSeekLM) -> Iterator[tuple[str, Tensor]]:
-    """(name in the checkpoint, view of the tensor in the model) for everything that is stored."""
+    """(checkpoint name, view of the model's tensor) of every stored tensor."""
     yield "model.embed_tokens.weight", model.embed_tokens
     yield "model.norm.weight", model.norm.weight
     if model.lm_head is not None:
@@ -50,15 +50,15 @@ def _block_names(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, Ten
 
 
 def to_tensors(model: DeepSeekLM) -> dict[str, Tensor]:
-    """Every stored tensor under its Hugging Face name, float32 copies."""
+    """Float32 copies of every stored tensor, by Hugging Face name."""
     return {name: view.detach().float().clone() for name, view in _names(model)}
 
 
 @torch.no_grad()
 def from_tensors(model: DeepSeekLM, tensors: dict[str, Tensor]) -> None:
-    """Fills the model from Hugging Face names (FP8 blocks are dequantized).
+    """Fill the model from Hugging Face names, dequantizing FP8 blocks.
 
-    Raises ValueError that names every tensor missing from `tensors`, left over in it, or of another shape.
+    Raises ValueError if a tensor is missing, unused or has the wrong shape, naming it.
     """
     views = dict(_names(model))
     plain = {n: t for n, t in tensors.items() if not n.endswith("_scale_inv")}
@@ -83,7 +83,7 @@ def is_quantized(name: str) -> bool:
 
 
 def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
-    """Storage dtypes: FP8 blocks and `_scale_inv` for projections, float32 for routers, else bfloat16."""
+    """Cast to storage dtypes: FP8 blocks and scales (projections), float32 (routers), else bfloat16."""
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if is_quantized(name) and fp8:
@@ -120,7 +120,7 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
 
 
 def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: bool = True) -> int:
-    """Writes a checkpoint directory, the weights atomically; returns the bytes of the weights file."""
+    """Write a checkpoint directory (weights atomically) and return the size of the weights file in bytes."""
     out.mkdir(parents=True, exist_ok=True)
     replace_tensors(out / "model.safetensors", pack(to_tensors(model), fp8))
     replace_json(out / "config.json", config_json(model.cfg, fp8), indent=2)
@@ -156,7 +156,7 @@ def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: boo
 
 
 def load_checkpoint(path: Path) -> DeepSeekLM:
-    """The training model of a checkpoint directory that `save_checkpoint` wrote."""
+    """Load a checkpoint directory written by `save_checkpoint`."""
     model = DeepSeekLM(ModelConfig.from_directory(path))
     with safe_open(path / "model.safetensors", framework="pt") as file:
         from_tensors(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""What every run that starts from a trained checkpoint shares: its text, its batches, its evaluation."""
+"""Text, batches and evaluation shared by all runs that start from a trained checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Settings:
     seed: int = 0
     threads: int = 1
     device: str = "cpu"
-    root: Path | None = None  # folder of .py files; None: the standard library
+    root: Path | None = None  # directory of .py files; None: the standard library
     heldout_every: int = 25
     eval_tokens: int = 12_000
 
@@ -47,7 +47,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """The checkpoint's tokenizer, batches of the training files and the held-out files, as ids."""
+    """The checkpoint's tokenizer, batches of the training files, and the token ids of the held-out files."""
 
     tokenizer: Tokenizer
     batches: data.PackedBatches
@@ -55,10 +55,10 @@ class Text:
 
     @classmethod
     def load(cls, settings: Settings) -> Text:
-        """The same files, split as in training, in the checkpoint's own tokens."""
+        """Split the files as in training and tokenize them with the checkpoint's tokenizer."""
         file = settings.model / "tokenizer.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with its tokenizer")
+            raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with a tokenizer")
         tokenizer = Tokenizer.from_file(str(file))
         cache = settings.out / "text.npz"
         if not cache.is_file():
@@ -66,8 +66,8 @@ class Text:
             train, heldout = data.split(documents, settings.heldout_every)
             if not train or not heldout:
                 raise ValueError(
-                    f"{len(documents)} files of text leave {len(train)} to train on and {len(heldout)} to "
-                    f"measure on (one in {settings.heldout_every} is held out); expected more files"
+                    f"{len(documents)} files leave {len(train)} for training and {len(heldout)} held out "
+                    f"(one in {settings.heldout_every}); expected more files"
                 )
             settings.out.mkdir(parents=True, exist_ok=True)
             _store(cache, data.encode(tokenizer, train), data.encode(tokenizer, heldout))
@@ -78,14 +78,14 @@ class Text:
         return cls(tokenizer, data.PackedBatches(train_ids, settings.seed), heldout_ids)
 
     def micro_batches(self, settings: Settings) -> list[tuple[Tensor, int]]:
-        """One step's batch and its tokens, for the trainer."""
+        """One step's batch and its number of tokens."""
         rows = settings.batch_tokens // settings.window
         tokens = self.batches.next(rows, settings.window).to(settings.device)
         return [(tokens, rows * settings.window)]
 
 
 def _store(path: Path, train: list[Ids], heldout: list[Ids]) -> None:
-    """The ids, so that a resumed run need not split and tokenize again."""
+    """Cache the token ids so that a resumed run does not split and tokenize again."""
     arrays: dict[str, Any] = {}
     for name, rows in (("train", train), ("heldout", heldout)):
         arrays[name] = np.concatenate(rows)
@@ -95,7 +95,7 @@ def _store(path: Path, train: list[Ids], heldout: list[Ids]) -> None:
 
 @torch.no_grad()
 def perplexity(model: DeepSeekLM, documents: Sequence[Ids], window: int, max_tokens: int) -> float:
-    """Over consecutive windows of whole documents, until `max_tokens` are scored."""
+    """Perplexity over consecutive windows of whole documents, until `max_tokens` are scored."""
     nats, count = 0.0, 0
     training = model.training
     model.eval()
@@ -113,17 +113,17 @@ def perplexity(model: DeepSeekLM, documents: Sequence[Ids], window: int, max_tok
 
 
 def adam(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW as fine-tuning uses it: no weight decay."""
+    """AdamW without weight decay."""
     return torch.optim.AdamW(list(groups), betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
 
 
 def freeze_top(model: DeepSeekLM) -> None:
-    """Embedding, head and routers keep the values the teacher has."""
+    """Freeze embedding, head and routers at the teacher's values."""
     for name, p in model.named_parameters():
         if "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight"):
             p.requires_grad_(False)
 
 
 def curve(trainer: Trainer, key: str) -> list[tuple[float, float]]:
-    """(tokens, value) of one recorded number."""
+    """(tokens, value) pairs of one recorded metric."""
     return [(p["tokens"], p[key]) for p in trainer.record if key in p]

@@ -1,9 +1,9 @@
-"""FP8 training (DeepSeek-V3 section 3.3): every projection's three products in 8-bit floats.
+"""FP8 training (DeepSeek-V3 section 3.3): the three matrix products of every projection run in FP8.
 
-Weights are rounded in blocks of 128 x 128, activations and gradients in groups of 128 along the dimension a
-product sums over. Scales are powers of two, so a rounded value is exact in bfloat16 and one bfloat16 product
-with float32 accumulation is the FP8 product: that is how a machine without FP8 units computes it here.
-Masters, optimizer, norms, router, embedding, head, attention's softmax and the residual stream keep their
+Weights are rounded in blocks of 128 x 128, activations and gradients in groups of 128 along the dimension
+that the product sums over. Scales are powers of two, so every rounded value is exact in bfloat16, and a
+bfloat16 product with float32 accumulation equals the FP8 product. Machines without FP8 units compute it that
+way. Master weights, optimizer state, norms, router, embedding, head, softmax and residual stream keep their
 precision.
 
 Shapes: R rows (tokens), J and L columns, E experts (1 for a plain projection).
@@ -33,13 +33,12 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Config:
-    """How ranges are found.
+    """How scales are chosen.
 
-    scaling "current": from the numbers at hand, nothing can overflow. "delayed": from the largest amax of
-    the last `history` steps, known before the numbers are (one pass less over memory on a GPU), with room to
-    grow by 2^`margin`, which floats pay for with their smallest numbers only. A number beyond that is an
-    overflow: it saturates, the step is skipped and the operand's scale is lowered by `backoff` for `history`
-    steps.
+    scaling "current": from the values themselves, so nothing overflows. "delayed": from the largest amax of
+    the last `history` steps, which saves a pass over memory on a GPU. It leaves headroom of 2^`margin`, at
+    the cost of range at the small end. A value beyond the headroom overflows: it saturates, the step is
+    skipped, and the operand's scale is lowered by `backoff` for `history` steps.
     """
 
     scaling: Literal["current", "delayed"] = "current"
@@ -63,21 +62,21 @@ class Fp8Config:
 
 @dataclasses.dataclass(frozen=True)
 class Fp8Tensor:
-    """A matrix [..., R, J] in FP8: `data` times the `scale` of its tile."""
+    """A matrix [..., R, J] in FP8: each tile of `data` times its `scale`."""
 
     data: Tensor  # float8
     scale: Tensor  # float32 [..., R / r, J / c], powers of two
     tile: tuple[int, int]  # (r, c)
-    value: Tensor | None = None  # dequantized in bfloat16, kept where there are no FP8 units
+    value: Tensor | None = None  # dequantized in bfloat16, kept if there are no FP8 units
 
     def rows(self, s: slice) -> Fp8Tensor:
-        """Rows s of [R, J]; s must cut between tiles unless one tile holds all rows."""
+        """Rows s of [R, J]; s must fall on tile boundaries unless one tile covers all rows."""
         r = self.tile[0]
         scale = self.scale if len(self.scale) == 1 else self.scale[s.start // r : -(-s.stop // r)]
         return Fp8Tensor(self.data[s], scale, self.tile, None if self.value is None else self.value[s])
 
     def take(self, index: Tensor) -> Fp8Tensor:
-        """Rows by index of [R, J] whose tiles are one row, or all rows, high."""
+        """Rows of [R, J] by index; tiles must be one row or all rows high."""
         scale = self.scale if len(self.scale) == 1 else self.scale[index]
         value = None if self.value is None else self.value[index]
         return Fp8Tensor(self.data[index], scale, self.tile, value)
@@ -90,13 +89,13 @@ class Fp8Tensor:
 
     @property
     def mT(self) -> Fp8Tensor:
-        """Rows and columns exchanged."""
+        """The transpose."""
         value = None if self.value is None else self.value.mT
         return Fp8Tensor(self.data.mT, self.scale.mT, (self.tile[1], self.tile[0]), value)
 
     @property
     def nbytes(self) -> int:
-        """Bytes a product reads: one a number, four a scale."""
+        """Bytes that a product reads: one per element, four per scale."""
         return self.data.numel() + 4 * self.scale.numel()
 
     def dequantize(self) -> Tensor:
@@ -110,14 +109,14 @@ class Fp8Tensor:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The least power of two that is at least x > 0; 1 for 0; not finite where x is not."""
+    """The smallest power of two >= x for x > 0; 1 for 0; non-finite where x is."""
     mantissa, exponent = torch.frexp(x)
     up = torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).to(exponent.dtype))
     return torch.where(x == 0, torch.ones_like(x), torch.where(x.isfinite(), up, x))
 
 
 def decode(data: Tensor) -> Tensor:
-    """FP8 -> bfloat16, exactly, by moving bits: several times faster than torch's conversion on a CPU."""
+    """FP8 -> bfloat16, exact, by shifting bits: several times faster than torch's conversion on a CPU."""
     bits = data.view(torch.int8).to(torch.int16)
     if data.dtype == torch.float8_e5m2:  # the upper byte of a float16
         return (bits << 8).view(torch.float16).to(torch.bfloat16)
@@ -126,7 +125,7 @@ def decode(data: Tensor) -> Tensor:
 
 
 def tiles_of(x: Tensor, tile: tuple[int, int]) -> Tensor:
-    """[..., R, J] -> [..., R / r, r, J / c, c], zero-padded to whole tiles; c or r beyond the edge is cut."""
+    """[..., R, J] -> [..., R / r, r, J / c, c], zero-padded to whole tiles; r and c are capped at R and J."""
     rows, columns = x.shape[-2:]
     r, c = min(tile[0], rows), min(tile[1], columns)
     if rows % r or columns % c:
@@ -136,7 +135,7 @@ def tiles_of(x: Tensor, tile: tuple[int, int]) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, tile: tuple[int, int], dtype: torch.dtype) -> Fp8Tensor:
-    """Round x [..., R, J] to `dtype` under given scales [..., R / r, J / c]; what lies beyond saturates."""
+    """Round x [..., R, J] to `dtype` with scales [..., R / r, J / c], saturating."""
     rows, columns = x.shape[-2:]
     spread = scale[..., :, None, :, None]
     largest = LARGEST[dtype]
@@ -152,15 +151,15 @@ def _untile(tiles: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Operand:
-    """One role (input, weight or gradient) of one projection: its range over the steps, and its rounding.
+    """One role (input, weight or gradient) of one projection: its scale history and its rounding.
 
-    Under delayed scaling ranges are kept for groups that mean the same thing every step: 128 columns of
-    activations and gradients over all tokens, a block of weights. Such a scale holds along both dimensions.
+    Delayed scaling tracks groups that have the same meaning in every step: 128 columns of activations and
+    gradients over all tokens, or a block of weights. Such a scale is valid along both dimensions.
     """
 
     def __init__(self, config: Fp8Config, dtype: torch.dtype) -> None:
         self.config, self.dtype = config, dtype
-        self.history: list[Tensor] = []  # amax of earlier steps, newest last
+        self.history: list[Tensor] = []  # amax per step, newest last
         self.step_amax: Tensor | None = None
         self.lowered = 0  # steps for which the scale stays lowered
         self.overflow = False
@@ -187,7 +186,7 @@ class Operand:
         return quantize(x, scale, tile, self.dtype)
 
     def _expected(self, amax: Tensor) -> Tensor:
-        """The range this step's numbers are rounded in, from earlier steps; notes what they really were."""
+        """The range predicted from earlier steps; also records this step's amax."""
         seen = self.step_amax
         self.step_amax = amax if seen is None or seen.shape != amax.shape else torch.maximum(seen, amax)
         if not self.history or self.history[-1].shape != amax.shape:
@@ -198,7 +197,7 @@ class Operand:
         return torch.where(past > 0, room * factor, torch.ones_like(room))
 
     def end_step(self) -> bool:
-        """Closes a step; returns whether it overflowed, in which case the scale is lowered from now on."""
+        """End a step. Returns whether it overflowed; if so, the scale is lowered from the next step on."""
         overflow, self.overflow = self.overflow, False
         self.lowered = self.config.history if overflow else max(0, self.lowered - 1)
         amax, self.step_amax = self.step_amax, None
@@ -208,7 +207,7 @@ class Operand:
 
 
 class Fp8Projection:
-    """The three products of one projection (or of a layer's experts at once): forward, to x, to W."""
+    """The three products of one projection (or of all experts of a layer): forward, grad x, grad W."""
 
     def __init__(self, config: Fp8Config) -> None:
         self.x, self.w = Operand(config, torch.float8_e4m3fn), Operand(config, torch.float8_e4m3fn)
@@ -217,7 +216,7 @@ class Fp8Projection:
 
     @property
     def operands(self) -> dict[str, Operand]:
-        """By role, for the log and the state."""
+        """Operands by role, for logging and saved state."""
         return {"input": self.x, "weight": self.w, "gradient": self.dy}
 
     def __call__(self, x: Tensor, w: Tensor, sizes: list[int], routing: Routing | None = None) -> Tensor:
@@ -247,7 +246,7 @@ class _Fp8Product(torch.autograd.Function):
         layer, wq, sizes = ctx.layer, ctx.wq, ctx.sizes
         x, grad = ctx.xq.dequantize(), grad.contiguous()
         dy = layer.dy.rows(grad)
-        # Along tokens now: what was stored is rounded again in groups of 128 tokens, as DeepSeek-V3 does.
+        # This product sums over tokens: round again in groups of 128 tokens, as DeepSeek-V3 does.
         dy_tokens, x_tokens = layer.dy.columns(grad), layer.x.columns(x)
         dx = torch.empty_like(x)
         dw = grad.new_zeros(wq.data.shape, dtype=torch.float32)
@@ -259,7 +258,7 @@ class _Fp8Product(torch.autograd.Function):
 
 
 def product(a: Fp8Tensor, b: Fp8Tensor) -> Tensor:
-    """a [M, K] b^T, b [N, K] -> [M, N] bfloat16, float32 sums: on FP8 units, or emulated exactly."""
+    """a [M, K] b^T, b [N, K] -> [M, N] bfloat16, float32 sums: on FP8 units or emulated exactly."""
     if a.value is not None and b.value is not None:
         return a.value @ b.value.mT
     from farthing.train.fp8_gpu import scaled_product
@@ -268,7 +267,7 @@ def product(a: Fp8Tensor, b: Fp8Tensor) -> Tensor:
 
 
 def use_fp8(model: DeepSeekLM, config: Fp8Config) -> dict[str, Fp8Projection]:
-    """Gives every projection of the model its FP8 products; returns them by name."""
+    """Set FP8 products on every projection of the model; returns them by name."""
     found: dict[str, Fp8Projection] = {}
     for name, module in model.projections():
         if isinstance(module, MoE):
@@ -281,14 +280,14 @@ def use_fp8(model: DeepSeekLM, config: Fp8Config) -> dict[str, Fp8Projection]:
 
 
 class Fp8Hook(BaseHook):
-    """Watches every operand: an overflow skips the step, lowers that operand's scale and is logged."""
+    """On an operand's overflow, skips the step, lowers that operand's scale and logs it."""
 
     def __init__(self, projections: dict[str, Fp8Projection]) -> None:
         self.projections = projections
         self.skipped = 0
 
     def before_update(self, trainer: Trainer) -> None:
-        """Closes the step of every operand."""
+        """End the step of every operand."""
         hit = [
             f"{name}.{role}"
             for name, projection in self.projections.items()
@@ -303,7 +302,7 @@ class Fp8Hook(BaseHook):
         trainer.metrics["fp8_skipped"] = float(self.skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Histories and back-offs."""
+        """Amax histories and back-offs."""
         operands = {
             f"{name}.{role}": {"history": o.history, "lowered": o.lowered}
             for name, p in self.projections.items()
@@ -312,7 +311,7 @@ class Fp8Hook(BaseHook):
         return {"skipped": self.skipped, "operands": operands}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Restore `state_dict`."""
         self.skipped = state["skipped"]
         for name, p in self.projections.items():
             for role, o in p.operands.items():

@@ -1,7 +1,7 @@
-"""The FP8 product on a GPU's own units (Hopper and newer), through torch's scaled matrix product.
+"""The FP8 product on a GPU's FP8 units (Hopper and newer), through torch's scaled matrix product.
 
-Layouts as torch asks for them: the scales of 1 x 128 groups lie column by column, those of 128 x 128 blocks
-row by row with rows padded to four.
+torch expects the scales of 1 x 128 groups column-major and those of 128 x 128 blocks row-major, with rows
+padded to a multiple of four.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Te
 
 
 def _layout(scale: Tensor, rows: int, inner: int) -> Tensor:
-    """The scale of [rows, inner] in torch's memory order."""
+    """The scale of a [rows, inner] matrix in the memory layout that torch expects."""
     groups = -(-inner // GROUP)
     if scale.shape[1] != groups:
         raise ValueError(f"scale has {scale.shape[1]} groups; expected {groups} of {GROUP} columns")

@@ -1,7 +1,7 @@
-"""Differentiable operations with hand-written gradients, because autograd's own cost several times more.
+"""Differentiable ops with hand-written gradients; autograd's own were several times slower.
 
-The routed experts (tokens sorted by expert, one matrix product an expert), the head with its cross entropy,
-RMSNorm, and causal attention on a CPU, where torch's fused kernel is fast forward and slow backward.
+They are the routed experts (tokens sorted by expert, one matrix product per expert), the head with its cross
+entropy, RMSNorm, and causal attention on a CPU, where torch's fused kernel has a slow backward pass.
 
 Shapes: B sequences, H heads, T positions, N tokens, D hidden, E experts, K experts per token, I expert width,
 V vocabulary.
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS = 128  # experts' row counts are padded to multiples of this: a CPU compiles one product kernel a shape
+ROWS = 128  # experts' row counts are padded to a multiple: a CPU product compiles a kernel per shape
 
 
 def sort_by_expert(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Token and weight of every padded row, the row of each slot [N, K], and each expert's padded row count.
+    """(token and weight of every padded row, row of each slot [N, K], padded row count per expert).
 
     Padding rows repeat token 0 with weight 0, so they add nothing to any sum or gradient.
     """
@@ -42,7 +42,7 @@ def sort_by_expert(ids: Tensor, weights: Tensor, experts: int) -> tuple[Tensor, 
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """One loop over experts, so that an expert's rows stay in the cache between products. R padded rows."""
+    """One loop over experts, so that an expert's rows stay in cache between products. R padded rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class _RoutedExperts(torch.autograd.Function):
 
 
 def spans(sizes: list[int]) -> list[tuple[int, slice]]:
-    """(expert, rows of the sorted slots) for every expert that has any."""
+    """(expert, its rows of the sorted slots) for every expert that has any."""
     found, start = [], 0
     for e, n in enumerate(sizes):
         if n:
@@ -110,7 +110,7 @@ def routed_experts(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, dow
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients during the forward, chunk by chunk, so that [N, V] never exists as a whole."""
+    """Computes the gradients in the forward pass, chunk by chunk, to never materialize [N, V]."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
@@ -146,7 +146,7 @@ def fused_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, chunk: in
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Blocks of queries against all keys before them: each block's scores fit the cache, none is wasted."""
+    """Blocks of queries against the keys before them: scores fit in cache, and masked ones are skipped."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, block: int) -> Tensor:

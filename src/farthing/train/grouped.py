@@ -1,7 +1,7 @@
-"""Routed experts in the open: dispatch, one product an expert, combine, each differentiable on its own.
+"""Routed experts as separate differentiable steps: dispatch, one product per expert, combine.
 
-`functional.routed_experts` is the same arithmetic fused, faster, with nothing to reach into. This form is for
-whoever must touch what flows between the products: FP8, fake quantization, measuring neurons.
+`functional.routed_experts` computes the same, fused and faster. This form is for code that needs the tensors
+between the products: FP8, fake quantization, measuring neurons.
 
 Shapes: N tokens, D hidden, E experts, K experts per token, R padded rows sorted by expert, J and L columns.
 """
@@ -20,19 +20,19 @@ from farthing.train.functional import sort_by_expert, spans, sum_slots
 
 
 class Product(Protocol):
-    """How a projection, or all experts of a layer at once, multiplies: FP8, fake-quantized, plain."""
+    """The matrix product of a projection or of all experts of a layer: FP8, fake-quantized or plain."""
 
     def __call__(self, x: Tensor, w: Tensor, sizes: list[int], routing: Routing | None = None) -> Tensor:
-        """Rows of expert e times w[e] transposed: x [R, J], w [E, L, J] float32 masters -> [R, L] in x.dtype.
+        """Rows of expert e times w[e]^T: x [R, J], w [E, L, J] float32 masters -> [R, L] in x.dtype.
 
-        With `routing` x is [N, J], one row a token, and is dispatched here, so that it can be rounded before
-        it is copied once an expert.
+        With `routing`, x is [N, J], one row per token, and is dispatched here, so that it can be rounded
+        before it is copied to each expert.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Which token each padded row holds. Rows of an expert follow each other; padding repeats token 0."""
+    """The token of each padded row. Rows are grouped by expert; padding repeats token 0."""
 
     token: Tensor  # [R] int64
     row: Tensor  # [N, K] int64, the row of each slot
@@ -41,7 +41,7 @@ class Routing:
 
     @classmethod
     def of(cls, ids: Tensor, experts: int) -> Routing:
-        """From the chosen experts [N, K]."""
+        """From expert ids [N, K]."""
         weights = torch.ones(ids.shape, device=ids.device)
         token, mark, row, sizes = sort_by_expert(ids, weights, experts)
         return cls(token, row, sizes, mark[:, 0] > 0)
@@ -112,7 +112,7 @@ def dispatch(x: Tensor, routing: Routing) -> Tensor:
 
 
 def plain_product(x: Tensor, w: Tensor, sizes: list[int], routing: Routing | None = None) -> Tensor:
-    """The `Product` that rounds nothing."""
+    """The `Product` without rounding."""
     x = x if routing is None else dispatch(x, routing)
     return grouped_product(x, w.to(x.dtype), sizes)
 

@@ -1,7 +1,7 @@
-"""The training loop: any `nn.Module`, any batches, any loss; resumable, interruptible, with hooks.
+"""The training loop: any `nn.Module`, batches and loss; resumable, interruptible, with hooks.
 
-On a CPU, time is the process's own CPU time divided by its threads, so a run that is paused (SIGSTOP) or
-shares its core keeps its schedule; on a GPU it is wall time.
+On a CPU, time is the process's CPU time divided by its threads, so a run that is paused (SIGSTOP) or shares
+its cores keeps its schedule. On a GPU it is wall time.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from farthing.files import replace, replace_json
 
 
 class Hook(Protocol):
-    """A passenger of the loop. Every method may be empty; state is saved with the run."""
+    """Callbacks of the loop. Every method may be empty; state is saved with the run."""
 
     def before_step(self, trainer: Trainer) -> None:
-        """Before the batch is drawn: change the model or its settings for this step."""
+        """Called before the batch is drawn; may change the model or its settings."""
 
     def before_update(self, trainer: Trainer) -> None:
-        """Gradients are ready, the optimizers have not stepped; may set `trainer.skip_update`."""
+        """Called after the gradients and before the optimizers; may set `trainer.skip_update`."""
 
     def after_step(self, trainer: Trainer) -> None:
-        """The parameters are new; `trainer.metrics` holds this step's numbers."""
+        """Called after the update; `trainer.metrics` has this step's numbers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart."""
+        """State to save with the run."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore `state_dict`."""
 
 
 class BaseHook:
-    """A hook that does nothing: derive from it and override what you need."""
+    """A hook that does nothing; subclass it and override what you need."""
 
     def before_step(self, trainer: Trainer) -> None: ...
     def before_update(self, trainer: Trainer) -> None: ...
@@ -56,13 +56,13 @@ class BaseHook:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Learning rate over progress in [0, 1]: linear warmup, constant, linear decay to zero."""
+    """Learning-rate schedule over progress in [0, 1]: linear warm-up, constant, linear decay to zero."""
 
     warmup: float = 0.01
     decay: float = 0.4
 
     def __call__(self, progress: float) -> float:
-        """Factor on every optimizer's base learning rate."""
+        """Factor for every optimizer's base learning rate."""
         if progress < self.warmup:
             return max(progress / self.warmup, 0.02)
         return min(1.0, max(0.0, (1 - progress) / self.decay)) if self.decay else 1.0
@@ -70,7 +70,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long, how often, where. Exactly one of `minutes` (active, per thread) and `tokens` ends the run."""
+    """Length, intervals and output directory. Set one of `minutes` (CPU time per thread) and `tokens`."""
 
     out: Path
     minutes: float | None = None
@@ -84,27 +84,27 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.tokens is None):
-            raise ValueError("give exactly one of minutes and tokens as the length of the run")
+            raise ValueError("minutes, tokens: set exactly one as the length of the run")
         if (self.minutes or self.tokens or 0) <= 0:
-            raise ValueError(f"minutes={self.minutes}, tokens={self.tokens}: the length must be positive")
+            raise ValueError(f"minutes={self.minutes}, tokens={self.tokens}: expected a positive length")
 
 
 class Batches(Protocol):
-    """A source of batches whose place can be saved."""
+    """A source of batches whose position can be saved."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts."""
+        """Position of the next batch."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there."""
+        """Restore the position."""
 
 
 class Trainer:
     """Runs `micro_batches -> loss -> backward -> update` until the budget is spent.
 
-    `micro_batches(trainer)` gives (batch, number of tokens) pairs for one step; `loss(model, batch, trainer)`
-    gives a dict whose "loss" is differentiated; `evaluate(trainer)` gives numbers for the record. The file
-    `state.pt` is replaced atomically; a run killed at any moment resumes from the last one.
+    `micro_batches(trainer)` returns (batch, number of tokens) pairs for one step. `loss(model, batch,
+    trainer)` returns a dict whose "loss" is differentiated. `evaluate(trainer)` returns numbers for the
+    record. `state.pt` is replaced atomically, so a run killed at any moment resumes from the last save.
     """
 
     def __init__(
@@ -135,19 +135,19 @@ class Trainer:
 
     @property
     def state_path(self) -> Path:
-        """The run's resumable state."""
+        """File of the run's resumable state."""
         return self.config.out / "state.pt"
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is spent, 0 to 1."""
+        """Share of the budget spent, 0 to 1."""
         if self.config.tokens is not None:
             return min(1.0, self.tokens / self.config.tokens)
         assert self.config.minutes is not None
         return min(1.0, self.active_seconds / 60 / self.config.minutes)
 
     def run(self) -> bool:
-        """Trains to the end of the budget; returns False when a signal stopped it early (state is saved)."""
+        """Train to the end of the budget. Returns False if a signal stopped it early (state is saved)."""
         self.config.out.mkdir(parents=True, exist_ok=True)
         self._clock = self._now()
         with self._signals(), self._bar() as update:
@@ -162,11 +162,11 @@ class Trainer:
             self.record_point()
         self.save()
         if self._stop is not None:
-            self.console.print(f"stopped by {self._stop}; continue with --resume")
+            self.console.print(f"stopped by {self._stop}; use --resume to continue")
         return self._stop is None
 
     def train_step(self) -> None:
-        """One optimizer step over the micro batches the recipe gives for this moment."""
+        """One optimizer step over this step's micro-batches."""
         self.skip_update = False
         self._each(lambda h: h.before_step(self))
         factor = self.config.schedule(self.progress)
@@ -196,7 +196,7 @@ class Trainer:
             self._smooth[name] = 0.95 * self._smooth.get(name, number) + 0.05 * number
 
     def record_point(self) -> None:
-        """Evaluates (its time is not counted as training) and adds a line to the record."""
+        """Evaluate (not counted as training time) and append to the record."""
         self.model.eval()
         with torch.no_grad():
             extra = self.evaluate(self) if self.evaluate else {}
@@ -214,7 +214,7 @@ class Trainer:
         self._clock, self._evaluated_at = self._now(), self.active_seconds
 
     def save(self) -> None:
-        """Writes the whole state, then renames it into place."""
+        """Write the whole state, then rename it into place."""
         state = {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
@@ -232,11 +232,9 @@ class Trainer:
         self._clock, self._saved_at = self._now(), self.active_seconds
 
     def load(self) -> None:
-        """Takes up the state of an earlier run; the learning rates stay this run's own."""
+        """Load the state of an earlier run but keep this run's learning rates."""
         if not self.state_path.is_file():
-            raise FileNotFoundError(
-                f"{self.state_path} does not exist: there is no run to resume in this folder"
-            )
+            raise FileNotFoundError(f"{self.state_path} does not exist: no run to resume in this directory")
         state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -266,14 +264,14 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the loop after the current step; the second one is not caught."""
+        """The first Ctrl-C or SIGTERM ends the loop after the current step; a second one is not caught."""
 
         def stop(number: int, frame: Any) -> None:
             self._stop = signal.Signals(number).name
             signal.signal(number, previous[number])
 
         previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals only there
             previous = {int(n): signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -297,5 +295,5 @@ class Trainer:
 
 
 def _save(state: dict[str, Any], file: Path) -> None:
-    with file.open("wb") as stream:  # its errors name the cause, those of torch's own writer do not
+    with file.open("wb") as stream:  # its errors name the cause, unlike those of torch's own writer
         torch.save(state, stream)

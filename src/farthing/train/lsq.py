@@ -1,8 +1,8 @@
 """Fake quantization with learned ranges: LSQ (Esser et al. 2020) and LSQ+ with an offset (Bhalgat et al.
 2020).
 
-A quantizer rounds to the integers a kernel will hold and multiplies back; gradients pass straight through
-where nothing is clipped, and reach the range itself. Ranges are learned as logarithms, so a step is relative.
+A quantizer rounds to the integers that a kernel stores and multiplies back. Gradients pass straight through
+where nothing is clipped, and also reach the range. Ranges are learned as logarithms, so a step is relative.
 
 Shapes: R rows, J columns, G groups of g = J / G columns, B matrices.
 """
@@ -33,7 +33,7 @@ def _round(
 def _gradients(
     grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, low: int, high: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of x, scale and offset, without LSQ's factor."""
+    """Gradients of x, scale and offset, without LSQ's factor."""
     v = (x if offset is None else x - offset) / scale
     inside = (v >= low) & (v <= high)
     dx = grad * inside
@@ -47,12 +47,12 @@ _rounding: tuple[Any, Any] = (_round, _gradients)
 
 
 def compile_rounding() -> None:
-    """Makes each rounding one pass over memory, and one backward; pays where activations are large.
+    """Compile rounding into one pass over memory each for forward and backward; pays for large activations.
 
-    TorchInductor does it in half a minute; on a CPU it needs a C++ compiler.
+    TorchInductor takes half a minute; on a CPU it needs a C++ compiler.
     """
     global _rounding
-    torch._dynamo.config.recompile_limit = 64  # dimensions of one and layouts are compiled apart
+    torch._dynamo.config.recompile_limit = 64  # size-1 dimensions and layouts are compiled separately
     _rounding = tuple(torch.compile(f, dynamic=True) for f in (_round, _gradients))  # type: ignore[assignment]
 
 
@@ -71,13 +71,13 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset = ctx.saved_tensors
         dx, d_scale, d_offset = _rounding[1](grad, x, scale, offset, *ctx.ends)
-        # LSQ's factor keeps a range's gradient as large as a weight's, which matters for norms' clipping.
+        # LSQ's factor keeps a range's gradient as large as a weight's, which matters for norm clipping.
         factor = (x.numel() / scale.numel() * ctx.ends[1]) ** -0.5
         return dx, d_scale * factor, None if d_offset is None else d_offset * factor, None, None, None
 
 
 def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    """Sums x over the dimensions that `shape` broadcasts along, in float32."""
+    """Sum x over the dimensions that `shape` broadcasts along, in float32."""
     dims = [i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True, dtype=torch.float32) if dims else x.float()
 
@@ -90,10 +90,10 @@ def fake_quantize(
     offset: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """clamp(round((x - offset) / scale), low, high) * scale + offset as `dtype`, differentiable in all three.
+    """clamp(round((x - offset) / scale), low, high) * scale + offset in `dtype`; differentiable.
 
-    scale and offset are float32, have x's number of dimensions and broadcast to it. Their gradients carry
-    LSQ's factor 1 / sqrt(numbers under one scale * high).
+    scale and offset are float32, have x's number of dimensions and broadcast to x. x, scale and offset get
+    gradients; those of scale and offset include LSQ's factor 1 / sqrt(elements per scale * high).
     """
     out: Tensor = _FakeQuantize.apply(x, scale, offset, low, high, dtype)  # type: ignore[no-untyped-call]
     return out
@@ -101,7 +101,7 @@ def fake_quantize(
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Bits of weights and activations of one stage of quantization-aware training; 16 = not rounded."""
+    """Bits of weights and activations of one stage of quantization-aware training; 16 means not rounded."""
 
     weights: int
     activations: int
@@ -121,7 +121,7 @@ def top(bits: int) -> int:
 
 
 class WeightQuantizer(nn.Module):
-    """One learned scale for `group` columns of every row of w [B, R, J], to 4 or 8 bits."""
+    """One learned scale for `group` columns of every row of w [B, R, J], rounded to 4 or 8 bits."""
 
     def __init__(self, shape: torch.Size, group: int) -> None:
         super().__init__()
@@ -132,12 +132,12 @@ class WeightQuantizer(nn.Module):
 
     @property
     def low(self) -> int:
-        """The smallest integer: int4 has -8, int8 stays symmetric, as the kernels' formats do."""
+        """The smallest integer: -8 for int4; int8 is symmetric, like the kernels' formats."""
         return -8 if self.bits == 4 else -127
 
     @torch.no_grad()
     def start(self, w: Tensor, bits: int) -> None:
-        """Sets the bits and the scales of least squared rounding error, out of a few shrinks of the range."""
+        """Set the bits, and the scales with the least squared error among a few shrinks of the range."""
         self.bits = bits
         if bits == 16:
             return
@@ -153,7 +153,7 @@ class WeightQuantizer(nn.Module):
         self.log_scale.copy_(best.log())
 
     def forward(self, w: Tensor) -> Tensor:
-        """w [B, R, J] -> the same, on the grid."""
+        """w [B, R, J] -> w rounded to the grid."""
         if self.bits == 16:
             return w
         groups = w.unflatten(-1, (-1, self.group))
@@ -161,7 +161,7 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def integers(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """(q int8 [B, R, J], scale float32 [B, R, J / group]) of what `forward` gives."""
+        """(q int8 [B, R, J], scale float32 [B, R, J / group]) of `forward`'s result."""
         s = self.log_scale.exp()
         q = (w.unflatten(-1, (-1, self.group)) / s).round().clamp(self.low, top(self.bits))
         return q.flatten(-2).to(torch.int8), s.squeeze(-1)
@@ -170,9 +170,9 @@ class WeightQuantizer(nn.Module):
 class ActivationQuantizer(nn.Module):
     """Rounds x [R, J] to `bits`, in one of two ways.
 
-    "group": every row and `group` columns have the scale clip * amax / top, as a kernel with dynamic ranges
-    computes it; the learned number is the clip. "tensor": LSQ+, one learned scale and, if `offset`, one
-    learned offset for all of x, for inputs that a SiLU or ReLU in front has made one-sided.
+    "group": each group of `group` columns of a row has the scale clip * amax / top, computed as a kernel with
+    dynamic ranges does; the clip is learned. "tensor": LSQ+, with one learned scale for all of x and, if
+    `offset`, one learned offset, for inputs made one-sided by a SiLU or ReLU.
     """
 
     def __init__(
@@ -180,13 +180,13 @@ class ActivationQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.kind, self.group, self.bits = kind, group, 16
-        self.unsigned = unsigned  # group ranges of inputs that are never negative: all integers above zero
+        self.unsigned = unsigned  # inputs are never negative: use only integers >= 0
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.offset = nn.Parameter(torch.zeros(())) if offset and kind == "tensor" else None
         self.started = False
 
     def start(self, bits: int) -> None:
-        """Sets the bits; ranges begin at the first input seen."""
+        """Set the bits; ranges are initialized from the first input."""
         self.bits, self.started = bits, False
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class ActivationQuantizer(nn.Module):
         x = x.float()
         shift = x.mean() if self.offset is not None else x.new_zeros(())
         spread = (x - shift).std().clamp_min(TINY)
-        # LSQ+ starts at the range of least squared error over multiples of the standard deviation.
+        # LSQ+ starts at the multiple of the standard deviation with the least squared error.
         trials = [spread * m / top(self.bits) for m in (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 12.0)]
         sample = (x - shift).flatten()[:: max(1, x.numel() // 65536)]
         low, high = self.integers_range
@@ -209,13 +209,13 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def integers_range(self) -> tuple[int, int]:
-        """The smallest and largest integer."""
+        """(smallest, largest) integer."""
         if self.kind == "tensor":
             return -top(self.bits) - 1, top(self.bits)
         return (0, 2 * top(self.bits) + 1) if self.unsigned else (-top(self.bits), top(self.bits))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [R, J] -> the same, on the grid."""
+        """x [R, J] -> x rounded to the grid."""
         if self.bits == 16:
             return x
         if not self.started:
@@ -229,7 +229,7 @@ class ActivationQuantizer(nn.Module):
         groups = x.unflatten(-1, (-1, group))
         amax = groups.detach().abs().amax(-1, keepdim=True).float().clamp_min(TINY)
         clip = self.log_scale.exp()
-        share = amax.numel() ** -0.5  # every group adds to the gradient of one number
+        share = amax.numel() ** -0.5  # every group adds to the clip's gradient
         clip = clip * share + (clip - clip * share).detach()
         return fake_quantize(groups, clip * (amax / high), low, high).flatten(-2).to(x.dtype)
 
@@ -243,17 +243,17 @@ class QuantizedProduct(nn.Module):
         self.input_quantizer = ActivationQuantizer(kind, group, offset)
 
     def start(self, weight: Tensor, precision: Precision) -> None:
-        """Begins a stage: its bits, with ranges that fit the weights as they are."""
+        """Start a stage: set its bits and fit the ranges to the current weights."""
         if self.weight_quantizer.bits != precision.weights:
             self.weight_quantizer.start(weight, precision.weights)
         if self.input_quantizer.bits != precision.activations:
             self.input_quantizer.start(precision.activations)
 
     def resume(self, precision: Precision) -> None:
-        """Takes up a stage whose ranges are already there."""
+        """Resume a stage whose ranges are already loaded."""
         self.weight_quantizer.bits = precision.weights
         self.input_quantizer.bits, self.input_quantizer.started = precision.activations, True
 
     def forward(self, x: Tensor, w: Tensor, sizes: list[int], routing: Routing | None = None) -> Tensor:
-        """As `farthing.train.grouped.Product`."""
+        """See `farthing.train.grouped.Product`."""
         return plain_product(self.input_quantizer(x), self.weight_quantizer(w), sizes, routing)

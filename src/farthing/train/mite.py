@@ -1,4 +1,4 @@
-"""The recipe of the embedded model: what is trained, on what, for how long."""
+"""The training recipe of the embedded model: architecture, data, schedule."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MITE = ModelConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Every number of the run. Stages are (from this progress on, value)."""
+    """All hyperparameters of the run. Stages are (progress from which it applies, value)."""
 
     model: ModelConfig = MITE
     heldout_every: int = 25
@@ -73,7 +73,7 @@ class Recipe:
     precision: str = "bf16"  # or "fp8"
     fp8_scaling: Literal["current", "delayed"] = "current"
     fp8_gradients: Literal["e4m3", "e5m2"] = "e4m3"
-    fp8_margin: int = 3  # powers of two above the largest amax seen, delayed scaling
+    fp8_margin: int = 3  # powers of two above the largest recent amax, for delayed scaling
     eval_tokens: int = 30_000
 
     def __post_init__(self) -> None:
@@ -81,25 +81,25 @@ class Recipe:
             raise ValueError(f"precision is {self.precision!r}; expected 'bf16' or 'fp8'")
 
     def at(self, stages: tuple[tuple[float, Any], ...], progress: float) -> Any:
-        """The value of the last stage that has begun."""
+        """The value of the current stage."""
         return [value for start, value in stages if progress >= start][-1]
 
 
 class BalanceHook(BaseHook):
-    """Auxiliary-loss-free load balancing: one bias update a step, slower as the learning rate falls."""
+    """Auxiliary-loss-free load balancing: one bias update per step, scaled with the learning rate."""
 
     def __init__(self, speed: float) -> None:
         self.speed = speed
 
     def after_step(self, trainer: Trainer) -> None:
-        """Records the worst expert's load over the mean."""
+        """Update the biases and record the worst expert's load over the mean."""
         assert isinstance(trainer.model, DeepSeekLM)
         trainer.metrics["max_load"] = trainer.model.rebalance(self.speed * trainer.metrics["lr"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The split text with its tokenizer."""
+    """The training and held-out text with its tokenizer."""
 
     tokenizer: Tokenizer
     train: list[data.Document]
@@ -107,7 +107,7 @@ class Corpus:
 
 
 def prepare_corpus(recipe: Recipe, out: Path, root: Path | None, console: Console) -> Corpus:
-    """Finds and splits the sources and trains the tokenizer (or takes the one in `out`, when resuming)."""
+    """Find and split the sources, and train the tokenizer (or load the one in `out` when resuming)."""
     train, heldout = data.split(data.find_sources(root), recipe.heldout_every)
     path = out / "tokenizer.json"
     if path.is_file():
@@ -158,7 +158,7 @@ def build_trainer(
         return module.loss(tokens, *(recipe.at(stages, trainer.progress) for stages in mtp))
 
     def score(trainer: Trainer) -> dict[str, float]:
-        """On windows of the length that is being trained: longer ones would measure extrapolation."""
+        """Score on windows of the current training length: longer ones would measure extrapolation."""
         assert isinstance(trainer.model, DeepSeekLM)
         length = recipe.at(recipe.window_stages, trainer.progress)
         return evaluate(trainer.model, heldout, texts, length=length, max_tokens=recipe.eval_tokens)
@@ -182,7 +182,7 @@ def build_trainer(
 
 
 def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
-    """Scores every held-out file as stored (FP8), writes training.json, loss.png and the held-out sample."""
+    """Score the stored FP8 model on the held-out files; write training.json, loss.png and their sample."""
     from farthing.train.export import load_checkpoint
 
     out = trainer.config.out / "checkpoint"
@@ -212,7 +212,7 @@ def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
 
 
 def write_heldout(documents: list[data.Document], path: Path, limit: int = 250_000) -> None:
-    """Held-out files, spread over the sorted list, one {"path", "text"} a line, at most `limit` bytes."""
+    """Write a spread of the held-out files as {"path", "text"} lines, at most `limit` bytes."""
     small = [d for d in documents if len(d.text) <= 40_000]
     total = sum(len(d.text.encode()) for d in small)
     step = max(1, round(total / limit))
@@ -247,7 +247,7 @@ def plot(record: list[dict[str, float]], path: Path) -> None:
 
 
 def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
-    """NAME=VALUE overrides of the recipe's or its model's fields; VALUE is JSON."""
+    """Apply NAME=VALUE overrides to fields of the recipe or its model; VALUE is JSON."""
     own = {f.name for f in dataclasses.fields(Recipe)} - {"model", "schedule"}
     inner = set(to_json(recipe.model))
     timing = {f.name for f in dataclasses.fields(Schedule)}
@@ -256,7 +256,7 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
         try:
             value = json.loads(raw)
         except json.JSONDecodeError:
-            raise ValueError(f"--set {setting!r}: the value must be JSON, for example muon_lr=0.02") from None
+            raise ValueError(f"--set {setting!r}: expected a JSON value, for example muon_lr=0.02") from None
         value = tuple(tuple(v) for v in value) if isinstance(value, list) else value
         change: dict[str, Any] = {name: value}
         if name in own:
@@ -268,13 +268,13 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
             recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, **change))
         else:
             raise ValueError(
-                f"--set {setting!r}: unknown field; known: {', '.join(sorted(own | inner | timing))}"
+                f"--set {setting!r}: unknown field; expected one of {', '.join(sorted(own | inner | timing))}"
             )
     return recipe
 
 
 def tune_allocator() -> None:
-    """Keeps freed memory in the process (glibc): page faults on activations cost more than the arithmetic."""
+    """Keep freed memory in the process (glibc): page faults on activations cost more than the arithmetic."""
     import ctypes
 
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
@@ -282,7 +282,7 @@ def tune_allocator() -> None:
         libc = ctypes.CDLL("libc.so.6")
         for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 << 20)):
             libc.mallopt(option, value)
-    except (OSError, AttributeError):  # another C library: slower, not wrong
+    except (OSError, AttributeError):  # another C library: only slower
         return
 
 
@@ -299,7 +299,7 @@ def train_mite(
     precision: str = "bf16",
     eval_minutes: float = 6.0,
 ) -> dict[str, Any] | None:
-    """The whole command. Returns the summary, or None when it was interrupted (state is saved)."""
+    """Train the embedded model. Returns the summary, or None if interrupted (state is saved)."""
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {device!r}: expected auto, cpu or cuda")
     if device == "auto":
@@ -308,7 +308,7 @@ def train_mite(
     tune_allocator()
     torch.set_num_threads(threads)
     if (out / "state.pt").exists() and not resume:
-        raise ValueError(f"{out} holds a run already; give --resume to continue it or another --out")
+        raise ValueError(f"{out} already has a run; use --resume to continue it or choose another --out")
     recipe = apply_settings(Recipe(precision=precision), settings)
     config = LoopConfig(
         out, minutes, tokens, schedule=recipe.schedule, eval_minutes=eval_minutes, threads=threads,

@@ -1,9 +1,9 @@
-"""How much of a model's feed-forwards its predictions need: a measure that noise does not pass.
+"""The share of a model's feed-forward parameters that its predictions need.
 
-The neurons of every MLP are ordered by the energy they add (`activity.py`) and cut into slices; of routed
-experts a slice takes neurons of every expert. The need of a slice is what the loss on text rises by when its
-neurons are silent, per share of the model's MLP parameters it holds. Where a neuron fires says nothing about
-this: random weights are evenly active, but silencing any of them leaves a random prediction as bad as it was.
+The neurons of every MLP are ordered by energy (`activity.py`) and cut into slices; a slice of routed experts
+takes neurons of every expert. The need of a slice is the rise of the loss on text when its neurons are
+silenced, divided by its share of the model's MLP parameters. How often a neuron fires says nothing about
+this: random weights are evenly active, but silencing any of them leaves a random prediction equally bad.
 
 Shapes: B windows of T tokens; E experts (1 outside the routed ones), I neurons.
 """
@@ -22,8 +22,8 @@ from farthing.train.activity import measure, mlps
 from farthing.train.model import MLP, DeepSeekLM, MoE
 
 SLICES = 8  # of every MLP
-LEAST = 16  # neurons of a slice
-TYPICAL = 0.7  # share of the unpruned model's MLP parameters whose need reaches the threshold
+LEAST = 16  # minimum neurons per slice
+TYPICAL = 0.7  # share of the unpruned model's MLP parameters whose need is above the threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Slice:
 
     name: str
     parameters: int
-    rise: float  # nats per token that the loss rises by without them
+    rise: float  # rise of the loss without them, nats per token
     need: float  # rise / (share of the model's MLP parameters)
 
 
 @torch.no_grad()
 def needs(model: DeepSeekLM, tokens: Tensor) -> list[Slice]:
-    """Every slice of the model on tokens [B, T + 1]. MTP layers, which only draft, are left out."""
+    """Measure every slice of the model on tokens [B, T + 1], except the MTP layers, which only draft."""
     tokens = tokens.to(model.embed_tokens.device)
     training = model.training
     model.eval()
@@ -48,7 +48,7 @@ def needs(model: DeepSeekLM, tokens: Tensor) -> list[Slice]:
     base = _loss(model, tokens)
     found = []
     for name, module in modules:
-        order = activities[name].energy.argsort(dim=1)  # [E, I], the least first
+        order = activities[name].energy.argsort(dim=1)  # [E, I], least first
         for part in order.split(max(LEAST, -(-order.shape[1] // SLICES)), dim=1):
             with _silent(module, part):
                 rise = _loss(model, tokens) - base
@@ -59,7 +59,7 @@ def needs(model: DeepSeekLM, tokens: Tensor) -> list[Slice]:
 
 
 def threshold(slices: Sequence[Slice], share: float = TYPICAL) -> float:
-    """The need that at most `share` of the parameters of `slices` reach: chosen on the unpruned model."""
+    """The need reached by at most `share` of the parameters in `slices`; chosen on the unpruned model."""
     total, above = sum(s.parameters for s in slices), 0
     ordered = sorted(slices, key=lambda s: -s.need)
     for s in ordered:
@@ -86,7 +86,7 @@ def _parameters(module: MLP | MoE, neurons: int) -> int:
 
 @contextmanager
 def _silent(module: MLP | MoE, neurons: Tensor) -> Iterator[None]:
-    """While it lasts, neurons [E, n] add nothing."""
+    """Inside the context, neurons [E, n] contribute nothing."""
     down = _down(module)
     index = neurons.to(down.device)[:, None].expand(-1, down.shape[1], -1)
     kept = down.gather(2, index).clone()
@@ -98,7 +98,7 @@ def _silent(module: MLP | MoE, neurons: Tensor) -> Iterator[None]:
 
 
 def _loss(model: DeepSeekLM, tokens: Tensor) -> float:
-    """Nats per token of the next token, float64 mean over windows."""
+    """Next-token loss in nats per token, float64 mean over windows."""
     total = 0.0
     for row in tokens.split(2):
         logits = model.logits(model(row[:, :-1])).float()
@@ -108,7 +108,7 @@ def _loss(model: DeepSeekLM, tokens: Tensor) -> float:
 
 @torch.no_grad()
 def random_twin(model: DeepSeekLM, seed: int = 0) -> DeepSeekLM:
-    """The null: a model of the same sizes whose matrices are noise of unit gain."""
+    """A null model of the same sizes whose matrices are noise of unit gain."""
     twin = DeepSeekLM(model.cfg).to(model.embed_tokens.device)
     generator = torch.Generator().manual_seed(seed)
     for p in twin.parameters():

@@ -14,9 +14,9 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 @torch.no_grad()
 def orthogonalize(m: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The nearest semi-orthogonal matrix of each [rows, cols] in m [..., rows, cols], roughly.
+    """Approximately the nearest semi-orthogonal matrix of each [rows, cols] in m [..., rows, cols].
 
-    Newton-Schulz iteration: singular values end between about 0.7 and 1.2, which is all Muon needs.
+    Newton-Schulz iteration leaves singular values between about 0.7 and 1.2, which is enough for Muon.
     """
     a, b, c = QUINTIC
     x = m.to(dtype)
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if p.ndim < 2:
                 raise ValueError(
-                    f"Muon takes matrices; got a parameter of shape {tuple(p.shape)}: give it to AdamW"
+                    f"params: got shape {tuple(p.shape)}; expected matrices (use AdamW for others)"
                 )
         super().__init__(
             params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps}
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(part.reshape(p.shape).to(p.dtype), alpha=-scale)
 
     def _momentum(self, p: Tensor, beta: float) -> Tensor:
-        """Nesterov momentum of the gradient, in float32."""
+        """Nesterov momentum of the gradient, float32."""
         assert p.grad is not None
         state = self.state[p]
         if "momentum" not in state:
@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices for Muon, the rest for AdamW): embeddings, heads, routers and vectors go to AdamW."""
+    """(parameters for Muon, parameters for AdamW): AdamW gets embeddings, heads, routers and vectors."""
     muon: list[nn.Parameter] = []
     adam: list[nn.Parameter] = []
     for name, p in model.named_parameters():

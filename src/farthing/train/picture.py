@@ -1,4 +1,4 @@
-"""Pictures of runs: what changed over the tokens."""
+"""Plots of training runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def draw(
     right_label: str = "",
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Lines over million tokens; `right` has an axis of its own, `levels` are horizontal."""
+    """Plot lines over millions of tokens; `right` uses a second axis, `levels` are horizontal lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,7 +45,7 @@ def draw(
 def draw_tradeoff(
     path: Path, latency: Mapping[str, Mapping[str, float]], lost: Mapping[str, tuple[float, float, float]]
 ) -> None:
-    """A panel for each kind of latency {axis: {label: value}}; up is perplexity lost (share, low, high)."""
+    """One panel per latency {axis: {label: value}}, against perplexity lost (share, low, high)."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,10 @@
-"""Progressive pruning: neurons and whole experts leave one by one while the model trains.
+"""Progressive pruning: neurons and whole experts are removed gradually while the model trains.
 
-The share of MLP parameters that is gone follows a cubic schedule. At every event contributions are measured
-(`activity.py`) on fresh text, and what is worth least per parameter goes, in any layer: sixteen neurons of
-every expert of a layer, sixteen neurons of a shared expert or dense MLP, or one expert of every group of a
-layer. Parameters and optimizer state are really cut, so that training gets faster too. While the model
-predicts the text worse than its teacher by more than a bound, nothing goes and the schedule waits.
+The share of MLP parameters removed follows a cubic schedule. At every event, contributions are measured
+(`activity.py`) on fresh text and the units of the least energy per parameter are removed, in any layer:
+sixteen neurons of every expert of a layer, sixteen neurons of a shared expert or dense MLP, or one expert of
+every router group of a layer. Parameters and optimizer state shrink, so training gets faster too. While the
+model's perplexity exceeds its teacher's by more than a bound, nothing is removed and the schedule waits.
 
 Shapes: E experts, I neurons, D hidden, G router groups.
 """
@@ -29,20 +29,20 @@ from farthing.train.model import MLP, DeepSeekLM, Linear, MoE
 
 @dataclasses.dataclass(frozen=True)
 class PruneConfig:
-    """What goes, when, and what stops it."""
+    """How much is removed, when, and what pauses it."""
 
-    target: float = 0.28  # share of the MLP parameters
-    begin: float = 0.02  # progress at which the schedule begins …
-    end: float = 0.6  # … and is through; then the model recovers
+    target: float = 0.28  # share of the MLP parameters to remove
+    begin: float = 0.02  # progress at which the schedule begins
+    end: float = 0.6  # progress at which it ends; then the model recovers
     every: int = 6  # steps between events
-    multiple: int = 16  # neurons go in such numbers, which kernels like
+    multiple: int = 16  # neurons are removed in multiples of this, to keep kernels fast
     tau: float = 0.3
-    bound: float = 0.03  # relative rise of perplexity over the teacher's from which nothing goes
-    # Tokens of a dropped expert go to the next best one, so less is lost than the expert was worth.
+    bound: float = 0.03  # pause above this relative increase of perplexity over the teacher's
+    # Tokens of a removed expert go to the next best one, so less is lost than the expert's energy.
     expert_share: float = 0.3
     calibration_windows: int = 16
     lr: float = 3e-4
-    hard: float = 0.5  # share of the loss that is the text itself, the rest is the teacher
+    hard: float = 0.5  # weight of the text's cross entropy in the loss; the rest is distillation
     mtp_weight: float = 0.3
     mtp_share: float = 0.25
 
@@ -59,17 +59,17 @@ class PruneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """One removal: which neurons [E, I'] or experts [E'] of a module stay, ascending."""
+    """One removal: the neurons [E, I'] or experts [E'] of a module to keep, ascending."""
 
     name: str
     kind: Literal["neurons", "experts"]
     keep: Tensor
-    cost: float  # share of the layer's MLP energy that goes
+    cost: float  # share of the layer's MLP energy removed
     parameters: int
 
 
 def mlp_parameters(model: DeepSeekLM) -> int:
-    """Parameters of all gate, up and down projections; no router."""
+    """Parameters of all gate, up and down projections, without routers."""
     total = 0
     for _, module in mlps(model):
         if isinstance(module, MoE):
@@ -80,7 +80,7 @@ def mlp_parameters(model: DeepSeekLM) -> int:
 
 
 def candidates(model: DeepSeekLM, activities: dict[str, Activity], config: PruneConfig) -> Iterator[Cut]:
-    """Every removal that is possible now."""
+    """Every possible removal."""
     layer_energy = _layer_energy(activities)
     for name, module in mlps(model):
         activity = activities[name]
@@ -100,7 +100,7 @@ def candidates(model: DeepSeekLM, activities: dict[str, Activity], config: Prune
 
 
 def _experts_to_keep(module: MoE, activity: Activity) -> Tensor | None:
-    """All but the least worth of each group, if routing still works then."""
+    """All but the lowest-energy expert of each group, or None if routing would need more."""
     cfg, experts = module.gate.cfg, len(module.down)
     left = experts // cfg.n_group - 1
     if left < min(2, experts) or left * cfg.topk_group < cfg.num_experts_per_tok:
@@ -126,7 +126,7 @@ def _hidden(module: MLP | MoE) -> int:
 
 
 def apply_cut(model: DeepSeekLM, cut: Cut, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Cuts the parameters, what the optimizers know of them, and the model's config."""
+    """Shrink the parameters, their optimizer state and the model's config."""
     module = model.get_submodule(cut.name)
     keep = cut.keep
     if isinstance(module, MLP):
@@ -160,7 +160,7 @@ def _cut(p: Tensor, f: Callable[[Tensor], Tensor], optimizers: list[torch.optim.
 
 
 def sizes_of(model: DeepSeekLM) -> tuple[LayerSizes, ...]:
-    """The sizes of every layer as they are now, the MTP layer last."""
+    """The current sizes of every layer, MTP layer last."""
     blocks = [*model.layers, *([model.mtp.block] if model.mtp is not None else [])]
     found = []
     for block in blocks:
@@ -183,18 +183,18 @@ def sizes_of(model: DeepSeekLM) -> tuple[LayerSizes, ...]:
 
 
 class PruneHook(BaseHook):
-    """Follows the schedule, measures, cuts, and waits when the loss has risen."""
+    """Follows the schedule: measures, removes, and waits while the loss is too high."""
 
     def __init__(self, config: PruneConfig, text: Text, settings: Settings, start: int, console: Console):
         self.config, self.text, self.settings, self.console = config, text, settings, console
-        self.start = start  # MLP parameters at the beginning
-        self.rise = 0.0  # smoothed, nats a token
-        self.waited = 0.0  # progress by which the schedule is late
+        self.start = start  # MLP parameters at the start
+        self.rise = 0.0  # smoothed, nats per token
+        self.waited = 0.0  # progress by which the schedule lags
         self.last = 0.0  # progress at the last event
         self.events: list[dict[str, Any]] = []
 
     def before_step(self, trainer: Trainer) -> None:
-        """Cuts when an event is due."""
+        """Prune if an event is due."""
         if trainer.step % self.config.every or trainer.progress < self.config.begin:
             return
         model = model_of(trainer.model)
@@ -226,12 +226,12 @@ class PruneHook(BaseHook):
             self._note(trainer, what | {"removed": round(self.removed(model), 4), "busy": round(busy, 4)})
 
     def after_step(self, trainer: Trainer) -> None:
-        """Watches the loss."""
+        """Update the smoothed rise of the loss."""
         self.rise = 0.9 * self.rise + 0.1 * trainer.metrics["rise"]
         trainer.metrics["removed"] = self.removed(model_of(trainer.model))
 
     def removed(self, model: DeepSeekLM) -> float:
-        """Share of the MLP parameters that is gone."""
+        """Share of the MLP parameters removed."""
         return 1 - mlp_parameters(model) / self.start
 
     def _wanted(self, progress: float) -> float:
@@ -245,14 +245,14 @@ class PruneHook(BaseHook):
         self.console.print(" ".join(f"{k}={v}" for k, v in row.items()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's place; sizes are needed before the model can be filled."""
+        """The schedule's position, and the sizes needed to build the model before loading it."""
         return {
             "rise": self.rise, "waited": self.waited, "last": self.last, "events": self.events,
             "start": self.start,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on there."""
+        """Restore the position."""
         for name in ("rise", "waited", "last", "events", "start"):
             setattr(self, name, state[name])
 

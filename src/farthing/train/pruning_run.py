@@ -1,4 +1,4 @@
-"""`farthing train prune`: a trained checkpoint in, a smaller one out."""
+"""`farthing train prune`: shrink a trained checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from farthing.train.need import needed_share, needs, random_twin, threshold
 from farthing.train.picture import draw
 from farthing.train.pruning import PruneConfig, PruneHook, mlp_parameters, model_of
 
-NEED_WINDOWS = 6  # of held-out text, on which every slice is silenced in turn
+NEED_WINDOWS = 6  # of held-out text on which the need of every slice is measured
 
 
 def build(
@@ -62,10 +62,10 @@ def build(
 
 
 def _with_sizes_of(settings: Settings, model: DeepSeekLM) -> DeepSeekLM:
-    """A model of the sizes that an interrupted run had reached."""
+    """A model with the sizes that the interrupted run had reached."""
     file = settings.out / "state.pt"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: there is no run to resume in this folder")
+        raise FileNotFoundError(f"{file} does not exist: no run to resume in this directory")
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
     sizes = []
     for i in range(model.cfg.num_hidden_layers + model.cfg.num_nextn_predict_layers):
@@ -82,9 +82,9 @@ def _with_sizes_of(settings: Settings, model: DeepSeekLM) -> DeepSeekLM:
 def train_prune(
     settings: Settings, config: PruneConfig, resume: bool = False, console: Console | None = None
 ) -> dict[str, Any] | None:
-    """The whole run: writes OUT/checkpoint, OUT/prune.json and OUT/prune.png.
+    """Prune a checkpoint: write OUT/checkpoint, OUT/prune.json and OUT/prune.png.
 
-    Returns the summary, or None when it was interrupted (state is saved).
+    Returns the summary, or None if interrupted (state is saved).
     """
     console = console or Console(stderr=True)
     trainer, text, teacher = build(settings, config, console, resume)
@@ -96,7 +96,7 @@ def train_prune(
     assert isinstance(hook, PruneHook)
     removed = hook.removed(model)
     if removed < config.target:
-        console.print(f"removed {removed:.1%} of the target {config.target:.1%}: the loss allowed no more")
+        console.print(f"removed {removed:.1%} (target {config.target:.1%}): paused by the loss bound")
     before = perplexity(teacher, text.heldout, settings.window, settings.eval_tokens)
     after = perplexity(model, text.heldout, settings.window, settings.eval_tokens)
     out = settings.out / "checkpoint"
@@ -119,7 +119,7 @@ def train_prune(
     steps = [(0.0, 0.0), *((e["tokens"], e["removed"]) for e in hook.events), (trainer.tokens, removed)]
     draw(
         settings.out / "prune.png", {"held-out": curve(trainer, "perplexity")}, "perplexity",
-        {"removed": steps}, "share of MLP parameters gone", {"unpruned": summary["perplexity"]["before"]},
+        {"removed": steps}, "share of MLP parameters removed", {"unpruned": summary["perplexity"]["before"]},
     )  # fmt: skip
     return summary
 
@@ -127,7 +127,7 @@ def train_prune(
 def _activity(
     teacher: DeepSeekLM, model: DeepSeekLM, text: Text, settings: Settings, config: PruneConfig
 ) -> dict[str, Any]:
-    """How busy and how needed the neurons are on held-out text: before, after, and of random weights."""
+    """Activity and need of the neurons on held-out text: before, after, and with random weights."""
     ids = [d for d in text.heldout if len(d) > settings.window][:NEED_WINDOWS]
     rows = [torch.from_numpy(d[: settings.window + 1].astype("int64")) for d in ids]
     tokens = torch.stack(rows).to(settings.device)

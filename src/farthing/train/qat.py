@@ -1,9 +1,9 @@
 """Quantization-aware training of a trained checkpoint: W8A8, then W4A8, then W4A4.
 
 Inputs are smoothed first (`smoothing.py`), which changes no output. Every projection gets learned weight
-scales and rounded inputs (`lsq.py`). Each change of bits begins block by block: a layer learns to give the
-float layer's outputs from the quantized layers' inputs (as BRECQ, Li et al. 2021). Then everything learns end
-to end from the float model's next-token distributions.
+scales and rounded inputs (`lsq.py`). Each change of bits starts block by block: each layer learns to
+reproduce the float layer's outputs from the quantized layers' inputs (as BRECQ, Li et al. 2021). Then all
+layers train end to end on the float model's next-token distributions.
 
 Shapes: B windows, T positions, D hidden.
 """
@@ -30,40 +30,40 @@ from farthing.train.smoothing import smooth
 
 log = logging.getLogger(__name__)
 
-SMOOTHING_WINDOWS = 16  # of text that inputs are measured on
+SMOOTHING_WINDOWS = 16  # of text to measure inputs on
 
 
 @dataclasses.dataclass(frozen=True)
 class QatConfig:
-    """Stages are (from this progress on, bits)."""
+    """Stages are (progress from which they apply, bits)."""
 
     stages: tuple[tuple[float, Precision], ...] = (
         (0.0, Precision(8, 8)),
         (0.06, Precision(4, 8)),
         (0.25, Precision(4, 4)),
     )
-    group: int = 64  # columns that share a weight scale, and an input range where ranges are per group
+    group: int = 64  # columns per weight scale, and per input range if inputs is "group"
     inputs: Kind = "group"
-    smoothing: float = 0.5  # of inputs, before anything is rounded: 0 is off
+    smoothing: float = 0.5  # of inputs, before rounding; 0 is off
     weight_lr: float = 4e-4
     norm_lr: float = 1e-3
     scale_lr: float = 3e-3
-    block_steps: int = 8  # of each layer at each change of bits
+    block_steps: int = 8  # per layer at each change of bits
     block_windows: int = 16
-    block_tokens: int = 2048  # of a step
-    hard: float = 0.0  # share of the loss that is the text itself, the rest is the teacher
+    block_tokens: int = 2048  # per step
+    hard: float = 0.0  # weight of the text's cross entropy in the loss; the rest is distillation
     mtp_weight: float = 0.3
     mtp_share: float = 0.25
 
     def __post_init__(self) -> None:
         if not self.stages or self.stages[0][0] != 0.0:
-            raise ValueError(f"stages is {self.stages}; expected the first to begin at 0.0")
+            raise ValueError(f"stages is {self.stages}; expected the first to start at 0.0")
         for name in ("hard", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
 
     def stage(self, progress: float) -> int:
-        """Index of the last stage that has begun."""
+        """Index of the current stage."""
         return max(i for i, (start, _) in enumerate(self.stages) if progress >= start)
 
 
@@ -79,7 +79,7 @@ def parse_stages(text: str) -> tuple[tuple[float, Precision], ...]:
 
 
 class QatModel(nn.Module):
-    """The student with its quantizers, so that one state dict holds both."""
+    """The student and its quantizers in one state dict."""
 
     def __init__(self, net: DeepSeekLM, config: QatConfig) -> None:
         super().__init__()
@@ -94,14 +94,14 @@ class QatModel(nn.Module):
                 module.product = self._add(name, module.weight[None]).forward
 
     def _add(self, name: str, weight: Tensor) -> QuantizedProduct:
-        # What a SiLU left behind (the inputs of down projections) is one-sided: LSQ+ gives it an offset.
+        # Inputs of down projections are one-sided after SiLU: LSQ+ gives them an offset.
         offset = name.endswith(("down", "down_proj"))
         made = QuantizedProduct(weight, self.config.group, self.config.inputs, offset)
         self.products[name.replace(".", "/")] = made
         return made
 
     def weights(self) -> dict[str, Tensor]:
-        """[B, R, J] of every product, by its name."""
+        """Weights [B, R, J] of every product, by name."""
         found: dict[str, Tensor] = {}
         for name, module in self.net.projections():
             if isinstance(module, MoE):
@@ -111,32 +111,32 @@ class QatModel(nn.Module):
         return found
 
     def product_of(self, name: str) -> QuantizedProduct:
-        """The quantized product of that name."""
+        """The quantized product with that name."""
         found = self.products[name.replace(".", "/")]
         assert isinstance(found, QuantizedProduct)
         return found
 
     def start(self, precision: Precision, prefix: str = "") -> None:
-        """Begins a stage for every product under `prefix`."""
+        """Start a stage for every product under `prefix`."""
         for name, weight in self.weights().items():
             if name.startswith(prefix):
                 self.product_of(name).start(weight.detach(), _bits_of(name, precision))
 
     def resume(self, precision: Precision) -> None:
-        """Takes up a stage whose ranges were loaded."""
+        """Resume a stage whose ranges were loaded."""
         for name in self.weights():
             self.product_of(name).resume(_bits_of(name, precision))
 
 
 def _bits_of(name: str, precision: Precision) -> Precision:
-    """The up-projection of the latent reads the cache, which never holds 4-bit numbers: its input keeps 8."""
+    """The input of the latent's up-projection keeps 8 bits: it is the cache, which is never 4-bit."""
     if name.endswith("kv_b_proj"):
         return Precision(precision.weights, max(8, precision.activations))
     return precision
 
 
 def learn_blocks(student: QatModel, teacher: DeepSeekLM, tokens: Tensor, precision: Precision) -> list[float]:
-    """Layer by layer, for tokens [B, T]: lower the bits, then learn the float layer's output.
+    """Layer by layer, on tokens [B, T]: lower the bits, then learn the float layer's output.
 
     Returns each layer's relative squared error after learning.
     """
@@ -175,14 +175,14 @@ def learn_blocks(student: QatModel, teacher: DeepSeekLM, tokens: Tensor, precisi
 
 
 class StageHook(BaseHook):
-    """Lowers the bits when a stage begins: block by block first, then for all."""
+    """Lowers the bits when a stage begins and learns block by block before training continues."""
 
     def __init__(self, teacher: DeepSeekLM, text: Text, settings: Settings, console: Console) -> None:
         self.teacher, self.text, self.settings, self.console = teacher, text, settings, console
         self.stage, self.loaded = -1, False
 
     def before_step(self, trainer: Trainer) -> None:
-        """Begins the stage that progress asks for, if it has not begun."""
+        """Start the stage for the current progress, if not yet started."""
         student = trainer.model
         assert isinstance(student, QatModel)
         wanted = student.config.stage(trainer.progress)
@@ -202,18 +202,18 @@ class StageHook(BaseHook):
             student.start(precision)
 
     def after_step(self, trainer: Trainer) -> None:
-        """Records the bits."""
+        """Record the bits."""
         assert isinstance(trainer.model, QatModel)
         precision = trainer.model.config.stages[self.stage][1]
         trainer.metrics["weight_bits"] = precision.weights
         trainer.metrics["activation_bits"] = precision.activations
 
     def state_dict(self) -> dict[str, Any]:
-        """The stage; bits follow from it, ranges are in the model's state."""
+        """The stage. It determines the bits; ranges are in the model's state."""
         return {"stage": self.stage}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the stage without learning its blocks again."""
+        """Resume the stage without learning its blocks again."""
         self.stage, self.loaded = state["stage"], True
 
 

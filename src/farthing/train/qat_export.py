@@ -1,8 +1,8 @@
-"""From a quantization-aware training run to a compressed-tensors checkpoint that the engine serves.
+"""Export a quantization-aware training run to a compressed-tensors checkpoint that the engine serves.
 
-Weights are written as the integers the training rounded to. Below 8 bits the inputs' rounding is written too
-(`input_activations` of 4 bits in the weights' groups, and each module's `input_clip`), and the CPU kernels
-follow it: 4-bit integers in int8 registers. Other servers that read the checkpoint round as they do.
+Weights are written as the integers that training rounded to. Below 8 bits the rounding of inputs is written
+too (`input_activations` of 4 bits in the weights' groups, and each module's `input_clip`), and the CPU
+kernels apply it: 4-bit integers in int8 registers. Other servers apply their own rounding.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from farthing.train.export import config_json, pack, to_tensors
 from farthing.train.lsq import QuantizedProduct
 from farthing.train.qat import QatModel
 
-# Projections that read the same tensor are one matrix when served: their inputs are rounded once.
+# Projections that read the same tensor are served as one matrix, so their input is rounded once.
 SIBLINGS = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
 
 
 @torch.no_grad()
 def tie_inputs(student: QatModel) -> None:
-    """Gives projections that read the same tensor the same clip, the geometric mean of what each learned."""
+    """Set one clip for projections that read the same tensor: the geometric mean of the learned ones."""
     for name in student.weights():
         parent, _, last = name.rpartition(".")
         for first, second in SIBLINGS:
@@ -39,9 +39,9 @@ def tie_inputs(student: QatModel) -> None:
 
 
 def save_quantized(student: QatModel, source: Path, out: Path) -> int:
-    """Writes the student as it stands, in 4-bit weights; returns the bytes of the weight files.
+    """Write the student with 4-bit weights; returns the size of the weight files in bytes.
 
-    Raises ValueError where a product is not at 4-bit weights with group ranges, which is what kernels have.
+    Raises ValueError if a product does not have 4-bit weights and group ranges: the kernels support no other.
     """
     tie_inputs(student)
     tensors = pack(to_tensors(student.net), fp8=False)
@@ -69,11 +69,11 @@ def save_quantized(student: QatModel, source: Path, out: Path) -> int:
 def _matrices(
     student: QatModel, name: str, weight: Tensor, product: QuantizedProduct
 ) -> list[tuple[str, Weight, float | None]]:
-    """(module in the checkpoint, its matrix, clip of its input or None) for one product."""
+    """(checkpoint module, its matrix, clip of its input or None) for one product."""
     inputs = product.input_quantizer
     if product.weight_quantizer.bits != 4 or inputs.kind != "group" or inputs.bits == 16:
         raise ValueError(
-            f"{name} is at {product.weight_quantizer.bits}-bit weights and {inputs.bits}-bit inputs by "
+            f"{name}: got {product.weight_quantizer.bits}-bit weights and {inputs.bits}-bit inputs by "
             f"{inputs.kind}; expected 4-bit weights and 4- or 8-bit inputs by group"
         )
     clip = float(inputs.log_scale.detach().exp()) if inputs.bits == 4 else None
@@ -96,7 +96,7 @@ def _matrices(
 
 
 def module_name(name: str, hidden_layers: int) -> str:
-    """The training model's name of a projection -> the checkpoint's module."""
+    """Map the training model's name of a projection to the checkpoint's module."""
     if name.startswith("mtp."):
         return f"model.layers.{hidden_layers}." + name.removeprefix("mtp.").removeprefix("block.")
     return f"model.{name}"

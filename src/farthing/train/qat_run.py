@@ -16,7 +16,7 @@ from farthing.train.qat_export import save_quantized
 
 
 def _untrained(net: DeepSeekLM, config: QatConfig, precision: Precision) -> DeepSeekLM:
-    """The net with rounded products and ranges of least squared error."""
+    """The net with rounded products and least-squares ranges."""
     rounded = QatModel(net, config)
     rounded.start(precision)
     return rounded.net
@@ -25,9 +25,9 @@ def _untrained(net: DeepSeekLM, config: QatConfig, precision: Precision) -> Deep
 def train_qat(
     settings: Settings, config: QatConfig, resume: bool = False, console: Console | None = None
 ) -> dict[str, Any] | None:
-    """The whole run: writes OUT/checkpoint, OUT/qat.json and OUT/qat.png.
+    """Train a quantized checkpoint: write OUT/checkpoint, OUT/qat.json and OUT/qat.png.
 
-    Returns the summary, or None when it was interrupted (state is saved).
+    Returns the summary, or None if interrupted (state is saved).
     """
     from farthing.train.picture import draw
 

@@ -1,9 +1,9 @@
-"""Smoothing before 4-bit activations: what differs between the channels of an input moves into the weights.
+"""Smoothing before 4-bit activations: moves the scale differences between input channels into the weights.
 
-A group of inputs shares one range, so its largest channel decides how coarsely the others are rounded.
-Dividing channel j by s_j = rms_j ** strength and multiplying column j of the weights by it changes no output
-(as SmoothQuant, Xiao et al. 2023), and the division costs nothing: it goes into the norm in front, or into
-the rows of the up projection for the inputs of a down projection.
+A group of inputs shares one range, so its largest channel determines how coarsely the others are rounded.
+Dividing channel j by s_j = rms_j ** strength and multiplying column j of the weights by s_j changes no output
+(as SmoothQuant, Xiao et al. 2023). The division is free: it is folded into the preceding norm or, for the
+inputs of a down projection, into the rows of the up projection.
 
 Shapes: D channels, E experts, I neurons.
 """
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from farthing.train.activity import Activity, measure, mlps
 from farthing.train.model import MLP, Block, DeepSeekLM, MoE, RMSNorm
 
-LEAST = 0.05  # of the median: a channel that is nearly off is not blown up beyond this
+LEAST = 0.05  # of the median: floor, so that a nearly silent channel is not amplified further
 
 
 @torch.no_grad()
 def smooth(net: DeepSeekLM, tokens: Tensor, strength: float = 0.5) -> None:
-    """Folds the smoothing of every 4-bit input into `net`, by what it is on tokens [B, T + 1].
+    """Fold the smoothing of every 4-bit input into `net`, from statistics on tokens [B, T + 1].
 
     The net computes the same function afterwards. The latent's up-projection is left alone: its input keeps 8
     bits. Raises ValueError for a strength outside [0, 1].
@@ -58,7 +58,7 @@ def _sum_squares(seen: dict[RMSNorm, Tensor]) -> Callable[[nn.Module, tuple[Tens
 
 
 def _scales(rms: Tensor, strength: float) -> Tensor:
-    """s [..., D] with geometric mean 1 from something proportional to the rms [..., D]."""
+    """s [..., D] with geometric mean 1, from values proportional to the rms [..., D]."""
     floor = rms.median(-1, keepdim=True).values * LEAST
     s = torch.where(floor > 0, rms.maximum(floor), torch.ones_like(rms)) ** strength
     scales: Tensor = s / s.log().mean(-1, keepdim=True).exp()
@@ -66,7 +66,7 @@ def _scales(rms: Tensor, strength: float) -> Tensor:
 
 
 def _norms(net: DeepSeekLM) -> Iterator[tuple[RMSNorm, Sequence[Tensor]]]:
-    """(norm, the [..., D] weights whose columns read its output and nothing else)."""
+    """(norm, the weights [..., D] that read only its output)."""
     blocks: list[Block] = [*net.layers, *([net.mtp.block] if net.mtp is not None else [])]  # type: ignore[list-item]
     for block in blocks:
         attention, mlp = block.self_attn, block.mlp
@@ -85,7 +85,7 @@ def _norms(net: DeepSeekLM) -> Iterator[tuple[RMSNorm, Sequence[Tensor]]]:
 
 
 def _fold_neurons(mlp: MLP | MoE, activity: Activity, strength: float) -> None:
-    """Energies are of |h_j| ||W_down[:, j]||: without that length, a neuron's own size is left, [E, I]."""
+    """Fold by the rms of neuron j: energies are of |h_j| ||W_down[:, j]||, so divide by the column norm."""
     if isinstance(mlp, MoE):
         size = activity.energy.sqrt() / mlp.down.norm(dim=1).clamp_min(1e-12)
         s = _scales(size, strength)

@@ -1,4 +1,4 @@
-"""The external-metrics API over real TLS: what an HPA is told, and who is refused."""
+"""The external-metrics API over real TLS: answers to an HPA, and rejected clients."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def serving(tmp_path: Path) -> AsyncIterator[tuple[int, LastDecision, Aggr
 
 
 @pytest.mark.anyio
-async def test_hpa_gets_every_figure(tmp_path: Path) -> None:
+async def test_hpa_gets_every_metric(tmp_path: Path) -> None:
     async with serving(tmp_path) as (port, last_decision, aggregator, api):
         last_decision.post(decision(7, backlog=12.0, ttft_s=0.2345))
         status, listed = await aggregator.get(port, ROOT)
@@ -87,7 +87,7 @@ async def test_only_the_front_proxy_is_accepted(tmp_path: Path) -> None:
         (tmp_path / "rogue").mkdir()
         rogue_ca = issue(tmp_path / "rogue", "front-proxy-ca")
         rogue = issue(tmp_path / "rogue", "front-proxy-client", rogue_ca)
-        with pytest.raises(aiohttp.ClientError):  # refused within the handshake
+        with pytest.raises(aiohttp.ClientError):  # rejected in the handshake
             await aggregator.get(port, PATH, pair=rogue)
         assert api.reviews == []
         for probe in ("/livez", "/readyz", "/healthz"):
@@ -106,7 +106,7 @@ async def test_access_review_decides_and_its_failure_is_an_error(tmp_path: Path)
 
 
 @pytest.mark.anyio
-async def test_no_decision_an_old_one_and_a_missing_signal_are_errors_not_zeros(tmp_path: Path) -> None:
+async def test_missing_or_outdated_decisions_and_signals_are_errors_not_zeros(tmp_path: Path) -> None:
     async with serving(tmp_path) as (port, last_decision, aggregator, _):
         assert (await aggregator.get(port, PATH))[0] == 503
         last_decision.post(decision())
@@ -117,7 +117,7 @@ async def test_no_decision_an_old_one_and_a_missing_signal_are_errors_not_zeros(
 
 
 @pytest.mark.anyio
-async def test_namespaces_and_selectors_narrow_the_items(tmp_path: Path) -> None:
+async def test_namespaces_and_selectors_filter_the_items(tmp_path: Path) -> None:
     async with serving(tmp_path) as (port, last_decision, aggregator, _):
         last_decision.post(decision())
         for path, count in (
@@ -160,6 +160,6 @@ def test_front_proxy_configuration_errors_name_the_key() -> None:
         FrontProxy.from_config_map({"requestheader-client-ca-file": "x"})
 
 
-def test_selector_that_is_not_understood_is_an_error() -> None:
-    with pytest.raises(ValueError, match="not understood"):
+def test_invalid_selector_is_an_error() -> None:
+    with pytest.raises(ValueError, match="invalid label selector"):
         matches("model is a", {"model": "a"})

@@ -1,4 +1,4 @@
-"""The KEDA scaler over gRPC: the published protocol, and what each call answers."""
+"""The KEDA scaler over gRPC: the published protocol, and the answer to each call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def protocol() -> Any:
 
 
 def test_protocol_is_the_published_one(tmp_path: Path) -> None:
-    """protoc describes the shipped file and KEDA's as the same messages and calls."""
+    """The packaged file and KEDA's define the same messages and calls."""
     described = []
     for index, path in enumerate((PROTO, Path(keda.__file__).parent / "externalscaler.proto")):
         out = tmp_path / f"{index}.pb"
@@ -59,7 +59,7 @@ def reference(messages: Any, **metadata: str) -> Any:
 
 
 @pytest.mark.anyio
-async def test_quotient_of_value_and_target_is_the_number_wanted(protocol: Any) -> None:
+async def test_quotient_of_value_and_target_is_the_replica_count(protocol: Any) -> None:
     async with serving(protocol) as (messages, stub, last_decision):
         last_decision.post(loaded(11))
         ref = reference(messages)
@@ -71,7 +71,7 @@ async def test_quotient_of_value_and_target_is_the_number_wanted(protocol: Any) 
 
 
 @pytest.mark.anyio
-async def test_backlog_and_response_time_with_a_target_a_replica(protocol: Any) -> None:
+async def test_backlog_and_response_time_with_a_target_per_replica(protocol: Any) -> None:
     async with serving(protocol) as (messages, stub, last_decision):
         last_decision.post(loaded(11))
         for metric, target, expected in (
@@ -103,7 +103,7 @@ async def test_is_active_and_its_stream(protocol: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_missing_figures_and_wrong_metadata_are_errors(protocol: Any) -> None:
+async def test_missing_metrics_and_invalid_metadata_are_errors(protocol: Any) -> None:
     async def fails(awaitable: Any, code: grpc.StatusCode, text: str) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await awaitable
@@ -113,8 +113,8 @@ async def test_missing_figures_and_wrong_metadata_are_errors(protocol: Any) -> N
     async with serving(protocol) as (messages, stub, last_decision):
         ref = reference(messages)
         request = messages.GetMetricsRequest(scaledObjectRef=ref)
-        await fails(stub.IsActive(ref), grpc.StatusCode.UNAVAILABLE, "too old")
-        await fails(stub.GetMetrics(request), grpc.StatusCode.UNAVAILABLE, "too old")
+        await fails(stub.IsActive(ref), grpc.StatusCode.UNAVAILABLE, "outdated")
+        await fails(stub.GetMetrics(request), grpc.StatusCode.UNAVAILABLE, "outdated")
         last_decision.post(loaded(3, backlog=None))
         wrong = reference(messages, metric="cpu")
         await fails(stub.GetMetricSpec(wrong), grpc.StatusCode.INVALID_ARGUMENT, "queue_backlog")

@@ -1,4 +1,4 @@
-"""/scale, Lease and SubjectAccessReview against the double of the Kubernetes API, over HTTP."""
+"""/scale, Lease and SubjectAccessReview against a fake Kubernetes API, over HTTP."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_scale_is_read_and_patched(text: str, plural: str) -> None:
         api.replicas[key] = 10
         actuator = ScalePatch(connect(api.url), Target.parse(text, "prod"))
         assert await actuator.current() == 10
-        await actuator.apply(decision(10, 11))  # what an HPA's tolerance would ignore
+        await actuator.apply(decision(10, 11))  # within the tolerance of an HPA
         assert api.replicas[key] == 11
         await actuator.apply(decision(11, 11))
         assert api.patches == [("deepseek", 11)]
@@ -76,7 +76,7 @@ async def test_scale_errors_name_the_target() -> None:
 
 
 @pytest.mark.anyio
-async def test_one_of_two_leads_and_only_it_scales() -> None:
+async def test_one_of_two_leads_and_only_the_leader_scales() -> None:
     clock = Clock()
     async with FakeKubernetes() as api:
         api.replicas["deployments", "prod", "d"] = 1
@@ -92,7 +92,7 @@ async def test_one_of_two_leads_and_only_it_scales() -> None:
 
 
 @pytest.mark.anyio
-async def test_lease_moves_when_its_holder_falls_silent_and_never_before() -> None:
+async def test_lease_moves_only_after_its_holder_stops_renewing() -> None:
     clock = Clock()
     async with FakeKubernetes() as api:
         first, second = elector(api, "a", clock), elector(api, "b", clock)
@@ -102,12 +102,12 @@ async def test_lease_moves_when_its_holder_falls_silent_and_never_before() -> No
             clock.now += 2.0
             await first.turn()
         assert first.leading
-        await second.turn()  # sees the last renewal; from here on the first is silent
+        await second.turn()  # observes the last renewal; from here on the first one is silent
         clock.now += 9.9
         await second.turn()
         assert first.leading and not second.leading
         clock.now += 0.2
-        assert not first.leading  # lets go by itself before anyone can take over
+        assert not first.leading  # steps down before another can take over
         await second.turn()
         assert not second.leading
         clock.now += 5.0
@@ -119,7 +119,7 @@ async def test_lease_moves_when_its_holder_falls_silent_and_never_before() -> No
 
 
 @pytest.mark.anyio
-async def test_lease_is_given_back_at_the_end() -> None:
+async def test_lease_is_released_at_the_end() -> None:
     clock = Clock()
     async with FakeKubernetes() as api:
         first, second = elector(api, "a", clock), elector(api, "b", clock)
@@ -179,6 +179,6 @@ async def test_access_reviews_are_cached_for_a_while() -> None:
         assert not await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
 
 
-def test_connect_says_what_is_accepted() -> None:
+def test_connect_errors_name_accepted_values() -> None:
     with pytest.raises(ActuatorError, match="expected auto, kubeconfig or a URL"):
         connect("cluster")

@@ -53,7 +53,7 @@ async def test_scales_up_and_down_and_leaves_no_process(tmp_path: Path) -> None:
     pids = [r.process.pid for r in replicas.replicas]
     assert replicas.cold_starts.p90 is not None and replicas.cold_starts.p90 > 0.05
     await replicas.scale(1)
-    assert len(replicas.ready()) == 1  # out of the set at once, the process ends later
+    assert len(replicas.ready()) == 1  # removed from the set immediately; the process ends later
     await until(lambda: len(replicas.replicas) == 1)
     await replicas.close()
     assert not any(alive(pid) for pid in pids)
@@ -61,7 +61,7 @@ async def test_scales_up_and_down_and_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_replica_ends_its_requests_before_it_ends(tmp_path: Path) -> None:
+async def test_replica_finishes_its_requests_before_it_exits(tmp_path: Path) -> None:
     replicas = local(tmp_path, "--tokens", "20", "--interval", "0.05")
     await replicas.start()
     await replicas.scale(1)
@@ -120,7 +120,7 @@ async def test_hanging_replica_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_replica_that_never_becomes_ready_is_given_up_with_a_reason_and_tried_again(
+async def test_launches_of_replicas_that_never_become_ready_pause_with_a_reason_and_resume(
     tmp_path: Path,
 ) -> None:
     replicas = local(tmp_path, "--ready-after", "3600", ready_timeout_s=0.8, failures=2, retry_s=0.3)
@@ -135,7 +135,7 @@ async def test_replica_that_never_becomes_ready_is_given_up_with_a_reason_and_tr
 
 
 @pytest.mark.anyio
-async def test_command_that_dies_is_given_up_with_its_last_words(tmp_path: Path) -> None:
+async def test_launches_of_a_failing_command_pause_with_its_last_lines(tmp_path: Path) -> None:
     replicas = local(tmp_path, "--die-at-start", failures=2)
     await replicas.start()
     await replicas.scale(3)
@@ -146,7 +146,7 @@ async def test_command_that_dies_is_given_up_with_its_last_words(tmp_path: Path)
     missing = local(tmp_path, command=("/nonexistent/server", "{port}"), failures=1)
     await missing.start()
     await missing.scale(1)
-    assert "cannot be started" in missing.given_up
+    assert "could not be started" in missing.given_up
     await missing.close()
 
 
@@ -170,7 +170,7 @@ async def test_spare_process_becomes_the_next_replica_and_is_replaced(tmp_path: 
     await until(lambda: replicas._spare is not None and replicas._spare.process.pid != first)
     os.kill(replicas._spare.process.pid, signal.SIGKILL)
     await until(lambda: replicas._spare is None or replicas._spare.process.returncode is not None)
-    await replicas.scale(3)  # a spare that died is passed over
+    await replicas.scale(3)  # a dead spare is skipped
     assert await replicas.wait_ready(3, 20)
     await until(lambda: replicas._spare is not None)
     pids = [replicas._spare.process.pid, *(r.process.pid for r in replicas.replicas)]
@@ -178,7 +178,7 @@ async def test_spare_process_becomes_the_next_replica_and_is_replaced(tmp_path: 
     assert not any(alive(pid) for pid in pids)
 
 
-def test_replicas_die_with_their_parent(tmp_path: Path) -> None:
+def test_replicas_exit_with_their_parent(tmp_path: Path) -> None:
     script = f"""
 import asyncio, os, sys
 from pathlib import Path
@@ -207,7 +207,7 @@ asyncio.run(main())
 
 
 @pytest.mark.anyio
-async def test_configuration_errors_say_what_is_accepted(tmp_path: Path) -> None:
+async def test_configuration_errors_name_accepted_values(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'farthing serve'.*\{port\}"):
         LocalConfig(("farthing", "serve"), tmp_path)
     with pytest.raises(ValueError, match="ready_timeout_s = 0"):

@@ -37,7 +37,7 @@ async def test_mix_follows_the_target(caplog: pytest.LogCaptureFixture) -> None:
         await actuator.apply(decision(8, 8))
         assert len(api.patches) == 1
         api.patches.clear()
-        kinds = [replace(KINDS[0], price=20.0), *KINDS[1:]]  # now the large one is dear
+        kinds = [replace(KINDS[0], price=20.0), *KINDS[1:]]  # now the large one is expensive
         await MixedScale(kinds, targets, spot_share=0.5).apply(decision(8, 9))
         assert [name for name, _ in api.patches][-1] == "large"  # launches first
         assert await actuator.current() >= 9
@@ -46,7 +46,7 @@ async def test_mix_follows_the_target(caplog: pytest.LogCaptureFixture) -> None:
             await actuator.apply(decision(9, 20))
 
 
-def test_configuration_takes_a_target_or_variants() -> None:
+def test_configuration_accepts_a_target_or_variants() -> None:
     kind = {"name": "a", "target": "deployment/a", "price": 2.0}
     made = build(KubernetesConfig, {"variants": [kind]})
     assert made.variants[0].size == 1.0

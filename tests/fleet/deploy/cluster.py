@@ -1,7 +1,7 @@
 """A real control plane on loopback for one test: etcd, kube-apiserver, kube-controller-manager.
 
-`FARTHING_KUBE_APISERVER` names the folder of the two Kubernetes binaries; etcd comes from Debian. Pods are
-created and never run: there is neither a scheduler nor a kubelet.
+`FARTHING_KUBE_APISERVER` is the directory of the two Kubernetes binaries; etcd comes from Debian. Pods are
+created but never run: there is neither a scheduler nor a kubelet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ADMIN, VIEWER = "admin-token", "viewer-token"
 
 
 class Cluster:
-    """Use as a context manager. `kubectl` and `get` act as an administrator unless told otherwise."""
+    """Use as a context manager. `kubectl` and `get` act as an administrator by default."""
 
     def __init__(self, folder: Path) -> None:
         binaries = os.environ.get("FARTHING_KUBE_APISERVER")
@@ -67,7 +67,7 @@ class Cluster:
     # ---- processes ----
 
     def start(self, name: str) -> None:
-        """Start one of the three and, but for the controller manager, wait until it answers."""
+        """Start one of the three and wait until it answers (except the controller manager)."""
         commands = {
             "etcd": self._etcd,
             "kube-apiserver": self._apiserver,
@@ -162,7 +162,7 @@ class Cluster:
         assert done.returncode == 0, done.stderr
 
     def get(self, path: str, token: str = ADMIN) -> tuple[int, Any]:
-        """(status, body) of a GET; (0, None) where nothing answers."""
+        """(status, body) of a GET; (0, None) without an answer."""
         request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {token}"})
         context = ssl.create_default_context(cafile=str(self._ca.certificate_file))
         try:
@@ -181,7 +181,7 @@ class Cluster:
         return done.stdout.strip()
 
     def replicas(self, name: str = "farthing", namespace: str = "farthing") -> int:
-        """`spec.replicas` of a Deployment; -1 where the API server does not answer."""
+        """`spec.replicas` of a Deployment; -1 if the API server does not answer."""
         status, body = self.get(f"/apis/apps/v1/namespaces/{namespace}/deployments/{name}")
         return int(body["spec"]["replicas"]) if status == 200 else -1
 

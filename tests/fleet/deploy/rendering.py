@@ -1,4 +1,4 @@
-"""What deploy/ renders to, for the tests: every kustomize set and the chart with the values that matter."""
+"""Renderings of deploy/ for the tests: every kustomize set, and the chart with relevant values."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Object = dict[str, Any]
 
 
 def kustomized(name: str) -> list[Object]:
-    """Every object of a set, by its folder under deploy/."""
+    """Every object of a set, by its directory under deploy/."""
     done = subprocess.run(
         [require("kubectl"), "kustomize", str(DEPLOY / name)], capture_output=True, text=True
     )
@@ -52,7 +52,7 @@ def kustomized(name: str) -> list[Object]:
 
 
 def charted(values: dict[str, Any], namespace: str = "prod", name: str = "farthing") -> list[Object]:
-    """Every object of the chart with `values` over its own."""
+    """Every object of the chart with `values` overriding its defaults."""
     helm_python = pytest.importorskip("helm_python")
     with helm_python.Chart.load(str(CHART)) as chart:
         rendered = chart.render(chart.merge_values(values), name=name, namespace=namespace)
@@ -61,7 +61,7 @@ def charted(values: dict[str, Any], namespace: str = "prod", name: str = "farthi
 
 
 def rendered(param: str) -> list[Object]:
-    """The objects of a set's folder, or of `helm:VALUES`."""
+    """The objects of a set's directory, or of `helm:VALUES`."""
     kind, _, name = param.partition(":")
     if kind != "helm":
         return kustomized(param)

@@ -1,7 +1,7 @@
 """deploy/ against a real API server, and the controller against a real control plane.
 
-Runs where `FARTHING_KUBE_APISERVER` names a folder with kube-apiserver and kube-controller-manager. CRDs are
-read from the folder `FARTHING_CRDS` (*.yaml); without it custom resources are left out.
+Runs if `FARTHING_KUBE_APISERVER` is a directory with kube-apiserver and kube-controller-manager. CRDs are
+read from the directory `FARTHING_CRDS` (*.yaml); without it custom resources are skipped.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_api_server_accepts_every_object(cluster: Cluster, name: str) -> None:
     cluster.apply(known, "--dry-run=server", "--validate=strict")
 
 
-def test_api_server_refuses_a_long_port_name(cluster: Cluster) -> None:
+def test_api_server_rejects_a_long_port_name(cluster: Cluster) -> None:
     deployment = next(o for o in kustomized("kustomize/base") if o["kind"] == "Deployment")
     deployment["spec"]["template"]["spec"]["containers"][0]["ports"][0]["name"] = "external-metrics"
     done = cluster.kubectl("apply", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump(deployment))
@@ -74,7 +74,7 @@ def test_api_server_refuses_a_long_port_name(cluster: Cluster) -> None:
 
 
 class Load:
-    """A replica in a thread whose rate the test sets; it reports as Farthing's server does."""
+    """A replica in a thread whose rate the test sets; reports metrics like Farthing's server."""
 
     def __init__(self) -> None:
         self.rate, self.port = 0.0, 0
@@ -89,9 +89,7 @@ class Load:
             while not self._stop.is_set():
                 now = time.monotonic()
                 for key in ("queue", "ttft", "e2e"):
-                    replica.sums[key][0] += (
-                        0.5 * self.rate * (now - last)
-                    )  # too slow for the capacity to be raised
+                    replica.sums[key][0] += 0.5 * self.rate * (now - last)  # too slow to raise the capacity
                     replica.sums[key][1] += self.rate * (now - last)
                 last = now
                 await asyncio.sleep(0.05)
@@ -108,7 +106,7 @@ class Load:
 
 @contextmanager
 def controller(folder: Path, name: str, config: dict[str, Any], kubeconfig: Path) -> Iterator[Any]:
-    """`farthing fleet run` as a process. Yields it."""
+    """Run `farthing fleet run` as a process and yield it."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "farthing.cli.app", "fleet", "run", str(path)]
@@ -145,7 +143,7 @@ def _config(load: Load, folder: Path, name: str, **sections: Any) -> dict[str, A
 
 
 def _deploy(cluster: Cluster, overlay: str) -> None:
-    """The set with a fresh Deployment of one replica, and without what needs operators."""
+    """Deploy the set with a new Deployment of one replica, without resources that need operators."""
     cluster.kubectl("delete", "deployment,hpa", "--all", "-n", "farthing", "--wait=true")
     objects = [o for o in kustomized(overlay) if _known(cluster, o) and "cert-manager" not in o["apiVersion"]]
     kept = [o for o in objects if o["kind"] not in ("APIService", "LeaderWorkerSet", "ScaledObject")]
@@ -161,7 +159,7 @@ def test_hpa_follows_the_external_metric_through_the_aggregator(cluster: Cluster
     api["metadata"].pop("annotations")
     api["spec"]["caBundle"] = base64.b64encode(ca.pem.encode()).decode()
     api["spec"]["service"]["port"] = port
-    # no pod runs here: the Service's name leads to this machine instead
+    # no pods run: the Service's name resolves to this machine instead
     outside = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -185,7 +183,7 @@ def test_hpa_follows_the_external_metric_through_the_aggregator(cluster: Cluster
         config = _config(load, tmp_path, "hpa", kubernetes=target, external_metrics=metrics)
         with controller(tmp_path, "hpa", config, kubeconfig):
             cluster.until(lambda: cluster.get(path)[0] == 200, 60, "the aggregator serves the metric")
-            cluster.until(lambda: cluster.replicas() == 5, 90, "the HPA asks for 5")  # 3 / 0.7
+            cluster.until(lambda: cluster.replicas() == 5, 90, "the HPA requests 5")  # 3 / 0.7
             assert cluster.get(path, VIEWER)[0] == 403  # SubjectAccessReview
             load.rate = 6.0
             cluster.until(lambda: cluster.replicas() == 9, 90, "the HPA asks for 9")
@@ -194,7 +192,7 @@ def test_hpa_follows_the_external_metric_through_the_aggregator(cluster: Cluster
         assert cluster.replicas() == held  # without a controller the HPA holds
 
 
-def test_scale_patch_lease_handover_and_a_dead_control_plane(cluster: Cluster, tmp_path: Path) -> None:
+def test_scale_patch_lease_handover_and_unavailable_control_plane(cluster: Cluster, tmp_path: Path) -> None:
     _deploy(cluster, "kustomize/overlays/scale")
     kubeconfig = cluster.kubeconfig(cluster.token("farthing-fleet", "farthing"), "scaler")
     lease = "/apis/coordination.k8s.io/v1/namespaces/farthing/leases/farthing-fleet"

@@ -1,4 +1,4 @@
-"""Rules fire as they should, alerts reach the controller, the dashboard queries metrics that exist."""
+"""Rules fire as intended, alerts reach the controller, the dashboard queries existing metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _rules(tmp_path: Path) -> tuple[Path, Object]:
     return path, rule["spec"]
 
 
-def test_rules_fire_as_promtool_says(tmp_path: Path) -> None:
+def test_rules_pass_promtool(tmp_path: Path) -> None:
     path, _ = _rules(tmp_path)
     labels = 'namespace="farthing",model_name="deepseek-v3"'
     queue = "farthing:request_queue_time_seconds"
@@ -65,12 +65,12 @@ def test_rules_fire_as_promtool_says(tmp_path: Path) -> None:
                 }
             ],
         },
-        {  # nothing is served: no division by zero, no alert
+        {  # no traffic: no division by zero, no alert
             "interval": "5s",
             "input_series": [series(f"{queue}_sum", "5x60"), series(f"{queue}_count", "9x60")],
             "alert_rule_test": [alerts("FarthingLatencyAbove200ms", "280s")],
         },
-        {  # the controller is gone, then its decisions are old
+        {  # the controller is gone, then its decisions are outdated
             "interval": "30s",
             "input_series": [series("farthing:fleet_desired_replicas", "3x10", "job='f'")],
             "alert_rule_test": [
@@ -140,7 +140,7 @@ def test_rules_fire_as_promtool_says(tmp_path: Path) -> None:
 @pytest.mark.anyio
 @pytest.mark.slow
 async def test_alert_reaches_alertmanager_and_the_controller(tmp_path: Path) -> None:
-    """The real chain: a replica's /metrics, Prometheus with the shipped rule, Alertmanager."""
+    """The real chain: a replica's /metrics, Prometheus with the packaged rule, Alertmanager."""
     _, spec = _rules(tmp_path)
     for group in spec["groups"]:
         group["interval"] = "250ms"
@@ -170,7 +170,7 @@ async def test_alert_reaches_alertmanager_and_the_controller(tmp_path: Path) -> 
             await asyncio.to_thread(manager.__exit__, None, None, None)
 
 
-def test_dashboard_asks_valid_questions_of_metrics_that_exist(tmp_path: Path) -> None:
+def test_dashboard_queries_are_valid_and_use_existing_metrics(tmp_path: Path) -> None:
     dashboard = json.loads((CHART / "files" / "dashboard.json").read_text())
     questions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     assert len(questions) > 10

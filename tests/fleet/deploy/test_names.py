@@ -1,4 +1,4 @@
-"""Rules a Kubernetes API server enforces and JSON schemas do not: names, labels, ports, probes."""
+"""Rules that a Kubernetes API server enforces but JSON schemas do not: names, labels, ports, probes."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def check_names(item: Object) -> None:
     name = item["metadata"]["name"]
     assert _name_rule(item).fullmatch(name), f"{item['kind']} {name}"
     if item["kind"] in ("Deployment", "StatefulSet", "LeaderWorkerSet"):
-        assert len(name) <= 63, name  # it becomes part of its pods' labels
+        assert len(name) <= 63, name  # becomes part of the pods' labels
     for labels in found(item, ("labels", "matchLabels", "selector")):
         check_labels(labels, f"{item['kind']} {name}")
 
 
 def check_labels(labels: Any, where: str) -> None:
     if not isinstance(labels, dict) or any(isinstance(value, dict | list) for value in labels.values()):
-        return  # a selector object, whose matchLabels are found by themselves
+        return  # a selector object, whose matchLabels are found separately
     for key, value in labels.items():
         prefix, _, plain = key.rpartition("/")
         assert QUALIFIED.fullmatch(plain), f"{where}: label {key}"
@@ -117,7 +117,7 @@ def test_names_ports_and_labels_are_accepted(objects: list[Object]) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_have_names_that_are_accepted(name: str) -> None:
+def test_examples_have_valid_names(name: str) -> None:
     check_all(kustomized(name))
 
 
@@ -150,7 +150,7 @@ def _absent_policy_port(objects: list[Object]) -> None:
 @pytest.mark.parametrize(
     "spoil", [_long_port, _absent_probe_port, _long_label, _upper_case, _absent_policy_port]
 )
-def test_check_refuses_what_an_api_server_refuses(spoil: Callable[[list[Object]], None]) -> None:
+def test_check_rejects_what_an_api_server_rejects(spoil: Callable[[list[Object]], None]) -> None:
     objects = kustomized("kustomize/base")
     spoil(objects)
     with pytest.raises(AssertionError):

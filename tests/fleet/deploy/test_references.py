@@ -1,4 +1,4 @@
-"""Objects refer to each other correctly: selectors, ports, rights, the controller's configuration."""
+"""References between objects: selectors, ports, permissions, the controller's configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_pods_are_restricted(objects: list[Object]) -> None:
             assert mounted == {volume["name"] for volume in pod["volumes"]}, owner
 
 
-def test_probes_and_services_name_ports_that_exist(objects: list[Object]) -> None:
+def test_probes_and_services_use_existing_ports(objects: list[Object]) -> None:
     for owner, _, pod in pods(objects):
         for container in pod["containers"]:
             ports = {port["name"] for port in container.get("ports", [])}
@@ -59,7 +59,7 @@ def _configuration(objects: list[Object], tmp_path: Path) -> FleetConfig:
     return load(tmp_path / "fleet.yaml")
 
 
-def test_controller_can_read_its_configuration_and_one_thing_scales(
+def test_controller_reads_its_configuration_and_only_one_component_scales(
     objects: list[Object], tmp_path: Path
 ) -> None:
     config = _configuration(objects, tmp_path)
@@ -83,7 +83,7 @@ def test_controller_can_read_its_configuration_and_one_thing_scales(
     for hpa in by_hpa:
         names = {metric["external"]["metric"]["name"] for metric in hpa["spec"]["metrics"]}
         window = hpa["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"]
-        assert window == (0 if names == {"desired_replicas"} else 300)  # the policy's window counts once
+        assert window == (0 if names == {"desired_replicas"} else 300)  # the policy's window applies once
         assert config.external_metrics is not None
         assert (hpa["spec"]["minReplicas"], hpa["spec"]["maxReplicas"]) == (
             config.policy.min_replicas,
@@ -94,7 +94,7 @@ def test_controller_can_read_its_configuration_and_one_thing_scales(
             assert metric["external"]["metric"]["selector"]["matchLabels"] == config.external_metrics.labels
 
 
-def test_rights_are_those_the_controller_uses(objects: list[Object], tmp_path: Path) -> None:
+def test_permissions_are_those_the_controller_uses(objects: list[Object], tmp_path: Path) -> None:
     config = _configuration(objects, tmp_path)
     roles = [o for o in objects if o["kind"] == "Role"]
     rules = [(r["apiGroups"], r["resources"], r["verbs"]) for role in roles for r in role["rules"]]
@@ -106,7 +106,7 @@ def test_rights_are_those_the_controller_uses(objects: list[Object], tmp_path: P
         assert {"system:auth-delegator", "extension-apiserver-authentication-reader"} <= bound
 
 
-def test_service_of_the_api_serves_what_the_apiservice_asks(objects: list[Object]) -> None:
+def test_api_service_matches_the_apiservice(objects: list[Object]) -> None:
     for api in (o for o in objects if o["kind"] == "APIService"):
         asked = api["spec"]["service"]
         service = next(
@@ -118,7 +118,7 @@ def test_service_of_the_api_serves_what_the_apiservice_asks(objects: list[Object
         assert injected != ("caBundle" in api["spec"])
 
 
-def test_chart_lints_and_refuses_wrong_values() -> None:
+def test_chart_lints_and_rejects_wrong_values() -> None:
     helm_python = pytest.importorskip("helm_python")
     report = helm_python.lint(str(CHART), strict=True)
     assert report["errors"] == []
@@ -132,13 +132,13 @@ def test_chart_lints_and_refuses_wrong_values() -> None:
             chart.render(chart.merge_values(wrong), name="x", namespace="x")
 
 
-def test_chart_and_base_give_the_same_kinds() -> None:
+def test_chart_and_base_render_the_same_kinds() -> None:
     base = {o["kind"] for o in kustomized("kustomize/base")}
     chart = {o["kind"] for o in charted(VALUES["cert-manager"])}
-    assert chart == base - {"Namespace"}  # Helm is given its namespace
+    assert chart == base - {"Namespace"}  # Helm gets its namespace as an argument
 
 
-def test_image_is_non_root_and_says_how_to_ask_its_health() -> None:
+def test_image_is_non_root_and_has_a_health_check() -> None:
     lines = [line.strip() for line in (ROOT / "deploy" / "Dockerfile").read_text().splitlines()]
     stages = [i for i, line in enumerate(lines) if line.startswith("FROM ")]
     final = lines[stages[-1] :]

@@ -1,4 +1,4 @@
-"""Every object meets the published schema: Kubernetes' OpenAPI, and models made from the CRDs."""
+"""Every object meets the published schema: Kubernetes' OpenAPI, and models generated from the CRDs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNPUBLISHED = ("inference.networking.k8s.io", "gateway.networking.k8s.io")  # no
 
 
 def _custom_model(api_version: str, kind: str) -> Any:
-    """A model of a custom resource, made from its CRD by its package."""
+    """A model of a custom resource, generated from its CRD by its package."""
     if api_version == "monitoring.coreos.com/v1":
         import cloudcoil.models.prometheus_operator.v1 as models
     elif api_version == "keda.sh/v1alpha1":
@@ -27,7 +27,7 @@ def _custom_model(api_version: str, kind: str) -> Any:
 
 
 def _same(given: Any, understood: Any, where: str) -> None:
-    """Every field given was understood by the model: an unknown one would be dropped silently."""
+    """Check that the model kept every given field: unknown ones are dropped silently."""
     if isinstance(given, dict):
         assert isinstance(understood, dict), where
         for key, value in given.items():
@@ -67,7 +67,7 @@ def test_examples_meet_their_schemas(name: str) -> None:
         check_schema(item)
 
 
-def test_schema_check_refuses_what_is_wrong() -> None:
+def test_schema_check_rejects_invalid_objects() -> None:
     service = next(o for o in kustomized("kustomize/base") if o["kind"] == "Service")
     service["spec"]["prots"] = []
     with pytest.raises(kubernetes_validate.ValidationError):

@@ -1,6 +1,4 @@
-"""A stand-in for the kube-aggregator: real certificates, a real TLS client certificate, the X-Remote
-headers.
-"""
+"""A fake kube-aggregator: real certificates, a real TLS client certificate, the X-Remote headers."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ def issue(
     server: bool = False,
     hosts: tuple[str, ...] = (),
 ) -> Pair:
-    """A certificate for CN `name`: an authority of its own without `authority`, else a leaf signed by it.
+    """A certificate for CN `name`: self-signed without `authority`, else a leaf signed by it.
 
     A leaf is valid for 127.0.0.1 and the DNS names `hosts`.
     """
@@ -103,7 +101,7 @@ class Aggregator:
     async def get(
         self, port: int, path: str, *, user: str | None = "hpa", pair: Pair | str | None = "own"
     ) -> tuple[int, Any]:
-        """(status, body) of a GET; `pair` is the client certificate shown, None for none."""
+        """(status, body) of a GET; `pair` is the client certificate, None for none."""
         context = ssl.create_default_context(cadata=self.serving_ca.pem)
         shown = self.client if pair == "own" else pair
         if isinstance(shown, Pair):

@@ -1,6 +1,4 @@
-"""A stand-in for the Kubernetes API: /scale, Lease with resourceVersion conflicts, SubjectAccessReview.
-Plain HTTP.
-"""
+"""A fake Kubernetes API over HTTP: /scale, Lease with resourceVersion conflicts, SubjectAccessReview."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ _SCALES = {
 
 
 class FakeKubernetes:
-    """`replicas[(plural, namespace, name)]` is the state; `down` answers 500 to all; `allow(spec)`
-    judges reviews.
+    """`replicas[(plural, namespace, name)]` is the state; `down` answers 500 to all; `allow(spec)` decides
+    access reviews.
     """
 
     def __init__(self) -> None:
@@ -104,7 +102,7 @@ class FakeKubernetes:
             return _status(415, "UnsupportedMediaType")
         patch = await request.json()
         if isinstance(patch, list) or request.content_type == "application/json-patch+json":
-            return _status(400, "BadRequest")  # a merge patch sent under the name of a JSON patch
+            return _status(400, "BadRequest")  # a merge patch sent as a JSON patch
         self.replicas[key] = patch["spec"]["replicas"]
         self.patches.append((key[2], self.replicas[key]))
         return web.json_response(self._scale(request)[1])

@@ -1,8 +1,7 @@
-"""A stand-in for an inference server: OpenAI's API, health, and metrics under vLLM's, SGLang's or
-Farthing's names.
+"""A fake inference server: OpenAI's API, health, and metrics with vLLM's, SGLang's or Farthing's names.
 
 In a test: `async with FakeReplica() as replica:`. As a process: `python replica.py --port P
-[--ready-after S] …`. Every figure it reports is what it really did, except for those set by `PUT /_signals`.
+[--ready-after S] …`. All reported metrics are real, except those set by `PUT /_signals`.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ _NAMES["farthing"] = {key: name.replace("vllm:", "farthing:") for key, name in _
 
 
 class FakeReplica:
-    """The server. `tokens` are sent `interval_s` apart; `fail_after` cuts the connection after that many
-    tokens.
-    """
+    """The server. `tokens` are sent `interval_s` apart; `fail_after` tokens it cuts the connection."""
 
     def __init__(
         self,
@@ -61,11 +58,11 @@ class FakeReplica:
         self.port, self.dialect, self.tokens, self.interval_s = port, dialect, tokens, interval_s
         self.ready_at = time.monotonic() + ready_after_s
         self.name = name
-        self.dies_of = ""  # text in a request that ends the process; empty: none does
-        self.digest: Any = None  # what /cache/digest answers; None: 404
-        self.stuck = False  # requests get no answer, health checks do
+        self.dies_of = ""  # text in a request that kills the process; empty: none
+        self.digest: Any = None  # the response of /cache/digest; None: 404
+        self.stuck = False  # only health checks are answered
         self.fail_after: int | None = None  # tokens
-        self.status = 200  # of completions
+        self.status = 200  # status of completions
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.disconnects = 0
@@ -75,7 +72,7 @@ class FakeReplica:
         self.sums = {key: [0.0, 0.0] for key in ("queue", "ttft", "tpot", "e2e")}  # [sum, count]
         self._runner: web.AppRunner | None = None
 
-    # ---- life ------------------------------------------------------------------------------------
+    # ---- lifecycle ------------------------------------------------------------------------------------
     async def __aenter__(self) -> FakeReplica:
         await self.start()
         return self
@@ -137,7 +134,7 @@ class FakeReplica:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         if self.dies_of and self.dies_of in json.dumps(body):
-            await asyncio.sleep(0.2)  # others are in flight by then
+            await asyncio.sleep(0.2)  # so that others are in flight
             os.kill(os.getpid(), signal.SIGKILL)
         while self.stuck:
             await asyncio.sleep(0.05)

@@ -1,6 +1,4 @@
-"""Real programs from Debian, started on loopback for one test: Prometheus, Alertmanager, promtool,
-kubectl.
-"""
+"""Real programs from Debian, started on loopback for a test: Prometheus, Alertmanager, promtool, kubectl."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ import yaml
 
 
 def require(program: str) -> str:
-    """The program's path. Without it a test is skipped on a developer's machine and fails in CI."""
+    """The program's path. If it is missing, the test is skipped locally and fails in CI."""
     path = shutil.which(program)
     if path is None:
         reason = f"{program} is not installed; `.ci/services` installs it"
@@ -99,7 +97,7 @@ def prometheus(
 
 @contextmanager
 def alertmanager(tmp: Path) -> Iterator[str]:
-    """An Alertmanager that keeps what it gets. Yields "127.0.0.1:PORT"."""
+    """An Alertmanager that keeps received alerts. Yields "127.0.0.1:PORT"."""
     program, port = require("prometheus-alertmanager"), free_port()
     (tmp / "alertmanager.yml").write_text(
         yaml.safe_dump({"route": {"receiver": "none"}, "receivers": [{"name": "none"}]})

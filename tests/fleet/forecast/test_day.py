@@ -1,4 +1,4 @@
-"""Weekly profile, calendar, day-ahead blend and floor: odd days do not come back, no future is seen."""
+"""Weekly profile, calendar, day-ahead blend and floor: odd days do not recur, no future data is used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MONDAY = 4 * DAY_S  # 1970-01-05
 
 
 def weekly(days: int, noise: float = 0.03, seed: int = 0) -> Series:
-    """Hourly from a Monday, working days unlike weekends."""
+    """Hourly load from a Monday, with different weekends."""
     hours = np.arange(days * 24)
     weekend = hours // 24 % 7 >= 5
     shape = 100 + np.where(weekend, 15, 45) * np.sin(2 * np.pi * (hours - np.where(weekend, 9, 6)) / 24)
@@ -34,7 +34,7 @@ def wape(point: np.ndarray, truth: np.ndarray) -> float:  # type: ignore[type-ar
     return float(100 * np.abs(point - truth).sum() / truth.sum())
 
 
-def test_an_odd_day_does_not_come_back_a_week_later() -> None:
+def test_odd_day_does_not_recur_a_week_later() -> None:
     series, clean = weekly(57), weekly(57)
     odd = slice(49 * 24, 50 * 24)
     series.values[odd] *= 0.3
@@ -46,10 +46,10 @@ def test_an_odd_day_does_not_come_back_a_week_later() -> None:
     assert errors["ridge"] > 2 * errors["profile"]
 
 
-def test_departures_of_today_are_carried_on() -> None:
+def test_todays_departure_is_extrapolated() -> None:
     series = weekly(57, noise=0.01)
     random = np.random.default_rng(1)
-    level = np.exp(np.repeat(np.cumsum(random.normal(0, 0.08, 57)), 24))  # a level of its own every day
+    level = np.exp(np.repeat(np.cumsum(random.normal(0, 0.08, 57)), 24))  # a different level every day
     drifting = Series(series.start, series.step_s, series.values * level, "drifting")
     report = backtest(drifting, ProfileAR(), 3600, Backtest(begin=0.8), lambda text: None)
     assert report["wape"] < 2.5
@@ -68,7 +68,7 @@ def test_any_length_of_history_gives_a_forecast(days: float) -> None:
         assert (path == series.values[-1]).all()
 
 
-def test_a_forecast_sees_nothing_of_the_future() -> None:
+def test_forecast_uses_no_future_data() -> None:
     series = weekly(45)
     origin = 40 * 24 + 5
     changed = series.values.copy()
@@ -81,15 +81,15 @@ def test_a_forecast_sees_nothing_of_the_future() -> None:
     assert np.array_equal(before, model.predict(changed[:origin], 24))
 
 
-def test_reach_is_refused_with_the_reason() -> None:
+def test_forecast_beyond_the_reach_is_rejected() -> None:
     series = weekly(30)
     model = ProfileAR()
-    with pytest.raises(ValueError, match="9 days further"):
+    with pytest.raises(ValueError, match="at most 9 days beyond it"):
         model.fit(series)
         model.predict(series.values, 10 * 24)
 
 
-def test_holidays_borrow_a_sunday() -> None:
+def test_holidays_use_a_sundays_profile() -> None:
     """Four public holidays on working days look like Sundays; the fifth is forecast as one."""
     begin = (datetime(2014, 5, 5) - datetime(1970, 1, 1)).total_seconds()  # a Monday
     series = Series(begin, 3600.0, weekly(210, noise=0.01).values, "holidays")
@@ -123,7 +123,7 @@ def test_calendar_marks_holidays_bridges_eves_and_events() -> None:
         calendar(begin, DAY_S, 7, "Atlantis")
 
 
-def test_mix_takes_the_profiles_in() -> None:
+def test_mix_includes_the_profiles() -> None:
     series = weekly(50)
     plain = backtest(series, Mix(experts=[RidgeAR()]), 3600, Backtest(begin=0.8), lambda text: None)
     mixed = Mix(experts=[RidgeAR()], slow=profiles())
@@ -132,7 +132,7 @@ def test_mix_takes_the_profiles_in() -> None:
 
 
 def test_day_forecaster_blends_and_learns_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Prophet that is far off loses its share to the profile, with the first forecast already."""
+    """A bad Prophet loses its share to the profile from the first forecast on."""
     series, model = weekly(50), DayForecaster()
 
     def fit(series: Series) -> None:
@@ -153,8 +153,8 @@ def test_day_forecaster_blends_and_learns_the_share(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("best", ["yesterday", "last-week"])
-def test_naive_forecast_takes_over_where_it_is_better(monkeypatch: pytest.MonkeyPatch, best: str) -> None:
-    """Every day (or week) repeats the one before and nothing older; models that are far off are not used."""
+def test_naive_forecast_is_used_where_it_is_better(monkeypatch: pytest.MonkeyPatch, best: str) -> None:
+    """Every day (or week) repeats only the previous one; bad models are not used."""
     random, period = np.random.default_rng(0), 24 if best == "yesterday" else 7 * 24
     values = np.tile(random.uniform(5, 50, period), 60 * 24 // period)
     series, model = Series(0.0, 3600.0, values, best), DayForecaster()
@@ -173,7 +173,7 @@ loads = st.floats(0.1, 1e4)
 
 @given(st.lists(st.tuples(loads, loads, loads), max_size=20))
 @settings(max_examples=50, deadline=None)
-def test_the_floor_is_never_dearer_than_the_whole_plan(rows: list[tuple[float, float, float]]) -> None:
+def test_floor_never_costs_more_than_the_whole_plan(rows: list[tuple[float, float, float]]) -> None:
     planned, bound, truth = np.array(rows).reshape(-1, 3).T
     losses = floor_losses(planned, bound, truth, 0.7)
     share = best_share(losses)
@@ -186,11 +186,13 @@ def test_the_floor_is_never_dearer_than_the_whole_plan(rows: list[tuple[float, f
     assert learnt.settle() == share
 
 
-def test_the_floor_is_lowered_where_it_only_costs_and_kept_where_it_saves() -> None:
+def test_floor_is_lowered_if_it_only_costs_and_kept_if_it_saves() -> None:
     many = np.ones(50)
-    assert best_share(floor_losses(12 * many, 8 * many, 8 * many, 0.7)) == 0.5  # the bound alone is enough
+    assert (
+        best_share(floor_losses(12 * many, 8 * many, 8 * many, 0.7)) == 0.5
+    )  # the bound alone is sufficient
     assert best_share(floor_losses(12 * many, 8 * many, 11 * many, 0.7)) == 0.5  # its replicas carry 11.4
     assert best_share(floor_losses(20 * many, 8 * many, 20 * many, 0.7)) == 0.7  # 0.7 of it carries all
     assert (
         best_share(floor_losses(20 * many, 8 * many, 40 * many, 0.7)) == 1.0
-    )  # even the whole is too little
+    )  # even the whole plan is too low

@@ -1,4 +1,4 @@
-"""Forecasters: they learn what can be learnt, see no future, keep their coverage, and say when they fail."""
+"""Forecasters: learn predictable loads, use no future data, keep their coverage, and report failures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from farthing.fleet.series import Series
 
 
 def daily(days: int = 21, noise: float = 0.02) -> Series:
-    """Hourly, with the shape of a day and of a week."""
+    """Hourly load with daily and weekly seasons."""
     hours = np.arange(days * 24)
     base = 100 + 40 * np.sin(2 * np.pi * hours / 24) + 20 * (hours // 24 % 7 < 5)
     return Series(0.0, 3600.0, base * np.random.default_rng(0).normal(1, noise, len(hours)), "daily")
@@ -43,12 +43,12 @@ def test_naive_and_seasonal() -> None:
 
 
 @pytest.mark.parametrize("model", [AbsoluteAR(), RidgeAR(), Mix(experts=[LastValue(), AbsoluteAR()])])
-def test_models_beat_the_last_value_where_they_can(model: AbsoluteAR | RidgeAR | Mix) -> None:
+def test_models_beat_the_last_value_on_predictable_loads(model: AbsoluteAR | RidgeAR | Mix) -> None:
     report = backtest(oscillating(), model, 600, progress=lambda text: None)
     assert report["skill_vs_last"] > 70
 
 
-def test_ridge_learns_day_and_week() -> None:
+def test_ridge_learns_daily_and_weekly_seasons() -> None:
     report = backtest(daily(56), RidgeAR(weeks=2), 86400, Backtest(begin=0.6), lambda text: None)
     assert report["skill_vs_seasonal"] > 5
     assert report["wape"] < 4
@@ -65,13 +65,13 @@ def test_conformal_keeps_its_coverage_under_drift() -> None:
     assert 0.88 <= np.mean(covered[300:]) <= 0.92
 
 
-def test_backtest_report_and_refusals() -> None:
+def test_backtest_report_and_errors() -> None:
     report = backtest(daily(), make("naive"), 3600, progress=lambda text: None)
     assert {"wape", "mape", "coverage", "skill_vs_last", "skill_vs_seasonal", "fit_seconds"} <= set(report)
     assert report["skill_vs_last"] == pytest.approx(0)
-    with pytest.raises(ValueError, match="no backtest"):
+    with pytest.raises(ValueError, match="too few to backtest"):
         backtest(daily(2), make("naive"), 30 * 86400)
-    with pytest.raises(ValueError, match="known are"):
+    with pytest.raises(ValueError, match="expected one of"):
         make("oracle")
 
 
@@ -81,7 +81,7 @@ def test_horizons() -> None:
         parse_horizon("soon")
 
 
-def test_trailing_windows_by_definition() -> None:
+def test_trailing_windows_match_their_definition() -> None:
     values = np.random.default_rng(0).normal(size=(50, 2))
     for steps in (1, 3, 7, 60):
         tops = [values[max(0, i - steps + 1) : i + 1].max(axis=0) for i in range(50)]
@@ -90,7 +90,7 @@ def test_trailing_windows_by_definition() -> None:
         assert np.allclose(trailing_mean(values, steps), means)
 
 
-def test_growth_bound_covers_what_it_says() -> None:
+def test_growth_bound_has_its_nominal_coverage() -> None:
     load = np.exp(np.cumsum(np.random.default_rng(0).normal(0, 0.02, 5000)))[:, None]
     config = GrowthConfig(ceiling=0, refresh_s=60.0)
     bound = growth_bound(load, load, 60.0, 600.0, config)
@@ -99,7 +99,7 @@ def test_growth_bound_covers_what_it_says() -> None:
     assert (bound >= load).all()
 
 
-def test_short_term_survives_gaps_and_clock_jumps() -> None:
+def test_short_term_handles_gaps_and_clock_jumps() -> None:
     short = ShortTerm()
     for now in (0.0, 30.0, 60.0, 100.0, 4000.0, 50.0, 200.0, 1e9):
         short.observe(now, 3.0)

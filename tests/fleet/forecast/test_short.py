@@ -1,4 +1,4 @@
-"""The short-term level: members see no future, the mixture follows the best and keeps its coverage."""
+"""The short-term level: members use no future data; the mixture follows the best and keeps its coverage."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from farthing.fleet.series import Series
 
 
 def walks(steps: int, runs: int = 1, seed: int = 0) -> np.ndarray:  # type: ignore[type-arg]
-    """Loads that wander."""
+    """Random-walk loads."""
     moves = np.random.default_rng(seed).normal(0, 0.02, (steps, runs))
     return np.asarray(100 * np.exp(np.cumsum(moves, axis=0) * 0.5))
 
 
 @pytest.mark.parametrize("name", [*MIXTURE, *BLOCKS])
-def test_members_see_nothing_of_the_future(name: str) -> None:
+def test_members_use_no_future_data(name: str) -> None:
     load = walks(900, 2)
     other = load.copy()
     other[700:] *= 3
@@ -48,8 +48,8 @@ def test_members_see_nothing_of_the_future(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*MIXTURE, *BLOCKS])
-def test_members_forecast_the_same_from_a_tail_and_at_once(name: str) -> None:
-    """What a controller computes minute by minute is what a replay computes for days."""
+def test_members_forecast_the_same_incrementally_and_at_once(name: str) -> None:
+    """A controller's forecasts per minute equal a replay's over days."""
     load = walks(4000)
     whole = History(load, 60.0, 600.0)
     first, second = (make_members(ShortConfig(model=name))[0] for _ in range(2))
@@ -79,7 +79,7 @@ def test_zero_load_is_finite() -> None:
     assert np.isfinite(made.p90).all() and (made.p90 < 1e-6).all()
 
 
-def test_mixture_covers_and_follows_the_best_member() -> None:
+def test_mixture_keeps_coverage_and_follows_the_best_member() -> None:
     random = np.random.default_rng(0)
     mixture, covered, lead = Mixture(2, 1, 5, MixtureConfig()), [], 5
     truths = random.normal(0, 0.1, 8000)
@@ -101,7 +101,7 @@ def test_quantile_regression_finds_the_quantile() -> None:
     assert weights == pytest.approx([2.0, np.log(10)], abs=0.12)
 
 
-def test_lstm_learns_what_the_shipped_one_does_not_know() -> None:
+def test_lstm_fine_tuning_learns_a_new_load() -> None:
     period = np.tile(np.r_[np.full(20, 50.0), np.full(20, 100.0)], 60)[:, None]
     load = period * np.random.default_rng(2).normal(1, 0.01, period.shape)
     history = History(load, 60.0, 600.0)
@@ -117,7 +117,7 @@ def test_lstm_learns_what_the_shipped_one_does_not_know() -> None:
     assert loss(lstm) < 0.75 * before
 
 
-def test_shipped_weights_come_back_and_others_are_refused(tmp_path: Path) -> None:
+def test_packaged_weights_load_and_others_are_rejected(tmp_path: Path) -> None:
     shipped = Pretrained.read()
     shipped.save(tmp_path / "again.safetensors")
     again = Pretrained.read(tmp_path / "again.safetensors")
@@ -129,7 +129,7 @@ def test_shipped_weights_come_back_and_others_are_refused(tmp_path: Path) -> Non
         Pretrained.read(tmp_path / "wrong.safetensors")
 
 
-def test_service_names_the_member_that_carried_and_its_weight() -> None:
+def test_forecast_names_the_dominant_member_and_its_weight() -> None:
     short = ShortTerm(ShortConfig(lead_s=600.0))
     assert short.forecast(0.0) is None
     load = walks(400)[:, 0]
@@ -143,7 +143,7 @@ def test_service_names_the_member_that_carried_and_its_weight() -> None:
     assert made.p90[0] >= made.p50[0] > 0
 
 
-def test_service_and_replay_run_the_same_level() -> None:
+def test_production_and_replay_run_the_same_level() -> None:
     load = walks(500)
     config = ShortConfig(lead_s=600.0, retrain_s=1e9)
     short = ShortTerm(config)
@@ -158,7 +158,7 @@ def test_service_and_replay_run_the_same_level() -> None:
     assert forecast.p90[0] == pytest.approx(capped(made.p90, history)[-1, 0], rel=2e-3)
 
 
-def test_level_refuses_nothing_and_learns_in_order() -> None:
+def test_level_accepts_any_load_and_learns_in_order() -> None:
     history = History(walks(300, 3), 60.0, 600.0)
     config = ShortConfig(members=("growth", "last-value"))
     pieces = ShortLevel(make_members(config), 3, history.lead, config.mixture)

@@ -1,6 +1,4 @@
-"""The replay: exact oracle, honest queue, the same rule as the policy, recognized traces, one JSON
-document.
-"""
+"""The replay: exact oracle, exact queue, the policy's rule, detection of trace formats, one JSON document."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ from farthing.fleet.snapshot import Snapshot
 
 
 def brute_oracle(wanted: list[int], load_steps: int) -> float:
-    """The definition, step by step: a replica kept over a gap costs the gap, a new one its load time."""
+    """The definition, step by step: keeping a replica over a gap costs the gap, a new one its load time."""
     total = 0.0
     for level in range(1, max(wanted) + 1):
         on = [n >= level for n in wanted]
@@ -49,7 +47,7 @@ def brute_oracle(wanted: list[int], load_steps: int) -> float:
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=60), st.integers(0, 8))
-def test_oracle_is_its_definition(wanted: list[int], load_steps: int) -> None:
+def test_oracle_matches_its_definition(wanted: list[int], load_steps: int) -> None:
     hours = cost_hours(np.array(wanted), 60.0, load_steps * 60.0)
     assert hours * 60 == pytest.approx(brute_oracle(wanted, load_steps))
 
@@ -62,13 +60,13 @@ def test_static_fleet_is_billed_for_its_time_and_keeps_the_slo() -> None:
     assert result.changes.tolist() == [0, 0]
 
 
-def test_too_few_replicas_break_the_slo_from_the_moment_the_queue_is_two_seconds_long() -> None:
+def test_slo_is_missed_once_the_queue_exceeds_two_seconds() -> None:
     load = np.full((720, 1), 1.1)  # backlog grows by 0.1 a second: two seconds after 20 s
     result = simulate(load, FixedRule(np.ones((240, 1), np.int64)), Setting(capacity=1.0))
     assert result.slo[0] == pytest.approx(20 / 3600, rel=1e-6)
 
 
-def test_a_launched_replica_serves_after_the_load_time_and_is_billed_from_launch() -> None:
+def test_replica_serves_after_the_load_time_and_is_billed_from_launch() -> None:
     plan = np.ones((240, 1), np.int64)
     plan[40:] = 2
     result = simulate(np.full((720, 1), 0.5), FixedRule(plan), Setting(capacity=1.0, load_time_s=600))
@@ -99,8 +97,8 @@ def test_failures_are_replaced_and_cost_slo() -> None:
     st.sampled_from(["slo", "stabilized", "published"]),
     st.integers(0, 2**16),
 )
-def test_the_rule_over_lanes_is_the_policy(loads: list[float], name: str, seed: int) -> None:
-    """Same loads, backlogs, waits and late shares: FarthingRule decides what Policy decides."""
+def test_vectorized_rule_equals_the_policy(loads: list[float], name: str, seed: int) -> None:
+    """FarthingRule and Policy decide the same for equal loads, backlogs, waits and late shares."""
     config = PolicyConfig(capacity=1.0, levels=("realtime",), max_replicas=1000, rule=name)
     random = np.random.default_rng(seed)
     load = np.array(loads)[:, None]
@@ -140,7 +138,7 @@ def test_the_rule_over_lanes_is_the_policy(loads: list[float], name: str, seed: 
         current = lane
 
 
-def test_hpa_ignores_ten_percent_and_waits_before_it_goes_down() -> None:
+def test_hpa_ignores_ten_percent_and_delays_scale_down() -> None:
     load = np.concatenate([np.full((30, 1), 10.0), np.full((1, 1), 10.9), np.full((60, 1), 5.0)])
     rule, current = HpaRule(load, 1.0, 1.0, 15.0), 10
     seen = []
@@ -156,13 +154,13 @@ def test_hpa_ignores_ten_percent_and_waits_before_it_goes_down() -> None:
     assert seen[-1] == 5
 
 
-def test_forecasts_see_nothing_of_the_future() -> None:
+def test_forecasts_use_no_future_data() -> None:
     series = read_trace(EXAMPLE)
     assert isinstance(series, Series)
     config = ReplayConfig(seeds=1)
     whole = Replay(series, config)
     part = Replay(series.head(72), replace(config, capacity=whole.setting.capacity))
-    shown = part.ticks - 40  # the line to the next point of the trace is cut in the shorter one
+    shown = part.ticks - 40  # the shorter trace lacks the interpolation to the next point
     assert np.array_equal(whole.bound[:shown], part.bound[:shown])
 
 
@@ -173,8 +171,8 @@ def test_noise_has_mean_one_and_its_own_seed() -> None:
     assert not np.array_equal(load[:, 0], load[:, 1])
 
 
-def test_the_example_meets_the_slo_below_the_price_of_the_peers_headroom() -> None:
-    """SLO >= 99.5 % at no more than 1.20 x oracle, where the HPA's defaults break the SLO."""
+def test_example_meets_the_slo_at_less_cost_than_other_policies() -> None:
+    """SLO >= 99.5 % at no more than 1.20 x oracle, where the HPA's defaults miss the SLO."""
     series = read_trace(EXAMPLE)
     assert isinstance(series, Series)
     made = Replay(series, ReplayConfig(seeds=2))
@@ -204,7 +202,7 @@ def test_cli_prints_one_json_document_with_every_policy() -> None:
         (["--capacity", "0"], "capacity"),
     ],
 )
-def test_cli_names_what_is_wrong(arguments: list[str], message: str) -> None:
+def test_cli_errors_name_the_problem(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -212,7 +210,7 @@ def test_cli_names_what_is_wrong(arguments: list[str], message: str) -> None:
 
 def test_names_of_policies() -> None:
     assert base_of("stabilized-tuned") == "stabilized"
-    with pytest.raises(ValueError, match="known are"):
+    with pytest.raises(ValueError, match="expected one of"):
         base_of("static-tuned")
 
 
@@ -243,7 +241,7 @@ def test_request_traces_are_recognized_and_replayed(tmp_path: Path, kind: str) -
     assert rows["static"]["instance_hours"] > 0
 
 
-def test_unknown_formats_name_the_known_ones(tmp_path: Path) -> None:
+def test_errors_for_unknown_formats_list_the_known_ones(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="TIMESTAMP,ContextTokens"):
@@ -261,8 +259,8 @@ def test_picture(tmp_path: Path) -> None:
     assert target.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_oracle_of_a_request_trace_keeps_the_slo() -> None:
-    """A few requests cause most of the work, and they arrive together."""
+def test_oracle_of_a_request_trace_meets_the_slo() -> None:
+    """A few requests that arrive together cause most of the work."""
     random = np.random.default_rng(0)
     arrivals = np.sort(random.uniform(0, 1800, 3000))
     prompts = np.where(random.random(3000) < 0.05, 60_000, 500)

@@ -1,10 +1,10 @@
-"""Compile every kernel for a card that is not here: to machine code, by Triton's own assembler; run nothing.
+"""Compile every kernel to machine code for an absent GPU, with Triton's assembler, without running it.
 
-    python tests/ops/gpu/compile_kernels.py [--capability 89] [--all]     # one JSON object a kernel
+    python tests/ops/gpu/compile_kernels.py [--capability 89] [--all]     # one JSON object per kernel
 
-The backend's own launches are used, at DeepSeek-V3's shapes: each is compiled instead of launched.
+Uses the backend's launches at DeepSeek-V3's shapes, compiling each instead of launching it.
 --capability: 80 (A100), 86 (A10, RTX 30), 89 (L40, RTX 40), 90 (H100), 100 (B200), 120 (RTX 50).
---all: every row count of the configuration files, else the smallest and the largest.
+--all: every row count of the configuration files; default: the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from farthing.ops.sampling import Filters
 from farthing.ops.selection import in_rows
 
 BF16, FP8, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program (CUDA programming guide)
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per program (CUDA programming guide)
 FP8_FROM = 89
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "cp.async")
@@ -52,7 +52,7 @@ HIDDEN, INNER, EXPERTS = 7168, 2048, 4
 
 
 class Driver:
-    """Replaces the driver on machines without a device."""
+    """Replaces the driver on machines without a GPU."""
 
     def __init__(self, capability: int) -> None:
         self._target = GPUTarget("cuda", capability, 32)
@@ -68,7 +68,7 @@ class Driver:
 
 
 def matrix(name: str, n: int, k: int, count: int = 1, dtype: torch.dtype = BF16) -> Matrix:
-    """A stack of the format's layout, its contents unset."""
+    """An uninitialized stack in the format's layout."""
     if name == "dense":
         return Matrix(name, torch.empty(count, n, k, dtype=dtype), None, None, n, k, 0)
     if name == "int8":
@@ -112,7 +112,7 @@ def products(sizes: list[int], fp8: bool) -> None:
 
 
 def attention(heads: list[int], spans: list[int], fp8: bool) -> None:
-    """Decode over every kind of cache, prefill, and what surrounds them."""
+    """Decode over every kind of cache, prefill, and related kernels."""
     rope = torch.empty(2, 4096, 32)
     kinds = [(BF16, BF16), (F32, F32), (torch.int8, BF16)]
     for kind, dtype in [*kinds, (FP8, BF16)] if fp8 else kinds:
@@ -162,7 +162,7 @@ def rows(fp8: bool) -> None:
 
 
 def resources(kernel: Any) -> dict[str, Any]:
-    """Registers, bytes spilled to the stack, shared memory and the instructions that matter."""
+    """Registers, bytes spilled to the stack, shared memory and relevant instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]

@@ -1,4 +1,4 @@
-"""Where the kernels' tests run and what they may differ by."""
+"""Device and tolerances of the kernel tests."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from farthing.ops.gpu.numeric import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 EPS = 1e-6
-# The measure is about half the squared relative error. Weights of integers are multiplied as they are; FP8
-# inputs keep 4 bits, which is 3 % of a number and about 2.7 % of a sum of them.
+# The measure is about half the squared relative error. Integer weights are multiplied exactly; FP8 inputs
+# have 4 significant bits, which is 3 % of a value and about 2.7 % of a sum.
 BOUNDS = {"f32": 1e-10, "bf16": 1e-9, "fp8": 1e-3, "int8": 1e-9, "int4": 1e-9, "int4_zero": 1e-9}
 FORMATS = list(BOUNDS)
 
@@ -21,5 +21,5 @@ def norm(k: int) -> Tensor:
 
 
 def on_device(x: Tensor) -> Tensor:
-    """Where kernels read it."""
+    """Move x to the kernels' device."""
     return x.to(DEVICE)

@@ -1,4 +1,4 @@
-"""Latent attention, decoding and expanded, over every cache against the reference."""
+"""Latent attention, decode and expanded, with every cache dtype against the reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPECS = {
     "many_heads": AttentionSpec(20, 16, 16, 16, 32, 0.2),
 }
 CACHES = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
-# (tokens cached, tokens of this step) of each sequence: prompts, a chunk with single tokens, decoding.
+# (cached tokens, tokens of this step) per sequence: prompts, a chunk with single tokens, decoding.
 STEPS = [[(0, 5), (0, 37), (0, 1)], [(5, 1), (37, 26), (1, 3)], [(6, 1), (63, 1), (4, 1)]]
 
 
@@ -48,7 +48,7 @@ def outputs(
         batch = moved(batch) if device.type == "cuda" else batch
         q, kv = q.to(device, ops.dtype), kv.to(device, ops.dtype)
         results.append(ops.mla(q, kv, handle, cache, 1, batch, EPS).cpu())
-    assert not cache.data[0].float().any()  # layer 0 is not ours
+    assert not cache.data[0].float().any()  # layer 0 is not written
     return results
 
 
@@ -89,7 +89,7 @@ def test_mla(name: str, cache_dtype: str, dtype: torch.dtype, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
-def test_splits_agree_also_where_some_have_no_keys(splits: int) -> None:
+def test_splits_agree_even_if_some_have_no_keys(splits: int) -> None:
     ops = GpuOps(torch.float32, DEVICE)
     cache = ops.new_cache(1, 40, 16, 40, "float32")
     cache.data.normal_()
@@ -107,13 +107,13 @@ def test_splits_agree_also_where_some_have_no_keys(splits: int) -> None:
 @pytest.mark.parametrize(
     ("queries", "heads", "keys", "splits"),
     [
-        (128, 128, 65536, 1),  # enough programs as they are
+        (128, 128, 65536, 1),  # already enough programs
         (16, 128, 8192, 4),  # 32 programs: four splits are one wave of 128, and a result costs 300 keys
         (1, 128, 65536, 64),
         (20, 16, 8192, 13),  # 260 programs where 264 run at once
         (1, 128, 100, 1),  # not worth the combination
     ],
 )
-def test_splits_fill_the_device_and_are_worth_it(queries: int, heads: int, keys: int, splits: int) -> None:
+def test_splits_fill_the_device_and_pay_off(queries: int, heads: int, keys: int, splits: int) -> None:
     tile = Config(bm=64, bk=32) if heads == 128 else Config(bm=16, bk=32, per_processor=2)
     assert splits_for(queries, heads, keys, tile, 132) == splits

@@ -1,4 +1,4 @@
-"""`GpuOps` op by op against the reference: experts here and elsewhere, shared ones, heads, refusals."""
+"""`GpuOps` op by op against the reference: local and remote experts, shared ones, heads, errors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_reroute(ops: GpuOps, ref: ReferenceOps) -> None:
     narrow = RouterSpec(8, 1)
     ops.reroute(handle, narrow)
     ref.reroute(expected, narrow)
-    assert ops._graphs is not graphs  # what was captured with the old rule is gone
+    assert ops._graphs is not graphs  # graphs captured with the old rule are dropped
     x = torch.randn(5, 64)
     y, z = ops.moe(x.to(DEVICE), handle, torch.ones(64), EPS), ref.moe(x, expected, torch.ones(64), EPS)
     assert distance(y.cpu() - x, z - x) < 1e-9
@@ -94,7 +94,7 @@ def test_mlp(ops: GpuOps, ref: ReferenceOps, name: str) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_rounding_while_packing_is_the_reference_s(quantization: str) -> None:
+def test_rounding_while_packing_equals_the_reference(quantization: str) -> None:
     w, x = Weight("dense", torch.randn(48, 96)), torch.randn(3, 96)
     ours, ref = GpuOps(torch.float32, DEVICE, quantization), ReferenceOps(torch.float32, quantization)
     y = ours.linear(x.to(DEVICE), ours.pack_linear("w", lambda: [w])).cpu()
@@ -113,10 +113,10 @@ def test_top_logits(ops: GpuOps, ref: ReferenceOps, k: int) -> None:
     same = ops.pack_linear("h", lambda: [Weight("dense", torch.ones(40, 32))])
     # Without eps the normed row is exactly 1, so the logits are equal in any order of summation.
     _, ids, _ = ops.top_logits(torch.ones(2, 32, device=DEVICE), same, torch.ones(32), 0.0, k)
-    assert ids.tolist() == [list(range(k))] * 2  # equal logits in the order of their ids
+    assert ids.tolist() == [list(range(k))] * 2  # equal logits in order of their ids
 
 
-def test_what_is_refused(ops: GpuOps) -> None:
+def test_unsupported_arguments_are_rejected(ops: GpuOps) -> None:
     w = ops.pack_linear("w", lambda: [weight("int8", 16, 64)])
     with pytest.raises(ValueError, match="x has 65 columns; expected 64"):
         ops.linear(torch.randn(1, 65, device=DEVICE), w)

@@ -1,4 +1,4 @@
-"""Without a GPU the bench says so, row by row, and claims nothing."""
+"""Without a GPU the benchmark reports so for every row and claims nothing."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ BENCH = Path(__file__).parents[3] / "bench"
 
 
 def script(name: str) -> ModuleType:
-    """A file of bench/, which is no package."""
+    """Import a file of bench/, which is not a package."""
     spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -69,7 +69,7 @@ def test_every_row_runs_at_a_small_size(make: str, monkeypatch: pytest.MonkeyPat
         out = row.run()
         assert not isinstance(out, torch.Tensor) or not out.isnan().any()
         assert row.bytes > 0 or row.flops > 0
-        if make != "dense_fp8":  # torch has that product on a GPU only
+        if make != "dense_fp8":  # torch has that product only on a GPU
             row.peer()
 
 
@@ -107,7 +107,7 @@ def test_every_row_is_not_measured(
     assert document["rows"] == [] and "CUDA" in document["reason"]
 
 
-def test_targets_of_the_issue_are_in_the_table(bench: ModuleType) -> None:
+def test_targets_are_in_the_table(bench: ModuleType) -> None:
     targets = {r.kernel: bench.wanted(r) for r in bench.ROWS if bench.wanted(r) != "–"}
     assert targets == {
         "MLA decode, bf16 cache": "80% of the ceiling",
@@ -118,7 +118,7 @@ def test_targets_of_the_issue_are_in_the_table(bench: ModuleType) -> None:
     }
 
 
-def test_a_measured_row_is_judged(bench: ModuleType) -> None:
+def test_measured_row_is_compared_with_its_target(bench: ModuleType) -> None:
     row = bench.ROWS[0]
     result = bench.Result(row.kernel, row.size, 50.0, "2,700 GB/s", 0.79, "torch", 500.0, "", False)
     assert bench.cells(row, result)[-3:] == ["500 us (10.00x, torch)", "80% of the ceiling", "missed"]
@@ -130,7 +130,7 @@ def test_unknown_kernel(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -
     assert "names no kernel" in capsys.readouterr().err
 
 
-def test_a_peer_that_cannot_run_here_costs_only_its_own_figure(
+def test_unavailable_peer_only_omits_its_own_result(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails() -> None:
@@ -152,8 +152,8 @@ def test_a_peer_that_cannot_run_here_costs_only_its_own_figure(
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the bench itself is what runs on a GPU")
-def test_tuning_keeps_the_fastest_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Candidates as they are, works of a few numbers, and a clock that likes wide tiles of 4 warps."""
+def test_tuning_keeps_the_fastest_working_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real candidates, tiny workloads, and a clock that favors wide tiles of 4 warps."""
     monkeypatch.syspath_prepend(str(BENCH))
     tune = script("gpu_tune")
     monkeypatch.setattr(tune, "FOLDER", tmp_path)
@@ -176,9 +176,9 @@ def test_tuning_keeps_the_fastest_that_runs(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(tune, "jobs", lambda: {"gemm_fp8": [job], "decode": [job, never], "prefill": [job]})
     assert tune.tune(medians, Console(quiet=True), "e") == 0
     table = read_configs(tmp_path / "test-1.json")
-    assert set(table) == {"gemm_fp8", "prefill"}  # not half of a kernel
+    assert set(table) == {"gemm_fp8", "prefill"}  # no partial kernel
     [(rows, chosen)] = table["prefill"]
     assert (rows, chosen.bn, chosen.num_warps) == (16, 64, 4)
     assert set(ran) == {*job.candidates, *never.candidates}
     tune.tune(medians, Console(quiet=True), "prefill")
-    assert set(read_configs(tmp_path / "test-1.json")) == {"gemm_fp8", "prefill"}  # what was there stays
+    assert set(read_configs(tmp_path / "test-1.json")) == {"gemm_fp8", "prefill"}  # existing entries are kept

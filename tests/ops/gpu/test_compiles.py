@@ -1,4 +1,4 @@
-"""Every kernel compiles for every kind of card, fits it, and holds its tiles in registers. Nothing is run."""
+"""Every kernel compiles for every GPU generation, fits it, and keeps its tiles in registers. Nothing runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-MOST_STACK = 80  # bytes a thread: addresses, not tiles
+MOST_STACK = 80  # bytes per thread: addresses, not tiles
 PRODUCTS = {"wgmma.mma_async", "mma.sync", "tcgen05.mma"}
 TILED = {"gemm", "gate_up", "down", "decode", "prefill", "two_of_four", "blocks", "index_scores"}
 
@@ -31,7 +31,7 @@ def test_every_kernel_compiles_and_fits(capability: int, tmp_path: Path) -> None
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {k["kernel"] for k in kernels}
     assert names >= TILED | {"route", "sort", "draw", "softmax"}
-    assert ("norm_quantize" in names) == (capability >= 89)  # what quantizes to FP8
+    assert ("norm_quantize" in names) == (capability >= 89)  # kernels that quantize to FP8
     for k in kernels:
         assert k["stack"] <= MOST_STACK, k
         assert k["shared"] <= k["limit"], k

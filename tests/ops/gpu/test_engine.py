@@ -1,4 +1,4 @@
-"""The whole engine on the GPU backend gives the reference's greedy tokens."""
+"""The whole engine on the GPU backend generates the reference's greedy tokens."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def greedy(model: DeepseekModel, count: int = 4, **config: Any) -> list[list[int
     return tokens(model, 3 * [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)], **config)
 
 
-def test_greedy_tokens_are_the_reference_s() -> None:
+def test_greedy_tokens_equal_the_reference() -> None:
     expected = greedy(tiny("reference"))
     model = tiny("gpu")
     assert greedy(model) == expected
     assert len(model.ops._graphs) > 0  # type: ignore[attr-defined]
 
 
-def test_the_same_seeds_draw_the_reference_s_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine samples with the backend's kernels; in torch alone they would not be called."""
+def test_seeded_tokens_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine samples with the backend's kernels, not in torch."""
     kinds: list[bool] = []
     kernels = GpuOps.sample
 
@@ -71,7 +71,7 @@ def test_the_same_seeds_draw_the_reference_s_tokens(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_the_mtp_layer_drafts_on_it_too() -> None:
+def test_mtp_layer_drafts_on_the_backend() -> None:
     assert greedy(tiny("gpu"), speculate="mtp:1", count=3) == greedy(tiny("reference"), count=3)
 
 

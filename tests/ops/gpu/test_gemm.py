@@ -40,7 +40,7 @@ def test_int4_groups(group: int) -> None:
     assert distance(y.cpu(), x @ w.dequantize().t()) < BOUNDS["int4"]
 
 
-def test_int4_groups_that_no_tile_can_hold_are_refused() -> None:
+def test_int4_groups_that_fit_no_tile_are_rejected() -> None:
     with pytest.raises(ValueError, match="int4 group size is 8; expected a multiple of 16"):
         pack(weight("int4", 16, 32, 8), torch.float32, DEVICE)
 
@@ -61,15 +61,13 @@ def test_stacked_matrices_and_strided_rows(name: str, rows: tuple[int, int]) -> 
     ("rows", "columns", "bn"),
     [(8, 7168, 32), (8, 2112, 16), (8, 512, 16), (512, 2112, 128), (512, 1024, 64)],
 )
-def test_tiles_are_as_narrow_as_it_takes_to_use_most_multiprocessors(
-    rows: int, columns: int, bn: int
-) -> None:
+def test_tiles_are_narrow_enough_to_use_most_multiprocessors(rows: int, columns: int, bn: int) -> None:
     tile = Config(bm=16, bn=32) if rows == 8 else Config(bm=64, bn=128)
     assert narrowed(tile, rows, columns, 132) == replace(tile, bn=bn)
 
 
 def dequantized(q: Tensor, scale: Tensor) -> Tensor:
-    """FP8 [T, K] with a scale a row and 128 columns."""
+    """FP8 [T, K] with one scale per row and 128 columns, dequantized."""
     return q.float() * scale.repeat_interleave(128, 1)[:, : q.shape[1]]
 
 
@@ -93,7 +91,7 @@ def test_a_pair_alternates(name: str) -> None:
     assert distance(y[:, 1::2], x @ up.dequantize().t()) < BOUNDS[name]
 
 
-def test_an_fp8_pair_is_one_after_the_other() -> None:
+def test_fp8_pair_is_concatenated() -> None:
     gate, up = weight("fp8", 128, 64), weight("fp8", 128, 64)
     x = torch.randn(3, 64)
     both = pair(pack(gate, torch.float32, DEVICE), pack(up, torch.float32, DEVICE))
@@ -111,14 +109,14 @@ def test_bfloat16(name: str) -> None:
     assert distance(y.cpu(), x.float() @ w.dequantize().t()) < ROUNDED
 
 
-def test_a_device_without_fp8_keeps_the_value() -> None:
+def test_device_without_fp8_keeps_the_value() -> None:
     w = weight("fp8", 40, 200)
     m = pack(w, torch.float32, DEVICE, fp8=False)
     assert m.format == "dense"
     assert torch.equal(on_device(w.dequantize()), m.data[0])
 
 
-def test_weights_of_two_formats_make_no_pair() -> None:
+def test_weights_of_two_formats_are_not_paired() -> None:
     with pytest.raises(ValueError, match="gate is dense 16 x 32 and up int8 16 x 32; expected one format"):
         pair(
             pack(Weight("dense", torch.ones(16, 32)), torch.float32, DEVICE),

@@ -1,4 +1,4 @@
-"""Buckets of decode graphs, and that padding a step to its bucket changes nothing."""
+"""Buckets of decode graphs; padding a step to its bucket changes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ops.gpu.test_attention import moved
 
 
 @given(st.integers(1, MOST_ROWS))
-def test_a_bucket_holds_its_rows_and_is_not_far_above(rows: int) -> None:
+def test_bucket_fits_its_rows_closely(rows: int) -> None:
     size = bucket(rows)
     assert size is not None and rows <= size <= MOST_ROWS
     assert size < 2 * rows and size - rows < 32
@@ -30,7 +30,7 @@ def test_buckets_are_few() -> None:
     assert [width_bucket(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
 
 
-def test_a_step_runs_padded_by_its_first_row() -> None:
+def test_step_is_padded_with_its_first_row() -> None:
     graphs, seen = DecodeGraphs(), []
 
     def layers(hidden: torch.Tensor, batch: Batch, live: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_a_step_runs_padded_by_its_first_row() -> None:
     first = step(3)
     kept = first.clone()
     step(4)
-    assert torch.equal(first, kept)  # what a step returned is not overwritten by the next
+    assert torch.equal(first, kept)  # a step's result is not overwritten by the next step
     assert len(graphs) == 1
     hidden, slots, live = seen[0]
     assert hidden.shape == (4, 4) and torch.equal(hidden[3], hidden[0])

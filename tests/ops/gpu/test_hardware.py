@@ -1,4 +1,4 @@
-"""What only a GPU can show: a captured decode step gives what its layers give, and FP8 is the hardware's."""
+"""Tests that need a GPU: a captured decode step equals its layers, and FP8 rounding in hardware."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ops.gpu.test_attention import moved
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")]
 
 
-def test_a_replayed_step_gives_what_its_layers_give() -> None:
+def test_replayed_step_equals_its_layers() -> None:
     model = random_model(ModelConfig.from_json(RAW), select("gpu", torch.float32), seed=7)
     cache = model.new_cache(8, 16, "float32")
     device = model.ops.device
@@ -32,12 +32,12 @@ def test_a_replayed_step_gives_what_its_layers_give() -> None:
     counts = torch.zeros(3, 4, dtype=torch.int64, device=device)
     for turn in (1, 2, 3):  # captured, then replayed
         assert torch.allclose(model.forward(ids, step, cache, counts), h, atol=1e-5)
-        assert counts.sum() == turn * 3 * 2  # one layer of experts, two a token; padding is not counted
+        assert counts.sum() == turn * 3 * 2  # one layer of experts, two per token; padding is not counted
     captured = list(model.ops._graphs._captured.values())  # type: ignore[attr-defined]
     assert captured and all(c.graph is not None for c in captured)
 
 
-def test_fp8_is_rounded_by_the_hardware_as_by_torch() -> None:
+def test_hardware_fp8_rounding_equals_torch() -> None:
     x = torch.randn(64, 512, device="cuda").bfloat16()
     q, scale = quantize(x)
     expected = (x.float() / scale.repeat_interleave(128, 1)).clamp(-448, 448).to(torch.float8_e4m3fn)

@@ -1,4 +1,4 @@
-"""The indexer's kernel over every cache, and attention to what it chose, against the reference."""
+"""The indexer kernel with every cache dtype, and attention to its selection, against the reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = [[(0, 40), (0, 3)], [(40, 1), (3, 2)], [(41, 9), (5, 1)]]
 
 
 def run(ops: Ops, spec: IndexerSpec, dtype: CacheDtype) -> tuple[list[Tensor], list[Tensor]]:
-    """(positions, attention's outputs) of each step."""
+    """(positions, attention outputs) per step."""
     g = torch.Generator().manual_seed(0)
     angles = (
         torch.rand(64, spec.rope_dim // 2, generator=g),

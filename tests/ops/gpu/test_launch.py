@@ -1,4 +1,4 @@
-"""Configurations from files: the right one is found, and a wrong file is refused in clear words."""
+"""Configurations from files: the right one is selected, and invalid files are rejected with a clear error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def written(tmp_path: Path, table: object) -> Path:
     return path
 
 
-def test_every_file_that_ships_can_be_read_and_serves_every_kernel() -> None:
+def test_every_packaged_file_is_valid_and_covers_every_kernel() -> None:
     default = read_configs(launch.FOLDER / "default.json")
     kernels = {f"{kind}_{name}" for kind in ("gemm", "grouped") for name in FORMATS}
     kernels |= {f"{kind}_float32" for kind in ("gemm", "grouped")}
@@ -33,14 +33,14 @@ def test_every_file_that_ships_can_be_read_and_serves_every_kernel() -> None:
         assert all(c.bn <= 128 for _, c in read_configs(path).get("grouped_fp8", []))  # one
 
 
-def test_the_smallest_that_holds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smallest_configuration_that_fits_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"k": [(16, Config(bm=16)), (64, Config(bm=32))]}
     monkeypatch.setattr(launch, "table", lambda card: table)
     cpu = torch.device("cpu")
     assert [config("k", rows, cpu).bm for rows in (1, 16, 17, 64, 65, 9999)] == [16, 16, 32, 32, 32, 32]
 
 
-def test_a_card_s_file_replaces_the_default_kernel_by_kernel(
+def test_device_file_overrides_the_default_per_kernel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = {"rows": 16, "bm": 16}
@@ -84,7 +84,7 @@ def test_a_card_s_file_replaces_the_default_kernel_by_kernel(
         ({"k": []}, r"k has rows \[\]"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, table: object, message: str) -> None:
+def test_invalid_file_is_rejected(tmp_path: Path, table: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_configs(written(tmp_path, table))
     broken = tmp_path / "card.json"
@@ -93,7 +93,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, table: object, message: str) ->
         read_configs(broken)
 
 
-def test_the_factory_refuses_what_it_does_not_serve() -> None:
+def test_factory_rejects_unsupported_options() -> None:
     with pytest.raises(ValueError, match=r"dtype torch\.float16 is not served by backend 'gpu'"):
         create(torch.float16, None, None, None)
     with pytest.raises(ValueError, match="quantization 'int2' is unknown"):

@@ -35,7 +35,7 @@ ROUTERS = {
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Whatever ran before: FP8's error on one token of 64 numbers scatters around its bound."""
+    """Independent of earlier tests: FP8's error on one token of 64 values scatters around its bound."""
     torch.manual_seed(0)
 
 
@@ -51,7 +51,7 @@ def test_route(name: str, tokens: int) -> None:
     torch.testing.assert_close(weights.cpu(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_padding_chooses_nothing() -> None:
+def test_padding_selects_no_expert() -> None:
     live = torch.tensor([2], dtype=torch.int32, device=DEVICE)
     ids, _ = route(torch.randn(4, 8).to(DEVICE), None, ROUTERS["all"], live)
     assert (ids[:2] >= 0).all() and (ids[2:] == -1).all()
@@ -68,7 +68,7 @@ def test_sort(tokens: int) -> None:
     assert torch.equal(order[: len(expected)].cpu().long(), expected)
 
 
-def test_experts_elsewhere_are_left_out() -> None:
+def test_remote_experts_are_skipped() -> None:
     ids = torch.tensor([[0, 3], [3, 5], [2, 1]])
     held = torch.tensor([-1, 1, -1, 0, -1, -1], dtype=torch.int32)
     order, starts = sort_by_expert(ids.to(DEVICE), 2, held.to(DEVICE))
@@ -124,8 +124,8 @@ def test_grouped(name: str, tokens: int, hidden: int, inner: int) -> None:
 
 
 @pytest.mark.parametrize("bm", [16, 64])
-def test_fp8_experts_of_more_than_a_tile(bm: int) -> None:
-    """Gate's last tile of weights ends where up's first begins; each has scales of its own."""
+def test_fp8_experts_larger_than_a_tile(bm: int) -> None:
+    """The gate's last tile ends where the up projection's first begins; each has its own scales."""
     experts = [(weight("fp8", 200, 192), weight("fp8", 200, 192), weight("fp8", 192, 200)) for _ in range(2)]
     x, gates = torch.randn(9, 192), torch.rand(9, 1)
     ids = torch.randint(0, 2, (9, 1))
@@ -133,7 +133,7 @@ def test_fp8_experts_of_more_than_a_tile(bm: int) -> None:
     assert distance(y - x, z - x) < 3 * BOUNDS["fp8"]
 
 
-def test_default_tiles_give_the_same() -> None:
+def test_default_tiles_give_the_same_result() -> None:
     experts = [(weight("f32", 96, 64), weight("f32", 96, 64), weight("f32", 64, 96)) for _ in range(3)]
     x, gates = torch.randn(70, 64), torch.rand(70, 1)
     ids = torch.randint(0, 3, (70, 1))

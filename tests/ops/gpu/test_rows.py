@@ -1,4 +1,4 @@
-"""What works on rows: norm, norm and quantization in one pass, softmax; and the rounding they rest on."""
+"""Row kernels: norm, fused norm and quantization, softmax; and their rounding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _narrow(x, out, N: tl.constexpr):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_rounding_is_torch_s(dtype: torch.dtype) -> None:
+def test_rounding_equals_torch(dtype: torch.dtype) -> None:
     random = torch.randn(900) * torch.logspace(-4, 2.5, 900)
     ties = torch.arange(0, 60).float() * 0.5**10  # halves of the smallest steps of FP8
     edges = torch.tensor([0.0, -0.0, 448.0, -448.0, 2.0**-6, 0.9999 * 2.0**-6, 240.0, 447.9, 1.0625, 1.1875])
@@ -40,14 +40,14 @@ def test_rounding_is_torch_s(dtype: torch.dtype) -> None:
 def test_softmax_and_norm(n: int) -> None:
     x = torch.randn(3, n) * 8
     wide = torch.randn(3, n + 5)[:, 5:]
-    for held in (16384, 64):  # in one piece, and streamed
+    for held in (16384, 64):  # in one block, and streamed
         torch.testing.assert_close(softmax(x.to(DEVICE), held).cpu(), x.softmax(-1), atol=1e-6, rtol=1e-5)
     w = norm(n)
     y = rms_norm(wide.to(DEVICE), w.to(DEVICE), EPS).cpu()
     torch.testing.assert_close(y, REF.rms_norm(wide, w, EPS), atol=1e-5, rtol=1e-5)
 
 
-def test_softmax_of_what_is_partly_forbidden() -> None:
+def test_softmax_of_partly_masked_rows() -> None:
     x = torch.randn(2, 200)
     x[0, :150] = float("-inf")
     for held in (16384, 64):
@@ -55,7 +55,7 @@ def test_softmax_of_what_is_partly_forbidden() -> None:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 with one scale a row and 128 columns, in torch."""
+    """FP8 with one scale per row and 128 columns, in torch."""
     k = x.shape[1]
     groups = torch.nn.functional.pad(x, (0, -k % 128)).unflatten(1, (-1, 128))
     scale = groups.abs().amax(-1).clamp_min(1e-4) / 448
@@ -71,7 +71,7 @@ def test_quantize(k: int, normed: bool) -> None:
     wanted, expected = rounded(REF.rms_norm(x, w, EPS) if normed else x)
     torch.testing.assert_close(scale.cpu(), expected, rtol=1e-5, atol=0)
     same = q.cpu().view(torch.uint8) == wanted.view(torch.uint8)
-    assert same.float().mean() > (0.98 if normed else 0.999)  # the norm's sum may round elsewhere
+    assert same.float().mean() > (0.98 if normed else 0.999)  # the norm's sum may round differently
     torch.testing.assert_close(q.cpu().float(), wanted.float(), rtol=0.13, atol=2.0**-8)
 
 

@@ -1,4 +1,4 @@
-"""The kernels draw the reference's tokens, and the engine's; frequencies follow the distribution."""
+"""The kernels draw the tokens of the reference and of the engine; frequencies follow the distribution."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_filtered(vocabulary: int, heat: float) -> None:
     assert torch.equal(tokens.cpu(), reference.sample(logits, u, _filters(PARAMS, logits)))
 
 
-def test_wide_filters_look_at_the_whole_vocabulary() -> None:
-    """More than the first candidates survive: the narrow search must notice, for a row among others too."""
+def test_wide_filters_use_the_whole_vocabulary() -> None:
+    """More than the first candidates survive: the narrow search must detect it, per row."""
     wide = 2 * reference.CANDIDATES
     params, u = [SamplingParams(top_k=2), SamplingParams(top_p=0.99)], torch.tensor([0.9, 0.9]).double()
     logits = torch.randn(2, wide) / 100
@@ -66,8 +66,8 @@ def test_wide_filters_look_at_the_whole_vocabulary() -> None:
     assert (logits[1] > logits[1, tokens[1]]).sum() > reference.CANDIDATES
 
 
-def test_the_engine_draws_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one step: greedy, free, filtered, at several temperatures. One launch for each kind of row."""
+def test_engine_samples_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one step: greedy, free, filtered, at several temperatures. One launch per kind of row."""
     calls: list[str] = []
     for name in ("draw", "draw_filtered"):
 

@@ -1,4 +1,4 @@
-"""When 'auto' means the GPU."""
+"""When 'auto' selects the GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farthing.ops.gpu import numeric
 from farthing.ops.select import resolve
 
 
-def test_auto_is_the_gpu_only_where_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_the_gpu_only_for_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (8, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
@@ -34,7 +34,7 @@ def test_explicit_backend_runs_interpreted_on_request() -> None:
         assert ops.cache_dtype == "float32"
 
 
-def test_a_card_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_old_device_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
@@ -43,7 +43,7 @@ def test_a_card_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         gpu.create(None, None, None, None)
 
 
-def test_a_card_without_fp8_has_no_fp8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_without_fp8_has_no_fp8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = selection("gpu")
     monkeypatch.setattr(ops, "_fp8", False)
     with pytest.raises(ValueError, match=r"the cache's dtype is 'fp8', .*expected 'bfloat16' or 'int8'"):

@@ -21,11 +21,11 @@ def cut(n: int, k: int, two_of_four: bool, int8: bool) -> Weight:
     if two_of_four:
         groups = w.view(n, k // 4, 4)
         groups.scatter_(-1, groups.abs().topk(2, dim=-1, largest=False).indices, 0.0)
-        groups[0, 0] = 0  # a group of zeros, and one with a single number
+        groups[0, 0] = 0  # a group of zeros, and one with a single nonzero
         groups[1, 0, 1:] = 0
     else:
         kept = torch.rand(n // 16, k // 16) < 0.3
-        kept[0] = False  # a panel of nothing
+        kept[0] = False  # an empty panel
         w *= kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
     return quantize_int8(w) if int8 else Weight("dense", w)
 
@@ -52,7 +52,7 @@ def test_int8_of_bfloat16_activations(two_of_four: bool) -> None:
     assert distance(out.cpu(), x.float() @ w.dequantize().t()) < 1e-9
 
 
-def test_bytes_are_saved() -> None:
+def test_sparse_formats_save_bytes() -> None:
     two = find(cut(64, 256, True, False), torch.bfloat16, DEVICE)
     assert isinstance(two, TwoOfFour)
     assert two.values.nbytes + two.places.nbytes == 64 * 256 * 2 * 5 // 8
@@ -62,7 +62,7 @@ def test_bytes_are_saved() -> None:
     assert isinstance(blocks, Blocks) and blocks.starts.tolist() == [0, 0, 4]
 
 
-def test_what_has_no_pattern_stays_dense() -> None:
+def test_weights_without_a_pattern_stay_dense() -> None:
     assert find(Weight("dense", torch.randn(32, 64)), torch.float32, DEVICE) is None
     assert pack_blocks(torch.zeros(16, 16), torch.zeros(1, 1, dtype=torch.bool), None).starts.tolist() == [
         0,
@@ -70,7 +70,7 @@ def test_what_has_no_pattern_stays_dense() -> None:
     ]
 
 
-def test_projections_find_it_by_themselves() -> None:
+def test_projections_detect_the_pattern() -> None:
     ops, ref = GpuOps(torch.float32, DEVICE), ReferenceOps(torch.float32)
     stack = [cut(32, 64, True, False), Weight("dense", torch.randn(20, 64)), cut(48, 64, False, False)]
     x, scale = torch.randn(3, 64), norm(64)

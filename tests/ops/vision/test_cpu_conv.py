@@ -1,4 +1,4 @@
-"""The native convolutions of every instruction set against integer arithmetic in torch: the same bytes."""
+"""The native convolutions of every instruction set, bitwise equal to integer arithmetic in torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def program(request: pytest.FixtureRequest) -> ConvProgram:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution on integers and what follows it."""
+    """An integer convolution and its fused steps."""
 
     weight: Tensor
     mult: Tensor
@@ -45,7 +45,7 @@ class Layer:
 
 
 def fused(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of float32 numbers, rounded to float32 once (the product is exact in float64)."""
+    """a * b + c of float32 values, rounded once to float32 (the product is exact in float64)."""
     return (a.double() * b.double() + c.double()).float()
 
 
@@ -58,7 +58,7 @@ def narrow(v: Tensor, shift: int, top: int) -> Tensor:
 
 
 def random_weight(outputs: int, channels: int, kernel: int, top: int, sparsity: float = 0.4) -> Tensor:
-    """Integers to `top`; of whole 16 x 16 blocks, a share is zero."""
+    """Integers up to `top`; a share of the 16 x 16 blocks is zero."""
     w = torch.randint(-top, top + 1, (outputs, channels, kernel, kernel), dtype=torch.int8)
     keep = torch.rand(-(-outputs // 16), -(-channels // 16), kernel, kernel) >= sparsity
     keep = keep.repeat_interleave(16, 0)[:outputs].repeat_interleave(16, 1)[:, :channels]
@@ -76,7 +76,7 @@ def random_layer(
 def first(
     program: ConvProgram, height: int, width: int, channels: int, small: bool
 ) -> tuple[Tensor, Tensor, Plane]:
-    """(picture, its first layer's integers [C, H / 2, W / 2], their plane): every test begins so."""
+    """(picture, its first layer's integers [C, H / 2, W / 2], their plane): the start of every test."""
     picture = torch.randn(3, height, width)
     scale = 0.03
     x = program.image(height, width, 3, scale)
@@ -95,7 +95,7 @@ def first(
 
 
 def finish(program: ConvProgram, x: Tensor, plane: Plane, small: bool, picture: Tensor) -> None:
-    """A last 1 x 1 convolution to floats shows every byte of `plane`, which should hold x [C, H, W]."""
+    """Check every byte of `plane` against x [C, H, W], by a final 1 x 1 convolution to floats."""
     channels = x.shape[0]
     eye = torch.eye(channels, dtype=torch.int8)[:, :, None, None]
     one, none = torch.ones(channels), torch.zeros(channels)
@@ -166,7 +166,7 @@ def test_max_pool_and_mean(program: ConvProgram) -> None:
     finish(program, expected[:, None, None], mean, False, picture)
 
 
-def test_zero_blocks_are_not_computed(program: ConvProgram) -> None:
+def test_zero_blocks_are_skipped(program: ConvProgram) -> None:
     x = program.plane(64, 9, 9, 1)
     weight = torch.ones(64, 64, 3, 3, dtype=torch.int8)
     weight[16:32, :, 1, 1] = 0
@@ -178,7 +178,7 @@ def test_zero_blocks_are_not_computed(program: ConvProgram) -> None:
     assert program.multiplications - before == 81 * 256 * (16 * 9 - 4 - 4)
 
 
-def test_what_does_not_fit_is_refused(program: ConvProgram) -> None:
+def test_unsupported_shapes_are_rejected(program: ConvProgram) -> None:
     x, one = program.plane(32, 8, 8), torch.ones(16)
     weight = torch.ones(16, 32, 3, 3, dtype=torch.int8)
     with pytest.raises(ValueError, match="border"):

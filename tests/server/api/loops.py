@@ -1,4 +1,4 @@
-"""A tool loop of five turns, as each official client runs it, and a scripted model that plays it."""
+"""A tool loop of five turns for each official client, and a scripted model for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DESCRIPTION = "Adds a number."
 NOTE = 'é "quoted" \\ </x> 2>&1\n日'
 THOUGHT = "I should add."
 
-# Packaged format -> how its model writes calls, and whether its prompt opens the reasoning by default.
+# Packaged format -> markup of calls, and whether the prompt opens the reasoning by default.
 FORMATS: dict[str, tuple[Callable[[Calls], str], bool]] = {
     "deepseek_v3": (v3, False),
     "deepseek_r1": (v3, True),
@@ -35,17 +35,17 @@ FORMATS: dict[str, tuple[Callable[[Calls], str], bool]] = {
 
 
 def arguments(step: int) -> dict[str, Any]:
-    """What the model passes in one step."""
+    """Arguments of the model's call in one step."""
     return {"step": step, "note": NOTE, "tags": [step, {"deep": None}]}
 
 
 def result(step: int) -> str:
-    """What the tool answers."""
+    """The tool's result."""
     return f"RESULT-{step}"
 
 
 def script(format_: str) -> Callable[[str], list[str]]:
-    """Pieces of one character: a thought where the format reasons, text, and a call until all is added."""
+    """Single characters: reasoning if the format has it, text, and a call until all is added."""
     write, opened = FORMATS[format_]
 
     def say(prompt: str) -> list[str]:
@@ -59,7 +59,7 @@ def script(format_: str) -> Callable[[str], list[str]]:
 
 @contextmanager
 def scripted(format_: str, **config: Any) -> Iterator[tuple[Running, ScriptedEngine]]:
-    """A server of the scripted model."""
+    """A server with the scripted model."""
     engine = ScriptedEngine(script(format_))
     engine.config = EngineConfig(max_model_len=100_000, num_blocks=64, chat_template=format_)
     with running(engine, **config) as server:
@@ -67,5 +67,5 @@ def scripted(format_: str, **config: Any) -> Iterator[tuple[Running, ScriptedEng
 
 
 def check_call(name: str, text: str, step: int) -> None:
-    """A call the model made is the one it meant."""
+    """Check that a parsed call is the one the model wrote."""
     assert name == "add" and json.loads(text) == arguments(step)

@@ -1,7 +1,7 @@
-"""Agents and Node clients that are installed from npm run against scripted models.
+"""Agents and Node clients from npm against scripted models.
 
 Set FARTHING_NODE_MODULES to a directory whose node_modules holds `openai`, `ai` with its providers,
-`@anthropic-ai/claude-code` and `@openai/codex`; what is missing is skipped.
+`@anthropic-ai/claude-code` and `@openai/codex`; missing packages are skipped.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ pytestmark = [
 
 
 def need(*packages: str) -> None:
-    """Skip without a package."""
+    """Skip the test without these packages."""
     for package in packages:
         if not (MODULES / package).is_dir():
             pytest.skip(f"npm package {package} is not installed")
 
 
 def node(tmp_path: Path, script: str, *arguments: str) -> str:
-    """Run one of the scripts in this folder."""
+    """Run a script of this directory."""
     shutil.copy(HERE / script, tmp_path)
     (tmp_path / "node_modules").symlink_to(MODULES)
     done = subprocess.run(
@@ -63,7 +63,7 @@ def test_vercel_sdk(format_: str, tmp_path: Path) -> None:
 
 
 def agent_engine(calls: Calls) -> ScriptedEngine:
-    """A model in V4's format that makes these calls one after another, and then ends."""
+    """A model in V4's format that makes these calls one after another, then ends."""
     write = dsml("tool_calls")
 
     def say(prompt: str) -> list[str]:
@@ -80,7 +80,7 @@ def agent_engine(calls: Calls) -> ScriptedEngine:
 
 
 def headless(server: Running, command: list[str], home: Path, **environment: str) -> str:
-    """Run an agent that can reach this machine only."""
+    """Run an agent that can only reach this machine."""
     proxy = "http://127.0.0.1:9"
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "HTTPS_PROXY": proxy, "HTTP_PROXY": proxy}
     env |= {"NO_PROXY": "127.0.0.1,localhost", "TERM": "dumb"} | environment

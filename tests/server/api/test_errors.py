@@ -1,4 +1,4 @@
-"""Every API refuses bad input in its own error shape, names the field, and never answers 500."""
+"""Every API rejects bad input in its own error format, names the field, and never answers 500."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_messages(tiny: Running, body: dict[str, Any], named: str, stream: bool)
 def test_responses(tiny: Running, body: dict[str, Any], named: str) -> None:
     answer = httpx.post(f"{tiny.url}/v1/responses", json=body)
     if not named:
-        assert answer.status_code == 200  # arguments are text to this format
+        assert answer.status_code == 200  # this format treats arguments as text
         return
     assert answer.status_code in (400, 404), answer.text
     error = answer.json()["error"]
@@ -99,12 +99,12 @@ def test_responses(tiny: Running, body: dict[str, Any], named: str) -> None:
     assert named in f"{error['message']} {error['param']}"
 
 
-def test_embeddings_say_why(tiny: Running) -> None:
+def test_embeddings_error_gives_the_reason(tiny: Running) -> None:
     answer = httpx.post(f"{tiny.url}/v1/embeddings", json={"input": "x"})
     assert answer.status_code == 404 and "embeddings are not served" in answer.json()["error"]["message"]
 
 
-def test_keys_in_either_header() -> None:
+def test_keys_are_accepted_in_either_header() -> None:
     with running(ScriptedEngine(), keys=KeyRing(["me:secret"])) as server:
         client = anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)
         call: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "messages": USER}
@@ -116,7 +116,7 @@ def test_keys_in_either_header() -> None:
         assert bearer.messages.create(**call).content
 
 
-def test_responses_are_kept_for_their_key_only() -> None:
+def test_responses_are_private_to_their_key() -> None:
     with running(ScriptedEngine(), keys=KeyRing(["a:one", "b:two"])) as server:
         mine = server.client("one").responses
         first = mine.create(model="tiny", input="hi")
@@ -140,7 +140,7 @@ def test_responses_are_kept_for_their_key_only() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_an_engine_that_fails_in_a_stream(path: str) -> None:
+def test_engine_failure_within_a_stream(path: str) -> None:
     with running(ScriptedEngine(["a", "b"], finish_reason="error")) as server:
         body = {"messages": USER, "max_tokens": 9, "input": "hi", "stream": True}
         text = httpx.post(f"{server.url}{path}", json=body).text
@@ -149,7 +149,7 @@ def test_an_engine_that_fails_in_a_stream(path: str) -> None:
         assert "engine ended the request" in text
 
 
-def test_cut_off_and_stopped() -> None:
+def test_truncated_and_stopped() -> None:
     call = '<｜DSML｜tool_calls><｜DSML｜invoke name="f"><｜DSML｜parameter name="a" string="true">tex'
     engine = ScriptedEngine(list("why</think>" + call), finish_reason="length")
     engine.config = EngineConfig(max_model_len=10_000, chat_template="deepseek_v4")
@@ -176,7 +176,7 @@ def test_count_tokens(tiny: Running) -> None:
     assert client.messages.count_tokens(tools=[TOOL], **options).input_tokens > count
 
 
-def test_a_billing_header_does_not_defeat_the_prefix_cache() -> None:
+def test_billing_header_keeps_prefix_cache_hits() -> None:
     engine = ScriptedEngine()
     with running(engine) as server:
         for number in range(2):
@@ -189,7 +189,7 @@ def test_a_billing_header_does_not_defeat_the_prefix_cache() -> None:
         assert engine.prompts[0] == engine.prompts[1]
 
 
-def test_namespaces_texts_and_tools_that_nothing_runs_here() -> None:
+def test_namespaces_texts_and_unsupported_tools() -> None:
     patch = '*** Begin "Patch"\n+é'
     write, _ = FORMATS["deepseek_v4"]
     calls = [("agents.close", {"target": "a"}), ("patch", {"input": patch})]

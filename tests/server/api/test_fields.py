@@ -1,4 +1,4 @@
-"""Fields as clients send them: nulls where OpenAI allows them, the older function calls, odd numbers."""
+"""Fields as sent by clients: nulls that OpenAI allows, legacy function calls, odd numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_null_is_the_default() -> None:
+def test_null_means_the_default() -> None:
     with running(ScriptedEngine()) as server:
         for path in ("/v1/chat/completions", "/v1/completions"):
             for name in ("n", "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "stream"):
@@ -48,7 +48,7 @@ def test_null_is_the_default() -> None:
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
 @pytest.mark.parametrize("path", PATHS)
-def test_numbers_that_are_not_json_are_refused(path: str, number: str) -> None:
+def test_non_json_numbers_are_rejected(path: str, number: str) -> None:
     content = json.dumps(PATHS[path])[:-1] + f', "metadata": {{"deep": [{number}]}}}}'
     with running(ScriptedEngine()) as server:
         answer = httpx.post(server.url + path, content=content, headers={"Content-Type": "application/json"})
@@ -56,7 +56,7 @@ def test_numbers_that_are_not_json_are_refused(path: str, number: str) -> None:
         assert "infinity" in answer.json()["error"]["message"]
 
 
-def test_results_of_the_older_function_calls_reach_the_prompt() -> None:
+def test_results_of_legacy_function_calls_reach_the_prompt() -> None:
     engine = ScriptedEngine()
     messages = [
         *USER,
@@ -72,7 +72,7 @@ def test_results_of_the_older_function_calls_reach_the_prompt() -> None:
         assert "forty-two" in engine.prompts[-1]
 
 
-def test_errors_name_fields_and_neither_classes_nor_the_whole_body() -> None:
+def test_errors_name_fields_but_not_classes_or_the_whole_body() -> None:
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     with running(ScriptedEngine()) as server:
         url = f"{server.url}/v1/chat/completions"

@@ -1,4 +1,4 @@
-"""The store of /v1/responses: what counts toward its bound, and whose responses it gives out."""
+"""The store of /v1/responses: size accounting, and access by key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from farthing.server.api.responses_store import ResponseStore
         {"metadata": {"a": [0] * 100}},
     ],
 )
-def test_the_document_counts(large: dict[str, Any]) -> None:
+def test_stored_document_counts_toward_the_bound(large: dict[str, Any]) -> None:
     store = ResponseStore(characters=16_000)
     for number in range(4):
         store.put("a", (), {"id": str(number)} | large)
@@ -28,7 +28,7 @@ def test_the_document_counts(large: dict[str, Any]) -> None:
     assert kept == [2, 3]
 
 
-def test_a_response_larger_than_the_store_is_not_kept() -> None:
+def test_response_larger_than_the_store_is_not_kept() -> None:
     store = ResponseStore(characters=1_000)
     store.put("a", (Turn("user", "x"),), {"id": "small"})
     store.put("a", (Turn("user", "x"),), {"id": "large", "metadata": {"a": "x" * 2_000}})
@@ -36,7 +36,7 @@ def test_a_response_larger_than_the_store_is_not_kept() -> None:
     assert store.get("a", "large") is None
 
 
-def test_room_is_given_back() -> None:
+def test_space_is_released() -> None:
     store = ResponseStore(characters=8_000)
     for number in range(8):
         store.put("a", (), {"id": str(number), "metadata": {"a": "x" * 6_000}})
@@ -44,7 +44,7 @@ def test_room_is_given_back() -> None:
         assert store.delete("a", str(number))
 
 
-def test_no_key_reads_replaces_or_evicts_the_response_of_another() -> None:
+def test_keys_cannot_read_replace_or_evict_responses_of_others() -> None:
     store = ResponseStore(keys=2, responses=16, characters=32_000)
     store.put("a", (), {"id": "mine", "text": "a's"})
     store.put("b", (), {"id": "mine", "text": "b's"})
@@ -63,7 +63,7 @@ def test_many_keys_have_a_useful_share_each() -> None:
     assert store.get("a", "large") is not None
 
 
-def test_the_same_id_again_replaces_and_is_counted_once() -> None:
+def test_same_id_replaces_and_is_counted_once() -> None:
     store = ResponseStore(characters=10_000)
     for _ in range(20):
         store.put("a", (), {"id": "same", "text": "x" * 4_000})

@@ -1,4 +1,4 @@
-"""`strict` tools under a free choice, through the real engine: what the model calls fits the schema."""
+"""`strict` tools with tool_choice auto on the real engine: calls match their schema."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FUNCTION = {"name": "light", "parameters": SCHEMA, "strict": True}
 
 
 def biased() -> dict[str, int]:
-    """A model that likes to begin calls."""
+    """Logit bias that makes calls likely."""
     (token,) = tokenizer().encode("<｜tool▁call▁begin｜>", add_special_tokens=False)
     return {str(token): 40}
 
 
 @pytest.mark.parametrize("speculate", [None, "ngram:3"])
 @pytest.mark.parametrize("format_", ["deepseek_v3", "deepseek_v31"])
-def test_calls_fit_the_schema(format_: str, speculate: str | None) -> None:
+def test_calls_match_the_schema(format_: str, speculate: str | None) -> None:
     with running(tiny_engine(chat_template=format_, speculate=speculate)) as server:
         body: dict[str, Any] = {"model": "tiny", "seed": 3, "logit_bias": biased(), "max_tokens": 400}
         body |= {"messages": [{"role": "user", "content": "Light!"}]}
@@ -38,12 +38,12 @@ def test_calls_fit_the_schema(format_: str, speculate: str | None) -> None:
         (choice,) = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
         calls = choice["message"]["tool_calls"]
         assert len(calls) > 3
-        for call in calls[:-1]:  # the last one may be cut off
+        for call in calls[:-1]:  # the last one may be truncated
             assert call["function"]["name"] == "light"
             jsonschema.validate(json.loads(call["function"]["arguments"]), SCHEMA)
 
 
-def test_a_schema_that_no_grammar_can_hold_is_refused() -> None:
+def test_schema_without_a_grammar_is_rejected() -> None:
     parameters = SCHEMA | {"properties": {"on": {"type": "string", "pattern": "(?=a)b"}, "level": {}}}
     with running(tiny_engine()) as server:
         body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}

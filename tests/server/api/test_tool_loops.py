@@ -140,7 +140,7 @@ def test_messages(format_: str) -> None:
 
 @pytest.fixture(scope="module")
 def embedded() -> Iterator[Running]:
-    """The embedded model, which calls a tool when it must."""
+    """The embedded model, which calls a tool only if forced."""
     with running(build_engine(EngineConfig(model="mite", threads=1, max_num_seqs=4))) as server:
         yield server
 

@@ -1,1 +1,1 @@
-"""What the inputs of a matrix look like, and which range to quantize them in."""
+"""Input statistics of every matrix, and the range to quantize the inputs in."""

@@ -1,4 +1,4 @@
-"""Which range the input of a matrix is rounded in: the candidate whose output errs least wins."""
+"""Choose the range of a matrix's input: the candidate with the least output error wins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farthing.compress.calibrate.observers import OBSERVERS, Observer
 from farthing.compress.simulate import round_tensor, round_token
 
 TINY = 1e-12
-# From, to, points: multiples, ever finer.
+# (from, to, points) of successively finer grids of multiples.
 SPANS = ((0.5, 2.0, 25), (0.95, 1.053, 21), (0.99, 1.01, 21), (0.9985, 1.0015, 31))
 
 
@@ -33,10 +33,10 @@ def choose(
     observers: Sequence[Observer],
     dynamic: bool,
 ) -> Choice:
-    """rows [t, K] a sample of inputs; weights (original, rounded) [N_i, K] of the matrices they meet.
+    """Choose the input range of matrices that read the same input, from a sample of its rows [t, K].
 
-    The error is ||x^ W^^T - x W^T||^2 / ||x W^T||^2 over the sample, rounding of both sides included. With
-    `dynamic`, one scale a token is a candidate too.
+    weights: (original, rounded) [N_i, K] of each matrix. The error is ||x^ W^^T - x W^T||^2 / ||x W^T||^2
+    over the sample, with both sides rounded. With `dynamic`, one scale per token is also a candidate.
     """
     original = torch.cat([w for w, _ in weights])
     rounded = torch.cat([r for _, r in weights])
@@ -51,9 +51,7 @@ def choose(
     if dynamic:
         errors["token"] = error(round_token(rows))
     best = min(errors, key=errors.__getitem__)
-    if (
-        len(observers) > 1 and best in scales
-    ):  # what is asked for is the least error, so look on around the best of them
+    if len(observers) > 1 and best in scales:  # search further around the best of them
         scales["measured"], errors["measured"] = refine(
             scales[best], lambda scale: error(round_tensor(rows, torch.tensor(scale)))
         )
@@ -64,8 +62,8 @@ def choose(
 def refine(start: float, error: Callable[[float], float]) -> tuple[float, float]:
     """The multiple of `start` with the least error, and that error.
 
-    The error over the scale is smooth but for ripples of a few per mille: a grid, made finer three
-    times around its best point, finds the valley and one of its deepest ripples.
+    The error is smooth in the scale except for ripples of a few per mille. Refining a grid three times around
+    its best point finds the valley and one of its deepest ripples.
     """
     known = {start: error(start)}
     for low, high, points in SPANS:

@@ -7,21 +7,21 @@ from torch import Tensor
 
 BINS = 2048
 MAX_BINS = 32 * BINS
-BULK = 0.999  # the share of the first batch that sets the bin width
+BULK = 0.999  # share of the first batch that determines the bin width
 
 
 class Histogram:
     """|x| in bins of one constant width, int64, growing with the range.
 
-    The width comes from the bulk of the first batch and not from its maximum, so that one massive outlier
-    cannot make the bins useless. Beyond MAX_BINS values count in the last bin; absmax stays exact.
+    The bin width comes from the bulk of the first batch, not its maximum, so that one massive outlier cannot
+    make the bins useless. Values beyond MAX_BINS count in the last bin; absmax stays exact.
     """
 
     def __init__(self) -> None:
         self.width = 0.0
         self.counts = torch.zeros(0, dtype=torch.int64)
         self.absmax = 0.0
-        self.zeros = 0  # exact zeros, kept apart: every range represents them without error
+        self.zeros = 0  # exact zeros, counted separately: every range represents them exactly
 
     def add(self, x: Tensor) -> None:
         """Count a tensor of any shape. Raises ValueError on NaN or infinity."""
@@ -48,7 +48,7 @@ class Histogram:
         self.counts += new
 
     def merge(self, other: Histogram) -> None:
-        """Count what `other` counted; a bin of another width goes where its middle lies."""
+        """Add the counts of `other`, placing bins of another width by their centre."""
         self.zeros += other.zeros
         self.absmax = max(self.absmax, other.absmax)
         if not len(other.counts):
@@ -62,11 +62,11 @@ class Histogram:
 
     @property
     def total(self) -> int:
-        """Values counted, zeros included."""
+        """Number of values, including zeros."""
         return int(self.counts.sum()) + self.zeros
 
     def quantile(self, share: float) -> float:
-        """The smallest bin edge below which at least `share` of all values lie; at most absmax."""
+        """The smallest bin edge with at least `share` of all values below it, at most absmax."""
         if not len(self.counts):
             return 0.0
         need = share * self.total - self.zeros
@@ -74,7 +74,7 @@ class Histogram:
         return min((index + 1) * self.width, self.absmax)
 
     def rebin(self, top: float, bins: int = BINS) -> Tensor:
-        """Counts over [0, top] in `bins` equal bins, float64; what lies beyond `top` is in the last one.
+        """Counts over [0, top] in `bins` equal bins, float64; values beyond `top` count in the last one.
 
         A bin that straddles an edge is split in proportion.
         """

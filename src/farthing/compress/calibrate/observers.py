@@ -1,8 +1,8 @@
-"""The clipping threshold of a symmetric int8 range, four ways.
+"""Four ways to choose the clipping threshold of a symmetric int8 range.
 
-KL follows the entropy calibration of Migacz ("8-bit inference with TensorRT", 2017) without its usual
-slips: counts are 64-bit, the range grows at a constant bin width, every candidate is tried, an outlier
-cannot push the threshold up to absmax / 16, and smoothing acts on normalized counts.
+KL follows the entropy calibration of Migacz ("8-bit inference with TensorRT", 2017) without its usual bugs:
+counts are 64-bit, the range grows at a constant bin width, every candidate is tried, an outlier cannot push
+the threshold up to absmax / 16, and smoothing acts on normalized counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EPS = 1e-4  # smallest probability after smoothing
 
 
 def kl_threshold(histogram: Histogram, levels: int = LEVELS) -> float:
-    """The threshold whose quantized distribution diverges least from the clipped one."""
+    """The threshold whose quantized distribution has the least KL divergence from the clipped one."""
     if not len(histogram.counts):
         return 0.0
     top = search_range(histogram)
@@ -31,18 +31,18 @@ def kl_threshold(histogram: Histogram, levels: int = LEVELS) -> float:
 
 
 def search_range(histogram: Histogram) -> float:
-    """absmax, or 4 times the 99.99th percentile where one outlier would hide the rest.
+    """absmax, or 4 times the 99.99th percentile if an outlier dominates.
 
-    The smallest candidate is 1/16 of the range searched, so without this cut an outlier beyond 16 times
-    the bulk decides alone.
+    The smallest candidate is 1/16 of the searched range. Without this cut, an outlier beyond 16 times the
+    bulk would determine the threshold.
     """
     bulk = histogram.quantile(0.9999)
     return min(histogram.absmax, 4 * bulk) if bulk < histogram.absmax / 16 else histogram.absmax
 
 
 def divergence(counts: Tensor, i: int, levels: int) -> float:
-    """KL(P || Q) of candidate i: P = counts[:i] with the tail in its last bin; Q = counts[:i] without the
-    tail, merged into `levels` and spread evenly over the bins that are not empty."""
+    """KL(P || Q) of candidate i: P = counts[:i] with the tail added to its last bin; Q = counts[:i] without
+    the tail, merged into `levels` and spread evenly over the non-empty bins."""
     kept = counts[:i]
     p = kept.clone()
     p[-1] += counts[i:].sum()
@@ -60,9 +60,9 @@ def divergence(counts: Tensor, i: int, levels: int) -> float:
 def divergences(counts: Tensor, candidates: Tensor, levels: int = LEVELS) -> Tensor:
     """`divergence` of every candidate at once, float64 [n].
 
-    Inside a level Q is constant, so the sums over bins come from running sums: with P = h / total, the
-    candidate's KL is sum p log p - sum over levels (mass of p) log q. Only the last bin, which holds the
-    tail, and the share that smoothing takes need care.
+    Q is constant within a level, so sums over bins come from cumulative sums: with P = h / total, the
+    candidate's KL is sum p log p - sum over levels (mass of p) log q. Only the last bin, which has the tail,
+    and the smoothing mass need special handling.
     """
     zero = torch.zeros(1, dtype=torch.float64)
     mass = torch.cat((zero, counts.cumsum(0)))  # mass[i] = sum of counts[:i]
@@ -90,7 +90,7 @@ def divergences(counts: Tensor, candidates: Tensor, levels: int = LEVELS) -> Ten
 
 
 def smooth(p: Tensor) -> Tensor:
-    """Give every empty bin EPS / bins, taken in proportion from the others; p sums to 1 before and after."""
+    """Give every empty bin EPS / bins, taken proportionally from the others; p keeps its sum of 1."""
     empty = p == 0
     floor = EPS / len(p)
     taken = floor * int(empty.sum())
@@ -112,7 +112,7 @@ def mse_threshold(histogram: Histogram, levels: int = LEVELS, candidates: int = 
 
 
 def percentile_threshold(histogram: Histogram, share: float = 0.9999) -> float:
-    """The value below which `share` of all values lie."""
+    """The `share` quantile of the values."""
     return histogram.quantile(share)
 
 

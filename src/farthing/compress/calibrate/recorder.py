@@ -1,6 +1,6 @@
-"""Statistics of every matrix's input, gathered while the model runs.
+"""Collect statistics of every matrix's input while the model runs.
 
-Legend: t tokens that reach a matrix; K its columns; D hidden size; E experts.
+Legend: t tokens that reach a matrix; K columns of the matrix; D hidden size; E experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from farthing.compress.trace import Matrix, TracedOps
 
 @dataclass(slots=True)
 class InputStats:
-    """Of one matrix's input. Sums are over tokens."""
+    """Statistics of one matrix's input. Sums are over tokens."""
 
     tokens: int = 0
     energy: Tensor = field(default_factory=lambda: torch.zeros(0))  # [K] sum of x^2
@@ -26,7 +26,7 @@ class InputStats:
     gram: Tensor | None = None  # [K, K] sum of x x^T
     histogram: Histogram | None = None
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # [<= kept, K] a sample of inputs
-    fallback: str | None = None  # whose statistics these are, where this input was too rare
+    fallback: str | None = None  # the source of these statistics, if this input was too rare
 
     def mean_energy(self) -> Tensor:
         """E[x^2] per column, [K]."""
@@ -35,7 +35,7 @@ class InputStats:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to gather."""
+    """Statistics to collect."""
 
     gram: bool = False
     histogram: bool = False
@@ -44,14 +44,14 @@ class Wanted:
 
 @dataclass(slots=True)
 class ExpertStats:
-    """Of one MoE layer."""
+    """Statistics of one MoE layer."""
 
     tokens: Tensor  # [E] int64
     saliency: Tensor  # [E] sum over routed tokens of gate * ||expert output|| (REAP, Lasby et al. 2025)
 
 
 class Recorder(TracedOps):
-    """TracedOps that remember the inputs under their names (see `trace.input_name`)."""
+    """TracedOps that record inputs by name (see `trace.input_name`)."""
 
     def __init__(self, wanted: Wanted, seed: int = 0) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Recorder(TracedOps):
         self._generator = torch.Generator().manual_seed(seed)
 
     def before(self, matrix: Matrix, x: Tensor) -> Tensor:
-        """Gather and pass on."""
+        """Record x and return it."""
         stats = self.inputs.setdefault(matrix.name, InputStats())
         x32 = x.float()
         if not stats.tokens:
@@ -95,7 +95,7 @@ class Recorder(TracedOps):
         stats.rows = rows.clone()
 
     def after_expert(self, prefix: str, expert: int, gates: Tensor, out: Tensor) -> None:
-        """REAP's saliency and the coverage."""
+        """Record REAP's saliency and the token counts."""
         stats = self._expert_stats(prefix, expert + 1)
         stats.tokens[expert] += len(gates)
         stats.saliency[expert] += (gates * out.norm(dim=-1)).sum()
@@ -116,8 +116,8 @@ def with_fallbacks(
 ) -> tuple[dict[str, InputStats], list[str]]:
     """Statistics for every name in `names` (experts of one layer, one kind of input).
 
-    Where fewer than `least` tokens were seen, the peers' sums stand in: for the second moments the mean of
-    all experts, for ranges the peers' maximum. Returns the names that needed it.
+    Inputs with fewer than `least` tokens use their peers' statistics: the mean of all experts for second
+    moments, the maximum for ranges. Returns the names that needed it.
     """
     seen = [inputs[n] for n in names if n in inputs and inputs[n].tokens]
     rare = [n for n in names if n not in inputs or inputs[n].tokens < least]
@@ -133,6 +133,6 @@ def with_fallbacks(
         else None,
         histogram=max((s.histogram for s in seen if s.histogram), key=lambda h: h.absmax, default=None),
         rows=torch.cat([s.rows for s in seen])[:: max(1, len(seen))],
-        fallback="the mean of all experts, the range of the widest",
+        fallback="mean of all experts, range of the widest",
     )
     return {n: pooled if n in rare else inputs[n] for n in names}, rare

@@ -1,1 +1,1 @@
-"""Formats for others to load."""
+"""Checkpoint formats for other software."""

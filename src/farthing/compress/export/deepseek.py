@@ -1,4 +1,4 @@
-"""The format DeepSeek released V3 and R1 in: FP8 blocks with `weight_scale_inv`."""
+"""The format in which DeepSeek released V3 and R1: FP8 blocks with `weight_scale_inv`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from farthing.ops.weights import Weight
 
 
 def encode_deepseek(module: str, weight: Weight) -> dict[str, Tensor]:
-    """The tensors of one module. Raises ValueError where it is neither dense nor FP8."""
+    """The tensors of one module. Raises ValueError if it is neither dense nor FP8."""
     if weight.format == "dense":
         return {f"{module}.weight": weight.data}
     if weight.format != "fp8" or weight.scale is None:
-        raise ValueError(f"{module} is {weight.format}; DeepSeek's format holds FP8 blocks or dense weights")
+        raise ValueError(
+            f"{module} is {weight.format}; expected FP8 blocks or dense weights for DeepSeek's format"
+        )
     if not bool(((weight.scale > 0) & weight.scale.isfinite()).all()):
-        raise ValueError(f"{module}: a scale is zero, negative or not finite; refusing to write it")
+        raise ValueError(f"{module}: a scale is zero, negative or not finite; expected finite scales > 0")
     return {f"{module}.weight": weight.data, f"{module}.weight_scale_inv": weight.scale}
 
 
 def fp8_config() -> dict[str, Any]:
-    """`quantization_config` as DeepSeek-V3 has it."""
+    """`quantization_config` as in DeepSeek-V3."""
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -1,4 +1,4 @@
-"""Which files a compressed model becomes, and whether transformers loads them.
+"""The export formats of a compressed model, and whether transformers loads them.
 
 | export | INT8 experts | FP8 | for |
 |---|---|---|---|
@@ -7,7 +7,7 @@
 | deepseek-fp8 | - | blocks with weight_scale_inv | Farthing, transformers 5.24, vLLM, SGLang |
 
 transformers 5.24 fuses the routed experts of a layer into one tensor and decompresses them while loading. It
-takes one scheme for all experts of the model, packed and symmetric; FP8 blocks only in DeepSeek's own format.
+requires one scheme for all experts of the model, packed and symmetric; FP8 blocks only in DeepSeek's format.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Keys = Mapping[str, GroupKey | None]
 
 
 def choose_export(wanted: str, recipe: Recipe, checkpoint: Checkpoint, config: ModelConfig) -> str:
-    """`wanted`, or for "auto" the format that most readers load. Raises ValueError where it cannot hold
-    what the recipe makes."""
+    """`wanted`, or for "auto" the most widely loadable format. Raises ValueError if it cannot store what the
+    recipe produces."""
     if wanted not in EXPORTS:
         raise ValueError(f"format is {wanted!r}; expected one of {', '.join(EXPORTS)}")
     if wanted == "auto":
@@ -43,7 +43,7 @@ def choose_export(wanted: str, recipe: Recipe, checkpoint: Checkpoint, config: M
         return "deepseek-fp8" if blocks and has_experts else "compressed-tensors"
     if wanted == "deepseek-fp8" and recipe.scheme not in ("fp8", "keep"):
         raise ValueError(
-            f"format is 'deepseek-fp8', which holds FP8 blocks only, and scheme of recipe {recipe.name} is "
+            f"format 'deepseek-fp8' stores only FP8 blocks, and the scheme of recipe {recipe.name} is "
             f"{recipe.scheme!r}; expected 'fp8' or 'keep', or format 'compressed-tensors'"
         )
     return wanted
@@ -61,14 +61,14 @@ def key_in(export: str, module: str, key: GroupKey | None) -> GroupKey | None:
 
 
 def encode(export: str, module: str, weight: Weight, key: GroupKey | None) -> dict[str, Tensor]:
-    """The tensors of one module, by full name. Raises ValueError on a scale that must not be written."""
+    """The tensors of one module, by full name. Raises ValueError for an invalid scale."""
     if export == "deepseek-fp8":
         return encode_deepseek(module, weight)
     return ct.encode(module, weight, packed=key is not None and key.packed)
 
 
 def quantization_config(export: str, keys: Keys) -> dict[str, Any] | None:
-    """`quantization_config` of config.json, None where nothing is quantized."""
+    """`quantization_config` of config.json, None if nothing is quantized."""
     if export != "deepseek-fp8":
         return ct.quantization_config(keys)
     if not any(keys.values()):
@@ -78,20 +78,20 @@ def quantization_config(export: str, keys: Keys) -> dict[str, Any] | None:
 
 
 def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list[str]:
-    """Why transformers 5.24 does not load the result, one phrase each; empty where it does.
+    """Why transformers 5.24 does not load the result, one phrase each; empty if it does.
 
-    checkpoint: the result, or before it exists the source, which has the same shapes.
+    checkpoint: the result, or the source before the result exists, which has the same shapes.
     """
     limits = []
     if checkpoint.config.get("layer_sizes"):
         limits.append("layers differ in size (layer_sizes)")
     blocks = [name for name, key in keys.items() if key is not None and key.format == "fp8"]
     if ragged := [name for name in blocks if _is_ragged(checkpoint.shape(f"{name}.weight"))]:
-        limits.append(f"FP8 blocks of 128 do not tile {ragged[0]}; without a GPU it takes other blocks")
+        limits.append(f"FP8 blocks of 128 do not tile {ragged[0]}; without a GPU it assumes other blocks")
     experts = {key for name, key in keys.items() if EXPERTS in name}
     if len(experts) > 1:
         named = sorted({_name(key) for key in experts})
-        limits.append(f"routed experts are stored as {' and '.join(named)}; it takes one scheme for all")
+        limits.append(f"routed experts are stored as {' and '.join(named)}; it requires one scheme for all")
     for key in experts:
         if key is None or export == "deepseek-fp8":
             continue
@@ -105,8 +105,8 @@ def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list
 
 
 def _is_ragged(shape: tuple[int, ...]) -> bool:
-    """Whether blocks of 128 leave a rest in a side that has several. transformers divides a side by its
-    number of scales to find the block."""
+    """Whether blocks of 128 leave a remainder in a side with several blocks: transformers divides the side by
+    its number of scales to get the block size."""
     return any(side > FP8_BLOCK and side % FP8_BLOCK for side in shape)
 
 
@@ -117,14 +117,14 @@ def _name(key: GroupKey | None) -> str:
 
 
 def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[str]:
-    """`transformers_limits` before any work is done. An automatic plan is known only once it is made."""
+    """`transformers_limits` before compressing. An automatic plan is known only after it is made."""
     keys = {
         module: key_in(export, module, _expected_key(checkpoint, config, module, recipe))
         for module in _matrices(checkpoint)
     }
     limits = transformers_limits(export, checkpoint, keys)
     if recipe.scheme == "auto" and any(EXPERTS in module for module in keys):
-        limits.append("the plan may store routed experts in different ways; the report says whether it did")
+        limits.append("the plan may store routed experts in different formats (see the report)")
     return limits
 
 
@@ -163,7 +163,7 @@ def _rows(checkpoint: Checkpoint, module: str) -> int:
 
 
 def _matrices(checkpoint: Checkpoint) -> list[str]:
-    """Every matrix that a recipe may store in another way."""
+    """Every matrix whose format a recipe may change."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())
     return [
         m for m in modules if m.startswith("model.layers.") and m.rpartition(".")[2] in (*ATTENTION, *MLP)

@@ -1,7 +1,7 @@
-"""A quantized module as ONNX with explicit QuantizeLinear / DequantizeLinear.
+"""Export a quantized module as ONNX with explicit QuantizeLinear / DequantizeLinear.
 
-TensorRT 11 has no calibrator: this is what it takes. ONNX Runtime and Optimum run the same file. Weights are
-stored as int8 behind a DequantizeLinear, so the file is a quarter of the float one.
+TensorRT 11 has no calibrator and needs this form. ONNX Runtime and Optimum run the same file. Weights are
+stored as int8 with a DequantizeLinear, so the file is a quarter of the float one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ OPTIMUM_IMAGES = ("pixel_values", "logits")  # input and output of Optimum's ORT
 def export_qdq(
     model: nn.Module, example: Tensor, path: Path, names: tuple[str, str] = ("input", "output")
 ) -> Path:
-    """Write `model`, in which `module.quantize_int8` has put QuantizedLayers, for inputs like `example`.
+    """Write `model`, quantized by `module.quantize_int8`, for inputs like `example`.
 
-    The first dimension is free; names: of input and output. Raises ValueError where the exported graph lacks
+    The first dimension is dynamic. names: of input and output. Raises ValueError if the exported graph lacks
     a layer's weight.
     """
     import copy
@@ -61,7 +61,7 @@ def export_qdq(
 
 
 def insert_qdq(model: onnx.ModelProto, scales: dict[str, tuple[float, np.ndarray[Any, Any]]]) -> None:
-    """Put Q/DQ in front of the input and DQ behind the int8 weight of every layer in `scales`."""
+    """Insert Q/DQ before the input and DQ after the int8 weight of every layer in `scales`."""
     graph = model.graph
     weights = {t.name: t for t in graph.initializer}
     left = set(scales)
@@ -80,7 +80,7 @@ def insert_qdq(model: onnx.ModelProto, scales: dict[str, tuple[float, np.ndarray
         nodes.append(node)
     if left:
         raise ValueError(
-            f"the exported graph has no layer {sorted(left)[0]!r}; it was not reached by the example"
+            f"the exported graph has no layer {sorted(left)[0]!r}; the example does not reach it"
         )
     del graph.node[:]
     graph.node.extend(nodes)

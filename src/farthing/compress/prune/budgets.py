@@ -1,7 +1,7 @@
-"""One threshold over the whole model: the share of every family that falls below it.
+"""One threshold over the whole model, as the share of every family that falls below it.
 
-The checkpoint is read once more, a layer at a time. Of each family a histogram stays: scores are positive
-floats, whose bits are in the order of their values: the first 17 behind the sign tell 1 in 512 apart.
+The checkpoint is read one layer at a time, keeping a histogram per family. Scores are positive floats, whose
+bits sort like their values; the first 17 bits after the sign resolve 1 in 512.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ BITS = 17
 
 
 def spread(layers: Iterable[Layer], prune: Prune) -> Prune:
-    """`prune` with scope 'global' as shares of families, in which the experts of a layer go on competing.
+    """`prune` with its 'global' scope converted to shares per family; experts of a layer still compete.
 
-    No family loses more than MOST; what it keeps is not taken elsewhere.
+    No family loses more than MOST; the excess is not taken from others.
     """
     counts: dict[str, Tensor] = {}
     for layer in layers:
@@ -36,7 +36,7 @@ def spread(layers: Iterable[Layer], prune: Prune) -> Prune:
             counts[pattern_of(family[0])] = found
     every = torch.stack(list(counts.values())).sum(0)
     drop = round(prune.sparsity * int(every.sum()))
-    edge = int(torch.searchsorted(every.cumsum(0), drop))  # the bin in which the threshold lies
+    edge = int(torch.searchsorted(every.cumsum(0), drop))  # bin of the threshold
     within = (drop - int(every[:edge].sum())) / max(int(every[edge]), 1)
     shares = tuple(
         (name, min((int(c[:edge].sum()) + within * int(c[edge])) / int(c.sum()), MOST))

@@ -1,7 +1,7 @@
-"""Which routed experts to drop.
+"""Choose the routed experts to drop.
 
 REAP's saliency (Lasby et al. 2025): the mean, over the tokens routed to an expert, of its gate times the norm
-of its output. Group-aware: group-limited routing needs groups of one size, so every group loses as many.
+of its output. Group-limited routing needs groups of equal size, so every group loses the same number.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlan:
-    """Experts to keep in every layer, and how many that leaves."""
+    """Number of experts to keep per layer."""
 
     per_group: int
     groups: int
 
     @property
     def kept(self) -> int:
-        """Experts a layer keeps."""
+        """Experts kept per layer."""
         return self.per_group * self.groups
 
 
 def plan_experts(experts: int, share: float, groups: int, topk_groups: int, top_k: int) -> ExpertPlan:
-    """Drop about `share` of the experts so that top_k stays reachable. Raises ValueError where it cannot.
+    """Drop about `share` of the experts while top_k stays reachable. Raises ValueError if it cannot.
 
-    Every group keeps the same number, at least two (a group's score is its two best), and the kept groups
-    together at least top_k.
+    Every group keeps the same number, at least two (a group's score is its two best), and the selected groups
+    together keep at least top_k.
     """
     if not 0 <= share < 1:
         raise ValueError(f"experts is {share}; expected a share in [0, 1) of routed experts to drop")
@@ -38,7 +38,7 @@ def plan_experts(experts: int, share: float, groups: int, topk_groups: int, top_
     least = max(-(-top_k // topk_groups), min(2, size) if groups > 1 else 1)
     if per_group < least:
         raise ValueError(
-            f"experts is {share}: {per_group} of {size} experts would stay in each of {groups} groups, but "
+            f"experts is {share}: {per_group} of {size} experts would remain in each of {groups} groups, but "
             f"top_k = {top_k} over {topk_groups} groups needs {least}; "
             f"expected at most {1 - least / size:.3g}"
         )

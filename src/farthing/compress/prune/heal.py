@@ -1,8 +1,8 @@
-"""Let what a layer kept learn to do what the whole layer did, by a few steps of gradient descent.
+"""Retrain the remaining weights of a pruned layer with a few steps of gradient descent.
 
 Student: the pruned feed-forward on the pruned model's hidden states. Teacher: the layer's output in the
-unpruned model, so that the error of earlier layers is worked against too (block-wise reconstruction, as in
-BRECQ, Li et al. 2021, and EBFT, Guo et al. 2024). Zeros stay zeros.
+unpruned model, so that training also compensates the error of earlier layers (block-wise reconstruction, as
+in BRECQ, Li et al. 2021, and EBFT, Guo et al. 2024). Zeros stay zeros.
 
 Legend: T calibration tokens; D hidden size.
 """
@@ -22,13 +22,13 @@ from farthing.model.moe import FeedForward, router_spec
 from farthing.model.source import MemorySource
 
 BATCH = 2048  # tokens per step
-RATE = 0.01  # learning rate over the root mean square of a matrix
+RATE = 0.01  # learning rate relative to a matrix's root mean square
 WARMUP = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Healed:
-    """Mean squared error over the mean square of what the layer adds, at the first and the last steps."""
+    """Squared error relative to the square of the layer's contribution, at the first and last steps."""
 
     before: float
     after: float
@@ -37,12 +37,12 @@ class Healed:
 def heal(layer: Layer, masks: Mapping[str, Tensor], x: Tensor, target: Tensor, steps: int) -> Healed:
     """Train the masked matrices of the feed-forward of `layer`: x [T, D] -> target [T, D], with residual.
 
-    Adam with a rate that falls to zero. Memory: four copies of the trained matrices. Attention, router and
-    norms stay as they are. The masked matrices of `layer` are replaced.
+    Adam with a rate that decays to zero. Needs memory for four copies of the trained matrices. Replaces the
+    masked matrices of `layer`; attention, router and norms do not change.
     """
     names = [m for m in masks if ".mlp." in m]
     if not names:
-        raise ValueError("heal_steps needs a pruned feed-forward; no matrix of one has a mask")
+        raise ValueError("heal_steps needs a pruned feed-forward; none has a mask")
     parameters = {m: layer.weight(m).clone().requires_grad_() for m in names}
     groups = [
         {"params": [p], "lr": RATE * float(p.detach().square().mean().sqrt())} for p in parameters.values()

@@ -19,10 +19,10 @@ BLOCKS: dict[str, tuple[int, int]] = {
 
 
 def scores(w: Tensor, energy: Tensor | None, kind: Score) -> Tensor:
-    """How much each weight of w [N, K] matters, [N, K].
+    """Importance of each weight of w [N, K], as [N, K].
 
-    magnitude: |w|; wanda: |w| * ||x_k|| (Sun et al. 2023); energy: w^2 E[x_k^2], wanda's square, which adds
-    up over a block to the energy its output loses if inputs are uncorrelated.
+    magnitude: |w|; wanda: |w| * ||x_k|| (Sun et al. 2023); energy: w^2 E[x_k^2], wanda's square. Summed over
+    a block, it is the output energy that the block loses if inputs are uncorrelated.
     """
     if kind == "magnitude":
         return w.abs()
@@ -32,7 +32,7 @@ def scores(w: Tensor, energy: Tensor | None, kind: Score) -> Tensor:
 
 
 def block_scores(score: Tensor, block: tuple[int, int]) -> Tensor:
-    """Sum over blocks, [ceil(N / r), ceil(K / c)]; ragged blocks count their mean, scaled to a full one."""
+    """Sum over blocks, [ceil(N / r), ceil(K / c)]; ragged blocks are scaled to a full block."""
     r, c = block
     n, k = score.shape
     padded = torch.nn.functional.pad(score, (0, -k % c, 0, -n % r))
@@ -46,8 +46,8 @@ def block_scores(score: Tensor, block: tuple[int, int]) -> Tensor:
 def mask(score: Tensor, sparsity: float, pattern: Pattern = "unstructured", per_row: bool = False) -> Tensor:
     """Keep the best 1 - sparsity of score [N, K] under a pattern.
 
-    unstructured with per_row: the share holds in every row (Wanda's comparison group). 2:4: the two best of
-    every four along K, whatever `sparsity` says. Blocks: whole blocks go.
+    unstructured with per_row: the share applies to every row (Wanda's comparison group). 2:4: the two best of
+    every four along K, ignoring `sparsity`. Blocks: whole blocks are removed.
     """
     check_sparsity(sparsity)
     n, k = score.shape
@@ -73,10 +73,10 @@ def two_of_four(score: Tensor) -> Tensor:
 
 
 def global_budgets(all_scores: Mapping[str, Tensor], sparsity: float, most: float = 0.9) -> dict[str, float]:
-    """The share each matrix loses when one threshold cuts all of them (blocks or weights alike).
+    """The share that each matrix loses when one threshold cuts all of them (blocks or weights).
 
-    Scores must be comparable across matrices: divide each by its mean first where they are not. No matrix
-    loses more than `most`; what it keeps is not taken elsewhere.
+    Scores must be comparable across matrices; if they are not, divide each by its mean first. No matrix loses
+    more than `most`; the excess is not taken from others.
     """
     check_sparsity(sparsity)
     flat = torch.cat([s.flatten() for s in all_scores.values()])

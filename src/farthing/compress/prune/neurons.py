@@ -1,4 +1,4 @@
-"""Which neurons of a gated MLP to drop: by the energy they were measured to add to the output."""
+"""Choose the neurons of a gated MLP to drop, by the energy they add to the output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def choose_neurons(score: Tensor, keep: int) -> list[int]:
 
 
 def kept_neurons(width: int, share: float, multiple: int = 16) -> int:
-    """Neurons left after dropping about `share`, a multiple of what kernels and groups like."""
+    """Neurons left after dropping about `share`, rounded to a multiple of `multiple`."""
     if not 0 <= share < 1:
         raise ValueError(f"neurons is {share}; expected a share in [0, 1)")
     kept = max(multiple, round(width * (1 - share) / multiple) * multiple)
@@ -27,6 +27,6 @@ def kept_neurons(width: int, share: float, multiple: int = 16) -> int:
 
 
 def slice_mlp(gate: Tensor, up: Tensor, down: Tensor, keep: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The MLP with only these neurons."""
+    """The MLP with only the neurons `keep`."""
     index = torch.tensor(keep)
     return gate[index], up[index], down[:, index]

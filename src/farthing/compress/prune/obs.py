@@ -1,8 +1,8 @@
-"""Optimal brain surgery on blocks of weights: which go at the least cost, and what the others then become.
+"""Optimal brain surgery on blocks of weights: which to cut at the least cost, and how to update the rest.
 
 A row of y = W x with second moments H = E[x x^T] that loses the columns b costs at least
-w_b^T ([H^-1]_bb)^-1 w_b, once the columns that stay have made up for it (Hassibi and Stork 1993; Frantar and
-Alistarh 2022 for blocks). Rows of one block lose the same columns, so they share one inverse: a "strip".
+w_b^T ([H^-1]_bb)^-1 w_b after the remaining columns compensate (Hassibi and Stork 1993; Frantar and Alistarh
+2022 for blocks). Rows of one block lose the same columns, so they share one inverse; they form a "strip".
 
 Legend: B matrices; N rows; K columns; r, c rows and columns of a block; S = N / r strips; C = K / c.
 """
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WORK_BYTES = 2**26  # of inverses worked on at once
-DAMP = 0.01  # of the mean diagonal
+WORK_BYTES = 2**26  # of inverses processed at once
+DAMP = 0.01  # relative to the mean diagonal
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The order in which the blocks of every strip go, and what each costs in output energy.
+    """The order in which the blocks of every strip are cut, and the cost of each in output energy.
 
-    cost never falls along a strip: what cannot be cut before a dear block is at least as dear.
+    Costs never fall along a strip: a block that can only be cut after an expensive one costs as much.
     """
 
     order: Tensor  # [B, S, steps] int64, blocks along K
@@ -45,7 +45,7 @@ def normalized(gram: Tensor, damp: float = DAMP) -> tuple[Tensor, Tensor]:
 
 
 def saliency(w: Tensor, gram: Tensor, damp: float = DAMP) -> Tensor:
-    """w^2 / [H^-1]_kk of every weight of w [B, N, K]: what losing it alone costs, the others adapting."""
+    """w^2 / [H^-1]_kk of w [B, N, K]: the cost of cutting a weight alone, with the others adapting."""
     h, mean = normalized(gram, damp)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h)).diagonal(dim1=1, dim2=2)
     return w.square() / inverse.float().unsqueeze(1) * mean.view(-1, 1, 1)
@@ -54,9 +54,9 @@ def saliency(w: Tensor, gram: Tensor, damp: float = DAMP) -> Tensor:
 def block_trace(w: Tensor, gram: Tensor, cells: tuple[int, int], most: float, damp: float = DAMP) -> Trace:
     """Cut blocks of w [B, N, K] one by one, the cheapest of each strip first, up to a share `most` of it.
 
-    gram [B, K, K] = sum of x x^T. After every cut the other weights of the strip take the least-squares
-    update, so costs are of the weights as they then are. K^2 c operations a cut and strip.
-    Raises ValueError where blocks do not tile the matrix.
+    gram [B, K, K] = sum of x x^T. After every cut the remaining weights of the strip take the least-squares
+    update, so later costs are those of the updated weights. K^2 c operations per cut and strip.
+    Raises ValueError if blocks do not tile the matrix.
     """
     (r, c), (b, n, k) = cells, w.shape
     if n % r or k % c:
@@ -102,26 +102,26 @@ def _cut(values: Tensor, inverse: Tensor, c: int, steps: int) -> tuple[Tensor, T
         values.scatter_(2, across.expand(p, r, c), 0.0)
         inverse -= rows.transpose(1, 2) @ solved
         inverse.scatter_(1, along, 0.0).scatter_(2, across.expand(p, k, c), 0.0)
-        inverse[strip.unsqueeze(1), index, index] = 1.0  # keeps the factor of a block that is gone
+        inverse[strip.unsqueeze(1), index, index] = 1.0  # keeps the factorization of a cut block defined
         alive[strip, best] = False
     return torch.stack(orders, 1), torch.stack(costs, 1)
 
 
 def cheapest(traces: list[Trace], blocks: int) -> list[Tensor]:
-    """How many blocks every strip loses, [B, S] each, when one threshold cuts `blocks` of all traces."""
+    """Number of blocks that every strip loses, [B, S] each, when one threshold cuts `blocks` in total."""
     if blocks < 1:
         return [torch.zeros(t.cost.shape[:2], dtype=torch.int64) for t in traces]
     flat = torch.cat([t.cost.flatten() for t in traces])
     if blocks > flat.numel():
-        raise ValueError(f"{blocks} blocks were to go of {flat.numel()} that may; expected fewer")
+        raise ValueError(f"{blocks} blocks to cut; expected at most {flat.numel()}")
     threshold = flat.kthvalue(blocks).values
     return [(t.cost <= threshold).sum(2) for t in traces]
 
 
 def least_squares(w: Tensor, gram: Tensor, keep: Tensor, rows: int = 1, damp: float = DAMP) -> Tensor:
-    """The weights w^ [B, N, K], zero where `keep` is, with the least sum over tokens of |w^ x - w x|^2.
+    """The weights w^ [B, N, K], masked by `keep`, with the least sum over tokens of |w^ x - w x|^2.
 
-    Damping holds w^ near w. `rows` consecutive rows share their mask, and one factorization of K^3 / 3.
+    Damping keeps w^ near w. `rows` consecutive rows share a mask, and one factorization of K^3 / 3.
     """
     b, n, k = w.shape
     h, _ = normalized(gram, damp)

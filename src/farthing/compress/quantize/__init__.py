@@ -1,1 +1,1 @@
-"""From a float matrix to one in fewer bits."""
+"""Quantization of float matrices."""

@@ -9,11 +9,11 @@ from farthing.ops.weights import Weight
 
 
 def quantize_fp8(w: Tensor, name: str = "weight", ue8m0: bool = False) -> Weight:
-    """w [N, K] -> e4m3 with one float32 scale a block; the last blocks may be ragged.
+    """w [N, K] -> e4m3 with one float32 scale per block; the last blocks may be ragged.
 
-    Raises ValueError with the tensor's name on NaN or infinity, or where float32 cannot hold a value.
+    Raises ValueError with the tensor's name for NaN, infinity or a value out of float32 range.
     """
     if not bool(w.float().isfinite().all()):
-        raise ValueError(f"{name} holds NaN or infinity; refusing to quantize it to FP8")
+        raise ValueError(f"{name} has NaN or infinity; expected finite numbers")
     data, scale = quantize_blocks(w, ue8m0=ue8m0)
     return Weight("fp8", data, scale)

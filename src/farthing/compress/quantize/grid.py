@@ -1,4 +1,4 @@
-"""Where the quantized values of a matrix lie: scales and zero points.
+"""Quantization grids of a matrix: scales and zero points.
 
 Legend: B matrices at once; N rows; K columns; G groups of g = K / G columns.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from farthing.ops.weights import Weight, pack_int4
 
-TINY = 1e-30  # smallest scale: a row of zeros gets it, and no scale is ever zero
+TINY = 1e-30  # smallest scale, for rows of zeros: no scale is ever zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Grid:
         return snap(w, *self.expand(w.shape[-1]), self.low, self.high)
 
     def integers(self, value: Tensor) -> Tensor:
-        """q of values that lie on the grid, int8 [B, N, K]."""
+        """q of values on the grid, int8 [B, N, K]."""
         scale, zero = self.expand(value.shape[-1])
         q = value / scale if zero is None else value / scale + zero
         return q.round().clamp(self.low, self.high).to(torch.int8)
@@ -51,7 +51,7 @@ class Grid:
 
 
 def _spread(x: Tensor, columns: int) -> Tensor:
-    """[B, N, G] -> [B, N, K]; a view where one group is a whole row."""
+    """[B, N, G] -> [B, N, K]; a view if a group is a whole row."""
     groups = x.shape[-1]
     return x.expand(-1, -1, columns) if groups == 1 else x.repeat_interleave(columns // groups, -1)
 
@@ -64,10 +64,10 @@ def snap(w: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> 
 
 
 def int8_grid(w: Tensor, energy: Tensor | None = None) -> Grid:
-    """One symmetric scale a row of w [B, N, K].
+    """One symmetric scale per row of w [B, N, K].
 
-    With `energy` [B, K] = E[x^2] the range may shrink below the maximum where that lowers the row's
-    expected squared output error (columns taken as uncorrelated).
+    With `energy` [B, K] = E[x^2], the range may shrink below the maximum if that lowers the row's expected
+    squared output error (assuming uncorrelated columns).
     """
     amax = w.abs().amax(-1, keepdim=True)
     scale = amax.clamp_min(127 * TINY) / 127
@@ -83,10 +83,10 @@ def int4_grid(
     symmetric: bool = True,
     gram: Tensor | None = None,
 ) -> Grid:
-    """One scale (and zero point) for `group` columns of w [B, N, K]; ranges shrink as in `int8_grid`.
+    """One scale (and zero point) per `group` columns of w [B, N, K]; ranges shrink as in `int8_grid`.
 
-    With `gram` [B, K, K] the error counts how columns of a group vary together (AWQ's search for a clip).
-    Symmetric ranges use all of [-8, 7]: the largest magnitude maps to -8 or to 7.5, whichever errs less.
+    With `gram` [B, K, K] the error includes correlations within a group (AWQ's search for a clip). Symmetric
+    ranges use all of [-8, 7]: the largest magnitude maps to -8 or to 7.5, whichever has less error.
     """
     b, n, k = w.shape
     if k % group:
@@ -137,7 +137,7 @@ def _shrink(
 
 
 def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
-    """[B, K, K] -> [B, G, g, g]: how the columns of each group vary together."""
+    """[B, K, K] -> [B, G, g, g]: second moments within each group."""
     b, k, _ = gram.shape
     g = k // groups
     return gram.view(b, groups, g, groups, g).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()

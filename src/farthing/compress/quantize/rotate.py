@@ -1,8 +1,8 @@
-"""Hadamard rotation of the spaces where it is exact and free (QuaRot, Ashkboos et al. 2024; SpinQuant).
+"""Hadamard rotation where it is exact and free (QuaRot, Ashkboos et al. 2024; SpinQuant).
 
-An RMS norm without weights commutes with a rotation. So a latent may be rotated by its producer (rows) and
-rotated back by its consumer (columns), once the norm's weight has been folded into the consumer; and the
-values of each head may be rotated by kv_b and rotated back by o_proj. Nothing runs at inference.
+An RMS norm without weights commutes with a rotation. After folding the norm's weight into the consumer, a
+latent can be rotated by its producer (rows) and rotated back by its consumer (columns). The values of each
+head can be rotated by kv_b and rotated back by o_proj. Nothing is added at inference.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def hadamard(n: int) -> Tensor:
-    """An orthogonal n x n matrix of entries of one magnitude (Sylvester) times blocks of identity where n is
-    not a power of two: n = 2^a * m gives H(2^a) repeated m times along the diagonal."""
+    """An orthogonal n x n matrix with entries of equal magnitude (Sylvester) if n is a power of two. For
+    n = 2^a * m it is H(2^a) repeated m times along the diagonal."""
     power = n & -n
     h = torch.ones(1, 1)
     while h.shape[0] < power:
@@ -23,7 +23,7 @@ def hadamard(n: int) -> Tensor:
 
 
 def random_hadamard(n: int, seed: int) -> Tensor:
-    """`hadamard` with random column signs, so that no structured direction survives it."""
+    """`hadamard` with random column signs, to break up structured directions."""
     signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return hadamard(n) * signs
 

@@ -1,8 +1,8 @@
-"""Move difficulty between a matrix and what feeds it: y = W x = (W diag(s)) (diag(1/s) x).
+"""Move quantization difficulty between a matrix and its input: y = W x = (W diag(s)) (diag(1/s) x).
 
-1/s is folded into the norm (or the up projection) in front, so nothing is computed at run time.
-AWQ (Lin et al. 2023) picks s to protect weights that meet large inputs; SmoothQuant (Xiao et al. 2022)
-picks it so that activations are easier to round. Legend: N rows; K columns.
+1/s is folded into the preceding norm (or up projection), so it costs nothing at run time. AWQ (Lin et al.
+2023) chooses s to protect weights with large inputs; SmoothQuant (Xiao et al. 2022) chooses it so that
+activations are easier to round. Legend: N rows; K columns.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ Round = Callable[[Tensor, Tensor], Tensor]  # (w [N, K], gram [K, K]) -> its rou
 
 @dataclass(frozen=True, slots=True)
 class AwqScale:
-    """Factor on the weights' columns, and which candidate it is."""
+    """The factor of the weights' columns, and the candidate that it comes from."""
 
     factor: Tensor  # [K]
     alpha: float
-    duo: bool  # divided by the weights' own size too
-    error: float  # over that of factor 1
+    duo: bool  # also divided by the weights' size
+    error: float  # relative to factor 1
 
 
 def awq_scale(
     weights: Sequence[Tensor], grams: Sequence[Tensor], magnitude: Tensor, round_to: Round
 ) -> AwqScale:
-    """The factor of least output error over the matrices that share the input.
+    """The factor with the least output error over the matrices that share the input.
 
     weights [N_i, K] with their grams [K, K] = sum of x x^T; magnitude [K] = mean |x|. Candidates:
-    magnitude^alpha, and magnitude^alpha / size^(1 - alpha) with size the mean |w| of a column over its row's
-    largest. alpha = 0 leaves everything alone and is among them, so the error never grows.
+    magnitude^alpha, and magnitude^alpha / size^(1 - alpha), where size is the mean |w| of a column relative
+    to its row's largest. alpha = 0 changes nothing and is a candidate, so the error never grows.
     """
     x = magnitude.clamp_min(1e-8)
     size = torch.cat([w.abs() / w.abs().amax(1, keepdim=True).clamp_min(1e-20) for w in weights]).mean(0)
@@ -60,5 +60,5 @@ def smooth_scale(weights: Sequence[Tensor], absmax: Tensor, alpha: float) -> Ten
 
 
 def normalized(s: Tensor) -> Tensor:
-    """Geometric middle at 1, so that neither side leaves its range; at most 10^4 either way."""
+    """Normalize s to a geometric middle of 1, within 10^-4 to 10^4, so that both sides keep their range."""
     return (s / (s.max() * s.min()).sqrt()).clamp(1e-4, 1e4)

@@ -1,7 +1,7 @@
-"""Round or prune column by column, letting the columns not yet reached make up for the error.
+"""Round or prune column by column, letting the remaining columns compensate for the error.
 
 GPTQ (Frantar et al. 2022, algorithm 1) and SparseGPT (Frantar and Alistarh 2023) in one: a column's new
-value is its grid point, zero where the mask says so, or itself. B matrices of one shape go at once.
+value is its grid point, zero where masked, or itself. B matrices of one shape are processed at once.
 Legend: B matrices; N rows; K columns.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from farthing.compress.quantize.grid import Grid, snap
 
-BLOCK = 64  # columns between two updates of everything to the right
+BLOCK = 64  # columns between updates of all columns to the right
 
 
 def sweep(
@@ -26,7 +26,7 @@ def sweep(
     """w [B, N, K] -> its compressed value [B, N, K].
 
     gram [B, K, K] = sum of x x^T over calibration tokens; keep [B, N, K] bool, False = zero.
-    act_order: columns of high energy first (scales stay where `grid` put them, so no index is stored).
+    act_order: process columns of high energy first; scales do not move, so no index is stored.
     """
     b, n, k = w.shape
     order = gram.diagonal(dim1=1, dim2=2).argsort(-1, descending=True) if act_order else None
@@ -64,7 +64,7 @@ def sweep(
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:
     """The upper Cholesky factor of the inverse of gram [B, K, K], damped by a share of its mean diagonal.
 
-    The damping grows tenfold until the factorization succeeds (a rare expert's gram has no full rank).
+    The damping grows tenfold until the factorization succeeds (a rare expert's gram is rank-deficient).
     """
     mean = gram.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-20).view(-1, 1, 1)
     h = gram.double() / mean.double()  # scaled to a mean diagonal of 1: no overflow, no underflow
@@ -77,7 +77,7 @@ def inverse_factor(gram: Tensor, damp: float) -> Tensor:
                 factor: Tensor = upper.float()
                 return factor
         if damp > 1e6:
-            raise ValueError("the input statistics hold NaN or infinity; no factorization exists")
+            raise ValueError("the input statistics have NaN or infinity; expected finite numbers")
         damp *= 10
 
 

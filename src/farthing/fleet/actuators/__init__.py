@@ -1,11 +1,11 @@
-"""Ways to act on a decision.
+"""Ways to apply a decision.
 
-local             replicas as processes on this machine (the embedded default)
-scale             a direct patch of `/scale` of a Deployment, StatefulSet or LeaderWorkerSet
-external_metrics  figures for a Kubernetes HPA, which then acts itself
+local             replicas as processes on this machine (the default)
+scale             patch `/scale` of a Deployment, StatefulSet or LeaderWorkerSet
+external_metrics  serve metrics to a Kubernetes HPA, which then scales
 keda              the same for KEDA, over gRPC
-lease             leader election, so that of several controllers one acts
+lease             leader election, so that only one of several controllers acts
 
-`local` and `scale` are asked to `apply` a number of replicas; `external_metrics` and `keda` are asked by
-others, and answer from the last decision in a `LastDecision`.
+`local` and `scale` `apply` a number of replicas. `external_metrics` and `keda` are polled and answer from a
+`LastDecision`.
 """

@@ -1,4 +1,4 @@
-"""The interface of an actuator, and the last decision, from which metric servers answer."""
+"""The actuator interface, and the last decision, which metric servers report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from farthing.fleet.decisions import Decision
 
 
 class ActuatorError(Exception):
-    """The actuator could not read or set the number of replicas. The controller holds and tries again."""
+    """The actuator could not read or set the number of replicas. The controller holds and retries."""
 
 
 class Actuator(Protocol):
@@ -26,16 +26,16 @@ class Actuator(Protocol):
         ...
 
     async def apply(self, decision: Decision) -> None:
-        """Ask for `decision.target` replicas. Returns once asked, not once ready. Raises ActuatorError."""
+        """Request `decision.target` replicas without waiting until they are ready. Raises ActuatorError."""
         ...
 
     async def close(self) -> None: ...
 
 
 class LastDecision:
-    """The last decision, for servers that are asked: an HPA, KEDA. One that is too old is not given out.
+    """The last decision, for servers that an HPA or KEDA polls. Outdated decisions are not reported.
 
-    Whoever asks is then told so by an error, on which an HPA and KEDA hold the number of replicas.
+    The server then answers with an error, on which an HPA and KEDA hold the number of replicas.
     """
 
     def __init__(self, max_age_s: float = 120.0, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -47,13 +47,13 @@ class LastDecision:
         self._decision, self._posted_at = decision, self._monotonic()
 
     def latest(self) -> Decision | None:
-        """The last decision; None before the first and when it is older than `max_age_s`."""
+        """The last decision; None before the first one or if it is older than `max_age_s`."""
         if self._decision is None or self._monotonic() - self._posted_at > self.max_age_s:
             return None
         return self._decision
 
     def value(self, metric: str) -> float | None:
-        """A figure of the last decision: desired_replicas, queue_backlog or average_response_time
+        """A metric of the last decision: desired_replicas, queue_backlog or average_response_time
         (seconds).
         """
         decision = self.latest()
@@ -67,5 +67,5 @@ class LastDecision:
         return float(value) if value is not None else None
 
 
-# What an HPA or KEDA can ask for -> the field of the snapshot behind it.
+# Metric name for HPA and KEDA -> field of the snapshot.
 METRICS = {"desired_replicas": "", "queue_backlog": "backlog", "average_response_time": "ttft_s"}

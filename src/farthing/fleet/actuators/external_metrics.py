@@ -1,10 +1,10 @@
 """The external-metrics API for a Kubernetes HPA: external.metrics.k8s.io/v1beta1, as an aggregated API
 server.
 
-The kube-aggregator calls it over TLS with a client certificate of its own and names the user in headers;
-both are believed only from a certificate that the front-proxy authority signed under an allowed name.
-Then a SubjectAccessReview decides. A figure that cannot be given is an error, on which an HPA keeps its
-number of replicas.
+The kube-aggregator calls it over TLS with its client certificate and names the user in headers. Both are
+trusted only with a certificate signed by the front-proxy authority under an allowed name. A
+SubjectAccessReview then decides access. A missing metric is an error, on which an HPA keeps its number of
+replicas.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ log = logging.getLogger(__name__)
 
 GROUP, VERSION = "external.metrics.k8s.io", "v1beta1"
 ROOT = f"/apis/{GROUP}/{VERSION}"
-_RELOAD_S = 10.0  # between looks at the certificate files, which Kubernetes rotates in place
+_RELOAD_S = 10.0  # between checks of the certificate files, which Kubernetes rotates in place
 
 
 @dataclass(frozen=True)
 class FrontProxy:
-    """Who may speak for users: ConfigMap kube-system/extension-apiserver-authentication, as mounted or
-    read.
+    """Clients that may authenticate users: ConfigMap kube-system/extension-apiserver-authentication, mounted
+    or read.
     """
 
     client_ca: str  # PEM
-    allowed_names: tuple[str, ...] = ("front-proxy-client",)  # empty: every name the authority signed
+    allowed_names: tuple[str, ...] = ("front-proxy-client",)  # empty: any name signed by the authority
     username_headers: tuple[str, ...] = ("X-Remote-User",)
     group_headers: tuple[str, ...] = ("X-Remote-Group",)
     extra_prefixes: tuple[str, ...] = ("X-Remote-Extra-",)
 
     @classmethod
     def from_config_map(cls, data: Mapping[str, str]) -> FrontProxy:
-        """From the ConfigMap's data. Raises ValueError naming the key that is missing or wrong."""
+        """From the ConfigMap's data. Raises ValueError with the missing or invalid key."""
         try:
             return cls(
                 data["requestheader-client-ca-file"],
@@ -63,7 +63,7 @@ class FrontProxy:
 
 @dataclass(frozen=True)
 class User:
-    """Whom the aggregator speaks for."""
+    """The user that the aggregator authenticated."""
 
     name: str
     groups: tuple[str, ...]
@@ -71,7 +71,7 @@ class User:
 
 
 class ExternalMetrics:
-    """The server. `labels` are those of every figure, and what a label selector is matched with."""
+    """The server. `labels` are attached to every metric and matched against label selectors."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class ExternalMetrics:
         self._runner: web.AppRunner | None = None
         self._reload: asyncio.Task[None] | None = None
 
-    # ---- life ----
+    # ---- lifecycle ----
 
     async def start(self, host: str, port: int) -> int:
         """Serve on host:port over TLS. Returns the port."""
@@ -125,7 +125,7 @@ class ExternalMetrics:
         context.load_cert_chain(self._certificate, self._key)
         context.verify_mode = (
             ssl.CERT_OPTIONAL
-        )  # a kubelet's probe has no certificate; any other client needs the front proxy's
+        )  # a kubelet's probe has no certificate; other clients need the front proxy's
         context.load_verify_locations(cadata=self._proxy.client_ca)
         return context
 
@@ -133,9 +133,7 @@ class ExternalMetrics:
         return self._certificate.stat().st_mtime_ns, self._key.stat().st_mtime_ns
 
     async def _watch_files(self) -> None:
-        """Take over a renewed serving certificate and a renewed front proxy; open connections keep the
-        old ones.
-        """
+        """Reload a renewed serving certificate and front proxy; open connections keep the old ones."""
         while True:
             await asyncio.sleep(_RELOAD_S)
             try:
@@ -148,24 +146,22 @@ class ExternalMetrics:
                     self._proxy = proxy
                     log.info("front proxy reloaded")
             except (OSError, ssl.SSLError, ValueError, ActuatorError) as problem:
-                log.warning("external metrics: certificates are kept as they are: %s", problem)
+                log.warning("external metrics: keeping the current certificates: %s", problem)
 
-    # ---- who asks ----
+    # ---- authorization ----
 
     def _guarded(self, handler: Any) -> Any:
         async def guarded(request: web.Request) -> web.StreamResponse:
             user = self._user(request)
             if user is None:
-                return _status(
-                    401, "Unauthorized", "a certificate of the front proxy and its user header are needed"
-                )
+                return _status(401, "Unauthorized", "expected a front-proxy certificate and its user header")
             try:
                 allowed = await self._access.allowed(
                     user.name, user.groups, user.extra, self._attributes(request)
                 )
             except ActuatorError as problem:
                 log.warning("external metrics: %s", problem)
-                return _status(500, "InternalError", "access could not be reviewed")
+                return _status(500, "InternalError", "access review failed")
             if not allowed:
                 return _status(403, "Forbidden", f"{user.name!r} may not get {request.path}")
             answer: web.StreamResponse = await handler(request)
@@ -174,7 +170,7 @@ class ExternalMetrics:
         return guarded
 
     def _user(self, request: web.Request) -> User | None:
-        """The user the front proxy names; None unless the connection proves to be the front proxy's."""
+        """The user named by the front proxy; None if the connection is not the front proxy's."""
         assert request.transport is not None
         certificate = request.transport.get_extra_info("peercert")
         if not certificate:
@@ -206,7 +202,7 @@ class ExternalMetrics:
             "verb": "list",
         }
 
-    # ---- what is answered ----
+    # ---- responses ----
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(text="ok")
@@ -239,7 +235,9 @@ class ExternalMetrics:
     async def _metric(self, request: web.Request) -> web.Response:
         metric = request.match_info["metric"]
         if metric not in METRICS:
-            return _status(404, "NotFound", f"metric {metric!r} is not known: {', '.join(METRICS)}")
+            return _status(
+                404, "NotFound", f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}"
+            )
         try:
             wanted = matches(request.query.get("labelSelector", ""), self._labels)
         except ValueError as problem:
@@ -248,7 +246,7 @@ class ExternalMetrics:
         if wanted and request.match_info["namespace"] == self._namespace:
             value = self._last.value(metric)
             if value is None:
-                return _status(503, "ServiceUnavailable", f"{metric} is missing or too old to act on")
+                return _status(503, "ServiceUnavailable", f"{metric} is missing or outdated")
             items.append(self._item(metric, value))
         body = {
             "kind": "ExternalMetricValueList",
@@ -270,21 +268,21 @@ class ExternalMetrics:
 
 
 def quantity(value: float) -> str:
-    """A Kubernetes quantity, in thousandths where it is not whole, rounded up ("1900m" for 1.9)."""
+    """A Kubernetes quantity; fractions in thousandths, rounded up ("1900m" for 1.9)."""
     milli = math.ceil(round(value * 1000, 6))
     return str(milli // 1000) if milli % 1000 == 0 else f"{milli}m"
 
 
 def matches(selector: str, labels: Mapping[str, str]) -> bool:
-    """Whether labels meet a selector: `a=b,c!=d,e,!f,g in (x,y),h notin (z)`.
+    """Whether labels match a selector: `a=b,c!=d,e,!f,g in (x,y),h notin (z)`.
 
-    Raises ValueError on other text.
+    Raises ValueError for an invalid selector.
     """
     return all(_meets(part.strip(), labels) for part in _split(selector) if part.strip())
 
 
 def _split(selector: str) -> list[str]:
-    """At the commas outside parentheses."""
+    """Split at commas outside parentheses."""
     parts, depth, begin = [], 0, 0
     for position, character in enumerate(selector):
         depth += (character == "(") - (character == ")")
@@ -307,7 +305,7 @@ def _meets(requirement: str, labels: Mapping[str, str]) -> bool:
             key, _, value = requirement.partition(operator)
             return (labels.get(key.strip()) == value.strip()) != negated
     if " " in requirement:
-        raise ValueError(f"label selector {requirement!r} is not understood")
+        raise ValueError(f"invalid label selector {requirement!r}")
     return requirement[1:] not in labels if requirement.startswith("!") else requirement in labels
 
 

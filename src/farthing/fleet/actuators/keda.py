@@ -1,9 +1,9 @@
-"""The KEDA external scaler: KEDA asks over gRPC for a figure and its target, and scales by their quotient.
+"""The KEDA external scaler: KEDA polls a metric and its target over gRPC and scales by their quotient.
 
-`scalerMetadata` of the ScaledObject chooses the figure: `metric` (desired_replicas by default,
-queue_backlog or average_response_time) and, for the last two, `target` (a replica's share of it). With
-desired_replicas the target is 1, so that KEDA's quotient is our number. A figure that is missing or too
-old is an UNAVAILABLE error, on which KEDA holds.
+`scalerMetadata` of the ScaledObject selects `metric` (desired_replicas by default, queue_backlog or
+average_response_time) and, for the last two, `target` (the value per replica). For desired_replicas the
+target is 1, so KEDA's quotient equals our number. A missing or outdated metric is an UNAVAILABLE error, on
+which KEDA holds.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from farthing.fleet.actuators.keda_proto import messages, services
 
 log = logging.getLogger(__name__)
 
-_WATCH_S = 0.5  # between looks at the last_decision for StreamIsActive
+_WATCH_S = 0.5  # between checks of the last decision in StreamIsActive
 
 
 class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
-    """The server of all four calls."""
+    """The gRPC service."""
 
     def __init__(self, last_decision: LastDecision) -> None:
         self._last = last_decision
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str, credentials: Any = None) -> int:
-        """Serve on HOST:PORT, with TLS where grpc server credentials are given. Returns the port."""
+        """Serve on HOST:PORT, with TLS if grpc server credentials are given. Returns the port."""
         self._server = grpc.aio.server()
         services.add_ExternalScalerServicer_to_server(self, self._server)
         if credentials is None:
@@ -48,11 +48,11 @@ class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
     # ---- the calls ----
 
     async def IsActive(self, request: Any, context: Any) -> Any:
-        """Whether at least one replica is wanted."""
+        """Whether the target is at least one replica."""
         return messages.IsActiveResponse(result=await self._value("desired_replicas", context) > 0)
 
     async def StreamIsActive(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """The present answer, and then each change of it. While nothing is known, nothing is said."""
+        """Stream the current answer, then each change. Sends nothing while there is no decision."""
         said: bool | None = None
         while not context.cancelled():
             value = self._last.value("desired_replicas")
@@ -76,7 +76,7 @@ class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
         return messages.GetMetricsResponse(metricValues=[answer])
 
     async def _asked(self, reference: Any, context: Any) -> tuple[str, float]:
-        """(metric, target a replica) of a ScaledObject's metadata; INVALID_ARGUMENT names what is wrong."""
+        """(metric, target per replica) from a ScaledObject's metadata; aborts with INVALID_ARGUMENT."""
         metadata = dict(reference.scalerMetadata)
         metric = metadata.get("metric", "desired_replicas")
         if metric not in METRICS:
@@ -100,6 +100,6 @@ class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
     async def _value(self, metric: str, context: Any) -> float:
         value = self._last.value(metric)
         if value is None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{metric} is missing or too old to act on")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{metric} is missing or outdated")
         assert value is not None
         return value

@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-TIMEOUT_S = 5.0  # of one call
+TIMEOUT_S = 5.0  # per call
 
 
 def connect(api: str = "auto", context: str | None = None) -> ApiClient:
     """A client. `api`: "auto" (the pod's service account, else the kubeconfig), "kubeconfig", or a URL.
 
-    Raises ActuatorError that says what is missing.
+    Raises ActuatorError with what is missing.
     """
     config: Any = kubernetes.config  # untyped
     configuration = Configuration()
@@ -40,8 +40,8 @@ def connect(api: str = "auto", context: str | None = None) -> ApiClient:
         else:
             raise ActuatorError(f"kubernetes = {api!r}: expected auto, kubeconfig or a URL")
     except config.ConfigException as problem:
-        raise ActuatorError(f"no Kubernetes API is configured here: {problem}") from problem
-    configuration.retries = 0  # the controller's next turn is the retry
+        raise ActuatorError(f"no Kubernetes API is configured: {problem}") from problem
+    configuration.retries = 0  # the controller retries at its next step
     return ApiClient(configuration)
 
 
@@ -53,27 +53,27 @@ def pod_namespace() -> str:
 async def call(what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """One API call in a thread.
 
-    Raises ActuatorError; its cause is the ApiException where the server answered.
+    Raises ActuatorError; its cause is the ApiException if the server answered.
     """
     try:
         return await asyncio.to_thread(function, *arguments, _request_timeout=TIMEOUT_S, **options)
     except ApiException as problem:
         said = (problem.body or b"") if isinstance(problem.body, (str, bytes)) else b""
         raise ActuatorError(f"{what}: HTTP {problem.status} {problem.reason} {str(said)[:200]}") from problem
-    except Exception as problem:  # urllib3 and ssl raise many kinds; all mean that the API did not answer
+    except Exception as problem:  # urllib3 and ssl raise many types; all mean that the API did not answer
         raise ActuatorError(
             f"{what}: the Kubernetes API does not answer ({type(problem).__name__}: {problem})"
         ) from problem
 
 
 def status_of(error: ActuatorError) -> int | None:
-    """The HTTP status behind an error of `call`; None when there was no answer."""
+    """The HTTP status behind an error of `call`; None if there was no answer."""
     cause = error.__cause__
     return cause.status if isinstance(cause, ApiException) else None
 
 
 async def authentication_config(client: ApiClient) -> dict[str, str]:
-    """The data of ConfigMap kube-system/extension-apiserver-authentication: who the front proxy is."""
+    """The data of ConfigMap kube-system/extension-apiserver-authentication: the front proxy."""
     core = kubernetes.client.CoreV1Api(client)
     name = "extension-apiserver-authentication"
     found: Any = await call(f"ConfigMap {name}", core.read_namespaced_config_map, name, "kube-system")
@@ -81,7 +81,7 @@ async def authentication_config(client: ApiClient) -> dict[str, str]:
 
 
 class Access:
-    """SubjectAccessReview with a short memory, as aggregated API servers keep one."""
+    """SubjectAccessReview with a short-lived cache, as in other aggregated API servers."""
 
     def __init__(self, client: ApiClient, *, keep_s: float = 10.0) -> None:
         self._api = kubernetes.client.AuthorizationV1Api(client)
@@ -95,9 +95,9 @@ class Access:
         extra: Mapping[str, tuple[str, ...]],
         attributes: Mapping[str, str],
     ) -> bool:
-        """Whether the user may do what `attributes` say.
+        """Whether the user may perform the action of `attributes`.
 
-        Raises ActuatorError when the API cannot be asked.
+        Raises ActuatorError if the API does not answer.
         """
         key = (user, groups, tuple(sorted(extra.items())), tuple(sorted(attributes.items())))
         now = asyncio.get_running_loop().time()
@@ -124,5 +124,5 @@ class Access:
 
 
 def timestamp(seconds: float) -> str:
-    """RFC 3339 with microseconds, as Lease wants it."""
+    """RFC 3339 with microseconds, for Lease."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

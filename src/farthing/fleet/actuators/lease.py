@@ -1,8 +1,7 @@
-"""Leader election by a Lease (coordination.k8s.io/v1): of several controllers one acts.
+"""Leader election by a Lease (coordination.k8s.io/v1), so that only one of several controllers acts.
 
-A lease has run out when its record has not changed for its duration *as seen here*, on the monotonic
-clock: clocks of several machines are never compared, and a clock that is set can neither steal nor lose
-a lease.
+A lease has expired when its record has not changed for its duration on the observer's monotonic clock. Clocks
+of different machines are never compared, and setting a clock can neither steal nor lose a lease.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ class LeaseConfig:
     namespace: str
     identity: str
     duration_s: float = 15.0
-    renew_s: float = 10.0  # a leader that could not renew for so long is none any more
+    renew_s: float = 10.0  # a leader that fails to renew for this long steps down
     retry_s: float = 2.0
 
     def __post_init__(self) -> None:
         if not self.retry_s < self.renew_s < self.duration_s:
             times = f"{self.retry_s:g} < {self.renew_s:g} < {self.duration_s:g}"
-            raise ValueError(f"LeaseConfig: retry_s < renew_s < duration_s is needed, got {times}")
+            raise ValueError(f"LeaseConfig: got {times}; expected retry_s < renew_s < duration_s")
 
 
 class Elector:
-    """Takes part in an election; `leading` says at any moment whether this one may act."""
+    """Takes part in an election; `leading` tells whether this controller may act."""
 
     def __init__(
         self,
@@ -58,9 +57,9 @@ class Elector:
         self.config = config
         self._api = kubernetes.client.CoordinationV1Api(client)
         self._monotonic, self._wall = monotonic, wall
-        self._renewed: float | None = None  # when our hold was last confirmed
-        self._seen: tuple[str, str] | None = None  # the record as last observed …
-        self._seen_at = 0.0  # … and since when it has been so
+        self._renewed: float | None = None  # when our lease was last confirmed
+        self._seen: tuple[str, str] | None = None  # the last observed record
+        self._seen_at = 0.0  # when it was first observed
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -71,7 +70,7 @@ class Elector:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Leave the election; a lease that is held is given back, so that the next leader need not wait."""
+        """Leave the election and release a held lease, so that the next leader does not wait."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -92,9 +91,9 @@ class Elector:
             await asyncio.sleep(self.config.retry_s)
 
     async def turn(self) -> None:
-        """Look at the lease once; take, renew or leave it.
+        """Check the lease once, and take or renew it if possible.
 
-        Raises ActuatorError when the API does not answer.
+        Raises ActuatorError if the API does not answer.
         """
         began = self._monotonic()
         where = (self.config.name, self.config.namespace)
@@ -117,9 +116,7 @@ class Elector:
             self._renewed = None
 
     async def _write(self, began: float, lease: Any) -> None:
-        """Create or replace the lease with ourselves as holder; resourceVersion decides between two who
-        try.
-        """
+        """Create or replace the lease with ourselves as holder; resourceVersion resolves races."""
         now = timestamp(self._wall())
         held = lease is not None and lease.spec.holder_identity == self.config.identity
         transitions = int(lease.spec.lease_transitions or 0) if lease is not None else 0
@@ -146,7 +143,7 @@ class Elector:
                 metadata["resourceVersion"] = lease.metadata.resource_version
                 await call("Lease", self._api.replace_namespaced_lease, *where, body)
         except ActuatorError as problem:
-            if status_of(problem) == 409:  # another one was faster
+            if status_of(problem) == 409:  # another controller was faster
                 self._renewed = None
             raise
 

@@ -1,7 +1,7 @@
-"""Replicas as processes on this machine: started, watched, replaced, drained.
+"""Replicas as processes on this machine: started, monitored, replaced, drained.
 
-States: starting (the process runs, no answer yet) -> ready -> draining (no new requests, SIGTERM, in-flight
-ones finish) -> gone. A replica that dies is replaced at once. After repeated failures to start, launches
+States: starting (process runs, no answer yet) -> ready -> draining (no new requests, SIGTERM, in-flight
+requests finish) -> gone. A replica that dies is replaced at once. After repeated failures to start, launches
 pause, and the pause doubles.
 """
 
@@ -34,7 +34,7 @@ State = Literal["starting", "ready", "draining", "gone"]
 class LocalConfig:
     """How replicas are started.
 
-    `{port}`, `{host}` and `{name}` in the command and environment are filled in.
+    `{port}`, `{host}` and `{name}` in the command and environment are replaced.
     """
 
     command: tuple[str, ...]
@@ -43,14 +43,13 @@ class LocalConfig:
     health_path: str = "/health"
     ready_timeout_s: float = 600.0
     drain_timeout_s: float = 60.0
-    liveness_s: float = 60.0  # a ready replica that is silent for so long is killed and replaced
-    poll_s: float = 0.05  # between health checks of a replica that starts
+    liveness_s: float = 60.0  # a ready replica silent for this long is killed and replaced
+    poll_s: float = 0.05  # between health checks of a starting replica
     failures: int = 3  # failed launches in a row before launches pause
     retry_s: float = 30.0  # first pause after giving up; doubles up to ten times that
     environment: dict[str, str] = field(default_factory=dict)
-    # A command that waits on stdin for a JSON line with the arguments after `command[:warm_skips]`: one
-    # such process is
-    # kept, so that the next replica need not begin with its imports. Empty: none is kept.
+    # A command that waits on stdin for a JSON line with the arguments after `command[:warm_skips]`. One such
+    # process is kept, so that the next replica skips its imports. Empty: none is kept.
     warm: tuple[str, ...] = ()
     warm_skips: int = 0
 
@@ -61,9 +60,7 @@ class LocalConfig:
             )
         for name in ("ready_timeout_s", "drain_timeout_s", "liveness_s", "poll_s", "retry_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"LocalConfig.{name} = {getattr(self, name)}: expected a number of seconds above 0"
-                )
+                raise ValueError(f"LocalConfig.{name} = {getattr(self, name)}: expected seconds above 0")
         if self.failures < 1:
             raise ValueError(f"LocalConfig.failures = {self.failures}: expected 1 or more")
 
@@ -79,7 +76,7 @@ class Spare:
 
 @dataclass(eq=False)
 class LocalReplica:
-    """One process."""
+    """One replica process."""
 
     name: str
     port: int
@@ -108,7 +105,7 @@ class LocalReplicas:
         self.config = config
         self.cold_starts = cold_starts if cold_starts is not None else ColdStarts()
         self.replicas: list[LocalReplica] = []
-        self.given_up = ""  # why nothing is started at present; empty when all is well
+        self.given_up = ""  # why launches are paused; empty if they are not
         self._on_change, self._announced = on_change, dict[str, str]()
         self._wanted = 0
         self._count = 0
@@ -144,7 +141,7 @@ class LocalReplicas:
         await self._reconcile()
 
     async def close(self) -> None:
-        """Drain all replicas and wait for their end."""
+        """Drain all replicas and wait until they exit."""
         self._closing = True
         self._wanted = 0
         if self._retry is not None:
@@ -157,18 +154,18 @@ class LocalReplicas:
         if self._http is not None:
             await self._http.close()
 
-    # ---- what there is ----
+    # ---- state ----
 
     def ready(self) -> dict[str, str]:
-        """{name: url} of the replicas that take requests."""
+        """{name: url} of the replicas that accept requests."""
         return {r.name: r.url for r in self.replicas if r.state == "ready"}
 
     def targets(self) -> dict[str, str]:
-        """{name: url} of the replicas whose metrics count: ready ones."""
+        """{name: url} of the replicas to collect metrics from: the ready ones."""
         return self.ready()
 
     async def wait_ready(self, count: int, timeout_s: float) -> bool:
-        """Whether `count` replicas are ready within `timeout_s`; ends early when starting was given up."""
+        """Whether `count` replicas are ready within `timeout_s`; returns early if launches are paused."""
         deadline = time.monotonic() + timeout_s
         while len(self.ready()) < count:
             if self.given_up or (left := deadline - time.monotonic()) <= 0:
@@ -199,7 +196,7 @@ class LocalReplicas:
         try:
             name, log_file, process = await self._begin(port)
         except OSError as problem:
-            self._failed(f"{self.config.command[0]} cannot be started: {problem}")
+            self._failed(f"{self.config.command[0]} could not be started: {problem}")
             return
         replica = LocalReplica(name, port, f"http://{self.config.host}:{port}", process, log_file, launched)
         log.info("replica %s: pid %d, port %d", name, process.pid, port)
@@ -207,7 +204,7 @@ class LocalReplicas:
         replica.task = asyncio.create_task(self._live(replica))
 
     async def _begin(self, port: int) -> tuple[str, Path, asyncio.subprocess.Process]:
-        """The process of a new replica: the warm spare if there is one, else a new process."""
+        """Start a replica: use the warm spare if there is one, else a new process."""
         spare, self._spare = self._spare, None
         if spare is not None and spare.process.returncode is None and spare.process.stdin is not None:
             words = self._filled(self.config.command[self.config.warm_skips :], spare.name, port)
@@ -237,9 +234,7 @@ class LocalReplicas:
         return [_fill(part, words) for part in parts]
 
     def _keep_spare(self) -> None:
-        """See to it that a spare waits; called when a replica is ready, so that it takes nothing from
-        its start.
-        """
+        """Ensure that a spare waits. Called when a replica is ready, so as not to slow down its start."""
         if self.config.warm and not self._closing and self._spare is None and self._warming is None:
             self._warming = asyncio.create_task(self._warm())
 
@@ -261,7 +256,7 @@ class LocalReplicas:
             self._spare = None
 
     async def _live(self, replica: LocalReplica) -> None:
-        """See one replica from its launch to its end."""
+        """Manage one replica from launch to exit."""
         ended = asyncio.create_task(replica.process.wait())
         try:
             if await self._becomes_ready(replica, ended):
@@ -293,7 +288,7 @@ class LocalReplicas:
         return replica.state == "draining"
 
     async def _stays_alive(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
-        """Until the process ends, or has not answered for `liveness_s` (it hangs)."""
+        """Wait until the process ends or has not answered for `liveness_s` (hung)."""
         answered = time.monotonic()
         while not ended.done():
             await asyncio.wait([ended], timeout=self.config.liveness_s / 10)
@@ -305,7 +300,7 @@ class LocalReplicas:
                 await ended
 
     async def _probe(self, replica: LocalReplica) -> int | None:
-        """The status of its health check; None when it does not answer."""
+        """The status code of its health check; None if it does not answer."""
         assert self._http is not None
         try:
             async with self._http.get(replica.url + self.config.health_path) as answer:
@@ -314,14 +309,12 @@ class LocalReplicas:
             return None
 
     async def _end(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
-        """The process has ended, or is made to: SIGTERM, then after the drain time SIGKILL for its whole
-        group.
-        """
+        """Reap the process, or stop it: SIGTERM, then after the drain timeout SIGKILL to its whole group."""
         was = replica.state
         if not ended.done():
             signal_group(replica.process, signal.SIGTERM)
             await asyncio.wait([ended], timeout=self.config.drain_timeout_s)
-        signal_group(replica.process, signal.SIGKILL)  # also what it may have left behind in its group
+        signal_group(replica.process, signal.SIGKILL)  # also any children left in its group
         code = await ended
         replica.state = "gone"
         if was == "starting" and not replica.reason:
@@ -332,7 +325,7 @@ class LocalReplicas:
             log.warning("replica %s %s%s", replica.name, replica.reason, last_lines(replica.log))
 
     def _drain(self, replica: LocalReplica) -> None:
-        """Take a replica out of rotation and let it finish its requests."""
+        """Take a replica out of rotation and let its requests finish."""
         if replica.state in ("starting", "ready"):
             replica.state = "draining"
             self._announce()
@@ -341,7 +334,9 @@ class LocalReplicas:
 
     def _kill(self, replica: LocalReplica) -> None:
         if replica.state == "draining":
-            log.warning("replica %s did not drain in %g s: killed", replica.name, self.config.drain_timeout_s)
+            log.warning(
+                "replica %s did not drain within %g s; killed", replica.name, self.config.drain_timeout_s
+            )
             signal_group(replica.process, signal.SIGKILL)
 
     # ---- failures ----
@@ -351,7 +346,7 @@ class LocalReplicas:
         log.error("launch failed (%d in a row): %s", self._failures, reason)
         if self._failures >= self.config.failures and not self._closing:
             self.given_up = reason
-            log.error("no launches for %g s, or until the number of replicas changes", self._pause)
+            log.error("launches paused for %g s or until the replica count changes", self._pause)
             self._retry = asyncio.get_running_loop().call_later(self._pause, self._try_again)
             self._pause = min(self._pause * 2, 10 * self.config.retry_s)
         self._changed.set()
@@ -362,7 +357,7 @@ class LocalReplicas:
             self._retry.cancel()
 
     def _try_again(self) -> None:
-        self.given_up, self._failures = "", self.config.failures - 1  # one launch is allowed to fail
+        self.given_up, self._failures = "", self.config.failures - 1  # allow one more failure
         self._retry_task = asyncio.ensure_future(self._reconcile())
 
     def _announce(self) -> None:
@@ -371,13 +366,13 @@ class LocalReplicas:
             try:
                 self._on_change(ready)
                 self._announced = ready
-            except OSError as problem:  # a full disk must not end the care of the replicas
-                log.error("the set of replicas cannot be announced: %s", problem)
+            except OSError as problem:  # a full disk must not stop replica management
+                log.error("cannot announce the set of replicas: %s", problem)
                 asyncio.get_running_loop().call_later(1.0, self._announce)
         self._changed.set()
 
 
-_HANDOVER_S = 0.2  # the gateway reads its replicas file every 0.05 s; only then is a replica told to end
+_HANDOVER_S = 0.2  # time for the gateway, which reads its replicas file every 0.05 s, before SIGTERM
 
 
 def _fill(text: str, words: dict[str, str]) -> str:

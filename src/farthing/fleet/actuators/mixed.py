@@ -1,7 +1,7 @@
-"""Several `/scale` targets, one per variant of replica: the policy's number becomes the cheapest mix of them.
+"""Several `/scale` targets, one per replica variant: the target becomes the cheapest mix of variants.
 
-The policy counts in replicas of size 1; `current` is what the variants add up to in those. Only the leader of
-the election that the first target carries writes.
+The policy counts in replicas of size 1; `current` is the variants' total in that unit. Only the leader of the
+election, held by the first target, writes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ log = logging.getLogger(__name__)
 
 
 class MixedScale:
-    """The actuator; `targets` belong to `variants` in order."""
+    """The actuator; `targets` correspond to `variants` in order."""
 
     def __init__(
         self, variants: Sequence[Variant], targets: Sequence[ScalePatch], spot_share: float = 1.0
     ) -> None:
         if len(variants) != len(targets) or not variants:
             raise ValueError(
-                f"MixedScale: {len(variants)} variants, {len(targets)} targets; expected as many"
+                f"MixedScale: {len(variants)} variants, {len(targets)} targets; expected equal numbers"
             )
         self.variants, self.targets, self.spot_share = list(variants), list(targets), spot_share
 
@@ -34,19 +34,19 @@ class MixedScale:
         await self.targets[0].start()
 
     async def current(self) -> int:
-        """Whole replicas of size 1 that the variants add up to. Raises ActuatorError."""
+        """The variants' total in whole replicas of size 1. Raises ActuatorError."""
         counts = await self._counts()
         return math.floor(sum(v.size * counts[v.name] for v in self.variants) + 1e-9)
 
     async def apply(self, decision: Decision) -> None:
-        """Patch every variant whose count changes. Raises ActuatorError at the first that cannot be set."""
+        """Patch every variant whose count changes. Raises ActuatorError at the first failure."""
         elector = self.targets[0].elector
         if decision.target == decision.current or (elector is not None and not elector.leading):
             return
         counts = await self._counts()
         mix = settled_mix(self.variants, counts, float(decision.target), self.spot_share)
         grown = sorted(self.targets, key=lambda t: self._change(t, mix, counts), reverse=True)
-        for target in grown:  # launch before anything is taken away
+        for target in grown:  # launch before removing
             variant = self.variants[self.targets.index(target)]
             if mix[variant.name] != counts[variant.name]:
                 await target.set(mix[variant.name])

@@ -1,4 +1,4 @@
-"""Child processes that leave nothing behind: a group of their own, and a death that follows ours."""
+"""Child processes in their own group, which end when the parent ends."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def _die_with_parent() -> None:
-    """In the child, before exec: SIGTERM when the parent ends, even by SIGKILL (Linux prctl(2);
-    elsewhere nothing).
+    """Runs in the child before exec: SIGTERM when the parent ends, even by SIGKILL (Linux prctl(2); no-op
+    elsewhere).
     """
     if hasattr(_LIBC, "prctl"):
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -33,9 +33,9 @@ async def launch(
     pass_fds: Sequence[int] = (),
     stdin: int = asyncio.subprocess.DEVNULL,
 ) -> asyncio.subprocess.Process:
-    """Start a command with its output in `log`, without it on a disk that is full.
+    """Start a command with its output in `log`, or discarded if the disk is full.
 
-    Raises OSError when it cannot be started.
+    Raises OSError if it cannot be started.
     """
     with _opened(log) as output:
         return await asyncio.create_subprocess_exec(
@@ -59,15 +59,15 @@ def _opened(log: Path) -> BinaryIO:
 
 
 def signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    """Send a signal to a child's whole group; a group that is gone is no error."""
+    """Send a signal to a child's whole group; ignores a group that is gone."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)
 
 
 def last_lines(log: Path, lines: int = 5) -> str:
-    """The end of a log for an error message, or nothing."""
+    """The last lines of a log for an error message, or an empty string."""
     try:
         text = log.read_text(errors="replace").strip().splitlines()[-lines:]
     except OSError:
         return ""
-    return "; its last lines: " + " | ".join(text) if text else ""
+    return "; last lines: " + " | ".join(text) if text else ""

@@ -1,4 +1,4 @@
-"""For where an HPA or KEDA acts by itself: nothing is applied, the number of replicas is only read."""
+"""For an HPA or KEDA that scales: reads the number of replicas and applies nothing."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from farthing.fleet.decisions import Decision
 
 
 class ReadOnly:
-    """Reads `/scale` where a target is given; without one the controller goes by the replicas that serve."""
+    """Reads `/scale` if a target is given; otherwise the controller counts the serving replicas."""
 
     def __init__(self, scale: Actuator | None = None) -> None:
         self._scale = scale
 
     async def start(self) -> None:
-        """Nothing to start."""
+        """No-op."""
 
     async def current(self) -> int | None:
         return await self._scale.current() if self._scale is not None else None
 
     async def apply(self, decision: Decision) -> None:
-        """Others act on the last_decision."""
+        """No-op: others act on the last decision."""
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """No-op."""

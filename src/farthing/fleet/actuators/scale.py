@@ -1,7 +1,6 @@
-"""A direct patch of `/scale`: Deployment, StatefulSet, or LeaderWorkerSet (where one replica is a whole
-group).
+"""Patch `/scale` of a Deployment, StatefulSet or LeaderWorkerSet (whose replica is a whole group).
 
-For where no HPA is wanted: an HPA's own tolerance of 0.1 ignores 10 -> 11. Needs `get` and `patch` on
+An alternative to an HPA, whose tolerance of 0.1 ignores 10 -> 11. Needs `get` and `patch` on
 `<resource>/scale`.
 """
 
@@ -28,7 +27,7 @@ _LWS = ("leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
 
 @dataclass(frozen=True)
 class Target:
-    """What is scaled, for instance `deployment/deepseek` in namespace `prod`."""
+    """The scaled resource, such as `deployment/deepseek` in namespace `prod`."""
 
     kind: str
     name: str
@@ -36,7 +35,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str, namespace: str) -> Target:
-        """From KIND/NAME. Raises ValueError naming the kinds that are known."""
+        """Parse KIND/NAME. Raises ValueError with the accepted kinds."""
         kind, slash, name = text.partition("/")
         if not slash or kind.lower() not in KINDS or not name:
             raise ValueError(f"target = {text!r}: expected KIND/NAME with KIND one of {', '.join(KINDS)}")
@@ -65,11 +64,11 @@ class ScalePatch:
         return int(replicas)
 
     async def apply(self, decision: Decision) -> None:
-        """Set `spec.replicas`; a follower and a decision that changes nothing write nothing."""
+        """Set `spec.replicas`. A follower writes nothing, nor does an unchanged decision."""
         if decision.target == decision.current:
             return
         if self.elector is not None and not self.elector.leading:
-            log.info("not leading: %s is left to the leader", self.target)
+            log.info("not leading; not scaling %s", self.target)
             return
         await self.set(decision.target)
         log.info("%s: %d -> %d replicas", self.target, decision.current, decision.target)
@@ -83,7 +82,7 @@ class ScalePatch:
             await self.elector.close()
 
     def _bound(self, verb: str) -> tuple[Callable[..., Any], Any, *tuple[Any, ...]]:
-        """The client's function for a verb, with the arguments that name the target."""
+        """The client's function for a verb, with the arguments that identify the target."""
         target = self.target
         if target.kind == "leaderworkerset":
             group, version, plural = _LWS

@@ -1,4 +1,4 @@
-"""Rolling-origin backtests: fit on the past, forecast, compare, move on. Nothing of the future is seen."""
+"""Rolling-origin backtests: fit on the past, forecast, compare, advance. Never uses future data."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def parse_horizon(text: str) -> float:
     try:
         value = float(number) * unit
     except ValueError as error:
-        raise ValueError(f"horizon {text!r}: like 600s, 10m, 24h or 1d") from error
+        raise ValueError(f"horizon {text!r}: expected a time such as 600s, 10m, 24h or 1d") from error
     if not value > 0:
-        raise ValueError(f"horizon {text!r}: more than nothing is needed")
+        raise ValueError(f"horizon {text!r}: expected more than 0 s")
     return value
 
 
 @dataclass(frozen=True)
 class Backtest:
-    """Where the backtest begins (share of the series), how often it refits, and how it calibrates."""
+    """Settings of a backtest: begin (share of the series), refit interval, calibration."""
 
     begin: float = 0.5
     refit_s: float = DAY_S
-    calibrate_steps: int = 250  # origins before `begin` whose errors start the quantiles
+    calibrate_steps: int = 250  # origins before `begin` whose errors initialize the quantiles
     quantile: float = 0.9
 
     def __post_init__(self) -> None:
         if not 0 < self.begin < 1:
-            raise ValueError(f"Backtest.begin = {self.begin}: a share in (0, 1) is needed")
+            raise ValueError(f"Backtest.begin = {self.begin}: expected a share in (0, 1)")
 
 
 def backtest(
@@ -54,24 +54,24 @@ def backtest(
     plan: Backtest | None = None,
     progress: Progress = print,
 ) -> dict[str, Any]:
-    """Errors of the forecasts for every step of the horizon, origins one horizon apart.
+    """Errors of the forecasts for every step of the horizon, with origins one horizon apart.
 
     Returns wape and mape in percent (mape over values above 1 % of the mean), coverage of the 0.9 quantile in
-    percent, skills in percent against the last value and the better of the seasonal naives, and the mean time
-    of a fit in seconds.
+    percent, skills in percent against the last value and the best seasonal naive, and the mean time of a fit
+    in seconds.
     """
     plan = plan or Backtest()
     steps = max(1, round(horizon_s / series.step_s))
     begin = round(plan.begin * len(series))
     if begin + steps > len(series) or begin < 2:
         raise ValueError(
-            f"{series.name}: {len(series)} steps hold no backtest of {steps} steps from {plan.begin:.0%}"
+            f"{series.name}: {len(series)} steps are too few to backtest {steps} steps from {plan.begin:.0%}"
         )
     warm = min(plan.calibrate_steps, begin // 4 // steps)
     origins = range(begin - warm * steps, len(series) - steps + 1, steps)
     rivals: list[Forecaster] = [LastValue(), Seasonal(DAY_S), Seasonal(7 * DAY_S)]
     refit = max(1, round(plan.refit_s / series.step_s))
-    # a day's path is one lesson of many errors, and there are few such lessons: a longer step for each
+    # a day's path is one update with many errors, and updates are few: use a larger step
     conformal = Conformal(plan.quantile, rate=0.01 if steps == 1 else 0.05)
     errors: list[Floats] = []
     covered: list[float] = []
@@ -117,16 +117,18 @@ def _report(truth: Floats, errors: Floats, covered: list[float], fit_seconds: li
 def backtest_short(
     series: Series, config: ShortConfig, horizon_s: float, plan: Backtest | None = None
 ) -> dict[str, Any]:
-    """The short-term level over the series as service runs it: forecasts of the peak within the horizon.
+    """Run the short-term level over the series as in production, forecasting the peak within the horizon.
 
-    One step of the series is one minute of service; a horizon of one step makes the peak the next value.
-    Returns the figures of `backtest`, the coverage of the level's own 0.9 quantile, its pinball loss in
-    percent of the mean load, and the members' mean weights.
+    One step of the series is one minute; with a horizon of one step the peak is the next value. Returns the
+    metrics of `backtest`, the coverage of the level's own 0.9 quantile, its pinball loss in percent of the
+    mean load, and the members' mean weights.
     """
     plan = plan or Backtest()
     steps, begin = max(1, round(horizon_s / series.step_s)), round(plan.begin * len(series))
     if begin + steps > len(series) or begin < 2:
-        raise ValueError(f"{series.name}: {len(series)} steps hold no backtest from {plan.begin:.0%}")
+        raise ValueError(
+            f"{series.name}: {len(series)} steps are too few for a backtest from {plan.begin:.0%}"
+        )
     history = History(series.values[:, None], series.step_s, steps * series.step_s)
     started = time.perf_counter()
     made, names = walk(history, config)

@@ -1,4 +1,4 @@
-"""What a forecaster is, and the naive ones that every other has to beat."""
+"""The forecaster interface, and naive forecasters as baselines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Floats = NDArray[np.float64]
 
 
 class Forecaster(Protocol):
-    """Fits on a series now and then, and forecasts after any later history of the same series.
+    """Fits on a series occasionally, and forecasts after any later history of the same series.
 
-    `values` [n] of `predict` begin where the fitted series began; the result is [steps], not negative.
+    `values` [n] of `predict` start where the fitted series started; the result is [steps], not negative.
     """
 
     name: str
@@ -31,14 +31,14 @@ class LastValue:
     name = "last-value"
 
     def fit(self, series: Series) -> None:
-        """Nothing to learn."""
+        """No-op."""
 
     def predict(self, values: Floats, steps: int) -> Floats:
         return np.full(steps, values[-1])
 
 
 class Seasonal:
-    """The value one period (a day or a week) earlier; the last value where the history is shorter."""
+    """The value one period (a day or a week) earlier; the last value if the history is shorter."""
 
     def __init__(self, period_s: float = DAY_S) -> None:
         self.period_s = period_s

@@ -1,4 +1,4 @@
-"""Days that are not like their weekday: public holidays, the days around them, and scheduled events."""
+"""Days that differ from their weekday: public holidays, the days around them, and scheduled events."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FRIDAY, SATURDAY, SUNDAY = 4, 5, 6  # weekdays, Monday is 0
 
 @dataclass(frozen=True)
 class Event:
-    """A scheduled event: every date (ISO) it happens or happened, and the days around each that it moves."""
+    """A scheduled event: all its dates (ISO), and the number of affected days around each."""
 
     name: str
-    dates: tuple[str, ...]  # "2026-11-27", past ones to learn from and coming ones to forecast
+    dates: tuple[str, ...]  # "2026-11-27", past dates to learn from and future ones to forecast
     days_before: int = 0
     days_after: int = 0
 
@@ -30,7 +30,7 @@ class Event:
             try:
                 datetime.fromisoformat(text)
             except ValueError as error:
-                raise ValueError(f"Event {self.name!r}: date {text!r}: YYYY-MM-DD is accepted") from error
+                raise ValueError(f"Event {self.name!r}: date {text!r}: expected YYYY-MM-DD") from error
 
     def days(self) -> set[date]:
         first = [datetime.fromisoformat(text).date() for text in self.dates]
@@ -39,7 +39,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Calendar:
-    """Which of the days of a grid are special, and in what way; all masks are [n] bool."""
+    """Kinds of special days on a grid; all masks are [n] bool."""
 
     days: Days  # [n] day of each step
     weekday: Days  # [n]
@@ -48,11 +48,11 @@ class Calendar:
     bridge: NDArray[np.bool_]  # a working day between a holiday and the weekend
     eve: NDArray[np.bool_]  # the day before a holiday
     after: NDArray[np.bool_]  # the day after one
-    events: tuple[NDArray[np.bool_], ...]  # one mask an event
+    events: tuple[NDArray[np.bool_], ...]  # one mask per event
 
     @property
     def special(self) -> NDArray[np.bool_]:
-        """[n] days that say nothing about their weekday."""
+        """[n] days that are not representative of their weekday."""
         masks = (self.holiday, self.bridge, self.eve, self.after, *self.events)
         return np.asarray(np.any(masks, axis=0), dtype=np.bool_)
 
@@ -62,7 +62,7 @@ def calendar(
 ) -> Calendar:
     """The calendar of `steps` steps from `start` (seconds since the epoch, in the load's own time zone).
 
-    Raises ValueError for a country the library `holidays` does not know.
+    Raises ValueError for a country unknown to the library `holidays`.
     """
     times = start + step_s * np.arange(steps, dtype=np.float64)
     days = (times // DAY_S).astype(np.int64)
@@ -93,12 +93,12 @@ def calendar(
 
 
 def public_holidays(country: str, dates: list[date]) -> set[date]:
-    """Those of `dates` that are public holidays there. Raises ValueError for an unknown country."""
+    """The public holidays of `country` among `dates`. Raises ValueError for an unknown country."""
     import holidays
 
     years = sorted({day.year for day in dates})
     try:
         known: Any = holidays.country_holidays(country, years=years)
     except NotImplementedError as error:
-        raise ValueError(f"country {country!r}: an ISO code like US or DE is accepted") from error
+        raise ValueError(f"country {country!r}: expected an ISO code such as US or DE") from error
     return {day for day in dates if day in known}

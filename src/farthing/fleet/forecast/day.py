@@ -1,10 +1,9 @@
 """The day-ahead forecaster: Prophet blended with the weekly profile, or a naive forecast if that is better.
 
-Prophet knows trend, seasons, holidays and events but not how today departs from them; the profile's
-regression knows that. The share of each is the one that would have been best on the days forecast so far.
-Where yesterday or last week, repeated, would have been better still on this very series, they are the
-forecast. Before the first forecast has an outcome, the last days of the fitted history, forecast from what
-came before them, are the measure.
+Prophet models trend, seasons, holidays and events but not today's departure from them; the profile's
+regression does. They are blended with the share that would have been best on the days forecast so far. If
+repeating yesterday or last week would have been better on this series, that is the forecast. Before the first
+forecast has an outcome, the shares are judged by forecasting the last days of the fitted history.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from farthing.fleet.forecast.profile import AHEAD_DAYS, ProfileAR, ProfileConfig
 from farthing.fleet.forecast.prophet import ProphetConfig, ProphetForecaster
 from farthing.fleet.series import DAY_S, Series
 
-PERIODS = (4, 9)  # memories of the two profiles whose mean is taken
-FIRST_SHARE = 0.2  # Prophet's, before anything was forecast
+PERIODS = (4, 9)  # history lengths of the two averaged profiles
+FIRST_SHARE = 0.2  # Prophet's share before any outcome
 SHARES = np.linspace(0.0, 1.0, 11)
-JUDGED = 14  # forecasts the shares are judged on
+JUDGED = 14  # number of forecasts used to judge the shares
 NAIVE_DAYS = {"yesterday": 1, "last-week": 7}
-HELD_DAYS = 7  # of the fitted history that are forecast first, at most; a quarter of it where it is short
+HELD_DAYS = 7  # maximum days of history to judge on initially; a quarter of a shorter history
 
 
 @dataclass(frozen=True)
 class _Made:
-    """The candidates' forecasts from one origin, [steps] each, until their truth is known."""
+    """The candidates' forecasts [steps] from one origin, kept until the outcome is known."""
 
     time: float
     prophet: Floats
@@ -39,7 +38,7 @@ class _Made:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is forecast: `name` is "blend" or a naive forecast; `share` is Prophet's in the blend."""
+    """The chosen forecast: `name` is "blend" or a naive forecast; `share` is Prophet's in the blend."""
 
     name: str = "blend"
     share: float = FIRST_SHARE
@@ -59,12 +58,12 @@ class DayForecaster:
         self.name = "day" if blend else "prophet"
         self.choice = Choice()
         self._path: Floats = np.zeros(0)  # Prophet's forecast after the fitted series
-        self._ratio: Floats = np.zeros(0)  # of its 0.9 quantile to it
+        self._ratio: Floats = np.zeros(0)  # ratio of its 0.9 quantile to the median
         self._fitted, self._start, self._step_s = 0, 0.0, 1.0
         self._made: deque[_Made] = deque(maxlen=2 * JUDGED)
 
     def fit(self, series: Series) -> None:
-        """Raises ValueError below two days of history."""
+        """Fit on the history. Raises ValueError with less than two days."""
         due = round(self.refit_s / series.step_s)
         moved = series.start != self._start
         if self.blend and (self._fitted == 0 or moved):
@@ -78,7 +77,7 @@ class DayForecaster:
         return self.quantiles(values, steps)[0]
 
     def quantiles(self, values: Floats, steps: int) -> tuple[Floats, Floats]:
-        """([steps], [steps]) median and 0.9 quantile; the width of the interval is Prophet's."""
+        """([steps], [steps]) median and 0.9 quantile; with the width of Prophet's interval."""
         made = self._candidates(values, steps)
         point = made.prophet
         if self.blend:
@@ -98,7 +97,7 @@ class DayForecaster:
         self._fitted, self._start, self._step_s = len(series), series.start, series.step_s
 
     def _rehearse(self, series: Series) -> None:
-        """Forecast the last days of the history from what came before them, for a first measure."""
+        """Forecast the last days of the history from the data before them, to judge the shares initially."""
         self._made.clear()
         day = series.per_day
         held = min(HELD_DAYS, len(series) // day // 4)
@@ -114,9 +113,7 @@ class DayForecaster:
     def _candidates(self, values: Floats, steps: int) -> _Made:
         offset = len(values) - self._fitted
         if offset < 0 or offset + steps > len(self._path):
-            raise ValueError(
-                f"DayForecaster: {steps} steps after {len(values)}; it was fitted at {self._fitted}"
-            )
+            raise ValueError(f"DayForecaster: {steps} steps after {len(values)}; fitted at {self._fitted}")
         ready = [part for part in self.profiles if part.ready]
         profile = np.mean([part.predict(values, steps) for part in ready], axis=0) if ready else None
         naive, day = {}, max(1, round(DAY_S / self._step_s))
@@ -127,7 +124,7 @@ class DayForecaster:
         return _Made(time, self._path[offset : offset + steps], profile, naive)
 
     def _choose(self, values: Floats) -> Choice:
-        """The choice that would have been best on the last forecasts, as far as their truth is known."""
+        """The choice that would have been best on the last forecasts with a known outcome."""
         known = []
         for made in list(self._made)[-JUDGED:]:
             at = round((made.time - self._start) / self._step_s)

@@ -1,14 +1,14 @@
-"""How far the load outgrows a point forecast within a cold start: running quantiles of the past.
+"""How far the load exceeds a point forecast within a cold start: running quantiles of the past.
 
-A policy with a cold start of L seconds needs a bound on the *peak* of the load within the next L
-seconds, not on one point of it. So the growth of the peak over the forecast is observed,
+A policy with a cold start of L seconds needs a bound on the *peak* of the load within the next L seconds, not
+on a single value. The growth of the peak over the forecast is observed,
 
     g(t) = max load over (t - L, t]  /  point forecast made at t - L,
 
-and its q-quantile over a trailing window widens the forecast made now. This is split-conformal
-prediction with a moving window: coverage follows the data, whatever made the point forecast. Three
-properties of service loads bound it: the load reverts to its recent mean, a steep slope continues for a
-while, and records are rare (`ceiling`).
+and its q-quantile over a trailing window widens the current forecast. This is split-conformal prediction with
+a moving window: coverage follows the data, whatever the point forecast. Three properties of service loads
+bound it: the load reverts to its recent mean, a steep slope continues for a while, and records are rare
+(`ceiling`).
 
 Shapes: N = steps of the grid, B = runs side by side.
 """
@@ -29,20 +29,20 @@ class GrowthConfig:
     """Settings of the growth bound; times in seconds."""
 
     quantile: float = 0.9
-    window_s: float = 86400.0  # of growths that are remembered
-    prior: float = 1.25  # growth assumed while nothing has been seen
+    window_s: float = 86400.0  # history of growths
+    prior: float = 1.25  # growth assumed before any observation
     reversion: float = 0.2  # weight of the recent mean in the point forecast
     reversion_s: float = 3600.0  # window of that mean
-    trend: float = 0.2  # share of the cold start over which a steep slope is assumed to go on
+    trend: float = 0.2  # share of the cold start for which a steep slope continues
     trend_s: float = 300.0  # window of the slope
-    trend_above: float = 0.25  # a slope counts as steep when it moves the load by this much in 600 s
-    fast_s: float = 60.0  # windows of the two means the load is read from: the slow one, unless
+    trend_above: float = 0.25  # a slope is steep if it changes the load by this share in 600 s
+    fast_s: float = 60.0  # windows of the two means that smooth the load: the slow one, unless
     slow_s: float = 180.0  # the fast one departs from it by more than `depart`
     depart: float = 0.06
-    ceiling: float = 0.8  # the bound stays below this times the highest load remembered; 0 switches it off
-    ceiling_s: float = 172800.0  # how long a highest load is remembered
-    ceiling_after_s: float = 21600.0  # the ceiling counts only when this much has been seen
-    refresh_s: float = 600.0  # time between two computations of the quantile
+    ceiling: float = 0.8  # the bound stays below this times the highest recent load; 0 disables it
+    ceiling_s: float = 172800.0  # window of the highest load
+    ceiling_after_s: float = 21600.0  # the ceiling applies after this much history
+    refresh_s: float = 600.0  # time between computations of the quantile
 
     def __post_init__(self) -> None:
         _accept("quantile", self.quantile, 0.5 <= self.quantile < 1, "[0.5, 1)")
@@ -63,11 +63,11 @@ class GrowthConfig:
 
 def _accept(name: str, value: float, good: bool, accepted: str) -> None:
     if not good:
-        raise ValueError(f"GrowthConfig.{name} = {value}: {accepted} is accepted")
+        raise ValueError(f"GrowthConfig.{name} = {value}: expected {accepted}")
 
 
 def trailing_mean(values: Floats, steps: int) -> Floats:
-    """[N, B] mean of the last `steps` rows, of fewer at the beginning."""
+    """[N, B] mean of the last `steps` rows, fewer at the start."""
     total = np.cumsum(np.concatenate([np.zeros((1, values.shape[1])), values]), axis=0)
     last = np.arange(1, len(values) + 1)
     first = np.maximum(0, last - max(1, steps))
@@ -86,8 +86,8 @@ def trailing_max(values: Floats, steps: int) -> Floats:
 
 
 def trailing_slope(values: Floats, steps: int, step_s: float) -> Floats:
-    """[N, B] least-squares slope a second over the last `steps` rows (the first row stands in for earlier
-    ones).
+    """[N, B] least-squares slope per second over the last `steps` rows; the first row is repeated before the
+    start.
     """
     if steps < 2:
         return np.zeros_like(values)
@@ -99,14 +99,14 @@ def trailing_slope(values: Floats, steps: int, step_s: float) -> Floats:
 
 
 def steady_load(raw: Floats, step_s: float, config: GrowthConfig) -> Floats:
-    """[N, B] the load without most of its noise: the slow mean, or the fast one where the two disagree."""
+    """[N, B] the smoothed load: the slow mean, or the fast one where they differ much."""
     fast = trailing_mean(raw, round(config.fast_s / step_s))
     slow = trailing_mean(raw, round(config.slow_s / step_s))
     return np.where(np.abs(fast - slow) > config.depart * slow, fast, slow)
 
 
 def point_forecast(raw: Floats, load: Floats, step_s: float, lead_s: float, config: GrowthConfig) -> Floats:
-    """[N, B] the last value, drawn to the recent mean and along a steep slope: a forecast without a model."""
+    """[N, B] a model-free forecast: the last value, moved towards the recent mean and along a steep slope."""
     mean = trailing_mean(load, round(config.reversion_s / step_s))
     point = (1 - config.reversion) * load + config.reversion * mean
     slope = trailing_slope(raw, round(config.trend_s / step_s), step_s)

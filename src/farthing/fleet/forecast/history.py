@@ -1,10 +1,10 @@
-"""A load on an even grid as the short-term forecasters see it: level, features, and what they forecast.
+"""A load on a regular grid as seen by the short-term forecasters: level, features and target.
 
-Times are measured in *leads* (one cold start and one interval), so that one model serves a cold start of a
-minute and one of an hour; loads in logarithms relative to the present level, so that their scale does not
-matter. The forecast is y = log(peak of the load within the next lead / level now).
+Times are in *leads* (one cold start plus one interval), so that one model works for cold starts of a minute
+or an hour. Loads are logarithms relative to the current level, so that scale does not matter. The target is y
+= log(peak of the load within the next lead / current level).
 
-Shapes: n = steps of the grid, B = runs side by side (1 in service), F = features, W = length of a sequence.
+Shapes: n = steps of the grid, B = parallel runs (1 in production), F = features, W = length of a sequence.
 Row t uses nothing after step t.
 """
 
@@ -28,10 +28,10 @@ from farthing.fleet.forecast.growth import (
 MEANS = (0.2, 0.5, 1, 2, 3, 4.5, 6, 9, 12, 18, 24, 36, 72, 144)  # windows of trailing means, in leads
 SLOPES = (0.5, 1.0, 2.0)
 PEAKS = (1, 3, 6, 18, 144)
-NOISE = 6  # leads over which the step-to-step noise is measured
+NOISE = 6  # window of the step-to-step noise, in leads
 FEATURES = len(MEANS) + len(SLOPES) + len(PEAKS) + 2
 SEQUENCE = 24  # values of half a lead each
-LARGEST = 2.0  # logarithms beyond this count as this large
+LARGEST = 2.0  # logarithms are clipped to this
 TINY = 1e-9
 
 
@@ -55,12 +55,12 @@ class History:
 
     @cached_property
     def level(self) -> Floats:
-        """[n, B] the load without most of its noise; never zero."""
+        """[n, B] the smoothed load; never zero."""
         return np.maximum(steady_load(self.load, self.step_s, self.growth), TINY)
 
     @cached_property
     def target(self) -> Floats:
-        """[n - lead, B] y of every origin whose lead has passed."""
+        """[n - lead, B] y of every origin with a known outcome."""
         peak = trailing_max(self.load, self.lead)[self.lead :]
         y = np.log(np.maximum(peak, TINY) / self.level[: -self.lead])
         return np.asarray(np.clip(y, -LARGEST, LARGEST), dtype=np.float64)
@@ -97,7 +97,7 @@ class History:
 
     @cached_property
     def sequences(self) -> Floats:
-        """[n, B, W, 2]: the last W means of half a lead each over the level, and their differences."""
+        """[n, B, W, 2]: the last W means over half a lead, relative to the level, and their differences."""
         width = max(1, self.lead // 2)
         means = trailing_mean(self.load, width)
         reach = SEQUENCE * width
@@ -108,7 +108,7 @@ class History:
 
 
 def memory(history: History) -> int:
-    """Steps before an origin that its features reach back."""
+    """Number of steps before an origin that its features use."""
     return round(max(MEANS) * history.lead) + 2
 
 

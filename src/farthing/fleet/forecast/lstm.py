@@ -1,9 +1,9 @@
-"""A small LSTM with quantile outputs, shipped trained on several services and tuned to the one at hand.
+"""A small LSTM with quantile outputs, pretrained on several services and fine-tuned on the current one.
 
-It forecasts y = log(peak within a lead / level now) at 0.5 and 0.9 (see `history`) from a sequence of means
-and, next to its last state, the features every member has. Loss: pinball, weighted by the level. Nothing
-depends on the load's scale or on the length of a lead, so one network serves any service; `fit` starts from
-the shipped weights and takes seconds on one core. `bench/pretrain_load.py` makes the shipped ones.
+It forecasts y = log(peak within a lead / current level) at 0.5 and 0.9 (see `history`) from a sequence of
+means and, next to its last state, the features of every member. Loss: pinball, weighted by the level. Nothing
+depends on the load's scale or the length of a lead, so one network works for any service. `fit` starts from
+the packaged weights and takes seconds on one core; `bench/pretrain_load.py` trains the packaged weights.
 
 Shapes: N = origins, W = length of a sequence, F = features, Q = quantiles (0.5, 0.9).
 """
@@ -29,14 +29,14 @@ _NETWORK = "network"  # prefix of the tensors of network i: "network.i."
 
 @dataclass(frozen=True)
 class LSTMConfig:
-    """How the networks are tuned to the load at hand."""
+    """Settings of the fine-tuning."""
 
     epochs: int = 4
     batch: int = 256
     learning_rate: float = 1e-3
-    history_s: float = 7 * 86400.0  # older values are not trained on
-    least_leads: int = 72  # with less history the shipped networks stay as they are
-    thin: int = 2  # every how many origins one is trained on
+    history_s: float = 7 * 86400.0  # older values are ignored
+    least_leads: int = 72  # with less history the packaged networks are not changed
+    thin: int = 2  # train on every `thin`-th origin
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "least_leads", "thin"):
@@ -63,7 +63,7 @@ class Network(torch.nn.Module):
 
 
 class LSTM:
-    """The member. With `tune` False it stays as shipped."""
+    """The member. Without `tune` it keeps the packaged weights."""
 
     def __init__(
         self, networks: Sequence[Network], config: LSTMConfig | None = None, tune: bool = True
@@ -74,7 +74,7 @@ class LSTM:
         self.networks = list(networks)
 
     def fit(self, history: History) -> None:
-        """Tune the shipped networks to the first run of `history`."""
+        """Fine-tune the packaged networks on the first run of `history`."""
         config = self.config
         recent = history.tail(round(config.history_s / history.step_s))
         if not self.tune or len(recent) < config.least_leads * history.lead:
@@ -88,7 +88,7 @@ class LSTM:
         self.networks = tuned
 
     def quantiles(self, history: History, first: int) -> Floats:
-        """[o, B, 2]; in pieces, so that a long replay needs little memory."""
+        """[o, B, 2]; computed in chunks, so that a long replay needs little memory."""
         n, lanes = len(history) - first, history.load.shape[1]
         sequences, features = history.sequences, history.features
         made = np.empty((n * lanes, len(QUANTILES)))
@@ -105,7 +105,7 @@ class LSTM:
 
 
 def examples(histories: Sequence[History], thin: int) -> list[torch.Tensor]:
-    """[N, W, 2], [N, F], [N], [N]: sequences, features, truth and weight of every `thin`-th origin."""
+    """[N, W, 2], [N, F], [N], [N]: sequences, features, targets and weights of every `thin`-th origin."""
     parts: list[list[Floats]] = [[], [], [], []]
     for history in histories:
         chosen = slice(0, len(history.target), thin)
@@ -145,7 +145,7 @@ def train(network: Network, data: list[torch.Tensor], epochs: int, rate: float, 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What is shipped: networks, and the start of the quantile regression."""
+    """The packaged networks and initial weights of the quantile regression."""
 
     networks: list[Network]
     start: Floats  # [Q, F + 1]
@@ -171,7 +171,7 @@ class Pretrained:
 
     @classmethod
     def read(cls, path: Path = PRETRAINED) -> Pretrained:
-        """Raises FileNotFoundError; ValueError if the file was made for other features."""
+        """Read the file. Raises FileNotFoundError, or ValueError if it was made for other features."""
         tensors = load_file(path)
         if tensors["centre"].shape != (FEATURES,):
             raise ValueError(f"{path}: made for {len(tensors['centre'])} features; expected {FEATURES}")

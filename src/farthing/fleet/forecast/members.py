@@ -1,8 +1,7 @@
-"""Members of the short-term mixture: each forecasts median and 0.9 quantile of the peak within a lead.
+"""Members of the short-term mixture: each forecasts the median and 0.9 quantile of the peak within a lead.
 
-`fit` learns from a history now and then; `quantiles` forecasts from any origins of a later one and may be
-called for thousands at once. Both use nothing after the origin.
-
+`fit` is called occasionally; `quantiles` forecasts from any origins of a later history, possibly thousands at
+once. Neither uses data after an origin.
 Shapes: see `history`; o = origins.
 """
 
@@ -22,12 +21,12 @@ QUANTILES = (0.5, 0.9)
 
 
 class Member(Protocol):
-    """One forecaster of the mixture."""
+    """A forecaster of the mixture."""
 
     name: str
 
     def fit(self, history: History) -> None:
-        """Learn from the past; called on the schedule of the level."""
+        """Fit on a history; called on the level's schedule."""
         ...
 
     def quantiles(self, history: History, first: int) -> Floats:
@@ -36,7 +35,7 @@ class Member(Protocol):
 
 
 class LastValue:
-    """The present level, widened by the running quantiles of what came after earlier ones."""
+    """The current level, widened by running quantiles of what followed earlier levels."""
 
     name = "last-value"
 
@@ -44,7 +43,7 @@ class LastValue:
         self.window_s, self.prior = window_s, prior
 
     def fit(self, history: History) -> None:
-        """Nothing to learn."""
+        """No-op."""
 
     def quantiles(self, history: History, first: int) -> Floats:
         seen = np.full((history.lead, history.load.shape[1]), np.log(self.prior))
@@ -57,7 +56,7 @@ class LastValue:
 
 
 class Growth:
-    """The bound of `growth`: a point forecast without a model, times the running growth of the past."""
+    """The bound of `growth`: a model-free point forecast times the running growth."""
 
     name = "growth"
 
@@ -65,7 +64,7 @@ class Growth:
         self.config = replace(config or GrowthConfig(), ceiling=0.0)
 
     def fit(self, history: History) -> None:
-        """Nothing to learn."""
+        """No-op."""
 
     def quantiles(self, history: History, first: int) -> Floats:
         step_s, lead_s, config = history.step_s, history.lead_s, self.config
@@ -76,7 +75,7 @@ class Growth:
 
 
 class Regression:
-    """Linear quantile regression on the features, drawn to the weights it was shipped with.
+    """Linear quantile regression on the features, regularized towards the packaged weights.
 
     Fitted by iteratively reweighted least squares on the first run's history.
     """
@@ -122,9 +121,9 @@ def quantile_fit(
     penalty: float,
     iterations: int = 15,
 ) -> Floats:
-    """[F] weights with the least weighted pinball loss of `rows` [R, F] @ weights to `truth` [R].
+    """Weights [F] with the least weighted pinball loss of `rows` [R, F] @ weights against `truth` [R].
 
-    `penalty` draws them to `start`.
+    `penalty` regularizes them towards `start`.
     """
     weights, ridge = start.copy(), penalty * np.eye(len(start))
     for _ in range(iterations):
@@ -137,15 +136,15 @@ def quantile_fit(
 
 
 class Blocks:
-    """A path forecaster (`mix`, `ridge`, `ar`, …) as a member: the next block's mean, forecast once a block.
+    """A path forecaster (`mix`, `ridge`, `ar`, …) as a member: forecasts the next block's mean.
 
-    A block is a lead long. The mixture's calibration makes a 0.9 quantile of the mean. With several runs
-    the first one's forecast, relative to its level, serves all.
+    A block is one lead long. The mixture's calibration turns the mean into a 0.9 quantile. With several runs,
+    the first run's forecast relative to its level is used for all.
     """
 
     def __init__(self, forecaster: Forecaster, name: str) -> None:
         self.forecaster, self.name = forecaster, name
-        self._first = 0  # number of the first block known
+        self._first = 0  # number of the first known block
         self._means: Floats = np.empty(0)
         self._fitted = False
         self._made: dict[int, float] = {}  # block -> forecast of the next one
@@ -162,7 +161,7 @@ class Blocks:
         ratio = np.zeros(len(history) - first)
         if self._fitted:
             for row in range(len(ratio)):
-                block = (history.start + first + row + 1) // history.lead - 1  # the last whole one
+                block = (history.start + first + row + 1) // history.lead - 1  # the last complete one
                 ratio[row] = np.log(self._next(block) / history.level[first + row, 0])
         return np.broadcast_to(ratio[:, None, None], (len(ratio), history.load.shape[1], 2))
 
@@ -173,7 +172,7 @@ class Blocks:
         return self._made[block]
 
     def _extend(self, history: History) -> None:
-        """Take in the blocks of `history` that are whole and not known yet."""
+        """Add the new complete blocks of `history`."""
         lead, following = history.lead, self._first + len(self._means)
         begin, end = following * lead - history.start, len(history)
         count = (end - begin) // lead

@@ -1,7 +1,7 @@
-"""Forecasters side by side, weighted by their recent errors (exponentially weighted experts, Vovk 1990).
+"""A mixture of forecasters, weighted by recent errors (exponentially weighted experts, Vovk 1990).
 
-No single model is best on every load; the mixture is never much worse than its best member over any
-stretch of time, because a member's weight falls by the exponential of its error.
+No single model is best on every load. Over any period the mixture is never much worse than its best member,
+because a member's weight decays exponentially with its error.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from farthing.fleet.series import Series
 
 
 class Mix:
-    """Experts mixed by exp(-rate · relative error); errors are forgotten with `half_life` steps.
+    """Experts mixed by exp(-rate · relative error); errors decay with a half-life of `half_life` steps.
 
-    `predict` refits the cheap experts every `refit_steps`; the others are fitted by `fit` only.
+    `predict` refits the cheap experts every `refit_steps`; the slow ones are fitted only by `fit`.
     """
 
     name = "mix"
@@ -47,7 +47,7 @@ class Mix:
         self._step_s, self._fitted = series.step_s, len(series)
         self._seen = self._seen or max(
             1, len(series) - 288
-        )  # errors of the last steps give the first weights
+        )  # errors of the last steps determine the initial weights
         self._learn(series.values)
         self._next = None
 
@@ -74,7 +74,7 @@ class Mix:
 
 
 def default_experts() -> list[Forecaster]:
-    """The last value, autoregressions of several memories, and the seasonal one."""
+    """The last value, autoregressions with several history lengths, and the seasonal naive one."""
     jagged = [
         AbsoluteAR(lags, penalty, window)
         for lags in (3, 6, 9, 12, 18)
@@ -85,6 +85,6 @@ def default_experts() -> list[Forecaster]:
 
 
 def profiles(country: str | None = None) -> list[Forecaster]:
-    """Weekly profiles of two memories, with regressions made for the next step; too slow to fit often."""
+    """Weekly profiles with two history lengths and regressions for the next step; too slow to refit often."""
     made = ProfileConfig(recent=8, around=2, penalty=1.0, country=country)
     return [ProfileAR(replace(made, periods=periods)) for periods in (4, 6)]

@@ -1,8 +1,8 @@
-"""Quantile forecasts mixed: each calibrated, weighted by its measured pinball loss, the sum calibrated too.
+"""A mixture of quantile forecasts: members calibrated, weighted by pinball loss, and the sum calibrated too.
 
-Every member's 0.9 quantile gets an offset that moves after each outcome (online gradient descent on the
-pinball loss: Angelopoulos, Candès and Tibshirani 2023), so that it covers 90 % whatever its own errors are.
-Weights fall exponentially with the loss relative to the best member's; losses are forgotten over days.
+Every member's 0.9 quantile gets an offset, adjusted after each outcome (online gradient descent on the
+pinball loss: Angelopoulos, Candès and Tibshirani 2023), so that it covers 90 % whatever its errors. Weights
+decay exponentially with the loss relative to the best member's; losses decay over days.
 
 Shapes: M = members, B = runs side by side.
 """
@@ -19,13 +19,13 @@ from farthing.fleet.forecast.base import Floats
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """How fast weights and offsets follow; times in leads (one cold start and one interval)."""
+    """Speed of weights and offsets; times in leads (one cold start plus one interval)."""
 
     quantile: float = 0.9
     rate: float = 8.0  # weight = exp(-rate · (loss / best loss - 1))
     half_life: float = 72.0  # of losses
-    prior: float = 3.0  # leads of equal loss that every member starts with
-    gain: float = 0.3  # of the offsets: share of the outcomes' spread a lead
+    prior: float = 3.0  # initial leads of equal loss for every member
+    gain: float = 0.3  # of the offsets: share of the outcomes' spread per lead
 
     def __post_init__(self) -> None:
         if not 0.5 < self.quantile < 1:
@@ -46,16 +46,16 @@ class Mixed:
 
 @dataclass(frozen=True)
 class _Made:
-    """What an origin forecast, until its outcome is known."""
+    """The forecasts from an origin, kept until the outcome is known."""
 
     raw: Floats  # [M, B]
-    offset: Floats  # [M, B] then
+    offset: Floats  # [M, B] at that time
     mixed: Floats  # [B] before its own offset
     level: Floats  # [B]
 
 
 class Mixture:
-    """`step` forecasts from one origin; once a lead later the oldest open one meets its truth in `learn`."""
+    """`step` forecasts from one origin; `learn` updates with the outcome of the oldest open origin."""
 
     def __init__(
         self, members: int, runs: int = 1, lead: int = 10, config: MixtureConfig | None = None
@@ -77,14 +77,14 @@ class Mixture:
         return np.asarray(score / score.sum(axis=0), dtype=np.float64)
 
     def step(self, p50: Floats, p90: Floats, level: Floats) -> Mixed:
-        """The mixture of members' quantiles [M, B] of y; `level` [B] is the load they are relative to."""
+        """The mixture of members' quantiles [M, B] of y; relative to the load `level` [B]."""
         weights = self.weights()
         mixed = (weights * (p90 + self._offset)).sum(axis=0)
         self._open.append(_Made(p90, self._offset.copy(), mixed, level))
         return Mixed((weights * p50).sum(axis=0), mixed + self._final, weights)
 
     def learn(self, y: Floats) -> None:
-        """The truth [B] of the oldest origin whose outcome was open."""
+        """Update from the outcome [B] of the oldest open origin."""
         made, q = self._open.popleft(), self.config.quantile
         miss = y - (made.raw + made.offset)
         loss = np.maximum(q * miss, (q - 1) * miss) * made.level

@@ -9,7 +9,7 @@ PATHS = ("naive", "seasonal", "seasonal-week", "ridge", "ar", "profile", "mix", 
 
 
 def make(model: str, country: str | None = None) -> Forecaster:
-    """A forecaster by name. Raises ValueError naming those there are."""
+    """A forecaster by name. Raises ValueError with the known names."""
     if model in ("naive", "last-value"):
         return LastValue()
     if model == "seasonal":
@@ -37,4 +37,4 @@ def make(model: str, country: str | None = None) -> Forecaster:
         from farthing.fleet.forecast.prophet import ProphetConfig
 
         return DayForecaster(ProphetConfig(country=country), blend=model == "day")
-    raise ValueError(f"model {model!r}: known are {', '.join(PATHS)}")
+    raise ValueError(f"model {model!r}: expected one of {', '.join(PATHS)}")

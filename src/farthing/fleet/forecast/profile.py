@@ -1,10 +1,10 @@
-"""The weekly profile: what a load does at this hour of the week, and how today departs from it.
+"""The weekly profile: the usual load at this hour of the week, and today's departure from it.
 
 The profile is the median of the same time over the last weeks, so that one odd day (a holiday, an outage)
-does not come back a week later. What is left, in logarithms, is forecast by one ridge regression for each
-step ahead: on its last values, its means over hours and days, and the same time of earlier days and weeks.
-A holiday borrows the profile of a Sunday, a bridge day that of a Saturday; how much of it is learned in the
-same regression. Below four weeks of history the profile is that of a day.
+does not recur a week later. The remainder, in logarithms, is forecast by one ridge regression per step ahead:
+on its last values, its means over hours and days, and the same time of earlier days and weeks. A holiday
+borrows the profile of a Sunday, a bridge day that of a Saturday, to a degree learned by the same regression.
+With less than four weeks of history the profile is daily.
 
 Shapes: n = steps of the history and the days after it, R = rows of a regression, F = features.
 """
@@ -24,30 +24,30 @@ from farthing.fleet.series import DAY_S, Series
 HOUR_S = 3600.0
 MEANS_S = (3 * HOUR_S, 6 * HOUR_S, 12 * HOUR_S, DAY_S, 3 * DAY_S, 7 * DAY_S)
 LAGS_D = (1, 2, 3, 7, 14)  # days before the target
-LARGEST = 1.0  # departures beyond this (a factor of e) teach as if they were this large
-MAX_ROWS = 6000  # of one regression; longer histories are thinned
+LARGEST = 1.0  # departures are clipped to this (a factor of e) in training
+MAX_ROWS = 6000  # per regression; longer histories are thinned
 EVENING_S = 18 * HOUR_S  # when the eve of a holiday begins
-AHEAD_DAYS = 9  # how far beyond the fitted series it may be asked
+AHEAD_DAYS = 9  # maximum forecast beyond the fitted series
 
 Steps = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Memory of the profile and strength of the regression."""
+    """History length of the profile and strength of the regression."""
 
     periods: int = 5  # weeks (or days) whose median is the profile
-    recent: int = 2  # last departures that are features of their own
-    around: int = 0  # steps on either side of a seasonal lag that are features of their own
+    recent: int = 2  # number of last departures used as features
+    around: int = 0  # steps on either side of a seasonal lag used as features
     penalty: float = 300.0
-    holiday_penalty: float = 10.0  # weaker: there are few holidays to learn from
+    holiday_penalty: float = 10.0  # weaker, since holidays are few
     country: str | None = None  # of the public holidays
     events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known at one time, all by steps from the beginning of the series and into the days ahead."""
+    """The data known at one time, by step from the start of the series into the days ahead."""
 
     period: int  # steps
     near: int  # steps of an hour, at least 1
@@ -59,11 +59,11 @@ class _Known:
 
     @property
     def first(self) -> int:
-        """The first step whose features are all known, or nearly."""
+        """The first step with (nearly) all features known."""
         return 2 * self.period
 
     def features(self, origins: Steps, ahead: int) -> Floats:
-        """[R, F] for forecasts `ahead` steps on, made when the steps before `origins` [R] were known."""
+        """[R, F] for forecasts `ahead` steps ahead, using the steps before `origins` [R]."""
         past, near = self.departure, self.near
         total = np.concatenate([[0.0], np.cumsum(past)])
         target = origins + ahead - 1
@@ -85,13 +85,13 @@ class _Known:
         return np.column_stack([*columns, self.special[target]])
 
     def with_values(self, logs: Floats) -> _Known:
-        """The same when `logs` [m] are known."""
+        """The same with `logs` [m] known."""
         new = logs[len(self.departure) :] - self.profile[len(self.departure) : len(logs)]
         return replace(self, departure=np.concatenate([self.departure, _bounded(new)]))
 
 
 class ProfileAR:
-    """See the module. It may be asked for steps up to nine days after the fitted series."""
+    """The profile forecaster (see module); forecasts up to nine days beyond the fitted series."""
 
     def __init__(self, config: ProfileConfig | None = None) -> None:
         self.config = config or ProfileConfig()
@@ -110,13 +110,13 @@ class ProfileAR:
         return self._known is not None
 
     def predict(self, values: Floats, steps: int) -> Floats:
-        """[steps]; the last value repeated where less than three days are known."""
+        """[steps]; repeats the last value with less than three days of history."""
         if self._known is None:  # not ready
             return np.full(steps, values[-1])
         if len(values) + steps > len(self._known.profile):
             raise ValueError(
-                f"ProfileAR: {steps} steps after {len(values)}; fitted at {len(self._logs)}, it reaches "
-                f"{AHEAD_DAYS} days further"
+                f"ProfileAR: {steps} steps after {len(values)}; fitted at {len(self._logs)}, at most "
+                f"{AHEAD_DAYS} days beyond it"
             )
         known = self._known.with_values(np.log1p(values))
         origin, out = np.array([len(values)]), np.empty(steps)
@@ -128,7 +128,7 @@ class ProfileAR:
         return np.asarray(np.expm1(np.clip(out, 0.0, 50.0)), dtype=np.float64)
 
     def _fitted(self, ahead: int) -> Floats:
-        """[F] weights of a forecast `ahead` steps on; large loads count more, as they do in the WAPE."""
+        """[F] weights of a forecast `ahead` steps ahead; large loads count more, as in the WAPE."""
         known, config = self._known, self.config
         assert known is not None
         origins = np.arange(known.first, len(self._logs) - ahead + 1)
@@ -163,7 +163,7 @@ def _know(series: Series, config: ProfileConfig) -> _Known:
 
 
 def _median(logs: Floats, shift: Steps, back: list[int]) -> Floats:
-    """[n] median of the values `shift` [n] + `back` steps earlier; those unknown (NaN) are left out."""
+    """[n] median of the values `shift` [n] + `back` steps earlier; ignores unknown ones (NaN)."""
     at = np.arange(len(shift)) - shift
     rows = np.full((len(back), len(shift)), np.nan)
     for row, steps in zip(rows, back, strict=True):
@@ -176,11 +176,11 @@ def _median(logs: Floats, shift: Steps, back: list[int]) -> Floats:
 
 
 def _special(masked: Floats, profile: Floats, back: list[int], days: Calendar) -> Floats:
-    """[n, S]: how a Sunday's (Saturday's) profile differs where it may be borrowed, and marks of the days."""
+    """[n, S]: difference to a borrowed Sunday's (Saturday's) profile, and markers of special days."""
     day = back[0] // 7
 
     def borrowed(weekday: int, where: NDArray[np.bool_]) -> Floats:
-        shift = ((days.weekday - weekday) % 7) * day  # to that weekday before
+        shift = ((days.weekday - weekday) % 7) * day  # back to that weekday
         other = _median(masked, shift, [0, *back[:-1]])
         return np.where(where & (shift > 0) & ~np.isnan(other), other - profile, 0.0)
 

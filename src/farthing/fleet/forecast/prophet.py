@@ -19,9 +19,9 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ProphetConfig:
-    """What Prophet is told; the defaults come from docs/lab/forecasting-diary.md.
+    """Settings of Prophet; docs/lab/forecasting-diary.md explains the defaults.
 
-    A load's trend over weeks tells little of tomorrow: without one (`growth` flat) the error is half.
+    A load's trend over weeks predicts little of tomorrow: without a trend (`growth` flat) the error is half.
     """
 
     country: str | None = None  # "US", "DE", …: public holidays of the library `holidays`
@@ -33,7 +33,7 @@ class ProphetConfig:
     daily_order: int = 20
     weekly_order: int = 60
     log: bool = False  # forecast log(1 + value): for multiplicative noise
-    history_s: float = 42 * DAY_S  # older values are not used
+    history_s: float = 42 * DAY_S  # older values are ignored
 
 
 class ProphetForecaster:
@@ -45,9 +45,9 @@ class ProphetForecaster:
         self._step_s, self._end = 0.0, 0.0
 
     def fit(self, series: Series) -> ProphetForecaster:
-        """Raises ValueError below two days of history, ModuleNotFoundError without the library."""
+        """Fit. Raises ValueError with less than two days of history, ModuleNotFoundError without Prophet."""
         if len(series) * series.step_s < 2 * DAY_S:
-            raise ValueError(f"{series.name}: Prophet needs two days of history or more")
+            raise ValueError(f"{series.name}: expected at least two days of history for Prophet")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("prophet").setLevel(logging.ERROR)
@@ -79,7 +79,7 @@ class ProphetForecaster:
     def predict(self, steps: int) -> tuple[Floats, Floats]:
         """([steps], [steps]) median and 0.9 quantile of the steps after the fitted series."""
         if self._model is None:
-            raise ValueError("ProphetForecaster.predict: fit it first")
+            raise ValueError("ProphetForecaster.predict: call fit first")
         import pandas
 
         times = self._end + self._step_s * np.arange(steps, dtype=np.float64)

@@ -1,6 +1,4 @@
-"""Autoregressions: in logarithms with ridge penalty for seasonal series, by absolute error for jagged
-ones.
-"""
+"""Autoregressions: ridge regression on logarithms for seasonal series, absolute error for jagged series."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ MIN_ROWS = 30
 
 
 class RidgeAR:
-    """log(1 + y) on its last values and the neighbourhood of the same time on earlier days and weeks.
+    """log(1 + y) regressed on its last values and on the same time of earlier days and weeks, with neighbors.
 
-    One regression for each step ahead, so that every step uses the newest values it may. Seasonal
-    lags are used as far as the history holds three times as much.
+    One regression per step ahead, so that every step uses the newest values available. Seasonal lags are used
+    only if the history is at least three times as long.
     """
 
     name = "ridge"
@@ -37,9 +35,9 @@ class RidgeAR:
         self._series, self._weights = series, {}
 
     def predict(self, values: Floats, steps: int) -> Floats:
-        """Raises ValueError before `fit`. Falls back to the last value where the history is too short."""
+        """Forecast; the last value if the history is too short. Raises ValueError before `fit`."""
         if self._series is None:
-            raise ValueError("RidgeAR.predict: fit it first")
+            raise ValueError("RidgeAR.predict: call fit first")
         logs = np.log1p(values)
         out = np.empty(steps)
         for ahead in range(1, steps + 1):
@@ -53,7 +51,7 @@ class RidgeAR:
         return np.maximum(out, 0.0)
 
     def _fitted(self, ahead: int) -> tuple[Floats, list[int]]:
-        """Weights (the constant last) and lags before the target for a forecast `ahead` steps on."""
+        """Weights (constant last) and lags before the target for a forecast `ahead` steps ahead."""
         if ahead in self._weights:
             return self._weights[ahead]
         assert self._series is not None
@@ -77,11 +75,10 @@ class RidgeAR:
 
 
 class AbsoluteAR:
-    """The next step by the last differences, relative to the recent level, fitted to the absolute error.
+    """The next step from the last differences, relative to the recent level, minimizing the absolute error.
 
-    `lags` values back, on the last `window` steps; iteratively reweighted least squares with a
-    penalty that draws the weights to those of the last value. More than one step ahead is forecast
-    step by step.
+    Uses `lags` previous values, fitted on the last `window` steps by iteratively reweighted least squares
+    with a penalty towards the last-value forecast. Forecasts several steps recursively.
     """
 
     def __init__(self, lags: int = 6, penalty: float = 10.0, window: int = 576) -> None:

@@ -1,8 +1,8 @@
 """The short-term level: a bound on the peak of the load within one cold start and one interval.
 
-`ShortLevel` is the forecaster itself: members, their mixture and its calibration, advanced over a history in
-pieces of any length. The controller advances it minute by minute (`ShortTerm`), a replay over days at once,
-and `farthing forecast` over the steps of a series: what is reported is what runs.
+`ShortLevel` is the forecaster: members, their mixture and its calibration, advanced over a history in pieces
+of any length. The controller advances it every minute (`ShortTerm`), a replay over days at once, and
+`farthing forecast` over the steps of a series, so reported results come from the production code.
 
 Shapes: see `history`; M = members.
 """
@@ -31,19 +31,19 @@ log = logging.getLogger(__name__)
 
 GRID_S = 60.0
 MIXTURE = ("lstm", "lstm-shipped", "regression", "growth", "last-value")
-BLOCKS = ("mix", "ridge", "ar", "profile")  # path forecasters, used as members of their own
+BLOCKS = ("mix", "ridge", "ar", "profile")  # path forecasters that are members on their own
 SHORT_MODELS = ("mixture", *MIXTURE, *BLOCKS)
 
 
 @dataclass(frozen=True)
 class ShortConfig:
-    """The level's model, and when it learns."""
+    """The level's model and training schedule."""
 
-    model: str = "mixture"  # or one member alone, calibrated
+    model: str = "mixture"  # or a single calibrated member
     members: tuple[str, ...] = MIXTURE  # of the mixture
     lead_s: float = 615.0  # one cold start + one interval
     retrain_s: float = 12 * 3600.0
-    keep_s: float = 14 * DAY_S  # history that is kept
+    keep_s: float = 14 * DAY_S  # length of the kept history
     lstm: LSTMConfig = field(default_factory=LSTMConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
@@ -64,7 +64,7 @@ class ShortConfig:
 
 
 def make_members(config: ShortConfig) -> list[Member]:
-    """The members a configuration names. Raises FileNotFoundError where the shipped weights are missing."""
+    """The configured members. Raises FileNotFoundError if the packaged weights are missing."""
     learned = {"lstm", "lstm-shipped", "regression"} & set(config.names)
     shipped = Pretrained.read(config.pretrained) if learned else None
     made: list[Member] = []
@@ -87,7 +87,7 @@ def make_members(config: ShortConfig) -> list[Member]:
 
 @dataclass(frozen=True)
 class Advanced:
-    """Forecasts from some origins: the load's median and 0.9 bound [o, B], the members' weights [o, M, B]."""
+    """Forecasts from several origins: median and 0.9 bound of the load [o, B], members' weights [o, M, B]."""
 
     p50: Floats
     p90: Floats
@@ -95,27 +95,27 @@ class Advanced:
 
 
 class ShortLevel:
-    """Members and their mixture over `runs` runs side by side."""
+    """Members and their mixture over `runs` parallel runs."""
 
     def __init__(self, members: Sequence[Member], runs: int, lead: int, config: MixtureConfig) -> None:
         self.members = list(members)
         self._mixture = Mixture(len(self.members), runs, lead, config)
-        self._open = 0  # origins whose outcome is not known
+        self._open = 0  # origins without a known outcome
 
     @property
     def names(self) -> list[str]:
         return [member.name for member in self.members]
 
     def fit(self, history: History) -> None:
-        """Let every member learn from the past; takes seconds."""
+        """Fit every member on `history`; takes seconds."""
         for member in self.members:
             member.fit(history)
 
     def advance(self, history: History, first: int) -> Advanced:
-        """Forecast from the origins `first` to the end, each weighted by the outcomes known then.
+        """Forecast from the origins `first` to the end, each weighted by the outcomes known at that time.
 
-        Origins must follow each other from one call to the next; `history` must reach back over `memory` and
-        a lead before `first`, or to its beginning.
+        Origins must be consecutive across calls. `history` must reach back over `memory` and a lead before
+        `first`, or to its start.
         """
         made = np.stack([member.quantiles(history, first) for member in self.members])  # [M, o, B, 2]
         count, lead, level = len(history) - first, history.lead, history.level
@@ -135,10 +135,10 @@ class ShortLevel:
 
 
 def capped(bound: Floats, history: History) -> Floats:
-    """[o, B] the last origins' bounds as the policy plans for them: at most a share of the highest load.
+    """[o, B] the last origins' bounds for the policy: at most a share of the highest load.
 
-    Records are rare, and the target utilization leaves room for one. The forecast itself, whose coverage is
-    measured, is not capped.
+    Records are rare, and the target utilization leaves headroom for one. The forecast itself, whose coverage
+    is measured, is not capped.
     """
     if history.growth.ceiling <= 0:
         return bound
@@ -147,14 +147,14 @@ def capped(bound: Floats, history: History) -> Floats:
 
 
 def reach(history: History) -> int:
-    """Steps before an origin that some member looks back over."""
+    """Number of steps before an origin that some member uses."""
     return max(memory(history), round(2 * DAY_S / history.step_s)) + history.lead
 
 
 def walk(history: History, config: ShortConfig) -> tuple[Advanced, list[str]]:
-    """The level over a whole history as service would have run it, and the names of its members.
+    """Run the level over a whole history as in production. Returns its forecasts and the members' names.
 
-    It learns every `retrain_s` from the first run and what was known by then.
+    It retrains every `retrain_s` on the first run, using only data known at that time.
     """
     runs = history.load.shape[1]
     level = ShortLevel(make_members(config), runs, history.lead, config.mixture)
@@ -171,9 +171,9 @@ def walk(history: History, config: ShortConfig) -> tuple[Advanced, list[str]]:
 
 
 class ShortTerm:
-    """The level in service: feed it loads with `observe`, query it with `forecast`.
+    """The level in production: `observe` adds loads, `forecast` queries it.
 
-    Times in seconds. Loads are averaged over minutes; gaps are bridged by a line.
+    Times in seconds. Loads are averaged per minute; gaps are interpolated linearly.
     """
 
     def __init__(self, config: ShortConfig | None = None, members: Sequence[Member] | None = None) -> None:
@@ -182,20 +182,20 @@ class ShortTerm:
         lead = max(1, round(self.config.lead_s / GRID_S))
         self.level = ShortLevel(made, 1, lead, self.config.mixture)
         self._minutes: deque[float] = deque(maxlen=round(self.config.keep_s / GRID_S))
-        self._start: float | None = None  # of the minute that fills now
+        self._start: float | None = None  # of the current minute
         self._filling: list[float] = []
         self._trained: float | None = None
-        self._count = 0  # whole minutes so far
-        self._new = 0  # those the level has not been advanced over
+        self._count = 0  # complete minutes so far
+        self._new = 0  # complete minutes not yet passed to the level
         self._last: Advanced | None = None
 
     def observe(self, now: float, load: float | None) -> None:
-        """Take in the load at `now`; None (missing) and times before the last minute teach nothing."""
+        """Add the load at `now`; ignores None (missing) and times before the last minute."""
         if load is None or not np.isfinite(load) or load < 0:
             return
         if self._start is None:
             self._start = now
-        if now < self._start:  # the clock went back: continue from here, the minutes keep their order
+        if now < self._start:  # the clock went back: continue from here and keep the order of minutes
             self._start, self._filling = now, []
         while now >= self._start + GRID_S:
             previous = self._minutes[-1] if self._minutes else load
@@ -207,7 +207,7 @@ class ShortTerm:
         self._filling.append(load)
 
     def retrain(self, now: float) -> bool:
-        """Let the members learn if it is due; takes seconds, so run it in a thread. True if they did."""
+        """Retrain the members if due; takes seconds, so run it in a thread. Returns whether they trained."""
         due = self._trained is None or abs(now - self._trained) >= self.config.retrain_s
         if not due or len(self._minutes) < 10 * self.config.lead_s / GRID_S:
             return False
@@ -217,7 +217,7 @@ class ShortTerm:
         return True
 
     def forecast(self, now: float) -> Forecast | None:
-        """Median and 0.9 bound of the load's peak over the lead from `now`; None before a whole minute."""
+        """Median and 0.9 bound of the load's peak over the lead from `now`; None before a complete minute."""
         self._advance()
         if self._last is None:
             return None

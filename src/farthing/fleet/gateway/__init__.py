@@ -2,16 +2,16 @@
 
 A request passes, in this order:
 
-guard      limits on connections and heads, before anything is parsed
-server     what the gateway answers itself, keys
+guard      limits on connections and heads, before parsing
+server     the gateway's own endpoints, keys
 bodies     the body, bounded
-prefix     the prompt's block hashes
-proxy      which replica, and whether another one
+prefix     block hashes of the prompt
+proxy      replica choice and retries
 hold       waiting for a replica, which wakes a fleet that is scaled to zero
-replicas   the choice: health, circuit breaker, load, cached prefix
+replicas   load balancing: health, circuit breaker, load, cached prefix
 exchange   one request on one replica, relayed as it arrives
 
-health and silence take replicas out of rotation; poison keeps a request from killing one after another.
+health and silence take replicas out of rotation; poison stops a request from killing several replicas.
 """
 
 from farthing.fleet.gateway.config import GatewayConfig

@@ -1,4 +1,4 @@
-"""A request that is in flight on a replica, and how others may interrupt it."""
+"""An interruptible request in flight on a replica."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Why = Literal["stopping", "hung"]
 
 
 class Interrupted(Exception):
-    """The gateway stops, or the replica hangs: the exchange was interrupted."""
+    """The exchange was interrupted: the gateway stops or the replica hangs."""
 
     def __init__(self, why: Why) -> None:
         super().__init__(
@@ -28,13 +28,13 @@ class Active:
     streamed: bool
     began: float  # loop time
     heard: bool = False  # the replica has sent a byte
-    queued: int = 0  # bytes of prompt text the replica has to compute before it does
-    alone: bool = True  # nothing else was in flight on the replica at any time
+    queued: int = 0  # bytes of prompt text to compute before the first byte
+    alone: bool = True  # no other request was ever in flight on the replica meanwhile
     _task: asyncio.Task[object] | None = None
     _why: Why | None = None
 
     def interrupt(self, why: Why) -> None:
-        """Raise Interrupted inside `interruptible`; nothing happens outside of it."""
+        """Raise Interrupted inside `interruptible`; no effect outside it."""
         if self._task is not None and self._why is None:
             self._why = why
             self._task.cancel()

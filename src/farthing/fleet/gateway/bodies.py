@@ -1,4 +1,4 @@
-"""Request bodies: read whole (a request may have to be sent twice), bounded one by one and together."""
+"""Request bodies, read completely (for retries) and limited individually and in total."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farthing.fleet.gateway.errors import Refused
 
 
 class Bodies:
-    """The memory that request bodies take."""
+    """Memory used by request bodies."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
@@ -21,9 +21,9 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: web.BaseRequest) -> AsyncIterator[bytes]:
-        """The body of a request; its bytes count until the block ends.
+        """Read the body of a request; its size counts until the block exits.
 
-        Raises Refused: 413 where it is too large, 503 where all bodies together are, 408 where it stalls.
+        Raises Refused: 413 if it is too large, 503 if all bodies together are, 408 if it stalls.
         """
         announced = request.content_length or 0
         self._check(announced, announced)
@@ -64,7 +64,7 @@ class Bodies:
 
 
 async def _continue(request: web.BaseRequest) -> None:
-    """Answer `Expect: 100-continue`, now that the body is wanted."""
+    """Answer `Expect: 100-continue`."""
     expected = request.headers.get("Expect", "")
     if expected.lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

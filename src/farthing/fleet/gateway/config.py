@@ -1,4 +1,4 @@
-"""What can be set at the gateway."""
+"""The gateway's settings."""
 
 from __future__ import annotations
 
@@ -36,45 +36,45 @@ _SECONDS = (
 
 @dataclass(frozen=True)
 class GatewayConfig:
-    """Times in seconds, sizes in bytes.
+    """Settings of a gateway. Times in seconds, sizes in bytes.
 
-    Raises ValueError naming the field, its value and what is accepted.
+    Raises ValueError with the field, its value and accepted values.
     """
 
     # Requests
-    tries: int = 2  # replicas one request is sent to at most
-    wait_s: float = 300.0  # how long a request is held while no replica is ready (a cold start)
-    max_waiting: int = 2048  # requests held at once
-    poison_ttl_s: float = 300.0  # how long a request that killed a replica is refused
-    drain_s: float = 60.0  # how long a stop waits for in-flight requests
+    tries: int = 2  # maximum replicas per request
+    wait_s: float = 300.0  # maximum wait of a request for a ready replica (a cold start)
+    max_waiting: int = 2048  # maximum waiting requests
+    poison_ttl_s: float = 300.0  # time for which a request that killed a replica is refused
+    drain_s: float = 60.0  # maximum wait for in-flight requests at shutdown
     # Limits on clients
     max_head: int = 64 << 10
     max_body: int = 32 << 20
-    max_body_total: int = 256 << 20  # bodies of all requests together
+    max_body_total: int = 256 << 20  # total over all requests
     max_connections: int = 8192
     max_client_connections: int = 4096  # per client address; a load balancer is one address
     head_timeout_s: float = 8.0  # from the first byte (or the connection) to a complete head
-    body_timeout_s: float = 30.0  # between two reads of a request body
-    write_timeout_s: float = 120.0  # for a client that stops reading its answer
-    keepalive_s: float = 75.0  # idle time between two requests of one connection
+    body_timeout_s: float = 30.0  # between reads of a request body
+    write_timeout_s: float = 120.0  # for a client that stops reading
+    keepalive_s: float = 75.0  # idle time between requests of a connection
     # Replicas
     connect_timeout_s: float = 2.0
-    idle_timeout_s: float = 600.0  # silence of a replica within an exchange
+    idle_timeout_s: float = 600.0  # maximum silence of a replica within an exchange
     health_path: str = "/health"
     health_interval_s: float = 0.5
     health_timeout_s: float = 1.0
     unhealthy_after: int = 2  # failed health checks in a row
-    hung_margin_s: float = 3.0  # above the P99 time to first token: a silent replica is hung
+    hung_margin_s: float = 3.0  # a replica silent for longer than the P99 TTFT plus this is hung
     breaker_failures: int = 3  # failed exchanges in a row
     breaker_open_s: float = 1.0  # first pause; doubles up to breaker_max_s
     breaker_max_s: float = 30.0
     # Choice of a replica
-    request_weight: int = 2048  # bytes of prompt that a request in flight costs as much as
-    uncached_weight: float = 3.0  # of prompt text a replica would have to compute, compared with its queue
-    prefix_block: int = BLOCK  # bytes of prompt text per block; that of the replicas
-    prefix_blocks: int = 1024  # blocks of one prompt that count
-    prefix_entries: int = 1 << 16  # blocks remembered of each replica
-    digest_interval_s: float = 2.0  # between two reads of a replica's cache digest
+    request_weight: int = 2048  # cost of a request in flight, in bytes of prompt
+    uncached_weight: float = 3.0  # weight of uncached prompt text, relative to queued text
+    prefix_block: int = BLOCK  # bytes of prompt text per block; same as the replicas'
+    prefix_blocks: int = 1024  # maximum blocks per prompt
+    prefix_entries: int = 1 << 16  # maximum blocks remembered per replica
+    digest_interval_s: float = 2.0  # between polls of a replica's cache digest
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -82,12 +82,10 @@ class GatewayConfig:
                 raise ValueError(f"GatewayConfig.{name} = {getattr(self, name)}: expected 1 or more")
         for name in _SECONDS:
             if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"GatewayConfig.{name} = {getattr(self, name)}: expected a number of seconds above 0"
-                )
+                raise ValueError(f"GatewayConfig.{name} = {getattr(self, name)}: expected seconds above 0")
         if self.max_head < 1024:
             raise ValueError(f"GatewayConfig.max_head = {self.max_head}: expected 1024 or more")
         if not self.health_path.startswith("/"):
             raise ValueError(
-                f"GatewayConfig.health_path = {self.health_path!r}: expected a path that begins with /"
+                f"GatewayConfig.health_path = {self.health_path!r}: expected a path starting with /"
             )

@@ -1,7 +1,7 @@
-"""Reads what each replica holds in its prefix cache, and how much waits there.
+"""Polls each replica for the contents of its prefix cache and its queue.
 
-The format is that of `farthing.server.cache_digest`. A replica that has no such page (vLLM, SGLang) is not
-asked again for a minute; the index then goes by what was sent to it.
+The format is that of `farthing.server.cache_digest`. A replica without this endpoint (vLLM, SGLang) is polled
+again after a minute; the index then relies on the requests sent to it.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _MAX_BYTES = 8 << 20
 
 
 class Digests:
-    """Polls every replica. key: a bearer token that the replicas want for it."""
+    """Polls every replica. key: bearer token for the replicas."""
 
     def __init__(self, config: GatewayConfig, balancer: Balancer, key: str | None = None) -> None:
         self._config, self._balancer = config, balancer
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._absent: dict[str, float] = {}  # url -> loop time at which it is asked again
+        self._absent: dict[str, float] = {}  # url -> loop time of the next poll
 
     async def run(self) -> None:
-        """Poll without end."""
+        """Poll forever."""
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self._headers) as http:
             while True:
                 replicas = [r for r in self._balancer.replicas.values() if r.healthy]
-                if len(replicas) > 1:  # else there is no choice
+                if len(replicas) > 1:  # else there is nothing to choose
                     await asyncio.gather(*(self.read(http, replica) for replica in replicas))
                 await asyncio.sleep(self._config.digest_interval_s)
 
     async def read(self, http: aiohttp.ClientSession, replica: Replica) -> None:
-        """Take in the digest of one replica. Without an answer the last one stays in use."""
+        """Read the digest of one replica. Without an answer the last one is kept."""
         now = asyncio.get_running_loop().time()
         if self._absent.get(replica.url, 0.0) > now:
             return
@@ -63,7 +63,7 @@ class Digests:
         except (aiohttp.ClientError, OSError, TimeoutError):
             return
         except (ValueError, KeyError, TypeError) as problem:
-            log.warning("replica %s: its cache digest is ignored: %r", replica.name, problem)
+            log.warning("replica %s: ignoring its cache digest: %r", replica.name, problem)
             self._absent[replica.url] = now + _ABSENT_S
             return
         self._balancer.prefixes.replace(replica.name, blocks)
@@ -85,7 +85,7 @@ async def _document(answer: aiohttp.ClientResponse) -> dict[str, Any]:
 def parse(document: dict[str, Any], block: int) -> tuple[int, ...]:
     """The block hashes of a digest. Raises ValueError, KeyError or TypeError."""
     if document["block"] != block:
-        raise ValueError(f"blocks of {document['block']} bytes; expected {block}")
+        raise ValueError(f"block is {document['block']} bytes; expected {block}")
     try:
         data = base64.b64decode(document["blocks"], validate=True)
     except binascii.Error as problem:

@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients parse."""
+"""Errors in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from aiohttp import web
 
 
 class Refused(Exception):
-    """A request that the gateway answers itself, with an error.
+    """A request that the gateway answers with an error.
 
-    close: the connection ends after the answer (its body may not have been read).
+    close: the connection closes after the answer (the body may not have been read).
     """
 
     def __init__(
@@ -29,7 +29,7 @@ def error_body(status: int, message: str) -> bytes:
 
 
 def error_response(refused: Refused) -> web.Response:
-    """The whole answer of a refused request."""
+    """The response to a refused request."""
     response = web.Response(
         status=refused.status,
         body=error_body(refused.status, str(refused)),
@@ -42,7 +42,7 @@ def error_response(refused: Refused) -> web.Response:
 
 
 def raw_error(status: int, message: str) -> bytes:
-    """The bytes of an error for a connection on which no request could be parsed."""
+    """The bytes of an error for a connection whose request could not be parsed."""
     body = error_body(status, message)
     head = (
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
@@ -52,7 +52,7 @@ def raw_error(status: int, message: str) -> bytes:
 
 
 def error_event(message: str) -> bytes:
-    """The last event of an SSE stream that broke. It begins with a blank line, which ends an event that
-    was cut off.
+    """The last event of an interrupted SSE stream. It starts with a blank line, which terminates a partial
+    event.
     """
     return b"\n\ndata: " + error_body(502, message) + b"\n\n"

@@ -1,8 +1,8 @@
 """One exchange with one replica: send a request, relay its answer.
 
-Each exchange has a connection of its own. A kept connection could hold bytes that a replica sent unasked,
-which would become part of the next client's answer; and on a fresh one it is certain whether the replica
-has seen the request.
+Each exchange uses its own connection. A reused connection could contain unsolicited bytes from a replica,
+which would become part of the next client's answer; and only on a fresh one is it certain whether the replica
+received the request.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from farthing.fleet.gateway.poison import Identity
 from farthing.fleet.gateway.replicas import Replica
 from farthing.prompts import Prompt
 
-BUSY: Final = 503  # a replica that drains or is full says so before its first token
-_WHOLE = 1 << 20  # bytes; a shorter answer of known length is read whole before the client sees any of it
-_REFUSAL = 16 << 10  # bytes of an error answer that are looked at
-_TAIL = 32  # bytes of a stream that are kept to see whether it ended with [DONE]
-# RFC 9110 section 7.6.1: fields of one hop. The framing and Host are written by the HTTP library.
+BUSY: Final = 503  # answered before the first token by a replica that drains or is full
+_WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely before relaying
+_REFUSAL = 16 << 10  # maximum bytes of an error answer to inspect
+_TAIL = 32  # bytes kept from the end of a stream to check for [DONE]
+# RFC 9110 section 7.6.1: hop-by-hop fields. The HTTP library writes framing and Host.
 _HOP = frozenset(
     [
         "connection",
@@ -51,7 +51,7 @@ _HOP = frozenset(
 
 
 class ReplicaLost(Exception):
-    """An exchange that failed. held: the replica had the request, or part of it."""
+    """A failed exchange. held: the replica received at least part of the request."""
 
     def __init__(self, reason: str, *, held: bool) -> None:
         super().__init__(reason)
@@ -60,7 +60,7 @@ class ReplicaLost(Exception):
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A request as it goes to a replica."""
+    """A request to forward to a replica."""
 
     method: str
     target: str  # path and query, as received
@@ -70,17 +70,17 @@ class Outgoing:
 
     @property
     def streamed(self) -> bool:
-        """Whether the request asks for a stream."""
+        """Whether the request is for a stream."""
         return self.prompt.streamed
 
     @property
     def identity(self) -> Identity:
-        """What makes two requests the same to a replica."""
+        """The key of requests that are equal to a replica."""
         return self.method, self.target, self.body
 
 
 def request_headers(request: web.BaseRequest, peer: str) -> CIMultiDict[str]:
-    """The headers that go to a replica: end-to-end ones, and the client in X-Forwarded-For."""
+    """The headers to forward: end-to-end ones, and the client in X-Forwarded-For."""
     headers = _end_to_end(request.headers.items(), request.headers.getall("Connection", []))
     forwarded = headers.popall("X-Forwarded-For", [])
     headers["X-Forwarded-For"] = ", ".join([*forwarded, peer])
@@ -90,7 +90,7 @@ def request_headers(request: web.BaseRequest, peer: str) -> CIMultiDict[str]:
 def _end_to_end(headers: Iterable[tuple[str, str]], connection: Iterable[str]) -> CIMultiDict[str]:
     named = {token.strip().lower() for value in connection for token in value.split(",")}
     return CIMultiDict(
-        # Bytes that are not UTF-8 cannot be written again.
+        # Bytes that are not UTF-8 cannot be re-encoded.
         (name, value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         for name, value in headers
         if (lower := name.lower()) not in _HOP and lower not in named
@@ -98,7 +98,7 @@ def _end_to_end(headers: Iterable[tuple[str, str]], connection: Iterable[str]) -
 
 
 def make_session(config: GatewayConfig) -> aiohttp.ClientSession:
-    """The HTTP client towards the replicas: a connection per request, nothing decoded, followed or kept."""
+    """The HTTP client for replicas: one connection per request, no decoding, redirects or cookies."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(
@@ -128,12 +128,12 @@ async def send(
         raise ReplicaLost(_describe(problem), held=True) from problem
     if answer.status < 200:
         answer.close()
-        raise ReplicaLost(f"status {answer.status} is not an answer", held=True)
+        raise ReplicaLost(f"unexpected status {answer.status}", held=True)
     return answer
 
 
 async def refusal(answer: aiohttp.ClientResponse) -> str:
-    """The `code` of an error answer; empty where it names none. Raises ReplicaLost."""
+    """The `code` of an error answer, or an empty string. Raises ReplicaLost."""
     try:
         body = await answer.content.read(_REFUSAL)
         return str(json.loads(body)["error"]["code"])
@@ -150,7 +150,7 @@ def _describe(problem: BaseException) -> str:
 
 
 class Relay:
-    """Passes a replica's answer on to the client."""
+    """Relays a replica's answer to the client."""
 
     def __init__(
         self,
@@ -165,10 +165,10 @@ class Relay:
         self._clock = asyncio.get_running_loop().time
         self._length = _content_length(answer)
         self.event_stream = answer.content_type == "text/event-stream"
-        self.response: web.StreamResponse | None = None  # once the client has seen its head
+        self.response: web.StreamResponse | None = None  # set once the head is sent to the client
 
     async def whole(self) -> web.Response | None:
-        """The whole answer, where it is short and no stream: the replica may still be lost without harm.
+        """The complete answer if it is short and not a stream, so that the replica may still be lost safely.
 
         Raises ReplicaLost, Interrupted.
         """
@@ -184,8 +184,8 @@ class Relay:
     async def stream(self) -> web.StreamResponse:
         """Relay the answer as it arrives; a slow client slows the replica down.
 
-        Raises ReplicaLost and Interrupted, after which `break_off` is called, and OSError where the client
-        is lost.
+        Raises ReplicaLost and Interrupted, after which the caller calls `break_off`, and OSError if the
+        client is lost.
         """
         response = web.StreamResponse(status=self._answer.status, headers=self._headers())
         if self._length is not None:
@@ -202,7 +202,7 @@ class Relay:
         return response
 
     async def break_off(self, reason: str) -> None:
-        """Tell a client whose answer has begun that it will not be whole."""
+        """Tell the client that a started answer will not be completed."""
         guard = guard_of(self._request)
         if self.response is not None and self.event_stream:
             self.response.force_close()
@@ -241,7 +241,7 @@ class Relay:
         return headers
 
     def _unframed(self) -> bool:
-        """Whether the end of the body is the end of the connection, which a killed replica looks like."""
+        """Whether the body ends with the connection, which cannot be told from a killed replica."""
         return self._length is None and "chunked" not in self._answer.headers.get("Transfer-Encoding", "")
 
 

@@ -1,7 +1,7 @@
-"""Limits on client connections, applied before a request is parsed and long before it is authenticated.
+"""Limits on client connections, applied before parsing and authentication.
 
-aiohttp bounds each header line; it has no limit on the bytes of a whole head, on the time a head may take,
-or on the number of connections. `Guard` sits between the transport and aiohttp's protocol and adds them.
+aiohttp limits each header line, but not the size of a whole head, the time until it is complete, or the
+number of connections. `Guard` sits between the transport and aiohttp's protocol and adds these limits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from aiohttp import web
 from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.gateway.errors import raw_error
 
-_LINGER_S = 3.0  # for a client that still sends after its answer
+_LINGER_S = 3.0  # for a client that still sends after it was answered
 _TCP_USER_TIMEOUT = 18  # Linux: milliseconds sent data may stay unacknowledged (tcp(7))
 
 Phase = Literal["head", "request", "closing"]
@@ -32,7 +32,7 @@ class Door:
         self._clients: Counter[str] = Counter()
 
     def admit(self, guard: Guard) -> str | None:
-        """Add a connection. Returns why it is refused, None where it is admitted."""
+        """Add a connection. Returns why it is refused, or None if it is admitted."""
         if len(self.guards) >= self.config.max_connections:
             return f"gateway has {self.config.max_connections} open connections (the limit); retry later"
         if self._clients[guard.peer] >= self.config.max_client_connections:
@@ -42,7 +42,7 @@ class Door:
         return None
 
     def leave(self, guard: Guard) -> None:
-        """Remove a connection that was admitted."""
+        """Remove an admitted connection."""
         if guard in self.guards:
             self.guards.remove(guard)
             self._clients[guard.peer] -= 1
@@ -51,10 +51,10 @@ class Door:
 
 
 class Guard(asyncio.Protocol):
-    """One client connection: bounds the size and the time of each request head, and idle time.
+    """One client connection: limits the size and time of each request head, and idle time.
 
-    Phases: `head` (no complete request head yet), `request` (a handler runs), `closing` (answered, and the
-    connection ends).
+    Phases: `head` (no complete request head yet), `request` (a handler runs), `closing` (answered; the
+    connection is closing).
     """
 
     def __init__(self, door: Door, handler: web.RequestHandler) -> None:
@@ -64,7 +64,7 @@ class Guard(asyncio.Protocol):
         self._admitted = False
         self._bytes = 0  # received since the last request ended
         self.phase: Phase = "head"
-        self.fresh = True  # no request has come on this connection
+        self.fresh = True  # no request yet on this connection
         self.peer = "unknown"
 
     # ---- asyncio.Protocol ----
@@ -93,7 +93,7 @@ class Guard(asyncio.Protocol):
         if not self._admitted or (self.phase == "closing" and self._overrun(data)):
             return
         if self.phase == "head":
-            # Checked before this piece counts: it may hold a whole head and the beginning of a body.
+            # Checked before counting this data: it may contain a whole head and part of a body.
             if self._bytes > self._door.config.max_head:
                 self.refuse(431, f"request head exceeds {self._door.config.max_head} bytes")
                 return
@@ -115,15 +115,15 @@ class Guard(asyncio.Protocol):
         if self._admitted:
             self._handler.resume_writing()
 
-    # ---- the request's life ----
+    # ---- request lifecycle ----
 
     def started(self) -> None:
-        """A complete head has been parsed and its handler begins."""
+        """Called when a complete head has been parsed and its handler starts."""
         self.phase, self.fresh, self._bytes = "request", False, 0
         self._disarm()
 
     def ended(self, *, close: bool) -> None:
-        """The handler has its answer. close: the connection ends after it."""
+        """Called when the handler has finished. close: close the connection."""
         self._bytes = 0
         if self._transport is None:
             return
@@ -132,23 +132,23 @@ class Guard(asyncio.Protocol):
 
     @property
     def write_buffer(self) -> int:
-        """Bytes that wait for the client to read."""
+        """Bytes not yet read by the client."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
     def close(self) -> None:
-        """Close a connection that carries no request."""
+        """Close a connection without a request."""
         if self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:
-        """Reset the connection, so that a client cannot take a torn answer for a whole one."""
+        """Reset the connection, so that a client cannot mistake a partial answer for a complete one."""
         if self._transport is not None:
             self._transport.abort()
 
     # ---- limits ----
 
     def _overrun(self, data: bytes) -> bool:
-        """Whether a client that has its answer keeps sending more than a body it was about to send."""
+        """Whether an answered client has sent more than a maximum-size body."""
         self._bytes += len(data)
         if self._bytes > self._door.config.max_body:
             self.abort()
@@ -182,7 +182,7 @@ class Guard(asyncio.Protocol):
             self._timer = None
 
     def _bound_unacknowledged(self) -> None:
-        """Let the kernel end a connection whose client has vanished without a word."""
+        """Let the kernel close a connection whose client vanished."""
         sock = self._transport.get_extra_info("socket") if self._transport is not None else None
         if sock is not None:
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Health checks: each replica is asked on a schedule, and watched for answers that do not come."""
+"""Health checks: polls each replica and detects replicas that stop answering."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from farthing.fleet.gateway.silence import Silence
 
 log = logging.getLogger(__name__)
 
-_FIRST_CHECK_S = 0.1  # between checks of a replica that was never healthy
+_FIRST_CHECK_S = 0.1  # between checks of a replica that has never been healthy
 
 
 class Health:
-    """Watches replicas; on_change is called when one becomes healthy or unhealthy."""
+    """Monitors replicas; calls on_change when one becomes healthy or unhealthy."""
 
     def __init__(
         self, config: GatewayConfig, silence: Callable[[], Silence], on_change: Callable[[], None]
@@ -47,7 +47,7 @@ class Health:
         task.add_done_callback(self._tasks.discard)
 
     async def check(self, replica: Replica) -> int | None:
-        """The status of one health check; None without an answer in time."""
+        """The status code of one health check; None on timeout."""
         assert self._session is not None
         try:
             async with self._session.get(replica.url + self._config.health_path) as answer:
@@ -77,8 +77,8 @@ class Health:
             await asyncio.sleep(self._config.health_interval_s if seen_healthy else _FIRST_CHECK_S)
 
     def _give_up(self, replica: Replica, reason: str) -> None:
-        """Send the requests that wait for a first byte elsewhere."""
+        """Move the requests that wait for a first byte to other replicas."""
         unanswered = [active for active in replica.active if not active.heard]
-        log.warning("replica %s: %s; %d unanswered requests move", replica.name, reason, len(unanswered))
+        log.warning("replica %s: %s; moving %d unanswered requests", replica.name, reason, len(unanswered))
         for active in unanswered:
             active.interrupt("hung")

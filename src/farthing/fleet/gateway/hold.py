@@ -1,4 +1,4 @@
-"""Requests that are held until a replica is ready: bounded in number and time."""
+"""Hold requests until a replica is ready, bounded in number and time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from farthing.fleet.gateway.errors import Refused
 from farthing.fleet.gateway.metrics import GatewayMetrics
 
 T = TypeVar("T")
-_AGAIN_S = 0.25  # a replica that is tried again after a breaker's pause announces nothing
+_AGAIN_S = 0.25  # poll: the end of a breaker's pause is not announced
 
 
 class Hold:
-    """Counts the requests that wait; the count is the signal that wakes a fleet of no replicas."""
+    """Counts waiting requests; the count wakes a fleet that is scaled to zero."""
 
     def __init__(self, limit: int, metrics: GatewayMetrics) -> None:
         self._limit, self._metrics = limit, metrics
@@ -25,19 +25,19 @@ class Hold:
         self.stopping = False
 
     def notify(self) -> None:
-        """The set of replicas, or the health of one, has changed."""
+        """Notify waiters that the replicas or their health changed."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def until(self, ready: Callable[[], T | None], deadline: float) -> T | None:
-        """What `ready` returns once that is not None; None at the deadline (loop time) or on shutdown.
+        """Wait until `ready` returns a value; None at the deadline (loop time) or on shutdown.
 
-        Raises Refused where too many requests wait already.
+        Raises Refused if too many requests already wait.
         """
         if self.waiting >= self._limit:
             raise Refused(
                 503,
-                f"no replica is ready and {self.waiting} requests wait (the limit); retry later",
+                f"no replica is ready and {self.waiting} requests are waiting (the limit); retry later",
                 headers={"Retry-After": "1"},
             )
         now = asyncio.get_running_loop().time

@@ -1,4 +1,4 @@
-"""The gateway's own metrics, in a registry of its own."""
+"""The gateway's metrics, in a separate registry."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GatewayMetrics:
         )
         self.first_byte = Histogram(
             "farthing:gateway_first_byte_seconds",
-            "Time from a whole request to the first byte of its answer.",
+            "Time from the complete request to the first byte of its answer.",
             buckets=_FIRST_BYTE,
             registry=self.registry,
         )
@@ -59,7 +59,7 @@ class _Replicas(Collector):
 
     def collect(self) -> Iterable[Metric]:
         available = GaugeMetricFamily(
-            "farthing:gateway_replica_available", "1 if the replica takes requests.", labels=["replica"]
+            "farthing:gateway_replica_available", "1 if the replica accepts requests.", labels=["replica"]
         )
         inflight = GaugeMetricFamily(
             "farthing:gateway_replica_inflight", "Requests in flight.", labels=["replica"]

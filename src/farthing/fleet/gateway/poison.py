@@ -1,6 +1,6 @@
-"""Requests that were in flight on a replica that died: which of them may be sent again.
+"""Requests that were in flight on a replica that died: which of them may be retried.
 
-A request that was alone on the replica is taken for the cause and refused until its entry expires. Of
+A request that was alone on the replica is assumed to be the cause and refused until its entry expires. With
 several, each is a suspect: it may be sent to one more replica, and is refused once a second one dies.
 """
 
@@ -17,7 +17,7 @@ _GUILTY = 2  # strikes
 
 
 class Poison:
-    """Strikes per request digest; the oldest entries are dropped first, each expires after `ttl_s`."""
+    """Strikes per request digest; the oldest entries are evicted first, and each expires after `ttl_s`."""
 
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._ttl, self._clock = ttl_s, clock
@@ -27,7 +27,7 @@ class Poison:
         return len(self._strikes)
 
     def strike(self, identity: Identity, *, alone: bool) -> None:
-        """A replica died while it held this request."""
+        """Record that a replica died with this request in flight."""
         key = _digest(identity)
         strikes = self._current(key) + (_GUILTY if alone else 1)
         self._strikes[key] = (strikes, self._clock() + self._ttl)

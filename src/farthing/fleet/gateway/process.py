@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_S, _SAMPLES = 2.0, 1800  # the dashboard's points: an hour
+_SAMPLE_S, _SAMPLES = 2.0, 1800  # one hour of dashboard samples
 
 
 async def serve(
@@ -41,10 +41,10 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain.
 
-    state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: of one replica;
-    wake: the controller's URL for reports of held requests; replica_key_file: holds a key that may read
-    the replicas' metrics and cache digests.
-    Raises ValueError on bad keys or URLs, OSError on a taken port.
+    state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: price per replica;
+    wake: the controller's URL for reports of held requests; replica_key_file: file with a key that may read
+    the replicas' metrics and cache digests. Raises ValueError for invalid keys or URLs, OSError if the port
+    is in use.
     """
     raise_file_limit()
     keys = None
@@ -73,7 +73,7 @@ async def serve(
     if replicas:
         gateway.set_replicas(replicas)
     gc.collect()
-    gc.freeze()  # imports live for ever: full collections between two tokens can skip them
+    gc.freeze()  # imports are permanent: full collections can skip them
     log.info("gateway on port %d, dashboard at /", port)
     sampling = asyncio.create_task(_sample(dashboard))
     await stop.wait()
@@ -83,7 +83,7 @@ async def serve(
 
 
 def raise_file_limit() -> None:
-    """Allow as many open files as the hard limit does: each request takes two."""
+    """Raise the limit of open files to the hard limit: each request needs two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -91,17 +91,17 @@ def raise_file_limit() -> None:
 
 
 async def _sample(dashboard: Dashboard) -> None:
-    """In the event loop, where nothing changes under the sampler."""
+    """Sample the dashboard, in the event loop to avoid races."""
     while True:
         try:
             dashboard.sample()
-        except Exception:  # a page that cannot be drawn must not end a gateway
+        except Exception:  # a dashboard failure must not stop the gateway
             log.exception("the dashboard's source failed")
         await asyncio.sleep(_SAMPLE_S)
 
 
 def pages_of(dashboard: Dashboard) -> Callable[[str, str], Page | None]:
-    """The dashboard's page and assets, open to all, and its numbers, which the keys guard."""
+    """The dashboard's page and assets (public) and its data (requires a key)."""
     from farthing.server.dashboard.site import DATA_PATH, HEADERS
 
     def pages(path: str, query: str) -> Page | None:
@@ -115,7 +115,7 @@ def pages_of(dashboard: Dashboard) -> Callable[[str, str], Page | None]:
 
 
 def _since(query: str) -> float:
-    """`since=T` of a query; 0 where it is missing or no number."""
+    """`since=T` of a query; 0 if missing or not a number."""
     try:
         return float(parse_qs(query)["since"][0])
     except (KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""aiohttp's server protocol with errors in the API's shape, behind a guard."""
+"""aiohttp's server protocol, guarded, with errors in the API's format."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from farthing.fleet.gateway.guard import Door, Guard, guard_of
 
 log = logging.getLogger(__name__)
 
-_MAX_LINE, _MAX_FIELDS = 16 << 10, 100  # bytes of a request line or header field, and how many fields
-_LINGER_S = 2.0  # for a client to read an error while it still sends its body
+_MAX_LINE, _MAX_FIELDS = 16 << 10, 100  # bytes per request line or header field, and number of fields
+_LINGER_S = 2.0  # for a client to read an error while still sending its body
 
 
 class Protocol(web.RequestHandler):
@@ -31,17 +31,17 @@ class Protocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what is not HTTP, and a defect of ours."""
+        """Answer malformed HTTP and internal errors."""
         if isinstance(exc, HttpProcessingError):
             guard = guard_of(request)
             if guard is not None:
                 status = 431 if isinstance(exc, LineTooLong) else 400
                 lines = (message or "").splitlines() or ["no HTTP/1.1"]
                 guard.refuse(status, f"request is malformed: {lines[0][:200]}")
-            raise ConnectionError("the request was malformed")
+            raise ConnectionError("malformed request")
         log.error("request failed: %s %s", request.method, request.path, exc_info=exc)
         if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun")
+            raise ConnectionError("the answer has already started")
         return error_response(Refused(status, "internal error of the gateway", close=True))
 
 
@@ -70,7 +70,7 @@ def make_factory(
 def _begin(
     message: Any, payload: Any, protocol: web.RequestHandler, writer: Any, task: asyncio.Task[None]
 ) -> web.BaseRequest:
-    """aiohttp's request, made when its head is complete."""
+    """Create aiohttp's request once its head is complete."""
     request = web.BaseRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
     guard = guard_of(request)
     if guard is not None:

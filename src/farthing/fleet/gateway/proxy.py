@@ -1,8 +1,8 @@
-"""One request from its body to its answer: the choice of a replica, a second try, the error.
+"""One request from its body to its answer: choice of a replica, retry, errors.
 
-A request is sent to at most `tries` replicas, and never to a second one after the client has seen a byte.
-It goes to another replica when the first could not be reached, answered 503, or stopped answering. When a
-replica dies while it holds a request, `poison` decides.
+A request is sent to at most `tries` replicas, and never to a second one after the client has received a byte.
+It is retried on another replica if the first was unreachable, answered 503 or stopped answering. If a replica
+dies with the request in flight, `poison` decides.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from farthing.fleet.gateway.silence import Silence
 
 @dataclass
 class _Course:
-    """How far one request has come."""
+    """Progress of one request."""
 
     arrived: float  # loop time
     deadline: float
-    sent: int = 0  # replicas that had the request
+    sent: int = 0  # number of replicas that received the request
     tried: list[Replica] = field(default_factory=list)
-    unreached: list[Replica] = field(default_factory=list)  # of `tried`, those that never had the request
+    unreached: list[Replica] = field(default_factory=list)  # those of `tried` that never received the request
     reason: str = "none is ready"
     status: int = BUSY
-    held: bool = False  # it waited for a replica: a fleet that has just been woken is busy at first
+    held: bool = False  # it waited for a replica: a fleet that was just woken is busy at first
 
 
 class Proxy:
@@ -59,13 +59,13 @@ class Proxy:
         self._now = asyncio.get_running_loop().time
 
     async def answer(self, request: web.BaseRequest, outgoing: Outgoing) -> web.StreamResponse:
-        """The answer of a replica. Raises Refused, and OSError where the client is lost."""
+        """Forward a request and return the answer. Raises Refused, or OSError if the client is lost."""
         if self._poison.refuses(outgoing.identity):
             self._metrics.count("none", 422)
             raise Refused(
                 422,
-                "a replica died while it held this request; "
-                f"it is not sent again within {self._config.poison_ttl_s:g} s",
+                "a replica died with this request in flight; "
+                f"it is refused for {self._config.poison_ttl_s:g} s",
             )
         course = _Course(self._now(), self._now() + self._config.wait_s)
         while (replica := await self._next(outgoing, course)) is not None:
@@ -78,12 +78,12 @@ class Proxy:
         self._metrics.count("none", course.status)
         raise Refused(
             course.status,
-            f"no replica could take the request ({course.reason}; sent to {course.sent})",
+            f"no replica answered the request ({course.reason}; sent to {course.sent})",
             headers={"Retry-After": "1"},
         )
 
     async def _next(self, outgoing: Outgoing, course: _Course) -> Replica | None:
-        """The replica for the next try; held until one is ready. None: no more tries."""
+        """The replica for the next try, waiting until one is ready. None: no more tries."""
         if course.sent >= self._config.tries:
             return None
         replica = self._balancer.choose(outgoing.prompt, course.tried)
@@ -95,15 +95,15 @@ class Proxy:
         return replica
 
     def _again(self, outgoing: Outgoing, course: _Course) -> Replica | None:
-        """An untried replica, or one that could not be reached a moment ago: it may have come back."""
+        """An untried replica, or one that was unreachable a moment ago and may be back."""
         passed_over = [r for r in course.tried if r not in course.unreached]
         return self._balancer.choose(outgoing.prompt, passed_over)
 
     async def _try(
         self, request: web.BaseRequest, outgoing: Outgoing, replica: Replica, course: _Course
     ) -> web.StreamResponse | None:
-        """One try. None: the client has seen nothing, and `course` says why. Raises OSError where the client
-        is lost.
+        """One try. None if the client has received nothing; `course` has the reason. Raises OSError if the
+        client is lost.
         """
         with self._inflight(outgoing, replica) as active:
             try:
@@ -113,7 +113,7 @@ class Proxy:
                 self._interrupted(outgoing, replica, course, problem)
             except ReplicaLost as problem:
                 await self._lost(outgoing, replica, course, active, problem)
-            except (asyncio.CancelledError, OSError):  # the client went away
+            except (asyncio.CancelledError, OSError):  # the client disconnected
                 replica.breaker.abandoned()
                 self._metrics.count(replica.name, 499)
                 raise
@@ -129,7 +129,7 @@ class Proxy:
     ) -> web.StreamResponse | None:
         """Send the request and relay the answer.
 
-        Raises ReplicaLost and Interrupted while the client has seen nothing.
+        Raises ReplicaLost and Interrupted only if the client has received nothing.
         """
         with active.interruptible():
             answer = await send(self._session, replica, outgoing)
@@ -164,7 +164,7 @@ class Proxy:
         replica.inflight += 1
         replica.breaker.sent()
         uncached = self._balancer.learn(outgoing.prompt, replica)
-        # The first byte of an answer that is not streamed says nothing about when its prompt was computed.
+        # Without streaming, the first byte does not show when the prompt was computed.
         active.queued = uncached if outgoing.streamed else 0
         replica.queued += active.queued
         try:
@@ -185,15 +185,15 @@ class Proxy:
             self.silence.observe(now - active.began)
 
     def _last(self, course: _Course) -> bool:
-        """Whether a busy replica's own answer is the best the client can get."""
+        """Whether to pass on a busy replica's own answer."""
         if course.held and self._now() < course.deadline:
             return False
         return course.sent + 1 >= self._config.tries or not self._balancer.candidates(course.tried)
 
-    # ---- tries that failed ----
+    # ---- failed tries ----
 
     async def _break_off(self, relay: Relay, replica: Replica, problem: ReplicaLost | Interrupted) -> None:
-        """The answer has begun and cannot be finished."""
+        """End an answer that started but cannot be completed."""
         if isinstance(problem, Interrupted) and problem.why == "stopping":
             replica.breaker.abandoned()
             await relay.break_off(str(problem))
@@ -210,7 +210,7 @@ class Proxy:
         active: Active,
         answer: aiohttp.ClientResponse,
     ) -> None:
-        """The replica answered 503: it drains, is full, or its engine has died."""
+        """The replica answered 503: draining, full, or its engine failed."""
         with active.interruptible():
             code = await refusal(answer)
         if code == "engine_failed":
@@ -220,7 +220,7 @@ class Proxy:
         else:
             course.reason = f"{replica.name} is busy or draining"
             if course.held:
-                course.unreached.append(replica)  # it is tried again once it has worked something off
+                course.unreached.append(replica)  # retry it once it has capacity again
             else:
                 course.sent += 1
         replica.served += 1
@@ -239,8 +239,8 @@ class Proxy:
     async def _lost(
         self, outgoing: Outgoing, replica: Replica, course: _Course, active: Active, problem: ReplicaLost
     ) -> None:
-        """The exchange failed. A replica that still answers elsewhere only closed the connection; one that
-        does not has died, possibly of this request.
+        """The exchange failed. If the replica still answers health checks, it only closed the connection;
+        otherwise it died, possibly because of this request.
         """
         replica.failed += 1
         replica.breaker.failed()

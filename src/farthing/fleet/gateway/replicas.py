@@ -1,4 +1,4 @@
-"""The replicas as the gateway sees them: health, circuit breaker, load; and the choice among them."""
+"""Replicas with their health, circuit breaker and load, and the choice among them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Breaker:
-    """Stops sending to a replica that fails, and tries it again with one request after a pause that
-    doubles.
-    """
+    """Stops sending to a failing replica, and retries it with one request after a pause that doubles."""
 
     failures_to_open: int
     open_s: float
@@ -36,18 +34,18 @@ class Breaker:
         return self._pause > 0
 
     def allows(self) -> bool:
-        """Whether a request may be sent now; while half open, only one at a time."""
+        """Whether a request may be sent now; only one at a time while half open."""
         return not self.open or (self.clock() >= self._open_until and not self._trial)
 
     def sent(self) -> None:
-        """A request goes out. While half open it is the trial."""
+        """Record a sent request. While half open it is the trial."""
         self._trial = self.open
 
     def succeeded(self) -> None:
         self.failures, self._pause, self._trial = 0, 0.0, False
 
     def abandoned(self) -> None:
-        """The request ended without saying anything about the replica (the client went away)."""
+        """The request ended without a verdict on the replica (the client disconnected)."""
         self._trial = False
 
     def failed(self) -> None:
@@ -57,7 +55,7 @@ class Breaker:
             self._open()
 
     def trip(self) -> None:
-        """Open at once, whatever the number of failures."""
+        """Open immediately, regardless of the number of failures."""
         self.failures += 1
         self._trial = False
         self._open()
@@ -69,15 +67,15 @@ class Breaker:
 
 @dataclass(frozen=True)
 class Others:
-    """Load of a replica that is not ours, by its last digest: other gateways' and direct requests."""
+    """Load of a replica from other gateways and direct requests, by its last digest."""
 
     requests: int = 0  # running and waiting
-    queued: float = 0.0  # bytes of prompt text, estimated, of those that wait
+    queued: float = 0.0  # estimated bytes of waiting prompt text
 
 
 @dataclass(eq=False)
 class Replica:
-    """One replica."""
+    """A replica and its state."""
 
     name: str
     url: str  # "http://127.0.0.1:8001"
@@ -87,9 +85,9 @@ class Replica:
     failed_checks: int = 0
     served: int = 0
     failed: int = 0
-    active: set[Active] = field(default_factory=set)  # requests that are in flight there
+    active: set[Active] = field(default_factory=set)  # in-flight requests
     inflight: int = 0
-    queued: int = 0  # bytes of prompt text to compute, of streams without a first byte
+    queued: int = 0  # bytes of prompt text of streams without a first byte
     others: Others = Others()
     heard: float = 0.0  # loop time of the last byte of any answer
 
@@ -104,7 +102,7 @@ class Replica:
         return self.inflight + self.others.requests
 
     def report(self, requests: int, queued: float) -> None:
-        """Take in the load of a digest; what exceeds our own is others'."""
+        """Update from a digest's load; the excess over our own requests is others'."""
         self.others = Others(max(0, requests - self.inflight), max(0.0, queued - self.queued))
 
     @property
@@ -112,7 +110,7 @@ class Replica:
         return self.healthy and not self.draining and self.breaker.allows()
 
     def checked(self, ok: bool, unhealthy_after: int) -> None:
-        """Take in one health check."""
+        """Record one health check."""
         self.failed_checks = 0 if ok else self.failed_checks + 1
         if ok:
             self.healthy = True
@@ -121,10 +119,10 @@ class Replica:
 
 
 def make_replica(name: str, url: str, config: GatewayConfig) -> Replica:
-    """Raises ValueError unless `url` is http://HOST:PORT."""
+    """Create a replica. Raises ValueError unless `url` is http://HOST:PORT."""
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or not parts.port:
-        raise ValueError(f"replica {name}: url {url!r} is not usable; expected http://HOST:PORT")
+        raise ValueError(f"replica {name}: url {url!r}; expected http://HOST:PORT")
     breaker = Breaker(config.breaker_failures, config.breaker_open_s, config.breaker_max_s)
     return Replica(name, url.rstrip("/"), breaker)
 
@@ -139,7 +137,7 @@ class Balancer:
         self.prefixes = PrefixIndex(config.prefix_entries)
 
     def update(self, wanted: dict[str, str]) -> list[Replica]:
-        """Take over a new set {name: url}; a replica left out drains. Returns the new ones."""
+        """Set the replicas to {name: url}; omitted ones drain. Returns the new ones."""
         new = []
         for name, url in wanted.items():
             known = self.replicas.get(name)
@@ -156,7 +154,7 @@ class Balancer:
         return new
 
     def _remove(self, replica: Replica) -> None:
-        """No new request goes there; those in flight continue."""
+        """Stop sending new requests; those in flight continue."""
         replica.draining = True
         self._leaving = [r for r in self._leaving if r.active] + [replica]
         del self.replicas[replica.name]
@@ -164,7 +162,7 @@ class Balancer:
 
     @property
     def everyone(self) -> list[Replica]:
-        """Every replica, also those that drain and have requests left."""
+        """All replicas, including draining ones with requests left."""
         return [*self.replicas.values(), *self._leaving]
 
     def candidates(self, tried: Sequence[Replica] = ()) -> list[Replica]:
@@ -172,7 +170,7 @@ class Balancer:
         return [r for r in self.replicas.values() if r not in tried and r.available]
 
     def choose(self, prompt: Prompt, tried: Sequence[Replica] = ()) -> Replica | None:
-        """The replica for a request, None when no untried one is available."""
+        """The replica for a request, or None if no untried one is available."""
         candidates = self.candidates(tried)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
@@ -180,21 +178,20 @@ class Balancer:
         return min(candidates, key=lambda r: (self._cost(r, prompt, held.get(r.name, 0)), r.served))
 
     def _cost(self, replica: Replica, prompt: Prompt, depth: int) -> float:
-        """What the request costs on a replica that holds its first `depth` blocks, in bytes of prompt text.
+        """Cost of a request on a replica that has its first `depth` blocks cached, in bytes of prompt text.
 
-        The queue delays this request only. What has to be computed delays it and all later ones, hence its
-        weight.
+        The queue delays only this request. Uncached text delays it and all later ones, hence its weight.
         """
         uncached = self.uncached(prompt, depth)
         running = replica.load * self.config.request_weight
         return replica.queue + running + self.config.uncached_weight * uncached
 
     def uncached(self, prompt: Prompt, depth: int) -> int:
-        """Bytes of the prompt behind its first `depth` blocks."""
+        """Bytes of the prompt after its first `depth` blocks."""
         return max(0, prompt.size - depth * self.config.prefix_block)
 
     def learn(self, prompt: Prompt, replica: Replica) -> int:
-        """Remember where a request goes. Returns the bytes that the replica has to compute for it."""
+        """Record where a request is sent. Returns the bytes that the replica must compute for it."""
         depth = self.prefixes.held(prompt.blocks).get(replica.name, 0)
         if len(self.replicas) > 1:
             self.prefixes.learn(prompt.blocks, replica.name)

@@ -1,4 +1,4 @@
-"""The file that names the replicas: `{"replicas": [{"name": …, "url": …}]}`, watched for changes."""
+"""The replicas file, `{"replicas": [{"name": …, "url": …}]}`, watched for changes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from farthing.files import replace_text
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_ROOM = 8192  # bytes a file takes at least, for a later version to fit in
+_ROOM = 8192  # minimum size of the file, so that a later version fits in place
 
 
 class ReplicasFile:
-    """Follows a file. A version that is missing or broken leaves the set of replicas as it is."""
+    """Watches a file. A missing or invalid version leaves the set of replicas unchanged."""
 
     def __init__(self, path: Path, on_change: Callable[[dict[str, str]], None]) -> None:
         self._path, self._on_change = path, on_change
         self._stamp: tuple[int, int] | None = None
-        self._problem = ""  # why the present version is ignored
+        self._problem = ""  # why the current version is ignored
 
     async def follow(self) -> None:
-        """Read the file whenever it has changed, without end."""
+        """Read the file whenever it changes, forever."""
         while True:
             await asyncio.sleep(_POLL_S)
             self.read()
 
     def read(self) -> None:
-        """Hand the file on if it has changed."""
+        """Report the file's replicas if it has changed."""
         try:
             stat = self._path.stat()
             stamp = (stat.st_mtime_ns, stat.st_ino)
@@ -50,7 +50,7 @@ class ReplicasFile:
 
 
 def read_replicas(path: Path) -> dict[str, str]:
-    """{name: url} of a replicas file. Raises ValueError naming what is wrong."""
+    """{name: url} of a replicas file. Raises ValueError with the problem."""
     try:
         data = json.loads(path.read_text())
         replicas = data["replicas"]
@@ -62,10 +62,10 @@ def read_replicas(path: Path) -> dict[str, str]:
 
 
 def write_replicas(path: Path, replicas: dict[str, str]) -> None:
-    """Replace a replicas file in one step, so that no reader sees half of it.
+    """Replace a replicas file atomically.
 
-    On a full disk it is overwritten in place, in the space it has: a reader that sees half of it reads again.
-    Raises OSError where that fails as well.
+    If the disk is full it is overwritten in place, in its existing space; a reader that sees a partial file
+    reads again. Raises OSError if that fails too.
     """
     text = json.dumps({"replicas": [{"name": name, "url": url} for name, url in replicas.items()]})
     text = text.ljust(_ROOM)

@@ -1,4 +1,4 @@
-"""The gateway: a listening socket, the pages it serves itself, replicas, and graceful shutdown."""
+"""The gateway server: socket, own endpoints, replicas, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from farthing.server.config import is_loopback
 log = logging.getLogger(__name__)
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-_FIRST_REQUEST_S = 1.0  # for a connection that is accepted just as the gateway stops
+_FIRST_REQUEST_S = 1.0  # for a connection accepted just as the gateway stops
 
 
 class Keys(Protocol):
-    """API keys: the name behind an Authorization header, None for an unknown key."""
+    """API keys: the client name of an Authorization header, None for an unknown key."""
 
     def check(self, header_value: str | None) -> str | None: ...
 
 
 @dataclass(frozen=True)
 class Page:
-    """An answer of the dashboard. open: shown without a key."""
+    """A response of the dashboard. open: no key required."""
 
     body: bytes
     content_type: str
@@ -53,7 +53,7 @@ class Page:
 
 
 class Gateway:
-    """Serves one address for the replicas given by `set_replicas` or by a file that is watched."""
+    """Serves one address for the replicas set by `set_replicas` or by a watched file."""
 
     def __init__(
         self,
@@ -65,10 +65,10 @@ class Gateway:
         wake: str | None = None,
         replica_key: str | None = None,
     ) -> None:
-        """pages(path, query): what is shown next to the API; a page may be guarded by the keys.
+        """pages(path, query): pages served next to the API, which may require a key.
 
-        wake: the controller's URL for reports of held requests; replica_key: a metrics or admin
-        key of the replicas, to read their cache digests with. Raises ValueError on a bad URL.
+        wake: the controller's URL for reports of held requests; replica_key: a metrics or admin key of the
+        replicas, for reading their cache digests. Raises ValueError for an invalid URL.
         """
         self.config = config or GatewayConfig()
         self.balancer = Balancer(self.config)
@@ -86,12 +86,12 @@ class Gateway:
         self._local_only = False
         self._session: aiohttp.ClientSession | None = None
 
-    # ---- life ----
+    # ---- lifecycle ----
 
     async def start(
         self, host: str = "127.0.0.1", port: int = 0, *, sock: socket.socket | None = None
     ) -> int:
-        """Listen on host:port, or on a socket already bound (which survives this process).
+        """Listen on host:port, or on an already bound socket (which survives this process).
 
         Returns the port.
         """
@@ -111,14 +111,14 @@ class Gateway:
         self._listener = await loop.create_server(
             make_factory(self.door, self._handle), backlog=2048, **where
         )
-        # Without this a web page could reach a keyless gateway of its visitor by rebinding its own name.
+        # Prevents DNS rebinding: a web page could otherwise reach its visitor's keyless gateway.
         self._local_only = self._keys is None and is_loopback(self.address[0])
         return self.address[1]
 
     async def stop(self, drain_s: float | None = None) -> int:
-        """Accept no more, let in-flight requests finish, and break off those left after `drain_s`.
+        """Stop accepting, let in-flight requests finish, and cut off those left after `drain_s`.
 
-        Returns how many were broken off.
+        Returns the number of requests cut off.
         """
         self.hold.stopping = True
         self.hold.notify()
@@ -142,9 +142,9 @@ class Gateway:
         return len(left)
 
     def _close_idle(self, patient: bool) -> bool:
-        """Close connections without a request; whether some are left to wait for.
+        """Close connections without a request. Returns whether some are left to wait for.
 
-        A connection just accepted is given a moment for its first request where `patient`.
+        If `patient`, a connection just accepted is given a moment for its first request.
         """
         left = False
         for guard in list(self.door.guards):
@@ -155,7 +155,7 @@ class Gateway:
         return left
 
     async def _clients_gone(self) -> None:
-        """Wait a moment for last words to go out, then close what is left."""
+        """Wait a moment for the last writes, then close the remaining connections."""
         for _ in range(25):
             if not any(guard.phase == "request" for guard in self.door.guards):
                 break
@@ -173,20 +173,20 @@ class Gateway:
 
     @property
     def stopping(self) -> bool:
-        """Whether the gateway takes no new connections."""
+        """Whether the gateway is shutting down."""
         return self.hold.stopping
 
     # ---- replicas ----
 
     def set_replicas(self, wanted: dict[str, str]) -> None:
-        """Take over the set {name: url}. Raises ValueError on a URL that is not http://HOST:PORT."""
+        """Set the replicas {name: url}. Raises ValueError for a URL that is not http://HOST:PORT."""
         for replica in self.balancer.update(wanted):
             log.info("replica %s at %s", replica.name, replica.url)
             self.health.watch(replica)
         self.hold.notify()
 
     def state(self) -> dict[str, Any]:
-        """The replicas as the gateway sees them."""
+        """The state of the replicas, as JSON-serializable values."""
         return {
             "waiting": self.hold.waiting,
             "replicas": [
@@ -222,7 +222,7 @@ class Gateway:
                 guard.ended(close=close)
 
     async def _answer(self, request: web.BaseRequest, peer: str) -> web.StreamResponse:
-        """The answer of the gateway or of a replica. Raises Refused."""
+        """Answer a request, from the gateway or a replica. Raises Refused."""
         self._check_head(request)
         own = self._own(request)
         if own is not None:
@@ -240,7 +240,7 @@ class Gateway:
             return await self.proxy.answer(request, outgoing)
 
     def _check_head(self, request: web.BaseRequest) -> None:
-        """Raises Refused on what no replica should see."""
+        """Reject requests that must not reach a replica. Raises Refused."""
         if request.method not in _METHODS:
             raise Refused(
                 405,
@@ -251,14 +251,14 @@ class Gateway:
         host = request.headers.get("Host", "")
         if host and self._local_only and not _names_this_machine(host):
             raise Refused(
-                403, "this gateway has no keys and answers to names of this machine only", close=True
+                403, "gateway without keys; expected a loopback name in the Host header", close=True
             )
         size = sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
         if size + len(request.raw_path) > self.config.max_head:
             raise Refused(431, f"request head exceeds {self.config.max_head} bytes", close=True)
 
     def _own(self, request: web.BaseRequest) -> web.Response | None:
-        """The gateway's own answer; None where a replica is to answer. Raises Refused without a key."""
+        """The gateway's own answer, or None if a replica should answer. Raises Refused without a key."""
         path = request.path
         if path == "/live":
             return web.json_response({"status": "ok"})
@@ -281,13 +281,13 @@ class Gateway:
         if self._keys is not None and self._keys.check(request.headers.get("Authorization")) is None:
             raise Refused(
                 401,
-                "a valid API key is required: Authorization: Bearer KEY",
+                "missing or invalid API key; expected Authorization: Bearer KEY",
                 headers={"WWW-Authenticate": "Bearer"},
                 close=request.body_exists,
             )
 
     def _page(self, request: web.BaseRequest) -> Page | None:
-        """The page of the dashboard that is requested, if any."""
+        """The requested page of the dashboard, if any."""
         if self._pages is None or request.method != "GET":
             return None
         return self._pages(request.path, request.query_string)

@@ -1,4 +1,4 @@
-"""When a replica that accepts requests but sends nothing counts as hung."""
+"""Detects hung replicas, which accept requests but send nothing."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import deque
 
 from farthing.fleet.gateway.replicas import Replica
 
-_WINDOW = 1024  # times to first token that are kept
-_ENOUGH = 100  # before that many are known, only health checks tell
+_WINDOW = 1024  # number of TTFTs kept
+_ENOUGH = 100  # with fewer TTFTs, only health checks detect failures
 
 
 class Silence:
     """The P99 time to first token of streams over all replicas, plus a margin.
 
-    A replica that has sent no byte of any answer for that long, while a stream waits for its first one, is
-    hung. Answers that are not streamed say nothing: they are silent until they are whole.
+    A replica is hung if it has sent no byte of any answer for that long while a stream waits for its first
+    one. Answers that are not streamed do not count: they are silent until complete.
     """
 
     def __init__(self, margin_s: float) -> None:
@@ -24,7 +24,7 @@ class Silence:
         self._sorted: list[float] = []
 
     def observe(self, seconds: float) -> None:
-        """Take in one time to first token."""
+        """Record one time to first token."""
         if len(self._recent) == _WINDOW:
             self._sorted.remove(self._recent.popleft())
         self._recent.append(seconds)
@@ -32,13 +32,13 @@ class Silence:
 
     @property
     def limit_s(self) -> float | None:
-        """Seconds of silence that are too many; None while too few times are known."""
+        """Maximum seconds of silence; None while too few TTFTs are known."""
         if len(self._sorted) < _ENOUGH:
             return None
         return self._sorted[int(len(self._sorted) * 0.99)] + self._margin_s
 
     def hung(self, replica: Replica, now: float) -> bool:
-        """Whether the replica is silent for too long."""
+        """Whether the replica has been silent for too long."""
         limit = self.limit_s
         if limit is None or now - replica.heard <= limit:
             return False

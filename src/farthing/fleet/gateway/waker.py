@@ -1,4 +1,4 @@
-"""Tells the controller how many requests are held, so that it wakes a fleet that is scaled to zero."""
+"""Reports held requests to the controller, which wakes a fleet that is scaled to zero."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TIMEOUT_S = 2.0
 
 
 class Waker:
-    """Reports to the controller's `/wake`: at once when the first request is held, then each second."""
+    """Reports to the controller's `/wake`: immediately when the first request is held, then every second."""
 
     def __init__(self, url: str, hold: Hold) -> None:
         """Raises ValueError unless `url` is http://HOST:PORT/PATH or https://…."""
@@ -30,7 +30,7 @@ class Waker:
         self._name = f"{socket.gethostname()}-{os.getpid()}"
 
     async def run(self) -> None:
-        """Report without end."""
+        """Report forever."""
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         silent = False
         async with aiohttp.ClientSession(timeout=timeout) as session:
@@ -38,12 +38,12 @@ class Waker:
                 await self._hold.occupied.wait()
                 problem = await self._report(session)
                 if problem and not silent:
-                    log.warning("the controller at %s cannot be reached: %s", self._url, problem)
+                    log.warning("cannot reach the controller at %s: %s", self._url, problem)
                 silent = bool(problem)
                 await asyncio.sleep(_EVERY_S)
 
     async def _report(self, session: aiohttp.ClientSession) -> str:
-        """One report. Returns what went wrong, empty if nothing did."""
+        """Send one report. Returns the problem, or an empty string."""
         report = {"gateway": self._name, "waiting": self._hold.waiting}
         try:
             async with session.post(self._url, json=report) as answer:

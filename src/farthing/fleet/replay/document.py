@@ -1,4 +1,4 @@
-"""From a trace file to the replay's JSON document and picture, whatever kind of trace it is."""
+"""Replay a trace file of any kind into a JSON document and a plot."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ def replay_file(
     picture: Path | None = None,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
-    """Replay the trace at `path` (None: the example) against `policies` ("all" or names by comma)."""
+    """Replay the trace at `path` (None: the example) against `policies` ("all" or comma-separated names)."""
     names = POLICIES if policies.strip() == "all" else tuple(name.strip() for name in policies.split(","))
     for name in names:
         base_of(name)
     trace = read_trace(path if path is not None else EXAMPLE)
     if isinstance(trace, RequestTrace):
         if picture is not None:
-            raise ValueError(
-                f"{trace.name}: pictures are drawn of rate traces, this one holds single requests"
-            )
+            raise ValueError(f"{trace.name}: got single requests; expected a rate trace for a picture")
         return replay_requests(trace, names, config, progress)
     document, runs, made = replay(trace, names, config, progress)
     if picture is not None:

@@ -1,7 +1,7 @@
-"""The short-term level in a replay: the same `ShortLevel` as in service, over the minutes replayed.
+"""The short-term level in a replay: the production `ShortLevel` over the replayed minutes.
 
-Its members learn from the first run on the schedule of service. What it made is kept in the user's cache by
-trace, settings and shipped weights, so that a second replay starts at once.
+Its members are trained on the first run, on the production schedule. Results are cached in the user's cache
+directory by trace, settings and packaged weights, so that a second replay starts at once.
 
 Shapes: T = ticks, B = runs.
 """
@@ -25,14 +25,14 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class ShortTrack:
-    """What the short level said at each tick."""
+    """The short level's output at each tick."""
 
     bound: Floats  # [T, B] 0.9 bound on the peak within the lead
     weights: dict[str, float]  # mean weight of each member
 
 
 def short_track(raw: Floats, tick_s: float, lead_s: float, config: ShortConfig) -> ShortTrack:
-    """Run the level over `raw` [T, B], the mean load known at each tick; only whole minutes count."""
+    """Run the level over `raw` [T, B], the mean load known at each tick; uses only complete minutes."""
     config = replace(config, lead_s=lead_s)
     every = max(1, round(GRID_S / tick_s))
     whole = len(raw) // every * every
@@ -47,7 +47,7 @@ def short_track(raw: Floats, tick_s: float, lead_s: float, config: ShortConfig) 
         made, names = walk(history, config)
         bound, weights = capped(made.p90, history).astype(np.float32), made.weights.mean(axis=(0, 2))
         _keep(path, bound, weights, names)
-    # the minute that ends at a tick is known from that tick on
+    # a minute is known from the tick at which it ends
     ticks = np.repeat(bound.astype(np.float64), every, axis=0)
     shifted = np.concatenate([raw[: every - 1] * 1.25, ticks])[: len(raw)]
     if len(shifted) < len(raw):
@@ -64,7 +64,7 @@ def _cache(minutes: Floats, config: ShortConfig) -> Path:
 
 
 def _keep(path: Path, bound: Floats, weights: Floats, names: list[str]) -> None:
-    """Write in one step; a cache that cannot be written costs time, nothing else."""
+    """Write atomically; a failed write only costs time."""
 
     def write(scratch: Path) -> None:
         with scratch.open("wb") as file:

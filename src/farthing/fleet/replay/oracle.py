@@ -1,9 +1,9 @@
-"""The oracle: the cheapest fleet that knows the future exactly and still pays for its cold starts.
+"""The oracle: the cheapest fleet that knows the future exactly but still pays for cold starts.
 
-d_t = max(1, ceil(trailing 60 s rate / (u·C))). For each level k, the k-th replica is wanted in on = {t:
-d_t >= k}; it costs its busy time, plus the smaller of the gap and the load time for every gap between
-(keep it, or end it and launch it again in time), plus one load time if it is first wanted after the
-start. The total is the sum over levels.
+d_t = max(1, ceil(trailing 60 s rate / (u·C))). For each level k, the k-th replica is needed during on = {t:
+d_t >= k}. It costs its busy time, plus for every gap the smaller of the gap and the load time (keep it, or
+stop and relaunch it in time), plus one load time if it is first needed after the start. The total is the sum
+over levels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from farthing.fleet.replay.rate import Floats, Ints, trailing_mean
 
 
 def demand(load: Floats, dt: float, capacity: float, utilization: float) -> Ints:
-    """[N, B] replicas wanted at every step for `load` [N, B], from the trailing 60 s rate."""
+    """[N, B] replicas needed at every step for `load` [N, B], from the trailing 60 s rate."""
     rate = trailing_mean(load, round(60 / dt))
     return np.maximum(1, np.ceil(rate / (utilization * capacity) - 1e-9)).astype(np.int64)
 

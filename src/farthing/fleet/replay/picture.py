@@ -1,4 +1,4 @@
-"""A picture of a replay: the load with its forecasts, and below it the replicas of each policy."""
+"""Plot of a replay: the load with its forecasts, and below it the replicas of each policy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from farthing.fleet.replay.run import Replay
 
 
 def draw(made: Replay, runs: dict[str, Result], path: Path) -> None:
-    """Write the first seed's run to `path` (its ending says the format). Raises ModuleNotFoundError
-    without matplotlib.
+    """Plot the first seed's run to `path`, in the format of its suffix. Raises ModuleNotFoundError without
+    matplotlib.
     """
     import matplotlib
 
@@ -25,7 +25,7 @@ def draw(made: Replay, runs: dict[str, Result], path: Path) -> None:
     figure, (above, below) = plt.subplots(2, 1, figsize=(12, 7), sharex=True, layout="constrained")
     lines = [("short: q90 of the peak", made.bound[span, 0], "tab:red")]
     plan = np.where(made.floor[span, 0] == made.rate[span, 0], np.nan, made.floor[span, 0])
-    if not np.isnan(plan).all():  # without a plan the load itself stands in for it
+    if not np.isnan(plan).all():  # without a plan the load replaces it
         lines.append(("mid: floor of the day plan", plan, "tab:blue"))
     lines.append(("load (60 s)", made.rate[span, 0], "black"))
     for label, values, colour in lines:

@@ -1,4 +1,4 @@
-"""The mid-term level in a replay: a day plan made every day, from the past only."""
+"""The mid-term level in a replay: a day plan, made every day from past data only."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from farthing.fleet.forecast.growth import Floats, trailing_max
 from farthing.fleet.forecast.prophet import ProphetConfig
 from farthing.fleet.series import DAY_S, Series
 
-JUDGED_S = 300.0  # peaks this far apart are judged
-MOST_DAYS = 7  # between two fits
+JUDGED_S = 300.0  # interval of judged peaks
+MOST_DAYS = 7  # between fits
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """When the day plan is made, and over how long it is judged."""
+    """Settings of the day plan and of its judgement."""
 
     enabled: bool = True
-    history_s: float = 7 * DAY_S  # below this there is no plan: the load itself stands in for it
-    max_fits: int = 40  # the forecaster is fitted every few days of a long trace
+    history_s: float = 7 * DAY_S  # no plan before this: the load replaces it
+    max_fits: int = 40  # a long trace is refitted only every few days
     judged_s: float = 7 * DAY_S  # window of the running skill and of the floor's share
-    utilization: float = 0.7  # at which replicas are provisioned
+    utilization: float = 0.7  # target utilization of the replicas
     prophet: ProphetConfig = field(default_factory=ProphetConfig)
 
 
@@ -33,14 +33,14 @@ def day_plan(
 ) -> Floats:
     """[T] the floor at each tick: a share of the plan's peak over the next `lead_s`; NaN without a plan.
 
-    `load` and `bound` [T] are the load and the short-term bound at each tick. As in service, a plan whose
-    running skill against the last value known at its making is below zero is not used.
+    `load` and `bound` [T] are the load and the short-term bound at each tick. As in production, a plan is not
+    used while its running skill against the last value known when it was made is below zero.
     """
     if not config.enabled:
         return np.full(len(load), np.nan)
     value, good = _plans(series, config)
     ahead = max(1, int(np.ceil(lead_s / series.step_s)) + 1)
-    peak = trailing_max(value[::-1, None], ahead)[::-1, 0]  # over the steps ahead
+    peak = trailing_max(value[::-1, None], ahead)[::-1, 0]  # over the next steps
     at = np.minimum(np.floor(np.arange(len(load)) * tick_s / series.step_s).astype(np.int64), len(series) - 1)
     planned = np.where(good, peak, np.nan)[at]
     floor: Floats = planned * _shares(planned, load, bound, tick_s, lead_s, config)
@@ -50,7 +50,7 @@ def day_plan(
 def _shares(
     planned: Floats, load: Floats, bound: Floats, tick_s: float, lead_s: float, config: PlanConfig
 ) -> Floats:
-    """[T] the floor's share of the plan, chosen every day from the days before."""
+    """[T] the floor's share of the plan, chosen every day from previous days."""
     lead, every = max(1, round(lead_s / tick_s)), max(1, round(JUDGED_S / tick_s))
     day, window = round(DAY_S / tick_s), round(config.judged_s / tick_s)
     peaks = trailing_max(load[:, None], lead)[:, 0]

@@ -1,7 +1,6 @@
-"""Scaling policies over lanes: ours (the same rule as `fleet.policy`, tested against it), and the peers'.
+"""Scaling policies over lanes: Farthing's (the rule of `fleet.policy`, tested against it) and others'.
 
-Shapes: T = ticks, B = lanes. `load` is the trailing 60 s rate at each tick, what a metrics server would
-report.
+Shapes: T = ticks, B = lanes. `load` is the trailing 60 s rate at each tick, as a metrics server would report.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from farthing.fleet.slo import SloConfig
 
 
 def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:
-    """ceil(load / (u·C)), forgiving the rounding of the division; [T, B] or [B]."""
+    """ceil(load / (u·C)), tolerant of rounding errors; [T, B] or [B]."""
     return np.ceil(load / (utilization * capacity) - 1e-9).astype(np.int64)
 
 
 @dataclass
 class FarthingRule:
-    """`fleet.policy.Policy` for many lanes: the maximum of the levels, up at once, down by the rule.
+    """`fleet.policy.Policy` for many lanes: the maximum of the levels, up immediately, down by the rule.
 
-    `planned` [T, B] is the largest load of the forecast levels and the present; backlog, latency and the
+    `planned` [T, B] is the maximum of the forecast levels and the current load; backlog, latency and the
     SLO's utilization follow from the queue.
     """
 
     planned: Floats  # [T, B]
     load: Floats  # [T, B]
-    utilization: Floats  # [B], the first one where the SLO moves it
+    utilization: Floats  # [B], the initial one if the SLO adjusts it
     capacity: float
     lead_s: float
     tick_s: float
@@ -50,11 +49,11 @@ class FarthingRule:
         lanes = self.planned.shape[1]
         self.u = np.broadcast_to(np.asarray(self.utilization, dtype=np.float64), (lanes,)).copy()
         self.start: Ints = np.maximum(self.min_replicas, needed(self.planned[0], self.u, self.capacity))
-        self._breach = np.full(lanes, np.inf)  # when the present breach began
+        self._breach = np.full(lanes, np.inf)  # start of the current breach
         self._step_time = np.full(lanes, -np.inf)
         self._step_target = np.zeros(lanes, np.int64)
         self._recent: deque[Ints] = deque(maxlen=int(self.stabilization_s // self.tick_s) + 1)
-        self._calm = True  # no lane has a breach or a step in effect
+        self._calm = True  # no lane has a breach or an active step
 
     def decide(self, view: View) -> Ints:
         if self.slo is not None and view.tick > 0:
@@ -70,7 +69,7 @@ class FarthingRule:
             down = np.where(wanted < self.scale_down_below * view.current, wanted, view.current)
         else:
             down = np.minimum(wanted, view.current)
-        if view.now < self.stabilization_s:  # no scale-down until a whole window has been seen
+        if view.now < self.stabilization_s:  # no scale-down before a whole window
             down = view.current
         target = np.where(required >= view.current, required, down)
         return np.asarray(np.clip(target, self.min_replicas, self.max_replicas), dtype=np.int64)
@@ -83,7 +82,7 @@ class FarthingRule:
         breached = view.wait > self.latency_threshold_s
         self._breach = np.where(breached, np.minimum(self._breach, view.now), np.inf)
         stepped = view.now - self._step_time < self.lead_s
-        lasting = view.now - self._breach >= self.latency_for_s  # False where there is no breach
+        lasting = view.now - self._breach >= self.latency_for_s  # False without a breach
         step = lasting & ~stepped
         self._step_time = np.where(step, view.now, self._step_time)
         raised = np.ceil(self.latency_factor * np.maximum(1, view.ready) - 1e-9).astype(np.int64)
@@ -97,10 +96,9 @@ class FarthingRule:
 class HpaRule:
     """The Kubernetes HPA v2 on an external rate metric (AverageValue): tolerance, sync period, stabilization.
 
-    Defaults are the controller's: tolerance 0.1, scale-up by the larger of 100 % and 4 pods a 15 s,
-    scale-down to the largest recommendation of 300 s. `poll_s` is how old a metric may be (KEDA
-    polls every 30 s). `backlog_s` above 0 adds the backlog, to be worked off in that time, to the
-    metric.
+    Defaults are the controller's: tolerance 0.1, scale-up by the larger of 100 % and 4 pods per 15 s,
+    scale-down to the largest recommendation of 300 s. `poll_s` is the age of the metric (KEDA polls every 30
+    s). With `backlog_s` above 0, the metric includes the backlog, to be processed in that time.
     """
 
     load: Floats  # [T, B]
@@ -133,7 +131,7 @@ class HpaRule:
 
 @dataclass
 class FixedRule:
-    """A given number of replicas at every tick [T, B]: static provisioning, or the oracle's demand."""
+    """A fixed schedule of replicas [T, B]: static provisioning, or the oracle's demand."""
 
     plan: Ints
 

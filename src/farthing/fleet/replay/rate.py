@@ -1,10 +1,10 @@
-"""A fleet at rate level: load flows in, replicas drain it, many runs ("lanes") at once.
+"""Rate-level simulation of a fleet: load flows in, replicas drain it, for many runs ("lanes") at once.
 
-Shapes: B = lanes (seeds, or seeds x settings), T = ticks (decisions), S = sub-steps a tick. The queue
-is a fluid: within a sub-step the load and the replicas are constant, so a backlog grows or shrinks on a
-line, and the share of arrivals that wait longer than the SLO follows exactly. A replica is billed from
-its launch and serves after the load time; one that is taken away while it still starts ends at once, a
-ready one is billed for `drain_s` more. A failed replica is replaced by a launch at once.
+Shapes: B = lanes (seeds, or seeds x settings), T = ticks (decisions), S = sub-steps per tick. The queue is a
+fluid: within a sub-step load and replicas are constant, so the backlog changes linearly, and the share of
+arrivals that wait longer than the SLO is exact. A replica is billed from its launch and serves after the load
+time. A removed replica ends immediately if it is still starting; a ready one is billed for `drain_s` more. A
+failed replica is replaced by an immediate launch.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the world is like, the same for every policy."""
+    """The simulated environment, the same for every policy."""
 
-    capacity: float  # load units a second of one replica
+    capacity: float  # load units per second per replica
     load_time_s: float = 600.0  # launch to ready
     tick_s: float = 15.0  # time between decisions
-    substeps: int = 3  # of a tick
-    drain_s: float = 30.0  # a ready replica that is taken away is billed this much longer
+    substeps: int = 3  # per tick
+    drain_s: float = 30.0  # a removed ready replica is billed this much longer
     wait_slo_s: float = 2.0
-    failures_per_day: float = 0.0  # of one ready replica
+    failures_per_day: float = 0.0  # per ready replica
 
     def __post_init__(self) -> None:
         for name in ("capacity", "tick_s", "wait_slo_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"Setting.{name} = {getattr(self, name)}: a number above 0 is needed")
+                raise ValueError(f"Setting.{name} = {getattr(self, name)}: expected a number above 0")
         for name in ("load_time_s", "drain_s", "failures_per_day"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"Setting.{name} = {getattr(self, name)}: 0 or more is needed")
+                raise ValueError(f"Setting.{name} = {getattr(self, name)}: expected 0 or more")
         if self.substeps < 1:
-            raise ValueError(f"Setting.substeps = {self.substeps}: 1 or more is needed")
+            raise ValueError(f"Setting.substeps = {self.substeps}: expected 1 or more")
 
     @property
     def dt(self) -> float:
@@ -48,19 +48,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class View:
-    """What a policy may see at a tick; arrays are [B]."""
+    """The inputs of a policy at a tick; arrays are [B]."""
 
     tick: int
     now: float
-    current: Ints  # launched and not ended: ready and starting
+    current: Ints  # launched and not ended: ready plus starting
     ready: Ints
-    backlog: Floats  # load units that wait
-    wait: Floats  # seconds that a request arriving now waits
-    late: Floats  # share of the last tick's requests that waited longer than the SLO allows
+    backlog: Floats  # waiting load units
+    wait: Floats  # wait of a request arriving now, seconds
+    late: Floats  # share of the last tick's requests that exceeded the SLO's wait
 
 
 class Rule(Protocol):
-    """A policy over lanes. `start` is what is ready at time 0."""
+    """A policy over lanes. `start` replicas are ready at time 0."""
 
     start: Ints
 
@@ -80,7 +80,7 @@ class Result:
 
 
 class _Pool:
-    """Ready and starting replicas of every lane; starting ones lie in a ring by the tick of readiness."""
+    """Ready and starting replicas of every lane; starting ones are in a ring buffer by ready tick."""
 
     def __init__(self, start: Ints, load_ticks: int) -> None:
         self.ready = start.astype(np.int64).copy()
@@ -99,11 +99,11 @@ class _Pool:
         if self.instant:
             self.ready += count
             return
-        self.ring[tick % len(self.ring)] += count  # this slot comes round after the load time
+        self.ring[tick % len(self.ring)] += count  # this slot is due after the load time
         self.starting += count
 
     def take_away(self, tick: int, count: Ints) -> Ints:
-        """End `count` replicas, the newest starting ones first; returns how many ready ones went, [B]."""
+        """Remove `count` replicas, newest starting ones first; returns the ready ones removed, [B]."""
         early = np.minimum(count, self.starting)
         for lane in np.flatnonzero(early):
             left = int(early[lane])
@@ -121,7 +121,7 @@ class _Pool:
 
 
 def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Result:
-    """Run `rule` against `load` [T·S, B] (load units a second at every sub-step). Ends with whole ticks."""
+    """Run `rule` against `load` [T·S, B] (load units per second), for whole ticks."""
     steps, lanes = load.shape
     ticks = steps // setting.substeps
     load_ticks = round(setting.load_time_s / setting.tick_s)
@@ -190,7 +190,7 @@ def _flow(backlog: Floats, load: Floats, rate: Floats, setting: Setting) -> tupl
 
 
 def trailing_mean(values: Floats, steps: int) -> Floats:
-    """[N, B] mean of the last `steps` rows, of fewer at the beginning."""
+    """[N, B] mean of the last `steps` rows, fewer at the start."""
     total = np.cumsum(np.concatenate([np.zeros((1, values.shape[1])), values]), axis=0)
     last = np.arange(1, len(values) + 1)
     first = np.maximum(0, last - max(1, steps))

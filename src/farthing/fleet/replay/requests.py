@@ -1,9 +1,8 @@
-"""A fleet at request level: single requests through replicas with continuous batching.
+"""Replay of single requests through replicas with continuous batching.
 
-A replica runs iterations. It admits a waiting request when its batch has room and computes the prompt
-(the batch pauses meanwhile); otherwise one iteration gives every running request a token, in base +
-share · batch seconds. A request goes to the ready replica with the fewest requests; a replica that is
-taken away drains first.
+A replica runs iterations. It admits a waiting request when its batch has room and computes the prompt, which
+pauses the batch; otherwise one iteration generates a token for every running request, in base + share · batch
+seconds. A request goes to the ready replica with the fewest requests; a removed replica drains first.
 """
 
 from __future__ import annotations
@@ -21,34 +20,32 @@ from farthing.fleet.replay.run import Progress, Replay, ReplayConfig, base_of
 from farthing.fleet.replay.trace import RequestTrace
 from farthing.fleet.series import Series
 
-BIN_S = 5.0  # of the rate series a policy's forecasts are made from
+BIN_S = 5.0  # of the rate series for forecasts
 
 
 @dataclass(frozen=True)
 class Service:
-    """Times of one replica; the defaults are those of a large model on one node, before scaling."""
+    """Times of one replica; the defaults are of a large model on one node, before scaling."""
 
     prefill_s_per_token: float = 1 / 8000
     decode_base_s: float = 0.02
-    decode_share_s: float = 0.0005  # more for each request of the batch
+    decode_share_s: float = 0.0005  # per request in the batch
     max_batch: int = 32
 
     def capacity(self, trace: RequestTrace) -> float:
-        """Requests a second at a full batch, for the trace's mean request."""
+        """Requests per second with a full batch, for the trace's mean request."""
         step = self.decode_base_s + self.decode_share_s * self.max_batch
         prefill = self.prefill_s_per_token * float(trace.prompt_tokens.mean())
         return 1 / (prefill + float(trace.output_tokens.mean()) * step / self.max_batch)
 
     def work(self, trace: RequestTrace) -> Floats:
-        """[R] what each request costs a full replica, relative to the mean request."""
+        """[R] cost of each request on a full replica, relative to the mean request."""
         step = (self.decode_base_s + self.decode_share_s * self.max_batch) / self.max_batch
         cost = self.prefill_s_per_token * trace.prompt_tokens + step * trace.output_tokens
         return np.asarray(cost / cost.mean(), dtype=np.float64)
 
     def fitted(self, trace: RequestTrace, capacity: float) -> Service:
-        """A replica with this capacity: the smallest batch that carries it, then all times scaled to
-        match.
-        """
+        """A replica with this capacity: the smallest sufficient batch, with all times scaled to match."""
         for batch in range(1, self.max_batch + 1):
             service = replace(self, max_batch=batch)
             if service.capacity(trace) >= capacity or batch == self.max_batch:
@@ -64,7 +61,7 @@ class Service:
 
 @dataclass
 class _Replica:
-    """One replica. `tokens` counts iterations; `finish` is a heap of the counts at which requests end."""
+    """One replica. `tokens` counts iterations; `finish` is a heap of the counts at which requests finish."""
 
     service: Service
     launched: float
@@ -80,8 +77,8 @@ class _Replica:
         return len(self.waiting) + len(self.finish)
 
     def advance(self, until: float, waits: list[float]) -> None:
-        """Work until the time `until` (an iteration in flight is finished); waits of admitted requests are
-        noted.
+        """Simulate until the time `until`, finishing an iteration in flight. Appends waits of admitted
+        requests.
         """
         service = self.service
         while self.clock < until:
@@ -104,7 +101,7 @@ class _Replica:
 
 
 class _Fleet:
-    """All replicas of one run, the requests no replica could take yet, and the bill."""
+    """All replicas of one run, the unrouted requests, and the bill."""
 
     def __init__(self, service: Service, start: int, load_time_s: float) -> None:
         self.service, self.load_time_s = service, load_time_s
@@ -130,7 +127,7 @@ class _Fleet:
         chosen.waiting.append(request)
 
     def settle(self, now: float) -> None:
-        """Bring every replica to `now`; end those that have drained, route what had to wait for one."""
+        """Advance every replica to `now`, remove drained ones and route waiting requests."""
         for replica in self.replicas:
             if replica.ready_at <= now:
                 replica.clock = max(replica.clock, replica.ready_at)
@@ -142,7 +139,7 @@ class _Fleet:
             self.route(now, self.unrouted.popleft())
 
     def scale(self, now: float, target: int) -> None:
-        """Launch or drain until `target` replicas are asked for: starting ones go first, then the idlest."""
+        """Launch or drain to reach `target` replicas: removes starting ones first, then the idlest."""
         for _ in range(self.current, target):
             self.replicas.append(
                 _Replica(self.service, now, now + self.load_time_s, clock=now + self.load_time_s)
@@ -240,7 +237,7 @@ def _rates(trace: RequestTrace, weight: Floats | None = None) -> Series:
 def _run(
     trace: RequestTrace, made: Replay, name: str, utilization: float, service: Service
 ) -> dict[str, float]:
-    """One policy against one run; requests left at the end are worked off by the replicas there are."""
+    """Run one policy on one trace; the last replicas finish the remaining requests."""
     rule = made.rule(name, np.array([utilization]), made.span(None))
     load_time = 0.0 if name == "oracle" else made.config.load_time_s
     fleet = _Fleet(service, int(rule.start[0]), load_time)
@@ -272,7 +269,7 @@ def _run(
             following += 1
     end = made.ticks * tick_s
     billed = fleet.billed_s + sum(end - r.launched for r in fleet.replicas)
-    for _ in range(10_000):  # work off the rest; its time is not billed
+    for _ in range(10_000):  # finish the rest; its time is not billed
         if not fleet.backlog():
             break
         end += 60.0

@@ -1,6 +1,6 @@
-"""Replays of a rate trace: the load, what each policy knows of it, and the table of outcomes.
+"""Replays of a rate trace: the load, the forecasts for each policy, and the table of outcomes.
 
-Shapes: T = ticks, S = sub-steps a tick, B = lanes (seeds; while tuning, utilizations x seeds).
+Shapes: T = ticks, S = sub-steps per tick, B = lanes (seeds; utilizations x seeds while tuning).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """What is replayed; `capacity` None: the trace's mean load needs `mean_replicas` replicas."""
+    """Settings of a replay; `capacity` None: the trace's mean load needs `mean_replicas` replicas."""
 
     utilization: float = 0.7
     load_time_s: float = 600.0
@@ -54,7 +54,7 @@ class ReplayConfig:
     noise: float = 0.1
     price_per_hour: float = 1.0
     slo_target: float = 0.995  # tuned policies reach it on the first half
-    second_half: bool = False  # report the second half only
+    second_half: bool = False  # report only the second half
     drain_s: float = 30.0
     wait_slo_s: float = 2.0
     failures_per_day: float = 0.0
@@ -64,33 +64,33 @@ class ReplayConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
-            raise ValueError(f"utilization = {self.utilization}: a number in (0, 1] is needed")
+            raise ValueError(f"utilization = {self.utilization}: expected a number in (0, 1]")
         if self.capacity is not None and not self.capacity > 0:
-            raise ValueError(f"capacity = {self.capacity}: a number above 0 is needed")
+            raise ValueError(f"capacity = {self.capacity}: expected a number above 0")
         if self.seeds < 1:
-            raise ValueError(f"seeds = {self.seeds}: 1 or more is needed")
+            raise ValueError(f"seeds = {self.seeds}: expected 1 or more")
         if not self.noise >= 0:
-            raise ValueError(f"noise = {self.noise}: 0 or more is needed")
+            raise ValueError(f"noise = {self.noise}: expected 0 or more")
 
 
 def base_of(name: str) -> str:
-    """The policy under a possible `-tuned`. Raises ValueError naming the policies there are."""
+    """The policy's name without `-tuned`. Raises ValueError with the known policies."""
     base = name.removesuffix("-tuned")
     if base not in POLICIES or (base != name and base not in TUNABLE):
         tuned = ", ".join(f"{policy}-tuned" for policy in TUNABLE)
-        raise ValueError(f"policy {name!r}: known are {', '.join(POLICIES)}, {tuned}")
+        raise ValueError(f"policy {name!r}: expected one of {', '.join(POLICIES)}, {tuned}")
     return base
 
 
 class Replay:
-    """One trace made ready: its load, the forecasts made along it, and runs of policies against it."""
+    """A prepared trace: its load, the forecasts along it, and runs of policies."""
 
     def __init__(self, series: Series, config: ReplayConfig, progress: Progress = lambda text: None) -> None:
         if len(series) < 4:
-            raise ValueError(f"{series.name}: {len(series)} steps; a replay needs four or more")
+            raise ValueError(f"{series.name}: got {len(series)} steps; expected at least four")
         mean = float(series.values.mean())
         if mean <= 0:
-            raise ValueError(f"{series.name}: the load is zero everywhere; nothing to replay")
+            raise ValueError(f"{series.name}: the load is zero everywhere; expected a positive load")
         self.series, self.config, self.progress = series, config, progress
         capacity = config.capacity if config.capacity is not None else mean / config.mean_replicas
         slow = series.step_s > 600  # a slow trace needs no decision every 15 s
@@ -109,12 +109,10 @@ class Replay:
         self._know()
 
     def _know(self) -> None:
-        """What can be known at each tick: the trailing rate, the bound on the next peak, the day plan; [T,
-        B].
-        """
+        """Compute what is known at each tick: trailing rate, bound on the next peak, day plan; all [T, B]."""
         setting, config = self.setting, self.config
         means = self.load.reshape(self.ticks, setting.substeps, -1).mean(axis=1)
-        raw = np.concatenate([means[:1], means[:-1]])  # at a tick the last whole one is known
+        raw = np.concatenate([means[:1], means[:-1]])  # at a tick, the previous one is known
         lead = config.load_time_s + setting.tick_s
         self.rate = trailing_mean(raw, round(60 / setting.tick_s))
         self.progress("short-term bound")
@@ -198,12 +196,12 @@ class Replay:
         return [(u, float(s), float(h)) for u, s, h in zip(grid, slo, hours, strict=True)]
 
     def tune(self, name: str, half: int | None = 0) -> float:
-        """The cheapest utilization of the grid that meets the SLO target; the lowest where none does."""
+        """The cheapest utilization of the grid that meets the SLO target; the lowest if none does."""
         good = [(hours, u) for u, slo, hours in self.curve(name, half=half) if slo >= self.config.slo_target]
         return min(good)[1] if good else GRID[0]
 
     def outcome(self, name: str) -> tuple[dict[str, Any], Result]:
-        """The row of one policy (means over the seeds) and the run it comes from."""
+        """The table row of one policy (means over the seeds) and its run."""
         base = base_of(name)
         half = 1 if self.config.second_half else None
         utilization = self.tune(base) if name != base else self.config.utilization
@@ -227,9 +225,7 @@ def replay(
     config: ReplayConfig | None = None,
     progress: Progress = lambda text: None,
 ) -> tuple[dict[str, Any], dict[str, Result], Replay]:
-    """Replay `series` against `policies`: the JSON document, the runs (for a picture), and the replay
-    itself.
-    """
+    """Replay `series` against `policies`. Returns the JSON document, the runs (for a plot) and the replay."""
     for name in policies:
         base_of(name)
     config = config or ReplayConfig()

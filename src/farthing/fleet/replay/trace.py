@@ -1,4 +1,4 @@
-"""Load traces: recognized by their columns, plain or gzip; and the load of a replay made from them."""
+"""Load traces, plain or gzip, detected by their columns, and the load of a replay."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Arrival(NamedTuple):
     at_s: float  # seconds, by the trace's own clock
     prompt_tokens: int
     output_tokens: int
-    blocks: tuple[int, ...] = ()  # what its prompt begins with; equal numbers are equal text
+    blocks: tuple[int, ...] = ()  # ids of its prompt's leading blocks; equal ids mean equal text
 
 
 def read_trace(path: str | Path) -> Series | RequestTrace:
-    """A rate series (load units a second) or single requests.
+    """Read a rate series (load units per second) or single requests.
 
-    Raises FileNotFoundError, or ValueError naming what was found and the four formats that are known.
+    Raises FileNotFoundError, or ValueError with the first line and the four supported formats.
     """
     path = Path(path)
     columns = _columns(_first_line(path))
@@ -55,16 +55,16 @@ def read_trace(path: str | Path) -> Series | RequestTrace:
         return Series(counts.start, counts.step_s, counts.values / counts.step_s, counts.name)
     rows = read_requests(path, "; CSV with t_s,total_rate_rps or timestamp,value")
     if len(rows) < 2:
-        raise ValueError(f"{path}: {len(rows)} requests; a replay needs two or more")
+        raise ValueError(f"{path}: got {len(rows)} requests; expected at least two")
     data = np.array([row[:3] for row in rows], dtype=np.float64)
     prompts, outputs = np.maximum(1, data[:, 1:]).astype(np.int64).T
     return RequestTrace(path.name.split(".")[0], data[:, 0] - data[0, 0], prompts, outputs)
 
 
 def read_requests(path: str | Path, others: str = "") -> list[Arrival]:
-    """Single requests in the order of their arrival, from a plain or gzip file.
+    """Read single requests, ordered by arrival, from a plain or gzip file.
 
-    Raises FileNotFoundError, or ValueError naming what was found and what is known, `others` besides.
+    Raises FileNotFoundError, or ValueError with the first line and the supported formats, including `others`.
     """
     path = Path(path)
     first = _first_line(path)
@@ -74,7 +74,7 @@ def read_requests(path: str | Path, others: str = "") -> list[Arrival]:
         rows = _json_lines(path)
     else:
         raise ValueError(
-            f"{path}: first line {first[:60]!r}; known are CSV with TIMESTAMP,ContextTokens,"
+            f"{path}: first line {first[:60]!r}; expected CSV with TIMESTAMP,ContextTokens,"
             f"GeneratedTokens; JSON lines with timestamp,input_length,output_length{others}"
         )
     return sorted(rows, key=lambda row: row.at_s)
@@ -109,19 +109,19 @@ def _json_lines(path: Path) -> list[Arrival]:
                 rows.append(Arrival(at_s, int(row["input_length"]), int(row["output_length"]), blocks))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{path}, line {number}: {error!r}; needed: timestamp (ms), input_length, output_length"
+                    f"{path}, line {number}: {error!r}; expected timestamp (ms), input_length, output_length"
                 ) from error
     return rows
 
 
 def rate_load(series: Series, dt: float, seeds: int, noise: float = 0.1, noise_s: float = 10.0) -> Floats:
-    """[N, B] load at every `dt` seconds: the line between the trace's points, times gamma noise of mean 1.
+    """[N, B] load at every `dt` seconds: the trace, linearly interpolated, times gamma noise of mean 1.
 
-    `noise` is the standard deviation of the factor, redrawn every `noise_s` seconds for each of
-    `seeds` lanes.
+    `noise` is the standard deviation of the factor, redrawn every `noise_s` seconds for each of `seeds`
+    lanes.
     """
     if seeds < 1:
-        raise ValueError(f"seeds = {seeds}: 1 or more is needed")
+        raise ValueError(f"seeds = {seeds}: expected 1 or more")
     steps = round(len(series) * series.step_s / dt)
     middle = (np.arange(steps) + 0.5) * dt
     base = np.interp(middle, np.arange(len(series)) * series.step_s, series.values)

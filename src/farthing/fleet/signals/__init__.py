@@ -1,11 +1,11 @@
-"""What a fleet says about itself, under one set of names whatever the server.
+"""Signals of a fleet, under the same names for every server.
 
 dialects   the metric names of vLLM, SGLang and Farthing
 scrape     replicas' /metrics, read directly
 prometheus a Prometheus server, by its HTTP API
 coldstart  launch-to-ready times and their P90
 
-A source answers `read(current)` with a `Snapshot`. A signal it could not have is None, which is not zero.
+A source's `read(current)` returns a `Snapshot`. A missing signal is None, not zero.
 """
 
 from farthing.fleet.signals.coldstart import ColdStarts

@@ -1,4 +1,4 @@
-"""Launch-to-ready times: the P90 of what was measured is the lead that predictions must have."""
+"""Launch-to-ready times. Their P90 is the lead time of forecasts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ColdStarts:
         self._seconds: deque[float] = deque(maxlen=keep)
 
     def add(self, seconds: float) -> None:
-        """Take in one launch. A figure that is negative or not finite (a clock that was set) is left out."""
+        """Record one launch. Ignores negative or non-finite times (after a clock change)."""
         if math.isfinite(seconds) and seconds >= 0:
             self._seconds.append(seconds)
 

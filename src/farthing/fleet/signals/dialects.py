@@ -1,6 +1,6 @@
-"""Metric names of the servers a fleet may consist of, and which of them a server speaks.
+"""Metric names of the supported servers, and detection of a server's dialect.
 
-A name is given without the suffix that its kind adds: counters get `_total`, histograms `_sum` and `_count`.
+Names omit the suffix of their kind: counters add `_total`, histograms `_sum` and `_count`.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-LAUNCH_METRIC = "farthing:launch_to_ready_seconds"  # gauge; only Farthing's server has it
+LAUNCH_METRIC = "farthing:launch_to_ready_seconds"  # gauge; only in Farthing's server
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """The names of one server. None: the server does not report it."""
+    """Metric names of one server. None: not reported."""
 
     name: str
     running: str  # gauge, requests
@@ -21,14 +21,14 @@ class Dialect:
     kv_usage: str  # gauge, 0..1
     prompt_tokens: str  # counter
     output_tokens: str  # counter
-    ttft: str  # histogram, seconds; its count is the requests that had their first token
+    ttft: str  # histogram, seconds; its count is the requests with a first token
     queue_time: str | None = None  # histogram, seconds
-    cache_hits: str | None = None  # counters, prompt tokens found in the prefix cache
-    cache_queries: str | None = None  # and looked up there
-    tpot: tuple[str, ...] = ()  # histograms, seconds; the first one found counts
+    cache_hits: str | None = None  # counter, prompt tokens found in the prefix cache
+    cache_queries: str | None = None  # counter, prompt tokens looked up
+    tpot: tuple[str, ...] = ()  # histograms, seconds; the first one found is used
 
     def names(self) -> tuple[str, ...]:
-        """Every family this dialect reads."""
+        """All metric families of this dialect."""
         optional = [name for name in (self.queue_time, self.cache_hits, self.cache_queries) if name]
         own = (self.running, self.waiting, self.kv_usage, self.prompt_tokens, self.output_tokens)
         return (*own, self.ttft, *optional, *self.tpot)
@@ -68,7 +68,7 @@ DIALECTS: dict[str, Dialect] = {
 
 
 def dialect(name: str) -> Dialect | None:
-    """The dialect called `name`; None for "auto". Raises ValueError on an unknown one."""
+    """The dialect called `name`; None for "auto". Raises ValueError for an unknown name."""
     if name == "auto":
         return None
     if name not in DIALECTS:
@@ -77,6 +77,6 @@ def dialect(name: str) -> Dialect | None:
 
 
 def detect(names: Iterable[str]) -> Dialect | None:
-    """The dialect whose queue gauge is among these metric names; None where there is none."""
+    """The dialect whose queue gauge is among these metric names, or None."""
     known = set(names)
     return next((d for d in DIALECTS.values() if d.waiting in known or d.running in known), None)

@@ -1,7 +1,7 @@
 """Signals from a Prometheus server, by its HTTP API.
 
-Every question is evaluated at the server's own time, and so is the age of what it knows: a clock of ours
-that is wrong cannot make old figures look young.
+Queries and the age of samples are evaluated at the server's time, so a wrong local clock cannot make old
+samples look recent.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from farthing.fleet.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-MAX_POINTS = 11_000  # of one series in one answer of query_range
+MAX_POINTS = 11_000  # per series in one query_range response
 
 
 class PrometheusError(Exception):
-    """A Prometheus server that cannot be reached, or refuses a question."""
+    """The Prometheus server cannot be reached or rejects a query."""
 
 
 class PrometheusSource:
     """Reads a deployment's signals from Prometheus.
 
-    `selector` narrows every metric, for instance `{namespace="prod",model_name="deepseek-v3"}`.
+    `selector` filters every metric, for example `{namespace="prod",model_name="deepseek-v3"}`.
     `window_s` must span at least two scrapes. Samples older than `stale_after_s` make the snapshot stale.
     """
 
@@ -62,9 +62,9 @@ class PrometheusSource:
     # ---- the snapshot ----
 
     async def read(self, current: int) -> Snapshot:
-        """All signals in one round of parallel questions. Stale if the server or its samples are gone.
+        """All signals in one round of parallel queries. Stale if the server or its samples are missing.
 
-        `ready` is None while a replica that was seen within `stale_after_s` is not seen any more.
+        `ready` is None while a replica that was reported within `stale_after_s` is missing.
         """
         try:
             dialect = self._dialect or await self._detect()
@@ -78,7 +78,7 @@ class PrometheusSource:
         value = dict(zip(questions, answers, strict=True))
         age, ready, lately = value.pop("age"), value.pop("ready"), value.pop("lately")
         if ready != lately:
-            ready = None  # a replica fell silent: part of the load is unseen, no reason to scale down
+            ready = None  # a replica is silent: part of the load is unseen, so do not scale down
         leaving = value.pop("leaving", None)
         measured = self._cold_starts.p90 if self._cold_starts is not None else None
         cold_start = value.pop("cold_start_s")
@@ -104,7 +104,7 @@ class PrometheusSource:
         return f"{metric}{self._selector}"
 
     def _questions(self, d: Dialect) -> dict[str, str]:
-        """PromQL for each field of a snapshot, and for the age of the youngest sample in seconds."""
+        """PromQL for each field of a snapshot, and for the age of the newest sample in seconds."""
         ready_at = "kube_pod_status_ready_time"
         questions = {
             "age": f"time() - max(timestamp({self._of(d.waiting)}))",
@@ -133,7 +133,7 @@ class PrometheusSource:
 
     @property
     def _pods(self) -> str:
-        """The namespace of the selector, for kube-state-metrics, whose series carry no model labels."""
+        """The selector's namespace, for kube-state-metrics, whose series have no model labels."""
         labels = [part for part in self._selector.strip("{}").split(",") if part.startswith("namespace=")]
         return "{" + ",".join(labels) + "}" if labels else ""
 
@@ -141,21 +141,19 @@ class PrometheusSource:
         return f"sum(rate({self._of(counter)}[{self._window:g}s]))"
 
     def _arrivals(self, d: Dialect) -> str:
-        """Requests a second that arrive: those that had their first token, and those that joined the
-        queue.
-        """
+        """Arriving requests per second: those with a first token, plus the growth of the queue."""
         queued = f"sum(delta({self._of(d.waiting)}[{self._window:g}s])) / {self._window:g}"
         return f"clamp_min({self._rate(f'{d.ttft}_count')} + {queued}, 0)"
 
     def _mean(self, histogram: str) -> str:
-        """Mean over the window; 0 where the histogram exists and nothing was observed in it."""
+        """Mean over the window; 0 if the histogram exists but had no observations."""
         total, count = self._rate(f"{histogram}_sum"), self._rate(f"{histogram}_count")
         return f"({total} / ({count} > 0) or {count} * 0)"
 
     # ---- the HTTP API ----
 
     async def scalar(self, query: str) -> float | None:
-        """The value of an instant query with one result; None where it has none, or is not a number."""
+        """The value of an instant query with one result; None if it has none or is not a number."""
         data = await self._api("query", {"query": query})
         result = data["result"]
         value = result if data["resultType"] == "scalar" else result[0]["value"] if result else None
@@ -163,7 +161,7 @@ class PrometheusSource:
         return number if math.isfinite(number) else None
 
     async def history(self, query: str, start: float, end: float, step_s: float) -> list[tuple[float, float]]:
-        """[(time, value)] of a range query with one series, in as many parts as the server's limit needs."""
+        """[(time, value)] of a range query with one series, split to respect the server's limit."""
         points: list[tuple[float, float]] = []
         part = step_s * (MAX_POINTS - 1)
         while start <= end:
@@ -178,7 +176,7 @@ class PrometheusSource:
     async def load_history(
         self, unit: str, start: float, end: float, step_s: float
     ) -> list[tuple[float, float]]:
-        """The load a forecaster learns from: (time, requests/s or tokens/s). Raises PrometheusError."""
+        """Past load for forecasters: (time, requests/s or tokens/s). Raises PrometheusError."""
         dialect = self._dialect or await self._detect()
         if dialect is None:
             return []
@@ -208,7 +206,7 @@ class PrometheusSource:
             raise PrometheusError(f"{self._url} does not answer: {said}") from problem
         if not isinstance(body, dict) or body.get("status") != "success":
             said = body.get("error", "no error text") if isinstance(body, dict) else repr(body)[:80]
-            raise PrometheusError(f"{self._url} refuses {dict(parameters)}: {said}")
+            raise PrometheusError(f"{self._url} rejects {dict(parameters)}: {said}")
         data: dict[str, Any] = body["data"]
         return data
 

@@ -1,8 +1,7 @@
 """Signals from replicas' own /metrics.
 
-Rates and means are differences over a sliding window (`window_s`), taken per replica on the monotonic
-clock, so that neither a restart of a replica (counters begin at zero again) nor a clock that is set can
-make a rate of nonsense.
+Rates and means are differences over a sliding window (`window_s`), per replica and on the monotonic clock, so
+that neither a replica's restart (counters restart at zero) nor a clock change distorts a rate.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ Targets = Callable[[], Mapping[str, str]]  # {replica: base url}
 
 @dataclass(frozen=True)
 class Sample:
-    """One reading of one replica: gauges now, counters and histogram sums since the replica began."""
+    """A reading of a replica: current gauges; counters and histogram sums since its start."""
 
     at: float  # monotonic seconds
     running: float | None
     waiting: float | None
     kv_usage: float | None
-    launch_s: float | None  # launch to ready, where the server says so
+    launch_s: float | None  # launch to ready, if the server reports it
     totals: Mapping[str, float]  # "prompt", "output", "<histogram>_sum", "<histogram>_count"
 
 
 @dataclass
 class _History:
-    """A replica's readings within the window, the oldest first."""
+    """A replica's readings within the window, oldest first."""
 
     samples: deque[Sample] = field(default_factory=deque)
 
@@ -51,9 +50,9 @@ class _History:
             self.samples.popleft()
 
     def increase(self, key: str, window_s: float = float("inf")) -> tuple[float, float] | None:
-        """(increase, seconds) of a counter over the window or its last `window_s`, resets taken into account.
+        """(increase, seconds) of a counter over the window or its last `window_s`, handling resets.
 
-        At least the last two readings count; None where there are fewer.
+        Uses at least the last two readings; None if there are fewer.
         """
         values = [(s.at, s.totals[key]) for s in self.samples if key in s.totals]
         late = [value for value in values if value[0] >= values[-1][0] - window_s]
@@ -65,7 +64,7 @@ class _History:
         return total, values[-1][0] - values[0][0]
 
     def growth_of_queue(self) -> float:
-        """Requests/s by which the queue grew over the window; 0 where that is unknown."""
+        """Growth of the queue over the window, requests/s; 0 if unknown."""
         known = [(s.at, s.waiting) for s in self.samples if s.waiting is not None]
         if len(known) < 2 or known[-1][0] <= known[0][0]:
             return 0.0
@@ -73,9 +72,9 @@ class _History:
 
 
 def parse(text: str, dialect: Dialect | None, at: float) -> Sample | None:
-    """One replica's /metrics text; None where no dialect is recognized in it.
+    """Parse one replica's /metrics text; None if no dialect is recognized.
 
-    Raises ValueError on other text.
+    Raises ValueError for other text.
     """
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
@@ -105,9 +104,7 @@ def parse(text: str, dialect: Dialect | None, at: float) -> Sample | None:
 
 
 class ScrapeSource:
-    """Reads every replica named by `targets()`; also how many requests wait at a gateway, where there is
-    one.
-    """
+    """Reads every replica of `targets()`, and the number of requests waiting at a gateway, if any."""
 
     def __init__(
         self,
@@ -132,9 +129,9 @@ class ScrapeSource:
         self._silent: set[str] = set()
 
     async def read(self, current: int) -> Snapshot:
-        """Scrape all replicas at once.
+        """Scrape all replicas concurrently.
 
-        Stale if none answers. If some do not, part of the load is unseen: `ready` is None then, on which the
+        Stale if none answers. If some do not, part of the load is unseen: `ready` is then None, and the
         policy may scale up but not down.
         """
         targets = dict(self._targets())
@@ -187,7 +184,7 @@ class ScrapeSource:
         return sample
 
     def _report(self, fresh: Mapping[str, Sample | None]) -> None:
-        """Say once when a replica falls silent, and once when it speaks again."""
+        """Log once when a replica's metrics are missing, and once when they are back."""
         silent = {name for name, sample in fresh.items() if sample is None}
         for name in sorted(silent - self._silent):
             log.warning("%s: no usable /metrics", name)
@@ -206,17 +203,17 @@ class ScrapeSource:
         return None
 
     def _rate(self, key: str) -> float | None:
-        """Increase a second, summed over replicas; None while no replica has two readings."""
+        """Increase per second, summed over replicas; None while no replica has two readings."""
         increases = [i for h in self._histories.values() if (i := h.increase(key)) and i[1] > 0]
         return sum(total / seconds for total, seconds in increases) if increases else None
 
     def _cached(self) -> float | None:
-        """Share of the prompt tokens that were found in a prefix cache; None where none was looked up."""
+        """Share of prompt tokens found in a prefix cache; None if none was looked up."""
         hits, queries = self._rate("cache_hits"), self._rate("cache_queries")
         return hits / queries if hits is not None and queries else None
 
     def _arrivals(self) -> float | None:
-        """Requests/s that arrive: those that had their first token, and those that joined the queue since."""
+        """Arriving requests/s: those with a first token, plus the growth of the queue."""
         served = self._rate("ttft_count")
         if served is None:
             return None
@@ -224,7 +221,7 @@ class ScrapeSource:
         return max(0.0, served + sum(queued))
 
     def _cold_start(self, samples: Iterable[Sample]) -> float | None:
-        """P90 of what was measured from outside, else of what the replicas say of themselves."""
+        """P90 of externally measured cold starts, else of those reported by the replicas."""
         if self._cold_starts is not None and self._cold_starts.p90 is not None:
             return self._cold_starts.p90
         reported = ColdStarts()
@@ -234,9 +231,7 @@ class ScrapeSource:
         return reported.p90
 
     def _mean(self, key: str) -> float | None:
-        """Mean of a histogram over the latency window and all replicas; 0 where nothing was observed in
-        it.
-        """
+        """Mean of a histogram over the latency window and all replicas; 0 without observations."""
         sums = [
             i[0] for h in self._histories.values() if (i := h.increase(f"{key}_sum", self._latency_window))
         ]

@@ -11,12 +11,12 @@ class Source(Protocol):
     """Reads the signals of a fleet."""
 
     async def read(self, current: int) -> Snapshot:
-        """The signals of now; `current` is the number of replicas requested.
+        """The current signals; `current` is the number of requested replicas.
 
-        A source that cannot be reached answers with a snapshot marked stale, it does not raise.
+        An unreachable source returns a snapshot marked stale instead of raising.
         """
         ...
 
     async def close(self) -> None:
-        """Give connections back."""
+        """Close connections."""
         ...

@@ -4,7 +4,7 @@ from farthing.model.types.base import Fields, ModelType, dense_prefix
 
 
 def _indexer_types(raw: Fields) -> list[str]:
-    """Of every hidden layer: a list, a pattern such as "FFSS", or every index_topk_freq-th layer "full"."""
+    """Indexer type per layer: from a list, a pattern such as "FFSS", or every index_topk_freq-th "full"."""
     if raw.get("indexer_types"):
         return list(raw["indexer_types"])
     pattern = raw.get("index_topk_pattern")

@@ -13,7 +13,7 @@ from farthing.ops.api import Batch, IndexCache, IndexerSpec
 from farthing.ops.cpu.stack import CACHE_TYPES
 from farthing.ops.selection import sequences_of
 
-MOST_SCORES = 1 << 22  # scores held at once; larger steps are scored in parts
+MOST_SCORES = 1 << 22  # scores in memory at once; larger steps are scored in parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ mapped (native/pack.cpp). Checksums are XXH3-64, seeded with the name of the sec
 changed places are found too; a background thread compares them at a bounded rate, `verify` all at once.
 
 The mapping requests large pages, which file systems with large folios (ext4 since Linux 6.16, xfs, btrfs)
-provide for what is first read through it: a process then maps a gigabyte in milliseconds, and a step reads it
-faster, since neither translation nor prefetching stops at every 4 KB. What was cached by writing stays in
-small pages, so the writer drops its own.
+provide for data first read through the mapping: a process then maps a gigabyte in milliseconds, and a step
+reads it faster, because translation and prefetching do not stop at every 4 KB. Pages cached by writing stay
+small, so the writer drops them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from farthing.ops.gpu.numeric import dot, widen
 from farthing.ops.indexer import Indexer, prepared_keys, rotated, top_positions, write_keys
 from farthing.ops.selection import sequences_of
 
-_MOST_SCORES = 1 << 26  # scores held at once
+_MOST_SCORES = 1 << 26  # scores in memory at once
 
 
 @triton.jit
