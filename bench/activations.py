@@ -1,8 +1,8 @@
-"""INT8 with calibrated input ranges, on the path that serves: one row per way to find the range.
+"""INT8 with calibrated input ranges in the serving kernels: one row per method of finding the range.
 
 usage: python bench/activations.py [--model mite] [--tokens 16384] [--work DIR] [--json]
-All rows share weights, smoothing, rotation and calibration text; only the ranges differ. Perplexity is
-measured by the serving kernels on held-out text, with a paired 95 % interval against the model as it was.
+All rows share weights, smoothing, rotation and calibration text; only the ranges differ. The serving kernels
+measure perplexity on held-out text, with a paired 95 % interval against the original model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BASE = RECIPES["int8-kl"]
 
 
 def recipes() -> dict[str, Recipe]:
-    """The rows: dynamic rounding, every observer alone, and the least measured error of all."""
+    """The rows: dynamic rounding, each observer alone, and the observer with the least measured error."""
     rows = {"dynamic": replace(BASE, activations="token")}
     for observer in ("minmax", "percentile", "mse", "kl"):
         rows[f"static {observer}"] = replace(BASE, observer=observer)  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def measure(model: str, tokens: int, work: Path, backend: str) -> list[dict[str, Any]]:
-    """One row per way."""
+    """One row per recipe."""
     source = resolve_model(model)
     config = ModelConfig.from_directory(source)
     held_out = load_corpus(held_out_sample(), source, config, 1024, tokens)
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="mite")
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--work", type=Path, help="a directory to keep the models in")
+    parser.add_argument("--work", type=Path, help="directory for the compressed models")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

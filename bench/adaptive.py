@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--calibrated", type=Path, help="written by `farthing compress --recipe adaptive-experts`"
     )
-    parser.add_argument("--tokens", type=int, help="of held-out text to take, all by default")
+    parser.add_argument("--tokens", type=int, help="held-out tokens to use. Default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--picture", type=Path)
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """Perplexity and speed over experts a token."""
+    """Perplexity and speed over experts per token."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,11 +108,11 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     x = [r["experts_per_token"] for r in rows]
     left.scatter(x, [100 * r["perplexity_increase"] for r in rows], color="#b91c1c")
     left.axhline(0.5, color="#b91c1c", linestyle=":", linewidth=1)
-    left.set_xlabel("experts a token")
+    left.set_xlabel("experts per token")
     left.set_ylabel("perplexity increase, %", color="#b91c1c")
     right = left.twinx()
     right.scatter(x, [r["tokens_per_second"] for r in rows], color="#1d4ed8", marker="^")
-    right.set_ylabel("tokens a second", color="#1d4ed8")
+    right.set_ylabel("tokens per second", color="#1d4ed8")
     for r in rows:
         left.annotate(
             str(r["rule"]).removeprefix("adaptive:"), (r["experts_per_token"], 100 * r["perplexity_increase"])

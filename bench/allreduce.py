@@ -1,6 +1,6 @@
-"""All-reduce and all-to-all between two ranks of this host: shared memory against gloo; a copy is the limit.
+"""All-reduce and all-to-all between two ranks of this host: shared memory and gloo, with a copy as the limit.
 
-"in a step" is the same sum from native code, as the CPU kernels call it between two layers.
+"in a step" is the same sum called from native code, as the CPU kernels do between two layers.
 
     python bench/allreduce.py [--elements 7168] [--rounds 5]
 
@@ -53,7 +53,7 @@ def work(rank: int, path: Path, port: int, elements: int, rounds: int, out: Conn
     groups: dict[str, Group] = {"gloo": DistGroup([0, 1], 60.0), "shared": memory}
     native = _native.SharedSum(*astuple(memory.shared_sum()))
     x, target = torch.ones(elements), torch.empty(elements)
-    half = [torch.ones(4, elements // 8), torch.ones(4, elements // 8)]  # as many bytes in all
+    half = [torch.ones(4, elements // 8), torch.ones(4, elements // 8)]  # the same bytes in total
     times: dict[str, list[float]] = {"copy": []}
     for _ in range(rounds):
         times["copy"] += timed(lambda: target.copy_(x))
@@ -93,7 +93,7 @@ def main() -> None:
             process.join()
         arena.unlink()
     size = 4 * a.elements
-    # Shared memory: x into the slot. gloo moves through a socket: into the kernel and out of it, each way.
+    # Shared memory: x into the slot. gloo copies into and out of socket buffers, each way.
     shared = ("shared all-reduce", "shared all-reduce, in a step")
     copied = {**dict.fromkeys(shared, size), "gloo all-reduce": 2 * size}
     ratio, inside = (result["gloo all-reduce"] / result[name] for name in shared)
@@ -102,7 +102,7 @@ def main() -> None:
         print(json.dumps({"us": result, **ratios, "bytes_copied": copied, "cores": os.cpu_count()}))
         return
     table = Table(
-        "two ranks, float32", "us", "bytes copied a rank", title=f"{a.elements:,} numbers, {size:,} bytes"
+        "two ranks, float32", "us", "bytes copied per rank", title=f"{a.elements:,} numbers, {size:,} bytes"
     )
     for name, us in result.items():
         table.add_row(name, f"{us:.1f}", f"{copied[name]:,}" if name in copied else "")

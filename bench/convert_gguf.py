@@ -1,9 +1,9 @@
-"""Runs a peer's convert_hf_to_gguf.py on a model whose tokenizer it does not know.
+"""Run a peer's convert_hf_to_gguf.py on a model with an unknown tokenizer.
 
     python bench/convert_gguf.py PATH/convert_hf_to_gguf.py MODEL --outtype bf16 --outfile OUT
 
-The converter knows tokenizers by a hash; a random model's has no place in its list and is taken for
-DeepSeek-V3's.
+The converter identifies tokenizers by a hash. The hash of a random model is not in its list; this script
+treats the tokenizer as DeepSeek-V3's.
 """
 
 from __future__ import annotations

@@ -5,11 +5,10 @@
         --vllm PYTHON --transformers
 
 Models are random (see random_model.py) and kept in --cache. Ours goes through `farthing.LLM` from a packed
-file. Rounds alternate between ours and the peers; figures are medians, printed with their spread. The
-machine's ceilings are measured before and after every reading of ours, since a shared machine's bandwidth
-changes from second to second; a share is the median over rounds of a reading divided by its own limit
-(limits.py says how that is counted; a share above 100 % is an error).
-`--into FILE` keeps rows from run to run, for bench/page.py.
+file. Rounds alternate between ours and the peers; figures are medians with their spread. The machine's
+ceilings are measured before and after each of our readings, since a shared machine's bandwidth changes from
+second to second; a share is the median over rounds of a reading divided by its own limit (see limits.py; a
+share above 100 % is an error). `--into FILE` keeps rows from run to run, for bench/page.py.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ PREFILL, BATCHES = (512,), (1, 8, 16)
 
 
 def machine(threads: int) -> dict[str, float]:
-    """The ceilings: GB/s of reading, GOP/s of INT8 on vectors and on AMX tiles."""
+    """The ceilings: GB/s of reads, GOP/s of INT8 on vectors and on AMX tiles."""
     return {
         "threads": threads,
         "read_gb_s": _native.read_bandwidth(threads, 1 << 28),
@@ -65,7 +64,7 @@ def generating(llm: LLM, behind: Collection[int]) -> Seconds:
     """Times `LLM.generate`: (batch, prompt tokens, new tokens) -> seconds."""
 
     def seconds(batch: int, prompt: int, new: int) -> float:
-        # Prompts of decode runs never change, so the prefix cache has them; other prompts are always new.
+        # Prompts of decode runs never change, so they hit the prefix cache; other prompts are always new.
         numbers = random.Random(prompt if prompt in behind else None)
         prompts = [[numbers.randrange(3, 32000) for _ in range(prompt)] for _ in range(batch)]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
@@ -228,15 +227,15 @@ def main() -> None:
     p.add_argument("--no-peers", action="store_true")
     p.add_argument(
         "--llama-bench", action="append", default=[], metavar="NAME=PATH",
-        help="llama-bench in a build of llama.cpp or ik_llama.cpp, below its sources; may be repeated",
+        help="llama-bench in a build of llama.cpp or ik_llama.cpp, under its source tree; repeatable",
     )  # fmt: skip
     p.add_argument(
         "--gguf", action="append", metavar="TYPE", help="formats of the peer; default Q4_0, Q8_0, BF16"
     )
-    p.add_argument("--vllm", type=Path, metavar="PYTHON", help="an interpreter that has vllm (bf16 rows)")
+    p.add_argument("--vllm", type=Path, metavar="PYTHON", help="Python interpreter with vllm (bf16 rows)")
     p.add_argument("--transformers", action="store_true", help="transformers, eager (bf16 rows)")
     p.add_argument("--cache", type=Path, default=Path.home() / ".cache/farthing/bench")
-    p.add_argument("--into", type=Path, metavar="FILE", help="keep the rows for bench/page.py")
+    p.add_argument("--into", type=Path, metavar="FILE", help="file to add the rows to, for bench/page.py")
     p.add_argument("--json", action="store_true")
     a = p.parse_args()
     torch.set_num_threads(1)

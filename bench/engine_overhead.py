@@ -1,10 +1,10 @@
-"""What a step of the engine costs besides the model: the model is replaced by one that computes nothing.
+"""The engine's cost per step without the model: a stub replaces it and computes nothing.
 
     python bench/engine_overhead.py
 
 Prints microseconds per decode step by batch size, the median over steps: greedy (the fast path), sampled,
-and with drafts; the physical limit is zero. "16 layers of calls" is a model of 16 layers on the CPU backend
-whose native side returns at once: everything but arithmetic. The bar is 1 ms at batch 16.
+and with drafts; the physical limit is zero. "16 layers of calls" is a 16-layer model on the CPU backend whose
+native functions return at once: everything but arithmetic. The target is 1 ms at batch 16.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class NoModel:
 
 
 class Always(Gate):
-    """Drafts in every step."""
+    """Enables drafts in every step."""
 
     def order(self, batch: int) -> bool | None:
         return True
 
 
 class NoArithmetic:
-    """The native side of the CPU backend, all of whose ops return at once; the likeliest token is 0."""
+    """The CPU backend's native module with ops that return at once; the likeliest token is 0."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: None
@@ -78,7 +78,7 @@ class NoArithmetic:
 
 
 def calls_only() -> Any:
-    """A model of 16 layers that makes every call of a real one and computes nothing."""
+    """A model of 16 layers that makes every native call of a real one and computes nothing."""
     from farthing.model.load import random_model
     from farthing.ops.cpu import CpuOps
 
@@ -97,7 +97,7 @@ def calls_only() -> Any:
 def microseconds_per_step(
     batch: int, params: SamplingParams, drafts: int, steps: int, model: Any = None
 ) -> float:
-    """Median over decode steps with `batch` running sequences of 200 tokens and more."""
+    """Median over decode steps with `batch` running sequences of at least 200 tokens."""
     model = cast("Any", model or NoModel())
     cache = LatentCache(torch.zeros(model.cache_layers, BLOCKS, BLOCK_SIZE, 1), None)
     settings = EngineConfig(max_model_len=LENGTH, max_num_seqs=64, max_num_batched_tokens=512)
@@ -135,7 +135,7 @@ def main() -> None:
         "temperature": (SamplingParams(seed=1, max_tokens=None), 0),
         "top_p 0.95": (SamplingParams(seed=1, top_p=0.95, max_tokens=None), 0),
     }
-    print(f"{'microseconds a step':<20}" + "".join(f"{f'batch {b}':>10}" for b in (1, 4, 16, 64)))
+    print(f"{'microseconds per step':<20}" + "".join(f"{f'batch {b}':>10}" for b in (1, 4, 16, 64)))
     kinds["16 layers of calls"] = kinds["greedy"]
     for name, (params, drafts) in kinds.items():
         model = calls_only() if name == "16 layers of calls" else None

@@ -1,11 +1,11 @@
-"""How fast the fleet reacts: from a latency breach to the scale request, and from a decision to a
-replica that is ready.
+"""How fast the fleet reacts: from a latency breach to the scale request, and from a decision to a ready
+replica.
 
-The first is measured from the moment a server's metrics begin to show a queue time above 200 ms to the
-moment the Kubernetes API gets the patch of /scale, over real HTTP on both sides, with the settings of
-local mode: a turn a second, the breach must last `--lasting` seconds. The second starts replicas of the
-embedded model by `farthing serve`, as `farthing fleet up` does. Limits: the rule itself waits
-`--lasting` seconds; a Python process that only imports torch takes as long as is printed.
+The first is measured from the moment a server's metrics show a queue time above 200 ms until the Kubernetes
+API receives the patch of /scale, over real HTTP on both sides, with the settings of local mode: one turn per
+second, and the breach must last `--lasting` seconds. The second starts replicas of the embedded model with
+`farthing serve`, as `farthing fleet up` does. Limits: the rule itself waits `--lasting` seconds; the printed
+"import torch" is the time of a Python process that only imports torch.
 
     python bench/fleet_loop.py [--runs 5] [--json]
 """
@@ -36,7 +36,7 @@ from farthing.fleet.up import WARM, serve_command
 
 
 class World:
-    """A server's /metrics whose queue time can be made bad, and the /scale that is patched for it."""
+    """A server's /metrics with a controllable queue time, and the /scale that is patched for it."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -46,7 +46,7 @@ class World:
 
     async def metrics(self, request: web.Request) -> web.Response:
         now = time.monotonic()
-        good = 10 * (now - self.began)  # requests, at 10 a second
+        good = 10 * (now - self.began)  # requests, at 10 per second
         waited = 0.01 * good + (10 * 0.5 * (now - self.breach_at) if self.breach_at else 0.0)
         names = {
             "vllm:num_requests_running": 5,
@@ -94,7 +94,7 @@ async def breach_to_request(lasting: float, interval: float) -> float:
         controller = Controller(Policy(policy), source, actuator, log_path=Path(folder) / "d.jsonl")
         stop = asyncio.Event()
         task = asyncio.create_task(controller.run(stop))
-        await asyncio.sleep(6.0)  # a whole window of good figures
+        await asyncio.sleep(6.0)  # a full window of good values
         assert world.patched_at is None, "scaled before the breach"
         world.breach_at = time.monotonic()
         while world.patched_at is None:
@@ -107,9 +107,7 @@ async def breach_to_request(lasting: float, interval: float) -> float:
 
 
 async def decision_to_ready() -> tuple[float, float]:
-    """Seconds from the request for a replica of the embedded model until it is ready: the first, and one
-    more.
-    """
+    """Seconds from the request for a replica of the embedded model until it is ready: first and second."""
     with tempfile.TemporaryDirectory() as folder:
         config = LocalConfig(serve_command("mite"), Path(folder), health_path="/ready", failures=1, **WARM)
         replicas = LocalReplicas(config)
@@ -122,13 +120,13 @@ async def decision_to_ready() -> tuple[float, float]:
             taken.append(time.monotonic() - began)
             if not good:
                 raise RuntimeError(f"the replica did not become ready: {replicas.given_up}")
-            await asyncio.sleep(8.0)  # the spare process does its imports
+            await asyncio.sleep(8.0)  # the spare process finishes its imports
         await replicas.close()
     return taken[0], taken[1]
 
 
 def import_torch() -> float:
-    """Seconds of a process that imports torch and ends: below this no replica in Python can be."""
+    """Seconds of a process that imports torch and exits: the lower bound for a replica in Python."""
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
     return time.monotonic() - began

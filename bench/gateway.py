@@ -1,9 +1,9 @@
-"""What the gateway costs: time added to a request, and 500 streams at once, directly and through it,
+"""The gateway's cost: time added to a request, and 500 concurrent streams, directly and through the gateway,
 interleaved.
 
-Replica, gateway and relays are processes of their own on loopback; this process is the client. Beside
-the gateway stand nginx (the peer, where it is installed) and a relay in Python that forwards bytes
-without looking at them (the limit of what one more process in the same language can reach).
+Replica, gateway and relays are separate processes on loopback; this process is the client. The gateway is
+compared with nginx (the peer, if installed) and with a Python relay that forwards bytes without parsing them
+(the limit for one more process in the same language).
 
     python bench/gateway.py [--requests 2000] [--streams 500] [--json]
 """
@@ -37,9 +37,7 @@ HOST = "127.0.0.1"
 
 
 class Replica(asyncio.Protocol):
-    """A server with almost no overhead: `x-tokens: N` and `x-interval: S` in the request choose its
-    answer.
-    """
+    """A server with almost no overhead; the request's `x-tokens: N` and `x-interval: S` select its answer."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: Any = transport
@@ -158,7 +156,7 @@ def process(command: list[str], port: int, folder: Path) -> Iterator[int]:
 
 @contextmanager
 def ways(folder: Path) -> Iterator[dict[str, int]]:
-    """{path: port}: direct, gateway, relay, and nginx if installed."""
+    """{path: port} for direct, gateway, relay, and nginx if installed."""
     with ExitStack() as stack:
         ports = {name: free_port() for name in ("direct", "gateway", "relay", "nginx")}
         me = [sys.executable, __file__]
@@ -195,7 +193,7 @@ def request(tokens: int = 0, interval: float = 0.0) -> bytes:
 
 
 class Connection:
-    """A blocking client connection, which has the least noise."""
+    """A blocking client connection, for the least noise."""
 
     def __init__(self, port: int) -> None:
         self.sock = socket.create_connection((HOST, port))
@@ -213,9 +211,7 @@ class Connection:
 
 
 def latency(ports: dict[str, int], requests: int) -> dict[str, dict[str, float]]:
-    """Each way's median and P99 of a whole answer and of a stream's first byte, in ms; the ways take
-    turns.
-    """
+    """Median and P99 per path of a complete answer and of a stream's first byte, in ms, interleaved."""
     connections = {name: Connection(port) for name, port in ports.items()}
     whole: dict[str, list[float]] = {name: [] for name in ports}
     first: dict[str, list[float]] = {name: [] for name in ports}
@@ -224,7 +220,7 @@ def latency(ports: dict[str, int], requests: int) -> dict[str, dict[str, float]]
         for name, connection in connections.items():
             taken = connection.timed(plain, b'{"status":"ok"}')[1]
             began = connection.timed(stream, b"0\r\n\r\n")[0]
-            if turn >= 50:  # warm by then
+            if turn >= 50:  # after the warm-up
                 whole[name].append(taken * 1e3)
                 first[name].append(began * 1e3)
     return {
@@ -239,7 +235,7 @@ def latency(ports: dict[str, int], requests: int) -> dict[str, dict[str, float]]
 
 
 async def one_stream(port: int, data: bytes, gaps: list[float], firsts: list[float]) -> int:
-    """Tokens received; the time to the first and the gaps between reads are noted."""
+    """Number of tokens received; appends the time to the first and the gaps between reads."""
     reader, writer = await asyncio.open_connection(HOST, port)
     began = last = time.perf_counter()
     writer.write(data)
@@ -299,7 +295,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
-    print(f"one connection, {arguments.requests} requests each way, interleaved (ms)")
+    print(f"one connection, {arguments.requests} requests per path, interleaved (ms)")
     print(f"{'':10}{'whole p50':>11}{'p99':>8}{'first byte p50':>17}{'p99':>8}{'added p50':>12}")
     base = result["latency"]["direct"]["whole_p50_ms"]
     for name, row in result["latency"].items():

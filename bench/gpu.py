@@ -3,8 +3,8 @@
     python bench/gpu.py [--only mla] [--rounds 30] [--into build/gpu.json] [--page docs/performance.md]
     python bench/gpu.py --tune [--only decode]   # writes src/farthing/ops/gpu/configs/<card>.json
 
-Ceilings are measured first: a copy of 1 GiB, and products of 8192 x 8192 in bfloat16 and FP8. Ours and
-torch's are timed in turns, each after 256 MiB were written so that no input is in L2; medians. Without a GPU
+Ceilings are measured first: a copy of 1 GiB, and products of 8192 x 8192 in bfloat16 and FP8. Our and torch's
+runs alternate; before each, 256 MiB are written so that no input is in L2. Times are medians. Without a GPU
 every row is printed as "not measured".
 """
 
@@ -37,9 +37,9 @@ class Row:
     size: str
     make: str
     arguments: tuple[Any, ...]
-    share: float | None = None  # wanted, of the ceiling
-    of_dense: float | None = None  # wanted, of the rate of the dense FP8 product
-    times_peer: float | None = None  # wanted, as fast as torch
+    share: float | None = None  # target share of the ceiling
+    of_dense: float | None = None  # target share of the dense FP8 product's rate
+    times_peer: float | None = None  # target speedup over torch
 
 
 DENSE = Row("FP8 GEMM", "4096 x 7168 x 16384", "dense_fp8", (4096, 7168, 16384), share=0.55, times_peer=1.0)
@@ -160,7 +160,7 @@ def measure(row: Row, clock: Clock, limits: dict[str, float], dense: float | Non
         try:
             work.peer()
             runs.append(work.peer)
-        except (RuntimeError, ValueError) as error:  # not on this card; no memory
+        except (RuntimeError, ValueError) as error:  # unsupported by this GPU, or out of memory
             name = f"{name}: {str(error).splitlines()[0][:60]}"
             torch.cuda.empty_cache()
     times = clock.medians(*runs)
@@ -228,7 +228,7 @@ class Measured:
         return f"{self.card}; ceilings (GB/s, TFLOP/s): {', '.join(f'{k} {v:,.0f}' for k, v in limits)}."
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
+        """The run as JSON."""
         rows = [asdict(r) for r in self.rows.values()]
         return {"card": self.card, "reason": self.reason, "ceilings": self.ceilings, "rows": rows}
 
@@ -254,20 +254,18 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose kernel contains this")
+    parser.add_argument("--only", default="", help="only rows whose kernel contains this text")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--into", type=Path, help="write the results as JSON")
     parser.add_argument("--page", type=Path, help="write the table between its markers `measured: gpu`")
-    parser.add_argument(
-        "--tune", action="store_true", help="choose configurations and write this card's file"
-    )
+    parser.add_argument("--tune", action="store_true", help="choose configurations and write this GPU's file")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
     rows = [r for r in ROWS if options.only.lower() in r.kernel.lower()]
     if not rows and not options.tune:
-        parser.error(f"--only {options.only!r} names no kernel; expected part of {[r.kernel for r in ROWS]}")
+        parser.error(f"--only {options.only!r} matches nothing; expected part of {[r.kernel for r in ROWS]}")
     reason = missing()
     if reason is not None:
         measured = Measured(None, reason, {}, {})

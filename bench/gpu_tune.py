@@ -1,7 +1,7 @@
-"""Choose each kernel's configuration by measured time; keep them in a file of this card (`gpu.py --tune`).
+"""Choose each kernel's configuration by measured time and write this GPU's file (`gpu.py --tune`).
 
-Every candidate is compiled first, several at a time; then all are timed, and the best of them again in turns.
-The file is written after every kernel, over what it held, so that an interrupted run keeps what it found.
+Candidates are compiled first, several at a time. Then all are timed, and the best of them again, interleaved.
+The file is updated after every kernel, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from rich.progress import track
 import gpu_work
 from farthing.ops.gpu.launch import FOLDER, Config, file_name
 
-ROWS = {16: 16, 64: 64, 512: 4096}  # up to so many -> tokens of the work that decides
+ROWS = {16: 16, 64: 64, 512: 4096}  # maximum rows of the entry -> tokens of the workload that decides
 FINALISTS = 3
 Medians = Callable[..., list[float]]
-_UNFIT = (RuntimeError, ValueError)  # more shared memory or registers than there are; no such tile
+_UNFIT = (RuntimeError, ValueError)  # too much shared memory or registers; unsupported tile
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A kernel's configuration up to `rows`, chosen by the time of a work of about that size."""
+    """A kernel's configuration up to `rows`, chosen by the time of a workload of about that size."""
 
     kernel: str
     rows: int
@@ -40,13 +40,13 @@ class Job:
 
 
 def product_candidates(rows: int, name: str, persistent: bool) -> list[Config]:
-    """Tiles not much taller than the rows, a few widths, depths and numbers of warps."""
+    """Tiles not much taller than the rows, with several widths, depths and warp counts."""
     heights = [bm for bm in (16, 64, 128) if rows // 8 <= bm <= max(16, rows)]
     widths = (64, 128) if persistent or rows > 64 else (32, 64, 128)
     if name == "fp8" and rows > 64 and not persistent:
-        widths = (128, 256)  # 256: two tiles of weights a program
-    turns = (64, 128) if name == "dense" and rows <= 64 else (64,)  # FP8 and INT4 say it themselves
-    depths = (4, 8) if rows <= 16 else (3, 4)  # few rows wait for weights: more of them on their way
+        widths = (128, 256)  # 256: two tiles of weights per program
+    turns = (64, 128) if name == "dense" and rows <= 64 else (64,)  # FP8 and INT4 fix theirs
+    depths = (4, 8) if rows <= 16 else (3, 4)  # with few rows the weights limit: prefetch more of them
     return [
         Config(bm, bn, bk, num_warps, num_stages, per)
         for bm, bn, bk, num_warps, num_stages in product(heights, widths, turns, (4, 8), depths)
@@ -55,7 +55,7 @@ def product_candidates(rows: int, name: str, persistent: bool) -> list[Config]:
 
 
 def decode_candidates(heads: int) -> list[Config]:
-    """Heads and keys of a decode tile."""
+    """Heads and keys per decode tile."""
     return [
         Config(bm=bm, bk=bk, num_warps=warps, num_stages=stages, per_processor=per)
         for bm, bk, warps, stages in product((16, 32, 64), (16, 32, 64), (4, 8), (3, 5))
@@ -65,7 +65,7 @@ def decode_candidates(heads: int) -> list[Config]:
 
 
 def jobs() -> dict[str, list[Job]]:
-    """Everything that is tuned, by kernel."""
+    """All tuned configurations, by kernel."""
     found: dict[str, list[Job]] = {}
     for name in ("fp8", "dense", "int4"):
         for rows, tokens in ROWS.items():
@@ -132,7 +132,9 @@ def write(path: Path, kernel: str, entries: list[dict[str, int]]) -> None:
 
 
 def tune(medians: Medians, console: Console, only: str = "") -> int:
-    """Measure the candidates of every kernel whose name contains `only`; keep the best. -> the exit code."""
+    """Measure the candidates of every kernel whose name contains `only` and keep the best. Returns the exit
+    code.
+    """
     path = FOLDER / file_name(torch.cuda.get_device_name())
     for kernel, sizes in jobs().items():
         if only not in kernel:
@@ -145,7 +147,7 @@ def tune(medians: Medians, console: Console, only: str = "") -> int:
             console.print(f"{kernel}, {job.rows} rows: {text}")
             if found is not None:
                 entries.append({"rows": job.rows, **asdict(found[1])})
-        if len(entries) == len(sizes):  # the last entry serves larger sizes too: all, or the default
+        if len(entries) == len(sizes):  # the last entry also covers larger sizes: write all or none
             write(path, kernel, entries)
     console.print(f"written: {path}")
     return 0

@@ -1,6 +1,6 @@
 """The workloads of bench/gpu.py: one function per row, each with torch's own implementation.
 
-Shapes are DeepSeek-V3's unless the row says otherwise. Nothing here runs before a GPU was found.
+Shapes are DeepSeek-V3's unless the row says otherwise. Nothing here runs without a GPU.
 Legend: D hidden, I intermediate, E experts, H heads, c latent, r rotary, T tokens.
 """
 
@@ -31,9 +31,9 @@ Ceiling = Literal["copy", "bf16", "fp8"]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One thing to time. bytes: what must be moved at least; flops: what must be computed.
+    """One workload. bytes: minimum traffic; flops: required operations.
 
-    run takes a configuration where its kernel has one to choose (`gpu_tune`), else nothing.
+    `run` takes a configuration if its kernel has a choice (`gpu_tune`), else nothing.
     """
 
     run: Callable[..., object]
@@ -70,7 +70,7 @@ def dense_fp8(m: int, n: int, k: int) -> Work:
     x, scale = normalize.quantize(_normal(m, k))
     out = torch.empty(m, n, dtype=BF16, device=CUDA)
     assert w.scale is not None
-    # Scales as torch lays them out: of activations column by column, of weights transposed.
+    # torch's scale layout: column-major for activations, transposed for weights.
     a_scale, b_scale = scale.t().contiguous().t(), w.scale[0].contiguous().t()
 
     def peer() -> Tensor:
@@ -101,7 +101,7 @@ def linear(name: str, tokens: int, n: int, k: int) -> Work:
 
 
 def experts(name: str, tokens: int, total: int, top_k: int, d: int, inner: int) -> Work:
-    """Gate, up, down of every slot, experts selected evenly; torch loops over experts in bfloat16."""
+    """Gate, up and down of every slot, with evenly selected experts; torch loops over experts in bfloat16."""
     if name == "fp8":
         gate_up, down = fp8_matrix(2 * inner, d, total), fp8_matrix(d, inner, total)
         x, scale = normalize.quantize(_normal(tokens, d))

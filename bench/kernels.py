@@ -2,10 +2,10 @@
 
     python bench/kernels.py --model L576 [--only linear|moe|mla|head] [--formats int4 int8 bf16 fp8]
 
-Shapes are those of one model of random_model.py. Weights are copied until they no longer fit the caches, so
-that one row reads from memory as decoding does. A row's limit is the longer of its bytes at the bandwidth
-and its operations at the peak the machine shows in the same run (FP8 and bfloat16: half the INT8 peak).
-Medians of --passes; timings need a quiet machine.
+Shapes are those of one model of random_model.py. Weights are copied until they exceed the caches, so that a
+single row reads from memory, as in decoding. A row's limit is the longer of its bytes at the bandwidth and
+its operations at the peak measured in the same run (FP8 and bfloat16: half the INT8 peak). Medians of
+--passes; timings need a quiet machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from random_model import SIZES, config
 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
 CONTEXTS = (128, 512, 4096)
-UNCACHED = 160 << 20  # bytes of weights that no cache holds
+UNCACHED = 160 << 20  # bytes of weights, more than any cache
 BLOCK = 64
 
 
@@ -50,7 +50,7 @@ class Row:
 
 
 class Bench:
-    """A backend, the machine's limits and what was measured."""
+    """A backend, the machine's limits and the measurements."""
 
     def __init__(self, threads: int, isa: str, passes: int, sizes: list[int]) -> None:
         torch.set_num_threads(1)
@@ -79,7 +79,7 @@ class Bench:
         self.rows.append(Row(kernel, rows, took * 1e6, size / took / 1e9, work / took / 1e9, least / took))
 
     def copies(self, packed: Any, count: int) -> list[Any]:
-        """Views of as many copies of a packed matrix in large pages."""
+        """Views of `count` copies of a packed matrix in large pages."""
         size = -(-packed.serialized_bytes // 64) * 64
         memory = mmap.mmap(-1, size * count)
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -122,7 +122,7 @@ def linear(b: Bench, name: str, n: int, k: int) -> None:
 
 
 def moe(b: Bench, name: str, size: str) -> None:
-    """A layer's mixture of experts; random routing touches a share of them."""
+    """A layer's mixture of experts; random routing selects some of them."""
     c = config(size)
     d, i, e, k = (
         c[x] for x in ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
@@ -216,7 +216,7 @@ def attend(
 
 
 def head(b: Bench, name: str, size: str) -> None:
-    """The output head with the best token."""
+    """The output head with the argmax."""
     c = config(size)
     n, k = c["vocab_size"], c["hidden_size"]
     packed = b.ops.pack_linear(f"{name}.head", lambda: [weight(name, n, k)]).packed

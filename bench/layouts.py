@@ -1,12 +1,12 @@
-"""One model served in several ways on this machine: ranks, and routed experts on the host.
+"""One model served in several layouts on this machine: ranks, and routed experts on the host.
 
     python bench/layouts.py [--model S576] [--weights int4] [--rounds 5] [--backend auto] \\
         [--ways "" "--tp 2" "--experts-on cpu --hot-experts 4"]
 
-Ways are written as `farthing serve` takes them; the first is what the others are compared with. Each is a
-process of its own, stopped while others are measured; rounds alternate, figures are medians. The threads of a
-way are divided among its ranks, and between host and device where both are this CPU. The limit is the
-machine's, measured before every round (see bench/decode.py), and not known where a GPU serves.
+Layouts are written as options of `farthing serve`; the others are compared with the first. Each runs in its
+own process, which is stopped while others are measured; rounds alternate, and figures are medians. A layout's
+threads are divided among its ranks, and between host and device if both are this CPU. The limit is the
+machine's, measured before every round (see bench/decode.py); it is unknown with a GPU.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Way:
 
     @classmethod
     def of(cls, text: str) -> Way:
-        """SystemExit on an option that says nothing about it."""
+        """Parse the options. Raises SystemExit on an option that does not affect placement."""
         p = argparse.ArgumentParser(prog="--ways", add_help=False)
         for name in ("--tp", "--pp", "--ep"):
             p.add_argument(name, type=int, default=1)
@@ -64,7 +64,7 @@ class Way:
 
 
 def child(model: str, weights: str, backend: str, threads: int, text: str) -> None:
-    """Load, say ready, answer "BATCH PROMPT NEW" with seconds until the input ends."""
+    """Load, print "ready", and answer each "BATCH PROMPT NEW" with seconds until the input ends."""
     way = Way.of(text)
     sides = way.layout.world
     if way.experts_on and not torch.cuda.is_available():

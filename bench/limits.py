@@ -1,15 +1,15 @@
 """The machine's limits: operations and bytes per step, computed from the model's shape.
 
-T = tokens of a prompt, B = sequences that decode together, C = tokens each of them has cached.
+T = tokens of a prompt, B = sequences that decode together, C = cached tokens of each.
 
     prefill   2 (T·N + head) + 2 H (n + r + v) T (T + 1) / 2 operations, at the INT8 peak of vectors
               (half of it for bfloat16 weights), or one read of every weight touched, whichever takes longer
     decode    the weights that B tokens touch under random routing, and B·C cached latents, at the
               bandwidth of memory, or their operations at the INT8 peak, whichever takes longer
 
-N = matrix elements a token multiplies with, without the output head: only a prompt's last token needs that.
+N = matrix elements multiplied per token, without the output head, which only a prompt's last token needs.
 Attention of a prompt is counted with expanded keys and values (n + r + v multiplications per head, query and
-key), the cheaper of the two ways. An engine that beats this count is measured wrongly.
+key), the cheaper of the two forms. An engine that beats this count is measured wrongly.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def operations(c: dict[str, Any], point: Point) -> float:
     if point.kind == "prefill":
         pairs = point.context * (point.context + 1) / 2
         return 2 * (point.context * body + head_parameters(c)) + 2 * per_key * width * pairs
-    absorbed = 2 * c["kv_lora_rank"] + c["qk_rope_head_dim"]  # a decoded token expands no keys
+    absorbed = 2 * c["kv_lora_rank"] + c["qk_rope_head_dim"]  # decoding does not expand keys
     attention = point.batch * (point.context + 1) * per_key * absorbed
     return 2 * (point.batch * (body + head_parameters(c)) + attention)
 

@@ -1,11 +1,11 @@
-"""What a long context costs with DeepSeek sparse attention: a random slice of V3.2 with its real head sizes.
+"""The cost of a long context with DeepSeek sparse attention: a random slice of V3.2 with its real head sizes.
 
     python bench/long_context.py [--threads 2] [--repeats 9] [--context 32768] [--prefill]
 
-Two layers (one dense, one mixture of experts), 4-bit weights, bfloat16 cache. All ways are timed in turn and
-compared pair by pair, so that another process on the machine slows them alike; absolute times are not
+Two layers (one dense, one mixture of experts), 4-bit weights, bfloat16 cache. The variants are interleaved
+and compared pairwise, so that another process on the machine slows them equally; absolute times are not
 comparable between machines. The cache is filled with random latents and index keys: prefilling it would take
-longer than all that is measured, and attention costs the same whatever it reads.
+longer than the whole measurement, and the cost of attention does not depend on the values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BLOCK = 16
 
 
 class RandomSource:
-    """Weights of plausible scale, made when they are requested, so that none but one is in memory."""
+    """Weights of plausible scale, generated on request, so that only one is in memory."""
 
     def has(self, name: str) -> bool:
         return True
@@ -47,7 +47,7 @@ class RandomSource:
 
 
 def slice_of_v32(experts: int) -> ModelConfig:
-    """One dense and one sparse layer, fewer experts to choose from, a small vocabulary."""
+    """One dense and one sparse layer with fewer experts and a small vocabulary."""
     raw = published_config("deepseek-v3.2")
     assert raw is not None
     smaller: dict[str, Any] = dict(
@@ -76,7 +76,7 @@ class Timed:
 
 
 def cached(model: DeepseekModel, context: int) -> tuple[LatentCache, list[list[int]]]:
-    """A cache of random contents and one sequence's scattered blocks."""
+    """A cache with random contents and one sequence's scattered blocks."""
     blocks = -(-context // BLOCK) + 40
     cache = model.new_cache(blocks, BLOCK, "bfloat16")
     for tensor in cache.tensors():
@@ -88,7 +88,7 @@ def cached(model: DeepseekModel, context: int) -> tuple[LatentCache, list[list[i
 def timed(
     model: DeepseekModel, clock: Timed, step: Tensor, batch: Batch, cache: LatentCache
 ) -> tuple[float, float]:
-    """(seconds of the step, seconds of them in attention)."""
+    """(seconds of the step, seconds in attention)."""
     clock.seconds, start = 0.0, time.perf_counter()
     with torch.inference_mode():
         model.run_layers(step, batch, cache)
@@ -98,7 +98,7 @@ def timed(
 def measure(
     models: dict[str, DeepseekModel], clock: Timed, tokens: int, at: dict[str, tuple[str, int]], repeats: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Every way's times, interleaved. at: way -> (model, tokens already cached)."""
+    """Times of every variant, interleaved. at: variant -> (model, tokens already cached)."""
     config = next(iter(models.values())).config
     caches = {name: cached(model, max(n for _, n in at.values())) for name, model in models.items()}
     steps = {}
@@ -109,7 +109,7 @@ def measure(
     for turn in range(repeats + 1):
         for way, (name, hidden, batch) in steps.items():
             times = timed(models[name], clock, hidden.clone(), batch, caches[name][0])
-            if turn:  # the first touches memory
+            if turn:  # the first round warms up
                 found[way].append(times)
     return found
 
@@ -134,7 +134,7 @@ def main() -> None:
     ops = CpuOps(options.threads, quantization="int4")
     clock = Timed(ops)
     sparse = DeepseekModel(slice_of_v32(options.experts), ops, RandomSource())
-    dense = object.__new__(DeepseekModel)  # the same packed layers, told to attend to everything
+    dense = object.__new__(DeepseekModel)  # the same packed layers with dense attention
     dense.__dict__.update(sparse.__dict__)
     dense.config = replace(sparse.config, index_topk=None)
     dense.layers = [(_without_indexer(attention), feed) for attention, feed in sparse.layers]

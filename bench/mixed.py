@@ -2,7 +2,7 @@
 
     python bench/mixed.py --model S576 --max-step-ms 0 150 --rounds 3
 
-Settings are interleaved round by round, in one process each time. Inter-token latencies are those of the
+Settings are interleaved round by round, all in one process. Inter-token latencies are those of the
 decoding requests only, in milliseconds. The last columns are ratios to the first setting.
 """
 
@@ -26,7 +26,7 @@ from farthing.engine.request import SamplingParams
 def measure(
     engine: Engine, decoders: int, prompt: int, seconds: float, seed: int
 ) -> tuple[list[float], float]:
-    """(inter-token latencies in ms, prompt tokens per second) while prompts arrive one after another."""
+    """(inter-token latencies in ms, prompt tokens per second) under back-to-back prompts."""
     tokens = SamplingParams(max_tokens=None, ignore_eos=True, temperature=0, detokenize=False)
     done, gaps = threading.Event(), []
 

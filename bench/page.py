@@ -1,9 +1,9 @@
-"""Write what bench/decode.py and bench/startup.py kept into a page: tables and a chart between two markers.
+"""Write the results of bench/decode.py and bench/startup.py into a page: tables and a chart.
 
     python bench/page.py RESULTS.json docs/performance.md
 
-Replaces the text between `<!-- measured: decode -->` and `<!-- end -->`, nothing else, and draws
-`figures/performance.png` beside the page.
+Replaces only the text between `<!-- measured: decode -->` and `<!-- end -->`, and draws
+`figures/performance.png` next to the page.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def ordered(rows: list[Row]) -> list[Row]:
 
 
 def label(r: Row) -> str:
-    """What a row measures."""
+    """The row's label."""
     if r["phase"] == "prefill":
         return f"{r['model']}, {BITS[r['weights']]}: prefill {r['context']:,}"
     behind = "" if r["context"] == DEFAULT_CONTEXT else f", {r['context']:,} cached tokens each"
@@ -66,7 +66,7 @@ def label(r: Row) -> str:
 
 
 def target(r: Row) -> tuple[float | None, float | None]:
-    """(times the best peer, share of the limit) a row should reach; None where nothing is set."""
+    """(times the best peer, share of the limit) targets of a row; None if unset."""
     if r["phase"] == "prefill" and r["weights"] == "int4":
         return PREFILL_TARGETS.get(r["model"], (None, None))
     key = (r["model"], r["weights"], r["phase"], r["batch"], r["context"])
@@ -94,7 +94,7 @@ def line(r: Row) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Every row, the machine's limits above."""
+    """All rows, headed by the machine's limits."""
     m, dates = rows[-1]["machine"], sorted({r["date"] for r in rows})
     reads = sorted(r["machine"]["read_gb_s"] for r in rows)
     tiles = f", {m['amx_int8_gop_s']:,.0f} on tiles" if m["amx_int8_gop_s"] else ""
@@ -109,7 +109,7 @@ def table(rows: list[Row]) -> str:
 
 
 def all_peers(rows: list[Row]) -> str:
-    """The peers that are not the best of their row, where there are several."""
+    """The other peers of every row with several."""
     several = [r for r in rows if len(r["peers"]) > 1]
     lines = [
         f"- {label(r)}: " + ", ".join(f"{name} {rate:,.1f}" for name, rate in sorted(r["peers"].items()))
@@ -119,7 +119,7 @@ def all_peers(rows: list[Row]) -> str:
 
 
 def start(section: dict[str, Any] | None) -> str:
-    """First token and memory."""
+    """The section on time to first token and memory."""
     if section is None:
         return ""
     lines = []
@@ -129,14 +129,14 @@ def start(section: dict[str, Any] | None) -> str:
         lines.append(f"| {r['system']} | {first} | {peak:.2f} | {weights:.2f} | {peak / weights - 1:+.0%} |")
     return (
         f"\n{section['model']}, {BITS[section['weights']]}, `bench/startup.py`, {section['date']} (files in "
-        "the page cache; memory: resident pages at most, mapped files included, after 16 sequences):\n\n"
+        "the page cache; memory: peak resident pages, including mapped files, after 16 sequences):\n\n"
         "| | launch to first token, s | peak memory, GB | file of weights, GB | above it |\n"
         "|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Bars as shares of each row's limit (the line at 100 %), the shares of the table."""
+    """Draw bars as shares of each row's limit (the line at 100 %)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,7 +175,7 @@ def fill(page: Path, name: str, *parts: str) -> None:
 
 
 def write(results: Path, page: Path) -> None:
-    """Fill the page's part about decoding, and draw its figure. SystemExit on a share above 100 %."""
+    """Fill the page's decode section and draw its figure. SystemExit on a share above 100 %."""
     stored = json.loads(results.read_text())
     rows = ordered(stored["rows"])
     for r in rows:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 
 def main() -> None:
-    """Load, say ready, answer until the input ends."""
+    """Load, print "ready", and answer until the input ends."""
     path, threads = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()

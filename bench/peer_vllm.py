@@ -10,7 +10,7 @@ import time
 
 
 def main() -> None:
-    """Load, say ready, answer until the input ends."""
+    """Load, print "ready", and answer until the input ends."""
     model, threads = sys.argv[1], int(sys.argv[2])
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")

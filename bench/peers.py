@@ -1,11 +1,11 @@
-"""The peers of bench/decode.py. Each is a `Measure`: a point of the table -> tokens/s, None if it has none.
+"""The peers of bench/decode.py. Each is a `Measure`: a point of the table -> tokens/s, or None.
 
-llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench; vLLM and transformers run in
-their own processes (bench/peer_vllm.py, bench/peer_transformers.py), which answer "BATCH PROMPT NEW" with
-seconds, are measured by the same procedure as Farthing, and are paused between their turns.
+llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench. vLLM and transformers run in
+separate processes (bench/peer_vllm.py, bench/peer_transformers.py), which answer "BATCH PROMPT NEW" with
+seconds, are measured like Farthing, and are paused between their turns.
 
-llama-batched-bench gives every sequence the same tokens at equal positions, so all of them choose the same
-experts: its batch rows read fewer weights than ours, whose sequences differ. The table says so.
+llama-batched-bench uses the same tokens for every sequence at equal positions, so all sequences select the
+same experts: its batch rows read fewer weights than ours, whose sequences differ. The table notes this.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Seconds = Callable[[int, int, int], float]
 
 
 def by_generating(seconds: Seconds) -> Measure:
-    """Rates of a system that generates: decoding is what 64 further tokens take.
+    """Rates of a system that generates; the decode rate is measured over 64 additional tokens.
 
-    An untimed prompt that reaches every expert comes first: in its turn, another system may have evicted the
-    weights from memory.
+    An untimed prompt that uses every expert runs first, because another system may have evicted the weights
+    from memory.
     """
 
     def measure(point: Point) -> float:
@@ -51,7 +51,7 @@ def by_generating(seconds: Seconds) -> Measure:
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """A build of llama.cpp or ik_llama.cpp, below its sources."""
+    """A build of llama.cpp or ik_llama.cpp inside its source tree."""
 
     name: str
     binaries: Path
@@ -63,16 +63,16 @@ class LlamaCpp:
             if (directory / "convert_hf_to_gguf.py").is_file():
                 return directory
         raise SystemExit(
-            f"no convert_hf_to_gguf.py above {self.binaries}; expected a build below its sources"
+            f"no convert_hf_to_gguf.py above {self.binaries}; expected a build inside its source tree"
         )
 
     @property
     def repacks(self) -> bool:
-        """ik_llama.cpp repacks weights at load when told to; llama.cpp does so by itself."""
+        """Whether weights need a flag to be repacked at load: ik_llama.cpp does, llama.cpp always repacks."""
         return (self.sources / "examples/llama-bench").is_dir()
 
     def gguf(self, model: Path, kind: str) -> Path:
-        """The model in the peer's own format, converted by the peer's own tools."""
+        """The model in the peer's format, converted with the peer's tools."""
         whole = model.resolve().with_name(f"{model.name}-{self.name}.gguf")
         if not whole.exists():
             convert = Path(__file__).with_name("convert_gguf.py")
@@ -86,7 +86,7 @@ class LlamaCpp:
         return out
 
     def measure(self, model: Path, kind: str, threads: int) -> Measure:
-        """Its own benchmarks, weights repacked at load."""
+        """Measure with the peer's own benchmarks; weights are repacked at load."""
         path = self.gguf(model, kind)
         common = ["-m", path, "-t", threads]
 
@@ -123,7 +123,7 @@ class Child:
         self._signal(signal.SIGSTOP)
 
     def measure(self, point: Point) -> float | None:
-        """By generating; long cached contexts, which it would recompute every time, are left out."""
+        """Measure by generating; long cached contexts, which it would recompute every time, are skipped."""
         cached = point.kind == "decode" and point.context > PROMPT
         return None if cached else by_generating(self._seconds)(point)
 
@@ -137,7 +137,7 @@ class Child:
         return seconds
 
     def _read(self, word: str) -> str:
-        """The next line that begins with `word`; the peer's own chatter is passed on to stderr."""
+        """The next line that starts with `word`; other output of the peer goes to stderr."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(word):
@@ -149,7 +149,7 @@ class Child:
         os.killpg(self._process.pid, number)
 
     def _end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+        with contextlib.suppress(ProcessLookupError):  # it has already exited
             self._signal(signal.SIGKILL)
         self._process.wait()
 

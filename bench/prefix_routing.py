@@ -1,9 +1,9 @@
 """Prefix routing at request level: a Mooncake trace, the gateway's own balancer, simulated replicas.
 
-A replica admits a request when its batch has room, computes the part of the prompt that is not in its cache
-(the batch pauses meanwhile), then gives every running request a token per iteration: 8,000 prompt tokens/s,
-20 ms + 0.5 ms × batch per iteration, 32 requests, an LRU cache of blocks of 512 tokens. The gateway reads
-each replica's digest every 2 s. `one cache` is the bound: every prompt seen anywhere is cached everywhere.
+A replica admits a request when its batch has room and computes the uncached part of the prompt (the batch
+pauses meanwhile). Every iteration then adds one token to each running request. Parameters: 8,000 prompt
+tokens/s, 20 ms + 0.5 ms × batch per iteration, 32 requests, an LRU cache of blocks of 512 tokens. The gateway
+reads each replica's digest every 2 s. `one cache` is the bound: one unlimited cache shared by all replicas.
 
     python bench/prefix_routing.py mooncake_conversation.jsonl.gz [--load 1.5] [--replicas 8] [--cache 6000]
 """
@@ -26,7 +26,7 @@ from farthing.fleet.gateway.prefix import PrefixIndex
 from farthing.fleet.gateway.replicas import Balancer, Replica
 from farthing.prompts import Prompt
 
-BLOCK = 512  # tokens of the trace's blocks
+BLOCK = 512  # tokens per block of the trace
 PREFILL_S, BASE_S, SHARE_S, BATCH = 1 / 8000, 0.02, 0.0005, 32
 DIGEST_S = 2.0
 TARGET_S = 5.0  # time to first token
@@ -45,7 +45,7 @@ class Job:
 
 @dataclass
 class Server:
-    """A simulated replica; `seen` is what the gateway knows of it."""
+    """A simulated replica; `seen` is the gateway's view of it."""
 
     seen: Replica
     capacity: int  # blocks
@@ -56,7 +56,7 @@ class Server:
     cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     def advance(self, until: float, done: list[tuple[float, int, int]]) -> None:
-        """Work until `until`; (time to first token, cached, prompt tokens) of each admitted request."""
+        """Simulate until `until`; appends (TTFT, cached, prompt tokens) per admitted request."""
         while self.clock < until:
             if self.waiting and len(self.ends) < BATCH:
                 self._admit(self.waiting.popleft(), done)
@@ -92,20 +92,20 @@ Choose = Callable[[Balancer, Prompt], Replica]
 
 
 def routed(balancer: Balancer, prompt: Prompt) -> Replica:
-    """As the gateway routes."""
+    """Routing as in the gateway."""
     chosen = balancer.choose(prompt)
     assert chosen is not None
     return chosen
 
 
 def least(balancer: Balancer, prompt: Prompt) -> Replica:
-    """The fewest requests in flight, whatever is cached."""
+    """The replica with the fewest requests in flight, ignoring caches."""
     return min(balancer.replicas.values(), key=lambda r: (r.inflight, r.served))
 
 
 def affine(balancer: Balancer, prompt: Prompt) -> Replica:
-    """The longest cached prefix, unless that replica has more than four requests above the least loaded:
-    the rule before this one.
+    """The previous rule: the longest cached prefix, unless that replica has more than four requests above the
+    least loaded.
     """
     fewest = least(balancer, prompt)
     held = balancer.prefixes.held(prompt.blocks)
@@ -114,7 +114,7 @@ def affine(balancer: Balancer, prompt: Prompt) -> Replica:
 
 
 def simulate(trace: list[dict[str, Any]], choose: Choose, options: argparse.Namespace) -> dict[str, float]:
-    """One run."""
+    """Simulate one run."""
     now = 0.0
     balancer = Balancer(GatewayConfig(prefix_block=BLOCK, request_weight=512))
     balancer.prefixes = PrefixIndex(options.cache, clock=lambda: now)
@@ -158,7 +158,7 @@ def summary(done: list[tuple[float, int, int]]) -> dict[str, float]:
 
 
 def bound(trace: list[dict[str, Any]]) -> dict[str, float]:
-    """One cache without an end, and no queue."""
+    """One unlimited cache and no queue."""
     seen: set[int] = set()
     done = []
     for row in trace:
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=1.5, help="factor on the arrival rate")
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument("--cache", type=int, default=6000, help="blocks of 512 tokens per replica")
-    parser.add_argument("--requests", type=int, help="only the first ones")
+    parser.add_argument("--requests", type=int, help="use only the first N requests")
     options = parser.parse_args()
     with gzip.open(options.trace, "rt") as file:
         trace = [json.loads(line) for line in file][: options.requests]

@@ -1,9 +1,9 @@
-"""Train the forecaster that is shipped, on the traces docs/lab/2026-11-25-load-split.md allows.
+"""Train the bundled forecaster on the traces that docs/lab/2026-11-25-load-split.md allows.
 
     python bench/pretrain_load.py --traces DIR [--without r1] [--out FILE]
 
-`--without` leaves a service out, so that a forecaster can be scored on it; the shipped file has all of them.
-Takes minutes on one core; the numbers are the same each time.
+`--without` excludes a service, so that a forecaster can be scored on it; the bundled file uses all of them.
+Takes minutes on one core; the result is reproducible.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEAD_S = 615.0
 
 
 def choice(traces: Path) -> dict[str, Series]:
-    """The series that may be learned from, by service."""
+    """The training series, by service."""
     large = read_trace(traces / "servegen_language_m-large_rate.csv")
     taxi = read_trace(traces / "nab_nyc_taxi.csv.gz")
     r1 = read_trace(EXAMPLE)
@@ -34,14 +34,14 @@ def choice(traces: Path) -> dict[str, Series]:
 
 
 def minutes(series: Series, seed: int) -> History:
-    """The load a controller would keep: minute means of the interpolated trace with noise."""
+    """The load history of a controller: minute means of the interpolated trace with noise."""
     load = rate_load(series, 10.0, seed + 1, 0.1)[:, seed]
     whole = len(load) // 6 * 6
     return History(load[:whole].reshape(-1, 6).mean(axis=1)[:, None], GRID_S, LEAD_S)
 
 
 def histories(series: Series) -> list[History]:
-    """One service at several speeds on the minute grid, and its own points one and a few steps ahead."""
+    """One service at several speeds on the minute grid, and its own points one and several steps ahead."""
     made = [minutes(series, 0), minutes(series, 1)]
     made += [minutes(Series(0.0, series.step_s * speed, series.values), 2) for speed in (0.5, 2.0)]
     for every in (1, 2, 3):
@@ -55,7 +55,7 @@ def histories(series: Series) -> list[History]:
 
 
 def weighted(made: list[History]) -> list[History]:
-    """Short histories repeated, so that the few coarse points count next to the many minutes."""
+    """Repeat short histories, so that the few coarse points count next to the many minutes."""
     most = max(len(history) for history in made)
     return [history for history in made for _ in range(max(1, min(20, most // (8 * len(history)))))]
 
@@ -85,7 +85,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", type=Path, required=True)
-    parser.add_argument("--without", action="append", default=[], help="a service to leave out; repeatable")
+    parser.add_argument("--without", action="append", default=[], help="service to exclude; repeatable")
     parser.add_argument("--networks", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--out", type=Path, default=PRETRAINED)

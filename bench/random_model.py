@@ -116,7 +116,7 @@ def head_parameters(c: dict[str, Any]) -> int:
 
 
 def active_parameters(c: dict[str, Any], routed: float) -> int:
-    """Elements read in a step that uses `routed` experts per layer, the head included, the embedding not."""
+    """Elements read per step with `routed` experts per layer, including the head, without the embedding."""
     total = 0.0
     for name, shape in tensors(c):
         if name == "model.embed_tokens.weight":
@@ -135,7 +135,7 @@ def _value(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
 
 
 def _tokenizer(out: Path, vocab: int) -> None:
-    """A byte-level BPE of the right size, trained on numbers: peers' converters want one."""
+    """A byte-level BPE of the right size, trained on numbers, as required by peers' converters."""
     t = Tokenizer(models.BPE())
     split = r"\p{N}{1,3}"
     t.pre_tokenizer = pre_tokenizers.Sequence(
@@ -163,7 +163,7 @@ def _tokenizer(out: Path, vocab: int) -> None:
 
 
 def make_model(size: str, cache: Path, seed: int = 1234) -> Path:
-    """The directory of a random model, written first where it is not there yet."""
+    """The directory of a random model, written first if missing."""
     out = cache / size
     if (out / "model.safetensors.index.json").exists():
         return out

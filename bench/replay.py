@@ -1,9 +1,9 @@
-"""The bars of the replay and the forecasters, ours beside the peers and the oracle, in one run.
+"""The targets of the replay and the forecasters: ours, peers and the oracle in one run.
 
     python bench/replay.py --traces DIR [--figures DIR] [--only r1,m-large,m-small,taxi,forecast] [--seeds 5]
 
 DIR holds the traces of docs/lab/2026-11-25-load-split.md; without it only DeepSeek-R1 is replayed.
-The figures depend on the traces alone; only fit times depend on the machine.
+Only fit times depend on the machine; all other figures depend only on the traces.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def at_slo(curve: list[tuple[float, float, float]], slo: float) -> tuple[float, float]:
-    """(utilization, hours) where the curve reaches `slo`, on the line between its neighbours."""
+    """(utilization, hours) where the curve reaches `slo`, by linear interpolation."""
     rows = sorted(curve, key=lambda row: row[2])
     for (u0, s0, h0), (u1, s1, h1) in pairwise(rows):
         if s0 < slo <= s1:
@@ -71,7 +71,7 @@ def fixed(made: Replay, title: str, bar: str, half: int | None, figure: Path | N
 
 
 def equal_slo(made: Replay, title: str, bar: str) -> None:
-    """Cost at equal SLO on the second half, and what a utilization tuned on the first half gives there."""
+    """Cost at equal SLO on the second half, and results there with a utilization tuned on the first half."""
     table = Table(title=f"{title}: second half, equal SLO 99.5 %, {made.config.seeds} seeds. Bar: {bar}")
     heads = (
         "policy",
@@ -144,7 +144,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", type=Path, help="directory of the traces")
-    parser.add_argument("--figures", type=Path, help="directory the pictures are written to")
+    parser.add_argument("--figures", type=Path, help="directory for the pictures")
     parser.add_argument("--only", default="r1,m-large,m-small,taxi,forecast")
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
@@ -166,7 +166,7 @@ def main() -> None:
         )
         equal_slo(made, "DeepSeek-R1 24 h", "10 % below the tuned HPA")
     if args.traces is None:
-        say("no --traces: the other rows are left out")
+        say("no --traces: the other rows are skipped")
         return
     if "m-large" in only:
         made = ready(args.traces / "servegen_language_m-large_rate.csv")

@@ -1,8 +1,8 @@
-"""What HTTP costs: tokens per second of the engine alone and through `farthing serve`, interleaved.
+"""The cost of HTTP: tokens per second of the engine alone and through `farthing serve`, interleaved.
 
-Both run the same model on the same number of threads, each in a process of its own; this process is the
-client. The engine alone, its outputs taken from an event loop and thrown away, is the limit. Every stream
-carries one server-sent event a token.
+Both run the same model on the same number of threads, each in its own process; this process is the client.
+The limit is the engine alone, with its outputs consumed from an event loop and discarded. Every stream has
+one server-sent event per token.
 
     python bench/server.py [MODEL] [--packed FILE] [--streams 1 16 64] [--tokens 128] [--rounds 5] [--json]
 """
@@ -24,7 +24,7 @@ HOST = "127.0.0.1"
 
 
 def body(number: int, tokens: int) -> dict[str, Any]:
-    """A request that always runs to its end, its prompt its own."""
+    """A request that always runs to its full length, with a unique prompt."""
     return {
         "prompt": f"# {number}\ndef function_{number}(value):\n",
         "max_tokens": tokens,
@@ -37,7 +37,7 @@ def body(number: int, tokens: int) -> dict[str, Any]:
 
 
 def engine_child(model: str, threads: int, packed: str | None) -> None:
-    """Runs in a process of its own."""
+    """Main function of the child process."""
     from farthing.config import EngineConfig
     from farthing.engine.build import build_engine
     from farthing.engine.request import SamplingParams
@@ -82,7 +82,7 @@ class Stream(asyncio.Protocol):
         self.transport.write(f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload)
 
     def data_received(self, data: bytes) -> None:
-        self.end = self.end[-1000:] + data  # the mark may be split
+        self.end = self.end[-1000:] + data  # the marker may be split
         if b"data: [DONE]" in self.end and not self.done.done():
             self.done.set_result(None)
             self.transport.close()
@@ -90,7 +90,7 @@ class Stream(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if not self.done.done():
             self.done.set_exception(
-                ConnectionError(f"the server hung up: {self.end.decode(errors='replace')}")
+                ConnectionError(f"the server closed the connection: {self.end.decode(errors='replace')}")
             )
 
 
@@ -125,7 +125,7 @@ def start(
             port = int(found[1])
         if "ready after" in line:
             return engine, server, port
-    raise RuntimeError("the server ended before it was ready")
+    raise RuntimeError("the server exited before it was ready")
 
 
 def cpu_seconds(process: subprocess.Popen[str]) -> float:
@@ -136,7 +136,7 @@ def cpu_seconds(process: subprocess.Popen[str]) -> float:
 
 
 def peak_memory(process: subprocess.Popen[str]) -> int:
-    """Bytes resident at most, mapped files included (Linux)."""
+    """Peak resident bytes, including mapped files (Linux)."""
     with open(f"/proc/{process.pid}/status") as file:  # noqa: PTH123
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
@@ -149,7 +149,7 @@ def measure(
     tokens: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """Medians over interleaved rounds, after one that warms up."""
+    """Medians over interleaved rounds after a warm-up round."""
     assert engine.stdin is not None and engine.stdout is not None
     seconds: dict[str, list[float]] = {"engine": [], "http": []}
     cpu: dict[str, list[float]] = {"engine": [], "http": []}

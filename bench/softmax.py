@@ -1,10 +1,10 @@
-"""The softmax kernel against torch's, one thread each, in turn: processor time, medians.
+"""The softmax kernel against torch's, one thread each, interleaved: median processor time.
 
     python bench/softmax.py
 
-`plain` is the softmax written out: maximum, difference, exponential, sum, quotient, each its own pass over
-memory. `sdpa` is torch's fused attention whose scores have the shape, for a head of 64: it computes two
-products besides, so its figure is context and no ratio is taken.
+`plain` is softmax as separate ops: maximum, difference, exponential, sum, quotient, each its own pass over
+memory. `sdpa` is torch's fused attention with scores of this shape for a head of 64. It also computes two
+products, so it is printed for context without a ratio.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHAPES = [(16, 512), (64, 4096), (16, 32000), (256, 1000)]
 
 
 def seconds(f: Callable[[], object], calls: int) -> float:
-    """Processor time of one call: a busy machine does not change it as much as the clock."""
+    """Processor time per call, which a busy machine affects less than wall time."""
     start = time.thread_time()
     for _ in range(calls):
         f()

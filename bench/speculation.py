@@ -2,9 +2,9 @@
 
     python bench/speculation.py [--model mite] [--batch 1] [--methods mtp:1 mtp:2 ngram:4]
 
-All engines are built first and run interleaved, each over the same prompts; medians over rounds, from the
-first token of an answer to its last. The limit is what drafts would bring if they and their verification were
-free: the mean number of tokens per step.
+All engines are built first and run interleaved over the same prompts; medians over rounds, from the first
+token of an answer to its last. The limit is the speedup if drafts and their verification were free: the mean
+number of tokens per step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from farthing.hub import resolve_model
 
 
 def prompts_of(model: str, count: int, length: int, llm: LLM, repeat: int = 1) -> list[list[int]]:
-    """The beginnings of held-out files; with `repeat`, each its first part over and over."""
+    """The beginnings of held-out files; with `repeat`, the first part of each, repeated."""
     lines = (resolve_model(model) / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     ids = [llm.get_tokenizer().encode(text) for text in texts]
@@ -31,7 +31,7 @@ def prompts_of(model: str, count: int, length: int, llm: LLM, repeat: int = 1) -
 
 
 class Free(Gate):
-    """Every draft costs nothing."""
+    """Treats every draft as free."""
 
     def order(self, batch: int) -> bool | None:
         return True
@@ -41,7 +41,7 @@ class Free(Gate):
 
 
 def force(llm: LLM) -> None:
-    """Draft in every step."""
+    """Enable drafts in every step."""
     speculator = llm.engine._core._speculator
     if speculator is not None:
         speculator.gates = tuple(Free() for _ in speculator.gates)
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="draft in every step, whether it pays or not: what is accepted then",
+        help="draft in every step, even if slower, to measure acceptance",
     )
     return parser.parse_args()
 

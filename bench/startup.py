@@ -1,11 +1,11 @@
-"""From the launch of a process to its first token, and the most memory it held; ours and the peers in turn.
+"""Time from process launch to the first token, and peak memory; ours and the peers interleaved.
 
     python bench/startup.py --model L576 --weights int4 --llama-bench ik_llama.cpp=PATH/llama-bench
 
-Ours maps a packed file; a llama.cpp maps its GGUF and, where its name says so, repacks it as it does in
-bench/decode.py. Files are in the page cache before (one uncounted round). Seconds end when the line that
+Ours maps a packed file; llama.cpp maps its GGUF and, where its name says so, repacks it as in
+bench/decode.py. Files are in the page cache beforehand (one uncounted round). Timing ends when the line that
 follows the first token (prompt: 8 tokens) is read. Memory is the kernel's high-water mark of resident pages,
-those of mapped files included, after 16 sequences of 128 + 64 tokens, beside the bytes of the weights' file.
+including mapped files, after 16 sequences of 128 + 64 tokens, shown next to the size of the weights' file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def launch(command: list[Any], starts: str) -> tuple[float, int]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        cwd=tempfile.gettempdir(),  # some leave a log where they run
+        cwd=tempfile.gettempdir(),  # some write a log to their working directory
     )
     assert process.stdout is not None
     seconds = 0.0
@@ -61,7 +61,7 @@ def launch(command: list[Any], starts: str) -> tuple[float, int]:
 
 
 def systems(a: argparse.Namespace, model: Path) -> dict[str, tuple[Any, Path]]:
-    """name -> (a function of prompt, new and batch that gives the command and the awaited line, weights)."""
+    """name -> (a function of prompt, new and batch that returns command and awaited line, weights)."""
     file = packed(model, a.weights, a.threads)
 
     def ours(prompt: int, new: int, batch: int) -> tuple[list[Any], str]:
@@ -100,7 +100,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--llama-bench", action="append", default=[], metavar="NAME=PATH")
     p.add_argument("--cache", type=lambda d: Path(d).resolve(), default=Path.home() / ".cache/farthing/bench")
-    p.add_argument("--into", type=Path, metavar="FILE", help="keep the figures for bench/page.py")
+    p.add_argument("--into", type=Path, metavar="FILE", help="file to add the figures to, for bench/page.py")
     a = p.parse_args()
     model = make_model(a.model, a.cache)
     rows = []

@@ -1,7 +1,7 @@
-"""Training-side compression, measured: FP8 against bfloat16, weight traffic, and what the results do when
-served.
+"""Training-side compression, measured: FP8 against bfloat16, weight traffic, and the serving speed of the
+results.
 
-  python bench/training.py roofline                          # bytes a weight read costs, by projection
+  python bench/training.py roofline                          # bytes per weight read, by projection
   python bench/training.py precision --tokens 800000 --out runs/precision     # one seed; resumes
   python bench/training.py serve mite runs/qat/checkpoint runs/prune/checkpoint
   python bench/training.py tradeoff float=mite W4A4=runs/qat/checkpoint pruned=runs/prune/checkpoint
@@ -44,10 +44,10 @@ WARMUP, ROUNDS = 10, 200
 
 
 def roofline(model: Path, tokens: int, gbytes: float, gflops: float) -> list[dict[str, Any]]:
-    """Bytes of weights one forward pass reads, as bfloat16 and as FP8 stores them, by kind of projection.
+    """Bytes of weights read by one forward pass in bfloat16 and in FP8, by kind of projection.
 
-    The FP8 bytes are those of the tensors the products were really given. Arithmetic intensity is FLOPs a
-    byte of weights at `tokens` tokens; below `gflops / gbytes` weights are the limit.
+    FP8 bytes are those of the tensors passed to the products. Arithmetic intensity is FLOPs per byte of
+    weights at `tokens` tokens; below `gflops / gbytes` weights are the limit.
     """
     net = load_checkpoint(model).eval()
     net.set_compute_dtype(torch.bfloat16)
@@ -79,12 +79,12 @@ def roofline(model: Path, tokens: int, gbytes: float, gflops: float) -> list[dic
         row["bf16_us"], row["fp8_us"] = (row[k] / gbytes / 1e3 for k in ("bf16", "fp8"))
     balance = gflops / gbytes
     for key, size in (("bf16", 2.0), ("fp8", total["fp8"] / total["weights"])):
-        print(f"{key}: weights are the limit below {balance * size / 2:.1f} tokens a weight read")
+        print(f"{key}: weights are the limit below {balance * size / 2:.1f} tokens per weight read")
     return table
 
 
 def precision(out: Path, tokens: int, seed: int, device: str) -> dict[str, Any]:
-    """Trains in every arithmetic, or takes finished runs in `out`; compares the last records."""
+    """Train with every arithmetic, or reuse finished runs in `out`, and compare the last records."""
     finals: dict[str, Any] = {}
     curves = {}
     for name, (kind, settings) in ARITHMETIC.items():
@@ -94,22 +94,22 @@ def precision(out: Path, tokens: int, seed: int, device: str) -> dict[str, Any]:
         if not done or done[-1]["tokens"] < tokens:
             resume = (run / "state.pt").is_file()
             if train_mite(run, None, tokens, resume, None, device, 1, seed, settings, kind, 2.0) is None:
-                raise SystemExit("interrupted; the same command continues")
+                raise SystemExit("interrupted; run the same command to continue")
             done = json.loads(record.read_text())
         finals[name] = {k: done[-1][k] for k in ("tokens", "main", "eval_loss", "bits_per_byte", "minutes")}
         finals[name]["skipped"] = done[-1].get("fp8_skipped", 0.0)
         rise = finals[name]["eval_loss"] / finals["bf16"]["eval_loss"] - 1
         finals[name] |= {"relative_loss": rise, "within_1_percent": abs(rise) <= 0.01}
         curves[name] = [(p["tokens"], p["eval_loss"]) for p in done]
-    draw(out / "fp8.png", curves, "held-out loss, nats a token")
+    draw(out / "fp8.png", curves, "held-out loss, nats per token")
     return finals
 
 
 def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
-    """Prefill of 512 tokens and decode of 1 and 16 sequences; the models take turns, medians.
+    """Prefill of 512 tokens and decode of 1 and 16 sequences; medians, models interleaved.
 
-    `x` columns are the median over rounds of the first model's time over this one's in the same round, with
-    the quartiles: what is faster, with the machine's noise taken out.
+    `x` columns are the median over rounds of the first model's time divided by this one's in the same round,
+    with the quartiles: the speedup without the machine's noise.
     """
     loaded = {}
     for name in models:
@@ -130,7 +130,7 @@ def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
 
 
 def tradeoff(models: dict[str, str], threads: int | None, max_tokens: int, out: Path) -> list[dict[str, Any]]:
-    """Perplexity lost against the first model (paired interval) beside the time of a token, with a picture.
+    """Perplexity increase over the first model (paired interval) and time per token, with a picture.
 
     Quality is `farthing eval FIRST --against MODEL --backend cpu`.
     """
@@ -149,8 +149,8 @@ def tradeoff(models: dict[str, str], threads: int | None, max_tokens: int, out: 
     out.mkdir(parents=True, exist_ok=True)
     (out / "tradeoff.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     latency = {
-        "decode of one sequence, ms a token": [1e3 / row["decode 1 tok/s"] for row in rows],
-        "prefill, us a token": [1e6 / row["prefill tok/s"] for row in rows],
+        "decode of one sequence, ms per token": [1e3 / row["decode 1 tok/s"] for row in rows],
+        "prefill, us per token": [1e6 / row["prefill tok/s"] for row in rows],
     }
     draw_tradeoff(
         out / "tradeoff.png", {k: dict(zip(models, v, strict=True)) for k, v in latency.items()}, lost
@@ -165,7 +165,7 @@ def _bytes(name: str) -> int:
 def _rounds(
     loaded: dict[str, DeepseekModel], run: Callable[[DeepseekModel, Any], tuple[float, Any]]
 ) -> dict[str, list[float]]:
-    """Seconds of every round by model; the first model rotates, so the order is not always the same."""
+    """Seconds of every round by model; the first model rotates, so that the order varies."""
     state: dict[str, Any] = dict.fromkeys(loaded)
     times: dict[str, list[float]] = {name: [] for name in loaded}
     names = list(loaded)
@@ -192,7 +192,7 @@ def _prefill(model: DeepseekModel, cache: Any) -> tuple[float, Any]:
 
 
 def _decode(sequences: int) -> Callable[[DeepseekModel, Any], tuple[float, Any]]:
-    """A step of this many sequences with prompts of 64 different tokens."""
+    """A decode step of this many sequences, each with a prompt of 64 different tokens."""
     each = -(-(PROMPT + 1) // BLOCK)
     tables = [range(i * each, (i + 1) * each) for i in range(sequences)]
 
@@ -238,7 +238,7 @@ def main() -> None:
     one.add_argument("models", nargs="+")
     one.add_argument("--threads", type=int)
     one = commands.add_parser("tradeoff")
-    one.add_argument("models", nargs="+", metavar="LABEL=MODEL", help="the first is what others lose against")
+    one.add_argument("models", nargs="+", metavar="LABEL=MODEL", help="the first is the baseline")
     one.add_argument("--threads", type=int)
     one.add_argument("--max-tokens", type=int, default=12_000)
     one.add_argument("--out", type=Path, default=Path("runs/tradeoff"))

@@ -2,8 +2,8 @@
 
 python -m bench.resnet50 train --data CIFAR-10-images --out runs/resnet50   # float, then the student
 python -m bench.resnet50 compare --threads 1 --site OPENVINO_VENV/lib/python3.11/site-packages
-python -m bench.resnet50 profile                                             # each layer of ours
-python -m bench.resnet50 draw                                                # pictures of what was run
+python -m bench.resnet50 profile                                             # each of our layers
+python -m bench.resnet50 draw                                                # pictures of the runs
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from farthing.compress.statistics import ratio_interval
 
 
 def run_training(settings: Settings, console: Console) -> None:
-    """Both runs; a finished one is not repeated, an interrupted one resumes."""
+    """Run both trainings; a finished one is skipped, an interrupted one resumes."""
     net = train_float(settings, console)
     student = train_student(settings, net, console) if net is not None else None
     if student is None:
-        raise SystemExit("interrupted; the same command continues")
+        raise SystemExit("interrupted; run the same command to continue")
     print(json.dumps(accuracy(settings.out), indent=1))
 
 
@@ -64,7 +64,7 @@ def nets(out: Path, size: int, classes: int) -> tuple[ResNet50, QuantResNet50]:
 
 
 def run_compare(out: Path, size: int, classes: int, threads: int, rounds: int) -> None:
-    """The table."""
+    """Print the table of latencies."""
     net, student = nets(out, size, classes)
     runs, missing = contestants(net, student, size, threads, out)
     times = race(runs, size, rounds)
@@ -79,7 +79,7 @@ def run_compare(out: Path, size: int, classes: int, threads: int, rounds: int) -
 
 
 def run_profile(out: Path, size: int, classes: int, threads: int) -> None:
-    """Milliseconds and GOP/s of every step of ours."""
+    """Print milliseconds and GOP/s of each of our steps."""
     engine = Engine(nets(out, size, classes)[1], size, threads)
     seconds = engine.program.profile(torch.randn(3, size, size))
     peak = _native.peak_ops("vnni_int8", threads)
@@ -92,7 +92,7 @@ def run_profile(out: Path, size: int, classes: int, threads: int) -> None:
 
 
 def run_draw(out: Path, into: Path) -> None:
-    """The pictures."""
+    """Draw the pictures."""
     trained = all((out / part / "right.pt").is_file() for part in ("float", "w4a4"))
     top1 = {part: float(accuracy(out)[f"top1_{part}"]) for part in ("float", "w4a4")} if trained else None  # type: ignore[arg-type]
     for file in draw(out, into, top1):
@@ -111,15 +111,15 @@ def main() -> None:
     for field in (*floats, "size", "stored", "small", "batch", "seed"):
         default = getattr(Settings, field)
         train.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
-    train.add_argument("--limit", type=int, help="pictures a class")
+    train.add_argument("--limit", type=int, help="pictures per class")
     train.add_argument("--device", default="cpu")
     race_, profile, pictures = (commands.add_parser(name) for name in ("compare", "profile", "draw"))
     pictures.add_argument("--into", type=Path, default=Path("docs/figures"))
     race_.add_argument("--rounds", type=int, default=20)
-    race_.add_argument("--site", type=Path, help="more packages (OpenVINO and NNCF): their site-packages")
+    race_.add_argument("--site", type=Path, help="site-packages directory with OpenVINO and NNCF")
     for command in (race_, profile):
         command.add_argument("--size", type=int, default=224)
-        command.add_argument("--classes", type=int, default=1000, help="of random nets")
+        command.add_argument("--classes", type=int, default=1000, help="classes of random nets")
     for command in (train, race_, profile):
         command.add_argument("--threads", type=int, default=1)
     for command in (train, race_, profile, pictures):

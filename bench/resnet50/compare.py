@@ -1,4 +1,4 @@
-"""Latency of one picture in one interleaved run: ours, torch, ONNX Runtime, OpenVINO, where installed."""
+"""Latency per picture in one interleaved run: ours, torch, ONNX Runtime, and OpenVINO if installed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ OURS = "farthing W4A4, block-sparse"
 def contestants(
     net: ResNet50, student: QuantResNet50, size: int, threads: int, out: Path
 ) -> tuple[dict[str, Run], list[str]]:
-    """(name -> one picture [1, 3, S, S], what is missing)."""
+    """(name -> a function of one picture [1, 3, S, S], names of missing runtimes)."""
     torch.set_num_threads(threads)
     example = torch.randn(1, 3, size, size)
     engine = Engine(student, size, threads)
     folded = fold_batch_norms(net, example)
-    # Constant weights are laid out for the kernels when it is compiled.
+    # Compilation lays out constant weights for the kernels.
     torch._inductor.config.freezing = True
     compiled = torch.compile(folded.to(memory_format=torch.channels_last))
     runs: dict[str, Run] = {
@@ -109,7 +109,7 @@ def _openvino(file: Path, threads: int) -> Run:
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # or it would run FP32 models in bfloat16
+        "INFERENCE_PRECISION_HINT": "f32",  # otherwise FP32 models run in bfloat16
     }
     compiled = openvino.Core().compile_model(str(file), "CPU", settings)
     return lambda x: compiled(x.numpy())
@@ -117,12 +117,12 @@ def _openvino(file: Path, threads: int) -> Run:
 
 @torch.no_grad()
 def race(runs: dict[str, Run], size: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds; all take turns, after three rounds that do not count."""
+    """Median milliseconds, interleaved, after three warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     image = torch.randn(1, 3, size, size)
     for i in range(rounds + 3):
         for name, run in runs.items():
-            time.sleep(0.02)  # until the threads of the one before have stopped spinning
+            time.sleep(0.02)  # until the previous runtime's threads stop spinning
             run(image)
             start = time.perf_counter()
             run(image)
@@ -132,6 +132,6 @@ def race(runs: dict[str, Run], size: int, rounds: int) -> dict[str, float]:
 
 
 def limit(engine: Engine, threads: int) -> float:
-    """Milliseconds of the products that are left at the machine's measured INT8 peak; 0 if unknown."""
+    """Milliseconds of the remaining products at the machine's measured INT8 peak; 0 if unknown."""
     peak = _native.peak_ops("vnni_int8", threads)  # GOP/s
     return 2 * engine.program.multiplications / peak / 1e6 if peak else 0.0

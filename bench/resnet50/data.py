@@ -1,6 +1,6 @@
 """Labelled pictures: DIR/train/CLASS/*.jpg|png and DIR/test/CLASS/*, decoded once to one uint8 array.
 
-The public JPEG copy of CIFAR-10 has this layout. Batches are cropped, flipped and resized as they are drawn.
+The public JPEG copy of CIFAR-10 has this layout. Batches are cropped, flipped and resized when drawn.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Pictures:
 
 
 def load(root: Path, part: str, stored: int, cache: Path, limit: int | None = None) -> Pictures:
-    """The pictures of DIR/part at stored x stored; `limit` a class.
+    """Load the pictures of DIR/part at stored x stored, at most `limit` per class.
 
-    Raises FileNotFoundError where there are none.
+    Raises FileNotFoundError if there are none.
     """
     folder = root / part
     classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir())) if folder.is_dir() else ()
     if not classes:
-        raise FileNotFoundError(f"{folder} holds no class folders; expected {part}/CLASS/*.jpg under --data")
+        raise FileNotFoundError(f"{folder} has no class folders; expected {part}/CLASS/*.jpg under --data")
     file = cache / f"{part}-{stored}-{limit or 'all'}.npz"
     if not file.is_file():
         images, labels = [], []
@@ -55,7 +55,7 @@ def load(root: Path, part: str, stored: int, cache: Path, limit: int | None = No
 
 
 def normalize(images: Tensor, size: int) -> Tensor:
-    """uint8 [B, 3, S, S] -> float32 [B, 3, size, size], normalized a channel, channels last."""
+    """uint8 [B, 3, S, S] -> float32 [B, 3, size, size], normalized per channel, channels last."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     x = (images.float() / 255 - mean) / std
     if x.shape[-1] != size:
@@ -64,7 +64,7 @@ def normalize(images: Tensor, size: int) -> Tensor:
 
 
 class Batches:
-    """Endless shuffled batches, each picture flipped and shifted its own way; its place is two integers."""
+    """Endless shuffled batches with a random flip and shift per picture; the position is two integers."""
 
     def __init__(self, pictures: Pictures, batch: int, seed: int, share: float = 0.125) -> None:
         self.pictures, self.batch, self.seed = pictures, batch, seed
@@ -90,9 +90,9 @@ class Batches:
         return torch.where(flip[:, None, None, None], images.flip(3), images), self.pictures.labels[chosen]
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch starts."""
+        """Position of the next batch."""
         return {"passes": self.passes, "index": self.index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues there."""
+        """Continue from the position of `state_dict`."""
         self.passes, self.index = state["passes"], state["index"]

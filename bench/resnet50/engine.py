@@ -1,4 +1,4 @@
-"""The student on the product's own CPU kernels, picture by picture: see `farthing.ops.cpu.vision`."""
+"""The student on Farthing's own CPU kernels, one picture at a time: see `farthing.ops.cpu.vision`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farthing.ops.cpu.vision import IMAGE_ZERO, ConvProgram, Output, Plane
 
 @dataclass(frozen=True)
 class Scaled:
-    """A tensor of integers q that stand for (q - zero) * scale."""
+    """A tensor of integers q with values (q - zero) * scale."""
 
     plane: Plane
     scale: Tensor
@@ -64,7 +64,7 @@ class Engine:
             wide = Scaled(self.program.plane(outputs, small, small), _step(b.down_range), IMAGE_ZERO)
             self._conv(f"{name}.down", b.down, x, wide.scale, Output(wide=wide.plane), zero=IMAGE_ZERO)
             narrow = self.program.plane(outputs, small, small)
-        # In place: every sum is read where it is written, and the 4-bit input was read before.
+        # In place: every sum is read before it is overwritten, and the 4-bit input is no longer needed.
         scale = step / (1 << SHIFT)
         out = Output(wide.plane, narrow, SHIFT, 15, wide.plane, float(wide.scale / scale))
         self._conv(f"{name}.conv3", b.conv3, outer, scale, out, offset=-wide.zero * wide.scale / scale)
@@ -81,7 +81,7 @@ class Engine:
         offset: Tensor | float = 0.0,
         small: bool = True,
     ) -> None:
-        """Output integers stand for (q - zero) * scale; `offset` integers are added."""
+        """Output integers have the values (q - zero) * scale; `offset` integers are added."""
         q, weight_scale = conv.integers()
         mult = weight_scale * x.scale / scale
         bias = conv.bias / scale + zero + offset - x.zero * q.sum((1, 2, 3)) * mult

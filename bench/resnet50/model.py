@@ -39,7 +39,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """The network; any input of at least 32 x 32."""
+    """The network, for inputs of at least 32 x 32."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ResNet50(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, Bottleneck):
-                nn.init.zeros_(module.bn3.weight)  # each block begins as the identity
+                nn.init.zeros_(module.bn3.weight)  # each block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> logits [B, classes]."""

@@ -1,4 +1,4 @@
-"""The pictures: both runs' curves, and the race; top-1 beside it where the nets are trained."""
+"""The pictures: the curves of both runs, and the latencies, with top-1 if the nets are trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.resnet50.compare import OURS
 
 
 def draw(out: Path, into: Path, top1: dict[str, float] | None) -> list[Path]:
-    """Draws what `out` has records of: training.png, race.png. top1: percent of "float" and "w4a4"."""
+    """Draw training.png and race.png from the records in `out`. top1: percent of "float" and "w4a4"."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,7 +51,7 @@ def _race(races: dict[str, dict[str, float]], into: Path, top1: dict[str, float]
         names = sorted(times, key=lambda name: -times[name])
         bars = axis.barh(names, [times[n] for n in names], color=["C1" if n == OURS else "C0" for n in names])
         axis.bar_label(bars, [f"{times[n]:.1f}" for n in names], padding=2)
-        axis.set(title=f"{threads} thread{'s' if threads != '1' else ''}", xlabel="ms a picture, 224 x 224")
+        axis.set(title=f"{threads} thread{'s' if threads != '1' else ''}", xlabel="ms per picture, 224 x 224")
         axis.margins(x=0.15)
     if top1:
         figure.suptitle(f"top-1: float {top1['float']:.1f} %, W4A4 block-sparse {top1['w4a4']:.1f} %")

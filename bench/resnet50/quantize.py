@@ -1,9 +1,9 @@
 """The student: ResNet-50 on the integer grids of `farthing.ops.cpu.vision`, trained with LSQ.
 
-Every convolution reads 4-bit inputs (0 … 15, one learned scale a tensor) and has 4-bit weights (one learned
-scale an output channel). Two are exceptions, with 8-bit inputs and weights: the first, which reads the
-picture, and the classifier. Sums along the shortcuts are kept in 8 bits, eight steps to one of the 4-bit copy
-that the next convolution reads.
+Every convolution reads 4-bit inputs (0 … 15, one learned scale per tensor) and has 4-bit weights (one learned
+scale per output channel). Two layers have 8-bit inputs and weights: the first, which reads the picture, and
+the classifier. Sums along the shortcuts are kept in 8 bits, with eight steps per step of the 4-bit copy that
+the next convolution reads.
 
 Shapes: B pictures, C channels, O outputs, k kernel.
 """
@@ -28,7 +28,7 @@ IMAGE_SCALE = max(max(m, 1 - m) / s for m, s in zip(MEAN, STD, strict=True)) / 1
 
 
 class Range(nn.Module):
-    """A learned step between integers; begins at the least squared error on the first batch."""
+    """A learned step between integers, initialized to the least squared error on the first batch."""
 
     def __init__(self, low: int, high: int) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Range(nn.Module):
 
     @torch.no_grad()
     def begin(self, x: Tensor) -> None:
-        """Sets the step from x, once."""
+        """Set the step from x, once."""
         started: Any = self.started
         if started:
             return
@@ -57,9 +57,9 @@ class Range(nn.Module):
         started.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x on the grid; below an unsigned range it is a ReLU."""
+        """Round x to the grid; an unsigned range also acts as a ReLU."""
         self.begin(x)
-        # Sixteen steps are as exact in bfloat16, which the next product reads; sums need more.
+        # bfloat16, which the next product reads, represents sixteen steps exactly; sums need more.
         dtype = x.dtype if self.high <= 15 else torch.float32
         return fake_quantize(x, self.scale(), self.low, self.high, dtype=dtype)
 
@@ -83,14 +83,14 @@ class QuantConv(nn.Module):
         self.register_buffer("keep", torch.ones_like(weight, dtype=torch.bool))
 
     def prune(self, share: float) -> None:
-        """Masks the `share` of blocks (16 outputs, 16 channels of a tap) with the least energy."""
+        """Mask the `share` of blocks (16 outputs, 16 channels of a tap) with the least energy."""
         o, c, k, _ = self.weight.shape
         energy = self.weight.detach().square().permute(0, 2, 3, 1).flatten(1)
         self.keep = mask(energy, share, "16x16").view(o, k, k, c).permute(0, 3, 1, 2).contiguous()
 
     @property
     def sparsity(self) -> float:
-        """The share of weights that is masked."""
+        """Share of masked weights."""
         keep: Any = self.keep
         return 1 - float(keep.float().mean())
 
@@ -116,7 +116,7 @@ def _conv(conv: nn.Module, bits: int = 4) -> QuantConv:
 
 
 class QuantBottleneck(nn.Module):
-    """The block on integers."""
+    """The bottleneck block on integers."""
 
     def __init__(self, block: Bottleneck) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class QuantBottleneck(nn.Module):
         self.down_range = None if self.down is None else Range(-128, 127)
 
     def forward(self, x: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
-        """(4-bit input, 8-bit input) -> the same of the output."""
+        """(4-bit input, 8-bit input) -> (4-bit output, 8-bit output)."""
         if self.down is not None:
             assert self.down_range is not None
             wide = self.down_range(self.down(x))
@@ -135,13 +135,13 @@ class QuantBottleneck(nn.Module):
         self.out.begin(v)
         step = self.out.scale()
         wide = fake_quantize(v, step / (1 << SHIFT), 0, 255)
-        # Halves go up, as a shift of integers does; what is added is less than a step of 8 bits.
+        # Halves round up, as an integer shift does; the added value is less than one 8-bit step.
         x = fake_quantize(wide + step.detach() / (4 << SHIFT), step, 0, 15, dtype=x.dtype)
         return x, wide
 
 
 class QuantResNet50(nn.Module):
-    """A float ResNet-50's student."""
+    """The quantized student of a float ResNet-50."""
 
     def __init__(self, net: nn.Module, size: int) -> None:
         super().__init__()
@@ -170,10 +170,10 @@ class QuantResNet50(nn.Module):
         return self.fc(mean).flatten(1)  # type: ignore[no-any-return]
 
     def pruned(self) -> list[QuantConv]:
-        """The convolutions that lose blocks: all but the first, and not the classifier."""
+        """The prunable convolutions: all but the first, without the classifier."""
         return [m for block in self.blocks for m in block.modules() if isinstance(m, QuantConv)]
 
     def prune(self, share: float) -> None:
-        """Masks the same share of blocks in each of them."""
+        """Mask the same share of blocks in each of them."""
         for conv in self.pruned():
             conv.prune(share)

@@ -1,4 +1,4 @@
-"""The runs: a float ResNet-50 on class folders, small pictures first, then its quantized, sparse student.
+"""Training: a float ResNet-50 on class folders, small pictures first, then its quantized, sparse student.
 
 On a CPU the products run in bfloat16 (autocast), channels last; parameters, norms and losses are float32.
 """
@@ -23,20 +23,20 @@ from farthing.compress.prune.schedule import cubic_sparsity
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing.train.lsq import compile_rounding
 
-CURVE = 5  # the curve is measured on every fifth test picture, the result on all
+CURVE = 5  # curves use every fifth test picture, results all of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Both runs."""
+    """Settings of both runs."""
 
     data: Path
     out: Path
-    size: int = 64  # pixels of a side, at the end and in the test
-    stored: int = 32  # of the decoded pictures
-    small: int = 32  # of a side in the first `small_epochs`
+    size: int = 64  # side in pixels, at the end and in the test
+    stored: int = 32  # side of the decoded pictures
+    small: int = 32  # side in the first `small_epochs`
     small_epochs: float = 6.0
-    epochs: float = 1.0  # at `size`, after them
+    epochs: float = 1.0  # at `size`, afterwards
     student_epochs: float = 0.8
     batch: int = 128
     lr: float = 0.1
@@ -44,13 +44,13 @@ class Settings:
     seed: int = 0
     threads: int = 2
     device: str = "cpu"
-    limit: int | None = None  # pictures a class
+    limit: int | None = None  # pictures per class
     sparsity: float = 0.4
-    teach: float = 0.8  # share of the student's loss that is the float net's answer
+    teach: float = 0.8  # share of the distillation term in the student's loss
 
 
 class Run:
-    """What both runs share: pictures, arithmetic, the loop."""
+    """The common parts of both runs: pictures, arithmetic, training loop."""
 
     def __init__(self, settings: Settings, part: str) -> None:
         self.settings, self.out = settings, settings.out / part
@@ -66,12 +66,12 @@ class Run:
         return torch.autocast(torch.device(self.settings.device).type, torch.bfloat16)
 
     def size(self, trainer: Trainer) -> int:
-        """Pixels of a side at this moment of the float run."""
+        """Side in pixels at this step of the float run."""
         s = self.settings
         return s.small if trainer.tokens < s.small_epochs * len(self.train.labels) else s.size
 
     def loop(self, net: nn.Module, optimizer: Any, loss: Any, epochs: float, size: Any, **more: Any) -> bool:
-        """Trains, resuming what is there; False when interrupted."""
+        """Train, resuming if possible; False if interrupted."""
         s = self.settings
         some = data.Pictures(self.test.images[::CURVE], self.test.labels[::CURVE], self.test.classes)
 
@@ -95,7 +95,7 @@ class Run:
 
 
 def train_float(settings: Settings, console: Console) -> ResNet50 | None:
-    """The float net, trained or read; None when interrupted. Test pictures are judged in float32."""
+    """The float net, trained or loaded; None if interrupted. Test pictures are evaluated in float32."""
     run = Run(settings, "float")
     net = ResNet50(len(run.train.classes)).to(settings.device, memory_format=torch.channels_last)
     done = run.out / "net.pt"
@@ -122,13 +122,13 @@ def train_float(settings: Settings, console: Console) -> ResNet50 | None:
 
 
 class SparsityHook(BaseHook):
-    """Drops 16 x 16 blocks on a cubic schedule over the first half; until then they may come back."""
+    """Masks 16 x 16 blocks on a cubic schedule over the first half; until then masked blocks may return."""
 
     def __init__(self, final: float, every: int = 10) -> None:
         self.final, self.every, self.done = final, every, False
 
     def before_step(self, trainer: Trainer) -> None:
-        """New masks."""
+        """Compute new masks."""
         assert isinstance(trainer.model, QuantResNet50)
         share = cubic_sparsity(int(1e6 * trainer.progress), 0, 500_000, self.final)
         last = share == self.final
@@ -137,7 +137,7 @@ class SparsityHook(BaseHook):
             self.done = last
 
     def after_step(self, trainer: Trainer) -> None:
-        """The record's line."""
+        """Fields for the step's record."""
         assert isinstance(trainer.model, QuantResNet50)
         trainer.metrics["sparsity"] = trainer.model.pruned()[1].sparsity
 
@@ -146,12 +146,12 @@ class SparsityHook(BaseHook):
         return {"done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes that back."""
+        """Restore the state."""
         self.done = state["done"]
 
 
 def train_student(settings: Settings, teacher: ResNet50, console: Console) -> QuantResNet50 | None:
-    """The student, trained or read; None when interrupted. Test pictures are judged by the CPU kernels."""
+    """The student, trained or loaded; None if interrupted. The CPU kernels evaluate the test pictures."""
     run = Run(settings, "w4a4")
     net = QuantResNet50(teacher.cpu(), settings.size)
     done = run.out / "net.pt"
@@ -191,7 +191,7 @@ def train_student(settings: Settings, teacher: ResNet50, console: Console) -> Qu
 
 @torch.no_grad()
 def top1(net: nn.Module, pictures: data.Pictures, size: int, device: str, batch: int = 100) -> Tensor:
-    """Which pictures are right, bool [N]."""
+    """Whether each prediction is correct, bool [N]."""
     net.eval()
     right = []
     for start in range(0, len(pictures.labels), batch):
@@ -202,7 +202,7 @@ def top1(net: nn.Module, pictures: data.Pictures, size: int, device: str, batch:
 
 
 def judge(engine: Engine, pictures: data.Pictures, size: int) -> Tensor:
-    """The same by the CPU kernels."""
+    """`top1` with the CPU kernels."""
     right = []
     for image, label in zip(pictures.images, pictures.labels, strict=True):
         right.append(engine(data.normalize(image[None], size)[0]).argmax() == label)
@@ -220,6 +220,6 @@ def random_student(size: int, classes: int, sparsity: float) -> tuple[ResNet50, 
     net.eval()
     student = QuantResNet50(net, size)
     student.prune(sparsity)
-    student(torch.randn(1, 3, size, size))  # begins the ranges
+    student(torch.randn(1, 3, size, size))  # initializes the ranges
     assert all(bool(m.started) for m in student.modules() if isinstance(m, Range))
     return net, student.eval()
