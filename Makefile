@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv by itself.
+# Every target installs its dependencies in .venv.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -16,7 +16,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
 
-# The kernels' tests again, on the device instead of Triton's interpreter; and what needs a GPU.
+# Kernel tests on the GPU instead of Triton's interpreter, and all other tests that need a GPU.
 test-gpu: $(STAMP)
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu needs an NVIDIA GPU and a CUDA build of torch: torch.cuda.is_available() is False')"
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/ops/gpu -m "not slow"
@@ -26,7 +26,7 @@ serve: $(STAMP)
 	$(BIN)/farthing serve
 
 # No peers by default. PEERS="--llama-bench ik_llama.cpp=PATH/llama-bench", BF16_PEERS="--vllm PYTHON --transformers".
-# V3S and V2L need 30 GB of disk each and memory for their packed files (7 and 9 GB).
+# V3S and V2L each need 30 GB of disk, and memory for their packed files (7 and 9 GB).
 MODELS     ?= V3S V2L L576
 PEERS      ?=
 BF16_PEERS ?=
@@ -42,7 +42,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/startup.py --model $(lastword $(MODELS)) --into $(RESULTS) $(PEERS)
 	$(BIN)/python bench/page.py $(RESULTS) docs/performance.md
 
-# Each kernel next to torch's own path, as a share of what this card reaches, into docs/performance.md.
+# Writes each kernel's time, share of this GPU's measured ceiling, and torch's time into docs/performance.md.
 bench-gpu: $(STAMP)
 	$(BIN)/python bench/gpu.py --page docs/performance.md
 

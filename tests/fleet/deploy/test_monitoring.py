@@ -39,7 +39,7 @@ def test_rules_pass_promtool(tmp_path: Path) -> None:
         "exp_labels": {"severity": "warning", "namespace": "farthing", "model_name": "deepseek-v3"},
         "exp_annotations": {
             "summary": "Requests of deepseek-v3 wait 300ms on average.",
-            "description": "Above 200 ms for 30 s. The policy asks for 1.5 times the current replicas.",
+            "description": "Above 200 ms for 30 s. The policy requests 1.5 times the current replicas.",
         },
     }
     tests = [
@@ -81,8 +81,8 @@ def test_rules_pass_promtool(tmp_path: Path) -> None:
                         "exp_labels": {"severity": "critical"},
                         "exp_annotations": {
                             "summary": "The fleet controller has made no decision for two minutes.",
-                            "description": "The number of replicas is held. "
-                            "Look at its log and at /health on port 9400.",
+                            "description": "The number of replicas stays unchanged. "
+                            "Check the controller's log and /health on port 9400.",
                         },
                     },
                 )
@@ -103,9 +103,9 @@ def test_rules_pass_promtool(tmp_path: Path) -> None:
                     {
                         "exp_labels": {"severity": "warning", "kind": "signals"},
                         "exp_annotations": {
-                            "summary": "The fleet controller decides without some of its signals.",
-                            "description": "It never scales down meanwhile. "
-                            "`farthing fleet explain` names what is missing.",
+                            "summary": "The fleet controller is missing some of its signals.",
+                            "description": "It does not scale down until they return. "
+                            "`farthing fleet explain` lists the missing signals.",
                         },
                     },
                 ),
@@ -117,8 +117,9 @@ def test_rules_pass_promtool(tmp_path: Path) -> None:
                     {
                         "exp_labels": {"severity": "warning"},
                         "exp_annotations": {
-                            "summary": "3 replicas that were asked for are not ready after half an hour.",
-                            "description": "They wait for nodes or do not load. Look at the pods' events.",
+                            "summary": "3 requested replicas are not ready after 30 minutes.",
+                            "description": "They are waiting for nodes or failing to load. "
+                            "Check the pods' events.",
                         },
                     },
                 ),

@@ -127,7 +127,7 @@ def test_measured_row_is_compared_with_its_target(bench: ModuleType) -> None:
 def test_unknown_kernel(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--only", "convolution"])
-    assert "names no kernel" in capsys.readouterr().err
+    assert "matches nothing" in capsys.readouterr().err
 
 
 def test_unavailable_peer_only_omits_its_own_result(
