@@ -229,7 +229,7 @@ def test_never_below_the_need_and_never_down_without_signals(steps: list[tuple])
 def test_replicas_with_a_preemption_notice_are_replaced_early() -> None:
     decision = Policy(CONFIG).decide(0, replace(seen(0, 10, 7.0), leaving=2))
     assert decision.target == 12
-    assert "2 that will be taken away replaced" in decision.reason
+    assert "replaces 2 announced losses" in decision.reason
 
 
 @pytest.mark.parametrize(("unit", "target"), [("prompt_tokens", 10), ("output_tokens", 3)])

@@ -46,7 +46,7 @@ BACKEND = '''
 
     def create(dtype, threads, quantization, packed):
         if dtype not in (None, torch.float32):
-            raise ValueError(f"dtype {dtype} is not served by backend 'numpy'; expected float32")
+            raise ValueError(f"dtype {dtype} is not supported by backend 'numpy'; expected float32")
         if quantization or packed:
             raise ValueError("backend 'numpy' serves weights as they are stored; expected None")
         return NumpyOps(torch.float32)

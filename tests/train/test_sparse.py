@@ -87,7 +87,7 @@ def test_the_whole_run_resumes_and_reports(checkpoint: Path, tmp_path: Path, sou
     assert set(rises) >= {"sparse", "dense", "untrained indexer", "random keys", "most recent keys"}
     assert rises["dense"]["all"] == [0.0, 0.0, 0.0]
     assert load(tmp_path / "run" / "checkpoint", select("reference")).config.index_topk == 8
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already has a run"):
         train_sparse(settings, SPARSE)
     again = train_sparse(settings, SPARSE, resume=True)
     assert again is not None and again["perplexity"] == summary["perplexity"]

@@ -1,4 +1,4 @@
-"""The policy's decisions, complete enough to be explained later."""
+"""The policy's decisions, with everything needed to explain them later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many replicas the load, its forecasts and the latency call for: the three levels of the policy.
+"""The number of replicas required by load, forecasts and latency: the three levels of the policy.
 
 The levels are described in `farthing.fleet.policy`.
 """
@@ -17,26 +17,26 @@ from farthing.fleet.snapshot import Snapshot
 
 @dataclass(frozen=True)
 class Need:
-    """One level's answer with its reason."""
+    """The result of one level with its reason."""
 
     replicas: int
     reason: str
 
 
 class Needs:
-    """The levels' answers under a utilization that the SLO moves."""
+    """Evaluates the levels with a utilization that the SLO adjusts."""
 
     def __init__(self, config: PolicyConfig, state: PolicyState) -> None:
         self.config, self.state = config, state
 
     @property
     def utilization(self) -> float:
-        """The target utilization in force."""
+        """The current target utilization."""
         moved = self.state.utilization if self.config.by_slo else None
         return moved if moved is not None else self.config.target_utilization
 
     def follow_slo(self, now: float, snapshot: Snapshot) -> None:
-        """Move the utilization by the share of late requests since the last decision."""
+        """Adjust the utilization by the share of late requests since the last decision."""
         late = self._late(snapshot)
         since, self.state.slo_time = self.state.slo_time, now
         if not self.config.by_slo or late is None or since is None:
@@ -46,7 +46,7 @@ class Needs:
             self.state.utilization = self.config.slo.moved(self.utilization, late, passed)
 
     def _late(self, snapshot: Snapshot) -> float | None:
-        """The share of requests that miss the SLO: measured, else all or none by the mean times."""
+        """Share of requests that miss the SLO: measured, else 0 or 1 by the mean times."""
         slo = self.config.slo
         if snapshot.late_share is not None:
             return snapshot.late_share
@@ -59,7 +59,7 @@ class Needs:
     def levels(
         self, now: float, snapshot: Snapshot, short: Forecast | None, mid: Forecast | None, rate: float
     ) -> dict[Level, Need]:
-        """What each level asks for; `rate` is one replica's capacity."""
+        """The replicas required by each level; `rate` is one replica's capacity."""
         until = now + self.lead(snapshot) + self.config.interval_s
         answers: dict[Level, Need] = {}
         plans: tuple[tuple[Level, Forecast | None, float], ...] = (
@@ -77,13 +77,13 @@ class Needs:
                 )
                 answers[name] = Need(need, reason)
         realtime = self._realtime(now, snapshot, rate)
-        if "realtime" in self.config.levels or not answers:  # something must always answer
+        if "realtime" in self.config.levels or not answers:  # at least one level must answer
             answers["realtime"] = realtime
         return answers
 
     def _realtime(self, now: float, snapshot: Snapshot, rate: float) -> Need:
         load = snapshot.load(self.config.unit)
-        assert load is not None  # the policy holds without it
+        assert load is not None  # the policy holds if it is missing
         need = self._needed(load, rate)
         best = Need(need, f"load is {load:.4g} {self.config.unit}/s, needs {need}")
         work = self._backlog_work(snapshot, load)
@@ -97,13 +97,13 @@ class Needs:
             if need > best.replicas:
                 best = Need(
                     need,
-                    f"backlog of {snapshot.backlog:.4g} requests worked off in {drain:.0f} s needs {need}",
+                    f"backlog of {snapshot.backlog:.4g} requests to process in {drain:.0f} s needs {need}",
                 )
         step = self._latency_step(now, snapshot)
         return step if step is not None and step.replicas > best.replicas else best
 
     def _latency_step(self, now: float, snapshot: Snapshot) -> Need | None:
-        """A latency breach that lasts raises the target by the factor, once a cold start, held that long."""
+        """A lasting latency breach multiplies the replicas by the factor, one step per cold start."""
         state, config = self.state, self.config
         lead = self.lead(snapshot)
         latency = self.latency(snapshot)
@@ -114,7 +114,7 @@ class Needs:
         stepped = state.step_time is not None and now - state.step_time < lead
         lasting = state.breach_since is not None and now - state.breach_since >= config.latency_for_s
         if lasting and not stepped:
-            # those that start already answer the breach: to multiply them too would count them twice
+            # starting replicas already respond to the breach; multiplying them would count them twice
             counted = snapshot.ready if config.latency_of == "ready" else None
             number = snapshot.current if counted is None else counted
             state.step_time, state.step_target = now, _ceil(config.latency_factor * max(1, number))
@@ -125,11 +125,11 @@ class Needs:
             f"{config.latency_metric} above {config.latency_threshold_s:g} s for {config.latency_for_s:g} s"
         )
         return Need(
-            state.step_target, f"{text}: {config.latency_factor:g} × the replicas then, {state.step_target}"
+            state.step_target, f"{text}: {config.latency_factor:g} × the replicas, {state.step_target}"
         )
 
     def lead(self, snapshot: Snapshot) -> float:
-        """Launch to ready in seconds: measured where it is known, else configured."""
+        """Seconds from launch to ready: measured if known, else configured."""
         measured = snapshot.cold_start_s
         return (
             measured
@@ -141,7 +141,7 @@ class Needs:
         return _ceil(load / (self.utilization * rate))
 
     def _backlog_work(self, snapshot: Snapshot, load: float) -> float:
-        """The backlog in units of the load (requests, or their tokens at the present mean)."""
+        """The backlog in units of the load (requests, or their tokens at the current mean)."""
         if not snapshot.backlog or snapshot.backlog < 0:
             return 0.0
         if self.config.unit == "requests":
@@ -149,7 +149,7 @@ class Needs:
         return snapshot.backlog * load / snapshot.request_rate if snapshot.request_rate else 0.0
 
     def latency(self, snapshot: Snapshot) -> float | None:
-        """The mean time that the latency rule watches, if it was measured."""
+        """The mean time that the latency rule observes, if measured."""
         by_name = {
             "queue_time": snapshot.queue_time_s,
             "ttft": snapshot.ttft_s,
@@ -160,5 +160,5 @@ class Needs:
 
 
 def _ceil(value: float) -> int:
-    """Ceiling that forgives the rounding of the division (2.0000000001 needs two)."""
+    """Ceiling that tolerates rounding of the division (2.0000000001 needs two)."""
     return math.ceil(value - 1e-9)

@@ -1,18 +1,18 @@
-"""From signals and forecasts to a number of replicas.
+"""Computes the number of replicas from signals and forecasts.
 
     required = ceil(load / (utilization · capacity))   for each of three levels; the largest counts
-    up:   at once to `required`
-    down: to the largest `required` of five minutes (rules "slo" and "stabilized"), or only when
+    up:   immediately to `required`
+    down: to the largest `required` of five minutes (rules "slo" and "stabilized"), or only if
           required < 0.6 · current (rule "published"); never on missing or stale signals
-    utilization: fixed, or moved by the SLO (`slo`)
+    utilization: fixed, or adjusted by the SLO (`slo`)
 
-Levels: *short* (forecast over one cold start + one interval ahead), *mid* (day plan, the floor), *realtime*
-(the load now, the backlog, and the latency rule "above the threshold for N seconds: factor × the current
-replicas", one step a cold start).
+Levels: *short* (forecast over the next cold start plus one interval), *mid* (day plan, the floor), *realtime*
+(the current load, the backlog, and the latency rule "above the threshold for N seconds: factor × the current
+replicas", at most one step per cold start).
 
 `Policy.decide` is a pure function of its arguments and `Policy.state`; it reads no clock and does no I/O, so
-that the same object runs in the controller and in a replay. Times may be of any one clock; a jump of it is
-noticed and never scales down.
+the controller and replays use the same object. Times may come from any single clock; a jump of the clock is
+detected and never scales down.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from farthing.fleet.wake import wake
 
 
 class Policy:
-    """Decides how many replicas to ask for. One object a deployment; not thread-safe."""
+    """Decides on the number of replicas to request. One object per deployment; not thread-safe."""
 
     def __init__(self, config: PolicyConfig, state: PolicyState | None = None) -> None:
         self.config = config
@@ -40,7 +40,7 @@ class Policy:
 
     @property
     def utilization(self) -> float:
-        """The target utilization in force: configured, or moved by the SLO."""
+        """The current target utilization: configured, or adjusted by the SLO."""
         return self._needs.utilization
 
     def decide(
@@ -55,13 +55,13 @@ class Policy:
     ) -> Decision:
         """The decision for `now`.
 
-        `snapshot` None means that no signals could be had; `current` must then say how many replicas are
-        asked for. `capacity` overrides the configured one (learned online). Raises ValueError where the
-        number of current replicas is unknown.
+        If `snapshot` is None (no signals), `current` must be the number of requested replicas. `capacity`
+        overrides the configured one (learned online). Raises ValueError if the current number of replicas is
+        unknown.
         """
         if snapshot is None and current is None:
             raise ValueError(
-                "Policy.decide: without a snapshot, `current` must say how many replicas are asked for"
+                "Policy.decide: current is None without a snapshot; expected the requested replicas"
             )
         count = current if current is not None else (snapshot.current if snapshot is not None else 0)
         alarms = self._watch_clock(now)
@@ -77,8 +77,8 @@ class Policy:
         self._needs.follow_slo(now, snapshot)
         answers = self._needs.levels(now, snapshot, short, mid, rate)
         decided_by, best = max(answers.items(), key=lambda item: item[1].replicas)
-        if snapshot.leaving > 0 and best.replicas > 0:  # replaced at the notice, not at the loss
-            reason = f"{best.reason}; {snapshot.leaving} that will be taken away replaced"
+        if snapshot.leaving > 0 and best.replicas > 0:  # replaced at the notice, before the loss
+            reason = f"{best.reason}; replaces {snapshot.leaving} announced losses"
             best = Need(best.replicas + snapshot.leaving, reason)
         alarms += tuple(f"forecast: {f.note}" for f in (short, mid) if f is not None and f.note)
         alarms += self._incomplete(snapshot)
@@ -102,7 +102,7 @@ class Policy:
     # ---- bounds: down rule, stabilization, cool-down, limits ----
 
     def _bounded(self, now: float, required: int, current: int, incomplete: bool) -> tuple[int, str, str]:
-        """Target, what bounded it ("" if nothing did), and why in words."""
+        """Target, the bound that applied ("" if none), and the reason in words."""
         config, state = self.config, self.state
         self._remember(now, required)
         if required >= current:
@@ -111,10 +111,10 @@ class Policy:
             target, held_by, why = self._down(now, required, current, incomplete)
         if config.max_step is not None and abs(target - current) > config.max_step:
             target = current + int(math.copysign(config.max_step, target - current))
-            held_by, why = "limits", f"at most {config.max_step} replicas a step"
+            held_by, why = "limits", f"at most {config.max_step} replicas per step"
         bounded = min(max(target, config.min_replicas), config.max_replicas)
         if bounded != target:
-            held_by, why = "limits", f"bounded to [{config.min_replicas}, {config.max_replicas}]"
+            held_by, why = "limits", f"limited to [{config.min_replicas}, {config.max_replicas}]"
         if state.settle_until is not None and now >= state.settle_until:
             state.settle_until = None
         return bounded, held_by, why
@@ -124,7 +124,7 @@ class Policy:
         if incomplete:
             return current, "missing", "no scale-down while a signal is missing"
         if state.settle_until is not None and now < state.settle_until:
-            return current, "settling", "no scale-down until a whole window has been seen"
+            return current, "settling", "no scale-down until a full window is observed"
         if state.last_change is not None and now - state.last_change < config.cooldown_s:
             return current, "cooldown", f"no scale-down within {config.cooldown_s:g} s of a change"
         wanted = max([required, *(n for _, n in state.history)]) if config.window_s > 0 else required
@@ -144,7 +144,7 @@ class Policy:
         history = self.state.history
         while (
             history and history[-1][1] <= required
-        ):  # a later, larger one hides the earlier: keep a falling sequence
+        ):  # later larger values make earlier ones irrelevant: keep a falling sequence
             history.pop()
         history.append((now, required))
         while history[0][0] < now - self.config.window_s:
@@ -153,7 +153,7 @@ class Policy:
     # ---- missing signals and clocks ----
 
     def _watch_clock(self, now: float) -> tuple[str, ...]:
-        """Starts, long gaps and jumps begin a new window, in which nothing is taken away."""
+        """Start a new window after a start, long gap or clock jump; no scale-down within it."""
         state, config = self.state, self.config
         window = max(config.window_s, config.cooldown_s)
         gap = max(config.stale_after_s, 4 * config.interval_s)
@@ -171,14 +171,14 @@ class Policy:
         return (f"clock: {now - last:+.0f} s since the last decision; windows restart",)
 
     def _missing(self, now: float, snapshot: Snapshot | None) -> tuple[str, ...]:
-        """Why the snapshot cannot be used at all; empty where it can."""
+        """Reasons why the snapshot is unusable; empty if it is usable."""
         if snapshot is None:
             return ("signals: none",)
         age = now - snapshot.time
         if snapshot.stale:
-            return ("signals: the source says they are stale",)
+            return ("signals: marked stale by the source",)
         if not -self.config.interval_s <= age <= self.config.stale_after_s:
-            return (f"signals: {age:.0f} s old, at most {self.config.stale_after_s:g} s are trusted",)
+            return (f"signals: {age:.0f} s old, more than {self.config.stale_after_s:g} s",)
         load = snapshot.load(self.config.unit)
         if load is None or not math.isfinite(load) or load < 0:
             return (f"signals: no load in {self.config.unit}/s ({load})",)
@@ -206,7 +206,7 @@ class Policy:
             action=_action(target, current),
             decided_by="limits" if target != current else "stale",
             levels=Levels(),
-            reason="signals are missing or stale: hold, never scale down"
+            reason="signals are missing or stale: hold, no scale-down"
             + (", up to the minimum" if target != current else ""),
             alarms=alarms,
             inputs={"snapshot": asdict(snapshot)} if snapshot is not None else {},

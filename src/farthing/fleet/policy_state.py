@@ -1,4 +1,4 @@
-"""What a policy remembers between decisions."""
+"""The policy's state between decisions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class PolicyState:
     last_time: float | None = None
     last_change: float | None = None
     settle_until: float | None = None  # no scale-down before this: after a start or a jump of the clock
-    breach_since: float | None = None  # latency above the threshold without a break since
+    breach_since: float | None = None  # start of uninterrupted latency above the threshold
     step_time: float | None = None  # last step of the latency rule, and its target
     step_target: int = 0
-    utilization: float | None = None  # as moved by the SLO
-    slo_time: float | None = None  # when it was moved last
+    utilization: float | None = None  # as adjusted by the SLO
+    slo_time: float | None = None  # time of the last adjustment
     history: list[tuple[float, int]] = field(
         default_factory=list
     )  # (time, required) of the stabilization window

@@ -1,4 +1,4 @@
-"""The architecture that can be trained: DeepSeek-V3's, described by the engine's `ModelConfig`."""
+"""The trainable architecture: DeepSeek-V3's, described by the engine's `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from farthing.model.config import ConfigError, ModelConfig, RopeConfig, check_config
 
-# Fields of DeepSeek-V3's config.json whose values are fixed here, and the values.
+# Fields of DeepSeek-V3's config.json with fixed values here.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
     "scoring_func": ("sigmoid",),
@@ -15,7 +15,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1,),
     "num_nextn_predict_layers": (0, 1),
 }
-# Fields that DeepSeek's config.json does not have, or spells differently.
+# Fields that DeepSeek's config.json lacks or names differently.
 _OTHER = {
     *("rope", "query_scaling", "query_latent_scale", "latent_scale", "router_bias", "post_mlp_norm"),
     *("index_rope_interleaved", "indexer_types", "n_identity_experts", "shortcut_experts"),
@@ -24,7 +24,7 @@ _OTHER = {
 
 
 def check_trainable(cfg: ModelConfig) -> None:
-    """Raise ConfigError naming a field whose value the training model does not implement."""
+    """Raise ConfigError with the field whose value the training model does not implement."""
     for name, accepted in _FIXED.items():
         if getattr(cfg, name) not in accepted:
             words = " or ".join(map(repr, accepted))

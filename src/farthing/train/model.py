@@ -1,6 +1,6 @@
-"""DeepSeek-V3 as it is trained: latent attention, auxiliary-loss-free routing, multi-token prediction.
+"""DeepSeek-V3 for training: latent attention, auxiliary-loss-free routing, multi-token prediction.
 
-The forward reads like the papers (DeepSeek-V2 sec. 2.1 for attention, DeepSeek-V3 sec. 2.1.2 for routing and
+`forward` follows the papers (DeepSeek-V2 sec. 2.1 for attention, DeepSeek-V3 sec. 2.1.2 for routing and
 2.2 for multi-token prediction). Master weights are float32; matrix products run in `compute_dtype`.
 
 Shapes: B sequences, T positions, N = B*T tokens, D hidden, H heads, E experts, K experts per token,
@@ -27,7 +27,7 @@ from farthing.train.selection import Pick, attend, causal, divergence, index_sco
 class Linear(nn.Module):
     """y = x W^T without bias; float32 master weight [out, in], product in `compute_dtype`.
 
-    `product`, when set, multiplies instead (FP8, fake quantization).
+    `product`, if set, replaces the multiplication (FP8, fake quantization).
     """
 
     def __init__(self, d_in: int, d_out: int, std: float | None = None) -> None:
@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
 
 
 class Indexer(nn.Module):
-    """The lightning indexer. Its inputs are detached: it learns only from attention's distribution.
+    """The lightning indexer. Its inputs are detached: it only learns from attention's distribution.
 
     J index heads of size d.
     """
@@ -73,9 +73,9 @@ class Indexer(nn.Module):
         self.wk = Linear(cfg.hidden_size, d)
         self.k_norm = nn.LayerNorm(d, eps=1e-6)
         self.weights_proj = Linear(cfg.hidden_size, self.heads)
-        self.dense = False  # attend to everything: the warm-up
+        self.dense = False  # attend to all keys, for the warm-up
         self.pick: Pick = largest
-        self.divergence: Tensor | None = None  # from attention, of the last forward in training
+        self.divergence: Tensor | None = None  # from attention, for the last training forward
 
     def forward(self, x: Tensor, latent: Tensor, turn: Tensor) -> Tensor:
         """x [B, T, D] and the query latent [B, T, q], each normed -> causal scores [B, T, T] float32."""
@@ -85,7 +85,7 @@ class Indexer(nn.Module):
         return index_scores(q, k.to(q.dtype), self.weights_proj(x) * self.heads**-0.5)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, scores: Tensor) -> Tensor:
-        """Attention over the selected keys; in training also the divergence of the scores."""
+        """Attention over the selected keys; in training also records the divergence of the scores."""
         keys = causal(scores).expand_as(scores) if self.dense else self.pick(scores.detach(), self.top_k)
         out, target = attend(q, k, v, scale, keys)
         self.divergence = divergence(target, scores, keys) if self.training else None
@@ -93,7 +93,7 @@ class Indexer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention, expanded form (DeepSeek-V2 eq. 9-19): causal over each sequence."""
+    """Multi-head latent attention in expanded form (DeepSeek-V2 eq. 9-19), causal over each sequence."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(dim, width)
         self.up_proj = Linear(dim, width)
         self.down_proj = Linear(width, dim, std=0.0)
-        self.tap: Callable[[Tensor], None] | None = None  # is shown the neurons, [..., I]
+        self.tap: Callable[[Tensor], None] | None = None  # called with the neurons, [..., I]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -150,7 +150,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """noaux_tc: sigmoid scores, a bias that only steers the choice, top-k inside the best groups."""
+    """noaux_tc: sigmoid scores, a bias that only affects selection, top-k within the best groups."""
 
     e_score_correction_bias: Tensor
     load: Tensor
@@ -189,7 +189,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def rebalance(self, speed: float) -> Tensor:
-        """One V3 bias update from the load since the last one; returns that load [E]."""
+        """One V3 bias update from the load since the last update. Returns that load [E]."""
         load = self.load.clone()
         self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
         self.load.zero_()
@@ -199,8 +199,8 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus an always-on shared expert. `gate_up` is [E, 2, I, D], `down` [E, D, I].
 
-    `products` (of gate and up, of down), when set, multiply instead of the fused op, and `tap` is shown what
-    flows between them.
+    `products` (of gate and up, of down), if set, replace the fused op, and `tap` is called with the values
+    between them.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -229,7 +229,7 @@ class MoE(nn.Module):
         return out
 
     def _open(self, x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor) -> Tensor:
-        """The routed experts step by step, R padded rows: x [N, D] -> [N, D]."""
+        """The routed experts op by op, R padded rows: x [N, D] -> [N, D]."""
         assert self.products is not None
         first, second = self.products
         routing = Routing.of(ids, len(self.down))
@@ -277,7 +277,7 @@ class MTP(nn.Module):
 
 
 class DeepSeekLM(nn.Module):
-    """The whole language model. `forward` gives hidden states; `loss` and `logits` finish them."""
+    """The complete language model. `forward` returns hidden states for `loss` and `logits`."""
 
     turn: Tensor
 
@@ -303,14 +303,14 @@ class DeepSeekLM(nn.Module):
                 module.compute_dtype = dtype
 
     def projections(self) -> Iterator[tuple[str, Linear | MoE]]:
-        """(name, module) of everything that multiplies by a projection: no embedding, head or router."""
+        """(name, module) of every projection, without embedding, head and router."""
         for name, module in self.named_modules():
             if isinstance(module, Linear | MoE) and name != "lm_head":
                 yield name, module
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output projection, which is the embedding when they are tied."""
+        """[V, D]: the output projection; the embedding if tied."""
         return self.embed_tokens if self.lm_head is None else self.lm_head.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -330,7 +330,7 @@ class DeepSeekLM(nn.Module):
 
     def _draft(self, hidden: Tensor, next_embedding: Tensor) -> Tensor:
         if self.mtp is None:
-            raise ValueError("num_nextn_predict_layers=0: this model has no MTP layer")
+            raise ValueError("num_nextn_predict_layers is 0; expected an MTP layer")
         out: Tensor = self.mtp(hidden, next_embedding, self.turn[: hidden.shape[1]])
         return out
 
@@ -343,9 +343,9 @@ class DeepSeekLM(nn.Module):
     ) -> dict[str, Tensor]:
         """Losses of tokens [B, T + 1] in nats per token: {"loss": main + mtp_weight * mtp, "main", "mtp"}.
 
-        The MTP loss is taken on the first `mtp_share` of the sequences: a fair sample of a shuffled batch,
-        and cheaper. Its targets are the text (DeepSeek-V3 eq. 24) or, with `mtp_greedy`, the trunk's own most
-        likely tokens, which is what a draft must hit to be accepted; then only the MTP layer learns from it.
+        The MTP loss uses the first `mtp_share` of the sequences, a fair sample of a shuffled batch, which is
+        cheaper. Its targets are the text (DeepSeek-V3 eq. 24) or, with `mtp_greedy`, the trunk's own most
+        likely tokens, which a draft must match to be accepted; then only the MTP layer learns from it.
         """
         head = self.head_weight.to(self.compute_dtype)
         hidden = self(tokens[:, :-1])
@@ -363,7 +363,7 @@ class DeepSeekLM(nn.Module):
         return {"loss": main + mtp_weight * mtp, "main": main.detach(), "mtp": mtp.detach()}
 
     def rebalance(self, speed: float) -> float:
-        """Updates every router's bias; returns the worst load over the mean (1 = perfectly balanced)."""
+        """Update every router's bias. Returns the largest load over the mean (1 = perfectly balanced)."""
         worst = 1.0
         for module in self.modules():
             if isinstance(module, Router):

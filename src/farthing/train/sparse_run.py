@@ -1,12 +1,12 @@
-"""`farthing train mite --sparse-attention`: a dense checkpoint learns an indexer in the two stages of
+"""`farthing train mite --sparse-attention`: train an indexer for a dense checkpoint in the two stages of
 DeepSeek-V3.2-Exp (section 2.1), shortened.
 
 1. `warm`: the model is frozen and dense; the indexers learn attention's distribution.
 2. `sparse`: attention reads the selected keys; the model learns the text, the indexers the distribution over
    the selected keys.
 
-A control, `dense`, trains the model without an indexer for the same steps as the second stage. Each stage is
-a resumable run in a folder of its own.
+A control, `dense`, trains the model without an indexer for as many steps as the second stage. Each stage is a
+resumable run in its own directory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SparseConfig:
 
 
 def configured(overrides: Sequence[str]) -> tuple[SparseConfig, dict[str, int]]:
-    """NAME=VALUE overrides, VALUE in JSON: the config, and those of `Settings`."""
+    """Parse NAME=VALUE overrides with JSON values. Returns the config and the overrides of `Settings`."""
     own = {f.name for f in dataclasses.fields(SparseConfig)}
     known = own | {"window", "batch_tokens", "eval_tokens", "heldout_every"}
     values: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def configured(overrides: Sequence[str]) -> tuple[SparseConfig, dict[str, int]]:
         except json.JSONDecodeError:
             raise ValueError(f"--set {override!r}: the value must be JSON, for example lr=0.0001") from None
         if name not in known:
-            raise ValueError(f"--set {override!r}: unknown field; known: {', '.join(sorted(known))}")
+            raise ValueError(f"--set {override!r}: unknown field; expected one of {', '.join(sorted(known))}")
     config = SparseConfig(**{k: v for k, v in values.items() if k in own})
     return config, {k: v for k, v in values.items() if k not in own}
 
@@ -77,12 +77,12 @@ def with_indexer(dense: DeepSeekLM, config: SparseConfig, seed: int) -> DeepSeek
 
 
 def indexers(model: nn.Module) -> list[Indexer]:
-    """Of every layer, the MTP layer included."""
+    """The indexers of all layers, including the MTP layer."""
     return [m for m in model.modules() if isinstance(m, Indexer)]
 
 
 def stage_loss(stage: Stage, model: DeepSeekLM, tokens: Tensor, config: SparseConfig) -> dict[str, Tensor]:
-    """What a stage minimizes on tokens [B, T + 1]."""
+    """The loss of a stage for tokens [B, T + 1]."""
     if stage == "warm":
         hidden = model(tokens[:, :-1])
         if model.mtp is not None:
@@ -103,7 +103,7 @@ def run_stage(
     stage: Stage, model: DeepSeekLM, text: Text, settings: Settings, config: SparseConfig, resume: bool,
     console: Console,
 ) -> Trainer | None:  # fmt: skip
-    """Train `model` through a stage; None if it was interrupted (its state is saved)."""
+    """Train `model` through a stage. Returns None if interrupted (its state is saved)."""
     learned: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
@@ -129,7 +129,9 @@ def run_stage(
     )  # fmt: skip
     if trainer.state_path.is_file():
         if not resume:
-            raise ValueError(f"{loop.out} holds a run already; give --resume to continue it or another --out")
+            raise ValueError(
+                f"{loop.out} already has a run; use --resume to continue it or choose another --out"
+            )
         trainer.load()
     console.print(f"stage {stage}: {loop.tokens:,} tokens")
     return trainer if trainer.progress >= 1 or trainer.run() else None
@@ -137,7 +139,7 @@ def run_stage(
 
 @torch.no_grad()
 def nats(model: DeepSeekLM, documents: Sequence[Ids], window: int, count: int) -> Tensor:
-    """Loss of every token of the first `count` whole windows of the documents, [windows, window]."""
+    """Loss of every token in the first `count` full windows of the documents, [windows, window]."""
     training, rows = model.training, []
     model.eval()
     for ids in documents:
@@ -154,8 +156,9 @@ def nats(model: DeepSeekLM, documents: Sequence[Ids], window: int, count: int) -
 
 
 def compared(ours: Tensor, other: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Relative rise of perplexity over `other`, with a 95 % interval over resampled windows: of all tokens,
-    and of those in a window's last quarter, where fewer than a third of the keys are read."""
+    """Relative increase of perplexity over `other`, with a 95 % interval over resampled windows: for all
+    tokens, and for those in a window's last quarter, where less than a third of the keys is read.
+    """
     generator = torch.Generator().manual_seed(seed)
     late = ours.shape[1] * 3 // 4
     result: dict[str, Any] = {}
@@ -170,9 +173,9 @@ def compared(ours: Tensor, other: Tensor, seed: int = 0) -> dict[str, Any]:
 def train_sparse(
     settings: Settings, config: SparseConfig, resume: bool = False, console: Console | None = None
 ) -> dict[str, Any] | None:
-    """The whole run: writes OUT/checkpoint and OUT/sparse.json.
+    """The complete run: writes OUT/checkpoint and OUT/sparse.json.
 
-    Returns the summary, or None when it was interrupted (state is saved).
+    Returns the summary, or None if interrupted (state is saved).
     """
     console = console or Console(stderr=True)
     base = load_checkpoint(settings.model)

@@ -94,7 +94,7 @@ def test_invalid_file_is_rejected(tmp_path: Path, table: object, message: str) -
 
 
 def test_factory_rejects_unsupported_options() -> None:
-    with pytest.raises(ValueError, match=r"dtype torch\.float16 is not served by backend 'gpu'"):
+    with pytest.raises(ValueError, match=r"dtype torch\.float16 is not supported by backend 'gpu'"):
         create(torch.float16, None, None, None)
     with pytest.raises(ValueError, match="quantization 'int2' is unknown"):
         create(None, None, "int2", None)

@@ -26,7 +26,7 @@ def create(
     not built, ValueError for a bad argument.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype {dtype} is not served by backend 'cpu'; expected float32 or bfloat16")
+        raise ValueError(f"dtype {dtype} is not supported by backend 'cpu'; expected float32 or bfloat16")
     if threads is not None and threads < 1:
         raise ValueError(f"threads {threads} is not a number of threads; expected at least 1")
     # Two thread pools would compete for cores, so torch uses only the calling thread.

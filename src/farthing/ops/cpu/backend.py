@@ -211,8 +211,8 @@ class CpuOps(PackingOps):
         assert weights.spec is not None
         if ids.shape != (x.shape[0], weights.spec.top_k) or gates.shape != ids.shape:
             raise ValueError(
-                f"ids {list(ids.shape)} and gates {list(gates.shape)} do not fit; "
-                f"expected [{x.shape[0]}, {weights.spec.top_k}], rows and experts a token"
+                f"ids {list(ids.shape)} and gates {list(gates.shape)} do not match; "
+                f"expected [{x.shape[0]}, {weights.spec.top_k}], rows and experts per token"
             )
         ids, gates = ids.long().contiguous(), gates.float().contiguous()
         return self._experts(x, weights, norm, eps, ids=ids.data_ptr(), gates=gates.data_ptr())
@@ -267,8 +267,8 @@ class CpuOps(PackingOps):
 
 
 def _lazy(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Zeros in small pages that are allocated on first write: torch would write all of them now, and numpy
-    would request huge pages, of which each layer's last would be mostly empty."""
+    """Zeros in small pages that are allocated on first write. torch would write all of them now, and numpy
+    would request huge pages, and each layer's last one would be mostly empty."""
     memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
 

@@ -16,7 +16,7 @@ from farthing.ops.weights import InputRounding, Weight
 SPARSE_FROM = 0.2
 
 
-PackedFormat, Kind = _native.Format, _native.Kind  # as native/matrix.h and native/pack.h define them
+PackedFormat, Kind = _native.Format, _native.Kind  # defined in native/matrix.h and native/pack.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ def supported_group(group: int) -> bool:
 
 
 def int4_group(columns: int) -> int | None:
-    """The group size for rounding dense rows; None if they stay dense (as in the reference)."""
+    """The group size for rounding dense rows; None if they stay dense, as in the reference."""
     return 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else None
 
 

@@ -45,7 +45,7 @@ class Attention:
 
 
 class PackingOps(HostOps):
-    """The part of `CpuOps` that packs, keeps and stores weights."""
+    """The part of `CpuOps` that packs, owns and saves weights."""
 
     def __init__(
         self,
@@ -62,8 +62,8 @@ class PackingOps(HostOps):
         self._file = PackedFile(packed) if packed else None
         if self._file and quantization not in (None, self._file.quantization):
             raise ValueError(
-                f"quantization {quantization!r} is not what {packed!r} was packed with "
-                f"({self._file.quantization!r}); leave it out or pack again"
+                f"quantization is {quantization!r}; expected the packed file's "
+                f"{self._file.quantization!r}; omit it or pack {packed!r} again"
             )
         self._quantization = self._file.quantization if self._file else quantization
         self.packed_from = self._file.source if self._file else None
@@ -146,7 +146,7 @@ class PackingOps(HostOps):
         w = None if stored else weights()
         if spec.num_experts > _native.MOST_EXPERTS:
             raise ValueError(
-                f"num_experts {spec.num_experts} of {name!r} is not served; "
+                f"num_experts {spec.num_experts} of {name!r} is not supported; "
                 f"expected at most {_native.MOST_EXPERTS}"
             )
         gate = (
@@ -184,7 +184,7 @@ class PackingOps(HostOps):
                 )
             native.add(gate_up, down)
         if first is None:
-            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one a rank")
+            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one per rank")
         if shared:
             load = _missing if w is None or w.shared is None else w.shared
             native.add(*self._mlp(f"{name}.shared", load))
@@ -221,7 +221,7 @@ class PackingOps(HostOps):
         return Attention(native, spec, (norm, rope))
 
     def _pack_heads(self, name: str, spec: AttentionSpec, kv_b: Weight) -> list[tuple[Any, Any]]:
-        """W_UK transposed [c, n] and W_UV [v, c] per head; int8 if weights are rounded at all."""
+        """W_UK transposed [c, n] and W_UV [v, c] per head; int8 if weights are rounded."""
         quantized = self._quantization is not None or kv_b.format != "dense" or kv_b.rounded
         dense = kv_b.data if kv_b.format == "dense" else kv_b.dequantize()
         heads = dense.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)

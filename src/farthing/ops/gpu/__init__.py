@@ -24,7 +24,7 @@ def create(
     unless TRITON_INTERPRET=1 is set, ValueError for a bad argument.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype {dtype} is not served by backend 'gpu'; expected float32 or bfloat16")
+        raise ValueError(f"dtype {dtype} is not supported by backend 'gpu'; expected float32 or bfloat16")
     if quantization not in (None, "int8", "int4"):
         raise ValueError(f"quantization {quantization!r} is unknown; expected 'int8', 'int4' or None")
     if packed is not None:
