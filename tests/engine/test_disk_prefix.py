@@ -145,7 +145,7 @@ def test_a_directory_that_cannot_be_made_is_one_warning(
     said = tokens(answers(engine))
     assert tokens(answers(engine)) == said
     assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
-        f"prefix cache: cannot use {tmp_path / 'new'} (Read-only file system); going on without"
+        f"prefix cache: cannot use {tmp_path / 'new'} (Read-only file system); continuing without it"
     ]
 
 

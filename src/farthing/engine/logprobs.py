@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens, kept as the arrays that a step computed until someone reads them.
+"""Log-probabilities of tokens, kept as the arrays of a step until they are read.
 
-A request may ask for those of 20 tokens at each of thousands of positions. The engine's thread only keeps
-arrays; `Position` makes Python objects when it is read, one position at a time.
+A request may need 20 tokens at each of thousands of positions. The engine's thread only keeps arrays;
+`Position` creates Python objects when read, one position at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """Of n positions: in column 0 the token that follows, in the others the most likely ones, best first."""
+    """Log-probabilities at n positions: column 0 is the next token, then the likeliest, best first."""
 
     ids: NDArray[np.int32]  # [n, 1 + k]
     values: NDArray[np.float32]  # [n, 1 + k]
@@ -32,33 +32,33 @@ class Table:
 
 
 class Position(Mapping[int, Logprob]):
-    """Log-probabilities at one position by token: the one that follows, then the `top` most likely ones."""
+    """Log-probabilities at one position by token: the next token, then the `top` likeliest."""
 
     __slots__ = ("_made", "_row", "_table", "_text", "top")
 
     def __init__(self, table: Table, row: int, top: int, text: Callable[[int], str] | None = None) -> None:
-        """text: of a token, for `decoded_token`."""
+        """text: maps a token to its text, for `decoded_token`."""
         self._table, self._row, self._text, self.top = table, row, text, top
         self._made: dict[int, Logprob] | None = None
 
     @property
     def logprob(self) -> float:
-        """Of the token that follows."""
+        """Log-probability of the next token."""
         return float(self._table.values[self._row, 0])
 
     def own(self) -> tuple[int, float, int]:
-        """(id, log-probability, rank) of the token that follows."""
+        """(id, log-probability, rank) of the next token."""
         table, row = self._table, self._row
         return int(table.ids[row, 0]), float(table.values[row, 0]), int(table.ranks[row])
 
     def best(self, count: int) -> Iterator[tuple[int, float]]:
-        """(id, log-probability) of the `count` most likely tokens (`top` at most), best first."""
+        """(id, log-probability) of the `count` likeliest tokens (at most `top`), best first."""
         end = 1 + min(count, self.top)
         ids, values = self._table.ids[self._row, 1:end], self._table.values[self._row, 1:end]
         return zip(ids.tolist(), values.tolist(), strict=True)
 
     def entries(self) -> list[tuple[int, float, int]]:
-        """(id, log-probability, rank) of each token, the one that follows first."""
+        """(id, log-probability, rank) of each token, the next token first."""
         own = self.own()
         others = enumerate(self.best(self.top), start=1)
         return [own, *((token, value, rank) for rank, (token, value) in others if token != own[0])]
@@ -86,5 +86,5 @@ class Position(Mapping[int, Logprob]):
 
 
 def positions(table: Table, top: Sequence[int], text: Callable[[int], str] | None = None) -> list[Position]:
-    """Every position of a table; top[i]: how many of the most likely tokens the i-th one shows."""
+    """All positions of a table; top[i]: number of likeliest tokens at position i."""
     return [Position(table, row, count, text) for row, count in enumerate(top)]

@@ -1,4 +1,4 @@
-"""How long one client's grammars may keep the engine's thread, which computes every client's masks."""
+"""Limits the time that one client's grammars may take on the engine's thread, which computes all masks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import threading
 import time
 from collections.abc import Callable
 
-FREE_SECONDS = 0.0003  # of each mask: an ordinary one takes less, even with 128,000 tokens
-OWN_SECONDS = 0.002  # beyond that: a grammar that used less is not blamed
+FREE_SECONDS = 0.0003  # per mask; ordinary masks take less, even with 128,000 tokens
+OWN_SECONDS = 0.002  # beyond that; a grammar that used less is not rejected
 _CREDIT_SECONDS = 0.15
-_REFILL = 0.1  # of a second, per second
+_REFILL = 0.1  # seconds of credit per second
 
 
 class MaskTime:
-    """One client's credit. It may be overdrawn by one mask, whose time `examine` and the limits bound."""
+    """One client's credit. One mask may overdraw it; `examine` and the limits bound that mask's time."""
 
     __slots__ = ("_clock", "_credit", "_refilled_at")
 
@@ -24,18 +24,18 @@ class MaskTime:
 
     @property
     def spent(self) -> bool:
-        """Whether nothing is left."""
+        """Whether the credit is used up."""
         self._refill()
         return self._credit <= 0
 
     @property
     def full(self) -> bool:
-        """Whether it is as good as new."""
+        """Whether the credit is complete again."""
         self._refill()
         return self._credit >= _CREDIT_SECONDS
 
     def charge(self, seconds: float) -> None:
-        """Take time for masks."""
+        """Deduct time for masks."""
         self._credit -= seconds
 
     def _refill(self) -> None:

@@ -1,8 +1,8 @@
-"""Prefixes that are on disk are read into cache blocks before their sequences are admitted.
+"""Reads prefixes from disk into cache blocks before their sequences are admitted.
 
-A sequence whose prefix is being read waits outside its client's queue, so those behind it go on. When the
-blocks are filled they are registered in the prefix cache, and the sequence returns to its queue and is
-admitted like any other. Sequences with the same prefix wait for one read. Plain Python, no torch.
+A sequence whose prefix is being read waits outside its client's queue, so that those behind it can proceed.
+Filled blocks are registered in the prefix cache, and the sequence returns to its queue and is admitted as
+usual. Sequences with the same prefix share one read. Plain Python, no torch.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ class Load(Generic[S]):
     """Blocks that are being read."""
 
     hashes: list[bytes]
-    blocks: list[int]  # one for each hash; nothing else uses them
-    before: list[int]  # of the prefix before them, held so that none is reallocated
+    blocks: list[int]  # one per hash; not used by anything else
+    before: list[int]  # blocks of the prefix before them, referenced so that none is reallocated
     waiters: list[S]
 
 
 class BlockStore(Protocol):
-    """Keeps copies of blocks. No call waits for the disk."""
+    """Stores copies of blocks. No call waits for the disk."""
 
     def attach(self, prefix: PrefixCache) -> None:
-        """Names the table by which blocks are found in memory from now on."""
+        """Set the table used to find blocks in memory."""
 
     def find(self, hashes: Seq[bytes]) -> int:
-        """How many of the leading blocks are stored."""
+        """Number of leading blocks that are stored."""
 
     def read(self, load: Load[Any]) -> None:
-        """Fill the blocks; `Scheduler.loaded` is called between two steps when that has ended."""
+        """Fill the blocks; the engine calls `Scheduler.loaded` between two steps afterwards."""
 
     def computed(self, parent: bytes, hashes: list[bytes]) -> None:
-        """New blocks of the prefix cache, and the hash before them."""
+        """Called with new blocks of the prefix cache and the hash before them."""
 
     def used(self, hashes: list[bytes]) -> None:
-        """A sequence with these leading blocks has ended."""
+        """Called when a sequence with these leading blocks has ended."""
 
 
 class Prefetch(Generic[S]):
-    """The reads in progress and the sequences that wait for them. store: None where there is no disk."""
+    """Reads in progress and the sequences waiting for them. store: None without a disk cache."""
 
     def __init__(self, store: BlockStore | None, prefix: PrefixCache, pool: BlockPool) -> None:
         if store is not None:
@@ -59,21 +59,21 @@ class Prefetch(Generic[S]):
 
     @property
     def held(self) -> Iterator[list[int]]:
-        """References to blocks."""
+        """Block references held by reads."""
         return (load.before + load.blocks for load in self._loads)
 
     @property
     def waiters(self) -> Iterator[S]:
-        """Sequences that wait for a read."""
+        """Sequences waiting for a read."""
         return (seq for load in self._loads for seq in load.waiters)
 
     def wait(
         self, seq: S, hits: list[int], wanted: list[bytes], least: int, fits: Callable[[], bool]
     ) -> bool:
-        """Let a sequence wait for the `wanted` blocks after its `hits`. False: there is no need to.
+        """Make a sequence wait for the `wanted` blocks after its `hits`. Returns False if it need not wait.
 
-        A read of at least `least` blocks is begun if the cache has room; each place of a prompt is tried
-        once, so that eviction cannot make a sequence read for ever.
+        Starts a read of at least `least` blocks if the cache has room. Each position of a prompt is tried
+        once, so that eviction cannot make a sequence read forever.
         """
         load = self._load_of.get(wanted[0]) if wanted else None
         if load is not None:
@@ -94,7 +94,7 @@ class Prefetch(Generic[S]):
         return True
 
     def leave(self, seq: S) -> bool:
-        """The sequence is no longer wanted. False: it waits for no read."""
+        """Remove a cancelled sequence. Returns False if it was not waiting."""
         for load in self._loads:
             if seq in load.waiters:
                 load.waiters.remove(seq)
@@ -102,7 +102,7 @@ class Prefetch(Generic[S]):
         return False
 
     def finish(self, load: Load[S], good: int) -> list[S]:
-        """Register the `good` leading blocks. Returns the sequences that waited."""
+        """Register the `good` leading blocks. Returns the sequences that waited for them."""
         self._loads.remove(load)
         for digest in load.hashes:
             del self._load_of[digest]
@@ -112,11 +112,11 @@ class Prefetch(Generic[S]):
         return load.waiters
 
     def computed(self, hashes: list[bytes], first: int, end: int) -> None:
-        """The blocks `first` to `end` of a sequence are registered."""
+        """Called when blocks `first` to `end` of a sequence are registered."""
         if self.store is not None:
             self.store.computed(hashes[first - 1] if first else b"", hashes[first:end])
 
     def used(self, hashes: list[bytes]) -> None:
-        """A sequence with these leading blocks has ended."""
+        """Called when a sequence with these leading blocks has ended."""
         if self.store is not None and hashes:
             self.store.used(hashes)

@@ -15,7 +15,7 @@ class Queues(dict[str, list[S]]):
     """Waiting sequences by client; clients without any are absent."""
 
     def push(self, seq: S) -> None:
-        """Add a sequence at its place."""
+        """Insert a sequence in order."""
         insert(self.setdefault(seq.client, []), seq)
 
     def drop(self, seq: S) -> None:
@@ -27,7 +27,7 @@ class Queues(dict[str, list[S]]):
 
 
 def insert(sequences: list[S], seq: S) -> None:
-    """Add a sequence at its place."""
+    """Insert a sequence in order."""
     insort(sequences, seq, key=KEY)
 
 

@@ -1,4 +1,4 @@
-"""Slices of a stored matrix: what a rank reads of it, and halves that one rank sums separately."""
+"""Slices of a stored matrix: the part that a rank reads, and halves that one rank sums separately."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
         unit = weight.group_size
     else:
         unit = 1
-    inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the whole slice is in one block
+    inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the slice is inside one block
     torn = start % unit and not inside
     if weight.format == "int4" and cut.dim == 1:
         torn = torn or bool(size % unit and not inside) or bool(start % 2 or size % 2)
@@ -69,7 +69,7 @@ def columns_of(weight: Weight, at: int) -> list[Weight]:
 
 
 def halves_of(mlp: tuple[Weight, Weight, Weight]) -> list[tuple[Weight, Weight, Weight]]:
-    """Gate, up and down of a gated MLP as two of half the width: what two tensor-parallel ranks hold."""
+    """Gate, up and down of a gated MLP split into two of half the width, as on two tensor-parallel ranks."""
     gate, up, down = mlp
     cuts = [bounds(down.shape[1], 2, i) for i in range(2)]
     return [

@@ -1,4 +1,4 @@
-"""Rotary embedding as training computes it: plain RoPE, pairs as complex numbers.
+"""Rotary embedding for training: plain RoPE, with pairs as complex numbers.
 
 Shapes: B sequences, T positions, r rotary part.
 """
@@ -20,13 +20,13 @@ def rope_table(cfg: ModelConfig, length: int) -> Tensor:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE on interleaved pairs, taken as complex numbers. x [B, T, heads, r]; turn [T, r/2]."""
+    """RoPE on interleaved pairs as complex numbers. x [B, T, heads, r]; turn [T, r/2]."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(x.dtype)
 
 
 def rotate_halves(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE on pairs (x_i, x_{i + r/2}) of the first r of x [B, T, heads, d]; turn [T, r/2]."""
+    """RoPE on pairs (x_i, x_{i + r/2}) of the first r elements of x [B, T, heads, d]; turn [T, r/2]."""
     half = turn.shape[1]
     first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], -1)
     cos, sin = turn.real[:, None], turn.imag[:, None]

@@ -1,11 +1,11 @@
-"""The directory of stored blocks, which the replicas of a host share.
+"""The directory of stored blocks, shared by the replicas of a host.
 
-Files are created by renaming and removed by unlinking; nobody changes one. So a reader needs no lock: a file
-it has opened stays whole whatever others do, and one that is gone is a miss. Each process keeps a table of
-what it has seen and follows the others by listing the folder when it changes.
+Files are created by renaming, removed by unlinking, and never changed. A reader therefore needs no lock: an
+open file stays valid, and a removed file is a miss. Each process keeps a table of known files and lists the
+directory again when it changes.
 
-The least recently used files go first. A file's modification time is its last use, the latest in a chain of
-blocks being the oldest, so that the end of a chain is evicted before its beginning.
+The least recently used files are evicted first. A file's modification time is its last use. Within a chain of
+blocks later blocks get older times, so that the end of a chain is evicted before its beginning.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from farthing.engine.disk_cache.segment import TEMPORARY, Format, SegmentError, 
 _FILE = re.compile(r"[0-9a-f]{32}-[0-9]+\.kv")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _ABANDONED_S = 600.0  # a temporary file this old belongs to a process that was killed
-_LOW_WATER = 0.95  # share of the capacity that eviction leaves
+_LOW_WATER = 0.95  # share of the capacity that remains after eviction
 
 
 class Index:
-    """Which file holds which block. `find` may be called from any thread; one thread refreshes and evicts."""
+    """Maps blocks to files. `find` may be called from any thread; one thread refreshes and evicts."""
 
     def __init__(self, root: Path, form: Format, capacity: int) -> None:
-        """root: holds a folder for each identity. capacity: bytes of all of them together."""
+        """root: has one directory per identity. capacity: bytes of all of them together."""
         self.root, self.form, self.capacity = root, form, capacity
         self.folder = root / form.identity.hex()
-        self.stored_bytes = 0  # of all folders: the last count and what was added since
+        self.stored_bytes = 0  # of all directories: the last count plus additions since
         self.evictions = 0  # files that this process removed
         self._files: dict[str, tuple[bytes, ...]] = {}
         self._holders: dict[bytes, list[str]] = {}  # files by block
@@ -47,24 +47,24 @@ class Index:
         return digest in self._holders
 
     def find(self, hashes: Sequence[bytes]) -> int:
-        """How many of the leading blocks are stored."""
+        """Number of leading blocks that are stored."""
         for count, digest in enumerate(hashes):
             if digest not in self._holders:
                 return count
         return len(hashes)
 
     def file_of(self, digest: bytes) -> str | None:
-        """A file that holds the block."""
+        """Name of a file with the block."""
         with self._lock:
             holders = self._holders.get(digest)
             return holders[0] if holders else None
 
     def refresh(self) -> None:
-        """List the folder if it has changed. Raises OSError."""
+        """List the directory if it has changed. Raises OSError."""
         changed = self.folder.stat().st_mtime_ns
         if changed == self._seen_at:
             return
-        # A change within the clock's granularity of the listing must be seen by the next one.
+        # The next listing must detect a change within the clock's granularity of this one.
         self._seen_at = changed if time.time_ns() - changed > 1_000_000_000 else -1
         present = {entry.name for entry in os.scandir(self.folder) if _FILE.fullmatch(entry.name)}
         for name in self._files.keys() - present:
@@ -73,7 +73,7 @@ class Index:
             self._open(name)
 
     def add(self, name: str, hashes: Sequence[bytes]) -> None:
-        """A file was written."""
+        """Record a file that was written."""
         with self._lock:
             if name in self._files:
                 return
@@ -83,7 +83,7 @@ class Index:
                 self._holders.setdefault(digest, []).append(name)
 
     def drop(self, name: str) -> None:
-        """A file is gone."""
+        """Forget a file that was removed."""
         with self._lock:
             for digest in self._files.pop(name, ()):
                 self._holders[digest].remove(name)
@@ -97,18 +97,18 @@ class Index:
             (self.folder / name).unlink()
 
     def touch(self, hashes: Sequence[bytes]) -> None:
-        """Mark a chain of blocks as used now. The first file becomes the most recent one."""
+        """Mark a chain of blocks as used now; the first file becomes the most recent."""
         with self._lock:
             names = dict.fromkeys(name for digest in hashes for name in self._holders.get(digest, ())[:1])
         now = time.time_ns() - len(names)
         for later, name in enumerate(reversed(names)):
-            with suppress(OSError):  # evicted by another process, or a disk that is read-only
+            with suppress(OSError):  # evicted by another process, or the disk is read-only
                 os.utime(self.folder / name, ns=(now + later, now + later))
 
     def evict(self) -> None:
-        """Remove the least recently used files of all identities if there are more bytes than allowed.
+        """Remove the least recently used files of all identities if they exceed the capacity.
 
-        Two processes that evict at once choose the same files. Raises OSError.
+        Two processes that evict at once select the same files. Raises OSError.
         """
         files = sorted(self._all_files())
         self.stored_bytes = sum(size for _, size, _ in files)
@@ -125,7 +125,7 @@ class Index:
             self.stored_bytes -= size
 
     def _all_files(self) -> Iterator[tuple[int, int, Path]]:
-        """Last use, size and path of every segment; removes what killed processes left half written."""
+        """Last use, size and path of every segment; removes incomplete files of killed processes."""
         abandoned = time.time_ns() - int(_ABANDONED_S * 1e9)
         for folder in [e.path for e in os.scandir(self.root) if _FOLDER.fullmatch(e.name) and e.is_dir()]:
             for entry in os.scandir(folder):

@@ -1,6 +1,6 @@
-"""The bytes of one block over all layers, in the order of a file: latents, their scales, then index keys.
+"""The bytes of one block over all layers, in file order: latents, their scales, then index keys.
 
-Each tensor layer by layer; MTP layers come last.
+Each tensor is stored layer by layer; MTP layers come last.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from farthing.ops import LatentCache
 
 
 class BlockMemory:
-    """Blocks of a cache in this process's memory: files are read and written in place."""
+    """Blocks of a cache in this process's memory; files are read and written in place."""
 
     def __init__(self, cache: LatentCache) -> None:
-        self._parts = []  # of each tensor: memory, bytes of a block, offset of block 0 in each layer
+        self._parts = []  # per tensor: memory, bytes of a block, offset of block 0 in each layer
         for tensor in cache.tensors():
             whole = tensor.flatten().view(torch.uint8).numpy().data
             layers, blocks = tensor.shape[:2]
@@ -27,7 +27,7 @@ class BlockMemory:
         self.block_bytes = sum(size * len(layers) for _, size, layers in self._parts)
 
     def source(self, block: int) -> Pieces:
-        """A block to be written to a file."""
+        """The memory of a block to write to a file."""
         return [
             whole[first + block * size : first + (block + 1) * size]
             for whole, size, layers in self._parts
@@ -35,12 +35,12 @@ class BlockMemory:
         ]
 
     def target(self, block: int) -> tuple[Pieces, Callable[[], None]]:
-        """Memory to read a block into, and what completes it."""
+        """Memory to read a block into, and a function that completes the read."""
         return self.source(block), lambda: None
 
 
 class DeviceMemory(BlockMemory):
-    """Blocks of a cache on an accelerator, copied by way of the host.
+    """Blocks of a cache on an accelerator, copied through host memory.
 
     The copies are queued on the device's default stream, so they follow the steps launched before them and
     precede those launched after.
@@ -66,7 +66,7 @@ class DeviceMemory(BlockMemory):
 
 
 def memory_of(cache: LatentCache) -> BlockMemory:
-    """The blocks of a cache, wherever it is."""
+    """The accessor for a cache's blocks, on the host or a device."""
     return (BlockMemory if cache.data.device.type == "cpu" else DeviceMemory)(cache)
 
 

@@ -1,4 +1,4 @@
-"""From the configuration to a running store."""
+"""Opens the store described by the engine's configuration."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def open_store(
 ) -> DiskStore | None:
     """The store of `prefix_cache_dir`; None without one, or if the directory cannot be used.
 
-    Raises ValueError if the path is not a directory, or blocks of the model cannot be told from others'.
+    Raises ValueError if the path is not a directory, or the model's blocks cannot be identified.
     """
     if config.prefix_cache_dir is None:
         return None
     if not model.ops.source:
         raise ValueError(
             f"prefix_cache_dir: got {config.prefix_cache_dir!r}; expected None: the model was not loaded "
-            "from a checkpoint, so its blocks could not be told from those of another"
+            "from a checkpoint and its blocks cannot be identified"
         )
     memory = memory_of(cache)
     form = Format(identity(config, model, cache), memory.block_bytes)
@@ -47,11 +47,11 @@ def open_store(
 
 
 def identity(config: EngineConfig, model: Model, cache: LatentCache) -> bytes:
-    """A digest of everything that a block's contents depend on besides its tokens and salt."""
+    """A digest of everything that determines a block's contents besides its tokens and salt."""
     packed = b""
     if config.packed is not None:
         with Path(config.packed).open("rb") as file:
-            packed = file.read(64)  # its header, with a checksum over all entries' checksums
+            packed = file.read(64)  # the header, including a checksum of all entries' checksums
     parts = (
         VERSION,
         version("farthing"),
@@ -59,14 +59,14 @@ def identity(config: EngineConfig, model: Model, cache: LatentCache) -> bytes:
         model.ops.name.partition(",")[0],  # without the number of threads
         packed,
         *(config.dtype, config.quantization, config.experts, config.experts_on),
-        "mtp" in (config.speculate or ""),  # its layer's rows are filled only then
+        "mtp" in (config.speculate or ""),  # only then its layer's rows are filled
         *((str(t.dtype), t.shape[0], *t.shape[2:]) for t in cache.tensors()),
     )
     return blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def _list(index: Index) -> bool:
-    """Create the directory and list what it holds. False: it cannot be used, which is logged."""
+    """Create and list the directory. Returns False, with a warning, if it is unusable."""
     try:
         index.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         index.folder.mkdir(mode=0o700, exist_ok=True)
@@ -76,7 +76,7 @@ def _list(index: Index) -> bool:
         raise ValueError(f"prefix_cache_dir: got {str(index.root)!r}; expected a directory") from None
     except OSError as error:
         if not index.folder.is_dir():
-            log.warning("prefix cache: cannot use %s (%s); going on without", index.root, error.strerror)
+            log.warning("prefix cache: cannot use %s (%s); continuing without it", index.root, error.strerror)
             return False
     log.info(
         "prefix cache: %d blocks in %s, %.1f of %.1f GB used",

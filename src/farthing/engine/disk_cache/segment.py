@@ -1,12 +1,12 @@
-"""One file of cache blocks. It is written under a temporary name and renamed, and never changes afterwards.
+"""A file of cache blocks. It is written under a temporary name, renamed, and never changed afterwards.
 
     header    56 bytes: magic, version, number of blocks, offset of the blocks, bytes per block, identity of
               model and cache, checksum of header and table
     table     for each block: its hash (16 bytes), checksum of hash and contents (8 bytes)
-    blocks    one after the other, each as its pieces of memory in order
+    blocks    consecutive, each as its pieces of memory in order
 
-A reader verifies the header, the identity, the file's length and each block's checksum, so a torn, truncated
-or foreign file is an error and never data.
+A reader verifies the header, the identity, the file's length and each block's checksum, so that a torn,
+truncated or foreign file raises an error and is never used as data.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class SegmentError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What the blocks of a directory have in common."""
+    """Properties shared by all blocks of a directory."""
 
-    identity: bytes  # 16 bytes: everything that a block's contents depend on besides its tokens
+    identity: bytes  # 16 bytes: digest of all that determines a block's contents besides its tokens
     block_bytes: int
 
     def segment_bytes(self, blocks: int) -> int:
@@ -59,7 +59,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A block to write. intact: whether its memory has still not been reused, asked after the copy."""
+    """A block to write. intact: called after the copy; tells whether the memory was not reused meanwhile."""
 
     digest: bytes
     pieces: Pieces
@@ -69,9 +69,9 @@ class Source:
 def write_segment(
     folder: Path, form: Format, most: int, blocks: Iterable[Source]
 ) -> tuple[str, list[bytes]] | None:
-    """Write up to `most` blocks; stops at one whose memory was reused meanwhile.
+    """Write up to `most` blocks; stop at one whose memory was reused meanwhile.
 
-    Returns the file's name and the hashes of its blocks, None if there are none. Raises OSError.
+    Returns the file's name and its blocks' hashes, or None if there are none. Raises OSError.
     """
     partial = folder / f"{uuid4().hex}{TEMPORARY}"
     offset = _HEADER.size + most * _ENTRY.size
@@ -97,7 +97,7 @@ def write_segment(
 
 
 def file_name(hashes: Sequence[bytes]) -> str:
-    """Processes that write the same blocks choose the same name. The last hash implies those before it."""
+    """The same blocks give the same name in every process. The last hash implies those before it."""
     return f"{hashes[-1].hex()}-{len(hashes)}.kv"
 
 
@@ -105,16 +105,16 @@ def read_header(descriptor: int, form: Format) -> Segment:
     """The table of an open file. Raises SegmentError, OSError."""
     head = os.pread(descriptor, _HEADER.size, 0)
     if len(head) < _HEADER.size:
-        raise SegmentError("header is cut off")
+        raise SegmentError("header is truncated")
     magic, version, count, offset, block_bytes, identity, checksum = _HEADER.unpack(head)
     if magic != _MAGIC or version != VERSION:
-        raise SegmentError("not a file of this version")
+        raise SegmentError("unsupported file version")
     if identity != form.identity or block_bytes != form.block_bytes:
         raise SegmentError("blocks of another model or cache")
     if not count or offset < _HEADER.size + count * _ENTRY.size:
         raise SegmentError("header is damaged")
     if os.fstat(descriptor).st_size != offset + count * block_bytes:
-        raise SegmentError("file is cut off")
+        raise SegmentError("file is truncated")
     table = os.pread(descriptor, count * _ENTRY.size, _HEADER.size)
     if _head_checksum(form, offset, count, table) != checksum:
         raise SegmentError("header is damaged")
@@ -124,7 +124,7 @@ def read_header(descriptor: int, form: Format) -> Segment:
 
 
 def read_block(descriptor: int, form: Format, segment: Segment, digest: bytes, pieces: Pieces) -> None:
-    """Read a block into its memory. Raises SegmentError, OSError; the memory is undefined then."""
+    """Read a block into its memory. On SegmentError or OSError the memory is undefined."""
     slot = segment.slots.get(digest)
     if slot is None:
         raise SegmentError("a listed block is missing")
@@ -157,12 +157,12 @@ def _checksum(digest: bytes, pieces: Pieces) -> int:
 def _transfer(
     call: Callable[[int, Sequence[memoryview], int], int], descriptor: int, pieces: Pieces, offset: int
 ) -> None:
-    """Read or write all pieces, whatever the kernel does at once."""
+    """Read or write all pieces, repeating partial system calls."""
     rest = list(pieces)
     while rest:
         done = call(descriptor, rest[:_MOST_PIECES], offset)
         if done <= 0:
-            raise SegmentError("file is cut off")
+            raise SegmentError("file is truncated")
         offset += done
         whole = 0
         while whole < len(rest) and done >= len(rest[whole]):

@@ -1,9 +1,9 @@
 """Background reading and writing of cache blocks.
 
-The engine's thread only appends to queues. The writer looks blocks up by hash when it gets to them and copies
-them without holding a reference: it notes how often the block was reallocated before the copy and drops the
-copy if that has changed after it. A block is thus lost if memory runs out faster than the disk takes it, and
-no step ever waits. Runs of consecutive blocks become files.
+The engine's thread only appends to queues. The writer looks up blocks by hash when it reaches them and copies
+them without holding a reference. It compares the block's reallocation count before and after the copy and
+drops the copy if the count changed. A block is therefore lost if memory is reused faster than the disk
+writes, and no step ever waits. Runs of consecutive blocks become files.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from farthing.engine.stats import DiskStats
 log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 32 << 20  # largest file; bench/prefix_disk.py compares sizes
-_PERIOD = 0.25  # seconds between two looks at what was computed
-_LINGER = 1.0  # seconds that a run of blocks waits for more
+_PERIOD = 0.25  # seconds between checks for computed blocks
+_LINGER = 1.0  # seconds that a run waits for more blocks
 _RECOUNT = 60.0  # seconds between counts of the directory
-_PAUSE = 60.0  # seconds without writing after the disk refused
-_MOST_QUEUED = 1 << 14  # notes of the engine; the oldest are dropped while the disk hangs
+_PAUSE = 60.0  # seconds without writing after a disk error
+_MOST_QUEUED = 1 << 14  # events from the engine; the oldest are dropped while the disk hangs
 
 
 @dataclass(slots=True)
 class _Run:
-    """Consecutive blocks to be written."""
+    """Consecutive blocks to write."""
 
     hashes: list[bytes] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
@@ -63,7 +63,7 @@ class DiskStore:
         stats: DiskStats,
         loaded: Callable[[Load[Any], int], None],
     ) -> None:
-        """loaded: called in the reader's thread with a load and the number of its blocks that are filled."""
+        """loaded: called in the reader's thread with a load and its number of filled blocks."""
         self._index, self._memory, self._block_size = index, memory, block_size
         self._stats, self._loaded = stats, loaded
         self._prefix = PrefixCache(block_size)
@@ -105,7 +105,7 @@ class DiskStore:
         self._notes.append((None, hashes))
 
     def close(self) -> None:
-        """Write what was computed and end the threads."""
+        """Write the computed blocks and stop the threads."""
         self._stop.set()
         self._loads.put(None)
         for thread in self._threads:
@@ -119,11 +119,11 @@ class DiskStore:
             try:
                 good = self._fill(load)
             except Exception:
-                log.exception("prefix cache: reading failed; computing the prompt")
+                log.exception("prefix cache: reading failed; computing the prompt instead")
             self._loaded(load, good)
 
     def _fill(self, load: Load[Any]) -> int:
-        """Read the blocks of a load up to the first that is missing. Returns how many."""
+        """Read the blocks of a load up to the first missing one. Returns their number."""
         began, good = time.perf_counter(), 0
         opened: tuple[str, int, Segment] | None = None
         try:
@@ -166,11 +166,11 @@ class DiskStore:
         complete()
 
     def _lost(self, name: str, error: Exception) -> None:
-        """A file cannot be used."""
+        """Handle an unusable file."""
         self._index.drop(name)
         if isinstance(error, FileNotFoundError):  # evicted by another process
             return
-        log.warning("prefix cache: %s is not used: %s", self._index.folder / name, error)
+        log.warning("prefix cache: ignoring %s: %s", self._index.folder / name, error)
         self._stats.errors += 1
         if isinstance(error, SegmentError):
             self._index.discard(name)
@@ -183,10 +183,10 @@ class DiskStore:
                 self._turn()
             self._turn(last=True)
         except Exception:
-            log.exception("prefix cache: writing failed; no more blocks are stored")
+            log.exception("prefix cache: writing failed; blocks are no longer stored")
 
     def _turn(self, last: bool = False) -> None:
-        """Follow other processes, write the runs that are due, and evict."""
+        """Follow other processes, write runs that are due, and evict."""
         with suppress(OSError):
             self._index.refresh()
         while self._notes:
@@ -234,7 +234,7 @@ class DiskStore:
         stats.write_seconds += time.perf_counter() - began
 
     def _sources(self, hashes: Sequence[bytes]) -> Iterator[Source]:
-        """The blocks that are still in memory, up to the first that is not."""
+        """The blocks still in memory, up to the first missing one."""
         prefix = self._prefix
         for digest in hashes:
             found = prefix.locate(digest)
@@ -253,7 +253,9 @@ class DiskStore:
         self._stats.stored_bytes = self._index.stored_bytes
 
     def _refused(self, error: OSError) -> None:
-        """A full or read-only disk: go on without it, and try again later."""
+        """Handle a full or read-only disk: continue without it and retry later."""
         if not self._warned:
-            log.warning("prefix cache: cannot write to %s (%s); going on without", self._index.folder, error)
+            log.warning(
+                "prefix cache: cannot write to %s (%s); continuing without it", self._index.folder, error
+            )
         self._warned, self._paused_until = True, time.monotonic() + _PAUSE

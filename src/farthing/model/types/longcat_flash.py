@@ -1,7 +1,7 @@
-"""LongCat-Flash: layers with two attentions and two dense MLPs, and experts that run beside the second half.
+"""LongCat-Flash: layers with two attentions and two dense MLPs, and experts parallel to the second half.
 
-Each of its layers is two of ours. Both have attention and a dense MLP; the first also has the experts, which
-read the MLP's input and whose output is added after the second. Some experts are the identity, and the
+Each of its layers becomes two of ours. Both have attention and a dense MLP. The first also has the experts,
+which read the MLP's input; their output is added after the second. Some experts are the identity, and the
 latents are scaled after their norms.
 """
 
@@ -63,5 +63,5 @@ TYPE = ModelType(
     "longcat_flash",
     "LongCat-Flash",
     _fields,
-    Names(_stored, ("model.mtp.*",), "the MTP layer of this type is not served"),
+    Names(_stored, ("model.mtp.*",), "the MTP layer of this type is not supported"),
 )
