@@ -85,7 +85,7 @@ def train_qat(
 
 
 def _gained(perplexity: dict[str, float]) -> dict[str, float | None]:
-    """What training won back of the loss of the best untrained model in the same format."""
+    """Share of the best untrained loss (same format) that training recovered."""
     best = min(perplexity["untrained"], perplexity["smoothed"])
     lost = best - perplexity["float"]
     return {
