@@ -247,6 +247,6 @@ def test_a_silent_rank_is_unhealthy_until_it_answers_and_lost_after_a_while(
     until(lambda: workers.failure() is None)
     monkeypatch.setattr(ray_workers, "MISSED_BEATS", 3)
     ray.answers = False
-    until(lambda: "no answer" in (workers.failure() or ""))
+    until(lambda: "no response" in (workers.failure() or ""))
     assert ray.killed
     workers.close()
