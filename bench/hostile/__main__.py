@@ -312,6 +312,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.attack:
         attack_here(next(each for each in attacks() if each.name == options.attack), options.port)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the server is stopped then too
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         server = Server(options.model, Path(folder))
