@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from farthing.engine import sampler
 from farthing.engine.logprobs import positions
 from farthing.engine.request import SamplingParams
 from farthing.engine.sampler import (
+    PromptTokens,
     Row,
     SamplingState,
     draw,
@@ -130,7 +132,7 @@ def test_penalties_match_manual_calculation() -> None:
     state = SamplingState(
         SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25),
         seed=0,
-        prompt=frozenset([0, 1]),
+        prompt=PromptTokens([0, 1]),
     )
     for token in (1, 2, 2):
         state.push(token)
@@ -138,6 +140,23 @@ def test_penalties_match_manual_calculation() -> None:
     assert logits[0].tolist() == pytest.approx(
         [1.0 / 2, -1.0 * 2 - 0.25 - 0.5, 2.0 / 2 - 0.5 - 0.5, 0.5, 3.0]
     )
+
+
+def test_the_prompt_of_a_penalty_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of completions and steps: a prompt may have 100,000 distinct tokens."""
+    read: list[int] = []
+    index = sampler._index
+    monkeypatch.setattr(
+        sampler, "_index", lambda tokens, like: read.append(len(list(tokens))) or index(tokens, like)
+    )
+    prompt = PromptTokens(range(1000))
+    states = [SamplingState(SamplingParams(repetition_penalty=2.0), 0, prompt) for _ in range(8)]
+    for _ in range(5):
+        logits = edit(torch.ones(8, 2000), [Row(state) for state in states])
+        assert logits[0, :1000].eq(0.5).all()
+        for state in states:
+            state.push(1500)
+    assert sum(read) < 1000 + 8 * 5 * 2
 
 
 def test_rows_after_drafts_include_them_in_penalties() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -101,6 +103,27 @@ def test_inactive_checker_passes_everything() -> None:
     checker = StopChecker(["ab"])
     assert checker.push("xab", armed=False) == "xab" and checker.found is None
     assert checker.push("a") == "" and checker.push("c") == "ac"
+
+
+def test_stop_strings_that_nearly_match_cost_nothing_more() -> None:
+    """Held-back text is not searched again for each token: 16 strings took milliseconds per token."""
+    checker = StopChecker(["a" * 1023 + "b", *("a" * (500 + k) + "b" * 500 for k in range(15))])
+    lines = 0
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    for _ in range(1000):
+        checker.push("a")
+    sys.settrace(count)
+    try:
+        for _ in range(20):
+            checker.push("a")
+    finally:
+        sys.settrace(None)
+    assert checker.found is None and lines / 20 < 16 * 12
 
 
 def test_deepseek_template(tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from farthing.engine.constraints import All, Constraint, ReasoningBudget, Vocabu
 from farthing.engine.generation import Generation
 from farthing.engine.mask_time import MaskTimes
 from farthing.engine.request import OutputKind, Request, SamplingParams, StructuredOutputsParams
-from farthing.engine.sampler import SamplingState, mix, no_token_left, stream_seed
+from farthing.engine.sampler import PromptTokens, SamplingState, mix, no_token_left, stream_seed
 from farthing.engine.sandbox import Sandbox
 from farthing.engine.structured import GrammarCompiler, Matcher, constrained_field, too_slow
 from farthing.engine.tokenizer import Tokenizer
@@ -85,7 +85,10 @@ class Admission:
         )
         # A request without a seed gets one that is reproducible for a given engine seed.
         seed = params.seed if params.seed is not None else mix(self._config.seed) + number
-        return request, [self._generation(request, i, stream_seed(seed, i), matcher) for i in range(params.n)]
+        known = PromptTokens(ids if params.repetition_penalty != 1 else ())
+        return request, [
+            self._generation(request, i, stream_seed(seed, i), matcher, known) for i in range(params.n)
+        ]
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         """The tokenizer; raises a ValueError naming the feature that requires it."""
@@ -182,14 +185,16 @@ class Admission:
                 self._texts = TokenTexts(self.need_tokenizer("calls"), self._vocab)
             return self._texts
 
-    def _generation(self, request: Request, index: int, seed: int, matcher: Constraint | None) -> Generation:
+    def _generation(
+        self, request: Request, index: int, seed: int, matcher: Constraint | None, prompt: PromptTokens
+    ) -> Generation:
         params, ids = request.params, request.prompt_token_ids
         room = self._max_len - len(ids)
         max_output = room if params.max_tokens is None else min(room, params.max_tokens)
         state = SamplingState(
             params=params,
             seed=seed,
-            prompt=frozenset(ids) if params.repetition_penalty != 1 else frozenset(),
+            prompt=prompt,
             end_ids=self._ends(params),
             matcher=matcher if matcher is None or index == 0 else matcher.copy(),
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from functools import lru_cache
 
 from tokenizers.decoders import DecodeStream
 
-from farthing.conversation.scan import beginning
 from farthing.engine.tokenizer import Tokenizer
 
 
@@ -38,10 +38,11 @@ class Detokenizer:
 class StopChecker:
     """Finds stop strings in a stream of text and holds back a possible beginning of one."""
 
-    __slots__ = ("_held", "_include", "_stops", "found")
+    __slots__ = ("_begun", "_held", "_include", "_stops", "found")
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = tuple(stops)
+        self._begun = [0] * len(self._stops)  # characters of each stop string that the text ends with
         self._include = include
         self._held = ""
         self.found: str | None = None
@@ -50,15 +51,18 @@ class StopChecker:
         """Text that is safe to emit. Unless `armed` (min_tokens), all text is, and nothing stops."""
         if not self._stops:
             return text
-        text = self._held + text
+        new, text = text, self._held + text
         self._held = ""
         if not armed:
+            self._begun = [0] * len(self._stops)
             return text
         hits = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
             at, _, self.found = min(hits)
             return text[: at + len(self.found)] if self._include else text[:at]
-        ready = min(beginning(text, stop) for stop in self._stops)
+        begun = zip(self._stops, self._begun, strict=True)
+        self._begun = [_begun(stop, count, new) for stop, count in begun]
+        ready = len(text) - max(self._begun)
         self._held = text[ready:]
         return text[:ready]
 
@@ -66,3 +70,28 @@ class StopChecker:
         """The held-back text, which turned out not to be a stop string."""
         held, self._held = self._held, ""
         return held
+
+
+def _begun(stop: str, count: int, text: str) -> int:
+    """How many characters of `stop` the text so far ends with, given the number before `text`.
+
+    `text` does not complete it. Knuth, Morris and Pratt 1977: linear in the text, whatever the strings.
+    """
+    borders = _borders(stop)
+    for character in text:
+        while count and stop[count] != character:
+            count = borders[count - 1]
+        count += stop[count] == character
+    return count
+
+
+@lru_cache(maxsize=1024)
+def _borders(stop: str) -> tuple[int, ...]:
+    """For each prefix of `stop`: the length of the longest shorter prefix that it ends with."""
+    borders = [0]
+    for character in stop[1:]:
+        count = borders[-1]
+        while count and stop[count] != character:
+            count = borders[count - 1]
+        borders.append(count + (stop[count] == character))
+    return tuple(borders)

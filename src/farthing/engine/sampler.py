@@ -45,13 +45,29 @@ class Head(Protocol):
         """The most likely token per row."""
 
 
+class PromptTokens:
+    """The distinct tokens of a prompt, which its completions share."""
+
+    __slots__ = ("_index", "tokens")
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self.tokens = frozenset(tokens)
+        self._index: Tensor | None = None
+
+    def index(self, like: Tensor) -> Tensor:
+        """As int64 on the device of `like`; made once, since a prompt may have as many as the vocabulary."""
+        if self._index is None:
+            self._index = _index(self.tokens, like)
+        return self._index
+
+
 @dataclass(slots=True, eq=False)
 class SamplingState:
     """Sampling state of one completion."""
 
     params: SamplingParams
     seed: int
-    prompt: frozenset[int] = frozenset()  # only if repetition_penalty needs it
+    prompt: PromptTokens = field(default_factory=PromptTokens)  # only if repetition_penalty needs it
     end_ids: tuple[int, ...] = ()  # forbidden before min_tokens
     matcher: Constraint | None = None
     num_output: int = 0
@@ -212,7 +228,9 @@ def _penalize(logits: Tensor, row: Row) -> None:
     if row.ahead:
         counts = counts + Counter(row.drafts[: row.ahead])
     if params.repetition_penalty != 1:
-        seen = _index(row.state.prompt | counts.keys(), logits)
+        prompt = row.state.prompt
+        new = _index(counts.keys() - prompt.tokens, logits)
+        seen = torch.cat((prompt.index(logits), new))
         v = logits[seen]
         logits[seen] = torch.where(v > 0, v / params.repetition_penalty, v * params.repetition_penalty)
     if counts and (params.presence_penalty or params.frequency_penalty):
