@@ -4,6 +4,7 @@ Anthropic's, {"type": "error", "error": {"type", "message"}}."""
 from __future__ import annotations
 
 import json
+import re
 from reprlib import Repr
 from typing import Any
 
@@ -91,8 +92,9 @@ def describe_validation(errors: list[Any]) -> ApiError:
     Where a field may have several types, the complaint of the one that fitted furthest.
     """
     field = errors[0]["loc"][:2]
-    first = max((error for error in errors if error["loc"][:2] == field), key=lambda error: len(error["loc"]))
-    where = [str(part) for part in first["loc"] if part != "body" and _is_field(part)]
+    complaints = [error for error in errors if error["loc"][:2] == field]
+    first = max(complaints, key=lambda error: len(error["loc"]))
+    where = _where(first)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     param = ".".join(where) or None
@@ -104,8 +106,22 @@ def describe_validation(errors: list[Any]) -> ApiError:
         return ApiError(400, str(first["ctx"]["error"]), code="invalid_value")
     value = _SHORT.repr(first.get("input"))
     value = value if len(value) <= 80 else value[:77] + "..."
-    message = f"{param or 'the body'} is {value}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    accepted = dict.fromkeys(_accepted(error["msg"]) for error in complaints if _where(error) == where)
+    message = f"{param or 'the body'}: got {value}; {' or '.join(accepted).replace(' or expected ', ' or ')}"
     return ApiError(400, message, param=param, code="invalid_value")
+
+
+def _where(error: Any) -> list[str]:
+    return [str(part) for part in error["loc"] if part != "body" and _is_field(part)]
+
+
+def _accepted(message: str) -> str:
+    """Pydantic's message as a clause, in the words of JSON."""
+    message = re.sub(r" after validation, not .*", "", message.removeprefix("Value error, "))
+    message = re.sub(r"^(Input|List|String|Tuple) should (be|have)", r"expected", message)
+    message = re.sub(r"a valid dictionary( or object.*)?", "an object", message)
+    message = re.sub(r"\ba valid (?=[aeiou])", "an ", message).replace("a valid ", "a ")
+    return message[:1].lower() + message[1:]
 
 
 def _is_field(part: str | int) -> bool:

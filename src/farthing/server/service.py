@@ -249,7 +249,8 @@ class Service:
         try:
             await self._checked(lambda: sandbox.grammar(constraint, client), client, param)
         except ApiError as error:
-            error.message = error.message.replace("structured_outputs.grammar", "tools: a strict schema")
+            if param == "tools":
+                error.message = error.message.replace("structured_outputs.grammar", "tools: a strict schema")
             raise
 
     async def _submit_in_turn(

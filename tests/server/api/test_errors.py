@@ -226,3 +226,26 @@ def test_namespaces_texts_and_unsupported_tools() -> None:
         assert engine.prompts[1].startswith(engine.prompts[0])
         kinds = [event.type for event in create(model="tiny", input="hi", tools=tools, stream=True)]
         assert kinds.count("response.custom_tool_call_input.done") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": {"a": 1}}, "prompt: got {'a': 1}; expected a string or a list"),
+        ({"max_tokens": "many"}, "max_tokens: got 'many'; expected an integer"),
+        ({"guided_json": 5}, "guided_json: got 5; expected an object or a string"),
+        ({"guided_choice": []}, "guided_choice: got []; expected at least 1 item"),
+        ({"stop": 5}, "stop: got 5; expected a string or a list"),
+    ],
+)
+def test_an_invalid_field_is_named_with_its_value_and_every_accepted_type(
+    tiny: Running, fields: dict[str, Any], message: str
+) -> None:
+    answer = httpx.post(f"{tiny.url}/v1/completions", json={"prompt": "x"} | fields)
+    assert answer.status_code == 400 and answer.json()["error"]["message"] == message
+
+
+def test_a_grammar_of_the_request_is_not_called_a_tool(tiny: Running) -> None:
+    answer = httpx.post(f"{tiny.url}/v1/completions", json={"prompt": "x", "guided_grammar": "start: ((("})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("structured_outputs.grammar is not accepted")
