@@ -97,7 +97,7 @@ struct Attention {
 
 struct Layer {  // one layer's weights; attention and feed are owned by the layer's creator
   const float *norm, *q_norm, *feed_norm;
-  std::shared_ptr<Packed> qkv_a, q_b, o;  // q_b null: the query comes whole from qkv_a
+  std::shared_ptr<Packed> qkv_a, q_b, o, o_rest;  // q_b null: the query comes whole from qkv_a
   const Attention* attention;
   const Moe* feed;
   int q_width;  // columns of qkv_a's output that are the query, or its latent
@@ -119,6 +119,7 @@ struct LinearArgs {
   float eps;
   Rows residual;  // [T, N], added to the product, or null
   Rows out;       // [T, N]
+  const Packed* rest = nullptr;  // the matrix's further columns, whose product is summed separately; or null
 };
 
 struct MoeArgs {

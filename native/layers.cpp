@@ -29,11 +29,11 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
       q = Layers::rows(model.q, T, l.q_b->m.n);
       linear(*l.q_b, {qkv, T, l.q_norm, in.eps, none, q});
     }
-    const Rows heads = Layers::rows(model.heads, T, l.o->m.k);
+    const Rows heads = Layers::rows(model.heads, T, l.o->m.k + (l.o_rest ? l.o_rest->m.k : 0));
     mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, in.eps, heads});
     const Rows h = Layers::rows(model.hidden, T, hidden);
     // Over ranks, the residual, which they all have, is added to the sum.
-    linear(*l.o, {heads, T, nullptr, in.eps, l.o_sum ? none : x, h});
+    linear(*l.o, {heads, T, nullptr, in.eps, l.o_sum ? none : x, h, l.o_rest.get()});
     if (l.o_sum) l.o_sum->add(h, T, hidden, x);
     moe(*l.feed, {h, T, l.feed_norm, in.eps, in.out, counts, nullptr, nullptr, !l.feed_sum});
     if (l.feed_sum) l.feed_sum->add(in.out, T, hidden, h);

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #include "backend.h"
 
@@ -118,18 +119,30 @@ void write_tile(const LinearArgs& in, const float* tile, int n0, int columns, in
 
 void Backend::linear(const Packed& packed, const LinearArgs& in) {
   const Matrix& w = packed.m;
-  const int T = in.tokens;
+  const Matrix* rest = in.rest ? &in.rest->m : nullptr;
+  if (rest && (in.norm || rest->n != w.n)) throw std::invalid_argument("further columns do not fit a matrix");
+  const int T = in.tokens, copies = std::max(T, pool.size());
+  const bool split = kernels.split_act && T >= kernels.split_rows;
+  constexpr size_t kTile = static_cast<size_t>(kRowBlock) * 32;
   work_.reset();
-  const Act space =
-      work_.act(w, std::max(T, pool.size()), kernels.split_act && T >= kernels.split_rows, w.sparse);
+  const Act space = work_.act(w, copies, split, w.sparse);
+  const Act space_rest = rest ? work_.act(*rest, copies, split, rest->sparse) : Act{};
   float* scratch = work_.take<float>(static_cast<size_t>(pool.size()) * act_stride(w.k));
-  float* tiles = work_.take<float>(static_cast<size_t>(pool.size()) * kRowBlock * 32);
+  float* tiles = work_.take<float>(pool.size() * kTile * (rest ? 2 : 1));
   pool.run([&](Team& team) {
     const Act act = prepare(team, 0, w, space, in.x, T, in.norm, in.eps, scratch);
-    float* tile = tiles + static_cast<size_t>(team.id()) * kRowBlock * 32;
-    team.for_units(1, 1, (w.panels + kPair - 1) / kPair, [&](int, int pair) {
-      for_tiles(kernels, w, pair, act, T, tile,
-                [&](int n0, int columns, int m0, int rows) { write_tile(in, tile, n0, columns, m0, rows); });
+    const Rows right{in.x.at + w.k, in.x.stride};
+    const Act act_rest =
+        rest ? prepare(team, 1, *rest, space_rest, right, T, nullptr, in.eps, scratch) : Act{};
+    float *tile = tiles + team.id() * kTile, *more = tiles + (pool.size() + team.id()) * kTile;
+    team.for_units(2, 1, (w.panels + kPair - 1) / kPair, [&](int, int pair) {
+      for_tiles(kernels, w, pair, act, T, tile, [&](int n0, int columns, int m0, int rows) {
+        if (rest) {
+          kernels.tile(*rest, n0 / kPanel, (columns + kPanel - 1) / kPanel, row(act_rest, m0), rows, more, 32);
+          kernels.add(tile, more, rows * 32);
+        }
+        write_tile(in, tile, n0, columns, m0, rows);
+      });
     });
   });
 }

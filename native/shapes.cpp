@@ -62,7 +62,9 @@ void Layers::add(Layer l) {
   if (l.q_b) require(*l.q_b, query, l.q_width, "the projection of the queries");
   else if (l.q_width != query)
     require(*l.qkv_a, query + a.latent + a.rope, hidden, "the projection to queries");
-  require(*l.o, hidden, a.heads * a.value, "the output projection of attention");
+  const int rest = l.o_rest ? l.o_rest->m.k : 0;
+  require(*l.o, hidden, a.heads * a.value - rest, "the output projection of attention");
+  if (rest) require(*l.o_rest, hidden, rest, "further columns of the output projection");
   if (l.feed->hidden != hidden) throw std::invalid_argument("experts and attention differ in hidden size");
   layers.push_back(std::move(l));
 }

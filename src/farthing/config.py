@@ -38,6 +38,7 @@ class EngineConfig:
     speculate: str | None = _engine(None, "Drafts: mtp[:k], ngram[:k] or mtp+ngram[:k], at most k per step")
     experts: str = _engine("auto", "Experts per token: auto (config.json), all, adaptive:p[,min=2,max=8]")
     seed: int = _engine(0, "Default sampling seed")
+    deterministic: bool = _engine(False, "The tokens of one rank with --tp 2 too, and no AMX tiles (CPU)")
     chat_template: str | None = _engine(
         None, "Jinja file or name of a packaged chat format; default: the checkpoint's"
     )
@@ -114,6 +115,7 @@ class EngineConfig:
             )
         self._check_nodes()
         self._check_experts_on()
+        self._check_deterministic()
         self._check_prefix_cache_dir()
         parse_speculate(self.speculate)
         if self.experts not in ("auto", "all") and not self.experts.startswith("adaptive:"):
@@ -155,6 +157,25 @@ class EngineConfig:
             )
         if self.nodes == 1 and self.ray_address is not None:
             raise ValueError(f"ray_address: got {self.ray_address!r} with nodes 1; expected nodes > 1")
+
+    def _check_deterministic(self) -> None:
+        if not self.deterministic:
+            return
+        if self.tensor_parallel_size > 2 or self.expert_parallel_size > 1:
+            raise ValueError(
+                f"deterministic: got True with tp {self.tensor_parallel_size} and ep "
+                f"{self.expert_parallel_size}; expected tp 1 or 2 and ep 1"
+            )
+        if self.experts_on is not None or (self.packed is not None and self.tensor_parallel_size == 1):
+            raise ValueError(
+                "deterministic: got True; expected experts_on None, and packed None without tp 2: "
+                "a packed file holds whole matrices"
+            )
+
+    @property
+    def halves(self) -> int | None:
+        """Halves of a row-parallel product that each rank computes; None unless deterministic."""
+        return 2 // self.tensor_parallel_size if self.deterministic else None
 
     @property
     def num_ranks(self) -> int:

@@ -23,6 +23,12 @@ RANKS: dict[str, dict[str, Any]] = {
     "pp": {"pipeline_parallel_size": 2},
     "pp and ep": {"pipeline_parallel_size": 2, "expert_parallel_size": 2},
 }
+HALVES: dict[str, dict[str, Any]] = {  # with --deterministic
+    "one rank": {},
+    "tp": {"tensor_parallel_size": 2},
+    "pp": {"pipeline_parallel_size": 2},
+    "tp and pp": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
 HEAD = "def merge(first, second):\n    result = []\n    while first and second:\n        "
 
 Answers = list[list[int]]
@@ -47,24 +53,28 @@ def options(isa: str, name: str) -> dict[str, Any]:
     return {"backend": f"cpu/{isa}", "threads": 2, **SIZES, **FORMATS[name]}
 
 
-def alone(isa: str, name: str, count: int, tokens: int) -> Answers:
-    with LLM(max_num_seqs=1, enable_prefix_caching=False, **options(isa, name)) as llm:
+def alone(isa: str, name: str, count: int, tokens: int, **more: Any) -> Answers:
+    with LLM(max_num_seqs=1, enable_prefix_caching=False, **options(isa, name), **more) as llm:
         return answers(llm, count, together=False, tokens=tokens)
 
 
 def together(isa: str, name: str, count: int, tokens: int, **more: Any) -> Answers:
-    """Of an engine that runs batches of 16; twice, so that the second time every prefix is cached."""
+    """Of an engine that runs batches of 16."""
     with LLM(max_num_seqs=16, **(options(isa, name) | more)) as llm:
-        first = answers(llm, count, together=True, tokens=tokens)
-        assert answers(llm, count, together=True, tokens=tokens) == first
-        return first
+        return answers(llm, count, together=True, tokens=tokens)
+
+
+def twice(isa: str, name: str, count: int, tokens: int, **more: Any) -> list[Answers]:
+    """The second time, every prefix is cached."""
+    with LLM(max_num_seqs=16, **(options(isa, name) | more)) as llm:
+        return [answers(llm, count, together=True, tokens=tokens) for _ in range(2)]
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_some_answers(name: str) -> None:
     expected = alone(ISAS[0], name, 6, 12)
-    for speculate in (None, "mtp+ngram:4"):
-        assert together(ISAS[0], name, 6, 12, speculate=speculate) == expected
+    assert twice(ISAS[0], name, 6, 12) == [expected, expected]
+    assert together(ISAS[0], name, 6, 12, speculate="mtp+ngram:4") == expected
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if not isa.startswith("avx512")])
@@ -77,15 +87,31 @@ def test_some_answers_of_two_ranks() -> None:
     assert ranks == alone(ISAS[0], "int8", 6, 12)
 
 
+def test_some_deterministic_answers() -> None:
+    expected = alone(ISAS[0], "int4", 6, 12, deterministic=True)
+    assert together(ISAS[0], "int4", 6, 12, deterministic=True, threads=1, **HALVES["tp"]) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_200_answers(isa: str, name: str) -> None:
     expected = alone(isa, name, 200, 32)
-    for speculate in (None, *DRAFTS):
+    assert twice(isa, name, 200, 32) == [expected, expected]
+    for speculate in DRAFTS:
         assert together(isa, name, 200, 32, speculate=speculate) == expected, speculate
     for layout, sizes in RANKS.items():
         assert together(isa, name, 200, 32, threads=1, **sizes) == expected, layout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_200_deterministic_answers(isa: str, name: str) -> None:
+    expected = alone(isa, name, 200, 32, deterministic=True)
+    for layout, sizes in HALVES.items():
+        more: dict[str, Any] = {"deterministic": True, "threads": 1, "speculate": "mtp+ngram:4", **sizes}
+        assert together(isa, name, 200, 32, **more) == expected, layout
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
-"""Damaged packed files: refused with a ValueError, or matrices of the same layout; never a crash.
+"""Packed files that something else wrote: a one-line error, or a matrix of the layout that was packed.
 
-The seed holds a dense, an INT8 and a sparse INT4 matrix; each example has bytes changed, or values
-of its index with a checksum that fits. `-m slow` runs thousands.
+`-m slow` combines all kinds of damage in thousands of files.
 """
 
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,82 +20,172 @@ from hypothesis import strategies as st
 
 pytest.importorskip("farthing._native")
 
+from farthing.ops.api import AttentionSpec, RouterSpec
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packed_file import HEADER, MAGIC
+from farthing.ops.cpu.packed_file import HEADER, MAGIC, DamagedFile
 from tests.fuzz.test_checkpoint_files import changed_values
-from tests.ops.parts import weight
-from tests.ops.test_cpu import zero_blocks
+from tests.ops.parts import FORMATS, weight
+from tests.ops.test_cpu import EPS, experts, zero_blocks
 
-MATRICES = {"dense": 64, "int8": 64, "sparse": 256}  # columns by name
+SPEC, LAYOUT = RouterSpec(4, 2), AttentionSpec(2, 16, 8, 16, 32, 0.2)
+ROPE = torch.ones(2, 8, LAYOUT.rope_dim // 2)
+NUMBERS = st.one_of(
+    st.sampled_from([0, 1, -1, 2**31 - 1, -(2**31), 2**32, 2**40, 2**63 - 1, 2**64, 4096, 4097]),
+    st.integers(-(2**66), 2**66),
+)
+VALUES = st.one_of(
+    NUMBERS, st.none(), st.booleans(), st.floats(), st.text(max_size=5), st.lists(NUMBERS, max_size=4)
+)
+SECTION_HEAD = struct.Struct("<IIiiiIII Q Q 16x")  # native/pack.cpp
+COMMON = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
-def seed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A packed file."""
-    path = tmp_path_factory.mktemp("packed") / "seed"
-    ops = CpuOps(1)
-    ops.pack_linear("dense", lambda: [weight("f32", 32, 64)])
-    ops.pack_linear("int8", lambda: [weight("int8", 64, 64)])
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    torch.manual_seed(0)
+    path, ops = tmp_path_factory.mktemp("packed") / "m", CpuOps(1)
+    for name in FORMATS:
+        matrix = weight(name, 48, 128)
+        ops.pack_linear(name, lambda matrix=matrix: [matrix])  # type: ignore[misc]
     sparse = zero_blocks(weight("int4", 64, 256, 64), 0.7)
     ops.pack_linear("sparse", lambda: [sparse])
+    ops.pack_moe("moe", SPEC, lambda: experts(SPEC, "int4", 64, 64, 64))
+    kv_b = weight("bf16", LAYOUT.num_heads * (LAYOUT.nope_dim + LAYOUT.value_dim), LAYOUT.latent_dim)
+    ops.pack_attention("a", LAYOUT, lambda: (kv_b, torch.ones(LAYOUT.latent_dim)), ROPE)
     ops.save_packed(str(path))
     return path.read_bytes()
 
 
-def never() -> Any:
-    raise AssertionError("the checkpoint was read although the packed file has it")
+def index_of(whole: bytes) -> tuple[int, dict[str, Any]]:
+    _, offset, length, _ = HEADER.unpack(whole[: HEADER.size])
+    return offset, json.loads(whole[offset : offset + length])
 
 
-def read(path: Path) -> None:
-    """Map the file and multiply by every matrix in it, which is of the expected shape or refused."""
+def with_index(whole: bytes, index: Any) -> bytes:
+    """The file with another index, whose checksum is right."""
+    offset, text = index_of(whole)[0], json.dumps(index).encode()
+    head = HEADER.pack(MAGIC, offset, len(text), xxhash.xxh3_64_intdigest(text))
+    return head + whole[HEADER.size : offset] + text
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
     try:
+        yield
+    except (ValueError, DamagedFile) as error:  # the second as the background check finds it
+        assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+def missing() -> Any:
+    raise ValueError("the packed file lacks it")
+
+
+def use(path: Path, data: bytes) -> bool:
+    """Everything in the file is mapped and computed with. Returns whether every checksum is right."""
+    path.write_bytes(data)
+    sound = False
+    with one_line():
         ops = CpuOps(1, packed=str(path))
-    except ValueError as error:
-        assert str(path) in str(error)
-        return
-    try:
-        for name, columns in MATRICES.items():
-            try:
-                handle = ops.pack_linear(name, never)
-            except (ValueError, AssertionError):  # refused, or no longer in the index
-                continue
-            ops.linear(torch.ones(2, handle.k), handle)
-            assert handle.k <= 4 * columns
-    finally:
         assert ops._file is not None
-        ops._file.close()
+        try:
+            for name in (*FORMATS, "sparse"):
+                with one_line():
+                    handle = ops.pack_linear(name, missing)
+                    ops.linear(torch.ones(3, handle.k), handle)
+            with one_line():
+                ops.moe(torch.ones(3, 64), ops.pack_moe("moe", SPEC, missing), torch.ones(64), EPS)
+            with one_line():
+                ops.pack_attention("a", LAYOUT, missing, ROPE)
+            with one_line():
+                ops.verify_packed()
+                sound = True
+        finally:
+            ops._file.close()
+    return sound
 
 
-def fuzz(seed: bytes, path: Path, examples: int) -> None:
-    _, offset, length, _ = HEADER.unpack(seed[: HEADER.size])
-    entries = json.loads(seed[offset : offset + length])["entries"]
-
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.data())
-    def run(draw: st.DataObject) -> None:
-        data = bytearray(seed)
-        if draw.draw(st.booleans()):
-            index = json.dumps(changed_values(json.loads(seed[offset : offset + length]), draw)).encode()
-            head = HEADER.pack(MAGIC, offset, len(index), xxhash.xxh3_64_intdigest(index))
-            data = bytearray(head + seed[HEADER.size : offset] + index)
-        for _ in range(draw.draw(st.integers(0, 4))):
-            start = draw.draw(st.sampled_from([0, *(entry["offset"] for entry in entries.values())]))
-            at = start + draw.draw(st.integers(0, 255))
-            if at < len(data):
-                data[at] = draw.draw(st.sampled_from([0, 1, 127, 128, 255]))
-        if draw.draw(st.integers(0, 9)) == 0:
-            del data[draw.draw(st.integers(0, len(data))) :]
-        path.write_bytes(data)
-        read(path)
-
-    run()
+@COMMON
+@given(data=st.data())
+def test_truncated(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
+    use(tmp_path / "m", whole[: data.draw(st.integers(0, len(whole) - 1))])
 
 
-def test_a_few_damaged_files(seed: bytes, tmp_path: Path) -> None:
-    fuzz(seed, tmp_path / "model.packed", 250)
+@COMMON
+@given(data=st.data())
+def test_flipped_bits(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
+    """In the head, in the heads of sections, in the index, or anywhere: checksums find it outside padding."""
+    offset, index = index_of(whole)
+    entries = index["entries"].values()
+    starts = [0, offset, *(e["offset"] for e in entries)]
+    used = [slice(HEADER.size - 32), slice(offset, None)]
+    used += [slice(e["offset"], e["offset"] + e["bytes"]) for e in entries]
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        near = data.draw(st.sampled_from(starts)) + data.draw(st.integers(0, 255))
+        at = data.draw(st.one_of(st.just(near), st.integers(0, len(whole) - 1))) % len(whole)
+        changed[at] ^= 1 << data.draw(st.integers(0, 7))
+    sound = use(tmp_path / "m", bytes(changed))
+    assert sound == all(changed[part] == whole[part] for part in used)
+
+
+@COMMON
+@given(data=st.data())
+def test_heads_of_sections(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
+    """Any number in any field of a matrix's head."""
+    _, index = index_of(whole)
+    name = data.draw(st.sampled_from([n for n, e in index["entries"].items() if "dtype" not in e]))
+    at, changed = index["entries"][name]["offset"], bytearray(whole)
+    fields = list(SECTION_HEAD.unpack_from(changed, at))
+    for _ in range(data.draw(st.integers(1, 3))):
+        i = data.draw(st.integers(1, len(fields) - 2))
+        near = data.draw(st.sampled_from([fields[i] + 1, fields[i] - 1, 2 * fields[i], 0, 1, 3, 7]))
+        number = data.draw(st.one_of(st.just(near), NUMBERS))
+        bits = 64 if i >= 8 else 32
+        number %= 2**bits
+        fields[i] = number - 2**32 if 2 <= i <= 4 and number >= 2**31 else number
+    SECTION_HEAD.pack_into(changed, at, *fields)
+    use(tmp_path / "m", bytes(changed))
+
+
+@COMMON
+@given(data=st.data())
+def test_swapped_sections(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
+    _, index = index_of(whole)
+    names = st.sampled_from(sorted(index["entries"]))
+    a, b = data.draw(names), data.draw(names)
+    entries = index["entries"]
+    entries[a], entries[b] = entries[b], entries[a]
+    use(tmp_path / "m", with_index(whole, index))
+
+
+@COMMON
+@given(data=st.data())
+def test_numbers_of_the_index(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
+    _, index = index_of(whole)
+    name = data.draw(st.sampled_from(sorted(index["entries"])))
+    field = data.draw(st.sampled_from(["offset", "bytes", "checksum", "dtype", "shape", "inputs"]))
+    index["entries"][name][field] = data.draw(VALUES)
+    use(tmp_path / "m", with_index(whole, index))
+
+
+@COMMON
+@given(index=st.recursive(VALUES, lambda v: st.dictionaries(st.sampled_from(["version", "entries", "x"]), v)))
+def test_indexes_of_another_shape(tmp_path: Path, whole: bytes, index: Any) -> None:
+    use(tmp_path / "m", with_index(whole, index))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_many_damaged_files(seed: bytes, tmp_path: Path) -> None:
-    fuzz(seed, tmp_path / "model.packed", 5000)
+@settings(COMMON, max_examples=5000)
+@given(data=st.data())
+def test_many_damaged_files(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
+    offset, index = index_of(whole)
+    starts = [0, *(entry["offset"] for entry in index["entries"].values())]
+    changed = bytearray(with_index(whole, changed_values(index, data)) if data.draw(st.booleans()) else whole)
+    for _ in range(data.draw(st.integers(0, 4))):
+        at = data.draw(st.sampled_from(starts)) + data.draw(st.integers(0, 255))
+        if at < len(changed):
+            changed[at] = data.draw(st.sampled_from([0, 1, 127, 128, 255]))
+    if data.draw(st.integers(0, 9)) == 0:
+        del changed[data.draw(st.integers(0, len(changed))) :]
+    use(tmp_path / "m", bytes(changed))

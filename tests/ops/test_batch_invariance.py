@@ -14,6 +14,7 @@ pytest.importorskip("farthing._native")
 from farthing.ops.api import LatentCache, RouterSpec
 from farthing.ops.batch import make_batch
 from farthing.ops.cpu import CpuOps
+from farthing.ops.cutting import columns_of, halves_of
 from farthing.ops.weights import Weight
 from tests.ops.parts import FORMATS, weight
 from tests.ops.test_cpu import EPS, ISAS, SPECS, experts, norm
@@ -73,6 +74,39 @@ def test_experts_of_two_ranks(ops: CpuOps, name: str, shared: int | None) -> Non
     for rows in (1, 2, 16, 17, 40):
         a, b = (ops.moe(x[:rows].clone(), h, scale, EPS, residual=False) for h in handles)
         assert torch.equal(ops.moe(x[:rows].clone(), one, scale, EPS), x[:rows] + (a + b))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_columns_of_two_ranks(ops: CpuOps, name: str) -> None:
+    """The sum of two tensor-parallel ranks has the bits of one rank that computes both halves."""
+    one = CpuOps(2, isa=ops.name.split("/")[1].split(",")[0], parts=2)
+    spec, x, scale = RouterSpec(8, 3, num_groups=4, top_k_groups=2), torch.randn(40, 64), norm(64)
+    whole = experts(spec, name, 64, 256, 512)
+    halves = [
+        replace(
+            whole,
+            experts=[lambda load=load, r=r: halves_of(load())[r] for load in whole.experts if load],
+            shared=lambda r=r: halves_of(whole.shared())[r] if whole.shared else None,  # type: ignore[misc]
+        )
+        for r in range(2)
+    ]
+    moe = one.pack_moe("m", spec, lambda: whole)
+    mlp = one.pack_mlp("d", whole.experts[0])  # type: ignore[arg-type]
+    ranks = [ops.pack_moe(f"rank{r}", spec, lambda r=r: halves[r]) for r in range(2)]  # type: ignore[misc]
+    dense = [ops.pack_mlp(f"dense{r}", halves[r].experts[0]) for r in range(2)]  # type: ignore[arg-type]
+    output = weight(name, 100, 512)
+    o = one.pack_output("o", lambda: output, 4)
+    columns = columns_of(output, 256)
+    parts = [ops.pack_linear(f"o{r}", lambda r=r: [columns[r]]) for r in range(2)]  # type: ignore[misc]
+    heads, h = torch.randn(40, 512), torch.randn(40, 100)
+    for rows in (1, 2, 16, 17, 40):
+        n = x[:rows]
+        a, b = (ops.moe(n, handle, scale, EPS, residual=False) for handle in ranks)
+        assert torch.equal(one.moe(n.clone(), moe, scale, EPS), n + (a + b))
+        a, b = (ops.mlp(n, handle, scale, EPS, residual=False) for handle in dense)
+        assert torch.equal(one.mlp(n.clone(), mlp, scale, EPS), n + (a + b))
+        a, b = (ops.linear(heads[:rows, 256 * r :][:, :256], parts[r]) for r in range(2))
+        assert torch.equal(one.linear(heads[:rows], o, residual=h[:rows].clone()), h[:rows] + (a + b))
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4"])

@@ -182,6 +182,19 @@ def test_flipped_bits_are_detected(tmp_path: Path) -> None:
         ops._file.raise_damage()
 
 
+def test_damage_stops_models_that_run_op_by_op(tmp_path: Path) -> None:
+    ops = CpuOps(1)
+    ops.pack_mlp("m", lambda: (weight("f32", 64, 32), weight("f32", 64, 32), weight("f32", 32, 64)))
+    ops.save_packed(str(tmp_path / "m"))
+    mapped = CpuOps(1, packed=str(tmp_path / "m"))
+    assert mapped._file is not None
+    handle, x = mapped.pack_mlp("m", never), torch.randn(2, 32)  # type: ignore[arg-type]
+    mapped.mlp(x, handle, torch.ones(32), 1e-6)
+    mapped._file.damage = "a checksum does not match"
+    with pytest.raises(DamagedFile, match="a checksum does not match"):
+        mapped.mlp(x, handle, torch.ones(32), 1e-6)
+
+
 def test_damaged_sections_never_crash(tmp_path: Path) -> None:
     """Random bytes in headers, panel tables and masks: an error, or a matrix of the same layout."""
     path, rng = tmp_path / "m", random.Random(7)

@@ -118,8 +118,9 @@ class TracedOps(ReferenceOps):
         self.before(matrix, self.rms_norm(kv[:, : packed.spec.latent_dim], packed.norm, eps))
         return super().mla(q, kv, packed, cache, layer, batch, eps, select)
 
-    def mlp(self, x: Tensor, weights: Any, norm: Tensor, eps: float) -> Tensor:
-        return x + self._gated(self.rms_norm(x, norm, eps), weights)
+    def mlp(self, x: Tensor, weights: Any, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
+        out = self._gated(self.rms_norm(x, norm, eps), weights)
+        return x + out if residual else out
 
     def moe(
         self,

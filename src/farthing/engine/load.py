@@ -51,7 +51,8 @@ def load_model(path: Path, config: EngineConfig) -> Model:
 def _ops(config: EngineConfig) -> Ops:
     dtype, threads = DTYPES[config.dtype], config.threads
     if config.experts_on is None:
-        return select(config.backend, dtype, threads, config.quantization, config.packed, config.verify)
+        rounding, file = config.quantization, config.packed
+        return select(config.backend, dtype, threads, rounding, file, config.verify, config.halves)
     from farthing.ops.hybrid import HybridOps
 
     # Quantization and the packed file apply to the routed experts, which hold most of the weights.

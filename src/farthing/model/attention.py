@@ -76,7 +76,7 @@ class Attention:
             rope,
         )
         o_shape = (d, heads * c.v_head_dim)
-        self.o = ops.pack_linear(p + "o_proj", lambda: [weights.weight(p + "o_proj", o_shape)])
+        self.o = ops.pack_output(p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), heads)
 
     def __call__(
         self, h: Tensor, batch: Batch, cache: LatentCache, cache_layer: int, select: Tensor | None = None

@@ -201,6 +201,10 @@ class Ops(ABC):
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
         """Pack one projection from matrices [N_i, K] stacked along their rows."""
 
+    def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Handle:
+        """Pack o_proj [D, H v], whose columns tensor parallelism divides by heads."""
+        return self.pack_linear(name, lambda: [weight()])
+
     @abstractmethod
     def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
         """Pack a gated MLP: gate [I, D], up [I, D], down [D, I]."""
@@ -292,8 +296,11 @@ class Ops(ABC):
         """
 
     @abstractmethod
-    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
-        """x + down(silu(gate(n)) * up(n)) with n = rms_norm(x). x may be overwritten."""
+    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
+        """x + down(silu(gate(n)) * up(n)) with n = rms_norm(x); without x if `residual` is False.
+
+        x may be overwritten if it is added.
+        """
 
     @abstractmethod
     def moe(

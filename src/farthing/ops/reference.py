@@ -183,8 +183,16 @@ class ReferenceOps(HostOps):
         assert cache.index is not None
         return index(q, k, w, indexer, cache.index, row, batch)
 
-    def mlp(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor], norm: Tensor, eps: float) -> Tensor:
-        return x + gated_mlp(self.rms_norm(x, norm, eps), weights)
+    def mlp(
+        self,
+        x: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor],
+        norm: Tensor,
+        eps: float,
+        residual: bool = True,
+    ) -> Tensor:
+        out = gated_mlp(self.rms_norm(x, norm, eps), weights)
+        return x + out if residual else out
 
     def moe(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 
@@ -35,12 +36,14 @@ def select(
     quantization: Quantization | None = None,
     packed: str | None = None,
     verify: bool = False,
+    parts: int | None = None,
 ) -> Ops:
     """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu' or an entry point) and log the choice.
 
     'cpu/ISA' selects an instruction set of the CPU kernels, such as 'cpu/avx2'. dtype: activation dtype;
     None: the backend's default. quantization: round dense weights to nearest while packing. packed: a file
     written by `Ops.save_packed`, mapped instead of packing again; verify: compare its checksums first.
+    parts: with `--deterministic`, how many halves of a row-parallel product this process computes.
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
     plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
@@ -52,7 +55,11 @@ def select(
     name, _, isa = backend.partition("/")
     if name not in known or (isa and name != "cpu"):
         raise ValueError(f"backend {backend!r} is unknown; expected 'auto' or one of {sorted(known)}")
-    more = {"isa": isa} if isa else {}
+    if parts is not None and name != "cpu":
+        raise ValueError(f"deterministic: got True with backend {backend!r}; expected backend 'cpu'")
+    more: dict[str, Any] = {"isa": isa} if isa else {}
+    if parts is not None:
+        more["parts"] = parts
     ops: Ops = import_module(known[name]).create(
         dtype=dtype, threads=threads, quantization=quantization, packed=packed, **more
     )

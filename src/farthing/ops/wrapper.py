@@ -39,6 +39,9 @@ class OpsWrapper(Ops):
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
         return self._inner.pack_linear(name, weights)
 
+    def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Handle:
+        return self._inner.pack_output(name, weight, heads)
+
     def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
         return self._inner.pack_mlp(name, weights)
 
@@ -104,8 +107,8 @@ class OpsWrapper(Ops):
     ) -> Tensor | None:
         return self._inner.index(q, k, w, indexer, cache, row, batch)
 
-    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
-        return self._inner.mlp(x, weights, norm, eps)
+    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
+        return self._inner.mlp(x, weights, norm, eps, residual)
 
     def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
         return self._inner.logits(x, head, norm, eps)

@@ -123,10 +123,11 @@ class ParallelOps(OpsWrapper):
             return self._inner.linear(x, weight, norm, eps, residual)
         return residual + self._tp.all_reduce(self._inner.linear(x, weight, norm, eps))
 
-    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float) -> Tensor:
+    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
         if self._tp.size == 1:
-            return self._inner.mlp(x, weights, norm, eps)
-        return x + self._tp.all_reduce(self._inner.mlp(x.clone(), weights, norm, eps) - x)
+            return self._inner.mlp(x, weights, norm, eps, residual)
+        total = self._tp.all_reduce(self._inner.mlp(x, weights, norm, eps, residual=False))
+        return x + total if residual else total
 
     def moe(
         self,
@@ -158,7 +159,7 @@ class ParallelOps(OpsWrapper):
                 counted = counts if part is whole else None
                 total[j::m] += self._inner.moe(rows, part, norm, eps, counted, residual=False)
         if weights.shared is not None:
-            total += self._inner.mlp(x.clone(), weights.shared, norm, eps) - x
+            total += self._inner.mlp(x, weights.shared, norm, eps, residual=False)
         if whole is None and self._experts.index == 0 and weights.spec.identities:
             n = self._inner.rms_norm(x, norm, eps)
             total += _identities(n, *self.route(n, weights), weights.spec)
@@ -194,7 +195,7 @@ class ParallelOps(OpsWrapper):
             summed.index_add_(0, chosen, partial)
         total[mine] = summed
         if weights.shared is not None:
-            total += self._inner.mlp(x.clone(), weights.shared, norm, eps) - x
+            total += self._inner.mlp(x, weights.shared, norm, eps, residual=False)
         return self._tp.all_reduce(total) if self._tp.size > 1 else total
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:

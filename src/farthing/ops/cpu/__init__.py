@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from farthing import _native
 from farthing.ops.cpu.backend import CpuOps
 
 __all__ = ["CpuOps", "create"]
@@ -17,20 +18,30 @@ def create(
     quantization: str | None,
     packed: str | None,
     isa: str = "auto",
+    parts: int | None = None,
 ) -> CpuOps:
     """The backend's factory (see `farthing.ops.select`).
 
     Activations are always float32: kernels read float32, and bfloat16 would only add rounding. `dtype` sets
     the dtype of the latent cache: float32 if requested, else bfloat16, which halves the bytes that attention
-    reads. `threads` defaults to the CPUs this process may use. Raises ImportError if `farthing._native` is
-    not built, ValueError for a bad argument.
+    reads. `threads` defaults to the CPUs this process may use. `parts`: see `farthing.ops.select`. Raises
+    ImportError if `farthing._native` is not built, ValueError for a bad argument.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype {dtype} is not supported by backend 'cpu'; expected float32 or bfloat16")
     if threads is not None and threads < 1:
         raise ValueError(f"threads {threads} is not a number of threads; expected at least 1")
+    if parts is not None:
+        isa = _without_tiles(isa)
     # Two thread pools would compete for cores, so torch uses only the calling thread.
     torch.set_num_threads(1)
-    ops = CpuOps(threads or len(os.sched_getaffinity(0)), quantization, packed, isa)
+    ops = CpuOps(threads or len(os.sched_getaffinity(0)), quantization, packed, isa, parts=parts or 1)
     ops.cache_dtype = "float32" if dtype is torch.float32 else "bfloat16"
     return ops
+
+
+def _without_tiles(isa: str) -> str:
+    """An instruction set whose sums have one order for any number of rows, which AMX tiles do not."""
+    if isa == "amx":
+        raise ValueError("deterministic: got True with backend 'cpu/amx'; expected another instruction set")
+    return next(s for s in _native.instruction_sets().split() if s != "amx") if isa == "auto" else isa

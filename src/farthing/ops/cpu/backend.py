@@ -107,7 +107,7 @@ class CpuOps(PackingOps):
         out = torch.empty(tokens, weight.n)
         self._native.linear(
             weight.packed, native_rows(x), tokens, 0 if norm is None else norm.data_ptr(), eps,
-            native_rows(residual), native_rows(out),
+            native_rows(residual), native_rows(out), weight.rest,
         )  # fmt: skip
         return out
 
@@ -171,6 +171,7 @@ class CpuOps(PackingOps):
         residual: bool = True,
     ) -> Tensor:
         """counts, ids and gates are addresses, 0 for none."""
+        self._check_file()
         x, norm = _rows(x), _vector(norm)
         tokens, hidden = x.shape
         out = torch.empty(tokens, hidden)
@@ -180,18 +181,22 @@ class CpuOps(PackingOps):
         )  # fmt: skip
         return out
 
+    def _check_file(self) -> None:
+        """Raises DamagedFile once the background check has found damage: every model passes here."""
+        if self._file is not None:
+            self._file.raise_damage()
+
     def stack(self, layers: Sequence[LayerHandles]) -> Stack:
         return pack_stack(layers)
 
     def run_stack(
         self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
     ) -> Tensor:
-        if self._file is not None:
-            self._file.raise_damage()
+        self._check_file()
         return run_layers(self._native, _rows(h), stack, batch, cache, eps, counts)
 
-    def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float) -> Tensor:
-        return self._experts(x, weights, norm, eps)
+    def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
+        return self._experts(x, weights, norm, eps, residual=residual)
 
     def moe(
         self,

@@ -42,7 +42,7 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
         sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         native.add(
             norm, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
-            feed_norm, layer.feed.native, *sums,
+            layer.o.rest, feed_norm, layer.feed.native, *sums,
         )  # fmt: skip
         alive += [*norms, layer.heads, layer.feed]
     return Stack(native, tuple(alive))

@@ -15,6 +15,7 @@ from farthing.ops.api import AttentionSpec, HostOps, IndexerSpec, MoEWeights, Ro
 from farthing.ops.cpu import indexer as indexing
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
+from farthing.ops.cutting import columns_of, halves_of
 from farthing.ops.weights import InputRounding, Weight, loaded_as
 
 
@@ -25,6 +26,7 @@ class Linear:
     packed: Any
     n: int
     k: int
+    rest: Any = None  # further columns, if the product is summed in two parts
 
 
 @dataclass(slots=True)
@@ -54,11 +56,14 @@ class PackingOps(HostOps):
         packed: str | None = None,
         isa: str = "auto",
         topology: str = "",
+        parts: int = 1,
     ) -> None:
+        """parts: halves of the columns of row-parallel products (o_proj, down_proj) summed separately."""
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self._native = _native.Backend(threads, isa, topology)
         self.name = f"cpu/{self._native.isa}, {threads} thread{'s' if threads > 1 else ''}"
+        self._parts = parts
         self._file = PackedFile(packed) if packed else None
         if self._file and quantization not in (None, self._file.quantization):
             raise ValueError(
@@ -128,17 +133,30 @@ class PackingOps(HostOps):
             packed = self._pack(name, weights())
         return Linear(packed, *packed.shape)
 
-    def _mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> tuple[Any, Any]:
+    def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Linear:
+        if self._parts == 1 or heads % self._parts:
+            return self.pack_linear(name, lambda: [weight()])
+        whole = weight()
+        halves = columns_of(whole, whole.shape[1] // 2)
+        first, rest = (self._pack(f"{name}.part{p}", [half]) for p, half in enumerate(halves))
+        return Linear(first, *whole.shape, rest)
+
+    def _mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> list[tuple[Any, Any]]:
+        """(gate and up, down) of every part."""
+        if self._parts > 1:
+            return [self._pack_mlp(f"{name}.part{p}", w) for p, w in enumerate(halves_of(weights()))]
         gate_up, down = self._stored(f"{name}.gate_up"), self._stored(f"{name}.down")
-        if gate_up is None or down is None:
-            w_gate, w_up, w_down = weights()
-            gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True, mlp=True)
-            down = self._pack(f"{name}.down", [w_down], mlp=True)
-        return gate_up, down
+        return [self._pack_mlp(name, weights()) if gate_up is None or down is None else (gate_up, down)]
+
+    def _pack_mlp(self, name: str, weights: tuple[Weight, Weight, Weight]) -> tuple[Any, Any]:
+        w_gate, w_up, w_down = weights
+        gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True, mlp=True)
+        return gate_up, self._pack(f"{name}.down", [w_down], mlp=True)
 
     def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Experts:
-        native = _native.Moe(_native.Router(), None, True)
-        native.add(*self._mlp(name, weights))
+        native = _native.Moe(_native.Router(), None, True, self._parts)
+        for part in self._mlp(name, weights):
+            native.add(*part)
         return Experts(native, None)
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
@@ -166,28 +184,31 @@ class PackingOps(HostOps):
             else w is not None and w.shared is not None
         )
         shared = shared and not self.routed_only
-        native = _native.Moe(router, gate, shared)
+        native = _native.Moe(router, gate, shared, self._parts)
         first = None
         loads = self._stored_experts(name, spec.num_experts) if w is None else w.experts
         if None in loads:
             self._keep(f"{name}.held", torch.tensor([e for e, load in enumerate(loads) if load is not None]))
         for e, expert in enumerate(loads):
             if expert is None:  # on another rank, or an identity
-                native.add(None, None)
+                for _ in range(self._parts):
+                    native.add(None, None)
                 continue
-            gate_up, down = self._mlp(f"{name}.experts.{e}", expert)
-            kinds = [(m.format, m.group) for m in (gate_up, down)]
+            parts = self._mlp(f"{name}.experts.{e}", expert)
+            kinds = [(m.format, m.group) for part in parts for m in part]
             first = first or kinds
             if kinds != first:
                 raise ValueError(
                     f"expert {e} of {name!r} is packed as {kinds}, the first as {first}; expected one format"
                 )
-            native.add(gate_up, down)
+            for part in parts:
+                native.add(*part)
         if first is None:
             raise ValueError(f"no expert of {name!r} is on this rank; expected at least one per rank")
         if shared:
             load = _missing if w is None or w.shared is None else w.shared
-            native.add(*self._mlp(f"{name}.shared", load))
+            for part in self._mlp(f"{name}.shared", load):
+                native.add(*part)
         return Experts(native, spec)
 
     def _stored_experts(self, name: str, count: int) -> list[Callable[[], Any] | None]:

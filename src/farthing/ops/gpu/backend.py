@@ -237,8 +237,10 @@ class GpuOps(Ops):
         assert cache.index is not None
         return index(q, k, w, indexer, cache.index, row, batch)
 
-    def mlp(self, x: Tensor, weights: Mlp, norm: Tensor, eps: float) -> Tensor:
+    def mlp(self, x: Tensor, weights: Mlp, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
         n = self.rms_norm(x, norm, eps)
+        if not residual:
+            return self._gated(n, weights)
         none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
         return combine(n, none, None, self._gated(n, weights), _rows(x))
 

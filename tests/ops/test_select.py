@@ -1,0 +1,34 @@
+"""How a backend's name selects an instruction set, and what --deterministic asks of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from farthing import _native
+from farthing.ops import select
+from farthing.ops.cpu import CpuOps
+
+ISAS = _native.instruction_sets().split()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_backend_with_an_instruction_set(isa: str) -> None:
+    assert select(f"cpu/{isa}", threads=1).name == f"cpu/{isa}, 1 thread"
+
+
+@pytest.mark.parametrize("backend", ["cpu/avx9", "reference/avx2", "none"])
+def test_unknown_backends_are_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match="unknown"):
+        select(backend, threads=1)
+
+
+def test_deterministic_sums_do_not_use_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor with AMX, the best of the other instruction sets is selected."""
+    monkeypatch.setattr(_native, "instruction_sets", lambda: f"amx {' '.join(ISAS)}")
+    ops = select("cpu", threads=1, parts=2)
+    assert isinstance(ops, CpuOps)
+    assert ops.name == f"cpu/{next(s for s in ISAS if s != 'amx')}, 1 thread"
+    with pytest.raises(ValueError, match="deterministic: got True with backend 'cpu/amx'"):
+        select("cpu/amx", threads=1, parts=1)
+    with pytest.raises(ValueError, match="deterministic: got True with backend 'reference'"):
+        select("reference", parts=2)
