@@ -50,7 +50,7 @@ def answers(llm: LLM, count: int, together: bool, tokens: int) -> Answers:
 
 
 def options(isa: str, name: str) -> dict[str, Any]:
-    return {"backend": f"cpu/{isa}", "threads": 2, **SIZES, **FORMATS[name]}
+    return {"backend": f"cpu/{isa}", "threads": 1, **SIZES, **FORMATS[name]}
 
 
 def alone(isa: str, name: str, count: int, tokens: int, **more: Any) -> Answers:
@@ -83,13 +83,13 @@ def test_some_answers_of_every_instruction_set(isa: str) -> None:
 
 
 def test_some_answers_of_two_ranks() -> None:
-    ranks = together(ISAS[0], "int8", 6, 12, threads=1, **RANKS["ep"])
+    ranks = together(ISAS[0], "int8", 6, 12, **RANKS["ep"])
     assert ranks == alone(ISAS[0], "int8", 6, 12)
 
 
 def test_some_deterministic_answers() -> None:
     expected = alone(ISAS[0], "int4", 6, 12, deterministic=True)
-    assert together(ISAS[0], "int4", 6, 12, deterministic=True, threads=1, **HALVES["tp"]) == expected
+    assert together(ISAS[0], "int4", 6, 12, deterministic=True, **HALVES["tp"]) == expected
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_200_answers(isa: str, name: str) -> None:
     for speculate in DRAFTS:
         assert together(isa, name, 200, 32, speculate=speculate) == expected, speculate
     for layout, sizes in RANKS.items():
-        assert together(isa, name, 200, 32, threads=1, **sizes) == expected, layout
+        assert together(isa, name, 200, 32, **sizes) == expected, layout
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_200_answers(isa: str, name: str) -> None:
 def test_200_deterministic_answers(isa: str, name: str) -> None:
     expected = alone(isa, name, 200, 32, deterministic=True)
     for layout, sizes in HALVES.items():
-        more: dict[str, Any] = {"deterministic": True, "threads": 1, "speculate": "mtp+ngram:4", **sizes}
+        more: dict[str, Any] = {"deterministic": True, "speculate": "mtp+ngram:4", **sizes}
         assert together(isa, name, 200, 32, **more) == expected, layout
 
 
@@ -119,4 +119,4 @@ def test_200_answers_of_ranks_without_shared_memory_and_with_drafts() -> None:
     expected = alone(ISAS[0], "bfloat16", 200, 32)
     for sizes in (RANKS["ep"], RANKS["pp"]):
         for more in ({"transport": "gloo"}, {"speculate": "mtp"}):
-            assert together(ISAS[0], "bfloat16", 200, 32, threads=1, **sizes, **more) == expected
+            assert together(ISAS[0], "bfloat16", 200, 32, **sizes, **more) == expected
