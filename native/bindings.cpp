@@ -198,14 +198,14 @@ NB_MODULE(_native, module) {
           "add",
           [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkv_a, int q_width, uint64_t q_norm,
              std::shared_ptr<Packed> q_b, const Attention& attention, std::shared_ptr<Packed> o,
-             std::shared_ptr<Packed> o_rest, uint64_t feed_norm, const Moe& feed, std::shared_ptr<SharedSum> o_sum,
-             std::shared_ptr<SharedSum> feed_sum) {
+             std::shared_ptr<Packed> o_rest, uint64_t feed_norm, const Moe& feed,
+             std::shared_ptr<SharedSum> o_sum, std::shared_ptr<SharedSum> feed_sum) {
             self.add({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a),
                       std::move(q_b), std::move(o), std::move(o_rest), &attention, &feed, q_width,
                       std::move(o_sum), std::move(feed_sum)});
           },
-          "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a, "o_rest"_a.none(), "feed_norm"_a,
-          "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none());
+          "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a,
+          "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none());
 
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Backend>(module, "Backend")
@@ -235,12 +235,12 @@ NB_MODULE(_native, module) {
           "x"_a, "tokens"_a, "k"_a, "weight"_a, "eps"_a, "out"_a, free)
       .def(
           "linear",
-          [](Backend& b, const Packed& w, Rows x, int tokens, uint64_t norm, float eps, Rows residual, Rows out,
-             const Packed* rest) {
+          [](Backend& b, const Packed& w, Rows x, int tokens, uint64_t norm, float eps, Rows residual,
+             Rows out, const Packed* rest) {
             b.linear(w, {x, tokens, at<float>(norm), eps, residual, out, rest});
           },
-          "weight"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a, "residual"_a, "out"_a, "rest"_a.none() = nb::none(),
-          free)
+          "weight"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a, "residual"_a, "out"_a,
+          "rest"_a.none() = nb::none(), free)
       .def(
           "moe",
           [](Backend& b, const Moe& w, Rows x, int tokens, uint64_t norm, float eps, Rows out,
