@@ -138,7 +138,8 @@ void Backend::linear(const Packed& packed, const LinearArgs& in) {
     team.for_units(2, 1, (w.panels + kPair - 1) / kPair, [&](int, int pair) {
       for_tiles(kernels, w, pair, act, T, tile, [&](int n0, int columns, int m0, int rows) {
         if (rest) {
-          kernels.tile(*rest, n0 / kPanel, (columns + kPanel - 1) / kPanel, row(act_rest, m0), rows, more, 32);
+          const int panels = (columns + kPanel - 1) / kPanel;
+          kernels.tile(*rest, n0 / kPanel, panels, row(act_rest, m0), rows, more, 32);
           kernels.add(tile, more, rows * 32);
         }
         write_tile(in, tile, n0, columns, m0, rows);
