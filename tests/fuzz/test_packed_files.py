@@ -37,7 +37,7 @@ VALUES = st.one_of(
     NUMBERS, st.none(), st.booleans(), st.floats(), st.text(max_size=5), st.lists(NUMBERS, max_size=4)
 )
 SECTION_HEAD = struct.Struct("<IIiiiIII Q Q 16x")  # native/pack.cpp
-COMMON = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+COMMON = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_indexes_of_another_shape(tmp_path: Path, whole: bytes, index: Any) -> N
 @settings(COMMON, max_examples=5000)
 @given(data=st.data())
 def test_many_damaged_files(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
-    offset, index = index_of(whole)
+    _, index = index_of(whole)
     starts = [0, *(entry["offset"] for entry in index["entries"].values())]
     changed = bytearray(with_index(whole, changed_values(index, data)) if data.draw(st.booleans()) else whole)
     for _ in range(data.draw(st.integers(0, 4))):
