@@ -70,6 +70,19 @@ def mlp_layers(rng: random.Random, layers: int) -> list[str]:
     return ["dense"] * dense + ["sparse"] * (layers - dense)
 
 
+def deepseek_v3(rng: random.Random) -> Any:
+    s = shape(rng, groups=rng.choice([1, 2])) | dict(q_lora_rank=rng.choice([None, 20]))
+    s |= dict(rope_parameters=rope(rng), first_k_dense_replace=rng.choice([0, 1]))
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**s))
+
+
+def deepseek_v2(rng: random.Random) -> Any:
+    s = shape(rng, groups=rng.choice([1, 2])) | dict(q_lora_rank=rng.choice([None, 20]))
+    s |= dict(rope_parameters=rope(rng), first_k_dense_replace=rng.choice([0, 1]), norm_topk_prob=False)
+    method = "greedy" if s["n_group"] == 1 else "group_limited_greedy"
+    return transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**s, topk_method=method))
+
+
 def kimi_k25(rng: random.Random) -> Any:
     text = shape(rng) | dict(rope_parameters=rope(rng), first_k_dense_replace=1, num_nextn_predict_layers=0)
     text |= dict(model_type="deepseek_v3", tie_word_embeddings=False)
@@ -145,6 +158,8 @@ def longcat_flash(rng: random.Random) -> Any:
 
 
 FAMILIES: dict[str, Draw] = {
+    "deepseek_v3": deepseek_v3,
+    "deepseek_v2": deepseek_v2,
     "kimi_k25": kimi_k25,
     "glm4_moe_lite": glm4_moe_lite,
     "mistral4": mistral4,
@@ -169,10 +184,15 @@ def build(name: str, seed: int, path: Path) -> Any:
             value.data = 0.1 * torch.randn_like(value)
         elif value.ndim > 1:
             value.data = torch.randn_like(value) * value.shape[-1] ** -0.5
+    save(name, model, path)
+    return model
+
+
+def save(name: str, model: Any, path: Path) -> None:
+    """In the layout of published checkpoints."""
     model.save_pretrained(path)
     if name == "kimi_k25":
         _as_published(path)
-    return model
 
 
 def _as_published(path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from farthing.model import DeepseekModel
 from farthing.ops import make_batch
+from farthing.ops.api import CacheDtype
 
 BLOCK = 4
 
@@ -20,11 +21,13 @@ def chunkings(length: int, rng: random.Random) -> dict[str, list[int]]:
     return {"prefill": [length], "decode": [1] * length, "random": random_chunks}
 
 
-def run(model: DeepseekModel, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+def run(
+    model: DeepseekModel, ids: torch.Tensor, chunks: list[int], dtype: CacheDtype = "float32"
+) -> torch.Tensor:
     """Logits [T, V] of a prompt that enters the paged cache in chunks, over scattered blocks."""
     blocks = (len(ids) + BLOCK - 1) // BLOCK
     table = torch.randperm(blocks + 3)[:blocks].tolist()
-    cache = model.new_cache(blocks + 3, BLOCK, "float32")
+    cache = model.new_cache(blocks + 3, BLOCK, dtype)
     out, start = [], 0
     for size in chunks:
         batch = make_batch([size], [start], [table], BLOCK)
