@@ -95,6 +95,11 @@ def next_logits(model: DeepseekModel, tokens: list[int]) -> torch.Tensor:
 @pytest.fixture
 def greedy(model: DeepseekModel) -> Callable[[list[int], int], list[int]]:
     """The next `count` greedy tokens, each recomputed from scratch."""
+    return greedy_of(model)
+
+
+def greedy_of(model: DeepseekModel) -> Callable[[list[int], int], list[int]]:
+    """`greedy` of a model that no engine runs meanwhile, or whose backend allows it (the reference)."""
 
     def run(prompt: list[int], count: int) -> list[int]:
         tokens = list(prompt)

@@ -18,9 +18,11 @@ from farthing.llm import LLM
 from farthing.model import DeepseekModel, ModelConfig, random_model
 from farthing.model.load import random_parameters
 from farthing.ops import select
+from farthing.ops.reference import ReferenceOps
 
-from .conftest import RAW
+from .conftest import RAW, greedy_of
 from .test_engine import (  # noqa: F401  (collected here again, with this file's model)
+    Greedy,
     test_second_turn_reuses_the_cache,
     test_tokens_equal_those_of_the_model,
 )
@@ -32,10 +34,23 @@ TYPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=TYPES)
+@pytest.fixture(
+    scope="module",
+    params=[("deepseek_v32", "reference"), ("glm_moe_dsa", "reference"), ("glm_moe_dsa", "cpu")],
+    ids="-".join,
+)
 def model(request: pytest.FixtureRequest) -> DeepseekModel:
+    name, backend = request.param
     torch.set_num_threads(1)
-    return random_model(ModelConfig.from_json(TYPES[request.param]), select("reference"), seed=7)
+    return random_model(ModelConfig.from_json(TYPES[name]), select(backend, torch.float32, 1), seed=7)
+
+
+@pytest.fixture
+def greedy(model: DeepseekModel) -> Greedy:
+    """Of a second model on the CPU kernels, which compute one call at a time."""
+    if isinstance(model.ops, ReferenceOps):
+        return greedy_of(model)
+    return greedy_of(random_model(model.config, select("cpu", torch.float32, 1), seed=7))
 
 
 def save(raw: dict[str, Any], path: Path) -> Path:

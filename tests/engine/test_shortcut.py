@@ -1,0 +1,68 @@
+"""A model with identity experts and experts added a layer later (LongCat-Flash), on the CPU kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("farthing._native")
+
+from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.ops import make_batch, select
+
+from .conftest import EOS, VOCAB, greedy_of
+from .test_engine import (  # noqa: F401  (collected here again, with this file's model)
+    GREEDY,
+    PROMPTS,
+    Greedy,
+    MakeEngine,
+    test_second_turn_reuses_the_cache,
+    tokens_of,
+)
+
+LONGCAT: dict[str, Any] = dict(
+    model_type="longcat_flash", vocab_size=VOCAB, hidden_size=64, ffn_hidden_size=64,
+    expert_ffn_hidden_size=32, num_layers=2, num_attention_heads=4, q_lora_rank=32, kv_lora_rank=32,
+    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=6, zero_expert_num=3,
+    moe_topk=3, routed_scaling_factor=6.0, max_position_embeddings=256, eos_token_id=EOS,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepseekModel:
+    torch.set_num_threads(1)
+    return random_model(ModelConfig.from_json(LONGCAT), select("cpu", torch.float32, 1), seed=7)
+
+
+@pytest.fixture
+def greedy(model: DeepseekModel) -> Greedy:
+    """Of a second model: the kernels compute one call at a time."""
+    return greedy_of(random_model(model.config, select("cpu", torch.float32, 1), seed=7))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"max_num_batched_tokens": 8, "max_num_seqs": 8}, {"num_blocks": 16, "max_num_seqs": 4}],
+    ids=["chunks", "preempts"],
+)
+def test_tokens_and_counts(make_engine: MakeEngine, greedy: Greedy, config: dict[str, Any]) -> None:
+    engine = make_engine(**config)
+    streams = [engine.submit(p, GREEDY, kind="final") for p in PROMPTS]
+    for prompt, stream in zip(PROMPTS, streams, strict=True):
+        assert tokens_of(stream.result()) == greedy(prompt, 12)
+    counts = engine.stats.snapshot().expert_tokens
+    assert set(counts) == {0, 2}, "every second layer has experts"
+    assert all(len(row) == 6 + 3 and sum(row[6:]) > 0 for row in counts.values())
+
+
+def test_a_packed_file_gives_the_same_logits(model: DeepseekModel, tmp_path: Path) -> None:
+    path = str(tmp_path / "packed.bin")
+    model.ops.save_packed(path)
+    mapped = random_model(model.config, select("cpu", torch.float32, 1, packed=path), seed=7)
+    assert mapped.ops.packed_from is not None
+    ids, batch = torch.arange(20), make_batch([20], [0], [list(range(5))], 4)
+    found = [m.forward(ids, batch, m.new_cache(5, 4)) for m in (model, mapped)]
+    assert torch.equal(*found)
