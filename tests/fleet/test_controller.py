@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from farthing.cli.fleet import app
 from farthing.fleet.actuators.base import ActuatorError, LastDecision
-from farthing.fleet.config import FleetConfig, SignalsConfig, build, load
+from farthing.fleet.config import FleetConfig, SignalsConfig, load
 from farthing.fleet.controller import Controller, load_state
 from farthing.fleet.decision_log import read_log
 from farthing.fleet.decisions import Decision
@@ -23,6 +23,7 @@ from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.run import run_controller
 from farthing.fleet.snapshot import Snapshot
+from farthing.reader import read
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import free_port
@@ -248,7 +249,7 @@ def test_configuration_is_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"polcy": {}}, r"polcy: unknown field; expected one of policy, signals"),
-        ({"policy": {"capacity": "two"}}, r"policy.capacity = 'two': expected float"),
+        ({"policy": {"capacity": "two"}}, r"policy.capacity is 'two'; expected a number"),
         (
             {"policy": {"capacity": 1, "target_utilization": 2}},
             r"target_utilization = 2.0: expected in \(0, 1\]",
@@ -256,17 +257,17 @@ def test_configuration_is_read(tmp_path: Path) -> None:
         ({"policy": {}}, r"policy: .*capacity"),
         (
             {"policy": {"capacity": 1, "levels": ["shrt"]}},
-            r"policy.levels\[0\] = 'shrt': expected 'short' or 'mid'",
+            r"policy.levels\[0\] is 'shrt'; expected one of 'short', 'mid'",
         ),
         ({"signals": {"metrics": "tgi"}}, r"metrics = 'tgi': expected auto"),
-        ({"signals": []}, r"signals = \[\]: expected a mapping"),
+        ({"signals": []}, r"signals is \[\]; expected a mapping"),
         ({"metrics": "9400"}, r"address = '9400': expected HOST:PORT"),
-        ({"advise": "yes"}, r"advise = 'yes': expected bool"),
+        ({"advise": "yes"}, r"advise is 'yes'; expected true or false"),
     ],
 )
 def test_configuration_errors_name_the_field(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build(FleetConfig, {"policy": {"capacity": 1.0}, **change})
+        read(FleetConfig, {"policy": {"capacity": 1.0}, **change})
 
 
 # ---- the whole controller against fakes ----
@@ -277,7 +278,7 @@ async def test_run_scales_a_deployment_by_replica_metrics(tmp_path: Path) -> Non
     async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
         key = ("deployments", "prod", "deepseek")
         api.replicas[key] = 1
-        config = build(
+        config = read(
             FleetConfig,
             {
                 "policy": {"capacity": 1.0, "interval_s": 0.1, "latency_for_s": 0.2, "cold_start_s": 1.0},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from farthing.fleet.config import FleetConfig, build
+from farthing.fleet.config import FleetConfig
 from farthing.fleet.estimates import (
     PLAN_STEP_S,
     DayPlan,
@@ -20,6 +20,7 @@ from farthing.fleet.estimates import (
 from farthing.fleet.run import recall
 from farthing.fleet.signals import PrometheusSource
 from farthing.fleet.snapshot import Snapshot
+from farthing.reader import read
 
 DAY = 86400.0
 BEGIN = 20_000 * DAY
@@ -31,7 +32,7 @@ def wave(time: float) -> float:
 
 
 def config(tmp_path: Path) -> FleetConfig:
-    return build(FleetConfig, {"policy": {"capacity": 1.0}, "state": str(tmp_path / "state")})
+    return read(FleetConfig, {"policy": {"capacity": 1.0}, "state": str(tmp_path / "state")})
 
 
 def filled(days: float) -> tuple[DayPlan, float]:

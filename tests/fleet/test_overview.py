@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from farthing.fleet.config import FleetConfig, build
+from farthing.fleet.config import FleetConfig
 from farthing.fleet.decision_log import DecisionLog
 from farthing.fleet.decisions import Decision, Levels
 from farthing.fleet.estimates import make_estimates
@@ -19,6 +19,7 @@ from farthing.fleet.gateway import Gateway
 from farthing.fleet.gateway.process import pages_of
 from farthing.fleet.overview import fleet_data
 from farthing.fleet.snapshot import Snapshot
+from farthing.reader import read
 from farthing.server.auth import KeyRing
 from farthing.server.dashboard import Dashboard
 
@@ -68,7 +69,7 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
 
 def test_forecast_bands_reach_the_page(tmp_path: Path) -> None:
     """A quarter hour of load, forecast as in production and written like the controller does."""
-    config = build(FleetConfig, {"policy": {"capacity": 5.0}, "state": str(tmp_path)})
+    config = read(FleetConfig, {"policy": {"capacity": 5.0}, "state": str(tmp_path)})
     estimates = make_estimates(config)
     for second in range(0, 900, 5):
         load = 10.0 + 3.0 * math.sin(second / 60)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from farthing.compress.calibrate.observers import Observer
 from farthing.compress.prune.masks import BLOCKS, Pattern, Score, check_sparsity
 from farthing.compress.size import Measure, parse_bytes
+from farthing.reader import read
 
 Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
 Algorithm = Literal["rtn", "gptq"]
@@ -244,62 +245,15 @@ def load_recipe(name: str) -> Recipe:
 
 def from_json(raw: Any, name: str, where: str) -> Recipe:
     """A recipe from its fields; `base` names the recipe with the defaults."""
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"{where}: expected a mapping of recipe fields, found {type(raw).__name__}")
-    values = dict(raw)
-    base = values.pop("base", None)
-    if base is not None and not (isinstance(base, str) and base in RECIPES):
-        raise ValueError(f"{where}: base is {base!r}; expected one of {', '.join(RECIPES)}")
-    start = RECIPES[base] if base else Recipe(name)
-    _refuse_unknown(values, Recipe, where)
-    if values.get("prune") is not None:
-        if not isinstance(values["prune"], Mapping):
-            raise ValueError(f"{where}: prune is {values['prune']!r}; expected a mapping")
-        _refuse_unknown(values["prune"], Prune, f"{where}: prune")
-        _check_types(values["prune"], Prune(), f"{where}: prune.")
-        values["prune"] = _prune(values["prune"], where)
-    for field in ("ignore", "sparsities"):
-        if field in values:
-            kind, what = (str, "names") if field == "ignore" else (int | float, "numbers")
-            given = values[field]
-            if not isinstance(given, list | tuple) or not all(isinstance(v, kind) for v in given):
-                raise ValueError(f"{where}: {field} is {given!r}; expected a list of {what}")
-            values[field] = tuple(given)
-    _check_types(values, Recipe(name), f"{where}: ")
     try:
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"expected a mapping of recipe fields, found {type(raw).__name__}")
+        values: dict[str, Any] = {"name": name} | dict(raw)
+        base = values.pop("base", None)
+        if base is not None and not (isinstance(base, str) and base in RECIPES):
+            raise ValueError(f"base is {base!r}; expected one of {', '.join(RECIPES)}")
         if values.get("budget_bytes") is not None:
             values["budget_bytes"] = parse_bytes("budget_bytes", values["budget_bytes"])
-        return replace(start, **({"name": name} | values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _check_types(values: Mapping[str, Any], defaults: Recipe | Prune, where: str) -> None:
-    """Reject values that are not a number or a bool where the default is one."""
-    for name, value in values.items():
-        default = getattr(defaults, name)
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise ValueError(f"{where}{name} is {value!r}; expected true or false")
-        elif isinstance(default, int | float) or (name == "max_drop" and value is not None):
-            kinds = int if isinstance(default, int) else int | float
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                what = "a whole number" if isinstance(default, int) else "a number"
-                raise ValueError(f"{where}{name} is {value!r}; expected {what}")
-
-
-def _prune(raw: Mapping[str, Any], where: str) -> Prune:
-    shares = raw.get("shares", {})
-    if not isinstance(shares, Mapping) or not all(isinstance(v, int | float) for v in shares.values()):
-        raise ValueError(f"{where}: prune.shares is {shares!r}; expected a mapping of pattern to sparsity")
-    try:
-        return Prune(**(dict(raw) | {"shares": tuple((str(k), float(v)) for k, v in shares.items())}))
+        return read(Recipe, values, base=RECIPES[base] if base else None)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _refuse_unknown(values: Mapping[str, Any], kind: Any, where: str) -> None:
-    known = [f.name for f in fields(kind)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; expected one of {', '.join(known)}")

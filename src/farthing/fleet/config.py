@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.signals.dialects import dialect
-
-T = TypeVar("T")
+from farthing.reader import read
 
 
 @dataclass(frozen=True)
@@ -128,58 +123,6 @@ def load(path: Path) -> FleetConfig:
     except yaml.YAMLError as problem:
         raise ValueError(f"{path} is not YAML: {problem}") from problem
     try:
-        return build(FleetConfig, data)
+        return read(FleetConfig, data)
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
-
-
-def build(cls: type[T], data: Any, where: str = "") -> T:
-    """Build a dataclass from a (nested) mapping. Raises ValueError with the invalid field."""
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where or 'configuration'} = {data!r}: expected a mapping of fields")
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    for name in data:
-        if name not in known:
-            raise ValueError(f"{_join(where, str(name))}: unknown field; expected one of {', '.join(known)}")
-    values = {name: _convert(hints[name], value, _join(where, name)) for name, value in data.items()}
-    try:
-        return cls(**values)
-    except TypeError as problem:  # a required field is missing
-        raise ValueError(f"{where or 'configuration'}: {str(problem).split(') ')[-1]}") from problem
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Convert `value` to the declared type of a field."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is typing.Literal and value in arguments:
-        return value
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    plain = origin or hint
-    if (
-        isinstance(plain, type)
-        and isinstance(value, plain)
-        and not (plain is int and isinstance(value, bool))
-    ):
-        return value
-    accepted = (
-        " or ".join(map(repr, arguments))
-        if origin is typing.Literal
-        else getattr(plain, "__name__", str(hint))
-    )
-    raise ValueError(f"{where} = {value!r}: expected {'a list' if origin is tuple else accepted}")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from farthing.fleet.capacity import OnlineCapacity, Targets
-from farthing.fleet.config import FleetConfig, build
+from farthing.fleet.config import FleetConfig
 from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.forecast.day import DayForecaster
 from farthing.fleet.forecast.floor import FloorShare
@@ -25,6 +25,7 @@ from farthing.fleet.forecast.prophet import ProphetConfig
 from farthing.fleet.forecast.short import GRID_S, ShortConfig, ShortTerm
 from farthing.fleet.series import DAY_S, Array, Series
 from farthing.fleet.snapshot import Snapshot
+from farthing.reader import read
 
 log = logging.getLogger(__name__)
 
@@ -251,8 +252,8 @@ def forecast_settings(data: dict[str, Any]) -> tuple[ShortConfig, ProphetConfig]
     if unknown:
         raise ValueError(f"forecast.{sorted(unknown)[0]}: unknown field; expected short or prophet")
     return (
-        build(ShortConfig, data.get("short", {}), "forecast.short"),
-        build(ProphetConfig, data.get("prophet", {}), "forecast.prophet"),
+        read(ShortConfig, data.get("short", {}), "forecast.short"),
+        read(ProphetConfig, data.get("prophet", {}), "forecast.prophet"),
     )
 
 

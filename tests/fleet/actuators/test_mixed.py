@@ -10,9 +10,10 @@ from farthing.fleet.actuators.base import ActuatorError
 from farthing.fleet.actuators.kubernetes import connect
 from farthing.fleet.actuators.mixed import MixedScale
 from farthing.fleet.actuators.scale import ScalePatch, Target
-from farthing.fleet.config import KubernetesConfig, build
+from farthing.fleet.config import KubernetesConfig
 from farthing.fleet.decisions import Decision, Levels
 from farthing.fleet.variants import Variant
+from farthing.reader import read
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 
 KINDS = [Variant("large", 9.0, 4.0), Variant("small", 2.4), Variant("spot", 1.0, 1.0, True, 10)]
@@ -48,9 +49,9 @@ async def test_mix_follows_the_target(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_configuration_accepts_a_target_or_variants() -> None:
     kind = {"name": "a", "target": "deployment/a", "price": 2.0}
-    made = build(KubernetesConfig, {"variants": [kind]})
+    made = read(KubernetesConfig, {"variants": [kind]})
     assert made.variants[0].size == 1.0
     with pytest.raises(ValueError, match="target and variants are both set"):
-        build(KubernetesConfig, {"variants": [kind], "target": "deployment/b"})
+        read(KubernetesConfig, {"variants": [kind], "target": "deployment/b"})
     with pytest.raises(ValueError, match=r"spot_share = 2\.0"):
-        build(KubernetesConfig, {"variants": [kind], "spot_share": 2.0})
+        read(KubernetesConfig, {"variants": [kind], "spot_share": 2.0})
