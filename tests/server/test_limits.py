@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
@@ -15,7 +18,7 @@ from farthing.engine.request import EngineStopped, QueueFull
 from farthing.server.auth import KeyRing
 from farthing.server.errors import ApiError
 from farthing.server.limits import Quotas
-from tests.server.harness import ScriptedEngine, running, tiny_engine, until
+from tests.server.harness import Running, ScriptedEngine, running, tiny_engine, until
 
 
 class Clock:
@@ -162,6 +165,41 @@ def test_the_real_queue_bound() -> None:
             waiting.result().close()
         until(lambda: not server.service.jobs and not server.service.engine.num_live)
         assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
+
+
+def test_work_is_limited_where_no_request_runs() -> None:
+    with running(tiny_engine(), work_seconds_per_minute=1) as server:
+        sandbox = server.service.engine.sandbox
+        assert sandbox is not None
+        tokenize = {"prompt": "x"}
+        assert httpx.post(f"{server.url}/tokenize", json=tokenize).status_code == 200
+        sandbox.here(lambda: burn(1.2), "anonymous").result(30)
+        answer = httpx.post(f"{server.url}/tokenize", json=tokenize)
+        assert answer.status_code == 429 and answer.json()["error"]["code"] == "work_quota_exceeded"
+        assert int(answer.headers["retry-after"]) >= 1
+
+
+def burn(seconds: float) -> None:
+    """Use CPU time."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.mark.parametrize("constraint", [{"guided_regex": "[a-z ]*"}, {"bad_words": ["a b c"] * 1000}])
+def test_a_client_that_leaves_before_its_request_runs_leaves_nothing(
+    tiny: Running, constraint: dict[str, Any]
+) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 1900, "ignore_eos": True, "n": 4} | constraint).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    for _ in range(8):
+        with socket.create_connection(("127.0.0.1", int(tiny.url.rsplit(":")[-1])), timeout=10) as connection:
+            connection.sendall(head + body)
+    assert httpx.post(f"{tiny.url}/tokenize", json={"prompt": "x"}).status_code == 200  # they have arrived
+    until(lambda: not tiny.service.jobs and not tiny.service.engine.num_live and not tiny.service.held)
 
 
 def test_the_queue_counts_sequences() -> None:

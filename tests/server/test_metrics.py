@@ -36,6 +36,7 @@ def test_request_is_counted() -> None:
         assert found["farthing:prefix_cache_hits_total"][LABEL] == 20
         assert found["farthing:num_requests_running"][LABEL] == 0
         assert found["farthing:ready"][LABEL] == 1
+        assert found["farthing:work_seconds_total"][(("api_key", "anonymous"),)] > 0
         finished = found["farthing:request_success_total"]
         assert finished[(("finished_reason", "length"), *LABEL)] == 2
         for name in HISTOGRAMS:

@@ -59,6 +59,22 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
         "/v1/chat/completions",
         {"messages": [USER], "n": 64, "max_tokens": 8, "logprobs": True, "top_logprobs": 20},
     ),
+    "16,000 choices": (
+        "/v1/completions",
+        {"prompt": "x", "max_tokens": 1, "guided_choice": [f"{i}" for i in range(16_000)]},
+    ),
+    "1,000 optional properties": (
+        "/v1/completions",
+        {
+            "prompt": "x",
+            "max_tokens": 1,
+            "guided_json": {"type": "object", "properties": {f"p{i}": {} for i in range(1000)}},
+        },
+    ),
+    "a regex of 260,000 brackets": (
+        "/v1/completions",
+        {"prompt": "x", "max_tokens": 1, "guided_regex": "(a)" * 87_000},
+    ),
     "512 sequences": ("/v1/completions", {"prompt": ["x" * 200] * 8, "n": 64, "max_tokens": 1}),
 }
 BOUND = 0.25  # seconds
