@@ -176,7 +176,10 @@ class Admission:
         grammar = sandbox.grammar(constraint, client).result()
         field = constrained_field(constraint)
         return self._grammars.build(
-            grammar, field, lambda: sandbox.condemn(constraint, too_slow(field)), self._mask_times.of(client)
+            grammar,
+            field,
+            lambda: sandbox.condemn(constraint, too_slow(field)),
+            self._mask_times.of(client) if client else None,  # alone, a client delays nobody else
         )
 
     def _token_texts(self) -> TokenTexts:

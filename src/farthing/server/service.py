@@ -225,7 +225,7 @@ class Service:
             priority=priority,
             cache_salt=self._salt(client, cache_salt),
             kind=kind,
-            client=client,
+            client=client if self.several_keys else "",
         )
         # Compiling a grammar, or reading 1,024 words or 262,144 ids, may take a while.
         slow = (params.structured_outputs, params.calls, params.bad_words, params.allowed_token_ids)

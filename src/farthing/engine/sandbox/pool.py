@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections import defaultdict
@@ -12,6 +13,8 @@ from typing import Any
 
 from farthing.engine.sandbox.turns import Turns
 from farthing.engine.sandbox.workers import ForkServer, Job, Killed, Outcome, Worker
+
+log = logging.getLogger(__name__)
 
 _CORES = os.cpu_count() or 1
 _PLACES = max(4, _CORES // 2)
@@ -102,6 +105,10 @@ class Pool:
             except Killed as killed:
                 error = killed
                 continue
+            except Exception as broken:  # an answer that makes no sense; no future may be left waiting
+                log.exception("sandbox: a worker failed")
+                error = RuntimeError(f"the sandbox failed: {broken!r}")
+                break
             if outcome.reusable:
                 self._idle[spent].append(worker)
             return outcome
@@ -114,7 +121,9 @@ class Pool:
 
     def _take_idle(self, spent: bool) -> Worker | None:
         with contextlib.suppress(IndexError):
-            return self._idle[spent].pop()
+            while (worker := self._idle[spent].pop()).server is not self._server:
+                pass  # it ended with its fork server
+            return worker
         return None
 
     def _spawn(self) -> Worker | None:
