@@ -27,7 +27,12 @@ from tests.compress.conftest import write_model
 from tests.docs.pages import ROOT, Command, commands, pages
 
 EMBEDDED = Path(farthing.__file__).parent / "assets" / "mite"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "NO_COLOR": "1",
+    "COLUMNS": "200",
+    "TRITON_INTERPRET": "0",
+}
 
 # Commands that run until they are stopped.
 SERVERS = {("serve",), ("fleet", "up"), ("fleet", "run"), ("fleet", "gateway")}

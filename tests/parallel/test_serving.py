@@ -158,6 +158,20 @@ def test_dead_rank_fails_the_replica_immediately(backend: str, tmp_path: Path) -
             engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
 
 
+def test_ranks_outlive_the_signal_that_drains_the_server(tmp_path: Path) -> None:
+    """A service manager sends SIGTERM to every process at once; requests in flight need their ranks."""
+    config = EngineConfig(
+        model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,
+        tensor_parallel_size=2,
+    )  # fmt: skip
+    with build_engine(config) as engine:
+        assert isinstance(engine._model, ParallelModel)
+        for sent in (signal.SIGTERM, signal.SIGINT):
+            os.kill(engine._model._workers.pids[1], sent)
+            params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+            assert len(engine.submit([1, 2, 3], params).result().outputs[0].token_ids) == 4
+
+
 def test_suspended_rank_is_unhealthy_until_it_resumes(tmp_path: Path) -> None:
     config = EngineConfig(
         model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,

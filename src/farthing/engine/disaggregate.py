@@ -12,7 +12,6 @@ If the prefill process ends, the decoding engine computes prompts itself.
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from queue import SimpleQueue
 
 import torch.multiprocessing as multiprocessing
 
+from farthing import signals
 from farthing.config import EngineConfig
 from farthing.engine.core import EngineCore
 from farthing.engine.engine import Engine
@@ -191,7 +191,7 @@ class _PrefillProcess:
             self._connection.close()
         self._process.join(2)
         if self._process.is_alive():
-            self._process.terminate()
+            self._process.kill()
             self._process.join(5)
 
     def _await_ready(self) -> None:
@@ -257,7 +257,7 @@ def hand_over(core: EngineCore, prompt: _Prompt, size: int) -> _Computed:
 
 def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connection) -> None:
     """Main function of the prefill process: generate one token per prompt to fill the prefix cache."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the serving process, which drains first
+    signals.leave_to_parent()
     upper_half = range(cache.num_blocks // 2, cache.num_blocks)
     try:
         engine = load_engine(replace(config, skip_tokenizer_init=True), lambda *_: (cache, upper_half))

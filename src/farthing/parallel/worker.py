@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import threading
 import time
 import traceback
@@ -20,6 +19,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from farthing import signals
 from farthing.config import EngineConfig
 from farthing.model import ModelConfig
 from farthing.ops import Batch, Ops, select
@@ -161,7 +161,7 @@ class Workers:
         for process, _ in self._processes.values():
             process.join(0.5)
             if process.is_alive():
-                process.terminate()
+                process.kill()
                 process.join(5)
 
     def _watch(self) -> None:
@@ -189,7 +189,7 @@ class Workers:
         if self._arena is not None:
             self._arena.abort()
         for peer, _ in self._processes.values():
-            peer.terminate()
+            peer.kill()
 
     def _hear(self, beats: Connection) -> None:
         try:
@@ -268,7 +268,7 @@ def _work(
     pulse: Connection,
 ) -> None:
     """Main loop of a worker: load, then run the driver's calls until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles Ctrl-C and drains first
+    signals.leave_to_parent()
     arena = None
     try:
         arena = None if path is None else Arena(path)

@@ -23,6 +23,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NoReturn
 
+from farthing import signals
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.sandbox import frames
 from farthing.engine.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ def main() -> None:
     Each request and each answer is one document: "fork", with the worker's socket -> its pid; a pid -> [the
     signal that ended the worker or 0, its CPU seconds].
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signals.leave_to_parent()
     control = socket.socket(fileno=int(sys.argv[1]))
     jobs = Jobs(frames.receive(control))
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
