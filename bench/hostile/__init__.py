@@ -1,1 +1,1 @@
-"""How much one hostile client delays another."""
+"""Measures how much one hostile client delays others."""

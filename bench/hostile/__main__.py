@@ -1,14 +1,13 @@
-"""How much one hostile client delays another: every known attack next to well-behaved clients.
+"""Measures how much one hostile client delays others: every known attack next to well-behaved clients.
 
     python -m bench.hostile [--rounds 3] [--seconds 3] [--only NAME] [--model mite] [--json FILE]
 
-Starts `farthing serve` with two API keys. Two well-behaved clients of one key ask again and again, one for 8
-tokens, one for an answer under a grammar it has not used before. Windows with the attack, by the other key,
-alternate with windows without it (control). What an attack adds is the worst latency with it less the worst
-without. An attack that adds more than 250 ms, or makes a well-behaved request fail, ends the run with exit
-code 1. The attacker runs in a process of its own at the lowest priority, since a real one brings its own
-machine. `held` is the most time that the event loop and a step of the engine took at once, measured in the
-server.
+Starts `farthing serve` with two API keys. Two well-behaved clients share a key and send requests
+continuously, one for 8 tokens and one for an answer under a new grammar. Windows with the attack, which uses
+the other key, alternate with windows without it (control). An attack's added latency is the difference of the
+worst latencies. The exit code is 1 if an attack adds more than 250 ms or makes a well-behaved request fail.
+The attacker runs in a separate process at the lowest priority, since a real one has its own machine. `held`
+is the longest time that the event loop and an engine step took at once, measured in the server.
 """
 
 from __future__ import annotations
@@ -37,31 +36,31 @@ from bench.hostile.attacks import BAD, NUMBERS, Attack, attacks, url
 BAR = 0.250  # seconds that an attack may add
 GOOD = "sk-good"
 ERRORS = (httpx.HTTPError, OSError)
-SETTLE = 0.5  # seconds after an attack that no window counts
+SETTLE = 0.5  # seconds to skip after an attack
 PLAIN = {"prompt": "def f(x):", "max_tokens": 8, "ignore_eos": True}
 
 
 @dataclass(slots=True)
 class Latencies:
-    """Of well-behaved requests, in seconds."""
+    """Latencies of well-behaved requests, in seconds."""
 
     seconds: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
 
     @property
     def worst(self) -> float:
-        """The slowest."""
+        """The longest latency."""
         return max(self.seconds, default=0.0)
 
     @property
     def median(self) -> float:
-        """The median."""
+        """The median latency."""
         return median(self.seconds) if self.seconds else 0.0
 
 
 @dataclass(slots=True)
 class Result:
-    """One attack: latencies by kind of client, with it and without, and the longest holds."""
+    """One attack: latencies by kind of client, with and without it, and the longest holds."""
 
     name: str
     during: dict[str, Latencies]
@@ -81,11 +80,11 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether it is within the bar."""
+        """Whether the attack stays within the limit."""
         return not self.failures and all(self.added(kind) <= BAR for kind in KINDS)
 
     def to_json(self) -> dict[str, Any]:
-        """For --json; times in seconds."""
+        """The result for --json; times in seconds."""
         return {
             "ok": self.ok,
             "failures": self.failures,
@@ -106,12 +105,12 @@ class Result:
 
 
 def plain() -> dict[str, Any]:
-    """Eight tokens."""
+    """A request for eight tokens."""
     return PLAIN
 
 
 def under_grammar() -> dict[str, Any]:
-    """A choice under a grammar that the server has not seen."""
+    """A request with a choice grammar that is new to the server."""
     number = next(NUMBERS)
     return {"prompt": "x", "max_tokens": 12, "guided_choice": [f"red {number}", f"green {number}"]}
 
@@ -120,7 +119,7 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {"plain": plain, "grammar": und
 
 
 class Server:
-    """`farthing serve`, measured from within."""
+    """`farthing serve` with measurements inside the process."""
 
     def __init__(self, model: str, folder: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -131,7 +130,7 @@ class Server:
         self._process = subprocess.Popen([*command, "--port", str(self.port), *keys])
 
     def wait(self) -> None:
-        """Until it is ready. Raises SystemExit."""
+        """Wait until the server is ready. Raises SystemExit."""
         deadline = time.monotonic() + 300
         while self._process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(*ERRORS):
@@ -156,7 +155,7 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def stop(self) -> None:
-        """End it."""
+        """Stop the server."""
         self._process.terminate()
         self._process.wait(60)
 
@@ -173,19 +172,19 @@ class Attacker:
         self._process.stdout.readline()  # it has started
 
     def say(self, word: str) -> None:
-        """`begin`, `pause` or `end`."""
+        """Send `begin`, `pause` or `end`."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
 
     def end(self) -> str:
-        """What came back, by number."""
+        """Stop the attacker. Returns its responses with their counts."""
         self.say("end")
         return self._process.communicate()[0].strip()
 
 
 def attack_here(attack: Attack, port: int) -> None:
-    """The attacker's process: reads words from standard input."""
+    """The attacker process: reads commands from standard input."""
     with contextlib.suppress(OSError):
         os.nice(19)
     answers: Counter[str] = Counter()
@@ -239,7 +238,7 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
 
 
 def run(server: Server, attack: Attack, rounds: int, seconds: float) -> Result:
-    """Windows without and with the attack in turn."""
+    """Alternate windows without and with the attack."""
     result = Result(attack.name, {k: Latencies() for k in KINDS}, {k: Latencies() for k in KINDS})
     attacker = Attacker(server.port, attack.name)
     server.holds()
@@ -258,7 +257,7 @@ def run(server: Server, attack: Attack, rounds: int, seconds: float) -> Result:
 
 
 def wait_idle(port: int) -> None:
-    """Until nothing of the attack is left in the engine, 30 s at most: the next window is a control."""
+    """Wait up to 30 s until the engine has finished the attack's work, since the next window is a control."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with contextlib.suppress(*ERRORS):
@@ -271,13 +270,13 @@ def wait_idle(port: int) -> None:
 
 
 def keep_most(into: dict[str, float], new: dict[str, float]) -> None:
-    """The larger of each."""
+    """Keep the larger value of each."""
     for name, seconds in new.items():
         into[name] = max(into.get(name, 0.0), seconds)
 
 
 def print_result(result: Result) -> None:
-    """One line: what was added to each kind, next to the control; what was held."""
+    """Print one line: the added latency of each kind, the control, and the longest holds."""
     cells = " ".join(
         f"{1e3 * value:6.0f}"
         for kind in KINDS
@@ -287,7 +286,7 @@ def print_result(result: Result) -> None:
         f"{1e3 * result.held.get(name, 0.0):6.0f}"
         for name in ("loop cpu", "loop wall", "step cpu", "step wall")
     )
-    verdict = "" if result.ok else "  over the bar"
+    verdict = "" if result.ok else "  over the limit"
     print(f"{result.name:36} {cells} {held} {result.failures:6d}{verdict}", flush=True)
 
 
@@ -302,17 +301,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="bench.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=3, help="windows with each attack, and without")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
-    parser.add_argument("--only", default="", help="attacks whose name contains this")
+    parser.add_argument("--rounds", type=int, default=3, help="windows with and without each attack")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per window")
+    parser.add_argument("--only", default="", help="only attacks whose name contains this text")
     parser.add_argument("--model", default="mite")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.attack:
         attack_here(next(each for each in attacks() if each.name == options.attack), options.port)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the server is stopped then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # also stops the server
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         server = Server(options.model, Path(folder))

@@ -1,4 +1,4 @@
-"""Everything known to have delayed other clients, and variants: functions called in a loop."""
+"""All attacks known to have delayed other clients, and variants: functions called in a loop."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ USER = {"role": "user", "content": "x"}
 PART = {"type": "text", "text": "x"}
 NUMBERS = itertools.count()
 
-Once = Callable[[int], str]  # port -> what came back
+Once = Callable[[int], str]  # port -> summary of the response
 
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """Runs in each of `threads` loops."""
+    """An attack that runs in `threads` loops."""
 
     name: str
     once: Once
@@ -42,7 +42,7 @@ def url(port: int) -> str:
 
 
 def post(path: str, document: Any, timeout: float = 60.0) -> Once:
-    """The same body each time."""
+    """Send the same body each time."""
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
 
     def once(port: int) -> str:
@@ -52,7 +52,7 @@ def post(path: str, document: Any, timeout: float = 60.0) -> Once:
 
 
 def fresh(path: str, make: Callable[[int], Any], timeout: float = 60.0) -> Once:
-    """A body that no cache knows: `make` takes a number that was not used before."""
+    """Send a body that no cache has: `make` gets an unused number."""
 
     def once(port: int) -> str:
         document = make(next(NUMBERS) + time.time_ns() % 10**9 * 1000)
@@ -62,13 +62,13 @@ def fresh(path: str, make: Callable[[int], Any], timeout: float = 60.0) -> Once:
 
 
 def guided(**fields: Callable[[int], Any]) -> Once:
-    """A completion under a new grammar."""
+    """Send a completion with a new grammar."""
     base = {"prompt": "x", "max_tokens": 4}
     return fresh(COMPLETE, lambda number: base | {name: make(number) for name, make in fields.items()})
 
 
 def abandoned_grammar(make: Callable[[int], str]) -> Once:
-    """A client that leaves while its regex is compiled."""
+    """Send a request and disconnect while its regex is compiled."""
 
     def once(port: int) -> str:
         document = {"prompt": "x", "max_tokens": 4, "guided_regex": make(next(NUMBERS))}
@@ -78,7 +78,7 @@ def abandoned_grammar(make: Callable[[int], str]) -> Once:
 
 
 def abandoned(path: str, document: Any, read: int) -> Once:
-    """A request whose client leaves after `read` bytes of the answer."""
+    """Send a request and disconnect after `read` bytes of the answer."""
     body = json.dumps(document).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
@@ -95,7 +95,7 @@ def abandoned(path: str, document: Any, read: int) -> Once:
 
 
 def long_head(port: int) -> str:
-    """150 MB of one header."""
+    """Send 150 MB of one header."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: ")
         for _ in range(150):
@@ -113,7 +113,7 @@ def many_headers(port: int) -> str:
 
 
 def half_open(port: int) -> str:
-    """500 sockets that send the start of a request; the last 3,000 stay open."""
+    """Open 500 sockets that send the start of a request; the last 3,000 stay open."""
     for _ in range(500):
         connection = socket.create_connection(("127.0.0.1", port), timeout=30)
         connection.sendall(b"GET /health HTT")
@@ -127,7 +127,7 @@ _HELD: list[socket.socket] = []
 
 
 def slow_body(port: int) -> str:
-    """A body sent one byte at a time."""
+    """Send a body one byte at a time."""
     head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
@@ -138,7 +138,7 @@ def slow_body(port: int) -> str:
 
 
 def pipelined(port: int) -> str:
-    """2,000 small requests in one write."""
+    """Send 2,000 small requests in one write."""
     one = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n\r\n".encode()
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(one * 2000)
@@ -166,7 +166,7 @@ def parts(count: int, part: dict[str, Any] = PART) -> dict[str, Any]:
 
 
 def grammars() -> list[Attack]:
-    """Grammars: to be refused, or slow to compile."""
+    """Grammars that must be rejected or are slow to compile."""
     rules = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3500)) + '\nr3500: "x"'
     optional = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
     number = {"type": "integer", "multipleOf": 999_983}
@@ -199,7 +199,7 @@ def grammars() -> list[Attack]:
 
 
 def bodies() -> list[Attack]:
-    """Bodies that are long, or of many values."""
+    """Long bodies, and bodies with many values."""
     long_text = "a b " * 1_975_000
     biases = dict.fromkeys(map(str, range(300_000)), 1)
     calls = [{"function": {"name": "f", "arguments": "{}"}}] * 1000
@@ -242,7 +242,7 @@ def bodies() -> list[Attack]:
 
 
 def work() -> list[Attack]:
-    """Requests that are valid and heavy."""
+    """Valid but heavy requests."""
     crowd = {"prompt": ["x" * 200] * 8, "n": 60, "max_tokens": 1500, "ignore_eos": True}
     scored = {"prompt": [[5 + i] * 2_000 for i in range(16)], "max_tokens": 1}
     answers = {"n": 64, "max_tokens": 200, "ignore_eos": True}
@@ -251,7 +251,7 @@ def work() -> list[Attack]:
     shown = {"messages": [USER], "logprobs": True, "top_logprobs": 20, "stream": True}
     kept = {"input": "x" * 100_000, "max_output_tokens": 1, "metadata": {"a": "x" * 500}}
     return [
-        Attack("queue: 480 sequences a request", post(COMPLETE, crowd, timeout=3.0), 8),
+        Attack("queue: 480 sequences per request", post(COMPLETE, crowd, timeout=3.0), 8),
         Attack("prompt_logprobs: 16 x 2,000", post(COMPLETE, scored | {"prompt_logprobs": 20})),
         Attack("echo, logprobs, stream: 16 x 2,000",
                post(COMPLETE, scored | {"logprobs": 20, "echo": True, "stream": True})),
@@ -267,7 +267,7 @@ def work() -> list[Attack]:
 
 
 def sockets() -> list[Attack]:
-    """Connections and heads, before any key is checked."""
+    """Connections and request heads before authentication."""
     return [
         Attack("head: 150 MB", long_head),
         Attack("head: a million headers", many_headers),
@@ -278,5 +278,5 @@ def sockets() -> list[Attack]:
 
 
 def attacks() -> list[Attack]:
-    """All of them."""
+    """All attacks."""
     return [*grammars(), *bodies(), *work(), *sockets()]

@@ -1,9 +1,9 @@
-"""`farthing serve` that also measures how long it held its event loop and its engine's thread.
+"""`farthing serve` that also measures how long its event loop and its engine thread were held.
 
     python -m bench.hostile.serve FILE ARGUMENTS…
 
-On SIGUSR1 it writes the maxima since the last signal to FILE, and starts again. CPU time of a thread does not
-depend on what else the machine does; wall time is what other clients waited.
+On SIGUSR1 it writes the maxima since the last signal to FILE and resets them. A thread's CPU time does not
+depend on other load; wall time is how long other clients waited.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _BEAT = 0.001  # seconds
 
 
 class Holds:
-    """The longest time that each thread was held, in seconds."""
+    """The longest time for which each thread was held, in seconds."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._most: dict[str, float] = {}
 
     def note(self, name: str, seconds: float) -> None:
-        """A thread was held for `seconds`."""
+        """Record that a thread was held for `seconds`."""
         self._most[name] = max(self._most.get(name, 0.0), seconds)
 
     def write(self, *_: object) -> None:
-        """Write the maxima and start again."""
+        """Write and reset the maxima."""
         whole, self._most = self._most, {}
         new = self._file.with_suffix(".new")
         new.write_text(json.dumps(whole))
@@ -44,7 +44,7 @@ class Holds:
 
 
 def watch_loop(holds: Holds) -> None:
-    """Note the CPU and wall time between two turns of the running event loop."""
+    """Record CPU and wall time between two iterations of the running event loop."""
     loop = asyncio.get_running_loop()
     cpu, wall = time.thread_time(), time.monotonic()
 
@@ -59,7 +59,7 @@ def watch_loop(holds: Holds) -> None:
 
 
 def timed(step: Callable[[EngineCore], bool], holds: Holds) -> Callable[[EngineCore], bool]:
-    """`EngineCore.step`, timed."""
+    """`EngineCore.step` with timing."""
 
     def run(core: EngineCore) -> bool:
         cpu, wall = time.thread_time(), time.monotonic()
@@ -72,7 +72,7 @@ def timed(step: Callable[[EngineCore], bool], holds: Holds) -> Callable[[EngineC
 
 
 def install(file: Path) -> None:
-    """Measure this process from now on."""
+    """Start measuring this process."""
     holds = Holds(file)
     signal.signal(signal.SIGUSR1, holds.write)
     EngineCore.step = timed(EngineCore.step, holds)  # type: ignore[method-assign]
