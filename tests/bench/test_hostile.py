@@ -1,4 +1,4 @@
-"""The attacks, the judgement of their figures, and what the measured server writes."""
+"""The attacks, their verdicts, and the output of the measured server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.hostile.attacks import attacks
 from bench.hostile.serve import Holds
 
 
-def test_attacks_have_names_of_their_own() -> None:
+def test_attack_names_are_unique() -> None:
     names = [attack.name for attack in attacks()]
     assert len(set(names)) == len(names) >= 40
 
@@ -24,7 +24,7 @@ def result(during: float, alone: float, failures: int = 0) -> Result:
     return made
 
 
-def test_an_attack_is_judged_by_what_it_adds_to_the_worst_latency() -> None:
+def test_attack_is_judged_by_the_latency_it_adds() -> None:
     assert result(1.0 + BAR, 1.0).ok
     over = result(1.1 + BAR, 1.0)
     assert not over.ok and over.to_json()["plain"]["added"] > BAR
@@ -32,7 +32,7 @@ def test_an_attack_is_judged_by_what_it_adds_to_the_worst_latency() -> None:
     assert result(0.5, 1.0).added("grammar") == 0.0
 
 
-def test_the_server_writes_its_longest_holds_and_starts_again(tmp_path: Path) -> None:
+def test_server_writes_and_resets_its_longest_holds(tmp_path: Path) -> None:
     file = tmp_path / "holds.json"
     holds = Holds(file)
     for seconds in (0.2, 0.5, 0.1):

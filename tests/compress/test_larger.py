@@ -1,4 +1,4 @@
-"""A result larger than its source is said, before the work where it can be estimated, and in the report."""
+"""Results larger than their source are reported, beforehand if they can be estimated, and afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def expected(source: Path, recipe: str) -> int | None:
     return expected_bytes(export, checkpoint, config, RECIPES[recipe])
 
 
-def test_the_estimate_is_close_and_growth_is_said(
+def test_estimate_is_close_and_growth_is_reported(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Dense to INT4, which is smaller; INT4 to INT8, which is larger."""

@@ -18,11 +18,11 @@ def test_pages_contain_commands() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_a_documented_command_parses(command: Command) -> None:
+def test_documented_command_parses(command: Command) -> None:
     parse(typer.main.get_command(app), command.words)
 
 
-def test_a_command_that_does_not_exist_fails() -> None:
+def test_nonexistent_command_fails() -> None:
     for words in (("serv",), ("serve", "--no-such-option"), ("bench", "serve", "--concurrency", "many")):
         with pytest.raises(Exception, match=r"No such|Input should be"):
             parse(typer.main.get_command(app), words)

@@ -1,4 +1,4 @@
-"""The documentation site builds without a dead link, and so do the pages outside it."""
+"""The documentation site and the pages outside it have no dead links."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.docs.pages import ROOT, pages
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
-def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
+def test_site_builds_without_dead_links(tmp_path: Path) -> None:
     pytest.importorskip("zensical", reason="needs the docs extra: pip install 'farthing[docs]'")
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "zensical.toml", tmp_path)
@@ -31,7 +31,7 @@ def test_relative_links_exist(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_the_index_lists_every_page() -> None:
+def test_index_lists_every_page() -> None:
     docs = ROOT / "docs"
     listed = {docs / link for link in LINK.findall((docs / "index.md").read_text())} | {docs / "index.md"}
     missing = [str(page.relative_to(docs)) for page in docs.rglob("*.md") if page not in listed]

@@ -1,4 +1,4 @@
-"""The prefix cache on disk outlives the server, however it ends."""
+"""The prefix cache on disk survives any end of the server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ask(url: str, key: str) -> tuple[str, int]:
 
 
 @needs_model
-def test_a_killed_server_left_its_prefixes(tmp_path: Path) -> None:
+def test_prefixes_of_a_killed_server_are_reused(tmp_path: Path) -> None:
     options = ("--prefix-cache-dir", str(tmp_path), "--prefix-cache-disk-bytes", "100000000")
     keys = ("--api-key", "me:sk-1", "--api-key", "you:sk-2")
     with launched(*options, *keys) as (process, url):
@@ -61,8 +61,8 @@ def test_a_killed_server_left_its_prefixes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_model
-def test_a_full_disk_is_one_warning(tmp_path: Path) -> None:
-    """No file may grow beyond 4 KiB; the system says so as a full disk would."""
+def test_full_disk_logs_one_warning(tmp_path: Path) -> None:
+    """A file size limit of 4 KiB acts like a full disk."""
     code = f"""
 import logging, resource, time
 logging.basicConfig(level=logging.WARNING)

@@ -1,4 +1,4 @@
-"""Engines that end, and others that find their prefixes on disk."""
+"""Engines that find the prefixes of stopped engines on disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest) -> DeepseekModel:
-    """With an MTP layer; latents alone, and with an indexer."""
+    """A model with an MTP layer, without and with an indexer."""
     torch.set_num_threads(1)
     name: str = getattr(request, "param", "dense")
     raw = {"dense": RAW, **TYPES}[name]
@@ -40,7 +40,7 @@ Start = Callable[..., Engine]
 
 @pytest.fixture
 def start(model: DeepseekModel, tmp_path: Path) -> Iterator[Start]:
-    """Engines over one directory."""
+    """Start engines that share one directory."""
     engines: list[Engine] = []
 
     def make(directory: Path = tmp_path, **options: Any) -> Engine:
@@ -66,7 +66,7 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 @pytest.mark.parametrize("model", ["dense", *TYPES], indirect=True)
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8"])
-def test_another_process_reads_what_one_has_computed(start: Start, dtype: str) -> None:
+def test_another_process_reads_computed_blocks(start: Start, dtype: str) -> None:
     options: dict[str, Any] = {"kv_cache_dtype": dtype, "speculate": "mtp:2"}
     first = start(**options)
     said = answers(first)
@@ -81,7 +81,9 @@ def test_another_process_reads_what_one_has_computed(start: Start, dtype: str) -
     time.sleep(0.15)  # the engine checks its invariants
 
 
-def test_what_differs_is_not_served(start: Start, model: DeepseekModel, monkeypatch: Any) -> None:
+def test_blocks_of_other_configurations_are_not_used(
+    start: Start, model: DeepseekModel, monkeypatch: Any
+) -> None:
     answers(start())
     for options in (
         {"kv_cache_dtype": "int8"},
@@ -99,7 +101,7 @@ def test_what_differs_is_not_served(start: Start, model: DeepseekModel, monkeypa
 
 
 def test_preempted_and_evicted_prompts_come_back_from_disk(start: Start) -> None:
-    """A cache that holds one prompt at a time: the others are on disk, and read again for each turn."""
+    """A cache with room for one prompt: the others are on disk and read again for each turn."""
     engine = start(num_blocks=20)
     said = tokens(answers(engine))
     before = engine.stats.disk.hits
@@ -110,7 +112,7 @@ def test_preempted_and_evicted_prompts_come_back_from_disk(start: Start) -> None
     assert engine.stats.disk.hits > before
 
 
-def test_answers_are_stored_too(start: Start) -> None:
+def test_answers_are_stored(start: Start) -> None:
     first = start()
     (said, *_) = tokens(answers(first))
     first.shutdown()
@@ -119,7 +121,7 @@ def test_answers_are_stored_too(start: Start) -> None:
     assert output.num_cached_tokens == 68  # 61 + 7 were computed
 
 
-def test_a_model_without_a_name_is_refused(
+def test_model_without_a_checkpoint_is_rejected(
     start: Start, model: DeepseekModel, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(model.ops, "source", "")
@@ -127,14 +129,14 @@ def test_a_model_without_a_name_is_refused(
         start()
 
 
-def test_a_file_in_place_of_the_directory_is_an_error(start: Start, tmp_path: Path) -> None:
+def test_file_instead_of_the_directory_is_an_error(start: Start, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match=r"prefix_cache_dir: got .*; expected a directory"):
             start(path)
 
 
-def test_a_directory_that_cannot_be_made_is_one_warning(
+def test_unusable_directory_logs_one_warning(
     start: Start, tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*arguments: object, **options: object) -> None:
@@ -157,13 +159,13 @@ def test_a_directory_that_cannot_be_made_is_one_warning(
         ({"prefix_cache_disk_bytes": 0}, "prefix_cache_disk_bytes: got 0; expected an integer >= 1"),
     ],
 )
-def test_combinations_that_are_refused(options: dict[str, Any], message: str) -> None:
+def test_rejected_combinations(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**{"prefix_cache_dir": "somewhere", **options})
 
 
 @pytest.mark.slow
-def test_a_prefill_process_shares_the_directory(tmp_path: Path) -> None:
+def test_prefill_process_shares_the_directory(tmp_path: Path) -> None:
     path = save(RAW, tmp_path)
     said = []
     for disaggregate in (False, True, True):

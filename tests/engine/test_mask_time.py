@@ -1,4 +1,4 @@
-"""A client whose grammars are slow loses them before others wait."""
+"""Slow grammars fail before they delay other clients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Clock:
         return self.now
 
 
-def test_credit_is_spent_and_comes_back() -> None:
+def test_credit_is_spent_and_refilled() -> None:
     clock = Clock()
     credit = MaskTime(clock)
     assert not credit.spent
@@ -32,7 +32,7 @@ def test_credit_is_spent_and_comes_back() -> None:
     assert not credit.spent
 
 
-def test_a_client_keeps_a_credit_that_it_has_used() -> None:
+def test_used_credit_is_kept() -> None:
     times = MaskTimes()
     credit = times.of("a")
     credit.charge(5.0)
@@ -40,7 +40,7 @@ def test_a_client_keeps_a_credit_that_it_has_used() -> None:
     assert times.of("a") is credit
 
 
-def test_slow_grammars_of_a_client_without_credit_are_refused(
+def test_slow_grammars_of_a_client_without_credit_fail(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, credit = Clock(), MaskTime(lambda: 0.0)
@@ -52,7 +52,7 @@ def test_slow_grammars_of_a_client_without_credit_are_refused(
     token = tokenizer.encode("a", add_special_tokens=False)[0]
 
     class Late:
-        """Takes 40 ms for each mask."""
+        """A grammar whose masks take 40 ms."""
 
         def __getattr__(self, name: str) -> object:
             clock.now += 0.04 if name == "unsafe_compute_mask_ptr" else 0.0
@@ -70,4 +70,4 @@ def test_slow_grammars_of_a_client_without_credit_are_refused(
         with pytest.raises(ValueError, match="grammars of this key"):
             refused.consume(token)
     assert not quick.masks([], tokenizer.vocab_size).all()
-    quick.consume(token)  # one that is not to blame continues
+    quick.consume(token)  # a fast grammar continues

@@ -1,4 +1,4 @@
-"""The scheduler with blocks on disk, against the same model of memory; and what a read holds up."""
+"""The scheduler with blocks on disk, against the same model of memory; sequences that wait for reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Content = tuple[str, tuple[int, ...]]
 
 
 class FakeStore:
-    """Keeps what slots of memory hold; reads end when a test says so."""
+    """Stores the contents of memory slots; tests decide when reads end."""
 
     def __init__(self, size: int, memory: dict[int, Content]) -> None:
         self.size, self.memory = size, memory
@@ -45,7 +45,7 @@ class FakeStore:
         assert hashes
 
     def fill(self, load: Load[Any], good: int) -> int:
-        """Read the first `good` blocks, as far as they are still there."""
+        """Read the first `good` blocks that still exist."""
         self.loads.remove(load)
         for number, (digest, block) in enumerate(zip(load.hashes, load.blocks, strict=True)):
             if number == good or digest not in self.kept:
@@ -78,7 +78,7 @@ class Stored(SchedulerMachine):
 
     @rule()
     def restart(self) -> None:
-        """Another process finds the same files."""
+        """Simulate another process with the same files."""
         if not self.live and not self.store.loads:
             self.memory.clear()
             self.scheduler = self.new_scheduler(self.store)
@@ -113,7 +113,7 @@ TestStoredClients.settings = settings(COMMON, max_examples=40)
 
 
 def scheduler_with(prompt: list[int], num_blocks: int = 32) -> tuple[Scheduler, FakeStore]:
-    """Blocks of 4 tokens; those of `prompt` are on disk and not in memory."""
+    """A scheduler with blocks of 4 tokens; those of `prompt` are only on disk."""
     store = FakeStore(4, {})
     hashes: list[bytes] = []
     PrefixCache(4).extend(hashes, prompt, "", len(prompt) // 4)
@@ -123,7 +123,7 @@ def scheduler_with(prompt: list[int], num_blocks: int = 32) -> tuple[Scheduler, 
     return scheduler, store
 
 
-def test_others_go_on_while_a_prefix_is_read() -> None:
+def test_others_continue_while_a_prefix_is_read() -> None:
     prompt = list(range(22))
     scheduler, store = scheduler_with(prompt)
     stored, other = sequence(0, prompt), sequence(1, [7] * 6)
@@ -141,7 +141,7 @@ def test_others_go_on_while_a_prefix_is_read() -> None:
     assert stored.num_cached == 20 and scheduler.num_waiting == 0
 
 
-def test_a_failed_read_is_computed_and_not_tried_again() -> None:
+def test_failed_read_is_computed_and_not_retried() -> None:
     prompt = list(range(22))
     scheduler, store = scheduler_with(prompt)
     seq = sequence(0, prompt)
@@ -157,7 +157,7 @@ def test_a_failed_read_is_computed_and_not_tried_again() -> None:
     assert (item.start, item.count) == (8, 14)
 
 
-def test_sequences_with_the_same_prefix_wait_for_one_read() -> None:
+def test_sequences_with_the_same_prefix_share_one_read() -> None:
     prompt = list(range(22))
     scheduler, store = scheduler_with(prompt)
     for number in range(3):
@@ -168,7 +168,7 @@ def test_sequences_with_the_same_prefix_wait_for_one_read() -> None:
     assert [(i.start, i.count) for i in scheduler.schedule()] == [(20, 3)] * 3
 
 
-def test_a_sequence_that_leaves_while_it_is_read_frees_its_blocks() -> None:
+def test_cancelled_sequence_frees_the_blocks_of_its_read() -> None:
     prompt = list(range(22))
     scheduler, store = scheduler_with(prompt)
     seq = sequence(0, prompt)
@@ -189,7 +189,7 @@ def test_another_salt_or_a_short_prefix_reads_nothing() -> None:
     assert not store.loads
 
 
-def test_a_read_takes_no_blocks_that_are_not_there() -> None:
+def test_read_needs_free_blocks() -> None:
     prompt = list(range(22))
     scheduler, store = scheduler_with(prompt, num_blocks=8)
     running = sequence(0, [7] * 15)

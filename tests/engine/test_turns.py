@@ -1,4 +1,4 @@
-"""Clients take turns, hold few places, and pay for what they use."""
+"""Clients take turns, use few places, and are charged for CPU time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_clients_take_turns() -> None:
     assert order == ["a1", "b1", "a2", "a3"]
 
 
-def test_the_last_place_is_kept_for_a_client_that_holds_none() -> None:
+def test_last_place_is_reserved_for_a_client_without_any() -> None:
     turns: Turns[Task] = Turns(places=3, places_each=3, credit=1.0, refill=0.0)
     for name in ("a1", "a2", "a3", "a4"):
         turns.put("a", Task(name))
@@ -50,7 +50,7 @@ def test_the_last_place_is_kept_for_a_client_that_holds_none() -> None:
     assert take(turns) == "b1"
 
 
-def test_a_client_without_credit_comes_last_and_holds_one_place() -> None:
+def test_client_without_credit_comes_last_and_gets_one_place() -> None:
     clock = Clock()
     turns: Turns[Task] = Turns(places=4, places_each=2, credit=1.0, refill=0.1, clock=clock)
     turns.put("a", Task("a0"))
@@ -59,15 +59,15 @@ def test_a_client_without_credit_comes_last_and_holds_one_place() -> None:
     for name in ("a1", "a2", "b1", "b2"):
         turns.put(name[0], Task(name))
     assert [take(turns), take(turns), take(turns)] == ["b1", "b2", "a1"]
-    assert turns._choose() is None  # a holds its one place
+    assert turns._choose() is None  # a uses its one place
     turns.done("a", 0.0)
     clock.now = 20.0
-    assert turns.take() == ("a", Task("a2"), True)  # the credit has come back
+    assert turns.take() == ("a", Task("a2"), True)  # the credit is refilled
 
 
-def test_what_one_client_queues_is_bounded() -> None:
+def test_queue_per_client_is_bounded() -> None:
     turns: Turns[Task] = Turns(2, 1, 1.0, 0.0, max_waiting=3, max_bytes=100)
-    turns.put("a", Task("large", 1000))  # one of any size
+    turns.put("a", Task("large", 1000))  # a single job may have any size
     with pytest.raises(Busy, match="1000 bytes"):
         turns.put("a", Task("small"))
     for i in range(3):
@@ -77,7 +77,7 @@ def test_what_one_client_queues_is_bounded() -> None:
     turns.put("c", Task("c0"))
 
 
-def test_a_closed_queue_returns_what_waits_and_ends_every_thread() -> None:
+def test_closed_queue_returns_waiting_jobs_and_ends_every_thread() -> None:
     turns: Turns[Task] = Turns(2, 1, 1.0, 0.0)
     turns.put("a", Task("a1"))
     assert turns.close() == [Task("a1")]

@@ -64,7 +64,7 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
     assert data["forecasts"]["realtime"]["p50"] == [12.0] and "mid" not in data["forecasts"]
     assert data["replicas"][0]["state"] == "ready" and data["gauges"]["usd_per_hour"] == 0.72
     assert abs(data["gauges"]["usd_per_million"] - 0.72 / 3600 / 1000 * 1e6) < 1e-12
-    assert data["facts"]["capacity"] == "5 requests/s a replica"
+    assert data["facts"]["capacity"] == "5 requests/s per replica"
 
 
 def test_forecast_bands_reach_the_page(tmp_path: Path) -> None:

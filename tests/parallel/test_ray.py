@@ -203,7 +203,7 @@ def test_cuda_index_of_a_ray_gpu_id(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeRay:
-    """Ray with one actor, which answers its beats while `answers`."""
+    """Ray with one actor, which answers heartbeats while `answers` is true."""
 
     def __init__(self) -> None:
         self.answers = True
@@ -226,7 +226,7 @@ class FakeRay:
         self.killed += 1
 
 
-def test_a_silent_rank_is_unhealthy_until_it_answers_and_lost_after_a_while(
+def test_silent_rank_is_unhealthy_until_it_answers_and_lost_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ray_workers, "BEAT", 0.005)

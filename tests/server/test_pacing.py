@@ -1,4 +1,4 @@
-"""The lock whose clients take turns."""
+"""A lock that clients acquire in turns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 from farthing.server.pacing import FairLock
 
 
-def test_a_client_with_one_request_waits_for_one_of_each_other() -> None:
+def test_client_with_one_request_waits_for_one_of_each_other() -> None:
     async def run() -> list[str]:
         lock, order = FairLock(), []
 
@@ -23,7 +23,7 @@ def test_a_client_with_one_request_waits_for_one_of_each_other() -> None:
     assert asyncio.run(run()) == ["a", "a", "b", "c", "a", "b", "a"]
 
 
-def test_a_request_that_leaves_passes_its_turn_on() -> None:
+def test_cancelled_request_passes_its_turn_on() -> None:
     async def run() -> bool:
         lock = FairLock()
         await lock.acquire("a")
@@ -32,7 +32,7 @@ def test_a_request_that_leaves_passes_its_turn_on() -> None:
         waiting[0].cancel()  # while it waits
         await asyncio.sleep(0)
         lock.release()
-        waiting[1].cancel()  # after it was handed over, before it runs
+        waiting[1].cancel()  # after it got the lock, before it runs
         await asyncio.wait_for(waiting[2], 1)
         lock.release()
         await asyncio.wait_for(lock.acquire("b"), 1)

@@ -1,4 +1,4 @@
-"""JSON in pieces: the same document, no piece large, one per turn of the event loop."""
+"""JSON in pieces: the same document, small pieces, one per iteration of the event loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCUMENTS = st.recursive(
 
 
 @given(DOCUMENTS)
-def test_the_text_is_that_of_the_document(document: Any) -> None:
+def test_pieces_form_the_document(document: Any) -> None:
     assert json.loads("".join(texts(document))) == json.loads(json.dumps(document))
     pieced = {"a": Pieces(listed(map(json.dumps, [document, 1]))), "b": Pieces(texts(document))}
     assert json.loads("".join(texts(pieced))) == json.loads(json.dumps({"a": [document, 1], "b": document}))
@@ -39,7 +39,7 @@ def written(count: int, top: int, seed: int = 0) -> tuple[list[int], list[Any], 
     return ids[:, 0].tolist(), positions(table, [top] * count, tokenizer().token_text), values
 
 
-def test_log_probabilities_in_every_shape() -> None:
+def test_log_probabilities_of_every_shape() -> None:
     tokens, given_positions, values = written(40, 5)
     known = TokenTexts(tokenizer())
     chat = json.loads("".join(texts(chat_logprobs(given_positions, 3, known))))
@@ -60,8 +60,8 @@ def test_log_probabilities_in_every_shape() -> None:
             assert value["logprob"] == position[name].logprob and value["rank"] == position[name].rank
 
 
-def test_no_piece_is_large_and_each_is_made_in_its_own_turn() -> None:
-    """However much a request asks for, and however many requests: the bound on what others wait for."""
+def test_pieces_are_small_and_built_one_per_iteration() -> None:
+    """The delay of others is bounded for any size and number of requests."""
     made: list[int] = []
     turn = 0
 

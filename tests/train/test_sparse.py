@@ -1,4 +1,4 @@
-"""Sparse attention in training: what is selected, what the indexer learns, and the checkpoint it leaves."""
+"""Sparse attention in training: selection, the indexer's loss, and the exported checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.train.conftest import random_checkpoint, settings_of
 SPARSE = SparseConfig(index_topk=8, index_n_heads=4, index_head_dim=16, warm_tokens=320)
 
 
-def test_every_way_of_picking_reads_k_earlier_keys() -> None:
+def test_every_selection_reads_k_earlier_keys() -> None:
     torch.manual_seed(0)
     scores = index_scores(torch.randn(2, 9, 3, 4), torch.randn(2, 9, 4), torch.rand(2, 9, 3))
     for pick in (largest, recent, random_keys):
@@ -31,7 +31,7 @@ def test_every_way_of_picking_reads_k_earlier_keys() -> None:
     assert random_keys(scores, 4).diagonal(dim1=-2, dim2=-1).all()
 
 
-def test_divergence_is_zero_where_the_scores_are_attention_s_logarithm() -> None:
+def test_divergence_is_zero_if_scores_are_the_logarithm_of_attention() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 6, 8)
     keys = torch.ones(6, 6, dtype=torch.bool).tril()[None]
@@ -40,7 +40,7 @@ def test_divergence_is_zero_where_the_scores_are_attention_s_logarithm() -> None
     assert divergence(target, torch.zeros_like(target), keys) > 0.01
 
 
-def test_stages_train_what_they_should(tiny: ModelConfig) -> None:
+def test_stages_train_their_parameters(tiny: ModelConfig) -> None:
     torch.manual_seed(0)
     model = with_indexer(DeepSeekLM(tiny), SPARSE, 0).train()
     for p in model.parameters():
@@ -59,8 +59,8 @@ def test_stages_train_what_they_should(tiny: ModelConfig) -> None:
     }
 
 
-def test_the_engine_computes_what_was_trained(tiny: ModelConfig, tmp_path: Path, sources: Path) -> None:
-    """The exported checkpoint of type deepseek_v32, over the paged cache."""
+def test_engine_computes_the_trained_model(tiny: ModelConfig, tmp_path: Path, sources: Path) -> None:
+    """The exported checkpoint of type deepseek_v32 with the paged cache."""
     dense = load_checkpoint(random_checkpoint(tiny, tmp_path / "dense", sources))
     model = with_indexer(dense, dataclasses.replace(SPARSE, index_n_heads=24), 0).eval()
     from tokenizers import Tokenizer
@@ -79,7 +79,7 @@ def test_the_engine_computes_what_was_trained(tiny: ModelConfig, tmp_path: Path,
     assert (without - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
-def test_the_whole_run_resumes_and_reports(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
+def test_run_resumes_and_reports(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
     settings = settings_of(checkpoint, tmp_path / "run", sources)
     summary = train_sparse(settings, SPARSE)
     assert summary is not None

@@ -241,5 +241,5 @@ class SharedGroup:
                 self._arena.check()
                 if (naps - _YIELDS) * _NAP * 2 > self._timeout:
                     raise PeerLost(
-                        f"rank {peer} of a group of {self.size} did not respond within {self._timeout:g} s"
+                        f"rank {peer} of a group of {self.size} did not answer in {self._timeout:g} s"
                     )

@@ -31,7 +31,7 @@ FOREIGN = {"notes.txt": b"keep me", "0" * 32 + "-x.kv": b"keep me too", "README"
 
 
 def digest(chain: Sequence[int]) -> bytes:
-    """Of a prefix, like the engine's: tells the whole chain."""
+    """Digest of a prefix, like the engine's: identifies the whole chain."""
     return bytes(chain).ljust(16, b"\xff")
 
 
@@ -49,7 +49,7 @@ def put(index: Index, chain: Sequence[int], start: int) -> None:
 
 
 def get(index: Index, wanted: bytes) -> bytes | None:
-    """What the store does: the first file that is whole."""
+    """Read a block as the store does: from the first intact file."""
     while name := index.file_of(wanted):
         try:
             descriptor = os.open(index.folder / name, os.O_RDONLY)
@@ -74,7 +74,7 @@ chains = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
 
 class IndexMachine(RuleBasedStateMachine):
-    """Every block that is read is the right one, whatever happened to the files."""
+    """Every block read is correct, whatever happened to the files."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,13 +186,13 @@ def index_over(root: Path, capacity: int = CAPACITY, identity: bytes = FORM.iden
 
 
 def age(index: Index, seconds: float) -> None:
-    """Every file was used this long ago."""
+    """Set the last use of all files to `seconds` ago."""
     for path in index.folder.glob("*.kv"):
         then = path.stat().st_mtime - seconds
         os.utime(path, (then, then))
 
 
-def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+def test_least_recently_used_files_are_evicted_first(tmp_path: Path) -> None:
     index = index_over(tmp_path, 3 * FORM.segment_bytes(1))
     for number in range(3):
         put(index, [number], 0)
@@ -204,7 +204,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert index.evictions == 2  # to 95 %
 
 
-def test_the_end_of_a_chain_is_evicted_before_its_beginning(tmp_path: Path) -> None:
+def test_end_of_a_chain_is_evicted_before_its_beginning(tmp_path: Path) -> None:
     index = index_over(tmp_path, 3 * FORM.segment_bytes(1))
     chain = [1, 2, 3, 4]
     for end in range(1, 5):
@@ -215,7 +215,7 @@ def test_the_end_of_a_chain_is_evicted_before_its_beginning(tmp_path: Path) -> N
     assert index.find([digest(chain[:end]) for end in range(1, 5)]) == 2
 
 
-def test_the_capacity_is_that_of_all_models_together(tmp_path: Path) -> None:
+def test_capacity_is_shared_by_all_models(tmp_path: Path) -> None:
     old, new = index_over(tmp_path, 200, b"o" * 16), index_over(tmp_path, 200, b"n" * 16)
     put(old, [1], 0)
     age(old, 100)

@@ -1,4 +1,4 @@
-"""Torn, damaged and foreign files are errors, never data."""
+"""Torn, damaged and foreign files raise errors and are never used."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def written(folder: Path, numbers: list[int]) -> Path:
     return folder / result[0]
 
 
-def test_blocks_come_back_whatever_their_pieces(tmp_path: Path) -> None:
+def test_blocks_round_trip_with_any_pieces(tmp_path: Path) -> None:
     path = written(tmp_path, [1, 2, 3])
     assert [load(path, n) for n in (3, 1, 2)] == [contents(3), contents(1), contents(2)]
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert path.stat().st_mode & 0o077 == 0, "prompts can be read from a block"
 
 
-def test_more_pieces_than_a_system_call_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_pieces_than_one_system_call_accepts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment, "_MOST_PIECES", 2)
     result = write_segment(tmp_path, FORM, 1, [source(9, cuts=(1, 2, 3, 4, 5, 6))])
     assert result is not None
@@ -80,7 +80,7 @@ def test_short_reads_and_writes_are_continued(
     assert load(written(tmp_path, [4, 5]), 5) == contents(5)
 
 
-def test_a_block_whose_memory_was_reused_ends_the_file(tmp_path: Path) -> None:
+def test_block_with_reused_memory_ends_the_file(tmp_path: Path) -> None:
     result = write_segment(tmp_path, FORM, 3, [source(1), source(2, intact=False), source(3)])
     assert result is not None
     name, hashes = result
@@ -90,7 +90,7 @@ def test_a_block_whose_memory_was_reused_ends_the_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -101,8 +101,8 @@ def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @given(data=st.data())
-def test_any_damage_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Cut the file anywhere, append to it, or change any byte: each block is right or refused."""
+def test_any_damage_is_detected(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Truncate the file, append to it, or change any byte: each block is correct or rejected."""
     path = written(tmp_path_factory.mktemp("segment"), [1, 2])
     whole = path.read_bytes()
     kind = data.draw(st.sampled_from(["cut", "append", "change"]))
@@ -129,14 +129,14 @@ def test_any_damage_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: s
     [Format(b"j" * 16, 24), Format(FORM.identity, 12), Format(FORM.identity, 48)],
     ids=["model", "smaller", "larger"],
 )
-def test_another_models_file_is_refused(tmp_path: Path, other: Format) -> None:
+def test_file_of_another_model_is_rejected(tmp_path: Path, other: Format) -> None:
     path = written(tmp_path, [1, 2])
     with pytest.raises(SegmentError, match="another model"):
         load(path, 1, other)
 
 
 @given(text=st.binary(max_size=300))
-def test_a_foreign_file_is_refused(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
+def test_foreign_file_is_rejected(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> None:
     path = tmp_path_factory.mktemp("foreign") / "file"
     path.write_bytes(text)
     with pytest.raises(SegmentError):

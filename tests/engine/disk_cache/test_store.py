@@ -1,4 +1,4 @@
-"""The threads: what is computed reaches the disk and comes back, and nothing wrong does."""
+"""The threads: computed blocks are stored and read back, and no wrong block is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCKS, SIZE = 12, 4
 
 
 def cache_of(dtype: str = "bfloat16", index: bool = False) -> LatentCache:
-    """Random bytes in every part."""
+    """A cache with random bytes in every part."""
     kind = CACHE_DTYPES[dtype]
     random = torch.Generator().manual_seed(5)
 
@@ -52,7 +52,7 @@ def copy_of(cache: LatentCache, block: int) -> list[bytes]:
 
 
 class Rig:
-    """A store over a cache, and its prefix cache."""
+    """A store of a cache, and its prefix cache."""
 
     def __init__(self, root: Path, cache: LatentCache, capacity: int = 1 << 30, device: bool = False) -> None:
         self.cache, self.stats = cache, DiskStats()
@@ -102,7 +102,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", [False, True], ids=["in place", "by way of the host"])
 @pytest.mark.parametrize("index", [False, True], ids=["latents", "and index keys"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "fp8"])
-def test_every_part_of_a_block_comes_back(tmp_path: Path, dtype: str, index: bool, device: bool) -> None:
+def test_every_part_of_a_block_round_trips(tmp_path: Path, dtype: str, index: bool, device: bool) -> None:
     hashes, blocks = hashes_of(4), [7, 2, 9, 4]
     rig = Rig(tmp_path, cache_of(dtype, index), device=device)
     before = [copy_of(rig.cache, block) for block in blocks]
@@ -135,7 +135,7 @@ def test_runs_of_a_chain_share_a_file_and_are_written_once(tmp_path: Path) -> No
     assert rig.stats.written_bytes == 6 * rig.index.form.block_bytes
 
 
-def test_files_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_size_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SEGMENT_BYTES", 2 * BlockMemory(cache_of()).block_bytes)
     rig = Rig(tmp_path, cache_of())
     rig.compute(hashes_of(5), list(range(5)))
@@ -144,9 +144,7 @@ def test_files_have_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(rig.index) == 5
 
 
-def test_a_block_reused_while_it_is_copied_is_not_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_block_reused_during_the_copy_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path, cache_of())
     source = rig.store._memory.source
 
@@ -170,7 +168,7 @@ def test_blocks_of_a_dropped_prefix_cache_are_not_stored(tmp_path: Path) -> None
     assert not len(rig.index)
 
 
-def test_a_damaged_file_is_removed_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_file_is_removed_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = Rig(tmp_path, cache_of())
     first.compute(hashes_of(3), [0, 1, 2])
     first.store.close()
@@ -186,12 +184,10 @@ def test_a_damaged_file_is_removed_and_counted(tmp_path: Path, caplog: pytest.Lo
     rig.store.close()
 
 
-def test_a_file_evicted_by_another_process_is_a_miss(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_file_evicted_by_another_process_is_a_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = Rig(tmp_path, cache_of()), Rig(tmp_path, cache_of())
     first.compute(hashes_of(3), [0, 1, 2])
-    until(lambda: second.store.find(hashes_of(3)) == 3)  # it follows the first
+    until(lambda: second.store.find(hashes_of(3)) == 3)  # it detects the first one's files
     second.store.close()
     for path in list(second.index.folder.iterdir()):
         path.unlink()
@@ -215,7 +211,7 @@ def test_two_processes_write_the_same_blocks(tmp_path: Path) -> None:
     reader.store.close()
 
 
-def test_the_directory_stays_within_its_bytes(tmp_path: Path) -> None:
+def test_directory_stays_within_its_capacity(tmp_path: Path) -> None:
     size = BlockMemory(cache_of()).block_bytes
     rig = Rig(tmp_path, cache_of(), capacity=6 * (size + 100))
     for number in range(10):
@@ -230,7 +226,7 @@ def test_the_directory_stays_within_its_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
-def test_a_disk_that_refuses_is_one_warning(
+def test_disk_errors_log_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     refused = 0
@@ -258,7 +254,7 @@ def test_a_disk_that_refuses_is_one_warning(
 write_segment = module.write_segment
 
 
-def test_a_reader_that_fails_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_reader_reports_to_the_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path, cache_of())
 
     def broken(block: int) -> None:

@@ -112,7 +112,7 @@ class GpuOps(Ops):
         w = weights()
         here = [e for e, load in enumerate(w.experts) if load is not None]
         if not here:
-            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one a rank")
+            raise ValueError(f"no expert of {name!r} is on this rank; expected at least one per rank")
         held = None
         if len(here) < len(w.experts):
             held = torch.full((len(w.experts),), -1, dtype=torch.int32)
