@@ -145,6 +145,27 @@ def pipelined(port: int) -> str:
         return connection.recv(100).split(b"\r\n")[0].decode()
 
 
+def burst(port: int) -> str:
+    """500 requests on as many connections, sent at once."""
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    head = (
+        f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    while len(_OPEN) < 500:
+        _OPEN.append(socket.create_connection(("127.0.0.1", port), timeout=30))
+    try:
+        for connection in _OPEN:
+            connection.sendall(head + body)
+        return {connection.recv(65536)[9:12].decode() for connection in _OPEN}.__repr__()
+    except OSError:
+        _OPEN.clear()
+        raise
+
+
+_OPEN: list[socket.socket] = []
+
+
 def nested(count: int) -> dict[str, Any]:
     """Schemas within schemas."""
     schema: dict[str, Any] = {"type": "string"}
@@ -242,11 +263,13 @@ def bodies() -> list[Attack]:
 
 
 def work() -> list[Attack]:
-    """Valid but heavy requests."""
+    """Valid but heavy requests. Token 80 is "a" and 236 a space in the embedded model."""
     crowd = {"prompt": ["x" * 200] * 8, "n": 60, "max_tokens": 1500, "ignore_eos": True}
     scored = {"prompt": [[5 + i] * 2_000 for i in range(16)], "max_tokens": 1}
     answers = {"n": 64, "max_tokens": 200, "ignore_eos": True}
-    blanks = {"messages": [USER], "max_tokens": 1200, "logit_bias": {"220": 100}, "ignore_eos": True}
+    begun = ["a" * 1023 + "b", *("a" * (500 + k) + "b" * 500 for k in range(15))]
+    held = {"prompt": "x", "n": 64, "max_tokens": 1500, "logit_bias": {"80": 100}, "stop": begun}
+    blanks = {"messages": [USER], "max_tokens": 1200, "logit_bias": {"236": 100}, "ignore_eos": True}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     shown = {"messages": [USER], "logprobs": True, "top_logprobs": 20, "stream": True}
     kept = {"input": "x" * 100_000, "max_output_tokens": 1, "metadata": {"a": "x" * 500}}
@@ -258,6 +281,7 @@ def work() -> list[Attack]:
         Attack("logprobs: n = 64", post(COMPLETE, answers | {"prompt": "x", "logprobs": 20})),
         Attack("top_logprobs, stream: n = 64",
                post(CHAT, answers | shown)),
+        Attack("stop: 16 strings that nearly match", post(COMPLETE, held)),
         Attack("tools: 1,200 blanks", post(CHAT, blanks | {"tools": [tool], "stream": True})),
         Attack("responses: a full store", fresh(RESPOND, lambda n: kept | {"user": str(n)})),
         Attack("clients that leave", abandoned(COMPLETE, answers | {"prompt": "x", "stream": True}, 100), 16),
@@ -274,6 +298,7 @@ def sockets() -> list[Attack]:
         Attack("sockets: 3,000 half-open", half_open, 1),
         Attack("bodies: slow", slow_body, 50),
         Attack("pipeline: 2,000 requests", pipelined),
+        Attack("burst: 500 requests", burst, 1),
     ]
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farthing.server.errors import ApiError, send_error
-from farthing.server.pacing import FairLock
+from farthing.server.pacing import FairLock, Gate
 
 MAX_DEPTH = 128
 MAX_VALUES = 32_768  # values other than numbers
@@ -34,7 +34,7 @@ class Bodies:
         self.app = app
         self.max_bytes = max_bytes
         self.timeout = timeout
-        self._lock = FairLock()
+        self._lock, self._gate = FairLock(), Gate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request with its whole body in one message."""
@@ -46,10 +46,12 @@ class Bodies:
             await send_error(self._too_large(), scope, receive, send)
             return
         if scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._gate.enter(scope["client_name"])
             await self.app(scope, receive, send)
             return
         try:
             body = await self._read(receive)
+            await self._gate.enter(scope["client_name"])
             heavy = len(body) > _LARGE or check(body) > _MANY
         except ApiError as error:
             await send_error(error, scope, receive, send)

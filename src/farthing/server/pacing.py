@@ -1,34 +1,31 @@
-"""Work that holds the event loop for long, one request at a time and with pauses, clients in turn."""
+"""Turns between clients on the event loop, however many requests each of them has waiting."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 
-class FairLock:
-    """A lock whose waiting clients take turns, however many requests each of them has waiting."""
+class _Line:
+    """Requests that wait, by client; clients take turns."""
 
     def __init__(self) -> None:
-        self._held = False
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the first is next
 
-    async def acquire(self, client: str) -> None:
-        """Wait for the lock."""
-        if not self._held:
-            self._held = True
-            return
+    async def wait(self, client: str, unused: Callable[[], object]) -> None:
+        """Wait for a turn. unused: called where the turn came, but the request was cancelled."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(client, deque()).append(turn)
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was handed over meanwhile
-                self.release()
+            if turn.done() and not turn.cancelled():
+                unused()
             raise
 
-    def release(self) -> None:
-        """Hand the lock to the next client's first request."""
+    def call(self) -> bool:
+        """Give the next client's first request its turn; False if none waits."""
         while self._queues:
             client, queue = self._queues.popitem(last=False)
             turn = queue.popleft()
@@ -36,5 +33,50 @@ class FairLock:
                 self._queues[client] = queue  # at the back
             if not turn.done():
                 turn.set_result(None)
-                return
+                return True
+        return False
+
+
+class FairLock:
+    """A lock for work that holds the event loop for long."""
+
+    def __init__(self) -> None:
         self._held = False
+        self._line = _Line()
+
+    async def acquire(self, client: str) -> None:
+        """Wait for the lock."""
+        if self._held:
+            await self._line.wait(client, self.release)
+        self._held = True
+
+    def release(self) -> None:
+        """Hand the lock to the next request."""
+        self._held = self._line.call()
+
+
+class Gate:
+    """Lets a few requests begin in each turn of the event loop.
+
+    A burst of hundreds, which would otherwise all begin in one turn, delays the next client's by a few.
+    """
+
+    def __init__(self, per_turn: int = 8) -> None:
+        self._most = self._left = per_turn
+        self._line = _Line()
+
+    async def enter(self, client: str) -> None:
+        """Wait until a request may begin."""
+        if self._left == self._most:
+            asyncio.get_running_loop().call_soon(self._refill)
+        if self._left:
+            self._left -= 1
+        else:
+            await self._line.wait(client, lambda: None)
+
+    def _refill(self) -> None:
+        self._left = self._most
+        while self._left and self._line.call():
+            self._left -= 1
+        if self._left < self._most:
+            asyncio.get_running_loop().call_soon(self._refill)
