@@ -93,6 +93,7 @@ def test_some_deterministic_answers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_200_answers(isa: str, name: str) -> None:
@@ -105,6 +106,7 @@ def test_200_answers(isa: str, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_200_deterministic_answers(isa: str, name: str) -> None:
@@ -115,6 +117,7 @@ def test_200_deterministic_answers(isa: str, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_200_answers_of_ranks_without_shared_memory_and_with_drafts() -> None:
     expected = alone(ISAS[0], "bfloat16", 200, 32)
     for sizes in (RANKS["ep"], RANKS["pp"]):
