@@ -106,8 +106,10 @@ def test_block_sparse(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, sh
 def test_mlp(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, hidden: int, width: int) -> None:
     parts = weight(name, width, hidden), weight(name, width, hidden), weight(name, hidden, width)
     x, scale = torch.randn(tokens, hidden), norm(hidden)
-    y = ops.mlp(x.clone(), ops.pack_mlp("m", lambda: parts), scale, EPS)
-    assert distance(y - x, ref.mlp(x, ref.pack_mlp("m", lambda: parts), scale, EPS) - x) < 3 * BOUNDS[name]
+    handle, expected = ops.pack_mlp("m", lambda: parts), ref.pack_mlp("m", lambda: parts)
+    added = ops.mlp(x.clone(), handle, scale, EPS, residual=False)
+    assert distance(added, ref.mlp(x, expected, scale, EPS, residual=False)) < 3 * BOUNDS[name]
+    assert torch.equal(ops.mlp(x.clone(), handle, scale, EPS), x + added)
 
 
 ROUTERS = {

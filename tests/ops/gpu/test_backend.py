@@ -89,8 +89,11 @@ def test_reroute(ops: GpuOps, ref: ReferenceOps) -> None:
 def test_mlp(ops: GpuOps, ref: ReferenceOps, name: str) -> None:
     parts = weight(name, 96, 64), weight(name, 96, 64), weight(name, 64, 96)
     x, scale = torch.randn(3, 64), norm(64)
-    y = ops.mlp(x.to(DEVICE), ops.pack_mlp("m", lambda: parts), scale, EPS).cpu()
-    assert distance(y - x, ref.mlp(x, ref.pack_mlp("m", lambda: parts), scale, EPS) - x) < 3 * BOUNDS[name]
+    handle, expected = ops.pack_mlp("m", lambda: parts), ref.pack_mlp("m", lambda: parts)
+    y = ops.mlp(x.to(DEVICE), handle, scale, EPS).cpu()
+    added = ops.mlp(x.to(DEVICE), handle, scale, EPS, residual=False).cpu()
+    assert distance(added, ref.mlp(x, expected, scale, EPS, residual=False)) < 3 * BOUNDS[name]
+    assert distance(y, x + added) < 1e-12
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -239,10 +239,9 @@ class GpuOps(Ops):
 
     def mlp(self, x: Tensor, weights: Mlp, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
         n = self.rms_norm(x, norm, eps)
-        if not residual:
-            return self._gated(n, weights)
         none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
-        return combine(n, none, None, self._gated(n, weights), _rows(x))
+        added_to = _rows(x) if residual else torch.zeros_like(x)
+        return combine(n, none, None, self._gated(n, weights), added_to)
 
     def _gated(self, n: Tensor, weights: Mlp) -> Tensor:
         """One MLP for all tokens: a grouped product with one group."""
