@@ -342,6 +342,19 @@ def test_truncated_call_keeps_its_arguments_so_far(
         assert found == arguments
 
 
+@pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)
+def test_an_output_cut_anywhere_shows_no_markup(
+    write: Callable[[Calls], str], make: Callable[[], CallParser]
+) -> None:
+    text = "Why.</think>Hé < b" + write([("get_weather", {"city": "Rome"}), ("f", {"x": [1]})])
+    for cut in range(len(text)):
+        for chunks in ([text[:cut]], list(text[:cut])):
+            found = answer(OutputParser(make(), THINK, opened=True), chunks)
+            shown = found.text + found.reasoning
+            marks = ("</thin", "<｜tool", "<|tool", "<tool_", "<｜DSML", "arg_")
+            assert not any(mark in shown for mark in marks), (cut, shown)
+
+
 def test_no_arguments_become_an_empty_object() -> None:
     empty = (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜><｜tool▁call▁end｜><｜tool▁calls▁end｜>"

@@ -15,6 +15,9 @@ def beginning(text: str, literal: str) -> int:
     return at if at >= 0 else len(text)
 
 
+_CERTAIN = 6  # characters of a tag that no text ends with by chance, as in "<tool_"
+
+
 class Literals:
     """A fixed set of non-empty strings. `find` returns the first one, the longest where several begin."""
 
@@ -37,6 +40,10 @@ class Literals:
     def remove(self, text: str) -> str:
         """A complete text without the literals."""
         return self._pattern.sub("", text)
+
+    def unless_cut(self, text: str) -> str:
+        """The end of an output; empty where it is a literal that was cut off."""
+        return "" if len(text) >= _CERTAIN and self._may_grow(text) else text
 
     def ready(self, text: str) -> int:
         """How many characters of a text without a literal cannot become part of one."""

@@ -249,8 +249,8 @@ class Service:
         try:
             await self._checked(lambda: sandbox.grammar(constraint, client), client, param)
         except ApiError as error:
-            if param == "tools":
-                error.message = error.message.replace("structured_outputs.grammar", "tools: a strict schema")
+            if param == "tools" and error.status == 400:
+                error.message = _of_schema(error.message)
             raise
 
     async def _submit_in_turn(
@@ -368,3 +368,10 @@ def _abandon(submitted: Future[list[RequestStream]]) -> None:
     if not submitted.cancelled() and submitted.exception() is None:
         for stream in submitted.result():
             stream.cancel()
+
+
+def _of_schema(message: str) -> str:
+    """An error about a grammar for the client, who knows of the schema from which it was made."""
+    why = message.partition("%llguidance")[0].removesuffix(" 1 | ").rpartition(": failed to ")[2]
+    why = why.removeprefix("structured_outputs.grammar is not accepted: ")
+    return f"tools: the schema of a strict tool is not accepted: {why}"

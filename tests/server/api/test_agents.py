@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from farthing.config import EngineConfig
 from tests.conversation.test_parse import Calls, dsml
 from tests.server.api.loops import FORMATS, scripted
+from tests.server.api.snippets import blocks, pointed_at
 from tests.server.harness import Running, ScriptedEngine, running
 
 HERE = Path(__file__).parent
@@ -36,12 +38,13 @@ def need(*packages: str) -> None:
             pytest.skip(f"npm package {package} is not installed")
 
 
-def node(tmp_path: Path, script: str, *arguments: str) -> str:
-    """Run a script of this directory."""
-    shutil.copy(HERE / script, tmp_path)
+def node(tmp_path: Path, script: Path, *arguments: str) -> str:
+    """Run a script beside the packages."""
+    if script.parent != tmp_path:
+        shutil.copy(script, tmp_path)
     (tmp_path / "node_modules").symlink_to(MODULES)
     done = subprocess.run(
-        ["node", script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        ["node", script.name, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -51,7 +54,7 @@ def node(tmp_path: Path, script: str, *arguments: str) -> str:
 def test_openai_for_node(format_: str, tmp_path: Path) -> None:
     need("openai")
     with scripted(format_) as (server, _):
-        assert node(tmp_path, "openai.mjs", server.url).strip() == "ok"
+        assert node(tmp_path, HERE / "openai.mjs", server.url).strip() == "ok"
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -59,7 +62,15 @@ def test_vercel_sdk(format_: str, tmp_path: Path) -> None:
     need("ai", "zod", "@ai-sdk/openai-compatible", "@ai-sdk/anthropic")
     with scripted(format_) as (server, _):
         text = "".join(f"Step {step}." for step in range(5)) + "Done."
-        assert node(tmp_path, "vercel.mjs", server.url).splitlines() == [f"0,1,2,3,4 {text}"] * 2
+        assert node(tmp_path, HERE / "vercel.mjs", server.url).splitlines() == [f"0,1,2,3,4 {text}"] * 2
+
+
+def test_the_snippet_for_vercels_sdk(tmp_path: Path) -> None:
+    need("ai", "@ai-sdk/openai-compatible")
+    (snippet,) = blocks("clients", "js")
+    with running(ScriptedEngine(["Hello ", "there"])) as server:
+        (tmp_path / "snippet.mjs").write_text(pointed_at(snippet, server.url))
+        assert node(tmp_path, tmp_path / "snippet.mjs").strip() == "Hello there"
 
 
 def agent_engine(calls: Calls) -> ScriptedEngine:
@@ -107,16 +118,16 @@ def test_claude_code(tmp_path: Path) -> None:
     ]
     engine = agent_engine(calls)
     with running(engine) as server:
-        command = [str(MODULES / ".bin" / "claude"), "-p", "Write hello.", "--allowedTools", "Bash,Read"]
+        (snippet,) = blocks("clients", "", "Claude Code")
+        *exports, last = pointed_at(snippet, server.url).strip().splitlines()
+        environment = dict(line.removeprefix("export ").split("=", 1) for line in exports)
+        assert shlex.split(last)[:2] == ["claude", "-p"]
         printed = headless(
             server,
-            command,
+            [str(MODULES / ".bin" / "claude"), "-p", "Write hello.", "--allowedTools", "Bash,Read"],
             tmp_path,
-            ANTHROPIC_BASE_URL=server.url,
-            ANTHROPIC_AUTH_TOKEN="none",
-            ANTHROPIC_MODEL="tiny",
-            ANTHROPIC_DEFAULT_HAIKU_MODEL="tiny",
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+            **environment,
         )
     assert "ALL DONE" in printed and file.read_text() == "hello 日 >&1\n"
     turns = [prompt for prompt in engine.prompts if "### Available Tool Schemas" in prompt]
@@ -129,10 +140,8 @@ def test_codex(tmp_path: Path) -> None:
     engine = agent_engine([("exec_command", {"cmd": command}) for command in commands])
     with running(engine) as server:
         (tmp_path / ".codex").mkdir()
-        (tmp_path / ".codex" / "config.toml").write_text(
-            'model = "tiny"\nmodel_provider = "farthing"\n[model_providers.farthing]\nname = "farthing"\n'
-            f'base_url = "{server.url}/v1"\nwire_api = "responses"\n'
-        )
+        (snippet,) = blocks("clients", "toml", "Codex")
+        (tmp_path / ".codex" / "config.toml").write_text(pointed_at(snippet, server.url))
         options = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json", "Hi."]
         command = [str(MODULES / ".bin" / "codex"), "exec", *options]
         printed = headless(server, command, tmp_path, CODEX_HOME=str(tmp_path / ".codex"))

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.server.api.snippets import blocks, pointed_at
 from tests.server.harness import ScriptedEngine, running
 
-GUIDE = Path(__file__).parents[3] / "docs" / "guide"
 PAGES = ("chat-completions", "responses", "messages", "clients")
-SNIPPETS = [
-    (page, number, code)
-    for page in PAGES
-    for number, code in enumerate(
-        re.findall(r"```python\n(.*?)```", (GUIDE / f"{page}.md").read_text(encoding="utf-8"), re.DOTALL)
-    )
-]
+SNIPPETS = [(page, number, code) for page in PAGES for number, code in enumerate(blocks(page, "python"))]
 
 
 @pytest.mark.parametrize(("page", "number", "code"), SNIPPETS, ids=[f"{p}-{n}" for p, n, _ in SNIPPETS])
@@ -25,6 +18,14 @@ def test_snippet(page: str, number: int, code: str, capsys: pytest.CaptureFixtur
     for module in re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE):
         pytest.importorskip(module)
     with running(ScriptedEngine(["Hello ", "there"])) as server:
-        exec(code.replace("http://127.0.0.1:8000", server.url), {"MODEL": "tiny"})
+        exec(pointed_at(code, server.url), {"MODEL": "tiny"})
     printed = capsys.readouterr().out
     assert "there" in printed or "Tools" in code or "tools=" in code
+
+
+def test_no_snippet_of_another_client_is_left_out() -> None:
+    """Blocks in other languages run in test_agents, where the client is installed from npm."""
+    assert [len(blocks("clients", language)) for language in ("js", "toml")] == [1, 1]
+    assert len(blocks("clients", "", "Claude Code")) == 1
+    for page in PAGES[:3]:
+        assert not any(blocks(page, language) for language in ("", "js", "toml", "sh"))

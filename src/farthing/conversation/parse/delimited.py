@@ -70,7 +70,7 @@ class DelimitedCalls(Machine):
         """What was held back; a call cut off by the token limit keeps the arguments it has."""
         rest, self._buffer = self._buffer, ""
         if self._state == self._outside:
-            self._text(self._trailing.take() + rest)
+            self._text(self._trailing.take() + self._literals.unless_cut(rest))
         elif self._state == self._raw:
             self._arguments("".join((*self._pieces, rest)).strip())
         elif self._state == self._json:

@@ -144,8 +144,8 @@ class ReasoningSplitter:
         return parts
 
     def finish(self) -> list[Part]:
-        """What is left when the output ends: text that could have become a tag."""
-        rest, self._buffer = self._buffer, ""
+        """What is left when the output ends: text that could have become a tag, unless it clearly was one."""
+        rest, self._buffer = self._ends.unless_cut(self._buffer), ""
         if self._state == "start" and not self._opened:
             rest = "".join(self._blank) + rest
         elif self.reasoning:

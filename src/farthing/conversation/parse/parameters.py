@@ -43,7 +43,7 @@ class ParameterCalls(Machine):
         """
         rest, self._buffer = self._buffer, ""
         if self._state == self._outside:
-            self._outer(rest)
+            self._outer(self.tags.unless_cut(rest))
             self._text(self._trailing.take())
         elif self._state == self._in_value and self._value is None:
             self._push_value(rest)
