@@ -64,5 +64,5 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="int64"):
         quantize_blocks(torch.zeros(2, 2, dtype=torch.int64))
     w8, scale = quantize_blocks(torch.ones(130, 4))
-    with pytest.raises(ValueError, match=r"needs \(2, 1\)"):
+    with pytest.raises(ValueError, match=r"expected \(2, 1\)"):
         dequantize_blocks(w8, scale[:1])
