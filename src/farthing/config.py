@@ -174,7 +174,7 @@ class EngineConfig:
 
     @property
     def halves(self) -> int | None:
-        """Halves of a row-parallel product that each rank computes; None unless deterministic."""
+        """Number of halves of a row-parallel product per rank; None unless deterministic."""
         return 2 // self.tensor_parallel_size if self.deterministic else None
 
     @property

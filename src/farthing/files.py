@@ -46,7 +46,7 @@ def replace(target: Path, write: Callable[[Path], None], durable: bool = True) -
 
 
 def partial_of(target: Path) -> Path:
-    """The temporary file in which this process writes `target`; other processes have others."""
+    """This process's temporary file for `target`; other processes use other names."""
     return target.with_name(f"{target.name}.{os.getpid()}.tmp")
 
 

@@ -1,4 +1,4 @@
-"""Dataclasses from the plain values of a configuration file.
+"""Builds dataclasses from the plain values of a configuration file.
 
 Declared types decide: numbers, strings, paths, literals, nested dataclasses, mappings, lists as tuples, and
 mappings as tuples of pairs. Errors name the field, its value and what is accepted.
@@ -71,7 +71,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _items(kind: Any, value: list[Any] | Mapping[Any, Any], where: str) -> tuple[Any, ...]:
-    """The items of a list; the pairs of a mapping, where pairs are declared."""
+    """The items of a list, or the pairs of a mapping if pairs are declared."""
     if isinstance(value, list):
         return tuple(_convert(kind, item, f"{where}[{i}]") for i, item in enumerate(value))
     pair = typing.get_args(kind)

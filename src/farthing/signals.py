@@ -1,4 +1,4 @@
-"""What child processes do with the signals that end a server."""
+"""Handling of a server's termination signals in child processes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import signal
 
 
 def leave_to_parent() -> None:
-    """Ignore SIGINT and SIGTERM, which a terminal and a service manager send to every process of a group.
+    """Ignore SIGINT and SIGTERM, which terminals and service managers send to the whole process group.
 
-    The parent drains its requests first and then ends this process.
+    The parent first drains its requests and then terminates this process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

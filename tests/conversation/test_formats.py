@@ -292,7 +292,7 @@ def test_template_from_a_file(tmp_path: Path) -> None:
     assert set(get_args(Format)) == set(FORMATS)
 
 
-def test_kimi_names_functions_whatever_ids_a_client_sends() -> None:
+def test_kimi_function_names_do_not_depend_on_client_ids() -> None:
     calls = (
         ToolCall("call_1", "look", "{}"),
         ToolCall("functions.see:7", "see", "{}"),

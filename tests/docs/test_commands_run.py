@@ -1,7 +1,7 @@
-"""Every `farthing` command of the README, the guides and the design pages runs, in its page's order.
+"""Every `farthing` command of the README, the guides and the design pages runs, in page order.
 
-Checkpoints are stand-ins: tiny random models of the type that the page names, and the embedded model where
-the page measures quality. Long jobs are cut short by `SHORTER`; everything else runs as written.
+Checkpoints are stand-ins: tiny random models of the type named by the page, or the embedded model if the
+page measures quality. `SHORTER` shortens long jobs; everything else runs as written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ENVIRONMENT = os.environ | {
 # Commands that run until they are stopped.
 SERVERS = {("serve",), ("fleet", "up"), ("fleet", "run"), ("fleet", "gateway")}
 
-# How a server announces its port, and the path that answers 200 once it is up.
+# The log line with a server's port, and the path that answers 200 once it is up.
 UP = {"run": (r"metrics on port (\d+)", "/metrics"), "gateway": (r"gateway on port (\d+)", "/live")}
 READY = (r"(?:listening|gateway) on http://127.0.0.1:(\d+)", "/ready")
 
@@ -54,7 +54,7 @@ state: state
 metrics: 127.0.0.1:0
 """
 
-# Appended to a command: the same job with less work.
+# Arguments appended to a command to reduce its work.
 SHORTER: dict[tuple[str, ...], tuple[str, ...]] = {
     ("serve",): ("--host", "127.0.0.1", "--port", "0", "--threads", "1"),
     ("bench", "serve"): ("--requests", "8", "--input-tokens", "16", "--output-tokens", "4"),
@@ -67,10 +67,10 @@ SHORTER: dict[tuple[str, ...], tuple[str, ...]] = {
     ("replay",): ("--seeds", "1"),
 }
 
-# Values to replace: a whole training run becomes seconds.
+# Replaced values, so that a training run takes seconds.
 SHORT_VALUES = {"--minutes": "0.05", "--tokens": "8192"}
 
-# What this machine cannot run: a part of the command, and the error that must say why.
+# Commands that this machine cannot run: part of the command, and its expected error.
 ELSEWHERE = {
     "--backend gpu": "gpu",
     "--nodes 2": "ray",
@@ -80,7 +80,7 @@ ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoints and files that pages name, under those names."""
+    """Checkpoints and files with the names used by pages."""
     path = tmp_path_factory.mktemp("standins")
     write_model(path / "model")
     write_model(path / "DeepSeek-V2-Lite", **V2_LITE)
@@ -108,7 +108,7 @@ def rates(hours: int, step_s: int) -> str:
 
 @pytest.fixture
 def workspace(standins: Path, tmp_path: Path) -> Path:
-    """A directory where a page's commands find what they name."""
+    """A directory with the files that a page's commands use."""
     for entry in standins.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     return tmp_path
@@ -120,13 +120,13 @@ PAGES = [p for p in pages() if p.parent.name in (ROOT.name, "guide", "design") a
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_the_commands_of_a_page_run(page: Path, workspace: Path) -> None:
+def test_commands_of_a_page_run(page: Path, workspace: Path) -> None:
     for command in commands(page):
         run(command, workspace)
 
 
 def run(command: Command, workspace: Path) -> None:
-    """Run one command of a page: to its end, or, if it serves, until it answers."""
+    """Run one command of a page to its end, or a server until it answers."""
     words = ["./model" if word in ("MODEL", "./MODEL") else word for word in command.words]
     words = [word.replace("/tmp/", f"{workspace}/") for word in words]
     kind = next(k for n in (2, 1) if (k := tuple(words[:n])) in SERVERS | set(SHORTER) or n == 1)
@@ -151,7 +151,7 @@ def process(words: list[str]) -> list[str]:
 
 
 def finish(words: list[str], workspace: Path, command: Command, fails: bool = False) -> str:
-    """What the command wrote to stderr."""
+    """Run a command. Returns its stderr."""
     done = subprocess.run(process(words), cwd=workspace, env=ENVIRONMENT, text=True, capture_output=True)
     assert (done.returncode != 0) == fails, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr, f"{command}\n{done.stderr[-3000:]}"
@@ -174,7 +174,7 @@ def serving(words: list[str], workspace: Path, command: Command) -> Iterator[str
 
 
 def ready(server: subprocess.Popen[bytes], log: Path, command: Command) -> str:
-    """Wait for the address in the log, then for readiness where replicas exist."""
+    """Wait for the address in the log, then for readiness if there are replicas."""
     pattern, path = UP.get(command.words[1] if len(command.words) > 1 else "", READY)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

@@ -35,7 +35,7 @@ Answers = list[list[int]]
 
 
 def answers(llm: LLM, count: int, together: bool, tokens: int) -> Answers:
-    """Of the same prompts and seeds each time; every second request is greedy."""
+    """Answers to fixed prompts and seeds; every second request is greedy."""
     prompts = [f"{HEAD * (1 + i % 3)}# {i}\n" for i in range(count)]
     params = [
         SamplingParams(max_tokens=tokens, temperature=float(i % 2), seed=i, ignore_eos=True)
@@ -59,13 +59,13 @@ def alone(isa: str, name: str, count: int, tokens: int, **more: Any) -> Answers:
 
 
 def together(isa: str, name: str, count: int, tokens: int, **more: Any) -> Answers:
-    """Of an engine that runs batches of 16."""
+    """Answers of an engine that runs batches of 16."""
     with LLM(max_num_seqs=16, **(options(isa, name) | more)) as llm:
         return answers(llm, count, together=True, tokens=tokens)
 
 
 def twice(isa: str, name: str, count: int, tokens: int, **more: Any) -> list[Answers]:
-    """The second time, every prefix is cached."""
+    """Answers of two runs; in the second, every prefix is cached."""
     with LLM(max_num_seqs=16, **(options(isa, name) | more)) as llm:
         return [answers(llm, count, together=True, tokens=tokens) for _ in range(2)]
 

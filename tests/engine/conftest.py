@@ -99,7 +99,7 @@ def greedy(model: DeepseekModel) -> Callable[[list[int], int], list[int]]:
 
 
 def greedy_of(model: DeepseekModel) -> Callable[[list[int], int], list[int]]:
-    """`greedy` of a model that no engine runs meanwhile, or whose backend allows it (the reference)."""
+    """`greedy` for a model without a running engine, or whose backend allows concurrent calls (reference)."""
 
     def run(prompt: list[int], count: int) -> list[int]:
         tokens = list(prompt)

@@ -464,8 +464,8 @@ def test_step_beyond_its_timeout_is_unhealthy(make_engine: MakeEngine) -> None:
     engine.health()
 
 
-def test_prompt_logprobs_are_computed_a_few_per_step(make_engine: MakeEngine) -> None:
-    """Whatever the prompt, so that no step is long; and kept as arrays, so that nothing is built for each."""
+def test_prompt_logprobs_per_step_are_limited(make_engine: MakeEngine) -> None:
+    """For any prompt, so that steps stay short; and kept as arrays, without an object per token."""
     engine = make_engine(max_num_batched_tokens=256, num_blocks=256)
     rows: list[int] = []
     logits = engine._core.runner.model.logits
@@ -503,7 +503,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_limits_that_exclude_every_token_are_refused(make_engine: Callable[..., Engine], name: str) -> None:
+def test_limits_that_exclude_every_token_are_rejected(make_engine: Callable[..., Engine], name: str) -> None:
     fields, named = IMPOSSIBLE[name]
     with pytest.raises(ValueError, match=named):
         make_engine().submit("x", SamplingParams(max_tokens=4, **fields))

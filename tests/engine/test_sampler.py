@@ -142,8 +142,8 @@ def test_penalties_match_manual_calculation() -> None:
     )
 
 
-def test_the_prompt_of_a_penalty_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the number of completions and steps: a prompt may have 100,000 distinct tokens."""
+def test_prompt_of_a_penalty_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any number of completions and steps, since a prompt may have 100,000 distinct tokens."""
     read: list[int] = []
     index = sampler._index
     monkeypatch.setattr(

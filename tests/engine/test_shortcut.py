@@ -39,7 +39,7 @@ def model() -> DeepseekModel:
 
 @pytest.fixture
 def greedy(model: DeepseekModel) -> Greedy:
-    """Of a second model: the kernels compute one call at a time."""
+    """Greedy tokens of a second model, because the kernels run one call at a time."""
     return greedy_of(random_model(model.config, select("cpu", torch.float32, 1), seed=7))
 
 
@@ -58,7 +58,7 @@ def test_tokens_and_counts(make_engine: MakeEngine, greedy: Greedy, config: dict
     assert all(len(row) == 6 + 3 and sum(row[6:]) > 0 for row in counts.values())
 
 
-def test_a_packed_file_gives_the_same_logits(model: DeepseekModel, tmp_path: Path) -> None:
+def test_packed_file_gives_the_same_logits(model: DeepseekModel, tmp_path: Path) -> None:
     path = str(tmp_path / "packed.bin")
     model.ops.save_packed(path)
     mapped = random_model(model.config, select("cpu", torch.float32, 1, packed=path), seed=7)

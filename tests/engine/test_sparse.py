@@ -47,7 +47,7 @@ def model(request: pytest.FixtureRequest) -> DeepseekModel:
 
 @pytest.fixture
 def greedy(model: DeepseekModel) -> Greedy:
-    """Of a second model on the CPU kernels, which compute one call at a time."""
+    """Greedy tokens of a second model, because the CPU kernels run one call at a time."""
     if isinstance(model.ops, ReferenceOps):
         return greedy_of(model)
     return greedy_of(random_model(model.config, select("cpu", torch.float32, 1), seed=7))

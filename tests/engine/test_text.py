@@ -105,8 +105,8 @@ def test_inactive_checker_passes_everything() -> None:
     assert checker.push("a") == "" and checker.push("c") == "ac"
 
 
-def test_stop_strings_that_nearly_match_cost_nothing_more() -> None:
-    """Held-back text is not searched again for each token: 16 strings took milliseconds per token."""
+def test_nearly_matching_stop_strings_add_no_cost() -> None:
+    """Held-back text is not searched again for each token, which took milliseconds for 16 strings."""
     checker = StopChecker(["a" * 1023 + "b", *("a" * (500 + k) + "b" * 500 for k in range(15))])
     lines = 0
 

@@ -53,7 +53,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(path: Path) -> None:
-    """Read everything. Raises CheckpointError naming a file, or nothing."""
+    """Read everything. Raises only CheckpointError, with a file name."""
     try:
         checkpoint = Checkpoint.open(path)
         for name in checkpoint.names():
@@ -71,7 +71,7 @@ def read(path: Path) -> None:
 
 
 def changed_bytes(data: bytes, draw: st.DataObject) -> bytes:
-    """Bytes replaced, inserted or cut, mostly in the header."""
+    """Replace, insert or delete bytes, mostly in the header."""
     for _ in range(draw.draw(st.integers(1, 3))):
         at = draw.draw(st.integers(0, min(len(data), 700))) if draw.draw(st.booleans()) else len(data) - 1
         new = draw.draw(st.binary(max_size=8))
@@ -80,7 +80,7 @@ def changed_bytes(data: bytes, draw: st.DataObject) -> bytes:
 
 
 def changed_values(document: Any, draw: st.DataObject) -> Any:
-    """Values of a JSON document replaced."""
+    """Replace values of a JSON document."""
     for _ in range(draw.draw(st.integers(1, 3))):
         where = draw.draw(st.sampled_from([path for path in paths_of(document) if path] or [("weight_map",)]))
         holder = document
@@ -91,7 +91,7 @@ def changed_values(document: Any, draw: st.DataObject) -> Any:
 
 
 def changed_header(data: bytes, draw: st.DataObject) -> bytes:
-    """A safetensors file whose header has other values."""
+    """A safetensors file with changed header values."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(changed_values(json.loads(data[8 : 8 + size]), draw)).encode()
     return len(header).to_bytes(8, "little") + header + data[8 + size :]

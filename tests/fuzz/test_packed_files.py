@@ -1,4 +1,4 @@
-"""Packed files that something else wrote: a one-line error, or a matrix of the layout that was packed.
+"""Damaged packed files: a one-line error, or a matrix of the packed layout.
 
 `-m slow` combines all kinds of damage in thousands of files.
 """
@@ -62,7 +62,7 @@ def index_of(whole: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def with_index(whole: bytes, index: Any) -> bytes:
-    """The file with another index, whose checksum is right."""
+    """The file with another index and a correct checksum."""
     offset, text = index_of(whole)[0], json.dumps(index).encode()
     head = HEADER.pack(MAGIC, offset, len(text), xxhash.xxh3_64_intdigest(text))
     return head + whole[HEADER.size : offset] + text
@@ -72,7 +72,7 @@ def with_index(whole: bytes, index: Any) -> bytes:
 def one_line() -> Iterator[None]:
     try:
         yield
-    except (ValueError, DamagedFile) as error:  # the second as the background check finds it
+    except (ValueError, DamagedFile) as error:  # the second from the background check
         assert "\n" not in str(error) and len(str(error)) < 1000
 
 
@@ -81,7 +81,7 @@ def missing() -> Any:
 
 
 def use(path: Path, data: bytes) -> bool:
-    """Everything in the file is mapped and computed with. Returns whether every checksum is right."""
+    """Map and compute with everything in the file. Returns whether every checksum is correct."""
     path.write_bytes(data)
     sound = False
     with one_line():
@@ -113,7 +113,7 @@ def test_truncated(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
 @COMMON
 @given(data=st.data())
 def test_flipped_bits(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
-    """In the head, in the heads of sections, in the index, or anywhere: checksums find it outside padding."""
+    """Flips in the head, section heads, index, or anywhere: checksums detect them outside padding."""
     offset, index = index_of(whole)
     entries = index["entries"].values()
     starts = [0, offset, *(e["offset"] for e in entries)]
@@ -131,7 +131,7 @@ def test_flipped_bits(tmp_path: Path, whole: bytes, data: st.DataObject) -> None
 @COMMON
 @given(data=st.data())
 def test_heads_of_sections(tmp_path: Path, whole: bytes, data: st.DataObject) -> None:
-    """Any number in any field of a matrix's head."""
+    """Put any number in any field of a matrix's head."""
     _, index = index_of(whole)
     name = data.draw(st.sampled_from([n for n, e in index["entries"].items() if "dtype" not in e]))
     at, changed = index["entries"][name]["offset"], bytearray(whole)

@@ -55,7 +55,7 @@ def test_mixture_of_experts(ops: CpuOps, name: str, shared: int | None) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shared", [None, 96])
 def test_experts_of_two_ranks(ops: CpuOps, name: str, shared: int | None) -> None:
-    """The sum of two ranks' halves of the experts has the bits of one rank that has all of them."""
+    """Two ranks with half of the experts each give bit-identical sums to one rank with all of them."""
     spec = RouterSpec(8, 3, num_groups=4, top_k_groups=2)
     whole = experts(spec, name, 64, 96, shared)
     x, scale = torch.randn(40, 64), norm(64)
@@ -78,7 +78,7 @@ def test_experts_of_two_ranks(ops: CpuOps, name: str, shared: int | None) -> Non
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_columns_of_two_ranks(ops: CpuOps, name: str) -> None:
-    """The sum of two tensor-parallel ranks has the bits of one rank that computes both halves."""
+    """Two tensor-parallel ranks give bit-identical sums to one rank that computes both halves."""
     one = CpuOps(2, isa=ops.name.split("/")[1].split(",")[0], parts=2)
     spec, x, scale = RouterSpec(8, 3, num_groups=4, top_k_groups=2), torch.randn(40, 64), norm(64)
     whole = experts(spec, name, 64, 256, 512)

@@ -155,7 +155,7 @@ def test_moe(ops: CpuOps, ref: ReferenceOps, router: str, name: str, tokens: int
 
 @pytest.mark.parametrize(("name", "tokens"), [("bf16", 1), ("int4", 40)])
 def test_identity_experts(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int) -> None:
-    """They have no weights, and their output is the normed input."""
+    """Identity experts have no weights, and return the normed input."""
     spec = RouterSpec(11, 4, scoring="softmax", normalize=False, scale=6.0, identities=3)
     w = experts(spec, name, 96, 96, None)
     w = replace(w, experts=[*w.experts[:8], None, None, None])

@@ -1,4 +1,4 @@
-"""How a backend's name selects an instruction set, and what --deterministic asks of it."""
+"""Instruction sets selected by a backend's name and by --deterministic."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ISAS = _native.instruction_sets().split()
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_backend_with_an_instruction_set(isa: str) -> None:
+def test_backend_with_an_instruction_set(isa: str) -> None:
     assert select(f"cpu/{isa}", threads=1).name == f"cpu/{isa}, 1 thread"
 
 
 @pytest.mark.parametrize("backend", ["cpu/avx9", "reference/avx2", "none"])
-def test_unknown_backends_are_refused(backend: str) -> None:
+def test_unknown_backends_are_rejected(backend: str) -> None:
     with pytest.raises(ValueError, match="unknown"):
         select(backend, threads=1)
 

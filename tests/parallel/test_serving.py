@@ -158,7 +158,7 @@ def test_dead_rank_fails_the_replica_immediately(backend: str, tmp_path: Path) -
             engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
 
 
-def test_ranks_outlive_the_signal_that_drains_the_server(tmp_path: Path) -> None:
+def test_ranks_ignore_the_signal_that_drains_the_server(tmp_path: Path) -> None:
     """A service manager sends SIGTERM to every process at once; requests in flight need their ranks."""
     config = EngineConfig(
         model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,

@@ -189,7 +189,7 @@ def build(name: str, seed: int, path: Path) -> Any:
 
 
 def save(name: str, model: Any, path: Path) -> None:
-    """In the layout of published checkpoints."""
+    """Convert to the layout of published checkpoints."""
     model.save_pretrained(path)
     if name == "kimi_k25":
         _as_published(path)

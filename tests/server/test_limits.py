@@ -167,7 +167,7 @@ def test_the_real_queue_bound() -> None:
         assert client.completions.create(model="tiny", prompt="x", max_tokens=1).choices
 
 
-def test_work_is_limited_where_no_request_runs() -> None:
+def test_work_is_limited_without_a_running_request() -> None:
     with running(tiny_engine(), work_seconds_per_minute=1) as server:
         sandbox = server.service.engine.sandbox
         assert sandbox is not None
@@ -187,7 +187,7 @@ def burn(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("constraint", [{"guided_regex": "[a-z ]*"}, {"bad_words": ["a b c"] * 1000}])
-def test_a_client_that_leaves_before_its_request_runs_leaves_nothing(
+def test_client_that_disconnects_before_its_request_runs_leaves_no_job(
     tiny: Running, constraint: dict[str, Any]
 ) -> None:
     body = json.dumps({"prompt": "x", "max_tokens": 1900, "ignore_eos": True, "n": 4} | constraint).encode()
@@ -198,11 +198,13 @@ def test_a_client_that_leaves_before_its_request_runs_leaves_nothing(
     for _ in range(8):
         with socket.create_connection(("127.0.0.1", int(tiny.url.rsplit(":")[-1])), timeout=10) as connection:
             connection.sendall(head + body)
-    assert httpx.post(f"{tiny.url}/tokenize", json={"prompt": "x"}).status_code == 200  # they have arrived
+    assert (
+        httpx.post(f"{tiny.url}/tokenize", json={"prompt": "x"}).status_code == 200
+    )  # the earlier requests have arrived
     until(lambda: not tiny.service.jobs and not tiny.service.engine.num_live and not tiny.service.held)
 
 
-def test_the_queue_counts_sequences() -> None:
+def test_queue_counts_sequences() -> None:
     with running(tiny_engine(max_num_seqs=4, max_queue=12)) as server:
         url = f"{server.url}/v1/completions"
         many = {"prompt": ["x"] * 9, "n": 2}
@@ -290,7 +292,7 @@ def test_context_length() -> None:
 
 
 def test_slow_stream_does_not_delay_other_requests() -> None:
-    """A slow stream does not delay another request."""
+    """One slow reader delays no other request."""
     with running(ScriptedEngine(lambda prompt: ["x"] * (40 if "slow" in prompt else 1), step=0.05)) as server:
         client = server.client()
         slow = client.completions.create(model="tiny", prompt="slow", stream=True)

@@ -42,7 +42,7 @@ class StopChecker:
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = tuple(stops)
-        self._begun = [0] * len(self._stops)  # characters of each stop string that the text ends with
+        self._begun = [0] * len(self._stops)  # length of each stop string matched at the text's end
         self._include = include
         self._held = ""
         self.found: str | None = None
@@ -73,7 +73,7 @@ class StopChecker:
 
 
 def _begun(stop: str, count: int, text: str) -> int:
-    """How many characters of `stop` the text so far ends with, given the number before `text`.
+    """Length of the longest prefix of `stop` at the end of the text, given the length before `text`.
 
     `text` does not complete it. Knuth, Morris and Pratt 1977: linear in the text, whatever the strings.
     """
@@ -87,7 +87,7 @@ def _begun(stop: str, count: int, text: str) -> int:
 
 @lru_cache(maxsize=1024)
 def _borders(stop: str) -> tuple[int, ...]:
-    """For each prefix of `stop`: the length of the longest shorter prefix that it ends with."""
+    """For each prefix of `stop`: the length of its longest proper border (the KMP failure function)."""
     borders = [0]
     for character in stop[1:]:
         count = borders[-1]

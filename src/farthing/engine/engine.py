@@ -309,7 +309,7 @@ class Engine:
         self._wake.set()
 
     def _loaded(self, load: Load[Generation], good: int) -> None:
-        with suppress(EngineError):  # the engine has ended, and its requests with it
+        with suppress(EngineError):  # the engine has stopped, and its requests have ended
             self.between_steps(lambda core: core.scheduler.loaded(load, good))
 
     def _finished(self, state: RequestState) -> None:
@@ -328,7 +328,7 @@ class Engine:
                     self._step_began = time.monotonic()
                     computed = self._core.step()
                     self._step_began = None
-                    if not computed:  # what waits needs blocks that are being read from disk
+                    if not computed:  # waiting sequences need blocks that are being read from disk
                         self._wake.wait(_CHECK_AFTER)
                         self._wake.clear()
         except BaseException as error:  # no stream may be left waiting

@@ -8,7 +8,7 @@ The cost drifts (attention gets slower as a prompt's context grows), so recent s
 from __future__ import annotations
 
 SCORING = 0.05  # seconds of a step for the logits of prompt tokens
-SMALLEST_SCORED = 32  # prompt tokens whose logits every step may compute
+SMALLEST_SCORED = 32  # prompt tokens with logits that every step may compute
 _FIRST_SCORED = 128  # the same before any speed is known
 SMALLEST_CHUNK = 16  # prompt tokens that every step may compute, so that prompts always progress
 _START = 64  # prompt tokens in the first mixed step, before any speed is known
@@ -54,12 +54,12 @@ class Pace:
         return max(SMALLEST_CHUNK, chunk)
 
     def observe_scores(self, tokens: int, seconds: float) -> None:
-        """The log-probabilities of `tokens` prompt tokens took `seconds`, besides the step itself."""
+        """Record that log-probabilities of `tokens` prompt tokens took `seconds` in addition to the step."""
         cost = seconds / tokens
         self._score = _blend(self._score, cost, _RECENT) if self._score else cost
 
     def scored_tokens(self) -> int:
-        """Maximum number of prompt tokens per step whose logits are wanted."""
+        """Maximum number of prompt tokens with logits per step."""
         if not self._score:
             return _FIRST_SCORED
         return max(SMALLEST_SCORED, int(SCORING / self._score))

@@ -25,7 +25,7 @@ class PrefixCache:
         self.enabled = enabled
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self._reused: Counter[int] = Counter()  # how often each block was reallocated
+        self._reused: Counter[int] = Counter()  # reallocations per block
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -55,7 +55,7 @@ class PrefixCache:
             self._hash_of[block] = digest
 
     def locate(self, digest: bytes) -> tuple[int, int] | None:
-        """The block of a hash and how often it was reallocated; may be called from any thread.
+        """The block of a hash and its number of reallocations; may be called from any thread.
 
         Contents copied between two equal answers are those of the hash.
         """

@@ -46,7 +46,7 @@ class Head(Protocol):
 
 
 class PromptTokens:
-    """The distinct tokens of a prompt, which its completions share."""
+    """The distinct tokens of a prompt, shared by its completions."""
 
     __slots__ = ("_index", "tokens")
 
@@ -55,7 +55,7 @@ class PromptTokens:
         self._index: Tensor | None = None
 
     def index(self, like: Tensor) -> Tensor:
-        """As int64 on the device of `like`; made once, since a prompt may have as many as the vocabulary."""
+        """The ids as int64 on the device of `like`, created once since there may be many."""
         if self._index is None:
             self._index = _index(self.tokens, like)
         return self._index
@@ -71,7 +71,7 @@ class SamplingState:
     end_ids: tuple[int, ...] = ()  # forbidden before min_tokens
     matcher: Constraint | None = None
     num_output: int = 0
-    dead_end: int | None = None  # index of the output token for which nothing was allowed in the last step
+    dead_end: int | None = None  # index of the output token without any allowed token in the last step
     counts: Counter[int] = field(default_factory=Counter)
     plain: bool = field(init=False)  # greedy over unmodified logits
     penalized: bool = field(init=False)
@@ -184,7 +184,7 @@ def draw(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch) -> l
 
 
 def report(raw: Tensor, tokens: Sequence[int], top: int) -> Table:
-    """Log-probabilities raw [n, V] -> those of the given tokens and of the `top` most likely ones."""
+    """Log-probabilities raw [n, V] -> those of the given tokens and of the `top` likeliest."""
     index = torch.tensor(tokens, device=raw.device)[:, None]
     own = raw.gather(1, index)
     above = (raw > own).sum(-1, dtype=torch.int32)

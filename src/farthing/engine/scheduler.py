@@ -36,7 +36,7 @@ from farthing.engine.sequence import S, Scheduled, Status
 
 # Decoding sequences -> maximum number of prompt tokens in the step; None: no bound.
 PromptLimit = Callable[[int], int | None]
-# Maximum number of prompt tokens in the step whose logits are wanted; None: no bound.
+# Maximum number of prompt tokens per step with requested logits; None: no limit.
 ScoredLimit = Callable[[], int | None]
 
 
@@ -56,7 +56,7 @@ class Scheduler(Generic[S]):
         scored_limit: ScoredLimit = lambda: None,
         store: BlockStore | None = None,
     ) -> None:
-        """blocks: which `num_blocks` of the cache; None: the first ones. store: blocks on disk."""
+        """blocks: the `num_blocks` to use; None: the first ones. store: blocks on disk."""
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: got {max_num_batched_tokens}; expected at least "
@@ -74,14 +74,14 @@ class Scheduler(Generic[S]):
         self.running: list[S] = []  # by urgency, like each client's queue
         self._queues: Queues[S] = Queues()
         self.num_preemptions = 0
-        self.worth_sharing = 32  # tokens of a prefix in progress, or on disk, that are worth waiting for
+        self.worth_sharing = 32  # minimum tokens of a prefix, in progress or on disk, to wait for it
         self._computing: dict[bytes, S] = {}  # by hash of a prompt block: the running sequence to compute it
         self._watermark = max(1, num_blocks // 100)
         self._rows = list(range(max_num_seqs - 1, -1, -1))
 
     @property
     def idle(self) -> bool:
-        """Nothing waits or runs, except for sequences that wait for the disk."""
+        """Whether nothing waits or runs, except sequences waiting for the disk."""
         return not self._queues and not self.running
 
     @property
@@ -91,7 +91,7 @@ class Scheduler(Generic[S]):
 
     @property
     def num_waiting(self) -> int:
-        """Number of sequences that wait."""
+        """Number of waiting sequences."""
         return sum(map(len, self._queues.values())) + sum(1 for _ in self.prefetch.waiters)
 
     @property
@@ -113,7 +113,7 @@ class Scheduler(Generic[S]):
             self._queues.push(seq)
 
     def loaded(self, load: Load[S], good: int) -> None:
-        """A read has ended: the first `good` of its blocks are filled."""
+        """Handle the end of a read whose first `good` blocks are filled."""
         for seq in self.prefetch.finish(load, good):
             self._queues.push(seq)
 
@@ -223,7 +223,7 @@ class Scheduler(Generic[S]):
         for owner in dict.fromkeys(seq.client for seq in prompts):
             begun[owner] = iter([seq for seq in prompts if seq.client == owner])
         queued = set(self._queues) if admit else set()
-        scores = self.scored_limit() or budget  # tokens left whose logits may be computed
+        scores = self.scored_limit() or budget  # remaining tokens with logits
         while budget and (begun or queued):
             client = min(begun.keys() | queued, key=self._turn)
             seq = next(begun[client], None) if client in begun else None
@@ -271,14 +271,14 @@ class Scheduler(Generic[S]):
         return True
 
     def _fits(self, seq: S, hits: list[int]) -> bool:
-        """Whether there are blocks for all tokens, given those found."""
+        """Whether there are free blocks for all tokens besides the cached ones."""
         need = self._blocks_for(len(seq.tokens)) - len(hits)
         revived = sum(self.pool.refs(block) == 0 for block in hits)
         reserve = self._watermark if self.running else 0
         return self.pool.num_free - revived >= need + reserve
 
     def _read(self, seq: S, hits: list[int]) -> bool:
-        """Let a sequence wait for blocks of its prefix that are on disk. False: nothing to wait for."""
+        """Make a sequence wait for blocks of its prefix on disk. Returns False if there are none."""
         if self.prefetch.store is None or not (self.prefix.enabled and seq.read_cache):
             return False
         wanted = seq.hashes[len(hits) : (len(seq.tokens) - 1) // self.block_size]

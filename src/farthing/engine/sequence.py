@@ -39,7 +39,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_registered: int = 0  # leading blocks registered in the prefix cache
-    read_from: int = -1  # the last block from which on a read from disk was begun
+    read_from: int = -1  # the last block at which a read from disk was started
     drafts: list[int] = field(default_factory=list)  # proposed continuation, unverified
     preemptions: int = 0
     row: int = -1  # while running: a unique index below max_num_seqs

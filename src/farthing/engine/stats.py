@@ -53,7 +53,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class DiskStats:
-    """Of the prefix cache on disk, since the engine was built; written by its threads."""
+    """Counters of the prefix cache on disk since the engine was built, written by its threads."""
 
     hits: int = 0  # tokens read instead of computed
     read_bytes: int = 0

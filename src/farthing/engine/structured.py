@@ -1,8 +1,8 @@
-"""Outputs that obey a grammar, through llguidance.
+"""Outputs constrained by a grammar, with llguidance.
 
 llguidance and not xgrammar: it computes a mask from the grammar's state directly (tens of microseconds,
 no compilation of a whole automaton at the start of a request), covers more of JSON Schema, and can roll
-back, which verifying drafts needs. It is an optional extra: `pip install 'farthing[structured]'`.
+back, as required for verifying drafts. It is an optional extra: `pip install 'farthing[structured]'`.
 
 A grammar is untrusted: compiling it may take minutes or overflow the native stack. `examine` runs in a
 child process (see `sandbox`); the engine only builds grammars that `examine` has returned.
@@ -25,17 +25,17 @@ from farthing.engine.mask_time import FREE_SECONDS, OWN_SECONDS, MaskTime
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
 
-MAX_DEPTH = 64  # of a schema's nesting, and of brackets in a regex or a grammar
-MAX_CHARACTERS = 262_144  # of a constraint
-MAX_VALUES = 32_768  # in a schema
+MAX_DEPTH = 64  # maximum nesting of a schema, and of brackets in a regex or grammar
+MAX_CHARACTERS = 262_144  # maximum characters of a constraint
+MAX_VALUES = 32_768  # maximum values in a schema
 MAX_CHOICES = 16_384
-MAX_BUILD_SECONDS = 0.25  # to compile; `examine` refuses slower grammars. 16,000 choices take 0.1 s
+MAX_BUILD_SECONDS = 0.25  # to compile; `examine` rejects slower grammars. 16,000 choices take 0.1 s
 MAX_MASK_SECONDS = 0.05  # for one token's mask; likewise. 1,000 optional properties take 0.02 s
 OVERSPENT = (
     "structured_outputs is too complex: the grammars of this key that are in use take too long per token; "
     "expected simpler or fewer ones"
 )
-_TRIED_TOKENS = 64  # that `examine` draws
+_TRIED_TOKENS = 64  # sampled by `examine`
 # A row of a schema with n optional properties has 4n items. Ordinary schemas and regexes with 120,000 tokens
 # need a quarter of the fuel; nested repetitions use any amount of it, 0.1 s here.
 _LIMITS: Any = {
@@ -48,7 +48,7 @@ _LIMITS: Any = {
 
 _OPENING, _CLOSING = ([ord(character) for character in brackets] for brackets in ("([{", ")]}"))
 
-# Room for indentation, but a weak model cannot fill its budget with blanks.
+# Allows indentation, but keeps a weak model from filling its budget with blanks.
 _JSON: Any = {"whitespace_pattern": r"[ \n\t]{1,16}"}
 
 
@@ -61,22 +61,22 @@ def too_slow(field: str) -> str:
 
 
 class _Cost:
-    """What the copies of one matcher have cost, and what they may."""
+    """Time spent on the copies of one matcher, and its limits."""
 
     __slots__ = ("_credit", "_on_slow", "_over", "field")
 
     def __init__(self, field: str, credit: MaskTime | None, on_slow: Callable[[], None]) -> None:
-        self.field = field  # of the constraint
+        self.field = field  # the constraint's field
         self._credit, self._on_slow = credit, on_slow
-        self._over = 0.0  # seconds beyond what is free
+        self._over = 0.0  # seconds beyond the free time
 
     @property
     def exhausted(self) -> bool:
-        """Whether the client's credit is spent, and this grammar among those to blame."""
+        """Whether the client's credit is used up and this grammar contributed to it."""
         return self._credit is not None and self._over > OWN_SECONDS and self._credit.spent
 
     def charge(self, seconds: float, masks: int = 0) -> bool:
-        """Returns whether the grammar is too slow for anyone."""
+        """Add seconds. Returns whether the grammar is too slow regardless of credit."""
         over = seconds - masks * FREE_SECONDS
         if over > 0 and self._credit is not None:
             self._over += over
@@ -88,21 +88,21 @@ class _Cost:
 
 
 class Matcher:
-    """The state of one grammar along one completion."""
+    """The state of one grammar within one completion."""
 
     def __init__(self, matcher: Any, words: int, cost: _Cost) -> None:
         self._matcher = matcher
         self._words = words
         self._cost = cost
-        self._refusal: str | None = None  # why no further token is computed
+        self._refusal: str | None = None  # the reason if no further mask is computed
 
     @property
     def stopped(self) -> bool:
-        """Nothing may follow any more."""
+        """Whether the text is complete and no token may follow."""
         return bool(self._matcher.is_stopped())
 
     def consume(self, token: int) -> None:
-        """Advance. Raises ValueError if the grammar does not allow the token, or is too slow to go on."""
+        """Advance by a token. Raises ValueError if it is not allowed, or the grammar is too slow."""
         if self._refusal is not None:
             raise ValueError(self._refusal)
         began = time.thread_time()
@@ -112,10 +112,10 @@ class Matcher:
             why, name = _brief(self._matcher.get_error()), f"structured_outputs.{self._cost.field}"
             if "too many" in why:  # states, expressions or items: see _LIMITS
                 raise ValueError(f"{name} is too complex ({why}); expected a simpler one")
-            raise ValueError(f"{name}: token {token} is refused: {why}")
+            raise ValueError(f"{name}: token {token} is not allowed: {why}")
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens` the grammar allows from here."""
+        """Number of leading `tokens` that the grammar allows."""
         if not tokens or self._refusal is not None:
             return 0
         began = time.thread_time()
@@ -124,7 +124,7 @@ class Matcher:
         return valid
 
     def masks(self, drafts: Sequence[int], vocab: int) -> NDArray[np.bool_]:
-        """[1 + len(drafts), vocab]: what may follow the completion and each further draft."""
+        """[1 + len(drafts), vocab]: tokens allowed after the completion and after each further draft."""
         bits = np.full((1 + len(drafts), self._words), -1, dtype=np.int32)
         if self._refusal is None and self._cost.exhausted:
             self._refusal = OVERSPENT
@@ -140,7 +140,7 @@ class Matcher:
         began = time.thread_time()
         for i in range(1 + len(drafts)):
             if self._matcher.is_stopped():
-                break  # the drafts end the text here; later samples are not used
+                break  # the drafts end the text; later samples are unused
             self._matcher.unsafe_compute_mask_ptr(bits[i].ctypes.data, bits[i].nbytes)
             if i < len(drafts) and self._matcher.try_consume_tokens([drafts[i]]) == 1:
                 consumed += 1
@@ -158,7 +158,7 @@ class GrammarCompiler:
     """Compiles constraints for one tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Raises ValueError where llguidance is not installed or the tokenizer names no end."""
+        """Raises ValueError if llguidance is not installed or the tokenizer has no end-of-sequence token."""
         try:
             from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
         except ImportError as error:
@@ -176,7 +176,7 @@ class GrammarCompiler:
         self._tokenizer = LLTokenizer(wrapper, n_vocab=size, eos_token=eos)
 
     def compile(self, params: StructuredOutputsParams) -> Matcher:
-        """Translate and build. Raises ValueError naming the field whose constraint is not accepted."""
+        """Translate and build. Raises ValueError with the field of an invalid constraint."""
         return self.build(translate(params), constrained_field(params))
 
     def build(
@@ -188,8 +188,8 @@ class GrammarCompiler:
     ) -> Matcher:
         """A matcher for a grammar that `examine` returned. Raises ValueError. Releases the GIL.
 
-        field: of the constraint, for errors. on_slow: called where a mask takes so long that the grammar must
-        not be used again. credit: pays for the masks.
+        field: the constraint's field, for errors. on_slow: called if a mask is so slow that the grammar must
+        not be used again. credit: charged for the masks.
         """
         from llguidance import LLMatcher
 
@@ -202,7 +202,7 @@ class GrammarCompiler:
 class _LiteralTokenizer:
     """The tokenizer interface of llguidance: every token's bytes, and the tokenization of literal text.
 
-    A grammar's literal is text also where it spells a special token, so it is split without added tokens.
+    A grammar's literal is text even if it equals a special token, so it is split without added tokens.
     """
 
     bos_token_id = None
@@ -226,10 +226,10 @@ class _LiteralTokenizer:
 
 
 def examine(compiler: GrammarCompiler, params: StructuredOutputsParams) -> str:
-    """Check, translate and compile a constraint, and draw some tokens from it; the grammar's text.
+    """Check, translate and compile a constraint, and sample some tokens. Returns the grammar's text.
 
-    Raises ValueError where it is not accepted, or compiling it or a mask takes longer than the engine may
-    spend. May also take for ever, or end the process: call it in a child.
+    Raises ValueError if it is invalid, or if compiling it or a mask takes too long for the engine. May also
+    run forever or crash the process: call it in a child.
     """
     grammar, field = translate(params), constrained_field(params)
     began = time.thread_time()
@@ -249,7 +249,7 @@ def examine(compiler: GrammarCompiler, params: StructuredOutputsParams) -> str:
 
 
 def constrained_field(params: StructuredOutputsParams) -> str:
-    """The field that holds the constraint."""
+    """The field with the constraint."""
     return next(field.name for field in fields(params) if getattr(params, field.name) not in (None, False))
 
 

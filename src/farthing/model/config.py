@@ -77,7 +77,7 @@ class ModelConfig:
     n_routed_experts: int | None = None
     n_shared_experts: int = 0
     n_identity_experts: int = (
-        0  # the router's outputs after the routed experts: experts that return their input
+        0  # router outputs after the routed experts, for experts that return their input
     )
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -303,7 +303,7 @@ def _query_scaling(raw: Mapping[str, Any]) -> QueryScaling | None:
 
 
 def check_config(c: ModelConfig) -> None:
-    """Raise ConfigError for values that exclude each other."""
+    """Raise ConfigError for incompatible values."""
     for name in _REQUIRED:
         value = getattr(c, name)
         if not isinstance(value, int) or value < 1:

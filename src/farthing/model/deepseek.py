@@ -110,7 +110,7 @@ class DeepseekModel:
         if self.stack is not None:
             return self.ops.run_stack(h, self.stack, batch, cache, self.eps, counts)
         select: Tensor | None = None  # the cached positions that sparse attention reads
-        owed: Tensor | None = None  # the output of the previous layer's experts, if not added yet
+        owed: Tensor | None = None  # output of the previous layer's experts that is not yet added
         for i, (attention, feed_forward) in enumerate(self.layers):
             h, select = attention(h, batch, cache, i, select)
             seen = None if counts is None else counts[i]

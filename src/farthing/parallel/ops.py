@@ -75,7 +75,7 @@ class ParallelOps(OpsWrapper):
         return Experts(parts, shared, spec)
 
     def _local(self, spec: RouterSpec, share: tuple[int, int] = (1, 0)) -> RouterSpec:
-        """The rule of one part. One rank adds the identities; no part does if rows are dispatched."""
+        """The routing rule of one part. One rank adds the identities; none does if rows are dispatched."""
         adds = self._experts.index == 0 and share == (1, 0) and not self._groups.dispatch
         return spec if adds else replace(spec, identities=0)
 
@@ -243,7 +243,7 @@ class ParallelOps(OpsWrapper):
 
 
 def _identities(n: Tensor, ids: Tensor, gates: Tensor, spec: RouterSpec) -> Tensor:
-    """What the identity experts add to rows of the normed input n [T, D]."""
+    """The contribution of identity experts to rows of the normed input n [T, D]."""
     return (n.float() * identity_weight(ids, gates, spec)).to(n.dtype)
 
 

@@ -238,14 +238,14 @@ def test_namespaces_texts_and_unsupported_tools() -> None:
         ({"stop": 5}, "stop: got 5; expected a string or a list"),
     ],
 )
-def test_an_invalid_field_is_named_with_its_value_and_every_accepted_type(
+def test_errors_name_the_field_its_value_and_every_accepted_type(
     tiny: Running, fields: dict[str, Any], message: str
 ) -> None:
     answer = httpx.post(f"{tiny.url}/v1/completions", json={"prompt": "x"} | fields)
     assert answer.status_code == 400 and answer.json()["error"]["message"] == message
 
 
-def test_a_grammar_of_the_request_is_not_called_a_tool(tiny: Running) -> None:
+def test_errors_do_not_call_a_grammar_of_the_request_a_tool(tiny: Running) -> None:
     answer = httpx.post(f"{tiny.url}/v1/completions", json={"prompt": "x", "guided_grammar": "start: ((("})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("structured_outputs.grammar is not accepted")

@@ -93,7 +93,7 @@ def test_forced_arguments_are_an_object(kind: Any, single: bool) -> None:
     assert (forced if single else forced["$defs"]["tool0"])["type"] == "object"
 
 
-# What the fields inside need around them.
+# Required outer fields of nested ones.
 AROUND: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         {
@@ -167,7 +167,7 @@ BODIES = {
 
 
 def nulled(body: Any, model: BaseModel) -> Iterator[tuple[str, Any]]:
-    """Every body that differs in one optional field, at any depth, which is null."""
+    """Every body with one optional field, at any depth, set to null."""
     for name, field in type(model).model_fields.items():
         key, inner = field.alias or name, getattr(model, name)
         if not field.is_required() and key != "type":
@@ -190,7 +190,7 @@ def test_null_is_absent_in_every_optional_field() -> None:
         "regex",
         "stream",
         "input_schema",
-    }  # where the example needs the field, its absence is an error
+    }  # fields required by the example, whose absence is an error
     seen = 0
     with running(ScriptedEngine()) as server, httpx.Client(base_url=server.url) as client:
         for path, bodies in AROUND.items():

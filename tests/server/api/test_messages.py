@@ -1,4 +1,4 @@
-"""Fields, tools and events of /v1/messages: done, or refused by name in Anthropic's shape."""
+"""Fields, tools and events of /v1/messages: handled, or rejected by name in Anthropic's error format."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ BODY: dict[str, Any] = {"messages": USER, "max_tokens": 9}
         ("stop_sequences", [""], "stop_sequences"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(tiny: Running, field: str, value: Any, named: str) -> None:
+def test_unsupported_fields_are_rejected_by_name(tiny: Running, field: str, value: Any, named: str) -> None:
     answer = httpx.post(f"{tiny.url}/v1/messages", json=BODY | {field: value}, timeout=30)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert named in answer.json()["error"]["message"]
 
 
-def test_what_says_the_usual_is_accepted() -> None:
+def test_default_values_are_accepted() -> None:
     body = BODY | {
         "metadata": {"user_id": "me"},
         "service_tier": "auto",
@@ -54,7 +54,7 @@ def test_what_says_the_usual_is_accepted() -> None:
         assert answer.status_code == 200, answer.text
 
 
-def test_thinking_that_cannot_be_switched_off_is_refused() -> None:
+def test_disabling_mandatory_thinking_is_rejected() -> None:
     engine = ScriptedEngine(chat_template="{{ messages[0]['content'] }}<think>\n{# </think> #}")
     with running(engine) as server:
         url = f"{server.url}/v1/messages"
@@ -66,7 +66,7 @@ def test_thinking_that_cannot_be_switched_off_is_refused() -> None:
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking"
 
 
-def test_tools_that_anthropic_declares_and_the_client_runs() -> None:
+def test_tools_declared_by_anthropic_and_run_by_the_client() -> None:
     write, _ = FORMATS["deepseek_v4"]
     calls: Any = [
         ("bash", {"command": "echo '</x>'"}),
@@ -100,7 +100,7 @@ def test_structured_output_under_either_name(field: str) -> None:
         assert httpx.post(f"{server.url}/v1/messages", json=both).status_code == 400
 
 
-def test_a_stream_begins_with_a_ping() -> None:
+def test_stream_starts_with_a_ping() -> None:
     with running(ScriptedEngine(["a", "b"])) as server:
         text = httpx.post(f"{server.url}/v1/messages", json=BODY | {"stream": True}).text
         kinds = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]

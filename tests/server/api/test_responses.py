@@ -1,4 +1,4 @@
-"""Fields and items of /v1/responses that change an answer: done, or refused by name."""
+"""Fields and items of /v1/responses that affect an answer: handled, or rejected by name."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from tests.server.harness import Running, ScriptedEngine, running
         ("input", [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_image"}]}]),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(tiny: Running, field: str, value: Any) -> None:
+def test_unsupported_fields_are_rejected_by_name(tiny: Running, field: str, value: Any) -> None:
     answer = httpx.post(f"{tiny.url}/v1/responses", json={"input": "hi"} | {field: value}, timeout=30)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert field in f"{error['message']} {error['param']}" and error["type"] == "invalid_request_error"
 
 
-def test_what_says_the_usual_is_accepted() -> None:
+def test_default_values_are_accepted() -> None:
     body = {
         "input": "hi",
         "background": False,
@@ -55,7 +55,7 @@ def test_what_says_the_usual_is_accepted() -> None:
         assert answer.status_code == 200 and answer.json()["truncation"] == "disabled", answer.text
 
 
-def test_the_oldest_turns_are_dropped_until_the_rest_fits() -> None:
+def test_oldest_turns_are_dropped_until_the_rest_fits() -> None:
     engine = ScriptedEngine(max_model_len=300)
     items: list[Any] = []
     for number in range(12):
@@ -169,7 +169,7 @@ CARRIED: list[tuple[list[dict[str, Any]], list[str]]] = [
 
 @pytest.mark.parametrize(("items", "printed"), CARRIED, ids=[items[0]["type"] for items, _ in CARRIED])
 @pytest.mark.parametrize("format_", ["deepseek_v32", "deepseek_v4", "kimi_k2", "glm45"])
-def test_items_of_a_conversation_begun_elsewhere(format_: str, items: Any, printed: list[str]) -> None:
+def test_items_of_a_conversation_started_elsewhere(format_: str, items: Any, printed: list[str]) -> None:
     engine = ScriptedEngine()
     engine.config = EngineConfig(max_model_len=100_000, num_blocks=64, chat_template=format_)
     with running(engine) as server:

@@ -41,7 +41,7 @@ def create(
 
 
 def _without_tiles(isa: str) -> str:
-    """An instruction set whose sums have one order for any number of rows, which AMX tiles do not."""
+    """An instruction set whose summation order does not depend on the number of rows, unlike AMX tiles."""
     if isa == "amx":
         raise ValueError("deterministic: got True with backend 'cpu/amx'; expected another instruction set")
     return next(s for s in _native.instruction_sets().split() if s != "amx") if isa == "auto" else isa

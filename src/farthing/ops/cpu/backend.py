@@ -182,7 +182,7 @@ class CpuOps(PackingOps):
         return out
 
     def _check_file(self) -> None:
-        """Raises DamagedFile once the background check has found damage: every model passes here."""
+        """Called for every model; raises DamagedFile once the background check has found damage."""
         if self._file is not None:
             self._file.raise_damage()
 

@@ -26,7 +26,7 @@ class Linear:
     packed: Any
     n: int
     k: int
-    rest: Any = None  # further columns, if the product is summed in two parts
+    rest: Any = None  # the other columns if the product is summed in two parts
 
 
 @dataclass(slots=True)
@@ -142,7 +142,7 @@ class PackingOps(HostOps):
         return Linear(first, *whole.shape, rest)
 
     def _mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> list[tuple[Any, Any]]:
-        """(gate and up, down) of every part."""
+        """(gate and up, down) per part."""
         if self._parts > 1:
             return [self._pack_mlp(f"{name}.part{p}", w) for p, w in enumerate(halves_of(weights()))]
         gate_up, down = self._stored(f"{name}.gate_up"), self._stored(f"{name}.down")
