@@ -214,7 +214,7 @@ def test_fp8_never_overflows(values: list[float], rows: int, more: int) -> None:
 def test_fp8_error_for_non_finite_values_names_the_tensor(bad: float) -> None:
     w = torch.ones(3, 3)
     w[1, 1] = bad
-    with pytest.raises(ValueError, match=r"model\.a holds NaN or infinity"):
+    with pytest.raises(ValueError, match=r"model\.a has NaN or infinity"):
         quantize_fp8(w, "model.a")
 
 
