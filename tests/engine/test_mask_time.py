@@ -60,7 +60,7 @@ def test_slow_grammars_of_a_client_without_credit_fail(
 
     inner = slow._matcher
     slow._matcher = twin._matcher = Late()  # type: ignore[assignment]
-    for _ in range(4):
+    for _ in range(3):
         assert not slow.masks([], tokenizer.vocab_size).all()
         slow.consume(token)
     for refused in (slow, twin):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 FREE_SECONDS = 0.0003  # per mask; ordinary masks take less, even with 128,000 tokens
 OWN_SECONDS = 0.002  # beyond that; a grammar that used less is not rejected
-_CREDIT_SECONDS = 0.15
-_REFILL = 0.1  # seconds of credit per second
+_CREDIT_SECONDS = 0.1
+_REFILL = 0.05  # seconds of credit per second
 
 
 class MaskTime:
