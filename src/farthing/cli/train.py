@@ -42,7 +42,7 @@ def mite(
     sparse_attention: Annotated[
         bool,
         typer.Option(
-            "--sparse-attention", help="Instead, train an indexer for the shipped model, in two stages."
+            "--sparse-attention", help="Train an indexer for the embedded model instead, in two stages."
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,

@@ -22,7 +22,7 @@ class Pace:
     """Measures steps and bounds the prompt tokens of the next one."""
 
     def __init__(self, limit: float) -> None:
-        """limit: target duration of a mixed step in seconds; 0: no bound."""
+        """limit: target duration of a mixed step in seconds; 0: no limit."""
         self.limit = limit
         self._decode: dict[int, float] = {}  # seconds of a decode-only step by bit length of the batch
         self._cost = 0.0  # seconds per prompt token, of mixed steps once there was one

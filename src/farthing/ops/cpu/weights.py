@@ -271,6 +271,7 @@ def _missing() -> Any:
 
 
 def router_of(spec: RouterSpec) -> Any:
+    """The native router of a layer."""
     router = _native.Router()
     router.experts, router.top_k = spec.num_experts, spec.top_k
     router.identities = spec.identities
