@@ -19,6 +19,7 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.glm45 import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.parse.delimited import DEEPSEEK, KIMI
+from farthing.conversation.select import Checkpoint, choose
 from farthing.conversation.strict import CallGrammar, call_grammar
 from farthing.conversation.types import Conversation, Tool, ToolChoice
 from farthing.engine.request import StructuredOutputsParams
@@ -200,3 +201,15 @@ def test_no_grammar_without_a_restriction() -> None:
     assert grammar_of(V4, (WEATHER,), "special", choice=ToolChoice("none")) is None
     assert grammar_of(V4, (WEATHER,), "special", choice=ToolChoice("required")) is None
     assert json.dumps(WEATHER.document())
+
+
+def test_a_template_of_the_models_own_may_teach_either_way_of_calling() -> None:
+    own = choose(Checkpoint("deepseek_v3", "{{ tools }}{{ messages }}", lambda _: False)).tools
+    for write in (v3, v31):
+        grammar = grammar_of(own, (WEATHER,), "special")
+        assert grammar is not None
+        before, wish = split_call(own, write([("get_weather", GOOD)]))
+        said = obey(grammar, "special", wish)
+        assert wish.startswith(said) and read(V3.calls((WEATHER,)), [before + said])[1] == [
+            ("get_weather", GOOD)
+        ]

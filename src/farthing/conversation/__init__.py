@@ -3,7 +3,7 @@
     types       Conversation, Turn, Tool, ToolCall: what every API's request becomes
     deltas      Reasoning, Text, CallStart, CallArguments: what every model's output becomes
     formats     one small file per chat format: renders a conversation, parses the output
-    render      the prompt of a conversation, checked so that nothing vanishes
+    strict      grammars that hold calls to their schemas
     select      the format of a model
 
 Nothing here knows HTTP or the engine.

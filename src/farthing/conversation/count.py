@@ -1,4 +1,4 @@
-"""How many tokens of an output are reasoning: by token ids, so the count is exact."""
+"""Counts the reasoning tokens of an output by token id, so the count is exact."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 class ReasoningCounter:
-    """Counts the tokens between the reasoning's tags, the tags left out.
+    """Counts the tokens between the reasoning tags, excluding the tags.
 
-    Without single tokens for both tags, a piece counts as a whole where it began inside the reasoning.
+    If a tag is not a single token, each piece that starts inside the reasoning counts in full.
     """
 
     def __init__(self, open_id: int | None, close_id: int | None, opened: bool) -> None:
@@ -17,7 +17,7 @@ class ReasoningCounter:
         self.tokens = 0
 
     def push(self, tokens: Sequence[int], began_inside: bool, still_inside: bool) -> None:
-        """Account for one piece of output; the parser says where it stood before and after it."""
+        """Account for one piece of output. The flags are the parser's state before and after it."""
         if self._close is None:
             self.tokens += len(tokens) if began_inside else 0
             return
@@ -28,5 +28,5 @@ class ReasoningCounter:
                 self._inside = True
             elif self._inside:
                 self.tokens += 1
-        if began_inside and not still_inside:  # ended by a call and not by its tag
+        if began_inside and not still_inside:  # a call ended it, not its tag
             self._inside = False

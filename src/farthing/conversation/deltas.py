@@ -1,4 +1,4 @@
-"""What a model's output becomes: pieces of reasoning, text and tool calls, in the order they were written."""
+"""The pieces a model's output is parsed into: reasoning, text and tool calls, in the order written."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """More of the reasoning that precedes the answer."""
+    """Another piece of the reasoning that precedes the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """More of the answer."""
+    """Another piece of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A tool call begins: its position in the answer, its id and the function it names."""
+    """The start of a tool call: its position in the answer, its id and its function."""
 
     index: int
     id: str
@@ -31,7 +31,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of a call's arguments: a piece of a JSON text."""
+    """Another piece of a call's arguments, which are JSON text."""
 
     index: int
     text: str
@@ -41,13 +41,13 @@ Delta = Reasoning | Text | CallStart | CallArguments
 
 
 def new_call_id() -> str:
-    """An id for a tool call of a format that has none of its own."""
+    """An id for a tool call whose format has no ids."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole output put together from its deltas."""
+    """A complete output, assembled from its deltas."""
 
     text: str
     reasoning: str
@@ -55,7 +55,7 @@ class Answer:
 
 
 def collect(deltas: list[Delta]) -> Answer:
-    """The whole of a finished stream of deltas."""
+    """Assemble the deltas of a finished stream."""
     text: list[str] = []
     reasoning: list[str] = []
     calls: list[tuple[str, str, list[str]]] = []

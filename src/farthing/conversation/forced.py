@@ -1,4 +1,4 @@
-"""The JSON schema of calls that a client demands; a grammar made from it forces them."""
+"""The JSON schema of calls that a client requires; a grammar built from it forces them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from farthing.conversation.types import Conversation, Tool
 
-# For llguidance: at most one blank between two tokens, so that a weak model cannot spend its tokens on them.
-_MAX_CALLS = 8  # in parallel, for the same reason
+# For llguidance: at most one blank between two tokens, so that a weak model cannot waste its budget on them.
+_MAX_CALLS = 8  # in parallel, for the same reason as above
 COMPACT = {"whitespace_pattern": " "}
 
 
 def schema(conversation: Conversation) -> dict[str, Any] | None:
-    """What the whole answer must be; None where no call is demanded.
+    """The schema of the whole answer; None if no call is required.
 
-    A single function that was named: its arguments. Else a list of calls, {"name": …, "parameters": {…}}.
+    For a single named function: its arguments. Otherwise a list of calls, {"name": …, "parameters": {…}}.
     """
     choice = conversation.choice
     if choice.mode != "required":
@@ -53,14 +53,14 @@ def calls_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
 
 
 def _key(position: int) -> str:
-    """A definition's name. Not the tool's: that may hold characters with a meaning in a reference."""
+    """A definition's name. The tool's own name may contain characters that are special in a reference."""
     return f"tool{position}"
 
 
 def object_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A function's parameters as the schema of an object; without any, an object without fields.
+    """A function's parameters as an object schema; an empty object if there are none.
 
-    Arguments are an object whatever the schema says: a call with others could not be read back.
+    Arguments are always an object, even if the schema says otherwise: a call could not be parsed back.
     """
     if not parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
@@ -68,7 +68,7 @@ def object_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def rebased(schema: Any, root: str) -> Any:
-    """A schema whose references to its own root work at another place."""
+    """A schema whose references to its own root still resolve after it is moved."""
     if isinstance(schema, list):
         return [rebased(item, root) for item in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""Finding fixed strings in a text that arrives in pieces. All work is linear in the text's length."""
+"""Finds fixed strings in text that arrives in pieces, in time linear in its length."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Literals:
         return any(len(longer) > len(literal) and longer.startswith(literal) for longer in self._literals)
 
     def remove(self, text: str) -> str:
-        """A complete text without the literals."""
+        """A complete text with the literals removed."""
         return self._pattern.sub("", text)
 
     def unless_cut(self, text: str) -> str:
-        """The end of an output; empty where it is a literal that was cut off."""
+        """The end of an output; empty if it is the beginning of a literal."""
         return "" if len(text) >= _CERTAIN and self._may_grow(text) else text
 
     def ready(self, text: str) -> int:
-        """How many characters of a text without a literal cannot become part of one."""
+        """The number of leading characters that cannot become part of a literal."""
         return min(beginning(text, literal) for literal in self._literals)
 
 
@@ -57,13 +57,13 @@ def literals(strings: frozenset[str]) -> Literals:
 
 
 class Trailing:
-    """Holds back white space at the end of a text until it is known what follows."""
+    """Holds back trailing white space until it is known what follows."""
 
     def __init__(self) -> None:
         self._held: list[str] = []
 
     def push(self, text: str) -> str:
-        """The text that can be passed on: everything up to its last character that is no white space."""
+        """The text that can be passed on: up to its last character that is not white space."""
         body = text.rstrip()
         if not body:
             if text:
@@ -74,7 +74,7 @@ class Trailing:
         return ready
 
     def take(self) -> str:
-        """The white space held back, which is then forgotten."""
+        """Return the white space held back and forget it."""
         held, self._held = "".join(self._held), []
         return held
 

@@ -1,4 +1,4 @@
-"""Which chat format a model is served with: as the command line says, else by the checkpoint."""
+"""Chooses a model's chat format: from the command line, else from the checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from farthing.conversation.formats import deepseek_v3, deepseek_v31
 from farthing.conversation.formats.base import EFFORTS, ChatFormat
 from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
@@ -14,14 +15,16 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.glm45 import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.formats.template import variables
+from farthing.conversation.parse.delimited import DEEPSEEK
 from farthing.conversation.parse.output import THINK
+from farthing.conversation.strict import JsonCalls
 
 FORMATS = {each.name: each for each in (V3, R1, V31, V32, V4, KIMI_K2, GLM45)}
 OWN = "own"  # the checkpoint's template
 
 
 def template_source(option: str | None) -> str | None:
-    """The Jinja source that `chat_template` names; None for a packaged format. Raises ValueError."""
+    """The Jinja source in the file `chat_template`; None for a packaged format. Raises ValueError."""
     if option is None or option in FORMATS:
         return None
     try:
@@ -45,9 +48,13 @@ _BY_TYPE = {
 _BY_TOKEN = {"｜DSML｜": V4, "<|tool_calls_section_begin|>": KIMI_K2, "<arg_key>": GLM45}
 
 
+# A template of DeepSeek's own may teach either way of writing a call, and the parser reads both.
+_EITHER = JsonCalls((DEEPSEEK.call_begin,), (deepseek_v3.STYLE, deepseek_v31.STYLE), DEEPSEEK.all)
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What the choice depends on."""
+    """The facts about a checkpoint that decide its format."""
 
     model_type: str
     template: str | None
@@ -56,9 +63,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The formats a server uses. `template` is the source of `plain` where that is the model's own template.
+    """The formats a server uses. `template` is the source of `plain` if that is the model's own template.
 
-    `tools` serves conversations with tools. It differs from `plain` where the own template never prints them.
+    `tools` serves conversations with tools. It differs from `plain` if the own template never prints them.
     """
 
     plain: ChatFormat
@@ -84,6 +91,7 @@ def choose(
         name=OWN,
         tags=THINK if THINK.close in source else None,
         efforts=_efforts(names),
+        syntax=related.syntax if related else _EITHER,
     )
     plain = _with_parsers(own, calls, reasoning)
     if "tools" in names:
@@ -95,7 +103,7 @@ def choose(
 
 
 def _related(checkpoint: Checkpoint) -> ChatFormat | None:
-    """The packaged format of the model's family; None for DeepSeek V3, R1, V3.1 and models unknown."""
+    """The packaged format of the model's family; None for DeepSeek V3, R1, V3.1 and unknown models."""
     if checkpoint.model_type in _BY_TYPE:
         return _BY_TYPE[checkpoint.model_type]
     return next((form for token, form in _BY_TOKEN.items() if checkpoint.has_token(token)), None)
@@ -108,13 +116,13 @@ def _deepseek(checkpoint: Checkpoint, names: frozenset[str]) -> ChatFormat:
 
 
 def _can_call(checkpoint: Checkpoint) -> bool:
-    """Whether the tokenizer has a packaged format's tokens."""
+    """Whether the tokenizer has the tokens of a packaged format."""
     marks = ("<｜tool▁calls▁begin｜>", *_BY_TOKEN)
     return any(checkpoint.has_token(mark) for mark in marks)
 
 
 def _efforts(names: frozenset[str]) -> tuple[str, ...]:
-    """What a template that knows these variables can be told."""
+    """The reasoning efforts that a template with these variables can express."""
     if "reasoning_effort" in names:
         return EFFORTS
     return ("none",) if names & {"thinking", "enable_thinking"} else ()

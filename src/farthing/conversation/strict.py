@@ -49,7 +49,7 @@ class CallGrammar:
 def call_grammar(
     conversation: Conversation, syntax: Syntax | None, special: Callable[[str], int | None]
 ) -> CallGrammar | None:
-    """The grammar of the calls a client restricts; None where any call may be made, or none.
+    """The grammar of the calls that a client restricts; None if there is nothing to restrict.
 
     special: the id of a text that is one special token. Raises ValueError naming a tool whose schema the
     format cannot hold.
@@ -65,24 +65,28 @@ def call_grammar(
 
 @dataclass(frozen=True, slots=True)
 class JsonCalls:
-    """Arguments as JSON between two texts. `before` holds {name}, and maybe {index} for a call's number."""
+    """Arguments as JSON between two texts.
+
+    styles: (before, after) pairs, of which a call has one. `before` holds {name}, and {index} where calls are
+    numbered.
+    """
 
     openers: tuple[str, ...]
-    before: str
-    after: str
+    styles: tuple[tuple[str, str], ...]
     marks: frozenset[str]
 
     def calls(self, tools: list[Tool], lark: Lark) -> str:
         """See Syntax."""
-        return lark.either(self._call(tool, lark) for tool in tools)
+        return lark.either(self._call(tool, style, lark) for tool in tools for style in self.styles)
 
-    def _call(self, tool: Tool, lark: Lark) -> str:
-        head, numbered, tail = self.before.partition("{index}")
+    def _call(self, tool: Tool, style: tuple[str, str], lark: Lark) -> str:
+        before, after = style
+        head, numbered, tail = before.partition("{index}")
         parts = [lark.text(head.replace("{name}", tool.name))]
         if numbered:
             parts += (lark.regex("[0-9]{1,4}"), lark.text(tail))
         schema = object_schema(tool.parameters) if tool.strict else _ANY_OBJECT
-        return " ".join((*parts, lark.json(schema), lark.text(self.after)))
+        return " ".join((*parts, lark.json(schema), lark.text(after)))
 
 
 @dataclass(frozen=True, slots=True)

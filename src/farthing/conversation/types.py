@@ -1,4 +1,4 @@
-"""A conversation as every API's request becomes one: frozen, and free of any API's JSON."""
+"""The conversation type that every API's requests are converted to: frozen, independent of any API's JSON."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """What the client demands of the model: a call, no call, or a call of one of `names`."""
+    """What the client requires: a call, no call, or a call of one of `names`."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] = ()  # only these may be called; empty: all
@@ -63,20 +63,20 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What the model continues."""
+    """The conversation that the model continues."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = ToolChoice()
     parallel_calls: bool = True
-    thinking: bool | None = None  # None: as the format does by default
-    effort: str | None = None  # of reasoning; None: as the format does by default
+    thinking: bool | None = None  # None: the format's default
+    effort: str | None = None  # of reasoning; None: the format's default
     generate: bool = True  # end the prompt where the assistant's turn begins
     resume: bool = False  # leave the last assistant turn open, so that the model continues it
     template_options: Mapping[str, Any] = field(default_factory=dict)  # for the model's own template
 
     @property
     def offered(self) -> tuple[Tool, ...]:
-        """The tools the prompt describes: all, or none where none may be called. A choice of some leaves the
-        others in the prompt, which stays the same for the prefix cache."""
+        """The tools the prompt describes: all, or none if no call is allowed. A choice of some tools leaves
+        the others in the prompt, so that the prefix cache still hits."""
         return () if self.choice.mode == "none" else self.tools

@@ -1,4 +1,4 @@
-"""Parameter values written as text, made JSON. The tool's schema decides where the text is ambiguous."""
+"""Converts parameter values from text to JSON. The tool's schema decides if the text is ambiguous."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _kind(value: Any) -> str:
 
 
 def is_text(declared: bool | None, kinds: Kinds) -> bool:
-    """Whether a value is a string whatever its characters, so that it can be passed on as it arrives.
+    """Whether a value is a string whatever it contains, so that it can be streamed as it arrives.
 
     declared: what the format says (True: a string, False: JSON); None: it says nothing.
     """

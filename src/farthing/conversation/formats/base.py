@@ -1,4 +1,4 @@
-"""What a chat format is."""
+"""The definition of a chat format."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from farthing.conversation.parse.output import Tags
 from farthing.conversation.strict import Syntax
 from farthing.conversation.types import Conversation, Tool
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "max")  # what clients may ask for, all APIs together
+EFFORTS = ("none", "minimal", "low", "medium", "high", "max")  # that clients of all APIs may request
 
 
 class FormatError(ValueError):
-    """A conversation that the format cannot express. The message says what it can."""
+    """The format cannot express a conversation. The message says what is accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """Tokens of the model that a format may write."""
+    """The model's tokens that a format may write."""
 
     bos: str = "<｜begin▁of▁sentence｜>"
     eos: str = "<｜end▁of▁sentence｜>"
@@ -27,7 +27,7 @@ class ControlTokens:
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """A format by name: renders conversations and makes the parser of an answer.
+    """A named format: renders conversations and creates parsers of answers.
 
     efforts: the reasoning efforts the format can express, each with the value it stands for; a format that
     has none refuses `reasoning_effort`. stops: tokens that end the assistant's turn, besides the model's own.
@@ -43,7 +43,7 @@ class ChatFormat:
     syntax: Syntax | None = None  # of calls, for grammars
 
     def thinks(self, conversation: Conversation, default: bool) -> bool:
-        """Whether the model is to reason first: as the client says, else by default."""
+        """Whether the model should reason first: the client's choice, else the default."""
         if conversation.effort == "none":
             return False
         if conversation.thinking is None:

@@ -22,13 +22,13 @@ OUTPUT_BEGIN, OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output�
 
 
 def system_text(conversation: Conversation) -> str:
-    """The texts of all system and developer turns, which these formats put first."""
+    """The text of all system and developer turns, which these formats put first."""
     roles = ("system", "developer")
     return "\n\n".join(turn.text for turn in conversation.turns if turn.role in roles and turn.text)
 
 
 def after_reasoning(text: str) -> str:
-    """A text without reasoning that a client left in front of it."""
+    """A text without the reasoning that a client left in front of it."""
     return text.rpartition("</think>")[2] if "</think>" in text else text
 
 
@@ -52,7 +52,7 @@ def _calls(turn: Turn) -> str:
 
 
 def render(conversation: Conversation, tokens: ControlTokens, opening: str = "") -> str:
-    """The prompt. opening: what the assistant's turn begins with."""
+    """The prompt. opening: the beginning of the assistant's turn."""
     head = [system_text(conversation)] if system_text(conversation) else []
     if conversation.offered:
         head.append(_described(conversation.offered))
@@ -87,11 +87,7 @@ def _parser(tools: tuple[Tool, ...]) -> DelimitedCalls:
     return DelimitedCalls(MARKS)
 
 
-_SYNTAX = JsonCalls(
-    (MARKS.call_begin,),
-    f"function{MARKS.separator}{{name}}\n```json\n",
-    f"\n```{MARKS.call_end}",
-    MARKS.all,
-)
+STYLE = (f"function{MARKS.separator}{{name}}\n```json\n", f"\n```{MARKS.call_end}")
+_SYNTAX = JsonCalls((MARKS.call_begin,), (STYLE,), MARKS.all)
 V3 = ChatFormat("deepseek_v3", render, _parser, markup=MARKS.all, syntax=_SYNTAX)
 R1 = replace(V3, name="deepseek_r1", render=render_r1, tags=THINK)

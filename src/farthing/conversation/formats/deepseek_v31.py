@@ -52,7 +52,7 @@ def _calls(turn: Turn) -> str:
 
 
 def render(conversation: Conversation, tokens: ControlTokens) -> str:
-    """The prompt. Earlier turns carry an empty reasoning; after a tool's output the turn just continues."""
+    """The prompt. Earlier turns have an empty reasoning; after a tool's output the turn continues."""
     head = [system_text(conversation)] if system_text(conversation) else []
     if conversation.offered:
         head.append(_described(conversation.offered))
@@ -77,6 +77,7 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
     return "".join(parts)
 
 
+STYLE = (f"{{name}}{MARKS.separator}", MARKS.call_end)
 V31 = ChatFormat(
     "deepseek_v31",
     render,
@@ -84,5 +85,5 @@ V31 = ChatFormat(
     THINK,
     efforts=("none",),
     markup=MARKS.all,
-    syntax=JsonCalls((MARKS.call_begin,), f"{{name}}{MARKS.separator}", MARKS.call_end, MARKS.all),
+    syntax=JsonCalls((MARKS.call_begin,), (STYLE,), MARKS.all),
 )

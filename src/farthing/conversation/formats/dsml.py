@@ -1,4 +1,4 @@
-"""What V3.2 and V4 have in common: calls written as DSML."""
+"""The calls of V3.2 and V4, written as DSML."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def arguments_of(call: ToolCall) -> Mapping[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """JSON as the models were trained on."""
+    """JSON in the style of the models' training data."""
     return json.dumps(value, ensure_ascii=False)
 
 

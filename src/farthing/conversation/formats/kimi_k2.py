@@ -98,6 +98,6 @@ KIMI_K2 = ChatFormat(
     markup=MARKS.all,
     stops=(_END,),
     syntax=JsonCalls(
-        (MARKS.call_begin,), f"functions.{{name}}:{{index}}{MARKS.separator}", MARKS.call_end, MARKS.all
+        (MARKS.call_begin,), ((f"functions.{{name}}:{{index}}{MARKS.separator}", MARKS.call_end),), MARKS.all
     ),
 )

@@ -1,4 +1,4 @@
-"""A model's own Jinja template as a chat format. What a template would leave out is noticed, never lost."""
+"""A model's own Jinja template as a chat format. Content that a template leaves out is an error."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from farthing.conversation.formats.base import FormatError
 from farthing.conversation.types import Conversation, Turn
 
-_SAMPLE = 40  # characters that tell whether a text was printed
+_SAMPLE = 40  # leading characters that identify a text in the prompt
 
 
 def variables(source: str) -> frozenset[str]:
-    """Names a template reads from outside. Empty for one that does not compile: rendering will say so."""
+    """The variables a template reads. Empty if it does not compile: rendering reports the error."""
     import jinja2
     from jinja2 import meta
     from jinja2.ext import loopcontrols
@@ -69,7 +69,7 @@ def _message(turn: Turn, developer: str) -> dict[str, Any]:
 
 
 def finished(conversation: Conversation, prompt: str) -> str:
-    """The rendered prompt, checked, and cut where the last turn is resumed. Raises FormatError."""
+    """The rendered prompt, checked, and cut at the end of a resumed last turn. Raises FormatError."""
     for what, text in _texts(conversation):
         sample = text.strip()[:_SAMPLE]
         if sample not in prompt and json.dumps(sample, ensure_ascii=False)[1:-1] not in prompt:
@@ -91,7 +91,7 @@ def _texts(conversation: Conversation) -> Iterable[tuple[str, str]]:
 
 
 def _cut(last: str, prompt: str) -> str:
-    """The prompt up to the end of its last message's text, so that the model continues it."""
+    """The prompt up to the end of the last message's text, which the model continues."""
     at = prompt.rfind(last.strip())
     if at < 0:
         raise FormatError("the chat template changes the last message, so it cannot be continued")

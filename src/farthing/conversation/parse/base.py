@@ -1,4 +1,4 @@
-"""What the call parsers of all formats have in common."""
+"""The interface and the shared machinery of the call parsers."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Protocol
 
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, Text, new_call_id
 
-# A tag or a function name longer than this is no markup: nothing may hold the stream back for ever.
+# A longer tag or function name is not markup; without a limit it could hold back the stream forever.
 MAX_HEAD = 512
 
 
 class CallParser(Protocol):
-    """Reads calls out of the text that follows the reasoning."""
+    """Parses calls from the text that follows the reasoning."""
 
     calls: int  # begun so far
-    openers: frozenset[str]  # strings that begin a call, and so end a reasoning left open
+    openers: frozenset[str]  # strings that begin a call and thereby end an open reasoning
 
     def push(self, text: str) -> list[Delta]:
-        """What is known after one more piece."""
+        """Parse one more piece and return the deltas that are certain."""
 
     def finish(self) -> list[Delta]:
-        """What is left when the output ends. A call cut off keeps the arguments it has."""
+        """The remaining deltas at the end of the output. A truncated call keeps the arguments it has."""
 
 
 class NoCalls:
-    """All text is text."""
+    """A parser that finds no calls."""
 
     calls = 0
     openers: frozenset[str] = frozenset()
@@ -50,7 +50,7 @@ class Machine:
         self._state: Callable[[], bool]
 
     def push(self, text: str) -> list[Delta]:
-        """What is known after one more piece."""
+        """Parse one more piece and return the deltas that are certain."""
         self._buffer += text
         while self._buffer and self._state():
             pass

@@ -52,7 +52,7 @@ KIMI = Marks(
 
 
 class DelimitedCalls(Machine):
-    """See the module. `native_ids`: the head is the call's id, as in Kimi's format."""
+    """Parses the calls described above. `native_ids`: the head is the call's id, as in Kimi's format."""
 
     def __init__(self, marks: Marks, native_ids: bool = False) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class DelimitedCalls(Machine):
         self._fenced = False  # this call's arguments are in a code block
 
     def finish(self) -> list[Delta]:
-        """What was held back; a call cut off by the token limit keeps the arguments it has."""
+        """Flush what was held back. A call truncated by the token limit keeps the arguments it has."""
         rest, self._buffer = self._buffer, ""
         if self._state == self._outside:
             self._text(self._trailing.take() + self._literals.unless_cut(rest))
@@ -77,13 +77,13 @@ class DelimitedCalls(Machine):
             self._arguments(rest)
         return self._taken()
 
-    # States. Each ends at one of the marks; what a mark means depends only on where it stands.
+    # States. Each ends at a mark, whose meaning depends only on the state.
 
     def _outside(self) -> bool:
         return self._until_mark(lambda text: self._text(self._trailing.push(text)))
 
     def _between(self) -> bool:
-        """After a mark of the section: white space is dropped, other text is the answer's."""
+        """After a mark of the section: white space is dropped, other text belongs to the answer."""
         self._buffer = self._buffer.lstrip()
         if self._buffer and not self._starts_mark():
             self._state = self._outside
@@ -94,11 +94,11 @@ class DelimitedCalls(Machine):
         if found is None and self._literals.ready(self._buffer) <= MAX_HEAD:
             return False
         if found is None or found[0] > MAX_HEAD:
-            self._state = self._outside  # no head is so long: the rest is text
+            self._state = self._outside  # too long for a head: the rest is text
             return True
         head = self._take(found[0]).strip()
         if not self._buffer.startswith(self._marks.separator):
-            self._state = self._outside  # the model left its own format
+            self._state = self._outside  # the model deviated from its format
             return True
         self._take(len(self._marks.separator))
         if head == "function":
@@ -133,13 +133,13 @@ class DelimitedCalls(Machine):
         return True
 
     def _json(self) -> bool:
-        """An object, passed on as it is written; what stands between its end and the call's is a fence."""
+        """An object, streamed as it is written; whatever follows it in the call is a fence."""
         return self._until_mark(self._push_json)
 
     def _raw(self) -> bool:
         return self._until_mark(self._pieces.append)
 
-    # What the states share.
+    # Shared by the states.
 
     def _named(self, head: str) -> None:
         name, identity = head, None
@@ -171,7 +171,7 @@ class DelimitedCalls(Machine):
         return found[0] == 0 if found else self._literals.ready(self._buffer) == 0
 
     def _until_mark(self, take: Callable[[str], object]) -> bool:
-        """Give the text before the next mark to `take`, then act on the mark."""
+        """Pass the text before the next mark to `take`, then handle the mark."""
         found = self._literals.find(self._buffer)
         if found is None:
             ready = self._literals.ready(self._buffer)
@@ -183,7 +183,7 @@ class DelimitedCalls(Machine):
             take(self._take(start))
         mark = self._take(end - start)
         if self._object is not None and self._object.quoted:
-            take(mark)  # a string of the arguments may speak of the format
+            take(mark)  # a string in the arguments may contain marks
         else:
             self._mark(mark)
         return True

@@ -6,8 +6,8 @@
     </｜DSML｜invoke>
     </｜DSML｜tool_calls>
 
-V3.2 names the section `function_calls`. No DSML tag ever reaches the text: a tag that makes no sense where it
-stands is dropped. The section's own tags are optional, as models leave them out or misspell them.
+V3.2 names the section `function_calls`. No DSML tag ever reaches the text: a misplaced tag is dropped. The
+section's own tags are optional, because models omit or misspell them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from farthing.conversation.types import Tool
 
 MARK = "｜DSML｜"
 _OPEN, _CLOSE = f"<{MARK}", f"</{MARK}"
-_DOUBLED = ("<｜｜DSML｜｜", "</｜｜DSML｜｜")  # a misspelling seen in practice
+_DOUBLED = ("<｜｜DSML｜｜", "</｜｜DSML｜｜")  # a misspelling that models produce
 OPENERS = (_OPEN, _DOUBLED[0])
 _TAGS = literals(frozenset((_OPEN, _CLOSE, *_DOUBLED)))
 _BODY = re.compile(r'[^<>"\n]*(?:"[^"\n]*"[^<>"\n]*)*>')  # a tag after its mark
@@ -31,19 +31,19 @@ _NAME = re.compile(r"\s*(\w+)")
 
 
 class DsmlCalls(ParameterCalls):
-    """See the module."""
+    """Parses the calls described above."""
 
     openers = frozenset(OPENERS)
     tags = _TAGS
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__(tools)
-        self._within = self._outside  # the state to return to after a tag without effect
+        self._within = self._outside  # the state to return to after a tag that is dropped
         self._mark, self._closing = "", False  # of the tag being read
         self._orphaned: list[str] = []  # the value of a parameter outside a call
 
     def finish(self) -> list[Delta]:
-        """See ParameterCalls. A parameter that nothing followed was no part of a call: its text is kept."""
+        """See ParameterCalls. A parameter outside a call, with no tag after it, is kept as text."""
         if self._state == self._in_orphan:
             self._buffer, self._state = "".join((*self._orphaned, self._buffer)), self._outside
         return super().finish()
@@ -66,20 +66,20 @@ class DsmlCalls(ParameterCalls):
         self._tag(self._take(body.end())[:-1])
         return True
 
-    # What the states share.
+    # Shared by the states.
 
     def _enter(self, tag: str) -> None:
         self._mark, self._closing = tag, tag.startswith("</")
         self._within, self._state = self._state, self._in_tag
 
     def _broken(self) -> bool:
-        """Whether the tag can no longer end: a line or another tag begins before it does."""
+        """Whether the tag can no longer end: a new line or another tag begins first."""
         return "\n" in self._buffer or "<" in re.sub(r'"[^"]*("|$)', "", self._buffer)
 
     def _malformed(self) -> None:
-        """Drop a tag that never ends, up to the end of its line; what it was part of continues.
+        """Drop a tag that never ends, up to the end of its line, and return to the enclosing state.
 
-        A value keeps it, unless it looks like a part of the call: the value speaks of the format.
+        Within a value it is text, unless it looks like part of the call.
         """
         name = _NAME.match(self._buffer)
         if self._within == self._in_value and not (name and self._ends_value(name[1])):
@@ -98,7 +98,7 @@ class DsmlCalls(ParameterCalls):
         in_value = self._within == self._in_value
         self._orphaned = []
         if in_value and not self._ends_value(kind):
-            self._push_value(f"{self._mark}{body}>")  # a value may speak of other tags
+            self._push_value(f"{self._mark}{body}>")  # a value may contain other tags
             self._state = self._in_value
             return
         if in_value:

@@ -1,4 +1,4 @@
-"""Calls that a grammar forces: the JSON list of `calls_schema`, or one function's arguments alone."""
+"""Parses calls that a grammar forces: the JSON list of `calls_schema`, or one function's arguments."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _HEADER = ("{", '"name"', ":", _NAME, ",", '"parameters"', ":")
 
 
 class ListedCalls(Machine):
-    """`[{"name": …, "parameters": {…}}, …]`. A text that is no such list is passed on as text."""
+    """`[{"name": …, "parameters": {…}}, …]`. Anything else is passed on as text."""
 
     openers: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         super().__init__()
         self._state = self._before
-        self._seen: list[str] = []  # before the first call: text, should no call come
+        self._seen: list[str] = []  # before the first call: text if no call follows
         self._step = 0  # in _HEADER
         self._name = ""
         self._object = JsonObject()
 
     def finish(self) -> list[Delta]:
-        """Nothing of a call is held back; text that never became one is passed on."""
+        """Pass on text that did not become a call; nothing of a call is held back."""
         if not self.calls:
             text = "".join(self._seen) + self._buffer
             self._text(text if text.strip() else "")
@@ -88,7 +88,7 @@ class ListedCalls(Machine):
         return True
 
     def _rest(self) -> bool:
-        """What follows the list, or is none."""
+        """Text after the list, or text that is not a list."""
         text = self._take(len(self._buffer))
         if not self.calls:
             self._seen.append(text)
@@ -108,7 +108,7 @@ class ListedCalls(Machine):
 
 
 class NamedCall(Machine):
-    """One call of a function known beforehand: the whole text is its arguments."""
+    """One call of a known function: the whole text is its arguments."""
 
     openers: frozenset[str] = frozenset()
 

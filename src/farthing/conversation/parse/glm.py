@@ -21,7 +21,7 @@ _TAGS = literals(frozenset((CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END)))
 
 
 class GlmCalls(ParameterCalls):
-    """See the module."""
+    """Parses the calls described above."""
 
     openers = frozenset((CALL,))
     tags = _TAGS
@@ -40,7 +40,7 @@ class GlmCalls(ParameterCalls):
     def _in_key(self) -> bool:
         return self._until_tag(self._name.append)
 
-    # What the states share.
+    # Shared by the states.
 
     def _head(self, text: str) -> None:
         if self._named:
@@ -49,7 +49,7 @@ class GlmCalls(ParameterCalls):
         line, newline, rest = (text if self._name else text.lstrip()).partition("\n")
         if line:
             self._name.append(line)
-        if sum(map(len, self._name)) > MAX_HEAD:  # no name is so long: it is text after all
+        if sum(map(len, self._name)) > MAX_HEAD:  # too long for a name: it is text
             self._state = self._outside
             self._outer("".join(self._name) + newline + rest)
         elif newline:
@@ -63,7 +63,7 @@ class GlmCalls(ParameterCalls):
 
     def _enter(self, tag: str) -> None:
         if self._state == self._in_value:
-            if tag in (CALL, KEY_END, VALUE):  # no part of the structure here: the value speaks of it
+            if tag in (CALL, KEY_END, VALUE):  # not structure here: part of the value
                 self._push_value(tag)
                 return
             self._end_value()

@@ -1,4 +1,4 @@
-"""A model's whole output: control tokens dropped, reasoning split from the answer, calls from its text."""
+"""Parses a complete output: drops control tokens, splits reasoning from the answer, calls from text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from farthing.conversation.scan import Trailing, literals
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """What a format puts around the reasoning."""
+    """The tags around the reasoning."""
 
     open: str = "<think>"
     close: str = "</think>"
@@ -22,10 +22,10 @@ THINK = Tags()
 
 
 class OutputParser:
-    """Text in pieces, deltas out; the same deltas, put together, wherever the pieces are cut.
+    """Converts pieces of text to deltas. The assembled answer does not depend on where the pieces are cut.
 
-    tags: None if the output is not parsed for reasoning. opened: the prompt has already opened it. hidden:
-    control tokens that are no part of any markup and are dropped wherever they stand.
+    tags: None if the output is not parsed for reasoning. opened: the prompt already opened it. hidden:
+    control tokens outside all markup, which are dropped everywhere.
     """
 
     def __init__(
@@ -41,16 +41,16 @@ class OutputParser:
 
     @property
     def calls(self) -> int:
-        """How many calls have begun."""
+        """The number of calls begun so far."""
         return self._calls.calls
 
     @property
     def reasoning(self) -> bool:
-        """Whether the text that comes next belongs to the reasoning, as far as is known."""
+        """Whether the next text belongs to the reasoning, as far as is known."""
         return self._reasoning is not None and self._reasoning.reasoning
 
     def push(self, text: str) -> list[Delta]:
-        """What is known after one more piece."""
+        """Parse one more piece and return the deltas that are certain."""
         if self._hidden is not None:
             text = self._hidden.push(text)
         if self._reasoning is None:
@@ -58,7 +58,7 @@ class OutputParser:
         return self._split(self._reasoning.push(text))
 
     def finish(self) -> list[Delta]:
-        """What the parsers still hold when the output ends."""
+        """The deltas still held back at the end of the output."""
         rest = self._hidden.finish() if self._hidden else ""
         if self._reasoning is None:
             return self._calls.push(rest) + self._calls.finish()
@@ -83,7 +83,7 @@ class Hidden:
         self._buffer = ""
 
     def push(self, text: str) -> str:
-        """The text that is known to hold none of the strings."""
+        """The text known to contain none of the strings."""
         self._buffer += text
         ready: list[str] = []
         while found := self._literals.find(self._buffer):
@@ -95,7 +95,7 @@ class Hidden:
         return "".join(ready)
 
     def finish(self) -> str:
-        """The rest, in which a string that begins another one is complete after all."""
+        """The rest; a string that is a prefix of a longer one is now complete."""
         rest, self._buffer = self._literals.remove(self._buffer), ""
         return rest
 
@@ -105,11 +105,11 @@ Part = tuple[Kind, str]
 
 
 class ReasoningSplitter:
-    """(kind, text) parts; white space around the tags is dropped.
+    """Splits text into (kind, text) parts and drops white space around the tags.
 
-    A model writes its reasoning in three ways: both tags, the closing tag alone because the prompt ends with
-    the opening one, or no tag at all. One that repeats the tag of the prompt is understood as well, and a
-    call begun inside the reasoning (one of `openers`) ends it.
+    Models write reasoning in three ways: with both tags, with the closing tag alone because the prompt ends
+    with the opening one, or with no tag. A model may also repeat the prompt's tag, and a call begun inside
+    the reasoning (one of `openers`) ends it.
     """
 
     def __init__(self, tags: Tags, opened: bool, openers: frozenset[str] = frozenset()) -> None:
@@ -118,16 +118,16 @@ class ReasoningSplitter:
         self._buffer = ""
         self._state: Literal["start", "reasoning", "closed", "content"] = "start"
         self._trailing = Trailing()
-        self._begun = False  # whether any reasoning was sent
-        self._blank: list[str] = []  # white space at the very start, which belongs to a content without tags
+        self._begun = False  # some reasoning was sent
+        self._blank: list[str] = []  # leading white space, kept if the output has no tags
 
     @property
     def reasoning(self) -> bool:
-        """Whether the text that comes next belongs to the reasoning, as far as is known."""
+        """Whether the next text belongs to the reasoning, as far as is known."""
         return self._state == "reasoning" or (self._state == "start" and self._opened)
 
     def push(self, text: str) -> list[Part]:
-        """What is known after one more piece."""
+        """Parse one more piece and return the deltas that are certain."""
         self._buffer += text
         parts: list[Part] = []
         if self._state == "start":
@@ -144,7 +144,7 @@ class ReasoningSplitter:
         return parts
 
     def finish(self) -> list[Part]:
-        """What is left when the output ends: text that could have become a tag, unless it clearly was one."""
+        """The remaining text, which could have become a tag; dropped if it clearly was one."""
         rest, self._buffer = self._ends.unless_cut(self._buffer), ""
         if self._state == "start" and not self._opened:
             rest = "".join(self._blank) + rest

@@ -1,4 +1,4 @@
-"""Calls written parameter by parameter, put together as one JSON object while they stream."""
+"""Assembles calls that are written parameter by parameter into one streamed JSON object."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from farthing.conversation.scan import Literals, Trailing
 from farthing.conversation.types import Tool
 from farthing.conversation.values import Kinds, is_text, kinds_of, quoted, to_json
 
-# Models trained on other formats wrap all arguments in one parameter of such a name.
+# Models trained on other formats may wrap all arguments in one parameter with such a name.
 _WRAPPERS = ("arguments", "input")
 
 
 class ParameterCalls(Machine):
-    """Keeps the state of one call's object; a format's parser says when a call or a value begins and ends."""
+    """Tracks one call's object; the format's parser reports where calls and values begin and end."""
 
-    tags: Literals  # what separates a format's text from its structure
+    tags: Literals  # the format's tags
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__()
         self._schemas = {tool.name: tool.parameters for tool in tools}
         self._schema: Mapping[str, Any] | None = None
         self._trailing = Trailing()
-        self._open = False  # a call has begun and not ended
+        self._open = False  # inside a call
         self._count = 0  # parameters of this call
         self._stray: list[str] = []  # text of a call outside its parameters
-        self._value: list[str] | None = None  # of the current parameter, unless it is passed on as it arrives
+        self._value: list[str] | None = None  # of the current parameter; None if it streams
         self._key = ""
         self._declared: bool | None = None
         self._kinds: Kinds = None
-        self._blank = False  # drop white space until text comes: a section has just ended
+        self._blank = False  # a section has just ended: drop white space before text
         self._state = self._outside
 
     def finish(self) -> list[Delta]:
-        """What was held back; a tag or a name that was never complete is dropped.
+        """Flush what was held back, but not an incomplete tag or name.
 
-        A call that was cut off keeps what it has and stays open: it must not be taken for a whole one.
+        A truncated call keeps what it has and stays unclosed, so that it is not mistaken for a complete one.
         """
         rest, self._buffer = self._buffer, ""
         if self._state == self._outside:
@@ -57,7 +57,7 @@ class ParameterCalls(Machine):
         return self._until_tag(self._push_value)
 
     def _until_tag(self, take: Callable[[str], object]) -> bool:
-        """Give the text before the next tag to `take`, and the tag to the format; False to wait for more."""
+        """Pass the text before the next tag to `take`, the tag to the format; False: wait for more text."""
         found = self.tags.find(self._buffer)
         size = found[0] if found else self.tags.ready(self._buffer)
         if size:
@@ -68,7 +68,7 @@ class ParameterCalls(Machine):
         return True
 
     def _enter(self, tag: str) -> None:
-        """A tag, or the beginning of one, was found."""
+        """Handle a tag or the beginning of one."""
         raise NotImplementedError
 
     def _outer(self, text: str) -> None:
@@ -94,7 +94,7 @@ class ParameterCalls(Machine):
             self._arguments(_object("".join(self._stray)) or "{}")
 
     def _start_value(self, key: str, declared: bool | None) -> None:
-        """declared: the format says that the value is a string (True), JSON (False), or nothing (None)."""
+        """declared: the markup says that the value is a string (True) or JSON (False), or nothing (None)."""
         self._key, self._declared, self._kinds = key, declared, kinds_of(self._schema, key)
         self._value = [] if not is_text(declared, self._kinds) else None
         if self._value is None:
@@ -122,7 +122,7 @@ class ParameterCalls(Machine):
         return "{" if self._count == 1 else ", "
 
     def _unwrapped(self, text: str) -> str:
-        """The members of an object that wraps all arguments; empty if the parameter is none."""
+        """The members of an object that wraps all arguments; empty if the parameter is no such wrapper."""
         known = (self._schema or {}).get("properties")
         if self._count or self._key not in _WRAPPERS or not isinstance(known, Mapping) or self._key in known:
             return ""
