@@ -31,7 +31,9 @@ def served() -> Iterator[tuple[str, int]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     code = "from farthing.cli.app import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", code, "serve", "--port", str(port)])
+    # Pages of the KV cache become resident when they are first used: a small one settles early.
+    command = [sys.executable, "-c", code, "serve", "--port", str(port), "--num-blocks", "512"]
+    process = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 120
@@ -97,12 +99,17 @@ def test_hostile_requests_leak_no_memory() -> None:
     with served() as (url, pid), httpx.Client(timeout=60) as client:
         port = int(url.rsplit(":", 1)[1])
 
+        rounds = 0
+
         def load(share: float, attacked: bool) -> int:
+            nonlocal rounds
             deadline = time.monotonic() + share * SECONDS
             while time.monotonic() < deadline:
                 ordinary(url, client)
+                rounds += 1
                 if attacked:
                     hostile(url, client, port)
+            print(f"{rounds} rounds of ordinary load, {resident(pid) / 2**20:.0f} MiB")
             return resident(pid)
 
         settled = load(0.25, attacked=False)
