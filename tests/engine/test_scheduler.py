@@ -309,7 +309,52 @@ def test_second_turn_reuses_the_first_answer() -> None:
     second = sequence(1, [*first.tokens, 1, 2, 3])
     scheduler.add(second)
     scheduler.schedule()
-    assert second.num_cached == 8  # 11 of 12 tokens were computed: two full blocks, one of them output
+    assert second.num_cached == 11  # of 12 tokens: two full blocks, and a third that the second takes over
+    scheduler.check()
+
+
+def test_a_tail_is_for_the_same_tokens_and_salt_and_for_one_sequence() -> None:
+    scheduler = Scheduler(32, 4, max_num_seqs=8, max_num_batched_tokens=64)
+    scheduler.worth_sharing = 64
+    first = sequence(0, [1, 2, 3, 4, 5, 6], output=2)
+    scheduler.add(first)
+    while first.num_output < 2:
+        run(scheduler, scheduler.schedule())
+    scheduler.finish(first)
+    (tail,) = scheduler.prefix.check()
+    asked = [
+        sequence(1, [1, 2, 3, 4, 5, 7, 7, 7]),
+        sequence(2, [*first.tokens, 1], salt="b"),
+        sequence(3, [*first.tokens, 1]),
+        sequence(4, [*first.tokens, 1]),
+    ]
+    asked[0].read_cache = False
+    for seq in asked:
+        scheduler.add(seq)
+    scheduler.schedule()
+    assert [seq.num_cached for seq in asked] == [0, 0, 7, 4]
+    assert asked[2].blocks[1] == tail and not scheduler.prefix.check()
+    scheduler.check()
+
+
+def test_the_latest_tail_after_a_prefix_is_kept_until_its_block_is_reused() -> None:
+    scheduler = Scheduler(3, 4, max_num_seqs=1, max_num_batched_tokens=64)
+    for number, last in enumerate([7, 8]):
+        seq = sequence(number, [1, 2, 3, 4, last], output=1)
+        scheduler.add(seq)
+        run(scheduler, scheduler.schedule())
+        scheduler.finish(seq)
+        scheduler.check()
+    assert len(list(scheduler.prefix.check())) == 1
+    repeated = sequence(2, [1, 2, 3, 4, 8, 9])
+    scheduler.add(repeated)
+    scheduler.schedule()
+    assert repeated.num_cached == 5
+    scheduler.finish(repeated)
+    scheduler.add(sequence(3, [5] * 12, output=0))
+    scheduler.schedule()
+    assert not scheduler.prefix.check()
+    scheduler.check()
 
 
 def test_different_salt_has_no_cache_hits() -> None:

@@ -1,15 +1,18 @@
-"""Which full blocks hold which tokens, so that a known prefix is not computed again.
+"""Which blocks hold which tokens, so that a known prefix is not computed again.
 
 A block is known by the hash of its tokens chained with the hash of the block before it, so equal hashes
 mean equal prefixes from the first token on. The chain starts from the request's cache salt: requests
 with different salts never share a block, and cannot probe each other's prompts by timing.
+
+A sequence that ends leaves its last block, which is rarely full, as a tail: known by the hash of the blocks
+before it and its own tokens. The next turn of a conversation takes the block over and continues in it.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 from farthing.engine.block_pool import IntegrityError
@@ -25,6 +28,8 @@ class PrefixCache:
         self.enabled = enabled
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._tails: dict[bytes, tuple[int, tuple[int, ...]]] = {}  # by the hash before: block and tokens
+        self._tail_of: dict[int, bytes] = {}
         self._reused: Counter[int] = Counter()  # reallocations per block
 
     def __len__(self) -> int:
@@ -34,7 +39,7 @@ class PrefixCache:
         """Append hashes until there are `count`, one for each full block of `tokens`."""
         size = self.block_size
         for i in range(len(hashes), count):
-            parent = hashes[-1] if hashes else blake2b(salt.encode(), digest_size=_HASH_BYTES).digest()
+            parent = self._parent(hashes, salt)
             data = array("q", tokens[i * size : (i + 1) * size]).tobytes()
             hashes.append(blake2b(parent + data, digest_size=_HASH_BYTES).digest())
 
@@ -54,6 +59,33 @@ class PrefixCache:
             self._block_of[digest] = block
             self._hash_of[block] = digest
 
+    def keep_tail(self, hashes: Sequence[bytes], salt: str, tokens: Sequence[int], block: int) -> None:
+        """A block that nothing uses any more begins with `tokens`, which follow the blocks of `hashes`.
+
+        Of the tails after the same blocks only the latest is kept.
+        """
+        if not self.enabled or not tokens:
+            return
+        parent = self._parent(hashes, salt)
+        old, _ = self._tails.pop(parent, (None, ()))
+        if old is not None:
+            del self._tail_of[old]
+        self._tails[parent] = (block, tuple(tokens))
+        self._tail_of[block] = parent
+
+    def take_tail(self, hashes: Sequence[bytes], salt: str, tokens: Sequence[int]) -> tuple[int, int] | None:
+        """A block that begins with `tokens`, or all of whose tokens they begin with, and how many match.
+
+        The caller overwrites the rest of the block, so it is no longer known.
+        """
+        parent = self._parent(hashes, salt)
+        block, held = self._tails.get(parent, (0, ()))
+        count = min(len(held), len(tokens))
+        if not count or held[:count] != tuple(tokens[:count]):
+            return None
+        del self._tails[parent], self._tail_of[block]
+        return block, count
+
     def locate(self, digest: bytes) -> tuple[int, int] | None:
         """The block of a hash and its number of reallocations; may be called from any thread.
 
@@ -67,7 +99,7 @@ class PrefixCache:
 
     def contains_block(self, block: int) -> bool:
         """Whether the block can still be found."""
-        return block in self._hash_of
+        return block in self._hash_of or block in self._tail_of
 
     def forget(self, block: int) -> None:
         """Drop a block that is about to be overwritten."""
@@ -75,8 +107,17 @@ class PrefixCache:
         digest = self._hash_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
+        parent = self._tail_of.pop(block, None)
+        if parent is not None:
+            del self._tails[parent]
 
-    def check(self) -> None:
-        """Raise IntegrityError unless hashes and blocks are one to one."""
+    def check(self) -> Iterable[int]:
+        """Raise IntegrityError unless hashes and blocks are one to one. Returns blocks without users."""
         if {block: digest for digest, block in self._block_of.items()} != self._hash_of:
             raise IntegrityError("prefix cache: hashes and blocks are not one to one")
+        if {block: parent for parent, (block, _) in self._tails.items()} != self._tail_of:
+            raise IntegrityError("prefix cache: tails and blocks are not one to one")
+        return self._tail_of.keys()
+
+    def _parent(self, hashes: Sequence[bytes], salt: str) -> bytes:
+        return hashes[-1] if hashes else blake2b(salt.encode(), digest_size=_HASH_BYTES).digest()

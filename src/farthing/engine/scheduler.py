@@ -161,7 +161,8 @@ class Scheduler(Generic[S]):
     def check(self) -> None:
         """Raise IntegrityError if blocks leaked or invariants are violated."""
         self.pool.check([*(seq.blocks for seq in self.running), *self.prefetch.held])
-        self.prefix.check()
+        if any(self.pool.refs(block) for block in self.prefix.check()):
+            raise IntegrityError("the tail of a sequence that ended is in use")
         for seq in self.waiting:
             if seq.blocks:
                 raise IntegrityError(f"waiting sequence {seq.id} holds blocks")
@@ -259,9 +260,13 @@ class Scheduler(Generic[S]):
         if not self._rows or not self._fits(seq, hits):
             return False
         self._queues.drop(seq)
-        self.pool.share(hits)
-        seq.blocks = hits + self.pool.allocate(self._blocks_for(len(seq.tokens)) - len(hits))
-        seq.num_computed = seq.num_cached = len(hits) * self.block_size
+        known, cached = list(hits), len(hits) * self.block_size
+        rest = seq.tokens[cached:-1][: self.block_size] if seq.read_cache else []
+        if tail := self.prefix.take_tail(seq.hashes[: len(hits)], seq.salt, rest):
+            known, cached = [*hits, tail[0]], cached + tail[1]
+        self.pool.share(known)
+        seq.blocks = known + self.pool.allocate(self._blocks_for(len(seq.tokens)) - len(known))
+        seq.num_computed = seq.num_cached = cached
         seq.num_registered = len(hits)
         for digest in seq.hashes[len(hits) :]:
             self._computing.setdefault(digest, seq)
@@ -365,6 +370,10 @@ class Scheduler(Generic[S]):
         self.add(seq)
 
     def _free(self, seq: S) -> None:
+        full = seq.num_registered
+        tail = seq.tokens[full * self.block_size : seq.num_computed]
+        if self.prefix.enabled and tail:
+            self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full])
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
         self.prefetch.used(seq.hashes[: seq.num_registered])
