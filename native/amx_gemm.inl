@@ -5,9 +5,9 @@
 namespace farthing {
 namespace {
 
-constexpr int kAhead = 4096;  // bytes of prefetch: what one core needs in flight
+constexpr int kAhead = 4096;  // bytes of prefetch that one core needs in flight
 
-// The compiler does not know that tile loads read memory: what was stored before must be there.
+// The compiler does not know that tile loads read memory; earlier stores must be complete.
 inline void stored() { asm volatile("" ::: "memory"); }
 
 struct alignas(64) TileConfig {
@@ -53,7 +53,7 @@ struct Scratch {
 };
 thread_local Scratch expanded;
 
-// Nibbles to bytes, zero blocks filled in: what a tile can load. Returns the panel's bytes.
+// Expands nibbles to bytes and fills in zero blocks, for tile loads. Returns the panel's bytes.
 const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out) {
   const uint8_t *mask = record, *p = record + w.head_bytes();
   const bool four = w.format == Format::q4;

@@ -1,4 +1,4 @@
-// The ops: what farthing.ops.api defines, over packed weights, raw rows and one pool of threads.
+// The ops of farthing.ops.api on packed weights, raw rows and one thread pool.
 //
 // Legend: T tokens; D hidden size; E routed experts; I expert width; c latent; r rotary size; H heads.
 #pragma once
@@ -107,7 +107,7 @@ struct Layer {  // one layer's weights; attention and feed are owned by the laye
 
 struct Layers {
   std::vector<Layer> layers;
-  std::vector<float> qkv, q, heads, hidden;  // what an op leaves for the next
+  std::vector<float> qkv, q, heads, hidden;  // passed from one op to the next
   void add(Layer layer);
   static Rows rows(std::vector<float>& memory, int tokens, int width);
 };

@@ -1,7 +1,7 @@
 // Panels times rows, in every format. Included by kernels_*.cpp, compiled once per instruction set.
 //
 // Sums run over K in the same order for every number of rows and every instruction set (the quantized
-// formats are exact integers within a group), so a token's result does not depend on its company.
+// formats are exact integers within a group), so a token's result does not depend on the other rows.
 namespace farthing {
 namespace {
 

@@ -1,4 +1,4 @@
-// The kernels compiled for avx2; which flags that means stands in CMakeLists.txt.
+// The kernels compiled for avx2; the flags are in CMakeLists.txt.
 #include "table.inl"
 
 namespace farthing {

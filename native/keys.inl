@@ -1,4 +1,4 @@
-// Rows of the latent cache into what attention reads. Included by kernels_*.cpp.
+// Converts rows of the latent cache to the form that attention reads. Included by kernels_*.cpp.
 namespace farthing {
 namespace {
 

@@ -29,7 +29,7 @@ struct Batch {                  // the tokens of one step, sorted by sequence; s
   int keys(int token) const { return visible ? visible[token] : positions[token] + 1; }
 };
 
-// Stores latent [c] and rotated key [r] in a slot, each quantized with a scale of its own in 8-bit caches.
+// Stores latent [c] and rotated key [r] in a slot, each quantized with its own scale in 8-bit caches.
 void write_latent(const Kernels& kernels, const Cache& cache, int64_t slot, const float* latent, int c,
                   const float* k_pe, int r);
 
@@ -68,7 +68,7 @@ class KeyReader {
   uint16_t* keys16_;
   uint16_t* rest_;                                        // low halves of split keys; not read again
   const uint16_t* rows_[2 * kKeyBlock] = {};              // keys of a block, and of the one after it
-  int next_sequence_ = -1, next_at_ = 0, next_keys_ = 0;  // what the second half holds
+  int next_sequence_ = -1, next_at_ = 0, next_keys_ = 0;  // contents of the second half
 };
 
 }  // namespace farthing

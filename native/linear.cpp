@@ -54,7 +54,7 @@ Backend::Backend(int threads, const char* isa, const std::string& topology, bool
       arena(std::make_shared<Arena>(pool.nodes(), pool.real_nodes() && pool.nodes() > 1)) {}
 
 // Rows into the form the kernels of `w` read. One token: every thread its own copy, no barrier.
-// `scratch` holds one row a thread.
+// `scratch` has one row per thread.
 Act Backend::prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens,
                      const float* norm, float eps, float* scratch) {
   float* mine = scratch + static_cast<size_t>(team.id()) * act_stride(w.k);

@@ -12,9 +12,9 @@
 //         be negative; with zero points [K/G][16] int8; then [K/8][16][4] bytes: low nibble k % 8 < 4, high
 //         nibble the rest, each q + 8
 //
-// K is padded with zeros to a multiple of 2 (f32), 32 (bf16, fp8) or 64 (q8), N to a multiple of 16, what
-// stands before the data to 64 bytes. The record of a block-sparse q8 or q4 matrix begins with one byte every
-// 64 columns, whose bits say which 16 x 16 blocks follow; the others are zero.
+// K is padded with zeros to a multiple of 2 (f32), 32 (bf16, fp8) or 64 (q8), N to a multiple of 16, the
+// header before the data to 64 bytes. The record of a block-sparse q8 or q4 matrix starts with one byte per
+// 64 columns, whose bits mark the 16 x 16 blocks that follow; the others are zero.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -23,8 +23,8 @@ namespace farthing {
 
 constexpr int kPanel = 16;
 constexpr int kBlock = 16;      // columns of a sparsity block
-constexpr int kActGroup = 128;  // columns of activations that share a scale where the weights have no groups
-constexpr int kMaxParts = 8;    // NUMA nodes a matrix can be spread over
+constexpr int kActGroup = 128;  // columns of activations that share a scale if the weights have no groups
+constexpr int kMaxParts = 8;    // maximum NUMA nodes of a matrix
 
 enum class Format : uint32_t { f32 = 0, bf16 = 1, fp8 = 2, q8 = 3, q4 = 4 };
 
@@ -41,7 +41,7 @@ struct Matrix {
   Format format = Format::f32;
   int n = 0, k = 0;
   int group = 0;  // of the activations' scales, and of q4's weight scales
-  int kp = 0;     // K padded
+  int kp = 0;     // padded K
   int panels = 0;
   bool zero = false;
   bool sparse = false;
@@ -90,8 +90,8 @@ struct Act {
   uint16_t* lo = nullptr;
   int8_t* q = nullptr;  // q8, q4
   float* scale = nullptr;
-  int32_t* comp = nullptr;        // -offset * sum of a group: takes the +8 or +128 of the weights back out
-  int32_t* block_comp = nullptr;  // the same of 16 columns, for sparse matrices
+  int32_t* comp = nullptr;        // -offset * sum of a group: removes the +8 or +128 of the weights
+  int32_t* block_comp = nullptr;  // the same per 16 columns, for sparse matrices
 };
 
 inline Act row(const Act& a, int m) {

@@ -13,7 +13,7 @@ namespace {
 constexpr int kRowBlock = 256;  // rows whose intermediate tile stays in cache
 constexpr int kPairColumns = 2 * kPanel;
 constexpr int kRouteRows = 64;
-constexpr int kFetchStart = 2048;  // bytes, what the kernels prefetch
+constexpr int kFetchStart = 2048;  // bytes that the kernels prefetch
 constexpr int kApart = 16;  // tokens up to which down projections are read expert by expert, then summed
 constexpr int kApartColumns = 64;
 constexpr int kNarrow = 64;  // tokens up to which a unit of the sum has kWide columns; then 32
@@ -108,7 +108,7 @@ void gate_up(const Kernels& k, const Matrix& in, const Matrix& down, const Act& 
   }
 }
 
-// Scratch of one call. One token: each thread has a copy of what is computed once, and no barrier.
+// Scratch of one call. With one token each thread has its own copy of shared results, without a barrier.
 struct Space {
   int copies, most, token_rows, experts, score_ld, ld, unit = 64, steps = 0, out_columns, sum_count;
   bool sparse = false;

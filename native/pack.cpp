@@ -10,7 +10,7 @@ namespace farthing {
 namespace {
 
 constexpr uint32_t kMagic = 0x4b435047;  // "GPCK": with the hash of a name
-constexpr float kTiny = FLT_MIN;         // the smallest scale, as farthing.ops.weights clamps it
+constexpr float kTiny = FLT_MIN;         // the smallest scale, as in farthing.ops.weights
 
 struct Header {
   uint32_t magic, format;
@@ -46,7 +46,7 @@ uint16_t half_bits(float f) {
   return static_cast<uint16_t>(sign | ((b - 0x38000000u) >> 13));
 }
 
-// One row of the packed matrix before it is laid out.
+// One row of the packed matrix before layout.
 struct Line {
   std::vector<float> values;   // f32, bf16
   std::vector<int8_t> q;       // q8, q4
@@ -69,8 +69,8 @@ float amax(const float* x, int n) {
   return a;
 }
 
-// A group in 4 bits with the range of least squared error: see farthing.ops.weights.quantize_int4, which it
-// equals. Returns the scale.
+// Quantizes a group to 4 bits with the range of least squared error, exactly as
+// farthing.ops.weights.quantize_int4 does. Returns the scale.
 float round_group(const float* x, int n, int8_t* out) {
   static constexpr float kRanges[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
   const float top = amax(x, n);
@@ -243,7 +243,7 @@ double zero_share(const Matrix& m, const std::vector<uint8_t>& records) {
   return static_cast<double>(zero) / (static_cast<double>(m.panels) * blocks);
 }
 
-// Scales that a source brings along; those computed while packing are finite if the values are.
+// Number of scales stored in a source. Scales computed while packing are finite if the values are.
 size_t scale_count(const Source& s) {
   const size_t n = s.n, k = s.k;
   switch (s.kind) {

@@ -1,4 +1,4 @@
-// Checkpoint matrices to packed panels, in memory that lies on the NUMA node that will read it.
+// Packs checkpoint matrices into panels, in memory on the NUMA node that reads them.
 #pragma once
 #include <memory>
 #include <string>
@@ -9,7 +9,7 @@
 
 namespace farthing {
 
-// Memory for packed weights: large pages where the system has them, one list of slabs a node.
+// Memory for packed weights: large pages if available, one list of slabs per node.
 class Arena {
  public:
   explicit Arena(int nodes, bool bind) : slabs_(nodes), bind_(bind) {}
@@ -28,7 +28,7 @@ class Arena {
   size_t bytes_ = 0;
 };
 
-// Rows of a checkpoint's matrix [n, k]. `kind` is how they are stored; see farthing.ops.weights.Weight.
+// Rows of a checkpoint's matrix [n, k]. `kind` is their storage format; see farthing.ops.weights.Weight.
 struct Source {
   enum Kind { f32, bf16, int8, int4, fp8 } kind;
   const void* data;
@@ -40,11 +40,11 @@ struct Source {
 class Packed {
  public:
   Matrix m;
-  // Packs rows of the sources stacked; with `interleave`, 16 rows of the first and 16 of the second in turn.
+  // Packs the stacked rows of the sources; with `interleave`, alternates 16 rows of the first and the second.
   static std::shared_ptr<Packed> pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group,
                                       bool zero, bool interleave, double sparse_from,
                                       const std::vector<Source>& sources);
-  // A view of serialized bytes, which must outlive it. Copied to the nodes where there are several.
+  // A view of serialized bytes, which must outlive it. Copied to each node if there are several.
   // Everything that kernels rely on is checked; `name` is a hash of the name it was serialized under. Throws
   // std::invalid_argument.
   static std::shared_ptr<Packed> view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,

@@ -35,7 +35,7 @@ void round_to_bf16(const float* x, int k, uint16_t* out) {
   }
 }
 
-// clip * largest |x| to `top`, what lies beyond is clamped. k is padded to whole vectors with zeros by the
+// clip * largest |x| to `top`, larger values are clamped. k is padded to whole vectors with zeros by the
 // caller.
 inline float quantize_group(const float* x, int k, int8_t* q, float top_level, float clip) {
   f32x16 top = {};
@@ -105,7 +105,7 @@ void quantize(const Matrix& w, const Act& x, int row, int at, const float* value
   }
 }
 
-// Zeros behind the last column, up to what the kernels read.
+// Zeros after the last column, as far as the kernels read.
 template <class T>
 inline void pad(T* row, int from, int to) {
   for (int i = from; i < to; ++i) row[i] = 0;

@@ -48,7 +48,7 @@ void SharedSum::wait(int rank, uint64_t step) const {
 
 void SharedSum::add_some(Rows x, int rows, int columns, Rows residual) const {
   const uint64_t now = ++*step;
-  for (int rank = 0; rank < size; ++rank) wait(rank, now - 1);  // who has read what stood in this slot
+  for (int rank = 0; rank < size; ++rank) wait(rank, now - 1);  // until all have read the old contents
   float* own = slot(index);
   for (int r = 0; r < rows; ++r)
     std::memcpy(own + static_cast<int64_t>(r) * columns, x.row(r), sizeof(float) * columns);

@@ -19,7 +19,7 @@ struct SharedSum {
   using Word = std::atomic<uint64_t>;
   Word* counters;  // of rank 0, the others' a cache line apart: the last collective whose numbers are in the
                    // slot
-  uint8_t* slots;  // two a rank, used in turn
+  uint8_t* slots;  // two per rank, used alternately
   int64_t slot_bytes;
   uint64_t* step;           // collectives that this rank has begun
   const Word* failed;       // not zero: a rank has ended

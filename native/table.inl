@@ -1,6 +1,6 @@
 // The kernels every instruction set is compiled with, as a table; one with better ones puts them in their
 // place.
-// In this order: each file uses what the ones above it define.
+// The order matters: each file uses definitions of the ones above.
 // clang-format off
 #include "kernels.h"
 #include "vec.h"
