@@ -179,7 +179,7 @@ class Admission:
             grammar,
             field,
             lambda: sandbox.condemn(constraint, too_slow(field)),
-            self._mask_times.of(client) if client else None,  # alone, a client delays nobody else
+            self._mask_times.of(client) if client else None,  # a single client cannot delay others
         )
 
     def _token_texts(self) -> TokenTexts:

@@ -1,7 +1,7 @@
-"""Cache blocks, counted by reference. Plain integers: the memory itself belongs to the runner.
+"""Reference-counted cache blocks. They are plain integers; the runner owns the memory.
 
-A block without references keeps its contents until it is reallocated, least recently used first, which is
-what the prefix cache relies on. Blocks without reusable contents are reallocated before those.
+A block without references keeps its contents until it is reallocated, least recently used first; the prefix
+cache relies on this. Blocks without reusable contents are reallocated before those.
 """
 
 from __future__ import annotations

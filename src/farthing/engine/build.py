@@ -1,4 +1,4 @@
-"""`build_engine`: from a configuration to a running engine."""
+"""`build_engine` starts an engine from a configuration."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-# DeepSeek's format, for checkpoints that bring no template of their own. Reasoning up to </think> is
+# DeepSeek's format, for checkpoints without a template. Reasoning up to </think> is
 # dropped from the history, as the model was trained; tools are described in the system prompt.
 DEEPSEEK_TEMPLATE = """\
 {%- set ns = namespace(system='', after_tool=false) -%}

@@ -1,7 +1,6 @@
-"""`farthing check`: whether a model directory holds what Farthing needs, and whether its first layers compute
-what transformers' do.
+"""`farthing check`: checks a model directory for completeness, and its first layers against transformers.
 
-Only the first layers are read, so that a checkpoint of any size is checked in about a minute.
+Only the first layers are read, so that checking takes about a minute for a checkpoint of any size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One step of the engine: schedule, compute, sample, verify, report. Single-threaded.
 
-The scheduler plans, the runner computes hidden states, the sampler draws tokens, drafts are accepted as far
-as they match, completions receive their tokens and may end, and the speculator drafts for the next step.
+The scheduler plans, the runner computes hidden states, and the sampler draws tokens. Matching drafts are
+accepted, completions receive their tokens and may end, and the speculator drafts for the next step.
 """
 
 from __future__ import annotations

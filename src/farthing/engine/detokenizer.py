@@ -1,4 +1,4 @@
-"""Incremental detokenization: never half a character, never part of a stop string."""
+"""Incremental detokenization that never returns part of a character or of a stop string."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 A request first goes to the prefill process, whose engine computes its prompt. Both processes map the same
 cache memory and each owns a set of its blocks. A finished prompt's blocks are exchanged for free blocks of
 the decoding engine and registered in its prefix cache; only a block that another prompt still reads is
-copied. The request is then admitted as usual and finds all but its last block in the cache, so its tokens
-are those of a single engine.
+copied. The request is then admitted as usual with all but its last block in the cache, so its tokens equal
+those of a single engine.
 
-If the prefill process ends, the decoding engine computes prompts itself.
+If the prefill process exits, the decoding engine computes the prompts.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The engine: requests in, tokens out, from a thread of its own.
+"""The engine turns requests into tokens, in its own thread.
 
-What a server (or `farthing.LLM`) uses:
+Interface for a server or `farthing.LLM`:
 
     engine = build_engine(EngineConfig(model="mite", max_num_seqs=64))   # loads the model
     stream = engine.submit(prompt, SamplingParams(max_tokens=32), priority=0, cache_salt="", kind="delta")
         # prompt: str or token ids. Thread-safe, never blocks on the model. Raises ValueError (names the
-        # field), QueueFull (429), EngineStopped (503). kind "delta": each output holds what is new;
+        # field), QueueFull (429), EngineStopped (503). kind "delta": each output has the new part;
         # "final": one output at the end. Encoding and grammars are computed in the caller's thread.
     for output in stream: ...            # RequestOutput; from any thread
     async for output in stream: ...      # the same from an event loop
@@ -15,7 +15,7 @@ What a server (or `farthing.LLM`) uses:
     await stream.aresult()
 
     engine.chat_prompt(messages, tools=None, add_generation_prompt=True, **template_kwargs) -> str
-        # submit it with add_special_tokens=False: the template writes them itself
+        # submit it with add_special_tokens=False, since the template includes them
     engine.tokenizer                     # farthing.engine.tokenizer.Tokenizer | None (skip_tokenizer_init)
         .encode(text, add_special_tokens=True) -> list[int];  .decode(ids, skip_special_tokens=True) -> str
         .eos_token_ids, .vocab_size
@@ -25,9 +25,9 @@ What a server (or `farthing.LLM`) uses:
     engine.config                        # the resolved EngineConfig (max_model_len, num_blocks, … filled in)
     engine.default_sampling              # temperature, top_p, … from generation_config.json
     engine.stats.snapshot() -> StatsSnapshot  # farthing.engine.stats: counters, gauges, histograms, experts
-    engine.health() -> None              # raises EngineError if the loop has died
-    engine.drain(timeout) -> bool        # take no more, finish what runs; False: the rest was aborted
-    engine.shutdown()                    # end now; running requests end with "abort"
+    engine.health() -> None              # raises EngineError if the loop has failed
+    engine.drain(timeout) -> bool        # reject new requests, finish running ones; False: some were aborted
+    engine.shutdown()                    # stop now; running requests end with "abort"
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Fair shares between clients: who is served next, and who has to give way.
+"""Fair shares between clients: which is served next, and which is preempted.
 
-A client is whatever requests are grouped by: the server uses the name of the API key. Service is counted in
-tokens computed. The client that has been served least is next; one that returns after a pause starts level
-with the least served of the others, so that idling saves up nothing. This is the counter of Sheng et al.
-(2024, "Fairness in Serving Large Language Models"); unlike deficit round robin it need not know the length
-of an output in advance. Two clients that both have work waiting are served the same number of tokens, up to
-what one step and one prompt hold.
+Requests are grouped into clients; the server uses the name of the API key. Service is counted in computed
+tokens. The least served client is next. A client that returns after a pause starts at the level of the least
+served other one, so that idling accumulates no credit. This is the counter of Sheng et al. (2024, "Fairness
+in Serving Large Language Models"); unlike deficit round robin it does not need output lengths in advance. Two
+clients with waiting work are served equally many tokens, up to one step and one prompt.
 """
 
 from __future__ import annotations

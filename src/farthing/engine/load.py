@@ -1,4 +1,4 @@
-"""Load a model and start an engine over it."""
+"""Load a model and start an engine for it."""
 
 from __future__ import annotations
 

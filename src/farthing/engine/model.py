@@ -1,4 +1,4 @@
-"""What the engine needs from a model. `DeepseekModel` and `ParallelModel` implement it.
+"""The engine's interface to a model, implemented by `DeepseekModel` and `ParallelModel`.
 
 Legend: T tokens of a step; D hidden size; V vocabulary; L cache layers; E routed experts.
 """

@@ -1,4 +1,4 @@
-"""How many prompt tokens a step may compute, so that decoding requests keep their pace.
+"""Limits the prompt tokens per step, so that decoding requests are not delayed too long.
 
 A step that mixes prompts with decoding delays every decoding request by its whole duration. Its duration is
 close to that of a decode-only step plus a cost per prompt token, and both are measured as the engine runs.

@@ -1,11 +1,11 @@
-"""Which blocks hold which tokens, so that a known prefix is not computed again.
+"""Maps token prefixes to cache blocks, so that a cached prefix is not computed again.
 
-A block is known by the hash of its tokens chained with the hash of the block before it, so equal hashes
-mean equal prefixes from the first token on. The chain starts from the request's cache salt: requests
-with different salts never share a block, and cannot probe each other's prompts by timing.
+A block is identified by the hash of its tokens chained with the hash of the block before it, so equal hashes
+mean equal prefixes from the first token on. The chain starts from the request's cache salt: requests with
+different salts never share a block, and cannot probe each other's prompts by timing.
 
-A sequence that ends leaves its last block, which is rarely full, as a tail: known by the hash of the blocks
-before it and its own tokens. The next turn of a conversation takes the block over and continues in it.
+The last block of a finished sequence is rarely full. It is kept as a tail, identified by the hash of the
+blocks before it and its own tokens. The next turn of a conversation reuses and continues the block.
 """
 
 from __future__ import annotations

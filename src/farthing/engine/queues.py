@@ -1,4 +1,4 @@
-"""Sequences in order of urgency."""
+"""Queues of sequences, ordered by urgency."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""From a schedule to index tensors to hidden states.
+"""Builds index tensors from a schedule and computes hidden states.
 
-Legend: T tokens of the step; B sequences; D hidden size. Index tensors are built with a handful of numpy
-calls whatever the batch: at sixteen small layers Python would otherwise cost as much as the model.
+Legend: T tokens of the step; B sequences; D hidden size. Index tensors are built with a fixed number of
+numpy calls per step; with sixteen small layers Python would otherwise cost as much as the model.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Runner:
         return self.model.forward(step.ids, step.batch, self.cache, self.counts)
 
     def first_not_finite(self, step: Step) -> str:
-        """Where a step whose logits are not finite went wrong, to append to an error: computes it again."""
+        """The first layer with a non-finite output, as a suffix for an error; recomputes the step."""
         where = self.model.first_not_finite(step.ids, step.batch, self.cache)
         return "" if where is None else f"; the first output that is not finite is that of {where}"
 

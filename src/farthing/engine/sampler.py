@@ -1,8 +1,8 @@
-"""From hidden states to tokens.
+"""Samples tokens from hidden states.
 
 Every random number is a function of (the completion's seed, the index of the output token), so a request
-draws the same tokens whatever shares its batch, after preemption, and with speculation or without: a draft
-is accepted exactly if it is the token this sampler would have drawn in its place (see speculation.py).
+gets the same tokens in any batch, after preemption, and with or without speculation: a draft is accepted
+exactly if it is the token that this sampler draws in its place (see speculation.py).
 
 The draw itself is an op of the backend (`Ops.sample`).
 

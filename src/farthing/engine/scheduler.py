@@ -1,4 +1,4 @@
-"""Which sequences compute which tokens in the next step.
+"""Selects the sequences and tokens of the next step.
 
 Continuous batching (Yu et al. 2022) with chunked prefill (Agrawal et al. 2024) under one token budget:
 every decoding sequence gets its token first, then prompts in progress, then waiting ones. While sequences
@@ -7,16 +7,16 @@ admission, so only decoding can run out of blocks; then the least urgent running
 blocks are freed and it recomputes its tokens later.
 
 A waiting prompt whose next blocks are being computed by a running one waits for them, so prompts that arrive
-together compute a shared prefix once. One whose next blocks are on disk waits for them to be read, and does
-not hold up those behind it (`prefetch.py`).
+together compute a shared prefix once. A prompt whose next blocks are on disk waits until they are read,
+without delaying those behind it (`prefetch.py`).
 
-Clients share by `fairness`: the one served least computes and is admitted first. Among one client's
-sequences urgency decides: arrival time plus priority times `priority_step` seconds. It never changes while
-a sequence waits, so nothing starves: later arrivals never overtake for ever.
+Clients share by `fairness`: the least served client computes and is admitted first. Sequences of one client
+are ordered by urgency: arrival time plus priority times `priority_step` seconds. Urgency never changes while
+a sequence waits, so later arrivals cannot overtake it indefinitely.
 
-A client that holds less than its share of rows and blocks does not wait for others to finish: sequences of
-clients above their share are preempted for it, least urgent first, but never a client's most urgent one.
-The most urgent running sequence of all is never preempted, so there is always progress.
+A client with less than its share of rows and blocks does not wait for others to finish: sequences of clients
+above their share are preempted for it, least urgent first, but never a client's most urgent one. The most
+urgent running sequence is never preempted, so there is always progress.
 """
 
 from __future__ import annotations

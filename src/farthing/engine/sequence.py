@@ -1,4 +1,4 @@
-"""One sequence of tokens, as the scheduler sees it."""
+"""The scheduler's state of one sequence of tokens."""
 
 from __future__ import annotations
 

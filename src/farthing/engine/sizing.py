@@ -1,4 +1,4 @@
-"""Fill in what the configuration leaves open: cache size, lengths, budgets."""
+"""Fill in unset options of the configuration: cache size, lengths, budgets."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Drafts: guess the next tokens cheaply, verify them in one step of the model, change no output.
+"""Speculative decoding: cheap drafts, verified in one step of the model, without changing the output.
 
-Verification is the sampler itself. A draft is a fixed token, and the sampler draws each token from a random
-number that belongs to the token's index; a draft is accepted if it is the token that the sampler draws there.
+Verification is the sampler itself. A draft is a fixed token, and the sampler draws each token with the
+random number of its index; a draft is accepted if the sampler draws the same token.
 This is rejection sampling (Leviathan et al. 2023) for a draft distribution with all its mass on one token: a
 draft is accepted with the model's own probability p(draft), and a rejected one is replaced by a draw from p
-without the draft, renormalized. The output is the same as without speculation, not only its distribution.
+without the draft, renormalized. The output itself equals that without speculation, not only its distribution.
 
 Drafts come from repetitions in the text (speculation_text.py) or from the MTP layer (speculation_mtp.py),
 which samples with the verifier's random numbers. speculation_gate.py measures whether they pay.

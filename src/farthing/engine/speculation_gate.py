@@ -1,4 +1,4 @@
-"""What drafts cost, measured online."""
+"""Measures the cost of drafts online and enables them only if they pay."""
 
 from __future__ import annotations
 

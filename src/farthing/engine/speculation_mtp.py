@@ -1,11 +1,11 @@
 """Drafts from the model's multi-token prediction layer (DeepSeek-V3 section 2.2).
 
-For sampled requests the layer draws its drafts as the verifier will: with the request's parameters and the
-random number of the token's index. The two draws agree wherever the two distributions agree there, which is
-more often than the layer's most likely token is drawn.
+For sampled requests the layer draws its drafts like the verifier: with the request's parameters and the
+random number of the token's index. The two draws agree if the two distributions agree there, which happens
+more often than the verifier drawing the layer's most likely token.
 
 The layer has its own part of the cache, which must be filled for every token before it can draft. This is
-deferred until a draft is wanted: several tokens cost the layer little more than one, and steps without drafts
+deferred until a draft is needed: several tokens cost the layer little more than one, and steps without drafts
 cost nothing.
 """
 

@@ -1,4 +1,4 @@
-"""Counters, gauges and histograms of an engine: plain numbers that a server turns into Prometheus metrics."""
+"""Counters, gauges and histograms of an engine: plain numbers that a server exports to Prometheus."""
 
 from __future__ import annotations
 

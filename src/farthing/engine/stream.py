@@ -1,4 +1,4 @@
-"""What `submit` returns: the outputs of one request, for a thread or for an event loop."""
+"""The result of `submit`: the outputs of one request, for a thread or an event loop."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Outputs constrained by a grammar, with llguidance.
 
-llguidance and not xgrammar: it computes a mask from the grammar's state directly (tens of microseconds,
-no compilation of a whole automaton at the start of a request), covers more of JSON Schema, and can roll
-back, as required for verifying drafts. It is an optional extra: `pip install 'farthing[structured]'`.
+llguidance is used instead of xgrammar because it computes masks directly from the grammar's state (tens of
+microseconds, without compiling a complete automaton at the start of a request), covers more of JSON Schema,
+and can roll back, as required for verifying drafts. It is an optional extra: `pip install
+'farthing[structured]'`.
 
 A grammar is untrusted: compiling it may take minutes or overflow the native stack. `examine` runs in a
 child process (see `sandbox`); the engine only builds grammars that `examine` has returned.

@@ -3,7 +3,7 @@
     python -m farthing.engine.tiktoken ./Kimi-K2.5
 
 A tiktoken file lists `base64(token) rank`; its merges are implied: a token is the merge of the two pieces
-into which its bytes fall when only lower ranks may merge.
+that remain of its bytes when only lower ranks may merge.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A grammar for parts of a text: it holds from an opening string until it ends, as often as one occurs.
+"""A grammar for parts of a text: it applies from each occurrence of an opening string until the grammar ends.
 
-Grammars of whole answers cannot hold tool calls to a schema while the model is free to answer in text. Free
-text costs no mask but for the few tokens that would run past an opening string.
+A grammar for the whole answer cannot enforce a schema on tool calls and still allow a free-text answer. Free
+text needs no masks, except for the few tokens that would run past an opening string.
 """
 
 from __future__ import annotations
