@@ -1,9 +1,8 @@
 """A suffix automaton over a growing list of tokens (Blumer et al. 1985).
 
-It finds earlier occurrences of the text's ending.
-Every state represents a set of substrings that end at the same positions. The state of the whole text links
-to that of its longest ending that also occurs earlier. Appending a token takes amortized constant time, and
-memory is linear in the text.
+It finds earlier occurrences of the text's ending. Every state represents a set of substrings that end at the
+same positions. The state of the whole text links to that of its longest ending that also occurs earlier.
+Appending a token takes amortized constant time, and memory is linear in the text.
 """
 
 from __future__ import annotations
