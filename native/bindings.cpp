@@ -1,5 +1,7 @@
 // The Python module farthing._native: addresses and sizes in, nothing copied, the GIL released while
 // computing.
+#include <iterator>
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -55,12 +57,8 @@ NB_MODULE(_native, module) {
       "peak_ops", [](const std::string& what, int threads) { return peak_ops(what.c_str(), threads); },
       "what"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
 
-  nb::enum_<Format>(module, "Format")
-      .value("F32", Format::f32)
-      .value("BF16", Format::bf16)
-      .value("FP8", Format::fp8)
-      .value("Q8", Format::q8)
-      .value("Q4", Format::q4);
+  nb::enum_<Format> formats(module, "Format");
+  for (size_t i = 0; i < std::size(kFormats); ++i) formats.value(kFormats[i].name, static_cast<Format>(i));
   nb::enum_<Source::Kind>(module, "Kind")
       .value("F32", Source::f32)
       .value("BF16", Source::bf16)

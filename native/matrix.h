@@ -28,6 +28,22 @@ constexpr int kMaxParts = 8;    // maximum NUMA nodes of a matrix
 
 enum class Format : uint32_t { f32 = 0, bf16 = 1, fp8 = 2, q8 = 3, q4 = 4 };
 
+struct FormatTraits {
+  const char* name;    // in farthing._native.Format
+  int multiple;        // of columns that K is padded to
+  int bytes_a_column;  // of a panel's data
+  int offset;          // of the stored integers: the value is what is stored plus this
+  bool quantized;      // the activations are integers too
+  bool grouped;        // each matrix chooses its group of columns, which has scales and maybe zero points
+  int group;           // columns that share a scale of the activations, where it is not chosen; 0: no scales
+};
+constexpr FormatTraits kFormats[] = {
+    {"F32", 2, 64, 0, false, false, 0},         {"BF16", 32, 32, 0, false, false, 0},
+    {"FP8", 32, 16, 0, false, false, kActGroup}, {"Q8", 64, 16, -128, true, false, kActGroup},
+    {"Q4", 1, 8, -8, true, true, 0},
+};
+constexpr const FormatTraits& traits(Format format) { return kFormats[static_cast<int>(format)]; }
+
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
@@ -70,11 +86,14 @@ struct Matrix {
                                                : 0;
     return mask_bytes() + round_up(rows + scales, 64);
   }
-  size_t data_bytes() const {
-    static constexpr int bytes_a_column[] = {64, 32, 16, 16, 8};
-    return static_cast<size_t>(kp) * bytes_a_column[static_cast<int>(format)];
+  size_t data_bytes() const { return static_cast<size_t>(kp) * traits(format).bytes_a_column; }
+  int block_bytes() const { return kBlock * traits(format).bytes_a_column; }  // of a sparsity block
+  bool quantized() const { return traits(format).quantized; }
+  void lay_out() {  // what follows from format, n, k, group and zero
+    kp = round_up(k, traits(format).multiple);
+    panels = (n + kPanel - 1) / kPanel;
+    stride = head_bytes() + data_bytes();
   }
-  bool quantized() const { return format == Format::q8 || format == Format::q4; }
 };
 
 // Row stride of activations for K columns: whole cache lines, one more so that rows do not share a cache set.

@@ -6,45 +6,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "bits.h"
+
 namespace farthing {
 namespace {
 
-constexpr uint32_t kMagic = 0x4b435047;  // "GPCK": with the hash of a name
-constexpr float kTiny = FLT_MIN;         // the smallest scale, as in farthing.ops.weights
-
-struct Header {
-  uint32_t magic, format;
-  int32_t n, k, group;
-  uint32_t zero, sparse, reserved;
-  uint64_t bytes;  // of offsets and records
-  uint64_t name;   // hash of the matrix's name
-  uint64_t unused[2];
-};
-static_assert(sizeof(Header) == 64);
-
-float bf16_value(uint16_t b) {
-  const uint32_t bits = static_cast<uint32_t>(b) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-uint16_t bf16_bits(float f) {
-  uint32_t b;
-  std::memcpy(&b, &f, 4);
-  return static_cast<uint16_t>((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
-}
-
-// A value in [-1, 1] as float16, rounded to nearest even.
-uint16_t half_bits(float f) {
-  const float a = std::fabs(f);
-  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
-  if (a < 0x1p-14f) return static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(a * 0x1p24f)));
-  uint32_t b;
-  std::memcpy(&b, &a, 4);
-  b += 0xfffu + (b >> 13 & 1u);
-  return static_cast<uint16_t>(sign | ((b - 0x38000000u) >> 13));
-}
+constexpr float kTiny = FLT_MIN;  // the smallest scale, as in farthing.ops.weights
 
 // One row of the packed matrix before layout.
 struct Line {
@@ -193,18 +160,8 @@ void write_scales(uint8_t* record, const Matrix& m, const Line* lines) {
   }
 }
 
-void describe(Matrix& m) {
-  const int multiple = m.format == Format::q8    ? 64
-                       : m.format == Format::f32 ? 2
-                       : m.format == Format::q4  ? 1
-                                                 : 32;
-  m.kp = round_up(m.k, multiple);
-  m.panels = (m.n + kPanel - 1) / kPanel;
-  m.stride = m.head_bytes() + m.data_bytes();
-}
-
 bool block_is_zero(const uint8_t* data, const Matrix& m, int block) {
-  const int bytes = m.format == Format::q4 ? 128 : 256;
+  const int bytes = m.block_bytes();
   const uint8_t nothing = m.format == Format::q4 ? 0x88 : 0x80;
   for (int i = 0; i < bytes; ++i)
     if (data[static_cast<size_t>(block) * bytes + i] != nothing) return false;
@@ -215,7 +172,7 @@ bool block_is_zero(const uint8_t* data, const Matrix& m, int block) {
 std::vector<uint8_t> compact(const Matrix& dense, const Matrix& sparse, const std::vector<uint8_t>& records,
                              std::vector<uint64_t>& offsets) {
   std::vector<uint8_t> out;
-  const size_t bytes = dense.format == Format::q4 ? 128 : 256;
+  const size_t bytes = dense.block_bytes();
   for (int p = 0; p < dense.panels; ++p) {
     const uint8_t* record = records.data() + dense.stride * p;
     const size_t start = out.size();
@@ -296,9 +253,9 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, std::shared_ptr<Arena> arena, F
   m.format = format;
   m.n = static_cast<int>(rows.size());
   m.k = sources[0].k;
-  m.group = format == Format::q4 ? group : format == Format::q8 || format == Format::fp8 ? kActGroup : 0;
+  m.group = traits(format).grouped ? group : traits(format).group;
   m.zero = zero;
-  describe(m);
+  m.lay_out();
   std::vector<uint8_t> records(m.stride * m.panels);
   pool.run([&](Team& team) {
     std::vector<Line> lines(kPanel);
@@ -344,122 +301,6 @@ void Packed::place(Pool& pool, Arena& arena, const uint8_t* records) {
     m.first[node + 1] = s.end;
     m.base[node] = to;
   }
-}
-
-size_t Packed::weight_bytes() const { return m.sparse ? offsets_.back() : m.stride * m.panels; }
-
-size_t Packed::serialized_bytes() const {
-  return sizeof(Header) + (m.sparse ? round_up(offsets_.size() * 8, size_t{64}) : 0) + weight_bytes();
-}
-
-void Packed::serialize(uint8_t* out, uint64_t name) const {
-  const uint64_t bytes = serialized_bytes() - sizeof(Header);
-  const Header h{kMagic, static_cast<uint32_t>(m.format), m.n, m.k, m.group, m.zero, m.sparse, 0, bytes, name,
-                 {}};
-  std::memcpy(out, &h, sizeof h);
-  out += sizeof h;
-  if (m.sparse) {
-    std::memcpy(out, offsets_.data(), offsets_.size() * 8);
-    std::memcpy(out + round_up(offsets_.size() * 8, size_t{64}), m.base[0], offsets_.back());
-    return;
-  }
-  for (int i = 0; i < m.parts; ++i) {
-    const size_t bytes = m.stride * (m.first[i + 1] - m.first[i]);
-    std::memcpy(out, m.base[i], bytes);
-    out += bytes;
-  }
-}
-
-namespace {
-
-constexpr int kMostRows = 1 << 28;
-
-void require(bool ok, const char* what) {
-  if (!ok)
-    throw std::invalid_argument(std::string("packed matrix is damaged: ") + what + "; pack the model again");
-}
-
-// Groups that kernels handle: see farthing.ops.cpu.packing.supported_group.
-bool is_group(const Header& h) {
-  if (static_cast<Format>(h.format) != Format::q4) {
-    const bool grouped =
-        h.format == static_cast<uint32_t>(Format::q8) || h.format == static_cast<uint32_t>(Format::fp8);
-    return h.group == (grouped ? kActGroup : 0);
-  }
-  return h.group >= 32 && h.group % 32 == 0 && (h.group == 32 || h.group % 64 == 0) && h.group <= h.k &&
-         h.k % h.group == 0;
-}
-
-void check_header(const Header& h, size_t size, uint64_t name) {
-  require(h.magic == kMagic, "it has no header of this version");
-  require(h.format <= static_cast<uint32_t>(Format::q4), "unknown format");
-  require(h.n >= 1 && h.n <= kMostRows && h.k >= 1 && h.k <= kMostRows, "rows or columns out of range");
-  require(is_group(h), "group size");
-  require(h.zero <= 1 && (!h.zero || h.format == static_cast<uint32_t>(Format::q4)),
-          "zero points of this format");
-  const bool quantized = h.format >= static_cast<uint32_t>(Format::q8);
-  const bool blocks = h.format == static_cast<uint32_t>(Format::q8) || h.k % 64 == 0;
-  require(h.sparse <= 1 && (!h.sparse || (quantized && !h.zero && blocks)), "sparsity of this format");
-  require(h.bytes == size - sizeof h, "size of its section");
-  require(h.name == name, "it belongs to another name");
-}
-
-// Records follow each other, and each is as long as its mask says.
-void check_records(const Matrix& m, const uint8_t* records, size_t bytes) {
-  const size_t block = m.format == Format::q4 ? 128 : 256;
-  require(m.offsets[0] == 0 && m.offsets[m.panels] == bytes, "panel table");
-  for (int p = 0; p < m.panels; ++p) {
-    const uint64_t begin = m.offsets[p], end = m.offsets[p + 1];
-    require(
-        begin % 64 == 0 && begin < end && end <= bytes && end - begin >= static_cast<size_t>(m.head_bytes()),
-        "panel table");
-    size_t blocks = 0;
-    for (int i = 0; i < m.kp / 64; ++i) {
-      require(records[begin + i] < 16, "block mask");
-      blocks += static_cast<size_t>(__builtin_popcount(records[begin + i]));
-    }
-    require(end - begin == round_up(m.head_bytes() + blocks * block, size_t{64}), "block mask");
-  }
-}
-
-}  // namespace
-
-std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,
-                                     size_t size, uint64_t name) {
-  Header h;
-  require(size >= sizeof h && reinterpret_cast<uintptr_t>(bytes) % 64 == 0,
-          "its section is cut off or not aligned");
-  std::memcpy(&h, bytes, sizeof h);
-  check_header(h, size, name);
-  auto packed = std::make_shared<Packed>();
-  Matrix& m = packed->m;
-  m.format = static_cast<Format>(h.format);
-  m.n = h.n;
-  m.k = h.k;
-  m.group = h.group;
-  m.zero = h.zero;
-  describe(m);
-  m.sparse = h.sparse;
-  const uint8_t* records = bytes + sizeof h;
-  if (m.sparse) {
-    const size_t count = static_cast<size_t>(m.panels) + 1, table = round_up(count * 8, size_t{64});
-    require(table < h.bytes, "panel table");
-    packed->offsets_.resize(count);
-    std::memcpy(packed->offsets_.data(), records, count * 8);
-    m.offsets = packed->offsets_.data();
-    records += table;
-    check_records(m, records, h.bytes - table);
-  } else {
-    require(m.stride * static_cast<size_t>(m.panels) == h.bytes, "size of its panels");
-  }
-  packed->arena_ = arena;
-  if (pool.nodes() > 1) {
-    packed->place(pool, *arena, records);
-  } else {
-    m.first[1] = m.panels;
-    m.base[0] = records;
-  }
-  return packed;
 }
 
 }  // namespace farthing

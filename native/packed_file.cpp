@@ -1,0 +1,137 @@
+// Packed matrices as bytes of a file, and back: the file is not trusted.
+#include <cstring>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+
+#include "pack.h"
+
+namespace farthing {
+namespace {
+
+constexpr uint32_t kMagic = 0x4b435047;  // "GPCK": with the hash of a name
+
+struct Header {
+  uint32_t magic, format;
+  int32_t n, k, group;
+  uint32_t zero, sparse, reserved;
+  uint64_t bytes;  // of offsets and records
+  uint64_t name;   // hash of the matrix's name
+  uint64_t unused[2];
+};
+static_assert(sizeof(Header) == 64);
+
+}  // namespace
+
+size_t Packed::weight_bytes() const { return m.sparse ? offsets_.back() : m.stride * m.panels; }
+
+size_t Packed::serialized_bytes() const {
+  return sizeof(Header) + (m.sparse ? round_up(offsets_.size() * 8, size_t{64}) : 0) + weight_bytes();
+}
+
+void Packed::serialize(uint8_t* out, uint64_t name) const {
+  const uint64_t bytes = serialized_bytes() - sizeof(Header);
+  const Header h{kMagic, static_cast<uint32_t>(m.format), m.n, m.k, m.group, m.zero, m.sparse, 0, bytes, name,
+                 {}};
+  std::memcpy(out, &h, sizeof h);
+  out += sizeof h;
+  if (m.sparse) {
+    std::memcpy(out, offsets_.data(), offsets_.size() * 8);
+    std::memcpy(out + round_up(offsets_.size() * 8, size_t{64}), m.base[0], offsets_.back());
+    return;
+  }
+  for (int i = 0; i < m.parts; ++i) {
+    const size_t bytes = m.stride * (m.first[i + 1] - m.first[i]);
+    std::memcpy(out, m.base[i], bytes);
+    out += bytes;
+  }
+}
+
+namespace {
+
+constexpr int kMostRows = 1 << 28;
+
+void require(bool ok, const char* what) {
+  if (!ok)
+    throw std::invalid_argument(std::string("packed matrix is damaged: ") + what + "; pack the model again");
+}
+
+// Groups that kernels handle: see farthing.ops.cpu.packing.supported_group.
+bool is_group(const Header& h, const FormatTraits& format) {
+  if (!format.grouped) return h.group == format.group;
+  return h.group >= 32 && h.group % 32 == 0 && (h.group == 32 || h.group % 64 == 0) && h.group <= h.k &&
+         h.k % h.group == 0;
+}
+
+void check_header(const Header& h, size_t size, uint64_t name) {
+  require(h.magic == kMagic, "it has no header of this version");
+  require(h.format < std::size(kFormats), "unknown format");
+  const FormatTraits& format = kFormats[h.format];
+  require(h.n >= 1 && h.n <= kMostRows && h.k >= 1 && h.k <= kMostRows, "rows or columns out of range");
+  require(is_group(h, format), "group size");
+  require(h.zero <= 1 && (!h.zero || format.grouped), "zero points of this format");
+  const bool blocks = format.quantized && round_up(h.k, format.multiple) % 64 == 0;
+  require(h.sparse <= 1 && (!h.sparse || (blocks && !h.zero)), "sparsity of this format");
+  require(h.bytes == size - sizeof h, "size of its section");
+  require(h.name == name, "it belongs to another name");
+}
+
+// Records follow each other, and each is as long as its mask says.
+void check_records(const Matrix& m, const uint8_t* records, size_t bytes) {
+  const size_t block = m.block_bytes();
+  require(m.offsets[0] == 0 && m.offsets[m.panels] == bytes, "panel table");
+  for (int p = 0; p < m.panels; ++p) {
+    const uint64_t begin = m.offsets[p], end = m.offsets[p + 1];
+    require(
+        begin % 64 == 0 && begin < end && end <= bytes && end - begin >= static_cast<size_t>(m.head_bytes()),
+        "panel table");
+    size_t blocks = 0;
+    for (int i = 0; i < m.kp / 64; ++i) {
+      require(records[begin + i] < 16, "block mask");
+      blocks += static_cast<size_t>(__builtin_popcount(records[begin + i]));
+    }
+    require(end - begin == round_up(m.head_bytes() + blocks * block, size_t{64}), "block mask");
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,
+                                     size_t size, uint64_t name) {
+  Header h;
+  require(size >= sizeof h && reinterpret_cast<uintptr_t>(bytes) % 64 == 0,
+          "its section is cut off or not aligned");
+  std::memcpy(&h, bytes, sizeof h);
+  check_header(h, size, name);
+  auto packed = std::make_shared<Packed>();
+  Matrix& m = packed->m;
+  m.format = static_cast<Format>(h.format);
+  m.n = h.n;
+  m.k = h.k;
+  m.group = h.group;
+  m.zero = h.zero;
+  m.lay_out();
+  m.sparse = h.sparse;
+  const uint8_t* records = bytes + sizeof h;
+  if (m.sparse) {
+    const size_t count = static_cast<size_t>(m.panels) + 1, table = round_up(count * 8, size_t{64});
+    require(table < h.bytes, "panel table");
+    packed->offsets_.resize(count);
+    std::memcpy(packed->offsets_.data(), records, count * 8);
+    m.offsets = packed->offsets_.data();
+    records += table;
+    check_records(m, records, h.bytes - table);
+  } else {
+    require(m.stride * static_cast<size_t>(m.panels) == h.bytes, "size of its panels");
+  }
+  packed->arena_ = arena;
+  if (pool.nodes() > 1) {
+    packed->place(pool, *arena, records);
+  } else {
+    m.first[1] = m.panels;
+    m.base[0] = records;
+  }
+  return packed;
+}
+
+}  // namespace farthing
