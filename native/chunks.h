@@ -11,7 +11,8 @@ namespace farthing {
 
 struct Chunks {
   static constexpr int kShort = 128, kMiddle = 512, kLong = 1024;  // keys of a chunk …
-  static constexpr int kShortUntil = 256, kMiddleUntil = 4096;     // … up to these positions, then kLong
+  static constexpr int kShortUntil = 256, kMiddleUntil = 4352;     // … up to these positions, then kLong
+  static_assert(kShortUntil % kShort == 0 && (kMiddleUntil - kShortUntil) % kMiddle == 0, "no chunk crosses");
 
   // The chunk that holds a key.
   static constexpr int of(int key) {

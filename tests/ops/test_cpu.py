@@ -322,6 +322,29 @@ def test_mla(ops: CpuOps, ref: ReferenceOps, name: str, cache_dtype: str, block_
         assert distance(y, z) < MLA_BOUNDS[cache_dtype]
 
 
+@pytest.mark.parametrize("keys", [255, 257, 3839, 3841, 3900, 4096, 4097, 4352, 4353, 5400])
+def test_mla_where_chunks_of_keys_meet(ops: CpuOps, ref: ReferenceOps, keys: int) -> None:
+    """Contexts that end within, at and after the boundaries of `native/chunks.h`."""
+    spec = SPECS["small"]
+    rows = spec.num_heads * (spec.nope_dim + spec.value_dim)
+    w = Weight("dense", (torch.randn(rows, spec.latent_dim) / spec.latent_dim**0.5).bfloat16())
+    angles = torch.rand(keys, spec.rope_dim // 2) * 6
+    rope, scale = torch.stack((angles.cos(), angles.sin())), norm(spec.latent_dim)
+    blocks = -(-keys // 16)
+    filled = torch.randn(1, blocks, 16, spec.latent_dim + spec.rope_dim)
+    for new in (1, 20):
+        batch = batch_of([(keys - new, new)], 16, keys)
+        q = torch.randn(new, spec.num_heads * (spec.nope_dim + spec.rope_dim))
+        kv = torch.randn(new, spec.latent_dim + spec.rope_dim)
+        found = []
+        for backend in (ops_again(ops), ref):
+            handle = backend.pack_attention("a", spec, lambda: (w, scale), rope)
+            cache = backend.new_cache(1, blocks, 16, spec.latent_dim + spec.rope_dim, "float32")
+            cache.data.copy_(filled)
+            found.append(backend.mla(q, kv, handle, cache, 0, batch, EPS))
+        assert distance(found[0], found[1]) < MLA_BOUNDS["float32"]
+
+
 def ops_again(ops: CpuOps) -> CpuOps:
     """A backend with the same kernels and no packed weights."""
     return CpuOps(2, isa=ops._native.isa)
