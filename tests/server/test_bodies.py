@@ -12,9 +12,13 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 
-from farthing.server.bodies import MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, check
+from farthing.server.bodies import HEAVY, MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, check
+from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
+from farthing.server.protocol import CompletionRequest
+from farthing.server.service import Service
 from tests.server.harness import Running
 
 JSON = st.recursive(
@@ -124,6 +128,7 @@ def test_heavy_bodies_of_any_size_are_parsed_one_at_a_time_and_clients_take_turn
 
     async def application(scope: Any, receive: Any, send: Any) -> None:
         await receive()
+        assert scope[HEAVY]
         parsing.append(scope["client_name"])
         at_once.append(app._lock._held)
         await asyncio.sleep(0.05)  # the engine's work, not under the lock
@@ -149,3 +154,19 @@ def test_heavy_bodies_of_any_size_are_parsed_one_at_a_time_and_clients_take_turn
 
     asyncio.run(run())
     assert all(at_once) and parsing.index("good") <= 2
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_a_heavy_body_is_checked_in_a_turn_of_its_own(heavy: bool) -> None:
+    service, turns = Service(ServerConfig(), "tiny"), 0
+
+    async def run() -> int:
+        nonlocal turns
+        request = Request({"type": "http", HEAVY: heavy})
+        work = asyncio.ensure_future(service.check_fields(CompletionRequest(prompt="x"), request))
+        while not work.done():
+            turns += 1
+            await asyncio.sleep(0)
+        return turns
+
+    assert asyncio.run(run()) == (3 if heavy else 1)

@@ -136,19 +136,19 @@ def _add_model_routes(api: FastAPI, service: Service) -> None:
 def _add_generation_routes(api: FastAPI, service: Service) -> None:
     @api.post("/v1/completions", summary="Complete prompts", responses=_STREAMED)
     async def completions(request: Request, body: CompletionRequest = Body()) -> Response:
-        service.unknown_fields.check(body)
+        await service.check_fields(body, request)
         return await complete(service, body, request, request.scope["client_name"])
 
     @api.post("/v1/chat/completions", summary="Answer a conversation", responses=_STREAMED)
     async def chat_completions(request: Request, body: ChatCompletionRequest = Body()) -> Response:
-        service.unknown_fields.check(body)
+        await service.check_fields(body, request)
         return await chat(service, body, request, request.scope["client_name"])
 
 
 def _add_responses_routes(api: FastAPI, service: Service) -> None:
     @api.post("/v1/responses", summary="Answer items of a conversation", responses=_STREAMED)
     async def responses(request: Request, body: ResponsesRequest = Body()) -> Response:
-        service.unknown_fields.check(body)
+        await service.check_fields(body, request)
         return await respond(service, body, request, request.scope["client_name"])
 
     @api.get("/v1/responses/{identity}", summary="An earlier answer")
@@ -171,19 +171,19 @@ def _add_messages_routes(api: FastAPI, service: Service) -> None:
         responses=errors | _STREAMED,
     )
     async def create(request: Request, body: MessagesRequest = Body()) -> Response:
-        service.unknown_fields.check(body)
+        await service.check_fields(body, request)
         return await messages(service, body, request, request.scope["client_name"])
 
     @api.post("/v1/messages/count_tokens", summary="How many tokens a conversation has", responses=errors)
     async def count(request: Request, body: CountRequest = Body()) -> Response:
-        service.unknown_fields.check(body)
+        await service.check_fields(body, request)
         return await count_tokens(service, body, request.scope["client_name"])
 
 
 def _add_token_routes(api: FastAPI, service: Service) -> None:
     @api.post("/tokenize", summary="Text or a conversation to token ids")
     async def tokenize(request: Request, body: TokenizeRequest = Body()) -> Response:
-        service.unknown_fields.check(body)
+        await service.check_fields(body, request)
         engine = service.require_engine()
         service.check_model(body.model)
         client = request.scope["client_name"]
@@ -209,7 +209,7 @@ def _add_token_routes(api: FastAPI, service: Service) -> None:
 
     @api.post("/detokenize", summary="Token ids to text")
     async def detokenize(request: Request, body: DetokenizeRequest = Body()) -> Response:
-        service.unknown_fields.check(body)
+        await service.check_fields(body, request)
         service.check_model(body.model)
         return JSONResponse({"prompt": await service.decode(body.tokens, request.scope["client_name"])})
 

@@ -22,6 +22,8 @@ MAX_VALUES = 32_768  # values other than numbers
 MAX_NUMBERS = 262_144  # numbers in lists, such as token ids
 _LARGE = 65_536  # bytes; larger bodies are checked in a thread
 _MANY = 1_024  # values; bodies with more, and large ones, are parsed one at a time
+_REST = 2.0  # times that parsing a heavy body took, for which the event loop is then left to others
+HEAVY = "farthing.heavy"  # in the scope of a request with a heavy body
 _NUMBERS = 8  # numbers that take as long as one other value
 
 
@@ -63,7 +65,7 @@ class Bodies:
 
     async def _pass_heavy(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         """Check and parse one heavy body at a time, clients in turn. After each, the event loop is left to
-        other requests for as long as the body held it."""
+        other requests for twice as long as the body held it."""
         await self._lock.acquire(scope["client_name"])
         held = True
 
@@ -71,7 +73,7 @@ class Bodies:
             nonlocal held
             if held:
                 held = False
-                asyncio.get_running_loop().call_later(seconds, self._lock.release)
+                asyncio.get_running_loop().call_later(_REST * seconds, self._lock.release)
 
         try:
             if len(body) > _LARGE:
@@ -80,6 +82,7 @@ class Bodies:
                 except ApiError as error:
                     await send_error(error, scope, receive, send)
                     return
+            scope[HEAVY] = True
             replay = _replay(body, receive, release)
             del body  # leave the application's copy as the only one
             await self.app(scope, replay, send)

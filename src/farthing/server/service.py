@@ -21,6 +21,7 @@ from farthing.engine.request import (
 from farthing.engine.sandbox import Busy
 from farthing.server.api.responses_store import ResponseStore
 from farthing.server.auth import ANONYMOUS, KeyRing
+from farthing.server.bodies import HEAVY
 from farthing.server.cache_digest import CacheDigest
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
@@ -33,6 +34,9 @@ from farthing.server.pieces import Turns
 from farthing.server.replay import AnswerMemory
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from starlette.requests import Request
+
     from farthing.engine.engine import Engine
     from farthing.engine.request import OutputKind
     from farthing.engine.sandbox import Sandbox
@@ -120,6 +124,17 @@ class Service:
         return self._token_texts
 
     # work
+
+    async def check_fields(self, body: BaseModel, request: Request) -> None:
+        """Account for a body's unknown fields. Raises ApiError (400) for one if they are refused.
+
+        A heavy body is checked in a turn of the event loop of its own, between parsing and conversion.
+        """
+        if request.scope.get(HEAVY):
+            await asyncio.sleep(0)
+        self.unknown_fields.check(body)
+        if request.scope.get(HEAVY):
+            await asyncio.sleep(0)
 
     @staticmethod
     def now() -> int:
