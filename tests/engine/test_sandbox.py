@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams, StructuredOutputsParams
-from farthing.engine.sandbox import Sandbox
+from farthing.engine.sandbox import Busy, Sandbox
 from farthing.engine.sandbox import sandbox as sandbox_module
 from farthing.engine.sandbox.workers import Job
 from farthing.engine.tokenizer import Tokenizer
@@ -271,6 +271,16 @@ def test_work_without_remaining_callers_is_cancelled(
     assert submitted[0].future.cancelled()
     sandbox.grammar(regex("a"), "one")
     assert len(submitted) == 2
+
+
+def test_callers_of_one_client_are_bounded(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox._pool, "submit", lambda job, client: job.future)
+    callers = [sandbox.grammar(regex("a"), "greedy") for _ in range(1024)]
+    with pytest.raises(Busy, match="1024 requests"):
+        sandbox.grammar(regex("b"), "greedy")
+    sandbox.grammar(regex("b"), "modest")
+    callers[0].cancel()
+    sandbox.grammar(regex("b"), "greedy")
 
 
 def test_sandbox_counts_cpu_time(sandbox: Sandbox) -> None:

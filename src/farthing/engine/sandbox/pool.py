@@ -107,6 +107,8 @@ class Pool:
                 continue
             except Exception as broken:  # an answer that makes no sense; no future may be left waiting
                 log.exception("sandbox: a worker failed")
+                with contextlib.suppress(OSError, EOFError, ValueError):
+                    worker.end()
                 error = RuntimeError(f"the sandbox failed: {broken!r}")
                 break
             if outcome.reusable:

@@ -130,7 +130,7 @@ class Sandbox:
             future.add_done_callback(lambda done: self._verdicts.put(key, done))
             return future
 
-        return self._in_flight.join((client, key), begin)
+        return self._in_flight.join(client, key, begin)
 
     def condemn(self, constraint: StructuredOutputsParams, why: str) -> None:
         """Refuse this constraint from now on: it turned out to be too slow in use."""

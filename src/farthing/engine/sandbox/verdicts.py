@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 
+from farthing.engine.sandbox.turns import Busy
+
 _MAX_BYTES, _MAX_VERDICTS = 16 << 20, 1024
+_MAX_CALLERS = 1024  # of one client
 
 
 class Verdicts:
@@ -50,16 +53,23 @@ class Verdicts:
 
 
 class InFlight:
-    """Callers that want the same work while it is in flight share it. Thread-safe."""
+    """Callers of one client that want the same work while it is in flight share it. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._shared: dict[Hashable, tuple[Future[str], list[Future[str]]]] = {}
+        self._shared: dict[tuple[str, bytes], tuple[Future[str], list[Future[str]]]] = {}
+        self._callers: Counter[str] = Counter()  # by client
 
-    def join(self, key: Hashable, begin: Callable[[], Future[str]]) -> Future[str]:
-        """A future of its own for this caller. The work is cancelled once every caller has cancelled."""
+    def join(self, client: str, work_key: bytes, begin: Callable[[], Future[str]]) -> Future[str]:
+        """A future of its own for this caller. The work is cancelled once every caller has cancelled.
+
+        Raises Busy for a client with too many callers.
+        """
         mine: Future[str] = Future()
+        key = client, work_key
         with self._lock:
+            if self._callers[client] >= _MAX_CALLERS:
+                raise Busy(f"{_MAX_CALLERS} requests of this key wait for their grammars; retry later")
             shared = self._shared.get(key)
             if shared is None:
                 work, callers = begin(), [mine]
@@ -67,21 +77,27 @@ class InFlight:
             else:
                 work, callers = shared
                 callers.append(mine)
+            self._callers[client] += 1
         if shared is None:
             work.add_done_callback(lambda done: self._deliver(key, done))
-        mine.add_done_callback(lambda done: self._left(key, work, callers) if done.cancelled() else None)
+        mine.add_done_callback(lambda done: self._left(key, done, work, callers))
         return mine
 
-    def _left(self, key: Hashable, work: Future[str], callers: list[Future[str]]) -> None:
+    def _left(
+        self, key: tuple[str, bytes], mine: Future[str], work: Future[str], callers: list[Future[str]]
+    ) -> None:
         with self._lock:
-            if not all(caller.cancelled() for caller in callers):
+            self._callers[key[0]] -= 1
+            if not self._callers[key[0]]:
+                del self._callers[key[0]]
+            if not mine.cancelled() or not all(caller.cancelled() for caller in callers):
                 return
             current = self._shared.get(key)
             if current is not None and current[0] is work and not work.running():
                 del self._shared[key]  # later callers begin again
         work.cancel()
 
-    def _deliver(self, key: Hashable, work: Future[str]) -> None:
+    def _deliver(self, key: tuple[str, bytes], work: Future[str]) -> None:
         with self._lock:
             current = self._shared.get(key)
             callers = current[1] if current is not None and current[0] is work else []
