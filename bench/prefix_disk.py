@@ -1,15 +1,15 @@
-"""The prefix cache on disk: first token after a restart, its cost when it is not used, and the size of files.
+"""The prefix cache on disk: time to first token after a restart, its cost when unused, and file sizes.
 
     python bench/prefix_disk.py restart --model L576 --prompt 8192 --rounds 3
     python bench/prefix_disk.py cost --model S576 --rounds 40
     python bench/prefix_disk.py files
 
-restart: each round starts three processes, with an empty directory, again with what the first one left, and
-again after the files were dropped from the page cache. A process loads the packed model, computes a short
-prompt once, and is timed from the submission of the long prompt to its first token. cost: two engines in one
-process, with and without the directory, take turns at the same new prompts; the ratio is taken pair by pair,
-of wall time and of the process's CPU time, which other work on the machine disturbs less. files: writes and
-reads 8,192 tokens of L576's cache in files of several sizes.
+restart: each round starts three processes: with an empty directory, with the first one's files, and after those
+files were dropped from the page cache. A process loads the packed model, computes a short prompt once, and is
+timed from the submission of the long prompt to its first token. cost: two engines in one process, with and
+without the directory, alternate on the same new prompts; ratios are paired, for wall time and for the process's
+CPU time, which other work on the machine affects less. files: writes and reads 8,192 tokens of L576's cache in
+files of several sizes.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def engine(a: argparse.Namespace, **options: Any) -> LLM:
 
 
 def prompt(length: int, seed: int) -> list[int]:
-    """Tokens that no other seed shares a prefix with."""
+    """Tokens whose prefix is unique to the seed."""
     numbers = random.Random(seed)
     return [numbers.randrange(3, 32000) for _ in range(length)]
 
 
 def one_start(a: argparse.Namespace) -> None:
-    """A process of `restart`: prints its times and tokens."""
+    """One process of `restart`; prints its times and tokens."""
     with engine(a, prefix_cache_dir=a.directory, prefix_cache_disk_bytes=20 << 30) as llm:
         llm.generate([prompt(64, 1)], GREEDY, use_tqdm=False)
         began = time.perf_counter()
@@ -81,7 +81,7 @@ def one_start(a: argparse.Namespace) -> None:
 
 
 def restart(a: argparse.Namespace) -> None:
-    """Cold, warm and from the disk itself."""
+    """Measure cold, warm, and from disk."""
     rounds = []
     for _ in range(a.rounds):
         with tempfile.TemporaryDirectory(dir=a.cache) as directory:
@@ -101,7 +101,7 @@ def restart(a: argparse.Namespace) -> None:
 
 
 def started(a: argparse.Namespace, directory: str) -> dict[str, Any]:
-    """The report of one process."""
+    """Run one process and return its report."""
     command = [sys.executable, __file__, "start", "--directory", directory, "--model", a.model,
                "--prompt", str(a.prompt), "--weights", a.weights, "--threads", str(a.threads),
                "--cache", str(a.cache)]  # fmt: skip
@@ -119,7 +119,7 @@ def forget(path: Path) -> None:
 
 
 def cost(a: argparse.Namespace) -> None:
-    """With and without, in turn."""
+    """Alternate with and without the directory."""
     walls, cpus = [], []
     with tempfile.TemporaryDirectory(dir=a.cache) as directory, engine(a) as without, \
             engine(a, prefix_cache_dir=directory, prefix_cache_disk_bytes=1 << 30) as using:  # fmt: skip
@@ -129,7 +129,7 @@ def cost(a: argparse.Namespace) -> None:
             for llm in (without, using) if turn % 2 else (using, without):
                 wall, cpu = time.perf_counter(), time.process_time()
                 llm.generate(batch, replace(GREEDY, max_tokens=a.new), use_tqdm=False)
-                time.sleep(a.settle)  # the writer's share falls into the pair
+                time.sleep(a.settle)  # so that the pair includes the writer's work
                 took[llm] = time.perf_counter() - wall - a.settle, time.process_time() - cpu
             walls.append(took[using][0] / took[without][0])
             cpus.append(took[using][1] / took[without][1])
@@ -141,14 +141,14 @@ def cost(a: argparse.Namespace) -> None:
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
-    """95 % of the median, by resampling."""
+    """95 % interval of the median, by resampling."""
     numbers = random.Random(0)
     medians = sorted(statistics.median(numbers.choices(ratios, k=len(ratios))) for _ in range(2000))
     return medians[50], medians[1949]
 
 
 def files(a: argparse.Namespace) -> None:
-    """8,192 tokens of L576: 512 blocks of 295 kB."""
+    """Measure 8,192 tokens of L576: 512 blocks of 295 kB."""
     data = torch.randint(-100, 100, (16, 512, 16, 576), dtype=torch.int16).view(torch.bfloat16)
     for size in (1, 1 << 20, 1 << 22, 1 << 23, 1 << 25, 1 << 27):
         writes, reads = [], []
@@ -190,7 +190,7 @@ def written_and_read(directory: Path, cache: LatentCache) -> tuple[int, DiskStat
 
 @contextmanager
 def sizes(most: int) -> Iterator[None]:
-    """Files of at most so many bytes."""
+    """Limit files to `most` bytes."""
     before = disk_store.SEGMENT_BYTES
     disk_store.SEGMENT_BYTES = most
     try:

@@ -1,9 +1,8 @@
-"""A tool loop of ten turns computes only what is new, through each API, on the embedded model.
+"""A tool loop of ten turns computes only new tokens, with each API, on the embedded model.
 
-The figure: of the tokens of a prompt that existed in earlier turns (the last prompt and what was sampled
-after it), the share that came from the cache. Tool results are new and not counted. The model is too small
-to call tools by itself, so a constraint spells the call around an argument that it samples freely, in tokens
-that the tokenizer would not split the same way.
+Measured is the cached share of a prompt's tokens from earlier turns (the last prompt and its sampled answer).
+Tool results are new and not counted. The model is too small to call tools, so a constraint forces the call
+around a freely sampled argument, whose tokens differ from the tokenizer's split.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Turn = tuple[int, int, int]  # tokens of the prompt, of which cached, and of the
 
 
 class Calling:
-    """A constraint: one set of allowed tokens after the other, as many as an answer has."""
+    """A constraint with one set of allowed tokens per position of the answer."""
 
     def __init__(self, script: Sequence[Sequence[int]], place: int = 0) -> None:
         self.script, self.place = script, place
@@ -140,7 +139,7 @@ def messages(server: Running) -> Iterator[Turn]:
 
 
 @pytest.mark.parametrize("api", [chat, responses, messages])
-def test_ten_turns_compute_only_what_is_new(
+def test_ten_turns_compute_only_new_tokens(
     embedded: Running, api: Callable[[Running], Iterator[Turn]]
 ) -> None:
     turns = list(api(embedded))
@@ -152,5 +151,5 @@ def test_ten_turns_compute_only_what_is_new(
     print(f"{api.__name__}: {sum(cached)} tokens cached: {sum(cached) / sum(old):.2%} of those of earlier "
           f"turns, {sum(cached) / whole:.2%} of whole prompts")  # fmt: skip
     assert min(shares) >= 0.95
-    # Only the last token of an answer was never computed, and the marks after it may be written again.
+    # Only an answer's last token was never computed, and the tags after it may be written again.
     assert all(o - c <= 4 for c, o in zip(cached, old, strict=True)), (old, cached)
