@@ -4,12 +4,12 @@
     python bench/prefix_disk.py cost --model S576 --rounds 40
     python bench/prefix_disk.py files
 
-restart: each round starts three processes: with an empty directory, with the first one's files, and after those
-files were dropped from the page cache. A process loads the packed model, computes a short prompt once, and is
-timed from the submission of the long prompt to its first token. cost: two engines in one process, with and
-without the directory, alternate on the same new prompts; ratios are paired, for wall time and for the process's
-CPU time, which other work on the machine affects less. files: writes and reads 8,192 tokens of L576's cache in
-files of several sizes.
+restart: each round starts three processes: with an empty directory, with the first one's files, and after
+those files were dropped from the page cache. A process loads the packed model, computes a short prompt once,
+and is timed from the submission of the long prompt to its first token. cost: two engines in one process,
+with and without the directory, alternate on the same new prompts; ratios are paired, for wall time and for
+the process's CPU time, which other work on the machine affects less. files: writes and reads 8,192 tokens of
+L576's cache in files of several sizes.
 """
 
 from __future__ import annotations
