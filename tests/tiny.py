@@ -65,6 +65,27 @@ SMALL_V3: dict[str, Any] = V3 | dict(
     max_position_embeddings=64,
 )
 
+# A miniature LongCat-Flash: every second layer has six experts and three identities.
+LONGCAT: dict[str, Any] = dict(
+    model_type="longcat_flash",
+    vocab_size=40,
+    hidden_size=64,
+    ffn_hidden_size=64,
+    expert_ffn_hidden_size=32,
+    num_layers=2,
+    num_attention_heads=4,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    n_routed_experts=6,
+    zero_expert_num=3,
+    moe_topk=3,
+    routed_scaling_factor=6.0,
+    max_position_embeddings=256,
+)
+
 
 def tiny(**changes: Any) -> dict[str, Any]:
     """One dense layer and one of four experts, plain RoPE, no groups, no MTP layer; updated by `changes`."""

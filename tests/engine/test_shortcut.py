@@ -12,6 +12,7 @@ pytest.importorskip("farthing._native")
 
 from farthing.model import DeepseekModel, ModelConfig, random_model
 from farthing.ops import make_batch, select
+from tests.tiny import LONGCAT
 
 from .conftest import EOS, VOCAB, greedy_of
 from .test_engine import (  # noqa: F401  (collected here again, with this file's model)
@@ -23,18 +24,15 @@ from .test_engine import (  # noqa: F401  (collected here again, with this file'
     tokens_of,
 )
 
-LONGCAT: dict[str, Any] = dict(
-    model_type="longcat_flash", vocab_size=VOCAB, hidden_size=64, ffn_hidden_size=64,
-    expert_ffn_hidden_size=32, num_layers=2, num_attention_heads=4, q_lora_rank=32, kv_lora_rank=32,
-    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=6, zero_expert_num=3,
-    moe_topk=3, routed_scaling_factor=6.0, max_position_embeddings=256, eos_token_id=EOS,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def model() -> DeepseekModel:
     torch.set_num_threads(1)
-    return random_model(ModelConfig.from_json(LONGCAT), select("cpu", torch.float32, 1), seed=7)
+    return random_model(
+        ModelConfig.from_json(LONGCAT | dict(vocab_size=VOCAB, eos_token_id=EOS)),
+        select("cpu", torch.float32, 1),
+        seed=7,
+    )
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from farthing.ops.expert_cache import MARGIN, ExpertCache
 from farthing.ops.hybrid import DECIDE_EVERY, HybridMoE, HybridOps, rows_of
 from farthing.ops.reference import ReferenceOps
 from tests.parallel.test_cluster import greedy
-from tests.tiny import SMALL_V3
+from tests.parity import paged
+from tests.tiny import LONGCAT, SMALL_V3
 
 RAW = SMALL_V3 | dict(num_experts_per_tok=3, topk_group=2)
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def"]
@@ -54,6 +55,19 @@ def test_random_models_generate_the_tokens_of_the_plain_engine(hot: int, seed: i
         assert len(layer.hot.handles) <= hot
         assert set(layer.hot.handles) - {layer.hot.evicted} == layer.hot.cache.resident
     assert bool(hot) == any(layer.hot.handles for layer in layers(model))
+
+
+@pytest.mark.parametrize("hot", [0, 6])
+def test_identity_experts_stay_on_the_host(hot: int) -> None:
+    config = ModelConfig.from_json(LONGCAT)
+    prompt = torch.arange(2, 13)
+    expected = paged.greedy(random_model(config, select("reference"), 1), prompt, 27)
+    ops = HybridOps(select("reference"), native(), hot)
+    model = random_model(config, ops, 1)
+    for _ in range(2):
+        assert paged.greedy(model, prompt, 27) == expected
+        ops.settle()
+    assert all(set(layer.hot.handles) <= set(range(6)) for layer in layers(model))
 
 
 @pytest.mark.parametrize("mass", [None, 0.6])

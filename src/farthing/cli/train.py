@@ -59,7 +59,7 @@ def mite(
 
       farthing train mite --precision fp8 --set fp8_scaling='"delayed"'
 
-      farthing train mite --sparse-attention --out runs/mite-sparse --tokens 300000
+      farthing train mite --sparse-attention --out runs/mite-sparse --tokens 80000
     """
     if sparse_attention:
         _sparse(out, minutes, tokens, resume, data, device, threads, seed, settings or [], as_json)
@@ -92,7 +92,7 @@ def _sparse(
         if minutes is not None or device not in ("auto", "cpu"):
             raise ValueError("--sparse-attention takes --tokens and runs on the CPU; expected no --minutes")
         config, changed = configured(overrides)
-        settings = _settings("mite", out, tokens or 300_000, 512, 4096, 40_000, data, "cpu", threads, seed)
+        settings = _settings("mite", out, tokens or 80_000, 512, 1024, 40_000, data, "cpu", threads, seed)
         return train_sparse(dataclasses.replace(settings, **changed), config, resume)
 
     _finish(run, as_json)

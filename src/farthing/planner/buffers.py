@@ -114,7 +114,8 @@ def _native(s: _Sizes, holder: Holder, tokens: int, threads: int) -> int:
     """Tensors passed between ops, and the workspace pages that any op writes to."""
     c, t = s.config, tokens
     outputs = s.first + (s.query if c.q_lora_rank else 0) + s.heads * c.v_head_dim
-    held = _FLOAT * t * (outputs + 3 * c.hidden_size)  # all layers in one call
+    # Of all layers in one call; experts that are added a layer later are held until then.
+    held = _FLOAT * t * (outputs + (3 + c.shortcut_experts) * c.hidden_size)
     space = _Workspace()
     for k in (c.hidden_size, c.q_lora_rank, s.heads * c.v_head_dim):
         if k:

@@ -41,9 +41,9 @@ class SparseConfig:
     index_topk: int = 128
     index_n_heads: int = 8
     index_head_dim: int = 32
-    warm_tokens: int = 200_000
-    lr: float = 2e-4  # the model
-    index_lr: float = 2e-3
+    warm_tokens: int = 150_000
+    lr: float = 1e-4  # the model
+    index_lr: float = 4e-3
     mtp_weight: float = 0.3
     mtp_share: float = 0.25
 
