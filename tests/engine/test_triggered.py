@@ -84,7 +84,7 @@ def test_text_constraint_applies_only_to_free_text() -> None:
     for token in (1, 2, 3):
         here.consume(token)
     assert np.flatnonzero(here.masks([], VOCAB)[0]).tolist() == [5, 6]
-    with pytest.raises(ValueError, match="refused"):
+    with pytest.raises(ValueError, match="not allowed"):
         here.consume(0)
 
 

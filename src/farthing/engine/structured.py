@@ -215,7 +215,9 @@ class _LiteralTokenizer:
         known = LLTokenizer(whole, n_vocab=size, eos_token=list(eos))
         self.eos_token_id = eos[0]
         self.tokens = [known.decode_bytes([token]) for token in range(size)]
-        self.special_token_ids = [token for token in range(size) if known.is_special_token(token)]
+        self.special_token_ids = [
+            token for token in range(size) if known.is_special_token(token) or token in tokenizer.control_ids
+        ]
         plain = json.loads(whole) | {"added_tokens": [], "post_processor": None}
         self._plain = _Tokenizer.from_str(json.dumps(plain))
 

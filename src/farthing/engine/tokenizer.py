@@ -37,6 +37,10 @@ class Tokenizer:
         self._add_bos = bool(config.get("add_bos_token", False)) and self.bos_token_id is not None
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        # In a grammar no text matches these: checkpoints do not flag all of their marks as special.
+        self.control_ids = self.special_ids | {
+            i for i, token in added.items() if token.content[:1] + token.content[-1:] in ("<>", "｜｜")
+        }
         self._added = {i: token.content.encode() for i, token in added.items()}
         decoder = json.loads(backend.to_str()).get("decoder") or {}
         self.byte_level = decoder.get("type") == "ByteLevel"

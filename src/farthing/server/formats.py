@@ -55,9 +55,9 @@ class ModelFormats:
         return found
 
     def special_id(self, text: str) -> int | None:
-        """The single special token that a text is, if it is one: other texts never contain it."""
+        """The single control token that a text is, if it is one: in a grammar no text matches it."""
         token = self.token_id(text)
-        return token if self.tokenizer is not None and token in self.tokenizer.special_ids else None
+        return token if self.tokenizer is not None and token in self.tokenizer.control_ids else None
 
     def ending(self, text: str) -> list[int]:
         """The token that ends a turn, where a text ends with one."""

@@ -17,10 +17,10 @@ SYNTAX = TaggedCalls(
     string=f'<{MARK}parameter name="{{name}}" string="true">',
     json=f'<{MARK}parameter name="{{name}}" string="false">',
     value_end=f"</{MARK}parameter>",
-    end=f"</{MARK}invoke>",
+    end=f"</{MARK}invoke>\n",
     marks=frozenset((MARK,)),
     key='[^"<>\\n]{1,256}',
-    others=("tool_calls>", "function_calls>"),
+    others=("tool_calls>\n", "function_calls>\n"),
 )
 
 
