@@ -47,6 +47,10 @@ def test_estimate_is_close_and_growth_is_reported(
     assert f"{outcome.report.size_before:,} -> {outcome.report.size_after:,} bytes" in said[1]
 
 
-def test_automatic_plans_are_not_estimated(model_dir: Path) -> None:
-    assert expected(model_dir, "auto") is None
+@pytest.mark.parametrize("recipe", ["auto", "experts-reap", "adaptive-experts", "prune-wanda"])
+def test_plans_and_pruning_are_not_estimated(model_dir: Path, recipe: str) -> None:
+    assert expected(model_dir, recipe) is None
+
+
+def test_equal_sizes_are_not_growth() -> None:
     assert grown(10, 10) is None

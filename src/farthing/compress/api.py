@@ -162,7 +162,7 @@ def _ready(
     if limits := expected_limits(options.export, checkpoint, config, recipe):
         verb = "may" if recipe.scheme == "auto" else "will"
         log.warning("transformers 5.24 %s not load the result (Farthing will): %s", verb, "; ".join(limits))
-    expected = None if recipe.adaptive else expected_bytes(options.export, checkpoint, config, recipe)
+    expected = expected_bytes(options.export, checkpoint, config, recipe)
     if expected is not None and (said := grown(_weight_bytes(checkpoint), expected)):
         log.warning("expected: %s", said)
     if not options.gate:

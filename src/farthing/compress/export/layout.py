@@ -129,9 +129,9 @@ def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, re
 
 
 def expected_bytes(export: str, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> int | None:
-    """An estimate of the result's weight bytes before any work is done; None for an automatic plan. Pruned
-    experts and channels are not deducted."""
-    if recipe.scheme == "auto":
+    """An estimate of the result's weight bytes before any work is done; None where a plan or pruning decides
+    what is stored."""
+    if recipe.scheme == "auto" or recipe.adaptive or recipe.prune or recipe.experts or recipe.neurons:
         return None
     matrices = _matrices(checkpoint)
     parts = {f"{module}.{part}" for module in matrices for part in _PARTS}
@@ -140,8 +140,9 @@ def expected_bytes(export: str, checkpoint: Checkpoint, config: ModelConfig, rec
         stored, columns = checkpoint.stored_as(module)
         key = key_in(export, module, _expected_key(checkpoint, config, module, recipe))
         kind, rows = "dense" if key is None else key.format, _rows(checkpoint, module)
-        if kind == stored == "dense":
-            total += checkpoint.nbytes(f"{module}.weight")
+        if kind == stored:
+            names = (f"{module}.{part}" for part in _PARTS)
+            total += sum(checkpoint.nbytes(name) for name in names if checkpoint.has(name))
         else:
             scales = {
                 "int4": columns / (key.group_size or columns) if key else 0,
