@@ -11,6 +11,8 @@ import torch
 pytest.importorskip("farthing._native")
 
 from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model.load import random_parameters
+from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
 from tests.tiny import LONGCAT
 
@@ -64,3 +66,17 @@ def test_packed_file_gives_the_same_logits(model: DeepseekModel, tmp_path: Path)
     ids, batch = torch.arange(20), make_batch([20], [0], [list(range(5))], 4)
     found = [m.forward(ids, batch, m.new_cache(5, 4)) for m in (model, mapped)]
     assert torch.equal(*found)
+
+
+def test_a_layer_that_is_not_finite_is_named(model: DeepseekModel) -> None:
+    parameters = random_parameters(model.config, seed=7)
+    ids, batch = torch.arange(20), make_batch([20], [0], [list(range(5))], 4)
+
+    def named() -> str | None:
+        broken = DeepseekModel(model.config, select("reference"), MemorySource(parameters))
+        return broken.first_not_finite(ids, batch, broken.new_cache(5, 4))
+
+    assert named() is None
+    for e in range(6):
+        parameters[f"model.layers.2.mlp.experts.{e}.down_proj.weight"] *= float("nan")
+    assert named() == "layer 2's experts (model.layers.2.mlp)"

@@ -113,27 +113,21 @@ class DeepseekModel:
         owed: Tensor | None = None  # output of the previous layer's experts that is not yet added
         for i, (attention, feed_forward) in enumerate(self.layers):
             h, select = attention(h, batch, cache, i, select)
-            seen = None if counts is None else counts[i]
-            if feed_forward.beside is not None:
-                h, owed = feed_forward.apart(h, seen)
-                continue
-            h = feed_forward(h, seen)
-            if owed is not None:
-                h, owed = h + owed, None
+            h, owed = _feed(feed_forward, h, owed, None if counts is None else counts[i])
         return h
 
     def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
         """The first part of the model whose output has a NaN or an infinity, for the tokens of a step that
         was computed before; None if all are finite. Layer by layer, so slower than `forward`."""
-        h, select = self.ops.embed(ids, self.embedding), None
+        h, select, owed = self.ops.embed(ids, self.embedding), None, None
         if not _finite(h):
             return "the embedding (model.embed_tokens)"
         for i, (attention, feed_forward) in enumerate(self.layers):
             h, select = attention(h, batch, cache, i, select)
             if not _finite(h):
                 return f"layer {i}'s attention (model.layers.{i}.self_attn)"
-            h = feed_forward(h, None)
-            if not _finite(h):
+            h, owed = _feed(feed_forward, h, owed)
+            if not (_finite(h) and (owed is None or _finite(owed))):
                 return f"layer {i}'s {'experts' if feed_forward.is_moe else 'MLP'} (model.layers.{i}.mlp)"
         return None if _finite(self.logits(h)) else "the head (model.norm, lm_head)"
 
@@ -184,6 +178,16 @@ class DeepseekModel:
 
     def close(self) -> None:
         """Does nothing: there is nothing to release."""
+
+
+def _feed(
+    feed_forward: FeedForward, h: Tensor, owed: Tensor | None, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(h, output of the experts that the next layer adds); owed: that of the previous layer."""
+    if feed_forward.beside is not None:
+        return feed_forward.apart(h, counts)
+    h = feed_forward(h, counts)
+    return h if owed is None else h + owed, None
 
 
 def _finite(values: Tensor) -> bool:

@@ -10,7 +10,6 @@ import re
 from farthing.model.types.base import Fields, ModelType, Names
 
 _RENAMED = {
-    "vocab_size": "vocab_size",
     "ffn_hidden_size": "intermediate_size",
     "expert_ffn_hidden_size": "moe_intermediate_size",
     "moe_topk": "num_experts_per_tok",
