@@ -93,7 +93,7 @@ class EngineConfig:
         if self.packed is not None and self.rebalance_steps is not None:
             raise ValueError(
                 f"packed: got {self.packed!r}; expected None with rebalance_steps: a rank's file "
-                "holds only the experts it started with"
+                "has only its initial experts"
             )
         if self.dp_attention and (self.enable_prefix_caching or self.rebalance_steps is not None):
             raise ValueError(
@@ -141,7 +141,7 @@ class EngineConfig:
         if not self.enable_prefix_caching:
             raise ValueError(
                 f"prefix_cache_dir: got {self.prefix_cache_dir!r}; expected None without "
-                "enable_prefix_caching: the directory holds blocks of the prefix cache"
+                "enable_prefix_caching: the directory stores blocks of the prefix cache"
             )
         if self.num_ranks > 1:
             raise ValueError(
@@ -169,7 +169,7 @@ class EngineConfig:
         if self.experts_on is not None or (self.packed is not None and self.tensor_parallel_size == 1):
             raise ValueError(
                 "deterministic: got True; expected experts_on None, and packed None without tp 2: "
-                "a packed file holds whole matrices"
+                "a packed file has undivided matrices"
             )
 
     @property

@@ -35,5 +35,5 @@ def remove(sequences: list[S], seq: S) -> None:
     """Remove a sequence."""
     index = bisect_left(sequences, seq.key, key=KEY)
     if index == len(sequences) or sequences[index] is not seq:
-        raise IntegrityError(f"sequence {seq.id} is not where its status says")
+        raise IntegrityError(f"sequence {seq.id} is missing from the queue of its status")
     del sequences[index]

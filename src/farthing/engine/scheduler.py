@@ -104,7 +104,7 @@ class Scheduler(Generic[S]):
         if not 0 < len(seq.tokens) <= seq.max_len <= self.max_len:
             raise ValueError(
                 f"a sequence of {len(seq.tokens)} tokens, growing to {seq.max_len}; expected at least one "
-                f"and at most {self.max_len}, what the cache holds"
+                f"and at most {self.max_len}, the size of the cache"
             )
         if seq.status is Status.NEW:
             self.fairness.enter(seq.client)

@@ -37,13 +37,11 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
     held = blocks * config.block_size
     if held < length and config.max_model_len is not None:
         raise ValueError(
-            f"max_model_len is {length} and the cache holds {held} tokens; expected a smaller max_model_len, "
+            f"max_model_len is {length}, but the KV cache fits {held} tokens; expected a smaller max_model_len, "
             f"a larger num_blocks or kv_cache_memory, or a smaller kv_cache_dtype"
         )
     if held < length:
-        log.warning(
-            "the cache holds %d tokens: max_model_len is %d and not the model's %d", held, held, limit
-        )
+        log.warning("KV cache fits %d tokens; lowering max_model_len to %d (model: %d)", held, held, limit)
     budget = config.max_num_batched_tokens or max(config.max_num_seqs, 512 if device.type == "cpu" else 8192)
     if budget < config.max_num_seqs:
         raise ValueError(

@@ -55,7 +55,7 @@ class Tokenizer:
         file = path / "tokenizer.json"
         if not file.is_file() and (path / "tiktoken.model").is_file():
             raise FileNotFoundError(
-                f"{path} holds tiktoken.model and no tokenizer.json; convert it once with: "
+                f"{path} has tiktoken.model but no tokenizer.json; convert it once with: "
                 f"python -m farthing.engine.tiktoken {path}"
             )
         if not file.is_file():
@@ -208,7 +208,7 @@ def _json(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError(f"{file} is nested too deeply; expected a configuration file") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {type(value).__name__}; expected an object")
+        raise ValueError(f"{file} contains {type(value).__name__}; expected an object")
     return value
 
 
