@@ -37,8 +37,8 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
     held = blocks * config.block_size
     if held < length and config.max_model_len is not None:
         raise ValueError(
-            f"max_model_len is {length}, but the KV cache fits {held} tokens; expected a smaller max_model_len, "
-            f"a larger num_blocks or kv_cache_memory, or a smaller kv_cache_dtype"
+            f"max_model_len is {length}, but the KV cache fits {held} tokens; expected a smaller "
+            f"max_model_len, a larger num_blocks or kv_cache_memory, or a smaller kv_cache_dtype"
         )
     if held < length:
         log.warning("KV cache fits %d tokens; lowering max_model_len to %d (model: %d)", held, held, limit)
