@@ -6,11 +6,8 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import jsonschema
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -18,8 +15,6 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, collect
-from farthing.conversation.forced import calls_schema
-from farthing.conversation.forced import schema as forced_schema
 from farthing.conversation.formats.deepseek_v3 import V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
@@ -33,10 +28,8 @@ from farthing.conversation.parse.dsml import DsmlCalls
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.glm import GlmCalls
 from farthing.conversation.parse.output import THINK, OutputParser
-from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice
+from farthing.conversation.types import Tool, ToolCall
 from farthing.engine.detokenizer import Detokenizer
-from farthing.engine.request import StructuredOutputsParams
-from farthing.engine.structured import GrammarCompiler
 from farthing.engine.tokenizer import Tokenizer
 
 Calls = list[tuple[str, dict[str, Any]]]
@@ -399,189 +392,3 @@ def test_arguments_may_contain_the_formats_markup(
     text = write(calls)
     for chunks in ([text], list(text)):
         assert read(make(), chunks) == ("", calls)
-
-
-# Reported against other servers.
-
-
-def test_a_call_without_the_opening_tag_of_its_section() -> None:
-    """vllm 48931: at long context the model omits it but writes the closing tag."""
-    for section in ("tool_calls", "function_calls"):
-        call = dsml(section)([("get_weather", {"city": "Rome", "days": 2})])
-        text = "Let me look." + call.replace(f"<｜DSML｜{section}>\n", "", 1)
-        assert text.count(section) == 1
-        for chunks in ([text], list(text)):
-            assert read(DsmlCalls(TOOLS), chunks) == (
-                "Let me look.",
-                [("get_weather", {"city": "Rome", "days": 2})],
-            )
-    quoted = 'The tag <｜DSML｜invoke name="f"> begins a call.'
-    assert read(NoCalls(), list(quoted)) == (quoted, [])  # without tools nothing is parsed as a call
-
-
-def test_parameter_at_the_end_is_text() -> None:
-    text = 'Write <｜DSML｜parameter name="x" string="true">and a value.'
-    for chunks in ([text], list(text)):
-        assert read(DsmlCalls(TOOLS), chunks) == ("Write and a value.", [])
-
-
-PARAMETER = '<｜DSML｜parameter name="x" string="false">[1]</｜DSML｜parameter>\n'
-CALL_F = f'<｜DSML｜invoke name="f">\n{PARAMETER}</｜DSML｜invoke>\n'
-NO_NAME = f"<｜DSML｜invoke>\n{PARAMETER}</｜DSML｜invoke>\n"
-
-
-@pytest.mark.parametrize("section", ["tool_calls", "function_calls", ""])
-@pytest.mark.parametrize("closed", [True, False])
-@pytest.mark.parametrize(
-    ("body", "calls"),
-    [
-        (CALL_F, 1),
-        (CALL_F + NO_NAME, 1),  # a malformed sibling does not affect others
-        (NO_NAME + CALL_F, 1),
-        (CALL_F.replace("</｜DSML｜invoke>\n", "") + CALL_F, 2),
-        (CALL_F + '<｜DSML｜invoke name="f"/>\n' + CALL_F, 3),
-    ],
-)
-def test_bare_unterminated_and_malformed_sections(section: str, closed: bool, body: str, calls: int) -> None:
-    """sglang 40236: the markup was returned as content and the calls were lost."""
-    text = f"Now:\n\n<｜DSML｜{section}>\n{body}" if section else f"Now:\n\n{body}"
-    text += f"</｜DSML｜{section}>" if section and closed else ""
-    for chunks in ([text], list(text)):
-        shown, found = read(DsmlCalls(TOOLS), chunks)
-        assert shown == "Now:" and len(found) == calls
-        assert [call for call in found if call[1]] == [("f", {"x": [1]})] * body.count(CALL_F[:30])
-
-
-def test_unterminated_name_is_not_a_call() -> None:
-    """vllm 54686: the model quotes a broken call, whose name swallowed the rest of the answer."""
-    text = (
-        'See:\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="record_item {\n'
-        "category: Dexes\n\nWait, this is wrong."
-    )
-    for chunks in ([text], list(text)):
-        shown, calls = read(DsmlCalls(TOOLS), chunks)
-        assert calls == [] and "DSML" not in shown
-        assert shown.startswith("See:") and shown.endswith("category: Dexes\n\nWait, this is wrong.")
-
-
-def test_value_ending_in_an_angle_bracket() -> None:
-    """vllm 53227, 45877: the closing tag leaks into a shell command."""
-    command = "make >log 2>&1 </dev/null"
-    text = (
-        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="bash">\n<｜DSML｜parameter name="command" string="true">'
-        f"{command}</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
-    )
-    for cut in range(len(text)):
-        assert read(DsmlCalls(()), [text[:cut], text[cut:]]) == ("", [("bash", {"command": command})])
-
-
-@pytest.mark.parametrize(
-    ("declared", "schema", "text", "value"),
-    [
-        ("false", {"type": "integer"}, "5", 5),
-        ("false", {"type": "integer"}, "5.0", 5),
-        ("false", {"type": "string"}, "5", "5"),  # the schema decides
-        ("false", {"type": "string"}, "plain", "plain"),
-        ("false", {"type": "boolean"}, "True", True),
-        ("false", {}, "None", None),
-        ("false", {}, "not json", "not json"),
-        ("false", {"type": "number"}, "NaN", "NaN"),
-        ("true", {"type": "integer"}, "5", 5),
-        ("true", {"type": "object"}, '{"a": [1]}', {"a": [1]}),
-        ("true", {"type": ["string", "null"]}, "null", "null"),
-        ("true", {}, "5", "5"),
-        ("true", {"$ref": "#/$defs/n"}, "7", 7),
-        ("false", {"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
-        ("false", {"enum": ["1", "2"]}, "1", "1"),
-        (None, {"type": "array"}, "[1]", [1]),
-        (None, {"type": "string"}, "[1]", "[1]"),
-    ],
-)
-def test_dsml_values_are_typed_by_the_schema(
-    declared: str | None, schema: dict[str, Any], text: str, value: Any
-) -> None:
-    tool = Tool("g", None, {"properties": {"x": schema}, "$defs": {"n": {"type": "integer"}}})
-    attribute = "" if declared is None else f' string="{declared}"'
-    parameter = f'<｜DSML｜parameter name="x"{attribute}>{text}</｜DSML｜parameter>'
-    call = f'<｜DSML｜invoke name="g">{parameter}</｜DSML｜invoke>'
-    for chunks in ([call], list(call)):
-        assert read(DsmlCalls((tool,)), chunks) == ("", [("g", {"x": value})])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '<｜DSML｜invoke name="f">\n{"x": [1]}\n</｜DSML｜invoke>',
-        '<｜DSML｜invoke name="f"><｜DSML｜parameter name="arguments" string="false">{"x": [1]}'
-        "</｜DSML｜parameter></｜DSML｜invoke>",
-        '<｜DSML｜toolcalls><｜DSML｜invoke name="f"><｜DSML｜parameter name="x" string="false">[1]'
-        "</｜DSML｜tool_calls>",
-        '<｜｜DSML｜｜tool_calls><｜｜DSML｜｜invoke name="f"><｜｜DSML｜｜parameter name="x" string="false">'
-        "[1]</｜｜DSML｜｜parameter></｜｜DSML｜｜invoke>",
-    ],
-)
-def test_misspelled_dsml(text: str) -> None:
-    for chunks in ([text], list(text)):
-        assert read(DsmlCalls(TOOLS), chunks) == ("", [("f", {"x": [1]})])
-
-
-# Forced calls.
-
-
-@given(CALLS, st.booleans(), CUTS)
-def test_json_list_survives_any_chunking(calls: Calls, spaced: bool, cuts: list[int]) -> None:
-    document = [{"name": name, "parameters": arguments} for name, arguments in calls]
-    text = json.dumps(document, indent=2 if spaced else None)
-    assert read(ListedCalls(), chunked(text, cuts)) == ("", calls)
-
-
-def test_output_of_a_named_call_is_only_arguments() -> None:
-    assert read(NamedCall("f"), ['{"a"', ": 1}"]) == ("", [("f", {"a": 1})])
-
-
-def test_json_that_is_not_a_call_becomes_text() -> None:
-    for text in ("sorry", '[{"name": 1}]', '[{"name": "f"}]'):
-        assert read(ListedCalls(), list(text)) == (text, [])
-
-
-SCHEMA = {"type": "object", "properties": {"x": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}}
-
-
-@pytest.mark.parametrize("parallel", [True, False])
-def test_schema_of_calls(parallel: bool) -> None:
-    schema = calls_schema([Tool("a/b:f", None, SCHEMA), Tool("g", None, {"type": "object"})], parallel)
-    jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
-    one = {"name": "a/b:f", "parameters": {"x": 1}}
-    assert validator.is_valid([one])
-    assert validator.is_valid([one, {"name": "g", "parameters": {}}]) is parallel
-    for wrong in (
-        [],
-        [{"name": "h", "parameters": {}}],
-        [{"name": "a/b:f", "parameters": {"x": "1"}}],
-        [{"name": "a/b:f"}],
-    ):
-        assert not validator.is_valid(wrong)
-
-
-@pytest.mark.parametrize("single", [True, False])
-def test_model_that_prefers_blanks_finishes_a_forced_call(single: bool) -> None:
-    tool = Tool("f", None, {"properties": {"x": {"type": "boolean"}}, "required": ["x"]} | {"type": "object"})
-    closed = replace(tool, parameters={**(tool.parameters or {}), "additionalProperties": False})
-    choice = ToolChoice("required", ("f",), single=single)
-    schema = forced_schema(Conversation((), (closed,), choice, parallel_calls=False))
-    tokenizer = byte_tokenizer(["<s>", "</s>"], [])
-    tokenizer = Tokenizer(tokenizer.backend, {"bos_token": "<s>", "eos_token": "</s>"})
-    matcher = GrammarCompiler(tokenizer, tokenizer.vocab_size).compile(StructuredOutputsParams(json=schema))
-    blanks = tokenizer.encode(" \n\t", add_special_tokens=False)
-    text: list[int] = []
-    while not matcher.stopped:
-        (allowed,) = matcher.masks([], tokenizer.vocab_size)
-        candidates = np.flatnonzero(allowed).tolist()
-        token = next((blank for blank in blanks if blank in candidates), candidates[-1])
-        matcher.consume(token)
-        text.append(token)
-        assert len(text) < 80
-    parser = NamedCall("f") if single else ListedCalls()
-    ((name, arguments),) = read(parser, [tokenizer.decode(text)])[1]
-    assert name == "f" and isinstance(arguments["x"], bool)
