@@ -105,7 +105,7 @@ class Reference(Loose):
 
 def _kind(item: Any) -> str:
     """The class of an item; items of unknown types are left to `Item`, which names those it knows."""
-    fields = item if isinstance(item, dict) else vars(item)
+    fields = item if isinstance(item, dict) else getattr(item, "__dict__", {})
     kind = fields.get("type")
     if kind == "item_reference" or (
         kind is None and "id" in fields and not {"role", "content"} & set(fields)
