@@ -86,6 +86,14 @@ def test_head_in_one_packet_is_measured_too(implementation: str, head: bytes) ->
         assert b" 431 " in answer(connection)
 
 
+def test_pipeline_is_bounded_and_what_was_accepted_is_answered(implementation: str) -> None:
+    with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
+        connection.sendall((HEAD + b"\r\n") * 2_000)
+        answers = answer(connection).count(b"HTTP/1.1 200 ")
+        assert answers == (33 if implementation == "httptools" else 2_000)  # h11 reads them one by one
+        assert healthy(server)
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET", HEAD, HEAD + b"x: y"])
 def test_head_that_never_ends(implementation: str, sent: bytes) -> None:
     with running(ScriptedEngine(), header_timeout=0.3) as server, sockets(server, 1) as (connection,):
