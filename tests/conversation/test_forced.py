@@ -37,6 +37,12 @@ def test_json_that_is_not_a_call_becomes_text() -> None:
         assert read(ListedCalls(), list(text)) == (text, [])
 
 
+def test_call_that_is_cut_before_its_arguments_is_not_text() -> None:
+    text = '[{"name": "f", "parameters": {'
+    for end in range(len(text)):
+        assert read(ListedCalls(), [text[:end]]) == ("", [])
+
+
 SCHEMA = {"type": "object", "properties": {"x": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "integer"}}}
 
 

@@ -20,7 +20,7 @@ from farthing.conversation.formats.glm45 import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.parse.delimited import DEEPSEEK, KIMI
 from farthing.conversation.select import Checkpoint, choose
-from farthing.conversation.strict import CallGrammar, call_grammar
+from farthing.conversation.strict import CallGrammar, TaggedCalls, call_grammar
 from farthing.conversation.types import Conversation, Tool, ToolChoice
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.structured import GrammarCompiler
@@ -196,6 +196,24 @@ def test_limit_that_a_format_cannot_express_is_rejected() -> None:
     with pytest.raises(ValueError, match="'when' by format"):
         grammar_of(GLM45, (tool,), "special")
     assert grammar_of(V4, (tool,), "special") is not None
+
+
+@pytest.mark.parametrize("form", [V32, V4, GLM45], ids=lambda form: form.name)
+@pytest.mark.parametrize("required", [3, True, None, [{}], [3]])
+def test_damaged_list_of_required_parameters_is_an_error(form: ChatFormat, required: object) -> None:
+    grammar = grammar_of(form, (strict({"properties": {"x": {}}, "required": required}),), "special")
+    assert grammar is not None
+    with pytest.raises(ValueError):
+        COMPILERS["special"].compile(StructuredOutputsParams(grammar=grammar.grammar))
+
+
+@pytest.mark.parametrize("form", [V32, V4, GLM45], ids=lambda form: form.name)
+def test_required_parameter_without_a_schema_is_not_left_out(form: ChatFormat) -> None:
+    tool = Tool("f", None, {"properties": {"x": {"type": "integer"}}, "required": ["q"]}, strict=True)
+    grammar = grammar_of(form, (tool,), "special")
+    assert grammar is not None and isinstance(form.syntax, TaggedCalls)
+    begin = form.syntax.begin.format(name="f")
+    assert '"q"' in obey(grammar, "special", f'{begin}{{"q": 1}}', "}")
 
 
 def test_no_grammar_without_a_restriction() -> None:

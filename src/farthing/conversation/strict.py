@@ -126,7 +126,9 @@ def parameters_of(tool: Tool) -> list[Parameter] | None:
         return None
     if any(not isinstance(part, Mapping) or set(name) & _MARKUP for name, part in properties.items()):
         return None
-    required = schema.get("required") or ()
+    required = schema.get("required", [])
+    if not isinstance(required, list) or any(name not in list(properties) for name in required):
+        return None
     return [Parameter(tool.name, name, part, schema, name in required) for name, part in properties.items()]
 
 

@@ -28,8 +28,8 @@ class ListedCalls(Machine):
         self._object = JsonObject()
 
     def finish(self) -> list[Delta]:
-        """Pass on text that did not become a call; nothing of a call is held back."""
-        if not self.calls:
+        """Pass on text that did not become a call. A call that was cut before its arguments is dropped."""
+        if not self.calls and self._state == self._rest:
             text = "".join(self._seen) + self._buffer
             self._text(text if text.strip() else "")
         self._seen, self._buffer = [], ""
