@@ -18,6 +18,8 @@ Quantization = Literal["int8", "int4"]
 Transport = Literal["auto", "shared", "gloo"]
 ExpertsOn = Literal["cpu"]
 
+DEFAULT_DISK_BYTES = 10 << 30
+
 _engine = partial(option, group="Engine")
 _cache = partial(option, group="Cache")
 _limit = partial(option, group="Limits")
@@ -57,7 +59,7 @@ class EngineConfig:
     kv_cache_dtype: KvCacheDtype = _cache("auto", "Cache dtype")
     enable_prefix_caching: bool = _cache(True, "Reuse of cached blocks by prompts with the same prefix")
     prefix_cache_dir: str | None = _cache(None, "Directory for cached blocks that outlive the process")
-    prefix_cache_disk_bytes: int = _cache(10 << 30, "Maximum bytes in that directory", minimum=1)
+    prefix_cache_disk_bytes: int = _cache(DEFAULT_DISK_BYTES, "Maximum bytes in that directory", minimum=1)
 
     max_queue: int | None = _limit(1024, "Maximum number of waiting sequences before 429", minimum=1)
     max_queue_tokens: int | None = _limit(
@@ -137,7 +139,14 @@ class EngineConfig:
 
     def _check_prefix_cache_dir(self) -> None:
         if self.prefix_cache_dir is None:
+            if self.prefix_cache_disk_bytes != DEFAULT_DISK_BYTES:
+                raise ValueError(
+                    f"prefix_cache_disk_bytes: got {self.prefix_cache_disk_bytes}; expected no value without "
+                    "prefix_cache_dir: it limits that directory"
+                )
             return
+        if not self.prefix_cache_dir:
+            raise ValueError("prefix_cache_dir: got ''; expected None or the path of a directory")
         if not self.enable_prefix_caching:
             raise ValueError(
                 f"prefix_cache_dir: got {self.prefix_cache_dir!r}; expected None without "

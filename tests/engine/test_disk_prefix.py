@@ -164,6 +164,15 @@ def test_rejected_combinations(options: dict[str, Any], message: str) -> None:
         EngineConfig(**{"prefix_cache_dir": "somewhere", **options})
 
 
+def test_rejected_limits(start: Start) -> None:
+    with pytest.raises(ValueError, match="prefix_cache_disk_bytes: got 5; expected no value without"):
+        EngineConfig(prefix_cache_disk_bytes=5)
+    with pytest.raises(ValueError, match="prefix_cache_dir: got ''; expected None or the path"):
+        EngineConfig(prefix_cache_dir="")
+    with pytest.raises(ValueError, match=r"prefix_cache_disk_bytes: got 5; expected at least \d+, the size"):
+        start(prefix_cache_disk_bytes=5)
+
+
 @pytest.mark.slow
 def test_prefill_process_shares_the_directory(tmp_path: Path) -> None:
     path = save(RAW, tmp_path)

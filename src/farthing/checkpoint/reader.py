@@ -139,6 +139,10 @@ class Checkpoint:
         """Size of the weight files."""
         return sum((self.path / f).stat().st_size for f in set(self._shards.file_of.values()))
 
+    def files(self) -> tuple[Path, ...]:
+        """The weight files."""
+        return tuple(self.path / name for name in sorted(set(self._shards.file_of.values())))
+
     def fingerprint(self) -> str:
         """A digest of config.json, the tensor-to-file map, and each file's size and last bytes, which tells
         checkpoints apart without reading them."""

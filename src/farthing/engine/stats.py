@@ -61,7 +61,7 @@ class DiskStats:
     written_bytes: int = 0
     write_seconds: float = 0.0
     evictions: int = 0  # files removed by this process
-    errors: int = 0  # files that were damaged or could not be read
+    errors: int = 0  # files that were damaged or could not be read or written
     stored_bytes: int = 0  # in the directory, by all processes
 
 

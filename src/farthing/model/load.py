@@ -35,6 +35,7 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)
     claim(ops, checkpoint.fingerprint(), path)
+    ops.weight_files = checkpoint.files()
     routers = routers_for(config, checkpoint.config, experts)
     model = DeepseekModel(config, ops, source_of(checkpoint, config), routers)
     if ops.packed_from is None:  # otherwise most weights come from the packed file

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -180,6 +181,7 @@ class Ops(ABC):
     device: torch.device
     dtype: torch.dtype
     source: str = ""  # fingerprint of the packed checkpoint, set by `farthing.model.load`
+    weight_files: tuple[Path, ...] = ()  # of the checkpoint, set by `farthing.model.load`
     packed_from: str | None = None  # fingerprint stored in the mapped packed file, if any
     sums_in_stack: bool = False  # whether `stack` supports sums over ranks
     routed_only: bool = False  # `pack_moe` skips shared experts, also those of a packed file

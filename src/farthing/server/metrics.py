@@ -44,7 +44,7 @@ COUNTERS = {
     "prefix_disk_written_bytes": ("prefix_disk.written_bytes", "Bytes written to it."),
     "prefix_disk_write_seconds": ("prefix_disk.write_seconds", "Seconds spent writing, in the background."),
     "prefix_disk_evictions": ("prefix_disk.evictions", "Files evicted by this process."),
-    "prefix_disk_errors": ("prefix_disk.errors", "Files that were damaged or could not be read."),
+    "prefix_disk_errors": ("prefix_disk.errors", "Files that were damaged or could not be read or written."),
 }
 HISTOGRAMS = {
     "time_to_first_token_seconds": ("time_to_first_token", "From arrival to the first token."),

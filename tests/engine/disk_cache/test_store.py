@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class Rig:
         self.cache, self.stats = cache, DiskStats()
         memory = (DeviceMemory if device else BlockMemory)(cache)
         self.index = Index(root, Format(b"x" * 16, memory.block_bytes), capacity)
-        self.index.folder.mkdir(exist_ok=True)
+        self.index.create()
         self.index.refresh()
         self.ended: list[int] = []
         self.prefix = PrefixCache(SIZE)
@@ -245,6 +246,7 @@ def test_disk_errors_log_one_warning(
         until(lambda n=n: refused > n)  # type: ignore[misc]
         time.sleep(0.06)
     assert len(caplog.records) == 1 and "cannot write" in caplog.text
+    assert rig.stats.errors == refused
     monkeypatch.setattr(module, "write_segment", write_segment)
     rig.compute(hashes_of(1, 5), [5])
     rig.store.close()
@@ -252,6 +254,18 @@ def test_disk_errors_log_one_warning(
 
 
 write_segment = module.write_segment
+
+
+def test_removed_directory_is_created_again(tmp_path: Path) -> None:
+    rig = Rig(tmp_path / "cache", cache_of())
+    rig.compute(hashes_of(1, 0), [0])
+    until(lambda: len(rig.index) == 1)
+    shutil.rmtree(tmp_path / "cache")
+    until(lambda: len(rig.index) == 0)
+    rig.compute(hashes_of(1, 5), [5])
+    rig.store.close()
+    assert rig.stats.errors == 0
+    assert rig.store.find(hashes_of(1, 5)) == 1
 
 
 def test_failed_reader_reports_to_the_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

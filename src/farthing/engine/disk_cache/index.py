@@ -59,6 +59,11 @@ class Index:
             holders = self._holders.get(digest)
             return holders[0] if holders else None
 
+    def create(self) -> None:
+        """Create the directory if it is missing. Raises OSError."""
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+
     def refresh(self) -> None:
         """List the directory if it has changed. Raises OSError."""
         changed = self.folder.stat().st_mtime_ns

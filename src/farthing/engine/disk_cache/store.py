@@ -188,6 +188,7 @@ class DiskStore:
     def _turn(self, last: bool = False) -> None:
         """Follow other processes, write runs that are due, and evict."""
         with suppress(OSError):
+            self._index.create()  # it may have been removed
             self._index.refresh()
         while self._notes:
             parent, hashes = self._notes.popleft()
@@ -254,6 +255,7 @@ class DiskStore:
 
     def _refused(self, error: OSError) -> None:
         """Handle a full or read-only disk: continue without it and retry later."""
+        self._stats.errors += 1
         if not self._warned:
             log.warning(
                 "prefix cache: cannot write to %s (%s); continuing without it", self._index.folder, error
