@@ -74,3 +74,13 @@ def test_error_for_a_broken_file_names_the_line(tmp_path: Path) -> None:
     file.write_bytes(b"YQ== 0\nYg== 2\n")
     with pytest.raises(ValueError, match=r"ranks have gaps; expected 0…1"):
         read_ranks(file)
+
+
+def test_empty_vocabulary_and_list_as_configuration_are_rejected(directory: Path) -> None:
+    (directory / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json contains list; expected an object"):
+        convert_directory(directory)
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "tiktoken.model").write_bytes(b"\n")
+    with pytest.raises(ValueError, match=r"tiktoken.model lists no token; expected"):
+        convert_directory(directory)

@@ -52,6 +52,20 @@ def test_aliases_of_newer_files() -> None:
         (dict(n_group=7), r"n_group is 7; expected a divisor of n_routed_experts = 256"),
         (dict(topk_group=9), r"topk_group is 9; expected 1…8"),
         (dict(topk_method="best"), r"topk_method is 'best'; expected noaux_tc"),
+        (dict(hidden_act="gelu"), r"hidden_act is 'gelu'; expected 'silu'"),
+        (dict(model_type="glm4_moe_lite", mlp_layer_types=["sparse"] * 60), r"types has 60 entries; .*, 61"),
+        (
+            dict(model_type="glm_moe_dsa", indexer_types=["full"] * 63),
+            r"indexer_types has 63 entries; .*, 61",
+        ),
+        (
+            dict(model_type="glm_moe_dsa", index_topk_pattern="FS"),
+            r"index_topk_pattern has 2 entries; .*, 61",
+        ),
+        (
+            dict(model_type="glm_moe_dsa", num_hidden_layers=None),
+            r"num_hidden_layers is None; expected a pos",
+        ),
         (dict(scoring_func="tanh"), r"scoring_func is 'tanh'; expected sigmoid or softmax"),
     ],
 )
@@ -83,6 +97,15 @@ def test_layer_lists_of_newer_files_become_prefixes() -> None:
 def test_wrapper_of_another_language_model_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"text_config.model_type is 'mistral'; expected 'mistral4'"):
         ModelConfig.from_json(dict(model_type="mistral3", text_config=dict(model_type="mistral")))
+
+
+@pytest.mark.parametrize("name", ["kimi_k25", "mistral3"])
+def test_tied_embeddings_of_the_wrapper_win(name: str) -> None:
+    text = V3 | dict(model_type="mistral4", tie_word_embeddings=False)
+    for tied in (True, False):
+        raw = dict(model_type=name, text_config=text | dict(tie_word_embeddings=not tied))
+        assert ModelConfig.from_json(raw).tie_word_embeddings is not tied
+        assert ModelConfig.from_json(raw | dict(tie_word_embeddings=tied)).tie_word_embeddings is tied
 
 
 def test_only_v3_layers_are_compressed() -> None:

@@ -109,6 +109,17 @@ def mistral4(rng: random.Random) -> Any:
     return transformers.Mistral4ForCausalLM(config)
 
 
+def mistral3(rng: random.Random) -> Any:
+    """Mistral Small 4 in its wrapper, whose tie_word_embeddings wins over the language model's."""
+    text = mistral4(rng).config.to_dict()
+    vision = dict(model_type="pixtral", hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    vision |= dict(num_attention_heads=2, head_dim=16, image_size=28, patch_size=14)
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=rng.random() < 0.5
+    )
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
 def axk1(rng: random.Random) -> Any:
     s = shape(rng, groups=rng.choice([1, 2]))
     layers = mlp_layers(rng, s["num_hidden_layers"])
@@ -163,6 +174,7 @@ FAMILIES: dict[str, Draw] = {
     "kimi_k25": kimi_k25,
     "glm4_moe_lite": glm4_moe_lite,
     "mistral4": mistral4,
+    "mistral3": mistral3,
     "axk1": axk1,
     "deepseek_v32": deepseek_v32,
     "glm_moe_dsa": glm_moe_dsa,

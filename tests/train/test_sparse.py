@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from farthing.cli.app import app
 from farthing.model import load
 from farthing.model.config import ModelConfig
 from farthing.ops import make_batch, select
@@ -98,3 +100,9 @@ def test_settings_by_name() -> None:
     assert config.index_topk == 64 and changed == {"window": 256}
     with pytest.raises(ValueError, match="unknown field"):
         configured(["nonsense=1"])
+
+
+def test_precision_is_rejected() -> None:
+    run = CliRunner().invoke(app, ["train", "mite", "--sparse-attention", "--precision", "fp8"])
+    assert run.exit_code == 2
+    assert "--precision is 'fp8'; expected 'bf16' with --sparse-attention" in run.output

@@ -62,7 +62,7 @@ def mite(
       farthing train mite --sparse-attention --out runs/mite-sparse --tokens 80000
     """
     if sparse_attention:
-        _sparse(out, minutes, tokens, resume, data, device, threads, seed, settings or [], as_json)
+        _sparse(out, minutes, tokens, resume, data, device, threads, seed, precision, settings or [], as_json)
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one entry per matrix shape
@@ -81,7 +81,7 @@ def mite(
 
 def _sparse(
     out: Path, minutes: float | None, tokens: int | None, resume: bool, data: Path | None, device: str,
-    threads: int, seed: int, overrides: list[str], as_json: bool,
+    threads: int, seed: int, precision: str, overrides: list[str], as_json: bool,
 ) -> None:  # fmt: skip
     """`mite --sparse-attention`."""
     import dataclasses
@@ -91,6 +91,8 @@ def _sparse(
     def run() -> dict[str, Any] | None:
         if minutes is not None or device not in ("auto", "cpu"):
             raise ValueError("--sparse-attention takes --tokens and runs on the CPU; expected no --minutes")
+        if precision != "bf16":
+            raise ValueError(f"--precision is {precision!r}; expected 'bf16' with --sparse-attention")
         config, changed = configured(overrides)
         settings = _settings("mite", out, tokens or 80_000, 512, 1024, 40_000, data, "cpu", threads, seed)
         return train_sparse(dataclasses.replace(settings, **changed), config, resume)

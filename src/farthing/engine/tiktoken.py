@@ -52,6 +52,8 @@ def read_ranks(file: Path) -> dict[bytes, int]:
             raise ValueError(
                 f"{file}, line {number}: got {line[:60]!r}; expected base64 and a rank"
             ) from None
+    if not ranks:
+        raise ValueError(f"{file} lists no token; expected lines of base64 and a rank")
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f"{file}: ranks have gaps; expected 0…{len(ranks) - 1}, each once")
     return ranks
@@ -98,6 +100,8 @@ def convert_directory(path: Path) -> Path:
     """Write tokenizer.json next to tiktoken.model; returns it. Raises FileNotFoundError, ValueError."""
     config = path / "tokenizer_config.json"
     listed = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if not isinstance(listed, dict):
+        raise ValueError(f"{config} contains {type(listed).__name__}; expected an object")
     named = {int(i): str(t["content"]) for i, t in (listed.get("added_tokens_decoder") or {}).items()}
     out = path / "tokenizer.json"
     convert(read_ranks(path / VOCABULARY), named).save(str(out))

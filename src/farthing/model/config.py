@@ -203,6 +203,8 @@ class ModelConfig:
             raw = kind.fields(raw)
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"config.json of type {kind.name!r}: {error}") from error
+        if (activation := raw.get("hidden_act")) not in (None, "silu"):
+            raise ConfigError(f"hidden_act is {activation!r}; expected 'silu'")
         values: dict[str, Any] = {
             f.name: raw[f.name] for f in fields(cls) if f.name in raw and raw[f.name] is not None
         }

@@ -38,12 +38,38 @@ class ModelType:
     may_lack_router_bias: bool = False  # some checkpoints of this type have no e_score_correction_bias
 
 
+def tied(raw: Fields) -> Fields:
+    """tie_word_embeddings of a multimodal wrapper, where present: it wins over text_config's."""
+    value = raw.get("tie_word_embeddings")
+    return {} if value is None else {"tie_word_embeddings": value}
+
+
+def layer_count(raw: Fields, name: str = "num_hidden_layers") -> int:
+    """The number of layers. Raises ValueError if the field is no positive integer."""
+    layers = raw.get(name)
+    if not isinstance(layers, int) or layers < 1:
+        raise ValueError(f"{name} is {layers!r}; expected a positive integer")
+    return layers
+
+
+def per_layer(raw: Fields, name: str) -> list[Any]:
+    """A list or text with one entry per hidden layer, MTP layers optional; empty if the field is absent.
+
+    Raises ValueError for another length.
+    """
+    entries, layers = list(raw.get(name) or ()), layer_count(raw)
+    most = layers + (raw.get("num_nextn_predict_layers") or 0)
+    if entries and not layers <= len(entries) <= most:
+        raise ValueError(f"{name} has {len(entries)} entries; expected one per hidden layer, {layers}")
+    return entries
+
+
 def dense_prefix(raw: Fields) -> dict[str, int]:
     """first_k_dense_replace and moe_layer_freq from `mlp_layer_types`, the list in newer files.
 
     Raises ValueError if no such pair describes the list.
     """
-    kinds = raw.get("mlp_layer_types")
+    kinds = per_layer(raw, "mlp_layer_types")
     if not kinds:
         return {}
     moe = [kind == "sparse" for kind in kinds]
@@ -53,6 +79,6 @@ def dense_prefix(raw: Fields) -> dict[str, int]:
             if moe == [i >= first and i % freq == 0 for i in range(layers)]:
                 return {"first_k_dense_replace": first, "moe_layer_freq": freq}
     raise ValueError(
-        f"mlp_layer_types is {list(kinds)!r}; expected dense layers followed by sparse ones, "
+        f"mlp_layer_types is {kinds!r}; expected dense layers followed by sparse ones, "
         "or a sparse layer every n"
     )

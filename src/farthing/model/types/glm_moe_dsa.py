@@ -1,17 +1,16 @@
 """GLM-5: V3.2 with an interleaved indexer rotation and layers that reuse an earlier layer's selection."""
 
-from farthing.model.types.base import Fields, ModelType, dense_prefix
+from farthing.model.types.base import Fields, ModelType, dense_prefix, layer_count, per_layer
 
 
 def _indexer_types(raw: Fields) -> list[str]:
     """Indexer type per layer: from a list, a pattern such as "FFSS", or every index_topk_freq-th "full"."""
-    if raw.get("indexer_types"):
-        return list(raw["indexer_types"])
-    pattern = raw.get("index_topk_pattern")
-    if pattern is not None:
+    if listed := per_layer(raw, "indexer_types"):
+        return listed
+    if pattern := per_layer(raw, "index_topk_pattern"):
         return [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
     every, first = max(raw.get("index_topk_freq") or 1, 1), raw.get("index_skip_topk_offset", 2)
-    layers = range(raw["num_hidden_layers"])
+    layers = range(layer_count(raw))
     return ["shared" if max(i - first + 1, 0) % every else "full" for i in layers]
 
 

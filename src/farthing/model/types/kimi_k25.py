@@ -3,12 +3,12 @@
 Only the language model is served; the experts of released checkpoints are INT4 (compressed-tensors).
 """
 
-from farthing.model.types.base import Fields, ModelType, Names
+from farthing.model.types.base import Fields, ModelType, Names, tied
 
 
 def _fields(raw: Fields) -> Fields:
     text: Fields = raw["text_config"]
-    return {**{key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}, **text}
+    return {**{key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}, **text, **tied(raw)}
 
 
 TYPE = ModelType(

@@ -4,7 +4,7 @@ Also used inside `mistral3`, the multimodal wrapper it is released in: its field
 tensors under `language_model.`, and the vision tower is skipped.
 """
 
-from farthing.model.types.base import Fields, ModelType, Names
+from farthing.model.types.base import Fields, ModelType, Names, tied
 
 
 def _fields(raw: Fields) -> Fields:
@@ -16,7 +16,7 @@ def _nested(raw: Fields) -> Fields:
     text = raw.get("text_config") or {}
     if text.get("model_type") != "mistral4":
         raise ValueError(f"text_config.model_type is {text.get('model_type')!r}; expected 'mistral4'")
-    return _fields(text)
+    return _fields({**text, **tied(raw)})
 
 
 TYPE = ModelType("mistral4", "Mistral Small 4 (text part)", _fields)
