@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from farthing.cli.plan import app
 from farthing.model import ModelConfig
 from farthing.planner.estimate import Workload, _Costs, estimate, load_devices
+from farthing.planner.published import published_config
 from tests.tiny import V3
 
 CONFIG = ModelConfig.from_json(V3)
@@ -49,6 +50,26 @@ def test_estimate_bounds_published_results(
     assert published[1] < e.decode.node() < 3 * published[1]
     assert e.usd_output == pytest.approx(2.0 / 3600 / e.decode.tokens_per_second * 1e6)
     assert e.decode.tokens_per_gpu / e.decode.tokens_per_second <= workload.step_limit
+
+
+def test_sparse_attention_is_cheaper_beyond_its_length() -> None:
+    raw = published_config("deepseek-v3.2")
+    assert raw is not None
+    sparse = ModelConfig.from_json(raw)
+    costs = _Costs(sparse, DEVICES["h800"], SHARES, gpus=144, redundant=32)
+    assert costs.cache_bytes == 61 * (576 + 128) * 2
+    assert costs.projection - _Costs(CONFIG, DEVICES["h800"], SHARES, 144, 32).projection == (
+        1536 * 64 * 128 + 7168 * (128 + 64)
+    )
+    read = (2048 * 576 + 100_000 * 128) * 2
+    assert costs.decode_attention(1, 100_000) == pytest.approx(read / (3350e9 * 0.9))
+    for prompt, output, cheaper in ((100_000, 1000, True), (1500, 500, False)):
+        load = Workload(prompt, output, 0.0, 0.1)
+        ours, dense = (estimate(c, DEVICES["h800"], SHARES, load, 2.0) for c in (sparse, CONFIG))
+        assert (ours.usd_input < dense.usd_input) == (ours.usd_output < dense.usd_output) == cheaper
+        assert ours.prefill.tokens_per_second > dense.prefill.tokens_per_second or not cheaper
+        assert any("at most 2,048 keys" in line for line in ours.assumptions)
+        assert not any("sparse" in line for line in dense.assumptions)
 
 
 def test_measured_ceilings_replace_declared_ones(tmp_path: Path) -> None:

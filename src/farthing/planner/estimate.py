@@ -124,7 +124,7 @@ def estimate(
         usd_input,
         usd_output,
         usd_output + usd_input * workload.prompt / workload.output,
-        _assumptions(device, shares, workload, prefill, decode, redundant),
+        _assumptions(config, device, shares, workload, prefill, decode, redundant),
     )
 
 
@@ -146,13 +146,26 @@ class _Costs:
         self.exchange = (device.network if gpus > 8 else device.nvlink) * 1e9 * shares.network
 
     @property
-    def projection(self) -> int:
-        """Number of attention weights per layer."""
+    def index_share(self) -> float:
+        """Share of the hidden layers that have an indexer."""
+        layers = self.config.num_hidden_layers
+        return sum(map(self.config.has_indexer, range(layers))) / layers
+
+    @property
+    def projection(self) -> float:
+        """Number of attention weights per layer, with the mean layer's indexer."""
         c, h = self.config, self.config.num_attention_heads
         q = c.q_lora_rank or 0
         query = c.hidden_size * q + q * h * c.qk_head_dim if q else c.hidden_size * h * c.qk_head_dim
         kv = c.hidden_size * c.cache_width + c.kv_lora_rank * h * (c.qk_nope_head_dim + c.v_head_dim)
-        return query + kv + h * c.v_head_dim * c.hidden_size
+        index = q * c.index_n_heads * c.index_head_dim + c.hidden_size * (c.index_head_dim + c.index_n_heads)
+        return query + kv + h * c.v_head_dim * c.hidden_size + self.index_share * index
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes of a cached token in all layers, with its index keys."""
+        c = self.config
+        return (c.cache_width + self.index_share * c.index_head_dim) * BF16 * c.num_hidden_layers
 
     @property
     def expert(self) -> int:
@@ -185,17 +198,45 @@ class _Costs:
         return tokens * copies * self.config.hidden_size * (FP8 + BF16) / self.exchange
 
     def decode_attention(self, tokens: float, context: float) -> float:
-        """Absorbed MLA on a bf16 cache: the slower of reading it and the arithmetic of all heads."""
+        """Absorbed MLA on a bf16 cache: the slower of reading it and the arithmetic of all heads.
+
+        Sparse attention reads the selected keys, and all index keys where there are more than it selects.
+        """
         c = self.config
-        read = tokens * context * c.cache_width * BF16 / self.bytes_per_second
-        flops = 2 * tokens * context * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        attended, scanned = context, 0.0
+        if c.index_topk is not None and context > c.index_topk:
+            attended, scanned = c.index_topk, context * self.index_share
+        read = tokens * (attended * c.cache_width + scanned * c.index_head_dim) * BF16 / self.bytes_per_second
+        flops = tokens * (attended * self._absorbed + scanned * self._scored)
         return max(read, flops / self.attention_flops)
 
     def prefill_attention(self, tokens: float, past: float, new: float) -> float:
-        """Expanded heads, causal: each of `new` prompt tokens attends to `past` and half of the new ones."""
+        """Expanded heads, causal: each of `new` prompt tokens attends to `past` and half of the new ones.
+
+        Sparse attention also scores the index keys of every token behind the first `index_topk`, then either
+        masks expanded heads or reads the selected keys in absorbed form, whichever is faster.
+        """
         c = self.config
-        pairs = tokens * (past + new / 2)
-        return 2 * pairs * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) / self.attention_flops
+        dense = 2 * (past + new / 2) * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+        if c.index_topk is None or past + new <= c.index_topk:
+            return tokens * dense / self.attention_flops
+        first = max(c.index_topk - past, 0)  # new tokens that select nothing
+        attended = (first * (past + first / 2) + (new - first) * c.index_topk) / new
+        scanned = (new - first) * (past + (first + new) / 2) / new * self.index_share
+        return (
+            tokens * (min(dense, attended * self._absorbed) + scanned * self._scored) / self.attention_flops
+        )
+
+    @property
+    def _absorbed(self) -> int:
+        """Operations per query and key on the latent, all heads."""
+        c = self.config
+        return 2 * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+
+    @property
+    def _scored(self) -> int:
+        """Operations per query and index key."""
+        return 2 * self.config.index_n_heads * self.config.index_head_dim
 
 
 def _prefill(costs: _Costs, workload: Workload) -> Phase:
@@ -223,7 +264,7 @@ def _decode(costs: _Costs, workload: Workload) -> Phase:
     c = costs.config
     context = workload.prompt + workload.output / 2
     free = costs.device.memory * 1e9 * USABLE_MEMORY - costs.weight_bytes
-    most = int(free // (context * c.cache_width * BF16 * c.num_hidden_layers))
+    most = int(free // (context * costs.cache_bytes))
     if most < 1:
         raise ValueError(
             f"{costs.gpus} GPUs {costs.device.name} store {costs.weight_bytes / 1e9:.0f} GB of weights each "
@@ -262,8 +303,18 @@ def _phase(costs: _Costs, tokens: int, compute: float, communication: float) -> 
 
 
 def _assumptions(
-    device: Ceilings, shares: Shares, w: Workload, prefill: Phase, decode: Phase, redundant: int
+    c: ModelConfig,
+    device: Ceilings,
+    shares: Shares,
+    w: Workload,
+    prefill: Phase,
+    decode: Phase,
+    redundant: int,
 ) -> tuple[str, ...]:
+    sparse = c.index_topk and (
+        f"sparse attention: a token attends to at most {c.index_topk:,} keys; in longer contexts, all index "
+        "keys (bf16) are scored"
+    )
     kind = "measured" if device.measured else "declared"
     return (
         f"{kind} ceilings of {device.name}: {device.memory:g} GB, {device.bandwidth:g} GB/s, "
@@ -278,6 +329,7 @@ def _assumptions(
         f"decode on groups of {decode.gpus}, {decode.tokens_per_gpu:,} sequences per GPU; {redundant} "
         "redundant experts in each",
         "attention data-parallel; weights FP8, cache, attention and combine bf16, dispatch FP8",
+        *([sparse] if sparse else []),
         "no speculation",
         "communication and computation overlap fully; experts and GPUs evenly loaded; no idle GPU",
     )
