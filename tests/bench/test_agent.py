@@ -85,3 +85,20 @@ def test_command() -> None:
         assert json.loads(found.stdout.strip().splitlines()[-1])["turns"] == 6
         wrong = CliRunner().invoke(app, [*options, "--turns", "0"])
         assert wrong.exit_code == 2 and "turns: got 0" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--sessions", "0"], "sessions: got 0; expected at least 1"),
+        (["--rate", "2"], "--rate: got"),
+        (["--trace", "x"], "--trace: got"),
+        (["--requests", "128"], "--requests: got"),
+        (["--input-tokens", "9"], "--input-tokens: got"),
+        (["--picture", "x.png"], "--picture: got"),
+    ],
+)
+def test_options_that_do_not_fit_sessions_are_refused(options: list[str], named: str) -> None:
+    result = CliRunner().invoke(app, ["serve", "--workload", "agent", *options], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert named in result.output

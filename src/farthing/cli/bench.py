@@ -40,6 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
     "farthing bench serve --trace azure.csv.gz --speed 10"
 )
 def serve(
+    context: typer.Context,
     url: Url = "http://127.0.0.1:8000",
     model: Model = None,
     api_key: Key = None,
@@ -73,8 +74,9 @@ def serve(
     if workload not in ("requests", "agent"):
         raise typer.BadParameter(f"--workload: got {workload!r}; expected requests or agent")
     if workload == "agent":
-        from farthing.cli.bench_agent import plan, run
+        from farthing.cli.bench_agent import check_options, plan, run
 
+        check_options(context)
         planned_sessions = plan(recording, sessions, turns, output_tokens, max_len, seed)
         target = _target(url, model, api_key)
         run(target, planned_sessions, concurrency or 1, output_tokens, usd_per_hour, seed, as_json)

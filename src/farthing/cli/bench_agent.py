@@ -24,7 +24,20 @@ from farthing.cli.progress import token_progress
 if TYPE_CHECKING:
     from farthing.bench.client import Target
 
+_OF_REQUESTS = (
+    *("requests", "rate", "trace", "speed", "input_tokens", "shared_prefix", "vocabulary"),
+    *("slo_ttft_ms", "slo_tpot_ms", "picture"),
+)
 _CHARACTERS = 2  # assumed minimum characters per token of a recording
+
+
+def check_options(context: typer.Context) -> None:
+    """Raises typer.BadParameter for an option that has no effect on sessions."""
+    for name in _OF_REQUESTS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{option}: got a value with --workload agent; expected none")
 
 
 def plan(
@@ -32,6 +45,8 @@ def plan(
 ) -> list[Session]:
     """Synthetic sessions, or those recorded sessions that fit max_len tokens with their answers."""
     try:
+        if sessions < 1:
+            raise ValueError(f"sessions: got {sessions}; expected at least 1")
         if recording is None:
             return synthetic(SessionShape(turns), sessions, seed)
         room = max(1, max_len - turns * output_tokens)

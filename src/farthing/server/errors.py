@@ -117,7 +117,9 @@ def _where(error: Any) -> list[str]:
 
 def _accepted(message: str) -> str:
     """Pydantic's message as a clause, in the words of JSON."""
-    message = re.sub(r" after validation, not .*", "", message.removeprefix("Value error, "))
+    message = re.sub(
+        r" after validation, not .*| or instance of \w+", "", message.removeprefix("Value error, ")
+    )
     message = re.sub(r"^(Input|List|String|Tuple) should (be|have)", r"expected", message)
     message = re.sub(r"a valid dictionary( or object.*)?", "an object", message)
     message = re.sub(r"\ba valid (?=[aeiou])", "an ", message).replace("a valid ", "a ")

@@ -26,6 +26,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "y"}
         ({"messages": USER}, "max_tokens"),
         ({"messages": [], "max_tokens": 1}, "messages"),
         ({"messages": USER, "max_tokens": 0}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": []}], "max_tokens": 1}, "messages[0].content: got []"),
         ({"messages": [{"role": "robot", "content": "x"}], "max_tokens": 1}, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1}, "image"),
         ({"messages": [{"role": "assistant", "content": [RESULT]}], "max_tokens": 1}, "tool_result"),
@@ -75,6 +76,10 @@ def test_messages(tiny: Running, body: dict[str, Any], named: str, stream: bool)
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "type"),
         ({"input": "x", "previous_response_id": "resp_x"}, "previous_response_id"),
         ({"input": "x", "tool_choice": "required"}, "tool_choice"),
+        (
+            {"input": "x", "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
+            "tools: got []; expected at least 1 item",
+        ),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "schema"),
         ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning_effort"),
         ({"input": "x", "background": True}, "background"),

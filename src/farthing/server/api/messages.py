@@ -122,6 +122,13 @@ def _turns(message: InputMessage, position: int) -> list[Turn]:
         return [Turn(message.role, message.content)]
     if message.role == "assistant":
         return [_assistant(message, position)]
+    if not message.content:
+        raise ApiError(
+            400,
+            f"messages[{position}].content: got []; expected a text or at least one block",
+            param=f"messages[{position}].content",
+            code="invalid_value",
+        )
     turns: list[Turn] = []
     for block in message.content:
         if isinstance(block, ToolResultBlock):

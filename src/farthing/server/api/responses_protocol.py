@@ -190,6 +190,19 @@ class AllowedTools(Strict):
     tools: Annotated[list[ChosenTool], Field(min_length=1, max_length=1024, fail_fast=True)]
 
 
+def _choice_class(value: Any) -> str:
+    allowed = isinstance(value, AllowedTools) or (
+        isinstance(value, dict) and value.get("type") == "allowed_tools"
+    )
+    return (AllowedTools if allowed else ChosenTool).__name__
+
+
+ChoiceObject = Annotated[
+    Annotated[ChosenTool, Tag("ChosenTool")] | Annotated[AllowedTools, Tag("AllowedTools")],
+    Discriminator(_choice_class),  # so that errors are about the object that was meant
+]
+
+
 class TextFormat(Strict):
     """text, any JSON object, or JSON that fits a schema."""
 
@@ -257,7 +270,7 @@ class ResponsesRequest(Body):
     instructions: str | None = None
     previous_response_id: str | None = None
     tools: Annotated[list[ToolField], Field(max_length=1024, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | AllowedTools | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChoiceObject | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
