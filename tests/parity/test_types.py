@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 from .families import FAMILIES, build, save
 from .paged import chunkings, greedy, run
 
-SEEDS = range(8)
+SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 4 else ()) for seed in range(8)]
 LENGTH = 21
 STEPS = 64
 
