@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farthing.engine.check import check, shortened
+from farthing.checkpoint import Checkpoint
+from farthing.engine.check import MOST_BYTES, check, float32_bytes, shortened
 from farthing.hub import resolve_model
 from farthing.model import ModelConfig
+from farthing.model.load import config_of
 from farthing.ops import select
 from farthing.planner.published import published_config
 
@@ -31,12 +34,45 @@ def test_the_embedded_model_passes() -> None:
     assert found["transformers"][0] in ("ok", "skipped")
 
 
-@pytest.mark.parametrize("name", ["glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "longcat_flash"])
+@pytest.mark.parametrize(
+    "name",
+    ["glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "kimi_k25", "mistral4", "mistral3"],
+)
 def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None:
     build(name, 1, tmp_path)
     found = states(tmp_path)
     assert found["transformers"][0] == "ok", found
     assert found["tokenizer"][0] == "failed" and "tokenizer.json" in found["tokenizer"][1]
+
+
+def test_wrong_indexer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the checkpoint's index_topk is above the number of tokens."""
+    build("deepseek_v32", 1, tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"index_topk": 2048}))
+    assert states(tmp_path)["transformers"][0] == "ok"
+
+    def wrong(checkpoint: Checkpoint) -> ModelConfig:
+        return replace(config_of(checkpoint), index_rope_interleaved=True)
+
+    monkeypatch.setattr("farthing.engine.check.config_of", wrong)
+    assert states(tmp_path)["transformers"][0] == "failed"
+
+
+def test_unknown_type_is_named_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4_moe"}))
+    assert "the closest is 'glm4_moe_lite'" in states(tmp_path)["configuration"][1]
+
+
+def test_layers_without_experts_and_large_ones_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("kimi_k25", 1, tmp_path)
+    assert "1 with experts" in states(tmp_path)["first layers"][1]
+    assert "0 with experts: such a layer takes" in states(tmp_path, 1)["first layers"][1]
+    monkeypatch.setattr("farthing.engine.check.MOST_BYTES", 1)
+    state, detail = states(tmp_path)["first layers"]
+    assert state == "skipped" and "GiB in float32" in detail and "--layers 1 runs" in detail
 
 
 def test_broken_weights_and_unknown_types_are_named(tmp_path: Path) -> None:
@@ -58,5 +94,6 @@ def test_large_model_is_checked_by_its_dense_layers() -> None:
     raw = published_config("deepseek-v3")
     assert raw is not None
     config = ModelConfig.from_json(raw)
-    assert shortened(config, None).num_hidden_layers == 1
+    assert shortened(config, None).num_hidden_layers == 2
+    assert float32_bytes(shortened(config, None)) < MOST_BYTES
     assert shortened(config, 4).num_hidden_layers == 4

@@ -24,8 +24,8 @@ PUBLISHED: dict[str, tuple[str, str, Literal["head", "neither", "both"]]] = {
     "deepseek-v3.1": ("671", "37", "head"),
     "deepseek-v3.2": ("671", "37", "head"),
     "moonlight-16b": ("16", "3", "head"),
-    "kimi-k2": ("1026", "32", "head"),
-    "kimi-k2.5": ("1026", "32", "head"),
+    "kimi-k2": ("1T", "32", "head"),  # "1T" in both model cards
+    "kimi-k2.5": ("1T", "32", "head"),
     "glm-4.7-flash": ("30", "3", "neither"),
     "glm-5": ("744", "40", "neither"),
     "mistral-large-3": ("673", "39", "head"),
@@ -55,9 +55,10 @@ def test_parameter_counts(name: str) -> None:
 
 
 def _is(count: int | float, published: str) -> bool:
-    """Within 1 % of a published figure in billions, or of half its last digit."""
-    digit = 10.0 ** -len(published.partition(".")[2])
-    return abs(count / 1e9 - float(published)) <= max(digit / 2, 0.01 * float(published))
+    """Within 1 % of a published figure in billions (trillions with "T"), or of half its last digit."""
+    figure, unit = published.removesuffix("T"), 1e12 if published.endswith("T") else 1e9
+    digit = 10.0 ** -len(figure.partition(".")[2])
+    return abs(count / unit - float(figure)) <= max(digit / 2, 0.01 * float(figure))
 
 
 def test_active_counts_of_longcat_flash_exclude_identities() -> None:

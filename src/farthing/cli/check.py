@@ -14,7 +14,11 @@ def check(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of layers to run. Default: the dense layers and one MoE layer."),
+        typer.Option(
+            min=1,
+            help="Number of layers to run. Default: the dense layers and one MoE layer, or fewer if those "
+            "take more than 12 GiB in float32.",
+        ),
     ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu or gpu.")] = "reference",
 ) -> None:

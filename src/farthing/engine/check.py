@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import has_config, read_config
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model import DeepseekModel, ModelConfig
 from farthing.model.load import config_of, parameter_shapes, source_of
-from farthing.model.types import type_named
+from farthing.model.types import type_named, type_of
 from farthing.ops import Ops, make_batch
 
 State = Literal["ok", "failed", "skipped"]
 TEXT = "The quick brown fox: 17 × 3 = 51, naïve, 你好."
 CLOSE = 1e-3  # of the largest logit; float32 on both sides
-MOST_BYTES = 8 << 30  # of float32 weights that are read
+MOST_BYTES = 12 << 30  # of float32 weights that are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,9 @@ class Finding:
 def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> Iterator[Finding]:
     """Check a model directory part by part; a part that fails ends what depends on it.
 
-    layers: hidden layers that are run; by default the dense ones and one mixture of experts, where those fit
-    MOST_BYTES.
+    layers: hidden layers that are run; by default the dense ones and one mixture of experts, or fewer if
+    those exceed MOST_BYTES. Indexers select at most half of the tokens, so that the selection
+    is compared too.
     """
     found: dict[str, Any] = {}
 
@@ -58,9 +60,13 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
         return Finding(name, state, detail, time.perf_counter() - start)
 
     def configuration() -> str:
+        if has_config(path):
+            type_of(read_config(path))  # an unknown type is reported even without weights
         checkpoint = found["checkpoint"] = Checkpoint.open(path)
         config = found["config"] = config_of(checkpoint)
-        found["shown"] = shortened(config, layers)
+        shown = found["shown"] = shortened(config, layers)
+        if shown.index_topk is not None:
+            found["shown"] = replace(shown, index_topk=max(min(shown.index_topk, tokens // 2), 1))
         kind = type_named(config.model_type)
         return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers"
 
@@ -72,12 +78,18 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
     ids = torch.arange(2, 2 + tokens) % config.vocab_size
 
     def run_layers() -> str:
+        count, size = shown.num_hidden_layers, float32_bytes(shown)
+        if layers is None and size > MOST_BYTES:
+            raise _Skipped(
+                f"{count} of {config.num_hidden_layers} layers take {size / 2**30:.1f} GiB in float32, more "
+                f"than {MOST_BYTES >> 30}; --layers {count} runs them"
+            )
         model = DeepseekModel(shown, ops, source_of(found["checkpoint"], shown))
         found["logits"] = logits_of(model, ids)
         found["checkpoint"].release()
         if not bool(found["logits"].isfinite().all()):
-            raise ValueError(f"logits after {shown.num_hidden_layers} layers are not finite")
-        return f"{shown.num_hidden_layers} of {config.num_hidden_layers} layers on {ops.name}"
+            raise ValueError(f"logits after {count} layers are not finite")
+        return f"{count} of {config.num_hidden_layers} layers on {ops.name}, {_experts_in(shown, config)}"
 
     yield (second := part("first layers", run_layers))
     if second.state == "ok":
@@ -101,10 +113,24 @@ def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
             indexer_types=config.indexer_types[:wanted],
             layer_sizes=config.layer_sizes[:wanted],
         )
-        size = 4 * sum(prod(shape) for _, shape in parameter_shapes(short))
-        if layers is not None or wanted == unit or size <= MOST_BYTES:
+        if layers is not None or wanted == unit or float32_bytes(short) <= MOST_BYTES:
             return short
         wanted -= unit
+
+
+def float32_bytes(config: ModelConfig) -> int:
+    """Bytes of all weights in float32."""
+    return 4 * sum(prod(shape) for _, shape in parameter_shapes(config))
+
+
+def _experts_in(shown: ModelConfig, config: ModelConfig) -> str:
+    """How many of the layers that ran have experts and, if none, what the first of them takes."""
+    if shown.moe_layers or not config.moe_layers:
+        return f"{shown.moe_layers} with experts"
+    count = next(filter(config.is_moe, range(config.num_hidden_layers))) + 1
+    first, before = (float32_bytes(shortened(config, n)) for n in (count, count - 1))
+    size = (first - before) / 2**30
+    return f"0 with experts: such a layer takes {size:.1f} GiB in float32; --layers {count} runs one"
 
 
 def logits_of(model: DeepseekModel, ids: Tensor) -> Tensor:
@@ -130,17 +156,28 @@ def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: Tensor) -> str:
         import transformers
     except ImportError:
         raise _Skipped("not installed: pip install transformers") from None
+    messages: Any = transformers.logging
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         text = config.get_text_config()
         text.num_hidden_layers = shown.num_hidden_layers
+        if shown.index_topk is not None:
+            text.index_topk = shown.index_topk
         for name in ("mlp_layer_types", "indexer_types", "layer_types"):
             if getattr(text, name, None):
                 setattr(text, name, getattr(text, name)[: shown.num_hidden_layers])
-        load: Any = transformers.AutoModelForCausalLM.from_pretrained
-        model: Any = load(path, config=config, dtype=torch.float32)
+        auto: Any = transformers.AutoModelForCausalLM
+        if text is not config:
+            auto = transformers.AutoModelForImageTextToText
+        own = getattr(transformers, (config.architectures or [""])[0], None)
+        model: Any = getattr(own, "from_pretrained", auto.from_pretrained)(
+            path, config=config, dtype=torch.float32
+        )
     except Exception as error:  # an unknown type, a format it cannot read, custom code
-        raise _Skipped(f"cannot load this checkpoint ({type(error).__name__}: {error})") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise _Skipped(f"cannot load this checkpoint ({type(error).__name__}: {reason})") from error
     with torch.inference_mode():
         theirs = model.eval()(input_ids=ids[None]).logits[0].float()
     off = float((ours - theirs).abs().max() / theirs.abs().max())
