@@ -1,10 +1,17 @@
-"""Set before any test imports Triton: interpret kernels on the CPU, except in `make test-gpu`."""
+"""Settings that apply before any test is imported.
+
+Triton's kernels are interpreted on the CPU, except in `make test-gpu`. Hypothesis does not judge how fast
+examples run, because machines are shared.
+"""
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")
