@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,15 +27,14 @@ class Local:
 
     def __init__(self) -> None:
         unlimited = float("inf")
-        self._turns: Turns[_Call] = Turns(_THREADS, 1, unlimited, 0.0, max_waiting=4096)
+        self.turns: Turns[_Call] = Turns(_THREADS, 1, unlimited, 0.0, max_waiting=4096)
         self._lock = threading.Lock()
         self._started = False
-        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def submit(self, run: Callable[[], T], client: str = "") -> Future[T]:
         """Queue a call. Raises Busy. The future raises what the call raises."""
         call = _Call(run)
-        self._turns.put(client, call)
+        self.turns.put(client, call)
         with self._lock:
             start, self._started = not self._started, True
         if start:
@@ -44,38 +42,26 @@ class Local:
                 threading.Thread(target=self._serve, name="farthing-local", daemon=True).start()
         return call.future
 
-    def seconds(self) -> dict[str, float]:
-        """CPU time used so far, by client."""
-        with self._lock:
-            return dict(self._seconds)
-
-    def seconds_of(self, client: str) -> float:
-        """CPU time that one client has used so far."""
-        with self._lock:
-            return self._seconds.get(client, 0.0)
-
     def close(self) -> None:
         """End the threads; calls that wait are cancelled."""
-        for call in self._turns.close():
+        for call in self.turns.close():
             call.future.cancel()
 
     def _serve(self) -> None:
-        while (turn := self._turns.take()) is not None:
+        while (turn := self.turns.take()) is not None:
             client, call, _ = turn
             began = time.thread_time()
             error: BaseException | None = None
             result = None
             if not call.future.set_running_or_notify_cancel():
-                self._turns.done(client, 0.0)
+                self.turns.done(client, 0.0)
                 continue
             try:
                 result = call.run()
             except BaseException as raised:  # the caller's
                 error = raised
             seconds = time.thread_time() - began
-            with self._lock:
-                self._seconds[client] += seconds
-            self._turns.done(client, seconds)
+            self.turns.done(client, seconds)
             if error is not None:
                 call.future.set_exception(error)
             else:

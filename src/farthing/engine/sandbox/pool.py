@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -30,7 +29,7 @@ class Pool:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._turns: Turns[Job] = Turns(_PLACES, _PLACES_EACH, _CREDIT_SECONDS, _REFILL)
+        self.turns: Turns[Job] = Turns(_PLACES, _PLACES_EACH, _CREDIT_SECONDS, _REFILL)
         self._idle: dict[bool, list[Worker]] = {
             False: [],
             True: [],
@@ -39,12 +38,11 @@ class Pool:
         self._server: ForkServer | None = None
         self._lock = threading.Lock()  # of what follows, held shortly
         self._started = self._closed = False
-        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def submit(self, job: Job, client: str = "") -> Future[Any]:
         """Queue a job. Raises Busy. The future raises ValueError where the input is at fault, RuntimeError
         where the machine is."""
-        self._turns.put(client, job)
+        self.turns.put(client, job)
         self.warm()
         return job.future
 
@@ -57,19 +55,9 @@ class Pool:
         for _ in range(_PLACES):
             threading.Thread(target=self._serve, name="farthing-sandbox", daemon=True).start()
 
-    def seconds(self) -> dict[str, float]:
-        """CPU time used so far, by client."""
-        with self._lock:
-            return dict(self._seconds)
-
-    def seconds_of(self, client: str) -> float:
-        """CPU time that one client has used so far."""
-        with self._lock:
-            return self._seconds.get(client, 0.0)
-
     def close(self) -> None:
         """End the processes; jobs that wait or run fail."""
-        for job in self._turns.close():
+        for job in self.turns.close():
             job.future.cancel()
         with self._lock:
             self._closed = True
@@ -78,16 +66,14 @@ class Pool:
 
     def _serve(self) -> None:
         self._add_idle()
-        while (turn := self._turns.take()) is not None:
+        while (turn := self.turns.take()) is not None:
             client, job, credit = turn
             outcome = Outcome(reusable=True)
             try:
                 if job.future.set_running_or_notify_cancel():
                     outcome = self._run(job, spent=not credit)
-                    with self._lock:
-                        self._seconds[client] += outcome.seconds
             finally:
-                self._turns.done(client, outcome.seconds)
+                self.turns.done(client, outcome.seconds)
             if not job.future.cancelled():
                 _finish(job, outcome)
             if credit and not outcome.reusable:

@@ -57,14 +57,14 @@ class Sandbox:
 
     def seconds(self) -> Mapping[str, float]:
         """CPU time used so far, by client."""
-        total = self._local.seconds()
-        for client, seconds in self._pool.seconds().items():
+        total = self._local.turns.seconds()
+        for client, seconds in self._pool.turns.seconds().items():
             total[client] = total.get(client, 0.0) + seconds
         return total
 
     def seconds_of(self, client: str) -> float:
         """CPU time that one client has used so far."""
-        return self._local.seconds_of(client) + self._pool.seconds_of(client)
+        return self._local.turns.seconds_of(client) + self._pool.turns.seconds_of(client)
 
     def here(self, call: Callable[[], T], client: str = "") -> Future[T]:
         """Short work of the caller's own, in a thread."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -61,6 +61,7 @@ class Turns(Generic[T]):
         self._max_waiting, self._max_bytes = max_waiting, max_bytes
         self._clock = clock
         self._clients: OrderedDict[str, _Client[T]] = OrderedDict()  # the first has waited longest for a turn
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # outlive a client's entry
         self._changed = threading.Condition()
         self._closed = False
 
@@ -107,10 +108,22 @@ class Turns(Generic[T]):
         """A job has ended after this much CPU time."""
         with self._changed:
             self._free += 1
+            if seconds:
+                self._seconds[client] += seconds
             if (known := self._clients.get(client)) is not None:  # not closed
                 known.credit -= seconds
                 known.running -= 1
             self._changed.notify_all()  # for some of the waiting threads no job may be eligible yet
+
+    def seconds(self) -> dict[str, float]:
+        """CPU time used so far, by client."""
+        with self._changed:
+            return dict(self._seconds)
+
+    def seconds_of(self, client: str) -> float:
+        """CPU time that one client has used so far."""
+        with self._changed:
+            return self._seconds.get(client, 0.0)
 
     def close(self) -> list[T]:
         """End `take` everywhere; returns the jobs that wait."""
