@@ -94,28 +94,24 @@ async def test_replica_that_does_not_drain_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_dead_replica_is_replaced(tmp_path: Path) -> None:
-    replicas = local(tmp_path)
+@pytest.mark.parametrize(
+    ("sent", "reason", "options"),
+    [
+        pytest.param(signal.SIGKILL, "died with -9", {}, id="dead"),
+        pytest.param(signal.SIGSTOP, "no answer for 0.5 s", {"liveness_s": 0.5}, id="hanging"),
+    ],
+)
+async def test_failed_replica_is_replaced(
+    tmp_path: Path, sent: int, reason: str, options: dict[str, float]
+) -> None:
+    replicas = local(tmp_path, **options)
     await replicas.start()
     await replicas.scale(1)
     assert await replicas.wait_ready(1, 20)
     (first,) = replicas.replicas
-    os.kill(first.process.pid, signal.SIGKILL)
+    os.kill(first.process.pid, sent)
     await until(lambda: bool(replicas.ready()) and first not in replicas.replicas)
-    assert first.reason == "died with -9"
-    await replicas.close()
-
-
-@pytest.mark.anyio
-async def test_hanging_replica_is_replaced(tmp_path: Path) -> None:
-    replicas = local(tmp_path, liveness_s=0.5)
-    await replicas.start()
-    await replicas.scale(1)
-    assert await replicas.wait_ready(1, 20)
-    (first,) = replicas.replicas
-    os.kill(first.process.pid, signal.SIGSTOP)
-    await until(lambda: bool(replicas.ready()) and first not in replicas.replicas)
-    assert first.reason == "no answer for 0.5 s"
+    assert first.reason == reason
     await replicas.close()
 
 
