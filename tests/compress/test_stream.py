@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
-from farthing.cli.compress import app
 from farthing.compress import stream
 from farthing.compress.api import Options, compress
 from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import paged_batch
 from farthing.compress.gate import load_for
-from farthing.compress.recipe import RECIPES, Prune, Recipe, load_recipe
+from farthing.compress.recipe import RECIPES, Prune, Recipe
 from farthing.compress.stream import Job, run
 from farthing.model import load
 from farthing.ops import select
@@ -242,52 +236,6 @@ def test_calibration_matches_a_plain_forward_pass(model_dir: Path, corpus: Corpu
     assert int(counts.sum()) == 2 * len(ids)
 
 
-def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    """SIGKILL after the second layer; the second run resumes there and writes equal bytes."""
-    script = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from farthing.compress.api import Options, compress\n"
-        "from dataclasses import replace\n"
-        "from farthing.compress.recipe import RECIPES\n"
-        "recipe = RECIPES['int4-block16-40']\n"
-        "recipe = replace(recipe, prune=replace(recipe.prune, heal_steps=3))\n"
-        "def progress(what, done, total):\n"
-        "    if what == 'layer 2' and sys.argv[4] == 'kill': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    print(what, flush=True)\n"
-        "options = Options(calibration=Path(sys.argv[3]), gate=False)\n"
-        "compress(Path(sys.argv[1]), Path(sys.argv[2]), recipe, options, progress)\n"
-    )
-
-    def go(out: Path, mode: str) -> subprocess.CompletedProcess[str]:
-        args = [sys.executable, "-c", script, str(model_dir), str(out), str(data), mode]
-        return subprocess.run(args, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-    killed = go(tmp_path / "a", "kill")
-    assert killed.returncode == -signal.SIGKILL and "layer 1" in killed.stdout
-    assert not (tmp_path / "a" / "config.json").exists()
-    resumed = go(tmp_path / "a", "finish")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "layer 1" not in resumed.stdout and "layer 2" in resumed.stdout
-    straight = go(tmp_path / "b", "finish")
-    assert straight.returncode == 0
-    a, b = Checkpoint.open(tmp_path / "a"), Checkpoint.open(tmp_path / "b")
-    assert set(a.names()) == set(b.names())
-    for name in a.names():
-        assert torch.equal(a.tensor(name).view(torch.uint8), b.tensor(name).view(torch.uint8)), name
-    reports = [json.loads((tmp_path / p / "report.json").read_text()) for p in "ab"]
-    assert reports[0]["modules"] == reports[1]["modules"] and len(reports[0]["healed"]) == 3
-    assert reports[0]["healed"] == reports[1]["healed"]
-
-
-def test_another_job_does_not_resume_and_a_finished_model_is_not_overwritten(
-    model_dir: Path, tmp_path: Path
-) -> None:
-    run(Job(model_dir, tmp_path, RECIPES["fp8-block"], None))
-    with pytest.raises(ValueError, match="already has a model"):
-        run(Job(model_dir, tmp_path, RECIPES["fp8-block"], None))
-
-
 UNEQUAL = [
     {"intermediate_size": 96},
     {"moe_intermediate_size": 48},
@@ -325,75 +273,6 @@ def test_experts_of_layers_with_different_sizes_are_not_dropped(data: Path, tmp_
         compress(odd, tmp_path / "out", RECIPES["prune30-block16"], Options(data, data, window=64))
 
 
-def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    files = ["--calibration", str(data), "--data", str(data), "--no-timing", "--json"]
-    args = [str(model_dir), "--recipe", "int8", "-o", str(tmp_path / "a"), *files, "--max-drop", "50%"]
-    result = CliRunner().invoke(app, args)
-    assert result.exit_code == 0, result.output
-    document = json.loads(result.stdout)
-    assert {"size_before", "size_after", "drop", "drop_interval", "seconds", "peak_memory", "report"} <= set(
-        document
-    )
-    assert document["verdict"] == "pass"
-    assert document["bytes_per_token_after"] < document["bytes_per_token_before"]
-    budget = [str(model_dir), "--recipe", "auto", "--budget", "1kB", "--measure", "token", "--no-gate"]
-    (tmp_path / "auto.yaml").write_text(f"base: auto\ncalibration_tokens: {SMALL}\nsparsities: []\n")
-    budget[2] = str(tmp_path / "auto.yaml")
-    result = CliRunner().invoke(app, [*budget, "-o", str(tmp_path / "c"), "--calibration", str(data)])
-    assert result.exit_code == 2 and "budget_bytes is 1,000 (weights read per decoded" in result.output
-    result = CliRunner().invoke(app, [*args[:2], "int8", "--budget", "1kB", "-o", str(tmp_path / "d")])
-    assert result.exit_code == 2 and "scheme is 'int8'; expected scheme 'auto'" in result.output
-    yaml = tmp_path / "mine.yaml"
-    yaml.write_text("base: int4-rtn\ngroup_size: 32\nignore: ['*.o_proj']\n")
-    result = CliRunner().invoke(
-        app, [str(model_dir), "--recipe", str(yaml), "-o", str(tmp_path / "b"), *files, "--max-drop", "0%"]
-    )
-    assert result.exit_code in (1, 3), result.output
-    checkpoint = Checkpoint.open(tmp_path / "b")
-    assert checkpoint.weight("model.layers.0.self_attn.o_proj").format == "dense"
-    assert checkpoint.weight("model.layers.0.mlp.up_proj").group_size == 32
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("scheme: int5", "scheme is 'int5'; expected one of"),
-        ("grup_size: 3", "grup_size: unknown field; expected one of name, scheme"),
-        ("prune: {sparsity: 2}", r"prune\.sparsity is 2\.0; expected a share"),
-        ("prune: {shares: {'*': 2}}", r"prune\.shares\['\*'\] is 2\.0; expected a share"),
-        ("prune: {shares: {'*': many}}", r"prune\.shares\['\*'\] is 'many'; expected a number"),
-        ("prune: {heal_steps: few}", "prune.heal_steps is 'few'; expected a whole number"),
-        ("prune: {scope: global}", "prune.score is 'obs' and prune.scope 'global'; expected one of"),
-        ("experts: 1.5", "experts is 1.5; expected a share"),
-        ("ignore: '*.o_proj'", r"ignore is '\*\.o_proj'; expected a list"),
-        ("sparsities: [a]", r"sparsities\[0\] is 'a'; expected a number"),
-        ("calibration_tokens: many", "calibration_tokens is 'many'; expected a whole number"),
-        ("act_order: 1", "act_order is 1; expected true or false"),
-        ("max_drop: 1%", "max_drop is '1%'; expected a number"),
-        ("base: auto\nmax_drop: -1", r"max_drop is -1\.0; expected a share"),
-        ("base: auto\nbudget_bytes: 5 bits", "budget_bytes is '5 bits'; expected bytes such as"),
-        ("base: auto\nmeasure: disk", "measure is 'disk'; expected one of"),
-        ("budget_bytes: 5MB", "budget_bytes is 5000000, but scheme is 'int8'; expected scheme 'auto'"),
-        ("base: nothing", "base is 'nothing'; expected one of"),
-        ("- a", "expected a mapping"),
-    ],
-)
-def test_bad_recipes(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        load_recipe(str(tmp_path / "r.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [(1500, 1500), ("1500", 1500), ("1.5kB", 1500), ("2 MiB", 2**21), ("1e3B", 1000)]
-)
-def test_a_budget_in_units(text: str | int, size: int, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(f"base: auto\nbudget_bytes: {text}\nmeasure: token\n")
-    recipe = load_recipe(str(tmp_path / "r.yaml"))
-    assert (recipe.budget_bytes, recipe.measure, recipe.allowed_drop) == (size, "token", None)
-    assert replace(recipe, budget_bytes=None).allowed_drop == 0.01
-
-
 @pytest.mark.parametrize("name", ["int8", "int4-rtn", "fp8-block", "prune30-magnitude", "int4-gptq"])
 @pytest.mark.parametrize("tensor", ["model.layers.3.mlp.experts.7.down_proj.weight", "model.norm.weight"])
 def test_error_for_non_finite_weights_names_the_tensor(
@@ -409,42 +288,6 @@ def test_error_for_non_finite_weights_names_the_tensor(
     options = Options(data, data, window=64, gate=False)
     with pytest.raises(ValueError, match=f"{tensor} has NaN or infinity"):
         compress(tmp_path / "source", tmp_path / "out", RECIPES[name], options)
-
-
-def test_predictable_failures_happen_before_the_work(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    for recipe, options, words in (
-        (
-            "auto",
-            Options(data, data, export="deepseek-fp8"),
-            "scheme of recipe auto is 'auto'; expected 'fp8'",
-        ),
-        ("auto", Options(data, data, export="gguf"), "format is 'gguf'; expected one of auto, "),
-        ("int8", Options(data, data, backend="tpu"), "backend 'tpu' is unknown"),
-        ("int8", Options(data, tmp_path / "none"), "data is .*none', which does not exist"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=words):
-            compress(model_dir, tmp_path / "out", RECIPES[recipe], options)
-        assert not (tmp_path / "out").exists()
-
-
-def test_run_killed_while_renaming_shards_starts_over(model_dir: Path, tmp_path: Path) -> None:
-    job = Job(model_dir, tmp_path / "out", RECIPES["fp8-block"], None)
-    run(replace(job, out=tmp_path / "whole"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream.CheckpointWriter, "close", lambda *a, **k: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(job)
-    (tmp_path / "out" / "part-00001.safetensors").rename(
-        tmp_path / "out" / "model-00001-of-00005.safetensors"
-    )
-    run(job)
-    a, b = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "whole")
-    assert set(a.names()) == set(b.names()) and a.stored_bytes() == b.stored_bytes()
-
-
-def test_error_for_unknown_recipe_lists_known_ones() -> None:
-    with pytest.raises(ValueError, match="int8-kl"):
-        load_recipe("int7")
 
 
 def test_v2_without_query_latent_and_without_experts(tmp_path: Path, data: Path) -> None:

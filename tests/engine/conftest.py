@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
+from farthing.engine.request import RequestOutput, SamplingParams
 from farthing.engine.speculation import Gate
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model import DeepseekModel, ModelConfig, random_model
@@ -21,6 +22,13 @@ from tests.tiny import tiny
 VOCAB = 320
 EOS = 1
 RAW = tiny(vocab_size=VOCAB, max_position_embeddings=256, num_nextn_predict_layers=1, eos_token_id=EOS)
+MakeEngine = Callable[..., Engine]
+Greedy = Callable[[list[int], int], list[int]]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def tokens_of(output: RequestOutput, index: int = 0) -> list[int]:
+    return output.outputs[index].token_ids
 
 
 class Always(Gate):
@@ -63,7 +71,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def make_engine(model: DeepseekModel, tokenizer: Tokenizer) -> Iterator[Callable[..., Engine]]:
+def make_engine(model: DeepseekModel, tokenizer: Tokenizer) -> Iterator[MakeEngine]:
     """Engines of the tiny model; at the end of the test they are shut down and their invariants checked."""
     engines: list[Engine] = []
 
@@ -93,12 +101,12 @@ def next_logits(model: DeepseekModel, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.fixture
-def greedy(model: DeepseekModel) -> Callable[[list[int], int], list[int]]:
+def greedy(model: DeepseekModel) -> Greedy:
     """The next `count` greedy tokens, each recomputed from scratch."""
     return greedy_of(model)
 
 
-def greedy_of(model: DeepseekModel) -> Callable[[list[int], int], list[int]]:
+def greedy_of(model: DeepseekModel) -> Greedy:
     """`greedy` for a model without a running engine, or whose backend allows concurrent calls (reference)."""
 
     def run(prompt: list[int], count: int) -> list[int]:

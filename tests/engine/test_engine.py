@@ -1,36 +1,20 @@
-"""The engine against the model run from scratch, and every event in a request's life."""
+"""The engine against the model run from scratch: tokens, logprobs, caches and statistics."""
 
 from __future__ import annotations
 
 import asyncio
-import re
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from farthing.config import EngineConfig
-from farthing.engine.engine import Engine
 from farthing.engine.request import (
-    EngineError,
-    EngineFailed,
-    EngineStopped,
-    QueueFull,
     RequestOutput,
     SamplingParams,
-    StructuredOutputsParams,
 )
-from farthing.model import DeepseekModel, ModelConfig, random_model
-from farthing.ops import select
+from farthing.model import DeepseekModel
 
-from .conftest import EOS, RAW, VOCAB, Always, next_logits
-
-MakeEngine = Callable[..., Engine]
-Greedy = Callable[[list[int], int], list[int]]
+from .conftest import GREEDY, Always, Greedy, MakeEngine, next_logits, tokens_of
 
 PROMPTS = [
     [5, 6, 7],
@@ -40,11 +24,6 @@ PROMPTS = [
     [11, 12],
     list(range(100, 133)),
 ]
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
-def tokens_of(output: RequestOutput, index: int = 0) -> list[int]:
-    return output.outputs[index].token_ids
 
 
 @pytest.mark.parametrize(
@@ -177,202 +156,6 @@ def test_greedy_logprobs_use_the_fast_path(make_engine: MakeEngine, model: Deeps
     assert [x.logprob for x in output.logprobs[0].values()] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_stop_token_eos_and_min_tokens(make_engine: MakeEngine, greedy: Greedy) -> None:
-    engine = make_engine()
-    plain = greedy([5, 6, 7], 12)
-    stop = plain[5]
-    at = plain.index(stop)
-    stopped = engine.submit(
-        [5, 6, 7], SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop])
-    ).result()
-    assert tokens_of(stopped) == plain[: at + 1]
-    assert (stopped.outputs[0].finish_reason, stopped.outputs[0].stop_reason) == ("stop", stop)
-    later = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop], min_tokens=at + 2)
-    assert stop not in tokens_of(engine.submit([5, 6, 7], later).result())[: at + 2]
-    eos = SamplingParams(temperature=0, max_tokens=5, logit_bias={EOS: 100})
-    ended = engine.submit([5], eos).result().outputs[0]
-    assert (ended.token_ids, ended.text, ended.finish_reason, ended.stop_reason) == ([EOS], "", "stop", None)
-    ignored = SamplingParams(temperature=0, max_tokens=5, logit_bias={EOS: 100}, ignore_eos=True)
-    assert tokens_of(engine.submit([5], ignored).result()) == [EOS] * 5
-    kept = SamplingParams(temperature=0, max_tokens=5, logit_bias={EOS: 100}, min_tokens=3)
-    assert tokens_of(engine.submit([5], kept).result()).index(EOS) == 3
-
-
-def test_stop_strings_never_leak_into_the_stream(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-    text = engine.submit("for item in", params).result().outputs[0].text
-    stop = text[9:13]
-    assert stop in text
-    for include in (False, True):
-        stopping = SamplingParams(
-            temperature=0,
-            max_tokens=40,
-            ignore_eos=True,
-            stop=["never", stop],
-            include_stop_str_in_output=include,
-        )
-        parts = list(engine.submit("for item in", stopping))
-        shown = "".join(c.text for part in parts for c in part.outputs)
-        end = text.index(stop)
-        assert shown == (text[: end + len(stop)] if include else text[:end])
-        assert parts[-1].outputs[0].stop_reason == stop
-
-
-def test_lengths_are_limited(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_model_len=20)
-    output = engine.submit([3] * 15, SamplingParams(max_tokens=None, ignore_eos=True)).result()
-    assert len(tokens_of(output)) == 5 and output.outputs[0].finish_reason == "length"
-    with pytest.raises(ValueError, match="prompt has 20 tokens; expected at most 19"):
-        engine.submit([3] * 20)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "params", "message"),
-    [
-        ([], {}, "prompt is empty"),
-        ([VOCAB], {}, rf"prompt has {VOCAB}"),
-        ([-1], {}, r"prompt has -1"),
-        ([1], {"logit_bias": {VOCAB: 1.0}}, "logit_bias has"),
-        ([1], {"stop_token_ids": [-5]}, "stop_token_ids has -5"),
-        ([1], {"structured_outputs": StructuredOutputsParams(regex="(")}, "structured_outputs.regex"),
-        ([1], {"structured_outputs": StructuredOutputsParams(json="{")}, "structured_outputs.json"),
-    ],
-)
-def test_errors_of_bad_requests_name_the_field(
-    make_engine: MakeEngine, prompt: list[int], params: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_engine().submit(prompt, SamplingParams(**params))
-
-
-def test_text_is_rejected_without_a_tokenizer(make_engine: MakeEngine) -> None:
-    engine = make_engine(with_tokenizer=False)
-    assert len(tokens_of(engine.submit([1, 2], GREEDY).result())) == 12
-    for prompt, params in (("text", {}), ([1], {"stop": "x"})):
-        with pytest.raises(ValueError, match="skip_tokenizer_init"):
-            engine.submit(prompt, SamplingParams(**params))
-
-
-def hold(engine: Engine) -> threading.Event:
-    """Pause the engine before its next step until the event is set."""
-    go, step = threading.Event(), engine._core.step
-
-    def held() -> bool:
-        go.wait(30)
-        return step()
-
-    engine._core.step = held  # type: ignore[method-assign]
-    return go
-
-
-def test_queue_is_bounded(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_num_seqs=2, max_queue=3)
-    go = hold(engine)
-    streams = [engine.submit([4], GREEDY) for _ in range(5)]
-    with pytest.raises(QueueFull, match="5 sequences in flight and 1 requested"):
-        engine.submit([4], GREEDY)
-    go.set()
-    assert [len(tokens_of(s.result())) for s in streams] == [12] * 5
-    assert len(tokens_of(engine.submit([4], GREEDY).result())) == 12
-
-
-def test_cancel_frees_blocks_within_a_step(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    stream = engine.submit([4] * 9, SamplingParams(max_tokens=200, ignore_eos=True))
-    other = engine.submit([5], GREEDY)
-    next(stream)
-    stream.cancel()
-    rest = list(stream)
-    assert rest[-1].finished and rest[-1].outputs[0].finish_reason == "abort"
-    assert len(tokens_of(other.result())) == 12
-    stream.cancel()  # cancelling again does nothing
-    assert engine.submit([5], GREEDY).result().finished
-    assert engine.stats.snapshot().requests_finished["abort"] == 1
-
-
-def test_urgent_requests_overtake_waiting_ones(make_engine: MakeEngine) -> None:
-    engine = make_engine(max_num_seqs=1)
-    go = hold(engine)
-    engine.submit([4], GREEDY)
-    patient, urgent = engine.submit([4], GREEDY, priority=2), engine.submit([4], GREEDY, priority=-1)
-    go.set()
-    assert urgent.result().metrics.finished_time < patient.result().metrics.first_scheduled_time
-    assert engine.drain(30)
-
-
-def test_drain_finishes_running_requests(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    streams = [engine.submit([4], GREEDY) for _ in range(3)]
-    assert engine.drain(30) is True
-    assert [len(tokens_of(s.result())) for s in streams] == [12] * 3
-    with pytest.raises(EngineStopped):
-        engine.submit([4], GREEDY)
-
-
-def test_drain_aborts_requests_after_its_timeout(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    go = hold(engine)
-    stream = engine.submit([4], GREEDY)
-    threading.Timer(0.2, go.set).start()
-    assert engine.drain(0.05) is False
-    assert stream.result().outputs[0].finish_reason == "abort"
-
-
-def test_shutdown_aborts_and_is_idempotent(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    streams = [engine.submit([4], SamplingParams(max_tokens=200, ignore_eos=True)) for _ in range(12)]
-    engine.shutdown()
-    assert {s.result().outputs[0].finish_reason for s in streams} == {"abort"}
-    engine.shutdown()
-    with pytest.raises(EngineStopped):
-        engine.submit([4])
-
-
-def test_failing_model_fails_every_stream_and_health(model: DeepseekModel) -> None:
-    engine = Engine(model)
-    engine._core.runner.forward = broken  # type: ignore[method-assign, assignment]
-    streams = [engine.submit([4]) for _ in range(2)]
-    for stream in streams:
-        with pytest.raises(EngineError, match="out of memory"):
-            stream.result()
-    engine._thread.join(10)
-    with pytest.raises(EngineError, match="out of memory"):
-        engine.health()
-    with pytest.raises(EngineError):
-        engine.submit([4])
-    engine.shutdown()
-
-
-def broken(step: object) -> torch.Tensor:
-    raise RuntimeError("out of memory")
-
-
-def test_a_grammar_error_fails_only_its_request(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    go = hold(engine)
-    params = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(regex="[ab]{20}"))
-    stream, other = engine.submit([4], params), engine.submit([5], GREEDY)
-    while not engine._core.live():
-        time.sleep(0.01)
-    engine._core.live()[0].generations[0].sampling.matcher = Refusing()
-    go.set()
-    with pytest.raises(EngineError, match="refused"):
-        stream.result()
-    assert len(tokens_of(other.result())) == 12
-    engine.health()
-
-
-class Refusing:
-    """A grammar that contradicts its own mask."""
-
-    def masks(self, drafts: object, vocab: int) -> np.ndarray[Any, Any]:
-        return np.ones((1, vocab), dtype=bool)
-
-    def consume(self, token: int) -> None:
-        raise ValueError(f"token {token} refused")
-
-
 def test_async_iteration_from_many_tasks(make_engine: MakeEngine) -> None:
     engine = make_engine()
 
@@ -423,125 +206,3 @@ def test_metrics_and_statistics(make_engine: MakeEngine, model: DeepseekModel) -
     assert s.requests_finished == {"stop": 0, "length": 1, "abort": 0, "error": 0}
     # 21 tokens are computed (the last is not), each by two experts of layer 1.
     assert sum(s.expert_tokens[1]) == 2 * 21 and 0 not in s.expert_tokens
-
-
-def test_invariants_are_checked_when_idle(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    engine.submit([4], GREEDY).result()
-    calls: list[float] = []
-    check = engine._core.check
-    engine._core.check = lambda: (calls.append(time.time()), check())[1]  # type: ignore[method-assign]
-    engine.submit([4], GREEDY).result()
-    deadline = time.time() + 10
-    while not calls and time.time() < deadline:
-        time.sleep(0.02)
-    assert calls and engine.stats.integrity_failures == 0
-
-
-def test_leak_is_counted_and_repaired(model: DeepseekModel) -> None:
-    with Engine(model) as engine:
-        engine.submit([4], GREEDY).result()
-        engine._core.scheduler.pool.allocate(1)
-        engine._core.check()
-        assert engine.stats.integrity_failures == 1
-        assert len(tokens_of(engine.submit([4], GREEDY).result())) == 12
-        engine._core.scheduler.check()
-
-
-def test_step_beyond_its_timeout_is_unhealthy(make_engine: MakeEngine) -> None:
-    engine = make_engine(step_timeout=0.2)
-    engine.health()
-    go, step = threading.Event(), engine._core.step
-    engine._core.step = lambda: go.wait(30) and step()  # type: ignore[method-assign]
-    stream = engine.submit([4], GREEDY)
-    deadline = time.monotonic() + 20
-    with pytest.raises(EngineFailed, match="no step was completed"):
-        while time.monotonic() < deadline:
-            engine.health()
-            time.sleep(0.02)
-    go.set()
-    stream.result()
-    engine.health()
-
-
-def test_prompt_logprobs_per_step_are_limited(make_engine: MakeEngine) -> None:
-    """For any prompt, so that steps stay short; and kept as arrays, without an object per token."""
-    engine = make_engine(max_num_batched_tokens=256, num_blocks=256)
-    rows: list[int] = []
-    logits = engine._core.runner.model.logits
-    engine._core.scheduler.scored_limit = lambda: 8
-
-    class Counting:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(model, name)
-
-        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-            rows.append(len(hidden))
-            return logits(hidden)
-
-    model = engine._core.runner.model
-    engine._core.runner.model = Counting()  # type: ignore[assignment]
-    params = SamplingParams(max_tokens=1, prompt_logprobs=3, temperature=0)
-    streams = [engine.submit([i, *range(40, 90)], params) for i in range(3)]
-    outputs = [stream.result() for stream in streams]
-    assert max(rows) <= 8 and sum(rows) >= 3 * 50
-    for output in outputs:
-        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 51
-
-
-IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
-    "min_tokens": ({"allowed_token_ids": [1], "min_tokens": 3}, "allowed_token_ids and min_tokens"),
-    "stop_token_ids": (
-        {"allowed_token_ids": [9, 10], "stop_token_ids": [9, 10], "min_tokens": 1},
-        "allowed_token_ids and min_tokens",
-    ),
-    "structured_outputs": (
-        {"allowed_token_ids": [2], "structured_outputs": StructuredOutputsParams(regex="[0-9]+")},
-        "structured_outputs and allowed_token_ids",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_limits_that_exclude_every_token_are_rejected(make_engine: Callable[..., Engine], name: str) -> None:
-    fields, named = IMPOSSIBLE[name]
-    with pytest.raises(ValueError, match=named):
-        make_engine().submit("x", SamplingParams(max_tokens=4, **fields))
-
-
-@pytest.mark.parametrize("speculate", [None, "ngram:3"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_limits_that_exclude_every_token_later_are_an_error(
-    make_engine: Callable[..., Engine], speculate: str | None, temperature: float
-) -> None:
-    engine = make_engine(speculate=speculate)
-    assert engine.tokenizer is not None
-    (x,) = engine.tokenizer.encode("x", add_special_tokens=False)
-    params = SamplingParams(
-        max_tokens=8,
-        temperature=temperature,
-        allowed_token_ids=[x],
-        structured_outputs=StructuredOutputsParams(regex="xxx[0-9]"),
-    )
-    tokens: list[int] = []
-    with pytest.raises(EngineError, match="structured_outputs and allowed_token_ids exclude every token"):
-        for output in engine.submit("x", params):
-            tokens += output.outputs[0].token_ids
-    assert set(tokens) == {x}
-
-
-@pytest.mark.parametrize(
-    ("params", "where"),
-    [
-        (SamplingParams(temperature=0, max_tokens=4), "layer 1's experts (model.layers.1.mlp)"),
-        (SamplingParams(temperature=1, max_tokens=4), "layer 0's attention (model.layers.0.self_attn)"),
-        (SamplingParams(max_tokens=1, prompt_logprobs=1), "layer 1's attention (model.layers.1.self_attn)"),
-    ],
-)
-def test_logits_that_are_not_finite_name_the_layer(params: SamplingParams, where: str) -> None:
-    broken = random_model(ModelConfig.from_json(RAW), select("reference"), seed=3)
-    layer, part = int(where[6]), int("mlp" in where)
-    broken.layers[layer][part].norm[3] = float("nan")
-    expected = pytest.raises(EngineFailed, match=re.escape(f"output that is not finite is that of {where}"))
-    with Engine(broken, EngineConfig(max_num_seqs=4, num_blocks=64, block_size=4)) as engine, expected:
-        engine.submit(list(range(20, 40)), params).result()

@@ -12,7 +12,8 @@ from farthing.engine.prefetch import Load
 from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.scheduler import Scheduler
 
-from .test_scheduler import COMMON, SchedulerMachine, run, sequence
+from .scheduler_machine import COMMON, SchedulerMachine
+from .test_scheduler import run, sequence
 
 Content = tuple[str, tuple[int, ...]]
 

@@ -1,186 +1,18 @@
-"""The scheduler against a model of memory: every slot that a token attends to has the right content."""
+"""The scheduler: random runs against a model of memory, and single decisions."""
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from farthing.engine.block_pool import IntegrityError
-from farthing.engine.prefetch import BlockStore
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled, Sequence, Status
 
-SALTS = ("", "tenant")
-
-
-def next_token(tokens: list[int]) -> int:
-    """A fake model whose output depends on every previous token."""
-    return zlib.crc32(bytes(tokens)) % 3
-
-
-def continuation(prompt: list[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Random requests, cancellations, good and bad drafts, in a cache that is too small."""
-
-    block_size, num_blocks, max_num_seqs, budget, lookahead, caching = 2, 9, 3, 5, 0, True
-    clients: tuple[str, ...] = ("",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scheduler = self.new_scheduler()
-        self.memory: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot -> salt and tokens up to it
-        self.live: list[Sequence] = []
-        self.expected: dict[int, list[int]] = {}
-        self.count = 0
-        self.clock = 0.0
-
-    def new_scheduler(self, store: BlockStore | None = None) -> Scheduler:
-        return Scheduler(
-            self.num_blocks, self.block_size, self.max_num_seqs, self.budget, self.caching, self.lookahead,
-            scored_limit=lambda: 2, store=store,
-        )  # fmt: skip
-
-    @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=9),
-        output=st.integers(1, 8),
-        priority=st.sampled_from([-1, 0, 0, 0, 1]),
-        salt=st.sampled_from(SALTS),
-        read_cache=st.sampled_from([True, True, False]),
-        client=st.integers(0, 5),
-        scored=st.booleans(),
-    )
-    def add(
-        self,
-        prompt: list[int],
-        output: int,
-        priority: int,
-        salt: str,
-        read_cache: bool,
-        client: int,
-        scored: bool,
-    ) -> None:
-        self.clock += 1
-        seq = Sequence(
-            id=self.count,
-            tokens=list(prompt),
-            num_prompt=len(prompt),
-            max_len=len(prompt) + output,
-            order=self.clock + 5 * priority,
-            salt=salt,
-            read_cache=read_cache,
-            scored=scored,
-            client=self.clients[client % len(self.clients)],
-        )
-        self.count += 1
-        self.expected[seq.id] = continuation(prompt, output)
-        self.scheduler.add(seq)
-        self.live.append(seq)
-
-    @precondition(lambda self: self.live)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        seq = data.draw(st.sampled_from(self.live))
-        self.scheduler.finish(seq)
-        self.live.remove(seq)
-
-    @rule(limit=st.none() | st.integers(0, 6))
-    def pace(self, limit: int | None) -> None:
-        self.scheduler.prompt_limit = lambda decodes: limit if decodes else None
-
-    @rule(guess=st.lists(st.booleans(), max_size=3))
-    def step(self, guess: list[bool]) -> None:
-        plan = self.scheduler.schedule()
-        prompts = [item for item in plan if item.seq.num_pending > 1 or item.first]
-        limit = self.scheduler.prompt_limit(len(plan) - len(prompts))
-        assert limit is None or sum(item.count for item in prompts) <= max(1, limit)
-        assert sum(item.count for item in prompts if item.seq.scored) <= 2
-        assert len({item.seq.id for item in plan}) == len(plan)
-        assert sum(item.num_tokens for item in plan) <= self.budget
-        assert len(self.scheduler.running) <= self.max_num_seqs
-        decoding = [s for s in self.scheduler.running if s.num_pending == 1]
-        assert {s.id for s in decoding} <= {item.seq.id for item in plan}, "decoding comes first"
-        for item in plan:
-            self.write(item)
-        for item in plan:
-            self.read(item)
-        for item in plan:
-            self.commit(item, guess)
-
-    def write(self, item: Scheduled) -> None:
-        seq = item.seq
-        tokens = seq.tokens[: item.start + item.count] + list(item.drafts)
-        for position in range(item.start, item.start + item.num_tokens):
-            slot = self.slot(seq, position)
-            self.memory[slot] = (seq.salt, tuple(tokens[: position + 1]))
-        assert len(seq.blocks) * self.block_size >= min(seq.max_len, item.start + item.num_tokens), (
-            "a slot for each token"
-        )
-
-    def read(self, item: Scheduled) -> None:
-        """Check what the step attends to, and that no other sequence of the step wrote there."""
-        tokens = item.seq.tokens + list(item.drafts)
-        for position in range(item.start + item.num_tokens):
-            salt, prefix = self.memory[self.slot(item.seq, position)]
-            assert prefix == tuple(tokens[: position + 1])
-            assert salt == item.seq.salt, "a cached block crossed salts"
-
-    def slot(self, seq: Sequence, position: int) -> int:
-        return seq.blocks[position // self.block_size] * self.block_size + position % self.block_size
-
-    def commit(self, item: Scheduled, guess: list[bool]) -> None:
-        seq = item.seq
-        if not item.sample:
-            self.scheduler.commit(item, [])
-            return
-        tokens = list(seq.tokens)
-        taken: list[int] = []
-        for ahead in range(1 + len(item.drafts)):
-            token = next_token(tokens)
-            taken.append(token)
-            tokens.append(token)
-            if len(tokens) == seq.max_len or ahead == len(item.drafts) or token != item.drafts[ahead]:
-                break
-        self.scheduler.commit(item, taken)
-        assert seq.num_pending == 1
-        if len(seq.tokens) == seq.max_len:
-            assert seq.tokens == self.expected[seq.id], "preempted or not, the same tokens"
-            self.scheduler.finish(seq)
-            self.live.remove(seq)
-            return
-        tokens = list(seq.tokens)
-        for good in guess:
-            token = next_token(tokens)
-            tokens.append(token if good else (token + 1) % 3)
-        seq.drafts = tokens[len(seq.tokens) :]
-
-    @invariant()
-    def books(self) -> None:
-        self.scheduler.check()
-        assert {s.id for s in self.live} == {s.id for s in self.scheduler.running + self.scheduler.waiting}
-
-    def teardown(self) -> None:
-        """No starvation: without new arrivals every sequence finishes, and all blocks are free again."""
-        bound = 10 + sum(2 * s.max_len for s in self.live) * (1 + len(self.live))
-        for _ in range(bound):
-            if not self.live:
-                break
-            self.step([True, False])
-            self.books()
-        assert not self.live
-        assert self.scheduler.idle
-        assert self.scheduler.pool.num_free == self.num_blocks
-        assert self.scheduler.schedule() == []
+from .scheduler_machine import COMMON, SALTS, SchedulerMachine
 
 
 class NoCaching(SchedulerMachine):
@@ -209,9 +41,6 @@ class Lookahead(SchedulerMachine):
     lookahead, block_size, num_blocks, budget = 2, 3, 6, 3
 
 
-COMMON = settings(
-    max_examples=80, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = COMMON
 TestNoCaching = NoCaching.TestCase

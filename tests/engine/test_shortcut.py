@@ -16,14 +16,10 @@ from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
 from tests.tiny import LONGCAT
 
-from .conftest import EOS, VOCAB, greedy_of
+from .conftest import EOS, GREEDY, VOCAB, Greedy, MakeEngine, greedy_of, tokens_of
 from .test_engine import (  # noqa: F401  (collected here again, with this file's model)
-    GREEDY,
     PROMPTS,
-    Greedy,
-    MakeEngine,
     test_second_turn_reuses_the_cache,
-    tokens_of,
 )
 
 

@@ -20,9 +20,8 @@ from farthing.model.load import random_parameters
 from farthing.ops import select
 from farthing.ops.reference import ReferenceOps
 
-from .conftest import RAW, greedy_of
+from .conftest import RAW, Greedy, greedy_of
 from .test_engine import (  # noqa: F401  (collected here again, with this file's model)
-    Greedy,
     test_second_turn_reuses_the_cache,
     test_tokens_equal_those_of_the_model,
 )

@@ -21,9 +21,7 @@ from farthing.engine.speculation_text import continuation
 from farthing.engine.suffix_automaton import SuffixAutomaton
 from farthing.model import DeepseekModel, ModelConfig, random_model
 
-from .conftest import RAW, Always, next_logits
-
-MakeEngine = Callable[..., Engine]
+from .conftest import RAW, Always, MakeEngine, next_logits
 
 
 class Oracle:

@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
-import os
 import resource
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from farthing.fleet.gateway import Gateway, GatewayConfig
-from farthing.server.auth import KeyRing
-from tests.fleet.doubles.replica import FakeReplica
+from farthing.fleet.gateway import GatewayConfig
+from tests.fleet.raw_client import HOST, KEY, answer_of, connect, keyed, post
 from tests.fleet.test_gateway import CHAT, body, fleet
 from tests.fleet.test_gateway_replicas import before, raw_replica
-
-HOST = b"host: localhost\r\n"
-KEY = b"authorization: Bearer secret\r\n"
-
-
-def post(payload: bytes, *fields: bytes) -> bytes:
-    head = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST
-    return head + b"".join(fields) + b"content-length: %d\r\n\r\n" % len(payload) + payload
-
-
-async def connect(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", port)
-
-
-async def answer_of(reader: asyncio.StreamReader) -> tuple[int, bytes]:
-    """(status, body) of one answer with a Content-Length."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-    return int(head.split()[1]), await reader.readexactly(length)
-
-
-@asynccontextmanager
-async def keyed(config: GatewayConfig | None = None) -> AsyncIterator[tuple[Gateway, FakeReplica, int]]:
-    """A gateway that requires the key "secret", with one replica."""
-    async with FakeReplica(name="r") as replica:
-        gateway = Gateway(config or GatewayConfig(health_interval_s=0.05), keys=KeyRing(["me:secret"]))
-        port = await gateway.start()
-        gateway.set_replicas({"r": replica.url})
-        while not gateway.balancer.candidates():
-            await asyncio.sleep(0.01)
-        try:
-            yield gateway, replica, port
-        finally:
-            await gateway.stop(0)
-
 
 # ---- heads ----
 
@@ -203,83 +164,8 @@ async def test_connections_are_bounded_in_total_and_per_client() -> None:
     await test(max_client_connections=5)
 
 
-# ---- bodies ----
-
-
-@pytest.mark.anyio
-async def test_bodies_without_a_key_are_not_read() -> None:
-    async def send(port: int, part: bytes) -> bytes:
-        reader, writer = await connect(port)
-        writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + b"content-length: %d\r\n\r\n" % (30 << 20)
-        )
-        said = asyncio.create_task(reader.readline())
-        with suppress(ConnectionError):
-            for _ in range(30):
-                writer.write(part)
-                await writer.drain()
-        writer.close()
-        return await said
-
-    async with keyed() as (gateway, replica, port):
-        gc.collect()
-        before = _resident()
-        part = b"x" * (1 << 20)
-        said = await asyncio.gather(*(send(port, part) for _ in range(12)))
-        assert all(s.startswith(b"HTTP/1.1 401 ") for s in said)
-        assert gateway.bodies.held == 0 and replica.requests == []
-        assert _resident() - before < 60 << 20  # 360 MB were offered
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def _open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-@pytest.mark.anyio
-async def test_total_size_of_bodies_is_bounded() -> None:
-    config = GatewayConfig(health_interval_s=0.05, max_body=1 << 20, max_body_total=3 << 20)
-    async with fleet(1, config, tokens=40, interval_s=0.02) as (gateway, _, session, _url):
-        big = body("x" * ((1 << 20) - 1000))
-        held = [asyncio.create_task(session.post(CHAT, json=big)) for _ in range(3)]
-        while gateway.bodies.held < 3_000_000:
-            await asyncio.sleep(0.01)
-        async with session.post(CHAT, json=big) as answer:
-            assert answer.status == 503
-            assert "request bodies" in (await answer.json())["error"]["message"]
-        assert [(await task).status for task in held] == [200] * 3
-        assert gateway.bodies.held == 0
-
-
-@pytest.mark.anyio
-async def test_stalled_body_times_out() -> None:
-    config = GatewayConfig(health_interval_s=0.05, body_timeout_s=0.3)
-    async with fleet(1, config) as (gateway, (replica,), _, url):
-        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-        writer.write(post(b"{}" * 50)[:-10])
-        assert (await reader.read()).startswith(b"HTTP/1.1 408 ")
-        writer.close()
-        assert replica.requests == [] and gateway.bodies.held == 0
-
-
-@pytest.mark.anyio
-async def test_expect_continue_is_answered_when_the_body_is_read() -> None:
-    async with keyed() as (_, _, port):
-        payload = json.dumps(body()).encode()
-        head, _, _ = post(payload, KEY, b"expect: 100-continue\r\n").partition(b"\r\n\r\n")
-        reader, writer = await connect(port)
-        writer.write(head + b"\r\n\r\n")
-        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        writer.write(payload)
-        assert (await answer_of(reader))[0] == 200
-        writer.close()
-        reader, writer = await connect(port)
-        writer.write(head.replace(KEY, b"") + b"\r\n\r\n")
-        assert (await answer_of(reader))[0] == 401
-        writer.close()
 
 
 # ---- methods, upgrades, pipelines ----

@@ -24,8 +24,7 @@ from farthing.ops.api import AttentionSpec, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed_file import HEADER, MAGIC, DamagedFile
 from tests.fuzz.test_checkpoint_files import changed_values
-from tests.ops.parts import FORMATS, weight
-from tests.ops.test_cpu import EPS, experts, zero_blocks
+from tests.ops.parts import EPS, FORMATS, experts, weight, zero_blocks
 
 SPEC, LAYOUT = RouterSpec(4, 2), AttentionSpec(2, 16, 8, 16, 32, 0.2)
 ROPE = torch.ones(2, 8, LAYOUT.rope_dim // 2)

@@ -1,10 +1,11 @@
-"""Parts of random models, and the error measure for quantized kernels."""
+"""Parts and batches of random models, and the error measure for quantized kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from farthing.ops.api import AttentionSpec, Batch, MoEWeights, RouterSpec
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 
 
@@ -18,6 +19,22 @@ def distance(x: Tensor, y: Tensor) -> float:
 # Error bound per storage format, from int8 activations and float sums in another order.
 BOUNDS = {"f32": 1e-10, "bf16": 1e-9, "fp8": 1e-9, "int8": 1e-4, "int4": 1e-4, "int4_zero": 1e-4}
 FORMATS = list(BOUNDS)
+EPS = 1e-6
+
+ROUTERS = {
+    "v3": RouterSpec(8, 3, num_groups=4, top_k_groups=2, scale=2.5),
+    "v2": RouterSpec(
+        8, 2, num_groups=2, top_k_groups=1, scoring="softmax", group_score="max", normalize=False
+    ),
+    "plain": RouterSpec(8, 8),
+    "adaptive": RouterSpec(8, 4, mass=0.6, min_experts=1),
+}
+SPECS = {
+    "small": AttentionSpec(4, 16, 8, 16, 32, 0.2),
+    "halves": AttentionSpec(3, 24, 8, 40, 48, 0.2, interleaved=False),
+    "v3": AttentionSpec(4, 128, 64, 128, 512, 192**-0.5),
+    "many_heads": AttentionSpec(20, 16, 16, 16, 32, 0.2),
+}
 
 
 def weight(name: str, n: int, k: int, group: int = 32) -> Weight:
@@ -37,3 +54,48 @@ def weight(name: str, n: int, k: int, group: int = 32) -> Weight:
         return w4
     assert w4.scale is not None
     return Weight("int4", w4.data, w4.scale, torch.randint(-4, 5, w4.scale.shape, dtype=torch.int8))
+
+
+def norm(k: int) -> Tensor:
+    return torch.rand(k) + 0.5
+
+
+def zero_blocks(w: Weight, share: float) -> Weight:
+    """The same weight with a share of its 16 x 16 blocks zero."""
+    n, k = w.shape
+    keep = (torch.rand(n // 16, k // 16) >= share).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    if w.format == "int8":
+        return Weight("int8", w.data * keep, w.scale)
+    keep2 = keep[:, ::2]
+    return Weight("int4", torch.where(keep2, w.data, torch.full_like(w.data, 0x88)), w.scale)
+
+
+def experts(spec: RouterSpec, name: str, hidden: int, width: int, shared: int | None) -> MoEWeights:
+    def mlp(inner: int) -> tuple[Weight, Weight, Weight]:
+        return weight(name, inner, hidden), weight(name, inner, hidden), weight(name, hidden, inner)
+
+    parts = [mlp(width) for _ in range(spec.num_experts)]
+    common = None if shared is None else mlp(shared)
+    gate = torch.randn(spec.num_experts, hidden) / hidden**0.5
+    bias = torch.randn(spec.num_experts) * 0.1 if spec.scoring == "sigmoid" else None
+    return MoEWeights(gate, bias, [lambda p=p: p for p in parts], None if common is None else lambda: common)
+
+
+def batch_of(lengths: list[tuple[int, int]], block_size: int, max_len: int) -> Batch:
+    """Sequences of (cached tokens, tokens of this step), with blocks in scattered order."""
+    blocks_each = (max_len + block_size - 1) // block_size
+    table = torch.randperm(len(lengths) * blocks_each).view(len(lengths), -1).int()
+    positions, slots, starts = [], [], [0]
+    for b, (cached, new) in enumerate(lengths):
+        for p in range(cached, cached + new):
+            positions.append(p)
+            slots.append(int(table[b, p // block_size]) * block_size + p % block_size)
+        starts.append(starts[-1] + new)
+    context = [cached + new for cached, new in lengths]
+    return Batch(
+        torch.tensor(positions, dtype=torch.int32),
+        torch.tensor(slots, dtype=torch.int64),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(context, dtype=torch.int32),
+        table.contiguous(),
+    )

@@ -16,8 +16,8 @@ from farthing.ops.batch import make_batch
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cutting import columns_of, halves_of
 from farthing.ops.weights import Weight
-from tests.ops.parts import FORMATS, weight
-from tests.ops.test_cpu import EPS, ISAS, SPECS, experts, norm
+from tests.ops.parts import EPS, FORMATS, SPECS, experts, norm, weight
+from tests.ops.test_cpu import ISAS
 
 BLOCK = 16
 LENGTH = 600  # several chunks of keys

@@ -12,14 +12,25 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, Batch, MoEWeights, RouterSpec
+from farthing.ops.api import AttentionSpec, Batch, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
-from tests.ops.parts import BOUNDS, FORMATS, distance, weight
+from tests.ops.parts import (
+    BOUNDS,
+    EPS,
+    FORMATS,
+    ROUTERS,
+    SPECS,
+    batch_of,
+    distance,
+    experts,
+    norm,
+    weight,
+    zero_blocks,
+)
 
 ISAS = _native.instruction_sets().split()
-EPS = 1e-6
 
 
 @pytest.fixture(params=ISAS)
@@ -31,10 +42,6 @@ def ops(request: pytest.FixtureRequest) -> CpuOps:
 @pytest.fixture
 def ref() -> ReferenceOps:
     return ReferenceOps(torch.float32)
-
-
-def norm(k: int) -> Tensor:
-    return torch.rand(k) + 0.5
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -78,16 +85,6 @@ def test_rounding_while_packing_equals_the_reference(ops: CpuOps) -> None:
         assert distance(y, expected.linear(x, expected.pack_linear("w", lambda: [w]))) < BOUNDS["int4"]
 
 
-def zero_blocks(w: Weight, share: float) -> Weight:
-    """The same weight with a share of its 16 x 16 blocks zero."""
-    n, k = w.shape
-    keep = (torch.rand(n // 16, k // 16) >= share).repeat_interleave(16, 0).repeat_interleave(16, 1)
-    if w.format == "int8":
-        return Weight("int8", w.data * keep, w.scale)
-    keep2 = keep[:, ::2]
-    return Weight("int4", torch.where(keep2, w.data, torch.full_like(w.data, 0x88)), w.scale)
-
-
 @pytest.mark.parametrize("name", ["int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
@@ -110,27 +107,6 @@ def test_mlp(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, hidden: int
     added = ops.mlp(x.clone(), handle, scale, EPS, residual=False)
     assert distance(added, ref.mlp(x, expected, scale, EPS, residual=False)) < 3 * BOUNDS[name]
     assert torch.equal(ops.mlp(x.clone(), handle, scale, EPS), x + added)
-
-
-ROUTERS = {
-    "v3": RouterSpec(8, 3, num_groups=4, top_k_groups=2, scale=2.5),
-    "v2": RouterSpec(
-        8, 2, num_groups=2, top_k_groups=1, scoring="softmax", group_score="max", normalize=False
-    ),
-    "plain": RouterSpec(8, 8),
-    "adaptive": RouterSpec(8, 4, mass=0.6, min_experts=1),
-}
-
-
-def experts(spec: RouterSpec, name: str, hidden: int, width: int, shared: int | None) -> MoEWeights:
-    def mlp(inner: int) -> tuple[Weight, Weight, Weight]:
-        return weight(name, inner, hidden), weight(name, inner, hidden), weight(name, hidden, inner)
-
-    parts = [mlp(width) for _ in range(spec.num_experts)]
-    common = None if shared is None else mlp(shared)
-    gate = torch.randn(spec.num_experts, hidden) / hidden**0.5
-    bias = torch.randn(spec.num_experts) * 0.1 if spec.scoring == "sigmoid" else None
-    return MoEWeights(gate, bias, [lambda p=p: p for p in parts], None if common is None else lambda: common)
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
@@ -245,32 +221,6 @@ def test_reroute(ops: CpuOps, ref: ReferenceOps) -> None:
     assert distance(y - x, z - x) < 3 * BOUNDS["int8"]
 
 
-def batch_of(lengths: list[tuple[int, int]], block_size: int, max_len: int) -> Batch:
-    """Sequences of (cached tokens, tokens of this step), with blocks in scattered order."""
-    blocks_each = (max_len + block_size - 1) // block_size
-    table = torch.randperm(len(lengths) * blocks_each).view(len(lengths), -1).int()
-    positions, slots, starts = [], [], [0]
-    for b, (cached, new) in enumerate(lengths):
-        for p in range(cached, cached + new):
-            positions.append(p)
-            slots.append(int(table[b, p // block_size]) * block_size + p % block_size)
-        starts.append(starts[-1] + new)
-    context = [cached + new for cached, new in lengths]
-    return Batch(
-        torch.tensor(positions, dtype=torch.int32),
-        torch.tensor(slots, dtype=torch.int64),
-        torch.tensor(starts, dtype=torch.int32),
-        torch.tensor(context, dtype=torch.int32),
-        table.contiguous(),
-    )
-
-
-SPECS = {
-    "small": AttentionSpec(4, 16, 8, 16, 32, 0.2),
-    "halves": AttentionSpec(3, 24, 8, 40, 48, 0.2, interleaved=False),
-    "v3": AttentionSpec(4, 128, 64, 128, 512, 192**-0.5),
-    "many_heads": AttentionSpec(20, 16, 16, 16, 32, 0.2),
-}
 MLA_BOUNDS = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
 
 

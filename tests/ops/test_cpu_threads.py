@@ -11,8 +11,7 @@ from torch import Tensor
 from farthing.ops.api import RouterSpec
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.weights import Weight, quantize_int4
-from tests.ops.parts import weight
-from tests.ops.test_cpu import SPECS, batch_of, experts
+from tests.ops.parts import SPECS, batch_of, experts, weight
 
 native = pytest.importorskip("farthing._native")
 

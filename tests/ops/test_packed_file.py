@@ -20,8 +20,7 @@ from farthing.ops.api import NotFinite, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed_file import HEADER, MAGIC, DamagedFile, write_packed
 from farthing.ops.weights import Weight
-from tests.ops.parts import weight
-from tests.ops.test_cpu import SPECS, experts, zero_blocks
+from tests.ops.parts import SPECS, experts, weight, zero_blocks
 from tests.ops.test_cpu_threads import results
 
 

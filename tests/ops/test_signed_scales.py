@@ -19,8 +19,8 @@ from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight, pack_int4
 from tests.ops.models import logits_of, tiny_checkpoint
-from tests.ops.parts import BOUNDS, distance, weight
-from tests.ops.test_cpu import EPS, ISAS, norm, zero_blocks
+from tests.ops.parts import BOUNDS, EPS, distance, norm, weight, zero_blocks
+from tests.ops.test_cpu import ISAS
 
 
 @pytest.fixture(params=ISAS)
