@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farthing.conversation.arguments import parsed
 from farthing.conversation.formats.base import ControlTokens, FormatError
 from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
@@ -214,11 +215,45 @@ def test_continuation_leaves_the_last_turn_open(form) -> None:  # type: ignore[n
 
 
 @pytest.mark.parametrize("form", [V32, V4, GLM45])
-@pytest.mark.parametrize("text", ["{", "[1]", "5"])
+@pytest.mark.parametrize("text", ["x", "[1]", "5"])
 def test_earlier_arguments_must_be_objects(form, text: str) -> None:  # type: ignore[no-untyped-def]
     talk = Conversation((Turn("user", "?"), Turn("assistant", calls=(ToolCall("c", "f", text),))))
     with pytest.raises(FormatError, match="call 'f'"):
         form.render(talk, TOKENS)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_a_call_that_was_cut_can_be_sent_back(form) -> None:  # type: ignore[no-untyped-def]
+    whole = json.dumps({"city": 'Ro"m\\e 🎉', "days": [1, {"a": None}], "late": True})
+    for cut in range(len(whole)):
+        call = ToolCall("c", "weather", whole[:cut])
+        turns = (
+            Turn("user", "?"),
+            Turn("assistant", "", "Hm.", (call,)),
+            Turn("tool", "no JSON", call_id="c"),
+        )
+        assert "no JSON" in form.render(Conversation(turns, (WEATHER,)), TOKENS)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(), st.recursive(st.text() | st.integers() | st.none(), st.lists), max_size=3))
+def test_arguments_that_were_cut_keep_their_beginning(value: dict[str, object]) -> None:
+    text = json.dumps(value)
+    assert parsed(text) == value
+    for cut in range(1, len(text)):
+        found = parsed(text[:cut])
+        assert found is not None and list(found) == list(value)[: len(found)]
+        assert all(found[name] == value[name] for name in list(found)[:-1])
+        json.dumps(found, ensure_ascii=False).encode()
+    for other in ("", "[1", "5", "x", "}", '{"a": 1}}'):
+        assert parsed(other) is None
+
+
+def test_half_a_surrogate_pair_in_arguments_is_replaced() -> None:
+    talk = Conversation(
+        (Turn("user", "?"), Turn("assistant", calls=(ToolCall("c", "f", '{"a": "\\ud83d"}'),)))
+    )
+    assert ">\ufffd<" in V4.render(talk, TOKENS)
 
 
 # The model's template.

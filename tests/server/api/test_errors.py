@@ -170,6 +170,17 @@ def test_truncated_and_stopped() -> None:
         cut = server.client().responses.create(model="tiny", input="hi", tools=tools)
         assert cut.status == "incomplete" and cut.output[-1].arguments == '{"a": "tex'  # type: ignore[union-attr]
         assert cut.incomplete_details and cut.incomplete_details.reason == "max_output_tokens"
+        # Each client can send the truncated call back, with the result that it was no valid call.
+        assert whole.content[-1].input == {"a": "tex"}  # type: ignore[union-attr]
+        said: Any = {"role": "assistant", "content": [block.model_dump() for block in whole.content]}
+        told: Any = RESULT | {"tool_use_id": whole.content[-1].id}  # type: ignore[union-attr]
+        options["messages"] = [*USER, said, {"role": "user", "content": [told]}]
+        assert client.messages.create(**options).content
+        output: Any = {"type": "function_call_output", "call_id": cut.output[-1].call_id, "output": "y"}  # type: ignore[union-attr]
+        sent: Any = [item.model_dump(exclude_none=True) for item in cut.output]
+        again = server.client().responses.create(model="tiny", input=[*USER, *sent, output], tools=tools)
+        assert again.output
+        assert all('string="true">tex</｜DSML｜parameter>' in prompt for prompt in engine.prompts[2:])
 
 
 def test_count_tokens(tiny: Running) -> None:

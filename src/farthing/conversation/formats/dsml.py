@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from farthing.conversation.arguments import parsed
 from farthing.conversation.formats.base import FormatError
 from farthing.conversation.parse.dsml import MARK, OPENERS
 from farthing.conversation.strict import TaggedCalls
@@ -43,15 +44,11 @@ def _parameters(call: ToolCall) -> str:
 
 
 def arguments_of(call: ToolCall) -> Mapping[str, Any]:
-    """A call's arguments as an object. Raises FormatError."""
-    try:
-        arguments = json.loads(call.arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        raise FormatError(
-            f"the arguments of the earlier call {call.name!r} are no JSON: {error}; expected a JSON object"
-        ) from error
-    if not isinstance(arguments, dict):
-        raise FormatError(f"the arguments of the earlier call {call.name!r} are no object; expected one")
+    """A call's arguments as an object; of a call that was cut off, what it has. Raises FormatError."""
+    arguments = parsed(call.arguments or "{}")
+    if arguments is None:
+        got = f"the arguments of the earlier call {call.name!r} are {call.arguments[:40]!r}"
+        raise FormatError(f"{got}; expected a JSON object")
     return arguments
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from farthing.conversation.arguments import parsed
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reasoning, Text, collect
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
 from farthing.engine.request import StructuredOutputsParams
@@ -203,7 +204,7 @@ class _Writer:
         if answer.text:
             content.append({"type": "text", "text": answer.text})
         content += (
-            {"type": "tool_use", "id": identity, "name": name, "input": _object(arguments)}
+            {"type": "tool_use", "id": identity, "name": name, "input": parsed(arguments or "{}") or {}}
             for identity, name, arguments in answer.calls
         )
         return self._message | {"content": content, **_stop(update), "usage": self._usage()}
@@ -289,12 +290,3 @@ def _stop(update: Update) -> dict[str, Any]:
     if isinstance(update.stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": update.stop_reason}
     return {"stop_reason": "tool_use" if update.calls else "end_turn", "stop_sequence": None}
-
-
-def _object(arguments: str) -> dict[str, Any]:
-    """A call's arguments; empty where the call was cut off."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

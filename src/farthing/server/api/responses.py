@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from farthing.conversation.arguments import parsed
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, Reasoning, Text, collect
 from farthing.conversation.types import ToolCall, Turn
 from farthing.engine.request import StructuredOutputsParams
@@ -304,10 +304,6 @@ def _part(kind: str, text: str) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> str:
-    """The text of a tool that takes one; what was cut off or is no such argument is passed on as it is."""
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    text = value.get("input") if isinstance(value, dict) else None
+    """The text of a tool that takes one, or its beginning; what is no such argument is passed on as it is."""
+    text = (parsed(arguments) or {}).get("input")
     return text if isinstance(text, str) else arguments
