@@ -13,9 +13,11 @@ import types
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _KEY = "option"
+_WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string", Path: "a Path"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,7 @@ class Option:
     group: str  # heading on the command line
     flags: tuple[str, ...] = ()  # short forms besides --field-name
     minimum: float | None = None  # smallest accepted number
+    maximum: float | None = None  # largest accepted number
     above: float | None = None  # numbers must exceed this
     argument: bool = False  # a positional argument instead of an option
 
@@ -36,7 +39,7 @@ class Declared:
 
     name: str
     default: Any
-    kind: type  # bool, int, float or str; of the items if `repeated`
+    kind: type  # bool, int, float, str or Path; of the items if `repeated`
     choices: tuple[str, ...]  # of a Literal; empty: any value
     optional: bool  # None is accepted
     repeated: bool  # a tuple of values
@@ -50,11 +53,20 @@ def option(
     group: str,
     flags: tuple[str, ...] = (),
     minimum: float | None = None,
+    maximum: float | None = None,
     above: float | None = None,
     argument: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option."""
-    declared = Option(help=help, group=group, flags=flags, minimum=minimum, above=above, argument=argument)
+    declared = Option(
+        help=help,
+        group=group,
+        flags=flags,
+        minimum=minimum,
+        maximum=maximum,
+        above=above,
+        argument=argument,
+    )
     return field(default=default, metadata={_KEY: declared})
 
 
@@ -82,11 +94,9 @@ def expected(each: Declared) -> str:
     if each.choices:
         words = "one of " + ", ".join(each.choices)
     else:
-        words = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}[each.kind]
-        if each.option.minimum is not None:
-            words += f" >= {each.option.minimum:g}"
-        if each.option.above is not None:
-            words += f" > {each.option.above:g}"
+        words = _WORDS[each.kind]
+        bounds = {">=": each.option.minimum, ">": each.option.above, "<=": each.option.maximum}
+        words += " and".join(f" {sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
     if each.repeated:
         words = f"a tuple of values, each {words}"
     return words + (", or None" if each.optional else "")
@@ -98,11 +108,13 @@ def _accepted(each: Declared, value: Any) -> bool:
     kinds: tuple[type, ...] = (int, float) if each.kind is float else (each.kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and each.kind is not bool):
         return False
-    if isinstance(value, str):
+    if isinstance(value, str | Path):
         return True
     assert isinstance(value, int | float)
-    low, above = each.option.minimum, each.option.above
-    return (low is None or value >= low) and (above is None or value > above)
+    low, high, above = each.option.minimum, each.option.maximum, each.option.above
+    return (
+        (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    )
 
 
 def _declared(f: Field[Any], hint: Any) -> Declared:

@@ -127,13 +127,28 @@ def test_error_for_a_bare_config_suggests_a_fitting_layout(tmp_path: Path) -> No
         (["--gpu", "abacus"], "gpu is 'abacus'; expected one of h100"),
         (["--tp", "3"], "tp is 3; expected a divisor of num_attention_heads = 4"),
         (["--price", "2"], "price is set without a GPU; expected --gpu NAME"),
-        (["--kv-cache-dtype", "int3"], "kv-cache-dtype is 'int3'; expected float32"),
+        (["--kv-tokens", "0"], "kv_tokens: got 0; expected an integer >= 1"),
+        (["--cache-hit", "1.5"], "cache_hit: got 1.5; expected a number >= 0 and <= 0.99"),
     ],
 )
 def test_errors(arguments: list[str], message: str) -> None:
     run = CliRunner().invoke(app, ["mite", *arguments])
     assert run.exit_code == 1
     assert message in run.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("--kv-cache-dtype", "int3", "'float32'"),
+        ("--experts-on", "moon", "'cpu'"),
+        ("--backend", "abacus", "'reference'"),
+    ],
+)
+def test_unknown_choices(option: str, value: str, accepted: str) -> None:
+    run = CliRunner().invoke(app, ["mite", option, value])
+    assert run.exit_code == 2
+    assert option in run.output and repr(value) in run.output and accepted in run.output
 
 
 def test_parse_bytes() -> None:
@@ -174,6 +189,6 @@ def test_experts_on_the_host(tmp_path: Path) -> None:
     few = [str(file), "--memory", "9GB", "--experts-on", "cpu", "--hot-experts", "2"]
     none = CliRunner().invoke(app, few)
     assert none.exit_code == 1 and "no layout" in none.output
-    for options in (["--experts-on", "moon"], ["--experts-on", "cpu", "--tp", "2"], ["--hot-experts", "2"]):
+    for options in (["--experts-on", "cpu", "--tp", "2"], ["--hot-experts", "2"]):
         run = CliRunner().invoke(app, [str(file), *options])
         assert run.exit_code == 1 and "; expected " in run.output

@@ -59,7 +59,8 @@ def _parameter(d: Declared) -> inspect.Parameter:
         info: Any = typer.Argument(help=text, metavar=d.name.upper())
     else:
         flag = f"--{d.name.replace('_', '-')}"
-        name = f"{flag}/--no-{flag[2:]}" if d.default is True else flag
+        negatable = d.kind is bool and d.default is not False
+        name = f"{flag}/--no-{flag[2:]}" if negatable else flag
         info = typer.Option(
             name,
             *d.option.flags,

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from farthing.cli.options import with_options
+from farthing.config import Dtype, ExpertsOn, Quantization
+from farthing.options import check, option
+
 if TYPE_CHECKING:
     from farthing.model import ModelConfig
-    from farthing.planner.estimate import Ceilings, Estimate, Shares
-    from farthing.planner.footprint import StoredOf
-    from farthing.planner.memory import RankMemory
+    from farthing.parallel.plan import ShardPlan
+    from farthing.planner.buffers import Serving
+    from farthing.planner.estimate import Ceilings, Shares
+    from farthing.planner.footprint import Holder, StoredOf
+    from farthing.planner.memory import Model, RankMemory
 
 app = typer.Typer()
 
@@ -26,152 +33,160 @@ Examples:
 
   farthing plan deepseek-v3 --gpu h100 --price 2.0
 """
-_MEMORY, _LOAD = "Memory", "Throughput (with --price)"
+Backend = Literal["reference", "cpu", "gpu"]
+KvCacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
+
+_main = partial(option, group="Options")
+_memory = partial(option, group="Memory")
+_load = partial(option, group="Throughput (with --price)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """The deployment to plan."""
+
+    model: str = _main(
+        "mite",
+        "A directory, a hub id, `mite`, a config.json, or a published name such as kimi-k2.5",
+        argument=True,
+    )
+    tp: int = _main(1, "Tensor-parallel ranks (heads, dense MLPs, shared experts)")
+    pp: int = _main(1, "Number of pipeline stages")
+    ep: int = _main(1, "Expert-parallel ranks (routed experts)")
+    dp: int = _main(1, "Number of replicas of this layout", minimum=1)
+    memory: str | None = _main(None, "Memory limit per rank, such as 80GB; fail if exceeded")
+    gpu: str | None = _main(None, "GPU whose memory and ceilings to use, such as h100")
+    backend: Backend | None = _main(None, "Backend; default: gpu with --gpu, else cpu")
+    dtype: Dtype = _main("auto", "Activation dtype")
+
+    quantization: Quantization | None = _memory(None, "Format to round dense weights to (cpu)")
+    kv_tokens: int | None = _memory(None, "KV cache size in tokens; default: max-model-len", minimum=1)
+    kv_cache_dtype: KvCacheDtype = _memory("bfloat16", "KV cache dtype")
+    max_model_len: int | None = _memory(None, "Context length; default: the model's", minimum=1)
+    max_num_seqs: int = _memory(64, "Maximum sequences per step", minimum=1)
+    max_num_batched_tokens: int | None = _memory(
+        None, "Token budget per step; default: 512, on a GPU 8192", minimum=1
+    )
+    redundant_experts: int = _memory(0, "Redundant expert copies per layer", minimum=0)
+    experts_on: ExpertsOn | None = _memory(None, "cpu: keep routed experts in host memory")
+    hot_experts: int = _memory(0, "Experts per layer to keep on the GPU with --experts-on cpu", minimum=0)
+
+    price: float | None = _load(None, "Dollars per GPU-hour; enables the estimate", minimum=0)
+    ceilings: Path | None = _load(None, "TOML file of measured ceilings")
+    prefill_gpus: int = _load(32, "GPUs per prefill group", minimum=1)
+    decode_gpus: int = _load(144, "GPUs per decode group", minimum=1)
+    prompt: int = _load(4383, "Tokens per prompt", minimum=1)
+    output: int = _load(1210, "Tokens per answer", minimum=1)
+    cache_hit: float = _load(0.563, "Prefix-cache hit rate of prompt tokens", minimum=0, maximum=0.99)
+    user_rate: float = _load(21.0, "Minimum tokens/s per user", minimum=0.1)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.experts_on and max(self.tp, self.ep) * self.pp > 1:
+            raise ValueError(f"experts-on is {self.experts_on!r}; expected tp, pp and ep at 1 with it")
+        if self.hot_experts and self.experts_on is None:
+            raise ValueError(f"hot-experts is {self.hot_experts}; expected 0 without --experts-on cpu")
+        if self.price is not None and self.gpu is None:
+            raise ValueError("price is set without a GPU; expected --gpu NAME")
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan of a layout, and whether it fits the limit in bytes per rank."""
+
+    options: PlanOptions
+    shards: ShardPlan
+    model: Model
+    holder: Holder
+    serving: Serving
+    stored: str  # quantization method of the checkpoint
+    ranks: list[RankMemory]
+    limit: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank fits."""
+        return self.limit is None or max(r.total for r in self.ranks) <= self.limit
+
+    @property
+    def room(self) -> int | None:
+        """Additional cache tokens that fit on the fullest rank."""
+        from farthing.planner.memory import cache_bytes_per_token
+
+        if self.limit is None or not self.fits:
+            return None
+        places = [self.shards.layout.place(r.rank) for r in self.ranks]
+        return min(
+            (self.limit - r.total) // cache_bytes_per_token(self.shards, place, self.serving.cache_dtype)
+            for r, place in zip(self.ranks, places, strict=True)
+        )
 
 
 @app.command(epilog=EPILOG)
+@with_options(options=PlanOptions)
 def plan(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A directory, a hub id, `mite`, a config.json, or a published name such as kimi-k2.5."
-        ),
-    ] = "mite",
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (heads, dense MLPs, shared experts).")] = 1,
-    pp: Annotated[int, typer.Option(help="Number of pipeline stages.")] = 1,
-    ep: Annotated[int, typer.Option(help="Expert-parallel ranks (routed experts).")] = 1,
-    dp: Annotated[int, typer.Option(min=1, help="Number of replicas of this layout.")] = 1,
-    memory: Annotated[
-        str | None, typer.Option(help="Memory limit per rank, such as 80GB; fail if exceeded.")
-    ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="GPU whose memory and ceilings to use, such as h100.")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="reference, cpu or gpu. Default: gpu with --gpu, else cpu.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Activation dtype: float32 or bfloat16.")] = "auto",
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="Quantize dense weights to int8 or int4 (cpu).", rich_help_panel=_MEMORY),
-    ] = None,
-    kv_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="KV cache size in tokens. Default: max-model-len.", rich_help_panel=_MEMORY),
-    ] = None,
-    kv_cache_dtype: Annotated[
-        str, typer.Option(help="KV cache dtype: float32, bfloat16, fp8 or int8.", rich_help_panel=_MEMORY)
-    ] = "bfloat16",
-    max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Context length. Default: the model's.", rich_help_panel=_MEMORY)
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, help="Maximum sequences per step.", rich_help_panel=_MEMORY)
-    ] = 64,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Token budget per step. Default: 512; gpu 8192.", rich_help_panel=_MEMORY),
-    ] = None,
-    redundant_experts: Annotated[
-        int, typer.Option(min=0, help="Redundant expert copies per layer.", rich_help_panel=_MEMORY)
-    ] = 0,
-    experts_on: Annotated[
-        str | None,
-        typer.Option(help="cpu: keep routed experts in host memory.", rich_help_panel=_MEMORY),
-    ] = None,
-    hot_experts: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Experts per layer to keep on the GPU with --experts-on cpu.", rich_help_panel=_MEMORY
-        ),
-    ] = 0,
-    price: Annotated[
-        float | None,
-        typer.Option(min=0, help="Dollars per GPU-hour; enables the estimate.", rich_help_panel=_LOAD),
-    ] = None,
-    ceilings: Annotated[
-        Path | None, typer.Option(help="TOML file of measured ceilings.", rich_help_panel=_LOAD)
-    ] = None,
-    prefill_gpus: Annotated[
-        int, typer.Option(min=1, help="GPUs per prefill group.", rich_help_panel=_LOAD)
-    ] = 32,
-    decode_gpus: Annotated[
-        int, typer.Option(min=1, help="GPUs per decode group.", rich_help_panel=_LOAD)
-    ] = 144,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens per prompt.", rich_help_panel=_LOAD)] = 4383,
-    output: Annotated[int, typer.Option(min=1, help="Tokens per answer.", rich_help_panel=_LOAD)] = 1210,
-    cache_hit: Annotated[
-        float,
-        typer.Option(min=0, max=0.99, help="Prefix-cache hit rate of prompt tokens.", rich_help_panel=_LOAD),
-    ] = 0.563,
-    user_rate: Annotated[
-        float, typer.Option(min=0.1, help="Minimum tokens/s per user.", rich_help_panel=_LOAD)
-    ] = 21.0,
+    options: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Memory per rank and, with a price, an estimate of throughput and dollars per million tokens."""
-    from farthing.compress.size import parse_bytes
-    from farthing.parallel.plan import Layout, ShardPlan
-    from farthing.planner.buffers import Serving
-    from farthing.planner.estimate import Workload, estimate, load_devices
-    from farthing.planner.memory import Model
-    from farthing.planner.memory import memory as ranks_of
+    from farthing.planner.estimate import load_devices
 
     try:
-        devices, shares = load_devices(ceilings)
-        device = _device(gpu, devices)
-        limit = (
-            parse_bytes("memory", memory) if memory else int(device.memory * 1e9 * 0.9) if device else None
-        )
-        config, stored_of, raw = _read(model)
-        holder = _holder(backend or ("gpu" if gpu else "cpu"), dtype, quantization)
-        length = min(max_model_len or config.max_position_embeddings, config.max_position_embeddings)
-        batched = max_num_batched_tokens or (8192 if holder.backend == "gpu" else 512)
-        if kv_cache_dtype not in ("float32", "bfloat16", "fp8", "int8"):
-            raise ValueError(f"kv-cache-dtype is {kv_cache_dtype!r}; expected float32, bfloat16, fp8 or int8")
-        if experts_on not in (None, "cpu") or (experts_on and max(tp, ep) * pp > 1):
-            raise ValueError(f"experts-on is {experts_on!r}; expected cpu, with tp, pp and ep at 1")
-        if hot_experts and experts_on is None:
-            raise ValueError(f"hot-experts is {hot_experts}; expected 0 without --experts-on cpu")
-        serving = Serving(
-            kv_tokens or length, length, max_num_seqs, batched, kv_cache_dtype,
-            redundant_experts=redundant_experts, experts_on_host=experts_on == "cpu", hot_experts=hot_experts,
-        )  # fmt: skip
-        if price is not None:
-            if device is None:
-                raise ValueError("price is set without a GPU; expected --gpu NAME")
-            workload = Workload(prompt, output, cache_hit, 1 / user_rate)
-            result = estimate(config, device, shares, workload, price, prefill_gpus, decode_gpus)
-            _print_estimate(model, device, shares, price, result, as_json)
+        given = PlanOptions(**options)
+        devices, shares = load_devices(given.ceilings)
+        device = _device(given.gpu, devices)
+        if given.price is not None and device is not None:
+            _print_estimate(given, device, shares, as_json)
             return
-        layout = Layout(tp, pp, ep)
-        shard_plan = ShardPlan.build(config, layout)
-        parts = Model.of(shard_plan, stored_of)
-        ranks = ranks_of(parts, shard_plan, holder, serving)
+        planned = _plan(given, device)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    fits = limit is None or max(r.total for r in ranks) <= limit
-    advice = "" if fits else _advice(parts, holder, serving, limit or 0)
-    room = None if limit is None or not fits else _more_tokens(shard_plan, ranks, serving.cache_dtype, limit)
+    advice = "" if planned.fits else _advice(planned)
     if as_json:
-        document = {
-            "layout": asdict(layout) | {"dp": dp, "ranks": layout.world * dp},
-            "backend": holder.backend,
-            "stored": raw.get("quantization_config", {}).get("quant_method", "dense"),
-            "serving": asdict(serving),
-            "ranks": [asdict(r) | {"total": r.total} for r in ranks],
-            "limit": limit,
-            "fits": fits,
-            "more_cache_tokens": room,
-            "advice": advice,
-        }
-        print(json.dumps(document))
+        print(json.dumps(_document(planned, advice)))
     else:
-        _print_ranks(model, ranks, dp, limit, room)
-    if not fits:
+        _print_ranks(planned)
+    if advice:
         typer.echo(f"error: {advice}", err=True)
         raise typer.Exit(1)
+
+
+def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
+    from farthing.compress.size import parse_bytes
+    from farthing.parallel.plan import Layout, ShardPlan
+    from farthing.planner.footprint import FLOAT_BYTES, Holder
+    from farthing.planner.memory import Model, memory
+
+    limit = int(device.memory * 1e9 * 0.9) if device else None
+    if options.memory:
+        limit = parse_bytes("memory", options.memory)
+    config, stored_of, raw = _read(options.model)
+    backend = options.backend or ("gpu" if options.gpu else "cpu")
+    item = 2 if options.dtype == "auto" and backend == "gpu" else FLOAT_BYTES.get(options.dtype, 4)
+    holder = Holder(backend, item, options.quantization)
+    serving = _serving(options, backend, config)
+    shards = ShardPlan.build(config, Layout(options.tp, options.pp, options.ep))
+    model = Model.of(shards, stored_of)
+    stored = raw.get("quantization_config", {}).get("quant_method", "dense")
+    ranks = memory(model, shards, holder, serving)
+    return Planned(options, shards, model, holder, serving, stored, ranks, limit)
+
+
+def _serving(options: PlanOptions, backend: str, config: ModelConfig) -> Serving:
+    from farthing.planner.buffers import Serving
+
+    length = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+    return Serving(
+        cache_tokens=options.kv_tokens or length,
+        max_model_len=length,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens or (8192 if backend == "gpu" else 512),
+        cache_dtype=options.kv_cache_dtype,
+        redundant_experts=options.redundant_experts,
+        experts_on_host=options.experts_on == "cpu",
+        hot_experts=options.hot_experts,
+    )
 
 
 def _device(gpu: str | None, devices: dict[str, Ceilings]) -> Ceilings | None:
@@ -180,19 +195,6 @@ def _device(gpu: str | None, devices: dict[str, Ceilings]) -> Ceilings | None:
     if gpu.lower() not in devices:
         raise ValueError(f"gpu is {gpu!r}; expected one of {', '.join(devices)}, or a row in --ceilings")
     return devices[gpu.lower()]
-
-
-def _holder(backend: str, dtype: str, quantization: str | None) -> Any:
-    from farthing.planner.footprint import BACKENDS, FLOAT_BYTES, Holder
-
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    if dtype not in ("auto", *FLOAT_BYTES):
-        raise ValueError(f"dtype is {dtype!r}; expected auto, {', '.join(FLOAT_BYTES)}")
-    if quantization not in (None, "int8", "int4"):
-        raise ValueError(f"quantization is {quantization!r}; expected int8 or int4")
-    item = 2 if dtype == "auto" and backend == "gpu" else FLOAT_BYTES.get(dtype, 4)
-    return Holder(backend, item, quantization)
 
 
 def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
@@ -224,24 +226,15 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     return config_of(checkpoint), stored_by_checkpoint(checkpoint.path), checkpoint.config
 
 
-def _more_tokens(shard_plan: Any, ranks: list[RankMemory], cache_dtype: str, limit: int) -> int:
-    """Additional cache tokens that fit on the fullest rank."""
-    from farthing.planner.memory import cache_bytes_per_token
-
-    places = [shard_plan.layout.place(r.rank) for r in ranks]
-    return min(
-        (limit - r.total) // cache_bytes_per_token(shard_plan, place, cache_dtype)
-        for r, place in zip(ranks, places, strict=True)
-    )
-
-
-def _advice(parts: Any, holder: Any, serving: Any, limit: int) -> str:
+def _advice(planned: Planned) -> str:
     from farthing.planner.memory import fitting_layouts, most_hot_experts
 
-    found = next(fitting_layouts(parts, holder, serving, limit), None)
-    if found is None and (hot := most_hot_experts(parts, holder, serving, limit)) is not None:
+    limit = planned.limit or 0
+    sizing = (planned.model, planned.holder, planned.serving, limit)
+    found = next(fitting_layouts(*sizing), None)
+    if found is None and (hot := most_hot_experts(*sizing)) is not None:
         return (
-            f"{serving.hot_experts} hot experts per layer exceed {limit / 1e9:.1f} GB; "
+            f"{planned.serving.hot_experts} hot experts per layer exceed {limit / 1e9:.1f} GB; "
             f"--hot-experts {hot} would fit"
         )
     if found is None:
@@ -255,11 +248,27 @@ def _advice(parts: Any, holder: Any, serving: Any, limit: int) -> str:
     )
 
 
-def _print_ranks(model: str, ranks: list[RankMemory], dp: int, limit: int | None, room: int | None) -> None:
+def _document(planned: Planned, advice: str) -> dict[str, Any]:
+    layout, dp = planned.shards.layout, planned.options.dp
+    return {
+        "layout": asdict(layout) | {"dp": dp, "ranks": layout.world * dp},
+        "backend": planned.holder.backend,
+        "stored": planned.stored,
+        "serving": asdict(planned.serving),
+        "ranks": [asdict(r) | {"total": r.total} for r in planned.ranks],
+        "limit": planned.limit,
+        "fits": planned.fits,
+        "more_cache_tokens": planned.room,
+        "advice": advice,
+    }
+
+
+def _print_ranks(planned: Planned) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{model}: planned memory of {len(ranks)} rank{'s' * (len(ranks) > 1)}" + (
+    ranks, dp, limit, room = planned.ranks, planned.options.dp, planned.limit, planned.room
+    title = f"{planned.options.model}: planned memory of {len(ranks)} rank{'s' * (len(ranks) > 1)}" + (
         f", {dp} replicas" if dp > 1 else ""
     )
     table = Table("rank", "layers", "experts", "weights", "cache", "buffers", "total", title=title)
@@ -275,23 +284,23 @@ def _print_ranks(model: str, ranks: list[RankMemory], dp: int, limit: int | None
         )
 
 
-def _print_estimate(
-    model: str, device: Ceilings, shares: Shares, price: float, e: Estimate, as_json: bool
-) -> None:
+def _print_estimate(options: PlanOptions, device: Ceilings, shares: Shares, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from farthing.planner.estimate import Workload, estimate
+
+    config, _, _ = _read(options.model)
+    workload = Workload(options.prompt, options.output, options.cache_hit, 1 / options.user_rate)
+    price = options.price or 0.0
+    e = estimate(config, device, shares, workload, price, options.prefill_gpus, options.decode_gpus)
     if as_json:
         print(
             json.dumps({"kind": "estimate", "device": asdict(device), "shares": asdict(shares)} | asdict(e))
         )
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "ESTIMATE, not measured",
-        "prefill",
-        "decode",
-        title=f"{model} on {device.name}, ${price:g} per GPU-hour",
-    )
+    title = f"{options.model} on {device.name}, ${price:g} per GPU-hour"
+    table = Table("ESTIMATE, not measured", "prefill", "decode", title=title)
     table.add_row("GPUs per group", str(e.prefill.gpus), str(e.decode.gpus))
     table.add_row(
         "tokens/s per GPU", f"{e.prefill.tokens_per_second:,.0f}", f"{e.decode.tokens_per_second:,.0f}"

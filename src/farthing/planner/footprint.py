@@ -15,7 +15,6 @@ from typing import Any, Literal
 from farthing.checkpoint import Checkpoint
 from farthing.ops.weights import loaded_as
 
-BACKENDS = ("reference", "cpu", "gpu")
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Kind = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
 
@@ -118,7 +117,7 @@ def packed_bytes(n: int, k: int, stored: Stored) -> int:
 class Holder:
     """How a backend converts stored weights."""
 
-    backend: str  # one of BACKENDS
+    backend: str  # reference, cpu or gpu
     item: int = 4  # bytes per activation, and per weight of the reference backend
     quantization: str | None = None  # round-to-nearest while loading
 

@@ -27,7 +27,7 @@ class ServerConfig:
     """Everything about the server but its engine. ValueError names the field and its value."""
 
     host: str = _http("127.0.0.1", "Address to listen on")
-    port: int = _http(8000, "Port; 0: any free port", minimum=0)
+    port: int = _http(8000, "Port; 0: any free port", minimum=0, maximum=65535)
     keys: KeyRing | None = None  # None or empty: no key is required
     admin_keys: KeyRing | None = None  # may use the API and see every key's spending
     metrics_keys: KeyRing | None = None  # set: other machines need one to scrape /metrics
@@ -60,8 +60,6 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.port > 65535:
-            raise ValueError(f"port: got {self.port}; expected 0…65535")
         if not (self.keys or self.insecure or is_loopback(self.host)):
             raise ValueError(
                 f"host: got {self.host!r}, which other machines can reach, without an API key; "
