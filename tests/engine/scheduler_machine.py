@@ -93,13 +93,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(limit=st.none() | st.integers(0, 6))
     def pace(self, limit: int | None) -> None:
-        self.scheduler.prompt_limit = lambda decodes: limit if decodes else None
+        self.scheduler.prompt_limit = lambda decodes, shared: limit if decodes else None
 
     @rule(guess=st.lists(st.booleans(), max_size=3))
     def step(self, guess: list[bool]) -> None:
         plan = self.scheduler.schedule()
         prompts = [item for item in plan if item.seq.num_pending > 1 or item.first]
-        limit = self.scheduler.prompt_limit(len(plan) - len(prompts))
+        limit = self.scheduler.prompt_limit(len(plan) - len(prompts), False)
         assert limit is None or sum(item.count for item in prompts) <= max(1, limit)
         assert sum(item.count for item in prompts if item.seq.scored) <= 2
         assert len({item.seq.id for item in plan}) == len(plan)

@@ -247,6 +247,7 @@ class EngineCore:
         share = seconds / sum(item.num_tokens for item in plan)
         if self._pace is not None:
             decodes = sum(item.decode for item in plan)
+            self.scheduler.interference.observe(plan, seconds, self._pace.decode_seconds(decodes))
             self._pace.observe(decodes, sum(item.count for item in plan if not item.decode), seconds)
         for item in plan:
             metrics = item.seq.parent.metrics

@@ -16,6 +16,7 @@ _GROWTH = 2  # maximum factor from one mixed step's chunk to the next
 _SURPRISE = 2.0  # maximum factor by which one step may raise an estimate: it may have met a page fault
 _RECENT = 0.5  # weight of the last step in the cost per token
 _SMOOTH = 0.2  # weight of the last step in the duration of a decode step
+_SHARED = 0.5  # of the limit, where one client's prompts delay another's decoding
 
 
 class Pace:
@@ -35,20 +36,24 @@ class Pace:
             size = decodes.bit_length()
             self._decode[size] = _blend(self._decode.get(size, seconds), seconds, _SMOOTH)
         elif decodes:
-            cost = max(seconds - self._decode_seconds(decodes), 0.05 * seconds) / prompt_tokens
+            cost = max(seconds - self.decode_seconds(decodes), 0.05 * seconds) / prompt_tokens
             known = self._chunk > 0
             self._cost = _blend(self._cost, cost, _RECENT) if known else cost
             self._chunk = prompt_tokens
         elif not self._chunk:
             self._cost = seconds / prompt_tokens
 
-    def prompt_tokens(self, decodes: int) -> int | None:
-        """Maximum number of prompt tokens next to `decodes` decoding sequences; None: no bound."""
+    def prompt_tokens(self, decodes: int, shared: bool = False) -> int | None:
+        """Maximum number of prompt tokens next to `decodes` decoding sequences; None: no bound.
+
+        shared: whether several clients have requests.
+        """
         if not self.limit or not decodes:
             return None
         if not self._cost:
             return _START
-        chunk = int((self.limit - self._decode_seconds(decodes)) / self._cost)
+        limit = self.limit * _SHARED if shared else self.limit
+        chunk = int((limit - self.decode_seconds(decodes)) / self._cost)
         # Before the first mixed step the cost is that of a large prompt step, which a small one exceeds.
         chunk = min(chunk, _GROWTH * self._chunk) if self._chunk else chunk // 2
         return max(SMALLEST_CHUNK, chunk)
@@ -64,8 +69,8 @@ class Pace:
             return _FIRST_SCORED
         return max(SMALLEST_SCORED, int(SCORING / self._score))
 
-    def _decode_seconds(self, decodes: int) -> float:
-        """Of the nearest measured batch size that is not larger, 0 if there is none."""
+    def decode_seconds(self, decodes: int) -> float:
+        """Seconds of a decode-only step, of the nearest batch size measured that is not larger; 0: none."""
         sizes = [size for size in self._decode if size <= decodes.bit_length()]
         return self._decode[max(sizes)] if sizes else 0.0
 

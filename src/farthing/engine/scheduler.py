@@ -29,15 +29,15 @@ from typing import Generic
 
 from farthing.engine.block_pool import BlockPool, IntegrityError
 from farthing.engine.fairness import Fairness
+from farthing.engine.interference import Interference
 from farthing.engine.prefetch import BlockStore, Load, Prefetch
 from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.queues import KEY, Queues, insert, remove
 from farthing.engine.sequence import S, Scheduled, Status
 
-# Decoding sequences -> maximum number of prompt tokens in the step; None: no bound.
-PromptLimit = Callable[[int], int | None]
-# Maximum number of prompt tokens per step with requested logits; None: no limit.
-ScoredLimit = Callable[[], int | None]
+# Decoding sequences, whether there are several clients -> maximum number of prompt tokens; None: no bound.
+PromptLimit = Callable[[int, bool], int | None]
+ScoredLimit = Callable[[], int | None]  # the same for prompt tokens with requested logits
 
 
 class Scheduler(Generic[S]):
@@ -52,7 +52,7 @@ class Scheduler(Generic[S]):
         enable_prefix_caching: bool = True,
         num_lookahead: int = 0,
         blocks: Seq[int] | None = None,
-        prompt_limit: PromptLimit = lambda decodes: None,
+        prompt_limit: PromptLimit = lambda decodes, shared: None,
         scored_limit: ScoredLimit = lambda: None,
         store: BlockStore | None = None,
     ) -> None:
@@ -71,6 +71,7 @@ class Scheduler(Generic[S]):
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
         self.prefetch: Prefetch[S] = Prefetch(store, self.prefix, self.pool)
         self.fairness = Fairness()
+        self.interference = Interference()
         self.running: list[S] = []  # by urgency, like each client's queue
         self._queues: Queues[S] = Queues()
         self.num_preemptions = 0
@@ -134,8 +135,7 @@ class Scheduler(Generic[S]):
         self._give_way()
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
-        limit = self.prompt_limit(len(plan))
-        if limit is not None:
+        if (limit := self.prompt_limit(len(plan), self.fairness.num_clients > 1)) is not None:
             budget = min(budget, max(1, limit))
         self._schedule_prompts(plan, budget, admit=self.num_preemptions == preempted)
         if not plan and self.running:
@@ -217,13 +217,14 @@ class Scheduler(Generic[S]):
         """Prompts that run and, if `admit`, ones that wait, as far as the budget goes.
 
         Clients take turns by tokens served; a client's running prompts come before its waiting ones. Where
-        the next one to be admitted does not fit, none overtakes it.
+        the next one to be admitted does not fit, none overtakes it. Clients that delayed others pause.
         """
         begun: dict[str, Iterator[S]] = {}
-        prompts = [seq for seq in self.running if seq.num_pending > 1]
+        paused = self.interference.paused({item.seq.client for item in plan})
+        prompts = [seq for seq in self.running if seq.num_pending > 1 and seq.client not in paused]
         for owner in dict.fromkeys(seq.client for seq in prompts):
             begun[owner] = iter([seq for seq in prompts if seq.client == owner])
-        queued = set(self._queues) if admit else set()
+        queued = self._queues.keys() - paused if admit else set()
         scores = self.scored_limit() or budget  # remaining tokens with logits
         while budget and (begun or queued):
             client = min(begun.keys() | queued, key=self._turn)
@@ -241,15 +242,14 @@ class Scheduler(Generic[S]):
             room = min(budget, scores) if head.scored else budget
             if self._read(head, hits):
                 self._queues.drop(head)
-                queued &= self._queues.keys()
             elif not room or self._awaits(head, len(hits)):
                 queued.discard(client)
             elif self._admit(head, hits):
                 count = self._add(plan, head, min(head.num_pending, room), first=True)
                 budget, scores = budget - count, scores - count * head.scored
-                queued &= self._queues.keys()
             else:
                 queued.clear()
+            queued &= self._queues.keys()
 
     def _turn(self, client: str) -> tuple[int, float, int]:
         queue = self._queues.get(client)
