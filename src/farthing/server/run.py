@@ -26,6 +26,7 @@ from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
 from farthing.server.connection_protocol import protocol
 from farthing.server.connections import Connections
+from farthing.server.log_limit import LogLimit
 from farthing.server.service import Service
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ def make_server(service: Service) -> Server:
     """A server for a service; `serve(sockets=[…])` runs it."""
     limits = service.config
     guard = Connections(connection_limit(limits), limits.max_header_bytes, limits.header_timeout)
+    errors = logging.getLogger("uvicorn.error")
+    if not any(isinstance(each, LogLimit) for each in errors.filters):
+        errors.addFilter(LogLimit())
     config = uvicorn.Config(
         create_app(service),
         http=cast("Any", protocol(guard)),
