@@ -18,7 +18,8 @@ from farthing.conversation.types import Conversation, Tool, ToolChoice
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.structured import GrammarCompiler
 from farthing.engine.tokenizer import Tokenizer
-from tests.conversation.test_parse import CALLS, CUTS, Calls, byte_tokenizer, chunked, read
+from tests.conversation.test_parse import CALLS, CUTS, Calls, chunked, read
+from tests.conversation.test_token_ids import byte_tokenizer
 
 
 @given(CALLS, st.booleans(), CUTS)

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, collect
 from farthing.conversation.formats.deepseek_v3 import V3
@@ -22,6 +20,7 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.dsml import write_calls
 from farthing.conversation.formats.glm45 import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
+from farthing.conversation.marks import MARK
 from farthing.conversation.parse.base import CallParser, NoCalls
 from farthing.conversation.parse.delimited import DEEPSEEK, KIMI, DelimitedCalls
 from farthing.conversation.parse.dsml import DsmlCalls
@@ -29,8 +28,6 @@ from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.glm import GlmCalls
 from farthing.conversation.parse.output import THINK, OutputParser
 from farthing.conversation.types import Tool, ToolCall
-from farthing.engine.detokenizer import Detokenizer
-from farthing.engine.tokenizer import Tokenizer
 
 Calls = list[tuple[str, dict[str, Any]]]
 TOOLS = (
@@ -116,12 +113,12 @@ def glm(calls: Calls) -> str:
 
 
 FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
-    ("v3", v3, lambda: V3.calls(TOOLS)),
-    ("v31", v31, lambda: V31.calls(TOOLS)),
-    ("kimi", kimi, lambda: KIMI_K2.calls(TOOLS)),
-    ("v32", dsml("function_calls"), lambda: V32.calls(TOOLS)),
-    ("v4", dsml("tool_calls"), lambda: V4.calls(TOOLS)),
-    ("glm", glm, lambda: GLM45.calls(TOOLS)),
+    ("v3", v3, lambda tokens=frozenset(): V3.calls(TOOLS, tokens)),
+    ("v31", v31, lambda tokens=frozenset(): V31.calls(TOOLS, tokens)),
+    ("kimi", kimi, lambda tokens=frozenset(): KIMI_K2.calls(TOOLS, tokens)),
+    ("v32", dsml("function_calls"), lambda tokens=frozenset(): V32.calls(TOOLS, tokens)),
+    ("v4", dsml("tool_calls"), lambda tokens=frozenset(): V4.calls(TOOLS, tokens)),
+    ("glm", glm, lambda tokens=frozenset(): GLM45.calls(TOOLS, tokens)),
 ]
 IDS = [name for name, _, _ in FORMATS]
 
@@ -181,6 +178,11 @@ MARKUP = [
     *("<think>", "</think>", "function", "f\n", "```json\n", "```", "{", "}", '"', "\\", ":", "[", "]"),
     *(" ", "\n", "<", ">", "｜", "name", "x" * 600, "é", '{"a": 1}', '"parameters"', ","),
 ]
+SPECIAL = [
+    frozenset[str](),
+    frozenset((DEEPSEEK.call_end, KIMI.call_end, "<think>", "<tool_call>", "｜DSML｜", "<｜")),
+]
+MARKUP += [MARK + token for token in SPECIAL[1]]
 SOUP = st.lists(st.sampled_from(MARKUP) | st.text(max_size=3), max_size=14).map("".join)
 PARSERS: list[Callable[[], CallParser]] = [
     lambda: DelimitedCalls(DEEPSEEK),
@@ -195,13 +197,18 @@ PARSERS: list[Callable[[], CallParser]] = [
 
 @pytest.mark.parametrize("make", PARSERS)
 @settings(deadline=None, max_examples=300)
-@given(text=SOUP, opened=st.booleans(), reasons=st.booleans(), cuts=CUTS)
-@example(text='<｜DSML｜invoke name="a\nb', opened=False, reasons=False, cuts=[])
+@given(text=SOUP, opened=st.booleans(), reasons=st.booleans(), tokens=st.sampled_from(SPECIAL), cuts=CUTS)
+@example(text='<｜DSML｜invoke name="a\nb', opened=False, reasons=False, tokens=frozenset(), cuts=[])
 def test_any_text_parses_the_same_in_any_chunking(
-    make: Callable[[], CallParser], text: str, opened: bool, reasons: bool, cuts: list[int]
+    make: Callable[[], CallParser],
+    text: str,
+    opened: bool,
+    reasons: bool,
+    tokens: frozenset[str],
+    cuts: list[int],
 ) -> None:
     def parser() -> OutputParser:
-        return OutputParser(make(), THINK if reasons else None, opened, frozenset(("<｜User｜>", "<｜")))
+        return OutputParser(make(), THINK if reasons else None, opened, tokens)
 
     whole = plain(answer(parser(), [text]))
     assert plain(answer(parser(), list(text))) == whole
@@ -243,55 +250,13 @@ def test_linear_in_its_input(make: Callable[[], CallParser]) -> None:
     """Quadratic time would take seconds: 800 blanks took 2.4 s once."""
     start = time.perf_counter()
     for filler, before in itertools.product(FILLERS, BEGINNINGS):
-        parser = OutputParser(make(), THINK, hidden=frozenset(("<｜User｜>",)))
+        parser = OutputParser(make(), THINK, tokens=frozenset((DEEPSEEK.call_end, "<｜User｜>")))
         parser.push(before)
         for _ in range(4_000 // len(filler)):
             for character in filler:
                 parser.push(character)
         parser.finish()
     assert time.perf_counter() - start < 20  # 90 runs of 4,000 characters
-
-
-# Token ids.
-
-
-def byte_tokenizer(special: list[str], added: list[str]) -> Tokenizer:
-    """One token per byte, after the special tokens; `added` are tokens that are not special."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = HfTokenizer(models.BPE({t: i for i, t in enumerate([*special, *alphabet])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    backend.add_tokens([AddedToken(token) for token in added])
-    return Tokenizer(backend, {"bos_token": special[0]})
-
-
-TOKENIZERS = [
-    byte_tokenizer(["<s>", *DEEPSEEK.all, *KIMI.all, "｜DSML｜"], ["<think>", "</think>", "<tool_call>"]),
-    byte_tokenizer(["<s>"], []),  # no tag is a token
-]
-
-
-@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["marks are tokens", "marks are text"])
-@pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)
-@settings(deadline=None, max_examples=50)
-@given(calls=CALLS, reasoning=st.sampled_from(["", "Hm, 日本 🎉."]), cuts=CUTS)
-def test_calls_survive_as_token_ids(
-    write: Callable[[Calls], str],
-    make: Callable[[], CallParser],
-    tokenizer: Tokenizer,
-    calls: Calls,
-    reasoning: str,
-    cuts: list[int],
-) -> None:
-    ids = tokenizer.encode(f"{reasoning}</think>Look: " + write(calls), add_special_tokens=False)
-    edges = [0, *sorted(cut % (len(ids) + 1) for cut in cuts), len(ids)]
-    for pieces in ([[token] for token in ids], [ids[a:b] for a, b in itertools.pairwise(edges)]):
-        detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
-        chunks = ["".join(map(detokenizer.push, piece)) for piece in pieces] + [detokenizer.flush()]
-        found = answer(OutputParser(make(), THINK, opened=True), chunks)
-        assert (found.reasoning, found.text) == (reasoning, "Look:")
-        assert [(name, json.loads(arguments)) for _, name, arguments in found.calls] == calls
 
 
 # Individual cases.
@@ -374,12 +339,6 @@ def test_call_inside_the_reasoning_ends_the_reasoning(
         found = answer(OutputParser(make(), THINK, opened=True), chunks)
         assert (found.reasoning, found.text) == ("Let me call it.", "")
         assert [name for _, name, _ in found.calls] == ["get_weather"]
-
-
-def test_control_tokens_are_dropped() -> None:
-    hidden = frozenset(("<｜User｜>", "<｜Assistant｜>"))
-    for chunks in (["a<｜User｜>b<｜"], list("a<｜User｜>b<｜")):
-        assert answer(OutputParser(NoCalls(), hidden=hidden), chunks).text == "ab<｜"
 
 
 @pytest.mark.parametrize(("write", "make"), [f[1:] for f in FORMATS], ids=IDS)

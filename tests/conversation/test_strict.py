@@ -25,7 +25,8 @@ from farthing.conversation.types import Conversation, Tool, ToolChoice
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.structured import GrammarCompiler
 from farthing.engine.tokenizer import Tokenizer
-from tests.conversation.test_parse import Calls, byte_tokenizer, dsml, glm, kimi, read, v3, v31
+from tests.conversation.test_parse import Calls, dsml, glm, kimi, read, v3, v31
+from tests.conversation.test_token_ids import byte_tokenizer
 
 pytest.importorskip("llguidance")
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from farthing.conversation.marks import MARK, plain
 from farthing.engine.chat_template import compile_template
 from farthing.engine.detokenizer import Detokenizer, StopChecker
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
@@ -30,6 +31,21 @@ def test_streamed_text_equals_the_decoded_text(tokenizer: Tokenizer, data: st.Da
         detokenizer = Detokenizer(tokenizer, skip)
         parts = [detokenizer.push(token) for token in tokens]
         assert "".join(parts) + detokenizer.flush() == tokenizer.decode(tokens, skip)
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_marks_precede_the_marked_tokens(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
+    marked = data.draw(st.frozensets(st.sampled_from(sorted(tokenizer.special_ids))))
+    detokenizer = Detokenizer(tokenizer, True, marked)
+    text = "".join([detokenizer.push(token) for token in tokens]) + detokenizer.flush()
+    shown = [token for token in tokens if token in marked or token not in tokenizer.special_ids]
+    assert plain(text) == tokenizer.decode(shown, skip_special_tokens=False)
+    found = text.split(MARK)[1:]
+    expected = [tokenizer.token_text(token) for token in tokens if token in marked]
+    assert len(found) == len(expected)
+    assert all(map(str.startswith, found, expected))
 
 
 @given(st.text(max_size=20))
@@ -58,6 +74,8 @@ def test_other_decoders_stream_too() -> None:
     detokenizer = Detokenizer(tokenizer)
     assert not tokenizer.byte_level
     assert "".join(detokenizer.push(t) for t in (1, 2, 3)) == tokenizer.decode([1, 2, 3]) == "Hello world"
+    marked = Detokenizer(tokenizer, True, {0})
+    assert "".join(marked.push(t) for t in (1, 0, 2, 3)) == f"Hello{MARK}<unk> world"
 
 
 def test_bos_is_added_once_and_only_if_requested(tokenizer: Tokenizer) -> None:

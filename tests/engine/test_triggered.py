@@ -62,6 +62,22 @@ def test_every_opener_is_followed_by_the_grammar(seed: int) -> None:
         assert len(after) < 3 or (after[0] in "12" and after[1] in "12" and after[2] == "/")
 
 
+def test_only_the_special_token_opens_where_there_is_one() -> None:
+    pieces = ["</s>", "<c>", "<", "c", ">", "1", "2", "/", "c>1"]
+    backend = HfTokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(pieces[:2])
+    tokenizer = Tokenizer(backend, {"eos_token": "</s>"})
+    compiler = GrammarCompiler(tokenizer, len(pieces))
+    fresh = compiler.compile(StructuredOutputsParams(grammar='start: /[12]{2}/ "/"'))
+    here = TriggeredGrammar(fresh, Openers(("<c>",), TokenTexts(tokenizer, len(pieces))))
+    for token in (2, 3, 4, 2, 8):  # spells it twice
+        assert here.masks([], len(pieces)).all()
+        here.consume(token)
+    here.consume(1)
+    assert np.flatnonzero(here.masks([], len(pieces))).tolist() == [5, 6]
+
+
 @settings(deadline=None)
 @given(st.integers(0, 2**32), st.lists(st.integers(0, VOCAB - 1), max_size=6))
 def test_drafts_are_masked_like_single_tokens(seed: int, drafts: list[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.config import EngineConfig
+from farthing.engine.detokenizer import Detokenizer
 from farthing.engine.engine import Engine
 from farthing.engine.logprobs import Position, Table
 from farthing.engine.prefix_cache import PrefixCache
@@ -70,6 +72,12 @@ def tiny_model() -> DeepseekModel:
     return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)
 
 
+def letters(text: str, size: int = 1) -> list[str]:
+    """A text in pieces of so many characters; the tokenizer's special tokens stay whole."""
+    special = "|".join(re.escape(tokenizer().token_text(token)) for token in tokenizer().control_ids)
+    return re.findall(rf"(?s)(?:{special}|.){{1,{size}}}", text)
+
+
 def tiny_engine(**config: Any) -> Engine:
     """The real engine on the tiny model; the caller shuts it down."""
     defaults = {"max_num_seqs": 64, "num_blocks": 1024, "block_size": 4, "max_num_batched_tokens": 256}
@@ -84,8 +92,9 @@ def _certain(token: int) -> Position:
 class ScriptedEngine:
     """A fake engine that streams a script.
 
-    script: the text of every answer, as the pieces it streams in; or a function of the prompt's text.
-    step: seconds before each piece. forever: repeat the pieces until cancelled.
+    script: the text of every answer, as the pieces it streams in; or a function of the prompt's text. A
+    special token that a piece does not hold whole is spelled by other tokens. step: seconds before each
+    piece. forever: repeat the pieces until cancelled.
     """
 
     def __init__(
@@ -141,23 +150,26 @@ class ScriptedEngine:
         return stream
 
     def _play(self, stream: RequestStream, pieces: list[str], stop: threading.Event) -> None:
-        whole: list[str] = []
+        params = stream.request.params
+        text = Detokenizer(self.tokenizer, params.skip_special_tokens, params.marked_token_ids)
+        whole: list[int] = []
         while not stop.is_set():
             for piece in pieces:
                 if self.step and stop.wait(self.step):
                     break
-                whole.append(piece)
+                ids = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+                whole += ids
                 if stream.request.kind == "delta":
-                    self._say(stream, piece, None)
+                    self._say(stream, "".join(map(text.push, ids)), ids, None)
             if not self.forever:
                 break
         reason: FinishReason = "abort" if stop.is_set() else self.finish_reason
         self.running -= 1
-        self._say(stream, "" if stream.request.kind == "delta" else "".join(whole), reason)
+        left = [] if stream.request.kind == "delta" else whole
+        self._say(stream, "".join(map(text.push, left)) + text.flush(), left, reason)
         stop.set()
 
-    def _say(self, stream: RequestStream, text: str, reason: FinishReason | None) -> None:
-        ids = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+    def _say(self, stream: RequestStream, text: str, ids: list[int], reason: FinishReason | None) -> None:
         request, params = stream.request, stream.request.params
         outputs = [
             CompletionOutput(

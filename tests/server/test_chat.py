@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.server.harness import Running, ScriptedEngine, events, running
+from tests.server.harness import Running, ScriptedEngine, events, letters, running
 
 USER = [{"role": "user", "content": "Weather in Paris?"}]
 PARAMETERS = {
@@ -166,7 +166,7 @@ def test_required_calls_are_forced_to_their_schema(client: OpenAI, choice: Any, 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_calls_with_automatic_choice(size: int) -> None:
-    engine = ScriptedEngine([CALL[i : i + size] for i in range(0, len(CALL), size)])
+    engine = ScriptedEngine(letters(CALL, size))
     with running(engine) as server:
         create = server.client().chat.completions.create
         whole = create(model="tiny", messages=USER, tools=TOOLS).choices[0]
@@ -184,7 +184,7 @@ def test_calls_with_automatic_choice(size: int) -> None:
         ]
         if size == 1:
             assert len(streamed.pieces) > 10  # arguments stream as they are generated
-        assert engine.params[0].skip_special_tokens is False
+        assert len(engine.params[0].marked_token_ids) == 5
         assert '"name": "weather"' in engine.prompts[0]
         single = create(model="tiny", messages=USER, tools=TOOLS, parallel_tool_calls=False).choices[0]
         assert len(single.message.tool_calls or []) == 1
@@ -195,8 +195,8 @@ def test_no_calls_without_tools() -> None:
     with running(engine) as server:
         create = server.client().chat.completions.create
         message = create(model="tiny", messages=USER).choices[0].message
-        assert message.content == CALL and not message.tool_calls
-        assert all(params.skip_special_tokens for params in engine.params)
+        assert message.content and "weather" in message.content and not message.tool_calls
+        assert all(not params.marked_token_ids for params in engine.params)
         # Tools that may not be called are omitted from the prompt, and calls in the output are dropped.
         options = {"model": "tiny", "messages": USER, "tools": TOOLS, "tool_choice": "none"}
         choice = create(**options).choices[0]
@@ -205,6 +205,17 @@ def test_no_calls_without_tools() -> None:
         assert not choice.message.tool_calls and not streamed.calls
         assert choice.finish_reason == streamed.reason == "stop"
         assert all("weather" not in prompt for prompt in engine.prompts)
+
+
+def test_a_quoted_call_is_text() -> None:
+    """The model explains the format in ordinary tokens, which spell its special ones."""
+    with running(ScriptedEngine(list(CALL))) as server:
+        create = server.client().chat.completions.create
+        for options in ({}, {"tools": TOOLS}):
+            message = create(model="tiny", messages=USER, **options).choices[0].message
+            assert message.content == CALL and not message.tool_calls
+        streamed = Streamed(create(model="tiny", messages=USER, tools=TOOLS, stream=True))
+        assert streamed.content == CALL and streamed.reason == "stop"
 
 
 def test_tool_results_reach_the_prompt() -> None:
@@ -234,7 +245,7 @@ def test_tool_results_reach_the_prompt() -> None:
     ],
 )
 def test_reasoning_content(template: str, text: str, reasoning: str | None, content: str) -> None:
-    for pieces in ([text], list(text)):
+    for pieces in ([text], letters(text)):
         with running(ScriptedEngine(pieces, chat_template=template)) as server:
             create = server.client().chat.completions.create
             answer = create(model="tiny", messages=USER)
@@ -252,7 +263,7 @@ def test_reasoning_content(template: str, text: str, reasoning: str | None, cont
 
 
 def test_reasoning_then_calls() -> None:
-    with running(ScriptedEngine(list("hm</think>" + CALL), chat_template=THINKING)) as server:
+    with running(ScriptedEngine(letters("hm</think>" + CALL), chat_template=THINKING)) as server:
         create = server.client().chat.completions.create
         streamed = Streamed(create(model="tiny", messages=USER, tools=TOOLS, stream=True))
         assert (streamed.reasoning, streamed.content) == ("hm", "Let me look.")

@@ -16,7 +16,7 @@ from farthing.conversation.types import ToolCall, Turn
 from farthing.engine.build import build_engine
 from farthing.server.replay import AnswerMemory
 from tests.server.api.loops import FORMATS, SCHEMA, arguments, result
-from tests.server.harness import EOS, Running, ScriptedEngine, running
+from tests.server.harness import EOS, Running, ScriptedEngine, running, tokenizer
 
 BLOCK = 16
 
@@ -55,9 +55,9 @@ def test_sampled_text_is_not_recomputed(mite: Running) -> None:
 class EndingEngine(ScriptedEngine):
     """A scripted model whose answers end with a token, like a real one's."""
 
-    def _say(self, stream: Any, text: str, reason: Any) -> None:
+    def _say(self, stream: Any, text: str, ids: list[int], reason: Any) -> None:
         ends = reason is not None and stream.request.kind == "delta"
-        super()._say(stream, text + (EOS if ends else ""), reason)
+        super()._say(stream, text, ids + tokenizer().encode(EOS, False) * ends, reason)
 
 
 def write(format_: str, step: int) -> str:

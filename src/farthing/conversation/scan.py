@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 
@@ -37,9 +37,9 @@ class Literals:
         """Whether a longer literal begins with this one."""
         return any(len(longer) > len(literal) and longer.startswith(literal) for longer in self._literals)
 
-    def remove(self, text: str) -> str:
-        """A complete text with the literals removed."""
-        return self._pattern.sub("", text)
+    def replace(self, function: Callable[[str], str], text: str) -> str:
+        """A complete text with each literal replaced by the function of it."""
+        return self._pattern.sub(lambda match: function(match[0]), text)
 
     def unless_cut(self, text: str) -> str:
         """The end of an output; empty if it is the beginning of a literal."""

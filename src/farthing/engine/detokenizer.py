@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 from tokenizers.decoders import DecodeStream
 
+from farthing.conversation.marks import MARK
 from farthing.engine.tokenizer import Tokenizer
 
 
 class Detokenizer:
     """Text of one sequence. The results of `push` and `flush` concatenate to the full decoded text."""
 
-    __slots__ = ("_decoder", "_skip", "_stream", "_tokenizer")
+    __slots__ = ("_decoder", "_marked", "_skip", "_stream", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, marked: Collection[int] = ()
+    ) -> None:
+        """marked: tokens whose text follows MARK, and is not skipped even if they are special."""
+        self._tokenizer, self._marked = tokenizer, marked
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stream = None if tokenizer.byte_level else DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def push(self, token: int) -> str:
         """Characters completed by this token."""
+        if token in self._marked:
+            return self.flush() + MARK + self._tokenizer.token_text(token)
         if self._stream is not None:
             return self._stream.step(self._tokenizer.backend, token) or ""
         if token in self._skip:

@@ -73,7 +73,7 @@ class Generation(Sequence):
         self._stop_ids = frozenset(params.stop_token_ids or ())
         self._text = None
         if tokenizer is not None and params.detokenize:
-            self._text = Detokenizer(tokenizer, params.skip_special_tokens)
+            self._text = Detokenizer(tokenizer, params.skip_special_tokens, params.marked_token_ids)
         self._stops = StopChecker(params.stop_strings, params.include_stop_str_in_output)
         self._new_text: list[str] = []
         self._new_tokens: list[int] = []

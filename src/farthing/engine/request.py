@@ -118,6 +118,7 @@ class SamplingParams:
     logprobs: int | None = None  # of the k most likely tokens and the sampled one, from the raw logits
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    marked_token_ids: frozenset[int] = frozenset()  # in the text, conversation.marks.MARK precedes each
     detokenize: bool = True
     structured_outputs: StructuredOutputsParams | None = None
     reasoning: ReasoningParams | None = None

@@ -11,16 +11,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from farthing.conversation.marks import MARK, marked
 from farthing.engine.constraints import Constraint, Masks
 from farthing.engine.structured import Matcher
 from farthing.engine.tokenizer import Tokenizer
 
+_MARK = MARK.encode("utf-8", "surrogatepass")
+
 
 class TokenTexts:
-    """The bytes of every token, sorted, to find those that begin with a prefix."""
+    """The bytes of every token, sorted, to find those that begin with a prefix.
+
+    Those of control tokens follow a mark, so that no other tokens spell the same.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        self._control = frozenset(map(tokenizer.token_text, tokenizer.control_ids))
         self._bytes = [tokenizer.token_bytes(token) for token in range(vocab)]
+        for token in tokenizer.control_ids:
+            if token < vocab:
+                self._bytes[token] = _MARK + self._bytes[token]
         order = sorted(range(vocab), key=self._bytes.__getitem__)
         self._sorted = [self._bytes[token] for token in order]
         self._order = order
@@ -28,6 +38,10 @@ class TokenTexts:
     def of(self, token: int) -> bytes:
         """The bytes of a token."""
         return self._bytes[token]
+
+    def spelled(self, text: str) -> bytes:
+        """The bytes of a text, with every control token in it as that token."""
+        return marked(text, self._control).encode("utf-8", "surrogatepass")
 
     def longer_than(self, prefix: bytes) -> list[int]:
         """Tokens that begin with a prefix and continue after it."""
@@ -48,7 +62,7 @@ class Openers:
     """Recognizes opening strings at the end of a text. Immutable; shared by the completions of a request."""
 
     def __init__(self, openers: Sequence[str], texts: TokenTexts) -> None:
-        self._openers = [opener.encode() for opener in openers]
+        self._openers = list(map(texts.spelled, openers))
         self._texts = texts
         self._reach = max(map(len, self._openers)) - 1
         whole = [texts.running_past(opener) for opener in self._openers]

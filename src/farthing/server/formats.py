@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens
@@ -22,7 +22,6 @@ class ModelFormats:
     chosen: Chosen
     tokenizer: Tokenizer | None
     control: ControlTokens
-    _hidden: dict[str, frozenset[str]] = field(default_factory=dict)  # by format
 
     @classmethod
     def of(cls, engine: Engine, config: ServerConfig) -> ModelFormats:
@@ -65,19 +64,11 @@ class ModelFormats:
         found = (self.token_id(stop) for stop in stops if stop and text.endswith(stop))
         return [token for token in found if token is not None][:1]
 
-    def hidden(self, form: ChatFormat) -> frozenset[str]:
-        """Control tokens that are no part of the format's markup, and so never shown."""
-        known = self._hidden.get(form.name)
-        if known is None:
-            known = self._hidden[form.name] = self._find_hidden(form)
-        return known
-
-    def _find_hidden(self, form: ChatFormat) -> frozenset[str]:
-        if self.tokenizer is None:
-            return frozenset()
-        kept = form.markup | ({form.tags.open, form.tags.close} if form.tags else frozenset())
-        special = (self.tokenizer.token_bytes(token).decode() for token in self.tokenizer.special_ids)
-        return frozenset(text for text in special if text and text not in kept)
+    def markup(self, form: ChatFormat) -> dict[int, str]:
+        """The format's markup that the tokenizer has as special tokens."""
+        tags = (form.tags.open, form.tags.close) if form.tags else ()
+        found = ((self.special_id(text), text) for text in (*form.markup, *tags))
+        return {token: text for token, text in found if token is not None}
 
 
 def _control(tokenizer: Tokenizer | None) -> ControlTokens:

@@ -73,19 +73,12 @@ class Reading:
     conversation: Conversation
     tags: Tags | None  # None: reasoning is not parsed
     opened: bool  # the prompt ends inside the reasoning
-    shows_control: bool  # the client requested control tokens
     forced: bool
+    tokens: frozenset[str]  # the markup that arrives as special tokens, each after a mark
 
     def parser(self) -> OutputParser:
         """A parser for one choice."""
-        reads = self.reads_control
-        hidden = self.formats.hidden(self.form) if reads and not self.shows_control else frozenset()
-        return OutputParser(self._calls(), self.tags, self.opened, hidden)
-
-    @property
-    def reads_control(self) -> bool:
-        """Whether the parser needs the control tokens in the text."""
-        return self.tags is not None or (not self.forced and bool(self.conversation.tools))
+        return OutputParser(self._calls(), self.tags, self.opened, self.tokens)
 
     def counter(self) -> ReasoningCounter:
         """A counter of one choice's reasoning tokens."""
@@ -98,7 +91,9 @@ class Reading:
         conversation = self.conversation
         if self.forced:
             return NamedCall(conversation.choice.names[0]) if conversation.choice.single else ListedCalls()
-        return self.form.calls(conversation.tools) if conversation.tools else NoCalls()
+        if not conversation.tools:
+            return NoCalls()
+        return self.form.calls(conversation.tools, self.tokens)
 
 
 class _Choice:
@@ -187,18 +182,18 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     _check_thinking(conversation, form, opened)
     # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
     tags = form.tags if structured is None or opened else None
-    values = dict(request.sampling)
+    parsed = tags is not None or (schema is None and conversation.tools)
+    marked = formats.markup(form) if parsed else {}
     reading = Reading(
         formats=formats,
         form=form,
         conversation=conversation,
         tags=tags,
         opened=opened,
-        shows_control=values.get("skip_special_tokens") is False,
         forced=schema is not None,
+        tokens=frozenset(marked.values()),
     )
-    if reading.reads_control:
-        values["skip_special_tokens"] = False  # the parser needs its own and drops the rest
+    values = dict(request.sampling) | {"marked_token_ids": frozenset(marked)}
     values["stop_token_ids"] = _stops(values.get("stop_token_ids"), form, formats)
     job = await service.open(
         client,

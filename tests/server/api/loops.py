@@ -9,7 +9,7 @@ from typing import Any
 
 from farthing.config import EngineConfig
 from tests.conversation.test_parse import Calls, dsml, glm, kimi, v3, v31
-from tests.server.harness import Running, ScriptedEngine, running
+from tests.server.harness import Running, ScriptedEngine, letters, running
 
 TURNS = 5
 ASK = "Add them up: é 日 🎉"
@@ -52,7 +52,7 @@ def script(format_: str) -> Callable[[str], list[str]]:
         done = prompt.count("RESULT-")
         text = f"{THOUGHT}</think>" if opened else ""
         text += "Done." if done == TURNS else f"Step {done}." + write([("add", arguments(done))])
-        return list(text)
+        return letters(text)
 
     return say
 

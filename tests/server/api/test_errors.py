@@ -12,7 +12,7 @@ import pytest
 from farthing.config import EngineConfig
 from farthing.server.auth import KeyRing
 from tests.server.api.loops import FORMATS
-from tests.server.harness import Running, ScriptedEngine, events, running
+from tests.server.harness import Running, ScriptedEngine, events, letters, running
 
 USER = [{"role": "user", "content": "hi"}]
 TOOL = {"name": "f", "input_schema": {"type": "object"}}
@@ -156,7 +156,7 @@ def test_engine_failure_within_a_stream(path: str) -> None:
 
 def test_truncated_and_stopped() -> None:
     call = '<｜DSML｜tool_calls><｜DSML｜invoke name="f"><｜DSML｜parameter name="a" string="true">tex'
-    engine = ScriptedEngine(list("why</think>" + call), finish_reason="length")
+    engine = ScriptedEngine(letters("why</think>" + call), finish_reason="length")
     engine.config = EngineConfig(max_model_len=10_000, chat_template="deepseek_v4")
     with running(engine) as server:
         client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
@@ -209,7 +209,7 @@ def test_namespaces_texts_and_unsupported_tools() -> None:
     patch = '*** Begin "Patch"\n+é'
     write, _ = FORMATS["deepseek_v4"]
     calls = [("agents.close", {"target": "a"}), ("patch", {"input": patch})]
-    engine = ScriptedEngine(list("</think>" + write(calls)))
+    engine = ScriptedEngine(letters("</think>" + write(calls)))
     engine.config = EngineConfig(max_model_len=100_000, chat_template="deepseek_v4")
     tools: Any = [
         {

@@ -11,7 +11,7 @@ import pytest
 from farthing.config import EngineConfig
 from farthing.engine.request import StructuredOutputsParams
 from tests.server.api.loops import FORMATS
-from tests.server.harness import Running, ScriptedEngine, running
+from tests.server.harness import Running, ScriptedEngine, letters, running
 
 USER = [{"role": "user", "content": "hi"}]
 BODY: dict[str, Any] = {"messages": USER, "max_tokens": 9}
@@ -72,7 +72,7 @@ def test_tools_declared_by_anthropic_and_run_by_the_client() -> None:
         ("bash", {"command": "echo '</x>'"}),
         ("str_replace_based_edit_tool", {"command": "view", "path": "a.py", "view_range": [1, -1]}),
     ]
-    engine = ScriptedEngine(list("</think>" + write(calls)))
+    engine = ScriptedEngine(letters("</think>" + write(calls)))
     engine.config = EngineConfig(max_model_len=100_000, num_blocks=64, chat_template="deepseek_v4")
     tools: Any = [
         {"type": "bash_20250124", "name": "bash"},

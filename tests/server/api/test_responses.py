@@ -11,7 +11,7 @@ import pytest
 from farthing.config import EngineConfig
 from farthing.server.auth import KeyRing
 from tests.server.api.loops import FORMATS
-from tests.server.harness import Running, ScriptedEngine, running
+from tests.server.harness import Running, ScriptedEngine, letters, running
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_oldest_turns_are_dropped_until_the_rest_fits() -> None:
 
 def test_references_to_items_of_earlier_answers() -> None:
     write, _ = FORMATS["deepseek_v4"]
-    engine = ScriptedEngine(list("A thought.</think>Now: " + write([("f", {"x": "é"})])))
+    engine = ScriptedEngine(letters("A thought.</think>Now: " + write([("f", {"x": "é"})])))
     engine.config = EngineConfig(max_model_len=100_000, num_blocks=64, chat_template="deepseek_v4")
     tools: Any = [{"type": "function", "name": "f"}]
     with running(engine, keys=KeyRing(["a:one", "b:two"])) as server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from farthing.conversation.parse.base import CallParser, NoCalls
 from farthing.conversation.parse.output import Tags
@@ -25,6 +26,13 @@ class ControlTokens:
     eos: str = "<｜end▁of▁sentence｜>"
 
 
+class MakesParser(Protocol):
+    """Creates a parser of calls. tokens: the markup that the model writes as special tokens."""
+
+    def __call__(self, tools: tuple[Tool, ...], tokens: frozenset[str] = frozenset(), /) -> CallParser:
+        """A parser of one answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
     """A named format: renders conversations and creates parsers of answers.
@@ -35,7 +43,7 @@ class ChatFormat:
 
     name: str
     render: Callable[[Conversation, ControlTokens], str]
-    calls: Callable[[tuple[Tool, ...]], CallParser] = lambda tools: NoCalls()
+    calls: MakesParser = lambda tools, tokens=frozenset(): NoCalls()
     tags: Tags | None = None
     efforts: tuple[str, ...] = ()
     markup: frozenset[str] = frozenset()  # control tokens the parser must see as text

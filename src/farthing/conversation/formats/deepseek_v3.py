@@ -83,8 +83,8 @@ def render_r1(conversation: Conversation, tokens: ControlTokens) -> str:
     return render(conversation, tokens, "<think>\n")
 
 
-def _parser(tools: tuple[Tool, ...]) -> DelimitedCalls:
-    return DelimitedCalls(MARKS)
+def _parser(tools: tuple[Tool, ...], tokens: frozenset[str] = frozenset()) -> DelimitedCalls:
+    return DelimitedCalls(MARKS, tokens=tokens)
 
 
 STYLE = (f"function{MARKS.separator}{{name}}\n```json\n", f"\n```{MARKS.call_end}")

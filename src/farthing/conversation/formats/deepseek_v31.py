@@ -81,7 +81,7 @@ STYLE = (f"{{name}}{MARKS.separator}", MARKS.call_end)
 V31 = ChatFormat(
     "deepseek_v31",
     render,
-    lambda tools: DelimitedCalls(MARKS),
+    lambda tools, tokens=frozenset(): DelimitedCalls(MARKS, tokens=tokens),
     THINK,
     efforts=("none",),
     markup=MARKS.all,

@@ -104,5 +104,11 @@ class _Results:
 
 
 V32 = ChatFormat(
-    "deepseek_v32", render, DsmlCalls, THINK, efforts=("none",), markup=frozenset((MARK,)), syntax=SYNTAX
+    "deepseek_v32",
+    render,
+    lambda tools, tokens=frozenset(): DsmlCalls(tools),
+    THINK,
+    efforts=("none",),
+    markup=frozenset((MARK,)),
+    syntax=SYNTAX,
 )

@@ -144,7 +144,7 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
 V4 = ChatFormat(
     "deepseek_v4",
     render,
-    DsmlCalls,
+    lambda tools, tokens=frozenset(): DsmlCalls(tools),
     THINK,
     efforts=("none", "minimal", "low", "medium", "high", "max"),
     markup=frozenset((MARK,)),

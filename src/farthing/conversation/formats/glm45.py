@@ -82,7 +82,7 @@ _PARAMETER = f"{KEY}{{name}}{KEY_END}\n{VALUE}"
 GLM45 = ChatFormat(
     "glm45",
     render,
-    GlmCalls,
+    lambda tools, tokens=frozenset(): GlmCalls(tools),
     THINK,
     efforts=("none",),
     markup=_MARKS,

@@ -92,7 +92,7 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
 KIMI_K2 = ChatFormat(
     "kimi_k2",
     render,
-    lambda tools: DelimitedCalls(MARKS, native_ids=True),
+    lambda tools, tokens=frozenset(): DelimitedCalls(MARKS, True, tokens),
     THINK,
     efforts=("none",),
     markup=MARKS.all,

@@ -52,10 +52,15 @@ KIMI = Marks(
 
 
 class DelimitedCalls(Machine):
-    """Parses the calls described above. `native_ids`: the head is the call's id, as in Kimi's format."""
+    """Parses the calls described above.
 
-    def __init__(self, marks: Marks, native_ids: bool = False) -> None:
+    native_ids: the head is the call's id, as in Kimi's format. tokens: the marks known to be special tokens,
+    which end a call even within a string; the others may be part of the string.
+    """
+
+    def __init__(self, marks: Marks, native_ids: bool = False, tokens: frozenset[str] = frozenset()) -> None:
         super().__init__()
+        self._tokens = tokens
         self.openers = frozenset((marks.calls_begin, marks.call_begin))
         self._marks, self._native_ids = marks, native_ids
         self._literals = literals(marks.all)
@@ -182,8 +187,8 @@ class DelimitedCalls(Machine):
         if start:
             take(self._take(start))
         mark = self._take(end - start)
-        if self._object is not None and self._object.quoted:
-            take(mark)  # a string in the arguments may contain marks
+        if self._object is not None and self._object.quoted and mark not in self._tokens:
+            take(mark)
         else:
             self._mark(mark)
         return True

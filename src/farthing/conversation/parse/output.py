@@ -1,11 +1,12 @@
-"""Parses a complete output: drops control tokens, splits reasoning from the answer, calls from text."""
+"""Parses a complete output: splits reasoning from the answer, and calls from text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from farthing.conversation.deltas import Delta, Reasoning
+from farthing.conversation.deltas import CallStart, Delta, Reasoning
+from farthing.conversation.marks import MARK, SpecialTokens, plain
 from farthing.conversation.parse.base import CallParser
 from farthing.conversation.scan import Trailing, literals
 
@@ -24,8 +25,9 @@ THINK = Tags()
 class OutputParser:
     """Converts pieces of text to deltas. The assembled answer does not depend on where the pieces are cut.
 
-    tags: None if the output is not parsed for reasoning. opened: the prompt already opened it. hidden:
-    control tokens outside all markup, which are dropped everywhere.
+    tags: None if the output is not parsed for reasoning. opened: the prompt already opened it. tokens: the
+    markup that the model writes as special tokens, each of which follows MARK; where the same text is spelled
+    by other tokens, it is no markup.
     """
 
     def __init__(
@@ -33,10 +35,10 @@ class OutputParser:
         calls: CallParser,
         tags: Tags | None = None,
         opened: bool = False,
-        hidden: frozenset[str] = frozenset(),
+        tokens: frozenset[str] = frozenset(),
     ) -> None:
         self._calls = calls
-        self._hidden = Hidden(hidden) if hidden else None
+        self._tokens = SpecialTokens(tokens) if tokens else None
         self._reasoning = None if tags is None else ReasoningSplitter(tags, opened, calls.openers)
 
     @property
@@ -51,19 +53,21 @@ class OutputParser:
 
     def push(self, text: str) -> list[Delta]:
         """Parse one more piece and return the deltas that are certain."""
-        if self._hidden is not None:
-            text = self._hidden.push(text)
-        if self._reasoning is None:
-            return self._calls.push(text)
-        return self._split(self._reasoning.push(text))
+        if self._tokens is None:
+            return self._parse(text)
+        return _plain(self._parse(self._tokens.push(text)))
 
     def finish(self) -> list[Delta]:
         """The deltas still held back at the end of the output."""
-        rest = self._hidden.finish() if self._hidden else ""
+        deltas = self._parse(self._tokens.finish()) if self._tokens is not None else []
+        if self._reasoning is not None:
+            deltas += self._split(self._reasoning.finish())
+        return _plain(deltas + self._calls.finish())
+
+    def _parse(self, text: str) -> list[Delta]:
         if self._reasoning is None:
-            return self._calls.push(rest) + self._calls.finish()
-        parts = self._reasoning.push(rest) + self._reasoning.finish()
-        return self._split(parts) + self._calls.finish()
+            return self._calls.push(text)
+        return self._split(self._reasoning.push(text))
 
     def _split(self, parts: list[Part]) -> list[Delta]:
         deltas: list[Delta] = []
@@ -75,29 +79,16 @@ class OutputParser:
         return deltas
 
 
-class Hidden:
-    """Drops fixed strings from a text."""
-
-    def __init__(self, strings: frozenset[str]) -> None:
-        self._literals = literals(strings)
-        self._buffer = ""
-
-    def push(self, text: str) -> str:
-        """The text known to contain none of the strings."""
-        self._buffer += text
-        ready: list[str] = []
-        while found := self._literals.find(self._buffer):
-            ready.append(self._buffer[: found[0]])
-            self._buffer = self._buffer[found[1] :]
-        size = self._literals.ready(self._buffer)
-        ready.append(self._buffer[:size])
-        self._buffer = self._buffer[size:]
-        return "".join(ready)
-
-    def finish(self) -> str:
-        """The rest; a string that is a prefix of a longer one is now complete."""
-        rest, self._buffer = self._literals.remove(self._buffer), ""
-        return rest
+def _plain(deltas: list[Delta]) -> list[Delta]:
+    shown: list[Delta] = []
+    for delta in deltas:
+        if isinstance(delta, CallStart):
+            shown.append(replace(delta, name=plain(delta.name), id=plain(delta.id)))
+        elif MARK not in delta.text:
+            shown.append(delta)
+        elif text := plain(delta.text):
+            shown.append(replace(delta, text=text))
+    return shown
 
 
 Kind = Literal["reasoning", "content"]
