@@ -11,29 +11,9 @@
 #include "pack.h"
 #include "shared_sum.h"
 #include "threads.h"
+#include "workspace.h"
 
 namespace farthing {
-
-// Grow-only memory an op cuts its scratch from; one op runs at a time.
-class Workspace {
- public:
-  ~Workspace();
-  void reset() { used_ = 0; }
-  template <class T>
-  T* take(size_t count) {
-    return static_cast<T*>(raw(count * sizeof(T)));
-  }
-  Act act(const Matrix& w, int rows, bool split, bool sparse);
-
- private:
-  void* raw(size_t bytes);
-  struct Chunk {
-    uint8_t* at;
-    size_t size;
-  };
-  std::vector<Chunk> chunks_;
-  size_t used_ = 0, chunk_ = 0;
-};
 
 constexpr int kMostExperts = 1024;  // of a router, so that a token's scores fit on the stack
 
@@ -117,8 +97,8 @@ struct LinearArgs {
   int tokens;
   const float* norm;  // [K] or null: rows are normed first
   float eps;
-  Rows residual;  // [T, N], added to the product, or null
-  Rows out;       // [T, N]
+  Rows residual;                 // [T, N], added to the product, or null
+  Rows out;                      // [T, N]
   const Packed* rest = nullptr;  // the matrix's further columns, whose product is summed separately; or null
 };
 
@@ -158,6 +138,20 @@ struct LayersArgs {
 struct Indexer;
 struct IndexBatch;
 
+// What an op takes from a workspace, without running it. `rows`: rows of routed experts, all of which one
+// rank may get; the weights' matrices need no data.
+struct Sizes {
+  const Kernels& kernels;
+  int threads;
+  Workspace work{Workspace::Memory::none};
+
+  void linear(const Matrix& w, int tokens);
+  void moe(const Moe& w, int tokens, int rows);
+  void mla(const Attention& w, const Batch& batch);
+  void index(const Indexer& s, int tokens, int keys, bool halves);
+  void top_logits(const Matrix& head, int tokens, int k);
+};
+
 class Backend {
  public:
   Backend(int threads, const char* isa, const std::string& topology, bool pin);
@@ -174,6 +168,7 @@ class Backend {
   void top_logits(const Packed& head, Rows x, int tokens, const float* norm, float eps, int k, float* values,
                   int64_t* ids, float* logsumexp);
   void softmax(Rows x, int rows, int n, Rows out);
+  size_t workspace_bytes() const { return work_.most_used(); }  // of the largest op so far
 
   Pool pool;
   const Kernels& kernels;

@@ -48,6 +48,7 @@ std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int uni
 
 void bind_conv(nb::module_& module);
 void bind_indexer(nb::module_& module);
+void bind_sizes(nb::module_& module);
 
 NB_MODULE(_native, module) {
   module.def("instruction_sets", [] { return std::string(supported_kernels()); });
@@ -216,6 +217,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("isa", [](const Backend& b) { return std::string(b.kernels.name); })
       .def_prop_ro("threads", [](const Backend& b) { return b.pool.size(); })
       .def_prop_ro("nodes", [](const Backend& b) { return b.pool.nodes(); })
+      .def_prop_ro("workspace_bytes", &Backend::workspace_bytes)
       .def_prop_ro("packed_bytes", [](const Backend& b) { return b.arena->bytes(); })
       .def("pack", &pack)
       .def(
@@ -298,4 +300,5 @@ NB_MODULE(_native, module) {
           "rows"_a, "n"_a, "out"_a, free);
   bind_conv(module);
   bind_indexer(module);
+  bind_sizes(module);
 }

@@ -10,6 +10,7 @@ namespace farthing {
 namespace {
 
 constexpr int kChunk = 32;  // panels whose logits are reduced together: fixed, so that sums have one order
+constexpr int kColumns = kChunk * kPanel;
 
 struct Best {
   float value;
@@ -49,43 +50,61 @@ void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t fi
   for (int i = 0; i < n; ++i) insert(best, k, {logits[i], first + i});
 }
 
+// Scratch of one call.
+struct Space {
+  int chunks;
+  Act x;                 // [T], or a row per thread for one token
+  float *norms, *tiles;  // [threads][act_stride(K)], [threads][T][kColumns]
+  Best* best;            // [chunks][T][k]
+  float *max, *sum;      // [chunks][T]
+
+  Space(Workspace& work, const Kernels& kernels, const Matrix& w, int tokens, int k, int threads) {
+    const size_t each = threads, T = tokens;
+    chunks = (w.panels + kChunk - 1) / kChunk;
+    x = work.act(w, std::max(tokens, threads), kernels.split_act && tokens >= kernels.split_rows, w.sparse);
+    norms = work.take<float>(each * act_stride(w.k));
+    tiles = work.take<float>(each * T * kColumns);
+    best = work.take<Best>(chunks * T * k);
+    max = work.take<float>(chunks * T);
+    sum = work.take<float>(chunks * T);
+  }
+};
+
 }  // namespace
+
+void Sizes::top_logits(const Matrix& head, int tokens, int k) {
+  work.reset();
+  Space(work, kernels, head, tokens, k, threads);
+}
 
 void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* norm, float eps, int k,
                          float* values, int64_t* ids, float* logsumexp) {
   const Matrix& w = packed.m;
-  const int chunks = (w.panels + kChunk - 1) / kChunk, columns = kChunk * kPanel;
   work_.reset();
-  const Act space = work_.act(w, std::max(tokens, pool.size()),
-                              kernels.split_act && tokens >= kernels.split_rows, w.sparse);
-  float* scratch = work_.take<float>(static_cast<size_t>(pool.size()) * act_stride(w.k));
-  float* tiles = work_.take<float>(static_cast<size_t>(pool.size()) * tokens * columns);
-  Best* best = work_.take<Best>(static_cast<size_t>(chunks) * tokens * k);
-  float* max = work_.take<float>(static_cast<size_t>(chunks) * tokens);
-  float* sum = work_.take<float>(static_cast<size_t>(chunks) * tokens);
+  const Space space(work_, kernels, w, tokens, k, pool.size());
   pool.run([&](Team& team) {
-    const Act act = prepare(team, 0, w, space, x, tokens, norm, eps, scratch);
-    float* tile = tiles + static_cast<size_t>(team.id()) * tokens * columns;
-    team.for_units(1, 1, chunks, [&](int, int c) {
-      const int count = std::min(kChunk, w.panels - c * kChunk), n = std::min(columns, w.n - c * columns);
-      kernels.tile(w, c * kChunk, count, act, tokens, tile, columns);
+    const Act act = prepare(team, 0, w, space.x, x, tokens, norm, eps, space.norms);
+    float* tile = space.tiles + static_cast<size_t>(team.id()) * tokens * kColumns;
+    team.for_units(1, 1, space.chunks, [&](int, int c) {
+      const int count = std::min(kChunk, w.panels - c * kChunk), n = std::min(kColumns, w.n - c * kColumns);
+      kernels.tile(w, c * kChunk, count, act, tokens, tile, kColumns);
       for (int t = 0; t < tokens; ++t) {
         const size_t at = static_cast<size_t>(c) * tokens + t;
-        reduce_chunk(kernels, tile + t * columns, n, static_cast<int64_t>(c) * columns, k, best + at * k,
-                     max + at, sum + at);
+        reduce_chunk(kernels, tile + t * kColumns, n, static_cast<int64_t>(c) * kColumns, k,
+                     space.best + at * k, space.max + at, space.sum + at);
       }
     });
   });
   for (int t = 0; t < tokens; ++t) {
-    float top = max[t];
-    for (int c = 1; c < chunks; ++c) top = std::max(top, max[c * tokens + t]);
+    float top = space.max[t];
+    for (int c = 1; c < space.chunks; ++c) top = std::max(top, space.max[c * tokens + t]);
     double total = 0.0;
     std::vector<Best> list(
         k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
-    for (int c = 0; c < chunks; ++c) {
+    for (int c = 0; c < space.chunks; ++c) {
       const size_t at = static_cast<size_t>(c) * tokens + t;
-      total += static_cast<double>(sum[at]) * std::exp(static_cast<double>(max[at] - top));
-      for (int i = 0; i < k; ++i) insert(list.data(), k, best[at * k + i]);
+      total += static_cast<double>(space.sum[at]) * std::exp(static_cast<double>(space.max[at] - top));
+      for (int i = 0; i < k; ++i) insert(list.data(), k, space.best[at * k + i]);
     }
     if (!std::isfinite(top) || !std::isfinite(total))
       throw NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows");

@@ -87,34 +87,61 @@ struct Reader {
   }
 };
 
+// Scratch of one call.
+struct Space {
+  Layout layout;
+  size_t ld;        // keys, padded
+  float* q32;       // [T][DP][HP], or null
+  uint16_t* q16;    // [T][DP][HP] bfloat16, or null
+  float* weights;   // [T][HP]
+  float* scores;    // [T][ld]
+  float* row;       // [threads][DP]
+  uint16_t* half;   // [threads][DP]
+  float* k32;       // [threads][kKeyBlock][DP]
+  uint16_t* k16;    // [threads][kKeyBlock][DP]
+  float* scale;     // [threads][kKeyBlock]
+  uint32_t* order;  // [threads][2][ld]
+
+  // tokens: that are scored; most: keys that one of them sees.
+  Space(Workspace& work, const Indexer& s, bool halves, int tokens, int most, int threads)
+      : layout{round_up(s.heads, kHead), round_up(s.dim, 32), halves},
+        ld(round_up(static_cast<size_t>(most), size_t{kKeyBlock})) {
+    const size_t T = tokens, each = threads, dim = layout.dim;
+    q32 = work.take<float>(halves ? 0 : T * layout.query());
+    q16 = work.take<uint16_t>(halves ? T * layout.query() : 0);
+    weights = work.take<float>(T * layout.heads);
+    scores = work.take<float>(T * ld);
+    row = work.take<float>(each * dim);
+    half = work.take<uint16_t>(each * dim);
+    k32 = work.take<float>(each * kKeyBlock * dim);
+    k16 = work.take<uint16_t>(each * kKeyBlock * dim);
+    scale = work.take<float>(each * kKeyBlock);
+    order = work.take<uint32_t>(T ? each * 2 * ld : 0);
+  }
+};
+
 }  // namespace
+
+void Sizes::index(const Indexer& s, int tokens, int keys, bool halves) {
+  work.reset();
+  Space(work, s, halves && kernels.index_halves, keys > s.top_k ? tokens : 0, keys, threads);
+}
 
 void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
                     const IndexBatch& batch, int32_t* out) {
-  const int threads = pool.size(), T = tokens;
-  const Layout l{round_up(s.heads, kHead), round_up(s.dim, 32),
-                 kernels.index_halves && cache.type != CacheType::f32};
+  const int T = tokens;
+  const bool halves = kernels.index_halves && cache.type != CacheType::f32;
   const std::vector<Unit> units = out ? plan_units(s, batch, T) : std::vector<Unit>{};
   int most = 1;
   for (int t = 0; t < T; ++t) most = std::max(most, batch.positions[t] + 1);
-  const size_t ld = round_up(static_cast<size_t>(most), size_t{kKeyBlock});
   work_.reset();
-  const size_t rows = units.empty() ? 0 : static_cast<size_t>(T);
-  float* q32 = work_.take<float>(l.halves ? 0 : rows * l.query());
-  uint16_t* q16 = work_.take<uint16_t>(l.halves ? rows * l.query() : 0);
-  float* weights = work_.take<float>(rows * l.heads);
-  float* scores = work_.take<float>(rows * ld);
-  float* scratch = work_.take<float>(static_cast<size_t>(threads) * l.dim);
-  uint16_t* half = work_.take<uint16_t>(static_cast<size_t>(threads) * l.dim);
-  float* k32 = work_.take<float>(static_cast<size_t>(threads) * kKeyBlock * l.dim);
-  uint16_t* k16 = work_.take<uint16_t>(static_cast<size_t>(threads) * kKeyBlock * l.dim);
-  float* scales = work_.take<float>(static_cast<size_t>(threads) * kKeyBlock);
-  uint32_t* order = work_.take<uint32_t>(rows ? static_cast<size_t>(threads) * 2 * ld : 0);
+  const Space space(work_, s, halves, units.empty() ? 0 : T, most, pool.size());
+  const Layout& l = space.layout;
   const float share = 1.0f / std::sqrt(static_cast<float>(s.heads) * static_cast<float>(s.dim));
 
   pool.run([&](Team& team) {
     const size_t me = static_cast<size_t>(team.id());
-    float* row = scratch + me * l.dim;
+    float* row = space.row + me * l.dim;
     team.for_units(0, T, units.empty() ? 1 : 2, [&](int t, int part) {
       const int64_t angle = static_cast<int64_t>(batch.positions[t]) * (s.rope / 2);
       const float *cos = s.cos + angle, *sin = s.sin + angle;
@@ -126,9 +153,9 @@ void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const 
                          s.dim, scale);
       }
       if (batch.positions[t] < s.top_k) return;
-      uint16_t* rounded = half + me * l.dim;
-      float* to32 = q32 + (l.halves ? 0 : t * l.query());
-      uint16_t* to16 = q16 + (l.halves ? t * l.query() : 0);
+      uint16_t* rounded = space.half + me * l.dim;
+      float* to32 = space.q32 + (l.halves ? 0 : t * l.query());
+      uint16_t* to16 = space.q16 + (l.halves ? t * l.query() : 0);
       for (int h = 0; h < l.heads; ++h) {
         std::fill(row, row + l.dim, 0.0f);
         if (h < s.heads) {
@@ -137,7 +164,7 @@ void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const 
         }
         if (l.halves) kernels.round_bf16(row, l.dim, rounded);
         place_head(row, rounded, l, h, to32, to16);
-        weights[static_cast<size_t>(t) * l.heads + h] = h < s.heads ? w.row(t)[h] * share : 0.0f;
+        space.weights[static_cast<size_t>(t) * l.heads + h] = h < s.heads ? w.row(t)[h] * share : 0.0f;
       }
     });
     team.barrier();
@@ -147,9 +174,9 @@ void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const 
                         batch,
                         l,
                         s.dim,
-                        k32 + me * kKeyBlock * l.dim,
-                        k16 + me * kKeyBlock * l.dim,
-                        scales + me * kKeyBlock};
+                        space.k32 + me * kKeyBlock * l.dim,
+                        space.k16 + me * kKeyBlock * l.dim,
+                        space.scale + me * kKeyBlock};
     team.for_units(1, 1, static_cast<int>(units.size()), [&](int, int i) {
       const Unit& u = units[i];
       IndexBlock b{nullptr, nullptr, nullptr, l.heads, l.dim, reader.k32, reader.k16, 0, nullptr};
@@ -159,10 +186,10 @@ void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const 
         for (int j = 0; j < u.tokens; ++j) {
           const size_t t = static_cast<size_t>(u.token) + j;
           if (batch.positions[t] < s.top_k || batch.positions[t] < at) continue;
-          b.q32 = l.halves ? nullptr : q32 + t * l.query();
-          b.q16 = l.halves ? q16 + t * l.query() : nullptr;
-          b.w = weights + t * l.heads;
-          b.out = scores + t * ld + at;
+          b.q32 = l.halves ? nullptr : space.q32 + t * l.query();
+          b.q16 = l.halves ? space.q16 + t * l.query() : nullptr;
+          b.w = space.weights + t * l.heads;
+          b.out = space.scores + t * space.ld + at;
           kernels.index_scores(b);
           if (cache.scale)
             for (int n = 0; n < b.keys; ++n) b.out[n] *= reader.scale[n];
@@ -177,8 +204,8 @@ void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const 
         for (int n = 0; n < s.top_k; ++n) to[n] = n < seen ? n : -1;
         return;
       }
-      top_positions(scores + static_cast<size_t>(t) * ld, seen, s.top_k, order + me * 2 * ld,
-                    order + (me * 2 + 1) * ld, to);
+      top_positions(space.scores + static_cast<size_t>(t) * space.ld, seen, s.top_k,
+                    space.order + me * 2 * space.ld, space.order + (me * 2 + 1) * space.ld, to);
     });
   });
 }

@@ -1,52 +1,12 @@
 // Norm, quantize, project, add; and the output head.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
 #include "backend.h"
 
 namespace farthing {
-
-Workspace::~Workspace() {
-  for (auto& c : chunks_) std::free(c.at);
-}
-
-void* Workspace::raw(size_t bytes) {
-  bytes = round_up(bytes, size_t{64}) + 64;
-  if (used_ == 0) chunk_ = 0;
-  while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size) ++chunk_, used_ = 0;
-  if (chunk_ == chunks_.size()) {
-    const size_t size = std::max(bytes, size_t{8} << 20);
-    void* at = std::aligned_alloc(64, round_up(size, size_t{64}));
-    if (!at) throw std::bad_alloc();
-    chunks_.push_back({static_cast<uint8_t*>(at), size});
-  }
-  uint8_t* at = chunks_[chunk_].at + used_;
-  used_ += bytes;
-  return at;
-}
-
-Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
-  Act a;
-  a.ld = act_stride(w.k);
-  const size_t cells = static_cast<size_t>(rows) * a.ld;
-  if (w.quantized()) {
-    a.groups = w.groups();
-    a.blocks = round_up(w.k, 64) / kBlock;
-    a.q = take<int8_t>(cells);
-    a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
-    a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
-    if (split && w.format == Format::q4) a.hi = take<uint16_t>(cells);
-    if (sparse) a.block_comp = take<int32_t>(static_cast<size_t>(rows) * a.blocks);
-    return a;
-  }
-  a.f32 = take<float>(cells);
-  if (split && w.format == Format::bf16) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
-  return a;
-}
 
 Backend::Backend(int threads, const char* isa, const std::string& topology, bool pin)
     : pool(threads, topology, pin),
@@ -115,26 +75,44 @@ void write_tile(const LinearArgs& in, const float* tile, int n0, int columns, in
   }
 }
 
+constexpr size_t kTile = static_cast<size_t>(kRowBlock) * 32;
+
+// Scratch of one call.
+struct Space {
+  Act x, rest;           // [T], or a row per thread for one token
+  float *norms, *tiles;  // [threads][act_stride(K)], [threads][kTile], twice with further columns
+
+  Space(Workspace& work, const Kernels& kernels, const Matrix& w, const Matrix* further, int tokens,
+        int threads) {
+    const int copies = std::max(tokens, threads);
+    const bool split = kernels.split_act && tokens >= kernels.split_rows;
+    x = work.act(w, copies, split, w.sparse);
+    if (further) rest = work.act(*further, copies, split, further->sparse);
+    norms = work.take<float>(static_cast<size_t>(threads) * act_stride(w.k));
+    tiles = work.take<float>(threads * kTile * (further ? 2 : 1));
+  }
+};
+
 }  // namespace
+
+void Sizes::linear(const Matrix& w, int tokens) {
+  work.reset();
+  Space(work, kernels, w, nullptr, tokens, threads);
+}
 
 void Backend::linear(const Packed& packed, const LinearArgs& in) {
   const Matrix& w = packed.m;
   const Matrix* rest = in.rest ? &in.rest->m : nullptr;
   if (rest && (in.norm || rest->n != w.n)) throw std::invalid_argument("further columns do not fit a matrix");
-  const int T = in.tokens, copies = std::max(T, pool.size());
-  const bool split = kernels.split_act && T >= kernels.split_rows;
-  constexpr size_t kTile = static_cast<size_t>(kRowBlock) * 32;
+  const int T = in.tokens;
   work_.reset();
-  const Act space = work_.act(w, copies, split, w.sparse);
-  const Act space_rest = rest ? work_.act(*rest, copies, split, rest->sparse) : Act{};
-  float* scratch = work_.take<float>(static_cast<size_t>(pool.size()) * act_stride(w.k));
-  float* tiles = work_.take<float>(pool.size() * kTile * (rest ? 2 : 1));
+  const Space space(work_, kernels, w, rest, T, pool.size());
   pool.run([&](Team& team) {
-    const Act act = prepare(team, 0, w, space, in.x, T, in.norm, in.eps, scratch);
+    const Act act = prepare(team, 0, w, space.x, in.x, T, in.norm, in.eps, space.norms);
     const Rows right{in.x.at + w.k, in.x.stride};
     const Act act_rest =
-        rest ? prepare(team, 1, *rest, space_rest, right, T, nullptr, in.eps, scratch) : Act{};
-    float *tile = tiles + team.id() * kTile, *more = tiles + (pool.size() + team.id()) * kTile;
+        rest ? prepare(team, 1, *rest, space.rest, right, T, nullptr, in.eps, space.norms) : Act{};
+    float *tile = space.tiles + team.id() * kTile, *more = space.tiles + (pool.size() + team.id()) * kTile;
     team.for_units(2, 1, (w.panels + kPair - 1) / kPair, [&](int, int pair) {
       for_tiles(kernels, w, pair, act, T, tile, [&](int n0, int columns, int m0, int rows) {
         if (rest) {

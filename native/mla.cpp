@@ -313,6 +313,13 @@ class Mla {
 
 }  // namespace
 
+void Sizes::mla(const Attention& w, const Batch& batch) {
+  const Units units(batch, w.heads);
+  work.reset();
+  Space(work, kernels, w, w.w_uk[0]->m, w.w_uv[0]->m, batch.query_start[batch.sequences], units.slots,
+        threads);
+}
+
 void Backend::mla(const Attention& w, const MlaArgs& in) {
   const Units units(in.batch, w.heads);
   work_.reset();

@@ -120,10 +120,11 @@ struct Space {
   float* apart = nullptr;            // [parts][R + T][ld]: down projections before they are summed
   size_t tile_size, hidden_size, sum_size;
 
-  Space(Workspace& work, const Kernels& kernels, const Moe& w, int T, int threads) {
+  // rows: of the routed experts, T k unless other ranks have some of them.
+  Space(Workspace& work, const Kernels& kernels, const Moe& w, int T, int rows, int threads) {
     const int k = w.gate ? w.router.top_k : 0;
     copies = T == 1 ? threads : T;
-    most = T * k;
+    most = rows;
     token_rows = most + T;
     experts = w.gate ? w.router.experts : 0;
     score_ld = round_up(experts, kPanel);
@@ -261,8 +262,7 @@ class Experts {
       const Kind& kind = s_.kinds[job.part][job.shared];
       const int at = step * unit_columns(e.down->m);
       if (at >= e.down->m.k) return;
-      if (step + 1 == s_.steps && j + 1 < jobs)
-        fetch_start(mlp(plan.jobs[j + 1]).gate_up->m, 0);
+      if (step + 1 == s_.steps && j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).gate_up->m, 0);
       gate_up(kernels_, e.gate_up->m, e.down->m, alone() ? row(kind.x, me) : row(kind.rows, job.first),
               row(kind.mid, job.first), job.rows, at, s_.tiles + me * s_.tile_size,
               s_.hiddens + me * s_.hidden_size);
@@ -277,8 +277,8 @@ class Experts {
       const Job& job = plan.jobs[j];
       const int n0 = u * kApartColumns, columns = std::min(kApartColumns, D - n0);
       if (n0 + columns == D && j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).down->m, 0);
-      kernels_.tile(mlp(job).down->m, n0 / kPanel, (columns + kPanel - 1) / kPanel, mid(job),
-                    job.rows, apart(job) + n0, s_.ld);
+      kernels_.tile(mlp(job).down->m, n0 / kPanel, (columns + kPanel - 1) / kPanel, mid(job), job.rows,
+                    apart(job) + n0, s_.ld);
     });
   }
 
@@ -338,7 +338,14 @@ class Experts {
   std::vector<Plan> plans_;
 };
 
+int routed_rows(const Moe& w, int tokens) { return w.gate ? tokens * w.router.top_k : 0; }
+
 }  // namespace
+
+void Sizes::moe(const Moe& w, int tokens, int rows) {
+  work.reset();
+  Space(work, kernels, w, tokens, std::min(rows, routed_rows(w, tokens)), threads);
+}
 
 void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights) {
   w.router.check();
@@ -356,7 +363,7 @@ void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weigh
 void Backend::moe(const Moe& w, const MoeArgs& in) {
   if (w.gate) w.router.check();
   work_.reset();
-  const Space space(work_, kernels, w, in.tokens, pool.size());
+  const Space space(work_, kernels, w, in.tokens, routed_rows(w, in.tokens), pool.size());
   Experts call(kernels, w, in, space, pool.size());
   pool.run([&](Team& team) { call.run(team); });
   if (in.counts) call.count();

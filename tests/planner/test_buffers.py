@@ -16,9 +16,10 @@ from farthing.hub import resolve_model
 from farthing.model import ModelConfig
 from farthing.model.load import config_of
 from farthing.parallel.plan import Layout, ShardPlan
-from farthing.planner.buffers import Serving, step
+from farthing.planner.buffers import step
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint
 from farthing.planner.memory import Model, memory
+from farthing.planner.shard import Serving
 from tests.tiny import V3
 
 ROOT = Path(__file__).parents[2]

@@ -22,9 +22,9 @@ from farthing.parallel import rank as rank_module
 from farthing.parallel.group import Alone
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
-from farthing.planner.buffers import Serving
 from farthing.planner.footprint import Holder, stored_by_checkpoint, stored_by_config
 from farthing.planner.memory import Model, RankMemory, memory
+from farthing.planner.shard import Serving
 from tests.tiny import V3
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))

@@ -17,12 +17,12 @@ from farthing.options import check, option
 if TYPE_CHECKING:
     from farthing.model import ModelConfig
     from farthing.parallel.plan import ShardPlan
-    from farthing.planner.buffers import Serving
     from farthing.planner.estimate import Ceilings, Shares
     from farthing.planner.footprint import Holder, StoredOf
     from farthing.planner.memory import Model, RankMemory
+    from farthing.planner.shard import Serving
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 EPILOG = """
 Examples:
@@ -174,7 +174,7 @@ def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
 
 
 def _serving(options: PlanOptions, backend: str, config: ModelConfig) -> Serving:
-    from farthing.planner.buffers import Serving
+    from farthing.planner.shard import Serving
 
     length = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
     return Serving(

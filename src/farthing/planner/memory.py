@@ -18,8 +18,9 @@ from farthing.parallel.plan import (
     layer_of,
     representatives,
 )
-from farthing.planner.buffers import Serving, buffers
+from farthing.planner.buffers import buffers
 from farthing.planner.footprint import Holder, Stored, StoredOf
+from farthing.planner.shard import Serving
 
 CACHE_ITEM = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
 CACHE_SCALES = {"fp8": 8, "int8": 8}  # bytes of scales per token and layer of an 8-bit cache

@@ -1,0 +1,99 @@
+// The sizes' part of the Python module: scratch memory of ops on matrices that are only described.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <climits>
+
+#include "indexer.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+using namespace farthing;
+
+namespace {
+
+using Storage = std::tuple<Format, int>;  // and the group of Q4
+
+std::shared_ptr<Packed> packed(const Storage& storage, int n, int k) {
+  auto p = std::make_shared<Packed>();
+  const auto& [format, group] = storage;
+  p->m.format = format;
+  p->m.n = n;
+  p->m.k = k;
+  p->m.group = traits(format).grouped ? group : traits(format).group;
+  p->m.lay_out();
+  return p;
+}
+
+Mlp mlp(const Storage& storage, int width, int hidden) {
+  return {packed(storage, 2 * round_up(width, kPanel), hidden), packed(storage, hidden, width)};
+}
+
+// width: of a routed expert; shared: of the shared expert, or of a dense MLP without a router; 0: none.
+void size_moe(Sizes& s, const Storage& storage, int hidden, int experts, int top_k, int width, int shared,
+              int tokens, int rows) {
+  Moe m;
+  m.hidden = hidden;
+  m.has_shared = shared > 0;
+  if (experts) {
+    m.router.experts = experts;
+    m.router.top_k = top_k;
+    m.gate = packed({Format::f32, 0}, experts, hidden);
+    m.experts.assign(static_cast<size_t>(experts), mlp(storage, width, hidden));
+  }
+  if (shared) m.experts.push_back(mlp(storage, shared, hidden));
+  s.moe(m, tokens, rows);
+}
+
+// `sequences` of `tokens` each, the last of which sees `keys` cached tokens.
+void size_mla(Sizes& s, const Storage& storage, int heads, int nope, int rope, int value, int latent,
+              int sequences, int tokens, int keys) {
+  Attention a{heads, nope, rope, value, latent};
+  a.w_uk.push_back(packed(storage, latent, nope));
+  a.w_uv.push_back(packed(storage, value, latent));
+  std::vector<int32_t> start, positions;
+  for (int i = 0; i <= sequences; ++i) start.push_back(i * tokens);
+  for (int i = 0; i < sequences * tokens; ++i) positions.push_back(keys - tokens + i % tokens);
+  Batch batch{};
+  batch.positions = positions.data();
+  batch.query_start = start.data();
+  batch.sequences = sequences;
+  s.mla(a, batch);
+}
+
+}  // namespace
+
+void bind_sizes(nb::module_& module) {
+  nb::class_<Sizes>(module, "Sizes")
+      .def(
+          "__init__",
+          [](Sizes* self, int threads, const std::string& isa) {
+            new (self) Sizes{select_kernels(isa.c_str()), threads};
+          },
+          "threads"_a, "isa"_a = "auto")
+      .def_prop_ro("workspace_bytes", [](const Sizes& s) { return s.work.most_used(); })
+      .def(
+          "linear",
+          [](Sizes& s, const Storage& storage, int n, int k, int tokens) {
+            s.linear(packed(storage, n, k)->m, tokens);
+          },
+          "storage"_a, "n"_a, "k"_a, "tokens"_a)
+      .def("moe", &size_moe, "storage"_a, "hidden"_a, "experts"_a, "top_k"_a, "width"_a, "shared"_a,
+           "tokens"_a, "rows"_a = INT_MAX)
+      .def("mla", &size_mla, "storage"_a, "heads"_a, "nope"_a, "rope"_a, "value"_a, "latent"_a, "sequences"_a,
+           "tokens"_a, "keys"_a)
+      .def(
+          "index",
+          [](Sizes& s, int heads, int dim, int top_k, int tokens, int keys, bool halves) {
+            s.index({heads, dim, 0, top_k}, tokens, keys, halves);
+          },
+          "heads"_a, "dim"_a, "top_k"_a, "tokens"_a, "keys"_a, "halves"_a)
+      .def(
+          "top_logits",
+          [](Sizes& s, const Storage& storage, int n, int k, int tokens, int top) {
+            s.top_logits(packed(storage, n, k)->m, tokens, top);
+          },
+          "storage"_a, "n"_a, "k"_a, "tokens"_a, "top"_a);
+}

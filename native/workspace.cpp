@@ -1,0 +1,60 @@
+#include "workspace.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+namespace farthing {
+namespace {
+
+constexpr size_t kChunkBytes = size_t{8} << 20;
+
+}  // namespace
+
+Workspace::~Workspace() {
+  for (auto& c : chunks_) std::free(c.at);
+}
+
+void* Workspace::raw(size_t bytes) {
+  bytes = round_up(bytes, size_t{64}) + 64;
+  if (used_ == 0) chunk_ = 0;
+  while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size) ++chunk_, used_ = 0;
+  if (chunk_ == chunks_.size()) {
+    const size_t size = round_up(std::max(bytes, kChunkBytes), size_t{64});
+    void* at = memory_ == Memory::real ? std::aligned_alloc(64, size) : nullptr;
+    if (!at && memory_ == Memory::real) throw std::bad_alloc();
+    chunks_.push_back({static_cast<uint8_t*>(at), size, 0});
+  }
+  Chunk& chunk = chunks_[chunk_];
+  uint8_t* at = chunk.at ? chunk.at + used_ : nullptr;
+  used_ += bytes;
+  chunk.most_used = std::max(chunk.most_used, used_);
+  return at;
+}
+
+size_t Workspace::most_used() const {
+  size_t total = 0;
+  for (const Chunk& c : chunks_) total += c.most_used;
+  return total;
+}
+
+Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
+  Act a;
+  a.ld = act_stride(w.k);
+  const size_t cells = static_cast<size_t>(rows) * a.ld;
+  if (w.quantized()) {
+    a.groups = w.groups();
+    a.blocks = round_up(w.k, 64) / kBlock;
+    a.q = take<int8_t>(cells);
+    a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
+    a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
+    if (split && w.format == Format::q4) a.hi = take<uint16_t>(cells);
+    if (sparse) a.block_comp = take<int32_t>(static_cast<size_t>(rows) * a.blocks);
+    return a;
+  }
+  a.f32 = take<float>(cells);
+  if (split && w.format == Format::bf16) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
+  return a;
+}
+
+}  // namespace farthing

@@ -1,0 +1,37 @@
+// Scratch memory of ops.
+#pragma once
+#include <vector>
+
+#include "matrix.h"
+
+namespace farthing {
+
+// Grow-only memory an op cuts its scratch from; one op runs at a time.
+class Workspace {
+ public:
+  enum class Memory { real, none };  // none: only counts; every pointer it returns is null
+
+  explicit Workspace(Memory memory = Memory::real) : memory_(memory) {}
+  Workspace(const Workspace&) = delete;
+  ~Workspace();
+  void reset() { used_ = 0; }
+  template <class T>
+  T* take(size_t count) {
+    return static_cast<T*>(raw(count * sizeof(T)));
+  }
+  Act act(const Matrix& w, int rows, bool split, bool sparse);
+  // Bytes that the ops so far have taken at most: pages beyond them have never been written to.
+  size_t most_used() const;
+
+ private:
+  void* raw(size_t bytes);
+  struct Chunk {
+    uint8_t* at;
+    size_t size, most_used;
+  };
+  Memory memory_;
+  std::vector<Chunk> chunks_;
+  size_t used_ = 0, chunk_ = 0;
+};
+
+}  // namespace farthing

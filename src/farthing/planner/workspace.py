@@ -1,0 +1,91 @@
+"""Scratch memory of the native ops, as the native module reports it for a rank's largest steps.
+
+`farthing._native.Sizes` runs the allocations of each op without memory, so nothing here repeats native code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from farthing.planner.footprint import Holder, Stored
+from farthing.planner.shard import Serving, Shard
+
+_UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
+_FORMATS = {"float32": "F32", "float16": "F32", "bfloat16": "BF16", "fp8": "FP8", "int8": "Q8", "int4": "Q4"}
+
+
+def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) -> int | None:
+    """Bytes after a full step of one prompt and a full step of decodes; None without the native module."""
+    try:
+        from farthing import _native
+    except ImportError:
+        return None
+    sizes, budget = _native.Sizes(threads), serving.max_num_batched_tokens
+    sequences = min(serving.max_num_seqs, budget)
+    each = max(1, min(serving.max_model_len, serving.cache_tokens // sequences))
+    for step in (_Step(1, budget, max(serving.max_model_len, budget)), _Step(sequences, 1, each)):
+        _attention(sizes, s, holder, serving.cache_dtype, step)
+        _feeds(sizes, s, holder, step.total)
+        head = _storage(holder, s.stored, s.config.hidden_size)
+        sizes.top_logits(head, s.vocabulary, s.config.hidden_size, step.sequences, 1)
+    return int(sizes.workspace_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    sequences: int
+    tokens: int  # per sequence
+    keys: int  # that the last token of each sequence sees
+
+    @property
+    def total(self) -> int:
+        """Tokens of the step."""
+        return self.sequences * self.tokens
+
+
+def _storage(holder: Holder, stored: Stored, columns: int) -> tuple[Any, int]:
+    """The packed format and group of a matrix."""
+    from farthing import _native
+
+    held = holder.rounded(stored, columns, mlp=True)  # an upper bound: 8-bit inputs have fewer groups
+    return getattr(_native.Format, _FORMATS[held.kind]), held.group
+
+
+def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _Step) -> None:
+    """Sparse attention reads each token's selected keys as a separate sequence, a few tokens at once."""
+    c = s.config
+
+    def linear(n: int, k: int) -> None:
+        sizes.linear(_storage(holder, s.stored, k), n, k, step.total)
+
+    linear(s.first, c.hidden_size)
+    if c.q_lora_rank:
+        linear(s.query, c.q_lora_rank)
+    packed = Stored("int8") if holder.quantization or not s.stored.is_float else s.stored
+    widths = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank)
+    heads = (_storage(holder, packed, c.kv_lora_rank), s.heads, *widths)
+    if c.index_topk is None or step.keys <= c.index_topk:
+        sizes.mla(*heads, step.sequences, step.tokens, step.keys)
+    else:
+        from farthing.ops.cpu.backend import SELECTED_AT_ONCE
+        from farthing.ops.cpu.indexer import MOST_SCORES
+
+        scored = min(step.total, max(1, MOST_SCORES // step.keys))
+        index = (c.index_n_heads, c.index_head_dim, c.index_topk)
+        sizes.index(*index, scored, step.keys, cache_dtype != "float32")
+        sizes.mla(*heads, min(step.total, SELECTED_AT_ONCE), 1, c.index_topk)
+    linear(c.hidden_size, s.heads * c.v_head_dim)
+
+
+def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
+    c = s.config
+    held = _storage(holder, s.stored, c.hidden_size)
+    if s.dense:
+        sizes.moe(held, c.hidden_size, 0, 0, 0, s.dense, tokens)
+    if s.expert:
+        rows = tokens * c.num_experts_per_tok
+        if s.expert_ranks > 1:
+            rows = int(rows * _UNEVEN / s.expert_ranks)
+        chosen = (c.router_size, c.num_experts_per_tok)
+        sizes.moe(held, c.hidden_size, *chosen, s.expert, s.shared, tokens, rows)
