@@ -17,6 +17,39 @@ from farthing.ops.api import RouterSpec
 
 
 @triton.jit
+def _groups_before(choice, TOP2: tl.constexpr):
+    """How many groups of [G, S] are preferred to each: those with a larger score, or an equal earlier one."""
+    group = tl.max(choice, 1)  # [G]
+    g, s = tl.arange(0, choice.shape[0])[:, None], tl.arange(0, choice.shape[1])[None, :]
+    if TOP2:
+        best = tl.argmax(choice, 1)
+        group += tl.max(tl.where(s == best[:, None], float("-inf"), choice), 1)
+    other, own = group[None, :], group[:, None]
+    earlier = tl.arange(0, choice.shape[0])[None, :] < g
+    return tl.sum(((other > own) | ((other == own) & earlier)).to(tl.int32), 1)
+
+
+@triton.jit
+def _keep_mass(chosen, weight, mass, min_experts, K: tl.constexpr, KP: tl.constexpr):
+    """In descending order, keep the fewest of [KP] weights whose share of the total reaches the mass."""
+    slot = tl.arange(0, KP)
+    total = tl.sum(weight, 0)
+    left = tl.where(slot < K, weight, -1.0)
+    ids = tl.zeros((KP,), tl.int32)
+    kept = tl.zeros((KP,), tl.float32)
+    before = 0.0
+    for i in tl.static_range(K):
+        at = slot == tl.argmax(left, 0)
+        w = tl.sum(tl.where(at, weight, 0.0), 0)
+        keep = (before / total < mass) | (i < min_experts)
+        ids = tl.where(slot == i, tl.where(keep, tl.sum(tl.where(at, chosen, 0), 0), -1), ids)
+        kept = tl.where(slot == i, tl.where(keep, w, 0.0), kept)
+        before += w
+        left = tl.where(at, -1.0, left)
+    return ids, kept
+
+
+@triton.jit
 def _route(
     logits, bias, ids, weights, live, E, scale, mass, min_experts,
     K: tl.constexpr, KP: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, G: tl.constexpr,
@@ -39,14 +72,7 @@ def _route(
         choice += tl.load(bias + expert, mask=real, other=0.0)
     choice = tl.where(real, choice, float("-inf"))
     if GROUPS > 1:
-        group = tl.max(choice, 1)  # [G]
-        if TOP2:
-            best = tl.argmax(choice, 1)
-            group += tl.max(tl.where(s == best[:, None], float("-inf"), choice), 1)
-        # Exclude groups preceded by at least TOP_GROUPS others (larger, or equal and earlier).
-        other, own = group[None, :], group[:, None]
-        earlier = tl.arange(0, G)[None, :] < g
-        before = tl.sum(((other > own) | ((other == own) & earlier)).to(tl.int32), 1)
+        before = _groups_before(choice, TOP2)
         choice = tl.where((before < TOP_GROUPS)[:, None], choice, float("-inf"))
     flat = tl.reshape(choice, (G * S,))
     own = tl.reshape(tl.where(real, score, 0.0), (G * S,))
@@ -61,24 +87,7 @@ def _route(
         weight = tl.where(slot == i, tl.sum(tl.where(at, own, 0.0), 0), weight)
         flat = tl.where(at, float("-inf"), flat)
     if HAS_MASS:
-        # In descending order, keep the fewest whose share of the weights reaches the mass.
-        total = tl.sum(weight, 0)
-        left = tl.where(slot < K, weight, -1.0)
-        ids_by_weight = tl.zeros((KP,), tl.int32)
-        by_weight = tl.zeros((KP,), tl.float32)
-        before_this = 0.0
-        for i in tl.static_range(K):
-            at = slot == tl.argmax(left, 0)
-            w = tl.sum(tl.where(at, weight, 0.0), 0)
-            share = before_this / total
-            keep = (share < mass) | (i < min_experts)
-            ids_by_weight = tl.where(
-                slot == i, tl.where(keep, tl.sum(tl.where(at, chosen, 0), 0), -1), ids_by_weight
-            )
-            by_weight = tl.where(slot == i, tl.where(keep, w, 0.0), by_weight)
-            before_this += w
-            left = tl.where(at, -1.0, left)
-        chosen, weight = ids_by_weight, by_weight
+        chosen, weight = _keep_mass(chosen, weight, mass, min_experts, K, KP)
     if NORMALIZE:
         weight = weight / (tl.sum(weight, 0) + 1e-20)
     if HAS_LIVE:
