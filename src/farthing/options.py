@@ -31,6 +31,7 @@ class Option:
     maximum: float | None = None  # largest accepted number
     above: float | None = None  # numbers must exceed this
     argument: bool = False  # a positional argument instead of an option
+    environment: str | None = None  # variable with the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     argument: bool = False,
+    environment: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option."""
     declared = Option(
@@ -66,6 +68,7 @@ def option(
         maximum=maximum,
         above=above,
         argument=argument,
+        environment=environment,
     )
     return field(default=default, metadata={_KEY: declared})
 

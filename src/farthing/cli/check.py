@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command(epilog="Examples:  farthing check ./DeepSeek-V3.2  |  farthing check ./GLM-4.7-Flash --layers 4")

@@ -3,70 +3,66 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from farthing.cli.exits import errors_as_one_line, exit_on_verdict
+from farthing.cli.options import with_options
+from farthing.options import check, option
 
 if TYPE_CHECKING:
-    from farthing.compress.api import Options, Outcome
+    from farthing.compress.api import Outcome
     from farthing.compress.recipe import Prune, Recipe
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
+
+
+_option = partial(option, group="Options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressOptions:
+    """What to compress, how, and how to check the result."""
+
+    model: str = _option("mite", "A directory, a hub id, or `mite`", argument=True)
+    out: Path | None = _option(None, "Output directory", flags=("-o",))
+    recipe: str = _option("int8", "Recipe name (see --list) or .yaml file")
+    calibration: Path | None = _option(None, "Calibration text: JSON lines with 'text' or 'ids'")
+    data: Path | None = _option(None, "Held-out text for the accuracy gate, JSON lines")
+    max_drop: str | None = _option(
+        None, "Maximum perplexity increase (0.3%); exit 4 if exceeded, 3 if undecided"
+    )
+    budget: str | None = _option(None, "Size limit for automatic plans, such as 9MB")
+    measure: str | None = _option(
+        None, "Size that --budget limits: memory (default), file, or token (bytes read per token)"
+    )
+    observer: str | None = _option(None, "Calibration observer: kl, mse, percentile or minmax")
+    backend: str = _option(
+        "auto", "Arithmetic of the gate: auto (the serving kernels), reference, simulate, cpu or gpu"
+    )
+    format: str = _option(
+        "auto", "Checkpoint format: auto, compressed-tensors, llm-compressor or deepseek-fp8"
+    )
+    pack: bool = _option(False, "Also write packed.bin in the CPU kernels' layout")
+    gate: bool = _option(True, "Evaluate the result on held-out text")
+    timing: bool | None = _option(None, "Serve both models and time them; default: as --gate")
+    max_tokens: int | None = _option(None, "Held-out tokens to evaluate; default: about 16,384")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @app.command(
     epilog="Examples:  farthing compress -o small  |  farthing compress ./model --recipe int4-gptq -o out "
     "--max-drop 1.5%  |  farthing compress ./model --recipe auto -o out --budget 2.5MB --measure token"
 )
+@with_options(options=CompressOptions)
 def compress(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Output directory.")] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe name (see --list) or .yaml file.")] = "int8",
-    calibration: Annotated[
-        Path | None, typer.Option(help="Calibration text: JSON lines with 'text' or 'ids'.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Held-out text for the accuracy gate, JSON lines.")
-    ] = None,
-    max_drop: Annotated[
-        str | None,
-        typer.Option(help="Maximum perplexity increase (0.3%); exit 4 if exceeded, 3 if undecided."),
-    ] = None,
-    budget: Annotated[str | None, typer.Option(help="Size limit for automatic plans, such as 9MB.")] = None,
-    measure: Annotated[
-        str | None,
-        typer.Option(
-            help="Size that --budget limits: memory (default), file, or token (bytes read per token)."
-        ),
-    ] = None,
-    observer: Annotated[
-        str | None, typer.Option(help="Calibration observer: kl, mse, percentile or minmax.")
-    ] = None,
-    backend: Annotated[
-        str,
-        typer.Option(
-            help="Arithmetic of the gate: auto (the serving kernels), reference, simulate, cpu or gpu."
-        ),
-    ] = "auto",
-    export: Annotated[
-        str,
-        typer.Option(
-            "--format", help="Checkpoint format: auto, compressed-tensors, llm-compressor or deepseek-fp8."
-        ),
-    ] = "auto",
-    pack: Annotated[bool, typer.Option(help="Also write packed.bin in the CPU kernels' layout.")] = False,
-    gate: Annotated[bool, typer.Option(help="Evaluate the result on held-out text.")] = True,
-    timing: Annotated[
-        bool | None,
-        typer.Option("--timing/--no-timing", help="Serve both models and time them. Default: as --gate."),
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Held-out tokens to evaluate. Default: about 16,384.")
-    ] = None,
+    options: dict[str, Any],
     show: Annotated[bool, typer.Option("--list", help="List the recipes and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -75,48 +71,57 @@ def compress(
     Exit codes: 0 done; 1 unexpected error; 2 invalid input; 3 too little text to decide --max-drop;
     4 worse than --max-drop; 5 read or write failed (the same command resumes).
     """
-    from farthing.compress.api import Options
-    from farthing.compress.gate import parse_share
-
     if show:
         _print_recipes(as_json)
         return
-    if out is None:
-        raise typer.BadParameter("expected an output directory", param_hint="--out")
     with errors_as_one_line(resumes=True):
-        limit = parse_share("max-drop", max_drop) if max_drop is not None else None
-        chosen = _recipe(recipe, limit, {"observer": observer, "budget_bytes": budget, "measure": measure})
-        options = Options(calibration, data, limit, backend, max_tokens=max_tokens, export=export, gate=gate)
-        outcome = _run(model, out, chosen, options, gate if timing is None else timing, pack)
+        given = CompressOptions(**options)
+        if given.out is None:
+            raise typer.BadParameter("expected an output directory", param_hint="--out")
+        outcome = _run(given, given.out)
     _print(outcome.to_json(), as_json)
     if outcome.verdict is not None:
         exit_on_verdict(outcome.verdict.answer, str(outcome.verdict))
 
 
-def _run(model: str, out: Path, recipe: Recipe, options: Options, timing: bool, pack: bool) -> Outcome:
+def _run(given: CompressOptions, out: Path) -> Outcome:
     """Compress, then serve both models to time them, with both in memory."""
     from farthing.cli.progress import step_progress
     from farthing.compress import api
+    from farthing.compress.gate import parse_share
     from farthing.compress.serving import pack_for_cpu, serving_figures
     from farthing.hub import resolve_model
 
-    source = resolve_model(model)
+    limit = parse_share("max-drop", given.max_drop) if given.max_drop is not None else None
+    recipe = _recipe(given, limit)
+    options = api.Options(
+        given.calibration,
+        given.data,
+        limit,
+        given.backend,
+        max_tokens=given.max_tokens,
+        export=given.format,
+        gate=given.gate,
+    )
+    source = resolve_model(given.model)
+    timing = given.gate if given.timing is None else given.timing
     with step_progress("compressing") as progress:
         served = serving_figures(source) if timing else None
         outcome = api.compress(source, out, recipe, options, progress, served)
-        if pack:
+        if given.pack:
             pack_for_cpu(out)
     return outcome
 
 
-def _recipe(name: str, limit: float | None, given: dict[str, str | None]) -> Recipe:
+def _recipe(given: CompressOptions, limit: float | None) -> Recipe:
     """The recipe with the command line's overrides."""
     from farthing.compress.recipe import from_json, load_recipe
 
-    chosen = load_recipe(name)
-    fields = {k: v for k, v in given.items() if v is not None}
+    chosen = load_recipe(given.recipe)
+    overrides = {"observer": given.observer, "budget_bytes": given.budget, "measure": given.measure}
+    fields = {k: v for k, v in overrides.items() if v is not None}
     if fields:
-        read = from_json({"scheme": chosen.scheme} | fields, name, "the command line")
+        read = from_json({"scheme": chosen.scheme} | fields, given.recipe, "the command line")
         chosen = replace(chosen, **{k: getattr(read, k) for k in fields})
     if limit is not None and (chosen.scheme == "auto" or chosen.adaptive):
         chosen = replace(chosen, max_drop=limit)

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from farthing.doctor import Diagnosis
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 _MARKS = {"ok": "[green]✓[/]", "info": "[dim]·[/]", "warn": "[yellow]![/]", "fail": "[red]✗[/]"}
 

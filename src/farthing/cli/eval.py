@@ -13,7 +13,7 @@ from farthing.cli.exits import errors_as_one_line, exit_on_verdict
 if TYPE_CHECKING:
     from farthing.compress.evaluate import Verdict
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command(

@@ -8,10 +8,15 @@ import logging
 import shlex
 import sys
 import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from farthing.cli.options import with_options
+from farthing.options import check, option
 
 app = typer.Typer(no_args_is_help=True, help="Run, scale and explain a fleet of replicas.")
 
@@ -49,67 +54,97 @@ Examples:
 """
 
 
+_option = partial(option, group="Options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions:
+    """A local fleet."""
+
+    model: str = _option("mite", "A directory, a hub id, or the embedded model", argument=True)
+    host: str = _option("127.0.0.1", "Address of the gateway")
+    port: int = _option(8000, "Port of the gateway; 0: any free port")
+    min_replicas: int = _option(1, "Minimum number of replicas", minimum=0)
+    max_replicas: int = _option(2, "Maximum number of replicas", minimum=1)
+    capacity: float = _option(1.0, "Requests/s per replica, as `farthing bench capacity` measures")
+    command: str | None = _option(
+        None, "Replica command instead of `farthing serve MODEL`; {port} is replaced"
+    )
+    serve_args: str = _option("", "Additional arguments for `farthing serve`")
+    health_path: str = _option("/ready", "Path that answers 200 once a replica is ready")
+    metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
+    api_key_file: Path | None = _option(None, "File of keys, one `name:key` or key per line")
+    ready_timeout: float = _option(600.0, "Maximum seconds for a replica to become ready")
+    warm: bool = _option(True, "Keep a pre-imported standby process; not with --command")
+    config: Path | None = _option(None, "YAML file with policy, gateway and signals")
+    state: Path = _option(Path("runs/fleet"), "Directory for logs, decisions and state")
+    metrics: str = _option("127.0.0.1:9400", "HOST:PORT of the controller's /metrics")
+    advise: bool = _option(False, "Only recommend, never scale")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayOptions:
+    """A gateway and where it finds its replicas."""
+
+    replica: tuple[str, ...] = _option((), "URL of a replica (repeatable)")
+    replicas_file: Path | None = _option(None, "JSON file of replicas, reloaded on change")
+    replicas_dns: str | None = _option(
+        None, "HOST:PORT whose addresses are the replicas (a headless Service)"
+    )
+    host: str = _option("127.0.0.1", "Address to listen on")
+    port: int = _option(8000, "Port; 0: any free port")
+    health_path: str = _option("/health", "Path that answers 200 while a replica is ready")
+    api_key_file: Path | None = _option(None, "File of keys, one `name:key` or key per line")
+    drain: float = _option(60.0, "Seconds for in-flight requests after SIGTERM")
+    state: Path | None = _option(None, "The controller's state directory, shown on the dashboard")
+    usd_per_hour: float | None = _option(None, "Price per replica-hour, for the dashboard", minimum=0)
+    wake: str | None = _option(None, "URL of the controller's /wake, which starts replicas for held requests")
+    replica_key_file: Path | None = _option(
+        None, "File with a metrics key of the replicas, for their cache digests"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if sum(map(bool, (self.replica, self.replicas_file, self.replicas_dns))) != 1:
+            raise ValueError("expected one of --replica, --replicas-file and --replicas-dns")
+
+
 @app.command(epilog=_UP_EXAMPLES)
-def up(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or the embedded model.")] = "mite",
-    host: Annotated[str, typer.Option(help="Address of the gateway.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the gateway; 0 picks a free one.")] = 8000,
-    min_replicas: Annotated[int, typer.Option(min=0, help="Minimum number of replicas.")] = 1,
-    max_replicas: Annotated[int, typer.Option(min=1, help="Maximum number of replicas.")] = 2,
-    capacity: Annotated[
-        float, typer.Option(help="Requests/s per replica, as `farthing bench capacity` measures.")
-    ] = 1.0,
-    command: Annotated[
-        str | None,
-        typer.Option(help="Replica command instead of `farthing serve MODEL`; {port} is replaced."),
-    ] = None,
-    serve_args: Annotated[str, typer.Option(help="Additional arguments for `farthing serve`.")] = "",
-    health_path: Annotated[
-        str, typer.Option(help="Path that answers 200 once a replica is ready.")
-    ] = "/ready",
-    metrics_names: Annotated[
-        str, typer.Option(help="Metric names: auto, farthing, vllm or sglang.")
-    ] = "auto",
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File of keys, one `name:key` or key per line.")
-    ] = None,
-    ready_timeout: Annotated[
-        float, typer.Option(help="Maximum seconds for a replica to become ready.")
-    ] = 600.0,
-    warm: Annotated[
-        bool, typer.Option(help="Keep a pre-imported standby process; not with --command.")
-    ] = True,
-    config: Annotated[Path | None, typer.Option(help="YAML file with policy, gateway and signals.")] = None,
-    state: Annotated[Path, typer.Option(help="Directory for logs, decisions and state.")] = Path(
-        "runs/fleet"
-    ),
-    metrics: Annotated[str, typer.Option(help="HOST:PORT of the controller's /metrics.")] = "127.0.0.1:9400",
-    advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
-) -> None:
+@with_options(options=UpOptions)
+def up(options: dict[str, Any]) -> None:
     """Start a gateway and autoscaled replicas on this machine."""
     from farthing.fleet.actuators.local import LocalConfig
     from farthing.fleet.up import WARM, UpConfig, serve_command
     from farthing.fleet.up_defaults import local_fleet
 
     _log_to_stderr()
-    words = shlex.split(command) if command else serve_command(model, tuple(shlex.split(serve_args)))
     with _errors_to_user():
+        given = UpOptions(**options)
+        serving = serve_command(given.model, tuple(shlex.split(given.serve_args)))
+        command = tuple(shlex.split(given.command)) if given.command else serving
         fleet = local_fleet(
-            config,
-            policy={"min_replicas": min_replicas, "max_replicas": max_replicas, "capacity": capacity},
-            metrics_names=metrics_names,
-            state=state,
-            metrics=metrics,
-            advise=advise,
+            given.config,
+            policy={
+                "min_replicas": given.min_replicas,
+                "max_replicas": given.max_replicas,
+                "capacity": given.capacity,
+            },
+            metrics_names=given.metrics_names,
+            state=given.state,
+            metrics=given.metrics,
+            advise=given.advise,
         )
         local = LocalConfig(
-            tuple(words),
-            state / "replicas",
-            health_path=health_path,
-            ready_timeout_s=ready_timeout,
-            **(WARM if warm and not command else {}),
+            command,
+            given.state / "replicas",
+            health_path=given.health_path,
+            ready_timeout_s=given.ready_timeout,
+            **(WARM if given.warm and not given.command else {}),
         )
-        asyncio.run(_up(UpConfig(fleet, local, host, port, api_key_file)))
+        asyncio.run(_up(UpConfig(fleet, local, given.host, given.port, given.api_key_file)))
 
 
 async def _up(config: Any) -> None:
@@ -142,8 +177,6 @@ def run(
     advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
 ) -> None:
     """Scale a deployment, in Kubernetes or elsewhere, by the metrics of a Prometheus server."""
-    from dataclasses import replace
-
     from farthing.fleet.config import load
     from farthing.fleet.estimates import make_estimates
     from farthing.fleet.run import run_controller, stop_event
@@ -159,76 +192,48 @@ def run(
 
 
 @app.command(epilog=_GATEWAY_EXAMPLES)
+@with_options(options=GatewayOptions)
 def gateway(
-    replica: Annotated[list[str] | None, typer.Option(help="URL of a replica. Repeatable.")] = None,
-    replicas_file: Annotated[
-        Path | None, typer.Option(help="JSON file of replicas, reloaded on change.")
-    ] = None,
-    replicas_dns: Annotated[
-        str | None, typer.Option(help="HOST:PORT whose addresses are the replicas (a headless Service).")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000,
+    options: dict[str, Any],
     fd: Annotated[int | None, typer.Option(help="Take over this open socket instead.", hidden=True)] = None,
-    health_path: Annotated[
-        str, typer.Option(help="Path that answers 200 while a replica is ready.")
-    ] = "/health",
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File of keys, one `name:key` or key per line.")
-    ] = None,
-    drain: Annotated[float, typer.Option(help="Seconds for in-flight requests after SIGTERM.")] = 60.0,
-    state: Annotated[
-        Path | None, typer.Option(help="The controller's state directory, shown on the dashboard.")
-    ] = None,
-    usd_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Price per replica-hour, for the dashboard.")
-    ] = None,
-    wake: Annotated[
-        str | None,
-        typer.Option(help="URL of the controller's /wake, which starts replicas for held requests."),
-    ] = None,
-    replica_key_file: Annotated[
-        Path | None, typer.Option(help="File with a metrics key of the replicas, for their cache digests.")
-    ] = None,
 ) -> None:
     """Serve one OpenAI-compatible address in front of many replicas."""
     from farthing.eventloop import loop_factory
+
+    _log_to_stderr()
+    with _errors_to_user(), tempfile.TemporaryDirectory(prefix="farthing-gateway-") as scratch:
+        given = GatewayOptions(**options)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(_serve_gateway(given, fd, Path(scratch)))
+
+
+async def _serve_gateway(options: GatewayOptions, fd: int | None, scratch: Path) -> None:
+    """scratch: directory for the replicas that --replicas-dns finds."""
     from farthing.fleet.config import split_address
     from farthing.fleet.discovery import follow
     from farthing.fleet.gateway import GatewayConfig
     from farthing.fleet.gateway.process import serve
 
-    _log_to_stderr()
-    if sum(map(bool, (replica, replicas_file, replicas_dns))) != 1:
-        raise typer.BadParameter("expected one of --replica, --replicas-file and --replicas-dns")
-
-    async def main(file: Path | None) -> None:
-        serving = serve(
-            GatewayConfig(health_path=health_path, drain_s=drain),
-            replicas={f"r{i}": url for i, url in enumerate(replica or [], 1)},
+    file, following = options.replicas_file, None
+    if options.replicas_dns is not None:
+        file = scratch / "replicas.json"
+        following = asyncio.create_task(follow(split_address(options.replicas_dns), file))
+    try:
+        await serve(
+            GatewayConfig(health_path=options.health_path, drain_s=options.drain),
+            replicas={f"r{i}": url for i, url in enumerate(options.replica, 1)},
             replicas_file=file,
-            address=(host, port),
+            address=(options.host, options.port),
             fd=fd,
-            api_key_file=api_key_file,
-            state=state,
-            usd_per_hour=usd_per_hour,
-            wake=wake,
-            replica_key_file=replica_key_file,
+            api_key_file=options.api_key_file,
+            state=options.state,
+            usd_per_hour=options.usd_per_hour,
+            wake=options.wake,
+            replica_key_file=options.replica_key_file,
         )
-        if replicas_dns is None or file is None:
-            return await serving
-        following = asyncio.create_task(follow(split_address(replicas_dns), file))
-        try:
-            await serving
-        finally:
+    finally:
+        if following is not None:
             following.cancel()
-
-    with _errors_to_user(), tempfile.TemporaryDirectory(prefix="farthing-gateway-") as scratch:
-        if replicas_dns is not None:
-            split_address(replicas_dns)
-            replicas_file = Path(scratch) / "replicas.json"
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(main(replicas_file))
 
 
 @app.command(epilog=_EXPLAIN_EXAMPLES)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from farthing.model import ModelConfig
     from farthing.model.inspect import ModelCost
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 CONTEXTS = (2048, 32768, 131072)  # tokens
 
 

@@ -65,6 +65,7 @@ def _parameter(d: Declared) -> inspect.Parameter:
             name,
             *d.option.flags,
             help=text,
+            envvar=d.option.environment,
             rich_help_panel=d.option.group,
         )
     return inspect.Parameter(
