@@ -15,7 +15,7 @@ import pytest
 from farthing.server.config import ServerConfig
 from farthing.server.connection_protocol import protocol
 from farthing.server.connections import Connections, GuardedH11
-from farthing.server.run import connection_limit
+from farthing.server.run import connection_limit, listen
 from tests.server.harness import Running, ScriptedEngine, running, until
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -59,6 +59,13 @@ def until_body(connection: socket.socket) -> bytes:
 
 def healthy(server: Running) -> bool:
     return httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_small_parts_of_an_answer_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("pieces", [1, 200])
