@@ -49,7 +49,7 @@ SCHEMA = {"type": "object", "properties": {"x": {"$ref": "#/$defs/n"}}, "$defs":
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_schema_of_calls(parallel: bool) -> None:
-    schema = calls_schema([Tool("a/b:f", None, SCHEMA), Tool("g", None, {"type": "object"})], parallel)
+    schema = calls_schema([Tool("a/b:f", None, SCHEMA), Tool("g", None, {"type": "object"})], 1 + parallel)
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     one = {"name": "a/b:f", "parameters": {"x": 1}}

@@ -225,7 +225,7 @@ def test_no_grammar_without_a_restriction() -> None:
 
 
 def test_a_template_of_the_models_own_may_teach_either_way_of_calling() -> None:
-    own = choose(Checkpoint("deepseek_v3", "{{ tools }}{{ messages }}", lambda _: False)).tools
+    own = choose(Checkpoint("deepseek_v3", "{{ tools }}{{ messages }}", DEEPSEEK.all.__contains__)).tools
     for write in (v3, v31):
         grammar = grammar_of(own, (WEATHER,), "special")
         assert grammar is not None

@@ -1,8 +1,9 @@
 """A tool loop of ten turns computes only new tokens, with each API, on the embedded model.
 
 Measured is the cached share of a prompt's tokens from earlier turns (the last prompt and its sampled answer).
-Tool results are new and not counted. The model is too small to call tools, so a constraint forces the call
-around a freely sampled argument, whose tokens differ from the tokenizer's split.
+Tool results are new and not counted. The model is too small to call tools, so either the client requires the
+call, or a constraint forces it around a freely sampled argument, whose tokens differ from the tokenizer's
+split.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from tests.server.harness import Running, running
 TURNS = 10
 SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"path": {"type": "string"}},
+    "properties": {"path": {"type": "string", "minLength": 24, "maxLength": 99}},
     "required": ["path"],
+    "additionalProperties": False,
 }
 ASK = "Find the function that parses the header, and say where it is."
 Turn = tuple[int, int, int]  # tokens of the prompt, of which cached, and of the answer
@@ -73,12 +75,19 @@ def a_call(tokenizer: Tokenizer) -> Calling:
     return Calling([*fixed[: len(before)], *[words] * 24, *fixed[len(before) :]])
 
 
+@pytest.fixture(params=[False, True], ids=["auto", "required"])
+def required(request: pytest.FixtureRequest) -> bool:
+    """Whether the client requires a call."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+def embedded(monkeypatch: pytest.MonkeyPatch, required: bool) -> Iterator[Running]:
     engine = build_engine(EngineConfig(model="mite", threads=1, max_num_seqs=4))
     assert engine.tokenizer is not None
-    call = a_call(engine.tokenizer)
-    monkeypatch.setattr(Admission, "_constraint", lambda *arguments: call.copy())
+    if not required:
+        call = a_call(engine.tokenizer)
+        monkeypatch.setattr(Admission, "_constraint", lambda *arguments: call.copy())
     with running(engine) as server:
         yield server
 
@@ -87,14 +96,14 @@ def result(step: int) -> str:
     return f"{step}: def parse_{step}(data): return data[{step}:]"
 
 
-def chat(server: Running) -> Iterator[Turn]:
+def chat(server: Running, required: bool) -> Iterator[Turn]:
     client = server.client()
     tool: Any = {"type": "function", "function": {"name": "read", "parameters": SCHEMA}}
     turns: list[Any] = [{"role": "user", "content": ASK}]
     for step in range(TURNS):
         answer = client.chat.completions.create(
-            model="tiny", messages=turns, tools=[tool],
-            temperature=1.0, seed=step,
+            model="tiny", messages=turns, tools=[tool], tool_choice="required" if required else "auto",
+            temperature=1.0, seed=step, parallel_tool_calls=False,
         )  # fmt: skip
         (call,), usage = answer.choices[0].message.tool_calls or [], answer.usage
         assert usage and usage.prompt_tokens_details
@@ -104,14 +113,14 @@ def chat(server: Running) -> Iterator[Turn]:
         turns.append({"role": "tool", "tool_call_id": call.id, "content": result(step)})
 
 
-def responses(server: Running) -> Iterator[Turn]:
+def responses(server: Running, required: bool) -> Iterator[Turn]:
     client = server.client()
     tool: Any = {"type": "function", "name": "read", "parameters": SCHEMA}
     items: list[Any] = [{"role": "user", "content": ASK}]
     for step in range(TURNS):
         answer = client.responses.create(
-            model="tiny", input=items, tools=[tool],
-            temperature=1.0, extra_body={"seed": step},
+            model="tiny", input=items, tools=[tool], tool_choice="required" if required else "auto",
+            temperature=1.0, extra_body={"seed": step}, parallel_tool_calls=False,
         )  # fmt: skip
         (call,) = [item for item in answer.output if item.type == "function_call"]
         usage = answer.usage
@@ -121,13 +130,14 @@ def responses(server: Running) -> Iterator[Turn]:
         items.append({"type": "function_call_output", "call_id": call.call_id, "output": result(step)})
 
 
-def messages(server: Running) -> Iterator[Turn]:
+def messages(server: Running, required: bool) -> Iterator[Turn]:
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
     tool: Any = {"name": "read", "input_schema": SCHEMA}
     turns: list[Any] = [{"role": "user", "content": ASK}]
     for step in range(TURNS):
         answer = client.messages.create(
             model="tiny", max_tokens=400, messages=turns, tools=[tool],
+            tool_choice={"type": "any" if required else "auto", "disable_parallel_tool_use": True},
             extra_body={"seed": step, "temperature": 1.0},
         )  # fmt: skip
         (call,) = [block for block in answer.content if block.type == "tool_use"]
@@ -140,9 +150,9 @@ def messages(server: Running) -> Iterator[Turn]:
 
 @pytest.mark.parametrize("api", [chat, responses, messages])
 def test_ten_turns_compute_only_new_tokens(
-    embedded: Running, api: Callable[[Running], Iterator[Turn]]
+    embedded: Running, required: bool, api: Callable[[Running, bool], Iterator[Turn]]
 ) -> None:
-    turns = list(api(embedded))
+    turns = list(api(embedded, required))
     assert len(turns) == TURNS
     old = [prompt + answer for prompt, _, answer in turns[:-1]]
     cached = [cached for _, cached, _ in turns[1:]]

@@ -1,4 +1,4 @@
-"""The JSON schema of calls that a client requires; a grammar built from it forces them."""
+"""The JSON schema of calls that a client requires, for models whose format of calls is not known."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from farthing.conversation.types import Conversation, Tool
 
 # For llguidance: at most one blank between two tokens, so that a weak model cannot waste its budget on them.
-_MAX_CALLS = 8  # in parallel, for the same reason as above
 COMPACT = {"whitespace_pattern": " "}
+_MAX_CALLS = 8  # in parallel, for the same reason
 
 
 def schema(conversation: Conversation) -> dict[str, Any] | None:
@@ -17,20 +17,30 @@ def schema(conversation: Conversation) -> dict[str, Any] | None:
 
     For a single named function: its arguments. Otherwise a list of calls, {"name": …, "parameters": {…}}.
     """
-    choice = conversation.choice
-    if choice.mode != "required":
+    if conversation.choice.mode != "required":
         return None
-    tools = [tool for tool in conversation.tools if not choice.names or tool.name in choice.names]
+    tools = eligible(conversation)
     whole = (
         object_schema(tools[0].parameters)
-        if choice.single
-        else calls_schema(tools, conversation.parallel_calls)
+        if conversation.choice.single
+        else calls_schema(tools, most_calls(conversation))
     )
     return whole | {"x-guidance": COMPACT}
 
 
-def calls_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
-    """The schema of one or more calls of the given functions."""
+def eligible(conversation: Conversation) -> list[Tool]:
+    """The tools of which one must be called."""
+    names = conversation.choice.names
+    return [tool for tool in conversation.tools if not names or tool.name in names]
+
+
+def most_calls(conversation: Conversation) -> int:
+    """The maximum number of forced calls."""
+    return _MAX_CALLS if conversation.parallel_calls and not conversation.choice.single else 1
+
+
+def calls_schema(tools: list[Tool], most: int) -> dict[str, Any]:
+    """The schema of one to `most` calls of the given functions."""
     calls = [
         {
             "type": "object",
@@ -44,7 +54,7 @@ def calls_schema(tools: list[Tool], parallel: bool) -> dict[str, Any]:
         "type": "array",
         "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
         "minItems": 1,
-        "maxItems": _MAX_CALLS if parallel else 1,
+        "maxItems": most,
         "$defs": {
             _key(i): rebased(object_schema(tool.parameters), f"#/$defs/{_key(i)}")
             for i, tool in enumerate(tools)

@@ -28,7 +28,7 @@ class Lark:
         self._shared: dict[str, str] = {}  # definition -> name
 
     def text(self, literal: str) -> str:
-        """A literal text."""
+        """A literal text; nothing for an empty one."""
         return " ".join(self._terminal(piece) for piece in self._pieces(literal))
 
     def until(self, tag: str) -> str:

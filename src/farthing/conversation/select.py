@@ -49,7 +49,9 @@ _BY_TOKEN = {"｜DSML｜": V4, "<|tool_calls_section_begin|>": KIMI_K2, "<arg_ke
 
 
 # A template of DeepSeek's own may teach either way of writing a call, and the parser reads both.
-_EITHER = JsonCalls((DEEPSEEK.call_begin,), (deepseek_v3.STYLE, deepseek_v31.STYLE), DEEPSEEK.all)
+_EITHER = JsonCalls(
+    (DEEPSEEK.call_begin,), (deepseek_v3.STYLE, deepseek_v31.STYLE), DEEPSEEK.all, deepseek_v3.SECTION
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def choose(
         name=OWN,
         tags=THINK if THINK.close in source else None,
         efforts=_efforts(names),
-        syntax=related.syntax if related else _EITHER,
+        syntax=related.syntax if related else _deepseek_syntax(checkpoint, source),
     )
     plain = _with_parsers(own, calls, reasoning)
     if "tools" in names:
@@ -100,6 +102,12 @@ def choose(
         replace(related or _deepseek(checkpoint, names), tags=own.tags), calls, reasoning
     )
     return Chosen(plain, packaged if _can_call(checkpoint) else plain, source)
+
+
+def _deepseek_syntax(checkpoint: Checkpoint, source: str) -> JsonCalls | None:
+    """How a model of no other family writes calls, as far as is known."""
+    known = DEEPSEEK.call_begin in source or checkpoint.has_token(DEEPSEEK.call_begin)
+    return _EITHER if known else None
 
 
 def _related(checkpoint: Checkpoint) -> ChatFormat | None:

@@ -1,15 +1,17 @@
-"""Grammars that hold tool calls to their schemas while the model may also answer in text.
+"""Grammars that hold tool calls to their schemas, in the model's own format.
 
-A call's opening tag starts the grammar, which ends with the call. Formats differ in how they write arguments:
-as JSON (`JsonCalls`), or as one tagged text per parameter (`TaggedCalls`).
+If the model may also answer in text, a call's opening tag starts the grammar, which ends with the call. If it
+must call, the grammar is that of the whole answer. Formats differ in how they write arguments: as JSON
+(`JsonCalls`), or as one tagged text per parameter (`TaggedCalls`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from farthing.conversation import forced
 from farthing.conversation.forced import object_schema
 from farthing.conversation.lark import Lark
 from farthing.conversation.types import Conversation, Tool
@@ -23,8 +25,21 @@ _MARKUP = set('"<>\n')  # not in the name of a parameter that is written in a ta
 _LIMITS = {"pattern", "format", "minLength", "maxLength", "enum", "const", "allOf", "not", "if"}
 
 
+@dataclass(frozen=True, slots=True)
+class Section:
+    """The texts around an answer's calls."""
+
+    begin: str
+    between: str  # may be left out
+    end: str
+
+
 class Syntax(Protocol):
     """How a format writes calls."""
+
+    @property
+    def section(self) -> Section:
+        """The texts around an answer's calls."""
 
     @property
     def openers(self) -> tuple[str, ...]:
@@ -37,10 +52,13 @@ class Syntax(Protocol):
     def calls(self, tools: list[Tool], lark: Lark) -> str:
         """An expression for what follows an opener, up to the end of the call."""
 
+    def call(self, tool: Tool, lark: Lark) -> str:
+        """The same for a call of one tool."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """Text is free until one of `openers`, then obeys the grammar until it ends."""
+    """Text is free until one of `openers`, then obeys the grammar until it ends; without openers, always."""
 
     openers: tuple[str, ...]
     grammar: str
@@ -63,6 +81,25 @@ def call_grammar(
     return CallGrammar(syntax.openers, lark.grammar(syntax.calls(tools, lark)))
 
 
+def forced_grammar(
+    conversation: Conversation, syntax: Syntax | None, special: Callable[[str], int | None]
+) -> CallGrammar | None:
+    """The grammar of an answer if a call is required; None if not, or if the format has no grammar for it."""
+    if syntax is None or conversation.choice.mode != "required":
+        return None
+    lark, section, opener = Lark(syntax.marks, special), syntax.section, syntax.openers[0]
+    try:
+        calls = [syntax.call(replace(tool, strict=True), lark) for tool in forced.eligible(conversation)]
+    except ValueError:
+        return None
+    first = f"{lark.text(section.begin + opener)} {lark.either(calls)}"
+    between = f"{lark.text(section.between)}? " if section.between else ""
+    most = forced.most_calls(conversation) - 1
+    later = f"({between}{lark.text(opener)} {lark.either(calls)}){{0,{most}}}" if most else ""
+    end = lark.text(section.end)
+    return CallGrammar((), lark.grammar(f"{first} {later} {end}"))
+
+
 @dataclass(frozen=True, slots=True)
 class JsonCalls:
     """Arguments as JSON between two texts.
@@ -74,10 +111,15 @@ class JsonCalls:
     openers: tuple[str, ...]
     styles: tuple[tuple[str, str], ...]
     marks: frozenset[str]
+    section: Section
 
     def calls(self, tools: list[Tool], lark: Lark) -> str:
         """See Syntax."""
-        return lark.either(self._call(tool, style, lark) for tool in tools for style in self.styles)
+        return lark.either(self.call(tool, lark) for tool in tools)
+
+    def call(self, tool: Tool, lark: Lark) -> str:
+        """See Syntax."""
+        return lark.either(self._call(tool, style, lark) for style in self.styles)
 
     def _call(self, tool: Tool, style: tuple[str, str], lark: Lark) -> str:
         before, after = style
@@ -198,15 +240,17 @@ class TaggedCalls:
     value_end: str
     end: str
     marks: frozenset[str]
+    section: Section
     key: str  # a regular expression for names of parameters
     others: tuple[str, ...] = ()  # what else may follow an opener
 
     def calls(self, tools: list[Tool], lark: Lark) -> str:
         """See Syntax."""
-        calls = [self._call(tool, lark) for tool in tools]
+        calls = [self.call(tool, lark) for tool in tools]
         return lark.either((*calls, *map(lark.text, self.others)))
 
-    def _call(self, tool: Tool, lark: Lark) -> str:
+    def call(self, tool: Tool, lark: Lark) -> str:
+        """See Syntax."""
         line = '"\\n"?'
         parameters = parameters_of(tool) if tool.strict else None
         if parameters is not None:

@@ -135,11 +135,14 @@ class Admission:
         """All constraints on the next token, combined; None if there are none."""
         parts: list[Constraint] = []
         grammar: Constraint | None = None
-        if params.structured_outputs is not None:
-            grammar = self._matcher(params.structured_outputs, client)
+        answer = params.structured_outputs
+        if params.calls is not None and not params.calls.openers:
+            answer = params.calls.constraint
+        if answer is not None:
+            grammar = self._matcher(answer, client)
         if params.reasoning is not None:
             grammar = ReasoningBudget(params.reasoning, grammar, sorted(self._eos))
-        if params.calls is not None:
+        if params.calls is not None and params.calls.openers:
             fresh = self._matcher(params.calls.constraint, client)
             grammar = TriggeredGrammar(fresh, Openers(params.calls.openers, self._token_texts()), grammar)
         if grammar is not None:

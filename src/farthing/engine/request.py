@@ -80,13 +80,16 @@ class ReasoningParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallParams:
-    """Tool calls in free text: after each of `openers` the grammar holds until it ends."""
+    """Tool calls in free text: after each of `openers` the grammar holds until it ends.
+
+    Without openers there is no free text: the grammar is that of the whole answer.
+    """
 
     openers: tuple[str, ...]
     grammar: str  # Lark, of what follows an opener
 
     def __post_init__(self) -> None:
-        if not self.openers or not all(self.openers):
+        if not all(self.openers):
             raise ValueError(f"calls.openers: got {self.openers!r}; expected non-empty strings")
 
     @property

@@ -58,6 +58,11 @@ class ModelFormats:
         token = self.token_id(text)
         return token if self.tokenizer is not None and token in self.tokenizer.control_ids else None
 
+    def ends(self, form: ChatFormat) -> frozenset[int]:
+        """The tokens that end an answer."""
+        stops = {token for stop in form.stops if (token := self.token_id(stop)) is not None}
+        return frozenset(stops | set(self.tokenizer.eos_token_ids if self.tokenizer else ()))
+
     def ending(self, text: str) -> list[int]:
         """The token that ends a turn, where a text ends with one."""
         stops = (self.control.eos, *self.chosen.tools.stops, *self.chosen.plain.stops)

@@ -31,7 +31,7 @@ class Remembered:
     characters: int
     tokens: array[int]
     reasoning: str
-    ended: bool  # by the model; else cut off, and its end token is missing
+    ended: bool  # by its end token; else the token is missing: the answer was cut off, or a grammar ended it
 
     def precedes(self, prompt: str) -> bool:
         """Whether a prompt begins with the text this answer followed."""
@@ -48,7 +48,7 @@ class AnswerMemory:
     def remember(
         self, client: str, prompt: str, tokens: Sequence[int], answer: Answer, ended: bool = True
     ) -> None:
-        """tokens: of the prompt and of the answer, and of its end where the model ended it."""
+        """tokens: of the prompt and of the answer, and of its end where `ended`."""
         if len(tokens) > self._room:
             return
         key = _key(client, answer.text, tuple((name, text) for _, name, text in answer.calls))

@@ -389,4 +389,4 @@ def _of_schema(message: str) -> str:
     """An error about a grammar for the client, who knows of the schema from which it was made."""
     why = message.partition("%llguidance")[0].removesuffix(" 1 | ").rpartition(": failed to ")[2]
     why = why.removeprefix("structured_outputs.grammar is not accepted: ")
-    return f"tools: the schema of a strict tool is not accepted: {why}"
+    return f"tools: the schema of a tool is not accepted: {why}"

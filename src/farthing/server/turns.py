@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from farthing.conversation import forced
 from farthing.conversation.count import ReasoningCounter
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, collect
 from farthing.conversation.formats import template
@@ -14,17 +13,16 @@ from farthing.conversation.formats.base import ChatFormat, FormatError
 from farthing.conversation.parse.base import CallParser, NoCalls
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.output import OutputParser, Tags
-from farthing.conversation.strict import call_grammar
 from farthing.conversation.types import Conversation
 from farthing.engine.logprobs import Position
 from farthing.engine.request import (
-    CallParams,
     CompletionOutput,
     FinishReason,
     ReasoningParams,
     StructuredOutputsParams,
 )
 from farthing.server.errors import ApiError
+from farthing.server.grammars import grammars
 from farthing.server.sampling import build_params
 from farthing.server.truncate import fitting
 from farthing.server.usage import Usage
@@ -73,7 +71,7 @@ class Reading:
     conversation: Conversation
     tags: Tags | None  # None: reasoning is not parsed
     opened: bool  # the prompt ends inside the reasoning
-    forced: bool
+    listed: bool  # the calls are the JSON that a grammar forces, and not in the model's format
     tokens: frozenset[str]  # the markup that arrives as special tokens, each after a mark
 
     def parser(self) -> OutputParser:
@@ -89,7 +87,7 @@ class Reading:
 
     def _calls(self) -> CallParser:
         conversation = self.conversation
-        if self.forced:
+        if self.listed:
             return NamedCall(conversation.choice.names[0]) if conversation.choice.single else ListedCalls()
         if not conversation.tools:
             return NoCalls()
@@ -115,7 +113,7 @@ class Turn:
         reading: Reading,
         remember: Callable[[list[int], list[Delta], bool], None],
     ) -> None:
-        """remember: takes the tokens and deltas of an answer, and whether the model ended it."""
+        """remember: takes the tokens and deltas of an answer, and whether it is complete."""
         self.job, self.usage = job, usage
         self._reading, self._remember = reading, remember
         self._choices: dict[int, _Choice] = {}
@@ -176,13 +174,12 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     formats = service.formats()
     conversation, prompt, ids = await _prompt(service, request, client)
     form = formats.of_conversation(conversation)
-    schema = forced.schema(conversation)
-    structured = request.structured if schema is None else StructuredOutputsParams(json=schema)
+    limits = grammars(conversation, request.structured, form, formats)
     opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
     _check_thinking(conversation, form, opened)
     # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
-    tags = form.tags if structured is None or opened else None
-    parsed = tags is not None or (schema is None and conversation.tools)
+    tags = form.tags if not limits.whole or opened else None
+    parsed = tags is not None or (conversation.tools and not limits.listed)
     marked = formats.markup(form) if parsed else {}
     reading = Reading(
         formats=formats,
@@ -190,7 +187,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         conversation=conversation,
         tags=tags,
         opened=opened,
-        forced=schema is not None,
+        listed=limits.listed,
         tokens=frozenset(marked.values()),
     )
     values = dict(request.sampling) | {"marked_token_ids": frozenset(marked)}
@@ -201,11 +198,9 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         build_params(
             values
             | {
-                "structured_outputs": structured,
-                "calls": None if structured is not None else _restricted(conversation, form, formats),
-                "reasoning": _reasoning(
-                    tags, opened, request.thinking_budget, structured is not None, formats
-                ),
+                "structured_outputs": limits.structured,
+                "calls": limits.calls,
+                "reasoning": _reasoning(tags, opened, request.thinking_budget, limits.whole, formats),
             }
         ),
         priority=request.priority,
@@ -213,11 +208,12 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         kind="delta" if request.stream else "final",
     )
 
-    def remember(tokens: list[int], deltas: list[Delta], ended: bool) -> None:
-        if reading.forced:  # grammar-forced output is not in the format's own call syntax
+    def remember(tokens: list[int], deltas: list[Delta], stopped: bool) -> None:
+        if limits.listed:
             return
         answer = collect(deltas)
-        if ended or (answer.text and not answer.calls):  # reasoning or a call cannot be closed midway
+        if stopped or (answer.text and not answer.calls):  # reasoning or a call cannot be closed midway
+            ended = stopped and tokens[-1] in formats.ends(form)
             service.answers.remember(client, prompt, ids + tokens, answer, ended)
 
     return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember)
@@ -281,20 +277,11 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
     return await service.encode(prompt, False, client, "messages")
 
 
-def _restricted(conversation: Conversation, form: ChatFormat, formats: ModelFormats) -> CallParams | None:
-    """The grammar of calls where the client has restricted them. Raises ApiError (400)."""
-    try:
-        found = call_grammar(conversation, form.syntax, formats.special_id)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="tools", code="invalid_value") from error
-    return None if found is None else CallParams(openers=found.openers, grammar=found.grammar)
-
-
 def _reasoning(
-    tags: Tags | None, opened: bool, budget: int | None, structured: bool, formats: ModelFormats
+    tags: Tags | None, opened: bool, budget: int | None, constrained: bool, formats: ModelFormats
 ) -> ReasoningParams | None:
     """Reasoning parameters for the engine; None if it does not need any."""
-    if tags is None or formats.tokenizer is None or (budget is None and not (structured and opened)):
+    if tags is None or formats.tokenizer is None or (budget is None and not (constrained and opened)):
         return None
     return ReasoningParams(
         end=tuple(formats.tokenizer.encode(tags.close, add_special_tokens=False)),

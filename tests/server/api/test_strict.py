@@ -51,7 +51,11 @@ def test_schema_without_a_grammar_is_rejected() -> None:
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=body | {"tools": [tool]}, timeout=60)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools", answer.text
         message = answer.json()["error"]["message"]
-        assert "a strict tool is not accepted: " in message and "llguidance" not in message
+        assert "the schema of a tool is not accepted: " in message and "llguidance" not in message
+        tool["function"] |= {"strict": False}
+        fields = {"tools": [tool], "tool_choice": "required"}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body | fields, timeout=60)
+        assert answer.status_code == 400 and answer.json()["error"]["message"] == message
         tool = {"name": "light", "input_schema": parameters, "strict": True}
         answer = httpx.post(f"{server.url}/v1/messages", json=body | {"tools": [tool]}, timeout=60)
         assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"

@@ -13,7 +13,7 @@ from farthing.conversation.formats.base import ChatFormat, ControlTokens, Format
 from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
 from farthing.conversation.parse.output import THINK
-from farthing.conversation.strict import JsonCalls
+from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, Turn
 
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -87,7 +87,8 @@ def _parser(tools: tuple[Tool, ...], tokens: frozenset[str] = frozenset()) -> De
     return DelimitedCalls(MARKS, tokens=tokens)
 
 
+SECTION = Section(MARKS.calls_begin, "\n", MARKS.calls_end)
 STYLE = (f"function{MARKS.separator}{{name}}\n```json\n", f"\n```{MARKS.call_end}")
-_SYNTAX = JsonCalls((MARKS.call_begin,), (STYLE,), MARKS.all)
+_SYNTAX = JsonCalls((MARKS.call_begin,), (STYLE,), MARKS.all, SECTION)
 V3 = ChatFormat("deepseek_v3", render, _parser, markup=MARKS.all, syntax=_SYNTAX)
 R1 = replace(V3, name="deepseek_r1", render=render_r1, tags=THINK)

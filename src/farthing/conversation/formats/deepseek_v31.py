@@ -19,7 +19,7 @@ from farthing.conversation.formats.deepseek_v3 import (
 from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
 from farthing.conversation.parse.output import THINK
-from farthing.conversation.strict import JsonCalls
+from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, Turn
 
 
@@ -85,5 +85,7 @@ V31 = ChatFormat(
     THINK,
     efforts=("none",),
     markup=MARKS.all,
-    syntax=JsonCalls((MARKS.call_begin,), (STYLE,), MARKS.all),
+    syntax=JsonCalls(
+        (MARKS.call_begin,), (STYLE,), MARKS.all, Section(MARKS.calls_begin, "", MARKS.calls_end)
+    ),
 )

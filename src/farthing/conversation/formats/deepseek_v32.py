@@ -6,7 +6,7 @@ Source: encoding_dsv32.py of the DeepSeek-V3.2 release. Reasoning before the las
 from __future__ import annotations
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
-from farthing.conversation.formats.dsml import SYNTAX, last_request, to_json, write_calls
+from farthing.conversation.formats.dsml import last_request, syntax, to_json, write_calls
 from farthing.conversation.parse.dsml import MARK, DsmlCalls
 from farthing.conversation.parse.output import THINK
 from farthing.conversation.types import Conversation, Tool, Turn
@@ -110,5 +110,5 @@ V32 = ChatFormat(
     THINK,
     efforts=("none",),
     markup=frozenset((MARK,)),
-    syntax=SYNTAX,
+    syntax=syntax(SECTION),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
-from farthing.conversation.formats.dsml import SYNTAX, to_json, write_calls
+from farthing.conversation.formats.dsml import syntax, to_json, write_calls
 from farthing.conversation.parse.dsml import MARK, DsmlCalls
 from farthing.conversation.parse.output import THINK
 from farthing.conversation.types import Conversation, Tool, ToolCall
@@ -148,5 +148,5 @@ V4 = ChatFormat(
     THINK,
     efforts=("none", "minimal", "low", "medium", "high", "max"),
     markup=frozenset((MARK,)),
-    syntax=SYNTAX,
+    syntax=syntax(SECTION),
 )

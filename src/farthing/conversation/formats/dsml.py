@@ -9,20 +9,24 @@ from typing import Any
 from farthing.conversation.arguments import parsed
 from farthing.conversation.formats.base import FormatError
 from farthing.conversation.parse.dsml import MARK, OPENERS
-from farthing.conversation.strict import TaggedCalls
+from farthing.conversation.strict import Section, TaggedCalls
 from farthing.conversation.types import ToolCall, Turn
 
-SYNTAX = TaggedCalls(
-    openers=OPENERS,
-    begin='invoke name="{name}">',
-    string=f'<{MARK}parameter name="{{name}}" string="true">',
-    json=f'<{MARK}parameter name="{{name}}" string="false">',
-    value_end=f"</{MARK}parameter>",
-    end=f"</{MARK}invoke>\n",
-    marks=frozenset((MARK,)),
-    key='[^"<>\\n]{1,256}',
-    others=("tool_calls>\n", "function_calls>\n"),
-)
+
+def syntax(section: str) -> TaggedCalls:
+    """The grammar of calls within a section of this name."""
+    return TaggedCalls(
+        section=Section(f"\n\n<{MARK}{section}>\n", "", f"</{MARK}{section}>"),
+        openers=OPENERS,
+        begin='invoke name="{name}">',
+        string=f'<{MARK}parameter name="{{name}}" string="true">',
+        json=f'<{MARK}parameter name="{{name}}" string="false">',
+        value_end=f"</{MARK}parameter>",
+        end=f"</{MARK}invoke>\n",
+        marks=frozenset((MARK,)),
+        key='[^"<>\\n]{1,256}',
+        others=("tool_calls>\n", "function_calls>\n"),
+    )
 
 
 def write_calls(calls: tuple[ToolCall, ...], section: str) -> str:

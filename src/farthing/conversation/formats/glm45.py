@@ -8,7 +8,7 @@ from farthing.conversation.formats.base import ChatFormat, ControlTokens
 from farthing.conversation.formats.dsml import arguments_of, last_request
 from farthing.conversation.parse.glm import CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END, GlmCalls
 from farthing.conversation.parse.output import THINK
-from farthing.conversation.strict import TaggedCalls
+from farthing.conversation.strict import Section, TaggedCalls
 from farthing.conversation.types import Conversation, Tool, Turn
 
 # The text the model was trained with.
@@ -95,6 +95,7 @@ GLM45 = ChatFormat(
         value_end=VALUE_END,
         end=CALL_END,
         marks=_MARKS,
+        section=Section("\n", "\n", ""),
         key="[^<>\\n]{1,256}",
     ),
 )

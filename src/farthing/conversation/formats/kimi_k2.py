@@ -8,7 +8,7 @@ from farthing.conversation.formats.base import ChatFormat, ControlTokens
 from farthing.conversation.parse.delimited import KIMI as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
 from farthing.conversation.parse.output import THINK
-from farthing.conversation.strict import JsonCalls
+from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
 
 _SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
@@ -98,6 +98,9 @@ KIMI_K2 = ChatFormat(
     markup=MARKS.all,
     stops=(_END,),
     syntax=JsonCalls(
-        (MARKS.call_begin,), ((f"functions.{{name}}:{{index}}{MARKS.separator}", MARKS.call_end),), MARKS.all
+        (MARKS.call_begin,),
+        ((f"functions.{{name}}:{{index}}{MARKS.separator}", MARKS.call_end),),
+        MARKS.all,
+        Section(MARKS.calls_begin, "", MARKS.calls_end),
     ),
 )
