@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists.txt
 
 .PHONY: demo test test-all test-gpu serve bench bench-gpu lint format docs sanitize wheel clean
@@ -11,10 +13,10 @@ demo: $(STAMP)
 	$(BIN)/python -m farthing.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 # Kernel tests on the GPU instead of Triton's interpreter, and all other tests that need a GPU.
 test-gpu: $(STAMP)

@@ -1,7 +1,8 @@
 """Settings that apply before any test is imported.
 
-Triton's kernels are interpreted on the CPU, except in `make test-gpu`. Hypothesis does not judge how fast
-examples run, because machines are shared.
+Triton's kernels are interpreted on the CPU, except in `make test-gpu`. Torch computes on one thread, because
+`make test` runs one worker per core. Hypothesis does not judge how fast examples run, because machines are
+shared.
 """
 
 import os
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
 

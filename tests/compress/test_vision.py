@@ -31,7 +31,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)], env={"COLUMNS": "200"})
     return result.exit_code, result.output
 
 

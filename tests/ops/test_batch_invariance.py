@@ -17,7 +17,7 @@ from farthing.ops.cpu import CpuOps
 from farthing.ops.cutting import columns_of, halves_of
 from farthing.ops.weights import Weight
 from tests.ops.parts import EPS, FORMATS, SPECS, experts, norm, weight
-from tests.ops.test_cpu import ISAS
+from tests.ops.test_cpu import ISAS, threads_of
 
 BLOCK = 16
 LENGTH = 600  # several chunks of keys
@@ -26,7 +26,7 @@ LENGTH = 600  # several chunks of keys
 @pytest.fixture(params=ISAS)
 def ops(request: pytest.FixtureRequest) -> CpuOps:
     torch.manual_seed(0)
-    return CpuOps(2, isa=request.param)
+    return CpuOps(threads_of(request.param), isa=request.param)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -79,7 +79,8 @@ def test_experts_of_two_ranks(ops: CpuOps, name: str, shared: int | None) -> Non
 @pytest.mark.parametrize("name", FORMATS)
 def test_columns_of_two_ranks(ops: CpuOps, name: str) -> None:
     """Two tensor-parallel ranks give bit-identical sums to one rank that computes both halves."""
-    one = CpuOps(2, isa=ops.name.split("/")[1].split(",")[0], parts=2)
+    isa = ops._native.isa
+    one = CpuOps(threads_of(isa), isa=isa, parts=2)
     spec, x, scale = RouterSpec(8, 3, num_groups=4, top_k_groups=2), torch.randn(40, 64), norm(64)
     whole = experts(spec, name, 64, 256, 512)
     halves = [

@@ -13,13 +13,14 @@ from farthing.ops.api import CacheDtype
 from farthing.ops.cpu import CpuOps
 from farthing.ops.indexer import read_keys, top_positions
 from farthing.ops.reference import ReferenceOps
+from tests.ops.test_cpu import threads_of
 
 CPUS = _native.instruction_sets().split()
 BLOCK = 4
 
 
 def backend(name: str) -> Ops:
-    return ReferenceOps(torch.float32) if name == "reference" else CpuOps(2, isa=name)
+    return ReferenceOps(torch.float32) if name == "reference" else CpuOps(threads_of(name), isa=name)
 
 
 def by_sorting(scores: list[float], k: int) -> list[int]:
