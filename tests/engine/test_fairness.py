@@ -140,11 +140,11 @@ def test_idle_time_earns_no_credit() -> None:
     fair.enter("busy")
     fair.charge("busy", 1000)
     fair.enter("late")
-    assert fair.served("late") == 1000
+    assert fair.served("late") == 999  # next in turn, and no more
     fair.leave("late")
     fair.charge("busy", 500)
     fair.enter("late")
-    assert fair.served("late") == 1500
+    assert fair.served("late") == 1499
 
 
 def test_disconnecting_keeps_the_debt() -> None:

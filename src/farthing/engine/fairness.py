@@ -33,7 +33,7 @@ class Fairness:
         """A sequence was added."""
         if client not in self._live:
             level = min((self._served[other] for other in self._live), default=self._level)
-            self._served[client] = max(self._served.get(client, 0), level)
+            self._served[client] = max(self._served.get(client, 0), level - 1)  # before those at the level
         self._live[client] += 1
 
     def leave(self, client: str) -> None:

@@ -28,8 +28,11 @@ class Interference:
         return {client for client in self._owed if decoding - {client}}
 
     def observe(self, plan: Seq[Scheduled[Any]], seconds: float, alone: float) -> None:
-        """A step took `seconds`; its decoding alone would have taken about `alone`."""
-        decoding = {item.seq.client for item in plan if item.decode}
+        """A step took `seconds`; its decoding alone would have taken about `alone`.
+
+        The last chunk of a prompt counts as decoding, because its first token waits for the step too.
+        """
+        decoding = {item.seq.client for item in plan if item.sample}
         prompts: dict[str, int] = {}
         for item in plan:
             if not item.decode:

@@ -21,13 +21,13 @@ urgent running sequence is never preempted, so there is always progress.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Generic
 
 from farthing.engine.block_pool import BlockPool, IntegrityError
+from farthing.engine.claims import by_claim, victims
 from farthing.engine.fairness import Fairness
 from farthing.engine.interference import Interference
 from farthing.engine.prefetch import BlockStore, Load, Prefetch
@@ -135,7 +135,9 @@ class Scheduler(Generic[S]):
         self._give_way()
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
-        if (limit := self.prompt_limit(len(plan), self.fairness.num_clients > 1)) is not None:
+        shared = self.fairness.num_clients > 1
+        limit = self.prompt_limit(max(len(plan), int(shared)), shared)
+        if limit is not None and (plan or self._brief(limit)):
             budget = min(budget, max(1, limit))
         self._schedule_prompts(plan, budget, admit=self.num_preemptions == preempted)
         if not plan and self.running:
@@ -176,7 +178,7 @@ class Scheduler(Generic[S]):
 
     def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
         """One token (and drafts) per decoding sequence. Returns what is left of the budget."""
-        order = self._by_claim()
+        order = by_claim(self.running, self.fairness.num_clients)
         decoding = [seq for seq in order if seq.num_pending == 1]
         budget = self.max_tokens
         # Drafts are a gamble: while prompts need the budget they get at most half of what is spare.
@@ -195,23 +197,6 @@ class Scheduler(Generic[S]):
             spare -= len(drafts)
             budget -= self._add(plan, seq, 1, drafts)
         return budget
-
-    def _by_claim(self) -> list[S]:
-        """Running sequences, the one to be preempted first at the end.
-
-        That is the least urgent one of the client that holds most blocks.
-        """
-        if self.fairness.num_clients < 2:
-            return list(self.running)
-        held = self._held()
-        return self.running[:1] + sorted(self.running[1:], key=lambda seq: (held[seq.client], seq.key))
-
-    def _held(self) -> Counter[str]:
-        """Blocks by client; shared ones count for each."""
-        held: Counter[str] = Counter()
-        for seq in self.running:
-            held[seq.client] += len(seq.blocks)
-        return held
 
     def _schedule_prompts(self, plan: list[Scheduled[S]], budget: int, admit: bool) -> None:
         """Prompts that run and, if `admit`, ones that wait, as far as the budget goes.
@@ -296,27 +281,17 @@ class Scheduler(Generic[S]):
         if clients < 2 or not self._queues:
             return
         poorest = min(self._queues, key=self._turn)
-        held, rows = self._held(), Counter(seq.client for seq in self.running)
-        most_rows, most_blocks = max(1, self.max_num_seqs // clients), self.pool.num_blocks // clients
         need = self._blocks_for(len(self._queues[poorest][0].tokens))
-        if rows[poorest] >= most_rows or held[poorest] + need > most_blocks:
-            return
-        lack = need + self._watermark - self.pool.num_free
-        victims: list[S] = []
-        for seq in reversed(self.running[1:]):
-            if lack <= 0 and (self._rows or victims):
-                break
-            owner = seq.client
-            spared = rows[owner] < 2 or owner == poorest  # its most urgent one
-            if spared or (rows[owner] <= most_rows and held[owner] <= most_blocks):
-                continue
-            victims.append(seq)
-            rows[owner] -= 1
-            held[owner] -= len(seq.blocks)
-            lack -= sum(self.pool.refs(block) == 1 for block in seq.blocks)
-        if lack <= 0:
-            for seq in victims:
-                self._preempt(seq)
+        rows = len(self._rows), self.max_num_seqs
+        for seq in victims(self.running, poorest, need, self._watermark, rows, clients, self.pool):
+            self._preempt(seq)
+
+    def _brief(self, limit: int) -> bool:
+        """Whether the next client's prompt is so short that it should not wait for a long step of others."""
+        prompts = [seq for seq in self.running if seq.num_pending > 1]
+        prompts += [queue[0] for queue in self._queues.values()]
+        first = min(prompts, key=lambda seq: self._turn(seq.client), default=None)
+        return first is not None and first.num_pending <= limit
 
     def _match(self, seq: S) -> list[int]:
         if not (self.prefix.enabled and seq.read_cache):

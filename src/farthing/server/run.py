@@ -36,7 +36,7 @@ log = logging.getLogger("farthing.server")
 
 _OTHER_FILES = 128  # file descriptors reserved for everything except connections
 _BACKLOG = 2048  # connections waiting to be accepted
-_SWITCH_SECONDS = 0.0005  # longest wait of the engine thread for the GIL
+_SWITCH_SECONDS = 0.00005  # the engine thread waits so long for the GIL, about 30 times in a step
 _CLOSE_SECONDS = 5  # grace period for connections to close after the drain
 
 
