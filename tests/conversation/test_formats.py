@@ -312,6 +312,24 @@ def test_format_selected_by_the_command_line() -> None:
     assert choose(_checkpoint("{{ messages }}"), reasoning="deepseek_r1").plain.tags is not None
 
 
+@pytest.mark.parametrize(
+    ("source", "tokens", "reasons"),
+    [
+        ("{{ messages }}", ("<think>",), False),
+        ("{{ messages }}</think>", (), False),  # removes what other models wrote
+        ("{{ messages }}</think>", ("<think>",), True),
+        ("{{ messages }}<think>", (), True),
+        ("{{ messages }}{{ enable_thinking }}", (), True),
+        ("{{ messages }}{{ reasoning_effort }}", (), True),
+        (None, ("<think>",), False),
+    ],
+)
+def test_a_template_says_whether_the_model_reasons(
+    source: str | None, tokens: tuple[str, ...], reasons: bool
+) -> None:
+    assert (choose(_checkpoint(source, *tokens)).plain.tags is not None) == reasons
+
+
 def test_template_variables() -> None:
     assert variables("{% for m in messages %}{{ m }}{{ tools }}{% endfor %}") == {"messages", "tools"}
     assert variables("{% broken") == frozenset()

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 
 from farthing.config import EngineConfig
+from farthing.engine.chat_template import DEEPSEEK_TEMPLATE
 from farthing.engine.engine import Engine
 from tests.server.harness import Running, ScriptedEngine, events, running, tiny_model, tokenizer
 from tests.server.test_chat import PARAMETERS, THINKING, TOOLS, USER
@@ -98,6 +99,34 @@ def test_forbidden_words_and_tokens(thinker: Running) -> None:
     message = document["choices"][0]["message"]
     text = (message.get("reasoning_content") or "") + (message["content"] or "")
     assert len(text) == 30 and set(text) <= set("xz") and "xz" not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"thinking": {"type": "enabled"}}),
+        ("chat/completions", {"thinking": {"type": "enabled", "budget_tokens": 4}}),
+        ("chat/completions", {"max_thinking_tokens": 4}),
+        ("chat/completions", {"reasoning_effort": "low"}),
+        ("chat/completions", {"chat_template_kwargs": {"enable_thinking": True}}),
+        ("responses", {"max_thinking_tokens": 4}),
+        ("responses", {"reasoning": {"effort": "low"}}),
+        ("messages", {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+        ("messages", {"output_config": {"effort": "low"}}),
+    ],
+)
+def test_options_of_reasoning_need_a_model_that_reasons(path: str, fields: dict[str, Any]) -> None:
+    """The built-in template mentions </think>, and the tokenizer has it, but the model never reasons."""
+    with running(ScriptedEngine(chat_template=DEEPSEEK_TEMPLATE)) as server:
+        body = {"messages": USER, "input": "hi", "max_tokens": 2048}
+        if path == "responses":
+            body.pop("max_tokens")
+        assert httpx.post(f"{server.url}/v1/{path}", json=body).status_code == 200
+        answer = httpx.post(f"{server.url}/v1/{path}", json=body | fields)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert "deepseek_v3" in error["message"]
+        assert path == "messages" or error["param"] in ("thinking", "reasoning_effort")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ _EITHER = JsonCalls(
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The facts about a checkpoint that decide its format."""
+    """The facts about a checkpoint that decide its format. template: None if it has none of its own."""
 
     model_type: str
     template: str | None
@@ -91,7 +91,7 @@ def choose(
     own = replace(
         related or V3,
         name=OWN,
-        tags=THINK if THINK.close in source else None,
+        tags=THINK if _reasons(checkpoint, source, names) else None,
         efforts=_efforts(names),
         syntax=related.syntax if related else _deepseek_syntax(checkpoint, source),
     )
@@ -102,6 +102,17 @@ def choose(
         replace(related or _deepseek(checkpoint, names), tags=own.tags), calls, reasoning
     )
     return Chosen(plain, packaged if _can_call(checkpoint) else plain, source)
+
+
+def _reasons(checkpoint: Checkpoint, source: str, names: frozenset[str]) -> bool:
+    """Whether a model reasons, by its template: it switches reasoning on or off, or writes its opening tag.
+
+    A template that only removes earlier reasoning mentions no more than the closing tag. If its model reasons,
+    it writes the opening tag itself, so that is one of its tokens.
+    """
+    switches = names & {"thinking", "enable_thinking", "reasoning_effort"}
+    itself = THINK.close in source and checkpoint.has_token(THINK.open)
+    return bool(switches) or THINK.open in source or itself
 
 
 def _deepseek_syntax(checkpoint: Checkpoint, source: str) -> JsonCalls | None:

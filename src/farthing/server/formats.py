@@ -29,7 +29,7 @@ class ModelFormats:
         tokenizer = engine.tokenizer
         checkpoint = Checkpoint(
             engine.model_config.model_type,
-            tokenizer.chat_template if tokenizer else None,
+            None if tokenizer is None or tokenizer.trusted_template else tokenizer.chat_template,
             lambda token: tokenizer is not None and tokenizer.backend.token_to_id(token) is not None,
         )
         reasoning = config.reasoning_parser

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from farthing.server.service import Service
 
 
+_SWITCHES = {"thinking", "enable_thinking"}  # options of templates, which make of them what they like
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRequest:
     """The parameters of an API request. sampling: fields of SamplingParams."""
@@ -176,7 +179,8 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     form = formats.of_conversation(conversation)
     limits = grammars(conversation, request.structured, form, formats)
     opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
-    _check_thinking(conversation, form, opened)
+    if formats.source(form) is None or not conversation.template_options.keys() & _SWITCHES:
+        _check_thinking(conversation, request.thinking_budget, form, opened)
     # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
     tags = form.tags if not limits.whole or opened else None
     parsed = tags is not None or (conversation.tools and not limits.listed)
@@ -243,17 +247,17 @@ async def _prompt(service: Service, request: TurnRequest, client: str) -> tuple[
     return await fitting(request.conversation, attempt) or await written(request.conversation)
 
 
-def _check_thinking(conversation: Conversation, form: ChatFormat, opened: bool) -> None:
+def _check_thinking(conversation: Conversation, budget: int | None, form: ChatFormat, opened: bool) -> None:
     """Raises ApiError (400) where a client sets what the model cannot do."""
-    if conversation.template_options.keys() & {"thinking", "enable_thinking"}:
-        return  # for the template, whatever it makes of it
-    if conversation.thinking and form.tags is None and not form.efforts:
-        why = f"is enabled, but the chat format {form.name!r} has no reasoning; expected it to be left out"
+    if form.tags is None and (conversation.thinking or budget is not None):
+        got = "is enabled" if conversation.thinking else f"has a budget of {budget} tokens"
+        why = "has no reasoning"
     elif conversation.thinking is False and opened:
-        why = f"is disabled, but the chat format {form.name!r} always reasons; expected it to be left out"
+        got, why = "is disabled", "always reasons"
     else:
         return
-    raise ApiError(400, f"thinking {why}", param="thinking", code="invalid_value")
+    message = f"thinking {got}, but the chat format {form.name!r} {why}; expected it to be left out"
+    raise ApiError(400, message, param="thinking", code="invalid_value")
 
 
 async def _encode(service: Service, conversation: Conversation, prompt: str, client: str) -> list[int]:
