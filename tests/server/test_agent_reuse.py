@@ -1,7 +1,7 @@
 """A tool loop of ten turns computes only new tokens, with each API, on the embedded model.
 
-Measured is the cached share of a prompt's tokens from earlier turns (the last prompt and its sampled answer).
-Tool results are new and not counted. The model is too small to call tools, so either the client requires the
+The test measures the cached share of a prompt's tokens from earlier turns (the last prompt and its sampled
+answer), without the new tool results. The model is too small to call tools, so either the client requires the
 call, or a constraint forces it around a freely sampled argument, whose tokens differ from the tokenizer's
 split.
 """

@@ -61,7 +61,7 @@ def test_malformed_files_are_rejected(tmp_path: Path, text: str) -> None:
 
 
 def test_key_with_two_names_is_rejected() -> None:
-    with pytest.raises(ValueError, match="one name a key"):
+    with pytest.raises(ValueError, match="one name per key"):
         KeyRing(["a:k", "b:k"])
 
 

@@ -157,7 +157,7 @@ def test_heavy_bodies_of_any_size_are_parsed_one_at_a_time_and_clients_take_turn
 
 
 @pytest.mark.parametrize("heavy", [False, True])
-def test_a_heavy_body_is_checked_in_a_turn_of_its_own(heavy: bool) -> None:
+def test_heavy_body_is_checked_in_a_separate_iteration(heavy: bool) -> None:
     service, turns = Service(ServerConfig(), "tiny"), 0
 
     async def run() -> int:

@@ -41,7 +41,7 @@ def sockets(server: Running, count: int) -> Iterator[list[socket.socket]]:
 
 
 def answer(connection: socket.socket) -> bytes:
-    """Everything until the server closes."""
+    """Everything until the server closes the connection."""
     received = b""
     with contextlib.suppress(ConnectionError):
         while part := connection.recv(65536):
@@ -50,7 +50,7 @@ def answer(connection: socket.socket) -> bytes:
 
 
 def until_body(connection: socket.socket) -> bytes:
-    """An answer of /health."""
+    """A response of /health."""
     received = b""
     while b"}" not in received:
         received += connection.recv(65536)

@@ -10,7 +10,7 @@ from tests.server.harness import Running, ScriptedEngine, running, tiny_engine
 
 
 def scrape(server: Running) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """{sample name: {labels: value}}; fails on text that is not Prometheus'."""
+    """{sample name: {labels: value}}; fails on text that is not in Prometheus's format."""
     answer = httpx.get(f"{server.url}/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     samples: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}

@@ -31,7 +31,7 @@ def mite() -> Iterator[Running]:
 
 
 def test_sampled_text_is_not_recomputed(mite: Running) -> None:
-    """Ten turns of text sampled at such a temperature that the tokenizer would split it differently."""
+    """Ten turns of text sampled at a temperature at which the tokenizer often splits it differently."""
     url, turns = f"{mite.url}/v1/chat/completions", [{"role": "user", "content": "x = 1"}]
     end = mite.service.require_engine().tokenizer.eos_token_ids[0]  # type: ignore[union-attr]
     before, reason = 0, ""

@@ -1,4 +1,4 @@
-"""Access control from request headers: host names, API keys, and who may read the metrics."""
+"""Access control from request headers: host names, API keys, and permission to read metrics."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from farthing.server.auth import ANONYMOUS, KeyRing
 from farthing.server.config import ServerConfig, is_loopback
 from farthing.server.errors import ApiError, send_error
 
-LOCAL = "localhost"  # matches every name and address of this machine
+LOCAL = "localhost"  # stands for every name and address of this machine
 _NUMBERS = ("/metrics", "/cache/digest")  # for scrapers and gateways
 _PROXIED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """Which metrics a request may see: all of them, or those of the key called `name`."""
+    """The metrics a request may see: all of them, or those of the key called `name`."""
 
     everything: bool
     name: str
@@ -115,7 +115,7 @@ def _host_name(host: str) -> str:
 
 
 def _is_near(scope: Scope, headers: dict[bytes, bytes]) -> bool:
-    """Whether the request comes from this machine directly, not through a local proxy."""
+    """Whether the request comes directly from this machine, not through a local proxy."""
     client = scope.get("client")
     if not client or any(name in headers for name in _PROXIED):
         return False
@@ -126,7 +126,7 @@ def _is_near(scope: Scope, headers: dict[bytes, bytes]) -> bool:
 
 
 def _unknown_key(header: str) -> ApiError:
-    problem = "the API key is not known" if header else "an API key is missing"
+    problem = "the API key is unknown" if header else "no API key"
     return ApiError(
         401, f"{problem}; expected `Authorization: Bearer KEY` or `X-Api-Key: KEY`", code="invalid_api_key"
     )

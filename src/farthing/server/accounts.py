@@ -1,4 +1,4 @@
-"""Cost accounting for a server: what its machine costs, and what each API key spent."""
+"""Cost accounting of a server: the price of its machine and the spending of each API key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger("farthing.server")
 
 
 class Accounts:
-    """Charges every request of one engine, starting when the object is created."""
+    """Charges every request of one engine from the moment the object is created."""
 
     def __init__(self, engine: Engine, machine: Machine, model: str) -> None:
         self._stats = engine.stats
@@ -43,7 +43,7 @@ class Accounts:
         return self._meter.machine
 
     def charge(self, client: str, metrics: RequestMetrics) -> RequestCost:
-        """Charge a request that ended; `client` is its key's name."""
+        """Charge a finished request; `client` is the name of its key."""
         usage = Usage(
             prefill_tokens=metrics.prefill_tokens,
             cached_tokens=metrics.cached_tokens,
@@ -54,12 +54,12 @@ class Accounts:
         return self._meter.record(usage, self._stats.busy_seconds, self._model, client)
 
     def report(self) -> CostReport:
-        """A report of all accounts at this moment."""
+        """A snapshot of all accounts."""
         return self._meter.report(self._stats.busy_seconds)
 
 
 def machine_of(device: torch.device, prices: str | None = None, hardware: str | None = None) -> Machine:
-    """The machine an engine on `device` runs on. ValueError: unknown hardware or bad prices."""
+    """The machine of an engine on `device`. Raises ValueError for unknown hardware or invalid prices."""
     declared = Prices.load(prices)
     if device.type == "cuda":
         import torch

@@ -42,11 +42,14 @@ from farthing.server.service import Service
 from farthing.server.turns import render
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
-CLIENT_CLOSED = 499  # nginx's status for a client disconnect; only logs and metrics see it
+CLIENT_CLOSED = 499  # nginx's status for a client disconnect, seen only in logs and metrics
 _ERRORS = (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
 _ABSENT = {"/v1/embeddings": "embeddings are not served: the model is a causal language model"}
 _STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "Whole, or streamed"}
+    200: {
+        "content": {"application/json": {}, "text/event-stream": {}},
+        "description": "One document, or a stream",
+    }
 }
 
 
@@ -95,7 +98,9 @@ def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
             raise ApiError(503, reason, code="engine_failed")
         return JSONResponse({"status": "ok"})
 
-    @api.get("/ready", summary="Whether requests are taken: the model is loaded, nothing drains")
+    @api.get(
+        "/ready", summary="Whether requests are accepted: the model is loaded and the server is not draining"
+    )
     async def ready() -> Response:
         service.require_engine()
         return JSONResponse({"status": "ready"})
@@ -155,7 +160,7 @@ def _add_responses_routes(api: FastAPI, service: Service) -> None:
     async def response(request: Request, identity: str) -> Response:
         return JSONResponse(stored(service, request.scope["client_name"], identity).document)
 
-    @api.delete("/v1/responses/{identity}", summary="Forget an earlier answer")
+    @api.delete("/v1/responses/{identity}", summary="Delete an earlier answer")
     async def forget(request: Request, identity: str) -> Response:
         stored(service, request.scope["client_name"], identity)
         service.responses.delete(request.scope["client_name"], identity)
@@ -174,7 +179,7 @@ def _add_messages_routes(api: FastAPI, service: Service) -> None:
         await service.check_fields(body, request)
         return await messages(service, body, request, request.scope["client_name"])
 
-    @api.post("/v1/messages/count_tokens", summary="How many tokens a conversation has", responses=errors)
+    @api.post("/v1/messages/count_tokens", summary="Number of tokens in a conversation", responses=errors)
     async def count(request: Request, body: CountRequest = Body()) -> Response:
         await service.check_fields(body, request)
         return await count_tokens(service, body, request.scope["client_name"])

@@ -13,9 +13,9 @@ ANONYMOUS = "anonymous"  # client name in limits and metrics when no key is requ
 
 
 class KeyRing:
-    """Named API keys. An entry is `name:key` or a bare key, which is named after its digest.
+    """Named API keys. An entry is `name:key` or a bare key, which gets its digest as name.
 
-    Several keys may share a name (so that keys can be rotated); a key has one name.
+    Several keys may share a name, so that keys can be rotated; a key has one name.
     """
 
     __slots__ = ("_keys",)
@@ -28,14 +28,14 @@ class KeyRing:
             digest = _digest(key.encode())
             if keys.setdefault(digest, name) != name:
                 named = f"{name!r} and {keys[digest]!r}"
-                raise ValueError(f"API key {position} is named {named}; expected one name a key")
+                raise ValueError(f"API key {position} is named {named}; expected one name per key")
         self._keys = tuple(keys.items())
 
     @classmethod
     def from_file(cls, path: str | Path) -> KeyRing:
         """Read one entry per line; blank lines and lines that start with `#` are skipped.
 
-        Raises ValueError when the file cannot be read, holds no key, or has a malformed line.
+        Raises ValueError if the file cannot be read, contains no key, or has a malformed line.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -43,7 +43,9 @@ class KeyRing:
             raise ValueError(f"API key file {str(path)!r} cannot be read: {error}") from error
         ring = cls(line for raw in lines if (line := raw.strip()) and not line.startswith("#"))
         if not ring:
-            raise ValueError(f"API key file {str(path)!r} holds no key; expected `name:key` or a key a line")
+            raise ValueError(
+                f"API key file {str(path)!r} contains no key; expected `name:key` or a key per line"
+            )
         return ring
 
     @classmethod
@@ -58,7 +60,7 @@ class KeyRing:
         Every key is compared even after a match, so timing reveals nothing about the keys.
         """
         scheme, _, key = (authorization or "").partition(" ")
-        offered = _digest(key.strip(" \t").encode("latin-1", "replace"))  # the bytes of the header
+        offered = _digest(key.strip(" \t").encode("latin-1", "replace"))  # the header's bytes
         found = None
         for digest, name in self._keys:
             if hmac.compare_digest(digest, offered):
@@ -90,5 +92,5 @@ def _parse(entry: str, position: int) -> tuple[str, str]:
     if not key or (colon and not name):
         raise ValueError(f"API key {position} is malformed; expected `name:key` or a key")
     if any(character.isspace() for character in key):
-        raise ValueError(f"API key {position} holds white space; expected one word")
+        raise ValueError(f"API key {position} contains white space; expected one word")
     return name or f"key-{_digest(key.encode()).hex()[:8]}", key

@@ -21,15 +21,16 @@ MAX_DEPTH = 128
 MAX_VALUES = 32_768  # values other than numbers
 MAX_NUMBERS = 262_144  # numbers in lists, such as token ids
 _LARGE = 65_536  # bytes; larger bodies are checked in a thread
-_MANY = 1_024  # values; bodies with more, and large ones, are parsed one at a time
-_REST = 2.0  # times that parsing a heavy body took, for which the event loop is then left to others
-HEAVY = "farthing.heavy"  # in the scope of a request with a heavy body
-_NUMBERS = 8  # numbers that take as long as one other value
+_MANY = 1_024  # values; larger bodies, and those with more values, are parsed one at a time
+# After parsing a heavy body, the event loop serves other requests for this many times as long.
+_REST = 2.0
+HEAVY = "farthing.heavy"  # key in the scope of a request with a heavy body
+_NUMBERS = 8  # numbers take as long to parse as one other value
 
 
 class Bodies:
-    """ASGI middleware that rejects a body larger than `max_bytes` (413; before reading it if its length is
-    declared), one that takes longer than `timeout` seconds to arrive (408), and JSON with too many values
+    """ASGI middleware that rejects bodies larger than `max_bytes` (413; before reading if the length is
+    declared), bodies that take longer than `timeout` seconds to arrive (408), and JSON with too many values
     (400)."""
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
@@ -39,7 +40,7 @@ class Bodies:
         self._lock, self._gate = FairLock(), Gate()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward the request with its whole body in one message."""
+        """Forward the request with its whole body as one message."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -64,8 +65,8 @@ class Bodies:
             await self.app(scope, _replay(body, receive), send)
 
     async def _pass_heavy(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check and parse one heavy body at a time, clients in turn. After each, the event loop is left to
-        other requests for twice as long as the body held it."""
+        """Check and parse one heavy body at a time, taking turns between clients. Afterwards the event loop
+        serves other requests for twice as long as the body held it."""
         await self._lock.acquire(scope["client_name"])
         held = True
 
@@ -84,7 +85,7 @@ class Bodies:
                     return
             scope[HEAVY] = True
             replay = _replay(body, receive, release)
-            del body  # leave the application's copy as the only one
+            del body  # so that only the application has a copy
             await self.app(scope, replay, send)
         finally:
             release()
@@ -116,8 +117,8 @@ class Bodies:
 
 
 def check(body: bytes) -> int:
-    """How many values JSON has, numbers counted for less. Raises ApiError (400) for too many of them or too
-    many levels. Ignores other defects."""
+    """The number of values in JSON, counting numbers for less. Raises ApiError (400) for too many values or
+    levels. Ignores other defects."""
     if b"\\" in body:
         body = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")
     data = np.frombuffer(body, np.uint8)
@@ -130,7 +131,7 @@ def check(body: bytes) -> int:
     if values > MAX_VALUES or numbers > MAX_NUMBERS:
         raise ApiError(
             400,
-            f"the body holds {values} values and {numbers} numbers; "
+            f"the body contains {values} values and {numbers} numbers; "
             f"expected at most {MAX_VALUES} and {MAX_NUMBERS}",
             code="too_many_values",
         )
@@ -146,7 +147,7 @@ def check(body: bytes) -> int:
 
 
 def _between_numbers(data: NDArray[np.uint8], commas: NDArray[np.bool_]) -> int:
-    """Number of commas between two digits, with at most one space."""
+    """Number of commas between two digits, followed by at most one space."""
     if len(data) < 4:
         return 0
     digit = (data >= ord("0")) & (data <= ord("9"))
@@ -155,8 +156,8 @@ def _between_numbers(data: NDArray[np.uint8], commas: NDArray[np.bool_]) -> int:
 
 
 def _replay(body: bytes, receive: Receive, taken: Callable[[float], None] | None = None) -> Receive:
-    """A `receive` that returns the body first. `taken` is called once the application has parsed it, with
-    the seconds that took."""
+    """A `receive` that returns the body first. `taken` is called with the seconds that the application needed
+    to parse it."""
     first: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
     async def replay() -> Message:
@@ -165,7 +166,7 @@ def _replay(body: bytes, receive: Receive, taken: Callable[[float], None] | None
             return await receive()
         message, first = first, None
         if taken is not None:
-            # The application parses and prepares the request before it awaits again: this runs after that.
+            # Runs after the application has parsed and prepared the request, when it awaits again.
             began = time.monotonic()
             asyncio.get_running_loop().call_soon(lambda: taken(time.monotonic() - began))
         return message

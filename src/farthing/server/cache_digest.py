@@ -1,8 +1,8 @@
-"""Which prompts this server holds in its prefix cache, for a gateway to route by.
+"""The prompts in this server's prefix cache, by which a gateway routes.
 
-A gateway has no tokenizer, so the digest names blocks of prompt text (`farthing.prompts`). Each is tied to
-the cache block that ends where it ends, by its share of the text; it is listed while that block, and so the
-whole prefix, can still be found in the cache.
+A gateway has no tokenizer, so the digest lists blocks of prompt text (`farthing.prompts`). A text block
+belongs to the cache block that ends at the same share of the prompt, and is listed while that block, and with
+it the whole prefix, is in the cache.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 _ENTRIES = 1 << 15  # text blocks remembered
 _BLOCKS = 1024  # of one prompt
-_PENDING = 512  # requests that are remembered between two reads of the digest
-_PENDING_BYTES = 16 << 20  # of their bodies
+_PENDING = 512  # requests remembered between two reads of the digest
+_PENDING_BYTES = 16 << 20  # total size of their bodies
 _SMOOTHING = 0.1  # of the mean size of prompts
-_READ_S = 60.0  # without a reader for so long, nothing is remembered
+_READ_S = 60.0  # without a reader for this long, nothing is remembered
 
 _body: ContextVar[bytes] = ContextVar("body", default=b"")
 
@@ -42,7 +42,7 @@ class _Seen:
 
 
 class CacheDigest:
-    """Ties blocks of prompt text to blocks of the prefix cache."""
+    """Maps blocks of prompt text to blocks of the prefix cache."""
 
     def __init__(self) -> None:
         self.mean_bytes = 0.0  # of prompt text, over the recent requests
@@ -53,7 +53,7 @@ class CacheDigest:
         self._read_at = -_READ_S
 
     def remember(self, tokens: Sequence[int], salt: str) -> None:
-        """A prompt of the request that is being served was handed to the engine."""
+        """Note that a prompt of the current request was submitted to the engine."""
         body = _body.get()
         if time.monotonic() - self._read_at >= _READ_S:
             self._pending.clear()
@@ -63,7 +63,7 @@ class CacheDigest:
             self._pending.append(_Seen(body, tokens, salt))
 
     async def blocks(self, engine: Engine) -> list[int]:
-        """The text blocks whose prefix is in the cache, the least recently used first."""
+        """The text blocks whose prefix is in the cache, least recently used first."""
         self._read_at = time.monotonic()
         async with self._turn:
             pending, self._pending = self._pending, deque(maxlen=_PENDING)
@@ -80,7 +80,7 @@ class CacheDigest:
             return found
 
     def _settle(self, pending: deque[_Seen], size: int) -> None:
-        """Hash what was seen since the last read; costs a millisecond per long prompt, hence in a thread."""
+        """Hash the prompts since the last read. Runs in a thread: a long prompt takes a millisecond."""
         for seen in pending:
             prompt = read_prompt(seen.body, _BLOCKS)
             self.mean_bytes += _SMOOTHING * (prompt.size - self.mean_bytes)
@@ -96,13 +96,13 @@ class CacheDigest:
 
 
 class KeepBody:
-    """ASGI middleware: keeps the body at hand for `CacheDigest.remember`; it arrives in one piece."""
+    """ASGI middleware that keeps the body, which arrives in one piece, for `CacheDigest.remember`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on."""
+        """Forward the request."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return

@@ -24,13 +24,13 @@ _cost = partial(option, group="Cost")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """Everything about the server but its engine. ValueError names the field and its value."""
+    """Everything about the server except its engine. Raises ValueError with the field and its value."""
 
     host: str = _http("127.0.0.1", "Address to listen on")
     port: int = _http(8000, "Port; 0: any free port", minimum=0, maximum=65535)
     keys: KeyRing | None = None  # None or empty: no key is required
     admin_keys: KeyRing | None = None  # may use the API and see every key's spending
-    metrics_keys: KeyRing | None = None  # set: other machines need one to scrape /metrics
+    metrics_keys: KeyRing | None = None  # if set, other machines need one to scrape /metrics
     insecure: bool = _http(False, "Access from other machines without a key")
     allowed_hosts: tuple[str, ...] = _http(
         (), "Host name to answer to, or * (repeatable); default: any with keys, else this machine's"
@@ -48,9 +48,9 @@ class ServerConfig:
     work_seconds_per_minute: int | None = _limit(
         None, "CPU seconds per minute and key for tokenizing, chat templates and grammars", minimum=1
     )
-    max_body_bytes: int = _limit(8 << 20, "Maximum size of a request body", minimum=1)
-    max_connections: int = _limit(4096, "Open connections", minimum=1)
-    max_header_bytes: int = _limit(32_768, "Maximum size of a request's head", minimum=1)
+    max_body_bytes: int = _limit(8 << 20, "Maximum bytes of a request body", minimum=1)
+    max_connections: int = _limit(4096, "Maximum number of open connections", minimum=1)
+    max_header_bytes: int = _limit(32_768, "Maximum bytes of a request's head", minimum=1)
     header_timeout: float = _limit(10.0, "Seconds for a request's head to arrive", above=0)
     body_timeout: float = _limit(30.0, "Seconds for a request body to arrive", above=0)
     request_timeout: float = _limit(600.0, "Seconds from the body's arrival to the last token", above=0)

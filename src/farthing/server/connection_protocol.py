@@ -1,4 +1,4 @@
-"""The protocol class of a server's connections: on httptools if it is installed, else on h11."""
+"""The protocol class of a server's connections: httptools if installed, else h11."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from farthing.server.connections import Connections, GuardedH11
 
 
 def protocol(guard: Connections) -> Callable[..., asyncio.Protocol]:
-    """What uvicorn creates per connection."""
+    """The class that uvicorn instantiates per connection."""
     try:
         from farthing.server.connections_httptools import GuardedHttpTools
     except ImportError:

@@ -1,9 +1,9 @@
-"""Limits on connections, below HTTP: how many there are, and how long and how large a request's head is.
+"""Limits on connections below HTTP: their number, and the size and arrival time of a request's head.
 
-uvicorn bounds neither. These protocols extend its own by a timer and a counter. A connection is *waiting*
-until a head is complete and after its response; otherwise it is busy, and `Job` and `Bodies` bound it.
-Where there are too many connections, the one that has waited longest is closed for the new one, so that
-idle sockets cannot keep clients out.
+uvicorn limits neither. These protocols add a timer and a counter to its own. A connection is *waiting* until
+a head is complete and after its response; otherwise it is busy, and `Job` and `Bodies` limit it. If there are
+too many connections, a new one replaces the one that has waited longest, so idle sockets cannot keep clients
+out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ else:
 
 log = logging.getLogger("farthing.server")
 
-_SHARE = 0.75  # of all connections that one address may have
+_SHARE = 0.75  # maximum share of all connections for one address
 
 
 class Connections:
@@ -39,13 +39,13 @@ class Connections:
         self.refused = 0
         self.evicted = 0
         self._open: Counter[str] = Counter()  # by address
-        self._waiting: OrderedDict[Guarded, str] = OrderedDict()  # longest first
+        self._waiting: OrderedDict[Guarded, str] = OrderedDict()  # longest wait first
 
     def __len__(self) -> int:
         return self._open.total()
 
     def opened(self, connection: Guarded, address: str) -> bool:
-        """Count a new connection, which waits; False where there is no room for it."""
+        """Count a new, waiting connection; False if there is no room for it."""
         if self._open[address] >= self.limit_by_address:
             room = self._evict(address)
         else:
@@ -58,18 +58,18 @@ class Connections:
         return True
 
     def closed(self, connection: Guarded, address: str) -> None:
-        """Forget a connection."""
+        """Remove a connection."""
         self._waiting.pop(connection, None)
         self._open[address] -= 1
         if self._open[address] <= 0:
             del self._open[address]
 
     def waits(self, connection: Guarded, address: str) -> None:
-        """Its response has been sent, and no other request is complete."""
+        """Mark it as waiting: its response has been sent, and no other request is complete."""
         self._waiting.setdefault(connection, address)
 
     def works(self, connection: Guarded) -> None:
-        """A request is being answered."""
+        """Mark it as busy: a request is being answered."""
         self._waiting.pop(connection, None)
 
     def _evict(self, address: str | None) -> bool:
@@ -92,10 +92,10 @@ class Guarded(_Base):
     _counted = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Count the connection, or refuse it."""
+        """Count the connection or reject it."""
         super().connection_made(transport)
         if (connected := transport.get_extra_info("socket")) is not None:
-            with contextlib.suppress(OSError):  # a peer that is gone without a word is noticed
+            with contextlib.suppress(OSError):  # detects peers that vanished
                 connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         peer = transport.get_extra_info("peername")
         self._address = str(peer[0]) if isinstance(peer, tuple) else ""
@@ -106,7 +106,7 @@ class Guarded(_Base):
             self._refuse("503 Service Unavailable", "too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Remove the connection."""
         self._disarm()
         if self._counted:
             self._counted = False
@@ -114,7 +114,7 @@ class Guarded(_Base):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head, and the time it takes."""
+        """Count the bytes of a head, and time it."""
         if not (self._busy() or self._reading_body()):
             if not self._head_bytes:
                 self._disarm()
@@ -170,12 +170,12 @@ class Guarded(_Base):
         return cycle is not None and not cycle.response_complete
 
     def _reading_body(self) -> bool:
-        """Whether what arrives belongs to a request whose head is complete."""
+        """Whether arriving bytes belong to a request whose head is complete."""
         raise NotImplementedError
 
 
 class GuardedH11(Guarded, H11Protocol):
-    """On h11, which is always there."""
+    """On h11, which is always installed."""
 
     def _reading_body(self) -> bool:
         return self.conn.their_state is h11.SEND_BODY

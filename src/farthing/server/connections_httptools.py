@@ -1,4 +1,4 @@
-"""`connections.Guarded` on httptools, an optional extra: importing this raises ImportError without it."""
+"""`connections.Guarded` on httptools, an optional extra; without it, importing this raises ImportError."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from farthing.server.connections import Guarded
 
-_PIPELINED = 32  # requests of one connection that wait behind the one being answered
+_PIPELINED = 32  # requests of one connection queued after the one being answered
 
 
 class GuardedHttpTools(Guarded, HttpToolsProtocol):  # type: ignore[misc]  # two kinds of cycle
@@ -18,7 +18,7 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):  # type: ignore[misc]  # two
     _overrun = False
 
     def on_headers_complete(self) -> None:
-        """The head is complete. After too many pipelined requests parsing ends; those accepted are answered.
+        """Handle a complete head. After too many pipelined requests parsing ends; accepted ones are answered.
 
         A packet may contain thousands of requests, and uvicorn parses all of them before it pauses reading.
         """
@@ -31,12 +31,12 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):  # type: ignore[misc]  # two
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The body is complete."""
+        """Handle a complete body."""
         self._in_body = False
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Reject what cannot be parsed."""
+        """Reject input that cannot be parsed."""
         if not self._overrun:
             super().send_400_response(msg)
 

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, and under /v1/messages in
+"""Errors in OpenAI's format, {"error": {"message", "type", "param", "code"}}, and for /v1/messages in
 Anthropic's, {"type": "error", "error": {"type", "message"}}."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-_SHORT = Repr()  # writes the beginning of a large value, never all of it
+_SHORT = Repr()  # writes only the beginning of a large value
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -40,7 +40,7 @@ UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
 
 
 class ApiError(Exception):
-    """An answer other than success. retry_after is in whole seconds."""
+    """An error response. retry_after: whole seconds."""
 
     def __init__(
         self,
@@ -64,11 +64,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def body(self, path: str = "") -> str:
-        """The document as ASCII JSON: a message may quote characters that UTF-8 cannot carry."""
+        """The document as ASCII JSON, because a message may quote characters that UTF-8 cannot encode."""
         return json.dumps(anthropic_payload(self) if path.startswith(ANTHROPIC_PATH) else self.payload())
 
     def response(self, path: str = "") -> Response:
-        """The HTTP answer to a request of this path."""
+        """The HTTP response to a request of this path."""
         headers = dict(UNAUTHORIZED_HEADERS) if self.status == 401 else {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
@@ -82,14 +82,14 @@ def anthropic_payload(error: ApiError) -> dict[str, Any]:
 
 
 async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer from a middleware."""
+    """Respond from a middleware."""
     await error.response(scope["path"])(scope, receive, send)
 
 
 def describe_validation(errors: list[Any]) -> ApiError:
-    """The first of pydantic's complaints, as a 400 that names the field, the value and what is accepted.
+    """Pydantic's first error as a 400 that names the field, the value and the accepted values.
 
-    Where a field may have several types, the complaint of the one that fitted furthest.
+    For a field with several types, the error of the type that matched furthest.
     """
     field = errors[0]["loc"][:2]
     complaints = [error for error in errors if error["loc"][:2] == field]
@@ -102,7 +102,7 @@ def describe_validation(errors: list[Any]) -> ApiError:
         return ApiError(400, f"{param or 'the body'} is missing", param=param, code="missing_parameter")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not a known field", param=param, code="unknown_parameter")
-    if first["type"] == "value_error" and param is None:  # the whole body's: it names its fields itself
+    if first["type"] == "value_error" and param is None:  # of the whole body; its message names the fields
         return ApiError(400, str(first["ctx"]["error"]), code="invalid_value")
     value = _SHORT.repr(first.get("input"))
     value = value if len(value) <= 80 else value[:77] + "..."
@@ -127,8 +127,8 @@ def _accepted(message: str) -> str:
 
 
 def _is_field(part: str | int) -> bool:
-    """Whether a step of pydantic's path is a field or a position, not a member of a union."""
+    """Whether a step of pydantic's path is a field or position instead of a union member."""
     if isinstance(part, int):
         return True
-    is_class = part[:1].isupper()  # a model that is a member of a union
+    is_class = part[:1].isupper()  # a model in a union
     return part.isidentifier() and not is_class and part not in ("str", "int", "float", "bool")

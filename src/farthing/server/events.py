@@ -1,4 +1,4 @@
-"""Server-sent events: how chunks are written, and how a stream begins and ends."""
+"""Server-sent events: the format of chunks, and the begin and end of a stream."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from farthing.server.protocol import StreamOptions
     from farthing.server.usage import Usage
 
-_LAST_WORD = 5.0  # seconds for an error event to leave
+_LAST_WORD = 5.0  # seconds for sending an error event
 
-# ASCII, because clients disagree on which other characters end a line.
+# ASCII, because clients disagree about which other characters end a line.
 to_json: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def data(document: Any) -> str:
-    """An event without a name."""
+    """An unnamed event."""
     return f"data: {to_json(document)}\n\n"
 
 
 def named(kind: str, document: Any) -> str:
-    """An event with a name."""
+    """A named event."""
     return f"event: {kind}\ndata: {to_json(document)}\n\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an API's streams end: after the last chunk, and after an error."""
+    """The end of an API's streams: after the last chunk, and after an error."""
 
     done: str
     error: Callable[[ApiError], str]
@@ -47,7 +47,7 @@ OPENAI = Ending("data: [DONE]\n\n", lambda error: f"data: {error.body()}\n\ndata
 
 
 class ChunkWriter:
-    """Writes OpenAI's chunks, of completions and of chats: an envelope, some choices, perhaps the usage."""
+    """Writes OpenAI's chunks for completions and chats: an envelope, choices, and optionally the usage."""
 
     def __init__(
         self, envelope: Mapping[str, Any], usage: Usage, options: StreamOptions | None, job: Job
@@ -57,15 +57,15 @@ class ChunkWriter:
         self._continuous = self._with_usage and options is not None and options.continuous_usage_stats
 
     def chunk(self, choice: Mapping[str, Any]) -> str:
-        """A chunk of one choice."""
+        """A chunk with one choice."""
         return data(self.document(choice))
 
     def document(self, choice: Mapping[str, Any]) -> dict[str, Any]:
-        """The document of a choice's chunk."""
+        """The document of a chunk with one choice."""
         return self._document([choice], self._usage.document(self._job) if self._continuous else None)
 
     def last(self) -> str:
-        """The chunk with the usage, where it was requested."""
+        """The chunk with the usage, if requested."""
         return data(self._document([], self._usage.document(self._job))) if self._with_usage else ""
 
     def _document(
@@ -78,9 +78,9 @@ class ChunkWriter:
 
 
 class EventStream(Response):
-    """Sends text chunks as they come. An error before the first one is answered with its status, so that a
-    gateway can ask another replica; a later one becomes an event of its own. A client that leaves, or a
-    deadline that passes, cancels the job."""
+    """Sends text chunks as they arrive. An error before the first chunk sets the response's status, so that a
+    gateway can retry on another replica; a later one becomes an event. A client that disconnects, or an
+    expired deadline, cancels the job."""
 
     media_type = "text/event-stream"
 
@@ -102,7 +102,7 @@ class EventStream(Response):
                 await send_error(error, scope, receive, send)
                 return
             event = self.ending.error(error).encode()
-            with suppress(TimeoutError):  # a client that reads nothing is not waited for
+            with suppress(TimeoutError):  # does not wait for a client that stopped reading
                 async with asyncio.timeout(_LAST_WORD):
                     await send({"type": "http.response.body", "body": event, "more_body": False})
 

@@ -1,4 +1,4 @@
-"""Fields that no model of `protocol` declares: ignored with one warning per field, or refused."""
+"""Undeclared request fields: ignored with one warning per field, or rejected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farthing.server.schema import Strict
 
 log = logging.getLogger("farthing.server")
 
-_MAX_NAMES = 64  # distinct names a client can add to the log and to the metric
+_MAX_NAMES = 64  # distinct names that clients can add to the log and the metric
 OTHER = "other"
 _SCALARS = (int, str)
 
@@ -22,16 +22,16 @@ class UnknownFields:
     """Counts unknown fields by name, and logs each name once."""
 
     def __init__(self, strict: bool) -> None:
-        self.strict = strict  # refuse instead of ignoring
+        self.strict = strict  # reject instead of ignoring
         self.counts: dict[str, int] = {}
 
     def check(self, body: BaseModel) -> None:
-        """Account for a body's unknown fields. Raises ApiError (400) for the first one if strict."""
+        """Count a body's unknown fields. If strict, raises ApiError (400) for the first one."""
         for name in unknown(body):
             if self.strict:
                 raise ApiError(
                     400,
-                    f"{name} is not a known field, and this server runs with --strict-fields",
+                    f"{name} is not a known field (this server runs with --strict-fields)",
                     param=name,
                     code="unknown_parameter",
                 )
@@ -47,16 +47,16 @@ class UnknownFields:
 
 
 def unknown(value: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the undeclared fields of a body and of what it contains; positions are left out."""
+    """Dotted names of undeclared fields of a body and of nested objects, without list positions."""
     if isinstance(value, list):
         for item in value:
-            if not isinstance(item, _SCALARS):  # the many are token ids
+            if not isinstance(item, _SCALARS):  # long lists are token ids
                 yield from unknown(item, prefix)
     if not isinstance(value, BaseModel):
         return
     if isinstance(value, Strict):
         for name, extra in (value.model_extra or {}).items():
-            if extra is not None:  # SDKs send back everything they were told, null or not
+            if extra is not None:  # SDKs send back everything they received, even null
                 yield f"{prefix}{name}"[:80]
     for name in value.model_fields_set:
         if isinstance(inner := getattr(value, name, None), BaseModel | list):

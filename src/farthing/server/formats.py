@@ -1,4 +1,4 @@
-"""How the served model's conversations are written and read."""
+"""The chat formats of the served model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ModelFormats:
-    """The chat formats of an engine's model, and what its tokenizer says about them."""
+    """The chat formats of an engine's model, and their tokens in its tokenizer."""
 
     chosen: Chosen
     tokenizer: Tokenizer | None
@@ -25,7 +25,7 @@ class ModelFormats:
 
     @classmethod
     def of(cls, engine: Engine, config: ServerConfig) -> ModelFormats:
-        """By the command line, the checkpoint's template and its tokenizer."""
+        """Choose by the command line, the checkpoint's template and its tokenizer."""
         tokenizer = engine.tokenizer
         checkpoint = Checkpoint(
             engine.model_config.model_type,
@@ -43,34 +43,34 @@ class ModelFormats:
         return self.chosen.tools if uses_tools else self.chosen.plain
 
     def source(self, form: ChatFormat) -> str | None:
-        """The Jinja source of a format that is the model's own template; None for a packaged one."""
+        """The Jinja source if the format is the model's own template; None for a packaged one."""
         return self.chosen.template if form is self.chosen.plain else None
 
     def token_id(self, text: str) -> int | None:
-        """The single token that a text is, if it is one."""
+        """The token id of a text that is a single token, else None."""
         if self.tokenizer is None:
             return None
         found: int | None = self.tokenizer.backend.token_to_id(text)
         return found
 
     def special_id(self, text: str) -> int | None:
-        """The single control token that a text is, if it is one: in a grammar no text matches it."""
+        """The token id of a text that is a single control token, which no text in a grammar matches."""
         token = self.token_id(text)
         return token if self.tokenizer is not None and token in self.tokenizer.control_ids else None
 
     def ends(self, form: ChatFormat) -> frozenset[int]:
-        """The tokens that end an answer."""
+        """Tokens that end an answer."""
         stops = {token for stop in form.stops if (token := self.token_id(stop)) is not None}
         return frozenset(stops | set(self.tokenizer.eos_token_ids if self.tokenizer else ()))
 
     def ending(self, text: str) -> list[int]:
-        """The token that ends a turn, where a text ends with one."""
+        """The token that ends a turn, if a text ends with one."""
         stops = (self.control.eos, *self.chosen.tools.stops, *self.chosen.plain.stops)
         found = (self.token_id(stop) for stop in stops if stop and text.endswith(stop))
         return [token for token in found if token is not None][:1]
 
     def markup(self, form: ChatFormat) -> dict[int, str]:
-        """The format's markup that the tokenizer has as special tokens."""
+        """The format's markup that consists of special tokens of the tokenizer."""
         tags = (form.tags.open, form.tags.close) if form.tags else ()
         found = ((self.special_id(text), text) for text in (*form.markup, *tags))
         return {token: text for token, text in found if token is not None}

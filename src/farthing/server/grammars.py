@@ -1,4 +1,4 @@
-"""The grammar of an answer: the client's, or that of the tool calls it requires or restricts."""
+"""The grammar of an answer: the client's, or the one of required or restricted tool calls."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Grammars:
 
     structured: StructuredOutputsParams | None  # of the whole answer
     calls: CallParams | None
-    listed: bool = False  # `structured` forces calls as JSON, and not in the model's format
+    listed: bool = False  # `structured` forces calls as JSON instead of the model's format
 
     @property
     def whole(self) -> bool:
-        """Whether a grammar holds from the beginning of the answer."""
+        """Whether a grammar applies from the beginning of the answer."""
         return self.structured is not None or (self.calls is not None and not self.calls.openers)
 
 
@@ -33,7 +33,7 @@ def grammars(
     form: ChatFormat,
     formats: ModelFormats,
 ) -> Grammars:
-    """structured: what the client constrains, if a call is not required. Raises ApiError (400)."""
+    """structured: the client's constraint, used if no call is required. Raises ApiError (400)."""
     required = conversation.choice.mode == "required"
     if structured is not None and not required:
         return Grammars(structured, None)

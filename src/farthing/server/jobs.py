@@ -1,4 +1,4 @@
-"""One HTTP request's work in the engine, which a disconnect, a deadline or a shutdown may end early."""
+"""The engine work of one HTTP request, which a disconnect, a deadline or a shutdown may end early."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """The client closed its connection, so there is no one to respond to."""
+    """The client closed its connection, so no response is possible."""
 
 
 class Job:
-    """Engine streams under one deadline. `close()` cancels the ones still running, exactly once."""
+    """Engine streams with one deadline. `close()` cancels those still running, exactly once."""
 
     def __init__(self, timeout: float, on_close: Callable[[Job], None], charge: Charge | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -39,14 +39,14 @@ class Job:
         self._charge = charge
         self._settling: set[asyncio.Task[None]] = set()
         self._interrupted: asyncio.Future[ApiError] = loop.create_future()
-        message = f"the request was not done within {timeout:g} s"
+        message = f"the request did not finish within {timeout:g} s"
         self._timer = loop.call_later(timeout, self.interrupt, ApiError(504, message, code="timeout"))
         self._on_close = on_close
         self._open = True
         self._guarded = False
 
     def interrupt(self, error: ApiError) -> None:
-        """Stop the work. If the response is still in progress, the client receives `error`."""
+        """Stop the work. If the response is incomplete, the client receives `error`."""
         if not self._interrupted.done():
             self._interrupted.set_result(error)
         if not self._guarded:
@@ -79,7 +79,7 @@ class Job:
             self.costs.append(self._charge(self.client, output.metrics))
 
     def _failed(self, error: EngineError) -> None:
-        """Charge a failed request for what it used before it failed."""
+        """Charge a failed request for its use until the failure."""
         if error.metrics is not None and self._charge is not None:
             self.costs.append(self._charge(self.client, error.metrics))
 

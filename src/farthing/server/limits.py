@@ -1,4 +1,4 @@
-"""What one client may use per minute: requests, tokens, and CPU time before a request runs."""
+"""Limits per client and minute: requests, tokens, and CPU time before a request runs."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from farthing.server.errors import ApiError
 
 @dataclass(slots=True)
 class Bucket:
-    """A token bucket: holds at most a minute's worth, fills evenly, and may go into debt."""
+    """A token bucket: holds at most one minute's amount, fills evenly, and may be negative."""
 
     per_minute: int
     level: float
     filled_at: float
 
     def refill(self, now: float) -> None:
-        """Add what has accrued since the last refill. now: seconds of a monotonic clock."""
+        """Add the amount accrued since the last refill. now: seconds of a monotonic clock."""
         self.level = min(self.per_minute, self.level + (now - self.filled_at) * self.per_minute / 60)
         self.filled_at = now
 
     def wait_for(self, amount: float) -> float:
-        """Seconds until `amount` is there."""
+        """Seconds until `amount` is available."""
         return max(0.0, (amount - self.level) * 60 / self.per_minute)
 
 
 class Quotas:
-    """What each client has left. Only the event loop touches it.
+    """The remaining quota of each client. Used only in the event loop.
 
-    A request is admitted when the client has a request left and enough tokens for its prompt; the tokens
-    it generates are charged as they come and may leave a debt that later requests wait for. So may the CPU
+    A request is admitted if its client has a request left and enough tokens for the prompt. Generated tokens
+    are charged as they arrive and may leave a debt, which later requests have to wait out; so may the CPU
     time of tokenizing, chat templates and grammars ("work").
     """
 
@@ -53,14 +53,14 @@ class Quotas:
         self._clock = clock
 
     def admit(self, client: str, prompt_tokens: int) -> None:
-        """Charge a request and its prompt. Raises ApiError (429, with Retry-After) and charges nothing if
-        either quota is spent."""
+        """Charge a request and its prompt. If either quota is spent, raises ApiError (429, with Retry-After)
+        and charges nothing."""
         wanted = {"requests": 1, "tokens": prompt_tokens}
         limit = self._limits["tokens"]
         if limit is not None and prompt_tokens > limit:
             raise ApiError(
                 429,
-                f"the prompt has {prompt_tokens} tokens; expected at most the quota of {limit} a minute",
+                f"the prompt has {prompt_tokens} tokens; expected at most the quota of {limit} per minute",
                 code="tokens_quota_exceeded",
             )
         for resource, amount in wanted.items():
@@ -68,7 +68,7 @@ class Quotas:
             if bucket and (wait := bucket.wait_for(amount)) > 0:
                 raise ApiError(
                     429,
-                    f"{client!r} has used its quota of {bucket.per_minute} {resource} a minute",
+                    f"{client!r} has used its quota of {bucket.per_minute} {resource} per minute",
                     code=f"{resource}_quota_exceeded",
                     retry_after=math.ceil(wait),
                 )
@@ -77,8 +77,8 @@ class Quotas:
                 bucket.level -= amount
 
     def admit_work(self, client: str, seconds: float) -> None:
-        """Charge what a client has used since the last call. seconds: its CPU time so far. Raises ApiError
-        (429, with Retry-After) if the quota is spent."""
+        """Charge a client's CPU time since the last call. seconds: its total so far. Raises ApiError (429,
+        with Retry-After) if the quota is spent."""
         bucket = self._bucket(client, "work")
         if bucket is None:
             return
@@ -87,8 +87,8 @@ class Quotas:
         if (wait := bucket.wait_for(0.0)) > 0:
             raise ApiError(
                 429,
-                f"{client!r} has used its quota of {bucket.per_minute} CPU seconds a minute for tokenizing, "
-                "chat templates and grammars",
+                f"{client!r} has used its quota of {bucket.per_minute} CPU seconds per minute for "
+                "tokenizing, chat templates and grammars",
                 code="work_quota_exceeded",
                 retry_after=math.ceil(wait),
             )

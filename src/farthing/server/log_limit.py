@@ -1,4 +1,4 @@
-"""Limits repeated log lines, so that a client cannot fill the log or spend the event loop's time on it."""
+"""Limits repeated log lines, so that a client can neither fill the log nor occupy the event loop with it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 PERIOD = 10.0  # seconds
 MOST = 5  # records of one message in a period
-_MESSAGES = 64  # counted at once; beyond that, counting starts again
+_MESSAGES = 64  # messages counted at a time; beyond that, counting starts over
 
 
 class LogLimit(logging.Filter):
-    """Passes at most MOST records per message and period; the next period's first one says how many it held
-    back. A request that is cancelled at shutdown is not an error and is held back silently."""
+    """Passes at most MOST records per message and period; the first record of the next period states how many
+    were dropped. A request cancelled at shutdown is not an error and is dropped silently."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Log probabilities in the three shapes that clients know, written in pieces."""
+"""Log probabilities in the three formats that clients expect, written in pieces."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from farthing.server.pieces import Pieces, listed
 
 _FLOOR = -9999.0  # JSON has no minus infinity
 
-Positions = Sequence[Position | None]  # None: the first token of a prompt, which nothing predicts
+Positions = Sequence[Position | None]  # None: the first token of a prompt, which is not predicted
 
 
 class TokenTexts:
-    """Tokens as JSON texts, each made once: an answer may name the same few by the hundred thousand."""
+    """Tokens as JSON texts, each encoded once: an answer may repeat the same few 100,000 times."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
@@ -71,8 +71,8 @@ def chat_logprobs(positions: Sequence[Position], top: int, texts: TokenTexts) ->
 def completion_logprobs(
     tokens: Sequence[int], positions: Positions, top: int, texts: TokenTexts, offset: int
 ) -> dict[str, Any]:
-    """{tokens, token_logprobs, top_logprobs, text_offset}: four lists in step. `offset` is the number of
-    characters of text before the first token."""
+    """{tokens, token_logprobs, top_logprobs, text_offset}: four lists of equal length. `offset`: number of
+    characters before the first token."""
 
     def own(position: Position | None) -> str:
         return "null" if position is None else repr(max(position.logprob, _FLOOR))
@@ -80,7 +80,7 @@ def completion_logprobs(
     def best(position: Position | None) -> str:
         if position is None:
             return "null"
-        # As a mapping: tokens of one text are one entry, with the lowest of their probabilities.
+        # In a mapping, tokens of equal text share one entry, with the lowest of their probabilities.
         found = {texts.text(token): max(value, _FLOOR) for token, value in position.best(top)}
         return "{" + ",".join(f"{text}:{value!r}" for text, value in found.items()) + "}"
 
@@ -93,16 +93,16 @@ def completion_logprobs(
 
 
 def _offsets(tokens: Sequence[int], tokenizer: Tokenizer | None, offset: int) -> Iterator[int]:
-    """Where each token's text begins."""
+    """The start of each token's text."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         yield offset
-        if tokenizer is not None and token not in tokenizer.special_ids:  # those are not in the text
+        if tokenizer is not None and token not in tokenizer.special_ids:  # not part of the text
             offset += len(decoder.decode(tokenizer.token_bytes(token)))
 
 
 def prompt_logprobs(positions: Positions | None, texts: TokenTexts) -> Pieces | None:
-    """vLLM's form: for each token of the prompt {id: {logprob, rank, decoded_token}}, None for the first."""
+    """vLLM's format: {id: {logprob, rank, decoded_token}} per prompt token, None for the first."""
     if positions is None:
         return None
 

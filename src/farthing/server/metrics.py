@@ -1,4 +1,4 @@
-"""Prometheus metrics under `farthing:`, with vLLM's names wherever vLLM has the same metric."""
+"""Prometheus metrics with the prefix `farthing:`, under vLLM's names where vLLM has the same metric."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ GAUGES = {  # name -> (field of StatsSnapshot, help)
     "prefix_disk_bytes": ("prefix_disk.stored_bytes", "Bytes in the prefix cache on disk, by all processes."),
 }
 COUNTERS = {
-    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed; those found in the prefix cache are not."),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed, without those found in the prefix cache."),
     "generation_tokens": ("generation_tokens", "Tokens generated."),
     "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
-    "num_preemptions": ("preemptions", "Requests put back to waiting because the cache was full."),
+    "num_preemptions": ("preemptions", "Requests returned to the queue because the cache was full."),
     "spec_decode_num_drafts": ("drafts", "Drafts verified."),
     "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens drafted."),
     "spec_decode_num_accepted_tokens": ("accepted_tokens", "Drafted tokens accepted."),
-    "engine_steps": ("steps", "Steps of the engine."),
-    "engine_busy_seconds": ("busy_seconds", "Seconds spent inside steps."),
-    "integrity_failures": ("integrity_failures", "Self-checks of the idle engine that failed."),
+    "engine_steps": ("steps", "Engine steps."),
+    "engine_busy_seconds": ("busy_seconds", "Seconds spent in steps."),
+    "integrity_failures": ("integrity_failures", "Failed self-checks of the idle engine."),
     "prefix_disk_hits": ("prefix_disk.hits", "Prompt tokens read from the prefix cache on disk."),
     "prefix_disk_read_bytes": ("prefix_disk.read_bytes", "Bytes read from it."),
     "prefix_disk_read_seconds": ("prefix_disk.read_seconds", "Seconds spent reading, in the background."),
@@ -51,7 +51,7 @@ HISTOGRAMS = {
     "inter_token_latency_seconds": ("inter_token_latency", "Between two tokens of a request."),
     "request_time_per_output_token_seconds": (
         "time_per_output_token",
-        "Mean time between a request's tokens, the first left out.",
+        "Mean time between a request's tokens after the first.",
     ),
     "e2e_request_latency_seconds": ("e2e_request_latency", "From arrival to the last token."),
     "request_queue_time_seconds": ("request_queue_time", "From arrival to the first scheduling."),
@@ -88,7 +88,7 @@ class AccountsCollector(Collector):
         self._service = service
 
     def collect(self) -> Iterable[Metric]:
-        """Yields nothing until the engine is loaded."""
+        """Yield nothing until the engine is loaded."""
         if self._service.accounts is not None:
             yield from cost_families(self._service.accounts.report())
         engine = self._service.engine
@@ -112,7 +112,7 @@ class ServerCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """All metric families; the engine's appear once it is loaded."""
         service, model = self._service, self._service.names[0]
-        ready = GaugeMetricFamily("farthing:ready", "1 while requests are taken.", labels=["model_name"])
+        ready = GaugeMetricFamily("farthing:ready", "1 while requests are accepted.", labels=["model_name"])
         ready.add_metric([model], 0.0 if service.unready() else 1.0)
         yield ready
         info = GaugeMetricFamily("farthing:build_info", "Always 1.", labels=["version"])
@@ -127,7 +127,7 @@ class ServerCollector(Collector):
         if service.launch_to_ready is not None:
             launch = GaugeMetricFamily(
                 "farthing:launch_to_ready_seconds",
-                "From the start of the process to the first moment requests were taken.",
+                "From the start of the process until requests were accepted.",
                 labels=["model_name"],
             )
             launch.add_metric([model], service.launch_to_ready)
@@ -137,7 +137,7 @@ class ServerCollector(Collector):
 
 
 def engine_families(snapshot: StatsSnapshot, model: str) -> Iterator[Metric]:
-    """One engine's statistics as Prometheus families, labelled with the model's name."""
+    """An engine's statistics as Prometheus families, labelled with the model's name."""
     for name, (field, text) in GAUGES.items():
         gauge = GaugeMetricFamily(f"farthing:{name}", text, labels=["model_name"])
         gauge.add_metric([model], float(attrgetter(field)(snapshot)))

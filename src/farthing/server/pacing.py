@@ -1,4 +1,4 @@
-"""Turns between clients on the event loop, however many requests each of them has waiting."""
+"""Fair turns between clients on the event loop, whatever their numbers of waiting requests."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 
 class _Line:
-    """Requests that wait, by client; clients take turns."""
+    """Waiting requests by client; clients take turns."""
 
     def __init__(self) -> None:
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the first is next
 
     async def wait(self, client: str, unused: Callable[[], object]) -> None:
-        """Wait for a turn. unused: called where the turn came, but the request was cancelled."""
+        """Wait for a turn. unused: called if the turn came but the request was cancelled."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(client, deque()).append(turn)
         try:
@@ -25,7 +25,7 @@ class _Line:
             raise
 
     def call(self) -> bool:
-        """Give the next client's first request its turn; False if none waits."""
+        """Give the next client's first request its turn; False if none is waiting."""
         while self._queues:
             client, queue = self._queues.popitem(last=False)
             turn = queue.popleft()
@@ -38,7 +38,7 @@ class _Line:
 
 
 class FairLock:
-    """A lock for work that holds the event loop for long."""
+    """A lock for work that occupies the event loop for long."""
 
     def __init__(self) -> None:
         self._held = False
@@ -56,9 +56,10 @@ class FairLock:
 
 
 class Gate:
-    """Lets a few requests begin in each turn of the event loop.
+    """Lets a few requests begin per iteration of the event loop.
 
-    A burst of hundreds, which would otherwise all begin in one turn, delays the next client's by a few.
+    Hundreds of requests in a burst would otherwise all begin in one iteration; this way they delay the next
+    client's request by a few of them.
     """
 
     def __init__(self, per_turn: int = 8) -> None:

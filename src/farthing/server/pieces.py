@@ -1,7 +1,7 @@
-"""Large JSON answers in pieces, so that writing one does not hold up the event loop.
+"""Large JSON answers in pieces, so that writing one does not block the event loop.
 
-A document may contain `Pieces`: JSON text that is made as it is sent, about a millisecond at a time. The
-event loop makes one piece per turn, however many requests write some, and sends it before the next.
+A document may contain `Pieces`: JSON text that is generated while it is sent, about a millisecond at a time.
+The event loop generates one piece per iteration, for any number of requests, and sends it before the next.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from starlette.types import Receive, Scope, Send
 from farthing.server.events import to_json
 from farthing.server.pacing import FairLock
 
-SIZE = 32_768  # characters of a piece, at least
+SIZE = 32_768  # minimum characters of a piece
 
 
 class Pieces:
-    """The JSON text of one value, as an iterable of pieces. It can be read once."""
+    """The JSON text of one value as an iterable of pieces, which can be read once."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = texts
 
 
 def listed(items: Iterable[str]) -> Iterator[str]:
-    """The texts of an array whose items are JSON texts."""
+    """The texts of an array of JSON texts."""
     yield "["
     comma = ""
     for item in items:
@@ -60,20 +60,20 @@ def texts(document: Any) -> Iterator[str]:
 
 
 def event(document: Any) -> Iterator[str]:
-    """The texts of an event without a name."""
+    """The texts of an unnamed event."""
     yield "data: "
     yield from texts(document)
     yield "\n\n"
 
 
 class Turns:
-    """Takes turns between the requests of a server that write pieces, and between their clients."""
+    """Takes turns between requests that write pieces, and between their clients."""
 
     def __init__(self) -> None:
         self._lock = FairLock()
 
     async def pieces(self, source: Iterable[str], client: str) -> AsyncIterator[str]:
-        """Yield texts joined to pieces of SIZE characters, one per turn of the event loop."""
+        """Yield texts joined to pieces of SIZE characters, one per iteration of the event loop."""
         texts = iter(source)
         while True:
             await self._lock.acquire(client)
@@ -88,7 +88,7 @@ class Turns:
 
 
 def _next(texts: Iterator[str]) -> str:
-    """The next texts of at least SIZE characters together; "" at the end."""
+    """The next texts, together at least SIZE characters; "" at the end."""
     taken: list[str] = []
     size = 0
     for text in texts:
@@ -100,7 +100,7 @@ def _next(texts: Iterator[str]) -> str:
 
 
 class PiecedAnswer(StreamingResponse):
-    """A JSON document, sent in pieces within `seconds`. A client that reads too slowly is cut off."""
+    """A JSON document, sent in pieces within `seconds`. Slower clients are disconnected."""
 
     media_type = "application/json"
 
@@ -109,7 +109,7 @@ class PiecedAnswer(StreamingResponse):
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the document."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._seconds):
                 await super().__call__(scope, receive, send)

@@ -1,4 +1,4 @@
-"""What clients of OpenAI's older APIs send, checked field by field; other APIs declare theirs in `api`."""
+"""Request bodies of OpenAI's older APIs, validated field by field; `api` has those of the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
-# A list stops at its first bad item: describing 200,000 of them would take seconds.
+# Validation of a list stops at its first invalid item: describing 200,000 would take seconds.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Choices = Annotated[
     list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=16_384, fail_fast=True)
@@ -32,7 +32,7 @@ def _few_biases(value: Any) -> Any:
 
 
 class StreamOptions(Strict):
-    """Options of a stream; `include_obfuscation` is accepted and has no effect."""
+    """Options of a stream; `include_obfuscation` is accepted without effect."""
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False  # every chunk carries the usage so far
@@ -49,7 +49,7 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """text, any JSON object, or JSON that fits a schema."""
+    """text, any JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -57,7 +57,7 @@ class ResponseFormat(Strict):
     @model_validator(mode="after")
     def _schema_present(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to type 'json_schema', and only to it")
+            raise ValueError("json_schema goes with type 'json_schema', and only with it")
         return self
 
 
@@ -72,9 +72,9 @@ class StructuredOutputs(Strict):
 
 
 class Sampling(Body):
-    """What completions and chats have in common. Extensions carry vLLM's names.
+    """The fields common to completions and chats. Extensions have vLLM's names.
 
-    Fields of OpenAI's that have no meaning here (user, metadata, store, …) are accepted and ignored.
+    OpenAI's fields without a meaning here (user, metadata, store, …) are accepted and ignored.
     """
 
     model: str | None = None
@@ -120,7 +120,7 @@ class Sampling(Body):
         Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)] | None
     ) = None
     request_id: str | None = Field(default=None, pattern=r"^[\x21-\x7e]{1,256}$")
-    x_farthing: bool = False  # what the request cost, in `usage.x_farthing`
+    x_farthing: bool = False  # the cost of the request, in `usage.x_farthing`
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Sampling:
@@ -157,19 +157,19 @@ class TextPart(Strict):
 
 
 class RefusalPart(Strict):
-    """An assistant's refusal in an earlier turn: text like any other."""
+    """An assistant's refusal in an earlier turn, treated as text."""
 
     type: Literal["refusal"]
     refusal: str
 
     @property
     def text(self) -> str:
-        """The refusal's text."""
+        """The text of the refusal."""
         return self.refusal
 
 
 class FunctionCall(Strict):
-    """A call the model made in an earlier turn; arguments are a JSON text."""
+    """A call from an earlier turn; arguments are JSON text."""
 
     name: str
     arguments: str
@@ -194,13 +194,13 @@ class Message(Loose):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] | None = None
     tool_call_id: str | None = None
-    function_call: FunctionCall | None = None  # the older form of a call; role "function" has its result
+    function_call: FunctionCall | None = None  # the older form of a call; its result has role "function"
     reasoning_content: str | None = None
-    reasoning: str | None = None  # another name of the same
+    reasoning: str | None = None  # another name for it
 
     @property
     def text(self) -> str:
-        """The content as one text."""
+        """The content as one string."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content or ())
@@ -222,7 +222,7 @@ class Function(Strict):
 
 
 class Tool(Strict):
-    """A tool; functions are the only kind."""
+    """A tool, which is always a function."""
 
     type: Literal["function"]
     function: Function
@@ -242,14 +242,14 @@ class NamedChoice(Strict):
 
 
 class Thinking(Strict):
-    """Whether the model reasons first, and for how many tokens at most."""
+    """Whether the model reasons first, and for how many tokens."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
 class AllowedTools(Strict):
-    """Which of the tools may be called, and whether one must be."""
+    """The tools that may be called, and whether one must be."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=128, fail_fast=True)]
@@ -278,7 +278,7 @@ class ChatCompletionRequest(Sampling):
     function_call: Literal["none", "auto"] | NamedFunction | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    # accepted and without effect
+    # accepted without effect
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -300,11 +300,11 @@ class ChatCompletionRequest(Sampling):
     @model_validator(mode="after")
     def _consistent(self) -> ChatCompletionRequest:
         if self.functions and self.tools:
-            raise ValueError("functions is the older form of tools; expected one of them")
+            raise ValueError("functions is the older form of tools; set only one of them")
         names = [tool.function.name for tool in self.tools or []]
         names += [function.name for function in self.functions or []]
         if len(set(names)) != len(names):
-            raise ValueError("tools names a function twice")
+            raise ValueError("tools contains two functions of one name")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but tools is empty")
         for name in self._chosen_names():
@@ -356,7 +356,7 @@ class DetokenizeRequest(Body):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The kind of error and its message."""
 
     message: str
     type: str
@@ -365,6 +365,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every error has this shape."""
+    """The shape of every error."""
 
     error: ErrorDetail

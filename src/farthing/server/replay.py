@@ -1,10 +1,9 @@
-"""Exact tokens of earlier turns, so that a conversation's prompt begins with what the cache already holds.
+"""Exact tokens of earlier turns, so that a conversation's prompt begins with tokens in the prefix cache.
 
-A client sends back what the model said as text. Rendered and tokenized again it may become other tokens:
-sampled text is not always split as the tokenizer would split it, arguments are serialized again, white space
-is dropped. Then the prefix cache ends at the first difference, and a long history is computed again. So the
-tokens of each answer are remembered with the prompt they followed; a later prompt that continues both uses
-them.
+Clients send the model's answers back as text, which may be tokenized differently: sampled text is not always
+split as the tokenizer splits it, arguments are serialized again, and white space is dropped. The prefix cache
+would then end at the first difference, and a long history would be recomputed. So the tokens of each answer
+are stored with the prompt before them, and a later prompt that continues both reuses them.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from hashlib import blake2b
 from farthing.conversation.deltas import Answer
 from farthing.conversation.types import Turn
 
-MAX_TOKENS = 8 << 20  # remembered in all, 4 bytes each
-_SAME = 8  # answers of the same text that are remembered, in different conversations
+MAX_TOKENS = 8 << 20  # tokens stored in total, 4 bytes each
+_SAME = 8  # stored answers of equal text, from different conversations
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +30,15 @@ class Remembered:
     characters: int
     tokens: array[int]
     reasoning: str
-    ended: bool  # by its end token; else the token is missing: the answer was cut off, or a grammar ended it
+    ended: bool  # by an end token; False: the answer was truncated, or a grammar ended it
 
     def precedes(self, prompt: str) -> bool:
-        """Whether a prompt begins with the text this answer followed."""
+        """Whether a prompt begins with the text before this answer."""
         return len(prompt) >= self.characters and _digest(prompt[: self.characters]) == self.digest
 
 
 class AnswerMemory:
-    """Answers by client and content; forgets what was used longest ago."""
+    """Answers by client and content; evicts the least recently used."""
 
     def __init__(self, tokens: int = MAX_TOKENS) -> None:
         self._room, self._used = tokens, 0
@@ -48,7 +47,7 @@ class AnswerMemory:
     def remember(
         self, client: str, prompt: str, tokens: Sequence[int], answer: Answer, ended: bool = True
     ) -> None:
-        """tokens: of the prompt and of the answer, and of its end where `ended`."""
+        """tokens: of the prompt, the answer and, if `ended`, its end."""
         if len(tokens) > self._room:
             return
         key = _key(client, answer.text, tuple((name, text) for _, name, text in answer.calls))
@@ -64,7 +63,7 @@ class AnswerMemory:
             self._used -= sum(len(entry.tokens) for entry in oldest)
 
     def recall(self, client: str, turn: Turn, prompt: str) -> Remembered | None:
-        """The answer that `turn` is, given after a text that `prompt` begins with."""
+        """The answer with the content of `turn` whose preceding text begins `prompt`."""
         key = _key(client, turn.text, tuple((call.name, call.arguments) for call in turn.calls))
         if key not in self._kept:
             return None
@@ -82,7 +81,7 @@ def _key(client: str, text: str, calls: tuple[tuple[str, str], ...]) -> bytes:
 
 
 def _canonical(arguments: str) -> str:
-    """Arguments whatever their spacing and the order of their keys."""
+    """Arguments independent of spacing and the order of keys."""
     try:
         return json.dumps(json.loads(arguments or "{}"), sort_keys=True)
     except (ValueError, RecursionError):

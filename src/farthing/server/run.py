@@ -36,7 +36,7 @@ log = logging.getLogger("farthing.server")
 
 _OTHER_FILES = 128  # file descriptors reserved for everything except connections
 _BACKLOG = 2048  # connections waiting to be accepted
-_SWITCH_SECONDS = 0.00005  # the engine thread waits so long for the GIL, about 30 times in a step
+_SWITCH_SECONDS = 0.00005  # maximum wait of the engine thread for the GIL, about 30 times per step
 _CLOSE_SECONDS = 5  # grace period for connections to close after the drain
 
 
@@ -176,14 +176,14 @@ async def _serve(
     finally:
         if service.engine is not None:
             await asyncio.to_thread(service.engine.shutdown)
-        gc.unfreeze()  # so that shutdown collects native weights; nanobind reports leaks otherwise
+        gc.unfreeze()  # so that native weights are freed at shutdown; otherwise nanobind reports leaks
     if failure:
         raise failure[0]
     return 0
 
 
 def process_start() -> float:
-    """Process start time in Unix seconds, from /proc; else the time this module was imported."""
+    """Start of the process in Unix seconds, from /proc; else the time of this module's import."""
     with suppress(OSError, ValueError, IndexError):
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         boot = next(

@@ -1,4 +1,4 @@
-"""From a checked request to the engine's sampling parameters."""
+"""Conversion of a validated request to the engine's sampling parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from farthing.engine.request import SamplingParams, StructuredOutputsParams
 from farthing.server.errors import ApiError
 from farthing.server.protocol import ChatCompletionRequest, CompletionRequest, Sampling
 
-# Fields that reach SamplingParams under their own name; None: the model's default, then the engine's.
+# Fields with the same name in SamplingParams; None: the model's default, then the engine's.
 _DIRECT = (
     *("n", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "min_tokens", "stop_token_ids"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos"),
@@ -18,7 +18,7 @@ _DIRECT = (
 
 
 def completion_params(body: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
-    """max_tokens = 0 (with echo: score the prompt) samples one token that the answer leaves out."""
+    """max_tokens = 0 (with echo, to score the prompt) samples one token, which the answer omits."""
     values = _common(body, defaults)
     values["max_tokens"] = 1 if body.max_tokens == 0 else body.max_tokens
     values["logprobs"] = body.logprobs
@@ -31,7 +31,7 @@ def completion_params(body: CompletionRequest, defaults: Mapping[str, Any]) -> S
 
 
 def chat_sampling(body: ChatCompletionRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of SamplingParams, but for the structured output."""
+    """Fields of SamplingParams, except structured output."""
     values = _common(body, defaults)
     values["max_tokens"] = body.max_completion_tokens or body.max_tokens
     if body.logprobs:
@@ -41,7 +41,7 @@ def chat_sampling(body: ChatCompletionRequest, defaults: Mapping[str, Any]) -> d
 
 
 def with_defaults(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What a request sets, over the model's recommendations."""
+    """The request's settings, over the model's recommendations."""
     return dict(defaults) | {name: value for name, value in fields.items() if value is not None}
 
 
@@ -54,7 +54,7 @@ def _common(body: Sampling, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_params(values: Mapping[str, Any]) -> SamplingParams:
-    """The engine's parameters. Raises ApiError (400) naming the field at fault."""
+    """The engine's parameters. Raises ApiError (400) with the invalid field."""
     try:
         return SamplingParams(**values)
     except ValueError as error:
@@ -62,7 +62,7 @@ def build_params(values: Mapping[str, Any]) -> SamplingParams:
 
 
 def structured(body: Sampling, response_format: Any) -> StructuredOutputsParams | None:
-    """What constrains the output, from whichever field says so. Raises ApiError (400)."""
+    """The constraint on the output, from any of the fields for it. Raises ApiError (400)."""
     chosen: dict[str, Any] = {}
     if body.structured_outputs is not None:
         given = body.structured_outputs

@@ -1,4 +1,4 @@
-"""Base classes of what clients send: no type is converted, and null means absent."""
+"""Base classes of request bodies: types are not converted, and null means absent."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pydantic_core import CoreSchema
 
 
 class Loose(BaseModel):
-    """Parts of a conversation, where other fields go to the chat template.
+    """Parts of a conversation, whose other fields go to the chat template.
 
-    An optional field that is null takes its default, as SDKs write null for what was not set.
+    An optional null field takes its default, because SDKs write null for unset fields.
     """
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -28,7 +28,7 @@ class Loose(BaseModel):
 
     @classmethod
     def _optional(cls) -> set[str]:
-        """Names of the fields that may be absent, as clients write them."""
+        """Names of optional fields, as clients write them."""
         return {field.alias or name for name, field in cls.model_fields.items() if not field.is_required()}
 
     @classmethod
@@ -45,12 +45,12 @@ class Loose(BaseModel):
 
 class Strict(Loose):
     """Unknown fields are kept in `model_extra` for `fields.UnknownFields`, which warns about them or, with
-    --strict-fields, refuses them."""
+    --strict-fields, rejects them."""
 
 
 class Body(Strict):
-    """A whole body. Refused anywhere in it: a lone surrogate, which no tokenizer can carry, and NaN and
-    infinities, which are not JSON and would make an answer that repeats them no JSON either."""
+    """A whole body. Rejects lone surrogates, which no tokenizer can encode, and NaN and infinities, which are
+    not JSON and would make an answer that repeats them invalid."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,9 +60,9 @@ class Body(Strict):
         try:
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"the body holds a lone surrogate: {error.reason}") from error
+            raise ValueError(f"the body contains a lone surrogate: {error.reason}") from error
         except ValueError as error:
-            raise ValueError("the body holds NaN or an infinity; expected numbers of JSON") from error
+            raise ValueError("the body contains NaN or an infinity; expected JSON numbers") from error
         except RecursionError as error:
             raise ValueError("the body is nested too deeply") from error
         return value

@@ -1,4 +1,4 @@
-"""The server's state: the engine once it is loaded, the jobs it runs, and whether it still takes new ones."""
+"""The server's state: the engine once it is loaded, the running jobs, and whether new ones are accepted."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_AT_ONCE = 32  # sequences submitted before the event loop takes a turn
+_AT_ONCE = 32  # sequences submitted per iteration of the event loop
 
 
 class Service:
-    """Only the event loop touches it, `engine` and `accounts` excepted, which the loading thread sets."""
+    """Used only in the event loop, except that the loading thread sets `engine` and `accounts`."""
 
     def __init__(self, config: ServerConfig, model: str) -> None:
         self.config = config
@@ -79,7 +79,7 @@ class Service:
     # readiness
 
     def unready(self) -> str | None:
-        """Why no request can be taken now; None if one can."""
+        """The reason to reject requests now; None if there is none."""
         if self.engine is None:
             return "the model is being loaded"
         if self.draining:
@@ -87,7 +87,7 @@ class Service:
         return self.broken()
 
     def broken(self) -> str | None:
-        """Why the process should be restarted; None if it need not."""
+        """The reason to restart the process; None if there is none."""
         try:
             if self.engine is not None:
                 self.engine.health()
@@ -96,14 +96,14 @@ class Service:
         return None
 
     def require_engine(self) -> Engine:
-        """The engine. Raises ApiError (503) while it cannot take requests."""
+        """The engine. Raises ApiError (503) while it cannot accept requests."""
         reason = self.unready()
         if reason is not None or self.engine is None:
             raise ApiError(503, reason or "", code="not_ready", retry_after=5)
         return self.engine
 
     def check_model(self, name: str | None) -> str:
-        """The served name to answer under. Raises ApiError (404)."""
+        """The served name for the answer. Raises ApiError (404)."""
         if name is None or name in self.names:
             return name or self.names[0]
         accepted = ", ".join(repr(known) for known in self.names)
@@ -126,9 +126,9 @@ class Service:
     # work
 
     async def check_fields(self, body: BaseModel, request: Request) -> None:
-        """Account for a body's unknown fields. Raises ApiError (400) for one if they are refused.
+        """Count a body's unknown fields. Raises ApiError (400) if they are rejected.
 
-        A heavy body is checked in a turn of the event loop of its own, between parsing and conversion.
+        A heavy body is checked in a separate iteration of the event loop, between parsing and conversion.
         """
         if request.scope.get(HEAVY):
             await asyncio.sleep(0)
@@ -150,8 +150,8 @@ class Service:
     async def encode_all(
         self, texts: Sequence[str], add_special_tokens: bool, client: str = ANONYMOUS, param: str = "prompt"
     ) -> list[list[int]]:
-        """Token ids of each text. Raises ApiError: 400 where the model has no tokenizer or a text cannot fit
-        its context, 429 where the client has too much waiting. `param` is the field to blame."""
+        """Token ids of each text. Raises ApiError: 400 if the model has no tokenizer or a text cannot fit its
+        context, 429 if the client has too much work waiting. param: the field to name in errors."""
         sandbox, longest = self._sandbox(param), self._max_characters()
         for text in texts:
             if len(text) > longest:
@@ -165,8 +165,8 @@ class Service:
         return await self._checked(lambda: sandbox.encode(texts, add_special_tokens, client), client, param)
 
     async def decode(self, ids: list[int], client: str) -> str:
-        """The text of token ids. Raises ApiError: 400 where there are more than the model's context holds,
-        429 where the client has too much waiting."""
+        """The text of token ids. Raises ApiError: 400 for more ids than fit the model's context, 429 if the
+        client has too much work waiting."""
         sandbox, longest = self._sandbox("tokens"), self.require_engine().config.max_model_len
         if longest is not None and len(ids) > longest:
             raise ApiError(
@@ -178,14 +178,14 @@ class Service:
         return await self._checked(lambda: sandbox.decode(ids, client), client, "tokens")
 
     async def render(self, conversation: Mapping[str, Any], client: str = ANONYMOUS) -> str:
-        """The prompt of a conversation, which is `Tokenizer.render_chat`'s keyword arguments.
+        """The prompt of a conversation, given as keyword arguments of `Tokenizer.render_chat`.
 
         Raises ApiError: 400, 429."""
         sandbox, longest = self._sandbox("messages"), self._max_characters()
         return await self._checked(lambda: sandbox.chat(conversation, longest, client), client, "messages")
 
     async def _checked(self, begin: Callable[[], Future[T]], client: str, param: str | None = None) -> T:
-        """The result of a client's work in the sandbox."""
+        """The result of a client's job in the sandbox."""
         self.quotas.admit_work(client, self._sandbox(param).seconds_of(client))
         try:
             return await asyncio.wrap_future(begin())
@@ -217,7 +217,7 @@ class Service:
         cache_salt: str = "",
         kind: OutputKind = "delta",
     ) -> Job:
-        """Hand prompts to the engine. Raises ApiError: 400, 429 (quota, queue) or 503; then nothing runs."""
+        """Submit prompts to the engine. After an ApiError (400, 429 or 503) nothing runs."""
         engine = self.require_engine()
         self._check_lengths(engine, prompts, params)
         for param, constraint in (
@@ -242,7 +242,7 @@ class Service:
             kind=kind,
             client=client if self.several_keys else "",
         )
-        # Compiling a grammar, or reading 1,024 words or 262,144 ids, may take a while.
+        # Compiling a grammar, or reading 1,024 words or 262,144 ids, can take long.
         slow = (params.structured_outputs, params.calls, params.bad_words, params.allowed_token_ids)
         quick = not any(slow)
         try:
@@ -271,7 +271,7 @@ class Service:
     async def _submit_in_turn(
         self, submit: Callable[[list[int]], RequestStream], prompts: Sequence[list[int]], client: str
     ) -> list[RequestStream]:
-        """Submit in a thread, in the sandbox's fair order. If the client leaves meanwhile, nothing runs."""
+        """Submit in a thread, in the sandbox's fair order; nothing if the client disconnects meanwhile."""
         sandbox, call = self.require_engine().sandbox, partial(_submit_all, submit, prompts)
         if sandbox is None:
             return await asyncio.to_thread(call)
@@ -283,8 +283,8 @@ class Service:
             raise
 
     def _check_room(self, engine: Engine, client: str, prompts: int, n: int) -> None:
-        """Raises ApiError (429, or 400 where it would never fit) for more sequences than the queue has room
-        for, or than a key leaves to others. An idle engine takes any single prompt."""
+        """Raises ApiError (429, or 400 if it could never fit) for more sequences than the queue has room for,
+        or than one key's share. An idle engine accepts any single prompt."""
         room, sequences, own = engine.queue_room, prompts * n, self.held[client]
         if room is None or (not self.held.total() and prompts == 1):
             return
@@ -292,7 +292,7 @@ class Service:
             raise ApiError(
                 429 if self.held.total() else 400,
                 f"{prompts} prompts with n = {n} are {sequences} sequences; expected at most {room}, "
-                "the places that are free",
+                "the free places in the queue",
                 param="n",
                 code="queue_full",
                 retry_after=self._retry_after() if self.held.total() else None,
@@ -300,14 +300,14 @@ class Service:
         if self.several_keys and own and own + sequences > room:
             raise ApiError(
                 429,
-                f"{own} sequences of {client!r} are in flight and {sequences} requested; "
-                f"expected at most {room} together, as many places as are free for others",
+                f"{client!r} has {own} sequences in flight and requests {sequences}; "
+                f"expected at most {room} together, because as many places stay free for other keys",
                 code="queue_full",
                 retry_after=self._retry_after(),
             )
 
     def _salt(self, client: str, salt: str) -> str:
-        """Of the prefix cache. Timing shows what is cached, so no key finds another's prompts."""
+        """The salt of the prefix cache. Timing reveals cached prompts, so keys do not share them."""
         return salt if self.config.share_prefix_cache else f"{len(client)}:{client}{salt}"
 
     def _check_lengths(self, engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> None:
@@ -326,7 +326,7 @@ class Service:
                 )
 
     def _refusal(self, error: BaseException) -> BaseException:
-        """What a refused submission is to the client."""
+        """The client's error for a rejected submission."""
         if isinstance(error, QueueFull | Busy):
             return ApiError(429, str(error), code="queue_full", retry_after=self._retry_after())
         if isinstance(error, EngineStopped):
@@ -336,7 +336,7 @@ class Service:
         return error
 
     def _retry_after(self) -> int:
-        """Seconds until a place in the queue is likely: the mean wait so far, within a minute."""
+        """Seconds until a place in the queue is likely to be free: the mean wait so far, at most a minute."""
         waited = self.engine.stats.snapshot().request_queue_time if self.engine else None
         mean = waited.sum / waited.count if waited and waited.count else 0.0
         return min(60, max(1, math.ceil(mean)))
@@ -353,8 +353,8 @@ class Service:
     # the end
 
     async def drain(self) -> bool:
-        """Take no more requests and let the running ones finish, for at most `drain_timeout` seconds; then
-        end the rest with an error. Returns whether nothing had to be ended."""
+        """Reject new requests and let running ones finish for at most `drain_timeout` seconds; then end the
+        rest with an error. Returns whether all of them finished."""
         self.draining = True
         try:
             await asyncio.wait_for(self.idle.wait(), self.config.drain_timeout)
@@ -386,7 +386,7 @@ def _abandon(submitted: Future[list[RequestStream]]) -> None:
 
 
 def _of_schema(message: str) -> str:
-    """An error about a grammar for the client, who knows of the schema from which it was made."""
+    """An error about a grammar, in terms of the schema that the client sent."""
     why = message.partition("%llguidance")[0].removesuffix(" 1 | ").rpartition(": failed to ")[2]
     why = why.removeprefix("structured_outputs.grammar is not accepted: ")
     return f"tools: the schema of a tool is not accepted: {why}"

@@ -1,4 +1,4 @@
-"""Dropping the oldest turns of a conversation until it fits the model's context."""
+"""Drops the oldest turns of a conversation until it fits the model's context."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _FIXED = ("system", "developer")
 
 
 def droppable(turns: tuple[Turn, ...]) -> list[tuple[int, int]]:
-    """Ranges of turns that may be dropped, the oldest first: requests, and answers with the results of their
-    calls. Instructions, the last request and whatever comes last are kept."""
+    """Ranges of turns that may be dropped, oldest first: requests, and answers with the results of their
+    calls. Instructions, the last request and the last turns are kept."""
     starts = [
         at
         for at, turn in enumerate(turns)
@@ -27,7 +27,7 @@ def droppable(turns: tuple[Turn, ...]) -> list[tuple[int, int]]:
 
 
 def without(conversation: Conversation, dropped: list[tuple[int, int]]) -> Conversation:
-    """A conversation without the turns of these ranges, but with their instructions."""
+    """A conversation without the turns in these ranges, except instructions."""
     gone = {at for start, end in dropped for at in range(start, end)}
     turns = tuple(turn for at, turn in enumerate(conversation.turns) if at not in gone or turn.role in _FIXED)
     return replace(conversation, turns=turns)
@@ -36,16 +36,16 @@ def without(conversation: Conversation, dropped: list[tuple[int, int]]) -> Conve
 async def fitting(
     conversation: Conversation, attempt: Callable[[Conversation], Awaitable[T | None]]
 ) -> T | None:
-    """The result for as much of a conversation as fits; None if nothing does. attempt: None if too long.
+    """The result for as much of a conversation as fits; None if nothing does.
 
-    The range is halved, so a long conversation is rendered a few times and not once per turn.
+    attempt: returns None if the prompt is too long. Bisection renders a long conversation only a few times.
     """
     result = await attempt(conversation)
     ranges = droppable(conversation.turns)
     if result is not None or not ranges:
         return result
     result = await attempt(without(conversation, ranges))
-    low, high = 1, len(ranges)  # dropping `high` ranges is enough, if anything is
+    low, high = 1, len(ranges)  # dropping `high` ranges is enough, if any number is
     while result is not None and low < high:
         middle = (low + high) // 2
         found = await attempt(without(conversation, ranges[:middle]))

@@ -1,4 +1,4 @@
-"""One assistant turn for any API: render the conversation, submit it, and parse the output into deltas."""
+"""One assistant turn for any API: render the conversation, submit it, parse the output into deltas."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Reading:
     conversation: Conversation
     tags: Tags | None  # None: reasoning is not parsed
     opened: bool  # the prompt ends inside the reasoning
-    listed: bool  # the calls are the JSON that a grammar forces, and not in the model's format
-    tokens: frozenset[str]  # the markup that arrives as special tokens, each after a mark
+    listed: bool  # calls are JSON forced by a grammar instead of the model's format
+    tokens: frozenset[str]  # markup that arrives as special tokens, each after a mark
 
     def parser(self) -> OutputParser:
         """A parser for one choice."""
@@ -128,7 +128,7 @@ class Turn:
             yield [self._read(completion, output.prompt_logprobs) for completion in output.outputs]
 
     async def whole(self) -> list[Update]:
-        """One update for each choice, in order."""
+        """One update per choice, in order."""
         found = [update async for updates in self.updates() for update in updates]
         return sorted(found, key=lambda update: update.index)
 
@@ -248,7 +248,7 @@ async def _prompt(service: Service, request: TurnRequest, client: str) -> tuple[
 
 
 def _check_thinking(conversation: Conversation, budget: int | None, form: ChatFormat, opened: bool) -> None:
-    """Raises ApiError (400) where a client sets what the model cannot do."""
+    """Raises ApiError (400) if a client asks for reasoning that the format does not support."""
     if form.tags is None and (conversation.thinking or budget is not None):
         got = "is enabled" if conversation.thinking else f"has a budget of {budget} tokens"
         why = "has no reasoning"
@@ -256,12 +256,12 @@ def _check_thinking(conversation: Conversation, budget: int | None, form: ChatFo
         got, why = "is disabled", "always reasons"
     else:
         return
-    message = f"thinking {got}, but the chat format {form.name!r} {why}; expected it to be left out"
+    message = f"thinking {got}, but the chat format {form.name!r} {why}; leave it out"
     raise ApiError(400, message, param="thinking", code="invalid_value")
 
 
 async def _encode(service: Service, conversation: Conversation, prompt: str, client: str) -> list[int]:
-    """The prompt's tokens, reusing the sampled tokens of the latest answer generated here."""
+    """The prompt's tokens, reusing the sampled tokens of the latest answer from this server."""
     turns, tokenizer = conversation.turns, service.formats().tokenizer
     said = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
     for position in reversed(said[-2:]):
@@ -271,7 +271,7 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
         until = replace(conversation, turns=turns[: position + 1], generate=False, resume=False)
         head = await render(service, until, client)
         if not prompt.startswith(head) or entry.reasoning not in head[entry.characters :]:
-            continue  # the format writes this turn differently now, for instance without its reasoning
+            continue  # the format now writes this turn differently, for instance without its reasoning
         tokens = entry.tokens.tolist()
         if not entry.ended:
             tokens += service.formats().ending(head)
@@ -284,7 +284,7 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
 def _reasoning(
     tags: Tags | None, opened: bool, budget: int | None, constrained: bool, formats: ModelFormats
 ) -> ReasoningParams | None:
-    """Reasoning parameters for the engine; None if it does not need any."""
+    """The engine's reasoning parameters; None if it needs none."""
     if tags is None or formats.tokenizer is None or (budget is None and not (constrained and opened)):
         return None
     return ReasoningParams(

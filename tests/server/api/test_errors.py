@@ -30,7 +30,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "y"}
         ({"messages": [{"role": "robot", "content": "x"}], "max_tokens": 1}, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1}, "image"),
         ({"messages": [{"role": "assistant", "content": [RESULT]}], "max_tokens": 1}, "tool_result"),
-        ({"messages": USER, "max_tokens": 1, "tools": [TOOL, TOOL]}, "twice"),
+        ({"messages": USER, "max_tokens": 1, "tools": [TOOL, TOOL]}, "two tools of one name"),
         (
             {
                 "messages": USER,

@@ -21,7 +21,7 @@ BODY: dict[str, Any] = {"messages": USER, "max_tokens": 9}
     ("field", "value", "named"),
     [
         ("tools", [{"type": "web_search_20250305", "name": "web_search"}], "'web_search_20250305'"),
-        ("tools", [{"type": "code_execution_20250825", "name": "code_execution"}], "nothing runs here"),
+        ("tools", [{"type": "code_execution_20250825", "name": "code_execution"}], "does not run"),
         ("tools", [{"type": "computer_20250124", "name": "computer"}], "'computer_20250124'"),
         ("tools", [{"name": "f"}], "input_schema"),
         ("mcp_servers", [{"type": "url", "url": "http://x", "name": "x"}], "mcp_servers"),

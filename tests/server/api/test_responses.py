@@ -102,7 +102,7 @@ def test_references_to_items_of_earlier_answers() -> None:
         for said in ("A thought.", "Now:", '"f"', "é", "done"):
             assert said in engine.prompts[1].removeprefix(engine.prompts[0])
         for client, message in (("two", items), ("one", [{"id": "msg_unknown"}])):
-            with pytest.raises(openai.NotFoundError, match="not stored here"):
+            with pytest.raises(openai.NotFoundError, match="not stored"):
                 server.client(client).responses.create(model="tiny", input=message, tools=tools)
 
 

@@ -1,2 +1,2 @@
-"""The HTTP APIs. Each turns its requests into `turns.TurnRequest` and deltas into its own documents; none is
-built on another's JSON."""
+"""The HTTP APIs. Each converts its requests to `turns.TurnRequest` and deltas to its own documents; none
+depends on another's JSON."""

@@ -1,6 +1,6 @@
 """`GET /cache/digest`: the prompts in the prefix cache and the load, for gateways.
 
-The digest lets its reader test guesses at cached prompts, so it is for those who may read all metrics.
+With the digest one can test guesses at cached prompts, so it requires permission to read all metrics.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""/v1/messages: Anthropic's API, whole and streamed, and its count_tokens."""
+"""/v1/messages: Anthropic's API, with and without streaming, and its count_tokens."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from farthing.server.service import Service
 from farthing.server.turns import Turn as RunningTurn
 from farthing.server.turns import TurnRequest, Update, begin, render
 
-_UNSIGNED = "unsigned"  # in place of a signature; what clients send back is not checked
+_UNSIGNED = "unsigned"  # instead of a signature, which is not checked when clients send it back
 ANTHROPIC = Ending("", lambda error: named("error", anthropic_payload(error)))
 
 
 async def messages(service: Service, body: MessagesRequest, request: Request, client: str) -> Response:
-    """Answer a request, streamed or whole. Raises ApiError, ClientGone."""
+    """Answer a request, streamed or as one document. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
     fields = {
@@ -71,7 +71,7 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
 
 
 async def count_tokens(service: Service, body: CountRequest, client: str) -> Response:
-    """How many tokens a request's prompt has."""
+    """The number of tokens in a request's prompt."""
     service.check_model(body.model)
     prompt = await render(service, conversation_of(body), client)
     ids = await service.encode(prompt, False, client, "messages")
@@ -82,7 +82,7 @@ async def count_tokens(service: Service, body: CountRequest, client: str) -> Res
 
 
 def conversation_of(body: CountRequest) -> Conversation:
-    """The conversation a body describes. Raises ApiError (400)."""
+    """The conversation in a body. Raises ApiError (400)."""
     turns = [Turn("system", text)] if (text := body.system_text) else []
     for position, message in enumerate(body.messages):
         turns += _turns(message, position)
@@ -118,7 +118,7 @@ def _choice(body: CountRequest) -> ToolChoice:
 
 
 def _turns(message: InputMessage, position: int) -> list[Turn]:
-    """A message's turns: a user's tool results are turns of their own."""
+    """The turns of a message: a user's tool results are separate turns."""
     if isinstance(message.content, str):
         return [Turn(message.role, message.content)]
     if message.role == "assistant":
@@ -126,7 +126,7 @@ def _turns(message: InputMessage, position: int) -> list[Turn]:
     if not message.content:
         raise ApiError(
             400,
-            f"messages[{position}].content: got []; expected a text or at least one block",
+            f"messages[{position}].content: got []; expected a string or at least one block",
             param=f"messages[{position}].content",
             code="invalid_value",
         )
@@ -166,7 +166,7 @@ def _assistant(message: InputMessage, position: int) -> Turn:
 def _misplaced(kind: str, role: str, position: int) -> ApiError:
     return ApiError(
         400,
-        f"messages[{position}] has role {role!r} and a block of type {kind!r}; expected it with another role",
+        f"messages[{position}] has role {role!r} and a block of type {kind!r}; this block needs another role",
         param="messages",
         code="invalid_value",
     )
@@ -176,7 +176,7 @@ def _misplaced(kind: str, role: str, position: int) -> ApiError:
 
 
 class _Writer:
-    """Turns updates into Anthropic's documents and events."""
+    """Converts updates to Anthropic's documents and events."""
 
     def __init__(self, turn: RunningTurn, model: str) -> None:
         self._turn = turn

@@ -1,4 +1,4 @@
-"""What clients of /v1/messages send, checked field by field."""
+"""Request bodies of /v1/messages, validated field by field."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from farthing.server.protocol import Count, StopString
 from farthing.server.schema import Body, Strict
 
 MAX_BLOCKS = 4096  # of one message
-_PREFIX = "x-anthropic-billing-header"  # Claude Code's, which changes with every request
+_PREFIX = "x-anthropic-billing-header"  # sent by Claude Code; it changes with every request
 
 
 _IMPOSSIBLE = {
-    "mcp_servers": "nothing connects to them here; expected their tools in `tools`, run by the client",
-    "container": "nothing is executed here; expected it to be left out",
+    "mcp_servers": "no MCP servers are contacted; list their tools in `tools` and run them in the client",
+    "container": "this server executes no code; leave it out",
 }
 
 
@@ -29,7 +29,7 @@ class TextBlock(Strict):
 
 
 class ThinkingBlock(Strict):
-    """Reasoning of an earlier turn; the signature is not checked."""
+    """Reasoning from an earlier turn; the signature is not checked."""
 
     type: Literal["thinking"]
     thinking: str
@@ -37,14 +37,14 @@ class ThinkingBlock(Strict):
 
 
 class RedactedBlock(Strict):
-    """Reasoning another server has encrypted; it says nothing to this one."""
+    """Reasoning encrypted by another server, which this one cannot read."""
 
     type: Literal["redacted_thinking"]
     data: str
 
 
 class ToolUseBlock(Strict):
-    """A call of an earlier turn."""
+    """A call from an earlier turn."""
 
     type: Literal["tool_use"]
     id: str
@@ -54,7 +54,7 @@ class ToolUseBlock(Strict):
 
 
 class ToolResultBlock(Strict):
-    """What a call returned."""
+    """The result of a call."""
 
     type: Literal["tool_result"]
     tool_use_id: str
@@ -64,7 +64,7 @@ class ToolResultBlock(Strict):
 
     @property
     def text(self) -> str:
-        """The result as one text, which says where it is an error."""
+        """The result as one string, marked if it is an error."""
         text = self.content if isinstance(self.content, str) else texts(self.content or [])
         return f"Error: {text}" if self.is_error else text
 
@@ -82,7 +82,7 @@ class InputMessage(Strict):
 
 
 class ToolDefinition(Strict):
-    """A tool the client runs: one of its own, or one that Anthropic declares."""
+    """A tool that the client runs: its own, or one declared by Anthropic."""
 
     type: str | None = None
     name: str = Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")
@@ -91,15 +91,15 @@ class ToolDefinition(Strict):
     strict: bool | None = None
     cache_control: dict[str, Any] | None = None
     eager_input_streaming: bool | None = None
-    max_characters: int | None = None  # of a text editor: the client's own business
+    max_characters: int | None = None  # of a text editor; applied by the client
 
     @model_validator(mode="after")
     def _is_known(self) -> ToolDefinition:
         own = self.type in (None, "custom")
         if not own and self.type not in CLIENT_TOOLS:
             raise ValueError(
-                f"tools has one of type {self.type!r}, which nothing runs here; expected 'custom' or one of "
-                f"{', '.join(CLIENT_TOOLS)}, which the client runs"
+                f"tools has type {self.type!r}, which this server does not run; expected 'custom' or one "
+                f"of {', '.join(CLIENT_TOOLS)}, which the client runs"
             )
         if own and self.input_schema is None:
             raise ValueError(f"tools: {self.name!r} lacks input_schema")
@@ -107,7 +107,7 @@ class ToolDefinition(Strict):
 
 
 class Choice(Strict):
-    """Whether a tool must be used, and which."""
+    """Whether a tool must be used, and which one."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -116,12 +116,12 @@ class Choice(Strict):
     @model_validator(mode="after")
     def _named(self) -> Choice:
         if (self.type == "tool") != (self.name is not None):
-            raise ValueError("name belongs to type 'tool', and only to it")
+            raise ValueError("name goes with type 'tool', and only with it")
         return self
 
 
 class ThinkingConfig(Strict):
-    """Whether the model reasons first, and for how many tokens at most."""
+    """Whether the model reasons first, and for how many tokens."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Count | None = None
@@ -129,14 +129,14 @@ class ThinkingConfig(Strict):
 
 
 class OutputFormat(Strict):
-    """JSON that fits a schema."""
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(Strict):
-    """How the answer is to be."""
+    """Requirements on the answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
@@ -153,7 +153,7 @@ class CountRequest(Body):
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # the older name of output_config.format
-    # refused, unless they are empty
+    # rejected unless empty
     mcp_servers: list[Any] | None = None
     container: Any = None
 
@@ -163,7 +163,7 @@ class CountRequest(Body):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported: {why}")
         if self.output_format and self.output_config and self.output_config.format:
-            raise ValueError("output_format is the older name of output_config.format; expected one of them")
+            raise ValueError("output_format is the older name of output_config.format; set only one of them")
         return self
 
     @property
@@ -176,7 +176,7 @@ class CountRequest(Body):
     def _tools_fit(self) -> CountRequest:
         names = [tool.name for tool in self.tools or ()]
         if len(set(names)) != len(names):
-            raise ValueError("tools names a tool twice")
+            raise ValueError("tools contains two tools of one name")
         if self.tool_choice and self.tool_choice.name is not None and self.tool_choice.name not in names:
             raise ValueError(f"tool_choice names {self.tool_choice.name!r}, which tools does not define")
         if self.tool_choice and self.tool_choice.type == "any" and not names:
@@ -185,7 +185,7 @@ class CountRequest(Body):
 
     @property
     def system_text(self) -> str:
-        """The system prompt as one text."""
+        """The system prompt as one string."""
         if self.system is None or isinstance(self.system, str):
             return self.system or ""
         return texts([block for block in self.system if not block.text.startswith(_PREFIX)])
@@ -210,19 +210,19 @@ class MessagesRequest(CountRequest):
 
 
 class MessagesErrorDetail(BaseModel):
-    """What went wrong."""
+    """The kind of error and its message."""
 
     type: str
     message: str
 
 
 class MessagesError(BaseModel):
-    """Every error of this API has this shape."""
+    """The shape of every error of this API."""
 
     type: Literal["error"]
     error: MessagesErrorDetail
 
 
 def texts(blocks: list[TextBlock]) -> str:
-    """Text blocks as one text."""
+    """Text blocks as one string."""
     return "\n\n".join(block.text for block in blocks)

@@ -1,4 +1,4 @@
-"""Tools that Anthropic declares by type and the client runs: to the model, functions with these schemas."""
+"""Tools that Anthropic declares by type and the client runs; the model sees functions with these schemas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the model is told of such a tool."""
+    """The description and schema of such a tool for the model."""
 
     description: str
     schema: dict[str, Any]
@@ -25,11 +25,11 @@ def _text(description: str) -> dict[str, Any]:
 _LINES = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
 _RANGE = {
     **_LINES,
-    "description": "For view: the first and the last line, from 1; -1 is the end of the file.",
+    "description": "For view: the first and last line, counted from 1; -1 is the end of the file.",
 }
 _LINE = {"type": "integer", "description": "For insert: the line after which to insert; 0 is the beginning."}
 _PATH = _text("Path of the file or directory.")
-_OLD = _text("For str_replace: the text to replace, exactly as it is, which must occur once.")
+_OLD = _text("For str_replace: the exact text to replace, which must occur once.")
 _NEW = _text("For str_replace: the new text. For insert: the text to insert.")
 _FILE = _text("For create: the content of the file.")
 
@@ -71,7 +71,7 @@ _MEMORY = Known(
         new_str=_text("For str_replace: the new text."),
         insert_line=_LINE,
         insert_text=_text("For insert: the text to insert."),
-        old_path=_text("For rename: the present path."),
+        old_path=_text("For rename: the current path."),
         new_path=_text("For rename: the new path."),
         view_range=_RANGE,
     ),

@@ -34,7 +34,7 @@ _RESERVED = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_tok
 
 
 async def chat(service: Service, body: ChatCompletionRequest, request: Request, client: str) -> Response:
-    """Answer a chat request, streamed or whole. Raises ApiError, ClientGone."""
+    """Answer a chat request, streamed or as one document. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
     turn = await begin(
@@ -66,7 +66,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
 
 
 def conversation_of(body: ChatCompletionRequest) -> Conversation:
-    """The conversation a body describes. Raises ApiError (400)."""
+    """The conversation in a body. Raises ApiError (400)."""
     thinking = (
         None if body.thinking is None or body.thinking.type == "adaptive" else body.thinking.type == "enabled"
     )
@@ -74,7 +74,7 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
     if taken := _RESERVED & set(options):
         raise ApiError(
             400,
-            f"chat_template_kwargs sets {sorted(taken)}; expected other names",
+            f"chat_template_kwargs sets {sorted(taken)}; use other names",
             param="chat_template_kwargs",
         )
     for name in ("thinking", "enable_thinking"):
@@ -142,7 +142,7 @@ def _choice(body: ChatCompletionRequest) -> ToolChoice:
 
 
 class _Writer:
-    """Turns updates into OpenAI's documents."""
+    """Converts updates to OpenAI's documents."""
 
     def __init__(
         self, body: ChatCompletionRequest, turn: RunningTurn, envelope: dict[str, Any], service: Service
@@ -213,11 +213,11 @@ class _Writer:
             yield last
 
     def _entries(self, update: Update) -> list[dict[str, Any]]:
-        """`choices` entries of one update; the last one of a choice says why it ended."""
+        """`choices` entries of one update; a choice's last one has its finish reason."""
         deltas = [delta for delta in map(self._delta, update.deltas) if delta is not None]
         logprobs = self._logprobs(update) if update.tokens else None
         if logprobs is not None and not deltas:
-            deltas = [{"content": ""}]  # tokens whose text is held back still have probabilities
+            deltas = [{"content": ""}]  # tokens whose text is held back already have probabilities
         entries = [_entry(update.index, delta) for delta in deltas]
         if entries:
             entries[0]["logprobs"] = logprobs
@@ -248,7 +248,7 @@ class _Writer:
     # both
 
     def _finish_reason(self, update: Update) -> str:
-        """ "tool_calls" where the model chose to call; a call by name ends with "stop", as OpenAI's does."""
+        """ "tool_calls" if the model chose to call; a forced call ends with "stop", as with OpenAI."""
         reason = update.finish or "stop"
         named = isinstance(self._body.tool_choice, NamedChoice)
         if not update.calls or reason != "stop" or named:

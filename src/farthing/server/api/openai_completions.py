@@ -24,7 +24,7 @@ from farthing.server.usage import Usage
 
 
 async def complete(service: Service, body: CompletionRequest, request: Request, client: str) -> Response:
-    """Answer a completion request, streamed or whole. Raises ApiError, ClientGone."""
+    """Answer a completion request, streamed or as one document. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
     if body.suffix:
@@ -55,7 +55,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
 async def _prompts(
     service: Service, body: CompletionRequest, client: str
 ) -> tuple[list[list[int]], list[str | None]]:
-    """Token ids of each prompt, and its text where it was given as text."""
+    """Token ids of each prompt, and its text if it was given as text."""
     prompt: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     if isinstance(prompt[0], int):
         prompt = [prompt]
@@ -67,7 +67,7 @@ async def _prompts(
 
 @dataclass(slots=True)
 class _Echo:
-    """What echo puts before a completion."""
+    """The text that echo prepends to a completion."""
 
     text: str
     tokens: list[int]
@@ -75,7 +75,7 @@ class _Echo:
 
 
 class _Answer:
-    """Turns the engine's outputs into documents."""
+    """Converts the engine's outputs to documents."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class _Answer:
         }
         self.usage = Usage(sum(len(prompt) for prompt in prompts), with_cost=body.x_farthing)
         self._offsets: dict[int, int] = {}  # by choice: characters so far
-        self._echoes: dict[int, _Echo] = {}  # by prompt; every choice of a prompt begins with the same
+        self._echoes: dict[int, _Echo] = {}  # by prompt, the same for all of its choices
 
     async def whole(self, job: Job) -> dict[str, Any]:
         """The complete document."""
@@ -135,7 +135,7 @@ class _Answer:
             yield last
 
     def _delta(self, position: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
-        """A chunk's choice; a completion's first one carries the echo."""
+        """The choice of a chunk; a completion's first one starts with the echo."""
         first = position * self._per_prompt + completion.index not in self._offsets
         return self._choice(position, completion, self._echo(position, output) if first else None)
 
@@ -165,7 +165,7 @@ class _Answer:
     def _echo(self, position: int, output: RequestOutput) -> _Echo | None:
         if not self.body.echo:
             return None
-        if position not in self._echoes:  # only a request's first output has the prompt's log probabilities
+        if position not in self._echoes:  # only a request's first output has the prompt's probabilities
             text = self.texts[position]
             if text is None:
                 text = self.tokenizer.decode(self.prompts[position]) if self.tokenizer else ""

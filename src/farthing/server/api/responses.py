@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer API, whole and streamed, with a bounded store of earlier answers."""
+"""/v1/responses: OpenAI's newer API, with and without streaming, and a bounded store of earlier answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from farthing.server.turns import TurnRequest, Update, begin
 
 
 async def respond(service: Service, body: ResponsesRequest, request: Request, client: str) -> Response:
-    """Answer a request, streamed or whole. Raises ApiError, ClientGone."""
+    """Answer a request, streamed or as one document. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
     body = resolved(body, lambda identity: service.responses.item(client, identity))
@@ -66,8 +66,8 @@ def stored(service: Service, client: str, identity: str) -> Stored:
     if found is None:
         raise ApiError(
             404,
-            f"response {identity!r} is not stored here; expected the id of a recent one, made with the same "
-            "key and `store` not false",
+            f"response {identity!r} is not stored; expected the id of a recent response, created with the "
+            "same key and without `store: false`",
             param="previous_response_id",
             code="previous_response_not_found",
         )
@@ -88,7 +88,7 @@ def _said(answer: Answer) -> Turn:
 
 
 def _envelope(body: ResponsesRequest, model: str, created: int) -> dict[str, Any]:
-    """What a response says of its request."""
+    """The fields of a response that repeat its request."""
     given = body.model_dump(
         by_alias=True, exclude_none=True, include={"tools", "tool_choice", "text", "reasoning"}
     )
@@ -136,7 +136,7 @@ class _Open:
 
 
 class _Writer:
-    """Turns updates into output items and their events. Whole answers are the items of the same path."""
+    """Converts updates to output items and their events; without streaming, only to the items."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class _Writer:
                 yield "".join(pieces)
 
     def failed(self, error: ApiError) -> str:
-        """The end of a stream that failed."""
+        """The last event of a failed stream."""
         why = {"code": error.code or "server_error", "message": error.message}
         document = self._envelope | {"status": "failed", "error": why, "output": self._output}
         return self._event("error", **why, param=error.param) + self._event(
@@ -234,7 +234,7 @@ class _Writer:
         return "function_call", fields | {"arguments": ""}
 
     def _start(self, kind: str, fields: dict[str, Any]) -> list[str]:
-        """Begin an item of this kind, unless one is open."""
+        """Begin an item of this kind unless one is open."""
         if self._open is not None and self._open.kind == kind:
             return []
         events = self._close()
@@ -255,12 +255,12 @@ class _Writer:
     def _argument(self, text: str) -> list[str]:
         assert self._open is not None
         self._open.pieces.append(text)
-        if self._open.kind == "custom_tool_call":  # its text is inside a JSON string, and known at the end
+        if self._open.kind == "custom_tool_call":  # its text is in a JSON string, complete only at the end
             return []
         return [self._here("response.function_call_arguments.delta", delta=text)]
 
     def _close(self, status: str = "completed") -> list[str]:
-        """End the open item, if there is one."""
+        """End the open item, if any."""
         if self._open is None:
             return []
         kind, text = self._open.kind, self._open.text
@@ -304,6 +304,6 @@ def _part(kind: str, text: str) -> dict[str, Any]:
 
 
 def _input(arguments: str) -> str:
-    """The text of a tool that takes one, or its beginning; what is no such argument is passed on as it is."""
+    """The text argument of a custom tool, or its beginning; anything else is passed on unchanged."""
     text = (parsed(arguments) or {}).get("input")
     return text if isinstance(text, str) else arguments

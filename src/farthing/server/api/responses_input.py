@@ -1,4 +1,4 @@
-"""From the items of /v1/responses to a conversation."""
+"""Conversion of /v1/responses items to a conversation."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from farthing.server.api.responses_protocol import (
 )
 from farthing.server.errors import ApiError
 
-# A tool that takes a text is, to the model, a function with one argument.
+# For the model, a custom tool is a function with one argument.
 _TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
 def conversation_of(body: ResponsesRequest, earlier: tuple[Turn, ...]) -> Conversation:
-    """The conversation a body continues. earlier: the turns up to the previous response's end, its
-    instructions left out."""
+    """The conversation a body continues. earlier: the turns up to the end of the previous response, without
+    its instructions."""
     effort = body.reasoning.effort if body.reasoning else None
     said = [body.instructions] if body.instructions else []
     if hosted := body.hosted():
@@ -48,7 +48,7 @@ def _tool(declared: Declared) -> Tool:
         return Tool(declared.name, tool.description, tool.parameters, tool.strict)
     grammar = (tool.format or {}).get("definition")
     described = (
-        f"{tool.description or ''}\n\nThe input obeys this grammar:\n{grammar}"
+        f"{tool.description or ''}\n\nThe input follows this grammar:\n{grammar}"
         if grammar
         else tool.description
     )
@@ -65,12 +65,12 @@ def _choice(body: ResponsesRequest) -> ToolChoice:
 
 
 def turns_of(body: ResponsesRequest) -> tuple[Turn, ...]:
-    """The input's turns. Reasoning, text and calls that follow one another are one turn of the assistant."""
+    """The turns of the input. Consecutive reasoning, text and calls are one turn of the assistant."""
     if isinstance(body.input, str):
         return (Turn("user", body.input),)
     turns: list[Turn] = []
     for item in body.input:
-        assert not isinstance(item, Reference)  # `resolved` has replaced them
+        assert not isinstance(item, Reference)  # replaced by `resolved`
         for turn in (_turn(item),) if isinstance(item, Item) else _foreign(item):
             if turn.role == "assistant" and turns and turns[-1].role == "assistant":
                 turns[-1] = _joined(turns[-1], turn)
@@ -80,7 +80,7 @@ def turns_of(body: ResponsesRequest) -> tuple[Turn, ...]:
 
 
 def resolved(body: ResponsesRequest, find: Callable[[str], dict[str, Any] | None]) -> ResponsesRequest:
-    """A body whose references are replaced by what they refer to. Raises ApiError (404)."""
+    """A body with its references replaced by the items they name. Raises ApiError (404)."""
     if isinstance(body.input, str) or not any(isinstance(item, Reference) for item in body.input):
         return body
     items: list[Any] = []
@@ -89,9 +89,8 @@ def resolved(body: ResponsesRequest, find: Callable[[str], dict[str, Any] | None
         if isinstance(item, Reference) and found is None:
             raise ApiError(
                 404,
-                f"input[{position}] refers to the item {item.id!r}, which is not stored here; "
-                "expected one of a recent answer, made with the same key and `store` not false, or the "
-                "item itself",
+                f"input[{position}] refers to the item {item.id!r}, which is not stored; expected an item of "
+                "a recent response, created with the same key and without `store: false`, or the item itself",
                 param="input",
                 code="item_not_found",
             )
@@ -120,7 +119,7 @@ _ABOUT = {"id", "call_id", "type", "status", "environment", "caller", "max_outpu
 
 
 def _foreign(item: ForeignItem) -> tuple[Turn, ...]:
-    """A call as one of a function of that name, or its output; for a tool that OpenAI ran, both."""
+    """A call as a function call of that name, or its output; for a tool that OpenAI ran, both."""
     fields = item.model_extra or {}
     result = next((fields[name] for name in _RESULTS if fields.get(name) is not None), "")
     text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What clients of /v1/responses send, checked field by field."""
+"""Request bodies of /v1/responses, validated field by field."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class Item(Loose):
-    """One item of the input. Which fields count depends on the type; without one it is a message."""
+    """One item of the input. Its type decides which fields apply; without a type it is a message."""
 
     type: Literal[
         "message",
@@ -67,7 +67,7 @@ class Item(Loose):
 
 
 class ForeignItem(Loose):
-    """A call of a tool that OpenAI declares, or its output, in a conversation begun elsewhere."""
+    """A call of a tool that OpenAI declares, or its output, in a conversation that began elsewhere."""
 
     type: Literal[
         "local_shell_call",
@@ -92,19 +92,19 @@ class ForeignItem(Loose):
 
     @property
     def identity(self) -> str | None:
-        """The call's id, which its output repeats."""
+        """The id of the call, repeated by its output."""
         return self.call_id or self.id
 
 
 class Reference(Loose):
-    """An item of an answer that is stored here."""
+    """A reference to an item of a stored answer."""
 
     type: Literal["item_reference"] = "item_reference"
     id: str
 
 
 def _kind(item: Any) -> str:
-    """The class of an item; items of unknown types are left to `Item`, which names those it knows."""
+    """The class of an item. Unknown types go to `Item`, whose error lists the known ones."""
     fields = item if isinstance(item, dict) else getattr(item, "__dict__", {})
     kind = fields.get("type")
     if kind == "item_reference" or (
@@ -133,7 +133,7 @@ class FunctionTool(Strict):
 
 
 class CustomTool(Strict):
-    """A tool that takes a text; the text's grammar is described to the model and not enforced."""
+    """A custom tool, whose argument is text; its grammar is described to the model but not enforced."""
 
     type: Literal["custom"]
     name: Name
@@ -142,7 +142,7 @@ class CustomTool(Strict):
 
 
 class Namespace(Strict):
-    """Tools under a common name, which calls of them carry."""
+    """Tools under a common name, which their calls repeat."""
 
     type: Literal["namespace"]
     name: Name
@@ -154,7 +154,7 @@ class Namespace(Strict):
 
 
 class HostedTool(Loose):
-    """A tool that OpenAI's servers run. There is none here: the prompt says so."""
+    """A tool that OpenAI's servers run. It is not available here, and the prompt says so."""
 
     type: Literal[
         "web_search",
@@ -199,12 +199,12 @@ def _choice_class(value: Any) -> str:
 
 ChoiceObject = Annotated[
     Annotated[ChosenTool, Tag("ChosenTool")] | Annotated[AllowedTools, Tag("AllowedTools")],
-    Discriminator(_choice_class),  # so that errors are about the object that was meant
+    Discriminator(_choice_class),  # so that errors name fields of the intended class
 ]
 
 
 class TextFormat(Strict):
-    """text, any JSON object, or JSON that fits a schema."""
+    """text, any JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -215,26 +215,26 @@ class TextFormat(Strict):
     @model_validator(mode="after")
     def _schema_present(self) -> TextFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("schema belongs to type 'json_schema', and only to it")
+            raise ValueError("schema goes with type 'json_schema', and only with it")
         return self
 
 
 class TextOptions(Strict):
-    """How the text is to be; `verbosity` is accepted and has no effect."""
+    """The format of the text; `verbosity` is accepted without effect."""
 
     format: TextFormat | None = None
     verbosity: str | None = None
 
 
 class ReasoningOptions(Strict):
-    """How the model reasons; `summary` is accepted and has no effect."""
+    """How the model reasons; `summary` is accepted without effect."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
 
-# Most belong to tools that nothing runs here, so there is never anything to include.
+# Most belong to tools that are not available here, so there is nothing to include.
 Included = Literal[
     "file_search_call.results",
     "web_search_call.results",
@@ -242,20 +242,20 @@ Included = Literal[
     "message.input_image.image_url",
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
-    "reasoning.encrypted_content",  # items of this server carry their reasoning as it is
+    "reasoning.encrypted_content",  # items of this server contain plain reasoning
     "message.output_text.logprobs",
 ]
 _IMPOSSIBLE = {
-    "background": "answers are made while the client waits; expected false",
-    "conversation": "no conversations are kept; expected previous_response_id, or all items in input",
-    "prompt": "no prompt templates are kept; expected instructions and input",
-    "top_logprobs": "expected /v1/chat/completions with logprobs, which reports log probabilities",
+    "background": "answers are generated only while the client waits; expected false",
+    "conversation": "conversations are not stored; use previous_response_id, or send all items in input",
+    "prompt": "prompt templates are not stored; use instructions and input",
+    "top_logprobs": "use /v1/chat/completions with logprobs",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """A tool under the name the model knows it by."""
+    """A tool under the name that the model sees."""
 
     name: str
     namespace: str | None
@@ -281,13 +281,13 @@ class ResponsesRequest(Body):
     store: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
     include: Annotated[list[Included], Field(max_length=64, fail_fast=True)] | None = None
-    # refused, unless they say what happens anyway
+    # rejected unless they ask for what happens anyway
     background: bool | None = None
     conversation: Any = None
     prompt: Any = None
     top_logprobs: int | None = None
-    # accepted and without effect
-    max_tool_calls: int | None = None  # limits calls of tools that OpenAI runs
+    # accepted without effect
+    max_tool_calls: int | None = None  # a limit on calls of tools that OpenAI runs
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -316,7 +316,7 @@ class ResponsesRequest(Body):
     def _tools_fit(self) -> ResponsesRequest:
         names = [declared.name for declared in self.declared()]
         if len(set(names)) != len(names):
-            raise ValueError("tools names a tool twice")
+            raise ValueError("tools contains two tools of one name")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but tools is empty")
         for name in self.chosen_names():
@@ -325,7 +325,7 @@ class ResponsesRequest(Body):
         return self
 
     def declared(self) -> list[Declared]:
-        """The tools the client runs, those of a namespace under its name and theirs."""
+        """The tools that the client runs; those of a namespace are prefixed with its name."""
         found: list[Declared] = []
         for tool in self.tools or ():
             if isinstance(tool, Namespace):
@@ -335,7 +335,7 @@ class ResponsesRequest(Body):
         return found
 
     def hosted(self) -> list[str]:
-        """The tools that nothing runs here."""
+        """The tools that are not available here."""
         return [tool.type for tool in self.tools or () if isinstance(tool, HostedTool)]
 
     def chosen_names(self) -> list[str]:
@@ -350,7 +350,7 @@ class ResponsesRequest(Body):
 
 
 def text_of(content: str | list[Part] | None) -> str:
-    """Parts as one text."""
+    """Parts as one string."""
     if isinstance(content, str):
         return content
     return "".join(part.text or part.refusal or "" for part in content or ())

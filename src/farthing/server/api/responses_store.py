@@ -1,4 +1,4 @@
-"""Answers of /v1/responses that later requests continue: bounded, in memory, each key's own share."""
+"""Answers of /v1/responses for later requests to continue: in memory, with a bounded share per key."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from farthing.conversation.types import Turn
 
 MAX_RESPONSES = 4096
-MAX_CHARACTERS = 64 << 20  # of all texts and documents together, shared out evenly between the keys
-_LEAST_RESPONSES, _LEAST_CHARACTERS = 64, 1 << 20  # of one key, however many there are
+MAX_CHARACTERS = 64 << 20  # of all texts and documents together, divided evenly among the keys
+_LEAST_RESPONSES, _LEAST_CHARACTERS = 64, 1 << 20  # of one key, for any number of keys
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A response: the conversation up to it (instructions left out), and its document."""
+    """A response: the conversation up to it, without instructions, and its document."""
 
     turns: tuple[Turn, ...]
     document: dict[str, Any]
@@ -24,14 +24,14 @@ class Stored:
 
 @dataclass(slots=True)
 class _Shelf:
-    """The responses of one key, the one used longest ago first."""
+    """The responses of one key, least recently used first."""
 
     kept: OrderedDict[str, Stored] = field(default_factory=OrderedDict)
-    items: dict[str, dict[str, Any]] = field(default_factory=dict)  # of all answers kept, by their ids
+    items: dict[str, dict[str, Any]] = field(default_factory=dict)  # of all stored answers, by id
     characters: int = 0
 
     def add(self, identity: str, stored: Stored) -> None:
-        """Keep a response and index its items."""
+        """Store a response and index its items."""
         self.kept[identity] = stored
         self.characters += stored.characters
         self.items |= {item["id"]: item for item in stored.document.get("output", ())}
@@ -47,9 +47,8 @@ class _Shelf:
 
 
 class ResponseStore:
-    """Each key has a share of its own and forgets its own least recently used responses: no key reads,
-    replaces or evicts another's. Turns are shared between the responses of one conversation, but counted
-    with each."""
+    """Each key has its own share and evicts its own least recently used responses: no key reads, replaces or
+    evicts another's. Responses of one conversation share their turns in memory, but each counts them."""
 
     def __init__(
         self, keys: int = 1, responses: int = MAX_RESPONSES, characters: int = MAX_CHARACTERS
@@ -60,7 +59,7 @@ class ResponseStore:
         self._shelves: dict[str, _Shelf] = {}
 
     def put(self, client: str, turns: tuple[Turn, ...], document: dict[str, Any]) -> None:
-        """Keep a response under its id."""
+        """Store a response under its id."""
         size = sum(map(_size, turns)) + _characters(document)
         if size > self._room:
             return
@@ -71,7 +70,7 @@ class ResponseStore:
             shelf.drop(next(iter(shelf.kept)))
 
     def get(self, client: str, identity: str) -> Stored | None:
-        """A response of this client; None if it is unknown, forgotten or another's."""
+        """A response of this client; None if it is unknown, evicted or another client's."""
         shelf = self._shelves.get(client)
         if shelf is None or identity not in shelf.kept:
             return None
@@ -90,8 +89,8 @@ class ResponseStore:
 
 
 def _characters(document: Any) -> int:
-    """Characters of all strings in a document, and 64 for each value: `metadata` and `tools` have no bound
-    but the body's."""
+    """Characters of all strings in a document, plus 64 per value: only the size of the body bounds `metadata`
+    and `tools`."""
     size, stack = 0, [document]
     while stack:
         item = stack.pop()

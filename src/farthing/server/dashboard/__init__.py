@@ -1,11 +1,11 @@
-"""The operations dashboard: one page, its assets, and the numbers it draws.
+"""The operations dashboard: one page, its assets and its data.
 
     dashboard = router.mount(app, data, …)        # a FastAPI application: `/`, `/dashboard/…`
     Dashboard(data).start()                       # any other server: `asset(path)`, `document(since)`
 
-`data()` returns the numbers of this moment as plain JSON (see `source`); a sampler calls it once a second,
-and the page asks `/dashboard/data?since=T` for what is new. The page and its assets hold no secrets and are
-served to all; the numbers are behind the API's own keys.
+`data()` returns the current numbers as plain JSON (see `source`). A sampler calls it once per second, and the
+page fetches new points from `/dashboard/data?since=T`. The page and its assets contain no secrets and are
+public; the numbers require an API key.
 """
 
 from farthing.server.dashboard.history import History

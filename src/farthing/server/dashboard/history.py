@@ -1,8 +1,8 @@
-"""From counters to curves: a ring of points a dashboard draws.
+"""Counters to curves: a ring of points for the dashboard.
 
-A source document holds cumulative `counters`, momentary `gauges` and cumulative `histograms`; a point holds
-rates, ratios and quantiles over a short window that ends at it. What a source does not have, or what did not
-happen in the window, is None: a gap in the curve, not a zero.
+A source document has cumulative `counters`, momentary `gauges` and cumulative `histograms`; a point has
+rates, ratios and quantiles over a short window that ends at it. A value that the source lacks, or without an
+event in the window, is None: a gap in the curve, not a zero.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ QUANTILES = {"p50": 0.5, "p95": 0.95}
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A source document and when it was taken (seconds of the wall clock)."""
+    """A source document and its time (wall clock, seconds)."""
 
     time: float
     data: Mapping[str, Any]
 
     def part(self, name: str) -> Mapping[str, Any]:
-        """`counters`, `gauges` or `histograms`; {} where the source has none."""
+        """`counters`, `gauges` or `histograms`; {} if the source has none."""
         found = self.data.get(name)
         return found if isinstance(found, Mapping) else {}
 
 
 class History:
-    """The last `keep` points, of samples `window` seconds apart or a little more."""
+    """The last `keep` points, from samples at least `window` seconds apart."""
 
     def __init__(self, keep: int = 900, window: float = 5.0) -> None:
         self._points: deque[dict[str, float | None]] = deque(maxlen=keep)
@@ -69,7 +69,7 @@ class History:
         self.last = sample
 
     def columns(self, since: float = 0.0) -> dict[str, list[float | None]]:
-        """The points after `since`, a list for every name, `t` among them, all equally long."""
+        """The points after `since`: one list per name, including `t`, all of the same length."""
         points = [p for p in self._points if (p["t"] or 0.0) > since]
         names = dict.fromkeys(name for point in points for name in point)
         return {name: [_short(point.get(name)) for point in points] for name in names}
@@ -108,9 +108,9 @@ def _difference(now: Sequence[int], before: Sequence[int] | None) -> list[int]:
 
 
 def quantile(bounds: Sequence[float], cumulative: Sequence[int], q: float) -> float | None:
-    """The q-quantile of a histogram, linear within a bucket as Prometheus does it; None when it is empty.
+    """The q-quantile of a histogram, linear within a bucket as in Prometheus; None if it is empty.
 
-    bounds: upper bounds, ascending; cumulative: one count more than bounds, the last for everything above.
+    bounds: ascending upper bounds; cumulative: one more count than bounds, the last for all larger values.
     """
     total = cumulative[-1]
     if total <= 0:
@@ -125,5 +125,5 @@ def quantile(bounds: Sequence[float], cumulative: Sequence[int], q: float) -> fl
 
 
 def _short(value: float | None) -> float | None:
-    """Six significant digits are enough to draw."""
+    """Round to six significant digits, which is enough for drawing."""
     return value if value is None or value > 1e8 else float(f"{value:.6g}")

@@ -10,11 +10,11 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 
 from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Asset, Dashboard
 
-View = Callable[[Request, dict[str, Any]], dict[str, Any]]  # what a request may see of a document
+View = Callable[[Request, dict[str, Any]], dict[str, Any]]  # the part of a document that a request may see
 
 
 def router(dashboard: Dashboard, view: View = lambda request, document: document) -> APIRouter:
-    """Routes for the page (`/`), its assets and its numbers."""
+    """Routes for the page (`/`), its assets and its data."""
     routes = APIRouter(include_in_schema=False)
 
     @routes.get("/")
@@ -38,7 +38,7 @@ def mount(
     view: View = lambda request, document: document,
     interval: float = 1.0,
 ) -> Dashboard:
-    """Serve the dashboard from `app`; it samples `data` while the application runs."""
+    """Serve the dashboard from `app` and sample `data` while the application runs."""
     dashboard = Dashboard(data, interval)
     app.include_router(router(dashboard, view))
     inner = app.router.lifespan_context

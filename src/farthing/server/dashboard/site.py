@@ -1,4 +1,4 @@
-"""The page, its assets and its numbers, whatever server they are served by."""
+"""The page, its assets and its data, independent of the server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES = {
     ".svg": "image/svg+xml",
     ".LICENSE": "text/plain; charset=utf-8",
 }
-# No script, style or connection from anywhere else.
+# No script, style or connection from other hosts.
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -55,7 +55,7 @@ def assets() -> Mapping[str, Asset]:
 
 
 class Dashboard:
-    """Samples a source once every `interval` seconds and keeps `keep` points. A context manager."""
+    """Samples a source every `interval` seconds and keeps `keep` points. A context manager."""
 
     def __init__(self, data: Callable[[], Mapping[str, Any]], interval: float = 1.0, keep: int = 900) -> None:
         self._data = data
@@ -66,14 +66,14 @@ class Dashboard:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to sample, in a thread of its own."""
+        """Start sampling in a separate thread."""
         if self._thread is None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """End sampling."""
+        """Stop sampling."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -92,16 +92,16 @@ class Dashboard:
         self.stop()
 
     def sample(self) -> None:
-        """Look at the source once; for a server that samples in its own event loop instead of `start`."""
+        """Sample the source once: for servers that do this in their event loop instead of calling `start`."""
         with self._lock:
             self._sample()
 
     def asset(self, path: str) -> Asset | None:
-        """The file at a path of the server, None where there is none."""
+        """The file at a path of the server; None if there is none."""
         return assets().get(path)
 
     def document(self, since: float = 0.0) -> dict[str, Any]:
-        """What the page draws: the source's facts of now, and the points after `since` (wall clock)."""
+        """The data for the page: the source's current facts, and the points after `since` (wall clock)."""
         with self._lock:
             if self._history.last is None:
                 self._sample()

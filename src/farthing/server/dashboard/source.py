@@ -1,4 +1,4 @@
-"""What the dashboard of one server shows, from the engine's statistics and the accounts.
+"""The dashboard's data for one server, from the engine's statistics and the accounts.
 
 A source document is plain JSON:
 
@@ -6,8 +6,8 @@ A source document is plain JSON:
     title       the model or the fleet
     facts       {label: text} that do not change: backend, hardware, …
     counters    cumulative numbers, see `history.RATES` and `history.RATIOS`
-    gauges      numbers of now, drawn as they are
-    histograms  {name: {bounds, cumulative}}, name + _p50 and _p95 are drawn
+    gauges      current numbers, drawn unchanged
+    histograms  {name: {bounds, cumulative}}, drawn as name + _p50 and _p95
     experts     {layer: [tokens of each expert]}
     cost        {usd_per_hour, joules_source, declared, hardware, accounts: […]}
 
@@ -42,7 +42,7 @@ _MOST_ACCOUNTS = 20
 
 
 def service_data(service: Service) -> dict[str, Any]:
-    """The document of a server, whose engine may still be loading."""
+    """The document of a server whose engine may still be loading."""
     engine, accounts = service.engine, service.accounts
     if engine is None:
         return server_data(service.names[0], facts={"state": "the model is being loaded"})
@@ -51,9 +51,9 @@ def service_data(service: Service) -> dict[str, Any]:
 
 
 def _facts(engine: Engine) -> dict[str, str]:
-    """What does not change; an empty text is not shown."""
+    """Facts that do not change; empty ones are not shown."""
     config = engine.config
-    assert config.num_blocks is not None  # the engine has filled it in
+    assert config.num_blocks is not None  # set by the engine
     kind = f" of {config.kv_cache_dtype}" if config.kv_cache_dtype != "auto" else ""
     return {
         "backend": engine.backend,
@@ -66,9 +66,9 @@ def _facts(engine: Engine) -> dict[str, str]:
 
 
 def visible_to(viewer: Viewer, document: dict[str, Any]) -> dict[str, Any]:
-    """What a viewer sees of a server's document: everyone's spending, or that of one key.
+    """The part of a server's document for a viewer: everyone's spending, or that of one key.
 
-    The curves of power and price add up all keys, so only a viewer of everything has them.
+    The curves of power and price sum over all keys, so only viewers of everything get them.
     """
     cost = document.get("cost")
     if cost is None:
@@ -91,7 +91,7 @@ def server_data(
     cost: CostReport | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The document of one engine; without statistics, of one that is being loaded."""
+    """The document of one engine; without statistics, of an engine that is loading."""
     if stats is None:
         empty: dict[str, Any] = {part: {} for part in ("counters", "gauges", "histograms", "experts")}
         return {"kind": "server", "title": title, "facts": dict(facts or {}), **empty}
@@ -128,7 +128,7 @@ def _histogram(histogram: HistogramSnapshot) -> dict[str, Any]:
 
 
 def _cost(report: CostReport) -> dict[str, Any]:
-    """All accounts, dearest first."""
+    """All accounts, largest spending first."""
     accounts = sorted(report.accounts.items(), key=lambda item: -item[1].spend.usd)
     return {
         "hardware": f"{report.machine.count} × {report.machine.hardware.name}",
