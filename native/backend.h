@@ -73,6 +73,10 @@ struct Attention {
   const float* sin = nullptr;
 
   void add(std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv);  // the next head
+  KeyShape shape() const {
+    const int padded = round_up(latent, 32);
+    return {latent, rope, padded, padded + round_up(rope, 32)};
+  }
 };
 
 struct Layer {  // one layer's weights; attention and feed are owned by the layer's creator
@@ -138,6 +142,8 @@ struct LayersArgs {
 struct Indexer;
 struct IndexBatch;
 
+constexpr int kExpandTokens = 192;  // tokens of a sequence in a step from which expanding its keys pays
+
 // What an op takes from a workspace, without running it. `rows`: rows of routed experts, all of which one
 // rank may get; the weights' matrices need no data.
 struct Sizes {
@@ -173,6 +179,7 @@ class Backend {
   Pool pool;
   const Kernels& kernels;
   std::shared_ptr<Arena> arena;
+  int expand_tokens = kExpandTokens;  // see expanded.h; 0: never
 
  private:
   Act prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm,

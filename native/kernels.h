@@ -49,6 +49,43 @@ struct IndexBlock {
   float* out;  // [keys] sums over the heads of w ReLU(q . key)
 };
 
+// C [rows][ldc] = A [rows][lda] B [depth][columns], or C += A B. A has plain rows; B has rows of float, or of
+// pairs of bfloat16: [depth / 2][columns][2].
+struct Product {
+  const void* a;
+  int lda;
+  const void* b;
+  int columns;  // multiple of 16; row stride of b
+  float* c;
+  int ldc;
+  int rows;   // multiple of kProductRows
+  int depth;  // multiple of 32
+  bool add;
+};
+constexpr int kProductRows = 16;
+
+// Online softmax of a tile of expanded attention: scores of keys (rows) against kTileQueries queries.
+constexpr int kTileQueries = 48, kWideBlock = 96;  // queries of a tile; keys that are expanded at once
+struct Scores {
+  float* scores;       // [keys][kTileQueries], overwritten
+  int keys;            // multiple of 32
+  const int* visible;  // [kTileQueries] keys each query sees: none only after a block of which it saw some
+  bool masked;         // whether a query sees fewer than `keys`
+  float* max;          // [kTileQueries] reference of the weights, as in AttendBlock
+  float* sum;          // [kTileQueries]
+  float* out;          // [values][kTileQueries], rescaled if the reference moved
+  int values;
+  void* weights;  // [keys][kTileQueries] as the B of a product
+};
+
+// Inner loops of expanded attention for one element type: float, or bfloat16 with float sums.
+struct Wide {
+  void (*product)(const Product& p);
+  // [depth][columns] floats to the B of a product; both are multiples of 32 and 16.
+  void (*pack)(const float* in, int depth, int columns, void* out);
+  void (*weigh)(const Scores& s);
+};
+
 struct ConvLayer;
 struct ConvPair;
 struct Strip;
@@ -71,13 +108,18 @@ struct Kernels {
   void (*load_key)(CacheType type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
   void (*split)(const float* x, int n, uint16_t* hi, uint16_t* lo);  // x = hi + lo in bfloat16, n % 16 == 0
   void (*round_bf16)(const float* x, int n, uint16_t* out);
+  // [rows][ldi] to [columns][ldo], multiples of 16.
+  void (*transpose)(const float* in, int ldi, int rows, int columns, float* out, int ldo);
+  // Columns of a f32, bf16 or q8 matrix: out[k * ldo + n].
+  void (*unpack)(const Matrix& w, float* out, int ldo);
   void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips,
                int count);  // see vision/layer.h
   void (*image_row)(const float* x, int64_t plane, int width, float scale, uint8_t* out);
   void (*index_scores)(const IndexBlock& b);
-  bool index_halves;  // whether it takes q16 and k16
-  bool split_act;     // wants hi and lo for bf16 matrices
-  int split_rows;     // … from this many rows on
+  Wide wide, wide_halves;  // the second where there are bfloat16 products, else null
+  bool index_halves;       // whether it takes q16 and k16
+  bool split_act;          // wants hi and lo for bf16 matrices
+  int split_rows;          // … from this many rows on
   enum class Keys {
     f32,
     tiles,

@@ -5,6 +5,10 @@
 
 #include "amx_attend.inl"
 
+#include "bf16_expand.inl"
+
+#include "amx_expand.inl"
+
 #include "bf16_index.inl"
 
 namespace farthing {
@@ -16,6 +20,7 @@ constexpr Kernels better() {
   kernels.split_act = true;
   kernels.split_rows = kTileRows;
   kernels.keys = Kernels::Keys::tiles;
+  kernels.wide_halves = {amx_product, pack_pairs, weigh_pairs};
   kernels.index_scores = bf16_index_scores;
   kernels.index_halves = true;
   return kernels;

@@ -3,6 +3,8 @@
 
 #include "bf16_attend.inl"
 
+#include "bf16_expand.inl"
+
 #include "bf16_index.inl"
 
 namespace farthing {
@@ -11,6 +13,7 @@ constexpr Kernels better() {
   Kernels kernels = table("avx512_bf16");
   kernels.attend = bf16_attend;
   kernels.keys = Kernels::Keys::rows;
+  kernels.wide_halves = wide_pairs;
   kernels.index_scores = bf16_index_scores;
   kernels.index_halves = true;
   return kernels;

@@ -1,5 +1,7 @@
 #include "latent_cache.h"
 
+#include <cstring>
+
 #include "cache_rows.h"
 
 namespace farthing {
@@ -48,6 +50,12 @@ const uint16_t* KeyReader::half(int sequence, int key, uint16_t* to) const {
   expand(sequence, key, keys32_);
   kernels_.split(keys32_, shape_.width, to, rest_);
   return to;
+}
+
+void KeyReader::copy(int sequence, int key, bool halves, void* to) const {
+  if (!halves) return expand(sequence, key, static_cast<float*>(to));
+  const uint16_t* from = half(sequence, key, static_cast<uint16_t*>(to));
+  if (from != to) std::memcpy(to, from, sizeof(uint16_t) * shape_.width);
 }
 
 void KeyReader::look_ahead(int sequence, int at, int keys) {

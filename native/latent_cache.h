@@ -53,6 +53,8 @@ class KeyReader {
   void look_ahead(int sequence, int at, int keys);
   // One key expanded to float32 [width].
   void expand(int sequence, int key, float* to) const;
+  // The same, or in bfloat16.
+  void copy(int sequence, int key, bool halves, void* to) const;
 
  private:
   const uint8_t* row(int sequence, int key, int64_t* slot) const;

@@ -1,5 +1,6 @@
 // Multi-head latent attention as one op over the paged latent cache (DeepSeek-V2 section 2.1), absorbed:
-// queries are projected into the latent space, so that keys are never expanded.
+// queries are projected into the latent space, so that keys are never expanded. The tokens of large chunks of
+// long prompts take expanded attention instead (expanded.h).
 //
 // Legend: T tokens, H heads, n nope, r rotary, c latent, v value head size, W padded key width.
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include "backend.h"
 #include "cache_rows.h"
 #include "chunks.h"
+#include "expanded.h"
 
 namespace farthing {
 namespace {
@@ -20,8 +22,8 @@ constexpr float kNothing = -3.0e38f;
 
 // Query rows of one sequence (tokens x heads) against the keys of chunks [first_chunk, last_chunk).
 struct Unit {
-  int sequence, token, tokens, head, heads;
-  int keys;  // that its last token sees
+  int sequence, token, tokens, head, heads;  // tokens are numbered as in WideTokens::others
+  int keys;                                  // that its last token sees
   int first_chunk, last_chunk;
   int slot;  // of its partial result
 
@@ -34,20 +36,22 @@ struct Units {
   std::vector<Unit> list;
   int slots = 0;
 
-  Units(const Batch& batch, int heads) {
+  Units(const Batch& batch, const WideTokens& wide, int heads) {
+    int last = 0;
     for (int b = 0; b < batch.sequences; ++b) {
-      const int first = batch.query_start[b], last = batch.query_start[b + 1];
-      const int together = std::max(1, kRows / heads);  // tokens
+      const int first = last, together = std::max(1, kRows / heads);  // tokens
+      for (int t = batch.query_start[b]; t < batch.query_start[b + 1]; ++t) last += wide.place[t] >= 0;
       for (int t = first; t < last; t += together)
         for (int h = 0; h < heads; h += kRows)
-          add(batch, b, t, std::min(together, last - t), h, std::min(kRows, heads - h),
+          add(batch, wide, b, t, std::min(together, last - t), h, std::min(kRows, heads - h),
               last - first > kFewQueries);
     }
   }
 
  private:
-  void add(const Batch& batch, int sequence, int token, int tokens, int head, int heads, bool whole) {
-    const int keys = batch.keys(token + tokens - 1), chunks = Chunks::count(keys);
+  void add(const Batch& batch, const WideTokens& wide, int sequence, int token, int tokens, int head,
+           int heads, bool whole) {
+    const int keys = batch.keys(wide.others[token + tokens - 1]), chunks = Chunks::count(keys);
     const int step = whole ? chunks : 1;
     for (int c = 0; c < chunks; c += step)
       list.push_back({sequence, token, tokens, head, heads, keys, c, c + step, slots++});
@@ -88,11 +92,6 @@ void tile_query(const Kernels& kernels, const float* q, int rows, int width, uin
   }
 }
 
-KeyShape key_shape(const Attention& w) {
-  const int latent = round_up(w.latent, 32);
-  return {w.latent, w.rope, latent, latent + round_up(w.rope, 32)};
-}
-
 // Scratch of one call.
 struct Space {
   Act nope, latent;   // inputs of W_UK and W_UV, a head's tokens together
@@ -108,9 +107,9 @@ struct Space {
       *parts;  // [T][head groups], [T], [T]: where merge finds a row's partial results
   int row_size, head_groups;
 
-  Space(Workspace& work, const Kernels& kernels, const Attention& w, const Matrix& uk, const Matrix& uv,
-        int tokens, int slots, int threads) {
-    const KeyShape shape = key_shape(w);
+  Space(Workspace& work, const Kernels& kernels, const Attention& w, int tokens, int slots, int threads) {
+    const Matrix &uk = w.w_uk[0]->m, &uv = w.w_uv[0]->m;
+    const KeyShape shape = w.shape();
     const size_t T = tokens, H = w.heads, W = shape.width, each = threads,
                  cells = static_cast<size_t>(slots) * kRows;
     const bool split = kernels.split_act && tokens >= kernels.split_rows;
@@ -137,13 +136,17 @@ struct Space {
 // One call, phase by phase. Phases that share no barrier share no data.
 class Mla {
  public:
-  Mla(const Kernels& kernels, const Attention& w, const MlaArgs& in, const Units& units, const Space& space)
+  Mla(const Kernels& kernels, const Attention& w, const MlaArgs& in, const WideTokens& wide,
+      const Units& units, const Space& space, const Expanded& expanded)
       : kernels_(kernels),
         w_(w),
         in_(in),
+        wide_(wide),
+        tokens_(static_cast<int>(wide.others.size())),
         units_(units),
         space_(space),
-        shape_(key_shape(w)),
+        expanded_(expanded),
+        shape_(w.shape()),
         form_(KeyReader::form(kernels, in.cache)) {
     for (const Unit& u : units.list) {
       const int chunks = Chunks::count(u.keys);
@@ -161,6 +164,7 @@ class Mla {
     absorb(team);
     team.barrier();
     attend(team);
+    expanded_.run(team, 5);
     team.barrier();
     merge(team);
     team.barrier();
@@ -171,15 +175,17 @@ class Mla {
   // Rotates the queries and takes their other part to the form W_UK reads; norms, rotates and caches the
   // keys.
   void rotate_and_cache(Team& team) const {
-    const int H = w_.heads, T = in_.tokens;
+    const int H = w_.heads;
     float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
-    team.for_units(0, T, H + 1, [&](int t, int h) {
+    team.for_units(0, in_.tokens, H + 1, [&](int t, int h) {
       const int64_t at = static_cast<int64_t>(in_.batch.positions[t]) * (w_.rope / 2);
       if (h == H) return cache_key(t, w_.cos + at, w_.sin + at, scratch);
+      const int place = wide_.place[t];
+      if (place < 0) return;
       const float* head = in_.q.row(t) + static_cast<int64_t>(h) * (w_.nope + w_.rope);
-      float* to = space_.query + (static_cast<size_t>(t) * H + h) * shape_.width;
+      float* to = space_.query + (static_cast<size_t>(place) * H + h) * shape_.width;
       for (int i = 0; i < w_.nope; ++i) scratch[i] = head[i] * w_.scale;
-      kernels_.store_act(w_.w_uk[0]->m, space_.nope, h * T + t, 0, scratch, w_.nope);
+      kernels_.store_act(w_.w_uk[0]->m, space_.nope, h * tokens_ + place, 0, scratch, w_.nope);
       std::fill(to + w_.latent, to + shape_.width, 0.0f);
       rotate_row(head + w_.nope, w_.rope, w_.cos + at, w_.sin + at, w_.interleaved, w_.scale,
                  to + shape_.latent_padded);
@@ -195,7 +201,8 @@ class Mla {
 
   // [T, n] W_UK -> [T, c] of each head. A ragged last panel is written after the latent, where zeros are.
   void absorb(Team& team) const {
-    const int H = w_.heads, T = in_.tokens, W = shape_.width;
+    const int H = w_.heads, T = tokens_, W = shape_.width;
+    if (T == 0) return;
     team.for_units(1, H, (w_.latent + kColumns - 1) / kColumns, [&](int h, int u) {
       const int n0 = u * kColumns, panels = (std::min(kColumns, w_.latent - n0) + kPanel - 1) / kPanel;
       kernels_.tile(w_.w_uk[h]->m, n0 / kPanel, panels, row(space_.nope, h * T), T,
@@ -244,7 +251,7 @@ class Mla {
     const int end = u.end(chunk);
     for (int at = u.begin(chunk); at < end; at += kKeyBlock) {
       b.keys = std::min(kKeyBlock, end - at);
-      for (int j = 0; j < b.rows; ++j) visible[j] = in_.batch.keys(u.token + j / u.heads) - at;
+      for (int j = 0; j < b.rows; ++j) visible[j] = in_.batch.keys(wide_.others[u.token + j / u.heads]) - at;
       reader.fetch(u.sequence, at, b);
       look_ahead(u, index, chunk, at + kKeyBlock, reader);
       b.fresh = at == u.begin(chunk);
@@ -264,7 +271,7 @@ class Mla {
 
   // Folds the chunks of split sequences, divides by the sum, and takes the result to the form W_UV reads.
   void merge(Team& team) const {
-    const int T = in_.tokens, c = w_.latent, lp = shape_.latent_padded;
+    const int T = tokens_, c = w_.latent, lp = shape_.latent_padded;
     float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
     team.for_units(3, T, w_.heads, [&](int t, int h) {
       const int slot = space_.first_slot[t * space_.head_groups + h / kRows],
@@ -285,14 +292,15 @@ class Mla {
 
   // [T, c] W_UV -> [T, v] of each head.
   void project(Team& team) const {
-    const int T = in_.tokens;
+    const int T = tokens_;
+    if (T == 0) return;
     float* tile = space_.tile + static_cast<size_t>(team.id()) * T * kColumns;
     team.for_units(4, w_.heads, (w_.value + kColumns - 1) / kColumns, [&](int h, int u) {
       const int n0 = u * kColumns, columns = std::min(kColumns, w_.value - n0);
       kernels_.tile(w_.w_uv[h]->m, n0 / kPanel, (columns + kPanel - 1) / kPanel, row(space_.latent, h * T), T,
                     tile, kColumns);
       for (int t = 0; t < T; ++t)
-        std::memcpy(in_.out.row(t) + static_cast<int64_t>(h) * w_.value + n0,
+        std::memcpy(in_.out.row(wide_.others[t]) + static_cast<int64_t>(h) * w_.value + n0,
                     tile + static_cast<size_t>(t) * kColumns, sizeof(float) * columns);
     });
   }
@@ -305,8 +313,11 @@ class Mla {
   const Kernels& kernels_;
   const Attention& w_;
   const MlaArgs& in_;
+  const WideTokens& wide_;
+  const int tokens_;  // of wide_.others
   const Units& units_;
   const Space& space_;
+  const Expanded& expanded_;
   const KeyShape shape_;
   const Kernels::Keys form_;
 };
@@ -314,17 +325,26 @@ class Mla {
 }  // namespace
 
 void Sizes::mla(const Attention& w, const Batch& batch) {
-  const Units units(batch, w.heads);
-  work.reset();
-  Space(work, kernels, w, w.w_uk[0]->m, w.w_uv[0]->m, batch.query_start[batch.sequences], units.slots,
-        threads);
+  MlaArgs in{};
+  in.tokens = batch.query_start[batch.sequences];
+  in.cache.type = CacheType::f32;  // which takes more than the others
+  in.batch = batch;
+  for (const int least : {0, kExpandTokens}) {  // a step of as many tokens may take either attention
+    const WideTokens wide(batch, in.tokens, least);
+    const Units units(batch, wide, w.heads);
+    work.reset();
+    const Space space(work, kernels, w, static_cast<int>(wide.others.size()), units.slots, threads);
+    const Expanded expanded(work, kernels, w, in, wide, threads);
+  }
 }
 
 void Backend::mla(const Attention& w, const MlaArgs& in) {
-  const Units units(in.batch, w.heads);
+  const WideTokens wide(in.batch, in.tokens, expand_tokens);
+  const Units units(in.batch, wide, w.heads);
   work_.reset();
-  const Space space(work_, kernels, w, w.w_uk[0]->m, w.w_uv[0]->m, in.tokens, units.slots, pool.size());
-  const Mla call(kernels, w, in, units, space);
+  const Space space(work_, kernels, w, static_cast<int>(wide.others.size()), units.slots, pool.size());
+  const Expanded expanded(work_, kernels, w, in, wide, pool.size());
+  const Mla call(kernels, w, in, wide, units, space, expanded);
   pool.run([&](Team& team) { call.run(team); });
 }
 

@@ -10,6 +10,7 @@
 #include "attend.inl"
 #include "keys.inl"
 #include "index.inl"
+#include "expand.inl"
 #include "vision/conv.inl"
 // clang-format on
 
@@ -31,9 +32,13 @@ constexpr Kernels table(const char* name) {
       .load_key = load_key,
       .split = split,
       .round_bf16 = round_to_bf16,
+      .transpose = transpose,
+      .unpack = unpack,
       .conv = conv,
       .image_row = image_row,
       .index_scores = index_scores,
+      .wide = {product, pack_rows, weigh},
+      .wide_halves = {},
       .index_halves = false,
       .split_act = false,
       .split_rows = 0,

@@ -40,7 +40,9 @@ class EngineConfig:
     speculate: str | None = _engine(None, "Drafts: mtp[:k], ngram[:k] or mtp+ngram[:k], at most k per step")
     experts: str = _engine("auto", "Experts per token: auto (config.json), all, adaptive:p[,min=2,max=8]")
     seed: int = _engine(0, "Default sampling seed")
-    deterministic: bool = _engine(False, "Same tokens with one rank and --tp 2, without AMX tiles (CPU)")
+    deterministic: bool = _engine(
+        False, "Same tokens for any chunking of long prompts, and with one rank or --tp 2 (CPU)"
+    )
     chat_template: str | None = _engine(
         None, "Jinja file or name of a packaged chat format; default: the checkpoint's"
     )

@@ -42,6 +42,18 @@ def steps(model: DeepseekModel, serving: Serving) -> None:
         model.top_logits(model.forward(ids, batch, cache)[-sequences:], 1)
 
 
+def test_planned_workspace_covers_expanded_attention() -> None:
+    config = ModelConfig.from_json(RAW | dict(num_hidden_layers=2))
+    ops: Any = select("cpu", torch.bfloat16, 2)
+    serving = Serving(1400, 1400, max_num_seqs=1, max_num_batched_tokens=300)
+    with torch.inference_mode():
+        steps(DeepseekModel(config, ops, MemorySource(random_parameters(config))), serving)
+    plan = ShardPlan.build(config, Layout())
+    shard = Shard.of(plan, plan.layout.place(0), Stored("float32"))
+    planned = workspace_bytes(shard, Holder("cpu", 4, None), serving, 2)
+    assert planned is not None and planned >= ops._native.workspace_bytes
+
+
 @pytest.mark.parametrize(
     ("stored", "quantization"), [("float32", None), ("bfloat16", "int8"), ("bfloat16", None)]
 )

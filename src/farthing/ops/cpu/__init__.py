@@ -24,8 +24,9 @@ def create(
 
     Activations are always float32: kernels read float32, and bfloat16 would only add rounding. `dtype` sets
     the dtype of the latent cache: float32 if requested, else bfloat16, which halves the bytes that attention
-    reads. `threads` defaults to the CPUs this process may use. `parts`: see `farthing.ops.select`. Raises
-    ImportError if `farthing._native` is not built, ValueError for a bad argument.
+    reads. `threads` defaults to the CPUs this process may use. `parts`: see `farthing.ops.select`; it also
+    selects kernels whose results do not depend on the batch. Raises ImportError if `farthing._native` is not
+    built, ValueError for a bad argument.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"dtype {dtype} is not supported by backend 'cpu'; expected float32 or bfloat16")
@@ -35,7 +36,10 @@ def create(
         isa = _without_tiles(isa)
     # Two thread pools would compete for cores, so torch uses only the calling thread.
     torch.set_num_threads(1)
-    ops = CpuOps(threads or len(os.sched_getaffinity(0)), quantization, packed, isa, parts=parts or 1)
+    ops = CpuOps(
+        threads or len(os.sched_getaffinity(0)), quantization, packed, isa,
+        parts=parts or 1, expand=parts is None,
+    )  # fmt: skip
     ops.cache_dtype = "float32" if dtype is torch.float32 else "bfloat16"
     return ops
 

@@ -57,11 +57,17 @@ class PackingOps(HostOps):
         isa: str = "auto",
         topology: str = "",
         parts: int = 1,
+        expand: bool = True,
     ) -> None:
-        """parts: halves of the columns of row-parallel products (o_proj, down_proj) summed separately."""
+        """parts: halves of the columns of row-parallel products (o_proj, down_proj) summed separately.
+
+        expand: whether large chunks of long prompts take expanded attention (`native/expanded.h`).
+        """
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self._native = _native.Backend(threads, isa, topology)
+        if not expand:
+            self._native.expand_tokens = 0
         self.name = f"cpu/{self._native.isa}, {threads} thread{'s' if threads > 1 else ''}"
         self._parts = parts
         self._file = PackedFile(packed) if packed else None
