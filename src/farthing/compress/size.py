@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from farthing.model import ModelConfig
 from farthing.ops.weights import Weight
 
 Measure = Literal["memory", "file", "token"]
-MEASURES: tuple[Measure, ...] = get_args(Measure)
 BLOCK = 16
 SPARSE_FROM = 0.2  # the kernels drop zero blocks from this share on
 _UNITS = {

@@ -107,8 +107,8 @@ def choose(
 def _reasons(checkpoint: Checkpoint, source: str, names: frozenset[str]) -> bool:
     """Whether a model reasons, by its template: it switches reasoning on or off, or writes its opening tag.
 
-    A template that only removes earlier reasoning mentions no more than the closing tag. If its model reasons,
-    it writes the opening tag itself, so that is one of its tokens.
+    A template that only removes earlier reasoning mentions only the closing tag. If its model reasons, it
+    writes the opening tag itself, so that is one of its tokens.
     """
     switches = names & {"thinking", "enable_thinking", "reasoning_effort"}
     itself = THINK.close in source and checkpoint.has_token(THINK.open)

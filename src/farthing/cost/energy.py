@@ -144,9 +144,9 @@ def open_meter(machine: Machine, gpus: Sequence[int] | None = None, root: Path =
 
 def _open_gpu(machine: Machine, gpus: Sequence[int] | None, root: Path) -> EnergyMeter | None:
     with contextlib.suppress(ImportError, RuntimeError):
-        board: EnergyMeter = NvmlMeter(gpus)
+        devices: EnergyMeter = NvmlMeter(gpus)
         host = _rapl(root) or EstimatedMeter(machine.host_watts, machine.host_watts)
-        return SumMeter([board, host])
+        return SumMeter([devices, host])
     return None
 
 

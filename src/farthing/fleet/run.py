@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from farthing.fleet.actuators.base import Actuator, LastDecision
@@ -214,8 +213,3 @@ async def _external_metrics(config: FleetConfig, last_decision: LastDecision) ->
     port = await server.start(asked.host, asked.port)
     log.info("external metrics: port %d", port)
     return server
-
-
-def decision_log(state: Path) -> Path:
-    """Path of the decision log in a state directory."""
-    return state / "decisions.jsonl"

@@ -49,7 +49,6 @@ class Rank:
         self.plan = ShardPlan.build(config, layout)
         self.layout, self.place = layout, layout.place(rank)
         self.first, self.last = self.place.stage == 0, self.place.stage == layout.pp - 1
-        self.drives = rank == layout.driver
         made = _make_groups(layout, rank, timeout, arena, nodes, ops.device)
         self._stage = made.get(_stage_ranks(layout, self.place), Alone())
         self._before = made.get((rank - layout.stage_ranks, rank))

@@ -163,7 +163,7 @@ async def _serve(
         service.launch_to_ready = time.time() - process_start()
         service.engine = engine
         if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
-            engine.sandbox.warm()  # chat templates come from the model, so they are rendered in the sandbox
+            engine.sandbox.start()  # chat templates come from the model, so they are rendered in the sandbox
         log.info("ready after %.2f s", service.launch_to_ready)
 
     loader = threading.Thread(target=load_engine, name="load", daemon=True)

@@ -73,7 +73,7 @@ def test_forecast_uses_no_future_data() -> None:
     origin = 40 * 24 + 5
     changed = series.values.copy()
     changed[origin:] = 1e6
-    model = ProfileAR(ProfileConfig(recent=8, around=2, country="US"))
+    model = ProfileAR(ProfileConfig(recent=8, neighbors=2, country="US"))
     model.fit(series.head(40 * 24))
     before = model.predict(series.values[:origin], 24)
     assert np.array_equal(before, model.predict(changed[:origin], 24))

@@ -38,8 +38,8 @@ class ChatFormat:
     """A named format: renders conversations and creates parsers of answers.
 
     tags: around the reasoning; None: the model does not reason. efforts: the reasoning efforts the format can
-    express, each with the value it stands for; a format that has none refuses `reasoning_effort`. stops: tokens
-    that end the assistant's turn, besides the model's own.
+    express, each with its value; a format without any refuses `reasoning_effort`. stops: tokens that end the
+    assistant's turn, besides the model's own.
     """
 
     name: str

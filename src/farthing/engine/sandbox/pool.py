@@ -43,11 +43,11 @@ class Pool:
         """Queue a job. Raises Busy. The future raises ValueError where the input is at fault, RuntimeError
         where the machine is."""
         self.turns.put(client, job)
-        self.warm()
+        self.start()
         return job.future
 
-    def warm(self) -> None:
-        """Start the processes now, in the background."""
+    def start(self) -> None:
+        """Start the processes in the background, unless they run."""
         with self._lock:
             if self._started or self._closed:
                 return

@@ -47,9 +47,9 @@ class Sandbox:
         self._verdicts, self._in_flight = Verdicts(), InFlight()
         weakref.finalize(self, _close, self._local, self._pool)
 
-    def warm(self) -> None:
-        """Start the processes, ahead of the first request."""
-        self._pool.warm()
+    def start(self) -> None:
+        """Start the processes ahead of the first request."""
+        self._pool.start()
 
     def close(self) -> None:
         """End the processes and threads."""

@@ -81,10 +81,16 @@ def default_experts() -> list[Forecaster]:
         for penalty in (1.0, 10.0, 50.0)
         for window in (144, 288, 576, 1500)
     ]
-    return [LastValue(), *jagged, RidgeAR(), RidgeAR(weeks=4, days=1, around=4), RidgeAR(weeks=8, around=2)]
+    return [
+        LastValue(),
+        *jagged,
+        RidgeAR(),
+        RidgeAR(weeks=4, days=1, neighbors=4),
+        RidgeAR(weeks=8, neighbors=2),
+    ]
 
 
 def profiles(country: str | None = None) -> list[Forecaster]:
     """Weekly profiles with two history lengths and regressions for the next step; too slow to refit often."""
-    made = ProfileConfig(recent=8, around=2, penalty=1.0, country=country)
+    made = ProfileConfig(recent=8, neighbors=2, penalty=1.0, country=country)
     return [ProfileAR(replace(made, periods=periods)) for periods in (4, 6)]

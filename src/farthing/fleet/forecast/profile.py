@@ -38,7 +38,7 @@ class ProfileConfig:
 
     periods: int = 5  # weeks (or days) whose median is the profile
     recent: int = 2  # number of last departures used as features
-    around: int = 0  # steps on either side of a seasonal lag used as features
+    neighbors: int = 0  # steps on either side of a seasonal lag used as features
     penalty: float = 300.0
     holiday_penalty: float = 10.0  # weaker, since holidays are few
     country: str | None = None  # of the public holidays
@@ -78,7 +78,7 @@ class _Known:
             lag = days * self.day
             if lag > self.first:
                 break
-            shifts = range(-self.config.around, self.config.around + 1)
+            shifts = range(-self.config.neighbors, self.config.neighbors + 1)
             columns += [past[np.maximum(target - lag + k, 0)] for k in shifts if lag - k >= ahead]
             if lag - near > ahead:
                 columns.append(mean(target - lag - near, target - lag + near + 1))

@@ -20,9 +20,15 @@ class RidgeAR:
     name = "ridge"
 
     def __init__(
-        self, recent: int = 8, weeks: int = 6, days: int = 1, around: int = 3, penalty: float = 0.1
+        self, recent: int = 8, weeks: int = 6, days: int = 1, neighbors: int = 3, penalty: float = 0.1
     ) -> None:
-        self.recent, self.weeks, self.days, self.around, self.penalty = recent, weeks, days, around, penalty
+        self.recent, self.weeks, self.days, self.neighbors, self.penalty = (
+            recent,
+            weeks,
+            days,
+            neighbors,
+            penalty,
+        )
         self._series: Series | None = None
         self._seasons: list[int] = []
         self._weights: dict[int, tuple[Floats, list[int]]] = {}
@@ -31,7 +37,7 @@ class RidgeAR:
         day = max(1, round(DAY_S / series.step_s))
         self._seasons = [day * d for d in range(1, self.days + 1)] if day > 4 else []
         self._seasons += [7 * day * w for w in range(1, self.weeks + 1)]
-        self._seasons = [s for s in self._seasons if 2 * s + self.around < len(series)]
+        self._seasons = [s for s in self._seasons if 2 * s + self.neighbors < len(series)]
         self._series, self._weights = series, {}
 
     def predict(self, values: Floats, steps: int) -> Floats:
@@ -57,7 +63,7 @@ class RidgeAR:
         assert self._series is not None
         logs = np.log1p(self._series.values)
         near = {ahead + k for k in range(self.recent)}
-        far = {s + k for s in self._seasons for k in range(-self.around, self.around + 1)}
+        far = {s + k for s in self._seasons for k in range(-self.neighbors, self.neighbors + 1)}
         lags = sorted(near | {lag for lag in far if lag >= ahead})
         first = max(lags)
         if len(logs) - first < max(MIN_ROWS, len(lags)):

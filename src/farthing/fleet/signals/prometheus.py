@@ -190,11 +190,6 @@ class PrometheusSource:
             query = " + ".join(self._rate(f"{name}_total") for name in tokens)
         return await self.history(query, start, end, step_s)
 
-    async def alerts(self) -> list[dict[str, Any]]:
-        """The active alerts."""
-        data = await self._api("alerts", {})
-        return list(data["alerts"])
-
     async def _api(self, path: str, parameters: Mapping[str, str]) -> dict[str, Any]:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
