@@ -83,7 +83,7 @@ def ours(model: Path, weights: str, threads: int, points: Sequence[Point]) -> Me
     llm = LLM(
         model, backend="cpu", threads=threads, packed=packed(model, weights, threads),
         skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=max(p.batch for p in points),
-        max_num_batched_tokens=512, kv_cache_dtype="bfloat16", num_blocks=blocks,
+        max_num_batched_tokens=1024, kv_cache_dtype="bfloat16", num_blocks=blocks,
     )  # fmt: skip
     seconds = generating(llm, {p.context for p in decoding})
     seconds(1, 512, 4)

@@ -53,7 +53,7 @@ class EngineConfig:
     )
     max_num_seqs: int = _cache(64, "Maximum number of sequences per step", minimum=1)
     max_num_batched_tokens: int | None = _cache(
-        None, "Maximum tokens per step; default: 512 on a CPU, 8192 on a GPU", minimum=1
+        None, "Maximum tokens per step; default: 1024 on a CPU, 8192 on a GPU", minimum=1
     )
     block_size: int = _cache(16, "Tokens per cache block", minimum=1)
     num_blocks: int | None = _cache(None, "Number of cache blocks; default: by free memory", minimum=1)

@@ -181,7 +181,7 @@ def _serving(options: PlanOptions, backend: str, config: ModelConfig) -> Serving
         cache_tokens=options.kv_tokens or length,
         max_model_len=length,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens or (8192 if backend == "gpu" else 512),
+        max_num_batched_tokens=options.max_num_batched_tokens or (8192 if backend == "gpu" else 1024),
         cache_dtype=options.kv_cache_dtype,
         redundant_experts=options.redundant_experts,
         experts_on_host=options.experts_on == "cpu",

@@ -42,7 +42,7 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
         )
     if held < length:
         log.warning("KV cache fits %d tokens; lowering max_model_len to %d (model: %d)", held, held, limit)
-    budget = config.max_num_batched_tokens or max(config.max_num_seqs, 512 if device.type == "cpu" else 8192)
+    budget = config.max_num_batched_tokens or max(config.max_num_seqs, 1024 if device.type == "cpu" else 8192)
     if budget < config.max_num_seqs:
         raise ValueError(
             f"max_num_batched_tokens is {budget}; expected at least max_num_seqs = {config.max_num_seqs}"

@@ -17,7 +17,7 @@ class Serving:
     cache_tokens: int
     max_model_len: int
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int = 1024
     cache_dtype: str = "bfloat16"
     block_size: int = 16
     redundant_experts: int = 0
