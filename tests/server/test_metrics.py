@@ -76,7 +76,7 @@ def test_unknown_paths_share_one_series() -> None:
     with running(ScriptedEngine()) as server:
         for path in ("/a", "/b", "/v1/nothing"):
             answer = httpx.get(server.url + path)
-            assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+            assert answer.status_code == 404 and answer.json()["error"]["code"] == "unknown_url"
         assert httpx.get(f"{server.url}/v1/completions").status_code == 405
         answered = scrape(server)["farthing:http_requests_total"]
         assert answered[(("path", "other"), ("status", "404"))] == 3

@@ -20,8 +20,10 @@ from farthing.server.api.messages import count_tokens, messages
 from farthing.server.api.messages_protocol import CountRequest, MessagesError, MessagesRequest
 from farthing.server.api.openai_chat import chat, tool_of, turn_of
 from farthing.server.api.openai_completions import complete
+from farthing.server.api.responses import count_tokens as count_input
 from farthing.server.api.responses import respond, stored
-from farthing.server.api.responses_protocol import ResponsesRequest
+from farthing.server.api.responses_items import input_items
+from farthing.server.api.responses_protocol import InputTokensRequest, ResponsesRequest
 from farthing.server.bodies import Bodies
 from farthing.server.cache_digest import KeepBody
 from farthing.server.dashboard import assets, service_data, visible_to
@@ -156,9 +158,28 @@ def _add_responses_routes(api: FastAPI, service: Service) -> None:
         await service.check_fields(body, request)
         return await respond(service, body, request, request.scope["client_name"])
 
+    @api.post("/v1/responses/input_tokens", summary="How many tokens a conversation has")
+    async def count(request: Request, body: InputTokensRequest = Body()) -> Response:
+        await service.check_fields(body, request)
+        return await count_input(service, body, request.scope["client_name"])
+
     @api.get("/v1/responses/{identity}", summary="An earlier answer")
-    async def response(request: Request, identity: str) -> Response:
+    async def response(request: Request, identity: str, stream: bool = False) -> Response:
+        if stream:
+            raise ApiError(400, "stream: got true; expected false: earlier answers are whole", param="stream")
         return JSONResponse(stored(service, request.scope["client_name"], identity).document)
+
+    @api.get("/v1/responses/{identity}/input_items", summary="What an earlier answer continued")
+    async def items(
+        request: Request, identity: str, limit: int = 20, order: str = "desc", after: str | None = None
+    ) -> Response:
+        found = stored(service, request.scope["client_name"], identity)
+        return JSONResponse(input_items(found, limit, order, after))
+
+    @api.post("/v1/responses/{identity}/cancel", summary="Not supported: no answer is made in the background")
+    async def cancel(request: Request, identity: str) -> Response:
+        stored(service, request.scope["client_name"], identity)
+        raise ApiError(400, "only background responses can be cancelled, and there are none here")
 
     @api.delete("/v1/responses/{identity}", summary="Delete an earlier answer")
     async def forget(request: Request, identity: str) -> Response:
@@ -230,8 +251,10 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        path = request.url.path
-        response = ApiError(error.status_code, _ABSENT.get(path) or str(error.detail)).response(path)
+        path, status = request.url.path, error.status_code
+        why = _ABSENT.get(path) or f"{request.method} {path}: {error.detail}"
+        found = ApiError(404, why, code="unknown_url") if status == 404 else ApiError(status, why)
+        response = found.response(path)
         response.headers.update(error.headers or {})
         return response
 

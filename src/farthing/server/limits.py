@@ -61,7 +61,8 @@ class Quotas:
             raise ApiError(
                 429,
                 f"the prompt has {prompt_tokens} tokens; expected at most the quota of {limit} per minute",
-                code="tokens_quota_exceeded",
+                kind="tokens",
+                reason="tokens_quota_exceeded",
             )
         for resource, amount in wanted.items():
             bucket = self._bucket(client, resource)
@@ -69,7 +70,8 @@ class Quotas:
                 raise ApiError(
                     429,
                     f"{client!r} has used its quota of {bucket.per_minute} {resource} per minute",
-                    code=f"{resource}_quota_exceeded",
+                    kind=resource,
+                    reason=f"{resource}_quota_exceeded",
                     retry_after=math.ceil(wait),
                 )
         for resource, amount in wanted.items():
@@ -89,7 +91,7 @@ class Quotas:
                 429,
                 f"{client!r} has used its quota of {bucket.per_minute} CPU seconds per minute for "
                 "tokenizing, chat templates and grammars",
-                code="work_quota_exceeded",
+                reason="work_quota_exceeded",
                 retry_after=math.ceil(wait),
             )
 

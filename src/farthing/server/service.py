@@ -190,7 +190,7 @@ class Service:
         try:
             return await asyncio.wrap_future(begin())
         except Busy as error:
-            raise ApiError(429, str(error), code="queue_full", retry_after=1) from error
+            raise ApiError(429, str(error), reason="queue_full", retry_after=1) from error
         except (ValueError, RecursionError) as error:
             raise ApiError(400, str(error), param=param, code="invalid_value") from error
         except RuntimeError as error:
@@ -294,7 +294,7 @@ class Service:
                 f"{prompts} prompts with n = {n} are {sequences} sequences; expected at most {room}, "
                 "the free places in the queue",
                 param="n",
-                code="queue_full",
+                reason="queue_full",
                 retry_after=self._retry_after() if self.held.total() else None,
             )
         if self.several_keys and own and own + sequences > room:
@@ -302,7 +302,7 @@ class Service:
                 429,
                 f"{client!r} has {own} sequences in flight and requests {sequences}; "
                 f"expected at most {room} together, because as many places stay free for other keys",
-                code="queue_full",
+                reason="queue_full",
                 retry_after=self._retry_after(),
             )
 
@@ -328,7 +328,7 @@ class Service:
     def _refusal(self, error: BaseException) -> BaseException:
         """The client's error for a rejected submission."""
         if isinstance(error, QueueFull | Busy):
-            return ApiError(429, str(error), code="queue_full", retry_after=self._retry_after())
+            return ApiError(429, str(error), reason="queue_full", retry_after=self._retry_after())
         if isinstance(error, EngineStopped):
             return ApiError(503, str(error), code="not_ready", retry_after=5)
         if isinstance(error, ValueError):

@@ -223,6 +223,11 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember)
 
 
+async def count(service: Service, request: TurnRequest, client: str) -> int:
+    """How many tokens the prompt of a request has. Raises ApiError."""
+    return len((await _prompt(service, request, client))[2])
+
+
 async def _prompt(service: Service, request: TurnRequest, client: str) -> tuple[Conversation, str, list[int]]:
     """The conversation, perhaps without its oldest turns, its prompt and the prompt's tokens."""
 

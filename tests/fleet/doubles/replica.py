@@ -63,6 +63,7 @@ class FakeReplica:
         self.stuck = False  # only health checks are answered
         self.fail_after: int | None = None  # tokens
         self.status = 200  # status of completions
+        self.extra: dict[str, str] = {}  # headers of completions with another status
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.disconnects = 0
@@ -88,6 +89,8 @@ class FakeReplica:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/messages", self._complete)
+        app.router.add_post("/v1/responses", self._complete)
         app.router.add_put("/_signals", self._set_signals)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
@@ -141,7 +144,8 @@ class FakeReplica:
         self.requests.append(body)
         self.headers.append(dict(request.headers))
         if self.status != 200:
-            return web.json_response({"error": {"message": "set by the test"}}, status=self.status)
+            document = {"error": {"message": "set by the test"}}
+            return web.json_response(document, status=self.status, headers=self.extra)
         self.running += 1
         start = time.monotonic()
         try:

@@ -1,4 +1,4 @@
-"""Errors in the format of OpenAI's API."""
+"""The gateway's own errors, in the shape of the API that was called."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
+from farthing.server.errors import ApiError, is_anthropic
+
 
 class Refused(Exception):
     """A request that the gateway answers with an error.
@@ -16,23 +18,23 @@ class Refused(Exception):
     """
 
     def __init__(
-        self, status: int, message: str, *, headers: Mapping[str, str] | None = None, close: bool = False
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status, self.headers, self.close = status, dict(headers or {}), close
+        self.status, self.code, self.headers, self.close = status, code, dict(headers or {}), close
 
 
-def error_body(status: int, message: str) -> bytes:
-    """The JSON document of an error."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
-
-
-def error_response(refused: Refused) -> web.Response:
-    """The response to a refused request."""
+def error_response(refused: Refused, path: str) -> web.Response:
+    """The response to a refused request of this path."""
     response = web.Response(
         status=refused.status,
-        body=error_body(refused.status, str(refused)),
+        text=ApiError(refused.status, str(refused), code=refused.code).body(path),
         headers=refused.headers,
         content_type="application/json",
     )
@@ -43,7 +45,7 @@ def error_response(refused: Refused) -> web.Response:
 
 def raw_error(status: int, message: str) -> bytes:
     """The bytes of an error for a connection whose request could not be parsed."""
-    body = error_body(status, message)
+    body = ApiError(status, message).body().encode()
     head = (
         f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -51,8 +53,11 @@ def raw_error(status: int, message: str) -> bytes:
     return head.encode() + body
 
 
-def error_event(message: str) -> bytes:
+def error_event(message: str, path: str) -> bytes:
     """The last event of an interrupted SSE stream. It starts with a blank line, which terminates a partial
     event.
     """
-    return b"\n\ndata: " + error_body(502, message) + b"\n\n"
+    error = ApiError(502, message)
+    named = "event: error\n" if is_anthropic(path) or path == "/v1/responses" else ""
+    document = json.loads(error.body(path)) | ({"type": "error"} if named else {})
+    return f"\n\n{named}data: {json.dumps(document)}\n\n".encode()

@@ -25,6 +25,7 @@ from farthing.fleet.gateway.guard import guard_of
 from farthing.fleet.gateway.poison import Identity
 from farthing.fleet.gateway.replicas import Replica
 from farthing.prompts import Prompt
+from farthing.server.errors import CODE_HEADER
 
 BUSY: Final = 503  # answered before the first token by a replica that drains or is full
 _WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely before relaying
@@ -133,7 +134,9 @@ async def send(
 
 
 async def refusal(answer: aiohttp.ClientResponse) -> str:
-    """The `code` of an error answer, or an empty string. Raises ReplicaLost."""
+    """The code of an error answer, or an empty string. Raises ReplicaLost."""
+    if code := answer.headers.get(CODE_HEADER):
+        return code
     try:
         body = await answer.content.read(_REFUSAL)
         return str(json.loads(body)["error"]["code"])
@@ -206,7 +209,7 @@ class Relay:
         guard = guard_of(self._request)
         if self.response is not None and self.event_stream:
             self.response.force_close()
-            await self.response.write(error_event(reason))
+            await self.response.write(error_event(reason, self._request.path))
             await self.response.write_eof()
         elif guard is not None:
             guard.abort()

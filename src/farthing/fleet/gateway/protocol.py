@@ -42,7 +42,7 @@ class Protocol(web.RequestHandler):
         log.error("request failed: %s %s", request.method, request.path, exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has already started")
-        return error_response(Refused(status, "internal error of the gateway", close=True))
+        return error_response(Refused(status, "internal error of the gateway", close=True), request.path)
 
 
 def make_factory(

@@ -212,7 +212,7 @@ class Gateway:
             try:
                 response = await self._answer(request, guard.peer if guard is not None else "unknown")
             except Refused as refused:
-                response = error_response(refused)
+                response = error_response(refused, request.path)
             if self.stopping and not response.prepared:
                 response.force_close()
             close = not (response.keep_alive if response.keep_alive is not None else request.keep_alive)
@@ -278,10 +278,13 @@ class Gateway:
         return None
 
     def _check_key(self, request: web.BaseRequest) -> None:
-        if self._keys is not None and self._keys.check(request.headers.get("Authorization")) is None:
+        key = request.headers.get("X-Api-Key")  # Anthropic's header
+        header = request.headers.get("Authorization") or (f"Bearer {key}" if key else None)
+        if self._keys is not None and self._keys.check(header) is None:
             raise Refused(
                 401,
-                "missing or invalid API key; expected Authorization: Bearer KEY",
+                "missing or invalid API key; expected Authorization: Bearer KEY, or X-Api-Key: KEY",
+                code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
                 close=request.body_exists,
             )

@@ -31,7 +31,7 @@ from farthing.server.events import Ending, EventStream, named, to_json
 from farthing.server.sampling import with_defaults
 from farthing.server.service import Service
 from farthing.server.turns import Turn as RunningTurn
-from farthing.server.turns import TurnRequest, Update, begin, render
+from farthing.server.turns import TurnRequest, Update, begin, count
 
 _UNSIGNED = "unsigned"  # instead of a signature, which is not checked when clients send it back
 ANTHROPIC = Ending("", lambda error: named("error", anthropic_payload(error)))
@@ -73,9 +73,8 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
 async def count_tokens(service: Service, body: CountRequest, client: str) -> Response:
     """The number of tokens in a request's prompt."""
     service.check_model(body.model)
-    prompt = await render(service, conversation_of(body), client)
-    ids = await service.encode(prompt, False, client, "messages")
-    return Response(to_json({"input_tokens": len(ids)}), media_type="application/json")
+    tokens = await count(service, TurnRequest(conversation=conversation_of(body)), client)
+    return Response(to_json({"input_tokens": tokens}), media_type="application/json")
 
 
 # the request

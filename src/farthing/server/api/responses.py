@@ -12,26 +12,30 @@ from starlette.responses import Response
 
 from farthing.conversation.arguments import parsed
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, Reasoning, Text, collect
-from farthing.conversation.types import ToolCall, Turn
+from farthing.conversation.types import Conversation, ToolCall, Turn
 from farthing.engine.request import StructuredOutputsParams
 from farthing.server.api.responses_input import conversation_of, resolved, turns_of
-from farthing.server.api.responses_protocol import CustomTool, ResponsesRequest
+from farthing.server.api.responses_protocol import CustomTool, InputTokensRequest, ResponsesRequest
 from farthing.server.api.responses_store import Stored
 from farthing.server.errors import ApiError
 from farthing.server.events import Ending, EventStream, named, to_json
 from farthing.server.sampling import with_defaults
 from farthing.server.service import Service
 from farthing.server.turns import Turn as RunningTurn
-from farthing.server.turns import TurnRequest, Update, begin
+from farthing.server.turns import TurnRequest, Update, begin, count
+
+_NOT_STORED = (
+    "response {!r} is not stored; expected the id of a recent response, created with the same key and "
+    "without `store: false`"
+)
+_FAILURES = {"server_error", "rate_limit_exceeded"}  # OpenAI's codes of failed responses that occur here
 
 
 async def respond(service: Service, body: ResponsesRequest, request: Request, client: str) -> Response:
     """Answer a request, streamed or as one document. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
-    body = resolved(body, lambda identity: service.responses.item(client, identity))
-    earlier = stored(service, client, body.previous_response_id).turns if body.previous_response_id else ()
-    conversation = conversation_of(body, earlier)
+    body, earlier, conversation = _conversation(service, body, client)
     fields = {"temperature": body.temperature, "top_p": body.top_p}
     turn = await begin(
         service,
@@ -60,17 +64,38 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
     return Response(to_json(document), media_type="application/json")
 
 
+async def count_tokens(service: Service, body: InputTokensRequest, client: str) -> Response:
+    """How many tokens a request's prompt has."""
+    service.check_model(body.model)
+    _, _, conversation = _conversation(service, body, client)
+    if not conversation.turns:
+        raise ApiError(400, "input is missing", param="input", code="missing_required_parameter")
+    request = TurnRequest(conversation=conversation, truncate=body.truncation == "auto")
+    tokens = await count(service, request, client)
+    document = {"object": "response.input_tokens", "input_tokens": tokens}
+    return Response(to_json(document), media_type="application/json")
+
+
+def _conversation(
+    service: Service, body: ResponsesRequest, client: str
+) -> tuple[ResponsesRequest, tuple[Turn, ...], Conversation]:
+    """The body without references, the turns of earlier responses, and the whole conversation."""
+    body = resolved(body, lambda identity: service.responses.item(client, identity))
+    earlier: tuple[Turn, ...] = ()
+    if (identity := body.previous_response_id) is not None:
+        found = service.responses.get(client, identity)
+        if found is None:
+            code = "previous_response_not_found"
+            raise ApiError(400, _NOT_STORED.format(identity), param="previous_response_id", code=code)
+        earlier = found.turns
+    return body, earlier, conversation_of(body, earlier)
+
+
 def stored(service: Service, client: str, identity: str) -> Stored:
     """An earlier response of this client. Raises ApiError (404)."""
     found = service.responses.get(client, identity)
     if found is None:
-        raise ApiError(
-            404,
-            f"response {identity!r} is not stored; expected the id of a recent response, created with the "
-            "same key and without `store: false`",
-            param="previous_response_id",
-            code="previous_response_not_found",
-        )
+        raise ApiError(404, _NOT_STORED.format(identity))
     return found
 
 
@@ -184,7 +209,8 @@ class _Writer:
 
     def failed(self, error: ApiError) -> str:
         """The last event of a failed stream."""
-        why = {"code": error.code or "server_error", "message": error.message}
+        code = error.code if error.code in _FAILURES else "server_error"
+        why = {"code": code, "message": error.message}
         document = self._envelope | {"status": "failed", "error": why, "output": self._output}
         return self._event("error", **why, param=error.param) + self._event(
             "response.failed", response=document

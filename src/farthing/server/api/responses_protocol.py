@@ -349,6 +349,15 @@ class ResponsesRequest(Body):
         )
 
 
+class InputTokensRequest(ResponsesRequest):
+    """Body of /v1/responses/input_tokens: without input, the tokens of a stored conversation."""
+
+    input: str | Annotated[list[AnyItem], Field(max_length=MAX_ITEMS, fail_fast=True)] = Field(
+        default_factory=list
+    )
+    personality: str | None = None  # accepted and without effect
+
+
 def text_of(content: str | list[Part] | None) -> str:
     """Parts as one string."""
     if isinstance(content, str):
