@@ -91,6 +91,7 @@ class EngineCore:
                 gen.abort("error")
                 self._retire(gen)
         error.metrics = replace(state.metrics)
+        self._gauges()
         deliver([(state.stream, error)])
 
     def live(self) -> list[RequestState]:
@@ -119,7 +120,6 @@ class EngineCore:
         self._report(moved)
         for state, error in failed:
             self.fail(state, error)
-        self._gauges()
         return True
 
     def _sample(
@@ -282,6 +282,7 @@ class EngineCore:
                 items.append((state.stream, state.output(gens)))
             elif state.unfinished == 0:
                 items.append((state.stream, state.output(state.generations)))
+        self._gauges()  # a client that has its answer sees it counted
         deliver(items)
 
     def _retire(self, gen: Generation) -> None:
