@@ -108,6 +108,13 @@ def test_commands_accept_a_name() -> None:
     assert run(app, ["inspect", "glm-5", "--prompts", __file__]).exit_code == 1
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5"])
+def test_tables_fit_a_terminal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, ["inspect", name])
+    assert shown.exit_code == 0 and "…" not in shown.output
+
+
 def test_the_plan_counts_index_keys() -> None:
     sizes = []
     for name in ("deepseek-v3", "deepseek-v3.2"):

@@ -42,12 +42,13 @@ def print_cost(model: str, cost: ModelCost) -> None:
 
 def print_contexts(contexts: Sequence[ContextCost], index_topk: int | None) -> None:
     """Attention cost by context length: dense and, if the model has an indexer, sparse."""
-    sparse = ["sparse FLOPs", "sparse bytes"] if index_topk else []
+    sparse = ["sparse GFLOPs", "sparse MB"] if index_topk else []
     title = "attention, per token" + (f" (sparse: the {index_topk:,} highest scores)" if index_topk else "")
-    table = Table("context", "dense FLOPs", "dense bytes", *sparse, title=title)
+    table = Table("context", "dense GFLOPs", "dense MB", *sparse, title=title)
     for c in contexts:
-        chosen = [f"{c.flops:,}", f"{c.bytes:,}"] if index_topk else []
-        table.add_row(f"{c.context:,}", f"{c.dense_flops:,}", f"{c.dense_bytes:,}", *chosen)
+        costs = [c.dense_flops / 1e9, c.dense_bytes / 1e6]
+        costs += [c.flops / 1e9, c.bytes / 1e6] if index_topk else []
+        table.add_row(f"{c.context:,}", *(f"{cost:,.1f}" for cost in costs))
     Console().print(table)
 
 
