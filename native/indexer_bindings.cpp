@@ -4,6 +4,7 @@
 #include "indexer.h"
 
 namespace nb = nanobind;
+using nb::literals::operator""_a;
 
 using namespace farthing;
 
@@ -29,18 +30,21 @@ void bind_indexer(nb::module_& module) {
                            at<const float>(cos),
                            at<const float>(sin)};
       });
+  nb::class_<IndexBatch>(module, "IndexBatch")
+      .def(
+          "__init__",
+          [](IndexBatch* self, uint64_t positions, uint64_t slots, uint64_t sequences, uint64_t block_table,
+             int max_blocks) {
+            new (self) IndexBatch{at<const int32_t>(positions), at<const int64_t>(slots),
+                                  at<const int32_t>(sequences), at<const int32_t>(block_table), max_blocks};
+          },
+          "positions"_a, "slots"_a, "sequences"_a, "block_table"_a, "max_blocks"_a);
   module.def(
       "index",
-      [](Backend& b, const Indexer& s, uint64_t q, int64_t ldq, uint64_t k, int64_t ldk, uint64_t w,
-         int64_t ldw, int tokens, CacheType type, uint64_t data, uint64_t scale, int block_size,
-         uint64_t positions, uint64_t slots, uint64_t sequences, uint64_t block_table, int max_blocks,
-         uint64_t out) {
-        const Cache cache{type, at<uint8_t>(data), at<float>(scale), block_size};
-        const IndexBatch batch{at<const int32_t>(positions), at<const int64_t>(slots),
-                               at<const int32_t>(sequences), at<const int32_t>(block_table), max_blocks};
-        b.index(s, {at<float>(q), ldq}, {at<float>(k), ldk}, {at<float>(w), ldw}, tokens, cache, batch,
-                at<int32_t>(out));
-      },
+      [](Backend& b, const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
+         const IndexBatch& batch,
+         uint64_t out) { b.index(s, q, k, w, tokens, cache, batch, at<int32_t>(out)); },
+      "backend"_a, "indexer"_a, "q"_a, "k"_a, "w"_a, "tokens"_a, "cache"_a, "batch"_a, "out"_a,
       nb::call_guard<nb::gil_scoped_release>());
   module.def("top_positions", [](uint64_t scores, int n, int k, uint64_t out) {
     std::vector<uint32_t> keys(n), near(n);

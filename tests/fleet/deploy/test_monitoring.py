@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,116 +26,11 @@ def _rules(tmp_path: Path) -> tuple[Path, Object]:
 
 def test_rules_pass_promtool(tmp_path: Path) -> None:
     path, _ = _rules(tmp_path)
-    labels = 'namespace="farthing",model_name="deepseek-v3"'
-    queue = "farthing:request_queue_time_seconds"
-
-    def series(name: str, values: str, more: str = labels) -> Object:
-        return {"series": f"{name}{{{more}}}", "values": values}
-
-    def alerts(name: str, at: str, *found: Object) -> Object:
-        return {"eval_time": at, "alertname": name, "exp_alerts": list(found)}
-
-    latency = {
-        "exp_labels": {"severity": "warning", "namespace": "farthing", "model_name": "deepseek-v3"},
-        "exp_annotations": {
-            "summary": "Requests of deepseek-v3 wait 300ms on average.",
-            "description": "Above 200 ms for 30 s. The policy requests 1.5 times the current replicas.",
-        },
-    }
-    tests = [
-        {  # 10 requests and 1 s of waiting in 5 s: 100 ms; from the second minute on 3 s: 300 ms
-            "interval": "5s",
-            "input_series": [
-                series(f"{queue}_sum", "0+1x24 27+3x36"),
-                series(f"{queue}_count", "0+10x60"),
-                series("farthing:fleet_decision_age_seconds", "1x60", "x=''"),
-            ],
-            "alert_rule_test": [
-                alerts("FarthingLatencyAbove200ms", "110s"),
-                alerts("FarthingLatencyAbove200ms", "280s", latency),
-                alerts("FarthingFleetSilent", "280s"),
-            ],
-            "promql_expr_test": [
-                {
-                    "expr": "farthing:queue_time_seconds:mean1m",
-                    "eval_time": "110s",
-                    "exp_samples": [
-                        {"labels": f"farthing:queue_time_seconds:mean1m{{{labels}}}", "value": 0.1},
-                    ],
-                }
-            ],
-        },
-        {  # no traffic: no division by zero, no alert
-            "interval": "5s",
-            "input_series": [series(f"{queue}_sum", "5x60"), series(f"{queue}_count", "9x60")],
-            "alert_rule_test": [alerts("FarthingLatencyAbove200ms", "280s")],
-        },
-        {  # the controller is gone, then its decisions are outdated
-            "interval": "30s",
-            "input_series": [series("farthing:fleet_desired_replicas", "3x10", "job='f'")],
-            "alert_rule_test": [
-                alerts(
-                    "FarthingFleetSilent",
-                    "4m",
-                    {
-                        "exp_labels": {"severity": "critical"},
-                        "exp_annotations": {
-                            "summary": "The fleet controller has made no decision for two minutes.",
-                            "description": "The number of replicas stays unchanged. "
-                            "Check the controller's log and /health on port 9400.",
-                        },
-                    },
-                )
-            ],
-        },
-        {
-            "interval": "1m",
-            "input_series": [
-                series("farthing:fleet_alarm", "1x10", "kind='signals'"),
-                series("farthing:fleet_desired_replicas", "4x40", "job='f'"),
-                series("farthing:fleet_realtime_replicas", "6x40", "job='f'"),
-                series("farthing:ready", "1x40", "pod='a'"),
-            ],
-            "alert_rule_test": [
-                alerts(
-                    "FarthingSignalsMissing",
-                    "5m",
-                    {
-                        "exp_labels": {"severity": "warning", "kind": "signals"},
-                        "exp_annotations": {
-                            "summary": "The fleet controller is missing some of its signals.",
-                            "description": "It does not scale down until they return. "
-                            "`farthing fleet explain` lists the missing signals.",
-                        },
-                    },
-                ),
-                alerts("FarthingAtMaximum", "9m"),
-                alerts("FarthingReplicasNotReady", "29m"),
-                alerts(
-                    "FarthingReplicasNotReady",
-                    "31m",
-                    {
-                        "exp_labels": {"severity": "warning"},
-                        "exp_annotations": {
-                            "summary": "3 requested replicas are not ready after 30 minutes.",
-                            "description": "They are waiting for nodes or failing to load. "
-                            "Check the pods' events.",
-                        },
-                    },
-                ),
-            ],
-        },
-    ]
-    (tmp_path / "tests.yaml").write_text(
-        yaml.safe_dump({"rule_files": [str(path)], "evaluation_interval": "5s", "tests": tests})
-    )
+    tests = shutil.copy(Path(__file__).with_name("rules_test.yaml"), tmp_path)
     promtool = require("promtool")
-    checked = subprocess.run([promtool, "check", "rules", str(path)], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    done = subprocess.run(
-        [promtool, "test", "rules", str(tmp_path / "tests.yaml")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    for arguments in (("check", "rules", path), ("test", "rules", tests)):
+        done = subprocess.run([promtool, *map(str, arguments)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.anyio

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farthing import _native
 from farthing.ops.api import Batch, IndexCache, IndexerSpec
-from farthing.ops.cpu.stack import CACHE_TYPES
+from farthing.ops.cpu.stack import native_cache, native_rows
 from farthing.ops.selection import sequences_of
 
 MOST_SCORES = 1 << 22  # scores in memory at once; larger steps are scored in parts
@@ -38,21 +38,21 @@ def index(
     native: Any, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, cache: IndexCache, row: int, batch: Batch
 ) -> Tensor | None:
     """`Ops.index` of float32 rows with unit column stride."""
-    tokens, data, scale = q.shape[0], cache.data, cache.scale
-    longest = int(batch.context_lens.max())
+    tokens, longest = q.shape[0], int(batch.context_lens.max())
     scored = longest > indexer.spec.top_k
     out = torch.empty(tokens, indexer.spec.top_k, dtype=torch.int32) if scored else None
-    sequences = sequences_of(batch).to(torch.int32)
+    sequences, keys = sequences_of(batch).to(torch.int32), native_cache(cache, row)
     step = max(1, MOST_SCORES // longest) if scored else tokens
     for at in range(0, tokens, step):
         part = slice(at, at + step)
-        _native.index(
-            native, indexer.native, q[part].data_ptr(), q.stride(0), k[part].data_ptr(), k.stride(0),
-            w[part].data_ptr(), w.stride(0), min(step, tokens - at), CACHE_TYPES[data.dtype],
-            data.data_ptr() + row * data.stride(0) * data.element_size(),
-            0 if scale is None else scale.data_ptr() + row * scale.stride(0) * 4, data.shape[2],
-            batch.positions[part].data_ptr(), batch.slots[part].data_ptr(), sequences[part].data_ptr(),
-            batch.block_table.data_ptr(), batch.block_table.shape[1],
-            0 if out is None else out[part].data_ptr(),
-        )  # fmt: skip
+        rows = _native.IndexBatch(
+            batch.positions[part].data_ptr(),
+            batch.slots[part].data_ptr(),
+            sequences[part].data_ptr(),
+            batch.block_table.data_ptr(),
+            batch.block_table.shape[1],
+        )
+        inputs = (native_rows(x[part]) for x in (q, k, w))
+        to = 0 if out is None else out[part].data_ptr()
+        _native.index(native, indexer.native, *inputs, min(step, tokens - at), keys, rows, to)
     return out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from farthing import _native
-from farthing.ops.api import Batch, LatentCache, LayerHandles, PeerLost
+from farthing.ops.api import Batch, IndexCache, LatentCache, LayerHandles, PeerLost
 from farthing.ops.selection import Chosen
 
 CACHE_TYPES = {
@@ -53,8 +53,8 @@ def native_rows(x: Tensor | None) -> Any:
     return _native.Rows(0, 0) if x is None else _native.Rows(x.data_ptr(), x.stride(0))
 
 
-def native_cache(cache: LatentCache, layer: int = 0) -> Any:
-    """Native view of a cache, starting at one layer."""
+def native_cache(cache: LatentCache | IndexCache, layer: int = 0) -> Any:
+    """Native view of a cache, starting at one layer (or row of an index cache)."""
     data, scale = cache.data, cache.scale
     layer_bytes = data.stride(0) * data.element_size()
     layer_scales = 0 if scale is None else scale.stride(0)
