@@ -360,3 +360,19 @@ def test_kimi_function_names_do_not_depend_on_client_ids() -> None:
         "## Return of functions.look:0\n",
     ):
         assert text in prompt
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_results_are_in_the_order_of_their_calls(order: tuple[str, str]) -> None:
+    calls = (ToolCall("a", "weather", '{"city": "Paris"}'), ToolCall("b", "weather", '{"city": "Rome"}'))
+    results = [Turn("tool", f"result of {call}", call_id=call) for call in order]
+    turns = (Turn("user", "Where?"), Turn("assistant", calls=calls), *results, Turn("user", "So?"))
+    sorted_turns = Conversation(turns).with_results_in_call_order().turns
+    assert [turn.text for turn in sorted_turns] == ["Where?", "", "result of a", "result of b", "So?"]
+
+
+def test_results_of_unknown_calls_stay_in_place() -> None:
+    calls = (ToolCall("a", "f", "{}"), ToolCall("b", "f", "{}"))
+    results = tuple(Turn("tool", call_id=call) for call in ("b", "z", "a"))
+    conversation = Conversation((Turn("user"), Turn("assistant", calls=calls), *results))
+    assert conversation.with_results_in_call_order() == conversation

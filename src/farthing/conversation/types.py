@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Literal
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -80,3 +81,19 @@ class Conversation:
         """The tools the prompt describes: all, or none if no call is allowed. A choice of some tools leaves
         the others in the prompt, so that the prefix cache still hits."""
         return () if self.choice.mode == "none" else self.tools
+
+    def with_results_in_call_order(self) -> Conversation:
+        """The same conversation, each run of tool results in the order of the calls they answer.
+
+        Most formats print no ids, so the model takes the first result for that of its first call. A run with
+        results of unknown calls stays as it is.
+        """
+        turns: list[Turn] = []
+        order: dict[str | None, int] = {}
+        for is_result, run in groupby(self.turns, lambda turn: turn.role == "tool"):
+            group = list(run)
+            if is_result and all(turn.call_id in order for turn in group):
+                group.sort(key=lambda turn: order[turn.call_id])
+            turns += group
+            order = {call.id: place for place, call in enumerate(group[-1].calls)}
+        return replace(self, turns=tuple(turns))

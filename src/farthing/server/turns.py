@@ -310,6 +310,7 @@ async def render(service: Service, conversation: Conversation, client: str) -> s
     """The prompt of a conversation. Raises ApiError (400) if the format cannot express it."""
     engine, formats = service.require_engine(), service.formats()
     form = formats.of_conversation(conversation)
+    conversation = conversation.with_results_in_call_order()
     if engine.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
     if conversation.effort not in (None, *form.efforts):
