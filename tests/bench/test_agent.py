@@ -33,6 +33,7 @@ def test_ten_turn_tool_loop_computes_only_new_tokens() -> None:
             new = now.prompt_tokens - before.prompt_tokens - before.output_tokens
             assert computed <= new + 2 * 16  # the question, and tokens of incomplete cache blocks
     assert result.reused_share > 0.95
+    assert 0.95 * result.repeated_share < result.cached_share_later <= result.repeated_share < 1
     assert result.usd_per_session and result.turn_ms["p50"] > 0
 
 

@@ -169,7 +169,8 @@ class AgentResult:
     output_tokens: int
     cached_share: float
     cached_share_later: float  # from each session's second turn on
-    reused_share: float  # cached share of the tokens that a turn shares with the previous one
+    repeated_share: float  # of later turns' tokens: those of the previous turn, which a cache can hold
+    reused_share: float  # cached share of these
     turn_ms: dict[str, float]
     ttft_first_ms: dict[str, float]  # of first turns
     ttft_later_ms: dict[str, float]
@@ -192,6 +193,8 @@ def summarize(sessions: Sequence[Sequence[Timing]], usd_per_hour: float | None =
     good = [timing for timing in every if timing.error is None]
     first = [timings[0] for timings in sessions if timings and timings[0].error is None]
     later = [timing for timings in sessions for timing in timings[1:] if timing.error is None]
+    prompts = sum(timing.prompt_tokens for timing in later)
+    repeated, reused = _repeated(sessions)
     return AgentResult(
         sessions=len(sessions),
         turns=len(every),
@@ -202,7 +205,8 @@ def summarize(sessions: Sequence[Sequence[Timing]], usd_per_hour: float | None =
         output_tokens=sum(timing.output_tokens for timing in good),
         cached_share=_share(good),
         cached_share_later=_share(later),
-        reused_share=_reused(sessions),
+        repeated_share=repeated / prompts if prompts else 0.0,
+        reused_share=reused / repeated if repeated else 0.0,
         turn_ms=percentiles([timing.e2e for timing in good]),
         ttft_first_ms=percentiles([timing.ttft for timing in first]),
         ttft_later_ms=percentiles([timing.ttft for timing in later]),
@@ -210,14 +214,16 @@ def summarize(sessions: Sequence[Sequence[Timing]], usd_per_hour: float | None =
     )
 
 
-def _reused(sessions: Sequence[Sequence[Timing]]) -> float:
+def _repeated(sessions: Sequence[Sequence[Timing]]) -> tuple[int, int]:
+    """Tokens of later turns that repeat the previous turn, and how many of them were cached."""
     old = found = 0
     for timings in sessions:
         for before, now in itertools.pairwise(timings):
             if now.error is None:
-                old += before.prompt_tokens + before.output_tokens
-                found += min(now.cached_tokens, before.prompt_tokens + before.output_tokens)
-    return found / old if old else 0.0
+                same = min(now.prompt_tokens, before.prompt_tokens + before.output_tokens)
+                old += same
+                found += min(now.cached_tokens, same)
+    return old, found
 
 
 def _share(timings: Sequence[Timing]) -> float:

@@ -89,7 +89,8 @@ def _print(result: AgentResult) -> None:
     print_percentiles(title, rows)
     print(
         f"{result.cached_share:.1%} of {result.prompt_tokens:,} prompt tokens from the prefix cache, "
-        f"{result.cached_share_later:.1%} in later turns ({result.reused_share:.1%} of repeated tokens); "
+        f"{result.cached_share_later:.1%} in later turns ({result.reused_share:.1%} of the "
+        f"{result.repeated_share:.1%} that repeat the previous turn); "
         f"{result.output_tokens:,} tokens generated"
     )
     if result.usd_per_session is not None:

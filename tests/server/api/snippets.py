@@ -21,6 +21,6 @@ def pointed_at(code: str, url: str) -> str:
     """A block for a server of the tests and its model."""
     return (
         code.replace("http://127.0.0.1:8000", url)
-        .replace("deepseek-v4-flash", "tiny")
+        .replace("deepseek-v3.2", "tiny")
         .replace("farthing(MODEL)", 'farthing("tiny")')
     )
