@@ -19,7 +19,7 @@ from farthing.config import EngineConfig
 from tests.conversation.test_parse import Calls, dsml
 from tests.server.api.loops import FORMATS, scripted
 from tests.server.api.snippets import blocks, pointed_at
-from tests.server.harness import Running, ScriptedEngine, running
+from tests.server.harness import Running, ScriptedEngine, letters, running
 
 HERE = Path(__file__).parent
 MODULES = Path(os.environ.get("FARTHING_NODE_MODULES", "nowhere")) / "node_modules"
@@ -80,10 +80,10 @@ def agent_engine(calls: Calls) -> ScriptedEngine:
     def say(prompt: str) -> list[str]:
         done = prompt.count("<tool_result>")
         if "### Available Tool Schemas" not in prompt:
-            return list("</think>A title")
+            return letters("</think>A title")
         if done == len(calls):
-            return list("Enough.</think>ALL DONE")
-        return list(f"Thought {done}.</think>Step {done}." + write([calls[done]]))
+            return letters("Enough.</think>ALL DONE")
+        return letters(f"Thought {done}.</think>Step {done}." + write([calls[done]]))
 
     engine = ScriptedEngine(say)
     engine.config = EngineConfig(max_model_len=1_000_000, num_blocks=64, chat_template="deepseek_v4")
