@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from farthing.cli.exits import errors_as_one_line, exit_on_verdict
+from farthing.cli.options import with_options
+from farthing.options import check, option
+
+if TYPE_CHECKING:
+    from farthing.train.finetune import Settings
 
 app = typer.Typer(
     no_args_is_help=True, help="Train the embedded model; quantize or prune a model with training."
 )
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+_option = partial(option, group="Options")
 
 
 @app.callback()
@@ -21,23 +32,103 @@ def _root() -> None:
     """Train models."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiteOptions:
+    """A run that trains the embedded model."""
+
+    out: Path = _option(Path("runs/mite"), "Run directory: state, record, checkpoint")
+    minutes: float | None = _option(None, "Run length in CPU minutes per thread; default: 90")
+    tokens: int | None = _option(None, "Run length in tokens, instead of --minutes")
+    resume: bool = _option(False, "Continue the run in --out")
+    data: Path | None = _option(None, "Directory of .py files; default: the standard library")
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "Device")
+    threads: int = _option(1, "CPU threads", minimum=1)
+    seed: int = _option(0, "Seed for weights and data order")
+    precision: Literal["bf16", "fp8"] = _option("bf16", "Precision of the projections' products")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """A run that continues a trained checkpoint."""
+
+    model: str = _option("mite", "A checkpoint directory, or `mite`", argument=True)
+    out: Path = _option(Path("runs"), "Run directory", flags=("-o",))
+    tokens: int = _option(400_000, "Run length in tokens", minimum=1)
+    window: int = _option(512, "Context length in tokens", minimum=1)
+    batch_tokens: int = _option(2048, "Tokens per step", minimum=1)
+    eval_tokens: int = _option(12_000, "Held-out tokens per evaluation", minimum=1)
+    resume: bool = _option(False, "Continue the run in --out")
+    data: Path | None = _option(None, "Directory of .py files; default: the standard library")
+    device: Literal["cpu", "cuda"] = _option("cpu", "Device")
+    threads: int = _option(1, "CPU threads", minimum=1)
+    seed: int = _option(0, "Seed for the data order")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def settings(self) -> Settings:
+        """Set up the process as `mite` does, and return the run's settings."""
+        _allocate_for_training()
+        import torch
+
+        from farthing.hub import resolve_model
+        from farthing.train.finetune import Settings
+        from farthing.train.mite import tune_allocator
+
+        tune_allocator()
+        torch.set_num_threads(self.threads)
+        return Settings(
+            resolve_model(self.model),
+            self.out,
+            self.tokens,
+            self.window,
+            self.batch_tokens,
+            self.seed,
+            self.threads,
+            self.device,
+            self.data,
+            eval_tokens=self.eval_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QatOptions(RunOptions):
+    """A run of quantization-aware training."""
+
+    out: Path = _option(Path("runs/qat"), "Run directory", flags=("-o",))
+    tokens: int = _option(1_500_000, "Run length in tokens", minimum=1)
+    window: int = _option(1024, "Context length in tokens", minimum=1)
+    batch_tokens: int = _option(4096, "Tokens per step", minimum=1)
+    stages: str = _option(
+        "0:W8A8,0.01:W4A8,0.08:W4A4",
+        "Stages as START:BITS; START is a share of the run, BITS W8A8, W4A8 or W4A4",
+    )
+    inputs: Literal["group", "tensor"] = _option(
+        "group", "Input ranges: group (dynamic, learned clip) or tensor (LSQ+, not exported)"
+    )
+    smoothing: float = _option(0.5, "Strength of input smoothing, 0 (off) to 1 (all channels equal)")
+    hard: float = _option(0.0, "Weight of the text's cross entropy in the loss; the rest is distillation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneOptions(RunOptions):
+    """A run that prunes while training."""
+
+    out: Path = _option(Path("runs/prune"), "Run directory", flags=("-o",))
+    target: float = _option(0.28, "Share of the MLP parameters to remove")
+    tau: float = _option(0.3, "Activity threshold of a neuron, in units of the token's mean")
+    bound: float = _option(0.03, "Pause pruning above this perplexity increase")
+
+
 @app.command()
+@with_options(options=MiteOptions)
 def mite(
-    out: Annotated[Path, typer.Option(help="Run directory: state, record, checkpoint.")] = Path("runs/mite"),
-    minutes: Annotated[float | None, typer.Option(help="Run length in CPU minutes per thread.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Run length in tokens, instead of --minutes.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    data: Annotated[
-        Path | None, typer.Option(help="Directory of .py files. Default: the standard library.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed for weights and data order.")] = 0,
-    precision: Annotated[
-        str, typer.Option(help="Precision of the projections' products: bf16 or fp8.")
-    ] = "bf16",
+    options: dict[str, Any],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Recipe field as NAME=VALUE. Repeatable.")
+        list[str] | None, typer.Option("--set", help="Recipe field as NAME=VALUE (repeatable).")
     ] = None,
     sparse_attention: Annotated[
         bool,
@@ -45,7 +136,7 @@ def mite(
             "--sparse-attention", help="Train an indexer for the embedded model instead, in two stages."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a small DeepSeek-V3 that completes Python; Ctrl-C saves, --resume continues.
 
@@ -61,85 +152,59 @@ def mite(
 
       farthing train mite --sparse-attention --out runs/mite-sparse --tokens 80000
     """
+    with errors_as_one_line():
+        given, overrides = MiteOptions(**options), settings or []
     if sparse_attention:
-        _sparse(out, minutes, tokens, resume, data, device, threads, seed, precision, settings or [], as_json)
+        _finish(lambda: _sparse(given, overrides), as_json)
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one entry per matrix shape
+    _allocate_for_training()
     from farthing.files import to_json
     from farthing.train.mite import train_mite
 
-    if minutes is None and tokens is None:
-        minutes = 90.0
+    minutes = 90.0 if given.minutes is None and given.tokens is None else given.minutes
     with errors_as_one_line(resumes=True):
         summary = train_mite(
-            out, minutes, tokens, resume, data, device, threads, seed, settings or [], precision
+            given.out,
+            minutes,
+            given.tokens,
+            given.resume,
+            given.data,
+            given.device,
+            given.threads,
+            given.seed,
+            overrides,
+            given.precision,
         )
     if summary is not None and as_json:
         typer.echo(to_json(summary))
 
 
-def _sparse(
-    out: Path, minutes: float | None, tokens: int | None, resume: bool, data: Path | None, device: str,
-    threads: int, seed: int, precision: str, overrides: list[str], as_json: bool,
-) -> None:  # fmt: skip
+def _sparse(given: MiteOptions, overrides: list[str]) -> dict[str, Any] | None:
     """`mite --sparse-attention`."""
-    import dataclasses
-
     from farthing.train.sparse_run import configured, train_sparse
 
-    def run() -> dict[str, Any] | None:
-        if minutes is not None or device not in ("auto", "cpu"):
-            raise ValueError("--sparse-attention takes --tokens and runs on the CPU; expected no --minutes")
-        if precision != "bf16":
-            raise ValueError(f"--precision is {precision!r}; expected 'bf16' with --sparse-attention")
-        config, changed = configured(overrides)
-        settings = _settings("mite", out, tokens or 80_000, 512, 1024, 40_000, data, "cpu", threads, seed)
-        return train_sparse(dataclasses.replace(settings, **changed), config, resume)
-
-    _finish(run, as_json)
-
-
-Model = Annotated[str, typer.Argument(help="A checkpoint directory, or `mite`.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Run length in tokens.")]
-Window = Annotated[int, typer.Option(min=1, help="Context length in tokens.")]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens per step.")]
-EvalTokens = Annotated[int, typer.Option(min=1, help="Held-out tokens per evaluation.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Data = Annotated[Path | None, typer.Option(help="Directory of .py files. Default: the standard library.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
-Seed = Annotated[int, typer.Option(help="Seed for the data order.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+    if given.minutes is not None or given.device == "cuda":
+        raise ValueError("--sparse-attention takes --tokens and runs on the CPU; expected no --minutes")
+    if given.precision != "bf16":
+        raise ValueError(f"--precision is {given.precision!r}; expected 'bf16' with --sparse-attention")
+    config, found = configured(overrides)
+    changed: dict[str, Any] = dict(found)
+    run = RunOptions(
+        out=given.out,
+        tokens=given.tokens or 80_000,
+        window=512,
+        batch_tokens=1024,
+        eval_tokens=40_000,
+        data=given.data,
+        threads=given.threads,
+        seed=given.seed,
+    )
+    return train_sparse(replace(run.settings(), **changed), config, given.resume)
 
 
 @app.command()
-def qat(
-    model: Model = "mite",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run directory.")] = Path("runs/qat"),
-    stages: Annotated[
-        str, typer.Option(help="Stages as START:BITS; START is a share of the run, BITS W8A8, W4A8 or W4A4.")
-    ] = "0:W8A8,0.01:W4A8,0.08:W4A4",
-    inputs: Annotated[
-        str, typer.Option(help="Input ranges: group (dynamic, learned clip) or tensor (LSQ+, not exported).")
-    ] = "group",
-    smoothing: Annotated[
-        float, typer.Option(help="Strength of input smoothing, 0 (off) to 1 (all channels equal).")
-    ] = 0.5,
-    hard: Annotated[
-        float, typer.Option(help="Weight of the text's cross entropy in the loss; the rest is distillation.")
-    ] = 0.0,
-    tokens: Tokens = 1_500_000,
-    window: Window = 1024,
-    batch_tokens: BatchTokens = 4096,
-    eval_tokens: EvalTokens = 12_000,
-    resume: Resume = False,
-    data: Data = None,
-    device: Device = "cpu",
-    threads: Threads = 1,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+@with_options(options=QatOptions)
+def qat(options: dict[str, Any], as_json: Json = False) -> None:
     """Quantization-aware training from a trained checkpoint, with the float model as the teacher.
 
     Examples:
@@ -152,38 +217,18 @@ def qat(
     from farthing.train.qat_run import train_qat
 
     def run() -> dict[str, Any] | None:
-        settings = _settings(
-            model, out, tokens, window, batch_tokens, eval_tokens, data, device, threads, seed
+        given = QatOptions(**options)
+        config = QatConfig(
+            parse_stages(given.stages), inputs=given.inputs, smoothing=given.smoothing, hard=given.hard
         )
-        if inputs not in ("group", "tensor"):
-            raise ValueError(f"--inputs {inputs!r}: expected group or tensor")
-        kind: Any = inputs
-        config = QatConfig(parse_stages(stages), inputs=kind, smoothing=smoothing, hard=hard)
-        return train_qat(settings, config, resume)
+        return train_qat(given.settings(), config, given.resume)
 
     _finish(run, as_json)
 
 
 @app.command()
-def prune(
-    model: Model = "mite",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run directory.")] = Path("runs/prune"),
-    target: Annotated[float, typer.Option(help="Share of the MLP parameters to remove.")] = 0.28,
-    tau: Annotated[
-        float, typer.Option(help="Activity threshold of a neuron, in units of the token's mean.")
-    ] = 0.3,
-    bound: Annotated[float, typer.Option(help="Pause pruning above this perplexity increase.")] = 0.03,
-    tokens: Tokens = 400_000,
-    window: Window = 512,
-    batch_tokens: BatchTokens = 2048,
-    eval_tokens: EvalTokens = 12_000,
-    resume: Resume = False,
-    data: Data = None,
-    device: Device = "cpu",
-    threads: Threads = 1,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
+@with_options(options=PruneOptions)
+def prune(options: dict[str, Any], as_json: Json = False) -> None:
     """Prune neurons and experts that contribute least, step by step while training.
 
     Exits with 4 if the final perplexity on held-out text exceeds --bound; the checkpoint is still written.
@@ -198,44 +243,20 @@ def prune(
     from farthing.train.pruning_run import train_prune
 
     def run() -> dict[str, Any] | None:
-        settings = _settings(
-            model, out, tokens, window, batch_tokens, eval_tokens, data, device, threads, seed
-        )
-        return train_prune(settings, PruneConfig(target=target, tau=tau, bound=bound), resume)
+        given = PruneOptions(**options)
+        config = PruneConfig(target=given.target, tau=given.tau, bound=given.bound)
+        return train_prune(given.settings(), config, given.resume)
 
     summary = _finish(run, as_json)
     if summary is not None and not summary["within_bound"]:
-        rise = summary["relative_increase"]
+        rise, bound = summary["relative_increase"], options["bound"]
         exit_on_verdict("fail", f"perplexity rose by {rise:.2%}; the bound is {bound:.2%} (--bound)")
 
 
-def _settings(
-    model: str, out: Path, tokens: int, window: int, batch_tokens: int, eval_tokens: int,
-    data: Path | None, device: str, threads: int, seed: int,
-) -> Any:  # fmt: skip
-    """Validate the settings and set up the process as `mite` does."""
+def _allocate_for_training() -> None:
+    """Settings that torch reads at its first allocation."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
-    import torch
-
-    from farthing.hub import resolve_model
-    from farthing.train.finetune import Settings
-    from farthing.train.mite import tune_allocator
-
-    tune_allocator()
-    torch.set_num_threads(threads)
-    return Settings(
-        resolve_model(model),
-        out,
-        tokens,
-        window,
-        batch_tokens,
-        seed,
-        threads,
-        device,
-        data,
-        eval_tokens=eval_tokens,
-    )
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one entry per matrix shape
 
 
 def _finish(run: Callable[[], dict[str, Any] | None], as_json: bool) -> dict[str, Any] | None:
