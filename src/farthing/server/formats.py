@@ -58,10 +58,13 @@ class ModelFormats:
         token = self.token_id(text)
         return token if self.tokenizer is not None and token in self.tokenizer.control_ids else None
 
+    def stops(self, form: ChatFormat) -> list[int]:
+        """Tokens that end a turn in this format, besides the model's own."""
+        return [token for stop in form.stops if (token := self.token_id(stop)) is not None]
+
     def ends(self, form: ChatFormat) -> frozenset[int]:
         """Tokens that end an answer."""
-        stops = {token for stop in form.stops if (token := self.token_id(stop)) is not None}
-        return frozenset(stops | set(self.tokenizer.eos_token_ids if self.tokenizer else ()))
+        return frozenset((*self.stops(form), *(self.tokenizer.eos_token_ids if self.tokenizer else ())))
 
     def ending(self, text: str) -> list[int]:
         """The token that ends a turn, if a text ends with one."""

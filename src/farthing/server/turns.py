@@ -195,7 +195,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         tokens=frozenset(marked.values()),
     )
     values = dict(request.sampling) | {"marked_token_ids": frozenset(marked)}
-    values["stop_token_ids"] = _stops(values.get("stop_token_ids"), form, formats)
+    values["stop_token_ids"] = [*(values.get("stop_token_ids") or ()), *formats.stops(form)] or None
     job = await service.open(
         client,
         [ids],
@@ -298,12 +298,6 @@ def _reasoning(
         open=opened,
         budget=budget,
     )
-
-
-def _stops(given: list[int] | None, form: ChatFormat, formats: ModelFormats) -> list[int] | None:
-    """Stop tokens: the client's plus those that end a turn in this format."""
-    own = [token for stop in form.stops if (token := formats.token_id(stop)) is not None]
-    return [*(given or ()), *own] or None
 
 
 async def render(service: Service, conversation: Conversation, client: str) -> str:
