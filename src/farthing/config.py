@@ -19,6 +19,7 @@ Transport = Literal["auto", "shared", "gloo"]
 ExpertsOn = Literal["cpu"]
 
 DEFAULT_DISK_BYTES = 10 << 30
+CPU_STEP_TOKENS, GPU_STEP_TOKENS = 1024, 8192  # defaults of max_num_batched_tokens
 
 _engine = partial(option, group="Engine")
 _cache = partial(option, group="Cache")
@@ -53,7 +54,9 @@ class EngineConfig:
     )
     max_num_seqs: int = _cache(64, "Maximum number of sequences per step", minimum=1)
     max_num_batched_tokens: int | None = _cache(
-        None, "Maximum tokens per step; default: 1024 on a CPU, 8192 on a GPU", minimum=1
+        None,
+        f"Maximum tokens per step; default: {CPU_STEP_TOKENS} on a CPU, {GPU_STEP_TOKENS} on a GPU",
+        minimum=1,
     )
     block_size: int = _cache(16, "Tokens per cache block", minimum=1)
     num_blocks: int | None = _cache(None, "Number of cache blocks; default: by free memory", minimum=1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from farthing.cli.options import with_options
-from farthing.config import Dtype, ExpertsOn, Quantization
+from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Dtype, ExpertsOn, Quantization
 from farthing.options import check, option
 
 if TYPE_CHECKING:
@@ -181,7 +181,8 @@ def _serving(options: PlanOptions, backend: str, config: ModelConfig) -> Serving
         cache_tokens=options.kv_tokens or length,
         max_model_len=length,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens or (8192 if backend == "gpu" else 1024),
+        max_num_batched_tokens=options.max_num_batched_tokens
+        or (GPU_STEP_TOKENS if backend == "gpu" else CPU_STEP_TOKENS),
         cache_dtype=options.kv_cache_dtype,
         redundant_experts=options.redundant_experts,
         experts_on_host=options.experts_on == "cpu",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from farthing.config import EngineConfig
+from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig
 from farthing.engine.model import Model
 from farthing.ops.api import CacheDtype
 
@@ -42,7 +42,8 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
         )
     if held < length:
         log.warning("KV cache fits %d tokens; lowering max_model_len to %d (model: %d)", held, held, limit)
-    budget = config.max_num_batched_tokens or max(config.max_num_seqs, 1024 if device.type == "cpu" else 8192)
+    most = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
+    budget = config.max_num_batched_tokens or max(config.max_num_seqs, most)
     if budget < config.max_num_seqs:
         raise ValueError(
             f"max_num_batched_tokens is {budget}; expected at least max_num_seqs = {config.max_num_seqs}"

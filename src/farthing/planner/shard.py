@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from farthing.config import CPU_STEP_TOKENS
 from farthing.model.config import ModelConfig
 from farthing.ops.cutting import bounds
 from farthing.parallel.plan import Place, ShardPlan
@@ -17,7 +18,7 @@ class Serving:
     cache_tokens: int
     max_model_len: int
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
+    max_num_batched_tokens: int = CPU_STEP_TOKENS
     cache_dtype: str = "bfloat16"
     block_size: int = 16
     redundant_experts: int = 0
