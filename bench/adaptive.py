@@ -83,7 +83,7 @@ def main() -> None:
         for name, (perplexity, experts) in measured.items()
     ]
     if args.picture:
-        draw(rows, args.picture)
+        plot(rows, args.picture)
     if args.json:
         print(json.dumps({"batch": args.batch, "rows": rows}))
         return
@@ -97,7 +97,7 @@ def main() -> None:
         )
 
 
-def draw(rows: list[dict[str, float]], path: Path) -> None:
+def plot(rows: list[dict[str, float]], path: Path) -> None:
     """Perplexity and speed over experts per token."""
     import matplotlib
 

@@ -30,12 +30,12 @@ from farthing.demo.server import free_port
 from farthing.parallel.group import DistGroup, Group
 from farthing.parallel.shared import Arena, SharedGroup, arena_bytes
 
-CALLS, WARM = 400, 50
+CALLS, WARMUP = 400, 50
 
 
 def timed(call: Callable[[], object]) -> list[float]:
     """Microseconds of each call."""
-    for _ in range(WARM):
+    for _ in range(WARMUP):
         call()
     times = []
     for _ in range(CALLS):

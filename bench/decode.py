@@ -138,8 +138,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
                 log.print(f"round {turn + 1}: {point}: {name} {rate:.1f} tok/s")
                 if name == "ours":
                     ceilings += [before, machine(a.threads)]
-                    around = statistics.mean(limit(a.model, a.weights, point, m) for m in ceilings[-2:])
-                    shares.setdefault(point, []).append(rate / around)
+                    ceiling = statistics.mean(limit(a.model, a.weights, point, m) for m in ceilings[-2:])
+                    shares.setdefault(point, []).append(rate / ceiling)
     median = {key: statistics.median(reading[key] for reading in ceilings) for key in ceilings[0]}
     rows = [row(a, point, readings, shares[point], median) for point in points]
     return {"machine": median, "model": a.model, "rows": rows}

@@ -32,7 +32,7 @@ from farthing.fleet.controller import Controller
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.signals import ScrapeSource
-from farthing.fleet.up import WARM, serve_command
+from farthing.fleet.up import STANDBY, serve_command
 
 
 class World:
@@ -109,7 +109,7 @@ async def breach_to_request(lasting: float, interval: float) -> float:
 async def decision_to_ready() -> tuple[float, float]:
     """Seconds from the request for a replica of the embedded model until it is ready: first and second."""
     with tempfile.TemporaryDirectory() as folder:
-        config = LocalConfig(serve_command("mite"), Path(folder), health_path="/ready", failures=1, **WARM)
+        config = LocalConfig(serve_command("mite"), Path(folder), health_path="/ready", failures=1, **STANDBY)
         replicas = LocalReplicas(config)
         await replicas.start()
         taken = []

@@ -278,7 +278,7 @@ def sampling(rows: int, vocabulary: int) -> Work:
     logits = _normal(rows, vocabulary, dtype=torch.float32)
     u = torch.rand(rows, dtype=torch.float64, device=CUDA)
     return Work(
-        lambda: sample.draw(logits, u), "copy", 4.0 * rows * vocabulary, 0.0,
+        lambda: sample.sample_tokens(logits, u), "copy", 4.0 * rows * vocabulary, 0.0,
         lambda: logits.softmax(-1).multinomial(1), "torch softmax + multinomial",
     )  # fmt: skip
 

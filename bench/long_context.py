@@ -120,8 +120,8 @@ def measure(
         batch = make_batch([tokens], [past], caches[name][1], BLOCK)
         steps[way] = name, torch.randn(tokens, config.hidden_size), batch
     found: Times = {}
-    warm = int(tokens == 1)  # chunks take seconds, which hides the first round's page faults
-    for turn in range(-warm, repeats):
+    warmup = int(tokens == 1)  # chunks take seconds, which hides the first round's page faults
+    for turn in range(-warmup, repeats):
         for way, (name, hidden, batch) in steps.items():
             times = timed(models[name], clock, hidden.clone(), batch, caches[name][0])
             if turn >= 0:

@@ -135,7 +135,7 @@ def start(section: dict[str, Any] | None) -> str:
     )
 
 
-def draw(rows: list[Row], file: Path) -> None:
+def plot(rows: list[Row], file: Path) -> None:
     """Draw bars as shares of each row's limit (the line at 100 %)."""
     import matplotlib
 
@@ -187,7 +187,7 @@ def write(results: Path, page: Path) -> None:
     picture = page.parent / "figures/performance.png"
     parts = table(rows).strip(), (all_peers(rows) + start(stored.get("start"))).strip()
     fill(page, "decode", parts[0], f"![Shares of the limit](figures/{picture.name})", parts[1])
-    draw(rows, picture)
+    plot(rows, picture)
 
 
 def main() -> None:

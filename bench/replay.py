@@ -19,7 +19,7 @@ from rich.table import Table
 
 from farthing.fleet.forecast.backtest import Backtest, backtest
 from farthing.fleet.forecast.names import make
-from farthing.fleet.replay.picture import draw
+from farthing.fleet.replay.picture import plot
 from farthing.fleet.replay.plan import PlanConfig
 from farthing.fleet.replay.run import Replay, ReplayConfig
 from farthing.fleet.replay.trace import EXAMPLE, read_trace
@@ -67,7 +67,7 @@ def fixed(made: Replay, title: str, bar: str, half: int | None, figure: Path | N
     table.add_row("oracle", "100", f"{oracle:.1f}", "1.000", "", "")
     console.print(table)
     if figure is not None and half is None:
-        draw(made, {name: runs[name] for name in ("farthing", "hpa", "static")}, figure)
+        plot(made, {name: runs[name] for name in ("farthing", "hpa", "static")}, figure)
 
 
 def equal_slo(made: Replay, title: str, bar: str) -> None:

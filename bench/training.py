@@ -31,7 +31,7 @@ from farthing.ops.api import CacheDtype
 from farthing.train.export import load_checkpoint
 from farthing.train.fp8 import Fp8Config, use_fp8
 from farthing.train.mite import train_mite
-from farthing.train.picture import draw, draw_tradeoff
+from farthing.train.picture import plot, plot_tradeoff
 
 ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and settings
     "bf16": ("bf16", []),
@@ -101,7 +101,7 @@ def precision(out: Path, tokens: int, seed: int, device: str) -> dict[str, Any]:
         rise = finals[name]["eval_loss"] / finals["bf16"]["eval_loss"] - 1
         finals[name] |= {"relative_loss": rise, "within_1_percent": abs(rise) <= 0.01}
         curves[name] = [(p["tokens"], p["eval_loss"]) for p in done]
-    draw(out / "fp8.png", curves, "held-out loss, nats per token")
+    plot(out / "fp8.png", curves, "held-out loss, nats per token")
     return finals
 
 
@@ -152,7 +152,7 @@ def tradeoff(models: dict[str, str], threads: int | None, max_tokens: int, out: 
         "decode of one sequence, ms per token": [1e3 / row["decode 1 tok/s"] for row in rows],
         "prefill, us per token": [1e6 / row["prefill tok/s"] for row in rows],
     }
-    draw_tradeoff(
+    plot_tradeoff(
         out / "tradeoff.png", {k: dict(zip(models, v, strict=True)) for k, v in latency.items()}, lost
     )
     return rows

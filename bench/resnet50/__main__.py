@@ -3,7 +3,7 @@
 python -m bench.resnet50 train --data CIFAR-10-images --out runs/resnet50   # float, then the student
 python -m bench.resnet50 compare --threads 1 --site OPENVINO_VENV/lib/python3.11/site-packages
 python -m bench.resnet50 profile                                             # each of our layers
-python -m bench.resnet50 draw                                                # pictures of the runs
+python -m bench.resnet50 plot                                                # pictures of the runs
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from bench.resnet50.compare import OURS, contestants, limit, race
 from bench.resnet50.engine import Engine
 from bench.resnet50.model import ResNet50
-from bench.resnet50.plots import draw
+from bench.resnet50.plots import plot
 from bench.resnet50.quantize import QuantResNet50
 from bench.resnet50.train import Settings, random_student, train_float, train_student
 from rich.console import Console
@@ -91,11 +91,11 @@ def run_profile(out: Path, size: int, classes: int, threads: int) -> None:
     print(f"{'all':>16}  {sum(seconds) * 1e6:7.0f} us")
 
 
-def run_draw(out: Path, into: Path) -> None:
+def run_plot(out: Path, into: Path) -> None:
     """Draw the pictures."""
     trained = all((out / part / "right.pt").is_file() for part in ("float", "w4a4"))
     top1 = {part: float(accuracy(out)[f"top1_{part}"]) for part in ("float", "w4a4")} if trained else None  # type: ignore[arg-type]
-    for file in draw(out, into, top1):
+    for file in plot(out, into, top1):
         print(file)
 
 
@@ -113,7 +113,7 @@ def main() -> None:
         train.add_argument(f"--{field.replace('_', '-')}", type=type(default), default=default)
     train.add_argument("--limit", type=int, help="pictures per class")
     train.add_argument("--device", default="cpu")
-    race_, profile, pictures = (commands.add_parser(name) for name in ("compare", "profile", "draw"))
+    race_, profile, pictures = (commands.add_parser(name) for name in ("compare", "profile", "plot"))
     pictures.add_argument("--into", type=Path, default=Path("docs/figures"))
     race_.add_argument("--rounds", type=int, default=20)
     race_.add_argument("--site", type=Path, help="site-packages directory with OpenVINO and NNCF")
@@ -130,8 +130,8 @@ def main() -> None:
         run_training(Settings(**args), Console(stderr=True))
     elif chosen == "profile":
         run_profile(**args)
-    elif chosen == "draw":
-        run_draw(**args)
+    elif chosen == "plot":
+        run_plot(**args)
     else:
         if site := args.pop("site"):
             sys.path.append(str(site))

@@ -9,7 +9,7 @@ from typing import Any
 from bench.resnet50.compare import OURS
 
 
-def draw(out: Path, into: Path, top1: dict[str, float] | None) -> list[Path]:
+def plot(out: Path, into: Path, top1: dict[str, float] | None) -> list[Path]:
     """Draw training.png and race.png from the records in `out`. top1: percent of "float" and "w4a4"."""
     import matplotlib
 

@@ -60,7 +60,7 @@ SHORTER: dict[tuple[str, ...], tuple[str, ...]] = {
     ("bench", "serve"): ("--requests", "8", "--input-tokens", "16", "--output-tokens", "4"),
     ("compress",): ("--max-tokens", "512", "--max-drop", "100%", "--no-timing"),
     ("eval",): ("--max-tokens", "512", "--max-drop", "100%"),
-    ("fleet", "up"): ("--port", "0", "--metrics", "127.0.0.1:0", "--no-warm"),
+    ("fleet", "up"): ("--port", "0", "--metrics", "127.0.0.1:0", "--no-standby"),
     ("fleet", "gateway"): ("--port", "0"),
     ("train", "mite"): ("--data", "sources", "--threads", "1", "--set", "eval_tokens=2000"),
     ("forecast",): ("--begin", "0.95", "--refit", "7d"),

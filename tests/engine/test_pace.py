@@ -19,17 +19,17 @@ def test_no_bound_without_a_limit_or_without_decoding() -> None:
     cost=st.floats(1e-6, 2e-3),
     drift=st.floats(1.0, 1.02),
     decodes=st.integers(1, 64),
-    warm=st.booleans(),
+    decode_measured=st.booleans(),
 )
 def test_mixed_steps_converge_to_the_limit(
-    limit: float, decode: float, cost: float, drift: float, decodes: int, warm: bool
+    limit: float, decode: float, cost: float, drift: float, decodes: int, decode_measured: bool
 ) -> None:
     """decode: seconds of a decode step; cost: seconds per prompt token, growing by `drift` per step.
 
     Without a measured decode step (cold), the first chunk sizes are found by trial: six steps suffice.
     """
     pace = Pace(limit)
-    if warm:
+    if decode_measured:
         pace.observe(0, 512, 512 * cost * 0.7)  # a large prompt step is cheaper per token
         for _ in range(5):
             pace.observe(decodes, 0, decode)

@@ -19,10 +19,10 @@ from farthing.engine.sampler import (
     PromptTokens,
     Row,
     SamplingState,
-    draw,
     edit,
     report,
     sample,
+    sample_logits,
     stream_seed,
     uniform,
 )
@@ -70,7 +70,7 @@ def test_draws_follow_the_filtered_distribution(params: dict[str, Any]) -> None:
     logits = torch.randn(V, generator=torch.Generator().manual_seed(1)) * 2
     count = 10_000
     rows = [row(seed=5, index=i, **params) for i in range(count)]
-    tokens = draw(logits.expand(count, V), rows)
+    tokens = sample_logits(logits.expand(count, V), rows)
     expected = kept_by_hand(logits, rows[0].state.params)
     seen = torch.from_numpy(np.bincount(tokens, minlength=V)).double()
     assert not seen[expected == 0].any(), "a token outside the filter was drawn"
@@ -122,8 +122,8 @@ def test_draw_does_not_depend_on_the_batch(specs: list[tuple[dict[str, Any], int
     for r in rows:
         r.state.counts.update({3: 2, 4: 1})
         r.state.num_output = max(r.state.num_output, 3)
-    together = draw(edit(logits.clone(), rows), rows)
-    alone = [draw(edit(logits[i : i + 1].clone(), [r]), [r])[0] for i, r in enumerate(rows)]
+    together = sample_logits(edit(logits.clone(), rows), rows)
+    alone = [sample_logits(edit(logits[i : i + 1].clone(), [r]), [r])[0] for i, r in enumerate(rows)]
     assert together == alone
 
 
@@ -245,7 +245,7 @@ def test_wide_filters_use_the_whole_vocabulary() -> None:
     """More than the first candidates survive: the narrow search must detect it."""
     wide = 1000
     logits = torch.zeros(1, wide)
-    seen = draw(logits.expand(3000, wide), [row(seed=1, index=i, top_p=0.99) for i in range(3000)])
+    seen = sample_logits(logits.expand(3000, wide), [row(seed=1, index=i, top_p=0.99) for i in range(3000)])
     assert len(set(seen)) > 900
 
 

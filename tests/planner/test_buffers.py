@@ -18,7 +18,7 @@ from farthing.model.load import config_of
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.planner.buffers import step
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint
-from farthing.planner.memory import Model, memory
+from farthing.planner.memory import PlannedModel, memory
 from farthing.planner.shard import Serving
 from tests.tiny import V3
 
@@ -87,7 +87,7 @@ def test_rank_uses_the_planned_memory(backend: str, quantization: str | None, la
     checkpoint = Checkpoint.open(resolve_model("mite"))
     plan = ShardPlan.build(config_of(checkpoint), layout)
     holder, serving = Holder(backend, 4, quantization), Serving(TOKENS, 512, 1, 512, threads=1)
-    model = Model.of(plan, stored_by_checkpoint(checkpoint.path))
+    model = PlannedModel.of(plan, stored_by_checkpoint(checkpoint.path))
     planned = memory(model, plan, holder, serving)[0]
     buffers = step(plan, layout.place(0), holder, serving, model.projections)
     taken = measured(checkpoint.config, layout, backend, quantization, 512)

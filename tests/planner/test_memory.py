@@ -23,7 +23,7 @@ from farthing.parallel.group import Alone
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
 from farthing.planner.footprint import Holder, stored_by_checkpoint, stored_by_config
-from farthing.planner.memory import Model, RankMemory, memory
+from farthing.planner.memory import PlannedModel, RankMemory, memory
 from farthing.planner.shard import Serving
 from tests.tiny import V3
 
@@ -37,7 +37,7 @@ SERVING = Serving(1024, 2048)
 def planned(layout: Layout, holder: Holder) -> list[RankMemory]:
     config = config_of(Checkpoint.open(MITE))
     plan = ShardPlan.build(config, layout)
-    return memory(Model.of(plan, stored_by_checkpoint(MITE)), plan, holder, SERVING)
+    return memory(PlannedModel.of(plan, stored_by_checkpoint(MITE)), plan, holder, SERVING)
 
 
 def held(rank: Rank) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def test_two_by_two_ranks_have_at_most_30_percent_of_one_each(backend: str) -> N
         from farthing.model import ModelConfig
 
         plan = ShardPlan.build(ModelConfig.from_json(raw), layout)
-        return [r.weights for r in memory(Model.of(plan, stored), plan, holder, SERVING)]
+        return [r.weights for r in memory(PlannedModel.of(plan, stored), plan, holder, SERVING)]
 
     assert max(weights(Layout(2, 2))) <= 0.3 * weights(Layout())[0]
 

@@ -19,7 +19,7 @@ from farthing.train.selection import attend, divergence, index_scores, largest, 
 from farthing.train.sparse_run import SparseConfig, configured, stage_loss, train_sparse, with_indexer
 from tests.train.conftest import random_checkpoint, settings_of
 
-SPARSE = SparseConfig(index_topk=8, index_n_heads=4, index_head_dim=16, warm_tokens=320)
+SPARSE = SparseConfig(index_topk=8, index_n_heads=4, index_head_dim=16, warmup_tokens=320)
 
 
 def test_every_selection_reads_k_earlier_keys() -> None:
@@ -55,7 +55,7 @@ def test_stages_train_their_parameters(tiny: ModelConfig) -> None:
     assert divergence_of is not None
     for name, p in model.named_parameters():
         p.requires_grad_(".indexer." in name)
-    stage_loss("warm", model, tokens, SPARSE)["loss"].backward()
+    stage_loss("warmup", model, tokens, SPARSE)["loss"].backward()
     assert {n.partition("indexer")[1] for n, p in model.named_parameters() if p.grad is not None} == {
         "indexer"
     }

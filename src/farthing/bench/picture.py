@@ -10,7 +10,7 @@ import numpy as np
 from farthing.bench.client import Timing
 
 
-def draw_latencies(timings: Sequence[Timing], path: Path) -> None:
+def plot_latencies(timings: Sequence[Timing], path: Path) -> None:
     """Plot cumulative curves of TTFT and TPOT. Requires matplotlib (extra `train`)."""
     import matplotlib
 

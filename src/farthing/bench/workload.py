@@ -43,7 +43,7 @@ class Shape:
 def closed_loop(shape: Shape, count: int, seed: int = 0) -> list[Request]:
     """`count` requests to send as fast as the concurrency allows."""
     prompts = _Prompts(shape, seed)
-    return [Request(0.0, prompts.draw(shape.input_tokens), shape.output_tokens) for _ in range(count)]
+    return [Request(0.0, prompts.sample(shape.input_tokens), shape.output_tokens) for _ in range(count)]
 
 
 def poisson(shape: Shape, rate: float, count: int, seed: int = 0) -> list[Request]:
@@ -53,7 +53,7 @@ def poisson(shape: Shape, rate: float, count: int, seed: int = 0) -> list[Reques
     rng, prompts, at, out = random.Random(seed), _Prompts(shape, seed), 0.0, []
     for _ in range(count):
         at += rng.expovariate(rate)
-        out.append(Request(at, prompts.draw(shape.input_tokens), shape.output_tokens))
+        out.append(Request(at, prompts.sample(shape.input_tokens), shape.output_tokens))
     return out
 
 
@@ -72,7 +72,7 @@ def from_trace(
     for at, inputs, outputs, blocks in rows:
         outputs = max(1, min(outputs, max_len // 2))
         inputs = max(1, min(inputs, max_len - outputs))
-        out.append(Request((at - start) / speed, prompts.draw(inputs, blocks), outputs))
+        out.append(Request((at - start) / speed, prompts.sample(inputs, blocks), outputs))
     return out
 
 
@@ -91,7 +91,7 @@ class _Prompts:
         # Low ids are special tokens in most vocabularies.
         return [rng.randrange(min(300, self._vocabulary // 2), self._vocabulary) for _ in range(count)]
 
-    def draw(self, length: int, blocks: Sequence[int] = ()) -> list[int]:
+    def sample(self, length: int, blocks: Sequence[int] = ()) -> list[int]:
         ids = list(self._prefix)
         for block in blocks[: length // self.BLOCK]:
             ids += self._ids(random.Random(f"{self._seed}:{block}"), self.BLOCK)

@@ -106,9 +106,9 @@ def serve(
         timings = asyncio.run(run_load(target, planned, concurrency, lambda _: advance(1), ignore_eos=True))
     result = summarize(timings, _slo(slo), given.usd_per_hour)
     if given.picture is not None:
-        from farthing.bench.picture import draw_latencies
+        from farthing.bench.picture import plot_latencies
 
-        draw_latencies(timings, given.picture)
+        plot_latencies(timings, given.picture)
     if as_json:
         print(json.dumps(result.to_json()))
     else:

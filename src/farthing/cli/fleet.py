@@ -75,7 +75,7 @@ class UpOptions:
     metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
     api_key_file: Path | None = _option(None, "File of keys, one `name:key` or key per line")
     ready_timeout: float = _option(600.0, "Maximum seconds for a replica to become ready")
-    warm: bool = _option(True, "Keep a pre-imported standby process; not with --command")
+    standby: bool = _option(True, "Keep a pre-imported standby process; not with --command")
     config: Path | None = _option(None, "YAML file with policy, gateway and signals")
     state: Path = _option(Path("runs/fleet"), "Directory for logs, decisions and state")
     metrics: str = _option("127.0.0.1:9400", "HOST:PORT of the controller's /metrics")
@@ -117,7 +117,7 @@ class GatewayOptions:
 def up(options: dict[str, Any]) -> None:
     """Start a gateway and autoscaled replicas on this machine."""
     from farthing.fleet.actuators.local import LocalConfig
-    from farthing.fleet.up import WARM, UpConfig, serve_command
+    from farthing.fleet.up import STANDBY, UpConfig, serve_command
     from farthing.fleet.up_defaults import local_fleet
 
     _log_to_stderr()
@@ -142,7 +142,7 @@ def up(options: dict[str, Any]) -> None:
             given.state / "replicas",
             health_path=given.health_path,
             ready_timeout_s=given.ready_timeout,
-            **(WARM if given.warm and not given.command else {}),
+            **(STANDBY if given.standby and not given.command else {}),
         )
         asyncio.run(_up(UpConfig(fleet, local, given.host, given.port, given.api_key_file)))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from farthing.parallel.plan import ShardPlan
     from farthing.planner.estimate import Ceilings, Shares
     from farthing.planner.footprint import Holder, StoredOf
-    from farthing.planner.memory import Model, RankMemory
+    from farthing.planner.memory import PlannedModel, RankMemory
     from farthing.planner.shard import Serving
 
 app = typer.Typer(add_completion=False)
@@ -96,7 +96,7 @@ class Planned:
 
     options: PlanOptions
     shards: ShardPlan
-    model: Model
+    model: PlannedModel
     holder: Holder
     serving: Serving
     stored: str  # quantization method of the checkpoint
@@ -156,7 +156,7 @@ def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
     from farthing.compress.size import parse_bytes
     from farthing.parallel.plan import Layout, ShardPlan
     from farthing.planner.footprint import FLOAT_BYTES, Holder
-    from farthing.planner.memory import Model, memory
+    from farthing.planner.memory import PlannedModel, memory
 
     limit = int(device.memory * 1e9 * 0.9) if device else None
     if options.memory:
@@ -167,7 +167,7 @@ def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
     holder = Holder(backend, item, options.quantization)
     serving = _serving(options, backend, config)
     shards = ShardPlan.build(config, Layout(options.tp, options.pp, options.ep))
-    model = Model.of(shards, stored_of)
+    model = PlannedModel.of(shards, stored_of)
     stored = raw.get("quantization_config", {}).get("quant_method", "dense")
     ranks = memory(model, shards, holder, serving)
     return Planned(options, shards, model, holder, serving, stored, ranks, limit)

@@ -68,7 +68,7 @@ def part_of(module: str) -> str:
     return f"{layer}.mlp.{pieces[4]}" if pieces[4] in ("experts", "shared_experts") else f"{layer}.mlp"
 
 
-class Model:
+class LayerwiseModel:
     """The source in memory, run layer by layer."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -98,7 +98,7 @@ class Model:
 class Meter:
     """KL between the model and the model with some matrices of one layer replaced."""
 
-    def __init__(self, model: Model, windows: list[Window]) -> None:
+    def __init__(self, model: LayerwiseModel, windows: list[Window]) -> None:
         self._model = model
         self._before = model.stream(windows)  # input of the current layer
         self._base = self._rest(0, model.layers[0], self._before)
@@ -132,7 +132,7 @@ def measure(
     notes: Notes | None = None,
 ) -> list[Option]:
     """Measure every option of every part, with the model in memory. notes: results kept between runs."""
-    model = Model(checkpoint)
+    model = LayerwiseModel(checkpoint)
     fit_windows, judge_windows = split(corpus)
     meter, fit = Meter(model, judge_windows), model.stream(fit_windows)
     options: list[Option] = []
@@ -189,7 +189,13 @@ def split(corpus: Corpus) -> tuple[list[Window], list[Window]]:
 
 
 def _layer_options(
-    model: Model, meter: Meter, layer: Layer, recorder: Recorder, recipe: Recipe, fit: Stream, after: Tensor
+    model: LayerwiseModel,
+    meter: Meter,
+    layer: Layer,
+    recorder: Recorder,
+    recipe: Recipe,
+    fit: Stream,
+    after: Tensor,
 ) -> list[Option]:
     seen = recorder.experts.get(f"{layer.prefix}mlp")
     routed = {layer.index: measured_shares(seen.tokens.tolist(), len(fit.hidden))} if seen else {}

@@ -125,7 +125,7 @@ def sample(
     logits = head.logits(hidden)
     require_finite(logits)
     raw = logits.log_softmax(-1) if top is not None else None
-    tokens = draw(edit(logits, rows), rows, pick)
+    tokens = sample_logits(edit(logits, rows), rows, pick)
     return tokens, None if raw is None or top is None else report(raw, tokens, top)
 
 
@@ -159,7 +159,7 @@ def no_token_left(params: SamplingParams) -> str:
     return f"{names} exclude every token; expected limits that leave at least one"
 
 
-def draw(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch) -> list[int]:
+def sample_logits(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch) -> list[int]:
     """Sample one token per row from edited logits [n, V]."""
     params = [row.state.params for row in rows]
     greedy = [i for i, p in enumerate(params) if p.greedy]

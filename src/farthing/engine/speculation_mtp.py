@@ -19,7 +19,7 @@ from torch import Tensor
 
 from farthing.engine.generation import Generation
 from farthing.engine.runner import Runner, Step
-from farthing.engine.sampler import Row, draw, edit
+from farthing.engine.sampler import Row, edit, sample_logits
 from farthing.engine.sequence import Scheduled
 
 _MOST_BEHIND = 128  # maximum number of tokens whose hidden states are kept
@@ -109,7 +109,7 @@ class MtpDrafter:
             return ids[:, 0].tolist(), (values[:, 0] - total).exp().tolist()
         rows = [Row(seq.sampling, tuple(d), len(d)) for seq, d in zip(seqs, drafts, strict=True)]
         logits = edit(model.draft_logits(hidden, step=step), rows)
-        tokens = draw(logits, rows, model.ops.sample)
+        tokens = sample_logits(logits, rows, model.ops.sample)
         # How many drafts a sampled sequence gets is decided by its acceptance so far (`most`) alone.
         return tokens, [1.0] * len(tokens)
 

@@ -52,7 +52,7 @@ def serve_command(model: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 # Standby for `serve_command`, which reads the arguments after `python -m farthing.cli.app`.
-WARM: dict[str, Any] = {"warm": (sys.executable, "-m", "farthing.fleet.standby"), "warm_skips": 3}
+STANDBY: dict[str, Any] = {"standby": (sys.executable, "-m", "farthing.fleet.standby"), "standby_skips": 3}
 
 
 class GatewayProcess:

@@ -58,7 +58,7 @@ class Rows:
 
 
 @dataclass(slots=True)
-class Hot:
+class HotExperts:
     """A layer's experts on the device."""
 
     cache: ExpertCache
@@ -84,7 +84,7 @@ class HybridMoE:
     loads: Sequence[Callable[[], Gated] | None]
     routed: Handle  # packed by the host
     shared: Handle | None  # on the device
-    hot: Hot
+    hot: HotExperts
     norm: Tensor | None = None  # the layer's, on the host
 
 
@@ -125,7 +125,7 @@ class HybridOps(OpsWrapper):
             w.experts,
             self._host.pack_moe(name, spec, lambda: replace(w, shared=None)),
             None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
-            Hot(ExpertCache(min(self._capacity, spec.num_experts - spec.identities))),
+            HotExperts(ExpertCache(min(self._capacity, spec.num_experts - spec.identities))),
         )
 
     def moe(

@@ -46,7 +46,7 @@ class RankMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class PlannedModel:
     """A model to plan for: its parameters, with one expert per layer representing all of them."""
 
     config: ModelConfig
@@ -54,7 +54,7 @@ class Model:
     parameters: tuple[tuple[str, tuple[int, ...], Stored], ...]
 
     @classmethod
-    def of(cls, plan: ShardPlan, stored_of: StoredOf) -> Model:
+    def of(cls, plan: ShardPlan, stored_of: StoredOf) -> PlannedModel:
         """Build from any plan of the model."""
         kept = representatives(plan.config)
         return cls(plan.config, stored_of, tuple((n, s, stored_of(n)) for n, s, _ in kept))
@@ -65,7 +65,7 @@ class Model:
         return next(stored for name, _, stored in self.parameters if name.endswith("o_proj.weight"))
 
 
-def memory(model: Model, plan: ShardPlan, holder: Holder, serving: Serving) -> list[RankMemory]:
+def memory(model: PlannedModel, plan: ShardPlan, holder: Holder, serving: Serving) -> list[RankMemory]:
     """Memory of every rank."""
     return [_rank(model, plan, plan.layout.place(r), holder, serving) for r in range(plan.layout.world)]
 
@@ -83,7 +83,7 @@ def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> in
 
 
 def fitting_layouts(
-    model: Model, holder: Holder, serving: Serving, limit: int, most: int = 64
+    model: PlannedModel, holder: Holder, serving: Serving, limit: int, most: int = 64
 ) -> Iterator[Layout]:
     """Layouts of at most `most` ranks whose largest rank fits in `limit` bytes, fewest ranks first.
 
@@ -110,7 +110,7 @@ def fitting_layouts(
             yield layout
 
 
-def most_hot_experts(model: Model, holder: Holder, serving: Serving, limit: int) -> int | None:
+def most_hot_experts(model: PlannedModel, holder: Holder, serving: Serving, limit: int) -> int | None:
     """The most cached experts per layer, fewer than `serving` requests, that fit in `limit` bytes with
     everything else; None if even zero does not fit.
     """
@@ -124,7 +124,7 @@ def most_hot_experts(model: Model, holder: Holder, serving: Serving, limit: int)
     return fitting - 1 if fitting else None
 
 
-def _rank(model: Model, plan: ShardPlan, place: Place, holder: Holder, serving: Serving) -> RankMemory:
+def _rank(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, serving: Serving) -> RankMemory:
     config, layout = plan.config, plan.layout
     stage = plan.stages[place.stage]
     held = (config.n_routed_experts or 0) // layout.ep + serving.redundant_experts // layout.ep
@@ -147,7 +147,7 @@ def _rank(model: Model, plan: ShardPlan, place: Place, holder: Holder, serving: 
     )
 
 
-def _all_experts(model: Model, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
+def _all_experts(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
     """Weight bytes of every layer on this rank."""
     return sum(
         _experts(name, shape, stored, plan, place, holder, experts)
@@ -156,7 +156,7 @@ def _all_experts(model: Model, plan: ShardPlan, place: Place, holder: Holder, ex
     )
 
 
-def _weights(model: Model, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
+def _weights(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
     total = _all_experts(model, plan, place, holder, experts)
     for name, shape, stored in model.parameters:
         if ".experts." in name:

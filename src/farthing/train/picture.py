@@ -8,7 +8,7 @@ from pathlib import Path
 Points = Sequence[tuple[float, float]]
 
 
-def draw(
+def plot(
     path: Path,
     left: Mapping[str, Points],
     ylabel: str,
@@ -42,7 +42,7 @@ def draw(
     plt.close(figure)
 
 
-def draw_tradeoff(
+def plot_tradeoff(
     path: Path, latency: Mapping[str, Mapping[str, float]], lost: Mapping[str, tuple[float, float, float]]
 ) -> None:
     """One panel per latency {axis: {label: value}}, against perplexity lost (share, low, high)."""

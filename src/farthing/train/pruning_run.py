@@ -19,7 +19,7 @@ from farthing.train.finetune import Settings, Text, adam, curve, freeze_top, per
 from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM
 from farthing.train.need import needed_share, needs, random_twin, threshold
-from farthing.train.picture import draw
+from farthing.train.picture import plot
 from farthing.train.pruning import PruneConfig, PruneHook, mlp_parameters, model_of
 
 NEED_WINDOWS = 6  # of held-out text on which the need of every slice is measured
@@ -117,7 +117,7 @@ def train_prune(
     }
     replace_json(settings.out / "prune.json", summary)
     steps = [(0.0, 0.0), *((e["tokens"], e["removed"]) for e in hook.events), (trainer.tokens, removed)]
-    draw(
+    plot(
         settings.out / "prune.png", {"held-out": curve(trainer, "perplexity")}, "perplexity",
         {"removed": steps}, "share of MLP parameters removed", {"unpruned": summary["perplexity"]["before"]},
     )  # fmt: skip

@@ -29,7 +29,7 @@ def train_qat(
 
     Returns the summary, or None if interrupted (state is saved).
     """
-    from farthing.train.picture import draw
+    from farthing.train.picture import plot
 
     console = console or Console(stderr=True)
     trainer, text, teacher = build(settings, config, console)
@@ -75,7 +75,7 @@ def train_qat(
         f"{precision} untrained": ptq_perplexity,
         "smoothed": smoothed_perplexity,
     }
-    draw(
+    plot(
         settings.out / "qat.png",
         {"trained": curve(trainer, "perplexity")},
         "held-out perplexity",

@@ -1,7 +1,7 @@
 """`farthing train mite --sparse-attention`: train an indexer for a dense checkpoint in the two stages of
 DeepSeek-V3.2-Exp (section 2.1), shortened.
 
-1. `warm`: the model is frozen and dense; the indexers learn attention's distribution.
+1. `warmup`: the model is frozen and dense; the indexers learn attention's distribution.
 2. `sparse`: attention reads the selected keys; the model learns the text, the indexers the distribution over
    the selected keys.
 
@@ -31,7 +31,7 @@ from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM, Indexer
 from farthing.train.selection import Pick, largest, random_keys, recent
 
-Stage = Literal["warm", "sparse", "dense"]
+Stage = Literal["warmup", "sparse", "dense"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SparseConfig:
     index_topk: int = 128
     index_n_heads: int = 8
     index_head_dim: int = 32
-    warm_tokens: int = 150_000
+    warmup_tokens: int = 150_000
     lr: float = 1e-4  # the model
     index_lr: float = 4e-3
     mtp_weight: float = 0.3
@@ -83,7 +83,7 @@ def indexers(model: nn.Module) -> list[Indexer]:
 
 def stage_loss(stage: Stage, model: DeepSeekLM, tokens: Tensor, config: SparseConfig) -> dict[str, Tensor]:
     """The loss of a stage for tokens [B, T + 1]."""
-    if stage == "warm":
+    if stage == "warmup":
         hidden = model(tokens[:, :-1])
         if model.mtp is not None:
             rows = max(1, round(len(tokens) * config.mtp_share))
@@ -107,15 +107,15 @@ def run_stage(
     learned: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        p.requires_grad_(stage != "warm" or ".indexer." in name)
+        p.requires_grad_(stage != "warmup" or ".indexer." in name)
         (learned if ".indexer." in name else rest).append(p)
     for indexer in indexers(model):
-        indexer.dense = stage == "warm"
+        indexer.dense = stage == "warmup"
     groups = [{"params": learned, "lr": config.index_lr}] if learned else []
-    if stage != "warm":
+    if stage != "warmup":
         groups.append({"params": rest, "lr": config.lr})
     loop = LoopConfig(
-        settings.out / stage, None, config.warm_tokens if stage == "warm" else settings.tokens,
+        settings.out / stage, None, config.warmup_tokens if stage == "warmup" else settings.tokens,
         Schedule(warmup=0.05, decay=0.5), threads=settings.threads, eval_minutes=2.0, save_minutes=1.0,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def train_sparse(
     scores |= {"random keys": score(model, random_keys), "most recent keys": score(model, recent)}
     records = {}
     stages: tuple[tuple[Stage, DeepSeekLM, int], ...] = (
-        ("warm", model, 0), ("sparse", model, 1), ("dense", base, 1),
+        ("warmup", model, 0), ("sparse", model, 1), ("dense", base, 1),
     )  # fmt: skip
     for stage, trained, order in stages:
         text = Text.load(dataclasses.replace(settings, seed=settings.seed + order))

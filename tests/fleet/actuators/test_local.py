@@ -152,7 +152,7 @@ async def test_spare_process_becomes_the_next_replica_and_is_replaced(tmp_path: 
         "import json, os, sys; os.execv(sys.executable, [sys.executable, *json.loads(sys.stdin.readline())])"
     )
 
-    config = LocalConfig(FAKE, tmp_path, warm=(sys.executable, "-c", waits), warm_skips=1)
+    config = LocalConfig(FAKE, tmp_path, standby=(sys.executable, "-c", waits), standby_skips=1)
     replicas = LocalReplicas(config)
     await replicas.start()
     await replicas.scale(1)

@@ -157,8 +157,8 @@ def rows(fp8: bool) -> None:
     logits = torch.empty(4, 129280)
     softmax.softmax(logits)
     uniform = torch.empty(4, dtype=torch.float64)
-    sample.draw(logits, uniform)
-    sample.draw_filtered(logits, uniform, Filters(torch.ones(4).long(), torch.ones(4), torch.ones(4)))
+    sample.sample_tokens(logits, uniform)
+    sample.sample_filtered(logits, uniform, Filters(torch.ones(4).long(), torch.ones(4), torch.ones(4)))
 
 
 def resources(kernel: Any) -> dict[str, Any]:

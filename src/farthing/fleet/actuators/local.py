@@ -48,10 +48,10 @@ class LocalConfig:
     failures: int = 3  # failed launches in a row before launches pause
     retry_s: float = 30.0  # first pause after giving up; doubles up to ten times that
     environment: dict[str, str] = field(default_factory=dict)
-    # A command that waits on stdin for a JSON line with the arguments after `command[:warm_skips]`. One such
-    # process is kept, so that the next replica skips its imports. Empty: none is kept.
-    warm: tuple[str, ...] = ()
-    warm_skips: int = 0
+    # A command that waits on stdin for a JSON line with the arguments after `command[:standby_skips]`. One
+    # such process is kept, so that the next replica skips its imports. Empty: none is kept.
+    standby: tuple[str, ...] = ()
+    standby_skips: int = 0
 
     def __post_init__(self) -> None:
         if not any("{port}" in part for part in self.command):
@@ -67,7 +67,7 @@ class LocalConfig:
 
 @dataclass(frozen=True)
 class Spare:
-    """A warm process that waits for its arguments."""
+    """A pre-imported process that waits for its arguments."""
 
     name: str
     process: asyncio.subprocess.Process
@@ -115,7 +115,7 @@ class LocalReplicas:
         self._http: aiohttp.ClientSession | None = None
         self._closing = False
         self._spare: Spare | None = None
-        self._warming: asyncio.Task[None] | None = None
+        self._starting_spare: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._reconciling = asyncio.Lock()
 
@@ -204,10 +204,10 @@ class LocalReplicas:
         replica.task = asyncio.create_task(self._live(replica))
 
     async def _begin(self, port: int) -> tuple[str, Path, asyncio.subprocess.Process]:
-        """Start a replica: use the warm spare if there is one, else a new process."""
+        """Start a replica: use the spare if there is one, else a new process."""
         spare, self._spare = self._spare, None
         if spare is not None and spare.process.returncode is None and spare.process.stdin is not None:
-            words = self._filled(self.config.command[self.config.warm_skips :], spare.name, port)
+            words = self._filled(self.config.command[self.config.standby_skips :], spare.name, port)
             with contextlib.suppress(OSError):
                 spare.process.stdin.write(json.dumps(words).encode() + b"\n")
                 await spare.process.stdin.drain()
@@ -235,21 +235,21 @@ class LocalReplicas:
 
     def _keep_spare(self) -> None:
         """Ensure that a spare waits. Called when a replica is ready, so as not to slow down its start."""
-        if self.config.warm and not self._closing and self._spare is None and self._warming is None:
-            self._warming = asyncio.create_task(self._warm())
+        if self.config.standby and not self._closing and self._spare is None and self._starting_spare is None:
+            self._starting_spare = asyncio.create_task(self._start_spare())
 
-    async def _warm(self) -> None:
+    async def _start_spare(self) -> None:
         name, log_file = self._new_name()
         try:
-            process = await launch(self.config.warm, log_file, {}, stdin=asyncio.subprocess.PIPE)
+            process = await launch(self.config.standby, log_file, {}, stdin=asyncio.subprocess.PIPE)
             self._spare = Spare(name, process, log_file)
         except OSError as problem:
             log.warning("no spare process: %s", problem)
-        self._warming = None
+        self._starting_spare = None
 
     async def _drop_spare(self) -> None:
-        if self._warming is not None:
-            await self._warming
+        if self._starting_spare is not None:
+            await self._starting_spare
         if self._spare is not None:
             signal_group(self._spare.process, signal.SIGKILL)
             await self._spare.process.wait()

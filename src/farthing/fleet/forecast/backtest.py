@@ -67,8 +67,8 @@ def backtest(
         raise ValueError(
             f"{series.name}: {len(series)} steps are too few to backtest {steps} steps from {plan.begin:.0%}"
         )
-    warm = min(plan.calibrate_steps, begin // 4 // steps)
-    origins = range(begin - warm * steps, len(series) - steps + 1, steps)
+    calibration = min(plan.calibrate_steps, begin // 4 // steps)
+    origins = range(begin - calibration * steps, len(series) - steps + 1, steps)
     rivals: list[Forecaster] = [LastValue(), Seasonal(DAY_S), Seasonal(7 * DAY_S)]
     refit = max(1, round(plan.refit_s / series.step_s))
     # a day's path is one update with many errors, and updates are few: use a larger step

@@ -31,8 +31,8 @@ def replay_file(
         return replay_requests(trace, names, config, progress)
     document, runs, made = replay(trace, names, config, progress)
     if picture is not None:
-        from farthing.fleet.replay.picture import draw
+        from farthing.fleet.replay.picture import plot
 
         progress("picture")
-        draw(made, runs, picture)
+        plot(made, runs, picture)
     return document

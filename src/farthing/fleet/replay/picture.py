@@ -10,7 +10,7 @@ from farthing.fleet.replay.rate import Result
 from farthing.fleet.replay.run import Replay
 
 
-def draw(made: Replay, runs: dict[str, Result], path: Path) -> None:
+def plot(made: Replay, runs: dict[str, Result], path: Path) -> None:
     """Plot the first seed's run to `path`, in the format of its suffix. Raises ModuleNotFoundError without
     matplotlib.
     """

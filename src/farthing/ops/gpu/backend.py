@@ -34,7 +34,7 @@ from farthing.ops.gpu.indexer import index
 from farthing.ops.gpu.matrix import Matrix, pack, pair, rounded, stack_experts, stack_rows
 from farthing.ops.gpu.numeric import INTERPRETED
 from farthing.ops.gpu.route import route, sort_by_expert
-from farthing.ops.gpu.sample import draw, draw_filtered
+from farthing.ops.gpu.sample import sample_filtered, sample_tokens
 from farthing.ops.gpu.softmax import softmax
 from farthing.ops.gpu.sparse import find
 from farthing.ops.indexer import Indexer
@@ -341,8 +341,8 @@ class GpuOps(Ops):
 
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         if filters is None:
-            return draw(_rows(logits), uniform)
-        return draw_filtered(_rows(logits), uniform, filters)
+            return sample_tokens(_rows(logits), uniform)
+        return sample_filtered(_rows(logits), uniform, filters)
 
 
 def _rows(x: Tensor) -> Tensor:

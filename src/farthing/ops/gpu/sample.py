@@ -34,7 +34,7 @@ def _find(e, start, running, target, found, last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _draw(logits, uniform, tokens, stride, V, BLOCK: tl.constexpr):
+def _sample_tokens(logits, uniform, tokens, stride, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     x = logits + row * stride
@@ -66,7 +66,7 @@ def _kept(values, ids, start, K, total, best, top_k, min_p, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _draw_filtered(
+def _sample_filtered(
     values, ids, totals, uniform, top_ks, top_ps, min_ps, tokens, whole, K, V, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -108,19 +108,19 @@ def _draw_filtered(
     tl.store(tokens + row, tl.load(ids + row * K + pick))
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
     """logits [n, V] float32, already divided by the temperature; uniform [n] float64 -> tokens [n] int64."""
     rows, vocabulary = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:
-        _draw[(rows,)](
+        _sample_tokens[(rows,)](
             logits, uniform, tokens, logits.stride(0), vocabulary, BLOCK=_block(vocabulary), num_warps=8
         )
     return tokens
 
 
-def draw_filtered(logits: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
-    """Like `draw`, among the tokens kept by the filters.
+def sample_filtered(logits: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
+    """Like `sample_tokens`, among the tokens kept by the filters.
 
     Rows are truncated to their largest logits; all of V is used if a filter may keep more.
     """
@@ -132,7 +132,7 @@ def draw_filtered(logits: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
     whole = torch.empty(rows, dtype=torch.int8, device=logits.device)
     for width in (filters.candidates(vocabulary), vocabulary):
         values, ids = logits.topk(width, dim=-1)
-        _draw_filtered[(rows,)](
+        _sample_filtered[(rows,)](
             values, ids, total, uniform, filters.top_k, filters.top_p, filters.min_p, tokens, whole, width,
             vocabulary, BLOCK=_block(width), num_warps=8,
         )  # fmt: skip
