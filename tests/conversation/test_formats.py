@@ -159,7 +159,7 @@ def test_no_client_text_is_dropped(form) -> None:  # type: ignore[no-untyped-def
         assert ("TOOL" in prompt) is (choice != "none")
 
 
-def test_v4_orders_results_by_their_calls_and_merges_them_with_the_user() -> None:
+def test_v4_merges_results_with_the_user() -> None:
     calls = tuple(ToolCall(identity, "f", "{}") for identity in ("a", "b"))
     turns = (
         Turn("user", "?"),
@@ -168,7 +168,7 @@ def test_v4_orders_results_by_their_calls_and_merges_them_with_the_user() -> Non
         Turn("tool", "of a", call_id="a"),
         Turn("user", "and?"),
     )
-    prompt = V4.render(Conversation(turns, thinking=False), TOKENS)
+    prompt = V4.render(Conversation(turns, thinking=False).with_results_in_call_order(), TOKENS)
     wanted = (
         "<tool_result>of a</tool_result>\n\n<tool_result>of b</tool_result>\n\nand?<｜Assistant｜></think>"
     )
@@ -369,6 +369,24 @@ def test_results_are_in_the_order_of_their_calls(order: tuple[str, str]) -> None
     turns = (Turn("user", "Where?"), Turn("assistant", calls=calls), *results, Turn("user", "So?"))
     sorted_turns = Conversation(turns).with_results_in_call_order().turns
     assert [turn.text for turn in sorted_turns] == ["Where?", "", "result of a", "result of b", "So?"]
+
+
+def test_results_around_a_text_are_in_the_order_of_their_calls() -> None:
+    calls = (ToolCall("a", "f", "{}"), ToolCall("b", "f", "{}"))
+    results = (Turn("tool", "of b", call_id="b"), Turn("user", "and"), Turn("tool", "of a", call_id="a"))
+    turns = (
+        Conversation((Turn("user"), Turn("assistant", calls=calls), *results))
+        .with_results_in_call_order()
+        .turns
+    )
+    assert [turn.text for turn in turns[2:]] == ["of a", "and", "of b"]
+
+
+def test_results_of_several_turns_are_in_the_order_of_their_calls() -> None:
+    made = [Turn("assistant", calls=(ToolCall(identity, "f", "{}"),)) for identity in "ab"]
+    results = tuple(Turn("tool", call_id=identity) for identity in "ba")
+    turns = Conversation((*made, *results)).with_results_in_call_order().turns
+    assert [turn.call_id for turn in turns[2:]] == ["a", "b"]
 
 
 def test_results_of_unknown_calls_stay_in_place() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any, Literal
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -83,17 +82,22 @@ class Conversation:
         return () if self.choice.mode == "none" else self.tools
 
     def with_results_in_call_order(self) -> Conversation:
-        """The same conversation, each run of tool results in the order of the calls they answer.
+        """The same conversation, with the results between two assistant turns in the order of their calls.
 
-        Most formats print no ids, so the model takes the first result for that of its first call. A run with
-        results of unknown calls stays as it is.
+        Most formats print no ids, so the model takes the first result for that of its first call. Results
+        stay where they are if one of them answers an unknown call.
         """
-        turns: list[Turn] = []
-        order: dict[str | None, int] = {}
-        for is_result, run in groupby(self.turns, lambda turn: turn.role == "tool"):
-            group = list(run)
-            if is_result and all(turn.call_id in order for turn in group):
-                group.sort(key=lambda turn: order[turn.call_id])
-            turns += group
-            order = {call.id: place for place, call in enumerate(group[-1].calls)}
+        turns = list(self.turns)
+        order: dict[str | None, tuple[int, int]] = {}
+        start = 0
+        for position, turn in enumerate((*turns, Turn("assistant"))):
+            if turn.role != "assistant":
+                continue
+            places = [at for at in range(start, position) if turns[at].role == "tool"]
+            if all(turns[at].call_id in order for at in places):
+                ranked = sorted((turns[at] for at in places), key=lambda result: order[result.call_id])
+                for at, result in zip(places, ranked, strict=True):
+                    turns[at] = result
+            order |= {call.id: (position, place) for place, call in enumerate(turn.calls)}
+            start = position
         return replace(self, turns=tuple(turns))

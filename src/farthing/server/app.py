@@ -18,7 +18,7 @@ from farthing.server.access import Access, Viewer
 from farthing.server.api.cache_digest import mount as mount_digest
 from farthing.server.api.messages import count_tokens, messages
 from farthing.server.api.messages_protocol import CountRequest, MessagesError, MessagesRequest
-from farthing.server.api.openai_chat import chat, tool_of, turn_of
+from farthing.server.api.openai_chat import chat, tool_of, turns_of
 from farthing.server.api.openai_completions import complete
 from farthing.server.api.responses import count_tokens as count_input
 from farthing.server.api.responses import respond, stored
@@ -217,7 +217,7 @@ def _add_token_routes(api: FastAPI, service: Service) -> None:
             ids = await service.encode(body.prompt or "", body.add_special_tokens, client)
         else:
             conversation = Conversation(
-                turns=tuple(map(turn_of, body.messages)),
+                turns=turns_of(body.messages),
                 tools=tuple(map(tool_of, body.tools or ())),
                 generate=body.add_generation_prompt,
             )

@@ -1,8 +1,8 @@
 """DeepSeek V4: rules that the checkpoint ships as code and not as a template.
 
-Source: encoding_dsv4.py of the DeepSeek-V4 release. Tool results are part of a user turn, in the order of
-their calls. Reasoning of earlier turns is dropped unless tools are in play. The model's own rules then also
-drop developer turns before the last request; Farthing keeps those, as nothing a client wrote may vanish.
+Source: encoding_dsv4.py of the DeepSeek-V4 release. Tool results are part of a user turn. Reasoning of
+earlier turns is dropped unless tools are in play. The model's own rules then also drop developer turns before
+the last request; Farthing keeps those, as nothing a client wrote may vanish.
 """
 
 from __future__ import annotations
@@ -73,7 +73,6 @@ class _Part:
 
     role: str
     texts: list[str] = field(default_factory=list)
-    results: list[tuple[int, str]] = field(default_factory=list)  # (position among texts, call id)
     reasoning: str = ""
     calls: tuple[ToolCall, ...] = ()
     describes: bool = False  # the tools
@@ -86,7 +85,6 @@ def _parts(conversation: Conversation) -> list[_Part]:
             if not parts or parts[-1].role != "user":
                 parts.append(_Part("user"))
             if turn.role == "tool":
-                parts[-1].results.append((len(parts[-1].texts), turn.call_id or ""))
                 parts[-1].texts.append(f"<tool_result>{turn.text}</tool_result>")
             else:
                 parts[-1].texts.append(turn.text)
@@ -98,22 +96,7 @@ def _parts(conversation: Conversation) -> list[_Part]:
             system = _Part("system", [""])
             parts.insert(0, system)
         system.describes = True
-    _order_results(parts)
     return parts
-
-
-def _order_results(parts: list[_Part]) -> None:
-    """Put each turn's results in the order of the calls they answer."""
-    order: dict[str, int] = {}
-    for part in parts:
-        if part.calls:
-            order = {call.id: position for position, call in enumerate(part.calls)}
-        elif len(part.results) > 1 and order:
-            places = [position for position, _ in part.results]
-            ranked = sorted(part.results, key=lambda result: order.get(result[1], 0))
-            texts = [part.texts[position] for position, _ in ranked]
-            for position, text in zip(places, texts, strict=True):
-                part.texts[position] = text
 
 
 def render(conversation: Conversation, tokens: ControlTokens) -> str:

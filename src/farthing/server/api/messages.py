@@ -26,6 +26,7 @@ from farthing.server.api.messages_protocol import (
     ToolUseBlock,
 )
 from farthing.server.api.messages_tools import CLIENT_TOOLS
+from farthing.server.calls import IssuedCalls
 from farthing.server.errors import ApiError, anthropic_payload
 from farthing.server.events import Ending, EventStream, named, to_json
 from farthing.server.sampling import with_defaults
@@ -83,8 +84,11 @@ async def count_tokens(service: Service, body: CountRequest, client: str) -> Res
 def conversation_of(body: CountRequest) -> Conversation:
     """The conversation in a body. Raises ApiError (400)."""
     turns = [Turn("system", text)] if (text := body.system_text) else []
+    issued = IssuedCalls()
     for position, message in enumerate(body.messages):
-        turns += _turns(message, position)
+        for turn in _turns(message, position, issued):
+            issued.issue(turn)
+            turns.append(turn)
     choice = body.tool_choice
     thinking = body.thinking.type if body.thinking else "adaptive"
     effort = body.output_config.effort if body.output_config else None
@@ -116,7 +120,7 @@ def _choice(body: CountRequest) -> ToolChoice:
     return ToolChoice("required" if choice.type == "any" else "none")
 
 
-def _turns(message: InputMessage, position: int) -> list[Turn]:
+def _turns(message: InputMessage, position: int, issued: IssuedCalls) -> list[Turn]:
     """The turns of a message: a user's tool results are separate turns."""
     if isinstance(message.content, str):
         return [Turn(message.role, message.content)]
@@ -130,8 +134,9 @@ def _turns(message: InputMessage, position: int) -> list[Turn]:
             code="invalid_value",
         )
     turns: list[Turn] = []
-    for block in message.content:
+    for number, block in enumerate(message.content):
         if isinstance(block, ToolResultBlock):
+            issued.answer(block.tool_use_id, f"messages[{position}].content[{number}].tool_use_id")
             turns.append(Turn("tool", block.text, call_id=block.tool_use_id))
         elif not isinstance(block, TextBlock):
             raise _misplaced(block.type, message.role, position)

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, Reasoning, Text, collect
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
+from farthing.server.calls import IssuedCalls
 from farthing.server.errors import ApiError
 from farthing.server.events import ChunkWriter, EventStream, to_json
 from farthing.server.logprobs import chat_logprobs, prompt_logprobs
@@ -81,7 +82,7 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
         if thinking is None and isinstance(options.get(name), bool):
             thinking = options[name]
     return Conversation(
-        turns=tuple(map(turn_of, body.messages)),
+        turns=turns_of(body.messages),
         tools=(*map(tool_of, body.tools or ()), *map(_function, body.functions or ())),
         choice=_choice(body),
         parallel_calls=body.parallel_tool_calls is not False and not body.functions,
@@ -98,8 +99,20 @@ def _budget(body: ChatCompletionRequest) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def turn_of(message: Message) -> Turn:
-    """One message as a turn."""
+def turns_of(messages: list[Message]) -> tuple[Turn, ...]:
+    """The turns of messages. Raises ApiError (400) for results without a call."""
+    issued = IssuedCalls()
+    turns: list[Turn] = []
+    for position, message in enumerate(messages):
+        turn = _turn(message)
+        if message.role == "tool":
+            issued.answer(message.tool_call_id, f"messages[{position}].tool_call_id")
+        issued.issue(turn)
+        turns.append(turn)
+    return tuple(turns)
+
+
+def _turn(message: Message) -> Turn:
     calls = tuple(
         ToolCall(call.id or "", call.function.name, call.function.arguments)
         for call in message.tool_calls or ()

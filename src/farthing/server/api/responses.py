@@ -35,7 +35,7 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
     """Answer a request, streamed or as one document. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
-    body, earlier, conversation = _conversation(service, body, client)
+    body, turns, conversation = _conversation(service, body, client)
     fields = {"temperature": body.temperature, "top_p": body.top_p}
     turn = await begin(
         service,
@@ -51,11 +51,10 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
         ),
         client,
     )
-    continues = (*earlier, *turns_of(body))
 
     def keep(document: dict[str, Any], answer: Answer) -> None:
         if body.store is not False:
-            service.responses.put(client, (*continues, _said(answer)), document)
+            service.responses.put(client, (*turns, _said(answer)), document)
 
     writer = _Writer(turn, body, _envelope(body, model, service.now()), keep)
     if body.stream:
@@ -79,7 +78,7 @@ async def count_tokens(service: Service, body: InputTokensRequest, client: str) 
 def _conversation(
     service: Service, body: ResponsesRequest, client: str
 ) -> tuple[ResponsesRequest, tuple[Turn, ...], Conversation]:
-    """The body without references, the turns of earlier responses, and the whole conversation."""
+    """The body without references, the turns of earlier responses and its own, and the whole conversation."""
     body = resolved(body, lambda identity: service.responses.item(client, identity))
     earlier: tuple[Turn, ...] = ()
     if (identity := body.previous_response_id) is not None:
@@ -88,7 +87,8 @@ def _conversation(
             code = "previous_response_not_found"
             raise ApiError(400, _NOT_STORED.format(identity), param="previous_response_id", code=code)
         earlier = found.turns
-    return body, earlier, conversation_of(body, earlier)
+    turns = (*earlier, *turns_of(body, earlier))
+    return body, turns, conversation_of(body, turns)
 
 
 def stored(service: Service, client: str, identity: str) -> Stored:

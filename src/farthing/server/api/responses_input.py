@@ -19,22 +19,22 @@ from farthing.server.api.responses_protocol import (
     ResponsesRequest,
     text_of,
 )
+from farthing.server.calls import IssuedCalls
 from farthing.server.errors import ApiError
 
 # For the model, a custom tool is a function with one argument.
 _TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
-def conversation_of(body: ResponsesRequest, earlier: tuple[Turn, ...]) -> Conversation:
-    """The conversation a body continues. earlier: the turns up to the end of the previous response, without
-    its instructions."""
+def conversation_of(body: ResponsesRequest, turns: tuple[Turn, ...]) -> Conversation:
+    """The conversation in a body. turns: those of earlier responses, without instructions, and its own."""
     effort = body.reasoning.effort if body.reasoning else None
     said = [body.instructions] if body.instructions else []
     if hosted := body.hosted():
         said.append(f"These tools are not available: {', '.join(hosted)}.")
     instructions = (Turn("system", "\n\n".join(said)),) if said else ()
     return Conversation(
-        turns=(*instructions, *earlier, *turns_of(body)),
+        turns=(*instructions, *turns),
         tools=tuple(map(_tool, body.declared())),
         choice=_choice(body),
         parallel_calls=body.parallel_tool_calls is not False,
@@ -64,14 +64,21 @@ def _choice(body: ResponsesRequest) -> ToolChoice:
     return ToolChoice(choice or "auto")
 
 
-def turns_of(body: ResponsesRequest) -> tuple[Turn, ...]:
-    """The turns of the input. Consecutive reasoning, text and calls are one turn of the assistant."""
+def turns_of(body: ResponsesRequest, earlier: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """The turns of the input. Consecutive reasoning, text and calls are one turn of the assistant.
+
+    Raises ApiError (400) for outputs of calls that are neither in the input before them nor in earlier turns.
+    """
     if isinstance(body.input, str):
         return (Turn("user", body.input),)
+    issued = IssuedCalls(earlier)
     turns: list[Turn] = []
-    for item in body.input:
+    for position, item in enumerate(body.input):
         assert not isinstance(item, Reference)  # replaced by `resolved`
         for turn in (_turn(item),) if isinstance(item, Item) else _foreign(item):
+            if turn.role == "tool":
+                issued.answer(turn.call_id, f"input[{position}].call_id")
+            issued.issue(turn)
             if turn.role == "assistant" and turns and turns[-1].role == "assistant":
                 turns[-1] = _joined(turns[-1], turn)
             else:
