@@ -96,19 +96,19 @@ def abandoned(path: str, document: Any, read: int) -> Once:
 
 def long_head(port: int) -> str:
     """Send 150 MB of one header."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: ")
-        for _ in range(150):
-            connection.sendall(b"y" * 1_000_000)
-        return connection.recv(100).split(b"\r\n")[0].decode()
+    return _endless_head(port, b"x: ", b"y" * 1_000_000, 150)
 
 
 def many_headers(port: int) -> str:
-    """A million headers."""
+    """Send a million headers."""
+    return _endless_head(port, b"", b"x: y\r\n" * 1000, 1000)
+
+
+def _endless_head(port: int, start: bytes, piece: bytes, times: int) -> str:
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
-        for _ in range(1000):
-            connection.sendall(b"x: y\r\n" * 1000)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + start)
+        for _ in range(times):
+            connection.sendall(piece)
         return connection.recv(100).split(b"\r\n")[0].decode()
 
 

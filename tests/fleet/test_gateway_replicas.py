@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -41,18 +41,25 @@ async def raw_replica(reply: Callable[[bytes, asyncio.StreamWriter], Awaitable[N
 
 
 @asynccontextmanager
-async def before(port: int) -> AsyncIterator[tuple[Gateway, aiohttp.ClientSession]]:
-    """A gateway in front of a replica on `port`."""
-    gateway = Gateway(GatewayConfig(health_interval_s=0.05, wait_s=1.0))
-    address = await gateway.start()
-    gateway.set_replicas({"raw": f"http://127.0.0.1:{port}"})
-    while not gateway.balancer.candidates():
+async def in_front_of(
+    urls: dict[str, str], **options: Any
+) -> AsyncIterator[tuple[Gateway, aiohttp.ClientSession]]:
+    """A gateway with all replicas healthy, and a client of it."""
+    gateway = Gateway(GatewayConfig(health_interval_s=0.05, **options))
+    port = await gateway.start()
+    gateway.set_replicas(urls)
+    while len(gateway.balancer.candidates()) < len(urls):
         await asyncio.sleep(0.01)
     try:
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{address}") as session:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
             yield gateway, session
     finally:
         await gateway.stop(0)
+
+
+def before(port: int) -> AbstractAsyncContextManager[tuple[Gateway, aiohttp.ClientSession]]:
+    """A gateway in front of one replica, on `port`."""
+    return in_front_of({"raw": f"http://127.0.0.1:{port}"}, wait_s=1.0)
 
 
 @pytest.mark.anyio
@@ -136,20 +143,6 @@ async def mortal(count: int, *arguments: str) -> AsyncIterator[tuple[dict[str, s
             if process.returncode is None:
                 process.kill()
             await process.wait()
-
-
-@asynccontextmanager
-async def in_front_of(urls: dict[str, str], **options: Any) -> AsyncIterator[tuple[Gateway, Any]]:
-    gateway = Gateway(GatewayConfig(health_interval_s=0.1, **options))
-    port = await gateway.start()
-    gateway.set_replicas(urls)
-    while len(gateway.balancer.candidates()) < len(urls):
-        await asyncio.sleep(0.02)
-    try:
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-            yield gateway, session
-    finally:
-        await gateway.stop(0)
 
 
 @pytest.mark.anyio

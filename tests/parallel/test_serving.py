@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from farthing.config import EngineConfig
 from farthing.engine.build import build_engine
+from farthing.engine.engine import Engine
 from farthing.engine.request import EngineError, SamplingParams
 from farthing.llm import LLM
 from farthing.model import ModelConfig
@@ -129,15 +130,20 @@ def tiny(path: Path) -> Path:
     return path
 
 
+def two_ranks(path: Path, backend: str = "reference") -> Engine:
+    return build_engine(
+        EngineConfig(
+            model=str(tiny(path)), backend=backend, skip_tokenizer_init=True, threads=1, num_blocks=16,
+            tensor_parallel_size=2,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_dead_rank_fails_the_replica_immediately(backend: str, tmp_path: Path) -> None:
     if backend == "cpu":
         pytest.importorskip("farthing._native")
-    config = EngineConfig(
-        model=str(tiny(tmp_path)), backend=backend, skip_tokenizer_init=True, threads=1, num_blocks=16,
-        tensor_parallel_size=2,
-    )  # fmt: skip
-    with build_engine(config) as engine:
+    with two_ranks(tmp_path, backend) as engine:
         stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
         assert len(stream.result().outputs[0].token_ids) == 4
         counted = engine.stats.snapshot().expert_tokens
@@ -160,11 +166,7 @@ def test_dead_rank_fails_the_replica_immediately(backend: str, tmp_path: Path) -
 
 def test_ranks_ignore_the_signal_that_drains_the_server(tmp_path: Path) -> None:
     """A service manager sends SIGTERM to every process at once; requests in flight need their ranks."""
-    config = EngineConfig(
-        model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,
-        tensor_parallel_size=2,
-    )  # fmt: skip
-    with build_engine(config) as engine:
+    with two_ranks(tmp_path) as engine:
         assert isinstance(engine._model, ParallelModel)
         for sent in (signal.SIGTERM, signal.SIGINT):
             os.kill(engine._model._workers.pids[1], sent)
@@ -173,11 +175,7 @@ def test_ranks_ignore_the_signal_that_drains_the_server(tmp_path: Path) -> None:
 
 
 def test_suspended_rank_is_unhealthy_until_it_resumes(tmp_path: Path) -> None:
-    config = EngineConfig(
-        model=str(tiny(tmp_path)), backend="reference", skip_tokenizer_init=True, threads=1, num_blocks=16,
-        tensor_parallel_size=2,
-    )  # fmt: skip
-    with build_engine(config) as engine:
+    with two_ranks(tmp_path) as engine:
         assert isinstance(engine._model, ParallelModel)
         params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
         engine.submit([1, 2, 3], params).result()

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-Draw = Callable[[random.Random], Any]  # -> a transformers model with default initialization
+Build = Callable[[random.Random], Any]  # -> a transformers model with default initialization
 
 
 def shape(rng: random.Random, groups: int = 1) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def longcat_flash(rng: random.Random) -> Any:
     return transformers.LongcatFlashForCausalLM(transformers.LongcatFlashConfig(**s))
 
 
-FAMILIES: dict[str, Draw] = {
+FAMILIES: dict[str, Build] = {
     "deepseek_v3": deepseek_v3,
     "deepseek_v2": deepseek_v2,
     "kimi_k25": kimi_k25,

@@ -16,58 +16,36 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from .families import yarn
+from .families import shape, yarn
 from .paged import chunkings, greedy, run
 
 SEEDS = range(24)
 LENGTH = 21
 
 
-def draw(seed: int) -> tuple[Any, str]:
+def configuration(seed: int) -> tuple[Any, str]:
     """A random tiny configuration; the seeds together cover every variant of the architecture."""
     rng = random.Random(seed)
     v3 = seed % 3 != 2
     groups = rng.choice([1, 2, 4])
-    shape: dict[str, Any] = dict(
+    fields = shape(rng, groups) | dict(
         vocab_size=rng.choice([61, 96]),
-        hidden_size=rng.choice([32, 48]),
-        intermediate_size=rng.choice([40, 64]),
-        num_hidden_layers=rng.choice([2, 3]),
-        num_attention_heads=rng.choice([2, 4]),
-        kv_lora_rank=rng.choice([16, 24]),
         q_lora_rank=rng.choice([None, 20, 32]),
-        qk_nope_head_dim=rng.choice([8, 16]),
-        qk_rope_head_dim=rng.choice([4, 8]),
-        v_head_dim=rng.choice([8, 12]),
-        moe_intermediate_size=rng.choice([16, 24]),
-        n_routed_experts=groups * rng.choice([4, 6]),
-        n_shared_experts=rng.choice([1, 2]),
-        num_experts_per_tok=rng.choice([1, 2, 4]),
         first_k_dense_replace=rng.choice([0, 1, 2]),
-        n_group=groups,
-        topk_group=rng.randint(1, groups),
-        routed_scaling_factor=rng.choice([1.0, 2.5]),
-        max_position_embeddings=128,
-        tie_word_embeddings=bool(seed % 5 == 0),
-        rms_norm_eps=1e-6,
-        bos_token_id=0,
-        eos_token_id=1,
+        norm_topk_prob=v3 and seed % 4 < 2,
+        tie_word_embeddings=seed % 5 == 0,
+        rope_parameters=yarn(rng) if seed % 2 else dict(rope_type="default", rope_theta=10000.0),
     )
-    shape["num_key_value_heads"] = shape["num_attention_heads"]
-    shape["rope_parameters"] = yarn(rng) if seed % 2 else dict(rope_type="default", rope_theta=10000.0)
     if v3:
-        config = transformers.DeepseekV3Config(
-            **shape, norm_topk_prob=bool(seed % 4 < 2), rope_interleave=True
-        )
-        return config, "DeepseekV3ForCausalLM"
+        return transformers.DeepseekV3Config(**fields, rope_interleave=True), "DeepseekV3ForCausalLM"
     method = "greedy" if seed % 2 else "group_limited_greedy"
-    config = transformers.DeepseekV2Config(**shape, topk_method=method, norm_topk_prob=False)
+    config = transformers.DeepseekV2Config(**fields, topk_method=method)
     return config, "DeepseekV2ForCausalLM"
 
 
 def build(seed: int, path: Path) -> tuple[Any, DeepseekModel]:
     """The same random weights as a transformers model and, loaded from its files, as ours."""
-    config, name = draw(seed)
+    config, name = configuration(seed)
     torch.manual_seed(seed)
     theirs = getattr(transformers, name)(config).float().eval()
     for key, value in [*theirs.named_parameters(), *theirs.named_buffers()]:

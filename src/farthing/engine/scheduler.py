@@ -27,13 +27,11 @@ from itertools import chain
 from typing import Generic
 
 from farthing.engine.block_pool import BlockPool, IntegrityError
-from farthing.engine.claims import by_claim, victims
-from farthing.engine.fairness import Fairness
+from farthing.engine.fairness import Fairness, by_claim, victims
 from farthing.engine.interference import Interference
 from farthing.engine.prefetch import BlockStore, Load, Prefetch
 from farthing.engine.prefix_cache import PrefixCache
-from farthing.engine.queues import KEY, Queues, insert, remove
-from farthing.engine.sequence import S, Scheduled, Status
+from farthing.engine.sequence import KEY, Queues, S, Scheduled, Status, insert, remove
 
 # Decoding sequences, whether there are several clients -> maximum number of prompt tokens; None: no bound.
 PromptLimit = Callable[[int, bool], int | None]

@@ -1,10 +1,14 @@
-"""The scheduler's state of one sequence of tokens."""
+"""Sequences of tokens as the scheduler sees them, and queues of them ordered by urgency."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from operator import attrgetter
 from typing import Generic, TypeVar
+
+from farthing.engine.block_pool import IntegrityError
 
 
 class Status(Enum):
@@ -62,6 +66,7 @@ class Sequence:
 
 
 S = TypeVar("S", bound=Sequence)
+KEY = attrgetter("key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +85,31 @@ class Scheduled(Generic[S]):
     def num_tokens(self) -> int:
         """Number of rows in the step."""
         return self.count + len(self.drafts)
+
+
+class Queues(dict[str, list[S]]):
+    """Waiting sequences by client; clients without any are absent."""
+
+    def push(self, seq: S) -> None:
+        """Insert a sequence in order."""
+        insert(self.setdefault(seq.client, []), seq)
+
+    def drop(self, seq: S) -> None:
+        """Remove a sequence."""
+        queue = self.get(seq.client, [])
+        remove(queue, seq)
+        if not queue:
+            del self[seq.client]
+
+
+def insert(sequences: list[S], seq: S) -> None:
+    """Insert a sequence in order."""
+    insort(sequences, seq, key=KEY)
+
+
+def remove(sequences: list[S], seq: S) -> None:
+    """Remove a sequence."""
+    index = bisect_left(sequences, seq.key, key=KEY)
+    if index == len(sequences) or sequences[index] is not seq:
+        raise IntegrityError(f"sequence {seq.id} is missing from the queue of its status")
+    del sequences[index]

@@ -25,13 +25,13 @@ from farthing.server.bodies import HEAVY
 from farthing.server.cache_digest import CacheDigest
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
-from farthing.server.fields import UnknownFields
 from farthing.server.formats import ModelFormats
 from farthing.server.jobs import Job
 from farthing.server.limits import Quotas
 from farthing.server.logprobs import TokenTexts
 from farthing.server.pieces import Turns
 from farthing.server.replay import AnswerMemory
+from farthing.server.schema import UnknownFields
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from farthing.conversation.count import ReasoningCounter
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, collect
 from farthing.conversation.formats import template
 from farthing.conversation.formats.base import ChatFormat, FormatError
 from farthing.conversation.parse.base import CallParser, NoCalls
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
-from farthing.conversation.parse.output import OutputParser, Tags
+from farthing.conversation.parse.output import OutputParser, ReasoningCounter, Tags
 from farthing.conversation.types import Conversation
 from farthing.engine.logprobs import Position
 from farthing.engine.request import (

@@ -43,6 +43,15 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         await asyncio.sleep(0.02)
 
 
+async def one_ready(replicas: LocalReplicas) -> str:
+    """Start one replica and return its URL."""
+    await replicas.start()
+    await replicas.scale(1)
+    assert await replicas.wait_ready(1, 20)
+    (url,) = replicas.ready().values()
+    return url
+
+
 @pytest.mark.anyio
 async def test_scales_up_and_down_and_leaves_no_process(tmp_path: Path) -> None:
     replicas = local(tmp_path)
@@ -63,10 +72,7 @@ async def test_scales_up_and_down_and_leaves_no_process(tmp_path: Path) -> None:
 @pytest.mark.anyio
 async def test_replica_finishes_its_requests_before_it_exits(tmp_path: Path) -> None:
     replicas = local(tmp_path, "--tokens", "20", "--interval", "0.05")
-    await replicas.start()
-    await replicas.scale(1)
-    assert await replicas.wait_ready(1, 20)
-    (url,) = replicas.ready().values()
+    url = await one_ready(replicas)
     async with aiohttp.ClientSession() as session:
         answer = await session.post(url + "/v1/chat/completions", json={"messages": [], "stream": True})
         await answer.content.readline()
@@ -80,10 +86,7 @@ async def test_replica_finishes_its_requests_before_it_exits(tmp_path: Path) -> 
 @pytest.mark.anyio
 async def test_replica_that_does_not_drain_is_killed(tmp_path: Path) -> None:
     replicas = local(tmp_path, "--tokens", "10000", "--interval", "0.05", drain_timeout_s=0.5)
-    await replicas.start()
-    await replicas.scale(1)
-    assert await replicas.wait_ready(1, 20)
-    (url,) = replicas.ready().values()
+    url = await one_ready(replicas)
     async with aiohttp.ClientSession() as session:
         answer = await session.post(url + "/v1/chat/completions", json={"messages": [], "stream": True})
         await answer.content.readline()

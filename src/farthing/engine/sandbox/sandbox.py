@@ -18,6 +18,7 @@ from farthing.engine.sandbox.verdicts import InFlight, Verdicts
 from farthing.engine.sandbox.workers import Job
 from farthing.engine.structured import check_size, constrained_field
 from farthing.engine.tokenizer import Tokenizer
+from farthing.json_size import json_size
 
 T = TypeVar("T")
 
@@ -101,7 +102,7 @@ class Sandbox:
 
         The built-in template is linear in its input; a model's own may do anything.
         """
-        size = _size(conversation)
+        size = json_size(conversation)
         if self._tokenizer.trusted_template and size <= _SHORT:
             return self._local.submit(lambda: self._tokenizer.render_chat(**conversation), client)
         arguments = {"conversation": conversation, "max_characters": max_characters}
@@ -125,7 +126,7 @@ class Sandbox:
             field = constrained_field(constraint)
             what = f"structured_outputs.{field} ({_BRIEF.repr(arguments[field])})"
             limits = _GRAMMAR_SECONDS, _GRAMMAR_MEMORY
-            job = Job("grammar", {"constraint": arguments}, what, *limits, size=_size(arguments))
+            job = Job("grammar", {"constraint": arguments}, what, *limits, size=json_size(arguments))
             future = self._pool.submit(job, client)
             future.add_done_callback(lambda done: self._verdicts.put(key, done))
             return future
@@ -159,22 +160,6 @@ def _digest(arguments: Mapping[str, Any]) -> bytes:
         return sha256(json.dumps(arguments).encode()).digest()
     except TypeError as error:
         raise ValueError(f"structured_outputs cannot be written as JSON: {error}") from error
-
-
-def _size(value: Any) -> int:
-    """Characters of all strings in a document, and one for each value."""
-    size, stack = 0, [value]
-    while stack:
-        item = stack.pop()
-        size += 1
-        if isinstance(item, str):
-            size += len(item)
-        elif isinstance(item, Mapping):
-            size += sum(len(str(key)) for key in item)
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple):
-            stack.extend(item)
-    return size
 
 
 def _close(*parts: Local | Pool) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from farthing.conversation.types import Turn
+from farthing.json_size import json_size
 
 MAX_RESPONSES = 4096
 MAX_CHARACTERS = 64 << 20  # of all texts and documents together, divided evenly among the keys
+_PER_VALUE = 64  # characters that stand for the memory of a value or a turn
 _LEAST_RESPONSES, _LEAST_CHARACTERS = 64, 1 << 20  # of one key, for any number of keys
 
 
@@ -60,7 +62,7 @@ class ResponseStore:
 
     def put(self, client: str, turns: tuple[Turn, ...], document: dict[str, Any]) -> None:
         """Store a response under its id."""
-        size = sum(map(_size, turns)) + _characters(document)
+        size = sum(map(_size, turns)) + json_size(document, _PER_VALUE)
         if size > self._room:
             return
         shelf = self._shelves.setdefault(client, _Shelf())
@@ -88,23 +90,6 @@ class ResponseStore:
         return shelf is not None and shelf.drop(identity)
 
 
-def _characters(document: Any) -> int:
-    """Characters of all strings in a document, plus 64 per value: only the size of the body bounds `metadata`
-    and `tools`."""
-    size, stack = 0, [document]
-    while stack:
-        item = stack.pop()
-        size += 64
-        if isinstance(item, str):
-            size += len(item)
-        elif isinstance(item, dict):
-            size += sum(map(len, item))
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple):
-            stack.extend(item)
-    return size
-
-
 def _size(turn: Turn) -> int:
     calls = sum(len(call.name) + len(call.arguments) for call in turn.calls)
-    return len(turn.text) + len(turn.reasoning) + calls + 64
+    return len(turn.text) + len(turn.reasoning) + calls + _PER_VALUE
