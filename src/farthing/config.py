@@ -42,7 +42,7 @@ class EngineConfig:
     experts: str = _engine("auto", "Experts per token: auto (config.json), all, adaptive:p[,min=2,max=8]")
     seed: int = _engine(0, "Default sampling seed")
     deterministic: bool = _engine(
-        False, "Same tokens for any chunking of long prompts, and with one rank or --tp 2 (CPU)"
+        False, "Same tokens for any chunking of long prompts, and with --tp 2 as with one rank (CPU)"
     )
     chat_template: str | None = _engine(
         None, "Jinja file or name of a packaged chat format; default: the checkpoint's"
@@ -175,21 +175,27 @@ class EngineConfig:
     def _check_deterministic(self) -> None:
         if not self.deterministic:
             return
-        if self.tensor_parallel_size > 2 or self.expert_parallel_size > 1:
+        tp, ep = self.tensor_parallel_size, self.expert_parallel_size
+        if tp > 2 or (tp == 2 and ep > 1):
             raise ValueError(
-                f"deterministic: got True with tp {self.tensor_parallel_size} and ep "
-                f"{self.expert_parallel_size}; expected tp 1 or 2 and ep 1"
+                f"deterministic: got True with tp {tp} and ep {ep}; expected tp 1, or tp 2 with ep 1"
             )
-        if self.experts_on is not None or (self.packed is not None and self.tensor_parallel_size == 1):
+        if self.experts_on is not None:
             raise ValueError(
-                "deterministic: got True; expected experts_on None, and packed None without tp 2: "
-                "a packed file has undivided matrices"
+                f"deterministic: got True with experts_on {self.experts_on!r}; expected experts_on None"
             )
 
     @property
     def halves(self) -> int | None:
-        """Number of halves of a row-parallel product per rank; None unless deterministic."""
-        return 2 // self.tensor_parallel_size if self.deterministic else None
+        """Number of halves of a row-parallel product per rank; None unless deterministic.
+
+        One rank sums two halves as `--tp 2` would. A packed file has undivided matrices, and so have the
+        ranks of `--ep`.
+        """
+        if not self.deterministic:
+            return None
+        undivided = self.packed is not None or self.expert_parallel_size > 1
+        return 1 if undivided else 2 // self.tensor_parallel_size
 
     @property
     def num_ranks(self) -> int:

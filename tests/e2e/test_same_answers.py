@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 pytest.importorskip("farthing._native")
 
 from farthing import LLM, SamplingParams, _native
+from farthing.hub import EMBEDDED, resolve_model
+from farthing.model import load
+from farthing.ops import select
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
@@ -90,6 +94,15 @@ def test_some_answers_of_two_ranks() -> None:
 def test_some_deterministic_answers() -> None:
     expected = alone(ISAS[0], "int4", 6, 12, deterministic=True)
     assert together(ISAS[0], "int4", 6, 12, deterministic=True, **HALVES["tp"]) == expected
+
+
+def test_some_deterministic_answers_of_a_packed_file_and_of_experts_on_two_ranks(tmp_path: Path) -> None:
+    """Undivided matrices: these two agree with each other."""
+    file = str(tmp_path / "mite.packed")
+    ops = select(f"cpu/{ISAS[0]}", threads=1, quantization="int8")
+    load(resolve_model(EMBEDDED), ops).ops.save_packed(file)
+    expected = together(ISAS[0], "int8", 6, 12, deterministic=True, packed=file)
+    assert together(ISAS[0], "int8", 6, 12, deterministic=True, **RANKS["ep"]) == expected
 
 
 @pytest.mark.slow

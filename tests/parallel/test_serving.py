@@ -216,12 +216,12 @@ def test_rank_that_cannot_start_reports_why(tmp_path: Path) -> None:
         (dict(dp_attention=True), "dp_attention: got True; expected enable_prefix_caching False"),
         (dict(disaggregate=True, tensor_parallel_size=2), "disaggregate: got True with 2 ranks"),
         (dict(redundant_experts=4), "redundant_experts: got 4; expected 0 without"),
-        (dict(deterministic=True, tensor_parallel_size=4), "expected tp 1 or 2 and ep 1"),
-        (dict(deterministic=True, expert_parallel_size=2), "expected tp 1 or 2 and ep 1"),
+        (dict(deterministic=True, tensor_parallel_size=4), "expected tp 1, or tp 2 with ep 1"),
         (
-            dict(deterministic=True, packed="a"),
-            "deterministic: got True; expected experts_on None",
+            dict(deterministic=True, tensor_parallel_size=2, expert_parallel_size=2),
+            "expected tp 1, or tp 2 with ep 1",
         ),
+        (dict(deterministic=True, experts_on="cpu"), "with experts_on 'cpu'; expected experts_on None"),
     ],
 )
 def test_errors(options: dict[str, Any], message: str) -> None:
