@@ -173,7 +173,7 @@ def test_experts_on_the_host(tmp_path: Path) -> None:
     hot = plan("--experts-on", "cpu", "--hot-experts", "16")
     rounded = plan("--experts-on", "cpu", "--quantization", "int4")
     assert device["experts"] == 0 and hot["experts"] == 16
-    assert device["weights"] < 21e9 < 600e9 < device["host"]
+    assert device["weights"] < 22e9 < 600e9 < device["host"]
     assert hot["weights"] - device["weights"] == pytest.approx((whole["weights"] - device["weights"]) / 16)
     assert rounded["weights"] == device["weights"] and rounded["host"] < 0.55 * device["host"]
 

@@ -77,6 +77,9 @@ def test_bytes_follow_the_formats() -> None:
     of = stored_by_config(raw)
     assert of("model.layers.5.mlp.experts.7.up_proj.weight") == Stored("int4", 32)
     assert of("model.layers.5.self_attn.o_proj.weight").kind == "bfloat16"
+    fp8 = stored_by_config(published_config("deepseek-v3") or {})
+    assert fp8("model.layers.5.self_attn.kv_a_proj_with_mqa.weight").kind == "fp8"
+    assert fp8("model.layers.5.mlp.gate.weight").kind == "bfloat16"
     assert file_bytes(Stored("int4", 32), (64, 128)) == 64 * 128 // 2 + 64 * 4 * 2
     assert file_bytes(Stored("fp8"), (130, 256)) == 130 * 256 + 4 * 4
     assert file_bytes(Stored("bfloat16"), (7,)) == 14

@@ -16,8 +16,8 @@ from farthing.options import check, option
 
 if TYPE_CHECKING:
     from farthing.model import ModelConfig
-    from farthing.parallel.plan import ShardPlan
-    from farthing.planner.estimate import Ceilings, Shares
+    from farthing.parallel.plan import Layout, ShardPlan
+    from farthing.planner.devices import Ceilings
     from farthing.planner.footprint import Holder, StoredOf
     from farthing.planner.memory import PlannedModel, RankMemory
     from farthing.planner.shard import Serving
@@ -32,6 +32,10 @@ Examples:
   farthing plan ./DeepSeek-V3 --tp 8 --ep 16 --gpu h100
 
   farthing plan deepseek-v3 --gpu h100 --price 2.0
+
+  farthing plan kimi-k2.5 --gpu h200 --price 3.5 --tp 8 --kv-cache-dtype fp8
+
+  farthing plan deepseek-v3 --gpu h800 --price 2.0 --prefill-gpus 32 --decode-gpus 144 --redundant-experts 32
 """
 Backend = Literal["reference", "cpu", "gpu"]
 KvCacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
@@ -39,6 +43,7 @@ KvCacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 _main = partial(option, group="Options")
 _memory = partial(option, group="Memory")
 _load = partial(option, group="Throughput (with --price)")
+USABLE_MEMORY = 0.9  # of a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,44 +55,66 @@ class PlanOptions:
         "A directory, a hub id, `mite`, a config.json, or a published name such as kimi-k2.5",
         argument=True,
     )
-    tp: int = _main(1, "Tensor-parallel ranks (heads, dense MLPs, shared experts)")
-    pp: int = _main(1, "Number of pipeline stages")
-    ep: int = _main(1, "Expert-parallel ranks (routed experts)")
+    tp: int | None = _main(None, "Tensor-parallel ranks (heads, dense MLPs, shared experts); default: 1")
+    pp: int | None = _main(None, "Number of pipeline stages; default: 1")
+    ep: int | None = _main(None, "Expert-parallel ranks (routed experts); default: 1")
+    dp_attention: bool = _main(False, "Data-parallel attention over ep / tp groups of ranks")
     dp: int = _main(1, "Number of replicas of this layout", minimum=1)
     memory: str | None = _main(None, "Memory limit per rank, such as 80GB; fail if exceeded")
     gpu: str | None = _main(None, "GPU whose memory and ceilings to use, such as h100")
     backend: Backend | None = _main(None, "Backend; default: gpu with --gpu, else cpu")
     dtype: Dtype = _main("auto", "Activation dtype")
 
-    quantization: Quantization | None = _memory(None, "Format to round dense weights to (cpu)")
+    quantization: Quantization | None = _memory(None, "Format to round dense weights to (cpu: FP8 ones too)")
     kv_tokens: int | None = _memory(None, "KV cache size in tokens; default: max-model-len", minimum=1)
     kv_cache_dtype: KvCacheDtype = _memory("bfloat16", "KV cache dtype")
     max_model_len: int | None = _memory(None, "Context length; default: the model's", minimum=1)
-    max_num_seqs: int = _memory(64, "Maximum sequences per step", minimum=1)
+    max_num_seqs: int | None = _memory(
+        None, "Maximum sequences per step; default: 64, with --price as many as fit", minimum=1
+    )
     max_num_batched_tokens: int | None = _memory(
-        None, "Token budget per step; default: 512, on a GPU 8192", minimum=1
+        None, f"Token budget per step; default: {CPU_STEP_TOKENS}, on a GPU {GPU_STEP_TOKENS}", minimum=1
     )
     redundant_experts: int = _memory(0, "Redundant expert copies per layer", minimum=0)
     experts_on: ExpertsOn | None = _memory(None, "cpu: keep routed experts in host memory")
     hot_experts: int = _memory(0, "Experts per layer to keep on the GPU with --experts-on cpu", minimum=0)
 
-    price: float | None = _load(None, "Dollars per GPU-hour; enables the estimate", minimum=0)
+    price: float | None = _load(
+        None, "Dollars per GPU-hour; estimates the given layout, or the smallest that fits", minimum=0
+    )
     ceilings: Path | None = _load(None, "TOML file of measured ceilings")
-    prefill_gpus: int = _load(32, "GPUs per prefill group", minimum=1)
-    decode_gpus: int = _load(144, "GPUs per decode group", minimum=1)
+    prefill_gpus: int | None = _load(
+        None, "GPUs per prefill group, for separate groups as published by DeepSeek", minimum=1
+    )
+    decode_gpus: int | None = _load(None, "GPUs per decode group", minimum=1)
     prompt: int = _load(4383, "Tokens per prompt", minimum=1)
     output: int = _load(1210, "Tokens per answer", minimum=1)
-    cache_hit: float = _load(0.563, "Prefix-cache hit rate of prompt tokens", minimum=0, maximum=0.99)
+    cache_hit: float | None = _load(
+        None,
+        "Prefix-cache hit rate of prompt tokens; default: 0.563, with --dp-attention 0",
+        minimum=0,
+        maximum=0.99,
+    )
     user_rate: float = _load(21.0, "Minimum tokens/s per user", minimum=0.1)
 
     def __post_init__(self) -> None:
         check(self)
-        if self.experts_on and max(self.tp, self.ep) * self.pp > 1:
+        layout = self.layout
+        if self.experts_on and layout.world > 1:
             raise ValueError(f"experts-on is {self.experts_on!r}; expected tp, pp and ep at 1 with it")
         if self.hot_experts and self.experts_on is None:
             raise ValueError(f"hot-experts is {self.hot_experts}; expected 0 without --experts-on cpu")
         if self.price is not None and self.gpu is None:
             raise ValueError("price is set without a GPU; expected --gpu NAME")
+        if self.redundant_experts and self.price is None and layout.ep == 1:
+            raise ValueError(f"redundant-experts is {self.redundant_experts}; expected 0 unless --ep > 1")
+
+    @property
+    def layout(self) -> Layout:
+        """The layout given; what is not given is 1."""
+        from farthing.parallel.plan import Layout
+
+        return Layout(self.tp or 1, self.pp or 1, self.ep or 1, self.dp_attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +156,17 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Memory per rank and, with a price, an estimate of throughput and dollars per million tokens."""
-    from farthing.planner.estimate import load_devices
+    from farthing.cli.plan_estimate import print_estimate
+    from farthing.planner.devices import load_devices
 
     try:
         given = PlanOptions(**options)
         devices, shares = load_devices(given.ceilings)
         device = _device(given.gpu, devices)
-        if given.price is not None and device is not None:
-            _print_estimate(given, device, shares, as_json)
-            return
         planned = _plan(given, device)
+        if given.price is not None and device is not None:
+            print_estimate(planned, device, shares, as_json)
+            return
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -154,21 +182,32 @@ def plan(
 
 def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
     from farthing.compress.size import parse_bytes
-    from farthing.parallel.plan import Layout, ShardPlan
-    from farthing.planner.footprint import FLOAT_BYTES, Holder
+    from farthing.parallel.plan import ShardPlan
+    from farthing.planner.footprint import FLOAT_BYTES, Holder, quantization_of
     from farthing.planner.memory import PlannedModel, memory
 
-    limit = int(device.memory * 1e9 * 0.9) if device else None
+    limit = int(device.memory * 1e9 * USABLE_MEMORY) if device else None
     if options.memory:
         limit = parse_bytes("memory", options.memory)
+        if device and limit > device.memory * 1e9:
+            raise ValueError(
+                f"memory is {options.memory!r}; expected at most the {device.memory:g}GB of {device.name}"
+            )
     config, stored_of, raw = _read(options.model)
     backend = options.backend or ("gpu" if options.gpu else "cpu")
     item = 2 if options.dtype == "auto" and backend == "gpu" else FLOAT_BYTES.get(options.dtype, 4)
     holder = Holder(backend, item, options.quantization)
     serving = _serving(options, backend, config)
-    shards = ShardPlan.build(config, Layout(options.tp, options.pp, options.ep))
+    shards = ShardPlan.build(config, options.layout)
     model = PlannedModel.of(shards, stored_of)
-    stored = raw.get("quantization_config", {}).get("quant_method", "dense")
+    rounding = Holder("cpu", quantization=options.quantization) if options.experts_on else holder
+    if options.quantization and not any(rounding.rounds(s) for n, s in model.matrices):
+        kinds = ", ".join(sorted({s.kind for _, s in model.matrices}))
+        raise ValueError(
+            f"quantization is {options.quantization!r} and backend {backend!r}, which does not round {kinds} "
+            "weights; expected no --quantization"
+        )
+    stored = quantization_of(raw).get("quant_method", "dense")
     ranks = memory(model, shards, holder, serving)
     return Planned(options, shards, model, holder, serving, stored, ranks, limit)
 
@@ -176,11 +215,14 @@ def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
 def _serving(options: PlanOptions, backend: str, config: ModelConfig) -> Serving:
     from farthing.planner.shard import Serving
 
-    length = min(options.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+    longest = config.max_position_embeddings
+    if options.max_model_len is not None and options.max_model_len > longest:
+        raise ValueError(f"max-model-len is {options.max_model_len}; expected at most the model's {longest}")
+    length = options.max_model_len or longest
     return Serving(
         cache_tokens=options.kv_tokens or length,
         max_model_len=length,
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=options.max_num_seqs or 64,
         max_num_batched_tokens=options.max_num_batched_tokens
         or (GPU_STEP_TOKENS if backend == "gpu" else CPU_STEP_TOKENS),
         cache_dtype=options.kv_cache_dtype,
@@ -268,6 +310,8 @@ def _print_ranks(planned: Planned) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from farthing.cli.tables import size as _size
+
     ranks, dp, limit, room = planned.ranks, planned.options.dp, planned.limit, planned.room
     title = f"{planned.options.model}: planned memory of {len(ranks)} rank{'s' * (len(ranks) > 1)}" + (
         f", {dp} replicas" if dp > 1 else ""
@@ -283,44 +327,3 @@ def _print_ranks(planned: Planned) -> None:
         Console().print(
             f"limit {_size(limit)} per rank" + (f"; room for {room:,} more cache tokens" if room else "")
         )
-
-
-def _print_estimate(options: PlanOptions, device: Ceilings, shares: Shares, as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from farthing.planner.estimate import Workload, estimate
-
-    config, _, _ = _read(options.model)
-    workload = Workload(options.prompt, options.output, options.cache_hit, 1 / options.user_rate)
-    price = options.price or 0.0
-    e = estimate(config, device, shares, workload, price, options.prefill_gpus, options.decode_gpus)
-    if as_json:
-        print(
-            json.dumps({"kind": "estimate", "device": asdict(device), "shares": asdict(shares)} | asdict(e))
-        )
-        return
-    title = f"{options.model} on {device.name}, ${price:g} per GPU-hour"
-    table = Table("ESTIMATE, not measured", "prefill", "decode", title=title)
-    table.add_row("GPUs per group", str(e.prefill.gpus), str(e.decode.gpus))
-    table.add_row(
-        "tokens/s per GPU", f"{e.prefill.tokens_per_second:,.0f}", f"{e.decode.tokens_per_second:,.0f}"
-    )
-    table.add_row("tokens/s per node of 8", f"{e.prefill.node():,.0f}", f"{e.decode.node():,.0f}")
-    table.add_row("  including cache hits", f"{e.prefill_with_hits * 8:,.0f}", "")
-    table.add_row("bound by", e.prefill.bound, e.decode.bound)
-    table.add_row("dollars per million tokens", f"{e.usd_input:.3f} input", f"{e.usd_output:.3f} output")
-    table.add_row("  including prompts", "", f"{e.usd_request_output:.3f} output")
-    console = Console()
-    console.print(table)
-    console.print("Assumed:")
-    for line in e.assumptions:
-        console.print(f"- {line}", highlight=False)
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.2f} GB"

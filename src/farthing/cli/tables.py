@@ -65,3 +65,12 @@ def print_routing(report: RoutingReport) -> None:
             str(i), f"{min(row):,}", f"{mean:,.0f}", f"{max(row):,}", f"{imbalance:.2f}", str(row.count(0))
         )
     Console().print(table)
+
+
+def size(n: float) -> str:
+    """Bytes in a readable unit."""
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} GB"

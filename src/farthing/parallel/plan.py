@@ -115,6 +115,12 @@ class ShardPlan:
         _check(config, layout)
         return cls(config, layout, _stages(config, layout, nbytes), _shapes(config))
 
+    @classmethod
+    def spread(cls, config: ModelConfig, gpus: int) -> ShardPlan:
+        """Experts over any number of ranks, each with its own attention: for estimates, not for serving."""
+        layers = range(config.num_hidden_layers)
+        return cls(config, Layout(ep=gpus, dp_attention=gpus > 1), (layers,), _shapes(config))
+
     def cut(self, name: str, place: Place) -> Cut | None:
         """The part of a parameter that a rank reads; None if it reads none of it."""
         layer = layer_of(name)

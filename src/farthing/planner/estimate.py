@@ -1,71 +1,71 @@
-"""An ESTIMATE of throughput and price of a large deployment: a roofline of declared or measured ceilings.
+"""ESTIMATE of throughput and price of a deployment: a roofline of declared or measured ceilings.
 
-Prefill and decode run on separate groups of GPUs: data-parallel attention, experts spread over the whole
-group, communication overlapped with computation (two micro-batches), perfectly balanced load. Nothing is
-measured: losses of a real deployment to imbalance, scheduling and varying traffic are not included.
+`serving` estimates what `farthing serve` runs: one layout whose GPUs compute prompts and decode in turn.
+`groups` estimates deployments as DeepSeek and SGLang published them: separate groups of GPUs for prefill and
+decode, data-parallel attention, experts spread over the whole group, communication behind computation.
+Nothing is measured: losses to imbalance, scheduling and varying traffic are not included.
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import ceil
 
 from farthing.model.config import ModelConfig
+from farthing.parallel.micro import MICRO_ROWS
+from farthing.parallel.plan import Layout, ShardPlan
+from farthing.planner.devices import Ceilings, Shares
+from farthing.planner.footprint import Holder
+from farthing.planner.memory import (
+    PlannedModel,
+    RankMemory,
+    cache_bytes_per_token,
+    experts_per_rank,
+    fitting_layouts,
+    shares_by_format,
+    stage_memory,
+)
+from farthing.planner.roofline import BF16, FP8, NODE, RankRoofline, Workload
+from farthing.planner.shard import Serving
 
-FP8, BF16 = 1, 2  # bytes
-USABLE_MEMORY = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class Ceilings:
-    """Ceilings of one GPU; 1 GB = 1e9 bytes."""
-
-    name: str
-    memory: float  # GB
-    bandwidth: float  # GB/s
-    fp8: float  # TFLOP/s
-    bf16: float
-    nvlink: float  # GB/s per direction
-    network: float
-    measured: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """Share of each ceiling that kernels reach."""
-
-    dense: float
-    grouped: float
-    attention: float
-    bandwidth: float
-    network: float
+PREFILL_TOKENS = 16384  # per GPU and step of a prefill group: long steps amortize reading the weights
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """The users' workload."""
+class Target:
+    """A model on GPUs of one kind. serving.cache_tokens: most tokens per rank; 0: as many as fit.
 
-    prompt: int  # prompt tokens
-    output: int
-    cache_hit: float = 0.0  # share of prompt tokens found in the cache
-    step_limit: float = 0.05  # maximum seconds per decode step: 1 / (tokens/s per user)
+    sequences: most sequences that decode together, of a replica or of a decode GPU; None: as many as fit.
+    """
+
+    model: PlannedModel
+    holder: Holder
+    serving: Serving
+    limit: int  # bytes per GPU
+    device: Ceilings
+    shares: Shares
+    sequences: int | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's architecture."""
+        return self.model.config
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Estimate for one GPU of a group of `gpus`."""
+    """Estimate for the GPUs that run a phase together."""
 
     gpus: int
-    tokens_per_gpu: int  # per step
-    layer_compute: float  # seconds of one MoE layer
-    layer_communication: float
+    tokens_per_step: int  # of all these GPUs; decode: sequences
+    step: float  # seconds
+    communication: float  # seconds of it, or hidden behind computation in groups
     tokens_per_second: float  # per GPU
     bound: str
 
-    def node(self, gpus: int = 8) -> float:
+    def node(self, gpus: int = NODE) -> float:
         """Tokens/s per node."""
         return self.tokens_per_second * gpus
 
@@ -74,270 +74,267 @@ class Phase:
 class Estimate:
     """Estimate for a deployment; dollars per million tokens at a price per GPU-hour."""
 
+    layout: Layout | None  # None: separate groups
     prefill: Phase  # computed prompt tokens
     prefill_with_hits: float  # prompt tokens/s per GPU, including cached ones
     decode: Phase
+    memory: RankMemory  # of the fullest GPU; in groups, of a decode GPU
+    limit: int  # bytes per GPU
+    cache_tokens: int  # that fit, per replica or decode GPU
     usd_input: float
     usd_output: float
     usd_request_output: float  # cost of a whole request divided by its output tokens
     assumptions: tuple[str, ...]
 
 
-def load_devices(path: Path | None = None) -> tuple[dict[str, Ceilings], Shares]:
-    """The declared ceilings, overridden by the user's measurements. Raises ValueError naming the field."""
-    raw = tomllib.loads(Path(__file__).with_name("devices.toml").read_text())
-    devices = {name: Ceilings(name, **row) for name, row in raw["device"].items()}
-    shares = dict(raw["share"])
-    if path is not None:
-        own = tomllib.loads(path.read_text())
-        for name, row in own.get("device", {}).items():
-            base = (
-                {f.name: getattr(devices[name], f.name) for f in fields(Ceilings)} if name in devices else {}
-            )
-            devices[name] = _device(name, base | row)
-        shares |= own.get("share", {})
-    if set(shares) != {f.name for f in fields(Shares)} or not all(0 < s <= 1 for s in shares.values()):
-        raise ValueError(f"share is {shares}; expected {[f.name for f in fields(Shares)]}, each in (0, 1]")
-    return devices, Shares(**shares)
+def serving(target: Target, layout: Layout, workload: Workload, price: float) -> Estimate:
+    """One replica of `layout`; price: dollars per GPU-hour. Raises ValueError where nothing fits."""
+    replica = _Replica(target, ShardPlan.build(target.config, layout))
+    prefill = replica.phase(target.serving.max_num_batched_tokens, workload, decode=False)
+    return _estimate(replica, prefill, workload, price)
 
 
-def estimate(
-    config: ModelConfig,
-    device: Ceilings,
-    shares: Shares,
-    workload: Workload,
-    price: float,
-    prefill_gpus: int = 32,
-    decode_gpus: int = 144,
-    redundant: int = 32,
+def smallest(
+    target: Target, workload: Workload, price: float, dispatched: Workload | None, most: int = 64
 ) -> Estimate:
-    """price: dollars per GPU-hour. redundant: redundant expert copies in each group."""
-    prefill = _prefill(_Costs(config, device, shares, prefill_gpus, redundant), workload)
-    decode = _decode(_Costs(config, device, shares, decode_gpus, redundant), workload)
+    """The cheapest of the layouts with the fewest GPUs that fit and reach the user rate.
+
+    dispatched: the workload of layouts with data-parallel attention, which have no prefix cache; None: no
+    such layouts. Raises ValueError if no layout of up to `most` GPUs will do.
+    """
+    one = replace(target.serving, cache_tokens=ceil(workload.context), max_num_seqs=1)
+    refused: ValueError | None = None
+    fitting = fitting_layouts(target.model, target.holder, one, target.limit, most)
+    for _, layouts in groupby(fitting, key=lambda layout: layout.world):
+        found = []
+        for layout, load in _with_dispatch(layouts, workload, dispatched):
+            try:
+                found.append(serving(target, layout, load, price))
+            except ValueError as error:
+                refused = error
+        if found:
+            return min(found, key=lambda e: e.usd_request_output)
+    raise refused or ValueError(
+        f"no layout of up to {most} GPUs of {target.limit / 1e9:.1f} GB fits the weights and a sequence of "
+        f"{workload.context:,.0f} tokens; expected GPUs with more memory, fewer bits or shorter prompts"
+    )
+
+
+def _with_dispatch(
+    layouts: Iterable[Layout], workload: Workload, dispatched: Workload | None
+) -> Iterator[tuple[Layout, Workload]]:
+    """Layouts, and the same ones with data-parallel attention; redundant experts must divide evenly."""
+    for layout in layouts:
+        yield layout, workload
+        if dispatched is not None and layout.ep > layout.tp:
+            yield replace(layout, dp_attention=True), dispatched
+
+
+def groups(target: Target, prefill_gpus: int, decode_gpus: int, workload: Workload, price: float) -> Estimate:
+    """Separate groups for prefill and decode; price: dollars per GPU-hour."""
+    first, second = (_Group(target, ShardPlan.spread(target.config, n)) for n in (prefill_gpus, decode_gpus))
+    if (room := first.room(1)) < workload.prompt:
+        raise ValueError(first.too_small(room, workload.prompt))
+    prefill = first.phase(PREFILL_TOKENS * prefill_gpus, workload, decode=False)
+    return _estimate(second, prefill, workload, price)
+
+
+class _Replica:
+    """One layout as `farthing serve` runs it: communication is not overlapped."""
+
+    caches = 1  # separate ones: every rank of a replica has the blocks of all its sequences
+
+    def __init__(self, target: Target, plan: ShardPlan) -> None:
+        self.target, self.plan, self.layout = target, plan, plan.layout
+        held = experts_per_rank(target.config, plan.layout, target.serving.redundant_experts)
+        self.stages = [
+            RankRoofline(
+                target.model,
+                plan,
+                plan.layout.place(stage * plan.layout.stage_ranks),
+                target.holder,
+                target.device,
+                target.shares,
+                target.serving.cache_dtype,
+                held,
+            )
+            for stage in range(plan.layout.pp)
+        ]
+
+    def room(self, sequences: int) -> int:
+        """Cache tokens that fit on the fullest rank, at most those requested; 0 or less: none."""
+        t = self.target
+        empty = replace(t.serving, cache_tokens=0, max_num_seqs=sequences)
+        fitting = min(
+            (t.limit - r.total)
+            // cache_bytes_per_token(self.plan, self.layout.place(r.rank), t.serving.cache_dtype)
+            for r in self._ranks(empty)
+        )
+        fitting -= fitting % t.serving.block_size
+        return min(fitting, t.serving.cache_tokens) if t.serving.cache_tokens else fitting
+
+    def filled(self, cache_tokens: int, sequences: int) -> RankMemory:
+        """The fullest rank with that cache."""
+        full = replace(self.target.serving, cache_tokens=cache_tokens, max_num_seqs=sequences)
+        return max(self._ranks(full), key=lambda r: r.total)
+
+    def _ranks(self, serving: Serving) -> list[RankMemory]:
+        return stage_memory(self.target.model, self.plan, self.target.holder, serving)
+
+    def decode(self, workload: Workload) -> Phase:
+        """The most sequences that memory, the requested limit and the step limit allow."""
+        most, least = 1, self.target.sequences
+        for _ in range(2):  # tables grow with the number of sequences
+            room = self.room(most)
+            most = int(room // workload.context)
+            most = most if least is None else min(most, least)
+            if most < 1:
+                raise ValueError(self.too_small(room, workload.context))
+
+        def phase(each: int) -> Phase:
+            return self.phase(each * self.caches, workload, decode=True)
+
+        low, high = 1, most
+        while low < high:  # the largest batch within the limit
+            middle = (low + high + 1) // 2
+            within = phase(middle).step <= workload.step_limit
+            low, high = (middle, high) if within else (low, middle - 1)
+        found = phase(low)
+        if found.step > workload.step_limit:
+            raise ValueError(
+                f"user_rate: got {1 / workload.step_limit:g}; expected at most {1 / found.step:.1f}: a "
+                f"decode step of one sequence takes {found.step * 1000:.1f} ms on {self.layout.world} x "
+                f"{self.target.device.name}"
+            )
+        return found
+
+    def too_small(self, room: int, context: float) -> str:
+        """The message for a deployment without room for one sequence."""
+        return (
+            f"{self.layout.world} x {self.target.device.name} need {self.filled(0, 1).total / 1e9:.1f} GB "
+            f"each before any cache and {self.target.limit / 1e9:.1f} GB are usable, which leaves "
+            f"{max(room, 0):,} cache tokens for sequences of {context:,.0f}; expected more GPUs, more memory "
+            "or shorter prompts"
+        )
+
+    def phase(self, tokens: int, workload: Workload, decode: bool) -> Phase:
+        """A step of `tokens` of all GPUs together."""
+        layout, hidden = self.layout, self.target.config.hidden_size
+        batches = 1 if layout.dp_attention else max(1, min(layout.pp, tokens // MICRO_ROWS))
+        rows = tokens / batches
+        own = max(rows / layout.copies, 1) if layout.dp_attention else rows
+        compute = [
+            sum(stage.layer(i, own, rows, workload, decode) for i in stage.layers) for stage in self.stages
+        ]
+        sent = [sum(self._sent(stage, i, own, rows) for i in stage.layers) for stage in self.stages]
+        turns = [a + b for a, b in zip(compute, sent, strict=True)]
+        first, hops = self.stages[0], layout.pp + batches - 2
+        over = rows * hidden * BF16 / first.link(layout.world) * hops if layout.pp > 1 else 0.0
+        logits = tokens if decode else 1
+        step = sum(turns) + (batches - 1) * max(turns) + over + first.products(first.head, logits)
+        moved = sum(sent) + over
+        return _phase(layout.world, tokens, step, moved, moved > sum(compute))
+
+    def _sent(self, stage: RankRoofline, layer: int, own: float, rows: float) -> float:
+        """Seconds of a layer's collectives: sums over tp ranks, and over all ranks that share the experts."""
+        layout, c = self.layout, self.target.config
+        over = stage.summed(own, layout.tp)  # after attention
+        if not c.is_moe(layer):
+            return 2 * over
+        over *= 1 + c.shortcut_experts  # of the dense MLP
+        if not layout.dp_attention:
+            return over + stage.summed(rows, layout.stage_ranks)
+        missed = float((1 - 1 / layout.ep) ** c.routed_per_token)
+        reached = (layout.ep - 1) * (1 - missed)  # ranks with an expert
+        moved = own / layout.tp * reached * c.hidden_size * 2 * BF16  # dispatch and combine
+        return over + stage.summed(own, layout.tp) + moved / stage.link(layout.ep)
+
+
+class _Group(_Replica):
+    """Experts spread over all GPUs, each with its own sequences; two micro-batches hide communication."""
+
+    def __init__(self, target: Target, plan: ShardPlan) -> None:
+        super().__init__(target, plan)
+        self.caches = plan.layout.world
+
+    def phase(self, tokens: int, workload: Workload, decode: bool) -> Phase:
+        """The longer of a layer's computation and its exchange counts."""
+        gpus, stage, c = self.layout.world, self.stages[0], self.target.config
+        own = tokens / gpus
+        copies = c.routed_per_token * (gpus - 1) / gpus if decode else self._prompt_copies()
+        exchange = own * copies * c.hidden_size * (FP8 + BF16) / stage.link(gpus)
+        layers = {i: stage.layer(i, own, tokens, workload, decode) for i in stage.layers}
+        with_experts = sum(seconds for i, seconds in layers.items() if c.is_moe(i))
+        moved = exchange * c.moe_layers
+        step = sum(max(s, exchange * c.is_moe(i)) for i, s in layers.items())
+        step += stage.products(stage.head, own if decode else 1)
+        return _phase(gpus, tokens, step, moved, moved > with_experts)
+
+    def _prompt_copies(self) -> float:
+        """Group-limited routing: a token goes to at most topk_group nodes, once to each."""
+        c, gpus = self.target.config, self.layout.world
+        nodes = max(1, gpus // NODE)
+        if nodes == 1:
+            return min(c.routed_per_token, gpus) * (gpus - 1) / gpus
+        return min(c.topk_group if c.n_group > 1 else c.routed_per_token, nodes) * (nodes - 1) / nodes
+
+
+def _phase(gpus: int, tokens: int, step: float, moved: float, bound: bool) -> Phase:
+    kind = "communication" if bound else "computation and memory"
+    return Phase(gpus, tokens, step, moved, tokens / step / gpus, kind)
+
+
+def _estimate(replica: _Replica, prefill: Phase, workload: Workload, price: float) -> Estimate:
+    decode = replica.decode(workload)
     with_hits = prefill.tokens_per_second / (1 - workload.cache_hit)
     usd_input = price / 3600 / with_hits * 1e6
     usd_output = price / 3600 / decode.tokens_per_second * 1e6
+    sequences = decode.tokens_per_step // replica.caches
+    room = replica.room(sequences)
     return Estimate(
+        None if isinstance(replica, _Group) else replica.layout,
         prefill,
         with_hits,
         decode,
+        replica.filled(room, sequences),
+        replica.target.limit,
+        room,
         usd_input,
         usd_output,
         usd_output + usd_input * workload.prompt / workload.output,
-        _assumptions(config, device, shares, workload, prefill, decode, redundant),
+        _assumptions(replica, workload),
     )
 
 
-class _Costs:
-    """Seconds per part of one layer on one GPU."""
-
-    def __init__(
-        self, config: ModelConfig, device: Ceilings, shares: Shares, gpus: int, redundant: int
-    ) -> None:
-        if not config.n_routed_experts:
-            raise ValueError("the model has no routed experts; expected a mixture of experts to estimate")
-        self.config, self.device, self.gpus = config, device, gpus
-        self.experts = max(1, -(-(config.n_routed_experts + redundant) // gpus))
-        self.bytes_per_second = device.bandwidth * 1e9 * shares.bandwidth
-        self.dense = device.fp8 * 1e12 * shares.dense
-        self.grouped = device.fp8 * 1e12 * shares.grouped
-        self.attention_flops = device.bf16 * 1e12 * shares.attention
-        # One network card per GPU for traffic between nodes, NVLink within a node.
-        self.exchange = (device.network if gpus > 8 else device.nvlink) * 1e9 * shares.network
-
-    @property
-    def index_share(self) -> float:
-        """Share of the hidden layers that have an indexer."""
-        layers = self.config.num_hidden_layers
-        return sum(map(self.config.has_indexer, range(layers))) / layers
-
-    @property
-    def projection(self) -> float:
-        """Number of attention weights per layer, with the mean layer's indexer."""
-        c, h = self.config, self.config.num_attention_heads
-        q = c.q_lora_rank or 0
-        query = c.hidden_size * q + q * h * c.qk_head_dim if q else c.hidden_size * h * c.qk_head_dim
-        kv = c.hidden_size * c.cache_width + c.kv_lora_rank * h * (c.qk_nope_head_dim + c.v_head_dim)
-        index = q * c.index_n_heads * c.index_head_dim + c.hidden_size * (c.index_head_dim + c.index_n_heads)
-        return query + kv + h * c.v_head_dim * c.hidden_size + self.index_share * index
-
-    @property
-    def cache_bytes(self) -> float:
-        """Bytes of a cached token in all layers, with its index keys."""
-        c = self.config
-        return (c.cache_width + self.index_share * c.index_head_dim) * BF16 * c.num_hidden_layers
-
-    @property
-    def expert(self) -> int:
-        """Number of weights of one expert."""
-        return 3 * self.config.hidden_size * self.config.moe_intermediate_size
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes per GPU: all attention and shared experts and its experts in FP8; embedding, head in bf16."""
-        c = self.config
-        dense = 3 * c.hidden_size * c.intermediate_size * c.dense_mlps
-        experts = c.moe_layers * self.expert * (self.experts + c.n_shared_experts)
-        return (
-            c.num_hidden_layers * self.projection + dense + experts + 2 * BF16 * c.vocab_size * c.hidden_size
-        )
-
-    def gemm(self, weights: float, tokens: float, flops: float) -> float:
-        """Seconds of a product: the slower of reading its weights once and its arithmetic."""
-        return max(weights * FP8 / self.bytes_per_second, 2 * weights * tokens / flops)
-
-    def feed_forward(self, tokens: float) -> float:
-        """Seconds of the shared expert and this GPU's even share of the group's routed tokens."""
-        c = self.config
-        rows = tokens * c.routed_per_token / self.experts  # rows per local expert
-        shared = self.gemm(self.expert * c.n_shared_experts, tokens, self.dense)
-        return shared + self.experts * self.gemm(self.expert, rows, self.grouped)
-
-    def exchanged(self, tokens: float, copies: float) -> float:
-        """Seconds to dispatch (FP8) and combine (bf16) each token's `copies`."""
-        return tokens * copies * self.config.hidden_size * (FP8 + BF16) / self.exchange
-
-    def decode_attention(self, tokens: float, context: float) -> float:
-        """Absorbed MLA on a bf16 cache: the slower of reading it and the arithmetic of all heads.
-
-        Sparse attention reads the selected keys, and all index keys where there are more than it selects.
-        """
-        c = self.config
-        attended, scanned = context, 0.0
-        if c.index_topk is not None and context > c.index_topk:
-            attended, scanned = c.index_topk, context * self.index_share
-        read = tokens * (attended * c.cache_width + scanned * c.index_head_dim) * BF16 / self.bytes_per_second
-        flops = tokens * (attended * self._absorbed + scanned * self._scored)
-        return max(read, flops / self.attention_flops)
-
-    def prefill_attention(self, tokens: float, past: float, new: float) -> float:
-        """Expanded heads, causal: each of `new` prompt tokens attends to `past` and half of the new ones.
-
-        Sparse attention also scores the index keys of every token behind the first `index_topk`, then either
-        masks expanded heads or reads the selected keys in absorbed form, whichever is faster.
-        """
-        c = self.config
-        dense = 2 * (past + new / 2) * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
-        if c.index_topk is None or past + new <= c.index_topk:
-            return tokens * dense / self.attention_flops
-        first = max(c.index_topk - past, 0)  # new tokens that select nothing
-        attended = (first * (past + first / 2) + (new - first) * c.index_topk) / new
-        scanned = (new - first) * (past + (first + new) / 2) / new * self.index_share
-        return (
-            tokens * (min(dense, attended * self._absorbed) + scanned * self._scored) / self.attention_flops
-        )
-
-    @property
-    def _absorbed(self) -> int:
-        """Operations per query and key on the latent, all heads."""
-        c = self.config
-        return 2 * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-
-    @property
-    def _scored(self) -> int:
-        """Operations per query and index key."""
-        return 2 * self.config.index_n_heads * self.config.index_head_dim
-
-
-def _prefill(costs: _Costs, workload: Workload) -> Phase:
-    """Long steps of 16,384 tokens per GPU, which amortize reading the weights."""
-    c, tokens = costs.config, 16384
-    past = workload.prompt * workload.cache_hit
-    compute = (
-        costs.gemm(costs.projection, tokens, costs.dense)
-        + costs.prefill_attention(tokens, past, workload.prompt - past)
-        + costs.feed_forward(tokens)
-    )
-    nodes = max(1, costs.gpus // 8)
-    # Group-limited routing: a token goes to at most topk_group nodes, once to each.
-    copies = (
-        min(c.topk_group if c.n_group > 1 else c.routed_per_token, nodes)
-        if nodes > 1
-        else (min(c.routed_per_token, costs.gpus) * (costs.gpus - 1) / costs.gpus)
-    )
-    remote = copies * (nodes - 1) / nodes if nodes > 1 else copies
-    return _phase(costs, tokens, compute, costs.exchanged(tokens, remote))
-
-
-def _decode(costs: _Costs, workload: Workload) -> Phase:
-    """The most sequences per GPU that memory and the step limit allow."""
-    c = costs.config
-    context = workload.prompt + workload.output / 2
-    free = costs.device.memory * 1e9 * USABLE_MEMORY - costs.weight_bytes
-    most = int(free // (context * costs.cache_bytes))
-    if most < 1:
-        raise ValueError(
-            f"{costs.gpus} GPUs {costs.device.name} store {costs.weight_bytes / 1e9:.0f} GB of weights each "
-            f"and no sequence of {context:.0f} tokens; expected more GPUs or more memory"
-        )
-
-    def phase(tokens: int) -> Phase:
-        compute = (
-            costs.gemm(costs.projection, tokens, costs.dense)
-            + costs.decode_attention(tokens, context)
-            + costs.feed_forward(tokens)
-        )
-        remote = c.routed_per_token * (costs.gpus - 1) / costs.gpus
-        return _phase(costs, tokens, compute, costs.exchanged(tokens, remote))
-
-    low, high = 1, most
-    while low < high:  # the largest batch within the limit
-        middle = (low + high + 1) // 2
-        p = phase(middle)
-        low, high = (
-            (middle, high) if middle / p.tokens_per_second <= workload.step_limit else (low, middle - 1)
-        )
-    return phase(low)
-
-
-def _phase(costs: _Costs, tokens: int, compute: float, communication: float) -> Phase:
-    """Communication overlaps with the other micro-batch's computation; the longer one counts."""
-    c = costs.config
-    attention = compute - costs.feed_forward(tokens)
-    dense_mlp = costs.gemm(3 * c.hidden_size * c.intermediate_size, tokens, costs.dense)
-    head = 2 * c.vocab_size * c.hidden_size * BF16 / costs.bytes_per_second
-    without_experts = (c.num_hidden_layers - c.moe_layers) * attention + c.dense_mlps * dense_mlp
-    step = c.moe_layers * max(compute, communication) + without_experts + head
-    bound = "communication" if communication > compute else "computation and memory"
-    return Phase(costs.gpus, tokens, compute, communication, tokens / step, bound)
-
-
-def _assumptions(
-    c: ModelConfig,
-    device: Ceilings,
-    shares: Shares,
-    w: Workload,
-    prefill: Phase,
-    decode: Phase,
-    redundant: int,
-) -> tuple[str, ...]:
+def _assumptions(replica: _Replica, w: Workload) -> tuple[str, ...]:
+    t, c = replica.target, replica.target.config
+    device, shares, separate = t.device, t.shares, isinstance(replica, _Group)
     sparse = c.index_topk and (
         f"sparse attention: a token attends to at most {c.index_topk:,} keys; in longer contexts, all index "
-        "keys (bf16) are scored"
+        f"keys ({t.serving.cache_dtype}) are scored"
     )
     kind = "measured" if device.measured else "declared"
+    formats = ", ".join(f"{k} {share:.1%}" for k, share in shares_by_format(t.model, t.holder).items())
+    how = (
+        "attention data-parallel; dispatch FP8, combine bf16; communication and computation overlap fully"
+        if separate
+        else "prompts and decoding take turns on the same GPUs, and each pays for its time; the rate per "
+        "user is that of decode steps alone; communication is not overlapped"
+    )
     return (
         f"{kind} ceilings of {device.name}: {device.memory:g} GB, {device.bandwidth:g} GB/s, "
         f"FP8 {device.fp8:g} and bf16 {device.bf16:g} TFLOP/s, NVLink {device.nvlink:g} and network "
         f"{device.network:g} GB/s",
-        f"kernels reach {shares.dense:.0%} (dense) and {shares.grouped:.0%} (grouped) of FP8, "
+        f"kernels reach {shares.dense:.0%} (dense) and {shares.grouped:.0%} (grouped) of FP8 and bf16, "
         f"{shares.attention:.0%} of bf16 in attention, {shares.bandwidth:.0%} of memory bandwidth, "
         f"{shares.network:.0%} of the network",
+        f"parameters: {formats}; FP8 ones are multiplied in FP8, others in bf16",
+        f"cache: {t.serving.cache_dtype}",
         f"prompts of {w.prompt:,} tokens, {w.cache_hit:.1%} of them cached; {w.output:,} output tokens",
-        f"a decode step takes at most {w.step_limit * 1000:.0f} ms, {1 / w.step_limit:.0f} tokens/s per user",
-        f"prefill on groups of {prefill.gpus} GPUs, {prefill.tokens_per_gpu:,} tokens per GPU and step; "
-        f"decode on groups of {decode.gpus}, {decode.tokens_per_gpu:,} sequences per GPU; {redundant} "
-        "redundant experts in each",
-        "attention data-parallel; weights FP8, cache, attention and combine bf16, dispatch FP8",
+        f"a decode step takes at most {w.step_limit * 1000:.0f} ms, {1 / w.step_limit:g} tokens/s per user",
+        f"{t.serving.redundant_experts} redundant experts per layer" + " and group" * separate,
+        how,
         *([sparse] if sparse else []),
         "no speculation",
-        "communication and computation overlap fully; experts and GPUs evenly loaded; no idle GPU",
+        "experts and GPUs evenly loaded; no idle GPU",
     )
-
-
-def _device(name: str, row: Mapping[str, Any]) -> Ceilings:
-    known = {f.name for f in fields(Ceilings)}
-    missing = known - set(row) - {"name", "measured"}
-    if missing or set(row) - known:
-        raise ValueError(f"device.{name} has {sorted(row)}; expected {sorted(known - {'name', 'measured'})}")
-    return Ceilings(**{**row, "name": name, "measured": True})

@@ -36,12 +36,18 @@ class Stored:
 StoredOf = Callable[[str], Stored]
 
 
+def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """quantization_config, at the top level or of the text part; empty if the weights are not quantized."""
+    text = raw.get("text_config") or {}
+    return raw.get("quantization_config") or text.get("quantization_config") or {}
+
+
 def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
     """Formats declared by config.json: quantized linear modules, everything else in torch_dtype."""
-    dtype = raw.get("torch_dtype") or raw.get("dtype")
-    plain = Stored("float32" if dtype == "float32" else "bfloat16")
     text = raw.get("text_config") or {}
-    quantization = raw.get("quantization_config") or text.get("quantization_config") or {}
+    dtype = next((d for c in (raw, text) for d in (c.get("torch_dtype"), c.get("dtype")) if d), None)
+    plain = Stored("float32" if dtype == "float32" else "bfloat16")
+    quantization = quantization_of(raw)
     left_out = [p.removeprefix("re:") for p in quantization.get("ignore") or () if p.startswith("re:")]
     linear = plain
     if quantization.get("quant_method") == "fp8":
@@ -56,7 +62,8 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
     def of(name: str) -> Stored:
         if any(re.match(pattern, name) for pattern in left_out):
             return plain
-        return linear if "_proj." in name and not name.endswith("eh_proj.weight") else plain
+        matrix = "_proj." in name or "_proj_with_mqa." in name
+        return linear if matrix and not name.endswith("eh_proj.weight") else plain
 
     return of
 
@@ -126,13 +133,14 @@ class Holder:
         if self.backend == "reference":
             return self.item * n * k
         if self.backend == "gpu":
-            return matrix_bytes(n, k, stored)
+            held = self.rounded(stored, k, mlp)
+            return self.item * n * k if held.is_float else matrix_bytes(n, k, held)
         return packed_bytes(n, k, self.rounded(stored, k, mlp))
 
     def heads(self, n: int, nope: int, value: int, latent: int, stored: Stored) -> int:
-        """kv_b_proj of n heads, which the CPU backend packs per head, in int8 if weights are rounded."""
+        """kv_b_proj of n heads: on the CPU packed per head, in int8 if weights are rounded; else floats."""
         if self.backend != "cpu":
-            return self.matrix(n * (nope + value), latent, stored)
+            return self.item * n * (nope + value) * latent
         as_held = Stored("int8") if self.quantization or not stored.is_float else stored
         return n * (packed_bytes(latent, nope, as_held) + packed_bytes(value, latent, as_held))
 
@@ -140,9 +148,15 @@ class Holder:
         """The router's matrix, which is never rounded."""
         return packed_bytes(n, k, stored) if self.backend == "cpu" else 4 * n * k
 
+    def rounds(self, stored: Stored) -> bool:
+        """Whether `quantization` changes weights of this format."""
+        return self.quantization is not None and (
+            stored.is_float or (stored.kind == "fp8" and self.backend == "cpu")
+        )
+
     def rounded(self, stored: Stored, k: int, mlp: bool) -> Stored:
-        """The format that `farthing.ops.cpu.packing` produces from dense and FP8 weights."""
-        if self.quantization is None or not (stored.is_float or stored.kind == "fp8"):
+        """The format after rounding while loading: of dense weights, and of FP8 ones on the CPU."""
+        if not self.rounds(stored):
             return stored
         if loaded_as(self.quantization, mlp) == "int8":
             return Stored("int8")

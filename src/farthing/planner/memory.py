@@ -60,6 +60,16 @@ class PlannedModel:
         return cls(plan.config, stored_of, tuple((n, s, stored_of(n)) for n, s, _ in kept))
 
     @property
+    def matrices(self) -> list[tuple[str, Stored]]:
+        """The layers' matrices that backends may round."""
+        apart = (".gate.weight", ".eh_proj.weight", ".embed_tokens.weight", ".head.weight")
+        return [
+            (n, s)
+            for n, shape, s in self.parameters
+            if len(shape) == 2 and layer_of(n) is not None and not n.endswith(apart)
+        ]
+
+    @property
     def projections(self) -> Stored:
         """Storage format of the layers' matrices."""
         return next(stored for name, _, stored in self.parameters if name.endswith("o_proj.weight"))
@@ -70,16 +80,44 @@ def memory(model: PlannedModel, plan: ShardPlan, holder: Holder, serving: Servin
     return [_rank(model, plan, plan.layout.place(r), holder, serving) for r in range(plan.layout.world)]
 
 
+def stage_memory(model: PlannedModel, plan: ShardPlan, holder: Holder, serving: Serving) -> list[RankMemory]:
+    """Memory of the first rank of every stage: the largest, because it has the shared expert."""
+    places = [plan.layout.place(stage * plan.layout.stage_ranks) for stage in range(plan.layout.pp)]
+    return [_rank(model, plan, place, holder, serving) for place in places]
+
+
 def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> int:
     """Cache bytes per token in this rank's layers: latents, plus index keys if attention is sparse."""
-    c, item, scale = plan.config, CACHE_ITEM[cache_dtype], CACHE_SCALES.get(cache_dtype, 0)
+    c, (latent, index) = plan.config, cache_row_bytes(plan.config, cache_dtype)
     rows = sum(
         c.has_indexer(i)
         for i in range(c.num_hidden_layers + c.num_nextn_predict_layers)
         if plan.holds_layer(i, place)
     )
-    latents = _cache_layers(plan, place) * (c.cache_width * item + scale)
-    return latents + rows * (c.index_head_dim * item + scale // 2)
+    return _cache_layers(plan, place) * latent + rows * index
+
+
+def cache_row_bytes(config: ModelConfig, cache_dtype: str) -> tuple[int, int]:
+    """Bytes per token and layer: of the latent and of the index key, scales included."""
+    item, scale = CACHE_ITEM[cache_dtype], CACHE_SCALES.get(cache_dtype, 0)
+    return config.cache_width * item + scale, config.index_head_dim * item + scale // 2
+
+
+def experts_per_rank(config: ModelConfig, layout: Layout, redundant: int) -> int:
+    """Routed experts per layer on a rank, redundant copies included."""
+    return -(-((config.n_routed_experts or 0) + redundant) // layout.ep)
+
+
+def shares_by_format(model: PlannedModel, holder: Holder) -> dict[str, float]:
+    """Share of the parameters in each format that the backend holds, largest first."""
+    counts: dict[str, int] = {}
+    multiplicity = {name: n for name, _, n in representatives(model.config)}
+    for name, shape, stored in model.parameters:
+        matrix = len(shape) == 2 and name != EMBEDDING
+        kind = holder.rounded(stored, shape[1], ".mlp." in name).kind if matrix else stored.kind
+        counts[kind] = counts.get(kind, 0) + prod(shape) * multiplicity[name]
+    total = sum(counts.values())
+    return {kind: n / total for kind, n in sorted(counts.items(), key=lambda item: -item[1])}
 
 
 def fitting_layouts(
@@ -98,15 +136,14 @@ def fitting_layouts(
         for ep in (sizes if model.config.n_routed_experts else [1])
         for pp in sizes
         if tp <= 8 and (ep == 1 or ep % tp == 0) and max(tp, ep) * pp <= most
+        if not serving.redundant_experts or (ep > 1 and serving.redundant_experts % ep == 0)
     ]
     for layout in sorted(layouts, key=lambda x: (x.world, x.pp, -x.tp)):
         try:
             plan = ShardPlan.build(model.config, layout)
         except PlanError:
             continue
-        # The first rank of a stage is the largest because it has the shared expert.
-        ranks = [layout.place(stage * layout.stage_ranks) for stage in range(layout.pp)]
-        if max(_rank(model, plan, place, holder, serving).total for place in ranks) <= limit:
+        if max(r.total for r in stage_memory(model, plan, holder, serving)) <= limit:
             yield layout
 
 
@@ -127,7 +164,7 @@ def most_hot_experts(model: PlannedModel, holder: Holder, serving: Serving, limi
 def _rank(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, serving: Serving) -> RankMemory:
     config, layout = plan.config, plan.layout
     stage = plan.stages[place.stage]
-    held = (config.n_routed_experts or 0) // layout.ep + serving.redundant_experts // layout.ep
+    held = experts_per_rank(config, layout, serving.redundant_experts)
     host = 0
     if serving.experts_on_host:
         rounding = Holder("cpu", 4, holder.quantization)
@@ -164,13 +201,13 @@ def _weights(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder,
         cut = plan.cut(name, place)
         if cut is None:
             continue
-        local = _local(shape, cut)
+        local = local_shape(shape, cut)
         if name == EMBEDDING:
             total += prod(local) * _item(stored)  # embeddings are read in their stored format
             if plan.config.tie_word_embeddings:
                 total += holder.matrix(local[0], local[1], stored)
         else:
-            total += _held(name, local, stored, plan, holder)
+            total += held_bytes(name, local, stored, plan, holder)
     if holder.backend == "cpu" and plan.layout.world == 1 and plan.config.num_nextn_predict_layers:
         # A single rank uses a separate int8 head for drafts.
         c = plan.config
@@ -192,14 +229,15 @@ def _experts(
         return 0
     if plan.layout.ep == 1:
         cut = plan.cut(name, place)
-        n, k = _local(shape, cut or Cut(None))
+        n, k = local_shape(shape, cut or Cut(None))
     else:
         n, k = shape
     absent = holder.backend == "cpu" and plan.layout.ep > 1  # one block of zeros replaces the others
     return holder.matrix(n, k, stored, mlp=True) * (experts + absent)
 
 
-def _held(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
+def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
+    """Bytes of this rank's part of a parameter, as the backend holds it."""
     if len(local) == 1:
         return 4 * local[0]
     if name.endswith(".gate.weight"):
@@ -216,7 +254,8 @@ def _cache_layers(plan: ShardPlan, place: Place) -> int:
     return len(plan.stages[place.stage]) + (plan.config.num_nextn_predict_layers if last else 0)
 
 
-def _local(shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
+def local_shape(shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
+    """The shape of this rank's part."""
     return tuple(cut.stop - cut.start if dim == cut.dim else size for dim, size in enumerate(shape))
 
 

@@ -1,0 +1,213 @@
+"""Seconds of the parts of a step on one rank: the slower of memory traffic and arithmetic.
+
+Weights, cache and layout are those of the memory plan: each matrix as this rank stores it. FP8 weights are
+multiplied at the FP8 ceiling, all others at bf16's, because INT8 and INT4 are unpacked in registers.
+
+Legend: tokens T of a step; E experts on this rank; k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+from farthing.parallel.plan import Place, ShardPlan, layer_of
+from farthing.planner.devices import Ceilings, Shares
+from farthing.planner.footprint import Holder, Stored
+from farthing.planner.memory import PlannedModel, cache_row_bytes, held_bytes, local_shape
+
+NODE = 8  # GPUs connected by NVLink
+FP8, BF16 = 1, 2  # bytes
+Part = Literal["attention", "dense", "shared", "expert"]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The users' workload."""
+
+    prompt: int  # prompt tokens
+    output: int
+    cache_hit: float = 0.0  # share of prompt tokens found in the cache
+    step_limit: float = 0.05  # maximum seconds per decode step: 1 / (tokens/s per user)
+
+    @property
+    def context(self) -> float:
+        """Mean tokens of a sequence while it decodes."""
+        return self.prompt + self.output / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Matrices that one kernel reads and multiplies."""
+
+    weights: int
+    nbytes: int
+    fp8: bool
+
+
+class RankRoofline:
+    """One rank of a pipeline stage. experts: routed experts per layer on the rank."""
+
+    def __init__(
+        self,
+        model: PlannedModel,
+        plan: ShardPlan,
+        place: Place,
+        holder: Holder,
+        device: Ceilings,
+        shares: Shares,
+        cache_dtype: str,
+        experts: int,
+    ) -> None:
+        self.config, self.layout, self.device, self.shares = plan.config, plan.layout, device, shares
+        self.layers, self.experts, self.cache_dtype = plan.stages[place.stage], experts, cache_dtype
+        self._model, self._plan, self._place, self._holder = model, plan, place, holder
+
+    @cached_property
+    def parts(self) -> dict[int, dict[Part, tuple[Product, ...]]]:
+        """The matrices of every hidden layer of this rank; "expert" is one expert."""
+        found: dict[int, dict[Part, list[Product]]] = {i: {} for i in self.layers}
+        for name, shape, stored in self._model.parameters:
+            layer = layer_of(name)
+            if layer is not None and layer in found and len(shape) == 2:
+                part, product = self._product(name, shape, stored)
+                if product is not None:
+                    found[layer].setdefault(part, []).append(product)
+        return {i: {p: _merged(many) for p, many in of.items()} for i, of in found.items()}
+
+    @cached_property
+    def head(self) -> tuple[Product, ...]:
+        """This rank's slice of the head."""
+        names = ("lm_head.weight", "model.embed_tokens.weight")  # tied: the embedding
+        name, shape, stored = next(p for n in names for p in self._model.parameters if p[0] == n)
+        return tuple(p for p in [self._product(name, shape, stored)[1]] if p is not None)
+
+    def _product(self, name: str, shape: tuple[int, ...], stored: Stored) -> tuple[Part, Product | None]:
+        part: Part = (
+            "expert"
+            if ".experts." in name
+            else "attention"
+            if ".self_attn." in name
+            else "shared"
+            if ".shared_experts." in name or name.endswith(".gate.weight")
+            else "dense"
+        )
+        whole = part == "expert" and self.layout.ep > 1  # experts are undivided
+        cut = None if whole else self._plan.cut(name, self._place)
+        if cut is None and not whole:
+            return part, None
+        local = shape if cut is None else local_shape(shape, cut)
+        held = self._holder.rounded(stored, local[1], mlp=".mlp." in name)
+        expanded = name.endswith(("kv_b_proj.weight", ".gate.weight"))  # these are not multiplied in FP8
+        size = held_bytes(name, local, stored, self._plan, self._holder)
+        return part, Product(prod(local), size, held.kind == "fp8" and not expanded)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of the device's memory."""
+        return self.device.bandwidth * 1e9 * self.shares.bandwidth
+
+    @property
+    def attention_flops(self) -> float:
+        """Operations per second in attention."""
+        return self.device.bf16 * 1e12 * self.shares.attention
+
+    def products(self, found: Iterable[Product], tokens: float, share: float | None = None) -> float:
+        """Seconds of matrices with `tokens` rows; share: of the ceiling that the kernel reaches."""
+        flops = self.shares.dense if share is None else share
+        return sum(
+            max(
+                p.nbytes / self.bandwidth,
+                2 * p.weights * tokens / ((self.device.fp8 if p.fp8 else self.device.bf16) * 1e12 * flops),
+            )
+            for p in found
+        )
+
+    def layer(self, layer: int, tokens: float, routed: float, workload: Workload, decode: bool) -> float:
+        """Seconds of computation. tokens: of this rank; routed: of all ranks that share the experts."""
+        past = workload.prompt * workload.cache_hit
+        attention = (
+            self.decode_attention(layer, tokens, workload.context)
+            if decode
+            else self.prefill_attention(layer, tokens, past, workload.prompt - past)
+        )
+        projections = self.products(self.parts[layer].get("attention", ()), tokens)
+        return projections + attention + self.feed_forward(layer, tokens, routed)
+
+    def feed_forward(self, layer: int, tokens: float, routed: float) -> float:
+        """Seconds of a layer's MLPs; only experts that a token selects are read."""
+        parts, c = self.parts[layer], self.config
+        seconds = self.products((*parts.get("dense", ()), *parts.get("shared", ())), tokens)
+        if "expert" not in parts:
+            return seconds
+        chance = c.routed_per_token / (self.experts * self.layout.ep)  # that a token selects a copy
+        read = self.experts * (1 - float((1 - chance) ** routed))
+        rows = routed * c.routed_per_token / self.layout.ep  # on this rank
+        return seconds + read * self.products(parts["expert"], rows / read, self.shares.grouped)
+
+    def decode_attention(self, layer: int, tokens: float, context: float) -> float:
+        """Absorbed MLA: the slower of reading the cache and the arithmetic of this rank's heads.
+
+        Sparse attention reads the selected keys, and all index keys where there are more than it selects.
+        """
+        c = self.config
+        attended, scanned = context, 0.0
+        if c.index_topk is not None and context > c.index_topk:
+            attended, scanned = c.index_topk, context * c.has_indexer(layer)
+        latent, index = cache_row_bytes(c, self.cache_dtype)
+        read = tokens * (attended * latent + scanned * index) / self.bandwidth
+        flops = tokens * (attended * self._absorbed + scanned * self._scored)
+        return max(read, flops / self.attention_flops)
+
+    def prefill_attention(self, layer: int, tokens: float, past: float, new: float) -> float:
+        """Expanded heads, causal: each of `new` prompt tokens attends to `past` and half of the new ones.
+
+        Sparse attention also scores the index keys of every token behind the first `index_topk`, then either
+        masks expanded heads or reads the selected keys in absorbed form, whichever is faster.
+        """
+        c = self.config
+        dense = 2 * (past + new / 2) * self._heads * (c.qk_head_dim + c.v_head_dim)
+        if c.index_topk is None or past + new <= c.index_topk:
+            return tokens * dense / self.attention_flops
+        first = max(c.index_topk - past, 0)  # new tokens that select nothing
+        attended = (first * (past + first / 2) + (new - first) * c.index_topk) / new
+        scanned = (new - first) * (past + (first + new) / 2) / new * c.has_indexer(layer)
+        work = min(dense, attended * self._absorbed) + scanned * self._scored
+        return tokens * work / self.attention_flops
+
+    @property
+    def _heads(self) -> int:
+        return self.config.num_attention_heads // self.layout.tp
+
+    @property
+    def _absorbed(self) -> int:
+        """Operations per query and key on the latent, all heads of this rank."""
+        return 2 * self._heads * (2 * self.config.kv_lora_rank + self.config.qk_rope_head_dim)
+
+    @property
+    def _scored(self) -> int:
+        """Operations per query and index key; every rank computes all index heads."""
+        return 2 * self.config.index_n_heads * self.config.index_head_dim
+
+    def link(self, ranks: int) -> float:
+        """Bytes per second between GPUs of a group: one network card per GPU, NVLink within a node."""
+        gigabytes = self.device.network if ranks > NODE else self.device.nvlink
+        return gigabytes * 1e9 * self.shares.network
+
+    def summed(self, tokens: float, ranks: int) -> float:
+        """Seconds of a ring all-reduce of bf16 hidden states."""
+        moved = 2 * (ranks - 1) / ranks * tokens * self.config.hidden_size * BF16
+        return moved / self.link(ranks)
+
+
+def _merged(found: list[Product]) -> tuple[Product, ...]:
+    """One product per ceiling."""
+    kinds = (True, False)
+    return tuple(
+        Product(sum(p.weights for p in found if p.fp8 is k), sum(p.nbytes for p in found if p.fp8 is k), k)
+        for k in kinds
+        if any(p.fp8 is k for p in found)
+    )
