@@ -21,12 +21,12 @@ from farthing.conversation.formats.dsml import write_calls
 from farthing.conversation.formats.glm45 import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.marks import MARK
-from farthing.conversation.parse.base import CallParser, NoCalls
+from farthing.conversation.parse.base import THINK, CallParser, NoCalls
 from farthing.conversation.parse.delimited import DEEPSEEK, KIMI, DelimitedCalls
 from farthing.conversation.parse.dsml import DsmlCalls
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.glm import GlmCalls
-from farthing.conversation.parse.output import THINK, OutputParser
+from farthing.conversation.parse.output import OutputParser
 from farthing.conversation.types import Tool, ToolCall
 
 Calls = list[tuple[str, dict[str, Any]]]
@@ -222,9 +222,7 @@ def test_no_markup_reaches_the_text(make: Callable[[], CallParser], text: str) -
     parser = make()
     shown = answer(parser, list(text)).text
     own = {
-        DelimitedCalls: DEEPSEEK.all
-        if parser.openers == frozenset((DEEPSEEK.calls_begin, DEEPSEEK.call_begin))
-        else KIMI.all,
+        DelimitedCalls: DEEPSEEK.all if make is PARSERS[0] else KIMI.all,
         DsmlCalls: ("<｜DSML｜", "</｜DSML｜"),
         GlmCalls: ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     }[type(parser)]

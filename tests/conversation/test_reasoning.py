@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from farthing.conversation.parse.output import THINK, ReasoningSplitter
+from farthing.conversation.deltas import collect
+from farthing.conversation.parse.base import THINK
+from farthing.conversation.parse.reasoning import ReasoningSplitter
 from farthing.conversation.scan import Literals
 
 PIECES = st.sampled_from(["<think>", "</think>", "<", "</", "think>", " ", "\n", "a", "bc", "<think", "é"])
 TEXTS = st.lists(PIECES, max_size=12).map("".join)
 
 
-def streamed(chunks: list[str], prompt_opens: bool) -> tuple[str, str]:
-    parser = ReasoningSplitter(THINK, prompt_opens)
-    parts = [part for chunk in chunks for part in parser.push(chunk)] + parser.finish()
-    assert all(text for _, text in parts)
-    kinds = [kind for kind, _ in parts]
-    assert kinds == sorted(kinds, reverse=True)  # reasoning first, then content
-    return (
-        "".join(text for kind, text in parts if kind == "reasoning"),
-        "".join(text for kind, text in parts if kind == "content"),
-    )
+def streamed(chunks: list[str], prompt_opens: bool, exact: bool = False) -> tuple[str, str]:
+    parser = ReasoningSplitter(THINK, prompt_opens, exact)
+    found = collect([delta for chunk in chunks for delta in parser.push(chunk)] + parser.finish())
+    return found.reasoning, found.text
 
 
 CASES = [
@@ -43,6 +40,23 @@ CASES = [
     ("<thinking> is not the tag", False, "", "<thinking> is not the tag"),
     ("", True, "", ""),
     ("  <", False, "", "  <"),
+    # closed twice, or never opened
+    ("why</think>\n</think>\n\nbecause", True, "why", "because"),
+    ("</think>\nbecause", False, "", "because"),
+    # opened again before any answer
+    ("a</think>\n<think>\nb</think>because", True, "a\nb", "because"),
+    ("</think><think>why</think>because", False, "why", "because"),
+    # amid the answer it cannot be told from a quotation
+    ("a</think>because of <think>b</think>.", True, "a", "because of <think>b</think>."),
+    ("because</think>", False, "", "because</think>"),
+]
+# Where each tag is a special token.
+EXACT = [
+    ("why</think>because</think> it is", True, "why", "becauseit is"),
+    ("because</think>", False, "", "because"),
+    ("a</think>First <think>b</think>then", True, "ab", "First then"),
+    ("a<think>b</think>c", True, "ab", "c"),
+    ("a</think>b </thin", True, "a", "b </thin"),
 ]
 
 
@@ -54,21 +68,28 @@ def test_cases_whole_and_split_in_two(text: str, opens: bool, reasoning: str, co
     assert streamed(list(text), opens) == (reasoning, content)
 
 
-@given(TEXTS, st.booleans(), st.lists(st.integers(0, 40), max_size=6))
-@example("<think>x\n", False, [])
-def test_result_does_not_depend_on_chunking(text: str, opens: bool, cuts: list[int]) -> None:
+@pytest.mark.parametrize(("text", "opens", "reasoning", "content"), EXACT)
+def test_tags_that_are_special_tokens(text: str, opens: bool, reasoning: str, content: str) -> None:
+    for cut in range(len(text) + 1):
+        assert streamed([text[:cut], text[cut:]], opens, exact=True) == (reasoning, content)
+    assert streamed(list(text), opens, exact=True) == (reasoning, content)
+
+
+@given(TEXTS, st.booleans(), st.booleans(), st.lists(st.integers(0, 40), max_size=6))
+@example("<think>x\n", False, False, [])
+def test_result_does_not_depend_on_chunking(text: str, opens: bool, exact: bool, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     chunks = [text[a:b] for a, b in itertools.pairwise(edges)]
-    assert streamed(chunks, opens) == streamed([text], opens)
+    assert streamed(chunks, opens, exact) == streamed([text], opens, exact)
 
 
-@given(TEXTS, st.booleans())
-def test_only_tags_and_space_are_removed(text: str, opens: bool) -> None:
-    kept = [c for c in "".join(streamed([text], opens)) if not c.isspace()]
-    sent = [c for c in text if not c.isspace()]
-    assert len(sent) - len(kept) in (0, len("<think>"), len("</think>"), len("<think></think>"))
-    rest = iter(sent)
-    assert all(c in rest for c in kept)  # in order
+@given(TEXTS, st.booleans(), st.booleans())
+def test_only_tags_and_space_are_removed(text: str, opens: bool, exact: bool) -> None:
+    removed = Counter(c for c in text if not c.isspace())
+    for part in streamed([text], opens, exact):
+        removed.subtract(c for c in part if not c.isspace())
+    assert min(removed.values(), default=0) >= 0
+    assert {c for c, count in removed.items() if count} <= set("</think>")
 
 
 @given(st.text("<x/think>"), st.lists(st.sampled_from(["</think>", "<think>", "<"]), min_size=1))

@@ -13,9 +13,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.conversation.deltas import Answer
-from farthing.conversation.parse.base import CallParser
+from farthing.conversation.parse.base import THINK, CallParser
 from farthing.conversation.parse.delimited import DEEPSEEK, KIMI
-from farthing.conversation.parse.output import THINK, OutputParser
+from farthing.conversation.parse.output import OutputParser
 from farthing.engine.detokenizer import Detokenizer
 from farthing.engine.tokenizer import Tokenizer
 from tests.conversation.test_parse import CALLS, CUTS, FORMATS, IDS, Calls, answer, plain

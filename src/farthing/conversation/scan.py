@@ -15,7 +15,7 @@ def beginning(text: str, literal: str) -> int:
     return at if at >= 0 else len(text)
 
 
-_CERTAIN = 6  # characters of a tag that no text ends with by chance, as in "<tool_"
+_CERTAIN = 6  # characters of a tag that no text ends with by chance, as in "<tool_"; or a full-width bar
 
 
 class Literals:
@@ -43,7 +43,8 @@ class Literals:
 
     def unless_cut(self, text: str) -> str:
         """The end of an output; empty if it is the beginning of a literal."""
-        return "" if len(text) >= _CERTAIN and self._may_grow(text) else text
+        certain = len(text) >= _CERTAIN or "｜" in text
+        return "" if certain and self._may_grow(text) else text
 
     def ready(self, text: str) -> int:
         """The number of leading characters that cannot become part of a literal."""

@@ -15,8 +15,8 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.glm45 import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.formats.template import variables
+from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.delimited import DEEPSEEK
-from farthing.conversation.parse.output import THINK
 from farthing.conversation.strict import JsonCalls
 
 FORMATS = {each.name: each for each in (V3, R1, V31, V32, V4, KIMI_K2, GLM45)}

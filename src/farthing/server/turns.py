@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, collect
 from farthing.conversation.formats import template
 from farthing.conversation.formats.base import ChatFormat, FormatError
-from farthing.conversation.parse.base import CallParser, NoCalls
+from farthing.conversation.parse.base import CallParser, NoCalls, Tags
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
-from farthing.conversation.parse.output import OutputParser, ReasoningCounter, Tags
+from farthing.conversation.parse.output import OutputParser
+from farthing.conversation.parse.reasoning import ReasoningCounter
 from farthing.conversation.types import Conversation
 from farthing.engine.logprobs import Position
 from farthing.engine.request import (
@@ -136,9 +137,8 @@ class Turn:
         if choice is None:
             choice = self._choices[completion.index] = _Choice(self._reading)
         parser, counter, before = choice.parser, choice.counter, choice.counter.tokens
-        inside = parser.reasoning
+        counter.push(completion.token_ids, parser.reasoning, parser.calling)
         deltas = parser.push(completion.text)
-        counter.push(completion.token_ids, inside, parser.reasoning)
         if completion.finish_reason is not None:
             deltas += parser.finish()
         choice.tokens += completion.token_ids

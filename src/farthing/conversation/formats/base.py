@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from farthing.conversation.parse.base import CallParser, NoCalls
-from farthing.conversation.parse.output import Tags
+from farthing.conversation.parse.base import CallParser, NoCalls, Tags
 from farthing.conversation.strict import Syntax
 from farthing.conversation.types import Conversation, Tool
 

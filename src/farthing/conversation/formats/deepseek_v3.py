@@ -10,9 +10,9 @@ import json
 from dataclasses import replace
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
+from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
-from farthing.conversation.parse.output import THINK
 from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, Turn
 

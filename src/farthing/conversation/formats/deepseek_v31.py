@@ -16,9 +16,9 @@ from farthing.conversation.formats.deepseek_v3 import (
     after_reasoning,
     system_text,
 )
+from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
-from farthing.conversation.parse.output import THINK
 from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, Turn
 

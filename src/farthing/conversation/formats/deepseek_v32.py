@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
 from farthing.conversation.formats.dsml import last_request, syntax, to_json, write_calls
+from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.dsml import MARK, DsmlCalls
-from farthing.conversation.parse.output import THINK
 from farthing.conversation.types import Conversation, Tool, Turn
 
 SECTION = "function_calls"

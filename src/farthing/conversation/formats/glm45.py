@@ -6,8 +6,8 @@ import json
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens
 from farthing.conversation.formats.dsml import arguments_of, last_request
+from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.glm import CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END, GlmCalls
-from farthing.conversation.parse.output import THINK
 from farthing.conversation.strict import Section, TaggedCalls
 from farthing.conversation.types import Conversation, Tool, Turn
 

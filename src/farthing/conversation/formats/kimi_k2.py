@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens
+from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.delimited import KIMI as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
-from farthing.conversation.parse.output import THINK
 from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
 

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, Text, new_call_id
+from farthing.conversation.scan import literals
 
 # A longer tag or function name is not markup; without a limit it could hold back the stream forever.
 MAX_HEAD = 512
 
 
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """The tags around the reasoning."""
+
+    open: str = "<think>"
+    close: str = "</think>"
+
+
+THINK = Tags()
+
+
 class CallParser(Protocol):
-    """Parses calls from the text that follows the reasoning."""
+    """Parses calls, and passes on the text around them."""
 
     calls: int  # begun so far
-    openers: frozenset[str]  # strings that begin a call and thereby end an open reasoning
+    anywhere: bool  # calls may begin inside the reasoning; otherwise the parser reads only the answer
+
+    @property
+    def inside(self) -> bool:
+        """Whether the next text belongs to a call, as far as is known."""
 
     def push(self, text: str) -> list[Delta]:
         """Parse one more piece and return the deltas that are certain."""
@@ -25,29 +42,48 @@ class CallParser(Protocol):
 
 
 class NoCalls:
-    """A parser that finds no calls."""
+    """A parser that finds no calls. It removes `marks`, special tokens that have no meaning as text."""
 
     calls = 0
-    openers: frozenset[str] = frozenset()
+    anywhere = True
+    inside = False
+
+    def __init__(self, marks: frozenset[str] = frozenset()) -> None:
+        self._marks = literals(marks) if marks else None
+        self._buffer = ""
 
     def push(self, text: str) -> list[Delta]:
-        """The text itself."""
+        """The text without marks, as far as it is certain."""
+        if self._marks is not None:
+            text = self._buffer + text
+            while found := self._marks.find(text):
+                text = text[: found[0]] + text[found[1] :]
+            size = self._marks.ready(text)
+            text, self._buffer = text[:size], text[size:]
         return [Text(text)] if text else []
 
     def finish(self) -> list[Delta]:
-        """Nothing is ever held back."""
-        return []
+        """The rest, which could have become a mark."""
+        rest, self._buffer = self._buffer, ""
+        return [Text(rest)] if rest else []
 
 
 class Machine:
     """States that consume from a buffer. A state returns whether it made progress, and if not waits for more
     text; it must leave at most a bounded number of characters behind."""
 
+    anywhere = True
+
     def __init__(self) -> None:
         self.calls = 0
         self._buffer = ""
         self._out: list[Delta] = []
         self._state: Callable[[], bool]
+
+    @property
+    def inside(self) -> bool:
+        """Whether the next text belongs to a call, as far as is known."""
+        return False
 
     def push(self, text: str) -> list[Delta]:
         """Parse one more piece and return the deltas that are certain."""

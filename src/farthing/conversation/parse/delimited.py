@@ -12,11 +12,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from farthing.conversation.deltas import Delta
-from farthing.conversation.parse.base import MAX_HEAD, Machine
+from farthing.conversation.deltas import Delta, new_call_id
+from farthing.conversation.parse.base import MAX_HEAD, THINK, Machine
 from farthing.conversation.scan import JsonObject, Trailing, literals
 
 _FENCE = re.compile(r"`{1,3}[a-z]{0,12}")
+_AFTER = " \t\r\n`}]"  # what may follow a call's arguments: a fence, or brackets too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,31 +56,44 @@ class DelimitedCalls(Machine):
     """Parses the calls described above.
 
     native_ids: the head is the call's id, as in Kimi's format. tokens: the marks known to be special tokens,
-    which end a call even within a string; the others may be part of the string.
+    which end a call even within a string; the others may be part of the string. The tag that closes the
+    reasoning ends a call as well, but not within a string.
     """
 
     def __init__(self, marks: Marks, native_ids: bool = False, tokens: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self._tokens = tokens
-        self.openers = frozenset((marks.calls_begin, marks.call_begin))
+        self._tokens = tokens - {THINK.close}
         self._marks, self._native_ids = marks, native_ids
-        self._literals = literals(marks.all)
+        self._own = literals(marks.all)
+        self._literals = literals(marks.all | {THINK.close})
         self._state = self._outside
         self._trailing = Trailing()
+        self._ids: set[str] = set()
         self._pieces: list[str] = []  # arguments that are no JSON object, until the call ends
         self._object: JsonObject | None = None
         self._sent = False  # any of this call's arguments
         self._fenced = False  # this call's arguments are in a code block
 
+    @property
+    def inside(self) -> bool:
+        """Whether the next text belongs to a call, as far as is known."""
+        return self._state not in (self._outside, self._between)
+
     def finish(self) -> list[Delta]:
         """Flush what was held back. A call truncated by the token limit keeps the arguments it has."""
         rest, self._buffer = self._buffer, ""
-        if self._state == self._outside:
-            self._text(self._trailing.take() + self._literals.unless_cut(rest))
+        if self._state != self._json or self._object is None or not self._object.quoted:
+            rest = self._own.unless_cut(rest)
+        if self._state in (self._outside, self._between):
+            self._text(self._trailing.take() + rest)
+        elif self._state == self._head:
+            self._headless(rest.strip())
         elif self._state == self._raw:
             self._arguments("".join((*self._pieces, rest)).strip())
         elif self._state == self._json:
             self._arguments(rest)
+        elif self._state == self._closed:
+            self._after(rest)
         return self._taken()
 
     # States. Each ends at a mark, whose meaning depends only on the state.
@@ -102,14 +116,16 @@ class DelimitedCalls(Machine):
             self._state = self._outside  # too long for a head: the rest is text
             return True
         head = self._take(found[0]).strip()
-        if not self._buffer.startswith(self._marks.separator):
-            self._state = self._outside  # the model deviated from its format
-            return True
-        self._take(len(self._marks.separator))
-        if head == "function":
-            self._state = self._name
-        else:
-            self._named(head)
+        if self._buffer.startswith(self._marks.separator):
+            self._take(len(self._marks.separator))
+            if head == "function":
+                self._state = self._name
+            else:
+                self._named(head)
+        elif head and not re.search(r"\s", head) and self._buffer.startswith(self._marks.call_end):
+            self._named(head)  # without arguments
+        else:  # the model deviated from its format
+            self._headless(head)
         return True
 
     def _name(self) -> bool:
@@ -119,8 +135,10 @@ class DelimitedCalls(Machine):
         ends = [at for at in (line, found[0] if found else -1) if at >= 0]
         if not ends and self._literals.ready(self._buffer) <= MAX_HEAD:
             return False
-        size = min(*ends, MAX_HEAD) if ends else MAX_HEAD
-        self._named(self._take(size).strip())
+        if not ends or min(ends) > MAX_HEAD or self._buffer[0] in "`{":
+            self._state = self._outside  # arguments without a name, or too long for one
+        else:
+            self._named(self._take(min(ends)).strip())
         return True
 
     def _before(self) -> bool:
@@ -138,8 +156,12 @@ class DelimitedCalls(Machine):
         return True
 
     def _json(self) -> bool:
-        """An object, streamed as it is written; whatever follows it in the call is a fence."""
+        """An object, streamed as it is written."""
         return self._until_mark(self._push_json)
+
+    def _closed(self) -> bool:
+        """After the object."""
+        return self._until_mark(self._after)
 
     def _raw(self) -> bool:
         return self._until_mark(self._pieces.append)
@@ -149,21 +171,37 @@ class DelimitedCalls(Machine):
     def _named(self, head: str) -> None:
         name, identity = head, None
         if self._native_ids:
-            identity = head or None
+            identity = head if head not in self._ids else new_call_id()
+            self._ids.add(identity)
             stem, colon, number = head.rpartition(":")
-            name = (stem if colon and number.isdigit() else head).removeprefix("functions.")
+            name = (stem if colon and number.isdigit() else head).removeprefix("functions.").strip()
+        if not name:
+            self._state = self._outside
+            return
         self._begin(name, identity)
         self._pieces, self._object, self._sent, self._fenced = [], None, False, False
         self._state = self._before
 
+    def _headless(self, head: str) -> None:
+        """Not a call. A single word can only be the beginning of one; anything else is text."""
+        self._state = self._outside
+        if re.search(r"\s", head):
+            self._text(self._trailing.push(head))
+
     def _push_json(self, text: str) -> None:
-        if self._object is None:
-            return
+        assert self._object is not None
         end = self._object.push(text)
         self._arguments(text if end < 0 else text[:end])
         self._sent = True
         if end >= 0:
-            self._object = None
+            self._object, self._state = None, self._closed
+            self._after(text[end:])
+
+    def _after(self, text: str) -> None:
+        """Text between the object and the call's end is part of the answer."""
+        if text := text.lstrip(_AFTER):
+            self._state = self._outside
+            self._text(self._trailing.push(text))
 
     def _end_arguments(self) -> None:
         if not self._sent:
@@ -194,9 +232,13 @@ class DelimitedCalls(Machine):
         return True
 
     def _mark(self, mark: str) -> None:
-        inside = self._state in (self._before, self._json, self._raw)
-        if inside:
+        if self._state in (self._before, self._json, self._raw, self._closed):
             self._end_arguments()
-        else:
+            self._object = None
+        elif mark != THINK.close:
             self._trailing.take()  # white space before a call
-        self._state = self._head if mark == self._marks.call_begin else self._between
+        if mark == THINK.close:
+            self._state = self._outside
+            self._text(self._trailing.push(mark))
+        else:
+            self._state = self._head if mark == self._marks.call_begin else self._between

@@ -15,16 +15,14 @@ from __future__ import annotations
 import re
 
 from farthing.conversation.deltas import Delta
-from farthing.conversation.parse.base import MAX_HEAD
+from farthing.conversation.parse.base import MAX_HEAD, THINK
 from farthing.conversation.parse.parameters import ParameterCalls
-from farthing.conversation.scan import literals
 from farthing.conversation.types import Tool
 
 MARK = "｜DSML｜"
 _OPEN, _CLOSE = f"<{MARK}", f"</{MARK}"
 _DOUBLED = ("<｜｜DSML｜｜", "</｜｜DSML｜｜")  # a misspelling that models produce
 OPENERS = (_OPEN, _DOUBLED[0])
-_TAGS = literals(frozenset((_OPEN, _CLOSE, *_DOUBLED)))
 _BODY = re.compile(r'[^<>"\n]*(?:"[^"\n]*"[^<>"\n]*)*>')  # a tag after its mark
 _ATTRIBUTE = re.compile(r'(\w+)\s*=\s*"([^"]*)"')
 _NAME = re.compile(r"\s*(\w+)")
@@ -33,8 +31,7 @@ _NAME = re.compile(r"\s*(\w+)")
 class DsmlCalls(ParameterCalls):
     """Parses the calls described above."""
 
-    openers = frozenset(OPENERS)
-    tags = _TAGS
+    tags = frozenset((_OPEN, _CLOSE, *_DOUBLED))
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__(tools)
@@ -58,7 +55,7 @@ class DsmlCalls(ParameterCalls):
 
     def _in_tag(self) -> bool:
         body = _BODY.match(self._buffer)
-        if body is None or body.end() > MAX_HEAD:
+        if body is None or body.end() > MAX_HEAD or THINK.close in body[0]:
             if body is None and len(self._buffer) <= MAX_HEAD and not self._broken():
                 return False
             self._malformed()
@@ -68,13 +65,20 @@ class DsmlCalls(ParameterCalls):
 
     # Shared by the states.
 
+    def _end_reasoning(self, tag: str) -> None:
+        if self._state == self._in_orphan:
+            self._stray, self._orphaned = self._orphaned, []
+        super()._end_reasoning(tag)
+
     def _enter(self, tag: str) -> None:
         self._mark, self._closing = tag, tag.startswith("</")
         self._within, self._state = self._state, self._in_tag
 
     def _broken(self) -> bool:
         """Whether the tag can no longer end: a new line or another tag begins first."""
-        return "\n" in self._buffer or "<" in re.sub(r'"[^"]*("|$)', "", self._buffer)
+        if "\n" in self._buffer or THINK.close in self._buffer:
+            return True
+        return "<" in re.sub(r'"[^"]*("|$)', "", self._buffer)
 
     def _malformed(self) -> None:
         """Drop a tag that never ends, up to the end of its line, and return to the enclosing state.
@@ -110,7 +114,7 @@ class DsmlCalls(ParameterCalls):
             self._state = self._in_orphan
         elif not self._is_structure(kind):
             self._state = self._in_call if self._open else self._outside
-        elif kind == "invoke" and not self._closing and attributes.get("name"):
+        elif kind == "invoke" and not self._closing and self._callable(attributes.get("name", "")):
             self._start_call(attributes["name"])
             self._state = self._in_call
         else:

@@ -17,7 +17,7 @@ _HEADER = ("{", '"name"', ":", _NAME, ",", '"parameters"', ":")
 class ListedCalls(Machine):
     """`[{"name": …, "parameters": {…}}, …]`. Anything else is passed on as text."""
 
-    openers: frozenset[str] = frozenset()
+    anywhere = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,6 +67,8 @@ class ListedCalls(Machine):
                 self._name = json.loads(wanted)
             except ValueError:
                 return self._give_up()
+            if not self._name.strip():
+                return self._give_up()
         if self._buffer.startswith(wanted):
             self._keep(len(wanted))
             self._step += 1
@@ -110,7 +112,7 @@ class ListedCalls(Machine):
 class NamedCall(Machine):
     """One call of a known function: the whole text is its arguments."""
 
-    openers: frozenset[str] = frozenset()
+    anywhere = False
 
     def __init__(self, name: str) -> None:
         super().__init__()

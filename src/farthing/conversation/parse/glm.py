@@ -10,26 +10,29 @@ The format does not say which values are strings: the tool's schema does.
 
 from __future__ import annotations
 
+import re
+
 from farthing.conversation.parse.base import MAX_HEAD
 from farthing.conversation.parse.parameters import ParameterCalls
-from farthing.conversation.scan import literals
 from farthing.conversation.types import Tool
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
-_TAGS = literals(frozenset((CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END)))
 
 
 class GlmCalls(ParameterCalls):
-    """Parses the calls described above."""
+    """Parses the calls described above.
 
-    openers = frozenset((CALL,))
-    tags = _TAGS
+    Models leave tags out: that before a key right after the function's name, and that before a value.
+    """
+
+    tags = frozenset((CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END))
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__(tools)
         self._name: list[str] = []  # of a call or of a parameter
         self._named = False  # the call's name is complete
+        self._late: list[str] = []  # text after a key
 
     # States.
 
@@ -40,6 +43,9 @@ class GlmCalls(ParameterCalls):
     def _in_key(self) -> bool:
         return self._until_tag(self._name.append)
 
+    def _after_key(self) -> bool:
+        return self._until_tag(self._late.append)
+
     # Shared by the states.
 
     def _head(self, text: str) -> None:
@@ -49,17 +55,48 @@ class GlmCalls(ParameterCalls):
         line, newline, rest = (text if self._name else text.lstrip()).partition("\n")
         if line:
             self._name.append(line)
-        if sum(map(len, self._name)) > MAX_HEAD:  # too long for a name: it is text
-            self._state = self._outside
-            self._outer("".join(self._name) + newline + rest)
+        if sum(map(len, self._name)) > MAX_HEAD:
+            self._unnamed(newline + rest)
         elif newline:
-            self._complete_name()
-            self._stray.append(rest)
+            self._complete_name(newline + rest)
 
-    def _complete_name(self) -> None:
+    def _complete_name(self, rest: str = "") -> None:
         self._named = True
-        if name := "".join(self._name).strip():
+        name = "".join(self._name).strip()
+        if name and not self._callable(name):
+            self._unnamed(rest)
+            return
+        if name:
             self._start_call(name)
+        self._name = []
+        self._stray.append(rest)
+
+    def _unnamed(self, rest: str = "") -> None:
+        """What follows the call's tag is no function's name: it is text."""
+        self._state = self._outside
+        self._outer("".join(self._name) + rest)
+        self._name = []
+
+    def _split_name(self) -> None:
+        """The function's name and the first key, without the tag between them."""
+        text = "".join(self._name).strip()
+        known = max((name for name in self._schemas if text.startswith(name)), key=len, default="")
+        if known and (key := text[len(known) :].strip()):
+            self._named = True
+            self._start_call(known)
+            self._name, self._late, self._state = [key], [], self._after_key
+
+    def _abandon(self) -> None:
+        if self._state == self._in_call and not self._named:
+            if re.search(r"\s", name := "".join(self._name).strip()):  # more than the beginning of a name
+                self._outer(name)
+            return
+        super()._abandon()
+
+    def _end_reasoning(self, tag: str) -> None:
+        if self._state == self._in_call and not self._named:
+            self._unnamed()
+        super()._end_reasoning(tag)
 
     def _enter(self, tag: str) -> None:
         if self._state == self._in_value:
@@ -67,22 +104,33 @@ class GlmCalls(ParameterCalls):
                 self._push_value(tag)
                 return
             self._end_value()
+            self._state = self._in_call
         if self._state == self._in_call and not self._named:
-            self._complete_name()
+            if tag == KEY_END:
+                self._split_name()
+            if not self._named:
+                self._complete_name()
         match tag:
             case "<tool_call>":
                 self._end_call()
                 self._name, self._named, self._state = [], False, self._in_call
             case "<arg_key>" if self._open:
                 self._name, self._state = [], self._in_key
-            case "<arg_value>" if self._open and self._state in (self._in_key, self._in_call):
+            case "</arg_key>" if self._state == self._in_key:
+                self._late, self._state = [], self._after_key
+            case "<arg_value>" if self._open and "".join(self._name).strip():
                 self._start_value("".join(self._name).strip(), None)
-                self._state = self._in_value
+                self._name, self._state = [], self._in_value
+            case "</arg_value>" if self._state == self._after_key:
+                self._start_value("".join(self._name).strip(), None)
+                self._push_value("".join(self._late).strip())
+                self._end_value()
+                self._name, self._state = [], self._in_call
             case "</tool_call>":
                 self._end_call()
                 self._trailing.take()
                 self._blank, self._state = True, self._outside
-            case _ if self._open and tag != KEY_END:
+            case _ if self._state == self._in_key:
                 self._state = self._in_call
             case _:
                 pass

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from farthing.conversation.deltas import Delta
-from farthing.conversation.parse.base import Machine
-from farthing.conversation.scan import Literals, Trailing
+from farthing.conversation.parse.base import THINK, Machine
+from farthing.conversation.scan import Literals, Trailing, literals
 from farthing.conversation.types import Tool
 from farthing.conversation.values import Kinds, is_text, kinds_of, quoted, to_json
 
@@ -16,13 +17,22 @@ from farthing.conversation.values import Kinds, is_text, kinds_of, quoted, to_js
 _WRAPPERS = ("arguments", "input")
 
 
-class ParameterCalls(Machine):
-    """Tracks one call's object; the format's parser reports where calls and values begin and end."""
+def until(tags: frozenset[str]) -> Literals:
+    """What ends a piece of text: the format's tags, or the one that closes the reasoning."""
+    return literals(tags | {THINK.close})
 
-    tags: Literals  # the format's tags
+
+class ParameterCalls(Machine):
+    """Tracks one call's object; the format's parser reports where calls and values begin and end.
+
+    The tag that closes the reasoning ends a call, but not within a value.
+    """
+
+    tags: frozenset[str]
 
     def __init__(self, tools: tuple[Tool, ...]) -> None:
         super().__init__()
+        self._own, self._until = literals(self.tags), until(self.tags)
         self._schemas = {tool.name: tool.parameters for tool in tools}
         self._schema: Mapping[str, Any] | None = None
         self._trailing = Trailing()
@@ -36,6 +46,11 @@ class ParameterCalls(Machine):
         self._blank = False  # a section has just ended: drop white space before text
         self._state = self._outside
 
+    @property
+    def inside(self) -> bool:
+        """Whether the next text belongs to a call, as far as is known."""
+        return self._state != self._outside
+
     def finish(self) -> list[Delta]:
         """Flush what was held back, but not an incomplete tag or name.
 
@@ -43,12 +58,22 @@ class ParameterCalls(Machine):
         """
         rest, self._buffer = self._buffer, ""
         if self._state == self._outside:
-            self._outer(self.tags.unless_cut(rest))
+            self._outer(self._own.unless_cut(rest))
             self._text(self._trailing.take())
         elif self._state == self._in_value and self._value is None:
             self._push_value(rest)
+        else:
+            self._abandon()
         self._open = False
         return self._taken()
+
+    def _abandon(self) -> None:
+        """The call ends amid its markup. Text outside its parameters is arguments, or no part of it."""
+        text = "".join(self._stray).strip()
+        if self._open and not self._count and text.startswith("{"):
+            self._arguments(text)
+        else:
+            self._outer(text)
 
     def _outside(self) -> bool:
         return self._until_tag(self._outer)
@@ -58,14 +83,30 @@ class ParameterCalls(Machine):
 
     def _until_tag(self, take: Callable[[str], object]) -> bool:
         """Pass the text before the next tag to `take`, the tag to the format; False: wait for more text."""
-        found = self.tags.find(self._buffer)
-        size = found[0] if found else self.tags.ready(self._buffer)
+        found = self._until.find(self._buffer)
+        size = found[0] if found else self._until.ready(self._buffer)
         if size:
             take(self._take(size))
         if found is None:
             return False
-        self._enter(self._take(found[1] - found[0]))
+        tag = self._take(found[1] - found[0])
+        if tag != THINK.close:
+            self._enter(tag)
+        elif self._state == self._in_value:
+            self._push_value(tag)
+        else:
+            self._end_reasoning(tag)
         return True
+
+    def _end_reasoning(self, tag: str) -> None:
+        """The closing tag of the reasoning, outside a value: the model only wrote about a call."""
+        if self._state != self._outside:
+            text = "".join(self._stray).strip()
+            lost = "" if not self._count and _object(text) else text
+            self._end_call()
+            self._state = self._outside
+            self._outer(lost)
+        self._outer(tag)
 
     def _enter(self, tag: str) -> None:
         """Handle a tag or the beginning of one."""
@@ -78,20 +119,22 @@ class ParameterCalls(Machine):
             self._blank = False
             self._text(self._trailing.push(text))
 
+    def _callable(self, name: str) -> bool:
+        """Whether a function may have this name; otherwise the model wrote about calls instead of calling."""
+        return name in self._schemas or re.fullmatch(r"\S+", name) is not None
+
     def _start_call(self, name: str) -> None:
         self._end_call()
         self._trailing.take()  # white space before a call
         self._begin(name)
-        self._schema, self._open, self._count, self._stray = self._schemas.get(name), True, 0, []
+        self._schema, self._open, self._count = self._schemas.get(name), True, 0
 
     def _end_call(self) -> None:
+        stray, self._stray = "".join(self._stray), []
         if not self._open:
             return
         self._open = False
-        if self._count:
-            self._arguments("}")
-        else:
-            self._arguments(_object("".join(self._stray)) or "{}")
+        self._arguments("}" if self._count else _object(stray) or "{}")
 
     def _start_value(self, key: str, declared: bool | None) -> None:
         """declared: the markup says that the value is a string (True) or JSON (False), or nothing (None)."""
