@@ -28,6 +28,7 @@ from farthing.server.connection_protocol import protocol
 from farthing.server.connections import Connections
 from farthing.server.log_limit import LogLimit
 from farthing.server.service import Service
+from farthing.server.trim import keep_trimmed
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
@@ -104,7 +105,11 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Run until shutdown."""
         self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
+        trimming = asyncio.ensure_future(keep_trimmed())
+        try:
+            await super().serve(sockets)
+        finally:
+            trimming.cancel()
 
 
 def make_server(service: Service) -> Server:
