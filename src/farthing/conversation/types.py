@@ -81,6 +81,11 @@ class Conversation:
         the others in the prompt, so that the prefix cache still hits."""
         return () if self.choice.mode == "none" else self.tools
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether an earlier turn called a tool."""
+        return any(turn.calls for turn in self.turns)
+
     def with_results_in_call_order(self) -> Conversation:
         """The same conversation, with the results between two assistant turns in the order of their calls.
 

@@ -39,7 +39,7 @@ class ModelFormats:
 
     def of_conversation(self, conversation: Conversation) -> ChatFormat:
         """The format for a conversation."""
-        uses_tools = bool(conversation.offered) or any(turn.calls for turn in conversation.turns)
+        uses_tools = bool(conversation.offered) or conversation.has_calls
         return self.chosen.tools if uses_tools else self.chosen.plain
 
     def source(self, form: ChatFormat) -> str | None:

@@ -76,6 +76,7 @@ class Reading:
     opened: bool  # the prompt ends inside the reasoning
     listed: bool  # calls are JSON forced by a grammar instead of the model's format
     tokens: frozenset[str]  # markup that arrives as special tokens, each after a mark
+    raw: bool  # the client wants to see special tokens
 
     def parser(self) -> OutputParser:
         """A parser for one choice."""
@@ -92,9 +93,9 @@ class Reading:
         conversation = self.conversation
         if self.listed:
             return NamedCall(conversation.choice.names[0]) if conversation.choice.single else ListedCalls()
-        if not conversation.tools:
-            return NoCalls()
-        return self.form.calls(conversation.tools, self.tokens)
+        if conversation.tools or conversation.has_calls:
+            return self.form.calls(conversation.tools, self.tokens)
+        return NoCalls(frozenset() if self.raw else self.tokens & self.form.markup)
 
 
 class _Choice:
@@ -155,13 +156,13 @@ class Turn:
             prompt_logprobs=prompt_logprobs,
             finish=completion.finish_reason,
             stop_reason=completion.stop_reason,
-            calls=0 if self._reading.conversation.choice.mode == "none" else parser.calls,
+            calls=parser.calls if self._reading.conversation.offered else 0,
         )
 
     def _wanted(self, deltas: list[Delta]) -> list[Delta]:
-        """Keep only the first call if parallel calls are off, and none if tool calls are not allowed."""
+        """Keep only the first call if parallel calls are off, and none without tools that may be called."""
         conversation = self._reading.conversation
-        limit = 0 if conversation.choice.mode == "none" else 1
+        limit = 1 if conversation.offered else 0
         if limit and conversation.parallel_calls:
             return deltas
         return [
@@ -182,8 +183,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         _check_thinking(conversation, request.thinking_budget, form, opened)
     # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
     tags = form.tags if not limits.whole or opened else None
-    parsed = tags is not None or (conversation.tools and not limits.listed)
-    marked = formats.markup(form) if parsed else {}
+    marked = formats.markup(form) if tags is not None or not limits.listed else {}
     reading = Reading(
         formats=formats,
         form=form,
@@ -192,8 +192,13 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         opened=opened,
         listed=limits.listed,
         tokens=frozenset(marked.values()),
+        raw=request.sampling.get("skip_special_tokens") is False,
     )
     values = dict(request.sampling) | {"marked_token_ids": frozenset(marked)}
+    if not conversation.offered and (conversation.tools or conversation.has_calls):
+        # The model would imitate the calls in its history, and the client would get an empty answer.
+        unwanted = form.markup & frozenset(marked.values())
+        values["bad_words"] = [*(values.get("bad_words") or ()), *sorted(unwanted)] or None
     values["stop_token_ids"] = [*(values.get("stop_token_ids") or ()), *formats.stops(form)] or None
     job = await service.open(
         client,
