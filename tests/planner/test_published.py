@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from farthing.cli.app import app
 from farthing.model import ModelConfig
 from farthing.model.inspect import context_cost, model_cost
-from farthing.planner.footprint import Stored, stored_by_config
+from farthing.model.load import parameter_shapes
+from farthing.model.types import type_named
+from farthing.planner.footprint import Stored, stored_by_checkpoint, stored_by_config
 from farthing.planner.published import file_bytes, published, published_config
 
 # Billions of total and active parameters from model cards and papers, and which of embedding and head the
@@ -83,6 +88,21 @@ def test_bytes_follow_the_formats() -> None:
     assert file_bytes(Stored("int4", 32), (64, 128)) == 64 * 128 // 2 + 64 * 4 * 2
     assert file_bytes(Stored("fp8"), (130, 256)) == 130 * 256 + 4 * 4
     assert file_bytes(Stored("bfloat16"), (7,)) == 14
+
+
+def test_formats_of_a_checkpoint_with_other_names(tmp_path: Path) -> None:
+    raw = published_config("mistral-large-3") or {}
+    raw |= dict(dim=16, n_layers=1, hidden_dim=16, n_heads=2, vocab_size=32, q_lora_rank=8, kv_lora_rank=8)
+    raw |= dict(qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
+    config = ModelConfig.from_json(raw)
+    names = type_named("mistral_large_3").names
+    tensors = {names.stored(n): torch.zeros(s, dtype=torch.bfloat16) for n, s in parameter_shapes(config)}
+    tensors[names.stored("lm_head.weight")] = torch.zeros(32, 16)
+    save_file(tensors, tmp_path / "consolidated.safetensors")
+    (tmp_path / "params.json").write_text(json.dumps(raw))
+    of = stored_by_checkpoint(tmp_path)
+    assert of("lm_head.weight").kind == "float32"
+    assert of("model.layers.0.self_attn.o_proj.weight").kind == "bfloat16"
 
 
 def test_sparse_attention_costs_less_beyond_its_length() -> None:

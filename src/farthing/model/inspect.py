@@ -16,8 +16,7 @@ import torch
 from farthing.checkpoint import Checkpoint
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import DeepseekModel
-from farthing.model.load import parameter_shapes
-from farthing.model.types import type_named
+from farthing.model.load import names_in, parameter_shapes
 from farthing.ops import make_batch
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -97,7 +96,7 @@ def checkpoint_cost(path: Path) -> ModelCost:
         module = name.rpartition(".")[0]
         by_module[module] = by_module.get(module, 0) + checkpoint.nbytes(name)
     config = ModelConfig.from_json(checkpoint.config)
-    stored = type_named(config.model_type).names.stored
+    stored = names_in(checkpoint, config).stored
 
     def size(name: str) -> int:
         if name.endswith(

@@ -17,7 +17,7 @@ from farthing.model.config import ModelConfig
 from farthing.model.deepseek import DeepseekModel
 from farthing.model.experts import routers_for
 from farthing.model.source import MemorySource, RenamedSource, StackedExperts, WeightSource
-from farthing.model.types import type_named
+from farthing.model.types import Names, type_named
 from farthing.ops import Ops, RouterSpec
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def _unread(config: ModelConfig) -> tuple[str, ...]:
 
 def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     """The checkpoint's tensors under V3's names; logs once if some parts are not served."""
-    names = type_named(config.model_type).names
+    names = names_in(checkpoint, config)
     if names.skipped_because:
         skipped = sum(any(fnmatchcase(n, p) for p in names.skipped) for n in checkpoint.names())
         log.info("%s: %d tensors skipped: %s", checkpoint.path, skipped, names.skipped_because)
@@ -69,11 +69,17 @@ def claim(ops: Ops, source: str, path: str | Path) -> None:
         raise ValueError(f"the packed file was made from another checkpoint than {path}; pack that one again")
 
 
+def names_in(checkpoint: Checkpoint, config: ModelConfig) -> Names:
+    """The tensor names of a checkpoint."""
+    return type_named(config.model_type).names.used_in(checkpoint.has)
+
+
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """The architecture of a checkpoint, without a declared MTP layer whose weights are missing."""
     config = ModelConfig.from_json(checkpoint.config)
     kind = type_named(config.model_type)
-    mtp = kind.names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
+    names = names_in(checkpoint, config)
+    mtp = names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
     if config.num_nextn_predict_layers and not checkpoint.has(mtp):
         # transformers drops the MTP layer when saving a model but keeps the field.
         log.warning(
@@ -83,7 +89,7 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     layers = range(config.num_hidden_layers)
     if kind.may_lack_router_bias and config.router_bias and any(map(config.is_moe, layers)):
         first = next(filter(config.is_moe, layers))
-        bias = kind.names.stored(f"model.layers.{first}.mlp.gate.e_score_correction_bias")
+        bias = names.stored(f"model.layers.{first}.mlp.gate.e_score_correction_bias")
         config = replace(config, router_bias=checkpoint.has(bias))
     return config
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.checkpoint import Checkpoint
+from farthing.model.config import ModelConfig
+from farthing.model.load import names_in
 from farthing.ops.weights import loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -71,9 +73,11 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
 def stored_by_checkpoint(path: Path) -> StoredOf:
     """Formats of the files, read from their headers."""
     checkpoint = Checkpoint.open(path)
+    stored_name = names_in(checkpoint, ModelConfig.from_json(checkpoint.config)).stored
     floats: dict[int, Kind] = {4: "float32", 2: "bfloat16"}
 
     def of(name: str) -> Stored:
+        name = stored_name(name)
         module = name.removesuffix(".weight")
         if checkpoint.has(f"{module}.weight_packed"):
             columns = checkpoint.shape(f"{module}.weight_packed")[1] * 8

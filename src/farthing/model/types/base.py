@@ -7,7 +7,7 @@ checkpoint is opened; no later code depends on the type.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
@@ -20,11 +20,18 @@ class Names:
     stored: Callable[[str], str] = lambda name: name  # from V3's name to the checkpoint's
     skipped: tuple[str, ...] = ()  # fnmatch patterns of stored tensors that are not computed here
     skipped_because: str = ""  # logged once if any of them is present
+    variants: tuple[Callable[[str], str], ...] = ()  # other names that some writers of this type use
 
     @classmethod
     def under(cls, prefix: str, skipped: tuple[str, ...] = (), because: str = "") -> Names:
         """V3's names under a prefix, as in checkpoints with a vision tower."""
         return cls(lambda name: prefix + name, skipped, because)
+
+    def used_in(self, has: Callable[[str], bool]) -> Names:
+        """These names, or those of the variant that a checkpoint uses. has: whether it has a tensor."""
+        probe = "model.layers.0.input_layernorm.weight"
+        found = next((v for v in self.variants if has(v(probe)) and not has(self.stored(probe))), None)
+        return self if found is None else replace(self, stored=found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,19 +5,27 @@ Only the language model is served; the experts of released checkpoints are INT4 
 
 from farthing.model.types.base import Fields, ModelType, Names, tied
 
+_PREFIX = "language_model."
+
 
 def _fields(raw: Fields) -> Fields:
     text: Fields = raw["text_config"]
     return {**{key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}, **text, **tied(raw)}
 
 
+def _saved(name: str) -> str:
+    """As transformers 5.24 saves a model: its renaming of the vision tower's layers hits all layers."""
+    return _PREFIX + name.replace("model.layers.", "model.blocks.", 1)
+
+
 TYPE = ModelType(
     "kimi_k25",
     "Kimi K2.5, K2.6 (text)",
     _fields,
-    Names.under(
-        "language_model.",
+    Names(
+        lambda name: _PREFIX + name,
         skipped=("vision_tower.*", "mm_projector.*", "*.vision_tower.*", "*.mm_projector.*"),
-        because="the vision tower is not served; this model answers text only",
+        skipped_because="the vision tower is not served; this model answers text only",
+        variants=(_saved,),
     ),
 )
