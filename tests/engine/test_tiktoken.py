@@ -15,6 +15,7 @@ from farthing.engine.tokenizer import Tokenizer
 
 WORDS = ["the", "then", " the", "ing", "king", "你好", "好", "12", "123", "'s", "naïve", " naïve"]
 NAMED = {"<|im_end|>": 1, "[BOS]": 0}
+PLAIN = {"<|tool_call_begin|>": 2, "</think>": 5}  # decoding keeps these
 
 
 def vocabulary() -> dict[bytes, int]:
@@ -33,6 +34,7 @@ def directory(tmp_path: Path) -> Path:
     lines = [base64.b64encode(token) + b" " + str(rank).encode() for token, rank in ranks.items()]
     (tmp_path / "tiktoken.model").write_bytes(b"\n".join(lines) + b"\n")
     added = {str(len(ranks) + i): {"content": name, "special": True} for name, i in NAMED.items()}
+    added |= {str(len(ranks) + i): {"content": name, "special": False} for name, i in PLAIN.items()}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
     return tmp_path
 
@@ -45,6 +47,22 @@ def test_error_names_the_command_that_converts_it(directory: Path) -> None:
     tokenizer = Tokenizer.from_directory(directory)
     assert tokenizer.vocab_size == len(vocabulary()) + 256
     assert tokenizer.backend.token_to_id("<|im_end|>") == len(vocabulary()) + 1
+
+
+def test_only_tokens_listed_as_special_are_skipped(directory: Path) -> None:
+    convert_directory(directory)
+    tokenizer = Tokenizer.from_directory(directory)
+    first = len(vocabulary())
+    for name, i in (NAMED | PLAIN).items():
+        assert tokenizer.backend.token_to_id(name) == first + i
+    ids = tokenizer.encode("the</think><|tool_call_begin|>x<|im_end|>", add_special_tokens=False)
+    assert len(ids) == 5
+    assert tokenizer.decode(ids) == "the</think><|tool_call_begin|>x"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "the</think><|tool_call_begin|>x<|im_end|>"
+    assert first + 3 in tokenizer.special_ids and first + 5 not in tokenizer.special_ids
+    (directory / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": "x"}}')
+    with pytest.raises(ValueError, match=r"added_tokens_decoder\['7'\] is 'x'; expected an object"):
+        convert_directory(directory)
 
 
 @pytest.mark.parametrize("word", [*WORDS, "the", "x", "thethen"])

@@ -98,7 +98,7 @@ def test_formats_of_a_checkpoint_with_other_names(tmp_path: Path) -> None:
     names = type_named("mistral_large_3").names
     tensors = {names.stored(n): torch.zeros(s, dtype=torch.bfloat16) for n, s in parameter_shapes(config)}
     tensors[names.stored("lm_head.weight")] = torch.zeros(32, 16)
-    save_file(tensors, tmp_path / "consolidated.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "params.json").write_text(json.dumps(raw))
     of = stored_by_checkpoint(tmp_path)
     assert of("lm_head.weight").kind == "float32"

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -70,8 +71,8 @@ def pieces(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
     return parts
 
 
-def convert(ranks: Mapping[bytes, int], named: Mapping[int, str]) -> Tokenizer:
-    """named: special tokens by id."""
+def convert(ranks: Mapping[bytes, int], named: Mapping[int, tuple[str, bool]]) -> Tokenizer:
+    """named: text of the added tokens by id, and whether decoding skips them as special."""
     letters = _letters()
 
     def text(token: bytes) -> str:
@@ -90,9 +91,10 @@ def convert(ranks: Mapping[bytes, int], named: Mapping[int, str]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     behind = range(len(ranks), max(len(ranks) + RESERVED, *(i + 1 for i in named)) if named else len(ranks))
-    tokenizer.add_special_tokens(
-        [AddedToken(named.get(i, f"<|reserved_token_{i}|>"), special=True, normalized=False) for i in behind]
-    )
+    for i in behind:  # one by one: ids follow the order of additions
+        content, special = named.get(i, (f"<|reserved_token_{i}|>", True))
+        added = AddedToken(content, special=special, normalized=False)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
     return tokenizer
 
 
@@ -102,10 +104,19 @@ def convert_directory(path: Path) -> Path:
     listed = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if not isinstance(listed, dict):
         raise ValueError(f"{config} contains {type(listed).__name__}; expected an object")
-    named = {int(i): str(t["content"]) for i, t in (listed.get("added_tokens_decoder") or {}).items()}
+    named = {int(i): _added(config, i, t) for i, t in (listed.get("added_tokens_decoder") or {}).items()}
     out = path / "tokenizer.json"
     convert(read_ranks(path / VOCABULARY), named).save(str(out))
     return out
+
+
+def _added(file: Path, token_id: str, token: Any) -> tuple[str, bool]:
+    """Text, and whether it is special: false if the file does not say, as in transformers."""
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        raise ValueError(
+            f"{file}: added_tokens_decoder[{token_id!r}] is {token!r}; expected an object with content"
+        )
+    return token["content"], token.get("special", False) is True
 
 
 def _letters() -> list[str]:
