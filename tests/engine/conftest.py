@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ def next_logits(model: DeepseekModel, tokens: list[int]) -> torch.Tensor:
     return model.logits(hidden[-1:])[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def greedy(model: DeepseekModel) -> Greedy:
     """The next `count` greedy tokens, each recomputed from scratch."""
     return greedy_of(model)
@@ -109,10 +110,11 @@ def greedy(model: DeepseekModel) -> Greedy:
 def greedy_of(model: DeepseekModel) -> Greedy:
     """`greedy` for a model without a running engine, or whose backend allows concurrent calls (reference)."""
 
-    def run(prompt: list[int], count: int) -> list[int]:
+    @cache
+    def computed(prompt: tuple[int, ...], count: int) -> list[int]:
         tokens = list(prompt)
         for _ in range(count):
             tokens.append(int(next_logits(model, tokens).argmax()))
         return tokens[len(prompt) :]
 
-    return run
+    return lambda prompt, count: computed(tuple(prompt), count)

@@ -33,7 +33,7 @@ def model() -> DeepseekModel:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def greedy(model: DeepseekModel) -> Greedy:
     """Greedy tokens of a second model, because the kernels run one call at a time."""
     return greedy_of(random_model(model.config, select("cpu", torch.float32, 1), seed=7))

@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest) -> DeepseekModel:
     return random_model(ModelConfig.from_json(TYPES[name]), select(backend, torch.float32, 1), seed=7)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def greedy(model: DeepseekModel) -> Greedy:
     """Greedy tokens of a second model, because the CPU kernels run one call at a time."""
     if isinstance(model.ops, ReferenceOps):

@@ -231,15 +231,14 @@ MLA_BOUNDS = {"float32": 1e-9, "bfloat16": 1e-4, "fp8": 4e-3, "int8": 1e-4}
 
 def run_mla(
     ops: Any, spec: AttentionSpec, w: Weight, steps: list[Any], cache_dtype: str, block_size: int
-) -> Tensor:
-    """The last step's output, after previous steps filled the cache."""
+) -> list[Tensor]:
+    """The steps' outputs; each also attends to the cache that the previous ones filled."""
     rope = steps[0]["rope"]
     handle = ops.pack_attention("a", spec, lambda: (w, steps[0]["norm"]), rope)
     cache = ops.new_cache(2, 80, block_size, spec.latent_dim + spec.rope_dim, cache_dtype)
-    for step in steps:
-        out = ops.mla(step["q"], step["kv"], handle, cache, 1, step["batch"], EPS)
+    outs = [ops.mla(step["q"], step["kv"], handle, cache, 1, step["batch"], EPS) for step in steps]
     assert not cache.data[0].float().any()  # layer 0 is not written
-    return out
+    return outs
 
 
 @pytest.mark.parametrize("name", list(SPECS))
@@ -271,9 +270,9 @@ def test_mla(ops: CpuOps, ref: ReferenceOps, name: str, cache_dtype: str, block_
         q = torch.randn(tokens, spec.num_heads * (spec.nope_dim + spec.rope_dim))
         kv = torch.randn(tokens, spec.latent_dim + spec.rope_dim)
         steps.append({"q": q, "kv": kv, "batch": batch, **shared})
-    for upto in (1, 2, 3):
-        y = run_mla(ops_again(ops), spec, w, steps[:upto], cache_dtype, block_size)
-        z = run_mla(ref, spec, w, steps[:upto], cache_dtype, block_size)
+    ours = run_mla(ops_again(ops), spec, w, steps, cache_dtype, block_size)
+    theirs = run_mla(ref, spec, w, steps, cache_dtype, block_size)
+    for y, z in zip(ours, theirs, strict=True):
         assert distance(y, z) < MLA_BOUNDS[cache_dtype]
 
 

@@ -1,10 +1,16 @@
-"""Measures the memory of a rank's process for one full step. Runs in a separate process."""
+"""Measures the memory of a rank's process for one full step.
+
+Runs as a process that reads one measurement per line (JSON) and answers with its bytes. Each is taken in a
+fork, so that libraries are imported once and no measurement sees the memory of another.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +70,15 @@ def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(
-        measure(
-            asked["raw"], Layout(*asked["layout"]), asked["backend"], asked["quantization"], asked["tokens"]
-        )
-    )
+    for line in sys.stdin:
+        asked = json.loads(line)
+        asked["layout"] = Layout(*asked["layout"])
+        if (child := os.fork()) == 0:
+            try:
+                print(measure(**asked), flush=True)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"failed: {line}")

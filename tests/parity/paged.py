@@ -36,6 +36,14 @@ def run(
     return torch.cat(out)
 
 
+def continues_greedily(logits: torch.Tensor, length: int, tokens: list[int]) -> bool:
+    """Whether `tokens` are the likeliest ones after the first `length`; logits [T, V] of all but the last.
+
+    By induction, a model with these logits generates them: each is its choice after those before it.
+    """
+    return logits[length - 1 :].argmax(-1).tolist() == tokens
+
+
 def greedy(model: DeepseekModel, ids: torch.Tensor, steps: int) -> list[int]:
     """The `steps` most likely tokens after a prompt."""
     blocks = (len(ids) + steps) // BLOCK + 1

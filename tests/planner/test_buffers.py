@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +43,42 @@ BACKENDS = [
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux keeps these books")
 
 
-def measured(raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int) -> int:
-    if backend == "cpu":
-        pytest.importorskip("farthing._native")
-    asked = dict(
-        raw=raw,
-        layout=[layout.tp, layout.pp, layout.ep],
-        backend=backend,
-        quantization=quantization,
-        tokens=tokens,
-    )
-    command = [sys.executable, "-m", "tests.parallel.measured", json.dumps(asked)]
+Measure = Callable[[dict[str, Any], Layout, str, str | None, int], int]
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[Measure]:
+    """Bytes that a step of `tokens` adds to a process."""
     # Every tensor in its own pages, freed with it: malloc's free lists would hide allocations.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
-    assert run.returncode == 0, run.stderr
-    return int(run.stdout.split()[-1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.parallel.measured"],
+        cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+
+    def measure(
+        raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int
+    ) -> int:
+        if backend == "cpu":
+            pytest.importorskip("farthing._native")
+        ranks = [layout.tp, layout.pp, layout.ep]
+        asked = dict(raw=raw, layout=ranks, backend=backend, quantization=quantization, tokens=tokens)
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        return int(process.stdout.readline().split()[-1])
+
+    yield measure
+    process.stdin.close()
+    assert process.wait(10) == 0
 
 
 @linux
 @pytest.mark.parametrize("layout", [Layout(), Layout(2)], ids=repr)
 @pytest.mark.parametrize(("backend", "quantization"), BACKENDS)
-def test_step_uses_the_planned_memory(backend: str, quantization: str | None, layout: Layout) -> None:
+def test_step_uses_the_planned_memory(
+    backend: str, quantization: str | None, layout: Layout, measured: Measure
+) -> None:
     """Only buffers, of a model with few weights."""
     plan = ShardPlan.build(ModelConfig.from_json(RAW), layout)
     serving = Serving(TOKENS, TOKENS, 1, TOKENS, threads=1)
@@ -82,7 +97,9 @@ def test_step_uses_the_planned_memory(backend: str, quantization: str | None, la
     ],
 )
 @pytest.mark.parametrize(("backend", "quantization"), BACKENDS[:3])
-def test_rank_uses_the_planned_memory(backend: str, quantization: str | None, layout: Layout) -> None:
+def test_rank_uses_the_planned_memory(
+    backend: str, quantization: str | None, layout: Layout, measured: Measure
+) -> None:
     """Total memory of a rank of the embedded model within 5 %; `test_memory` checks weights and cache."""
     checkpoint = Checkpoint.open(resolve_model("mite"))
     plan = ShardPlan.build(config_of(checkpoint), layout)
