@@ -52,6 +52,22 @@ def test_logits_and_greedy_tokens(name: str, seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_rope_interleave_false_is_read_as_in_transformers(name: str, tmp_path: Path) -> None:
+    """Some types rotate by halves with it, the others ignore the field."""
+    theirs = build(name, 0, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw.get("text_config", raw)["rope_interleave"] = False
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = type(theirs.config).from_dict(raw)
+    theirs.config.get_text_config().rope_interleave = config.get_text_config().rope_interleave
+    ids = torch.randint(2, theirs.config.get_text_config().vocab_size, (LENGTH,))
+    with torch.inference_mode():
+        expected = theirs(input_ids=ids[None]).logits[0]
+        error = (run(load(tmp_path, ops_of("reference", 0)), ids, [LENGTH]) - expected).abs().max()
+    assert error < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_no_worse_than_transformers(name: str, tmp_path: Path) -> None:
     """Weights in bfloat16 on the CPU kernels, against the same weights computed in float32.
 

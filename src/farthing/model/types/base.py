@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
+INTERLEAVED: dict[str, Any] = {"rope_interleave": True}  # of types that ignore the field, as in transformers
 
 
 @dataclass(frozen=True, slots=True)

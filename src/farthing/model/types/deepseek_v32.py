@@ -3,11 +3,12 @@
 The indexer rotates by halves; attention's own rotation stays interleaved.
 """
 
-from farthing.model.types.base import Fields, ModelType, dense_prefix
+from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix
 
 
 def _fields(raw: Fields) -> Fields:
-    return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), "index_rope_interleaved": False}
+    fixed = {"index_rope_interleaved": False, **INTERLEAVED}
+    return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), **fixed}
 
 
 TYPE = ModelType("deepseek_v32", "DeepSeek-V3.2, V3.2-Exp, V3.2-Speciale", _fields)

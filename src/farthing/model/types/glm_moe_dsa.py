@@ -1,6 +1,6 @@
 """GLM-5: V3.2 with an interleaved indexer rotation and layers that reuse an earlier layer's selection."""
 
-from farthing.model.types.base import Fields, ModelType, dense_prefix, layer_count, per_layer
+from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix, layer_count, per_layer
 
 
 def _indexer_types(raw: Fields) -> list[str]:
@@ -15,7 +15,7 @@ def _indexer_types(raw: Fields) -> list[str]:
 
 
 def _fields(raw: Fields) -> Fields:
-    fixed = {"index_rope_interleaved": True, "indexer_types": _indexer_types(raw)}
+    fixed = {"index_rope_interleaved": True, "indexer_types": _indexer_types(raw), **INTERLEAVED}
     return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), **fixed}
 
 

@@ -7,7 +7,7 @@ latents are scaled after their norms.
 
 import re
 
-from farthing.model.types.base import Fields, ModelType, Names, layer_count
+from farthing.model.types.base import INTERLEAVED, Fields, ModelType, Names, layer_count
 
 _RENAMED = {
     "ffn_hidden_size": "intermediate_size",
@@ -29,6 +29,7 @@ def _fields(raw: Fields) -> Fields:
         **raw,
         **{ours: raw[theirs] for theirs, ours in _RENAMED.items()},
         "num_hidden_layers": 2 * layer_count(raw, "num_layers"),
+        **INTERLEAVED,
         "num_nextn_predict_layers": 0,
         "moe_layer_freq": 2,
         "first_k_dense_replace": 0,
