@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,33 @@ def test_wrong_indexer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("farthing.engine.check.config_of", wrong)
     assert states(tmp_path)["transformers"][0] == "failed"
+
+
+@pytest.mark.parametrize("name", ["mistral4", "mistral3"])
+@pytest.mark.parametrize("wrong", [dict(beta=0.2), dict(original_max_position=1020), None])
+def test_wrong_query_scaling_is_found(
+    name: str, wrong: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts at a position beyond the tokens that are compared from 0 on."""
+    build(name, 1, tmp_path)
+    file = tmp_path / "config.json"
+    raw = json.loads(file.read_text())
+    text = raw.get("text_config", raw)
+    text["max_position_embeddings"] = 4096
+    text["rope_parameters"]["original_max_position_embeddings"] = 1024
+    file.write_text(json.dumps(raw))
+    state, detail = states(tmp_path)["transformers"]
+    assert state == "ok" and "at position 1,016" in detail
+
+    def changed(checkpoint: Checkpoint) -> ModelConfig:
+        config = config_of(checkpoint)
+        assert config.query_scaling is not None
+        scaling = None if wrong is None else replace(config.query_scaling, **wrong)
+        return replace(config, query_scaling=scaling)
+
+    monkeypatch.setattr("farthing.engine.check.config_of", changed)
+    state, detail = states(tmp_path)["transformers"]
+    assert state == "failed" and "differ by" in detail
 
 
 def test_unknown_type_is_named_without_weights(tmp_path: Path) -> None:

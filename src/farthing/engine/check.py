@@ -85,9 +85,11 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
                 f"than {MOST_BYTES >> 30}; --layers {count} runs them"
             )
         model = DeepseekModel(shown, ops, source_of(found["checkpoint"], shown))
-        found["logits"] = logits_of(model, ids)
+        found["logits"] = {0: logits_of(model, ids)}
+        if later := later_position(shown, tokens):
+            found["logits"][later] = logits_of(model, ids, later)
         found["checkpoint"].release()
-        if not bool(found["logits"].isfinite().all()):
+        if not all(bool(logits.isfinite().all()) for logits in found["logits"].values()):
             raise ValueError(f"logits after {count} layers are not finite")
         return f"{count} of {config.num_hidden_layers} layers on {ops.name}, {_experts_in(shown, config)}"
 
@@ -133,8 +135,26 @@ def _experts_in(shown: ModelConfig, config: ModelConfig) -> str:
     return f"0 with experts: such a layer takes {size:.1f} GiB in float32; --layers {count} runs one"
 
 
-def logits_of(model: DeepseekModel, ids: Tensor) -> Tensor:
-    """ids [T] -> logits [T, V] float32 through the paged cache."""
+def later_position(config: ModelConfig, tokens: int) -> int:
+    """A first position around which `tokens` straddle the original context length of a longer one; else 0.
+
+    There query scales change. Models without them are compared as well: transformers could have them.
+    """
+    scaling, rope = config.query_scaling, config.rope
+    original = scaling.original_max_position if scaling else rope.original_max_position if rope.factor else 0
+    fits = 0 < original <= config.max_position_embeddings - tokens
+    return max(original - tokens // 2, 1) if fits else 0
+
+
+def logits_of(model: DeepseekModel, ids: Tensor, first: int = 0) -> Tensor:
+    """ids [T] -> logits [T, V] float32 through the paged cache.
+
+    first: position of the first token, without tokens before it. Rotation depends only on distances, so
+    positions that start at 0 with the query scales of later ones give the same logits.
+    """
+    for attention, _ in model.layers if first else []:
+        if attention.query_scale is not None:
+            attention.query_scale = attention.query_scale[first:]
     blocks = list(range(-(-len(ids) // 16)))
     with torch.inference_mode():
         cache = model.new_cache(len(blocks), 16, "float32")
@@ -150,8 +170,11 @@ def _tokenizer(path: Path) -> str:
     return f"{tokenizer.vocab_size:,} tokens, {template}"
 
 
-def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: Tensor) -> str:
-    """Against the same first layers in transformers, where it has the type and reads the format."""
+def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: dict[int, Tensor]) -> str:
+    """Against the same first layers in transformers, where it has the type and reads the format.
+
+    ours: logits by position of the first token.
+    """
     try:
         import transformers
     except ImportError:
@@ -178,9 +201,16 @@ def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: Tensor) -> str:
     except Exception as error:  # an unknown type, a format it cannot read, custom code
         reason = str(error).strip().partition("\n")[0]
         raise _Skipped(f"cannot load this checkpoint ({type(error).__name__}: {reason})") from error
-    with torch.inference_mode():
-        theirs = model.eval()(input_ids=ids[None]).logits[0].float()
-    off = float((ours - theirs).abs().max() / theirs.abs().max())
-    if not off < CLOSE:
-        raise ValueError(f"logits differ by {off:.1e} of the largest; expected less than {CLOSE:.0e}")
-    return f"logits of {len(ids)} tokens differ by {off:.1e} of the largest"
+    shown_at = []
+    for first, logits in ours.items():
+        positions = torch.arange(first, first + len(ids))[None]
+        with torch.inference_mode():
+            theirs = model.eval()(input_ids=ids[None], position_ids=positions).logits[0].float()
+        off = float((logits - theirs).abs().max() / theirs.abs().max())
+        where = f" at position {first:,}" if first else ""
+        if not off < CLOSE:
+            raise ValueError(
+                f"logits{where} differ by {off:.1e} of the largest; expected less than {CLOSE:.0e}"
+            )
+        shown_at.append(f"{off:.1e} of the largest{where}")
+    return f"logits of {len(ids)} tokens differ by {', by '.join(shown_at)}"
