@@ -155,8 +155,8 @@ def test_tokenize_and_detokenize(tiny: Running) -> None:
     [
         ({}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [1, "a"]}, "prompt.1"),
-        ({"prompt": [-1]}, "prompt.0"),
+        ({"prompt": [1, "a"]}, "prompt[1]"),
+        ({"prompt": [-1]}, "prompt[0]"),
         ({"prompt": [319, 5000]}, None),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 10**9}, "max_tokens"),
@@ -167,7 +167,7 @@ def test_tokenize_and_detokenize(tiny: Running) -> None:
         ({"prompt": "a", "logprobs": 99}, "logprobs"),
         ({"prompt": "a", "suffix": "z"}, "suffix"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
-        ({"prompt": "a", "stop": [""]}, "stop.0"),
+        ({"prompt": "a", "stop": [""]}, "stop[0]"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, None),
         ({"prompt": "a", "logit_bias": {"99999": 1}}, None),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, None),
@@ -185,7 +185,7 @@ def test_errors_name_bad_fields(tiny: Running, body: dict[str, object], param: s
     assert error["type"] == "invalid_request_error" and error["message"]
     if param is not None:
         assert error["param"] == param, error
-        assert param.split(".")[0] in error["message"]
+        assert param in error["message"]
 
 
 def test_unknown_model(client: OpenAI) -> None:

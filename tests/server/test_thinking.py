@@ -126,7 +126,14 @@ def test_options_of_reasoning_need_a_model_that_reasons(path: str, fields: dict[
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
         assert "deepseek_v3" in error["message"]
-        assert path == "messages" or error["param"] in ("thinking", "reasoning_effort")
+        named = (
+            "thinking",
+            "max_thinking_tokens",
+            "reasoning_effort",
+            "reasoning.effort",
+            "thinking.budget_tokens",
+        )
+        assert path == "messages" or error["param"] in named
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ from farthing.server.bodies import Bodies
 from farthing.server.cache_digest import KeepBody
 from farthing.server.dashboard import assets, service_data, visible_to
 from farthing.server.dashboard.router import mount
-from farthing.server.errors import ApiError, describe_validation
+from farthing.server.errors import ApiError
 from farthing.server.events import to_json
+from farthing.server.invalid import describe_validation
 from farthing.server.jobs import ClientGone
 from farthing.server.metrics import CountRequests, Metrics
 from farthing.server.pieces import PiecedAnswer, Pieces, listed
@@ -247,11 +248,14 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return describe_validation(list(error.errors())).response(request.url.path)
+        content_type = request.headers.get("content-type")
+        return describe_validation(list(error.errors()), content_type).response(request.url.path)
 
     @api.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         path, status = request.url.path, error.status_code
+        if status == 400 and error.detail == "There was an error parsing the body":
+            return ApiError(400, "the body is not JSON in UTF-8").response(path)
         why = _ABSENT.get(path) or f"{request.method} {path}: {error.detail}"
         found = ApiError(404, why, code="unknown_url") if status == 404 else ApiError(status, why)
         response = found.response(path)

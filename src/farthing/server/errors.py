@@ -8,8 +8,6 @@ gateways and operators.
 from __future__ import annotations
 
 import json
-import re
-from reprlib import Repr
 from typing import Any
 
 from starlette.responses import Response
@@ -26,8 +24,6 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 _CODES = {405: "method_not_supported", 429: "rate_limit_exceeded"}  # of OpenAI's errors that give no other
-_SHORT = Repr()  # writes only the beginning of a large value
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 ANTHROPIC_PATH = "/v1/messages"
 CODE_HEADER = "X-Error-Code"
 UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
@@ -93,60 +89,3 @@ def anthropic_payload(error: ApiError) -> dict[str, Any]:
 async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Respond from a middleware."""
     await error.response(scope["path"])(scope, receive, send)
-
-
-def describe_validation(errors: list[Any]) -> ApiError:
-    """Pydantic's first error as a 400 that names the field, the value and the accepted values.
-
-    For a field with several types, the error of the type that matched furthest.
-    """
-    field = errors[0]["loc"][:2]
-    complaints = [error for error in errors if error["loc"][:2] == field]
-    first = max(complaints, key=lambda error: len(error["loc"]))
-    where = _where(first)
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    if isinstance(first.get("input"), bytes):
-        return ApiError(400, "the body has no Content-Type of JSON; expected Content-Type: application/json")
-    param = ".".join(where) or None
-    if first["type"] == "missing":
-        return ApiError(
-            400, f"{param or 'the body'} is missing", param=param, code="missing_required_parameter"
-        )
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not a known field", param=param, code="unknown_parameter")
-    if first["type"] == "value_error" and param is None:  # of the whole body; its message names the fields
-        return ApiError(400, str(first["ctx"]["error"]), code="invalid_value")
-    value = _SHORT.repr(first.get("input"))
-    value = value if len(value) <= 80 else value[:77] + "..."
-    accepted = dict.fromkeys(_accepted(error["msg"]) for error in complaints if _where(error) == where)
-    message = f"{param or 'the body'}: got {value}; {' or '.join(accepted).replace(' or expected ', ' or ')}"
-    code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
-    return ApiError(400, message, param=param, code=code)
-
-
-def _where(error: Any) -> list[str]:
-    place, *rest = error["loc"] or ("body",)
-    parts = rest if place in ("body", "query", "path") else error["loc"]
-    return [str(part) for part in parts if part != "body" and _is_field(part)]
-
-
-def _accepted(message: str) -> str:
-    """Pydantic's message as a clause, in the words of JSON."""
-    message = re.sub(
-        r" after validation, not .*| or instance of \w+|, unable to (parse|interpret) .*",
-        "",
-        message.removeprefix("Value error, "),
-    )
-    message = re.sub(r"^(Input|List|String|Tuple) should (be|have)", r"expected", message)
-    message = re.sub(r"a valid dictionary( or object.*)?", "an object", message)
-    message = re.sub(r"\ba valid (?=[aeiou])", "an ", message).replace("a valid ", "a ")
-    return message[:1].lower() + message[1:]
-
-
-def _is_field(part: str | int) -> bool:
-    """Whether a step of pydantic's path is a field or position instead of a union member."""
-    if isinstance(part, int):
-        return True
-    is_class = part[:1].isupper()  # a model in a union
-    return part.isidentifier() and not is_class and part not in ("str", "int", "float", "bool")

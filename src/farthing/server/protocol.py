@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, Tag, model_validator
 
-from farthing.server.schema import Body, Loose, Strict
+from farthing.server.fields import TEXT_ONLY, FieldError, by_type, missing, words
+from farthing.server.schema import Body, Strict
+from farthing.server.tools import Parameters, check_choice
 
 Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -27,7 +29,7 @@ MAX_MESSAGES = 2048
 
 def _few_biases(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_BIASES:
-        raise ValueError(f"has {len(value)} entries; expected at most {MAX_BIASES}")
+        raise FieldError(problem=f" has {len(value)} entries; expected at most {MAX_BIASES}")
     return value
 
 
@@ -57,7 +59,7 @@ class ResponseFormat(Strict):
     @model_validator(mode="after")
     def _schema_present(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with type 'json_schema', and only with it")
+            raise FieldError("json_schema", problem=" goes with type 'json_schema', and only with it")
         return self
 
 
@@ -125,9 +127,10 @@ class Sampling(Body):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Sampling:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream = true")
+            raise FieldError("stream_options", problem=" needs stream = true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs is not available in a stream; expected stream = false")
+            problem = " is not available in a stream; expected stream = false"
+            raise FieldError("prompt_logprobs", problem=problem)
         return self
 
 
@@ -152,6 +155,8 @@ class CompletionRequest(Sampling):
 class TextPart(Strict):
     """Text of a message."""
 
+    known = words("cache_control prompt_cache_breakpoint")
+
     type: Literal["text"]
     text: str
 
@@ -166,6 +171,12 @@ class RefusalPart(Strict):
     def text(self) -> str:
         """The text of the refusal."""
         return self.refusal
+
+
+ContentPart = Annotated[
+    Annotated[TextPart, Tag("TextPart")] | Annotated[RefusalPart, Tag("RefusalPart")],
+    by_type(TextPart, RefusalPart, hints=TEXT_ONLY),
+]
 
 
 class FunctionCall(Strict):
@@ -184,13 +195,13 @@ class ToolCall(Strict):
     index: int | None = None
 
 
-class Message(Loose):
-    """One turn of a conversation."""
+class Message(Strict):
+    """One turn of a conversation. Unknown fields go to the model's own chat template."""
+
+    known = words("refusal annotations audio cache_control")
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart | RefusalPart], Field(max_length=4096, fail_fast=True)] | None = (
-        None
-    )
+    content: str | Annotated[list[ContentPart], Field(max_length=4096, fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] | None = None
     tool_call_id: str | None = None
@@ -208,7 +219,7 @@ class Message(Loose):
     @model_validator(mode="after")
     def _has_content(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise ValueError(f"content is missing from a message of role {self.role!r}")
+            raise missing("content", why=f"a message of role {self.role!r} needs it")
         return self
 
 
@@ -217,12 +228,14 @@ class Function(Strict):
 
     name: str = Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
 
 class Tool(Strict):
     """A tool, which is always a function."""
+
+    known = words("cache_control")
 
     type: Literal["function"]
     function: Function
@@ -300,24 +313,24 @@ class ChatCompletionRequest(Sampling):
     @model_validator(mode="after")
     def _consistent(self) -> ChatCompletionRequest:
         if self.functions and self.tools:
-            raise ValueError("functions is the older form of tools; set only one of them")
+            raise FieldError("functions", problem=" is the older form of tools; set only one of them")
         names = [tool.function.name for tool in self.tools or []]
         names += [function.name for function in self.functions or []]
-        if len(set(names)) != len(names):
-            raise ValueError("tools contains two functions of one name")
-        if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice is 'required' but tools is empty")
-        for name in self._chosen_names():
-            if name not in names:
-                raise ValueError(f"tool_choice names {name!r}, which tools does not define")
+        older = bool(self.functions) or self.function_call is not None
+        check_choice(
+            names,
+            self._chosen_names(),
+            required=self.tool_choice == "required",
+            tools="functions" if self.functions else "tools",
+            choice="function_call" if older and self.tool_choice is None else "tool_choice",
+        )
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs = true")
+            raise FieldError("top_logprobs", problem=" needs logprobs = true")
         if self.continue_final_message and (
             self.add_generation_prompt or self.messages[-1].role != "assistant"
         ):
-            raise ValueError(
-                "continue_final_message needs add_generation_prompt = false and a last assistant message"
-            )
+            problem = " needs add_generation_prompt = false and a last assistant message"
+            raise FieldError("continue_final_message", problem=problem)
         return self
 
     def _chosen_names(self) -> list[str]:

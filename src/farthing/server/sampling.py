@@ -7,7 +7,7 @@ from typing import Any
 
 from farthing.engine.request import SamplingParams, StructuredOutputsParams
 from farthing.server.errors import ApiError
-from farthing.server.protocol import ChatCompletionRequest, CompletionRequest, Sampling
+from farthing.server.protocol import ChatCompletionRequest, CompletionRequest, ResponseFormat, Sampling
 
 # Fields with the same name in SamplingParams; None: the model's default, then the engine's.
 _DIRECT = (
@@ -61,7 +61,18 @@ def build_params(values: Mapping[str, Any]) -> SamplingParams:
         raise ApiError(400, str(error), param=str(error).split(" ", 1)[0], code="invalid_value") from error
 
 
-def structured(body: Sampling, response_format: Any) -> StructuredOutputsParams | None:
+_GUIDED = ("json", "regex", "choice", "grammar")
+
+
+def structured_field(body: Sampling, response_format: ResponseFormat | None) -> str:
+    """The name of the field with the constraint on the output."""
+    if response_format is not None and response_format.json_schema is not None:
+        return "response_format.json_schema.schema"
+    names = (f"guided_{name}" for name in _GUIDED)
+    return next((name for name in names if getattr(body, name) is not None), "structured_outputs")
+
+
+def structured(body: Sampling, response_format: ResponseFormat | None) -> StructuredOutputsParams | None:
     """The constraint on the output, from any of the fields for it. Raises ApiError (400)."""
     chosen: dict[str, Any] = {}
     if body.structured_outputs is not None:
@@ -70,12 +81,12 @@ def structured(body: Sampling, response_format: Any) -> StructuredOutputsParams 
             field.alias or name: getattr(given, name) for name, field in type(given).model_fields.items()
         }
         chosen |= {name: value for name, value in values.items() if value is not None}
-    for name in ("json", "regex", "choice", "grammar"):
+    for name in _GUIDED:
         if (value := getattr(body, f"guided_{name}")) is not None:
             chosen[name] = value
     if response_format is not None and response_format.type == "json_object":
         chosen["json_object"] = True
-    elif response_format is not None and response_format.type == "json_schema":
+    elif response_format is not None and response_format.json_schema is not None:
         chosen["json"] = response_format.json_schema.json_schema
     if not chosen and body.structured_outputs is None:
         return None

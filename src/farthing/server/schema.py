@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from farthing.server.errors import ApiError
+from farthing.server.fields import path_of
 
 log = logging.getLogger("farthing.server")
 
 _MAX_NAMES = 64  # distinct names that clients can add to the log and the metric
 OTHER = "other"
 _SCALARS = (int, str)
+_LONGEST = 80  # characters of a name
+_Path = tuple[str | int, ...]
 
 
-class Loose(BaseModel):
-    """Parts of a conversation, whose other fields go to the chat template.
+class Strict(BaseModel):
+    """A part of a body. An optional null field takes its default, because SDKs write null for unset fields.
 
-    An optional null field takes its default, because SDKs write null for unset fields.
+    Unknown fields are kept in `model_extra` for `UnknownFields`, which warns about them or, with
+    --strict-fields, rejects them. known: names of undeclared fields that clients may send, of any type. They
+    have no effect here.
     """
+
+    known: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -51,11 +58,6 @@ class Loose(BaseModel):
             if {"type": "null"} not in properties[name].get("anyOf", ()):
                 properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
         return document
-
-
-class Strict(Loose):
-    """Unknown fields are kept in `model_extra` for `UnknownFields`, which warns about them or, with
-    --strict-fields, rejects them."""
 
 
 class Body(Strict):
@@ -87,37 +89,43 @@ class UnknownFields:
 
     def check(self, body: BaseModel) -> None:
         """Count a body's unknown fields. If strict, raises ApiError (400) for the first one."""
-        for name in unknown(body):
+        for path in unknown(body):
             if self.strict:
+                field = path_of(path)[:_LONGEST]
                 raise ApiError(
                     400,
-                    f"{name} is not a known field (this server runs with --strict-fields)",
-                    param=name,
+                    f"{field} is not a known field (this server runs with --strict-fields)",
+                    param=field,
                     code="unknown_parameter",
                 )
-            self._count(name)
+            self._count(path)
 
-    def _count(self, name: str) -> None:
+    def _count(self, path: _Path) -> None:
+        name = ".".join(step for step in path if isinstance(step, str))[:_LONGEST]
         known = name in self.counts
         if not known and len(self.counts) >= _MAX_NAMES:
             name, known = OTHER, True
         if not known:
-            log.warning("ignoring unknown request field %r", name)
+            seen = (
+                ", except for the model's own chat template"
+                if path[0] == "messages" and len(path) == 3
+                else ""
+            )
+            log.warning("ignoring unknown request field %r%s", name, seen)
         self.counts[name] = self.counts.get(name, 0) + 1
 
 
-def unknown(value: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of undeclared fields of a body and of nested objects, without list positions."""
+def unknown(value: Any, path: _Path = ()) -> Iterator[_Path]:
+    """Paths of the undeclared fields of a body and of the objects within it."""
     if isinstance(value, list):
-        for item in value:
+        for position, item in enumerate(value):
             if not isinstance(item, _SCALARS):  # long lists are token ids
-                yield from unknown(item, prefix)
-    if not isinstance(value, BaseModel):
+                yield from unknown(item, (*path, position))
+    if not isinstance(value, Strict):
         return
-    if isinstance(value, Strict):
-        for name, extra in (value.model_extra or {}).items():
-            if extra is not None:  # SDKs send back everything they received, even null
-                yield f"{prefix}{name}"[:80]
+    for name, extra in (value.model_extra or {}).items():
+        if extra is not None and name not in value.known:  # SDKs send back all they received, even null
+            yield (*path, name)
     for name in value.model_fields_set:
         if isinstance(inner := getattr(value, name, None), BaseModel | list):
-            yield from unknown(inner, f"{prefix}{name}.")
+            yield from unknown(inner, (*path, name))

@@ -29,6 +29,7 @@ from farthing.server.formats import ModelFormats
 from farthing.server.jobs import Job
 from farthing.server.limits import Quotas
 from farthing.server.logprobs import TokenTexts
+from farthing.server.names import COMPLETIONS, FieldNames, about_grammar
 from farthing.server.pieces import Turns
 from farthing.server.replay import AnswerMemory
 from farthing.server.schema import UnknownFields
@@ -177,12 +178,12 @@ class Service:
             )
         return await self._checked(lambda: sandbox.decode(ids, client), client, "tokens")
 
-    async def render(self, conversation: Mapping[str, Any], client: str = ANONYMOUS) -> str:
+    async def render(self, conversation: Mapping[str, Any], client: str, param: str) -> str:
         """The prompt of a conversation, given as keyword arguments of `Tokenizer.render_chat`.
 
-        Raises ApiError: 400, 429."""
-        sandbox, longest = self._sandbox("messages"), self._max_characters()
-        return await self._checked(lambda: sandbox.chat(conversation, longest, client), client, "messages")
+        Raises ApiError: 400, 429. param: the field to name in errors."""
+        sandbox, longest = self._sandbox(param), self._max_characters()
+        return await self._checked(lambda: sandbox.chat(conversation, longest, client), client, param)
 
     async def _checked(self, begin: Callable[[], Future[T]], client: str, param: str | None = None) -> T:
         """The result of a client's job in the sandbox."""
@@ -216,12 +217,13 @@ class Service:
         priority: int = 0,
         cache_salt: str = "",
         kind: OutputKind = "delta",
+        names: FieldNames = COMPLETIONS,
     ) -> Job:
         """Submit prompts to the engine. After an ApiError (400, 429 or 503) nothing runs."""
         engine = self.require_engine()
-        self._check_lengths(engine, prompts, params)
+        self._check_lengths(engine, prompts, params, names)
         for param, constraint in (
-            ("structured_outputs", params.structured_outputs),
+            (names.structured, params.structured_outputs),
             ("tools", params.calls.constraint if params.calls else None),
         ):
             if constraint is not None:
@@ -264,8 +266,8 @@ class Service:
         try:
             await self._checked(lambda: sandbox.grammar(constraint, client), client, param)
         except ApiError as error:
-            if param == "tools" and error.status == 400:
-                error.message = _of_schema(error.message)
+            if error.status == 400:
+                error.message = about_grammar(error.message, param)
             raise
 
     async def _submit_in_turn(
@@ -310,20 +312,24 @@ class Service:
         """The salt of the prefix cache. Timing reveals cached prompts, so keys do not share them."""
         return salt if self.config.share_prefix_cache else f"{len(client)}:{client}{salt}"
 
-    def _check_lengths(self, engine: Engine, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+    def _check_lengths(
+        self, engine: Engine, prompts: Sequence[list[int]], params: SamplingParams, names: FieldNames
+    ) -> None:
         limit = engine.config.max_model_len
         for prompt in prompts:
             if not prompt:
-                raise ApiError(400, "the prompt is empty; expected at least one token", param="prompt")
-            wanted = len(prompt) + (params.max_tokens or 1)
-            if limit is not None and wanted > limit:
-                raise ApiError(
-                    400,
-                    f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens or 1}; "
-                    f"expected at most {limit} together",
-                    param="max_tokens" if len(prompt) < limit else "prompt",
-                    code="context_length_exceeded",
-                )
+                raise ApiError(400, "the prompt is empty; expected at least one token", param=names.prompt)
+            wanted = params.max_tokens or 1
+            if limit is None or len(prompt) + wanted <= limit:
+                continue
+            got = f"the prompt has {len(prompt)} tokens"
+            if len(prompt) < limit:
+                param = names.max_tokens
+                why = f"{got} and {param} is {wanted}; expected at most {limit} together"
+            else:
+                param = names.prompt
+                why = f"{param}: {got}; expected at most {limit} with the answer"
+            raise ApiError(400, why, param=param, code="context_length_exceeded")
 
     def _refusal(self, error: BaseException) -> BaseException:
         """The client's error for a rejected submission."""
@@ -383,10 +389,3 @@ def _abandon(submitted: Future[list[RequestStream]]) -> None:
     if not submitted.cancelled() and submitted.exception() is None:
         for stream in submitted.result():
             stream.cancel()
-
-
-def _of_schema(message: str) -> str:
-    """An error about a grammar, in terms of the schema that the client sent."""
-    why = message.partition("%llguidance")[0].removesuffix(" 1 | ").rpartition(": failed to ")[2]
-    why = why.removeprefix("structured_outputs.grammar is not accepted: ")
-    return f"tools: the schema of a tool is not accepted: {why}"

@@ -22,7 +22,9 @@ from farthing.engine.request import (
     StructuredOutputsParams,
 )
 from farthing.server.errors import ApiError
+from farthing.server.fields import one_of
 from farthing.server.grammars import grammars
+from farthing.server.names import CHAT, FieldNames
 from farthing.server.sampling import build_params
 from farthing.server.truncate import fitting
 from farthing.server.usage import Usage
@@ -48,6 +50,7 @@ class TurnRequest:
     cache_salt: str = ""
     stream: bool = False
     with_cost: bool = False
+    names: FieldNames = CHAT
     truncate: bool = False  # drop the oldest turns of a conversation that is too long
 
 
@@ -180,7 +183,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     limits = grammars(conversation, request.structured, form, formats)
     opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
     if formats.source(form) is None or not conversation.template_options.keys() & _SWITCHES:
-        _check_thinking(conversation, request.thinking_budget, form, opened)
+        _check_thinking(conversation, request, form, opened)
     # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
     tags = form.tags if not limits.whole or opened else None
     marked = formats.markup(form) if tags is not None or not limits.listed else {}
@@ -214,6 +217,7 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
         priority=request.priority,
         cache_salt=request.cache_salt,
         kind="delta" if request.stream else "final",
+        names=replace(request.names, structured="tools") if limits.listed else request.names,
     )
 
     def remember(tokens: list[int], deltas: list[Delta], stopped: bool) -> None:
@@ -236,8 +240,8 @@ async def _prompt(service: Service, request: TurnRequest, client: str) -> tuple[
     """The conversation, perhaps without its oldest turns, its prompt and the prompt's tokens."""
 
     async def written(conversation: Conversation) -> tuple[Conversation, str, list[int]]:
-        prompt = await render(service, conversation, client)
-        return conversation, prompt, await _encode(service, conversation, prompt, client)
+        prompt = await render(service, conversation, client, request.names)
+        return conversation, prompt, await _encode(service, conversation, prompt, client, request.names)
 
     async def attempt(conversation: Conversation) -> tuple[Conversation, str, list[int]] | None:
         try:
@@ -256,20 +260,24 @@ async def _prompt(service: Service, request: TurnRequest, client: str) -> tuple[
     return await fitting(request.conversation, attempt) or await written(request.conversation)
 
 
-def _check_thinking(conversation: Conversation, budget: int | None, form: ChatFormat, opened: bool) -> None:
+def _check_thinking(conversation: Conversation, request: TurnRequest, form: ChatFormat, opened: bool) -> None:
     """Raises ApiError (400) if a client asks for reasoning that the format does not support."""
-    if form.tags is None and (conversation.thinking or budget is not None):
-        got = "is enabled" if conversation.thinking else f"has a budget of {budget} tokens"
-        why = "has no reasoning"
+    names, budget = request.names, request.thinking_budget
+    if form.tags is None and conversation.thinking:
+        field, got, why = names.thinking, "is enabled", "has no reasoning"
+    elif form.tags is None and budget is not None:
+        field, got, why = names.budget, f"is {budget}", "has no reasoning"
     elif conversation.thinking is False and opened:
-        got, why = "is disabled", "always reasons"
+        field, got, why = names.thinking, "is disabled", "always reasons"
     else:
         return
-    message = f"thinking {got}, but the chat format {form.name!r} {why}; leave it out"
-    raise ApiError(400, message, param="thinking", code="invalid_value")
+    message = f"{field} {got}, but the chat format {form.name!r} {why}; leave it out"
+    raise ApiError(400, message, param=field, code="invalid_value")
 
 
-async def _encode(service: Service, conversation: Conversation, prompt: str, client: str) -> list[int]:
+async def _encode(
+    service: Service, conversation: Conversation, prompt: str, client: str, names: FieldNames
+) -> list[int]:
     """The prompt's tokens, reusing the sampled tokens of the latest answer from this server."""
     turns, tokenizer = conversation.turns, service.formats().tokenizer
     said = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
@@ -278,7 +286,7 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
         if entry is None or tokenizer is None:
             continue
         until = replace(conversation, turns=turns[: position + 1], generate=False, resume=False)
-        head = await render(service, until, client)
+        head = await render(service, until, client, names)
         if not prompt.startswith(head) or entry.reasoning not in head[entry.characters :]:
             continue  # the format now writes this turn differently, for instance without its reasoning
         tokens = entry.tokens.tolist()
@@ -286,8 +294,8 @@ async def _encode(service: Service, conversation: Conversation, prompt: str, cli
             tokens += service.formats().ending(head)
         elif not head.endswith(tokenizer.token_text(tokens[-1])):
             tokens.pop()  # the answer's end token is rendered with the next turn
-        return tokens + await service.encode(prompt[len(head) :], False, client, "messages")
-    return await service.encode(prompt, False, client, "messages")
+        return tokens + await service.encode(prompt[len(head) :], False, client, names.prompt)
+    return await service.encode(prompt, False, client, names.prompt)
 
 
 def _reasoning(
@@ -304,28 +312,36 @@ def _reasoning(
     )
 
 
-async def render(service: Service, conversation: Conversation, client: str) -> str:
+_SAME_EFFORT = {"xhigh": "max"}
+
+
+async def render(service: Service, conversation: Conversation, client: str, names: FieldNames = CHAT) -> str:
     """The prompt of a conversation. Raises ApiError (400) if the format cannot express it."""
     engine, formats = service.require_engine(), service.formats()
     form = formats.of_conversation(conversation)
-    conversation = conversation.with_results_in_call_order()
     if engine.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
-    if conversation.effort not in (None, *form.efforts):
-        raise ApiError(
-            400,
-            f"reasoning_effort is {conversation.effort!r}; the chat format {form.name!r} "
-            + (
-                f"expects one of {', '.join(form.efforts)}" if form.efforts else "has no levels: leave it out"
-            ),
-            param="reasoning_effort",
-            code="invalid_value",
-        )
+    effort = _effort(conversation.effort, form, names)
+    conversation = replace(conversation.with_results_in_call_order(), effort=effort)
     try:
         source = formats.source(form)
         if source is None:
             return form.render(conversation, formats.control)
-        prompt = await service.render(template.arguments(conversation, source), client)
+        prompt = await service.render(template.arguments(conversation, source), client, names.prompt)
         return template.finished(conversation, prompt)
     except (FormatError, ValueError, RecursionError) as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+        raise ApiError(400, str(error), param=names.prompt, code="invalid_value") from error
+
+
+def _effort(requested: str | None, form: ChatFormat, names: FieldNames) -> str | None:
+    """The effort in the format's words. Raises ApiError (400) if it has none for it."""
+    effort = _SAME_EFFORT.get(requested or "", requested)
+    if effort is None or effort in form.efforts:
+        return effort
+    if effort == "none" and form.tags is None:
+        return None  # the model never reasons
+    accepted = [*form.efforts, *(word for word, same in _SAME_EFFORT.items() if same in form.efforts)]
+    accepted += ["none"] if form.tags is None and "none" not in accepted else []
+    expected = f"expects {one_of(accepted)}" if accepted else "has no levels: leave it out"
+    message = f"{names.effort} is {requested!r}; the chat format {form.name!r} {expected}"
+    raise ApiError(400, message, param=names.effort, code="invalid_value")

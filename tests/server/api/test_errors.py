@@ -30,7 +30,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "y"}
         ({"messages": [{"role": "robot", "content": "x"}], "max_tokens": 1}, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "max_tokens": 1}, "image"),
         ({"messages": [{"role": "assistant", "content": [RESULT]}], "max_tokens": 1}, "tool_result"),
-        ({"messages": USER, "max_tokens": 1, "tools": [TOOL, TOOL]}, "two tools of one name"),
+        ({"messages": USER, "max_tokens": 1, "tools": [TOOL, TOOL]}, "another tool named 'f'"),
         (
             {
                 "messages": USER,
@@ -50,7 +50,7 @@ RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "y"}
             "'g'",
         ),
         ({"messages": USER, "max_tokens": 1, "model": "claude"}, "'claude'"),
-        ({"messages": USER, "max_tokens": 1, "output_config": {"effort": "high"}}, "reasoning_effort"),
+        ({"messages": USER, "max_tokens": 1, "output_config": {"effort": "high"}}, "output_config.effort"),
         ({"messages": USER, "max_tokens": 10**9}, "max_tokens"),
     ],
 )
@@ -81,7 +81,7 @@ def test_messages(tiny: Running, body: dict[str, Any], named: str, stream: bool)
             "tools: got []; expected at least 1 item",
         ),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "schema"),
-        ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning_effort"),
+        ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "model": "gpt"}, "model"),
         (
@@ -260,4 +260,4 @@ def test_errors_name_the_field_its_value_and_every_accepted_type(
 def test_errors_do_not_call_a_grammar_of_the_request_a_tool(tiny: Running) -> None:
     answer = httpx.post(f"{tiny.url}/v1/completions", json={"prompt": "x", "guided_grammar": "start: ((("})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith("structured_outputs.grammar is not accepted")
+    assert answer.json()["error"]["message"].startswith("guided_grammar is not accepted")

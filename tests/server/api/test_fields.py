@@ -77,11 +77,9 @@ def test_errors_name_fields_but_not_classes_or_the_whole_body() -> None:
     with running(ScriptedEngine()) as server:
         url = f"{server.url}/v1/chat/completions"
         error = httpx.post(url, json={"messages": image}).json()["error"]
-        assert error["param"] == "messages.0.content.0.type"
+        assert error["param"] == "messages[0].content[0].type"
         error = httpx.post(url, json={"messages": USER, "top_logprobs": 2}).json()["error"]
         assert error["message"] == "top_logprobs needs logprobs = true"
-        error = httpx.post(url, json={"messages": USER, "reasoning_effort": "none"}).json()["error"]
-        assert "expects none" not in error["message"]
 
 
 @pytest.mark.parametrize("kind", ["string", "array", ["object", "null"]])
@@ -185,14 +183,7 @@ def nulled(body: Any, model: BaseModel) -> Iterator[tuple[str, Any]]:
 
 def test_null_is_absent_in_every_optional_field() -> None:
     needed = {"prompt", "messages", "role", "content", "tools", "call_id", "name", "arguments", "output"}
-    needed |= {
-        "json_schema",
-        "regex",
-        "stream",
-        "input_schema",
-        "id",
-        "tool_calls",
-    }  # their absence is an error here
+    needed |= {"json_schema", "regex", "stream", "input_schema", "id", "tool_calls", "text"}  # needed here
     seen = 0
     with running(ScriptedEngine()) as server, httpx.Client(base_url=server.url) as client:
         for path, bodies in AROUND.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -29,6 +30,7 @@ from farthing.server.api.messages_tools import CLIENT_TOOLS
 from farthing.server.calls import IssuedCalls
 from farthing.server.errors import ApiError, anthropic_payload
 from farthing.server.events import Ending, EventStream, named, to_json
+from farthing.server.names import MESSAGES, FieldNames
 from farthing.server.sampling import with_defaults
 from farthing.server.service import Service
 from farthing.server.turns import Turn as RunningTurn
@@ -61,6 +63,7 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
             priority=body.priority,
             cache_salt=body.cache_salt or "",
             stream=bool(body.stream),
+            names=_names(body),
         ),
         client,
     )
@@ -74,11 +77,16 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
 async def count_tokens(service: Service, body: CountRequest, client: str) -> Response:
     """The number of tokens in a request's prompt."""
     service.check_model(body.model)
-    tokens = await count(service, TurnRequest(conversation=conversation_of(body)), client)
+    request = TurnRequest(conversation=conversation_of(body), names=_names(body))
+    tokens = await count(service, request, client)
     return Response(to_json({"input_tokens": tokens}), media_type="application/json")
 
 
 # the request
+
+
+def _names(body: CountRequest) -> FieldNames:
+    return replace(MESSAGES, structured="output_format.schema") if body.output_format else MESSAGES
 
 
 def conversation_of(body: CountRequest) -> Conversation:
@@ -99,7 +107,7 @@ def conversation_of(body: CountRequest) -> Conversation:
         choice=_choice(body),
         parallel_calls=not (choice and choice.disable_parallel_tool_use),
         thinking=None if thinking == "adaptive" else thinking == "enabled",
-        effort="max" if effort == "xhigh" else effort,
+        effort=effort,
         resume=last is not None and last.role == "assistant" and not last.calls,
     )
 
@@ -171,7 +179,7 @@ def _misplaced(kind: str, role: str, position: int) -> ApiError:
     return ApiError(
         400,
         f"messages[{position}] has role {role!r} and a block of type {kind!r}; this block needs another role",
-        param="messages",
+        param=f"messages[{position}].content",
         code="invalid_value",
     )
 

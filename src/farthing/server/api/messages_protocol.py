@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, Tag, model_validator
 
 from farthing.server.api.messages_tools import CLIENT_TOOLS
+from farthing.server.fields import TEXT_ONLY, FieldError, by_type, missing, words, wrong
 from farthing.server.protocol import Count, StopString
 from farthing.server.schema import Body, Strict
+from farthing.server.tools import Parameters, check_choice
 
 MAX_BLOCKS = 4096  # of one message
 _PREFIX = "x-anthropic-billing-header"  # sent by Claude Code; it changes with every request
@@ -23,9 +25,10 @@ _IMPOSSIBLE = {
 class TextBlock(Strict):
     """Text. cache_control is accepted anywhere: every prefix is cached."""
 
+    known = words("cache_control citations")
+
     type: Literal["text"]
     text: str
-    cache_control: dict[str, Any] | None = None
 
 
 class ThinkingBlock(Strict):
@@ -46,21 +49,29 @@ class RedactedBlock(Strict):
 class ToolUseBlock(Strict):
     """A call from an earlier turn."""
 
+    known = words("cache_control caller toolset_name")
+
     type: Literal["tool_use"]
     id: str
     name: str
     input: dict[str, Any]
-    cache_control: dict[str, Any] | None = None
+
+
+_TEXT_RESULTS = dict.fromkeys(
+    (*TEXT_ONLY, "search_result", "tool_reference"), "tool results are text only here"
+)
+ResultBlock = Annotated[Annotated[TextBlock, Tag("TextBlock")], by_type(TextBlock, hints=_TEXT_RESULTS)]
 
 
 class ToolResultBlock(Strict):
     """The result of a call."""
 
+    known = words("cache_control toolset_name")
+
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)] | None = None
+    content: str | Annotated[list[ResultBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)] | None = None
     is_error: bool | None = None
-    cache_control: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
@@ -70,7 +81,12 @@ class ToolResultBlock(Strict):
 
 
 Block = Annotated[
-    TextBlock | ThinkingBlock | RedactedBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
+    Annotated[TextBlock, Tag("TextBlock")]
+    | Annotated[ThinkingBlock, Tag("ThinkingBlock")]
+    | Annotated[RedactedBlock, Tag("RedactedBlock")]
+    | Annotated[ToolUseBlock, Tag("ToolUseBlock")]
+    | Annotated[ToolResultBlock, Tag("ToolResultBlock")],
+    by_type(TextBlock, ThinkingBlock, RedactedBlock, ToolUseBlock, ToolResultBlock, hints=TEXT_ONLY),
 ]
 
 
@@ -84,25 +100,25 @@ class InputMessage(Strict):
 class ToolDefinition(Strict):
     """A tool that the client runs: its own, or one declared by Anthropic."""
 
+    known = words(
+        "cache_control eager_input_streaming allowed_callers defer_loading input_examples", "max_characters"
+    )
+
     type: str | None = None
     name: str = Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")
     description: str | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: Parameters | None = None
     strict: bool | None = None
-    cache_control: dict[str, Any] | None = None
-    eager_input_streaming: bool | None = None
-    max_characters: int | None = None  # of a text editor; applied by the client
 
     @model_validator(mode="after")
     def _is_known(self) -> ToolDefinition:
         own = self.type in (None, "custom")
         if not own and self.type not in CLIENT_TOOLS:
-            raise ValueError(
-                f"tools has type {self.type!r}, which this server does not run; expected 'custom' or one "
-                f"of {', '.join(CLIENT_TOOLS)}, which the client runs"
-            )
+            known = ", ".join(map(repr, CLIENT_TOOLS))
+            expected = f"'custom' or one of {known}, which the client runs: this server does not run tools"
+            raise wrong("type", got=self.type, expected=expected)
         if own and self.input_schema is None:
-            raise ValueError(f"tools: {self.name!r} lacks input_schema")
+            raise missing("input_schema", why=f"the tool {self.name!r} needs it")
         return self
 
 
@@ -116,7 +132,7 @@ class Choice(Strict):
     @model_validator(mode="after")
     def _named(self) -> Choice:
         if (self.type == "tool") != (self.name is not None):
-            raise ValueError("name goes with type 'tool', and only with it")
+            raise FieldError("name", problem=" goes with type 'tool', and only with it")
         return self
 
 
@@ -161,9 +177,10 @@ class CountRequest(Body):
     def _is_possible(self) -> CountRequest:
         for name, why in _IMPOSSIBLE.items():
             if getattr(self, name):
-                raise ValueError(f"{name} is not supported: {why}")
+                raise FieldError(name, problem=f" is not supported: {why}")
         if self.output_format and self.output_config and self.output_config.format:
-            raise ValueError("output_format is the older name of output_config.format; set only one of them")
+            problem = " is the older name of output_config.format; set only one of them"
+            raise FieldError("output_format", problem=problem)
         return self
 
     @property
@@ -174,13 +191,10 @@ class CountRequest(Body):
 
     @model_validator(mode="after")
     def _tools_fit(self) -> CountRequest:
-        names = [tool.name for tool in self.tools or ()]
-        if len(set(names)) != len(names):
-            raise ValueError("tools contains two tools of one name")
-        if self.tool_choice and self.tool_choice.name is not None and self.tool_choice.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.name!r}, which tools does not define")
-        if self.tool_choice and self.tool_choice.type == "any" and not names:
-            raise ValueError("tool_choice is 'any' but tools is empty")
+        choice = self.tool_choice
+        chosen = [choice.name] if choice and choice.name is not None else []
+        required = choice is not None and choice.type == "any"
+        check_choice([tool.name for tool in self.tools or ()], chosen, required=required)
         return self
 
     @property
@@ -194,16 +208,17 @@ class CountRequest(Body):
 class MessagesRequest(CountRequest):
     """Body of /v1/messages."""
 
+    known = words(
+        "cache_control context_management diagnostics inference_geo metadata service_tier speed",
+        "user_profile_id workspace_id",
+    )
+
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
     stop_sequences: Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
-    context_management: dict[str, Any] | None = None
-    cache_control: dict[str, Any] | None = None
     # extensions
     cache_salt: str | None = Field(default=None, max_length=1024)
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)

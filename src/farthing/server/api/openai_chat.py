@@ -16,6 +16,7 @@ from farthing.server.calls import IssuedCalls
 from farthing.server.errors import ApiError
 from farthing.server.events import ChunkWriter, EventStream, to_json
 from farthing.server.logprobs import chat_logprobs, prompt_logprobs
+from farthing.server.names import FieldNames
 from farthing.server.pieces import PiecedAnswer, event
 from farthing.server.protocol import (
     AllowedChoice,
@@ -26,7 +27,7 @@ from farthing.server.protocol import (
     NamedFunction,
 )
 from farthing.server.protocol import Tool as ToolField
-from farthing.server.sampling import chat_sampling, structured
+from farthing.server.sampling import chat_sampling, structured, structured_field
 from farthing.server.service import Service
 from farthing.server.turns import Turn as RunningTurn
 from farthing.server.turns import TurnRequest, Update, begin
@@ -49,6 +50,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
             cache_salt=body.cache_salt or "",
             stream=bool(body.stream),
             with_cost=body.x_farthing,
+            names=_names(body),
         ),
         client,
     )
@@ -87,10 +89,20 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
         choice=_choice(body),
         parallel_calls=body.parallel_tool_calls is not False and not body.functions,
         thinking=thinking,
-        effort="max" if body.reasoning_effort == "xhigh" else body.reasoning_effort,
+        effort=body.reasoning_effort,
         generate=body.add_generation_prompt,
         resume=body.continue_final_message,
         template_options=options,
+    )
+
+
+def _names(body: ChatCompletionRequest) -> FieldNames:
+    """The names of the fields that the client used."""
+    inner = body.thinking is not None and body.thinking.budget_tokens == _budget(body)
+    return FieldNames(
+        max_tokens="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
+        budget="thinking.budget_tokens" if inner else "max_thinking_tokens",
+        structured=structured_field(body, body.response_format),
     )
 
 

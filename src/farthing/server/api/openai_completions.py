@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -16,9 +16,10 @@ from farthing.server.errors import ApiError
 from farthing.server.events import ChunkWriter, EventStream, to_json
 from farthing.server.jobs import Job
 from farthing.server.logprobs import completion_logprobs, prompt_logprobs
+from farthing.server.names import COMPLETIONS
 from farthing.server.pieces import PiecedAnswer, event
 from farthing.server.protocol import CompletionRequest
-from farthing.server.sampling import completion_params
+from farthing.server.sampling import completion_params, structured_field
 from farthing.server.service import Service
 from farthing.server.usage import Usage
 
@@ -42,6 +43,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
         priority=body.priority,
         cache_salt=body.cache_salt or "",
         kind="delta" if body.stream else "final",
+        names=replace(COMPLETIONS, structured=structured_field(body, body.response_format)),
     )
     answer = _Answer(service, body, model, params, prompts, texts)
     if body.stream:

@@ -19,6 +19,7 @@ from farthing.server.api.responses_protocol import CustomTool, InputTokensReques
 from farthing.server.api.responses_store import Stored
 from farthing.server.errors import ApiError
 from farthing.server.events import Ending, EventStream, named, to_json
+from farthing.server.names import RESPONSES
 from farthing.server.sampling import with_defaults
 from farthing.server.service import Service
 from farthing.server.turns import Turn as RunningTurn
@@ -48,6 +49,7 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
             cache_salt=body.cache_salt or "",
             stream=bool(body.stream),
             truncate=body.truncation == "auto",
+            names=RESPONSES,
         ),
         client,
     )
@@ -69,7 +71,8 @@ async def count_tokens(service: Service, body: InputTokensRequest, client: str) 
     _, _, conversation = _conversation(service, body, client)
     if not conversation.turns:
         raise ApiError(400, "input is missing", param="input", code="missing_required_parameter")
-    request = TurnRequest(conversation=conversation, truncate=body.truncation == "auto")
+    truncate = body.truncation == "auto"
+    request = TurnRequest(conversation=conversation, truncate=truncate, names=RESPONSES)
     tokens = await count(service, request, client)
     document = {"object": "response.input_tokens", "input_tokens": tokens}
     return Response(to_json(document), media_type="application/json")

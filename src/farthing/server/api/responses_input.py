@@ -38,7 +38,7 @@ def conversation_of(body: ResponsesRequest, turns: tuple[Turn, ...]) -> Conversa
         tools=tuple(map(_tool, body.declared())),
         choice=_choice(body),
         parallel_calls=body.parallel_tool_calls is not False,
-        effort="max" if effort == "xhigh" else effort,
+        effort=effort,
     )
 
 
@@ -98,7 +98,7 @@ def resolved(body: ResponsesRequest, find: Callable[[str], dict[str, Any] | None
                 404,
                 f"input[{position}] refers to the item {item.id!r}, which is not stored; expected an item of "
                 "a recent response, created with the same key and without `store: false`, or the item itself",
-                param="input",
+                param=f"input[{position}].id",
                 code="item_not_found",
             )
         items.append(item if found is None else Item.model_validate(found))
@@ -127,7 +127,7 @@ _ABOUT = {"id", "call_id", "type", "status", "environment", "caller", "max_outpu
 
 def _foreign(item: ForeignItem) -> tuple[Turn, ...]:
     """A call as a function call of that name, or its output; for a tool that OpenAI ran, both."""
-    fields = item.model_extra or {}
+    fields = {name: value for name, value in (item.model_extra or {}).items() if name in item.known}
     result = next((fields[name] for name in _RESULTS if fields.get(name) is not None), "")
     text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
     answer = Turn("tool", text, call_id=item.identity)

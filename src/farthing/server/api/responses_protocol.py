@@ -7,30 +7,41 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from farthing.server.schema import Body, Loose, Strict
+from farthing.server.fields import TEXT_ONLY, FieldError, by_type, missing, words
+from farthing.server.schema import Body, Strict
+from farthing.server.tools import Parameters, check_choice
 
 MAX_ITEMS = 100_000
 MAX_PARTS = 4096  # of one item
 
 Name = Annotated[str, Field(pattern=r"^[^\s\"'<>\x00-\x1f]{1,256}$")]
-_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
-class Part(Loose):
+class Part(Strict):
     """Text of an item, under one of several names."""
+
+    known = words("annotations logprobs prompt_cache_breakpoint")
 
     type: Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
     text: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> Part:
+        name = "refusal" if self.type == "refusal" else "text"
+        if getattr(self, name) is None:
+            raise missing(name, why=f"a part of type {self.type!r} needs it")
+        return self
 
 
-Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+AnyPart = Annotated[Annotated[Part, Tag("Part")], by_type(Part, hints=TEXT_ONLY)]
+Parts = Annotated[list[AnyPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
-class Item(Loose):
+class Item(Strict):
     """One item of the input. Its type decides which fields apply; without a type it is a message."""
+
+    known = words("id status phase caller created_by async encrypted_content")
 
     type: Literal[
         "message",
@@ -60,14 +71,19 @@ class Item(Loose):
             "custom_tool_call_output": ("call_id", "output"),
             "reasoning": (),
         }[self.type]
-        missing = [name for name in wanted if getattr(self, name) is None]
-        if missing:
-            raise ValueError(f"an item of type {self.type!r} lacks {', '.join(missing)}")
+        for name in wanted:
+            if getattr(self, name) is None:
+                raise missing(name, why=f"an item of type {self.type!r} needs it")
         return self
 
 
-class ForeignItem(Loose):
+class ForeignItem(Strict):
     """A call of a tool that OpenAI declares, or its output, in a conversation that began elsewhere."""
+
+    known = words(
+        "action arguments approval_request_id caller code container_id environment error",
+        "max_output_length name operation output outputs queries results server_label status",
+    )
 
     type: Literal[
         "local_shell_call",
@@ -87,7 +103,7 @@ class ForeignItem(Loose):
     @model_validator(mode="after")
     def _identified(self) -> ForeignItem:
         if self.identity is None:
-            raise ValueError(f"an item of type {self.type!r} lacks call_id and id")
+            raise missing("call_id", why=f"an item of type {self.type!r} needs it, or an id")
         return self
 
     @property
@@ -96,7 +112,7 @@ class ForeignItem(Loose):
         return self.call_id or self.id
 
 
-class Reference(Loose):
+class Reference(Strict):
     """A reference to an item of a stored answer."""
 
     type: Literal["item_reference"] = "item_reference"
@@ -122,23 +138,36 @@ AnyItem = Annotated[
 ]
 
 
+_ABOUT_TOOLS = words("allowed_callers async defer_loading")
+
+
 class FunctionTool(Strict):
     """A function the client runs."""
+
+    known = _ABOUT_TOOLS | {"output_schema"}
 
     type: Literal["function"]
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
 
 class CustomTool(Strict):
     """A custom tool, whose argument is text; its grammar is described to the model but not enforced."""
 
+    known = _ABOUT_TOOLS
+
     type: Literal["custom"]
     name: Name
     description: str | None = None
     format: dict[str, Any] | None = None
+
+
+NamespaceTool = Annotated[
+    Annotated[FunctionTool, Tag("FunctionTool")] | Annotated[CustomTool, Tag("CustomTool")],
+    by_type(FunctionTool, CustomTool),
+]
 
 
 class Namespace(Strict):
@@ -147,14 +176,21 @@ class Namespace(Strict):
     type: Literal["namespace"]
     name: Name
     description: str | None = None
-    tools: Annotated[
-        list[Annotated[FunctionTool | CustomTool, Field(discriminator="type")]],
-        Field(max_length=1024, fail_fast=True),
-    ]
+    tools: Annotated[list[NamespaceTool], Field(max_length=1024, fail_fast=True)]
 
 
-class HostedTool(Loose):
+class HostedTool(Strict):
     """A tool that OpenAI's servers run. It is not available here, and the prompt says so."""
+
+    known = _ABOUT_TOOLS | words(
+        "external_web_access filters max_num_results ranking_options search_content_types",
+        "search_context_size user_location vector_store_ids description execution parameters",
+        "container display_height display_width environment action background complexity",
+        "frame_count frame_duration_ms input_fidelity input_image_mask model moderation",
+        "output_compression output_format partial_images quality size svg allowed_tools",
+        "authorization connector_id headers require_approval server_description server_label",
+        "server_url tunnel_id",
+    )
 
     type: Literal[
         "web_search",
@@ -172,7 +208,13 @@ class HostedTool(Loose):
     ]
 
 
-ToolField = Annotated[FunctionTool | CustomTool | Namespace | HostedTool, Field(discriminator="type")]
+ToolField = Annotated[
+    Annotated[FunctionTool, Tag("FunctionTool")]
+    | Annotated[CustomTool, Tag("CustomTool")]
+    | Annotated[Namespace, Tag("Namespace")]
+    | Annotated[HostedTool, Tag("HostedTool")],
+    by_type(FunctionTool, CustomTool, Namespace, HostedTool),
+]
 
 
 class ChosenTool(Strict):
@@ -215,7 +257,7 @@ class TextFormat(Strict):
     @model_validator(mode="after")
     def _schema_present(self) -> TextFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("schema goes with type 'json_schema', and only with it")
+            raise FieldError("schema", problem=" goes with type 'json_schema', and only with it")
         return self
 
 
@@ -305,23 +347,16 @@ class ResponsesRequest(Body):
     def _is_possible(self) -> ResponsesRequest:
         for name, why in _IMPOSSIBLE.items():
             if getattr(self, name):
-                raise ValueError(f"{name} is not supported: {why}")
+                raise FieldError(name, problem=f" is not supported: {why}")
         if "message.output_text.logprobs" in (self.include or ()):
-            raise ValueError(
-                f"include: 'message.output_text.logprobs' is not supported: {_IMPOSSIBLE['top_logprobs']}"
-            )
+            why = f"'message.output_text.logprobs' is not supported: {_IMPOSSIBLE['top_logprobs']}"
+            raise FieldError("include", problem=f": {why}")
         return self
 
     @model_validator(mode="after")
     def _tools_fit(self) -> ResponsesRequest:
         names = [declared.name for declared in self.declared()]
-        if len(set(names)) != len(names):
-            raise ValueError("tools contains two tools of one name")
-        if self.tool_choice == "required" and not names:
-            raise ValueError("tool_choice is 'required' but tools is empty")
-        for name in self.chosen_names():
-            if name not in names:
-                raise ValueError(f"tool_choice names {name!r}, which tools does not define")
+        check_choice(names, self.chosen_names(), required=self.tool_choice == "required")
         return self
 
     def declared(self) -> list[Declared]:

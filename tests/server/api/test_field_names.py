@@ -1,0 +1,178 @@
+"""Errors name fields as the client wrote them: their path, and this API's word for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from farthing.config import EngineConfig
+from tests.server.harness import Running, ScriptedEngine, running
+
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+Fields = dict[str, Any]
+USER = [{"role": "user", "content": "hi"}]
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": USER},
+    RESPONSES: {"input": "hi"},
+    MESSAGES: {"messages": USER, "max_tokens": 9},
+}
+RESULT = "messages[0].content[0].content[0]"
+SCHEMA = {"type": "object", "properties": {"x": {"type": "objekt"}}}
+
+
+def said(*blocks: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(blocks)}]
+
+
+def result(*blocks: Any) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": "a", "content": list(blocks)}
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    with running(ScriptedEngine()) as server:
+        yield server
+
+
+PATHS = [
+    (CHAT, {"messages": said({"type": "image_url"})}, "messages[0].content[0].type", "got 'image_url'"),
+    (CHAT, {"messages": said({"type": "text"})}, "messages[0].content[0].text", "is missing"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
+    (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "is missing"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice", "requires a call, but tools is empty"),
+    (CHAT, {"function_call": {"name": "f"}}, "function_call", "names 'f', which tools does not define"),
+    (CHAT, {"stream_options": {}}, "stream_options", "needs stream = true"),
+    (CHAT, {"temperature": 5}, "temperature", "got 5; expected at most 2"),
+    (RESPONSES, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name", "is missing"),
+    (RESPONSES, {"tools": [{"type": "robot"}]}, "tools[0].type", "got 'robot'; expected one of 'function', "),
+    (RESPONSES, {"tools": [{"name": "f"}]}, "tools[0].type", "is missing; expected one of 'function', "),
+    (RESPONSES, {"tools": [5]}, "tools[0]", "got 5; expected an object"),
+    (RESPONSES, {"input": said({"type": "input_image"})}, "input[0].content[0].type", "reads text only"),
+    (RESPONSES, {"input": said({"type": "input_text"})}, "input[0].content[0].text", "is missing"),
+    (RESPONSES, {"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", "is missing"),
+    (RESPONSES, {"background": True}, "background", "is not supported"),
+    (MESSAGES, {"messages": said({"type": "text", "text": 5})}, "messages[0].content[0].text", "got 5"),
+    (MESSAGES, {"messages": said({"type": "image"})}, "messages[0].content[0].type", "reads text only"),
+    (MESSAGES, {"messages": said({"text": "hi"})}, "messages[0].content[0].type", "is missing"),
+    (
+        MESSAGES,
+        {"messages": said(result({"type": "image"}))},
+        "messages[0].content[0].content[0].type",
+        "text only",
+    ),
+    (
+        MESSAGES,
+        {"messages": said(result({"type": "document"}))},
+        "messages[0].content[0].content[0].type",
+        "text only",
+    ),
+    (MESSAGES, {"messages": said({"type": "tool_use"})}, "messages[0].content[0].id", "is missing"),
+    (MESSAGES, {"tools": [{"name": "f"}]}, "tools[0].input_schema", "is missing"),
+    (
+        MESSAGES,
+        {"tools": [{"name": "x", "type": "web_search_20250305"}]},
+        "tools[0].type",
+        "got 'web_search_20250305'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "param", "text"), PATHS)
+def test_paths_have_no_names_of_types(
+    server: Running, path: str, fields: Fields, param: str, text: str
+) -> None:
+    answer = httpx.post(server.url + path, json=BODIES[path] | fields)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["message"].startswith(param) and text in error["message"], error
+    assert path == MESSAGES or error["param"] == param
+
+
+NAMES = [
+    (CHAT, {"max_tokens": 10**8}, "max_tokens"),
+    (CHAT, {"max_completion_tokens": 10**8}, "max_completion_tokens"),
+    (CHAT, {"max_thinking_tokens": 4}, "max_thinking_tokens"),
+    (CHAT, {"thinking": {"type": "adaptive", "budget_tokens": 4}}, "thinking.budget_tokens"),
+    (CHAT, {"thinking": {"type": "enabled"}}, "thinking"),
+    (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
+    (CHAT, {"guided_json": SCHEMA}, "guided_json"),
+    (
+        CHAT,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+        "response_format.json_schema.schema",
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages"),
+    (RESPONSES, {"max_output_tokens": 10**8}, "max_output_tokens"),
+    (RESPONSES, {"max_thinking_tokens": 4}, "max_thinking_tokens"),
+    (RESPONSES, {"reasoning": {"effort": "xhigh"}}, "reasoning.effort"),
+    (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}}, "text.format.schema"),
+    (RESPONSES, {"input": "x" * 10**6}, "input"),
+    (MESSAGES, {"thinking": {"type": "adaptive", "budget_tokens": 4}}, "thinking.budget_tokens"),
+    (MESSAGES, {"output_config": {"effort": "xhigh"}}, "output_config.effort"),
+    (MESSAGES, {"output_format": {"type": "json_schema", "schema": SCHEMA}}, "output_format.schema"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "param"), NAMES)
+def test_fields_have_the_names_of_their_api(server: Running, path: str, fields: Fields, param: str) -> None:
+    answer = httpx.post(server.url + path, json=BODIES[path] | fields)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert param in error["message"], error
+    assert path == MESSAGES or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"reasoning_effort": "xhigh"}),
+        (RESPONSES, {"reasoning": {"effort": "xhigh"}}),
+        (MESSAGES, {"output_config": {"effort": "xhigh"}}),
+    ],
+)
+def test_errors_repeat_the_clients_word_for_an_effort(server: Running, path: str, fields: Fields) -> None:
+    message = httpx.post(server.url + path, json=BODIES[path] | fields).json()["error"]["message"]
+    assert "is 'xhigh'" in message and "'max'" not in message
+
+
+@pytest.mark.parametrize("format_", ["deepseek_v3", "deepseek_v31", "deepseek_v4", "kimi_k2", "glm45"])
+def test_no_effort_is_accepted_wherever_the_model_can_do_without(format_: str) -> None:
+    engine = ScriptedEngine()
+    engine.config = EngineConfig(max_model_len=10_000, chat_template=format_)
+    with running(engine) as server:
+        for path, fields in (
+            (CHAT, {"reasoning_effort": "none"}),
+            (RESPONSES, {"reasoning": {"effort": "none"}}),
+        ):
+            answer = httpx.post(server.url + path, json=BODIES[path] | fields)
+            assert answer.status_code == 200, (format_, answer.text)
+
+
+def test_no_effort_is_refused_where_the_model_always_reasons() -> None:
+    engine = ScriptedEngine()
+    engine.config = EngineConfig(max_model_len=10_000, chat_template="deepseek_r1")
+    with running(engine) as server:
+        answer = httpx.post(server.url + CHAT, json=BODIES[CHAT] | {"reasoning_effort": "none"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "reasoning_effort"
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("headers", "got"),
+    [
+        ({}, "is missing"),
+        ({"Content-Type": "text/plain"}, "is 'text/plain'"),
+    ],
+)
+def test_another_content_type_is_named(server: Running, path: str, headers: dict[str, str], got: str) -> None:
+    answer = httpx.post(server.url + path, content=b'{"model": "tiny"}', headers=headers)
+    assert answer.status_code == 400
+    wanted = f"the header Content-Type {got}; expected 'application/json'"
+    assert answer.json()["error"]["message"] == wanted
+
+
+def test_bytes_that_are_no_text_are_refused(server: Running) -> None:
+    answer = httpx.post(server.url + CHAT, content=b"\xff", headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"] == "the body is not JSON in UTF-8"
