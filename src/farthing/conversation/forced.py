@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from farthing.conversation.closed import closed
 from farthing.conversation.types import Conversation, Tool
 
 # For llguidance: at most one blank between two tokens, so that a weak model cannot waste its budget on them.
@@ -21,7 +22,7 @@ def schema(conversation: Conversation) -> dict[str, Any] | None:
         return None
     tools = eligible(conversation)
     whole = (
-        object_schema(tools[0].parameters)
+        arguments_schema(tools[0])
         if conversation.choice.single
         else calls_schema(tools, most_calls(conversation))
     )
@@ -56,8 +57,7 @@ def calls_schema(tools: list[Tool], most: int) -> dict[str, Any]:
         "minItems": 1,
         "maxItems": most,
         "$defs": {
-            _key(i): rebased(object_schema(tool.parameters), f"#/$defs/{_key(i)}")
-            for i, tool in enumerate(tools)
+            _key(i): rebased(arguments_schema(tool), f"#/$defs/{_key(i)}") for i, tool in enumerate(tools)
         },
     }
 
@@ -75,6 +75,11 @@ def object_schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     if not parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return dict(parameters) | {"type": "object"}
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """The schema of a forced call's arguments."""
+    return closed(object_schema(tool.parameters))
 
 
 def rebased(schema: Any, root: str) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from farthing.conversation import forced
-from farthing.conversation.forced import object_schema
+from farthing.conversation.forced import arguments_schema, object_schema
 from farthing.conversation.lark import Lark
 from farthing.conversation.types import Conversation, Tool
 from farthing.conversation.values import Kinds, kinds_of, resolved
@@ -127,7 +127,7 @@ class JsonCalls:
         parts = [lark.text(head.replace("{name}", tool.name))]
         if numbered:
             parts += (lark.regex("[0-9]{1,4}"), lark.text(tail))
-        schema = object_schema(tool.parameters) if tool.strict else _ANY_OBJECT
+        schema = arguments_schema(tool) if tool.strict else _ANY_OBJECT
         return " ".join((*parts, lark.json(schema), lark.text(after)))
 
 
@@ -162,9 +162,9 @@ class Parameter:
 
 def parameters_of(tool: Tool) -> list[Parameter] | None:
     """A strict tool's parameters in order; None if its schema says more than what each of them may be."""
-    schema = object_schema(tool.parameters)
+    schema = arguments_schema(tool)
     properties = schema.get("properties")
-    if set(schema) - _PLAIN_ROOT or not isinstance(properties, Mapping):
+    if set(object_schema(tool.parameters)) - _PLAIN_ROOT or not isinstance(properties, Mapping):
         return None
     if any(not isinstance(part, Mapping) or set(name) & _MARKUP for name, part in properties.items()):
         return None
@@ -259,7 +259,7 @@ class TaggedCalls:
                 for parameter in parameters
             )
         elif tool.strict:  # the parsers take a whole object as well
-            body = f"{lark.json(object_schema(tool.parameters))} {line}"
+            body = f"{lark.json(arguments_schema(tool))} {line}"
         else:
             body = f"({self._any(lark)} {line})*"
         return f"{lark.text(self.begin.format(name=tool.name))} {line} {body} {lark.text(self.end)}"

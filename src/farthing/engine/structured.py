@@ -49,8 +49,8 @@ _LIMITS: Any = {
 
 _OPENING, _CLOSING = ([ord(character) for character in brackets] for brackets in ("([{", ")]}"))
 
-# Allows indentation, but keeps a weak model from filling its budget with blanks.
-_JSON: Any = {"whitespace_pattern": r"[ \n\t]{1,16}"}
+# Between two tokens: a blank, or a new line and its indentation. A weak model fills its budget with any more.
+_JSON: Any = {"whitespace_pattern": r"( |\n[ \t]{0,8})"}
 
 
 def too_slow(field: str) -> str:
