@@ -89,5 +89,5 @@ def by_type(*classes: type[BaseModel], hints: Mapping[str, str] | None = None) -
 
 TEXT_ONLY = dict.fromkeys(
     ("image", "image_url", "input_image", "document", "file", "input_file", "input_audio", "video_url"),
-    "the model reads text only",
+    "the model reads text only; the vision part of multimodal models is not served",
 )

@@ -37,7 +37,7 @@ def server() -> Any:
 
 
 PATHS = [
-    (CHAT, {"messages": said({"type": "image_url"})}, "messages[0].content[0].type", "got 'image_url'"),
+    (CHAT, {"messages": said({"type": "image_url"})}, "messages[0].content[0].type", "the vision part of"),
     (CHAT, {"messages": said({"type": "text"})}, "messages[0].content[0].text", "is missing"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
     (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "is missing"),
@@ -49,12 +49,12 @@ PATHS = [
     (RESPONSES, {"tools": [{"type": "robot"}]}, "tools[0].type", "got 'robot'; expected one of 'function', "),
     (RESPONSES, {"tools": [{"name": "f"}]}, "tools[0].type", "is missing; expected one of 'function', "),
     (RESPONSES, {"tools": [5]}, "tools[0]", "got 5; expected an object"),
-    (RESPONSES, {"input": said({"type": "input_image"})}, "input[0].content[0].type", "reads text only"),
+    (RESPONSES, {"input": said({"type": "input_image"})}, "input[0].content[0].type", "the vision part of"),
     (RESPONSES, {"input": said({"type": "input_text"})}, "input[0].content[0].text", "is missing"),
     (RESPONSES, {"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", "is missing"),
     (RESPONSES, {"background": True}, "background", "is not supported"),
     (MESSAGES, {"messages": said({"type": "text", "text": 5})}, "messages[0].content[0].text", "got 5"),
-    (MESSAGES, {"messages": said({"type": "image"})}, "messages[0].content[0].type", "reads text only"),
+    (MESSAGES, {"messages": said({"type": "image"})}, "messages[0].content[0].type", "the vision part of"),
     (MESSAGES, {"messages": said({"text": "hi"})}, "messages[0].content[0].type", "is missing"),
     (
         MESSAGES,
