@@ -41,7 +41,7 @@ def main() -> None:
         print(prompt, end="")
         stream_one(Lever("", "mite"), prompt, lambda text: print(text, end="", flush=True))
         _title("4. Lever by lever")
-        rows = [measure(lever, machine, log.print) for lever in levers(int4, adaptive)]
+        rows = measure(levers(int4, adaptive), machine, log.print)
         _title("5. Autoscaling: an hour of a DeepSeek-R1 service in a minute")
         fleet = run_fleet("mite", log.print)
         print(fleet.text)

@@ -6,7 +6,9 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from statistics import median
 
 from farthing.bench.client import Target, Timing, complete
 from farthing.bench.load import LoadResult, Slo, run_load, summarize
@@ -15,6 +17,7 @@ from farthing.cost import Machine
 from farthing.demo.server import Served, serve
 
 ANSWER = 96  # tokens per request
+ROUNDS = 3
 PROMPT_CHARACTERS = 400
 
 
@@ -62,39 +65,75 @@ def prompts(count: int, seed: int = 0) -> list[str]:
     return out
 
 
-def measure(lever: Lever, machine: Machine, say: Callable[[str], None], users: int = 8) -> Measured:
-    """Serve `lever`: one user, then `users` concurrently, then the same prompts again."""
-    with serve(lever.model, lever.options) as served:
-        target = Target(served.url, json.loads(served.get("/v1/models"))["data"][0]["id"])
-        _run(target, prompts(2, seed=99), 1)  # warm-up
-        cpu, started = served.cpu_seconds(), served.metric("farthing:generation_tokens_total")
-        single = _run(target, prompts(6, seed=1), 1)
-        many = prompts(4 * users, seed=2)
-        batch = _run(target, many, users)
-        again = _run(target, many, users)
-        generated = served.metric("farthing:generation_tokens_total") - started
-        cpu_per_token = (served.cpu_seconds() - cpu) / generated
-        say(
-            f"{lever.name}: {single.output_tokens_per_second:,.0f} tokens/s for one user, "
-            f"{batch.output_tokens_per_second:,.0f} for {users}"
-        )
-        watts = machine.hardware.watts  # per core
+class Trial:
+    """One served lever, measured a round at a time."""
+
+    def __init__(self, lever: Lever, served: Served, users: int) -> None:
+        self.lever, self.served, self._users = lever, served, users
+        self._target = Target(served.url, json.loads(served.get("/v1/models"))["data"][0]["id"])
+        self._single: list[LoadResult] = []
+        self._batch: list[LoadResult] = []
+        self._cpu_per_token: list[float] = []
+        _run(self._target, prompts(2, seed=99), 1)  # warm-up
+
+    def run(self, turn: int) -> None:
+        """Serve new prompts: one user, then several at once."""
+        cpu, before = self.served.cpu_seconds(), self._generated()
+        self._single.append(_run(self._target, prompts(2, seed=10 + turn), 1))
+        self._batch.append(_run(self._target, self._many(turn), self._users))
+        self._cpu_per_token.append((self.served.cpu_seconds() - cpu) / (self._generated() - before))
+
+    def measured(self, machine: Machine) -> Measured:
+        """Medians over the rounds; then the last round's prompts once more, for the prefix cache."""
+        speed = median(r.output_tokens_per_second for r in self._batch)
+        cpu = median(self._cpu_per_token)
+        again = _run(self._target, self._many(len(self._batch) - 1), self._users)
         return Measured(
-            name=lever.name,
-            seconds_to_ready=served.seconds_to_ready,
-            single_tokens_per_second=single.output_tokens_per_second,
-            batch_tokens_per_second=batch.output_tokens_per_second,
-            ttft_ms=batch.ttft_ms["p50"],
-            tpot_ms=single.tpot_ms["p50"],
-            memory_bytes=served.peak_memory(),
-            weight_bytes=_weight_bytes(lever),
+            name=self.lever.name,
+            seconds_to_ready=self.served.seconds_to_ready,
+            single_tokens_per_second=median(r.output_tokens_per_second for r in self._single),
+            batch_tokens_per_second=speed,
+            ttft_ms=median(r.ttft_ms["p50"] for r in self._batch),
+            tpot_ms=median(r.tpot_ms["p50"] for r in self._single),
+            memory_bytes=self.served.peak_memory(),
+            weight_bytes=_weight_bytes(self.lever),
             cached_share=again.cached_tokens / max(again.prompt_tokens, 1),
-            drafts_accepted=_accepted(served),
-            cpu_seconds_per_token=cpu_per_token,
-            joules_per_token=cpu_per_token * watts,
-            usd_per_million_tokens=machine.usd_per_second / batch.output_tokens_per_second * 1e6,
-            quality=lever.quality,
+            drafts_accepted=_accepted(self.served),
+            cpu_seconds_per_token=cpu,
+            joules_per_token=cpu * machine.hardware.watts,  # watts per core
+            usd_per_million_tokens=machine.usd_per_second / speed * 1e6,
+            quality=self.lever.quality,
         )
+
+    def _generated(self) -> float:
+        return self.served.metric("farthing:generation_tokens_total")
+
+    def _many(self, turn: int) -> list[str]:
+        return prompts(2 * self._users, seed=20 + turn)
+
+
+def measure(
+    levers: Sequence[Lever], machine: Machine, say: Callable[[str], None], users: int = 8
+) -> list[Measured]:
+    """Serve every lever in rounds, one after another in each, so that a change in the machine's speed affects
+    all of them; idle servers wait without using the processor."""
+    rows = []
+    with ExitStack() as stack:
+        trials = [
+            Trial(lever, stack.enter_context(serve(lever.model, lever.options)), users) for lever in levers
+        ]
+        for turn in range(ROUNDS):
+            say(f"round {turn + 1} of {ROUNDS}")
+            for trial in trials:
+                trial.run(turn)
+        for trial in trials:
+            row = trial.measured(machine)
+            say(
+                f"{row.name}: {row.single_tokens_per_second:,.0f} tokens/s for one user, "
+                f"{row.batch_tokens_per_second:,.0f} for {users}"
+            )
+            rows.append(row)
+    return rows
 
 
 def stream_one(lever: Lever, prompt: str, write: Callable[[str], None]) -> Timing:
