@@ -16,7 +16,7 @@ test: $(STAMP)
 	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" --hypothesis-profile thorough
 
 # Kernel tests on the GPU instead of Triton's interpreter, and all other tests that need a GPU.
 test-gpu: $(STAMP)

@@ -2,9 +2,10 @@
 
 Triton's kernels are interpreted on the CPU, except in `make test-gpu`. Torch computes on one thread, because
 `make test` runs one worker per core. Hypothesis does not judge how fast examples run, because machines are
-shared.
+shared. It tries fewer examples than usual, except in `make test-all` (`--hypothesis-profile thorough`).
 """
 
+import gc
 import os
 
 import pytest
@@ -12,8 +13,20 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared machine")
+_SHARED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thorough", _SHARED)
+settings.register_profile("quick", _SHARED, max_examples=40)
+settings.load_profile("quick")
+
+
+def pytest_collection_finish() -> None:
+    """The libraries that tests import are permanent: later collections skip them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that the interpreter can clear its modules
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from farthing.compress import sensitivity
 from farthing.compress.api import Options, compress
 from farthing.compress.recipe import RECIPES
 from farthing.compress.size import Measure, reads_of, sizes_of
+from farthing.compress.stream import STATE
 from farthing.model import ModelConfig
 from farthing.model.inspect import checkpoint_cost
 
 SMALL = 600  # calibration tokens
+AUTO = replace(RECIPES["auto"], calibration_tokens=SMALL, sparsities=())
 
 
 def stored(path: Path) -> int:
@@ -25,17 +28,34 @@ def stored(path: Path) -> int:
     return sum(checkpoint.nbytes(n) for n in checkpoint.names())
 
 
+@pytest.fixture(scope="module")
+def measurements(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """State of a run that measured every option of AUTO and found its budget unreachable."""
+    out = tmp_path_factory.mktemp("measured")
+    with pytest.raises(ValueError, match=r"budget_bytes is 1,000 \(weights read .*expected at least 1\d\d,"):
+        compress(
+            model_dir, out, replace(AUTO, measure="token", budget_bytes=1000), Options(data, data, window=64)
+        )
+    return out / STATE
+
+
+def with_measurements(out: Path, measurements: Path) -> Path:
+    """A directory for a run that needs not measure."""
+    shutil.copytree(measurements, out / STATE)
+    return out
+
+
 @pytest.mark.parametrize("measure", ["memory", "token"])
 def test_auto_meets_a_budget_and_improves_with_a_larger_one(
-    measure: Measure, model_dir: Path, data: Path, tmp_path: Path
+    measure: Measure, model_dir: Path, data: Path, measurements: Path, tmp_path: Path
 ) -> None:
     source = Checkpoint.open(model_dir)
     before = sizes_of(source, reads_of(ModelConfig.from_json(source.config)))
-    auto = replace(RECIPES["auto"], measure=measure, calibration_tokens=SMALL, sparsities=())
-    options = Options(calibration=data, data=data, window=64)
+    auto, options = replace(AUTO, measure=measure), Options(calibration=data, data=data, window=64)
     drops, sizes = [], []
     for share in (0.25, 0.35):
-        budget, out = round(share * before.of(measure)), tmp_path / str(share)
+        budget = round(share * before.of(measure))
+        out = with_measurements(tmp_path / str(share), measurements)
         outcome = compress(model_dir, out, replace(auto, budget_bytes=budget), options)
         plan, after = outcome.report.plan, outcome.report.sizes["after"]
         assert plan is not None and "least predicted loss" in plan["explanation"]
@@ -52,12 +72,10 @@ def test_auto_meets_a_budget_and_improves_with_a_larger_one(
 
 
 def test_unreachable_budget_is_rejected_and_measurements_are_kept(
-    model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, data: Path, measurements: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = Options(calibration=data, data=data, window=64, gate=False)
-    recipe = replace(RECIPES["auto"], calibration_tokens=SMALL, measure="token", sparsities=())
-    with pytest.raises(ValueError, match=r"budget_bytes is 1,000 \(weights read .*expected at least 1\d\d,"):
-        compress(model_dir, tmp_path / "out", replace(recipe, budget_bytes=1000), options)
+    options, recipe = Options(data, data, window=64, gate=False), replace(AUTO, measure="token")
+    with_measurements(tmp_path / "out", measurements)
     monkeypatch.setattr(sensitivity, "compress_layer", None)  # nothing is measured again
     with pytest.raises(ValueError, match=r"above max_drop 0\.00%; expected a budget of [\d,]+ or more"):
         compress(model_dir, tmp_path / "out", replace(recipe, budget_bytes=200_000, max_drop=1e-9), options)

@@ -9,9 +9,7 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -99,15 +97,11 @@ class Pulse:
         beat()
 
 
-@contextmanager
-def without_garbage_of_other_tests() -> Iterator[None]:
-    """A full collection visits every object of the process, including those of previous tests."""
+@pytest.fixture(scope="module", autouse=True)
+def without_garbage_of_other_tests() -> None:
+    """A full collection would visit every object of the process, including those of previous tests."""
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -119,9 +113,8 @@ def test_no_request_blocks_the_event_loop(tiny: Running, name: str) -> None:
     def post(_: int) -> int:
         return httpx.post(tiny.url + path, content=body, headers=headers, timeout=120).status_code
 
-    with without_garbage_of_other_tests():
-        tiny.call(pulse.start)
-        with ThreadPoolExecutor(4) as pool:
-            statuses = set(pool.map(post, range(8)))
+    tiny.call(pulse.start)
+    with ThreadPoolExecutor(4) as pool:
+        statuses = set(pool.map(post, range(8)))
     assert statuses <= {200, 400, 429}
     assert pulse.worst < BOUND
