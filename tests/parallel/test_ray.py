@@ -133,7 +133,7 @@ def test_ranks_that_cannot_start_report_why(
         with pytest.raises(
             RankFailed, match=r"rank \d could not start: ValueError: .*expected 9.9, the driver's"
         ):
-            ParallelModel(options(checkpoint, cluster, Layout(2, 2)))
+            ParallelModel(options(checkpoint, cluster, Layout(2)))
 
 
 def test_the_engine_serves_over_nodes(cluster: Any, checkpoint: Path) -> None:

@@ -53,8 +53,22 @@ def run(ops: Ops, spec: IndexerSpec, dtype: CacheDtype) -> tuple[list[Tensor], l
     return found, outs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.num_heads}x{s.head_dim}")
+DTYPES: list[CacheDtype] = ["float32", "bfloat16", "fp8", "int8"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [  # quickly: every dtype once, every layout twice
+        pytest.param(
+            spec,
+            dtype,
+            id=f"{spec.num_heads}x{spec.head_dim}-{dtype}",
+            marks=() if (i + j) % 2 else pytest.mark.slow,
+        )
+        for i, spec in enumerate(SPECS)
+        for j, dtype in enumerate(DTYPES)
+    ],
+)
 def test_positions_and_attention(spec: IndexerSpec, dtype: CacheDtype) -> None:
     found, outs = run(GpuOps(torch.float32, DEVICE), spec, dtype)
     expected, theirs = run(ReferenceOps(torch.float32), spec, dtype)
