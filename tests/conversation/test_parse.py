@@ -182,6 +182,7 @@ SPECIAL = [
     frozenset[str](),
     frozenset((DEEPSEEK.call_end, KIMI.call_end, "<think>", "<tool_call>", "｜DSML｜", "<｜")),
 ]
+MARKUP += ["<|tool_call_section_begin|>", "call_1", "functionsf5", '{"name": "f"}', '{"x": [1]}', "x", "days"]
 MARKUP += [MARK + token for token in SPECIAL[1]]
 SOUP = st.lists(st.sampled_from(MARKUP) | st.text(max_size=3), max_size=14).map("".join)
 PARSERS: list[Callable[[], CallParser]] = [
@@ -192,6 +193,8 @@ PARSERS: list[Callable[[], CallParser]] = [
     ListedCalls,
     lambda: NamedCall("f"),
     NoCalls,
+    lambda: KIMI_K2.calls(TOOLS),
+    lambda: NoCalls(DEEPSEEK.all),
 ]
 
 

@@ -92,7 +92,7 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
 KIMI_K2 = ChatFormat(
     "kimi_k2",
     render,
-    lambda tools, tokens=frozenset(): DelimitedCalls(MARKS, True, tokens),
+    lambda tools, tokens=frozenset(): DelimitedCalls(MARKS, True, tokens, tools),
     THINK,
     efforts=("none",),
     markup=MARKS.all,

@@ -8,6 +8,7 @@ The head is the function's name (V3.1), the word `function` before a line with t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from farthing.conversation.deltas import Delta, new_call_id
 from farthing.conversation.parse.base import MAX_HEAD, THINK, Machine
 from farthing.conversation.scan import JsonObject, Trailing, literals
+from farthing.conversation.types import Tool
 
 _FENCE = re.compile(r"`{1,3}[a-z]{0,12}")
 _AFTER = " \t\r\n`}]"  # what may follow a call's arguments: a fence, or brackets too many
@@ -29,6 +31,7 @@ class Marks:
     call_begin: str
     call_end: str
     separator: str
+    misspelled: tuple[str, ...] = ()  # marks of a section that models write instead
 
     @property
     def all(self) -> frozenset[str]:
@@ -49,7 +52,43 @@ KIMI = Marks(
     call_begin="<|tool_call_begin|>",
     call_end="<|tool_call_end|>",
     separator="<|tool_call_argument_begin|>",
+    misspelled=("<|tool_call_section_begin|>", "<|tool_call_section_end|>"),
 )
+
+
+_NAMELESS = re.compile(r"(call[_-]?)?\d+|(call|chatcmpl-tool|toolu)[_-]\w+")  # ids of other servers
+_SANITIZED = re.compile(r"(?:functions[._]?)?(.*?)[:_]?\d*", re.DOTALL)
+
+
+def function_of(identity: str, tools: tuple[Tool, ...]) -> str:
+    """The function that an id of Kimi's names; models leave its punctuation out or replace it."""
+    stem, colon, number = identity.rpartition(":")
+    name = (stem if colon and number.isdigit() else identity).removeprefix("functions.").strip()
+    known = {tool.name for tool in tools}
+    if name not in known and (match := _SANITIZED.fullmatch(identity)) and match[1] in known:
+        return match[1]
+    return name
+
+
+def function_by_arguments(text: str, tools: tuple[Tool, ...]) -> tuple[str, str] | None:
+    """The only function whose parameters fit some arguments, or the one they name; and the arguments."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    schemas = {tool.name: tool.parameters or {} for tool in tools}
+    named = found.get("name")
+    if isinstance(named, str) and named in schemas and "name" not in (schemas[named].get("properties") or {}):
+        arguments = {key: value for key, value in found.items() if key != "name"}
+        return named, json.dumps(arguments, ensure_ascii=False)
+    fitting = [
+        name
+        for name, schema in schemas.items()
+        if set(schema.get("required") or ()) <= set(found) <= set(schema.get("properties") or ())
+    ]
+    return (fitting[0], text) if len(fitting) == 1 else None
 
 
 class DelimitedCalls(Machine):
@@ -57,20 +96,30 @@ class DelimitedCalls(Machine):
 
     native_ids: the head is the call's id, as in Kimi's format. tokens: the marks known to be special tokens,
     which end a call even within a string; the others may be part of the string. The tag that closes the
-    reasoning ends a call as well, but not within a string.
+    reasoning ends a call as well, but not within a string. tools: to find the function of an id that does not
+    name it as it should.
     """
 
-    def __init__(self, marks: Marks, native_ids: bool = False, tokens: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        marks: Marks,
+        native_ids: bool = False,
+        tokens: frozenset[str] = frozenset(),
+        tools: tuple[Tool, ...] = (),
+    ) -> None:
         super().__init__()
+        self._tools = tools
         self._tokens = tokens - {THINK.close}
         self._marks, self._native_ids = marks, native_ids
-        self._own = literals(marks.all)
-        self._literals = literals(marks.all | {THINK.close})
+        own = marks.all | set(marks.misspelled)
+        self._own, self._literals = literals(own), literals(own | {THINK.close})
         self._state = self._outside
         self._trailing = Trailing()
         self._ids: set[str] = set()
         self._pieces: list[str] = []  # arguments that are no JSON object, until the call ends
         self._object: JsonObject | None = None
+        self._call: tuple[str, str | None] = "", None  # its name and id
+        self._nameless = False  # its id does not tell the function
         self._sent = False  # any of this call's arguments
         self._fenced = False  # this call's arguments are in a code block
 
@@ -89,7 +138,7 @@ class DelimitedCalls(Machine):
         elif self._state == self._head:
             self._headless(rest.strip())
         elif self._state == self._raw:
-            self._arguments("".join((*self._pieces, rest)).strip())
+            self._end_raw("".join((*self._pieces, rest)).strip())
         elif self._state == self._json:
             self._arguments(rest)
         elif self._state == self._closed:
@@ -151,7 +200,8 @@ class DelimitedCalls(Machine):
             self._take(fence.end())
             self._fenced = True
         elif self._buffer:
-            self._object = JsonObject() if self._buffer.startswith("{") else None
+            streams = self._buffer.startswith("{") and not self._nameless
+            self._object = JsonObject() if streams else None
             self._state = self._json if self._object else self._raw
         return True
 
@@ -169,18 +219,22 @@ class DelimitedCalls(Machine):
     # Shared by the states.
 
     def _named(self, head: str) -> None:
-        name, identity = head, None
+        identity, name = None, head
+        self._nameless = False
         if self._native_ids:
             identity = head if head not in self._ids else new_call_id()
             self._ids.add(identity)
-            stem, colon, number = head.rpartition(":")
-            name = (stem if colon and number.isdigit() else head).removeprefix("functions.").strip()
+            name = function_of(head, self._tools)
+            known = any(name == tool.name for tool in self._tools)
+            self._nameless = not known and _NAMELESS.fullmatch(head) is not None
         if not name:
             self._state = self._outside
             return
-        self._begin(name, identity)
+        self._call = name, identity
         self._pieces, self._object, self._sent, self._fenced = [], None, False, False
         self._state = self._before
+        if not self._nameless:
+            self._begin(*self._call)
 
     def _headless(self, head: str) -> None:
         """Not a call. A single word can only be the beginning of one; anything else is text."""
@@ -206,8 +260,14 @@ class DelimitedCalls(Machine):
     def _end_arguments(self) -> None:
         if not self._sent:
             text = "".join(self._pieces).strip().removesuffix("```").rstrip()
-            self._arguments(text or "{}")
+            self._end_raw(text or "{}")
             self._sent = True
+
+    def _end_raw(self, text: str) -> None:
+        if self._nameless:
+            name, text = function_by_arguments(text, self._tools) or (self._call[0], text)
+            self._begin(name, self._call[1])
+        self._arguments(text)
 
     def _starts_mark(self) -> bool:
         found = self._literals.find(self._buffer)

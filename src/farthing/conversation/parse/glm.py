@@ -10,10 +10,11 @@ The format does not say which values are strings: the tool's schema does.
 
 from __future__ import annotations
 
+import json
 import re
 
 from farthing.conversation.parse.base import MAX_HEAD
-from farthing.conversation.parse.parameters import ParameterCalls
+from farthing.conversation.parse.parameters import ParameterCalls, json_object
 from farthing.conversation.types import Tool
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
@@ -23,7 +24,8 @@ KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 class GlmCalls(ParameterCalls):
     """Parses the calls described above.
 
-    Models leave tags out: that before a key right after the function's name, and that before a value.
+    Models leave tags out: that before a key right after the function's name, and that before a value. They
+    also write the whole call as JSON, {"name": …, "arguments": {…}}.
     """
 
     tags = frozenset((CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END))
@@ -46,13 +48,20 @@ class GlmCalls(ParameterCalls):
     def _after_key(self) -> bool:
         return self._until_tag(self._late.append)
 
+    def _in_json(self) -> bool:
+        return self._until_tag(self._late.append)
+
     # Shared by the states.
 
     def _head(self, text: str) -> None:
         if self._named:
             self._stray.append(text)
             return
-        line, newline, rest = (text if self._name else text.lstrip()).partition("\n")
+        text = text if self._name else text.lstrip()
+        if not self._name and text.startswith("{"):
+            self._late, self._named, self._state = [text], True, self._in_json
+            return
+        line, newline, rest = text.partition("\n")
         if line:
             self._name.append(line)
         if sum(map(len, self._name)) > MAX_HEAD:
@@ -86,7 +95,21 @@ class GlmCalls(ParameterCalls):
             self._start_call(known)
             self._name, self._late, self._state = [key], [], self._after_key
 
+    def _end_json(self) -> None:
+        text = "".join(self._late).strip()
+        call = json.loads(json_object(text) or "{}")
+        name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
+        if isinstance(name, str) and self._callable(name) and isinstance(arguments, dict):
+            self._start_call(name)
+            self._stray = [json.dumps(arguments, ensure_ascii=False)]
+        else:
+            self._outer(text)
+        self._state = self._in_call
+
     def _abandon(self) -> None:
+        if self._state == self._in_json:
+            self._outer("".join(self._late).strip())
+            return
         if self._state == self._in_call and not self._named:
             if re.search(r"\s", name := "".join(self._name).strip()):  # more than the beginning of a name
                 self._outer(name)
@@ -96,6 +119,8 @@ class GlmCalls(ParameterCalls):
     def _end_reasoning(self, tag: str) -> None:
         if self._state == self._in_call and not self._named:
             self._unnamed()
+        elif self._state == self._in_json:
+            self._end_json()
         super()._end_reasoning(tag)
 
     def _enter(self, tag: str) -> None:
@@ -105,6 +130,8 @@ class GlmCalls(ParameterCalls):
                 return
             self._end_value()
             self._state = self._in_call
+        elif self._state == self._in_json:
+            self._end_json()
         if self._state == self._in_call and not self._named:
             if tag == KEY_END:
                 self._split_name()

@@ -102,7 +102,7 @@ class ParameterCalls(Machine):
         """The closing tag of the reasoning, outside a value: the model only wrote about a call."""
         if self._state != self._outside:
             text = "".join(self._stray).strip()
-            lost = "" if not self._count and _object(text) else text
+            lost = "" if not self._count and json_object(text) else text
             self._end_call()
             self._state = self._outside
             self._outer(lost)
@@ -121,7 +121,7 @@ class ParameterCalls(Machine):
 
     def _callable(self, name: str) -> bool:
         """Whether a function may have this name; otherwise the model wrote about calls instead of calling."""
-        return name in self._schemas or re.fullmatch(r"\S+", name) is not None
+        return name in self._schemas or re.fullmatch(r'[^\s{}"<>()]+', name) is not None
 
     def _start_call(self, name: str) -> None:
         self._end_call()
@@ -134,7 +134,7 @@ class ParameterCalls(Machine):
         if not self._open:
             return
         self._open = False
-        self._arguments("}" if self._count else _object(stray) or "{}")
+        self._arguments("}" if self._count else json_object(stray) or "{}")
 
     def _start_value(self, key: str, declared: bool | None) -> None:
         """declared: the markup says that the value is a string (True) or JSON (False), or nothing (None)."""
@@ -169,11 +169,11 @@ class ParameterCalls(Machine):
         known = (self._schema or {}).get("properties")
         if self._count or self._key not in _WRAPPERS or not isinstance(known, Mapping) or self._key in known:
             return ""
-        inner = _object(text)
+        inner = json_object(text)
         return inner[1:-1].strip() if inner and set(json.loads(inner)) <= set(known) else ""
 
 
-def _object(text: str) -> str | None:
+def json_object(text: str) -> str | None:
     """A text that is a JSON object, else None."""
     text = text.strip()
     try:
