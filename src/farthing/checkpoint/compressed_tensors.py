@@ -18,6 +18,7 @@ from farthing.checkpoint.error import CheckpointError
 from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
 
 METHOD = "compressed-tensors"
+_MOST_GROUP = 1 << 16
 # Suffixes a quantized module may have besides its weight.
 OPTIONAL = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_clip")
 
@@ -145,10 +146,12 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
         raise CheckpointError(
             f"{where}.input_activations is {str(inputs)[:200]}; below 8 bits expected the weights' own groups"
         )
-    if strategy == "group" and (group_size is None or group_size < 1):
-        raise CheckpointError(f"{where}.weights.group_size is {group_size}; expected at least 1")
+    if strategy == "group" and (group_size is None or not 1 <= group_size <= _MOST_GROUP):
+        raise CheckpointError(f"{where}.weights.group_size is {group_size}; expected 1 to {_MOST_GROUP}")
+    if not isinstance(symmetric := weights.get("symmetric", True), bool):
+        raise CheckpointError(f"{where}.weights.symmetric is {str(symmetric)[:80]!r}; expected true or false")
     scheme = Scheme(
-        storage, bits or 0, bool(weights.get("symmetric", True)), strategy, group_size,
+        storage, bits or 0, symmetric, strategy, group_size,
         input_bits if coarse else 8, _is_static(inputs),
     )  # fmt: skip
     supported = {
@@ -163,7 +166,8 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
     if strategy not in supported.get((storage, scheme.bits, kind), ()):
         known = ", ".join(sorted(f"{f} {b} bit {k} {'|'.join(s)}" for (f, b, k), s in supported.items()))
         raise CheckpointError(
-            f"{where}: unknown quantization {storage} {bits} bit {kind} {strategy}; expected {known}"
+            f"{where}: unknown quantization {storage} {bits} bit {kind} {strategy} (format, num_bits, type, "
+            f"strategy); expected {known}"
         )
     if scheme.bits == 8 and not scheme.symmetric:
         raise CheckpointError(f"{where}: asymmetric 8-bit weights are unknown; expected symmetric")

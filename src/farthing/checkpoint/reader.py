@@ -19,6 +19,7 @@ from torch import Tensor
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.error import CheckpointError
 from farthing.checkpoint.input_scales import InputScales
+from farthing.checkpoint.quantization import read_quantization
 from farthing.checkpoint.shards import Shards, read_json
 from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
 
@@ -181,30 +182,11 @@ class Checkpoint:
     # -- resolving
 
     def _resolve(self, quantization: Any) -> None:
-        if not isinstance(quantization, dict):
-            raise CheckpointError(
-                f"{self.path / 'config.json'}: quantization_config is {type(quantization).__name__}; "
-                "expected an object"
-            )
-        method = quantization.get("quant_method")
-        if method == "fp8":
-            block = quantization.get("weight_block_size")
-            if block != [FP8_BLOCK, FP8_BLOCK]:
-                raise CheckpointError(
-                    f"{self.path / 'config.json'}: quantization_config.weight_block_size is {block}; "
-                    "expected [128, 128]"
-                )
-            self._fp8 = True
-        elif method == ct.METHOD:
-            try:
-                self._groups = ct.Groups.from_json(quantization)
-            except CheckpointError as error:
-                raise CheckpointError(f"{self.path}/{error}") from None
-        else:
-            raise CheckpointError(
-                f"{self.path / 'config.json'}: unknown quantization: quant_method is {method!r}; "
-                f"expected 'fp8' (DeepSeek blocks) or {ct.METHOD!r}"
-            )
+        try:
+            self._groups = read_quantization(quantization)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}/{error}") from None
+        self._fp8 = self._groups is None
 
     def _dense(self, module: str, scheme: ct.Scheme | None) -> Weight:
         name = f"{module}.weight"

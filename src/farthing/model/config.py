@@ -6,11 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from farthing.checkpoint.reader import has_config, read_config
+from farthing.model import values as checked
 from farthing.model.error import ConfigError
 from farthing.model.types import type_named, type_of
+from farthing.model.values import LARGEST, MOST, absent, optional_section, wrong
 
 __all__ = ["ConfigError", "LayerSizes", "ModelConfig", "QueryScaling", "RopeConfig", "check_config"]
 
@@ -198,35 +200,17 @@ class ModelConfig:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> ModelConfig:
         """Validate and convert. Unknown fields are ignored, as in Hugging Face."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"config.json is a {type(raw).__name__}; expected an object")
         kind = type_of(raw)
         try:
             raw = kind.fields(raw)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"config.json of type {kind.name!r}: {error}") from error
-        if (activation := raw.get("hidden_act")) not in (None, "silu"):
-            raise ConfigError(f"hidden_act is {activation!r}; expected 'silu'")
-        values: dict[str, Any] = {
-            f.name: raw[f.name] for f in fields(cls) if f.name in raw and raw[f.name] is not None
-        }
-        values.update(
-            model_type=kind.name,
-            rope=_rope(raw),
-            query_scaling=_query_scaling(raw),
-            q_lora_rank=raw.get("q_lora_rank"),
-            n_routed_experts=raw.get("n_routed_experts", raw.get("num_local_experts")),
-            n_shared_experts=raw.get("n_shared_experts") or 0,
-            num_nextn_predict_layers=raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers")) or 0,
-            indexer_types=tuple(raw.get("indexer_types") or ()),
-            layer_sizes=_layer_sizes(raw.get("layer_sizes")),
-            eos_token_ids=_ids(raw.get("eos_token_id")),
-        )
-        required = [f.name for f in fields(cls) if f.name not in values and f.name in _REQUIRED]
-        if required:
-            raise ConfigError(
-                f"config.json lacks {', '.join(required)}; expected for model_type {kind.name!r}"
-            )
-        config = cls(**values)
-        check_config(config)
+            values = _checked(cls, raw) | _derived(raw)
+            config = cls(**{"q_lora_rank": None, **values, "model_type": kind.name})
+            check_config(config)
+        except ValueError as error:
+            message = kind.in_own_words(str(error))
+            raise ConfigError(f"config.json of type {kind.name!r}: {message}") from error
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         if config.layer_sizes and len(config.layer_sizes) != layers:
             raise ConfigError(
@@ -249,12 +233,60 @@ _REQUIRED = {
     "v_head_dim",
     "max_position_embeddings",
 }
+_POSITIVE = {"moe_layer_freq", "n_group", "topk_group", "shared_intermediate_size", "q_lora_rank"}
+_OF_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")  # required with experts
+
+
+def _checked(cls: type[ModelConfig], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json with plain types, if present. Raises ValueError for another type or range."""
+    values: dict[str, Any] = {}
+    for name, kind in get_type_hints(cls).items():
+        value = raw.get(name)
+        if name in _REQUIRED:
+            values[name] = checked.integer(raw, name)
+        elif value is None:
+            continue
+        elif kind in (int, int | None):
+            least = 1 if name in _POSITIVE else 0
+            values[name] = checked.checked_integer(name, value, least, MOST.get(name, LARGEST))
+        elif kind is float:
+            values[name] = checked.number(name, value, above=0.0)
+        elif kind is bool:
+            values[name] = checked.flag(name, value)
+        elif get_origin(kind) is Literal:
+            values[name] = checked.choice(name, value, get_args(kind))
+    return values
+
+
+def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with other names or of other types. Raises ValueError."""
+    if (activation := raw.get("hidden_act")) not in (None, "silu"):
+        raise wrong("hidden_act", activation, "'silu'")
+    experts = next((n for n in ("n_routed_experts", "num_local_experts") if n in raw), None)
+    if experts is None:
+        raise absent("n_routed_experts", "a positive integer, or null for a model without experts")
+    drafts = next((n for n in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(n) is not None), None)
+    found = {
+        "rope": _rope(raw),
+        "query_scaling": _query_scaling(raw),
+        "n_routed_experts": None if raw[experts] is None else checked.integer(raw, experts),
+        "num_nextn_predict_layers": 0
+        if drafts is None
+        else checked.checked_integer(drafts, raw[drafts], 0, 64),
+        "indexer_types": tuple(raw.get("indexer_types") or ()),
+        "layer_sizes": _layer_sizes(raw.get("layer_sizes")),
+        "eos_token_ids": _ids(raw.get("eos_token_id")),
+    }
+    if raw[experts] is not None:
+        found |= {name: checked.integer(raw, name) for name in _OF_EXPERTS}
+    return found
 
 
 def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+    listed = value if isinstance(value, list | tuple) else [value]
+    return tuple(checked.checked_integer("eos_token_id", each, 0) for each in listed)
 
 
 def _layer_sizes(value: Any) -> tuple[LayerSizes, ...]:
@@ -262,53 +294,72 @@ def _layer_sizes(value: Any) -> tuple[LayerSizes, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(v, dict) and set(v) <= known for v in value):
-        raise ConfigError(f"layer_sizes is {value!r}; expected a list of objects with {sorted(known)}")
+        raise wrong("layer_sizes", value, f"a list of objects with {sorted(known)}")
     for i, sizes in enumerate(value):
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ConfigError(f"layer_sizes[{i}].{name} is {size!r}; expected a positive integer")
+            checked.checked_integer(f"layer_sizes[{i}].{name}", size, 1)
     return tuple(LayerSizes(**v) for v in value)
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    interleaved = bool(raw.get("rope_interleave", True))
+    name = next((n for n in ("rope_parameters", "rope_scaling") if raw.get(n)), "rope_scaling")
+    p = optional_section(raw, name)
+    kind = p.get("rope_type", p.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise wrong(
+            f"{name}.{'rope_type' if 'rope_type' in p else 'type'}", kind, "'yarn' or no rope_scaling"
+        )
+    theta = checked.number(
+        *(
+            (f"{name}.rope_theta", p["rope_theta"])
+            if "rope_theta" in p
+            else ("rope_theta", raw.get("rope_theta", 1e4))
+        ),
+        above=0.0,
+    )
+    interleaved = checked.flag("rope_interleave", raw.get("rope_interleave", True))
     if kind == "default":
         return RopeConfig(theta=theta, interleaved=interleaved)
-    if kind != "yarn":
-        raise ConfigError(f"rope_scaling.type is {kind!r}; expected 'yarn' or no rope_scaling")
+
+    def read(field: str, default: float, above: float = 0.0) -> float:
+        value = p.get(field)
+        return default if value is None else checked.number(f"{name}.{field}", value, above)
+
+    if "factor" not in p:
+        raise absent(f"{name}.factor", "a number greater than 0")
+    original = p.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
     return RopeConfig(
         theta=theta,
-        factor=float(parameters["factor"]),
-        original_max_position=int(
-            parameters.get("original_max_position_embeddings", raw.get("max_position_embeddings", 4096))
+        factor=checked.number(f"{name}.factor", p["factor"], above=0.0),
+        original_max_position=checked.checked_integer(
+            f"{name}.original_max_position_embeddings", original, 1, MOST["max_position_embeddings"]
         ),
-        beta_fast=float(parameters.get("beta_fast") or 32),
-        beta_slow=float(parameters.get("beta_slow") or 1),
-        mscale=float(parameters.get("mscale") or 0),
-        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0),
-        attention_factor=None
-        if parameters.get("attention_factor") is None
-        else float(parameters["attention_factor"]),
+        beta_fast=read("beta_fast", 32.0),
+        beta_slow=read("beta_slow", 1.0),
+        mscale=read("mscale", 0.0, -1e-9),
+        mscale_all_dim=read("mscale_all_dim", 0.0, -1e-9),
+        attention_factor=None if p.get("attention_factor") is None else read("attention_factor", 1.0),
         interleaved=interleaved,
     )
 
 
 def _query_scaling(raw: Mapping[str, Any]) -> QueryScaling | None:
-    rope = raw.get("rope_parameters") or {}
+    rope = optional_section(raw, "rope_parameters")
     beta = rope.get("llama_4_scaling_beta")
     if beta is None:
         return None
-    return QueryScaling(float(beta), int(rope["original_max_position_embeddings"]))
+    name = "rope_parameters."
+    return QueryScaling(
+        checked.number(f"{name}llama_4_scaling_beta", beta),
+        checked.integer(rope, "original_max_position_embeddings", within=name),
+    )
 
 
 def check_config(c: ModelConfig) -> None:
     """Raise ConfigError for incompatible values."""
     for name in _REQUIRED:
         value = getattr(c, name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected a positive integer")
     if c.qk_rope_head_dim % 2:
         raise ConfigError(f"qk_rope_head_dim is {c.qk_rope_head_dim}; expected an even number")
@@ -325,6 +376,10 @@ def check_config(c: ModelConfig) -> None:
     if c.shortcut_experts and c.is_moe(c.num_hidden_layers - 1):
         raise ConfigError("the last layer has experts; expected a layer after them that adds their output")
     experts = c.router_size
+    if experts and not 1 <= c.num_experts_per_tok <= experts:
+        raise ConfigError(
+            f"num_experts_per_tok is {c.num_experts_per_tok}; expected 1…{experts}, the number of experts"
+        )
     if not experts or c.topk_method == "greedy":
         return
     if c.n_group < 1 or experts % c.n_group:
@@ -332,7 +387,7 @@ def check_config(c: ModelConfig) -> None:
     reachable = c.topk_group * (experts // c.n_group)
     if not 1 <= c.topk_group <= c.n_group or reachable < c.num_experts_per_tok:
         raise ConfigError(
-            f"topk_group is {c.topk_group}; expected 1…{c.n_group} with at least "
+            f"topk_group is {c.topk_group}; expected 1…{c.n_group}, the n_group, with at least "
             f"num_experts_per_tok = {c.num_experts_per_tok} experts in the kept groups"
         )
 

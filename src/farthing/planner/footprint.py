@@ -5,7 +5,6 @@ Legend: N output rows, K input columns. The CPU backend's records are defined in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,8 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.quantization import read_quantization
 from farthing.model.config import ModelConfig
 from farthing.model.load import names_in
+from farthing.model.types import type_of
+from farthing.model.values import optional_section
 from farthing.ops.weights import loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,33 +41,36 @@ StoredOf = Callable[[str], Stored]
 
 
 def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """quantization_config, at the top level or of the text part; empty if the weights are not quantized."""
-    text = raw.get("text_config") or {}
-    return raw.get("quantization_config") or text.get("quantization_config") or {}
+    """quantization_config, at the top level or of the text part; empty if the weights are not quantized.
+
+    Raises ValueError if it is no object.
+    """
+    text = optional_section(raw, "text_config")
+    return optional_section(raw, "quantization_config") or optional_section(text, "quantization_config")
 
 
 def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
-    """Formats declared by config.json: quantized linear modules, everything else in torch_dtype."""
-    text = raw.get("text_config") or {}
+    """Formats declared by config.json: quantized linear modules, everything else in torch_dtype.
+
+    Raises ValueError for a format that checkpoints are not read in.
+    """
+    text = optional_section(raw, "text_config")
     dtype = next((d for c in (raw, text) for d in (c.get("torch_dtype"), c.get("dtype")) if d), None)
     plain = Stored("float32" if dtype == "float32" else "bfloat16")
-    quantization = quantization_of(raw)
-    left_out = [p.removeprefix("re:") for p in quantization.get("ignore") or () if p.startswith("re:")]
-    linear = plain
-    if quantization.get("quant_method") == "fp8":
-        linear = Stored("fp8")
-    elif groups := quantization.get("config_groups"):
-        weights = next(iter(groups.values()))["weights"]
-        kind: Kind = (
-            "int4" if weights["num_bits"] == 4 else "fp8" if weights.get("type") == "float" else "int8"
-        )
-        linear = Stored(kind, int(weights.get("group_size") or 128), not weights.get("symmetric", True))
+    quantization, stored_name = quantization_of(raw), type_of(raw).names.stored
+    groups = read_quantization(quantization) if quantization else None
 
     def of(name: str) -> Stored:
-        if any(re.match(pattern, name) for pattern in left_out):
-            return plain
         matrix = "_proj." in name or "_proj_with_mqa." in name
-        return linear if matrix and not name.endswith("eh_proj.weight") else plain
+        if not quantization or not matrix or name.endswith("eh_proj.weight"):
+            return plain
+        if groups is None:
+            return Stored("fp8")
+        scheme = groups.scheme(stored_name(name.removesuffix(".weight")))
+        if scheme is None:
+            return plain
+        kind: Kind = "int4" if scheme.bits == 4 else "fp8" if scheme.storage == "float-quantized" else "int8"
+        return Stored(kind, scheme.group_size or 128, not scheme.symmetric)
 
     return of
 

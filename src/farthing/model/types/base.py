@@ -6,9 +6,12 @@ checkpoint is opened; no later code depends on the type.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from farthing.model.values import flag, integer, wrong
 
 Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
 INTERLEAVED: dict[str, Any] = {"rope_interleave": True}  # of types that ignore the field, as in transformers
@@ -43,33 +46,43 @@ class ModelType:
     models: str  # released models of this type, for messages and documentation
     fields: Callable[[Fields], Fields] = lambda raw: raw  # to V3's fields
     names: Names = Names()
+    own_words: Mapping[str, str] = field(default_factory=dict)  # V3's field -> the file's, for messages
     may_lack_router_bias: bool = False  # some checkpoints of this type have no e_score_correction_bias
+
+    def in_own_words(self, message: str) -> str:
+        """A message about V3's fields with the names that config.json uses."""
+        for ours, theirs in self.own_words.items():
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+        return message
 
 
 def tied(raw: Fields) -> Fields:
     """tie_word_embeddings of a multimodal wrapper, where present: it wins over text_config's."""
     value = raw.get("tie_word_embeddings")
-    return {} if value is None else {"tie_word_embeddings": value}
+    return {} if value is None else {"tie_word_embeddings": flag("tie_word_embeddings", value)}
 
 
 def layer_count(raw: Fields, name: str = "num_hidden_layers") -> int:
     """The number of layers. Raises ValueError if the field is no positive integer."""
-    layers = raw.get(name)
-    if not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"{name} is {layers!r}; expected a positive integer")
-    return layers
+    return integer(raw, name)
 
 
-def per_layer(raw: Fields, name: str) -> list[Any]:
+def per_layer(raw: Fields, name: str, accepted: tuple[str, ...]) -> list[str]:
     """A list or text with one entry per hidden layer, MTP layers optional; empty if the field is absent.
 
-    Raises ValueError for another length.
+    Raises ValueError for other entries or another length.
     """
-    entries, layers = list(raw.get(name) or ()), layer_count(raw)
-    most = layers + (raw.get("num_nextn_predict_layers") or 0)
-    if entries and not layers <= len(entries) <= most:
-        raise ValueError(f"{name} has {len(entries)} entries; expected one per hidden layer, {layers}")
-    return entries
+    value = raw.get(name)
+    if value is None or value == "" or value == []:
+        return []
+    if not isinstance(value, list | str) or not all(entry in accepted for entry in value):
+        raise wrong(name, value, "one of " + ", ".join(map(repr, accepted)) + " per hidden layer")
+    layers = layer_count(raw)
+    drafts = raw.get("num_nextn_predict_layers")
+    most = layers + (drafts if isinstance(drafts, int) else 0)
+    if not layers <= len(value) <= most:
+        raise ValueError(f"{name} has {len(value)} entries; expected one per hidden layer, {layers}")
+    return list(value)
 
 
 def dense_prefix(raw: Fields) -> dict[str, int]:
@@ -77,7 +90,7 @@ def dense_prefix(raw: Fields) -> dict[str, int]:
 
     Raises ValueError if no such pair describes the list.
     """
-    kinds = per_layer(raw, "mlp_layer_types")
+    kinds = per_layer(raw, "mlp_layer_types", ("dense", "sparse"))
     if not kinds:
         return {}
     moe = [kind == "sparse" for kind in kinds]

@@ -1,15 +1,19 @@
 """GLM-5: V3.2 with an interleaved indexer rotation and layers that reuse an earlier layer's selection."""
 
 from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix, layer_count, per_layer
+from farthing.model.values import integer
 
 
 def _indexer_types(raw: Fields) -> list[str]:
     """Indexer type per layer: from a list, a pattern such as "FFSS", or every index_topk_freq-th "full"."""
-    if listed := per_layer(raw, "indexer_types"):
+    if listed := per_layer(raw, "indexer_types", ("full", "shared")):
         return listed
-    if pattern := per_layer(raw, "index_topk_pattern"):
-        return [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
-    every, first = max(raw.get("index_topk_freq") or 1, 1), raw.get("index_skip_topk_offset", 2)
+    if pattern := per_layer(raw, "index_topk_pattern", ("F", "S")):
+        return [{"F": "full", "S": "shared"}[kind] for kind in pattern]
+    every = 1 if raw.get("index_topk_freq") is None else integer(raw, "index_topk_freq")
+    first = (
+        2 if raw.get("index_skip_topk_offset") is None else integer(raw, "index_skip_topk_offset", least=0)
+    )
     layers = range(layer_count(raw))
     return ["shared" if max(i - first + 1, 0) % every else "full" for i in layers]
 

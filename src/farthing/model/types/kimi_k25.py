@@ -4,12 +4,15 @@ Only the language model is served; the experts of released checkpoints are INT4 
 """
 
 from farthing.model.types.base import Fields, ModelType, Names, tied
+from farthing.model.values import section, wrong
 
 _PREFIX = "language_model."
 
 
 def _fields(raw: Fields) -> Fields:
-    text: Fields = raw["text_config"]
+    text = section(raw, "text_config")
+    if (kind := text.get("model_type")) not in (None, "kimi_k2", "deepseek_v3"):
+        raise wrong("text_config.model_type", kind, "'kimi_k2' or 'deepseek_v3'")
     return {**{key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}, **text, **tied(raw)}
 
 

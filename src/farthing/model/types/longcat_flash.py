@@ -8,6 +8,7 @@ latents are scaled after their norms.
 import re
 
 from farthing.model.types.base import INTERLEAVED, Fields, ModelType, Names, layer_count
+from farthing.model.values import flag, integer, wrong
 
 _RENAMED = {
     "ffn_hidden_size": "intermediate_size",
@@ -19,15 +20,19 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.([a-z_]+)(.*)")
 
 
 def _fields(raw: Fields) -> Fields:
-    kind = raw.get("zero_expert_type", "identity")
-    if kind != "identity":
-        raise ValueError(f"zero_expert_type is {kind!r}; expected 'identity'")
-    if raw.get("router_bias") or raw.get("attention_bias"):
-        raise ValueError("router_bias or attention_bias is true; expected matrices without a bias")
-    width, query, latent = raw["hidden_size"], raw["q_lora_rank"], raw["kv_lora_rank"]
+    if (kind := raw.get("zero_expert_type", "identity")) != "identity":
+        raise wrong("zero_expert_type", kind, "'identity'")
+    for name in ("router_bias", "attention_bias"):
+        if raw.get(name) not in (None, False):
+            raise wrong(name, raw[name], "false: matrices have no bias")
+    width, query, latent = (integer(raw, name) for name in ("hidden_size", "q_lora_rank", "kv_lora_rank"))
+    scaled = {name: flag(name, raw.get(name, True)) for name in ("mla_scale_q_lora", "mla_scale_kv_lora")}
     return {
         **raw,
-        **{ours: raw[theirs] for theirs, ours in _RENAMED.items()},
+        **{
+            ours: integer(raw, theirs, least=int(theirs != "zero_expert_num"))
+            for theirs, ours in _RENAMED.items()
+        },
         "num_hidden_layers": 2 * layer_count(raw, "num_layers"),
         **INTERLEAVED,
         "num_nextn_predict_layers": 0,
@@ -39,8 +44,8 @@ def _fields(raw: Fields) -> Fields:
         "topk_method": "noaux_tc",
         "router_bias": True,
         "norm_topk_prob": raw.get("norm_topk_prob", False),
-        "query_latent_scale": (width / query) ** 0.5 if raw.get("mla_scale_q_lora", True) else 1.0,
-        "latent_scale": (width / latent) ** 0.5 if raw.get("mla_scale_kv_lora", True) else 1.0,
+        "query_latent_scale": (width / query) ** 0.5 if scaled["mla_scale_q_lora"] else 1.0,
+        "latent_scale": (width / latent) ** 0.5 if scaled["mla_scale_kv_lora"] else 1.0,
     }
 
 
@@ -64,4 +69,5 @@ TYPE = ModelType(
     "LongCat-Flash",
     _fields,
     Names(_stored, ("model.mtp.*",), "the MTP layer of this type is not supported"),
+    own_words={ours: theirs for theirs, ours in _RENAMED.items()},
 )

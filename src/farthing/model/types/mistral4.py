@@ -5,6 +5,7 @@ tensors under `language_model.`, and the vision tower is skipped.
 """
 
 from farthing.model.types.base import Fields, ModelType, Names, tied
+from farthing.model.values import section, wrong
 
 
 def _fields(raw: Fields) -> Fields:
@@ -13,9 +14,9 @@ def _fields(raw: Fields) -> Fields:
 
 
 def _nested(raw: Fields) -> Fields:
-    text = raw.get("text_config") or {}
+    text = section(raw, "text_config")
     if text.get("model_type") != "mistral4":
-        raise ValueError(f"text_config.model_type is {text.get('model_type')!r}; expected 'mistral4'")
+        raise wrong("text_config.model_type", text.get("model_type"), "'mistral4'")
     return _fields({**text, **tied(raw)})
 
 

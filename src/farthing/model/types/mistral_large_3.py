@@ -10,26 +10,28 @@ import re
 from typing import Any
 
 from farthing.model.types.base import Fields, ModelType, Names
+from farthing.model.values import flag, integer, number, optional_section, section
 
-_FIELDS = {
+_SIZES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
     "hidden_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "tied_embeddings": "tie_word_embeddings",
 }
-_EXPERTS = {
+_OTHERS = {"norm_eps": "rms_norm_eps", "tied_embeddings": "tie_word_embeddings"}
+_EXPERTS = {  # required, under "moe"
     "num_experts": "n_routed_experts",
     "num_experts_per_tok": "num_experts_per_tok",
-    "num_shared_experts": "n_shared_experts",
     "expert_hidden_dim": "moe_intermediate_size",
+}
+_COUNTS = {  # optional
+    "num_shared_experts": "n_shared_experts",
     "first_k_dense_replace": "first_k_dense_replace",
     "route_every_n": "moe_layer_freq",
-    "routed_scale": "routed_scaling_factor",
     "num_expert_groups": "n_group",
     "num_expert_groups_per_tok": "topk_group",
 }
+_ORIGINAL = "original_max_position_embeddings"
 _TOP = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output"}
 _LAYER = {
     "input_layernorm": "attention_norm",
@@ -50,24 +52,34 @@ _IN_MLP = re.compile(r"mlp\.(?:(shared_experts|experts\.\d+)\.)?(gate_proj|up_pr
 
 
 def _fields(raw: Fields) -> Fields:
-    fields = {ours: raw[theirs] for theirs, ours in _FIELDS.items() if theirs in raw}
-    fields |= {ours: raw["moe"][theirs] for theirs, ours in _EXPERTS.items() if theirs in raw["moe"]}
+    moe = section(raw, "moe")
+    fields: dict[str, Any] = {ours: integer(raw, theirs) for theirs, ours in _SIZES.items()}
+    fields |= {ours: raw[theirs] for theirs, ours in _OTHERS.items() if raw.get(theirs) is not None}
+    fields |= {ours: integer(moe, theirs, within="moe.") for theirs, ours in _EXPERTS.items()}
+    fields |= {ours: integer(moe, theirs, 0, "moe.") for theirs, ours in _COUNTS.items() if theirs in moe}
+    if moe.get("routed_scale") is not None:
+        fields["routed_scaling_factor"] = number("moe.routed_scale", moe["routed_scale"], above=0.0)
     fields |= {"scoring_func": "softmax", "topk_method": "noaux_tc", "router_bias": False}
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
-    if yarn := raw.get("yarn"):
+    return {**raw, **fields, "rope_parameters": _rope(raw)}
+
+
+def _rope(raw: Fields) -> Fields:
+    theta = number("rope_theta", raw.get("rope_theta", 10000.0), above=0.0)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if yarn := optional_section(raw, "yarn"):
         rope |= {
             "rope_type": "yarn",
-            "factor": yarn["factor"],
-            "original_max_position_embeddings": yarn["original_max_position_embeddings"],
-            "beta_fast": yarn.get("beta", 32),
-            "beta_slow": yarn.get("alpha", 1),
+            "factor": number("yarn.factor", yarn.get("factor"), above=0.0),
+            "original_max_position_embeddings": integer(yarn, _ORIGINAL, within="yarn."),
+            "beta_fast": number("yarn.beta", yarn.get("beta", 32), above=0.0),
+            "beta_slow": number("yarn.alpha", yarn.get("alpha", 1), above=0.0),
         }
-        scales = yarn.get("apply_scale", True)
+        scales = flag("yarn.apply_scale", yarn.get("apply_scale", True))
         rope |= {"mscale": 1.0, "mscale_all_dim": 1.0} if scales else {"attention_factor": 1.0}
-    if scaling := raw.get("llama_4_scaling"):
-        rope["llama_4_scaling_beta"] = scaling["beta"]
-        rope.setdefault("original_max_position_embeddings", scaling["original_max_position_embeddings"])
-    return {**raw, "rope_parameters": rope, **fields}
+    if scaling := optional_section(raw, "llama_4_scaling"):
+        rope["llama_4_scaling_beta"] = number("llama_4_scaling.beta", scaling.get("beta"))
+        rope.setdefault(_ORIGINAL, integer(scaling, _ORIGINAL, within="llama_4_scaling."))
+    return rope
 
 
 def _stored(name: str) -> str:
@@ -97,4 +109,8 @@ TYPE = ModelType(
         ),
         skipped_because="the vision encoder is not served; this model answers text only",
     ),
+    own_words={
+        **{ours: theirs for theirs, ours in (_SIZES | _OTHERS).items()},
+        **{ours: f"moe.{theirs}" for theirs, ours in (_EXPERTS | _COUNTS).items()},
+    },
 )

@@ -1,6 +1,7 @@
 """Sarvam 105B: V3 without a query latent and with different names for a few config fields."""
 
 from farthing.model.types.base import Fields, ModelType
+from farthing.model.values import optional_section
 
 _ALIASES = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
 
@@ -8,10 +9,12 @@ _ALIASES = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_e
 def _fields(raw: Fields) -> Fields:
     fields = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, **raw}
     fields |= {ours: raw[theirs] for theirs, ours in _ALIASES.items() if raw.get(theirs) is not None}
-    rope = raw.get("rope_scaling") or {}
+    rope = optional_section(raw, "rope_scaling")
     if "deepseek_yarn" in (rope.get("type"), rope.get("rope_type")):
         fields["rope_scaling"] = {**rope, "type": "yarn", "rope_type": "yarn"}
     return fields
 
 
-TYPE = ModelType("sarvam_mla", "Sarvam 105B", _fields)
+TYPE = ModelType(
+    "sarvam_mla", "Sarvam 105B", _fields, own_words={ours: theirs for theirs, ours in _ALIASES.items()}
+)
