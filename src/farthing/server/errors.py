@@ -26,6 +26,7 @@ _ANTHROPIC_TYPES = {
 _CODES = {405: "method_not_supported", 429: "rate_limit_exceeded"}  # of OpenAI's errors that give no other
 ANTHROPIC_PATH = "/v1/messages"
 CODE_HEADER = "X-Error-Code"
+OPENING_HEADER = "X-Farthing-Opens-After"  # of requests: the seconds in which a gateway can retry
 UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
 
 

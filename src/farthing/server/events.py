@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from farthing.server.errors import ApiError, send_error
+from farthing.server.errors import OPENING_HEADER, ApiError, send_error
 from farthing.server.jobs import ClientGone, Job
 
 if TYPE_CHECKING:
@@ -37,12 +37,14 @@ def named(kind: str, document: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of an API's streams: after the last chunk, and after an error."""
+    """An API's events that are not output: after the last chunk, after an error, and during a long pause."""
 
     done: str
     error: Callable[[ApiError], str]
+    alive: str = ": keep-alive\n\n"  # a comment, which clients skip
 
 
+_OPENS_AFTER = 1.0
 OPENAI = Ending("data: [DONE]\n\n", lambda error: f"data: {error.body()}\n\ndata: [DONE]\n\n")
 
 
@@ -78,23 +80,39 @@ class ChunkWriter:
 
 
 class EventStream(Response):
-    """Sends text chunks as they arrive. An error before the first chunk sets the response's status, so that a
-    gateway can retry on another replica; a later one becomes an event. A client that disconnects, or an
-    expired deadline, cancels the job."""
+    """Sends text chunks as they arrive. An error before the stream opens sets the response's status, so that
+    a gateway can retry on another replica; a later one becomes an event. A client that disconnects, or an
+    expired deadline, cancels the job.
+
+    The stream opens with the first chunk; or after a second with the text of `opening`, so that a client does
+    not wait in silence for a long prompt. From then on, pauses of `every` seconds are filled with `alive`.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, chunks: AsyncIterator[str], ending: Ending = OPENAI) -> None:
+    def __init__(
+        self,
+        job: Job,
+        chunks: AsyncIterator[str],
+        ending: Ending = OPENAI,
+        *,
+        opening: Callable[[], str] | None = None,
+        every: float,
+    ) -> None:
+        """opening: the API's first events, unless a chunk contained them; None: the API has none."""
         self.status_code = 200
         self.background = None
-        self.job, self.chunks, self.ending = job, chunks, ending
+        self.job, self.chunks, self.ending, self.opening = job, chunks, ending, opening
+        self._every = every
+        self._sending = asyncio.Lock()
         self._begun = False
+        self._sent = 0.0  # time of the last chunk
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream to its end."""
         try:
-            await self.job.guard(receive, self._pump(send))
+            await self.job.guard(receive, self._pump(send, self._patience(scope)))
         except ClientGone:
             return
         except ApiError as error:
@@ -106,15 +124,38 @@ class EventStream(Response):
                 async with asyncio.timeout(_LAST_WORD):
                     await send({"type": "http.response.body", "body": event, "more_body": False})
 
-    async def _pump(self, send: Send) -> None:
-        async for chunk in self.chunks:
-            if not self._begun:
-                await self._begin(send)
-            await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
-        if not self._begun:
-            await self._begin(send)
-        await send({"type": "http.response.body", "body": self.ending.done.encode(), "more_body": False})
+    def _patience(self, scope: Scope) -> float:
+        """Seconds until the stream opens without output."""
+        given = dict(scope["headers"]).get(OPENING_HEADER.lower().encode(), b"")
+        if given.isdigit():
+            return min(60.0, float(given))
+        return self._every if self.opening is None else min(_OPENS_AFTER, self._every)
 
-    async def _begin(self, send: Send) -> None:
-        self._begun = True
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def _pump(self, send: Send, patience: float) -> None:
+        self._sent = asyncio.get_running_loop().time()
+        waiting = asyncio.ensure_future(self._keep_alive(send, patience))
+        try:
+            async for chunk in self.chunks:
+                await self._send(send, chunk)
+            await self._send(send, self.ending.done, more=False)
+        finally:
+            waiting.cancel()
+
+    async def _keep_alive(self, send: Send, patience: float) -> None:
+        """Open the stream if there is no output for `patience` seconds, and fill later pauses."""
+        time = asyncio.get_running_loop().time
+        while True:
+            wait = self._every if self._begun else patience
+            if (left := self._sent + wait - time()) > 0:
+                await asyncio.sleep(left)
+                continue
+            opening = self.opening() if self.opening is not None else ""
+            await self._send(send, opening or self.ending.alive)
+
+    async def _send(self, send: Send, text: str, more: bool = True) -> None:
+        async with self._sending:
+            if not self._begun:
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                self._begun = True
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+        self._sent = asyncio.get_running_loop().time()

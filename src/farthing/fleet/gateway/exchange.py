@@ -25,11 +25,12 @@ from farthing.fleet.gateway.guard import guard_of
 from farthing.fleet.gateway.poison import Identity
 from farthing.fleet.gateway.replicas import Replica
 from farthing.prompts import Prompt
-from farthing.server.errors import CODE_HEADER
+from farthing.server.errors import CODE_HEADER, OPENING_HEADER
 
 BUSY: Final = 503  # answered before the first token by a replica that drains or is full
 _WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely before relaying
 _REFUSAL = 16 << 10  # maximum bytes of an error answer to inspect
+_OPENS_AFTER = "15"  # seconds of a long prompt in which the request can still go to another replica
 _TAIL = 32  # bytes kept from the end of a stream to check for [DONE]
 # RFC 9110 section 7.6.1: hop-by-hop fields. The HTTP library writes framing and Host.
 _HOP = frozenset(
@@ -81,10 +82,11 @@ class Outgoing:
 
 
 def request_headers(request: web.BaseRequest, peer: str) -> CIMultiDict[str]:
-    """The headers to forward: end-to-end ones, and the client in X-Forwarded-For."""
+    """The headers to forward: end-to-end ones, the client in X-Forwarded-For, and when streams open."""
     headers = _end_to_end(request.headers.items(), request.headers.getall("Connection", []))
     forwarded = headers.popall("X-Forwarded-For", [])
     headers["X-Forwarded-For"] = ", ".join([*forwarded, peer])
+    headers[OPENING_HEADER] = _OPENS_AFTER
     return headers
 
 

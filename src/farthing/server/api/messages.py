@@ -37,7 +37,8 @@ from farthing.server.turns import Turn as RunningTurn
 from farthing.server.turns import TurnRequest, Update, begin, count
 
 _UNSIGNED = "unsigned"  # instead of a signature, which is not checked when clients send it back
-ANTHROPIC = Ending("", lambda error: named("error", anthropic_payload(error)))
+_PING = named("ping", {"type": "ping"})
+ANTHROPIC = Ending("", lambda error: named("error", anthropic_payload(error)), _PING)
 
 
 async def messages(service: Service, body: MessagesRequest, request: Request, client: str) -> Response:
@@ -69,7 +70,8 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
     )
     writer = _Writer(turn, model)
     if body.stream:
-        return EventStream(turn.job, writer.stream(), ANTHROPIC)
+        every = service.config.keep_alive
+        return EventStream(turn.job, writer.stream(), ANTHROPIC, opening=writer.opening, every=every)
     document = await turn.job.guard(request.receive, writer.whole())
     return Response(to_json(document), media_type="application/json")
 
@@ -201,6 +203,7 @@ class _Writer:
             "stop_reason": None,
             "stop_sequence": None,
         }
+        self._opened = False
         self._index = -1  # of the open block
         self._kind = ""  # of the open block; empty: none is open
 
@@ -225,21 +228,24 @@ class _Writer:
 
     async def stream(self) -> AsyncIterator[str]:
         """Yield SSE events, one string per engine output."""
-        begun = False
         async for updates in self._turn.updates():
             (update,) = updates
-            pieces: list[str] = []
-            if not begun:
-                begun = True
-                message = self._message | {"usage": self._usage() | {"output_tokens": 0}}
-                pieces.append(named("message_start", {"type": "message_start", "message": message}))
-                pieces.append(named("ping", {"type": "ping"}))
+            pieces = [self.opening()]
             for delta in update.deltas:
                 pieces += self._delta(delta)
             if update.finish is not None:
                 pieces += self._end(update)
-            if pieces:
-                yield "".join(pieces)
+            if text := "".join(pieces):
+                yield text
+
+    def opening(self) -> str:
+        """The first events; empty if they were sent. Before the first output, the number of cached tokens is
+        not known: the usage at the end of the stream has it."""
+        if self._opened:
+            return ""
+        self._opened = True
+        message = self._message | {"usage": self._usage() | {"output_tokens": 0}}
+        return named("message_start", {"type": "message_start", "message": message}) + _PING
 
     def _delta(self, delta: Delta) -> list[str]:
         match delta:

@@ -58,7 +58,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
     envelope = {"id": identity, "object": "", "created": service.now(), "model": model}
     answer = _Writer(body, turn, envelope, service)
     if body.stream:
-        return EventStream(turn.job, answer.stream())
+        return EventStream(turn.job, answer.stream(), every=service.config.keep_alive)
     document = await turn.job.guard(request.receive, answer.whole())
     if body.logprobs or body.prompt_logprobs is not None:
         return PiecedAnswer(document, service.turns, client, service.config.request_timeout)

@@ -47,7 +47,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
     )
     answer = _Answer(service, body, model, params, prompts, texts)
     if body.stream:
-        return EventStream(job, answer.stream(job))
+        return EventStream(job, answer.stream(job), every=service.config.keep_alive)
     document = await job.guard(request.receive, answer.whole(job))
     if params.logprobs is not None or params.prompt_logprobs is not None:
         return PiecedAnswer(document, service.turns, client, service.config.request_timeout)

@@ -60,7 +60,8 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
 
     writer = _Writer(turn, body, _envelope(body, model, service.now()), keep)
     if body.stream:
-        return EventStream(turn.job, writer.stream(), Ending("", writer.failed))
+        ending, every = Ending("", writer.failed), service.config.keep_alive
+        return EventStream(turn.job, writer.stream(), ending, opening=writer.opening, every=every)
     document = await turn.job.guard(request.receive, writer.whole())
     return Response(to_json(document), media_type="application/json")
 
@@ -190,16 +191,9 @@ class _Writer:
 
     async def stream(self) -> AsyncIterator[str]:
         """Yield SSE events, one string per engine output."""
-        begun = False
         async for updates in self._turn.updates():
             (update,) = updates
-            pieces: list[str] = []
-            if not begun:
-                begun = True
-                pieces += (
-                    self._event(f"response.{kind}", response=self._envelope)
-                    for kind in ("created", "in_progress")
-                )
+            pieces = [self.opening()]
             for delta in update.deltas:
                 pieces += self._delta(delta)
             if update.finish is not None:
@@ -207,8 +201,15 @@ class _Writer:
                 pieces += self._close("incomplete" if cut else "completed")
                 kind = "response.incomplete" if cut else "response.completed"
                 pieces.append(self._event(kind, response=self._document(update)))
-            if pieces:
-                yield "".join(pieces)
+            if text := "".join(pieces):
+                yield text
+
+    def opening(self) -> str:
+        """The first events; empty if they were sent."""
+        if self._number >= 0:
+            return ""
+        kinds = ("response.created", "response.in_progress")
+        return "".join(self._event(kind, response=self._envelope) for kind in kinds)
 
     def failed(self, error: ApiError) -> str:
         """The last event of a failed stream."""
