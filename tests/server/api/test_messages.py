@@ -10,6 +10,7 @@ import pytest
 
 from farthing.config import EngineConfig
 from farthing.engine.request import StructuredOutputsParams
+from tests.conversation.test_parse import v3
 from tests.server.api.loops import FORMATS
 from tests.server.harness import Running, ScriptedEngine, letters, running
 
@@ -105,3 +106,27 @@ def test_stream_starts_with_a_ping() -> None:
         text = httpx.post(f"{server.url}/v1/messages", json=BODY | {"stream": True}).text
         kinds = [line.removeprefix("event: ") for line in text.splitlines() if line.startswith("event: ")]
         assert kinds[:3] == ["message_start", "ping", "content_block_start"] and kinds[-1] == "message_stop"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("no JSON", {"_raw": "no JSON"}),
+        ("{'a': 1}", {"_raw": "{'a': 1}"}),
+        ('{"a": 1, b: 2}', {"a": 1, "_raw": '{"a": 1, b: 2}'}),
+        ('{"a": 1, "b": "two"}', {"a": 1, "b": "two"}),
+        ("", {}),
+    ],
+)
+def test_arguments_that_are_no_object_are_kept(written: str, value: Any) -> None:
+    call = v3([("f", {"x": 1})]).replace('{"x": 1}', written)
+    assert written in call
+    with running(ScriptedEngine(letters(call))) as server:
+        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+        options: Any = {"model": "tiny", "max_tokens": 99, "messages": USER}
+        options["tools"] = [{"name": "f", "input_schema": {"type": "object"}}]
+        whole = client.messages.create(**options).content
+        with client.messages.stream(**options) as stream:
+            streamed = stream.get_final_message().content
+        for content in (whole, streamed):
+            assert [block.input for block in content if block.type == "tool_use"] == [value]

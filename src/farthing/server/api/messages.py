@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from farthing.conversation.arguments import parsed
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reasoning, Text, collect
+from farthing.conversation.objects import ObjectText, as_object
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
 from farthing.engine.request import StructuredOutputsParams
 from farthing.server.api.messages_protocol import (
@@ -204,6 +205,7 @@ class _Writer:
             "stop_sequence": None,
         }
         self._opened = False
+        self._arguments = ObjectText()  # of the open block, if that is a call
         self._index = -1  # of the open block
         self._kind = ""  # of the open block; empty: none is open
 
@@ -219,7 +221,7 @@ class _Writer:
         if answer.text:
             content.append({"type": "text", "text": answer.text})
         content += (
-            {"type": "tool_use", "id": identity, "name": name, "input": parsed(arguments or "{}") or {}}
+            {"type": "tool_use", "id": identity, "name": name, "input": parsed(as_object(arguments) or "{}")}
             for identity, name, arguments in answer.calls
         )
         return self._message | {"content": content, **_stop(update), "usage": self._usage()}
@@ -259,9 +261,14 @@ class _Writer:
                 ]
             case CallStart(_, identity, name):
                 block = {"type": "tool_use", "id": identity, "name": name, "input": {}}
-                return [*self._close(), *self._open("tool_use", block)]
+                opened = [*self._close(), *self._open("tool_use", block)]
+                self._arguments = ObjectText()
+                return opened
             case CallArguments(_, text):
-                return [self._piece({"type": "input_json_delta", "partial_json": text})]
+                return self._argument(self._arguments.push(text))
+
+    def _argument(self, text: str) -> list[str]:
+        return [self._piece({"type": "input_json_delta", "partial_json": text})] if text else []
 
     def _open(self, kind: str, block: dict[str, Any]) -> list[str]:
         if self._kind == kind:
@@ -274,8 +281,11 @@ class _Writer:
     def _close(self) -> list[str]:
         if not self._kind:
             return []
-        signed = [self._piece({"type": "signature_delta", "signature": _UNSIGNED})]
-        pieces = signed if self._kind == "thinking" else []
+        pieces: list[str] = []
+        if self._kind == "thinking":
+            pieces = [self._piece({"type": "signature_delta", "signature": _UNSIGNED})]
+        elif self._kind == "tool_use":
+            pieces = self._argument(self._arguments.close())
         self._kind = ""
         return [*pieces, named("content_block_stop", {"type": "content_block_stop", "index": self._index})]
 
