@@ -25,7 +25,7 @@ from tests.train.test_model import randomized
 TINY_RUN = [
     *("--set", "vocab_size=400", "--set", "hidden_size=64", "--set", "intermediate_size=64"),
     *("--set", "num_hidden_layers=2", "--set", "n_routed_experts=32", "--set", "moe_intermediate_size=64"),
-    *("--set", "heldout_every=4", "--set", "micro_tokens=512", "--set", "batch_stages=[[0,512]]"),
+    *("--set", "heldout_every=12", "--set", "micro_tokens=512", "--set", "batch_stages=[[0,512]]"),
     *("--set", "window_stages=[[0,64]]", "--set", "max_position_embeddings=128"),
 ]
 

@@ -298,7 +298,7 @@ def test_command_fails_if_the_result_exceeds_its_bound(
         (sources / f"more_{i:03}.py").write_text("\n".join(lines))
     arguments = [
         "prune", str(checkpoint), "-o", str(tmp_path / "run"), "--data", str(sources), "--target", "0.5",
-        "--tokens", "1280", "--window", "32", "--batch-tokens", "64", "--eval-tokens", "64", "--json",
+        "--tokens", "640", "--window", "32", "--batch-tokens", "64", "--eval-tokens", "64", "--json",
     ]  # fmt: skip
     result = CliRunner().invoke(app, [*arguments, "--bound", "0.03"])
     summary = json.loads(result.stdout)
