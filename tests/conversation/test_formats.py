@@ -44,7 +44,6 @@ LOOP = Conversation(
     ),
     (WEATHER,),
 )
-DOCUMENT = json.dumps(WEATHER.document())
 INVOKE = (
     '<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Rome</｜DSML｜parameter>\n'
     "</｜DSML｜invoke>"
@@ -257,8 +256,6 @@ def test_half_a_surrogate_pair_in_arguments_is_replaced() -> None:
 
 
 # The model's template.
-
-SILENT = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
 
 
 def test_template_that_drops_content_is_detected() -> None:

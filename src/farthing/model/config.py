@@ -150,11 +150,6 @@ class ModelConfig:
         return sum(map(self.is_moe, range(self.num_hidden_layers)))
 
     @property
-    def dense_mlps(self) -> int:
-        """Dense MLPs of the hidden layers."""
-        return self.num_hidden_layers - (0 if self.shortcut_experts else self.moe_layers)
-
-    @property
     def has_router_bias(self) -> bool:
         """Whether gates have e_score_correction_bias."""
         return self.topk_method == "noaux_tc" and self.router_bias
