@@ -73,7 +73,7 @@ class EngineConfig:
     max_step_ms: float = _limit(
         150.0, "Target milliseconds of a step with prompts while others decode; 0: no limit", minimum=0
     )
-    step_timeout: float = _limit(120.0, "Seconds of one step after which /health answers 503", above=0)
+    step_timeout: float = _limit(120.0, "Seconds that a step may take before /health answers 503", above=0)
     priority_step: float = _limit(10.0, "Seconds of waiting that outweigh one level of priority", above=0)
 
     tensor_parallel_size: int = _ranks(

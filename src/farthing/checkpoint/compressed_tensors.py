@@ -126,7 +126,7 @@ def _regex(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"config.json: quantization_config names 're:{text[:80]}', which is no pattern: {error}"
+            f"config.json: quantization_config names 're:{text[:80]}', which is not a valid pattern: {error}"
         ) from None
 
 

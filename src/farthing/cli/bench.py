@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from farthing.bench.cost import Comparison
     from farthing.bench.load import LoadResult, Slo
 
-app = typer.Typer(no_args_is_help=True, help="Measure serving, capacity and the cost of a token.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Measure serving, capacity and the cost of a token."
+)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 

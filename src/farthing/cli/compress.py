@@ -49,7 +49,7 @@ class CompressOptions:
     )
     pack: bool = _option(False, "Also write packed.bin in the CPU kernels' layout")
     gate: bool = _option(True, "Evaluate the result on held-out text")
-    timing: bool | None = _option(None, "Serve both models and time them; default: as --gate")
+    timing: bool | None = _option(None, "Serve both models and time them; default: same as --gate")
     max_tokens: int | None = _option(None, "Held-out tokens to evaluate; default: about 16,384")
 
     def __post_init__(self) -> None:

@@ -18,7 +18,9 @@ import typer
 from farthing.cli.options import with_options
 from farthing.options import check, option
 
-app = typer.Typer(no_args_is_help=True, help="Run, scale and explain a fleet of replicas.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Run, scale and explain a fleet of replicas."
+)
 
 _UP_EXAMPLES = """
 Examples:

@@ -20,7 +20,7 @@ from farthing.fleet.forecast.names import PATHS, make
 from farthing.fleet.forecast.short import ShortConfig
 from farthing.fleet.series import read_series
 
-app = typer.Typer(help="Backtest the load forecasters on a series.")
+app = typer.Typer(add_completion=False, help="Backtest the load forecasters on a series.")
 
 EPILOG = """Examples:
 
@@ -43,7 +43,7 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Backtest a forecaster on SERIES with rolling origin."""
+    """Backtest a forecaster on SERIES with a rolling origin."""
     console = Console(stderr=True)
     try:
         plan = Backtest(begin=begin, refit_s=parse_horizon(refit))

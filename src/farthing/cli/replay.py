@@ -13,7 +13,7 @@ from rich.table import Table
 from farthing.fleet.forecast.short import SHORT_MODELS, ShortConfig
 from farthing.fleet.replay.document import PlanConfig, ReplayConfig, replay_file
 
-app = typer.Typer(help="Replay a load trace against scaling policies.")
+app = typer.Typer(add_completion=False, help="Replay a load trace against scaling policies.")
 
 EPILOG = """Examples:
 

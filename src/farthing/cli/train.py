@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from farthing.train.finetune import Settings
 
 app = typer.Typer(
-    no_args_is_help=True, help="Train the embedded model; quantize or prune a model with training."
+    add_completion=False,
+    no_args_is_help=True,
+    help="Train the embedded model; quantize or prune a model with training.",
 )
 
 

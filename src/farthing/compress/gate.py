@@ -43,7 +43,7 @@ def compare_in_turn(
     backends: tuple[str, str] = ("auto", "auto"),
     progress: Callable[[int], None] | None = None,
 ) -> Comparison:
-    """Compare B with A, one in memory at a time: of A, hidden states, norm and head are kept.
+    """Compare B with A, with one model in memory at a time; A's hidden states, norm and head are kept.
 
     backends: of A and B; "simulate" is one. progress: called with tokens, twice the corpus in total.
     """

@@ -172,7 +172,7 @@ class Scheduler(Generic[S]):
         if sorted(rows) != list(range(self.max_num_seqs)):
             raise IntegrityError("rows of running sequences are not distinct")
         if any(seq.status is not Status.RUNNING for seq in self._computing.values()):
-            raise IntegrityError("a block is awaited from a sequence that does not run")
+            raise IntegrityError("a sequence waits for a block of one that is not running")
 
     def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
         """One token (and drafts) per decoding sequence. Returns what is left of the budget."""

@@ -400,4 +400,6 @@ def _check_indexer(c: ModelConfig) -> None:
     if unknown := set(c.indexer_types) - {"full", "shared"}:
         raise ConfigError(f"indexer_types has {sorted(unknown)[0]!r}; expected 'full' or 'shared'")
     if c.indexer_types and c.indexer_types[0] != "full":
-        raise ConfigError("indexer_types[0] is 'shared'; expected 'full': there is no choice to share yet")
+        raise ConfigError(
+            "indexer_types[0] is 'shared'; expected 'full': no earlier layer selects keys that it could share"
+        )

@@ -31,7 +31,7 @@ class ServerConfig:
     keys: KeyRing | None = None  # None or empty: no key is required
     admin_keys: KeyRing | None = None  # may use the API and see every key's spending
     metrics_keys: KeyRing | None = None  # if set, other machines need one to scrape /metrics
-    insecure: bool = _http(False, "Access from other machines without a key")
+    insecure: bool = _http(False, "Allow access from other machines without a key")
     allowed_hosts: tuple[str, ...] = _http(
         (), "Host name to answer to, or * (repeatable); default: any with keys, else this machine's"
     )
@@ -41,7 +41,7 @@ class ServerConfig:
     root_path: str = _http("", "Path prefix behind a proxy that strips it")
     tool_call_parser: CallsMode = _http("auto", "Format of tool calls to parse; auto: by checkpoint")
     reasoning_parser: ReasoningMode = _http("auto", "Format of reasoning to parse; auto: by checkpoint")
-    strict_fields: bool = _http(False, "Rejection of unknown request fields")
+    strict_fields: bool = _http(False, "Reject unknown request fields instead of ignoring them")
     access_log: bool = _http(False, "Log line per request")
     requests_per_minute: int | None = _limit(None, "Requests per minute and key", minimum=1)
     tokens_per_minute: int | None = _limit(None, "Prompt and output tokens per minute and key", minimum=1)

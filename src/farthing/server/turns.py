@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from farthing.server.service import Service
 
 
-_SWITCHES = {"thinking", "enable_thinking"}  # options of templates, which make of them what they like
+_SWITCHES = {"thinking", "enable_thinking"}  # passed to the chat template unchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
