@@ -31,8 +31,18 @@ PUBLISHED: dict[str, tuple[str, str, Literal["head", "neither", "both"]]] = {
     "moonlight-16b": ("16", "3", "head"),
     "kimi-k2": ("1T", "32", "head"),  # "1T" in both model cards
     "kimi-k2.5": ("1T", "32", "head"),
+    "kimi-k2.6": ("1T", "32", "head"),
+    "kimi-k2-instruct": ("1T", "32", "head"),
+    "kimi-k2-thinking": ("1T", "32", "head"),
+    "deepseek-v3-0324": ("671", "37", "head"),
+    "deepseek-r1-0528": ("671", "37", "head"),
+    "deepseek-v3.1-terminus": ("671", "37", "head"),
+    "deepseek-v3.2-exp": ("671", "37", "head"),
+    "deepseek-v3.2-speciale": ("671", "37", "head"),
     "glm-4.7-flash": ("30", "3", "neither"),
     "glm-5": ("744", "40", "neither"),
+    "glm-5.1": ("744", "40", "neither"),
+    "glm-5.2": ("744", "40", "head"),  # published as GLM-5's, which has more indexers
     "mistral-large-3": ("673", "39", "head"),
     "mistral-small-4": ("119", "6", "head"),
     "a.x-k1": ("519", "33", "both"),
@@ -64,6 +74,17 @@ def _is(count: int | float, published: str) -> bool:
     figure, unit = published.removesuffix("T"), 1e12 if published.endswith("T") else 1e9
     digit = 10.0 ** -len(figure.partition(".")[2])
     return abs(count / unit - float(figure)) <= max(digit / 2, 0.01 * float(figure))
+
+
+def test_bytes_of_a_released_checkpoint() -> None:
+    """GLM-5.2's files hold 1,506,659,919,872 bytes; 21 of its layers and the MTP layer have an indexer."""
+    raw = published_config("glm-5.2")
+    assert raw is not None
+    config, of = ModelConfig.from_json(raw), stored_by_config(raw)
+    assert config.index_rows == 22
+    stored = sum(file_bytes(of(name), shape) for name, shape in parameter_shapes(config))
+    biases = 76 * 256 * 2  # correction biases take four bytes and not two
+    assert stored + biases == 1_506_659_919_872
 
 
 def test_active_counts_of_longcat_flash_exclude_identities() -> None:
@@ -121,12 +142,14 @@ def test_commands_accept_a_name() -> None:
     shown = run(app, ["inspect", "Kimi-K2.5", "--json"])
     assert shown.exit_code == 0
     document = json.loads(shown.stdout)
+    assert document["compute_saved"] > 0.96  # the range 60-80 % that others publish is for other models
     assert [c["context"] for c in document["contexts"]] == [2048, 32768, 131072]
     planned = run(app, ["plan", "deepseek-v3", "--gpu", "h100", "--price", "2.0", "--json"])
     assert planned.exit_code == 0 and json.loads(planned.stdout)["kind"] == "estimate"
     for command in ("inspect", "plan"):
         refused = run(app, [command, "deepseek-v4"])
         assert refused.exit_code == 1
+        assert "deepseek-v4 is not supported" in refused.output
         assert "the closest is 'deepseek-v" in refused.output
     assert run(app, ["inspect", "glm-5", "--prompts", __file__]).exit_code == 1
 

@@ -36,7 +36,7 @@ def print_cost(model: str, cost: ModelCost) -> None:
     table.add_row("FLOPs per token", f"{cost.flops_per_token:,}")
     table.add_row("  plus, per token of context", f"{cost.attention_flops_per_context_token:,}")
     table.add_row("FLOPs of a dense model this size", f"{cost.dense_flops_per_token:,}")
-    table.add_row("compute saved", f"{cost.compute_saved:.1%}  (published for this architecture: 60-80 %)")
+    table.add_row("  saved, compared with it", f"{cost.compute_saved:.1%}")
     Console().print(table)
 
 

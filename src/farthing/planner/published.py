@@ -12,26 +12,41 @@ from farthing.ops.weights import FP8_BLOCK
 from farthing.planner.footprint import FLOAT_BYTES, Stored
 
 _CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
+# Later releases with the architecture of an earlier one, according to their model cards.
+_SAME = {
+    "deepseek-v3-0324": "deepseek-v3",
+    "deepseek-r1-0528": "deepseek-r1",
+    "deepseek-v3.1-terminus": "deepseek-v3.1",
+    "deepseek-v3.2-exp": "deepseek-v3.2",
+    "deepseek-v3.2-speciale": "deepseek-v3.2",
+    "kimi-k2.6": "kimi-k2.5",
+    "kimi-k2-instruct": "kimi-k2",
+    "glm-5.1": "glm-5",
+}
+_UNSUPPORTED = ("deepseek-v4",)  # known names whose architecture is not served
 
 
 def published() -> list[str]:
     """Names accepted by `published_config`."""
-    return sorted(file.stem for file in _CONFIGS.glob("*.json"))
+    return sorted([*_SAME, *(file.stem for file in _CONFIGS.glob("*.json"))])
 
 
 def published_config(name: str) -> dict[str, Any] | None:
     """The config.json of a released model such as 'deepseek-v3' or 'kimi-k2.5'; None for other names."""
     if name.lower() not in published():
         return None
-    raw: dict[str, Any] = json.loads((_CONFIGS / f"{name.lower()}.json").read_text(encoding="utf-8"))
+    file = _CONFIGS / f"{_SAME.get(name.lower(), name.lower())}.json"
+    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return raw
 
 
 def closest(name: str) -> str:
-    """A hint for an unknown name: the closest match and all known names."""
+    """A hint for an unknown name: all known names and the closest match."""
     close = get_close_matches(name.lower(), published(), n=1, cutoff=0.5)
     hint = f"; the closest is {close[0]!r}" if close else ""
-    return f"published configurations: {', '.join(published())}{hint}"
+    family = next((known for known in _UNSUPPORTED if name.lower().startswith(known)), None)
+    refused = f"{family} is not supported; " if family else ""
+    return f"{refused}published configurations: {', '.join(published())}{hint}"
 
 
 def file_bytes(stored: Stored, shape: tuple[int, ...]) -> int:
