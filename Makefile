@@ -40,7 +40,7 @@ bench: $(STAMP)
 	set -e; run="$(BIN)/python bench/decode.py --model $(lastword $(MODELS)) --into $(RESULTS) $(PEERS)"; \
 	$$run --weights int8 --prefill --batches 1; \
 	$$run --weights bf16 --prefill --batches 1 $(BF16_PEERS); \
-	$$run --prefill --batches 4 --behind 4096 --rounds 1
+	$$run --prefill --batches 4 --cached 4096 --rounds 1
 	$(BIN)/python bench/startup.py --model $(lastword $(MODELS)) --into $(RESULTS) $(PEERS)
 	$(BIN)/python bench/page.py $(RESULTS) docs/performance.md
 

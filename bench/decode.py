@@ -60,12 +60,12 @@ def packed(model: Path, weights: str, threads: int) -> Path:
     return out
 
 
-def generating(llm: LLM, behind: Collection[int]) -> Seconds:
+def generating(llm: LLM, cached: Collection[int]) -> Seconds:
     """Times `LLM.generate`: (batch, prompt tokens, new tokens) -> seconds."""
 
     def seconds(batch: int, prompt: int, new: int) -> float:
         # Prompts of decode runs never change, so they hit the prefix cache; other prompts are always new.
-        numbers = random.Random(prompt if prompt in behind else None)
+        numbers = random.Random(prompt if prompt in cached else None)
         prompts = [[numbers.randrange(3, 32000) for _ in range(prompt)] for _ in range(batch)]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
@@ -115,7 +115,7 @@ def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
 def chosen(a: argparse.Namespace) -> list[Point]:
     """The points given on the command line."""
     return [Point("prefill", 1, length) for length in a.prefill] + [
-        Point("decode", batch, context) for context in a.behind for batch in a.batches
+        Point("decode", batch, context) for context in a.cached for batch in a.batches
     ]
 
 
@@ -222,7 +222,7 @@ def main() -> None:
     p.add_argument("--prefill", nargs="*", type=int, default=PREFILL, metavar="TOKENS", help="prompt lengths")
     p.add_argument("--batches", nargs="*", type=int, default=BATCHES, help="sequences that decode together")
     p.add_argument(
-        "--behind", nargs="+", type=int, default=[PROMPT], metavar="TOKENS", help="cached tokens per sequence"
+        "--cached", nargs="+", type=int, default=[PROMPT], metavar="TOKENS", help="cached tokens per sequence"
     )
     p.add_argument("--no-peers", action="store_true")
     p.add_argument(

@@ -61,8 +61,8 @@ def label(r: Row) -> str:
     """The row's label."""
     if r["phase"] == "prefill":
         return f"{r['model']}, {BITS[r['weights']]}: prefill {r['context']:,}"
-    behind = "" if r["context"] == DEFAULT_CONTEXT else f", {r['context']:,} cached tokens each"
-    return f"{r['model']}, {BITS[r['weights']]}: decode, batch {r['batch']}{behind}"
+    cached = "" if r["context"] == DEFAULT_CONTEXT else f", {r['context']:,} cached tokens each"
+    return f"{r['model']}, {BITS[r['weights']]}: decode, batch {r['batch']}{cached}"
 
 
 def target(r: Row) -> tuple[float | None, float | None]:

@@ -131,7 +131,7 @@ inline void store_sums(int32_t (*sums)[16 * 16]) {
 }
 
 // 16 or 32 rows by one or two panels. A group's sums are scaled while the tiles work on the next group.
-// `ahead`: bytes to bring into the cache meanwhile.
+// `ahead`: bytes to prefetch meanwhile.
 template <int Rows, int Panels>
 void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_t* const* data, const Act& x,
                      int rows, const uint8_t* ahead, float* out, int ldo) {
@@ -213,7 +213,7 @@ inline __m512i nibble_pair(__m512i v, __m512 scale, __m512 offset) {
                                    _mm512_set1_epi32(0xffff0000), 0xf8);
 }
 
-// A q4 panel to bfloat16 tiles, group scales in, row scales not.
+// Converts a q4 panel to bfloat16 tiles; group scales are applied, row scales are not.
 void expand_q4_to_bf16(const Matrix& w, const uint8_t* record, uint8_t* out) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + 64);
   const uint8_t* p = record + w.head_bytes();
@@ -231,8 +231,8 @@ void expand_q4_to_bf16(const Matrix& w, const uint8_t* record, uint8_t* out) {
   }
 }
 
-// Many rows of a q4 matrix: scaling sums group by group would keep the tiles waiting, so the weights
-// are taken to bfloat16 once and so are the activations, which are not rounded to int8 then.
+// Many rows of a q4 matrix: scaling the sums of every group would stall the tiles, so the weights are
+// converted to bfloat16 once. The activations are then bfloat16 too, instead of int8.
 template <int Panels>
 void decoded_panels(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo) {
   const size_t bytes = static_cast<size_t>(w.kp) * 32;

@@ -25,11 +25,11 @@ inline __m512 sum_each(const __m512* a) {
   return halves(halves(four[0], four[1]), halves(four[2], four[3]));
 }
 
-// Keys of the next block are asked for to the first cache while this one is computed, at an even rate: a
-// cache that does not fit the processor's is read as a stream. Of every four keys, scores ask for two, the
-// mix for the others.
+// The next block's keys are prefetched into L1 at an even rate while this one is computed, because a KV cache
+// larger than the processor's caches is read as a stream. Of every four keys, the scores prefetch two and the
+// weighted sum the other two.
 
-// Scores of 4 query rows against 4 keys; rows and keys that are not there repeat the first. Asks for N keys
+// Scores of 4 query rows against 4 keys; missing rows and keys repeat the first. Prefetches N keys of
 // `next`.
 template <int N>
 inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys, int width, float* scores,

@@ -5,9 +5,8 @@
 namespace farthing {
 namespace {
 
-// What the sums of the registers hold: 32 of 16 lanes, 16 of 8, or 16 of 4. Integer sums of many rows are
-// faster when the float sums of their groups fit beside them; fewer rows are rather read with fewer passes
-// over the weights.
+// Tile sizes whose sums fit in the registers: 32 of 16 lanes, 16 of 8, or 16 of 4. For many rows, integer
+// sums are faster if the float sums of their groups fit too; for few rows, fewer passes over the weights are.
 #if defined(__AVX512F__)
 constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kRowsOfMany = 4;
 #elif defined(__AVX2__)
@@ -172,7 +171,7 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
     i32x16 acc[P * M], more[P * M] = {};
     fetch_ahead<M>(data, ahead, g, bytes_a_column * w.group);
-    if (M == kRowsOfMany)  // the next rows, to the first cache
+    if (M == kRowsOfMany)  // the next rows, into L1
       for (int at = k; at < end; at += 64)
         EACH (int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
     EACH (int m = 0; m < M; ++m)

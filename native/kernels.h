@@ -17,7 +17,7 @@ struct AttendBlock {
   const uint16_t* k16;  // [kKeyBlock][k16_stride] bfloat16 or null
   int k16_stride;
   const uint16_t* const*
-      rows16;  // [2 * kKeyBlock] or each key where it lies, the last repeated, then those of the next block
+      rows16;  // [2 * kKeyBlock] or the address of each key, the last repeated, then those of the next block
   const int* visible;  // [rows] keys of this block each row may see
   float* max;          // [rows] reference of the weights: a score at most kSlack below the largest
   float* sum;          // [rows] running sum

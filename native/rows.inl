@@ -58,8 +58,8 @@ inline float quantize_group(const float* x, int k, int8_t* q, float top_level, f
   return amax / top_level;
 }
 
-// Integers of one calibrated scale in [-128, 127]. A true division, as the tools divide that wrote the scale:
-// a product with the inverse would round ties to another integer.
+// Quantizes to [-128, 127] with one calibrated scale. Divides, as the tools that wrote the scale do:
+// multiplying by the inverse would round some ties to another integer.
 inline void quantize_static(const float* x, int k, int8_t* q, float scale) {
   const f32x16 magic = splat(12582912.0f);
   for_lanes(k, [&](int i) {

@@ -19,7 +19,7 @@ inline void relax() {
 #endif
 }
 
-// Waits until done(), at most for `most` (zero: for ever). Whether it is done.
+// Waits until done(), for at most `most` (zero: no limit). Returns whether it is done.
 template <class F>
 inline bool spin(F&& done, Clock::duration most) {
   const Clock::time_point start = Clock::now();

@@ -1,5 +1,4 @@
-// The kernels every instruction set is compiled with, as a table; one with better ones puts them in their
-// place.
+// Table of the kernels that are compiled for every instruction set; a set with better ones replaces them.
 // The order matters: each file uses definitions of the ones above.
 // clang-format off
 #include "kernels.h"

@@ -28,7 +28,7 @@ class Team {
   void barrier();
 
   // f(outer, inner) for every pair, each exactly once over the team. `phase` counts the loops of a region
-  // from 0. A NUMA node keeps to its own share of the inner range, where its part of the weights lies.
+  // from 0. A NUMA node computes its own share of the inner range, whose weights are in its memory.
   template <class F>
   void for_units(int phase, int outer, int inner, F&& f);
 

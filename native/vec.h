@@ -81,7 +81,7 @@ inline f32x16 half_to_float(const uint16_t* p) {
 #endif
 }
 
-// Sixteen bytes to wider lanes. Compilers take some conversions of vectors apart lane by lane: not here.
+// Sixteen bytes to wider lanes. Written so that compilers do not split the conversion lane by lane.
 inline i32x16 widen(const int8_t* p) {
 #if defined(__AVX512F__)
   return (i32x16)_mm512_cvtepi8_epi32(load<__m128i>(p));

@@ -6,7 +6,7 @@
 
 namespace farthing {
 
-// Grow-only memory an op cuts its scratch from; one op runs at a time.
+// Grow-only memory from which an op takes its scratch buffers; one op runs at a time.
 class Workspace {
  public:
   enum class Memory { real, none };  // none: only counts; every pointer it returns is null
@@ -20,7 +20,7 @@ class Workspace {
     return static_cast<T*>(raw(count * sizeof(T)));
   }
   Act act(const Matrix& w, int rows, bool split, bool sparse);
-  // Bytes that the ops so far have taken at most: pages beyond them have never been written to.
+  // Most bytes that an op has taken so far; pages beyond them have never been written to.
   size_t most_used() const;
 
  private:

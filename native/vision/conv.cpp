@@ -184,7 +184,7 @@ void ConvNet::conv(int in, int kernel, int stride, int padding, int outputs, int
   if (wide >= 0) l.wide = planes_[wide].first(), l.wide_plane = planes_[wide].size();
   if (narrow >= 0) l.narrow = planes_[narrow].first(), l.narrow_plane = planes_[narrow].size();
   const int strips = static_cast<int>(w->strips.size());
-  // Few weights: pixels stay in the first cache and the weights pass over them. Many: the other way round.
+  // Few weights: pixels stay in L1 while the weights stream past them. Many weights: the reverse.
   const int strip_bytes = from.groups * from.cell * kStripPixels * stride * stride;
   const int tiles = (strips + 1) / 2, threads = backend_.pool.size();
   const int chunks = w->bytes <= kFewWeights ? tiles * 2 * strip_bytes / kPixelsPerPass : 1;

@@ -155,7 +155,7 @@ def test_the_engine_serves_over_nodes(cluster: Any, checkpoint: Path) -> None:
                 break
             time.sleep(0.05)
         else:
-            pytest.fail("nobody noticed")
+            pytest.fail("the failure was not noticed")
 
 
 def test_missing_cluster(checkpoint: Path) -> None:

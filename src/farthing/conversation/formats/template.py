@@ -54,9 +54,7 @@ def _message(turn: Turn, developer: str) -> dict[str, Any]:
         message["name"] = turn.name
     if turn.call_id is not None:
         message["tool_call_id"] = turn.call_id
-    if (
-        turn.calls
-    ):  # templates that only ask whether the key is there would drop the text beside an empty list
+    if turn.calls:  # a template that only checks for the key would drop the text next to an empty list
         message["tool_calls"] = [
             {
                 "id": call.id,
