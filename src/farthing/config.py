@@ -151,16 +151,16 @@ class EngineConfig:
                 )
             return
         if not self.prefix_cache_dir:
-            raise ValueError("prefix_cache_dir: got ''; expected None or the path of a directory")
+            raise ValueError("prefix_cache_dir: got ''; expected the path of a directory")
         if not self.enable_prefix_caching:
             raise ValueError(
-                f"prefix_cache_dir: got {self.prefix_cache_dir!r}; expected None without "
-                "enable_prefix_caching: the directory stores blocks of the prefix cache"
+                f"prefix_cache_dir: got {self.prefix_cache_dir!r} without enable_prefix_caching; expected "
+                "both: the directory stores blocks of the prefix cache"
             )
         if self.num_ranks > 1:
             raise ValueError(
-                f"prefix_cache_dir: got {self.prefix_cache_dir!r} with {self.num_ranks} ranks; expected "
-                "None: each rank's blocks are in the memory of its own process"
+                f"prefix_cache_dir: got {self.prefix_cache_dir!r} with {self.num_ranks} ranks; expected one "
+                "rank: the directory stores the blocks of one process"
             )
 
     def _check_nodes(self) -> None:

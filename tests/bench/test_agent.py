@@ -103,3 +103,25 @@ def test_options_that_do_not_fit_sessions_are_refused(options: list[str], named:
     result = CliRunner().invoke(app, ["serve", "--workload", "agent", *options], env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert named in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "which cannot be read: No such file or directory"),
+        ("{", "which is not JSON: Expecting property name"),
+        ("[]", "in which `cases` is missing; expected a list of conversations"),
+        ('{"cases": [{"messages": 5}]}', "in which cases[0].messages is no list"),
+        (
+            '{"cases": [{"messages": [{"role": "user"}]}]}',
+            "in which cases[0].messages[0] lacks role or content",
+        ),
+    ],
+)
+def test_errors_of_recordings_are_plain(tmp_path: Path, text: str | None, why: str) -> None:
+    file = tmp_path / "sessions.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match="recording: got") as refused:
+        recorded(file, 1, 3, 1000)
+    assert why in str(refused.value) and "Error(" not in str(refused.value)

@@ -154,8 +154,8 @@ def test_unusable_directory_logs_one_warning(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_prefix_caching": False}, "expected None without enable_prefix_caching"),
-        ({"tensor_parallel_size": 2}, "with 2 ranks; expected None"),
+        ({"enable_prefix_caching": False}, "without enable_prefix_caching; expected both"),
+        ({"tensor_parallel_size": 2}, "with 2 ranks; expected one rank"),
         ({"prefix_cache_disk_bytes": 0}, "prefix_cache_disk_bytes: got 0; expected an integer >= 1"),
     ],
 )
@@ -167,7 +167,7 @@ def test_rejected_combinations(options: dict[str, Any], message: str) -> None:
 def test_rejected_limits(start: Start) -> None:
     with pytest.raises(ValueError, match="prefix_cache_disk_bytes: got 5; expected no value without"):
         EngineConfig(prefix_cache_disk_bytes=5)
-    with pytest.raises(ValueError, match="prefix_cache_dir: got ''; expected None or the path"):
+    with pytest.raises(ValueError, match="prefix_cache_dir: got ''; expected the path"):
         EngineConfig(prefix_cache_dir="")
     with pytest.raises(ValueError, match=r"prefix_cache_disk_bytes: got 5; expected at least \d+, the size"):
         start(prefix_cache_disk_bytes=5)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,35 @@ def recorded(path: Path, count: int, turns: int, characters: int) -> list[Sessio
     for any other kind of file.
     """
     try:
-        cases = json.loads(path.read_text(encoding="utf-8"))["cases"]
-        sessions = [_recorded(case["messages"], turns, characters) for case in cases if "messages" in case]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a recording of sessions ({error!r}); expected JSON with `cases`"
-        ) from error
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"recording: got {path}, which cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"recording: got {path}, which is not JSON: {error}") from error
+    try:
+        sessions = [_recorded(messages, turns, characters) for messages in _conversations(document)]
+    except ValueError as error:
+        raise ValueError(f"recording: got {path}, in which {error}") from error
     sessions = [session for session in sessions if len(session.says) > 1]
     if not sessions:
         raise ValueError(f"{path} has no session of two turns; expected `cases` with `messages`")
     return [sessions[number % len(sessions)] for number in range(count)]
+
+
+def _conversations(document: Any) -> Iterator[list[dict[str, Any]]]:
+    """The messages of each case that has any. Raises ValueError."""
+    cases = document.get("cases") if isinstance(document, dict) else None
+    if not isinstance(cases, list):
+        raise ValueError("`cases` is missing; expected a list of conversations")
+    for number, case in enumerate(cases):
+        messages = case.get("messages", []) if isinstance(case, dict) else None
+        if not isinstance(messages, list):
+            raise ValueError(f"cases[{number}].messages is no list; expected a list of messages")
+        for position, message in enumerate(messages):
+            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+                where = f"cases[{number}].messages[{position}]"
+                raise ValueError(f"{where} lacks role or content; expected an object with both")
+        yield messages
 
 
 def _recorded(messages: Sequence[dict[str, Any]], turns: int, characters: int) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import Body, FastAPI
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 
 import farthing
 from farthing.conversation.types import Conversation
+from farthing.server.absent import reason as absent_reason
 from farthing.server.access import Access, Viewer
 from farthing.server.api.cache_digest import mount as mount_digest
 from farthing.server.api.messages import count_tokens, messages
@@ -47,7 +49,6 @@ from farthing.server.turns import render
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
 CLIENT_CLOSED = 499  # nginx's status for a client disconnect, seen only in logs and metrics
 _ERRORS = (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)
-_ABSENT = {"/v1/embeddings": "embeddings are not served: the model is a causal language model"}
 _STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"application/json": {}, "text/event-stream": {}},
@@ -128,13 +129,17 @@ def _add_model_routes(api: FastAPI, service: Service) -> None:
             "object": "model",
             "created": service.created,
             "owned_by": "farthing",
+            "type": "model",  # from here to created_at: for Anthropic's SDK
+            "display_name": name,
+            "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
             "root": service.names[0],
             "max_model_len": engine.config.max_model_len if engine else None,
         }
 
     @api.get("/v1/models", summary="The models served")
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [describe(name) for name in service.names]})
+        pages = {"has_more": False, "first_id": service.names[0], "last_id": service.names[-1]}
+        return JSONResponse({"object": "list", "data": list(map(describe, service.names)), **pages})
 
     @api.get("/v1/models/{model:path}", summary="One model")
     async def model(model: str) -> Response:
@@ -244,21 +249,24 @@ def _add_token_routes(api: FastAPI, service: Service) -> None:
 def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
-        return error.response(request.url.path)
+        return error.response(request.scope)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         content_type = request.headers.get("content-type")
-        return describe_validation(list(error.errors()), content_type).response(request.url.path)
+        return describe_validation(list(error.errors()), content_type).response(request.scope)
 
     @api.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         path, status = request.url.path, error.status_code
         if status == 400 and error.detail == "There was an error parsing the body":
-            return ApiError(400, "the body is not JSON in UTF-8").response(path)
-        why = _ABSENT.get(path) or f"{request.method} {path}: {error.detail}"
+            return ApiError(400, "the body is not JSON in UTF-8").response(request.scope)
+        absent = absent_reason(path) if status in (404, 405) else None
+        if absent is not None:
+            return ApiError(404, absent, code="unknown_url").response(request.scope)
+        why = f"{request.method} {path}: {error.detail}"
         found = ApiError(404, why, code="unknown_url") if status == 404 else ApiError(status, why)
-        response = found.response(path)
+        response = found.response(request.scope)
         response.headers.update(error.headers or {})
         return response
 
@@ -268,4 +276,4 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        return ApiError(500, "internal error; the server's log has the details").response(request.url.path)
+        return ApiError(500, "internal error; the server's log has the details").response(request.scope)

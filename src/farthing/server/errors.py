@@ -62,23 +62,29 @@ class ApiError(Exception):
         """The JSON document."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
-    def body(self, path: str = "") -> str:
+    def body(self, anthropic: bool = False) -> str:
         """The document as ASCII JSON, because a message may quote characters that UTF-8 cannot encode."""
-        return json.dumps(anthropic_payload(self) if is_anthropic(path) else self.payload())
+        return json.dumps(anthropic_payload(self) if anthropic else self.payload())
 
-    def response(self, path: str = "") -> Response:
-        """The HTTP response to a request of this path."""
+    def response(self, scope: Scope) -> Response:
+        """The HTTP response to a request."""
         headers = dict(UNAUTHORIZED_HEADERS) if self.status == 401 else {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
         if self.reason is not None:
             headers[CODE_HEADER] = self.reason
-        return Response(self.body(path), self.status, headers, media_type="application/json")
+        anthropic = is_anthropic(scope["path"]) or _from_anthropic(scope)
+        return Response(self.body(anthropic), self.status, headers, media_type="application/json")
 
 
 def is_anthropic(path: str) -> bool:
     """Whether a path belongs to Anthropic's API."""
-    return path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/")
+    return path in (ANTHROPIC_PATH, "/v1/complete") or path.startswith(ANTHROPIC_PATH + "/")
+
+
+def _from_anthropic(scope: Scope) -> bool:
+    """Whether Anthropic's SDK sent a request, perhaps to a path that both APIs have."""
+    return any(name == b"anthropic-version" for name, _ in scope["headers"])
 
 
 def anthropic_payload(error: ApiError) -> dict[str, Any]:
@@ -89,4 +95,4 @@ def anthropic_payload(error: ApiError) -> dict[str, Any]:
 
 async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Respond from a middleware."""
-    await error.response(scope["path"])(scope, receive, send)
+    await error.response(scope)(scope, receive, send)

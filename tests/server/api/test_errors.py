@@ -106,7 +106,8 @@ def test_responses(tiny: Running, body: dict[str, Any], named: str) -> None:
 
 def test_embeddings_error_gives_the_reason(tiny: Running) -> None:
     answer = httpx.post(f"{tiny.url}/v1/embeddings", json={"input": "x"})
-    assert answer.status_code == 404 and "embeddings are not served" in answer.json()["error"]["message"]
+    message = "/v1/embeddings is not served: embeddings: the model is a causal language model"
+    assert answer.status_code == 404 and answer.json()["error"]["message"] == message
 
 
 def test_keys_are_accepted_in_either_header() -> None:

@@ -40,8 +40,8 @@ def open_store(
         return None
     if not model.ops.source:
         raise ValueError(
-            f"prefix_cache_dir: got {config.prefix_cache_dir!r}; expected None: the model was not loaded "
-            "from a checkpoint and its blocks cannot be identified"
+            f"prefix_cache_dir: got {config.prefix_cache_dir!r} for a model that was not loaded from a "
+            "checkpoint; expected a checkpoint, which identifies the blocks"
         )
     memory = memory_of(cache)
     form = Format(identity(config, model, cache), memory.block_bytes)

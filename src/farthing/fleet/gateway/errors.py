@@ -34,7 +34,7 @@ def error_response(refused: Refused, path: str) -> web.Response:
     """The response to a refused request of this path."""
     response = web.Response(
         status=refused.status,
-        text=ApiError(refused.status, str(refused), code=refused.code).body(path),
+        text=ApiError(refused.status, str(refused), code=refused.code).body(is_anthropic(path)),
         headers=refused.headers,
         content_type="application/json",
     )
@@ -59,5 +59,5 @@ def error_event(message: str, path: str) -> bytes:
     """
     error = ApiError(502, message)
     named = "event: error\n" if is_anthropic(path) or path == "/v1/responses" else ""
-    document = json.loads(error.body(path)) | ({"type": "error"} if named else {})
+    document = json.loads(error.body(is_anthropic(path))) | ({"type": "error"} if named else {})
     return f"\n\n{named}data: {json.dumps(document)}\n\n".encode()
