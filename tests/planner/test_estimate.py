@@ -235,7 +235,7 @@ def test_command_honours_what_it_is_given() -> None:
     base = ("deepseek-v3", "--gpu", "h100", "--price", "2", "--tp", "8", "--ep", "16")
     plain = plan(*base)
     assert plain["layout"] == {"tp": 8, "pp": 1, "ep": 16, "dp_attention": False}
-    assert plain["serve"].startswith("farthing serve deepseek-v3 --backend gpu --tp 8 --ep 16")
+    assert plain["serve"].startswith("farthing serve MODEL --backend gpu --tp 8 --ep 16")
     fewer = plan(*base, "--memory", "60GB")
     assert fewer["limit"] == 60_000_000_000 and fewer["cache_tokens"] < plain["cache_tokens"]
     eight = plan(*base, "--kv-cache-dtype", "fp8")
@@ -260,7 +260,7 @@ def test_command_labels_its_estimate_and_prints_memory() -> None:
         "declared ceilings of h100",
         "memory per GPU: weights",
         "of 72.00 GB usable",
-        "smallest deployment that fits: farthing serve deepseek-v3 --backend gpu",
+        "smallest deployment that fits: farthing serve MODEL --backend gpu",
         "parameters: fp8 99.7%",
     ):
         assert part in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farthing.cli.tables import size
@@ -92,7 +93,8 @@ def _command(planned: Planned, e: Estimate) -> str | None:
     o, layout = planned.options, e.layout
     if layout is None:
         return None
-    words = [f"farthing serve {o.model} --backend gpu"]
+    known = o.model == "mite" or "/" in o.model or Path(o.model).exists()  # others are configurations only
+    words = [f"farthing serve {o.model if known else 'MODEL'} --backend gpu"]
     words += [f"--{n} {getattr(layout, n)}" for n in ("tp", "pp", "ep") if getattr(layout, n) > 1]
     words += ["--dp-attention --no-enable-prefix-caching"] if layout.dp_attention else []
     words += [f"--quantization {o.quantization}"] if o.quantization else []

@@ -11,33 +11,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from farthing.checkpoint.reader import has_config, read_config
 from farthing.model import values as checked
 from farthing.model.error import ConfigError
+from farthing.model.scaling import QueryScaling, RopeConfig, read_query_scaling, read_rope
 from farthing.model.types import type_named, type_of
-from farthing.model.values import LARGEST, MOST, absent, optional_section, wrong
+from farthing.model.values import LARGEST, MOST, absent, wrong
 
 __all__ = ["ConfigError", "LayerSizes", "ModelConfig", "QueryScaling", "RopeConfig", "check_config"]
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding: plain, or YaRN (Peng et al. 2023) when factor is set."""
-
-    theta: float = 10000.0
-    factor: float | None = None
-    original_max_position: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float | None = None  # scale of cos and sin; None: computed from the two fields above
-    interleaved: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class QueryScaling:
-    """Position-dependent query scale: q (1 + beta ln(1 + floor(position / original_max_position)))."""
-
-    beta: float
-    original_max_position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +240,8 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise absent("n_routed_experts", "a positive integer, or null for a model without experts")
     drafts = next((n for n in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(n) is not None), None)
     found = {
-        "rope": _rope(raw),
-        "query_scaling": _query_scaling(raw),
+        "rope": read_rope(raw),
+        "query_scaling": read_query_scaling(raw),
         "n_routed_experts": None if raw[experts] is None else checked.integer(raw, experts),
         "num_nextn_predict_layers": 0
         if drafts is None
@@ -294,60 +272,6 @@ def _layer_sizes(value: Any) -> tuple[LayerSizes, ...]:
         for name, size in sizes.items():
             checked.checked_integer(f"layer_sizes[{i}].{name}", size, 1)
     return tuple(LayerSizes(**v) for v in value)
-
-
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    name = next((n for n in ("rope_parameters", "rope_scaling") if raw.get(n)), "rope_scaling")
-    p = optional_section(raw, name)
-    kind = p.get("rope_type", p.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise wrong(
-            f"{name}.{'rope_type' if 'rope_type' in p else 'type'}", kind, "'yarn' or no rope_scaling"
-        )
-    theta = checked.number(
-        *(
-            (f"{name}.rope_theta", p["rope_theta"])
-            if "rope_theta" in p
-            else ("rope_theta", raw.get("rope_theta", 1e4))
-        ),
-        above=0.0,
-    )
-    interleaved = checked.flag("rope_interleave", raw.get("rope_interleave", True))
-    if kind == "default":
-        return RopeConfig(theta=theta, interleaved=interleaved)
-
-    def read(field: str, default: float, above: float = 0.0) -> float:
-        value = p.get(field)
-        return default if value is None else checked.number(f"{name}.{field}", value, above)
-
-    if "factor" not in p:
-        raise absent(f"{name}.factor", "a number greater than 0")
-    original = p.get("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    return RopeConfig(
-        theta=theta,
-        factor=checked.number(f"{name}.factor", p["factor"], above=0.0),
-        original_max_position=checked.checked_integer(
-            f"{name}.original_max_position_embeddings", original, 1, MOST["max_position_embeddings"]
-        ),
-        beta_fast=read("beta_fast", 32.0),
-        beta_slow=read("beta_slow", 1.0),
-        mscale=read("mscale", 0.0, -1e-9),
-        mscale_all_dim=read("mscale_all_dim", 0.0, -1e-9),
-        attention_factor=None if p.get("attention_factor") is None else read("attention_factor", 1.0),
-        interleaved=interleaved,
-    )
-
-
-def _query_scaling(raw: Mapping[str, Any]) -> QueryScaling | None:
-    rope = optional_section(raw, "rope_parameters")
-    beta = rope.get("llama_4_scaling_beta")
-    if beta is None:
-        return None
-    name = "rope_parameters."
-    return QueryScaling(
-        checked.number(f"{name}llama_4_scaling_beta", beta),
-        checked.integer(rope, "original_max_position_embeddings", within=name),
-    )
 
 
 def check_config(c: ModelConfig) -> None:
