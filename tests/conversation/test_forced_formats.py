@@ -21,7 +21,9 @@ LIGHT = Tool("light", None, {"type": "object", "properties": {"on": {"type": "bo
 REQUIRED = ToolChoice("required")
 
 
-def grammar_of(form: ChatFormat, tools: tuple[Tool, ...], kind: str, **options: Any) -> CallGrammar | None:
+def grammar_of(
+    form: ChatFormat, tools: tuple[Tool, ...], kind: str, room: int | None = None, **options: Any
+) -> CallGrammar | None:
     tokenizer = TOKENIZERS[kind]
 
     def special(text: str) -> int | None:
@@ -29,7 +31,7 @@ def grammar_of(form: ChatFormat, tools: tuple[Tool, ...], kind: str, **options: 
         return token if token in tokenizer.control_ids else None
 
     options = {"choice": REQUIRED} | options
-    return forced_grammar(Conversation((), tools, **options), form.syntax, special)
+    return forced_grammar(Conversation((), tools, **options), form.syntax, special, room)
 
 
 @by_vocabulary
@@ -69,6 +71,17 @@ def test_one_call_where_one_is_wanted(form: ChatFormat, write: Callable[[Calls],
         assert grammar is not None
         said = obey(grammar, "special", write(both), "</s>").removesuffix("</s>")
         assert read(form.calls((LIGHT,)), [said]) == ("", both[:1])
+
+
+@by_format
+def test_a_short_answer_has_few_calls(form: ChatFormat, write: Callable[[Calls], str]) -> None:
+    """A model that repeats itself would spend all of it on calls."""
+    many: Calls = [("light", {"on": False})] * 9
+    for room, most in ((1, 1), (256, 2), (10_000, 8)):
+        grammar = grammar_of(form, (LIGHT,), "special", room=room)
+        assert grammar is not None
+        said = obey(grammar, "special", write(many), "</s>").removesuffix("</s>")
+        assert read(form.calls((LIGHT,)), [said]) == ("", many[:most])
 
 
 def test_calls_without_a_grammar_in_the_format_are_json() -> None:

@@ -11,10 +11,11 @@ from farthing.conversation.types import Conversation, Tool
 # For llguidance: at most one blank between two tokens, so that a weak model cannot waste its budget on them.
 COMPACT = {"whitespace_pattern": " "}
 _MAX_CALLS = 8  # in parallel, for the same reason
+_TOKENS = 100  # of the answer's limit for each further call: models that repeat themselves still finish
 
 
-def schema(conversation: Conversation) -> dict[str, Any] | None:
-    """The schema of the whole answer; None if no call is required.
+def schema(conversation: Conversation, room: int | None = None) -> dict[str, Any] | None:
+    """The schema of the whole answer, of at most `room` tokens; None if no call is required.
 
     For a single named function: its arguments. Otherwise a list of calls, {"name": …, "parameters": {…}}.
     """
@@ -24,7 +25,7 @@ def schema(conversation: Conversation) -> dict[str, Any] | None:
     whole = (
         arguments_schema(tools[0])
         if conversation.choice.single
-        else calls_schema(tools, most_calls(conversation))
+        else calls_schema(tools, most_calls(conversation, room))
     )
     return whole | {"x-guidance": COMPACT}
 
@@ -35,9 +36,11 @@ def eligible(conversation: Conversation) -> list[Tool]:
     return [tool for tool in conversation.tools if not names or tool.name in names]
 
 
-def most_calls(conversation: Conversation) -> int:
-    """The maximum number of forced calls."""
-    return _MAX_CALLS if conversation.parallel_calls and not conversation.choice.single else 1
+def most_calls(conversation: Conversation, room: int | None = None) -> int:
+    """The maximum number of forced calls in an answer of at most `room` tokens."""
+    if not conversation.parallel_calls or conversation.choice.single:
+        return 1
+    return _MAX_CALLS if room is None else min(_MAX_CALLS, max(1, room // _TOKENS))
 
 
 def calls_schema(tools: list[Tool], most: int) -> dict[str, Any]:

@@ -82,9 +82,15 @@ def call_grammar(
 
 
 def forced_grammar(
-    conversation: Conversation, syntax: Syntax | None, special: Callable[[str], int | None]
+    conversation: Conversation,
+    syntax: Syntax | None,
+    special: Callable[[str], int | None],
+    room: int | None = None,
 ) -> CallGrammar | None:
-    """The grammar of an answer if a call is required; None if not, or if the format has no grammar for it."""
+    """The grammar of an answer if a call is required; None if not, or if the format has no grammar for it.
+
+    room: the answer's maximum number of tokens.
+    """
     if syntax is None or conversation.choice.mode != "required":
         return None
     lark, section, opener = Lark(syntax.marks, special), syntax.section, syntax.openers[0]
@@ -94,7 +100,7 @@ def forced_grammar(
         return None
     first = f"{lark.text(section.begin + opener)} {lark.either(calls)}"
     between = f"{lark.text(section.between)}? " if section.between else ""
-    most = forced.most_calls(conversation) - 1
+    most = forced.most_calls(conversation, room) - 1
     later = f"({between}{lark.text(opener)} {lark.either(calls)}){{0,{most}}}" if most else ""
     end = lark.text(section.end)
     return CallGrammar((), lark.grammar(f"{first} {later} {end}"))

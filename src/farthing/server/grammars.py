@@ -32,18 +32,22 @@ def grammars(
     structured: StructuredOutputsParams | None,
     form: ChatFormat,
     formats: ModelFormats,
+    room: int | None = None,
 ) -> Grammars:
-    """structured: the client's constraint, used if no call is required. Raises ApiError (400)."""
+    """structured: the client's constraint, used if no call is required. room: the answer's maximum number of
+    tokens. Raises ApiError (400)."""
     required = conversation.choice.mode == "required"
     if structured is not None and not required:
         return Grammars(structured, None)
-    grammar = forced_grammar if required else call_grammar
     try:
-        found = grammar(conversation, form.syntax, formats.special_id)
+        if required:
+            found = forced_grammar(conversation, form.syntax, formats.special_id, room)
+        else:
+            found = call_grammar(conversation, form.syntax, formats.special_id)
     except ValueError as error:
         raise ApiError(400, str(error), param="tools", code="invalid_value") from error
     if found is not None:
         return Grammars(None, CallParams(openers=found.openers, grammar=found.grammar))
     if required:
-        return Grammars(StructuredOutputsParams(json=forced.schema(conversation)), None, listed=True)
+        return Grammars(StructuredOutputsParams(json=forced.schema(conversation, room)), None, listed=True)
     return Grammars(None, None)

@@ -180,7 +180,8 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     formats = service.formats()
     conversation, prompt, ids = await _prompt(service, request, client)
     form = formats.of_conversation(conversation)
-    limits = grammars(conversation, request.structured, form, formats)
+    room = request.sampling.get("max_tokens")
+    limits = grammars(conversation, request.structured, form, formats, room)
     opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
     if formats.source(form) is None or not conversation.template_options.keys() & _SWITCHES:
         _check_thinking(conversation, request, form, opened)
