@@ -11,7 +11,7 @@ import pytest
 from farthing.model import ConfigError, ModelConfig
 from farthing.model.load import parameter_shapes
 from farthing.planner.footprint import stored_by_config
-from farthing.planner.published import published, published_config
+from farthing.planner.published import SAME, published, published_config
 
 SMALL = dict(num_hidden_layers=4, n_layers=4, num_layers=4)
 VALUES = (None, True, "x", -1, 10**30, 99)
@@ -55,7 +55,7 @@ def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-@pytest.mark.parametrize("name", published())
+@pytest.mark.parametrize("name", [name for name in published() if name not in SAME])
 def test_changed_fields_are_accepted_or_named(name: str) -> None:
     raw = shrunk(published_config(name) or {})
     for path in list(paths(raw)):

@@ -160,7 +160,7 @@ def test_more_memory_and_smaller_caches_never_cost_more(
     assert eight.cache_tokens > 1.9 * small.cache_tokens
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     st.sampled_from(["deepseek-v2", "moonlight-16b", "glm-4.7-flash"]),
     st.integers(40, 180),
@@ -186,7 +186,7 @@ def test_smallest_deployment_shrinks_with_memory_and_bits(name: str, memory: int
 def test_formats_of_the_checkpoint_count() -> None:
     """Kimi K2.5 stores experts in INT4: half the GPUs of Kimi K2's FP8."""
     load = Workload(4383, 1210, 0.0, 0.2)
-    four, eight = (smallest(target(name, "h200"), load, 2.0, load) for name in ("kimi-k2.5", "kimi-k2"))
+    four, eight = (smallest(target(name, "h200"), load, 2.0, None) for name in ("kimi-k2.5", "kimi-k2"))
     assert (four.decode.gpus, eight.decode.gpus) == (8, 16)
     routed = 60 * 384 * 3 * 7168 * 2048 * (0.5 + 4 / 32)  # a float32 scale per 32 weights on the GPU
     assert routed / 8 < four.memory.weights < 1.2 * routed / 8

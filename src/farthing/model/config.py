@@ -221,7 +221,7 @@ def _checked(cls: type[ModelConfig], raw: Mapping[str, Any]) -> dict[str, Any]:
             continue
         elif kind in (int, int | None):
             least = 1 if name in _POSITIVE else 0
-            values[name] = checked.checked_integer(name, value, least, MOST.get(name, LARGEST))
+            values[name] = checked.in_range(name, value, least, MOST.get(name, LARGEST))
         elif kind is float:
             values[name] = checked.number(name, value, above=0.0)
         elif kind is bool:
@@ -243,9 +243,7 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         "rope": read_rope(raw),
         "query_scaling": read_query_scaling(raw),
         "n_routed_experts": None if raw[experts] is None else checked.integer(raw, experts),
-        "num_nextn_predict_layers": 0
-        if drafts is None
-        else checked.checked_integer(drafts, raw[drafts], 0, 64),
+        "num_nextn_predict_layers": 0 if drafts is None else checked.in_range(drafts, raw[drafts], 0, 64),
         "indexer_types": tuple(raw.get("indexer_types") or ()),
         "layer_sizes": _layer_sizes(raw.get("layer_sizes")),
         "eos_token_ids": _ids(raw.get("eos_token_id")),
@@ -259,7 +257,7 @@ def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     listed = value if isinstance(value, list | tuple) else [value]
-    return tuple(checked.checked_integer("eos_token_id", each, 0) for each in listed)
+    return tuple(checked.in_range("eos_token_id", each, 0) for each in listed)
 
 
 def _layer_sizes(value: Any) -> tuple[LayerSizes, ...]:
@@ -270,7 +268,7 @@ def _layer_sizes(value: Any) -> tuple[LayerSizes, ...]:
         raise wrong("layer_sizes", value, f"a list of objects with {sorted(known)}")
     for i, sizes in enumerate(value):
         for name, size in sizes.items():
-            checked.checked_integer(f"layer_sizes[{i}].{name}", size, 1)
+            checked.in_range(f"layer_sizes[{i}].{name}", size, 1)
     return tuple(LayerSizes(**v) for v in value)
 
 

@@ -64,7 +64,7 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(
         theta=theta,
         factor=checked.number(f"{name}.factor", p["factor"], above=0.0),
-        original_max_position=checked.checked_integer(
+        original_max_position=checked.in_range(
             f"{name}.original_max_position_embeddings", original, 1, MOST["max_position_embeddings"]
         ),
         beta_fast=read("beta_fast", 32.0),

@@ -41,10 +41,10 @@ def integer(raw: Mapping[str, Any], name: str, least: int = 1, within: str = "")
     full, what = within + name, _range(name, least)
     if name not in raw:
         raise absent(full, what)
-    return checked_integer(full, raw[name], least, MOST.get(name, LARGEST))
+    return in_range(full, raw[name], least, MOST.get(name, LARGEST))
 
 
-def checked_integer(name: str, value: object, least: int, most: int = LARGEST) -> int:
+def in_range(name: str, value: object, least: int, most: int = LARGEST) -> int:
     """An integer in a range; raises ValueError."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise wrong(name, value, _range(name, least, most))

@@ -13,7 +13,7 @@ from farthing.planner.footprint import FLOAT_BYTES, Stored
 
 _CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
 # Later releases with the architecture of an earlier one, according to their model cards.
-_SAME = {
+SAME = {
     "deepseek-v3-0324": "deepseek-v3",
     "deepseek-r1-0528": "deepseek-r1",
     "deepseek-v3.1-terminus": "deepseek-v3.1",
@@ -28,14 +28,14 @@ _UNSUPPORTED = ("deepseek-v4",)  # known names whose architecture is not served
 
 def published() -> list[str]:
     """Names accepted by `published_config`."""
-    return sorted([*_SAME, *(file.stem for file in _CONFIGS.glob("*.json"))])
+    return sorted([*SAME, *(file.stem for file in _CONFIGS.glob("*.json"))])
 
 
 def published_config(name: str) -> dict[str, Any] | None:
     """The config.json of a released model such as 'deepseek-v3' or 'kimi-k2.5'; None for other names."""
     if name.lower() not in published():
         return None
-    file = _CONFIGS / f"{_SAME.get(name.lower(), name.lower())}.json"
+    file = _CONFIGS / f"{SAME.get(name.lower(), name.lower())}.json"
     raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return raw
 
