@@ -264,8 +264,7 @@ bool fits_tiles(const Matrix& w, const Act& x, int rows) {
   if (rows < kTileRows) return false;
   if (w.format == Format::bf16) return x.hi != nullptr;
   if (w.format != Format::q8 && w.format != Format::q4) return false;
-  return rows >= kQuantizedTileRows && w.group % 32 == 0 && (!w.sparse || w.kp % 64 == 0) &&
-         w.kp % 32 == 0;
+  return rows >= kQuantizedTileRows && w.group % 32 == 0 && (!w.sparse || w.kp % 64 == 0) && w.kp % 32 == 0;
 }
 
 template <int Panels>

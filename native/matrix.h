@@ -38,8 +38,10 @@ struct FormatTraits {
   int group;           // columns that share a scale of the activations, where it is not chosen; 0: no scales
 };
 constexpr FormatTraits kFormats[] = {
-    {"F32", 2, 64, 0, false, false, 0},         {"BF16", 32, 32, 0, false, false, 0},
-    {"FP8", 32, 16, 0, false, false, kActGroup}, {"Q8", 64, 16, -128, true, false, kActGroup},
+    {"F32", 2, 64, 0, false, false, 0},
+    {"BF16", 32, 32, 0, false, false, 0},
+    {"FP8", 32, 16, 0, false, false, kActGroup},
+    {"Q8", 64, 16, -128, true, false, kActGroup},
     {"Q4", 1, 8, -8, true, true, 0},
 };
 constexpr const FormatTraits& traits(Format format) { return kFormats[static_cast<int>(format)]; }
