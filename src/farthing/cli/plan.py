@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from farthing.cli.options import with_options
-from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Dtype, ExpertsOn, Quantization
-from farthing.options import check, option
+from farthing.cli.plan_options import Planned, PlanOptions
+from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS
 
 if TYPE_CHECKING:
     from farthing.model import ModelConfig
-    from farthing.parallel.plan import Layout, ShardPlan
     from farthing.planner.devices import Ceilings
-    from farthing.planner.footprint import Holder, StoredOf
-    from farthing.planner.memory import PlannedModel, RankMemory
+    from farthing.planner.footprint import StoredOf
     from farthing.planner.shard import Serving
 
 app = typer.Typer(add_completion=False)
@@ -37,116 +34,7 @@ Examples:
 
   farthing plan deepseek-v3 --gpu h800 --price 2.0 --prefill-gpus 32 --decode-gpus 144 --redundant-experts 32
 """
-Backend = Literal["reference", "cpu", "gpu"]
-KvCacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
-
-_main = partial(option, group="Options")
-_memory = partial(option, group="Memory")
-_load = partial(option, group="Throughput (with --price)")
 USABLE_MEMORY = 0.9  # of a GPU
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions:
-    """The deployment to plan."""
-
-    model: str = _main(
-        "mite",
-        "A directory, a hub id, `mite`, a config.json, or a published name such as kimi-k2.5",
-        argument=True,
-    )
-    tp: int | None = _main(None, "Tensor-parallel ranks (heads, dense MLPs, shared experts); default: 1")
-    pp: int | None = _main(None, "Number of pipeline stages; default: 1")
-    ep: int | None = _main(None, "Expert-parallel ranks (routed experts); default: 1")
-    dp_attention: bool = _main(False, "Data-parallel attention over ep / tp groups of ranks")
-    dp: int = _main(1, "Number of replicas of this layout", minimum=1)
-    memory: str | None = _main(None, "Memory limit per rank, such as 80GB; fail if exceeded")
-    gpu: str | None = _main(None, "GPU whose memory and ceilings to use, such as h100")
-    backend: Backend | None = _main(None, "Backend; default: gpu with --gpu, else cpu")
-    dtype: Dtype = _main("auto", "Activation dtype")
-
-    quantization: Quantization | None = _memory(None, "Format to round dense weights to (cpu: FP8 ones too)")
-    kv_tokens: int | None = _memory(None, "KV cache size in tokens; default: max-model-len", minimum=1)
-    kv_cache_dtype: KvCacheDtype = _memory("bfloat16", "KV cache dtype")
-    max_model_len: int | None = _memory(None, "Context length; default: the model's", minimum=1)
-    max_num_seqs: int | None = _memory(
-        None, "Maximum sequences per step; default: 64, with --price as many as fit", minimum=1
-    )
-    max_num_batched_tokens: int | None = _memory(
-        None, f"Token budget per step; default: {CPU_STEP_TOKENS}, on a GPU {GPU_STEP_TOKENS}", minimum=1
-    )
-    redundant_experts: int = _memory(0, "Redundant expert copies per layer", minimum=0)
-    experts_on: ExpertsOn | None = _memory(None, "cpu: keep routed experts in host memory")
-    hot_experts: int = _memory(0, "Experts per layer to keep on the GPU with --experts-on cpu", minimum=0)
-
-    price: float | None = _load(
-        None, "Dollars per GPU-hour; estimates the given layout, or the smallest that fits", minimum=0
-    )
-    ceilings: Path | None = _load(None, "TOML file of measured ceilings")
-    prefill_gpus: int | None = _load(
-        None, "GPUs per prefill group, for separate groups as published by DeepSeek", minimum=1
-    )
-    decode_gpus: int | None = _load(None, "GPUs per decode group", minimum=1)
-    prompt: int = _load(4383, "Tokens per prompt", minimum=1)
-    output: int = _load(1210, "Tokens per answer", minimum=1)
-    cache_hit: float | None = _load(
-        None,
-        "Prefix-cache hit rate of prompt tokens; default: 0.563, with --dp-attention 0",
-        minimum=0,
-        maximum=0.99,
-    )
-    user_rate: float = _load(21.0, "Minimum tokens/s per user", minimum=0.1)
-
-    def __post_init__(self) -> None:
-        check(self)
-        layout = self.layout
-        if self.experts_on and layout.world > 1:
-            raise ValueError(f"experts-on is {self.experts_on!r}; expected tp, pp and ep at 1 with it")
-        if self.hot_experts and self.experts_on is None:
-            raise ValueError(f"hot-experts is {self.hot_experts}; expected 0 without --experts-on cpu")
-        if self.price is not None and self.gpu is None:
-            raise ValueError("price is set without a GPU; expected --gpu NAME")
-        if self.redundant_experts and self.price is None and layout.ep == 1:
-            raise ValueError(f"redundant-experts is {self.redundant_experts}; expected 0 unless --ep > 1")
-
-    @property
-    def layout(self) -> Layout:
-        """The layout given; what is not given is 1."""
-        from farthing.parallel.plan import Layout
-
-        return Layout(self.tp or 1, self.pp or 1, self.ep or 1, self.dp_attention)
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """The plan of a layout, and whether it fits the limit in bytes per rank."""
-
-    options: PlanOptions
-    shards: ShardPlan
-    model: PlannedModel
-    holder: Holder
-    serving: Serving
-    stored: str  # quantization method of the checkpoint
-    ranks: list[RankMemory]
-    limit: int | None
-
-    @property
-    def fits(self) -> bool:
-        """Whether every rank fits."""
-        return self.limit is None or max(r.total for r in self.ranks) <= self.limit
-
-    @property
-    def room(self) -> int | None:
-        """Additional cache tokens that fit on the fullest rank."""
-        from farthing.planner.memory import cache_bytes_per_token
-
-        if self.limit is None or not self.fits:
-            return None
-        places = [self.shards.layout.place(r.rank) for r in self.ranks]
-        return min(
-            (self.limit - r.total) // cache_bytes_per_token(self.shards, place, self.serving.cache_dtype)
-            for r, place in zip(self.ranks, places, strict=True)
-        )
 
 
 @app.command(epilog=EPILOG)

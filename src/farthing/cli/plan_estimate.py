@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.cli.tables import size
 
 if TYPE_CHECKING:
-    from farthing.cli.plan import Planned
+    from farthing.cli.plan_options import Planned
     from farthing.planner.devices import Ceilings, Shares
     from farthing.planner.estimate import Estimate
 
