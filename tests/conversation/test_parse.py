@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import example, given, settings
@@ -258,6 +258,23 @@ def test_linear_in_its_input(make: Callable[[], CallParser]) -> None:
                 parser.push(character)
         parser.finish()
         assert time.thread_time() - start < 0.25, (filler, before)
+
+
+def test_an_output_that_arrives_whole_is_parsed_in_slices() -> None:
+    """Parsers copy what remains of a piece at every tag, which would be quadratic in its length."""
+
+    class Recording(NoCalls):
+        sizes: ClassVar[list[int]] = []
+
+        def push(self, text: str) -> list[Delta]:
+            self.sizes.append(len(text))
+            return super().push(text)
+
+    for tokens in (frozenset[str](), frozenset(("</think>",))):
+        text = "a</think>" * 50_000
+        found = answer(OutputParser(Recording(), THINK, opened=True, tokens=tokens), [text])
+        assert len(found.reasoning + found.text) >= len(text) - len("</think>")
+        assert max(Recording.sizes) < 10_000
 
 
 # Individual cases.
