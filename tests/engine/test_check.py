@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def states(path: Path, layers: int | None = None) -> dict[str, tuple[str, str]]:
 
 def test_the_embedded_model_passes() -> None:
     found = states(resolve_model("mite"), 2)
-    assert found["configuration"][0] == found["tokenizer"][0] == found["first layers"][0] == "ok"
+    names = ("configuration", "tokenizer", "chat format", "tensors", "first layers")
+    assert [found[name][0] for name in names] == ["ok"] * 5
     assert found["transformers"][0] in ("ok", "skipped")
 
 
@@ -42,7 +44,7 @@ def test_the_embedded_model_passes() -> None:
 def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None:
     build(name, 1, tmp_path)
     found = states(tmp_path)
-    assert found["transformers"][0] == "ok", found
+    assert found["transformers"][0] == found["tensors"][0] == "ok", found
     assert found["tokenizer"][0] == "failed" and "tokenizer.json" in found["tokenizer"][1]
 
 
@@ -116,6 +118,60 @@ def test_broken_weights_and_unknown_types_are_named(tmp_path: Path) -> None:
     assert found["configuration"][0] == "failed"
     assert "the closest is 'glm4_moe_lite'" in found["configuration"][1]
     assert "first layers" not in found
+
+
+def change(path: Path, name: str, value: torch.Tensor | None) -> None:
+    """Replace or remove a tensor of a checkpoint."""
+    tensors = {k: v.clone() for k, v in load_file(path / "model.safetensors").items()}
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = value.contiguous()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def test_damage_behind_the_first_layers_is_found(tmp_path: Path) -> None:
+    model = build("deepseek_v32", 1, tmp_path)
+    last = f"model.layers.{model.config.num_hidden_layers - 1}"
+    name = f"{last}.self_attn.kv_b_proj.weight"
+    whole = load_file(tmp_path / "model.safetensors")[name]
+    for value, problem in ((whole.T, "has shape"), (None, "is missing")):
+        change(tmp_path, name, value)
+        found = states(tmp_path, 1)
+        assert found["first layers"][0] == "ok"
+        assert found["tensors"][0] == "failed" and f"{name} {problem}" in found["tensors"][1]
+    change(tmp_path, name, whole)
+    change(tmp_path, f"{last}.mlp.experts.3.up_proj.weight", None)
+    assert "experts.3.up_proj.weight is missing" in states(tmp_path, 1)["tensors"][1]
+
+
+def test_missing_expert_of_a_stack_is_found(tmp_path: Path) -> None:
+    model = build("mistral4", 1, tmp_path)
+    name = f"model.layers.{model.config.num_hidden_layers - 1}.mlp.experts.down_proj"
+    change(tmp_path, name, load_file(tmp_path / "model.safetensors")[name][:-1])
+    state, detail = states(tmp_path, 1)["tensors"]
+    assert state == "failed" and f"{name} has {model.config.n_routed_experts - 1} experts" in detail
+
+
+def test_tokenizer_and_template_of_another_model_are_found(tmp_path: Path) -> None:
+    build("glm4_moe_lite", 1, tmp_path)
+    mite = resolve_model("mite")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((mite / name).read_bytes())
+    state, detail = states(tmp_path)["tokenizer"]
+    assert state == "failed" and "config.json's vocab_size" in detail
+    copy = tmp_path / "mite"
+    shutil.copytree(mite, copy)
+    file = copy / "tokenizer_config.json"
+    raw = json.loads(file.read_text())
+    for template, problem in (
+        ("{{ messages[0].content }}<|im_end|>", "writes '<|im_end|>'"),
+        ("{{ bos_token }}", "expected the turn's text"),
+        ("{% if %}", "template"),
+    ):
+        file.write_text(json.dumps(raw | {"chat_template": template}))
+        state, detail = states(copy, 1)["chat format"]
+        assert state == "failed" and problem in detail
 
 
 def test_large_model_is_checked_by_its_dense_layers() -> None:

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint.reader import has_config, read_config
-from farthing.engine.tokenizer import Tokenizer
+from farthing.engine.check_files import check_chat_format, check_tensors, check_tokenizer
 from farthing.model import DeepseekModel, ModelConfig
 from farthing.model.load import config_of, parameter_shapes, source_of
 from farthing.model.types import type_named, type_of
 from farthing.ops import Ops, make_batch
 
 State = Literal["ok", "failed", "skipped"]
-TEXT = "The quick brown fox: 17 × 3 = 51, naïve, 你好."
 CLOSE = 1e-3  # of the largest logit; float32 on both sides
 MOST_BYTES = 12 << 30  # of float32 weights that are read
 
@@ -71,10 +70,18 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
         return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers"
 
     yield (first := part("configuration", configuration))
-    yield part("tokenizer", lambda: _tokenizer(path))
+
+    def tokenizer() -> str:
+        found["tokenizer"], detail = check_tokenizer(path, found.get("config"))
+        return detail
+
+    yield part("tokenizer", tokenizer)
     if first.state != "ok":
         return
     config, shown = found["config"], found["shown"]
+    if "tokenizer" in found:
+        yield part("chat format", lambda: check_chat_format(found["tokenizer"], config.model_type))
+    yield part("tensors", lambda: check_tensors(found["checkpoint"], config))
     ids = torch.arange(2, 2 + tokens) % config.vocab_size
 
     def run_layers() -> str:
@@ -159,15 +166,6 @@ def logits_of(model: DeepseekModel, ids: Tensor, first: int = 0) -> Tensor:
     with torch.inference_mode():
         cache = model.new_cache(len(blocks), 16, "float32")
         return model.logits(model.forward(ids, make_batch([len(ids)], [0], [blocks], 16), cache))
-
-
-def _tokenizer(path: Path) -> str:
-    tokenizer = Tokenizer.from_directory(path)
-    ids = tokenizer.backend.encode(TEXT, add_special_tokens=False).ids
-    if (text := tokenizer.backend.decode(ids)) != TEXT:
-        raise ValueError(f"{TEXT!r} comes back as {text!r}")
-    template = "its own chat template" if tokenizer.chat_template else "no chat template: DeepSeek's is used"
-    return f"{tokenizer.vocab_size:,} tokens, {template}"
 
 
 def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: dict[int, Tensor]) -> str:
