@@ -1,7 +1,7 @@
 // Online softmax attention on AMX tiles: 64 bfloat16 keys against up to 16 query rows. Included by
 // kernels_amx.cpp.
 //
-// Scores are computed transposed, [key][row]: then the keys are the tile's rows as they lie in the cache.
+// Scores are computed transposed, [key][row]: then the tile's rows are the keys as stored in the cache.
 // Queries and weights enter as hi + lo, so that only the cache itself is rounded to bfloat16.
 namespace farthing {
 namespace {

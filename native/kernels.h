@@ -4,7 +4,7 @@
 
 namespace farthing {
 
-// One block of online softmax attention: R query rows against S keys that lie in one contiguous array.
+// One block of online softmax attention: R query rows against S keys in one contiguous array.
 struct AttendBlock {
   const float* q;        // [rows][width], scaled
   const uint16_t* q_hi;  // bfloat16: [width/2][16][2] and its rest in tile order (AMX), or [rows][width]
@@ -36,7 +36,7 @@ struct KeyShape {
   int width;          // latent_padded + r padded to 32
 };
 
-// One token's index heads against keys that lie in one contiguous array.
+// One token's index heads against keys in one contiguous array.
 struct IndexBlock {
   const float* q32;     // [dim][heads], or null
   const uint16_t* q16;  // [dim / 2][heads][2] bfloat16, or null

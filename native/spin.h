@@ -8,8 +8,8 @@ namespace farthing {
 using Clock = std::chrono::steady_clock;
 constexpr auto kImpatient = std::chrono::microseconds(100);  // then yield to the thread we are waiting on
 
-// About 60 ns. A hypervisor that counts PAUSE instructions takes a core that executes them in a row for one
-// that spins in vain and stops it, for 30 us and more; it does not count those that are further apart.
+// About 60 ns. A hypervisor that counts consecutive PAUSE instructions concludes that the core spins
+// uselessly and stops it for 30 us or more; it does not count pauses that are further apart.
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();

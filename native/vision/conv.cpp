@@ -23,8 +23,8 @@ bytes16 load16(const uint8_t* p) {
   return v;
 }
 
-// Each thread its own part of the units, always the same: what a layer wrote is in the cache of who reads it
-// next.
+// Each thread always takes the same part of the units, so that a layer's output is in the cache of the thread
+// that reads it next.
 template <class F>
 void share(const Team& team, int units, F&& f) {
   const int64_t n = units;

@@ -76,8 +76,8 @@ struct Target {
   uint8_t *wide, *narrow;
 };
 
-// wide: round(v) to 8 bits. narrow: (wide + half) >> shift, at most top. 16 bytes a pixel, one behind the
-// other.
+// wide: round(v) to 8 bits. narrow: (wide + half) >> shift, at most top. 16 bytes per pixel,
+// contiguous.
 template <int Q>
 [[gnu::always_inline]] inline void store_pixels(const ConvLayer& l, Target to, const f32x16 (&v)[Q],
                                                 int count) {

@@ -10,7 +10,7 @@
 
 namespace farthing {
 
-constexpr int kCell = 16;        // channels that lie together, and outputs of a block
+constexpr int kCell = 16;        // adjacent channels, and outputs of a block
 constexpr int kStripPixels = 7;  // pixels of a row that are computed together: 224 / 32, and its multiples
 constexpr int kBlockBytes = kCell * kCell;
 

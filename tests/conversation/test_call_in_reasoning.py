@@ -22,7 +22,7 @@ CASES = {
     "only calls": ([CALL], "", "", 1),
     "closes after the call": (["Hm.", CALL, "</think>"], "Hm.", "", 1),
     "closes and answers": (["Hm.", CALL, "\n</think>\n\nDone."], "Hm.", "Done.", 1),
-    "goes on reasoning": (["Hm.", CALL, "Wait.</think>Done."], "Hm.Wait.", "Done.", 1),
+    "continues reasoning": (["Hm.", CALL, "Wait.</think>Done."], "Hm.Wait.", "Done.", 1),
     "never closes": (["Hm.", CALL, "Wait."], "Hm.Wait.", "", 1),
     "calls again": (["Hm.", CALL, "</think>", MORE], "Hm.", "", 2),
     "calls on both sides": (["a", CALL, "b</think>c", MORE, "d"], "ab", "cd", 2),

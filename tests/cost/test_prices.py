@@ -17,7 +17,7 @@ def test_packaged_prices_are_dated_and_have_fallbacks() -> None:
     prices = Prices.load()
     assert prices.declared and prices.usd_per_kwh == 0
     assert prices.find("cpu", "anything at all").name == "vcpu"
-    assert prices.find("gpu", "a card nobody knows").name == "gpu"
+    assert prices.find("gpu", "an unknown card").name == "gpu"
 
 
 @pytest.mark.parametrize(

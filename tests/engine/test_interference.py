@@ -39,7 +39,7 @@ def test_client_pauses_for_as_long_as_it_has_delayed_another() -> None:
     assert owed.paused({"a"}) == set()
 
 
-def test_client_does_not_pause_for_itself_or_for_nobody() -> None:
+def test_client_does_not_pause_for_itself_or_without_others() -> None:
     owed = Interference()
     owed.observe([decode("a"), prompt("a", 100)], 0.1, 0.04)
     owed.observe([prompt("b", 100)], 0.1, 0.04)
@@ -48,7 +48,7 @@ def test_client_does_not_pause_for_itself_or_for_nobody() -> None:
     assert owed.paused({"b"}) == owed.paused(set()) == set()
 
 
-def test_debt_is_forgotten_once_nobody_else_decodes() -> None:
+def test_debt_is_forgotten_once_no_other_client_decodes() -> None:
     owed = Interference()
     owed.observe([decode("a"), prompt("b", 100)], 0.1, 0.04)
     owed.observe([decode("b")], 0.01, 0.01)

@@ -290,7 +290,7 @@ def test_page_renders_fits_and_logs_no_errors(browser: Any, kind: str, scheme: s
         if kind == "gateway":
             assert "2 → 3" in text and "needs <b>3</b>" in text and "a late signal" in text
         else:
-            assert "Who spent what" in text and "team" in text and "3 × the layer's mean" in text
+            assert "Spending per key" in text and "team" in text and "3 × the layer's mean" in text
         browser.get("about:blank")
     assert complaints(browser) == []
 

@@ -84,7 +84,7 @@ class Trial:
         self._cpu_per_token.append((self.served.cpu_seconds() - cpu) / (self._generated() - before))
 
     def measured(self, machine: Machine) -> Measured:
-        """Medians over the rounds; then the last round's prompts once more, for the prefix cache."""
+        """Medians over the rounds; then the last round's prompts again, for the prefix cache."""
         speed = median(r.output_tokens_per_second for r in self._batch)
         cpu = median(self._cpu_per_token)
         again = _run(self._target, self._many(len(self._batch) - 1), self._users)

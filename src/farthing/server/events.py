@@ -1,4 +1,4 @@
-"""Server-sent events: the format of chunks, and the begin and end of a stream."""
+"""Server-sent events: the format of chunks, and the start and end of a stream."""
 
 from __future__ import annotations
 

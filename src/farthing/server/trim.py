@@ -1,7 +1,7 @@
 """Freed memory is returned to the operating system.
 
-glibc keeps the memory of large requests after they have ended: free chunks lie between live ones in every
-thread's arena. malloc_trim(3) returns their whole pages.
+glibc keeps the memory of large requests after they have ended: free chunks remain between live ones
+in every thread's arena. malloc_trim(3) returns their whole pages.
 """
 
 from __future__ import annotations

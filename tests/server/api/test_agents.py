@@ -39,7 +39,7 @@ def need(*packages: str) -> None:
 
 
 def node(tmp_path: Path, script: Path, *arguments: str) -> str:
-    """Run a script beside the packages."""
+    """Run a script next to the packages."""
     if script.parent != tmp_path:
         shutil.copy(script, tmp_path)
     (tmp_path / "node_modules").symlink_to(MODULES)

@@ -47,7 +47,7 @@ class ReasoningSplitter:
         return found
 
     def interrupt(self) -> list[Delta]:
-        """A call begins here: the text before it is complete, and the reasoning may go on after it."""
+        """A call begins here: the text before it is complete, and the reasoning may continue after it."""
         found = self._rest(self._buffer)
         self._buffer, self._blank = "", []
         self._state = "reasoning" if self.reasoning else "edge"

@@ -80,7 +80,7 @@ class Pool:
                 self._add_idle()
 
     def _run(self, job: Job, spent: bool) -> Outcome:
-        """Run a job in an idle or a new worker. One whose worker was killed from outside runs once more."""
+        """Run a job in an idle or a new worker. A job whose worker was killed from outside is rerun once."""
         error = RuntimeError("the sandbox could not start a process; retry later")
         for _ in range(2):
             worker = self._take_idle(spent) or self._spawn()

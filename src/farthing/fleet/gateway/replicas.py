@@ -180,7 +180,7 @@ class Balancer:
     def _cost(self, replica: Replica, prompt: Prompt, depth: int) -> float:
         """Cost of a request on a replica that has its first `depth` blocks cached, in bytes of prompt text.
 
-        The queue delays only this request. Uncached text delays it and all later ones, hence its weight.
+        The queue delays only this request. Uncached text delays it and all later ones, so it has a weight.
         """
         uncached = self.uncached(prompt, depth)
         running = replica.load * self.config.request_weight

@@ -25,7 +25,7 @@ export class Playground {
   #choose(mode) {
     this.mode = mode;
     this.modes.forEach((b) => (b.ariaPressed = String(b.textContent.toLowerCase() === mode)));
-    this.input.placeholder = mode === "chat" ? "Ask something. Enter sends, Shift+Enter begins a line." : "Begin a text or a program; the model goes on.";
+    this.input.placeholder = mode === "chat" ? "Ask something. Enter sends, Shift+Enter starts a new line." : "Start a text or a program; the model continues it.";
     this.input.classList.toggle("code", mode === "completion");
     this.#reset();
   }

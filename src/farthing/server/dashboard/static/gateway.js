@@ -19,14 +19,14 @@ export class GatewayView {
       replicas: new Tile("Replicas ready", "", true),
       waiting: new Tile("Requests waiting"),
       latency: new Tile("Time to first byte"),
-      price: new Tile("Cost an hour"),
+      price: new Tile("Cost per hour"),
     };
     this.horizon = "30 min";
     this.buttons = Object.keys(HORIZONS).map((name) =>
       h("button", { type: "button", onclick: () => this.#choose(name), ariaPressed: String(name === this.horizon) }, name));
     this.forecast = this.#forecastChart();
     this.replicas = new Chart([
-      { name: "desired", label: "asked for", color: "s2", step: true, dash: [6, 4] },
+      { name: "desired", label: "desired", color: "s2", step: true, dash: [6, 4] },
       { name: "ready", label: "ready", color: "s1", step: true, fill: true },
     ], { title: "Replicas", format: short });
     this.charts = [
@@ -47,7 +47,7 @@ export class GatewayView {
       h("div.grid.wide", {},
         h("section.card", {}, h("header", {}, h("h2", {}, "Decisions"), h("span.hint", {}, "newest first")), this.log),
         h("section.card", {}, h("header", {}, h("h2", {}, "Replicas")), h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {},
-          ...["Name", "State", "Under way", "Served", "Failed"].map((name) => h(name === "State" ? "th.text" : "th", {}, name)))), this.rows)))),
+          ...["Name", "State", "In flight", "Served", "Failed"].map((name) => h(name === "State" ? "th.text" : "th", {}, name)))), this.rows)))),
       this.play.element);
   }
 
@@ -83,9 +83,9 @@ export class GatewayView {
     const { gauges } = data;
     const t = this.tiles;
     t.load.show(short(gauges.load ?? points.last("requests_ps")), data.unit ?? "requests/s");
-    t.replicas.show(short(gauges.ready), known(gauges.desired) ? `${short(gauges.desired)} asked for` : "",
+    t.replicas.show(short(gauges.ready), known(gauges.desired) ? `${short(gauges.desired)} desired` : "",
       gauges.desired ? Math.min(1, gauges.ready / gauges.desired) : 0);
-    t.waiting.show(short(gauges.waiting), known(gauges.running) ? `${short(gauges.running)} under way` : "");
+    t.waiting.show(short(gauges.waiting), known(gauges.running) ? `${short(gauges.running)} in flight` : "");
     t.latency.show(seconds(points.last("ttfb_p50")), `95 % within ${seconds(points.last("ttfb_p95"))}`);
     t.price.show(dollars(gauges.usd_per_hour), known(gauges.usd_per_million) ? `${dollars(gauges.usd_per_million)} per million tokens` : "");
   }

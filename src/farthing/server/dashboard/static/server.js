@@ -34,7 +34,7 @@ export class ServerView {
     this.facts = h("div.facts");
     this.tiles = {
       output: new Tile("Output", "tokens/s"),
-      price: new Tile("Cost of a million tokens"),
+      price: new Tile("Cost per million tokens"),
       ttft: new Tile("Time to first token"),
       tpot: new Tile("Time per output token"),
       load: new Tile("Requests running"),
@@ -45,7 +45,7 @@ export class ServerView {
     this.heat.element.hidden = true;
     this.accounts = h("tbody");
     this.costNote = h("span.hint");
-    this.accountsCard = h("section.card", {}, h("header", {}, h("h2", {}, "Who spent what"), this.costNote),
+    this.accountsCard = h("section.card", {}, h("header", {}, h("h2", {}, "Spending per key"), this.costNote),
       h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {},
         ...["API key", "Requests", "Prompt", "Output", "Prefill", "Decode", "Total", "Energy"].map((name) => h("th", {}, name)))), this.accounts)));
     this.play = new Playground();
