@@ -52,6 +52,8 @@ def test_help_lists_every_command() -> None:
     ("module", "argv", "extra"),
     [
         ("aiohttp", ["fleet", "gateway", "--replica", "http://127.0.0.1:1", "--port", "0"], "fleet"),
+        ("triton", ["generate", "--prompt", "x", "--backend", "gpu"], "gpu"),
+        ("matplotlib", ["train", "mite", "--tokens", "1000"], "train"),
         ("yaml", ["compress", "--recipe", "recipe.yaml", "--out", "out"], "compress"),
     ],
 )

@@ -165,6 +165,7 @@ def mite(
 
     minutes = 90.0 if given.minutes is None and given.tokens is None else given.minutes
     with errors_as_one_line(resumes=True):
+        _require_matplotlib()
         summary = train_mite(
             given.out,
             minutes,
@@ -220,6 +221,7 @@ def qat(options: dict[str, Any], as_json: Json = False) -> None:
 
     def run() -> dict[str, Any] | None:
         given = QatOptions(**options)
+        _require_matplotlib()
         config = QatConfig(
             parse_stages(given.stages), inputs=given.inputs, smoothing=given.smoothing, hard=given.hard
         )
@@ -246,6 +248,7 @@ def prune(options: dict[str, Any], as_json: Json = False) -> None:
 
     def run() -> dict[str, Any] | None:
         given = PruneOptions(**options)
+        _require_matplotlib()
         config = PruneConfig(target=given.target, tau=given.tau, bound=given.bound)
         return train_prune(given.settings(), config, given.resume)
 
@@ -259,6 +262,11 @@ def _allocate_for_training() -> None:
     """Settings that torch reads at its first allocation."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # one entry per matrix shape
+
+
+def _require_matplotlib() -> None:
+    """Fail before the run, not when it draws its curves at the end."""
+    import matplotlib  # noqa: F401
 
 
 def _finish(run: Callable[[], dict[str, Any] | None], as_json: bool) -> dict[str, Any] | None:

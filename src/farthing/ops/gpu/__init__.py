@@ -7,7 +7,8 @@ import torch
 try:
     import triton  # noqa: F401
 except ImportError as error:
-    raise ImportError("backend 'gpu' needs Triton; install it with: pip install 'farthing[gpu]'") from error
+    message = "backend 'gpu' needs Triton; install it with: pip install 'farthing[gpu]'"
+    raise ImportError(message, name="triton") from error
 
 from farthing.ops.gpu.backend import GpuOps
 from farthing.ops.gpu.numeric import INTERPRETED, LEAST_CAPABILITY
