@@ -9,6 +9,7 @@ import pytest
 
 from farthing.model import ConfigError, ModelConfig
 from farthing.model.rope import frequencies, rope_table, score_scale
+from farthing.planner.published import published_config
 from tests.tiny import V3
 
 
@@ -114,3 +115,13 @@ def test_only_v3_layers_are_compressed() -> None:
     assert ModelConfig.from_json(V3 | dict(model_type="kimi_k2")).is_v3
     assert not ModelConfig.from_json(V3 | dict(model_type="axk1")).is_v3
     assert not ModelConfig.from_json(dict(model_type="kimi_k25", text_config=V3)).is_v3
+
+
+@pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
+@pytest.mark.parametrize("model", ["deepseek-v3", "glm-4.7-flash", "longcat-flash"])
+def test_biases_are_refused_by_name(name: str, model: str) -> None:
+    raw = published_config(model)
+    assert raw is not None
+    ModelConfig.from_json(raw | {name: False})
+    with pytest.raises(ConfigError, match=f"{name} is True; expected false"):
+        ModelConfig.from_json(raw | {name: True})

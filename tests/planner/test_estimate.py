@@ -286,3 +286,13 @@ def test_command_refuses_what_it_cannot_honour(options: str, message: str) -> No
     run = CliRunner().invoke(app, ["deepseek-v3", "--gpu", "h100", "--price", "2", *options.split()])
     assert run.exit_code == 1
     assert message in run.output
+
+
+def test_the_serve_command_has_the_limits_that_were_planned_for() -> None:
+    base = ["kimi-k2.5", "--gpu", "h200", "--price", "3.5", "--tp", "8", "--json"]
+    limits = ["--kv-tokens", "50000", "--max-num-batched-tokens", "1024"]
+    document = json.loads(CliRunner().invoke(app, [*base, *limits]).stdout)
+    assert document["serve"].endswith("--max-num-batched-tokens 1024 --num-blocks 3125")
+    bounded = json.loads(CliRunner().invoke(app, [*base, "--memory", "100GB"]).stdout)
+    assert f"--num-blocks {bounded['cache_tokens'] // 16}" in bounded["serve"]
+    assert "--num-blocks" not in json.loads(CliRunner().invoke(app, base).stdout)["serve"]

@@ -106,6 +106,11 @@ def test_bytes_follow_the_formats() -> None:
     fp8 = stored_by_config(published_config("deepseek-v3") or {})
     assert fp8("model.layers.5.self_attn.kv_a_proj_with_mqa.weight").kind == "fp8"
     assert fp8("model.layers.5.mlp.gate.weight").kind == "bfloat16"
+    sparse = stored_by_config(published_config("deepseek-v3.2") or {})
+    indexer = {
+        n: sparse(f"model.layers.5.self_attn.indexer.{n}.weight").kind for n in ("wq_b", "wk", "weights_proj")
+    }
+    assert indexer == {"wq_b": "fp8", "wk": "fp8", "weights_proj": "bfloat16"}
     assert file_bytes(Stored("int4", 32), (64, 128)) == 64 * 128 // 2 + 64 * 4 * 2
     assert file_bytes(Stored("fp8"), (130, 256)) == 130 * 256 + 4 * 4
     assert file_bytes(Stored("bfloat16"), (7,)) == 14

@@ -100,6 +100,9 @@ def _command(planned: Planned, e: Estimate) -> str | None:
     words += [f"--quantization {o.quantization}"] if o.quantization else []
     words += [f"--kv-cache-dtype {o.kv_cache_dtype}", f"--max-num-seqs {e.decode.tokens_per_step}"]
     words += [f"--max-model-len {o.max_model_len}"] if o.max_model_len else []
+    words += [f"--max-num-batched-tokens {o.max_num_batched_tokens}"] if o.max_num_batched_tokens else []
+    if o.memory or o.kv_tokens:  # otherwise the server fills a GPU's memory by itself
+        words += [f"--num-blocks {e.cache_tokens // planned.serving.block_size}"]
     copies = o.redundant_experts
     return " ".join(words + ([f"--redundant-experts {copies} --rebalance-steps 1000"] if copies else []))
 

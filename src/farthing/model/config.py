@@ -235,6 +235,9 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fields with other names or of other types. Raises ValueError."""
     if (activation := raw.get("hidden_act")) not in (None, "silu"):
         raise wrong("hidden_act", activation, "'silu'")
+    for name in ("attention_bias", "mlp_bias"):
+        if raw.get(name) not in (None, False):
+            raise wrong(name, raw[name], "false: matrices have no bias")
     experts = next((n for n in ("n_routed_experts", "num_local_experts") if n in raw), None)
     if experts is None:
         raise absent("n_routed_experts", "a positive integer, or null for a model without experts")

@@ -37,6 +37,8 @@ class Stored:
         return self.kind in FLOAT_BYTES
 
 
+_QUANTIZED = ("_proj.weight", "_proj_with_mqa.weight", ".indexer.wq_b.weight", ".indexer.wk.weight")
+_KEPT = ("eh_proj.weight", ".indexer.weights_proj.weight")  # published checkpoints keep these in bfloat16
 StoredOf = Callable[[str], Stored]
 
 
@@ -61,8 +63,8 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
     groups = read_quantization(quantization) if quantization else None
 
     def of(name: str) -> Stored:
-        matrix = "_proj." in name or "_proj_with_mqa." in name
-        if not quantization or not matrix or name.endswith("eh_proj.weight"):
+        matrix = name.endswith(_QUANTIZED) and not name.endswith(_KEPT)
+        if not quantization or not matrix:
             return plain
         if groups is None:
             return Stored("fp8")

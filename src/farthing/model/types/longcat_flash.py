@@ -22,9 +22,8 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.([a-z_]+)(.*)")
 def _fields(raw: Fields) -> Fields:
     if (kind := raw.get("zero_expert_type", "identity")) != "identity":
         raise wrong("zero_expert_type", kind, "'identity'")
-    for name in ("router_bias", "attention_bias"):
-        if raw.get(name) not in (None, False):
-            raise wrong(name, raw[name], "false: matrices have no bias")
+    if raw.get("router_bias") not in (None, False):
+        raise wrong("router_bias", raw["router_bias"], "false: matrices have no bias")
     width, query, latent = (integer(raw, name) for name in ("hidden_size", "q_lora_rank", "kv_lora_rank"))
     scaled = {name: flag(name, raw.get(name, True)) for name in ("mla_scale_q_lora", "mla_scale_kv_lora")}
     return {
