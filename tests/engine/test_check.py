@@ -34,6 +34,7 @@ def test_the_embedded_model_passes() -> None:
     found = states(resolve_model("mite"), 2)
     names = ("configuration", "tokenizer", "chat format", "tensors", "first layers")
     assert [found[name][0] for name in names] == ["ok"] * 5
+    assert found["chat format"][1] == "deepseek_v3"  # its template is the packaged one
     assert found["transformers"][0] in ("ok", "skipped")
 
 

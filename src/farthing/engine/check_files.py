@@ -82,7 +82,7 @@ def check_chat_format(tokenizer: Tokenizer, model_type: str) -> str:
     else:
         control = ControlTokens(tokenizer.bos_token or "", tokenizer.eos_token or "")
         prompt = chosen.plain.render(Conversation((Turn("user", TEXT),)), control)
-        shown = f"no template of its own: {chosen.plain.name} is used"
+        shown = chosen.plain.name if tokenizer.chat_template else f"no template: {chosen.plain.name} is used"
     if TEXT not in prompt:
         raise ValueError(f"the prompt of a user's turn is {prompt[:200]!r}; expected the turn's text in it")
     unknown = [mark for mark in _MARK.findall(prompt) if tokenizer.backend.token_to_id(mark) is None]
