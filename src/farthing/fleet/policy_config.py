@@ -8,12 +8,21 @@ from dataclasses import dataclass, field, replace
 from farthing.fleet.decisions import Level
 from farthing.fleet.slo import SloConfig
 
-# rule -> (scale_down_below, stabilization_s, whether the SLO adjusts the utilization, whether a backlog is
-# processed within drain_s at the target utilization, or within a cold start at full capacity)
-RULES: dict[str, tuple[float, float, bool, bool]] = {
-    "slo": (1.0, 300.0, True, True),
-    "stabilized": (1.0, 300.0, False, True),
-    "published": (0.6, 0.0, False, False),
+
+@dataclass(frozen=True)
+class PolicyRule:
+    """What a rule's name stands for. `farthing replay` has a policy of every rule's name."""
+
+    scale_down_below: float  # down only when required < this · current; 1: always
+    stabilization_s: float  # scale down only to the largest `required` of this window
+    by_slo: bool = False  # the SLO adjusts the utilization
+    drains_fast: bool = True  # a backlog within drain_s at the target utilization, else within a cold start
+
+
+RULES = {
+    "slo": PolicyRule(1.0, 300.0, by_slo=True),
+    "stabilized": PolicyRule(1.0, 300.0),
+    "published": PolicyRule(0.6, 0.0, drains_fast=False),
 }
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
 COUNTS = ("ready", "current")
@@ -99,22 +108,23 @@ class PolicyConfig:
     @property
     def down_below(self) -> float:
         """Scale down only when required < this · current; 1 means always."""
-        return self.scale_down_below if self.scale_down_below is not None else RULES[self.rule][0]
+        below = self.scale_down_below
+        return below if below is not None else RULES[self.rule].scale_down_below
 
     @property
     def window_s(self) -> float:
         """Seconds of the stabilization window; 0 if there is none."""
-        return self.stabilization_s if self.stabilization_s is not None else RULES[self.rule][1]
+        return self.stabilization_s if self.stabilization_s is not None else RULES[self.rule].stabilization_s
 
     @property
     def by_slo(self) -> bool:
         """Whether the SLO adjusts the utilization."""
-        return RULES[self.rule][2]
+        return RULES[self.rule].by_slo
 
     @property
     def drains_fast(self) -> bool:
         """Whether a backlog is processed within `drain_s` at the target utilization."""
-        return RULES[self.rule][3]
+        return RULES[self.rule].drains_fast
 
     def with_rule(self, rule: str) -> PolicyConfig:
         """The same settings under another rule."""

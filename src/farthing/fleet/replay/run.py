@@ -13,6 +13,7 @@ import numpy as np
 
 from farthing.fleet.forecast.growth import trailing_mean
 from farthing.fleet.forecast.short import ShortConfig
+from farthing.fleet.policy_config import RULES
 from farthing.fleet.replay.forecasts import short_track
 from farthing.fleet.replay.oracle import demand, oracle_hours
 from farthing.fleet.replay.plan import PlanConfig, day_plan
@@ -22,22 +23,17 @@ from farthing.fleet.replay.trace import rate_load
 from farthing.fleet.series import Series
 from farthing.fleet.slo import SloConfig
 
-POLICIES = (
-    "farthing",
-    "stabilized",
-    "published",
-    "short",
-    "mid",
-    "realtime",
-    "hpa",
-    "hpa-tuned",
-    "keda",
-    "static",
-    "oracle",
-)
-RULE_OF = {"farthing": "slo", "short": "published", "mid": "published", "realtime": "published"}
+# Policies that follow a rule of the controller, under its name ("farthing" is the default rule), or one of
+# its levels alone.
+RULE_OF = {
+    "farthing": "slo",
+    **{name: name for name in RULES if name != "slo"},
+    "short": "published",
+    "mid": "published",
+    "realtime": "published",
+}
+POLICIES = (*RULE_OF, "hpa", "hpa-tuned", "keda", "static", "oracle")
 TUNABLE = ("stabilized", "published", "hpa", "keda")
-STABILIZED = {"farthing": 300.0, "stabilized": 300.0}
 GRID = tuple(round(0.4 + 0.02 * k, 2) for k in range(28))
 Progress = Callable[[str], None]
 
@@ -147,7 +143,7 @@ class Replay:
         bound = np.tile(self.bound[span], (1, copies))
         floor = np.tile(self.floor[span], (1, copies))
         parts = {"short": (bound,), "mid": (floor,), "realtime": (rate,)}.get(name, (bound, floor, rate))
-        window = STABILIZED.get(name, 0.0)
+        rule = RULES[RULE_OF[name]]
         return FarthingRule(
             np.maximum.reduce(parts),
             rate,
@@ -155,11 +151,11 @@ class Replay:
             capacity,
             self.config.load_time_s,
             tick_s,
-            scale_down_below=1.0 if window else 0.6,
-            stabilization_s=window,
+            scale_down_below=rule.scale_down_below,
+            stabilization_s=rule.stabilization_s,
             realtime=name not in ("short", "mid"),
-            drains_fast=bool(window),
-            slo=self.config.slo if name == "farthing" else None,
+            drains_fast=rule.drains_fast,
+            slo=self.config.slo if rule.by_slo else None,
         )
 
     def _oracle_demand(self, span: slice, copies: int, utilization: float) -> Ints:
