@@ -7,6 +7,8 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists.txt
 
+SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp native/vision/*.h native/vision/*.inl)
+
 .PHONY: demo test test-all test-gpu serve bench bench-gpu lint format docs sanitize wheel clean
 
 demo: $(STAMP)
@@ -51,11 +53,13 @@ bench-gpu: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check src tests bench
 	$(BIN)/ruff format --check src tests bench
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix src tests bench
 	$(BIN)/ruff format src tests bench
+	$(BIN)/clang-format -i $(SOURCES)
 
 # The documentation site, into build/site; fails on a dead link.
 docs: $(STAMP)

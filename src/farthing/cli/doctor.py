@@ -16,8 +16,8 @@ _MARKS = {"ok": "[green]✓[/]", "info": "[dim]·[/]", "warn": "[yellow]![/]", "
 
 
 @app.command(
-    epilog="Examples:  farthing doctor  |  farthing doctor --no-measure --json | jq .healthy  "
-    "(exit status 1: serving will not work here)"
+    epilog="Examples:  farthing doctor  |  farthing doctor --no-measure --json.  "
+    "Exit status 1: serving will not work here."
 )
 def doctor(
     measure: Annotated[bool, typer.Option(help="Measure memory bandwidth (takes a second).")] = True,

@@ -67,7 +67,7 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve MODEL: /v1/chat/completions, /v1/completions, /v1/models, /metrics, /health, /ready."""
+    """Serve MODEL over HTTP: chat completions, responses, messages and completions; metrics and health."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     with one_line_errors("serve"):
         engine_config = EngineConfig(**engine)

@@ -34,7 +34,7 @@ class SpecialTokens:
         self._buffer = ""
 
     def push(self, text: str) -> str:
-        """The text for the parser, as far as it is certain."""
+        """The text that no later piece can change, for the parser."""
         self._buffer += text
         ready: list[str] = []
         while found := self._literals.find(self._buffer):

@@ -1,4 +1,4 @@
-"""Grammars that hold tool calls to their schemas, in the model's own format.
+"""Grammars that make tool calls follow their schemas, in the model's own format.
 
 If the model may also answer in text, a call's opening tag starts the grammar, which ends with the call. If it
 must call, the grammar is that of the whole answer. Formats differ in how they write arguments: as JSON

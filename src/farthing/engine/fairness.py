@@ -88,7 +88,7 @@ def victims(
     num_clients: int,
     pool: BlockPool,
 ) -> list[S]:
-    """The sequences to preempt so that a client gets a row and `need` blocks; none if that is not its right.
+    """The sequences to preempt so that a client gets a row and `need` blocks; none without a claim.
 
     running: by urgency. spare: blocks that stay free in addition. rows: free ones and their total number.
     Sequences of clients above their share give way, least urgent first, but never a client's most urgent one.
