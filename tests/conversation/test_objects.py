@@ -75,6 +75,9 @@ def test_any_text_becomes_an_object_without_loss(text: str, size: int) -> None:
         ('{"a": 12', {"a": 12}),
         ('{"a": tru', {}),
         ('{"a": "x\\u12', {"a": "x"}),
+        ('{"a": 1, "b": 1e999}', {"a": 1, "_raw": '{"a": 1, "b": 1e999}'}),
+        ('{"a": -' + "1" * 5000 + "}", {"_raw": '{"a": -' + "1" * 5000 + "}"}),
+        ('{"a": 1e308}', {"a": 1e308}),
     ],
 )
 def test_examples(text: str, value: Any) -> None:
@@ -82,3 +85,11 @@ def test_examples(text: str, value: Any) -> None:
         result = pushed(text, size)
         assert (json.loads(result) if result else None) == value
     assert as_object(text) == pushed(text, 1)
+
+
+@pytest.mark.parametrize("end", ["", "]" * 3000 + "}"])
+def test_nesting_that_no_client_could_send_back(end: str) -> None:
+    text = '{"ok": 1, "deep": ' + "[" * 3000 + end
+    found = json.loads(as_object(text))
+    assert (found["ok"], found["_raw"]) == (1, text)
+    assert as_object(text) == pushed(text, 7)

@@ -329,6 +329,7 @@ def test_an_output_cut_anywhere_shows_no_markup(
             shown = found.text + found.reasoning
             marks = ("</thin", "<｜tool", "<|tool", "<tool_", "<｜DSML", "arg_")
             assert not any(mark in shown for mark in marks), (cut, shown)
+            assert not found.calls or found.text.strip() == "Hé < b", (cut, found.text)
 
 
 def test_no_arguments_become_an_empty_object() -> None:

@@ -6,6 +6,7 @@ For clients whose calls hold an object instead of text.
 from __future__ import annotations
 
 import json
+import math
 import re
 
 RAW = "_raw"  # the member with the model's text, if that is no JSON object
@@ -19,6 +20,14 @@ _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _WORD = re.compile(r"[-+.\w]+")
 _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
 _CLOSERS = {"{": "}", "[": "]"}
+_MAX_DEPTH = 100  # clients send the object back within a body, whose depth is limited, too
+
+
+def _is_scalar(text: str) -> bool:
+    """Whether a text is a JSON word or number. Numbers beyond a double are none: clients read infinities."""
+    if _SCALAR.fullmatch(text) is None:
+        return False
+    return text in ("true", "false", "null") or math.isfinite(float(text))
 
 
 class ObjectText:
@@ -51,7 +60,7 @@ class ObjectText:
 
     def close(self) -> str:
         """The end of the object; empty if there was no text."""
-        if not self._broken and self._expect.startswith("value") and _SCALAR.fullmatch(self._rest):
+        if not self._broken and self._expect.startswith("value") and _is_scalar(self._rest):
             self._value(self._rest)
         if not self._broken and self._expect == "object":
             return ""
@@ -121,7 +130,7 @@ class ObjectText:
             self._break()
         elif match.end() == len(self._rest):
             return False
-        elif _SCALAR.fullmatch(match[0]):
+        elif _is_scalar(match[0]):
             self._rest = self._rest[match.end() :]
             self._value(match[0])
         else:
@@ -159,6 +168,9 @@ class ObjectText:
         self._held, self._expect = "", "comma"
 
     def _open(self, bracket: str) -> None:
+        if len(self._stack) == _MAX_DEPTH:
+            self._break()
+            return
         self._rest = self._rest[1:]
         self._value(bracket)
         if not self._stack:

@@ -29,13 +29,13 @@ class Literals:
     def find(self, text: str) -> tuple[int, int] | None:
         """(start, end) of the first literal that is complete, whatever follows `text`; else None."""
         match = self._pattern.search(text)
-        if match is None or (match.end() == len(text) and self._may_grow(match[0])):
+        if match is None or (match.end() == len(text) and self.cut(match[0])):
             return None
         return match.span()
 
-    def _may_grow(self, literal: str) -> bool:
-        """Whether a longer literal begins with this one."""
-        return any(len(longer) > len(literal) and longer.startswith(literal) for longer in self._literals)
+    def cut(self, text: str) -> bool:
+        """Whether a longer literal begins with this text."""
+        return any(len(longer) > len(text) and longer.startswith(text) for longer in self._literals)
 
     def replace(self, function: Callable[[str], str], text: str) -> str:
         """A complete text with each literal replaced by the function of it."""
@@ -44,7 +44,7 @@ class Literals:
     def unless_cut(self, text: str) -> str:
         """The end of an output; empty if it is the beginning of a literal."""
         certain = len(text) >= _CERTAIN or "｜" in text
-        return "" if certain and self._may_grow(text) else text
+        return "" if certain and self.cut(text) else text
 
     def ready(self, text: str) -> int:
         """The number of leading characters that cannot become part of a literal."""

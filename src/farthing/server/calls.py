@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from farthing.conversation.types import Turn
 from farthing.server.errors import ApiError
+from farthing.server.fields import short
 
 _LISTED = 8  # ids in an error
 
@@ -32,10 +33,10 @@ class IssuedCalls:
         """Match a result with its call; one without an id, with the earliest. Raises ApiError (400)."""
         if self._take(identity):
             return
-        listed = [repr(waiting) for waiting in self._waiting if waiting][:_LISTED]
+        listed = [short(waiting) for waiting in self._waiting if waiting][:_LISTED]
         more = ", …" if len(self._waiting) > _LISTED else ""
         expected = f"expected the id of an earlier call without a result: {', '.join(listed)}{more}"
-        got = "is missing" if identity is None else f"got {identity!r}"
+        got = "is missing" if identity is None else f"got {short(identity)}"
         got += ", whose call already has a result" if identity in self._known else ""
         why = expected if listed else "no earlier call is without a result"
         separator = " " if identity is None else ": "

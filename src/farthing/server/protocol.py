@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from farthing.server.fields import TEXT_ONLY, FieldError, by_type, missing, words
 from farthing.server.schema import Body, Strict
@@ -275,6 +275,17 @@ class AllowedChoice(Strict):
     allowed_tools: AllowedTools
 
 
+def _choice_class(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return (AllowedChoice if kind == "allowed_tools" else NamedChoice).__name__
+
+
+ChoiceObject = Annotated[
+    Annotated[NamedChoice, Tag("NamedChoice")] | Annotated[AllowedChoice, Tag("AllowedChoice")],
+    Discriminator(_choice_class),  # so that errors name fields of the intended class
+]
+
+
 class ChatCompletionRequest(Sampling):
     """Body of /v1/chat/completions."""
 
@@ -284,7 +295,7 @@ class ChatCompletionRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | AllowedChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChoiceObject | None = None
     functions: Annotated[list[Function], Field(max_length=128, fail_fast=True)] | None = (
         None  # the older form of tools
     )

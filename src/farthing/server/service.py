@@ -25,6 +25,7 @@ from farthing.server.bodies import HEAVY
 from farthing.server.cache_digest import CacheDigest
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
+from farthing.server.fields import short
 from farthing.server.formats import ModelFormats
 from farthing.server.jobs import Job
 from farthing.server.limits import Quotas
@@ -109,7 +110,10 @@ class Service:
             return name or self.names[0]
         accepted = ", ".join(repr(known) for known in self.names)
         raise ApiError(
-            404, f"model is {name!r}; expected one of {accepted}", param="model", code="model_not_found"
+            404,
+            f"model is {short(name)}; expected one of {accepted}",
+            param="model",
+            code="model_not_found",
         )
 
     def formats(self) -> ModelFormats:

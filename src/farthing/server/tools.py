@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from farthing.server.fields import FieldError, one_of, words, wrong
+from farthing.server.fields import FieldError, one_of, short, words, wrong
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _ONE = words(
@@ -81,11 +81,11 @@ def check_choice(
     for position, name in enumerate(names):
         if name in seen:
             raise FieldError(
-                tools, position, problem=f" is another tool named {name!r}; expected one of each name"
+                tools, position, problem=f" is another tool named {short(name)}; expected one of each name"
             )
         seen.add(name)
     if required and not names:
         raise FieldError(choice, problem=f" requires a call, but {tools} is empty")
     for name in chosen:
         if name not in seen:
-            raise FieldError(choice, problem=f" names {name!r}, which {tools} does not define")
+            raise FieldError(choice, problem=f" names {short(name)}, which {tools} does not define")

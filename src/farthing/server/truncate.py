@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import TypeVar
 
 from farthing.conversation.types import Conversation, Turn
@@ -20,7 +21,7 @@ def droppable(turns: tuple[Turn, ...]) -> list[tuple[int, int]]:
         for at, turn in enumerate(turns)
         if turn.role in ("user", "assistant") or (turn.role in _FIXED and at and turns[at - 1].role == "tool")
     ]
-    ranges = list(zip(starts, [*starts[1:], len(turns)], strict=True))
+    ranges = list(pairwise([*starts, len(turns)]))
     requests = [at for at, turn in enumerate(turns) if turn.role == "user"]
     kept = {*requests[-1:], *starts[-1:]}
     return [(start, end) for start, end in ranges if start not in kept and turns[start].role not in _FIXED]

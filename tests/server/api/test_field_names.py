@@ -42,6 +42,14 @@ PATHS = [
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
     (CHAT, {"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name", "is missing"),
     (CHAT, {"tool_choice": "required"}, "tool_choice", "requires a call, but tools is empty"),
+    (
+        CHAT,
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": 5}},
+        "tool_choice.allowed_tools",
+        "got 5",
+    ),
+    (CHAT, {"tool_choice": "robot"}, "tool_choice", "expected 'none', 'auto' or 'required' or an object"),
+    (CHAT, {"tool_choice": {"type": "robot"}}, "tool_choice.type", "got 'robot'; expected 'function'"),
     (CHAT, {"function_call": {"name": "f"}}, "function_call", "names 'f', which tools does not define"),
     (CHAT, {"stream_options": {}}, "stream_options", "needs stream = true"),
     (CHAT, {"temperature": 5}, "temperature", "got 5; expected at most 2"),
@@ -176,3 +184,19 @@ def test_another_content_type_is_named(server: Running, path: str, headers: dict
 def test_bytes_that_are_no_text_are_refused(server: Running) -> None:
     answer = httpx.post(server.url + CHAT, content=b"\xff", headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["message"] == "the body is not JSON in UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"model": "x" * 9_999}),
+        (CHAT, {"function_call": {"name": "x" * 9_999}}),
+        (CHAT, {"messages": [{"role": "tool", "content": "x", "tool_call_id": "x" * 9_999}]}),
+        (RESPONSES, {"previous_response_id": "x" * 9_999}),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "x" * 9_999}]}),
+    ],
+)
+def test_long_values_are_shortened(server: Running, path: str, fields: Fields) -> None:
+    answer = httpx.post(server.url + path, json=BODIES[path] | fields)
+    assert answer.status_code in (400, 404)
+    assert len(answer.json()["error"]["message"]) < 400

@@ -116,6 +116,8 @@ def test_stream_starts_with_a_ping() -> None:
         ('{"a": 1, b: 2}', {"a": 1, "_raw": '{"a": 1, b: 2}'}),
         ('{"a": 1, "b": "two"}', {"a": 1, "b": "two"}),
         ("", {}),
+        ('{"a": 1e999}', {"_raw": '{"a": 1e999}'}),
+        ('{"a": ' + "9" * 5000 + "}", {"_raw": '{"a": ' + "9" * 5000 + "}"}),
     ],
 )
 def test_arguments_that_are_no_object_are_kept(written: str, value: Any) -> None:
@@ -130,3 +132,17 @@ def test_arguments_that_are_no_object_are_kept(written: str, value: Any) -> None
             streamed = stream.get_final_message().content
         for content in (whole, streamed):
             assert [block.input for block in content if block.type == "tool_use"] == [value]
+
+
+def test_blocks_of_whole_answers_are_in_the_order_written() -> None:
+    written = f"First.{v3([('f', {'x': 1})])} Then.{v3([('f', {'x': 2}), ('f', {'x': 3})])}"
+    with running(ScriptedEngine(letters(written))) as server:
+        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+        options: Any = {"model": "tiny", "max_tokens": 99, "messages": USER}
+        options["tools"] = [{"name": "f", "input_schema": {"type": "object"}}]
+        whole = client.messages.create(**options).content
+        with client.messages.stream(**options) as stream:
+            streamed = stream.get_final_message().content
+        for content in (whole, streamed):
+            said = [block.input if block.type == "tool_use" else block.text for block in content]  # type: ignore[union-attr]
+            assert said == ["First.", {"x": 1}, "Then.", {"x": 2}, {"x": 3}]

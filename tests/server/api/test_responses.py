@@ -84,6 +84,13 @@ def test_oldest_turns_are_dropped_until_the_rest_fits() -> None:
         assert httpx.post(url, json=hopeless).json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_instructions_alone_have_no_turn_to_drop() -> None:
+    body = {"input": [], "instructions": "Be brief.", "truncation": "auto"}
+    with running(ScriptedEngine()) as server:
+        answer = httpx.post(f"{server.url}/v1/responses/input_tokens", json=body)
+        assert answer.status_code == 200, answer.text
+
+
 def test_references_to_items_of_earlier_answers() -> None:
     write, _ = FORMATS["deepseek_v4"]
     engine = ScriptedEngine(letters("A thought.</think>Now: " + write([("f", {"x": "é"})])))

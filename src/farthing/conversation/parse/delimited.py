@@ -132,7 +132,8 @@ class DelimitedCalls(Machine):
         """Flush what was held back. A call truncated by the token limit keeps the arguments it has."""
         rest, self._buffer = self._buffer, ""
         if self._state != self._json or self._object is None or not self._object.quoted:
-            rest = self._own.unless_cut(rest)
+            within = self._state in (self._between, self._closed) and self._own.cut(rest)
+            rest = "" if within else self._own.unless_cut(rest)
         if self._state in (self._outside, self._between):
             self._text(self._trailing.take() + rest)
         elif self._state == self._head:

@@ -58,7 +58,8 @@ class ParameterCalls(Machine):
         """
         rest, self._buffer = self._buffer, ""
         if self._state == self._outside:
-            self._outer(self._own.unless_cut(rest))
+            # After a call, even one character of a tag is the beginning of its section's next one.
+            self._outer("" if self._blank and self._own.cut(rest) else self._own.unless_cut(rest))
             self._text(self._trailing.take())
         elif self._state == self._in_value and self._value is None:
             self._push_value(rest)

@@ -6,13 +6,14 @@ import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from farthing.conversation.arguments import parsed
-from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reasoning, Text, collect
+from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reasoning, Text
 from farthing.conversation.objects import ObjectText, as_object
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
 from farthing.engine.request import StructuredOutputsParams
@@ -190,6 +191,40 @@ def _misplaced(kind: str, role: str, position: int) -> ApiError:
 # the answer
 
 
+class _Blocks:
+    """Numbers the blocks that deltas belong to, in the order in which they are written."""
+
+    def __init__(self) -> None:
+        self._number, self._kind = 0, ""
+
+    def __call__(self, delta: Delta) -> int:
+        """The number of a delta's block."""
+        match delta:
+            case Reasoning():
+                kind = "thinking"
+            case Text():
+                kind = "text"
+            case _:
+                kind = "tool_use"
+        if kind != self._kind or isinstance(delta, CallStart):
+            self._number += 1
+        self._kind = kind
+        return self._number
+
+
+def _block(deltas: list[Delta]) -> dict[str, Any]:
+    """The block that consists of these deltas."""
+    text = "".join(delta.text for delta in deltas if not isinstance(delta, CallStart))
+    match deltas[0]:
+        case CallStart(_, identity, name):
+            value = parsed(as_object(text) or "{}")
+            return {"type": "tool_use", "id": identity, "name": name, "input": value}
+        case Reasoning():
+            return {"type": "thinking", "thinking": text, "signature": _UNSIGNED}
+        case _:
+            return {"type": "text", "text": text}
+
+
 class _Writer:
     """Converts updates to Anthropic's documents and events."""
 
@@ -214,16 +249,7 @@ class _Writer:
     async def whole(self) -> dict[str, Any]:
         """The complete document."""
         (update,) = await self._turn.whole()
-        answer = collect(update.deltas)
-        content: list[dict[str, Any]] = []
-        if answer.reasoning:
-            content.append({"type": "thinking", "thinking": answer.reasoning, "signature": _UNSIGNED})
-        if answer.text:
-            content.append({"type": "text", "text": answer.text})
-        content += (
-            {"type": "tool_use", "id": identity, "name": name, "input": parsed(as_object(arguments) or "{}")}
-            for identity, name, arguments in answer.calls
-        )
+        content = [_block(list(deltas)) for _, deltas in groupby(update.deltas, _Blocks())]
         return self._message | {"content": content, **_stop(update), "usage": self._usage()}
 
     # streamed

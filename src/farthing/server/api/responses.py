@@ -19,6 +19,7 @@ from farthing.server.api.responses_protocol import CustomTool, InputTokensReques
 from farthing.server.api.responses_store import Stored
 from farthing.server.errors import ApiError
 from farthing.server.events import Ending, EventStream, named, to_json
+from farthing.server.fields import short
 from farthing.server.names import RESPONSES
 from farthing.server.sampling import with_defaults
 from farthing.server.service import Service
@@ -26,7 +27,7 @@ from farthing.server.turns import Turn as RunningTurn
 from farthing.server.turns import TurnRequest, Update, begin, count
 
 _NOT_STORED = (
-    "response {!r} is not stored; expected the id of a recent response, created with the same key and "
+    "response {} is not stored; expected the id of a recent response, created with the same key and "
     "without `store: false`"
 )
 _FAILURES = {"server_error", "rate_limit_exceeded"}  # OpenAI's codes of failed responses that occur here
@@ -89,7 +90,7 @@ def _conversation(
         found = service.responses.get(client, identity)
         if found is None:
             code = "previous_response_not_found"
-            raise ApiError(400, _NOT_STORED.format(identity), param="previous_response_id", code=code)
+            raise ApiError(400, _NOT_STORED.format(short(identity)), param="previous_response_id", code=code)
         earlier = found.turns
     turns = (*earlier, *turns_of(body, earlier))
     return body, turns, conversation_of(body, turns)
@@ -99,7 +100,7 @@ def stored(service: Service, client: str, identity: str) -> Stored:
     """An earlier response of this client. Raises ApiError (404)."""
     found = service.responses.get(client, identity)
     if found is None:
-        raise ApiError(404, _NOT_STORED.format(identity))
+        raise ApiError(404, _NOT_STORED.format(short(identity)))
     return found
 
 

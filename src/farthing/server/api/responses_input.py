@@ -21,6 +21,7 @@ from farthing.server.api.responses_protocol import (
 )
 from farthing.server.calls import IssuedCalls
 from farthing.server.errors import ApiError
+from farthing.server.fields import short
 
 # For the model, a custom tool is a function with one argument.
 _TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
@@ -96,8 +97,9 @@ def resolved(body: ResponsesRequest, find: Callable[[str], dict[str, Any] | None
         if isinstance(item, Reference) and found is None:
             raise ApiError(
                 404,
-                f"input[{position}] refers to the item {item.id!r}, which is not stored; expected an item of "
-                "a recent response, created with the same key and without `store: false`, or the item itself",
+                f"input[{position}] refers to the item {short(item.id)}, which is not stored; "
+                "expected an item of a recent response, created with the same key and without "
+                "`store: false`, or the item itself",
                 param=f"input[{position}].id",
                 code="item_not_found",
             )
