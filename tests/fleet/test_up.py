@@ -9,6 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from farthing.fleet.up import serve_command
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
 
@@ -84,3 +85,48 @@ async def test_up_rejects_a_port_in_use(tmp_path: Path) -> None:
     server.close()
     assert process.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}".encode() in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.anyio
+async def test_keys_are_separate_tenants_behind_the_gateway(tmp_path: Path) -> None:
+    """Replicas that know no keys shared the prefix cache and the stored responses of all clients."""
+    (tmp_path / "keys.txt").write_text("alice:secret-a\nbob:secret-b\n")
+    port = free_port()
+    options = ("--port", str(port), "--metrics", "127.0.0.1:0", "--max-replicas", "1", "--no-standby")
+    options += ("--api-key-file", str(tmp_path / "keys.txt"), "--state", str(tmp_path / "state"))
+    words = ("-m", "farthing.cli.app", "fleet", "up", "mite", *options)
+    process = await asyncio.create_subprocess_exec(sys.executable, *words, stderr=asyncio.subprocess.PIPE)
+    assert process.stderr is not None
+    while line := await process.stderr.readline():
+        if line == b"ready\n":
+            break
+    alice, bob = {"authorization": "Bearer secret-a"}, {"x-api-key": "secret-b"}
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+
+        async def cached(key: dict[str, str]) -> int:
+            body = {"prompt": "the same prompt " * 20, "max_tokens": 1}
+            async with session.post("/v1/completions", json=body, headers=key) as answer:
+                usage = (await answer.json())["usage"]
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        assert await cached(alice) == 0 and await cached(bob) == 0
+        assert await cached(alice) > 0
+        body = {"input": "private", "max_output_tokens": 16}
+        async with session.post("/v1/responses", json=body, headers=alice) as answer:
+            path = f"/v1/responses/{(await answer.json())['id']}"
+        for method in ("GET", "DELETE"):
+            async with session.request(method, path, headers=bob) as answer:
+                assert answer.status == 404
+        async with session.get(path, headers=alice) as answer:
+            assert answer.status == 200
+    process.terminate()
+    await process.communicate()
+    assert process.returncode == 0
+
+
+def test_replicas_get_the_key_file() -> None:
+    command = serve_command("mite", ("--seed", "1"), Path("keys.txt"))
+    assert command[-4:] == ("--api-key-file", "keys.txt", "--seed", "1")
+    assert "--api-key-file" not in serve_command("mite")

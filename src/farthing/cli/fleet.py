@@ -75,7 +75,9 @@ class UpOptions:
     serve_args: str = _option("", "Additional arguments for `farthing serve`")
     health_path: str = _option("/ready", "Path that answers 200 once a replica is ready")
     metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
-    api_key_file: Path | None = _option(None, "File of keys, one `name:key` or key per line")
+    api_key_file: Path | None = _option(
+        None, "File of keys, one `name:key` or key per line, for the gateway and `farthing serve`"
+    )
     ready_timeout: float = _option(600.0, "Maximum seconds for a replica to become ready")
     standby: bool = _option(True, "Keep a pre-imported standby process; not with --command")
     config: Path | None = _option(None, "YAML file with policy, gateway and signals")
@@ -125,7 +127,7 @@ def up(options: dict[str, Any]) -> None:
     _log_to_stderr()
     with _errors_to_user():
         given = UpOptions(**options)
-        serving = serve_command(given.model, tuple(shlex.split(given.serve_args)))
+        serving = serve_command(given.model, tuple(shlex.split(given.serve_args)), given.api_key_file)
         command = tuple(shlex.split(given.command)) if given.command else serving
         fleet = local_fleet(
             given.config,

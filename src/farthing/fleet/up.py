@@ -45,10 +45,14 @@ class UpConfig:
     start_with: int | None = None  # replicas; default: the policy's minimum, at least one
 
 
-def serve_command(model: str, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The command of a replica that serves `model`."""
+def serve_command(model: str, extra: tuple[str, ...] = (), keys: Path | None = None) -> tuple[str, ...]:
+    """The command of a replica that serves `model`.
+
+    keys: the gateway's key file. Without it, all clients would be one tenant to the replica.
+    """
     start = (sys.executable, "-m", "farthing.cli.app", "serve", model)
-    return (*start, "--host", "{host}", "--port", "{port}", *extra)
+    known = ("--api-key-file", str(keys)) if keys is not None else ()
+    return (*start, "--host", "{host}", "--port", "{port}", *known, *extra)
 
 
 # Standby for `serve_command`, which reads the arguments after `python -m farthing.cli.app`.
