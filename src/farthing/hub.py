@@ -31,7 +31,8 @@ def resolve_model(model: str | Path) -> Path:
         )
     if not _HUB_ID.fullmatch(str(model)):
         raise FileNotFoundError(
-            f"model: got {str(model)!r}; expected '{EMBEDDED}', a directory, or a hub id like 'owner/name'"
+            f"model: got {str(model)!r}; expected '{EMBEDDED}', a directory, or a hub id like 'owner/name' "
+            "(names of published models are known only to `farthing inspect` and `farthing plan`)"
         )
     return _download(str(model))
 

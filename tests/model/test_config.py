@@ -67,6 +67,8 @@ def test_aliases_of_newer_files() -> None:
             dict(model_type="glm_moe_dsa", num_hidden_layers=None),
             r"num_hidden_layers is null; expected a pos",
         ),
+        (dict(model_type="deepseek_v32"), r"index_topk is missing; expected a positive integer"),
+        (dict(model_type="glm_moe_dsa", index_topk=None), r"index_topk is null; expected a positive integer"),
         (dict(scoring_func="tanh"), r"scoring_func is 'tanh'; expected 'sigmoid' or 'softmax'"),
     ],
 )

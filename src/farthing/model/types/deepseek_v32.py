@@ -4,10 +4,11 @@ The indexer rotates by halves; attention's own rotation stays interleaved.
 """
 
 from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix
+from farthing.model.values import integer
 
 
 def _fields(raw: Fields) -> Fields:
-    fixed = {"index_rope_interleaved": False, **INTERLEAVED}
+    fixed = {"index_rope_interleaved": False, "index_topk": integer(raw, "index_topk"), **INTERLEAVED}
     return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), **fixed}
 
 

@@ -19,7 +19,12 @@ def _indexer_types(raw: Fields) -> list[str]:
 
 
 def _fields(raw: Fields) -> Fields:
-    fixed = {"index_rope_interleaved": True, "indexer_types": _indexer_types(raw), **INTERLEAVED}
+    fixed = {
+        "index_rope_interleaved": True,
+        "indexer_types": _indexer_types(raw),
+        "index_topk": integer(raw, "index_topk"),
+        **INTERLEAVED,
+    }
     return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), **fixed}
 
 
