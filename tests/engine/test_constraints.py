@@ -64,6 +64,27 @@ def test_reasoning_opened_by_the_model_has_the_same_budget() -> None:
     assert answers.masks([], VOCAB).all()
 
 
+@pytest.mark.parametrize("opened", [False, True])
+@given(seed=st.integers(0, 2**32), budget=st.integers(0, 6))
+def test_reasoning_begun_late_or_again_shares_the_budget(opened: bool, seed: int, budget: int) -> None:
+    params = ReasoningParams(end=(CLOSE,), start=OPEN, open=opened, budget=budget)
+    used, inside = 0, opened
+    for token in walk(ReasoningBudget(params), random.Random(seed), 60):
+        if inside:
+            inside = token != CLOSE
+            used += inside
+        else:
+            inside = token == OPEN
+    assert used <= budget
+
+
+def test_a_line_break_before_the_reasoning_does_not_lift_its_budget() -> None:
+    constraint = ReasoningBudget(ReasoningParams(end=(CLOSE,), start=OPEN, open=False, budget=2))
+    for token in (7, OPEN, 5, 5):  # as GLM-4.5 begins
+        constraint.consume(token)
+    assert np.flatnonzero(constraint.masks([], VOCAB)[0]).tolist() == [CLOSE]
+
+
 def test_constraint_applies_only_after_reasoning() -> None:
     constraint = ReasoningBudget(ReasoningParams(end=(CLOSE,)), Vocabulary([6], ()), ends=(EOS,))
     assert np.flatnonzero(~constraint.masks([], VOCAB)[0]).tolist() == [EOS]

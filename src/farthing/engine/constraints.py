@@ -40,8 +40,9 @@ class ReasoningBudget:
     """Ends the reasoning after a number of tokens, by its closing tag, and applies `answer` only after it.
 
     The reasoning has `budget` tokens at most, its tags not counted; then only the tokens of the closing tag
-    are allowed. answer: a constraint on what follows the reasoning; with one, none of the tokens `ends` may
-    end the completion before.
+    are allowed. Models also begin late, after a line break, or again amid the answer: what the budget has
+    left applies there. answer: a constraint on what follows the reasoning; with one, reasoning does not
+    begin again, and none of the tokens `ends` may end the completion before.
     """
 
     __slots__ = ("_answer", "_ends", "_inside", "_matched", "_opened", "_params", "_used")
@@ -51,8 +52,8 @@ class ReasoningBudget:
     ) -> None:
         self._params, self._answer = params, answer
         self._ends = tuple(ends) if answer is not None else ()
-        self._opened = params.open  # whether the reasoning has begun
-        self._inside = params.open or params.start is not None
+        self._opened = params.open  # whether the next token is reasoning
+        self._inside = params.open or params.start is not None  # whether it may be, or begin some
         if answer is not None and not params.open:
             self._inside = False  # nothing precedes the answer
         self._used = 0  # tokens of the reasoning
@@ -132,12 +133,14 @@ class ReasoningBudget:
         end = self._params.end
         if not self._opened:
             self._opened = token == self._params.start
-            self._inside = self._opened
             return
         self._used += 1
         self._matched = _matched(end, self._matched, token)
         if self._matched == len(end):
-            self._inside = False
+            self._used -= len(end)
+            self._matched, self._opened = 0, False
+            again = self._params.start is not None and self._params.budget is not None
+            self._inside = again and self._answer is None
 
 
 def _matched(end: Sequence[int], matched: int, token: int) -> int:
