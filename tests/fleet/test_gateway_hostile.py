@@ -301,3 +301,22 @@ async def test_disconnected_streams_leak_nothing(count: int) -> None:
         await asyncio.sleep(0.1)
         assert _open_files() <= files + 4  # allowance for health checks
         assert len(asyncio.all_tasks()) <= tasks + 4
+
+
+@pytest.mark.anyio
+async def test_tiny_chunks_leave_the_event_loop_free() -> None:
+    """The body's chunks are parsed a few thousand at a time, and other clients' requests in between."""
+    payload = json.dumps(body()).encode()
+    tiny = b"1\r\n \r\n" * 200_000 + b"%x\r\n%s\r\n0\r\n\r\n" % (len(payload), payload)
+    async with fleet(1) as (_, (replica,), session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        head = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST
+        writer.write(head + b"transfer-encoding: chunked\r\n\r\n" + tiny)
+        answer = asyncio.create_task(answer_of(reader))
+        others = 0
+        while not answer.done():
+            async with session.get(url + "/health") as health:
+                others += health.status == 200
+        assert (await answer)[0] == 200
+        writer.close()
+        assert others >= 12 and len(replica.requests) == 1
