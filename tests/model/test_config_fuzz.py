@@ -78,7 +78,12 @@ def test_changed_fields_are_accepted_or_named(name: str) -> None:
                     stored(parameter)
 
 
-OVERRIDDEN = {("text_config", "tie_word_embeddings")}  # by the wrapper's
+_FP8 = ("quantization_config", "config_groups", "FP8_BLOCK", "input_activations")
+_INPUTS = ("group_size", "num_bits", "strategy", "symmetric", "type")
+OVERRIDDEN = {
+    ("text_config", "tie_word_embeddings"),  # by the wrapper's
+    *((*_FP8, field) for field in _INPUTS),  # inputs are not rounded to FP8
+}
 # Fields that are not read.
 IGNORED = {
     "num_key_value_heads", "aux_loss_alpha", "seq_aux", "head_dim", "n_kv_heads", "torch_dtype", "dtype",

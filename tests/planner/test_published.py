@@ -111,6 +111,13 @@ def test_bytes_follow_the_formats() -> None:
         n: sparse(f"model.layers.5.self_attn.indexer.{n}.weight").kind for n in ("wq_b", "wk", "weights_proj")
     }
     assert indexer == {"wq_b": "fp8", "wk": "fp8", "weights_proj": "bfloat16"}
+    large = stored_by_config(published_config("mistral-large-3") or {})
+    attention = {n: large(f"model.layers.5.self_attn.{n}.weight").kind for n in ("q_a_proj", "q_b_proj")}
+    assert attention == {"q_a_proj": "bfloat16", "q_b_proj": "fp8"}
+    assert large("model.layers.5.mlp.experts.7.up_proj.weight").kind == "fp8"
+    small = stored_by_config(published_config("mistral-small-4") or {})
+    assert small("model.layers.5.self_attn.kv_a_proj_with_mqa.weight").kind == "fp8"
+    assert small("lm_head.weight").kind == "bfloat16"
     assert file_bytes(Stored("int4", 32), (64, 128)) == 64 * 128 // 2 + 64 * 4 * 2
     assert file_bytes(Stored("fp8"), (130, 256)) == 130 * 256 + 4 * 4
     assert file_bytes(Stored("bfloat16"), (7,)) == 14

@@ -1,4 +1,4 @@
-"""Read the compressed-tensors format (0.20): W8A8, W4A16 and FP8 blocks -> `Weight`.
+"""Read the compressed-tensors format (0.20): W8A8, W4A16 and FP8 by block or matrix -> `Weight`.
 
 Legend: N rows, K columns, g group size. Element i of a packed row sits at bit 4 i of its little-endian
 words, as u = q + 8; zero points are packed the same way along dimension 0.
@@ -15,12 +15,20 @@ import torch
 from torch import Tensor
 
 from farthing.checkpoint.error import CheckpointError
+from farthing.checkpoint.fp8 import block_scales
 from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
 
 METHOD = "compressed-tensors"
 _MOST_GROUP = 1 << 16
 # Suffixes a quantized module may have besides its weight.
-OPTIONAL = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_clip")
+OPTIONAL = (
+    "input_scale",
+    "input_zero_point",
+    "output_scale",
+    "output_zero_point",
+    "input_clip",
+    "qscale_act",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,7 @@ class Scheme:
     group_size: int | None
     input_bits: int = 8  # below 8 for some quantization-aware trained checkpoints
     static_inputs: bool = False  # inputs are quantized with each matrix's calibrated `input_scale`
+    fp8: bool = False  # float8_e4m3fn, not integers
 
     def __str__(self) -> str:
         return f"{self.storage} {self.bits} bit {self.strategy}"
@@ -152,7 +161,7 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
         raise CheckpointError(f"{where}.weights.symmetric is {str(symmetric)[:80]!r}; expected true or false")
     scheme = Scheme(
         storage, bits or 0, symmetric, strategy, group_size,
-        input_bits if coarse else 8, _is_static(inputs),
+        input_bits if coarse else 8, _is_static(inputs), kind == "float",
     )  # fmt: skip
     supported = {
         ("int-quantized", 8, "int"): ("tensor", "channel"),
@@ -160,8 +169,8 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
         ("pack-quantized", 4, "int"): ("tensor", "channel", "group"),
         ("pack-quantized", 8, "int"): ("tensor", "channel"),
         ("naive-quantized", 8, "int"): ("tensor", "channel"),
-        ("float-quantized", 8, "float"): ("block",),
-        ("naive-quantized", 8, "float"): ("block",),
+        ("float-quantized", 8, "float"): ("tensor", "block"),
+        ("naive-quantized", 8, "float"): ("tensor", "block"),
     }
     if strategy not in supported.get((storage, scheme.bits, kind), ()):
         known = ", ".join(sorted(f"{f} {b} bit {k} {'|'.join(s)}" for (f, b, k), s in supported.items()))
@@ -197,9 +206,8 @@ def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weight:
     else:
         n, k = tensors["weight"].shape
         data = tensors["weight"]
-    if scheme.strategy == "block":
-        expect("weight_scale", (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), scale)
-        return Weight("fp8", data, scale)
+    if scheme.fp8:
+        return Weight("fp8", data, block_scales("weight_scale", scale, (n, k)))
     if scheme.bits == 8:
         if scheme.storage == "pack-quantized":
             data = (data[:, :k].to(torch.int16) - 128).to(torch.int8)

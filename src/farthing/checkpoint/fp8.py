@@ -1,6 +1,7 @@
-"""DeepSeek's FP8 weights: E4M3 with one float32 factor per 128 x 128 block (DeepSeek-V3 sec. 3.3.2).
+"""FP8 weights: E4M3 with one float32 factor per 128 x 128 block (DeepSeek-V3 sec. 3.3.2) or per matrix.
 
-The factor is stored as `weight_scale_inv` and, despite its name, multiplies: W = W8 * scale_inv of its block.
+The factor is stored under one of the names in SCALES and multiplies, whatever its name: W = W8 * scale of its
+block. One factor for a whole matrix is the same as equal factors for all of its blocks.
 Shapes: W [N, K]; scale_inv [ceil(N/block), ceil(K/block)]; the last block of a row or column may be ragged.
 """
 
@@ -9,8 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from farthing.checkpoint.error import CheckpointError
+
 BLOCK = 128
 E4M3_MAX = 448.0
+# Suffixes of a module's factor: DeepSeek's and transformers', compressed-tensors', Mistral's.
+SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight")
+# Calibrated factors of activations, which the kernels do not round to FP8.
+ACTIVATION_SCALES = ("*input_scale", "*activation_scale", "*.qscale_act")
+
+
+def block_scales(name: str, scale: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A stored factor as [ceil(N/128), ceil(K/128)] float32. Raises CheckpointError for other shapes."""
+    blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+    if scale.numel() == 1:
+        return scale.float().reshape(1, 1).expand(blocks).contiguous()
+    if tuple(scale.shape) != blocks:
+        raise CheckpointError(
+            f"{name}: expected one number or shape {list(blocks)} (blocks of {BLOCK}), "
+            f"found {list(scale.shape)}"
+        )
+    return scale.float()
 
 
 def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple[Tensor, Tensor]:

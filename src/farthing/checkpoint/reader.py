@@ -18,10 +18,11 @@ from torch import Tensor
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.error import CheckpointError
+from farthing.checkpoint.fp8 import ACTIVATION_SCALES, SCALES, block_scales
 from farthing.checkpoint.input_scales import InputScales
-from farthing.checkpoint.quantization import read_quantization
+from farthing.checkpoint.quantization import quantization_in, read_quantization
 from farthing.checkpoint.shards import Shards, read_json
-from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
+from farthing.ops.weights import InputRounding, Weight
 
 CONFIG, PARAMS = "config.json", "params.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +46,7 @@ class Checkpoint:
     | quantization_config.quant_method | what `weight` returns |
     |---|---|
     | (none) | dense, as stored: bf16, f16 or f32 |
-    | fp8 (DeepSeek) | fp8 where `weight_scale_inv` exists, else dense |
+    | fp8, or Mistral's `quantization` | fp8 where a scale exists, else dense |
     | compressed-tensors | int8, int4 or fp8 by config group and ignore list |
     """
 
@@ -57,17 +58,7 @@ class Checkpoint:
         self._groups: ct.Groups | None = None
         self._input_scales = InputScales(shards.file_of, shards.read)
         self._fp8 = False
-        text = config.get("text_config")  # multimodal models nest the language model's config
-        quantization = next(
-            (
-                c[key]
-                for c in (config, text if isinstance(text, dict) else {})
-                for key in ("quantization_config", "compression_config")
-                if c.get(key)
-            ),
-            None,
-        )
-        if quantization:
+        if quantization := quantization_in(config):
             self._resolve(quantization)
 
     @classmethod
@@ -108,10 +99,11 @@ class Checkpoint:
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a Linear module ('model.layers.0.mlp.gate_proj'), in its stored format."""
         scheme = self._groups.scheme(module) if self._groups else None
-        if self._fp8 and self.has(f"{module}.weight_scale_inv"):
-            weight = self._deepseek(module)
-        elif scheme and self.has(f"{module}.weight_scale"):
-            weight = self._compressed(module, scheme)
+        scale = self._scale_of(module)
+        if self._fp8 and scale:
+            weight = self._fp8_matrix(module, scale)
+        elif scheme and scale:
+            weight = self._compressed(module, scheme, scale)
         else:
             weight = self._dense(module, scheme)
         if shape is not None and weight.shape != tuple(shape):
@@ -123,7 +115,7 @@ class Checkpoint:
 
     def is_quantized(self, module: str) -> bool:
         """Whether the module is stored with scales."""
-        return any(self.has(f"{module}.{s}") for s in ("weight_scale", "weight_scale_inv", "weight_packed"))
+        return self._scale_of(module) is not None or self.has(f"{module}.weight_packed")
 
     def stored_as(self, module: str) -> tuple[str, int]:
         """Format (dense, int8, int4 or fp8) and columns of a matrix, from headers and config only."""
@@ -134,7 +126,7 @@ class Checkpoint:
         if not self.is_quantized(module):
             return "dense", columns
         scheme = self._groups.scheme(module) if self._groups else None
-        return ("fp8" if scheme is None or scheme.strategy == "block" else f"int{scheme.bits}"), columns
+        return ("fp8" if scheme is None or scheme.fp8 else f"int{scheme.bits}"), columns
 
     def stored_bytes(self) -> int:
         """Size of the weight files."""
@@ -160,12 +152,18 @@ class Checkpoint:
         """Bytes of a stored tensor, from the header; does not mark it as used."""
         return self._shards.nbytes(name)
 
+    def dtype(self, name: str) -> str:
+        """Dtype of a stored tensor as safetensors names it, from the header; does not mark it as used."""
+        return self._shards.dtype(name)
+
     def release(self) -> None:
         """Unmap the files to release resident memory; they are mapped again on demand."""
         self._shards.release()
 
     def finish(self, ignore: Sequence[str] = ()) -> None:
         """Raise CheckpointError for tensors never read that match no fnmatch pattern in `ignore`."""
+        if self._fp8:
+            ignore = (*ignore, *ACTIVATION_SCALES)
         unused = [
             n
             for n in self.names()
@@ -198,7 +196,7 @@ class Checkpoint:
         data = self.tensor(name)
         if data.dtype not in FLOATS:
             wanted = (
-                "weight_scale_inv"
+                f"it next to one of {', '.join(SCALES)}"
                 if self._fp8
                 else "weight_scale"
                 if scheme
@@ -211,27 +209,31 @@ class Checkpoint:
             )
         return Weight("dense", data)
 
-    def _deepseek(self, module: str) -> Weight:
-        name = f"{module}.weight"
-        data, scale = self.tensor(name), self.tensor(f"{name}_scale_inv")
-        if data.dtype != torch.float8_e4m3fn:
-            raise CheckpointError(f"{self._where(name)}: {name}: expected float8_e4m3fn, found {data.dtype}")
-        n, k = data.shape
-        expected = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
-        if tuple(scale.shape) != expected:
-            raise CheckpointError(
-                f"{self._where(f'{name}_scale_inv')}: {name}_scale_inv: expected shape {list(expected)}, "
-                f"found {list(scale.shape)}"
-            )
-        return self._checked(module, Weight("fp8", data, scale.float()))
+    def _scale_of(self, module: str) -> str | None:
+        """The suffix of a quantized module's scale."""
+        return next((suffix for suffix in SCALES if self.has(f"{module}.{suffix}")), None)
 
-    def _compressed(self, module: str, scheme: ct.Scheme) -> Weight:
+    def _fp8_matrix(self, module: str, suffix: str) -> Weight:
+        name, scale = f"{module}.weight", f"{module}.{suffix}"
+        data = self.tensor(name)
+        if data.dtype != torch.float8_e4m3fn or data.ndim != 2:
+            raise CheckpointError(
+                f"{self._where(name)}: {name}: expected a float8_e4m3fn matrix, found {data.dtype} "
+                f"{list(data.shape)}"
+            )
+        try:
+            factors = block_scales(scale, self.tensor(scale), (data.shape[0], data.shape[1]))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._where(scale)}: {error}") from None
+        return self._checked(module, Weight("fp8", data, factors))
+
+    def _compressed(self, module: str, scheme: ct.Scheme, scale: str) -> Weight:
         packed = scheme.storage == "pack-quantized"
         suffixes = ["weight_packed", "weight_shape"] if packed else ["weight"]
-        suffixes.append("weight_scale")
         if not scheme.symmetric:
             suffixes.append("weight_zero_point")
         tensors = {s: self.tensor(f"{module}.{s}") for s in suffixes}
+        tensors["weight_scale"] = self.tensor(f"{module}.{scale}")
         if self.has(f"{module}.weight_g_idx"):
             tensors["weight_g_idx"] = self.tensor(f"{module}.weight_g_idx")
         self._used.update(f"{module}.{s}" for s in ct.OPTIONAL)
@@ -257,7 +259,7 @@ class Checkpoint:
         if scheme.storage == "pack-quantized":
             suffix, expected = "weight_packed", torch.int32
         else:
-            suffix, expected = "weight", torch.float8_e4m3fn if scheme.strategy == "block" else torch.int8
+            suffix, expected = "weight", torch.float8_e4m3fn if scheme.fp8 else torch.int8
         if tensors[suffix].dtype != expected:
             raise CheckpointError(
                 f"{suffix}: expected {expected} for {scheme}, found {tensors[suffix].dtype}"

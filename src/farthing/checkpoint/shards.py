@@ -103,6 +103,10 @@ class Shards:
         part = self._holder(name).get_slice(name)
         return -(-int(prod(part.get_shape())) * DTYPE_BITS[part.get_dtype()] // 8)
 
+    def dtype(self, name: str) -> str:
+        """The dtype as safetensors names it, such as 'F8_E4M3', from the header only."""
+        return str(self._holder(name).get_slice(name).get_dtype())
+
     def tail(self, file: str) -> bytes:
         """A file's size (8 bytes) and its last 4096 bytes; only the size if the file is missing."""
         path = self.path / file

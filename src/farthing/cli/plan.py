@@ -69,6 +69,7 @@ def plan(
 
 
 def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
+    from farthing.checkpoint.quantization import method_of
     from farthing.compress.size import parse_bytes
     from farthing.parallel.plan import ShardPlan
     from farthing.planner.footprint import FLOAT_BYTES, Holder, quantization_of
@@ -95,7 +96,7 @@ def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
             f"quantization is {options.quantization!r} and backend {backend!r}, which does not round {kinds} "
             "weights; expected no --quantization"
         )
-    stored = quantization_of(raw).get("quant_method", "dense")
+    stored = method_of(quantization_of(raw))
     ranks = memory(model, shards, holder, serving)
     return Planned(options, shards, model, holder, serving, stored, ranks, limit)
 

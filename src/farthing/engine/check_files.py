@@ -16,6 +16,14 @@ from farthing.model.load import names_in, parameter_shapes
 
 TEXT = "The quick brown fox: 17 × 3 = 51, naïve, 你好."
 _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
+_FORMATS = {
+    "F8_E4M3": "fp8",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "I8": "int8",
+    "I4": "int4",
+}
 _MARK = re.compile(r"<[|｜][^<>]+[|｜]>")
 
 
@@ -24,15 +32,26 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> str:
     tensor that is missing or has another shape."""
     stored, count = names_in(checkpoint, config).stored, 0
     wrong: list[str] = []
+    formats: dict[str, None] = {}
     for name, shape in parameter_shapes(config):
         count += 1
         if problem := _problem(checkpoint, stored(name), shape):
             wrong.append(problem)
+        elif len(shape) == 2:
+            formats[_format(checkpoint, stored(name))] = None
     checkpoint.release()
     if wrong:
         more = f"; {len(wrong) - 1:,} more of {count:,} are wrong" if len(wrong) > 1 else ""
         raise ValueError(wrong[0] + more)
-    return f"all {count:,} matrices and vectors of every layer are present"
+    kinds = " and ".join(sorted(formats, key=list(_FORMATS.values()).index))
+    return f"all {count:,} matrices and vectors of every layer are present, matrices in {kinds}"
+
+
+def _format(checkpoint: Checkpoint, name: str) -> str:
+    """The format of a matrix that `_problem` found nothing wrong with."""
+    if checkpoint.has(f"{name}_packed"):
+        return checkpoint.stored_as(name.removesuffix(".weight"))[0]
+    return _FORMATS[checkpoint.dtype(name if checkpoint.has(name) else _stack(name))]
 
 
 def _problem(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
@@ -43,17 +62,21 @@ def _problem(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
     if checkpoint.has(name):
         found = checkpoint.shape(name)
     elif expert := _EXPERT.fullmatch(name):  # one tensor for all experts of a layer
-        down = expert["part"] == "down"
-        stack = f"{expert['stack']}.{'down' if down else 'gate_up'}_proj"
+        stack = _stack(name)
         if checkpoint.has(stack):
             name, whole = stack, checkpoint.shape(stack)
-            shape = shape if down else (2 * shape[0], shape[1])
+            shape = shape if expert["part"] == "down" else (2 * shape[0], shape[1])
             if int(expert["index"]) >= whole[0]:
                 return f"{name} has {whole[0]} experts; expected more than {expert['index']}"
             found = whole[1:]
     if found is None:
         return f"{name} is missing; expected shape {list(shape)}"
     return "" if found == shape else f"{name} has shape {list(found)}; expected {list(shape)}"
+
+
+def _stack(name: str) -> str:
+    """The tensor that holds an expert's matrix and those of all other experts of its layer."""
+    return _EXPERT.sub(lambda m: f"{m['stack']}.{'down' if m['part'] == 'down' else 'gate_up'}_proj", name)
 
 
 def check_tokenizer(path: Path, config: ModelConfig | None) -> tuple[Tokenizer, str]:

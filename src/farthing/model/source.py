@@ -6,8 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from farthing.checkpoint import CheckpointError
+from farthing.checkpoint.fp8 import BLOCK, block_scales
 from farthing.model.types import Names
 from farthing.ops import Weight
 
@@ -83,7 +86,10 @@ class RenamedSource:
 
 class StackedExperts:
     """Reads single experts from a source that stores a layer's experts as two stacks,
-    `experts.gate_up_proj` [E, 2 I, D] and `experts.down_proj` [E, D, I]."""
+    `experts.gate_up_proj` [E, 2 I, D] and `experts.down_proj` [E, D, I].
+
+    FP8 stacks have factors `*_proj_scale_inv`, one per expert or per 128 x 128 block of each expert.
+    """
 
     _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj")
 
@@ -107,11 +113,28 @@ class StackedExperts:
         found = self._EXPERT.fullmatch(module)
         if found is None:
             return self._source.weight(module, shape)
-        part = found["part"]
-        stack = self._source.tensor(f"{found['stack']}.{'down' if part == 'down' else 'gate_up'}_proj")
-        matrix = stack[int(found["index"])]
-        if part != "down":
-            matrix = matrix.chunk(2)[part == "up"]
+        part, expert = found["part"], int(found["index"])
+        name = f"{found['stack']}.{'down' if part == 'down' else 'gate_up'}_proj"
+        whole = self._source.tensor(name)[expert]
+        matrix = whole if part == "down" else whole.chunk(2)[part == "up"]
         if shape is not None and tuple(matrix.shape) != shape:
             raise ValueError(f"{module} has shape {tuple(matrix.shape)}; expected {shape}")
-        return Weight("dense", matrix)
+        if matrix.dtype != torch.float8_e4m3fn:
+            return Weight("dense", matrix)
+        return Weight("fp8", matrix, self._factors(f"{name}_scale_inv", expert, whole, part))
+
+    def _factors(self, name: str, expert: int, whole: Tensor, part: str) -> Tensor:
+        scale = self._source.tensor(name)[expert]
+        if not bool(scale.isfinite().all()):
+            raise CheckpointError(f"{name}: expected finite scales, found NaN or infinity")
+        n, k = whole.shape
+        if part == "down":
+            return block_scales(name, scale, (n, k))
+        if scale.numel() == 1:
+            return block_scales(name, scale, (n // 2, k))
+        if n % (2 * BLOCK):
+            raise CheckpointError(
+                f"{name}: found factors of blocks, but gate and up projection have {n // 2} rows, not whole "
+                f"blocks of {BLOCK}; expected one number per expert"
+            )
+        return block_scales(name, scale, (n, k)).chunk(2)[part == "up"]

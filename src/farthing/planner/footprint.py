@@ -5,6 +5,7 @@ Legend: N output rows, K input columns. The CPU backend's records are defined in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.checkpoint import Checkpoint
-from farthing.checkpoint.quantization import read_quantization
+from farthing.checkpoint.quantization import quantization_in, read_quantization
 from farthing.model.config import ModelConfig
 from farthing.model.load import names_in
 from farthing.model.types import type_of
-from farthing.model.values import optional_section
+from farthing.model.values import optional_section, wrong
 from farthing.ops.weights import loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,16 +40,21 @@ class Stored:
 
 _QUANTIZED = ("_proj.weight", "_proj_with_mqa.weight", ".indexer.wq_b.weight", ".indexer.wk.weight")
 _KEPT = ("eh_proj.weight", ".indexer.weights_proj.weight")  # published checkpoints keep these in bfloat16
+_EXPERT = re.compile(r"experts\.\d+\.(gate|up|down)_proj\.weight$")  # of a stack of a layer's experts
 StoredOf = Callable[[str], Stored]
 
 
 def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """quantization_config, at the top level or of the text part; empty if the weights are not quantized.
+    """quantization_config, at the top level or of the text part, or params.json's quantization; empty if the
+    weights are not quantized.
 
     Raises ValueError if it is no object.
     """
-    text = optional_section(raw, "text_config")
-    return optional_section(raw, "quantization_config") or optional_section(text, "quantization_config")
+    optional_section(raw, "text_config")
+    found = quantization_in(raw) or {}
+    if not isinstance(found, Mapping):
+        raise wrong("quantization_config", found, "an object")
+    return found
 
 
 def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
@@ -68,10 +74,12 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
             return plain
         if groups is None:
             return Stored("fp8")
-        scheme = groups.scheme(stored_name(name.removesuffix(".weight")))
-        if scheme is None:
+        module = name.removesuffix(".weight")
+        scheme = groups.scheme(stored_name(module))
+        # Mistral's files name ignored modules as Hugging Face does, although tensors have Mistral's names.
+        if scheme is None or groups.scheme(module) is None:
             return plain
-        kind: Kind = "int4" if scheme.bits == 4 else "fp8" if scheme.storage == "float-quantized" else "int8"
+        kind: Kind = "int4" if scheme.bits == 4 else "fp8" if scheme.fp8 else "int8"
         return Stored(kind, scheme.group_size or 128, not scheme.symmetric)
 
     return of
@@ -91,16 +99,13 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
             group = columns // checkpoint.shape(f"{module}.weight_scale")[1]
             return Stored("int4", group, checkpoint.has(f"{module}.weight_zero_point"))
         if not checkpoint.has(name):
+            name = _EXPERT.sub(lambda m: f"experts.{'down' if m[1] == 'down' else 'gate_up'}_proj", name)
+        if not checkpoint.has(name):
             return Stored("bfloat16")
         width = checkpoint.nbytes(name) // prod(checkpoint.shape(name))
         if width > 1:
             return Stored(floats[width])
-        if checkpoint.has(f"{name}_scale_inv"):
-            return Stored("fp8")
-        block = len(checkpoint.shape(f"{module}.weight_scale")) == 2 and (
-            checkpoint.shape(f"{module}.weight_scale")[1] > 1
-        )
-        return Stored("fp8" if block else "int8")
+        return Stored("fp8" if checkpoint.dtype(name) == "F8_E4M3" else "int8")
 
     return of
 
