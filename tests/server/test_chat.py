@@ -136,6 +136,17 @@ def test_response_formats(client: OpenAI) -> None:
     assert opened.choices[0].message.content.lstrip()[:1] in ("{", "")
 
 
+def test_a_call_that_a_stop_string_cuts_off_is_not_reported_as_complete(client: OpenAI) -> None:
+    named = {"type": "object", "properties": {"x": {"const": "alpha beta"}}, "required": ["x"]}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": named}}
+    for stop, reason in ((["beta"], "stop"), (["gamma"], "tool_calls")):
+        options: Any = {"model": "tiny", "messages": USER, "tools": [tool], "tool_choice": "required"}
+        whole = client.chat.completions.create(**options, stop=stop, max_tokens=200).choices[0]
+        streamed = Streamed(client.chat.completions.create(**options, stop=stop, max_tokens=200, stream=True))
+        assert whole.finish_reason == streamed.reason == reason
+        assert streamed.calls[0]["arguments"].endswith("alpha ") == (reason == "stop")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_required_calls_are_forced_to_their_schema(client: OpenAI, choice: Any, stream: bool) -> None:

@@ -43,6 +43,7 @@ from farthing.server.protocol import (
     ErrorResponse,
     TokenizeRequest,
 )
+from farthing.server.request_ids import RequestIds
 from farthing.server.service import Service
 from farthing.server.turns import render
 
@@ -91,7 +92,7 @@ def create_app(service: Service) -> ASGIApp:
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    return CountRequests(app, metrics, paths)
+    return CountRequests(RequestIds(app), metrics, paths)
 
 
 def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
@@ -123,7 +124,7 @@ def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
 
 def _add_model_routes(api: FastAPI, service: Service) -> None:
     def describe(name: str) -> dict[str, Any]:
-        engine = service.engine
+        length = service.engine.config.max_model_len if service.engine else None
         return {
             "id": name,
             "object": "model",
@@ -133,7 +134,9 @@ def _add_model_routes(api: FastAPI, service: Service) -> None:
             "display_name": name,
             "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
             "root": service.names[0],
-            "max_model_len": engine.config.max_model_len if engine else None,
+            "max_model_len": length,
+            "max_input_tokens": length,
+            "max_tokens": length,
         }
 
     @api.get("/v1/models", summary="The models served")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ class Update:
     finish: FinishReason | None
     stop_reason: int | str | None
     calls: int  # tool calls started so far
+    cut: bool  # a stop string ended the answer amid a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,7 @@ class Turn:
             finish=completion.finish_reason,
             stop_reason=completion.stop_reason,
             calls=parser.calls if self._reading.conversation.offered else 0,
+            cut=isinstance(completion.stop_reason, str) and _amid_call(choice.deltas),
         )
 
     def _wanted(self, deltas: list[Delta]) -> list[Delta]:
@@ -173,6 +176,19 @@ class Turn:
             for delta in deltas
             if not isinstance(delta, CallStart | CallArguments) or delta.index < limit
         ]
+
+
+def _amid_call(deltas: list[Delta]) -> bool:
+    """Whether the last call's arguments are incomplete."""
+    calls = collect(deltas).calls
+    if not calls:
+        return False
+    _, _, arguments = calls[-1]
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 async def begin(service: Service, request: TurnRequest, client: str) -> Turn:

@@ -273,10 +273,11 @@ class _Writer:
     # both
 
     def _finish_reason(self, update: Update) -> str:
-        """ "tool_calls" if the model chose to call; a forced call ends with "stop", as with OpenAI."""
+        """ "tool_calls" if the model chose to call; a forced call ends with "stop", as with OpenAI, and so
+        does one that a stop string cut off."""
         reason = update.finish or "stop"
         named = isinstance(self._body.tool_choice, NamedChoice)
-        if not update.calls or reason != "stop" or named:
+        if not update.calls or reason != "stop" or named or update.cut:
             return reason
         return "function_call" if self._body.functions else "tool_calls"
 

@@ -1,0 +1,36 @@
+"""Responses carry an id of their request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from tests.server.harness import Running, ScriptedEngine, letters, running
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(ScriptedEngine(letters("x", 1))) as started:
+        yield started
+
+
+def test_both_sdks_find_the_id(server: Running) -> None:
+    theirs = openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused")
+    done = theirs.completions.create(model="tiny", prompt="x", max_tokens=1)
+    assert (done._request_id or "").startswith("req_")
+    with pytest.raises(anthropic.NotFoundError) as refused:
+        anthropic.Anthropic(base_url=server.url, api_key="unused").messages.create(
+            model="absent", max_tokens=1, messages=[{"role": "user", "content": "x"}]
+        )
+    assert (refused.value.request_id or "").startswith("req_")
+
+
+def test_a_client_may_name_its_request(server: Running) -> None:
+    for given, kept in (("trace-7", True), ("x" * 129, False), ("a b", False)):
+        answer = httpx.get(f"{server.url}/health", headers={"X-Request-Id": given})
+        assert (answer.headers["x-request-id"] == given) == kept
+        assert answer.headers["request-id"] == answer.headers["x-request-id"]
