@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -100,7 +100,7 @@ class Files:
             tensors |= self._stack(stack, parts)
         self.path.mkdir(exist_ok=True)
         save_file(tensors, self.path / "model.safetensors")
-        file = "config.json" if self._raw["model_type"] == "mistral4" else "params.json"
+        file = "params.json" if self._raw["model_type"] == "mistral_large_3" else "config.json"
         (self.path / file).write_text(json.dumps(self._raw))
         return self
 
@@ -118,7 +118,8 @@ class Files:
                 names = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
                 for one, half in zip(names, value(data, scale).chunk(len(names)), strict=True):
                     self.values[f"{stack}.{e}.{one}.weight"] = half.contiguous()
-        return {name: torch.stack(all_) for name, all_ in out.items()}
+        stored = type_of(self._raw).names.stored
+        return {stored(name): torch.stack(all_) for name, all_ in out.items()}
 
 
 def hub(path: Path, form: Scale = whole, stacked: bool = True) -> Files:
@@ -126,6 +127,12 @@ def hub(path: Path, form: Scale = whole, stacked: bool = True) -> Files:
     blocks = None if form is whole else [128, 128]
     raw = HUB | dict(quantization_config=STATIC | dict(weight_block_size=blocks))
     return Files(path, raw, form, "weight_scale_inv", "activation_scale").write(stacked)
+
+
+def wrapped(path: Path) -> Files:
+    """As Mistral Small 4 is released: inside `mistral3`, with a vision tower."""
+    raw = dict(model_type="mistral3", text_config=HUB, quantization_config=STATIC)
+    return Files(path, raw, whole, "weight_scale_inv", "activation_scale").write(True)
 
 
 def hub_per_expert(path: Path) -> Files:
@@ -164,6 +171,7 @@ def own_tensors(path: Path) -> Files:
 FORMS: dict[str, Callable[[Path], Files]] = {
     "hub": hub,
     "hub blocks": lambda path: hub(path, quantize_blocks),
+    "hub, wrapped": wrapped,
     "hub, a module per expert": hub_per_expert,
     "params.json": own,
     "params.json, no input scales": lambda path: own(path, "NO_SCALES"),
@@ -233,6 +241,26 @@ def test_other_formats_are_named(change: dict[str, Any], words: str, tmp_path: P
     (tmp_path / "params.json").write_text(json.dumps(OWN | change))
     with pytest.raises(CheckpointError, match=re.escape(words)):
         Checkpoint.open(tmp_path)
+
+
+def test_factors_of_stacks_are_checked(tmp_path: Path) -> None:
+    files = hub(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj_scale_inv"
+
+    def loading(scale: Tensor) -> Weight:
+        save_file(tensors | {name: scale}, tmp_path / "model.safetensors")
+        source = source_of(Checkpoint.open(tmp_path), files.config)
+        return source.weight("model.layers.1.mlp.experts.3.up_proj", (128, 256))
+
+    assert torch.equal(loading(torch.tensor([2.0])).scale, torch.full((1, 2), 2.0))
+    for scale, words in (
+        (tensors[name][:3], f"{name} has factors of 3 experts; expected more than 3"),
+        (torch.ones(4, 256, 1), f"{name}: expected one number or shape [2, 2]"),
+        (torch.full((4, 1, 1), float("nan")), f"{name}: expected finite scales"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(words)):
+            loading(scale)
 
 
 def test_factors_per_row_are_rejected(tmp_path: Path) -> None:

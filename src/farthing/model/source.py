@@ -124,7 +124,10 @@ class StackedExperts:
         return Weight("fp8", matrix, self._factors(f"{name}_scale_inv", expert, whole, part))
 
     def _factors(self, name: str, expert: int, whole: Tensor, part: str) -> Tensor:
-        scale = self._source.tensor(name)[expert]
+        stack = self._source.tensor(name)
+        if stack.numel() > 1 and expert >= len(stack):
+            raise CheckpointError(f"{name} has factors of {len(stack)} experts; expected more than {expert}")
+        scale = stack[expert] if stack.numel() > 1 else stack
         if not bool(scale.isfinite().all()):
             raise CheckpointError(f"{name}: expected finite scales, found NaN or infinity")
         n, k = whole.shape
