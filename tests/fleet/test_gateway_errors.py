@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import aiohttp
@@ -76,3 +77,16 @@ async def test_failed_engine_is_recognized_in_every_shape(path: str) -> None:
         ):
             assert "its engine failed" in (await answer.json())["error"]["message"]
         await gateway.stop(0)
+
+
+@pytest.mark.anyio
+async def test_malformed_requests_write_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    gateway = Gateway(GatewayConfig(wait_s=0.05))
+    port = await gateway.start()
+    for data in (b"\x16\x03\x01\x00\xa5\x01\x00", b"GET / HTTP/3.7.1\r\n\r\n"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(data + b"\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+    await gateway.stop(0)
+    assert "request failed" not in caplog.text and "Traceback" not in caplog.text

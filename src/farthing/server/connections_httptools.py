@@ -1,4 +1,4 @@
-"""`connections.Guarded` on httptools, an optional extra; without it, importing this raises ImportError."""
+"""`connections.Guarded` on httptools; where it is not installed, importing this raises ImportError."""
 
 from __future__ import annotations
 

@@ -39,6 +39,8 @@ class Protocol(web.RequestHandler):
                 lines = (message or "").splitlines() or ["no HTTP/1.1"]
                 guard.refuse(status, f"request is malformed: {lines[0][:200]}")
             raise ConnectionError("malformed request")
+        if isinstance(exc, ConnectionError):
+            raise exc  # by the lines above: the client has its answer, and the connection closes
         log.error("request failed: %s %s", request.method, request.path, exc_info=exc)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has already started")
