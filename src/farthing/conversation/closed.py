@@ -76,9 +76,8 @@ def _members(node: Mapping[str, Any]) -> dict[str, Any]:
     if "properties" in node and "additionalProperties" not in node:
         return {"additionalProperties": False}
     bounded = node.get("additionalProperties") is False or "maxProperties" in node
-    if bounded or len(required) < len(
-        properties
-    ):  # llguidance counts members only if all declared are required
+    # llguidance counts members only if all declared ones are required.
+    if bounded or len(required) < len(properties):
         return {}
     least = node.get("minProperties", 0)
     return {"maxProperties": MOST_MEMBERS + max(len(properties), least if isinstance(least, int) else 0)}

@@ -142,9 +142,8 @@ class Policy:
         if self.config.window_s <= 0:
             return
         history = self.state.history
-        while (
-            history and history[-1][1] <= required
-        ):  # later larger values make earlier ones irrelevant: keep a falling sequence
+        # Later larger values make earlier ones irrelevant: keep a falling sequence.
+        while history and history[-1][1] <= required:
             history.pop()
         history.append((now, required))
         while history[0][0] < now - self.config.window_s:

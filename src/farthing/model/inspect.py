@@ -99,10 +99,8 @@ def checkpoint_cost(path: Path) -> ModelCost:
     stored = names_in(checkpoint, config).stored
 
     def size(name: str) -> int:
-        if name.endswith(
-            "bias"
-        ):  # a gate's weight and bias share a module: its bytes are given to the weight
-            return 0
+        if name.endswith("bias"):
+            return 0  # a gate's weight and bias share a module: its bytes are given to the weight
         module = stored(name).rpartition(".")[0]
         if module in by_module or ".experts." not in name:
             return by_module.get(module, 0)
