@@ -39,7 +39,7 @@ SERVERS = {("serve",), ("fleet", "up"), ("fleet", "run"), ("fleet", "gateway")}
 
 # The log line with a server's port, and the path that answers 200 once it is up.
 UP = {"run": (r"metrics on port (\d+)", "/metrics"), "gateway": (r"gateway on port (\d+)", "/live")}
-READY = (r"(?:listening|gateway) on http://127.0.0.1:(\d+)", "/ready")
+READY = (r"(?:listening on|gateway:) http://127.0.0.1:(\d+)", "/ready")
 
 V2_LITE = dict(
     architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2", q_lora_rank=None, n_group=1,
