@@ -46,6 +46,7 @@ V2_LITE = dict(
     topk_group=1, topk_method="greedy", scoring_func="softmax", norm_topk_prob=False,
     routed_scaling_factor=1.0, num_nextn_predict_layers=0,
 )  # fmt: skip
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 RECIPE = "{}"
 FLEET = """
 policy: {capacity: 2.0, max_replicas: 2}
@@ -84,6 +85,8 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("standins")
     write_model(path / "model")
     write_model(path / "DeepSeek-V2-Lite", **V2_LITE)
+    # The tokenizer of bytes does not have the tokens that DeepSeek's own chat format writes.
+    (path / "model" / "chat_template.jinja").write_text(TEMPLATE)
     for name in ("DeepSeek-V3", "DeepSeek-V3.2"):
         (path / name).symlink_to(path / "model")
     (path / "keys.txt").write_text("someone:sk-1\n")
