@@ -1,6 +1,6 @@
 """FP8 files of Mistral's models, in their own format and in transformers': a factor per matrix or per block.
 
-Each form is written from random weights and has to give the logits of the weights that it stands for.
+Each form is written from random weights and must give the logits of the dequantized weights.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def value(data: Tensor, scale: Tensor) -> Tensor:
 
 
 class Files:
-    """A directory in one form, and the weights that it stands for under DeepSeek-V3's names."""
+    """A directory in one form, and its dequantized weights under DeepSeek-V3's names."""
 
     def __init__(self, path: Path, raw: dict[str, Any], form: Scale, factor: str, inputs: str) -> None:
         self.path = path

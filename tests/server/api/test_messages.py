@@ -108,6 +108,18 @@ def test_stream_starts_with_a_ping() -> None:
         assert kinds[:3] == ["message_start", "ping", "content_block_start"] and kinds[-1] == "message_stop"
 
 
+def whole_and_streamed(written: str) -> tuple[list[Any], list[Any]]:
+    """The blocks of an answer, whole and as the SDK assembles them from a stream."""
+    with running(ScriptedEngine(letters(written))) as server:
+        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+        options: Any = {"model": "tiny", "max_tokens": 99, "messages": USER}
+        options["tools"] = [{"name": "f", "input_schema": {"type": "object"}}]
+        whole = client.messages.create(**options).content
+        with client.messages.stream(**options) as stream:
+            streamed = stream.get_final_message().content
+    return list(whole), list(streamed)
+
+
 @pytest.mark.parametrize(
     ("written", "value"),
     [
@@ -123,26 +135,12 @@ def test_stream_starts_with_a_ping() -> None:
 def test_arguments_that_are_no_object_are_kept(written: str, value: Any) -> None:
     call = v3([("f", {"x": 1})]).replace('{"x": 1}', written)
     assert written in call
-    with running(ScriptedEngine(letters(call))) as server:
-        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
-        options: Any = {"model": "tiny", "max_tokens": 99, "messages": USER}
-        options["tools"] = [{"name": "f", "input_schema": {"type": "object"}}]
-        whole = client.messages.create(**options).content
-        with client.messages.stream(**options) as stream:
-            streamed = stream.get_final_message().content
-        for content in (whole, streamed):
-            assert [block.input for block in content if block.type == "tool_use"] == [value]
+    for content in whole_and_streamed(call):
+        assert [block.input for block in content if block.type == "tool_use"] == [value]
 
 
 def test_blocks_of_whole_answers_are_in_the_order_written() -> None:
     written = f"First.{v3([('f', {'x': 1})])} Then.{v3([('f', {'x': 2}), ('f', {'x': 3})])}"
-    with running(ScriptedEngine(letters(written))) as server:
-        client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
-        options: Any = {"model": "tiny", "max_tokens": 99, "messages": USER}
-        options["tools"] = [{"name": "f", "input_schema": {"type": "object"}}]
-        whole = client.messages.create(**options).content
-        with client.messages.stream(**options) as stream:
-            streamed = stream.get_final_message().content
-        for content in (whole, streamed):
-            said = [block.input if block.type == "tool_use" else block.text for block in content]  # type: ignore[union-attr]
-            assert said == ["First.", {"x": 1}, "Then.", {"x": 2}, {"x": 3}]
+    for content in whole_and_streamed(written):
+        said = [block.input if block.type == "tool_use" else block.text for block in content]
+        assert said == ["First.", {"x": 1}, "Then.", {"x": 2}, {"x": 3}]
