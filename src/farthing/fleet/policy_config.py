@@ -11,7 +11,7 @@ from farthing.fleet.slo import SloConfig
 
 @dataclass(frozen=True)
 class PolicyRule:
-    """What a rule's name stands for. `farthing replay` has a policy of every rule's name."""
+    """Settings that a rule's name selects. `farthing replay` has a policy for every rule."""
 
     scale_down_below: float  # down only when required < this · current; 1: always
     stabilization_s: float  # scale down only to the largest `required` of this window

@@ -41,7 +41,7 @@ class ReasoningSplitter:
         """Parse one more piece and return the deltas that are certain."""
         self._buffer += text
         found: list[Delta] = []
-        steps = {"start": self._start, "reasoning": self._reason, "edge": self._edge, "content": self._answer}
+        steps = {"start": self._edge, "reasoning": self._reason, "edge": self._edge, "content": self._answer}
         while self._buffer and steps[self._state](found):
             pass
         return found
@@ -69,24 +69,15 @@ class ReasoningSplitter:
 
     # States: each returns whether it made progress.
 
-    def _start(self, found: list[Delta]) -> bool:
-        self._skip_blanks()
-        if self._buffer and self._at_tag():
-            return True
-        if self._waits():
-            return False
-        self._state = "reasoning" if self._opened else "content"
-        if not self._opened:
-            self._buffer = "".join(self._blank) + self._buffer
-        return True
-
     def _edge(self, found: list[Delta]) -> bool:
         self._skip_blanks()
         if self._buffer and self._at_tag():
             return True
         if self._waits():
             return False
-        self._state = "content"
+        if self._state == "start" and not self._opened:
+            self._buffer = "".join(self._blank) + self._buffer
+        self._state = "reasoning" if self.reasoning else "content"
         return True
 
     def _reason(self, found: list[Delta]) -> bool:
