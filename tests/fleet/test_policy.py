@@ -12,6 +12,7 @@ from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.policy_state import PolicyState
+from farthing.fleet.slo import SloConfig
 from farthing.fleet.snapshot import Snapshot
 
 CONFIG = PolicyConfig(capacity=1.0, rule="published")
@@ -255,3 +256,14 @@ def test_slo_lowers_the_utilization_on_late_requests_and_raises_it_again() -> No
     for now in range(0, 600, 15):
         fixed.decide(now, replace(seen(now, 10, 7.0), late_share=1.0))
     assert fixed.utilization == 0.7
+
+
+def test_a_few_late_requests_lower_the_utilization_although_the_mean_is_low() -> None:
+    policy = Policy(PolicyConfig(capacity=1.0))
+    for now in range(0, 3600, 15):
+        policy.decide(now, seen(now, 10, 5.0, ttft_s=0.8, late_share=0.02))
+    assert policy.utilization < 0.7
+    policy = Policy(PolicyConfig(capacity=1.0, slo=SloConfig(tpot_s=0.05)))
+    for now in range(0, 600, 15):
+        policy.decide(now, seen(now, 10, 5.0, ttft_s=0.8, late_share=0.0, tpot_s=0.06))
+    assert policy.utilization == pytest.approx(0.7 * 0.86, rel=0.02)

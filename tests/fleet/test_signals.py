@@ -22,6 +22,7 @@ from farthing.fleet.signals import (
     detect,
 )
 from farthing.fleet.signals.dialects import dialect
+from farthing.fleet.signals.late import late_count
 from farthing.fleet.signals.scrape import parse
 from farthing.fleet.snapshot import Snapshot
 from tests.fleet.doubles.replica import FakeReplica
@@ -175,6 +176,36 @@ async def test_idle_histograms_are_zero_not_missing() -> None:
     assert (now.queue_time_s, now.ttft_s, now.request_rate) == (0.0, 0.0, 0.0)
 
 
+@given(st.lists(st.floats(0.01, 20), min_size=1, max_size=50), st.floats(0.1, 12))
+def test_late_count_is_within_the_bucket_of_the_limit(times: list[float], limit: float) -> None:
+    bounds = [0.25, 0.5, 1.0, 2.0, 5.0, 10.0]
+    buckets = {b: float(sum(t <= b for t in times)) for b in [*bounds, float("inf")]}
+    late = late_count(buckets, limit)
+    above = min((b for b in bounds if b >= limit), default=10.0)
+    below = max((b for b in bounds if b < limit), default=0.0)
+    assert sum(t > above for t in times) - 1e-9 <= late <= sum(t > below for t in times) + 1e-9
+    if limit in bounds:
+        assert late == sum(t > limit for t in times)
+
+
+@pytest.mark.anyio
+async def test_late_share_counts_requests_and_not_the_mean() -> None:
+    clock = Clock()
+    async with FakeReplica(name="a") as a, FakeReplica(name="b") as b:
+        reader = source(clock, a, b, ttft_s=2.0)
+        assert (await reader.read(2)).late_share is None
+        for replica, late in ((a, 4.0), (b, 0.0)):
+            replica.sums["ttft"], replica.late = [30.0, 40.0], late
+        clock.tick(5.0)
+        now = await reader.read(2)
+        clock.tick(60.0)
+        idle = await reader.read(2)
+        await reader.close()
+    assert now.ttft_s == 0.75
+    assert now.late_share == pytest.approx(0.05)
+    assert idle.late_share is None
+
+
 # ---- a real Prometheus ----
 
 
@@ -194,6 +225,7 @@ async def busy(*replicas: FakeReplica) -> None:
             replica.totals["prompt"] += 1000
             replica.sums["ttft"] = [replica.sums["ttft"][0] + 2.0, replica.sums["ttft"][1] + 10]
             replica.sums["queue"] = [replica.sums["queue"][0] + 0.5, replica.sums["queue"][1] + 10]
+            replica.late += 1
         await asyncio.sleep(0.25)
 
 
@@ -204,13 +236,14 @@ async def test_prometheus_returns_the_same_signals(tmp_path: Path, name: str) ->
         manager = prometheus(tmp_path, [f"127.0.0.1:{r.port}" for r in (a, b)])
         url, _ = await asyncio.to_thread(manager.__enter__)
         try:
-            reader = PrometheusSource(url, window_s=2.0, selector='{model_name=~"a|b"}')
+            reader = PrometheusSource(url, window_s=2.0, selector='{model_name=~"a|b"}', ttft_s=2.0)
             a.signals.update(waiting=3.0, kv=0.5)
             load = asyncio.create_task(busy(a, b))
 
             def complete(s: Snapshot) -> bool:  # each signal is a separate query: one may arrive first
                 queue = name == "sglang" or s.queue_time_s
-                return bool(s.ttft_s and s.prompt_token_rate and s.backlog and queue) and s.ready == 2
+                load = s.ttft_s and s.late_share and s.prompt_token_rate and s.backlog
+                return bool(load and queue) and s.ready == 2
 
             now = await eventually(lambda: reader.read(2), complete)
             points = await reader.load_history("tokens", now.time - 3, time.time(), 0.5)
@@ -218,6 +251,7 @@ async def test_prometheus_returns_the_same_signals(tmp_path: Path, name: str) ->
             assert now.backlog == 3.0
             assert now.kv_usage == 0.25
             assert now.ttft_s == pytest.approx(0.2, rel=0.05)
+            assert now.late_share == pytest.approx(0.1, rel=0.05)
             assert now.prompt_token_rate is not None and now.prompt_token_rate > 0
             assert now.queue_time_s == (None if name == "sglang" else pytest.approx(0.05, rel=0.05))
             assert not now.stale

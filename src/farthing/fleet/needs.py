@@ -46,15 +46,17 @@ class Needs:
             self.state.utilization = self.config.slo.moved(self.utilization, late, passed)
 
     def _late(self, snapshot: Snapshot) -> float | None:
-        """Share of requests that miss the SLO: measured, else 0 or 1 by the mean times."""
+        """Share of requests that miss the SLO: 1 if the mean TPOT misses it, else by the time to first token.
+
+        Without a histogram of that time, its mean makes the share 0 or 1.
+        """
         slo = self.config.slo
+        if slo.tpot_s is not None and snapshot.tpot_s is not None and snapshot.tpot_s > slo.tpot_s:
+            return 1.0
         if snapshot.late_share is not None:
             return snapshot.late_share
         first = snapshot.ttft_s if snapshot.ttft_s is not None else snapshot.queue_time_s
-        if first is None:
-            return None
-        slow = slo.tpot_s is not None and snapshot.tpot_s is not None and snapshot.tpot_s > slo.tpot_s
-        return 1.0 if first > slo.ttft_s or slow else 0.0
+        return float(first > slo.ttft_s) if first is not None else None
 
     def levels(
         self, now: float, snapshot: Snapshot, short: Forecast | None, mid: Forecast | None, rate: float

@@ -95,6 +95,7 @@ def make_source(config: FleetConfig) -> Source:
             window_s=signals.window_s,
             stale_after_s=config.policy.stale_after_s,
             timeout_s=signals.timeout_s,
+            ttft_s=config.policy.slo.ttft_s,
             headers=headers,
             leaving=signals.leaving,
         )
@@ -106,6 +107,7 @@ def make_source(config: FleetConfig) -> Source:
         dialect=dialect(signals.metrics),
         window_s=signals.window_s,
         timeout_s=signals.timeout_s,
+        ttft_s=config.policy.slo.ttft_s,
     )
 
 

@@ -168,6 +168,7 @@ class LocalFleet:
             window_s=fleet.signals.window_s,
             latency_window_s=_LATENCY_WINDOW_S,
             timeout_s=fleet.signals.timeout_s,
+            ttft_s=fleet.policy.slo.ttft_s,
             gateway=self.url,
             cold_starts=self.replicas.cold_starts,
         )

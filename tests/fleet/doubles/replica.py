@@ -42,6 +42,9 @@ _NAMES = {
 _NAMES["farthing"] = {key: name.replace("vllm:", "farthing:") for key, name in _NAMES["vllm"].items()}
 
 
+BOUND_S = 2.0  # of the only finite bucket of the time to first token
+
+
 class FakeReplica:
     """The server. `tokens` are sent `interval_s` apart; `fail_after` tokens it cuts the connection."""
 
@@ -71,6 +74,7 @@ class FakeReplica:
         self.signals: dict[str, float] = {"waiting": 0.0, "kv": 0.0}
         self.totals = {"prompt": 0.0, "output": 0.0}
         self.sums = {key: [0.0, 0.0] for key in ("queue", "ttft", "tpot", "e2e")}  # [sum, count]
+        self.late = 0.0  # of the first tokens in `sums`, those after BOUND_S
         self._runner: web.AppRunner | None = None
 
     # ---- lifecycle ------------------------------------------------------------------------------------
@@ -220,6 +224,10 @@ class FakeReplica:
         put("output", "counter", ("", self.totals["output"]))
         for key, (total, count) in self.sums.items():
             put(key, "histogram", ("_sum", total), ("_count", count))
+        if ttft := names.get("ttft"):
+            total, labels = self.sums["ttft"][1], f'model_name="{self.name}"'
+            for bound, count in ((str(BOUND_S), total - self.late), ("+Inf", total)):
+                lines.append(f'{ttft}_bucket{{{labels},le="{bound}"}} {count}')
         return web.Response(
             text="\n".join(lines) + "\n", headers={"content-type": "text/plain; version=0.0.4"}
         )

@@ -17,6 +17,7 @@ import aiohttp
 
 from farthing.fleet.signals.coldstart import ColdStarts
 from farthing.fleet.signals.dialects import DIALECTS, LAUNCH_METRIC, Dialect
+from farthing.fleet.signals.late import bound_of, late_count
 from farthing.fleet.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class PrometheusSource:
         window_s: float = 30.0,
         stale_after_s: float = 60.0,
         timeout_s: float = 3.0,
+        ttft_s: float | None = None,
         cold_starts: ColdStarts | None = None,
         headers: Mapping[str, str] | None = None,
         leaving: str | None = None,
@@ -55,6 +57,7 @@ class PrometheusSource:
             raise ValueError(f'selector = {selector!r}: expected {{label="value",…}}')
         self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
         self._window, self._stale_after, self._leaving = window_s, stale_after_s, leaving
+        self._ttft_s = ttft_s  # a first token after this is late
         self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
         self._cold_starts, self._wall = cold_starts, wall
         self._session: aiohttp.ClientSession | None = None
@@ -71,7 +74,9 @@ class PrometheusSource:
             if dialect is None:
                 return Snapshot(time=self._wall(), current=current, stale=True)
             questions = self._questions(dialect)
-            answers = await asyncio.gather(*(self.scalar(text) for text in questions.values()))
+            answers, late = await asyncio.gather(
+                asyncio.gather(*(self.scalar(text) for text in questions.values())), self._late(dialect)
+            )
         except PrometheusError as problem:
             log.warning("signals: %s", problem)
             return Snapshot(time=self._wall(), current=current, stale=True)
@@ -88,6 +93,7 @@ class PrometheusSource:
             ready=int(ready) if ready is not None else None,
             leaving=round(leaving) if leaving is not None else 0,
             cold_start_s=measured if measured is not None else cold_start,
+            late_share=late,
             stale=age is None or age > self._stale_after,
             **value,
         )
@@ -149,6 +155,16 @@ class PrometheusSource:
         """Mean over the window; 0 if the histogram exists but had no observations."""
         total, count = self._rate(f"{histogram}_sum"), self._rate(f"{histogram}_count")
         return f"({total} / ({count} > 0) or {count} * 0)"
+
+    async def _late(self, d: Dialect) -> float | None:
+        """Share of first tokens that were late in the window; None without any."""
+        if self._ttft_s is None:
+            return None
+        rates = f"sum by (le) (rate({self._of(f'{d.ttft}_bucket')}[{self._window:g}s]))"
+        data = await self._api("query", {"query": rates})
+        buckets = {bound_of(row["metric"]["le"]): float(row["value"][1]) for row in data["result"]}
+        total = max(buckets.values(), default=0.0)
+        return late_count(buckets, self._ttft_s) / total if total > 0 else None
 
     # ---- the HTTP API ----
 

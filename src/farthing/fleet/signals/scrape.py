@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from farthing.fleet.signals.coldstart import ColdStarts
 from farthing.fleet.signals.dialects import LAUNCH_METRIC, Dialect, detect
+from farthing.fleet.signals.late import bound_of, late_count
 from farthing.fleet.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Sample:
     waiting: float | None
     kv_usage: float | None
     launch_s: float | None  # launch to ready, if the server reports it
-    totals: Mapping[str, float]  # "prompt", "output", "<histogram>_sum", "<histogram>_count"
+    totals: Mapping[str, float]  # "prompt", "output", "<histogram>_sum" and "_count", "ttft_late"
 
 
 @dataclass
@@ -71,15 +72,20 @@ class _History:
         return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
 
 
-def parse(text: str, dialect: Dialect | None, at: float) -> Sample | None:
+def parse(text: str, dialect: Dialect | None, at: float, ttft_s: float | None = None) -> Sample | None:
     """Parse one replica's /metrics text; None if no dialect is recognized.
 
-    Raises ValueError for other text.
+    First tokens after `ttft_s` are counted as late. Raises ValueError for other text.
     """
     values: dict[str, float] = {}
+    buckets: dict[str, dict[float, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if not sample.name.endswith(("_bucket", "_created")):
+            if sample.name.endswith("_bucket"):
+                counts = buckets.setdefault(sample.name.removesuffix("_bucket"), {})
+                bound = bound_of(sample.labels["le"])
+                counts[bound] = counts.get(bound, 0.0) + sample.value
+            elif not sample.name.endswith("_created"):
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
     known = dialect or detect(values)
     if known is None:
@@ -99,6 +105,8 @@ def parse(text: str, dialect: Dialect | None, at: float) -> Sample | None:
         if histogram and f"{histogram}_count" in values:
             totals[f"{key}_sum"] = values[f"{histogram}_sum"]
             totals[f"{key}_count"] = values[f"{histogram}_count"]
+    if ttft_s is not None and known.ttft in buckets:
+        totals["ttft_late"] = late_count(buckets[known.ttft], ttft_s)
     running, waiting, kv_usage = (values.get(n) for n in (known.running, known.waiting, known.kv_usage))
     return Sample(at, running, waiting, kv_usage, values.get(LAUNCH_METRIC), totals)
 
@@ -114,6 +122,7 @@ class ScrapeSource:
         window_s: float = 15.0,
         latency_window_s: float | None = None,
         timeout_s: float = 2.0,
+        ttft_s: float | None = None,
         gateway: str | None = None,
         cold_starts: ColdStarts | None = None,
         headers: Mapping[str, str] | None = None,
@@ -122,6 +131,7 @@ class ScrapeSource:
     ) -> None:
         self._targets, self._dialect, self._window, self._gateway = targets, dialect, window_s, gateway
         self._latency_window = window_s if latency_window_s is None else latency_window_s
+        self._ttft_s = ttft_s  # a first token after this is late
         self._cold_starts, self._wall, self._monotonic = cold_starts, wall, monotonic
         self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
@@ -154,6 +164,7 @@ class ScrapeSource:
             queue_time_s=self._mean("queue"),
             ttft_s=self._mean("ttft"),
             tpot_s=self._mean("tpot"),
+            late_share=self._late(),
             running=_sum(s.running for s in samples),
             kv_usage=_mean(s.kv_usage for s in samples),
             cold_start_s=self._cold_start(samples),
@@ -175,7 +186,7 @@ class ScrapeSource:
 
     def _take(self, name: str, text: str | None, now: float) -> Sample | None:
         try:
-            sample = parse(text, self._dialect, now) if text is not None else None
+            sample = parse(text, self._dialect, now, self._ttft_s) if text is not None else None
         except ValueError as problem:
             log.warning("%s: /metrics is not in the Prometheus text format: %s", name, problem)
             return None
@@ -230,17 +241,23 @@ class ScrapeSource:
                 reported.add(sample.launch_s)
         return reported.p90
 
+    def _late(self) -> float | None:
+        """Share of first tokens that were late in the window; None without any."""
+        late, count = self._increase("ttft_late", self._window), self._increase("ttft_count", self._window)
+        return late / count if late is not None and count else None
+
     def _mean(self, key: str) -> float | None:
         """Mean of a histogram over the latency window and all replicas; 0 without observations."""
-        sums = [
-            i[0] for h in self._histories.values() if (i := h.increase(f"{key}_sum", self._latency_window))
-        ]
-        counts = [
-            i[0] for h in self._histories.values() if (i := h.increase(f"{key}_count", self._latency_window))
-        ]
-        if not counts:
+        total = self._increase(f"{key}_sum", self._latency_window)
+        count = self._increase(f"{key}_count", self._latency_window)
+        if total is None or count is None:
             return None
-        return sum(sums) / sum(counts) if sum(counts) > 0 else 0.0
+        return total / count if count > 0 else 0.0
+
+    def _increase(self, key: str, window_s: float) -> float | None:
+        """Increase of a counter over all replicas; None while no replica has two readings of it."""
+        known = [i[0] for h in self._histories.values() if (i := h.increase(key, window_s))]
+        return sum(known) if known else None
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
