@@ -1,9 +1,10 @@
 """Measures how much one hostile client delays others: every known attack next to well-behaved clients.
 
-    python -m bench.hostile [--rounds 3] [--seconds 3] [--only NAME] [--model mite] [--json FILE]
+    python -m bench.hostile [--rounds 3] [--seconds 3] [--only NAME] [--model mite] [--gateway] [--json FILE]
 
 Starts `farthing serve` with two API keys. Two well-behaved clients share a key and send requests
-continuously, one for 8 tokens and one for an answer under a new grammar. Windows with the attack, which uses
+continuously, one for 8 tokens and one for an answer under a new grammar. With --gateway, all requests pass a
+gateway. Windows with the attack, which uses
 the other key, alternate with windows without it (control). An attack's added latency is the difference of the
 worst latencies. The exit code is 1 if an attack adds more than 250 ms or makes a well-behaved request fail.
 The attacker runs in a separate process at the lowest priority, since a real one has its own machine. `held`
@@ -122,8 +123,8 @@ class Server:
     """`farthing serve` with measurements inside the process."""
 
     def __init__(self, model: str, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = self.entry = free_port()  # entry: where clients connect
+        self._gateway: subprocess.Popen[bytes] | None = None
         self._file = folder / "holds.json"
         keys = ["--api-key", f"good:{GOOD}", "--api-key", f"bad:{BAD}"]
         command = [sys.executable, "-m", "bench.hostile.serve", str(self._file), "serve", model]
@@ -138,6 +139,19 @@ class Server:
                     return
             time.sleep(0.1)
         raise SystemExit("the server did not start")
+
+    def put_gateway_in_front(self) -> None:
+        """Let clients connect to a gateway instead."""
+        self.entry = free_port()
+        command = [sys.executable, "-m", "farthing", "fleet", "gateway", "--port", str(self.entry)]
+        self._gateway = subprocess.Popen([*command, "--replica", url(self.port)])
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(*ERRORS):
+                if httpx.get(f"{url(self.entry)}/health").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise SystemExit("the gateway did not start")
 
     def holds(self) -> dict[str, float]:
         """The longest holds since the last call."""
@@ -155,9 +169,18 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def stop(self) -> None:
-        """Stop the server."""
+        """Stop the server and the gateway."""
+        if self._gateway is not None:
+            self._gateway.terminate()
+            self._gateway.wait(60)
         self._process.terminate()
         self._process.wait(60)
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 class Attacker:
@@ -240,13 +263,13 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
 def run(server: Server, attack: Attack, rounds: int, seconds: float) -> Result:
     """Alternate windows without and with the attack."""
     result = Result(attack.name, {k: Latencies() for k in KINDS}, {k: Latencies() for k in KINDS})
-    attacker = Attacker(server.port, attack.name)
+    attacker = Attacker(server.entry, attack.name)
     server.holds()
     for _ in range(rounds):
-        measure(server.port, result.alone, seconds)
+        measure(server.entry, result.alone, seconds)
         keep_most(result.held_alone, server.holds())
         attacker.say("begin")
-        measure(server.port, result.during, seconds)
+        measure(server.entry, result.during, seconds)
         attacker.say("pause")
         keep_most(result.held, server.holds())
         time.sleep(SETTLE)
@@ -305,6 +328,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds per window")
     parser.add_argument("--only", default="", help="only attacks whose name contains this text")
     parser.add_argument("--model", default="mite")
+    parser.add_argument("--gateway", action="store_true", help="put a gateway in front of the server")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
@@ -317,7 +341,9 @@ def main() -> None:
         server = Server(options.model, Path(folder))
         try:
             server.wait()
-            measure(server.port, {kind: Latencies() for kind in KINDS}, 3.0)
+            if options.gateway:
+                server.put_gateway_in_front()
+            measure(server.entry, {kind: Latencies() for kind in KINDS}, 3.0)
             before = server.memory()
             print(HEAD)
             for attack in attacks():

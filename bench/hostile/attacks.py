@@ -137,6 +137,33 @@ def slow_body(port: int) -> str:
     return "left"
 
 
+def tiny_chunks(port: int) -> str:
+    """Send a body in 200,000 chunks of one byte."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        try:
+            connection.sendall(_TINY)
+        except ConnectionError:
+            return "closed"
+        return connection.recv(100).split(b"\r\n")[0].decode()
+
+
+_TINY = (
+    f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
+    "Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+).encode() + b"1\r\n \r\n" * 200_000
+
+
+def trailers(port: int) -> str:
+    """Send a million fields after a chunked body."""
+    head = _TINY[: _TINY.index(b"\r\n\r\n") + 4]
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        try:
+            connection.sendall(head + b"2\r\n{}\r\n0\r\n" + b"x: y\r\n" * 1_000_000)
+        except ConnectionError:
+            return "closed"
+        return connection.recv(100).split(b"\r\n")[0].decode()
+
+
 def pipelined(port: int) -> str:
     """Send 2,000 small requests in one write."""
     one = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n\r\n".encode()
@@ -297,6 +324,8 @@ def sockets() -> list[Attack]:
         Attack("head: a million headers", many_headers),
         Attack("sockets: 3,000 half-open", half_open, 1),
         Attack("bodies: slow", slow_body, 50),
+        Attack("bodies: chunks of one byte", tiny_chunks, 8),
+        Attack("bodies: a million trailers", trailers, 4),
         Attack("pipeline: 2,000 requests", pipelined),
         Attack("burst: 500 requests", burst, 1),
     ]

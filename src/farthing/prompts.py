@@ -13,7 +13,9 @@ from hashlib import blake2b
 from typing import Any
 
 BLOCK = 512  # bytes of text
-_PARSED = 1 << 20  # bytes; a larger body is hashed unparsed: parsing would delay other requests
+# A body with more bytes, or more commas and opening brackets, is hashed unparsed: parsing a megabyte of empty
+# objects takes 0.2 s, during which a gateway serves no other request.
+_PARSED, _MARKS = 1 << 20, 65_536
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def read_prompt(body: bytes, limit: int, block: int = BLOCK) -> Prompt:
 
 
 def _parsed(body: bytes) -> dict[str, Any] | None:
-    if len(body) > _PARSED or body.lstrip()[:1] != b"{":
+    if len(body) > _PARSED or body.lstrip()[:1] != b"{" or sum(map(body.count, (b",", b"[", b"{"))) > _MARKS:
         return None
     try:
         request = json.loads(body)

@@ -304,19 +304,42 @@ async def test_disconnected_streams_leak_nothing(count: int) -> None:
 
 
 @pytest.mark.anyio
-async def test_tiny_chunks_leave_the_event_loop_free() -> None:
-    """The body's chunks are parsed a few thousand at a time, and other clients' requests in between."""
+@pytest.mark.parametrize("with_head", [True, False])
+@pytest.mark.parametrize("size", [b"1", b"001;a=b"])
+async def test_tiny_chunks_are_rejected(with_head: bool, size: bytes) -> None:
     payload = json.dumps(body()).encode()
-    tiny = b"1\r\n \r\n" * 200_000 + b"%x\r\n%s\r\n0\r\n\r\n" % (len(payload), payload)
-    async with fleet(1) as (_, (replica,), session, url):
+    last = b"%x\r\n%s\r\n0\r\n\r\n" % (len(payload), payload)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST
+    head += b"transfer-encoding: chunked\r\n\r\n"
+    async with fleet(1) as (gateway, (replica,), _session, url):
+        for count, status in ((500, b"200"), (50_000, b"400")):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            writer.write(head)
+            while not (with_head or any(guard.phase == "request" for guard in gateway.door.guards)):
+                await asyncio.sleep(0.001)
+            writer.write((size + b"\r\n \r\n") * count + last)
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 " + status)
+            writer.close()
+        assert len(replica.requests) == 1
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("version", [b"0.9", b"2.0"])
+async def test_unsupported_versions_of_http_are_rejected(version: bytes) -> None:
+    async with fleet(1) as (_, (replica,), _session, url):
         reader, writer = await connect(int(url.rsplit(":", 1)[1]))
-        head = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST
-        writer.write(head + b"transfer-encoding: chunked\r\n\r\n" + tiny)
-        answer = asyncio.create_task(answer_of(reader))
-        others = 0
-        while not answer.done():
-            async with session.get(url + "/health") as health:
-                others += health.status == 200
-        assert (await answer)[0] == 200
+        writer.write(post(json.dumps(body()).encode()).replace(b"HTTP/1.1", b"HTTP/" + version, 1))
+        assert (await reader.read()).startswith(b"HTTP/1.1 505 ")
         writer.close()
-        assert others >= 12 and len(replica.requests) == 1
+        assert replica.requests == []
+
+
+@pytest.mark.anyio
+async def test_redirect_does_not_name_the_replica() -> None:
+    async def reply(request: bytes, writer: asyncio.StreamWriter) -> None:
+        location = b"location: http://127.0.0.1:%d/dashboard/?a=b\r\n" % port
+        writer.write(b"HTTP/1.1 307 Temporary Redirect\r\ncontent-length: 0\r\n" + location + b"\r\n")
+
+    async with raw_replica(reply) as port, before(port) as (_, session):
+        answer = await session.post(CHAT, json=body(), allow_redirects=False)
+        assert (answer.status, answer.headers["Location"]) == (307, "/dashboard/?a=b")

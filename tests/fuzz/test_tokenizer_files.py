@@ -67,6 +67,38 @@ def test_unexpected_values(tmp_path: Path, name: str, data: st.DataObject) -> No
     load(tmp_path)
 
 
+@pytest.mark.parametrize("added", [True, False])
+def test_distant_token_ids(tmp_path: Path, added: bool) -> None:
+    """Such a file took 12 s to load: the library walks through all ids when it writes a tokenizer."""
+    write(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    document = json.loads(file.read_text())
+    if added:
+        document["added_tokens"].append(document["added_tokens"][0] | {"id": 2**31, "content": "<far>"})
+    else:
+        document["model"]["vocab"]["<far>"] = 2**31
+    file.write_text(json.dumps(document))
+    message = r"tokenizer.json has token ids up to 2,147,483,648; expected less than 1,\d+,\d+ for \d+ tokens"
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_files_that_truncate_or_pad(tmp_path: Path) -> None:
+    write(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    plain = Tokenizer.from_directory(tmp_path).encode("hello")
+    document = json.loads(file.read_text())
+    document["truncation"] = {
+        "direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    document["padding"] = {
+        "strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "a",
+    }  # fmt: skip
+    file.write_text(json.dumps(document))
+    assert Tokenizer.from_directory(tmp_path).encode("hello") == plain
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("content", ["", "null", "[" * 100_000, "[]", '{"a": ' * 50_000, "\ufeff{}"])
 def test_whole_files(tmp_path: Path, name: str, content: str) -> None:

@@ -111,6 +111,11 @@ IGNORED = {
             "num_hidden_layers is True; expected a positive integer",
         ),
         ("deepseek-v3", {"norm_topk_prob": 1}, "norm_topk_prob is 1; expected true or false"),
+        ("deepseek-v3", {"rms_norm_eps": None}, "rms_norm_eps is null; expected a number greater than 0"),
+        ("deepseek-v3", {"norm_topk_prob": None}, "norm_topk_prob is null; expected true or false"),
+        ("deepseek-v3", {"scoring_func": None}, "scoring_func is null; expected 'sigmoid' or 'softmax'"),
+        ("deepseek-v3", {"moe_layer_freq": None}, "moe_layer_freq is null; expected a positive integer"),
+        ("mistral-large-3", {"norm_eps": None}, "norm_eps is null; expected a number greater than 0"),
         ("deepseek-v3", {"rope_theta": True}, "rope_theta is True; expected a number greater than 0"),
     ],
 )

@@ -57,7 +57,14 @@ def test_counts_equal_those_of_a_parser(value: Any, ascii_only: bool, separators
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_counted(body: bytes) -> None:
-    check(body)
+    check(body.replace(b"\0", b""))
+
+
+def test_other_encodings_do_not_evade_the_limits() -> None:
+    """The first byte of U+2200 is that of a quotation mark."""
+    body = '{"∀": 1, "x": [' + "[]," * MAX_VALUES + "1]}"
+    json.loads(body.encode("utf-16-be"))
+    assert refuses(body.encode("utf-16-be"))
 
 
 def refuses(body: bytes) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from farthing.server.auth import KeyRing
 from farthing.server.config import ServerConfig
 from farthing.server.connection_protocol import protocol
 from farthing.server.connections import Connections, GuardedH11
@@ -99,6 +100,49 @@ def test_pipeline_is_bounded_and_what_was_accepted_is_answered(implementation: s
         answers = answer(connection).count(b"HTTP/1.1 200 ")
         assert answers == (33 if implementation == "httptools" else 2_000)  # h11 reads them one by one
         assert healthy(server)
+
+
+CHUNKED = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+BODY = b'{"prompt": "x", "max_tokens": 1}'
+
+
+@pytest.mark.parametrize("extension", [b"", b";a=b"])
+def test_tiny_chunks_are_rejected(extension: bytes) -> None:
+    pytest.importorskip("httptools")
+    with running(ScriptedEngine()) as server, sockets(server, 2) as (many, few):
+        with contextlib.suppress(ConnectionError):
+            many.sendall(CHUNKED + b"1%s\r\n \r\n" % extension * 50_000)
+        received = answer(many)
+        assert not received or (b"400 Bad Request" in received and b"at least 64 bytes" in received)
+        few.sendall(CHUNKED + b"1%s\r\n \r\n" % extension * 500)
+        few.sendall(b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY))
+        assert few.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_trailers_are_ignored_and_bounded() -> None:
+    """They were appended to the headers, without a limit on their number."""
+    pytest.importorskip("httptools")
+    body = CHUNKED + b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
+    with running(ScriptedEngine(), keys=KeyRing(["me:secret"])) as server, sockets(server, 2) as (many, few):
+        with contextlib.suppress(ConnectionError):
+            many.sendall(body + b"x: y\r\n" * 500_000)
+        received = answer(many)
+        assert not received or received.split()[1] in (b"400", b"401")
+        few.sendall(body + b"authorization: Bearer secret\r\n\r\n")
+        assert few.recv(65536).startswith(b"HTTP/1.1 401 ")
+        assert healthy(server)
+
+
+@pytest.mark.parametrize(("version", "status"), [("1.0", b"200"), ("0.9", b"400"), ("2.0", b"400")])
+def test_versions_of_http(version: str, status: bytes) -> None:
+    pytest.importorskip("httptools")  # h11 does not tell them apart
+    with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
+        connection.sendall(HEAD.replace(b"1.1", version.encode()) + b"Connection: close\r\n\r\n")
+        received = answer(connection)
+        assert received.startswith(b"HTTP/1.1 " + status)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET", HEAD, HEAD + b"x: y"])

@@ -96,9 +96,9 @@ def prompts_for(model: Path, vocabulary: int, count: int, length: int) -> tuple[
     """`count` prompts of `length` token ids: from the checkpoint's held-out text if it has one (so that
     speculation sees realistic text), otherwise fixed random ids."""
     if (model / "heldout.jsonl").exists() and (model / "tokenizer.json").exists():
-        from tokenizers import Tokenizer
+        from farthing.tokenizer_file import read_tokenizer
 
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        tokenizer = read_tokenizer(model / "tokenizer.json")
         texts = (json.loads(line)["text"] for line in (model / "heldout.jsonl").open(encoding="utf-8"))
         found = [ids[:length] for text in texts if len(ids := tokenizer.encode(text).ids) >= length]
         if len(found) >= count:

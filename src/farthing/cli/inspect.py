@@ -47,13 +47,12 @@ def inspect(
                 f"error: {model} is a published configuration without weights; --prompts needs them", err=True
             )
             raise typer.Exit(1)
-        from tokenizers import Tokenizer
-
         from farthing.model import load
         from farthing.model.inspect import routing_report
         from farthing.ops import select
+        from farthing.tokenizer_file import read_tokenizer
 
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = read_tokenizer(path / "tokenizer.json")
         lines = prompts.read_text(encoding="utf-8").splitlines()
         report = routing_report(load(path, select(backend)), [tokenizer.encode(line).ids for line in lines])
     if as_json:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from farthing.model import ModelConfig
+from farthing.tokenizer_file import read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def load_tokenizer(model: Path) -> Tokenizer:
     file = model / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; expected a tokenizer, or data given as 'ids'")
-    return Tokenizer.from_file(str(file))
+    return read_tokenizer(file)
 
 
 def encode(tokenizer: Tokenizer, text: str, bos: int | None) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as _Tokenizer
 
 from farthing.engine.chat_template import DEEPSEEK_TEMPLATE, compile_template, flatten
+from farthing.tokenizer_file import read_tokenizer
 
 
 class Tokenizer:
@@ -66,11 +67,7 @@ class Tokenizer:
         config = _json(path / "tokenizer_config.json")
         generation = path / "generation_config.json"
         eos = [*eos_token_ids, *_ids(_json(generation).get("eos_token_id"), generation)]
-        try:
-            backend = _Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise ValueError(f"{file} is not a tokenizer file: {error}") from error
-        return cls(backend, config, eos, _chat_template(path, config))
+        return cls(read_tokenizer(file), config, eos, _chat_template(path, config))
 
     def state(self) -> dict[str, Any]:
         """JSON that `from_state` makes the same tokenizer of, in another process."""

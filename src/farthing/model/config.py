@@ -207,6 +207,18 @@ _REQUIRED = {
     "max_position_embeddings",
 }
 _POSITIVE = {"moe_layer_freq", "n_group", "topk_group", "shared_intermediate_size", "q_lora_rank"}
+_EXPERT_COUNTS = ("n_routed_experts", "num_local_experts")
+_NULLABLE = {"n_shared_experts", "n_group", "topk_group", "num_nextn_predict_layers"}
+_EXPERT_FIELDS = {
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "topk_method",
+    "scoring_func",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+}
 _OF_EXPERTS = ("num_experts_per_tok", "moe_intermediate_size")  # required with experts
 
 
@@ -217,7 +229,7 @@ def _checked(cls: type[ModelConfig], raw: Mapping[str, Any]) -> dict[str, Any]:
         value = raw.get(name)
         if name in _REQUIRED:
             values[name] = checked.integer(raw, name)
-        elif value is None:
+        elif value is None and (name not in raw or _may_be_null(raw, name, kind)):
             continue
         elif kind in (int, int | None):
             least = 1 if name in _POSITIVE else 0
@@ -231,6 +243,12 @@ def _checked(cls: type[ModelConfig], raw: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _may_be_null(raw: Mapping[str, Any], name: str, kind: object) -> bool:
+    """Whether null means the same as a missing field. Models without experts use no field of experts."""
+    dense = all(raw.get(each) is None for each in _EXPERT_COUNTS)
+    return type(None) in get_args(kind) or name in _NULLABLE or (dense and name in _EXPERT_FIELDS)
+
+
 def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fields with other names or of other types. Raises ValueError."""
     if (activation := raw.get("hidden_act")) not in (None, "silu"):
@@ -238,7 +256,7 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("attention_bias", "mlp_bias"):
         if raw.get(name) not in (None, False):
             raise wrong(name, raw[name], "false: matrices have no bias")
-    experts = next((n for n in ("n_routed_experts", "num_local_experts") if n in raw), None)
+    experts = next((n for n in _EXPERT_COUNTS if n in raw), None)
     if experts is None:
         raise absent("n_routed_experts", "a positive integer, or null for a model without experts")
     drafts = next((n for n in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(n) is not None), None)

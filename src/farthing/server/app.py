@@ -32,7 +32,7 @@ from farthing.server.dashboard import assets, service_data, visible_to
 from farthing.server.dashboard.router import mount
 from farthing.server.errors import ApiError
 from farthing.server.events import to_json
-from farthing.server.invalid import describe_validation
+from farthing.server.invalid import describe_unparsed, describe_validation
 from farthing.server.jobs import ClientGone
 from farthing.server.metrics import CountRequests, Metrics
 from farthing.server.pieces import PiecedAnswer, Pieces, listed
@@ -66,6 +66,7 @@ def create_app(service: Service) -> ASGIApp:
         version=farthing.__version__,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # the Location would name this server's own address to a gateway's clients
         root_path=service.config.root_path,
         responses={status: {"model": ErrorResponse} for status in _ERRORS},
     )
@@ -263,7 +264,7 @@ def _add_error_handlers(api: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         path, status = request.url.path, error.status_code
         if status == 400 and error.detail == "There was an error parsing the body":
-            return ApiError(400, "the body is not JSON in UTF-8").response(request.scope)
+            return describe_unparsed(error.__cause__).response(request.scope)
         absent = absent_reason(path) if status in (404, 405) else None
         if absent is not None:
             return ApiError(404, absent, code="unknown_url").response(request.scope)

@@ -118,7 +118,10 @@ class Bodies:
 
 def check(body: bytes) -> int:
     """The number of values in JSON, counting numbers for less. Raises ApiError (400) for too many values or
-    levels. Ignores other defects."""
+    levels, and for UTF-16 and UTF-32, which Python parses but which would be counted wrongly. Ignores other
+    defects."""
+    if b"\0" in body:
+        raise ApiError(400, "the body contains zero bytes; expected JSON in UTF-8")
     if b"\\" in body:
         body = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")
     data = np.frombuffer(body, np.uint8)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from farthing.server.connections import Guarded
 
 _PIPELINED = 32  # requests of one connection queued after the one being answered
+# Each chunk of a body costs as much as a few hundred bytes. A body may have this many chunks, and more if
+# they have at least so many bytes on average.
+_CHUNKS, _CHUNK_BYTES = 1_024, 64
+_TRAILERS = 64  # fields after a chunked body, which are ignored
 
 
 class GuardedHttpTools(Guarded, HttpToolsProtocol):  # type: ignore[misc]  # two kinds of cycle
@@ -16,6 +20,8 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):  # type: ignore[misc]  # two
 
     _in_body = False
     _overrun = False
+    _problem = ""
+    _chunks = _body_bytes = _trailers = 0
 
     def on_headers_complete(self) -> None:
         """Handle a complete head. After too many pipelined requests parsing ends; accepted ones are answered.
@@ -27,8 +33,31 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):  # type: ignore[misc]  # two
             newest.keep_alive = False  # its response closes the connection
             self._overrun = True
             raise OverflowError(f"more than {_PIPELINED} pipelined requests")
+        if self.parser.get_http_version() not in ("1.0", "1.1"):
+            self._reject("expected HTTP/1.1")
         self._in_body = True
+        self._chunks = self._body_bytes = self._trailers = 0
         super().on_headers_complete()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Handle a header. Trailers are ignored: the application has already read the headers."""
+        if not self._in_body:
+            super().on_header(name, value)
+            return
+        self._trailers += 1
+        if self._trailers > _TRAILERS:
+            self._reject(f"expected at most {_TRAILERS} trailers")
+
+    def on_chunk_header(self) -> None:
+        """Count a chunk of a body."""
+        self._chunks += 1
+        if self._chunks > _CHUNKS + self._body_bytes // _CHUNK_BYTES:
+            self._reject(f"expected chunks of at least {_CHUNK_BYTES} bytes on average")
+
+    def on_body(self, body: bytes) -> None:
+        """Handle a part of a body."""
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Handle a complete body."""
@@ -38,7 +67,12 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):  # type: ignore[misc]  # two
     def send_400_response(self, msg: str) -> None:
         """Reject input that cannot be parsed."""
         if not self._overrun:
-            super().send_400_response(msg)
+            super().send_400_response(self._problem or msg)
+
+    def _reject(self, problem: str) -> NoReturn:
+        """End parsing from within a callback of the parser."""
+        self._problem = problem
+        raise ValueError(problem)
 
     def _reading_body(self) -> bool:
         return self._in_body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 from farthing.server.errors import ApiError
@@ -41,6 +42,17 @@ def describe_validation(errors: list[Any], content_type: str | None = None) -> A
     message = f"{param or 'the body'}: got {short(first.get('input'))}; {expected}"
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     return ApiError(400, message, param=param, code=code)
+
+
+def describe_unparsed(cause: BaseException | None) -> ApiError:
+    """The error of `json.loads`, other than for bad syntax, as a 400."""
+    if isinstance(cause, UnicodeDecodeError):
+        byte = cause.object[cause.start]
+        return ApiError(400, f"the body is not UTF-8: byte 0x{byte:02x} at offset {cause.start}")
+    if isinstance(cause, ValueError):  # Python's limit, as the conversion takes quadratic time
+        most = sys.get_int_max_str_digits()
+        return ApiError(400, f"the body contains an integer of more than {most} digits", code="invalid_value")
+    return ApiError(400, "the body is not JSON")
 
 
 def _unknown_type(error: Any) -> FieldError:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from farthing.tokenizer_file import read_tokenizer
 from farthing.train import data
 from farthing.train.loop import Trainer
 from farthing.train.model import DeepSeekLM
@@ -59,7 +60,7 @@ class Text:
         file = settings.model / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with a tokenizer")
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = read_tokenizer(file)
         cache = settings.out / "text.npz"
         if not cache.is_file():
             documents = data.find_sources(settings.root)

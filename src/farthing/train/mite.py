@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from farthing.model.config import ModelConfig, RopeConfig
+from farthing.tokenizer_file import read_tokenizer
 from farthing.train import data
 from farthing.train.architecture import to_json
 from farthing.train.evaluate import evaluate
@@ -111,7 +112,7 @@ def prepare_corpus(recipe: Recipe, out: Path, root: Path | None, console: Consol
     train, heldout = data.split(data.find_sources(root), recipe.heldout_every)
     path = out / "tokenizer.json"
     if path.is_file():
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = read_tokenizer(path)
     else:
         console.print(f"training a byte-level BPE of {recipe.model.vocab_size} entries")
         tokenizer = data.train_tokenizer((d.text for d in train), recipe.model.vocab_size)

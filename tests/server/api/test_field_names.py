@@ -181,9 +181,21 @@ def test_another_content_type_is_named(server: Running, path: str, headers: dict
     assert answer.json()["error"]["message"] == wanted
 
 
-def test_bytes_that_are_no_text_are_refused(server: Running) -> None:
-    answer = httpx.post(server.url + CHAT, content=b"\xff", headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400 and answer.json()["error"]["message"] == "the body is not JSON in UTF-8"
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff", "the body is not UTF-8: byte 0xff at offset 0"),
+        ('{"model": "é"}'.encode("latin-1"), "the body is not UTF-8: byte 0xe9 at offset 11"),
+        (b'{"seed": ' + b"1" * 100_000 + b"}", "the body contains an integer of more than 4300 digits"),
+        *(
+            ('{"model": "x"}'.encode(encoding), "the body contains zero bytes; expected JSON in UTF-8")
+            for encoding in ("utf-16", "utf-16-le", "utf-32-be")
+        ),
+    ],
+)
+def test_bodies_that_python_cannot_or_should_not_parse(server: Running, content: bytes, message: str) -> None:
+    answer = httpx.post(server.url + CHAT, content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,6 @@ from aiohttp import web
 from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.gateway.errors import Refused
 
-# aiohttp parses thousands of tiny chunks at once, and then the next thousands without yielding. A body with
-# several small reads therefore pauses after each; one in ordinary chunks arrives in larger reads then.
-_SMALL = 16_384  # bytes
-_SMALL_READS = 4
-_PAUSE_S = 0.02
-
 
 class Bodies:
     """Memory used by request bodies."""
@@ -33,7 +27,7 @@ class Bodies:
         """
         announced = request.content_length or 0
         self._check(announced, announced)
-        taken = small = 0
+        taken = 0
         try:
             parts: list[bytes] = []
             await _continue(request)
@@ -42,9 +36,6 @@ class Bodies:
                 self.held += len(data)
                 self._check(taken, 0)
                 parts.append(data)
-                small += len(data) < _SMALL
-                if small > _SMALL_READS:
-                    await asyncio.sleep(_PAUSE_S)
             yield parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
             self.held -= taken

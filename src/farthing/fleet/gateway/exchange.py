@@ -241,6 +241,8 @@ class Relay:
         headers = _end_to_end(source.items(), source.getall("Connection", []))
         headers["X-Farthing-Replica"] = self._replica.name
         headers.setdefault("Server", "farthing")
+        if (target := headers.get("Location", "")).startswith(self._replica.url + "/"):
+            headers["Location"] = target.removeprefix(self._replica.url)  # not reachable for clients
         if self._request.method == "HEAD" and self._length is not None:
             headers["Content-Length"] = str(self._length)
         return headers

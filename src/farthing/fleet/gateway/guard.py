@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 from collections import Counter
 from typing import Literal, cast
 
+import aiohttp
 from aiohttp import web
 
 from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.gateway.errors import raw_error
 
+# Each chunk of a body costs as much as a few hundred bytes. A body may have this many chunks, and more if
+# they have at least so many bytes on average. Sizes below 256 are counted; JSON has no such line.
+_CHUNKS, _CHUNK_BYTES = 1_024, 64
+_CHUNK = re.compile(rb"\r\n0*[0-9a-fA-F]{1,2}[;\r \t]")
 _LINGER_S = 3.0  # for a client that still sends after it was answered
 _TCP_USER_TIMEOUT = 18  # Linux: milliseconds sent data may stay unacknowledged (tcp(7))
 
@@ -63,6 +69,8 @@ class Guard(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._admitted = False
         self._bytes = 0  # received since the last request ended
+        self._chunks = 0  # small ones since then
+        self._body: aiohttp.StreamReader | None = None  # of the current request
         self.phase: Phase = "head"
         self.fresh = True  # no request yet on this connection
         self.peer = "unknown"
@@ -100,6 +108,9 @@ class Guard(asyncio.Protocol):
             if not self._bytes:
                 self._arm(self._door.config.head_timeout_s)
             self._bytes += len(data)
+        if self._too_fine(data):
+            self._reject_body(f"expected chunks of at least {_CHUNK_BYTES} bytes on average")
+            return
         self._handler.data_received(data)
 
     def eof_received(self) -> bool | None:
@@ -117,14 +128,15 @@ class Guard(asyncio.Protocol):
 
     # ---- request lifecycle ----
 
-    def started(self) -> None:
+    def started(self, body: aiohttp.StreamReader) -> None:
         """Called when a complete head has been parsed and its handler starts."""
         self.phase, self.fresh, self._bytes = "request", False, 0
+        self._body, self._chunks = body, 0
         self._disarm()
 
     def ended(self, *, close: bool) -> None:
         """Called when the handler has finished. close: close the connection."""
-        self._bytes = 0
+        self._bytes, self._body = 0, None
         if self._transport is None:
             return
         self.phase = "closing" if close else "head"
@@ -146,6 +158,20 @@ class Guard(asyncio.Protocol):
             self._transport.abort()
 
     # ---- limits ----
+
+    def _too_fine(self, data: bytes) -> bool:
+        """Count the chunks in data before they are parsed: aiohttp parses all that arrived at once."""
+        if self.phase == "request":
+            self._bytes += len(data)
+        self._chunks += len(_CHUNK.findall(data))
+        return self._chunks > _CHUNKS + self._bytes // _CHUNK_BYTES
+
+    def _reject_body(self, problem: str) -> None:
+        """Let the handler answer 400; without one, answer here."""
+        if self.phase == "request" and self._body is not None:
+            self._body.set_exception(web.RequestPayloadError(problem))
+        else:
+            self.refuse(400, f"request body is malformed: {problem}")
 
     def _overrun(self, data: bytes) -> bool:
         """Whether an answered client has sent more than a maximum-size body."""

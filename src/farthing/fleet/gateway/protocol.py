@@ -76,5 +76,5 @@ def _begin(
     request = web.BaseRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
     guard = guard_of(request)
     if guard is not None:
-        guard.started()
+        guard.started(payload)
     return request

@@ -32,6 +32,7 @@ from farthing.server.config import is_loopback
 
 log = logging.getLogger(__name__)
 
+_VERSIONS = (aiohttp.HttpVersion10, aiohttp.HttpVersion11)
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _FIRST_REQUEST_S = 1.0  # for a connection accepted just as the gateway stops
 
@@ -240,7 +241,12 @@ class Gateway:
             return await self.proxy.answer(request, outgoing)
 
     def _check_head(self, request: web.BaseRequest) -> None:
-        """Reject requests that must not reach a replica. Raises Refused."""
+        """Reject requests that must not reach a replica. Raises Refused, or ConnectionError once answered."""
+        if request.version not in _VERSIONS:  # aiohttp would answer in the client's version
+            guard = guard_of(request)
+            if guard is not None:
+                guard.refuse(505, "expected HTTP/1.1")
+            raise ConnectionError("unsupported version of HTTP")
         if request.method not in _METHODS:
             raise Refused(
                 405,

@@ -54,10 +54,10 @@ _IN_MLP = re.compile(r"mlp\.(?:(shared_experts|experts\.\d+)\.)?(gate_proj|up_pr
 def _fields(raw: Fields) -> Fields:
     moe = section(raw, "moe")
     fields: dict[str, Any] = {ours: integer(raw, theirs) for theirs, ours in _SIZES.items()}
-    fields |= {ours: raw[theirs] for theirs, ours in _OTHERS.items() if raw.get(theirs) is not None}
+    fields |= {ours: raw[theirs] for theirs, ours in _OTHERS.items() if theirs in raw}
     fields |= {ours: integer(moe, theirs, within="moe.") for theirs, ours in _EXPERTS.items()}
     fields |= {ours: integer(moe, theirs, 0, "moe.") for theirs, ours in _COUNTS.items() if theirs in moe}
-    if moe.get("routed_scale") is not None:
+    if "routed_scale" in moe:
         fields["routed_scaling_factor"] = number("moe.routed_scale", moe["routed_scale"], above=0.0)
     fields |= {"scoring_func": "softmax", "topk_method": "noaux_tc", "router_bias": False}
     return {**raw, **fields, "rope_parameters": _rope(raw)}
