@@ -153,6 +153,35 @@ def test_packed_model_answers_as_before_packing(directory: Path, tmp_path: Path)
         LLM(tmp_path / "other", backend="cpu", threads=1, packed=target, num_blocks=64)
 
 
+WITHOUT_TORCH = """
+import sys
+from farthing import LLM, SamplingParams
+with LLM(sys.argv[1], backend="cpu", threads=1, packed=sys.argv[2], num_blocks=64) as llm:
+    plain = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2, ignore_eos=True)
+    drawn = SamplingParams(
+        temperature=0.8, top_p=0.9, seed=5, max_tokens=12, repetition_penalty=1.2, presence_penalty=0.1,
+        logit_bias={7: 1.5}, allowed_token_ids=list(range(200)), prompt_logprobs=1,
+    )
+    outputs = llm.generate([[5, 6, 7]] * 2, [plain, drawn], use_tqdm=False)
+assert "torch" not in sys.modules, "torch was imported"
+print([o.outputs[0].token_ids for o in outputs])
+"""
+
+
+def test_a_packed_model_is_served_without_torch(directory: Path, llm: LLM, tmp_path: Path) -> None:
+    pytest.importorskip("farthing._native")
+    from farthing.model import load
+    from farthing.ops import select
+
+    target = tmp_path / "packed.bin"
+    load(directory, select("cpu", threads=1)).ops.save_packed(str(target))
+    expected = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    command = [sys.executable, "-c", WITHOUT_TORCH, directory, target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0] == list(expected)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.error import CheckpointError
 from farthing.checkpoint.fp8 import block_scales
+from farthing.lazy import torch
 from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHOD = "compressed-tensors"
 _MOST_GROUP = 1 << 16

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.compressed_tensors import METHOD
+from farthing.lazy import torch
 from farthing.ops.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = "0.20.0"
 EXPERTS = ".mlp.experts."  # part of every routed expert's module name

@@ -7,10 +7,13 @@ Shapes: W [N, K]; scale_inv [ceil(N/block), ceil(K/block)]; the last block of a 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.checkpoint.error import CheckpointError
+from farthing.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 128
 E4M3_MAX = 448.0
@@ -54,9 +57,11 @@ def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple
 
 
 def dequantize_blocks(
-    w8: Tensor, scale_inv: Tensor, block: int = BLOCK, dtype: torch.dtype = torch.float32
+    w8: Tensor, scale_inv: Tensor, block: int = BLOCK, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The inverse: (w8 [N, K] E4M3, scale_inv float32) -> W [N, K] in `dtype`, multiplied in float32."""
+    """The inverse: (w8 [N, K] E4M3, scale_inv float32) -> W [N, K] in `dtype` (float32), multiplied in
+    float32."""
+    dtype = dtype or torch.float32
     _check_matrix("w8", w8)
     expected = (-(-w8.shape[0] // block), -(-w8.shape[1] // block))
     if tuple(scale_inv.shape) != expected:

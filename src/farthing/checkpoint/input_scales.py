@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.checkpoint.error import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".input_scale"
 _EXPERT = re.compile(r"\.experts\.\d+\.(gate|up)_proj$")

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.error import CheckpointError
@@ -22,10 +21,15 @@ from farthing.checkpoint.fp8 import ACTIVATION_SCALES, SCALES, block_scales
 from farthing.checkpoint.input_scales import InputScales
 from farthing.checkpoint.quantization import quantization_in, read_quantization
 from farthing.checkpoint.shards import Shards, read_json
+from farthing.lazy import torch
+from farthing.ops.arrays import dtype_name
 from farthing.ops.weights import InputRounding, Weight
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CONFIG, PARAMS = "config.json", "params.json"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -90,11 +94,23 @@ class Checkpoint:
             raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
         self._used.add(name)
         tensor = self._shards.read(name)
-        if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise CheckpointError(
-                f"{self._where(name)}: {name}: expected shape {list(shape)}, found {list(tensor.shape)}"
-            )
+        self._check_shape(name, tensor, shape)
         return tensor
+
+    def array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """`tensor` as a numpy array (see `farthing.ops.arrays`), without importing torch."""
+        if not self.has(name):
+            raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
+        self._used.add(name)
+        array = self._shards.array(name)
+        self._check_shape(name, array, shape)
+        return array
+
+    def _check_shape(self, name: str, found: Tensor | NDArray[Any], shape: tuple[int, ...] | None) -> None:
+        if shape is not None and tuple(found.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{self._where(name)}: {name}: expected shape {list(shape)}, found {list(found.shape)}"
+            )
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a Linear module ('model.layers.0.mlp.gate_proj'), in its stored format."""
@@ -194,7 +210,7 @@ class Checkpoint:
                 "does not target it; expected a config group that names it"
             )
         data = self.tensor(name)
-        if data.dtype not in FLOATS:
+        if dtype_name(data.dtype) not in FLOATS:
             wanted = (
                 f"it next to one of {', '.join(SCALES)}"
                 if self._fp8

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
+from farthing.checkpoint.arrays import ArrayFile
 from farthing.checkpoint.error import CheckpointError
 from farthing.checkpoint.header import DTYPE_BITS, diagnose
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -65,13 +69,13 @@ class Shards:
         self.path = path
         self._open: dict[str, Any] = {}
         self._names: dict[str, set[str]] = {}
+        self._arrays: dict[str, ArrayFile] = {}
         self._handed_out = 0
         self.file_of: dict[str, str]
         if index := next((i for i in (INDEX, MISTRAL_INDEX) if (path / i).is_file()), None):
             self.file_of = _read_index(path / index)
         elif (path / SINGLE).is_file():
-            self._handle(SINGLE)
-            self.file_of = dict.fromkeys(self._names[SINGLE], SINGLE)
+            self.file_of = dict.fromkeys(ArrayFile(path / SINGLE).names(), SINGLE)
         else:
             raise CheckpointError(
                 f"{path}: has neither {SINGLE} nor {INDEX}; expected a Hugging Face directory"
@@ -93,6 +97,17 @@ class Shards:
             raise CheckpointError(f"{self.path / file}: {name}: {error}") from error
         self._handed_out += tensor.nbytes
         return tensor.clone() if tensor.nbytes <= _SMALL else tensor
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The tensor as a numpy array; torch is not imported."""
+        file = self.file_of[name]
+        if file not in self._arrays:
+            if not (self.path / file).is_file():
+                raise CheckpointError(f"{self.path / file}: the file is missing, but {INDEX} names it")
+            self._arrays[file] = ArrayFile(self.path / file)
+        if name not in self._arrays[file].names():
+            raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
+        return self._arrays[file].read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the header only."""
@@ -120,6 +135,7 @@ class Shards:
     def release(self) -> None:
         """Unmap every file to release resident memory; tensors already returned stay valid."""
         self._open.clear()
+        self._arrays.clear()
         self._handed_out = 0
 
     def _holder(self, name: str) -> Any:

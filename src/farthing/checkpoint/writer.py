@@ -8,13 +8,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from torch import Tensor
 
 from farthing.checkpoint.shards import INDEX, SINGLE
 from farthing.files import replace_json, replace_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Files of a model directory besides weights, copied unchanged.
 COMPANIONS = (

@@ -194,7 +194,7 @@ Block = Callable[[Tensor, Tensor, Batch, LatentCache], Tensor]
 def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Block:
     """The layer as the serving model builds it on `ops`: (hidden, next_ids, batch, cache) -> hidden."""
     c, source = replace(layer.config, num_nextn_predict_layers=0), MemorySource(layer.tensors)
-    rope = rope_table(c.rope, c.qk_rope_head_dim, c.max_position_embeddings)
+    rope = ops.tensor(rope_table(c.rope, c.qk_rope_head_dim, c.max_position_embeddings))
     router = router_spec(c) if layer.is_moe else None
     if layer.is_mtp:
         hidden_only = {k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)}

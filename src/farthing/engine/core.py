@@ -10,9 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.engine.block_pool import IntegrityError
 from farthing.engine.generation import Generation, RequestState
@@ -27,8 +25,11 @@ from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer
-from farthing.ops import sampling
 from farthing.ops.api import NotFinite, require_finite
+from farthing.ops.arrays import log_softmax
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class EngineCore:
         tokenizer: Tokenizer | None = None,
         speculator: Speculator | None = None,
         on_finish: Callable[[RequestState], None] = lambda state: None,
-        pick: Pick = sampling.sample,
+        pick: Pick | None = None,
         pace: Pace | None = None,
     ) -> None:
         """pick: the backend's `sample` op. pace: learns how long steps take."""
@@ -98,9 +99,12 @@ class EngineCore:
         """Unfinished requests."""
         return list(self._live)
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """Compute one step and deliver its outputs. False if there is nothing to do."""
+        with self.runner.model.ops.no_gradients():
+            return self._step()
+
+    def _step(self) -> bool:
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan:
@@ -234,7 +238,7 @@ class EngineCore:
                 at = row + p - item.start
                 raw = self.runner.model.logits(hidden[at : at + end - p])
                 require_finite(raw)
-                table = report(raw.log_softmax(-1), item.seq.tokens[p + 1 : end + 1], top)
+                table = report(log_softmax(raw), item.seq.tokens[p + 1 : end + 1], top)
                 entries.extend(positions(table, [top] * (end - p), self._text))
             count += max(0, stop - first)
         if count and self._pace is not None:

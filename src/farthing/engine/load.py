@@ -13,8 +13,6 @@ from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.hub import resolve_model
 from farthing.model import ModelConfig, load
 from farthing.ops import Ops, select
-from farthing.ops.select import DTYPES
-from farthing.parallel.cluster import ParallelModel, RankOptions
 
 log = logging.getLogger(__name__)
 ROUNDED_WHILE_LOADING = (
@@ -44,15 +42,26 @@ def load_model(path: Path, config: EngineConfig) -> Model:
     if config.quantization == "int4":
         log.info(ROUNDED_WHILE_LOADING, path)
     if config.num_ranks > 1:
+        from farthing.parallel.cluster import ParallelModel, RankOptions  # imports torch.distributed
+
         return ParallelModel(RankOptions(path, config))
-    return load(path, _ops(config), config.experts)
+    return load(path, _ops(config, _without_torch(path, config)), config.experts)
 
 
-def _ops(config: EngineConfig) -> Ops:
-    dtype, threads = DTYPES[config.dtype], config.threads
+def _without_torch(path: Path, config: EngineConfig) -> bool:
+    """Whether numpy arrays suffice as tensors: for weights in a packed file and layers in one native call."""
+    if config.packed is None or config.experts_on is not None or config.disaggregate or config.halves:
+        return False
+    model = ModelConfig.from_directory(path)
+    apart = model.shortcut_experts or model.post_mlp_norm or model.query_scaling or model.index_topk
+    return not apart and "mtp" not in (config.speculate or "")
+
+
+def _ops(config: EngineConfig, arrays: bool) -> Ops:
+    dtype, threads = config.dtype, config.threads
     if config.experts_on is None:
         rounding, file = config.quantization, config.packed
-        return select(config.backend, dtype, threads, rounding, file, config.verify, config.halves)
+        return select(config.backend, dtype, threads, rounding, file, config.verify, config.halves, arrays)
     from farthing.ops.hybrid import HybridOps
 
     # Quantization and the packed file apply to the routed experts, which hold most of the weights.

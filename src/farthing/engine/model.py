@@ -6,13 +6,14 @@ Legend: T tokens of a step; D hidden size; V vocabulary; L cache layers; E route
 from __future__ import annotations
 
 from collections.abc import Sized
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from farthing.model import ModelConfig
 from farthing.ops import Batch, LatentCache, Ops
 from farthing.ops.api import CacheDtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Model(Protocol):

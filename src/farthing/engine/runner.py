@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from farthing.engine.model import Model
 from farthing.engine.sequence import S, Scheduled, Sequence
 from farthing.ops import Batch, LatentCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FEW = 16  # up to this many tokens plain Python builds indices faster than numpy
 
@@ -56,14 +58,13 @@ class Runner:
         self.cache = cache
         self.block_size = cache.block_size
         self.device = model.ops.device
+        self._tensor = model.ops.tensor
         max_blocks = -(-max_model_len // self.block_size)
         self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._decoding: _Decoding | None = None
         config = model.config
         shape = (model.cache_layers, config.router_size)
-        self.counts = (
-            torch.zeros(shape, dtype=torch.int64, device=self.device) if config.n_routed_experts else None
-        )
+        self.counts = self._tensor(np.zeros(shape, np.int64)) if config.n_routed_experts else None
 
     def prepare(self, plan: Seq[Scheduled[S]]) -> Step:
         """Index tensors of a plan."""
@@ -92,8 +93,8 @@ class Runner:
         self._decoding = None
         if self.device.type == "cpu" and rows is None and len(ids) == len(plan):
             self._decoding = _Decoding(
-                [item.seq for item in plan], firsts.tolist(), numbers, batch.positions.numpy(),
-                batch.slots.numpy(), batch.context_lens.numpy(), step,
+                [item.seq for item in plan], firsts.tolist(), numbers, np.asarray(batch.positions),
+                np.asarray(batch.slots), np.asarray(batch.context_lens), step,
             )  # fmt: skip
         return step
 
@@ -193,7 +194,3 @@ class Runner:
         rows = np.array([seq.row for seq in seqs], dtype=np.int64)
         blocks = self._table[np.repeat(rows, counts), positions // size].astype(np.int64)
         return positions, blocks * size + positions % size
-
-    def _tensor(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)

@@ -14,22 +14,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from farthing.engine.constraints import Constraint
 from farthing.engine.logprobs import Table
 from farthing.engine.request import SamplingParams
 from farthing.ops.api import require_finite
+from farthing.ops.arrays import gather, host, largest, like, log_softmax, where
 from farthing.ops.sampling import Filters
 from farthing.ops.sampling import sample as sample_in_torch
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _MASK64 = (1 << 64) - 1
 
-Pick = Callable[[Tensor, Tensor, Filters | None], Tensor]  # `Ops.sample`
+Pick = Callable[["Tensor", "Tensor", Filters | None], "Tensor"]  # `Ops.sample`
 
 
 class Head(Protocol):
@@ -54,10 +56,10 @@ class PromptTokens:
         self.tokens = frozenset(tokens)
         self._index: Tensor | None = None
 
-    def index(self, like: Tensor) -> Tensor:
-        """The ids as int64 on the device of `like`, created once since there may be many."""
+    def index(self, x: Tensor) -> Tensor:
+        """The ids as int64 on the device of x, created once since there may be many."""
         if self._index is None:
-            self._index = _index(self.tokens, like)
+            self._index = _index(self.tokens, x)
         return self._index
 
 
@@ -111,7 +113,7 @@ class Row:
 
 
 def sample(
-    head: Head, hidden: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch
+    head: Head, hidden: Tensor, rows: Sequence[Row], pick: Pick | None = None
 ) -> tuple[list[int], Table | None]:
     """Sample one token per row of hidden [n, D]. The table is None if no row requests logprobs."""
     wanted = [row.state.params.logprobs for row in rows]
@@ -124,7 +126,7 @@ def sample(
         return ids[:, 0].tolist(), _table(ids[:, :1], ids, values - total[:, None])
     logits = head.logits(hidden)
     require_finite(logits)
-    raw = logits.log_softmax(-1) if top is not None else None
+    raw = log_softmax(logits) if top is not None else None
     tokens = sample_logits(edit(logits, rows), rows, pick)
     return tokens, None if raw is None or top is None else report(raw, tokens, top)
 
@@ -134,8 +136,8 @@ def edit(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     for i, row in enumerate(rows):
         state, params = row.state, row.state.params
         if params.logit_bias:
-            index = torch.tensor(list(params.logit_bias), device=logits.device)
-            logits[i, index] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+            index = _index(params.logit_bias, logits)
+            logits[i, index] += _floats(params.logit_bias.values(), logits)
         if state.penalized:
             _penalize(logits[i], row)
         if row.index < params.min_tokens and state.end_ids:
@@ -159,8 +161,9 @@ def no_token_left(params: SamplingParams) -> str:
     return f"{names} exclude every token; expected limits that leave at least one"
 
 
-def sample_logits(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_torch) -> list[int]:
+def sample_logits(logits: Tensor, rows: Sequence[Row], pick: Pick | None = None) -> list[int]:
     """Sample one token per row from edited logits [n, V]."""
+    pick = pick or sample_in_torch
     params = [row.state.params for row in rows]
     greedy = [i for i, p in enumerate(params) if p.greedy]
     random = [i for i, p in enumerate(params) if not p.greedy]
@@ -169,10 +172,10 @@ def sample_logits(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_to
         _store(tokens, greedy, logits[greedy].argmax(-1))
     if not random:
         return tokens
-    heat = torch.tensor([max(params[i].temperature, 1e-5) for i in random], device=logits.device)
+    heat = _floats([max(params[i].temperature, 1e-5) for i in random], logits)
     scaled = (logits[random] if greedy else logits) / heat[:, None]
     uniforms = [uniform(rows[i].state.seed, rows[i].index) for i in random]
-    u = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+    u = like(np.array(uniforms), logits)
     for filtered in (False, True):
         at = [j for j, i in enumerate(random) if _is_filtered(params[i]) == filtered]
         if at:
@@ -185,10 +188,10 @@ def sample_logits(logits: Tensor, rows: Sequence[Row], pick: Pick = sample_in_to
 
 def report(raw: Tensor, tokens: Sequence[int], top: int) -> Table:
     """Log-probabilities raw [n, V] -> those of the given tokens and of the `top` likeliest."""
-    index = torch.tensor(tokens, device=raw.device)[:, None]
-    own = raw.gather(1, index)
-    above = (raw > own).sum(-1, dtype=torch.int32)
-    values, ids = raw.topk(min(top, raw.shape[1]), dim=-1)
+    index = _index(tokens, raw)[:, None]
+    own = gather(raw, index)
+    above = (raw > own).sum(-1)
+    values, ids = largest(raw, min(top, raw.shape[1]))
     return _table(index, ids, values, own, above + 1)
 
 
@@ -198,9 +201,9 @@ def _table(
     """own, ranks: of tokens [n, 1]; None: they are the most likely ones."""
     own = values[:, :1] if own is None else own
     return Table(
-        torch.cat((tokens, ids), 1).int().cpu().numpy(),
-        torch.cat((own, values), 1).float().cpu().numpy(),
-        np.ones(len(ids), np.int32) if ranks is None else ranks.cpu().numpy(),
+        np.concatenate((host(tokens), host(ids)), 1, dtype=np.int32, casting="same_kind"),
+        np.concatenate((host(own), host(values)), 1, dtype=np.float32),
+        np.ones(len(ids), np.int32) if ranks is None else host(ranks).astype(np.int32),
     )
 
 
@@ -229,17 +232,20 @@ def _penalize(logits: Tensor, row: Row) -> None:
         counts = counts + Counter(row.drafts[: row.ahead])
     if params.repetition_penalty != 1:
         prompt = row.state.prompt
-        new = _index(counts.keys() - prompt.tokens, logits)
-        seen = torch.cat((prompt.index(logits), new))
-        v = logits[seen]
-        logits[seen] = torch.where(v > 0, v / params.repetition_penalty, v * params.repetition_penalty)
+        for seen in (prompt.index(logits), _index(counts.keys() - prompt.tokens, logits)):
+            v = logits[seen]
+            logits[seen] = where(v > 0, v / params.repetition_penalty, v * params.repetition_penalty)
     if counts and (params.presence_penalty or params.frequency_penalty):
-        often = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        often = _floats(counts.values(), logits)
         logits[_index(counts, logits)] -= params.frequency_penalty * often + params.presence_penalty
 
 
-def _index(tokens: Iterable[int], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.fromiter(tokens, np.int64)).to(like.device)
+def _index(tokens: Iterable[int], x: Tensor) -> Tensor:
+    return like(np.fromiter(tokens, np.int64), x)
+
+
+def _floats(values: Iterable[float], x: Tensor) -> Tensor:
+    return like(np.fromiter(values, np.float32), x)
 
 
 def _constrain(logits: Tensor, state: SamplingState, drafts: Sequence[int]) -> None:
@@ -257,7 +263,7 @@ def _constrain(logits: Tensor, state: SamplingState, drafts: Sequence[int]) -> N
     dead = np.flatnonzero(~possible.any(axis=1))
     state.dead_end = state.num_output + int(dead[0]) if len(dead) else None
     allowed[dead] = True
-    logits.masked_fill_(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
+    logits[like(~allowed, logits)] = float("-inf")
 
 
 def _store(tokens: list[int], where: Sequence[int], values: Tensor) -> None:
@@ -269,12 +275,12 @@ def _is_filtered(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _filters(params: Sequence[SamplingParams], like: Tensor) -> Filters:
-    """Of rows like [n, V], on its device."""
-    device, vocabulary = like.device, like.shape[1]
+def _filters(params: Sequence[SamplingParams], x: Tensor) -> Filters:
+    """Of rows x [n, V], on its device."""
+    vocabulary = x.shape[1]
     return Filters(
-        torch.tensor([p.top_k if p.top_k > 0 else vocabulary for p in params], device=device),
-        torch.tensor([p.top_p for p in params], device=device),
-        torch.tensor([p.min_p for p in params], device=device),
+        _index([p.top_k if p.top_k > 0 else vocabulary for p in params], x),
+        _floats([p.top_p for p in params], x),
+        _floats([p.min_p for p in params], x),
         max(p.top_k for p in params),
     )

@@ -6,10 +6,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig
 from farthing.engine.model import Model
+from farthing.lazy import torch
 from farthing.ops.api import CacheDtype
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from time import perf_counter
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from farthing.config import parse_speculate
 from farthing.engine.generation import Drafting, Generation
@@ -26,6 +24,9 @@ from farthing.engine.sequence import Scheduled
 from farthing.engine.speculation_gate import Gate
 from farthing.engine.speculation_mtp import MtpDrafter
 from farthing.engine.speculation_text import TextDrafter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Drafter", "Gate", "MtpDrafter", "Speculator", "TextDrafter", "build_speculator"]
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.engine.generation import Generation
 from farthing.engine.runner import Runner, Step
 from farthing.engine.sampler import Row, edit, sample_logits
 from farthing.engine.sequence import Scheduled
+from farthing.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_BEHIND = 128  # maximum number of tokens whose hidden states are kept
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.engine.generation import Generation
 from farthing.engine.runner import Step
 from farthing.engine.sequence import Scheduled
 from farthing.engine.suffix_automaton import SuffixAutomaton
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHORTEST = 2  # tokens of a repeated ending that are worth a draft
 

@@ -6,14 +6,19 @@ q the query latent.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from farthing.model.config import ModelConfig
 from farthing.model.indexer import Indexer
 from farthing.model.rope import score_scale
 from farthing.model.source import WeightSource
 from farthing.ops import AttentionSpec, Batch, LatentCache, Ops
+from farthing.ops.arrays import as_float32
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def attention_spec(config: ModelConfig) -> AttentionSpec:
@@ -29,13 +34,13 @@ def attention_spec(config: ModelConfig) -> AttentionSpec:
     )
 
 
-def query_scale(config: ModelConfig, device: torch.device) -> Tensor | None:
+def query_scale(config: ModelConfig, ops: Ops) -> Tensor | None:
     """The query scale of every position, float32 [max_len]; None if all are 1."""
     s = config.query_scaling
     if s is None:
         return None
-    periods = torch.arange(config.max_position_embeddings) // s.original_max_position
-    return (1 + s.beta * torch.log1p(periods.float())).to(device)
+    periods = np.arange(config.max_position_embeddings) // s.original_max_position
+    return ops.tensor(1 + np.float32(s.beta) * np.log1p(periods.astype(np.float32)))
 
 
 class Attention:
@@ -47,7 +52,7 @@ class Attention:
         p = f"model.layers.{layer}.self_attn."
         c, d, heads = config, config.hidden_size, config.num_attention_heads
         self.ops, self.eps = ops, config.rms_norm_eps
-        self.norm = weights.tensor(f"model.layers.{layer}.input_layernorm.weight", (d,)).float()
+        self.norm = as_float32(weights.tensor(f"model.layers.{layer}.input_layernorm.weight", (d,)))
         self.q_width = c.q_lora_rank or heads * c.qk_head_dim
         first = "q_a_proj" if c.q_lora_rank else "q_proj"
         # One product over the hidden state computes the query (or its latent) and the key-value latent.
@@ -60,15 +65,15 @@ class Attention:
         )
         self.q_norm, self.q_b = None, None
         if c.q_lora_rank:
-            self.q_norm = weights.tensor(p + "q_a_layernorm.weight", (c.q_lora_rank,)).float()
+            self.q_norm = as_float32(weights.tensor(p + "q_a_layernorm.weight", (c.q_lora_rank,)))
             self.q_norm = self.q_norm * c.query_latent_scale
             q_shape = (heads * c.qk_head_dim, c.q_lora_rank)
             self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
         self.sparse = c.index_topk is not None
         self.indexer = Indexer(c, ops, weights, layer, rope) if c.has_indexer(layer) else None
         kv_shape = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-        kv_norm = weights.tensor(p + "kv_a_layernorm.weight", (c.kv_lora_rank,)).float() * c.latent_scale
-        self.query_scale = query_scale(c, ops.device)
+        kv_norm = as_float32(weights.tensor(p + "kv_a_layernorm.weight", (c.kv_lora_rank,))) * c.latent_scale
+        self.query_scale = query_scale(c, ops)
         self.heads = ops.pack_attention(
             p + "kv_b_proj",
             attention_spec(c),

@@ -6,8 +6,7 @@ Legend: T tokens of the step; D hidden size; V vocabulary; L cache layers; E rou
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.model.attention import Attention
 from farthing.model.config import ModelConfig
@@ -18,6 +17,10 @@ from farthing.model.source import WeightSource
 from farthing.model.stack import stacked
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec, Weight
 from farthing.ops.api import CacheDtype, Handle
+from farthing.ops.arrays import all_finite, as_float32
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DeepseekModel:
@@ -38,7 +41,7 @@ class DeepseekModel:
         self.config, self.ops = config, ops
         self.eps = config.rms_norm_eps
         shape = (config.vocab_size, config.hidden_size)
-        rope = rope_table(config.rope, config.qk_rope_head_dim, config.max_position_embeddings)
+        rope = ops.tensor(rope_table(config.rope, config.qk_rope_head_dim, config.max_position_embeddings))
         routers = routers or routers_of(config)
         if first or (last and (config.tie_word_embeddings or config.num_nextn_predict_layers)):
             self.embedding = weights.tensor("model.embed_tokens.weight", shape)
@@ -50,7 +53,7 @@ class DeepseekModel:
         self.restack()
         if not last:
             return
-        self.norm = weights.tensor("model.norm.weight", (config.hidden_size,)).float()
+        self.norm = as_float32(weights.tensor("model.norm.weight", (config.hidden_size,)))
 
         def head() -> Weight:
             if config.tie_word_embeddings:
@@ -191,7 +194,7 @@ def _feed(
 
 
 def _finite(values: Tensor) -> bool:
-    return bool(values.isfinite().all())
+    return all_finite(values)
 
 
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:

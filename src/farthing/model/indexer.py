@@ -5,11 +5,14 @@ Legend: T tokens; D hidden size; q the query latent; H index heads of size d; K 
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.model.config import ModelConfig
 from farthing.model.source import WeightSource
 from farthing.ops import Batch, IndexerSpec, LatentCache, Ops
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def indexer_spec(config: ModelConfig) -> IndexerSpec:

@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.checkpoint import Checkpoint
+from farthing.lazy import torch
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import DeepseekModel
 from farthing.model.experts import routers_for
-from farthing.model.source import MemorySource, RenamedSource, StackedExperts, WeightSource
+from farthing.model.source import ArraySource, MemorySource, RenamedSource, StackedExperts, WeightSource
 from farthing.model.types import Names, type_named
 from farthing.ops import Ops, RouterSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,11 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     claim(ops, checkpoint.fingerprint(), path)
     ops.weight_files = checkpoint.files()
     routers = routers_for(config, checkpoint.config, experts)
-    model = DeepseekModel(config, ops, source_of(checkpoint, config), routers)
+    source = source_of(checkpoint, config)
+    if ops.arrays:
+        names = names_in(checkpoint, config)
+        source = ArraySource(source, lambda name, shape=None: checkpoint.array(names.stored(name), shape))
+    model = DeepseekModel(config, ops, source, routers)
     if ops.packed_from is None:  # otherwise most weights come from the packed file
         checkpoint.finish(ignore=IGNORED + _unread(config))
     checkpoint.release()

@@ -6,13 +6,16 @@ Legend: T tokens; D hidden size; I intermediate size; E routed experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.model.config import ModelConfig
 from farthing.model.source import WeightSource
 from farthing.ops import MoEWeights, Ops, RouterSpec, Weight
 from farthing.ops.api import Handle
+from farthing.ops.arrays import as_float32
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Gated = tuple[Weight, Weight, Weight]
 
@@ -47,9 +50,9 @@ class FeedForward:
     ) -> None:
         config = config.at(layer)
         self.ops, self.eps = ops, config.rms_norm_eps
-        self.norm = weights.tensor(
-            f"model.layers.{layer}.post_attention_layernorm.weight", (config.hidden_size,)
-        ).float()
+        self.norm = as_float32(
+            weights.tensor(f"model.layers.{layer}.post_attention_layernorm.weight", (config.hidden_size,))
+        )
         p = f"model.layers.{layer}.mlp"
         self.is_moe = router is not None
         if router is None:
@@ -63,7 +66,7 @@ class FeedForward:
         self.post_norm: Tensor | None = None
         if self.is_moe and config.post_mlp_norm:
             name = f"{p}.post_mlp_layernorm.weight"
-            self.post_norm = weights.tensor(name, (config.hidden_size,)).float()
+            self.post_norm = as_float32(weights.tensor(name, (config.hidden_size,)))
 
     def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
         """h [T, D] -> h + feed_forward(norm(h)) [T, D]; adds the tokens per expert to counts [E]."""
@@ -96,8 +99,8 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
     shared_size = config.shared_size
     shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")
     return MoEWeights(
-        gate=weights.tensor(f"{prefix}.gate.weight", (e, d)).float(),
-        bias=weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)).float()
+        gate=as_float32(weights.tensor(f"{prefix}.gate.weight", (e, d))),
+        bias=as_float32(weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)))
         if config.has_router_bias
         else None,
         experts=[

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from farthing.lazy import torch
 from farthing.model.attention import Attention
 from farthing.model.config import ModelConfig
 from farthing.model.moe import FeedForward
@@ -23,7 +22,11 @@ from farthing.model.source import WeightSource
 from farthing.model.stack import stacked
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec
 from farthing.ops.api import Handle
+from farthing.ops.arrays import as_float32, same
 from farthing.ops.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class MTPLayer:
@@ -47,9 +50,9 @@ class MTPLayer:
         ops, exact = ops.coarse(), ops
         p, d = f"model.layers.{layer}.", config.hidden_size
         self.ops, self.eps, self.layer = ops, config.rms_norm_eps, layer
-        self.enorm = weights.tensor(p + "enorm.weight", (d,)).float()
-        self.hnorm = weights.tensor(p + "hnorm.weight", (d,)).float()
-        self.norm = weights.tensor(p + "shared_head.norm.weight", (d,)).float()
+        self.enorm = as_float32(weights.tensor(p + "enorm.weight", (d,)))
+        self.hnorm = as_float32(weights.tensor(p + "hnorm.weight", (d,)))
+        self.norm = as_float32(weights.tensor(p + "shared_head.norm.weight", (d,)))
         self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
         self.attention = Attention(config, ops, weights, layer, rope)
         self.feed_forward = FeedForward(config, ops, weights, layer, router)
@@ -59,11 +62,11 @@ class MTPLayer:
         # Released checkpoints contain copies of the main embedding and head: share unless they differ.
         if weights.has(p + "embed_tokens.weight"):
             own = weights.tensor(p + "embed_tokens.weight", shape)
-            self.embedding = embedding if torch.equal(own, embedding) else own
+            self.embedding = embedding if same(own, embedding) else own
         if weights.has(p + "shared_head.head.weight"):
             own = weights.tensor(p + "shared_head.head.weight", shape)
             main = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-            if own_head := not torch.equal(own, weights.tensor(main, shape)):
+            if own_head := not same(own, weights.tensor(main, shape)):
                 head_weight = partial(Weight, "dense", own)
         if own_head or ops is not exact:
             head = ops.pack_linear(p + "shared_head.head", lambda: [head_weight()])

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from farthing.model.config import ModelConfig, RopeConfig
 
 
-def rope_table(rope: RopeConfig, dim: int, length: int) -> Tensor:
+def rope_table(rope: RopeConfig, dim: int, length: int) -> NDArray[np.float32]:
     """(cos, sin) of every position and pair, float32 [2, length, r/2]."""
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies(rope, dim)
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(rope, dim)
     magnitude = 1.0
     if rope.factor is not None:
         magnitude = _cos_sin_factor(rope)
-    return torch.stack((angles.cos(), angles.sin())) * magnitude
+    table = np.empty((2, *angles.shape), np.float32)
+    np.cos(angles, out=table[0])
+    np.sin(angles, out=table[1])
+    table *= np.float32(magnitude)
+    return table
 
 
-def frequencies(rope: RopeConfig, dim: int) -> Tensor:
+def frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float32]:
     """Radians per position of every pair, float32 [r/2]; YaRN ramps from theta_i to theta_i / factor."""
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    theta = 1.0 / rope.theta**exponent
+    # Powers in float64, rounded once: an error of a frequency grows with the position.
+    powers = rope.theta ** (np.arange(0, dim, 2) / dim)
+    theta: NDArray[np.float32] = np.float32(1) / powers.astype(np.float32)
     if rope.factor is None:
         return theta
 
@@ -38,8 +43,10 @@ def frequencies(rope: RopeConfig, dim: int) -> Tensor:
 
     low = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(rope.beta_slow)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return theta * (1 - ramp) + theta / rope.factor * ramp
+    width = np.float32(max(high - low, 0.001))
+    ramp = ((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / width).clip(0, 1)
+    mixed: NDArray[np.float32] = theta * (1 - ramp) + theta / np.float32(rope.factor) * ramp
+    return mixed
 
 
 def score_scale(config: ModelConfig) -> float:

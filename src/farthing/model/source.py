@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from farthing.checkpoint import CheckpointError
 from farthing.checkpoint.fp8 import BLOCK, block_scales
+from farthing.lazy import torch
 from farthing.model.types import Names
 from farthing.ops import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WeightSource(Protocol):
@@ -82,6 +83,30 @@ class RenamedSource:
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a linear module, in whatever format it is stored."""
         return self._source.weight(self._stored(module), shape)
+
+
+class ArraySource:
+    """Plain parameters as numpy arrays, for a backend whose tensors are arrays; matrices as from `source`."""
+
+    def __init__(self, source: WeightSource, array: Callable[..., Any]) -> None:
+        """array: of the name and shape, the parameter."""
+        self._source, self._array = source, array
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this full name exists."""
+        return self._source.has(name)
+
+    def holds(self, module: str) -> bool:
+        """Whether a routed expert is to be computed here and not on another rank."""
+        return self._source.holds(module)
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A plain parameter, checked as the source checks it."""
+        return self._array(name, shape)  # type: ignore[no-any-return]
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """The matrix of a linear module."""
+        return self._source.weight(module, shape)
 
 
 class StackedExperts:

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from farthing.lazy import torch
+from farthing.ops.arrays import all_finite
 from farthing.ops.sampling import Filters, sample
 from farthing.ops.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Handle = Any  # a backend's packed weight; opaque to other modules
 CacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
@@ -133,7 +138,7 @@ class NotFinite(ArithmeticError):
 
 def require_finite(logits: Tensor) -> None:
     """Raises NotFinite if a row of logits [n, V] has a NaN or an infinity."""
-    if not bool(logits.sum(-1).isfinite().all()):  # one NaN or infinity makes a row's sum one
+    if not all_finite(logits.sum(-1)):  # one NaN or infinity makes a row's sum one
         raise NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows")
 
 
@@ -184,7 +189,17 @@ class Ops(ABC):
     weight_files: tuple[Path, ...] = ()  # of the checkpoint, set by `farthing.model.load`
     packed_from: str | None = None  # fingerprint stored in the mapped packed file, if any
     sums_in_stack: bool = False  # whether `stack` supports sums over ranks
+    arrays: bool = False  # tensors are numpy arrays instead of torch's
     routed_only: bool = False  # `pack_moe` skips shared experts, also those of a packed file
+
+    def tensor(self, values: NDArray[Any]) -> Tensor:
+        """The values on this backend's device; on the host without a copy."""
+        found = torch.from_numpy(values)
+        return found if self.device.type == "cpu" else found.to(self.device, non_blocking=True)
+
+    def no_gradients(self) -> AbstractContextManager[Any]:
+        """A context for computing with this backend's tensors."""
+        return torch.inference_mode()
 
     def coarse(self) -> Self:
         """This backend for weights whose results are verified, such as drafts: rounded more coarsely if that

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
+from farthing.lazy import torch
 from farthing.ops.api import Batch
 
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
+from farthing.lazy import torch
 from farthing.ops.api import LatentCache
+from farthing.ops.arrays import dtype_name
 
-CACHE_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "fp8": torch.float8_e4m3fn,
-    "int8": torch.int8,
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CACHE_DTYPES: dict[str, str] = {  # names of dtypes
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "int8": "int8",
 }
-CACHE_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+CACHE_MAX = {"float8_e4m3fn": 448.0, "int8": 127.0}
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype of a cache."""
+    return getattr(torch, CACHE_DTYPES[dtype])  # type: ignore[no-any-return]
+
+
+def cache_max(dtype: Any) -> float | None:
+    """The largest number of an 8-bit cache, by the dtype of its tensor; None for others."""
+    return CACHE_MAX.get(dtype_name(dtype))
 
 
 def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
@@ -22,7 +36,7 @@ def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k
     if cache.scale is None:
         data[slots] = torch.cat((latent, k_pe), -1).to(data.dtype)
         return
-    top = CACHE_MAX[data.dtype]
+    top = CACHE_MAX[dtype_name(data.dtype)]
     scale = torch.stack([p.float().abs().amax(-1) / top for p in (latent, k_pe)], -1).clamp_min(
         1e-20
     )  # [T, 2]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from farthing.ops.weights import FP8_BLOCK, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CUT_BLOCK = 128  # FP8 scale blocks, groups of INT4 scales, and groups of activations on the CPU
 

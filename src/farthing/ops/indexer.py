@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops.api import Batch, IndexCache, IndexerSpec
+from farthing.ops.arrays import dtype_name
 from farthing.ops.cache import CACHE_MAX
 from farthing.ops.rotary import rotate
 
@@ -90,7 +91,7 @@ def write_keys(cache: IndexCache, row: int, slots: Tensor, keys: Tensor) -> None
     if cache.scale is None:
         data[slots] = keys.to(data.dtype)
         return
-    top = CACHE_MAX[data.dtype]
+    top = CACHE_MAX[dtype_name(data.dtype)]
     scale = (keys.abs().amax(-1) / top).clamp_min(1e-20)
     values = keys / scale.unsqueeze(-1)
     data[slots] = (values.round() if data.dtype == torch.int8 else values).clamp(-top, top).to(data.dtype)

@@ -24,7 +24,7 @@ from farthing.ops.api import (
     MoEWeights,
     RouterSpec,
 )
-from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX, read_cache, write_cache
+from farthing.ops.cache import cache_max, read_cache, torch_dtype, write_cache
 from farthing.ops.indexer import Indexer, index
 from farthing.ops.rotary import rotate
 from farthing.ops.selection import chosen, in_rows
@@ -103,8 +103,8 @@ class ReferenceOps(HostOps):
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
         shape = (layers, num_blocks, block_size)
-        kind = CACHE_DTYPES[dtype]
-        scale = torch.ones(*shape, 2) if kind in CACHE_MAX else None
+        kind = torch_dtype(dtype)
+        scale = torch.ones(*shape, 2) if cache_max(kind) else None
         return LatentCache(torch.zeros(*shape, width, dtype=kind), scale)
 
     # -- computing

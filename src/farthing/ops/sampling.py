@@ -6,9 +6,12 @@ Legend: n rows; V vocabulary; K candidates per row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from farthing.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GROUP = 128  # number of weights summed together
 CANDIDATES = 256  # per filtered row; a row that may keep more falls back to all of V

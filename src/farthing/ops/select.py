@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-import torch
-
 from farthing.config import Dtype, Quantization
+from farthing.lazy import torch
 from farthing.ops.api import Ops
 
 log = logging.getLogger(__name__)
@@ -21,22 +22,18 @@ BACKENDS = {
     "cpu": "farthing.ops.cpu",
     "gpu": "farthing.ops.gpu",
 }
-DTYPES: dict[Dtype, torch.dtype | None] = {  # None: the backend chooses
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/dev/dri")  # of Linux
 
 
 def select(
     backend: str = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Dtype | None = None,
     threads: int | None = None,
     quantization: Quantization | None = None,
     packed: str | None = None,
     verify: bool = False,
     parts: int | None = None,
+    arrays: bool = False,
 ) -> Ops:
     """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu' or an entry point) and log the choice.
 
@@ -44,6 +41,7 @@ def select(
     None: the backend's default. quantization: round dense weights to nearest while packing. packed: a file
     written by `Ops.save_packed`, mapped instead of packing again; verify: compare its checksums first.
     parts: with `--deterministic`, how many halves of a row-parallel product this process computes.
+    arrays: tensors are numpy arrays and torch is not imported (backend 'cpu' only; others ignore it).
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
     plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
@@ -60,6 +58,10 @@ def select(
     more: dict[str, Any] = {"isa": isa} if isa else {}
     if parts is not None:
         more["parts"] = parts
+    if arrays and name == "cpu":
+        more["arrays"] = True
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else dtype if arrays and name == "cpu" else getattr(torch, dtype)
     ops: Ops = import_module(known[name]).create(
         dtype=dtype, threads=threads, quantization=quantization, packed=packed, **more
     )
@@ -73,7 +75,14 @@ def resolve(backend: str) -> str:
     """Resolve 'auto' on this machine; other names are returned unchanged."""
     if backend != "auto":
         return backend
-    return "gpu" if torch.cuda.is_available() and _gpu() else "cpu" if _native() else "reference"
+    return (
+        "gpu" if _device() and torch.cuda.is_available() and _gpu() else "cpu" if _native() else "reference"
+    )
+
+
+def _device() -> bool:
+    """Whether this machine may have a GPU. Asking torch would import it."""
+    return sys.platform != "linux" or any(map(os.path.exists, _GPU_FILES))
 
 
 def _gpu() -> bool:

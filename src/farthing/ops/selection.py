@@ -10,11 +10,13 @@ Legend: T tokens of the step; K maximum positions per token; L cache layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from farthing.lazy import torch
 from farthing.ops.api import Batch, LatentCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,12 @@ Legend: N output rows, K input columns, g group size along K.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from farthing.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Format = Literal["dense", "int8", "int4", "fp8"]
 FP8_BLOCK = 128
@@ -89,8 +91,9 @@ class Weight:
         low, high = self.data & 15, self.data >> 4
         return (torch.stack((low, high), dim=-1).reshape(self.shape).to(torch.int8)) - 8
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The value, [N, K]."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The value, [N, K], float32 by default."""
+        dtype = dtype or torch.float32
         if self.format == "dense":
             return self.data.to(dtype)
         assert self.scale is not None

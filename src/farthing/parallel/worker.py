@@ -24,7 +24,7 @@ from farthing.config import EngineConfig
 from farthing.model import ModelConfig
 from farthing.ops import Batch, Ops, select
 from farthing.ops.api import PeerLost
-from farthing.ops.select import DTYPES, resolve
+from farthing.ops.select import resolve
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank, counted_layers, open_rank, shared_bytes
 from farthing.parallel.rendezvous import connect, join
@@ -72,7 +72,7 @@ class RankOptions:
         threads = c.threads or max(1, len(os.sched_getaffinity(0)) // len(neighbours))
         file = self.packed_file(rank)
         packed = str(file) if file and file.exists() else None
-        return select(c.backend, DTYPES[c.dtype], threads, c.quantization, packed, c.verify, c.halves)
+        return select(c.backend, c.dtype, threads, c.quantization, packed, c.verify, c.halves)
 
     @property
     def device(self) -> str:

@@ -22,14 +22,14 @@ from farthing.engine.prefetch import Load
 from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.stats import DiskStats
 from farthing.ops import LatentCache
-from farthing.ops.cache import CACHE_DTYPES
+from farthing.ops.cache import torch_dtype
 
 BLOCKS, SIZE = 12, 4
 
 
 def cache_of(dtype: str = "bfloat16", index: bool = False) -> LatentCache:
     """A cache with random bytes in every part."""
-    kind = CACHE_DTYPES[dtype]
+    kind = torch_dtype(dtype)
     random = torch.Generator().manual_seed(5)
 
     def tensor(*shape: int, kind: torch.dtype = kind) -> torch.Tensor:

@@ -6,12 +6,16 @@ Each tensor is stored layer by layer; MTP layers come last.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from farthing.engine.disk_cache.segment import Pieces
+from farthing.lazy import torch
 from farthing.ops import LatentCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BlockMemory:
@@ -20,7 +24,7 @@ class BlockMemory:
     def __init__(self, cache: LatentCache) -> None:
         self._parts = []  # per tensor: memory, bytes of a block, offset of block 0 in each layer
         for tensor in cache.tensors():
-            whole = tensor.flatten().view(torch.uint8).numpy().data
+            whole = _bytes(tensor)
             layers, blocks = tensor.shape[:2]
             size = len(whole) // (layers * blocks)
             self._parts.append((whole, size, [layer * blocks * size for layer in range(layers)]))
@@ -67,8 +71,10 @@ class DeviceMemory(BlockMemory):
 
 def memory_of(cache: LatentCache) -> BlockMemory:
     """The accessor for a cache's blocks, on the host or a device."""
-    return (BlockMemory if cache.data.device.type == "cpu" else DeviceMemory)(cache)
+    on_host = isinstance(cache.data, np.ndarray) or cache.data.device.type == "cpu"
+    return (BlockMemory if on_host else DeviceMemory)(cache)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    flat: Any = tensor.reshape(-1)
+    return (flat if isinstance(flat, np.ndarray) else flat.view(torch.uint8).numpy()).view(np.uint8).data

@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from farthing import _native
+from farthing.lazy import torch
+from farthing.ops.arrays import dtype_name
 from farthing.ops.cpu.backend import CpuOps
 
 __all__ = ["CpuOps", "create"]
 
 
 def create(
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     threads: int | None,
     quantization: str | None,
     packed: str | None,
     isa: str = "auto",
     parts: int | None = None,
+    arrays: bool = False,
 ) -> CpuOps:
     """The backend's factory (see `farthing.ops.select`).
 
     Activations are always float32: kernels read float32, and bfloat16 would only add rounding. `dtype` sets
     the dtype of the latent cache: float32 if requested, else bfloat16, which halves the bytes that attention
-    reads. `threads` defaults to the CPUs this process may use. `parts`: see `farthing.ops.select`; it also
-    selects kernels whose results do not depend on the batch. Raises ImportError if `farthing._native` is not
-    built, ValueError for a bad argument.
+    reads. `threads` defaults to the CPUs this process may use. `arrays`, `parts`: see `farthing.ops.select`;
+    the latter also selects kernels whose results do not depend on the batch. Raises ImportError if
+    `farthing._native` is not built, ValueError for a bad argument.
     """
-    if dtype not in (None, torch.float32, torch.bfloat16):
+    kind = None if dtype is None else dtype_name(dtype)
+    if kind not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype {dtype} is not supported by backend 'cpu'; expected float32 or bfloat16")
     if threads is not None and threads < 1:
         raise ValueError(f"threads {threads} is not a number of threads; expected at least 1")
     if parts is not None:
         isa = _without_tiles(isa)
-    # Two thread pools would compete for cores, so torch uses only the calling thread.
-    torch.set_num_threads(1)
+    if not arrays:  # two thread pools would compete for cores, so torch uses only the calling thread
+        torch.set_num_threads(1)
     ops = CpuOps(
         threads or len(os.sched_getaffinity(0)), quantization, packed, isa,
-        parts=parts or 1, expand=parts is None,
+        parts=parts or 1, expand=parts is None, arrays=arrays,
     )  # fmt: skip
-    ops.cache_dtype = "float32" if dtype is torch.float32 else "bfloat16"
+    ops.cache_dtype = "float32" if kind == "float32" else "bfloat16"
     return ops
 
 

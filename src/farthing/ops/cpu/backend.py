@@ -9,12 +9,13 @@ import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from farthing import _native
+from farthing.lazy import torch
+from farthing.ops import arrays, sampling_numpy
 from farthing.ops.api import (
     Batch,
     CacheDtype,
@@ -23,6 +24,16 @@ from farthing.ops.api import (
     LayerHandles,
     NotFinite,
     RouterSpec,
+)
+from farthing.ops.arrays import (
+    BFLOAT16,
+    FLOAT8,
+    address,
+    as_float32,
+    contiguous,
+    dtype_name,
+    empty,
+    row_stride,
 )
 from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
 from farthing.ops.cpu import indexer as indexing
@@ -34,10 +45,14 @@ from farthing.ops.cpu.stack import (
     native_rows,
     pack_stack,
     run_layers,
+    vector,
 )
 from farthing.ops.cpu.weights import Attention, Experts, Linear, PackingOps, router_of
-from farthing.ops.reference import largest
+from farthing.ops.sampling import Filters
 from farthing.ops.selection import chosen, in_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_FUSED_TOP = 64  # above this, torch sorts the head's logits
 SELECTED_AT_ONCE = 32  # tokens per call of sparse attention, which bounds its partial sums
@@ -46,13 +61,10 @@ FEW = 16  # up to this many tokens one native lookup is faster than two torch ca
 
 def _rows(x: Tensor) -> Tensor:
     """x as float32 rows with unit column stride."""
-    if x.dtype is not torch.float32:
-        x = x.float()
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _vector(x: Tensor) -> Tensor:
-    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+    x_: Any = as_float32(x)
+    if isinstance(x_, np.ndarray):
+        return x_ if x_.strides[1] == x_.itemsize else np.ascontiguousarray(x_)  # type: ignore[return-value]
+    return x_ if x_.stride(1) == 1 else x_.contiguous()  # type: ignore[no-any-return]
 
 
 class CpuOps(PackingOps):
@@ -65,29 +77,30 @@ class CpuOps(PackingOps):
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
         shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
-        scale = torch.ones(*shape, 2) if kind in CACHE_MAX else None
-        return LatentCache(_lazy(kind, *shape, width), scale)
+        scale = self.tensor(np.ones((*shape, 2), np.float32)) if kind in CACHE_MAX else None
+        return LatentCache(self._lazy(kind, *shape, width), scale)
 
     def new_index_cache(self, like: LatentCache, rows: int, width: int) -> IndexCache:
         shape = (rows, *like.data.shape[1:3])
-        scale = None if like.scale is None else torch.ones(*shape)
-        return IndexCache(_lazy(like.data.dtype, *shape, width), scale)
+        scale = None if like.scale is None else self.tensor(np.ones(shape, np.float32))
+        return IndexCache(self._lazy(dtype_name(like.data.dtype), *shape, width), scale)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        if ids.shape[0] > FEW or table.dtype not in (torch.bfloat16, torch.float32):
-            return table[ids].float()
-        ids, out = ids.contiguous(), torch.empty(ids.shape[0], table.shape[1])
+        kind, many = dtype_name(table.dtype), ids.shape[0] > FEW and not self.arrays
+        if many or kind not in ("bfloat16", "float32"):
+            return as_float32(table[ids])
+        ids, out = contiguous(ids), empty(table, ids.shape[0], table.shape[1])
         self._native.embed(
-            table.data_ptr(), table.dtype is torch.bfloat16, table.stride(0), table.shape[0], ids.data_ptr(),
-            ids.shape[0], table.shape[1], out.data_ptr(),
+            address(table), kind == "bfloat16", row_stride(table), table.shape[0], address(ids),
+            ids.shape[0], table.shape[1], address(out),
         )  # fmt: skip
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, weight = _rows(x), _vector(weight)
+        x, weight = _rows(x), vector(weight)
         tokens, k = x.shape
-        out = torch.empty(tokens, k)
-        self._native.rms_norm(native_rows(x), tokens, k, weight.data_ptr(), eps, native_rows(out))
+        out = empty(x, tokens, k)
+        self._native.rms_norm(native_rows(x), tokens, k, address(weight), eps, native_rows(out))
         return out
 
     def linear(
@@ -102,11 +115,11 @@ class CpuOps(PackingOps):
         tokens = x.shape[0]
         if x.shape[1] != weight.k:
             raise ValueError(f"x has {x.shape[1]} columns; expected {weight.k}, the weight's")
-        norm = None if norm is None else _vector(norm)
+        norm = None if norm is None else vector(norm)
         residual = None if residual is None else _rows(residual)
-        out = torch.empty(tokens, weight.n)
+        out = empty(x, tokens, weight.n)
         self._native.linear(
-            weight.packed, native_rows(x), tokens, 0 if norm is None else norm.data_ptr(), eps,
+            weight.packed, native_rows(x), tokens, 0 if norm is None else address(norm), eps,
             native_rows(residual), native_rows(out), weight.rest,
         )  # fmt: skip
         return out
@@ -124,7 +137,7 @@ class CpuOps(PackingOps):
     ) -> Tensor:
         q, kv, s = _rows(q), _rows(kv), attention.spec
         tokens = q.shape[0]
-        out = torch.empty(tokens, s.num_heads * s.value_dim)
+        out = empty(q, tokens, s.num_heads * s.value_dim)
         if select is None:
             self._mla(q, kv, attention, cache, layer, native_batch(batch), eps, out)
             return out
@@ -172,11 +185,11 @@ class CpuOps(PackingOps):
     ) -> Tensor:
         """counts, ids and gates are addresses, 0 for none."""
         self._check_file()
-        x, norm = _rows(x), _vector(norm)
+        x, norm = _rows(x), vector(norm)
         tokens, hidden = x.shape
-        out = torch.empty(tokens, hidden)
+        out = empty(x, tokens, hidden)
         self._native.moe(
-            weights.native, native_rows(x), tokens, norm.data_ptr(), eps, native_rows(out), counts, ids,
+            weights.native, native_rows(x), tokens, address(norm), eps, native_rows(out), counts, ids,
             gates, residual,
         )  # fmt: skip
         return out
@@ -207,7 +220,7 @@ class CpuOps(PackingOps):
         counts: Tensor | None = None,
         residual: bool = True,
     ) -> Tensor:
-        seen = 0 if counts is None else counts.data_ptr()
+        seen = 0 if counts is None else address(counts)
         return self._experts(x, weights, norm, eps, seen, residual=residual)
 
     def moe_chosen(
@@ -220,7 +233,7 @@ class CpuOps(PackingOps):
                 f"expected [{x.shape[0]}, {weights.spec.top_k}], rows and experts per token"
             )
         ids, gates = ids.long().contiguous(), gates.float().contiguous()
-        return self._experts(x, weights, norm, eps, ids=ids.data_ptr(), gates=gates.data_ptr())
+        return self._experts(x, weights, norm, eps, ids=address(ids), gates=address(gates))
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         router = router_of(spec)
@@ -232,8 +245,8 @@ class CpuOps(PackingOps):
         assert weights.spec is not None
         n = _rows(n)
         tokens, k = n.shape[0], weights.spec.top_k
-        ids, gates = torch.empty(tokens, k, dtype=torch.int64), torch.empty(tokens, k)
-        self._native.route(weights.native, native_rows(n), tokens, ids.data_ptr(), gates.data_ptr())
+        ids, gates = empty(n, tokens, k, dtype="int64"), empty(n, tokens, k)
+        self._native.route(weights.native, native_rows(n), tokens, address(ids), address(gates))
         return ids, gates
 
     def logits(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> Tensor:
@@ -243,39 +256,56 @@ class CpuOps(PackingOps):
         self, x: Tensor, head: Linear, norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         if k > MOST_FUSED_TOP:
-            return largest(self.logits(x, head, norm, eps), k)
-        x, norm = _rows(x), _vector(norm)
+            return _sorted(self.logits(x, head, norm, eps), k)
+        x, norm = _rows(x), vector(norm)
         tokens = x.shape[0]
-        values, ids = torch.empty(tokens, k), torch.empty(tokens, k, dtype=torch.int64)
-        logsumexp = torch.empty(tokens)
+        values, ids = empty(x, tokens, k), empty(x, tokens, k, dtype="int64")
+        logsumexp = empty(x, tokens)
         with _not_finite():
             self._native.top_logits(
-                head.packed, native_rows(x), tokens, norm.data_ptr(), eps, k,
-                values.data_ptr(), ids.data_ptr(), logsumexp.data_ptr(),
+                head.packed, native_rows(x), tokens, address(norm), eps, k,
+                address(values), address(ids), address(logsumexp),
             )  # fmt: skip
         return values, ids, logsumexp
 
     def greedy(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> list[int]:
-        x, norm = _rows(x), _vector(norm)
+        x, norm = _rows(x), vector(norm)
         with _not_finite():
-            best: list[int] = self._native.greedy(
-                head.packed, native_rows(x), x.shape[0], norm.data_ptr(), eps
-            )
+            best: list[int] = self._native.greedy(head.packed, native_rows(x), x.shape[0], address(norm), eps)
         return best
+
+    def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
+        if self.arrays:
+            drawn: Any = sampling_numpy.sample(np.asarray(logits), np.asarray(uniform), filters)
+            return drawn  # type: ignore[no-any-return]
+        return super().sample(logits, uniform, filters)
+
+    def _lazy(self, dtype: str, *shape: int) -> Tensor:
+        """Zeros in small pages that are allocated on first write. torch would write all of them now, and
+        numpy would request huge pages, and each layer's last one would be mostly empty."""
+        kind = {"bfloat16": BFLOAT16, "float8_e4m3fn": FLOAT8}.get(dtype) or np.dtype(dtype)
+        memory = mmap.mmap(-1, prod(shape) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self.arrays:
+            return np.frombuffer(memory, kind).reshape(shape)  # type: ignore[return-value]
+        return torch.frombuffer(memory, dtype=getattr(torch, dtype)).view(*shape)
 
     def softmax(self, x: Tensor) -> Tensor:
         x = _rows(x)
         rows, n = x.shape
-        out = torch.empty(rows, n)
+        out = empty(x, rows, n)
         self._native.softmax(native_rows(x), rows, n, native_rows(out))
         return out
 
 
-def _lazy(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Zeros in small pages that are allocated on first write. torch would write all of them now, and numpy
-    would request huge pages, and each layer's last one would be mostly empty."""
-    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+def _sorted(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [T, V] -> (values [T, k], ids [T, k], logsumexp [T]); ties in order of id."""
+    z: Any = logits
+    if isinstance(z, np.ndarray):
+        ids = np.argsort(-z, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(z, ids, 1), ids, arrays.logsumexp(z)[:, 0]  # type: ignore[return-value, arg-type]
+    from farthing.ops.reference import largest
+
+    return largest(logits, k)
 
 
 @contextmanager

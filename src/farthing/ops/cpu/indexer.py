@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from farthing import _native
+from farthing.lazy import torch
 from farthing.ops.api import Batch, IndexCache, IndexerSpec
+from farthing.ops.arrays import address
 from farthing.ops.cpu.stack import native_cache, native_rows
 from farthing.ops.selection import sequences_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_SCORES = 1 << 22  # scores in memory at once; larger steps are scored in parts
 
@@ -29,7 +31,7 @@ def pack(spec: IndexerSpec, norm: Tensor, bias: Tensor, rope: Tensor) -> Indexer
     """norm, bias [d] and rope [2, max_len, r/2], float32 and contiguous."""
     native = _native.Indexer(
         spec.num_heads, spec.head_dim, spec.rope_dim, spec.top_k, spec.norm_eps, spec.interleaved,
-        norm.data_ptr(), bias.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr(),
+        address(norm), address(bias), address(rope[0]), address(rope[1]),
     )  # fmt: skip
     return Indexer(native, spec, (norm, bias, rope))
 

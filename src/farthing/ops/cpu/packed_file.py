@@ -29,16 +29,17 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor
 
 from farthing import files
 from farthing.ops.weights import InputRounding
+
+if TYPE_CHECKING:
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ MAGIC = b"FARTHPK2"
 VERSION = 2
 PAGE = 4096
 HEADER = struct.Struct("<8sQQQ32x")
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64)}
+DTYPES = {name: np.dtype(name) for name in ("float32", "int64")}
 CHECKED_AT_ONCE = 8 << 20  # bytes
 CHECKED_PER_SECOND = 1 << 30  # bytes/s of the background thread: a small share of memory bandwidth
 
@@ -131,7 +132,7 @@ class PackedFile:
             raise ValueError(f"packed file {str(self.path)!r}: {name!r} is a plain array; expected a matrix")
         return self._address + entry["offset"], entry["bytes"], name_hash(name)
 
-    def tensor(self, name: str) -> Tensor:
+    def array(self, name: str) -> NDArray[Any]:
         """A plain array, copied out; its checksum is compared at once."""
         entry = self._entries[name]
         if "dtype" not in entry:
@@ -139,7 +140,7 @@ class PackedFile:
         if not self._matches(name):
             raise ValueError(self._mismatch(name))
         raw = self._map[entry["offset"] : entry["offset"] + entry["bytes"]].copy()
-        return torch.from_numpy(raw).view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        return raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def inputs(self, name: str) -> InputRounding | None:
         """Input rounding of a packed matrix: coarser than 8 bits, or with a calibrated scale."""
@@ -237,9 +238,10 @@ def _write(
     file.write(bytes(PAGE))
     for name, blob in blobs:
         offset = file.tell()
-        if isinstance(blob, Tensor):
-            data = blob.contiguous().reshape(-1).view(torch.uint8).numpy()
-            entries[name] = {"dtype": str(blob.dtype).removeprefix("torch."), "shape": list(blob.shape)}
+        if hasattr(blob, "dtype"):
+            plain = np.ascontiguousarray(blob)
+            data = plain.reshape(-1).view(np.uint8)
+            entries[name] = {"dtype": plain.dtype.name, "shape": list(plain.shape)}
         else:
             data = np.empty(blob.serialized_bytes, dtype=np.uint8)
             blob.serialize(data.ctypes.data, name_hash(name))

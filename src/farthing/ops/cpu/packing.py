@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from farthing import _native
+from farthing.lazy import torch
 from farthing.ops.weights import InputRounding, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Share of zero 16 x 16 blocks from which the block-sparse form is faster than the dense one.
 SPARSE_FROM = 0.2

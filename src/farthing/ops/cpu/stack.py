@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from farthing import _native
 from farthing.ops.api import Batch, IndexCache, LatentCache, LayerHandles, PeerLost
+from farthing.ops.arrays import address, as_float32, contiguous, dtype_name, empty, row_stride
 from farthing.ops.selection import Chosen
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 CACHE_TYPES = {
-    torch.float32: _native.CacheType.F32,
-    torch.bfloat16: _native.CacheType.BF16,
-    torch.float8_e4m3fn: _native.CacheType.FP8,
-    torch.int8: _native.CacheType.INT8,
+    "float32": _native.CacheType.F32,
+    "bfloat16": _native.CacheType.BF16,
+    "float8_e4m3fn": _native.CacheType.FP8,
+    "int8": _native.CacheType.INT8,
 }
 
 
@@ -34,10 +35,8 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
     native = _native.Layers()
     alive: list[Any] = []
     for layer in layers:
-        norms = [
-            None if w is None else w.float().contiguous() for w in (layer.norm, layer.q_norm, layer.feed_norm)
-        ]
-        norm, q_norm, feed_norm = (0 if w is None else w.data_ptr() for w in norms)
+        norms = [None if w is None else vector(w) for w in (layer.norm, layer.q_norm, layer.feed_norm)]
+        norm, q_norm, feed_norm = (0 if w is None else address(w) for w in norms)
         q_b = None if layer.q_b is None else layer.q_b.packed
         sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         native.add(
@@ -48,20 +47,25 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
     return Stack(native, tuple(alive))
 
 
+def vector(x: Tensor) -> Tensor:
+    """x as contiguous float32."""
+    return contiguous(as_float32(x))
+
+
 def native_rows(x: Tensor | None) -> Any:
     """Native view of a float32 tensor with unit column stride; empty for None."""
-    return _native.Rows(0, 0) if x is None else _native.Rows(x.data_ptr(), x.stride(0))
+    return _native.Rows(0, 0) if x is None else _native.Rows(address(x), row_stride(x))
 
 
 def native_cache(cache: LatentCache | IndexCache, layer: int = 0) -> Any:
     """Native view of a cache, starting at one layer (or row of an index cache)."""
     data, scale = cache.data, cache.scale
-    layer_bytes = data.stride(0) * data.element_size()
-    layer_scales = 0 if scale is None else scale.stride(0)
+    layer_bytes = row_stride(data) * data.itemsize
+    layer_scales = 0 if scale is None else row_stride(scale)
     return _native.Cache(
-        CACHE_TYPES[data.dtype],
-        data.data_ptr() + layer * layer_bytes,
-        0 if scale is None else scale.data_ptr() + layer * layer_scales * scale.element_size(),
+        CACHE_TYPES[dtype_name(data.dtype)],
+        address(data) + layer * layer_bytes,
+        0 if scale is None else address(scale) + layer * layer_scales * scale.itemsize,
         data.shape[2],
         layer_bytes,
         layer_scales,
@@ -71,11 +75,11 @@ def native_cache(cache: LatentCache | IndexCache, layer: int = 0) -> Any:
 def native_batch(batch: Batch) -> Any:
     """Native view of a step's index tensors."""
     return _native.Batch(
-        batch.positions.data_ptr(),
-        batch.slots.data_ptr(),
-        batch.query_start.data_ptr(),
-        batch.context_lens.data_ptr(),
-        batch.block_table.data_ptr(),
+        address(batch.positions),
+        address(batch.slots),
+        address(batch.query_start),
+        address(batch.context_lens),
+        address(batch.block_table),
         *batch.block_table.shape,
     )
 
@@ -105,11 +109,11 @@ def run_layers(
 ) -> Tensor:
     """h [T, D] float32 with unit column stride -> [T, D], a new tensor."""
     tokens, hidden = h.shape
-    out = torch.empty(tokens, hidden)
-    address, stride = (0, 0) if counts is None else (counts.data_ptr(), counts.stride(0))
+    out = empty(h, tokens, hidden)
+    seen, stride = (0, 0) if counts is None else (address(counts), row_stride(counts))
     try:
         native.layers(
-            stack.native, native_rows(h), tokens, native_cache(cache), native_batch(batch), eps, address,
+            stack.native, native_rows(h), tokens, native_cache(cache), native_batch(batch), eps, seen,
             stride, native_rows(out),
         )  # fmt: skip
     except _native.PeerLost as error:

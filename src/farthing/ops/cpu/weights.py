@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from farthing import _native
+from farthing.lazy import torch
 from farthing.ops.api import AttentionSpec, HostOps, IndexerSpec, MoEWeights, RouterSpec
+from farthing.ops.arrays import address
 from farthing.ops.cpu import indexer as indexing
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
+from farthing.ops.cpu.stack import vector
 from farthing.ops.cutting import columns_of, halves_of
 from farthing.ops.weights import InputRounding, Weight, loaded_as
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """As much of a `torch.device` as the engine reads."""
+
+    type: str = "cpu"
+
+
+HOST = Host()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +75,17 @@ class PackingOps(HostOps):
         topology: str = "",
         parts: int = 1,
         expand: bool = True,
+        arrays: bool = False,
     ) -> None:
         """parts: halves of the columns of row-parallel products (o_proj, down_proj) summed separately.
 
+        arrays: tensors are numpy arrays instead of torch's.
         expand: whether large chunks of long prompts take expanded attention (`native/expanded.h`).
         """
-        self.device = torch.device("cpu")
-        self.dtype = torch.float32
+        self.arrays = arrays
+        self.device = HOST if arrays else torch.device("cpu")  # type: ignore[assignment]
+        if not arrays:
+            self.dtype = torch.float32
         self._native = _native.Backend(threads, isa, topology)
         if not expand:
             self._native.expand_tokens = 0
@@ -82,6 +103,12 @@ class PackingOps(HostOps):
             self._file.check_in_background()
         self._blobs: dict[str, Any] = {}
         self._inputs: dict[str, InputRounding] = {}  # for matrices whose checkpoint specifies it
+
+    def tensor(self, values: NDArray[Any]) -> Tensor:
+        return values if self.arrays else torch.from_numpy(values)  # type: ignore[return-value]
+
+    def no_gradients(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.arrays else super().no_gradients()
 
     def verify_packed(self) -> None:
         if self._file is not None:
@@ -130,8 +157,8 @@ class PackingOps(HostOps):
 
     def _tensor(self, name: str, value: Callable[[], Tensor]) -> Tensor:
         if self._file is not None and name in self._file:
-            return self._keep(name, self._file.tensor(name))  # type: ignore[no-any-return]
-        return self._keep(name, value().float().contiguous())  # type: ignore[no-any-return]
+            return self._keep(name, self.tensor(self._file.array(name)))  # type: ignore[no-any-return]
+        return self._keep(name, vector(value()))  # type: ignore[no-any-return]
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Linear:
         packed = self._stored(name)
@@ -194,7 +221,9 @@ class PackingOps(HostOps):
         first = None
         loads = self._stored_experts(name, spec.num_experts) if w is None else w.experts
         if None in loads:
-            self._keep(f"{name}.held", torch.tensor([e for e, load in enumerate(loads) if load is not None]))
+            self._keep(
+                f"{name}.held", self.tensor(np.array([e for e, load in enumerate(loads) if load is not None]))
+            )
         for e, expert in enumerate(loads):
             if expert is None:  # on another rank, or an identity
                 for _ in range(self._parts):
@@ -222,7 +251,7 @@ class PackingOps(HostOps):
         assert self._file is not None
         if f"{name}.held" not in self._file:
             return [_missing] * count
-        held = set(self._file.tensor(f"{name}.held").tolist())
+        held = set(self._file.array(f"{name}.held").tolist())
         return [_missing if e in held else None for e in range(count)]
 
     def pack_attention(
@@ -238,10 +267,10 @@ class PackingOps(HostOps):
             kv_b, kv_norm = weights()
             norm = self._tensor(f"{name}.norm", lambda: kv_norm)
             heads = self._pack_heads(name, spec, kv_b)
-        rope = rope.float().contiguous()
+        rope = vector(rope)
         native = _native.Attention(
             spec.num_heads, spec.nope_dim, spec.rope_dim, spec.value_dim, spec.latent_dim, spec.scale,
-            spec.interleaved, norm.data_ptr(), rope[0].data_ptr(), rope[1].data_ptr(),
+            spec.interleaved, address(norm), address(rope[0]), address(rope[1]),
         )  # fmt: skip
         for uk, uv in heads:
             native.add(uk, uv)
@@ -266,7 +295,7 @@ class PackingOps(HostOps):
     ) -> indexing.Indexer:
         weight = self._tensor(f"{name}.weight", lambda: norm()[0])
         bias = self._tensor(f"{name}.bias", lambda: norm()[1])
-        return indexing.pack(spec, weight, bias, rope.float().contiguous())
+        return indexing.pack(spec, weight, bias, vector(rope))
 
     def save_packed(self, path: str) -> None:
         write_packed(path, self._quantization, self._blobs.items(), self.source, self._inputs)

@@ -24,7 +24,7 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
+from farthing.ops.cache import cache_max, torch_dtype
 from farthing.ops.gpu import gemm, normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, plan
 from farthing.ops.gpu.gemm import Part
@@ -158,13 +158,13 @@ class GpuOps(Ops):
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
-        shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
+        shape, kind = (layers, num_blocks, block_size), torch_dtype(dtype)
         if dtype == "fp8" and not self._fp8:
             raise ValueError(
                 f"the cache's dtype is 'fp8', which {self.name} does not have (Ada and Hopper do); "
                 f"expected 'bfloat16' or 'int8'"
             )
-        scale = torch.ones(*shape, 2, device=self.device) if kind in CACHE_MAX else None
+        scale = torch.ones(*shape, 2, device=self.device) if cache_max(kind) else None
         return LatentCache(torch.zeros(*shape, width, dtype=kind, device=self.device), scale)
 
     def _here(self, tensor: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+"""Functions of tensors that are torch's, or numpy arrays where a model is served without torch.
+
+A backend's tensors are all of one kind. numpy lacks two of the dtypes; their values are stored as bits.
+
+Legend: n rows; V vocabulary; k columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from farthing.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
+FLOAT8 = np.dtype([("float8_e4m3fn", "u1")])
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype as torch spells it, without the module: 'bfloat16'."""
+    return dtype.names[0] if getattr(dtype, "names", None) else str(dtype).removeprefix("torch.")
+
+
+def address(x: Any) -> int:
+    """Address of the first element."""
+    return x.__array_interface__["data"][0] if isinstance(x, np.ndarray) else x.data_ptr()  # type: ignore[no-any-return]
+
+
+def row_stride(x: Any) -> int:
+    """Elements from one slice of the first dimension to the next."""
+    return x.strides[0] // x.itemsize if isinstance(x, np.ndarray) else x.stride(0)  # type: ignore[no-any-return]
+
+
+def as_float32(x: Tensor) -> Tensor:
+    """The values as float32, without a copy if they are."""
+    x_: Any = x
+    if not isinstance(x_, np.ndarray):
+        return x.float()
+    if x_.dtype == BFLOAT16:
+        return (x_.view("<u2").astype(np.uint32) << 16).view(np.float32)  # type: ignore[return-value]
+    return x_.astype(np.float32, copy=False)  # type: ignore[return-value]
+
+
+def empty(x: Tensor, *shape: int, dtype: str = "float32") -> Tensor:
+    """An uninitialized tensor of x's kind, in host memory."""
+    if isinstance(x, np.ndarray):
+        return np.empty(shape, dtype)  # type: ignore[return-value]
+    return torch.empty(shape, dtype=getattr(torch, dtype))
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """x, or a copy with its elements in order."""
+    return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x.contiguous()
+
+
+def like(values: NDArray[Any], x: Tensor) -> Tensor:
+    """The values as a tensor of x's kind, on its device."""
+    if isinstance(x, np.ndarray):
+        return values  # type: ignore[return-value]
+    return torch.from_numpy(values).to(x.device)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same shape and values."""
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else torch.equal(a, b)
+
+
+def host(x: Tensor) -> NDArray[Any]:
+    """The values as a numpy array."""
+    return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    x_: Any = x
+    return bool(np.isfinite(x_).all()) if isinstance(x_, np.ndarray) else bool(x.isfinite().all())
+
+
+def logsumexp(x: Tensor) -> Tensor:
+    """Of every row [n, V], as [n, 1]."""
+    x_: Any = x
+    if not isinstance(x_, np.ndarray):
+        return x.logsumexp(-1, keepdim=True)
+    top = x_.max(-1, keepdims=True)
+    return top + np.log(np.exp(x_ - top).sum(-1, keepdims=True))  # type: ignore[no-any-return]
+
+
+def log_softmax(x: Tensor) -> Tensor:
+    """Of every row [n, V]."""
+    return x - logsumexp(x) if isinstance(x, np.ndarray) else x.log_softmax(-1)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x [n, V] at index [n, k] of its row."""
+    x_: Any = x
+    at: Any = index
+    return np.take_along_axis(x_, at, 1) if isinstance(x_, np.ndarray) else x.gather(1, index)  # type: ignore[return-value]
+
+
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a where the condition holds, else b."""
+    if isinstance(condition, np.ndarray):
+        return np.where(condition, a, b)  # type: ignore[return-value]
+    return torch.where(condition, a, b)
+
+
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row [n, V], in order: (values, ids int64), each [n, k]."""
+    x_: Any = x
+    if not isinstance(x_, np.ndarray):
+        values, ids = x.topk(k, dim=-1)
+        return values, ids
+    part = np.argpartition(x_, x_.shape[1] - k, axis=1)[:, x_.shape[1] - k :] if k < x_.shape[1] else None
+    inner = x_ if part is None else np.take_along_axis(x_, part, 1)
+    order = np.argsort(-inner, axis=1, kind="stable")
+    found: Any = order if part is None else np.take_along_axis(part, order, 1)
+    return np.take_along_axis(inner, order, 1), found  # type: ignore[return-value]

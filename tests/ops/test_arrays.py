@@ -1,0 +1,78 @@
+"""Tensors as numpy arrays: the same results as torch's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from farthing.checkpoint import CheckpointError
+from farthing.checkpoint.arrays import ArrayFile
+from farthing.ops import arrays, sampling, sampling_numpy
+from farthing.ops.sampling import Filters
+
+ARRAY: Any = np.random.default_rng(3).normal(size=(4, 1000)).astype(np.float32)
+TENSOR = torch.from_numpy(ARRAY)
+
+
+def test_functions_of_rows() -> None:
+    for function in (arrays.log_softmax, arrays.logsumexp, arrays.as_float32, arrays.contiguous):
+        np.testing.assert_allclose(function(ARRAY), function(TENSOR).numpy(), atol=1e-5)
+    for k in (1, 20, 1000):
+        for ours, expected in zip(arrays.largest(ARRAY, k), arrays.largest(TENSOR, k), strict=True):
+            assert np.array_equal(ours, expected.numpy())
+    index: Any = np.array([[1, 5], [0, 0], [2, 999], [7, 3]])
+    gathered = arrays.gather(TENSOR, torch.from_numpy(index)).numpy()
+    assert np.array_equal(arrays.gather(ARRAY, index), gathered)
+    assert arrays.all_finite(ARRAY) and not arrays.all_finite(ARRAY * np.float32("inf"))
+
+
+def test_bfloat16_is_widened_exactly() -> None:
+    value = torch.from_numpy(ARRAY).bfloat16()
+    bits: Any = value.view(torch.int16).numpy().view(arrays.BFLOAT16)
+    assert arrays.dtype_name(bits.dtype) == arrays.dtype_name(value.dtype) == "bfloat16"
+    assert np.array_equal(arrays.as_float32(bits), value.float().numpy())
+
+
+@pytest.mark.parametrize("vocabulary", [50, 1000, 32000])
+@pytest.mark.parametrize("limits", [None, (0, 0.9, 0.0), (40, 1.0, 0.0), (0, 1.0, 0.02), (300, 0.95, 0.001)])
+def test_draws_are_those_of_torch(vocabulary: int, limits: tuple[int, float, float] | None) -> None:
+    random = np.random.default_rng(vocabulary)
+    logits = (2 * random.normal(size=(64, vocabulary))).astype(np.float32)
+    uniform = random.uniform(size=64)
+    filters, same = None, None
+    if limits is not None:
+        k, p, least = limits
+        parts: list[NDArray[Any]] = [np.full(64, k or vocabulary), np.full(64, p, np.float32)]
+        parts.append(np.full(64, least, np.float32))
+        same = Filters(*map(torch.from_numpy, parts), most=k)  # type: ignore[misc]
+        filters = Filters(*parts, most=k)  # type: ignore[arg-type, misc]
+    expected = sampling.sample(torch.from_numpy(logits), torch.from_numpy(uniform), same).numpy()
+    # A random number on the border of two tokens may fall to either.
+    assert (sampling_numpy.sample(logits, uniform, filters) == expected).mean() > 0.98
+
+
+def test_arrays_of_a_file(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    stored = {
+        "a": torch.randn(3, 5).bfloat16(),
+        "b": torch.randn(200, 200),
+        "c": torch.arange(7),
+        "d": torch.zeros(3, dtype=torch.int32),
+    }
+    save_file(stored, tmp_path / "m.safetensors")
+    file = ArrayFile(tmp_path / "m.safetensors")
+    assert file.names() == set(stored)
+    assert np.array_equal(arrays.as_float32(file.read("a")), stored["a"].float().numpy())  # type: ignore[arg-type]
+    assert np.array_equal(file.read("b"), stored["b"].numpy())
+    assert np.array_equal(file.read("c"), stored["c"].numpy())
+    with pytest.raises(CheckpointError, match="d: found I32"):
+        file.read("d")
+    (tmp_path / "m.safetensors").write_bytes(bytes(4))
+    with pytest.raises(CheckpointError, match="truncated"):
+        ArrayFile(tmp_path / "m.safetensors")
