@@ -1,6 +1,6 @@
 // Panels times many rows on AMX tiles. Included by kernels_amx.cpp.
 //
-// q8, and q4 up to 32 rows, give the same bits as on VNNI: the same integers, float sums in the same order.
+// Integers, of 4 bits up to 32 rows, give the same bits as on VNNI: the same sums in the same order.
 // bfloat16 takes the activations as hi + lo, so that nothing but the weights is rounded.
 namespace farthing {
 namespace {
@@ -56,12 +56,13 @@ thread_local Scratch expanded;
 // Expands nibbles to bytes and fills in zero blocks, for tile loads. Returns the panel's bytes.
 const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out) {
   const uint8_t *mask = record, *p = record + w.head_bytes();
-  const bool four = w.format == Format::q4;
+  const bool four = w.format_traits().nibbles();
+  const char nothing = static_cast<char>(-w.format_traits().offset());
   if (!four && !w.sparse) return p;
   uint8_t* to = out;
   for (int k = 0; k < w.kp; k += kBlock) {
     if (w.sparse && !(mask[k / 64] >> (k % 64 / kBlock) & 1)) {
-      for (int j = 0; j < 4; ++j, to += 64) _mm512_store_si512(to, _mm512_set1_epi8(four ? 8 : -128));
+      for (int j = 0; j < 4; ++j, to += 64) _mm512_store_si512(to, _mm512_set1_epi8(nothing));
       continue;
     }
     for (int j = 0; j < (four ? 2 : 4); ++j, p += 64) {
@@ -77,26 +78,27 @@ const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out
 
 // The scales of one group of one panel.
 struct GroupScales {
-  f32x16 scale;  // q4
+  f32x16 scale;
   i32x16 zero;
+  int shift;  // of the compensation, to the plain sum of the activations
 };
 
 inline GroupScales group_scales(const Matrix& w, const uint8_t* record, int g) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + w.mask_bytes() + 64);
   const int8_t* zeros = reinterpret_cast<const int8_t*>(scales + w.groups() * 16);
-  return {w.format == Format::q4 ? half_to_float(scales + g * 16) : splat(1.0f),
-          w.zero ? widen(zeros + g * 16) : i32x16{}};
+  return {w.format_traits().grouped() ? half_to_float(scales + g * 16) : splat(1.0f),
+          w.zero ? widen(zeros + g * 16) : i32x16{}, w.format_traits().bits - 1};
 }
 
 // Integer sums of a group into the float sums of up to 16 rows by one panel.
-template <bool Four, bool Zero>
+template <bool Grouped, bool Zero>
 inline void flush_tile(GroupScales s, const int32_t* sums, const int32_t* comp, const float* scale,
                        int groups, int rows, float* out) {
 #pragma GCC unroll 4
   for (int m = 0; m < rows; ++m) {
     i32x16 sum = load<i32x16>(sums + 16 * m) + comp[m * groups];
-    if (Zero) sum += s.zero * (comp[m * groups] / 8);
-    const f32x16 by = Four ? s.scale * scale[m * groups] : splat(scale[m * groups]);
+    if (Zero) sum += s.zero * (comp[m * groups] >> s.shift);
+    const f32x16 by = Grouped ? s.scale * scale[m * groups] : splat(scale[m * groups]);
     store(out + 16 * m, fma(to_float(sum), by, loadf(out + 16 * m)));
   }
 }
@@ -105,7 +107,7 @@ inline void flush_tile(const Matrix& w, const uint8_t* record, int g, const int3
                        int rows, float* out) {
   const GroupScales s = group_scales(w, record, g);
   if (w.zero) flush_tile<true, true>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
-  else if (w.format == Format::q4)
+  else if (w.format_traits().grouped())
     flush_tile<true, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
   else flush_tile<false, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
 }
@@ -258,12 +260,11 @@ void decoded_panels(const Matrix& w, int panel, const Act& x, int rows, float* o
 
 constexpr int kTileRows = 5;            // fewer rows are faster on vectors
 constexpr int kQuantizedTileRows = 13;  // where integers must be scaled group by group
-constexpr int kDecodedRows = 33;        // from here on decoding q4 to bfloat16 pays
+constexpr int kDecodedRows = 33;        // from here on decoding 4 bits to bfloat16 pays
 
 bool fits_tiles(const Matrix& w, const Act& x, int rows) {
   if (rows < kTileRows) return false;
-  if (w.format == Format::bf16) return x.hi != nullptr;
-  if (w.format != Format::q8 && w.format != Format::q4) return false;
+  if (!w.quantized()) return x.hi != nullptr;
   return rows >= kQuantizedTileRows && w.group % 32 == 0 && (!w.sparse || w.kp % 64 == 0) && w.kp % 32 == 0;
 }
 
@@ -295,7 +296,7 @@ void tile_panels(const Matrix& w, int panel, const Act& x, int rows, float* out,
 
 void amx_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
   if (!fits_tiles(w, x, rows)) return tile(w, panel, count, x, rows, out, ldo);
-  const bool decode = w.format == Format::q4 && x.hi && rows >= kDecodedRows && !w.sparse && !w.zero;
+  const bool decode = w.quantized() && x.hi && rows >= kDecodedRows && !w.sparse && !w.zero;
   for (int i = 0; i < count; i += 2) {
     float* o = out + 16 * i;
     if (i + 1 < count)

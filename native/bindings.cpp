@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -60,6 +61,25 @@ NB_MODULE(_native, module) {
 
   nb::enum_<Format> formats(module, "Format");
   for (size_t i = 0; i < std::size(kFormats); ++i) formats.value(kFormats[i].name, static_cast<Format>(i));
+  module.def("held_formats", [] {  // the stored format that each holds without rounding
+    std::vector<std::pair<std::string, Format>> held;
+    for (size_t i = 0; i < std::size(kFormats); ++i)
+      held.emplace_back(kFormats[i].holds, static_cast<Format>(i));
+    return held;
+  });
+  module.def(
+      "is_grouped", [](Format format) { return traits(format).grouped(); }, "format"_a);
+  module.def(
+      "fits_group",
+      [](Format format, int group, int columns) { return fits_group(traits(format), group, columns); },
+      "format"_a, "group"_a, "columns"_a);
+  module.def(
+      "matrix_bytes",
+      [](Format format, int group, bool zero, int n, int k) {
+        const Matrix m = Matrix::describe(format, n, k, group, zero);
+        return m.stride * m.panels;
+      },
+      "format"_a, "group"_a, "zero"_a, "n"_a, "k"_a);
   nb::enum_<Source::Kind>(module, "Kind")
       .value("F32", Source::f32)
       .value("BF16", Source::bf16)

@@ -142,15 +142,16 @@ void transpose(const float* in, int ldi, int rows, int columns, float* out, int 
       transpose16(in + static_cast<size_t>(i) * ldi + j, ldi, out + static_cast<size_t>(j) * ldo + i, ldo);
 }
 
-// Column k of a block of a panel: its 16 rows.
-inline f32x16 block_column(Format format, const uint8_t* block, f32x16 scale, int k) {
-  if (format == Format::q8) {
+// Column k of a block of a panel: its 16 rows, as in Matrix::has_plain_columns.
+inline f32x16 block_column(const FormatTraits& format, const uint8_t* block, f32x16 scale, int k) {
+  if (format.quantized) {
     const u32x16 bytes = load<u32x16>(block + k / 4 * 64) >> (8 * (k % 4)) & 255u;
-    return to_float(load<i32x16>(&bytes) - 128) * scale;
+    return to_float(load<i32x16>(&bytes) + format.offset()) * scale;
   }
   f32x16 pair[2];
-  if (format == Format::bf16) load_pair<Format::bf16>(block + k / 2 * 64, pair[0], pair[1]);
-  else load_pair<Format::f32>(block + k / 2 * 128, pair[0], pair[1]);
+  const uint8_t* at = block + k / 2 * 2 * format.bytes_a_column();
+  if (format.bits == 16) load_pair<Format::bf16>(at, pair[0], pair[1]);
+  else load_pair<Format::f32>(at, pair[0], pair[1]);
   return pair[k % 2];
 }
 
@@ -162,7 +163,7 @@ void unpack(const Matrix& w, float* out, int ldo) {
       const bool zero = w.sparse && !(record[at / 64] >> (at % 64 / kBlock) & 1);
       for (int k = 0; k < kBlock && at + k < w.k; ++k)
         store(out + static_cast<size_t>(at + k) * ldo + panel * kPanel,
-              zero ? f32x16{} : block_column(w.format, block, scale, k));
+              zero ? f32x16{} : block_column(w.format_traits(), block, scale, k));
       if (!zero) block += w.block_bytes();
     }
   }

@@ -32,8 +32,9 @@ struct Ahead {
 template <int M, Format F>
 inline void fetch_stream(const uint8_t* p) {
   if constexpr (M > kStream) return;
-  if constexpr (F == Format::q4) prefetch(p + kNear);
-  prefetch_far(p + (F == Format::q4 ? kFarNibbles : kFar));
+  constexpr bool nibbles = traits(F).nibbles();
+  if constexpr (nibbles) prefetch(p + kNear);
+  prefetch_far(p + (nibbles ? kFarNibbles : kFar));
 }
 
 template <int M, int P>
@@ -72,7 +73,8 @@ inline void load_pair(const uint8_t* p, f32x16& a, f32x16& b) {
 // M rows by P panels of float weights; even and odd columns are summed apart, in every format and shape.
 template <int M, int P, Format F>
 void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  constexpr int bytes = F == Format::f32 ? 128 : F == Format::bf16 ? 64 : 32;  // of two columns
+  constexpr int bytes = 2 * traits(F).bytes_a_column();  // of two columns
+  constexpr bool blocks = traits(F).scales == Scales::blocks;
   const uint8_t *record[P], *data[P];
   for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
   f32x16 total[P * M] = {};
@@ -84,8 +86,8 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
       f32x16 a[P], b[P];
       EACH (int i = 0; i < P; ++i) {
         load_pair<F>(data[i], a[i], b[i]);
-        if (F != Format::fp8 || k % 4 == 0) fetch_stream<M, F>(data[i]);
-        if (F == Format::f32) fetch_stream<M, F>(data[i] + 64);
+        if (bytes >= 64 || k % 4 == 0) fetch_stream<M, F>(data[i]);
+        if (bytes > 64) fetch_stream<M, F>(data[i] + 64);
         data[i] += bytes;
       }
       EACH (int m = 0; m < M; ++m) {
@@ -94,7 +96,7 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
           even[i * M + m] = fma(a[i], s, even[i * M + m]), odd[i * M + m] = fma(b[i], t, odd[i * M + m]);
       }
     }
-    if (F != Format::fp8) continue;
+    if (!blocks) continue;
     EACH (int i = 0; i < P; ++i) {
       const f32x16 scale = load<f32x16>(record[i] + g * 64) * 256.0f;
       EACH (int m = 0; m < M; ++m) {
@@ -105,14 +107,15 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
   }
   EACH (int i = 0; i < P; ++i)
     EACH (int m = 0; m < M; ++m)
-      store(out + m * ldo + 16 * i, F == Format::fp8 ? total[i * M + m] : even[i * M + m] + odd[i * M + m]);
+      store(out + m * ldo + 16 * i, blocks ? total[i * M + m] : even[i * M + m] + odd[i * M + m]);
 }
 
 // `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow.
 template <int M, int P, Format F>
 [[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const int8_t* x, int ld,
                                                int columns, i32x16 (&acc)[P * M], i32x16 (&more)[P * M]) {
-  constexpr int bytes = F == Format::q4 ? 64 : 128;  // of 8 columns
+  constexpr bool nibbles = traits(F).nibbles();
+  constexpr int bytes = 8 * traits(F).bytes_a_column();  // of 8 columns
   for (int k = 0; k < columns; k += 8) {
     bytes64 a[P], b[P];
     EACH (int i = 0; i < P; ++i) {
@@ -120,7 +123,7 @@ template <int M, int P, Format F>
       data[i] += bytes;
       a[i] = load_bytes(p);
       fetch_stream<M, F>(p);
-      if constexpr (F == Format::q4) {
+      if constexpr (nibbles) {
         b[i] = high_nibbles(a[i]);
         a[i] = low_nibbles(a[i]);
       } else {
@@ -131,14 +134,13 @@ template <int M, int P, Format F>
     EACH (int m = 0; m < M; ++m) {
       const auto s = splat4(x + static_cast<size_t>(m) * ld + k);
       EACH (int i = 0; i < P; ++i)
-        acc[i * M + m] =
-            F == Format::q4 ? dot4_nibble(acc[i * M + m], a[i], s) : dot4(acc[i * M + m], a[i], s);
+        acc[i * M + m] = nibbles ? dot4_nibble(acc[i * M + m], a[i], s) : dot4(acc[i * M + m], a[i], s);
     }
     EACH (int m = 0; m < M; ++m) {
       const auto s = splat4(x + static_cast<size_t>(m) * ld + k + 4);
       EACH (int i = 0; i < P; ++i) {
         i32x16& second = M * P <= 4 ? more[i * M + m] : acc[i * M + m];
-        second = F == Format::q4 ? dot4_nibble(second, b[i], s) : dot4(second, b[i], s);
+        second = nibbles ? dot4_nibble(second, b[i], s) : dot4(second, b[i], s);
       }
     }
   }
@@ -148,14 +150,15 @@ template <int M, int P, Format F>
 template <int M, Format F, bool Zero>
 [[gnu::always_inline]] inline void add_group(const Matrix& w, const uint8_t* scales, const Act& x, int g,
                                              const i32x16* acc, const i32x16* more, f32x16* total) {
+  constexpr bool grouped = traits(F).grouped();
   const f32x16 scale =
-      F == Format::q4 ? half_to_float(reinterpret_cast<const uint16_t*>(scales) + g * 16) : splat(1.0f);
+      grouped ? half_to_float(reinterpret_cast<const uint16_t*>(scales) + g * 16) : splat(1.0f);
   EACH (int m = 0; m < M; ++m) {
     i32x16 sum = acc[m] + more[m];
     if constexpr (Zero)
       sum += widen(reinterpret_cast<const int8_t*>(scales + w.groups() * 32) + g * 16) *
-             (x.comp[m * x.groups + g] / 8);
-    const f32x16 s = F == Format::q4 ? scale * x.scale[m * x.groups + g] : splat(x.scale[m * x.groups + g]);
+             (x.comp[m * x.groups + g] / -traits(F).offset());
+    const f32x16 s = grouped ? scale * x.scale[m * x.groups + g] : splat(x.scale[m * x.groups + g]);
     total[m] = fma(to_float(sum), s, total[m]);
   }
 }
@@ -163,14 +166,13 @@ template <int M, Format F, bool Zero>
 // M rows by P panels that follow each other from `panel`.
 template <int M, int P, Format F, bool Zero>
 void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  constexpr int bytes_a_column = F == Format::q4 ? 8 : 16;
   const uint8_t *record[P], *data[P];
   for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
   f32x16 total[P * M] = {};
   for (int g = 0, k = 0; k < w.kp; ++g, k += w.group) {
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
     i32x16 acc[P * M], more[P * M] = {};
-    fetch_ahead<M>(data, ahead, g, bytes_a_column * w.group);
+    fetch_ahead<M>(data, ahead, g, traits(F).bytes_a_column() * w.group);
     if (M == kRowsOfMany)  // the next rows, into L1
       for (int at = k; at < end; at += 64)
         EACH (int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
@@ -207,25 +209,31 @@ void panel_sparse(const Matrix& w, int panel, const Act& x, Ahead, float* out, i
 
 typedef void (*PanelKernel)(const Matrix&, int, const Act&, Ahead, float*, int);
 
-template <int M, int P>
-PanelKernel panel_of(const Matrix& w) {
-  switch (w.format) {
-    case Format::f32: return panels_float<M, P, Format::f32>;
-    case Format::bf16: return panels_float<M, P, Format::bf16>;
-    case Format::fp8: return panels_float<M, P, Format::fp8>;
-    case Format::q8:
-      return w.sparse ? panel_sparse<M, Format::q8> : panels_quantized<M, P, Format::q8, false>;
-    default:
-      if (w.sparse) return panel_sparse<M, Format::q4>;
-      return w.zero ? panels_quantized<M, P, Format::q4, true> : panels_quantized<M, P, Format::q4, false>;
+template <int M, int P, Format F>
+PanelKernel panel_in(const Matrix& w) {
+  constexpr FormatTraits format = traits(F);
+  if constexpr (format.quantized) {
+    if (w.sparse) return panel_sparse<M, F>;
+    if constexpr (format.grouped())
+      if (w.zero) return panels_quantized<M, P, F, true>;
+    return panels_quantized<M, P, F, false>;
+  } else {
+    return panels_float<M, P, F>;
   }
+}
+
+template <int M, int P, size_t... I>
+PanelKernel panel_of(const Matrix& w, std::index_sequence<I...>) {
+  PanelKernel found = nullptr;
+  ((w.format == Format{I} && (found = panel_in<M, P, Format{I}>(w))), ...);
+  return found;
 }
 
 template <int P, int M = kRowsAtOnce>
 PanelKernel panel_kernel(const Matrix& w, int rows) {
   if constexpr (M > 1)
     if (rows < M) return panel_kernel<P, M - 1>(w, rows);
-  return panel_of<M, P>(w);
+  return panel_of<M, P>(w, std::make_index_sequence<std::size(kFormats)>());
 }
 
 void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {

@@ -110,7 +110,7 @@ struct Kernels {
   void (*round_bf16)(const float* x, int n, uint16_t* out);
   // [rows][ldi] to [columns][ldo], multiples of 16.
   void (*transpose)(const float* in, int ldi, int rows, int columns, float* out, int ldo);
-  // Columns of a f32, bf16 or q8 matrix: out[k * ldo + n].
+  // Columns of a matrix that has_plain_columns: out[k * ldo + n].
   void (*unpack)(const Matrix& w, float* out, int ldo);
   void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips,
                int count);  // see vision/layer.h

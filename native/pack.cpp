@@ -67,7 +67,7 @@ float round_group(const float* x, int n, int8_t* out) {
 
 // Rounds as farthing.ops.weights.quantize_int8 and quantize_int4 do.
 void round_dense(Line& l, const Matrix& m) {
-  if (m.format == Format::q4) {
+  if (m.format_traits().grouped()) {
     for (int g = 0; g * m.group < m.k; ++g)
       l.scales[g] = round_group(l.values.data() + g * m.group, m.group, l.q.data() + g * m.group);
     return;
@@ -111,6 +111,18 @@ void read_row(Line& l, const Matrix& m, const Source& s, int r) {
   if (m.quantized()) round_dense(l, m);
 }
 
+void write_integers(uint8_t* p, const Matrix& m, int lane, const std::vector<int8_t>& q) {
+  const FormatTraits& format = m.format_traits();
+  const int offset = format.offset();
+  if (!format.nibbles()) {
+    for (int k = 0; k < m.kp; ++k) p[(k / 4 * 16 + lane) * 4 + k % 4] = static_cast<uint8_t>(q[k] - offset);
+    return;
+  }
+  for (int k = 0; k < m.kp; k += 8)
+    for (int j = 0; j < 4; ++j)
+      p[k / 8 * 64 + lane * 4 + j] = static_cast<uint8_t>((q[k + j] - offset) | (q[k + j + 4] - offset) << 4);
+}
+
 void write_data(uint8_t* p, const Matrix& m, const Line* lines) {
   for (int lane = 0; lane < kPanel; ++lane) {
     const Line& l = lines[lane];
@@ -125,44 +137,42 @@ void write_data(uint8_t* p, const Matrix& m, const Line* lines) {
       case Format::fp8:
         for (int k = 0; k < m.kp; ++k) p[k * 16 + lane] = l.bytes[k];
         break;
-      case Format::q8:
-        for (int k = 0; k < m.kp; ++k)
-          p[(k / 4 * 16 + lane) * 4 + k % 4] = static_cast<uint8_t>(l.q[k] + 128);
-        break;
-      case Format::q4:
-        for (int k = 0; k < m.kp; k += 8)
-          for (int j = 0; j < 4; ++j)
-            p[k / 8 * 64 + lane * 4 + j] = static_cast<uint8_t>((l.q[k + j] + 8) | (l.q[k + j + 4] + 8) << 4);
+      default: write_integers(p, m, lane, l.q);
     }
   }
 }
 
-void write_scales(uint8_t* record, const Matrix& m, const Line* lines) {
+// Group scales may be negative (AutoRound's symmetric format): the row scale is the largest magnitude.
+void write_groups(uint8_t* record, const Matrix& m, int lane, const Line& l) {
   const int groups = m.groups();
-  float* rows = reinterpret_cast<float*>(record);
-  if (m.format == Format::fp8)
-    for (int i = 0; i < groups * kPanel; ++i) rows[i] = lines[i % kPanel].scales[i / kPanel];
-  if (!m.quantized()) return;
+  float& row = reinterpret_cast<float*>(record)[lane];
   uint16_t* relative = reinterpret_cast<uint16_t*>(record + 64);
   int8_t* zeros = reinterpret_cast<int8_t*>(record + 64 + groups * 32);
+  row = amax(l.scales.data(), groups);
+  for (int g = 0; g < groups; ++g) {
+    relative[g * 16 + lane] = row > 0.0f ? half_bits(l.scales[g] / row) : 0;
+    if (m.zero) zeros[g * 16 + lane] = l.zeros[g];
+  }
+}
+
+void write_scales(uint8_t* record, const Matrix& m, const Line* lines) {
+  float* scales = reinterpret_cast<float*>(record);
   for (int lane = 0; lane < kPanel; ++lane) {
     const Line& l = lines[lane];
-    if (m.format == Format::q8) {
-      rows[lane] = l.scales[0];
-      continue;
-    }
-    // Group scales may be negative (AutoRound's symmetric format): the row scale is the largest magnitude.
-    rows[lane] = amax(l.scales.data(), groups);
-    for (int g = 0; g < groups; ++g) {
-      relative[g * 16 + lane] = rows[lane] > 0.0f ? half_bits(l.scales[g] / rows[lane]) : 0;
-      if (m.zero) zeros[g * 16 + lane] = l.zeros[g];
+    switch (m.format_traits().scales) {
+      case Scales::none: break;
+      case Scales::blocks:
+        for (int g = 0; g < m.groups(); ++g) scales[g * 16 + lane] = l.scales[g];
+        break;
+      case Scales::rows: scales[lane] = l.scales[0]; break;
+      case Scales::groups: write_groups(record, m, lane, l);
     }
   }
 }
 
 bool block_is_zero(const uint8_t* data, const Matrix& m, int block) {
   const int bytes = m.block_bytes();
-  const uint8_t nothing = m.format == Format::q4 ? 0x88 : 0x80;
+  const uint8_t nothing = m.format_traits().zero_byte();
   for (int i = 0; i < bytes; ++i)
     if (data[static_cast<size_t>(block) * bytes + i] != nothing) return false;
   return true;
@@ -250,12 +260,7 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, std::shared_ptr<Arena> arena, F
   auto packed = std::make_shared<Packed>();
   Matrix& m = packed->m;
   const std::vector<RowRef> rows = row_order(sources, interleave);
-  m.format = format;
-  m.n = static_cast<int>(rows.size());
-  m.k = sources[0].k;
-  m.group = traits(format).grouped ? group : traits(format).group;
-  m.zero = zero;
-  m.lay_out();
+  m = Matrix::describe(format, static_cast<int>(rows.size()), sources[0].k, group, zero);
   std::vector<uint8_t> records(m.stride * m.panels);
   pool.run([&](Team& team) {
     std::vector<Line> lines(kPanel);

@@ -56,20 +56,13 @@ void require(bool ok, const char* what) {
     throw std::invalid_argument(std::string("packed matrix is damaged: ") + what + "; pack the model again");
 }
 
-// Groups that kernels handle: see farthing.ops.cpu.packing.supported_group.
-bool is_group(const Header& h, const FormatTraits& format) {
-  if (!format.grouped) return h.group == format.group;
-  return h.group >= 32 && h.group % 32 == 0 && (h.group == 32 || h.group % 64 == 0) && h.group <= h.k &&
-         h.k % h.group == 0;
-}
-
 void check_header(const Header& h, size_t size, uint64_t name) {
   require(h.magic == kMagic, "it has no header of this version");
   require(h.format < std::size(kFormats), "unknown format");
   const FormatTraits& format = kFormats[h.format];
   require(h.n >= 1 && h.n <= kMostRows && h.k >= 1 && h.k <= kMostRows, "rows or columns out of range");
-  require(is_group(h, format), "group size");
-  require(h.zero <= 1 && (!h.zero || format.grouped), "zero points of this format");
+  require(fits_group(format, h.group, h.k), "group size");
+  require(h.zero <= 1 && (!h.zero || format.grouped()), "zero points of this format");
   const bool blocks = format.quantized && round_up(h.k, format.multiple) % 64 == 0;
   require(h.sparse <= 1 && (!h.sparse || (blocks && !h.zero)), "sparsity of this format");
   require(h.bytes == size - sizeof h, "size of its section");
@@ -105,12 +98,7 @@ std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, c
   check_header(h, size, name);
   auto packed = std::make_shared<Packed>();
   Matrix& m = packed->m;
-  m.format = static_cast<Format>(h.format);
-  m.n = h.n;
-  m.k = h.k;
-  m.group = h.group;
-  m.zero = h.zero;
-  m.lay_out();
+  m = Matrix::describe(static_cast<Format>(h.format), h.n, h.k, h.group, h.zero);
   m.sparse = h.sparse;
   const uint8_t* records = bytes + sizeof h;
   if (m.sparse) {

@@ -86,7 +86,7 @@ inline int sum_bytes(const int8_t* q, int k) {
 }
 
 void quantize(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
-  const int offset = traits(w.format).offset;
+  const int offset = w.format_traits().offset();
   int8_t* q = x.q + static_cast<size_t>(row) * x.ld;
   for (int done = 0; done < k; done += w.group) {
     const int n = k - done < w.group ? k - done : w.group, padded = round_up(n, 16);

@@ -18,6 +18,13 @@ void require(const Packed& p, int n, int k, const char* what) {
 
 bool alike(const Packed& a, const Packed& b) { return a.m.format == b.m.format && a.m.group == b.m.group; }
 
+// Attention with expanded keys reads these by columns.
+void require_plain_columns(const Packed& p, const char* what) {
+  if (!p.m.has_plain_columns())
+    throw std::invalid_argument(std::string(what) + " is stored in " + p.m.format_traits().name +
+                                "; expected floats, or integers of 8 bits with a scale per row");
+}
+
 }  // namespace
 
 void Moe::check_gate() const {
@@ -48,6 +55,8 @@ void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
 void Attention::add(std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv) {
   require(*uk, latent, nope, "W_UK of a head");
   require(*uv, value, latent, "W_UV of a head");
+  require_plain_columns(*uk, "W_UK of a head");
+  require_plain_columns(*uv, "W_UV of a head");
   if (!w_uk.empty() && (!alike(*uk, *w_uk[0]) || !alike(*uv, *w_uv[0])))
     throw std::invalid_argument("heads of one layer differ in format");
   w_uk.push_back(std::move(uk));

@@ -14,16 +14,11 @@ using namespace farthing;
 
 namespace {
 
-using Storage = std::tuple<Format, int>;  // and the group of Q4
+using Storage = std::tuple<Format, int>;  // and the group, if matrices choose it
 
 std::shared_ptr<Packed> packed(const Storage& storage, int n, int k) {
   auto p = std::make_shared<Packed>();
-  const auto& [format, group] = storage;
-  p->m.format = format;
-  p->m.n = n;
-  p->m.k = k;
-  p->m.group = traits(format).grouped ? group : traits(format).group;
-  p->m.lay_out();
+  p->m = Matrix::describe(std::get<0>(storage), n, k, std::get<1>(storage));
   return p;
 }
 

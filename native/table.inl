@@ -1,6 +1,8 @@
 // Table of the kernels that are compiled for every instruction set; a set with better ones replaces them.
 // The order matters: each file uses definitions of the ones above.
 // clang-format off
+#include <utility>
+
 #include "kernels.h"
 #include "vec.h"
 

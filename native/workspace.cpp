@@ -42,18 +42,19 @@ Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
   Act a;
   a.ld = act_stride(w.k);
   const size_t cells = static_cast<size_t>(rows) * a.ld;
+  const Halves halves = split ? w.format_traits().halves : Halves::none;
+  if (halves != Halves::none) a.hi = take<uint16_t>(cells);
+  if (halves == Halves::both) a.lo = take<uint16_t>(cells);
   if (w.quantized()) {
     a.groups = w.groups();
     a.blocks = round_up(w.k, 64) / kBlock;
     a.q = take<int8_t>(cells);
     a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
     a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
-    if (split && w.format == Format::q4) a.hi = take<uint16_t>(cells);
     if (sparse) a.block_comp = take<int32_t>(static_cast<size_t>(rows) * a.blocks);
     return a;
   }
   a.f32 = take<float>(cells);
-  if (split && w.format == Format::bf16) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
   return a;
 }
 

@@ -16,7 +16,7 @@ import xxhash
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import NotFinite, RouterSpec
+from farthing.ops.api import AttentionSpec, NotFinite, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed_file import HEADER, MAGIC, DamagedFile, write_packed
 from farthing.ops.weights import Weight
@@ -77,6 +77,18 @@ def test_checkpoint_is_not_read(tmp_path: Path) -> None:
     mapped.pack_mlp("mlp", never)  # type: ignore[arg-type]
     mapped.pack_moe("moe", spec, never)  # type: ignore[arg-type]
     mapped.pack_attention("a", layout, never, rope)  # type: ignore[arg-type]
+
+
+def test_heads_in_a_format_without_plain_columns_are_rejected(tmp_path: Path) -> None:
+    """Attention with expanded keys reads columns of W_UK and W_UV, which 4 bits and their groups have not."""
+    path, layout, ops = str(tmp_path / "m"), AttentionSpec(1, 64, 8, 64, 64, 0.2), CpuOps(1)
+    rope = torch.ones(2, 8, layout.rope_dim // 2)
+    ops._keep("a.norm", torch.ones(64))
+    for part in ("uk", "uv"):
+        ops._pack(f"a.{part}.0", [weight("int4", 64, 64, 64)])
+    ops.save_packed(path)
+    with pytest.raises(ValueError, match="W_UK of a head is stored in Q4; expected floats"):
+        CpuOps(1, packed=path).pack_attention("a", layout, never, rope)  # type: ignore[arg-type]
 
 
 def test_sparse_matrices_round_trip(tmp_path: Path) -> None:

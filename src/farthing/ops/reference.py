@@ -28,7 +28,7 @@ from farthing.ops.cache import cache_max, read_cache, torch_dtype, write_cache
 from farthing.ops.indexer import Indexer, index
 from farthing.ops.rotary import rotate
 from farthing.ops.selection import chosen, in_rows
-from farthing.ops.weights import Weight, loaded_as, quantize_int4, quantize_int8
+from farthing.ops.weights import Weight, rounded
 
 
 @dataclass(slots=True)
@@ -59,14 +59,7 @@ class ReferenceOps(HostOps):
         self._quantization = quantization
 
     def _value(self, weight: Weight, mlp: bool = False) -> Tensor:
-        quantization = loaded_as(self._quantization, mlp)
-        if quantization and weight.format == "dense":
-            k = weight.shape[1]
-            if quantization == "int8":
-                weight = quantize_int8(weight.data)
-            elif k % 32 == 0:
-                weight = quantize_int4(weight.data, 64 if k % 64 == 0 else 32)
-        return weight.dequantize(self.dtype)
+        return rounded(weight, self._quantization, mlp).dequantize(self.dtype)
 
     # -- packing
 

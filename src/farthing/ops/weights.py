@@ -129,6 +129,11 @@ def loaded_as(quantization: str | None, mlp: bool) -> str | None:
     return "int8" if quantization == "int4" and not mlp else quantization
 
 
+def int4_group(columns: int) -> int | None:
+    """The group size for rounding dense rows to 4 bits; None if they stay dense."""
+    return 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else None
+
+
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # candidate ranges, as shares of a group's largest magnitude
 
 
@@ -162,3 +167,14 @@ def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
             scale = torch.where(better, fitted, scale)
             kept = torch.where(better.unsqueeze(-1), q.to(torch.int8), kept)
     return Weight("int4", pack_int4(kept.view(n, k)), scale)
+
+
+def rounded(weight: Weight, quantization: str | None, mlp: bool = False) -> Weight:
+    """A dense weight rounded as `--quantization` requests; any other weight unchanged."""
+    quantization = loaded_as(quantization, mlp)
+    if quantization is None or weight.format != "dense":
+        return weight
+    if quantization == "int8":
+        return quantize_int8(weight.data)
+    group = int4_group(weight.shape[1])
+    return quantize_int4(weight.data, group) if group else weight

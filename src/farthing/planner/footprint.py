@@ -1,6 +1,7 @@
 """Bytes that a backend needs for a weight, from its shape and stored format.
 
-Legend: N output rows, K input columns. The CPU backend's records are defined in native/matrix.h.
+Legend: N output rows, K input columns. The CPU backend reports the size of its packed matrices; without the
+native module they count as much as the stored format.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from farthing.model.config import ModelConfig
 from farthing.model.load import names_in
 from farthing.model.types import type_of
 from farthing.model.values import optional_section, wrong
-from farthing.ops.weights import loaded_as
+from farthing.ops.weights import int4_group, loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Kind = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
@@ -121,19 +122,14 @@ def matrix_bytes(n: int, k: int, stored: Stored) -> int:
     return n * k // 2 + n * (k // stored.group) * (5 if stored.zero else 4)
 
 
-def packed_bytes(n: int, k: int, stored: Stored) -> int:
-    """Bytes of the CPU backend's packed matrix: panels of 16 rows, one record per panel."""
-    panels, kind = -(-n // 16), stored.kind
-    if kind == "float32" or kind == "float16":
-        return panels * 64 * k
-    if kind == "bfloat16":
-        return panels * 32 * _up(k, 32)
-    if kind == "fp8":
-        return panels * (16 * _up(k, 32) + 64 * (-(-_up(k, 32) // 128)))
-    if kind == "int8":
-        return panels * (16 * _up(k, 64) + 64)
-    groups = -(-k // stored.group)
-    return panels * (8 * _up(k, 64) + _up(64 + groups * (48 if stored.zero else 32), 64))
+def packed_bytes(n: int, k: int, stored: Stored, quantization: str | None = None) -> int:
+    """Bytes of the CPU backend's packed matrix."""
+    try:
+        from farthing.ops.cpu import packing
+    except ImportError:  # no native module: an estimate
+        return matrix_bytes(n, k, _rounded(stored, k, quantization))
+    plan = packing.choose(stored.kind, k, stored.group, quantization)
+    return packing.packed_bytes(n, k, plan, stored.zero)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +147,17 @@ class Holder:
         if self.backend == "gpu":
             held = self.rounded(stored, k, mlp)
             return self.item * n * k if held.is_float else matrix_bytes(n, k, held)
-        return packed_bytes(n, k, self.rounded(stored, k, mlp))
+        return packed_bytes(n, k, stored, loaded_as(self.quantization, mlp))
 
     def heads(self, n: int, nope: int, value: int, latent: int, stored: Stored) -> int:
         """kv_b_proj of n heads: on the CPU packed per head, in int8 if weights are rounded; else floats."""
         if self.backend != "cpu":
             return self.item * n * (nope + value) * latent
-        as_held = Stored("int8") if self.quantization or not stored.is_float else stored
-        return n * (packed_bytes(latent, nope, as_held) + packed_bytes(value, latent, as_held))
+        as_held = stored if stored.is_float else Stored("float32")
+        quantization = "int8" if self.quantization or not stored.is_float else None
+        return n * sum(
+            packed_bytes(*shape, as_held, quantization) for shape in ((latent, nope), (value, latent))
+        )
 
     def gate(self, n: int, k: int, stored: Stored) -> int:
         """The router's matrix, which is never rounded."""
@@ -172,13 +171,13 @@ class Holder:
 
     def rounded(self, stored: Stored, k: int, mlp: bool) -> Stored:
         """The format after rounding while loading: of dense weights, and of FP8 ones on the CPU."""
-        if not self.rounds(stored):
-            return stored
-        if loaded_as(self.quantization, mlp) == "int8":
-            return Stored("int8")
-        group = 64 if k % 64 == 0 else 32 if k % 32 == 0 else 0
-        return Stored("int4", group) if group else stored
+        return _rounded(stored, k, loaded_as(self.quantization, mlp)) if self.rounds(stored) else stored
 
 
-def _up(x: int, to: int) -> int:
-    return -(-x // to) * to
+def _rounded(stored: Stored, k: int, quantization: str | None) -> Stored:
+    if quantization is None or stored.kind in ("int8", "int4"):
+        return stored
+    if quantization == "int8":
+        return Stored("int8")
+    group = int4_group(k)
+    return Stored("int4", group) if group else stored

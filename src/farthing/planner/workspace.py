@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from farthing.ops.weights import loaded_as
 from farthing.planner.footprint import Holder, Stored
 from farthing.planner.shard import Serving, Shard
 
 _UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
-_FORMATS = {"float32": "F32", "float16": "F32", "bfloat16": "BF16", "fp8": "FP8", "int8": "Q8", "int4": "Q4"}
 
 
 def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) -> int | None:
@@ -46,10 +46,11 @@ class _Step:
 
 def _storage(holder: Holder, stored: Stored, columns: int) -> tuple[Any, int]:
     """The packed format and group of a matrix."""
-    from farthing import _native
+    from farthing.ops.cpu.packing import choose
 
-    held = holder.rounded(stored, columns, mlp=True)  # an upper bound: 8-bit inputs have fewer groups
-    return getattr(_native.Format, _FORMATS[held.kind]), held.group
+    rounding = loaded_as(holder.quantization, mlp=True)  # an upper bound: 8-bit inputs have fewer groups
+    plan = choose(stored.kind, columns, stored.group, rounding)
+    return plan.format, plan.group
 
 
 def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _Step) -> None:

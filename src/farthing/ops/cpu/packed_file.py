@@ -29,17 +29,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from farthing import files
+from farthing.config import Quantization
 from farthing.ops.weights import InputRounding
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ class PackedFile:
         if index["version"] != VERSION:
             raise ValueError(f"version {index['version']!r}; expected {VERSION}")
         self.quantization: str | None = index["quantization"]
-        if self.quantization not in (None, "int8", "int4"):
+        if self.quantization not in (None, *get_args(Quantization)):
             raise ValueError(f"quantization {self.quantization!r}")
         self.source: str = str(index.get("source", ""))
         self._entries: dict[str, dict[str, Any]] = index["entries"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from farthing import _native
 from farthing.lazy import torch
-from farthing.ops.weights import InputRounding, Weight
+from farthing.ops.weights import InputRounding, Weight, int4_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 SPARSE_FROM = 0.2
 
 
-PackedFormat, Kind = _native.Format, _native.Kind  # defined in native/matrix.h and native/pack.h
+PackedFormat, Kind = _native.Format, _native.Kind  # defined in native/formats.h and native/pack.h
+HOLDING: dict[str, Any] = dict(_native.held_formats())  # stored format -> the packed one of the same values
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,27 @@ class Plan:
     group: int = 0
 
 
-def supported_group(group: int) -> bool:
-    """Whether a group divides 64 columns or is a multiple of 64, and is at least 32."""
-    return group % 32 == 0 and (64 % group == 0 or group % 64 == 0)
+F32 = Plan(PackedFormat.F32)
 
 
-def int4_group(columns: int) -> int | None:
-    """The group size for rounding dense rows; None if they stay dense, as in the reference."""
-    return 64 if columns % 64 == 0 else 32 if columns % 32 == 0 else None
+def choose(stored: str, columns: int, group: int, quantization: str | None) -> Plan:
+    """The packed format of a matrix stored as `float32`, `bfloat16`, `fp8`, `int8` or `int4` (with `group`
+    columns per scale), which `quantization` rounds unless it holds integers."""
+    if quantization is not None and stored not in ("int8", "int4"):
+        rounded = int4_group(columns) if quantization == "int4" else columns
+        if rounded is not None:
+            stored, group = quantization, rounded
+        elif stored == "fp8":
+            stored = "float32"
+    found = HOLDING.get(stored, PackedFormat.F32)
+    if not _native.is_grouped(found):
+        return Plan(found)
+    return Plan(found, group) if _native.fits_group(found, group, columns) else F32
+
+
+def packed_bytes(n: int, columns: int, plan: Plan, zero: bool = False) -> int:
+    """Bytes of a dense packed matrix [n, columns], as the planner counts it."""
+    return int(_native.matrix_bytes(plan.format, plan.group, zero, n, columns))
 
 
 def _lossless_bf16(t: Tensor) -> bool:
@@ -43,27 +57,15 @@ def _lossless_bf16(t: Tensor) -> bool:
 
 
 def _plan_one(w: Weight, quantization: str | None) -> Plan:
-    dense = w.format == "dense" or (w.format == "fp8" and quantization is not None)
-    if not dense:
-        if w.format == "int8":
-            return Plan(PackedFormat.Q8)
-        if w.format == "fp8":
-            return Plan(PackedFormat.FP8)
-        if supported_group(w.group_size):
-            return Plan(PackedFormat.Q4, w.group_size)
-    elif quantization == "int8":
-        return Plan(PackedFormat.Q8)
-    elif quantization == "int4" and (group := int4_group(w.shape[1])):
-        return Plan(PackedFormat.Q4, group)
-    if w.format == "dense":
-        return Plan(PackedFormat.BF16 if _lossless_bf16(w.data) else PackedFormat.F32)
-    return Plan(PackedFormat.F32)
+    dense = w.format == "dense"
+    found = choose("float32" if dense else w.format, w.shape[1], w.group_size, quantization)
+    return Plan(PackedFormat.BF16) if dense and found == F32 and _lossless_bf16(w.data) else found
 
 
 def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
     """The common format of matrices packed together; float32 if their formats differ."""
     plans = {_plan_one(w, quantization) for w in weights}
-    return plans.pop() if len(plans) == 1 else Plan(PackedFormat.F32)
+    return plans.pop() if len(plans) == 1 else F32
 
 
 def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
@@ -77,20 +79,21 @@ def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
     return InputRounding(found[0].bits, sum(i.clip for i in found) / len(found))
 
 
+def _is_held(w: Weight, target: Plan) -> bool:
+    """Whether a stored weight is packed as it is, not dequantized first."""
+    return w.format != "dense" and HOLDING[w.format] == target.format
+
+
 def _source(w: Weight, target: Plan) -> tuple[tuple[Any, int, int, int, int, int, int], list[Tensor]]:
     """The native call's tuple (kind, data, scale, zero, n, k, group) and the tensors it points into."""
     n, k = w.shape
-    kind = {
-        ("int8", PackedFormat.Q8): Kind.INT8,
-        ("int4", PackedFormat.Q4): Kind.INT4,
-        ("fp8", PackedFormat.FP8): Kind.FP8,
-    }.get((w.format, target.format))
-    if kind is None:
+    if not _is_held(w, target):
         data = w.data if w.format == "dense" else w.dequantize()
         data = data.contiguous() if data.dtype == torch.bfloat16 else data.float().contiguous()
         kind = Kind.BF16 if data.dtype == torch.bfloat16 else Kind.F32
         return (kind, data.data_ptr(), 0, 0, n, k, k), [data]
     assert w.scale is not None
+    kind = Kind[w.format.upper()]
     tensors = [w.data.contiguous(), w.scale.float().contiguous()]
     if w.zero_point is not None:
         tensors.append(w.zero_point.contiguous())
@@ -104,7 +107,7 @@ def pack(native: Any, weights: Sequence[Weight], target: Plan, interleave: bool 
     if len(columns) != 1:
         raise ValueError(f"matrices with K = {sorted(columns)} cannot be stacked; expected one K")
     sources, alive = zip(*(_source(w, target) for w in weights), strict=True)
-    zero = target.format == PackedFormat.Q4 and any(w.zero_point is not None for w in weights)
+    zero = any(w.zero_point is not None and _is_held(w, target) for w in weights)
     packed = native.pack(target.format, target.group, zero, interleave, SPARSE_FROM, list(sources))
     del alive
     return packed

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.weights import FP8_BLOCK, Weight, loaded_as, quantize_int4, quantize_int8
+from farthing.ops.weights import FP8_BLOCK, Weight
 
 FORMATS = {"dense": 0, "int8": 1, "int4": 2, "fp8": 3}  # as in tile.py
 _MOST_HALF = 64
@@ -63,17 +63,6 @@ def half_of(group: int) -> int:
     if half < _LEAST_HALF:
         raise ValueError(f"int4 group size is {group}; expected a multiple of {_LEAST_HALF}")
     return half
-
-
-def rounded(weight: Weight, quantization: str | None, mlp: bool = False) -> Weight:
-    """Round a dense weight while packing, as in the reference."""
-    quantization = loaded_as(quantization, mlp)
-    if quantization is None or weight.format != "dense":
-        return weight
-    k = weight.shape[1]
-    if quantization == "int8":
-        return quantize_int8(weight.data)
-    return quantize_int4(weight.data, 64 if k % 64 == 0 else 32) if k % 32 == 0 else weight
 
 
 def pack(weight: Weight, dtype: torch.dtype, device: torch.device, fp8: bool = True) -> Matrix:

@@ -1,0 +1,72 @@
+// The formats of packed weights, each declared once: kernels, scratch memory, packed files, `farthing plan`
+// and Python read this table.
+//
+// Legend: K input columns, G columns that share a scale. A panel holds 16 output rows in one record, so that
+// a matrix-vector product reads memory as one stream:
+//
+//   f32   [K][16] float
+//   bf16  [K/2][16][2] bfloat16                                   (so a 16 x 32 block is an AMX tile)
+//   fp8   [K/128][16] float scales, then [K][16] e4m3
+//   q8    [16] float row scales, then [K/4][16][4] uint8 = q + 128 (so a 16 x 64 block is an AMX tile)
+//   q4    [16] float row scales; [K/G][16] float16 scales relative to the row's largest magnitude, which may
+//         be negative; with zero points [K/G][16] int8; then [K/8][16][4] bytes: low nibble k % 8 < 4, high
+//         nibble the rest, each q + 8
+//
+// The bytes before the data are padded to 64.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+
+namespace farthing {
+
+constexpr int kPanel = 16;
+constexpr int kActGroup = 128;  // columns of activations that share a scale if the weights have no groups
+
+enum class Format : uint32_t { f32 = 0, bf16 = 1, fp8 = 2, q8 = 3, q4 = 4 };
+
+// Scales before the data of a record. blocks: float [K/128][16]; rows: float [16]; groups: rows, then float16
+// [K/G][16] relative to them, of a group that each matrix chooses, and maybe int8 zero points.
+enum class Scales { none, blocks, rows, groups };
+
+// Activations in bfloat16 besides those that the vector loops read, for AMX: x = hi + lo, or hi alone for
+// weights that are converted to bfloat16 if there are many rows.
+enum class Halves { none, high, both };
+
+struct FormatTraits {
+  const char* name;   // in farthing._native.Format
+  const char* holds;  // the stored format (farthing.planner.footprint.Kind) that it holds without rounding
+  int bits;           // of a weight
+  int multiple;       // of columns that K is padded to
+  bool quantized;     // integers q, stored as q + 2^(bits - 1); the activations are integers too
+  Scales scales;
+  int group;  // columns that share a scale of the activations, where it is not chosen; 0: no scales
+  Halves halves;
+
+  constexpr bool grouped() const { return scales == Scales::groups; }
+  constexpr bool nibbles() const { return bits == 4; }
+  constexpr int bytes_a_column() const { return kPanel * bits / 8; }           // of a panel's data
+  constexpr int offset() const { return quantized ? -(1 << (bits - 1)) : 0; }  // q minus what is stored
+  // The byte of stored zeros.
+  constexpr uint8_t zero_byte() const {
+    return static_cast<uint8_t>(nibbles() ? -offset() * 0x11 : -offset());
+  }
+};
+
+constexpr FormatTraits kFormats[] = {
+    {"F32", "float32", 32, 2, false, Scales::none, 0, Halves::none},
+    {"BF16", "bfloat16", 16, 32, false, Scales::none, 0, Halves::both},
+    {"FP8", "fp8", 8, 32, false, Scales::blocks, kActGroup, Halves::none},
+    {"Q8", "int8", 8, 64, true, Scales::rows, kActGroup, Halves::none},
+    {"Q4", "int4", 4, 1, true, Scales::groups, 0, Halves::high},
+};
+constexpr const FormatTraits& traits(Format format) { return kFormats[static_cast<int>(format)]; }
+
+// Whether kernels can read groups of this many columns: they divide 64 or are a multiple of it.
+constexpr bool fits_group(const FormatTraits& format, int group, int columns) {
+  if (!format.grouped()) return group == format.group;
+  return group >= 32 && group % 32 == 0 && (group == 32 || group % 64 == 0) && group <= columns &&
+         columns % group == 0;
+}
+
+}  // namespace farthing
