@@ -31,11 +31,10 @@ from farthing.server.cache_digest import KeepBody
 from farthing.server.dashboard import assets, service_data, visible_to
 from farthing.server.dashboard.router import mount
 from farthing.server.errors import ApiError
-from farthing.server.events import to_json
 from farthing.server.invalid import describe_unparsed, describe_validation
 from farthing.server.jobs import ClientGone
 from farthing.server.metrics import CountRequests, Metrics
-from farthing.server.pieces import PiecedAnswer, Pieces, listed
+from farthing.server.pieces import PiecedAnswer, Pieces
 from farthing.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -236,11 +235,11 @@ def _add_token_routes(api: FastAPI, service: Service) -> None:
         document: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": engine.config.max_model_len,
-            "tokens": ids,
+            "tokens": Pieces(ids),
         }
         if body.return_token_strs and engine.tokenizer:
             text = engine.tokenizer.token_text
-            document["token_strs"] = Pieces(listed(to_json(text(token)) for token in ids))
+            document["token_strs"] = Pieces(map(text, ids))
         return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
 
     @api.post("/detokenize", summary="Token ids to text")

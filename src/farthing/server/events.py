@@ -21,8 +21,13 @@ if TYPE_CHECKING:
 
 _LAST_WORD = 5.0  # seconds for sending an error event
 
-# ASCII, because clients disagree about which other characters end a line.
-to_json: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
+
+def encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any], str]:
+    """ASCII, because clients disagree about which other characters end a line."""
+    return json.JSONEncoder(separators=(",", ":"), default=default).encode
+
+
+to_json = encoder()
 
 
 def data(document: Any) -> str:

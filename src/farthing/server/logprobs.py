@@ -4,42 +4,66 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from farthing.engine.logprobs import Position
 from farthing.engine.tokenizer import Tokenizer
-from farthing.server.events import to_json
-from farthing.server.pieces import Pieces, listed
+from farthing.server.pieces import Pieces
 
 _FLOOR = -9999.0  # JSON has no minus infinity
 
 Positions = Sequence[Position | None]  # None: the first token of a prompt, which is not predicted
 
 
+class TokenLogprob(TypedDict):
+    """A token and its log probability in a chat's answer."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class ChosenLogprob(TokenLogprob):
+    """A generated token, and the likeliest ones at its position."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class PromptLogprob(TypedDict):
+    """A candidate for a prompt's token, in vLLM's format."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class TokenTexts:
-    """Tokens as JSON texts, each encoded once: an answer may repeat the same few 100,000 times."""
+    """Texts and bytes of tokens, each decoded once: an answer may repeat the same few 100,000 times."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self._texts: dict[int, str] = {}
-        self._entries: dict[int, str] = {}
+        self._raw: dict[int, list[int]] = {}
 
     def text(self, token: int) -> str:
         """The text of one token; its bytes where it is part of a character, its id without a tokenizer."""
         known = self._texts.get(token)
         if known is None:
-            known = self._texts[token] = to_json(token_text(token, self.tokenizer))
+            known = self._texts[token] = token_text(token, self.tokenizer)
         return known
 
-    def entry(self, token: int) -> str:
-        """`"token": …, "bytes": …`."""
-        known = self._entries.get(token)
+    def raw(self, token: int) -> list[int]:
+        """The bytes of one token."""
+        known = self._raw.get(token)
         if known is None:
             tokenizer = self.tokenizer
-            text = token_text(token, tokenizer)
-            raw = text.encode() if tokenizer is None else tokenizer.token_bytes(token)
-            known = self._entries[token] = f'"token":{self.text(token)},"bytes":{to_json(list(raw))}'
+            raw = self.text(token).encode() if tokenizer is None else tokenizer.token_bytes(token)
+            known = self._raw[token] = list(raw)
         return known
+
+    def entry(self, token: int, logprob: float) -> TokenLogprob:
+        """A chat's entry of one token."""
+        return {"token": self.text(token), "bytes": self.raw(token), "logprob": max(logprob, _FLOOR)}
 
 
 def token_text(token: int, tokenizer: Tokenizer | None) -> str:
@@ -56,16 +80,12 @@ def token_text(token: int, tokenizer: Tokenizer | None) -> str:
 def chat_logprobs(positions: Sequence[Position], top: int, texts: TokenTexts) -> dict[str, Any]:
     """{"content": [{token, logprob, bytes, top_logprobs}, …]}."""
 
-    def entry(position: Position) -> str:
+    def entry(position: Position) -> ChosenLogprob:
         token, logprob, _ = position.own()
-        best = ",".join(
-            f'{{{texts.entry(other)},"logprob":{max(value, _FLOOR)!r}}}'
-            for other, value in position.best(top)
-        )
-        own = f'{texts.entry(token)},"logprob":{max(logprob, _FLOOR)!r}'
-        return f'{{{own},"top_logprobs":[{best}]}}'
+        best = [texts.entry(other, value) for other, value in position.best(top)]
+        return {**texts.entry(token, logprob), "top_logprobs": best}
 
-    return {"content": Pieces(listed(map(entry, positions)))}
+    return {"content": Pieces(map(entry, positions))}
 
 
 def completion_logprobs(
@@ -74,21 +94,20 @@ def completion_logprobs(
     """{tokens, token_logprobs, top_logprobs, text_offset}: four lists of equal length. `offset`: number of
     characters before the first token."""
 
-    def own(position: Position | None) -> str:
-        return "null" if position is None else repr(max(position.logprob, _FLOOR))
+    def own(position: Position | None) -> float | None:
+        return None if position is None else max(position.logprob, _FLOOR)
 
-    def best(position: Position | None) -> str:
+    def best(position: Position | None) -> dict[str, float] | None:
         if position is None:
-            return "null"
+            return None
         # In a mapping, tokens of equal text share one entry, with the lowest of their probabilities.
-        found = {texts.text(token): max(value, _FLOOR) for token, value in position.best(top)}
-        return "{" + ",".join(f"{text}:{value!r}" for text, value in found.items()) + "}"
+        return {texts.text(token): max(value, _FLOOR) for token, value in position.best(top)}
 
     return {
-        "tokens": Pieces(listed(map(texts.text, tokens))),
-        "token_logprobs": Pieces(listed(map(own, positions))),
-        "top_logprobs": Pieces(listed(map(best, positions))),
-        "text_offset": Pieces(listed(map(str, _offsets(tokens, texts.tokenizer, offset)))),
+        "tokens": Pieces(map(texts.text, tokens)),
+        "token_logprobs": Pieces(map(own, positions)),
+        "top_logprobs": Pieces(map(best, positions)),
+        "text_offset": Pieces(_offsets(tokens, texts.tokenizer, offset)),
     }
 
 
@@ -106,13 +125,12 @@ def prompt_logprobs(positions: Positions | None, texts: TokenTexts) -> Pieces | 
     if positions is None:
         return None
 
-    def member(token: int, logprob: float, rank: int) -> str:
-        values = f'"logprob":{max(logprob, _FLOOR)!r},"rank":{rank}'
-        return f'"{token}":{{{values},"decoded_token":{texts.text(token)}}}'
+    def member(logprob: float, rank: int, token: int) -> PromptLogprob:
+        return {"logprob": max(logprob, _FLOOR), "rank": rank, "decoded_token": texts.text(token)}
 
-    def entry(position: Position | None) -> str:
+    def entry(position: Position | None) -> dict[int, PromptLogprob] | None:
         if position is None:
-            return "null"
-        return "{" + ",".join(member(*each) for each in position.entries()) + "}"
+            return None
+        return {token: member(logprob, rank, token) for token, logprob, rank in position.entries()}
 
-    return Pieces(listed(map(entry, positions)))
+    return Pieces(map(entry, positions))

@@ -1,62 +1,63 @@
 """Large JSON answers in pieces, so that writing one does not block the event loop.
 
-A document may contain `Pieces`: JSON text that is generated while it is sent, about a millisecond at a time.
-The event loop generates one piece per iteration, for any number of requests, and sends it before the next.
+A document may contain `Pieces`: arrays whose items are made and serialized while they are sent, about a
+millisecond at a time. The event loop writes one piece per iteration, for any number of requests, and sends it
+before the next.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+import secrets
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import pydantic_core
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from farthing.server.events import to_json
+from farthing.server.events import encoder, to_json
 from farthing.server.pacing import FairLock
 
 SIZE = 32_768  # minimum characters of a piece
 
 
+_MARK = f"pieces {secrets.token_hex(16)}"  # stands for Pieces in the rest of a document; cannot be guessed
+
+
 class Pieces:
-    """The JSON text of one value as an iterable of pieces, which can be read once."""
+    """An array whose items are made while it is sent; it can be read once."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = texts
+    def __init__(self, items: Iterable[Any]) -> None:
+        self.items = items
 
-
-def listed(items: Iterable[str]) -> Iterator[str]:
-    """The texts of an array of JSON texts."""
-    yield "["
-    comma = ""
-    for item in items:
-        yield comma + item
-        comma = ","
-    yield "]"
+    def texts(self) -> Iterator[str]:
+        """The JSON texts of the array, one per item."""
+        yield "["
+        comma = ""
+        for item in self.items:
+            # Four times as fast as the standard library on these many small objects.
+            yield comma + pydantic_core.to_json(item, ensure_ascii=True).decode()
+            comma = ","
+        yield "]"
 
 
 def texts(document: Any) -> Iterator[str]:
     """The JSON text of a document that may contain `Pieces`."""
-    if isinstance(document, Pieces):
-        yield from document.texts
-    elif isinstance(document, Mapping):
-        opening = "{"
-        for key, value in document.items():
-            yield f"{opening}{to_json(key)}:"
-            yield from texts(value)
-            opening = ","
-        yield "}" if opening == "," else "{}"
-    elif isinstance(document, list):
-        opening = "["
-        for value in document:
-            yield opening
-            yield from texts(value)
-            opening = ","
-        yield "]" if opening == "," else "[]"
-    else:
-        yield to_json(document)
+    found: list[Pieces] = []
+
+    def mark(value: object) -> str:
+        if not isinstance(value, Pieces):
+            raise TypeError(f"{type(value).__name__} cannot be written as JSON; expected a plain value")
+        found.append(value)
+        return _MARK
+
+    first, *rest = encoder(mark)(document).split(to_json(_MARK))
+    yield first
+    for pieces, text in zip(found, rest, strict=True):
+        yield from pieces.texts()
+        yield text
 
 
 def event(document: Any) -> Iterator[str]:
