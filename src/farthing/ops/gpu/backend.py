@@ -31,7 +31,7 @@ from farthing.ops.gpu.gemm import Part
 from farthing.ops.gpu.graphs import DecodeGraphs, is_decode
 from farthing.ops.gpu.grouped import combine, experts_mlp
 from farthing.ops.gpu.indexer import index
-from farthing.ops.gpu.matrix import Matrix, pack, pair, rounded, stack_experts, stack_rows
+from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts, stack_rows
 from farthing.ops.gpu.numeric import INTERPRETED
 from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
@@ -40,7 +40,7 @@ from farthing.ops.gpu.sparse import find
 from farthing.ops.indexer import Indexer
 from farthing.ops.reference import identity_weight, largest
 from farthing.ops.sampling import Filters
-from farthing.ops.weights import Weight
+from farthing.ops.weights import Weight, rounded
 
 Gated = tuple[Weight, Weight, Weight]
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper have FP8 tensor cores
