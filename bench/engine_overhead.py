@@ -40,7 +40,7 @@ class NoModel:
 
     cache_layers, mtp = 17, ()
     ops = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    config = SimpleNamespace(n_routed_experts=None, vocab_size=VOCAB, eos_token_ids=())
+    config = SimpleNamespace(n_routed_experts=None, router_size=0, vocab_size=VOCAB, eos_token_ids=())
 
     def __init__(self) -> None:
         self.hidden = torch.zeros(1024, 8)
@@ -53,6 +53,9 @@ class NoModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.answers[: len(hidden)]
+
+    def greedy(self, hidden: torch.Tensor) -> list[int]:
+        return [7] * len(hidden)
 
     def top_logits(self, hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         n = len(hidden)
@@ -71,6 +74,9 @@ class NoArithmetic:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: None
+
+    def greedy(self, *arguments: Any) -> list[int]:
+        return [0] * arguments[2]
 
     def top_logits(self, *arguments: Any) -> None:
         tokens, k, ids = arguments[3], arguments[6], arguments[8]

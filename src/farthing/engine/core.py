@@ -248,11 +248,16 @@ class EngineCore:
         """Attribute the step's wall time to its tokens."""
         self.stats.steps += 1
         self.stats.busy_seconds += seconds
-        share = seconds / sum(item.num_tokens for item in plan)
+        decodes = tokens = prompt_tokens = 0
+        for item in plan:
+            tokens += item.num_tokens
+            decodes += item.decode
+            prompt_tokens += 0 if item.decode else item.count
         if self._pace is not None:
-            decodes = sum(item.decode for item in plan)
             self.scheduler.interference.observe(plan, seconds, self._pace.decode_seconds(decodes))
-            self._pace.observe(decodes, sum(item.count for item in plan if not item.decode), seconds)
+            self._pace.observe(decodes, prompt_tokens, seconds)
+        self.stats.prompt_tokens += prompt_tokens
+        share = seconds / tokens
         for item in plan:
             metrics = item.seq.parent.metrics
             if item.decode:
@@ -260,7 +265,6 @@ class EngineCore:
             else:
                 metrics.prefill_seconds += share * item.num_tokens
                 metrics.prefill_tokens += item.count
-                self.stats.prompt_tokens += item.count
 
     def _report(self, moved: list[Generation]) -> None:
         now = time.time()

@@ -32,6 +32,8 @@ class Interference:
 
         The last chunk of a prompt counts as decoding, because its first token waits for the step too.
         """
+        if not self._owed and all(item.decode for item in plan):
+            return
         decoding = {item.seq.client for item in plan if item.sample}
         prompts: dict[str, int] = {}
         for item in plan:

@@ -133,6 +133,8 @@ class Scheduler(Generic[S]):
         self._give_way()
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
+        if not self._queues and len(plan) == len(self.running):  # no prompts: the usual step
+            return plan
         shared = self.fairness.num_clients > 1
         limit = self.prompt_limit(max(len(plan), int(shared)), shared)
         if limit is not None and (plan or self._brief(limit)):
