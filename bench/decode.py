@@ -31,7 +31,7 @@ from rich.table import Table
 from farthing import LLM, SamplingParams, _native
 from farthing.model import load
 from farthing.ops import select
-from limits import BYTES_PER_WEIGHT, Point, bytes_read, limit
+from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
 from peers import GGUF_TYPES, NEW, PROMPT, Child, LlamaCpp, Measure, Seconds, by_generating
 from random_model import SIZES, config, make_model
 
@@ -164,6 +164,11 @@ def row(
         "step_bytes": bytes_read(config(a.model), a.weights, point),
         "limit_tok_s": limit(a.model, a.weights, point, m), "share_of_limit": share,
         "peers": {name: statistics.median(values) for name, values in found.items()},
+        "peers_step_bytes": {
+            name: bytes_read(config(a.model), kind, point)
+            for name in found
+            if (kind := name.rpartition(" ")[2]) in PEER_BYTES
+        },
         "peers_spread": {name: [min(values), max(values)] for name, values in found.items()},
     }  # fmt: skip
 

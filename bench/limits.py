@@ -14,12 +14,33 @@ key), the cheaper of the two forms. An engine that beats this count is measured 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from random_model import active_parameters, config, head_parameters
+from random_model import active_parameters, config, head_parameters, tensors
 
-BYTES_PER_WEIGHT = {"bf16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 64}  # 4-bit groups of 64 share a 16-bit scale
+
+class Bytes(NamedTuple):
+    """Bytes per weight of a format, by the kind of matrix."""
+
+    feed_forward: float
+    attention: float
+    head: float
+
+
+# 4-bit groups of 64 share a 16-bit scale; attention and head keep 8 bits.
+BYTES_PER_WEIGHT = {
+    "bf16": Bytes(2.0, 2.0, 2.0),
+    "int8": Bytes(1.0, 1.0, 1.0),
+    "int4": Bytes(0.5 + 2 / 64, 1.0, 1.0),
+}
+# Blocks of 32 share a 16-bit scale; llama-quantize gives a Q4_0 model a Q6_K head.
+PEER_BYTES = {
+    "BF16": Bytes(2.0, 2.0, 2.0),
+    "Q8_0": Bytes(34 / 32, 34 / 32, 34 / 32),
+    "Q4_0": Bytes(18 / 32, 18 / 32, 210 / 256),
+}
 BYTES_PER_LATENT = 2
 
 
@@ -56,9 +77,23 @@ def operations(c: dict[str, Any], point: Point) -> float:
     return 2 * (point.batch * (body + head_parameters(c)) + attention)
 
 
+def weight_bytes(c: dict[str, Any], each: Bytes, routed: float) -> float:
+    """Bytes of the weights of a step that touches `routed` experts per layer, without the embedding."""
+    total = 0.0
+    for name, shape in tensors(c):
+        if name == "model.embed_tokens.weight":
+            continue
+        kind = each.head if name.startswith("lm_head") else each.attention
+        if ".mlp." in name and ".mlp.gate." not in name:
+            kind = each.feed_forward
+        total += math.prod(shape) * kind * (routed / c["n_routed_experts"] if ".experts." in name else 1)
+    return total
+
+
 def bytes_read(c: dict[str, Any], weights: str, point: Point) -> float:
-    """Bytes of weights and cached latents that one step must read."""
-    touched = active_parameters(c, experts_touched(c, point.tokens)) * BYTES_PER_WEIGHT[weights]
+    """Bytes of weights and cached latents that one step must read, in one of our formats or a peer's."""
+    each = (BYTES_PER_WEIGHT | PEER_BYTES)[weights]
+    touched = weight_bytes(c, each, experts_touched(c, point.tokens))
     if point.kind == "prefill":
         return touched
     latent = (c["kv_lora_rank"] + c["qk_rope_head_dim"]) * BYTES_PER_LATENT * c["num_hidden_layers"]

@@ -76,7 +76,7 @@ def target(r: Row) -> tuple[float | None, float | None]:
 def line(r: Row) -> str:
     """A row of the table; ratios or shares below target are bold."""
     wanted, share = target(r)
-    best, ratio = "–", "–"
+    best, ratio, name = "–", "–", ""
     if r["peers"]:
         name = max(r["peers"], key=lambda peer: r["peers"][peer])
         times = r["ours_tok_s"] / r["peers"][name]
@@ -89,7 +89,8 @@ def line(r: Row) -> str:
     aims = ", ".join(filter(None, targets)) or "–"
     low, high = r["ours_spread"]
     ours = f"{r['ours_tok_s']:,.1f} ({low:,.1f}–{high:,.1f})"
-    step = f"{r['step_bytes'] / 1e9:.3f}"
+    steps = [r["step_bytes"], r.get("peers_step_bytes", {}).get(name)]
+    step = " / ".join(f"{b / 1e9:.3f}" for b in steps if b)
     return f"| {label(r)} | {r['rounds']} | {ours} | {best} | {ratio} | {step} | {of_limit} | {aims} |"
 
 
@@ -102,7 +103,7 @@ def table(rows: list[Row]) -> str:
         f"Measured {' and '.join(dates)}, {m['threads']:.0f} threads; memory reads {reads[0]:.1f} to "
         f"{reads[-1]:.1f} GB/s in the same runs, INT8 {m['int8_gop_s']:,.0f} GOP/s on vectors{tiles}. "
         "Medians (least–most). Bold: below target.\n\n"
-        "| | rounds | ours, tok/s | best peer | ratio | GB read per step | share of the limit | target |\n"
+        "| | rounds | ours, tok/s | best peer | ratio | GB per step, ours / peer's | share of the limit | target |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(map(line, rows)) + "\n"

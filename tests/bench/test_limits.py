@@ -30,8 +30,14 @@ def test_v3_counts_match_manual_counts(limits: ModuleType) -> None:
     pairs = 512 * 513 // 2
     assert limits.operations(c, prompt) == 2 * (512 * body + head) + 2 * 2 * 128 * 320 * pairs
     step = limits.Point("decode", 1, 128)
+    four_bits = dense + 9 * expert
+    others = body - four_bits  # in 8 bits
+    latents = 128 * 576 * 2 * 2
     assert limits.bytes_read(c, "int4", step) == pytest.approx(
-        (body + head) * (0.5 + 2 / 64) + 128 * 576 * 2 * 2, rel=1e-6
+        four_bits * (0.5 + 2 / 64) + others + head + latents, rel=1e-6
+    )
+    assert limits.bytes_read(c, "Q4_0", step) == pytest.approx(
+        body * 18 / 32 + head * 210 / 256 + latents, rel=1e-6
     )
 
 
@@ -50,8 +56,8 @@ def test_long_context_adds_its_latents(limits: ModuleType) -> None:
 
 def test_decode_is_bound_by_bytes(limits: ModuleType) -> None:
     point = limits.Point("decode", 1, 0)
-    int4, bf16 = (limits.limit("S", w, point, MACHINE) for w in ("int4", "bf16"))
-    assert int4 / bf16 == pytest.approx(2 / (0.5 + 2 / 64))
+    int8, bf16 = (limits.limit("S", w, point, MACHINE) for w in ("int8", "bf16"))
+    assert int8 / bf16 == pytest.approx(2)
 
 
 @pytest.mark.parametrize(("size", "total"), [("V2L", 15.7e9), ("V3S", 13.9e9), ("L576", 3.2e9)])
