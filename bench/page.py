@@ -103,7 +103,8 @@ def table(rows: list[Row]) -> str:
         f"Measured {' and '.join(dates)}, {m['threads']:.0f} threads; memory reads {reads[0]:.1f} to "
         f"{reads[-1]:.1f} GB/s in the same runs, INT8 {m['int8_gop_s']:,.0f} GOP/s on vectors{tiles}. "
         "Medians (least–most). Bold: below target.\n\n"
-        "| | rounds | ours, tok/s | best peer | ratio | GB per step, ours / peer's | share of the limit | target |\n"
+        "| | rounds | ours, tok/s | best peer | ratio | GB per step, ours / peer's | share of the limit "
+        "| target |\n"
         "|---|---|---|---|---|---|---|---|\n"
     )
     return head + "\n".join(map(line, rows)) + "\n"
