@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--packed", metavar="FILE", help="the model's packed file; default: int4 at load")
     args = parser.parse_args()
     path = Path(args.model) if Path(args.model).is_dir() else make_model(args.model, args.cache)
     gaps: dict[float, list[float]] = {limit: [] for limit in args.max_step_ms}
@@ -82,8 +83,9 @@ def main() -> None:
     for number in range(args.rounds):
         for limit in args.max_step_ms:
             config = EngineConfig(
-                model=str(path), backend="cpu", quantization="int4", threads=args.threads, max_model_len=8192,
-                max_num_seqs=args.decoders + 1, max_step_ms=limit, skip_tokenizer_init=True,
+                model=str(path), backend="cpu", threads=args.threads, max_model_len=8192, packed=args.packed,
+                quantization=None if args.packed else "int4", max_num_seqs=args.decoders + 1,
+                max_step_ms=limit, skip_tokenizer_init=True,
             )  # fmt: skip
             with build_engine(config) as engine:
                 found, rate = measure(engine, args.decoders, args.prompt, args.seconds, number)
