@@ -39,7 +39,10 @@ class NoModel:
     """Returns immediately; every token is 7, so that n-gram drafts are always accepted."""
 
     cache_layers, mtp = 17, ()
-    ops = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, tensor=torch.from_numpy)
+    ops = SimpleNamespace(
+        device=torch.device("cpu"), dtype=torch.float32, tensor=torch.from_numpy,
+        no_gradients=torch.inference_mode,
+    )  # fmt: skip
     config = SimpleNamespace(n_routed_experts=None, router_size=0, vocab_size=VOCAB, eos_token_ids=())
 
     def __init__(self) -> None:
