@@ -19,6 +19,8 @@ from farthing.engine.sequence import Sequence, Status
 from farthing.engine.stream import RequestStream
 from farthing.engine.tokenizer import Tokenizer
 
+FIRST_PAUSE = 48  # steps for which a completion pauses a drafter that does not pay; later pauses are longer
+
 
 @dataclass(slots=True)
 class Drafting:
@@ -26,6 +28,7 @@ class Drafting:
 
     hits: float = 0.8  # accepted share of the verified drafts, moving average
     pause: int = 0  # steps left before the drafter is tried again
+    patience: int = FIRST_PAUSE  # length of the next pause
 
 
 class Generation(Sequence):

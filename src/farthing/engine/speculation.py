@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from farthing.config import parse_speculate
-from farthing.engine.generation import Drafting, Generation
+from farthing.engine.generation import FIRST_PAUSE, Drafting, Generation
 from farthing.engine.runner import Runner, Step
 from farthing.engine.sequence import Scheduled
 from farthing.engine.speculation_gate import Gate
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Drafter", "Gate", "MtpDrafter", "Speculator", "TextDrafter", "build_speculator"]
 
-_PAUSE = 48  # steps for which a completion pauses a drafter that does not pay
+_LONGEST_PAUSE = 16 * FIRST_PAUSE
 _DECAY = 0.1
 _DECAY_PRIOR = 0.01
+_UPKEEP = 0.005  # share of the time that may go into keeping up with texts for which drafts do not pay
+_FADE = 0.999  # of a step's share in recent times
 _HOPE = 0.8  # share of drafts accepted, before any was verified
 
 
@@ -43,8 +45,14 @@ class Drafter(Protocol):
     num_lookahead: int  # cache slots needed after the drafts
     costly: bool  # whether it takes time even if it finds no draft
 
-    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
-        """Called after every step, whether drafts are wanted or not; hidden [T, D] before the final norm."""
+    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor, wanted: bool) -> None:
+        """Called after every step; hidden [T, D] before the final norm.
+
+        wanted: False where drafts do not pay, so that keeping up with the text may not be worth its time.
+        """
+
+    def ready(self, seq: Generation) -> bool:
+        """Whether it can draft for `seq`."""
 
     def draft(self, seqs: Seq[Generation], most: Seq[int], price: float) -> list[list[int]]:
         """At most most[i] drafts for seqs[i], whose last step was observed and whose tokens include it.
@@ -65,23 +73,41 @@ class Speculator:
         self._prior = [[_HOPE, _HOPE] for _ in drafters]
         self._used: int | None = None  # the costliest drafter used for the next step
         self._seconds = 0.0  # duration of drafting for it
+        self._batch = 1  # sequences of the last step without prompts
+        self._gained = 0  # drafts accepted in this step
+        self._upkeep = [0.0 for _ in drafters]  # recent seconds of observing, by drafter
+        self._recent = 0.0  # recent seconds in all
 
     def after(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor, seconds: float) -> None:
         """After a committed step that took `seconds`: learn from it and draft for the next one."""
+        batch = len(plan)
         if all(item.decode for item in plan):
+            self._batch = batch
             drafts = sum(len(item.drafts) for item in plan)
             for i, gate in enumerate(self.gates):
-                if self._used in (None, i):
-                    gate.observe(len(plan), seconds + self._seconds, None if self._used is None else drafts)
+                if self._used is None:
+                    gate.observe(batch, seconds)
+                elif self._used == i:
+                    gate.observe(batch, seconds + self._seconds, drafts, self._gained)
+        self._gained = 0
+        self._recent = _FADE * self._recent + seconds
+        for i, (drafter, gate) in enumerate(zip(self.drafters, self.gates, strict=True)):
+            began = perf_counter()
+            cheap = self._upkeep[i] < _UPKEEP * self._recent
+            wanted = cheap or gate.may_pay(max(batch, self._batch))
+            drafter.observe(plan, step, hidden, wanted)
+            spent = perf_counter() - began
+            if wanted:
+                gate.charge(max(batch, self._batch), spent)
+            self._upkeep[i] = _FADE * self._upkeep[i] + spent
         began = perf_counter()
-        for drafter in self.drafters:
-            drafter.observe(plan, step, hidden)
         self._draft([item.seq for item in plan if item.sample and item.seq.active])
         self._seconds = perf_counter() - began
 
     def verified(self, item: Scheduled[Generation], accepted: int) -> None:
         """Learn from one sequence's verified drafts."""
         gen = item.seq
+        self._gained += accepted
         record = gen.drafting[gen.drafted_by]
         prior, kind = self._prior[gen.drafted_by], gen.sampling.params.greedy
         for hit in [1] * accepted + [0] * (accepted < len(item.drafts)):
@@ -93,14 +119,14 @@ class Speculator:
         batch = max(1, len(seqs))
         for i, (drafter, gate) in enumerate(zip(self.drafters, self.gates, strict=True)):
             order, price = gate.order(batch), gate.price(batch)
-            if order is False:
+            if order is False or (order is None and price >= 1):
                 continue
             asked, most = [], []
             for seq in seqs:
                 if seq.num_output <= 1:  # a new completion expects what recent ones met
                     seq.drafting[i].hits = self._prior[i][seq.sampling.params.greedy]
                 count = 0 if seq.drafts else worthwhile(seq.drafting[i], price, drafter.num_drafts)
-                if not seq.drafts and (count or order):
+                if not seq.drafts and (count or order) and drafter.ready(seq):
                     asked.append(seq)
                     most.append(max(1, count))
             if not asked:
@@ -116,8 +142,10 @@ class Speculator:
 def worthwhile(record: Drafting, price: float, most: int) -> int:
     """Number of drafts to request: the n-th is accepted with probability hits^n, which must exceed its price.
 
-    A drafter below its price is paused for a while, then tried again with one draft.
+    A drafter below its price is paused, each time for longer, then tried again with one draft.
     """
+    if price >= 1:
+        return 0
     if record.pause:
         record.pause -= 1
         return int(record.pause == 0)
@@ -125,9 +153,12 @@ def worthwhile(record: Drafting, price: float, most: int) -> int:
         if record.hits ** (count + 1) < price:
             break
     else:
-        return most
-    if count == 0:
-        record.pause = _PAUSE
+        count = most
+    if count:
+        record.patience = FIRST_PAUSE
+    else:
+        record.pause = record.patience
+        record.patience = min(2 * record.patience, _LONGEST_PAUSE)
     return count
 
 

@@ -6,7 +6,8 @@ more often than the verifier drawing the layer's most likely token.
 
 The layer has its own part of the cache, which must be filled for every token before it can draft. This is
 deferred until a draft is needed: several tokens cost the layer little more than one, and steps without drafts
-cost nothing.
+cost nothing. Where drafts do not pay, a text may fall too far behind; it then gets no drafts of the layer any
+more, since the hidden states it would need are gone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class _Behind:
     count: int = 0
     hidden: list[Tensor] = field(default_factory=list)  # [count, D] in pieces
     last: Tensor | None = None  # [1, D] the layer's output for the token before them
+    lost: bool = False  # fell too far behind to be drafted for
 
 
 class MtpDrafter:
@@ -50,7 +52,12 @@ class MtpDrafter:
         self._runner = runner
         self._behind: dict[int, _Behind] = {}
 
-    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
+    def ready(self, seq: Generation) -> bool:
+        """Whether the layer has seen the text, or can still catch up with it."""
+        behind = self._behind.get(seq.id)
+        return behind is not None and not behind.lost
+
+    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor, wanted: bool) -> None:
         """Keep what the layer will need of a step: hidden [T, D] of the accepted tokens."""
         full: list[Generation] = []
         for item, row in zip(plan, step.starts, strict=False):
@@ -59,11 +66,17 @@ class MtpDrafter:
                 self._behind.pop(seq.id, None)
                 continue
             b = self._behind.get(seq.id)
+            if b is not None and b.lost:
+                continue
             if b is None or b.start + b.count != item.start:
                 b = self._behind[seq.id] = _Behind(item.start)
             b.hidden.append(hidden[row : row + rows])
             b.count += rows
-            if b.count >= _MOST_BEHIND or not item.sample:
+            if b.count < _MOST_BEHIND and item.sample:
+                continue
+            if not wanted:
+                b.lost, b.hidden, b.last = True, [], None
+            else:
                 full.append(seq)
         if full:
             self._catch_up(full)

@@ -26,8 +26,14 @@ class TextDrafter:
         self.num_drafts = num_drafts
         self._automata: dict[int, SuffixAutomaton] = {}  # by sequence id
 
-    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
+    def ready(self, seq: Generation) -> bool:
+        """Always: automata catch up when they are used."""
+        return True
+
+    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor, wanted: bool) -> None:
         """Drop the automata of sequences that have ended."""
+        if not self._automata:
+            return
         for item in plan:
             if not item.seq.active:
                 self._automata.pop(item.seq.id, None)
