@@ -1,11 +1,11 @@
 """Every kernel of the CPU backend compared with the machine's limit.
 
-    python bench/kernels.py --model L576 [--only linear|moe|mla|head] [--formats int4 int8 bf16 fp8]
+    python bench/kernels.py --model L576 [--only linear|moe|mla|head|sparse] [--formats int4 int8 bf16 fp8]
 
 Shapes are those of one model of random_model.py. Weights are copied until they exceed the caches, so that a
 single row reads from memory, as in decoding. A row's limit is the longer of its bytes at the bandwidth and
 its operations at the peak measured in the same run (FP8 and bfloat16: half the INT8 peak). Medians of
---passes; timings need a quiet machine.
+--passes; timings need a quiet machine. `--only sparse` compares block-sparse matrices with dense ones.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from farthing.ops.batch import make_batch
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.cpu.weights import Attention, Experts, Linear, router_of
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
+from kernels_sparse import PATTERNS, SparseRow, measure
 from random_model import SIZES, config
 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
@@ -254,11 +255,27 @@ def run(b: Bench, a: argparse.Namespace) -> None:
                 mla(b, a.model, name)
 
 
+def sparse_table(rows: list[SparseRow], b: Bench, zeros: float) -> Table:
+    """Microseconds of every pattern, speed and size relative to dense."""
+    table = Table(
+        "kernel", "rows", *PATTERNS, title=f"{b.ops.name}, {zeros:.0%} zeros: us (speed, size; dense = 1)"
+    )
+    for r in rows:
+        cells = [f"{r.microseconds['dense']:.1f}"] + [
+            f"{r.microseconds[p]:.1f} ({r.speedup(p):.2f}x, {r.size(p):.2f})"
+            for p in PATTERNS
+            if p != "dense"
+        ]
+        table.add_row(r.kernel, str(r.rows), *cells)
+    return table
+
+
 def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=SIZES, default="L576")
-    p.add_argument("--only", choices=["linear", "moe", "mla", "head"])
+    p.add_argument("--only", choices=["linear", "moe", "mla", "head", "sparse"])
+    p.add_argument("--zeros", type=float, default=0.4, help="share of zero blocks with --only sparse")
     p.add_argument(
         "--formats",
         nargs="+",
@@ -273,6 +290,12 @@ def main() -> None:
     a = p.parse_args()
     torch.manual_seed(0)
     b = Bench(a.threads, a.isa, a.passes, a.rows)
+    if a.only == "sparse":
+        found = measure(b, a.formats, a.zeros, UNCACHED)
+        print(json.dumps([asdict(r) for r in found])) if a.json else Console(width=110).print(
+            sparse_table(found, b, a.zeros)
+        )
+        return
     run(b, a)
     machine = {"read_gb_s": b.read, "int8_gop_s": b.int8}
     if a.json:

@@ -53,26 +53,21 @@ struct Scratch {
 };
 thread_local Scratch expanded;
 
-// Expands nibbles to bytes and fills in zero blocks, for tile loads. Returns the panel's bytes.
-const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out) {
-  const uint8_t *mask = record, *p = record + w.head_bytes();
-  const bool four = w.format_traits().nibbles();
-  const char nothing = static_cast<char>(-w.format_traits().offset());
-  if (!four && !w.sparse) return p;
-  uint8_t* to = out;
-  for (int k = 0; k < w.kp; k += kBlock) {
-    if (w.sparse && !(mask[k / 64] >> (k % 64 / kBlock) & 1)) {
-      for (int j = 0; j < 4; ++j, to += 64) _mm512_store_si512(to, _mm512_set1_epi8(nothing));
-      continue;
-    }
-    for (int j = 0; j < (four ? 2 : 4); ++j, p += 64) {
-      const __m512i v = _mm512_loadu_si512(p);
-      prefetch(p + kAhead);
-      _mm512_store_si512(to, four ? low_nibbles(v) : v);
-      to += 64;
-      if (four) _mm512_store_si512(to, high_nibbles(v)), to += 64;
-    }
+// Nibbles of 8 columns per step to bytes.
+inline void expand_nibbles(const uint8_t* p, int steps, uint8_t* out) {
+  for (int i = 0; i < steps; ++i, p += 64, out += 128) {
+    const __m512i v = _mm512_loadu_si512(p);
+    prefetch(p + kAhead);
+    _mm512_store_si512(out, low_nibbles(v));
+    _mm512_store_si512(out + 64, high_nibbles(v));
   }
+}
+
+// Expands nibbles to bytes, for tile loads. Returns the panel's bytes.
+const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out) {
+  const uint8_t* p = record + w.head_bytes();
+  if (!w.format_traits().nibbles()) return p;
+  expand_nibbles(p, w.kp / 8, out);
   return out;
 }
 
@@ -84,7 +79,7 @@ struct GroupScales {
 };
 
 inline GroupScales group_scales(const Matrix& w, const uint8_t* record, int g) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + w.mask_bytes() + 64);
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + 64);
   const int8_t* zeros = reinterpret_cast<const int8_t*>(scales + w.groups() * 16);
   return {w.format_traits().grouped() ? half_to_float(scales + g * 16) : splat(1.0f),
           w.zero ? widen(zeros + g * 16) : i32x16{}, w.format_traits().bits - 1};
@@ -164,7 +159,7 @@ void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_
   }
   flush(groups - 1);
   for (int p = 0; p < Panels; ++p) {
-    const f32x16 scale = load<f32x16>(record[p] + w.mask_bytes());
+    const f32x16 scale = load<f32x16>(record[p]);
     for (int m = 0; m < rows; ++m)
       store(out + static_cast<size_t>(m) * ldo + 16 * p,
             loadf(totals[(m >= 16 ? 2 : 0) + p] + m % 16 * 16) * scale);
@@ -265,7 +260,7 @@ constexpr int kDecodedRows = 33;        // from here on decoding 4 bits to bfloa
 bool fits_tiles(const Matrix& w, const Act& x, int rows) {
   if (rows < kTileRows) return false;
   if (!w.quantized()) return x.hi != nullptr;
-  return rows >= kQuantizedTileRows && w.group % 32 == 0 && (!w.sparse || w.kp % 64 == 0) && w.kp % 32 == 0;
+  return rows >= kQuantizedTileRows && w.group % 32 == 0 && w.kp % 32 == 0;
 }
 
 template <int Panels>
@@ -284,7 +279,7 @@ void tile_panels(const Matrix& w, int panel, const Act& x, int rows, float* out,
     const int some = rows - m < 32 ? rows - m : 32;
     const Act a = row(x, m);
     float* o = out + static_cast<size_t>(m) * ldo;
-    const uint8_t* ahead = m || w.sparse ? nullptr : record[Panels - 1] + w.stride;
+    const uint8_t* ahead = m ? nullptr : record[Panels - 1] + w.stride;
     if (w.quantized())
       some > 16 ? quantized_block<2, Panels>(w, record, data, a, some, ahead, o, ldo)
                 : quantized_block<1, Panels>(w, record, data, a, some, ahead, o, ldo);
@@ -294,9 +289,15 @@ void tile_panels(const Matrix& w, int panel, const Act& x, int rows, float* out,
   }
 }
 
+void sparse_tiles(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo);  // amx_cells.inl
+
 void amx_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
   if (!fits_tiles(w, x, rows)) return tile(w, panel, count, x, rows, out, ldo);
-  const bool decode = w.quantized() && x.hi && rows >= kDecodedRows && !w.sparse && !w.zero;
+  if (w.sparse) {
+    for (int i = 0; i < count; ++i) sparse_tiles(w, panel + i, x, rows, out + 16 * i, ldo);
+    return _tile_release();
+  }
+  const bool decode = w.quantized() && x.hi && rows >= kDecodedRows && !w.zero;
   for (int i = 0; i < count; i += 2) {
     float* o = out + 16 * i;
     if (i + 1 < count)

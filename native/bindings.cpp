@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -27,12 +28,12 @@ using SourceTuple = std::tuple<Source::Kind, uint64_t, uint64_t, uint64_t, int, 
                                int>;  // kind, data, scale, zero, n, k, group
 
 std::shared_ptr<Packed> pack(Backend& b, Format format, int group, bool zero, bool interleave,
-                             double sparse_from, const std::vector<SourceTuple>& tuples) {
+                             const BlockCosts& costs, const std::vector<SourceTuple>& tuples) {
   std::vector<Source> sources;
   for (const auto& [kind, data, scale, zeros, n, k, g] : tuples)
     sources.push_back({kind, at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g});
   const nb::gil_scoped_release release;
-  return Packed::pack(b.pool, b.arena, format, group, zero, interleave, sparse_from, sources);
+  return Packed::pack(b.pool, b.arena, format, group, zero, interleave, costs, sources);
 }
 
 std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int units) {

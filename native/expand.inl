@@ -158,13 +158,12 @@ inline f32x16 block_column(const FormatTraits& format, const uint8_t* block, f32
 void unpack(const Matrix& w, float* out, int ldo) {
   for (int panel = 0; panel < w.panels; ++panel) {
     const uint8_t *record = w.record(panel), *block = record + w.head_bytes();
-    const f32x16 scale = w.quantized() ? load<f32x16>(record + w.mask_bytes()) : splat(1.0f);
+    const f32x16 scale = w.quantized() ? load<f32x16>(record) : splat(1.0f);
     for (int at = 0; at < w.k; at += kBlock) {
-      const bool zero = w.sparse && !(record[at / 64] >> (at % 64 / kBlock) & 1);
       for (int k = 0; k < kBlock && at + k < w.k; ++k)
         store(out + static_cast<size_t>(at + k) * ldo + panel * kPanel,
-              zero ? f32x16{} : block_column(w.format_traits(), block, scale, k));
-      if (!zero) block += w.block_bytes();
+              block_column(w.format_traits(), block, scale, k));
+      block += w.block_bytes();
     }
   }
 }

@@ -8,11 +8,11 @@ namespace {
 // Tile sizes whose sums fit in the registers: 32 of 16 lanes, 16 of 8, or 16 of 4. For many rows, integer
 // sums are faster if the float sums of their groups fit too; for few rows, fewer passes over the weights are.
 #if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kRowsOfMany = 4;
+constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kRowsOfMany = 4, kSparseRows = 8;
 #elif defined(__AVX2__)
-constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kRowsOfMany = 4;
+constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kRowsOfMany = 4, kSparseRows = 4;
 #else
-constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kRowsOfMany = 2;
+constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kRowsOfMany = 2, kSparseRows = 2;
 #endif
 constexpr int kMany = 24;  // rows
 
@@ -188,32 +188,12 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
   }
 }
 
-// M rows by a panel whose blocks of zeros are left out; each block takes its own offset back out.
-template <int M, Format F>
-void panel_sparse(const Matrix& w, int panel, const Act& x, Ahead, float* out, int ldo) {
-  const uint8_t *mask = w.record(panel), *rows = mask + w.mask_bytes(), *data[1] = {mask + w.head_bytes()};
-  f32x16 total[M] = {};
-  for (int g = 0, k = 0; k < w.kp; ++g) {
-    const int end = k + w.group < w.kp ? k + w.group : w.kp;
-    i32x16 acc[M] = {}, more[M] = {};
-    for (; k < end; k += kBlock) {
-      if (!(mask[k / 64] >> (k % 64 / kBlock) & 1)) continue;
-      dot_columns<M, 1, F>(data, x.q + k, x.ld, kBlock, acc, more);
-      EACH (int m = 0; m < M; ++m) acc[m] += x.block_comp[m * x.blocks + k / kBlock];
-    }
-    add_group<M, F, false>(w, rows + 64, x, g, acc, more, total);
-  }
-  const f32x16 row = load<f32x16>(rows);
-  EACH (int m = 0; m < M; ++m) store(out + m * ldo, total[m] * row);
-}
-
 typedef void (*PanelKernel)(const Matrix&, int, const Act&, Ahead, float*, int);
 
 template <int M, int P, Format F>
 PanelKernel panel_in(const Matrix& w) {
   constexpr FormatTraits format = traits(F);
   if constexpr (format.quantized) {
-    if (w.sparse) return panel_sparse<M, F>;
     if constexpr (format.grouped())
       if (w.zero) return panels_quantized<M, P, F, true>;
     return panels_quantized<M, P, F, false>;
@@ -236,12 +216,18 @@ PanelKernel panel_kernel(const Matrix& w, int rows) {
   return panel_of<M, P>(w, std::make_index_sequence<std::size(kFormats)>());
 }
 
+void sparse_tile(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo);  // cells.inl
+
 void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
+  if (w.sparse) {
+    for (int i = 0; i < count; ++i) sparse_tile(w, panel + i, x, rows, out + 16 * i, ldo);
+    return;
+  }
   const int at_once = w.quantized() && rows >= kMany ? kRowsOfMany : kRowsAtOnce;
   const int blocks = (rows + at_once - 1) / at_once;
   const int groups = w.quantized() ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
   for (int i = 0; i < count;) {
-    const int together = rows > kStream && i + kPanelsAtOnce <= count && !w.sparse ? kPanelsAtOnce : 1;
+    const int together = rows > kStream && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
     for (int b = 0, m = 0; b < blocks; ++b) {
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
       const PanelKernel kernel =
@@ -254,7 +240,8 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
   }
 }
 
-#undef EACH
-
 }  // namespace
 }  // namespace farthing
+
+#include "cells.inl"
+#undef EACH

@@ -1,5 +1,6 @@
 // The table of inner kernels, one per instruction set, chosen once at run time.
 #pragma once
+#include "cells.h"
 #include "matrix.h"
 
 namespace farthing {

@@ -3,6 +3,8 @@
 
 #include "amx_gemm.inl"
 
+#include "amx_cells.inl"
+
 #include "amx_attend.inl"
 
 #include "bf16_expand.inl"

@@ -3,9 +3,8 @@
 // Legend: N output rows, K input columns, G columns that share a scale, M activation rows.
 // A matrix is cut into panels of 16 output rows, one contiguous record each; formats.h describes the records.
 //
-// K is padded with zeros to a multiple that depends on the format, N to a multiple of 16. The record of a
-// block-sparse matrix of integers starts with one byte per 64 columns, whose bits mark the 16 x 16 blocks
-// that follow; the others are zero.
+// K is padded with zeros to a multiple that depends on the format, N to a multiple of 16. Block-sparse
+// matrices of integers have records of their own (cells.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -51,8 +50,7 @@ struct Matrix {
   }
   size_t panel_bytes(int panel) const { return sparse ? offsets[panel + 1] - offsets[panel] : stride; }
   int groups() const { return group ? (kp + group - 1) / group : 1; }
-  int mask_bytes() const { return sparse ? round_up((kp + 63) / 64, 64) : 0; }
-  int head_bytes() const {  // of a record: everything before its data
+  int head_bytes() const {  // of a dense record: everything before its data
     int scales = 0;
     switch (format_traits().scales) {
       case Scales::none: break;
@@ -60,7 +58,7 @@ struct Matrix {
       case Scales::rows: scales = 64; break;
       case Scales::groups: scales = 64 + groups() * (zero ? 48 : 32);
     }
-    return mask_bytes() + round_up(scales, 64);
+    return round_up(scales, 64);
   }
   const FormatTraits& format_traits() const { return traits(format); }
   size_t data_bytes() const { return static_cast<size_t>(kp) * format_traits().bytes_a_column(); }
@@ -69,7 +67,7 @@ struct Matrix {
   // Whether a column can be read without scales of groups or blocks (Kernels::unpack).
   bool has_plain_columns() const {
     const Scales s = format_traits().scales;
-    return (s == Scales::none || s == Scales::rows) && !format_traits().nibbles();
+    return !sparse && (s == Scales::none || s == Scales::rows) && !format_traits().nibbles();
   }
   // A dense matrix without data. The group matters only to formats that let each matrix choose it.
   static Matrix describe(Format format, int n, int k, int group, bool zero = false) {

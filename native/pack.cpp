@@ -170,46 +170,6 @@ void write_scales(uint8_t* record, const Matrix& m, const Line* lines) {
   }
 }
 
-bool block_is_zero(const uint8_t* data, const Matrix& m, int block) {
-  const int bytes = m.block_bytes();
-  const uint8_t nothing = m.format_traits().zero_byte();
-  for (int i = 0; i < bytes; ++i)
-    if (data[static_cast<size_t>(block) * bytes + i] != nothing) return false;
-  return true;
-}
-
-// Drops the zero blocks of dense records; returns the sparse ones and fills `offsets`.
-std::vector<uint8_t> compact(const Matrix& dense, const Matrix& sparse, const std::vector<uint8_t>& records,
-                             std::vector<uint64_t>& offsets) {
-  std::vector<uint8_t> out;
-  const size_t bytes = dense.block_bytes();
-  for (int p = 0; p < dense.panels; ++p) {
-    const uint8_t* record = records.data() + dense.stride * p;
-    const size_t start = out.size();
-    offsets.push_back(start);
-    out.resize(start + sparse.mask_bytes());
-    out.insert(out.end(), record, record + dense.head_bytes());
-    for (int b = 0; b < dense.kp / kBlock; ++b) {
-      const uint8_t* data = record + dense.head_bytes();
-      if (block_is_zero(data, dense, b)) continue;
-      out[start + b / 4] |= static_cast<uint8_t>(1 << b % 4);
-      out.insert(out.end(), data + b * bytes, data + (b + 1) * bytes);
-    }
-    out.resize(round_up(out.size(), size_t{64}));
-  }
-  offsets.push_back(out.size());
-  return out;
-}
-
-double zero_share(const Matrix& m, const std::vector<uint8_t>& records) {
-  size_t zero = 0;
-  const int blocks = m.kp / kBlock;
-  for (int p = 0; p < m.panels; ++p)
-    for (int b = 0; b < blocks; ++b)
-      zero += block_is_zero(records.data() + m.stride * p + m.head_bytes(), m, b);
-  return static_cast<double>(zero) / (static_cast<double>(m.panels) * blocks);
-}
-
 // Number of scales stored in a source. Scales computed while packing are finite if the values are.
 size_t scale_count(const Source& s) {
   const size_t n = s.n, k = s.k;
@@ -254,7 +214,7 @@ std::vector<RowRef> row_order(const std::vector<Source>& sources, bool interleav
 }  // namespace
 
 std::shared_ptr<Packed> Packed::pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group,
-                                     bool zero, bool interleave, double sparse_from,
+                                     bool zero, bool interleave, const BlockCosts& costs,
                                      const std::vector<Source>& sources) {
   require_finite_scales(sources);
   auto packed = std::make_shared<Packed>();
@@ -275,12 +235,8 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, std::shared_ptr<Arena> arena, F
       write_data(record + m.head_bytes(), m, lines.data());
     });
   });
-  const bool blocks = m.quantized() && !zero && m.kp % 64 == 0 && m.group % kBlock == 0;
-  if (blocks && sparse_from < 1.0 && zero_share(m, records) >= sparse_from) {
-    Matrix sparse = m;
-    sparse.sparse = true;
-    records = compact(m, sparse, records, packed->offsets_);
-    m = sparse;
+  if (has_cells(m) && to_cells(m, costs, records, packed->offsets_)) {
+    m.sparse = true;
     m.offsets = packed->offsets_.data();
   }
   packed->place(pool, *arena, records.data());

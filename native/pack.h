@@ -1,9 +1,11 @@
 // Packs checkpoint matrices into panels, in memory on the NUMA node that reads them.
 #pragma once
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "cells.h"
 #include "matrix.h"
 #include "threads.h"
 
@@ -37,12 +39,23 @@ struct Source {
   int n, k, group;
 };
 
+// Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel.
+using BlockCosts = std::array<double, kCellBlocks>;
+
+// Replaces dense records by block-sparse ones and fills `offsets`, if that saves time.
+bool to_cells(const Matrix& w, const BlockCosts& costs, std::vector<uint8_t>& records,
+              std::vector<uint64_t>& offsets);
+
+// Throws std::invalid_argument, naming the part, unless kernels can read the records of `w`.
+void check_cells(const Matrix& w, const uint8_t* records, size_t bytes);
+
 class Packed {
  public:
   Matrix m;
   // Packs the stacked rows of the sources; with `interleave`, alternates 16 rows of the first and the second.
+  // Blocks of zeros are left out where `costs` say that it saves time.
   static std::shared_ptr<Packed> pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group,
-                                      bool zero, bool interleave, double sparse_from,
+                                      bool zero, bool interleave, const BlockCosts& costs,
                                       const std::vector<Source>& sources);
   // A view of serialized bytes, which must outlive it. Copied to each node if there are several.
   // Everything that kernels rely on is checked; `name` is a hash of the name it was serialized under. Throws

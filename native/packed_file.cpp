@@ -10,6 +10,7 @@ namespace farthing {
 namespace {
 
 constexpr uint32_t kMagic = 0x4b435047;  // "GPCK": with the hash of a name
+constexpr uint32_t kInCells = 2;         // Header::sparse; 1 had other records
 
 struct Header {
   uint32_t magic, format;
@@ -31,7 +32,8 @@ size_t Packed::serialized_bytes() const {
 
 void Packed::serialize(uint8_t* out, uint64_t name) const {
   const uint64_t bytes = serialized_bytes() - sizeof(Header);
-  const Header h{kMagic, static_cast<uint32_t>(m.format), m.n, m.k, m.group, m.zero, m.sparse, 0, bytes, name,
+  const Header h{kMagic, static_cast<uint32_t>(m.format), m.n, m.k,   m.group,
+                 m.zero, m.sparse ? kInCells : 0,         0,   bytes, name,
                  {}};
   std::memcpy(out, &h, sizeof h);
   out += sizeof h;
@@ -56,6 +58,14 @@ void require(bool ok, const char* what) {
     throw std::invalid_argument(std::string("packed matrix is damaged: ") + what + "; pack the model again");
 }
 
+void require_cells(const Matrix& m, const uint8_t* records, size_t bytes) {
+  try {
+    check_cells(m, records, bytes);
+  } catch (const std::invalid_argument& error) {
+    require(false, error.what());
+  }
+}
+
 void check_header(const Header& h, size_t size, uint64_t name) {
   require(h.magic == kMagic, "it has no header of this version");
   require(h.format < std::size(kFormats), "unknown format");
@@ -63,28 +73,10 @@ void check_header(const Header& h, size_t size, uint64_t name) {
   require(h.n >= 1 && h.n <= kMostRows && h.k >= 1 && h.k <= kMostRows, "rows or columns out of range");
   require(fits_group(format, h.group, h.k), "group size");
   require(h.zero <= 1 && (!h.zero || format.grouped()), "zero points of this format");
-  const bool blocks = format.quantized && round_up(h.k, format.multiple) % 64 == 0;
-  require(h.sparse <= 1 && (!h.sparse || (blocks && !h.zero)), "sparsity of this format");
+  const Matrix m = Matrix::describe(static_cast<Format>(h.format), h.n, h.k, h.group, h.zero);
+  require(!h.sparse || (h.sparse == kInCells && has_cells(m)), "sparsity of this format");
   require(h.bytes == size - sizeof h, "size of its section");
   require(h.name == name, "it belongs to another name");
-}
-
-// Records follow each other, and each is as long as its mask says.
-void check_records(const Matrix& m, const uint8_t* records, size_t bytes) {
-  const size_t block = m.block_bytes();
-  require(m.offsets[0] == 0 && m.offsets[m.panels] == bytes, "panel table");
-  for (int p = 0; p < m.panels; ++p) {
-    const uint64_t begin = m.offsets[p], end = m.offsets[p + 1];
-    require(
-        begin % 64 == 0 && begin < end && end <= bytes && end - begin >= static_cast<size_t>(m.head_bytes()),
-        "panel table");
-    size_t blocks = 0;
-    for (int i = 0; i < m.kp / 64; ++i) {
-      require(records[begin + i] < 16, "block mask");
-      blocks += static_cast<size_t>(__builtin_popcount(records[begin + i]));
-    }
-    require(end - begin == round_up(m.head_bytes() + blocks * block, size_t{64}), "block mask");
-  }
 }
 
 }  // namespace
@@ -99,7 +91,7 @@ std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, c
   auto packed = std::make_shared<Packed>();
   Matrix& m = packed->m;
   m = Matrix::describe(static_cast<Format>(h.format), h.n, h.k, h.group, h.zero);
-  m.sparse = h.sparse;
+  m.sparse = h.sparse == kInCells;
   const uint8_t* records = bytes + sizeof h;
   if (m.sparse) {
     const size_t count = static_cast<size_t>(m.panels) + 1, table = round_up(count * 8, size_t{64});
@@ -108,7 +100,7 @@ std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, c
     std::memcpy(packed->offsets_.data(), records, count * 8);
     m.offsets = packed->offsets_.data();
     records += table;
-    check_records(m, records, h.bytes - table);
+    require_cells(m, records, h.bytes - table);
   } else {
     require(m.stride * static_cast<size_t>(m.panels) == h.bytes, "size of its panels");
   }

@@ -27,12 +27,13 @@ from farthing.compress.layer import Layer, Stream
 from farthing.compress.prune.heal import heal
 from farthing.compress.pruning import prune_layer
 from farthing.compress.recipe import Prune, Recipe
-from farthing.compress.size import BLOCK, Reads, Sizes, measured_shares, reads_of, zero_block_bytes
+from farthing.compress.size import Reads, Sizes, measured_shares, reads_of, zero_block_bytes
 from farthing.compress.stream import Progress, feed_forward_input, forward
 from farthing.compress.trace import TracedOps
 from farthing.compress.transform import Done, compress_layer, layer_stats
 from farthing.files import replace_json
 from farthing.model import ModelConfig
+from farthing.ops.blocks import BLOCK
 
 FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # in addition to "keep"; INT4 by group size
 SAMPLE = 2048  # tokens to measure a sensitivity on

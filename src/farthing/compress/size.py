@@ -15,11 +15,10 @@ from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
 from farthing.model import ModelConfig
+from farthing.ops.blocks import BLOCK, blocks_per_cell, saves_time
 from farthing.ops.weights import Weight
 
 Measure = Literal["memory", "file", "token"]
-BLOCK = 16
-SPARSE_FROM = 0.2  # the kernels drop zero blocks from this share on
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
@@ -98,20 +97,23 @@ def sizes_of(
 
 
 def zero_block_bytes(weight: Weight, keep: Tensor | None) -> int:
-    """Bytes of `weight` that the kernels drop: blocks without a weight in `keep` [N, K].
+    """Bytes of `weight` that the kernels drop: blocks without a weight in `keep` [N, K], and the scales of
+    cells without a block.
 
-    Only for integer matrices with enough such blocks. A bitmap with one bit per block is subtracted.
+    Only for integer matrices where that saves time. The index of the remaining cells is subtracted.
     """
     if keep is None or weight.format not in ("int8", "int4"):
         return 0
     n, k = keep.shape
-    if n % BLOCK or k % BLOCK:
+    if n % BLOCK or k % 64:
         return 0
-    blocks = keep.view(n // BLOCK, BLOCK, k // BLOCK, BLOCK).any(3).any(1)
-    share = 1 - float(blocks.double().mean())
-    if share < SPARSE_FROM:
+    counts = blocks_per_cell(keep, weight.group_size)
+    if not saves_time(counts, weight.format):
         return 0
-    return round(weight.data.nbytes * share) - blocks.numel() // 8
+    share = 1 - float(counts.sum()) * BLOCK**2 / (n * k)
+    cells = int((counts > 0).sum())
+    scales = (counts.numel() - cells) * BLOCK * 2 if weight.format == "int4" else 0
+    return round(weight.data.nbytes * share) + scales - 2 * cells
 
 
 def parse_bytes(name: str, value: Any) -> int:

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from farthing import _native
 from farthing.lazy import torch
-from farthing.ops.weights import InputRounding, Weight, int4_group
+from farthing.ops.blocks import ALWAYS, COSTS, NEVER
+from farthing.ops.weights import Weight, int4_group
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Share of zero 16 x 16 blocks from which the block-sparse form is faster than the dense one.
-SPARSE_FROM = 0.2
-
-
 PackedFormat, Kind = _native.Format, _native.Kind  # defined in native/formats.h and native/pack.h
 HOLDING: dict[str, Any] = dict(_native.held_formats())  # stored format -> the packed one of the same values
+HELD = {packed: stored for stored, packed in HOLDING.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +66,6 @@ def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
     return plans.pop() if len(plans) == 1 else F32
 
 
-def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
-    """Input rounding shared by stacked matrices; None: 8 bits with a scale per row and group."""
-    found = [w.inputs for w in weights if w.inputs is not None]
-    if len(found) < len(weights) or len({i.bits for i in found}) != 1:
-        return None
-    scales = [i.scale for i in found if i.scale is not None]
-    if scales:
-        return InputRounding(found[0].bits, scale=max(scales)) if len(scales) == len(found) else None
-    return InputRounding(found[0].bits, sum(i.clip for i in found) / len(found))
-
-
 def _is_held(w: Weight, target: Plan) -> bool:
     """Whether a stored weight is packed as it is, not dequantized first."""
     return w.format != "dense" and HOLDING[w.format] == target.format
@@ -101,19 +88,30 @@ def _source(w: Weight, target: Plan) -> tuple[tuple[Any, int, int, int, int, int
     return (kind, tensors[0].data_ptr(), tensors[1].data_ptr(), zero, n, k, w.group_size), tensors
 
 
-def pack(native: Any, weights: Sequence[Weight], target: Plan, interleave: bool = False) -> Any:
-    """Pack matrices [N_i, K] stacked along their rows (or two of them interleaved) into one."""
+def pack(
+    native: Any,
+    weights: Sequence[Weight],
+    target: Plan,
+    interleave: bool = False,
+    blocks: bool | None = None,
+) -> Any:
+    """Pack matrices [N_i, K] stacked along their rows (or two of them interleaved) into one.
+
+    blocks: whether blocks of zeros are left out; by default, where that saves time.
+    """
     columns = {w.shape[1] for w in weights}
     if len(columns) != 1:
         raise ValueError(f"matrices with K = {sorted(columns)} cannot be stacked; expected one K")
     sources, alive = zip(*(_source(w, target) for w in weights), strict=True)
     zero = any(w.zero_point is not None and _is_held(w, target) for w in weights)
-    packed = native.pack(target.format, target.group, zero, interleave, SPARSE_FROM, list(sources))
+    measured = COSTS.get(HELD.get(target.format, ""), NEVER)
+    costs = measured if blocks is None else ALWAYS if blocks else NEVER
+    packed = native.pack(target.format, target.group, zero, interleave, costs, list(sources))
     del alive
     return packed
 
 
 def pack_dense(native: Any, matrix: Tensor, quantized: bool) -> Any:
-    """Pack a float matrix unchanged, or rounded to int8."""
+    """Pack a float matrix unchanged, or rounded to int8, with all its blocks."""
     w = Weight("dense", matrix)
-    return pack(native, [w], _plan_one(w, "int8" if quantized else None))
+    return pack(native, [w], _plan_one(w, "int8" if quantized else None), blocks=False)
