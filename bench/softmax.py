@@ -21,7 +21,7 @@ from torch import Tensor
 from farthing.ops.cpu import create
 
 HEAD = 64
-SHAPES = [(16, 512), (64, 4096), (16, 32000), (256, 1000)]
+SHAPES = [(16, 512), (256, 1000), (16, 4096), (64, 4096), (256, 4096), (16, 32000), (4, 129280)]
 
 
 def seconds(f: Callable[[], object], calls: int) -> float:

@@ -174,21 +174,28 @@ void exp_sum(const float* x, int n, float* top, float* sum) {
   *sum = reduce_add(total);
 }
 
+inline float largest(const float* x, int n) {
+  f32x16 best[4];
+  for (f32x16& b : best) b = splat(kLowest);
+  int i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int j = 0; j < 4; ++j) best[j] = max(best[j], loadf(x + i + 16 * j));
+  for (; i + 16 <= n; i += 16) best[0] = max(best[0], loadf(x + i));
+  if (i < n) best[1] = max(best[1], load_tail(x + i, n - i, kLowest));
+  return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
+}
+
 void softmax(const float* x, int n, float* out) {
-  f32x16 best = splat(kLowest), second = best, total = {};
+  constexpr float kLog2e = 1.44269504f;
+  const float top = largest(x, n);
   const int whole = n / 16 * 16;
-  for (int i = 0; i + 32 <= n; i += 32)
-    best = max(best, loadf(x + i)), second = max(second, loadf(x + i + 16));
-  if (n / 16 % 2) second = max(second, loadf(x + whole - 16));
-  if (whole < n) best = max(best, load_tail(x + whole, n - whole, kLowest));
-  const float top = reduce_max(max(best, second));
+  f32x16 total = {}, tail = {};
   for_lanes(n, [&](int i) {
-    const f32x16 e = exp(loadf(x + i) - top);
+    const f32x16 e = exp2((loadf(x + i) - top) * kLog2e);
     total += e;
     store(out + i, e);
   });
-  f32x16 tail = {};
-  if (whole < n) total += tail = exp(load_tail(x + whole, n - whole, kLowest) - top);
+  if (whole < n) total += tail = exp2((load_tail(x + whole, n - whole, kLowest) - top) * kLog2e);
   const float inverse = 1.0f / reduce_add(total);
   for_lanes(n, [&](int i) { store(out + i, loadf(out + i) * inverse); });
   tail *= inverse;

@@ -34,8 +34,13 @@ inline i32x16 splati(int32_t x) { return i32x16{} + x; }
 inline f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 inline f32x16 bits_to_float(u32x16 v) { return load<f32x16>(&v); }
 inline u32x16 float_to_bits(f32x16 v) { return load<u32x16>(&v); }
+#if defined(__AVX512F__)  // GCC does not always find these
+inline f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
+inline f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
+#else
 inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+#endif
 inline f32x16 abs(f32x16 a) { return bits_to_float(float_to_bits(a) & 0x7fffffffu); }
 
 // a * b + c, rounded once wherever the machine can.
@@ -157,6 +162,32 @@ inline f32x16 exp(f32x16 x) {
   const u32x16 power = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
   const f32x16 y = p * bits_to_float(power);
   return bits_to_float(float_to_bits(y) & ~reinterpret_cast<const u32x16&>(dead));
+}
+
+// 2^x for x up to 127, relative error 3e-7; x below -149 (-126 without AVX-512) gives 0. About half the
+// instructions of exp.
+inline f32x16 exp2(f32x16 x) {
+#if defined(__AVX512F__)
+  x = max(x, splat(-200.0f));
+  const f32x16 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const i32x16 dead = x < splat(-126.0f);
+  const f32x16 shifted = max(x, splat(-126.0f)) + splat(12582912.0f), n = shifted - splat(12582912.0f);
+  x = max(x, splat(-126.0f));
+#endif
+  const f32x16 r = x - n;
+  const f32x16 square = r * r;  // in three short chains: a processor's schedulers hold few iterations
+  const f32x16 high = fma(splat(1.3276466634124517e-3f), r, splat(9.675540961325169e-3f));
+  const f32x16 middle = fma(splat(5.550713464617729e-2f), r, splat(2.4022120237350464e-1f));
+  const f32x16 low = fma(splat(6.931469440460205e-1f), r, splat(1.0000001192092896f));
+  const f32x16 p = fma(fma(high, square, middle), square, low);
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  const u32x16 power = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
+  const f32x16 y = p * bits_to_float(power);
+  return bits_to_float(float_to_bits(y) & ~reinterpret_cast<const u32x16&>(dead));
+#endif
 }
 
 // Dot products of four: acc[i] += sum over j of u[4 i + j] * s[j]; u unsigned, s signed, no saturation.
