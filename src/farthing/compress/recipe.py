@@ -218,6 +218,13 @@ RECIPES: dict[str, Recipe] = {
             prune=Prune("16x16", 0.4, heal_steps=120),
             calibration_tokens=32768,
         ),
+        Recipe(
+            "int4-block64-40",
+            "int4",
+            algorithm="gptq",
+            prune=Prune("16x64", 0.4, heal_steps=120),
+            calibration_tokens=32768,
+        ),
         Recipe("experts-reap", "keep", experts=0.25),
         Recipe("adaptive-experts", "keep", adaptive=True, max_drop=0.005, calibration_tokens=16384),
         Recipe("auto", "auto", algorithm="gptq", sparsities=(0.25, 0.5), calibration_tokens=32768),

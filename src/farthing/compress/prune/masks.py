@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Pattern = Literal["unstructured", "2:4", "16x16", "16x4", "4x1"]
+Pattern = Literal["unstructured", "2:4", "16x64", "16x16", "16x4", "4x1"]
 Score = Literal["magnitude", "wanda", "energy", "obs"]  # "obs": see `obs.py`
 BLOCKS: dict[str, tuple[int, int]] = {
+    "16x64": (16, 64),  # a cell of the CPU kernels (native/cells.h)
     "16x16": (16, 16),
     "16x4": (16, 4),
     "4x1": (4, 1),
