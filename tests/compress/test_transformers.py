@@ -1,5 +1,5 @@
 """transformers 5.24 on every recipe's files, for models with experts: it loads them and agrees, or the report
-lists why not."""
+lists why it does not."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check(source: Path, out: Path, recipe: Recipe, ids: torch.Tensor, **options:
             actual = theirs(out, ids)
         except Exception:
             return limits
-        assert distance(actual, ours(out, ids)) > 1e-2, "it was said not to load, and does"
+        assert distance(actual, ours(out, ids)) > 1e-2, "it was said not to agree, and does"
     else:
         assert distance(theirs(out, ids), ours(out, ids)) < 2e-3
     return limits
@@ -82,7 +82,7 @@ def test_every_recipe_loads_or_reports_why_not(name: str, data: Path, tmp_path: 
     source = write_model(tmp_path / "source", **WIDE)
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
     limits = check(source, tmp_path / "out", RECIPES[name], ids, calibration=data)
-    if name != "auto":
+    if name not in ("auto", "adaptive-experts"):
         assert not limits
 
 
@@ -93,7 +93,9 @@ def test_every_recipe_on_the_embedded_model(name: str, tmp_path: Path) -> None:
     ids = torch.randint(16, 8192, (48,), generator=torch.Generator().manual_seed(3))
     recipe = replace(RECIPES[name], calibration_tokens=2048, window=256)
     limits = check(resolve_model("mite"), tmp_path / "out", recipe, ids)
-    if name not in ("auto", "adaptive-experts"):
+    if name == "adaptive-experts":
+        assert limits == ["it computes all experts of every token, which the adaptive rule does not"]
+    elif name != "auto":
         assert not limits
 
 
@@ -117,6 +119,6 @@ def test_transformers_limits_are_logged_before_the_start_and_reported(
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
     (limit,) = check(source, tmp_path / "out", recipe, ids, calibration=data, **options)
     assert words in limit
-    (record,) = [r for r in caplog.records if "transformers 5.24 will not load" in r.message]
+    (record,) = [r for r in caplog.records if "transformers 5.24 will not reproduce" in r.message]
     assert words in record.message
     assert words in (tmp_path / "out" / "report.html").read_text()

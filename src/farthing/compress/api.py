@@ -154,14 +154,15 @@ def _ready(
 ) -> tuple[Options, Corpus | None]:
     """The options with the export chosen, and the gate's text.
 
-    Raises now, not after minutes of work, if the run cannot succeed. Logs what transformers will not load.
+    Raises now, not after minutes of work, if the run cannot succeed. Logs what transformers will not
+    reproduce.
     """
     refuse_finished(out)
     checkpoint = Checkpoint.open(source)
     options = replace(options, export=choose_export(options.export, recipe, checkpoint, config))
     if limits := expected_limits(options.export, checkpoint, config, recipe):
-        verb = "may" if recipe.scheme == "auto" else "will"
-        log.warning("transformers 5.24 %s not load the result (Farthing will): %s", verb, "; ".join(limits))
+        verb = "may" if recipe.scheme == "auto" or recipe.adaptive else "will"
+        log.warning("transformers 5.24 %s not reproduce the result: %s", verb, "; ".join(limits))
     expected = expected_bytes(options.export, checkpoint, config, recipe)
     if expected is not None and (said := grown(_weight_bytes(checkpoint), expected)):
         log.warning("expected: %s", said)

@@ -19,7 +19,7 @@ class CompressionReport:
     recipe: dict[str, Any]
     source: str
     export: str  # see `export/layout.py`
-    transformers_limits: list[str]  # why transformers does not load the result; empty if it does
+    transformers_limits: list[str]  # why transformers does not reproduce the result; empty if it does
     size_before: int
     size_after: int
     larger: str | None  # the warning if the result is larger than its source
@@ -96,7 +96,7 @@ def _summary(report: CompressionReport) -> list[tuple[str, str]]:
         ("time", f"{report.seconds:.1f} s"),
         ("peak memory", f"{report.peak_memory / 2**20:,.0f} MiB"),
         ("format", report.export),
-        ("transformers 5.24", "; ".join(["does not load it", *limits]) if limits else "loads it"),
+        ("transformers 5.24", "; ".join(["does not reproduce it", *limits]) if limits else "loads it"),
     ]
     q = report.quality
     if q is not None:

@@ -1,4 +1,4 @@
-"""The export formats of a compressed model, and whether transformers loads them.
+"""The export formats of a compressed model, and whether transformers reproduces them.
 
 | export | INT8 experts | FP8 | for |
 |---|---|---|---|
@@ -8,6 +8,7 @@
 
 transformers 5.24 fuses the routed experts of a layer into one tensor and decompresses them while loading. It
 requires one scheme for all experts of the model, packed and symmetric; FP8 blocks only in DeepSeek's format.
+It computes as many experts for every token as the model names, whatever an adaptive rule says.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from farthing.compress.layer import ATTENTION, MLP, group_columns
 from farthing.compress.recipe import Recipe
 from farthing.compress.transform import group_for, stored_format, wanted_group
 from farthing.model import ModelConfig
+from farthing.model.experts import AdaptiveExperts
 from farthing.ops.weights import FP8_BLOCK, Weight
 
 EXPORTS = ("auto", "compressed-tensors", "llm-compressor", "deepseek-fp8")
@@ -78,13 +80,17 @@ def quantization_config(export: str, keys: Keys) -> dict[str, Any] | None:
 
 
 def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list[str]:
-    """Why transformers 5.24 does not load the result, one phrase each; empty if it does.
+    """Why transformers 5.24 does not load the result or computes something else, one phrase each; empty if
+    it does neither.
 
     checkpoint: the result, or the source before the result exists, which has the same shapes.
     """
     limits = []
     if checkpoint.config.get("layer_sizes"):
         limits.append("layers differ in size (layer_sizes)")
+    rule = AdaptiveExperts.from_json(checkpoint.config)
+    if rule is not None and min(rule.mass) < 1:
+        limits.append("it computes all experts of every token, which the adaptive rule does not")
     blocks = [name for name, key in keys.items() if key is not None and key.format == "fp8"]
     if ragged := [name for name in blocks if _is_ragged(checkpoint.shape(f"{name}.weight"))]:
         limits.append(f"FP8 blocks of 128 do not tile {ragged[0]}; without a GPU it assumes other blocks")
@@ -123,6 +129,8 @@ def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, re
         for module in _matrices(checkpoint)
     }
     limits = transformers_limits(export, checkpoint, keys)
+    if recipe.adaptive:
+        limits.append("it computes all experts of every token, which the calibrated rule may not")
     if recipe.scheme == "auto" and any(EXPERTS in module for module in keys):
         limits.append("the plan may store routed experts in different formats (see the report)")
     return limits
