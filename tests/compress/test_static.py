@@ -58,12 +58,13 @@ def test_served_result_depends_on_the_ranges(static: Path, tmp_path: Path) -> No
     assert float((served - wide).abs().max()) > 0.1
 
 
-def test_kernels_match_the_simulation(static: Path) -> None:
+def test_every_backend_matches_the_simulation(static: Path, model_dir: Path) -> None:
     """Except for the products of kv_b, whose inputs only the kernels round."""
     served, simulated = log_probs(static, "cpu"), log_probs(static, "simulate")
-    unrounded = log_probs(static, "reference")
+    unrounded = log_probs(model_dir, "reference")
     assert float((served - simulated).norm() / simulated.norm()) < 0.02
     assert float((served - simulated).norm()) < 0.5 * float((unrounded - simulated).norm())
+    assert float((log_probs(static, "reference") - simulated).norm() / simulated.norm()) < 1e-5
 
 
 def test_experts_of_a_layer_share_one_input_range(static: Path) -> None:

@@ -58,6 +58,21 @@ def test_stacked_matrices_use_the_wider_range_and_mixed_ones_stay_dynamic() -> N
     assert torch.equal(ops.linear(x, mixed), ops.linear(x, dynamic))
 
 
+@pytest.mark.parametrize("scale", [0.01, 0.05])
+def test_the_reference_rounds_the_same(scale: float) -> None:
+    torch.manual_seed(0)
+    inputs = InputRounding(8, scale=scale)
+    shapes = ((48, 64), (48, 64), (64, 48))
+    parts = tuple(replace(quantize_int8(torch.randn(*s) / 8), inputs=inputs) for s in shapes)
+    x, norm = torch.randn(9, 64), torch.rand(64) + 0.5
+    ops, reference = select("cpu"), select("reference")
+    stack = list(parts[:2])
+    y, z = (o.linear(x, o.pack_linear("w", lambda: stack), norm, 1e-6) for o in (ops, reference))
+    torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
+    y, z = (o.mlp(x, o.pack_mlp("m", lambda: parts), norm, 1e-6) for o in (ops, reference))
+    assert float((y - z).norm() / (z - x).norm()) < 1e-3
+
+
 def test_a_packed_file_keeps_the_range(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weight = replace(quantize_int8(torch.randn(32, 64)), inputs=InputRounding(8, scale=0.04))

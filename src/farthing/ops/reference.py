@@ -1,6 +1,7 @@
 """The reference backend in plain torch, which defines correct results.
 
-Written for clarity, not speed. Weights are dequantized once; activations are never quantized.
+Written for clarity, not speed. Weights are dequantized once; activations are quantized only with calibrated
+ranges, which are part of the model.
 Legend: see `farthing.ops.api`.
 """
 
@@ -28,7 +29,19 @@ from farthing.ops.cache import cache_max, read_cache, torch_dtype, write_cache
 from farthing.ops.indexer import Indexer, index
 from farthing.ops.rotary import rotate
 from farthing.ops.selection import chosen, in_rows
-from farthing.ops.weights import Weight, rounded
+from farthing.ops.weights import InputRounding, Weight, inputs_of, rounded
+
+
+@dataclass(slots=True)
+class Ranged:
+    """A matrix whose input is rounded with a calibrated range."""
+
+    weight: Tensor
+    inputs: InputRounding
+
+
+Value = Tensor | Ranged
+Gated = tuple[Value, Value, Value]
 
 
 @dataclass(slots=True)
@@ -45,8 +58,8 @@ class _MoE:
     spec: RouterSpec
     gate: Tensor
     bias: Tensor | None
-    experts: list[tuple[Tensor, Tensor, Tensor] | None]
-    shared: tuple[Tensor, Tensor, Tensor] | None
+    experts: list[Gated | None]
+    shared: Gated | None
 
 
 class ReferenceOps(HostOps):
@@ -63,14 +76,17 @@ class ReferenceOps(HostOps):
 
     # -- packing
 
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Tensor:
-        return torch.cat([self._value(w) for w in weights()])
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Value:
+        parts = weights()
+        return _ranged(torch.cat([self._value(w) for w in parts]), parts)
 
-    def pack_mlp(
-        self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Gated:
         gate, up, down = weights()
-        return self._value(gate, True), self._value(up, True), self._value(down, True)
+        return (
+            _ranged(self._value(gate, True), [gate, up]),
+            _ranged(self._value(up, True), [gate, up]),
+            _ranged(self._value(down, True), [down]),
+        )
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> _MoE:
         w = weights()
@@ -113,14 +129,14 @@ class ReferenceOps(HostOps):
     def linear(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Value,
         norm: Tensor | None = None,
         eps: float = 1e-6,
         residual: Tensor | None = None,
     ) -> Tensor:
         if norm is not None:
             x = self.rms_norm(x, norm, eps)
-        y = F.linear(x, weight)
+        y = product(x, weight)
         return y if residual is None else residual + y
 
     def mla(
@@ -179,7 +195,7 @@ class ReferenceOps(HostOps):
     def mlp(
         self,
         x: Tensor,
-        weights: tuple[Tensor, Tensor, Tensor],
+        weights: Gated,
         norm: Tensor,
         eps: float,
         residual: bool = True,
@@ -226,11 +242,11 @@ class ReferenceOps(HostOps):
     def route(self, n: Tensor, weights: _MoE) -> tuple[Tensor, Tensor]:
         return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec)
 
-    def logits(self, x: Tensor, head: Tensor, norm: Tensor, eps: float) -> Tensor:
+    def logits(self, x: Tensor, head: Value, norm: Tensor, eps: float) -> Tensor:
         return self.linear(x, head, norm, eps).float()
 
     def top_logits(
-        self, x: Tensor, head: Tensor, norm: Tensor, eps: float, k: int
+        self, x: Tensor, head: Value, norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         return largest(self.logits(x, head, norm, eps), k)
 
@@ -255,10 +271,23 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return values[:, :k], ids[:, :k], logits.logsumexp(-1)
 
 
-def gated_mlp(x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _ranged(value: Tensor, shared: Sequence[Weight]) -> Value:
+    """`value` with the calibrated range, if any, of the matrices that share its input."""
+    inputs = inputs_of(shared)
+    return value if inputs is None or inputs.scale is None else Ranged(value, inputs)
+
+
+def product(x: Tensor, weight: Value) -> Tensor:
+    """x W^T, with x rounded if the model says so."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight)
+    return F.linear(weight.inputs(x.float(), x.shape[-1]).to(x.dtype), weight.weight)
+
+
+def gated_mlp(x: Tensor, weights: Gated) -> Tensor:
     """down(silu(gate(x)) * up(x))."""
     gate, up, down = weights
-    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    return product(F.silu(product(x, gate)) * product(x, up), down)
 
 
 def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Legend: N output rows, K input columns, g group size along K.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -114,6 +115,24 @@ def pack_int4(q: Tensor) -> Tensor:
     """Integers in [-8, 7], int8 [N, K] with K even -> uint8 [N, K/2]."""
     u = (q + 8).to(torch.uint8)
     return u[:, 0::2] | (u[:, 1::2] << 4)
+
+
+def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
+    """Input rounding shared by stacked matrices; None: 8 bits with a scale per row and group."""
+    found = [w.inputs for w in weights if w.inputs is not None]
+    if len(found) < len(weights) or len({i.bits for i in found}) != 1:
+        return None
+    scales = [i.scale for i in found if i.scale is not None]
+    if scales:
+        return InputRounding(found[0].bits, scale=max(scales)) if len(scales) == len(found) else None
+    return InputRounding(found[0].bits, sum(i.clip for i in found) / len(found))
+
+
+def static_scale(weights: Sequence[Weight]) -> float | None:
+    """The calibrated input scale of matrices that share their input; None if it is rounded dynamically or not
+    at all."""
+    inputs = inputs_of(weights)
+    return None if inputs is None else inputs.scale
 
 
 def quantize_int8(w: Tensor) -> Weight:

@@ -17,10 +17,10 @@ from farthing.ops.api import AttentionSpec, HostOps, IndexerSpec, MoEWeights, Ro
 from farthing.ops.arrays import address
 from farthing.ops.cpu import indexer as indexing
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
-from farthing.ops.cpu.packing import inputs_of, pack, pack_dense, plan
+from farthing.ops.cpu.packing import pack, pack_dense, plan
 from farthing.ops.cpu.stack import vector
 from farthing.ops.cutting import columns_of, halves_of
-from farthing.ops.weights import InputRounding, Weight, loaded_as
+from farthing.ops.weights import InputRounding, Weight, inputs_of, loaded_as
 
 if TYPE_CHECKING:
     from torch import Tensor

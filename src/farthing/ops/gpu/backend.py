@@ -40,7 +40,7 @@ from farthing.ops.gpu.sparse import find
 from farthing.ops.indexer import Indexer
 from farthing.ops.reference import identity_weight, largest
 from farthing.ops.sampling import Filters
-from farthing.ops.weights import Weight, rounded
+from farthing.ops.weights import Weight, rounded, static_scale
 
 Gated = tuple[Weight, Weight, Weight]
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper have FP8 tensor cores
@@ -88,17 +88,19 @@ class GpuOps(Ops):
 
     # -- packing
 
-    def _matrix(self, weight: Weight) -> Matrix:
+    def _matrix(self, weight: Weight, inputs: float | None) -> Matrix:
         weight = rounded(weight, self._quantization, mlp=True)  # others: rounded in `pack_linear`
-        return pack(weight, self.dtype, self.device, self._fp8)
+        return pack(weight, self.dtype, self.device, self._fp8, inputs)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Part]:
         parts: list[Part] = []
         run: list[Matrix] = []  # adjacent matrices that can be merged
-        for w in (rounded(w, self._quantization) for w in weights()):
-            sparse = find(w, self.dtype, self.device)
+        stacked = [rounded(w, self._quantization) for w in weights()]
+        inputs = static_scale(stacked)
+        for w in stacked:
+            sparse = find(w, self.dtype, self.device) if inputs is None else None
             if sparse is None:
-                run.append(self._matrix(w))
+                run.append(self._matrix(w, inputs))
                 continue
             parts += [*stack_rows(run), sparse] if run else [sparse]
             run = []
@@ -106,7 +108,11 @@ class GpuOps(Ops):
 
     def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Mlp:
         gate, up, down = weights()
-        return Mlp(pair(self._matrix(gate), self._matrix(up)), self._matrix(down))
+        shared = static_scale([gate, up])
+        return Mlp(
+            pair(self._matrix(gate, shared), self._matrix(up, shared)),
+            self._matrix(down, static_scale([down])),
+        )
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
         w = weights()
@@ -253,6 +259,8 @@ class GpuOps(Ops):
     def _grouped(
         self, n: Tensor, weights: Mlp, order: Tensor, starts: Tensor, slots: int, gates: Tensor | None
     ) -> Tensor:
+        if weights.gate_up.inputs is not None:
+            n = gemm.to_integers(n, weights.gate_up.inputs[0])  # experts of a layer share their input's range
         x, scale = normalize.quantize(n) if weights.gate_up.format == "fp8" else (n, None)
         return experts_mlp(x, scale, weights.gate_up, weights.down, order, starts, slots, gates, self.dtype)
 

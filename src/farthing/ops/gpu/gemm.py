@@ -94,6 +94,9 @@ def linear(
     plain = scaled = None
     if not all(_is_fp8(m) for m in parts):
         plain = x if norm is None else rms_norm(x, norm, eps)
+        first = parts[0]
+        if isinstance(first, Matrix) and first.inputs is not None:  # then every part has the same range
+            plain = to_integers(plain, first.inputs)
     if any(_is_fp8(m) for m in parts):
         scaled = quantize(x, norm, eps)
     start = 0
@@ -111,6 +114,11 @@ def linear(
             gemm(plain, m, out[:, columns], None, part)
         start += m.n
     return out
+
+
+def to_integers(x: Tensor, scale: Tensor) -> Tensor:
+    """x quantized with a calibrated scale, as integers in [-128, 127] of x's dtype."""
+    return (x.float() / scale).round().clamp(-128, 127).to(x.dtype)
 
 
 def _is_fp8(part: Part) -> bool:

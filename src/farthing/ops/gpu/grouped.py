@@ -47,8 +47,8 @@ def _place(starts, tiles, upto, m, E, EP: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _gate_up(
-    x, x_scale, w, w_scale, w_zero, order, starts, h, h_scale, N, K, E, stride_x, w_size, s_size,
-    SLOTS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+    x, x_scale, w, w_scale, w_zero, order, starts, h, h_scale, h_inputs, N, K, E, stride_x, w_size, s_size,
+    STATIC: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
     HAS_ZERO: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tiles, upto = _tiles(starts, E, EP, BM)
@@ -79,6 +79,9 @@ def _gate_up(
             scale = tl.maximum(tl.max(tl.abs(value), 1), LEAST_AMAX) / FP8_MAX
             value = tl.clamp(value / scale[:, None], -FP8_MAX, FP8_MAX)
             tl.store(h_scale + row.to(tl.int64) * across + tile % across, scale, mask=live)
+        if STATIC:  # integers; adding 1.5 * 2^23 rounds half to even
+            value = tl.clamp(value / tl.load(h_inputs + expert), -128.0, 127.0)
+            value = (value + 12582912.0) - 12582912.0
         tl.store(h + at, narrow(value, h.dtype.element_ty), mask=mask)
 
 
@@ -152,8 +155,9 @@ def experts_mlp(
     ep, at_once = triton.next_power_of_2(count), processors(device) * c.per_processor
     most = min(count, rows) + rows // bm  # upper bound on tile rows
     _gate_up[(min(at_once, most * triton.cdiv(inner, columns)),)](
-        x, x_scale, *_tensors(gate_up), order, starts, h, h_scale, gate_up.n,
-        gate_up.k, count, 1 if fp8 else x.stride(0), gate_up.data[0].numel(), _size(gate_up), SLOTS=slots,
+        x, x_scale, *_tensors(gate_up), order, starts, h, h_scale, down.inputs, gate_up.n,
+        gate_up.k, count, 1 if fp8 else x.stride(0), gate_up.data[0].numel(), _size(gate_up),
+        STATIC=down.inputs is not None, SLOTS=slots,
         **_constants(gate_up), EP=ep, BM=bm, BN=bn, BK=c.bk, num_warps=warps, num_stages=c.num_stages,
     )  # fmt: skip
     y = torch.empty(rows, down.n, dtype=dtype, device=device)

@@ -45,6 +45,8 @@ class Matrix:
     n: int
     k: int
     group: int = 0  # int4
+    # float32 [E]: calibrated scales of the inputs, which are passed as integers; `scale` includes them (int8)
+    inputs: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,8 +67,13 @@ def half_of(group: int) -> int:
     return half
 
 
-def pack(weight: Weight, dtype: torch.dtype, device: torch.device, fp8: bool = True) -> Matrix:
-    """Pack one matrix, E = 1. fp8: whether the device supports FP8; else it is stored in `dtype`."""
+def pack(
+    weight: Weight, dtype: torch.dtype, device: torch.device, fp8: bool = True, inputs: float | None = None
+) -> Matrix:
+    """Pack one matrix, E = 1. fp8: whether the device supports FP8; else it is stored in `dtype`.
+
+    inputs: calibrated scale of the input of an int8 matrix.
+    """
     n, k = weight.shape
     if weight.format == "dense" or (weight.format == "fp8" and not fp8):
         value = weight.data.to(dtype) if weight.format == "dense" else weight.dequantize(dtype)
@@ -74,9 +81,9 @@ def pack(weight: Weight, dtype: torch.dtype, device: torch.device, fp8: bool = T
     assert weight.scale is not None
     scale = weight.scale.float().to(device)[None]
     if weight.format == "int8":
-        return Matrix(
-            "int8", weight.data.to(device).contiguous()[None], scale[..., 0].contiguous(), None, n, k
-        )
+        ranges = None if inputs is None else torch.full((1,), inputs, device=device)
+        rows = scale[..., 0].contiguous() if ranges is None else scale[..., 0] * ranges
+        return Matrix("int8", weight.data.to(device).contiguous()[None], rows, None, n, k, inputs=ranges)
     if weight.format == "fp8":
         return Matrix("fp8", weight.data.to(device).contiguous()[None], scale.contiguous(), None, n, k)
     return _pack_int4(weight, device)
@@ -110,7 +117,7 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
         zero = _zeros(last, m)
         merged[-1] = Matrix(
             m.format, torch.cat((last.data, m.data), 1), _cat(last.scale, m.scale), zero, last.n + m.n, m.k,
-            m.group,
+            m.group, m.inputs,
         )  # fmt: skip
     return merged
 
@@ -130,7 +137,9 @@ def pair(gate: Matrix, up: Matrix) -> Matrix:
     data, scale = join(gate.data.view(torch.uint8), up.data.view(torch.uint8)), join(gate.scale, up.scale)
     assert data is not None
     zero = alternate(_zero(gate), _zero(up)) if gate.zero is not None or up.zero is not None else None
-    return Matrix(gate.format, data.view(gate.data.dtype), scale, zero, 2 * gate.n, gate.k, gate.group)
+    return Matrix(
+        gate.format, data.view(gate.data.dtype), scale, zero, 2 * gate.n, gate.k, gate.group, gate.inputs
+    )
 
 
 def stack_experts(parts: Iterable[Matrix], count: int) -> Matrix:
@@ -138,17 +147,17 @@ def stack_experts(parts: Iterable[Matrix], count: int) -> Matrix:
     stack: Matrix | None = None
     for i, m in enumerate(parts):
         if stack is None:
-            data, scale, zero = (
-                None if t is None else t.new_empty((count, *t.shape[1:])) for t in (m.data, m.scale, m.zero)
+            data, scale, zero, inputs = (
+                None if t is None else t.new_empty((count, *t.shape[1:])) for t in _parts(m)
             )
             assert data is not None
-            stack = replace(m, data=data, scale=scale, zero=zero)
+            stack = replace(m, data=data, scale=scale, zero=zero, inputs=inputs)
         if _kind(m) != _kind(stack):
             raise ValueError(
                 f"expert {i} is {m.format} {m.n} x {m.k}, the first {stack.format} {stack.n} x {stack.k}; "
                 f"expected one format and shape"
             )
-        for whole, part in ((stack.data, m.data), (stack.scale, m.scale), (stack.zero, m.zero)):
+        for whole, part in zip(_parts(stack), _parts(m), strict=True):
             if whole is not None and part is not None:
                 whole[i] = part[0]
     if stack is None:
@@ -156,8 +165,12 @@ def stack_experts(parts: Iterable[Matrix], count: int) -> Matrix:
     return stack
 
 
+def _parts(m: Matrix) -> tuple[Tensor | None, ...]:
+    return m.data, m.scale, m.zero, m.inputs
+
+
 def _kind(m: Matrix) -> tuple[object, ...]:
-    return m.format, m.n, m.k, m.group, m.zero is None
+    return m.format, m.n, m.k, m.group, m.zero is None, m.inputs is None
 
 
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
