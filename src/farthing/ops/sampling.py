@@ -26,6 +26,10 @@ class Filters:
     min_p: Tensor  # [n] float32, relative to the most likely token's probability
     most: int = 0  # the largest effective top_k
 
+    def at(self, rows: Tensor) -> Filters:
+        """The filters of some rows."""
+        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows], self.most)
+
     def candidates(self, vocabulary: int) -> int:
         """Number of largest logits to examine before falling back to all of them."""
         return min(vocabulary, max(CANDIDATES, self.most))
@@ -36,25 +40,31 @@ def sample(logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> T
     if filters is None:
         return invert(logits.softmax(-1), uniform)
     vocabulary = logits.shape[1]
+    width = filters.candidates(vocabulary)
+    tokens, whole = _sample_among(logits, uniform, filters, width)
+    if width < vocabulary and not bool(whole.all()):
+        # Sorting all of V takes several times as long as the rest of a step, so only rows that need it do.
+        rows = (~whole).nonzero()[:, 0]
+        tokens[rows] = _sample_among(logits[rows], uniform[rows], filters.at(rows), vocabulary)[0]
+    return tokens
+
+
+def _sample_among(logits: Tensor, uniform: Tensor, filters: Filters, width: int) -> tuple[Tensor, Tensor]:
+    """Sample among the `width` largest logits. Returns also whether these include all that filters keep."""
+    vocabulary = logits.shape[1]
     top_k, top_p, min_p = filters.top_k, filters.top_p, filters.min_p
     total = logits.logsumexp(-1, keepdim=True)
-    width = filters.candidates(vocabulary)
-    while True:
-        values, ids = logits.topk(width, dim=-1)
-        probs = (values - total).exp()  # [n, K] descending, of the unfiltered distribution
-        rank = torch.arange(width, device=logits.device)
-        by_min_p = probs >= min_p[:, None] * probs[:, :1]
-        kept = probs * (by_min_p & (rank < top_k[:, None]))
-        # Are all kept tokens among the K largest? Otherwise use all of V.
-        whole = (top_k <= width) | ~by_min_p[:, -1] | ((min_p == 0) & (probs.sum(-1) >= top_p) & (top_p < 1))
-        if width == vocabulary or bool(whole.all()):
-            break
-        width = vocabulary
+    values, ids = logits.topk(width, dim=-1)
+    probs = (values - total).exp()  # [n, K] descending, of the unfiltered distribution
+    rank = torch.arange(width, device=logits.device)
+    by_min_p = probs >= min_p[:, None] * probs[:, :1]
+    kept = probs * (by_min_p & (rank < top_k[:, None]))
+    whole = (top_k <= width) | ~by_min_p[:, -1] | ((min_p == 0) & (probs.sum(-1) >= top_p) & (top_p < 1))
     # Without top_k and min_p the mass is over all of V, of which `kept` may be only a part.
     mass = torch.where((top_k >= vocabulary) & (min_p == 0), torch.ones_like(top_p), kept.sum(-1))
     before = kept.cumsum(-1) - kept
     kept = kept * (before < (top_p * mass)[:, None])
-    return ids.gather(1, invert(kept, uniform)[:, None])[:, 0]
+    return ids.gather(1, invert(kept, uniform)[:, None])[:, 0], whole
 
 
 def invert(weights: Tensor, u: Tensor) -> Tensor:

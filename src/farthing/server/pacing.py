@@ -62,7 +62,7 @@ class Gate:
     client's request by a few of them.
     """
 
-    def __init__(self, per_turn: int = 8) -> None:
+    def __init__(self, per_turn: int = 2) -> None:
         self._most = self._left = per_turn
         self._line = _Line()
 
