@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -71,6 +71,13 @@ def option(
         environment=environment,
     )
     return field(default=default, metadata={_KEY: declared})
+
+
+def inherited(config: type, name: str, *, group: str, **changes: Any) -> Any:
+    """An option that another dataclass declares, under this group; `changes`: its default or metadata."""
+    (source,) = (f for f in fields(config) if f.name == name)
+    default = changes.pop("default", source.default)
+    return field(default=default, metadata={_KEY: replace(source.metadata[_KEY], group=group, **changes)})
 
 
 @lru_cache

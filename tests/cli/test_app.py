@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 import farthing
 from farthing.cli import app as cli
@@ -46,6 +49,17 @@ def test_help_lists_every_command() -> None:
     result = farthing_command("--help")
     assert result.returncode == 0
     assert all(name in result.stdout for name in cli.COMMANDS)
+
+
+def test_positional_arguments_are_upper_case_in_help() -> None:
+    def positional(command: Any) -> Iterator[str]:
+        for name in getattr(command, "commands", ()):
+            yield from positional(command.commands[name])
+        yield from (p.metavar or "" for p in command.params if p.param_type_name == "argument")
+
+    group = typer.main.get_command(cli.app)
+    shown = [m for name in cli.COMMANDS for m in positional(group.get_command(None, name))]  # type: ignore[attr-defined]
+    assert len(shown) >= len(cli.COMMANDS) and all(m and m == m.upper() for m in shown)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import typer
 from farthing.bench.workload import Request, Shape, closed_loop, from_trace, poisson
 from farthing.cli.exits import errors_as_one_line
 from farthing.cli.options import with_options
-from farthing.options import option
+from farthing.options import check, option
 
 if TYPE_CHECKING:
     from farthing.bench.client import Target
@@ -72,6 +72,27 @@ class LoadOptions:
     )
     seed: int = _option(0, "Seed of arrivals and prompts")
     picture: Path | None = _option(None, "PNG of latency curves to write")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostOptions:
+    """A comparison of levers."""
+
+    model: str = _option("mite", "A directory, a hub id, or `mite`", argument=True)
+    input_tokens: int = _option(128, "Prompt tokens per request")
+    output_tokens: int = _option(64, "Generated tokens per request")
+    concurrency: int = _option(1, "Concurrent requests", minimum=1)
+    rounds: int = _option(3, "Number of interleaved rounds; medians are shown", minimum=1)
+    max_drop: str = _option("1%", "Maximum perplexity increase of all levers together")
+    max_tokens: int | None = _option(
+        None, "Held-out tokens for calibration and evaluation; default: all", minimum=1
+    )
+    prices: str | None = _option(None, "File that overrides the packaged prices.toml")
+    hardware: str | None = _option(None, "Price table row of this machine")
+    record: Path | None = _option(None, "Directory for measurements and checkpoints; makes the run resumable")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @app.command(
@@ -169,23 +190,8 @@ def capacity(
 @app.command(
     epilog="Examples:  farthing bench cost  |  farthing bench cost ./model --concurrency 8 --rounds 5 --json"
 )
-def cost(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
-    input_tokens: Annotated[int, typer.Option(help="Prompt tokens per request.")] = 128,
-    output_tokens: Annotated[int, typer.Option(help="Generated tokens per request.")] = 64,
-    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of interleaved rounds; medians are shown.")] = 3,
-    max_drop: Annotated[str, typer.Option(help="Maximum perplexity increase of all levers together.")] = "1%",
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Held-out tokens for calibration and evaluation. Default: all.")
-    ] = None,
-    prices: Annotated[str | None, typer.Option(help="File that overrides the packaged prices.toml.")] = None,
-    hardware: Annotated[str | None, typer.Option(help="Price table row of this machine.")] = None,
-    record: Annotated[
-        Path | None, typer.Option(help="Directory for measurements and checkpoints; makes the run resumable.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
+@with_options(options=CostOptions)
+def cost(options: dict[str, Any], as_json: Json = False) -> None:
     """Measure latency, memory, energy, cost and quality on this CPU, one lever at a time."""
     from farthing.bench.cost import Workload, compare, prompts_for
     from farthing.bench.levers import Texts, levers, qualities
@@ -196,26 +202,27 @@ def cost(
     from farthing.hub import resolve_model
     from farthing.model import ModelConfig
 
-    with errors_as_one_line(resumes=record is not None):
-        budget = parse_share("max-drop", max_drop)
-        machine = Prices.load(prices).machine("cpu", cpu_name(), usable_cpus(), hardware)
-        path = resolve_model(model)
-        texts = Texts.of(path, max_tokens)
+    with errors_as_one_line(resumes=options["record"] is not None):
+        given = CostOptions(**options)
+        budget = parse_share("max-drop", given.max_drop)
+        machine = Prices.load(given.prices).machine("cpu", cpu_name(), usable_cpus(), given.hardware)
+        path = resolve_model(given.model)
+        texts = Texts.of(path, given.max_tokens)
         vocabulary = ModelConfig.from_directory(path).vocab_size
-        prompts = prompts_for(path, vocabulary, concurrency, input_tokens)
-        with bf16_checkpoint(path) as dense, _kept(record) as work:
+        prompts = prompts_for(path, vocabulary, given.concurrency, given.input_tokens)
+        with bf16_checkpoint(path) as dense, _kept(given.record) as work:
             rows = levers(dense, work, budget, texts, _say)
             tiny = tiny_checkpoint(work / "tiny")
             workload = Workload(
-                model=str(dense), prompts=prompts, output_tokens=output_tokens, tiny=str(tiny)
+                model=str(dense), prompts=prompts, output_tokens=given.output_tokens, tiny=str(tiny)
             )
-            with token_progress("rows", len(rows) * rounds) as advance:
+            with token_progress("rows", len(rows) * given.rounds) as advance:
                 file = work / "record.json"
                 _say("measuring quality")
                 quality = dict(qualities(dense, rows, texts.judged))
                 try:
                     found = compare(
-                        workload, rows, machine, rounds, lambda _: advance(1), file, quality, budget
+                        workload, rows, machine, given.rounds, lambda _: advance(1), file, quality, budget
                     )
                 except RuntimeError as error:  # a row's process failed; the message names the row
                     typer.echo(f"error: {error}", err=True)

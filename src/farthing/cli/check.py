@@ -11,7 +11,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command(epilog="Examples:  farthing check ./DeepSeek-V3.2  |  farthing check ./GLM-4.7-Flash --layers 4")
 def check(
-    model: Annotated[str, typer.Argument(help="A directory, a hub id, or `mite`.")] = "mite",
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub id, or `mite`.")] = "mite",
     layers: Annotated[
         int | None,
         typer.Option(

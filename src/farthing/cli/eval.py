@@ -23,7 +23,8 @@ app = typer.Typer(add_completion=False)
 )
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A directory, a hub id, `mite`, or an .onnx image classifier.")
+        str,
+        typer.Argument(metavar="MODEL", help="A directory, a hub id, `mite`, or an .onnx image classifier."),
     ] = "mite",
     against: Annotated[str | None, typer.Option(help="Model B to compare with MODEL.")] = None,
     data: Annotated[

@@ -177,7 +177,9 @@ async def _up(config: Any) -> None:
 
 @app.command(epilog=_RUN_EXAMPLES)
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file; docs/guide/scale.md lists its fields.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/guide/scale.md lists its fields.")
+    ],
     advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
 ) -> None:
     """Scale a deployment, in Kubernetes or elsewhere, by the metrics of a Prometheus server."""

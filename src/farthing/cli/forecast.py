@@ -32,7 +32,10 @@ farthing forecast taxi.csv.gz --model prophet --horizon 24h --country US"""
 @app.command(epilog=EPILOG)
 def main(
     series: Annotated[
-        Path, typer.Argument(help="CSV with t_s,total_rate_rps or timestamp,value columns; plain or gzip.")
+        Path,
+        typer.Argument(
+            metavar="SERIES", help="CSV with t_s,total_rate_rps or timestamp,value columns; plain or gzip."
+        ),
     ],
     model: Annotated[str, typer.Option(help=f"Forecaster: {', '.join(MODELS)}.")] = "mixture",
     horizon: Annotated[str, typer.Option(help="Forecast horizon: 10m, 24h, …")] = "10m",

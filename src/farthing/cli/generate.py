@@ -35,7 +35,7 @@ Examples:
 def generate(
     engine: dict[str, Any],
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Text to complete; '-' reads stdin (repeatable).")
+        list[str] | None, typer.Option(help="Text to complete; '-' reads stdin (repeatable).")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Prompts as user messages, through the chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of output tokens.")] = 128,
@@ -49,9 +49,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Sampling seed; the same seed gives the same tokens.")
     ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Text to stop before (repeatable).")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text to stop before (repeatable).")] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Number of completions per prompt.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

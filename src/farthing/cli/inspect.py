@@ -23,7 +23,7 @@ CONTEXTS = (2048, 32768, 131072)  # tokens
 )
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="A directory, a hub id, `mite`, or a published name.")
+        str, typer.Argument(metavar="MODEL", help="A directory, a hub id, `mite`, or a published name.")
     ] = "mite",
     prompts: Annotated[
         Path | None, typer.Option(help="Text to measure routing on, one prompt per line.")

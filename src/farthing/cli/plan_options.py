@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Dtype, ExpertsOn, Quantization
-from farthing.options import check, option
+from farthing.config import Dtype, EngineConfig, ExpertsOn, Quantization
+from farthing.options import check, inherited, option
 
 if TYPE_CHECKING:
     from farthing.parallel.plan import Layout, ShardPlan
@@ -22,6 +22,8 @@ KvCacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 _main = partial(option, group="Options")
 _memory = partial(option, group="Memory")
 _load = partial(option, group="Throughput (with --price)")
+_served = partial(inherited, EngineConfig)  # as `farthing serve` declares them
+_ranks = partial(_served, group="Options", default=None, flags=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,29 +35,32 @@ class PlanOptions:
         "A directory, a hub id, `mite`, a config.json, or a published name such as kimi-k2.5",
         argument=True,
     )
-    tp: int | None = _main(None, "Tensor-parallel ranks (heads, dense MLPs, shared experts); default: 1")
-    pp: int | None = _main(None, "Number of pipeline stages; default: 1")
-    ep: int | None = _main(None, "Expert-parallel ranks (routed experts); default: 1")
-    dp_attention: bool = _main(False, "Data-parallel attention over ep / tp groups of ranks")
+    tp: int | None = _ranks("tensor_parallel_size")
+    pp: int | None = _ranks("pipeline_parallel_size")
+    ep: int | None = _ranks("expert_parallel_size")
+    dp_attention: bool = _served("dp_attention", group="Options")
     dp: int = _main(1, "Number of replicas of this layout", minimum=1)
     memory: str | None = _main(None, "Memory limit per rank, such as 80GB; fail if exceeded")
     gpu: str | None = _main(None, "GPU whose memory and ceilings to use, such as h100")
     backend: Backend | None = _main(None, "Backend; default: gpu with --gpu, else cpu")
-    dtype: Dtype = _main("auto", "Activation dtype")
+    dtype: Dtype = _served("dtype", group="Options")
 
-    quantization: Quantization | None = _memory(None, "Format to round dense weights to (cpu: FP8 ones too)")
+    quantization: Quantization | None = _served("quantization", group="Memory")
     kv_tokens: int | None = _memory(None, "KV cache size in tokens; default: max-model-len", minimum=1)
-    kv_cache_dtype: KvCacheDtype = _memory("bfloat16", "KV cache dtype")
-    max_model_len: int | None = _memory(None, "Context length; default: the model's", minimum=1)
-    max_num_seqs: int | None = _memory(
-        None, "Maximum sequences per step; default: 64, with --price as many as fit", minimum=1
+    kv_cache_dtype: KvCacheDtype = _served("kv_cache_dtype", group="Memory", default="bfloat16")
+    max_model_len: int | None = _served(
+        "max_model_len", group="Memory", help="Maximum tokens of prompt and output; default: the model's"
     )
-    max_num_batched_tokens: int | None = _memory(
-        None, f"Token budget per step; default: {CPU_STEP_TOKENS}, on a GPU {GPU_STEP_TOKENS}", minimum=1
+    max_num_seqs: int | None = _served(
+        "max_num_seqs",
+        group="Memory",
+        default=None,
+        help="Maximum number of sequences per step; default: 64, with --price as many as fit",
     )
-    redundant_experts: int = _memory(0, "Redundant expert copies per layer", minimum=0)
-    experts_on: ExpertsOn | None = _memory(None, "cpu: keep routed experts in host memory")
-    hot_experts: int = _memory(0, "Experts per layer to keep on the GPU with --experts-on cpu", minimum=0)
+    max_num_batched_tokens: int | None = _served("max_num_batched_tokens", group="Memory")
+    redundant_experts: int = _served("redundant_experts", group="Memory")
+    experts_on: ExpertsOn | None = _served("experts_on", group="Memory")
+    hot_experts: int = _served("hot_experts", group="Memory")
 
     price: float | None = _load(
         None, "Dollars per GPU-hour; estimates the given layout, or the smallest that fits", minimum=0

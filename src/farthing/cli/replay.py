@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from farthing.cli.options import with_options
 from farthing.fleet.forecast.short import SHORT_MODELS, ShortConfig
 from farthing.fleet.replay.document import PlanConfig, ReplayConfig, replay_file
+from farthing.options import option
 
 app = typer.Typer(add_completion=False, help="Replay a load trace against scaling policies.")
 
@@ -24,52 +28,57 @@ farthing replay rates.csv --policy farthing,hpa,oracle --utilization 0.7 --load-
 farthing replay rates.csv --policy stabilized-tuned,hpa-tuned --second-half --picture fleet.png"""
 
 
+_option = partial(option, group="Options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayOptions:
+    """The trace, the policies and the replicas they scale."""
+
+    trace: Path | None = _option(None, "Trace file; default: the packaged example", argument=True)
+    policy: str = _option("all", "Comma-separated policies; NAME-tuned is tuned on the first half")
+    utilization: float = _option(0.7, "Target utilization of a replica's capacity")
+    load_time: float = _option(600.0, "Seconds from launch to ready")
+    capacity: float | None = _option(None, "Load units/s per replica; default: the mean load needs 20")
+    seeds: int = _option(5, "Number of runs, each with its own noise")
+    noise: float = _option(0.1, "Standard deviation of the load's noise, redrawn every 10 s")
+    price: float = _option(1.0, "Price per replica-hour")
+    failures: float = _option(0.0, "Failures per replica and day")
+    second_half: bool = _option(False, "Report only the second half")
+    model: str = _option("mixture", f"Short-term forecaster: {', '.join(SHORT_MODELS)}")
+    plan: bool = _option(True, "Use the day plan (Prophet) as a floor")
+    picture: Path | None = _option(None, "Plot of load, forecast and replicas to write")
+
+    def config(self) -> ReplayConfig:
+        """The replay's settings; their bounds are checked there."""
+        return ReplayConfig(
+            utilization=self.utilization,
+            load_time_s=self.load_time,
+            capacity=self.capacity,
+            seeds=self.seeds,
+            noise=self.noise,
+            price_per_hour=self.price,
+            failures_per_day=self.failures,
+            second_half=self.second_half,
+            short=ShortConfig(model=self.model),
+            plan=PlanConfig(enabled=self.plan),
+        )
+
+
 @app.command(epilog=EPILOG)
+@with_options(options=ReplayOptions)
 def main(
-    trace: Annotated[Path | None, typer.Argument(help="Trace file. Default: the packaged example.")] = None,
-    policy: Annotated[
-        str, typer.Option(help="Comma-separated policies; NAME-tuned is tuned on the first half.")
-    ] = "all",
-    utilization: Annotated[float, typer.Option(help="Target utilization of a replica's capacity.")] = 0.7,
-    load_time: Annotated[float, typer.Option(help="Seconds from launch to ready.")] = 600.0,
-    capacity: Annotated[
-        float | None, typer.Option(help="Load units/s per replica. Default: the mean load needs 20.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of runs, each with its own noise.")] = 5,
-    noise: Annotated[
-        float, typer.Option(help="Standard deviation of the load's noise, redrawn every 10 s.")
-    ] = 0.1,
-    price: Annotated[float, typer.Option(help="Price per replica-hour.")] = 1.0,
-    failures: Annotated[float, typer.Option(help="Failures per replica and day.")] = 0.0,
-    second_half: Annotated[bool, typer.Option("--second-half", help="Report only the second half.")] = False,
-    model: Annotated[
-        str, typer.Option(help=f"Short-term forecaster: {', '.join(SHORT_MODELS)}.")
-    ] = "mixture",
-    plan: Annotated[
-        bool, typer.Option("--plan/--no-plan", help="Use the day plan (Prophet) as a floor.")
-    ] = True,
-    picture: Annotated[
-        Path | None, typer.Option(help="Plot of load, forecast and replicas to write.")
-    ] = None,
+    options: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Replay TRACE (plain or gzip CSV or JSON lines, recognized by its columns) against policies."""
+    given = ReplayOptions(**options)
     console = Console(stderr=True)
     try:
-        config = ReplayConfig(
-            utilization=utilization,
-            load_time_s=load_time,
-            capacity=capacity,
-            seeds=seeds,
-            noise=noise,
-            price_per_hour=price,
-            failures_per_day=failures,
-            second_half=second_half,
-            short=ShortConfig(model=model),
-            plan=PlanConfig(enabled=plan),
-        )
         with console.status("reading") as status:
-            document = replay_file(trace, policy, config, picture, lambda text: status.update(text))
+            document = replay_file(
+                given.trace, given.policy, given.config(), given.picture, lambda text: status.update(text)
+            )
     except (ValueError, OSError) as error:
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(2) from error
