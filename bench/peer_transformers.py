@@ -1,4 +1,4 @@
-"""transformers' side of bench/decode.py: "BATCH PROMPT NEW" a line -> "seconds S". Eager, bf16.
+"""transformers' side of bench/decode.py: see peer_loop.py. Eager, bf16.
 
 python bench/peer_transformers.py MODEL THREADS
 """
@@ -9,9 +9,11 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from peer_loop import answer
+
 
 def main() -> None:
-    """Load, print "ready", and answer until the input ends."""
+    """Load and answer."""
     path, threads = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
@@ -26,10 +28,7 @@ def main() -> None:
             ids = out.logits[:, -1].argmax(-1, keepdim=True)
         return time.perf_counter() - start
 
-    seconds(1, 32, 4)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print("seconds", seconds(*map(int, line.split())), flush=True)
+    answer(seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""vLLM's side of bench/decode.py, run by vLLM's own interpreter: "BATCH PROMPT NEW" a line -> "seconds S".
+"""vLLM's side of bench/decode.py, run by vLLM's own interpreter: see peer_loop.py.
 
 python bench/peer_vllm.py MODEL THREADS
 """
@@ -8,9 +8,11 @@ import random
 import sys
 import time
 
+from peer_loop import answer
+
 
 def main() -> None:
-    """Load, print "ready", and answer until the input ends."""
+    """Load and answer."""
     model, threads = sys.argv[1], int(sys.argv[2])
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{threads - 1}")
@@ -29,10 +31,7 @@ def main() -> None:
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
 
-    seconds(1, 32, 4)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print("seconds", seconds(*map(int, line.split())), flush=True)
+    answer(seconds)
 
 
 if __name__ == "__main__":

@@ -34,37 +34,26 @@ Examples:
 _SERVING_EXTRAS = ("fast", "structured")
 
 
+def _keys(help: str) -> Any:
+    return typer.Option(metavar="[NAME:]KEY", help=help, rich_help_panel="HTTP")
+
+
 @app.command(epilog=EPILOG)
 @with_options(engine=EngineConfig, server=ServerConfig)
 def serve(
     engine: dict[str, Any],
     server: dict[str, Any],
     api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME:]KEY",
-            help="Required API key (repeatable); also FARTHING_API_KEY.",
-            rich_help_panel="HTTP",
-        ),
+        list[str] | None, _keys("Required API key (repeatable); also FARTHING_API_KEY.")
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of keys, `name:key` or a key per line.", rich_help_panel="HTTP")
     ] = None,
     admin_api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME:]KEY",
-            help="Key that also sees every key's spending (repeatable).",
-            rich_help_panel="HTTP",
-        ),
+        list[str] | None, _keys("Key that also sees every key's spending (repeatable).")
     ] = None,
     metrics_api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME:]KEY",
-            help="Key for /metrics, required from other machines once set (repeatable).",
-            rich_help_panel="HTTP",
-        ),
+        list[str] | None, _keys("Key for /metrics, required from other machines once set (repeatable).")
     ] = None,
 ) -> None:
     """Serve MODEL over HTTP: chat completions, responses, messages and completions; metrics and health."""
