@@ -203,10 +203,10 @@ def test_configuration_errors_name_the_field(given: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"max_model_len": 129}, "max_model_len is 129; expected at most 128"),
+        ({"max_model_len": 129}, "max_model_len: got 129; expected at most 128"),
         ({"max_model_len": 100, "num_blocks": 3}, "the KV cache fits 48 tokens"),
         ({"kv_cache_memory": 10}, "expected at least one block"),
-        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens is 8; expected at least max_num_seqs = 64"),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens: got 8; expected at least max_num_seqs = 64"),
         ({"backend": "abacus"}, "backend 'abacus' is unknown"),
     ],
 )

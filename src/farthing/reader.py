@@ -25,7 +25,7 @@ def read(cls: type[T], data: Any, where: str = "", base: T | None = None) -> T:
     where: the field that holds the mapping, for errors. base: an instance with the defaults.
     """
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where or 'configuration'} is {data!r}; expected a mapping of fields")
+        raise ValueError(f"{where or 'configuration'}: got {data!r}; expected a mapping of fields")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     for name in data:
@@ -67,7 +67,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     choices = f"one of {', '.join(map(repr, arguments))}"
     accepted = choices if origin is typing.Literal else _WORDS.get(plain, str(plain))
-    raise ValueError(f"{where} is {value!r}; expected {accepted}")
+    raise ValueError(f"{where}: got {value!r}; expected {accepted}")
 
 
 def _items(kind: Any, value: list[Any] | Mapping[Any, Any], where: str) -> tuple[Any, ...]:
@@ -76,7 +76,7 @@ def _items(kind: Any, value: list[Any] | Mapping[Any, Any], where: str) -> tuple
         return tuple(_convert(kind, item, f"{where}[{i}]") for i, item in enumerate(value))
     pair = typing.get_args(kind)
     if typing.get_origin(kind) is not tuple or len(pair) != 2:
-        raise ValueError(f"{where} is {value!r}; expected a list")
+        raise ValueError(f"{where}: got {value!r}; expected a list")
     return tuple(
         (_convert(pair[0], key, where), _convert(pair[1], item, f"{where}[{key!r}]"))
         for key, item in value.items()

@@ -74,10 +74,10 @@ def test_shard_of_the_index_is_missing_or_lacks_the_tensor(directory: Path) -> N
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
-        ({"quant_method": "awq"}, ("unknown quantization", "awq", "expected 'fp8'")),
+        ({"quant_method": "awq"}, ("quant_method: got 'awq'", "expected 'fp8'")),
         (
             {"quant_method": "fp8", "weight_block_size": [64, 64]},
-            (r"weight_block_size is \[64, 64\]", r"\[128, 128\]", "null"),
+            (r"weight_block_size: got \[64, 64\]", r"\[128, 128\]", "null"),
         ),
         ({"quant_method": "compressed-tensors"}, ("config_groups",)),
         (

@@ -151,7 +151,7 @@ def test_the_command(model_dir: Path, data: Path) -> None:
 def test_command_errors_name_the_problem(data: Path) -> None:
     for arguments, words in (
         (["/nowhere"], "model: got '/nowhere'; expected 'mite', a directory"),
-        (["--max-drop", "much"], "max-drop is 'much'; expected a share"),
+        (["--max-drop", "much"], "max-drop: got 'much'; expected a share"),
         (["--data", "/nowhere"], "data is '/nowhere', which does not exist"),
     ):
         result = CliRunner().invoke(app, arguments)

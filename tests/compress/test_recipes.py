@@ -32,7 +32,7 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
     result = CliRunner().invoke(app, [*budget, "-o", str(tmp_path / "c"), "--calibration", str(data)])
     assert result.exit_code == 2 and "budget_bytes is 1,000 (weights read per decoded" in result.output
     result = CliRunner().invoke(app, [*args[:2], "int8", "--budget", "1kB", "-o", str(tmp_path / "d")])
-    assert result.exit_code == 2 and "scheme is 'int8'; expected scheme 'auto'" in result.output
+    assert result.exit_code == 2 and "scheme: got 'int8'; expected scheme 'auto'" in result.output
     yaml = tmp_path / "mine.yaml"
     yaml.write_text("base: int4-rtn\ngroup_size: 32\nignore: ['*.o_proj']\n")
     result = CliRunner().invoke(
@@ -47,24 +47,24 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("scheme: int5", "scheme is 'int5'; expected one of"),
+        ("scheme: int5", "scheme: got 'int5'; expected one of"),
         ("grup_size: 3", "grup_size: unknown field; expected one of name, scheme"),
-        ("prune: {sparsity: 2}", r"prune\.sparsity is 2\.0; expected a share"),
-        ("prune: {shares: {'*': 2}}", r"prune\.shares\['\*'\] is 2\.0; expected a share"),
-        ("prune: {shares: {'*': many}}", r"prune\.shares\['\*'\] is 'many'; expected a number"),
-        ("prune: {heal_steps: few}", "prune.heal_steps is 'few'; expected a whole number"),
-        ("prune: {scope: global}", "prune.score is 'obs' and prune.scope 'global'; expected one of"),
-        ("experts: 1.5", "experts is 1.5; expected a share"),
-        ("ignore: '*.o_proj'", r"ignore is '\*\.o_proj'; expected a list"),
-        ("sparsities: [a]", r"sparsities\[0\] is 'a'; expected a number"),
-        ("calibration_tokens: many", "calibration_tokens is 'many'; expected a whole number"),
-        ("act_order: 1", "act_order is 1; expected true or false"),
-        ("max_drop: 1%", "max_drop is '1%'; expected a number"),
-        ("base: auto\nmax_drop: -1", r"max_drop is -1\.0; expected a share"),
-        ("base: auto\nbudget_bytes: 5 bits", "budget_bytes is '5 bits'; expected bytes such as"),
-        ("base: auto\nmeasure: disk", "measure is 'disk'; expected one of"),
-        ("budget_bytes: 5MB", "budget_bytes is 5000000, but scheme is 'int8'; expected scheme 'auto'"),
-        ("base: nothing", "base is 'nothing'; expected one of"),
+        ("prune: {sparsity: 2}", r"prune\.sparsity: got 2\.0; expected a share"),
+        ("prune: {shares: {'*': 2}}", r"prune\.shares\['\*'\]: got 2\.0; expected a share"),
+        ("prune: {shares: {'*': many}}", r"prune\.shares\['\*'\]: got 'many'; expected a number"),
+        ("prune: {heal_steps: few}", "prune.heal_steps: got 'few'; expected a whole number"),
+        ("prune: {scope: global}", "prune.score: got 'obs' with prune.scope 'global'; expected one of"),
+        ("experts: 1.5", "experts: got 1.5; expected a share"),
+        ("ignore: '*.o_proj'", r"ignore: got '\*\.o_proj'; expected a list"),
+        ("sparsities: [a]", r"sparsities\[0\]: got 'a'; expected a number"),
+        ("calibration_tokens: many", "calibration_tokens: got 'many'; expected a whole number"),
+        ("act_order: 1", "act_order: got 1; expected true or false"),
+        ("max_drop: 1%", "max_drop: got '1%'; expected a number"),
+        ("base: auto\nmax_drop: -1", r"max_drop: got -1\.0; expected a share"),
+        ("base: auto\nbudget_bytes: 5 bits", "budget_bytes: got '5 bits'; expected bytes such as"),
+        ("base: auto\nmeasure: disk", "measure: got 'disk'; expected one of"),
+        ("budget_bytes: 5MB", "budget_bytes: got 5000000, but scheme is 'int8'; expected scheme 'auto'"),
+        ("base: nothing", "base: got 'nothing'; expected one of"),
         ("- a", "expected a mapping"),
     ],
 )
@@ -91,7 +91,7 @@ def test_predictable_failures_happen_before_the_work(model_dir: Path, data: Path
             Options(data, data, export="deepseek-fp8"),
             "scheme of recipe auto is 'auto'; expected 'fp8'",
         ),
-        ("auto", Options(data, data, export="gguf"), "format is 'gguf'; expected one of auto, "),
+        ("auto", Options(data, data, export="gguf"), "format: got 'gguf'; expected one of auto, "),
         ("int8", Options(data, data, backend="tpu"), "backend 'tpu' is unknown"),
         ("int8", Options(data, tmp_path / "none"), "data is .*none', which does not exist"),
     ):

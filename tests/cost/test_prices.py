@@ -85,7 +85,7 @@ def test_errors_name_the_file_the_field_and_the_value(tmp_path: Path, text: str,
 def test_missing_file_unknown_name_and_no_units(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Prices.load(tmp_path / "none.toml")
-    with pytest.raises(ValueError, match="hardware is 'abacus'; expected one of"):
+    with pytest.raises(ValueError, match="hardware: got 'abacus'; expected one of"):
         Prices.load().machine("cpu", name="abacus")
     with pytest.raises(ValueError, match="count is 0"):
         Machine(Hardware(name="x", kind="cpu", usd_per_hour=1, watts=1, idle_watts=1), 0)

@@ -277,7 +277,7 @@ def test_bad_parameters_are_named(field: str, value: Any) -> None:
 
 
 def test_contradictions_are_named() -> None:
-    with pytest.raises(ValueError, match="min_tokens is 9; expected at most max_tokens = 3"):
+    with pytest.raises(ValueError, match="min_tokens: got 9; expected at most max_tokens = 3"):
         SamplingParams(min_tokens=9, max_tokens=3)
     with pytest.raises(ValueError, match="detokenize"):
         SamplingParams(stop="x", detokenize=False)

@@ -61,7 +61,7 @@ def test_only_tokens_listed_as_special_are_skipped(directory: Path) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == "the</think><|tool_call_begin|>x<|im_end|>"
     assert first + 3 in tokenizer.special_ids and first + 5 not in tokenizer.special_ids
     (directory / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"7": "x"}}')
-    with pytest.raises(ValueError, match=r"added_tokens_decoder\['7'\] is 'x'; expected an object"):
+    with pytest.raises(ValueError, match=r"added_tokens_decoder\['7'\]: got 'x'; expected an object"):
         convert_directory(directory)
 
 

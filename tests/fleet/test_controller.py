@@ -249,20 +249,20 @@ def test_configuration_is_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"polcy": {}}, r"polcy: unknown field; expected one of policy, signals"),
-        ({"policy": {"capacity": "two"}}, r"policy.capacity is 'two'; expected a number"),
+        ({"policy": {"capacity": "two"}}, r"policy.capacity: got 'two'; expected a number"),
         (
             {"policy": {"capacity": 1, "target_utilization": 2}},
-            r"target_utilization = 2.0: expected in \(0, 1\]",
+            r"target_utilization: got 2.0; expected in \(0, 1\]",
         ),
         ({"policy": {}}, r"policy: .*capacity"),
         (
             {"policy": {"capacity": 1, "levels": ["shrt"]}},
-            r"policy.levels\[0\] is 'shrt'; expected one of 'short', 'mid'",
+            r"policy.levels\[0\]: got 'shrt'; expected one of 'short', 'mid'",
         ),
-        ({"signals": {"metrics": "tgi"}}, r"metrics = 'tgi': expected auto"),
-        ({"signals": []}, r"signals is \[\]; expected a mapping"),
-        ({"metrics": "9400"}, r"address = '9400': expected HOST:PORT"),
-        ({"advise": "yes"}, r"advise is 'yes'; expected true or false"),
+        ({"signals": {"metrics": "tgi"}}, r"metrics: got 'tgi'; expected auto"),
+        ({"signals": []}, r"signals: got \[\]; expected a mapping"),
+        ({"metrics": "9400"}, r"address: got '9400'; expected HOST:PORT"),
+        ({"advise": "yes"}, r"advise: got 'yes'; expected true or false"),
     ],
 )
 def test_configuration_errors_name_the_field(change: dict[str, object], message: str) -> None:

@@ -149,5 +149,5 @@ def test_forecast_section_is_checked(tmp_path: Path) -> None:
         forecast_settings({"arima": {}})
     with pytest.raises(ValueError, match=r"forecast.short.modell: unknown field"):
         forecast_settings({"short": {"modell": "lstm"}})
-    with pytest.raises(ValueError, match=r"forecast.short.model = 'arima': expected one of mixture, lstm"):
+    with pytest.raises(ValueError, match=r"forecast.short.model: got 'arima'; expected one of mixture, lstm"):
         forecast_settings({"short": {"model": "arima"}})

@@ -47,7 +47,7 @@ def test_current_mix_is_kept_while_it_costs_little_more() -> None:
 
 
 def test_invalid_variants_are_rejected() -> None:
-    with pytest.raises(ValueError, match=r"variant x.price = 0: expected a number above 0"):
+    with pytest.raises(ValueError, match=r"variant x.price: got 0; expected a number above 0"):
         Variant("x", 0)
     with pytest.raises(ValueError, match=r"variant x.max_replicas = -1"):
         Variant("x", 1.0, max_replicas=-1)

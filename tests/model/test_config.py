@@ -44,16 +44,16 @@ def test_aliases_of_newer_files() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(model_type="llama"), r"model_type is 'llama'; expected one of .*deepseek_v3"),
+        (dict(model_type="llama"), r"model_type: got 'llama'; expected one of .*deepseek_v3"),
         (dict(model_type="deepseek_v33"), r"expected one of .*; the closest is 'deepseek_v3'"),
-        (dict(hidden_size=None), r"hidden_size is null; expected a positive integer"),
-        (dict(hidden_size=-1), r"hidden_size is -1; expected a positive integer"),
-        (dict(qk_rope_head_dim=63), r"qk_rope_head_dim is 63; expected an even number"),
-        (dict(rope_scaling=dict(type="longrope")), r"rope_scaling.type is 'longrope'; expected 'yarn'"),
-        (dict(n_group=7), r"n_group is 7; expected a divisor of n_routed_experts = 256"),
-        (dict(topk_group=9), r"topk_group is 9; expected 1…8"),
-        (dict(topk_method="best"), r"topk_method is 'best'; expected 'noaux_tc'"),
-        (dict(hidden_act="gelu"), r"hidden_act is 'gelu'; expected 'silu'"),
+        (dict(hidden_size=None), r"hidden_size: got null; expected a positive integer"),
+        (dict(hidden_size=-1), r"hidden_size: got -1; expected a positive integer"),
+        (dict(qk_rope_head_dim=63), r"qk_rope_head_dim: got 63; expected an even number"),
+        (dict(rope_scaling=dict(type="longrope")), r"rope_scaling.type: got 'longrope'; expected 'yarn'"),
+        (dict(n_group=7), r"n_group: got 7; expected a divisor of n_routed_experts = 256"),
+        (dict(topk_group=9), r"topk_group: got 9; expected 1…8"),
+        (dict(topk_method="best"), r"topk_method: got 'best'; expected 'noaux_tc'"),
+        (dict(hidden_act="gelu"), r"hidden_act: got 'gelu'; expected 'silu'"),
         (dict(model_type="glm4_moe_lite", mlp_layer_types=["sparse"] * 60), r"types has 60 entries; .*, 61"),
         (
             dict(model_type="glm_moe_dsa", indexer_types=["full"] * 63),
@@ -65,11 +65,11 @@ def test_aliases_of_newer_files() -> None:
         ),
         (
             dict(model_type="glm_moe_dsa", num_hidden_layers=None),
-            r"num_hidden_layers is null; expected a pos",
+            r"num_hidden_layers: got null; expected a pos",
         ),
         (dict(model_type="deepseek_v32"), r"index_topk is missing; expected a positive integer"),
-        (dict(model_type="glm_moe_dsa", index_topk=None), r"index_topk is null; expected a positive integer"),
-        (dict(scoring_func="tanh"), r"scoring_func is 'tanh'; expected 'sigmoid' or 'softmax'"),
+        (dict(model_type="glm_moe_dsa", index_topk=None), r"index_topk: got null; expected a pos"),
+        (dict(scoring_func="tanh"), r"scoring_func: got 'tanh'; expected 'sigmoid' or 'softmax'"),
     ],
 )
 def test_errors_name_field_value_and_accepted_values(change: dict[str, object], message: str) -> None:
@@ -93,12 +93,12 @@ def test_layer_lists_of_newer_files_become_prefixes() -> None:
     config = ModelConfig.from_json(raw)
     assert [config.is_moe(i) for i in (0, 1, 2, 60)] == [False, False, True, True]
     raw["mlp_layer_types"] = ["sparse", "dense", "dense"] + ["sparse"] * 58
-    with pytest.raises(ConfigError, match=r"mlp_layer_types is .*; expected dense layers followed by sparse"):
+    with pytest.raises(ConfigError, match=r"mlp_layer_types: got .*; expected dense layers followed by"):
         ModelConfig.from_json(raw)
 
 
 def test_wrapper_of_another_language_model_is_rejected() -> None:
-    with pytest.raises(ConfigError, match=r"text_config.model_type is 'mistral'; expected 'mistral4'"):
+    with pytest.raises(ConfigError, match=r"text_config.model_type: got 'mistral'; expected 'mistral4'"):
         ModelConfig.from_json(dict(model_type="mistral3", text_config=dict(model_type="mistral")))
 
 
@@ -125,5 +125,5 @@ def test_biases_are_refused_by_name(name: str, model: str) -> None:
     raw = published_config(model)
     assert raw is not None
     ModelConfig.from_json(raw | {name: False})
-    with pytest.raises(ConfigError, match=f"{name} is True; expected false"):
+    with pytest.raises(ConfigError, match=f"{name}: got True; expected false"):
         ModelConfig.from_json(raw | {name: True})

@@ -96,27 +96,27 @@ IGNORED = {
     ("name", "change", "message"),
     [
         ("kimi-k2.5", {"text_config": GONE}, "text_config is missing; expected an object"),
-        ("mistral-large-3", {"moe": None}, "moe is null; expected an object"),
-        ("longcat-flash", {"q_lora_rank": None}, "q_lora_rank is null; expected a positive integer"),
+        ("mistral-large-3", {"moe": None}, "moe: got null; expected an object"),
+        ("longcat-flash", {"q_lora_rank": None}, "q_lora_rank: got null; expected a positive integer"),
         (
             "longcat-flash",
             {"zero_expert_num": GONE},
             "zero_expert_num is missing; expected an integer of at least 0",
         ),
-        ("deepseek-v3", {"num_experts_per_tok": 999}, "num_experts_per_tok is 999; expected 1…256"),
+        ("deepseek-v3", {"num_experts_per_tok": 999}, "num_experts_per_tok: got 999; expected 1…256"),
         ("sarvam-105b", {"num_experts": GONE}, "num_experts is missing; expected a positive integer"),
         (
             "deepseek-v3",
             {"num_hidden_layers": True},
-            "num_hidden_layers is True; expected a positive integer",
+            "num_hidden_layers: got True; expected a positive integer",
         ),
-        ("deepseek-v3", {"norm_topk_prob": 1}, "norm_topk_prob is 1; expected true or false"),
-        ("deepseek-v3", {"rms_norm_eps": None}, "rms_norm_eps is null; expected a number greater than 0"),
-        ("deepseek-v3", {"norm_topk_prob": None}, "norm_topk_prob is null; expected true or false"),
-        ("deepseek-v3", {"scoring_func": None}, "scoring_func is null; expected 'sigmoid' or 'softmax'"),
-        ("deepseek-v3", {"moe_layer_freq": None}, "moe_layer_freq is null; expected a positive integer"),
-        ("mistral-large-3", {"norm_eps": None}, "norm_eps is null; expected a number greater than 0"),
-        ("deepseek-v3", {"rope_theta": True}, "rope_theta is True; expected a number greater than 0"),
+        ("deepseek-v3", {"norm_topk_prob": 1}, "norm_topk_prob: got 1; expected true or false"),
+        ("deepseek-v3", {"rms_norm_eps": None}, "rms_norm_eps: got null; expected a number greater than 0"),
+        ("deepseek-v3", {"norm_topk_prob": None}, "norm_topk_prob: got null; expected true or false"),
+        ("deepseek-v3", {"scoring_func": None}, "scoring_func: got null; expected 'sigmoid' or 'softmax'"),
+        ("deepseek-v3", {"moe_layer_freq": None}, "moe_layer_freq: got null; expected a positive integer"),
+        ("mistral-large-3", {"norm_eps": None}, "norm_eps: got null; expected a number greater than 0"),
+        ("deepseek-v3", {"rope_theta": True}, "rope_theta: got True; expected a number greater than 0"),
     ],
 )
 def test_messages(name: str, change: dict[str, Any], message: str) -> None:
@@ -130,5 +130,5 @@ def test_messages(name: str, change: dict[str, Any], message: str) -> None:
 
 def test_the_file_itself_may_be_no_object() -> None:
     for raw in ([], "x", 5, None):
-        with pytest.raises(ConfigError, match=r"config.json is .*; expected an object"):
+        with pytest.raises(ConfigError, match=r"config.json: got .*; expected an object"):
             ModelConfig.from_json(raw)  # type: ignore[arg-type]

@@ -23,12 +23,12 @@ def test_parse() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("some", "experts is 'some'; expected 'auto', 'all' or"),
+        ("some", "experts: got 'some'; expected 'auto', 'all' or"),
         ("adaptive:", "experts is 'adaptive:'"),
-        ("adaptive:1.5", "p is 1.5; expected 0 < p <= 1"),
+        ("adaptive:1.5", "p: got 1.5; expected 0 < p <= 1"),
         ("adaptive:0.5,mini=2", "option 'mini' is unknown"),
-        ("adaptive:0.5,min=0", "min is 0; expected at least 1"),
-        ("adaptive:0.5,min=4,max=3", "max is 3; expected at least min = 4"),
+        ("adaptive:0.5,min=0", "min: got 0; expected at least 1"),
+        ("adaptive:0.5,min=4,max=3", "max: got 3; expected at least min = 4"),
     ],
 )
 def test_errors(text: str, message: str) -> None:

@@ -59,9 +59,9 @@ def test_index_rows_and_types() -> None:
     assert config.indexer_types == ("full", "full", "shared", "full", "shared", "full")
     assert config.index_rows == 5  # four of the hidden layers, and the MTP layer's own
     assert ModelConfig.from_json(glm | dict(index_topk_pattern="FSSFSS")).index_rows == 3
-    with pytest.raises(ConfigError, match=r"indexer_types\[0\] is 'shared'"):
+    with pytest.raises(ConfigError, match=r"indexer_types\[0\]: got 'shared'"):
         ModelConfig.from_json(glm | dict(index_topk_pattern="SFFFFF"))
-    with pytest.raises(ConfigError, match=r"index_topk is 0; expected a positive integer"):
+    with pytest.raises(ConfigError, match=r"index_topk: got 0; expected a positive integer"):
         ModelConfig.from_json(TINY | dict(index_topk=0))
     with pytest.raises(ConfigError, match=r"q_lora_rank is absent"):
         ModelConfig.from_json(TINY | dict(q_lora_rank=None))

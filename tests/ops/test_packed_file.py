@@ -110,7 +110,7 @@ def test_damage_is_reported(tmp_path: Path) -> None:
     ops.pack_linear("w", lambda: [weight("f32", 32, 64)])
     ops.save_packed(str(path))
     whole = path.read_bytes()
-    with pytest.raises(ValueError, match="quantization is 'int4'; expected the packed file's"):
+    with pytest.raises(ValueError, match="quantization: got 'int4'; expected the packed file's"):
         CpuOps(1, "int4", packed=str(path))
     path.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="cut off"):

@@ -56,11 +56,11 @@ def test_v3_on_32_ranks() -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (dict(tp=0), "tp is 0; expected at least 1"),
-        (dict(tp=2, ep=3), "ep is 3; expected 1 or a multiple of tp = 2"),
-        (dict(tp=4), "tp is 4; expected a divisor of num_attention_heads = 2"),
-        (dict(pp=9), "pp is 9; expected at most num_hidden_layers = 3"),
-        (dict(ep=16), "ep is 16; expected a divisor of n_routed_experts = 8"),
+        (dict(tp=0), "tp: got 0; expected at least 1"),
+        (dict(tp=2, ep=3), "ep: got 3; expected 1 or a multiple of tp = 2"),
+        (dict(tp=4), "tp: got 4; expected a divisor of num_attention_heads = 2"),
+        (dict(pp=9), "pp: got 9; expected at most num_hidden_layers = 3"),
+        (dict(ep=16), "ep: got 16; expected a divisor of n_routed_experts = 8"),
     ],
 )
 def test_errors(layout: dict[str, int], message: str) -> None:

@@ -269,17 +269,17 @@ def test_command_labels_its_estimate_and_prints_memory() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--memory 90GB", "memory is '90GB'; expected at most the 80GB of h100"),
+        ("--memory 90GB", "memory: got '90GB'; expected at most the 80GB of h100"),
         ("--quantization int4", "does not round fp8 weights"),
-        ("--backend cpu", "backend is 'cpu'; expected 'gpu' with --price"),
-        ("--experts-on cpu", "experts-on is 'cpu'; expected none with --price"),
-        ("--dtype float32", "dtype is 'float32'; expected auto or bfloat16"),
+        ("--backend cpu", "backend: got 'cpu'; expected 'gpu' with --price"),
+        ("--experts-on cpu", "experts-on: got 'cpu'; expected none with --price"),
+        ("--dtype float32", "dtype: got 'float32'; expected auto or bfloat16"),
         ("--prefill-gpus 32", "decode-gpus is not set; expected both"),
         ("--prefill-gpus 32 --decode-gpus 144 --tp 2", "prefill-gpus is set with a layout"),
-        ("--tp 8 --redundant-experts 8", "redundant-experts is 8; expected 0, or a multiple of ep"),
+        ("--tp 8 --redundant-experts 8", "redundant-experts: got 8; expected 0, or a multiple of ep"),
         ("--tp 8 --ep 16 --dp-attention --cache-hit 0.5", "expected --cache-hit 0"),
-        ("--max-model-len 4096", "prompt is 4383 and output 1210; expected at most 4096"),
-        ("--max-model-len 999999", "max-model-len is 999999; expected at most the model's 163840"),
+        ("--max-model-len 4096", "prompt and output: got 4383 and 1210; expected at most 4096"),
+        ("--max-model-len 999999", "max-model-len: got 999999; expected at most the model's 163840"),
     ],
 )
 def test_command_refuses_what_it_cannot_honour(options: str, message: str) -> None:

@@ -123,9 +123,9 @@ def test_error_for_a_bare_config_suggests_a_fitting_layout(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "80 elephants"], "memory is '80 elephants'; expected bytes such as"),
-        (["--gpu", "abacus"], "gpu is 'abacus'; expected one of h100"),
-        (["--tp", "3"], "tp is 3; expected a divisor of num_attention_heads = 4"),
+        (["--memory", "80 elephants"], "memory: got '80 elephants'; expected bytes such as"),
+        (["--gpu", "abacus"], "gpu: got 'abacus'; expected one of h100"),
+        (["--tp", "3"], "tp: got 3; expected a divisor of num_attention_heads = 4"),
         (["--price", "2"], "price is set without a GPU; expected --gpu NAME"),
         (["--kv-tokens", "0"], "kv_tokens: got 0; expected an integer >= 1"),
         (["--cache-hit", "1.5"], "cache_hit: got 1.5; expected a number >= 0 and <= 0.99"),

@@ -81,5 +81,5 @@ def test_smoothing_reduces_the_loss_of_4_bit_inputs(uneven: DeepSeekLM) -> None:
 
 
 def test_invalid_strength_is_rejected(uneven: DeepSeekLM) -> None:
-    with pytest.raises(ValueError, match=r"smoothing is 1\.5; expected 0"):
+    with pytest.raises(ValueError, match=r"smoothing: got 1\.5; expected 0"):
         smooth(uneven, torch.zeros(1, 9, dtype=torch.int64), 1.5)

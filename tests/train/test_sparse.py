@@ -105,4 +105,4 @@ def test_settings_by_name() -> None:
 def test_precision_is_rejected() -> None:
     run = CliRunner().invoke(app, ["train", "mite", "--sparse-attention", "--precision", "fp8"])
     assert run.exit_code == 2
-    assert "--precision is 'fp8'; expected 'bf16' with --sparse-attention" in run.output
+    assert "--precision: got 'fp8'; expected 'bf16' with --sparse-attention" in run.output

@@ -28,7 +28,7 @@ class Target:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url is {self.url!r}; expected http://host:port or https://host:port")
+            raise ValueError(f"url: got {self.url!r}; expected http://host:port or https://host:port")
 
 
 @dataclass(slots=True)

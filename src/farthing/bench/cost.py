@@ -40,7 +40,7 @@ class Workload:
         if not self.prompts or not all(self.prompts):
             raise ValueError("prompts: expected at least one, none of them empty")
         if self.output_tokens < 2:
-            raise ValueError(f"output_tokens is {self.output_tokens}; expected at least 2")
+            raise ValueError(f"output_tokens: got {self.output_tokens}; expected at least 2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class _Record:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["asked"] != self._asked:
             raise ValueError(
-                f"record is {str(path)!r}, from other rows or another workload; expected a new file"
+                f"record: got {str(path)!r}, from other rows or another workload; expected a new file"
             )
         self.probes |= {name: [Probe(**p) for p in probes] for name, probes in kept["probes"].items()}
 

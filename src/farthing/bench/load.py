@@ -85,7 +85,7 @@ async def run_load(
 ) -> list[Timing]:
     """Send requests at their times, or `concurrency` at a time in order; returns timings in order."""
     if concurrency is not None and concurrency < 1:
-        raise ValueError(f"concurrency is {concurrency}; expected at least 1, or none for an open loop")
+        raise ValueError(f"concurrency: got {concurrency}; expected at least 1, or none for an open loop")
     gate = asyncio.Semaphore(concurrency or len(workload) or 1)
     start = time.perf_counter()
 

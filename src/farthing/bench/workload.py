@@ -35,9 +35,9 @@ class Shape:
     def __post_init__(self) -> None:
         for name in ("input_tokens", "output_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
         if not 0 <= self.shared_prefix < self.input_tokens:
-            raise ValueError(f"shared_prefix is {self.shared_prefix}; expected less than input_tokens")
+            raise ValueError(f"shared_prefix: got {self.shared_prefix}; expected less than input_tokens")
 
 
 def closed_loop(shape: Shape, count: int, seed: int = 0) -> list[Request]:
@@ -49,7 +49,7 @@ def closed_loop(shape: Shape, count: int, seed: int = 0) -> list[Request]:
 def poisson(shape: Shape, rate: float, count: int, seed: int = 0) -> list[Request]:
     """`count` requests with exponential gaps of mean 1 / rate seconds."""
     if rate <= 0:
-        raise ValueError(f"rate is {rate}; expected requests per second > 0")
+        raise ValueError(f"rate: got {rate}; expected requests per second > 0")
     rng, prompts, at, out = random.Random(seed), _Prompts(shape, seed), 0.0, []
     for _ in range(count):
         at += rng.expovariate(rate)

@@ -121,13 +121,13 @@ def _field(source: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
     value = source.get(name)
     if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
         return value
-    raise CheckpointError(f"{where}.{name[:80]} is {str(value)[:80]!r}; expected {_KINDS[kind]}")
+    raise CheckpointError(f"{where}.{name[:80]}: got {str(value)[:80]!r}; expected {_KINDS[kind]}")
 
 
 def _names(source: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     names = _field(source, name, list, where) or []
     if not all(isinstance(each, str) for each in names):
-        raise CheckpointError(f"{where}.{name} is {str(names)[:80]!r}; expected a list of strings")
+        raise CheckpointError(f"{where}.{name}: got {str(names)[:80]!r}; expected a list of strings")
     return tuple(names)
 
 
@@ -154,12 +154,15 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
     coarse = inputs.get("type", "int") == "int" and input_bits is not None and input_bits < 8
     if coarse and (inputs.get("strategy"), inputs.get("group_size")) != ("group", group_size):
         raise CheckpointError(
-            f"{where}.input_activations is {str(inputs)[:200]}; below 8 bits expected the weights' own groups"
+            f"{where}.input_activations: got {str(inputs)[:200]}; "
+            "expected the weights' own groups below 8 bits"
         )
     if strategy == "group" and (group_size is None or not 1 <= group_size <= _MOST_GROUP):
-        raise CheckpointError(f"{where}.weights.group_size is {group_size}; expected 1 to {_MOST_GROUP}")
+        raise CheckpointError(f"{where}.weights.group_size: got {group_size}; expected 1 to {_MOST_GROUP}")
     if not isinstance(symmetric := weights.get("symmetric", True), bool):
-        raise CheckpointError(f"{where}.weights.symmetric is {str(symmetric)[:80]!r}; expected true or false")
+        raise CheckpointError(
+            f"{where}.weights.symmetric: got {str(symmetric)[:80]!r}; expected true or false"
+        )
     scheme = Scheme(
         storage, bits or 0, symmetric, strategy, group_size,
         input_bits if coarse else 8, _is_static(inputs), kind == "float",
@@ -183,7 +186,7 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
         raise CheckpointError(f"{where}: asymmetric 8-bit weights are unknown; expected symmetric")
     block = _field(weights, "block_structure", list, f"{where}.weights")
     if strategy == "block" and block != [FP8_BLOCK, FP8_BLOCK]:
-        raise CheckpointError(f"{where}: block_structure is {block}; expected [128, 128]")
+        raise CheckpointError(f"{where}.block_structure: got {block}; expected [128, 128]")
     return scheme
 
 

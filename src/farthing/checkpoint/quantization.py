@@ -30,12 +30,12 @@ def read_quantization(quantization: Any) -> ct.Groups | None:
     """The schemes of compressed-tensors; None for FP8 with its factors; CheckpointError for others."""
     if not isinstance(quantization, dict):
         raise CheckpointError(
-            f"config.json: quantization_config is {type(quantization).__name__}; expected an object"
+            f"config.json: quantization_config: got {type(quantization).__name__}; expected an object"
         )
     if _WEIGHT in quantization:
         if quantization[_WEIGHT] != "fp8_e4m3":
             raise CheckpointError(
-                f"params.json: {_MISTRAL}.{_WEIGHT} is {str(quantization[_WEIGHT])[:80]!r}; "
+                f"params.json: {_MISTRAL}.{_WEIGHT}: got {str(quantization[_WEIGHT])[:80]!r}; "
                 "expected 'fp8_e4m3'"
             )
         return None
@@ -44,12 +44,12 @@ def read_quantization(quantization: Any) -> ct.Groups | None:
         return ct.Groups.from_json(quantization)
     if method != "fp8":
         raise CheckpointError(
-            f"config.json: unknown quantization: quant_method is {method!r}; expected 'fp8' or {ct.METHOD!r}"
+            f"config.json: quantization_config.quant_method: got {method!r}; expected 'fp8' or {ct.METHOD!r}"
         )
     block = quantization.get("weight_block_size")
     if block is not None and block != [FP8_BLOCK, FP8_BLOCK]:
         raise CheckpointError(
-            f"config.json: quantization_config.weight_block_size is {block}; expected [128, 128], "
+            f"config.json: quantization_config.weight_block_size: got {block}; expected [128, 128], "
             "or null for one factor per matrix"
         )
     return None

@@ -98,10 +98,10 @@ def _vision(a: Path, against: str | None, data: Path | None, limit: float | None
     from farthing.compress.vision import top1_of_files
 
     if against is None or not against.endswith(".onnx"):
-        raise typer.BadParameter(f"--against is {against!r}; expected a second .onnx file")
+        raise typer.BadParameter(f"--against: got {against!r}; expected a second .onnx file")
     if data is None or data.suffix != ".npz":
         given = None if data is None else str(data)
-        raise typer.BadParameter(f"--data is {given!r}; expected an .npz of 'images' and 'labels'")
+        raise typer.BadParameter(f"--data: got {given!r}; expected an .npz of 'images' and 'labels'")
     try:
         top = top1_of_files(a, Path(against), data)
     except (ValueError, OSError) as error:

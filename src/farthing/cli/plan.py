@@ -80,7 +80,7 @@ def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
         limit = parse_bytes("memory", options.memory)
         if device and limit > device.memory * 1e9:
             raise ValueError(
-                f"memory is {options.memory!r}; expected at most the {device.memory:g}GB of {device.name}"
+                f"memory: got {options.memory!r}; expected at most the {device.memory:g}GB of {device.name}"
             )
     config, stored_of, raw = _read(options.model)
     backend = options.backend or ("gpu" if options.gpu else "cpu")
@@ -93,8 +93,8 @@ def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
     if options.quantization and not any(rounding.rounds(s) for n, s in model.matrices):
         kinds = ", ".join(sorted({s.kind for _, s in model.matrices}))
         raise ValueError(
-            f"quantization is {options.quantization!r} and backend {backend!r}, which does not round {kinds} "
-            "weights; expected no --quantization"
+            f"quantization: got {options.quantization!r} with backend {backend!r}, which does not round "
+            f"{kinds} weights; expected no --quantization"
         )
     stored = method_of(quantization_of(raw))
     ranks = memory(model, shards, holder, serving)
@@ -106,7 +106,9 @@ def _serving(options: PlanOptions, backend: str, config: ModelConfig) -> Serving
 
     longest = config.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > longest:
-        raise ValueError(f"max-model-len is {options.max_model_len}; expected at most the model's {longest}")
+        raise ValueError(
+            f"max-model-len: got {options.max_model_len}; expected at most the model's {longest}"
+        )
     length = options.max_model_len or longest
     return Serving(
         cache_tokens=options.kv_tokens or length,
@@ -125,7 +127,7 @@ def _device(gpu: str | None, devices: dict[str, Ceilings]) -> Ceilings | None:
     if gpu is None:
         return None
     if gpu.lower() not in devices:
-        raise ValueError(f"gpu is {gpu!r}; expected one of {', '.join(devices)}, or a row in --ceilings")
+        raise ValueError(f"gpu: got {gpu!r}; expected one of {', '.join(devices)}, or a row in --ceilings")
     return devices[gpu.lower()]
 
 
@@ -150,7 +152,7 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     if not file.exists() and (raw := published_config(model)) is not None:
         return ModelConfig.from_json(raw), stored_by_config(raw), raw
     if file.suffix == ".json":
-        raise ValueError(f"model is {model!r}, not a file; expected the path of a config.json")
+        raise ValueError(f"model: got {model!r}, not a file; expected the path of a config.json")
     try:
         checkpoint = Checkpoint.open(resolve_model(model))
     except FileNotFoundError as error:

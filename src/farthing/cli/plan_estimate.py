@@ -59,11 +59,11 @@ def _check(planned: Planned) -> None:
     separate = (o.prefill_gpus, o.decode_gpus)
     given = any((o.tp, o.pp, o.ep))
     if backend != "gpu":
-        raise ValueError(f"backend is {backend!r}; expected 'gpu' with --price: ceilings are those of GPUs")
+        raise ValueError(f"backend: got {backend!r}; expected 'gpu' with --price: ceilings are those of GPUs")
     if o.dtype not in ("auto", "bfloat16"):
-        raise ValueError(f"dtype is {o.dtype!r}; expected auto or bfloat16 with --price")
+        raise ValueError(f"dtype: got {o.dtype!r}; expected auto or bfloat16 with --price")
     if o.experts_on:
-        raise ValueError(f"experts-on is {o.experts_on!r}; expected none with --price")
+        raise ValueError(f"experts-on: got {o.experts_on!r}; expected none with --price")
     if any(separate) and not all(separate):
         missing = "decode-gpus" if o.prefill_gpus else "prefill-gpus"
         raise ValueError(f"{missing} is not set; expected both --prefill-gpus and --decode-gpus, or neither")
@@ -77,14 +77,14 @@ def _check(planned: Planned) -> None:
     experts = planned.model.config.n_routed_experts or 0
     if o.redundant_experts and given and (o.layout.ep == 1 or o.redundant_experts % o.layout.ep):
         raise ValueError(
-            f"redundant-experts is {o.redundant_experts}; expected 0, or a multiple of ep with --ep above 1"
+            f"redundant-experts: got {o.redundant_experts}; expected 0, or a multiple of ep with --ep above 1"
         )
     if o.redundant_experts > experts:
-        raise ValueError(f"redundant-experts is {o.redundant_experts}; expected at most {experts}")
+        raise ValueError(f"redundant-experts: got {o.redundant_experts}; expected at most {experts}")
     length = planned.serving.max_model_len
     if o.prompt + o.output > length:
         raise ValueError(
-            f"prompt is {o.prompt} and output {o.output}; expected at most {length} tokens together"
+            f"prompt and output: got {o.prompt} and {o.output}; expected at most {length} tokens together"
         )
 
 

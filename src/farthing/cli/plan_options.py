@@ -84,13 +84,13 @@ class PlanOptions:
         check(self)
         layout = self.layout
         if self.experts_on and layout.world > 1:
-            raise ValueError(f"experts-on is {self.experts_on!r}; expected tp, pp and ep at 1 with it")
+            raise ValueError(f"experts-on: got {self.experts_on!r}; expected tp, pp and ep at 1 with it")
         if self.hot_experts and self.experts_on is None:
-            raise ValueError(f"hot-experts is {self.hot_experts}; expected 0 without --experts-on cpu")
+            raise ValueError(f"hot-experts: got {self.hot_experts}; expected 0 without --experts-on cpu")
         if self.price is not None and self.gpu is None:
             raise ValueError("price is set without a GPU; expected --gpu NAME")
         if self.redundant_experts and self.price is None and layout.ep == 1:
-            raise ValueError(f"redundant-experts is {self.redundant_experts}; expected 0 unless --ep > 1")
+            raise ValueError(f"redundant-experts: got {self.redundant_experts}; expected 0 unless --ep > 1")
 
     @property
     def layout(self) -> Layout:

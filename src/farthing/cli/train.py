@@ -189,7 +189,7 @@ def _sparse(given: MiteOptions, overrides: list[str]) -> dict[str, Any] | None:
     if given.minutes is not None or given.device == "cuda":
         raise ValueError("--sparse-attention takes --tokens and runs on the CPU; expected no --minutes")
     if given.precision != "bf16":
-        raise ValueError(f"--precision is {given.precision!r}; expected 'bf16' with --sparse-attention")
+        raise ValueError(f"--precision: got {given.precision!r}; expected 'bf16' with --sparse-attention")
     config, found = configured(overrides)
     changed: dict[str, Any] = dict(found)
     run = RunOptions(

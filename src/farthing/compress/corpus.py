@@ -76,7 +76,7 @@ def load_corpus(
     """
     if not data.is_file():
         raise FileNotFoundError(
-            f"data is {str(data)!r}, which does not exist; expected JSON lines with 'text' or 'ids'"
+            f"data: got {str(data)!r}, which does not exist; expected JSON lines with 'text' or 'ids'"
         )
     window = min(window, config.max_position_embeddings)
     return windows_of(_documents(data, model, config), window, max_tokens)
@@ -87,7 +87,7 @@ def windows_of(
 ) -> Corpus:
     """(ids, bytes) of each document -> windows of `window` predictions, every token predicted once."""
     if window < 1:
-        raise ValueError(f"window is {window}; expected at least 1 token")
+        raise ValueError(f"window: got {window}; expected at least 1 token")
     windows: list[Window] = []
     tokens = total = 0
     for number, (ids, size) in enumerate(documents):

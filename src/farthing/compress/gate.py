@@ -27,7 +27,7 @@ def parse_share(name: str, text: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < 10:
-        raise ValueError(f"{name} is {text!r}; expected a share such as 0.3% or 0.003")
+        raise ValueError(f"{name}: got {text!r}; expected a share such as 0.3% or 0.003")
     return share
 
 

@@ -165,7 +165,7 @@ def solve(
     smallest = _total({p: min((o for o in options if o.part == p), key=size) for p in parts}, rest)
     if smallest.of(measure) > recipe.budget_bytes:
         raise ValueError(
-            f"budget_bytes is {recipe.budget_bytes:,} ({_NAMES[measure]}); expected at least "
+            f"budget_bytes: got {recipe.budget_bytes:,} ({_NAMES[measure]}); expected at least "
             f"{smallest.of(measure):,}, the smallest plan (of it {rest.of(measure):,} for embedding, head, "
             "norms and routers)"
         )
@@ -174,7 +174,7 @@ def solve(
     if drop is not None and predicted > math.log1p(drop):
         enough = _total(one_per_part(options, parts, kl, size, math.log1p(drop)), rest).of(measure)
         raise ValueError(
-            f"budget_bytes is {recipe.budget_bytes:,} ({_NAMES[measure]}), with a predicted perplexity "
+            f"budget_bytes: got {recipe.budget_bytes:,} ({_NAMES[measure]}), with a predicted perplexity "
             f"increase of {math.expm1(predicted):.2%}, above max_drop {drop:.2%}; expected a budget of "
             f"{enough:,} or more, or a larger max_drop"
         )

@@ -57,16 +57,18 @@ class Prune:
         for pattern, share in self.shares:
             check_sparsity(share, f"prune.shares[{pattern!r}]")
         if self.heal_steps < 0:
-            raise ValueError(f"prune.heal_steps is {self.heal_steps}; expected 0 or more")
+            raise ValueError(f"prune.heal_steps: got {self.heal_steps}; expected 0 or more")
         for name, kind in _PRUNE_CHOICES.items():
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"prune.{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
+                raise ValueError(
+                    f"prune.{name}: got {getattr(self, name)!r}; expected one of {get_args(kind)}"
+                )
         if self.scope == "global":
             for name, accepted in (("score", ("magnitude",)), ("pattern", tuple(BLOCKS))):
                 if getattr(self, name) not in accepted:
                     given = getattr(self, name)
                     raise ValueError(
-                        f"prune.{name} is {given!r} and prune.scope 'global'; expected one of {accepted}: "
+                        f"prune.{name}: got {given!r} with prune.scope 'global'; expected one of {accepted}: "
                         "the threshold for all layers must be known before the first is written"
                     )
 
@@ -109,24 +111,24 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {get_args(kind)}")
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {get_args(kind)}")
         if self.group_size not in (32, 64, 128):
-            raise ValueError(f"group_size is {self.group_size}; expected 32, 64 or 128")
+            raise ValueError(f"group_size: got {self.group_size}; expected 32, 64 or 128")
         for name in ("experts", "neurons"):
             check_sparsity(getattr(self, name), name)
         for sparsity in self.sparsities:
             check_sparsity(sparsity, "sparsities")
         if self.max_drop is not None and not 0 <= self.max_drop < 10:
-            raise ValueError(f"max_drop is {self.max_drop}; expected a share such as 0.01")
+            raise ValueError(f"max_drop: got {self.max_drop}; expected a share such as 0.01")
         for name in ("budget_bytes", "measure"):
             if self.scheme != "auto" and getattr(self, name) not in (None, "memory"):
                 given = getattr(self, name)
                 raise ValueError(
-                    f"{name} is {given!r}, but scheme is {self.scheme!r}; expected scheme 'auto'"
+                    f"{name}: got {given!r}, but scheme is {self.scheme!r}; expected scheme 'auto'"
                 )
         for name in ("calibration_tokens", "window"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a positive number")
 
     @property
     def allowed_drop(self) -> float | None:
@@ -238,9 +240,9 @@ def load_recipe(name: str) -> Recipe:
         return RECIPES[name]
     path = Path(name)
     if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"recipe is {name!r}; expected one of {', '.join(RECIPES)}, or a .yaml file")
+        raise ValueError(f"recipe: got {name!r}; expected one of {', '.join(RECIPES)}, or a .yaml file")
     if not path.is_file():
-        raise ValueError(f"recipe is {name!r}, which does not exist")
+        raise ValueError(f"recipe: got {name!r}, which does not exist")
     import yaml
 
     try:
@@ -258,7 +260,7 @@ def from_json(raw: Any, name: str, where: str) -> Recipe:
         values: dict[str, Any] = {"name": name} | dict(raw)
         base = values.pop("base", None)
         if base is not None and not (isinstance(base, str) and base in RECIPES):
-            raise ValueError(f"base is {base!r}; expected one of {', '.join(RECIPES)}")
+            raise ValueError(f"base: got {base!r}; expected one of {', '.join(RECIPES)}")
         if values.get("budget_bytes") is not None:
             values["budget_bytes"] = parse_bytes("budget_bytes", values["budget_bytes"])
         return read(Recipe, values, base=RECIPES[base] if base else None)

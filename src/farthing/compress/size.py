@@ -127,4 +127,4 @@ def parse_bytes(name: str, value: Any) -> int:
             return round(size)
     except (KeyError, ValueError):
         pass
-    raise ValueError(f"{name} is {value!r}; expected bytes such as 1500000, 1.5MB or 1.5GiB")
+    raise ValueError(f"{name}: got {value!r}; expected bytes such as 1500000, 1.5MB or 1.5GiB")

@@ -59,7 +59,7 @@ def proportion_interval(wins: int, losses: int, total: int, confidence: float = 
     """Difference of two paired proportions, (wins - losses) / total, by the normal approximation
     of the discordant pairs (McNemar); for top-1 accuracy of B against A on the same images."""
     if total < 1:
-        raise ValueError(f"total is {total}; expected at least one pair")
+        raise ValueError(f"total: got {total}; expected at least one pair")
     estimate = (wins - losses) / total
     spread = math.sqrt(max(wins + losses - (wins - losses) ** 2 / total, 1.0)) / total
     half = NormalDist().inv_cdf(0.5 + confidence / 2) * spread

@@ -82,7 +82,8 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
     config = ModelConfig.from_json(checkpoint.config)
     if not config.is_v3:
         raise ValueError(
-            f"model_type is {config.model_type!r}, which compression does not support; expected DeepSeek-V3's"
+            f"model_type: got {config.model_type!r}, which compression does not support; "
+            "expected DeepSeek-V3's"
         )
     _check_structure(job.recipe, config)
     layers = _layers(checkpoint, config)
@@ -121,7 +122,7 @@ def _check_structure(recipe: Recipe, config: ModelConfig) -> None:
         share = getattr(recipe, name)
         if share and config.layer_sizes:
             raise ValueError(
-                f"{name} is {share}, but the layers of this model already differ in size (layer_sizes in "
+                f"{name}: got {share}, but the layers of this model already differ in size (layer_sizes in "
                 "config.json); expected 0, or a model with equal layers"
             )
 

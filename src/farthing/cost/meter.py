@@ -38,7 +38,7 @@ class Usage:
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected a number, 0 or more")
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected a number, 0 or more")
 
 
 @dataclass(slots=True)

@@ -33,14 +33,14 @@ class Hardware:
     def __post_init__(self) -> None:
         where = f"hardware.{self.name}"
         if self.kind not in ("cpu", "gpu"):
-            raise ValueError(f"{where}.kind is {self.kind!r}; expected 'cpu' or 'gpu'")
+            raise ValueError(f"{where}.kind: got {self.kind!r}; expected 'cpu' or 'gpu'")
         if self.units not in ("unit", "machine"):
-            raise ValueError(f"{where}.units is {self.units!r}; expected 'unit' or 'machine'")
+            raise ValueError(f"{where}.units: got {self.units!r}; expected 'unit' or 'machine'")
         for field in ("usd_per_hour", "watts", "idle_watts", "host_watts"):
             _check_number(f"{where}.{field}", getattr(self, field))
         if self.idle_watts > self.watts:
             raise ValueError(
-                f"{where}.idle_watts is {self.idle_watts}; expected at most watts = {self.watts}"
+                f"{where}.idle_watts: got {self.idle_watts}; expected at most watts = {self.watts}"
             )
 
 
@@ -55,7 +55,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"count is {self.count}; expected at least one unit of {self.hardware.name}")
+            raise ValueError(f"count: got {self.count}; expected at least one unit of {self.hardware.name}")
 
     @property
     def _priced(self) -> int:
@@ -129,7 +129,7 @@ class Prices:
     def machine(self, kind: Kind, device: str = "", count: int = 1, name: str | None = None) -> Machine:
         """`count` units of row `name`, else of the row that matches `device`. ValueError: unknown name."""
         if name is not None and name not in self.hardware:
-            raise ValueError(f"hardware is {name!r}; expected one of {sorted(self.hardware)}")
+            raise ValueError(f"hardware: got {name!r}; expected one of {sorted(self.hardware)}")
         hardware = self.hardware[name] if name is not None else self.find(kind, device)
         return Machine(hardware, count, self.usd_per_kwh, self.declared)
 
@@ -176,7 +176,7 @@ def _parse(base: Prices, data: dict[str, Any]) -> Prices:
 def _row(name: str, fields: Any, old: Hardware | None) -> Hardware:
     known = set(Hardware.__dataclass_fields__) - {"name"}
     if not isinstance(fields, dict) or set(fields) - known:
-        raise ValueError(f"hardware.{name} is {fields!r}; expected a table of {sorted(known)}")
+        raise ValueError(f"hardware.{name}: got {fields!r}; expected a table of {sorted(known)}")
     merged = {field: getattr(old, field) for field in known} if old is not None else {}
     merged |= fields
     missing = {"kind", "usd_per_hour", "watts", "idle_watts"} - set(merged)
@@ -184,10 +184,10 @@ def _row(name: str, fields: Any, old: Hardware | None) -> Hardware:
         raise ValueError(f"hardware.{name} lacks {sorted(missing)}")
     match = merged.get("match", ())
     if isinstance(match, str) or not all(isinstance(part, str) and part for part in match):
-        raise ValueError(f"hardware.{name}.match is {match!r}; expected a list of strings")
+        raise ValueError(f"hardware.{name}.match: got {match!r}; expected a list of strings")
     return Hardware(name=name, **merged | {"match": tuple(part.lower() for part in match)})
 
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {value!r}; expected a number, 0 or more")
+        raise ValueError(f"{name}: got {value!r}; expected a number, 0 or more")

@@ -29,7 +29,7 @@ class BlockPool:
         blocks: Sequence[int] | None = None,
     ) -> None:
         if num_blocks < 1:
-            raise ValueError(f"num_blocks is {num_blocks}; expected at least 1")
+            raise ValueError(f"num_blocks: got {num_blocks}; expected at least 1")
         self.num_blocks = num_blocks
         self._on_reuse = on_reuse
         self._is_cached = is_cached

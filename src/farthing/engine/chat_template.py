@@ -102,11 +102,11 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise ValueError(f"messages[{i}].role is {role!r}; expected one of {ROLES}")
+            raise ValueError(f"messages[{i}].role: got {role!r}; expected one of {ROLES}")
         if isinstance(content, list | tuple):
             content = "".join(_text(i, part) for part in content)
         elif content is not None and not isinstance(content, str):
-            raise ValueError(f"messages[{i}].content is {type(content).__name__}; expected text")
+            raise ValueError(f"messages[{i}].content: got {type(content).__name__}; expected text")
         result.append({**message, "content": content})
     return result
 

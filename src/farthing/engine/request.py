@@ -59,7 +59,7 @@ class StructuredOutputsParams:
                 f"structured_outputs sets {chosen or 'nothing'}; expected exactly one of {names}"
             )
         if self.choice is not None and (isinstance(self.choice, str) or not all(self.choice)):
-            raise ValueError(f"choice is {self.choice!r}; expected a list of non-empty strings")
+            raise ValueError(f"choice: got {self.choice!r}; expected a list of non-empty strings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,19 +136,19 @@ class SamplingParams:
                 continue
             accepted = (int,) if kind is int else (int, float)
             if isinstance(value, bool) or not isinstance(value, accepted) or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}; expected {kind.__name__} in [{low}, {high}]")
+                raise ValueError(f"{name}: got {value!r}; expected {kind.__name__} in [{low}, {high}]")
         if self.top_p < SMALLEST_TOP_P:
-            raise ValueError(f"top_p is {self.top_p!r}; expected a float in [{SMALLEST_TOP_P}, 1]")
+            raise ValueError(f"top_p: got {self.top_p!r}; expected a float in [{SMALLEST_TOP_P}, 1]")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens is {self.min_tokens}; expected at most max_tokens = {self.max_tokens}"
+                f"min_tokens: got {self.min_tokens}; expected at most max_tokens = {self.max_tokens}"
             )
         if self.stop_strings and not self.detokenize:
             raise ValueError("detokenize is False; stop strings need detokenization")
         if self.calls is not None and self.structured_outputs is not None:
             raise ValueError("calls and structured_outputs are set; expected one of them")
         if not all(self.stop_strings):
-            raise ValueError(f"stop is {self.stop!r}; expected non-empty strings")
+            raise ValueError(f"stop: got {self.stop!r}; expected non-empty strings")
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or not -100 <= bias <= 100:
                 raise ValueError(

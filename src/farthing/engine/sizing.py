@@ -28,7 +28,7 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
     limit = model.config.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ValueError(
-            f"max_model_len is {config.max_model_len}; expected at most {limit}, "
+            f"max_model_len: got {config.max_model_len}; expected at most {limit}, "
             f"the model's max_position_embeddings"
         )
     length = config.max_model_len or limit
@@ -36,7 +36,7 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
     held = blocks * config.block_size
     if held < length and config.max_model_len is not None:
         raise ValueError(
-            f"max_model_len is {length}, but the KV cache fits {held} tokens; expected a smaller "
+            f"max_model_len: got {length}, but the KV cache fits {held} tokens; expected a smaller "
             f"max_model_len, a larger num_blocks or kv_cache_memory, or a smaller kv_cache_dtype"
         )
     if held < length:
@@ -45,7 +45,7 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
     budget = config.max_num_batched_tokens or max(config.max_num_seqs, most)
     if budget < config.max_num_seqs:
         raise ValueError(
-            f"max_num_batched_tokens is {budget}; expected at least max_num_seqs = {config.max_num_seqs}"
+            f"max_num_batched_tokens: got {budget}; expected at least max_num_seqs = {config.max_num_seqs}"
         )
     resolved = replace(
         config, max_model_len=min(length, held), num_blocks=blocks, max_num_batched_tokens=budget
@@ -72,7 +72,9 @@ def _num_blocks(config: EngineConfig, model: Model, dtype: CacheDtype, length: i
     memory = config.kv_cache_memory
     if memory is not None:
         if memory < size:
-            raise ValueError(f"kv_cache_memory is {memory} bytes; expected at least one block, {size} bytes")
+            raise ValueError(
+                f"kv_cache_memory: got {memory} bytes; expected at least one block, {size} bytes"
+            )
         return memory // size
     if model.ops.device.type == "cpu":
         memory = int(available_memory() * _CPU_SHARE)

@@ -307,7 +307,7 @@ def _schema(params: StructuredOutputsParams) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"structured_outputs.json is not JSON: {error}") from error
     if not isinstance(schema, Mapping):
-        raise ValueError(f"structured_outputs.json is {type(schema).__name__}; expected an object")
+        raise ValueError(f"structured_outputs.json: got {type(schema).__name__}; expected an object")
     _check_schema(schema)
     return dict(schema)
 

@@ -114,7 +114,7 @@ def _added(file: Path, token_id: str, token: Any) -> tuple[str, bool]:
     """Text, and whether it is special: false if the file does not say, as in transformers."""
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
         raise ValueError(
-            f"{file}: added_tokens_decoder[{token_id!r}] is {token!r}; expected an object with content"
+            f"{file}: added_tokens_decoder[{token_id!r}]: got {token!r}; expected an object with content"
         )
     return token["content"], token.get("special", False) is True
 

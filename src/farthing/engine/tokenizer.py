@@ -218,7 +218,7 @@ def _content(token: Any) -> str | None:
 def _ids(value: Any, file: Path) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise ValueError(f"eos_token_id in {file} is {value!r}; expected a token id or a list of them")
+        raise ValueError(f"eos_token_id in {file}: got {value!r}; expected a token id or a list of them")
     return ids
 
 
@@ -234,5 +234,5 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
-        raise ValueError(f"chat_template of {path} is {type(template).__name__}; expected a text")
+        raise ValueError(f"chat_template of {path}: got {type(template).__name__}; expected a text")
     return template

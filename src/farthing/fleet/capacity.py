@@ -33,9 +33,9 @@ class Capacity:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.per_replica) and self.per_replica > 0):
-            raise ValueError(f"Capacity.per_replica = {self.per_replica}: expected a number above 0")
+            raise ValueError(f"Capacity.per_replica: got {self.per_replica}; expected a number above 0")
         if self.unit not in ("requests", "tokens"):
-            raise ValueError(f"Capacity.unit = {self.unit!r}: expected requests or tokens")
+            raise ValueError(f"Capacity.unit: got {self.unit!r}; expected requests or tokens")
 
     @classmethod
     def read(cls, path: str | Path) -> Capacity:
@@ -98,7 +98,7 @@ class OnlineCapacity:
         self, guess: float, unit: str = "requests", targets: Targets | None = None, rate: float = 0.05
     ) -> None:
         if not guess > 0:
-            raise ValueError(f"OnlineCapacity.guess = {guess}: expected a number above 0")
+            raise ValueError(f"OnlineCapacity.guess: got {guess}; expected a number above 0")
         self.guess, self.unit, self.rate = guess, unit, rate
         self.targets = targets or Targets()
         self._plain = guess  # load units/s, used while lengths are unknown

@@ -32,7 +32,7 @@ class SignalsConfig:
         for name in ("window_s", "timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(
-                    f"signals.{name} = {getattr(self, name)}: expected a number of seconds above 0"
+                    f"signals.{name}: got {getattr(self, name)}; expected a number of seconds above 0"
                 )
 
 
@@ -66,7 +66,7 @@ class KubernetesConfig:
         if self.variants and self.target is not None:
             raise ValueError("kubernetes: target and variants are both set; expected one of them")
         if not 0 <= self.spot_share <= 1:
-            raise ValueError(f"kubernetes.spot_share = {self.spot_share}: expected a number in [0, 1]")
+            raise ValueError(f"kubernetes.spot_share: got {self.spot_share}; expected a number in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def split_address(text: str) -> tuple[str, int]:
     """(host, port) of HOST:PORT. Raises ValueError."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"address = {text!r}: expected HOST:PORT")
+        raise ValueError(f"address: got {text!r}; expected HOST:PORT")
     return host, int(port)
 
 

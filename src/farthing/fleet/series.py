@@ -29,7 +29,7 @@ class Series:
 
     def __post_init__(self) -> None:
         if not self.step_s > 0:
-            raise ValueError(f"Series.step_s = {self.step_s}: expected a positive number of seconds")
+            raise ValueError(f"Series.step_s: got {self.step_s}; expected a positive number of seconds")
         if self.values.ndim != 1 or len(self.values) == 0:
             raise ValueError(
                 f"Series.values has shape {self.values.shape}: expected one dimension with at least one value"

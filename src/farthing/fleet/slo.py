@@ -47,4 +47,4 @@ class SloConfig:
 
 def _check(name: str, value: object, accepted: str, good: bool) -> None:
     if not good:
-        raise ValueError(f"policy.slo.{name} = {value!r}: expected {accepted}")
+        raise ValueError(f"policy.slo.{name}: got {value!r}; expected {accepted}")

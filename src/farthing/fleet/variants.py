@@ -34,10 +34,10 @@ class Variant:
         for field in ("price", "size"):
             if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
                 raise ValueError(
-                    f"variant {self.name}.{field} = {getattr(self, field)}: expected a number above 0"
+                    f"variant {self.name}.{field}: got {getattr(self, field)}; expected a number above 0"
                 )
         if self.max_replicas < 0:
-            raise ValueError(f"variant {self.name}.max_replicas = {self.max_replicas}: expected 0 or more")
+            raise ValueError(f"variant {self.name}.max_replicas: got {self.max_replicas}; expected 0 or more")
 
 
 Mix = dict[str, int]

@@ -30,7 +30,7 @@ class Held:
     def report(self, gateway: str, waiting: int) -> None:
         """Record a report. Raises ValueError for a negative number."""
         if waiting < 0:
-            raise ValueError(f"waiting = {waiting}: expected 0 or more")
+            raise ValueError(f"waiting: got {waiting}; expected 0 or more")
         self._reports[gateway] = (waiting, self.clock())
         self.reported.set()
 

@@ -298,34 +298,34 @@ def check_config(c: ModelConfig) -> None:
     for name in _REQUIRED:
         value = getattr(c, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} is {value!r}; expected a positive integer")
+            raise ConfigError(f"{name}: got {value!r}; expected a positive integer")
     if c.qk_rope_head_dim % 2:
-        raise ConfigError(f"qk_rope_head_dim is {c.qk_rope_head_dim}; expected an even number")
+        raise ConfigError(f"qk_rope_head_dim: got {c.qk_rope_head_dim}; expected an even number")
     if c.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
         raise ConfigError(
-            f"topk_method is {c.topk_method!r}; expected noaux_tc, greedy or group_limited_greedy"
+            f"topk_method: got {c.topk_method!r}; expected noaux_tc, greedy or group_limited_greedy"
         )
     if c.scoring_func not in ("sigmoid", "softmax"):
-        raise ConfigError(f"scoring_func is {c.scoring_func!r}; expected sigmoid or softmax")
+        raise ConfigError(f"scoring_func: got {c.scoring_func!r}; expected sigmoid or softmax")
     if c.index_topk is not None:
         _check_indexer(c)
     if c.n_identity_experts < 0:
-        raise ConfigError(f"n_identity_experts is {c.n_identity_experts}; expected 0 or more")
+        raise ConfigError(f"n_identity_experts: got {c.n_identity_experts}; expected 0 or more")
     if c.shortcut_experts and c.is_moe(c.num_hidden_layers - 1):
         raise ConfigError("the last layer has experts; expected a layer after them that adds their output")
     experts = c.router_size
     if experts and not 1 <= c.num_experts_per_tok <= experts:
         raise ConfigError(
-            f"num_experts_per_tok is {c.num_experts_per_tok}; expected 1…{experts}, the number of experts"
+            f"num_experts_per_tok: got {c.num_experts_per_tok}; expected 1…{experts}, the number of experts"
         )
     if not experts or c.topk_method == "greedy":
         return
     if c.n_group < 1 or experts % c.n_group:
-        raise ConfigError(f"n_group is {c.n_group}; expected a divisor of n_routed_experts = {experts}")
+        raise ConfigError(f"n_group: got {c.n_group}; expected a divisor of n_routed_experts = {experts}")
     reachable = c.topk_group * (experts // c.n_group)
     if not 1 <= c.topk_group <= c.n_group or reachable < c.num_experts_per_tok:
         raise ConfigError(
-            f"topk_group is {c.topk_group}; expected 1…{c.n_group}, the n_group, with at least "
+            f"topk_group: got {c.topk_group}; expected 1…{c.n_group}, the n_group, with at least "
             f"num_experts_per_tok = {c.num_experts_per_tok} experts in the kept groups"
         )
 
@@ -333,10 +333,11 @@ def check_config(c: ModelConfig) -> None:
 def _check_indexer(c: ModelConfig) -> None:
     for name in ("index_topk", "index_n_heads", "index_head_dim"):
         if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
-            raise ConfigError(f"{name} is {getattr(c, name)!r}; expected a positive integer")
+            raise ConfigError(f"{name}: got {getattr(c, name)!r}; expected a positive integer")
     if c.index_head_dim < c.qk_rope_head_dim:
         raise ConfigError(
-            f"index_head_dim is {c.index_head_dim}; expected at least qk_rope_head_dim = {c.qk_rope_head_dim}"
+            f"index_head_dim: got {c.index_head_dim}; "
+            f"expected at least qk_rope_head_dim = {c.qk_rope_head_dim}"
         )
     if not c.q_lora_rank:
         raise ConfigError("q_lora_rank is absent; expected a positive integer where index_topk is set")

@@ -28,12 +28,12 @@ class AdaptiveExperts:
     def __post_init__(self) -> None:
         for p in self.mass:
             if not 0 < p <= 1:
-                raise ConfigError(f"adaptive experts: p is {p}; expected 0 < p <= 1")
+                raise ConfigError(f"adaptive experts: p: got {p}; expected 0 < p <= 1")
         if self.min_experts < 1:
-            raise ConfigError(f"adaptive experts: min is {self.min_experts}; expected at least 1")
+            raise ConfigError(f"adaptive experts: min: got {self.min_experts}; expected at least 1")
         if self.max_experts is not None and self.max_experts < self.min_experts:
             raise ConfigError(
-                f"adaptive experts: max is {self.max_experts}; expected at least min = {self.min_experts}"
+                f"adaptive experts: max: got {self.max_experts}; expected at least min = {self.min_experts}"
             )
 
     @classmethod
@@ -49,7 +49,7 @@ class AdaptiveExperts:
             mass = float(first)
             named = {k.strip(): int(v) for k, _, v in (o.partition("=") for o in options)}
         except ValueError:
-            raise ConfigError(f"experts is {text!r}; {EXPECTED}") from None
+            raise ConfigError(f"experts: got {text!r}; {EXPECTED}") from None
         if unknown := set(named) - {"min", "max"}:
             raise ConfigError(f"experts: option {sorted(unknown)[0]!r} is unknown; {EXPECTED}")
         return cls((mass,), named.get("min", 2), named.get("max"))
@@ -64,7 +64,7 @@ class AdaptiveExperts:
             return cls(tuple(float(p) for p in rule["mass"]), int(rule["min"]), int(rule["max"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"config.json: adaptive_experts is {rule!r}; expected {{mass: [p per layer], min, max}}"
+                f"config.json: adaptive_experts: got {rule!r}; expected {{mass: [p per layer], min, max}}"
             ) from error
 
     def to_json(self, config: ModelConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 def wrong(name: str, value: object, expected: str) -> ValueError:
     """The error for a field."""
     shown = "null" if value is None else _SHORT.repr(value)
-    return ValueError(f"{name} is {shown}; expected {expected}")
+    return ValueError(f"{name}: got {shown}; expected {expected}")
 
 
 def absent(name: str, expected: str) -> ValueError:

@@ -55,7 +55,7 @@ def place(tokens: Sequence[int], ranks: int, redundant: int = 0) -> Placement:
         )
     if redundant < 0 or slots > experts:
         raise ValueError(
-            f"redundant is {redundant}; expected 0…{experts * (ranks - 1)}, at most one copy per rank"
+            f"redundant: got {redundant}; expected 0…{experts * (ranks - 1)}, at most one copy per rank"
         )
     copies = [1] * experts
     for _ in range(redundant):

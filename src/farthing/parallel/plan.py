@@ -43,9 +43,9 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "ep"):
             if getattr(self, name) < 1:
-                raise PlanError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise PlanError(f"{name}: got {getattr(self, name)}; expected at least 1")
         if self.ep > 1 and self.ep % self.tp:
-            raise PlanError(f"ep is {self.ep}; expected 1 or a multiple of tp = {self.tp}")
+            raise PlanError(f"ep: got {self.ep}; expected 1 or a multiple of tp = {self.tp}")
         if self.dp_attention and self.ep <= self.tp:
             raise PlanError(f"dp_attention is True with ep = {self.ep}; expected ep > tp = {self.tp}")
 
@@ -62,7 +62,7 @@ class Layout:
     def place(self, rank: int) -> Place:
         """Coordinates of a rank; a stage is a run of consecutive ranks."""
         if not 0 <= rank < self.world:
-            raise PlanError(f"rank is {rank}; expected 0…{self.world - 1}")
+            raise PlanError(f"rank: got {rank}; expected 0…{self.world - 1}")
         stage, local = divmod(rank, self.stage_ranks)
         return Place(rank, stage, local, local % self.tp, local // self.tp)
 
@@ -240,7 +240,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
         )
 
     if best(0, 0)[0] == math.inf:
-        raise PlanError(f"pp is {pp}; expected at most {sum(alone)}, the layers that can start a stage")
+        raise PlanError(f"pp: got {pp}; expected at most {sum(alone)}, the layers that can start a stage")
     stages, start = [], 0
     for stage in range(pp):
         end = best(start, stage)[1]
@@ -258,14 +258,14 @@ def _check(config: ModelConfig, layout: Layout) -> None:
             "layer_sizes is set: layers of different sizes are served by one rank; expected tp, pp, ep = 1"
         )
     if c.num_attention_heads % tp:
-        raise PlanError(f"tp is {tp}; expected a divisor of num_attention_heads = {c.num_attention_heads}")
+        raise PlanError(f"tp: got {tp}; expected a divisor of num_attention_heads = {c.num_attention_heads}")
     parts = {"intermediate_size": c.intermediate_size}
     if c.n_routed_experts:
         parts["moe_intermediate_size"] = c.moe_intermediate_size
     for name, size in parts.items():
         if size < tp:
-            raise PlanError(f"tp is {tp}; expected at most {name} = {size}")
+            raise PlanError(f"tp: got {tp}; expected at most {name} = {size}")
     if layout.ep > 1 and (not c.n_routed_experts or c.n_routed_experts % layout.ep):
-        raise PlanError(f"ep is {layout.ep}; expected a divisor of n_routed_experts = {c.n_routed_experts}")
+        raise PlanError(f"ep: got {layout.ep}; expected a divisor of n_routed_experts = {c.n_routed_experts}")
     if layout.pp > c.num_hidden_layers:
-        raise PlanError(f"pp is {layout.pp}; expected at most num_hidden_layers = {c.num_hidden_layers}")
+        raise PlanError(f"pp: got {layout.pp}; expected at most num_hidden_layers = {c.num_hidden_layers}")

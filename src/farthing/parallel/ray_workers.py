@@ -289,8 +289,8 @@ def _connect(ray: Any, address: str | None) -> bool:
         ray.init(address=address or "auto", logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"ray_address is {address!r}, but there is no Ray cluster; expected HOST:PORT of a cluster that "
-            f"this host belongs to (`ray start` creates or joins one): {error}"
+            f"ray_address: got {address!r}, but there is no Ray cluster; expected HOST:PORT of a cluster "
+            f"that this host belongs to (`ray start` creates or joins one): {error}"
         ) from error
     return True
 

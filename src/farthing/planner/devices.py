@@ -48,7 +48,7 @@ def load_devices(path: Path | None = None) -> tuple[dict[str, Ceilings], Shares]
             devices[name] = _device(name, base | row)
         shares |= own.get("share", {})
     if set(shares) != {f.name for f in fields(Shares)} or not all(0 < s <= 1 for s in shares.values()):
-        raise ValueError(f"share is {shares}; expected {[f.name for f in fields(Shares)]}, each in (0, 1]")
+        raise ValueError(f"share: got {shares}; expected {[f.name for f in fields(Shares)]}, each in (0, 1]")
     return devices, Shares(**shares)
 
 

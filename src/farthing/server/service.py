@@ -111,7 +111,7 @@ class Service:
         accepted = ", ".join(repr(known) for known in self.names)
         raise ApiError(
             404,
-            f"model is {short(name)}; expected one of {accepted}",
+            f"model: got {short(name)}; expected one of {accepted}",
             param="model",
             code="model_not_found",
         )

@@ -28,14 +28,14 @@ def check_trainable(cfg: ModelConfig) -> None:
     for name, accepted in _FIXED.items():
         if getattr(cfg, name) not in accepted:
             words = " or ".join(map(repr, accepted))
-            raise ConfigError(f"{name} is {getattr(cfg, name)!r}; expected {words} for training")
+            raise ConfigError(f"{name}: got {getattr(cfg, name)!r}; expected {words} for training")
     for name in ("q_lora_rank", "n_routed_experts"):
         if not getattr(cfg, name):
-            raise ConfigError(f"{name} is {getattr(cfg, name)!r}; expected a positive integer for training")
+            raise ConfigError(f"{name}: got {getattr(cfg, name)!r}; expected a positive integer for training")
     dense = dataclasses.replace(cfg, index_topk=None)
     if not dense.is_v3 or cfg.indexer_types or cfg.index_rope_interleaved:
         raise ConfigError(
-            f"model_type is {cfg.model_type!r}; expected DeepSeek-V3's or V3.2's layers for training"
+            f"model_type: got {cfg.model_type!r}; expected DeepSeek-V3's or V3.2's layers for training"
         )
     if cfg.rope != RopeConfig(theta=cfg.rope.theta):
         raise ConfigError("rope_scaling is set; expected plain interleaved RoPE for training")

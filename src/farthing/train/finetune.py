@@ -41,9 +41,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("tokens", "window", "batch_tokens", "threads", "eval_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a positive number")
         if self.batch_tokens < self.window:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}; expected at least window = {self.window}")
+            raise ValueError(
+                f"batch_tokens: got {self.batch_tokens}; expected at least window = {self.window}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

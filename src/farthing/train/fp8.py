@@ -49,15 +49,15 @@ class Fp8Config:
 
     def __post_init__(self) -> None:
         if self.scaling not in ("current", "delayed"):
-            raise ValueError(f"fp8 scaling is {self.scaling!r}; expected 'current' or 'delayed'")
+            raise ValueError(f"fp8 scaling: got {self.scaling!r}; expected 'current' or 'delayed'")
         if self.gradients not in FORMATS:
-            raise ValueError(f"fp8 gradients is {self.gradients!r}; expected 'e4m3' or 'e5m2'")
+            raise ValueError(f"fp8 gradients: got {self.gradients!r}; expected 'e4m3' or 'e5m2'")
         if self.history < 1 or self.backoff < 1:
             raise ValueError(
-                f"fp8 history is {self.history}, backoff {self.backoff}; expected both to be at least 1"
+                f"fp8 history and backoff: got {self.history} and {self.backoff}; expected at least 1"
             )
         if not 0 <= self.margin <= 8:
-            raise ValueError(f"fp8 margin is {self.margin}; expected 0 to 8 powers of two")
+            raise ValueError(f"fp8 margin: got {self.margin}; expected 0 to 8 powers of two")
 
 
 @dataclasses.dataclass(frozen=True)

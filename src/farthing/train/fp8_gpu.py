@@ -16,7 +16,7 @@ def scaled_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Te
     """a [M, K] b^T, b [N, K] FP8 with scales [M | M/128, K/128] and [N | N/128, K/128] -> [M, N] bfloat16."""
     rows, columns, inner = a.shape[0], b.shape[0], a.shape[1]
     if inner % 16 or columns % 16:
-        raise ValueError(f"FP8 product of K = {inner}, N = {columns}: expected multiples of 16")
+        raise ValueError(f"K and N of an FP8 product: got {inner} and {columns}; expected multiples of 16")
     out: Tensor = torch._scaled_mm(
         a.contiguous(),
         b.contiguous().t(),

@@ -109,7 +109,7 @@ class Precision:
     def __post_init__(self) -> None:
         for name in ("weights", "activations"):
             if getattr(self, name) not in (4, 8, 16):
-                raise ValueError(f"{name} is {getattr(self, name)} bits; expected 4, 8 or 16")
+                raise ValueError(f"{name}: got {getattr(self, name)} bits; expected 4, 8 or 16")
 
     def __str__(self) -> str:
         return f"W{self.weights}A{self.activations}"

@@ -79,7 +79,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp8"):
-            raise ValueError(f"precision is {self.precision!r}; expected 'bf16' or 'fp8'")
+            raise ValueError(f"precision: got {self.precision!r}; expected 'bf16' or 'fp8'")
 
     def at(self, stages: tuple[tuple[float, Any], ...], progress: float) -> Any:
         """The value of the current stage."""

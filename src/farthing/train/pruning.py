@@ -49,12 +49,12 @@ class PruneConfig:
     def __post_init__(self) -> None:
         for name in ("target", "begin", "end", "hard"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a share in [0, 1]")
         if self.end <= self.begin:
-            raise ValueError(f"end is {self.end}; expected more than begin = {self.begin}")
+            raise ValueError(f"end: got {self.end}; expected more than begin = {self.begin}")
         for name in ("every", "multiple", "calibration_windows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

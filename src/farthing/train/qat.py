@@ -57,10 +57,10 @@ class QatConfig:
 
     def __post_init__(self) -> None:
         if not self.stages or self.stages[0][0] != 0.0:
-            raise ValueError(f"stages is {self.stages}; expected the first to start at 0.0")
+            raise ValueError(f"stages: got {self.stages}; expected the first to start at 0.0")
         for name in ("hard", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a share in [0, 1]")
 
     def stage(self, progress: float) -> int:
         """Index of the current stage."""

@@ -29,7 +29,7 @@ def smooth(net: DeepSeekLM, tokens: Tensor, strength: float = 0.5) -> None:
     bits. Raises ValueError for a strength outside [0, 1].
     """
     if not 0 <= strength <= 1:
-        raise ValueError(f"smoothing is {strength}; expected 0 (off) to 1 (all channels alike)")
+        raise ValueError(f"smoothing: got {strength}; expected 0 (off) to 1 (all channels alike)")
     if strength == 0:
         return
     seen: dict[RMSNorm, Tensor] = {}

@@ -74,5 +74,5 @@ def test_models_as_either_sdk_reads_them(server: Any) -> None:
         theirs.models.retrieve("claude")
     assert refused.value.body == {  # the SDK says that it is Anthropic's
         "type": "error",
-        "error": {"type": "not_found_error", "message": "model is 'claude'; expected one of 'tiny'"},
+        "error": {"type": "not_found_error", "message": "model: got 'claude'; expected one of 'tiny'"},
     }

@@ -15,7 +15,7 @@ def encode_deepseek(module: str, weight: Weight) -> dict[str, Tensor]:
         return {f"{module}.weight": weight.data}
     if weight.format != "fp8" or weight.scale is None:
         raise ValueError(
-            f"{module} is {weight.format}; expected FP8 blocks or dense weights for DeepSeek's format"
+            f"{module}: got {weight.format}; expected FP8 blocks or dense weights for DeepSeek's format"
         )
     if not bool(((weight.scale > 0) & weight.scale.isfinite()).all()):
         raise ValueError(f"{module}: a scale is zero, negative or not finite; expected finite scales > 0")

@@ -38,7 +38,7 @@ def choose_export(wanted: str, recipe: Recipe, checkpoint: Checkpoint, config: M
     """`wanted`, or for "auto" the most widely loadable format. Raises ValueError if it cannot store what the
     recipe produces."""
     if wanted not in EXPORTS:
-        raise ValueError(f"format is {wanted!r}; expected one of {', '.join(EXPORTS)}")
+        raise ValueError(f"format: got {wanted!r}; expected one of {', '.join(EXPORTS)}")
     if wanted == "auto":
         blocks = recipe.scheme == "fp8" or (recipe.scheme == "keep" and _is_deepseek_fp8(checkpoint))
         has_experts = any(map(config.is_moe, range(config.num_hidden_layers)))

@@ -32,14 +32,14 @@ def plan_experts(experts: int, share: float, groups: int, topk_groups: int, top_
     together keep at least top_k.
     """
     if not 0 <= share < 1:
-        raise ValueError(f"experts is {share}; expected a share in [0, 1) of routed experts to drop")
+        raise ValueError(f"experts: got {share}; expected a share in [0, 1) of routed experts to drop")
     size = experts // groups
     per_group = round(size * (1 - share))
     least = max(-(-top_k // topk_groups), min(2, size) if groups > 1 else 1)
     if per_group < least:
         raise ValueError(
-            f"experts is {share}: {per_group} of {size} experts would remain in each of {groups} groups, but "
-            f"top_k = {top_k} over {topk_groups} groups needs {least}; "
+            f"experts: got {share}; {per_group} of {size} experts would remain in each of {groups} groups, "
+            f"but top_k = {top_k} over {topk_groups} groups needs {least}; "
             f"expected at most {1 - least / size:.3g}"
         )
     return ExpertPlan(per_group, groups)

@@ -91,7 +91,7 @@ def global_budgets(all_scores: Mapping[str, Tensor], sparsity: float, most: floa
 def check_sparsity(sparsity: float, name: str = "sparsity") -> None:
     """Raise ValueError, naming the field, unless 0 <= sparsity < 1."""
     if not 0 <= sparsity < 1:
-        raise ValueError(f"{name} is {sparsity}; expected a share in [0, 1)")
+        raise ValueError(f"{name}: got {sparsity}; expected a share in [0, 1)")
 
 
 def _best(values: Tensor, sparsity: float) -> Tensor:

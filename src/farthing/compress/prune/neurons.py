@@ -14,14 +14,14 @@ def neuron_scores(down: Tensor, energy: Tensor) -> Tensor:
 def choose_neurons(score: Tensor, keep: int) -> list[int]:
     """Ids of the `keep` best, ascending."""
     if not 1 <= keep <= len(score):
-        raise ValueError(f"keep is {keep}; expected 1 to {len(score)} neurons")
+        raise ValueError(f"keep: got {keep}; expected 1 to {len(score)} neurons")
     return [int(i) for i in score.topk(keep).indices.sort().values]
 
 
 def kept_neurons(width: int, share: float, multiple: int = 16) -> int:
     """Neurons left after dropping about `share`, rounded to a multiple of `multiple`."""
     if not 0 <= share < 1:
-        raise ValueError(f"neurons is {share}; expected a share in [0, 1)")
+        raise ValueError(f"neurons: got {share}; expected a share in [0, 1)")
     kept = max(multiple, round(width * (1 - share) / multiple) * multiple)
     return min(kept, width)
 

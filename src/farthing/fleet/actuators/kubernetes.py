@@ -38,7 +38,7 @@ def connect(api: str = "auto", context: str | None = None) -> ApiClient:
         elif api == "kubeconfig":
             config.load_kube_config(client_configuration=configuration, context=context)
         else:
-            raise ActuatorError(f"kubernetes = {api!r}: expected auto, kubeconfig or a URL")
+            raise ActuatorError(f"kubernetes: got {api!r}; expected auto, kubeconfig or a URL")
     except config.ConfigException as problem:
         raise ActuatorError(f"no Kubernetes API is configured: {problem}") from problem
     configuration.retries = 0  # the controller retries at its next step

@@ -56,13 +56,13 @@ class LocalConfig:
     def __post_init__(self) -> None:
         if not any("{port}" in part for part in self.command):
             raise ValueError(
-                f"LocalConfig.command = {' '.join(self.command)!r}: expected {{port}} somewhere in it"
+                f"LocalConfig.command: got {' '.join(self.command)!r}; expected {{port}} somewhere in it"
             )
         for name in ("ready_timeout_s", "drain_timeout_s", "liveness_s", "poll_s", "retry_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"LocalConfig.{name} = {getattr(self, name)}: expected seconds above 0")
+                raise ValueError(f"LocalConfig.{name}: got {getattr(self, name)}; expected seconds above 0")
         if self.failures < 1:
-            raise ValueError(f"LocalConfig.failures = {self.failures}: expected 1 or more")
+            raise ValueError(f"LocalConfig.failures: got {self.failures}; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class LocalReplicas:
     async def scale(self, count: int) -> None:
         """Set the number of replicas: start missing ones, drain surplus ones (unready and youngest first)."""
         if count < 0:
-            raise ValueError(f"replicas = {count}: expected 0 or more")
+            raise ValueError(f"replicas: got {count}; expected 0 or more")
         if count != self._wanted and self.given_up:
             self._forgive()
         self._wanted = count

@@ -38,7 +38,7 @@ class Target:
         """Parse KIND/NAME. Raises ValueError with the accepted kinds."""
         kind, slash, name = text.partition("/")
         if not slash or kind.lower() not in KINDS or not name:
-            raise ValueError(f"target = {text!r}: expected KIND/NAME with KIND one of {', '.join(KINDS)}")
+            raise ValueError(f"target: got {text!r}; expected KIND/NAME with KIND one of {', '.join(KINDS)}")
         return cls(kind.lower(), name, namespace)
 
     def __str__(self) -> str:

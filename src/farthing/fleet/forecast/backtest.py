@@ -44,7 +44,7 @@ class Backtest:
 
     def __post_init__(self) -> None:
         if not 0 < self.begin < 1:
-            raise ValueError(f"Backtest.begin = {self.begin}: expected a share in (0, 1)")
+            raise ValueError(f"Backtest.begin: got {self.begin}; expected a share in (0, 1)")
 
 
 def backtest(

@@ -18,7 +18,7 @@ class Conformal:
 
     def __init__(self, target: float = 0.9, window: int = 500, rate: float = 0.01) -> None:
         if not 0 < target < 1:
-            raise ValueError(f"Conformal.target = {target}: expected a number in (0, 1)")
+            raise ValueError(f"Conformal.target: got {target}; expected a number in (0, 1)")
         self.target, self.rate = target, rate
         self._level = target
         self._errors: deque[Floats] = deque(maxlen=window)

@@ -37,7 +37,7 @@ class Forecast:
                 f"Forecast: p50, p90 have lengths {len(self.p50)}, {len(self.p90)}; expected equal and >= 1"
             )
         if not self.step_s > 0:
-            raise ValueError(f"Forecast.step_s = {self.step_s}: expected a positive number of seconds")
+            raise ValueError(f"Forecast.step_s: got {self.step_s}; expected a positive number of seconds")
         if not all(math.isfinite(v) and v >= 0 for v in (*self.p50, *self.p90)):
             raise ValueError("Forecast: expected finite p50 and p90 >= 0")
 

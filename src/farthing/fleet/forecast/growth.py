@@ -63,7 +63,7 @@ class GrowthConfig:
 
 def _accept(name: str, value: float, good: bool, accepted: str) -> None:
     if not good:
-        raise ValueError(f"GrowthConfig.{name} = {value}: expected {accepted}")
+        raise ValueError(f"GrowthConfig.{name}: got {value}; expected {accepted}")
 
 
 def trailing_mean(values: Floats, steps: int) -> Floats:

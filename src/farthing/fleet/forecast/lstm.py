@@ -41,7 +41,7 @@ class LSTMConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "least_leads", "thin"):
             if getattr(self, name) < 1:
-                raise ValueError(f"LSTMConfig.{name} = {getattr(self, name)}: expected 1 or more")
+                raise ValueError(f"LSTMConfig.{name}: got {getattr(self, name)}; expected 1 or more")
 
 
 class Network(torch.nn.Module):

@@ -29,10 +29,12 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         if not 0.5 < self.quantile < 1:
-            raise ValueError(f"MixtureConfig.quantile = {self.quantile}: expected a number in (0.5, 1)")
+            raise ValueError(f"MixtureConfig.quantile: got {self.quantile}; expected a number in (0.5, 1)")
         for name in ("rate", "half_life", "prior", "gain"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"MixtureConfig.{name} = {getattr(self, name)}: expected a number above 0")
+                raise ValueError(
+                    f"MixtureConfig.{name}: got {getattr(self, name)}; expected a number above 0"
+                )
 
 
 @dataclass(frozen=True)

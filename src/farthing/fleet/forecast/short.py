@@ -53,10 +53,12 @@ class ShortConfig:
         known = (*MIXTURE, *BLOCKS)
         if self.model not in SHORT_MODELS:
             raise ValueError(
-                f"forecast.short.model = {self.model!r}: expected one of {', '.join(SHORT_MODELS)}"
+                f"forecast.short.model: got {self.model!r}; expected one of {', '.join(SHORT_MODELS)}"
             )
         if not self.members or not set(self.members) <= set(known):
-            raise ValueError(f"forecast.short.members = {self.members}: expected some of {', '.join(known)}")
+            raise ValueError(
+                f"forecast.short.members: got {self.members}; expected some of {', '.join(known)}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ async def _document(answer: aiohttp.ClientResponse) -> dict[str, Any]:
 def parse(document: dict[str, Any], block: int) -> tuple[int, ...]:
     """The block hashes of a digest. Raises ValueError, KeyError or TypeError."""
     if document["block"] != block:
-        raise ValueError(f"block is {document['block']} bytes; expected {block}")
+        raise ValueError(f"block: got {document['block']} bytes; expected {block}")
     try:
         data = base64.b64decode(document["blocks"], validate=True)
     except binascii.Error as problem:

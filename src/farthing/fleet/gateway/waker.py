@@ -25,7 +25,7 @@ class Waker:
         """Raises ValueError unless `url` is http://HOST:PORT/PATH or https://…."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"wake = {url!r}: expected a URL such as http://127.0.0.1:9400/wake")
+            raise ValueError(f"wake: got {url!r}; expected a URL such as http://127.0.0.1:9400/wake")
         self._url, self._hold = url, hold
         self._name = f"{socket.gethostname()}-{os.getpid()}"
 

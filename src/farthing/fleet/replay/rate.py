@@ -34,12 +34,12 @@ class Setting:
     def __post_init__(self) -> None:
         for name in ("capacity", "tick_s", "wait_slo_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"Setting.{name} = {getattr(self, name)}: expected a number above 0")
+                raise ValueError(f"Setting.{name}: got {getattr(self, name)}; expected a number above 0")
         for name in ("load_time_s", "drain_s", "failures_per_day"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"Setting.{name} = {getattr(self, name)}: expected 0 or more")
+                raise ValueError(f"Setting.{name}: got {getattr(self, name)}; expected 0 or more")
         if self.substeps < 1:
-            raise ValueError(f"Setting.substeps = {self.substeps}: expected 1 or more")
+            raise ValueError(f"Setting.substeps: got {self.substeps}; expected 1 or more")
 
     @property
     def dt(self) -> float:

@@ -60,13 +60,13 @@ class ReplayConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
-            raise ValueError(f"utilization = {self.utilization}: expected a number in (0, 1]")
+            raise ValueError(f"utilization: got {self.utilization}; expected a number in (0, 1]")
         if self.capacity is not None and not self.capacity > 0:
-            raise ValueError(f"capacity = {self.capacity}: expected a number above 0")
+            raise ValueError(f"capacity: got {self.capacity}; expected a number above 0")
         if self.seeds < 1:
-            raise ValueError(f"seeds = {self.seeds}: expected 1 or more")
+            raise ValueError(f"seeds: got {self.seeds}; expected 1 or more")
         if not self.noise >= 0:
-            raise ValueError(f"noise = {self.noise}: expected 0 or more")
+            raise ValueError(f"noise: got {self.noise}; expected 0 or more")
 
 
 def base_of(name: str) -> str:

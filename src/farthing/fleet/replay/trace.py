@@ -121,7 +121,7 @@ def rate_load(series: Series, dt: float, seeds: int, noise: float = 0.1, noise_s
     lanes.
     """
     if seeds < 1:
-        raise ValueError(f"seeds = {seeds}: expected 1 or more")
+        raise ValueError(f"seeds: got {seeds}; expected 1 or more")
     steps = round(len(series) * series.step_s / dt)
     middle = (np.arange(steps) + 0.5) * dt
     base = np.interp(middle, np.arange(len(series)) * series.step_s, series.values)

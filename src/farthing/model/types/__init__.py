@@ -56,4 +56,4 @@ def type_named(name: object) -> ModelType:
         return TYPES[name]
     close = get_close_matches(str(name), TYPES, n=1, cutoff=0.5)
     hint = f"; the closest is {close[0]!r}" if close else ""
-    raise ConfigError(f"model_type is {name!r}; expected one of {', '.join(sorted(TYPES))}{hint}")
+    raise ConfigError(f"model_type: got {name!r}; expected one of {', '.join(sorted(TYPES))}{hint}")

@@ -100,6 +100,6 @@ def dense_prefix(raw: Fields) -> dict[str, int]:
             if moe == [i >= first and i % freq == 0 for i in range(layers)]:
                 return {"first_k_dense_replace": first, "moe_layer_freq": freq}
     raise ValueError(
-        f"mlp_layer_types is {kinds!r}; expected dense layers followed by sparse ones, "
+        f"mlp_layer_types: got {kinds!r}; expected dense layers followed by sparse ones, "
         "or a sparse layer every n"
     )

@@ -94,7 +94,7 @@ class PackingOps(HostOps):
         self._file = PackedFile(packed) if packed else None
         if self._file and quantization not in (None, self._file.quantization):
             raise ValueError(
-                f"quantization is {quantization!r}; expected the packed file's "
+                f"quantization: got {quantization!r}; expected the packed file's "
                 f"{self._file.quantization!r}; omit it or pack {packed!r} again"
             )
         self._quantization = self._file.quantization if self._file else quantization

@@ -39,7 +39,7 @@ class Config:
                 power = isinstance(value, int) and 1 <= value <= 8
             if not power or (field.name in _TILE and value < 16):
                 raise ValueError(
-                    f"{field.name} is {value!r}; expected "
+                    f"{field.name}: got {value!r}; expected "
                     f"{'1 to 8' if field.name == 'num_stages' else 'a power of two'}"
                     f"{', at least 16' if field.name in _TILE else ''}"
                 )

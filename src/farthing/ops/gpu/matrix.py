@@ -63,7 +63,7 @@ def half_of(group: int) -> int:
     """The largest power of two that divides the group, at most 64; ValueError below 16."""
     half = min(group & -group, _MOST_HALF)
     if half < _LEAST_HALF:
-        raise ValueError(f"int4 group size is {group}; expected a multiple of {_LEAST_HALF}")
+        raise ValueError(f"int4 group size: got {group}; expected a multiple of {_LEAST_HALF}")
     return half
 
 
