@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import typer
 from farthing.bench.workload import Request, Shape, closed_loop, from_trace, poisson
 from farthing.cli.exits import errors_as_one_line
 from farthing.cli.options import with_options
+from farthing.cli.tables import print_percentiles, report
 from farthing.options import check, option
 
 if TYPE_CHECKING:
@@ -132,11 +132,7 @@ def serve(
         from farthing.bench.picture import plot_latencies
 
         plot_latencies(timings, given.picture)
-    if as_json:
-        print(json.dumps(result.to_json()))
-    else:
-        _print_load(result)
-    raise typer.Exit(1 if result.failed else 0)
+    report(result, as_json, _print_load)
 
 
 def _requests(given: LoadOptions, sizes: Shape) -> tuple[list[Request], int | None]:
@@ -279,8 +275,6 @@ def _first_model(target: Target) -> str:
 
 
 def _print_load(result: LoadResult) -> None:
-    from farthing.cli.tables import print_percentiles
-
     rows = {"TTFT": result.ttft_ms, "TPOT": result.tpot_ms, "between tokens": result.itl_ms}
     rows["end to end"] = result.e2e_ms
     print_percentiles(f"{result.requests} requests in {result.seconds:.1f} s", rows)
@@ -292,8 +286,6 @@ def _print_load(result: LoadResult) -> None:
     )
     if result.usd_per_million_tokens is not None:
         print(f"${result.usd_per_million_tokens:.4f} per million generated tokens")
-    for error in result.errors:
-        print(f"failed: {error}", file=sys.stderr)
 
 
 def _print_cost(found: Comparison) -> None:

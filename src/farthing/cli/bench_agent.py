@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +18,7 @@ from farthing.bench.agent import (
     synthetic,
 )
 from farthing.cli.progress import token_progress
+from farthing.cli.tables import print_percentiles, report
 
 if TYPE_CHECKING:
     from farthing.bench.client import Target
@@ -69,17 +68,10 @@ def run(
         timings = asyncio.run(
             run_sessions(target, sessions, concurrency, output_tokens, lambda _: advance(1), seed=seed)
         )
-    result = summarize(timings, usd_per_hour)
-    if as_json:
-        print(json.dumps(result.to_json()))
-    else:
-        _print(result)
-    raise typer.Exit(1 if result.failed else 0)
+    report(summarize(timings, usd_per_hour), as_json, _print)
 
 
 def _print(result: AgentResult) -> None:
-    from farthing.cli.tables import print_percentiles
-
     title = f"{result.sessions} sessions, {result.turns} turns in {result.seconds:.1f} s"
     rows = {
         "turn": result.turn_ms,
@@ -95,5 +87,3 @@ def _print(result: AgentResult) -> None:
     )
     if result.usd_per_session is not None:
         print(f"${result.usd_per_session:.6f} per session")
-    for error in result.errors:
-        print(f"failed: {error}", file=sys.stderr)

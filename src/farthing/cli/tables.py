@@ -1,15 +1,21 @@
-"""Rich tables of several commands."""
+"""Rich tables and results of several commands."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
     from farthing.model.inspect import ContextCost, ModelCost, RoutingReport
+
+
+R = TypeVar("R", bound="Result")
 
 
 def print_percentiles(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
@@ -19,6 +25,32 @@ def print_percentiles(title: str, rows: Mapping[str, Mapping[str, float]]) -> No
     for name, values in rows.items():
         table.add_row(f"{name}, ms", *(f"{values[p]:,.1f}" if values else "-" for p in points))
     Console().print(table)
+
+
+class Result(Protocol):
+    """What a load run measured."""
+
+    @property
+    def failed(self) -> int:
+        """Number of failed requests."""
+
+    @property
+    def errors(self) -> Iterable[str]:
+        """Messages of the failures."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a document."""
+
+
+def report(result: R, as_json: bool, show: Callable[[R], None]) -> NoReturn:
+    """Print a result, failures on stderr; exit status 1 if a request failed."""
+    if as_json:
+        print(json.dumps(result.to_json()))
+    else:
+        show(result)
+        for error in result.errors:
+            print(f"failed: {error}", file=sys.stderr)
+    raise typer.Exit(1 if result.failed else 0)
 
 
 def print_cost(model: str, cost: ModelCost) -> None:
