@@ -17,6 +17,7 @@ from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reason
 from farthing.conversation.objects import ObjectText, as_object
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
 from farthing.engine.request import StructuredOutputsParams
+from farthing.server.api.events_of import events_of
 from farthing.server.api.messages_protocol import (
     CountRequest,
     InputMessage,
@@ -254,17 +255,9 @@ class _Writer:
 
     # streamed
 
-    async def stream(self) -> AsyncIterator[str]:
-        """Yield SSE events, one string per engine output."""
-        async for updates in self._turn.updates():
-            (update,) = updates
-            pieces = [self.opening()]
-            for delta in update.deltas:
-                pieces += self._delta(delta)
-            if update.finish is not None:
-                pieces += self._end(update)
-            if text := "".join(pieces):
-                yield text
+    def stream(self) -> AsyncIterator[str]:
+        """SSE events, one string per engine output."""
+        return events_of(self._turn, self.opening, self._delta, self._end)
 
     def opening(self) -> str:
         """The first events; empty if they were sent. Before the first output, the number of cached tokens is

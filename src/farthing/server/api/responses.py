@@ -14,6 +14,7 @@ from farthing.conversation.arguments import parsed
 from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, Reasoning, Text, collect
 from farthing.conversation.types import Conversation, ToolCall, Turn
 from farthing.engine.request import StructuredOutputsParams
+from farthing.server.api.events_of import events_of
 from farthing.server.api.responses_input import conversation_of, resolved, turns_of
 from farthing.server.api.responses_protocol import CustomTool, InputTokensRequest, ResponsesRequest
 from farthing.server.api.responses_store import Stored
@@ -190,20 +191,14 @@ class _Writer:
         self._close("incomplete" if update.finish == "length" else "completed")
         return self._document(update)
 
-    async def stream(self) -> AsyncIterator[str]:
-        """Yield SSE events, one string per engine output."""
-        async for updates in self._turn.updates():
-            (update,) = updates
-            pieces = [self.opening()]
-            for delta in update.deltas:
-                pieces += self._delta(delta)
-            if update.finish is not None:
-                cut = update.finish == "length"
-                pieces += self._close("incomplete" if cut else "completed")
-                kind = "response.incomplete" if cut else "response.completed"
-                pieces.append(self._event(kind, response=self._document(update)))
-            if text := "".join(pieces):
-                yield text
+    def stream(self) -> AsyncIterator[str]:
+        """SSE events, one string per engine output."""
+        return events_of(self._turn, self.opening, self._delta, self._end)
+
+    def _end(self, update: Update) -> list[str]:
+        status = "incomplete" if update.finish == "length" else "completed"
+        events = self._close(status)
+        return [*events, self._event(f"response.{status}", response=self._document(update))]
 
     def opening(self) -> str:
         """The first events; empty if they were sent."""
