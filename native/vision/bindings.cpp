@@ -19,13 +19,13 @@ void bind_conv(nb::module_& module) {
           [](ConvNet& net, int in, int kernel, int stride, int padding, int outputs, int channels,
              uint64_t weight, uint64_t mult, uint64_t bias, bool small_inputs, int residual,
              float residual_scale, int wide, int narrow, int shift, int top, bool to_floats) {
-            net.conv(in, kernel, stride, padding, outputs, channels, reinterpret_cast<const int8_t*>(weight),
-                     reinterpret_cast<const float*>(mult), reinterpret_cast<const float*>(bias), small_inputs,
-                     residual, residual_scale, wide, narrow, shift, top, to_floats);
+            net.conv({in, kernel, stride, padding, outputs, channels, reinterpret_cast<const int8_t*>(weight),
+                      reinterpret_cast<const float*>(mult), reinterpret_cast<const float*>(bias),
+                      small_inputs, residual, residual_scale, wide, narrow, shift, top, to_floats});
           },
-          "input"_a, "kernel"_a, "stride"_a, "padding"_a, "outputs"_a, "channels"_a, "weight"_a, "mult"_a,
-          "bias"_a, "small_inputs"_a, "residual"_a, "residual_scale"_a, "wide"_a, "narrow"_a, "shift"_a,
-          "top"_a, "to_floats"_a)
+          nb::kw_only(), "input"_a, "kernel"_a, "stride"_a, "padding"_a, "outputs"_a, "channels"_a,
+          "weight"_a, "mult"_a, "bias"_a, "small_inputs"_a, "residual"_a, "residual_scale"_a, "wide"_a,
+          "narrow"_a, "shift"_a, "top"_a, "to_floats"_a)
       .def("max_pool", &ConvNet::max_pool, "input"_a, "out"_a)
       .def("mean", &ConvNet::mean, "input"_a, "out"_a, "mult"_a)
       .def("products", &ConvNet::products)

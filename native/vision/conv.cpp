@@ -66,11 +66,10 @@ void ConvNet::image(int out, float scale) {
 
 // Non-zero blocks of pairs of groups. A block is a tap's 16 channels, or four taps of a row of 4 channels
 // each.
-void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int outputs, int channels,
-                   const int8_t* weight) {
-  const int groups = (outputs + kCell - 1) / kCell;
+void ConvNet::pack(Weights& w, const Plane& in, const ConvArgs& a) {
+  const int groups = (a.outputs + kCell - 1) / kCell;
   const int taps = in.cell == 4 ? 4 : 1;  // of a block
-  const int columns = (kernel + taps - 1) / taps, depth = (channels + in.cell - 1) / in.cell;
+  const int columns = (a.kernel + taps - 1) / taps, depth = (a.channels + in.cell - 1) / in.cell;
   const auto block = [&](int g, int c, int ky, int column, int8_t* to) {  // [4][16 outputs][4 inputs]
     bool any = false;
     for (int j = 0; j < 4; ++j)
@@ -78,9 +77,10 @@ void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int out
         for (int i = 0; i < 4; ++i) {
           const int kx = taps == 4 ? 4 * column + j : column, channel = taps == 4 ? i : c * kCell + 4 * j + i,
                     row = g * kCell + o;
-          const bool inside = row < outputs && channel < channels && kx < kernel;
+          const bool inside = row < a.outputs && channel < a.channels && kx < a.kernel;
           const int8_t v =
-              inside ? weight[((static_cast<size_t>(row) * kernel + ky) * kernel + kx) * channels + channel]
+              inside ? a.weight[((static_cast<size_t>(row) * a.kernel + ky) * a.kernel + kx) * a.channels +
+                                channel]
                      : int8_t{0};
           to[(j * kCell + o) * 4 + i] = v;
           any |= v != 0;
@@ -97,15 +97,15 @@ void ConvNet::pack(Weights& w, const Plane& in, int kernel, int padding, int out
     std::vector<int32_t> offsets[3];
     std::vector<int8_t> blocks[3];
     for (int c = 0; c < depth; ++c)
-      for (int ky = 0; ky < kernel; ++ky)
+      for (int ky = 0; ky < a.kernel; ++ky)
         for (int column = 0; column < columns; ++column) {
           int8_t data[2 * kBlockBytes] = {};
           const bool first = block(g, c, ky, column, data),
                      second = g + 1 < groups && block(g + 1, c, ky, column, data + kBlockBytes);
           if (!first && !second) continue;
           const int which = first && second ? 0 : first ? 1 : 2;
-          const int64_t at = c * in.size() + static_cast<int64_t>(ky - padding) * in.row() +
-                             (taps * column - padding) * in.cell;
+          const int64_t at = c * in.size() + static_cast<int64_t>(ky - a.padding) * in.row() +
+                             (taps * column - a.padding) * in.cell;
           offsets[which].push_back(static_cast<int32_t>(at));
           const int8_t* from = which == 2 ? data + kBlockBytes : data;
           blocks[which].insert(blocks[which].end(), from, from + (which ? 1 : 2) * kBlockBytes);
@@ -137,25 +137,22 @@ void ConvNet::lay_strips(Weights& w, const Plane& in, const Plane& shape, int st
     }
 }
 
-void ConvNet::conv(int in, int kernel, int stride, int padding, int outputs, int channels,
-                   const int8_t* weight, const float* mult, const float* bias, bool small_inputs,
-                   int residual, float residual_scale, int wide, int narrow, int shift, int top,
-                   bool to_floats) {
-  const Plane& from = planes_.at(in);
-  if ((stride != 1 && stride != 2) || padding > from.border || kernel < 1)
-    throw std::invalid_argument("convolution of kernel " + std::to_string(kernel) + ", stride " +
-                                std::to_string(stride) + ", padding " + std::to_string(padding) +
+void ConvNet::conv(const ConvArgs& a) {
+  const Plane& from = planes_.at(a.in);
+  if ((a.stride != 1 && a.stride != 2) || a.padding > from.border || a.kernel < 1)
+    throw std::invalid_argument("convolution of kernel " + std::to_string(a.kernel) + ", stride " +
+                                std::to_string(a.stride) + ", padding " + std::to_string(a.padding) +
                                 " on a border of " + std::to_string(from.border) +
                                 "; expected stride 1 or 2 and a border as wide as the padding");
-  if (channels > from.groups * from.cell) throw std::invalid_argument("more channels than the plane holds");
-  const int groups = (outputs + kCell - 1) / kCell;
+  if (a.channels > from.groups * from.cell) throw std::invalid_argument("more channels than the plane holds");
+  const int groups = (a.outputs + kCell - 1) / kCell;
   Plane shape{nullptr,
               groups,
-              (from.height + 2 * padding - kernel) / stride + 1,
-              (from.width + 2 * padding - kernel) / stride + 1,
+              (from.height + 2 * a.padding - a.kernel) / a.stride + 1,
+              (from.width + 2 * a.padding - a.kernel) / a.stride + 1,
               0,
               kCell};
-  for (int id : {residual, wide, narrow}) {
+  for (int id : {a.residual, a.wide, a.narrow}) {
     if (id < 0) continue;
     const Plane& p = planes_.at(id);
     if (p.groups != groups || p.height != shape.height || p.width != shape.width || p.cell != kCell)
@@ -163,35 +160,36 @@ void ConvNet::conv(int in, int kernel, int stride, int padding, int outputs, int
                                   " has another shape than the convolution's output");
   }
   auto w = std::make_unique<Weights>();
-  pack(*w, from, kernel, padding, outputs, channels, weight);
+  pack(*w, from, a);
   const auto at = [&](int id) { return id < 0 ? nullptr : &planes_[id]; };
-  lay_strips(*w, from, shape, stride, at(wide), at(narrow), at(residual));
-  w->mult.assign(mult, mult + outputs);
-  w->bias.assign(bias, bias + outputs);
+  lay_strips(*w, from, shape, a.stride, at(a.wide), at(a.narrow), at(a.residual));
+  w->mult.assign(a.mult, a.mult + a.outputs);
+  w->bias.assign(a.bias, a.bias + a.outputs);
   w->mult.resize(groups * kCell);
   w->bias.resize(groups * kCell);
   ConvLayer& l = w->layer;
-  l.in = planes_[in].first();
-  l.step = stride * from.cell;
-  l.small_inputs = small_inputs;
+  l.in = planes_[a.in].first();
+  l.step = a.stride * from.cell;
+  l.small_inputs = a.small_inputs;
   l.mult = w->mult.data();
   l.bias = w->bias.data();
-  l.residual_scale = residual_scale;
-  l.shift = shift;
-  l.top = top;
+  l.residual_scale = a.residual_scale;
+  l.shift = a.shift;
+  l.top = a.top;
   l.floats_row = groups * kCell;
-  if (residual >= 0) l.residual = planes_[residual].first(), l.residual_plane = planes_[residual].size();
-  if (wide >= 0) l.wide = planes_[wide].first(), l.wide_plane = planes_[wide].size();
-  if (narrow >= 0) l.narrow = planes_[narrow].first(), l.narrow_plane = planes_[narrow].size();
+  if (a.residual >= 0)
+    l.residual = planes_[a.residual].first(), l.residual_plane = planes_[a.residual].size();
+  if (a.wide >= 0) l.wide = planes_[a.wide].first(), l.wide_plane = planes_[a.wide].size();
+  if (a.narrow >= 0) l.narrow = planes_[a.narrow].first(), l.narrow_plane = planes_[a.narrow].size();
   const int strips = static_cast<int>(w->strips.size());
   // Few weights: pixels stay in L1 while the weights stream past them. Many weights: the reverse.
-  const int strip_bytes = from.groups * from.cell * kStripPixels * stride * stride;
+  const int strip_bytes = from.groups * from.cell * kStripPixels * a.stride * a.stride;
   const int tiles = (strips + 1) / 2, threads = backend_.pool.size();
   const int chunks = w->bytes <= kFewWeights ? tiles * 2 * strip_bytes / kPixelsPerPass : 1;
   w->chunks = std::max(1, std::min(round_up(std::max(chunks, 1), threads), tiles / kTilesPerChunk));
   const int64_t products = w->bytes * shape.height * shape.width;
   layers_.push_back(std::move(w));
-  step(products, [this, w = layers_.back().get(), to_floats, strips](Team& team) {
+  step(products, [this, w = layers_.back().get(), to_floats = a.to_floats, strips](Team& team) {
     ConvLayer layer = w->layer;
     if (to_floats) layer.floats = out_;
     const int pairs = static_cast<int>(w->pairs.size());

@@ -10,6 +10,19 @@
 
 namespace farthing {
 
+// One convolution. weight int8 [outputs][kernel][kernel][channels]; mult, bias [outputs] give
+// v = sum * mult + bias, to which residual * residual_scale is added. Planes are numbers; -1: none.
+struct ConvArgs {
+  int in, kernel, stride, padding, outputs, channels;
+  const int8_t* weight;
+  const float *mult, *bias;
+  bool small_inputs;  // see ConvLayer, as for wide, narrow, shift and top
+  int residual;
+  float residual_scale;
+  int wide, narrow, shift, top;
+  bool to_floats;  // v goes to the net's result
+};
+
 class ConvNet {
  public:
   explicit ConvNet(Backend& backend) : backend_(backend) {}
@@ -19,11 +32,7 @@ class ConvNet {
   int plane(int groups, int height, int width, int border, int cell, int fill);
   // The image's step: float32 [3][H][W] to bytes round(x * scale) + 128.
   void image(int out, float scale);
-  // weight int8 [outputs][kernel][kernel][channels]. mult, bias [outputs] give v = sum * mult + bias, to
-  // which residual * residual_scale is added. -1: no such plane. to_floats: v goes to the net's result.
-  void conv(int in, int kernel, int stride, int padding, int outputs, int channels, const int8_t* weight,
-            const float* mult, const float* bias, bool small_inputs, int residual, float residual_scale,
-            int wide, int narrow, int shift, int top, bool to_floats);
+  void conv(const ConvArgs& a);
   void max_pool(int in, int out);            // 3 x 3, stride 2, border 1 that is never the largest
   void mean(int in, int out, float mult);    // over all pixels: round(sum * mult) to 8 bits
   void run(const float* image, float* out);  // out: what the convolution `to_floats` gives
@@ -51,8 +60,7 @@ class ConvNet {
     int chunks;  // of the strips
   };
   void step(int64_t products, std::function<void(Team&)> work);
-  void pack(Weights& w, const Plane& in, int kernel, int padding, int outputs, int channels,
-            const int8_t* weight);
+  void pack(Weights& w, const Plane& in, const ConvArgs& a);
   void lay_strips(Weights& w, const Plane& in, const Plane& shape, int stride, const Plane* wide,
                   const Plane* narrow, const Plane* residual);
 

@@ -106,7 +106,7 @@ class ConvProgram:
         o, c, k, across = weight.shape
         if weight.dtype is not torch.int8 or c != x.channels or k != across:
             raise ValueError(
-                f"weight is {weight.dtype} {tuple(weight.shape)}; expected int8 [O, {x.channels}, k, k]"
+                f"weight: got {weight.dtype} {tuple(weight.shape)}; expected int8 [O, {x.channels}, k, k]"
             )
         if mult.shape != (o,) or bias.shape != (o,):
             raise ValueError(f"mult {tuple(mult.shape)} and bias {tuple(bias.shape)}; expected [{o}] each")
@@ -114,10 +114,11 @@ class ConvProgram:
         mult, bias = mult.float().contiguous(), bias.float().contiguous()
         floats = out.wide is None and out.narrow is None
         self._net.conv(
-            x.number, k, stride, padding, o, c,
-            packed.data_ptr(), mult.data_ptr(), bias.data_ptr(), small_inputs,
-            _number(out.residual), out.residual_scale,
-            _number(out.wide), _number(out.narrow), out.shift, out.top, floats,
+            input=x.number, kernel=k, stride=stride, padding=padding, outputs=o, channels=c,
+            weight=packed.data_ptr(), mult=mult.data_ptr(), bias=bias.data_ptr(), small_inputs=small_inputs,
+            residual=_number(out.residual), residual_scale=out.residual_scale,
+            wide=_number(out.wide), narrow=_number(out.narrow), shift=out.shift, top=out.top,
+            to_floats=floats,
         )  # fmt: skip
         if floats:
             pixels = ((x.height + 2 * padding - k) // stride + 1) * (
