@@ -92,7 +92,7 @@ def test_prompts_are_deterministic_and_bad_workloads_are_rejected(tmp_path: Path
     assert first == prompts_for(tmp_path, 100, 3, 5) and [len(p) for p in first] == [5, 5, 5]
     with pytest.raises(ValueError, match="prompts"):
         Workload(model="m", prompts=())
-    with pytest.raises(ValueError, match="output_tokens is 1"):
+    with pytest.raises(ValueError, match="output_tokens: got 1"):
         Workload(model="m", prompts=((1,),), output_tokens=1)
 
 

@@ -168,11 +168,11 @@ def test_traces(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Shape(input_tokens=0), "input_tokens is 0"),
-        (lambda: Shape(input_tokens=4, shared_prefix=4), "shared_prefix is 4"),
-        (lambda: poisson(SHAPE, 0, 1), "rate is 0"),
-        (lambda: Target("ftp://x", "m"), "url is 'ftp://x'"),
-        (lambda: asyncio.run(run_load(Target("http://x", "m"), [], 0)), "concurrency is 0"),
+        (lambda: Shape(input_tokens=0), "input_tokens: got 0"),
+        (lambda: Shape(input_tokens=4, shared_prefix=4), "shared_prefix: got 4"),
+        (lambda: poisson(SHAPE, 0, 1), "rate: got 0"),
+        (lambda: Target("ftp://x", "m"), "url: got 'ftp://x'"),
+        (lambda: asyncio.run(run_load(Target("http://x", "m"), [], 0)), "concurrency: got 0"),
     ],
 )
 def test_bad_input(build, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -152,7 +152,7 @@ def test_command_errors_name_the_problem(data: Path) -> None:
     for arguments, words in (
         (["/nowhere"], "model: got '/nowhere'; expected 'mite', a directory"),
         (["--max-drop", "much"], "max-drop: got 'much'; expected a share"),
-        (["--data", "/nowhere"], "data is '/nowhere', which does not exist"),
+        (["--data", "/nowhere"], "data: got '/nowhere', which does not exist"),
     ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and words in result.output.replace("\n", " ")

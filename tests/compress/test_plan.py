@@ -32,7 +32,9 @@ def stored(path: Path) -> int:
 def measurements(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """State of a run that measured every option of AUTO and found its budget unreachable."""
     out = tmp_path_factory.mktemp("measured")
-    with pytest.raises(ValueError, match=r"budget_bytes is 1,000 \(weights read .*expected at least 1\d\d,"):
+    with pytest.raises(
+        ValueError, match=r"budget_bytes: got 1,000 \(weights read .*expected at least 1\d\d,"
+    ):
         compress(
             model_dir, out, replace(AUTO, measure="token", budget_bytes=1000), Options(data, data, window=64)
         )

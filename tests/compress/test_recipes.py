@@ -30,9 +30,9 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
     (tmp_path / "auto.yaml").write_text("base: auto\ncalibration_tokens: 600\nsparsities: []\n")
     budget[2] = str(tmp_path / "auto.yaml")
     result = CliRunner().invoke(app, [*budget, "-o", str(tmp_path / "c"), "--calibration", str(data)])
-    assert result.exit_code == 2 and "budget_bytes is 1,000 (weights read per decoded" in result.output
+    assert result.exit_code == 2 and "budget_bytes: got 1,000 (weights read per decoded" in result.output
     result = CliRunner().invoke(app, [*args[:2], "int8", "--budget", "1kB", "-o", str(tmp_path / "d")])
-    assert result.exit_code == 2 and "scheme: got 'int8'; expected scheme 'auto'" in result.output
+    assert result.exit_code == 2 and "scheme is 'int8'; expected scheme 'auto'" in result.output
     yaml = tmp_path / "mine.yaml"
     yaml.write_text("base: int4-rtn\ngroup_size: 32\nignore: ['*.o_proj']\n")
     result = CliRunner().invoke(
@@ -93,7 +93,7 @@ def test_predictable_failures_happen_before_the_work(model_dir: Path, data: Path
         ),
         ("auto", Options(data, data, export="gguf"), "format: got 'gguf'; expected one of auto, "),
         ("int8", Options(data, data, backend="tpu"), "backend 'tpu' is unknown"),
-        ("int8", Options(data, tmp_path / "none"), "data is .*none', which does not exist"),
+        ("int8", Options(data, tmp_path / "none"), "data: got .*none', which does not exist"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             compress(model_dir, tmp_path / "out", RECIPES[recipe], options)

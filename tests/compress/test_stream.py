@@ -264,7 +264,7 @@ def test_layers_of_different_sizes(name: str, data: Path, tmp_path: Path) -> Non
 
 def test_experts_of_layers_with_different_sizes_are_not_dropped(data: Path, tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", layer_sizes=UNEQUAL)
-    with pytest.raises(ValueError, match=r"experts is 0\.25, but the layers of this model already differ"):
+    with pytest.raises(ValueError, match=r"experts: got 0\.25, but the layers of this model already differ"):
         compress(source, tmp_path / "out", RECIPES["experts-reap"], Options(data, data, window=64))
     odd = write_model(tmp_path / "odd", layer_sizes=[{"intermediate_size": 40}, {}, {}, {}])
     with pytest.raises(

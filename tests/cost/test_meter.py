@@ -158,9 +158,9 @@ def test_accounts_are_bounded() -> None:
 
 
 def test_invalid_usage_is_rejected() -> None:
-    with pytest.raises(ValueError, match="decode_seconds is -1"):
+    with pytest.raises(ValueError, match="decode_seconds: got -1"):
         Usage(decode_seconds=-1)
-    with pytest.raises(ValueError, match="prefill_seconds is nan"):
+    with pytest.raises(ValueError, match="prefill_seconds: got nan"):
         Usage(prefill_seconds=float("nan"))
 
 

@@ -66,12 +66,12 @@ def test_a_machine_is_its_units_and_their_hosts() -> None:
         ("price = 3", r"unknown \['price'\]"),
         ("[hardware.x]\nkind = 'cpu'", "hardware.x lacks"),
         ("[hardware.h100]\ncolour = 'red'", "expected a table of"),
-        ("[hardware.h100]\nusd_per_hour = -1", "hardware.h100.usd_per_hour is -1"),
-        ("[hardware.h100]\nusd_per_hour = 'cheap'", "hardware.h100.usd_per_hour is 'cheap'"),
+        ("[hardware.h100]\nusd_per_hour = -1", "hardware.h100.usd_per_hour: got -1"),
+        ("[hardware.h100]\nusd_per_hour = 'cheap'", "hardware.h100.usd_per_hour: got 'cheap'"),
         ("[hardware.h100]\nidle_watts = 9000", "expected at most watts"),
         ("[hardware.h100]\nkind = 'tpu'", "expected 'cpu' or 'gpu'"),
         ("[hardware.h100]\nmatch = 'h100'", "expected a list of strings"),
-        ("usd_per_kwh = true", "usd_per_kwh is True"),
+        ("usd_per_kwh = true", "usd_per_kwh: got True"),
     ],
 )
 def test_errors_name_the_file_the_field_and_the_value(tmp_path: Path, text: str, part: str) -> None:
@@ -87,5 +87,5 @@ def test_missing_file_unknown_name_and_no_units(tmp_path: Path) -> None:
         Prices.load(tmp_path / "none.toml")
     with pytest.raises(ValueError, match="hardware: got 'abacus'; expected one of"):
         Prices.load().machine("cpu", name="abacus")
-    with pytest.raises(ValueError, match="count is 0"):
+    with pytest.raises(ValueError, match="count: got 0"):
         Machine(Hardware(name="x", kind="cpu", usd_per_hour=1, watts=1, idle_watts=1), 0)

@@ -65,7 +65,7 @@ def test_misuse_is_an_integrity_error() -> None:
         pool.allocate(3)
     with pytest.raises(IntegrityError, match="released more often"):
         pool.release([0])
-    with pytest.raises(ValueError, match="num_blocks is 0"):
+    with pytest.raises(ValueError, match="num_blocks: got 0"):
         BlockPool(0)
 
 

@@ -180,8 +180,8 @@ def test_deepseek_template_with_tools(tokenizer: Tokenizer) -> None:
     ("messages", "message"),
     [
         ([], "messages is empty"),
-        ([{"role": "robot", "content": "x"}], r"messages\[0\].role is 'robot'"),
-        ([{"role": "user", "content": 5}], r"messages\[0\].content is int"),
+        ([{"role": "robot", "content": "x"}], r"messages\[0\].role: got 'robot'"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content: got int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "part of type 'image_url'"),
     ],
 )

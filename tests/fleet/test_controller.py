@@ -335,7 +335,7 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_text("policy: {capacity: 0}")
     result = CliRunner().invoke(app, ["run", str(tmp_path / "f.yaml")])
     assert result.exit_code == 2
-    assert "PolicyConfig.capacity = 0.0" in result.output
+    assert "PolicyConfig.capacity: got 0.0" in result.output
     assert "Traceback" not in result.output
 
 

@@ -49,5 +49,5 @@ def test_current_mix_is_kept_while_it_costs_little_more() -> None:
 def test_invalid_variants_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"variant x.price: got 0; expected a number above 0"):
         Variant("x", 0)
-    with pytest.raises(ValueError, match=r"variant x.max_replicas = -1"):
+    with pytest.raises(ValueError, match=r"variant x.max_replicas: got -1"):
         Variant("x", 1.0, max_replicas=-1)

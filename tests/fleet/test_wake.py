@@ -172,13 +172,13 @@ def test_reports_of_silent_gateways_expire() -> None:
     assert held.total() == 5
     now[0] = 6.0
     assert held.total() == 2
-    with pytest.raises(ValueError, match="waiting = -1"):
+    with pytest.raises(ValueError, match="waiting: got -1"):
         held.report("a", -1)
 
 
 @pytest.mark.anyio
 async def test_invalid_wake_urls_and_reports_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="wake = 'nowhere'"):
+    with pytest.raises(ValueError, match="wake: got 'nowhere'"):
         Gateway(wake="nowhere")
     loop = Controller(Policy(POLICY), Silent(), ReadOnly(), log_path=tmp_path / "d.jsonl")
     server = MetricsServer(loop.metrics, held=loop.held)

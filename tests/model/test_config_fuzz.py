@@ -130,5 +130,5 @@ def test_messages(name: str, change: dict[str, Any], message: str) -> None:
 
 def test_the_file_itself_may_be_no_object() -> None:
     for raw in ([], "x", 5, None):
-        with pytest.raises(ConfigError, match=r"config.json: got .*; expected an object"):
+        with pytest.raises(ConfigError, match=r"config.json is .*; expected an object"):
             ModelConfig.from_json(raw)  # type: ignore[arg-type]

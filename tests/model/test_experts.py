@@ -24,7 +24,7 @@ def test_parse() -> None:
     ("text", "message"),
     [
         ("some", "experts: got 'some'; expected 'auto', 'all' or"),
-        ("adaptive:", "experts is 'adaptive:'"),
+        ("adaptive:", "experts: got 'adaptive:'"),
         ("adaptive:1.5", "p: got 1.5; expected 0 < p <= 1"),
         ("adaptive:0.5,mini=2", "option 'mini' is unknown"),
         ("adaptive:0.5,min=0", "min: got 0; expected at least 1"),
@@ -85,5 +85,5 @@ def test_round_trip_through_config_json() -> None:
     assert AdaptiveExperts.from_json({}) is None
     with pytest.raises(ConfigError, match="expected 1 or one for each of 4 layers"):
         AdaptiveExperts((0.5, 0.6)).routers(config)
-    with pytest.raises(ConfigError, match="adaptive_experts is"):
+    with pytest.raises(ConfigError, match="adaptive_experts: got"):
         AdaptiveExperts.from_json({"adaptive_experts": {"mass": 3}})

@@ -160,7 +160,7 @@ def test_the_engine_serves_over_nodes(cluster: Any, checkpoint: Path) -> None:
 
 def test_missing_cluster(checkpoint: Path) -> None:
     pytest.importorskip("ray")
-    with pytest.raises(ValueError, match=r"ray_address is '127.0.0.1:1', but there is no Ray cluster"):
+    with pytest.raises(ValueError, match=r"ray_address: got '127.0.0.1:1', but there is no Ray cluster"):
         ray_workers.RayWorkers(rank_options(checkpoint, Layout(2), nodes=2, ray_address="127.0.0.1:1"))
 
 

@@ -112,7 +112,7 @@ def test_loading_server_is_shown_as_loading() -> None:
 def test_error_for_unknown_hardware_names_it(tmp_path: Path) -> None:
     import torch
 
-    with pytest.raises(ValueError, match="hardware is 'abacus'"):
+    with pytest.raises(ValueError, match="hardware: got 'abacus'"):
         machine_of(torch.device("cpu"), None, "abacus")
 
 

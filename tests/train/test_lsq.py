@@ -141,5 +141,5 @@ def test_sixteen_bits_do_not_round() -> None:
 
 @pytest.mark.parametrize("bits", [2, 5, 32])
 def test_unknown_bits_are_rejected(bits: int) -> None:
-    with pytest.raises(ValueError, match=f"weights is {bits} bits"):
+    with pytest.raises(ValueError, match=f"weights: got {bits} bits"):
         Precision(bits, 8)

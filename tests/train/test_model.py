@@ -216,8 +216,8 @@ def test_names_round_trip(tiny: ModelConfig) -> None:
     [
         ({"n_group": 3}, "n_routed_experts = 8"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5"),
-        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2"),
-        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers: got 2"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim: got 7"),
     ],
 )
 def test_errors_name_the_config_field(tiny: ModelConfig, change: dict[str, int], message: str) -> None:

@@ -265,7 +265,7 @@ def test_sizes_round_trip_through_the_checkpoint(model: DeepSeekLM, tmp_path: Pa
     [
         ([{}], "layer_sizes has 1 entries; expected one per layer, 6"),
         ([{"width": 3}] * 6, "expected a list of objects"),
-        ([{"intermediate_size": 0}] * 6, r"layer_sizes\[0\].intermediate_size is 0"),
+        ([{"intermediate_size": 0}] * 6, r"layer_sizes\[0\].intermediate_size: got 0"),
         ([{"n_routed_experts": 20}] * 6, "n_group: got 8; expected a divisor of n_routed_experts = 20"),
     ],
 )

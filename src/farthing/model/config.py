@@ -345,5 +345,5 @@ def _check_indexer(c: ModelConfig) -> None:
         raise ConfigError(f"indexer_types has {sorted(unknown)[0]!r}; expected 'full' or 'shared'")
     if c.indexer_types and c.indexer_types[0] != "full":
         raise ConfigError(
-            "indexer_types[0] is 'shared'; expected 'full': no earlier layer selects keys that it could share"
+            "indexer_types[0]: got 'shared'; expected 'full': no earlier layer selects keys to share"
         )

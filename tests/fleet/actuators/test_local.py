@@ -209,8 +209,8 @@ asyncio.run(main())
 async def test_configuration_errors_name_accepted_values(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'farthing serve'.*\{port\}"):
         LocalConfig(("farthing", "serve"), tmp_path)
-    with pytest.raises(ValueError, match="ready_timeout_s = 0"):
+    with pytest.raises(ValueError, match="ready_timeout_s: got 0"):
         LocalConfig(FAKE, tmp_path, ready_timeout_s=0)
 
-    with pytest.raises(ValueError, match="replicas = -1"):
+    with pytest.raises(ValueError, match="replicas: got -1"):
         await local(tmp_path).scale(-1)

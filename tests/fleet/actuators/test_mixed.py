@@ -53,5 +53,5 @@ def test_configuration_accepts_a_target_or_variants() -> None:
     assert made.variants[0].size == 1.0
     with pytest.raises(ValueError, match="target and variants are both set"):
         read(KubernetesConfig, {"variants": [kind], "target": "deployment/b"})
-    with pytest.raises(ValueError, match=r"spot_share = 2\.0"):
+    with pytest.raises(ValueError, match=r"spot_share: got 2\.0"):
         read(KubernetesConfig, {"variants": [kind], "spot_share": 2.0})

@@ -78,7 +78,7 @@ def test_device_file_overrides_the_default_per_kernel(
         ({"k": [{"rows": 16, "tile": 4}]}, r"k has \['rows', 'tile'\]; expected 'rows' and some of"),
         ({"k": [{"bm": 16}]}, r"k has \['bm'\]; expected 'rows'"),
         ({"k": [{"rows": 16, "bm": 48}]}, "k: bm: got 48; expected a power of two, at least 16"),
-        ({"k": [{"rows": 16, "bn": 8}]}, "bn is 8"),
+        ({"k": [{"rows": 16, "bn": 8}]}, "bn: got 8"),
         ({"k": [{"rows": 16, "num_stages": 9}]}, "num_stages: got 9; expected 1 to 8"),
         ({"k": [{"rows": 64}, {"rows": 16}]}, r"k has rows \[64, 16\]; expected some, ascending"),
         ({"k": []}, r"k has rows \[\]"),
