@@ -14,7 +14,14 @@ from rich.table import Table
 
 from farthing.cli.options import with_options
 from farthing.fleet.forecast.short import SHORT_MODELS, ShortConfig
-from farthing.fleet.replay.document import PlanConfig, ReplayConfig, replay_file
+from farthing.fleet.replay.document import (
+    PlanConfig,
+    PoolsConfig,
+    ReplayConfig,
+    replay_file,
+    replay_pools,
+)
+from farthing.fleet.replay.run import Progress
 from farthing.options import option
 
 app = typer.Typer(add_completion=False, help="Replay a load trace against scaling policies.")
@@ -25,7 +32,9 @@ farthing replay                                         (the example trace, all 
 
 farthing replay rates.csv --policy farthing,hpa,oracle --utilization 0.7 --load-time 600 --json
 
-farthing replay rates.csv --policy stabilized-tuned,hpa-tuned --second-half --picture fleet.png"""
+farthing replay rates.csv --policy stabilized-tuned,hpa-tuned --second-half --picture fleet.png
+
+farthing replay mooncake.jsonl.gz --pools --load-time 60 --tpot 0.05"""
 
 
 _option = partial(option, group="Options")
@@ -48,6 +57,11 @@ class ReplayOptions:
     model: str = _option("mixture", f"Short-term forecaster: {', '.join(SHORT_MODELS)}")
     plan: bool = _option(True, "Use the day plan (Prophet) as a floor")
     picture: Path | None = _option(None, "Plot of load, forecast and replicas to write")
+    pools: bool = _option(False, "Compare one pool with separate prefill and decode pools")
+    ttft: float = _option(10.0, "With --pools: target of the time to first token, s")
+    tpot: float = _option(0.1, "With --pools: target of the time per output token, s")
+    slo: float = _option(0.99, "With --pools: share in time that the tuned utilizations keep")
+    copies: int = _option(1, "With --pools: replay the trace this many times at once, shifted")
 
     def config(self) -> ReplayConfig:
         """The replay's settings; their bounds are checked there."""
@@ -64,6 +78,13 @@ class ReplayOptions:
             plan=PlanConfig(enabled=self.plan),
         )
 
+    def replay(self, progress: Progress) -> dict[str, Any]:
+        """Replay the trace."""
+        if self.pools:
+            pools = PoolsConfig(ttft_s=self.ttft, tpot_s=self.tpot, slo=self.slo, copies=self.copies)
+            return replay_pools(self.trace, pools, self.config(), progress)
+        return replay_file(self.trace, self.policy, self.config(), self.picture, progress)
+
 
 @app.command(epilog=EPILOG)
 @with_options(options=ReplayOptions)
@@ -76,25 +97,45 @@ def main(
     console = Console(stderr=True)
     try:
         with console.status("reading") as status:
-            document = replay_file(
-                given.trace, given.policy, given.config(), given.picture, lambda text: status.update(text)
-            )
+            document = given.replay(lambda text: status.update(text))
     except (ValueError, OSError) as error:
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(2) from error
     if as_json:
         print(json.dumps(document))
         return
-    _print(document)
+    if given.pools:
+        _print_pools(document)
+    else:
+        _print(document)
+
+
+def _forecaster(document: dict[str, Any]) -> str:
+    forecaster = document["forecaster"]
+    weights = ", ".join(f"{name} {weight:.0%}" for name, weight in forecaster["weights"].items())
+    return f"forecaster: {forecaster['model']} ({weights})"
+
+
+def _print_pools(document: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{document['trace']}, {document['requests']} requests, TTFT {document['ttft_s']:g} s, "
+        f"TPOT {document['tpot_s']:g} s, load time {document['load_time_s']:g} s"
+    )
+    table.caption = f"{_forecaster(document)}; rule slo; tuned: fixed u, chosen on this trace"
+    for column in ("layout", "replica-hours", "SLO %", "TTFT %", "TPOT %", "cached %", "u"):
+        table.add_column(column, justify="left" if column == "layout" else "right")
+    for name, row in document["layouts"].items():
+        shares = [f"{100 * row[key]:.2f}" for key in ("slo", "ttft", "tpot", "cached")]
+        used = ", ".join(f"{kind} {u:.2f}" for kind, u in row.get("utilization", {}).items())
+        table.add_row(name, f"{row['instance_hours']:.2f}", *shares, used or "by SLO")
+    Console().print(table)
 
 
 def _print(document: dict[str, Any]) -> None:
     table = Table(
         title=f"{document['trace']}, {document['hours']:.1f} h, load time {document['load_time_s']:g} s"
     )
-    forecaster = document["forecaster"]
-    weights = ", ".join(f"{name} {weight:.0%}" for name, weight in forecaster["weights"].items())
-    table.caption = f"forecaster: {forecaster['model']} ({weights}); policy `farthing`: rule slo"
+    table.caption = f"{_forecaster(document)}; policy `farthing`: rule slo"
     for column in ("policy", "instance-hours", "SLO %", "changes", "turns", "cost", "u"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, row in document["policies"].items():

@@ -1,4 +1,4 @@
-"""Scale replicas of the embedded model on this machine through an hour of real load at 60x speed."""
+"""Scale replicas of the embedded model on this machine through hours of real load in a minute."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from farthing.fleet.decisions import Decision
 from farthing.fleet.replay.trace import EXAMPLE
 from farthing.fleet.series import read_series
 
-SPEED = 60  # one hour in one minute
-WINDOWS = 6  # of 600 s
-CAPACITY = 3.0  # declared requests per second per replica
+SPEED = 150  # two and a half hours in one minute
+WINDOWS = 15  # of 600 s
+CAPACITY = 5.0  # declared requests per second per replica
 PEAK_REPLICAS = 1.7  # replicas needed at the peak, before headroom
 ANSWER = 16  # tokens
 # Five minutes of the policy on the demo's clock: outlasts a dip, yet shows the scale-down.
@@ -66,23 +66,23 @@ class FleetRun:
         return "\n".join(lines)
 
 
-def busy_hour() -> list[float]:
-    """The six consecutive rates of the trace with the highest peak between two valleys, scaled so that the
-    peak needs PEAK_REPLICAS."""
+def busy_hours() -> list[float]:
+    """The consecutive rates of the trace with the highest peak above their first and last two, scaled so that
+    the peak needs PEAK_REPLICAS."""
     rates = [float(rate) for rate in read_series(EXAMPLE).values]
 
     def prominence(i: int) -> float:
-        hour = rates[i : i + WINDOWS]
-        return (max(hour[1:-1]) - max(hour[0], hour[-1])) / max(hour)
+        part = rates[i : i + WINDOWS]
+        return (max(part[2:-2]) - max(part[:2] + part[-2:])) / max(part)
 
     best = max(range(len(rates) - WINDOWS + 1), key=prominence)
-    hour = rates[best : best + WINDOWS]
-    return [r / max(hour) * PEAK_REPLICAS * CAPACITY for r in hour]
+    part = rates[best : best + WINDOWS]
+    return [r / max(part) * PEAK_REPLICAS * CAPACITY for r in part]
 
 
 def run_fleet(model: str, say: Callable[[str], None]) -> FleetRun:
     """Run `farthing fleet up MODEL` under the load and collect its decisions."""
-    rates = busy_hour()
+    rates = busy_hours()
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="farthing-fleet-") as state:
         config = Path(state) / "fleet.yaml"
@@ -130,7 +130,7 @@ def picture(run: FleetRun) -> str:
     figure, left = plt.subplots(figsize=(9, 3.2))
     edges = [i * 600 / SPEED for i in range(len(run.rates) + 1)]
     left.stairs(run.rates, edges, color="#64748b", label="requests per second", fill=True, alpha=0.3)
-    left.set_xlabel("seconds (one is a minute of the trace)")
+    left.set_xlabel("seconds (one is two and a half minutes of the trace)")
     left.set_ylabel("requests per second")
     right = left.twinx()
     right.step(run.times, run.wanted, where="post", color="#f59e0b", label="requested")

@@ -34,7 +34,7 @@ FIT_STEP_S = 1800.0  # the plan is fitted on means of this length
 SOURCE = "prophet"
 PLAN_DAYS = 2  # forecast at each fit, so that the plan reaches a day ahead until the next fit
 KEEP_DAYS = 120
-_FRESH_S = 15.0  # short-term forecasts of the same minute are cached for this long
+_FRESH_S = 15.0  # short-term forecasts of the same step are cached for at most this long
 
 
 class DayPlan:
@@ -158,7 +158,7 @@ class LiveEstimates:
         self._unit = policy.unit
         targets = Targets(policy.latency_threshold_s, policy.slo.ttft_s, policy.slo.tpot_s)
         self._capacity = OnlineCapacity(policy.capacity, policy.unit, targets)
-        lead = max(GRID_S, policy.cold_start_s + policy.interval_s)
+        lead = policy.cold_start_s + policy.interval_s
         settings = forecast_settings(config.forecast)
         self._short = ShortTerm(replace(settings[0], lead_s=lead))
         self._plan = DayPlan(
@@ -170,8 +170,9 @@ class LiveEstimates:
         self._open_minute = 0.0
         self._minute_start: float | None = None
         self._cached: tuple[float, Forecast | None] = (-float("inf"), None)
-        for time, load in read_loads(self._path):
-            self._learn(time, load)
+        known = read_loads(self._path)
+        for time, load in known:
+            self._learn(time, load, recent=time > known[-1][0] - self._short.reach_s)
 
     # ---- input ----
 
@@ -188,8 +189,9 @@ class LiveEstimates:
         """Time of the last recorded load."""
         return self._minute_start
 
-    def _learn(self, time: float, load: float) -> None:
-        self._short.observe(time, load)
+    def _learn(self, time: float, load: float, *, recent: bool = True) -> None:
+        if recent:
+            self._short.observe(time, load)
         self._plan.observe(time, load)
         self._minute_start = time
 
@@ -225,7 +227,7 @@ class LiveEstimates:
 
     def short(self, now: float) -> Forecast | None:
         made, forecast = self._cached
-        if not 0 <= now - made < _FRESH_S:
+        if not 0 <= now - made < min(_FRESH_S, self._short.config.grid_s):
             forecast = self._short.forecast(now)
             self._cached = (now, forecast)
         return replace(forecast, start=now) if forecast is not None else None

@@ -173,3 +173,15 @@ def test_every_model_can_be_backtested(model: str) -> None:
     report = backtest_short(Series(0.0, 600.0, values), ShortConfig(model=model), 600.0)
     assert {"wape", "coverage", "pinball", "skill_vs_last", "weights"} <= set(report)
     assert 0.75 <= report["coverage"] / 100 <= 1.0
+
+
+def test_lead_of_seconds_is_forecast_on_a_grid_of_seconds() -> None:
+    assert ShortConfig(lead_s=615.0).grid_s == ShortConfig(lead_s=60.0).grid_s == 60.0
+    config = ShortConfig(lead_s=6.0)
+    assert config.grid_s == 1.0
+    level = ShortTerm(config)
+    for second in range(40):  # a ramp
+        level.observe(float(second), 5.0 + 0.2 * second)
+    made = level.forecast(40.0)
+    assert made is not None and made.step_s == 6.0  # before the first minute is over
+    assert 12.8 < made.p90[0] < 25.0

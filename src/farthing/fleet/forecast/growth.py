@@ -15,13 +15,14 @@ Shapes: N = steps of the grid, B = runs side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+LEAD_S = 615.0  # the settings below are for this lead: a cold start of ten minutes
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class GrowthConfig:
     reversion_s: float = 3600.0  # window of that mean
     trend: float = 0.2  # share of the cold start for which a steep slope continues
     trend_s: float = 300.0  # window of the slope
-    trend_above: float = 0.25  # a slope is steep if it changes the load by this share in 600 s
+    trend_above: float = 0.25  # a slope is steep if it changes the load by this share in
+    trend_over_s: float = 600.0  # this time
     fast_s: float = 60.0  # windows of the two means that smooth the load: the slow one, unless
     slow_s: float = 180.0  # the fast one departs from it by more than `depart`
     depart: float = 0.06
@@ -53,12 +55,19 @@ class GrowthConfig:
             "prior",
             "reversion_s",
             "trend_s",
+            "trend_over_s",
             "fast_s",
             "slow_s",
             "ceiling_s",
             "refresh_s",
         ):
             _accept(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+
+    def paced(self, lead_s: float) -> GrowthConfig:
+        """The settings for a short lead: windows shrink with it, since load is watched more closely."""
+        share = min(1.0, lead_s / LEAD_S)
+        names = ("window_s", "reversion_s", "trend_s", "trend_over_s", "fast_s", "slow_s", "refresh_s")
+        return replace(self, **{name: getattr(self, name) * share for name in names})
 
 
 def _accept(name: str, value: float, good: bool, accepted: str) -> None:
@@ -110,7 +119,7 @@ def point_forecast(raw: Floats, load: Floats, step_s: float, lead_s: float, conf
     mean = trailing_mean(load, round(config.reversion_s / step_s))
     point = (1 - config.reversion) * load + config.reversion * mean
     slope = trailing_slope(raw, round(config.trend_s / step_s), step_s)
-    steep = np.abs(slope) * 600 > config.trend_above * load
+    steep = np.abs(slope) * config.trend_over_s > config.trend_above * load
     moved = point + np.where(steep, config.trend * slope * lead_s, 0.0)
     return np.maximum(moved, 0.5 * load)
 
@@ -140,7 +149,7 @@ def running_quantile(
 
     `prior` stands for what has not been seen yet.
     """
-    stride = max(1, round(60 / step_s))  # neighbouring steps are nearly equal: one a minute will do
+    stride = max(1, round(refresh_s / (10 * step_s)))  # neighboring steps are nearly equal
     sparse = seen[::stride]
     window = max(1, round(window_s / (step_s * stride)))
     filled = np.concatenate([np.full((window - 1, seen.shape[1]), prior), sparse])

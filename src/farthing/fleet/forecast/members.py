@@ -39,19 +39,18 @@ class LastValue:
 
     name = "last-value"
 
-    def __init__(self, window_s: float = 86400.0, prior: float = 1.25) -> None:
-        self.window_s, self.prior = window_s, prior
+    def __init__(self, config: GrowthConfig | None = None) -> None:
+        self.config = config or GrowthConfig()
 
     def fit(self, history: History) -> None:
         """No-op."""
 
     def quantiles(self, history: History, first: int) -> Floats:
-        seen = np.full((history.lead, history.load.shape[1]), np.log(self.prior))
+        prior, window_s, refresh_s = np.log(self.config.prior), self.config.window_s, self.config.refresh_s
+        seen = np.full((history.lead, history.load.shape[1]), prior)
         past = np.concatenate([seen, history.target]) if len(history) > history.lead else seen
         past = past[: len(history)]
-        made = [
-            running_quantile(past, history.step_s, q, self.window_s, np.log(self.prior)) for q in QUANTILES
-        ]
+        made = [running_quantile(past, history.step_s, q, window_s, prior, refresh_s) for q in QUANTILES]
         return np.stack(made, axis=-1)[first:]
 
 

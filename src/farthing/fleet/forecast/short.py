@@ -30,6 +30,7 @@ from farthing.fleet.series import DAY_S
 log = logging.getLogger(__name__)
 
 GRID_S = 60.0
+KEPT = 14 * 24 * 60  # steps of the history
 MIXTURE = ("lstm", "lstm-shipped", "regression", "growth", "last-value")
 BLOCKS = ("mix", "ridge", "ar", "profile")  # path forecasters that are members on their own
 SHORT_MODELS = ("mixture", *MIXTURE, *BLOCKS)
@@ -43,7 +44,6 @@ class ShortConfig:
     members: tuple[str, ...] = MIXTURE  # of the mixture
     lead_s: float = 615.0  # one cold start + one interval
     retrain_s: float = 12 * 3600.0
-    keep_s: float = 14 * DAY_S  # length of the kept history
     lstm: LSTMConfig = field(default_factory=LSTMConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
@@ -61,6 +61,16 @@ class ShortConfig:
             )
 
     @property
+    def grid_s(self) -> float:
+        """Seconds per step: a minute, or a sixth of a lead that is shorter than a minute."""
+        return GRID_S if self.lead_s >= GRID_S else max(1.0, self.lead_s / 6)
+
+    @property
+    def pace(self) -> GrowthConfig:
+        """The growth settings for this lead."""
+        return self.growth if self.lead_s >= GRID_S else self.growth.paced(self.lead_s)
+
+    @property
     def names(self) -> tuple[str, ...]:
         return self.members if self.model == "mixture" else (self.model,)
 
@@ -74,9 +84,9 @@ def make_members(config: ShortConfig) -> list[Member]:
         if name in BLOCKS:
             made.append(Blocks(make(name), name))
         elif name == "growth":
-            made.append(Growth(config.growth))
+            made.append(Growth(config.pace))
         elif name == "last-value":
-            made.append(LastValue())
+            made.append(LastValue(config.pace))
         else:
             assert shipped is not None
             made.append(
@@ -160,11 +170,11 @@ def walk(history: History, config: ShortConfig) -> tuple[Advanced, list[str]]:
     """
     runs = history.load.shape[1]
     level = ShortLevel(make_members(config), runs, history.lead, config.mixture)
-    every, keep = max(1, round(config.retrain_s / history.step_s)), round(config.keep_s / history.step_s)
+    every = max(1, round(config.retrain_s / history.step_s))
     parts = []
     for begin in range(0, len(history), every):
         if begin:
-            level.fit(history.head(begin).lane(0).tail(keep))
+            level.fit(history.head(begin).lane(0).tail(KEPT))
         end = min(len(history), begin + every)
         before = min(begin, reach(history))
         parts.append(level.advance(history.head(end).tail(end - begin + before), before))
@@ -175,55 +185,61 @@ def walk(history: History, config: ShortConfig) -> tuple[Advanced, list[str]]:
 class ShortTerm:
     """The level in production: `observe` adds loads, `forecast` queries it.
 
-    Times in seconds. Loads are averaged per minute; gaps are interpolated linearly.
+    Times in seconds. Loads are averaged per step of the grid; gaps are interpolated linearly.
     """
 
     def __init__(self, config: ShortConfig | None = None, members: Sequence[Member] | None = None) -> None:
         self.config = config or ShortConfig()
         made = list(members) if members is not None else make_members(self.config)
-        lead = max(1, round(self.config.lead_s / GRID_S))
+        self._grid = self.config.grid_s
+        lead = max(1, round(self.config.lead_s / self._grid))
         self.level = ShortLevel(made, 1, lead, self.config.mixture)
-        self._minutes: deque[float] = deque(maxlen=round(self.config.keep_s / GRID_S))
-        self._start: float | None = None  # of the current minute
+        self._steps: deque[float] = deque(maxlen=KEPT)
+        self._start: float | None = None  # of the current step
         self._filling: list[float] = []
         self._trained: float | None = None
-        self._count = 0  # complete minutes so far
-        self._new = 0  # complete minutes not yet passed to the level
+        self._count = 0  # complete steps so far
+        self._new = 0  # complete steps not yet passed to the level
         self._last: Advanced | None = None
 
+    @property
+    def reach_s(self) -> float:
+        """Seconds of the kept history."""
+        return KEPT * self._grid
+
     def observe(self, now: float, load: float | None) -> None:
-        """Add the load at `now`; ignores None (missing) and times before the last minute."""
+        """Add the load at `now`; ignores None (missing) and times before the last step."""
         if load is None or not np.isfinite(load) or load < 0:
             return
         if self._start is None:
             self._start = now
-        if now < self._start:  # the clock went back: continue from here and keep the order of minutes
+        if now < self._start:  # the clock went back: continue from here and keep the order of steps
             self._start, self._filling = now, []
-        while now >= self._start + GRID_S:
-            previous = self._minutes[-1] if self._minutes else load
-            self._minutes.append(float(np.mean(self._filling)) if self._filling else (previous + load) / 2)
+        while now >= self._start + self._grid:
+            previous = self._steps[-1] if self._steps else load
+            self._steps.append(float(np.mean(self._filling)) if self._filling else (previous + load) / 2)
             self._new, self._count = self._new + 1, self._count + 1
             behind = now - self._start
-            self._start = now if behind > self.config.keep_s else self._start + GRID_S
+            self._start = now if behind > self.reach_s else self._start + self._grid
             self._filling = []
         self._filling.append(load)
 
     def retrain(self, now: float) -> bool:
         """Retrain the members if due; takes seconds, so run it in a thread. Returns whether they trained."""
         due = self._trained is None or abs(now - self._trained) >= self.config.retrain_s
-        if not due or len(self._minutes) < 10 * self.config.lead_s / GRID_S:
+        if not due or len(self._steps) < 10 * self.config.lead_s / self._grid:
             return False
-        self.level.fit(self._history(len(self._minutes)))
+        self.level.fit(self._history(len(self._steps)))
         self._trained = now
-        log.info("short-term forecasters fitted on %.1f hours", len(self._minutes) * GRID_S / 3600)
+        log.info("short-term forecasters fitted on %.1f hours", len(self._steps) * self._grid / 3600)
         return True
 
     def forecast(self, now: float) -> Forecast | None:
-        """Median and 0.9 bound of the load's peak over the lead from `now`; None before a complete minute."""
+        """Median and 0.9 bound of the load's peak over the lead from `now`; None before a complete step."""
         self._advance()
         if self._last is None:
             return None
-        recent = self._history(round(2 * DAY_S / GRID_S))
+        recent = self._history(round(2 * DAY_S / self._grid))
         p90 = float(capped(self._last.p90[-1:], recent)[0, 0])
         p50 = min(float(self._last.p50[-1, 0]), p90)
         weights = self._last.weights[-1, :, 0]
@@ -234,13 +250,13 @@ class ShortTerm:
     def _advance(self) -> None:
         if not self._new:
             return
-        count = min(self._new, len(self._minutes))
-        full = self._history(len(self._minutes))
+        count = min(self._new, len(self._steps))
+        full = self._history(len(self._steps))
         before = min(len(full) - count, reach(full))
         self._last = self.level.advance(full.tail(count + before), before)
         self._new = 0
 
     def _history(self, steps: int) -> History:
-        values = np.array(self._minutes)[-steps:, None]
+        values = np.array(self._steps)[-steps:, None]
         first = self._count - len(values)
-        return History(values, GRID_S, self.config.lead_s, first, self.config.growth)
+        return History(values, self._grid, self.config.lead_s, first, self.config.pace)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from farthing.fleet.replay.plan import PlanConfig
+from farthing.fleet.replay.pools import PoolsConfig, compare
 from farthing.fleet.replay.requests import replay_requests
 from farthing.fleet.replay.run import POLICIES, Progress, ReplayConfig, base_of, replay
 from farthing.fleet.replay.trace import EXAMPLE, RequestTrace, read_trace
 
-__all__ = ["PlanConfig", "ReplayConfig", "replay_file"]
+__all__ = ["PlanConfig", "PoolsConfig", "ReplayConfig", "replay_file", "replay_pools"]
 
 
 def replay_file(
@@ -36,3 +37,13 @@ def replay_file(
         progress("picture")
         plot(made, runs, picture)
     return document
+
+
+def replay_pools(
+    path: Path | None, pools: PoolsConfig, config: ReplayConfig, progress: Progress = lambda text: None
+) -> dict[str, Any]:
+    """Replay the requests at `path` in one pool and in separate prefill and decode pools."""
+    trace = read_trace(path if path is not None else EXAMPLE)
+    if not isinstance(trace, RequestTrace):
+        raise ValueError(f"{trace.name}: got a rate trace; expected single requests for --pools")
+    return compare(trace, pools, config, progress)

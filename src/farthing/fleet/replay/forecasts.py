@@ -1,4 +1,4 @@
-"""The short-term level in a replay: the production `ShortLevel` over the replayed minutes.
+"""The short-term level in a replay: the production `ShortLevel` over the replayed load.
 
 Its members are trained on the first run, on the production schedule. Results are cached in the user's cache
 directory by trace, settings and packaged weights, so that a second replay starts at once.
@@ -18,9 +18,9 @@ import numpy as np
 from farthing import files
 from farthing.fleet.forecast.base import Floats
 from farthing.fleet.forecast.history import History
-from farthing.fleet.forecast.short import GRID_S, ShortConfig, capped, walk
+from farthing.fleet.forecast.short import ShortConfig, capped, walk
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,22 @@ class ShortTrack:
 
 
 def short_track(raw: Floats, tick_s: float, lead_s: float, config: ShortConfig) -> ShortTrack:
-    """Run the level over `raw` [T, B], the mean load known at each tick; uses only complete minutes."""
+    """Run the level over `raw` [T, B], the mean load known at each tick; uses only complete steps."""
     config = replace(config, lead_s=lead_s)
-    every = max(1, round(GRID_S / tick_s))
+    every = max(1, round(config.grid_s / tick_s))
     whole = len(raw) // every * every
-    minutes = raw[:whole].reshape(-1, every, raw.shape[1]).mean(axis=1)
-    path = _cache(minutes, config)
+    steps = raw[:whole].reshape(-1, every, raw.shape[1]).mean(axis=1)
+    path = _cache(steps, config)
     if path.exists():
         with np.load(path) as kept:
             bound, weights = kept["bound"], kept["weights"]
             names = [str(name) for name in kept["names"]]
     else:
-        history = History(minutes, every * tick_s, lead_s, growth=config.growth)
+        history = History(steps, every * tick_s, lead_s, growth=config.pace)
         made, names = walk(history, config)
         bound, weights = capped(made.p90, history).astype(np.float32), made.weights.mean(axis=(0, 2))
         _keep(path, bound, weights, names)
-    # a minute is known from the tick at which it ends
+    # a step is known from the tick at which it ends
     ticks = np.repeat(bound.astype(np.float64), every, axis=0)
     shifted = np.concatenate([raw[: every - 1] * 1.25, ticks])[: len(raw)]
     if len(shifted) < len(raw):
@@ -55,9 +55,9 @@ def short_track(raw: Floats, tick_s: float, lead_s: float, config: ShortConfig) 
     return ShortTrack(shifted, dict(zip(names, weights.round(3).tolist(), strict=True)))
 
 
-def _cache(minutes: Floats, config: ShortConfig) -> Path:
-    digest = hashlib.sha256(minutes.tobytes())
-    digest.update(repr((_FORMAT, minutes.shape, replace(config, pretrained=Path()))).encode())
+def _cache(steps: Floats, config: ShortConfig) -> Path:
+    digest = hashlib.sha256(steps.tobytes())
+    digest.update(repr((_FORMAT, steps.shape, replace(config, pretrained=Path()))).encode())
     digest.update(config.pretrained.read_bytes() if config.pretrained.exists() else b"")
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "farthing" / "replay"
     return root / f"{digest.hexdigest()[:32]}.npz"

@@ -229,9 +229,14 @@ def _oracle(
 
 def _rates(trace: RequestTrace, weight: Floats | None = None) -> Series:
     """Requests per second in bins of five seconds, each counted by its `weight` [R] (default 1)."""
-    count = max(4, math.ceil(float(trace.arrival_s[-1]) / BIN_S) + 1)
-    binned = np.bincount((trace.arrival_s / BIN_S).astype(int), weights=weight, minlength=count)
-    return Series(0.0, BIN_S, binned / BIN_S, trace.name)
+    return binned(trace.arrival_s, trace.name, weight)
+
+
+def binned(arrival_s: Floats, name: str, weight: Floats | None = None) -> Series:
+    """The rate of requests that arrive at these times."""
+    count = max(4, math.ceil(float(arrival_s[-1]) / BIN_S) + 1)
+    counts = np.bincount((arrival_s / BIN_S).astype(int), weights=weight, minlength=count)
+    return Series(0.0, BIN_S, counts / BIN_S, name)
 
 
 def _run(

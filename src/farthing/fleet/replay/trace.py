@@ -16,6 +16,7 @@ from farthing.fleet.series import Series, open_text, read_series, seconds
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+BLOCK = 512  # tokens per block of a prompt, as in the Mooncake traces
 EXAMPLE = Path(__file__).parent / "traces" / "servegen_reason_deepseek-r1_rate.csv"
 
 
@@ -27,6 +28,7 @@ class RequestTrace:
     arrival_s: Floats  # [R] seconds after the first request
     prompt_tokens: Ints  # [R]
     output_tokens: Ints  # [R]
+    blocks: tuple[tuple[int, ...], ...] = ()  # [R] ids of each prompt's leading blocks of BLOCK tokens
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -58,7 +60,8 @@ def read_trace(path: str | Path) -> Series | RequestTrace:
         raise ValueError(f"{path}: got {len(rows)} requests; expected at least two")
     data = np.array([row[:3] for row in rows], dtype=np.float64)
     prompts, outputs = np.maximum(1, data[:, 1:]).astype(np.int64).T
-    return RequestTrace(path.name.split(".")[0], data[:, 0] - data[0, 0], prompts, outputs)
+    blocks = tuple(row.blocks for row in rows)
+    return RequestTrace(path.name.split(".")[0], data[:, 0] - data[0, 0], prompts, outputs, blocks)
 
 
 def read_requests(path: str | Path, others: str = "") -> list[Arrival]:
