@@ -49,8 +49,8 @@ def test_draws_are_those_of_torch(vocabulary: int, limits: tuple[int, float, flo
         k, p, least = limits
         parts: list[NDArray[Any]] = [np.full(64, k or vocabulary), np.full(64, p, np.float32)]
         parts.append(np.full(64, least, np.float32))
-        same = Filters(*map(torch.from_numpy, parts), most=k)  # type: ignore[misc]
-        filters = Filters(*parts, most=k)  # type: ignore[arg-type, misc]
+        same = Filters(*map(torch.from_numpy, parts))  # type: ignore[misc]
+        filters = Filters(*parts)  # type: ignore[arg-type, misc]
     expected = sampling.sample(torch.from_numpy(logits), torch.from_numpy(uniform), same).numpy()
     # A random number on the border of two tokens may fall to either.
     assert (sampling_numpy.sample(logits, uniform, filters) == expected).mean() > 0.98

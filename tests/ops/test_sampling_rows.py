@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
+from farthing.ops import sampling_numpy
 from farthing.ops.sampling import CANDIDATES, Filters, sample
 
 
@@ -17,3 +21,43 @@ def test_row_is_sampled_the_same_next_to_one_that_needs_the_whole_vocabulary() -
     together = sample(logits, uniform, filters)
     alone = [sample(logits[[i]], uniform[[i]], filters.at(torch.tensor([i]))) for i in range(40)]
     assert together.tolist() == torch.cat(alone).tolist()
+
+
+def mixed(rows: int, vocabulary: int) -> Filters:
+    large = [vocabulary, CANDIDATES, CANDIDATES + 44, 40, 9 * CANDIDATES]
+    min_p = torch.tensor([0.0, 0.001]).repeat(rows // 2)
+    return Filters(torch.tensor(large).repeat(rows // len(large)), torch.full((rows,), 0.9), min_p)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_row_is_sampled_the_same_next_to_one_with_a_large_top_k(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 400, 16 * CANDIDATES
+    logits = torch.randn(rows, vocabulary, generator=generator).bfloat16().float()  # many are equal
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    filters = mixed(rows, vocabulary)
+
+    def drawn(at: torch.Tensor) -> list[int]:
+        part = filters.at(at)
+        if kind == "torch":
+            return sample(logits[at], uniform[at], part).tolist()
+        arrays: Any = Filters(part.top_k.numpy(), part.top_p.numpy(), part.min_p.numpy())  # type: ignore[arg-type]
+        return sampling_numpy.sample(logits[at].numpy(), uniform[at].numpy(), arrays).tolist()
+
+    alone = [token for i in range(rows) for token in drawn(torch.tensor([i]))]
+    assert drawn(torch.arange(rows)) == alone
+
+
+def test_large_top_k_keeps_the_mass_of_all_its_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 100, 16 * CANDIDATES
+    logits = 3 * torch.randn(rows, vocabulary, generator=generator)
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64)
+    filters = mixed(rows, vocabulary)
+    values, ids = logits.double().softmax(-1).sort(descending=True)
+    kept = values * (values >= filters.min_p.double()[:, None] * values[:, :1])
+    kept *= torch.arange(vocabulary) < filters.top_k[:, None]
+    kept *= kept.cumsum(-1) - kept < 0.9 * kept.sum(-1, keepdim=True)
+    drawn = (kept.cumsum(-1) <= (uniform * kept.sum(-1))[:, None]).sum(-1)
+    expected = ids.gather(1, drawn[:, None])[:, 0]
+    assert (sample(logits, uniform, filters) == expected).sum() >= rows - 2  # a border falls to either

@@ -282,5 +282,4 @@ def _filters(params: Sequence[SamplingParams], x: Tensor) -> Filters:
         _index([p.top_k if p.top_k > 0 else vocabulary for p in params], x),
         _floats([p.top_p for p in params], x),
         _floats([p.min_p for p in params], x),
-        max(p.top_k for p in params),
     )

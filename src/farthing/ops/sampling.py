@@ -24,15 +24,10 @@ class Filters:
     top_k: Tensor  # [n] int64; V or more: every token
     top_p: Tensor  # [n] float32, relative to the mass kept by top_k and min_p
     min_p: Tensor  # [n] float32, relative to the most likely token's probability
-    most: int = 0  # the largest effective top_k
 
     def at(self, rows: Tensor) -> Filters:
         """The filters of some rows."""
-        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows], self.most)
-
-    def candidates(self, vocabulary: int) -> int:
-        """Number of largest logits to examine before falling back to all of them."""
-        return min(vocabulary, max(CANDIDATES, self.most))
+        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
 def sample(logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
@@ -40,7 +35,7 @@ def sample(logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> T
     if filters is None:
         return invert(logits.softmax(-1), uniform)
     vocabulary = logits.shape[1]
-    width = filters.candidates(vocabulary)
+    width = min(vocabulary, CANDIDATES)  # whatever other rows ask for: sums of more weights round differently
     tokens, whole = _sample_among(logits, uniform, filters, width)
     if width < vocabulary and not bool(whole.all()):
         # Sorting all of V takes several times as long as the rest of a step, so only rows that need it do.
@@ -59,9 +54,10 @@ def _sample_among(logits: Tensor, uniform: Tensor, filters: Filters, width: int)
     rank = torch.arange(width, device=logits.device)
     by_min_p = probs >= min_p[:, None] * probs[:, :1]
     kept = probs * (by_min_p & (rank < top_k[:, None]))
-    whole = (top_k <= width) | ~by_min_p[:, -1] | ((min_p == 0) & (probs.sum(-1) >= top_p) & (top_p < 1))
     # Without top_k and min_p the mass is over all of V, of which `kept` may be only a part.
-    mass = torch.where((top_k >= vocabulary) & (min_p == 0), torch.ones_like(top_p), kept.sum(-1))
+    open_end = (top_k >= vocabulary) & (min_p == 0)
+    whole = (top_k <= width) | ~by_min_p[:, -1] | (open_end & (probs.sum(-1) >= top_p) & (top_p < 1))
+    mass = torch.where(open_end, torch.ones_like(top_p), kept.sum(-1))
     before = kept.cumsum(-1) - kept
     kept = kept * (before < (top_p * mass)[:, None])
     return ids.gather(1, invert(kept, uniform)[:, None])[:, 0], whole

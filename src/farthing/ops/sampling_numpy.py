@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farthing.ops.arrays import largest, logsumexp
+from farthing.ops.sampling import CANDIDATES
 
 if TYPE_CHECKING:
     from farthing.ops.sampling import Filters
@@ -25,27 +26,32 @@ def sample(logits: Floats, uniform: Floats, filters: Filters | None = None) -> N
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         return invert(weights, uniform)
     vocabulary = logits.shape[1]
+    width = min(vocabulary, CANDIDATES)
+    tokens, whole = _sample_among(logits, uniform, filters, width)
+    if width < vocabulary and not whole.all():
+        rows: Any = np.flatnonzero(~whole)
+        tokens[rows] = _sample_among(logits[rows], uniform[rows], filters.at(rows), vocabulary)[0]
+    return tokens
+
+
+def _sample_among(
+    logits: Floats, uniform: Floats, filters: Filters, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """See `farthing.ops.sampling._sample_among`."""
+    vocabulary = logits.shape[1]
     top_k, top_p, min_p = (np.asarray(f) for f in (filters.top_k, filters.top_p, filters.min_p))
     total = np.asarray(logsumexp(logits))  # type: ignore[arg-type]
-    width = filters.candidates(vocabulary)
-    while True:
-        values, ids = (np.asarray(a) for a in largest(logits, width))  # type: ignore[arg-type]
-        probs = np.exp(values - total)
-        by_min_p = probs >= min_p[:, None] * probs[:, :1]
-        kept = probs * (by_min_p & (np.arange(width) < top_k[:, None]))
-        # Are all kept tokens among the K largest? Otherwise use all of V.
-        whole = (
-            (top_k <= width)
-            | ~by_min_p[:, -1]
-            | ((min_p == 0) & (probs.sum(-1, dtype=np.float64) >= top_p) & (top_p < 1))
-        )
-        if width == vocabulary or bool(whole.all()):
-            break
-        width = vocabulary
-    mass = np.where((top_k >= vocabulary) & (min_p == 0), 1.0, kept.sum(-1, dtype=np.float64))
+    values, ids = (np.asarray(a) for a in largest(logits, width))  # type: ignore[arg-type]
+    probs = np.exp(values - total)
+    by_min_p = probs >= min_p[:, None] * probs[:, :1]
+    kept = probs * (by_min_p & (np.arange(width) < top_k[:, None]))
+    open_end = (top_k >= vocabulary) & (min_p == 0)
+    enough = open_end & (probs.sum(-1, dtype=np.float64) >= top_p) & (top_p < 1)
+    whole = (top_k <= width) | ~by_min_p[:, -1] | enough
+    mass = np.where(open_end, 1.0, kept.sum(-1, dtype=np.float64))
     before = kept.cumsum(-1, dtype=np.float64) - kept  # float32 would drift by more than a token
     kept = kept * (before < (top_p * mass)[:, None])
-    return ids[np.arange(len(ids)), invert(kept, uniform)]  # type: ignore[no-any-return]
+    return ids[np.arange(len(ids)), invert(kept, uniform)], whole
 
 
 def invert(weights: Floats, u: Floats) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.sampling import Filters
+from farthing.ops.sampling import CANDIDATES, Filters
 
 _BLOCK = 2048
 
@@ -85,7 +85,7 @@ def _sample_filtered(
     limit = top_p * tl.where(open_end, 1.0, tl.sum(mass, 0))
     # Are all tokens kept by the filter among the candidates?
     lowest = tl.exp(tl.load(value + K - 1) - total)
-    enough = (min_p == 0.0) & (tl.sum(all_of_it, 0) >= top_p) & (top_p < 1.0)
+    enough = open_end & (tl.sum(all_of_it, 0) >= top_p) & (top_p < 1.0)
     tl.store(whole + row, ((top_k <= K) | (lowest < min_p * best) | enough | (K >= V)).to(tl.int8))
     before = tl.sum(mass, 0) * 0.0
     chosen = tl.zeros((BLOCK,), tl.float64)
@@ -122,23 +122,31 @@ def sample_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
 def sample_filtered(logits: Tensor, uniform: Tensor, filters: Filters) -> Tensor:
     """Like `sample_tokens`, among the tokens kept by the filters.
 
-    Rows are truncated to their largest logits; all of V is used if a filter may keep more.
+    Rows are truncated to their largest logits; all of V is used for those whose filters may keep more.
     """
     rows, vocabulary = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
-        return tokens
+        return torch.empty(0, dtype=torch.int64, device=logits.device)
+    width = min(vocabulary, CANDIDATES)
+    tokens, whole = _sample_among(logits, uniform, filters, width)
+    if width < vocabulary and not bool(whole.all()):
+        rest = (whole == 0).nonzero()[:, 0]
+        tokens[rest] = _sample_among(logits[rest], uniform[rest], filters.at(rest), vocabulary)[0]
+    return tokens
+
+
+def _sample_among(logits: Tensor, uniform: Tensor, filters: Filters, width: int) -> tuple[Tensor, Tensor]:
+    """Sample among the `width` largest logits. Returns also whether these include all that filters keep."""
+    rows, vocabulary = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     total = logits.logsumexp(-1)
     whole = torch.empty(rows, dtype=torch.int8, device=logits.device)
-    for width in (filters.candidates(vocabulary), vocabulary):
-        values, ids = logits.topk(width, dim=-1)
-        _sample_filtered[(rows,)](
-            values, ids, total, uniform, filters.top_k, filters.top_p, filters.min_p, tokens, whole, width,
-            vocabulary, BLOCK=_block(width), num_warps=8,
-        )  # fmt: skip
-        if width == vocabulary or bool(whole.all()):
-            break
-    return tokens
+    values, ids = logits.topk(width, dim=-1)
+    _sample_filtered[(rows,)](
+        values, ids, total, uniform, filters.top_k, filters.top_p, filters.min_p, tokens, whole, width,
+        vocabulary, BLOCK=_block(width), num_warps=8,
+    )  # fmt: skip
+    return tokens, whole
 
 
 def _block(width: int) -> int:
