@@ -1,0 +1,98 @@
+"""How the CPU backend scales with threads: 1, 2, 4, … all cores, and more threads than cores.
+
+    python bench/scaling.py [--model S576] [--beyond 64] [--into FILE]
+
+Per number of threads: the bandwidth of reading memory; the time of a minimal op, which is mostly waking and
+joining the pool; and decoding of the packed model at batch 1 and 8. `--beyond` adds a run with more threads
+than cores, where the pool's waiting threads must give way instead of spinning. Prints one JSON line per
+number of threads; `share` is the rate divided by that of one thread and by the threads with a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from decode import log, packed
+from farthing import LLM, SamplingParams, _native
+from farthing.ops.cpu import CpuOps
+from random_model import SIZES, make_model
+
+READ = 1 << 30  # bytes
+CALLS = 300
+PROMPT, NEW = 16, 32
+
+
+def counts(cores: int, beyond: int) -> list[int]:
+    """Powers of two up to all cores, all cores, then `beyond` of them."""
+    powers = [1 << i for i in range(cores.bit_length()) if 1 << i < cores]
+    return [*powers, cores, *([beyond] if beyond > cores else [])]
+
+
+def call_microseconds(threads: int) -> float:
+    """Median time of an op that does almost nothing."""
+    ops = CpuOps(threads, arrays=True)
+    x: Any = np.ones((64, 64), np.float32)
+    times = []
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        ops.rms_norm(x, x[0], 1e-6)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e6
+
+
+def tokens_per_second(model: Path, file: Path, threads: int, batch: int, rounds: int) -> float:
+    """Decoding, prompts excluded by subtracting a run of one token."""
+    options: dict[str, Any] = dict(backend="cpu", packed=file, threads=threads, skip_tokenizer_init=True)
+    with LLM(model, max_model_len=256, max_num_seqs=8, num_blocks=256, **options) as llm:
+
+        def seconds(new: int) -> float:
+            params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+            prompts = [[3 + i] * PROMPT for i in range(batch)]
+            began = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            return time.perf_counter() - began
+
+        seconds(NEW)
+        return statistics.median(batch * (NEW - 1) / (seconds(NEW) - seconds(1)) for _ in range(rounds))
+
+
+def main() -> None:
+    """Parse, run, print."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=SIZES, default="S576")
+    p.add_argument("--weights", choices=("int4", "int8", "bf16"), default="int4")
+    p.add_argument("--beyond", type=int, default=64, help="threads of the oversubscribed run; 0: none")
+    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--cache", type=lambda d: Path(d).resolve(), default=Path.home() / ".cache/farthing/bench")
+    p.add_argument("--into", type=Path, metavar="FILE", help="file to write the curve to")
+    a = p.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    model = make_model(a.model, a.cache)
+    file = packed(model, a.weights, cores)
+    rows: list[dict[str, Any]] = []
+    for threads in counts(cores, a.beyond):
+        log.print(f"{threads} threads")
+        row: dict[str, Any] = {"threads": threads, "cores": cores}
+        row["read_gb_s"] = round(_native.read_bandwidth(threads, READ), 1)
+        row["call_us"] = round(call_microseconds(threads), 1)
+        for batch in (1, 8):
+            rate = tokens_per_second(model, file, threads, batch, a.rounds)
+            row[f"batch_{batch}"] = round(rate, 1)
+            alone = rows[0][f"batch_{batch}"] if rows else rate
+            row[f"batch_{batch}_share"] = round(rate / alone / min(threads, cores), 2)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    if a.into:
+        a.into.write_text(json.dumps({"model": a.model, "weights": a.weights, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
