@@ -67,7 +67,7 @@ class Shards:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: dict[str, Any] = {}
+        self._open: dict[tuple[str, str], Any] = {}
         self._names: dict[str, set[str]] = {}
         self._arrays: dict[str, ArrayFile] = {}
         self._handed_out = 0
@@ -111,16 +111,16 @@ class Shards:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the header only."""
-        return tuple(self._holder(name).get_slice(name).get_shape())
+        return tuple(self._header(name).get_shape())
 
     def nbytes(self, name: str) -> int:
         """Bytes on disk, from the header only."""
-        part = self._holder(name).get_slice(name)
+        part = self._header(name)
         return -(-int(prod(part.get_shape())) * DTYPE_BITS[part.get_dtype()] // 8)
 
     def dtype(self, name: str) -> str:
         """The dtype as safetensors names it, such as 'F8_E4M3', from the header only."""
-        return str(self._holder(name).get_slice(name).get_dtype())
+        return str(self._header(name).get_dtype())
 
     def tail(self, file: str) -> bytes:
         """A file's size (8 bytes) and its last 4096 bytes; only the size if the file is missing."""
@@ -138,22 +138,27 @@ class Shards:
         self._arrays.clear()
         self._handed_out = 0
 
-    def _holder(self, name: str) -> Any:
+    def _header(self, name: str) -> Any:
+        """Shape and dtype of a tensor; read without torch."""
+        return self._holder(name, "np").get_slice(name)
+
+    def _holder(self, name: str, framework: str = "pt") -> Any:
         """The open file with a tensor. Raises CheckpointError if the tensor is missing."""
         file = self.file_of[name]
-        handle = self._handle(file)
+        handle = self._handle(file, framework)
         if name not in self._names[file]:
             raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
         return handle
 
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
+    def _handle(self, file: str, framework: str) -> Any:
+        if (file, framework) not in self._open:
             path = self.path / file
             if not path.is_file():
                 raise CheckpointError(f"{path}: the file is missing, but {INDEX} names it")
             try:
-                self._open[file] = safe_open(path, framework="pt")
+                handle: Any = safe_open(path, framework=framework)
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: {diagnose(path) or error}") from error
-            self._names[file] = set(self._open[file].keys())
-        return self._open[file]
+            self._open[file, framework] = handle
+            self._names[file] = set(handle.keys())
+        return self._open[file, framework]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from farthing.checkpoint import Checkpoint
 from farthing.model import ModelConfig
 from farthing.ops.blocks import BLOCK, blocks_per_cell, saves_time
 from farthing.ops.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Measure = Literal["memory", "file", "token"]
 _UNITS = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-import torch
-
+from farthing.lazy import torch
 from farthing.ops import Batch
 
 MICRO_ROWS = 64  # smaller micro-batches are bound by reading weights, larger ones by arithmetic

@@ -18,11 +18,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from farthing.lazy import torch
 from farthing.ops.api import PeerLost, SharedSum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIRECTORY = Path("/dev/shm")
 SLOT_BYTES = 1 << 20
