@@ -29,8 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import LLM, SamplingParams, _native
-from farthing.model import load
-from farthing.ops import select
+from farthing.model.pack import pack_checkpoint
 from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
 from peers import GGUF_TYPES, NEW, PROMPT, Child, LlamaCpp, Measure, Seconds, by_generating
 from random_model import SIZES, config, make_model
@@ -55,8 +54,7 @@ def packed(model: Path, weights: str, threads: int) -> Path:
     built = Path(str(_native.__file__)).stat().st_mtime
     if not out.exists() or out.stat().st_mtime < built:
         log.print(f"packing {out.name}")
-        ops = select("cpu", threads=threads, quantization=None if weights == "bf16" else weights)  # type: ignore[arg-type]
-        load(model, ops).ops.save_packed(str(out))
+        pack_checkpoint(model, out, None if weights == "bf16" else weights, threads)  # type: ignore[arg-type]
     return out
 
 

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("inspect", "Show parameters, bytes and FLOPs per token, and routing."),
     "eval": ("eval", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
     "compress": ("compress", "Write a smaller, faster checkpoint and check its accuracy."),
+    "pack": ("pack", "Write the file that CPU replicas map instead of packing at start."),
     "train": ("train", "Train the embedded model; quantize or prune a model with training."),
     "bench": ("bench", "Measure serving, capacity and the cost of a token."),
     "plan": ("plan", "Memory and throughput of a deployment before it is loaded."),

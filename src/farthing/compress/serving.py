@@ -15,6 +15,7 @@ import torch
 
 from farthing.compress.evaluate import BLOCK, paged_batch
 from farthing.model import DeepseekModel, load
+from farthing.model.pack import pack_checkpoint
 from farthing.ops import LatentCache, make_batch, select
 
 STEPS = 24
@@ -136,6 +137,5 @@ def _size(path: Path) -> int:
 def pack_for_cpu(out: Path) -> Path:
     """Write OUT/packed.bin, the CPU kernels' layout, which a replica only needs to map."""
     target = out / "packed.bin"
-    model = load(out, select("cpu"))
-    model.ops.save_packed(str(target))
+    pack_checkpoint(out, target)
     return target

@@ -45,12 +45,12 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
         source = ArraySource(source, lambda name, shape=None: checkpoint.array(names.stored(name), shape))
     model = DeepseekModel(config, ops, source, routers)
     if ops.packed_from is None:  # otherwise most weights come from the packed file
-        checkpoint.finish(ignore=IGNORED + _unread(config))
+        checkpoint.finish(ignore=IGNORED + unread(config))
     checkpoint.release()
     return model
 
 
-def _unread(config: ModelConfig) -> tuple[str, ...]:
+def unread(config: ModelConfig) -> tuple[str, ...]:
     """Patterns of tensors that are not computed. transformers saves projections of identity experts."""
     identities = range(config.router_size - config.n_identity_experts, config.router_size)
     return type_named(config.model_type).names.skipped + tuple(f"*.experts.{e}.*" for e in identities)

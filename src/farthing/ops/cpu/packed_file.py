@@ -200,7 +200,7 @@ def _mapped(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(memory, dtype=np.uint8)
 
 
-def _uncache(file: BinaryIO) -> None:
+def drop_cached(file: BinaryIO) -> None:
     """Flush the written data to disk and drop its pages from the page cache."""
     file.flush()
     os.fsync(file.fileno())
@@ -221,7 +221,7 @@ def write_packed(
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
             _write(file, blobs, head, inputs or {})
-            _uncache(file)
+            drop_cached(file)
 
     files.replace(Path(path), write)
 
@@ -232,25 +232,34 @@ def _write(
     head: dict[str, Any],
     inputs: Mapping[str, InputRounding],
 ) -> None:
-    entries: dict[str, dict[str, Any]] = {}
     file.write(bytes(PAGE))
-    for name, blob in blobs:
-        offset = file.tell()
-        if hasattr(blob, "dtype"):
-            plain = np.ascontiguousarray(blob)
-            data = plain.reshape(-1).view(np.uint8)
-            entries[name] = {"dtype": plain.dtype.name, "shape": list(plain.shape)}
-        else:
-            data = np.empty(blob.serialized_bytes, dtype=np.uint8)
-            blob.serialize(data.ctypes.data, name_hash(name))
-            coarse = inputs.get(name)
-            entries[name] = {"inputs": [coarse.bits, coarse.clip, coarse.scale]} if coarse else {}
-        checksum = xxhash.xxh3_64_intdigest(data.data, seed=name_hash(name))
-        entries[name] |= {"offset": offset, "bytes": data.nbytes, "checksum": checksum}
-        file.write(data.data)
-        file.write(bytes(-file.tell() % PAGE))
+    entries = {name: write_section(file, name, blob, inputs.get(name)) for name, blob in blobs}
+    close_index(file, head | {"entries": entries})
+
+
+def write_section(file: BinaryIO, name: str, blob: Any, coarse: InputRounding | None) -> dict[str, Any]:
+    """Append a packed matrix or an array; returns its index entry."""
+    offset, entry = file.tell(), {}
+    if hasattr(blob, "dtype"):
+        plain = np.ascontiguousarray(blob)
+        data = plain.reshape(-1).view(np.uint8)
+        entry = {"dtype": plain.dtype.name, "shape": list(plain.shape)}
+    else:
+        data = np.zeros(blob.serialized_bytes, dtype=np.uint8)  # padding too is the same in every file
+        blob.serialize(data.ctypes.data, name_hash(name))
+        if coarse:
+            entry = {"inputs": [coarse.bits, coarse.clip, coarse.scale]}
+    checksum = xxhash.xxh3_64_intdigest(data.data, seed=name_hash(name))
+    file.write(data.data)
+    file.write(bytes(-file.tell() % PAGE))
+    return entry | {"offset": offset, "bytes": data.nbytes, "checksum": checksum}
+
+
+def close_index(file: BinaryIO, index: dict[str, Any]) -> None:
+    """Append the index, then write the header, which makes the file valid."""
     offset = file.tell()
-    index = json.dumps(head | {"entries": entries}).encode()
-    file.write(index)
+    text = json.dumps(index).encode()
+    file.write(text)
+    file.flush()
     file.seek(0)
-    file.write(HEADER.pack(MAGIC, offset, len(index), xxhash.xxh3_64_intdigest(index)))
+    file.write(HEADER.pack(MAGIC, offset, len(text), xxhash.xxh3_64_intdigest(text)))

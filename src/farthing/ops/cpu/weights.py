@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -296,6 +296,14 @@ class PackingOps(HostOps):
         weight = self._tensor(f"{name}.weight", lambda: norm()[0])
         bias = self._tensor(f"{name}.bias", lambda: norm()[1])
         return indexing.pack(spec, weight, bias, vector(rope))
+
+    def packed_weights(self) -> Iterable[tuple[str, Any]]:
+        """Everything packed so far by name, in order."""
+        return self._blobs.items()
+
+    def input_rounding(self) -> Mapping[str, InputRounding]:
+        """Of the matrices whose checkpoint specifies it."""
+        return self._inputs
 
     def save_packed(self, path: str) -> None:
         write_packed(path, self._quantization, self._blobs.items(), self.source, self._inputs)

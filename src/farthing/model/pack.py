@@ -1,0 +1,91 @@
+"""Pack a checkpoint for the CPU kernels one layer at a time, in the memory of a layer or two."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from farthing.checkpoint import Checkpoint
+from farthing.config import Quantization
+from farthing.model.attention import Attention
+from farthing.model.config import ModelConfig
+from farthing.model.deepseek import routers_of
+from farthing.model.load import IGNORED, config_of, source_of, unread
+from farthing.model.moe import FeedForward
+from farthing.model.mtp import MTPLayer
+from farthing.model.rope import rope_table
+from farthing.model.source import WeightSource
+from farthing.ops import Ops, Weight
+
+log = logging.getLogger(__name__)
+
+
+def pack_checkpoint(
+    path: str | Path, target: str | Path, quantization: Quantization | None = None, threads: int | None = None
+) -> None:
+    """Write the file that `select("cpu", packed=target)` maps; the same bytes as `Ops.save_packed` of the
+    loaded model. A run that was killed continues where it was.
+
+    Raises ConfigError, CheckpointError or FileNotFoundError as `load` does, OSError if the disk is full.
+    """
+    from farthing.ops.cpu import create
+    from farthing.ops.cpu.packed_writer import PackedWriter
+
+    checkpoint = Checkpoint.open(Path(path))
+    config = config_of(checkpoint)
+    source = source_of(checkpoint, config)
+    with PackedWriter(Path(target), quantization, checkpoint.fingerprint()) as writer:
+        whole = True
+        for part, build in parts(config, source):
+            if part in writer:
+                whole = False
+                continue
+            ops = create(None, threads, quantization, None)  # owns the packed weights of this part alone
+            build(ops)
+            writer.add(part, ops.packed_weights(), ops.input_rounding())
+            checkpoint.release()
+            log.info("packed %s", part)
+        if whole:
+            checkpoint.finish(ignore=IGNORED + unread(config))
+        writer.finish()
+
+
+def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Callable[[Ops], object]]]:
+    """(name, a function that packs it) in the order in which `DeepseekModel` packs."""
+    shape = (config.vocab_size, config.hidden_size)
+    rope = rope_table(config.rope, config.qk_rope_head_dim, config.max_position_embeddings)
+    routers = routers_of(config)
+
+    def layer(i: int) -> Callable[[Ops], object]:
+        def build(ops: Ops) -> object:
+            attention = Attention(config, ops, source, i, ops.tensor(rope))
+            return attention, FeedForward(config, ops, source, i, routers[i])
+
+        return build
+
+    def head_weight() -> Weight:
+        if config.tie_word_embeddings:
+            return Weight("dense", source.tensor("model.embed_tokens.weight", shape))
+        return source.weight("lm_head", shape)
+
+    def head(ops: Ops) -> object:
+        source.tensor("model.embed_tokens.weight", shape)  # read from the checkpoint, also when serving
+        source.tensor("model.norm.weight", (config.hidden_size,))
+        return ops.pack_linear("lm_head", lambda: [head_weight()])
+
+    def mtp(i: int) -> Callable[[Ops], object]:
+        def build(ops: Ops) -> object:
+            embedding = source.tensor("model.embed_tokens.weight", shape)
+            return MTPLayer(
+                config, ops, source, i, ops.tensor(rope), routers[i], embedding, None, head_weight
+            )
+
+        return build
+
+    hidden = config.num_hidden_layers
+    for i in range(hidden):
+        yield f"layer {i}", layer(i)
+    yield "head", head
+    for i in range(hidden, hidden + config.num_nextn_predict_layers):
+        yield f"layer {i}", mtp(i)

@@ -1,0 +1,107 @@
+"""Writes a packed file part by part, so that a model larger than memory can be packed.
+
+Sections go to `TARGET.partial`, and after each part a line with their index entries to `TARGET.parts`, once
+the data is on disk. A killed run resumes after its last complete part. The file gets its magic number and its
+name only when it is complete, so an unfinished one is never served.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from farthing.ops.cpu.packed_file import PAGE, VERSION, close_index, drop_cached, write_section
+from farthing.ops.weights import InputRounding
+
+
+class PackedWriter:
+    """Writes `target`; use it with `with`, then call `finish`."""
+
+    def __init__(self, target: Path, quantization: str | None, source: str) -> None:
+        """Resumes an unfinished file of the same checkpoint and quantization; replaces another one."""
+        self._target = target
+        self._partial, self._parts = (
+            target.with_name(f"{target.name}.{end}") for end in ("partial", "parts")
+        )
+        self._head = {"version": VERSION, "quantization": quantization, "source": source}
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._done: set[str] = set()
+        end = self._resumed()
+        self._file: BinaryIO = self._partial.open("r+b" if end else "wb")
+        self._file.truncate(end or PAGE)
+        self._file.seek(0, os.SEEK_END)
+        self._log = self._parts.open("a" if end else "w", encoding="utf-8")
+        if not end:
+            self._append(self._head)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+        self._log.close()
+
+    def __contains__(self, part: str) -> bool:
+        return part in self._done
+
+    def add(
+        self, part: str, blobs: Iterable[tuple[str, Any]], inputs: Mapping[str, InputRounding] | None = None
+    ) -> None:
+        """Write one part and make it durable. Raises ValueError for a name that was written before."""
+        entries: dict[str, dict[str, Any]] = {}
+        for name, blob in blobs:
+            if name in self._entries or name in entries:
+                raise ValueError(f"weight name {name!r} was packed twice; expected every name once")
+            entries[name] = write_section(self._file, name, blob, (inputs or {}).get(name))
+        drop_cached(self._file)
+        self._append({"part": part, "end": self._file.tell(), "entries": entries})
+        self._entries |= entries
+        self._done.add(part)
+
+    def finish(self) -> None:
+        """Write the index and give the file its name."""
+        close_index(self._file, self._head | {"entries": self._entries})
+        drop_cached(self._file)
+        self._partial.replace(self._target)
+        self._parts.unlink()
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+        os.fsync(self._log.fileno())
+
+    def _resumed(self) -> int:
+        """Read what an unfinished run recorded; the end of its last part, 0 if there is nothing to resume."""
+        if not self._partial.is_file() or not self._parts.is_file():
+            return 0
+        end, size = 0, self._partial.stat().st_size
+        with self._parts.open(encoding="utf-8") as file:
+            if _parsed(file.readline()) != self._head:
+                return 0
+            for text in file:
+                line = _parsed(text)
+                if line is None or line["end"] > size:  # cut off by the kill
+                    break
+                self._entries |= line["entries"]
+                self._done.add(line["part"])
+                end = line["end"]
+        if end:
+            self._drop_after_last_part()
+        return end
+
+    def _drop_after_last_part(self) -> None:
+        lines = self._parts.read_text(encoding="utf-8").splitlines()[: 1 + len(self._done)]
+        self._parts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _parsed(line: str) -> Any:
+    """The JSON of a complete line; None for another one."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

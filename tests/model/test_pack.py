@@ -1,0 +1,113 @@
+"""`farthing pack`: the bytes of an unstreamed file, resumed after a kill, never served unfinished."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+pytest.importorskip("farthing._native")
+
+from farthing.cli.pack import app
+from farthing.model import ModelConfig, load
+from farthing.model.load import random_parameters
+from farthing.model.pack import pack_checkpoint
+from farthing.ops import select
+from farthing.ops.cpu import CpuOps
+from farthing.ops.cpu.packed_writer import PackedWriter
+from tests.tiny import tiny
+
+CONFIG = tiny(num_nextn_predict_layers=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    save_file(dict(random_parameters(ModelConfig.from_json(CONFIG), 3)), str(path / "model.safetensors"))
+    return path
+
+
+@pytest.fixture(scope="module", params=["int4", None])
+def expected(request: pytest.FixtureRequest, model: Path) -> tuple[str | None, bytes]:
+    file = model.parent / f"whole.{request.param}"
+    load(model, select("cpu", threads=1, quantization=request.param)).ops.save_packed(str(file))
+    return request.param, file.read_bytes()
+
+
+def test_streamed_file_equals_the_whole_one(
+    model: Path, expected: tuple[str | None, bytes], tmp_path: Path
+) -> None:
+    rounding, content = expected
+    options = [] if rounding is None else ["--quantization", rounding]
+    result = CliRunner().invoke(
+        app, [str(model), "-o", str(tmp_path / "m.packed"), "--threads", "1", *options]
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "m.packed").read_bytes() == content
+    assert [f.name for f in tmp_path.iterdir()] == ["m.packed"]
+
+
+KILLED = """
+import os, signal, sys
+from farthing.model.pack import pack_checkpoint
+from farthing.ops.cpu import packed_writer
+
+written, limit = [], int(sys.argv[3])
+original = packed_writer.write_section
+
+def write(file, name, *rest):
+    written.append(name)
+    if len(written) == limit:
+        file.write(b"half of a section")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(file, name, *rest)
+
+packed_writer.write_section = write
+pack_checkpoint(sys.argv[1], sys.argv[2], "int4", 1)
+"""
+
+
+@pytest.mark.parametrize("sections", [3, 25])
+def test_killed_run_resumes(model: Path, tmp_path: Path, sections: int) -> None:
+    target, whole = tmp_path / "m.packed", tmp_path / "whole.packed"
+    load(model, select("cpu", threads=1, quantization="int4")).ops.save_packed(str(whole))
+    command = [sys.executable, "-c", KILLED, model, target, str(sections)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert not target.exists()
+    with pytest.raises(ValueError, match=r"not a packed file|cut off"):
+        CpuOps(1, packed=str(tmp_path / "m.packed.partial"))
+    done = (tmp_path / "m.packed.parts").read_text().count('"part"')
+    assert (done > 0) == (sections > 3)
+    # Also a line of the log that was cut off by the end of a machine.
+    with (tmp_path / "m.packed.parts").open("a") as log:
+        log.write('{"part": "layer 7", "en')
+    pack_checkpoint(model, target, "int4", 1)
+    assert target.read_bytes() == whole.read_bytes()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["m.packed", "whole.packed"]
+
+
+def test_another_checkpoint_or_rounding_starts_anew(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    ops = CpuOps(1)
+    ops._keep("a", ops.tensor(np.ones(3, np.float32)))
+    with PackedWriter(target, None, "one") as writer:
+        writer.add("first", ops.packed_weights())
+        with pytest.raises(ValueError, match="'a' was packed twice"):
+            writer.add("second", ops.packed_weights())
+    with PackedWriter(target, None, "one") as writer:
+        assert "first" in writer
+    with PackedWriter(target, None, "two") as writer:
+        assert "first" not in writer
+    os.truncate(f"{target}.partial", 100)
+    with PackedWriter(target, None, "two") as writer:
+        assert "first" not in writer
