@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from farthing.bench.original import bf16_checkpoint
 from farthing.checkpoint import Checkpoint
 from farthing.cli.plan import app
 from farthing.compress.size import parse_bytes
@@ -82,6 +86,29 @@ def test_rank_has_the_planned_bytes(backend: str, layout: Layout, monkeypatch: p
         weights, cache = held(rank)
         assert planned_rank.weights == pytest.approx(weights, rel=0.05)
         assert planned_rank.cache == cache
+
+
+def test_float16_checkpoint_is_packed_in_float32(tmp_path: Path) -> None:
+    pytest.importorskip("farthing._native")
+    torch.manual_seed(0)
+    shutil.copytree(MITE, tmp_path / "model")
+    with bf16_checkpoint(MITE) as dense:
+        raw = json.loads((dense / "config.json").read_text()) | {"torch_dtype": "float16"}
+        tensors = {
+            name: (value + 1e-5 * torch.randn(value.shape)).half()  # no bfloat16 values
+            for file in dense.glob("*.safetensors")
+            for name, value in load_file(file).items()
+        }
+    for old in tmp_path.glob("model/*.safetensors*"):
+        old.unlink()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "model")
+    rank = Rank(config_of(checkpoint), checkpoint, Layout(), 0, select("cpu", None, 1))
+    plan = ShardPlan.build(config_of(checkpoint), Layout())
+    for stored_of in (stored_by_checkpoint(tmp_path / "model"), stored_by_config(raw)):
+        (planned_rank,) = memory(PlannedModel.of(plan, stored_of), plan, Holder("cpu"), SERVING)
+        assert planned_rank.weights == pytest.approx(held(rank)[0], rel=0.05)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "gpu"])

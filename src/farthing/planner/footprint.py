@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,8 @@ from farthing.ops.weights import int4_group, loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Kind = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+_FLOATS: dict[str, Kind] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_TENSORS: dict[str, Kind] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "fp8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
     """
     text = optional_section(raw, "text_config")
     dtype = next((d for c in (raw, text) for d in (c.get("torch_dtype"), c.get("dtype")) if d), None)
-    plain = Stored("float32" if dtype == "float32" else "bfloat16")
+    plain = Stored(_FLOATS.get(str(dtype), "bfloat16"))
     quantization, stored_name = quantization_of(raw), type_of(raw).names.stored
     groups = read_quantization(quantization) if quantization else None
 
@@ -90,7 +91,6 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
     """Formats of the files, read from their headers."""
     checkpoint = Checkpoint.open(path)
     stored_name = names_in(checkpoint, ModelConfig.from_json(checkpoint.config)).stored
-    floats: dict[int, Kind] = {4: "float32", 2: "bfloat16"}
 
     def of(name: str) -> Stored:
         name = stored_name(name)
@@ -103,10 +103,7 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
             name = _EXPERT.sub(lambda m: f"experts.{'down' if m[1] == 'down' else 'gate_up'}_proj", name)
         if not checkpoint.has(name):
             return Stored("bfloat16")
-        width = checkpoint.nbytes(name) // prod(checkpoint.shape(name))
-        if width > 1:
-            return Stored(floats[width])
-        return Stored("fp8" if checkpoint.dtype(name) == "F8_E4M3" else "int8")
+        return Stored(_TENSORS.get(checkpoint.dtype(name), "int8"))
 
     return of
 
