@@ -207,7 +207,7 @@ def test_configuration_errors_name_the_field(given: dict[str, Any], message: str
         ({"max_model_len": 100, "num_blocks": 3}, "the KV cache fits 48 tokens"),
         ({"kv_cache_memory": 10}, "expected at least one block"),
         ({"max_num_batched_tokens": 8}, "max_num_batched_tokens: got 8; expected at least max_num_seqs = 64"),
-        ({"backend": "abacus"}, "backend 'abacus' is unknown"),
+        ({"backend": "abacus"}, "backend: got 'abacus'; expected 'auto' or one of"),
     ],
 )
 def test_options_that_do_not_fit_the_model_are_rejected(

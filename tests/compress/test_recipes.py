@@ -92,7 +92,7 @@ def test_predictable_failures_happen_before_the_work(model_dir: Path, data: Path
             "scheme of recipe auto is 'auto'; expected 'fp8'",
         ),
         ("auto", Options(data, data, export="gguf"), "format: got 'gguf'; expected one of auto, "),
-        ("int8", Options(data, data, backend="tpu"), "backend 'tpu' is unknown"),
+        ("int8", Options(data, data, backend="tpu"), "backend: got 'tpu'; expected 'auto' or one of"),
         ("int8", Options(data, tmp_path / "none"), "data: got .*none', which does not exist"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):

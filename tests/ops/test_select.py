@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from farthing import _native
 from farthing.ops import select
@@ -18,7 +19,8 @@ def test_backend_with_an_instruction_set(isa: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu/avx9", "reference/avx2", "none"])
 def test_unknown_backends_are_rejected(backend: str) -> None:
-    with pytest.raises(ValueError, match="unknown"):
+    got = "instruction set 'avx9' is unknown" if "/avx9" in backend else f"backend: got '{backend}'; expected"
+    with pytest.raises(ValueError, match=f"^{got}"):
         select(backend, threads=1)
 
 
@@ -32,3 +34,12 @@ def test_deterministic_sums_do_not_use_tiles(monkeypatch: pytest.MonkeyPatch) ->
         select("cpu/amx", threads=1, parts=1)
     with pytest.raises(ValueError, match="deterministic: got True with backend 'reference'"):
         select("reference", parts=2)
+
+
+def test_errors_name_field_and_value() -> None:
+    with pytest.raises(ValueError, match=r"^threads: got 0; expected at least 1$"):
+        select("cpu", threads=0)
+    with pytest.raises(
+        ValueError, match=r"^dtype: got torch\.float16 with backend 'cpu'; expected float32 or"
+    ):
+        select("cpu", torch.float16)

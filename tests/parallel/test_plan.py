@@ -60,6 +60,7 @@ def test_v3_on_32_ranks() -> None:
         (dict(tp=2, ep=3), "ep: got 3; expected 1 or a multiple of tp = 2"),
         (dict(tp=4), "tp: got 4; expected a divisor of num_attention_heads = 2"),
         (dict(pp=9), "pp: got 9; expected at most num_hidden_layers = 3"),
+        (dict(tp=2, ep=2, dp_attention=True), "dp_attention: got True with ep = 2; expected ep > tp = 2"),
         (dict(ep=16), "ep: got 16; expected a divisor of n_routed_experts = 8"),
     ],
 )

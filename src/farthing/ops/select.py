@@ -52,7 +52,7 @@ def select(
             log.warning("the native CPU kernels are not built; serving with the slow reference ops")
     name, _, isa = backend.partition("/")
     if name not in known or (isa and name != "cpu"):
-        raise ValueError(f"backend {backend!r} is unknown; expected 'auto' or one of {sorted(known)}")
+        raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {sorted(known)}")
     if parts is not None and name != "cpu":
         raise ValueError(f"deterministic: got True with backend {backend!r}; expected backend 'cpu'")
     more: dict[str, Any] = {"isa": isa} if isa else {}

@@ -229,7 +229,7 @@ def _arena(options: RankOptions, config: ModelConfig) -> Arena | None:
     else:
         problem = "shared memory needs Linux on x86-64"
     if options.config.transport == "shared":
-        raise ValueError(f"transport is 'shared' but unavailable ({problem}); expected 'auto' or 'gloo'")
+        raise ValueError(f"transport: got 'shared' ({problem}); expected 'auto' or 'gloo'")
     log.warning("ranks exchange through gloo: %s", problem)
     return None
 

@@ -47,7 +47,7 @@ class Layout:
         if self.ep > 1 and self.ep % self.tp:
             raise PlanError(f"ep: got {self.ep}; expected 1 or a multiple of tp = {self.tp}")
         if self.dp_attention and self.ep <= self.tp:
-            raise PlanError(f"dp_attention is True with ep = {self.ep}; expected ep > tp = {self.tp}")
+            raise PlanError(f"dp_attention: got True with ep = {self.ep}; expected ep > tp = {self.tp}")
 
     @property
     def stage_ranks(self) -> int:

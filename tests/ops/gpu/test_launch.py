@@ -94,9 +94,11 @@ def test_invalid_file_is_rejected(tmp_path: Path, table: object, message: str) -
 
 
 def test_factory_rejects_unsupported_options() -> None:
-    with pytest.raises(ValueError, match=r"dtype torch\.float16 is not supported by backend 'gpu'"):
+    with pytest.raises(
+        ValueError, match=r"^dtype: got torch\.float16 with backend 'gpu'; expected float32 or bfloat16$"
+    ):
         create(torch.float16, None, None, None)
-    with pytest.raises(ValueError, match="quantization 'int2' is unknown"):
+    with pytest.raises(ValueError, match=r"^quantization: got 'int2'; expected 'int8', 'int4' or None$"):
         create(None, None, "int2", None)
     with pytest.raises(ValueError, match="reads no packed file"):
         create(None, None, None, "x.farthing")

@@ -31,9 +31,9 @@ def create(
     """
     kind = None if dtype is None else dtype_name(dtype)
     if kind not in (None, "float32", "bfloat16"):
-        raise ValueError(f"dtype {dtype} is not supported by backend 'cpu'; expected float32 or bfloat16")
+        raise ValueError(f"dtype: got {dtype} with backend 'cpu'; expected float32 or bfloat16")
     if threads is not None and threads < 1:
-        raise ValueError(f"threads {threads} is not a number of threads; expected at least 1")
+        raise ValueError(f"threads: got {threads}; expected at least 1")
     if parts is not None:
         isa = _without_tiles(isa)
     if not arrays:  # two thread pools would compete for cores, so torch uses only the calling thread

@@ -25,9 +25,9 @@ def create(
     unless TRITON_INTERPRET=1 is set, ValueError for a bad argument.
     """
     if dtype not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype {dtype} is not supported by backend 'gpu'; expected float32 or bfloat16")
+        raise ValueError(f"dtype: got {dtype} with backend 'gpu'; expected float32 or bfloat16")
     if quantization not in (None, "int8", "int4"):
-        raise ValueError(f"quantization {quantization!r} is unknown; expected 'int8', 'int4' or None")
+        raise ValueError(f"quantization: got {quantization!r}; expected 'int8', 'int4' or None")
     if packed is not None:
         raise ValueError("the gpu backend reads no packed file; use backend 'cpu'")
     if not INTERPRETED and not torch.cuda.is_available():
