@@ -162,6 +162,22 @@ async def test_request_that_kills_its_replica_is_not_sent_to_another() -> None:
 
 
 @pytest.mark.anyio
+async def test_poison_in_the_middle_of_streams_kills_two_replicas_at_most() -> None:
+    late = mortal(3, "--dies-late")
+    async with late as (urls, dead), in_front_of(urls) as (gateway, session):
+        for count in (1, 2):
+            async with session.post(CHAT, json=body("poison", stream=True)) as answer:
+                assert "replica lost" in await answer.text()
+            while dead() < count or len(gateway.balancer.candidates()) > 3 - count:
+                await asyncio.sleep(0.01)
+        async with session.post(CHAT, json=body("poison", stream=True)) as answer:
+            assert answer.status == 422
+        async with session.post(CHAT, json=body("harmless", stream=True)) as answer:
+            assert "[DONE]" in await answer.text()
+        assert dead() == 2
+
+
+@pytest.mark.anyio
 async def test_poison_among_others_kills_two_replicas_at_most() -> None:
     async def ask(session: aiohttp.ClientSession, text: str) -> int:
         async with session.post(CHAT, json=body(text)) as answer:

@@ -62,6 +62,7 @@ class FakeReplica:
         self.ready_at = time.monotonic() + ready_after_s
         self.name = name
         self.dies_of = ""  # text in a request that kills the process; empty: none
+        self.dies_late = False  # after the first byte of a stream
         self.digest: Any = None  # the response of /cache/digest; None: 404
         self.stuck = False  # only health checks are answered
         self.fail_after: int | None = None  # tokens
@@ -140,9 +141,8 @@ class FakeReplica:
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        if self.dies_of and self.dies_of in json.dumps(body):
-            await asyncio.sleep(0.2)  # so that others are in flight
-            os.kill(os.getpid(), signal.SIGKILL)
+        if not self.dies_late:
+            await self._maybe_die(body)
         while self.stuck:
             await asyncio.sleep(0.05)
         self.requests.append(body)
@@ -164,6 +164,11 @@ class FakeReplica:
         finally:
             self.running -= 1
 
+    async def _maybe_die(self, body: dict[str, Any]) -> None:
+        if self.dies_of and self.dies_of in json.dumps(body):
+            await asyncio.sleep(0.2)  # so that others are in flight
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def _account(self, start: float, body: dict[str, Any]) -> None:
         self.totals["prompt"] += len(json.dumps(body)) // 4
         self.totals["output"] += self.tokens
@@ -184,6 +189,7 @@ class FakeReplica:
             await self._pace(request, index)
             event = {"choices": [{"index": 0, "delta": {"content": f"t{index} "}}], "model": self.name}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await self._maybe_die(body)
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
@@ -248,7 +254,7 @@ async def _main(arguments: argparse.Namespace) -> None:
         ready_after_s=arguments.ready_after,
         name=f"pid-{os.getpid()}",
     )
-    replica.dies_of = arguments.dies_of
+    replica.dies_of, replica.dies_late = arguments.dies_of, arguments.dies_late
     await replica.start()
     await stop.wait()
     while replica.running:  # drain
@@ -264,5 +270,6 @@ if __name__ == "__main__":
     parser.add_argument("--interval", type=float, default=0.0)
     parser.add_argument("--ready-after", type=float, default=0.0)
     parser.add_argument("--dies-of", default="")
+    parser.add_argument("--dies-late", action="store_true")
     parser.add_argument("--die-at-start", action="store_true")
     asyncio.run(_main(parser.parse_args()))

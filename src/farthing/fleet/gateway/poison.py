@@ -1,7 +1,8 @@
 """Requests that were in flight on a replica that died: which of them may be retried.
 
 A request that was alone on the replica is assumed to be the cause and refused until its entry expires. With
-several, each is a suspect: it may be sent to one more replica, and is refused once a second one dies.
+several, or in the middle of an answer, each is a suspect: it may be sent to one more replica, and is refused
+once a second one dies.
 """
 
 from __future__ import annotations

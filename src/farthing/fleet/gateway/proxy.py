@@ -145,7 +145,7 @@ class Proxy:
                 if relay.response is None:
                     raise
                 self._metrics.count(replica.name, 502)
-                await self._break_off(relay, replica, problem)
+                await self._break_off(relay, outgoing, replica, problem)
                 return relay.response
         finally:
             answer.close()
@@ -192,7 +192,9 @@ class Proxy:
 
     # ---- failed tries ----
 
-    async def _break_off(self, relay: Relay, replica: Replica, problem: ReplicaLost | Interrupted) -> None:
+    async def _break_off(
+        self, relay: Relay, outgoing: Outgoing, replica: Replica, problem: ReplicaLost | Interrupted
+    ) -> None:
         """End an answer that started but cannot be completed."""
         if isinstance(problem, Interrupted) and problem.why == "stopping":
             replica.breaker.abandoned()
@@ -200,6 +202,9 @@ class Proxy:
             return
         replica.failed += 1
         replica.breaker.failed()
+        # The client may retry it. A long answer is also cut off by what is not its fault: a suspect at most.
+        if isinstance(problem, Interrupted) or not await self._alive(replica):
+            self._poison.strike(outgoing.identity, alone=False)
         await relay.break_off(f"replica lost: {problem}")
 
     async def _busy(
