@@ -143,29 +143,39 @@ void transpose(const float* in, int ldi, int rows, int columns, float* out, int 
 }
 
 // Column k of a block of a panel: its 16 rows, as in Matrix::has_plain_columns.
-inline f32x16 block_column(const FormatTraits& format, const uint8_t* block, f32x16 scale, int k) {
-  if (format.quantized) {
+template <Format F>
+inline f32x16 block_column(const uint8_t* block, f32x16 scale, int k) {
+  constexpr FormatTraits format = traits(F);
+  if constexpr (format.quantized) {
     const u32x16 bytes = load<u32x16>(block + k / 4 * 64) >> (8 * (k % 4)) & 255u;
     return to_float(load<i32x16>(&bytes) + format.offset()) * scale;
+  } else {
+    f32x16 pair[2];
+    load_pair<F>(block + k / 2 * 2 * format.bytes_a_column(), pair[0], pair[1]);
+    return pair[k % 2];
   }
-  f32x16 pair[2];
-  const uint8_t* at = block + k / 2 * 2 * format.bytes_a_column();
-  if (format.bits == 16) load_pair<Format::bf16>(at, pair[0], pair[1]);
-  else load_pair<Format::f32>(at, pair[0], pair[1]);
-  return pair[k % 2];
 }
 
-void unpack(const Matrix& w, float* out, int ldo) {
+template <Format F>
+void unpack_as(const Matrix& w, float* out, int ldo) {
   for (int panel = 0; panel < w.panels; ++panel) {
     const uint8_t *record = w.record(panel), *block = record + w.head_bytes();
     const f32x16 scale = w.quantized() ? load<f32x16>(record) : splat(1.0f);
     for (int at = 0; at < w.k; at += kBlock) {
       for (int k = 0; k < kBlock && at + k < w.k; ++k)
-        store(out + static_cast<size_t>(at + k) * ldo + panel * kPanel,
-              block_column(w.format_traits(), block, scale, k));
+        store(out + static_cast<size_t>(at + k) * ldo + panel * kPanel, block_column<F>(block, scale, k));
       block += w.block_bytes();
     }
   }
+}
+
+template <size_t... I>
+void unpack_in(const Matrix& w, float* out, int ldo, std::index_sequence<I...>) {
+  ((w.format == static_cast<Format>(I) ? unpack_as<static_cast<Format>(I)>(w, out, ldo) : void()), ...);
+}
+
+void unpack(const Matrix& w, float* out, int ldo) {
+  unpack_in(w, out, ldo, std::make_index_sequence<std::size(kFormats)>());
 }
 
 }  // namespace

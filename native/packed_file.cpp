@@ -74,6 +74,7 @@ void check_header(const Header& h, size_t size, uint64_t name) {
   require(fits_group(format, h.group, h.k), "group size");
   require(h.zero <= 1 && (!h.zero || format.grouped()), "zero points of this format");
   const Matrix m = Matrix::describe(static_cast<Format>(h.format), h.n, h.k, h.group, h.zero);
+  require(h.sparse != 1, "sparse blocks of an earlier version; pack the model again");
   require(!h.sparse || (h.sparse == kInCells && has_cells(m)), "sparsity of this format");
   require(h.bytes == size - sizeof h, "size of its section");
   require(h.name == name, "it belongs to another name");

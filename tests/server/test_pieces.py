@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,15 @@ def written(count: int, top: int, seed: int = 0) -> tuple[list[int], list[Any], 
     ids = np.stack([generator.permutation(260)[: 1 + top] for _ in range(count)]).astype(np.int32)
     table = Table(ids, values, np.full(count, top + 1, np.int32))
     return ids[:, 0].tolist(), positions(table, [top] * count, tokenizer().token_text), values
+
+
+def test_log_probabilities_that_json_cannot_hold_are_the_floor() -> None:
+    known = TokenTexts(tokenizer())
+    assert [known.entry(5, value)["logprob"] for value in (math.nan, -math.inf, -0.5)] == [
+        -9999.0,
+        -9999.0,
+        -0.5,
+    ]
 
 
 def test_log_probabilities_of_every_shape() -> None:

@@ -47,17 +47,6 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
     """
     found: dict[str, Any] = {}
 
-    def part(name: str, run: Callable[[], str]) -> Finding:
-        start = time.perf_counter()
-        try:
-            state: State = "ok"
-            detail = run()
-        except _Skipped as reason:
-            state, detail = "skipped", str(reason)
-        except Exception as error:  # report any error of a broken directory to the user
-            state, detail = "failed", f"{type(error).__name__}: {error}"
-        return Finding(name, state, detail, time.perf_counter() - start)
-
     def configuration() -> str:
         if has_config(path):
             type_of(read_config(path))  # an unknown type is reported even without weights
@@ -69,19 +58,19 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
         kind = type_named(config.model_type)
         return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers"
 
-    yield (first := part("configuration", configuration))
+    yield (first := _part("configuration", configuration))
 
     def tokenizer() -> str:
         found["tokenizer"], detail = check_tokenizer(path, found.get("config"))
         return detail
 
-    yield part("tokenizer", tokenizer)
+    yield _part("tokenizer", tokenizer)
     if first.state != "ok":
         return
     config, shown = found["config"], found["shown"]
     if "tokenizer" in found:
-        yield part("chat format", lambda: check_chat_format(found["tokenizer"], config.model_type))
-    yield part("tensors", lambda: check_tensors(found["checkpoint"], config))
+        yield _part("chat format", lambda: check_chat_format(found["tokenizer"], config.model_type))
+    yield _part("tensors", lambda: check_tensors(found["checkpoint"], config))
     ids = torch.arange(2, 2 + tokens) % config.vocab_size
 
     def run_layers() -> str:
@@ -100,13 +89,26 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
             raise ValueError(f"logits after {count} layers are not finite")
         return f"{count} of {config.num_hidden_layers} layers on {ops.name}, {_experts_in(shown, config)}"
 
-    yield (second := part("first layers", run_layers))
+    yield (second := _part("first layers", run_layers))
     if second.state == "ok":
-        yield part("transformers", lambda: _compared(path, shown, ids, found["logits"]))
+        yield _part("transformers", lambda: _compared(path, shown, ids, found["logits"]))
 
 
 class _Skipped(Exception):
     """A part that cannot be checked here, and why."""
+
+
+def _part(name: str, run: Callable[[], str]) -> Finding:
+    """Run one part of a check; its result is the detail of an "ok"."""
+    start = time.perf_counter()
+    try:
+        state: State = "ok"
+        detail = run()
+    except _Skipped as reason:
+        state, detail = "skipped", str(reason)
+    except Exception as error:  # report any error of a broken directory to the user
+        state, detail = "failed", f"{type(error).__name__}: {error}"
+    return Finding(name, state, detail, time.perf_counter() - start)
 
 
 def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:

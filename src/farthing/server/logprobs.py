@@ -10,7 +10,7 @@ from farthing.engine.logprobs import Position
 from farthing.engine.tokenizer import Tokenizer
 from farthing.server.pieces import Pieces
 
-_FLOOR = -9999.0  # JSON has no minus infinity
+_FLOOR = -9999.0  # JSON has neither minus infinity nor NaN; `max(_FLOOR, NaN)` is the floor
 
 Positions = Sequence[Position | None]  # None: the first token of a prompt, which is not predicted
 
@@ -63,7 +63,7 @@ class TokenTexts:
 
     def entry(self, token: int, logprob: float) -> TokenLogprob:
         """A chat's entry of one token."""
-        return {"token": self.text(token), "bytes": self.raw(token), "logprob": max(logprob, _FLOOR)}
+        return {"token": self.text(token), "bytes": self.raw(token), "logprob": max(_FLOOR, logprob)}
 
 
 def token_text(token: int, tokenizer: Tokenizer | None) -> str:
@@ -95,13 +95,13 @@ def completion_logprobs(
     characters before the first token."""
 
     def own(position: Position | None) -> float | None:
-        return None if position is None else max(position.logprob, _FLOOR)
+        return None if position is None else max(_FLOOR, position.logprob)
 
     def best(position: Position | None) -> dict[str, float] | None:
         if position is None:
             return None
         # In a mapping, tokens of equal text share one entry, with the lowest of their probabilities.
-        return {texts.text(token): max(value, _FLOOR) for token, value in position.best(top)}
+        return {texts.text(token): max(_FLOOR, value) for token, value in position.best(top)}
 
     return {
         "tokens": Pieces(map(texts.text, tokens)),
@@ -126,7 +126,7 @@ def prompt_logprobs(positions: Positions | None, texts: TokenTexts) -> Pieces | 
         return None
 
     def member(logprob: float, rank: int, token: int) -> PromptLogprob:
-        return {"logprob": max(logprob, _FLOOR), "rank": rank, "decoded_token": texts.text(token)}
+        return {"logprob": max(_FLOOR, logprob), "rank": rank, "decoded_token": texts.text(token)}
 
     def entry(position: Position | None) -> dict[int, PromptLogprob] | None:
         if position is None:
