@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from farthing.lazy import torch
 from farthing.ops.arrays import all_finite
 from farthing.ops.sampling import Filters, sample
+from farthing.ops.shared_sum import SharedSum
 from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
@@ -140,26 +141,6 @@ def require_finite(logits: Tensor) -> None:
     """Raises NotFinite if a row of logits [n, V] has a NaN or an infinity."""
     if not all_finite(logits.sum(-1)):  # one NaN or infinity makes a row's sum one
         raise NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows")
-
-
-class PeerLost(RuntimeError):
-    """Another rank has exited, or did not join a collective in time."""
-
-
-@dataclass(frozen=True, slots=True)
-class SharedSum:
-    """Shared memory of sums over one host's ranks, as addresses (see `farthing.parallel.shared`)."""
-
-    counters: int  # rank 0's counter; the others follow, one cache line apart
-    slots: int  # two per rank
-    slot_bytes: int
-    step: int  # number of collectives this rank has started
-    failed: int  # a word that becomes nonzero once a rank has failed
-    size: int
-    index: int
-    parent: int  # exit if this parent process exits; 0 for none
-    crowded: bool  # more ranks than cores
-    timeout: float  # seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ from farthing import signals
 from farthing.config import EngineConfig
 from farthing.model import ModelConfig
 from farthing.ops import Batch, Ops, select
-from farthing.ops.api import PeerLost
 from farthing.ops.select import resolve
+from farthing.ops.shared_sum import PeerLost
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank, counted_layers, open_rank, shared_bytes
 from farthing.parallel.rendezvous import connect, join

@@ -7,9 +7,10 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from farthing import _native
-from farthing.ops.api import Batch, IndexCache, LatentCache, LayerHandles, PeerLost
+from farthing.ops.api import Batch, IndexCache, LatentCache, LayerHandles
 from farthing.ops.arrays import address, as_float32, contiguous, dtype_name, empty, row_stride
 from farthing.ops.selection import Chosen
+from farthing.ops.shared_sum import PeerLost
 
 if TYPE_CHECKING:
     from torch import Tensor
