@@ -63,11 +63,13 @@ void append(const Matrix& w, const uint8_t* record, const std::vector<unsigned>&
 
 bool to_cells(const Matrix& w, const BlockCosts& costs, std::vector<uint8_t>& records,
               std::vector<uint64_t>& offsets) {
+  // Costs are those of 64 columns; a cell of a narrower group is a part of one.
+  const int times = kCellBlocks * kBlock / cell_columns(w);
   double cost = 0.0;
   std::vector<std::vector<unsigned>> masks;
   for (int p = 0; p < w.panels; ++p) {
     masks.push_back(masks_of(w, records.data() + w.stride * p));
-    for (const unsigned mask : masks.back()) cost += mask ? costs[__builtin_popcount(mask) - 1] : 0.0;
+    for (const unsigned mask : masks.back()) cost += mask ? costs[times * __builtin_popcount(mask) - 1] : 0.0;
   }
   if (cost >= static_cast<double>(w.panels) * static_cast<double>(masks[0].size())) return false;
   std::vector<uint8_t> out;

@@ -42,7 +42,10 @@ def test_engine_loads_the_result_of_every_recipe(
     document = outcome.to_json()
     assert document["size_after"] > 0 and document["drop_interval"][0] <= document["drop"]
     report = json.loads(Path(document["report"]).read_text())
-    assert report["modules"] and all(0 <= m["error"] < 1 for m in report["modules"])
+    assert report["modules"]
+    # These matrices are as narrow as a block of 16 x 64, so an expert may lose all of its blocks: error 1.
+    whole = recipe.prune is not None and recipe.prune.pattern == "16x64"
+    assert all(0 <= m["error"] < 1 or (whole and m["error"] == 1) for m in report["modules"])
     assert (tmp_path / "out" / "report.html").read_text().count("<svg") >= 3
     assert not (tmp_path / "out" / stream.STATE).exists()
     checkpoint = Checkpoint.open(tmp_path / "out")

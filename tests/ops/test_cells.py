@@ -101,8 +101,17 @@ def test_chosen_where_the_measured_costs_say_so(name: str, monkeypatch: pytest.M
         w = cut(weight(name, 256, 512, 64), keep)
         counts = blocks_per_cell(keep, 64)
         costs = (counts == 1) * 0.5 + (counts == 2) * 0.75 + (counts == 3) * 1.0 + (counts == 4) * 1.1
-        assert saves_time(counts, name) == bool(costs.mean() < 1)
-        assert packed(ops, w, None).packed.sparse == saves_time(counts, name)
+        assert saves_time(counts, name, 64) == bool(costs.mean() < 1)
+        assert packed(ops, w, None).packed.sparse == saves_time(counts, name, 64)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_dense_matrix_stays_dense(group: int) -> None:
+    """Also where a cell is as narrow as a group of scales."""
+    w = weight("int4", 64, 256, group)
+    counts = blocks_per_cell(torch.ones(64, 256, dtype=torch.bool), group)
+    assert not saves_time(counts, "int4", group)
+    assert not packed(CpuOps(1), w, None).packed.sparse
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

@@ -100,7 +100,7 @@ def test_row_does_not_depend_on_its_batch(isa: str) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="threads 0"):
+    with pytest.raises(ValueError, match="threads: got 0"):
         create(None, 0, None, None)
     with pytest.raises(ValueError, match="float16"):
         create(torch.float16, 1, None, None)

@@ -109,7 +109,7 @@ def zero_block_bytes(weight: Weight, keep: Tensor | None) -> int:
     if n % BLOCK or k % 64:
         return 0
     counts = blocks_per_cell(keep, weight.group_size)
-    if not saves_time(counts, weight.format):
+    if not saves_time(counts, weight.format, weight.group_size):
         return 0
     share = 1 - float(counts.sum()) * BLOCK**2 / (n * k)
     cells = int((counts > 0).sum())

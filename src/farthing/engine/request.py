@@ -144,9 +144,9 @@ class SamplingParams:
                 f"min_tokens: got {self.min_tokens}; expected at most max_tokens = {self.max_tokens}"
             )
         if self.stop_strings and not self.detokenize:
-            raise ValueError("detokenize is False; stop strings need detokenization")
+            raise ValueError("detokenize: got False; expected True with stop strings")
         if self.calls is not None and self.structured_outputs is not None:
-            raise ValueError("calls and structured_outputs are set; expected one of them")
+            raise ValueError("calls: got a value with structured_outputs; expected one of them")
         if not all(self.stop_strings):
             raise ValueError(f"stop: got {self.stop!r}; expected non-empty strings")
         for token, bias in (self.logit_bias or {}).items():

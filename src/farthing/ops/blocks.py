@@ -34,7 +34,10 @@ def blocks_per_cell(keep: Tensor, group: int) -> Tensor:
     return blocks.view(blocks.shape[0], -1, min(group, CELL) // BLOCK).sum(2)
 
 
-def saves_time(counts: Tensor, kind: str) -> bool:
-    """Whether the kernels are faster with the block-sparse form; counts: `blocks_per_cell`."""
+def saves_time(counts: Tensor, kind: str, group: int) -> bool:
+    """Whether the kernels are faster with the block-sparse form; counts and group: see `blocks_per_cell`.
+
+    Costs are those of 64 columns; a cell of a narrower group is a part of one.
+    """
     costs = torch.tensor((0.0, *COSTS[kind]))
-    return float(costs[counts].sum()) < counts.numel()
+    return float(costs[counts * (CELL // min(group, CELL))].sum()) < counts.numel()

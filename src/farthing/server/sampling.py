@@ -58,7 +58,7 @@ def build_params(values: Mapping[str, Any]) -> SamplingParams:
     try:
         return SamplingParams(**values)
     except ValueError as error:
-        raise ApiError(400, str(error), param=str(error).split(" ", 1)[0], code="invalid_value") from error
+        raise ApiError(400, str(error), param=str(error).split(":", 1)[0], code="invalid_value") from error
 
 
 _GUIDED = ("json", "regex", "choice", "grammar")

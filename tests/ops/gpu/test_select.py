@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ def test_auto_selects_the_gpu_only_for_compiled_kernels(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(numeric, "INTERPRETED", False)
+    monkeypatch.setattr(import_module("farthing.ops.select"), "_device", lambda: True)
     assert resolve("auto") == "gpu"
     capability = (7, 5)
     assert resolve("auto") != "gpu"
