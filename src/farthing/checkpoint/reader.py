@@ -90,21 +90,22 @@ class Checkpoint:
 
         Raises CheckpointError if it is missing or has another shape.
         """
-        if not self.has(name):
-            raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
-        self._used.add(name)
+        self._claim(name)
         tensor = self._shards.read(name)
         self._check_shape(name, tensor, shape)
         return tensor
 
     def array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
         """`tensor` as a numpy array (see `farthing.ops.arrays`), without importing torch."""
-        if not self.has(name):
-            raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
-        self._used.add(name)
+        self._claim(name)
         array = self._shards.array(name)
         self._check_shape(name, array, shape)
         return array
+
+    def _claim(self, name: str) -> None:
+        if not self.has(name):
+            raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
+        self._used.add(name)
 
     def _check_shape(self, name: str, found: Tensor | NDArray[Any], shape: tuple[int, ...] | None) -> None:
         if shape is not None and tuple(found.shape) != tuple(shape):

@@ -91,14 +91,15 @@ class Speculator:
                     gate.observe(batch, seconds + self._seconds, drafts, self._gained)
         self._gained = 0
         self._recent = _FADE * self._recent + seconds
+        size = max(batch, self._batch)  # prompts of a burst will decode together
         for i, (drafter, gate) in enumerate(zip(self.drafters, self.gates, strict=True)):
             began = perf_counter()
             cheap = self._upkeep[i] < _UPKEEP * self._recent
-            wanted = cheap or gate.may_pay(max(batch, self._batch))
+            wanted = cheap or gate.may_pay(size)
             drafter.observe(plan, step, hidden, wanted)
             spent = perf_counter() - began
             if wanted:
-                gate.charge(max(batch, self._batch), spent)
+                gate.charge(size, spent)
             self._upkeep[i] = _FADE * self._upkeep[i] + spent
         began = perf_counter()
         self._draft([item.seq for item in plan if item.sample and item.seq.active])

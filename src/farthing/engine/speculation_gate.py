@@ -108,7 +108,7 @@ def _time_plain(b: _Bucket, seconds: float) -> None:
         b.plain = seconds
         return
     b.plain += _DECAY * (min(seconds, _SPIKE * b.plain) - b.plain)
-    b.balance = min(_MOST, b.balance + _REFILL)
+    _save(b, _REFILL)
     b.since_drafted += 1
     b.pardon += 1
     wrong = b.since_drafted == _SETTLING and b.plain > _SLOWER * b.judged_by and b.pardon > _PARDON
