@@ -6,12 +6,10 @@ from typing import Any, NoReturn
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from farthing.server.chunks import TOO_FINE, too_fine
 from farthing.server.connections import Guarded
 
 _PIPELINED = 32  # requests of one connection queued after the one being answered
-# Each chunk of a body costs as much as a few hundred bytes. A body may have this many chunks, and more if
-# they have at least so many bytes on average.
-_CHUNKS, _CHUNK_BYTES = 1_024, 64
 _TRAILERS = 64  # fields after a chunked body, which are ignored
 
 
@@ -51,8 +49,8 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):  # type: ignore[misc]  # two
     def on_chunk_header(self) -> None:
         """Count a chunk of a body."""
         self._chunks += 1
-        if self._chunks > _CHUNKS + self._body_bytes // _CHUNK_BYTES:
-            self._reject(f"expected chunks of at least {_CHUNK_BYTES} bytes on average")
+        if too_fine(self._chunks, self._body_bytes):
+            self._reject(TOO_FINE)
 
     def on_body(self, body: bytes) -> None:
         """Handle a part of a body."""

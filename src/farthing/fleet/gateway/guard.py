@@ -18,10 +18,9 @@ from aiohttp import web
 
 from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.gateway.errors import raw_error
+from farthing.server.chunks import TOO_FINE, too_fine
 
-# Each chunk of a body costs as much as a few hundred bytes. A body may have this many chunks, and more if
-# they have at least so many bytes on average. Sizes below 256 are counted; JSON has no such line.
-_CHUNKS, _CHUNK_BYTES = 1_024, 64
+# The head of a chunk of less than 256 bytes; JSON has no such line.
 _CHUNK = re.compile(rb"\r\n0*[0-9a-fA-F]{1,2}[;\r \t]")
 _LINGER_S = 3.0  # for a client that still sends after it was answered
 _TCP_USER_TIMEOUT = 18  # Linux: milliseconds sent data may stay unacknowledged (tcp(7))
@@ -109,7 +108,7 @@ class Guard(asyncio.Protocol):
                 self._arm(self._door.config.head_timeout_s)
             self._bytes += len(data)
         if self._too_fine(data):
-            self._reject_body(f"expected chunks of at least {_CHUNK_BYTES} bytes on average")
+            self._reject_body(TOO_FINE)
             return
         self._handler.data_received(data)
 
@@ -164,7 +163,7 @@ class Guard(asyncio.Protocol):
         if self.phase == "request":
             self._bytes += len(data)
         self._chunks += len(_CHUNK.findall(data))
-        return self._chunks > _CHUNKS + self._bytes // _CHUNK_BYTES
+        return too_fine(self._chunks, self._bytes)
 
     def _reject_body(self, problem: str) -> None:
         """Let the handler answer 400; without one, answer here."""
