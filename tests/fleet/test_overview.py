@@ -13,6 +13,7 @@ from farthing.fleet.config import FleetConfig
 from farthing.fleet.decision_log import DecisionLog
 from farthing.fleet.decisions import Decision, Levels
 from farthing.fleet.estimates import make_estimates
+from farthing.fleet.explain import sentence
 from farthing.fleet.forecast.curve import Forecast, write_forecasts
 from farthing.fleet.forecast.short import MIXTURE
 from farthing.fleet.gateway import Gateway
@@ -65,6 +66,21 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
     assert data["replicas"][0]["state"] == "ready" and data["gauges"]["usd_per_hour"] == 0.72
     assert abs(data["gauges"]["usd_per_million"] - 0.72 / 3600 / 1000 * 1e6) < 1e-12
     assert data["facts"]["capacity"] == "5 requests/s per replica"
+    assert data["why"] == "Goes from 2 to 79 replicas: needs more."
+
+
+def test_last_decision_is_a_sentence() -> None:
+    need = "short: growth (weight 45%) forecasts 6.863 requests/s (q0.90) within 3 s, needs 2"
+    assert sentence(replace(decision(1), reason=need)) == (
+        "Goes from 2 to 1 replica: growth (weight 45%) forecasts 6.863 requests/s (q0.90) within 3 s, "
+        "which needs 2."
+    )
+    limited = "realtime: load is 4.6 requests/s, needs 6; limited to [1, 2]"
+    assert sentence(replace(decision(2), reason=limited)) == (
+        "Keeps 2 replicas: load is 4.6 requests/s, which needs 6 (limited to [1, 2])."
+    )
+    stale = "signals are missing or stale: hold, no scale-down"
+    assert sentence(replace(decision(2), reason=stale)) == f"Keeps 2 replicas: {stale}."
 
 
 def test_forecast_bands_reach_the_page(tmp_path: Path) -> None:

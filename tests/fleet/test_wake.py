@@ -18,6 +18,7 @@ from farthing.fleet.actuators.local import LocalConfig
 from farthing.fleet.actuators.read_only import ReadOnly
 from farthing.fleet.config import FleetConfig, SignalsConfig
 from farthing.fleet.controller import Controller
+from farthing.fleet.decisions import Decision
 from farthing.fleet.gateway import Gateway, GatewayConfig
 from farthing.fleet.metrics import MetricsServer
 from farthing.fleet.policy import Policy
@@ -151,6 +152,54 @@ async def _active(channel: grpc.aio.Channel, name: str) -> None:
         except grpc.aio.AioRpcError as problem:
             assert problem.code() is grpc.StatusCode.UNAVAILABLE  # no decision yet
         await asyncio.sleep(0.05)
+
+
+class Slow:
+    """Signals whose first reading takes until `answered`."""
+
+    def __init__(self) -> None:
+        self.asked, self.answered = asyncio.Event(), asyncio.Event()
+
+    async def read(self, current: int) -> Snapshot:
+        self.asked.set()
+        await self.answered.wait()
+        return Snapshot(time=time.time(), current=current, stale=True)
+
+    async def close(self) -> None: ...
+
+
+class Zero:
+    """An actuator of a fleet without replicas."""
+
+    def __init__(self) -> None:
+        self.started = asyncio.Event()
+
+    async def start(self) -> None: ...
+
+    async def current(self) -> int:
+        return 0
+
+    async def apply(self, decision: Decision) -> None:
+        if decision.target:
+            self.started.set()
+
+    async def close(self) -> None: ...
+
+
+@pytest.mark.anyio
+async def test_report_during_a_step_wakes_the_fleet_right_after_it(tmp_path: Path) -> None:
+    source, actuator = Slow(), Zero()
+    policy = Policy(PolicyConfig(capacity=1.0, min_replicas=0, interval_s=3600.0))
+    loop = Controller(policy, source, actuator, log_path=tmp_path / "decisions.jsonl")
+    stop = asyncio.Event()
+    scaling = asyncio.create_task(loop.run(stop))
+    await source.asked.wait()
+    loop.held.report("gateway", 1)
+    source.answered.set()
+    async with asyncio.timeout(60):
+        await actuator.started.wait()
+    stop.set()
+    await scaling
 
 
 def test_wake_counts_replicas_by_the_backlog_and_only_at_zero() -> None:

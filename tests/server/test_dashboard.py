@@ -85,6 +85,7 @@ def fleet() -> dict[str, Any]:
         "forecasts": {"short": forecast, "mid": {**forecast, "step_s": 1800.0, "source": "prophet"}},
         "replicas": [{"name": "r0", "state": "ready", "inflight": 1, "served": 9, "failed": 0}],
         "decisions": [{**decision, "reason": "short: needs <b>3</b>", "alarms": ["a late signal"]}],
+        "why": "Goes from 2 to 3 replicas: needs <b>3</b>.",
     }
 
 
@@ -289,6 +290,8 @@ def test_page_renders_fits_and_logs_no_errors(browser: Any, kind: str, scheme: s
         assert ("a model" if kind == "server" else "a fleet") in text
         if kind == "gateway":
             assert "2 → 3" in text and "needs <b>3</b>" in text and "a late signal" in text
+            assert "Goes from 2 to 3 replicas" in text
+            assert text.splitlines().count("Replicas") == 1
         else:
             assert "Spending per key" in text and "team" in text and "3 × the layer's mean" in text
         browser.get("about:blank")

@@ -60,7 +60,7 @@ class ReplayOptions:
     pools: bool = _option(False, "Compare one pool with separate prefill and decode pools")
     ttft: float = _option(10.0, "With --pools: target of the time to first token, s")
     tpot: float = _option(0.1, "With --pools: target of the time per output token, s")
-    slo: float = _option(0.99, "With --pools: share in time that the tuned utilizations keep")
+    slo: float = _option(0.99, "With --pools: share in time that the tuned utilizations and the oracle keep")
     copies: int = _option(1, "With --pools: replay the trace this many times at once, shifted")
 
     def config(self) -> ReplayConfig:
@@ -121,7 +121,7 @@ def _print_pools(document: dict[str, Any]) -> None:
         title=f"{document['trace']}, {document['requests']} requests, TTFT {document['ttft_s']:g} s, "
         f"TPOT {document['tpot_s']:g} s, load time {document['load_time_s']:g} s"
     )
-    table.caption = f"{_forecaster(document)}; rule slo; tuned: fixed u, chosen on this trace"
+    table.caption = f"{_forecaster(document)}; rule slo; tuned and oracle: fixed u, chosen on this trace"
     for column in ("layout", "replica-hours", "SLO %", "TTFT %", "TPOT %", "cached %", "u"):
         table.add_column(column, justify="left" if column == "layout" else "right")
     for name, row in document["layouts"].items():

@@ -78,6 +78,7 @@ class Controller:
         self._state_path, self._saved_at = state_path, 0.0
         self._wall = wall
         self.held = Held()
+        self._cold_start_s: float | None = None  # as last measured
         self._disk: dict[str, str] = {}  # files of the state directory that cannot be written -> alarm
         self._known = _last_target(log_path)  # replicas requested, as last read or decided
         self._maintenance: asyncio.Task[None] | None = None
@@ -87,6 +88,7 @@ class Controller:
         loop = asyncio.get_running_loop()
         due = loop.time()
         while not stop.is_set():
+            self.held.reported.clear()
             try:
                 await self.turn()
             except Exception:  # a bug must not stop the controller: hold the replica count and alert
@@ -100,7 +102,6 @@ class Controller:
 
     async def _pause(self, stop: asyncio.Event, seconds: float) -> None:
         """Wait for the next step; returns early if a gateway holds requests for a fleet scaled to zero."""
-        self.held.reported.clear()
         events = [asyncio.ensure_future(stop.wait())]
         if not self._known:
             events.append(asyncio.ensure_future(self.held.reported.wait()))
@@ -112,21 +113,31 @@ class Controller:
         """Make one decision, log it and, unless advising, apply it. None before any signal."""
         alarms: list[str] = []
         current = await self._current(alarms)
-        snapshot = await self.source.read(current if current is not None else 0)
+        held = self.held.total()
+        snapshot = await self._read(current, held)
         if current is None:  # replica count unknown: use the last target, or the serving replicas if more
             current = max(self._known or 0, snapshot.ready or 0)
-            if self._known is None and snapshot.ready is None and not self.held.total():
+            if self._known is None and snapshot.ready is None and not held:
                 log.warning("neither the actuator nor the signals report the number of replicas")
                 return None
             snapshot = replace(snapshot, current=current)
-        if current == 0 and (held := self.held.total()):
-            snapshot = replace(snapshot, backlog=max(float(held), snapshot.backlog or 0.0))
+            if current == 0 and held:
+                snapshot = replace(snapshot, backlog=max(float(held), snapshot.backlog or 0.0))
         now = self._wall()
         decision = self._decide(now, snapshot, current)
         decision = replace(decision, alarms=(*decision.alarms, *alarms, *self._disk.values()))
         await self._act(decision, blind=bool(alarms))
         self._save()
         return decision
+
+    async def _read(self, current: int | None, held: int) -> Snapshot:
+        """The signals. A fleet at zero has none, and waiting for them would delay its start."""
+        if current == 0 and held:
+            known = self._cold_start_s
+            return Snapshot(self._wall(), 0, backlog=float(held), cold_start_s=known, stale=True)
+        snapshot = await self.source.read(current if current is not None else 0)
+        self._cold_start_s = snapshot.cold_start_s
+        return snapshot
 
     def _decide(self, now: float, snapshot: Snapshot, current: int) -> Decision:
         if self.estimates is None:

@@ -1,4 +1,4 @@
-"""`farthing fleet explain`: the last decisions in words."""
+"""Decisions in words: a sentence for the dashboard, and the report of `farthing fleet explain`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from farthing.fleet.decision_log import read_log
 from farthing.fleet.decisions import Decision
 
 _ALL = 1 << 30
+_KINDS = ("short", "mid", "realtime", "wake")  # before the colon of a reason
 
 
 def last_decisions(state: Path, last: int, *, changes: bool = False) -> list[Decision]:
@@ -23,6 +24,16 @@ def last_decisions(state: Path, last: int, *, changes: bool = False) -> list[Dec
     if not changes:
         return read_log(path, last)
     return [d for d in read_log(path, _ALL) if d.target != d.current][-last:]
+
+
+def sentence(decision: Decision) -> str:
+    """What was decided and why, in one sentence."""
+    kind, _, why = decision.reason.partition(": ")
+    need, _, bound = (why if kind in _KINDS else decision.reason).partition("; ")
+    need = need.replace(", needs ", ", which needs ")
+    count = "1 replica" if decision.target == 1 else f"{decision.target} replicas"
+    change = "Keeps" if decision.target == decision.current else f"Goes from {decision.current} to"
+    return f"{change} {count}: {need}" + (f" ({bound})." if bound else ".")
 
 
 def report(decisions: Sequence[Decision]) -> Text:

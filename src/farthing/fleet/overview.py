@@ -14,6 +14,7 @@ from prometheus_client.samples import Sample
 
 from farthing.fleet.decision_log import DECISIONS, recent
 from farthing.fleet.decisions import Decision
+from farthing.fleet.explain import sentence
 from farthing.fleet.forecast.curve import FORECASTS, read_forecasts
 from farthing.fleet.gateway.server import Gateway
 from farthing.fleet.snapshot import Snapshot
@@ -80,6 +81,7 @@ def _add_control(document: dict[str, Any], state: Path) -> None:
     if not decisions:
         return
     last, gauges = decisions[-1], document["gauges"]
+    document["why"] = sentence(last)
     gauges["desired"] = last.target
     measured = last.inputs.get("snapshot")
     if measured is None:

@@ -63,5 +63,6 @@ def wake(now: float, current: int, snapshot: Snapshot | None, config: PolicyConf
         levels=Levels(realtime=need),
         required=need,
         inputs={"snapshot": asdict(snapshot)} if snapshot is not None else {},
-        reason=f"wake: no replicas and {backlog:.4g} waiting requests, processed in {drain:.0f} s by {need}",
+        reason=f"wake: {backlog:.4g} requests wait without a replica; "
+        f"needs {need} to process them in {drain:.0f} s",
     )

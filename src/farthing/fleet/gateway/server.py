@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _VERSIONS = (aiohttp.HttpVersion10, aiohttp.HttpVersion11)
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+_BACKLOG = 2048  # connections waiting to be accepted
+_ACCEPTED = 32  # per iteration of the event loop, so that the first of a burst need not wait for the last
 _FIRST_REQUEST_S = 1.0  # for a connection accepted just as the gateway stops
 
 
@@ -74,7 +77,7 @@ class Gateway:
         self.config = config or GatewayConfig()
         self.balancer = Balancer(self.config)
         self.metrics = GatewayMetrics(self.balancer)
-        self.hold = Hold(self.config.max_waiting, self.metrics)
+        self.hold = Hold(self.config.max_waiting, self.metrics, lambda: bool(self.balancer.candidates()))
         self.door = Door(self.config)
         self.bodies = Bodies(self.config)
         self.health = Health(self.config, lambda: self.proxy.silence, self.hold.notify)
@@ -110,8 +113,11 @@ class Gateway:
         where: dict[str, Any] = {"sock": sock} if sock is not None else {"host": host, "port": port}
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
-            make_factory(self.door, self._handle), backlog=2048, **where
+            make_factory(self.door, self._handle), backlog=_ACCEPTED, **where
         )
+        for listening in self._listener.sockets:
+            with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                same.listen(_BACKLOG)
         # Prevents DNS rebinding: a web page could otherwise reach its visitor's keyless gateway.
         self._local_only = self._keys is None and is_loopback(self.address[0])
         return self.address[1]

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from farthing.fleet.replay.plan import PlanConfig
-from farthing.fleet.replay.pools import PoolsConfig, compare
+from farthing.fleet.replay.pools import compare
+from farthing.fleet.replay.pools_load import PoolsConfig
 from farthing.fleet.replay.requests import replay_requests
 from farthing.fleet.replay.run import POLICIES, Progress, ReplayConfig, base_of, replay
 from farthing.fleet.replay.trace import EXAMPLE, RequestTrace, read_trace

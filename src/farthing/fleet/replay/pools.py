@@ -8,59 +8,34 @@ last five minutes. A request is in time if it meets both targets, TTFT and TPOT.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from farthing.fleet.replay.policies import FarthingRule
-from farthing.fleet.replay.rate import View
+from farthing.fleet.replay.pools_load import RECENT_S, Foresight, PoolsConfig, Recent, arrivals
+from farthing.fleet.replay.rate import Rule, View
 from farthing.fleet.replay.requests import binned
 from farthing.fleet.replay.run import Progress, Replay, ReplayConfig
-from farthing.fleet.replay.servers import Decode, Job, Prefill, Server, Times, Whole
+from farthing.fleet.replay.servers import Decode, Job, Prefill, Server, Whole
 from farthing.fleet.replay.trace import RequestTrace
 
-RECENT_S = 300.0  # of the requests from which the capacity is computed
 GRID = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+ORACLE_GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, *GRID)
 CHUNKS = (1.0, 1.5, 2.0, 4.0)  # iterations of one pool relative to the TPOT target, which is a mean
 LAYOUTS = {"one pool": ("whole",), "two pools": ("prefill", "decode")}
 
-
-@dataclass(frozen=True)
-class PoolsConfig:
-    """Targets and service of a comparison of pools."""
-
-    ttft_s: float = 10.0
-    tpot_s: float = 0.1
-    slo: float = 0.99  # share of the requests that meet both, for the tuned utilizations
-    copies: int = 1  # of the trace, each shifted by up to 30 s and with prompts of its own
-    times: Times = field(default_factory=Times)
-    chunk_s: float | None = None  # time of an iteration with a chunk and a full batch; default: tpot_s
-
-    @property
-    def chunk(self) -> int:
-        """Prompt tokens per iteration of a replica that also generates."""
-        return self.times.chunk(self.chunk_s if self.chunk_s is not None else self.tpot_s)
-
-    def __post_init__(self) -> None:
-        least = self.times.step_s(self.times.max_batch)
-        if not self.ttft_s > 0:
-            raise ValueError(f"ttft: got {self.ttft_s}; expected a number above 0")
-        if not self.tpot_s > least:
-            raise ValueError(
-                f"tpot: got {self.tpot_s}; expected more than {least:g} s, an iteration of a full batch"
-            )
-        if not 0 < self.slo < 1:
-            raise ValueError(f"slo: got {self.slo}; expected a number in (0, 1)")
-        if self.copies < 1:
-            raise ValueError(f"copies: got {self.copies}; expected 1 or more")
+Utilizations = dict[str, float]  # by kind of pool
+Rules = Callable[[str, Recent], Rule]  # by kind of pool; Recent: the requests that the fleet is sized for
 
 
 class Pool:
     """Replicas of one kind, their bill, and the rule that scales them."""
 
-    def __init__(self, kind: str, config: PoolsConfig, rule: FarthingRule, load_time_s: float) -> None:
+    def __init__(self, kind: str, config: PoolsConfig, rule: Rule, load_time_s: float) -> None:
         self.kind, self._config, self.rule, self._load_time_s = kind, config, rule, load_time_s
         self.servers = [self._make(0.0, 0.0) for _ in range(int(rule.start[0]))]
         self.unrouted: deque[Job] = deque()
@@ -73,19 +48,6 @@ class Pool:
             return Whole(times, now, ready_at, ready_at, chunk=self._config.chunk)
         kind = Prefill if self.kind == "prefill" else Decode
         return kind(times, now, ready_at, ready_at)
-
-    def seconds(self, job: Job) -> float:
-        """Replica-seconds that a request costs at full load."""
-        times = self._config.times
-        generate = job.output * times.step_s(times.max_batch) / times.max_batch
-        if self.kind == "decode":
-            return generate
-        if self.kind == "prefill":
-            return times.base_s + job.uncached * times.prefill_s
-        mixed = job.uncached / self._config.chunk  # iterations with a chunk, each of which also generates
-        alone = max(0.0, job.output - mixed * times.max_batch)
-        each = times.step_s(times.max_batch) + self._config.chunk * times.prefill_s
-        return mixed * each + alone * times.step_s(times.max_batch) / times.max_batch
 
     def missed(self, job: Job) -> bool:
         """Whether a finished request missed the target of this pool."""
@@ -126,7 +88,8 @@ class Pool:
 
     def decide(self, tick: int, now: float, capacity: float) -> None:
         """One decision of the rule with the current capacity, applied."""
-        self.rule.capacity = capacity
+        if isinstance(self.rule, FarthingRule):
+            self.rule.capacity = capacity
         current = sum(not server.draining for server in self.servers)
         ready = sum(s.ready_at <= now and not s.draining for s in self.servers)
         wait = self.backlog / max(ready * capacity, 1e-9)
@@ -153,55 +116,40 @@ class Pool:
         return (self.billed_s + sum(end - server.launched for server in self.servers)) / 3600
 
 
-class Recent:
-    """Mean cost of recent requests in each pool, as a controller learns it."""
+def follow(config: PoolsConfig, made: Replay, utilization: Utilizations) -> Rules:
+    """The controller's rule: fixed utilizations, or rule `slo` from the default one if there are none."""
 
-    def __init__(self, first: Iterable[Job]) -> None:
-        self._jobs = deque(first)  # until others arrive: the requests the fleet was sized for
+    def rule(kind: str, recent: Recent) -> Rule:
+        used = np.array([utilization.get(kind, made.config.utilization)])
+        base = made.rule("stabilized" if utilization else "farthing", used, made.span(None))
+        assert isinstance(base, FarthingRule)
+        # the latency rule reacts to a queue that endangers the target, not to every wait for a prompt
+        return replace(base, capacity=recent.capacity(kind), latency_threshold_s=config.ttft_s / 2)
 
-    def add(self, now: float, job: Job) -> None:
-        self._jobs.append(job)
-        while self._jobs[0].arrival < now - RECENT_S:
-            self._jobs.popleft()
-
-    def capacity(self, pool: Pool) -> float:
-        """Requests per second of one replica."""
-        return len(self._jobs) / sum(map(pool.seconds, self._jobs))
+    return rule
 
 
-def arrivals(trace: RequestTrace, copies: int, seed: int = 0) -> list[Job]:
-    """The requests of `copies` users of the same service, by arrival."""
-    random, jobs = np.random.default_rng(seed), []
-    for copy in range(copies):
-        shift = random.uniform(0, 30) if copy else 0.0
-        for index, at in enumerate(trace.arrival_s):
-            blocks = tuple((copy << 40) + block for block in trace.blocks[index]) if trace.blocks else ()
-            prompt, output = int(trace.prompt_tokens[index]), int(trace.output_tokens[index])
-            jobs.append(Job(float(at) + shift, prompt, output, blocks, uncached=prompt))
-    return sorted(jobs, key=lambda job: job.arrival)
-
-
-Rules = Callable[[str, float], FarthingRule]  # by kind of pool and capacity
+def foresee(config: PoolsConfig, made: Replay, jobs: list[Job], utilization: Utilizations) -> Rules:
+    """The oracle: it knows the work of every request, and the utilization that its unevenness needs."""
+    known, setting = Foresight.of(jobs), made.setting
+    each = partial(
+        known.rule,
+        config=config,
+        jobs=jobs,
+        ticks=made.ticks,
+        tick_s=setting.tick_s,
+        load_time_s=made.config.load_time_s,
+    )
+    return lambda kind, recent: each(kind, utilization=utilization[kind])
 
 
 def simulate(
-    jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, utilization: dict[str, float]
+    jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, rules: Rules
 ) -> dict[str, float]:
-    """Run the pools `kinds` through the requests; utilization by kind, empty: rule `slo` from the default."""
+    """Run the pools `kinds` through the requests."""
     jobs = [replace(job) for job in jobs]
-    early = [job for job in jobs if job.arrival < RECENT_S]
-    recent, pools = Recent(early), []
-    for kind in kinds:
-        rule = made.rule(
-            "stabilized" if utilization else "farthing",
-            np.array([utilization.get(kind, made.config.utilization)]),
-            made.span(None),
-        )
-        assert isinstance(rule, FarthingRule)
-        sizing = Pool(kind, config, replace(rule, min_replicas=0), made.config.load_time_s)
-        # the latency rule reacts to a queue that endangers the target, not to every wait for a prompt
-        rule = replace(rule, capacity=recent.capacity(sizing), latency_threshold_s=config.ttft_s / 2)
-        pools.append(Pool(kind, config, rule, made.config.load_time_s))
+    recent = Recent(config, [job for job in jobs if job.arrival < RECENT_S])
+    pools = [Pool(kind, config, rules(kind, recent), made.config.load_time_s) for kind in kinds]
     done: list[Job] = []
 
     def advance(now: float) -> None:
@@ -218,7 +166,7 @@ def simulate(
         now = tick * tick_s
         advance(now)
         for pool in pools:
-            pool.decide(tick, now, recent.capacity(pool))
+            pool.decide(tick, now, recent.capacity(pool.kind))
         while index < len(jobs) and jobs[index].arrival < now + tick_s:
             job, index = jobs[index], index + 1
             advance(job.arrival)
@@ -248,9 +196,10 @@ def compare(
     replaying: ReplayConfig,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
-    """Both layouts under rule `slo`, and with the cheapest fixed utilizations and chunk that keep the SLO.
+    """Both layouts under rule `slo`, with the cheapest fixed utilizations and chunk that keep the SLO, and
+    with an oracle that keeps it.
 
-    The tuned utilizations are chosen on the trace itself, so they compare layouts and predict nothing.
+    The utilizations are chosen on the trace itself, so they compare layouts and predict nothing.
     """
     jobs = arrivals(trace, config.copies)
     times = np.array([job.arrival for job in jobs])
@@ -259,18 +208,18 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     for layout, kinds in LAYOUTS.items():
         progress(layout)
-        rows[layout] = simulate(jobs, kinds, config, made, {})
-        budgets = CHUNKS if kinds == ("whole",) else CHUNKS[:1]
-        made_of = [
-            _tuned(jobs, kinds, replace(config, chunk_s=share * config.tpot_s), made, progress)
-            for share in budgets
+        rows[layout] = simulate(jobs, kinds, config, made, follow(config, made, {}))
+        shares = CHUNKS if kinds == ("whole",) else CHUNKS[:1]
+        chunked = [replace(config, chunk_s=share * config.tpot_s) for share in shares]
+        tuned = [
+            _tuned(jobs, kinds, one, made, partial(follow, one, made), GRID, progress) for one in chunked
         ]
-        kept = [row for row in made_of if row["slo"] >= config.slo]
-        rows[f"{layout}, tuned"] = (
-            min(kept, key=lambda row: float(row["instance_hours"]))
-            if kept
-            else max(made_of, key=lambda row: float(row["slo"]))
-        )
+        rows[f"{layout}, tuned"] = _cheapest(tuned, config.slo)
+        known = [
+            _tuned(jobs, kinds, one, made, partial(foresee, one, made, jobs), ORACLE_GRID, progress)
+            for one in chunked
+        ]
+        rows[f"{layout}, oracle"] = _cheapest(known, config.slo)
     return {
         "trace": trace.name,
         "requests": len(jobs),
@@ -282,29 +231,35 @@ def compare(
     }
 
 
+def _cheapest(rows: list[dict[str, Any]], slo: float) -> dict[str, Any]:
+    """The cheapest row that keeps the SLO; the one that comes closest if none does."""
+    kept = [row for row in rows if row["slo"] >= slo]
+    if not kept:
+        return max(rows, key=lambda row: float(row["slo"]))
+    return min(kept, key=lambda row: float(row["instance_hours"]))
+
+
 def _tuned(
-    jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, progress: Progress
-) -> dict[str, Any]:
-    """The row with the highest utilizations that keep the SLO, found one pool after the other."""
-    used = dict.fromkeys(kinds, 0.5)
-    for kind in kinds:
-        progress(f"tuning {kind}, chunk {config.chunk}")
-        used[kind] = _tune(jobs, kind, kinds, config, made, used)
-    return {**simulate(jobs, kinds, config, made, used), "utilization": used, "chunk": config.chunk}
-
-
-def _tune(
     jobs: list[Job],
-    kind: str,
     kinds: tuple[str, ...],
     config: PoolsConfig,
     made: Replay,
-    others: dict[str, float],
-) -> float:
-    """The highest utilization of `kind` that keeps the SLO, by bisection of GRID; the lowest if none does."""
-    low, high = 0, len(GRID)
-    while high - low > 1:
-        middle = (low + high) // 2
-        kept = simulate(jobs, kinds, config, made, {**others, kind: GRID[middle]})["slo"] >= config.slo
-        low, high = (middle, high) if kept else (low, middle)
-    return GRID[low]
+    rules: Callable[[Utilizations], Rules],
+    grid: tuple[float, ...],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The row with the highest utilizations of `grid` that keep the SLO, one pool after the other."""
+    used = dict.fromkeys(kinds, 0.5)
+
+    def run(tried: Utilizations) -> dict[str, float]:
+        return simulate(jobs, kinds, config, made, rules(tried))
+
+    for kind in kinds:
+        progress(f"tuning {kind}, chunk {config.chunk}")
+        low, high = 0, len(grid)
+        while high - low > 1:
+            middle = (low + high) // 2
+            kept = run({**used, kind: grid[middle]})["slo"] >= config.slo
+            low, high = (middle, high) if kept else (low, middle)
+        used[kind] = grid[low]
+    return {**run(used), "utilization": used, "chunk": config.chunk}

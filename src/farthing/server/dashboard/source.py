@@ -11,7 +11,7 @@ A source document is plain JSON:
     experts     {layer: [tokens of each expert]}
     cost        {usd_per_hour, joules_source, declared, hardware, accounts: […]}
 
-A gateway adds `replicas`, `decisions` and `forecasts` (see docs/guide/observe.md).
+A gateway adds `replicas`, `decisions`, `why` and `forecasts` (see docs/guide/observe.md).
 """
 
 from __future__ import annotations

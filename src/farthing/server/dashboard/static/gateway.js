@@ -29,14 +29,16 @@ export class GatewayView {
       { name: "desired", label: "desired", color: "s2", step: true, dash: [6, 4] },
       { name: "ready", label: "ready", color: "s1", step: true, fill: true },
     ], { title: "Replicas", format: short });
+    this.rows = h("tbody");
+    this.replicas.element.append(h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {},
+      ...["Name", "State", "In flight", "Served", "Failed"].map((name) => h(name === "State" ? "th.text" : "th", {}, name)))), this.rows)));
     this.charts = [
-      this.replicas,
       new Chart([{ name: "requests_ps", label: "arriving", color: "s1", fill: true }, { name: "errors_ps", label: "failed", color: "s2" }],
         { title: "Requests per second", format: short }),
       new Chart([{ name: "ttfb_p50", label: "median", color: "s1" }, { name: "ttfb_p95", label: "95 %", color: "s2" }],
         { title: "Time to first byte", format: seconds }),
     ];
-    this.rows = h("tbody");
+    this.why = h("p.why");
     this.log = h("ol.log");
     this.play = new Playground();
     this.element = h("div", { style: { display: "contents" } },
@@ -45,9 +47,8 @@ export class GatewayView {
       this.forecast.element,
       h("div.grid", {}, ...this.charts.map((chart) => chart.element)),
       h("div.grid.wide", {},
-        h("section.card", {}, h("header", {}, h("h2", {}, "Decisions"), h("span.hint", {}, "newest first")), this.log),
-        h("section.card", {}, h("header", {}, h("h2", {}, "Replicas")), h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {},
-          ...["Name", "State", "In flight", "Served", "Failed"].map((name) => h(name === "State" ? "th.text" : "th", {}, name)))), this.rows)))),
+        h("section.card", {}, h("header", {}, h("h2", {}, "Decisions"), h("span.hint", {}, "newest first")), this.why, this.log),
+        this.replicas.element),
       this.play.element);
   }
 
@@ -74,8 +75,9 @@ export class GatewayView {
     this.facts.replaceChildren(...facts(Object.entries(data.facts ?? {})));
     this.#tiles(data, points);
     this.#forecasts(data, points.columns);
-    for (const chart of this.charts) chart.show(points.columns);
+    for (const chart of [this.replicas, ...this.charts]) chart.show(points.columns);
     this.#replicas(data.replicas ?? []);
+    this.why.textContent = data.why ?? "";
     this.#decisions(data.decisions ?? []);
   }
 
@@ -91,7 +93,8 @@ export class GatewayView {
   }
 
   #forecasts(data, columns) {
-    const end = data.now + HORIZONS[this.horizon];
+    const ends = Object.values(data.forecasts ?? {}).map((f) => f.start + f.p50.length * f.step_s);
+    const end = Math.max(data.now, Math.min(data.now + HORIZONS[this.horizon], Math.max(...ends)));
     const start = Math.max(columns.t[0], data.now - HORIZONS[this.horizon] / 2);
     const tables = [[columns.t, columns.load ?? columns.requests_ps ?? columns.t.map(() => null)]];
     for (const name of Object.keys(FORECASTS)) tables.push(steps(data.forecasts?.[name], end));
