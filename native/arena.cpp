@@ -49,4 +49,11 @@ uint8_t* Arena::take(int node, size_t bytes) {
   return at;
 }
 
+void Arena::give_back(int node, const uint8_t* at) {
+  Slab& s = slabs_[node].back();
+  const size_t used = static_cast<size_t>(at - s.at);
+  bytes_ -= s.used - used;
+  s.used = used;
+}
+
 }  // namespace farthing

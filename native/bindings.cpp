@@ -33,7 +33,7 @@ std::shared_ptr<Packed> pack(Backend& b, Format format, int group, bool zero, bo
   for (const auto& [kind, data, scale, zeros, n, k, g] : tuples)
     sources.push_back({kind, at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g});
   const nb::gil_scoped_release release;
-  return Packed::pack(b.pool, b.arena, format, group, zero, interleave, costs, sources);
+  return Packed::pack(b.pool, b.kernels, b.arena, format, group, zero, interleave, costs, sources);
 }
 
 std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int units) {

@@ -61,24 +61,22 @@ void append(const Matrix& w, const uint8_t* record, const std::vector<unsigned>&
 
 }  // namespace
 
-bool to_cells(const Matrix& w, const BlockCosts& costs, std::vector<uint8_t>& records,
+bool to_cells(const Matrix& w, const BlockCosts& costs, std::vector<uint8_t>& cells,
               std::vector<uint64_t>& offsets) {
   // Costs are those of 64 columns; a cell of a narrower group is a part of one.
   const int times = kCellBlocks * kBlock / cell_columns(w);
   double cost = 0.0;
   std::vector<std::vector<unsigned>> masks;
   for (int p = 0; p < w.panels; ++p) {
-    masks.push_back(masks_of(w, records.data() + w.stride * p));
+    masks.push_back(masks_of(w, w.record(p)));
     for (const unsigned mask : masks.back()) cost += mask ? costs[times * __builtin_popcount(mask) - 1] : 0.0;
   }
   if (cost >= static_cast<double>(w.panels) * static_cast<double>(masks[0].size())) return false;
-  std::vector<uint8_t> out;
   for (int p = 0; p < w.panels; ++p) {
-    offsets.push_back(out.size());
-    append(w, records.data() + w.stride * p, masks[p], out);
+    offsets.push_back(cells.size());
+    append(w, w.record(p), masks[p], cells);
   }
-  offsets.push_back(out.size());
-  records = std::move(out);
+  offsets.push_back(cells.size());
   return true;
 }
 

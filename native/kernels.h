@@ -2,6 +2,7 @@
 #pragma once
 #include "cells.h"
 #include "matrix.h"
+#include "source.h"
 
 namespace farthing {
 
@@ -111,6 +112,9 @@ struct Kernels {
   void (*round_bf16)(const float* x, int n, uint16_t* out);
   // [rows][ldi] to [columns][ldo], multiples of 16.
   void (*transpose)(const float* in, int ldi, int rows, int columns, float* out, int ldo);
+  // Writes the data of a dense panel, and the scales of rows that it rounds to integers, [16] or [K / G][16],
+  // G 32 or 64.
+  void (*pack)(const Matrix& w, const PanelRows& rows, float* scales, uint8_t* data);
   // Columns of a matrix that has_plain_columns: out[k * ldo + n].
   void (*unpack)(const Matrix& w, float* out, int ldo);
   void (*conv)(const ConvLayer& layer, const ConvPair& pair, const Strip* strips,

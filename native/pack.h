@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "cells.h"
+#include "kernels.h"
 #include "matrix.h"
+#include "source.h"
 #include "threads.h"
 
 namespace farthing {
@@ -18,6 +20,7 @@ class Arena {
   ~Arena();
   Arena(const Arena&) = delete;
   uint8_t* take(int node, size_t bytes);
+  void give_back(int node, const uint8_t* at);  // what was taken last; its bytes are not cleared
   size_t bytes() const { return bytes_; }
 
  private:
@@ -30,20 +33,11 @@ class Arena {
   size_t bytes_ = 0;
 };
 
-// Rows of a checkpoint's matrix [n, k]. `kind` is their storage format; see farthing.ops.weights.Weight.
-struct Source {
-  enum Kind { f32, bf16, int8, int4, fp8 } kind;
-  const void* data;
-  const float* scale;  // int8 [n, 1], int4 [n, k / group], fp8 [n / 128, k / 128]
-  const int8_t* zero;  // int4 [n, k / group] or null
-  int n, k, group;
-};
-
 // Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel.
 using BlockCosts = std::array<double, kCellBlocks>;
 
-// Replaces dense records by block-sparse ones and fills `offsets`, if that saves time.
-bool to_cells(const Matrix& w, const BlockCosts& costs, std::vector<uint8_t>& records,
+// Block-sparse records of a dense matrix and their offsets; false and nothing if that would not save time.
+bool to_cells(const Matrix& w, const BlockCosts& costs, std::vector<uint8_t>& cells,
               std::vector<uint64_t>& offsets);
 
 // Throws std::invalid_argument, naming the part, unless kernels can read the records of `w`.
@@ -54,9 +48,9 @@ class Packed {
   Matrix m;
   // Packs the stacked rows of the sources; with `interleave`, alternates 16 rows of the first and the second.
   // Blocks of zeros are left out where `costs` say that it saves time.
-  static std::shared_ptr<Packed> pack(Pool& pool, std::shared_ptr<Arena> arena, Format format, int group,
-                                      bool zero, bool interleave, const BlockCosts& costs,
-                                      const std::vector<Source>& sources);
+  static std::shared_ptr<Packed> pack(Pool& pool, const Kernels& kernels, std::shared_ptr<Arena> arena,
+                                      Format format, int group, bool zero, bool interleave,
+                                      const BlockCosts& costs, const std::vector<Source>& sources);
   // A view of serialized bytes, which must outlive it. Copied to each node if there are several.
   // Everything that kernels rely on is checked; `name` is a hash of the name it was serialized under. Throws
   // std::invalid_argument.
@@ -67,6 +61,7 @@ class Packed {
   size_t weight_bytes() const;
 
  private:
+  void reserve(Pool& pool, Arena& arena);  // memory of dense records
   void place(Pool& pool, Arena& arena, const uint8_t* records);
   std::shared_ptr<Arena> arena_;
   std::vector<uint64_t> offsets_;

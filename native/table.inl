@@ -12,6 +12,7 @@
 #include "keys.inl"
 #include "index.inl"
 #include "expand.inl"
+#include "pack.inl"
 #include "vision/conv.inl"
 // clang-format on
 
@@ -34,6 +35,7 @@ constexpr Kernels table(const char* name) {
       .split = split,
       .round_bf16 = round_to_bf16,
       .transpose = transpose,
+      .pack = pack_panel,
       .unpack = unpack,
       .conv = conv,
       .image_row = image_row,

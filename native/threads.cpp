@@ -73,11 +73,12 @@ std::vector<std::vector<int>> machine_topology() {
   return nodes;
 }
 
-void pin_to([[maybe_unused]] int cpu) {
+void pin_to([[maybe_unused]] const std::vector<int>& cpus) {
 #if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
+  for (const int cpu : cpus)
+    if (cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
   pthread_setaffinity_np(pthread_self(), sizeof set, &set);
 #endif
 }
@@ -104,19 +105,20 @@ Pool::Pool(int threads, const std::string& topology, bool pin) {
     for (; given < until; ++given) node_of_.push_back(static_cast<int>(node_threads_.size()) - 1);
   }
   counters_ = std::vector<Counter>(static_cast<size_t>(kPhases) * size_);
-  std::vector<int> seen(cpus_.size(), 0);
-  for (int t = 0; t < size_; ++t) {
-    const auto& c = cpus_[node_of_[t]];
-    const int cpu = c[seen[node_of_[t]]++ % c.size()];
-    if (t == 0) {
-      if (pin) pin_to(cpu);
-      continue;
+  int groups = 0;
+  for (const int threads : node_threads_)
+    for (int t = 0; t < threads; ++t) {
+      if (t % kGroup == 0) ++groups;
+      group_of_.push_back(groups - 1);
     }
-    workers_.emplace_back([this, t, cpu, pin] {
-      if (pin) pin_to(cpu);
+  groups_ = std::vector<Group>(groups);
+  for (const int g : group_of_) ++groups_[g].threads;
+  pin_ = pin || (real_ && nodes() > 1);
+  for (int t = 1; t < size_; ++t)
+    workers_.emplace_back([this, t] {
+      if (pin_) pin_to(cpus_[node_of_[t]]);
       loop(t);
     });
-  }
 }
 
 Pool::~Pool() {
@@ -158,14 +160,18 @@ bool Pool::take(int phase, int id, int units, Taken& t) {
 void Pool::start(void (*call)(void*, Team&), void* data) {
   for (auto& c : counters_) c.taken.store(0, std::memory_order_relaxed);
   Team team(*this, 0);
+  static thread_local const Pool* pinned = nullptr;  // callers are not known before they call
+  if (pin_ && pinned != this) {
+    pin_to(cpus_[0]);
+    pinned = this;
+  }
   if (size_ == 1) return call(data, team);
   call_ = call;
   data_ = data;
-  running_.store(size_ - 1, std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
   call(data, team);
-  spin([&] { return running_.load(std::memory_order_acquire) == 0; }, {});
+  team.barrier();
 }
 
 void Pool::wait_epoch(uint32_t seen) {
@@ -179,18 +185,23 @@ void Pool::loop(int id) {
     wait_epoch(seen);
     if (stop_) return;
     call_(data_, team);
-    running_.fetch_sub(1, std::memory_order_release);
+    arrive(id);  // thread 0 alone waits for the others
   }
+}
+
+void Pool::arrive(int id) {
+  Group& group = groups_[group_of_[id]];
+  if (group.arrived.fetch_add(1, std::memory_order_acq_rel) != group.threads - 1) return;
+  group.arrived.store(0, std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) != static_cast<int>(groups_.size()) - 1) return;
+  arrived_.store(0, std::memory_order_relaxed);
+  sense_.fetch_add(1, std::memory_order_release);
 }
 
 void Team::barrier() {
   if (pool_.size_ == 1) return;
   const uint32_t sense = pool_.sense_.load(std::memory_order_acquire);
-  if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) == pool_.size_ - 1) {
-    pool_.arrived_.store(0, std::memory_order_relaxed);
-    pool_.sense_.store(sense + 1, std::memory_order_release);
-    return;
-  }
+  pool_.arrive(id_);
   spin([&] { return pool_.sense_.load(std::memory_order_acquire) != sense; }, {});
 }
 

@@ -41,7 +41,8 @@ class Pool {
  public:
   static constexpr int kPhases = 8;
 
-  // topology: "" reads the machine's; else CPU lists a node, such as "0-3;4-7". pin: bind threads to CPUs.
+  // topology: "" reads the machine's; else CPU lists a node, such as "0-3;4-7". pin: bind threads to the
+  // CPUs of their node, as on every machine that has several.
   Pool(int threads, const std::string& topology, bool pin);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -71,6 +72,13 @@ class Pool {
     int begin = 0, end = 0;
     int other = 0;  // parts, from the thread's own on, that are used up
   };
+  // Threads arrive in groups, so that a counter is shared by few cores, and almost always by one node's.
+  static constexpr int kGroup = 16;
+  struct alignas(64) Group {
+    std::atomic<int> arrived{0};
+    int threads = 0;
+  };
+  void arrive(int id);  // the last one changes sense_
   void start(void (*call)(void*, Team&), void* data);
   void loop(int id);
   void wait_epoch(uint32_t seen);
@@ -78,18 +86,19 @@ class Pool {
 
   std::mutex mutex_;
   int size_ = 1;
-  bool real_ = false;
+  bool real_ = false, pin_ = false;
   std::vector<std::vector<int>> cpus_;  // of each node
   std::vector<int> node_threads_;       // threads of each node
   std::vector<int> node_of_;
   std::vector<std::thread> workers_;
   std::vector<int> first_thread_;  // of each node
   std::vector<Counter> counters_;  // [phase][thread]
+  std::vector<Group> groups_;      // [(thread of its node) / kGroup, node by node]
+  std::vector<int> group_of_;
   void (*call_)(void*, Team&) = nullptr;
   void* data_ = nullptr;
   alignas(64) std::atomic<uint32_t> epoch_{0};
-  alignas(64) std::atomic<int> running_{0};
-  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> arrived_{0};  // groups
   alignas(64) std::atomic<uint32_t> sense_{0};
   std::atomic<bool> stop_{false};
 };

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,3 +125,38 @@ def test_experts_of_two_formats_are_rejected() -> None:
     mixed = type(w)(w.gate, w.bias, [w.experts[0], lambda: odd], None)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match="expert 1 of 'm'"):
         CpuOps(1).pack_moe("m", spec, lambda: mixed)
+
+
+def test_many_threads_do_not_change_a_bit() -> None:
+    """More threads than meet in one counter, in groups of 16 and 4 and on nodes of 10."""
+    x = torch.randn(3, 64)
+    w = quantize_int4(torch.randn(1100, 64))
+    expected = CpuOps(1)
+    first = expected.linear(x, expected.pack_linear("w", lambda: [w]))
+    for topology in ("", "0;1"):
+        ops = CpuOps(20, topology=topology)
+        packed = ops.pack_linear("w", lambda: [w])
+        for _ in range(5):
+            assert torch.equal(ops.linear(x, packed), first)
+
+
+PINNED = """
+import os, threading
+from farthing import _native
+backend = _native.Backend(4, "auto", "0;1", True)
+found = []
+def call():
+    backend.units_of_threads(8)
+    found.append(os.sched_getaffinity(0))
+caller = threading.Thread(target=call)
+caller.start()
+caller.join()
+tasks = [os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")]
+assert found == [{0}], found
+assert tasks.count({1}) == 2 and {0} in tasks, tasks
+"""
+
+
+@pytest.mark.skipif(not {0, 1} <= os.sched_getaffinity(0), reason="pins threads to CPUs 0 and 1")
+def test_threads_are_pinned_to_their_node() -> None:
+    subprocess.run([sys.executable, "-c", PINNED], check=True)

@@ -30,6 +30,8 @@ Examples:
 
   farthing plan deepseek-v3 --gpu h100 --price 2.0
 
+  farthing plan deepseek-v3 --quantization int4 --sockets 2 --cores 64 --socket-bandwidth 300
+
   farthing plan kimi-k2.5 --gpu h200 --price 3.5 --tp 8 --kv-cache-dtype fp8
 
   farthing plan deepseek-v3 --gpu h800 --price 2.0 --prefill-gpus 32 --decode-gpus 144 --redundant-experts 32
@@ -44,6 +46,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Memory per rank and, with a price, an estimate of throughput and dollars per million tokens."""
+    from farthing.cli.plan_cpu import print_cpu_estimate
     from farthing.cli.plan_estimate import print_estimate
     from farthing.planner.devices import load_devices
 
@@ -54,6 +57,9 @@ def plan(
         planned = _plan(given, device)
         if given.price is not None and device is not None:
             print_estimate(planned, device, shares, as_json)
+            return
+        if given.cores is not None:
+            print_cpu_estimate(planned, as_json)
             return
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)

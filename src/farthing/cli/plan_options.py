@@ -22,6 +22,7 @@ KvCacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 _main = partial(option, group="Options")
 _memory = partial(option, group="Memory")
 _load = partial(option, group="Throughput (with --price)")
+_cpu = partial(option, group="Throughput of a CPU server")
 _served = partial(inherited, EngineConfig)  # as `farthing serve` declares them
 _ranks = partial(_served, group="Options", default=None, flags=())
 
@@ -80,6 +81,15 @@ class PlanOptions:
     )
     user_rate: float = _load(21.0, "Minimum tokens/s per user", minimum=0.1)
 
+    cores: int | None = _cpu(None, "Cores per socket; estimates one replica on all sockets", minimum=1)
+    sockets: int = _cpu(1, "Sockets", minimum=1)
+    socket_bandwidth: float | None = _cpu(
+        None, "GB/s that a socket reads from its memory; default: measured on this machine", minimum=1
+    )
+    core_int8: float | None = _cpu(
+        None, "INT8 GOP/s per core with all cores busy; default: measured on this machine", minimum=1
+    )
+
     def __post_init__(self) -> None:
         check(self)
         layout = self.layout
@@ -89,8 +99,18 @@ class PlanOptions:
             raise ValueError(f"hot-experts: got {self.hot_experts}; expected 0 without --experts-on cpu")
         if self.price is not None and self.gpu is None:
             raise ValueError("price is set without a GPU; expected --gpu NAME")
+        self._check_cores()
         if self.redundant_experts and self.price is None and layout.ep == 1:
             raise ValueError(f"redundant-experts: got {self.redundant_experts}; expected 0 unless --ep > 1")
+
+    def _check_cores(self) -> None:
+        if self.cores is None:
+            given = [n for n in ("socket_bandwidth", "core_int8") if getattr(self, n) is not None]
+            given += ["sockets"] if self.sockets > 1 else []
+            if given:
+                raise ValueError(f"{given[0].replace('_', '-')} is set without --cores; expected both")
+        elif self.gpu or self.price is not None or self.layout.world > 1:
+            raise ValueError("cores is set; expected no --gpu, --price, --tp, --pp and --ep with it")
 
     @property
     def layout(self) -> Layout:

@@ -1,8 +1,9 @@
 """Writes a packed file part by part, so that a model larger than memory can be packed.
 
-Sections go to `TARGET.partial`, and after each part a line with their index entries to `TARGET.parts`, once
-the data is on disk. A killed run resumes after its last complete part. The file gets its magic number and its
-name only when it is complete, so an unfinished one is never served.
+A thread writes each part while the next one is packed; at most two parts are in memory. Sections go to
+`TARGET.partial`, and after each part a line with their index entries to `TARGET.parts`, once the data is on
+disk. A killed run resumes after its last complete part. The file gets its magic number and its name only when
+it is complete, so an unfinished one is never served.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -30,17 +32,21 @@ class PackedWriter:
         self._entries: dict[str, dict[str, Any]] = {}
         self._done: set[str] = set()
         end = self._resumed()
+        self._names = set(self._entries)
         self._file: BinaryIO = self._partial.open("r+b" if end else "wb")
         self._file.truncate(end or PAGE)
         self._file.seek(0, os.SEEK_END)
         self._log = self._parts.open("a" if end else "w", encoding="utf-8")
         if not end:
             self._append(self._head)
+        self._thread = ThreadPoolExecutor(1, "packed-file-writer")
+        self._written: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown()
         self._file.close()
         self._log.close()
 
@@ -50,19 +56,34 @@ class PackedWriter:
     def add(
         self, part: str, blobs: Iterable[tuple[str, Any]], inputs: Mapping[str, InputRounding] | None = None
     ) -> None:
-        """Write one part and make it durable. Raises ValueError for a name that was written before."""
-        entries: dict[str, dict[str, Any]] = {}
-        for name, blob in blobs:
-            if name in self._entries or name in entries:
+        """Write one part in the background, after the previous one, whose errors are raised here.
+
+        Raises ValueError for a name that was written before.
+        """
+        named = list(blobs)
+        for name, _ in named:
+            if name in self._names:
                 raise ValueError(f"weight name {name!r} was packed twice; expected every name once")
-            entries[name] = write_section(self._file, name, blob, (inputs or {}).get(name))
+            self._names.add(name)
+        self._wait()
+        self._done.add(part)
+        self._written = self._thread.submit(self._write, part, named, inputs or {})
+
+    def _write(self, part: str, blobs: list[tuple[str, Any]], inputs: Mapping[str, InputRounding]) -> None:
+        """Write one part and make it durable."""
+        entries = {name: write_section(self._file, name, blob, inputs.get(name)) for name, blob in blobs}
         drop_cached(self._file)
         self._append({"part": part, "end": self._file.tell(), "entries": entries})
         self._entries |= entries
-        self._done.add(part)
+
+    def _wait(self) -> None:
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def finish(self) -> None:
-        """Write the index and give the file its name."""
+        """Write the index and give the file its name. Raises the errors of the last part."""
+        self._wait()
         close_index(self._file, self._head | {"entries": self._entries})
         drop_cached(self._file)
         self._partial.replace(self._target)

@@ -74,7 +74,7 @@ def _is_held(w: Weight, target: Plan) -> bool:
 def _source(w: Weight, target: Plan) -> tuple[tuple[Any, int, int, int, int, int, int], list[Tensor]]:
     """The native call's tuple (kind, data, scale, zero, n, k, group) and the tensors it points into."""
     n, k = w.shape
-    if not _is_held(w, target):
+    if not _is_held(w, target) and w.format != "fp8":  # which native code converts
         data = w.data if w.format == "dense" else w.dequantize()
         data = data.contiguous() if data.dtype == torch.bfloat16 else data.float().contiguous()
         kind = Kind.BF16 if data.dtype == torch.bfloat16 else Kind.F32

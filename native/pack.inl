@@ -1,0 +1,261 @@
+// Packs 16 rows of a checkpoint into the data of a panel. Rows become lanes by transposition; after that, no
+// instruction crosses lanes, and every instruction set computes the same bytes. Included by kernels_*.cpp.
+namespace farthing {
+namespace {
+
+constexpr int kTileColumns = 64;  // of floats at once: whole groups that are rounded, part of an fp8 block
+constexpr float kTiny = 1.17549435e-38f;  // the smallest scale, as in farthing.ops.weights
+
+inline bool is_float(const Matrix& w, Source::Kind kind) {  // converted, not copied
+  return kind == Source::f32 || kind == Source::bf16 || (kind == Source::fp8 && w.format != Format::fp8);
+}
+
+inline CacheType float_type(Source::Kind kind) {
+  return kind == Source::f32 ? CacheType::f32 : kind == Source::bf16 ? CacheType::bf16 : CacheType::fp8;
+}
+
+// Columns [at, at + 64) of the float rows: [64][16], zeros after the last column and for other rows.
+inline void load_tile(const Matrix& w, const PanelRows& p, int at, float* tile) {
+  alignas(64) float rows[kPanel * kTileColumns];
+  const int n = w.k - at < kTileColumns ? w.k - at : kTileColumns;
+  for (int lane = 0; lane < kPanel; ++lane) {
+    float* out = rows + lane * kTileColumns;
+    const Source::Kind kind = p.kind[lane];
+    if (p.row[lane] && is_float(w, kind))
+      expand_part(float_type(kind), p.row[lane], at, n, kTileColumns,
+                  kind == Source::fp8 ? p.scale[lane][at / kActGroup] : 1.0f, out);
+    else memset(out, 0, sizeof(float) * kTileColumns);
+  }
+  transpose(rows, kTileColumns, kPanel, kTileColumns, tile, kPanel);
+}
+
+// The next 64 bytes of the rows stored as `kind`, as words [16][16]; zeros after `bytes`, `fill` for others.
+inline void load_words(const PanelRows& p, Source::Kind kind, size_t at, int bytes, uint8_t fill,
+                       float* words) {
+  alignas(64) float rows[kPanel * 16];
+  for (int lane = 0; lane < kPanel; ++lane) {
+    float* out = rows + lane * 16;
+    const bool here = p.row[lane] && p.kind[lane] == kind;
+    if (!here || bytes < 64) memset(out, here ? 0 : fill, 64);
+    if (here) memcpy(out, p.row[lane] + at, bytes);
+  }
+  transpose(rows, 16, kPanel, 16, words, 16);
+}
+
+// To nearest, ties to even, for magnitudes below 2^22.
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+inline f32x16 nearest(f32x16 v) { return (v + kMagic) - kMagic; }
+
+inline void pack_f32(const Matrix& w, const PanelRows& p, uint8_t* data) {
+  alignas(64) float tile[kPanel * kTileColumns];
+  for (int at = 0; at < w.kp; at += kTileColumns) {
+    load_tile(w, p, at, tile);
+    const int n = w.kp - at < kTileColumns ? w.kp - at : kTileColumns;
+    memcpy(data + static_cast<size_t>(at) * 64, tile, static_cast<size_t>(n) * 64);
+  }
+}
+
+inline void pack_bf16(const Matrix& w, const PanelRows& p, uint8_t* data) {
+  alignas(64) float tile[kPanel * kTileColumns];
+  for (int at = 0; at < w.kp; at += kTileColumns) {
+    load_tile(w, p, at, tile);
+    for (int i = 0; i < kTileColumns && at + i < w.kp; i += 2) {
+      const u32x16 even = __builtin_convertvector(float_to_bf16(loadf(tile + 16 * i)), u32x16);
+      const u32x16 odd = __builtin_convertvector(float_to_bf16(loadf(tile + 16 * i + 16)), u32x16);
+      store(data + static_cast<size_t>(at + i) * 32, even | odd << 16);
+    }
+  }
+}
+
+inline void pack_fp8(const Matrix& w, const PanelRows& p, uint8_t* data) {
+  alignas(64) float words[kPanel * 16];
+  for (int at = 0; at < w.kp; at += 64) {
+    load_words(p, Source::fp8, at, w.k - at < 64 ? w.k - at : 64, 0, words);
+    for (int i = 0; i < 64 && at + i < w.kp; ++i) {
+      const u32x16 bytes = load<u32x16>(words + i / 4 * 16) >> (8 * (i % 4));
+      store(data + static_cast<size_t>(at + i) * 16, narrow(reinterpret_cast<const i32x16&>(bytes)));
+    }
+  }
+}
+
+// The scales of 16 rows rounded to int8, and their integers + 128: farthing.ops.weights.quantize_int8.
+inline void round_rows(const Matrix& w, const PanelRows& p, float* scales, uint8_t* data) {
+  alignas(64) float tile[kPanel * kTileColumns];
+  f32x16 top = {};
+  for (int at = 0; at < w.kp; at += kTileColumns) {
+    load_tile(w, p, at, tile);
+    for (int i = 0; i < kTileColumns; ++i) top = max(top, abs(loadf(tile + 16 * i)));
+  }
+  const f32x16 scale = max(top / 127.0f, splat(kTiny));
+  store(scales, scale);
+  for (int at = 0; at < w.kp; at += kTileColumns) {
+    load_tile(w, p, at, tile);
+    for (int i = 0; i < kTileColumns; i += 4) {
+      u32x16 word = {};
+      for (int j = 0; j < 4; ++j) {
+        const f32x16 r = max(nearest(loadf(tile + 16 * (i + j)) / scale), splat(-127.0f));
+        word |= (float_to_bits(min(r, splat(127.0f)) + kMagic) & 255u) << (8 * j);
+      }
+      store(data + static_cast<size_t>(at + i) * 16, word ^ 0x80808080u);
+    }
+  }
+}
+
+// The best of the roundings of 16 groups that were tried.
+struct Rounding {
+  alignas(64) double gain[16], dot[16], square[16];
+  alignas(64) float step[16];
+
+  void compare(f32x16 tried, f32x16 high, f32x16 low, f32x16 squares) {
+    alignas(64) float t[16], h[16], l[16], s[16];
+    store(t, tried), store(h, high), store(l, low), store(s, squares);
+    for (int i = 0; i < 16; ++i) {
+      const double d = static_cast<double>(h[i]) + static_cast<double>(l[i]), sq = static_cast<double>(s[i]);
+      const double g = sq > 0.0 ? d * d / sq : 0.0;
+      const bool better = g > gain[i];
+      gain[i] = better ? g : gain[i];
+      dot[i] = better ? d : dot[i];
+      square[i] = better ? sq : square[i];
+      step[i] = better ? t[i] : step[i];
+    }
+  }
+};
+
+// A group of columns of 16 rows. With x scaled by a power of two so that the largest magnitude is about 1,
+// high + low = x, and sums of up to 64 products with 4-bit integers are exact in float32: high is a multiple
+// of 2^-13, and low one of 2^-28 below 2^-13. Values that every range rounds to 0 are left out.
+struct Group {
+  const float* x;
+  int n;
+  f32x16 top, power;
+  bool rest;  // whether any low is not 0
+  alignas(64) float high[kPanel * kTileColumns], low[kPanel * kTileColumns];
+
+  Group(const float* values, int columns) : x(values), n(columns), top{} {
+    for (int i = 0; i < n; ++i) top = max(top, abs(loadf(x + 16 * i)));
+    const u32x16 exponent = float_to_bits(top) >> 23, least = u32x16{} + 1u, most = u32x16{} + 253u;
+    const u32x16 kept = exponent < least ? least : exponent > most ? most : exponent;
+    power = bits_to_float(kept << 23);
+    const f32x16 inverse = bits_to_float((254u - kept) << 23);
+    u32x16 any = {};
+    for (int i = 0; i < n; ++i) {
+      const f32x16 scaled = loadf(x + 16 * i) * inverse, coarse = (scaled + 1536.0f) - 1536.0f;
+      const i32x16 counts = abs(scaled) >= splat(0.03125f);
+      const u32x16 mask = reinterpret_cast<const u32x16&>(counts);
+      const u32x16 fine = float_to_bits(scaled - coarse) & mask;
+      store(high + 16 * i, float_to_bits(coarse) & mask);
+      store(low + 16 * i, fine);
+      any |= fine;
+    }
+    rest = false;
+    for (int i = 0; i < 16; ++i) rest |= any[i] != 0;
+  }
+
+  // Tries both signs of a step, because -8 reaches further than 7.
+  template <bool Rest>
+  void attempt(f32x16 step, Rounding& best) const {
+    f32x16 dot[2] = {}, fine[2] = {}, square[2] = {};
+    for (int i = 0; i < n; ++i) {
+      const f32x16 r = nearest(loadf(x + 16 * i) / step);
+      const f32x16 q[2] = {max(min(r, splat(7.0f)), splat(-8.0f)), max(min(r, splat(8.0f)), splat(-7.0f))};
+      for (int s = 0; s < 2; ++s) {
+        dot[s] = fma(loadf(high + 16 * i), q[s], dot[s]);
+        if constexpr (Rest) fine[s] = fma(loadf(low + 16 * i), q[s], fine[s]);
+        square[s] = fma(q[s], q[s], square[s]);
+      }
+    }
+    best.compare(step, dot[0], fine[0], square[0]);
+    best.compare(-step, -dot[1], -fine[1], square[1]);
+  }
+};
+
+// The steps of least squared error, signed; stores the scales: farthing.ops.weights.quantize_int4.
+inline f32x16 find_steps(const Group& group, float* scales) {
+  constexpr float kRanges[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
+  Rounding best;
+  for (double& g : best.gain) g = -1.0;
+  for (const float range : kRanges) {
+    const f32x16 step = max(group.top * range / 7.5f, splat(kTiny));
+    if (group.rest) group.attempt<true>(step, best);
+    else group.attempt<false>(step, best);
+  }
+  for (int i = 0; i < 16; ++i) {
+    const float step = best.step[i];
+    const double value = best.dot[i] / best.square[i] * static_cast<double>(group.power[i]);
+    const float fitted = best.square[i] > 0.0 ? static_cast<float>(value) : step;
+    scales[i] = __builtin_fabsf(fitted) < kTiny ? step : fitted;
+  }
+  return loadf(best.step);
+}
+
+inline void round_groups(const Matrix& w, const PanelRows& p, float* scales, uint8_t* data) {
+  alignas(64) float tile[kPanel * kTileColumns];
+  for (int k = 0; k < w.kp; k += w.group) {  // 32 or 64 columns
+    if (k % kTileColumns == 0) load_tile(w, p, k, tile);
+    const float* x = tile + static_cast<size_t>(k % kTileColumns) * 16;
+    const f32x16 step = find_steps(Group(x, w.group), scales + static_cast<size_t>(k / w.group) * 16);
+    for (int i = 0; i < w.group; i += 8) {
+      u32x16 word = {};
+      for (int j = 0; j < 8; ++j) {
+        const f32x16 r = max(nearest(loadf(x + 16 * (i + j)) / step), splat(-8.0f));
+        const u32x16 u = float_to_bits(min(r, splat(7.0f)) + (kMagic + 8.0f)) & 15u;
+        word |= u << (j < 4 ? 8 * j : 8 * j - 28);
+      }
+      store(data + static_cast<size_t>(k + i) * 8, word);
+    }
+  }
+}
+
+// Lanes of rows that were rounded keep what is stored.
+inline void store_lanes(uint8_t* at, u32x16 word, u32x16 rounded) {
+  store(at, (word & ~rounded) | (load<u32x16>(at) & rounded));
+}
+
+inline void copy_int8(const Matrix& w, const PanelRows& p, u32x16 rounded, uint8_t* data) {
+  alignas(64) float words[kPanel * 16];
+  for (int at = 0; at < w.kp; at += 64) {
+    load_words(p, Source::int8, at, w.k - at < 64 ? w.k - at : 64, 0, words);
+    for (int i = 0; i < 16; ++i)
+      store_lanes(data + static_cast<size_t>(at) * 16 + 64 * i, load<u32x16>(words + 16 * i) ^ 0x80808080u,
+                  rounded);
+  }
+}
+
+inline u32x16 spread(u32x16 v) {  // 4 nibbles to 4 bytes
+  v = (v | v << 8) & 0x00ff00ffu;
+  return (v | v << 4) & 0x0f0f0f0fu;
+}
+
+inline void copy_int4(const Matrix& w, const PanelRows& p, u32x16 rounded, uint8_t* data) {
+  alignas(64) float words[kPanel * 16];
+  for (int at = 0; at < w.kp; at += 128) {
+    const int bytes = w.k - at < 128 ? (w.k - at) / 2 : 64;
+    load_words(p, Source::int4, static_cast<size_t>(at) / 2, bytes, 0x88, words);
+    for (int i = 0; i < bytes / 4; ++i) {
+      const u32x16 v = load<u32x16>(words + 16 * i);
+      store_lanes(data + static_cast<size_t>(at) * 8 + 64 * i, spread(v & 0xffffu) | spread(v >> 16) << 4,
+                  rounded);
+    }
+  }
+}
+
+// Writes the data of a panel, and the scales of rows that it rounds: [16] or [K / G][16].
+void pack_panel(const Matrix& w, const PanelRows& p, float* scales, uint8_t* data) {
+  if (w.format == Format::f32) return pack_f32(w, p, data);
+  if (w.format == Format::bf16) return pack_bf16(w, p, data);
+  if (w.format == Format::fp8) return pack_fp8(w, p, data);
+  u32x16 rounded = {};
+  bool any = false, all = true;
+  for (int lane = 0; lane < kPanel; ++lane) {
+    const bool is_rounded = p.row[lane] && is_float(w, p.kind[lane]);
+    rounded[lane] = is_rounded ? ~0u : 0u;
+    any |= is_rounded;
+    all &= is_rounded;
+  }
+  const bool nibbles = w.format == Format::q4;
+  if (any) nibbles ? round_groups(w, p, scales, data) : round_rows(w, p, scales, data);
+  if (!all) nibbles ? copy_int4(w, p, rounded, data) : copy_int8(w, p, rounded, data);
+}
+
+}  // namespace
+}  // namespace farthing

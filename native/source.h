@@ -1,0 +1,25 @@
+// Rows of a checkpoint's matrices, as they are stored.
+#pragma once
+#include <cstdint>
+
+#include "formats.h"
+
+namespace farthing {
+
+// A matrix [n, k]. `kind` is its storage format; see farthing.ops.weights.Weight.
+struct Source {
+  enum Kind { f32, bf16, int8, int4, fp8 } kind;
+  const void* data;
+  const float* scale;  // int8 [n, 1], int4 [n, k / group], fp8 [n / 128, k / 128]
+  const int8_t* zero;  // int4 [n, k / group] or null
+  int n, k, group;
+};
+
+// The rows of one panel, which may come from several matrices.
+struct PanelRows {
+  Source::Kind kind[kPanel];
+  const uint8_t* row[kPanel];  // null: a row of zeros
+  const float* scale[kPanel];  // fp8: of the row's blocks of 128 columns
+};
+
+}  // namespace farthing
