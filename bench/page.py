@@ -126,14 +126,18 @@ def start(section: dict[str, Any] | None) -> str:
         return ""
     lines = []
     for r in section["rows"]:
-        peak, weights = r["peak_bytes"] / 1e9, r["weights_bytes"] / 1e9
-        first = f"{r['first_token_s']:.2f}"
-        lines.append(f"| {r['system']} | {first} | {peak:.2f} | {weights:.2f} | {peak / weights - 1:+.0%} |")
+        cold = r.get("cold_first_token_s")
+        first = f"{r['first_token_s']:.2f} | {f'{cold:.2f}' if cold else '–'}"
+        memory = "– | – | –"
+        if "peak_bytes" in r:
+            peak, weights = r["peak_bytes"] / 1e9, r["weights_bytes"] / 1e9
+            memory = f"{peak:.2f} | {weights:.2f} | {peak / weights - 1:+.0%}"
+        lines.append(f"| {r['system']} | {first} | {memory} |")
     return (
-        f"\n{section['model']}, {BITS[section['weights']]}, `bench/startup.py`, {section['date']} (files in "
-        "the page cache; memory: peak resident pages, including mapped files, after 16 sequences):\n\n"
-        "| | launch to first token, s | peak memory, GB | file of weights, GB | above it |\n"
-        "|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        f"\n{section['model']}, {BITS[section['weights']]}, `bench/startup.py`, {section['date']} (warm: "
+        "files in the page cache; memory: peak resident pages, including mapped files, after 16 sequences):"
+        "\n\n| | launch to first token, s | cold | peak memory, GB | file of weights, GB | above it |\n"
+        "|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
 
 
