@@ -2,7 +2,7 @@
 results.
 
   python bench/training.py roofline                          # bytes per weight read, by projection
-  python bench/training.py precision --tokens 800000 --out runs/precision     # one seed; resumes
+  python bench/training.py precision --out runs/precision     # 1,500 steps, one seed; resumes
   python bench/training.py serve mite runs/qat/checkpoint runs/prune/checkpoint
   python bench/training.py tradeoff float=mite W4A4=runs/qat/checkpoint pruned=runs/prune/checkpoint
 """
@@ -24,13 +24,15 @@ from rich.table import Table
 from farthing.compress.corpus import load_corpus
 from farthing.compress.evaluate import BLOCK, compare, paged_batch
 from farthing.compress.gate import held_out_sample, load_for
+from farthing.files import replace_json
 from farthing.hub import resolve_model
 from farthing.model import DeepseekModel, load
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
 from farthing.train.export import load_checkpoint
+from farthing.train.finetune import sha256
 from farthing.train.fp8 import Fp8Config, use_fp8
-from farthing.train.mite import train_mite
+from farthing.train.mite import Recipe, train_mite
 from farthing.train.picture import plot, plot_tradeoff
 
 ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and settings
@@ -38,6 +40,7 @@ ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and setti
     "fp8": ("fp8", []),
     "fp8-delayed": ("fp8", ['fp8_scaling="delayed"']),
 }
+KEPT = ("step", "tokens", "main", "eval_loss", "bits_per_byte", "minutes")
 PREFILL = 512
 PROMPT = 64
 WARMUP, ROUNDS = 10, 200
@@ -83,26 +86,43 @@ def roofline(model: Path, tokens: int, gbytes: float, gflops: float) -> list[dic
     return table
 
 
-def precision(out: Path, tokens: int, seed: int, device: str) -> dict[str, Any]:
-    """Train with every arithmetic, or reuse finished runs in `out`, and compare the last records."""
+def precision(
+    out: Path, tokens: int, batch_tokens: int, seed: int, device: str, names: list[str]
+) -> dict[str, Any]:
+    """Train with each arithmetic, or reuse finished runs in `out`, and compare the last records."""
     finals: dict[str, Any] = {}
     curves = {}
-    for name, (kind, settings) in ARITHMETIC.items():
+    windows = [[start, min(length, batch_tokens)] for start, length in Recipe().window_stages]
+    batch = [
+        f"micro_tokens={batch_tokens}",
+        f"batch_stages=[[0.0, {batch_tokens}]]",
+        f"window_stages={json.dumps(windows)}",
+    ]
+    for name in names:
+        kind, settings = ARITHMETIC[name]
         run = out / name
         record = run / "record.json"
         done = (record.is_file() and json.loads(record.read_text())) or []
         if not done or done[-1]["tokens"] < tokens:
             resume = (run / "state.pt").is_file()
-            if train_mite(run, None, tokens, resume, None, device, 1, seed, settings, kind, 2.0) is None:
+            if (
+                train_mite(run, None, tokens, resume, None, device, 1, seed, batch + settings, kind, 2.0)
+                is None
+            ):
                 raise SystemExit("interrupted; run the same command to continue")
             done = json.loads(record.read_text())
-        finals[name] = {k: done[-1][k] for k in ("tokens", "main", "eval_loss", "bits_per_byte", "minutes")}
-        finals[name]["skipped"] = done[-1].get("fp8_skipped", 0.0)
-        rise = finals[name]["eval_loss"] / finals["bf16"]["eval_loss"] - 1
-        finals[name] |= {"relative_loss": rise, "within_1_percent": abs(rise) <= 0.01}
+        finals[name] = {k: done[-1][k] for k in KEPT}
+        hooks = torch.load(run / "state.pt", weights_only=True, mmap=True)["hooks"]
+        finals[name]["skipped_steps"] = sum(state.get("skipped", 0) for state in hooks)
+        rise = finals[name]["eval_loss"] / finals[names[0]]["eval_loss"] - 1
+        finals[name] |= {"relative_loss": rise, "within_half_a_percent": abs(rise) <= 0.005}
         curves[name] = [(p["tokens"], p["eval_loss"]) for p in done]
+        finals[name]["curve"] = [{k: p[k] for k in ("step", "tokens", "main", "eval_loss")} for p in done]
+        finals[name]["checkpoint_sha256"] = sha256(run / "checkpoint" / "model.safetensors")
     plot(out / "fp8.png", curves, "held-out loss, nats per token")
-    return finals
+    summary = {"tokens": tokens, "batch_tokens": batch_tokens, "seed": seed, "runs": finals}
+    replace_json(out / "precision.json", summary)
+    return summary
 
 
 def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
@@ -231,7 +251,9 @@ def main() -> None:
     one.add_argument("--gflops", type=float, default=455.0, help="bfloat16 GFLOP/s")
     one = commands.add_parser("precision")
     one.add_argument("--out", type=Path, default=Path("runs/precision"))
-    one.add_argument("--tokens", type=int, default=800_000)
+    one.add_argument("--tokens", type=int, default=3_072_000)
+    one.add_argument("--batch-tokens", type=int, default=2048, help="per step")
+    one.add_argument("--only", nargs="+", choices=list(ARITHMETIC), default=list(ARITHMETIC))
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--device", default="cpu", help="cpu (FP8 is emulated) or cuda")
     one = commands.add_parser("serve")
@@ -246,7 +268,8 @@ def main() -> None:
     if args.command == "roofline":
         show(roofline(resolve_model(args.model), args.tokens, args.gbytes, args.gflops))
     elif args.command == "precision":
-        print(json.dumps(precision(args.out, args.tokens, args.seed, args.device), indent=1))
+        found = precision(args.out, args.tokens, args.batch_tokens, args.seed, args.device, args.only)
+        print(json.dumps(found, indent=1))
     elif args.command == "serve":
         show(serve(args.models, args.threads))
     else:

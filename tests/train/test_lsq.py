@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.train import lsq
+from farthing.train.group_rounding import round_groups
 from farthing.train.lsq import (
     ActivationQuantizer,
     Precision,
@@ -129,6 +130,16 @@ def test_clip_is_learned() -> None:
         optimizer.step()
     assert float(quantizer.log_scale.exp()) < 0.95
     assert float((quantizer(x) - x).square().mean()) < before
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.8])
+def test_the_largest_input_of_a_group_learns_from_the_whole_group(clip: float) -> None:
+    """Rounding scales with its input, so the gradient along x is that of the output along itself (Euler)."""
+    torch.manual_seed(0)
+    x, along = torch.randn(16, 128, requires_grad=True), torch.randn(16, 128)
+    y = round_groups(x, torch.tensor(clip), 64, 7)
+    (grad,) = torch.autograd.grad((y * along).sum(), x)
+    torch.testing.assert_close((grad * x).sum(1), (along * y).sum(1), rtol=1e-3, atol=1e-3)
 
 
 def test_sixteen_bits_do_not_round() -> None:

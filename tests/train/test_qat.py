@@ -21,8 +21,9 @@ from farthing.train.export import load_checkpoint
 from farthing.train.finetune import perplexity
 from farthing.train.lsq import Precision
 from farthing.train.model import DeepSeekLM
-from farthing.train.qat import QatConfig, QatModel, build, parse_stages
+from farthing.train.qat import build
 from farthing.train.qat_export import module_name, save_quantized
+from farthing.train.qat_model import QatConfig, QatModel, parse_stages
 from farthing.train.qat_run import train_qat
 from tests.train.conftest import settings_of
 

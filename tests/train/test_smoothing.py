@@ -11,7 +11,7 @@ from torch import Tensor
 from farthing.model.config import ModelConfig
 from farthing.train.lsq import Precision
 from farthing.train.model import DeepSeekLM
-from farthing.train.qat import QatConfig, QatModel
+from farthing.train.qat_model import QatConfig, QatModel
 from farthing.train.smoothing import smooth
 
 

@@ -101,13 +101,18 @@ class QatOptions(RunOptions):
     """A run of quantization-aware training."""
 
     out: Path = _option(Path("runs/qat"), "Run directory", flags=("-o",))
-    tokens: int = _option(1_500_000, "Run length in tokens", minimum=1)
+    tokens: int = _option(614_400, "Run length in tokens", minimum=1)
     window: int = _option(1024, "Context length in tokens", minimum=1)
-    batch_tokens: int = _option(4096, "Tokens per step", minimum=1)
-    stages: str = _option(
-        "0:W8A8,0.01:W4A8,0.08:W4A4",
-        "Stages as START:BITS; START is a share of the run, BITS W8A8, W4A8 or W4A4",
+    batch_tokens: int = _option(2048, "Tokens per step", minimum=1)
+    stages: str | None = _option(
+        None,
+        "Stages as START:BITS; START is a share of the run, BITS W16A16 (not rounded) to W4A4; default: "
+        "0:W4A4, with --blocks 0:W16A16,0.6:W4A8",
     )
+    blocks: Literal["16x16", "16x64"] | None = _option(
+        None, "Also prune blocks of the feed-forwards, of ROWSxCOLUMNS, which the CPU kernels skip"
+    )
+    sparsity: float = _option(0.4, "Share of zero blocks at the end, with --blocks")
     inputs: Literal["group", "tensor"] = _option(
         "group", "Input ranges: group (dynamic, learned clip) or tensor (LSQ+, not exported)"
     )
@@ -121,8 +126,10 @@ class PruneOptions(RunOptions):
 
     out: Path = _option(Path("runs/prune"), "Run directory", flags=("-o",))
     target: float = _option(0.28, "Share of the MLP parameters to remove")
+    units: Literal["both", "neurons", "experts"] = _option("both", "What to remove")
     tau: float = _option(0.3, "Activity threshold of a neuron, in units of the token's mean")
     bound: float = _option(0.03, "Pause pruning above this perplexity increase")
+    hard: float = _option(0.5, "Weight of the text's cross entropy in the loss; the rest is distillation")
 
 
 @app.command()
@@ -214,16 +221,25 @@ def qat(options: dict[str, Any], as_json: Json = False) -> None:
 
       farthing train qat -o runs/qat && farthing serve runs/qat/checkpoint
 
+      farthing train qat --blocks 16x16 -o runs/blocks && farthing serve runs/blocks/checkpoint
+
       farthing train qat ./model --stages 0:W4A8 --tokens 2000000 --device cuda --batch-tokens 65536
     """
-    from farthing.train.qat import QatConfig, parse_stages
+    from farthing.compress.prune.masks import BLOCKS
+    from farthing.train.qat_model import QatConfig, parse_stages
     from farthing.train.qat_run import train_qat
 
     def run() -> dict[str, Any] | None:
         given = QatOptions(**options)
         _require_matplotlib()
+        stages = given.stages or ("0:W16A16,0.6:W4A8" if given.blocks else "0:W4A4")
         config = QatConfig(
-            parse_stages(given.stages), inputs=given.inputs, smoothing=given.smoothing, hard=given.hard
+            parse_stages(stages),
+            inputs=given.inputs,
+            smoothing=given.smoothing,
+            hard=given.hard,
+            block=BLOCKS[given.blocks] if given.blocks else None,
+            sparsity=given.sparsity,
         )
         return train_qat(given.settings(), config, given.resume)
 
@@ -249,7 +265,9 @@ def prune(options: dict[str, Any], as_json: Json = False) -> None:
     def run() -> dict[str, Any] | None:
         given = PruneOptions(**options)
         _require_matplotlib()
-        config = PruneConfig(target=given.target, tau=given.tau, bound=given.bound)
+        config = PruneConfig(
+            target=given.target, units=given.units, tau=given.tau, bound=given.bound, hard=given.hard
+        )
         return train_prune(given.settings(), config, given.resume)
 
     summary = _finish(run, as_json)

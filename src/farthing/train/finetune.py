@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,11 @@ def _store(path: Path, train: list[Ids], heldout: list[Ids]) -> None:
 
 
 @torch.no_grad()
-def perplexity(model: DeepSeekLM, documents: Sequence[Ids], window: int, max_tokens: int) -> float:
-    """Perplexity over consecutive windows of whole documents, until `max_tokens` are scored."""
-    nats, count = 0.0, 0
+def window_nats(model: DeepSeekLM, documents: Sequence[Ids], window: int, max_tokens: int) -> Tensor:
+    """(loss in nats, tokens) of consecutive windows of whole documents, until `max_tokens` are scored:
+    [windows, 2] float64.
+    """
+    rows: list[tuple[float, int]] = []
     training = model.training
     model.eval()
     for ids in documents:
@@ -107,12 +110,48 @@ def perplexity(model: DeepSeekLM, documents: Sequence[Ids], window: int, max_tok
         for start in range(0, len(body) - 1, window):
             tokens = torch.from_numpy(body[start : start + window + 1])[None].to(model.embed_tokens.device)
             logits = model.logits(model(tokens[:, :-1]))[0].float()
-            nats += float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-            count += tokens.shape[1] - 1
-        if count >= max_tokens:
+            loss = float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+            rows.append((loss, tokens.shape[1] - 1))
+        if sum(count for _, count in rows) >= max_tokens:
             break
     model.train(training)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def perplexity(model: DeepSeekLM, documents: Sequence[Ids], window: int, max_tokens: int) -> float:
+    """Perplexity over the windows of `window_nats`."""
+    nats, count = window_nats(model, documents, window, max_tokens).sum(0).tolist()
     return math.exp(nats / count)
+
+
+def resampled(found: Mapping[str, Tensor], draws: int = 2000, seed: int = 0) -> dict[str, Tensor]:
+    """Mean loss of every model over the same resampled windows, [draws]; `found` are its `window_nats`."""
+    windows = len(next(iter(found.values())))
+    picks = torch.randint(windows, (draws, windows), generator=torch.Generator().manual_seed(seed))
+    sums = {name: rows[picks].sum(1) for name, rows in found.items()}
+    return {name: s[:, 0] / s[:, 1] for name, s in sums.items()}
+
+
+def interval(values: Tensor) -> list[float]:
+    """The central 95 % of resampled values, as [low, high]."""
+    return [round(x, 5) for x in values.quantile(values.new_tensor([0.025, 0.975])).tolist()]
+
+
+def provenance(settings: Settings, config: Any, text: Text) -> dict[str, Any]:
+    """What determines a run: its settings, and hashes of the base weights and of the held-out tokens."""
+    return {
+        "settings": {
+            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
+        },
+        "config": dataclasses.asdict(config),
+        "base_sha256": sha256(settings.model / "model.safetensors"),
+        "text_sha256": hashlib.sha256(b"".join(d.tobytes() for d in text.heldout)).hexdigest(),
+    }
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file that fits in memory."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def adam(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:

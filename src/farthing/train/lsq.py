@@ -10,16 +10,19 @@ Shapes: R rows, J columns, G groups of g = J / G columns, B matrices.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from farthing.train.group_rounding import round_groups
 from farthing.train.grouped import Routing, plain_product
 
 TINY = 1e-12
 Kind = Literal["tensor", "group"]
+Tap = Callable[[Tensor, list[int], Routing | None], None]  # rounded inputs, rows per matrix, routing
 
 
 def _round(
@@ -121,10 +124,23 @@ def top(bits: int) -> int:
 
 
 class WeightQuantizer(nn.Module):
-    """One learned scale for `group` columns of every row of w [B, R, J], rounded to 4 or 8 bits."""
+    """One learned scale for `group` columns of every row of w [B, R, J], rounded to 4 or 8 bits.
 
-    def __init__(self, shape: torch.Size, group: int) -> None:
+    With `block` = (r, c), `keep` [B, R / r, J / c] holds 1 for blocks that are kept and 0 for zero blocks.
+    """
+
+    keep: Tensor | None
+
+    def __init__(self, shape: torch.Size, group: int, block: tuple[int, int] | None = None) -> None:
         super().__init__()
+        keep = None
+        if block is not None:
+            if shape[1] % block[0] or shape[2] % block[1]:
+                raise ValueError(
+                    f"blocks of {block[0]}x{block[1]} do not tile a matrix of {tuple(shape[1:])}"
+                )
+            keep = torch.ones(shape[0], shape[1] // block[0], shape[2] // block[1])
+        self.register_buffer("keep", keep)
         b, rows, columns = shape
         self.group = group if columns % group == 0 else columns
         self.bits = 16
@@ -141,7 +157,7 @@ class WeightQuantizer(nn.Module):
         self.bits = bits
         if bits == 16:
             return
-        groups = w.unflatten(-1, (-1, self.group))
+        groups = self.pruned(w).unflatten(-1, (-1, self.group))
         full = (groups.abs().amax(-1, keepdim=True) / (7.5 if bits == 4 else 127)).clamp_min(TINY)
         best, least = full.clone(), torch.full_like(full, torch.inf)
         for factor in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7) if bits == 4 else (1.0,):
@@ -152,8 +168,17 @@ class WeightQuantizer(nn.Module):
             best, least = torch.where(error < least, s, best), torch.minimum(error, least)
         self.log_scale.copy_(best.log())
 
+    def pruned(self, w: Tensor) -> Tensor:
+        """w [B, R, J] without its zero blocks."""
+        if self.keep is None:
+            return w
+        b, rows, columns = self.keep.shape
+        blocks = w.view(b, rows, w.shape[1] // rows, columns, w.shape[2] // columns)
+        return (blocks * self.keep[:, :, None, :, None]).view(w.shape)
+
     def forward(self, w: Tensor) -> Tensor:
         """w [B, R, J] -> w rounded to the grid."""
+        w = self.pruned(w)
         if self.bits == 16:
             return w
         groups = w.unflatten(-1, (-1, self.group))
@@ -163,24 +188,21 @@ class WeightQuantizer(nn.Module):
     def integers(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(q int8 [B, R, J], scale float32 [B, R, J / group]) of `forward`'s result."""
         s = self.log_scale.exp()
-        q = (w.unflatten(-1, (-1, self.group)) / s).round().clamp(self.low, top(self.bits))
+        q = (self.pruned(w).unflatten(-1, (-1, self.group)) / s).round().clamp(self.low, top(self.bits))
         return q.flatten(-2).to(torch.int8), s.squeeze(-1)
 
 
 class ActivationQuantizer(nn.Module):
     """Rounds x [R, J] to `bits`, in one of two ways.
 
-    "group": each group of `group` columns of a row has the scale clip * amax / top, computed as a kernel with
-    dynamic ranges does; the clip is learned. "tensor": LSQ+, with one learned scale for all of x and, if
-    `offset`, one learned offset, for inputs made one-sided by a SiLU or ReLU.
+    "group": a dynamic range for every `group` columns of a row (`group_rounding.py`), with a learned clip.
+    "tensor": LSQ+, with one learned scale for all of x and, if `offset`, one learned offset, for inputs made
+    one-sided by a SiLU or ReLU.
     """
 
-    def __init__(
-        self, kind: Kind = "group", group: int = 64, offset: bool = False, unsigned: bool = False
-    ) -> None:
+    def __init__(self, kind: Kind = "group", group: int = 64, offset: bool = False) -> None:
         super().__init__()
         self.kind, self.group, self.bits = kind, group, 16
-        self.unsigned = unsigned  # inputs are never negative: use only integers >= 0
         self.log_scale = nn.Parameter(torch.zeros(()))
         self.offset = nn.Parameter(torch.zeros(())) if offset and kind == "tensor" else None
         self.started = False
@@ -210,9 +232,7 @@ class ActivationQuantizer(nn.Module):
     @property
     def integers_range(self) -> tuple[int, int]:
         """(smallest, largest) integer."""
-        if self.kind == "tensor":
-            return -top(self.bits) - 1, top(self.bits)
-        return (0, 2 * top(self.bits) + 1) if self.unsigned else (-top(self.bits), top(self.bits))
+        return -top(self.bits) - (self.kind == "tensor"), top(self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [R, J] -> x rounded to the grid."""
@@ -226,21 +246,20 @@ class ActivationQuantizer(nn.Module):
             offset = None if self.offset is None else self.offset.view(1, 1)
             return fake_quantize(x, scale, low, high, offset).to(x.dtype)
         group = self.group if x.shape[-1] % self.group == 0 else x.shape[-1]
-        groups = x.unflatten(-1, (-1, group))
-        amax = groups.detach().abs().amax(-1, keepdim=True).float().clamp_min(TINY)
-        clip = self.log_scale.exp()
-        share = amax.numel() ** -0.5  # every group adds to the clip's gradient
-        clip = clip * share + (clip - clip * share).detach()
-        return fake_quantize(groups, clip * (amax / high), low, high).flatten(-2).to(x.dtype)
+        return round_groups(x, self.log_scale.exp(), group, high)
 
 
 class QuantizedProduct(nn.Module):
     """A `grouped.Product` that rounds input and weights first: one projection, or all experts of a layer."""
 
-    def __init__(self, weight: Tensor, group: int = 64, kind: Kind = "group", offset: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, group: int = 64, kind: Kind = "group", offset: bool = False,
+        block: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.weight_quantizer = WeightQuantizer(weight.shape, group)
+        self.weight_quantizer = WeightQuantizer(weight.shape, group, block)
         self.input_quantizer = ActivationQuantizer(kind, group, offset)
+        self.tap: Tap | None = None
 
     def start(self, weight: Tensor, precision: Precision) -> None:
         """Start a stage: set its bits and fit the ranges to the current weights."""
@@ -256,4 +275,7 @@ class QuantizedProduct(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, sizes: list[int], routing: Routing | None = None) -> Tensor:
         """See `farthing.train.grouped.Product`."""
-        return plain_product(self.input_quantizer(x), self.weight_quantizer(w), sizes, routing)
+        x = self.input_quantizer(x)
+        if self.tap is not None:
+            self.tap(x, sizes, routing)
+        return plain_product(x, self.weight_quantizer(w), sizes, routing)

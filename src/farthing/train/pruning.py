@@ -35,6 +35,9 @@ class PruneConfig:
     begin: float = 0.02  # progress at which the schedule begins
     end: float = 0.6  # progress at which it ends; then the model recovers
     every: int = 6  # steps between events
+    # What is removed: experts save memory, neurons arithmetic as well, because a token visits as many experts
+    # as before.
+    units: Literal["both", "neurons", "experts"] = "both"
     multiple: int = 16  # neurons are removed in multiples of this, to keep kernels fast
     tau: float = 0.3
     bound: float = 0.03  # pause above this relative increase of perplexity over the teacher's
@@ -87,11 +90,13 @@ def candidates(model: DeepSeekLM, activities: dict[str, Activity], config: Prune
         whole = layer_energy[_layer(name)]
         per_neuron = 3 * _hidden(module)
         experts, width = activity.energy.shape
-        if width > config.multiple:
+        if width > config.multiple and config.units != "experts":
             ordered = activity.energy.sort(dim=1)
             keep = ordered.indices[:, config.multiple :].sort(dim=1).values
             cost = float(ordered.values[:, : config.multiple].sum()) / whole
             yield Cut(name, "neurons", keep, cost, experts * config.multiple * per_neuron)
+        if config.units == "neurons":
+            continue
         if isinstance(module, MoE) and (kept := _experts_to_keep(module, activity)) is not None:
             gone = torch.ones(experts, dtype=torch.bool)
             gone[kept] = False

@@ -15,7 +15,16 @@ from farthing.model.config import LayerSizes
 from farthing.train.activity import busy_share, measure, share_deciles
 from farthing.train.distill import distillation
 from farthing.train.export import load_checkpoint, save_checkpoint
-from farthing.train.finetune import Settings, Text, adam, curve, freeze_top, perplexity
+from farthing.train.finetune import (
+    Settings,
+    Text,
+    adam,
+    curve,
+    freeze_top,
+    perplexity,
+    provenance,
+    sha256,
+)
 from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM
 from farthing.train.need import needed_share, needs, random_twin, threshold
@@ -109,6 +118,8 @@ def train_prune(
         "bound": config.bound,
         "within_bound": after / before - 1 <= config.bound,
         "weights_bytes": save_checkpoint(model, text.tokenizer, out),
+        **provenance(settings, config, text),
+        "checkpoint_sha256": sha256(out / "model.safetensors"),
         "layer_sizes": [dataclasses.asdict(s) for s in model.cfg.layer_sizes],
         "minutes": trainer.active_seconds / 60,
         "tokens": trainer.tokens,

@@ -1,9 +1,9 @@
-"""Quantization-aware training of a trained checkpoint: W8A8, then W4A8, then W4A4.
+"""Quantization-aware training of a trained checkpoint, to W4A4 or in stages of falling bits.
 
 Inputs are smoothed first (`smoothing.py`), which changes no output. Every projection gets learned weight
-scales and rounded inputs (`lsq.py`). Each change of bits starts block by block: each layer learns to
-reproduce the float layer's outputs from the quantized layers' inputs (as BRECQ, Li et al. 2021). Then all
-layers train end to end on the float model's next-token distributions.
+scales and rounded inputs (`lsq.py`). Weights reach 4 bits by GPTQ (`gptq.py`), and each change of bits starts
+block by block: each layer learns to reproduce the float layer's outputs from the quantized layers' inputs (as
+BRECQ, Li et al. 2021). Then all layers train end to end on the float model's next-token distributions.
 
 Shapes: B windows, T positions, D hidden.
 """
@@ -11,128 +11,24 @@ Shapes: B windows, T positions, D hidden.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import logging
-import re
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from farthing.train.blocks import BlockHook, squared_gradients
 from farthing.train.distill import distillation
 from farthing.train.export import load_checkpoint
 from farthing.train.finetune import Settings, Text, adam, freeze_top, perplexity
+from farthing.train.gptq import round_by_gptq
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
-from farthing.train.lsq import Kind, Precision, QuantizedProduct
-from farthing.train.model import DeepSeekLM, MoE
+from farthing.train.lsq import Precision
+from farthing.train.model import DeepSeekLM
+from farthing.train.qat_model import QatConfig, QatModel
 from farthing.train.smoothing import smooth
 
-log = logging.getLogger(__name__)
-
 SMOOTHING_WINDOWS = 16  # of text to measure inputs on
-
-
-@dataclasses.dataclass(frozen=True)
-class QatConfig:
-    """Stages are (progress from which they apply, bits)."""
-
-    stages: tuple[tuple[float, Precision], ...] = (
-        (0.0, Precision(8, 8)),
-        (0.06, Precision(4, 8)),
-        (0.25, Precision(4, 4)),
-    )
-    group: int = 64  # columns per weight scale, and per input range if inputs is "group"
-    inputs: Kind = "group"
-    smoothing: float = 0.5  # of inputs, before rounding; 0 is off
-    weight_lr: float = 4e-4
-    norm_lr: float = 1e-3
-    scale_lr: float = 3e-3
-    block_steps: int = 8  # per layer at each change of bits
-    block_windows: int = 16
-    block_tokens: int = 2048  # per step
-    hard: float = 0.0  # weight of the text's cross entropy in the loss; the rest is distillation
-    mtp_weight: float = 0.3
-    mtp_share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not self.stages or self.stages[0][0] != 0.0:
-            raise ValueError(f"stages: got {self.stages}; expected the first to start at 0.0")
-        for name in ("hard", "smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; expected a share in [0, 1]")
-
-    def stage(self, progress: float) -> int:
-        """Index of the current stage."""
-        return max(i for i, (start, _) in enumerate(self.stages) if progress >= start)
-
-
-def parse_stages(text: str) -> tuple[tuple[float, Precision], ...]:
-    """'0:W8A8,0.2:W4A4' -> stages. Raises ValueError."""
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([\d.]+):W(\d+)A(\d+)\s*", part)
-        if match is None:
-            raise ValueError(f"stage {part!r}: expected START:W<bits>A<bits>, for example 0.2:W4A4")
-        found.append((float(match[1]), Precision(int(match[2]), int(match[3]))))
-    return tuple(found)
-
-
-class QatModel(nn.Module):
-    """The student and its quantizers in one state dict."""
-
-    def __init__(self, net: DeepSeekLM, config: QatConfig) -> None:
-        super().__init__()
-        self.net, self.config = net, config
-        self.products = nn.ModuleDict()
-        for name, module in net.projections():
-            if isinstance(module, MoE):
-                first = self._add(f"{name}.gate_up", module.gate_up.flatten(1, 2))
-                second = self._add(f"{name}.down", module.down)
-                module.products = (first.forward, second.forward)
-            else:
-                module.product = self._add(name, module.weight[None]).forward
-
-    def _add(self, name: str, weight: Tensor) -> QuantizedProduct:
-        # Inputs of down projections are one-sided after SiLU: LSQ+ gives them an offset.
-        offset = name.endswith(("down", "down_proj"))
-        made = QuantizedProduct(weight, self.config.group, self.config.inputs, offset)
-        self.products[name.replace(".", "/")] = made
-        return made
-
-    def weights(self) -> dict[str, Tensor]:
-        """Weights [B, R, J] of every product, by name."""
-        found: dict[str, Tensor] = {}
-        for name, module in self.net.projections():
-            if isinstance(module, MoE):
-                found |= {f"{name}.gate_up": module.gate_up.flatten(1, 2), f"{name}.down": module.down}
-            else:
-                found[name] = module.weight[None]
-        return found
-
-    def product_of(self, name: str) -> QuantizedProduct:
-        """The quantized product with that name."""
-        found = self.products[name.replace(".", "/")]
-        assert isinstance(found, QuantizedProduct)
-        return found
-
-    def start(self, precision: Precision, prefix: str = "") -> None:
-        """Start a stage for every product under `prefix`."""
-        for name, weight in self.weights().items():
-            if name.startswith(prefix):
-                self.product_of(name).start(weight.detach(), _bits_of(name, precision))
-
-    def resume(self, precision: Precision) -> None:
-        """Resume a stage whose ranges were loaded."""
-        for name in self.weights():
-            self.product_of(name).resume(_bits_of(name, precision))
-
-
-def _bits_of(name: str, precision: Precision) -> Precision:
-    """The input of the latent's up-projection keeps 8 bits: it is the cache, which is never 4-bit."""
-    if name.endswith("kv_b_proj"):
-        return Precision(precision.weights, max(8, precision.activations))
-    return precision
 
 
 def learn_blocks(student: QatModel, teacher: DeepSeekLM, tokens: Tensor, precision: Precision) -> list[float]:
@@ -191,12 +87,15 @@ class StageHook(BaseHook):
             self.loaded = False
         if wanted == self.stage:
             return
+        before = student.config.stages[self.stage][1].weights if self.stage >= 0 else 16
         self.stage = wanted
         precision = student.config.stages[wanted][1]
+        batch = self.text.batches.next(student.config.block_windows, self.settings.window)[:, :-1]
+        batch = batch.to(self.settings.device)
+        if student.config.gptq and before > precision.weights == 4:
+            round_by_gptq(student, batch, precision)
         if student.config.block_steps:
-            window = self.settings.window
-            batch = self.text.batches.next(student.config.block_windows, window)[:, :-1]
-            errors = learn_blocks(student, self.teacher, batch.to(self.settings.device), precision)
+            errors = learn_blocks(student, self.teacher, batch, precision)
             self.console.print(f"{precision}: error by layer " + " ".join(f"{e:.4f}" for e in errors))
         else:
             student.start(precision)
@@ -225,6 +124,11 @@ def build(settings: Settings, config: QatConfig, console: Console) -> tuple[Trai
     teacher.set_compute_dtype(torch.bfloat16)
     net = copy.deepcopy(teacher)
     smooth(net, text.batches.next(SMOOTHING_WINDOWS, settings.window), config.smoothing)
+    net.to(settings.device)
+    hooks: list[BaseHook] = []
+    if config.block is not None:
+        windows = text.batches.next(config.fisher_windows, settings.window).to(settings.device)
+        hooks.append(BlockHook(squared_gradients(net, windows)))
     student = QatModel(net, config)
     student.to(settings.device)
     teacher.to(settings.device)
@@ -251,7 +155,7 @@ def build(settings: Settings, config: QatConfig, console: Console) -> tuple[Trai
         value = perplexity(trainer.model.net, text.heldout, settings.window, settings.eval_tokens)
         return {"perplexity": value}
 
-    hooks = [StageHook(teacher, text, settings, console)]
+    hooks.append(StageHook(teacher, text, settings, console))
     trainer = Trainer(
         student, [optimizer], text.batches, lambda t: text.micro_batches(settings), loss,
         loop, hooks, evaluate=score, console=console,

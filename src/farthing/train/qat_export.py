@@ -18,7 +18,7 @@ from farthing.checkpoint import compressed_tensors_writer as ct
 from farthing.ops.weights import Weight, pack_int4
 from farthing.train.export import config_json, pack, to_tensors
 from farthing.train.lsq import QuantizedProduct
-from farthing.train.qat import QatModel
+from farthing.train.qat_model import QatModel
 
 # Projections that read the same tensor are served as one matrix, so their input is rounded once.
 SIBLINGS = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from farthing.files import replace_json
-from farthing.train.finetune import Settings, curve, perplexity
+from farthing.train import blocks
+from farthing.train.finetune import Settings, curve, interval, provenance, resampled, sha256, window_nats
+from farthing.train.gptq import round_by_gptq
 from farthing.train.lsq import Precision
 from farthing.train.model import DeepSeekLM
-from farthing.train.qat import QatConfig, QatModel, build
+from farthing.train.qat import build
 from farthing.train.qat_export import save_quantized
+from farthing.train.qat_model import QatConfig, QatModel
 
 
-def _untrained(net: DeepSeekLM, config: QatConfig, precision: Precision) -> DeepSeekLM:
-    """The net with rounded products and least-squares ranges."""
-    rounded = QatModel(net, config)
-    rounded.start(precision)
-    return rounded.net
+def untrained(
+    teacher: DeepSeekLM, smoothed: DeepSeekLM, tokens: Tensor, config: QatConfig, precision: Precision
+) -> Iterator[tuple[str, DeepSeekLM]]:
+    """(name, net) of every way to reach the format without training; `smoothed` computes as the teacher does.
+
+    Weights are rounded to nearest with the ranges of least error and, for 4 bits, by GPTQ on tokens [N, T].
+    """
+    for prefix, net in (("", teacher), ("smoothed ", smoothed)):
+        rounded = QatModel(copy.deepcopy(net), config)
+        rounded.start(precision)
+        yield f"{prefix}nearest", rounded.net
+        if precision.weights == 4:
+            rounded = QatModel(copy.deepcopy(net), config)
+            round_by_gptq(rounded, tokens, precision)
+            yield f"{prefix}GPTQ", rounded.net
 
 
 def train_qat(
@@ -36,45 +52,35 @@ def train_qat(
     student = trainer.model
     assert isinstance(student, QatModel)
 
-    def score(net: DeepSeekLM) -> float:
-        return perplexity(net, text.heldout, settings.window, settings.eval_tokens)
+    def score(net: DeepSeekLM) -> Tensor:
+        return window_nats(net, text.heldout, settings.window, settings.eval_tokens)
 
     precision = config.stages[-1][1]
-    float_perplexity = score(teacher)
-    ptq_perplexity = score(_untrained(copy.deepcopy(teacher), config, precision))
-    smoothed_perplexity = score(_untrained(copy.deepcopy(student.net), config, precision))
-    console.print(
-        f"float {float_perplexity:.3f}; {precision} without training {ptq_perplexity:.3f}, "
-        f"smoothed {smoothed_perplexity:.3f}"
-    )
+    found = {"float": score(teacher)}
+    batch = text.batches.next(config.block_windows, settings.window)[:, :-1].to(settings.device)
+    for name, net in untrained(teacher, student.net, batch, config, precision):
+        found[f"untrained, {name}"] = score(net)
+    console.print(f"{precision}: " + "; ".join(f"{k} {_perplexity(v):.3f}" for k, v in found.items()))
     if resume:
         trainer.load()
     if not trainer.run():
         return None
     size = save_quantized(student, settings.model, settings.out / "checkpoint")
-    perplexities = {
-        "float": float_perplexity,
-        "untrained": ptq_perplexity,
-        "smoothed": smoothed_perplexity,
-        "trained": score(student.net),
-    }
+    found["trained"] = score(student.net)
     summary: dict[str, Any] = {
         "precision": str(precision),
-        "perplexity": perplexities,
-        **_gained(perplexities),
-        "eval_tokens": settings.eval_tokens,
-        "window": settings.window,
+        "perplexity": {name: _perplexity(rows) for name, rows in found.items()},
+        **gained(found),
+        **provenance(settings, config, text),
+        **({} if config.block is None else {"zero_blocks": blocks.describe(student)}),
+        "checkpoint_sha256": sha256(settings.out / "checkpoint" / "model.safetensors"),
         "weights_bytes": size,
         "minutes": trainer.active_seconds / 60,
         "tokens": trainer.tokens,
         "curve": trainer.record,
     }
     replace_json(settings.out / "qat.json", summary)
-    levels = {
-        "float": float_perplexity,
-        f"{precision} untrained": ptq_perplexity,
-        "smoothed": smoothed_perplexity,
-    }
+    levels = {name: summary["perplexity"][name] for name in ("float", summary["best_untrained"])}
     plot(
         settings.out / "qat.png",
         {"trained": curve(trainer, "perplexity")},
@@ -84,12 +90,28 @@ def train_qat(
     return summary
 
 
-def _gained(perplexity: dict[str, float]) -> dict[str, float | None]:
-    """Share of the best untrained loss (same format) that training recovered."""
-    best = min(perplexity["untrained"], perplexity["smoothed"])
-    lost = best - perplexity["float"]
-    return {
-        "relative_increase": perplexity["trained"] / perplexity["float"] - 1,
+def _perplexity(rows: Tensor) -> float:
+    nats, count = rows.sum(0).tolist()
+    return math.exp(nats / count)
+
+
+def gained(found: dict[str, Tensor]) -> dict[str, Any]:
+    """Loss of the trained net over the float one, and the share of the best untrained net's loss (same
+    format) that training recovered, with 95 % intervals over resampled windows.
+
+    There is no float control: distilled from itself, the float net starts with a gradient of zero.
+    """
+    best = min((name for name in found if name.startswith("untrained")), key=lambda n: _perplexity(found[n]))
+    base, rounded, trained = (_perplexity(found[name]) for name in ("float", best, "trained"))
+    means = resampled(found)
+    ours, theirs = ((means[name] - means["float"]).expm1() for name in ("trained", best))
+    summary: dict[str, Any] = {
+        "relative_increase": trained / base - 1,
+        "relative_increase_interval": interval(ours),
         "best_untrained": best,
-        "recovered": (best - perplexity["trained"]) / lost if lost > 0 else None,
+        "recovered": None,
     }
+    if rounded > base:
+        summary["recovered"] = (rounded - trained) / (rounded - base)
+        summary["recovered_interval"] = interval(1 - ours / theirs)
+    return summary

@@ -12,11 +12,9 @@ resumable run in its own directory.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 
 from farthing.files import replace_json
 from farthing.train.export import from_tensors, load_checkpoint, save_checkpoint, to_tensors
-from farthing.train.finetune import Ids, Settings, Text, adam
+from farthing.train.finetune import Ids, Settings, Text, adam, provenance, sha256
 from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM, Indexer
 from farthing.train.selection import Pick, largest, random_keys, recent
@@ -210,13 +208,8 @@ def train_sparse(
             scores["sparse, most recent keys"] = score(trained, recent)
     size = save_checkpoint(model, text.tokenizer, settings.out / "checkpoint")
     summary = {
-        "settings": {
-            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
-        },
-        "config": dataclasses.asdict(config),
-        "base_sha256": _sha256(settings.model / "model.safetensors"),
-        "checkpoint_sha256": _sha256(settings.out / "checkpoint" / "model.safetensors"),
-        "text_sha256": hashlib.sha256(b"".join(d.tobytes() for d in text.heldout)).hexdigest(),
+        **provenance(settings, config, text),
+        "checkpoint_sha256": sha256(settings.out / "checkpoint" / "model.safetensors"),
         "weights_bytes": size,
         "indexer_parameters": sum(p.numel() for i in indexers(model) for p in i.parameters()),
         "eval_windows": len(scores["dense"]),
@@ -227,7 +220,3 @@ def train_sparse(
     replace_json(settings.out / "sparse.json", summary)
     console.print(json.dumps(summary["rise_over_dense"], indent=1))
     return summary
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
