@@ -25,9 +25,9 @@ def test_output_error_is_less_than_of_rounding_to_nearest(checkpoint: Path) -> N
 
     def error(student: QatModel) -> float:
         """Relative error of the first layer, whose inputs are those of the float model."""
-        x = torch.nn.functional.embedding(tokens[:, :-1], teacher.embed_tokens)
         with torch.no_grad():
-            exact, found = (net.layers[0](x, net.turn[:32]) for net in (teacher, student.net))
+            x = torch.nn.functional.embedding(tokens[:, :-1], teacher.embed_tokens)
+            exact, found = [net.layers[0](x, net.turn[:32]) for net in (teacher, student.net)]
         return float((found - exact).square().sum() / (exact - x).square().sum())
 
     nearest, gptq = student_of(checkpoint), student_of(checkpoint)

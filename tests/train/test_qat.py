@@ -163,6 +163,16 @@ def test_stages_are_parsed_and_validated() -> None:
         QatConfig(stages=parse_stages("0.5:W4A4"))
 
 
+def test_the_float_model_learns_nothing_from_itself(checkpoint: Path) -> None:
+    """Why pure distillation needs no float control."""
+    net, teacher = (load_checkpoint(checkpoint) for _ in range(2))
+    for model in (net, teacher):
+        model.set_compute_dtype(torch.bfloat16)
+    losses = distillation(net, teacher, torch.randint(3, 300, (2, 33)), mtp_weight=0.0)
+    losses["loss"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in net.parameters())
+
+
 def test_perplexity_of_a_uniform_model_is_its_vocabulary(tiny: ModelConfig) -> None:
     model = DeepSeekLM(dataclasses.replace(tiny, num_nextn_predict_layers=0))
     torch.nn.init.zeros_(model.embed_tokens)
