@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from farthing.compress.quantize.grid import int4_grid
 from farthing.compress.quantize.sweep import sweep
-from farthing.train.grouped import Routing, dispatch, spans
+from farthing.train.functional import spans
+from farthing.train.grouped import Routing, dispatch
 from farthing.train.lsq import Precision, QuantizedProduct, Tap
 from farthing.train.qat_model import QatModel
 

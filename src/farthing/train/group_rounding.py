@@ -22,7 +22,8 @@ TINY = 1e-12
 def _round(x: Tensor, clip: Tensor, group: int, high: int) -> Tensor:
     groups = x.unflatten(-1, (-1, group)).float()
     scale = groups.abs().amax(-1, keepdim=True).clamp_min(TINY) * (clip / high)
-    return ((groups / scale).round().clamp(-high, high) * scale).flatten(-2).to(x.dtype)
+    rounded: Tensor = (groups / scale).round().clamp(-high, high) * scale
+    return rounded.flatten(-2).to(x.dtype)
 
 
 def _gradients(grad: Tensor, x: Tensor, clip: Tensor, group: int, high: int) -> tuple[Tensor, Tensor]:

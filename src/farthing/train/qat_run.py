@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
-from farthing.files import replace_json
+from farthing.files import replace, replace_json
 from farthing.train import blocks
 from farthing.train.finetune import Settings, curve, interval, provenance, resampled, sha256, window_nats
 from farthing.train.gptq import round_by_gptq
@@ -57,9 +58,14 @@ def train_qat(
 
     precision = config.stages[-1][1]
     found = {"float": score(teacher)}
-    batch = text.batches.next(config.block_windows, settings.window)[:, :-1].to(settings.device)
-    for name, net in untrained(teacher, student.net, batch, config, precision):
-        found[f"untrained, {name}"] = score(net)
+    cache = settings.out / "untrained.pt"
+    if resume and cache.is_file():
+        found = torch.load(cache, weights_only=True)
+    elif config.block is None:
+        batch = text.batches.next(config.block_windows, settings.window)[:, :-1].to(settings.device)
+        for name, net in untrained(teacher, student.net, batch, config, precision):
+            found[f"untrained, {name}"] = score(net)
+        replace(cache, lambda file: torch.save(found, file))
     console.print(f"{precision}: " + "; ".join(f"{k} {_perplexity(v):.3f}" for k, v in found.items()))
     if resume:
         trainer.load()
@@ -80,7 +86,7 @@ def train_qat(
         "curve": trainer.record,
     }
     replace_json(settings.out / "qat.json", summary)
-    levels = {name: summary["perplexity"][name] for name in ("float", summary["best_untrained"])}
+    levels = {k: v for k, v in summary["perplexity"].items() if k in ("float", summary.get("best_untrained"))}
     plot(
         settings.out / "qat.png",
         {"trained": curve(trainer, "perplexity")},
@@ -97,21 +103,23 @@ def _perplexity(rows: Tensor) -> float:
 
 def gained(found: dict[str, Tensor]) -> dict[str, Any]:
     """Loss of the trained net over the float one, and the share of the best untrained net's loss (same
-    format) that training recovered, with 95 % intervals over resampled windows.
+    format, if there is one) that training recovered, with 95 % intervals over resampled windows.
 
     There is no float control: distilled from itself, the float net starts with a gradient of zero.
     """
-    best = min((name for name in found if name.startswith("untrained")), key=lambda n: _perplexity(found[n]))
-    base, rounded, trained = (_perplexity(found[name]) for name in ("float", best, "trained"))
+    base, trained = (_perplexity(found[name]) for name in ("float", "trained"))
     means = resampled(found)
-    ours, theirs = ((means[name] - means["float"]).expm1() for name in ("trained", best))
+    ours = (means["trained"] - means["float"]).expm1()
     summary: dict[str, Any] = {
         "relative_increase": trained / base - 1,
         "relative_increase_interval": interval(ours),
-        "best_untrained": best,
-        "recovered": None,
     }
-    if rounded > base:
-        summary["recovered"] = (rounded - trained) / (rounded - base)
-        summary["recovered_interval"] = interval(1 - ours / theirs)
+    rounded = {name: _perplexity(rows) for name, rows in found.items() if name.startswith("untrained")}
+    if not rounded:
+        return summary
+    best = min(rounded, key=rounded.__getitem__)
+    summary |= {"best_untrained": best, "recovered": None}
+    if rounded[best] > base:
+        summary["recovered"] = (rounded[best] - trained) / (rounded[best] - base)
+        summary["recovered_interval"] = interval(1 - ours / (means[best] - means["float"]).expm1())
     return summary
