@@ -33,7 +33,13 @@ class EngineConfig:
 
     model: str = _engine("mite", "The embedded model, a directory, or a hub id", argument=True)
     dtype: Dtype = _engine("auto", "Activation dtype")
-    backend: str = _engine("auto", "Backend: auto, reference, cpu[/ISA], gpu, or a farthing.ops entry point")
+    backend: str = _engine(
+        "auto", "Backend: auto, reference, cpu[/ISA], gpu, torch[/DEVICE], or a farthing.ops entry point"
+    )
+    device: str | None = _engine(
+        None,
+        "Device of backend torch, such as cpu, cuda, xpu, mps, npu; default: the accelerator, if any",
+    )
     threads: int | None = _engine(None, "CPU threads; default: all cores", minimum=1)
     quantization: Quantization | None = _engine(None, "Format to round dense weights to while loading")
     packed: str | None = _engine(None, "Packed file from `farthing compress --pack`; ranks write one each")
@@ -120,6 +126,7 @@ class EngineConfig:
                 f"redundant_experts: got {self.redundant_experts}; expected 0 without "
                 "expert_parallel_size > 1 and rebalance_steps: copies are placed by measured tokens"
             )
+        self._check_device()
         self._check_nodes()
         self._check_experts_on()
         self._check_deterministic()
@@ -128,6 +135,17 @@ class EngineConfig:
         if self.experts not in ("auto", "all") and not self.experts.startswith("adaptive:"):
             raise ValueError(
                 f"experts: got {self.experts!r}; expected 'auto', 'all' or 'adaptive:p[,min=2,max=8]'"
+            )
+
+    def _check_device(self) -> None:
+        if self.device is not None and self.backend != "torch":
+            raise ValueError(
+                f"device: got {self.device!r} with backend {self.backend!r}; expected None or backend 'torch'"
+            )
+        if self.device not in (None, "cpu") and self.num_ranks > 1:
+            raise ValueError(
+                f"device: got {self.device!r} with {self.num_ranks} ranks; expected 'cpu': ranks of backend "
+                "'torch' exchange activations in host memory"
             )
 
     def _check_experts_on(self) -> None:
@@ -184,6 +202,14 @@ class EngineConfig:
             raise ValueError(
                 f"deterministic: got True with experts_on {self.experts_on!r}; expected experts_on None"
             )
+
+    @property
+    def ops(self) -> str:
+        """The backend with its device, as `farthing.ops.select` takes it."""
+        if self.backend != "torch":
+            return self.backend
+        device = "cpu" if self.num_ranks > 1 else self.device
+        return f"torch/{device}" if device else "torch"
 
     @property
     def halves(self) -> int | None:

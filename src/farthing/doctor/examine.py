@@ -32,12 +32,23 @@ def _backend() -> Check:
         ops = select()
     except (ImportError, RuntimeError, OSError) as error:
         return Check(group="serving", name="backend", status="fail", detail=str(error), advice="see above")
-    slow = ops.name.startswith("reference")
+    slow = ops.name.startswith("torch/cpu")
+    advice = "build the CPU kernels, or use a GPU: the torch ops are slower" if slow else ""
+    if ops.device.type == "cpu" and (other := _accelerator()):
+        advice = f"torch has a device of type {other}: --backend torch --device {other} (not tested on one)"
     return Check(
         group="serving",
         name="backend",
         status="warn" if slow else "ok",
         detail=f"auto resolves to {ops.name}",
-        advice="build the CPU kernels, or use a GPU: the reference ops are slow" if slow else "",
+        advice=advice,
         data={"backend": ops.name},
     )
+
+
+def _accelerator() -> str | None:
+    """The type of torch's accelerator, if there is one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else str(found.type)

@@ -61,9 +61,9 @@ def _ops(config: EngineConfig, arrays: bool) -> Ops:
     dtype, threads = config.dtype, config.threads
     if config.experts_on is None:
         rounding, file = config.quantization, config.packed
-        return select(config.backend, dtype, threads, rounding, file, config.verify, config.halves, arrays)
+        return select(config.ops, dtype, threads, rounding, file, config.verify, config.halves, arrays)
     from farthing.ops.hybrid import HybridOps
 
     # Quantization and the packed file apply to the routed experts, which hold most of the weights.
     host = select(config.experts_on, None, threads, config.quantization, config.packed, config.verify)
-    return HybridOps(select(config.backend, dtype, threads), host, config.hot_experts)
+    return HybridOps(select(config.ops, dtype, threads), host, config.hot_experts)

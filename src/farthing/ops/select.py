@@ -21,7 +21,9 @@ BACKENDS = {
     "reference": "farthing.ops.reference",
     "cpu": "farthing.ops.cpu",
     "gpu": "farthing.ops.gpu",
+    "torch": "farthing.ops.torch_device",
 }
+_PARTS = {"cpu": "isa", "torch": "device"}  # the meaning of what follows a backend's name and a slash
 _GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/dev/dri")  # of Linux
 
 
@@ -35,11 +37,12 @@ def select(
     parts: int | None = None,
     arrays: bool = False,
 ) -> Ops:
-    """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu' or an entry point) and log the choice.
+    """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu', 'torch' or an entry point) and log the choice.
 
-    'cpu/ISA' selects an instruction set of the CPU kernels, such as 'cpu/avx2'. dtype: activation dtype;
-    None: the backend's default. quantization: round dense weights to nearest while packing. packed: a file
-    written by `Ops.save_packed`, mapped instead of packing again; verify: compare its checksums first.
+    'cpu/ISA' selects an instruction set of the CPU kernels, such as 'cpu/avx2'; 'torch/DEVICE' a device of
+    torch, such as 'torch/xpu'. dtype: activation dtype; None: the backend's default. quantization: round
+    dense weights to nearest while packing. packed: a file written by `Ops.save_packed`, mapped instead of
+    packing again; verify: compare its checksums first.
     parts: with `--deterministic`, how many halves of a row-parallel product this process computes.
     arrays: tensors are numpy arrays and torch is not imported (backend 'cpu' only; others ignore it).
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
@@ -48,14 +51,14 @@ def select(
     known = BACKENDS | plugins
     if backend == "auto":
         backend = resolve(backend)
-        if backend == "reference":
-            log.warning("the native CPU kernels are not built; serving with the slow reference ops")
-    name, _, isa = backend.partition("/")
-    if name not in known or (isa and name != "cpu"):
+        if backend == "torch":
+            log.warning("the native CPU kernels are not built; serving with the slower torch ops")
+    name, _, part = backend.partition("/")
+    if name not in known or (part and name not in _PARTS):
         raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {sorted(known)}")
     if parts is not None and name != "cpu":
         raise ValueError(f"deterministic: got True with backend {backend!r}; expected backend 'cpu'")
-    more: dict[str, Any] = {"isa": isa} if isa else {}
+    more: dict[str, Any] = {_PARTS[name]: part} if part else {}
     if parts is not None:
         more["parts"] = parts
     if arrays and name == "cpu":
@@ -75,9 +78,9 @@ def resolve(backend: str) -> str:
     """Resolve 'auto' on this machine; other names are returned unchanged."""
     if backend != "auto":
         return backend
-    return (
-        "gpu" if _device() and torch.cuda.is_available() and _gpu() else "cpu" if _native() else "reference"
-    )
+    if _device() and torch.cuda.is_available() and _gpu():
+        return "gpu"
+    return "cpu" if _native() else "torch"
 
 
 def _device() -> bool:

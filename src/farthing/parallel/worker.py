@@ -72,7 +72,7 @@ class RankOptions:
         threads = c.threads or max(1, len(os.sched_getaffinity(0)) // len(neighbours))
         file = self.packed_file(rank)
         packed = str(file) if file and file.exists() else None
-        return select(c.backend, c.dtype, threads, c.quantization, packed, c.verify, c.halves)
+        return select(c.ops, c.dtype, threads, c.quantization, packed, c.verify, c.halves)
 
     @property
     def device(self) -> str:
