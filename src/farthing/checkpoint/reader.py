@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +21,7 @@ from farthing.checkpoint.error import CheckpointError
 from farthing.checkpoint.fp8 import ACTIVATION_SCALES, SCALES, block_scales
 from farthing.checkpoint.input_scales import InputScales
 from farthing.checkpoint.quantization import quantization_in, read_quantization
+from farthing.checkpoint.read_ahead import ReadAhead
 from farthing.checkpoint.shards import Shards, read_json
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
@@ -80,6 +82,13 @@ class Checkpoint:
     def has(self, name: str) -> bool:
         """Whether a tensor of this full name exists."""
         return name in self._shards.file_of
+
+    @contextmanager
+    def read_ahead(self, names: Iterable[str]) -> Iterator[None]:
+        """Request tensors from the disk, in this order, before `tensor` and `weight` read them."""
+        with ReadAhead(self.path, [(name, self._shards.file_of[name]) for name in names]) as ahead:
+            self._shards.reading = ahead.passed
+            yield
 
     def holds(self, module: str) -> bool:
         """Always true: every expert is local (`farthing.parallel` overrides this per rank)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ class Shards:
         self._names: dict[str, set[str]] = {}
         self._arrays: dict[str, ArrayFile] = {}
         self._handed_out = 0
+        self.reading: Callable[[str], None] = lambda name: None  # called with what `read` returns
         self.file_of: dict[str, str]
         if index := next((i for i in (INDEX, MISTRAL_INDEX) if (path / i).is_file()), None):
             self.file_of = _read_index(path / index)
@@ -88,6 +90,7 @@ class Shards:
         releases the pages of tensors the caller has already packed; existing views keep theirs.
         """
         file = self.file_of[name]
+        self.reading(name)
         if self._handed_out > _RESIDENT:
             self.release()
         handle = self._holder(name)

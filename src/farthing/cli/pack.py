@@ -35,7 +35,7 @@ def pack(
 ) -> None:
     """Write MODEL to one file that replicas map instead of packing its weights at every start.
 
-    It takes the memory of one layer. A run that was interrupted resumes after its last layer.
+    It takes the memory of two packed layers. A run that was interrupted resumes after its last layer.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     with one_line_errors("pack"):

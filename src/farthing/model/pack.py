@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from farthing.checkpoint import Checkpoint
 from farthing.config import Quantization
@@ -35,7 +37,10 @@ def pack_checkpoint(
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)
     source = source_of(checkpoint, config)
-    with PackedWriter(Path(target), quantization, checkpoint.fingerprint()) as writer:
+    with (
+        PackedWriter(Path(target), quantization, checkpoint.fingerprint()) as writer,
+        checkpoint.read_ahead(reading_order(checkpoint.names(), writer, config)),
+    ):
         whole = True
         for part, build in parts(config, source):
             if part in writer:
@@ -49,6 +54,26 @@ def pack_checkpoint(
         if whole:
             checkpoint.finish(ignore=IGNORED + unread(config))
         writer.finish()
+
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_NUMBERS = re.compile(r"(\d+)")
+
+
+def reading_order(names: Iterable[str], done: Container[str], config: ModelConfig) -> list[str]:
+    """The tensors of parts that are not done, roughly as `parts` reads them: attention before experts."""
+
+    def key(name: str) -> tuple[Any, ...]:
+        found = _LAYER.search(name)
+        layer = int(found[1]) if found else config.num_hidden_layers - 0.5  # the head
+        numbers = [(0, int(w)) if w.isdecimal() else (1, w) for w in _NUMBERS.split(name)]
+        return layer, "experts" in name, numbers
+
+    def part(name: str) -> str:
+        found = _LAYER.search(name)
+        return f"layer {found[1]}" if found else "head"
+
+    return sorted((name for name in names if part(name) not in done), key=key)
 
 
 def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Callable[[Ops], object]]]:

@@ -50,7 +50,7 @@ class PackedWriter:
         self._file.close()
         self._log.close()
 
-    def __contains__(self, part: str) -> bool:
+    def __contains__(self, part: object) -> bool:
         return part in self._done
 
     def add(
