@@ -16,7 +16,7 @@ int expand_cells(const Matrix& w, const Cells& cells, uint8_t* out) {
         for (int j = 0; j < 256; j += 64) _mm512_store_si512(out + j, nothing);
         continue;
       }
-      if (format.nibbles()) expand_nibbles(p, kBlock / 8, out);
+      if (format.nibbles()) expand_nibbles(w, p, kBlock / 8, out);
       else memcpy(out, p, 256);
       p += w.block_bytes();
     }

@@ -54,20 +54,26 @@ struct Scratch {
 thread_local Scratch expanded;
 
 // Nibbles of 8 columns per step to bytes.
+template <Format F>
 inline void expand_nibbles(const uint8_t* p, int steps, uint8_t* out) {
   for (int i = 0; i < steps; ++i, p += 64, out += 128) {
     const __m512i v = _mm512_loadu_si512(p);
     prefetch(p + kAhead);
-    _mm512_store_si512(out, low_nibbles(v));
-    _mm512_store_si512(out + 64, high_nibbles(v));
+    _mm512_store_si512(out, factors<F>(low_nibbles(v)));
+    _mm512_store_si512(out + 64, factors<F>(high_nibbles(v)));
   }
+}
+
+inline void expand_nibbles(const Matrix& w, const uint8_t* p, int steps, uint8_t* out) {
+  if (w.format_traits().codes) expand_nibbles<Format::nl4>(p, steps, out);
+  else expand_nibbles<Format::q4>(p, steps, out);
 }
 
 // Expands nibbles to bytes, for tile loads. Returns the panel's bytes.
 const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out) {
   const uint8_t* p = record + w.head_bytes();
   if (!w.format_traits().nibbles()) return p;
-  expand_nibbles(p, w.kp / 8, out);
+  expand_nibbles(w, p, w.kp / 8, out);
   return out;
 }
 
@@ -197,10 +203,10 @@ void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, cons
   if (Rows == 2 && Panels == 2) _tile_stored(3, out + static_cast<size_t>(16) * ldo + 16, ldo * 4);
 }
 
-// A pair of weights of 16 rows, both in one dword of nibbles, times their scale, to bfloat16 pairs. The scale
+// A pair of weights of 16 rows, both in one dword, times their scale, to bfloat16 pairs. The scale
 // carries 1 + 2^-9, so that cutting the low half off rounds.
 template <uint32_t Even, uint32_t Odd>
-inline __m512i nibble_pair(__m512i v, __m512 scale, __m512 offset) {
+inline __m512i byte_pair(__m512i v, __m512 scale, __m512 offset) {
   constexpr float even = 1.0f / (Even & -Even), odd = 1.0f / (Odd & -Odd);
   const __m512 a = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Even))),
                                    _mm512_mul_ps(scale, _mm512_set1_ps(even)), offset);
@@ -210,32 +216,47 @@ inline __m512i nibble_pair(__m512i v, __m512 scale, __m512 offset) {
                                    _mm512_set1_epi32(0xffff0000), 0xf8);
 }
 
-// Converts a q4 panel to bfloat16 tiles; group scales are applied, row scales are not.
-void expand_q4_to_bf16(const Matrix& w, const uint8_t* record, uint8_t* out) {
+// Converts a panel of nibbles to bfloat16 tiles; group scales are applied, row scales are not.
+template <Format F>
+void expand_to_bf16(const Matrix& w, const uint8_t* record, uint8_t* out) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + 64);
   const uint8_t* p = record + w.head_bytes();
   for (int k = 0, g = 0; k < w.kp; ++g) {
     const __m512 scale = _mm512_mul_ps(half_to_float(scales + g * 16), _mm512_set1_ps(1.0f + 0x1p-9f));
-    const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(-8.0f));
+    const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(static_cast<float>(traits(F).offset())));
     for (const int end = k + w.group; k < end; k += 8, p += 64, out += 256) {
-      const __m512i v = _mm512_loadu_si512(p), high = _mm512_srli_epi32(v, 4);
+      const __m512i v = _mm512_loadu_si512(p);
       prefetch(p + kAhead);
-      _mm512_store_si512(out, nibble_pair<0xf, 0xf00>(v, scale, offset));
-      _mm512_store_si512(out + 64, nibble_pair<0xf0000, 0xf000000>(v, scale, offset));
-      _mm512_store_si512(out + 128, nibble_pair<0xf, 0xf00>(high, scale, offset));
-      _mm512_store_si512(out + 192, nibble_pair<0xf0000, 0xf000000>(high, scale, offset));
+      if constexpr (traits(F).codes) {
+        const __m512i low = factors<F>(low_nibbles(v)), high = factors<F>(high_nibbles(v));
+        _mm512_store_si512(out, byte_pair<0xff, 0xff00>(low, scale, offset));
+        _mm512_store_si512(out + 64, byte_pair<0xff, 0xff00>(_mm512_srli_epi32(low, 16), scale, offset));
+        _mm512_store_si512(out + 128, byte_pair<0xff, 0xff00>(high, scale, offset));
+        _mm512_store_si512(out + 192, byte_pair<0xff, 0xff00>(_mm512_srli_epi32(high, 16), scale, offset));
+      } else {
+        const __m512i high = _mm512_srli_epi32(v, 4);
+        _mm512_store_si512(out, byte_pair<0xf, 0xf00>(v, scale, offset));
+        _mm512_store_si512(out + 64, byte_pair<0xf0000, 0xf000000>(v, scale, offset));
+        _mm512_store_si512(out + 128, byte_pair<0xf, 0xf00>(high, scale, offset));
+        _mm512_store_si512(out + 192, byte_pair<0xf0000, 0xf000000>(high, scale, offset));
+      }
     }
   }
 }
 
-// Many rows of a q4 matrix: scaling the sums of every group would stall the tiles, so the weights are
+void expand_to_bf16(const Matrix& w, const uint8_t* record, uint8_t* out) {
+  if (w.format_traits().codes) expand_to_bf16<Format::nl4>(w, record, out);
+  else expand_to_bf16<Format::q4>(w, record, out);
+}
+
+// Many rows of a matrix of nibbles: scaling the sums of every group would stall the tiles, so the weights are
 // converted to bfloat16 once. The activations are then bfloat16 too, instead of int8.
 template <int Panels>
 void decoded_panels(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo) {
   const size_t bytes = static_cast<size_t>(w.kp) * 32;
   uint8_t* space = expanded.take(2 * bytes);
   const uint8_t* data[2] = {space, space + bytes};
-  for (int p = 0; p < Panels; ++p) expand_q4_to_bf16(w, w.record(panel + p), space + p * bytes);
+  for (int p = 0; p < Panels; ++p) expand_to_bf16(w, w.record(panel + p), space + p * bytes);
   const uint8_t* next = w.record(panel + Panels - 1) + w.stride;
   const int next_step = Panels * static_cast<int>(w.data_bytes()) / (w.kp / 32);
   for (int m = 0; m < rows; m += 32) {

@@ -110,6 +110,19 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
       store(out + m * ldo + 16 * i, blocks ? total[i * M + m] : even[i * M + m] + odd[i * M + m]);
 }
 
+// Nibbles as what is multiplied: q + 8, or a code + 128.
+template <Format F>
+inline bytes64 factors(bytes64 nibbles) {
+  if constexpr (traits(F).codes) return look_up(kCodeBytes.of, nibbles);
+  else return nibbles;
+}
+
+template <Format F>
+inline i32x16 dot4_of(i32x16 acc, bytes64 u, const decltype(splat4(nullptr))& s) {
+  constexpr bool small = traits(F).nibbles() && !traits(F).codes;
+  return small ? dot4_nibble(acc, u, s) : dot4(acc, u, s);
+}
+
 // `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow.
 template <int M, int P, Format F>
 [[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const int8_t* x, int ld,
@@ -124,8 +137,8 @@ template <int M, int P, Format F>
       a[i] = load_bytes(p);
       fetch_stream<M, F>(p);
       if constexpr (nibbles) {
-        b[i] = high_nibbles(a[i]);
-        a[i] = low_nibbles(a[i]);
+        b[i] = factors<F>(high_nibbles(a[i]));
+        a[i] = factors<F>(low_nibbles(a[i]));
       } else {
         b[i] = load_bytes(p + 64);
         fetch_stream<M, F>(p + 64);
@@ -133,14 +146,13 @@ template <int M, int P, Format F>
     }
     EACH (int m = 0; m < M; ++m) {
       const auto s = splat4(x + static_cast<size_t>(m) * ld + k);
-      EACH (int i = 0; i < P; ++i)
-        acc[i * M + m] = nibbles ? dot4_nibble(acc[i * M + m], a[i], s) : dot4(acc[i * M + m], a[i], s);
+      EACH (int i = 0; i < P; ++i) acc[i * M + m] = dot4_of<F>(acc[i * M + m], a[i], s);
     }
     EACH (int m = 0; m < M; ++m) {
       const auto s = splat4(x + static_cast<size_t>(m) * ld + k + 4);
       EACH (int i = 0; i < P; ++i) {
         i32x16& second = M * P <= 4 ? more[i * M + m] : acc[i * M + m];
-        second = nibbles ? dot4_nibble(second, b[i], s) : dot4(second, b[i], s);
+        second = dot4_of<F>(second, b[i], s);
       }
     }
   }
@@ -194,7 +206,7 @@ template <int M, int P, Format F>
 PanelKernel panel_in(const Matrix& w) {
   constexpr FormatTraits format = traits(F);
   if constexpr (format.quantized) {
-    if constexpr (format.grouped())
+    if constexpr (format.grouped() && !format.codes)
       if (w.zero) return panels_quantized<M, P, F, true>;
     return panels_quantized<M, P, F, false>;
   } else {

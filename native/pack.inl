@@ -101,22 +101,42 @@ inline void round_rows(const Matrix& w, const PanelRows& p, float* scales, uint8
   }
 }
 
+typedef double f64x16 __attribute__((vector_size(128)));
+inline f64x16 to_double(f32x16 v) { return __builtin_convertvector(v, f64x16); }
+
+constexpr float kRanges[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
+
 // The best of the roundings of 16 groups that were tried.
 struct Rounding {
   alignas(64) double gain[16], dot[16], square[16];
   alignas(64) float step[16];
 
-  void compare(f32x16 tried, f32x16 high, f32x16 low, f32x16 squares) {
-    alignas(64) float t[16], h[16], l[16], s[16];
-    store(t, tried), store(h, high), store(l, low), store(s, squares);
+  Rounding() {
+    for (double& g : gain) g = -1.0;
+  }
+
+  void compare(f32x16 tried, f64x16 dots, f32x16 squares) {
+    alignas(64) double products[16];
+    alignas(64) float t[16], s[16];
+    memcpy(products, &dots, sizeof products);
+    store(t, tried), store(s, squares);
     for (int i = 0; i < 16; ++i) {
-      const double d = static_cast<double>(h[i]) + static_cast<double>(l[i]), sq = static_cast<double>(s[i]);
+      const double d = products[i], sq = static_cast<double>(s[i]);
       const double g = sq > 0.0 ? d * d / sq : 0.0;
       const bool better = g > gain[i];
       gain[i] = better ? g : gain[i];
       dot[i] = better ? d : dot[i];
       square[i] = better ? sq : square[i];
       step[i] = better ? t[i] : step[i];
+    }
+  }
+
+  // Stores the scales of least squared error. unit: of the products.
+  void fit(f32x16 unit, float* scales) const {
+    for (int i = 0; i < 16; ++i) {
+      const float fitted =
+          square[i] > 0.0 ? static_cast<float>(dot[i] / square[i] * static_cast<double>(unit[i])) : step[i];
+      scales[i] = __builtin_fabsf(fitted) < kTiny ? step[i] : fitted;
     }
   }
 };
@@ -164,43 +184,84 @@ struct Group {
         square[s] = fma(q[s], q[s], square[s]);
       }
     }
-    best.compare(step, dot[0], fine[0], square[0]);
-    best.compare(-step, -dot[1], -fine[1], square[1]);
+    best.compare(step, to_double(dot[0]) + to_double(fine[0]), square[0]);
+    best.compare(-step, -to_double(dot[1]) - to_double(fine[1]), square[1]);
   }
 };
 
-// The steps of least squared error, signed; stores the scales: farthing.ops.weights.quantize_int4.
-inline f32x16 find_steps(const Group& group, float* scales) {
-  constexpr float kRanges[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
-  Rounding best;
-  for (double& g : best.gain) g = -1.0;
-  for (const float range : kRanges) {
-    const f32x16 step = max(group.top * range / 7.5f, splat(kTiny));
-    if (group.rest) group.attempt<true>(step, best);
-    else group.attempt<false>(step, best);
+// 4-bit rounding, the same as farthing.ops.weights.round_to_grid. `find` returns the signed steps of least
+// squared error of a group of 16 rows [n][16] and stores the scales; `stored` are the nibbles of values that
+// were divided by them.
+struct EvenGrid {
+  static f32x16 find(const float* x, int n, float* scales) {
+    const Group group(x, n);
+    Rounding best;
+    for (const float range : kRanges) {
+      const f32x16 step = max(group.top * range / 7.5f, splat(kTiny));
+      if (group.rest) group.attempt<true>(step, best);
+      else group.attempt<false>(step, best);
+    }
+    best.fit(group.power, scales);
+    return loadf(best.step);
   }
-  for (int i = 0; i < 16; ++i) {
-    const float step = best.step[i];
-    const double value = best.dot[i] / best.square[i] * static_cast<double>(group.power[i]);
-    const float fitted = best.square[i] > 0.0 ? static_cast<float>(value) : step;
-    scales[i] = __builtin_fabsf(fitted) < kTiny ? step : fitted;
+  static u32x16 stored(f32x16 v) {
+    const f32x16 r = max(nearest(v), splat(-8.0f));
+    return float_to_bits(min(r, splat(7.0f)) + (kMagic + 8.0f)) & 15u;
   }
-  return loadf(best.step);
-}
+};
 
-inline void round_groups(const Matrix& w, const PanelRows& p, float* scales, uint8_t* data) {
+struct CodeGrid {
+  static u32x16 above(f32x16 v, int code) {  // all ones where v is nearer to the next code
+    const i32x16 nearer = v > splat(0.5f * static_cast<float>(kCodes[code] + kCodes[code + 1]));
+    return reinterpret_cast<const u32x16&>(nearer);
+  }
+  static f32x16 value(f32x16 v) {
+    f32x16 found = splat(kCodes[0]);
+#pragma GCC unroll 15
+    for (int c = 0; c < 15; ++c)
+      found +=
+          bits_to_float(above(v, c) & float_to_bits(splat(static_cast<float>(kCodes[c + 1] - kCodes[c]))));
+    return found;
+  }
+  static f32x16 find(const float* x, int n, float* scales) {
+    f32x16 top = {};
+    for (int i = 0; i < n; ++i) top = max(top, abs(loadf(x + 16 * i)));
+    Rounding best;
+    for (const float range : kRanges)
+      for (const float reach : {static_cast<float>(kCodes[15]), static_cast<float>(kCodes[0])}) {
+        const f32x16 size = max(top * range / __builtin_fabsf(reach), splat(kTiny));
+        const f32x16 step = reach < 0.0f ? -size : size;
+        f64x16 dot = {};
+        f32x16 square = {};
+        for (int i = 0; i < n; ++i) {
+          const f32x16 v = loadf(x + 16 * i), q = value(v / step);
+          dot += to_double(v) * to_double(q);
+          square = fma(q, q, square);
+        }
+        best.compare(step, dot, square);
+      }
+    best.fit(splat(1.0f), scales);
+    return loadf(best.step);
+  }
+  static u32x16 stored(f32x16 v) {
+    u32x16 index = {};
+#pragma GCC unroll 15
+    for (int c = 0; c < 15; ++c) index -= above(v, c);
+    return index;
+  }
+};
+
+template <class Grid>
+void round_groups(const Matrix& w, const PanelRows& p, float* scales, uint8_t* data) {
   alignas(64) float tile[kPanel * kTileColumns];
   for (int k = 0; k < w.kp; k += w.group) {  // 32 or 64 columns
     if (k % kTileColumns == 0) load_tile(w, p, k, tile);
     const float* x = tile + static_cast<size_t>(k % kTileColumns) * 16;
-    const f32x16 step = find_steps(Group(x, w.group), scales + static_cast<size_t>(k / w.group) * 16);
+    const f32x16 step = Grid::find(x, w.group, scales + static_cast<size_t>(k / w.group) * 16);
     for (int i = 0; i < w.group; i += 8) {
       u32x16 word = {};
-      for (int j = 0; j < 8; ++j) {
-        const f32x16 r = max(nearest(loadf(x + 16 * (i + j)) / step), splat(-8.0f));
-        const u32x16 u = float_to_bits(min(r, splat(7.0f)) + (kMagic + 8.0f)) & 15u;
-        word |= u << (j < 4 ? 8 * j : 8 * j - 28);
-      }
+      for (int j = 0; j < 8; ++j)
+        word |= Grid::stored(loadf(x + 16 * (i + j)) / step) << (j < 4 ? 8 * j : 8 * j - 28);
       store(data + static_cast<size_t>(k + i) * 8, word);
     }
   }
@@ -230,7 +291,7 @@ inline void copy_int4(const Matrix& w, const PanelRows& p, u32x16 rounded, uint8
   alignas(64) float words[kPanel * 16];
   for (int at = 0; at < w.kp; at += 128) {
     const int bytes = w.k - at < 128 ? (w.k - at) / 2 : 64;
-    load_words(p, Source::int4, static_cast<size_t>(at) / 2, bytes, 0x88, words);
+    load_words(p, Source::int4, static_cast<size_t>(at) / 2, bytes, w.format_traits().zero_byte(), words);
     for (int i = 0; i < bytes / 4; ++i) {
       const u32x16 v = load<u32x16>(words + 16 * i);
       store_lanes(data + static_cast<size_t>(at) * 8 + 64 * i, spread(v & 0xffffu) | spread(v >> 16) << 4,
@@ -252,8 +313,12 @@ void pack_panel(const Matrix& w, const PanelRows& p, float* scales, uint8_t* dat
     any |= is_rounded;
     all &= is_rounded;
   }
-  const bool nibbles = w.format == Format::q4;
-  if (any) nibbles ? round_groups(w, p, scales, data) : round_rows(w, p, scales, data);
+  const FormatTraits& format = w.format_traits();
+  const bool nibbles = format.nibbles();
+  if (any) {
+    const auto round = !nibbles ? round_rows : format.codes ? round_groups<CodeGrid> : round_groups<EvenGrid>;
+    round(w, p, scales, data);
+  }
   if (!all) nibbles ? copy_int4(w, p, rounded, data) : copy_int8(w, p, rounded, data);
 }
 

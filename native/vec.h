@@ -199,6 +199,10 @@ inline bytes64 low_nibbles(bytes64 v) { return _mm512_and_si512(v, _mm512_set1_e
 inline bytes64 high_nibbles(bytes64 v) {
   return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
 }
+// Nibbles as the bytes of a table of 16.
+inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), nibbles);
+}
 inline __m512i splat4(const int8_t* s) { return _mm512_set1_epi32(load<int32_t>(s)); }
 inline i32x16 dot4(i32x16 acc, bytes64 u, __m512i s) {
   return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, u, s);
@@ -216,6 +220,10 @@ inline bytes64 low_nibbles(bytes64 v) {
 inline bytes64 high_nibbles(bytes64 v) {
   const __m256i m = _mm256_set1_epi8(15);
   return {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), m)};
+}
+inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
+  const __m256i t = _mm256_broadcastsi128_si256(load<__m128i>(table));
+  return {_mm256_shuffle_epi8(t, nibbles.a), _mm256_shuffle_epi8(t, nibbles.b)};
 }
 inline i32x16 join(__m256i a, __m256i b) {
   i32x16 r;
@@ -243,6 +251,11 @@ typedef uint8_t bytes64 __attribute__((vector_size(64)));
 inline bytes64 load_bytes(const uint8_t* p) { return load<bytes64>(p); }
 inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
 inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
+inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
+  bytes64 found;
+  for (int i = 0; i < 64; ++i) found[i] = table[nibbles[i]];
+  return found;
+}
 inline const int8_t* splat4(const int8_t* s) { return s; }
 inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
   const u32x16 w = load<u32x16>(&u);

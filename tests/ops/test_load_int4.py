@@ -5,23 +5,45 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("farthing._native")
+
+from farthing import _native
 from farthing.ops import select
-from farthing.ops.weights import Weight, loaded_as, quantize_int4, quantize_int8
+from farthing.ops.cpu import CpuOps
+from farthing.ops.reference import ReferenceOps
+from farthing.ops.weights import (
+    CODES,
+    Weight,
+    loaded_as,
+    quantize_int4,
+    quantize_int8,
+    rounded,
+    to_codes,
+)
+from tests.ops.parts import BOUNDS, distance
 
 
 def errors(w: torch.Tensor, value: torch.Tensor, group: int) -> torch.Tensor:
     return (w.double() - value.double()).view(len(w), -1, group).square().sum(-1)
 
 
+def value(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (q.view(*scale.shape, -1) * scale.unsqueeze(-1)).flatten(1)
+
+
+def random_rows(n: int, k: int, kind: str) -> torch.Tensor:
+    torch.manual_seed(0)
+    w = torch.randn(n, k)
+    return {
+        "normal": w, "outliers": torch.where(torch.rand_like(w) < 0.02, 20 * w, w), "one sign": w.abs(),
+        "tiny": w * 1e-30, "huge": w * 1e30, "zeros": w * 0, "pruned": w * (torch.rand_like(w) < 0.7),
+    }[kind]  # fmt: skip
+
+
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("kind", ["normal", "outliers", "one sign", "tiny", "huge", "zeros"])
 def test_no_group_has_more_error_than_with_its_full_range(group: int, kind: str) -> None:
-    torch.manual_seed(0)
-    w = torch.randn(40, 4 * group)
-    w = {
-        "normal": w, "outliers": torch.where(torch.rand_like(w) < 0.02, 20 * w, w), "one sign": w.abs(),
-        "tiny": w * 1e-30, "huge": w * 1e30, "zeros": w * 0,
-    }[kind]  # fmt: skip
+    w = random_rows(40, 4 * group, kind)
     found = quantize_int4(w, group).dequantize()
     scale = (w.view(40, -1, group).abs().amax(-1, keepdim=True) / 7.5).clamp_min(torch.finfo().tiny)
     plain = ((w.view(40, -1, group) / scale).round().clamp(-8, 7) * scale).view_as(w)
@@ -44,21 +66,6 @@ def test_range_is_nearly_optimal() -> None:
     assert float((found / best).mean()) < 1.05
 
 
-def test_native_code_rounds_the_same() -> None:
-    """Unit vectors times the packed matrix yield every weight."""
-    torch.manual_seed(2)
-    w = torch.randn(48, 128)
-    ops = select("cpu", quantization="int4")
-    expected = quantize_int4(w, 64)
-    stored = ops._pack("w", [Weight("dense", w)], mlp=True)  # type: ignore[attr-defined]
-    given = ops._pack("q", [expected])  # type: ignore[attr-defined]
-    size = stored.serialized_bytes
-    first, second = (torch.zeros(size, dtype=torch.uint8) for _ in range(2))
-    stored.serialize(first.data_ptr(), 0)
-    given.serialize(second.data_ptr(), 0)
-    assert torch.equal(first, second)
-
-
 def test_only_feed_forwards_get_4_bits() -> None:
     assert [loaded_as("int4", mlp) for mlp in (True, False)] == ["int4", "int8"]
     assert [loaded_as(q, False) for q in ("int8", None)] == ["int8", None]
@@ -68,4 +75,57 @@ def test_only_feed_forwards_get_4_bits() -> None:
         ops.pack_linear("o", lambda: [Weight("dense", w)]), quantize_int8(w).dequantize(ops.dtype)
     )
     gate = ops.pack_mlp("m", lambda: (Weight("dense", w),) * 3)[0]
-    assert torch.equal(gate, quantize_int4(w).dequantize(ops.dtype))
+    assert torch.equal(gate, rounded(Weight("dense", w), "int4", mlp=True).dequantize(ops.dtype))
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("kind", ["normal", "outliers", "one sign", "tiny", "huge", "zeros", "pruned"])
+def test_codes_are_never_worse_than_their_full_range(group: int, kind: str) -> None:
+    w = random_rows(40, 4 * group, kind)
+    q, scale = to_codes(w, group)
+    assert set(q.unique().tolist()) <= set(CODES)
+    found = value(q, scale)
+    full = (w.view(40, -1, group).abs().amax(-1) / CODES[-1]).clamp_min(torch.finfo().tiny)
+    codes = torch.tensor(CODES, dtype=torch.float32)
+    plain = codes[((w.view(40, -1, group) / full.unsqueeze(-1)).unsqueeze(-1) - codes).abs().argmin(-1)]
+    bound = errors(w, (plain * full.unsqueeze(-1)).view_as(w), group)
+    assert bool(found.isfinite().all())
+    assert bool((errors(w, found, group) <= bound * (1 + 1e-5) + 1e-70).all())
+    assert bool((found[w == 0] == 0).all())  # pruned weights stay zero
+
+
+def test_codes_beat_even_spacing() -> None:
+    w = random_rows(200, 640, "normal")
+    even = errors(w, quantize_int4(w).dequantize(), 64).sum()
+    assert float(errors(w, value(*to_codes(w)), 64).sum() / even) < 0.85
+
+
+@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 40])
+@pytest.mark.parametrize(("hidden", "width"), [(64, 96), (96, 160), (256, 64)])
+def test_products_with_codes(isa: str, tokens: int, hidden: int, width: int) -> None:
+    torch.manual_seed(3)
+    shapes = (width, hidden), (width, hidden), (hidden, width)
+    parts = [Weight("dense", torch.randn(n, k) / k**0.5) for n, k in shapes]
+    parts[0].data[:16, :64] = 0  # a zero block in the record of a panel
+    x, scale = torch.randn(tokens, hidden), torch.rand(hidden) + 0.5
+    x[0, :2] = torch.tensor([1e4, -1e4])
+    ops, ref = CpuOps(1, "int4", isa=isa), ReferenceOps(torch.float32, "int4")
+    handle, expected = (o.pack_mlp("m", lambda: tuple(parts)) for o in (ops, ref))  # type: ignore[attr-defined]
+    packed = ops._pack("w", parts[:1], mlp=True)
+    assert packed.format == _native.Format.NL4
+    found = ops.mlp(x.clone(), handle, scale, 1e-6, residual=False)
+    assert distance(found, ref.mlp(x, expected, scale, 1e-6, residual=False)) < 3 * BOUNDS["int4"]
+
+
+@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+def test_blocks_of_zeros_are_left_out_of_codes(isa: str) -> None:
+    w = random_rows(64, 256, "normal")
+    w *= (torch.rand(4, 16) > 0.6).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    parts = Weight("dense", w), Weight("dense", w), Weight("dense", w.t().contiguous())
+    ops, ref = CpuOps(1, "int4", isa=isa), ReferenceOps(torch.float32, "int4")
+    handle, expected = ops.pack_mlp("m", lambda: parts), ref.pack_mlp("m", lambda: parts)
+    assert ops._pack("w", parts[:1], mlp=True).sparse
+    x, ones = torch.randn(5, 256), torch.ones(256)
+    found = ops.mlp(x.clone(), handle, ones, 1e-6, residual=False)
+    assert distance(found, ref.mlp(x, expected, ones, 1e-6, residual=False)) < 3 * BOUNDS["int4"]

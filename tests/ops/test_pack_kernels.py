@@ -15,7 +15,7 @@ pytest.importorskip("farthing._native")
 from farthing import _native
 from farthing.checkpoint.fp8 import quantize_blocks
 from farthing.ops.cpu.packing import Plan, pack
-from farthing.ops.weights import Weight, quantize_int4, quantize_int8
+from farthing.ops.weights import CODES, Weight, quantize_int4, quantize_int8, to_codes
 
 ISAS = _native.instruction_sets().split()
 SHAPES = [(1, 64), (16, 128), (17, 192), (50, 320)]  # rows, columns
@@ -55,7 +55,9 @@ def integers8(q: NDArray[np.int8], scale: NDArray[np.float32]) -> Bytes:
     return np.concatenate((as_bytes(panels(scale)), as_bytes(data)), 1).reshape(-1)
 
 
-def integers4(q: NDArray[np.int8], scale: NDArray[np.float32], zero: NDArray[np.int8] | None = None) -> Bytes:
+def nibbles(
+    q: NDArray[np.int8], scale: NDArray[np.float32], zero: NDArray[np.int8] | None = None, offset: int = 8
+) -> Bytes:
     s = panels(scale)
     row = np.abs(s).max(2)
     with np.errstate(invalid="ignore"):
@@ -65,7 +67,7 @@ def integers4(q: NDArray[np.int8], scale: NDArray[np.float32], zero: NDArray[np.
         parts.append(as_bytes(panels(zero).transpose(0, 2, 1)))
     head = np.concatenate(parts, 1)
     head = np.pad(head, ((0, 0), (0, -head.shape[1] % 64)))
-    u = (panels(q) + 8).astype(np.uint8).reshape(len(s), 16, -1, 2, 4)
+    u = (panels(q) + offset).astype(np.uint8).reshape(len(s), 16, -1, 2, 4)
     data = (u[:, :, :, 0] | u[:, :, :, 1] << 4).transpose(0, 2, 1, 3)
     return np.concatenate((head, as_bytes(data)), 1).reshape(-1)
 
@@ -94,8 +96,19 @@ def test_int4_is_rounded_as_in_torch(native: Any, shape: tuple[int, int], kind: 
     for group in (32, 64):
         r = quantize_int4(w, group)
         assert r.scale is not None
-        expected = integers4(r.quantized().numpy(), r.scale.numpy())
+        expected = nibbles(r.quantized().numpy(), r.scale.numpy())
         same(pack(native, [Weight("dense", w)], Plan(_native.Format.Q4, group), blocks=False), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tiny"])  # they become zeros
+def test_codes_are_rounded_as_in_torch(native: Any, shape: tuple[int, int], kind: str) -> None:
+    w = floats(*shape, kind)
+    for group in (32, 64):
+        q, scale = to_codes(w, group)
+        index = np.searchsorted(CODES, q.numpy()) - CODES.index(0)
+        expected = nibbles(index.astype(np.int8), scale.numpy(), offset=CODES.index(0))
+        same(pack(native, [Weight("dense", w)], Plan(_native.Format.NL4, group), blocks=False), expected)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (5, 7), (33, 130)])
@@ -155,7 +168,7 @@ def test_integers_are_kept(native: Any, shape: tuple[int, int, int], zero: bool)
     w = stored4(*shape, zero)
     assert w.scale is not None
     points = None if w.zero_point is None else w.zero_point.numpy()
-    expected = integers4(w.quantized().numpy(), w.scale.numpy(), points)
+    expected = nibbles(w.quantized().numpy(), w.scale.numpy(), points)
     same(pack(native, [w], Plan(_native.Format.Q4, shape[2]), blocks=False), expected)
     n, k = shape[0], shape[1] + 5
     q = torch.randint(-128, 128, (n, k), dtype=torch.int8)
@@ -177,7 +190,7 @@ def test_rounded_and_stored_rows_share_a_panel(native: Any) -> None:
     expected = integers8(*stacked([int8, quantize_int8(dense.data), int8]))
     same(pack(native, [int8, dense, int8], Plan(_native.Format.Q8), blocks=False), expected)
     int4 = stored4(9, 192, 64, zero=False)
-    expected = integers4(*stacked([dense_rounded := quantize_int4(dense.data), int4, dense_rounded]))
+    expected = nibbles(*stacked([dense_rounded := quantize_int4(dense.data), int4, dense_rounded]))
     same(pack(native, [dense, int4, dense], Plan(_native.Format.Q4, 64), blocks=False), expected)
 
 

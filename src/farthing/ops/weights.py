@@ -5,7 +5,8 @@ Legend: N output rows, K input columns, g group size along K.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -154,14 +155,18 @@ def int4_group(columns: int) -> int | None:
 
 
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # candidate ranges, as shares of a group's largest magnitude
+CODES = (-109, -85, -67, -51, -37, -24, -12, 0, 11, 23, 35, 48, 62, 78, 99, 127)  # native/formats.h says why
 
 
-def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
-    """Symmetric rounding to [-8, 7] with one scale per group of columns and the least squared error.
+def round_to_grid(
+    w: Tensor, group_size: int, reach: tuple[float, float], nearest: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """w [N, K] as integers of a grid, int8 [N, K], and scales [N, K / group_size] of least squared error.
 
-    Every range of RANGES is tried with both signs of the scale, because -8 reaches further than 7. For a
-    range's integers q, the best scale is x.q / q.q with error x.x - (x.q)^2 / q.q, so the range with the
-    largest (x.q)^2 / q.q wins. Sums are float64, so that native code finds the same range.
+    reach: the values that a group's largest magnitude may become; nearest: of the grid, for float values.
+    Every range of RANGES is tried with both. For a range's integers q, the best scale is x.q / q.q with error
+    x.x - (x.q)^2 / q.q, so the range with the largest (x.q)^2 / q.q wins. Sums are float64, so that native
+    code finds the same range. Raises ValueError if group_size does not divide K.
     """
     n, k = w.shape
     if k % group_size:
@@ -169,13 +174,13 @@ def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
     tiny = torch.finfo(torch.float32).tiny
     groups = w.float().view(n, -1, group_size)
     top = groups.abs().amax(dim=-1)
-    scale = (top / 7.5).clamp_min(tiny)
+    scale = (top / reach[0]).clamp_min(tiny)
     best = torch.full(top.shape, -1.0, dtype=torch.float64)
     kept = torch.zeros_like(groups, dtype=torch.int8)
     for share in RANGES:
-        for sign in (1.0, -1.0):
-            step = (top * share / 7.5).clamp_min(tiny) * sign
-            q = (groups / step.unsqueeze(-1)).round().clamp(-8, 7)
+        for end in reach:
+            step = (top * share / abs(end)).clamp_min(tiny) * math.copysign(1, end)
+            q = nearest(groups / step.unsqueeze(-1))
             dot = (groups.double() * q.double()).sum(-1)
             square = q.double().square().sum(-1)
             gain = torch.where(square > 0, dot.square() / square.clamp_min(1), 0.0)
@@ -185,15 +190,38 @@ def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
             fitted = torch.where(fitted.abs() < tiny, step, fitted)
             scale = torch.where(better, fitted, scale)
             kept = torch.where(better.unsqueeze(-1), q.to(torch.int8), kept)
-    return Weight("int4", pack_int4(kept.view(n, k)), scale)
+    return kept.view(n, k), scale
 
 
-def rounded(weight: Weight, quantization: str | None, mlp: bool = False) -> Weight:
-    """A dense weight rounded as `--quantization` requests; any other weight unchanged."""
+def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
+    """Symmetric rounding to [-8, 7] with one scale per group of columns, which may be negative, because -8
+    reaches further than 7."""
+    q, scale = round_to_grid(w, group_size, (7.5, -7.5), lambda x: x.round().clamp(-8, 7))
+    return Weight("int4", pack_int4(q), scale)
+
+
+def to_codes(w: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
+    """w [N, K] as CODES, int8 [N, K], and scales [N, K / group_size], as the CPU's NL4 holds it."""
+    codes = torch.tensor(CODES, dtype=torch.float32)
+    between = (codes[1:] + codes[:-1]) / 2
+    ends = (float(CODES[-1]), float(CODES[0]))
+    return round_to_grid(w, group_size, ends, lambda x: codes[torch.bucketize(x, between)])
+
+
+def rounded(weight: Weight, quantization: str | None, mlp: bool = False, codes: bool = True) -> Weight:
+    """A dense weight rounded as `--quantization` requests; any other weight unchanged.
+
+    codes: whether 4 bits are CODES, as on the CPU, or evenly spaced integers, as on a GPU.
+    """
     quantization = loaded_as(quantization, mlp)
     if quantization is None or weight.format != "dense":
         return weight
     if quantization == "int8":
         return quantize_int8(weight.data)
     group = int4_group(weight.shape[1])
-    return quantize_int4(weight.data, group) if group else weight
+    if group is None:
+        return weight
+    if not codes:
+        return quantize_int4(weight.data, group)
+    q, scale = to_codes(weight.data, group)
+    return Weight("dense", (q.unflatten(1, (-1, group)) * scale.unsqueeze(-1)).flatten(1))

@@ -36,7 +36,7 @@ def choose(stored: str, columns: int, group: int, quantization: str | None) -> P
     if quantization is not None and stored not in ("int8", "int4"):
         rounded = int4_group(columns) if quantization == "int4" else columns
         if rounded is not None:
-            stored, group = quantization, rounded
+            stored, group = "nl4" if quantization == "int4" else quantization, rounded
         elif stored == "fp8":
             stored = "float32"
     found = HOLDING.get(stored, PackedFormat.F32)

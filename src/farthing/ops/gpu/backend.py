@@ -89,7 +89,8 @@ class GpuOps(Ops):
     # -- packing
 
     def _matrix(self, weight: Weight, inputs: float | None) -> Matrix:
-        weight = rounded(weight, self._quantization, mlp=True)  # others: rounded in `pack_linear`
+        # Matrices outside of feed-forwards have been rounded in `pack_linear`.
+        weight = rounded(weight, self._quantization, mlp=True, codes=False)
         return pack(weight, self.dtype, self.device, self._fp8, inputs)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Part]:
